@@ -32,8 +32,9 @@ class Specimen:
     """One species: how to build it, how to feed it, and what the laws may ask of it.
 
     batch(rows, seed): model inputs; every row has the same shape, so rows can be split, stacked and reordered along
-    dim 0 of every tensor. positions: how the model knows order ("rotary" and "relative" ones are unmoved by left
-    padding). width: hidden size of the first tower. layers: blocks over all towers. tied: the head is the embedding.
+    dim 0 of every tensor. generates: has `generate` (its eos may be drawn: pass min_new_tokens). positions: how the
+    model knows order. counts_mask: learned positions counted from the attention mask. width: hidden size of the first
+    tower. layers: blocks over all towers. tied: the head is the embedding.
     """
 
     name: str
@@ -46,10 +47,19 @@ class Specimen:
     width: int = D
     pad_id: int = 0
     tied: bool = False
+    counts_mask: bool = False
 
     @property
     def is_text(self) -> bool:
         return self.kind != "vision"
+
+    @property
+    def left_pads(self) -> bool:
+        """Left padding, with no positions given, leaves the logits of real tokens as they are.
+
+        Not so where learned positions count from the left edge, nor where an encoder's classifier reads token 0.
+        """
+        return self.kind in ("decoder", "encoder-decoder") and (self.positions != "learned" or self.counts_mask)
 
 
 def out(output: Any) -> Tensor:
@@ -216,14 +226,14 @@ ZOO: dict[str, Specimen] = {
                 d_model=D,
                 d_kv=16,  # 4 heads of 16: 64, not 48
                 d_ff=FF,
-                num_layers=2,
-                num_decoder_layers=3,
+                num_layers=2,  # as many in the decoder: transformers 5.23 sizes the cache by the encoder's number
                 num_heads=HEADS,
                 relative_attention_num_buckets=8,
                 relative_attention_max_distance=20,
                 decoder_start_token_id=0,
             ),
             positions="relative",
+            layers=4,
         ),
         _seq2seq(
             "bart",
@@ -341,7 +351,7 @@ EXTRA: dict[str, Specimen] = {
             tied=True,
         ),
         _decoder(
-            "opt",  # learned positions with an offset
+            "opt",  # learned positions with an offset, counted from the mask
             _hf(
                 "OPTForCausalLM",
                 "OPTConfig",
@@ -357,6 +367,7 @@ EXTRA: dict[str, Specimen] = {
                 eos_token_id=2,
             ),
             positions="learned",
+            counts_mask=True,
             pad_id=1,
             tied=True,
         ),
