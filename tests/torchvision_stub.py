@@ -18,7 +18,7 @@ from typing import Any
 
 
 class _Meta(type):
-    """Class attributes of an empty class: any name is its own value (enum members such as InterpolationMode.BICUBIC)."""
+    """In an empty class any name is its own value: enum members such as InterpolationMode.BICUBIC are asked for."""
 
     def __getattr__(cls, name: str) -> str:
         if name.startswith("__"):

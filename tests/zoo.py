@@ -2,7 +2,7 @@
 
 Nothing in them is at its initial value: biases, norm gains and shifts, LayerScale, relative position tables and class
 tokens are all random, and matrices are scaled so that attention is far from uniform. A fold that forgets a bias, or a
-gain convention guessed wrong, changes the logits here. Widths differ on purpose (hidden, feed-forward, head, vocabulary)
+gain convention guessed wrong, changes the logits here. Widths differ on purpose (hidden, feed-forward, head, tokens)
 so that a wrong axis raises instead of fitting. The zoo knows transformers and timm, and nothing of kitout.
 """
 
@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
+
 from torchvision_stub import import_timm
 
 Kind = Literal["decoder", "encoder", "encoder-decoder", "vision"]
@@ -319,9 +320,7 @@ EXTRA: dict[str, Specimen] = {
         ),
         _decoder(
             "gemma2",  # norms before and after each sublayer, gain 1 + w, logits capped
-            _hf(
-                "Gemma2ForCausalLM", "Gemma2Config", **_GQA, head_dim=16, query_pre_attn_scalar=16, sliding_window=64
-            ),
+            _hf("Gemma2ForCausalLM", "Gemma2Config", **_GQA, head_dim=16, query_pre_attn_scalar=16, sliding_window=64),
             tied=True,
         ),
         _decoder("olmo2", _hf("Olmo2ForCausalLM", "Olmo2Config", **_GQA)),  # norms after each sublayer only, q/k norms

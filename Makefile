@@ -1,0 +1,67 @@
+# kitout: everything from a fresh clone. Needs python3 (>= 3.10) with venv, make and git; all else goes into .venv.
+# `make` or `make help` lists the targets. Every target sets up what it needs first and can be interrupted and rerun.
+#
+# TORCH is installed first, and only if the environment holds no torch yet, so any build you put there stays. On Linux
+# the default index serves the CUDA build (several GB). For another one give pip's words for it, for example
+#   make test TORCH="torch==2.13.0 --index-url <the index of the CPU builds that pytorch.org names>"
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+ARGS   ?=
+MODEL  ?=
+DATA   ?=
+
+BIN   := $(VENV)/bin
+PY    := $(BIN)/python
+PIP   := $(PY) -m pip --disable-pip-version-check --no-input
+STAMP := $(VENV)/.kitout-ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-slow demo bench lint format types clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## create .venv and install kitout with what tests and demo need
+
+# The stamp is written last: whatever was interrupted before it is done again, and pip skips what is already there.
+# timm asks for torchvision, whose published builds refuse to import beside a CPU build of torch, and a broken
+# torchvision breaks transformers too. So timm comes without its requirements (transformers and pillow cover the rest)
+# and tests/torchvision_stub.py lends it the few names it wants.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "kitout needs Python 3.10 or newer; '$(PYTHON)' is older. Try: make PYTHON=python3.12"; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(PY) -c 'import torch' >/dev/null 2>&1 || $(PIP) install -c constraints.txt $(TORCH)
+	$(PIP) install -q -c constraints.txt -e '.[dev,demo]'
+	$(PIP) install -q -c constraints.txt --no-deps timm
+	@touch $@
+
+test: lint types  ## set up, lint, type-check and run the tests
+	$(PY) -m pytest -n 2 -q $(ARGS)
+
+test-slow: $(STAMP)  ## the tests marked slow or assets (downloads models and data once)
+	$(PY) -m pytest -n 2 -q -m 'slow or assets' $(ARGS)
+
+demo: $(STAMP)  ## train, prove and show adapters on a real small model; MODEL=... DATA=... choose others
+	$(BIN)/kitout demo $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(ARGS)
+
+bench: $(STAMP)  ## install the peers and print ratios against them
+	$(PIP) install -q -c constraints.txt -e '.[bench]'
+	$(PY) benchmarks/run.py $(ARGS)
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy, strict
+	$(BIN)/mypy
+
+format: $(STAMP)  ## mend what ruff can mend
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and the caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

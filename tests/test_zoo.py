@@ -1,0 +1,135 @@
+"""The zoo itself: every specimen is fit to prove a law on.
+
+Deterministic, rows independent of each other, nothing at its initial value, quick to build, and the facts it states
+(layers, tied, positions, which side may be padded) are true. It knows nothing of kitout.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import pytest
+import torch
+
+from zoo import EXTRA, LENGTH, ZOO, Specimen, out, padded, rows_of
+
+ALL = ZOO | EXTRA
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(params=ALL.values(), ids=ALL.keys())
+def species(request: pytest.FixtureRequest) -> Specimen:
+    return request.param
+
+
+@torch.no_grad()
+def test_is_deterministic_and_leaves_the_random_state_alone(species: Specimen) -> None:
+    before = torch.get_rng_state()
+    one, two = species.build(), species.build()
+    assert torch.equal(torch.get_rng_state(), before)
+    batch = species.batch(2, 0)
+    assert torch.equal(out(one(**batch)), out(two(**batch)))
+    assert all(torch.equal(batch[k], v) for k, v in species.batch(2, 0).items())
+    assert not torch.allclose(out(one(**batch)), out(one(**species.batch(2, 1))), atol=1e-3)
+
+
+@torch.no_grad()
+def test_rows_are_independent_and_differ(species: Specimen) -> None:
+    model, batch = species.build(), species.batch(3, 0)
+    together = out(model(**batch))
+    alone = torch.cat([out(model(**rows_of(batch, i))) for i in range(3)])
+    torch.testing.assert_close(together, alone, atol=TOLERANCE, rtol=0)
+    assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+def test_nothing_is_at_its_initial_value(species: Specimen) -> None:
+    for name, value in species.build().named_parameters():
+        assert value.dtype is torch.float32, name
+        if value.numel() > 1:
+            assert value.std() > 0.02, f"{name} is constant"
+        assert not (value == 0).any(), f"{name} has zeros"
+        assert not (value == 1).any(), f"{name} has ones"
+
+
+def test_is_small_quick_and_in_eval_mode(species: Specimen) -> None:
+    species.build()  # the first build of a family imports its module
+    start = time.process_time()
+    model = species.build()
+    assert time.process_time() - start < 1
+    assert sum(p.numel() for p in model.parameters()) < 200_000
+    assert not any(module.training for module in model.modules())
+
+
+@torch.no_grad()
+def test_training_mode_computes_the_same(species: Specimen) -> None:
+    model, batch = species.build(), species.batch(2, 0)
+    assert torch.equal(out(model(**batch)), out(model.train()(**batch)))
+
+
+def test_states_true_facts(species: Specimen) -> None:
+    model = species.build()
+    names = [type(m).__name__ for m in model.modules()]  # in every family here a block is a ...Layer or a ...Block
+    blocks = [
+        n for n in names if n.endswith(("Layer", "Block")) and not n.endswith("MoeBlock")
+    ]  # so in every family here
+    assert len(blocks) == species.layers
+    if species.kind != "vision":
+        tied = model.get_output_embeddings() is not None and (
+            model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        )
+        assert tied == species.tied
+        assert model.get_input_embeddings().weight.shape[-1] in (species.width, 24)  # 24: ALBERT's factorised table
+        assert model.config.pad_token_id == species.pad_id
+    assert species.generates == bool(getattr(model, "can_generate", bool)())
+
+
+@torch.no_grad()
+def test_padding_moves_only_what_it_is_said_to_move(species: Specimen) -> None:
+    if not species.is_text:
+        pytest.skip("images have no padding")
+    model, batch, lengths = species.build(), species.batch(3, 0), [LENGTH, 4, 3]
+
+    def worst(side: str) -> float:
+        inputs = padded(batch, lengths, side, species.pad_id)
+        logits, gap = out(model(**inputs)), 0.0
+        for row, n in enumerate(lengths):
+            one = rows_of(batch, row)
+            one |= {k: one[k][:, :n] for k in ("input_ids", "attention_mask")}
+            here = logits[row][inputs["attention_mask"][row].bool()] if species.kind == "decoder" else logits[row]
+            gap = max(gap, (here - out(model(**one))[0]).abs().max().item())
+        return gap
+
+    assert worst("right") < TOLERANCE
+    assert (worst("left") < TOLERANCE) == species.left_pads
+
+
+@torch.no_grad()
+def test_eager_attention_is_the_sdpa_one(specimen: Specimen) -> None:
+    model, batch = specimen.build(), specimen.batch(2, 0)
+    if not hasattr(model, "set_attn_implementation"):
+        pytest.skip("not a transformers model")
+    assert model.config._attn_implementation == "sdpa"
+    fused = out(model(**batch))
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+    torch.testing.assert_close(out(model(**batch)), fused, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("species", [s for s in ALL.values() if s.generates], ids=lambda s: s.name)
+def test_generates_alone_as_in_a_batch(species: Specimen) -> None:
+    model = species.build()
+    batch = {k: v for k, v in species.batch(2, 0).items() if k != "decoder_input_ids"}
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    together = model.generate(**batch, **options)
+    for row in range(2):
+        assert torch.equal(model.generate(**rows_of(batch, row), **options)[0], together[row])
+
+
+def test_the_network_is_closed() -> None:
+    with socket.socket() as s, pytest.raises(AssertionError, match="offline"):
+        s.connect(("192.0.2.1", 80))
+    with socket.socket() as server, socket.socket() as client:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        client.connect(server.getsockname())
