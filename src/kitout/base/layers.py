@@ -1,0 +1,73 @@
+"""Which layers: the small grammar behind `layers="last:4"`, per tower.
+
+"all" | "last:4" | "0,3,5" | "2-5" | "decoder/last:4"; several separated by ";". Counts from the end of each tower on
+its own, so an encoder-decoder's "last:4" is four of each. Knows towers and indices as the sites tell them, nothing
+else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from kitout.base.site import Site
+from kitout.errors import Faults, suggest
+
+Towers = dict[str, list[int]]
+
+
+def parse(text: str, sites: Sequence[Site], faults: Faults) -> Callable[[Site], bool]:
+    """A test on sites. Faults of the text are added to `faults`; sites outside the blocks pass only with "all"."""
+    if text.strip() == "all":
+        return lambda _: True
+    towers = _towers(sites)
+    allowed: set[tuple[str, int]] = set()
+    for part in text.split(";"):
+        name, slash, wanted = part.strip().rpartition("/")
+        chosen = {tower: layers for tower, layers in towers.items() if name in tower}
+        if slash and not chosen:
+            faults.add(f"no tower's path contains {name!r}; {suggest(name, towers)}")
+        elif not towers:
+            faults.add(f"{part!r} names layers, but this model has no blocks; write layers='all'")
+        else:
+            allowed |= _layers(wanted.strip(), chosen, faults)
+    return lambda site: site.layer is not None and (site.tower, site.layer) in allowed
+
+
+def _towers(sites: Sequence[Site]) -> Towers:
+    found: dict[str, set[int]] = {}
+    for site in sites:
+        if site.layer is not None:
+            found.setdefault(site.tower, set()).add(site.layer)
+    return {tower: sorted(layers) for tower, layers in found.items()}
+
+
+def _layers(wanted: str, towers: Towers, faults: Faults) -> set[tuple[str, int]]:
+    """(tower, layer) pairs of one expression."""
+    if wanted == "all":
+        return {(tower, layer) for tower, layers in towers.items() for layer in layers}
+    depths = ", ".join(f"{tower} has {len(layers)}" for tower, layers in towers.items())
+    if last := re.fullmatch(r"last:(\d+)", wanted):
+        n = int(last[1])
+        if not 1 <= n <= max(map(len, towers.values())):
+            faults.add(f"{wanted!r} asks for {n} layers; {depths}")
+        return {(tower, layer) for tower, layers in towers.items() for layer in layers[-n:]} if n else set()
+    indices = _indices(wanted)
+    if indices is None:
+        faults.add(f"{wanted!r} is no choice of layers; write 'all', 'last:4', '0,3,5', '2-5' or 'decoder/last:4'")
+        return set()
+    known = {layer for layers in towers.values() for layer in layers}
+    if missing := [i for i in indices if i not in known]:
+        faults.add(f"no layer {', '.join(map(str, missing))}; {depths} (counted from 0)")
+    return {(tower, layer) for tower, layers in towers.items() for layer in layers if layer in indices}
+
+
+def _indices(wanted: str) -> list[int] | None:
+    """Of "0,3,5-7": [0, 3, 5, 6, 7]; None if it does not read so."""
+    found: list[int] = []
+    for piece in wanted.split(","):
+        span = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", piece)
+        if not span or (span[2] is not None and int(span[2]) < int(span[1])):
+            return None
+        found += range(int(span[1]), int(span[2] or span[1]) + 1)
+    return found

@@ -1,0 +1,195 @@
+"""Gives every projection of one block its role, from names for query/key/value and from widths for everything else.
+
+The residual width d is the width most values of the block share. An attention's output is what its container writes
+back to d; a feed-forward is a pair f -> d after d -> f (or d -> 2f, gated in one) in the smallest container that holds
+both. Knows nothing of where blocks are. Names break ties between structurally equal candidates, nothing more.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from kitout.base.stacks import Element
+from kitout.base.tree import Projection, Tree, ancestors
+from kitout.base.vocabulary import CROSS, DOWN, GATE, OUTPUT
+
+BOTTLENECK = 16  # a pair d -> f -> d with f below d / 16 is an adapter-like side path, not the feed-forward
+
+
+@dataclass
+class Labels:
+    """What is known of one block. roles: path -> role. loose: projections without one."""
+
+    d: int
+    roles: dict[str, str] = field(default_factory=dict)
+    loose: list[Projection] = field(default_factory=list)
+    attends: bool = False
+    resolved: bool = False
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention: the module that holds its projections, and which part each is."""
+
+    home: str
+    parts: dict[str, str]
+    kind: str  # "attn" | "cross"
+
+
+def label(tree: Tree, block: Element) -> Labels:
+    """The roles of one block."""
+    projections = tree.within(block.members)
+    labels = Labels(d=_width(tree, block, projections))
+    attentions = _attentions(tree, block, projections)
+    for attention in attentions:
+        labels.roles |= {path: f"{attention.kind}.{part}" for path, part in attention.parts.items()}
+    for convs in (False, True):  # pointwise convolutions stand in only where no linear took the role
+        pool = [p for p in projections if p.conv <= convs]
+        for attention in attentions:
+            _output(labels, attention, attentions, pool)
+        _feed_forwards(tree, labels, block, attentions, pool)
+    labels.loose = [p for p in projections if p.path not in labels.roles]
+    labels.attends = bool(attentions) or _torch_attention(tree, block)
+    labels.resolved = _resolved(tree, block, set(labels.roles.values()))
+    return labels
+
+
+def _width(tree: Tree, block: Element, projections: Iterable[Projection]) -> int:
+    """The width of the residual stream: the one most norms and most ends of projections share."""
+    votes = Counter(
+        leaf.d_out
+        for path, leaf in tree.leaves.items()
+        if leaf.kind == "norm" and any(tree.under(path, m) for m in block.members)
+    )
+    votes.update(width for p in projections for width in (p.d_in, p.d_out))
+    return votes.most_common(1)[0][0] if votes else 0
+
+
+def _attentions(tree: Tree, block: Element, projections: list[Projection]) -> list[Attention]:
+    """Seeds grouped by the module that holds them, without those that only look like attention."""
+    groups: dict[str, dict[str, str]] = {}
+    for p in projections:
+        if part := tree.seeds.get(p.path):
+            groups.setdefault(p.home, {})[p.path] = part
+    found = []
+    for home, parts in groups.items():
+        nested = any(home != other and tree.under(home, other) and other not in block.members for other in groups)
+        if not nested and not _chained(tree, parts):
+            found.append(Attention(home, parts, "cross" if _crosses(block, home, parts) else "attn"))
+    return found
+
+
+def _chained(tree: Tree, parts: dict[str, str]) -> bool:
+    """A "key" that feeds a "value" is a feed-forward with attention's names."""
+    at = {part: tree.projections[path] for path, part in parts.items()}
+    if "k" not in at or "v" not in at:
+        return False
+    return at["k"].d_out == at["v"].d_in != at["k"].d_in
+
+
+def _crosses(block: Element, home: str, parts: dict[str, str]) -> bool:
+    """Cross-attention by name, looking no higher than the block (a list of bare attentions: than the list)."""
+    root = next(m for m in block.members if Tree.under(home, m))
+    inside = [path[len(root) :] for path in parts]
+    above = root.split(".")[-2] if root == home and "." in root else ""
+    return bool(CROSS.search(above)) or any(CROSS.search(path) for path in inside)
+
+
+def _output(labels: Labels, attention: Attention, others: list[Attention], pool: list[Projection]) -> None:
+    """Find what an attention writes back to the residual stream with."""
+    if any(labels.roles.get(p.path) == f"{attention.kind}.o" and Tree.under(p.path, attention.home) for p in pool):
+        return
+    inner = _inner_widths(attention, pool)
+    taken = [o.home for o in others if o.home != attention.home and Tree.under(o.home, attention.home) is False]
+    free = [p for p in pool if p.path not in labels.roles and not any(Tree.under(p.path, t) for t in taken)]
+    role = f"{attention.kind}.o"
+    for level, root in enumerate((attention.home, *ancestors(attention.home))):
+        writers = [p for p in free if Tree.under(p.path, root) and p.d_out == labels.d]
+        if level:  # outside the attention's own module the widths must agree, or a feed-forward would be taken
+            writers = [p for p in writers if p.d_in in inner][:1]
+        named = [p for p in writers if any(OUTPUT.fullmatch(n) for n in p.names)]
+        if writers:
+            fitting = [p for p in writers if p.d_in in inner] or writers
+            labels.roles |= dict.fromkeys((p.path for p in named or fitting[-1:]), role)
+            return
+
+
+def _inner_widths(attention: Attention, pool: list[Projection]) -> set[int]:
+    """Widths the attention's result can have before its output projection."""
+    widths: set[int] = set()
+    for p in pool:
+        part = attention.parts.get(p.path)
+        if part in ("q", "v"):
+            widths.add(p.d_out)
+        elif part == "qkv":
+            widths |= {p.d_out // 3, p.d_out // 2, p.d_out}
+    return widths
+
+
+def _feed_forwards(
+    tree: Tree, labels: Labels, block: Element, attentions: list[Attention], pool: list[Projection]
+) -> None:
+    """Pair what widens with what narrows, in the smallest module that holds both."""
+    if any(role.startswith("mlp.") for role in labels.roles.values()):
+        return
+    closed = {a.home for a in attentions if a.home not in block.members}
+    closed |= {m for m in tree.mixers if m not in block.members and any(tree.under(m, r) for r in block.members)}
+    free = [p for p in pool if p.path not in labels.roles and not any(tree.under(p.path, c) for c in closed)]
+    roots = {a: None for p in free for a in ancestors(p.path) if any(tree.under(a, m) for m in block.members)}
+    if len(block.members) > 1:
+        roots[""] = None
+    outermost = [r for r in roots if r in ("", *block.members)]
+    for root in sorted(set(roots) - set(outermost), key=lambda r: (-r.count("."), r)):
+        _pair(labels, [p for p in free if tree.under(p.path, root) and p.path not in labels.roles])
+    for root in outermost:
+        if not any(role.startswith("mlp.") for role in labels.roles.values()):
+            _pair(labels, [p for p in free if tree.under(p.path, root) and p.path not in labels.roles])
+
+
+def _pair(labels: Labels, pool: list[Projection]) -> None:
+    """Label the feed-forwards among these projections: (up | gate)* then down."""
+
+    def widens(down: Projection) -> list[Projection]:
+        free = (p for p in pool if p is not down and p.path not in labels.roles)
+        return [p for p in free if p.d_out in (down.d_in, 2 * down.d_in)]
+
+    downs = [p for p in pool if p.d_out == labels.d and p.d_in * BOTTLENECK >= labels.d and widens(p)]
+    if square := [p for p in downs if p.d_in == labels.d]:
+        named = [p for p in square if any(DOWN.fullmatch(n) for n in p.names)]
+        downs = [p for p in downs if p.d_in != labels.d] or (named or square)[-1:]
+    for down in downs:
+        ups = widens(down)
+        if not ups:
+            continue
+        labels.roles[down.path] = "mlp.down"
+        for up in ups:
+            gate = len(ups) > 1 and any(GATE.fullmatch(n) for n in up.names)
+            labels.roles[up.path] = "mlp.gate" if gate else "mlp.up"
+
+
+def _torch_attention(tree: Tree, block: Element) -> bool:
+    """torch's own attention keeps query, key and value in one bare parameter: nothing to tap, nothing unresolved."""
+    return any(
+        isinstance(m, nn.MultiheadAttention) and any(tree.under(path, r) for r in block.members)
+        for path, m in tree.modules.items()
+    )
+
+
+def _resolved(tree: Tree, block: Element, roles: set[str]) -> bool:
+    """Attention in and out, and a feed-forward: as projections, or as experts stacked in 3-D parameters."""
+
+    def has(kind: str) -> bool:
+        return f"{kind}.qkv" in roles or {f"{kind}.q", f"{kind}.k"} <= roles
+
+    reads = has("attn") or has("cross") or _torch_attention(tree, block)
+    writes = bool({"attn.o", "cross.o"} & roles)
+    feeds = "mlp.down" in roles and bool({"mlp.up", "mlp.gate"} & roles)
+    return reads and writes and (feeds or _stacked_experts(tree, block))
+
+
+def _stacked_experts(tree: Tree, block: Element) -> bool:
+    return any(p.ndim == 3 for root in block.members for p in tree.modules[root].parameters())

@@ -1,0 +1,152 @@
+"""The one selection language over sites: `targets="attn.q in:mlp.down"`, `layers="last:4"` -> list of Sites.
+
+Every method, the kit and the command line choose places through it. It knows sites and nothing else: no model, no
+method. Nothing is silent: each item of `targets` and each index of `layers` must find something; all faults of one
+request are raised together. The grammar is written out in `select`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from kitout.base.layers import parse
+from kitout.base.site import ROLES, Site
+from kitout.errors import Faults, TargetError, suggest
+
+GROUPS = ("attn", "self", "cross", "mlp", "sub")
+PLAIN = tuple(role for role in ROLES if "." not in role)
+WHOLE = ("block", "sub.attn", "sub.cross", "sub.mlp")  # places that are no leaf module: never caught by a wildcard path
+
+
+@dataclass(frozen=True)
+class Item:
+    """One word of `targets`. text: as written. matches: on a site. inward: it had the prefix "in:"."""
+
+    text: str
+    matches: Callable[[Site], bool]
+    inward: bool
+
+
+def select(sites: Sequence[Site], targets: str, layers: str = "all") -> list[Site]:
+    """The chosen sites in model order, each once.
+
+    targets: words separated by spaces, each one of
+        attn.q mlp.* norm embed head patch   roles; "attn." means self- and cross-attention, "self." and "cross." one
+        all-linear                           every linear inside the blocks, never a head
+        model.layers.*.self_attn.q_proj      a module path or glob; the end of a path ("q_proj") is enough
+        in:mlp.down                          the same place, at the module's input
+    A role with a wildcard, all-linear and paths choose whole modules; "attn.q" also finds the q channels of a fused
+    projection where they are known.
+    layers: "all" | "last:4" (of each tower) | "0,3,5" | "2-5" | "decoder/last:4" (towers whose path contains
+    "decoder"); several separated by ";".
+    """
+    faults = Faults(TargetError, f"targets={targets!r}, layers={layers!r}")
+    items = [_item(word) for word in targets.split()]
+    if not items:
+        faults.add(f"targets is empty; write roles, paths or all-linear. This model has {_inventory(sites)}")
+    allowed = parse(layers, sites, faults)
+    chosen: dict[tuple[str, str, tuple[int, ...] | None], Site] = {}
+    for item in items:
+        found = [site for site in sites if item.matches(site)]
+        kept = [site for site in found if allowed(site)]
+        if not found:
+            faults.add(_nothing(item, sites))
+        elif not kept and not faults.items:
+            faults.add(_outside(item, found))
+        for site in kept:
+            seen = site.at(port="in", d_out=site.d_in, channels=None) if item.inward else site
+            chosen.setdefault((seen.path, seen.port, seen.channels), seen)
+    faults.raise_if_any()
+    order = {site.path: i for i, site in reversed(list(enumerate(sites)))}
+    return sorted(chosen.values(), key=lambda s: order[s.path])
+
+
+def matches(site: Site, word: str) -> bool:
+    """True if one word of the language means this site or the whole it is a part of (settings given by role)."""
+    return _matcher(word)(site.at(channels=None))
+
+
+def _item(text: str) -> Item:
+    word = text.removeprefix("in:")
+    return Item(text, _matcher(word), inward=word != text)
+
+
+def _matcher(word: str) -> Callable[[Site], bool]:
+    if word == "all-linear":
+        return lambda s: s.kind == "linear" and s.layer is not None and s.channels is None and s.role not in WHOLE
+    if _is_role(word):
+        return _role_matcher(word)
+    wild = any(c in word for c in "*?[")
+    return lambda s: (
+        s.channels is None
+        and not (wild and s.role in WHOLE)
+        and (fnmatchcase(s.path, word) or fnmatchcase(s.path, f"*.{word}"))
+    )
+
+
+def _is_role(word: str) -> bool:
+    """attn.q, mlp.*, norm: the words of `ROLES`, not a path that happens to start alike."""
+    group, dot, part = word.partition(".")
+    if not dot:
+        return word in PLAIN
+    return group in GROUPS and (part == "*" or bool(_roles(word)))
+
+
+def _roles(word: str) -> set[str]:
+    """The roles one word stands for: "attn.q" -> attn.q and cross.q."""
+    group, _, part = word.partition(".")
+    groups = {"attn": ("attn", "cross"), "self": ("attn",)}.get(group, (group,))
+    return {role for g in groups for role in ROLES if fnmatchcase(role, f"{g}.{part}")}
+
+
+def _role_matcher(word: str) -> Callable[[Site], bool]:
+    wanted = _roles(word) if "." in word else {word}
+    wild = "*" in word
+    return lambda s: s.role in wanted and not (wild and s.channels is not None)
+
+
+def _nothing(item: Item, sites: Sequence[Site]) -> str:
+    """Why this item found nothing, what there is, what to write."""
+    word = item.text.removeprefix("in:")
+    here = Counter(site.role for site in sites)
+    group, _, part = word.partition(".")
+    if _is_role(word) and part in ("q", "k", "v"):
+        fused = [role for role in _roles(f"{group}.qkv") if here[role]]
+        if fused:
+            return (
+                f"{item.text!r} matches no site: this model fuses its projections ({here[fused[0]]} x {fused[0]}) and "
+                f"their channels are not known. Write {fused[0]!r} for the whole projection, or attach with an example "
+                "batch so that the channels are found: kitout.attach(model, example=batch)"
+            )
+    if "," in word:
+        return f"{item.text!r} matches no site: items are separated by spaces, {' '.join(word.split(','))!r}"
+    if _is_role(word) or re.fullmatch(rf"({'|'.join(GROUPS)})\.\w+", word):
+        return f"{item.text!r} matches no site; this model has {_inventory(sites)}. {_close(word, here)}"
+    ends = {".".join(site.path.split(".")[-n:]) for site in sites for n in (1, 2)} | set(ROLES) | {"all-linear"}
+    return f"{item.text!r} is no role and matches no module path; {_close(word, ends)}. Roles here: {_inventory(sites)}"
+
+
+def _close(word: str, known: Iterable[str]) -> str:
+    return suggest(word, sorted(known))
+
+
+def _outside(item: Item, found: Sequence[Site]) -> str:
+    """The item exists, but not in the layers asked for."""
+    if all(site.layer is None for site in found):
+        return f"{item.text!r} lies outside the blocks ({found[0].path}); it is only chosen with layers='all'"
+    where: dict[str, list[int]] = {}
+    for site in found:
+        if site.layer is not None and site.layer not in where.setdefault(site.tower, []):
+            where[site.tower].append(site.layer)
+    told = "; ".join(f"{tower}: {','.join(map(str, layers))}" for tower, layers in where.items())
+    return f"{item.text!r} is in none of these layers; it is in {told}"
+
+
+def _inventory(sites: Sequence[Site]) -> str:
+    """Roles with counts, in the order of `ROLES`."""
+    count = Counter(site.role for site in sites)
+    return ", ".join(f"{role} ({count[role]})" for role in ROLES if count[role]) or "no sites"

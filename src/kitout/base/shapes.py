@@ -1,0 +1,103 @@
+"""What a single module is, by its own parameters: its kind, its two widths, its memory layout.
+
+Everything here looks at one module at a time and at nothing but shapes and torch's base classes, so it works on the
+meta device. It knows nothing of blocks, roles or names. The one concession: GPT-2's transposed linear is recognised
+through transformers' own class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D as Transposed
+
+from kitout.base.site import Kind
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CHANNELS_FIRST_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+class Leaf(NamedTuple):
+    """A module without parts: what it is and how wide."""
+
+    kind: Kind
+    d_in: int
+    d_out: int
+    channels_first: bool
+
+
+def linear(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear projection, None for anything else.
+
+    Three forms exist: torch's linear and its subclasses (bitsandbytes), the transposed one storing [d_in, d_out], and
+    quantised linears that only tell their features (GPTQ, AWQ, HQQ keep packed buffers instead of a weight).
+    """
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Transposed):
+        d_in, d_out = module.weight.shape
+        return int(d_in), int(d_out)
+    widths = module.__dict__.get("in_features"), module.__dict__.get("out_features")
+    if isinstance(widths[0], int) and isinstance(widths[1], int) and not stacked(module):
+        return widths[0], widths[1]
+    return None
+
+
+def pointwise(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a convolution that sees one position at a time: a linear map in another layout."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return None
+    alone = all(k == 1 for k in module.kernel_size) and all(s == 1 for s in module.stride)
+    return (module.in_channels, module.out_channels) if alone else None
+
+
+def stacked(module: nn.Module) -> bool:
+    """Experts kept as one parameter with a leading expert axis: [E, f, d]."""
+    return any(p.ndim >= 3 for p in module.parameters(recurse=False)) and not isinstance(module, CONVS)
+
+
+def norm(module: nn.Module) -> int | None:
+    """Width of a normalisation with a gain, None for anything else. By structure and by the ending of its class."""
+    own = dict(module.named_parameters(recurse=False))
+    gain = own.pop("weight", None)
+    if gain is None or gain.ndim != 1 or any(p.ndim != 1 for p in own.values()) or len(own) > 1:
+        return None
+    torch_norm = isinstance(module, (nn.LayerNorm, nn.RMSNorm, *CHANNELS_FIRST_NORMS))
+    return gain.numel() if torch_norm or "norm" in type(module).__name__.lower() else None
+
+
+def leaf(module: nn.Module) -> Leaf | None:
+    """What this module is if it is a leaf with parameters (or a quantised linear), else None.
+
+    Experts stacked in one parameter are no leaf: no value of theirs passes at one place.
+    """
+    if widths := linear(module):
+        return Leaf("linear", *widths, False)
+    if isinstance(module, CONVS):
+        return Leaf("conv", module.in_channels, module.out_channels, True)
+    own = list(module.parameters(recurse=False))
+    if not own or stacked(module) or any(True for child in module.children() for _ in child.parameters()):
+        return None
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return Leaf("embedding", module.num_embeddings, module.embedding_dim, False)
+    if width := norm(module):
+        first = isinstance(module, CHANNELS_FIRST_NORMS) or type(module).__name__.endswith("2d")
+        return Leaf("norm", width, width, first)
+    return Leaf("other", *_widths(own), False)
+
+
+def _widths(own: Sequence[Tensor]) -> tuple[int, int]:
+    """A home-made module: a single 2-D parameter reads as a linear map [d_out, d_in], all else keeps the width."""
+    first = own[0]
+    if first.ndim == 2:
+        return int(first.shape[1]), int(first.shape[0])
+    width = int(first.shape[-1]) if first.ndim else 1
+    return width, width
+
+
+def parametrised(module: nn.Module) -> bool:
+    """Weight-normed and the like: its parameters live in a child, yet it is one leaf."""
+    return parametrize.is_parametrized(module)
