@@ -61,8 +61,9 @@ def select(sites: Sequence[Site], targets: str, layers: str = "all") -> list[Sit
             seen = site.at(port="in", d_out=site.d_in, channels=None) if item.inward else site
             chosen.setdefault((seen.path, seen.port, seen.channels), seen)
     faults.raise_if_any()
-    order = {site.path: i for i, site in reversed(list(enumerate(sites)))}
-    return sorted(chosen.values(), key=lambda s: order[s.path])
+    order = {(site.path, site.channels): i for i, site in enumerate(sites)}
+    first = {site.path: i for i, site in reversed(list(enumerate(sites)))}
+    return sorted(chosen.values(), key=lambda s: order.get((s.path, s.channels), first[s.path]))
 
 
 def matches(site: Site, word: str) -> bool:

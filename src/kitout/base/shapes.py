@@ -1,13 +1,13 @@
 """What a single module is, by its own parameters: its kind, its two widths, its memory layout.
 
 Everything here looks at one module at a time and at nothing but shapes and torch's base classes, so it works on the
-meta device. It knows nothing of blocks, roles or names. The one concession: GPT-2's transposed linear is recognised
+meta device. It knows nothing of blocks, roles or names. The one concession: the linear stored transposed is recognised
 through transformers' own class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ def leaf(module: nn.Module) -> Leaf | None:
         return Leaf("linear", *widths, False)
     if isinstance(module, CONVS):
         return Leaf("conv", module.in_channels, module.out_channels, True)
-    own = list(module.parameters(recurse=False))
+    own = dict(module.named_parameters(recurse=False))
     if not own or stacked(module) or any(True for child in module.children() for _ in child.parameters()):
         return None
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -89,11 +89,12 @@ def leaf(module: nn.Module) -> Leaf | None:
     return Leaf("other", *_widths(own), False)
 
 
-def _widths(own: Sequence[Tensor]) -> tuple[int, int]:
-    """A home-made module: a single 2-D parameter reads as a linear map [d_out, d_in], all else keeps the width."""
-    first = own[0]
-    if first.ndim == 2:
-        return int(first.shape[1]), int(first.shape[0])
+def _widths(own: Mapping[str, Tensor]) -> tuple[int, int]:
+    """A home-made module: a 2-D weight reads as a linear map [d_out, d_in], all else keeps its last width."""
+    if "weight" in own and own["weight"].ndim == 2:
+        d_out, d_in = own["weight"].shape
+        return int(d_in), int(d_out)
+    first = next(iter(own.values()))
     width = int(first.shape[-1]) if first.ndim else 1
     return width, width
 

@@ -1,0 +1,16 @@
+"""kitout: adapt a large frozen transformer, text or vision, by adding small trained parts.
+
+The public names and nothing else. `attach(model)` gives a kit; methods (LoRA, IA3, ...) say what to add where; Stack
+and Mix say how parts are worn together.
+"""
+
+from kitout import errors
+from kitout.kit.delta import Delta, Method, register
+from kitout.kit.kit import Kit, attach
+from kitout.kit.route import Mix, Stack
+from kitout.methods import *  # noqa: F403 - the methods package decides what it exports
+from kitout.methods import __all__ as _methods
+
+__version__ = "0.1.0"
+
+__all__ = ["Delta", "Kit", "Method", "Mix", "Stack", "attach", "errors", "register", *_methods]

@@ -1,0 +1,88 @@
+"""A Site: one place in the frozen model where a value passes and a Delta can act on it.
+
+A Site says where (path, role, layer, tower), how wide (d_in, d_out, channels) and through which port. It knows
+nothing of adapters, methods, routes or files; it holds the frozen module only so that a Delta can be shaped by it.
+Layout rule: at every site values are channels-last, [..., d], whatever the module's own layout (`channels_first`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Port = Literal["out", "in", "kv", "tokens", "param"]
+Rows = Literal["batch", "major", "none", "unknown"]
+Kind = Literal["linear", "embedding", "conv", "norm", "other"]
+
+# Every role the finder hands out. "attn.q" is self-attention, "cross.q" cross-attention; a fused projection has the
+# role of the whole ("attn.qkv") and, once the probe has seen its channels, one more site per part ("attn.q", ...).
+PROJECTIONS = ("q", "k", "v", "o", "qkv")
+ROLES = (
+    *(f"{kind}.{p}" for kind in ("attn", "cross") for p in PROJECTIONS),
+    "mlp.up",
+    "mlp.gate",
+    "mlp.down",
+    "norm",  # any LayerNorm or RMSNorm with a gain; `layer` is None for the final one
+    "embed",  # token embedding tables
+    "patch",  # patch-embedding convolution or linear
+    "head",  # output head or classifier
+    "other",  # a leaf module with parameters that is none of the above
+    "sub.attn",  # what the self-attention sublayer adds to the residual stream
+    "sub.cross",  # likewise cross-attention
+    "sub.mlp",  # likewise the feed-forward sublayer
+    "block",  # the output of a whole block
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One tappable place.
+
+    path: module path inside the model. role: one of `ROLES`. tower: path of the block stack ("model.layers"), ""
+    outside blocks. layer: index in the tower, None outside blocks. d_in, d_out: widths of input and output (d_out is
+    the number of `channels` where those are given). port: "out" acts on the module's output, "in" on its input,
+    "param" on a bare parameter of it. source: path of the module whose *input* is handed over as x instead of this
+    module's own. channels: sorted channel indices of a fused projection, None = all. kind: which linear map the module
+    is. channels_first: the module's output is [B, C, ...] (convolutions, BatchNorm-like), so the tap moves C last.
+    rows: how dim 0 of the value relates to the batch. unfolded: True if the module's weight is stored [d_in, d_out].
+    """
+
+    path: str
+    role: str
+    tower: str = ""
+    layer: int | None = None
+    d_in: int
+    d_out: int
+    port: Port = "out"
+    source: str | None = None
+    channels: tuple[int, ...] | None = None
+    rows: Rows = "unknown"
+    kind: Kind = "linear"
+    channels_first: bool = False
+    module: nn.Module = field(compare=False, repr=False)
+
+    @cached_property
+    def key(self) -> str:
+        """A name without dots, unique in a model: the adapter's module key and the stem of its tensors in a file."""
+        tail = "" if self.port == "out" and self.channels is None else "@" + (
+            self.role.split(".")[-1] if self.port == "out" else self.port
+        )
+        return self.path.replace(".", "/") + tail
+
+    @cached_property
+    def span(self) -> slice | Tensor | None:
+        """The channels as a slice where contiguous, as an index tensor where not, None for all of them."""
+        if self.channels is None:
+            return None
+        first, last = self.channels[0], self.channels[-1]
+        if last - first + 1 == len(self.channels):
+            return slice(first, last + 1)
+        return torch.tensor(self.channels)
+
+    def at(self, **changes: Any) -> Site:
+        """The same place seen differently, e.g. `site.at(port="in", d_out=site.d_in)`."""
+        return replace(self, **changes)

@@ -1,0 +1,74 @@
+"""Where sublayers end: the value each adds to the residual stream, and the module that reads the stream before it.
+
+Serial adapters sit on that value; parallel ones add to it and read the residual. A post- or sandwich norm, LayerScale,
+dropout or drop-path between the projection and the sum belongs to the sublayer, so the site is the last module that
+emitted the value. Parallel-residual blocks (attention and feed-forward summed first) have both. Knows no architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kitout.base.find import Block, Survey
+from kitout.base.site import Site
+from kitout.base.watch import Watch
+
+ENDS = {"attn.o": "sub.attn", "cross.o": "sub.cross", "mlp.down": "sub.mlp"}
+
+
+def sublayers(found: Survey, watch: Watch) -> list[Site]:
+    """One site per sublayer whose sum with the residual stream was seen."""
+    ends = {s.path: ENDS[s.role] for s in found.sites if s.role in ENDS}
+    by_path = {s.path: s for s in found.sites if s.path in ends}
+    blocks = {b.path: b for b in found.blocks if b.whole}
+    result: dict[tuple[str, str], Site] = {}
+    partial: dict[tuple[str, str], str | None] = {}  # (block, role) -> emitter, where sublayers are summed first
+    for add in watch.additions:
+        own = {p: r for p, r in ends.items() if p.startswith(add.block + ".")}
+        roles = [_roles(leaves, own) for leaves in add.leaves]
+        emitters = [_once(emitters, add.block, watch) for emitters in add.emitters]
+        if roles[0] and roles[1]:
+            for side in (0, 1):
+                for role in roles[side]:
+                    partial.setdefault((add.block, role), emitters[side])
+            continue
+        side = 0 if roles[0] else 1
+        if not roles[side] or add.receivers[1 - side] is None:
+            continue
+        for role in roles[side]:
+            key = (add.block, role)
+            emitter = partial.get(key, emitters[side]) or _projection(own, role)
+            if key not in result and emitter is not None:
+                result[key] = _site(found, blocks[add.block], role, emitter, add.receivers[1 - side], by_path)
+    return list(result.values())
+
+
+def _once(emitters: Sequence[str], block: str, watch: Watch) -> str | None:
+    """The last emitter that runs once per pass of its block: one module may close both sublayers (ViT's dropout)."""
+    return next((e for e in reversed(emitters) if watch.fired[e] == watch.fired[block]), None)
+
+
+def _roles(leaves: frozenset[str], own: Mapping[str, str]) -> list[str]:
+    """The sublayers of this block that a value comes from, if it comes from nothing else."""
+    return sorted({own[p] for p in leaves}) if leaves and leaves <= own.keys() else []
+
+
+def _projection(own: Mapping[str, str], role: str) -> str | None:
+    """The closing projection itself, where no module emitted the summed value (a functional dropout, a multiplier)."""
+    return next((p for p, r in own.items() if r == role), None)
+
+
+def _site(
+    found: Survey, block: Block, role: str, emitter: str, source: str | None, by_path: Mapping[str, Site]
+) -> Site:
+    return Site(
+        path=emitter,
+        role=role,
+        tower=block.tower,
+        layer=block.index,
+        d_in=block.d,
+        d_out=block.d,
+        source=source,
+        kind="linear" if emitter in by_path else "other",
+        module=found.model.get_submodule(emitter),
+    )

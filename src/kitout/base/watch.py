@@ -1,0 +1,216 @@
+"""Watching one forward: which modules fire, what each attention call reads, what is added to the residual stream.
+
+Projection outputs and block inputs are cut into gradient leaves, so that walking a tensor's graph ends at the nearest
+of them. `scaled_dot_product_attention` and matmul-softmax-matmul give q, k and v; tensor additions give the sublayers.
+It knows module paths and tensors, no architecture, and changes no value.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, torch.baddbmm, Tensor.baddbmm}
+
+
+@dataclass
+class Addition:
+    """One sum inside a block: for both operands the leaves it comes from, who emitted it (dropout hands on what it is
+    given, so there may be several, in order), who first received it."""
+
+    block: str
+    leaves: tuple[frozenset[str], frozenset[str]]
+    emitters: tuple[tuple[str, ...], tuple[str, ...]]
+    receivers: tuple[str | None, str | None]
+
+
+@dataclass
+class Attention:
+    """One attention call: by letter the leaves it reads, and the tensors to take gradients of."""
+
+    block: str | None
+    leaves: dict[str, frozenset[str]]
+    tensors: dict[str, Tensor]
+
+
+class Watch(TorchFunctionMode):
+    """Use as a context around one forward of `model`.
+
+    cut: paths of projections whose outputs become leaves. blocks: paths whose first input becomes a leaf.
+    """
+
+    def __init__(self, model: nn.Module, cut: Iterable[str], blocks: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.cut, self.blocks = model, set(cut), set(blocks)
+        self.fired: Counter[str] = Counter()
+        self.rows: dict[str, int] = {}
+        self.leaf: dict[str, list[Tensor]] = {}
+        self.additions: list[Addition] = []
+        self.attentions: list[Attention] = []
+        self._label: dict[int, str] = {}
+        self._emitter: dict[int, list[str]] = {}
+        self._receiver: dict[int, str] = {}
+        self._alive: list[Any] = []  # ids are only good while their tensors live
+        self._inside: list[str] = []
+        self._product: tuple[Tensor, Tensor, Tensor] | None = None
+        self._hooks: list[Any] = []
+        self._quiet = False
+
+    def __enter__(self) -> Watch:
+        for path, module in self.model.named_modules():
+            if path in self.blocks:
+                self._hooks.append(module.register_forward_pre_hook(self._block_in(path), with_kwargs=True))
+                self._hooks.append(module.register_forward_hook(self._block_out(path), always_call=True))
+            elif next(module.children(), None) is None or path in self.cut:
+                self._hooks.append(module.register_forward_pre_hook(self._leaf_in(path), with_kwargs=True))
+                self._hooks.append(module.register_forward_hook(self._leaf_out(path)))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    # ---- hooks -------------------------------------------------------------------------------------------------
+
+    def _block_in(self, path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._inside.append(path)
+            self.fired[path] += 1
+            if args and isinstance(args[0], Tensor):
+                self.rows[path] = args[0].shape[0]
+                return (self._cut(f"stream:{path}", args[0]), *args[1:]), kwargs
+            name = next((k for k, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()), None)
+            if name is None:
+                return None
+            self.rows[path] = kwargs[name].shape[0]
+            return args, {**kwargs, name: self._cut(f"stream:{path}", kwargs[name])}
+
+        return hook
+
+    def _block_out(self, path: str) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            self._inside.pop()
+
+        return hook
+
+    def _leaf_in(self, path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            self.fired[path] += 1
+            if isinstance(x, Tensor):
+                self._alive.append(x)
+                self._receiver.setdefault(id(x), path)
+                self.rows[path] = x.shape[0] if x.ndim else 0
+
+        return hook
+
+    def _leaf_out(self, path: str) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> Any:
+            if not isinstance(out, Tensor):
+                return None
+            if path in self.cut and out.is_floating_point():
+                out = self._cut(path, out)
+            self._alive.append(out)
+            self._emitter.setdefault(id(out), []).append(path)
+            return out
+
+        return hook
+
+    def _cut(self, label: str, value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        leaf = value.detach().requires_grad_()
+        self._label[id(leaf)] = label
+        self.leaf.setdefault(label, []).append(leaf)
+        return leaf.clone()  # models may write to it in place, which a leaf does not allow
+
+    # ---- calls -------------------------------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._quiet:
+            return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            self._attend(*_three(args, kwargs))
+        elif func in PRODUCTS:
+            return self._multiply(func, args, kwargs)
+        elif func in ADDS and self._inside and len(args) > 1:
+            self._add(args[0], args[1])
+        return func(*args, **kwargs)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        tensors = {"q": q, "k": k, "v": v}
+        self._alive.append(tensors)
+        leaves = {letter: self.ancestors(t) for letter, t in tensors.items()}
+        self.attentions.append(Attention(self._inside[-1] if self._inside else None, leaves, tensors))
+
+    def _multiply(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """scores = q k^T, softmax, scores v: recognised by the softmax on the second product's first operand."""
+        out = func(*args, **kwargs)
+        a, b = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)][-2:]
+        if self._product is not None and _after_softmax(a):
+            self._attend(self._product[0], self._product[1], b)
+            self._product = None
+        elif a.ndim > 2 and b.ndim > 2:
+            self._alive.append((a, b, out))
+            self._product = (a, b, out)
+        return out
+
+    def _add(self, a: Any, b: Any) -> None:
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape or not a.is_floating_point():
+            return
+        if not (a.requires_grad and b.requires_grad):
+            return
+        self._alive.append((a, b))
+        self.additions.append(
+            Addition(
+                self._inside[-1],
+                (self.ancestors(a), self.ancestors(b)),
+                (tuple(self._emitter.get(id(a), ())), tuple(self._emitter.get(id(b), ()))),
+                (self._receiver.get(id(a)), self._receiver.get(id(b))),
+            )
+        )
+
+    def ancestors(self, t: Tensor) -> frozenset[str]:
+        """Labels of the nearest leaves a tensor is computed from."""
+        found, seen, stack = set(), set(), [t.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            variable = getattr(node, "variable", None)  # only AccumulateGrad nodes have one
+            if variable is not None and id(variable) in self._label:
+                found.add(self._label[id(variable)])
+            stack.extend(parent for parent, _ in node.next_functions)
+        return frozenset(found)
+
+
+def _three(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (args[i] if len(args) > i else kwargs[n] for i, n in enumerate(("query", "key", "value")))
+    return q, k, v
+
+
+def _after_softmax(t: Tensor) -> bool:
+    """True if a softmax is the last thing but for reshapes, casts and dropout that happened to t."""
+    node = t.grad_fn
+    for _ in range(6):
+        if node is None:
+            return False
+        if "Softmax" in node.name():
+            return True
+        parents = [p for p, _ in node.next_functions if p is not None]
+        if len(parents) != 1:
+            return False
+        node = parents[0]
+    return False

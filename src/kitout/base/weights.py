@@ -1,0 +1,160 @@
+"""The frozen module seen as a matrix: the one file that knows how weights are stored.
+
+Linear [out, in], Conv1D-like [in, out], convolutions [out, in, *kernel], embedding tables [V, d], norm gains stored as
+g or as 1 + g, channel subsets of fused projections, quantised storage. Everything outside sees w [d_out, d_in] and
+b [d_out] | None. It knows nothing of adapters, routes or files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from kitout.base.site import Site
+from kitout.errors import NotMergeable
+
+
+def transposed(module: nn.Module) -> bool:
+    """True where the weight is stored [in, out] (transformers' Conv1D marks itself by `nf`)."""
+    return "nf" in module.__dict__ and "weight" in module._parameters
+
+
+def plain(module: nn.Module) -> bool:
+    """True where the weight is an ordinary floating-point tensor (not packed, quantised or a tensor subclass)."""
+    w = module._parameters.get("weight")
+    return w is not None and type(w.data) is Tensor and w.is_floating_point() and w.dtype.itemsize >= 2
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The module's weight as a [d_out, d_in] view in its own dtype; raises NotMergeable for quantised storage."""
+    w = module._parameters.get("weight")
+    if w is None or not plain(module):
+        kind = type(w.data).__name__ if w is not None else "no parameter named weight"
+        raise NotMergeable(f"{type(module).__name__} stores its weight as {kind}, not as plain floating-point values")
+    if isinstance(module, nn.Embedding) or transposed(module):
+        return w.T
+    return w.flatten(1) if w.ndim > 2 else w
+
+
+def bias(module: nn.Module) -> Tensor | None:
+    """The module's bias [d_out], or None."""
+    return module._parameters.get("bias")
+
+
+def linear_map(site: Site, x: Tensor, w: Tensor) -> Tensor:
+    """The site's own linear map with other weights: x as the module takes it, w [r, d_in] -> [..., r], channels last.
+
+    d_in is the width of the flattened weight: in * kernel for a convolution, the vocabulary for an embedding.
+    """
+    module = site.module
+    if isinstance(module, nn.Embedding):
+        return F.embedding(x, w.T, module.padding_idx)
+    if site.kind == "conv":
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(module.kernel_size)]
+        kernel = w.view(w.shape[0], -1, *module.kernel_size)
+        y = conv(x, kernel, None, module.stride, module.padding, module.dilation, module.groups)  # type: ignore[operator]
+        return y.movedim(1, -1)
+    return F.linear(x, w)
+
+
+def fan_in(site: Site) -> int:
+    """Width of the flattened weight's input axis (see `linear_map`)."""
+    module = site.module
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings
+    if site.kind == "conv":
+        weight = module._parameters["weight"]
+        assert weight is not None
+        return weight[0].numel()
+    return site.d_in
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a Delta that reads weights is handed: the site's weight rows and bias, and the module as a function."""
+
+    site: Site
+
+    @property
+    def weight(self) -> Tensor:
+        w = matrix(self.site.module)
+        return w if self.site.span is None else w[self.site.span]
+
+    @property
+    def bias(self) -> Tensor | None:
+        b = bias(self.site.module)
+        return b if b is None or self.site.span is None else b[self.site.span]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The frozen module itself, taps aside."""
+        module = self.site.module
+        forward = getattr(type(module), "frozen_forward", type(module).forward)
+        y: Tensor = forward(module, x)
+        return y
+
+    def map(self, x: Tensor, w: Tensor) -> Tensor:
+        return linear_map(self.site, x, w)
+
+
+def gain_offset(module: nn.Module) -> float:
+    """0.0 where a norm multiplies by its weight, 1.0 where by 1 + weight: measured, not assumed.
+
+    Raises NotMergeable where neither fits, or where the norm is not an elementwise gain at all.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or weight.ndim != 1:
+        raise NotMergeable(f"{type(module).__name__} has no 1-D gain to fold into")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, weight.numel(), generator=generator).to(weight.device, torch.float32)
+    forward = {n: p.detach().float() for n, p in module.named_parameters()}
+    shift = forward["bias"] if "bias" in forward else torch.zeros_like(x[0])
+
+    def run(gain: Tensor) -> Tensor:
+        return functional_call(module, {**forward, "weight": gain}, (x,)) - shift
+
+    zero, one = run(torch.zeros_like(x[0])), run(torch.ones_like(x[0]))
+    step = one - zero  # = the normalised x in both conventions
+    for offset in (0.0, 1.0):
+        if torch.allclose(zero, offset * step, atol=1e-5):
+            return offset
+    raise NotMergeable(f"{type(module).__name__} is neither gain * norm(x) nor (1 + gain) * norm(x)")
+
+
+def replace_weight(module: nn.Module, w: Tensor, b: Tensor | None) -> None:
+    """Gives a linear, convolution or embedding new weights, [d_out, d_in] and [d_out] in fp32, cast to its dtype.
+
+    The Parameters are new objects, so a tied partner keeps the old values and the old ones can be put back bit for bit.
+    """
+    old = module._parameters["weight"]
+    assert old is not None
+    if isinstance(module, nn.Embedding):
+        w, b = (w if b is None else w + b[:, None]), None
+    stored = w.T if isinstance(module, nn.Embedding) or transposed(module) else w.view(old.shape)
+    module._parameters["weight"] = _like(stored, old)
+    if b is not None:
+        if "bias" not in module._parameters:
+            raise NotMergeable(f"{type(module).__name__} has no place for a bias")
+        module._parameters["bias"] = _like(b, old)
+
+
+def replace_gain(module: nn.Module, scale: Tensor, shift: Tensor | None) -> None:
+    """Folds y' = scale * y + shift into a norm: its gain and, where it has or can hold one, its bias."""
+    offset, old, b = gain_offset(module), module._parameters["weight"], module._parameters.get("bias")
+    assert old is not None
+    new_b = None if b is None else b.float() * scale
+    if shift is not None and bool(shift.any()):
+        if "bias" not in module._parameters:
+            raise NotMergeable(f"{type(module).__name__} is a norm without a bias: it can take a scale, not a shift")
+        new_b = shift if new_b is None else new_b + shift
+    module._parameters["weight"] = _like((old.float() + offset) * scale - offset, old)
+    if new_b is not None:
+        module._parameters["bias"] = _like(new_b, old)
+
+
+def _like(value: Tensor, old: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(value.detach().to(old.device, old.dtype).contiguous(), requires_grad=False)

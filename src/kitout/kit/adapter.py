@@ -1,0 +1,92 @@
+"""An adapter: the Deltas one Method built on one base, under one name, with the heads that travel with it.
+
+It is an ordinary nn.Module that holds its own parameters and nothing of the base. Grouped by module and port
+(`locals`), it is what routes are compiled from. It knows nothing of other adapters, of rows or of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from kitout.base.site import Site
+from kitout.kit.delta import Delta, Method
+from kitout.kit.local import Local, Part, Source
+
+
+class Head(Delta):
+    """A module of the model replaced by another while the adapter is worn (classifier, value head)."""
+
+    replaces = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, y: Tensor, frozen: Any = None) -> Tensor:
+        new: Tensor = self.module(x)
+        return new
+
+
+class Adapter(nn.Module):
+    """One named adapter.
+
+    method: its config. sites: where it sits, in model order. deltas: one per site, by `site.key`. shared: the module
+    all Deltas may use, or None. heads: replaced modules by their path (dots written as slashes).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        sites: Sequence[Site],
+        deltas: Mapping[str, Delta],
+        shared: nn.Module | None,
+        heads: Mapping[str, nn.Module],
+    ) -> None:
+        super().__init__()
+        self.name, self.method, self.sites = name, method, tuple(sites)
+        self.seed: int | None = None
+        self.deltas = nn.ModuleDict(dict(deltas))
+        self.shared = shared
+        self.heads = nn.ModuleDict({path.replace(".", "/"): Head(m) for path, m in heads.items()})
+        self.locals: dict[str, Local] = {}
+        self.notes: dict[str, list[Source]] = {}  # module path -> sources its input has to be left in
+
+    def wire(self, head_sites: Sequence[Site]) -> None:
+        """Groups the Deltas by the module they act on."""
+        ins: dict[str, list[Part]] = {}
+        outs: dict[str, list[Part]] = {}
+        for site, delta in [(s, self.delta(s)) for s in self.sites] + [(s, self.head(s)) for s in head_sites]:
+            source = None
+            if site.source is not None:
+                source = Source()
+                self.notes.setdefault(site.source, []).append(source)
+            (ins if site.port == "in" else outs).setdefault(site.path, []).append(Part(site, delta, source))
+        for path in {**ins, **outs}:
+            self.locals[path] = Local(self.name, tuple(ins.get(path, ())), tuple(outs.get(path, ())))
+
+    def delta(self, site: Site) -> Delta:
+        found = self.deltas[site.key]
+        assert isinstance(found, Delta)
+        return found
+
+    def head(self, site: Site) -> Delta:
+        found = self.heads[site.path.replace(".", "/")]
+        assert isinstance(found, Delta)
+        return found
+
+    @property
+    def strength(self) -> float:
+        return next(iter(self.locals.values())).strength if self.locals else 1.0
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        for local in self.locals.values():
+            local.strength = value
+
+    def extra_repr(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in self.method.describe().items())
+        return f"{self.name!r}, {type(self.method).__name__}({settings}), {len(self.sites)} sites"

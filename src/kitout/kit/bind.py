@@ -1,0 +1,105 @@
+"""Compiling a route into programs: which tap runs what.
+
+It knows adapters only as `Local`s by module path, and nothing of methods, files or how a route is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from kitout.base.site import Site
+from kitout.kit.adapter import Adapter
+from kitout.kit.live import Bound
+from kitout.kit.local import Local, Source
+from kitout.kit.program import Blend, Chain, Direct, Note, One, Plan, Rows, Term, Whole
+from kitout.kit.route import Entry, Mix, Route, names
+from kitout.kit.tap import Program, Tap
+
+
+def bind(route: Route, adapters: Mapping[str, Adapter], taps: Mapping[str, Tap], rows: Mapping[str, str]) -> Bound:
+    """Programs for every module that the route's adapters sit at or read from.
+
+    rows: by module path, how its first dimension relates to the batch (`Site.rows`).
+    """
+    bound = Bound(route, rows=len(route) if isinstance(route, tuple) else None)
+    worn = [adapters[n] for n in dict.fromkeys(names(route))]
+    programs: dict[str, Program] = {}
+    plan, entries = _plan(route)
+    for path in dict.fromkeys(p for a in worn for p in a.locals):
+        program = (
+            _whole(entries[0], adapters, path)
+            if plan is None
+            else _rows(plan, entries, adapters, path, rows.get(path, "batch"))
+        )
+        if program is not None:
+            programs[path] = program
+    notes: dict[str, list[Source]] = {}
+    for adapter in worn:
+        for path, sources in adapter.notes.items():
+            notes.setdefault(path, []).extend(sources)
+    for path, sources in notes.items():
+        programs[path] = Note(sources, programs.get(path))
+    bound.items = [(taps[path], program) for path, program in programs.items()]
+    return bound
+
+
+def _plan(route: Route) -> tuple[Plan | None, list[Entry]]:
+    """The distinct entries, and which row wears which; no plan where all rows wear the same."""
+    if not isinstance(route, tuple):
+        return None, [route]
+    distinct = list(dict.fromkeys(route))
+    if len(distinct) == 1:
+        return None, distinct
+    return Plan([distinct.index(e) for e in route], len(distinct)), distinct
+
+
+def _locals(entry: Entry, adapters: Mapping[str, Adapter], path: str) -> Iterable[Local]:
+    for name in dict.fromkeys(names(entry)):
+        if path in adapters[name].locals:
+            yield adapters[name].locals[path]
+
+
+def _term(entry: Entry, adapters: Mapping[str, Adapter], path: str) -> Term | None:
+    """The entry's map at one module, or None where it has nothing there."""
+    if entry is None:
+        return None
+    if isinstance(entry, str):
+        local = adapters[entry].locals.get(path)
+        return None if local is None else One(local)
+    if isinstance(entry, Mix):
+        weighted = [(_term(part, adapters, path), w) for part, w in entry.parts]
+        present = [(t, w) for t, w in weighted if t is not None]
+        return Blend(present) if present else None
+    terms = [t for t in (_term(part, adapters, path) for part in entry.parts) if t is not None]
+    return terms[0] if len(terms) == 1 else Chain(terms) if terms else None
+
+
+def _whole(entry: Entry, adapters: Mapping[str, Adapter], path: str) -> Program | None:
+    term = _term(entry, adapters, path)
+    if term is None:
+        return None
+    locals_ = list(_locals(entry, adapters, path))
+    site = _any_site(locals_)
+    if isinstance(term, One):
+        local = term.local
+        part = local.outs[0] if len(local.outs) == 1 and not local.ins else None
+        if part and part.simple and local.strength == 1.0 and part.frozen is None and site.kind == "linear":
+            if not part.delta.replaces:
+                return Direct(part.delta)
+        return Whole(term, local.replaces, site.kind == "linear", local.sources)
+    return Whole(term, False, site.kind == "linear", [s for loc in locals_ for s in loc.sources])
+
+
+def _rows(
+    plan: Plan, entries: Iterable[Entry], adapters: Mapping[str, Adapter], path: str, rows: str
+) -> Program | None:
+    entries = list(entries)
+    terms = [_term(e, adapters, path) for e in entries]
+    if all(t is None for t in terms):
+        return None
+    sources = [s for e in entries for loc in _locals(e, adapters, path) for s in loc.sources]
+    return Rows(plan, terms, path, rows, list(dict.fromkeys(sources)))
+
+
+def _any_site(locals_: Iterable[Local]) -> Site:
+    return next(part.site for loc in locals_ for part in (*loc.outs, *loc.ins))

@@ -1,0 +1,133 @@
+"""The model boundary: where a route meets a call, and the block boundary: where recomputation finds it again.
+
+At the top of the model the context's route is resolved once, checked against the batch and laid on the taps; inside
+the graph only plain attributes are read. Blocks hand their route to activation checkpointing as one more keyword
+argument, so a recomputation wears what its forward wore. It knows nothing of adapters or methods.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kitout.errors import RouteError
+from kitout.kit.live import Bound, Live
+from kitout.kit.tap import subclass
+
+ROUTE = "_kitout_route"  # the keyword a block's route travels under
+
+
+class Resolver(Protocol):
+    """What the boundary asks of a kit."""
+
+    live: Live
+
+    def resolve(self) -> Bound: ...
+    def first_forward(self) -> Any: ...
+
+
+@lru_cache(maxsize=None)
+def bounded(base: type[nn.Module]) -> type[nn.Module]:
+    """The swapped class of the model itself."""
+    frozen_forward = base.forward
+    members: dict[str, Any] = {"swap": bounded}
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return frozen_forward(self, *args, **kwargs)  # the taps already hold the route `use` laid
+        live: Live = self._kitout.live
+        with live.lock:
+            bound = self._kitout.resolve()
+            if bound.rows is not None and live.depth == 0:
+                _check_rows(bound.rows, self, args, kwargs, bool(live.generating))
+            live.lay(bound)
+            if torch.is_grad_enabled() and bound.items:
+                live.recorded()
+            live.depth += 1
+            try:
+                with self._kitout.first_forward():
+                    return frozen_forward(self, *args, **kwargs)
+            finally:
+                live.depth -= 1
+
+    members["forward"] = forward
+    frozen_generate = getattr(base, "generate", None)
+    if frozen_generate is not None:
+
+        def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+            live: Live = self._kitout.live
+            with live.lock:
+                bound = self._kitout.resolve()
+                if bound.rows is not None:
+                    _check_rows(bound.rows, self, args, kwargs, False)
+                live.lay(bound)  # an encoder may be called before the model's own forward is
+                live.generating += 1
+                try:
+                    return frozen_generate(self, *args, **kwargs)
+                finally:
+                    live.generating -= 1
+
+        members["generate"] = generate
+    return subclass(base, members)
+
+
+@lru_cache(maxsize=None)
+def routed(base: type[nn.Module]) -> type[nn.Module]:
+    """The swapped class of a block: a tap that also carries its route through activation checkpointing."""
+    frozen_forward = base.forward
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            live: Live = self._kitout_live
+            if live.bound.items and getattr(self, "gradient_checkpointing", False):
+                kwargs[ROUTE] = live.bound
+        return base.__call__(self, *args, **kwargs)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = kwargs.pop(ROUTE, None)
+        live: Live = self._kitout_live
+        if bound is None and _recomputing(live):
+            bound = live.recomputed()
+        if bound is None or bound is live.bound:
+            return run(self, args, kwargs)
+        with live.reentered(bound):
+            return run(self, args, kwargs)
+
+    def run(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        program = self._kitout_tap.program
+        if program is None:
+            return frozen_forward(self, *args, **kwargs)
+        return program(self, frozen_forward, args, kwargs)
+
+    return subclass(base, {"swap": routed, "__call__": call, "forward": forward, "frozen_forward": frozen_forward})
+
+
+def _recomputing(live: Live) -> bool:
+    """True in a block that runs inside a backward pass without having come through the model boundary."""
+    if torch.compiler.is_compiling() or live.depth or live.graded is None:
+        return False
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _check_rows(rows: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], multiples: bool) -> None:
+    """The route names as many rows as the call has (inside generate, beams make it a multiple)."""
+    batch = _batch_size(model, args, kwargs)
+    if batch == rows or (multiples and batch % rows == 0):
+        return
+    raise RouteError(
+        f"the route names {rows} rows but this call has a batch of {batch}: use([...]) takes one entry per row, in "
+        "order, None for base rows"
+    )
+
+
+def _batch_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Rows of a call: dim 0 of its main input, else of the first tensor in it."""
+    main = kwargs.get(getattr(model, "main_input_name", "input_ids"))
+    values = [main, *args, *kwargs.values()]
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim > 1:
+            return value.shape[0]
+    raise RouteError("the route names rows, but this call has no tensor to count them by")

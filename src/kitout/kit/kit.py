@@ -1,0 +1,478 @@
+"""The kit: named adapters on one frozen base, worn, routed, counted, merged and saved.
+
+`attach(model)` finds the sites, freezes the base and changes nothing else; the kit then holds adapters and forwards
+calls. What it does with tensors lives elsewhere: sites in `base`, routes in `bind`, weights in `merge`, files in
+`kitout.files`. It knows no method and no architecture.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kitout.base.find import Survey, survey
+from kitout.base.select import select
+from kitout.base.site import Site
+from kitout.errors import (
+    AlreadyAttached,
+    BadName,
+    Faults,
+    KitoutError,
+    MergeState,
+    NameTaken,
+    RouteError,
+    SilentSite,
+    TargetError,
+    UnknownAdapter,
+    suggest,
+)
+from kitout.kit import merge as merging
+from kitout.kit.adapter import Adapter
+from kitout.kit.bind import bind
+from kitout.kit.boundary import bounded, routed
+from kitout.kit.count import Count, count
+from kitout.kit.delta import Method
+from kitout.kit.live import Bound, Choice, Live
+from kitout.kit.route import Route, names, route
+from kitout.kit.tap import Tap, install, tap, uninstall, untap
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+PLANS_KEPT = 64  # compiled routes remembered, so that a serving loop does not compile them again
+
+
+class Worn(AbstractContextManager["Kit"]):
+    """What `kit.use` returns: already in force; as a context manager it is local to its context and put back after."""
+
+    def __init__(self, kit: Kit, choice: Choice) -> None:
+        self._kit, self._choice = kit, choice
+        self._token: Any = None
+
+    def __enter__(self) -> Kit:
+        live = self._kit.live
+        with live.lock:
+            if self._choice in live.sticky:
+                live.sticky.remove(self._choice)
+            if not live.sticky:
+                live.sticky.append(Choice(None))
+            self._token = live.local.set(self._choice)
+            live.lay(self._kit.resolve())
+        return self._kit
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        live = self._kit.live
+        with live.lock:
+            live.local.reset(self._token)
+            live.lay(self._kit.resolve())
+
+
+class _Forward:
+    """`kit.forward`: the base's call with the base's signature (transformers.Trainer reads it to choose columns)."""
+
+    def __init__(self, kit: Kit) -> None:
+        self._kit = kit
+        self.__signature__ = inspect.signature(kit.base.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._kit.base(*args, **kwargs)
+
+
+class Kit(nn.Module):
+    """Named adapters on one frozen base. Made by `attach`; `parameters()` and `state_dict()` hold adapters only."""
+
+    def __init__(self, base: nn.Module, found: Survey) -> None:
+        super().__init__()
+        self.__dict__["base"] = base  # not a child: the base is not the kit's to register, train or save
+        self.found = found
+        self.adapters = nn.ModuleDict()
+        self.live = Live()
+        self.merged_name: str | None = None
+        self._order: dict[str, Adapter] = {}
+        self._taps: dict[str, Tap] = {}
+        self._plans: dict[Route, Bound] = {}
+        self._backup: dict[str, merging.Backup] = {}
+        self._unproven: set[str] = {s.path for s in found.sites} if not found.proven else set()
+        self._state = _BaseState.take(base)
+        self._install()
+        self.__dict__["forward"] = _Forward(self)
+        self.training = base.training
+
+    # ---- attaching ---------------------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        base = self.base
+        base.requires_grad_(False)
+        install(base, bounded, "_kitout", self)
+        for block in (b for b in self.found.blocks if b.whole):
+            module = base.get_submodule(block.path)
+            if "_kitout_live" not in module.__dict__:
+                module.__dict__["_kitout_live"] = self.live
+                self._taps[block.path] = Tap(block.path, module)
+                install(module, routed, "_kitout_tap", self._taps[block.path])
+
+    def detach(self) -> nn.Module:
+        """The model as it was before `attach`: classes, requires_grad and mode; returns it. The kit is spent."""
+        if self.merged_name is not None:
+            self.unmerge()
+        self.live.lay(Bound(None))
+        for path in self._taps:
+            module = self.base.get_submodule(path)
+            untap(module)
+            module.__dict__.pop("_kitout_live", None)
+        uninstall(self.base, "_kitout")
+        self._state.restore(self.base)
+        self._taps.clear()
+        return self.base
+
+    @property
+    def base(self) -> nn.Module:
+        """The frozen model."""
+        model = self.__dict__["base"]
+        assert isinstance(model, nn.Module)
+        return model
+
+    def sites(self, targets: str, layers: str = "all") -> list[Site]:
+        """The sites a selection means: `kit.sites("attn.q", "last:2")`."""
+        return select(self.found.sites, targets, layers)
+
+    # ---- adapters ----------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters, in the order they were added."""
+        return list(self._order)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._order
+
+    def __getitem__(self, name: str) -> Adapter:
+        if name not in self._order:
+            raise UnknownAdapter(f"no adapter is called {name!r}: {suggest(name, self._order)}")
+        return self._order[name]
+
+    def add(
+        self,
+        name: str,
+        method: Method,
+        *,
+        seed: int | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Adapter:
+        """A fresh adapter, left trainable and not worn. seed: of its initial values (None: the global generator).
+
+        heads: modules that replace modules of the model, by path, while the adapter is worn. dtype: of its values;
+        default fp32 over a floating base, whatever the base's own. Raises NameTaken, BadName, TargetError, MergeState.
+        """
+        self._check_new(name)
+        if self.merged_name is not None:
+            raise MergeState(f"{self.merged_name!r} is merged into the base: unmerge() before adding {name!r}")
+        sites = method.sites(self.found)
+        self._check_sites(name, sites)
+        head_sites = [self._head_site(path) for path in heads or {}]
+        # On CPU whatever the base's device, so that a seed means the same values everywhere.
+        with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
+            if seed is not None:
+                torch.manual_seed(seed)
+            shared = method.shared(sites)
+            deltas = {site.key: method.build(site, shared) for site in sites}
+        adapter = Adapter(name, method, sites, deltas, shared, heads or {})
+        adapter.seed = seed
+        adapter.to(dtype=dtype or torch.float32)
+        self._place(adapter)
+        adapter.wire(head_sites)
+        self._enter(adapter)
+        return adapter
+
+    def _check_new(self, name: str) -> None:
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise BadName(
+                f"{name!r} cannot name an adapter: use 1 to 128 letters, digits, '.', '_' or '-', "
+                "the first a letter or digit"
+            )
+        if name in self._order:
+            raise NameTaken(f"an adapter called {name!r} exists: remove({name!r}) first, or choose another name")
+
+    def _check_sites(self, name: str, sites: Sequence[Site]) -> None:
+        if not sites:
+            raise TargetError(f"adapter {name!r} would have no site at all in this model; see print(kit) for the roles")
+        silent = [s.path for s in sites if s.path in self.found.silent]
+        if silent:
+            raise SilentSite(
+                f"adapter {name!r}: {', '.join(silent[:5])} never runs in this model's forward, so nothing placed there "
+                "would have an effect; choose other targets (see print(kit))"
+            )
+
+    def _head_site(self, path: str) -> Site:
+        known = dict(self.base.named_modules())
+        if path not in known or not path:
+            raise TargetError(f"heads: the model has no module {path!r}: {suggest(path, known)}")
+        return Site(path=path, role="head", d_in=0, d_out=0, kind="other", module=known[path], rows="batch")
+
+    def _place(self, adapter: Adapter) -> None:
+        """Moves each Delta to the device of the module it sits at."""
+        for site in adapter.sites:
+            device = next((p.device for p in site.module.parameters()), None)
+            if device is not None:
+                adapter.delta(site).to(device)
+        anywhere = next(self.base.parameters()).device
+        for module in (adapter.shared, adapter.heads):
+            if module is not None:
+                module.to(anywhere)
+
+    def _enter(self, adapter: Adapter) -> None:
+        with self.live.lock:
+            for path in {**adapter.locals, **adapter.notes}:
+                self._taps.setdefault(path, tap(path, self.base.get_submodule(path)))
+            self.adapters["@" + adapter.name.replace(".", "%2E")] = adapter
+            adapter.train(self.training)
+            self._order[adapter.name] = adapter
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter. Refused while a sticky route wears it or it is merged."""
+        adapter = self[name]
+        if self.merged_name is not None:
+            raise MergeState(f"{self.merged_name!r} is merged into the base: unmerge() before removing an adapter")
+        if name in names(self.live.route):
+            raise RouteError(f"{name!r} is worn: use(None) or another route before remove({name!r})")
+        with self.live.lock:
+            del self.adapters["@" + adapter.name.replace(".", "%2E")]
+            del self._order[name]
+            self._forget_plans(name)
+
+    def _forget_plans(self, name: str) -> None:
+        worn_now = self.live.bound.route
+        self._plans = {r: b for r, b in self._plans.items() if name not in names(r)}
+        if name in names(worn_now):
+            self.live.lay(self.resolve())
+
+    def strength(self, name: str, value: float) -> None:
+        """y + value * (delta(x, y) - y) wherever the adapter acts; 1 is as trained, 0 is off."""
+        adapter = self[name]
+        if not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+            raise RouteError(f"strength must be a finite number, found {value!r}")
+        with self.live.lock:
+            adapter.strength = float(value)
+            self._forget_plans(name)
+
+    def train_only(self, *chosen: str) -> None:
+        """Exactly these adapters require gradients."""
+        picked = [self[n] for n in chosen]
+        for adapter in self._order.values():
+            adapter.requires_grad_(adapter in picked)
+
+    def count(self, name: str) -> Count:
+        """Trainable and total values, percent of the base and bytes of one adapter."""
+        return count(self[name], self.base)
+
+    # ---- wearing -----------------------------------------------------------------------------------------------
+
+    def use(self, what: object) -> Worn:
+        """Wears a name, None, a Stack, a Mix, or a list with one of these per row, from now on.
+
+        In a `with` statement the choice holds for this thread or task alone and ends with the block.
+        """
+        wanted = route(what)
+        faults = Faults(UnknownAdapter, "use")
+        for name in dict.fromkeys(names(wanted)):
+            if name not in self._order:
+                faults.add(f"no adapter is called {name!r}: {suggest(name, self._order)}")
+        faults.raise_if_any()
+        if self.merged_name is not None:
+            raise MergeState(f"{self.merged_name!r} is merged into the base: unmerge() before use({what!r})")
+        choice = Choice(wanted)
+        with self.live.lock:
+            self.live.sticky.append(choice)
+            self.live.lay(self.resolve())
+        return Worn(self, choice)
+
+    @property
+    def worn(self) -> Route:
+        """The route in force in this context."""
+        return self.live.route
+
+    def resolve(self) -> Bound:
+        """The compiled form of the route in force."""
+        wanted = self.live.route
+        bound = self._plans.pop(wanted, None)
+        if bound is None:
+            rows = {s.path: s.rows for a in self._order.values() for s in a.sites}
+            bound = bind(wanted, self._order, self._taps, rows)
+            if sum(isinstance(r, tuple) for r in self._plans) >= PLANS_KEPT:
+                del self._plans[next(r for r in self._plans if isinstance(r, tuple))]
+        self._plans[wanted] = bound  # last used, last in the dict
+        return bound
+
+    def first_forward(self) -> AbstractContextManager[None]:
+        """Around a forward: where attach could not prove that sites fire, the first worn forward does."""
+        if not self._unproven:
+            return nullcontext()
+        return _Firing(self)
+
+    # ---- merging -----------------------------------------------------------------------------------------------
+
+    def merge(self, *chosen: str) -> None:
+        """Folds adapters, in this order, into the base's weights in place; `unmerge` puts the old bits back."""
+        if self.merged_name is not None:
+            raise MergeState(f"{self.merged_name!r} is merged already: unmerge() first")
+        adapters = [self[n] for n in chosen]
+        if not adapters:
+            raise MergeState("merge() was given no adapter: merge('name')")
+        with self.live.lock:
+            self.live.sticky.append(Choice(None))
+            self.live.lay(self.resolve())
+            self._backup = merging.merge(self.base, adapters)
+            self.merged_name = "+".join(chosen)
+
+    def unmerge(self) -> None:
+        """The base's own weights again, bit for bit."""
+        if self.merged_name is None:
+            raise MergeState("nothing is merged")
+        merging.restore(self._backup)
+        self._backup, self.merged_name = {}, None
+
+    def merged(self, *chosen: str) -> nn.Module:
+        """An ordinary model with the adapters folded in and no trace of kitout; this kit and its base stay as they are."""
+        return merging.plain_copy(self, chosen)
+
+    # ---- files -------------------------------------------------------------------------------------------------
+
+    def save(self, name: str, folder: str | PathLike[str], *, note: Mapping[str, Any] | None = None) -> None:
+        """Writes one adapter as safetensors and json into a new or empty folder, or replaces an adapter folder."""
+        from kitout.files.store import save
+
+        save(self, name, folder, note=note)
+
+    def load(self, folder: str | PathLike[str], *, name: str | None = None) -> Adapter:
+        """Adds the adapter a folder holds. Raises WrongBase or FileError and changes nothing if anything is off."""
+        from kitout.files.store import load
+
+        return load(self, folder, name=name)
+
+    # ---- being a module ----------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Kit:
+        """Training mode of base (its dropout) and adapters."""
+        super().train(mode)
+        self.base.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Kit:
+        self.base._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+    @property
+    def config(self) -> Any:
+        return self.base.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.base.parameters() if p.is_floating_point())
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def can_generate(self) -> bool:
+        return bool(self.base.can_generate())  # type: ignore[operator]
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        self.base.gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.base.gradient_checkpointing_disable()  # type: ignore[operator]
+
+    def __str__(self) -> str:
+        from kitout.kit.show import show
+
+        return show(self)
+
+    __repr__ = __str__
+
+
+class _BaseState:
+    """What attach changes and detach puts back: each parameter's requires_grad and each module's mode."""
+
+    def __init__(self, grad: dict[str, bool], mode: dict[str, bool]) -> None:
+        self.grad, self.mode = grad, mode
+
+    @classmethod
+    def take(cls, base: nn.Module) -> _BaseState:
+        return cls(
+            {n: p.requires_grad for n, p in base.named_parameters()}, {n: m.training for n, m in base.named_modules()}
+        )
+
+    def restore(self, base: nn.Module) -> None:
+        for n, p in base.named_parameters():
+            p.requires_grad_(self.grad.get(n, p.requires_grad))
+        for n, m in base.named_modules():
+            m.training = self.mode.get(n, m.training)
+
+
+class _Firing(AbstractContextManager[None]):
+    """Records which worn sites fire in one forward and raises SilentSite for those that do not."""
+
+    def __init__(self, kit: Kit) -> None:
+        self.kit, self.fired = kit, set[str]()
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        for spot, _ in self.kit.live.bound.items:
+            if spot.path in self.kit._unproven:
+                self.hooks.append(spot.module.register_forward_pre_hook(self._hook(spot.path)))
+
+    def _hook(self, path: str) -> Callable[..., None]:
+        return lambda *_: self.fired.add(path)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        if kind is not None:
+            return
+        missed = [spot.path for spot, _ in self.kit.live.bound.items if spot.path in self.kit._unproven - self.fired]
+        self.kit._unproven -= self.fired
+        if missed:
+            raise SilentSite(
+                f"{', '.join(missed[:5])} did not run in this forward: nothing placed there has an effect. Choose other "
+                "targets, or attach(model, example=batch) with a batch that reaches every part of the model"
+            )
+
+
+def attach(
+    model: nn.Module, *, roles: Mapping[str, str] | None = None, example: Mapping[str, Any] | None = None
+) -> Kit:
+    """A kit on a transformers model, timm ViT or any nn.Module whose blocks can be found (or are given by `roles`).
+
+    Freezes the model and changes nothing else. roles: regex on the module path -> role, where the finder needs help.
+    example: one batch as the model takes it, where a probe input cannot be made up from the model's config.
+    Raises NoBlocks, TargetError, AlreadyAttached.
+    """
+    from kitout.base.probe import prove
+
+    if "_kitout" in model.__dict__:
+        raise AlreadyAttached("this model already wears a kit: use that one, or kit.detach() first")
+    if isinstance(model, Kit):
+        raise AlreadyAttached("this is a kit: attach() takes the bare model")
+    if not isinstance(model, nn.Module):
+        raise KitoutError(f"attach() takes an nn.Module, found {type(model).__name__}")
+    return Kit(model, prove(survey(model, roles), example))
+
+
+def adapters_of(kit: Kit) -> Iterator[Adapter]:
+    """The adapters of a kit, in order."""
+    yield from (kit[n] for n in kit.names)

@@ -1,0 +1,111 @@
+"""The live route of one attached model: what its taps run right now, and who may change it.
+
+A route compiled for a model is a `Bound`: programs to lay on taps. Laying it costs one attribute write per site.
+The sticky route is plain state; a `with` route belongs to its context (thread, task) and is laid at the model
+boundary, under a lock that lasts for one forward. It knows nothing of adapters or methods.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kitout.errors import RouteError
+from kitout.kit.route import Route
+from kitout.kit.tap import Program, Tap
+
+
+@dataclass(eq=False)
+class Bound:
+    """A compiled route: programs by tap, and the number of rows it names (None: any batch)."""
+
+    route: Route
+    items: list[tuple[Tap, Program]] = field(default_factory=list)
+    rows: int | None = None
+
+
+class Choice:
+    """One call of `use`, as an object of its own so that leaving a `with` removes exactly it."""
+
+    __slots__ = ("route",)
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+
+
+class Live:
+    """The state shared by a kit, its model boundary and its blocks."""
+
+    def __init__(self) -> None:
+        self.bound = Bound(None)
+        self.sticky: deque[Choice] = deque([Choice(None)], maxlen=256)
+        self.depth = 0  # > 0 inside a forward that crossed the model boundary
+        self.generating = 0  # > 0 inside generate, where beams multiply the rows
+        self.graded: Bound | None = None  # the last route a graph was recorded under
+        self.ambiguous = False  # graphs under different routes may be pending
+        self._make_unshared()
+
+    def _make_unshared(self) -> None:
+        self.lock = threading.RLock()
+        self.local: ContextVar[Choice | None] = ContextVar("kitout_route", default=None)
+
+    def __getstate__(self) -> dict[str, Any]:  # locks and context variables neither pickle nor deepcopy
+        return {k: v for k, v in self.__dict__.items() if k not in ("lock", "local")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._make_unshared()
+
+    @property
+    def route(self) -> Route:
+        """What this context wears: its own `with` route, else the sticky one."""
+        choice = self.local.get() or self.sticky[-1]
+        return choice.route
+
+    def lay(self, bound: Bound) -> None:
+        """Puts a compiled route on the taps."""
+        if bound is self.bound:
+            return
+        for tap, _ in self.bound.items:
+            tap.program = None
+        for tap, program in bound.items:
+            tap.program = program
+        self.bound = bound
+
+    @contextmanager
+    def reentered(self, bound: Bound) -> Iterator[None]:
+        """The route a graph was recorded under, for the time its activations are recomputed (any thread)."""
+        with self.lock:
+            before = self.bound
+            self.lay(bound)
+            try:
+                yield
+            finally:
+                self.lay(before)
+
+    def recorded(self) -> None:
+        """A forward with gradients starts under the current route."""
+        if self.graded is not None and self.graded is not self.bound:
+            self.ambiguous = True
+        self.graded = self.bound
+
+    def recomputed(self) -> Bound:
+        """The route of a recomputation that carries none, or RouteError where it cannot be told."""
+        if self.ambiguous:
+            raise RouteError(
+                "activation checkpointing recomputes a block, but forwards under different adapters are pending and "
+                "this model's checkpointing does not say which one this is: call backward() after each forward, and "
+                "run forwards that need no backward under torch.no_grad()"
+            )
+        torch.autograd.Variable._execution_engine.queue_callback(self._backward_done)  # type: ignore[attr-defined]
+        return self.graded or self.bound
+
+    def _backward_done(self) -> None:
+        self.graded, self.ambiguous = None, False

@@ -1,0 +1,77 @@
+"""Routes: what is worn, written down. `Stack`, `Mix`, rows and None, brought to one normal form.
+
+A route is an entry for the whole batch or a tuple of entries, one per row; an entry is None, an adapter's name, a
+`Stack` of entries applied in order or a `Mix` of weighted entries. Pure data: it knows nothing of modules or tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from kitout.errors import RouteError
+
+
+@dataclass(frozen=True, init=False)
+class Stack:
+    """Adapters applied in order at every site: `Stack("medic", "legal")`."""
+
+    parts: tuple[Entry, ...]
+
+    def __init__(self, *parts: Entry) -> None:
+        if not parts:
+            raise RouteError("Stack() is empty: name at least one adapter, or use None for the base")
+        object.__setattr__(self, "parts", tuple(entry(p) for p in parts if p is not None))
+
+
+@dataclass(frozen=True, init=False)
+class Mix:
+    """y + sum_i w_i (delta_i(x, y) - y) at every site: `Mix({"legal": 0.7, "medic": 0.3})`."""
+
+    parts: tuple[tuple[Entry, float], ...]
+
+    def __init__(self, weights: Mapping[str | Stack, float]) -> None:
+        if not weights:
+            raise RouteError("Mix({}) is empty: give it weights, Mix({'legal': 0.7, 'medic': 0.3})")
+        bad = {k: w for k, w in weights.items() if not isinstance(w, (int, float)) or w != w or abs(w) == float("inf")}
+        if bad:
+            raise RouteError(f"Mix weights must be finite numbers, found {bad}")
+        object.__setattr__(self, "parts", tuple((entry(k), float(w)) for k, w in weights.items()))
+
+
+Entry = str | Stack | Mix | None
+Route = Entry | tuple[Entry, ...]
+
+
+def entry(value: object) -> Entry:
+    """One entry, or a RouteError that says what an entry can be."""
+    if value is None or isinstance(value, (str, Stack, Mix)):
+        return value
+    raise RouteError(
+        f"cannot wear {value!r} ({type(value).__name__}): write a name, None, Stack('a', 'b'), Mix({{'a': 0.5}}), "
+        "or a list with one of these per row of the batch"
+    )
+
+
+def route(value: object) -> Route:
+    """The normal form of what a user hands to `use`."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if not value:
+            raise RouteError("an empty list of rows: give one entry per row of the batch, None for base rows")
+        return tuple(entry(v) for v in value)
+    return entry(value)
+
+
+def names(value: Route) -> Iterator[str]:
+    """Every adapter name in a route, repeats included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Stack):
+        for part in value.parts:
+            yield from names(part)
+    elif isinstance(value, Mix):
+        for part, _ in value.parts:
+            yield from names(part)
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from names(part)

@@ -1,0 +1,118 @@
+"""The tap: how code comes to run at a frozen module without editing it.
+
+A tapped module's class is swapped for a dynamic subclass that carries the same name, so `isinstance`, keys, hooks and
+bits are those of the base; off, it costs one attribute read. The swapped forward reads one plain attribute (the
+program of the current route). It knows nothing of adapters or rows. FSDP2 swaps classes the same way and may stack
+its own on ours; `untap` removes only ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Forward = Callable[..., Any]
+
+
+class Program(Protocol):
+    """What a tapped module does under the current route."""
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+
+class Tap:
+    """The mutable spot on a tapped module: `program` is None while nothing is worn there."""
+
+    __slots__ = ("module", "path", "program")
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        self.path, self.module = path, module
+        self.program: Program | None = None
+
+
+@lru_cache(maxsize=None)
+def tapped(base: type[nn.Module]) -> type[nn.Module]:
+    """The swapped subclass of a module class."""
+    frozen_forward = base.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        program = self._kitout_tap.program
+        if program is None:
+            return frozen_forward(self, *args, **kwargs)
+        return program(self, frozen_forward, args, kwargs)
+
+    return subclass(base, {"forward": forward, "frozen_forward": frozen_forward})
+
+
+def subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
+    """A subclass that goes by the base's name and whose instances pickle and deepcopy.
+
+    `__reduce_ex__` rebuilds through `_blank`, because pickle would look the class up by name and find the base.
+    """
+    swap = members.pop("swap", tapped)
+
+    def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
+        return _blank, (swap, base), self.__dict__
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), {**names, **members, "__reduce_ex__": reduce, "kitout_base": base})
+
+
+def _blank(swap: Callable[[type[nn.Module]], type[nn.Module]], base: type[nn.Module]) -> nn.Module:
+    cls = swap(base)
+    return cls.__new__(cls)
+
+
+def install(module: nn.Module, swap: Callable[[type[nn.Module]], type[nn.Module]], name: str, value: object) -> None:
+    """Swaps the module's class and leaves `value` under a plain attribute."""
+    module.__dict__[name] = value
+    module.__class__ = swap(type(module))
+
+
+def uninstall(module: nn.Module, name: str) -> None:
+    """Takes our class out of the module's class, wherever others have stacked theirs since."""
+    module.__dict__.pop(name, None)
+    module.__class__ = _without(type(module))
+
+
+def _without(cls: type) -> type:
+    if "kitout_base" in cls.__dict__:
+        base: type = cls.__dict__["kitout_base"]
+        return base
+    if not any("kitout_base" in c.__dict__ for c in cls.__mro__):
+        return cls
+    bases = tuple(_without(b) for b in cls.__bases__)
+    members = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, bases, members)
+
+
+def tap(path: str, module: nn.Module) -> Tap:
+    """The module's tap, installed on first use."""
+    existing = module.__dict__.get("_kitout_tap")
+    if existing is None:
+        existing = Tap(path, module)
+        install(module, tapped, "_kitout_tap", existing)
+    assert isinstance(existing, Tap)
+    return existing
+
+
+def untap(module: nn.Module) -> None:
+    uninstall(module, "_kitout_tap")
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The value a module is called with: its first argument, positional or not."""
+    value = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+    assert isinstance(value, Tensor)
+    return value
+
+
+def with_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with its first tensor exchanged for x."""
+    if args:
+        return (x, *args[1:]), kwargs
+    name = next(k for k, v in kwargs.items() if isinstance(v, Tensor))
+    return args, {**kwargs, name: x}

@@ -1,0 +1,64 @@
+"""BitFit: only the biases are trained.
+
+Ben Zaken et al. 2021 (arXiv 2106.10199), code benzakenelad/BitFit: every bias of the model (projections, norms, pooler),
+heads aside. Held as the difference from the frozen bias, so a fresh one is the identity. A model without any bias gets
+zero-initialised ones on every linear and norm inside its blocks (as r-three/t-few does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kitout.base.select import select
+from kitout.base.site import Site
+from kitout.base.weights import bias
+from kitout.kit.delta import Delta, Method, register
+
+KINDS = ("linear", "norm", "conv")
+
+
+class Shift(Delta):
+    """y' = y + shift."""
+
+    elementwise = True
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, y: Tensor, frozen: Any = None) -> Tensor:
+        return y + self.shift.to(y.dtype)
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        shift = self.shift.to(w.dtype)
+        return w, shift if b is None else b + shift
+
+
+@register
+class BitFit(Method):
+    """The biases that exist; on a model without any, new ones on every block linear and norm.
+
+    everywhere: new ones also where a partly biased model has none. targets: only these (new biases where missing).
+    """
+
+    everywhere: bool = False
+
+    def sites(self, survey: Any) -> list[Site]:
+        if self.targets is not None:
+            return select(survey.sites, self.targets, self.layers)
+        within = select(survey.sites, "*", self.layers)
+        able = [s for s in within if s.kind in KINDS and s.role != "head" and s.channels is None]
+        biased = [s for s in able if bias(s.module) is not None]
+        if biased and not self.everywhere:
+            return biased
+        return [s for s in able if s.layer is not None or s in biased]
+
+    def build(self, site: Site, shared: nn.Module | None) -> Delta:
+        return Shift(site.d_out)
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(s.d_out for s in sites)

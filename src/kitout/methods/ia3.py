@@ -1,0 +1,54 @@
+"""(IA)^3: learned vectors that rescale keys, values and the feed-forward activations.
+
+Liu et al. 2022 (arXiv 2205.05638), eq. 1 and figure 1; code r-three/t-few (configs/ia3.json). K' = l_k * (W_k x),
+V' = l_v * (W_v x), FFN = W_2 (l_ff * act(W_1 x)), every l initialised to 1, also on cross-attention; never on q. The
+FFN vector sits on the input of the down projection, which is the same place for gated blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kitout.base.select import select
+from kitout.base.site import Site
+from kitout.kit.delta import Delta, Method, register
+
+PRESETS = {"paper": "attn.k attn.v in:mlp.down", "qkv": "attn.q attn.k attn.v"}
+
+
+class Scale(Delta):
+    """y' = scale * y."""
+
+    elementwise = True
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, y: Tensor, frozen: Any = None) -> Tensor:
+        return y * self.scale.to(y.dtype)
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        scale = self.scale.to(w.dtype)
+        return w * scale[:, None], None if b is None else b * scale
+
+
+@register
+class IA3(Method):
+    """(IA)^3. preset: "paper" (k, v, FFN) or "qkv" (q, k, v: another method under the same name in blogs)."""
+
+    preset: Literal["paper", "qkv"] = "paper"
+    default_targets: ClassVar[str] = PRESETS["paper"]
+
+    def sites(self, survey: Any) -> list[Site]:
+        return select(survey.sites, self.targets or PRESETS[self.preset], self.layers)
+
+    def build(self, site: Site, shared: nn.Module | None) -> Delta:
+        return Scale(site.d_out)
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(s.d_out for s in sites)

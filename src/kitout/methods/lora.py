@@ -1,0 +1,119 @@
+"""LoRA and its kin: rsLoRA's scale, DoRA's magnitude, PiSSA's start; rank and alpha by role if wanted.
+
+Hu et al. 2021 (arXiv 2106.09685), code microsoft/LoRA; Kalajdzievski 2023 (rsLoRA, arXiv 2312.03732: alpha / sqrt r);
+Meng et al. 2024 (PiSSA, arXiv 2404.02948). A ~ kaiming_uniform(a = sqrt 5), B = 0; over an embedding A = 0, B ~ N(0, 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from kitout.base.select import matches
+from kitout.base.site import Site
+from kitout.base.weights import fan_in, matrix
+from kitout.errors import ConfigError
+from kitout.kit.delta import Delta, Method, register
+from kitout.methods.dora import Decomposed
+from kitout.methods.lowrank import LowRank
+
+ByRole = dict[str, int]
+
+
+@register
+class LoRA(Method):
+    """y' = y + scale * B A dropout(x), scale = alpha / rank (rslora: alpha / sqrt rank).
+
+    rank, alpha: a number, or numbers by role as in {"attn.*": 8, "mlp.*": 16}. alpha None = 2 * rank. dora: renormalise
+    to a learned magnitude. init: "default", or "pissa" (A and B start as the principal directions of W, whose product
+    is taken off again, so a fresh adapter is the identity).
+    """
+
+    default_targets: ClassVar[str] = "attn.q attn.v"
+
+    rank: int | ByRole = 8
+    alpha: float | dict[str, float] | None = None
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    rslora: bool = False
+    dora: bool = False
+    init: Literal["default", "pissa"] = "default"
+
+    @field_validator("rank")
+    @classmethod
+    def _positive(cls, rank: int | ByRole) -> int | ByRole:
+        for r in rank.values() if isinstance(rank, dict) else [rank]:
+            if r <= 0:
+                raise ValueError(f"rank must be at least 1, found {r}")
+        return rank
+
+    @model_validator(mode="after")
+    def _one_start(self) -> LoRA:
+        if self.dora and self.init == "pissa":
+            raise ValueError("dora=True starts from the whole weight and pissa from its principal part: choose one")
+        return self
+
+    def rank_at(self, site: Site) -> int:
+        rank = by_role(self.rank, site, "rank")
+        widest = min(fan_in(site), site.d_out)
+        if rank > widest:
+            raise ConfigError(f"rank {rank} is more than {site.path} can hold: at most {widest} ({site.role})")
+        return int(rank)
+
+    def scale_at(self, site: Site) -> float:
+        rank = self.rank_at(site)
+        alpha = 2.0 * rank if self.alpha is None else by_role(self.alpha, site, "alpha")
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def build(self, site: Site, shared: nn.Module | None) -> Delta:
+        rank, width = self.rank_at(site), fan_in(site)
+        scale = self.scale_at(site)
+        a, b = start(site, rank, width)
+        if self.init == "pissa":
+            a, b = principal(frozen_rows(site), rank, scale)
+        if self.dora:
+            return Decomposed(a, b, frozen_rows(site).norm(dim=1), scale, self.dropout)
+        delta = LowRank(a, b, scale, self.dropout, mapped=site.kind != "linear")
+        if self.init == "pissa":
+            delta.start_from(a, b)
+        return delta
+
+    def count(self, sites: Sequence[Site]) -> int:
+        pairs = sum(self.rank_at(s) * (fan_in(s) + s.d_out) for s in sites)
+        return pairs + (sum(s.d_out for s in sites) if self.dora else 0)
+
+
+def by_role(value: float | dict[str, int] | dict[str, float], site: Site, what: str) -> float:
+    """A setting that may be given by role; the last pattern that matches wins."""
+    if not isinstance(value, dict):
+        return value
+    found = [v for pattern, v in value.items() if matches(site, pattern)]
+    if not found:
+        raise ConfigError(f"{what} {value} says nothing for {site.path} ({site.role}): add {site.role!r} or '*'")
+    return found[-1]
+
+
+def start(site: Site, rank: int, width: int) -> tuple[Tensor, Tensor]:
+    """A and B whose product is zero."""
+    if isinstance(site.module, nn.Embedding):
+        return torch.zeros(rank, width), torch.randn(site.d_out, rank)
+    a = torch.empty(rank, width)
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    return a, torch.zeros(site.d_out, rank)
+
+
+def frozen_rows(site: Site) -> Tensor:
+    """The site's rows of the frozen weight in fp32."""
+    w = matrix(site.module).detach().float()
+    return w if site.span is None else w[site.span]
+
+
+def principal(w: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A, B with scale * B A = the rank-r truncation of w."""
+    u, s, v = torch.linalg.svd(w, full_matrices=False)
+    root = (s[:rank] / scale).sqrt()
+    return root[:, None] * v[:rank], u[:, :rank] * root

@@ -1,0 +1,143 @@
+"""The low-rank map of LoRA: y' = y + scale * B A x, in one autograd node, and batched over rows.
+
+Hu et al. 2021 (arXiv 2106.09685), eq. 3; A [r, d_in], B [d_out, r]. Over a bf16 base the values stay fp32 and the
+products run in the base's dtype. It knows linear sites, and embeddings and convolutions through the frozen view's own
+map; nothing of ranks per role, of routes or of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from kitout.base.weights import Frozen
+from kitout.kit.delta import Delta
+
+GATHER_BYTES = 64 * 2**20  # most that one site may hold in gathered rows before the caller loops instead
+
+
+class LowRank(Delta):
+    """y' = y + scale * B A dropout(x)."""
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0, mapped: bool = False) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.scale, self.dropout = scale, dropout
+        self.reads_weight = mapped  # embeddings and convolutions: A acts as the module's own map does
+        self.anchored = False
+
+    def start_from(self, a: Tensor, b: Tensor) -> None:
+        """Counts the change from this product instead of from zero (PiSSA): y' = y + scale * (B A - b a) x."""
+        self.anchored = True
+        self.register_buffer("a0", a.clone())
+        self.register_buffer("b0", b.clone())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the whole change: [r, d_in], [d_out, r], twice the rank where anchored."""
+        if not self.anchored:
+            return self.a, self.b
+        return torch.cat((self.a, self.a0)), torch.cat((self.b, -self.b0), 1)
+
+    def forward(self, x: Tensor, y: Tensor, frozen: Frozen | None = None) -> Tensor:
+        return self._add(x, y, frozen, False)
+
+    def update(self, x: Tensor, y: Tensor, frozen: Frozen | None = None) -> Tensor:
+        return self._add(x, y, frozen, True)
+
+    def _add(self, x: Tensor, y: Tensor, frozen: Frozen | None, own: bool) -> Tensor:
+        dtype = y.dtype
+        a, b = (t.to(dtype) for t in self.factors())
+        if self.dropout and self.training and x.is_floating_point():
+            x = F.dropout(x, self.dropout)
+        if self.reads_weight:
+            assert frozen is not None
+            x = x.to(dtype) if x.is_floating_point() else x
+            return y + self.scale * F.linear(frozen.map(x, a), b)
+        return add_low_rank(x.to(dtype), y, a, b, self.scale, own)
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        up, down = (t.to(w.dtype) for t in reversed(self.factors()))
+        return w + self.scale * (up @ down), b
+
+    @classmethod
+    def batched(
+        cls, deltas: Sequence[LowRank], rows: Sequence[int], x: Tensor, y: Tensor, scratch: dict[str, Any]
+    ) -> Tensor | None:
+        """Gathered A and B of every row, kept until a value changes, and two batched products."""
+        if torch.is_grad_enabled() and any(d.a.requires_grad for d in deltas):
+            return None
+        if any(d.reads_weight or (d.dropout and d.training) for d in deltas):
+            return None
+        stamp = sum(d.a._version + d.b._version for d in deltas), y.dtype
+        if scratch.get("stamp") != stamp:
+            rank = max(d.factors()[0].shape[0] for d in deltas)
+            if len(rows) * rank * (x.shape[-1] + y.shape[-1]) * y.element_size() > GATHER_BYTES:
+                return None
+            scratch["a"], scratch["b"] = _gather(deltas, rows, rank, y.dtype)
+            scratch["stamp"] = stamp
+        x3 = x.to(y.dtype).reshape(x.shape[0], -1, x.shape[-1])
+        y3 = y.reshape(y.shape[0], -1, y.shape[-1])
+        return torch.baddbmm(y3, torch.bmm(x3, scratch["a"]), scratch["b"]).view(y.shape)
+
+
+def _gather(deltas: Sequence[LowRank], rows: Sequence[int], rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Per row A^T [n, d_in, rank] and scale * B^T [n, rank, d_out]; zeros where a row wears nothing."""
+    with torch.no_grad():
+        pairs = [d.factors() for d in deltas]
+        a = torch.stack([F.pad(p, (0, 0, 0, rank - p.shape[0])) for p, _ in pairs]).to(dtype)
+        b = torch.stack([F.pad(d.scale * p, (0, rank - p.shape[1])) for d, (_, p) in zip(deltas, pairs, strict=True)])
+        b = b.to(dtype)
+        nothing = torch.zeros_like(a[:1])
+        index = torch.tensor(rows, device=a.device) % (len(deltas) + 1)  # -1 is the last one: zeros
+        a = torch.cat((a, nothing)).transpose(1, 2).contiguous()
+        b = torch.cat((b, torch.zeros_like(b[:1]))).transpose(1, 2).contiguous()
+        return a[index], b[index]
+
+
+def add_low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, own: bool) -> Tensor:
+    """y + scale * (x a^T) b^T; y is overwritten if `own`. All of one dtype."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return y + scale * F.linear(F.linear(x, a), b)
+    own = own and not y._is_view() and y.is_contiguous()
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or a.requires_grad or b.requires_grad):
+        result: Tensor = _AddLowRank.apply(x, y, a, b, scale, own)
+        return result
+    return _add(F.linear(x, a), y, b, scale, own)
+
+
+def _add(h: Tensor, y: Tensor, b: Tensor, scale: float, own: bool) -> Tensor:
+    h2, y2 = h.reshape(-1, h.shape[-1]), y.reshape(-1, y.shape[-1])
+    if own:
+        y2.addmm_(h2, b.t(), alpha=scale)
+        return y
+    return torch.addmm(y2, h2, b.t(), alpha=scale).view(y.shape)
+
+
+class _AddLowRank(torch.autograd.Function):
+    """Three products forward-to-back fewer temporaries than autograd's own graph of the same formula."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, own: bool) -> Tensor:  # type: ignore[override]
+        h = F.linear(x, a)
+        ctx.save_for_backward(x, h, a, b)
+        ctx.scale = scale
+        if own:
+            ctx.mark_dirty(y)
+        return _add(h, y, b, scale, own)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, h, a, b = ctx.saved_tensors
+        g2 = g.reshape(-1, g.shape[-1])
+        gh = (g2 @ b).mul_(ctx.scale)
+        need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
+        gx = (gh @ a).view(x.shape) if need_x else None
+        ga = gh.t() @ x.reshape(-1, x.shape[-1]) if need_a else None
+        gb = (g2.t() @ h.reshape(-1, h.shape[-1])).mul_(ctx.scale) if need_b else None
+        return gx, g, ga, gb, None, None
