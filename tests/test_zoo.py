@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from zoo import EXTRA, LENGTH, ZOO, Specimen, out, padded, rows_of
+from zoo import EXTRA, LENGTH, VOCAB, ZOO, Specimen, out, padded, rows_of, tokenizer_of
 
 ALL = ZOO | EXTRA
 TOLERANCE = 1e-5
@@ -124,6 +124,21 @@ def test_generates_alone_as_in_a_batch(species: Specimen) -> None:
     together = model.generate(**batch, **options)
     for row in range(2):
         assert torch.equal(model.generate(**rows_of(batch, row), **options)[0], together[row])
+
+
+def test_its_tokenizer_reads_and_writes_text(species: Specimen) -> None:
+    if not species.is_text:
+        pytest.skip("images have no words")
+    tokenizer, text = tokenizer_of(species), "So, 2 + 2 = {4}?\nYes!"
+    assert len(tokenizer) == VOCAB
+    assert tokenizer.pad_token_id == species.pad_id
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    rows = tokenizer(["ab", "abcd"], padding=True, return_tensors="pt")
+    assert rows["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    said = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert said == "<user>hi</s><assistant>"
 
 
 def test_the_network_is_closed() -> None:

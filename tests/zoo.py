@@ -8,11 +8,13 @@ so that a wrong axis raises instead of fitting. The zoo knows transformers and t
 
 from __future__ import annotations
 
+import string
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import tokenizers
 import torch
 import transformers
 from torch import Tensor, nn
@@ -115,6 +117,26 @@ def padded(
         real = slice(length - n, length) if side == "left" else slice(0, n)
         new[row, real], mask[row, real] = ids[row, :n], 1
     return dict(batch) | {"input_ids": new, "attention_mask": mask}
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tokenizer_of(specimen: Specimen) -> transformers.PreTrainedTokenizerFast:
+    """One token per ASCII character, in the specimen's 99 ids: a real tokenizer for tests that start from text."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    if specimen.pad_id == 1:
+        special[:2] = special[1::-1]
+    characters = string.printable[:94] + " \n"  # all of ASCII but tabs and the like; "~" makes room for the newline
+    vocabulary = {token: i for i, token in enumerate([*special, *characters.replace("~", "")])}
+    model = tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>")
+    fast = tokenizers.Tokenizer(model)
+    fast.decoder = tokenizers.decoders.Fuse()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, chat_template=CHAT_TEMPLATE, **names)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

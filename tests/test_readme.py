@@ -1,0 +1,163 @@
+"""Every python block of README.md and docs/*.md runs, in order, in one namespace per file and in an empty folder.
+
+The pages may name real models of the Hub: for those in `HUB` the folder holds a tiny model of the same family under
+that very name, so `from_pretrained("org/name")` finds it without a network. A block is left out only by a comment on
+the line above it, <!-- skip: why -->. A failure points at the line of the page. It knows nothing of what pages say.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchvision_stub import import_timm
+from zoo import ZOO, tokenizer_of
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("**/*.md"))]
+
+HUB = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "llama-tied",
+    "HuggingFaceTB/SmolLM2-135M": "llama-tied",
+    "meta-llama/Llama-3.2-1B": "llama",
+    "Qwen/Qwen3-0.6B": "qwen3",
+    "openai-community/gpt2": "gpt2",
+    "EleutherAI/pythia-70m": "gpt-neox",
+    "google-bert/bert-base-uncased": "bert",
+    "FacebookAI/roberta-base": "roberta",
+    "google-t5/t5-small": "t5",
+    "facebook/bart-base": "bart",
+    "google/vit-base-patch16-224": "vit",
+    "facebook/dinov2-small": "dinov2",
+    "facebook/dinov2-base": "dinov2",
+    "microsoft/swin-tiny-patch4-window7-224": "swin",
+}
+
+FENCE = re.compile(r"^(?P<indent> *)```(?P<tag>\w*).*$")
+SKIP = re.compile(r"^\s*<!--\s*skip:\s*(?P<why>.*?)\s*-->\s*$")
+
+
+@dataclass(frozen=True)
+class Block:
+    line: int  # of its first line of code, counted from 1
+    code: str
+    skip: str | None
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """The python blocks of a page, in order; fences may be indented (inside lists)."""
+    lines = text.splitlines()
+    start, tag = 0, ""
+    for number, line in enumerate(lines, start=1):
+        fence = FENCE.match(line)
+        if not fence:
+            continue
+        if not start:
+            start, tag = number, fence["tag"]
+            continue
+        if tag in ("python", "py"):
+            above = SKIP.match(lines[start - 2]) if start > 1 else None
+            code = textwrap.dedent("\n".join(lines[start : number - 1]))
+            yield Block(start + 1, code, above["why"] if above else None)
+        start = 0
+
+
+def furnish(folder: Path, text: str) -> None:
+    """Tiny models in place of the Hub's, for those the page names; timm importable if the page wants it."""
+    for name, species in HUB.items():
+        if re.search(rf"{re.escape(name)}(?![\w.-])", text):
+            specimen = ZOO[species]
+            specimen.build().save_pretrained(folder / name)
+            if specimen.is_text:
+                tokenizer_of(specimen).save_pretrained(folder / name)
+    if re.search(r"\btimm\b", text):
+        import_timm()
+
+
+def run(page: Path, text: str, namespace: dict[str, Any]) -> int:
+    """Executes the page's blocks; how many ran. Line numbers are those of the page, in tracebacks too."""
+    ran = 0
+    for block in blocks(text):
+        if block.skip is not None:
+            assert len(block.skip) >= 10, f"{page.name}:{block.line}: say why the block is skipped"
+            continue
+        exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
+        ran += 1
+    return ran
+
+
+def test_there_is_a_readme_with_code_that_runs() -> None:
+    assert README.is_file(), "README.md is missing: it is the first thing a user and these tests read"
+    assert any(block.skip is None for block in blocks(README.read_text(encoding="utf-8"))), "README.md runs no python"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_code_on_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert page.is_file(), f"{page.name} is missing"
+    text = page.read_text(encoding="utf-8")
+    furnish(tmp_path, text)
+    monkeypatch.chdir(tmp_path)
+    run(page, text, {"__name__": "__main__"})
+
+
+PAGE = """
+# A page
+```python
+x = 1
+```
+<!-- skip: needs a GPU of 80 GB -->
+```python
+raise RuntimeError
+```
+1. In a list
+   ```py
+   y = x + 1
+   ```
+```bash
+not python
+```
+"""
+
+
+def test_the_reader_of_pages() -> None:
+    found = list(blocks(PAGE))
+    assert [(b.line, b.skip) for b in found] == [(4, None), (8, "needs a GPU of 80 GB"), (12, None)]
+    namespace: dict[str, Any] = {}
+    assert run(Path("page.md"), PAGE, namespace) == 2
+    assert namespace["y"] == 2
+
+
+def test_a_failure_points_at_the_line_of_the_page() -> None:
+    with pytest.raises(NameError) as failure:
+        run(Path("page.md"), "text\n\n```python\nok = 1\nmissing\n```\n", {})
+    assert failure.traceback[-1].lineno + 1 == 5
+
+
+def test_a_skip_must_be_argued() -> None:
+    with pytest.raises(AssertionError, match=r"page\.md:3"):
+        run(Path("page.md"), "<!-- skip: -->\n```python\n1 / 0\n```\n", {})
+
+
+def test_models_of_the_hub_are_found_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = 'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct"), from_pretrained("facebook/dinov2-small"), timm'
+    furnish(tmp_path, text)
+    monkeypatch.chdir(tmp_path)
+    page = """```python
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
+name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+text = tokenizer.decode(model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=3)[0])
+vision = AutoModelForImageClassification.from_pretrained("facebook/dinov2-small")
+import timm
+```"""
+    namespace: dict[str, Any] = {}
+    run(Path("page.md"), page, namespace)
+    assert namespace["text"].startswith("Hello")
+    assert not (tmp_path / "HuggingFaceTB/SmolLM2-135M").exists()
