@@ -47,24 +47,23 @@ def label(tree: Tree, block: Element) -> Labels:
     attentions = _attentions(tree, block, projections)
     for attention in attentions:
         labels.roles |= {path: f"{attention.kind}.{part}" for path, part in attention.parts.items()}
+    for path in _torch_attentions(tree, block):
+        labels.roles[f"{path}.out_proj"] = "cross.o" if CROSS.search(path[len(_root(block, path)) :]) else "attn.o"
     for convs in (False, True):  # pointwise convolutions stand in only where no linear took the role
         pool = [p for p in projections if p.conv <= convs]
         for attention in attentions:
-            _output(labels, attention, attentions, pool)
+            _output(labels, block, attention, attentions, pool)
         _feed_forwards(tree, labels, block, attentions, pool)
     labels.loose = [p for p in projections if p.path not in labels.roles]
-    labels.attends = bool(attentions) or _torch_attention(tree, block)
+    labels.attends = bool(attentions or _torch_attentions(tree, block))
     labels.resolved = _resolved(tree, block, set(labels.roles.values()))
     return labels
 
 
 def _width(tree: Tree, block: Element, projections: Iterable[Projection]) -> int:
-    """The width of the residual stream: the one most norms and most ends of projections share."""
-    votes = Counter(
-        leaf.d_out
-        for path, leaf in tree.leaves.items()
-        if leaf.kind == "norm" and any(tree.under(path, m) for m in block.members)
-    )
+    """The width of the residual stream: the one most norms and ends of projections share (tied: the outermost's)."""
+    norms = [p for p, leaf in tree.leaves.items() if leaf.kind == "norm" and tree.under_any(p, block.members)]
+    votes = Counter(tree.leaves[p].d_out for p in sorted(norms, key=lambda p: p.count(".")))
     votes.update(width for p in projections for width in (p.d_in, p.d_out))
     return votes.most_common(1)[0][0] if votes else 0
 
@@ -93,26 +92,33 @@ def _chained(tree: Tree, parts: dict[str, str]) -> bool:
 
 def _crosses(block: Element, home: str, parts: dict[str, str]) -> bool:
     """Cross-attention by name, looking no higher than the block (a list of bare attentions: than the list)."""
-    root = next(m for m in block.members if Tree.under(home, m))
+    root = _root(block, home)
     inside = [path[len(root) :] for path in parts]
     above = root.split(".")[-2] if root == home and "." in root else ""
     return bool(CROSS.search(above)) or any(CROSS.search(path) for path in inside)
 
 
-def _output(labels: Labels, attention: Attention, others: list[Attention], pool: list[Projection]) -> None:
-    """Find what an attention writes back to the residual stream with."""
-    if any(labels.roles.get(p.path) == f"{attention.kind}.o" and Tree.under(p.path, attention.home) for p in pool):
+def _root(block: Element, path: str) -> str:
+    return next(m for m in block.members if Tree.under(path, m))
+
+
+def _output(
+    labels: Labels, block: Element, attention: Attention, others: list[Attention], pool: list[Projection]
+) -> None:
+    """Find what an attention writes back to the residual stream with: in its own module, else in the modules around."""
+    role = f"{attention.kind}.o"
+    if any(labels.roles.get(p.path) == role and Tree.under(p.path, attention.home) for p in pool):
         return
     inner = _inner_widths(attention, pool)
-    taken = [o.home for o in others if o.home != attention.home and Tree.under(o.home, attention.home) is False]
-    free = [p for p in pool if p.path not in labels.roles and not any(Tree.under(p.path, t) for t in taken)]
-    role = f"{attention.kind}.o"
-    for level, root in enumerate((attention.home, *ancestors(attention.home))):
+    elsewhere = [o.home for o in others if not Tree.under(attention.home, o.home)]
+    free = [p for p in pool if p.path not in labels.roles and not Tree.under_any(p.path, elsewhere)]
+    for root in (attention.home, *ancestors(attention.home)):
         writers = [p for p in free if Tree.under(p.path, root) and p.d_out == labels.d]
-        if level:  # outside the attention's own module the widths must agree, or a feed-forward would be taken
-            writers = [p for p in writers if p.d_in in inner][:1]
-        named = [p for p in writers if any(OUTPUT.fullmatch(n) for n in p.names)]
+        if root != attention.home:  # the first whose width agrees, or a feed-forward's would be taken
+            inside = root and root not in block.members
+            writers = [p for p in writers if p.d_in in inner or (inside and not _widened(p, free))][:1]
         if writers:
+            named = [p for p in writers if any(OUTPUT.fullmatch(n) for n in p.names)]
             fitting = [p for p in writers if p.d_in in inner] or writers
             labels.roles |= dict.fromkeys((p.path for p in named or fitting[-1:]), role)
             return
@@ -137,9 +143,9 @@ def _feed_forwards(
     if any(role.startswith("mlp.") for role in labels.roles.values()):
         return
     closed = {a.home for a in attentions if a.home not in block.members}
-    closed |= {m for m in tree.mixers if m not in block.members and any(tree.under(m, r) for r in block.members)}
-    free = [p for p in pool if p.path not in labels.roles and not any(tree.under(p.path, c) for c in closed)]
-    roots = {a: None for p in free for a in ancestors(p.path) if any(tree.under(a, m) for m in block.members)}
+    closed |= {m for m in tree.mixers if m not in block.members and tree.under_any(m, block.members)}
+    free = [p for p in pool if p.path not in labels.roles and not tree.under_any(p.path, closed)]
+    roots = {a: None for p in free for a in ancestors(p.path) if tree.under_any(a, block.members)}
     if len(block.members) > 1:
         roots[""] = None
     outermost = [r for r in roots if r in ("", *block.members)]
@@ -152,17 +158,12 @@ def _feed_forwards(
 
 def _pair(labels: Labels, pool: list[Projection]) -> None:
     """Label the feed-forwards among these projections: (up | gate)* then down."""
-
-    def widens(down: Projection) -> list[Projection]:
-        free = (p for p in pool if p is not down and p.path not in labels.roles)
-        return [p for p in free if p.d_out in (down.d_in, 2 * down.d_in)]
-
-    downs = [p for p in pool if p.d_out == labels.d and p.d_in * BOTTLENECK >= labels.d and widens(p)]
+    downs = [p for p in pool if p.d_out == labels.d and p.d_in * BOTTLENECK >= labels.d and _widened(p, pool)]
     if square := [p for p in downs if p.d_in == labels.d]:
         named = [p for p in square if any(DOWN.fullmatch(n) for n in p.names)]
         downs = [p for p in downs if p.d_in != labels.d] or (named or square)[-1:]
     for down in downs:
-        ups = widens(down)
+        ups = [p for p in _widened(down, pool) if p.path not in labels.roles]
         if not ups:
             continue
         labels.roles[down.path] = "mlp.down"
@@ -171,12 +172,18 @@ def _pair(labels: Labels, pool: list[Projection]) -> None:
             labels.roles[up.path] = "mlp.gate" if gate else "mlp.up"
 
 
-def _torch_attention(tree: Tree, block: Element) -> bool:
-    """torch's own attention keeps query, key and value in one bare parameter: nothing to tap, nothing unresolved."""
-    return any(
-        isinstance(m, nn.MultiheadAttention) and any(tree.under(path, r) for r in block.members)
+def _widened(down: Projection, pool: Iterable[Projection]) -> list[Projection]:
+    """What could feed this projection: as wide as its input, or twice (a gate and its partner in one)."""
+    return [p for p in pool if p is not down and p.d_out in (down.d_in, 2 * down.d_in)]
+
+
+def _torch_attentions(tree: Tree, block: Element) -> list[str]:
+    """torch's own attention keeps query, key and value in one bare parameter: nothing to tap but its output."""
+    return [
+        path
         for path, m in tree.modules.items()
-    )
+        if isinstance(m, nn.MultiheadAttention) and tree.under_any(path, block.members)
+    ]
 
 
 def _resolved(tree: Tree, block: Element, roles: set[str]) -> bool:
@@ -185,7 +192,7 @@ def _resolved(tree: Tree, block: Element, roles: set[str]) -> bool:
     def has(kind: str) -> bool:
         return f"{kind}.qkv" in roles or {f"{kind}.q", f"{kind}.k"} <= roles
 
-    reads = has("attn") or has("cross") or _torch_attention(tree, block)
+    reads = has("attn") or has("cross") or bool(_torch_attentions(tree, block))
     writes = bool({"attn.o", "cross.o"} & roles)
     feeds = "mlp.down" in roles and bool({"mlp.up", "mlp.gate"} & roles)
     return reads and writes and (feeds or _stacked_experts(tree, block))

@@ -32,7 +32,12 @@ class Element:
 
 def find(tree: Tree) -> list[Element]:
     """The blocks of every stack, in module order."""
-    holding = _holding(tree)
+    return _find(tree, convs=False) or _find(tree, convs=True)
+
+
+def _find(tree: Tree, convs: bool) -> list[Element]:
+    """convs: pointwise convolutions count as projections, which they do only where no linear does."""
+    holding = _holding(tree, convs)
     lists = {path: kids for path in tree.modules if (kids := _elements(tree, path))}
     every = [path for path, kids in lists.items() if all(kid in holding for kid in kids)]
     every = [path for path in every if not (_bare(tree, lists[path]) and any(a in every for a in ancestors(path)))]
@@ -41,9 +46,10 @@ def find(tree: Tree) -> list[Element]:
     return list(_joined(tree, {path: lists[path] for path in lists if path in chosen}, lists))
 
 
-def _holding(tree: Tree) -> set[str]:
+def _holding(tree: Tree, convs: bool) -> set[str]:
     """Every module that holds an attention-like projection, or torch's own attention."""
-    attending = [*tree.seeds, *(p for p, m in tree.modules.items() if isinstance(m, nn.MultiheadAttention))]
+    named = [path for path in tree.seeds if convs or not tree.projections[path].conv]
+    attending = [*named, *(p for p, m in tree.modules.items() if isinstance(m, nn.MultiheadAttention))]
     return {above for path in attending for above in (path, *ancestors(path))}
 
 

@@ -53,10 +53,14 @@ class Tree:
         """path is root or inside it."""
         return not root or path == root or path.startswith(root + ".")
 
+    @classmethod
+    def under_any(cls, path: str, roots: Iterable[str]) -> bool:
+        return any(cls.under(path, root) for root in roots)
+
     def within(self, roots: Iterable[str]) -> list[Projection]:
         """The projections inside any of these modules, in module order."""
         roots = tuple(roots)
-        return [p for path, p in self.projections.items() if any(self.under(path, r) for r in roots)]
+        return [p for path, p in self.projections.items() if self.under_any(path, roots)]
 
 
 def parent(path: str) -> str:

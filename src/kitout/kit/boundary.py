@@ -7,7 +7,7 @@ argument, so a recomputation wears what its forward wore. It knows nothing of ad
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +35,7 @@ def bounded(base: type[nn.Module]) -> type[nn.Module]:
     frozen_forward = base.forward
     members: dict[str, Any] = {"swap": bounded}
 
+    @wraps(frozen_forward)  # transformers reads the signature of a model's forward
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return frozen_forward(self, *args, **kwargs)  # the taps already hold the route `use` laid
@@ -57,6 +58,7 @@ def bounded(base: type[nn.Module]) -> type[nn.Module]:
     frozen_generate = getattr(base, "generate", None)
     if frozen_generate is not None:
 
+        @wraps(frozen_generate)
         def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
             live: Live = self._kitout.live
             with live.lock:
@@ -86,6 +88,7 @@ def routed(base: type[nn.Module]) -> type[nn.Module]:
                 kwargs[ROUTE] = live.bound
         return base.__call__(self, *args, **kwargs)
 
+    @wraps(frozen_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = kwargs.pop(ROUTE, None)
         live: Live = self._kitout_live

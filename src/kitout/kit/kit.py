@@ -397,6 +397,10 @@ class Kit(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         self.base.gradient_checkpointing_disable()  # type: ignore[operator]
 
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The same under the name transformers gives it since 5.23."""
+        self.base.activation_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+
     def __str__(self) -> str:
         from kitout.kit.show import show
 

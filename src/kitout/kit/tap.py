@@ -9,7 +9,7 @@ its own on ours; `untap` removes only ours.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ def tapped(base: type[nn.Module]) -> type[nn.Module]:
     """The swapped subclass of a module class."""
     frozen_forward = base.forward
 
+    @wraps(frozen_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         program = self._kitout_tap.program
         if program is None:

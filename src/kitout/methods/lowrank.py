@@ -73,6 +73,8 @@ class LowRank(Delta):
             return None
         if any(d.reads_weight or (d.dropout and d.training) for d in deltas):
             return None
+        if torch.compiler.is_compiling():
+            return None  # version counters are not for a graph to read
         stamp = sum(d.a._version + d.b._version for d in deltas), y.dtype
         if scratch.get("stamp") != stamp:
             rank = max(d.factors()[0].shape[0] for d in deltas)
