@@ -49,6 +49,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.name, self.method, self.sites = name, method, tuple(sites)
         self.seed: int | None = None
+        self.note: dict[str, Any] = {}  # what its file says about it, in its author's words
         self.deltas = nn.ModuleDict(dict(deltas))
         self.shared = shared
         self.heads = nn.ModuleDict({path.replace(".", "/"): Head(m) for path, m in heads.items()})

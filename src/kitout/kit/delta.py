@@ -55,6 +55,13 @@ class Delta(nn.Module):
         """Whole parameters by name, for a delta that is a trained copy of a module which is no matrix and no norm."""
         return None
 
+    def origin(self, module: nn.Module) -> dict[str, Tensor]:
+        """Where this delta holds trained copies of a frozen module's tensors: those tensors, by the copies' own names.
+
+        Files keep such a copy as its difference from them.
+        """
+        return {}
+
     @classmethod
     def batched(
         cls, deltas: Sequence[Any], rows: Sequence[int], x: Tensor, y: Tensor, scratch: dict[str, Any]
@@ -102,7 +109,7 @@ class Method(BaseModel):
         return None
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
-        """The fresh Delta of one site."""
+        """The fresh Delta of one site. When values come from a file, site.module has shapes and no values (meta)."""
         raise NotImplementedError
 
     def count(self, sites: Sequence[Site]) -> int:

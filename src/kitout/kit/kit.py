@@ -215,10 +215,14 @@ class Kit(nn.Module):
             )
 
     def _head_site(self, path: str) -> Site:
-        known = dict(self.base.named_modules())
-        if path not in known or not path:
+        try:
+            module = self.base.get_submodule(path)
+        except AttributeError:
+            module = self.base
+        if module is self.base:
+            known = [p for p, _ in self.base.named_modules()]
             raise TargetError(f"heads: the model has no module {path!r}: {suggest(path, known)}")
-        return Site(path=path, role="head", d_in=0, d_out=0, kind="other", module=known[path], rows="batch")
+        return Site(path=path, role="head", d_in=0, d_out=0, kind="other", module=module, rows="batch")
 
     def _place(self, adapter: Adapter) -> None:
         """Moves each Delta to the device of the module it sits at."""
@@ -233,6 +237,7 @@ class Kit(nn.Module):
 
     def _enter(self, adapter: Adapter) -> None:
         with self.live.lock:
+            self._check_new(adapter.name)  # another thread may have taken the name meanwhile
             for path in {**adapter.locals, **adapter.notes}:
                 self._taps.setdefault(path, tap(path, self.base.get_submodule(path)))
             self.adapters["@" + adapter.name.replace(".", "%2E")] = adapter
@@ -307,7 +312,7 @@ class Kit(nn.Module):
         wanted = self.live.route
         bound = self._plans.pop(wanted, None)
         if bound is None:
-            rows = {s.path: s.rows for a in self._order.values() for s in a.sites}
+            rows = {s.path: s.rows for n in names(wanted) for s in self._order[n].sites}
             bound = bind(wanted, self._order, self._taps, rows)
             if sum(isinstance(r, tuple) for r in self._plans) >= PLANS_KEPT:
                 del self._plans[next(r for r in self._plans if isinstance(r, tuple))]
@@ -354,11 +359,20 @@ class Kit(nn.Module):
 
         save(self, name, folder, note=note)
 
-    def load(self, folder: str | PathLike[str], *, name: str | None = None) -> Adapter:
-        """Adds the adapter a folder holds. Raises WrongBase or FileError and changes nothing if anything is off."""
+    def load(
+        self,
+        folder: str | PathLike[str],
+        *,
+        name: str | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
+    ) -> Adapter:
+        """Adds the adapter a folder holds. Raises WrongBase or FileError and changes nothing if anything is off.
+
+        heads: modules, by path, for heads whose class a file cannot describe; their values come from the folder.
+        """
         from kitout.files.store import load
 
-        return load(self, folder, name=name)
+        return load(self, folder, name=name, heads=heads)
 
     # ---- being a module ----------------------------------------------------------------------------------------
 

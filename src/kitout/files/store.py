@@ -1,0 +1,225 @@
+"""kitout's own adapter folder: adapter.safetensors and adapter.json, written whole or not at all, read with suspicion.
+
+Tensors are named "<site>.<parameter>" (sites with "/" for "."), "@shared...." and "@head/<path>....". A load checks the
+record, the base, every site and every tensor before anything enters the kit. It knows no method and no architecture;
+what the record holds is in `record.py`, how an adapter is built again in `rebuild.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kitout.base.site import Site
+from kitout.errors import Faults, FileError, KitoutError, MergeState, TargetError, WrongBase
+from kitout.files import difference
+from kitout.files.fingerprint import differences, fingerprint
+from kitout.files.folder import check_replaceable, replace_folder
+from kitout.files.heads import describe, rebuild
+from kitout.files.rebuild import Slot, admit, blank, mismatches, not_finite, slots
+from kitout.files.record import FORMAT, RECORD, TENSORS, Record, SiteRecord, TensorsRecord, read_record
+from kitout.files.tensors import Tensors, open_tensors, write_tensors
+from kitout.kit.adapter import Adapter
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from kitout.kit.kit import Kit
+
+FILES = (RECORD, TENSORS)
+MOST_SITE_FAULTS = 6
+
+
+@torch.no_grad()
+def save(kit: Kit, name: str, folder: str | PathLike[str], *, note: Mapping[str, Any] | None = None) -> None:
+    """Writes one adapter into a new or empty folder, or replaces an adapter folder in one step.
+
+    note: anything json can hold, kept with the adapter; None keeps the note it was loaded with. Raises FileError where
+    the folder holds other files or a value is NaN or infinite.
+    """
+    from kitout import __version__
+
+    adapter = kit[name]
+    target = Path(folder)
+    check_replaceable(target.expanduser(), FILES)
+    held = slots(adapter)
+    if bad := not_finite({n: s.tensor for n, s in held.items()}):
+        raise FileError(f"{name!r} holds NaN or infinity in {', '.join(bad[:4])}: there is nothing worth saving in it")
+    kept: dict[str, Tensor] = {}
+    for key, slot in held.items():
+        kept |= {key: slot.tensor} if slot.base is None else difference.taken(key, slot.tensor, slot.base)
+    head_paths = [path.replace("/", ".") for path in adapter.heads]
+
+    def fill(fresh: Path) -> None:
+        size, digest = write_tensors(fresh / TENSORS, kept, {"format": "pt", "kitout": __version__, "adapter": name})
+        record = Record(
+            format=FORMAT,
+            kitout=__version__,
+            name=name,
+            method=type(adapter.method).__name__,
+            settings=adapter.method.model_dump(mode="json"),
+            seed=adapter.seed,
+            strength=adapter.strength,
+            dtype=_dtype(held),
+            parameters=sum(p.numel() for p in adapter.parameters()),
+            sites=[SiteRecord.of(s) for s in adapter.sites],
+            heads=[describe(path, _head(adapter, path), kit.base) for path in head_paths],
+            tensors=TensorsRecord(bytes=size, sha256=digest),
+            base=fingerprint(kit, [s.path for s in adapter.sites], head_paths),
+            note=dict(adapter.note if note is None else note),
+        )
+        record.write(fresh / RECORD)
+
+    replace_folder(target, FILES, fill)
+
+
+def load(
+    kit: Kit,
+    folder: str | PathLike[str],
+    *,
+    name: str | None = None,
+    heads: Mapping[str, nn.Module] | None = None,
+) -> Adapter:
+    """Adds the adapter that a folder holds, trainable and not worn; name: default the one it was saved under.
+
+    heads: modules for heads whose class a file cannot describe. Raises WrongBase, FileError, NameTaken, BadName and
+    leaves the kit as it was.
+    """
+    where = Path(folder).expanduser()
+    record = read_record(_inside(where, RECORD))
+    if kit.merged_name is not None:
+        raise MergeState(f"{kit.merged_name!r} is merged into the base: unmerge() before loading {where}")
+    kit._check_new(record.name if name is None else name)
+    method = _named(where, record.rebuilt)
+    tensors = open_tensors(_inside(where, TENSORS))
+    with tensors.file:
+        _check_base(kit, where, record)
+        sites = _sites(kit, where, record, lambda: method.sites(kit.found))
+        adapter, held = _blank(kit, where, record, name or record.name, method, sites, heads or {})
+        _check_header(where, record, tensors, held)
+        stored, digest = tensors.read()
+    values = _values(where, record, held, stored, digest)
+    adapter.seed, adapter.note = record.seed, dict(record.note)
+    admit(kit, adapter, held, values, record.strength)
+    return adapter
+
+
+def _inside(folder: Path, file: str) -> Path:
+    if not (folder / file).exists():
+        held = sorted(p.name for p in folder.iterdir())[:6] if folder.is_dir() else []
+        hint = (
+            f"it holds {', '.join(held)}" if held else "it is empty" if folder.is_dir() else "there is no such folder"
+        )
+        if "adapter_config.json" in held:
+            hint += ". That is a folder of Hugging Face PEFT: kitout.load_peft(kit, folder, name)"
+        raise FileError(f"{folder} is no adapter folder ({file} is missing): {hint}")
+    return folder / file
+
+
+def _named(where: Path, step: Any) -> Any:
+    """Runs a step of reading and puts the folder before its message."""
+    try:
+        return step()
+    except (FileError, TargetError) as error:
+        raise FileError(f"{where}: {error}") from None
+
+
+def _check_base(kit: Kit, where: Path, record: Record) -> None:
+    here = fingerprint(kit, [s.path for s in record.sites], [h.path for h in record.heads])
+    faults = Faults(WrongBase, f"{where} was made for another base")
+    for fault in differences(record.base, here):
+        faults.add(fault)
+    faults.raise_if_any()
+
+
+def _sites(kit: Kit, where: Path, record: Record, choose: Any) -> list[Site]:
+    """The method's sites in this model, which must be those of the record one by one."""
+    sites: list[Site] = _named(where, choose)
+    kit._check_sites(record.name, sites)
+    old, new = {s.key: s for s in record.sites}, {s.key: SiteRecord.of(s) for s in sites}
+    faults = Faults(FileError, f"{where}: its sites are not those that {record.method} finds in this model")
+    for key in [*old, *(k for k in new if k not in old)]:
+        fault = _site_fault(key, old.get(key), new.get(key))
+        if fault and len(faults.items) < MOST_SITE_FAULTS:
+            faults.add(fault)
+    faults.raise_if_any()
+    return sites
+
+
+def _site_fault(key: str, old: SiteRecord | None, new: SiteRecord | None) -> str | None:
+    if old is None or new is None:
+        return f"{key[:120]}: {'not in the file' if old is None else 'not found here'}"
+    fields = ("path", "role", "port", "d_in", "d_out", "channels")
+    wrong = [f for f in fields if getattr(old, f) != getattr(new, f)]
+    told = [f"{f} was {str(getattr(old, f))[:60]}, here {str(getattr(new, f))[:60]}" for f in wrong]
+    return f"{key}: {'; '.join(told)}" if told else None
+
+
+def _blank(
+    kit: Kit, where: Path, record: Record, name: str, method: Any, sites: list[Site], given: Mapping[str, nn.Module]
+) -> tuple[Adapter, dict[str, Slot]]:
+    faults = Faults(FileError, str(where))
+    modules = {}
+    for head in record.heads:
+        try:
+            kit._head_site(head.path)
+            modules[head.path] = rebuild(head, kit.base, given)
+        except (FileError, TargetError) as error:
+            faults.add(str(error))
+    if strangers := [path for path in given if path not in {h.path for h in record.heads}]:
+        faults.add(f"heads: the adapter has none at {', '.join(strangers)}")
+    faults.raise_if_any()
+    try:
+        return blank(kit, name, method, sites, modules)
+    except KitoutError as error:
+        raise FileError(f"{where}: {error}") from None
+
+
+def _check_header(where: Path, record: Record, tensors: Tensors, held: Mapping[str, Slot]) -> None:
+    """The tensors' file promises exactly what this adapter needs: size, names, shapes, dtypes."""
+    faults = Faults(FileError, str(where))
+    if tensors.size != record.tensors.bytes:
+        faults.add(f"{TENSORS} has {tensors.size:,} bytes, {RECORD} says {record.tensors.bytes:,}")
+    found = {n: (e.dtype, e.shape) for n, e in tensors.entries.items()}
+    found = difference.companions([n for n, s in held.items() if s.base is not None], found)
+    mismatches(held, found, faults)
+    expected = None if record.dtype == "mixed" else getattr(torch, record.dtype)
+    for key, (dtype, _) in found.items():
+        if expected is not None and dtype.is_floating_point and dtype != expected and key in held:
+            faults.add(f"tensor {key!r} has dtype {dtype}, {RECORD} says {record.dtype}")
+    count = sum(s.tensor.numel() for s in held.values() if isinstance(s.tensor, nn.Parameter))
+    if record.parameters != count:
+        faults.add(f"{RECORD} says {record.parameters:,} parameters, this adapter has {count:,}")
+    faults.raise_if_any()
+
+
+def _values(
+    where: Path, record: Record, held: Mapping[str, Slot], stored: dict[str, Tensor], digest: str
+) -> dict[str, Tensor]:
+    faults = Faults(FileError, str(where))
+    if digest != record.tensors.sha256:
+        faults.add(f"{TENSORS} is not the file {RECORD} was written with (sha256 {digest[:12]}..., not "
+                   f"{record.tensors.sha256[:12]}...): it was damaged or exchanged; copy the folder again")  # fmt: skip
+    if bad := not_finite(stored):
+        faults.add(f"NaN or infinity in {', '.join(bad[:4])}")
+    faults.raise_if_any()
+    with torch.no_grad():
+        return {
+            key: stored[key] if slot.base is None else difference.given_back(key, stored, slot.base)
+            for key, slot in held.items()
+        }
+
+
+def _dtype(held: Mapping[str, Slot]) -> Any:
+    kinds = {str(s.tensor.dtype).removeprefix("torch.") for s in held.values() if s.tensor.is_floating_point()}
+    return kinds.pop() if len(kinds) == 1 else "mixed"
+
+
+def _head(adapter: Adapter, path: str) -> nn.Module:
+    module = adapter.heads[path.replace(".", "/")].module
+    assert isinstance(module, nn.Module)
+    return module
