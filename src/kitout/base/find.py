@@ -56,8 +56,8 @@ class Block:
 class Survey:
     """What was found, in module order.
 
-    proven: a forward has confirmed it (`kitout.base.probe`); silent: paths of sites that did not run in it; doubt: why
-    there is no proof.
+    proven: a forward has confirmed it (`kitout.base.probe`); silent: paths of sites that did not run in it; unread: names
+    of parameters that nothing in it read; order: paths of what ran, by first run; doubt: why there is no proof.
     """
 
     model: nn.Module = field(repr=False, compare=False)
@@ -66,6 +66,8 @@ class Survey:
     blocks: tuple[Block, ...]
     proven: bool = False
     silent: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
+    order: tuple[str, ...] = ()
     doubt: str = ""
 
     def by_path(self, path: str) -> Site:

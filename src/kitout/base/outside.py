@@ -13,67 +13,75 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kitout.base.tree import Tree
-from kitout.base.vocabulary import HEAD, NOT_TOKENS, PATCH
+from kitout.base.vocabulary import EMBEDS, HEAD, NOT_TOKENS, PATCH
 
 
 def label(tree: Tree, inside: Collection[str], widths: Collection[int]) -> dict[str, str]:
     """Path -> role of the leaves outside the blocks that have one."""
     free = [path for path in tree.leaves if path not in inside]
-    declared_in, declared_out = _declared(tree)
-    roles = dict.fromkeys(_tables(tree, free, declared_in), "embed")
+    roles = dict.fromkeys(_tables(tree, free), "embed")
     roles |= dict.fromkeys(_patches(tree, free, set(widths)), "patch")
-    roles |= dict.fromkeys(_heads(tree, free, inside, declared_out), "head")
+    roles |= dict.fromkeys(_heads(tree, free, inside), "head")
     return roles
 
 
-def _declared(tree: Tree) -> tuple[nn.Module | None, nn.Module | None]:
-    """Input and output embeddings as a transformers model names them; None where it has or knows none."""
-    model = tree.modules[""]
-    if not isinstance(model, PreTrainedModel):
-        return None, None
-    try:
-        source = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):  # a model without token tables; several raise on access
-        source = None
-    try:
-        target = model.get_output_embeddings()
-    except (NotImplementedError, AttributeError):
-        target = None
-    return source, target
+def _declared(tree: Tree, which: str) -> list[nn.Module]:
+    """Input or output embeddings as each transformers model in the tree (a composite holds several) names them."""
+    found = []
+    for module in tree.modules.values():
+        if isinstance(module, PreTrainedModel):
+            try:
+                table = module.get_input_embeddings() if which == "in" else module.get_output_embeddings()
+            except (NotImplementedError, AttributeError):  # a model without; some raise on access
+                continue
+            if isinstance(table, nn.Module):
+                found.append(table)
+    return found
 
 
-def _tables(tree: Tree, free: Iterable[str], declared: nn.Module | None) -> list[str]:
-    """The token table, and the tables of other towers with as many rows (an encoder's and a decoder's)."""
+def _tables(tree: Tree, free: Iterable[str]) -> list[str]:
+    """Declared token tables and those shaped like them; where nothing is declared, the table with the most rows."""
     tables = {p: tree.modules[p] for p in free if tree.leaves[p].kind == "embedding"}
-    if declared in tables.values():
-        rows = tree.leaves[next(p for p, m in tables.items() if m is declared)].d_in
+    if isinstance(tree.modules[""], PreTrainedModel):
+        declared = _declared(tree, "in")
+        shapes = {tree.leaves[p] for p, m in tables.items() if any(m is table for table in declared)}
     else:
-        named = [p for p in tables if not NOT_TOKENS.search(p.rpartition(".")[2])]
-        rows = max((tree.leaves[p].d_in for p in named), default=0)
-        tables = {p: tables[p] for p in named}
-    return [p for p in tables if tree.leaves[p].d_in == rows]
+        named = {p: tree.leaves[p] for p in tables if not NOT_TOKENS.search(p.rpartition(".")[2])}
+        shapes = {max(named.values(), key=lambda leaf: leaf.d_in)} if named else set()
+    return [p for p in tables if tree.leaves[p] in shapes]
 
 
 def _patches(tree: Tree, free: Iterable[str], widths: set[int]) -> list[str]:
-    """Strided 2-D or 3-D convolutions, and linears called patch, that write the width of a tower."""
+    """What writes the width of a tower and cuts an image: a convolution whose windows do not overlap (or that is
+    called an embedding), or a linear called patch.
+    """
 
     def cuts(path: str) -> bool:
-        module = tree.modules[path]
+        module, leaf = tree.modules[path], tree.leaves[path]
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
-            return max(module.stride) > 1
-        return tree.leaves[path].kind == "linear" and bool(PATCH.search(path))
+            apart = module.kernel_size == module.stride and leaf.d_in not in widths
+            return max(module.stride) > 1 and (apart or bool(EMBEDS.search(path)))
+        return leaf.kind == "linear" and bool(PATCH.search(path))
 
     return [p for p in free if tree.leaves[p].d_out in widths and cuts(p)]
 
 
-def _heads(tree: Tree, free: Iterable[str], inside: Collection[str], declared: nn.Module | None) -> list[str]:
-    """The declared output head, and the linears called head or classifier that come after the last block."""
+def _heads(tree: Tree, free: Iterable[str], inside: Collection[str]) -> list[str]:
+    """Declared output heads, and linears that are, or lie directly in, something called head after the last block."""
+    declared = _declared(tree, "out")
     order = {path: i for i, path in enumerate(tree.leaves)}
     last = max((order[p] for p in inside), default=-1)
-    named = [
+
+    def called_head(path: str) -> bool:
+        names = [name for name in path.split(".") if not name.isdigit()]
+        if HEAD.fullmatch(names[-1]):
+            return True
+        pools = any(tree.under(seed, path.rpartition(".")[0]) for seed in tree.seeds)  # an attention pooling "head"
+        return len(names) > 1 and bool(HEAD.fullmatch(names[-2])) and not pools
+
+    return [
         p
         for p in free
-        if tree.leaves[p].kind == "linear" and order[p] > last and any(HEAD.fullmatch(part) for part in p.split("."))
+        if any(tree.modules[p] is head for head in declared)
+        or (tree.leaves[p].kind == "linear" and order[p] > last and called_head(p))
     ]
-    said = [p for p in free if declared is not None and tree.modules[p] is declared]
-    return list(dict.fromkeys([*said, *named]))

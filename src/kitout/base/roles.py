@@ -7,12 +7,14 @@ both. Knows nothing of where blocks are. Names break ties between structurally e
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from kitout.base import shapes
 from kitout.base.stacks import Element
 from kitout.base.tree import Projection, Tree, ancestors
 from kitout.base.vocabulary import CROSS, DOWN, GATE, OUTPUT
@@ -27,8 +29,13 @@ class Labels:
     d: int
     roles: dict[str, str] = field(default_factory=dict)
     loose: list[Projection] = field(default_factory=list)
+    outputs: set[str] = field(default_factory=set)  # homes of the attentions whose output is found
     attends: bool = False
     resolved: bool = False
+
+    def feeds(self) -> bool:
+        """A feed-forward has been found."""
+        return "mlp.down" in self.roles.values()
 
 
 @dataclass(frozen=True)
@@ -49,14 +56,17 @@ def label(tree: Tree, block: Element) -> Labels:
         labels.roles |= {path: f"{attention.kind}.{part}" for path, part in attention.parts.items()}
     for path in _torch_attentions(tree, block):
         labels.roles[f"{path}.out_proj"] = "cross.o" if CROSS.search(path[len(_root(block, path)) :]) else "attn.o"
-    for convs in (False, True):  # pointwise convolutions stand in only where no linear took the role
-        pool = [p for p in projections if p.conv <= convs]
+    linears = [p for p in projections if not p.conv]
+    for pool in (linears, projections):  # convolutions over one position stand in only where no linear took the role
         for attention in attentions:
             _output(labels, block, attention, attentions, pool)
         _feed_forwards(tree, labels, block, attentions, pool)
+    experts = _stacked_experts(tree, block, labels, attentions)
+    if not experts:
+        _feed_forwards(tree, labels, block, attentions, tree.within(block.members, wide=True))
     labels.loose = [p for p in projections if p.path not in labels.roles]
     labels.attends = bool(attentions or _torch_attentions(tree, block))
-    labels.resolved = _resolved(tree, block, set(labels.roles.values()))
+    labels.resolved = _resolved(tree, block, set(labels.roles.values()), experts)
     return labels
 
 
@@ -106,21 +116,23 @@ def _output(
     labels: Labels, block: Element, attention: Attention, others: list[Attention], pool: list[Projection]
 ) -> None:
     """Find what an attention writes back to the residual stream with: in its own module, else in the modules around."""
-    role = f"{attention.kind}.o"
-    if any(labels.roles.get(p.path) == role and Tree.under(p.path, attention.home) for p in pool):
+    if attention.home in labels.outputs:
         return
     inner = _inner_widths(attention, pool)
     elsewhere = [o.home for o in others if not Tree.under(attention.home, o.home)]
     free = [p for p in pool if p.path not in labels.roles and not Tree.under_any(p.path, elsewhere)]
     for root in (attention.home, *ancestors(attention.home)):
         writers = [p for p in free if Tree.under(p.path, root) and p.d_out == labels.d]
-        if root != attention.home:  # the first whose width agrees, or a feed-forward's would be taken
+        if root == attention.home:
+            writers = [p for p in writers if p.home == root] or [p for p in writers if _named(p, OUTPUT)]
+        else:  # the first whose width agrees, or a feed-forward's would be taken
             inside = root and root not in block.members
             writers = [p for p in writers if p.d_in in inner or (inside and not _widened(p, free))][:1]
         if writers:
-            named = [p for p in writers if any(OUTPUT.fullmatch(n) for n in p.names)]
+            named = [p for p in writers if _named(p, OUTPUT)]
             fitting = [p for p in writers if p.d_in in inner] or writers
-            labels.roles |= dict.fromkeys((p.path for p in named or fitting[-1:]), role)
+            labels.roles |= dict.fromkeys((p.path for p in named or fitting[-1:]), f"{attention.kind}.o")
+            labels.outputs.add(attention.home)
             return
 
 
@@ -140,7 +152,7 @@ def _feed_forwards(
     tree: Tree, labels: Labels, block: Element, attentions: list[Attention], pool: list[Projection]
 ) -> None:
     """Pair what widens with what narrows, in the smallest module that holds both."""
-    if any(role.startswith("mlp.") for role in labels.roles.values()):
+    if labels.feeds():
         return
     closed = {a.home for a in attentions if a.home not in block.members}
     closed |= {m for m in tree.mixers if m not in block.members and tree.under_any(m, block.members)}
@@ -150,26 +162,31 @@ def _feed_forwards(
         roots[""] = None
     outermost = [r for r in roots if r in ("", *block.members)]
     for root in sorted(set(roots) - set(outermost), key=lambda r: (-r.count("."), r)):
-        _pair(labels, [p for p in free if tree.under(p.path, root) and p.path not in labels.roles])
-    for root in outermost:
-        if not any(role.startswith("mlp.") for role in labels.roles.values()):
-            _pair(labels, [p for p in free if tree.under(p.path, root) and p.path not in labels.roles])
+        _pair(labels, [p for p in free if tree.under(p.path, root)])
+    inner = max((p.d_in for p in free if labels.roles.get(p.path) == "mlp.down"), default=0)
+    for root in outermost:  # loose in the block itself: its feed-forward, if wider than what its modules hold
+        _pair(labels, [p for p in free if tree.under(p.path, root)], inner)
 
 
-def _pair(labels: Labels, pool: list[Projection]) -> None:
-    """Label the feed-forwards among these projections: (up | gate)* then down."""
-    downs = [p for p in pool if p.d_out == labels.d and p.d_in * BOTTLENECK >= labels.d and _widened(p, pool)]
-    if square := [p for p in downs if p.d_in == labels.d]:
-        named = [p for p in square if any(DOWN.fullmatch(n) for n in p.names)]
-        downs = [p for p in downs if p.d_in != labels.d] or (named or square)[-1:]
-    for down in downs:
-        ups = [p for p in _widened(down, pool) if p.path not in labels.roles]
-        if not ups:
+def _pair(labels: Labels, pool: list[Projection], above: int = 0) -> None:
+    """Label the feed-forwards among these projections, (up | gate)+ then down, whose inner width f is above a bound."""
+    pool = [p for p in pool if p.path not in labels.roles]
+    d, fed = labels.d, [p for i, p in enumerate(pool) if _widened(p, pool[:i])]
+    downs = [p for p in fed if p.d_out == d and p.d_in * BOTTLENECK >= d and p.d_in > above]
+    if square := [p for p in downs if p.d_in == d]:
+        downs = [p for p in downs if p.d_in != d] or ([p for p in square if _named(p, DOWN)] or square)[-1:]
+    for f in dict.fromkeys(p.d_in for p in downs):
+        narrow = [p for p in downs if p.d_in == f]
+        ups = [p for p in _widened(narrow[0], pool) if p not in narrow and p.d_in * BOTTLENECK >= d]
+        if not ups or len(ups) > 2 * len(narrow):  # more than two feed one: an attention between two streams
             continue
-        labels.roles[down.path] = "mlp.down"
+        labels.roles |= dict.fromkeys((p.path for p in narrow), "mlp.down")
         for up in ups:
-            gate = len(ups) > 1 and any(GATE.fullmatch(n) for n in up.names)
-            labels.roles[up.path] = "mlp.gate" if gate else "mlp.up"
+            labels.roles[up.path] = "mlp.gate" if len(ups) > len(narrow) and _named(up, GATE) else "mlp.up"
+
+
+def _named(projection: Projection, words: re.Pattern[str]) -> bool:
+    return any(words.fullmatch(name) for name in projection.names)
 
 
 def _widened(down: Projection, pool: Iterable[Projection]) -> list[Projection]:
@@ -186,7 +203,7 @@ def _torch_attentions(tree: Tree, block: Element) -> list[str]:
     ]
 
 
-def _resolved(tree: Tree, block: Element, roles: set[str]) -> bool:
+def _resolved(tree: Tree, block: Element, roles: set[str], experts: bool) -> bool:
     """Attention in and out, and a feed-forward: as projections, or as experts stacked in 3-D parameters."""
 
     def has(kind: str) -> bool:
@@ -195,8 +212,15 @@ def _resolved(tree: Tree, block: Element, roles: set[str]) -> bool:
     reads = has("attn") or has("cross") or bool(_torch_attentions(tree, block))
     writes = bool({"attn.o", "cross.o"} & roles)
     feeds = "mlp.down" in roles and bool({"mlp.up", "mlp.gate"} & roles)
-    return reads and writes and (feeds or _stacked_experts(tree, block))
+    return reads and writes and (feeds or experts)
 
 
-def _stacked_experts(tree: Tree, block: Element) -> bool:
-    return any(p.ndim == 3 for root in block.members for p in tree.modules[root].parameters())
+def _stacked_experts(tree: Tree, block: Element, labels: Labels, attentions: list[Attention]) -> bool:
+    """Experts kept in 3-D parameters that read or write the residual width, outside any attention."""
+    closed = [a.home for a in attentions if a.home not in block.members]
+    return any(
+        p.ndim == 3 and labels.d in p.shape[1:]
+        for path, module in tree.modules.items()
+        if tree.under_any(path, block.members) and not tree.under_any(path, closed) and shapes.stacked(module)
+        for p in module.parameters(recurse=False)
+    )

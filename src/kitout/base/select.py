@@ -49,7 +49,7 @@ def select(sites: Sequence[Site], targets: str, layers: str = "all") -> list[Sit
     if not items:
         faults.add(f"targets is empty; write roles, paths or all-linear. This model has {_inventory(sites)}")
     allowed = parse(layers, sites, faults)
-    chosen: dict[tuple[str, str, tuple[int, ...] | None], Site] = {}
+    chosen: dict[tuple[str, str, str, tuple[int, ...] | None], Site] = {}
     for item in items:
         found = [site for site in sites if item.matches(site)]
         kept = [site for site in found if allowed(site)]
@@ -59,11 +59,11 @@ def select(sites: Sequence[Site], targets: str, layers: str = "all") -> list[Sit
             faults.add(_outside(item, found))
         for site in kept:
             seen = site.at(port="in", d_out=site.d_in, channels=None) if item.inward else site
-            chosen.setdefault((seen.path, seen.port, seen.channels), seen)
+            chosen.setdefault((seen.path, seen.role, seen.port, seen.channels), seen)
     faults.raise_if_any()
-    order = {(site.path, site.channels): i for i, site in enumerate(sites)}
+    order = {(site.path, site.role, site.channels): i for i, site in enumerate(sites)}
     first = {site.path: i for i, site in reversed(list(enumerate(sites)))}
-    return sorted(chosen.values(), key=lambda s: order.get((s.path, s.channels), first[s.path]))
+    return sorted(chosen.values(), key=lambda s: order.get((s.path, s.role, s.channels), first[s.path]))
 
 
 def matches(site: Site, word: str) -> bool:

@@ -46,12 +46,9 @@ def linear(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def pointwise(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a convolution that sees one position at a time: a linear map in another layout."""
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        return None
-    alone = all(k == 1 for k in module.kernel_size) and all(s == 1 for s in module.stride)
-    return (module.in_channels, module.out_channels) if alone else None
+def pointwise(module: nn.Conv1d | nn.Conv2d) -> bool:
+    """It sees one position at a time: a linear map in another layout."""
+    return all(k == 1 for k in module.kernel_size) and all(s == 1 for s in module.stride)
 
 
 def stacked(module: nn.Module) -> bool:

@@ -7,34 +7,38 @@ name ("seeds"). Knows nothing of blocks, roles or sites. Paths are dotted, "" is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from kitout.base import shapes
-from kitout.base.vocabulary import PROJECTION_NAMES, TRIPLE
+from kitout.base.vocabulary import PREFIXED, PROJECTION_NAMES, TRIPLE
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear map at a path. conv: it is a convolution over single positions."""
+    """A linear map at a path. conv: it is a convolution. wide: one that sees several positions."""
 
     path: str
     d_in: int
     d_out: int
     conv: bool
+    wide: bool
     names: tuple[str, ...]  # its own name, then those of the wrappers that hold nothing else
     home: str  # the path of the innermost module that is more than a wrapper around it
 
 
 @dataclass(frozen=True)
 class Tree:
-    """modules: path -> module. leaves: path -> what it is. projections, seeds (path -> part): see the module text."""
+    """modules: path -> module. leaves: path -> what it is. projections: linears and convolutions over single
+    positions. wide: convolutions over several. seeds: path -> part. mixers: modules that mix positions by convolution.
+    """
 
     modules: dict[str, nn.Module]
     leaves: dict[str, shapes.Leaf]
     projections: dict[str, Projection]
+    wide: dict[str, Projection]
     seeds: dict[str, str]
     mixers: frozenset[str]
 
@@ -43,10 +47,13 @@ class Tree:
         """given: path -> role that the user fixed; an attention role makes (or unmakes) a seed."""
         modules = {path: m for path, m in model.named_modules() if ".parametrizations" not in f".{path}"}
         leaves = {path: leaf for path, m in modules.items() if path and (leaf := shapes.leaf(m))}
-        projections = _projections(modules, leaves)
+        every = _projections(modules, leaves)
+        projections = {path: p for path, p in every.items() if not p.wide}
+        wide = {path: p for path, p in every.items() if p.wide}
+        convolved = {a for path, m in modules.items() if _sees_several(m) for a in ancestors(path)}
         mixers = frozenset(_mixers(modules, projections))
-        seeds = {p.path: part for p in projections.values() if (part := _part(p, given, mixers))}
-        return cls(modules, leaves, projections, seeds, mixers)
+        seeds = {p.path: part for p in projections.values() if (part := _part(p, given, convolved))}
+        return cls(modules, leaves, projections, wide, seeds, mixers)
 
     @staticmethod
     def under(path: str, root: str) -> bool:
@@ -57,10 +64,10 @@ class Tree:
     def under_any(cls, path: str, roots: Iterable[str]) -> bool:
         return any(cls.under(path, root) for root in roots)
 
-    def within(self, roots: Iterable[str]) -> list[Projection]:
-        """The projections inside any of these modules, in module order."""
+    def within(self, roots: Iterable[str], wide: bool = False) -> list[Projection]:
+        """The projections (wide: the convolutions over several positions) inside these modules, in module order."""
         roots = tuple(roots)
-        return [p for path, p in self.projections.items() if self.under_any(path, roots)]
+        return [p for path, p in (self.wide if wide else self.projections).items() if self.under_any(path, roots)]
 
 
 def parent(path: str) -> str:
@@ -75,14 +82,10 @@ def ancestors(path: str) -> Iterator[str]:
 
 
 def _projections(modules: Mapping[str, nn.Module], leaves: Mapping[str, shapes.Leaf]) -> dict[str, Projection]:
-    widths = {
-        path: (w, leaf.kind == "conv")
-        for path, leaf in leaves.items()
-        if (w := shapes.linear(modules[path]) or shapes.pointwise(modules[path]))
-    }
-    held = Counter(a for path in widths for a in ancestors(path))
+    widths = {path: w for path, leaf in leaves.items() if (w := _widths(modules[path], leaf))}
+    held = Counter(a for path, (_, _, _, wide) in widths.items() if not wide for a in ancestors(path))
     found = {}
-    for path, ((d_in, d_out), conv) in widths.items():
+    for path, (d_in, d_out, conv, wide) in widths.items():
         # A module around exactly one projection (a clipping wrapper, a Sequential with dropout) lends it its name.
         wrapped = [path]
         for above in ancestors(path):
@@ -90,19 +93,32 @@ def _projections(modules: Mapping[str, nn.Module], leaves: Mapping[str, shapes.L
                 break
             wrapped.append(above)
         names = tuple(w.rpartition(".")[2] for w in wrapped)
-        found[path] = Projection(path, d_in, d_out, conv, names, parent(wrapped[-1]))
+        found[path] = Projection(path, d_in, d_out, conv, wide, names, parent(wrapped[-1]))
     return found
+
+
+def _widths(module: nn.Module, leaf: shapes.Leaf) -> tuple[int, int, bool, bool] | None:
+    """(d_in, d_out, conv, wide) of what can be a projection."""
+    if leaf.kind == "linear":
+        return leaf.d_in, leaf.d_out, False, False
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)) or (_sees_several(module) and module.groups > 1):
+        return None
+    return leaf.d_in, leaf.d_out, True, _sees_several(module)
+
+
+def _sees_several(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Conv1d, nn.Conv2d)) and not shapes.pointwise(module)
 
 
 def _mixers(modules: Mapping[str, nn.Module], projections: Mapping[str, Projection]) -> Iterator[str]:
     """Modules that mix positions by a 1-D convolution (state-space, gated convolution): never a feed-forward."""
     for path, module in modules.items():
-        if isinstance(module, nn.Conv1d) and not shapes.pointwise(module):
+        if isinstance(module, nn.Conv1d) and _sees_several(module):
             holders = (a for a in ancestors(path) if any(Tree.under(p, a) for p in projections))
             yield next(holders, "")
 
 
-def _part(projection: Projection, given: Mapping[str, str], mixers: frozenset[str]) -> str | None:
+def _part(projection: Projection, given: Mapping[str, str], convolved: Collection[str]) -> str | None:
     """q, k, v or qkv, if the user or the projection's name says so."""
     if role := given.get(projection.path):
         kind, _, part = role.partition(".")
@@ -111,6 +127,9 @@ def _part(projection: Projection, given: Mapping[str, str], mixers: frozenset[st
         for part, words in PROJECTION_NAMES.items():
             if words.fullmatch(name):
                 return part
-        if TRIPLE.fullmatch(name) and projection.d_out == 3 * projection.d_in and projection.home not in mixers:
+        triple = TRIPLE.fullmatch(name) and projection.d_out == 3 * projection.d_in
+        if triple and projection.home not in convolved:  # else a gated convolution
             return "qkv"
+    if prefixed := PREFIXED.fullmatch(projection.names[0]):
+        return prefixed["part"][0].lower()
     return None

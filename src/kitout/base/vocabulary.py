@@ -19,12 +19,17 @@ _V = r"""v | wv | w_v | c_v | to_v | value | values | value_global
  | v_?(proj|lin|linear) | (proj|project|lin|linear|fc)_?v(alue)? | value_(proj|projection|layer)"""
 _FUSED = r"""qkv(_?(proj|linear|layer))? | w_?qkv | to_qkv | (linear|attn|fused|proj)_?qkv | query_key_value
  | c_attn | att_proj | in_proj_qkv\w*
- | kv(_?proj)? | to_kv | linear_kv | key_value | kv_[ab]_proj(_with_mqa)? | query_key"""
+ | kv(_?proj)? | to_kv | linear_kv | key_value | kv_[ab]_proj(_with_mqa)? | query_key
+ | queries_keys_values | keys_values"""
 
+# Looked up in this order: "query_key_value" is a fused projection before it is some kind of value.
 PROJECTION_NAMES = {
     part: re.compile(words, re.IGNORECASE | re.VERBOSE)
-    for part, words in (("q", _Q), ("k", _K), ("v", _V), ("qkv", _FUSED))
+    for part, words in (("qkv", _FUSED), ("q", _Q), ("k", _K), ("v", _V))
 }
+
+# With any prefix ("layout_query"), believed only as a projection's own name, not as that of a module around it.
+PREFIXED = re.compile(r"[a-z0-9]+_(?P<part>query|key|value)", re.IGNORECASE)
 
 # Names so general that they are believed only if the widths agree: the output is exactly three times the input.
 TRIPLE = re.compile(r"in_proj|attn|attention", re.IGNORECASE)
@@ -35,7 +40,7 @@ CROSS = re.compile(r"cross|encoder_attn|enc_?dec|encoder_decoder|multihead_attn"
 # Tie breakers.
 OUTPUT = re.compile(
     r"(to_|c_|w|w_|fc_|attn_|attention_)?(o|out|output|proj|projection|dense)(_?(b_)?(proj|projection|lin|linear|dense|layer))?"
-    r"|(linear|lin|proj|fc)_?(o|out)|project_out",
+    r"|(linear|lin|proj|fc)_?(o|out)|project_out|post",
     re.IGNORECASE,
 )
 GATE = re.compile(
@@ -47,7 +52,8 @@ DOWN = re.compile(
 
 # Outside the blocks.
 NOT_TOKENS = re.compile(r"pos|type|segment|time|rel|seg", re.IGNORECASE)
-PATCH = re.compile(r"patch", re.IGNORECASE)
+PATCH = re.compile(r"patch(?!_?merg)", re.IGNORECASE)
+EMBEDS = re.compile(r"patch|embed", re.IGNORECASE)
 HEAD = re.compile(
-    r"\w*head\w*|classifier\w*|classification\w*|score|\w*_outputs|fc|logits?\w*|output_projection", re.IGNORECASE
+    r"\w*head\w*|classifier\w*|classification\w*|score|\w*_outputs|logits?\w*|output_projection", re.IGNORECASE
 )
