@@ -56,8 +56,8 @@ class Block:
 class Survey:
     """What was found, in module order.
 
-    proven: a forward has confirmed it (`kitout.base.probe`); silent: paths of sites that did not run in it; unread: names
-    of parameters that nothing in it read; order: paths of what ran, by first run; doubt: why there is no proof.
+    proven: a forward has confirmed it (`kitout.base.probe`); silent: paths of sites that did not run in it; unread:
+    names of parameters that nothing in it read; order: paths of what ran, by first run; doubt: why there is no proof.
     """
 
     model: nn.Module = field(repr=False, compare=False)
@@ -76,6 +76,11 @@ class Survey:
             if site.path == path and site.channels is None:
                 return site
         raise TargetError(f"no site at {path!r}; {suggest(path, [s.path for s in self.sites])}")
+
+    @property
+    def alive(self) -> frozenset[str]:
+        """Paths of the modules that run, as far as is known."""
+        return frozenset(site.path for site in self.sites) - self.silent
 
     def loose(self) -> list[tuple[str, int, int]]:
         """Every projection inside a block that has no role."""

@@ -49,9 +49,12 @@ def prove(found: Survey, example: Mapping[str, Any] | None = None) -> Survey:
     sites += [s.at(rows=rows.get(s.path, "unknown")) for s in sublayers(found, first)]
     sites = [s for s in sites if s.path in first.fired or not _spoken_for(s, sites, first)]
     silent = frozenset(s.path for s in sites if s.path not in first.fired)
+    unread = frozenset(n for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in first.read)
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     sites.sort(key=lambda s: order[s.path])  # stable: a whole before its parts
-    return replace(found, sites=tuple(sites), proven=True, silent=silent)
+    return replace(
+        found, sites=tuple(sites), proven=True, silent=silent, unread=unread, order=tuple(first.fired), doubt=""
+    )
 
 
 def _spoken_for(site: Site, sites: list[Site], watch: Watch) -> bool:
@@ -95,6 +98,8 @@ def _rows(first: int, second: int, batch: Mapping[str, Any]) -> Rows:
     n = next(v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim > 1)
     if (first, second) == (n, n + 1):
         return "batch"
+    if first == second == 1:
+        return "one"
     if first * (n + 1) == second * n:
         return "major"
     return "none"

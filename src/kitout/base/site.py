@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 Port = Literal["out", "in", "kv", "tokens", "param"]
-Rows = Literal["batch", "major", "none", "unknown"]
+Rows = Literal["batch", "major", "one", "none", "unknown"]
 Kind = Literal["linear", "embedding", "conv", "norm", "other"]
 
 # Every role the finder hands out. "attn.q" is self-attention, "cross.q" cross-attention; a fused projection has the
@@ -48,7 +48,10 @@ class Site:
     "param" on a bare parameter of it. source: path of the module whose *input* is handed over as x instead of this
     module's own. channels: sorted channel indices of a fused projection, None = all. kind: which linear map the module
     is. channels_first: the module's output is [B, C, ...] (convolutions, BatchNorm-like), so the tap moves C last.
-    rows: how dim 0 of the value relates to the batch. unfolded: True if the module's weight is stored [d_in, d_out].
+    rows: how dim 0 of the value relates to the batch: it is the batch, a multiple of it ("major"), always 1 (a position
+    table looked up once for all rows) or nothing of the kind ("none"). norm: at a sublayer, the norm that takes its sum
+    with the residual where the stream goes on from there (post-norm blocks). names: parameters of the module that an
+    adapter holds its own values of, relative to the module.
     """
 
     path: str
@@ -63,15 +66,17 @@ class Site:
     rows: Rows = "unknown"
     kind: Kind = "linear"
     channels_first: bool = False
+    names: tuple[str, ...] = ()
+    norm: nn.Module | None = field(default=None, compare=False, repr=False)
     module: nn.Module = field(compare=False, repr=False)
 
     @cached_property
     def key(self) -> str:
         """A name without dots, unique in a model: the adapter's module key and the stem of its tensors in a file."""
-        tail = "" if self.port == "out" and self.channels is None else "@" + (
-            self.role.split(".")[-1] if self.port == "out" else self.port
-        )
-        return self.path.replace(".", "/") + tail
+        shared = self.channels is not None or self.role.startswith("sub.")  # another site may have the same path
+        last = self.role.split(".")[-1] if shared else ""
+        tail = last if self.port == "out" else self.port
+        return self.path.replace(".", "/") + ("@" + tail if tail else "")
 
     @cached_property
     def span(self) -> slice | Tensor | None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import nn
+
 from kitout.base.find import Block, Survey
 from kitout.base.site import Site
-from kitout.base.watch import Watch
+from kitout.base.watch import Addition, Watch
 
 ENDS = {"attn.o": "sub.attn", "cross.o": "sub.cross", "mlp.down": "sub.mlp"}
 
@@ -39,8 +41,20 @@ def sublayers(found: Survey, watch: Watch) -> list[Site]:
             key = (add.block, role)
             emitter = partial.get(key, emitters[side]) or _projection(own, role)
             if key not in result and emitter is not None:
-                result[key] = _site(found, blocks[add.block], role, emitter, add.receivers[1 - side], by_path)
+                site = _site(found, blocks[add.block], role, emitter, add.receivers[1 - side], by_path)
+                result[key] = site.at(norm=_norm_after(found, watch, add))
     return list(result.values())
+
+
+def _norm_after(found: Survey, watch: Watch, add: Addition) -> nn.Module | None:
+    """The norm that alone takes this sum and from which the residual stream goes on, None where the sum goes on."""
+    carried = watch.ends.union(*(a.operands for a in watch.additions))
+    if add.out in carried:
+        return None
+    for site in found.sites:
+        if site.kind == "norm" and site.path.startswith(add.block + ".") and add.out in watch.taken.get(site.path, ()):
+            return site.module if watch.given.get(site.path, set()) & carried else None
+    return None
 
 
 def _once(emitters: Sequence[str], block: str, watch: Watch) -> str | None:

@@ -20,16 +20,21 @@ from torch.overrides import TorchFunctionMode
 ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, torch.baddbmm, Tensor.baddbmm}
 
+Identity = tuple[int, int]  # of a value: its tensor, and how often that had been written to
+
 
 @dataclass
 class Addition:
     """One sum inside a block: for both operands the leaves it comes from, who emitted it (dropout hands on what it is
-    given, so there may be several, in order), who first received it."""
+    given, so there may be several, in order), who first received it. out, operands: identities of the tensors.
+    """
 
     block: str
     leaves: tuple[frozenset[str], frozenset[str]]
     emitters: tuple[tuple[str, ...], tuple[str, ...]]
     receivers: tuple[str | None, str | None]
+    operands: tuple[Identity, Identity]
+    out: Identity | None = None
 
 
 @dataclass
@@ -55,6 +60,10 @@ class Watch(TorchFunctionMode):
         self.leaf: dict[str, list[Tensor]] = {}
         self.additions: list[Addition] = []
         self.attentions: list[Attention] = []
+        self.read: set[int] = set()  # identities of the tensors that went into an operation
+        self.taken: dict[str, set[Identity]] = {}  # what each leaf module took, and gave
+        self.given: dict[str, set[Identity]] = {}
+        self.ends: set[Identity] = set()  # the blocks' outputs
         self._label: dict[int, str] = {}
         self._emitter: dict[int, list[str]] = {}
         self._receiver: dict[int, str] = {}
@@ -100,6 +109,9 @@ class Watch(TorchFunctionMode):
     def _block_out(self, path: str) -> Any:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
             self._inside.pop()
+            first = out[0] if isinstance(out, (tuple, list)) and out else out
+            if isinstance(first, Tensor):
+                self.ends.add(self._identity(first))
 
         return hook
 
@@ -110,6 +122,7 @@ class Watch(TorchFunctionMode):
             if isinstance(x, Tensor):
                 self._alive.append(x)
                 self._receiver.setdefault(id(x), path)
+                self.taken.setdefault(path, set()).add(self._identity(x))
                 self.rows[path] = x.shape[0] if x.ndim else 0
 
         return hook
@@ -122,6 +135,9 @@ class Watch(TorchFunctionMode):
                 out = self._cut(path, out)
             self._alive.append(out)
             self._emitter.setdefault(id(out), []).append(path)
+            self.given.setdefault(path, set()).add(self._identity(out))
+            if out.ndim and out.shape[0] == 1:
+                self.rows[path] = 1  # looked up once for all rows, whatever it was asked with
             return out
 
         return hook
@@ -142,11 +158,14 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self._attend(*_three(args, kwargs))
-        elif func in PRODUCTS:
-            return self._multiply(func, args, kwargs)
-        elif func in ADDS and self._inside and len(args) > 1:
-            self._add(args[0], args[1])
-        return func(*args, **kwargs)
+        adds = func in ADDS and self._inside and len(args) > 1 and self._add(args[0], args[1])
+        out = self._multiply(func, args, kwargs) if func in PRODUCTS else func(*args, **kwargs)
+        if adds:
+            self._added(args[0], out)
+        if isinstance(out, (Tensor, tuple)):  # not of those that only ask for a shape or a dtype
+            given = [x for a in (*args, *kwargs.values()) for x in (a if isinstance(a, (tuple, list)) else (a,))]
+            self.read.update(id(x) for x in given if isinstance(x, nn.Parameter))
+        return out
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         tensors = {"q": q, "k": k, "v": v}
@@ -166,11 +185,12 @@ class Watch(TorchFunctionMode):
             self._product = (a, b, out)
         return out
 
-    def _add(self, a: Any, b: Any) -> None:
+    def _add(self, a: Any, b: Any) -> bool:
+        """Notes a sum of two activations, before it is computed: that may be in place."""
         if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape or not a.is_floating_point():
-            return
+            return False
         if not (a.requires_grad and b.requires_grad):
-            return
+            return False
         self._alive.append((a, b))
         self.additions.append(
             Addition(
@@ -178,8 +198,22 @@ class Watch(TorchFunctionMode):
                 (self.ancestors(a), self.ancestors(b)),
                 (tuple(self._emitter.get(id(a), ())), tuple(self._emitter.get(id(b), ()))),
                 (self._receiver.get(id(a)), self._receiver.get(id(b))),
+                (self._identity(a), self._identity(b)),
             )
         )
+        return True
+
+    def _added(self, a: Tensor, out: Tensor) -> None:
+        self.additions[-1].out = self._identity(out)
+        if out is a:  # written in place: no longer what was emitted and received
+            self._emitter.pop(id(a), None)
+            self._receiver.pop(id(a), None)
+
+    def _identity(self, t: Tensor) -> Identity:
+        """One value: the same for a tensor and views of the whole of it, another once it has been written to."""
+        whole = t if t._base is None or t._base.numel() != t.numel() else t._base
+        self._alive.append(whole)
+        return id(whole), whole._version
 
     def ancestors(self, t: Tensor) -> frozenset[str]:
         """Labels of the nearest leaves a tensor is computed from."""

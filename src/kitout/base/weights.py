@@ -7,12 +7,14 @@ b [d_out] | None. It knows nothing of adapters, routes or files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from kitout.base.site import Site
 from kitout.errors import NotMergeable
@@ -35,6 +37,11 @@ def matrix(module: nn.Module) -> Tensor:
     if w is None or not plain(module):
         kind = type(w.data).__name__ if w is not None else "no parameter named weight"
         raise NotMergeable(f"{type(module).__name__} stores its weight as {kind}, not as plain floating-point values")
+    return as_matrix(module, w)
+
+
+def as_matrix(module: nn.Module, w: Tensor) -> Tensor:
+    """A weight stored as this module stores its own, as a [d_out, d_in] view."""
     if isinstance(module, nn.Embedding) or transposed(module):
         return w.T
     return w.flatten(1) if w.ndim > 2 else w
@@ -74,11 +81,36 @@ def fan_in(site: Site) -> int:
     return site.d_in
 
 
-@dataclass(frozen=True)
+@contextmanager
+def exchanged(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """The module with other values for some of its parameters (names may lead into its children), put back after."""
+    homes = {name: (module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in values}
+    before = {name: home._parameters[last] for name, (home, last) in homes.items()}
+    try:
+        for name, (home, last) in homes.items():
+            home._parameters[last] = values[name]  # type: ignore[assignment]
+        yield
+    finally:
+        for name, (home, last) in homes.items():
+            home._parameters[last] = before[name]
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The frozen module's forward, taps aside, still to be given the module."""
+    found: Callable[..., Any] = getattr(type(module), "frozen_forward", type(module).forward)
+    return found
+
+
+@dataclass(eq=False)
 class Frozen:
-    """What a Delta that reads weights is handed: the site's weight rows and bias, and the module as a function."""
+    """What a Delta that reads weights is handed: the site's weight rows and bias, and the module as a function.
+
+    args, kwargs: of the module's call in progress, left here for Deltas that replace it.
+    """
 
     site: Site
+    args: tuple[Any, ...] = field(default=(), init=False)
+    kwargs: dict[str, Any] = field(default_factory=dict, init=False)
 
     @property
     def weight(self) -> Tensor:
@@ -90,11 +122,20 @@ class Frozen:
         b = bias(self.site.module)
         return b if b is None or self.site.span is None else b[self.site.span]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The frozen module itself, taps aside."""
+    def __call__(self, x: Tensor, values: Mapping[str, Tensor]) -> Any:
+        """The module on x, with these values for its parameters and whatever else the call in progress was given."""
         module = self.site.module
-        forward = getattr(type(module), "frozen_forward", type(module).forward)
-        y: Tensor = forward(module, x)
+        args, kwargs = (x, *self.args[1:]), self.kwargs
+        if not self.args and kwargs:
+            first = next(k for k, v in kwargs.items() if isinstance(v, Tensor))
+            args, kwargs = (), {**kwargs, first: x}
+        with exchanged(module, values):
+            return own_forward(module)(module, *args, **kwargs)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The frozen norm after this sublayer."""
+        assert self.site.norm is not None
+        y: Tensor = own_forward(self.site.norm)(self.site.norm, x)
         return y
 
     def map(self, x: Tensor, w: Tensor) -> Tensor:
@@ -115,7 +156,8 @@ def gain_offset(module: nn.Module) -> float:
     shift = forward["bias"] if "bias" in forward else torch.zeros_like(x[0])
 
     def run(gain: Tensor) -> Tensor:
-        return functional_call(module, {**forward, "weight": gain}, (x,)) - shift
+        with exchanged(module, {**forward, "weight": gain}):
+            return own_forward(module)(module, x) - shift
 
     zero, one = run(torch.zeros_like(x[0])), run(torch.ones_like(x[0]))
     step = one - zero  # = the normalised x in both conventions
@@ -142,18 +184,32 @@ def replace_weight(module: nn.Module, w: Tensor, b: Tensor | None) -> None:
         module._parameters["bias"] = _like(b, old)
 
 
-def replace_gain(module: nn.Module, scale: Tensor, shift: Tensor | None) -> None:
-    """Folds y' = scale * y + shift into a norm: its gain and, where it has or can hold one, its bias."""
-    offset, old, b = gain_offset(module), module._parameters["weight"], module._parameters.get("bias")
-    assert old is not None
-    new_b = None if b is None else b.float() * scale
+def regained(
+    module: nn.Module, now: Mapping[str, Tensor], scale: Tensor, shift: Tensor | None
+) -> dict[str, Tensor]:
+    """A norm's parameters with y' = scale * y + shift folded in: its gain and, where it has or can hold one, its bias.
+
+    now: its parameters in working precision.
+    """
+    offset, new = gain_offset(module), dict(now)
+    new["weight"] = (now["weight"] + offset) * scale - offset
+    if "bias" in now:
+        new["bias"] = now["bias"] * scale
     if shift is not None and bool(shift.any()):
         if "bias" not in module._parameters:
             raise NotMergeable(f"{type(module).__name__} is a norm without a bias: it can take a scale, not a shift")
-        new_b = shift if new_b is None else new_b + shift
-    module._parameters["weight"] = _like((old.float() + offset) * scale - offset, old)
-    if new_b is not None:
-        module._parameters["bias"] = _like(new_b, old)
+        new["bias"] = shift if "bias" not in now else new["bias"] + shift
+    return new
+
+
+def replace_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Gives a module new parameters by name (names may lead into its children), cast to the dtype of the old ones."""
+    for name, value in values.items():
+        home, last = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        old = home._parameters[last]
+        if old is None:
+            old = next(p for p in home._parameters.values() if p is not None)
+        home._parameters[last] = _like(value, old)
 
 
 def _like(value: Tensor, old: nn.Parameter) -> nn.Parameter:

@@ -60,14 +60,17 @@ class Adapter(nn.Module):
         """Groups the Deltas by the module they act on."""
         ins: dict[str, list[Part]] = {}
         outs: dict[str, list[Part]] = {}
+        params: dict[str, list[Part]] = {}
+        ports = {"in": ins, "param": params}
         for site, delta in [(s, self.delta(s)) for s in self.sites] + [(s, self.head(s)) for s in head_sites]:
             source = None
             if site.source is not None:
                 source = Source()
                 self.notes.setdefault(site.source, []).append(source)
-            (ins if site.port == "in" else outs).setdefault(site.path, []).append(Part(site, delta, source))
-        for path in {**ins, **outs}:
-            self.locals[path] = Local(self.name, tuple(ins.get(path, ())), tuple(outs.get(path, ())))
+            ports.get(site.port, outs).setdefault(site.path, []).append(Part(site, delta, source))
+        for path in {**ins, **outs, **params}:
+            parts = (tuple(port.get(path, ())) for port in (ins, outs, params))
+            self.locals[path] = Local(self.name, *parts)
 
     def delta(self, site: Site) -> Delta:
         found = self.deltas[site.key]

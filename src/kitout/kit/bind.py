@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from kitout.base.site import Site
+from kitout.errors import RouteError
 from kitout.kit.adapter import Adapter
 from kitout.kit.live import Bound
 from kitout.kit.local import Local, Source
-from kitout.kit.program import Blend, Chain, Direct, Note, One, Plan, Rows, Term, Whole
+from kitout.kit.program import Blend, Chain, Direct, Exchange, Note, One, Plan, Rows, Term, Whole
 from kitout.kit.route import Entry, Mix, Route, names
 from kitout.kit.tap import Program, Tap
 
@@ -79,15 +79,25 @@ def _whole(entry: Entry, adapters: Mapping[str, Adapter], path: str) -> Program 
     if term is None:
         return None
     locals_ = list(_locals(entry, adapters, path))
-    site = _any_site(locals_)
+    names_held = dict.fromkeys(n for loc in locals_ for part in loc.params for n in part.site.names)
+    if not any(loc.ins or loc.outs for loc in locals_):
+        return Exchange(term, list(names_held))
+    program = _on_values(term, locals_)
+    return Exchange(term, list(names_held), program) if names_held else program
+
+
+def _on_values(term: Term, locals_: list[Local]) -> Program:
+    """The program of a module's input and output."""
+    site = locals_[0].site
     if isinstance(term, One):
         local = term.local
         part = local.outs[0] if len(local.outs) == 1 and not local.ins else None
         if part and part.simple and local.strength == 1.0 and part.frozen is None and site.kind == "linear":
             if not part.delta.replaces:
                 return Direct(part.delta)
-        return Whole(term, local.replaces, site.kind == "linear", local.sources)
-    return Whole(term, False, site.kind == "linear", [s for loc in locals_ for s in loc.sources])
+        return Whole(term, local.replaces, site.kind == "linear", local.sources, local.calls)
+    sources, calls = [s for loc in locals_ for s in loc.sources], [c for loc in locals_ for c in loc.calls]
+    return Whole(term, False, site.kind == "linear", sources, calls)
 
 
 def _rows(
@@ -97,9 +107,16 @@ def _rows(
     terms = [_term(e, adapters, path) for e in entries]
     if all(t is None for t in terms):
         return None
-    sources = [s for e in entries for loc in _locals(e, adapters, path) for s in loc.sources]
-    return Rows(plan, terms, path, rows, list(dict.fromkeys(sources)))
+    locals_ = dict.fromkeys(loc for e in entries for loc in _locals(e, adapters, path))
+    held = sorted({loc.name for loc in locals_ if loc.params})
+    if held:
+        raise RouteError(
+            f"{', '.join(held)}: rows of one batch cannot each have their own {_shown(locals_)}, a parameter of "
+            f"{path or 'the model'} itself and of no linear, norm or table; use one adapter for the whole batch"
+        )
+    sources, calls = [s for loc in locals_ for s in loc.sources], [c for loc in locals_ for c in loc.calls]
+    return Rows(plan, terms, path, rows, sources, calls)
 
 
-def _any_site(locals_: Iterable[Local]) -> Site:
-    return next(part.site for loc in locals_ for part in (*loc.outs, *loc.ins))
+def _shown(locals_: Iterable[Local]) -> str:
+    return ", ".join(dict.fromkeys(n for loc in locals_ for part in loc.params for n in part.site.names))

@@ -113,6 +113,7 @@ class Kit(nn.Module):
     def _install(self) -> None:
         base = self.base
         base.requires_grad_(False)
+        self._taps[""] = tap("", base)  # below the boundary, which lays the route that a tap reads
         install(base, bounded, "_kitout", self)
         for block in (b for b in self.found.blocks if b.whole):
             module = base.get_submodule(block.path)
@@ -299,7 +300,11 @@ class Kit(nn.Module):
         choice = Choice(wanted)
         with self.live.lock:
             self.live.sticky.append(choice)
-            self.live.lay(self.resolve())
+            try:
+                self.live.lay(self.resolve())
+            except RouteError:
+                self.live.sticky.pop()
+                raise
         return Worn(self, choice)
 
     @property
@@ -337,7 +342,7 @@ class Kit(nn.Module):
         with self.live.lock:
             self.live.sticky.append(Choice(None))
             self.live.lay(self.resolve())
-            self._backup = merging.merge(self.base, adapters)
+            self._backup = merging.merge(self.base, adapters, self.found.alive)
             self.merged_name = "+".join(chosen)
 
     def unmerge(self) -> None:

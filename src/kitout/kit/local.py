@@ -6,6 +6,7 @@ Delta sees plain channels-last values. It knows nothing of rows, stacks or route
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -54,6 +55,8 @@ class Part:
         """y at this site, after the Delta. own: y may be overwritten. module_x: x is still the module's own input."""
         if module_x:
             x = self.input(x)
+        if self.delta.replaces:  # the module's own call, in the module's own layout
+            return self._run(x, y, False)
         if self.site.channels_first:
             return self._spanned(x, y.movedim(1, -1), False).movedim(-1, 1)
         return self._spanned(x, y, own)
@@ -77,12 +80,21 @@ class Part:
 
 @dataclass(eq=False)
 class Local:
-    """One adapter's parts at one module: `ins` act on its input, `outs` on its output. strength: y + s (delta - y)."""
+    """One adapter's parts at one module: `ins` act on its input, `outs` on its output, `params` on bare parameters.
+
+    strength: y + s (delta - y), likewise for a parameter.
+    """
 
     name: str
     ins: tuple[Part, ...]
     outs: tuple[Part, ...]
+    params: tuple[Part, ...] = ()
     strength: float = 1.0
+
+    @property
+    def site(self) -> Site:
+        """One of the sites here: they share a module."""
+        return (*self.outs, *self.ins, *self.params)[0].site
 
     @property
     def replaces(self) -> bool:
@@ -92,6 +104,19 @@ class Local:
     @property
     def sources(self) -> tuple[Source, ...]:
         return tuple(p.source for p in self.outs if p.source is not None)
+
+    @property
+    def calls(self) -> tuple[Frozen, ...]:
+        """Views that want to know the module's call before `leave`."""
+        return tuple(p.frozen for p in self.outs if p.delta.replaces and p.frozen is not None)
+
+    def swap(self, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The module's parameters as this adapter changes them."""
+        new = dict(now)
+        for part in self.params:
+            for name, value in (part.delta.values() or {}).items():
+                new[name] = self._mixed(new[name], value.to(new[name].dtype))
+        return new
 
     def enter(self, x: Tensor) -> Tensor:
         """The module's input as this adapter changes it."""

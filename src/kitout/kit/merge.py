@@ -8,7 +8,7 @@ knows no method: only `Delta.fold`, and `base.weights` for how weights are store
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,17 +39,17 @@ class Backup:
 
 @dataclass
 class Folded:
-    """The new values of one module: w, b of a matrix; scale, shift of a norm; or whole parameters by name."""
+    """The new values of one module: w, b of a matrix, or parameters by name, or another module."""
 
     site: Site
-    pair: Pair | None
+    pair: Pair | None = None
     whole: dict[str, Tensor] | None = None
     head: nn.Module | None = None
 
 
-def merge(base: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Backup]:
-    """Folds the adapters in order into the base's weights; returns what `restore` needs."""
-    return commit(base, fold_all(adapters))
+def merge(base: nn.Module, adapters: Sequence[Adapter], alive: Container[str]) -> dict[str, Backup]:
+    """Folds the adapters in order into the base's weights; returns what `restore` needs. alive: paths that run."""
+    return commit(base, fold_all(adapters), alive)
 
 
 def restore(backups: dict[str, Backup]) -> None:
@@ -80,44 +80,35 @@ def fold_all(adapters: Sequence[Adapter]) -> dict[str, Folded]:
 
 
 def _fold_module(locals_: Sequence[Local]) -> Folded:
-    parts = [p for local in locals_ for p in (*local.outs, *local.ins)]
-    site = parts[0].site
-    if isinstance(parts[-1].delta, Head):
-        return Folded(site, None, head=parts[-1].delta.module)
-    if site.kind == "other":
-        return _fold_whole(site, locals_)
-    norm = site.kind == "norm"
-    pair = _start(site)
+    site = locals_[0].site
+    last = next((p for local in reversed(locals_) for p in reversed(local.outs)), None)
+    if last is not None and isinstance(last.delta, Head):
+        return Folded(site, head=last.delta.module)
+    if site.kind in ("linear", "conv", "embedding"):
+        return Folded(site, pair=_fold_matrix(site, locals_))
+    return Folded(site, whole=_fold_parameters(site, locals_))
+
+
+def _fold_matrix(site: Site, locals_: Sequence[Local]) -> Pair:
+    """Weight and bias of a linear, a convolution or a table, each adapter on what the one before has left."""
+    w, b = weights.matrix(site.module), weights.bias(site.module)
+    pair = start = w.to(_working(w)), None if b is None else b.to(_working(w))
     for local in locals_:
         new = pair
         for part in local.outs:
-            new = _fold_out(part, new, norm)
+            new = _fold_out(part, start if part.delta.replaces else new)
         for part in local.ins:
             new = _fold_in(part, new)
         pair = _lerp(pair, new, local.strength)
-    return Folded(site, pair)
-
-
-def _start(site: Site) -> Pair:
-    """The module's weights in working precision; a norm starts as the identity that its deltas then scale and shift."""
-    if site.kind == "norm":
-        parameter = site.module._parameters.get("weight")
-        if parameter is None:
-            raise NotMergeable(f"{type(site.module).__name__} has no gain")
-        one = torch.ones(parameter.numel(), 1, dtype=_working(parameter), device=parameter.device)
-        return one, torch.zeros_like(one[:, 0])
-    w, b = weights.matrix(site.module), weights.bias(site.module)
-    return w.to(_working(w)), None if b is None else b.to(_working(w))
+    return pair
 
 
 def _working(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def _fold_out(part: Part, pair: Pair, norm: bool) -> Pair:
+def _fold_out(part: Part, pair: Pair) -> Pair:
     w, b = pair
-    if norm and not part.delta.elementwise:
-        raise NotMergeable(f"{type(part.delta).__name__} is not elementwise, and a norm's weights are")
     span = part.site.span
     if span is None:
         return part.delta.fold(w, b)
@@ -133,6 +124,8 @@ def _fold_out(part: Part, pair: Pair, norm: bool) -> Pair:
 def _fold_in(part: Part, pair: Pair) -> Pair:
     """x' = D x + t before W: W' = W D, b' = b + W t. D is diagonal where the delta is elementwise."""
     w, b = pair
+    if part.site.kind != "linear":
+        raise NotMergeable(f"{type(part.delta).__name__} acts on the input of a {part.site.kind}, not of a linear")
     if part.delta.elementwise:
         scale, shift = part.delta.fold(w.new_ones(w.shape[1], 1), None)
         new = w * scale[:, 0]
@@ -155,21 +148,46 @@ def _lerp(old: Pair, new: Pair, strength: float) -> Pair:
     return w, old_b + strength * (new_b - old_b)
 
 
-def _fold_whole(site: Site, locals_: Sequence[Local]) -> Folded:
-    """A module that is no matrix and no norm: only deltas that carry whole parameters can be folded."""
-    now = {n: p.detach().to(_working(p)) for n, p in site.module.named_parameters(recurse=False)}
+def _fold_parameters(site: Site, locals_: Sequence[Local]) -> dict[str, Tensor]:
+    """The parameters, by name, of a norm or of a module that is no matrix either."""
+    own = [n for n, _ in site.module.named_parameters(recurse=False)]
+    held = [n for local in locals_ for part in local.params for n in part.site.names]
+    parameters = {n: site.module.get_parameter(n) for n in (*own, *held)}
+    start = now = {n: p.to(_working(p)) for n, p in parameters.items() if p.is_floating_point()}
     for local in locals_:
-        for part in (*local.outs, *local.ins):
-            new = part.delta.values()
-            if new is None:
-                raise NotMergeable(f"{type(part.delta).__name__} has no place in a {type(site.module).__name__}")
-            now = {n: torch.lerp(v, new[n].to(v.dtype), local.strength) for n, v in now.items()}
-    return Folded(site, None, whole=now)
+        if local.ins:
+            raise NotMergeable(f"{type(local.ins[0].delta).__name__} acts on the input of a module that is no linear")
+        new = now
+        for part in (*local.outs, *local.params):
+            new = _fold_values(part, start if part.delta.replaces else new)
+        if local.strength != 1.0:
+            new = {n: torch.lerp(now.get(n, torch.zeros_like(v)), v, local.strength) for n, v in new.items()}
+        now = new
+    return {n: v for n, v in now.items() if v is not start.get(n)}
 
 
-def commit(base: nn.Module, folded: dict[str, Folded]) -> dict[str, Backup]:
-    """Writes folded weights into a model (the base, or a plain copy of it); undone if a write is refused."""
+def _fold_values(part: Part, now: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by name, after one Delta: whole values, or scale and shift folded into a norm."""
+    site, delta = part.site, part.delta
+    values = delta.values()
+    if values is not None:
+        return now | {n: v.to(now[n].dtype) for n, v in values.items()}
+    if site.kind != "norm" or not delta.elementwise:
+        raise NotMergeable(f"{type(delta).__name__} has no place in a {type(site.module).__name__}")
+    if "weight" not in now:
+        raise NotMergeable(f"{type(site.module).__name__} has no gain")
+    one = torch.ones_like(now["weight"])
+    scale, shift = delta.fold(one[:, None], None)
+    return weights.regained(site.module, now, scale[:, 0], shift)
+
+
+def commit(base: nn.Module, folded: dict[str, Folded], alive: Container[str]) -> dict[str, Backup]:
+    """Writes folded weights into a model (the base, or a plain copy of it); undone if a write is refused.
+
+    alive: paths of modules that run. Parameters that were tied stay so where every use of them came out the same.
+    """
     backups: dict[str, Backup] = {}
+    ties = _ties(base)
     try:
         for path, new in folded.items():
             module = base.get_submodule(path)
@@ -179,8 +197,12 @@ def commit(base: nn.Module, folded: dict[str, Folded]) -> dict[str, Backup]:
                 backups[path] = Backup(owner, {}, (leaf, module))
                 setattr(owner, leaf, copy.deepcopy(new.head).requires_grad_(False))
                 continue
-            backups[path] = Backup(module, dict(module._parameters))
+            for home in {name.rpartition(".")[0] for name in ("", *(new.whole or {}))}:
+                owner = module.get_submodule(home)
+                backups[f"{path}.{home}" if home else path] = Backup(owner, dict(owner._parameters))
             _write(path, module, new)
+        for owners in ties:
+            _tie_again(base, owners, alive, backups)
     except NotMergeable:
         restore(backups)
         raise
@@ -190,16 +212,11 @@ def commit(base: nn.Module, folded: dict[str, Folded]) -> dict[str, Backup]:
 def _write(path: str, module: nn.Module, new: Folded) -> None:
     try:
         if new.whole is not None:
-            for name, value in new.whole.items():
-                old = module._parameters[name]
-                assert old is not None
-                module._parameters[name] = nn.Parameter(value.to(old.dtype), requires_grad=False)
-        elif new.pair is not None and new.site.kind == "norm":
-            weights.replace_gain(module, new.pair[0][:, 0], new.pair[1])
+            weights.replace_parameters(module, new.whole)
         elif new.pair is not None:
             weights.replace_weight(module, *new.pair)
     except NotMergeable as reason:
-        raise NotMergeable(f"{path}: {reason}") from None
+        raise NotMergeable(f"{path or 'the model'}: {reason}") from None
 
 
 def plain_copy(kit: Kit, names: Sequence[str], in_memory: bool = False) -> nn.Module:
@@ -208,11 +225,12 @@ def plain_copy(kit: Kit, names: Sequence[str], in_memory: bool = False) -> nn.Mo
     For a transformers model the copy must survive save_pretrained and from_pretrained: a parameter that its config
     cannot bring back raises NotMergeable, unless `in_memory` says that it need not.
     """
-    folded = fold_all([kit[n] for n in names])
+    with kit.live.lock:
+        folded = fold_all([kit[n] for n in names])
     copied = untapped_copy(kit)
-    untied = _tied_paths(copied) & set(folded)
-    commit(copied, folded)
-    if untied:
+    tied = _tied_paths(copied)
+    commit(copied, folded, kit.found.alive)
+    if tied - _tied_paths(copied):
         _untie(copied)
     if not in_memory:
         _check_reloads(copied, kit.base)
@@ -232,14 +250,37 @@ def untapped_copy(kit: Kit) -> nn.Module:
     return copied
 
 
-def _tied_paths(model: nn.Module) -> set[str]:
-    """Modules whose weight is also another module's."""
-    owners: dict[int, list[str]] = {}
+def _ties(model: nn.Module) -> list[dict[tuple[str, str], nn.Parameter]]:
+    """Every parameter that several modules hold, by (module path, name)."""
+    owners: dict[int, dict[tuple[str, str], nn.Parameter]] = {}
     for path, module in model.named_modules():
-        for p in module._parameters.values():
+        for name, p in module._parameters.items():
             if p is not None:
-                owners.setdefault(id(p), []).append(path)
-    return {path for paths in owners.values() if len(paths) > 1 for path in paths}
+                owners.setdefault(id(p), {})[path, name] = p
+    return [held for held in owners.values() if len(held) > 1]
+
+
+def _tied_paths(model: nn.Module) -> set[str]:
+    """Modules that share a parameter with another."""
+    return {path for held in _ties(model) for path, _ in held}
+
+
+def _tie_again(
+    base: nn.Module,
+    owners: dict[tuple[str, str], nn.Parameter],
+    alive: Container[str],
+    backups: dict[str, Backup],
+) -> None:
+    """One Parameter for all owners again, if all that run have been given the same new values."""
+    now = {(path, name): base.get_submodule(path)._parameters[name] for path, name in owners}
+    new = [p for key, p in now.items() if p is not owners[key] and p is not None]
+    kept = [path for (path, name), p in now.items() if p is owners[path, name] and path in alive]
+    if not new or kept or not all(p.shape == new[0].shape and torch.equal(p, new[0]) for p in new):
+        return
+    for path, name in owners:
+        module = base.get_submodule(path)
+        backups.setdefault(path, Backup(module, dict(module._parameters)))
+        module._parameters[name] = new[0]
 
 
 def _untie(model: nn.Module) -> None:

@@ -7,12 +7,13 @@ It knows nothing of names, methods or where modules sit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from kitout.base.weights import Frozen, exchanged
 from kitout.errors import RouteError
 from kitout.kit.delta import Delta
 from kitout.kit.local import Local, Source
@@ -20,10 +21,14 @@ from kitout.kit.tap import Forward, first_tensor, with_first
 
 
 class Term(Protocol):
-    """A map of one module: `enter(x) -> (input for the module, memo)`, then `leave(memo, y) -> y`."""
+    """A map of one module: `enter(x) -> (input for the module, memo)`, then `leave(memo, y) -> y`.
+
+    swap: the module's parameters, by name, as they are while it runs.
+    """
 
     @property
     def enters(self) -> bool: ...
+    def swap(self, now: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
     def enter(self, x: Tensor) -> tuple[Tensor, Any]: ...
     def leave(self, memo: Any, y: Tensor, own: bool) -> Tensor: ...
 
@@ -33,6 +38,9 @@ class One:
 
     def __init__(self, local: Local) -> None:
         self.local, self.enters = local, bool(local.ins)
+
+    def swap(self, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.local.swap(now)
 
     def enter(self, x: Tensor) -> tuple[Tensor, Any]:
         new = self.local.enter(x)
@@ -47,6 +55,11 @@ class Chain:
 
     def __init__(self, terms: Sequence[Term]) -> None:
         self.terms, self.enters = tuple(terms), any(t.enters for t in terms)
+
+    def swap(self, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for term in self.terms:
+            now = term.swap(now)
+        return dict(now)
 
     def enter(self, x: Tensor) -> tuple[Tensor, Any]:
         memos: list[Any] = []
@@ -68,6 +81,10 @@ class Blend:
 
     def __init__(self, terms: Sequence[tuple[Term, float]]) -> None:
         self.terms, self.enters = tuple(terms), any(t.enters for t, _ in terms)
+
+    def swap(self, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        swapped = [(term.swap(now), w) for term, w in self.terms]
+        return {n: value + sum(w * (new[n] - value) for new, w in swapped) for n, value in now.items()}
 
     def enter(self, x: Tensor) -> tuple[Tensor, Any]:
         entered = [(term.enter(x), w) for term, w in self.terms]
@@ -119,15 +136,35 @@ class Direct:
         return self.delta.update(args[0] if args else first_tensor(args, kwargs), y)
 
 
-class Whole:
-    """One term for the whole batch."""
+class Exchange:
+    """Runs a module with a term's own values for some of its parameters: for a whole batch only.
 
-    def __init__(self, term: Term, replaces: bool, fresh: bool, sources: Sequence[Source]) -> None:
+    names: of those parameters. then: what the module wears besides.
+    """
+
+    def __init__(self, term: Term, names: Sequence[str], then: Any = None) -> None:
+        self.term, self.names, self.then = term, tuple(names), then
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        now = {name: module.get_parameter(name) for name in self.names}
+        with exchanged(module, self.term.swap(now)):
+            return forward(module, *args, **kwargs) if self.then is None else self.then(module, forward, args, kwargs)
+
+
+class Whole:
+    """One term for the whole batch. calls: views that want to know the module's call."""
+
+    def __init__(
+        self, term: Term, replaces: bool, fresh: bool, sources: Sequence[Source], calls: Sequence[Frozen] = ()
+    ) -> None:
         self.term, self.replaces, self.fresh, self.sources = term, replaces, fresh, tuple(sources)
+        self.calls = tuple(calls)
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = first_tensor(args, kwargs)
         entered, memo = self.term.enter(x)
+        for call in self.calls:
+            call.args, call.kwargs = args, kwargs
         if self.replaces:
             return self.term.leave(memo, entered, False)
         if entered is not x:
@@ -165,15 +202,24 @@ class Rows:
     Rows whose Delta has a batched form go through it together; the others are gathered, mapped and put back.
     """
 
-    def __init__(self, plan: Plan, terms: Sequence[Term | None], path: str, rows: str, sources: Sequence[Source]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        terms: Sequence[Term | None],
+        path: str,
+        rows: str,
+        sources: Sequence[Source],
+        calls: Sequence[Frozen] = (),
+    ) -> None:
         self.plan, self.terms, self.path, self.rows, self.sources = plan, tuple(terms), path, rows, tuple(sources)
+        self.calls = tuple(calls)
         self.enters = any(t is not None and t.enters for t in terms)
         self.batch = _batch_of(self.terms)
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = first_tensor(args, kwargs)
-        if x.shape[0] == 1 and self.plan.size > 1 and self.rows == "none":
-            x = x.expand(self.plan.size, *x.shape[1:])  # a position table, looked up once for all rows
+        if self.rows == "one":
+            x = self._for_each_row(x)
             args, kwargs = with_first(args, kwargs, x)
         self._check(x.shape[0])
         if not self.enters and self.batch is not None:
@@ -181,16 +227,22 @@ class Rows:
             fast = self.batch(x, y, self.plan)
             if fast is not None:
                 return join(fast, whole)
-            return join(self._leave(x, None, y), whole)
+            return join(self._leave(x, None, y, args, kwargs), whole)
         memos = None
         if self.enters:
             entered, memos = self._enter(x)
             args, kwargs = with_first(args, kwargs, entered)
         y, whole = split(forward(module, *args, **kwargs))
-        return join(self._leave(x, memos, y), whole)
+        if self.rows == "one":
+            y = self._for_each_row(y)
+        return join(self._leave(x, memos, y, args, kwargs), whole)
+
+    def _for_each_row(self, value: Tensor) -> Tensor:
+        """What a position table is asked, or answers, once for all rows."""
+        return value.expand(self.plan.size, *value.shape[1:]) if value.shape[0] == 1 else value
 
     def _check(self, rows: int) -> None:
-        if self.rows == "none" and rows != self.plan.size or rows % self.plan.size:
+        if self.rows == "none" or rows % self.plan.size:
             raise RouteError(
                 f"{self.path} sees {rows} rows while the route names {self.plan.size}: its first dimension does not "
                 "follow the batch, so rows cannot wear different adapters here; use one adapter for the whole batch"
@@ -205,7 +257,9 @@ class Rows:
             memos.append(memo)
         return _scatter(parts, index), memos
 
-    def _leave(self, x: Tensor, memos: list[Any] | None, y: Tensor) -> Tensor:
+    def _leave(
+        self, x: Tensor, memos: list[Any] | None, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
         parts = []
         index = self.plan.index(y.shape[0], y.device)
         held = [s.value for s in self.sources]
@@ -214,8 +268,14 @@ class Rows:
             if term is not None:
                 for source, value in zip(self.sources, held, strict=True):
                     source.value = None if value is None else value[rows]
+                for call in self.calls:
+                    call.args, call.kwargs = _of_rows((args, kwargs), rows, x.shape[0])
                 memo = term.enter(x[rows])[1] if memos is None else memos[i]
                 part = term.leave(memo, part, True)
+                if not isinstance(part, Tensor):
+                    raise RouteError(f"{self.path} gives several values, which a row cannot have of its own")
+                if part.shape[0] != len(rows):  # answered once for all of them
+                    part = part.expand(len(rows), *part.shape[1:])
             parts.append(part)
         for source in self.sources:
             source.value = None
@@ -226,6 +286,15 @@ class Rows:
                 "(heads of different width?): run them in separate batches"
             )
         return _scatter(parts, index)
+
+
+def _of_rows(value: Any, rows: Tensor, n: int) -> Any:
+    """The arguments of a call with only these of the n rows in every tensor that has them."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim > 1 and value.shape[0] == n else value
+    if isinstance(value, tuple):
+        return tuple(_of_rows(v, rows, n) for v in value)
+    return {k: _of_rows(v, rows, n) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _scatter(parts: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
