@@ -19,6 +19,7 @@ from kitout.base.site import Site
 from kitout.errors import Faults
 from kitout.files.heads import blank_copy
 from kitout.kit.adapter import Adapter
+from kitout.kit.build import head_site
 from kitout.kit.delta import Method
 
 if TYPE_CHECKING:
@@ -136,6 +137,6 @@ def admit(kit: Kit, adapter: Adapter, slots: Mapping[str, Slot], values: Mapping
     devices = device_of(kit, adapter)
     for name, slot in slots.items():
         slot.put(values[name].to(devices[name.partition(".")[0]]))
-    adapter.wire([kit._head_site(path.replace("/", ".")) for path in adapter.heads])
+    adapter.wire([head_site(kit, path.replace("/", ".")) for path in adapter.heads])
     adapter.strength = strength
-    kit._enter(adapter)
+    kit.enter(adapter)

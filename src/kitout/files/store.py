@@ -24,6 +24,7 @@ from kitout.files.rebuild import Slot, admit, blank, mismatches, not_finite, slo
 from kitout.files.record import FORMAT, RECORD, TENSORS, Record, SiteRecord, TensorsRecord, read_record
 from kitout.files.tensors import Tensors, open_tensors, write_tensors
 from kitout.kit.adapter import Adapter
+from kitout.kit.build import check_name, check_sites, head_site, sites_of
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -93,12 +94,12 @@ def load(
     record = read_record(_inside(where, RECORD))
     if kit.merged_name is not None:
         raise MergeState(f"{kit.merged_name!r} is merged into the base: unmerge() before loading {where}")
-    kit._check_new(record.name if name is None else name)
+    check_name(kit, record.name if name is None else name)
     method = _named(where, record.rebuilt)
     tensors = open_tensors(_inside(where, TENSORS))
     with tensors.file:
         _check_base(kit, where, record)
-        sites = _sites(kit, where, record, lambda: method.sites(kit.found))
+        sites = _sites(kit, where, record, lambda: sites_of(kit, method, [h.path for h in record.heads]))
         adapter, held = _blank(kit, where, record, name or record.name, method, sites, heads or {})
         _check_header(where, record, tensors, held)
         stored, digest = tensors.read()
@@ -139,7 +140,7 @@ def _check_base(kit: Kit, where: Path, record: Record) -> None:
 def _sites(kit: Kit, where: Path, record: Record, choose: Any) -> list[Site]:
     """The method's sites in this model, which must be those of the record one by one."""
     sites: list[Site] = _named(where, choose)
-    kit._check_sites(record.name, sites)
+    check_sites(kit, record.name, sites)
     old, new = {s.key: s for s in record.sites}, {s.key: SiteRecord.of(s) for s in sites}
     faults = Faults(FileError, f"{where}: its sites are not those that {record.method} finds in this model")
     for key in [*old, *(k for k in new if k not in old)]:
@@ -166,7 +167,7 @@ def _blank(
     modules = {}
     for head in record.heads:
         try:
-            kit._head_site(head.path)
+            head_site(kit, head.path)
             modules[head.path] = rebuild(head, kit.base, given)
         except (FileError, TargetError) as error:
             faults.add(str(error))

@@ -69,8 +69,8 @@ class Adapter(nn.Module):
                 self.notes.setdefault(site.source, []).append(source)
             ports.get(site.port, outs).setdefault(site.path, []).append(Part(site, delta, source))
         for path in {**ins, **outs, **params}:
-            parts = (tuple(port.get(path, ())) for port in (ins, outs, params))
-            self.locals[path] = Local(self.name, *parts)
+            here = [tuple(port.get(path, ())) for port in (ins, outs, params)]
+            self.locals[path] = Local(self.name, here[0], here[1], here[2])
 
     def delta(self, site: Site) -> Delta:
         found = self.deltas[site.key]

@@ -5,10 +5,11 @@ It knows adapters only as `Local`s by module path, and nothing of methods, files
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from kitout.errors import RouteError
 from kitout.kit.adapter import Adapter
+from kitout.kit.beneath import raised
 from kitout.kit.live import Bound
 from kitout.kit.local import Local, Source
 from kitout.kit.program import Blend, Chain, Direct, Exchange, Note, One, Plan, Rows, Term, Whole
@@ -59,18 +60,22 @@ def _locals(entry: Entry, adapters: Mapping[str, Adapter], path: str) -> Iterabl
             yield adapters[name].locals[path]
 
 
-def _term(entry: Entry, adapters: Mapping[str, Adapter], path: str) -> Term | None:
-    """The entry's map at one module, or None where it has nothing there."""
+def _term(entry: Entry, adapters: Mapping[str, Adapter], path: str, below: Sequence[Term] = ()) -> Term | None:
+    """The entry's map at one module, or None where it has nothing there. below: what it is stacked on."""
     if entry is None:
         return None
     if isinstance(entry, str):
         local = adapters[entry].locals.get(path)
-        return None if local is None else One(local)
+        return None if local is None else One(raised(local, below))
     if isinstance(entry, Mix):
-        weighted = [(_term(part, adapters, path), w) for part, w in entry.parts]
+        weighted = [(_term(part, adapters, path, below), w) for part, w in entry.parts]
         present = [(t, w) for t, w in weighted if t is not None]
         return Blend(present) if present else None
-    terms = [t for t in (_term(part, adapters, path) for part in entry.parts) if t is not None]
+    terms: list[Term] = []
+    for part in entry.parts:
+        term = _term(part, adapters, path, [*below, *terms])
+        if term is not None:
+            terms.append(term)
     return terms[0] if len(terms) == 1 else Chain(terms) if terms else None
 
 

@@ -7,85 +7,41 @@ calls. What it does with tensors lives elsewhere: sites in `base`, routes in `bi
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from kitout.base.find import Survey, survey
+from kitout.base.find import Survey
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.errors import (
-    AlreadyAttached,
-    BadName,
     Faults,
-    KitoutError,
     MergeState,
-    NameTaken,
     RouteError,
-    SilentSite,
-    TargetError,
     UnknownAdapter,
     suggest,
 )
 from kitout.kit import merge as merging
 from kitout.kit.adapter import Adapter
+from kitout.kit.bare import BareState, Forward
 from kitout.kit.bind import bind
 from kitout.kit.boundary import bounded, routed
+from kitout.kit.build import build, check_name
 from kitout.kit.count import Count, count
 from kitout.kit.delta import Method
+from kitout.kit.firing import Firing
 from kitout.kit.live import Bound, Choice, Live
 from kitout.kit.route import Route, names, route
 from kitout.kit.tap import Tap, install, tap, uninstall, untap
+from kitout.kit.worn import Worn
 
 if TYPE_CHECKING:
     from os import PathLike
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 PLANS_KEPT = 64  # compiled routes remembered, so that a serving loop does not compile them again
-
-
-class Worn(AbstractContextManager["Kit"]):
-    """What `kit.use` returns: already in force; as a context manager it is local to its context and put back after."""
-
-    def __init__(self, kit: Kit, choice: Choice) -> None:
-        self._kit, self._choice = kit, choice
-        self._token: Any = None
-
-    def __enter__(self) -> Kit:
-        live = self._kit.live
-        with live.lock:
-            if self._choice in live.sticky:
-                live.sticky.remove(self._choice)
-            if not live.sticky:
-                live.sticky.append(Choice(None))
-            self._token = live.local.set(self._choice)
-            live.lay(self._kit.resolve())
-        return self._kit
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        live = self._kit.live
-        with live.lock:
-            live.local.reset(self._token)
-            live.lay(self._kit.resolve())
-
-
-class _Forward:
-    """`kit.forward`: the base's call with the base's signature (transformers.Trainer reads it to choose columns)."""
-
-    def __init__(self, kit: Kit) -> None:
-        self._kit = kit
-        self.__signature__ = inspect.signature(kit.base.forward)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._kit.base(*args, **kwargs)
 
 
 class Kit(nn.Module):
@@ -102,10 +58,10 @@ class Kit(nn.Module):
         self._taps: dict[str, Tap] = {}
         self._plans: dict[Route, Bound] = {}
         self._backup: dict[str, merging.Backup] = {}
-        self._unproven: set[str] = {s.path for s in found.sites} if not found.proven else set()
-        self._state = _BaseState.take(base)
+        self.unproven: set[str] = {s.path for s in found.sites} if not found.proven else set()
+        self._state = BareState.take(base)
         self._install()
-        self.__dict__["forward"] = _Forward(self)
+        self.__dict__["forward"] = Forward(self)
         self.training = base.training
 
     # ---- attaching ---------------------------------------------------------------------------------------------
@@ -176,69 +132,14 @@ class Kit(nn.Module):
         heads: modules that replace modules of the model, by path, while the adapter is worn. dtype: of its values;
         default fp32 over a floating base, whatever the base's own. Raises NameTaken, BadName, TargetError, MergeState.
         """
-        self._check_new(name)
-        if self.merged_name is not None:
-            raise MergeState(f"{self.merged_name!r} is merged into the base: unmerge() before adding {name!r}")
-        sites = method.sites(self.found)
-        self._check_sites(name, sites)
-        head_sites = [self._head_site(path) for path in heads or {}]
-        # On CPU whatever the base's device, so that a seed means the same values everywhere.
-        with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
-            if seed is not None:
-                torch.manual_seed(seed)
-            shared = method.shared(sites)
-            deltas = {site.key: method.build(site, shared) for site in sites}
-        adapter = Adapter(name, method, sites, deltas, shared, heads or {})
-        adapter.seed = seed
-        adapter.to(dtype=dtype or torch.float32)
-        self._place(adapter)
-        adapter.wire(head_sites)
-        self._enter(adapter)
+        adapter = build(self, name, method, seed, heads or {}, dtype)
+        self.enter(adapter)
         return adapter
 
-    def _check_new(self, name: str) -> None:
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise BadName(
-                f"{name!r} cannot name an adapter: use 1 to 128 letters, digits, '.', '_' or '-', "
-                "the first a letter or digit"
-            )
-        if name in self._order:
-            raise NameTaken(f"an adapter called {name!r} exists: remove({name!r}) first, or choose another name")
-
-    def _check_sites(self, name: str, sites: Sequence[Site]) -> None:
-        if not sites:
-            raise TargetError(f"adapter {name!r} would have no site at all in this model; see print(kit) for the roles")
-        silent = [s.path for s in sites if s.path in self.found.silent]
-        if silent:
-            raise SilentSite(
-                f"adapter {name!r}: {', '.join(silent[:5])} never runs in this model's forward, so nothing placed there "
-                "would have an effect; choose other targets (see print(kit))"
-            )
-
-    def _head_site(self, path: str) -> Site:
-        try:
-            module = self.base.get_submodule(path)
-        except AttributeError:
-            module = self.base
-        if module is self.base:
-            known = [p for p, _ in self.base.named_modules()]
-            raise TargetError(f"heads: the model has no module {path!r}: {suggest(path, known)}")
-        return Site(path=path, role="head", d_in=0, d_out=0, kind="other", module=module, rows="batch")
-
-    def _place(self, adapter: Adapter) -> None:
-        """Moves each Delta to the device of the module it sits at."""
-        for site in adapter.sites:
-            device = next((p.device for p in site.module.parameters()), None)
-            if device is not None:
-                adapter.delta(site).to(device)
-        anywhere = next(self.base.parameters()).device
-        for module in (adapter.shared, adapter.heads):
-            if module is not None:
-                module.to(anywhere)
-
-    def _enter(self, adapter: Adapter) -> None:
+    def enter(self, adapter: Adapter) -> None:
+        """Takes in an adapter that was built for this kit (by `add` or from a file)."""
         with self.live.lock:
-            self._check_new(adapter.name)  # another thread may have taken the name meanwhile
+            check_name(self, adapter.name)  # another thread may have taken the name meanwhile
             for path in {**adapter.locals, **adapter.notes}:
                 self._taps.setdefault(path, tap(path, self.base.get_submodule(path)))
             self.adapters["@" + adapter.name.replace(".", "%2E")] = adapter
@@ -309,12 +210,12 @@ class Kit(nn.Module):
 
     @property
     def worn(self) -> Route:
-        """The route in force in this context."""
-        return self.live.route
+        """The route in force in this context; None while an adapter is merged, whatever is worn before and after."""
+        return self.live.route if self.merged_name is None else None
 
     def resolve(self) -> Bound:
         """The compiled form of the route in force."""
-        wanted = self.live.route
+        wanted = self.worn
         bound = self._plans.pop(wanted, None)
         if bound is None:
             rows = {s.path: s.rows for n in names(wanted) for s in self._order[n].sites}
@@ -326,35 +227,42 @@ class Kit(nn.Module):
 
     def first_forward(self) -> AbstractContextManager[None]:
         """Around a forward: where attach could not prove that sites fire, the first worn forward does."""
-        if not self._unproven:
+        if not self.unproven:
             return nullcontext()
-        return _Firing(self)
+        return Firing(self)
 
     # ---- merging -----------------------------------------------------------------------------------------------
 
     def merge(self, *chosen: str) -> None:
-        """Folds adapters, in this order, into the base's weights in place; `unmerge` puts the old bits back."""
+        """Folds adapters, in this order, into the base's weights in place; `unmerge` puts the old bits back.
+
+        Nothing is worn until then, in any thread.
+        """
         if self.merged_name is not None:
             raise MergeState(f"{self.merged_name!r} is merged already: unmerge() first")
         adapters = [self[n] for n in chosen]
         if not adapters:
             raise MergeState("merge() was given no adapter: merge('name')")
         with self.live.lock:
-            self.live.sticky.append(Choice(None))
-            self.live.lay(self.resolve())
             self._backup = merging.merge(self.base, adapters, self.found.alive)
             self.merged_name = "+".join(chosen)
+            self.live.lay(self.resolve())
 
     def unmerge(self) -> None:
-        """The base's own weights again, bit for bit."""
+        """The base's own weights again, bit for bit, wearing what it wore before."""
         if self.merged_name is None:
             raise MergeState("nothing is merged")
-        merging.restore(self._backup)
-        self._backup, self.merged_name = {}, None
+        with self.live.lock:
+            merging.restore(self._backup)
+            self._backup, self.merged_name = {}, None
+            self.live.lay(self.resolve())
 
-    def merged(self, *chosen: str) -> nn.Module:
-        """An ordinary model with the adapters folded in and no trace of kitout; this kit and its base stay as they are."""
-        return merging.plain_copy(self, chosen)
+    def merged(self, *chosen: str, in_memory: bool = False) -> nn.Module:
+        """An ordinary model with the adapters folded in and no trace of kitout; this kit and its base stay as they are.
+
+        in_memory: the copy need not survive save_pretrained, so parameters that its config cannot bring back are allowed.
+        """
+        return merging.plain_copy(self, chosen, in_memory)
 
     # ---- files -------------------------------------------------------------------------------------------------
 
@@ -426,76 +334,3 @@ class Kit(nn.Module):
         return show(self)
 
     __repr__ = __str__
-
-
-class _BaseState:
-    """What attach changes and detach puts back: each parameter's requires_grad and each module's mode."""
-
-    def __init__(self, grad: dict[str, bool], mode: dict[str, bool]) -> None:
-        self.grad, self.mode = grad, mode
-
-    @classmethod
-    def take(cls, base: nn.Module) -> _BaseState:
-        return cls(
-            {n: p.requires_grad for n, p in base.named_parameters()}, {n: m.training for n, m in base.named_modules()}
-        )
-
-    def restore(self, base: nn.Module) -> None:
-        for n, p in base.named_parameters():
-            p.requires_grad_(self.grad.get(n, p.requires_grad))
-        for n, m in base.named_modules():
-            m.training = self.mode.get(n, m.training)
-
-
-class _Firing(AbstractContextManager[None]):
-    """Records which worn sites fire in one forward and raises SilentSite for those that do not."""
-
-    def __init__(self, kit: Kit) -> None:
-        self.kit, self.fired = kit, set[str]()
-        self.hooks: list[Any] = []
-
-    def __enter__(self) -> None:
-        for spot, _ in self.kit.live.bound.items:
-            if spot.path in self.kit._unproven:
-                self.hooks.append(spot.module.register_forward_pre_hook(self._hook(spot.path)))
-
-    def _hook(self, path: str) -> Callable[..., None]:
-        return lambda *_: self.fired.add(path)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        if kind is not None:
-            return
-        missed = [spot.path for spot, _ in self.kit.live.bound.items if spot.path in self.kit._unproven - self.fired]
-        self.kit._unproven -= self.fired
-        if missed:
-            raise SilentSite(
-                f"{', '.join(missed[:5])} did not run in this forward: nothing placed there has an effect. Choose other "
-                "targets, or attach(model, example=batch) with a batch that reaches every part of the model"
-            )
-
-
-def attach(
-    model: nn.Module, *, roles: Mapping[str, str] | None = None, example: Mapping[str, Any] | None = None
-) -> Kit:
-    """A kit on a transformers model, timm ViT or any nn.Module whose blocks can be found (or are given by `roles`).
-
-    Freezes the model and changes nothing else. roles: regex on the module path -> role, where the finder needs help.
-    example: one batch as the model takes it, where a probe input cannot be made up from the model's config.
-    Raises NoBlocks, TargetError, AlreadyAttached.
-    """
-    from kitout.base.probe import prove
-
-    if "_kitout" in model.__dict__:
-        raise AlreadyAttached("this model already wears a kit: use that one, or kit.detach() first")
-    if isinstance(model, Kit):
-        raise AlreadyAttached("this is a kit: attach() takes the bare model")
-    if not isinstance(model, nn.Module):
-        raise KitoutError(f"attach() takes an nn.Module, found {type(model).__name__}")
-    return Kit(model, prove(survey(model, roles), example))
-
-
-def adapters_of(kit: Kit) -> Iterator[Adapter]:
-    """The adapters of a kit, in order."""
-    yield from (kit[n] for n in kit.names)

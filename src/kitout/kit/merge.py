@@ -92,18 +92,23 @@ def _fold_module(locals_: Sequence[Local]) -> Folded:
 def _fold_matrix(site: Site, locals_: Sequence[Local]) -> Pair:
     """Weight and bias of a linear, a convolution or a table, each adapter on what the one before has left."""
     w, b = weights.matrix(site.module), weights.bias(site.module)
-    pair = start = w.to(_working(w)), None if b is None else b.to(_working(w))
+    pair = start = w.to(working(w)), None if b is None else b.to(working(w))
     for local in locals_:
-        new = pair
-        for part in local.outs:
-            new = _fold_out(part, start if part.delta.replaces else new)
-        for part in local.ins:
-            new = _fold_in(part, new)
-        pair = _lerp(pair, new, local.strength)
+        pair = fold_local(local, pair, start)
     return pair
 
 
-def _working(t: Tensor) -> torch.dtype:
+def fold_local(local: Local, pair: Pair, start: Pair) -> Pair:
+    """One adapter on what is there. start: the frozen values, for a Delta that replaces the module."""
+    new = pair
+    for part in local.outs:
+        new = _fold_out(part, start if part.delta.replaces else new)
+    for part in local.ins:
+        new = _fold_in(part, new)
+    return lerp(pair, new, local.strength)
+
+
+def working(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
@@ -137,7 +142,7 @@ def _fold_in(part: Part, pair: Pair) -> Pair:
     return new, b
 
 
-def _lerp(old: Pair, new: Pair, strength: float) -> Pair:
+def lerp(old: Pair, new: Pair, strength: float) -> Pair:
     if strength == 1.0:
         return new
     w = old[0] + strength * (new[0] - old[0])
@@ -153,7 +158,7 @@ def _fold_parameters(site: Site, locals_: Sequence[Local]) -> dict[str, Tensor]:
     own = [n for n, _ in site.module.named_parameters(recurse=False)]
     held = [n for local in locals_ for part in local.params for n in part.site.names]
     parameters = {n: site.module.get_parameter(n) for n in (*own, *held)}
-    start = now = {n: p.to(_working(p)) for n, p in parameters.items() if p.is_floating_point()}
+    start = now = {n: p.to(working(p)) for n, p in parameters.items() if p.is_floating_point()}
     for local in locals_:
         if local.ins:
             raise NotMergeable(f"{type(local.ins[0].delta).__name__} acts on the input of a module that is no linear")
@@ -288,6 +293,10 @@ def _untie(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     if config is None or not getattr(config, "tie_word_embeddings", False):
         return
+    for owners in _ties(model):  # what is still shared would be saved once, and not be found for the others
+        for path, name in list(owners)[1:]:
+            module = model.get_submodule(path)
+            module._parameters[name] = nn.Parameter(owners[path, name].detach().clone(), requires_grad=False)
     config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}  # type: ignore[assignment]
 

@@ -1,0 +1,44 @@
+"""The bare model as the kit found it: its forward's signature, and what attach changes and detach puts back.
+
+It knows a model's parameters and modes, and nothing of adapters or routes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from kitout.kit.kit import Kit
+
+
+class Forward:
+    """`kit.forward`: the base's call with the base's signature (transformers.Trainer reads it to choose columns)."""
+
+    def __init__(self, kit: Kit) -> None:
+        self._kit = kit
+        self.__signature__ = inspect.signature(kit.base.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._kit.base(*args, **kwargs)
+
+
+class BareState:
+    """What attach changes and detach puts back: each parameter's requires_grad and each module's mode."""
+
+    def __init__(self, grad: dict[str, bool], mode: dict[str, bool]) -> None:
+        self.grad, self.mode = grad, mode
+
+    @classmethod
+    def take(cls, base: nn.Module) -> BareState:
+        return cls(
+            {n: p.requires_grad for n, p in base.named_parameters()}, {n: m.training for n, m in base.named_modules()}
+        )
+
+    def restore(self, base: nn.Module) -> None:
+        for n, p in base.named_parameters():
+            p.requires_grad_(self.grad.get(n, p.requires_grad))
+        for n, m in base.named_modules():
+            m.training = self.mode.get(n, m.training)

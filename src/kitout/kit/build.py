@@ -1,0 +1,103 @@
+"""Building an adapter for a kit: the name, the places, the Deltas; every check before anything changes.
+
+It knows kits, sites and the Method interface, and nothing of routes or files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from kitout.base.site import Site
+from kitout.errors import BadName, MergeState, NameTaken, SilentSite, TargetError, suggest
+from kitout.kit.adapter import Adapter
+from kitout.kit.delta import Method
+
+if TYPE_CHECKING:
+    from kitout.kit.kit import Kit
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def build(
+    kit: Kit,
+    name: str,
+    method: Method,
+    seed: int | None,
+    heads: Mapping[str, nn.Module],
+    dtype: torch.dtype | None,
+) -> Adapter:
+    """A fresh adapter for this kit, not yet one of its adapters."""
+    check_name(kit, name)
+    if kit.merged_name is not None:
+        raise MergeState(f"{kit.merged_name!r} is merged into the base: unmerge() before adding {name!r}")
+    head_sites = [head_site(kit, path) for path in heads]
+    sites = sites_of(kit, method, heads)
+    check_sites(kit, name, sites)
+    # On CPU whatever the base's device, so that a seed means the same values everywhere.
+    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
+        if seed is not None:
+            torch.manual_seed(seed)
+        shared = method.shared(sites)
+        deltas = {site.key: method.build(site, shared) for site in sites}
+    adapter = Adapter(name, method, sites, deltas, shared, heads)
+    adapter.seed = seed
+    adapter.to(dtype=dtype or torch.promote_types(kit.dtype, torch.float32))
+    place(kit, adapter)
+    adapter.wire(head_sites)
+    return adapter
+
+
+def check_name(kit: Kit, name: str) -> None:
+    """BadName or NameTaken."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise BadName(
+            f"{name!r} cannot name an adapter: use 1 to 128 letters, digits, '.', '_' or '-', "
+            "the first a letter or digit"
+        )
+    if name in kit:
+        raise NameTaken(f"an adapter called {name!r} exists: remove({name!r}) first, or choose another name")
+
+
+def check_sites(kit: Kit, name: str, sites: Sequence[Site]) -> None:
+    """TargetError for no site at all, SilentSite for one that never runs."""
+    if not sites:
+        raise TargetError(f"adapter {name!r} would have no site at all in this model; see print(kit) for the roles")
+    silent = [s.path for s in sites if s.path in kit.found.silent]
+    if silent:
+        raise SilentSite(
+            f"adapter {name!r}: {', '.join(silent[:5])} never runs in this model's forward, so nothing placed there "
+            "would have an effect; choose other targets (see print(kit))"
+        )
+
+
+def sites_of(kit: Kit, method: Method, heads: Iterable[str]) -> list[Site]:
+    """Where the method goes, without what the adapter's own heads replace: it would have no effect there."""
+    return [s for s in method.sites(kit.found) if not any(f"{s.path}.".startswith(f"{h}.") for h in heads)]
+
+
+def head_site(kit: Kit, path: str) -> Site:
+    """The place of a module that a head replaces."""
+    try:
+        module = kit.base.get_submodule(path)
+    except AttributeError:
+        module = kit.base
+    if module is kit.base:
+        known = [p for p, _ in kit.base.named_modules()]
+        raise TargetError(f"heads: the model has no module {path!r}: {suggest(path, known)}")
+    return Site(path=path, role="head", d_in=0, d_out=0, kind="other", module=module, rows="batch")
+
+
+def place(kit: Kit, adapter: Adapter) -> None:
+    """Moves each Delta to the device of the module it sits at."""
+    for site in adapter.sites:
+        device = next((p.device for p in site.module.parameters()), None)
+        if device is not None:
+            adapter.delta(site).to(device)
+    for module in (adapter.shared, adapter.heads):
+        if module is not None:
+            module.to(kit.device)

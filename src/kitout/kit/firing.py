@@ -1,0 +1,44 @@
+"""Proof by the first real forward, where attach could not run one: do the worn sites fire?
+
+It knows taps and paths, and nothing of methods, rows or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from kitout.errors import SilentSite
+
+if TYPE_CHECKING:
+    from kitout.kit.kit import Kit
+
+
+class Firing(AbstractContextManager[None]):
+    """Records which worn sites fire in one forward and raises SilentSite for those that do not."""
+
+    def __init__(self, kit: Kit) -> None:
+        self.kit, self.fired = kit, set[str]()
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        for spot, _ in self.kit.live.bound.items:
+            if spot.path in self.kit.unproven:
+                self.hooks.append(spot.module.register_forward_pre_hook(self._hook(spot.path)))
+
+    def _hook(self, path: str) -> Callable[..., None]:
+        return lambda *_: self.fired.add(path)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        if kind is not None:
+            return
+        missed = [spot.path for spot, _ in self.kit.live.bound.items if spot.path in self.kit.unproven - self.fired]
+        self.kit.unproven -= self.fired
+        if missed:
+            raise SilentSite(
+                f"{', '.join(missed[:5])} did not run in this forward: nothing placed there has an effect. Choose other "
+                "targets, or attach(model, example=batch) with a batch that reaches every part of the model"
+            )
