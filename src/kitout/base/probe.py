@@ -60,7 +60,7 @@ def prove(found: Survey, example: Mapping[str, Any] | None = None) -> Survey:
 def _spoken_for(site: Site, sites: list[Site], watch: Watch) -> bool:
     """True for a module that never runs because others that hold its very parameters do (T5's shared table)."""
     own = {id(p) for p in site.module.parameters()}
-    others = (p for s in sites if s.path in watch.fired for p in s.module.parameters())
+    others = (p for s in sites if s.path in watch.fired for p in s.module.parameters(recurse=False))
     return own <= {id(p) for p in others}
 
 

@@ -1,0 +1,70 @@
+"""What the laws are tested on: at least one case per registered method, and every setting of it once off its default.
+
+A new method adds its lines here and is tested by all the laws; `test_00_everyone.py` fails until it has. A case may be
+impossible on some species (no embedding in a vision model): `refused` says where, and the laws test that adding it
+there raises instead. This module knows the methods' names and settings, nothing of how they work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kitout import IA3, BitFit, LoRA, Method
+from zoo import ZOO, Specimen
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method with one choice of settings.
+
+    refused: species where it has no place. rounds: its identity holds up to rounding (it renormalises, or takes off
+    again what it added) and not bit for bit. by_row: species where rows of one batch may wear it. mixes: it may be a
+    part of a Mix.
+    """
+
+    name: str
+    method: Method
+    refused: Callable[[Specimen], bool] = lambda specimen: False
+    rounds: bool = False
+    by_row: Callable[[Specimen], bool] = lambda specimen: True
+    mixes: bool = True
+
+
+def no_text(specimen: Specimen) -> bool:
+    return not specimen.is_text
+
+
+def text(specimen: Specimen) -> bool:
+    return specimen.is_text
+
+
+CASES: tuple[Case, ...] = (
+    Case("lora", LoRA(rank=3, alpha=5)),
+    Case("lora-all", LoRA(rank=3, alpha=5, targets="all-linear")),
+    Case("lora-input", LoRA(rank=2, alpha=3, targets="in:mlp.down in:attn.o")),
+    Case("lora-head", LoRA(rank=2, alpha=3, targets="head attn.k")),
+    Case("lora-embed", LoRA(rank=2, alpha=3, targets="embed mlp.up"), refused=no_text),
+    Case("lora-patch", LoRA(rank=2, alpha=3, targets="patch mlp.up"), refused=text),
+    Case("lora-last", LoRA(rank=2, targets="attn.* mlp.*", layers="last:1")),
+    Case("lora-roles", LoRA(rank={"attn.*": 2, "mlp.*": 4}, alpha={"*.*": 3, "mlp.*": 7}, targets="attn.* mlp.*")),
+    Case("lora-dropout", LoRA(rank=2, dropout=0.3)),
+    Case("rslora", LoRA(rank=4, alpha=3, rslora=True)),
+    Case("dora", LoRA(rank=2, alpha=3, dora=True, targets="all-linear"), rounds=True),
+    Case("dora-qv", LoRA(rank=2, alpha=3, dora=True), rounds=True),
+    Case("pissa", LoRA(rank=3, alpha=5, init="pissa", targets="attn.q mlp.*"), rounds=True),
+    Case("ia3", IA3()),
+    Case("ia3-qkv", IA3(preset="qkv")),
+    Case("ia3-norm", IA3(targets="norm in:attn.o", layers="0-1")),
+    Case("bitfit", BitFit()),
+    Case("bitfit-everywhere", BitFit(everywhere=True)),
+    Case("bitfit-v", BitFit(targets="attn.v mlp.down", layers="last:1")),
+)
+
+CELLS = [(s, c) for s in ZOO.values() for c in CASES if not c.refused(s)]
+REFUSED = [(s, c) for s in ZOO.values() for c in CASES if c.refused(s)]
+
+
+def name_of(value: object) -> str | None:
+    """pytest's id for a specimen or a case."""
+    return getattr(value, "name", None)

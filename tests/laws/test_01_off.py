@@ -1,0 +1,72 @@
+"""Law 1: off is bit-identical to the base, and detach leaves no trace.
+
+A model with modes and requires_grad of its own choosing is attached, dressed, trained on, undressed and detached; its
+classes, keys, bits, hooks, modes and the very attribute names of each module are as before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import kitout
+from laws.configs import CELLS, Case, name_of
+from laws.wear import fresh_model, loss_of, put_on, run
+from zoo import Specimen
+
+cells = pytest.mark.parametrize(("specimen", "case"), CELLS, ids=name_of)
+
+
+def trace(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model that attaching could leave changed."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return {
+        "classes": {n: type(m) for n, m in modules.items()},
+        "attributes": {n: sorted(vars(m)) for n, m in modules.items()},
+        "hooks": {n: [len(getattr(m, h)) for h in hooks] for n, m in modules.items()},
+        "modes": {n: m.training for n, m in modules.items()},
+        "grads": {n: (id(p), p.requires_grad, p.grad) for n, p in model.named_parameters(remove_duplicate=False)},
+        "buffers": {n: id(b) for n, b in model.named_buffers(remove_duplicate=False)},
+        "keys": list(model.state_dict()),
+    }
+
+
+def unusual(model: nn.Module) -> nn.Module:
+    """Modes and requires_grad that are neither all on nor all off."""
+    for i, module in enumerate(model.modules()):
+        module.training = i % 3 == 0
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 2 == 0)
+    return model
+
+
+@cells
+def test_off_is_the_base_and_detach_leaves_no_trace(specimen: Specimen, case: Case) -> None:
+    model, batch = unusual(fresh_model(specimen)), specimen.batch(2, 0)
+    before, bits = trace(model), {k: v.clone() for k, v in model.state_dict().items()}
+    rng = torch.random.get_rng_state()
+    want = run(model, batch)
+    kit = kitout.attach(model)
+    assert torch.equal(torch.random.get_rng_state(), rng), "attach drew random numbers"
+    assert trace(model)["modes"] == before["modes"]
+    assert list(model.state_dict()) == before["keys"]
+    assert all(isinstance(m, before["classes"][n]) for n, m in model.named_modules())
+    put_on(kit, case.method)
+    assert torch.equal(run(kit, batch), want), "an adapter that is not worn changes the outputs"
+    with kit.use("law"):
+        loss_of(kit(**batch)).backward()
+        assert not torch.equal(run(kit, batch), want), "a worn adapter changes nothing"
+    assert torch.equal(run(kit, batch), want), "off after worn is not the base"
+    with kit.use("law"), kit.use(None):
+        assert torch.equal(run(kit, batch), want)
+    kit.use("law")
+    assert kit.detach() is model
+    assert torch.equal(run(model, batch), want)
+    after = trace(model)
+    for what, value in before.items():
+        assert after[what] == value, f"detach left its mark on {what}"
+    assert all(torch.equal(v, bits[k]) for k, v in model.state_dict().items())

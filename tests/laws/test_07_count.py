@@ -1,0 +1,30 @@
+"""Law 7: the count equals the closed form, the tensors and `requires_grad`."""
+
+from __future__ import annotations
+
+import pytest
+
+from laws.configs import CELLS, Case, name_of
+from laws.wear import kit_of, worn
+from zoo import Specimen
+
+
+@pytest.mark.parametrize(("specimen", "case"), CELLS, ids=name_of)
+def test_the_count_is_the_closed_form_and_requires_grad(specimen: Specimen, case: Case) -> None:
+    kit = kit_of(specimen)
+    base = sum(p.numel() for p in kit.base.parameters())
+    with worn(kit, case) as adapter:
+        parameters = list(adapter.parameters())
+        values = sum(p.numel() for p in parameters)
+        assert values > 0
+        cost = kit.count(case.name)
+        assert cost.trainable == cost.total == cost.formula == values
+        assert cost.trainable == case.method.count(adapter.sites)
+        assert cost.trainable == sum(p.numel() for p in kit.parameters() if p.requires_grad)
+        assert cost.bytes == sum(p.numel() * p.element_size() for p in parameters) == 4 * values
+        assert cost.percent == pytest.approx(100 * values / base)
+        assert not any(p.requires_grad for p in kit.base.parameters())
+        kit.train_only()
+        cost = kit.count(case.name)
+        assert (cost.trainable, cost.total) == (0, values)
+        assert sum(v.numel() for v in kit.state_dict().values()) >= values

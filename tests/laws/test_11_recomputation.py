@@ -1,0 +1,168 @@
+"""Law 11: gradients are the same under activation checkpointing, whoever runs backward and whatever is worn by then.
+
+The route of a forward is that of its recomputation: after the `with` has ended, in another thread, and with a second
+forward under another adapter in between, gradients are right, or an error says why they cannot be; never wrong.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from kitout import Kit, LoRA
+from kitout.errors import RouteError
+from kitout.kit.adapter import Adapter
+from laws.configs import CELLS, Case, name_of
+from laws.wear import added, assert_same, gradients, kit_of, loss_of, worn
+from zoo import Specimen
+
+KINDS = ("reentrant", "non-reentrant")
+
+
+def checkpoints(specimen: Specimen) -> bool:
+    base = kit_of(specimen).base
+    return getattr(base, "supports_gradient_checkpointing", False) or hasattr(base, "set_grad_checkpointing")
+
+
+@contextmanager
+def recomputing(kit: Kit, specimen: Specimen, kind: str) -> Iterator[None]:
+    """Activation checkpointing, transformers' or timm's. Reentrant wants an input that requires grad."""
+    base = kit.base
+    try:
+        if hasattr(base, "gradient_checkpointing_enable"):
+            kit.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+            assert any(getattr(m, "gradient_checkpointing", False) for m in base.modules())
+        else:
+            base.set_grad_checkpointing(True)
+        handles = [m.register_forward_hook(lambda _, __, y: y.requires_grad_()) for m in entrances(kit)]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        if hasattr(base, "gradient_checkpointing_enable"):
+            kit.gradient_checkpointing_disable()
+        else:
+            base.set_grad_checkpointing(False)
+
+
+def entrances(kit: Kit) -> list[torch.nn.Module]:
+    """Embeddings and patch embeddings: their outputs are what the first block of each tower is fed from."""
+    return [s.module for s in kit.found.sites if s.role in ("embed", "patch") and s.path not in kit.found.silent]
+
+
+def step(kit: Kit, batch: dict[str, Tensor], seed: int = 0) -> Tensor:
+    torch.manual_seed(seed)  # dropout draws the same numbers each time
+    return loss_of(kit(**batch))
+
+
+def assert_equal_gradients(adapter: Adapter, want: dict[str, Tensor]) -> None:
+    scale = max(g.abs().max().item() for g in want.values())
+    assert scale > 0
+    for name, gradient in gradients(adapter).items():
+        assert_same(gradient / scale, want[name] / scale, what=f"gradient of {name}")
+
+
+cells = pytest.mark.parametrize(("specimen", "case"), [c for c in CELLS if checkpoints(c[0])], ids=name_of)
+
+
+@cells
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_without_recomputation(specimen: Specimen, case: Case, kind: str) -> None:
+    kit, batch = kit_of(specimen), specimen.batch(2, 0)
+    with worn(kit, case) as adapter:
+        kit.train()
+        step(kit, batch).backward()
+        want = gradients(adapter)
+        with recomputing(kit, specimen, kind):
+            kit.zero_grad()
+            step(kit, batch).backward()
+            assert_equal_gradients(adapter, want)
+
+            kit.zero_grad()
+            with kit.use(case.name):
+                loss = step(kit, batch)
+            with kit.use(None):
+                loss.backward()
+            assert_equal_gradients(adapter, want)
+
+            kit.zero_grad()
+            loss = step(kit, batch)
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+            assert_equal_gradients(adapter, want)
+
+
+@cells
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_forwards_then_both_backwards(specimen: Specimen, case: Case, kind: str) -> None:
+    kit, batch, other = kit_of(specimen), specimen.batch(2, 0), Case("other", LoRA(rank=2, targets="attn.o"))
+    with added(kit, case, other) as names:
+        kit.train()
+        want = {}
+        for name in names:
+            with kit.use(name):
+                step(kit, batch).backward()
+            want[name] = gradients(kit[name])
+        with recomputing(kit, specimen, kind):
+            kit.zero_grad()
+            losses = []
+            for name in names:
+                with kit.use(name):
+                    losses.append(step(kit, batch))
+            if carries_routes(specimen):
+                losses[0].backward()
+                losses[1].backward()
+                for name in names:
+                    assert_equal_gradients(kit[name], want[name])
+            else:
+                with pytest.raises(RouteError, match="checkpointing"):
+                    losses[0].backward()
+
+
+def carries_routes(specimen: Specimen) -> bool:
+    """transformers hands a block's keywords to its recomputation, timm only its input: there it has to be refused."""
+    return hasattr(kit_of(specimen).base, "gradient_checkpointing_enable")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_recomputed_as_they_were(specimen: Specimen, kind: str) -> None:
+    if not checkpoints(specimen):
+        return
+    kit, batch = kit_of(specimen), specimen.batch(3, 0)
+    one, two = (Case(n, LoRA(rank=2, targets="attn.* mlp.*")) for n in ("one", "two"))
+    with added(kit, one, two) as names:
+        kit.train()
+        rows = ["one", None, "two"]
+        with kit.use(rows):
+            step(kit, batch).backward()
+        want = {n: gradients(kit[n]) for n in names}
+        with recomputing(kit, specimen, kind):
+            kit.zero_grad()
+            with kit.use(rows):
+                loss = step(kit, batch)
+            loss.backward()
+        for n in names:
+            assert_equal_gradients(kit[n], want[n])
+
+
+def test_after_a_backward_the_next_forward_may_wear_another(specimen: Specimen) -> None:
+    """What one step leaves behind must not make the next one look ambiguous."""
+    if not checkpoints(specimen):
+        return
+    kit, batch = kit_of(specimen), specimen.batch(2, 0)
+    one, two = (Case(n, LoRA(rank=2, targets="attn.o")) for n in ("one", "two"))
+    with added(kit, one, two) as names:
+        kit.train()
+        with recomputing(kit, specimen, "non-reentrant"):
+            for name in (*names, *names):
+                kit.zero_grad()
+                with kit.use(name):
+                    loss = step(kit, batch)
+                loss.backward()
+                assert all(p.grad is not None and p.grad.any() for p in kit[name].parameters())
