@@ -16,6 +16,7 @@ from torch import nn
 
 from kitout.base import outside, shapes, stacks
 from kitout.base import roles as in_block
+from kitout.base.parameters import parameter_sites
 from kitout.base.site import ROLES, Site
 from kitout.base.tree import Projection, Tree
 from kitout.errors import Faults, NoBlocks, TargetError, suggest
@@ -34,6 +35,7 @@ class Tower:
 class Block:
     """One block of a tower. resolved: attention (in and out) and feed-forward are all labelled.
 
+    name: its key in the module list, where that is not its index.
     attends: it holds attention-like projections at all (a convolution or state-space block of a hybrid does not).
     whole: it is one module; False where parallel lists ("attentions", "ffns") share out one block's parts.
     loose: projections without a role, as (path, d_in, d_out).
@@ -46,10 +48,11 @@ class Block:
     attends: bool = True
     whole: bool = True
     loose: tuple[tuple[str, int, int], ...] = ()
+    name: str = ""
 
     @property
     def path(self) -> str:
-        return f"{self.tower}.{self.index}"
+        return f"{self.tower}.{self.name or self.index}"
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,45 @@ class Survey:
         """Paths of the modules that run, as far as is known."""
         return frozenset(site.path for site in self.sites) - self.silent
 
+    def parameters(self) -> list[Site]:
+        """Every parameter the forward reads, as sites that name it."""
+        return parameter_sites(self)
+
+    def trails(self, site: Site, pyramid: str | None = None) -> bool:
+        """It first runs after the blocks have (those of one pyramid): a pooler, a head, the final norm."""
+        order = {path: i for i, path in enumerate(self.order or [s.path for s in self.sites])}
+        blocks = (s for s in self.sites if s.layer is not None and pyramid in (None, stages(s.tower)))
+        return order.get(site.path, -1) > max((order.get(s.path, -1) for s in blocks), default=-1)
+
+    def ends_tower(self, site: Site) -> bool:
+        """It lies outside the blocks and runs after those of the tower whose path is nearest to its own."""
+        own = site.path.split(".")
+
+        def shared(tower: Tower) -> int:
+            pairs = zip(own, tower.path.split("."), strict=False)
+            return next((i for i, (a, b) in enumerate(pairs) if a != b), len(own))
+
+        nearest = max(self.towers, key=shared, default=None)
+        return site.layer is None and nearest is not None and self.trails(site, stages(nearest.path))
+
+    def last_blocks(self, k: int) -> set[tuple[str, int]]:
+        """(tower, index) of the last k blocks of each tower, the stages of a pyramid being one tower."""
+        lines: dict[str, dict[tuple[str, int], None]] = {}
+        for block in self.blocks:
+            lines.setdefault(stages(block.tower), {})[block.tower, block.index] = None
+        depths = {line: len(blocks) for line, blocks in lines.items()}
+        if k > max(depths.values(), default=0):
+            raise TargetError(f"the last {k} blocks are more than there are: {depths or 'this model has no blocks'}")
+        return {place for line in lines.values() for place in list(line)[-k:]}
+
     def loose(self) -> list[tuple[str, int, int]]:
         """Every projection inside a block that has no role."""
         return [item for block in self.blocks for item in block.loose]
+
+
+def stages(tower: str) -> str:
+    """A tower's path without indices: the same for all stages of a pyramid."""
+    return re.sub(r"\d+", "*", tower)
 
 
 def survey(model: nn.Module, roles: Mapping[str, str] | None = None) -> Survey:
@@ -134,7 +173,17 @@ def _block(tree: Tree, stack: stacks.Element, named: dict[str, str], place: dict
     for root in stack.members:
         place |= dict.fromkeys((p for p in tree.leaves if tree.under(p, root)), (stack.tower, stack.index))
     loose = tuple((p.path, p.d_in, p.d_out) for p in label.loose)
-    return Block(stack.tower, stack.index, label.d, label.resolved, label.attends, stack.whole, loose)
+    name = stack.members[0].removeprefix(f"{stack.tower}.")
+    return Block(
+        tower=stack.tower,
+        index=stack.index,
+        d=label.d,
+        resolved=label.resolved,
+        attends=label.attends,
+        whole=stack.whole,
+        loose=loose,
+        name="" if name == str(stack.index) else name,
+    )
 
 
 def _sites(

@@ -50,8 +50,8 @@ class Site:
     is. channels_first: the module's output is [B, C, ...] (convolutions, BatchNorm-like), so the tap moves C last.
     rows: how dim 0 of the value relates to the batch: it is the batch, a multiple of it ("major"), always 1 (a position
     table looked up once for all rows) or nothing of the kind ("none"). norm: at a sublayer, the norm that takes its sum
-    with the residual where the stream goes on from there (post-norm blocks). names: parameters of the module that an
-    adapter holds its own values of, relative to the module.
+    with the residual where the stream goes on from there (post-norm blocks). names: parameters of the module, relative
+    to it, that an adapter holds its own values of; keys: the same for those that are one parameter (tied tables).
     """
 
     path: str
@@ -67,6 +67,7 @@ class Site:
     kind: Kind = "linear"
     channels_first: bool = False
     names: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
     norm: nn.Module | None = field(default=None, compare=False, repr=False)
     module: nn.Module = field(compare=False, repr=False)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from kitout.base.find import Block, Survey
+from kitout.base.shapes import stacked
 from kitout.base.site import Site
 from kitout.base.watch import Addition, Watch
 
@@ -29,6 +30,9 @@ def sublayers(found: Survey, watch: Watch) -> list[Site]:
         own = {p: r for p, r in ends.items() if p.startswith(add.block + ".")}
         roles = [_roles(leaves, own) for leaves in add.leaves]
         emitters = [_once(emitters, add.block, watch) for emitters in add.emitters]
+        if not any(roles):
+            roles = [_roles_within(whole, own, found) for whole in add.wholes]
+            emitters = list(add.wholes)
         if roles[0] and roles[1]:
             for side in (0, 1):
                 for role in roles[side]:
@@ -65,6 +69,16 @@ def _once(emitters: Sequence[str], block: str, watch: Watch) -> str | None:
 def _roles(leaves: frozenset[str], own: Mapping[str, str]) -> list[str]:
     """The sublayers of this block that a value comes from, if it comes from nothing else."""
     return sorted({own[p] for p in leaves}) if leaves and leaves <= own.keys() else []
+
+
+def _roles_within(whole: str | None, own: Mapping[str, str], found: Survey) -> list[str]:
+    """The one sublayer a module with parts is, where its value cannot be traced back (a gated mixture of experts)."""
+    if whole is None:
+        return []
+    roles = {role for path, role in own.items() if path.startswith(f"{whole}.")}
+    if any(stacked(m) for m in found.model.get_submodule(whole).modules()):
+        roles.add("sub.mlp")
+    return sorted(roles) if len(roles) == 1 else []
 
 
 def _projection(own: Mapping[str, str], role: str) -> str | None:

@@ -26,7 +26,8 @@ Identity = tuple[int, int]  # of a value: its tensor, and how often that had bee
 @dataclass
 class Addition:
     """One sum inside a block: for both operands the leaves it comes from, who emitted it (dropout hands on what it is
-    given, so there may be several, in order), who first received it. out, operands: identities of the tensors.
+    given, so there may be several, in order), who first received it. operands, out: identities. wholes:
+    modules with parts that emitted them.
     """
 
     block: str
@@ -34,6 +35,7 @@ class Addition:
     emitters: tuple[tuple[str, ...], tuple[str, ...]]
     receivers: tuple[str | None, str | None]
     operands: tuple[Identity, Identity]
+    wholes: tuple[str | None, str | None]
     out: Identity | None = None
 
 
@@ -67,6 +69,7 @@ class Watch(TorchFunctionMode):
         self._label: dict[int, str] = {}
         self._emitter: dict[int, list[str]] = {}
         self._receiver: dict[int, str] = {}
+        self._whole: dict[Identity, str] = {}
         self._alive: list[Any] = []  # ids are only good while their tensors live
         self._inside: list[str] = []
         self._product: tuple[Tensor, Tensor, Tensor] | None = None
@@ -81,6 +84,8 @@ class Watch(TorchFunctionMode):
             elif next(module.children(), None) is None or path in self.cut:
                 self._hooks.append(module.register_forward_pre_hook(self._leaf_in(path), with_kwargs=True))
                 self._hooks.append(module.register_forward_hook(self._leaf_out(path)))
+            elif any(path.startswith(f"{block}.") for block in self.blocks):
+                self._hooks.append(module.register_forward_hook(self._whole_out(path)))
         super().__enter__()
         return self
 
@@ -142,6 +147,16 @@ class Watch(TorchFunctionMode):
 
         return hook
 
+    def _whole_out(self, path: str) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            first = out[0] if isinstance(out, (tuple, list)) and out else out
+            if isinstance(first, Tensor):
+                self.fired[path] += 1
+                self.rows[path] = first.shape[0] if first.ndim else 0
+                self._whole[self._identity(first)] = path
+
+        return hook
+
     def _cut(self, label: str, value: Tensor) -> Tensor:
         if not value.is_floating_point():
             return value
@@ -199,6 +214,7 @@ class Watch(TorchFunctionMode):
                 (tuple(self._emitter.get(id(a), ())), tuple(self._emitter.get(id(b), ()))),
                 (self._receiver.get(id(a)), self._receiver.get(id(b))),
                 (self._identity(a), self._identity(b)),
+                (self._whole.get(self._identity(a)), self._whole.get(self._identity(b))),
             )
         )
         return True

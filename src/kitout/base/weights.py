@@ -37,14 +37,19 @@ def matrix(module: nn.Module) -> Tensor:
     if w is None or not plain(module):
         kind = type(w.data).__name__ if w is not None else "no parameter named weight"
         raise NotMergeable(f"{type(module).__name__} stores its weight as {kind}, not as plain floating-point values")
-    return as_matrix(module, w)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        raise NotMergeable(f"{type(module).__name__} has no place for a change of its weight as a matrix")
+    return as_matrix(w, flipped(module))
 
 
-def as_matrix(module: nn.Module, w: Tensor) -> Tensor:
-    """A weight stored as this module stores its own, as a [d_out, d_in] view."""
-    if isinstance(module, nn.Embedding) or transposed(module):
-        return w.T
-    return w.flatten(1) if w.ndim > 2 else w
+def as_matrix(w: Tensor, flips: bool) -> Tensor:
+    """A stored weight as a [d_out, d_in] view. flips: see `flipped`."""
+    return w.T if flips else w.flatten(1) if w.ndim > 2 else w
+
+
+def flipped(module: nn.Module) -> bool:
+    """True where the first axis of the stored weight is the input's: tables and transposed linears."""
+    return isinstance(module, nn.Embedding) or transposed(module)
 
 
 def bias(module: nn.Module) -> Tensor | None:
@@ -64,7 +69,7 @@ def linear_map(site: Site, x: Tensor, w: Tensor) -> Tensor:
         assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(module.kernel_size)]
         kernel = w.view(w.shape[0], -1, *module.kernel_size)
-        y = conv(x, kernel, None, module.stride, module.padding, module.dilation, module.groups)  # type: ignore[operator]
+        y = conv(x, kernel, None, module.stride, module.padding, module.dilation, module.groups)
         return y.movedim(1, -1)
     return F.linear(x, w)
 
@@ -129,7 +134,8 @@ class Frozen:
         if not self.args and kwargs:
             first = next(k for k, v in kwargs.items() if isinstance(v, Tensor))
             args, kwargs = (), {**kwargs, first: x}
-        with exchanged(module, values):
+        typed = {name: value.to(module.get_parameter(name).dtype) for name, value in values.items()}
+        with exchanged(module, typed):
             return own_forward(module)(module, *args, **kwargs)
 
     def norm(self, x: Tensor) -> Tensor:
@@ -184,9 +190,7 @@ def replace_weight(module: nn.Module, w: Tensor, b: Tensor | None) -> None:
         module._parameters["bias"] = _like(b, old)
 
 
-def regained(
-    module: nn.Module, now: Mapping[str, Tensor], scale: Tensor, shift: Tensor | None
-) -> dict[str, Tensor]:
+def regained(module: nn.Module, now: Mapping[str, Tensor], scale: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
     """A norm's parameters with y' = scale * y + shift folded in: its gain and, where it has or can hold one, its bias.
 
     now: its parameters in working precision.

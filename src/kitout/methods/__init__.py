@@ -3,8 +3,26 @@
 No method knows another; what two of them share is a Delta in a file of its own (`lowrank.py`).
 """
 
+from kitout.methods.adaptformer import AdaptFormer
 from kitout.methods.bitfit import BitFit
+from kitout.methods.full import FullFineTuning
+from kitout.methods.houlsby import Houlsby
 from kitout.methods.ia3 import IA3
 from kitout.methods.lora import LoRA
+from kitout.methods.parallel import ParallelAdapter
+from kitout.methods.partial import PartialFineTuning
+from kitout.methods.pfeiffer import Pfeiffer
+from kitout.methods.ssf import SSF
 
-__all__ = ["IA3", "BitFit", "LoRA"]
+__all__ = [
+    "IA3",
+    "SSF",
+    "AdaptFormer",
+    "BitFit",
+    "FullFineTuning",
+    "Houlsby",
+    "LoRA",
+    "ParallelAdapter",
+    "PartialFineTuning",
+    "Pfeiffer",
+]

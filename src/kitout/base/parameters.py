@@ -1,0 +1,93 @@
+"""Every parameter that the model's forward reads, as sites that name it: where fine-tuning can go.
+
+Parameters of linears, convolutions, tables and norms sit at their module's output, so rows can have their own. Those of
+no such leaf (class and position tokens, a LayerScale kept in a block, stacked experts) sit at the port "param" of the
+module whose forward reads them. A tied parameter has one key wherever it is used. Works on the meta device; knows no
+architecture: what is read, the survey has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from kitout.base.site import Site
+from kitout.errors import Faults, TargetError
+
+if TYPE_CHECKING:
+    from kitout.base.find import Survey
+
+LEAVES = ("linear", "embedding", "conv", "norm")
+
+
+def parameter_sites(survey: Survey) -> list[Site]:
+    """Sites with `names` and `keys`, in module order. Raises TargetError for packed or quantised parameters."""
+    leaves = {s.path: s for s in survey.sites if s.channels is None and s.path not in survey.silent and _is_leaf(s)}
+    faults = Faults(TargetError, "these parameters cannot be trained")
+    names: dict[tuple[str, bool], list[str]] = {}
+    keys: dict[int, str] = {}
+    for path, name, p in sorted(_parameters(survey.model), key=lambda item: item[0] not in leaves):
+        full, here = f"{path}.{name}" if path else name, path in leaves
+        if not here and (id(p) in keys or full in survey.unread):
+            continue  # its uses are somewhere else, or nowhere
+        if not p.is_floating_point() or type(p.data) is not Tensor or p.dtype.itemsize < 2:
+            faults.add(f"{full} is held as {p.dtype} in a {type(p.data).__name__}")
+        keys.setdefault(id(p), full)
+        owner = path if here else _owner(path, survey)
+        bare = not here or not _by_row(leaves[path])
+        names.setdefault((owner, bare), []).append(full.removeprefix(f"{owner}." if owner else ""))
+    faults.raise_if_any()
+    order = {path: i for i, (path, _) in enumerate(survey.model.named_modules())}
+    found = [_site(survey, leaves, owner, bare, held, keys) for (owner, bare), held in names.items()]
+    return sorted(found, key=lambda s: order[s.path])
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(module path, name, parameter), a tied one once per module that holds it."""
+    for path, module in model.named_modules():
+        yield from ((path, name, p) for name, p in module._parameters.items() if p is not None)
+
+
+def _is_leaf(site: Site) -> bool:
+    return site.role != "block" and not site.role.startswith("sub.")
+
+
+def _by_row(site: Site) -> bool:
+    """Its value passes at one place and follows the batch there, so rows may have values of their own."""
+    if isinstance(site.module, nn.modules.conv._ConvTransposeNd):
+        return False
+    return site.kind in LEAVES or site.rows == "batch"
+
+
+def _owner(path: str, survey: Survey) -> str:
+    """The module whose forward reads a parameter that no leaf's forward does: its own, unless that never runs."""
+    if path not in survey.silent:
+        return path
+    within = any(path.startswith(f"{block.path}.") for block in survey.blocks)
+    return path.rpartition(".")[0] if within else ""
+
+
+def _site(
+    survey: Survey, leaves: Mapping[str, Site], path: str, bare: bool, names: Sequence[str], keys: Mapping[int, str]
+) -> Site:
+    module = survey.model.get_submodule(path)
+    held = tuple(keys[id(module.get_parameter(n))] for n in names)
+    if path in leaves and not bare:
+        return leaves[path].at(names=tuple(names), keys=held)
+    block = next((b for b in survey.blocks if path == b.path or path.startswith(f"{b.path}.")), None)
+    return Site(
+        path=path,
+        role=leaves[path].role if path in leaves else "other",
+        tower=block.tower if block else "",
+        layer=block.index if block else None,
+        d_in=0,
+        d_out=0,
+        port="param",
+        rows="none",
+        kind="other",
+        names=tuple(names),
+        keys=held,
+        module=module,
+    )

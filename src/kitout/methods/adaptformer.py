@@ -1,0 +1,36 @@
+"""AdaptFormer: a small parallel bottleneck beside every feed-forward of a vision transformer.
+
+Chen et al. 2022 (arXiv 2205.13535), eq. 4 and 5; code ShoufaChen/AdaptFormer (models/adapter.py): y' = y + s * up(
+dropout(relu(down x))), x the residual stream before the norm, outside drop-path. s = 0.1 or learned from 1, width 64,
+dropout 0.1; LoRA's start: the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from kitout.base.site import Site
+from kitout.kit.delta import Delta, Method, register
+from kitout.methods.bottleneck import Bottleneck, Scale, size
+
+
+@register
+class AdaptFormer(Method):
+    """One parallel adapter of `width` per feed-forward. scale: a number or "learned"."""
+
+    mergeable: ClassVar[bool] = False
+    default_targets: ClassVar[str] = "sub.mlp"
+
+    width: int = Field(default=64, ge=1)
+    scale: Scale = 0.1
+    dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+
+    def build(self, site: Site, shared: nn.Module | None) -> Delta:
+        return Bottleneck(site.d_out, self.width, reads="x", scale=self.scale, dropout=self.dropout)
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(size(s.d_out, self.width, self.scale) for s in sites)

@@ -1,0 +1,42 @@
+"""Full fine-tuning as an adapter: every parameter the model reads has a trained copy; the base stays as it is.
+
+Exactly ordinary fine-tuning (same function, same gradients), but worn, switched, mixed, routed by row, merged and saved
+(as a difference) like any other adapter. Rows of one batch cannot each have their own class or position tokens. It
+knows nothing of how copies are worn (`copies.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from kitout.base.select import select
+from kitout.base.site import Site
+from kitout.errors import ConfigError
+from kitout.kit.delta import Delta, Method, register
+from kitout.methods.copies import Copy, Ties, size
+
+if TYPE_CHECKING:
+    from kitout.base.find import Survey
+
+
+@register
+class FullFineTuning(Method):
+    """Every parameter, heads and token tables included; with targets or layers, those of the chosen modules only."""
+
+    def sites(self, survey: Survey) -> list[Site]:
+        if self.targets is not None and any(word.startswith("in:") for word in self.targets.split()):
+            raise ConfigError(f"targets={self.targets!r}: fine-tuning takes modules, and an input has no parameters")
+        return select(survey.parameters(), self.targets or "*", self.layers)
+
+    def shared(self, sites: Sequence[Site]) -> nn.Module:
+        return Ties()
+
+    def build(self, site: Site, shared: nn.Module | None) -> Delta:
+        assert isinstance(shared, Ties)
+        return Copy(site, shared)
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return size(sites)

@@ -1,0 +1,59 @@
+"""Houlsby's serial adapters: a bottleneck at the end of every sublayer, and the norms trained along.
+
+Houlsby et al. 2019 (arXiv 1902.00751), figure 2; code google-research/adapter-bert (modeling.py: feedforward_adapter,
+and its collection of all layer norms): y' = y + up(gelu(down y)) on what a sublayer adds to the residual stream, before
+the sum. Weights start as truncated normal of std 1e-3 (the paper says 1e-2), biases at 0: near the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from kitout.base.select import select
+from kitout.base.site import Site
+from kitout.base.weights import bias
+from kitout.kit.delta import Delta, Method, register
+from kitout.methods.affine import Affine
+from kitout.methods.bottleneck import Activation, Bottleneck, size
+
+if TYPE_CHECKING:
+    from kitout.base.find import Survey
+
+
+@register
+class Houlsby(Method):
+    """Two serial adapters per block (three with cross-attention) of `width`, on the values the sublayers end with.
+
+    A norm between projection and sum belongs to its sublayer, so the adapter comes after it. norms: every norm's gain
+    and, where it has one, its shift are trained too, as factor and offset on its output. std: of the start.
+    """
+
+    mergeable: ClassVar[bool] = False
+    identity: ClassVar[bool] = False
+    default_targets: ClassVar[str] = "sub.*"
+
+    width: int = Field(default=64, ge=1)
+    norms: bool = True
+    activation: Activation = "gelu"
+    std: float = Field(default=1e-3, gt=0.0)
+
+    def sites(self, survey: Survey) -> list[Site]:
+        targets = self.targets or self.default_targets
+        chosen = select(survey.sites, targets, self.layers)
+        if self.norms and any(s.role == "norm" for s in survey.sites):
+            chosen = select(survey.sites, f"{targets} norm", self.layers)
+        return [s.at(source=None) for s in chosen]
+
+    def build(self, site: Site, shared: nn.Module | None) -> Delta:
+        if self.norms and site.role == "norm":
+            return Affine(site.d_out, shifts=bias(site.module) is not None)
+        return Bottleneck(site.d_out, self.width, activation=self.activation, init="truncated", std=self.std)
+
+    def count(self, sites: Sequence[Site]) -> int:
+        norms = [s for s in sites if self.norms and s.role == "norm"]
+        gains = sum(s.d_out * (1 + (bias(s.module) is not None)) for s in norms)
+        return gains + sum(size(s.d_out, self.width) for s in sites if s not in norms)

@@ -1,0 +1,54 @@
+"""Pfeiffer's serial adapter: one bottleneck per block, after the feed-forward.
+
+Pfeiffer et al. 2020 (AdapterFusion, arXiv 2005.00247; code adapter-hub/adapters, config "seq_bn"). Post-norm blocks:
+y = LN(up(relu(down(LN(h + x)))) + h + x), with h the feed-forward's value, x the residual and LN the block's own frozen
+norm. Blocks whose stream carries the sum on: z + up(relu(down z)), z the block's output. Start N(0, .02), biases 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from kitout.base.select import select
+from kitout.base.site import Site
+from kitout.kit.delta import Delta, Method, register
+from kitout.methods.bottleneck import Activation, Bottleneck, size
+
+if TYPE_CHECKING:
+    from kitout.base.find import Survey
+
+
+@register
+class Pfeiffer(Method):
+    """One serial adapter of `width` per block. Which form a block needs is seen in its forward, not in its name."""
+
+    mergeable: ClassVar[bool] = False
+    identity: ClassVar[bool] = False
+
+    width: int = Field(default=48, ge=1)
+    activation: Activation = "relu"
+    std: float = Field(default=0.02, gt=0.0)
+
+    def sites(self, survey: Survey) -> list[Site]:
+        if self.targets is not None:
+            return select(survey.sites, self.targets, self.layers)
+        blocks = select(survey.sites, "block", self.layers)
+        posts = {(s.tower, s.layer): s for s in survey.sites if s.role == "sub.mlp" and s.norm is not None}
+        return [posts.get((b.tower, b.layer), b) for b in blocks]
+
+    def build(self, site: Site, shared: nn.Module | None) -> Delta:
+        return Bottleneck(
+            site.d_out,
+            self.width,
+            reads="y" if site.norm is None else "norm",
+            activation=self.activation,
+            init="normal",
+            std=self.std,
+        )
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(size(s.d_out, self.width) for s in sites)

@@ -1,0 +1,48 @@
+"""SSF: scale and shift after every operation of the backbone.
+
+Lian et al. 2022 (arXiv 2210.08823), eq. 3; code dongzelian/SSF (models/vision_transformer.py): y' = s * y + t after the
+patch embedding, every norm (the final one too), q, k, v, the attention's output and both feed-forward projections; not
+after softmax, activation, residual sum or LayerScale, not on heads. s ~ N(1, .02), t ~ N(0, .02): not the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from kitout.base.select import select
+from kitout.base.site import Site
+from kitout.kit.delta import Delta, Method, register
+from kitout.methods.affine import Affine
+
+if TYPE_CHECKING:
+    from kitout.base.find import Survey
+
+KINDS = ("linear", "conv", "norm")
+
+
+@register
+class SSF(Method):
+    """y' = scale * y + shift at every linear, convolution and norm up to the last block, and at the final norm.
+
+    std: of the start around the identity (0.02 in the paper). targets: only these. Poolers and heads are left alone.
+    """
+
+    identity: ClassVar[bool] = False
+
+    std: float = Field(default=0.02, ge=0.0)
+
+    def sites(self, survey: Survey) -> list[Site]:
+        if self.targets is not None:
+            return select(survey.sites, self.targets, self.layers)
+        able = [s for s in select(survey.sites, "*", self.layers) if s.kind in KINDS and s.role != "head"]
+        return [s for s in able if s.kind == "norm" or not survey.trails(s)]
+
+    def build(self, site: Site, shared: nn.Module | None) -> Delta:
+        return Affine(site.d_out, self.std)
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(2 * s.d_out for s in sites)
