@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 SMOLLM_CONTEXT = 8192
 
@@ -67,7 +68,7 @@ def dinov2(raw: Path, out: Path) -> None:
     _image_processor(out)
 
 
-def dinov2_tensors(onnx: Path) -> dict[str, object]:
+def dinov2_tensors(onnx: Path) -> dict[str, Any]:
     """Backbone tensors of the saliency net under Hugging Face's names."""
     import numpy as np
 
@@ -75,7 +76,9 @@ def dinov2_tensors(onnx: Path) -> dict[str, object]:
 
     graph = read(onnx)
     held = graph.tensors
-    tensors = {name.removeprefix("backbone."): value for name, value in held.items() if name.startswith("backbone.")}
+    tensors: dict[str, Any] = {
+        name.removeprefix("backbone."): value for name, value in held.items() if name.startswith("backbone.")
+    }
     positions = []
     for node in graph.nodes:
         stored = [name for name in node.inputs if name in held]
@@ -88,7 +91,7 @@ def dinov2_tensors(onnx: Path) -> dict[str, object]:
     positions.sort(key=lambda part: part.shape[1])  # the class token's row comes before the 37 x 37 patches
     tensors["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
     tensors["embeddings.mask_token"] = np.zeros((1, 384), dtype=np.float32)  # only pretraining used it
-    return dict(tensors)
+    return tensors
 
 
 def _image_processor(out: Path) -> None:

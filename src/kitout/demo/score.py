@@ -93,12 +93,12 @@ def label_scores(kit: Kit, task: Task, prompts: Sequence[list[int]]) -> Tensor:
 
 def _rest(kit: Kit, batch: dict[str, Tensor], cache: Any, answer: list[int]) -> Tensor:
     """Log-likelihood of an answer's second to last token, on the prompt's cache, which is left as it was."""
-    rows, width = batch["input_ids"].shape
+    rows = len(batch["input_ids"])
     ids = torch.tensor([answer[:-1]] * rows, device=kit.device)
     mask = torch.cat((batch["attention_mask"], torch.ones_like(ids)), dim=1)
     positions = batch["position_ids"][:, -1:] + torch.arange(1, len(answer), device=kit.device)
     out = kit(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-    cache.crop(width)
+    cache.crop(1 - len(answer))  # negative: how many to remove
     targets = torch.tensor(answer[1:], device=kit.device).expand(rows, -1)
     return out.logits.float().log_softmax(dim=-1).gather(2, targets[..., None]).sum(dim=(1, 2))
 

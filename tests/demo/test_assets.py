@@ -1,0 +1,149 @@
+"""The store: an asset is whole or absent, made once, and a killed or rival attempt does no harm."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from kitout.demo import assets
+from kitout.demo.catalog import ASSETS, GROUPS, Asset, Wheel
+from kitout.demo.fetch import AssetError, sha256
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
+    """One asset in the catalogue, its wheel already in the cache."""
+    monkeypatch.setenv("KITOUT_CACHE", str(tmp_path / "cache"))
+    wheels = tmp_path / "cache" / "wheels"
+    wheels.mkdir(parents=True)
+    with zipfile.ZipFile(wheels / "toy-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("toy/words.txt", "one two")
+    wheel = Wheel("toy", "1.0", "toy-1.0-py3-none-any.whl", sha256(wheels / "toy-1.0-py3-none-any.whl"), 0.001)
+
+    def convert(raw: Path, out: Path) -> None:
+        (out / "words").write_text((raw / "words.txt").read_text().upper())
+
+    made = Asset("toy", "text", "a toy", "MIT", "none", wheel, ("toy/words.txt",), convert)
+    monkeypatch.setitem(ASSETS, "toy", made)
+    return made
+
+
+def quiet(_: str) -> None: ...
+
+
+def replace(monkeypatch: pytest.MonkeyPatch, toy: Asset, **changes: object) -> None:
+    monkeypatch.setitem(ASSETS, "toy", Asset(**(vars(toy) | changes)))  # type: ignore[arg-type]
+
+
+def test_get_makes_the_folder_and_later_only_returns_it(toy: Asset) -> None:
+    with pytest.raises(AssetError, match="kitout assets get toy"):
+        assets.path("toy")
+    here = assets.get("toy", quiet)
+    assert (here / "words").read_text() == "ONE TWO"
+    said: list[str] = []
+    assert assets.get("toy", said.append) == here == assets.path("toy")
+    assert said == []
+    assert not (assets.cache_dir() / "wheels" / toy.wheel.file).exists()  # nobody else needs it
+
+
+def test_a_file_cut_short_or_another_recipe_means_making_it_again(
+    toy: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(assets.cache_dir() / "wheels" / toy.wheel.file, tmp_path / "kept.whl")
+    here = assets.get("toy", quiet)
+    (here / "words").write_text("ONE")
+    assert not assets.installed("toy")
+    shutil.copy(tmp_path / "kept.whl", assets.cache_dir() / "wheels" / toy.wheel.file)
+    assert (assets.get("toy", quiet) / "words").read_text() == "ONE TWO"
+    replace(monkeypatch, toy, recipe=2)
+    assert not assets.installed("toy")
+
+
+def test_a_failed_conversion_leaves_nothing_and_the_wheel_stays(toy: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(raw: Path, out: Path) -> None:
+        (out / "half").write_text("half")
+        raise KeyboardInterrupt
+
+    replace(monkeypatch, toy, convert=breaks)
+    with pytest.raises(KeyboardInterrupt):
+        assets.get("toy", quiet)
+    left = {p.name for p in (assets.cache_dir() / "assets").iterdir() if not p.name.endswith(".lock")}
+    assert left == set()
+    assert (assets.cache_dir() / "wheels" / toy.wheel.file).exists()
+    monkeypatch.setitem(ASSETS, "toy", toy)
+    assert (assets.get("toy", quiet) / "words").exists()
+
+
+def test_what_a_killed_attempt_left_is_removed(toy: Asset) -> None:
+    dead = assets.cache_dir() / "assets" / ".work-toy-99999"
+    dead.mkdir(parents=True)
+    (dead / "junk").write_text("x")
+    assets.get("toy", quiet)
+    assert not dead.exists()
+
+
+def test_two_at_once_make_it_once(toy: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+
+    def slow(raw: Path, out: Path) -> None:
+        runs.append(1)
+        time.sleep(0.3)
+        toy.convert(raw, out)
+
+    replace(monkeypatch, toy, convert=slow)
+    threads = [threading.Thread(target=assets.get, args=("toy", quiet)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert runs == [1]
+    assert assets.installed("toy")
+
+
+def test_a_wrong_wheel_installs_nothing(toy: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace(monkeypatch, toy, wheel=Wheel("toy", "1.0", toy.wheel.file, "0" * 64, 0.001))
+    with pytest.raises(AssetError, match="is not the pinned file"):
+        assets.get("toy", quiet)
+    assert not assets.folder("toy").exists()
+
+
+def test_a_missing_package_is_named_before_anything_is_fetched(toy: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace(monkeypatch, toy, needs=("kitout_no_such_package",))
+    with pytest.raises(AssetError, match="pip install kitout_no_such_package"):
+        assets.get("toy", quiet)
+
+
+def test_unknown_names_are_told_together_with_what_is_close() -> None:
+    with pytest.raises(AssetError) as caught:
+        assets.names(["tweet", "boolq", "nothing-like-it"])
+    assert "'tweets'" in str(caught.value)
+    assert "nothing-like-it" in str(caught.value)
+    assert assets.names(["demo", "tweets"]) == ["smollm2-135m", "tweets"]
+
+
+def test_the_catalogue_is_well_formed() -> None:
+    for name, asset in ASSETS.items():
+        assert asset.name == name
+        assert re.fullmatch(r"[a-z0-9][a-z0-9-]*", name)
+        assert re.fullmatch(r"[0-9a-f]{64}", asset.wheel.sha256)
+        assert asset.wheel.file.startswith(f"{asset.wheel.project.replace('-', '_')}-{asset.wheel.version}-")
+        assert asset.wheel.file.endswith("-none-any.whl")
+        last = [member.rsplit("/", 1)[-1] for member in asset.members]
+        assert len(set(last)) == len(last)
+        assert asset.licence
+    assert {n for group in GROUPS.values() for n in group} <= set(ASSETS)
+
+
+def test_the_cache_follows_its_variable_and_the_platform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KITOUT_CACHE", str(tmp_path))
+    assert assets.cache_dir() == tmp_path
+    monkeypatch.delenv("KITOUT_CACHE")
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert assets.cache_dir() == tmp_path / "xdg" / "kitout"

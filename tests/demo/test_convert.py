@@ -1,0 +1,156 @@
+"""Conversions on a few rows in each source's own layout, and the ONNX reader on a file written byte by byte."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kitout.demo import convert_sets as sets
+from kitout.demo.convert_models import dinov2_tensors
+from kitout.demo.onnx import read
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    (tmp_path / "raw").mkdir()
+    return tmp_path / "raw"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def put(path: Path, *rows: dict[str, Any]) -> None:
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def test_tweets_survive_broken_bytes(raw: Path, out: Path) -> None:
+    (raw / "t.csv").write_bytes(b'sentiment,confidence,text\nnegative,1," bad \xff, really "\npositive,1,fine\n')
+    sets.tweets(raw, out)
+    assert lines(out / "tweets.jsonl") == [
+        {"text": "bad �, really", "label": "negative"},
+        {"text": "fine", "label": "positive"},
+    ]
+
+
+def test_boolq_train_holds_no_question_of_dev(raw: Path, out: Path) -> None:
+    rows = [{"question": f"q{i}", "passage": "p", "label": i % 2 == 0} for i in range(4)]
+    put(raw / "combined.jsonl", *rows, {"question": "unlabelled", "passage": "p"})
+    put(raw / "dev.jsonl", {"question": "q3", "passage": "other wording of p", "answer": "False"})
+    sets.boolq(raw, out)
+    train = lines(out / "train.jsonl")
+    assert [row["response"] for row in train] == ["yes", "no", "yes"]
+    assert not any("q3" in row["prompt"] for row in train)
+    assert [row["response"] for row in lines(out / "dev.jsonl")] == ["no"]
+
+
+def test_choices_lose_their_letters_and_rows_without_gold(raw: Path, out: Path) -> None:
+    put(
+        raw / "x.jsonl",
+        {"passage": "P.", "question": "Q?", "options": "\nA. one\nB. two ", "answer": "B. two"},
+        {"question": "Q?", "options": "A. one\nB. two", "answer": ["one"]},
+        {"question": "Q?", "options": "A. one\nB. two", "answer": "C. three"},
+    )
+    sets.choices(raw, out)
+    assert lines(out / "choices.jsonl") == [
+        {"question": "P. Q?", "choices": ["one", "two"], "answer": 1},
+        {"question": "Q?", "choices": ["one", "two"], "answer": 0},
+    ]
+
+
+def test_judged_wrong_answers_become_pairs(raw: Path, out: Path) -> None:
+    put(
+        raw / "x.jsonl",
+        {"question": "who", "answer": "['him', 'her']", "def_incorrect_predictions": "['it', 'it', 'that']"},
+        {"question": "none", "answer": "['x']", "def_incorrect_predictions": ""},
+    )
+    sets.nq_pairs(raw, out)
+    assert [(row["chosen"], row["rejected"]) for row in lines(out / "pairs.jsonl")] == [("him", "it"), ("him", "that")]
+
+
+def test_chat_takes_the_first_two_lines(raw: Path, out: Path) -> None:
+    (raw / "a.yml").write_text("conversations:\n- - hi\n  - hello\n  - hey\n- - alone\n- - 2 + 2\n  - 4\n")
+    sets.chat(raw, out)
+    assert lines(out / "answers.jsonl") == [
+        {"prompt": "hi", "response": "hello"},
+        {"prompt": "2 + 2", "response": "4"},
+    ]
+
+
+def test_mnist_is_images_and_labels(raw: Path, out: Path) -> None:
+    with gzip.open(raw / "m.csv.gz", "wt") as file:
+        file.write("\n".join(",".join(["7"] * 784 + [str(label)]) for label in (3, 1)))
+    sets.mnist(raw, out)
+    with np.load(out / "images.npz", allow_pickle=False) as held:
+        assert held["images"].shape == (2, 28, 28)
+        assert held["labels"].tolist() == [3, 1]
+
+
+def test_orange_tables_skip_their_header(raw: Path, out: Path) -> None:
+    for split in ("train", "test"):
+        (raw / f"x-{split}.tab").write_text(f"class\ttext\nd\tstring\nclass\tmeta\nearn\t{split} words\n\tblank\n")
+    sets.orange(raw, out)
+    assert lines(out / "train.jsonl") == [{"text": "train words", "label": "earn"}]
+    assert lines(out / "test.jsonl") == [{"text": "test words", "label": "earn"}]
+
+
+def varint(value: int) -> bytes:
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
+
+
+def part(number: int, content: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def tensor(name: str, value: np.ndarray[Any, np.dtype[np.float32]], packed: bool) -> bytes:
+    dims = b"".join(map(varint, value.shape))
+    shape = part(1, dims) if packed else b"".join(varint(1 << 3) + varint(d) for d in value.shape)
+    return part(5, shape + varint(2 << 3) + varint(1) + part(8, name.encode()) + part(9, value.tobytes()))
+
+
+def node(op: str, name: str, *inputs: str) -> bytes:
+    return part(1, b"".join(part(1, i.encode()) for i in inputs) + part(3, name.encode()) + part(4, op.encode()))
+
+
+def test_onnx_weights_get_their_names_back(tmp_path: Path) -> None:
+    rows = np.arange(6, dtype="<f4").reshape(2, 3)
+    start, patches = np.ones((1, 1, 3), "<f4"), np.zeros((1, 300, 3), "<f4")
+    whole = b"".join(
+        (
+            node("MatMul", "/backbone/layer/0/query/MatMul", "x", "onnx::MatMul_1"),
+            node("MatMul", "/head/MatMul", "x", "other"),
+            node("Concat", "/backbone/embeddings/Concat_6", "start", "patches_now"),
+            node("Reshape", "/backbone/embeddings/Reshape_1", "patches", "shape"),
+            tensor("onnx::MatMul_1", rows, packed=False),
+            tensor("other", rows, packed=True),
+            tensor("backbone.norm.weight", rows[0], packed=True),
+            tensor("start", start, packed=True),
+            tensor("patches", patches, packed=False),
+        )
+    )
+    path = tmp_path / "x.onnx"
+    path.write_bytes(varint(1 << 3) + varint(8) + part(7, whole))
+    found = dinov2_tensors(path)
+    assert np.array_equal(found["layer.0.query.weight"], rows.T)
+    assert np.array_equal(found["norm.weight"], rows[0])
+    assert found["embeddings.position_embeddings"].shape == (1, 301, 3)
+    assert found["embeddings.position_embeddings"][0, 0, 0] == 1
+    assert not any("head" in name for name in found)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xff\xff", b"\x3a\x7fabc", b"<html></html>"])
+def test_what_is_no_onnx_file_raises(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.onnx").write_bytes(content)
+    with pytest.raises(ValueError):
+        read(tmp_path / "x.onnx")
