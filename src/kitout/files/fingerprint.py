@@ -103,6 +103,17 @@ def differences(saved: Fingerprint, here: Fingerprint) -> list[str]:
     return faults
 
 
+def unmerged(kit: Kit) -> dict[int, Tensor]:
+    """id of a parameter that a merge has put into the base -> the base's own parameter in its place."""
+    found = {}
+    for backup in kit._backup.values():
+        for name, own in backup.parameters.items():
+            now = backup.owner._parameters.get(name)
+            if own is not None and now is not None:
+                found[id(now)] = own
+    return found
+
+
 def _everything(kit: Kit) -> Fingerprint:
     """The whole base, read once per kit; read again if a tensor has changed since."""
     known = _known.get(kit)

@@ -1,0 +1,210 @@
+"""Hugging Face PEFT's adapter_config.json, read and written without importing peft.
+
+Fields fall in three kinds: those that are read, those that do not change the function, and all others, which must be
+empty: a field that is not known may change the function, and is named instead of ignored. Checked against peft 0.21.2
+(LoraConfig, IA3Config). It knows module paths and numbers; neither tensors nor kits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kitout.errors import Faults
+
+READ = {
+    "LORA": {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias"},
+    "IA3": {"feedforward_modules"},
+}
+# What was chosen, how it started, where it came from: the tensors of the file tell the rest.
+HARMLESS = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
+    "init_lora_weights", "init_ia3_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "runtime_config", "qalora_group_size", "megatron_core",
+}  # fmt: skip
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that also change the base's weights
+MOST_PATTERN, MOST_QUANTIFIERS = 2000, 6
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the config says about the function. rank, alpha: the default; *_pattern: regex on a module path -> value."""
+
+    kind: str
+    rank: int = 8
+    alpha: float = 8.0
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+    feedforward: str | tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    layers: frozenset[int] | None = None
+    layers_pattern: tuple[str, ...] = ()
+
+    def rank_at(self, path: str) -> int:
+        return int(_by_pattern(self.rank_pattern, path, self.rank))
+
+    def alpha_at(self, path: str) -> float:
+        return float(_by_pattern(self.alpha_pattern, path, self.alpha))
+
+    def inward(self, path: str) -> bool:
+        """IA3: the vector sits on the module's input. PEFT compares plain endings, without a dot."""
+        if isinstance(self.feedforward, str):
+            return bool(re.fullmatch(self.feedforward, path))
+        return any(path.endswith(end) for end in self.feedforward)
+
+    def names(self, path: str) -> bool:
+        """The config lists this module by name (it may also choose by pattern, which is not evaluated here)."""
+        if not _ends(path, self.targets) or _ends(path, self.left_out) or _inside(path, self.saved):
+            return False
+        if self.layers is None:
+            return True
+        patterns = [rf"(?:^|.*?\.){re.escape(p)}\.(\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
+        found = next((m for m in (re.match(p, path) for p in patterns) if m), None)
+        return found is not None and int(found[1]) in self.layers
+
+
+def _by_pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """The first pattern that matches the end of the path wins, as in PEFT."""
+    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def _ends(path: str, names: Iterable[str]) -> bool:
+    return any(path == n or path.endswith(f".{n}") for n in names)
+
+
+def _inside(path: str, names: Iterable[str]) -> bool:
+    return any(f".{n}." in f".{path}." for n in names)
+
+
+def read_config(fields: dict[str, Any], faults: Faults) -> Settings | None:
+    """The settings, or None where nothing can be made of them; every fault is added to `faults`."""
+    kind = str(fields.get("peft_type"))[:40].rpartition(".")[2]
+    if kind not in READ:
+        faults.add(f"peft_type is {kind!r}; kitout reads {', '.join(READ)}")
+        return None
+    for key, value in fields.items():
+        if key not in READ[kind] | HARMLESS and value not in (None, False, "", [], {}):
+            faults.add(f"{key[:60]}={str(value)[:60]} may change the function and is not supported")
+    start = fields.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(MOVES_BASE):
+        faults.add(
+            f"init_lora_weights={start[:40]!r} changed the base's weights when training began: save it in PEFT with "
+            "path_initial_model_for_weight_conversion=..., which makes it a plain LoRA"
+        )
+    if (bias := fields.get("bias", "none")) != "none":
+        faults.add(f"bias={str(bias)[:40]!r} trains biases of the base as well; only 'none' is read")
+    check = _Reader(fields, faults)
+    layers = fields.get("layers_to_transform")
+    targets = fields.get("target_modules")
+    return Settings(
+        kind=kind,
+        rank=check.number("r", 8, int),
+        alpha=check.number("lora_alpha", 8, float),
+        rank_pattern=check.patterns("rank_pattern", int),
+        alpha_pattern=check.patterns("alpha_pattern", float),
+        dropout=check.number("lora_dropout", 0.0, float),
+        rslora=check.flag("use_rslora"),
+        dora=check.flag("use_dora"),
+        feedforward=check.pattern_or_names("feedforward_modules"),
+        saved=check.words("modules_to_save"),
+        targets=() if isinstance(targets, str) else check.words("target_modules"),
+        left_out=() if isinstance(fields.get("exclude_modules"), str) else check.words("exclude_modules"),
+        layers=None if layers in (None, []) else frozenset([layers] if isinstance(layers, int) else layers),
+        layers_pattern=check.words("layers_pattern"),
+    )
+
+
+def _small(value: float) -> bool:
+    return abs(value) < 2**31
+
+
+class _Reader:
+    """Fields of the expected type, or a fault and the default."""
+
+    def __init__(self, fields: dict[str, Any], faults: Faults) -> None:
+        self.fields, self.faults = fields, faults
+
+    def number(self, key: str, default: Any, kind: type) -> Any:
+        value: Any = self.fields.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not _small(value):
+            self.faults.add(f"{key}={str(value)[:40]!r} is no number")
+            return default
+        return kind(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.fields.get(key) or False
+        if value is not True and value is not False:
+            self.faults.add(f"{key}={str(value)[:40]!r} is neither true nor false")
+        return value is True
+
+    def words(self, key: str) -> tuple[str, ...]:
+        value = self.fields.get(key) or []
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            self.faults.add(f"{key} is no list of names")
+            return ()
+        return tuple(value)
+
+    def pattern_or_names(self, key: str) -> str | tuple[str, ...]:
+        value = self.fields.get(key)
+        return value if isinstance(value, str) and self._sound(key, value) else self.words(key)
+
+    def patterns(self, key: str, kind: type) -> dict[str, Any]:
+        value = self.fields.get(key) or {}
+        if not isinstance(value, dict):
+            self.faults.add(f"{key} is no object of patterns and numbers")
+            return {}
+        found = {}
+        for pattern, number in value.items():
+            if isinstance(number, bool) or not isinstance(number, (int, kind)):
+                self.faults.add(f"{key}[{pattern[:60]!r}]={str(number)[:40]!r} is no number")
+            elif self._sound(key, pattern):
+                found[pattern] = number
+        return found
+
+    def _sound(self, key: str, pattern: str) -> bool:
+        """A regular expression from a file must neither fail nor take forever: no repeated groups, few repeats."""
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError):
+            self.faults.add(f"{key}: {pattern[:60]!r} is no regular expression")
+            return False
+        repeats = len(re.findall(r"[*+{]", pattern))
+        if len(pattern) > MOST_PATTERN or repeats > MOST_QUANTIFIERS or re.search(r"\)[*+{]", pattern):
+            self.faults.add(f"{key}: {pattern[:60]!r} is more complicated a pattern than is read from files")
+            return False
+        return True
+
+
+def spelled(paths: Collection[str], everything: Sequence[str], inward: Collection[str] = ()) -> dict[str, Any]:
+    """target_modules (and feedforward_modules) that choose exactly these paths among all module paths of the model.
+
+    Last names where they are enough ("q_proj"), else whole paths, else one regular expression.
+    """
+    for short in (True, False):
+        names = sorted({p.rpartition(".")[2] if short else p for p in paths})
+        ends = sorted({p.rpartition(".")[2] if short else p for p in inward})
+        chosen = {p for p in everything if _ends(p, names)}
+        if chosen == set(paths) and {p for p in paths if any(p.endswith(e) for e in ends)} == set(inward):
+            return {"target_modules": names, "feedforward_modules": ends}
+    either = ["|".join(re.escape(p) for p in sorted(group)) for group in (paths, inward)]
+    return {"target_modules": either[0], "feedforward_modules": either[1] or []}
+
+
+def commonest(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The value most paths have, and the others by path as PEFT's patterns are written."""
+    every = list(values.values())
+    most = max(every, key=every.count)
+    return most, {_pattern(path): v for path, v in values.items() if v != most}
+
+
+def _pattern(path: str) -> str:
+    return path if re.fullmatch(r"[\w.]+", path) else re.escape(path)
