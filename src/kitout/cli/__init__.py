@@ -1,1 +1,20 @@
-"""cli"""
+"""The command line: one verb per file, put together here.
+
+It knows the verbs' names and nothing of what they do; `kitout VERB --help` asks the verb.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from kitout.cli import assets, demo, inspect
+
+app = typer.Typer(name="kitout", help="Adapt a large frozen transformer with small trained parts.", no_args_is_help=True)
+app.add_typer(assets.app, name="assets")
+app.add_typer(demo.app, name="demo")
+app.command("inspect")(inspect.inspect)
+
+
+def main() -> None:
+    """Entry point of the `kitout` script."""
+    app()

@@ -1,0 +1,123 @@
+"""What every benchmark shares: interleaved timing, models, and a line of the table.
+
+Cases of one comparison run in turn, round after round, in one process, so that whatever else the machine does falls on
+all of them; a figure is the ratio of the best rounds, with the median of the round-by-round ratios beside it. Times
+are wall times; nothing here is a test.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+transformers.logging.set_verbosity_error()
+
+SMOL = LlamaConfig(
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    vocab_size=49152,
+    tie_word_embeddings=True,
+    rope_theta=1e5,
+)
+# The 29.5 M model on which the peers' loading and mixed batches were measured.
+SERVED = LlamaConfig(
+    vocab_size=4096,
+    hidden_size=512,
+    intermediate_size=1376,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    max_position_embeddings=512,
+    eos_token_id=None,
+    pad_token_id=0,
+)
+
+
+@dataclass
+class Line:
+    """One row of the table: what was asked, what was measured."""
+
+    figure: str
+    measured: str
+    asked: str
+    reached: bool
+    detail: str = ""
+
+
+@dataclass
+class Times:
+    """Seconds per case, one entry per round."""
+
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+
+    def best(self, case: str) -> float:
+        return min(self.rounds[case])
+
+    def ratio(self, case: str, to: str) -> float:
+        """Best round over best round: what the code costs when nothing else runs."""
+        return self.best(case) / self.best(to)
+
+    def paired(self, case: str, to: str) -> float:
+        """Median of the round-by-round ratios."""
+        pairs = zip(self.rounds[case], self.rounds[to], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    def shown(self, case: str, to: str) -> str:
+        return f"{self.ratio(case, to):.3f} x (median of rounds {self.paired(case, to):.3f})"
+
+
+def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int, warm: int = 1, calls: int = 1) -> Times:
+    """Runs the cases in turn, `rounds` times; each time is that of one call (the mean of `calls`)."""
+    times = Times({name: [] for name in cases})
+    for _ in range(warm):
+        for case in cases.values():
+            case()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, case in cases.items():
+                start = time.perf_counter()
+                for _ in range(calls):
+                    case()
+                times.rounds[name].append((time.perf_counter() - start) / calls)
+    finally:
+        gc.enable()
+    return times
+
+
+def smollm2(dtype: torch.dtype) -> LlamaForCausalLM:
+    """SmolLM2-135M in shape, with random values: speed does not read them."""
+    torch.manual_seed(0)
+    model: LlamaForCausalLM = AutoModelForCausalLM.from_config(SMOL).to(dtype)
+    return model
+
+
+def served() -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(SERVED).eval()
+
+
+def machine() -> str:
+    """Processor, cores, versions: what a figure is worth depends on them."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), cpu)
+    load = os.getloadavg()[0]
+    return (
+        f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {load:.1f}; Python "
+        f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
