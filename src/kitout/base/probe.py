@@ -39,13 +39,14 @@ def prove(found: Survey, example: Mapping[str, Any] | None = None) -> Survey:
         with undisturbed(model):
             first = _watch(found, batch)
             second = _watch(found, one_more(batch))
+            feeds = _feeds(first)
     except Exception as error:
         if example is not None:
             raise
         return replace(found, doubt=f"a made-up batch failed: {type(error).__name__}: {str(error)[:200]}")
     rows = {p: _rows(first.rows[p], second.rows.get(p, 0), batch) for p in first.rows}
     sites = [s.at(rows=rows.get(s.path, "unknown")) for s in found.sites]
-    sites = _with_parts(sites, _feeds(first))
+    sites = _with_parts(sites, feeds)
     sites += [s.at(rows=rows.get(s.path, "unknown")) for s in sublayers(found, first)]
     sites = [s for s in sites if s.path in first.fired or not _spoken_for(s, sites, first)]
     silent = frozenset(s.path for s in sites if s.path not in first.fired)
