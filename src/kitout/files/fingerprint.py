@@ -105,7 +105,7 @@ def differences(saved: Fingerprint, here: Fingerprint) -> list[str]:
 
 def unmerged(kit: Kit) -> dict[int, Tensor]:
     """id of a parameter that a merge has put into the base -> the base's own parameter in its place."""
-    found = {}
+    found: dict[int, Tensor] = {}
     for backup in kit._backup.values():
         for name, own in backup.parameters.items():
             now = backup.owner._parameters.get(name)

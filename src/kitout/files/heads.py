@@ -88,7 +88,9 @@ def blank_copy(module: nn.Module) -> nn.Module:
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module, taps aside."""
-    cls: type[nn.Module] = type(module).__dict__.get("kitout_base", type(module))
+    cls: type[nn.Module] = type(module)
+    while "kitout_base" in cls.__dict__:  # the model itself has two of ours, one on the other
+        cls = cls.__dict__["kitout_base"]
     return cls
 
 

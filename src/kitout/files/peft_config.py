@@ -122,10 +122,6 @@ def read_config(fields: dict[str, Any], faults: Faults) -> Settings | None:
     )
 
 
-def _small(value: float) -> bool:
-    return abs(value) < 2**31
-
-
 class _Reader:
     """Fields of the expected type, or a fault and the default."""
 
@@ -134,8 +130,13 @@ class _Reader:
 
     def number(self, key: str, default: Any, kind: type) -> Any:
         value: Any = self.fields.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not _small(value):
-            self.faults.add(f"{key}={str(value)[:40]!r} is no number")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or abs(value) >= 2**31
+            or kind(value) != value
+        ):
+            self.faults.add(f"{key}={str(value)[:40]!r} is no number, or none that fits")
             return default
         return kind(value)
 

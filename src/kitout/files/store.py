@@ -7,6 +7,7 @@ what the record holds is in `record.py`, how an adapter is built again in `rebui
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from kitout.base.site import Site
-from kitout.errors import Faults, FileError, KitoutError, MergeState, TargetError, WrongBase
+from kitout.errors import BadName, Faults, FileError, KitoutError, MergeState, TargetError, WrongBase
 from kitout.files import difference
-from kitout.files.fingerprint import differences, fingerprint
+from kitout.files.fingerprint import differences, fingerprint, unmerged
 from kitout.files.folder import check_replaceable, replace_folder
 from kitout.files.heads import describe, rebuild
 from kitout.files.rebuild import Slot, admit, blank, mismatches, not_finite, slots
@@ -50,9 +51,11 @@ def save(kit: Kit, name: str, folder: str | PathLike[str], *, note: Mapping[str,
     held = slots(adapter)
     if bad := not_finite({n: s.tensor for n, s in held.items()}):
         raise FileError(f"{name!r} holds NaN or infinity in {', '.join(bad[:4])}: there is nothing worth saving in it")
+    frozen = unmerged(kit)
     kept: dict[str, Tensor] = {}
     for key, slot in held.items():
-        kept |= {key: slot.tensor} if slot.base is None else difference.taken(key, slot.tensor, slot.base)
+        start = None if slot.base is None else frozen.get(id(slot.base), slot.base)
+        kept |= {key: slot.tensor} if start is None else difference.taken(key, slot.tensor, start)
     head_paths = [path.replace("/", ".") for path in adapter.heads]
 
     def fill(fresh: Path) -> None:
@@ -94,7 +97,7 @@ def load(
     record = read_record(_inside(where, RECORD))
     if kit.merged_name is not None:
         raise MergeState(f"{kit.merged_name!r} is merged into the base: unmerge() before loading {where}")
-    check_name(kit, record.name if name is None else name)
+    _check_name(kit, where, record, name)
     method = _named(where, record.rebuilt)
     tensors = open_tensors(_inside(where, TENSORS))
     with tensors.file:
@@ -107,6 +110,16 @@ def load(
     adapter.seed, adapter.note = record.seed, dict(record.note)
     admit(kit, adapter, held, values, record.strength)
     return adapter
+
+
+def _check_name(kit: Kit, where: Path, record: Record, name: str | None) -> None:
+    """A bad name that the caller gave is the caller's fault, one that the file holds is the file's."""
+    try:
+        check_name(kit, record.name if name is None else name)
+    except BadName as error:
+        if name is not None:
+            raise
+        raise FileError(f"{where}: {str(error)[:300]}. Or load it under another: kit.load(folder, name=...)") from None
 
 
 def _inside(folder: Path, file: str) -> Path:
@@ -131,6 +144,11 @@ def _named(where: Path, step: Any) -> Any:
 
 def _check_base(kit: Kit, where: Path, record: Record) -> None:
     here = fingerprint(kit, [s.path for s in record.sites], [h.path for h in record.heads])
+    if not (here.valued and record.base.valued):
+        which = "This base is" if not here.valued else f"The base {where} was made for was"
+        warnings.warn(
+            f"{which} on the meta device: bases compared by keys and shapes only, not by values", stacklevel=4
+        )
     faults = Faults(WrongBase, f"{where} was made for another base")
     for fault in differences(record.base, here):
         faults.add(fault)
@@ -143,6 +161,8 @@ def _sites(kit: Kit, where: Path, record: Record, choose: Any) -> list[Site]:
     check_sites(kit, record.name, sites)
     old, new = {s.key: s for s in record.sites}, {s.key: SiteRecord.of(s) for s in sites}
     faults = Faults(FileError, f"{where}: its sites are not those that {record.method} finds in this model")
+    if len(old) != len(record.sites):
+        faults.add(f"it lists {len(record.sites)} sites, {len(old)} different ones")
     for key in [*old, *(k for k in new if k not in old)]:
         fault = _site_fault(key, old.get(key), new.get(key))
         if fault and len(faults.items) < MOST_SITE_FAULTS:

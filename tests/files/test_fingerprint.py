@@ -1,0 +1,138 @@
+"""The fingerprint: the same for copies of one base in other precisions, another for everything else, and cheap."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import kitout
+from kitout import LoRA
+from kitout.errors import WrongBase
+from kitout.files.fingerprint import differences, fingerprint
+from zoo import ZOO, Specimen, randomise
+
+
+def taken(base: nn.Module) -> kitout.files.fingerprint.Fingerprint:
+    return fingerprint(kitout.attach(base), [])
+
+
+def test_copies_in_other_precisions_are_the_same_base(specimen: Specimen) -> None:
+    copies = [
+        specimen.build(),
+        specimen.build().double(),
+        specimen.build().bfloat16(),
+        specimen.build().half(),
+        specimen.build().half().bfloat16(),
+        specimen.build().bfloat16().float(),
+    ]
+    prints = [taken(c) for c in copies]
+    for one in prints:
+        for other in prints:
+            assert differences(one, other) == []
+
+
+def test_another_seed_is_another_base(specimen: Specimen) -> None:
+    faults = differences(taken(specimen.build()), taken(randomise(specimen.build(), seed=1)))
+    assert len(faults) == 1
+    assert faults[0].startswith("values: ")
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
+def test_a_light_fine_tune_is_another_base(size: float) -> None:
+    """As one step of Adam moves every weight; here by a hundredth to a ten-thousandth of their spread."""
+    tuned = ZOO["llama"].build()
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.add_(size * p.std() * torch.randn_like(p).sign())
+    found = taken(tuned)
+    assert differences(taken(ZOO["llama"].build()), found)
+    assert differences(taken(ZOO["llama"].build().bfloat16()), found)
+
+
+def test_shapes_and_keys_are_told(specimen: Specimen) -> None:
+    whole = taken(specimen.build())
+    key, *_ = whole.tensors
+    less = {k: v for k, v in whole.tensors.items() if k != key}
+    grown = whole.tensors | {key: whole.tensors[key].model_copy(update={"shape": [1, 2, 3]})}
+    lacking, wider = (whole.model_copy(update={"tensors": t}) for t in (less, grown))
+    assert differences(whole, lacking) == [f"keys: this base lacks {key}"]
+    assert differences(lacking, whole) == [f"keys: this base also has {key}"]
+    assert differences(whole, wider)[0].startswith(f"shapes: {key} was ")
+
+
+def test_heads_are_left_out_unless_adapted() -> None:
+    kit = kitout.attach(ZOO["llama"].build())
+    assert "lm_head.weight" not in fingerprint(kit, []).tensors
+    assert "lm_head.weight" in fingerprint(kit, ["lm_head"]).tensors
+    assert fingerprint(kit, [], ["model.norm"]).left_out == ["lm_head", "model.norm"]
+
+
+def test_a_change_of_the_base_shows_at_once() -> None:
+    base = ZOO["llama"].build()
+    kit = kitout.attach(base)
+    before = fingerprint(kit, [])
+    assert fingerprint(kit, []) == before
+    weight = base.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight.mul_(1.5)
+    assert differences(before, fingerprint(kit, []))
+    with torch.no_grad():
+        weight.div_(1.5)
+    assert differences(before, fingerprint(kit, [])) == []
+    base.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight.detach() * 2)
+    assert differences(before, fingerprint(kit, []))
+
+
+def test_while_merged_it_is_that_of_the_unmerged_base() -> None:
+    before = taken(ZOO["bert"].build())
+    kit = kitout.attach(ZOO["bert"].build())
+    for name in ("early", "late"):
+        kit.add(name, LoRA(targets="all-linear"), heads={"bert.pooler": nn.Linear(48, 48)})
+        with torch.no_grad():
+            for p in kit[name].parameters():
+                p.add_(1.0)
+        kit.merge(name)
+        assert differences(before, fingerprint(kit, [])) == []  # read while merged, and what was read before
+        kit.unmerge()
+        assert differences(before, fingerprint(kit, [])) == []
+
+
+def test_class_names_play_no_part() -> None:
+    base = ZOO["llama"].build()
+    renamed = type("Other", (type(base),), {})
+    base.__class__ = renamed
+    assert differences(taken(ZOO["llama"].build()), taken(base)) == []
+
+
+def test_without_values_shapes_are_compared_and_it_is_said(tmp_path: Path) -> None:
+    kit = kitout.attach(ZOO["llama"].build())
+    kit.add("a", LoRA())
+    kit.save("a", tmp_path / "a")
+    hollow = ZOO["llama"].build().to("meta")
+    empty = kitout.attach(hollow)
+    assert not fingerprint(empty, []).valued
+    assert differences(fingerprint(kit, []), fingerprint(empty, [])) == []
+    with pytest.warns(UserWarning, match="shapes only"):
+        empty.load(tmp_path / "a")
+    other = kitout.attach(ZOO["qwen3"].build().to("meta"))
+    with pytest.warns(UserWarning, match="shapes only"), pytest.raises(WrongBase, match="keys"):
+        other.load(tmp_path / "a")
+
+
+def test_it_is_cheap() -> None:
+    """A base of 300 tensors, the number that 135M-parameter models have; generous, for a shared machine."""
+    kit = kitout.attach(ZOO["llama"].build())
+    many = nn.ModuleList(nn.Linear(64, 64) for _ in range(150))
+    kit.base.register_module("many", many)
+    start = time.process_time()
+    fingerprint(kit, [])
+    first = time.process_time() - start
+    start = time.process_time()
+    for _ in range(10):
+        fingerprint(kit, [])
+    assert first < 0.15
+    assert (time.process_time() - start) / 10 < first / 3
