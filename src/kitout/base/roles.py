@@ -50,8 +50,8 @@ class Attention:
 def label(tree: Tree, block: Element) -> Labels:
     """The roles of one block."""
     projections = tree.within(block.members)
-    labels = Labels(d=_width(tree, block, projections))
     attentions = _attentions(tree, block, projections)
+    labels = Labels(d=_width(tree, block, projections, attentions))
     for attention in attentions:
         labels.roles |= {path: f"{attention.kind}.{part}" for path, part in attention.parts.items()}
     for path in _torch_attentions(tree, block):
@@ -70,9 +70,10 @@ def label(tree: Tree, block: Element) -> Labels:
     return labels
 
 
-def _width(tree: Tree, block: Element, projections: Iterable[Projection]) -> int:
+def _width(tree: Tree, block: Element, projections: Iterable[Projection], attentions: list[Attention]) -> int:
     """The width of the residual stream: the one most norms and ends of projections share (tied: the outermost's)."""
     norms = [p for p, leaf in tree.leaves.items() if leaf.kind == "norm" and tree.under_any(p, block.members)]
+    norms = [p for p in norms if not tree.under_any(p, (a.home for a in attentions if a.home not in block.members))]
     votes = Counter(tree.leaves[p].d_out for p in sorted(norms, key=lambda p: p.count(".")))
     votes.update(width for p in projections for width in (p.d_in, p.d_out))
     return votes.most_common(1)[0][0] if votes else 0

@@ -49,13 +49,14 @@ def select(sites: Sequence[Site], targets: str, layers: str = "all") -> list[Sit
     if not items:
         faults.add(f"targets is empty; write roles, paths or all-linear. This model has {_inventory(sites)}")
     allowed = parse(layers, sites, faults)
+    readable = not faults.items  # else what lies outside the layers is not the item's fault
     chosen: dict[tuple[str, str, str, tuple[int, ...] | None], Site] = {}
     for item in items:
         found = [site for site in sites if item.matches(site)]
         kept = [site for site in found if allowed(site)]
         if not found:
             faults.add(_nothing(item, sites))
-        elif not kept and not faults.items:
+        elif not kept and readable:
             faults.add(_outside(item, found))
         for site in kept:
             seen = site.at(port="in", d_out=site.d_in, channels=None) if item.inward else site

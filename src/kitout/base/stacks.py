@@ -19,15 +19,16 @@ LISTS = (nn.ModuleList, nn.Sequential)
 
 @dataclass(frozen=True)
 class Element:
-    """One block before its roles are known. members: the modules it is made of; whole: it is one module."""
+    """One block before its roles are known.
+
+    index: its number in the list. members: the modules it is made of, its own element of the list first. whole: what
+    that one returns is what the block returns.
+    """
 
     tower: str
     index: int
     members: tuple[str, ...]
-
-    @property
-    def whole(self) -> bool:
-        return self.members[0] == f"{self.tower}.{self.index}"
+    whole: bool
 
 
 def find(tree: Tree) -> list[Element]:
@@ -80,28 +81,26 @@ def _has_norm(tree: Tree, root: str) -> bool:
 
 
 def _related(path: str, others: list[str]) -> bool:
-    return any(tree_line(path, other) for other in others)
-
-
-def tree_line(a: str, b: str) -> bool:
-    """One of the two paths lies inside the other."""
-    return Tree.under(a, b) or Tree.under(b, a)
+    """It lies inside one of the others, or one of them inside it."""
+    return any(Tree.under(path, other) or Tree.under(other, path) for other in others)
 
 
 def _joined(tree: Tree, stacks: dict[str, tuple[str, ...]], lists: dict[str, tuple[str, ...]]) -> Iterator[Element]:
     """Lists of bare attentions run beside others of the same length: element i of each belongs to one block."""
+    bare = {path for path, kids in stacks.items() if _bare(tree, kids)}
     hosts: dict[str, list[str]] = {path: [] for path in stacks}
-    for path, kids in stacks.items():
-        if not _bare(tree, kids) or path not in hosts:
+    for path in stacks:
+        if path not in bare or path not in hosts:
             continue
-        beside = [p for p in lists if p != path and parent(p) == parent(path) and len(lists[p]) == len(kids)]
-        whole = [p for p in beside if p in stacks and not _bare(tree, stacks[p])]
-        if whole:
-            hosts[whole[0]].append(path)
+        beside = [p for p in lists if p != path and parent(p) == parent(path) and len(lists[p]) == len(stacks[path])]
+        if full := [p for p in beside if p in stacks and p not in bare]:
+            hosts[full[0]].append(path)
             del hosts[path]
         else:
-            hosts[path] += [p for p in beside if p not in stacks or p in hosts]
+            hosts[path] = beside
+            hosts = {p: more for p, more in hosts.items() if p not in beside}
     for path, beside in hosts.items():
         for i, kid in enumerate(stacks[path]):
-            members = (kid, *(lists[p][i] for p in beside))
-            yield Element(path, int(kid.rpartition(".")[2]), members)
+            name = kid.rpartition(".")[2]
+            whole = path not in bare or not beside  # a block may hold all its projections itself
+            yield Element(path, int(name) if name.isdigit() else i, (kid, *(lists[p][i] for p in beside)), whole)

@@ -19,7 +19,7 @@ _V = r"""v | wv | w_v | c_v | to_v | value | values | value_global
  | v_?(proj|lin|linear) | (proj|project|lin|linear|fc)_?v(alue)? | value_(proj|projection|layer)"""
 _FUSED = r"""qkv(_?(proj|linear|layer))? | w_?qkv | to_qkv | (linear|attn|fused|proj)_?qkv | query_key_value
  | c_attn | att_proj | in_proj_qkv\w*
- | kv(_?proj)? | to_kv | linear_kv | key_value | kv_[ab]_proj(_with_mqa)? | query_key
+ | kv(_?proj)? | to_kv | linear_kv | key_value | kv_[ab]_proj(_with_mqa)? | query_key | qk(_?proj)?
  | queries_keys_values | keys_values"""
 
 # Looked up in this order: "query_key_value" is a fused projection before it is some kind of value.

@@ -1,0 +1,178 @@
+"""`kitout inspect MODEL`: where adapters can sit in a model, before any of its weights is loaded.
+
+Builds the model on the meta device from a folder with a config, a model type or a timm name, surveys it and prints the
+sites by role, layer and width, the towers, and the projections without a role. It proves nothing: no forward runs, so
+parts of fused projections are not told apart here (`kitout.attach` does that). Words and printing only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from kitout.base.find import Block, Survey, survey
+from kitout.errors import ConfigError, KitoutError, TargetError, suggest
+from kitout.kit.show import columns, layers_text, site_rows
+
+HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForSequenceClassification", "ForImageClassification", "")
+COLUMNS = ("role", "layers", "in -> out", "sites")
+
+
+def inspect(
+    model_name: Annotated[str, typer.Argument(metavar="MODEL", help="folder with a config, model type or timm name")],
+    role: Annotated[list[str] | None, typer.Option(help="PATTERN=ROLE, as in attach(roles=...)")] = None,
+) -> None:
+    """Show where adapters can sit in a model: roles, layers, widths, towers."""
+    try:
+        model = build(model_name)
+        found = survey(model, _pairs(role or []))
+    except KitoutError as wrong:
+        typer.echo(f"error: {wrong}", err=True)
+        raise typer.Exit(1) from wrong
+    console = Console()
+    if console.is_terminal:
+        console.print(table(found, title=f"{type(model).__name__}, {_size(model):,} parameters"))
+        typer.echo("\n".join(_below(found)))
+    else:
+        typer.echo(f"{type(model).__name__}, {_size(model):,} parameters\n{summary(found)}")
+
+
+def table(found: Survey, title: str | None = None) -> Table:
+    """Role x layers x widths x sites."""
+    drawn = Table(title=title, title_justify="left")
+    for name in COLUMNS:
+        drawn.add_column(name, justify="right" if name == "sites" else "left")
+    for row in site_rows(found.sites):
+        drawn.add_row(*(cell.replace("[", r"\[") for cell in row))
+    return drawn
+
+
+def summary(found: Survey) -> str:
+    """The same in plain text, followed by the towers and what has no role."""
+    return "\n".join([*columns([COLUMNS, *site_rows(found.sites)]), *_below(found)])
+
+
+def _below(found: Survey) -> list[str]:
+    lines = [f"tower {t.path}: {t.depth} blocks of width {t.width}{_state(found, t.path)}" for t in found.towers]
+    loose = Counter(f"{re.sub(r'[0-9]+', '*', path)} [{d_in} -> {d_out}]" for path, d_in, d_out in found.loose())
+    return [*lines, *(f"no role: {line} x{n}" for line, n in loose.items())]
+
+
+def _state(found: Survey, tower: str) -> str:
+    """What is missing in a tower, if anything."""
+    blocks = [b for b in found.blocks if b.tower == tower]
+
+    def told(kind: str, missing: Callable[[Block], bool]) -> Iterator[str]:
+        if layers := [b.index for b in blocks if missing(b)]:
+            yield f"{kind} in {layers_text(layers)}"
+
+    parts = [
+        *told("no attention", lambda b: not b.attends),
+        *told("not every projection has a role", lambda b: b.attends and not b.resolved),
+    ]
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def build(name: str) -> nn.Module:
+    """The model on the meta device: nothing is downloaded, no weight is read."""
+    config = _config(name)
+    if config is None:
+        return _timm(name)
+    with on_meta():
+        return _transformer(config)
+
+
+def _config(name: str) -> Any:
+    """The config in a folder, or the default one of a model type; None if it is neither."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if Path(name).is_dir():
+        try:
+            return AutoConfig.from_pretrained(name, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{name!r} holds no config that transformers can read: {error}") from error
+    return CONFIG_MAPPING[name]() if name in CONFIG_MAPPING else None
+
+
+def _transformer(config: Any) -> nn.Module:
+    """With the head the config names, else the first head its type has."""
+    import transformers
+
+    names = [*(config.architectures or ()), *_headed(config)]
+    cls = next((c for name in names if (c := getattr(transformers, name, None)) is not None), None)
+    try:
+        return cls(config) if cls is not None else transformers.AutoModel.from_config(config)
+    except Exception as error:  # whatever a model raises on a config it cannot be built from
+        raise ConfigError(f"{type(config).__name__} cannot be built: {type(error).__name__}: {error}") from error
+
+
+def _headed(config: Any) -> Iterator[str]:
+    stem = type(config).__name__.removesuffix("Config")
+    return (f"{stem}{head}" for head in HEADS if head)
+
+
+def _timm(name: str) -> nn.Module:
+    from transformers import CONFIG_MAPPING
+
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # absent, or its torchvision does not fit this torch
+        hint = suggest(name, list(CONFIG_MAPPING.keys()))
+        raise ConfigError(
+            f"{name!r} is no folder and no model type ({hint}), and timm does not import: {error}"
+        ) from error
+    if not timm.is_model(name):
+        hint = suggest(name, [*CONFIG_MAPPING.keys(), *timm.list_models()])
+        raise ConfigError(f"{name!r} is no folder, no model type and no timm model; {hint}")
+    model: nn.Module
+    try:
+        with on_meta():
+            model = timm.create_model(name)
+    except (NotImplementedError, RuntimeError):  # it needs more than shapes to be built
+        model = timm.create_model(name)
+    return model
+
+
+class _HostRamps(TorchFunctionMode):
+    """timm reads its drop-path rates off `torch.linspace` while it builds, so that one call needs real numbers."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.linspace:
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Modules made inside have shapes and no storage."""
+    with torch.device("meta"), _HostRamps():
+        yield
+
+
+def _pairs(options: list[str]) -> dict[str, str]:
+    """PATTERN=ROLE, where the pattern may hold '=' itself."""
+    pairs = {}
+    for option in options:
+        pattern, equals, role = option.rpartition("=")
+        if not equals:
+            raise TargetError(f"--role {option!r}: write PATTERN=ROLE, for example 'mixer\\.in_proj$=attn.qkv'")
+        pairs[pattern] = role
+    return pairs
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
