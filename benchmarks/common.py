@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import transformers
@@ -113,9 +114,10 @@ def served() -> nn.Module:
 def machine() -> str:
     """Processor, cores, versions: what a figure is worth depends on them."""
     cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), cpu)
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text(encoding="utf-8").splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     load = os.getloadavg()[0]
     return (
         f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {load:.1f}; Python "

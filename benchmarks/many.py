@@ -138,4 +138,5 @@ def _decoding(kit: Kit, rounds: int) -> Iterator[Line]:
         yield Line(label, times.shown(case, to), f"<= {most:.2f} x", times.ratio(case, to) <= most)
     faster = times.ratio("peft 32", "32")
     detail = f"bare {times.best('bare') * 1e3:.1f} ms"
-    yield Line("32 distinct LoRAs: PEFT's adapter_names against kitout", f"{faster:.2f} x", ">= 2 x", faster >= 2, detail)
+    label = "32 distinct LoRAs: PEFT's adapter_names against kitout"
+    yield Line(label, f"{faster:.2f} x", ">= 2 x", faster >= 2, detail)

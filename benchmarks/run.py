@@ -33,7 +33,7 @@ def main() -> int:
         for line in importlib.import_module(name).run():
             lines.append(line)
             mark = "yes" if line.reached else "NO"
-            print(f"{mark:>3}  {line.figure}: {line.measured} (asked {line.asked})  {line.detail}", flush=True)
+            print(f"{mark:>3} {line.figure}: {line.measured} (asked {line.asked}) {line.detail}", flush=True)
     if options.write:
         (HERE / "RESULTS.md").write_text(table(lines, machine()), encoding="utf-8")
     return 0

@@ -23,7 +23,7 @@ def run(rounds: int = 8) -> list[Line]:
     lines = []
     for name, (rows, tokens, dtype) in CASES.items():
         times, losses = measure(rows, tokens, dtype, rounds)
-        detail = f"floor {times.best('floor'):.3f} s, PEFT {times.best('peft'):.3f} s, kitout {times.best('kitout'):.3f} s; "
+        detail = ", ".join(f"{case} {times.best(case):.3f} s" for case in times.rounds) + "; "
         detail += f"losses {', '.join(f'{k} {v:.5f}' for k, v in losses.items())}"
         for to, most in (("peft", 0.90), ("floor", 1.20)):
             ratio = times.ratio("kitout", to)

@@ -6,8 +6,8 @@ and Mix say how parts are worn together.
 
 from kitout import errors
 from kitout.files.peft import load_peft, save_peft
-from kitout.kit.delta import Delta, Method, register
 from kitout.kit.attach import attach
+from kitout.kit.delta import Delta, Method, register
 from kitout.kit.kit import Kit
 from kitout.kit.route import Mix, Stack
 from kitout.methods import *  # noqa: F403 - the methods package decides what it exports
@@ -15,16 +15,5 @@ from kitout.methods import __all__ as _methods
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Delta",
-    "Kit",
-    "Method",
-    "Mix",
-    "Stack",
-    "attach",
-    "errors",
-    "load_peft",
-    "register",
-    "save_peft",
-    *_methods,
-]
+__all__ = ["Delta", "Kit", "Method", "Mix", "Stack", "attach", "errors", "load_peft", "register", "save_peft"]
+__all__ += _methods

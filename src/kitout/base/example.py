@@ -55,7 +55,8 @@ def _ids(model: nn.Module, config: Any, rows: int, generator: torch.Generator) -
     """Ordinary ids with the end-of-sequence id last (some classifiers pool there), none of them special before it."""
     text = config.get_text_config()
     vocabulary = int(text.vocab_size)
-    named = (getattr(text, f"{n}_token_id", None) for n in ("pad", "bos", "eos"))  # T5 has no bos, Llama 3 a list of eos
+    # T5 has no bos, Llama 3 a list of eos.
+    named = (getattr(text, f"{n}_token_id", None) for n in ("pad", "bos", "eos"))
     special = [{t} if isinstance(t, int) else set(t or ()) for t in named]
     ordinary = torch.tensor([i for i in range(min(vocabulary, 512)) if i not in set().union(*special)])
     ids = ordinary[torch.randint(len(ordinary), (rows, TOKENS), generator=generator)]

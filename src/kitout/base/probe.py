@@ -107,7 +107,7 @@ def _rows(first: int, second: int, batch: Mapping[str, Any]) -> Rows:
 
 
 def _feeds(watch: Watch) -> dict[str, dict[str, tuple[int, ...]]]:
-    """By projection and letter, the output channels that reach that operand of an attention call ((): all or unknown)."""
+    """By projection and letter, the output channels that reach that operand of attention ((): all or unknown)."""
     feeds: dict[str, dict[str, tuple[int, ...]]] = {}
     for call in watch.attentions:
         for letter, leaves in call.leaves.items():

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from typing_extensions import Self
 
 ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, torch.baddbmm, Tensor.baddbmm}
@@ -76,7 +77,7 @@ class Watch(TorchFunctionMode):
         self._hooks: list[Any] = []
         self._quiet = False
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Self:
         for path, module in self.model.named_modules():
             if path in self.blocks:
                 self._hooks.append(module.register_forward_pre_hook(self._block_in(path), with_kwargs=True))
@@ -89,7 +90,7 @@ class Watch(TorchFunctionMode):
         super().__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         for hook in self._hooks:
             hook.remove()
@@ -97,7 +98,7 @@ class Watch(TorchFunctionMode):
     # ---- hooks -------------------------------------------------------------------------------------------------
 
     def _block_in(self, path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._inside.append(path)
             self.fired[path] += 1
             if args and isinstance(args[0], Tensor):
@@ -112,7 +113,7 @@ class Watch(TorchFunctionMode):
         return hook
 
     def _block_out(self, path: str) -> Any:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
+        def hook(_module: nn.Module, _args: Any, out: Any) -> None:
             self._inside.pop()
             first = out[0] if isinstance(out, (tuple, list)) and out else out
             if isinstance(first, Tensor):
@@ -121,7 +122,7 @@ class Watch(TorchFunctionMode):
         return hook
 
     def _leaf_in(self, path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
             self.fired[path] += 1
             if isinstance(x, Tensor):
@@ -133,7 +134,7 @@ class Watch(TorchFunctionMode):
         return hook
 
     def _leaf_out(self, path: str) -> Any:
-        def hook(module: nn.Module, args: Any, out: Any) -> Any:
+        def hook(_module: nn.Module, _args: Any, out: Any) -> Any:
             if not isinstance(out, Tensor):
                 return None
             if path in self.cut and out.is_floating_point():
@@ -148,7 +149,7 @@ class Watch(TorchFunctionMode):
         return hook
 
     def _whole_out(self, path: str) -> Any:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
+        def hook(_module: nn.Module, _args: Any, out: Any) -> None:
             first = out[0] if isinstance(out, (tuple, list)) and out else out
             if isinstance(first, Tensor):
                 self.fired[path] += 1

@@ -9,7 +9,7 @@ import typer
 
 from kitout.cli import assets, demo, inspect
 
-app = typer.Typer(name="kitout", help="Adapt a large frozen transformer with small trained parts.", no_args_is_help=True)
+app = typer.Typer(name="kitout", help="Adapt a large frozen transformer by small trained parts.", no_args_is_help=True)
 app.add_typer(assets.app, name="assets")
 app.add_typer(demo.app, name="demo")
 app.command("inspect")(inspect.inspect)

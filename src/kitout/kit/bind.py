@@ -97,9 +97,10 @@ def _on_values(term: Term, locals_: list[Local]) -> Program:
     if isinstance(term, One):
         local = term.local
         part = local.outs[0] if len(local.outs) == 1 and not local.ins else None
-        if part and part.simple and local.strength == 1.0 and part.frozen is None and site.kind == "linear":
-            if not part.delta.replaces:
-                return Direct(part.delta)
+        if part and part.simple and local.strength == 1.0 and site.kind == "linear":
+            delta = part.delta
+            if not (delta.reads_weight or delta.replaces):
+                return Direct(delta)
         return Whole(term, local.replaces, site.kind == "linear", local.sources, local.calls)
     sources, calls = [s for loc in locals_ for s in loc.sources], [c for loc in locals_ for c in loc.calls]
     return Whole(term, False, site.kind == "linear", sources, calls)

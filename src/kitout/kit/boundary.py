@@ -7,7 +7,7 @@ argument, so a recomputation wears what its forward wore. It knows nothing of ad
 
 from __future__ import annotations
 
-from functools import lru_cache, wraps
+from functools import cache, wraps
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +29,7 @@ class Resolver(Protocol):
     def first_forward(self) -> Any: ...
 
 
-@lru_cache(maxsize=None)
+@cache
 def bounded(base: type[nn.Module]) -> type[nn.Module]:
     """The swapped class of the model itself."""
     frozen_forward = base.forward
@@ -76,7 +76,7 @@ def bounded(base: type[nn.Module]) -> type[nn.Module]:
     return subclass(base, members)
 
 
-@lru_cache(maxsize=None)
+@cache
 def routed(base: type[nn.Module]) -> type[nn.Module]:
     """The swapped class of a block: a tap that also carries its route through activation checkpointing."""
     frozen_forward = base.forward

@@ -15,7 +15,8 @@ from kitout.kit.adapter import Adapter
 @dataclass(frozen=True)
 class Count:
     """trainable and total: values (heads included). heads: those of them in replaced modules. percent: trainable as a
-    share of the base's parameters. bytes: of all tensors as they are held. formula: the method's closed form."""
+    share of the base's parameters. bytes: of all tensors as they are held. formula: the method's closed form.
+    """
 
     trainable: int
     total: int

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from kitout.errors import SilentSite
@@ -30,7 +31,9 @@ class Firing(AbstractContextManager[None]):
     def _hook(self, path: str) -> Callable[..., None]:
         return lambda *_: self.fired.add(path)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for hook in self.hooks:
             hook.remove()
         if kind is not None:
@@ -39,6 +42,6 @@ class Firing(AbstractContextManager[None]):
         self.kit.unproven -= self.fired
         if missed:
             raise SilentSite(
-                f"{', '.join(missed[:5])} did not run in this forward: nothing placed there has an effect. Choose other "
-                "targets, or attach(model, example=batch) with a batch that reaches every part of the model"
+                f"{', '.join(missed[:5])} did not run in this forward: nothing placed there has an effect. Choose "
+                "other targets, or attach(model, example=batch) with a batch that reaches every part of the model"
             )

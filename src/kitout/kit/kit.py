@@ -260,7 +260,7 @@ class Kit(nn.Module):
     def merged(self, *chosen: str, in_memory: bool = False) -> nn.Module:
         """An ordinary model with the adapters folded in and no trace of kitout; this kit and its base stay as they are.
 
-        in_memory: the copy need not survive save_pretrained, so parameters that its config cannot bring back are allowed.
+        in_memory: the copy need not survive save_pretrained, so it may hold what its config cannot bring back.
         """
         return merging.plain_copy(self, chosen, in_memory)
 
@@ -319,14 +319,17 @@ class Kit(nn.Module):
         return bool(self.base.can_generate())  # type: ignore[operator]
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        self.base.gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+        """Under the name the base knows: transformers calls it `activation_checkpointing_enable` since 5.23."""
+        base: Any = self.base
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable(*args, **{k.replace("gradient_", "activation_"): v for k, v in kwargs.items()})
 
     def gradient_checkpointing_disable(self) -> None:
-        self.base.gradient_checkpointing_disable()  # type: ignore[operator]
+        base: Any = self.base
+        (getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable)()
 
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """The same under the name transformers gives it since 5.23."""
-        self.base.activation_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+    activation_checkpointing_enable = gradient_checkpointing_enable
+    activation_checkpointing_disable = gradient_checkpointing_disable
 
     def __str__(self) -> str:
         from kitout.kit.show import show

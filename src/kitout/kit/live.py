@@ -104,7 +104,7 @@ class Live:
                 "this model's checkpointing does not say which one this is: call backward() after each forward, and "
                 "run forwards that need no backward under torch.no_grad()"
             )
-        torch.autograd.Variable._execution_engine.queue_callback(self._backward_done)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(self._backward_done)
         return self.graded or self.bound
 
     def _backward_done(self) -> None:

@@ -289,7 +289,7 @@ def _tie_again(
 
 
 def _untie(model: nn.Module) -> None:
-    """Says in the config that the two uses of a table differ now, so that neither loading nor saving ties them again."""
+    """Says in the config that the two uses of a table differ now, so that nothing ties them again."""
     config = getattr(model, "config", None)
     if config is None or not getattr(config, "tie_word_embeddings", False):
         return

@@ -9,12 +9,13 @@ its own on ours; `untap` removes only ours.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import cache, wraps
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 Forward = Callable[..., Any]
+Swap = Callable[[Any], type[nn.Module]]  # module class -> swapped subclass of it
 
 
 class Program(Protocol):
@@ -33,7 +34,7 @@ class Tap:
         self.program: Program | None = None
 
 
-@lru_cache(maxsize=None)
+@cache
 def tapped(base: type[nn.Module]) -> type[nn.Module]:
     """The swapped subclass of a module class."""
     frozen_forward = base.forward
@@ -55,19 +56,19 @@ def subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
     """
     swap = members.pop("swap", tapped)
 
-    def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
+    def reduce(self: Any, _protocol: int) -> tuple[Any, ...]:
         return _blank, (swap, base), self.__dict__
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), {**names, **members, "__reduce_ex__": reduce, "kitout_base": base})
 
 
-def _blank(swap: Callable[[type[nn.Module]], type[nn.Module]], base: type[nn.Module]) -> nn.Module:
+def _blank(swap: Swap, base: type[nn.Module]) -> nn.Module:
     cls = swap(base)
     return cls.__new__(cls)
 
 
-def install(module: nn.Module, swap: Callable[[type[nn.Module]], type[nn.Module]], name: str, value: object) -> None:
+def install(module: nn.Module, swap: Swap, name: str, value: object) -> None:
     """Swaps the module's class and leaves `value` under a plain attribute."""
     module.__dict__[name] = value
     module.__class__ = swap(type(module))

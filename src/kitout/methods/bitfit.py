@@ -1,8 +1,8 @@
 """BitFit: only the biases are trained.
 
-Ben Zaken et al. 2021 (arXiv 2106.10199), code benzakenelad/BitFit: every bias of the model (projections, norms, pooler),
-heads aside. Held as the difference from the frozen bias, so a fresh one is the identity. A model without any bias gets
-zero-initialised ones on every linear and norm inside its blocks (as r-three/t-few does).
+Ben Zaken et al. 2021 (arXiv 2106.10199), code benzakenelad/BitFit: every bias of the model (projections, norms,
+pooler), heads aside. Held as the difference from the frozen bias, so a fresh one is the identity. A model without any
+bias gets zero-initialised ones on every linear and norm inside its blocks (as r-three/t-few does).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LoRA and its kin: rsLoRA's scale, DoRA's magnitude, PiSSA's start; rank and alpha by role if wanted.
 
 Hu et al. 2021 (arXiv 2106.09685), code microsoft/LoRA; Kalajdzievski 2023 (rsLoRA, arXiv 2312.03732: alpha / sqrt r);
-Meng et al. 2024 (PiSSA, arXiv 2404.02948). A ~ kaiming_uniform(a = sqrt 5), B = 0; over an embedding A = 0, B ~ N(0, 1).
+Meng et al. 2024 (PiSSA, arXiv 2404.02948). A ~ kaiming_uniform(a = sqrt 5), B = 0; an embedding's A = 0, B ~ N(0, 1).
 """
 
 from __future__ import annotations

@@ -24,22 +24,24 @@ GATHER_BYTES = 64 * 2**20  # most that one site may hold in gathered rows before
 class LowRank(Delta):
     """y' = y + scale * B A dropout(x)."""
 
+    a0: Tensor | None
+    b0: Tensor | None
+
     def __init__(self, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0, mapped: bool = False) -> None:
         super().__init__()
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
         self.scale, self.dropout = scale, dropout
         self.reads_weight = mapped  # embeddings and convolutions: A acts as the module's own map does
-        self.anchored = False
+        self.register_buffer("a0", None)
+        self.register_buffer("b0", None)
 
     def start_from(self, a: Tensor, b: Tensor) -> None:
         """Counts the change from this product instead of from zero (PiSSA): y' = y + scale * (B A - b a) x."""
-        self.anchored = True
-        self.register_buffer("a0", a.clone())
-        self.register_buffer("b0", b.clone())
+        self.a0, self.b0 = a.clone(), b.clone()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the whole change: [r, d_in], [d_out, r], twice the rank where anchored."""
-        if not self.anchored:
+        if self.a0 is None or self.b0 is None:
             return self.a, self.b
         return torch.cat((self.a, self.a0)), torch.cat((self.b, -self.b0), 1)
 
