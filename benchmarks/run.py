@@ -45,8 +45,8 @@ def table(lines: list, where: str) -> str:
         [
             "# Benchmarks: the last run",
             "",
-            f"`make bench ARGS=--write`, {date.today()}. {where}. Cases of a row ran interleaved in one process; ratios",
-            "are best round over best round. Times on a shared machine: trust the ratios.",
+            f"`make bench ARGS=--write`, {date.today()}. {where}.",
+            "Cases of a row ran interleaved in one process, on a shared machine; ratios are best round over best round.",
             "",
             "| figure | measured | asked | reached | |",
             "|---|---|---|---|---|",

@@ -15,5 +15,16 @@ from kitout.methods import __all__ as _methods
 
 __version__ = "0.1.0"
 
-__all__ = ["Delta", "Kit", "Method", "Mix", "Stack", "attach", "errors", "load_peft", "register", "save_peft"]
-__all__ += _methods
+__all__ = [  # noqa: PLE0604 - the methods package names its own
+    "Delta",
+    "Kit",
+    "Method",
+    "Mix",
+    "Stack",
+    "attach",
+    "errors",
+    "load_peft",
+    "register",
+    "save_peft",
+    *_methods,
+]
