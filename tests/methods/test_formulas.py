@@ -392,16 +392,21 @@ def test_rows_may_each_have_their_own_full_copy(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "named"), [("vit", "cls_token"), ("timm-vit", "cls_token"), ("mixtral", "gate_up_proj"), ("t5", "relative")]
+    ("name", "named"),
+    [("vit", "cls_token"), ("timm-vit", "cls_token"), ("mixtral", "gate_up_proj"), ("t5", "relative")],
 )
 @torch.no_grad()
 def test_rows_with_bare_parameters_of_their_own_are_refused_by_name(name: str, named: str) -> None:
     specimen = SPECIES[name]
     kit, batch = kitout.attach(specimen.build()), specimen.batch(2, 0)
     kit.add("a", FullFineTuning(targets="*" if name != "mixtral" else "*experts"))
-    with pytest.raises(kitout.errors.RouteError, match=named):  # at use where it can be told, else at the call
+
+    def run_by_row() -> None:  # refused at use where it can be told, else at the call
         kit.use(["a", None])
         kit(**batch)
+
+    with pytest.raises(kitout.errors.RouteError, match=named):
+        run_by_row()
     with kit.use(None):
         base = out(kit(**batch))
     with kit.use(["a", "a"]):  # one adapter for the whole batch after all
@@ -419,7 +424,16 @@ def test_strength_and_mix_go_between_the_parameters() -> None:
         kit.strength("a", 0.3)
         with kit.use("a"):
             worn = out(kit(**batch))
-        torch.testing.assert_close(out(kit.merged("a", )(**batch)), worn, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            out(
+                kit.merged(
+                    "a",
+                )(**batch)
+            ),
+            worn,
+            atol=1e-5,
+            rtol=1e-5,
+        )
         kit.strength("a", 1.0)
         by_hand = specimen.build()
         start = {n: p.clone() for n, p in by_hand.named_parameters()}

@@ -44,6 +44,13 @@ class Delta(nn.Module):
         """`forward`, but y is this call's own and may be overwritten."""
         return self(x, y, frozen) if self.reads_weight else self(x, y)
 
+    def through(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
+        """y' of a plain frozen linear with weight w and bias b, module and delta in one go.
+
+        Optional, for training: None where the output first and `update` after it is as good.
+        """
+        return None
+
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """w [d_out, d_in], b [d_out] | None, in working precision -> the same, exactly equal to forward.
 
@@ -81,7 +88,7 @@ class Method(BaseModel):
     "last:4", "0,3,5", "decoder/last:4".
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False, allow_inf_nan=False)
     mergeable: ClassVar[bool] = True
     identity: ClassVar[bool] = True  # a fresh adapter leaves the outputs bit-identical (law 2)
 

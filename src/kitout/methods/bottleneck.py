@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from kitout.base.weights import Frozen
@@ -20,7 +20,15 @@ from kitout.kit.delta import Delta
 Reads = Literal["y", "x", "norm"]
 Init = Literal["truncated", "normal", "zero"]
 Activation = Literal["relu", "gelu", "silu"]
-Scale = Annotated[float, Field(allow_inf_nan=False)] | Literal["learned"]
+
+
+def _alive(scale: float | str) -> float | str:
+    if scale == 0:
+        raise ValueError("a scale of 0 leaves every parameter without a gradient")
+    return scale
+
+
+Scale = Annotated[float | Literal["learned"], AfterValidator(_alive)]
 
 
 class Bottleneck(Delta):

@@ -51,6 +51,14 @@ class LoRA(Method):
                 raise ValueError(f"rank must be at least 1, found {r}")
         return rank
 
+    @field_validator("alpha")
+    @classmethod
+    def _scales(cls, alpha: float | dict[str, float] | None) -> float | dict[str, float] | None:
+        for a in alpha.values() if isinstance(alpha, dict) else [1.0 if alpha is None else alpha]:
+            if a <= 0:
+                raise ValueError(f"alpha must be above 0, found {a}")
+        return alpha
+
     @model_validator(mode="after")
     def _one_start(self) -> LoRA:
         if self.dora and self.init == "pissa":

@@ -1,0 +1,97 @@
+"""Published parameter counts, on the real shapes: closed form, tensors and paper agree.
+
+The models are built on the meta device, where the probe runs too, so that BERT-large costs as much as BERT-tiny.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+import transformers as tf
+
+import kitout
+from kitout import (
+    IA3,
+    SSF,
+    AdaptFormer,
+    BitFit,
+    FullFineTuning,
+    Houlsby,
+    LoRA,
+    Method,
+    ParallelAdapter,
+    PartialFineTuning,
+    Pfeiffer,
+)
+
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+T5_XL = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_heads": 32, "num_layers": 24, "num_decoder_layers": 24}
+SHAPES = {
+    "bert-base": lambda: tf.BertModel(tf.BertConfig()),
+    "bert-base-classifier": lambda: tf.BertForSequenceClassification(tf.BertConfig()),
+    "bert-large": lambda: tf.BertModel(tf.BertConfig(**LARGE)),
+    "roberta-base": lambda: tf.RobertaModel(tf.RobertaConfig()),
+    "vit-b16": lambda: tf.ViTForImageClassification(tf.ViTConfig(num_labels=100)),
+    "t5-v1.1-xl": lambda: tf.T5ForConditionalGeneration(
+        tf.T5Config(**T5_XL, feed_forward_proj="gated-gelu", vocab_size=32128, tie_word_embeddings=False)
+    ),
+}
+
+
+@cache
+def kit_of(shape: str) -> kitout.Kit:
+    with torch.device("meta"):
+        return kitout.attach(SHAPES[shape]().eval())
+
+
+B = 12 * 768**2 + 13 * 768  # one block of the base shapes
+
+PUBLISHED: list[tuple[str, Method, int]] = [
+    ("vit-b16", LoRA(rank=8), 294_912),
+    ("roberta-base", LoRA(rank=8), 294_912),
+    ("bert-base", LoRA(rank=8, dora=True), 313_344),
+    ("bert-base", IA3(), 55_296),
+    ("t5-v1.1-xl", IA3(), 540_672),
+    ("bert-base", BitFit(), 102_912),
+    ("bert-base-classifier", BitFit(), 102_912),  # the classifier's own bias is not the method's
+    ("vit-b16", SSF(), 205_824),
+    ("vit-b16", AdaptFormer(), 1_189_632),
+    ("vit-b16", AdaptFormer(scale="learned"), 1_189_632 + 12),
+    ("vit-b16", AdaptFormer(width=8), 156_768),
+    ("bert-base", Houlsby(width=48, norms=False), 1_789_056),
+    ("bert-base", Houlsby(width=48), 1_789_056 + 25 * 2 * 768),  # two norms a block and the embeddings'
+    ("bert-large", Houlsby(width=64, norms=False), 6_343_680),
+    ("bert-base", Pfeiffer(width=48), 894_528),
+    ("bert-base", ParallelAdapter(width=384), 7_091_712),
+    ("vit-b16", PartialFineTuning(last=1), 7_087_872 + 1_536),
+    ("vit-b16", PartialFineTuning(last=4), 4 * 7_087_872 + 1_536),
+    ("bert-base", PartialFineTuning(last=2), 2 * 7_087_872),
+    ("vit-b16", PartialFineTuning(part="head"), 76_900),
+    ("vit-b16", PartialFineTuning(part="norms"), 25 * 2 * 768),
+    ("vit-b16", FullFineTuning(), 12 * B + 1_536 + 76_900 + 768 + 197 * 768 + 768 * 768 + 768),
+    ("bert-base", FullFineTuning(), 109_482_240),
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "method", "published"), PUBLISHED, ids=[f"{s}-{type(m).__name__}-{n}" for s, m, n in PUBLISHED]
+)
+def test_published_counts(shape: str, method: Method, published: int) -> None:
+    kit = kit_of(shape)
+    assert method.count(method.sites(kit.found)) == published
+    kit.add("a", method, seed=0)
+    try:
+        count = kit.count("a")  # compares the closed form with the tensors
+        assert (count.formula, count.trainable, count.total) == (published,) * 3
+    finally:
+        kit.remove("a")
+
+
+def test_a_head_counts_beside_the_method() -> None:
+    """The 1.26 million of AdaptFormer's table 1 include a classifier of 100 classes."""
+    kit = kit_of("vit-b16")
+    kit.add("a", AdaptFormer(), heads={"classifier": torch.nn.Linear(768, 100)})
+    assert (kit.count("a").total, kit.count("a").heads) == (1_266_532, 76_900)
+    kit.remove("a")
