@@ -331,6 +331,27 @@ def test_full_fine_tuning_is_ordinary_fine_tuning(specimen: Specimen, optimiser)
     assert moved > len(list(bare.parameters())) * 0.8
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "timm-vit", "bart"])
+def test_bitfit_is_training_the_biases(name: str) -> None:
+    specimen = SPECIES[name]
+    batch, bare, kit = specimen.batch(3, 0), specimen.build(), kitout.attach(specimen.build())
+    adapter = kit.add("a", BitFit())
+    heads = {s.path for s in kit.found.sites if s.role == "head"}
+    chosen = {n for n, _ in bare.named_parameters() if n.endswith("bias") and n.rpartition(".")[0] not in heads}
+    bare.requires_grad_(False)
+    for n, p in bare.named_parameters():
+        p.requires_grad_(n in chosen)
+    trained(bare, [p for p in bare.parameters() if p.requires_grad], batch, OPTIMISERS["sgd"])
+    kit.use("a")
+    trained(kit, list(adapter.parameters()), batch, OPTIMISERS["sgd"])
+    kit.merge("a")
+    start = specimen.build().state_dict()
+    for n, p in bare.named_parameters():
+        assert (kit.base.get_parameter(n) - p).abs().max() <= 1e-6, n
+        assert torch.equal(p, start[n]) or n in chosen
+    assert sum(not torch.equal(p, start[n]) for n, p in bare.named_parameters()) > 0.8 * len(chosen)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied", "t5", "bart", "falcon"])
 def test_tied_tables_are_one_trained_tensor_and_stay_tied(name: str) -> None:
     specimen = SPECIES[name]
