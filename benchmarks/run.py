@@ -46,7 +46,7 @@ def table(lines: list, where: str) -> str:
             "# Benchmarks: the last run",
             "",
             f"`make bench ARGS=--write`, {date.today()}. {where}.",
-            "Cases of a row ran interleaved in one process, on a shared machine; ratios are best round over best round.",
+            "Cases of a row ran interleaved in one process on a shared machine; ratios are best round over best round.",
             "",
             "| figure | measured | asked | reached | |",
             "|---|---|---|---|---|",

@@ -45,14 +45,15 @@ def bounded(base: type[nn.Module]) -> type[nn.Module]:
             if bound.rows is not None and live.depth == 0:
                 _check_rows(bound.rows, self, args, kwargs, bool(live.generating))
             live.lay(bound)
-            if torch.is_grad_enabled() and bound.items:
-                live.recorded()
             live.depth += 1
             try:
                 with self._kitout.first_forward():
-                    return frozen_forward(self, *args, **kwargs)
+                    output = frozen_forward(self, *args, **kwargs)
             finally:
                 live.depth -= 1
+            if torch.is_grad_enabled() and self.training:  # only in training do models checkpoint
+                live.graphs.record(output, bound)
+            return output
 
     members["forward"] = forward
     frozen_generate = getattr(base, "generate", None)
@@ -84,7 +85,8 @@ def routed(base: type[nn.Module]) -> type[nn.Module]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             live: Live = self._kitout_live
-            if live.bound.items and getattr(self, "gradient_checkpointing", False):
+            known = live.depth or torch._C._current_graph_task_id() == -1  # else the route of some later forward
+            if known and live.bound.items and getattr(self, "gradient_checkpointing", False):
                 kwargs[ROUTE] = live.bound
         return base.__call__(self, *args, **kwargs)
 
@@ -93,8 +95,8 @@ def routed(base: type[nn.Module]) -> type[nn.Module]:
         bound = kwargs.pop(ROUTE, None)
         live: Live = self._kitout_live
         if bound is None and _recomputing(live):
-            bound = live.recomputed()
-        if bound is None or bound is live.bound:
+            bound = live.graphs.recomputed()
+        if bound is None or (live.depth and bound is live.bound):
             return run(self, args, kwargs)
         with live.reentered(bound):
             return run(self, args, kwargs)
@@ -110,7 +112,7 @@ def routed(base: type[nn.Module]) -> type[nn.Module]:
 
 def _recomputing(live: Live) -> bool:
     """True in a block that runs inside a backward pass without having come through the model boundary."""
-    if torch.compiler.is_compiling() or live.depth or live.graded is None:
+    if torch.compiler.is_compiling() or live.depth:
         return False
     return bool(torch._C._current_graph_task_id() != -1)
 

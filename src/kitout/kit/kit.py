@@ -71,12 +71,13 @@ class Kit(nn.Module):
         base.requires_grad_(False)
         self._taps[""] = tap("", base)  # below the boundary, which lays the route that a tap reads
         install(base, bounded, "_kitout", self)
-        for block in (b for b in self.found.blocks if b.whole):
-            module = base.get_submodule(block.path)
-            if "_kitout_live" not in module.__dict__:
+        blocks = {b.path for b in self.found.blocks if b.whole}
+        for path, module in list(base.named_modules()):
+            # besides blocks, whatever else activation checkpointing runs again: a stage of blocks
+            if path in blocks or (path and hasattr(type(module), "gradient_checkpointing")):
                 module.__dict__["_kitout_live"] = self.live
-                self._taps[block.path] = Tap(block.path, module)
-                install(module, routed, "_kitout_tap", self._taps[block.path])
+                self._taps[path] = Tap(path, module)
+                install(module, routed, "_kitout_tap", self._taps[path])
 
     def detach(self) -> nn.Module:
         """The model as it was before `attach`: classes, requires_grad and mode; returns it. The kit is spent."""

@@ -15,9 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from kitout.errors import RouteError
+from kitout.kit.graphs import Graphs
 from kitout.kit.route import Route
 from kitout.kit.tap import Program, Tap
 
@@ -46,10 +44,9 @@ class Live:
     def __init__(self) -> None:
         self.bound = Bound(None)
         self.sticky: deque[Choice] = deque([Choice(None)], maxlen=256)
-        self.depth = 0  # > 0 inside a forward that crossed the model boundary
+        self.depth = 0  # > 0 inside a forward that crossed the model boundary, or a recomputation whose route is known
         self.generating = 0  # > 0 inside generate, where beams multiply the rows
-        self.graded: Bound | None = None  # the last route a graph was recorded under
-        self.ambiguous = False  # graphs under different routes may be pending
+        self.graphs: Graphs[Bound] = Graphs()
         self._make_unshared()
 
     def _make_unshared(self) -> None:
@@ -85,27 +82,9 @@ class Live:
         with self.lock:
             before = self.bound
             self.lay(bound)
+            self.depth += 1
             try:
                 yield
             finally:
+                self.depth -= 1
                 self.lay(before)
-
-    def recorded(self) -> None:
-        """A forward with gradients starts under the current route."""
-        if self.graded is not None and self.graded is not self.bound:
-            self.ambiguous = True
-        self.graded = self.bound
-
-    def recomputed(self) -> Bound:
-        """The route of a recomputation that carries none, or RouteError where it cannot be told."""
-        if self.ambiguous:
-            raise RouteError(
-                "activation checkpointing recomputes a block, but forwards under different adapters are pending and "
-                "this model's checkpointing does not say which one this is: call backward() after each forward, and "
-                "run forwards that need no backward under torch.no_grad()"
-            )
-        torch.autograd.Variable._execution_engine.queue_callback(self._backward_done)
-        return self.graded or self.bound
-
-    def _backward_done(self) -> None:
-        self.graded, self.ambiguous = None, False

@@ -130,10 +130,17 @@ class Direct:
 
     def __init__(self, delta: Delta) -> None:
         self.delta = delta
+        self.fuses = type(delta).through is not Delta.through
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        y = forward(module, *args, **kwargs)
-        return self.delta.update(args[0] if args else first_tensor(args, kwargs), y)
+        x = args[0] if args else first_tensor(args, kwargs)
+        if self.fuses and forward is nn.Linear.forward:
+            w, b = module._parameters["weight"], module._parameters["bias"]
+            # A sharded or quantised weight is of a class of its own.
+            fused = self.delta.through(x, w, b) if type(w) is nn.Parameter and not w.requires_grad else None
+            if fused is not None:
+                return fused
+        return self.delta.update(x, forward(module, *args, **kwargs))
 
 
 class Exchange:

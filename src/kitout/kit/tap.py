@@ -52,19 +52,23 @@ def tapped(base: type[nn.Module]) -> type[nn.Module]:
 def subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
     """A subclass that goes by the base's name and whose instances pickle and deepcopy.
 
-    `__reduce_ex__` rebuilds through `_blank`, because pickle would look the class up by name and find the base.
+    swap: the function that makes this subclass. `__reduce_ex__` goes back to the untouched class and swaps again,
+    because pickle would look the subclass up by name and find another.
     """
-    swap = members.pop("swap", tapped)
+    swaps = (*base.__dict__.get("kitout_swaps", ()), members.pop("swap", tapped))
+    root = base.__dict__.get("kitout_root", base)
 
     def reduce(self: Any, _protocol: int) -> tuple[Any, ...]:
-        return _blank, (swap, base), self.__dict__
+        return _blank, (swaps, root), self.__dict__
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (base,), {**names, **members, "__reduce_ex__": reduce, "kitout_base": base})
+    marks = {"kitout_base": base, "kitout_root": root, "kitout_swaps": swaps}
+    return type(base.__name__, (base,), {**names, **members, **marks, "__reduce_ex__": reduce})
 
 
-def _blank(swap: Swap, base: type[nn.Module]) -> nn.Module:
-    cls = swap(base)
+def _blank(swaps: tuple[Swap, ...], cls: type[nn.Module]) -> nn.Module:
+    for swap in swaps:
+        cls = swap(cls)
     return cls.__new__(cls)
 
 

@@ -62,6 +62,16 @@ class LowRank(Delta):
             return y + self.scale * F.linear(frozen.map(x, a), b)
         return add_low_rank(x.to(dtype), y, a, b, self.scale, own)
 
+    def through(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
+        """Both products in one autograd node, whose backward adds into the base's own input gradient."""
+        plain = self.a0 is None and not (self.dropout and self.training) and x.dtype == w.dtype
+        if not (plain and torch.is_grad_enabled() and self.a.requires_grad) or torch.compiler.is_compiling():
+            return None
+        if torch.is_autocast_enabled(x.device.type) or torch._C._are_functorch_transforms_active():
+            return None
+        y: Tensor = _LinearLowRank.apply(x, w, b, self.a, self.b, self.scale)
+        return y
+
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         up, down = (t.to(w.dtype) for t in reversed(self.factors()))
         return w + self.scale * (up @ down), b
@@ -128,7 +138,7 @@ def _add(h_t: Tensor, y: Tensor, b: Tensor, scale: float, own: bool) -> Tensor:
 
 
 class _AddLowRank(torch.autograd.Function):
-    """One node instead of four, y written in place, every thin product in its fast orientation (see `_down`)."""
+    """y + scale * (x a^T) b^T as one node, y written in place, every thin product in its fast orientation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, own: bool) -> Tensor:
@@ -143,10 +153,35 @@ class _AddLowRank(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, h_t, a, b = ctx.saved_tensors
-        g2 = g.reshape(-1, g.shape[-1])
-        gh_t = (b.t() @ g2.t()).mul_(ctx.scale)
-        need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
-        gx = (gh_t.t() @ a).view(x.shape) if need_x else None
-        ga = gh_t @ x.reshape(-1, x.shape[-1]) if need_a else None
-        gb = (h_t @ g2).mul_(ctx.scale).t() if need_b else None
+        gh_t, ga, gb = _factor_grads(g, x, h_t, b, ctx.scale)
+        gx = (gh_t.t() @ a).view(x.shape) if ctx.needs_input_grad[0] else None
         return gx, g, ga, gb, None, None
+
+
+class _LinearLowRank(torch.autograd.Function):
+    """x w^T + bias + scale * (x a^T) b^T as one node over a frozen w: no temporary of the input's size in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        low_a, low_b = a.to(x.dtype), b.to(x.dtype)
+        h_t = _down(x, low_a)
+        ctx.save_for_backward(x, h_t, w, low_a, low_b)
+        ctx.scale, ctx.dtype = scale, a.dtype
+        return _add(h_t, F.linear(x, w, bias), low_b, scale, True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, h_t, w, a, b = ctx.saved_tensors
+        gh_t, ga, gb = _factor_grads(g, x, h_t, b, ctx.scale)
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = (g.reshape(-1, g.shape[-1]) @ w).addmm_(gh_t.t(), a).view(x.shape)
+        return gx, None, None, ga.to(ctx.dtype), gb.to(ctx.dtype), None
+
+
+def _factor_grads(g: Tensor, x: Tensor, h_t: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of (x a^T)^T [r, N], of a and of b."""
+    g2 = g.reshape(-1, g.shape[-1])
+    gh_t = (b.t() @ g2.t()).mul_(scale)
+    return gh_t, gh_t @ x.reshape(-1, x.shape[-1]), (h_t @ g2).mul_(scale).t()

@@ -1,0 +1,166 @@
+"""What one tiny forward proves: channels of fused projections, sublayers, rows, silence; and that it leaves no trace.
+
+The channels are checked against what the models' own code does with them, worked out here by hand for each layout.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import kitout
+from kitout import LoRA
+from kitout.base.find import survey
+from kitout.base.probe import prove
+from kitout.errors import SilentSite
+from zoo import EXTRA, ZOO, out
+
+FUSED = ["gpt2", "gpt-neox", "falcon", "phi3", "modernbert", "timm-vit"]
+
+
+def specimen(name: str):
+    return ZOO[name] if name in ZOO else EXTRA[name]
+
+
+def by_hand(name: str, layer: nn.Module, width: int) -> dict[str, set[int]]:
+    """Channels of q, k, v in the fused projection of each layout."""
+    d = width
+    contiguous = {"q": set(range(d)), "k": set(range(d, 2 * d)), "v": set(range(2 * d, 3 * d))}
+    if name in ("gpt2", "modernbert", "timm-vit"):
+        return contiguous
+    attention = next(m for m in layer.modules() if hasattr(m, "config") and m is not layer)
+    config = attention.config
+    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    if name == "gpt-neox":  # per head: q, k, v
+        return {
+            part: {h * 3 * size + i * size + c for h in range(heads) for c in range(size)}
+            for i, part in enumerate("qkv")
+        }
+    groups = config.num_kv_heads if name == "falcon" else config.num_key_value_heads
+    if name == "phi3":
+        ends = [heads * size, (heads + groups) * size, (heads + 2 * groups) * size]
+        return {"q": set(range(ends[0])), "k": set(range(ends[0], ends[1])), "v": set(range(ends[1], ends[2]))}
+    each = heads // groups  # falcon: per group its queries, then one key, one value
+    span = (each + 2) * size
+    return {
+        "q": {g * span + c for g in range(groups) for c in range(each * size)},
+        "k": {g * span + each * size + c for g in range(groups) for c in range(size)},
+        "v": {g * span + (each + 1) * size + c for g in range(groups) for c in range(size)},
+    }
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_channels_of_fused_projections(name: str) -> None:
+    kit = kitout.attach(specimen(name).build())
+    assert kit.found.proven, kit.found.doubt
+    whole = kit.sites("attn.qkv")[0]
+    block = kit.base.get_submodule(f"{whole.tower}.{whole.layer}")
+    expected = by_hand(name, block, whole.d_in)
+    for part in "qkv":
+        site = kit.sites(f"attn.{part}")[0]
+        assert site.path == whole.path
+        assert set(site.channels or ()) == expected[part], part
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_lora_on_q_and_v_changes_exactly_their_channels(name: str) -> None:
+    one = specimen(name)
+    kit = kitout.attach(one.build())
+    kit.add("qv", LoRA(rank=2, targets="attn.q attn.v"), seed=0)
+    with torch.no_grad():
+        for p in kit["qv"].parameters():
+            p.normal_()
+    fused = kit.base.get_submodule(kit["qv"].sites[0].path)
+    seen: list[torch.Tensor] = []
+    hook = fused.register_forward_hook(lambda _m, _i, y: seen.append(y.detach().clone()))
+    with torch.no_grad():
+        for route in (None, "qv"):
+            with kit.use(route):
+                kit(**one.batch(2, 0))
+    hook.remove()
+    changed = (seen[0] - seen[1]).abs().flatten(0, -2).amax(0) > 1e-6
+    chosen = {c for s in kit["qv"].sites if s.path == kit["qv"].sites[0].path for c in s.channels or ()}
+    assert set(changed.nonzero().flatten().tolist()) == chosen
+
+
+def test_rows_follow_the_batch() -> None:
+    rows = {s.path: s.rows for s in kitout.attach(ZOO["swin"].build()).found.sites}
+    windows = [r for p, r in rows.items() if p.endswith("attention.q_proj")]
+    assert windows == ["major", "major", "batch", "batch"]  # the second stage is down to one window
+    gpt2 = kitout.attach(ZOO["gpt2"].build())
+    assert gpt2.found.by_path("transformer.wpe").rows in ("none", "one")
+    assert gpt2.found.by_path("transformer.h.0.mlp.c_fc").rows == "batch"
+    opt = kitout.attach(EXTRA["opt"].build())
+    assert {s.rows for s in opt.sites("mlp.up")} == {"major"}
+
+
+def test_sublayers_end_where_the_stream_takes_them() -> None:
+    def ends(name: str) -> dict[str, tuple[str, str | None]]:
+        kit = kitout.attach(specimen(name).build())
+        cut = len(kit.found.towers[0].path) + 3
+        return {
+            s.role: (s.path[cut:], (s.source or "")[cut:])
+            for s in kit.found.sites
+            if s.role.startswith("sub.") and s.layer == 0
+        }
+
+    assert ends("gemma2")["sub.mlp"] == ("post_feedforward_layernorm", "pre_feedforward_layernorm")  # sandwich
+    assert ends("olmo2")["sub.mlp"] == ("post_feedforward_layernorm", "mlp.gate_proj")  # norm after
+    assert ends("bert")["sub.mlp"] == ("output.dropout", "intermediate.dense")  # post-norm
+    assert ends("gpt-neox")["sub.mlp"][1] == "input_layernorm"  # parallel: the block's own input
+    assert ends("dinov2")["sub.mlp"] == ("layer_scale2", "norm2")  # LayerScale belongs to the sublayer
+    assert ends("vit")["sub.mlp"][0].endswith("fc2")  # one dropout closes both sublayers: passed over
+
+
+def test_the_probe_leaves_no_trace() -> None:
+    model = ZOO["bert"].build().train()
+    model.bert.encoder.layer[0].eval()
+    model.classifier.weight.requires_grad_(False)
+    modes = [m.training for m in model.modules()]
+    grads = [p.requires_grad for p in model.parameters()]
+    state = torch.get_rng_state()
+    assert prove(survey(model)).proven
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == grads
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Torch(nn.Module):
+    """Blocks on torch's own attention, whose out_proj is read as a weight and never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_projection_that_never_runs_is_refused() -> None:
+    model = Torch()
+    roles = {r"out_proj$": "attn.o", r"linear1$": "mlp.up", r"linear2$": "mlp.down"}
+    kit = kitout.attach(model, roles=roles, example={"x": torch.randn(2, 3, 16)})
+    with pytest.raises(SilentSite, match="out_proj"):
+        kit.add("a", LoRA(targets="attn.o"))
+    assert kit.names == []
+    kit.add("b", LoRA(targets="mlp.*"))
+
+
+def test_without_proof_the_first_forward_checks() -> None:
+    model = Torch()
+    roles = {r"out_proj$": "attn.o", r"linear1$": "mlp.up"}
+    kit = kitout.attach(model, roles=roles)
+    assert not kit.found.proven
+    assert kit.found.doubt
+    kit.add("a", LoRA(targets="attn.o", rank=2))
+    kit.use("a")
+    with pytest.raises(SilentSite, match="out_proj"):
+        kit(torch.randn(2, 3, 16))
+    kit.add("b", LoRA(targets="mlp.up", rank=2))
+    kit.use("b")
+    assert out(kit(torch.randn(2, 3, 16))).shape == (2, 3, 16)
