@@ -35,10 +35,6 @@ def test_what_is_loaded_is_what_was_saved(specimen: Specimen, case: Case, tmp_pa
         assert_equal_tensors(loaded, adapter)
         with kit.use("again"):
             assert torch.equal(run(kit, batch), want)
-        kit.save("again", tmp_path / "b")
-        assert (tmp_path / "a" / tensors_in(tmp_path / "a")).read_bytes() == (
-            tmp_path / "b" / tensors_in(tmp_path / "b")
-        ).read_bytes(), "saving what was loaded gives another file"
         assert values_in(tmp_path / "a") <= sum(p.numel() for p in adapter.state_dict().values())
 
 

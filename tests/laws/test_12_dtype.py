@@ -1,7 +1,7 @@
 """Law 12: dtype and device follow the base.
 
-Adapters are fp32 over a bf16 base and over an fp64 one unless asked otherwise; outputs have the base's dtype, whatever
-is worn, merged or routed by row, and moving the kit moves the base with it.
+Adapters are fp32 over a bf16 base unless asked otherwise, and fp64 over an fp64 one; outputs have the base's dtype,
+whatever is worn, merged or routed by row, and moving the kit moves the base with it.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ def cast(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_outputs_keep_the_dtype_of_the_base(specimen: Specimen, case: Case, dtype: torch.dtype) -> None:
     plain = specimen.batch(3, 0)
-    with worn(kit_of(specimen), case):
-        exact = run(kit_of(specimen), plain)
     kit, batch = kitout.attach(fresh_model(specimen).to(dtype)), cast(plain, dtype)
-    adapter = put_on(kit, case.method)
-    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+    adapter = kit.add("law", case.method)
+    assert {p.dtype for p in adapter.parameters()} == {torch.promote_types(dtype, torch.float32)}
+    with worn(kit_of(specimen), case) as exactly:
+        exact = run(kit_of(specimen), plain)
+        adapter.load_state_dict(exactly.state_dict())
     with kit.use("law"):
         value = run(kit, batch)
         assert value.dtype == dtype
         assert value.isfinite().all()
         loss_of(kit(**batch)).backward()
-    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in adapter.parameters())
+    assert all(p.grad is None or p.grad.dtype == p.dtype for p in adapter.parameters())
     assert far(value.float(), exact.float()) <= DTYPES[dtype]
     if case.by_row(specimen):
         kit.add("other", LoRA(rank=2), seed=3)

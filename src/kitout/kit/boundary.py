@@ -51,7 +51,7 @@ def bounded(base: type[nn.Module]) -> type[nn.Module]:
                     output = frozen_forward(self, *args, **kwargs)
             finally:
                 live.depth -= 1
-            if torch.is_grad_enabled() and self.training:  # only in training do models checkpoint
+            if torch.is_grad_enabled():
                 live.graphs.record(output, bound)
             return output
 
