@@ -17,11 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import BartConfig, BartForConditionalGeneration
 
 import kitout
+import zoo
 from kitout import IA3, BitFit, LoRA
 from kitout.errors import FileError
+from kitout.files.peft_config import spelled
 from zoo import EXTRA, ZOO, out
 
 peft = pytest.importorskip("peft")
@@ -63,6 +65,14 @@ def lora(**settings: Any) -> Any:
 
 def ia3(**settings: Any) -> Any:
     return peft.IA3Config(init_ia3_weights=False, **settings)
+
+
+def scaled_bart() -> nn.Module:
+    """Embeddings that multiply what they look up by sqrt(d)."""
+    sizes = {"d_model": 48, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 80, "decoder_ffn_dim": 80}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = BartConfig(vocab_size=99, max_position_embeddings=64, scale_embedding=True, **sizes, **heads)
+    return zoo.randomise(BartForConditionalGeneration(config), seed=0)
 
 
 CASES = {
@@ -126,10 +136,13 @@ CASES = {
     "t5-dora": Case("t5", lora(target_modules=["q", "wo"], use_dora=True)),
     "t5-ia3": Case("t5", ia3(target_modules=["k", "v", "wo"], feedforward_modules=["wo"]), IA3),
     "bart": Case("bart", lora(target_modules=["q_proj", "fc1"], layers_to_transform=[1])),
+    "bart-scaled-embed": Case("bart", lora(target_modules=r".*(encoder.embed_tokens|q_proj)"), build=scaled_bart),
     "vit": Case("vit", lora(target_modules=["q_proj"], modules_to_save=["classifier"]), heads=("classifier",)),
     "vit-conv": Case("vit", lora(target_modules=["projection", "q_proj"])),
     "vit-conv-dora": Case("vit", lora(target_modules=["projection", "q_proj"], use_dora=True)),
     "vit-ia3": Case("vit", ia3(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]), IA3),
+    "vit-conv-ia3": Case("vit", ia3(target_modules=["projection", "k_proj"], feedforward_modules=[]), IA3),
+    "vit-conv-in-ia3": Case("vit", ia3(target_modules=["projection"], feedforward_modules=["projection"]), IA3),
     "swin": Case("swin", lora(target_modules=["q_proj", "reduction"])),
 }  # fmt: skip
 
@@ -192,6 +205,29 @@ def loaded_by_peft(base: nn.Module, folder: Path) -> tuple[Any, Any]:
     report = peft.set_peft_model_state_dict(model, state, adapter_name="a")
     report.missing_keys[:] = [k for k in report.missing_keys if ".a." in k or k.endswith(".a")]
     return model, report
+
+
+def test_the_one_line_that_users_write(tmp_path: Path) -> None:
+    case = CASES["llama"]
+    kit = kitout.attach(case.base())
+    kit.add("a", LoRA(rank=4, alpha=6))
+    randomise(kit["a"])
+    kit.use("a")
+    kitout.save_peft(kit, "a", tmp_path / "ours")
+    model = peft.PeftModel.from_pretrained(case.base(), tmp_path / "ours").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(out(model(**case.batch())), out(kit(**case.batch())), rtol=1e-5, atol=1e-5)
+        assert model.generate(**case.batch(), max_new_tokens=2).shape[0] == 3
+
+
+def test_names_that_end_alike() -> None:
+    everything = ["a", "a.up", "b.up", "b.x.up", "b.x", "up"]
+    assert spelled(["a.up", "b.up", "b.x.up", "up"], everything)["target_modules"] == ["up"]
+    assert spelled(["a.up", "b.up"], everything)["target_modules"] == ["a.up", "b.up"]
+    assert spelled(["up"], everything)["target_modules"] == "up"  # a list would take a.up along
+    both = spelled(["b.x.up", "b.up"], everything, ["b.up"])
+    assert both == {"target_modules": ["b.up", "b.x.up"], "feedforward_modules": ["b.up"]}
+    assert spelled(["a.up", "up"], everything, ["up"])["feedforward_modules"] == "up"
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert-cls", "llama-embed", "t5", "llama-rslora", "llama-patterns"])
@@ -426,7 +462,3 @@ def test_a_base_weight_stored_along_is_accepted_if_it_is_ours(folder: Path) -> N
     base = ZOO["llama"].build()
     tensors(lambda t: t.update({"base_model.model.lm_head.weight": base.lm_head.weight.detach().clone()}))(folder)
     kitout.load_peft(kitout.attach(base), folder, "a")
-
-
-def test_the_zoo_holds_what_the_cases_say() -> None:
-    assert isinstance(ZOO["gpt2"].build().transformer.h[0].attn.c_attn, Conv1D)

@@ -59,7 +59,7 @@ def save(kit: Kit, name: str, folder: str | PathLike[str], *, note: Mapping[str,
     head_paths = [path.replace("/", ".") for path in adapter.heads]
 
     def fill(fresh: Path) -> None:
-        size, digest = write_tensors(fresh / TENSORS, kept, {"format": "pt", "kitout": __version__, "adapter": name})
+        size, digest = write_tensors(fresh / TENSORS, kept, {"format": "pt"})
         record = Record(
             format=FORMAT,
             kitout=__version__,
