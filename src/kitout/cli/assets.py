@@ -70,7 +70,3 @@ def path(name: Annotated[str, typer.Argument(help="asset name")]) -> None:
 def _fail(error: Exception) -> typer.Exit:
     typer.echo(f"error: {error}", err=True)
     return typer.Exit(1)
-
-
-if __name__ == "__main__":
-    app()

@@ -47,7 +47,3 @@ def demo(
     except KeyboardInterrupt:
         typer.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
         raise typer.Exit(130) from None
-
-
-if __name__ == "__main__":
-    app()

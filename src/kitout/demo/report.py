@@ -45,6 +45,7 @@ def show(screen: Screen, results: dict[str, Any], adapter: Path, picture: Path |
         ["trainable parameters", "0", f"{results['adapter']['trainable']:,}"],
         [f"  of {whole:,}", "0 %", f"{results['adapter']['percent']:.2f} %"],
         ["seconds to train", "", f"{done['seconds']:.0f}"],
+        ["  processor seconds, all threads", "", f"{done['processor_seconds']:.0f}"],
         ["  tokens per second", "", f"{done['tokens'] / max(done['seconds'], 1e-9):,.0f}"],
         ["seconds to measure", f"{base['seconds']:.0f}", f"{tuned['seconds']:.0f}"],
         ["  tokens per second", _speed(base), _speed(tuned)],
@@ -60,9 +61,12 @@ def show(screen: Screen, results: dict[str, Any], adapter: Path, picture: Path |
 
 def _closing(results: dict[str, Any], adapter: Path, picture: Path | None) -> list[str]:
     merged, model = results["merged"], results["model"]
+    all_same = (merged["same_answers"], merged["same_labels"]) == (merged["answers"], merged["labels"])
+    form = results["machine"]["dtype"]
+    rounded = "" if all_same or form == "float32" else f" ({form} rounds the merged weights; --dtype fp32 keeps them)"
     lines = [
         f"merged into the weights: {merged['same_answers']} of {merged['answers']} answers and "
-        f"{merged['same_labels']} of {merged['labels']} labels the same; unmerged, the base is "
+        f"{merged['same_labels']} of {merged['labels']} labels the same{rounded}; unmerged, the base is "
         + ("back bit for bit" if merged["restored_bit_for_bit"] else "NOT back bit for bit: please report this"),
         _verdict(results),
     ]
