@@ -221,9 +221,6 @@ TENSORS: dict[str, tuple[Change, str]] = {
     ),
     "NaN": (tensors(lambda t: t[A0].view(-1)[5].fill_(torch.nan)), f"NaN or infinity in {A0}"),
     "infinity": (tensors(lambda t: t[A0].view(-1)[5].fill_(-torch.inf)), f"NaN or infinity in {A0}"),
-    "places of a difference": (
-        tensors(lambda t: t.update({A0 + "~at": torch.zeros(1).long(), A0 + "~is": torch.zeros(1)})), "does not belong"
-    ),
 }  # fmt: skip
 
 FILES: dict[str, tuple[Change, str]] = {

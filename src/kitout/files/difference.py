@@ -1,60 +1,40 @@
 """A trained copy of a frozen tensor kept as its difference, so that a file holds no base weights and loses no bit.
 
-The stored difference is the plain subtraction. Where adding it back does not give the trained bits (a value much
-smaller than the one it started from), those few places are stored beside it as they are. On another copy of the same
-base (bf16 for fp32) the sum is what the difference means. It knows tensors only.
+Subtracting floats loses bits (1e-10 - 1 is -1), so the difference is counted in steps from one representable number to
+the next: an integer per value, zero where nothing was learnt, exact on the same base. On a copy of that base in another
+precision the same steps from the rounded start end within the same relative rounding. It knows tensors only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from kitout.errors import FileError
-
-AT, VALUE = "~at", "~is"  # flat positions that subtraction loses, and what is there
+STEPS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # bytes of a float -> the integer that counts its steps
 
 
-def taken(name: str, trained: Tensor, base: Tensor) -> dict[str, Tensor]:
-    """What a file keeps of one trained copy."""
+def steps_of(dtype: torch.dtype) -> torch.dtype:
+    """The integer type that a difference of this floating-point type is kept in."""
+    return STEPS[dtype.itemsize]
+
+
+def taken(trained: Tensor, base: Tensor) -> Tensor:
+    """How many numbers lie between the start and the trained value, with sign; wraps around like the integers do."""
     start = base.detach().to(trained.device, trained.dtype)
-    difference = trained.detach() - start
-    lost = (_bits(start + difference) != _bits(trained.detach())).flatten().nonzero()[:, 0]
-    kept = {name: difference}
-    if len(lost):
-        kept |= {name + AT: lost, name + VALUE: trained.detach().flatten()[lost]}
-    return kept
+    return _order(trained.detach()) - _order(start)
 
 
-def given_back(name: str, stored: dict[str, Tensor], base: Tensor) -> Tensor:
-    """The trained copy; raises FileError where the places beside the difference make no sense."""
-    difference = stored[name]
-    whole = base.detach().to(difference.device, difference.dtype) + difference
-    at, value = stored.get(name + AT), stored.get(name + VALUE)
-    if at is None or value is None:
-        return whole
-    if bool((at < 0).any()) or bool((at >= whole.numel()).any()):
-        raise FileError(f"tensor {name + AT!r} points outside {name!r}, which has {whole.numel():,} values")
-    flat = whole.flatten()
-    flat[at] = value
-    return flat.view(whole.shape)
+def given_back(steps: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
+    """The trained values."""
+    order = _order(base.detach().to(steps.device, dtype)) + steps
+    return _flip(order).view(dtype)
 
 
-def companions(
-    copied: Iterable[str], found: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """`found` without the places beside differences, where these are in order; others stay in, as strangers."""
-    rest = dict(found)
-    for name in copied:
-        at, value = found.get(name + AT), found.get(name + VALUE)
-        fits = name in found and at and value and at == (torch.int64, value[1]) and value[0] == found[name][0]
-        if fits and value and len(value[1]) == 1:
-            del rest[name + AT], rest[name + VALUE]
-    return rest
+def _order(value: Tensor) -> Tensor:
+    """The floats' bits as integers in the order of their values: -0.0 is -1, 0.0 is 0."""
+    return _flip(value.contiguous().view(steps_of(value.dtype)))
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(whole[tensor.dtype.itemsize])
+def _flip(bits: Tensor) -> Tensor:
+    """Negative floats grow downwards in their bits; its own inverse."""
+    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)

@@ -51,11 +51,14 @@ def save(kit: Kit, name: str, folder: str | PathLike[str], *, note: Mapping[str,
     held = slots(adapter)
     if bad := not_finite({n: s.tensor for n, s in held.items()}):
         raise FileError(f"{name!r} holds NaN or infinity in {', '.join(bad[:4])}: there is nothing worth saving in it")
+    dtype = _dtype(held)
+    if dtype == "mixed" and any(s.base is not None for s in held.values()):
+        raise FileError(f"{name!r} holds trained copies in several dtypes: bring them to one, kit[{name!r}].float()")
     frozen = unmerged(kit)
     kept: dict[str, Tensor] = {}
     for key, slot in held.items():
         start = None if slot.base is None else frozen.get(id(slot.base), slot.base)
-        kept |= {key: slot.tensor} if start is None else difference.taken(key, slot.tensor, start)
+        kept[key] = slot.tensor if start is None else difference.taken(slot.tensor, start)
     head_paths = [path.replace("/", ".") for path in adapter.heads]
 
     def fill(fresh: Path) -> None:
@@ -68,7 +71,7 @@ def save(kit: Kit, name: str, folder: str | PathLike[str], *, note: Mapping[str,
             settings=adapter.method.model_dump(mode="json"),
             seed=adapter.seed,
             strength=adapter.strength,
-            dtype=_dtype(held),
+            dtype=dtype,
             parameters=sum(p.numel() for p in adapter.parameters()),
             sites=[SiteRecord.of(s) for s in adapter.sites],
             heads=[describe(path, _head(adapter, path), kit.base) for path in head_paths],
@@ -205,13 +208,21 @@ def _check_header(where: Path, record: Record, tensors: Tensors, held: Mapping[s
     faults = Faults(FileError, str(where))
     if tensors.size != record.tensors.bytes:
         faults.add(f"{TENSORS} has {tensors.size:,} bytes, {RECORD} says {record.tensors.bytes:,}")
-    found = {n: (e.dtype, e.shape) for n, e in tensors.entries.items()}
-    found = difference.companions([n for n, s in held.items() if s.base is not None], found)
-    mismatches(held, found, faults)
     expected = None if record.dtype == "mixed" else getattr(torch, record.dtype)
-    for key, (dtype, _) in found.items():
-        if expected is not None and dtype.is_floating_point and dtype != expected and key in held:
-            faults.add(f"tensor {key!r} has dtype {dtype}, {RECORD} says {record.dtype}")
+    found = {n: (e.dtype, e.shape) for n, e in tensors.entries.items()}
+    for key, slot in held.items():
+        if key not in found:
+            continue
+        dtype, shape = found[key]
+        if slot.base is not None and expected is not None:  # kept as integer steps
+            wanted, found[key] = difference.steps_of(expected), (expected, shape)
+        else:
+            wanted = expected if expected is not None and dtype.is_floating_point else dtype
+        if dtype != wanted:
+            faults.add(f"tensor {key!r} has dtype {dtype}, {RECORD} says {record.dtype}: it must be {wanted}")
+    mismatches(held, found, faults)
+    if record.dtype == "mixed" and any(s.base is not None for s in held.values()):
+        faults.add(f"{RECORD} says mixed dtypes, and trained copies have one")
     count = sum(s.tensor.numel() for s in held.values() if isinstance(s.tensor, nn.Parameter))
     if record.parameters != count:
         faults.add(f"{RECORD} says {record.parameters:,} parameters, this adapter has {count:,}")
@@ -225,14 +236,16 @@ def _values(
     if digest != record.tensors.sha256:
         faults.add(f"{TENSORS} is not the file {RECORD} was written with (sha256 {digest[:12]}..., not "
                    f"{record.tensors.sha256[:12]}...): it was damaged or exchanged; copy the folder again")  # fmt: skip
-    if bad := not_finite(stored):
+    faults.raise_if_any()
+    values = dict(stored)
+    with torch.no_grad():
+        for key, slot in held.items():
+            if slot.base is not None:
+                values[key] = difference.given_back(stored[key], slot.base, getattr(torch, record.dtype))
+    if bad := not_finite(values):
         faults.add(f"NaN or infinity in {', '.join(bad[:4])}")
     faults.raise_if_any()
-    with torch.no_grad():
-        return {
-            key: stored[key] if slot.base is None else difference.given_back(key, stored, slot.base)
-            for key, slot in held.items()
-        }
+    return values
 
 
 def _dtype(held: Mapping[str, Slot]) -> Any:
