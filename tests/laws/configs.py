@@ -10,7 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kitout import IA3, BitFit, LoRA, Method
+from kitout import (
+    IA3,
+    SSF,
+    AdaptFormer,
+    BitFit,
+    FullFineTuning,
+    Houlsby,
+    LoRA,
+    Method,
+    ParallelAdapter,
+    PartialFineTuning,
+    Pfeiffer,
+)
 from zoo import ZOO, Specimen
 
 
@@ -33,6 +45,19 @@ class Case:
 
 def no_text(specimen: Specimen) -> bool:
     return not specimen.is_text
+
+
+def no_vision(specimen: Specimen) -> bool:
+    return specimen.is_text
+
+
+def not_relative(specimen: Specimen) -> bool:
+    return specimen.positions != "relative"
+
+
+def own_tables(specimen: Specimen) -> bool:
+    """Every parameter belongs to something that sees the batch: no class tokens, no tables of relative positions."""
+    return specimen.is_text and not_relative(specimen)
 
 
 def text(specimen: Specimen) -> bool:
@@ -59,6 +84,24 @@ CASES: tuple[Case, ...] = (
     Case("bitfit", BitFit()),
     Case("bitfit-everywhere", BitFit(everywhere=True)),
     Case("bitfit-v", BitFit(targets="attn.v mlp.down", layers="last:1")),
+    Case("ssf", SSF()),
+    Case("ssf-v", SSF(std=0.1, targets="attn.v mlp.*")),
+    Case("houlsby", Houlsby(width=6)),
+    Case("houlsby-bare", Houlsby(width=5, norms=False, activation="relu", std=0.05)),
+    Case("pfeiffer", Pfeiffer(width=6)),
+    Case("pfeiffer-silu", Pfeiffer(width=5, activation="silu", std=0.1, layers="last:1")),
+    Case("parallel", ParallelAdapter(width=6)),
+    Case(
+        "parallel-learned", ParallelAdapter(width=5, scale="learned", dropout=0.2, activation="gelu", targets="sub.*")
+    ),
+    Case("adaptformer", AdaptFormer(width=6)),
+    Case("adaptformer-learned", AdaptFormer(width=5, scale="learned", dropout=0.0)),
+    Case("full", FullFineTuning(), by_row=own_tables),
+    Case("full-blocks", FullFineTuning(targets="attn.* mlp.* norm", layers="last:1")),
+    Case("partial-last", PartialFineTuning(last=1), by_row=no_vision),
+    Case("partial-head", PartialFineTuning(part="head")),
+    Case("partial-norms", PartialFineTuning(part="norms")),
+    Case("partial-names", PartialFineTuning(names="*.1.*"), by_row=not_relative),
 )
 
 CELLS = [(s, c) for s in ZOO.values() for c in CASES if not c.refused(s)]

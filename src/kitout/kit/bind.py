@@ -26,6 +26,7 @@ def bind(route: Route, adapters: Mapping[str, Adapter], taps: Mapping[str, Tap],
     worn = [adapters[n] for n in dict.fromkeys(names(route))]
     programs: dict[str, Program] = {}
     plan, entries = _plan(route)
+    bound.plan = plan
     for path in dict.fromkeys(p for a in worn for p in a.locals):
         program = (
             _whole(entries[0], adapters, path)

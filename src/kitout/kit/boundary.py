@@ -43,7 +43,7 @@ def bounded(base: type[nn.Module]) -> type[nn.Module]:
         with live.lock:
             bound = self._kitout.resolve()
             if bound.rows is not None and live.depth == 0:
-                _check_rows(bound.rows, self, args, kwargs, bool(live.generating))
+                _check_rows(bound, self, args, kwargs, bool(live.generating))
             live.lay(bound)
             live.depth += 1
             try:
@@ -65,7 +65,7 @@ def bounded(base: type[nn.Module]) -> type[nn.Module]:
             with live.lock:
                 bound = self._kitout.resolve()
                 if bound.rows is not None:
-                    _check_rows(bound.rows, self, args, kwargs, False)
+                    _check_rows(bound, self, args, kwargs, False)
                 live.lay(bound)  # an encoder may be called before the model's own forward is
                 live.generating += 1
                 try:
@@ -117,10 +117,12 @@ def _recomputing(live: Live) -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _check_rows(rows: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], multiples: bool) -> None:
+def _check_rows(bound: Bound, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], multiples: bool) -> None:
     """The route names as many rows as the call has (inside generate, beams make it a multiple)."""
-    batch = _batch_size(model, args, kwargs)
+    rows, batch = bound.rows or 1, _batch_size(model, args, kwargs)
     if batch == rows or (multiples and batch % rows == 0):
+        if bound.plan is not None:
+            bound.plan.batch = batch
         return
     raise RouteError(
         f"the route names {rows} rows but this call has a batch of {batch}: use([...]) takes one entry per row, in "

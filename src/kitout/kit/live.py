@@ -16,17 +16,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kitout.kit.graphs import Graphs
+from kitout.kit.program import Plan
 from kitout.kit.route import Route
 from kitout.kit.tap import Program, Tap
 
 
 @dataclass(eq=False)
 class Bound:
-    """A compiled route: programs by tap, and the number of rows it names (None: any batch)."""
+    """A compiled route: programs by tap, the number of rows it names (None: any batch) and who wears what in them."""
 
     route: Route
     items: list[tuple[Tap, Program]] = field(default_factory=list)
     rows: int | None = None
+    plan: Plan | None = None
 
 
 class Choice:

@@ -188,6 +188,7 @@ class Plan:
 
     def __init__(self, entries: Sequence[int], distinct: int) -> None:
         self.entries, self.size, self.distinct = tuple(entries), len(entries), distinct
+        self.batch = self.size  # rows of the call in progress: beams make it a multiple
         self._index: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
 
     def index(self, rows: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -246,7 +247,7 @@ class Rows:
 
     def _for_each_row(self, value: Tensor) -> Tensor:
         """What a position table is asked, or answers, once for all rows."""
-        return value.expand(self.plan.size, *value.shape[1:]) if value.shape[0] == 1 else value
+        return value.expand(self.plan.batch, *value.shape[1:]) if value.shape[0] == 1 else value
 
     def _check(self, rows: int) -> None:
         if self.rows == "none" or rows % self.plan.size:
