@@ -45,7 +45,7 @@ def test_it_trains_measures_merges_and_keeps(model: Path, rows: Path, tmp_path: 
     held = json.loads((out / "results.json").read_text())
     assert held["base"]["texts"] == held["tuned"]["texts"] == 30
     assert held["merged"]["restored_bit_for_bit"]
-    assert held["merged"]["same_labels"] == held["merged"]["labels"]
+    assert held["merged"]["same"] == held["merged"]["asked"] == 6 + 30
     assert held["training"]["step"] == held["training"]["steps"] == len(held["training"]["losses"])
     assert held["adapter"]["trainable"] > 0
     for part in ("base", "tuned", "95 % confidence interval", "training: ", "kit.load("):

@@ -61,12 +61,9 @@ def show(screen: Screen, results: dict[str, Any], adapter: Path, picture: Path |
 
 def _closing(results: dict[str, Any], adapter: Path, picture: Path | None) -> list[str]:
     merged, model = results["merged"], results["model"]
-    all_same = (merged["same_answers"], merged["same_labels"]) == (merged["answers"], merged["labels"])
-    form = results["machine"]["dtype"]
-    rounded = "" if all_same or form == "float32" else f" ({form} rounds the merged weights; --dtype fp32 keeps them)"
     lines = [
-        f"merged into the weights: {merged['same_answers']} of {merged['answers']} answers and "
-        f"{merged['same_labels']} of {merged['labels']} labels the same{rounded}; unmerged, the base is "
+        f"merged into the weights ({merged['dtype']}): {merged['same']} of {merged['asked']} answers and labels same; "
+        "unmerged, the base is "
         + ("back bit for bit" if merged["restored_bit_for_bit"] else "NOT back bit for bit: please report this"),
         _verdict(results),
     ]
