@@ -469,6 +469,30 @@ def test_loading_while_another_thread_runs(tmp_path: Path) -> None:
     assert len(kit.names) == 21
 
 
+def test_loading_while_another_thread_replaces_the_folder(tmp_path: Path) -> None:
+    writer, reader = with_adapter(), attached()
+    writer.save("a", tmp_path / "a")
+    stop, failed = threading.Event(), []
+
+    def save() -> None:
+        while not stop.is_set():
+            randomise(writer["a"], seed=1)
+            writer.save("a", tmp_path / "a")
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    try:
+        for i in range(60):
+            try:
+                reader.load(tmp_path / "a", name=f"n{i}")
+            except FileError as error:
+                failed.append(error)
+    finally:
+        stop.set()
+        thread.join()
+    assert not failed
+
+
 def test_two_threads_cannot_take_one_name(tmp_path: Path) -> None:
     with_adapter().save("a", tmp_path / "a")
     kit, failed = attached(), []

@@ -19,8 +19,9 @@ from kitout.errors import Faults, FileError, KitoutError, MergeState
 from kitout.files.folder import check_replaceable, replace_folder
 from kitout.files.heads import blank_copy
 from kitout.files.peft_config import Settings, commonest, read_config, spelled
+from kitout.files.peft_export import exported, heads_of
 from kitout.files.peft_method import method_for
-from kitout.files.peft_parts import PREFIX, Part, carriers, exported, grouped, heads_of
+from kitout.files.peft_parts import PREFIX, Part, carriers, grouped
 from kitout.files.rebuild import HEAD, admit, blank, mismatches, not_finite
 from kitout.files.tensors import open_regular, open_tensors, parse, write_tensors
 from kitout.kit.adapter import Adapter

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 FILES = (RECORD, TENSORS)
 MOST_SITE_FAULTS = 6
+RETRIES = 5  # while a folder is replaced under a reader
 
 
 @torch.no_grad()
@@ -97,6 +98,26 @@ def load(
     leaves the kit as it was.
     """
     where = Path(folder).expanduser()
+    for _ in range(RETRIES):
+        before = _stamp(where)
+        try:
+            return _load(kit, where, name, heads or {})
+        except FileError:
+            if _stamp(where) == before:  # else another process has replaced the folder between its two files
+                raise
+    return _load(kit, where, name, heads or {})
+
+
+def _stamp(where: Path) -> tuple[int, int] | None:
+    """Changes when the folder's record is replaced."""
+    try:
+        facts = (where / RECORD).stat()
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_mtime_ns
+
+
+def _load(kit: Kit, where: Path, name: str | None, heads: Mapping[str, nn.Module]) -> Adapter:
     record = read_record(_inside(where, RECORD))
     if kit.merged_name is not None:
         raise MergeState(f"{kit.merged_name!r} is merged into the base: unmerge() before loading {where}")
@@ -106,7 +127,7 @@ def load(
     with tensors.file:
         _check_base(kit, where, record)
         sites = _sites(kit, where, record, lambda: sites_of(kit, method, [h.path for h in record.heads]))
-        adapter, held = _blank(kit, where, record, name or record.name, method, sites, heads or {})
+        adapter, held = _blank(kit, where, record, name or record.name, method, sites, heads)
         _check_header(where, record, tensors, held)
         stored, digest = tensors.read()
     values = _values(where, record, held, stored, digest)
