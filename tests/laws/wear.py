@@ -68,7 +68,8 @@ def untrivial(adapter: Adapter, seed: int = 0) -> None:
     draw = torch.Generator().manual_seed(zlib.crc32(repr(adapter.method).encode()) + seed)
     with torch.no_grad():
         for parameter in adapter.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.1)
+            noise = torch.randn(parameter.shape, generator=draw)
+            parameter.add_(noise, alpha=0.1 if parameter.ndim < 2 else 0.05)
 
 
 def put_on(kit: Kit, method: Method, name: str = NAME, *, seed: int = 0) -> Adapter:

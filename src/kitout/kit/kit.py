@@ -148,13 +148,14 @@ class Kit(nn.Module):
             self._order[adapter.name] = adapter
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter. Refused while a sticky route wears it or it is merged."""
+        """Forgets an adapter. Refused while it is merged, worn here, or worn by the route this one goes back to."""
         adapter = self[name]
         if self.merged_name is not None:
             raise MergeState(f"{self.merged_name!r} is merged into the base: unmerge() before removing an adapter")
-        if name in names(self.live.route):
+        if name in names(self.live.route) or name in names(self.live.sticky[-1].route):
             raise RouteError(f"{name!r} is worn: use(None) or another route before remove({name!r})")
         with self.live.lock:
+            self.live.forget(name)
             del self.adapters["@" + adapter.name.replace(".", "%2E")]
             del self._order[name]
             self._forget_plans(name)

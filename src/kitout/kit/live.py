@@ -17,7 +17,7 @@ from typing import Any
 
 from kitout.kit.graphs import Graphs
 from kitout.kit.program import Plan
-from kitout.kit.route import Route
+from kitout.kit.route import Route, names
 from kitout.kit.tap import Program, Tap
 
 
@@ -67,6 +67,12 @@ class Live:
         """What this context wears: its own `with` route, else the sticky one."""
         choice = self.local.get() or self.sticky[-1]
         return choice.route
+
+    def forget(self, name: str) -> None:
+        """Earlier choices that wear an adapter which goes: leaving a later one must not bring them back."""
+        kept = [c for c in self.sticky if name not in names(c.route)]
+        self.sticky.clear()
+        self.sticky.extend(kept)
 
     def lay(self, bound: Bound) -> None:
         """Puts a compiled route on the taps."""
