@@ -44,8 +44,9 @@ test: lint types  ## set up, lint, type-check and run the tests
 test-slow: $(STAMP)  ## the tests marked slow or assets (downloads models and data once)
 	$(PY) -m pytest -n 2 -q -m 'slow or assets' $(ARGS)
 
+# Threads that spin while they wait (OpenMP's habit) halve the demo's speed on a machine that has other work.
 demo: $(STAMP)  ## train, prove and show adapters on a real small model; MODEL=... DATA=... choose others
-	$(BIN)/kitout demo $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(ARGS)
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/kitout demo $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 bench: $(STAMP)  ## install the peers and print ratios against them
 	$(PIP) install -q -c constraints.txt -e '.[bench]'
