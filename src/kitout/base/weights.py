@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from kitout.base.site import Site
 from kitout.errors import NotMergeable
@@ -69,9 +70,39 @@ def linear_map(site: Site, x: Tensor, w: Tensor) -> Tensor:
         assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(module.kernel_size)]
         kernel = w.view(w.shape[0], -1, *module.kernel_size)
-        y = conv(x, kernel, None, module.stride, module.padding, module.dilation, module.groups)
-        return y.movedim(1, -1)
+        if module.padding_mode != "zeros":
+            x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+            return conv(x, kernel, None, module.stride, 0, module.dilation, module.groups).movedim(1, -1)
+        return conv(x, kernel, None, module.stride, module.padding, module.dilation, module.groups).movedim(1, -1)
     return F.linear(x, w)
+
+
+@torch.no_grad()
+def check_plain_map(site: Site) -> None:
+    """NotMergeable where the module is not just its weight times its input: tables that scale what they look up,
+    convolutions that standardise their kernel. Classes with a forward of their own are tried on random input.
+    """
+    module, forward = site.module, own_forward(site.module)
+    if forward in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward):
+        return
+    w = matrix(module)
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(module, nn.Embedding):
+        x = torch.arange(min(8, module.num_embeddings))
+    elif site.kind == "conv":
+        channels, *kernel = module.get_parameter("weight").shape[1:]
+        x = torch.randn(2, channels * getattr(module, "groups", 1), *(4 * k for k in kernel), generator=generator)
+    else:
+        x = torch.randn(2, site.d_in, generator=generator)
+    x = x.to(w.device, w.dtype) if x.is_floating_point() else x.to(w.device)
+    y, expected, b = forward(module, x), linear_map(site, x, w), bias(module)
+    expected = expected if b is None else expected + b
+    y = y.movedim(1, -1) if site.channels_first else y
+    rough = 1e-4 if w.dtype.itemsize > 2 else 3e-2
+    if y.shape != expected.shape or (y - expected).abs().max() > rough * expected.abs().max():
+        raise NotMergeable(
+            f"{type(module).__name__} does more than multiply by its weight, so no weight gives the same function"
+        )
 
 
 def fan_in(site: Site) -> int:

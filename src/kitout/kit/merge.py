@@ -91,6 +91,8 @@ def _fold_module(locals_: Sequence[Local]) -> Folded:
 
 def _fold_matrix(site: Site, locals_: Sequence[Local]) -> Pair:
     """Weight and bias of a linear, a convolution or a table, each adapter on what the one before has left."""
+    if not all(part.delta.replaces for local in locals_ for part in local.outs):  # a whole copy is exact anywhere
+        weights.check_plain_map(site)
     w, b = weights.matrix(site.module), weights.bias(site.module)
     pair = start = w.to(working(w)), None if b is None else b.to(working(w))
     for local in locals_:

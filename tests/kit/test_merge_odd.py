@@ -1,0 +1,84 @@
+"""Modules that are not just their weight: merged exactly where that can be, refused by name where it cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForSeq2SeqLM, BartConfig
+
+import kitout
+from kitout import FullFineTuning, LoRA
+from kitout.errors import NotMergeable
+from zoo import out
+
+
+def scaled_bart() -> nn.Module:
+    """A model whose token tables multiply what they look up by sqrt(d)."""
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=50,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        scale_embedding=True,
+        max_position_embeddings=16,
+    )
+    return AutoModelForSeq2SeqLM.from_config(config).eval()
+
+
+def test_a_table_that_scales_is_refused_and_nothing_changes() -> None:
+    model = scaled_bart()
+    kit = kitout.attach(model)
+    kit.add("e", LoRA(rank=2, targets="embed"))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(NotMergeable, match="does more than multiply by its weight"):
+        kit.merge("e")
+    assert kit.merged_name is None
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_trained_copy_of_it_merges() -> None:
+    kit = kitout.attach(scaled_bart())
+    kit.add("f", FullFineTuning())
+    batch = {"input_ids": torch.arange(3, 9)[None], "decoder_input_ids": torch.arange(3, 7)[None]}
+    with torch.no_grad():
+        for p in kit["f"].parameters():
+            p.add_(0.01 * torch.randn_like(p))
+        with kit.use("f"):
+            worn = out(kit(**batch))
+        kit.merge("f")
+        assert torch.allclose(out(kit(**batch)), worn, atol=1e-5)
+
+
+class Reflecting(nn.Module):
+    """A patch convolution that pads by reflection, before one block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")
+        self.layers = nn.ModuleList(nn.ModuleDict({n: nn.Linear(8, 8) for n in ("q", "k", "v", "o")}) for _ in range(2))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = self.patch(pixels).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            y = nn.functional.scaled_dot_product_attention(layer["q"](x), layer["k"](x), layer["v"](x))
+            x = x + layer["o"](y)
+        return x
+
+
+def test_a_convolution_that_pads_by_reflection() -> None:
+    kit = kitout.attach(Reflecting(), example={"pixels": torch.randn(2, 3, 6, 6)})
+    kit.add("c", LoRA(rank=2, targets="*patch"), seed=0)
+    x = torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        for p in kit["c"].parameters():
+            p.normal_()
+        with kit.use("c"):
+            worn = kit(x)
+        kit.merge("c")
+        assert torch.allclose(kit(x), worn, atol=1e-5)
