@@ -26,8 +26,9 @@ class Head(Delta):
         self.module = module
 
     def forward(self, x: Tensor, y: Tensor, frozen: Any = None) -> Tensor:
-        new: Tensor = self.module(x)
-        return new
+        own = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype)
+        new: Tensor = self.module(x.to(own))  # fp32 values over a half base, the base's dtype outside
+        return new.to(x.dtype)
 
 
 class Adapter(nn.Module):

@@ -25,10 +25,13 @@ def attach(
     example: one batch as the model takes it, where a probe input cannot be made up from the model's config.
     Raises NoBlocks, TargetError, AlreadyAttached.
     """
-    if "_kitout" in model.__dict__:
-        raise AlreadyAttached("this model already wears a kit: use that one, or kit.detach() first")
-    if isinstance(model, Kit):
-        raise AlreadyAttached("this is a kit: attach() takes the bare model")
     if not isinstance(model, nn.Module):
         raise KitoutError(f"attach() takes an nn.Module, found {type(model).__name__}")
+    if isinstance(model, Kit):
+        raise AlreadyAttached("this is a kit: attach() takes the bare model")
+    if "_kitout" in model.__dict__:
+        raise AlreadyAttached("this model already wears a kit: use that one, or kit.detach() first")
+    worn = [path for path, m in model.named_modules() if "_kitout_tap" in m.__dict__ or "_kitout" in m.__dict__]
+    if worn:
+        raise AlreadyAttached(f"{worn[0] or 'this module'} is part of a model that wears a kit: kit.detach() first")
     return Kit(model, prove(survey(model, roles), example))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from kitout.base.site import Site
-from kitout.errors import BadName, MergeState, NameTaken, SilentSite, TargetError, suggest
+from kitout.errors import BadName, ConfigError, MergeState, NameTaken, SilentSite, TargetError, suggest
 from kitout.kit.adapter import Adapter
 from kitout.kit.delta import Method
 
@@ -33,6 +33,8 @@ def build(
 ) -> Adapter:
     """A fresh adapter for this kit, not yet one of its adapters."""
     check_name(kit, name)
+    if not isinstance(method, Method):
+        raise ConfigError(f"add() takes a method with its settings, such as LoRA(rank=8), found {method!r}")
     if kit.merged_name is not None:
         raise MergeState(f"{kit.merged_name!r} is merged into the base: unmerge() before adding {name!r}")
     head_sites = [head_site(kit, path) for path in heads]

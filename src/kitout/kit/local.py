@@ -37,6 +37,7 @@ class Part:
 
     def __post_init__(self) -> None:
         self.frozen = Frozen(self.site) if self.delta.reads_weight else None
+        self.site.span  # noqa: B018 - found now: cached_property takes a lock, which a compiled graph cannot
 
     @property
     def simple(self) -> bool:

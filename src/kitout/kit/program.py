@@ -195,8 +195,9 @@ class Plan:
         """Row numbers of each distinct entry where dim 0 has `rows` values, a multiple of the batch, row-major."""
         key = rows, device
         if key not in self._index:
-            each = torch.tensor(self.entries).repeat_interleave(rows // self.size)
-            self._index[key] = tuple((each == i).nonzero()[:, 0].to(device) for i in range(self.distinct))
+            each = self.expanded(rows)
+            where = [[r for r, e in enumerate(each) if e == i] for i in range(self.distinct)]
+            self._index[key] = tuple(torch.tensor(w, device=device) for w in where)
         return self._index[key]
 
     def expanded(self, rows: int) -> tuple[int, ...]:
