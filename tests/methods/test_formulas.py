@@ -210,6 +210,18 @@ def test_ssf_scales_and_shifts_after_every_operation() -> None:
     torch.testing.assert_close(out(kit(pixel_values=pixels)), logits, atol=1e-5, rtol=1e-5)
 
 
+def test_ssf_leaves_poolers_heads_and_tables_alone() -> None:
+    def paths(name: str) -> set[str]:
+        return {s.path for s in SSF().sites(kitout.attach(SPECIES[name].build()).found)}
+
+    def leaves(name: str, *kinds: type) -> set[str]:
+        return {n for n, m in SPECIES[name].build().named_modules() if isinstance(m, kinds)}
+
+    assert paths("bert") == leaves("bert", nn.Linear, nn.LayerNorm) - {"bert.pooler.dense", "classifier"}
+    assert paths("swin") == leaves("swin", nn.Linear, nn.LayerNorm, nn.Conv2d) - {"classifier"}  # patch merging too
+    assert paths("timm-vit") == leaves("timm-vit", nn.Linear, nn.LayerNorm, nn.Conv2d) - {"head"}
+
+
 @torch.no_grad()
 def test_ssf_scales_channels_and_not_columns() -> None:
     """A convolution's output as wide as it has channels: [B, C, H, C]."""

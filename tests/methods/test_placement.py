@@ -205,45 +205,47 @@ def test_adaptformer_reads_the_stream_before_the_norm(name: str) -> None:
     assert torch.equal(read[0], given[0])
 
 
-def test_post_norm_is_seen_and_not_read_off_a_name() -> None:
-    """A block whose norm after the sum is called anything at all."""
+class Block(nn.Module):
+    """A block whose norms are called anything at all. form: of its norms and sums."""
 
-    class Block(nn.Module):
-        def __init__(self, post: bool) -> None:
-            super().__init__()
-            self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
-            self.widen, self.narrow = nn.Linear(16, 40), nn.Linear(40, 16)
-            self.alpha, self.beta, self.post = nn.LayerNorm(16), nn.LayerNorm(16), post
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+        self.widen, self.narrow = nn.Linear(16, 40), nn.Linear(40, 16)
+        self.alpha, self.beta, self.form = nn.LayerNorm(16), nn.LayerNorm(16), form
 
-        def attend(self, x: Tensor) -> Tensor:
-            q, k, v = (f(x).unflatten(-1, (2, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
-            return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (2, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-        def forward(self, x: Tensor) -> Tensor:
-            if self.post:
-                x = self.alpha(x + self.attend(x))
-                x += self.narrow(F.relu(self.widen(x)))  # in place, and handed on as a view
-                return self.beta(x.view(-1, 16)).view(x.shape)
-            x = x + self.attend(self.alpha(x))
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "post":
+            x = self.alpha(x + self.attend(x))
+            x += self.narrow(F.relu(self.widen(x)))  # in place, and handed on as a view
+            return self.beta(x.view(-1, 16)).view(x.shape)
+        x = x + self.attend(self.alpha(x))
+        if self.form == "pre":
             return x + self.narrow(F.relu(self.widen(self.beta(x))))
-
-    for post in (True, False):
-        model = Model(Block, post)
-        kit = kitout.attach(model, example={"x": torch.randn(2, 5, 16)})
-        subs = {s.role: s for s in kit.found.sites if s.role.startswith("sub.") and s.layer == 0}
-        assert (subs["sub.mlp"].norm is model.blocks[0].beta) is post
-        assert (subs["sub.attn"].norm is model.blocks[0].alpha) is post
-        assert {s.role for s in Pfeiffer().sites(kit.found)} == ({"sub.mlp"} if post else {"block"})
+        x = x + self.narrow(F.relu(self.widen(x)))
+        return x + self.beta(x)  # a norm takes the sum, and yet the sum itself goes on
 
 
 class Model(nn.Module):
-    """Two blocks in a list."""
-
-    def __init__(self, block: Callable[[bool], nn.Module], post: bool) -> None:
+    def __init__(self, form: str) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([block(post), block(post)])
+        self.blocks = nn.ModuleList([Block(form), Block(form)])
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
         return x
+
+
+@pytest.mark.parametrize("form", ["post", "pre", "beside"])
+def test_post_norm_is_seen_and_not_read_off_a_name(form: str) -> None:
+    model = Model(form)
+    kit = kitout.attach(model, example={"x": torch.randn(2, 5, 16)})
+    subs = {s.role: s for s in kit.found.sites if s.role.startswith("sub.") and s.layer == 0}
+    assert subs["sub.mlp"].norm is (model.blocks[0].beta if form == "post" else None)
+    assert subs["sub.attn"].norm is (model.blocks[0].alpha if form == "post" else None)
+    assert {s.role for s in Pfeiffer().sites(kit.found)} == ({"sub.mlp"} if form == "post" else {"block"})
