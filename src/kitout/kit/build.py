@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from kitout.base.site import Site
-from kitout.errors import BadName, ConfigError, MergeState, NameTaken, SilentSite, TargetError, suggest
+from kitout.errors import BadName, ConfigError, MergeState, NameTaken, NotMergeable, SilentSite, TargetError, suggest
 from kitout.kit.adapter import Adapter
-from kitout.kit.delta import Method
+from kitout.kit.delta import Delta, Method
 
 if TYPE_CHECKING:
     from kitout.kit.kit import Kit
@@ -45,13 +45,22 @@ def build(
         if seed is not None:
             torch.manual_seed(seed)
         shared = method.shared(sites)
-        deltas = {site.key: method.build(site, shared) for site in sites}
+        deltas = {site.key: _delta(method, site, shared) for site in sites}
     adapter = Adapter(name, method, sites, deltas, shared, heads)
     adapter.seed = seed
     adapter.to(dtype=dtype or torch.promote_types(kit.dtype, torch.float32))
     place(kit, adapter)
     adapter.wire(head_sites)
     return adapter
+
+
+def _delta(method: Method, site: Site, shared: nn.Module | None) -> Delta:
+    try:
+        return method.build(site, shared)
+    except NotMergeable as reason:  # it starts from the frozen weight, which cannot be read as a matrix
+        raise ConfigError(
+            f"{type(method).__name__}({method.describe()}) has no start at {site.path}: {reason}"
+        ) from None
 
 
 def check_name(kit: Kit, name: str) -> None:
