@@ -53,6 +53,10 @@ class AlreadyAttached(KitoutError, RuntimeError):
     """The model already wears a kit."""
 
 
+class Detached(KitoutError, RuntimeError):
+    """A kit used after its `detach`."""
+
+
 class NoBlocks(KitoutError, ValueError):
     """No stack of transformer blocks was found and no roles were given."""
 

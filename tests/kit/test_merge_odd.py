@@ -77,7 +77,7 @@ def test_a_convolution_that_pads_by_reflection() -> None:
     x = torch.randn(2, 3, 6, 6)
     with torch.no_grad():
         for p in kit["c"].parameters():
-            p.normal_()
+            p.normal_(0.0, 0.1)
         with kit.use("c"):
             worn = kit(x)
         kit.merge("c")

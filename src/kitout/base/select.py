@@ -60,7 +60,8 @@ def select(sites: Sequence[Site], targets: str, layers: str = "all") -> list[Sit
             faults.add(_outside(item, found))
         for site in kept:
             seen = site.at(port="in", d_out=site.d_in, channels=None) if item.inward else site
-            chosen.setdefault((seen.path, seen.role, seen.port, seen.channels), seen)
+            # A module has one input, whatever it is called; at its output a projection may also end a sublayer.
+            chosen.setdefault((seen.path, "" if item.inward else seen.role, seen.port, seen.channels), seen)
     faults.raise_if_any()
     order = {(site.path, site.role, site.channels): i for i, site in enumerate(sites)}
     first = {site.path: i for i, site in reversed(list(enumerate(sites)))}

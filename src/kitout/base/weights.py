@@ -148,6 +148,10 @@ class Frozen:
     args: tuple[Any, ...] = field(default=(), init=False)
     kwargs: dict[str, Any] = field(default_factory=dict, init=False)
 
+    def forget(self) -> None:
+        """The call is over: nothing of it is kept."""
+        self.args, self.kwargs = (), {}
+
     @property
     def weight(self) -> Tensor:
         w = matrix(self.site.module)

@@ -95,3 +95,14 @@ class Adapter(nn.Module):
     def extra_repr(self) -> str:
         settings = ", ".join(f"{k}={v!r}" for k, v in self.method.describe().items())
         return f"{self.name!r}, {type(self.method).__name__}({settings}), {len(self.sites)} sites"
+
+
+def hidden(adapters: Sequence[Adapter]) -> str | None:
+    """Where one adapter sits inside a module that another one's head replaces, so that it would never run; or None."""
+    for adapter in adapters:
+        for head in (path.replace("/", ".") for path in adapter.heads):
+            for other in adapters:
+                inside = [p for p in other.locals if p.startswith(f"{head}.") and other is not adapter]
+                if inside:
+                    return f"{other.name!r} sits at {inside[0]}, inside {head}, which {adapter.name!r} replaces"
+    return None

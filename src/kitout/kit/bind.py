@@ -6,9 +6,10 @@ It knows adapters only as `Local`s by module path, and nothing of methods, files
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from kitout.errors import RouteError
-from kitout.kit.adapter import Adapter
+from kitout.kit.adapter import Adapter, hidden
 from kitout.kit.beneath import raised
 from kitout.kit.live import Bound
 from kitout.kit.local import Local, Source
@@ -27,6 +28,8 @@ def bind(route: Route, adapters: Mapping[str, Adapter], taps: Mapping[str, Tap],
     programs: dict[str, Program] = {}
     plan, entries = _plan(route)
     bound.plan = plan
+    for entry in entries:
+        _check_heads([adapters[n] for n in dict.fromkeys(names(entry))])
     for path in dict.fromkeys(p for a in worn for p in a.locals):
         program = (
             _whole(entries[0], adapters, path)
@@ -43,6 +46,13 @@ def bind(route: Route, adapters: Mapping[str, Adapter], taps: Mapping[str, Tap],
         programs[path] = Note(sources, programs.get(path))
     bound.items = [(taps[path], program) for path, program in programs.items()]
     return bound
+
+
+def _check_heads(worn: Sequence[Adapter]) -> None:
+    """RouteError where one adapter's head takes the place of a module in which another one sits."""
+    found = hidden(worn)
+    if found:
+        raise RouteError(f"{found}; wear them one at a time")
 
 
 def _plan(route: Route) -> tuple[Plan | None, list[Entry]]:
@@ -67,7 +77,8 @@ def _term(entry: Entry, adapters: Mapping[str, Adapter], path: str, below: Seque
         return None
     if isinstance(entry, str):
         local = adapters[entry].locals.get(path)
-        return None if local is None else One(raised(local, below))
+        # A copy: the strength is that of this moment, also when activations are recomputed after it has changed.
+        return None if local is None else One(raised(replace(local), below))
     if isinstance(entry, Mix):
         weighted = [(_term(part, adapters, path, below), w) for part, w in entry.parts]
         present = [(t, w) for t, w in weighted if t is not None]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kitout.errors import RouteError
+from kitout.errors import MergeState, RouteError
 from kitout.kit.live import Bound, Live
 from kitout.kit.tap import subclass
 
@@ -25,7 +25,10 @@ class Resolver(Protocol):
 
     live: Live
 
+    merged_name: str | None
+
     def resolve(self) -> Bound: ...
+    def train(self, mode: bool = True) -> Any: ...
     def first_forward(self) -> Any: ...
 
 
@@ -33,14 +36,17 @@ class Resolver(Protocol):
 def bounded(base: type[nn.Module]) -> type[nn.Module]:
     """The swapped class of the model itself."""
     frozen_forward = base.forward
-    members: dict[str, Any] = {"swap": bounded}
+    frozen_train = base.train
+    members: dict[str, Any] = {"swap": bounded, "_kitout": None, "frozen_train": frozen_train}
 
     @wraps(frozen_forward)  # transformers reads the signature of a model's forward
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._kitout is None:
             return frozen_forward(self, *args, **kwargs)  # the taps already hold the route `use` laid
+        _check_trainable(self._kitout, self)
         live: Live = self._kitout.live
         with live.lock:
+            live.settle()
             bound = self._kitout.resolve()
             if bound.rows is not None and live.depth == 0:
                 _check_rows(bound, self, args, kwargs, bool(live.generating))
@@ -51,18 +57,28 @@ def bounded(base: type[nn.Module]) -> type[nn.Module]:
                     output = frozen_forward(self, *args, **kwargs)
             finally:
                 live.depth -= 1
+                _finish(live, bound)
             if torch.is_grad_enabled():
                 live.graphs.record(output, bound)
             return output
 
-    members["forward"] = forward
+    def train(self: Any, mode: bool = True) -> Any:
+        if self._kitout is None:
+            return frozen_train(self, mode)
+        self._kitout.train(mode)  # the adapters' dropout follows the model's mode; trains this module in turn
+        return self
+
+    members["forward"], members["train"] = forward, train
     frozen_generate = getattr(base, "generate", None)
     if frozen_generate is not None:
 
         @wraps(frozen_generate)
         def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._kitout is None:
+                return frozen_generate(self, *args, **kwargs)
             live: Live = self._kitout.live
             with live.lock:
+                live.settle()
                 bound = self._kitout.resolve()
                 if bound.rows is not None:
                     _check_rows(bound, self, args, kwargs, False)
@@ -72,6 +88,7 @@ def bounded(base: type[nn.Module]) -> type[nn.Module]:
                     return frozen_generate(self, *args, **kwargs)
                 finally:
                     live.generating -= 1
+                    _finish(live, bound)
 
         members["generate"] = generate
     return subclass(base, members)
@@ -83,8 +100,8 @@ def routed(base: type[nn.Module]) -> type[nn.Module]:
     frozen_forward = base.forward
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            live: Live = self._kitout_live
+        live: Live | None = self._kitout_live
+        if live and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             known = live.depth or torch._C._current_graph_task_id() == -1  # else the route of some later forward
             if known and live.bound.items and getattr(self, "gradient_checkpointing", False):
                 kwargs[ROUTE] = live.bound
@@ -93,7 +110,9 @@ def routed(base: type[nn.Module]) -> type[nn.Module]:
     @wraps(frozen_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = kwargs.pop(ROUTE, None)
-        live: Live = self._kitout_live
+        live: Live | None = self._kitout_live
+        if live is None:
+            return frozen_forward(self, *args, **kwargs)
         if bound is None and _recomputing(live):
             bound = live.graphs.recomputed()
         if bound is None or (live.depth and bound is live.bound):
@@ -107,7 +126,23 @@ def routed(base: type[nn.Module]) -> type[nn.Module]:
             return frozen_forward(self, *args, **kwargs)
         return program(self, frozen_forward, args, kwargs)
 
-    return subclass(base, {"swap": routed, "__call__": call, "forward": forward, "frozen_forward": frozen_forward})
+    members = {"__call__": call, "forward": forward, "frozen_forward": frozen_forward, "_kitout_live": None}
+    return subclass(base, {"swap": routed, **members})
+
+
+def _check_trainable(kit: Resolver, model: nn.Module) -> None:
+    """Training while merged would train nothing: the adapter is no longer in the graph."""
+    if kit.merged_name is not None and model.training and torch.is_grad_enabled():
+        raise MergeState(
+            f"{kit.merged_name!r} is merged into the base, so a training forward would reach no adapter: unmerge() "
+            "first, or run under model.eval() or torch.no_grad()"
+        )
+
+
+def _finish(live: Live, bound: Bound) -> None:
+    """A call is over: whatever runs outside of one has the rows the route names."""
+    if bound.plan is not None and not (live.depth or live.generating):
+        bound.plan.batch = bound.plan.size
 
 
 def _recomputing(live: Live) -> bool:

@@ -6,6 +6,7 @@ It knows kits, sites and the Method interface, and nothing of routes or files.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from kitout.base.site import Site
 from kitout.errors import BadName, ConfigError, MergeState, NameTaken, NotMergeable, SilentSite, TargetError, suggest
 from kitout.kit.adapter import Adapter
 from kitout.kit.delta import Delta, Method
+from kitout.kit.tap import untap
 
 if TYPE_CHECKING:
     from kitout.kit.kit import Kit
@@ -38,6 +40,9 @@ def build(
     if kit.merged_name is not None:
         raise MergeState(f"{kit.merged_name!r} is merged into the base: unmerge() before adding {name!r}")
     head_sites = [head_site(kit, path) for path in heads]
+    heads = {path: own_head(kit, path, module) for path, module in heads.items()}
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ConfigError(f"seed must be a whole number or None, found {seed!r}")
     sites = sites_of(kit, method, heads)
     check_sites(kit, name, sites)
     # On CPU whatever the base's device, so that a seed means the same values everywhere.
@@ -76,6 +81,11 @@ def check_name(kit: Kit, name: str) -> None:
 
 def check_sites(kit: Kit, name: str, sites: Sequence[Site]) -> None:
     """TargetError for no site at all, SilentSite for one that never runs."""
+    twice = [key for key, n in Counter(s.key for s in sites).items() if n > 1]
+    if twice:
+        raise TargetError(
+            f"adapter {name!r} would sit twice at {', '.join(twice[:5])}: its targets name one place twice"
+        )
     if not sites:
         raise TargetError(f"adapter {name!r} would have no site at all in this model; see print(kit) for the roles")
     silent = [s.path for s in sites if s.path in kit.found.silent]
@@ -101,6 +111,18 @@ def head_site(kit: Kit, path: str) -> Site:
         known = [p for p, _ in kit.base.named_modules()]
         raise TargetError(f"heads: the model has no module {path!r}: {suggest(path, known)}")
     return Site(path=path, role="head", d_in=0, d_out=0, kind="other", module=module, rows="batch")
+
+
+def own_head(kit: Kit, path: str, module: object) -> nn.Module:
+    """A head as the adapter takes it: trainable, and without the taps that a copy of the model's own module brings."""
+    if not isinstance(module, nn.Module):
+        raise TargetError(f"heads: {path!r} needs an nn.Module, found {module!r}")
+    if any(m is module for m in kit.base.modules()):
+        raise TargetError(f"heads: {path!r} is given a module of the model itself: give a copy, copy.deepcopy(module)")
+    for child in module.modules():
+        if "_kitout_tap" in child.__dict__:
+            untap(child)
+    return module.requires_grad_(True)
 
 
 def place(kit: Kit, adapter: Adapter) -> None:

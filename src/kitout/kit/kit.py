@@ -7,6 +7,7 @@ calls. What it does with tensors lives elsewhere: sites in `base`, routes in `bi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from kitout.base.find import Survey
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.errors import (
+    Detached,
     Faults,
     MergeState,
     RouteError,
@@ -34,14 +36,14 @@ from kitout.kit.count import Count, count
 from kitout.kit.delta import Method
 from kitout.kit.firing import Firing
 from kitout.kit.live import Bound, Choice, Live
-from kitout.kit.route import Route, names, route
+from kitout.kit.route import Mix, Route, Stack, names, route
 from kitout.kit.tap import Tap, install, tap, uninstall, untap
 from kitout.kit.worn import Worn
 
 if TYPE_CHECKING:
     from os import PathLike
 
-PLANS_KEPT = 64  # compiled routes remembered, so that a serving loop does not compile them again
+PLANS_KEPT = 32  # compiled routes remembered, so that a serving loop does not compile them again
 
 
 class Kit(nn.Module):
@@ -54,6 +56,7 @@ class Kit(nn.Module):
         self.adapters = nn.ModuleDict()
         self.live = Live()
         self.merged_name: str | None = None
+        self.spent = False
         self._order: dict[str, Adapter] = {}
         self._taps: dict[str, Tap] = {}
         self._plans: dict[Route, Bound] = {}
@@ -84,6 +87,7 @@ class Kit(nn.Module):
         if self.merged_name is not None:
             self.unmerge()
         self.live.lay(Bound(None))
+        self.spent = True
         for path in self._taps:
             module = self.base.get_submodule(path)
             untap(module)
@@ -133,9 +137,15 @@ class Kit(nn.Module):
         heads: modules that replace modules of the model, by path, while the adapter is worn. dtype: of its values;
         default fp32 over a floating base, whatever the base's own. Raises NameTaken, BadName, TargetError, MergeState.
         """
+        self.check_attached()
         adapter = build(self, name, method, seed, heads or {}, dtype)
         self.enter(adapter)
         return adapter
+
+    def check_attached(self) -> None:
+        """Detached, if `detach` has been called."""
+        if self.spent:
+            raise Detached("this kit was detached from its model: attach(model) makes a new one")
 
     def enter(self, adapter: Adapter) -> None:
         """Takes in an adapter that was built for this kit (by `add` or from a file)."""
@@ -148,11 +158,13 @@ class Kit(nn.Module):
             self._order[adapter.name] = adapter
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter. Refused while it is merged, worn here, or worn by the route this one goes back to."""
+        """Forgets an adapter. Refused while it is merged or worn: here, in any `with`, or by the sticky route."""
         adapter = self[name]
+        self.live.settle()
         if self.merged_name is not None:
             raise MergeState(f"{self.merged_name!r} is merged into the base: unmerge() before removing an adapter")
-        if name in names(self.live.route) or name in names(self.live.sticky[-1].route):
+        here = name in names(self.live.route) or name in names(self.live.sticky[-1].route)
+        if here or self.live.entered[name] > 0:
             raise RouteError(f"{name!r} is worn: use(None) or another route before remove({name!r})")
         with self.live.lock:
             self.live.forget(name)
@@ -171,6 +183,8 @@ class Kit(nn.Module):
         adapter = self[name]
         if not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
             raise RouteError(f"strength must be a finite number, found {value!r}")
+        if self.merged_name is not None:
+            raise MergeState(f"{self.merged_name!r} is merged into the base: unmerge() before changing a strength")
         with self.live.lock:
             adapter.strength = float(value)
             self._forget_plans(name)
@@ -192,6 +206,7 @@ class Kit(nn.Module):
 
         In a `with` statement the choice holds for this thread or task alone and ends with the block.
         """
+        self.check_attached()
         wanted = route(what)
         faults = Faults(UnknownAdapter, "use")
         for name in dict.fromkeys(names(wanted)):
@@ -202,11 +217,12 @@ class Kit(nn.Module):
             raise MergeState(f"{self.merged_name!r} is merged into the base: unmerge() before use({what!r})")
         choice = Choice(wanted)
         with self.live.lock:
-            self.live.sticky.append(choice)
+            self.live.settle()
+            self.live.pending[threading.get_ident()] = choice
             try:
                 self.live.lay(self.resolve())
             except RouteError:
-                self.live.sticky.pop()
+                del self.live.pending[threading.get_ident()]
                 raise
         return Worn(self, choice)
 
@@ -222,8 +238,9 @@ class Kit(nn.Module):
         if bound is None:
             rows = {s.path: s.rows for n in names(wanted) for s in self._order[n].sites}
             bound = bind(wanted, self._order, self._taps, rows)
-            if sum(isinstance(r, tuple) for r in self._plans) >= PLANS_KEPT:
-                del self._plans[next(r for r in self._plans if isinstance(r, tuple))]
+            composed = [r for r in self._plans if isinstance(r, (tuple, Stack, Mix))]
+            for old in composed[: max(0, len(composed) + 1 - PLANS_KEPT)]:
+                del self._plans[old]
         self._plans[wanted] = bound  # last used, last in the dict
         return bound
 
@@ -240,6 +257,7 @@ class Kit(nn.Module):
 
         Nothing is worn until then, in any thread.
         """
+        self.check_attached()
         if self.merged_name is not None:
             raise MergeState(f"{self.merged_name!r} is merged already: unmerge() first")
         adapters = [self[n] for n in chosen]
@@ -264,6 +282,8 @@ class Kit(nn.Module):
 
         in_memory: the copy need not survive save_pretrained, so it may hold what its config cannot bring back.
         """
+        if self.merged_name is not None:
+            raise MergeState(f"{self.merged_name!r} is merged into the base: unmerge() before merged{chosen!r}")
         return merging.plain_copy(self, chosen, in_memory)
 
     # ---- files -------------------------------------------------------------------------------------------------
@@ -292,12 +312,14 @@ class Kit(nn.Module):
     # ---- being a module ----------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Kit:
-        """Training mode of base (its dropout) and adapters."""
+        """Training mode of base (its dropout) and adapters; `model.train()` and `model.eval()` do the same."""
         super().train(mode)
-        self.base.train(mode)
+        type(self.base).__dict__.get("frozen_train", nn.Module.train)(self.base, mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Kit:
+        if self.merged_name is not None:
+            raise MergeState(f"{self.merged_name!r} is merged into the base: unmerge() before moving or casting it")
         self.base._apply(fn, recurse)
         super()._apply(fn, recurse)
         return self
@@ -323,8 +345,11 @@ class Kit(nn.Module):
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Under the name the base knows: transformers calls it `activation_checkpointing_enable` since 5.23."""
         base: Any = self.base
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable(*args, **{k.replace("gradient_", "activation_"): v for k, v in kwargs.items()})
+        enable = getattr(base, "activation_checkpointing_enable", None)
+        if enable is None:
+            base.gradient_checkpointing_enable(*args, **kwargs)
+        else:
+            enable(*args, **{k.replace("gradient_", "activation_"): v for k, v in kwargs.items()})
 
     def gradient_checkpointing_disable(self) -> None:
         base: Any = self.base

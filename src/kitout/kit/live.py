@@ -2,13 +2,14 @@
 
 A route compiled for a model is a `Bound`: programs to lay on taps. Laying it costs one attribute write per site.
 The sticky route is plain state; a `with` route belongs to its context (thread, task) and is laid at the model
-boundary, under a lock that lasts for one forward. It knows nothing of adapters or methods.
+boundary, under a lock that lasts for one forward. Until it is known whether a choice will be entered by a `with`, only
+the thread that made it sees it. It knows nothing of adapters or methods.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -46,6 +47,8 @@ class Live:
     def __init__(self) -> None:
         self.bound = Bound(None)
         self.sticky: deque[Choice] = deque([Choice(None)], maxlen=256)
+        self.pending: dict[int, Choice] = {}  # by thread: chosen, but not yet known to be sticky
+        self.entered: Counter[str] = Counter()  # adapters by the number of `with` blocks that wear them
         self.depth = 0  # > 0 inside a forward that crossed the model boundary, or a recomputation whose route is known
         self.generating = 0  # > 0 inside generate, where beams multiply the rows
         self.graphs: Graphs[Bound] = Graphs()
@@ -56,6 +59,7 @@ class Live:
         self.local: ContextVar[Choice | None] = ContextVar("kitout_route", default=None)
 
     def __getstate__(self) -> dict[str, Any]:  # locks and context variables neither pickle nor deepcopy
+        self.settle()
         return {k: v for k, v in self.__dict__.items() if k not in ("lock", "local")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -64,9 +68,15 @@ class Live:
 
     @property
     def route(self) -> Route:
-        """What this context wears: its own `with` route, else the sticky one."""
-        choice = self.local.get() or self.sticky[-1]
+        """What this context wears: its own `with` route, else its thread's last choice, else the sticky one."""
+        choice = self.local.get() or self.pending.get(threading.get_ident()) or self.sticky[-1]
         return choice.route
+
+    def settle(self, thread: int | None = None) -> None:
+        """A thread's last choice (default: this thread's) was not entered by a `with`: it holds for everybody."""
+        choice = self.pending.pop(threading.get_ident() if thread is None else thread, None)
+        if choice is not None:
+            self.sticky.append(choice)
 
     def forget(self, name: str) -> None:
         """Earlier choices that wear an adapter which goes: leaving a later one must not bring them back."""

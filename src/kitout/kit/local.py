@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kitout.base.site import Site
 from kitout.base.weights import Frozen
+from kitout.errors import RouteError
 from kitout.kit.delta import Delta
 
 
@@ -139,4 +140,14 @@ class Local:
         return self._mixed(y, new)
 
     def _mixed(self, old: Tensor, new: Tensor) -> Tensor:
-        return new if self.strength == 1.0 else old + self.strength * (new - old)
+        return new if self.strength == 1.0 else old + self.strength * (same_shape(new, old) - old)
+
+
+def same_shape(new: Tensor, old: Tensor) -> Tensor:
+    """new, or RouteError where broadcasting would have made a blend of two unlike values."""
+    if new.shape != old.shape:
+        raise RouteError(
+            f"a value of shape {list(new.shape)} cannot be blended with the base's {list(old.shape)}: a head of "
+            "another width is worn whole, at strength 1 and outside of Mix"
+        )
+    return new

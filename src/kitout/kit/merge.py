@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kitout.base import weights
 from kitout.base.site import Site
 from kitout.errors import Faults, NotMergeable
-from kitout.kit.adapter import Adapter, Head
+from kitout.kit.adapter import Adapter, Head, hidden
 from kitout.kit.local import Local, Part
 from kitout.kit.tap import uninstall
 
@@ -68,6 +68,8 @@ def fold_all(adapters: Sequence[Adapter]) -> dict[str, Folded]:
     """New weights for every module the adapters sit at; all faults collected, NotMergeable raised once."""
     folded: dict[str, Folded] = {}
     faults = Faults(NotMergeable, "cannot merge " + " then ".join(repr(a.name) for a in adapters))
+    if found := hidden(adapters):
+        faults.add(found)
     for path in dict.fromkeys(p for a in adapters for p in a.locals):
         locals_ = [a.locals[path] for a in adapters if path in a.locals]
         try:
@@ -83,6 +85,8 @@ def _fold_module(locals_: Sequence[Local]) -> Folded:
     site = locals_[0].site
     last = next((p for local in reversed(locals_) for p in reversed(local.outs)), None)
     if last is not None and isinstance(last.delta, Head):
+        if locals_[-1].strength != 1.0:
+            raise NotMergeable(f"a head at strength {locals_[-1].strength:g} is a blend of two modules")
         return Folded(site, head=last.delta.module)
     if site.kind in ("linear", "conv", "embedding"):
         return Folded(site, pair=_fold_matrix(site, locals_))
@@ -105,6 +109,7 @@ def fold_local(local: Local, pair: Pair, start: Pair) -> Pair:
     new = pair
     for part in local.outs:
         new = _fold_out(part, start if part.delta.replaces else new)
+    pair = new = lerp(pair, new, local.strength)  # as in forward: output and input are blended each on its own
     for part in local.ins:
         new = _fold_in(part, new)
     return lerp(pair, new, local.strength)
@@ -210,7 +215,7 @@ def commit(base: nn.Module, folded: dict[str, Folded], alive: Container[str]) ->
             _write(path, module, new)
         for owners in ties:
             _tie_again(base, owners, alive, backups)
-    except NotMergeable:
+    except BaseException:
         restore(backups)
         raise
     return backups

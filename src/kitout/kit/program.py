@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kitout.base.weights import Frozen, exchanged
 from kitout.errors import RouteError
 from kitout.kit.delta import Delta
-from kitout.kit.local import Local, Source
+from kitout.kit.local import Local, Source, same_shape
 from kitout.kit.tap import Forward, first_tensor, with_first
 
 
@@ -97,7 +97,7 @@ class Blend:
         new = y
         for (term, w), m in zip(self.terms, memo, strict=True):
             left = term.leave(m, y, False)
-            new = new if left is y else new + w * (left - y)
+            new = new if left is y else new + w * (same_shape(left, y) - y)
         return new
 
 
@@ -173,13 +173,18 @@ class Whole:
         for call in self.calls:
             call.args, call.kwargs = args, kwargs
         if self.replaces:
-            return self.term.leave(memo, entered, False)
+            out = self.term.leave(memo, entered, False)
+            for call in self.calls:
+                call.forget()
+            return out
         if entered is not x:
             args, kwargs = with_first(args, kwargs, entered)
         y, whole = split(forward(module, *args, **kwargs))
         y = self.term.leave(memo, y, self.fresh)
         for source in self.sources:
             source.value = None
+        for call in self.calls:
+            call.forget()
         return join(y, whole)
 
 
@@ -196,8 +201,10 @@ class Plan:
         key = rows, device
         if key not in self._index:
             each = self.expanded(rows)
+            # Kept for later calls, which may record a graph: not to be made as inference tensors.
             where = [[r for r, e in enumerate(each) if e == i] for i in range(self.distinct)]
-            self._index[key] = tuple(torch.tensor(w, device=device) for w in where)
+            with torch.inference_mode(False):
+                self._index[key] = tuple(torch.tensor(w, device=device) for w in where)
         return self._index[key]
 
     def expanded(self, rows: int) -> tuple[int, ...]:
@@ -251,7 +258,8 @@ class Rows:
         return value.expand(self.plan.batch, *value.shape[1:]) if value.shape[0] == 1 else value
 
     def _check(self, rows: int) -> None:
-        if self.rows == "none" or rows % self.plan.size:
+        strays = self.rows == "batch" and rows != self.plan.batch
+        if self.rows == "none" or rows % self.plan.size or strays:
             raise RouteError(
                 f"{self.path} sees {rows} rows while the route names {self.plan.size}: its first dimension does not "
                 "follow the batch, so rows cannot wear different adapters here; use one adapter for the whole batch"
@@ -281,6 +289,8 @@ class Rows:
                     call.args, call.kwargs = _of_rows((args, kwargs), rows, x.shape[0])
                 memo = term.enter(x[rows])[1] if memos is None else memos[i]
                 part = term.leave(memo, part, True)
+                for call in self.calls:
+                    call.forget()
                 if not isinstance(part, Tensor):
                     raise RouteError(f"{self.path} gives several values, which a row cannot have of its own")
                 if part.shape[0] != len(rows):  # answered once for all of them

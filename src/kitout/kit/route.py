@@ -31,8 +31,8 @@ class Mix:
     parts: tuple[tuple[Entry, float], ...]
 
     def __init__(self, weights: Mapping[str | Stack, float]) -> None:
-        if not weights:
-            raise RouteError("Mix({}) is empty: give it weights, Mix({'legal': 0.7, 'medic': 0.3})")
+        if not isinstance(weights, Mapping) or not weights:
+            raise RouteError(f"Mix({weights!r}) has no weights: write Mix({{'legal': 0.7, 'medic': 0.3}})")
         bad = {k: w for k, w in weights.items() if not isinstance(w, (int, float)) or w != w or abs(w) == float("inf")}
         if bad:
             raise RouteError(f"Mix weights must be finite numbers, found {bad}")

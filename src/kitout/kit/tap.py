@@ -24,6 +24,15 @@ class Program(Protocol):
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
 
+class _Idle:
+    """What a module of a swapped class finds that no kit has tapped: `type(model)(config)` makes such."""
+
+    program = None
+
+
+IDLE = _Idle()
+
+
 class Tap:
     """The mutable spot on a tapped module: `program` is None while nothing is worn there."""
 
@@ -46,7 +55,7 @@ def tapped(base: type[nn.Module]) -> type[nn.Module]:
             return frozen_forward(self, *args, **kwargs)
         return program(self, frozen_forward, args, kwargs)
 
-    return subclass(base, {"forward": forward, "frozen_forward": frozen_forward})
+    return subclass(base, {"forward": forward, "frozen_forward": frozen_forward, "_kitout_tap": IDLE})
 
 
 def subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:

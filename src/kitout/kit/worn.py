@@ -1,15 +1,18 @@
 """What `kit.use` returns: a choice already in force, and a context manager that makes it local and puts it back.
 
-It knows the live route of a kit and nothing of adapters, methods or files.
+A choice becomes sticky, for every thread, once its handle is dropped without having been entered, or its thread goes
+on (`Live.settle`). It knows the live route of a kit and nothing of adapters, methods or files.
 """
 
 from __future__ import annotations
 
+import threading
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from kitout.kit.live import Choice
+from kitout.kit.route import names
 
 if TYPE_CHECKING:
     from kitout.kit.kit import Kit
@@ -19,17 +22,20 @@ class Worn(AbstractContextManager["Kit"]):
     """What `kit.use` returns: already in force; as a context manager it is local to its context and put back after."""
 
     def __init__(self, kit: Kit, choice: Choice) -> None:
-        self._kit, self._choice = kit, choice
-        self._token: Any = None
+        self._kit, self._choice, self._thread = kit, choice, threading.get_ident()
+        self._tokens: list[Any] = []
 
     def __enter__(self) -> Kit:
         live = self._kit.live
         with live.lock:
-            if self._choice in live.sticky:
+            if live.pending.get(self._thread) is self._choice:
+                del live.pending[self._thread]
+            elif self._choice in live.sticky:
                 live.sticky.remove(self._choice)
             if not live.sticky:
                 live.sticky.append(Choice(None))
-            self._token = live.local.set(self._choice)
+            self._tokens.append(live.local.set(self._choice))
+            live.entered.update(set(names(self._choice.route)))
             live.lay(self._kit.resolve())
         return self._kit
 
@@ -38,5 +44,11 @@ class Worn(AbstractContextManager["Kit"]):
     ) -> None:
         live = self._kit.live
         with live.lock:
-            live.local.reset(self._token)
+            live.local.reset(self._tokens.pop())
+            live.entered.subtract(set(names(self._choice.route)))
             live.lay(self._kit.resolve())
+
+    def __del__(self) -> None:
+        live = self._kit.live
+        if live.pending.get(self._thread) is self._choice:
+            live.settle(self._thread)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kitout.base.select import matches
 from kitout.base.site import Site
 from kitout.base.weights import fan_in, matrix
-from kitout.errors import ConfigError
+from kitout.errors import ConfigError, TargetError
 from kitout.kit.delta import Delta, Method, register
 from kitout.methods.dora import Decomposed
 from kitout.methods.lowrank import LowRank
@@ -65,6 +65,12 @@ class LoRA(Method):
             raise ValueError("dora=True starts from the whole weight and pissa from its principal part: choose one")
         return self
 
+    def _check_place(self, site: Site) -> None:
+        if site.role.startswith("sub.") or site.role == "block":
+            raise TargetError(f"LoRA over {site.role} ({site.path}): it changes a projection; write mlp.down or attn.o")
+        if site.port == "in" and (self.dora or self.init == "pissa"):
+            raise ConfigError(f"dora and pissa read the weight behind an output, and {site.path} is taken at its input")
+
     def rank_at(self, site: Site) -> int:
         rank = by_role(self.rank, site, "rank")
         widest = min(fan_in(site), site.d_out)
@@ -78,6 +84,7 @@ class LoRA(Method):
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
+        self._check_place(site)
         rank, width = self.rank_at(site), fan_in(site)
         scale = self.scale_at(site)
         a, b = start(site, rank, width)

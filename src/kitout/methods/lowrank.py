@@ -87,7 +87,7 @@ class LowRank(Delta):
             return None
         if torch.compiler.is_compiling():
             return None  # version counters are not for a graph to read
-        stamp = sum(d.a._version + d.b._version for d in deltas), y.dtype
+        stamp = (y.dtype, y.device, *(_state(t) for d in deltas for t in (d.a, d.b)))
         if scratch.get("stamp") != stamp:
             rank = max(d.factors()[0].shape[0] for d in deltas)
             if len(rows) * rank * (x.shape[-1] + y.shape[-1]) * y.element_size() > GATHER_BYTES:
@@ -99,9 +99,14 @@ class LowRank(Delta):
         return torch.baddbmm(y3, torch.bmm(x3, scratch["a"]), scratch["b"]).view(y.shape)
 
 
+def _state(t: Tensor) -> tuple[int, int]:
+    """What changes when a value is replaced or written to (writing to `t.data` goes unseen, as it does in autograd)."""
+    return t.data_ptr(), 0 if t.is_inference() else t._version
+
+
 def _gather(deltas: Sequence[LowRank], rows: Sequence[int], rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Per row A^T [n, d_in, rank] and scale * B^T [n, rank, d_out]; zeros where a row wears nothing."""
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         pairs = [d.factors() for d in deltas]
         a = torch.stack([F.pad(p, (0, 0, 0, rank - p.shape[0])) for p, _ in pairs]).to(dtype)
         b = torch.stack([F.pad(d.scale * p, (0, rank - p.shape[1])) for d, (_, p) in zip(deltas, pairs, strict=True)])
