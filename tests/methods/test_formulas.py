@@ -480,14 +480,41 @@ def test_strength_and_mix_go_between_the_parameters() -> None:
 
 @torch.no_grad()
 def test_a_stack_over_a_full_copy_is_its_merge() -> None:
+    """A copy takes the place of what is below it at its module, also where it copies the bias alone."""
+    names = PartialFineTuning(names="*query.bias *LayerNorm.bias")
     specimen = ZOO["bert"]
     kit, batch = kitout.attach(specimen.build()), specimen.batch(2, 0)
-    for i, (n, m) in enumerate({"f": FullFineTuning(), "l": LoRA(rank=2), "b": BitFit(), "s": SSF()}.items()):
+    for i, (n, m) in enumerate(
+        {"f": FullFineTuning(), "l": LoRA(rank=2), "b": BitFit(), "s": SSF(), "n": names}.items()
+    ):
         randomise_adapter(kit.add(n, m), seed=i, spread=0.1)
-    for order in (("f", "l"), ("l", "f"), ("b", "f", "s"), ("f", "s"), ("s", "b", "l")):
+    for order in (("f", "l"), ("l", "f"), ("b", "f", "s"), ("f", "s"), ("s", "b", "l"), ("l", "n"), ("s", "n")):
         with kit.use(kitout.Stack(*order)):
             worn = out(kit(**batch))
         torch.testing.assert_close(out(kit.merged(*order)(**batch)), worn, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bart", "opt", "gpt2"])
+@torch.no_grad()
+def test_a_copied_table_is_asked_with_everything_its_module_is_asked_with(name: str) -> None:
+    """Position tables take the length of the cache as a second argument; rows have copies of their own."""
+    specimen = SPECIES[name]
+    kit, batch = kitout.attach(specimen.build()), specimen.batch(3, 0)
+    randomise_adapter(kit.add("a", FullFineTuning()), spread=0.1)
+    batch.pop("decoder_input_ids", None)
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+    def scores(model) -> Tensor:
+        made = model.generate(**batch, **settings, output_scores=True, return_dict_in_generate=True)
+        return torch.stack(made.scores, 1)
+
+    plain, bare = scores(kit.merged("a")), scores(specimen.build())
+    with kit.use("a"):
+        torch.testing.assert_close(scores(kit), plain, atol=1e-4, rtol=1e-4)
+    with kit.use(["a", None, "a"]):
+        mixed = scores(kit)
+    for row, alone in enumerate((plain, bare, plain)):
+        torch.testing.assert_close(mixed[row], alone[row], atol=1e-4, rtol=1e-4)
 
 
 def test_partial_takes_exactly_what_it_says() -> None:
