@@ -13,8 +13,9 @@ from kitout.kit.adapter import Adapter, hidden
 from kitout.kit.beneath import raised
 from kitout.kit.live import Bound
 from kitout.kit.local import Local, Source
-from kitout.kit.program import Blend, Chain, Direct, Exchange, Note, One, Plan, Rows, Term, Whole
+from kitout.kit.program import Blend, Chain, Direct, Exchange, Note, One, Term, Whole
 from kitout.kit.route import Entry, Mix, Route, names
+from kitout.kit.rows import Plan, Rows
 from kitout.kit.tap import Program, Tap
 
 

@@ -14,9 +14,20 @@ import torch
 from torch import nn
 
 from kitout.base.site import Site
-from kitout.errors import BadName, ConfigError, MergeState, NameTaken, NotMergeable, SilentSite, TargetError, suggest
+from kitout.errors import (
+    BadName,
+    ConfigError,
+    Faults,
+    NameTaken,
+    NotMergeable,
+    SilentSite,
+    TargetError,
+    UnknownAdapter,
+    suggest,
+)
 from kitout.kit.adapter import Adapter
 from kitout.kit.delta import Delta, Method
+from kitout.kit.route import Route, names
 from kitout.kit.tap import untap
 
 if TYPE_CHECKING:
@@ -37,8 +48,7 @@ def build(
     check_name(kit, name)
     if not isinstance(method, Method):
         raise ConfigError(f"add() takes a method with its settings, such as LoRA(rank=8), found {method!r}")
-    if kit.merged_name is not None:
-        raise MergeState(f"{kit.merged_name!r} is merged into the base: unmerge() before adding {name!r}")
+    kit.check_unmerged(f"adding {name!r}")
     head_sites = [head_site(kit, path) for path in heads]
     heads = {path: own_head(kit, path, module) for path, module in heads.items()}
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
@@ -77,6 +87,15 @@ def check_name(kit: Kit, name: str) -> None:
         )
     if name in kit:
         raise NameTaken(f"an adapter called {name!r} exists: remove({name!r}) first, or choose another name")
+
+
+def check_known(kit: Kit, wanted: Route) -> None:
+    """UnknownAdapter for every name in a route that no adapter carries, all in one."""
+    faults = Faults(UnknownAdapter, "use")
+    for name in dict.fromkeys(names(wanted)):
+        if name not in kit:
+            faults.add(f"no adapter is called {name!r}: {suggest(name, kit.names)}")
+    faults.raise_if_any()
 
 
 def check_sites(kit: Kit, name: str, sites: Sequence[Site]) -> None:

@@ -20,7 +20,6 @@ from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.errors import (
     Detached,
-    Faults,
     MergeState,
     RouteError,
     UnknownAdapter,
@@ -31,19 +30,18 @@ from kitout.kit.adapter import Adapter
 from kitout.kit.bare import BareState, Forward
 from kitout.kit.bind import bind
 from kitout.kit.boundary import bounded, routed
-from kitout.kit.build import build, check_name
+from kitout.kit.build import build, check_known, check_name
 from kitout.kit.count import Count, count
 from kitout.kit.delta import Method
 from kitout.kit.firing import Firing
 from kitout.kit.live import Bound, Choice, Live
-from kitout.kit.route import Mix, Route, Stack, names, route
+from kitout.kit.plans import Plans
+from kitout.kit.route import Route, names, route
 from kitout.kit.tap import Tap, install, tap, uninstall, untap
 from kitout.kit.worn import Worn
 
 if TYPE_CHECKING:
     from os import PathLike
-
-PLANS_KEPT = 32  # compiled routes remembered, so that a serving loop does not compile them again
 
 
 class Kit(nn.Module):
@@ -59,7 +57,7 @@ class Kit(nn.Module):
         self.spent = False
         self._order: dict[str, Adapter] = {}
         self._taps: dict[str, Tap] = {}
-        self._plans: dict[Route, Bound] = {}
+        self._plans = Plans()
         self._backup: dict[str, merging.Backup] = {}
         self.unproven: set[str] = {s.path for s in found.sites} if not found.proven else set()
         self._state = BareState.take(base)
@@ -147,6 +145,11 @@ class Kit(nn.Module):
         if self.spent:
             raise Detached("this kit was detached from its model: attach(model) makes a new one")
 
+    def check_unmerged(self, before: str) -> None:
+        """MergeState, if an adapter is folded into the base now."""
+        if self.merged_name is not None:
+            raise MergeState(f"{self.merged_name!r} is merged into the base: unmerge() before {before}")
+
     def enter(self, adapter: Adapter) -> None:
         """Takes in an adapter that was built for this kit (by `add` or from a file)."""
         with self.live.lock:
@@ -161,8 +164,7 @@ class Kit(nn.Module):
         """Forgets an adapter. Refused while it is merged or worn: here, in any `with`, or by the sticky route."""
         adapter = self[name]
         self.live.settle()
-        if self.merged_name is not None:
-            raise MergeState(f"{self.merged_name!r} is merged into the base: unmerge() before removing an adapter")
+        self.check_unmerged("removing an adapter")
         here = name in names(self.live.route) or name in names(self.live.sticky[-1].route)
         if here or self.live.entered[name] > 0:
             raise RouteError(f"{name!r} is worn: use(None) or another route before remove({name!r})")
@@ -174,7 +176,7 @@ class Kit(nn.Module):
 
     def _forget_plans(self, name: str) -> None:
         worn_now = self.live.bound.route
-        self._plans = {r: b for r, b in self._plans.items() if name not in names(r)}
+        self._plans.forget(name)
         if name in names(worn_now):
             self.live.lay(self.resolve())
 
@@ -183,8 +185,7 @@ class Kit(nn.Module):
         adapter = self[name]
         if not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
             raise RouteError(f"strength must be a finite number, found {value!r}")
-        if self.merged_name is not None:
-            raise MergeState(f"{self.merged_name!r} is merged into the base: unmerge() before changing a strength")
+        self.check_unmerged("changing a strength")
         with self.live.lock:
             adapter.strength = float(value)
             self._forget_plans(name)
@@ -208,13 +209,8 @@ class Kit(nn.Module):
         """
         self.check_attached()
         wanted = route(what)
-        faults = Faults(UnknownAdapter, "use")
-        for name in dict.fromkeys(names(wanted)):
-            if name not in self._order:
-                faults.add(f"no adapter is called {name!r}: {suggest(name, self._order)}")
-        faults.raise_if_any()
-        if self.merged_name is not None:
-            raise MergeState(f"{self.merged_name!r} is merged into the base: unmerge() before use({what!r})")
+        check_known(self, wanted)
+        self.check_unmerged(f"use({what!r})")
         choice = Choice(wanted)
         with self.live.lock:
             self.live.settle()
@@ -234,14 +230,11 @@ class Kit(nn.Module):
     def resolve(self) -> Bound:
         """The compiled form of the route in force."""
         wanted = self.worn
-        bound = self._plans.pop(wanted, None)
+        bound = self._plans.get(wanted)
         if bound is None:
             rows = {s.path: s.rows for n in names(wanted) for s in self._order[n].sites}
             bound = bind(wanted, self._order, self._taps, rows)
-            composed = [r for r in self._plans if isinstance(r, (tuple, Stack, Mix))]
-            for old in composed[: max(0, len(composed) + 1 - PLANS_KEPT)]:
-                del self._plans[old]
-        self._plans[wanted] = bound  # last used, last in the dict
+            self._plans.keep(bound)
         return bound
 
     def first_forward(self) -> AbstractContextManager[None]:
@@ -282,8 +275,7 @@ class Kit(nn.Module):
 
         in_memory: the copy need not survive save_pretrained, so it may hold what its config cannot bring back.
         """
-        if self.merged_name is not None:
-            raise MergeState(f"{self.merged_name!r} is merged into the base: unmerge() before merged{chosen!r}")
+        self.check_unmerged(f"merged{chosen!r}")
         return merging.plain_copy(self, chosen, in_memory)
 
     # ---- files -------------------------------------------------------------------------------------------------
@@ -318,8 +310,7 @@ class Kit(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Kit:
-        if self.merged_name is not None:
-            raise MergeState(f"{self.merged_name!r} is merged into the base: unmerge() before moving or casting it")
+        self.check_unmerged("moving or casting it")
         self.base._apply(fn, recurse)
         super()._apply(fn, recurse)
         return self

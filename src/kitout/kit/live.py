@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kitout.kit.graphs import Graphs
-from kitout.kit.program import Plan
 from kitout.kit.route import Route, names
+from kitout.kit.rows import Plan
 from kitout.kit.tap import Program, Tap
 
 
