@@ -22,7 +22,7 @@ from kitout.methods.bottleneck import Bottleneck
 from kitout.methods.dora import Decomposed
 from kitout.methods.ia3 import Scale
 from kitout.methods.lowrank import LowRank
-from zoo import EXTRA, ZOO, Specimen, out
+from zoo import EXTRA, LENGTH, ZOO, Specimen, out
 
 D, B, R = 12, 5, 3
 SPECIES = {**ZOO, **EXTRA}
@@ -431,18 +431,19 @@ def test_rows_may_each_have_their_own_full_copy(name: str) -> None:
 @torch.no_grad()
 def test_rows_with_bare_parameters_of_their_own_are_refused_by_name(name: str, named: str) -> None:
     specimen = SPECIES[name]
-    kit, batch = kitout.attach(specimen.build()), specimen.batch(2, 0)
+    rows = LENGTH if name == "t5" else 2  # as many rows as tokens: the table of positions looks like a batch
+    kit, batch = kitout.attach(specimen.build()), specimen.batch(rows, 0)
     kit.add("a", FullFineTuning(targets="*" if name != "mixtral" else "*experts"))
 
     def run_by_row() -> None:  # refused at use where it can be told, else at the call
-        kit.use(["a", None])
+        kit.use(["a", *[None] * (rows - 1)])
         kit(**batch)
 
     with pytest.raises(kitout.errors.RouteError, match=named):
         run_by_row()
     with kit.use(None):
         base = out(kit(**batch))
-    with kit.use(["a", "a"]):  # one adapter for the whole batch after all
+    with kit.use(["a"] * rows):  # one adapter for the whole batch after all
         assert torch.equal(out(kit(**batch)), base)
 
 
@@ -515,6 +516,43 @@ def test_a_copied_table_is_asked_with_everything_its_module_is_asked_with(name: 
         mixed = scores(kit)
     for row, alone in enumerate((plain, bare, plain)):
         torch.testing.assert_close(mixed[row], alone[row], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_copy_is_called_with_every_argument() -> None:
+    class Table(nn.Embedding):
+        def forward(self, ids: Tensor, offset: Tensor, times: float = 1.0) -> Tensor:
+            return super().forward(ids + offset) * times
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+            self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.o(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
+            return x + self.down(F.relu(self.up(x)))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.blocks = Table(20, 8), nn.ModuleList([Block(), Block()])
+
+        def forward(self, ids: Tensor, offset: Tensor) -> Tensor:
+            x = self.table(ids, offset, times=3.0)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    bare, batch = Model(), {"ids": torch.randint(0, 9, (3, 4)), "offset": torch.tensor([[1], [5], [9]])}
+    kit = kitout.attach(copy.deepcopy(bare), example=batch)
+    randomise_adapter(kit.add("a", FullFineTuning()))
+    worn = kit.merged("a")(**batch)
+    with kit.use("a"):
+        torch.testing.assert_close(kit(**batch), worn)
+    with kit.use([None, "a", None]):
+        torch.testing.assert_close(kit(**batch), torch.stack([bare(**batch)[0], worn[1], bare(**batch)[2]]))
 
 
 def test_partial_takes_exactly_what_it_says() -> None:

@@ -42,3 +42,16 @@ class BareState:
             p.requires_grad_(self.grad.get(n, p.requires_grad))
         for n, m in base.named_modules():
             m.training = self.mode.get(n, m.training)
+
+
+def enable_checkpointing(base: Any, *args: Any, **kwargs: Any) -> None:
+    """Activation checkpointing by the name the base knows: transformers has renamed it, and its keywords, in 5.23."""
+    enable = getattr(base, "activation_checkpointing_enable", None)
+    if enable is None:
+        base.gradient_checkpointing_enable(*args, **kwargs)
+    else:
+        enable(*args, **{k.replace("gradient_", "activation_"): v for k, v in kwargs.items()})
+
+
+def disable_checkpointing(base: Any) -> None:
+    (getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable)()

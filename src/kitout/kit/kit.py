@@ -27,7 +27,7 @@ from kitout.errors import (
 )
 from kitout.kit import merge as merging
 from kitout.kit.adapter import Adapter
-from kitout.kit.bare import BareState, Forward
+from kitout.kit.bare import BareState, Forward, disable_checkpointing, enable_checkpointing
 from kitout.kit.bind import bind
 from kitout.kit.boundary import bounded, routed
 from kitout.kit.build import build, check_known, check_name
@@ -334,17 +334,10 @@ class Kit(nn.Module):
         return bool(self.base.can_generate())  # type: ignore[operator]
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Under the name the base knows: transformers calls it `activation_checkpointing_enable` since 5.23."""
-        base: Any = self.base
-        enable = getattr(base, "activation_checkpointing_enable", None)
-        if enable is None:
-            base.gradient_checkpointing_enable(*args, **kwargs)
-        else:
-            enable(*args, **{k.replace("gradient_", "activation_"): v for k, v in kwargs.items()})
+        enable_checkpointing(self.base, *args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        base: Any = self.base
-        (getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable)()
+        disable_checkpointing(self.base)
 
     activation_checkpointing_enable = gradient_checkpointing_enable
     activation_checkpointing_disable = gradient_checkpointing_disable
