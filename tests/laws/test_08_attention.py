@@ -1,7 +1,8 @@
 """Law 8: eager and sdpa agree on real tokens, for no mask, all ones, left and right padding.
 
-Padding changes nothing on real tokens wherever the base itself does not mind it (`Specimen.left_pads`): a batch of mixed lengths is its rows
-one by one. A method that puts something before the text keeps positions and masks right, or it fails here.
+Padding changes nothing on real tokens wherever the base itself does not mind it (`Specimen.left_pads`): a batch of
+mixed lengths is its rows one by one. A method that puts something before the text keeps positions and masks right, or
+it fails here.
 """
 
 from __future__ import annotations

@@ -159,16 +159,19 @@ def inert(site: Site, parameter: str, specimen: Specimen) -> bool:
 
 def unmergeable(adapter: Adapter) -> set[str]:
     """Paths of sites where no weights give the same function: all of a method that says so, and shifts on norms
-    without a bias."""
+    that have no place for a bias."""
     if not adapter.method.mergeable:
         return {site.path for site in adapter.sites}
-    return {s.path for s in adapter.sites if s.kind == "norm" and _lacks_bias(s) and shifts(adapter, s)}
+    return {
+        s.path for s in adapter.sites if s.kind == "norm" and "bias" not in s.module._parameters and shifts(adapter, s)
+    }
 
 
 def gains_keys(adapter: Adapter) -> bool:
     """True where merging gives a module of a transformers model a bias that its config cannot bring back."""
     return any(
-        site.kind in ("linear", "conv") and _lacks_bias(site) and shifts(adapter, site) for site in adapter.sites
+        site.kind in ("linear", "conv", "norm") and _lacks_bias(site) and shifts(adapter, site)
+        for site in adapter.sites
     )
 
 

@@ -93,7 +93,7 @@ def check_plain_map(site: Site) -> None:
         channels, *kernel = module.get_parameter("weight").shape[1:]
         x = torch.randn(2, channels * getattr(module, "groups", 1), *(4 * k for k in kernel), generator=generator)
     else:
-        x = torch.randn(2, site.d_in, generator=generator)
+        x = torch.randn(2, w.shape[1], generator=generator)  # a sublayer's site may read something narrower
     x = x.to(w.device, w.dtype) if x.is_floating_point() else x.to(w.device)
     y, expected, b = forward(module, x), linear_map(site, x, w), bias(module)
     expected = expected if b is None else expected + b
