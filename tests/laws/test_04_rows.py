@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from kitout import Kit, Mix, Stack
-from laws.configs import CASES, Case
+from laws.configs import CASES, SPECIES, Case
 from laws.wear import added, assert_same, gradients, kit_of, loss_of, run
-from zoo import FIRST_TOKEN, ZOO, Specimen, padded, rows_of
+from zoo import FIRST_TOKEN, Specimen, padded, rows_of
 
 ROWS = 5  # cases per batch: few enough to see which one is wrong
 Entry = str | Stack | Mix | None
@@ -27,7 +27,9 @@ def groups(specimen: Specimen) -> list[list[Case]]:
     return [cases[i::n] for i in range(n)]
 
 
-MIXTURES = [pytest.param(s, g, id=f"{s.name}-{'+'.join(c.name for c in g)}") for s in ZOO.values() for g in groups(s)]
+MIXTURES = [
+    pytest.param(s, g, id=f"{s.name}-{'+'.join(c.name for c in g)}") for s in SPECIES.values() for g in groups(s)
+]
 TALKERS = [p for p in MIXTURES if p.values[0].generates]
 SIDES = [  # pictures have no padding: once is enough
     pytest.param(*p.values, side, id=f"{side}-{p.id}")

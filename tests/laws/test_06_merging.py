@@ -14,9 +14,9 @@ from torch import nn
 
 from kitout import Stack
 from kitout.errors import NotMergeable
-from laws.configs import CASES, CELLS, Case, name_of
+from laws.configs import CASES, CELLS, SPECIES, Case, name_of
 from laws.wear import added, assert_base_bits, assert_same, gains_keys, kit_of, run, unmergeable, worn
-from zoo import ZOO, Specimen
+from zoo import Specimen
 
 cells = pytest.mark.parametrize(("specimen", "case"), CELLS, ids=name_of)
 
@@ -90,7 +90,7 @@ def reloaded(model: nn.Module, folder: Path) -> nn.Module:
 
 PAIRS = [
     (s, a, b)
-    for s in ZOO.values()
+    for s in SPECIES.values()
     for a, b in zip(CASES, CASES[1:] + CASES[:1], strict=True)
     if a.method.mergeable and b.method.mergeable and not a.refused(s) and not b.refused(s)
 ]
@@ -114,7 +114,7 @@ def test_merging_two_is_wearing_a_stack_in_that_order(specimen: Specimen, first:
             kit.strength(order[0], 1.0)
 
 
-@pytest.mark.parametrize("specimen", [s for s in ZOO.values() if s.tied], ids=name_of)
+@pytest.mark.parametrize("specimen", [s for s in SPECIES.values() if s.tied], ids=name_of)
 def test_merging_one_use_of_a_tied_table_leaves_the_other(specimen: Specimen) -> None:
     kit, batch = kit_of(specimen), specimen.batch(2, 0)
     case = next(c for c in CASES if c.name == "lora-head")
