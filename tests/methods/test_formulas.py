@@ -591,6 +591,22 @@ def test_what_no_forward_reads_is_not_trained() -> None:
     assert "mask_token" not in held  # only masked-image training reads it
 
 
+def test_what_the_model_keeps_from_training_stays_so() -> None:
+    """A table of sines without a gradient; a model frozen as a whole says nothing about any of its parameters."""
+
+    def held(model: nn.Module, method: Method) -> set[str]:
+        return {s.path for s in kitout.attach(model).add("a", method).sites}
+
+    model = ZOO["gpt2"].build()
+    everything = held(ZOO["gpt2"].build(), FullFineTuning())
+    model.transformer.wpe.requires_grad_(False)
+    assert held(model, FullFineTuning()) == everything - {"transformer.wpe"}
+    model = ZOO["gpt2"].build()
+    model.transformer.wpe.requires_grad_(False)
+    assert held(model, PartialFineTuning(names="*wpe*")) == {"transformer.wpe"}  # asked for by name
+    assert held(ZOO["gpt2"].build().requires_grad_(False), FullFineTuning()) == everything
+
+
 def test_modules_whose_parameters_others_read_are_trained_through_them() -> None:
     """torch's own attention keeps q, k, v in a bare parameter and never calls its output projection."""
 

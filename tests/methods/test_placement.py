@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import kitout
 from kitout import AdaptFormer, Houlsby, Method, ParallelAdapter, Pfeiffer
+from kitout.errors import TargetError
 from zoo import EXTRA, ZOO, Specimen, out
 
 SPECIES = {**ZOO, **EXTRA}
@@ -223,6 +224,12 @@ class Block(nn.Module):
             x = self.alpha(x + self.attend(x))
             x += self.narrow(F.relu(self.widen(x)))  # in place, and handed on as a view
             return self.beta(x.view(-1, 16)).view(x.shape)
+        if self.form == "windows":  # the attention reads a copy of the stream
+            x = x + self.attend(self.alpha(x.flip(1).flip(1)))
+            return x + self.narrow(F.relu(self.widen(self.beta(x))))
+        if self.form == "stacked":  # a sum that is no addition
+            x = torch.stack((x, self.attend(self.alpha(x)))).sum(0)
+            return x + self.narrow(F.relu(self.widen(self.beta(x))))
         x = x + self.attend(self.alpha(x))
         if self.form == "pre":
             return x + self.narrow(F.relu(self.widen(self.beta(x))))
@@ -249,3 +256,37 @@ def test_post_norm_is_seen_and_not_read_off_a_name(form: str) -> None:
     assert subs["sub.mlp"].norm is (model.blocks[0].beta if form == "post" else None)
     assert subs["sub.attn"].norm is (model.blocks[0].alpha if form == "post" else None)
     assert {s.role for s in Pfeiffer().sites(kit.found)} == ({"sub.mlp"} if form == "post" else {"block"})
+
+
+@torch.no_grad()
+def test_the_stream_is_read_from_the_block_where_nothing_else_reads_it() -> None:
+    model = Model("windows")
+    batch = {"x": torch.randn(2, 5, 16)}
+    kit = kitout.attach(model, example=batch)
+    adapter = kit.add("a", ParallelAdapter(width=3, scale=2.0, targets="sub.attn"), seed=0)
+    assert [s.source for s in adapter.sites] == ["blocks.0", "blocks.1"]
+    expected = batch["x"]
+    for block, site in zip(model.blocks, adapter.sites, strict=True):
+        delta = adapter.delta(site)
+        delta.up.weight.normal_()
+        hand = Hand(adapter.method, {"sub.attn": delta})
+        x1 = expected + hand.sublayer("sub.attn", block.attend(block.alpha(expected)), expected)
+        expected = x1 + block.narrow(F.relu(block.widen(block.beta(x1))))
+    with kit.use("a"):
+        torch.testing.assert_close(kit(**batch), expected)
+    other = {"x": torch.randn(2, 5, 16)}
+    with kit.use([None, "a"]):
+        mixed = kit(**other)
+    with kit.use("a"):
+        torch.testing.assert_close(mixed[1], kit(**other)[1])
+
+
+def test_a_sublayer_that_was_not_seen_is_missed() -> None:
+    kit = kitout.attach(Model("stacked"), example={"x": torch.randn(2, 5, 16)})
+    with pytest.raises(TargetError, match=r"sub\.attn.*blocks\.0, blocks\.1.*targets='sub\.\*'"):
+        kit.add("a", Houlsby())
+    assert [s.path for s in Houlsby(targets="sub.*", norms=False).sites(kit.found)] == [
+        "blocks.0.narrow",
+        "blocks.1.narrow",
+    ]
+    kit.add("b", AdaptFormer())

@@ -61,6 +61,7 @@ class Survey:
 
     proven: a forward has confirmed it (`kitout.base.probe`); silent: paths of sites that did not run in it; unread:
     names of parameters that nothing in it read; order: paths of what ran, by first run; doubt: why there is no proof.
+    fixed: names of the few parameters that the model itself keeps from training (tables of sines).
     """
 
     model: nn.Module = field(repr=False, compare=False)
@@ -70,6 +71,7 @@ class Survey:
     proven: bool = False
     silent: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
+    fixed: frozenset[str] = frozenset()
     order: tuple[str, ...] = ()
     doubt: str = ""
 
@@ -85,9 +87,15 @@ class Survey:
         """Paths of the modules that run, as far as is known."""
         return frozenset(site.path for site in self.sites) - self.silent
 
-    def parameters(self) -> list[Site]:
-        """Every parameter the forward reads, as sites that name it."""
-        return parameter_sites(self)
+    def without(self, *roles: str) -> list[str]:
+        """Paths of fully labelled blocks in which not all of these places were seen ("sub.mlp")."""
+        seen = {(s.tower, s.layer, s.role) for s in self.sites}
+        whole = (b for b in self.blocks if b.resolved and self.proven)
+        return [b.path for b in whole if not all((b.tower, b.index, role) in seen for role in roles)]
+
+    def parameters(self, fixed: bool = False) -> list[Site]:
+        """Every parameter the forward reads, as sites that name it; with `fixed` those too."""
+        return parameter_sites(self, fixed)
 
     def trails(self, site: Site, pyramid: str | None = None) -> bool:
         """It first runs after the blocks have (those of one pyramid): a pooler, a head, the final norm."""
@@ -144,7 +152,16 @@ def survey(model: nn.Module, roles: Mapping[str, str] | None = None) -> Survey:
         sites=tuple(_sites(tree, named, place, blocks)),
         towers=tuple(_towers(blocks)),
         blocks=tuple(blocks),
+        fixed=frozenset(_fixed(model)),
     )
+
+
+def _fixed(model: nn.Module) -> Iterable[str]:
+    """Parameters without a gradient in a model that is trainable as a whole (one frozen by its user tells nothing)."""
+    named = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()]
+    trainable = sum(p.numel() for _, p in named if p.requires_grad)
+    if 2 * trainable > sum(p.numel() for _, p in named):
+        yield from (n for n, p in named if not p.requires_grad)
 
 
 def _given(tree: Tree, wanted: Mapping[str, str]) -> dict[str, str]:

@@ -22,15 +22,18 @@ if TYPE_CHECKING:
 LEAVES = ("linear", "embedding", "conv", "norm")
 
 
-def parameter_sites(survey: Survey) -> list[Site]:
-    """Sites with `names` and `keys`, in module order. Raises TargetError for packed or quantised parameters."""
+def parameter_sites(survey: Survey, fixed: bool = False) -> list[Site]:
+    """Sites with `names` and `keys`, in module order. Raises TargetError for packed or quantised parameters.
+
+    fixed: also those that the model keeps from training.
+    """
     leaves = {s.path: s for s in survey.sites if s.channels is None and s.path not in survey.silent and _is_leaf(s)}
     faults = Faults(TargetError, "these parameters cannot be trained")
     names: dict[tuple[str, bool], list[str]] = {}
     keys: dict[int, str] = {}
     for path, name, p in sorted(_parameters(survey.model), key=lambda item: item[0] not in leaves):
         full, here = f"{path}.{name}" if path else name, path in leaves
-        if not here and (id(p) in keys or full in survey.unread):
+        if (full in survey.fixed and not fixed) or (not here and (id(p) in keys or full in survey.unread)):
             continue  # its uses are somewhere else, or nowhere
         if not p.is_floating_point() or type(p.data) is not Tensor or p.dtype.itemsize < 2:
             faults.add(f"{full} is held as {p.dtype} in a {type(p.data).__name__}")

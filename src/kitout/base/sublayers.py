@@ -39,13 +39,16 @@ def sublayers(found: Survey, watch: Watch) -> list[Site]:
                     partial.setdefault((add.block, role), emitters[side])
             continue
         side = 0 if roles[0] else 1
-        if not roles[side] or add.receivers[1 - side] is None:
+        source = add.receivers[1 - side]
+        if source is None and add.operands[1 - side] in watch.taken.get(add.block, ()):
+            source = add.block  # what reads the stream first reads a reshaped copy (windows)
+        if not roles[side] or source is None:
             continue
         for role in roles[side]:
             key = (add.block, role)
             emitter = partial.get(key, emitters[side]) or _projection(own, role)
             if key not in result and emitter is not None:
-                site = _site(found, blocks[add.block], role, emitter, add.receivers[1 - side], by_path)
+                site = _site(found, blocks[add.block], role, emitter, source, by_path)
                 result[key] = site.at(norm=_norm_after(found, watch, add))
     return list(result.values())
 

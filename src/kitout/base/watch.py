@@ -64,7 +64,7 @@ class Watch(TorchFunctionMode):
         self.additions: list[Addition] = []
         self.attentions: list[Attention] = []
         self.read: set[int] = set()  # identities of the tensors that went into an operation
-        self.taken: dict[str, set[Identity]] = {}  # what each leaf module took, and gave
+        self.taken: dict[str, set[Identity]] = {}  # what each block and leaf took, and leaves gave
         self.given: dict[str, set[Identity]] = {}
         self.ends: set[Identity] = set()  # the blocks' outputs
         self._label: dict[int, str] = {}
@@ -103,14 +103,19 @@ class Watch(TorchFunctionMode):
             self.fired[path] += 1
             if args and isinstance(args[0], Tensor):
                 self.rows[path] = args[0].shape[0]
-                return (self._cut(f"stream:{path}", args[0]), *args[1:]), kwargs
+                return (self._stream(path, args[0]), *args[1:]), kwargs
             name = next((k for k, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()), None)
             if name is None:
                 return None
             self.rows[path] = kwargs[name].shape[0]
-            return args, {**kwargs, name: self._cut(f"stream:{path}", kwargs[name])}
+            return args, {**kwargs, name: self._stream(path, kwargs[name])}
 
         return hook
+
+    def _stream(self, path: str, value: Tensor) -> Tensor:
+        cut = self._cut(f"stream:{path}", value)
+        self.taken.setdefault(path, set()).add(self._identity(cut))
+        return cut
 
     def _block_out(self, path: str) -> Any:
         def hook(_module: nn.Module, _args: Any, out: Any) -> None:

@@ -8,14 +8,17 @@ dropout 0.1; LoRA's start: the identity.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 from torch import nn
 
 from kitout.base.site import Site
 from kitout.kit.delta import Delta, Method, register
-from kitout.methods.bottleneck import Bottleneck, Scale, size
+from kitout.methods.bottleneck import Bottleneck, Scale, chosen, size
+
+if TYPE_CHECKING:
+    from kitout.base.find import Survey
 
 
 @register
@@ -28,6 +31,9 @@ class AdaptFormer(Method):
     width: int = Field(default=64, ge=1)
     scale: Scale = 0.1
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+
+    def sites(self, survey: Survey) -> list[Site]:
+        return chosen(self, survey, ("sub.mlp",))
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         return Bottleneck(site.d_out, self.width, reads="x", scale=self.scale, dropout=self.dropout)

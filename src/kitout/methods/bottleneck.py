@@ -7,15 +7,22 @@ run in the base's dtype. It knows nothing of where it sits: that is each method'
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import AfterValidator
 from torch import Tensor, nn
 
+from kitout.base.select import select
+from kitout.base.site import Site
 from kitout.base.weights import Frozen
-from kitout.kit.delta import Delta
+from kitout.errors import TargetError
+from kitout.kit.delta import Delta, Method
+
+if TYPE_CHECKING:
+    from kitout.base.find import Survey
 
 Reads = Literal["y", "x", "norm"]
 Init = Literal["truncated", "normal", "zero"]
@@ -81,3 +88,14 @@ class Bottleneck(Delta):
 def size(d: int, width: int, scale: object = 1.0) -> int:
     """Trained values of one bottleneck: 2 b d + b + d, and one for a learned scale."""
     return 2 * width * d + width + d + (scale == "learned")
+
+
+def chosen(method: Method, survey: Survey, roles: Sequence[str]) -> list[Site]:
+    """The method's sites; by default every block must have these sublayers, so that none goes without unnoticed."""
+    if method.targets is None and (lacking := survey.without(*roles)):
+        shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        raise TargetError(
+            f"{type(method).__name__} sits at {' and '.join(roles)} of every block, and where these end was not seen "
+            f"in {shown}; write targets='sub.*' to take what was"
+        )
+    return select(survey.sites, method.targets or method.default_targets, method.layers)

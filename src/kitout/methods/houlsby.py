@@ -18,7 +18,7 @@ from kitout.base.site import Site
 from kitout.base.weights import bias
 from kitout.kit.delta import Delta, Method, register
 from kitout.methods.affine import Affine
-from kitout.methods.bottleneck import Activation, Bottleneck, size
+from kitout.methods.bottleneck import Activation, Bottleneck, chosen, size
 
 if TYPE_CHECKING:
     from kitout.base.find import Survey
@@ -42,11 +42,10 @@ class Houlsby(Method):
     std: float = Field(default=1e-3, gt=0.0)
 
     def sites(self, survey: Survey) -> list[Site]:
-        targets = self.targets or self.default_targets
-        chosen = select(survey.sites, targets, self.layers)
+        sites = chosen(self, survey, ("sub.attn", "sub.mlp"))
         if self.norms and any(s.role == "norm" for s in survey.sites):
-            chosen = select(survey.sites, f"{targets} norm", self.layers)
-        return [s.at(source=None) for s in chosen]
+            sites = select(survey.sites, f"{self.targets or self.default_targets} norm", self.layers)
+        return [s.at(source=None) for s in sites]  # reads what it changes, not the stream
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         if self.norms and site.role == "norm":

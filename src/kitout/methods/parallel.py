@@ -8,14 +8,17 @@ post-norm blocks the sublayer's input itself). s = 4 or learned from 1; LoRA's s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 from torch import nn
 
 from kitout.base.site import Site
 from kitout.kit.delta import Delta, Method, register
-from kitout.methods.bottleneck import Activation, Bottleneck, Scale, size
+from kitout.methods.bottleneck import Activation, Bottleneck, Scale, chosen, size
+
+if TYPE_CHECKING:
+    from kitout.base.find import Survey
 
 
 @register
@@ -32,6 +35,9 @@ class ParallelAdapter(Method):
     scale: Scale = 4.0
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     activation: Activation = "relu"
+
+    def sites(self, survey: Survey) -> list[Site]:
+        return chosen(self, survey, ("sub.mlp",))
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         return Bottleneck(

@@ -50,7 +50,7 @@ class PartialFineTuning(Method):
         return self
 
     def sites(self, survey: Survey) -> list[Site]:
-        every = survey.parameters()
+        every = survey.parameters(fixed=self.names is not None)
         if self.names is not None:
             return _named(every, self.names.split())
         if self.part is not None:
