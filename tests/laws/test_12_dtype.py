@@ -12,20 +12,22 @@ from torch import Tensor
 
 import kitout
 from kitout import Kit, LoRA
-from laws.configs import CELLS, Case, name_of
+from laws.configs import CELLS, Case, experts, name_of
 from laws.wear import assert_same, far, fresh_model, kit_of, loss_of, put_on, run, unmergeable, worn
 from zoo import ZOO, Specimen
 
-cells = pytest.mark.parametrize(("specimen", "case"), CELLS, ids=name_of)
+cells = pytest.mark.parametrize(("specimen", "case"), [c for c in CELLS if not experts(c[0])], ids=name_of)
+# torch has no grouped product in fp64, which is how transformers computes experts
 DTYPES = {torch.bfloat16: 0.2, torch.float64: 1e-4}  # how far from the fp32 outputs
+
+TYPED = [(*cell, d) for d in DTYPES for cell in CELLS if not (experts(cell[0]) and d is torch.float64)]
 
 
 def cast(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
 
 
-@cells
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("specimen", "case", "dtype"), TYPED, ids=lambda v: name_of(v) or str(v))
 def test_outputs_keep_the_dtype_of_the_base(specimen: Specimen, case: Case, dtype: torch.dtype) -> None:
     plain = specimen.batch(3, 0)
     kit, batch = kitout.attach(fresh_model(specimen).to(dtype)), cast(plain, dtype)

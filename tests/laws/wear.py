@@ -158,13 +158,16 @@ def inert(site: Site, parameter: str, specimen: Specimen) -> bool:
 
 
 def unmergeable(adapter: Adapter) -> set[str]:
-    """Paths of sites where no weights give the same function: all of a method that says so, and shifts on norms
-    that have no place for a bias."""
+    """Paths of sites where no weights give the same function.
+
+    All of a method that says so, shifts on norms that have no place for a bias, tables that scale what they look up.
+    """
     if not adapter.method.mergeable:
         return {site.path for site in adapter.sites}
-    return {
+    shifted = {
         s.path for s in adapter.sites if s.kind == "norm" and "bias" not in s.module._parameters and shifts(adapter, s)
     }
+    return shifted | {s.path for s in adapter.sites if getattr(s.module, "embed_scale", 1.0) != 1.0}
 
 
 def gains_keys(adapter: Adapter) -> bool:
