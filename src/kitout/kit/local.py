@@ -144,8 +144,11 @@ class Local:
 
 
 def same_shape(new: Tensor, old: Tensor) -> Tensor:
-    """new, or RouteError where broadcasting would have made a blend of two unlike values."""
-    if new.shape != old.shape:
+    """new, or RouteError where broadcasting would have made a blend of two unlike values.
+
+    The first dimension may differ: a position table answers once for all rows.
+    """
+    if new.shape[1:] != old.shape[1:]:
         raise RouteError(
             f"a value of shape {list(new.shape)} cannot be blended with the base's {list(old.shape)}: a head of "
             "another width is worn whole, at strength 1 and outside of Mix"
