@@ -46,7 +46,7 @@ def table(lines: list, where: str) -> str:
             "# Benchmarks: the last run",
             "",
             f"`make bench ARGS=--write`, {date.today()}. {where}.",
-            "Values are random: SmolLM2-135M's shape for training and off, a 29.5 M Llama for loading, switching and decoding.",
+            "Random values: SmolLM2-135M's shape for training and off, a 29.5 M Llama for loading and decoding.",
             "Cases of a row ran interleaved in one process on a shared machine; ratios are best round over best round.",
             "",
             "| figure | measured | asked | reached | |",
