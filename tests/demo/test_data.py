@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kitout.demo.data import DataError, Example, digest, load, normal, split, unique
+from kitout.data.tables import DataError
+from kitout.demo.data import Example, digest, load, normal, split, unique
 
 
 def examples(n: int) -> list[Example]:

@@ -10,7 +10,8 @@ import torch
 import kitout
 from kitout import Kit, LoRA
 from kitout.demo.task import Task
-from kitout.demo.train import Diverged, Pair, Progress, Settings, answer_loss, rise_and_fall, train
+from kitout.demo.train import Diverged, Pair, Progress, Settings, answer_loss, train
+from kitout.train.schedule import rise_and_fall
 
 from .tiny import model, tokenizer
 

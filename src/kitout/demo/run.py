@@ -17,9 +17,10 @@ import torch
 
 import kitout
 from kitout import Kit, LoRA
+from kitout.data.tables import DataError
 from kitout.demo import assets, data, machine, report, score
 from kitout.demo.catalog import ASSETS
-from kitout.demo.data import DataError, Split
+from kitout.demo.data import Split
 from kitout.demo.screen import Screen
 from kitout.demo.task import TWEETS, Task
 from kitout.demo.train import Progress, Settings, train

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kitout.demo.data import DataError, Example
+from kitout.data.tables import DataError
+from kitout.demo.data import Example
 
 LONGEST_TEXT = 256  # tokens; longer texts are cut at the end
 TWEETS = "Classify the sentiment of this tweet as negative, neutral or positive."

@@ -1,13 +1,12 @@
 """Train one adapter on prompts and answers: a plain loop that a kill cannot undo.
 
 The loss is taken over the answers' tokens alone, and only their positions reach the output head. AdamW, linear warm-up,
-cosine to zero. Every few steps one file (`checkpoint.py`) holds all that the next step depends on. It knows no data
-format, no label and no screen.
+cosine to zero. Every few steps one file (`kitout.train.checkpoint`) holds all that the next step depends on. It knows
+no data format, no label and no screen.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kitout import Kit
-from kitout.demo import checkpoint
 from kitout.demo.task import pad, plan
 from kitout.errors import KitoutError
+from kitout.train import checkpoint
+from kitout.train.schedule import rise_and_fall
 
 
 class Diverged(KitoutError, ArithmeticError):
@@ -95,13 +95,6 @@ def train(
         tell(done)
     kit.eval()
     return done
-
-
-def rise_and_fall(step: int, steps: int, warmup: float) -> float:
-    rise = max(1, round(warmup * steps))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / max(1, steps - rise))
 
 
 def answer_loss(kit: Kit, pairs: Sequence[Pair], filler: int) -> Tensor:
