@@ -24,11 +24,23 @@ from kitout.errors import Faults, NoBlocks, TargetError, suggest
 
 @dataclass(frozen=True)
 class Tower:
-    """A stack of blocks. path: of the module list ("model.layers", "encoder.block"). width: of its residual stream."""
+    """A stack of blocks. path: of the module list ("model.layers", "encoder.block"). width: of its residual stream.
+
+    What a probe adds: causal: no position sees a later one; None where unknown. owner: path of the module that turns
+    tokens into the stack's first stream, None where there are no tokens; table: of the token table it asks.
+    positions: path of a learned position table, whose row `offset` is position 0; given: what to add to `position_ids`
+    for the model to take them as counted from 0, None where it does not take any.
+    """
 
     path: str
     depth: int
     width: int
+    causal: bool | None = None
+    owner: str | None = None
+    table: str = ""
+    positions: str = ""
+    offset: int = 0
+    given: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,8 @@ class Survey:
 
     proven: a forward has confirmed it (`kitout.base.probe`); silent: paths of sites that did not run in it; unread:
     names of parameters that nothing in it read; order: paths of what ran, by first run; doubt: why there is no proof.
-    fixed: names of the few parameters that the model itself keeps from training (tables of sines).
+    fixed: names of the few parameters that the model itself keeps from training (tables of sines). attentions: one
+    site per attention with keys and values to add to; closed: why others have none, by path.
     """
 
     model: nn.Module = field(repr=False, compare=False)
@@ -73,6 +86,8 @@ class Survey:
     unread: frozenset[str] = frozenset()
     fixed: frozenset[str] = frozenset()
     order: tuple[str, ...] = ()
+    attentions: tuple[Site, ...] = ()
+    closed: Mapping[str, str] = field(default_factory=dict)
     doubt: str = ""
 
     def by_path(self, path: str) -> Site:

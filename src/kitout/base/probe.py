@@ -7,6 +7,7 @@ requires_grad as they were. It knows no architecture; where the forward cannot b
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kitout.base.attention import attentions
 from kitout.base.example import example as make_example
 from kitout.base.example import one_more
-from kitout.base.find import Survey
+from kitout.base.find import Survey, Tower
 from kitout.base.site import Rows, Site
+from kitout.base.streams import given, towers
 from kitout.base.sublayers import sublayers
 from kitout.base.watch import Watch
 
@@ -40,6 +43,8 @@ def prove(found: Survey, example: Mapping[str, Any] | None = None) -> Survey:
             first = _watch(found, batch)
             second = _watch(found, one_more(batch))
             feeds = _feeds(first)
+            seen = towers(found, found.sites, first)
+            seen = [_placed(found, tower, batch) for tower in seen]
     except Exception as error:
         if example is not None:
             raise
@@ -47,6 +52,7 @@ def prove(found: Survey, example: Mapping[str, Any] | None = None) -> Survey:
     rows = {p: _rows(first.rows[p], second.rows.get(p, 0), batch) for p in first.rows}
     sites = [s.at(rows=rows.get(s.path, "unknown")) for s in found.sites]
     sites = _with_parts(sites, feeds)
+    open_, closed = attentions(found, sites, first)
     sites += [s.at(rows=rows.get(s.path, "unknown")) for s in sublayers(found, first)]
     sites = [s for s in sites if s.path in first.fired or not _spoken_for(s, sites, first)]
     silent = frozenset(s.path for s in sites if s.path not in first.fired)
@@ -54,8 +60,36 @@ def prove(found: Survey, example: Mapping[str, Any] | None = None) -> Survey:
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     sites.sort(key=lambda s: order[s.path])  # stable: a whole before its parts
     return replace(
-        found, sites=tuple(sites), proven=True, silent=silent, unread=unread, order=tuple(first.fired), doubt=""
+        found,
+        sites=tuple(sites),
+        towers=tuple(seen),
+        proven=True,
+        silent=silent,
+        unread=unread,
+        order=tuple(first.fired),
+        attentions=tuple(open_),
+        closed=closed,
+        doubt="",
     )
+
+
+def _placed(found: Survey, tower: Tower, batch: Mapping[str, Any]) -> Tower:
+    """The tower with what its owner makes of `position_ids`, where it takes them."""
+    if tower.owner is None or "position_ids" not in _accepted(found.model.get_submodule(tower.owner)):
+        return tower
+    if not tower.positions:
+        return replace(tower, given=0)
+    if "position_ids" not in _accepted(found.model) or "input_ids" not in batch:
+        return tower
+    ids = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)
+    try:
+        return replace(tower, given=given(tower, _watch(found, {**batch, "position_ids": ids.expand(2, -1)})))
+    except (RuntimeError, ValueError, TypeError, IndexError):  # it names them and does not take them
+        return tower
+
+
+def _accepted(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(module.forward).parameters
 
 
 def _spoken_for(site: Site, sites: list[Site], watch: Watch) -> bool:

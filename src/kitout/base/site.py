@@ -35,6 +35,8 @@ ROLES = (
     "sub.cross",  # likewise cross-attention
     "sub.mlp",  # likewise the feed-forward sublayer
     "block",  # the output of a whole block
+    "kv.self",  # the keys and values a self-attention has after rotation and cache (port "kv")
+    "kv.cross",  # likewise cross-attention
 )
 
 
@@ -52,6 +54,7 @@ class Site:
     table looked up once for all rows) or nothing of the kind ("none"). norm: at a sublayer, the norm that takes its sum
     with the residual where the stream goes on from there (post-norm blocks). names: parameters of the module, relative
     to it, that an adapter holds its own values of; keys: the same for those that are one parameter (tied tables).
+    heads: of keys and values at an attention; scale: the standard deviations its keys and values had in the probe.
     """
 
     path: str
@@ -68,6 +71,8 @@ class Site:
     channels_first: bool = False
     names: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    heads: int = 0
+    scale: tuple[float, float] | None = field(default=None, compare=False)
     norm: nn.Module | None = field(default=None, compare=False, repr=False)
     module: nn.Module = field(compare=False, repr=False)
 

@@ -41,12 +41,34 @@ class Addition:
 
 
 @dataclass
-class Attention:
-    """One attention call: by letter the leaves it reads, and the tensors to take gradients of."""
+class Lookup:
+    """One row lookup in a table. inside: paths of the modules in progress, the one that asked last."""
 
+    inside: tuple[str, ...]
+    indices: Tensor
+
+
+@dataclass
+class Entry:
+    """The first time a block was entered. lookups: how many there had been."""
+
+    inside: tuple[str, ...]
+    lookups: int
+
+
+@dataclass
+class Attention:
+    """One attention call: by letter the leaves it reads, and the tensors to take gradients of.
+
+    path: of the module that made it. product: it was written out, scores and softmax and all.
+    """
+
+    path: str
+    product: bool
     block: str | None
     leaves: dict[str, frozenset[str]]
     tensors: dict[str, Tensor]
+    out: Tensor | None = None
 
 
 class Watch(TorchFunctionMode):
@@ -63,6 +85,8 @@ class Watch(TorchFunctionMode):
         self.leaf: dict[str, list[Tensor]] = {}
         self.additions: list[Addition] = []
         self.attentions: list[Attention] = []
+        self.lookups: list[Lookup] = []
+        self.entries: dict[str, Entry] = {}
         self.read: set[int] = set()  # identities of the tensors that went into an operation
         self.taken: dict[str, set[Identity]] = {}  # what each block and leaf took, and leaves gave
         self.given: dict[str, set[Identity]] = {}
@@ -72,13 +96,15 @@ class Watch(TorchFunctionMode):
         self._receiver: dict[int, str] = {}
         self._whole: dict[Identity, str] = {}
         self._alive: list[Any] = []  # ids are only good while their tensors live
-        self._inside: list[str] = []
+        self._inside: list[str] = []  # blocks
+        self._active: list[str] = []  # modules
         self._product: tuple[Tensor, Tensor, Tensor] | None = None
         self._hooks: list[Any] = []
         self._quiet = False
 
     def __enter__(self) -> Self:
         for path, module in self.model.named_modules():
+            self._hooks.append(module.register_forward_pre_hook(self._enter(path)))
             if path in self.blocks:
                 self._hooks.append(module.register_forward_pre_hook(self._block_in(path), with_kwargs=True))
                 self._hooks.append(module.register_forward_hook(self._block_out(path), always_call=True))
@@ -87,6 +113,7 @@ class Watch(TorchFunctionMode):
                 self._hooks.append(module.register_forward_hook(self._leaf_out(path)))
             elif any(path.startswith(f"{block}.") for block in self.blocks):
                 self._hooks.append(module.register_forward_hook(self._whole_out(path)))
+            self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
         super().__enter__()
         return self
 
@@ -96,6 +123,17 @@ class Watch(TorchFunctionMode):
             hook.remove()
 
     # ---- hooks -------------------------------------------------------------------------------------------------
+
+    def _enter(self, path: str) -> Any:
+        def hook(_module: nn.Module, _args: Any) -> None:
+            self._active.append(path)
+            if path in self.blocks and path not in self.entries:
+                self.entries[path] = Entry(tuple(self._active), len(self.lookups))
+
+        return hook
+
+    def _leave(self, _module: nn.Module, _args: Any, _out: Any) -> None:
+        self._active.pop()
 
     def _block_in(self, path: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -178,7 +216,11 @@ class Watch(TorchFunctionMode):
         if self._quiet:
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
-            self._attend(*_three(args, kwargs))
+            self._attend(*_three(args, kwargs), product=False)
+            self.attentions[-1].out = func(*args, **kwargs)
+            return self.attentions[-1].out
+        if func is F.embedding:
+            self.lookups.append(Lookup(tuple(self._active), args[0] if args else kwargs["input"]))
         adds = func in ADDS and self._inside and len(args) > 1 and self._add(args[0], args[1])
         out = self._multiply(func, args, kwargs) if func in PRODUCTS else func(*args, **kwargs)
         if adds:
@@ -188,18 +230,20 @@ class Watch(TorchFunctionMode):
             self.read.update(id(x) for x in given if isinstance(x, nn.Parameter))
         return out
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, product: bool) -> None:
         tensors = {"q": q, "k": k, "v": v}
         self._alive.append(tensors)
         leaves = {letter: self.ancestors(t) for letter, t in tensors.items()}
-        self.attentions.append(Attention(self._inside[-1] if self._inside else None, leaves, tensors))
+        block = self._inside[-1] if self._inside else None
+        self.attentions.append(Attention(self._active[-1], product, block, leaves, tensors))
 
     def _multiply(self, func: Any, args: Any, kwargs: Any) -> Any:
         """scores = q k^T, softmax, scores v: recognised by the softmax on the second product's first operand."""
         out = func(*args, **kwargs)
         a, b = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)][-2:]
         if self._product is not None and _after_softmax(a):
-            self._attend(self._product[0], self._product[1], b)
+            self._attend(self._product[0], self._product[1], b, product=True)
+            self.attentions[-1].out = out
             self._product = None
         elif a.ndim > 2 and b.ndim > 2:
             self._alive.append((a, b, out))

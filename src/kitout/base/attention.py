@@ -1,0 +1,87 @@
+"""Where keys and values can be added: one site per attention call that a forward has shown, or why there is none.
+
+Two kinds of attention let themselves be widened: those that call transformers' attention interface, and those that
+call `scaled_dot_product_attention`. An attention that writes its product out has no call to widen. Heads and widths
+come from the projections that feed it. It knows no architecture.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from kitout.base.find import Survey
+from kitout.base.site import Site
+from kitout.base.watch import Attention, Watch
+
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' name for it in every modeling file
+
+
+def interface(module: nn.Module) -> Mapping[str, Any] | None:
+    """The globals of the module's own forward, where that asks transformers' attention interface; else None."""
+    if getattr(getattr(module, "config", None), "_attn_implementation", None) is None:
+        return None
+    forward = inspect.unwrap(type(module).forward)
+    named = INTERFACE in forward.__code__.co_names and INTERFACE in forward.__globals__
+    return forward.__globals__ if named else None
+
+
+def attentions(found: Survey, sites: Sequence[Site], watch: Watch) -> tuple[list[Site], dict[str, str]]:
+    """The sites, in the order they ran, and by path why an attention has none. sites: all others, labels proven."""
+    blocks = {b.path: b for b in found.blocks if b.whole}
+    letters = {(s.path, s.role.rpartition(".")[2]): s for s in sites if s.role.startswith(("attn.", "cross."))}
+    result: dict[str, Site] = {}
+    closed: dict[str, str] = {}
+    for call in watch.attentions:
+        if call.block not in blocks or call.path in result or call.path in closed:
+            continue
+        key, value = (_feeding(call, letter, letters) for letter in "kv")
+        module = found.model.get_submodule(call.path)
+        reason = _reason(call, module, key, value)
+        if reason or key is None:
+            closed[call.path] = reason
+            continue
+        block = blocks[call.block]
+        result[call.path] = Site(
+            path=call.path,
+            role="kv.cross" if key.role.startswith("cross.") else "kv.self",
+            tower=block.tower,
+            layer=block.index,
+            d_in=key.d_out,
+            d_out=key.d_out,
+            port="kv",
+            heads=key.d_out // call.tensors["q"].shape[-1],
+            scale=None if call.tensors["k"].is_meta else _scale(call),
+            rows=key.rows,
+            kind="other",
+            module=module,
+        )
+    return list(result.values()), closed
+
+
+def _feeding(call: Attention, letter: str, letters: Mapping[tuple[str, str], Site]) -> Site | None:
+    """The one projection that an operand of attention comes from."""
+    paths = [p for p in call.leaves[letter] if not p.startswith("stream:")]
+    return letters.get((paths[0], letter)) if len(paths) == 1 else None
+
+
+def _reason(call: Attention, module: nn.Module, key: Site | None, value: Site | None) -> str:
+    """Why no keys and values can be added here; "" if they can."""
+    width, v = call.tensors["q"].shape[-1], call.tensors["v"]  # keys come transposed to a product
+    if call.product and interface(module) is None:
+        return "it writes its attention out instead of calling one (try attn_implementation='sdpa')"
+    if v.ndim != 4:
+        return f"its values are {list(v.shape)}, not [batch, heads, tokens, width]"
+    if key is None or value is None or key.d_out != value.d_out or key.d_out % width or width != v.shape[-1]:
+        return "its keys and values do not come from one projection each, of one width"
+    if key.rows != "batch":
+        return "it attends within windows, not over the whole sequence"
+    return ""
+
+
+def _scale(call: Attention) -> tuple[float, float]:
+    k, v = (call.tensors[letter].detach().float() for letter in "kv")
+    return k.std().item(), v.std().item()
