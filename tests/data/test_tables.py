@@ -1,4 +1,4 @@
-"""Parquet beside the formats that tests/demo/test_data.py reads through the demo: same rows, and plain words when not."""
+"""Parquet beside the formats that tests/demo/test_data.py reads through the demo: same rows, plain words when not."""
 
 from __future__ import annotations
 

@@ -1,0 +1,65 @@
+"""The same seed gives the same pixels, each image its own change, and nothing but the asked changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kitout.data.augment import Augment
+from kitout.data.tables import DataError
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.rand(4, 3, 28, 28)
+
+
+ALL = Augment(crop=0.3, mirror=True, turn=20, colour=0.4)
+
+
+def test_a_seed_decides_and_leaves_no_trace(pixels: torch.Tensor) -> None:
+    first = ALL(pixels, seed=5)
+    state = torch.get_rng_state()
+    torch.rand(3)
+    assert torch.equal(ALL(pixels, seed=5), first)
+    assert torch.equal(Augment(0.3, True, 20, 0.4)(pixels, seed=5), first)
+    torch.set_rng_state(state)
+    ALL(pixels, seed=6)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(ALL(pixels, seed=6), first)
+
+
+def test_shape_and_range_stay(pixels: torch.Tensor) -> None:
+    changed = ALL(pixels, seed=0)
+    assert changed.shape == pixels.shape
+    assert changed.min() >= 0
+    assert changed.max() <= 1
+
+
+def test_each_image_of_a_batch_is_changed_on_its_own(pixels: torch.Tensor) -> None:
+    same = pixels[:1].expand(4, -1, -1, -1)
+    changed = Augment(mirror=False)(same, seed=1)
+    assert all(not torch.equal(changed[0], other) for other in changed[1:])
+
+
+@pytest.mark.parametrize("name", ["crop", "mirror", "turn", "colour"])
+def test_each_change_alone(pixels: torch.Tensor, name: str) -> None:
+    off = {"crop": 1.0, "mirror": False, "turn": 0.0, "colour": 0.0}
+    assert torch.equal(Augment(**off)(pixels, seed=2), pixels)
+    on = {"crop": 0.3, "mirror": True, "turn": 30.0, "colour": 0.5}
+    changed = Augment(**(off | {name: on[name]}))(pixels, seed=2)
+    assert not torch.equal(changed, pixels)
+    if name == "mirror":
+        both = [torch.equal(c, p) or torch.equal(c, p.flip(-1)) for c, p in zip(changed, pixels, strict=True)]
+        assert all(both)
+
+
+def test_settings_out_of_range_are_told_together() -> None:
+    with pytest.raises(DataError, match="3 faults"):
+        Augment(crop=0.0, turn=-1, colour=2)
+
+
+def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"pip install 'kitout\[data\]'"):
+        Augment()

@@ -1,0 +1,86 @@
+"""The model's own image processor, at its own size or one that its patches fit, augmented before normalising."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kitout.data.augment import Augment
+from kitout.data.images import Images
+from kitout.data.pixels import Pixels, check_size
+from kitout.data.readers import load
+from kitout.data.tables import DataError
+from zoo import ZOO
+
+from .pictures import folder
+
+NORMAL = {"do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "do_rescale": True}
+CUTS = {
+    "image_processor_type": "BitImageProcessor",
+    "size": {"shortest_edge": 40},
+    "crop_size": {"height": 32, "width": 32},
+    "do_center_crop": True,
+} | NORMAL
+SQUARE = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}} | NORMAL
+FREE = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 32}, "do_center_crop": False} | NORMAL
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Images:
+    return load(folder(tmp_path / "images", each=2))
+
+
+def model(path: Path, processor: dict[str, Any]) -> Path:
+    ZOO["dinov2"].build().config.save_pretrained(path)  # patches of 8
+    (path / "preprocessor_config.json").write_text(json.dumps(processor))
+    return path
+
+
+@pytest.mark.parametrize("processor", [CUTS, SQUARE], ids=["cuts", "square"])
+def test_its_own_size_and_another(tmp_path: Path, images: Images, processor: dict[str, Any]) -> None:
+    here = model(tmp_path / "model", processor)
+    assert Pixels.of(here)(images, [0, 3, 5]).shape == (3, 3, 32, 32)
+    assert Pixels.of(here, size=48)(images, [0, 3]).shape == (2, 3, 48, 48)
+    red = Pixels.of(here)(images, [4])[0].mean(dim=(1, 2))  # red squares: (220, 40, 40)
+    torch.testing.assert_close(
+        red, (torch.tensor([220, 40, 40]) / 255 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.2, 0.3, 0.4]),
+        atol=0.15, rtol=0,
+    )  # fmt: skip
+
+
+def test_a_size_the_patches_do_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="size 50 is no multiple of this model's patches of 8: use 48 or 56"):
+        Pixels.of(model(tmp_path, CUTS), size=50)
+    with pytest.raises(DataError, match="patches of 16: use 16"):
+        check_size(8, [8, 16])
+    check_size(112, 14)
+
+
+def test_changed_only_with_a_seed_and_normalised_after_it(tmp_path: Path, images: Images) -> None:
+    here = model(tmp_path / "model", CUTS)
+    plain, nothing = Pixels.of(here), Pixels.of(here, augment=Augment(crop=1.0, mirror=False))
+    some = Pixels.of(here, augment=Augment())
+    rows = [0, 1, 2]
+    torch.testing.assert_close(nothing(images, rows, seed=3), plain(images, rows))
+    assert torch.equal(some(images, rows), plain(images, rows))
+    assert not torch.equal(some(images, rows, seed=3), plain(images, rows))
+    assert torch.equal(some(images, rows, seed=3), Pixels.of(here, augment=Augment())(images, rows, seed=3))
+
+
+def test_images_of_many_shapes_need_a_size_where_nothing_is_cut(tmp_path: Path) -> None:
+    images = load(folder(tmp_path / "images", each=2))
+    images.open(0).resize((24, 60)).save(tmp_path / "images" / "red" / "tall.png")
+    mixed = load(tmp_path / "images")
+    here = model(tmp_path / "model", FREE)
+    with pytest.raises(DataError, match="give one, size=224"):
+        Pixels.of(here)(mixed, range(len(mixed)))
+    assert Pixels.of(here, size=32)(mixed, range(len(mixed))).shape == (7, 3, 32, 32)
+
+
+def test_a_folder_without_a_processor_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no image processor that loads"):
+        Pixels.of(tmp_path)
