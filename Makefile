@@ -18,10 +18,10 @@ PIP   := $(PY) -m pip --disable-pip-version-check --no-input
 STAMP := $(VENV)/.kitout-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow demo bench lint format types clean
+.PHONY: help setup test test-slow demo demo-vision bench lint format types clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## create .venv and install kitout with what tests and demo need
 
@@ -47,6 +47,9 @@ test-slow: $(STAMP)  ## the tests marked slow or assets (downloads models and da
 # Threads that spin while they wait (OpenMP's habit) halve the demo's speed on a machine that has other work.
 demo: $(STAMP)  ## train, prove and show adapters on a real small model; MODEL=... DATA=... choose others
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/kitout demo $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(ARGS)
+
+demo-vision: $(STAMP)  ## eight methods side by side on an image model; MODEL=... DATA=... choose others
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/kitout demo vision $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 bench: $(STAMP)  ## install the peers and print ratios against them
 	$(PIP) install -q -c constraints.txt -e '.[bench]'

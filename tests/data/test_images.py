@@ -13,8 +13,7 @@ from PIL import Image
 
 from kitout.data.images import Found, Images, gather, opened, pixel_hash
 from kitout.data.tables import DataError
-
-from .pictures import picture
+from tiny_images import picture
 
 
 def bomb(path: Path, side: int = 40_000) -> Path:

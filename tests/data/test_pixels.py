@@ -14,9 +14,8 @@ from kitout.data.images import Images
 from kitout.data.pixels import Pixels, check_size
 from kitout.data.readers import load
 from kitout.data.tables import DataError
+from tiny_images import folder
 from zoo import ZOO
-
-from .pictures import folder
 
 NORMAL = {"do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "do_rescale": True}
 CUTS = {

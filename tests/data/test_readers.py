@@ -10,8 +10,7 @@ import pytest
 
 from kitout.data.readers import from_arrays, load
 from kitout.data.tables import DataError
-
-from .pictures import COLOURS, folder, picture
+from tiny_images import COLOURS, folder, picture
 
 
 def test_a_folder_a_table_and_an_array_are_the_same_set(tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ from kitout.data.images import Images
 from kitout.data.readers import from_arrays, load
 from kitout.data.split import split
 from kitout.data.tables import DataError
-
-from .pictures import folder
+from tiny_images import folder
 
 
 def some(*counts: int) -> Images:

@@ -11,8 +11,7 @@ from torch import nn
 from kitout import AdaptFormer, LoRA
 from kitout.errors import TargetError
 from kitout.train.heads import batchnorm, head_site, linear
-
-from .toy import kit
+from tiny_vision import kit
 
 
 @pytest.mark.parametrize(("species", "path"), [("dinov2", "classifier"), ("swin", "classifier"), ("timm-vit", "head")])

@@ -14,8 +14,7 @@ from kitout.kit.delta import Method
 from kitout.train import images as training
 from kitout.train.heads import batchnorm, linear
 from kitout.train.images import Diverged, Progress, Recipe, fit, plan, predict
-
-from .toy import CLASSES, images, kit, pixels
+from tiny_vision import CLASSES, images, kit, pixels
 
 RECIPE = Recipe(lr=1e-2, epochs=6, batch=8)
 

@@ -11,9 +11,8 @@ from kitout.kit.delta import Method
 from kitout.train.forward import logits
 from kitout.train.heads import batchnorm
 from kitout.train.trunk import Trunk
+from tiny_vision import kit
 from zoo import image_batch
-
-from .toy import kit
 
 MODELS = ["dinov2", "vit", "swin", "timm-vit"]
 LATE: dict[str, Method] = {

@@ -1,7 +1,7 @@
 """`kitout demo`: train, measure and show an adapter on a real small model, or on your own model folder and texts.
 
 Only words here; `kitout.demo.run` does the work. A run that was interrupted goes on where it stopped when the same
-command is given again.
+command is given again. `kitout demo vision` is the verb below it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from typing import Annotated
 
 import typer
 
+from kitout.cli import vision
+
 app = typer.Typer(name="demo", help="Train and measure an adapter in minutes, on real data.", add_completion=False)
+app.command("vision")(vision.vision)
 
 
 @app.callback(invoke_without_command=True)
 def demo(
+    context: typer.Context,
     model: Annotated[Path | None, typer.Option(help="model folder; default: SmolLM2-135M-Instruct")] = None,
     data: Annotated[Path | None, typer.Option(help=".jsonl, .json, .csv or .tsv; default: tweets")] = None,
     text: Annotated[str | None, typer.Option(help="column of the texts, if not obvious")] = None,
@@ -30,6 +34,8 @@ def demo(
     dtype: Annotated[str, typer.Option(help="of the frozen weights: auto, bf16 or fp32")] = "auto",
 ) -> None:
     """Train and measure an adapter in minutes, on real data."""
+    if context.invoked_subcommand:
+        return
     from kitout.demo.run import Options, run
     from kitout.demo.screen import Screen
     from kitout.demo.train import Settings

@@ -131,13 +131,13 @@ def _equip(
     )
     kit.eval()
     instruction = options.instruction or (TWEETS if options.data is None else None)
-    about: dict[str, Any] = {"folder": str(folder), "fingerprint": _print_of(kit)}
+    about: dict[str, Any] = {"folder": str(folder), "fingerprint": print_of(kit)}
     if options.model is None:
         about |= {"name": BASE, "caveat": ASSETS[BASE].caveat}
     return kit, Task(tokenizer, split.labels, instruction), about
 
 
-def _print_of(kit: Kit) -> str:
+def print_of(kit: Kit) -> str:
     return hashlib.sha256(fingerprint(kit, ()).model_dump_json().encode()).hexdigest()
 
 
@@ -157,7 +157,7 @@ def _train(kit: Kit, task: Task, split: Split, options: Options, screen: Screen)
     pairs = [(task.encode(e.text), task.answer(e)) for e in split.train]
     same = {  # a checkpoint is continued only if all of this is the same
         "settings": asdict(options.settings),
-        "model": _print_of(kit),
+        "model": print_of(kit),
         "pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
         "dtype": str(kit.dtype),
         "versions": [kitout.__version__, torch.__version__, sys.byteorder],

@@ -18,7 +18,7 @@ from kitout.kit.kit import Kit
 from kitout.train.forward import logits
 
 ROWS = 5  # of the forward that looks: a number that is no other dimension of an image
-CLOSE = 1e-4
+CLOSE = 1e-4  # of the largest value
 
 
 class _Enough(Exception):
@@ -39,18 +39,22 @@ class Trunk:
         """The trunk of an adapter, tried on these pixels; None where there is nothing frozen to keep."""
         looked = pixels[:1].expand(ROWS, *pixels.shape[1:]).contiguous()
         adapter = kit[name]
-        with torch.no_grad(), kit.use(name):
-            order = _order(kit, looked)
-            cut = _cut(kit, {*adapter.locals, *adapter.notes}, order)
-            if cut is None:
-                return None
-            before = order[: order.index(("in", cut))]
-            still = _finished(before)
-            if not still or any(("in", path) in order[len(before) :] for path in still):
-                return None  # nothing to keep, or a block that runs again
-            trunk = cls(kit, cut, _outputs(kit, looked, still), tuple(pixels.shape[1:]))
-            found, true = trunk.logits(trunk.record(pixels)), logits(kit, pixels)
-        return trunk if found.shape == true.shape and torch.allclose(found, true, atol=CLOSE, rtol=CLOSE) else None
+        touched = {site.path for site in adapter.sites} | {*adapter.locals, *adapter.notes}
+        with kit.use(name):
+            with torch.no_grad():
+                order = _order(kit, looked)
+                cut = _cut(kit, touched, order)
+                if cut is None:
+                    return None
+                before = order[: order.index(("in", cut))]
+                still = _finished(before)
+                if not still or any(("in", path) in order[len(before) :] for path in still):
+                    return None  # nothing to keep, or a block that runs again
+                trunk = cls(kit, cut, _outputs(kit, looked, still), tuple(pixels.shape[1:]))
+            values = [value for value in adapter.parameters() if value.requires_grad]
+            found = _seen(trunk.logits(trunk.record(pixels)), values)
+            true = _seen(logits(kit, pixels), values)
+        return trunk if _same(found, true) else None
 
     @torch.no_grad()
     def record(self, pixels: Tensor) -> Tensor:
@@ -94,6 +98,19 @@ class Trunk:
         finally:
             for module in modules.values():
                 del module.__dict__["forward"]
+
+
+def _seen(out: Tensor, values: list[nn.Parameter]) -> list[Tensor | None]:
+    """The logits and every trained value's gradient: what lies below the cut would have none."""
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), values, allow_unused=True)]
+
+
+def _same(found: list[Tensor | None], true: list[Tensor | None]) -> bool:
+    pairs = list(zip(found, true, strict=True))
+    if any((a is None) != (b is None) for a, b in pairs):
+        return False
+    return all(a.shape == b.shape and bool((a - b).abs().max() <= CLOSE * (1 + b.abs().max())) for a, b in pairs
+               if a is not None and b is not None)  # fmt: skip
 
 
 def _constant(value: Any) -> Callable[..., Any]:

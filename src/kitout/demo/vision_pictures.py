@@ -1,0 +1,132 @@
+"""Three pictures of a comparison: accuracy over parameters, who is taken for whom, and images that were got wrong.
+
+Drawn with matplotlib and written by one rename each. They show what they are given; colours are those a colour-blind
+reader can tell apart. It knows no model and no method.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kitout.data.images import Images
+
+FEW = 20  # classes; above, a cell of the confusion is too small to hold its number
+SHOWN = 24  # misclassified images
+LONGEST = 14  # letters of a class name on an axis
+
+
+def possible() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def compare(file: Path, rows: Sequence[dict[str, Any]], majority: float, heading: str) -> Path:
+    """Accuracy with its interval over trained parameters, on a log scale."""
+    figure = _figure(8.5, 5.2)
+    axes = figure.subplots()
+    for number, row in enumerate(sorted(rows, key=lambda r: r["trainable"])):
+        middle, (low, high) = 100 * row["accuracy"], (100 * side for side in row["interval95"])
+        reach = [[middle - low], [high - middle]]
+        axes.errorbar(row["trainable"], middle, yerr=reach, fmt="o", color="#0072B2", ecolor="0.6", capsize=4)
+        # names stand by turns right of and left of their point, so that neighbours of like size stay readable
+        right = number % 2 == 0
+        axes.annotate(
+            row["title"], (row["trainable"], middle), xytext=(7 if right else -7, 4), textcoords="offset points",
+            ha="left" if right else "right", fontsize=9,
+        )  # fmt: skip
+    axes.axhline(100 * majority, linestyle="--", color="0.4", linewidth=1)
+    axes.annotate(
+        "most frequent class", (1.0, 100 * majority), xycoords=("axes fraction", "data"), xytext=(-4, 4),
+        textcoords="offset points", ha="right", fontsize=8, color="0.3",
+    )  # fmt: skip
+    axes.set_xscale("log")
+    axes.margins(x=0.22)
+    axes.grid(alpha=0.25)
+    tests = rows[0]["images"]
+    axes.set(
+        xlabel="trained parameters, head included (log scale)",
+        ylabel=f"accuracy on {tests:,} test images, %",
+        title=heading,
+    )
+    axes.title.set_fontsize(11)
+    return _write(figure, file)
+
+
+def counts(guesses: Sequence[int], truth: Sequence[int], classes: int) -> Any:
+    """[true, said] numbers of images."""
+    table = np.zeros((classes, classes), dtype=int)
+    np.add.at(table, (np.asarray(truth), np.asarray(guesses)), 1)
+    return table
+
+
+def confusion(file: Path, row: dict[str, Any], truth: Sequence[int], names: Sequence[str]) -> Path:
+    """Who is taken for whom: shares of each true class as shades, numbers of images in the cells."""
+    table = counts(row["guesses"], truth, len(names))
+    shares = table / np.maximum(1, table.sum(axis=1, keepdims=True))
+    side = min(14.0, max(5.0, 0.55 * len(names) + 1.5))
+    figure = _figure(side + 1, side)
+    axes = figure.subplots()
+    shade = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
+    if len(names) <= FEW:
+        for (true, said), number in np.ndenumerate(table):
+            if number:
+                ink = "white" if shares[true, said] > 0.5 else "black"
+                axes.text(said, true, str(number), ha="center", va="center", color=ink, fontsize=9)
+        short = [_short(name) for name in names]
+        tilt = 0 if max(map(len, short)) <= 3 else 45
+        axes.set_xticks(range(len(names)), short, rotation=tilt, ha="right" if tilt else "center")
+        axes.set_yticks(range(len(names)), short)
+    axes.set(
+        xlabel="said", ylabel="true", title=f"{row['title']}: {100 * row['accuracy']:.1f} % of {row['images']:,} right"
+    )
+    figure.colorbar(shade, ax=axes, label="% of the true class", shrink=0.8)
+    return _write(figure, file)
+
+
+def errors(file: Path, row: dict[str, Any], truth: Sequence[int], names: Sequence[str], test: Images) -> Path:
+    """The first images that were got wrong, in the order of the test set: nobody picked them."""
+    wrong = [i for i, (said, true) in enumerate(zip(row["guesses"], truth, strict=True)) if said != true]
+    shown = _spread(wrong, truth)[:SHOWN]
+    columns = min(8, max(4, len(shown)))
+    lines = max(1, math.ceil(len(shown) / columns))
+    figure = _figure(1.45 * columns, 1.75 * lines + 0.6)
+    figure.suptitle(f"{row['title']}: {len(shown)} of the {len(wrong)} test images it got wrong", fontsize=11)
+    for place, axes in enumerate(np.atleast_1d(figure.subplots(lines, columns)).flat):
+        axes.set_axis_off()
+        if place < len(shown):
+            i = shown[place]
+            axes.imshow(test.open(i), interpolation="nearest")
+            axes.set_title(f"true {_short(names[truth[i]])}\nsaid {_short(names[row['guesses'][i]])}", fontsize=9)
+    return _write(figure, file)
+
+
+def _spread(wrong: Sequence[int], truth: Sequence[int]) -> list[int]:
+    """Class by class in turn, since a test set may be sorted by class."""
+    classes: dict[int, list[int]] = {}
+    for i in wrong:
+        classes.setdefault(truth[i], []).append(i)
+    turns = max(map(len, classes.values()), default=0)
+    return [held[turn] for turn in range(turns) for _, held in sorted(classes.items()) if turn < len(held)]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _write(figure: Any, file: Path) -> Path:
+    fresh = file.with_name(f".{file.stem}.{os.getpid()}.png")
+    figure.savefig(fresh, dpi=130)
+    os.replace(fresh, file)
+    return file
