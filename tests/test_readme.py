@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tiny_vision import PROCESSOR
 from torchvision_stub import import_timm
 from zoo import ZOO, tokenizer_of
 
@@ -77,6 +78,8 @@ def furnish(folder: Path, text: str) -> None:
             specimen.build().save_pretrained(folder / name)
             if specimen.is_text:
                 tokenizer_of(specimen).save_pretrained(folder / name)
+            else:
+                PROCESSOR.save_pretrained(folder / name)
     if re.search(r"\btimm\b", text):
         import_timm()
 

@@ -15,11 +15,13 @@ from kitout.data.readers import from_arrays
 from zoo import IMAGE, ZOO
 
 CLASSES = 5  # of the zoo's heads
-PROCESSOR = {"size": {"height": IMAGE, "width": IMAGE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+PROCESSOR = transformers.ViTImageProcessorPil(
+    size={"height": IMAGE, "width": IMAGE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+)
 
 
 def pixels(**settings: object) -> Pixels:
-    return Pixels(transformers.ViTImageProcessorPil(**PROCESSOR), **settings)  # type: ignore[arg-type]
+    return Pixels(PROCESSOR, **settings)  # type: ignore[arg-type]
 
 
 def images(each: int = 8, seed: int = 0) -> Images:
@@ -37,5 +39,5 @@ def kit(species: str = "dinov2") -> Kit:
 
 def folder(path: Path, species: str = "dinov2") -> Path:
     ZOO[species].build().save_pretrained(path)
-    transformers.ViTImageProcessorPil(**PROCESSOR).save_pretrained(path)
+    PROCESSOR.save_pretrained(path)
     return path

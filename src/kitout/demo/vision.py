@@ -6,6 +6,7 @@ finished, in that one, and it says so. It knows the order of the work; how each 
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import time
@@ -126,8 +127,6 @@ def equip(options: Options, parts: Split, where: torch.device, screen: Screen) -
 
 def _example(model: Any, pixels: torch.Tensor) -> dict[str, Any]:
     """Two images at the size that will be used: far fewer tokens than the size the model was built for."""
-    import inspect
-
     stretched = {STRETCH: True} if STRETCH in inspect.signature(model.forward).parameters else {}
     return {"pixel_values": pixels.to(model.device)} | stretched
 

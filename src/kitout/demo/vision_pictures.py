@@ -19,6 +19,8 @@ from kitout.data.images import Images
 
 FEW = 20  # classes; above, a cell of the confusion is too small to hold its number
 SHOWN = 24  # misclassified images
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")  # Okabe and Ito's
+SIGNS = "os^vDPX*"
 LONGEST = 14  # letters of a class name on an axis
 
 
@@ -28,33 +30,29 @@ def possible() -> bool:
 
 def compare(file: Path, rows: Sequence[dict[str, Any]], majority: float, heading: str) -> Path:
     """Accuracy with its interval over trained parameters, on a log scale."""
-    figure = _figure(8.5, 5.2)
+    figure = _figure(8.5, 4.8)
     axes = figure.subplots()
     for number, row in enumerate(sorted(rows, key=lambda r: r["trainable"])):
         middle, (low, high) = 100 * row["accuracy"], (100 * side for side in row["interval95"])
-        reach = [[middle - low], [high - middle]]
-        axes.errorbar(row["trainable"], middle, yerr=reach, fmt="o", color="#0072B2", ecolor="0.6", capsize=4)
-        # names stand by turns right of and left of their point, so that neighbours of like size stay readable
-        right = number % 2 == 0
-        axes.annotate(
-            row["title"], (row["trainable"], middle), xytext=(7 if right else -7, 4), textcoords="offset points",
-            ha="left" if right else "right", fontsize=9,
+        colour, sign = COLOURS[number % len(COLOURS)], SIGNS[number % len(SIGNS)]
+        words = f"{row['title']}: {middle:.1f} %, {row['trainable']:,}"
+        axes.errorbar(
+            row["trainable"], middle, yerr=[[middle - low], [high - middle]], fmt=sign, color=colour, capsize=4,
+            markersize=7, label=words,
         )  # fmt: skip
-    axes.axhline(100 * majority, linestyle="--", color="0.4", linewidth=1)
-    axes.annotate(
-        "most frequent class", (1.0, 100 * majority), xycoords=("axes fraction", "data"), xytext=(-4, 4),
-        textcoords="offset points", ha="right", fontsize=8, color="0.3",
-    )  # fmt: skip
     axes.set_xscale("log")
-    axes.margins(x=0.22)
+    axes.margins(x=0.08)
     axes.grid(alpha=0.25)
-    tests = rows[0]["images"]
+    # the accuracy of always saying one class is told, not drawn: it would press the methods together
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside right center", fontsize=9, frameon=False,
+        title=f"accuracy, trained parameters\n(commonest class: {100 * majority:.1f} %)", title_fontsize=9,
+    )  # fmt: skip
     axes.set(
         xlabel="trained parameters, head included (log scale)",
-        ylabel=f"accuracy on {tests:,} test images, %",
-        title=heading,
+        ylabel=f"accuracy on {rows[0]['images']:,} test images, % (bars: 95 % interval)",
     )
-    axes.title.set_fontsize(11)
+    figure.suptitle(heading, fontsize=11)
     return _write(figure, file)
 
 
