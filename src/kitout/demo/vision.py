@@ -198,7 +198,7 @@ def one(
         "key": row.key,
         "title": row.title,
         "method": {type(row.method).__name__: row.method.describe()},
-        "head": row.head or "the model's own",
+        "head": row.head or vision_report.OWN,
         "recipe": asdict(recipe),
         "trainable": count.trainable,
         "percent": count.percent,

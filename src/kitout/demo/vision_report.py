@@ -12,6 +12,8 @@ from kitout.data.images import Images
 from kitout.demo import vision_pictures
 from kitout.demo.screen import Screen
 
+OWN = "the model's own"  # what a row that brings no head says of it
+
 
 def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The most accurate method; of equals the one with the fewest trained values."""
@@ -75,7 +77,6 @@ def _closing(results: dict[str, Any], out: Path, drawn: list[Path]) -> list[str]
     if "caveat" in model:
         lines.append(f"note: {model['name']}: {model['caveat']}")
     adapter = out / top["key"] / "adapter"
-    head = "" if top["head"] != "batchnorm" else f", heads=kitout.train.heads.batchnorm(kit, {len(results['names'])})"
     return [
         *lines,
         "",
@@ -84,5 +85,24 @@ def _closing(results: dict[str, Any], out: Path, drawn: list[Path]) -> list[str]
         f"to start over, remove {out}; on your own images:",
         "  kitout demo vision --data FOLDER_OF_CLASS_FOLDERS --model MODEL_FOLDER   (or a table of paths and labels)",
         "wear it in Python:",
-        f"  kit.load({str(adapter)!r}, name='best'{head}); kit.use('best')",
+        *(f"  {line}" for line in wearing(top, adapter, results)),
+    ]
+
+
+def wearing(row: dict[str, Any], adapter: Path, results: dict[str, Any]) -> list[str]:
+    """Lines that load an adapter of this run onto a fresh model."""
+    classes = len(results["names"])
+    lines = ["import kitout; from transformers import AutoModelForImageClassification"]
+    heads = ""
+    if row["head"] == "batchnorm":
+        lines.append("from kitout.train.heads import batchnorm")
+        heads = f", heads=batchnorm(kit, {classes})"
+    if row["head"] == OWN:  # kept as a difference from the model's own fresh head, which this seed gives again
+        lines.append(f"import torch; torch.manual_seed({results['settings']['seed']})")
+    return [
+        *lines,
+        "model = AutoModelForImageClassification.from_pretrained(",
+        f"    {results['model']['folder']!r}, num_labels={classes}, ignore_mismatched_sizes=True)",
+        "kit = kitout.attach(model.eval())",
+        f"kit.load({str(adapter)!r}, name='best'{heads}); kit.use('best')",
     ]
