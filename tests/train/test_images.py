@@ -38,6 +38,8 @@ def test_it_learns_on_every_kind_of_model(species: str) -> None:
     assert accuracy(worn) > 0.6
     assert sum(done.losses[-5:]) < 0.6 * sum(done.losses[:5])
     assert (done.step, done.images) == (30, 240)
+    assert done.processor_seconds > 0
+    assert 0 < done.trunk_seconds < done.seconds
     assert all(torch.equal(value, base[key]) for key, value in worn.base.state_dict().items())
     assert worn.worn is None
 

@@ -45,7 +45,7 @@ def _vpt() -> list[Row]:
         return []
     vpt = REGISTRY["VPT"]
     return [
-        Row("vpt-shallow", "VPT-shallow", vpt(length=10), 1e-2, HEAD),
+        Row("vpt-shallow", "VPT-shallow", vpt(length=10), 3e-2, HEAD),
         Row("vpt-deep", "VPT-deep", vpt(length=10, deep=True), 1e-2, HEAD),
     ]
 
@@ -58,8 +58,8 @@ ROWS: dict[str, Row] = {
         *_vpt(),
         Row("ssf", "SSF", SSF(), 3e-3, HEAD, decay=0.0),
         Row("lora", "LoRA, rank 8", LoRA(rank=8), 1e-3, HEAD),
-        Row("adaptformer", "AdaptFormer-64", AdaptFormer(), 1e-3, HEAD, head="batchnorm"),
-        Row("full", "full fine-tuning", FullFineTuning(), 1e-4, HEAD),
+        Row("adaptformer", "AdaptFormer-64", AdaptFormer(), 1e-2, HEAD, head="batchnorm"),
+        Row("full", "full fine-tuning", FullFineTuning(), 1e-5, HEAD),
     )
 }
 

@@ -64,13 +64,17 @@ class Recipe:
 
 @dataclass
 class Progress:
-    """What a run has done so far. trunk_seconds: spent on frozen features, part of seconds; 0 without a trunk."""
+    """What a run has done so far. trunk_seconds: spent on frozen features, part of seconds; 0 without a trunk.
+
+    processor_seconds: of all threads; what a busy machine cannot stretch.
+    """
 
     step: int = 0
     steps: int = 0
     images: int = 0
     seconds: float = 0.0
     trunk_seconds: float = 0.0
+    processor_seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
 
@@ -98,7 +102,7 @@ def fit(
         adapter.train()
         saved = time.perf_counter()
         for step in range(done.step, len(batches)):
-            start = time.perf_counter()
+            start, spent = time.perf_counter(), time.process_time()
             for group in optimiser.param_groups:
                 group["lr"] = group["full"] * rise_and_fall(step, len(batches), recipe.warmup)
             loss = _step(forward, images, batches[step], step, optimiser, adapter, recipe)
@@ -106,6 +110,7 @@ def fit(
             done.losses.append(round(loss, 4))
             now = time.perf_counter()
             done.seconds += now - start
+            done.processor_seconds += time.process_time() - spent
             if file and (now - saved >= recipe.save_every or done.step == len(batches)):
                 checkpoint.save(file, run, values, optimiser, asdict(done))
                 saved = time.perf_counter()
@@ -165,7 +170,7 @@ def _forward(kit: Kit, name: str, images: Images, pixels: Pixels, recipe: Recipe
 
     if pixels.augment is not None or done.step == done.steps:
         return whole  # every epoch sees other pixels
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), time.process_time()
     few = range(min(2, len(images)))
     trunk = Trunk.below(kit, name, pixels(images, list(few)).to(kit.device))
     if trunk is None:
@@ -178,6 +183,7 @@ def _forward(kit: Kit, name: str, images: Images, pixels: Pixels, recipe: Recipe
             return whole
     done.trunk_seconds += time.perf_counter() - start
     done.seconds += time.perf_counter() - start
+    done.processor_seconds += time.process_time() - spent
     features, below = torch.cat(kept), trunk
     return lambda rows, _seed: below.logits(features[list(rows)])
 
