@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from kitout import (
     IA3,
     SSF,
+    VPT,
     AdaptFormer,
     BitFit,
     FullFineTuning,
@@ -24,6 +25,8 @@ from kitout import (
     ParallelAdapter,
     PartialFineTuning,
     Pfeiffer,
+    PrefixTuning,
+    PromptTuning,
 )
 from zoo import EXTRA, ZOO, Specimen
 
@@ -34,7 +37,8 @@ class Case:
 
     refused: species where it has no place. rounds: its identity holds up to rounding (it renormalises, or takes off
     again what it added) and not bit for bit. by_row: species where rows of one batch may wear it. mixes: it may be a
-    part of a Mix.
+    part of a Mix, with any weight. strengths: it may be worn at other strengths than 1. eager: species in which it may
+    be worn when they write their attention out. counts: species whose positions it takes from the mask.
     """
 
     name: str
@@ -43,6 +47,9 @@ class Case:
     rounds: bool = False
     by_row: Callable[[Specimen], bool] = lambda specimen: True
     mixes: bool = True
+    strengths: bool = True
+    eager: Callable[[Specimen], bool] = lambda specimen: True
+    counts: Callable[[Specimen], bool] = lambda specimen: False
 
 
 SPECIES = {**ZOO, **(EXTRA if os.environ.get("KITOUT_LAWS") == "all" else {})}
@@ -81,6 +88,46 @@ def own_tables(specimen: Specimen) -> bool:
 
 def text(specimen: Specimen) -> bool:
     return specimen.is_text
+
+
+def inline(specimen: Specimen) -> bool:
+    """It writes its attention out: no call to add keys to."""
+    return specimen.name in ("mpt", "gptj")
+
+
+def closed(specimen: Specimen) -> bool:
+    """No attention over the whole sequence: windows, or none that takes keys."""
+    return inline(specimen) or specimen.name in ("swin", "modernbert")
+
+
+def uncrossed(specimen: Specimen) -> bool:
+    return specimen.kind != "encoder-decoder"
+
+
+def in_interface(specimen: Specimen) -> bool:
+    """Not timm's attention, which has no call to add keys to when it is not fused."""
+    return specimen.name != "timm-vit"
+
+
+def decoder(specimen: Specimen) -> bool:
+    return specimen.kind == "decoder"
+
+
+def talks(specimen: Specimen) -> bool:
+    return specimen.kind in ("decoder", "encoder-decoder")
+
+
+def no_front(specimen: Specimen) -> bool:
+    return no_text(specimen) or inline(specimen)
+
+
+def no_tokens_or_closed(specimen: Specimen) -> bool:
+    return no_text(specimen) or closed(specimen)
+
+
+def no_sequence(specimen: Specimen) -> bool:
+    """No image, or one whose tokens attend within windows."""
+    return specimen.is_text or specimen.name == "swin"
 
 
 CASES: tuple[Case, ...] = (
@@ -124,6 +171,48 @@ CASES: tuple[Case, ...] = (
     Case("partial-last", PartialFineTuning(last=1), by_row=plain_blocks),
     Case("partial-head", PartialFineTuning(part="head")),
     Case("partial-norms", PartialFineTuning(part="norms")),
+    *(
+        Case(name, method, refused=no_front, mixes=False, strengths=False, counts=counts)
+        for name, method, counts in (
+            ("prompt", PromptTuning(length=3), talks),
+            ("prompt-after", PromptTuning(length=2, place="after", init="normal", stacks="decoder"), decoder),
+            ("prompt-labels", PromptTuning(length=4, init=((7, 8), (9,)), stacks="both"), talks),
+            ("prompt-text", PromptTuning(length=5, init=(11, 12, 13), place="after"), talks),
+        )
+    ),
+    Case(
+        "prompt-pooled",
+        PromptTuning(length=2, pooled="prompt"),
+        refused=lambda specimen: specimen.kind != "encoder",
+        mixes=False,
+        strengths=False,
+    ),
+    *(
+        Case(name, method, refused=closed, mixes=False, eager=in_interface, counts=talks)
+        for name, method in (
+            ("prefix", PrefixTuning(length=5)),
+            ("prefix-mlp", PrefixTuning(length=6, encoder=7)),
+            ("prefix-mlps", PrefixTuning(length=5, encoder=5, shared=False, dropout=0.2)),
+            ("prefix-last", PrefixTuning(length=6, layers="last:1", places="encoder decoder")),
+        )
+    ),
+    Case("prefix-cross", PrefixTuning(length=4, places="cross"), refused=uncrossed, mixes=False),
+    Case(
+        "prefix-text",
+        PrefixTuning(length=5, init=(11, 12, 13, 14, 15)),
+        refused=no_tokens_or_closed,
+        mixes=False,
+        counts=talks,
+    ),
+    *(
+        Case(name, method, refused=no_sequence, mixes=False, strengths=False)
+        for name, method in (
+            ("vpt", VPT(length=4)),
+            ("vpt-deep", VPT(length=3, deep=True)),
+            ("vpt-last", VPT(length=2, deep=True, layers="last:2", projection=6, dropout=0.2)),
+            ("vpt-shared", VPT(length=3, deep=True, share=True)),
+        )
+    ),
     Case("partial-names", PartialFineTuning(names="*.1.*"), by_row=not_relative, refused=one_block),
 )
 

@@ -7,6 +7,8 @@ those of its rows alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -99,13 +101,14 @@ SEARCHES = {
     "greedy": {},
     "beams": {"num_beams": 3},
     "beams, two returned": {"num_beams": 3, "num_return_sequences": 2},
+    "static cache": {"cache_implementation": "static"},
     "samples of the likeliest": {"do_sample": True, "top_k": 1, "num_return_sequences": 2},
 }
 
 
 @talkers
 @pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES.keys())
-def test_each_row_generates_as_it_would_alone(specimen: Specimen, group: list[Case], search: dict[str, int]) -> None:
+def test_each_row_generates_as_it_would_alone(specimen: Specimen, group: list[Case], search: dict[str, Any]) -> None:
     kit = kit_of(specimen)
     with added(kit, *group):
         rows = rows_wearing(group)
@@ -125,7 +128,7 @@ def prompts(specimen: Specimen, rows: int) -> dict[str, Tensor]:
     return batch
 
 
-def generate(kit: Kit, batch: dict[str, Tensor], **search: int) -> Tensor:
+def generate(kit: Kit, batch: dict[str, Tensor], **search: Any) -> Tensor:
     torch.manual_seed(0)
     ban = [[i] for i in range(FIRST_TOKEN)]  # no pad or end in the answers, which would hide what follows
     return kit.generate(**batch, max_new_tokens=4, min_new_tokens=4, bad_words_ids=ban, **search)

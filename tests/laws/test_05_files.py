@@ -26,13 +26,15 @@ cells = pytest.mark.parametrize(("specimen", "case"), CELLS, ids=name_of)
 def test_what_is_loaded_is_what_was_saved(specimen: Specimen, case: Case, tmp_path: Path) -> None:
     kit, batch = kit_of(specimen), specimen.batch(2, 0)
     with worn(kit, case) as adapter:
-        kit.strength(case.name, 0.5)
+        strength = 0.5 if case.strengths else 1.0
+        kit.strength(case.name, strength)
         want = run(kit, batch)
         kit.save(case.name, tmp_path / "a")
         loaded = kit.load(tmp_path / "a", name="again")
-        kit.strength("again", 0.5)
-        assert loaded.method == adapter.method
-        assert_equal_tensors(loaded, adapter)
+        kit.strength("again", strength)
+        assert loaded.method == adapter.method.settled()
+        if loaded.method == adapter.method:
+            assert_equal_tensors(loaded, adapter)
         with kit.use("again"):
             assert torch.equal(run(kit, batch), want)
         assert values_in(tmp_path / "a") <= sum(p.numel() for p in adapter.state_dict().values())

@@ -27,7 +27,7 @@ def test_merged_equals_attached_and_unmerge_restores_the_bits(specimen: Specimen
     base = run(kit, batch)
     with worn(kit, case) as adapter:
         want = {}
-        for strength in (1.0, 0.7):
+        for strength in (1.0, 0.7) if case.strengths else (1.0,):
             kit.strength(case.name, strength)
             want[strength] = run(kit, batch)
         refused = unmergeable(adapter)

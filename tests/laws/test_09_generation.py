@@ -22,9 +22,10 @@ causal = pytest.mark.parametrize(
 )
 
 
-def generate(kit: Kit, batch: dict[str, Tensor]) -> Tensor:
+def generate(kit: Kit, batch: dict[str, Tensor], cache: str | None = None) -> Tensor:
     ban = [[i] for i in range(FIRST_TOKEN)]
-    return kit.generate(**batch, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, bad_words_ids=ban)[:, -NEW:]
+    length = {"max_new_tokens": NEW, "min_new_tokens": NEW}
+    return kit.generate(**batch, **length, do_sample=False, bad_words_ids=ban, cache_implementation=cache)[:, -NEW:]
 
 
 def loop(specimen: Specimen, kit: Kit, batch: dict[str, Tensor]) -> Tensor:
@@ -50,6 +51,7 @@ def test_cached_generation_is_the_uncached_loop(specimen: Specimen, case: Case) 
     with worn(kit, case):
         together = generate(kit, batch)
         assert torch.equal(together, loop(specimen, kit, batch))
+        assert torch.equal(together, generate(kit, batch, "static"))
         if specimen.kind == "decoder":  # generate derives positions from the mask, so left padding is always harmless
             lengths = [7, 3, 5]
             mixed = generate(kit, padded(batch, lengths, "left", specimen.pad_id))

@@ -50,16 +50,27 @@ def attentions(found: Survey, sites: Sequence[Site], watch: Watch) -> tuple[list
             role="kv.cross" if key.role.startswith("cross.") else "kv.self",
             tower=block.tower,
             layer=block.index,
-            d_in=key.d_out,
+            d_in=block.d,
             d_out=key.d_out,
             port="kv",
             heads=key.d_out // call.tensors["q"].shape[-1],
+            window=_window(module),
             scale=None if call.tensors["k"].is_meta else _scale(call),
             rows=key.rows,
             kind="other",
             module=module,
         )
-    return list(result.values()), closed
+    return [s.at(bias=_bias(s, list(result.values()))) for s in result.values()], closed
+
+
+def _bias(site: Site, sites: Sequence[Site]) -> nn.Module | None:
+    """Its own relative positions, else those of the first attention in its stack, which hands them on."""
+    stack = [s for s in sites if (s.tower, s.role) == (site.tower, site.role)]
+    for module in (site.module, *(s.module for s in stack)):
+        has_table = any(isinstance(child, nn.Embedding) for child in module.children())
+        if has_table and callable(getattr(module, "compute_bias", None)):
+            return module
+    return None
 
 
 def _feeding(call: Attention, letter: str, letters: Mapping[tuple[str, str], Site]) -> Site | None:
@@ -82,6 +93,12 @@ def _reason(call: Attention, module: nn.Module, key: Site | None, value: Site | 
     return ""
 
 
+def _window(module: nn.Module) -> int:
+    """How many keys a sliding window holds, 0 where it slides over none."""
+    window = getattr(module, "sliding_window", None)
+    return window if isinstance(window, int) and window > 0 else 0
+
+
 def _scale(call: Attention) -> tuple[float, float]:
     k, v = (call.tensors[letter].detach().float() for letter in "kv")
-    return k.std().item(), v.std().item()
+    return k.std(correction=0).item(), v.std(correction=0).item()  # heads may be there several times

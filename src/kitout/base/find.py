@@ -27,9 +27,9 @@ class Tower:
     """A stack of blocks. path: of the module list ("model.layers", "encoder.block"). width: of its residual stream.
 
     What a probe adds: causal: no position sees a later one; None where unknown. owner: path of the module that turns
-    tokens into the stack's first stream, None where there are no tokens; table: of the token table it asks.
-    positions: path of a learned position table, whose row `offset` is position 0; given: what to add to `position_ids`
-    for the model to take them as counted from 0, None where it does not take any.
+    tokens into the stack's first stream, None where there are no tokens; table: of the token table it asks; body: of
+    the module in it that runs the blocks, "" where it runs them itself.
+    positions: path of a learned position table, whose row `offset` is position 0.
     """
 
     path: str
@@ -38,9 +38,9 @@ class Tower:
     causal: bool | None = None
     owner: str | None = None
     table: str = ""
+    body: str = ""
     positions: str = ""
     offset: int = 0
-    given: int | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ requires_grad as they were. It knows no architecture; where the forward cannot b
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 from kitout.base.attention import attentions
 from kitout.base.example import example as make_example
 from kitout.base.example import one_more
-from kitout.base.find import Survey, Tower
+from kitout.base.find import Survey
 from kitout.base.site import Rows, Site
-from kitout.base.streams import given, towers
+from kitout.base.streams import towers
 from kitout.base.sublayers import sublayers
 from kitout.base.watch import Watch
 
@@ -44,7 +43,6 @@ def prove(found: Survey, example: Mapping[str, Any] | None = None) -> Survey:
             second = _watch(found, one_more(batch))
             feeds = _feeds(first)
             seen = towers(found, found.sites, first)
-            seen = [_placed(found, tower, batch) for tower in seen]
     except Exception as error:
         if example is not None:
             raise
@@ -71,25 +69,6 @@ def prove(found: Survey, example: Mapping[str, Any] | None = None) -> Survey:
         closed=closed,
         doubt="",
     )
-
-
-def _placed(found: Survey, tower: Tower, batch: Mapping[str, Any]) -> Tower:
-    """The tower with what its owner makes of `position_ids`, where it takes them."""
-    if tower.owner is None or "position_ids" not in _accepted(found.model.get_submodule(tower.owner)):
-        return tower
-    if not tower.positions:
-        return replace(tower, given=0)
-    if "position_ids" not in _accepted(found.model) or "input_ids" not in batch:
-        return tower
-    ids = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)
-    try:
-        return replace(tower, given=given(tower, _watch(found, {**batch, "position_ids": ids.expand(2, -1)})))
-    except (RuntimeError, ValueError, TypeError, IndexError):  # it names them and does not take them
-        return tower
-
-
-def _accepted(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(module.forward).parameters
 
 
 def _spoken_for(site: Site, sites: list[Site], watch: Watch) -> bool:

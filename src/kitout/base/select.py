@@ -17,7 +17,7 @@ from kitout.base.layers import parse
 from kitout.base.site import ROLES, Site
 from kitout.errors import Faults, TargetError, suggest
 
-GROUPS = ("attn", "self", "cross", "mlp", "sub")
+GROUPS = ("attn", "self", "cross", "mlp", "sub", "kv")
 PLAIN = tuple(role for role in ROLES if "." not in role)
 WHOLE = ("block", "sub.attn", "sub.cross", "sub.mlp")  # places that are no leaf module: never caught by a wildcard path
 

@@ -54,7 +54,9 @@ class Site:
     table looked up once for all rows) or nothing of the kind ("none"). norm: at a sublayer, the norm that takes its sum
     with the residual where the stream goes on from there (post-norm blocks). names: parameters of the module, relative
     to it, that an adapter holds its own values of; keys: the same for those that are one parameter (tied tables).
-    heads: of keys and values at an attention; scale: the standard deviations its keys and values had in the probe.
+    heads: of keys and values at an attention; scale: the standard deviations its keys and values had in the probe;
+    window: how far it looks, 0 = everywhere;
+    bias: the attention whose `compute_bias` gives the bias of relative positions that this one adds, None without.
     """
 
     path: str
@@ -73,6 +75,8 @@ class Site:
     keys: tuple[str, ...] = ()
     heads: int = 0
     scale: tuple[float, float] | None = field(default=None, compare=False)
+    window: int = 0
+    bias: nn.Module | None = field(default=None, compare=False, repr=False)
     norm: nn.Module | None = field(default=None, compare=False, repr=False)
     module: nn.Module = field(compare=False, repr=False)
 

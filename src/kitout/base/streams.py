@@ -59,7 +59,8 @@ def _fed(tower: Tower, block: str, tables: set[str], watch: Watch) -> Tower:
         return tower
     owner = _common(asked[-1], entry)
     ordered = [k for k in before if k.inside[-1] not in tables and _consecutive(k.indices) and owner in k.inside]
-    tower = replace(tower, owner=owner, table=asked[-1].inside[-1])
+    below = entry.inside[entry.inside.index(owner) + 1]
+    tower = replace(tower, owner=owner, table=asked[-1].inside[-1], body="" if below == block else below)
     if not ordered:
         return tower
     return replace(tower, positions=ordered[-1].inside[-1], offset=int(ordered[-1].indices.reshape(-1)[0]))
@@ -74,11 +75,3 @@ def _common(lookup: Lookup, entry: Entry) -> str:
 def _consecutive(indices: Tensor) -> bool:
     rows = indices.reshape(-1, indices.shape[-1])
     return rows.shape[1] > 1 and bool((rows == rows[0, 0] + torch.arange(rows.shape[1], device=rows.device)).all())
-
-
-def given(tower: Tower, watch: Watch) -> int | None:
-    """What to add to `position_ids` counted from 0, after a forward that was given such."""
-    for lookup in watch.lookups:
-        if lookup.inside[-1] == tower.positions and _consecutive(lookup.indices):
-            return tower.offset - int(lookup.indices.reshape(-1)[0])
-    return None

@@ -80,7 +80,7 @@ def blank(
     """The adapter with shapes and no values, and its slots."""
     with torch.device("meta"), torch.no_grad():
         hollow = [site.at(module=_hollow_of(kit, site)) for site in sites]
-        shared = method.shared(hollow)
+        shared = method.common(hollow)
         deltas = {site.key: method.build(site, shared) for site in hollow}
     adapter = Adapter(name, method, sites, deltas, shared, heads)
     return adapter, slots(adapter)

@@ -38,15 +38,23 @@ RETRIES = 5  # while a folder is replaced under a reader
 
 
 @torch.no_grad()
-def save(kit: Kit, name: str, folder: str | PathLike[str], *, note: Mapping[str, Any] | None = None) -> None:
+def save(
+    kit: Kit,
+    name: str,
+    folder: str | PathLike[str],
+    *,
+    note: Mapping[str, Any] | None = None,
+    resume: bool = False,
+) -> None:
     """Writes one adapter into a new or empty folder, or replaces an adapter folder in one step.
 
+    resume: keep what only training needs (a prefix's encoder), which is folded away otherwise.
     note: anything json can hold, kept with the adapter; None keeps the note it was loaded with. Raises FileError where
     the folder holds other files or a value is NaN or infinite.
     """
     from kitout import __version__
 
-    adapter = kit[name]
+    adapter = kit[name] if resume else kit[name].settled()
     target = Path(folder)
     check_replaceable(target.expanduser(), FILES)
     held = slots(adapter)

@@ -50,12 +50,15 @@ class Adapter(nn.Module):
         super().__init__()
         self.name, self.method, self.sites = name, method, tuple(sites)
         self.seed: int | None = None
+        self._strength = 1.0
         self.note: dict[str, Any] = {}  # what its file says about it, in its author's words
         self.deltas = nn.ModuleDict(dict(deltas))
         self.shared = shared
         self.heads = nn.ModuleDict({path.replace(".", "/"): Head(m) for path, m in heads.items()})
         self.locals: dict[str, Local] = {}
         self.notes: dict[str, list[Source]] = {}  # module path -> sources its input has to be left in
+        self.pasts: dict[str, Part] = {}  # attention path -> its keys and values
+        self.tokens: dict[str, list[Part]] = {}  # tower -> tokens for its sequence, in block order
 
     def wire(self, head_sites: Sequence[Site]) -> None:
         """Groups the Deltas by the module they act on."""
@@ -64,14 +67,33 @@ class Adapter(nn.Module):
         params: dict[str, list[Part]] = {}
         ports = {"in": ins, "param": params}
         for site, delta in [(s, self.delta(s)) for s in self.sites] + [(s, self.head(s)) for s in head_sites]:
-            source = None
-            if site.source is not None:
-                source = Source()
+            source = None if site.source is None else Source()
+            if source is not None and site.source is not None:
                 self.notes.setdefault(site.source, []).append(source)
-            ports.get(site.port, outs).setdefault(site.path, []).append(Part(site, delta, source))
+            part = Part(site, delta, source)
+            if site.port == "kv":
+                self.pasts[site.path] = part
+            elif site.port == "tokens":
+                self.tokens.setdefault(site.tower, []).append(part)
+            else:
+                ports.get(site.port, outs).setdefault(site.path, []).append(part)
         for path in {**ins, **outs, **params}:
             here = [tuple(port.get(path, ())) for port in (ins, outs, params)]
             self.locals[path] = Local(self.name, here[0], here[1], here[2])
+
+    def pasts_at(self, tower: str, role: str) -> list[Part]:
+        """Its keys and values at the attentions of one kind in one stack."""
+        return [part for part in self.pasts.values() if (part.site.tower, part.site.role) == (tower, role)]
+
+    def settled(self) -> Adapter:
+        """The same adapter without what only its training needs; itself where there is nothing of the kind."""
+        method = self.method.settled()
+        if method is self.method:
+            return self
+        deltas = {site.key: self.delta(site).settled() for site in self.sites}
+        new = Adapter(self.name, method, self.sites, deltas, None, {})
+        new.heads, new.seed, new.note, new._strength = self.heads, self.seed, self.note, self._strength
+        return new
 
     def delta(self, site: Site) -> Delta:
         found = self.deltas[site.key]
@@ -85,10 +107,11 @@ class Adapter(nn.Module):
 
     @property
     def strength(self) -> float:
-        return next(iter(self.locals.values())).strength if self.locals else 1.0
+        return self._strength
 
     @strength.setter
     def strength(self, value: float) -> None:
+        self._strength = value
         for local in self.locals.values():
             local.strength = value
 

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
+from kitout.base.find import Survey
 from kitout.errors import RouteError
 from kitout.kit.adapter import Adapter, hidden
 from kitout.kit.beneath import raised
-from kitout.kit.live import Bound
+from kitout.kit.call import Here, Pair
+from kitout.kit.front import Front
+from kitout.kit.live import Bound, Live
 from kitout.kit.local import Local, Source
 from kitout.kit.program import Blend, Chain, Direct, Exchange, Note, One, Term, Whole
 from kitout.kit.route import Entry, Mix, Route, names
@@ -19,11 +23,19 @@ from kitout.kit.rows import Plan, Rows
 from kitout.kit.tap import Program, Tap
 
 
-def bind(route: Route, adapters: Mapping[str, Adapter], taps: Mapping[str, Tap], rows: Mapping[str, str]) -> Bound:
+def bind(
+    route: Route,
+    adapters: Mapping[str, Adapter],
+    taps: Mapping[str, Tap],
+    found: Survey,
+    live: Live,
+    record: dict[str, Pair] | None = None,
+) -> Bound:
     """Programs for every module that the route's adapters sit at or read from.
 
-    rows: by module path, how its first dimension relates to the batch (`Site.rows`).
+    record: takes the self-attentions' own keys and values, by path, at every forward under this route.
     """
+    rows = {s.path: s.rows for n in names(route) for s in adapters[n].sites}
     bound = Bound(route, rows=len(route) if isinstance(route, tuple) else None)
     worn = [adapters[n] for n in dict.fromkeys(names(route))]
     programs: dict[str, Program] = {}
@@ -45,6 +57,12 @@ def bind(route: Route, adapters: Mapping[str, Adapter], taps: Mapping[str, Tap],
             notes.setdefault(path, []).extend(sources)
     for path, sources in notes.items():
         programs[path] = Note(sources, programs.get(path))
+    if record is not None or any(a.pasts or a.tokens for a in worn):
+        bound.here = Here()
+        compiled = partial(bind, adapters=adapters, taps=taps, found=found, live=live)
+        Front(
+            programs, entries, adapters, plan, taps, found, bound.here, live, lambda e, keys: compiled(e, record=keys)
+        ).lay(record)
     bound.items = [(taps[path], program) for path, program in programs.items()]
     return bound
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from kitout.errors import MergeState, RouteError
 from kitout.kit.live import Bound, Live
 from kitout.kit.tap import subclass
+from kitout.kit.widen import trimmed
 
 ROUTE = "_kitout_route"  # the keyword a block's route travels under
+ENCODER = ("encoder_last_hidden_state", "encoder_hidden_states")
 
 
 class Resolver(Protocol):
@@ -45,9 +47,11 @@ def bounded(base: type[nn.Module]) -> type[nn.Module]:
             return frozen_forward(self, *args, **kwargs)  # the taps already hold the route `use` laid
         _check_trainable(self._kitout, self)
         live: Live = self._kitout.live
+        if live.leading:
+            return frozen_forward(self, *args, **kwargs)
         with live.lock:
             live.settle()
-            bound = self._kitout.resolve()
+            bound = self._kitout.resolve().begun()
             if bound.rows is not None and live.depth == 0:
                 _check_rows(bound, self, args, kwargs, bool(live.generating))
             live.lay(bound)
@@ -58,9 +62,7 @@ def bounded(base: type[nn.Module]) -> type[nn.Module]:
             finally:
                 live.depth -= 1
                 _finish(live, bound)
-            if torch.is_grad_enabled():
-                live.graphs.record(output, bound)
-            return output
+            return _returned(live, bound, output)
 
     def train(self: Any, mode: bool = True) -> Any:
         if self._kitout is None:
@@ -79,15 +81,17 @@ def bounded(base: type[nn.Module]) -> type[nn.Module]:
             live: Live = self._kitout.live
             with live.lock:
                 live.settle()
-                bound = self._kitout.resolve()
+                bound = self._kitout.resolve().begun()
                 if bound.rows is not None:
                     _check_rows(bound, self, args, kwargs, False)
                 live.lay(bound)  # an encoder may be called before the model's own forward is
                 live.generating += 1
+                counting, live.counting = live.counting, kwargs.get("position_ids") is None
                 try:
                     return frozen_generate(self, *args, **kwargs)
                 finally:
                     live.generating -= 1
+                    live.counting = counting
                     _finish(live, bound)
 
         members["generate"] = generate
@@ -101,6 +105,12 @@ def routed(base: type[nn.Module]) -> type[nn.Module]:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         live: Live | None = self._kitout_live
+        if live and live.leading and getattr(self, "gradient_checkpointing", False):
+            self.gradient_checkpointing = False  # a prompt is short, and its keys are wanted in this very graph
+            try:
+                return base.__call__(self, *args, **kwargs)
+            finally:
+                self.gradient_checkpointing = True
         if live and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             known = live.depth or torch._C._current_graph_task_id() == -1  # else the route of some later forward
             if known and live.bound.items and getattr(self, "gradient_checkpointing", False):
@@ -128,6 +138,15 @@ def routed(base: type[nn.Module]) -> type[nn.Module]:
 
     members = {"__call__": call, "forward": forward, "frozen_forward": frozen_forward, "_kitout_live": None}
     return subclass(base, {"swap": routed, **members})
+
+
+def _returned(live: Live, bound: Bound, output: Any) -> Any:
+    """The output as the caller knows it, and on record for recomputations."""
+    for tower in bound.call.back:  # states of an encoder come back as wide as its decoder read them
+        output = trimmed(output, bound.call, tower, ENCODER)
+    if torch.is_grad_enabled():
+        live.graphs.record(output, bound)
+    return output
 
 
 def _check_trainable(kit: Resolver, model: nn.Module) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from kitout.base.probe import undisturbed
 from kitout.base.site import Site
 from kitout.errors import (
     BadName,
@@ -20,12 +22,15 @@ from kitout.errors import (
     Faults,
     NameTaken,
     NotMergeable,
+    RouteError,
     SilentSite,
     TargetError,
     UnknownAdapter,
     suggest,
 )
 from kitout.kit.adapter import Adapter
+from kitout.kit.bind import bind
+from kitout.kit.call import Pair
 from kitout.kit.delta import Delta, Method
 from kitout.kit.route import Route, names
 from kitout.kit.tap import untap
@@ -59,14 +64,37 @@ def build(
     with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
         if seed is not None:
             torch.manual_seed(seed)
-        shared = method.shared(sites)
+        shared = method.common(sites)
         deltas = {site.key: _delta(method, site, shared) for site in sites}
+        method.start({site: deltas[site.key] for site in sites}, partial(keys_values, kit))
     adapter = Adapter(name, method, sites, deltas, shared, heads)
     adapter.seed = seed
     adapter.to(dtype=dtype or torch.promote_types(kit.dtype, torch.float32))
     place(kit, adapter)
     adapter.wire(head_sites)
     return adapter
+
+
+def keys_values(kit: Kit, ids: Tensor) -> dict[str, Pair]:
+    """The base's own keys and values of token ids [1, T], by attention path, each [H_kv, T, d_h]."""
+    if not any(tower.owner is not None for tower in kit.found.towers):
+        raise ConfigError("init from a text: this model reads no tokens")
+    found: dict[str, Pair] = {}
+    live, base = kit.live, kit.base
+    ids = ids.to(kit.device)
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if kit.config.is_encoder_decoder else {})
+    for site in kit.found.attentions:
+        kit.tapped(site.path)
+    with live.lock, undisturbed(base), torch.no_grad():
+        before = live.bound
+        live.leading += 1
+        try:
+            live.lay(bind(None, {}, kit.taps, kit.found, live, found))
+            base(**inputs, use_cache=False)
+        finally:
+            live.lay(before)
+            live.leading -= 1
+    return {path: (k[0], v[0]) for path, (k, v) in found.items()}
 
 
 def _delta(method: Method, site: Site, shared: nn.Module | None) -> Delta:
@@ -87,6 +115,19 @@ def check_name(kit: Kit, name: str) -> None:
         )
     if name in kit:
         raise NameTaken(f"an adapter called {name!r} exists: remove({name!r}) first, or choose another name")
+
+
+def check_strength(adapter: Adapter, value: float) -> None:
+    """RouteError for a strength that what the adapter adds cannot have."""
+    if adapter.tokens and value != 1.0:
+        raise RouteError(
+            f"{adapter.name!r} has tokens in the sequence: they are there or not, and have no strength; use(None) "
+            "is without"
+        )
+    if adapter.pasts and value < 0:
+        raise RouteError(
+            f"{adapter.name!r} has a prefix: its strength is a weight of attention, at least 0, found {value}"
+        )
 
 
 def check_known(kit: Kit, wanted: Route) -> None:

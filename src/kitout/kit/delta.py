@@ -7,7 +7,7 @@ and saving are written once over `Delta` alone. This module knows no method and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,17 +21,24 @@ if TYPE_CHECKING:
     from kitout.base.site import Site
     from kitout.base.weights import Frozen
 
+Pair = tuple[Tensor, Tensor]  # keys and values
+
 
 class Delta(nn.Module):
     """A trained map at one site. Values are channels-last.
 
-    extra_tokens: > 0 if the sequence is widened at the model boundary. reads_weight: True if `forward` also takes the
-    frozen module's view (`Frozen`: its weight [d_out, d_in], its bias, and the module itself as a function).
+    length: positions it adds to a sequence: rows of `tokens` (port "tokens") or keys and values of `past` (port "kv").
+    after: its tokens come after the first token of the text (BOS, CLS), not before it.
+    pooled: what follows the stack finds the first of its tokens where the text's first was (a classifier reads it).
+    reads_weight: True if `forward` also takes the frozen module's view (`Frozen`: its weight [d_out, d_in], its bias,
+    and the module itself as a function).
     replaces: True if `forward` does not read y, so the base's product can be skipped when a whole batch wears it.
     elementwise: True if y' = scale * y + shift, so that it folds into a norm's gain or an input axis as well.
     """
 
-    extra_tokens: ClassVar[int] = 0
+    length: int = 0
+    after: bool = False
+    pooled: bool = False
     reads_weight: bool = False
     replaces: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
@@ -50,6 +57,21 @@ class Delta(nn.Module):
         Optional, for training: None where the output first and `update` after it is as good.
         """
         return None
+
+    def tokens(self) -> Tensor:
+        """Port "tokens": the vectors [length, d] that this site puts into the sequence."""
+        raise NotImplementedError
+
+    def past(self) -> tuple[Tensor, Tensor]:
+        """Port "kv": keys and values, each [H_kv, length, d_h], that every query sees before those of the text.
+
+        Keys as the attention call takes them: no rotation, projection or norm comes after.
+        """
+        raise NotImplementedError
+
+    def settled(self) -> Delta:
+        """The same map without what only training needs (an encoder of its values); itself where there is none."""
+        return self
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """w [d_out, d_in], b [d_out] | None, in working precision -> the same, exactly equal to forward.
@@ -91,6 +113,7 @@ class Method(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False, allow_inf_nan=False)
     mergeable: ClassVar[bool] = True
     identity: ClassVar[bool] = True  # a fresh adapter leaves the outputs bit-identical (law 2)
+    still: ClassVar[bool] = False  # trained with the base in eval mode: no dropout, no drop-path
 
     default_targets: ClassVar[str] = "all-linear"
 
@@ -111,13 +134,23 @@ class Method(BaseModel):
         """The chosen sites, in model order. Default: `targets` and `layers` through the selection language."""
         return select(survey.sites, self.targets or self.default_targets, self.layers)
 
-    def shared(self, sites: Sequence[Site]) -> nn.Module | None:
+    def common(self, sites: Sequence[Site]) -> nn.Module | None:
         """One module per adapter that every Delta may use (a prefix encoder); None for most."""
         return None
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         """The fresh Delta of one site. When values come from a file, site.module has shapes and no values (meta)."""
         raise NotImplementedError
+
+    def start(self, deltas: Mapping[Site, Delta], past: Callable[[Tensor], Mapping[str, Pair]]) -> None:
+        """Fresh values that need a forward of the base; most methods have none.
+
+        past: token ids [1, T] -> by attention path the base's own keys and values of them, each [H_kv, T, d_h].
+        """
+
+    def settled(self) -> Method:
+        """The config of the adapter whose Deltas are `settled`."""
+        return self
 
     def count(self, sites: Sequence[Site]) -> int:
         """Closed form of the number of trained values over these sites (checked against the tensors by law 7)."""

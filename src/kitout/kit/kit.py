@@ -18,22 +18,17 @@ from torch import Tensor, nn
 from kitout.base.find import Survey
 from kitout.base.select import select
 from kitout.base.site import Site
-from kitout.errors import (
-    Detached,
-    MergeState,
-    RouteError,
-    UnknownAdapter,
-    suggest,
-)
+from kitout.errors import Detached, MergeState, RouteError, UnknownAdapter, suggest
 from kitout.kit import merge as merging
 from kitout.kit.adapter import Adapter
-from kitout.kit.bare import BareState, Forward, disable_checkpointing, enable_checkpointing
+from kitout.kit.bare import BareState, Forward, disable_checkpointing, enable_checkpointing, keep_still, train_base
 from kitout.kit.bind import bind
 from kitout.kit.boundary import bounded, routed
-from kitout.kit.build import build, check_known, check_name
+from kitout.kit.build import build, check_known, check_name, check_strength
 from kitout.kit.count import Count, count
 from kitout.kit.delta import Method
 from kitout.kit.firing import Firing
+from kitout.kit.front import paths
 from kitout.kit.live import Bound, Choice, Live
 from kitout.kit.plans import Plans
 from kitout.kit.route import Route, names, route
@@ -56,7 +51,7 @@ class Kit(nn.Module):
         self.merged_name: str | None = None
         self.spent = False
         self._order: dict[str, Adapter] = {}
-        self._taps: dict[str, Tap] = {}
+        self.taps: dict[str, Tap] = {}
         self._plans = Plans()
         self._backup: dict[str, merging.Backup] = {}
         self.unproven: set[str] = {s.path for s in found.sites} if not found.proven else set()
@@ -70,15 +65,15 @@ class Kit(nn.Module):
     def _install(self) -> None:
         base = self.base
         base.requires_grad_(False)
-        self._taps[""] = tap("", base)  # below the boundary, which lays the route that a tap reads
+        self.taps[""] = tap("", base)  # below the boundary, which lays the route that a tap reads
         install(base, bounded, "_kitout", self)
         blocks = {b.path for b in self.found.blocks if b.whole}
         for path, module in list(base.named_modules()):
             # besides blocks, whatever else activation checkpointing runs again: a stage of blocks
             if path in blocks or (path and hasattr(type(module), "gradient_checkpointing")):
                 module.__dict__["_kitout_live"] = self.live
-                self._taps[path] = Tap(path, module)
-                install(module, routed, "_kitout_tap", self._taps[path])
+                self.taps[path] = Tap(path, module)
+                install(module, routed, "_kitout_tap", self.taps[path])
 
     def detach(self) -> nn.Module:
         """The model as it was before `attach`: classes, requires_grad and mode; returns it. The kit is spent."""
@@ -86,13 +81,13 @@ class Kit(nn.Module):
             self.unmerge()
         self.live.lay(Bound(None))
         self.spent = True
-        for path in self._taps:
+        for path in self.taps:
             module = self.base.get_submodule(path)
             untap(module)
             module.__dict__.pop("_kitout_live", None)
         uninstall(self.base, "_kitout")
         self._state.restore(self.base)
-        self._taps.clear()
+        self.taps.clear()
         return self.base
 
     @property
@@ -154,11 +149,16 @@ class Kit(nn.Module):
         """Takes in an adapter that was built for this kit (by `add` or from a file)."""
         with self.live.lock:
             check_name(self, adapter.name)  # another thread may have taken the name meanwhile
-            for path in {**adapter.locals, **adapter.notes}:
-                self._taps.setdefault(path, tap(path, self.base.get_submodule(path)))
+            for path in {**adapter.locals, **adapter.notes, **dict.fromkeys(paths(adapter, self.found))}:
+                self.tapped(path)
             self.adapters["@" + adapter.name.replace(".", "%2E")] = adapter
             adapter.train(self.training)
             self._order[adapter.name] = adapter
+            keep_still(self)
+
+    def tapped(self, path: str) -> Tap:
+        """The tap of a module, installed on first use."""
+        return self.taps.setdefault(path, tap(path, self.base.get_submodule(path)))
 
     def remove(self, name: str) -> None:
         """Forgets an adapter. Refused while it is merged or worn: here, in any `with`, or by the sticky route."""
@@ -186,6 +186,7 @@ class Kit(nn.Module):
         if not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
             raise RouteError(f"strength must be a finite number, found {value!r}")
         self.check_unmerged("changing a strength")
+        check_strength(adapter, float(value))
         with self.live.lock:
             adapter.strength = float(value)
             self._forget_plans(name)
@@ -195,6 +196,7 @@ class Kit(nn.Module):
         picked = [self[n] for n in chosen]
         for adapter in self._order.values():
             adapter.requires_grad_(adapter in picked)
+        keep_still(self)
 
     def count(self, name: str) -> Count:
         """Trainable and total values, percent of the base and bytes of one adapter."""
@@ -232,16 +234,13 @@ class Kit(nn.Module):
         wanted = self.worn
         bound = self._plans.get(wanted)
         if bound is None:
-            rows = {s.path: s.rows for n in names(wanted) for s in self._order[n].sites}
-            bound = bind(wanted, self._order, self._taps, rows)
+            bound = bind(wanted, self._order, self.taps, self.found, self.live)
             self._plans.keep(bound)
         return bound
 
     def first_forward(self) -> AbstractContextManager[None]:
         """Around a forward: where attach could not prove that sites fire, the first worn forward does."""
-        if not self.unproven:
-            return nullcontext()
-        return Firing(self)
+        return Firing(self) if self.unproven else nullcontext()
 
     # ---- merging -----------------------------------------------------------------------------------------------
 
@@ -280,18 +279,19 @@ class Kit(nn.Module):
 
     # ---- files -------------------------------------------------------------------------------------------------
 
-    def save(self, name: str, folder: str | PathLike[str], *, note: Mapping[str, Any] | None = None) -> None:
-        """Writes one adapter as safetensors and json into a new or empty folder, or replaces an adapter folder."""
+    def save(
+        self, name: str, folder: str | PathLike[str], *, note: Mapping[str, Any] | None = None, resume: bool = False
+    ) -> None:
+        """Writes one adapter as safetensors and json into a new or empty folder, or replaces an adapter folder.
+
+        resume: keep what only training needs (a prefix's encoder), which is folded away otherwise.
+        """
         from kitout.files.store import save
 
-        save(self, name, folder, note=note)
+        save(self, name, folder, note=note, resume=resume)
 
     def load(
-        self,
-        folder: str | PathLike[str],
-        *,
-        name: str | None = None,
-        heads: Mapping[str, nn.Module] | None = None,
+        self, folder: str | PathLike[str], *, name: str | None = None, heads: Mapping[str, nn.Module] | None = None
     ) -> Adapter:
         """Adds the adapter a folder holds. Raises WrongBase or FileError and changes nothing if anything is off.
 
@@ -306,7 +306,7 @@ class Kit(nn.Module):
     def train(self, mode: bool = True) -> Kit:
         """Training mode of base (its dropout) and adapters; `model.train()` and `model.eval()` do the same."""
         super().train(mode)
-        type(self.base).__dict__.get("frozen_train", nn.Module.train)(self.base, mode)
+        train_base(self, mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Kit:

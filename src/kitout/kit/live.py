@@ -13,9 +13,10 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kitout.kit.call import Call, Here
 from kitout.kit.graphs import Graphs
 from kitout.kit.route import Route, names
 from kitout.kit.rows import Plan
@@ -24,12 +25,21 @@ from kitout.kit.tap import Program, Tap
 
 @dataclass(eq=False)
 class Bound:
-    """A compiled route: programs by tap, the number of rows it names (None: any batch) and who wears what in them."""
+    """A compiled route: programs by tap, the number of rows it names (None: any batch) and who wears what in them.
+
+    here: where its programs find the Call in progress, None where they need none. call: that of one forward.
+    """
 
     route: Route
     items: list[tuple[Tap, Program]] = field(default_factory=list)
     rows: int | None = None
     plan: Plan | None = None
+    here: Here | None = None
+    call: Call = field(default_factory=Call)
+
+    def begun(self) -> Bound:
+        """For one forward of its own."""
+        return self if self.here is None else replace(self, call=Call())
 
 
 class Choice:
@@ -51,6 +61,8 @@ class Live:
         self.entered: Counter[str] = Counter()  # adapters by the number of `with` blocks that wear them
         self.depth = 0  # > 0 inside a forward that crossed the model boundary, or a recomputation whose route is known
         self.generating = 0  # > 0 inside generate, where beams multiply the rows
+        self.counting = True  # inside generate: its caller gave no positions
+        self.leading = 0  # > 0 while a prompt is run ahead of its text
         self.graphs: Graphs[Bound] = Graphs()
         self._make_unshared()
 
@@ -72,6 +84,11 @@ class Live:
         choice = self.local.get() or self.pending.get(threading.get_ident()) or self.sticky[-1]
         return choice.route
 
+    @property
+    def counts(self) -> bool:
+        """Whether `position_ids` come from `generate`, which counts them from the mask, and not from a caller."""
+        return self.generating > 0 and self.counting
+
     def settle(self, thread: int | None = None) -> None:
         """A thread's last choice (default: this thread's) was not entered by a `with`: it holds for everybody."""
         choice = self.pending.pop(threading.get_ident() if thread is None else thread, None)
@@ -86,7 +103,10 @@ class Live:
 
     def lay(self, bound: Bound) -> None:
         """Puts a compiled route on the taps."""
-        if bound is self.bound:
+        if bound.here is not None:
+            bound.here.call = bound.call
+        if bound.items is self.bound.items:
+            self.bound = bound
             return
         for tap, _ in self.bound.items:
             tap.program = None

@@ -70,6 +70,9 @@ def fold_all(adapters: Sequence[Adapter]) -> dict[str, Folded]:
     faults = Faults(NotMergeable, "cannot merge " + " then ".join(repr(a.name) for a in adapters))
     if found := hidden(adapters):
         faults.add(found)
+    for adapter in adapters:
+        for part in [*adapter.pasts.values(), *(p for each in adapter.tokens.values() for p in each)][:2]:
+            faults.add(f"{part.site.path} ({adapter.name}): positions added to a sequence are in no weight")
     for path in dict.fromkeys(p for a in adapters for p in a.locals):
         locals_ = [a.locals[path] for a in adapters if path in a.locals]
         try:
@@ -252,7 +255,7 @@ def plain_copy(kit: Kit, names: Sequence[str], in_memory: bool = False) -> nn.Mo
 def untapped_copy(kit: Kit) -> nn.Module:
     """The base as it was before attach, copied."""
     with kit.live.lock:
-        forget = [kit, kit.live, *kit._taps.values()]
+        forget = [kit, kit.live, *kit.taps.values()]
         copied: nn.Module = copy.deepcopy(kit.base, {id(o): None for o in forget})
     for module in copied.modules():
         for name in ("_kitout_tap", "_kitout_live", "_kitout"):

@@ -105,7 +105,7 @@ class Rows:
             part, memo = (x[rows], None) if term is None else term.enter(x[rows])
             parts.append(part)
             memos.append(memo)
-        return _scatter(parts, index), memos
+        return scatter(parts, index), memos
 
     def _leave(
         self, x: Tensor, memos: list[Any] | None, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -137,7 +137,7 @@ class Rows:
                 f"{self.path}: rows of one batch come out with different shapes {sorted(map(tuple, widths))} "
                 "(heads of different width?): run them in separate batches"
             )
-        return _scatter(parts, index)
+        return scatter(parts, index)
 
 
 def _of_rows(value: Any, rows: Tensor, n: int) -> Any:
@@ -149,7 +149,7 @@ def _of_rows(value: Any, rows: Tensor, n: int) -> Any:
     return {k: _of_rows(v, rows, n) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def _scatter(parts: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
+def scatter(parts: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
     """Rows put back in order: parts[i] belongs at index[i]."""
     order = torch.cat(tuple(index))
     return torch.cat(tuple(parts)).index_select(0, order.argsort())

@@ -75,6 +75,12 @@ def subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
     return type(base.__name__, (base,), {**names, **members, **marks, "__reduce_ex__": reduce})
 
 
+def root(module: nn.Module) -> type[nn.Module]:
+    """The module's class as it was before any tap."""
+    cls: type[nn.Module] = type(module).__dict__.get("kitout_root", type(module))
+    return cls
+
+
 def _blank(swaps: tuple[Swap, ...], cls: type[nn.Module]) -> nn.Module:
     for swap in swaps:
         cls = swap(cls)

@@ -12,11 +12,15 @@ from kitout.methods.lora import LoRA
 from kitout.methods.parallel import ParallelAdapter
 from kitout.methods.partial import PartialFineTuning
 from kitout.methods.pfeiffer import Pfeiffer
+from kitout.methods.prefix import Prefix, PrefixTuning
+from kitout.methods.prompt import PromptTuning
 from kitout.methods.ssf import SSF
+from kitout.methods.vpt import VPT
 
 __all__ = [
     "IA3",
     "SSF",
+    "VPT",
     "AdaptFormer",
     "BitFit",
     "FullFineTuning",
@@ -25,4 +29,7 @@ __all__ = [
     "ParallelAdapter",
     "PartialFineTuning",
     "Pfeiffer",
+    "Prefix",
+    "PrefixTuning",
+    "PromptTuning",
 ]

@@ -31,7 +31,7 @@ class FullFineTuning(Method):
             raise ConfigError(f"targets={self.targets!r}: fine-tuning takes modules, and an input has no parameters")
         return select(survey.parameters(), self.targets or "*", self.layers)
 
-    def shared(self, sites: Sequence[Site]) -> nn.Module:
+    def common(self, sites: Sequence[Site]) -> nn.Module:
         return Ties()
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:

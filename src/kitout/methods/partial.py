@@ -64,7 +64,7 @@ class PartialFineTuning(Method):
         final = {s.path for s in survey.sites if s.role == "norm" and survey.ends_tower(s)}
         return [s for s in every if (s.tower, s.layer) in chosen or s.path in final]
 
-    def shared(self, sites: Sequence[Site]) -> nn.Module:
+    def common(self, sites: Sequence[Site]) -> nn.Module:
         return Ties()
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:

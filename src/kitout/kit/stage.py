@@ -1,0 +1,207 @@
+"""The stage of one stack of blocks: what happens to a call where its tokens are turned into the stack's stream.
+
+Positions: a row with a prefix or a prompt counts its text from its mask, after what lies in front. Prompts before
+blocks that do not look ahead are run on their own (`lead.py`); before others the sequence is widened (`widen.py`). It
+knows calls by the names transformers gives their arguments, and nothing of adapters.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from kitout.base.find import Tower
+from kitout.errors import RouteError
+from kitout.kit.call import Here
+from kitout.kit.layout import Layout
+from kitout.kit.rows import Plan
+from kitout.kit.tap import Forward, Program, first_tensor, with_first
+from kitout.kit.widen import Widening, trimmed
+
+
+class Leads(Protocol):
+    """Runs prompts ahead of the text (`lead.py`)."""
+
+    def run(self, module: nn.Module, call: dict[str, Any], rows: int) -> None: ...
+    def keep(self, call: dict[str, Any], output: Any) -> None: ...
+
+
+class Generating(Protocol):
+    """Whether `generate` gives the positions of a call, counted from the mask, or its caller does."""
+
+    @property
+    def counts(self) -> bool: ...
+
+
+class Stage:
+    """The program of the module that owns a stack. layouts: by entry, what lies in front of its text as keys and
+    values. widening: what goes into the sequence itself, here; across: likewise in the stack that this one reads.
+    """
+
+    def __init__(
+        self,
+        tower: Tower,
+        layouts: Sequence[Layout],
+        plan: Plan | None,
+        here: Here,
+        live: Generating,
+        leads: Leads | None = None,
+        widening: Widening | None = None,
+        across: Widening | None = None,
+        then: Program | None = None,
+    ) -> None:
+        self.tower, self.layouts, self.plan, self.here, self.live = tower, layouts, plan, here, live
+        self.leads, self.widening, self.across, self.then = leads, widening, across, then
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = arguments(forward, args, kwargs)
+        text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
+        if not isinstance(text, Tensor):
+            return forward(module, *args, **kwargs)  # it says itself what it misses
+        if self.across is not None:
+            self.across.widen_mask(call, self.here.call)
+        if self.widening is not None:
+            self.widening.widen(module, call, self.here.call)
+        self._place(module, call, text)
+        if self.leads is not None:
+            self.leads.run(module, call, text.shape[0])
+        out = forward(module, **call) if self.then is None else self.then(module, forward, (), call)
+        if self.leads is not None:
+            self.leads.keep(call, out)
+        if self.widening is not None and not self.widening.crossed:
+            out = trimmed(out, self.here.call, self.tower.path)
+        return out
+
+    # ---- positions ---------------------------------------------------------------------------------------------
+
+    def _place(self, module: nn.Module, call: dict[str, Any], text: Tensor) -> None:
+        """Leaves each query's place in its text, and gives the model the positions that follow from it."""
+        rows = text.shape[0]
+        length = (call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]).shape[1]
+        past = _past(call)
+        steps = torch.arange(length, device=text.device)[None] + past
+        given, mask = call.get("position_ids"), call.get("attention_mask")
+        counted = isinstance(given, Tensor) and given.ndim == 2
+        if isinstance(given, Tensor) and counted:
+            places = given
+        elif isinstance(mask, Tensor) and mask.ndim == 2:
+            real = (mask.long().cumsum(-1) - 1).clamp_min(0)
+            last = length if real.shape[1] == length else int(past) + length
+            places = real[:, last - length : last]
+        else:
+            places = steps
+        self.here.call.places[self.tower.path] = places
+        if (given is not None and not self.live.counts) or not (self._shifted or self.widening):
+            return
+        places, steps = places.expand(rows, -1), steps.expand(rows, -1)
+        shifts, moved = self._shifts(rows, text.device)
+        before = torch.where(places > 0, shifts.sum(-1, keepdim=True), shifts[:, :1])
+        new = places + before
+        self._check_limit(module, new, int(length + past))
+        self._give(module, call, new, moved, places if counted else steps)
+
+    @property
+    def _shifted(self) -> bool:
+        return any(laid.length for laid in self.layouts)
+
+    def _shifts(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """By row, what lies before the first token and between it and the rest [B, 2]; whether its places move [B]."""
+        entries = [0] * rows if self.plan is None else self.plan.expanded(rows)
+        between = [sum(i.length for i in laid.items if i.after) for laid in self.layouts]
+        wide = [0] * len(self.layouts) if self.widening is None else self.widening.lengths
+        shifts = torch.tensor([[self.layouts[e].length - between[e], between[e]] for e in entries], device=device)
+        moved = torch.tensor([bool(self.layouts[e].length or wide[e]) for e in entries], device=device)
+        return shifts, moved
+
+    def _give(self, module: nn.Module, call: dict[str, Any], places: Tensor, moved: Tensor, own: Tensor) -> None:
+        """The rows that move get these places, the others what the model makes of theirs."""
+        if self.tower.positions:
+            wanted = places + self.tower.offset
+
+            def ask(indices: Tensor) -> Tensor:
+                return torch.where(moved[:, None], wanted, indices.expand(len(wanted), -1))
+
+            self.here.call.rewrite[self.tower.positions] = ask
+        elif "position_ids" in _parameters(type(module).forward):
+            call["position_ids"] = torch.where(moved[:, None], places, own)
+
+    def _check_limit(self, module: nn.Module, places: Tensor, seen: int) -> None:
+        """RouteError where a position lies beyond what the model has a place for."""
+        most = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+        front = max(laid.length for laid in self.layouts)
+        if not isinstance(most, int) or seen + front <= most or int(places.max()) < most:
+            return
+        over = int(places.max()) + 1 - most
+        raise RouteError(
+            f"prompt or prefix and text are {over} positions too long: {int(places.max()) + 1} positions, of which up "
+            f"to {front or max(self.widening.lengths if self.widening else [0])} lie in front of the text, and the "
+            f"model has {most} (max_position_embeddings); shorten the text by {over}"
+        )
+
+
+class Table:
+    """The program of a token table into whose answer a stage wants rows written."""
+
+    def __init__(self, path: str, here: Here, then: Program | None) -> None:
+        self.path, self.here, self.then = path, here, then
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rewrite = self.here.call.rewrite.pop(self.path, None)
+        out = forward(module, *args, **kwargs) if self.then is None else self.then(module, forward, args, kwargs)
+        return out if rewrite is None else rewrite(out)
+
+
+class Positions:
+    """The program of a learned position table some of whose rows are asked for other places."""
+
+    def __init__(self, path: str, here: Here, then: Program | None) -> None:
+        self.path, self.here, self.then = path, here, then
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        ask = self.here.call.rewrite.pop(self.path, None)
+        if ask is not None and forward is not nn.Embedding.forward:  # it counts for itself before it looks up
+            forward = partial(_asked, ask, forward)
+        elif ask is not None:
+            args, kwargs = with_first(args, kwargs, ask(first_tensor(args, kwargs)))
+        return forward(module, *args, **kwargs) if self.then is None else self.then(module, forward, args, kwargs)
+
+
+def _asked(ask: Callable[[Tensor], Tensor], forward: Forward, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    with _Asking(ask):
+        return forward(module, *args, **kwargs)
+
+
+class _Asking(TorchFunctionMode):
+    """Rewrites the indices of table lookups."""
+
+    def __init__(self, ask: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.ask = ask
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.embedding:
+            args = (self.ask(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def arguments(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call by the names of its parameters."""
+    return dict(zip(_parameters(forward), args, strict=False)) | kwargs
+
+
+@lru_cache(maxsize=256)
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _past(call: dict[str, Any]) -> Any:
+    """How many of the row's tokens the cache holds: a number, or a tensor where the cache counts in one."""
+    cache = call.get("past_key_values")
+    return 0 if cache is None else cache.get_seq_length()

@@ -1,0 +1,122 @@
+"""Visual prompt tuning: trained tokens among the patches, at the first block or anew at every block.
+
+Jia et al. 2022 (arXiv 2203.12119), eqs. 4-8; code KMnP/vpt (src/models/vit_prompt/vit.py). Z0 = [cls; P; patches] after
+positions were added; deep: before each later block the p slots are overwritten by that block's own P. Start: uniform in
++-sqrt(6 / (3 patch^2 + d)). Projection: P [p, k] through one Linear(k, d) shared by all blocks (kaiming normal, fan
+out). The base is in eval mode while a prompt trains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from kitout.base.select import select
+from kitout.base.site import Site
+from kitout.errors import TargetError
+from kitout.kit.delta import Delta, Method, register
+
+if TYPE_CHECKING:
+    from kitout.base.find import Survey
+
+
+class Common(nn.Module):
+    """What all blocks share: a projection [k -> d], the prompt itself, or both."""
+
+    def __init__(self, prompt: nn.Parameter | None, projection: nn.Linear | None) -> None:
+        super().__init__()
+        self.prompt, self.projection = prompt, projection
+
+
+class VisualPrompt(Delta):
+    """prompt [p, d], or [p, k] where a projection follows; None where all blocks share one."""
+
+    def __init__(self, prompt: nn.Parameter | None, common: Common, length: int, dropout: float) -> None:
+        super().__init__()
+        self.prompt = prompt
+        self._of: tuple[Common] = (common,)  # in a tuple: its parameters are the adapter's, not this Delta's
+        self.dropout, self.length, self.after = dropout, length, True
+
+    def tokens(self) -> Tensor:
+        (common,) = self._of
+        rows = common.prompt if self.prompt is None else self.prompt
+        assert rows is not None
+        if common.projection is not None:
+            rows = common.projection(rows)
+        return F.dropout(rows, self.dropout) if self.dropout and self.training else rows
+
+
+@register
+class VPT(Method):
+    """`length` trained tokens in the image's sequence; the output keeps its shape.
+
+    deep: new ones at every block (of `layers`), else at the first alone. share: deep, with the same tokens everywhere.
+    projection: width k of the trained tokens before one shared Linear(k, d). dropout: on the tokens.
+    layers="last:4" starts at the fourth block from the end.
+    """
+
+    mergeable: ClassVar[bool] = False
+    identity: ClassVar[bool] = False
+    still: ClassVar[bool] = True
+
+    length: int = Field(default=10, ge=1)
+    deep: bool = False
+    share: bool = False
+    projection: int | None = Field(default=None, ge=1)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _sound(self) -> VPT:
+        if self.targets is not None:
+            raise ValueError("VPT sits at whole blocks: choose layers=, not targets=")
+        if self.share and not self.deep:
+            raise ValueError("share=True means the same tokens at every block: it needs deep=True")
+        return self
+
+    def sites(self, survey: Survey) -> list[Site]:
+        towers = [t for t in survey.towers if t.owner is None]
+        if not survey.proven or not towers:
+            why = survey.doubt or "its blocks are fed from a token table; PromptTuning is for text"
+            raise TargetError(f"VPT needs a stack of blocks that reads an image: {why}")
+        windows = [s.path for s in survey.sites if s.role.startswith("attn.") and s.rows != "batch"]
+        if len(towers) > 1 or windows:
+            why = f"{windows[0]} attends within windows" if windows else f"{towers[1].path} is a stack of its own"
+            raise TargetError(f"VPT needs one sequence that all blocks attend over, and {why}")
+        patch = next((s for s in survey.sites if s.role == "patch"), None)
+        if patch is None:
+            raise TargetError("VPT starts at the scale of the patch embedding, and none was found: give roles=")
+        tower = towers[0].path
+        blocks = [s for s in select(survey.sites, "block", self.layers) if s.tower == tower]
+        values = patch.module.get_parameter("weight")[0].numel()  # per patch
+        sites = [s.at(port="tokens", d_in=values) for s in blocks]
+        return sites if self.deep else sites[:1]
+
+    def common(self, sites: Sequence[Site]) -> nn.Module | None:
+        if not self.share and self.projection is None:
+            return None
+        projection = None
+        if self.projection is not None:
+            projection = nn.Linear(self.projection, sites[0].d_out)
+            nn.init.kaiming_normal_(projection.weight, a=0, mode="fan_out")
+        return Common(self._drawn(sites[0]) if self.share else None, projection)
+
+    def _drawn(self, site: Site) -> nn.Parameter:
+        width = site.d_out if self.projection is None else self.projection
+        bound = math.sqrt(6 / (site.d_in + width))
+        return nn.Parameter(torch.empty(self.length, width).uniform_(-bound, bound))
+
+    def build(self, site: Site, shared: nn.Module | None) -> Delta:
+        common = shared if isinstance(shared, Common) else Common(None, None)
+        prompt = self._drawn(site) if common.prompt is None else None
+        return VisualPrompt(prompt, common, self.length, self.dropout)
+
+    def count(self, sites: Sequence[Site]) -> int:
+        d, k = sites[0].d_out, self.projection
+        tokens = self.length * (d if k is None else k) * (1 if self.share else len(sites))
+        return tokens + (0 if k is None else (k + 1) * d)
