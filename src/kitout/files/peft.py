@@ -1,8 +1,9 @@
-"""Adapters of Hugging Face PEFT: `load_peft` and `save_peft`, for LoRA, rsLoRA, DoRA and IA3, without importing peft.
+"""Adapters of Hugging Face PEFT: `load_peft` and `save_peft`, without importing peft.
 
-A folder holds adapter_config.json and adapter_model.safetensors; keys are "base_model.model.<path>.lora_A.weight" and
-the like, heads (modules_to_save) plain parameters. Which modules carry an adapter is told by the tensors. Such files
-do not say which base they were made for: paths and shapes are all that can be checked. Written after peft 0.21.2.
+LoRA, rsLoRA, DoRA, IA3, prompt and prefix tuning. A folder holds adapter_config.json and adapter_model.safetensors;
+keys are "base_model.model.<path>.lora_A.weight" and the like, "prompt_embeddings" for what lies in front of the text,
+and plain parameters for heads (modules_to_save). Which modules carry an adapter is told by the tensors. Such files do
+not say which base they were made for: paths and shapes are all that can be checked. Written after peft 0.21.2.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from torch import Tensor
 from kitout.errors import Faults, FileError, KitoutError, MergeState
 from kitout.files.folder import check_replaceable, replace_folder
 from kitout.files.heads import blank_copy
-from kitout.files.peft_config import Settings, commonest, read_config, spelled
-from kitout.files.peft_export import exported, heads_of
+from kitout.files.peft_config import FrontSettings, Settings, commonest, read_config, spelled
+from kitout.files.peft_export import exported, heads_of, task_of
+from kitout.files.peft_front import read_front, write_front
 from kitout.files.peft_method import method_for
-from kitout.files.peft_parts import PREFIX, Part, carriers, grouped
-from kitout.files.rebuild import HEAD, admit, blank, mismatches, not_finite
+from kitout.files.peft_parts import PREFIX, Found, carriers, grouped
+from kitout.files.rebuild import HEAD, Slot, admit, blank, mismatches, not_finite
 from kitout.files.tensors import open_regular, open_tensors, parse, write_tensors
 from kitout.kit.adapter import Adapter
 from kitout.kit.build import check_name, check_sites
-from kitout.methods import LoRA
+from kitout.methods import LoRA, PrefixTuning, PromptTuning
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -58,10 +60,28 @@ def load_peft(kit: Kit, folder: str | PathLike[str], name: str) -> Adapter:
         stored, _ = tensors.read()
     if bad := not_finite(stored):
         faults.add(f"NaN or infinity in {', '.join(bad[:4])}")
-    parts, heads = grouped(kit, settings, stored, faults)
-    _complete(kit, settings, parts, faults)
+    built = None
+    try:
+        if isinstance(settings, FrontSettings):
+            found: Found | None = read_front(kit, settings, stored, faults)
+        else:
+            found = _read_weights(kit, settings, stored, faults)
+        if found is not None and not faults.items:
+            built = _blank(kit, name, found)
+    except KitoutError as error:
+        faults.add(str(error))
     faults.raise_if_any()
-    adapter = _build(kit, where, name, settings, parts, heads)
+    assert built is not None
+    assert found is not None
+    adapter, held = built
+    values = dict(found.values)
+    for path, tensors_of in found.heads.items():
+        values |= {f"{HEAD}{path.replace('.', '/')}.{own}": value for own, value in tensors_of.items()}
+    # PEFT computes half-precision adapters in fp32; so do we.
+    values = {k: v.float() if v.is_floating_point() and v.dtype.itemsize < 4 else v for k, v in values.items()}
+    mismatches(held, {k: (v.dtype, tuple(v.shape)) for k, v in values.items()}, faults)
+    faults.raise_if_any()
+    admit(kit, adapter, held, values, 1.0)
     adapter.note = {"peft": {"base_model_name_or_path": config.get("base_model_name_or_path")}}
     return adapter
 
@@ -83,37 +103,27 @@ def _config(where: Path) -> dict[str, Any]:
         return parse(file.read(), where / CONFIG)
 
 
-def _complete(kit: Kit, settings: Settings, parts: Mapping[str, Part], faults: Faults) -> None:
-    """Every module that the config lists by name has its tensors."""
+def _read_weights(kit: Kit, settings: Settings, stored: Mapping[str, Tensor], faults: Faults) -> Found | None:
+    """LoRA and IA3: what the modules carry, and a method that says as much; None where a fault was added."""
+    parts, heads = grouped(kit, settings, stored, faults)
     missing = [p for p in carriers(kit.found) if settings.names(p) and p not in parts]
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         faults.add(f"target_modules also names {', '.join(missing[:4])}{more}, but the file has no tensors for them")
     if not parts:
         faults.add("the file has no adapter tensors at all")
-
-
-def _build(
-    kit: Kit, where: Path, name: str, settings: Settings, parts: Mapping[str, Part], heads: dict[str, dict[str, Tensor]]
-) -> Adapter:
-    faults = Faults(FileError, f"{where} cannot be loaded")
-    modules = {path: blank_copy(kit.base.get_submodule(path)).requires_grad_(True) for path in heads}
-    try:
-        facts = [{p: getattr(part, f) for p, part in parts.items()} for f in ("inward", "rank", "alpha")]
-        method, sites = method_for(kit.found, settings, *facts)
-        check_sites(kit, name, sites)
-        adapter, held = blank(kit, name, method, sites, modules)
-    except KitoutError as error:
-        raise FileError(f"{where} cannot be loaded: {error}") from None
+    if faults.items:
+        return None
+    facts = [{p: getattr(part, f) for p, part in parts.items()} for f in ("inward", "rank", "alpha")]
+    method, sites = method_for(kit.found, settings, *facts)
     values = {f"{s.key}.{own}": value for s in sites for own, value in parts[s.path].values.items()}
-    for path, tensors in heads.items():
-        values |= {f"{HEAD}{path.replace('.', '/')}.{own}": value for own, value in tensors.items()}
-    # PEFT computes half-precision adapters in fp32; so do we.
-    values = {k: v.float() if v.is_floating_point() and v.dtype.itemsize < 4 else v for k, v in values.items()}
-    mismatches(held, {k: (v.dtype, tuple(v.shape)) for k, v in values.items()}, faults)
-    faults.raise_if_any()
-    admit(kit, adapter, held, values, 1.0)
-    return adapter
+    return Found(method, sites, values, heads)
+
+
+def _blank(kit: Kit, name: str, found: Found) -> tuple[Adapter, dict[str, Slot]]:
+    modules = {path: blank_copy(kit.base.get_submodule(path)).requires_grad_(True) for path in found.heads}
+    check_sites(kit, name, found.sites)
+    return blank(kit, name, found.method, found.sites, modules)
 
 
 @torch.no_grad()
@@ -121,20 +131,19 @@ def save_peft(kit: Kit, name: str, folder: str | PathLike[str]) -> None:
     """Writes an adapter as PEFT does, so that PeftModel.from_pretrained(base, folder) computes the same.
 
     Strength is folded in; a PiSSA adapter becomes a plain LoRA of twice the rank; several LoRAs on channels of one
-    fused projection become one on the whole. Raises FileError, with every reason at once, for what PEFT cannot hold.
+    fused projection become one on the whole; the encoder of a prefix is folded. Raises FileError, with every reason at
+    once, for what PEFT cannot hold.
     """
-    adapter = kit[name]
+    adapter = kit[name].settled()
     target = Path(folder)
     check_replaceable(target.expanduser(), (CONFIG, WEIGHTS))
     faults = Faults(FileError, f"{name!r} has no equal in PEFT")
-    parts = exported(adapter, faults)
-    saved = heads_of(kit, adapter, faults)
+    front = isinstance(adapter.method, (PromptTuning, PrefixTuning))
+    tensors, told = write_front(kit, adapter, faults) if front else _write_weights(kit, adapter, faults)
     faults.raise_if_any()
-    tensors = {f"{PREFIX}{path}{end}": value for path, part in parts.items() for end, value in part.values.items()}
-    tensors |= {PREFIX + key: value for key, value in saved.items()}
     if bad := not_finite(tensors):
         raise FileError(f"{name!r} holds NaN or infinity in {', '.join(bad[:4])}: there is nothing worth saving in it")
-    config = _written(kit, adapter, parts)
+    config = {**_common(kit, adapter), **told}
 
     def fill(fresh: Path) -> None:
         write_tensors(fresh / WEIGHTS, tensors, {"format": "pt"})
@@ -143,26 +152,38 @@ def save_peft(kit: Kit, name: str, folder: str | PathLike[str]) -> None:
     replace_folder(target, (CONFIG, WEIGHTS), fill)
 
 
-def _written(kit: Kit, adapter: Adapter, parts: Mapping[str, Part]) -> dict[str, Any]:
-    """adapter_config.json."""
-    model: Any = kit.base
-    config = getattr(model, "config", None)
-    everything = [path for path, _ in model.named_modules()]
-    where = spelled(list(parts), everything, [p for p, part in parts.items() if part.inward])
-    common: dict[str, Any] = {
-        "task_type": _task(model),
+def _common(kit: Kit, adapter: Adapter) -> dict[str, Any]:
+    """What adapter_config.json says of every method."""
+    config = getattr(kit.base, "config", None)
+    return {
         "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
         "revision": None,
         "inference_mode": True,
-        "target_modules": where["target_modules"],
-        "fan_in_fan_out": any(part.transposed for part in parts.values()),
         "modules_to_save": [path.replace("/", ".") for path in adapter.heads] or None,
     }
+
+
+def _write_weights(kit: Kit, adapter: Adapter, faults: Faults) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """LoRA and IA3: the tensors, and what the config says of them."""
+    parts = exported(adapter, faults)
+    saved = heads_of(kit, adapter, faults)
+    if faults.items:
+        return {}, {}
+    tensors = {f"{PREFIX}{path}{end}": value for path, part in parts.items() for end, value in part.values.items()}
+    tensors |= {PREFIX + key: value for key, value in saved.items()}
+    everything = [path for path, _ in kit.base.named_modules()]
+    where = spelled(list(parts), everything, [p for p, part in parts.items() if part.inward])
+    task = task_of(kit.base)
+    told = {
+        "task_type": None if task == "SEQ_CLS" else task,  # which would claim heads on its own
+        "target_modules": where["target_modules"],
+        "fan_in_fan_out": any(part.transposed for part in parts.values()),
+    }
     if not isinstance(adapter.method, LoRA):
-        return {"peft_type": "IA3", "feedforward_modules": where["feedforward_modules"], **common}
+        return tensors, {"peft_type": "IA3", "feedforward_modules": where["feedforward_modules"], **told}
     rank, rank_pattern = commonest({path: part.rank for path, part in parts.items()})
     alpha, alpha_pattern = commonest({path: part.alpha for path, part in parts.items()})
-    return {
+    return tensors, {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
@@ -173,12 +194,5 @@ def _written(kit: Kit, adapter: Adapter, parts: Mapping[str, Part]) -> dict[str,
         "use_dora": adapter.method.dora,
         "bias": "none",
         "init_lora_weights": True,
-        **common,
+        **told,
     }
-
-
-def _task(model: Any) -> str | None:
-    """PEFT's task type where it only adds `generate`; that of a classifier would claim heads on its own."""
-    if not callable(getattr(model, "can_generate", None)) or not model.can_generate():
-        return None
-    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"

@@ -2,7 +2,8 @@
 
 Fields fall in three kinds: those that are read, those that do not change the function, and all others, which must be
 empty: a field that is not known may change the function, and is named instead of ignored. Checked against peft 0.21.2
-(LoraConfig, IA3Config). It knows module paths and numbers; neither tensors nor kits.
+(LoraConfig, IA3Config, PromptTuningConfig, PrefixTuningConfig). It knows module paths and numbers; neither tensors nor
+kits.
 """
 
 from __future__ import annotations
@@ -14,16 +15,21 @@ from typing import Any
 
 from kitout.errors import Faults
 
+FRONT = ("PROMPT_TUNING", "PREFIX_TUNING")
+_SIZES = {"num_virtual_tokens", "num_transformer_submodules", "token_dim", "num_attention_heads", "num_layers"}
 READ = {
     "LORA": {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias"},
     "IA3": {"feedforward_modules"},
+    **dict.fromkeys(FRONT, _SIZES),
 }
+TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")  # in other tasks PEFT hands on the prompts' outputs among the text's
 # What was chosen, how it started, where it came from: the tensors of the file tell the rest.
 HARMLESS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
     "init_lora_weights", "init_ia3_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "runtime_config", "qalora_group_size", "megatron_core",
+    "runtime_config", "qalora_group_size", "megatron_core", "init_weights", "prompt_tuning_init",
+    "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "encoder_hidden_size", "prefix_projection",
 }  # fmt: skip
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that also change the base's weights
 MOST_PATTERN, MOST_QUANTIFIERS = 2000, 6
@@ -71,6 +77,23 @@ class Settings:
         return found is not None and int(found[1]) in self.layers
 
 
+@dataclass(frozen=True)
+class FrontSettings:
+    """What the config says of a prompt or a prefix. stacks: how many PEFT counts, 2 for an encoder-decoder.
+
+    width, heads, layers: of what a position holds; None where it does not say.
+    """
+
+    kind: str
+    task: str
+    length: int
+    stacks: int
+    width: int | None
+    heads: int | None
+    layers: int | None
+    saved: tuple[str, ...] = ()
+
+
 def _by_pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
     """The first pattern that matches the end of the path wins, as in PEFT."""
     return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
@@ -84,7 +107,7 @@ def _inside(path: str, names: Iterable[str]) -> bool:
     return any(f".{n}." in f".{path}." for n in names)
 
 
-def read_config(fields: dict[str, Any], faults: Faults) -> Settings | None:
+def read_config(fields: dict[str, Any], faults: Faults) -> Settings | FrontSettings | None:
     """The settings, or None where nothing can be made of them; every fault is added to `faults`."""
     kind = str(fields.get("peft_type"))[:40].rpartition(".")[2]
     if kind not in READ:
@@ -93,6 +116,30 @@ def read_config(fields: dict[str, Any], faults: Faults) -> Settings | None:
     for key, value in fields.items():
         if key not in READ[kind] | HARMLESS and value not in (None, False, "", [], {}):
             faults.add(f"{key[:60]}={str(value)[:60]} may change the function and is not supported")
+    check = _Reader(fields, faults)
+    return (_front if kind in FRONT else _weights)(fields, kind, check, faults)
+
+
+def _front(fields: dict[str, Any], kind: str, check: _Reader, faults: Faults) -> FrontSettings:
+    task = str(fields.get("task_type"))[:40].rpartition(".")[2]
+    if task not in TASKS:
+        faults.add(f"task_type is {task!r}; kitout reads {kind} for {', '.join(TASKS)}")
+    told = {key: check.size(key) for key in _SIZES if fields.get(key) is not None}
+    if "num_virtual_tokens" not in told:
+        faults.add("num_virtual_tokens is missing: it says how many positions there are")
+    return FrontSettings(
+        kind=kind,
+        task=task,
+        length=told.get("num_virtual_tokens", 1),
+        stacks=told.get("num_transformer_submodules", 2 if task == "SEQ_2_SEQ_LM" else 1),
+        width=told.get("token_dim"),
+        heads=told.get("num_attention_heads"),
+        layers=told.get("num_layers"),
+        saved=check.words("modules_to_save"),
+    )
+
+
+def _weights(fields: dict[str, Any], kind: str, check: _Reader, faults: Faults) -> Settings:
     start = fields.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(MOVES_BASE):
         faults.add(
@@ -101,7 +148,6 @@ def read_config(fields: dict[str, Any], faults: Faults) -> Settings | None:
         )
     if (bias := fields.get("bias", "none")) != "none":
         faults.add(f"bias={str(bias)[:40]!r} trains biases of the base as well; only 'none' is read")
-    check = _Reader(fields, faults)
     layers = fields.get("layers_to_transform")
     targets = fields.get("target_modules")
     return Settings(
@@ -139,6 +185,13 @@ class _Reader:
             self.faults.add(f"{key}={str(value)[:40]!r} is no number, or none that fits")
             return default
         return kind(value)
+
+    def size(self, key: str) -> int:
+        """A number of things, at least one."""
+        value: int = self.number(key, 1, int)
+        if value < 1:
+            self.faults.add(f"{key}={value} is no number of things")
+        return max(1, value)
 
     def flag(self, key: str) -> bool:
         value = self.fields.get(key) or False

@@ -135,6 +135,15 @@ def _short(value: float) -> float:
     return int(rounded) if rounded.is_integer() and abs(rounded) < 2**31 else rounded
 
 
+def task_of(model: Any) -> str | None:
+    """PEFT's task type of a model; None for those it has a class of its own for and we have not, and all others."""
+    if plain_class(model).__name__.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
+    if not callable(getattr(model, "can_generate", None)) or not model.can_generate():
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
 def heads_of(kit: Kit, adapter: Adapter, faults: Faults) -> dict[str, Tensor]:
     """Head tensors under PEFT's keys. PEFT copies the base's own module and fills it, so it must be one like that."""
     found: dict[str, Tensor] = {}
@@ -143,7 +152,7 @@ def heads_of(kit: Kit, adapter: Adapter, faults: Faults) -> dict[str, Tensor]:
         path, module = key.replace("/", "."), head.module
         assert isinstance(module, nn.Module)
         own, state = kit.base.get_submodule(path), module.state_dict()
-        also = [p for p in everything if p.endswith(path) and p != path]
+        also = [p for p in everything if p.endswith(path) and p.replace(".", "/") not in adapter.heads]
         if plain_class(module) is not plain_class(own) or state.keys() != own.state_dict().keys():
             faults.add(
                 f"head {path}: PEFT copies the base's {type(own).__name__}, and this is a {type(module).__name__}"

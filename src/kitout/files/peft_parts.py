@@ -6,7 +6,7 @@ knows LoRA's and IA3's parameters and nothing of folders or json; the way back i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from kitout.base.site import Site
 from kitout.base.weights import fan_in, transposed
 from kitout.errors import Faults, suggest
 from kitout.files.peft_config import Settings
+from kitout.kit.delta import Method
 
 if TYPE_CHECKING:
     from kitout.base.find import Survey
@@ -52,6 +53,16 @@ class Part:
     transposed: bool = False
 
 
+@dataclass
+class Found:
+    """What a file holds. values: by "<site>.<parameter>"; heads: by path and parameter name."""
+
+    method: Method
+    sites: list[Site]
+    values: dict[str, Tensor] = field(default_factory=dict)
+    heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
 def carriers(survey: Survey) -> dict[str, Site]:
     """The whole modules that a weight adapter can sit at, by path."""
     able = (s for s in survey.sites if s.channels is None and s.role not in WHOLE and s.port == "out")
@@ -63,19 +74,14 @@ def grouped(
 ) -> tuple[dict[str, Part], dict[str, dict[str, Tensor]]]:
     """The file's tensors as parts by module path, and as heads by path and parameter name."""
     raw: dict[str, dict[str, Tensor]] = {}
-    heads: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
     for key, value in stored.items():
-        if not key.startswith(PREFIX):
-            faults.add(f"unexpected key {key[:120]!r}: it does not start with {PREFIX!r}")
-            continue
-        rest = key[len(PREFIX) :]
-        end = next((e for e in ENDS[settings.kind] if rest.endswith(e)), None)
-        if end is not None:
-            raw.setdefault(rest.removesuffix(end), {})[ENDS[settings.kind][end]] = value
-        elif (path := _head_path(kit.base, settings, rest)) is not None:
-            heads.setdefault(path, {})[rest[len(path) + 1 :]] = value
-        elif reason := _stranger(kit.base, rest, value):
-            faults.add(reason)
+        end = next((e for e in ENDS[settings.kind] if key.endswith(e)), None)
+        if end is not None and key.startswith(PREFIX):
+            raw.setdefault(key[len(PREFIX) :].removesuffix(end), {})[ENDS[settings.kind][end]] = value
+        else:
+            rest[key] = value
+    heads = others(kit.base, settings.saved, PREFIX, rest, faults)
     sites = carriers(kit.found)
     parts = {}
     for path, values in raw.items():
@@ -91,14 +97,39 @@ def grouped(
     return parts, heads
 
 
-def _head_path(base: nn.Module, settings: Settings, rest: str) -> str | None:
+def others(
+    base: nn.Module, saved: tuple[str, ...], prefix: str, stored: Mapping[str, Tensor], faults: Faults
+) -> dict[str, dict[str, Tensor]]:
+    """Tensors that are no adapter's, as heads by path and parameter name; the others must be the base's own."""
+    heads: dict[str, dict[str, Tensor]] = {}
+    for key, value in stored.items():
+        rest = key.removeprefix(prefix)
+        if rest == key:
+            faults.add(f"unexpected key {key[:120]!r}: it does not start with {prefix!r}")
+        elif (path := _head_path(base, saved, rest)) is not None:
+            heads.setdefault(path, {})[rest[len(path) + 1 :]] = value
+        elif reason := _stranger(base, rest, value):
+            faults.add(reason)
+    for path in without_tensors(base, saved, heads):
+        faults.add(f"modules_to_save names {path}, and the file has no tensors for it")
+    return heads
+
+
+def _head_path(base: nn.Module, saved: tuple[str, ...], rest: str) -> str | None:
     """The module of modules_to_save that a key belongs to: the outermost one whose path ends like an entry."""
     names = rest.split(".")
     for n in range(1, len(names)):
         path = ".".join(names[:n])
-        if path.endswith(settings.saved) and _submodule(base, path) is not None:
+        if path.endswith(saved) and _submodule(base, path) is not None:
             return path
     return None
+
+
+def without_tensors(base: nn.Module, saved: tuple[str, ...], heads: Collection[str]) -> list[str]:
+    """Modules with values whose paths end like an entry of `saved`, the outermost, that are not among `heads`."""
+    named = [p for p, m in base.named_modules() if p and p.endswith(saved) and m.state_dict()]
+    outer = [p for p in named if not any(p.startswith(f"{other}.") for other in named)]
+    return [p for p in outer if p not in heads]
 
 
 def _submodule(base: nn.Module, path: str) -> nn.Module | None:
