@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from kitout import AdaptFormer, FullFineTuning, LoRA, PartialFineTuning
+from kitout import VPT, AdaptFormer, FullFineTuning, LoRA, PartialFineTuning
 from kitout.kit.delta import Method
 from kitout.train.forward import logits
-from kitout.train.heads import batchnorm
+from kitout.train.heads import batchnorm, linear
 from kitout.train.trunk import Trunk
 from tiny_vision import kit
 from zoo import image_batch
@@ -87,6 +87,19 @@ def test_there_is_no_trunk_below_what_trains_from_the_start() -> None:
     worn = kit()
     worn.add("a", FullFineTuning())
     assert Trunk.below(worn, "a", images(2)) is None
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("species", ["dinov2", "vit", "timm-vit"])
+def test_below_prompts_lie_the_embeddings_alone(species: str, deep: bool) -> None:
+    worn = kit(species)
+    adapter = worn.add("a", VPT(length=3, deep=deep), seed=0, heads=linear(worn, 5))
+    trunk = Trunk.below(worn, "a", images(2))
+    assert trunk is not None
+    assert trunk.cut == worn.found.blocks[0].path
+    with worn.use("a"):
+        trunk.logits(trunk.record(images(3))).sum().backward()
+    assert all(value.grad is not None for value in adapter.parameters())
 
 
 def test_there_is_no_trunk_where_blocks_run_again() -> None:

@@ -12,10 +12,10 @@ from typing import Literal
 
 from torch import nn
 
-from kitout import SSF, AdaptFormer, BitFit, FullFineTuning, Kit, LoRA, PartialFineTuning
+from kitout import SSF, VPT, AdaptFormer, BitFit, FullFineTuning, Kit, LoRA, PartialFineTuning
 from kitout.data.tables import DataError
 from kitout.errors import Faults, suggest
-from kitout.kit.delta import REGISTRY, Method
+from kitout.kit.delta import Method
 from kitout.train import heads
 
 
@@ -37,25 +37,15 @@ class Row:
         return (heads.linear if self.head == "linear" else heads.batchnorm)(kit, classes, seed)
 
 
-HEAD = 3e-3
-
-
-def _vpt() -> list[Row]:
-    if "VPT" not in REGISTRY:
-        return []
-    vpt = REGISTRY["VPT"]
-    return [
-        Row("vpt-shallow", "VPT-shallow", vpt(length=10), 3e-2, HEAD),
-        Row("vpt-deep", "VPT-deep", vpt(length=10, deep=True), 1e-2, HEAD),
-    ]
-
+HEAD = 3e-3  # of a fresh head, under every method
 
 ROWS: dict[str, Row] = {
     row.key: row
     for row in (
         Row("linear", "linear probe", PartialFineTuning(part="head"), 3e-3, 3e-3, head=None),
         Row("bitfit", "BitFit", BitFit(), 3e-3, HEAD, decay=0.0),
-        *_vpt(),
+        Row("vpt-shallow", "VPT-shallow", VPT(length=10), 3e-2, HEAD),
+        Row("vpt-deep", "VPT-deep", VPT(length=10, deep=True), 1e-2, HEAD),
         Row("ssf", "SSF", SSF(), 3e-3, HEAD, decay=0.0),
         Row("lora", "LoRA, rank 8", LoRA(rank=8), 1e-3, HEAD),
         Row("adaptformer", "AdaptFormer-64", AdaptFormer(), 1e-2, HEAD, head="batchnorm"),
