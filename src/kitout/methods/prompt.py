@@ -79,7 +79,8 @@ class PromptTuning(Method):
                 f"pooled='prompt' is for the head of an encoder that stands alone, and {towers[0].path} is none: leave "
                 "it at 'text'"
             )
-        return [survey.by_path(t.table).at(port="tokens", tower=t.path, d_in=t.width, d_out=t.width) for t in towers]
+        tables = [(survey.by_path(t.table), t.path) for t in towers]
+        return [s.at(port="tokens", tower=tower, d_in=s.d_out) for s, tower in tables]
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         return Prompt(self._rows(site), self.place == "after", self.pooled == "prompt")

@@ -1,0 +1,99 @@
+"""Prompt and prefix tuning against PEFT's: a training step at the same lengths and values, and time per new token.
+
+Training: forward, backward and AdamW over the adapter, the same loss. Generation: greedy, with the adapter's prefix,
+against PEFT with the same prefix and against the base alone with as many real tokens in its cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from common import Line, Times, interleaved, smollm2
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from torch import Tensor, nn
+from train_step import step
+
+import kitout
+from kitout import PrefixTuning, PromptTuning
+
+ROWS, TOKENS = 4, 128
+STEPS = {"prompt p=20": 20, "prompt p=100": 100, "prefix m=20": 20, "prefix m=100": 100}
+PREFIX, PROMPT, NEW = 20, 32, 48
+
+
+def run(rounds: int = 5) -> Iterator[Line]:
+    for name, length in STEPS.items():
+        times, losses = train(name.split()[0], length, rounds)
+        detail = ", ".join(f"{case} {times.best(case):.3f} s, loss {losses[case]:.5f}" for case in times.rounds)
+        ratio = times.ratio("kitout", "peft")
+        label = f"{name} step, {ROWS} x {TOKENS} fp32, against PEFT"
+        yield Line(label, times.shown("kitout", "peft"), "<= 0.90 x", ratio <= 0.90, detail)
+    times, same = talk(rounds)
+    detail = ", ".join(f"{case} {times.best(case) / NEW * 1e3:.1f} ms" for case in times.rounds)
+    detail += f" per token; tokens {'equal' if same else 'NOT EQUAL'} to PEFT's"
+    for to, most in (("peft", 0.90), ("base", 1.05)):
+        ratio = times.ratio("kitout", to)
+        other = "PEFT" if to == "peft" else "the base with as many cached tokens"
+        label = f"generation with a prefix of {PREFIX}, {ROWS} rows, per token, against {other}"
+        yield Line(label, times.shown("kitout", to), f"<= {most:.2f} x", ratio <= most, detail)
+        detail = ""
+
+
+def pair(kind: str, length: int) -> tuple[nn.Module, kitout.Kit]:
+    """PEFT and kitout with the same values."""
+    config = {"prompt": PromptTuningConfig, "prefix": PrefixTuningConfig}[kind]
+    peer = get_peft_model(smollm2(torch.float32), config(task_type="CAUSAL_LM", num_virtual_tokens=length))
+    kit = kitout.attach(smollm2(torch.float32))
+    kit.add("a", PromptTuning(length=length) if kind == "prompt" else PrefixTuning(length=length))
+    kit.use("a")
+    values = peer.prompt_encoder.default.embedding.weight.detach()
+    with torch.no_grad():
+        values.mul_(0.1)  # PEFT starts at N(0, 1), far from what the model knows
+        if kind == "prompt":
+            next(kit["a"].parameters()).copy_(values)
+        else:
+            site = kit["a"].sites[0]
+            each = values.view(length, -1, 2, site.heads, site.d_out // site.heads)  # [m, L, 2, H_kv, d_h]
+            for layer, parameter in enumerate(kit["a"].parameters()):
+                parameter.copy_(each[:, layer])
+    return peer, kit
+
+
+def train(kind: str, length: int, rounds: int) -> tuple[Times, dict[str, float]]:
+    ids = torch.randint(0, 49152, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+    peer, kit = pair(kind, length)
+    cases = {
+        "peft": step(peer.train(), [p for p in peer.parameters() if p.requires_grad], ids),
+        "kitout": step(kit.train(), list(kit["a"].parameters()), ids),
+    }
+    losses = {name: case() for name, case in cases.items()}
+    return interleaved(cases, rounds, warm=0), losses
+
+
+def talk(rounds: int) -> tuple[Times, bool]:
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 49152, (ROWS, PROMPT), generator=draw)
+    longer = torch.cat((torch.randint(0, 49152, (ROWS, PREFIX), generator=draw), ids), 1)
+    peer, kit = pair("prefix", PREFIX)
+    peer.eval()
+    kit.eval()
+    bare = smollm2(torch.float32).eval()
+    cases = {
+        "peft": talking(peer.generate, ids),
+        "kitout": talking(kit.generate, ids),
+        "base": talking(bare.generate, longer),
+    }
+    same = torch.equal(cases["peft"]()[:, -NEW:], cases["kitout"]()[:, -NEW:])
+    return interleaved(cases, rounds, warm=1), same
+
+
+def talking(generate: Callable[..., Tensor], ids: Tensor) -> Callable[[], Tensor]:
+    mask = torch.ones_like(ids)
+
+    def run_once() -> Tensor:
+        return generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
+        )
+
+    return run_once
