@@ -62,7 +62,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     where = machine.device()
     kit, pixels, about = equip(options, parts, where, screen)
     screen.say(
-        f"{len(rows)} methods; each is shown {options.budget:,} training images "
+        f"{len(rows)} method{'s' if len(rows) > 1 else ''}; each is shown {options.budget:,} training images "
         f"({options.budget / len(parts.train):.3g} epochs) and measured on {len(parts.test):,}"
     )
     results = {
