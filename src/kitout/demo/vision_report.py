@@ -56,7 +56,7 @@ def _line(row: dict[str, Any]) -> list[str]:
     return [
         row["title"],
         f"{row['trainable']:,}",
-        f"{row['percent']:.2f}" if row['percent'] < 99.995 else "100",
+        f"{row['percent']:.2f}" if row["percent"] < 99.995 else "100",
         f"{100 * row['accuracy']:.1f} ({100 * low:.1f}–{100 * high:.1f})",
         f"{done['seconds']:.0f}",
         f"{done['seconds'] / max(1, done['images']):.3f}",
