@@ -15,6 +15,7 @@ import kitout
 from kitout import (
     IA3,
     SSF,
+    VPT,
     AdaptFormer,
     BitFit,
     FullFineTuning,
@@ -24,6 +25,8 @@ from kitout import (
     ParallelAdapter,
     PartialFineTuning,
     Pfeiffer,
+    PrefixTuning,
+    PromptTuning,
 )
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
@@ -72,6 +75,12 @@ PUBLISHED: list[tuple[str, Method, int]] = [
     ("vit-b16", PartialFineTuning(part="norms"), 25 * 2 * 768),
     ("vit-b16", FullFineTuning(), 12 * B + 1_536 + 76_900 + 768 + 197 * 768 + 768 * 768 + 768),
     ("bert-base", FullFineTuning(), 109_482_240),
+    ("vit-b16", VPT(length=50, deep=True), 460_800),
+    ("vit-b16", VPT(length=50), 38_400),
+    ("vit-b16", VPT(length=50, deep=True, share=True), 38_400),
+    ("vit-b16", VPT(length=50, deep=True, layers="last:4"), 4 * 38_400),
+    ("vit-b16", VPT(length=50, deep=True, projection=64), 12 * 50 * 64 + 65 * 768),
+    ("vit-b16", VPT(length=50, deep=True, share=True, projection=64), 50 * 64 + 65 * 768),
 ]
 
 
@@ -87,6 +96,42 @@ def test_published_counts(shape: str, method: Method, published: int) -> None:
         assert (count.formula, count.trainable, count.total) == (published,) * 3
     finally:
         kit.remove("a")
+
+
+SLIM = {  # the published widths and depths on CPU: transformers' masks for text read values, which meta tensors lack
+    "bert-base": lambda: tf.BertModel(tf.BertConfig(vocab_size=99, intermediate_size=8)),
+    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=99, n_inner=8)),
+    "t5-xl, one block": lambda: tf.T5ForConditionalGeneration(
+        tf.T5Config(vocab_size=99, d_model=2048, d_ff=8, num_layers=1, num_heads=2)
+    ),
+}
+
+IN_FRONT: dict[str, list[tuple[Method, int]]] = {
+    "bert-base": [
+        (PrefixTuning(length=30), 552_960),
+        (PrefixTuning(length=30, encoder=512), 9_872_384),
+        (PromptTuning(length=20), 15_360),
+    ],
+    "gpt2": [
+        (PrefixTuning(length=10), 184_320),
+        (PrefixTuning(length=10, encoder=512), 9_857_024),
+    ],
+    "t5-xl, one block": [
+        (PromptTuning(length=100), 204_800),
+        (PromptTuning(length=100, stacks="both"), 2 * 204_800),
+        (PrefixTuning(length=100), 3 * 2 * 100 * 128),  # encoder, decoder and cross
+    ],
+}
+
+
+@pytest.mark.parametrize("shape", SLIM)
+def test_published_counts_of_what_lies_in_front(shape: str) -> None:
+    kit = kitout.attach(SLIM[shape]().eval())
+    for i, (method, published) in enumerate(IN_FRONT[shape]):
+        assert method.count(method.sites(kit.found)) == published
+        kit.add(f"a{i}", method, seed=0)
+        count = kit.count(f"a{i}")
+        assert (count.formula, count.trainable, count.total) == (published,) * 3
 
 
 def test_a_head_counts_beside_the_method() -> None:
