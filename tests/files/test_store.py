@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import kitout
-from kitout import IA3, BitFit, FullFineTuning, LoRA, PartialFineTuning
+from kitout import IA3, VPT, BitFit, FullFineTuning, LoRA, PartialFineTuning
 from kitout.errors import FileError, MergeState, NameTaken, UnknownAdapter, WrongBase
 from kitout.files import folder as folders
 from kitout.files import store
@@ -59,7 +59,7 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 
 OPTIONS = [
-    *(pytest.param(cls(), id=cls.__name__) for cls in methods() if cls is not PartialFineTuning),
+    *(pytest.param(cls(), id=cls.__name__) for cls in methods() if cls not in (PartialFineTuning, VPT)),
     pytest.param(LoRA(rank={"attn.*": 4, "mlp.*": 2}, alpha=3, targets="attn.q mlp.up"), id="rank by role"),
     pytest.param(LoRA(dora=True, rank=4), id="dora"),
     pytest.param(LoRA(init="pissa", rank=4), id="pissa"),
@@ -69,8 +69,17 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("method", OPTIONS)
-@pytest.mark.parametrize("species", ["llama", "bert", "gpt2", "t5"])
+PLACES = [pytest.param(s, *o.values, id=f"{s}-{o.id}") for s in ("llama", "bert", "gpt2", "t5") for o in OPTIONS]
+
+
+@pytest.mark.parametrize(
+    ("species", "method"),
+    [
+        *PLACES,
+        pytest.param("vit", VPT(), id="vit-VPT"),
+        pytest.param("vit", VPT(deep=True, projection=4), id="vit-deep"),
+    ],
+)
 def test_every_method_comes_back_bit_for_bit(species: str, method: kitout.Method, tmp_path: Path) -> None:
     kit = with_adapter(method, species, seed=7)
     kit.save("a", tmp_path / "a")

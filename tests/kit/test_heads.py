@@ -6,13 +6,14 @@ A head is an ordinary module of the user's. The model's own module stays where i
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import kitout
-from kitout import Kit, LoRA, Stack
+from kitout import Kit, LoRA, PartialFineTuning, Stack
 from kitout.errors import RouteError, TargetError
 from laws.wear import assert_same, put_on, run, untrivial
 from zoo import ZOO, rows_of
@@ -146,3 +147,22 @@ def test_a_head_needs_a_module_to_replace(kit: Kit, path: str) -> None:
 def test_sites_under_a_head_are_left_out(kit: Kit) -> None:
     adapter = kit.add("new", LoRA(rank=2, targets="head attn.q"), heads={"classifier": nn.Linear(D, LABELS)})
     assert not any(s.path == "classifier" for s in adapter.sites)
+
+
+def test_an_adapter_may_be_a_head_alone_and_keeps_its_running_statistics(tmp_path: Path) -> None:
+    """The linear probe of the vision papers: nothing of the model is trained, and the norm has no gain."""
+    specimen = ZOO["vit"]
+    kit, batch = kitout.attach(specimen.build()), specimen.batch(4, 0)
+    head = nn.Sequential(nn.BatchNorm1d(specimen.width, affine=False, eps=1e-6), nn.Linear(specimen.width, LABELS))
+    kit.add("probe", PartialFineTuning(part="head"), heads={"classifier": head})
+    assert sum(p.numel() for p in kit["probe"].parameters()) == specimen.width * LABELS + LABELS
+    kit.use("probe")
+    kit.train()
+    kit(**batch)
+    kit.eval()
+    want = run(kit, batch)
+    kit.save("probe", tmp_path / "probe")
+    loaded = kit.load(tmp_path / "probe", name="again")
+    assert loaded.heads["classifier"].module[0].num_batches_tracked == 1
+    with kit.use("again"):
+        assert torch.equal(run(kit, batch), want)

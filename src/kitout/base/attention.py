@@ -17,6 +17,7 @@ from kitout.base.find import Survey
 from kitout.base.site import Site
 from kitout.base.watch import Attention, Watch
 
+_known: dict[type[nn.Module], Mapping[str, Any] | None] = {}  # asked for at every attention call
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' name for it in every modeling file
 
 
@@ -24,9 +25,15 @@ def interface(module: nn.Module) -> Mapping[str, Any] | None:
     """The globals of the module's own forward, where that asks transformers' attention interface; else None."""
     if getattr(getattr(module, "config", None), "_attn_implementation", None) is None:
         return None
-    forward = inspect.unwrap(type(module).forward)
-    named = INTERFACE in forward.__code__.co_names and INTERFACE in forward.__globals__
-    return forward.__globals__ if named else None
+    return _globals(type(module))
+
+
+def _globals(cls: type[nn.Module]) -> Mapping[str, Any] | None:
+    if cls not in _known:
+        forward = inspect.unwrap(cls.forward)
+        named = INTERFACE in forward.__code__.co_names and INTERFACE in forward.__globals__
+        _known[cls] = forward.__globals__ if named else None
+    return _known[cls]
 
 
 def attentions(found: Survey, sites: Sequence[Site], watch: Watch) -> tuple[list[Site], dict[str, str]]:

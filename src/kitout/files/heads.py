@@ -30,6 +30,13 @@ KNOWN: dict[type[nn.Module], Facts] = {
         "elementwise_affine": lambda m: m.elementwise_affine,
         "bias": lambda m: m.bias is not None,
     },
+    nn.BatchNorm1d: {
+        "num_features": lambda m: m.num_features,
+        "eps": lambda m: m.eps,
+        "momentum": lambda m: m.momentum,
+        "affine": lambda m: m.affine,
+        "track_running_stats": lambda m: m.track_running_stats,
+    },
     nn.RMSNorm: {
         "normalized_shape": lambda m: list(m.normalized_shape),
         "eps": lambda m: m.eps,

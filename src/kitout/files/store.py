@@ -190,7 +190,7 @@ def _check_base(kit: Kit, where: Path, record: Record) -> None:
 def _sites(kit: Kit, where: Path, record: Record, choose: Any) -> list[Site]:
     """The method's sites in this model, which must be those of the record one by one."""
     sites: list[Site] = _named(where, choose)
-    check_sites(kit, record.name, sites)
+    check_sites(kit, record.name, sites, [h.path for h in record.heads])
     old, new = {s.key: s for s in record.sites}, {s.key: SiteRecord.of(s) for s in sites}
     faults = Faults(FileError, f"{where}: its sites are not those that {record.method} finds in this model")
     if len(old) != len(record.sites):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -59,7 +59,7 @@ def build(
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ConfigError(f"seed must be a whole number or None, found {seed!r}")
     sites = sites_of(kit, method, heads)
-    check_sites(kit, name, sites)
+    check_sites(kit, name, sites, heads)
     # On CPU whatever the base's device, so that a seed means the same values everywhere.
     with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
         if seed is not None:
@@ -139,14 +139,14 @@ def check_known(kit: Kit, wanted: Route) -> None:
     faults.raise_if_any()
 
 
-def check_sites(kit: Kit, name: str, sites: Sequence[Site]) -> None:
-    """TargetError for no site at all, SilentSite for one that never runs."""
+def check_sites(kit: Kit, name: str, sites: Sequence[Site], heads: Collection[str] = ()) -> None:
+    """TargetError for no site at all where no head takes their place, SilentSite for one that never runs."""
     twice = [key for key, n in Counter(s.key for s in sites).items() if n > 1]
     if twice:
         raise TargetError(
             f"adapter {name!r} would sit twice at {', '.join(twice[:5])}: its targets name one place twice"
         )
-    if not sites:
+    if not sites and not heads:
         raise TargetError(f"adapter {name!r} would have no site at all in this model; see print(kit) for the roles")
     silent = [s.path for s in sites if s.path in kit.found.silent]
     if silent:

@@ -16,7 +16,7 @@ from kitout.base.find import Survey, Tower
 from kitout.errors import RouteError
 from kitout.kit.adapter import Adapter
 from kitout.kit.call import Here, Pair
-from kitout.kit.layout import Layout, layout
+from kitout.kit.layout import Layout, Which, joined, layout
 from kitout.kit.lead import Ahead, Joint, Lead
 from kitout.kit.live import Bound, Live
 from kitout.kit.local import Part
@@ -69,8 +69,8 @@ class Front:
             else:
                 across = self._text(tower, across, record) or across
 
-    def _laid(self, tower: Tower, which: str, role: str = "kv.self") -> list[Layout]:
-        return [layout(e, self.adapters, tower.path, which, role) for e in self.entries]  # type: ignore[arg-type]
+    def _laid(self, tower: Tower, which: Which, role: str = "kv.self") -> list[Layout]:
+        return [layout(e, self.adapters, tower.path, which, role) for e in self.entries]
 
     def _attend(self, tower: Tower, own: Sequence[Layout], record: Record | None, slots: Slots | None = None) -> None:
         """The programs of a stack's attentions."""
@@ -98,7 +98,9 @@ class Front:
             if len({i.after for i in each.items}) > 1:
                 raise RouteError("a Stack of prompts before the text and after its first token: choose one place")
         prompted = any(each.items for each in tokens)
-        own = self._laid(tower, "both" if tower.causal else "past")
+        own = self._laid(tower, "past")
+        if tower.causal:
+            own = [joined(past, each) for past, each in zip(own, tokens, strict=True)]
         leads = widening = None
         if prompted and tower.causal:
             leads = self._leads(tower, tokens)
@@ -109,7 +111,7 @@ class Front:
         crossing = across if self._reads(tower) else None
         if any(each.length for each in own) or prompted or crossing is not None:
             if tower.positions:
-                self._check_table(tower, [a.length + b.length for a, b in zip(own, tokens, strict=True)])
+                self._check_table(tower, [max(a.length, b.length) for a, b in zip(own, tokens, strict=True)])
                 self._wrap(tower.positions, Positions)
             if widening is not None:
                 self._wrap(tower.table, Table)

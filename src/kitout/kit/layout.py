@@ -40,13 +40,17 @@ class Layout:
         return tuple(i for i in self.items if i.tokens)
 
 
-Which = Literal["past", "tokens", "both"]
+Which = Literal["past", "tokens"]
 
 
-def layout(
-    entry: Entry, adapters: Mapping[str, Adapter], tower: str, which: Which = "both", role: str = "kv.self"
-) -> Layout:
-    """The prompts, or prefixes (of attentions of this role), or both, of an entry at one stack.
+def joined(prefixes: Layout, prompts: Layout) -> Layout:
+    """Prefixes, then prompts, then the text: a prompt is text to all else that is worn, wherever a Stack names it."""
+    moved = (replace(i, offset=i.offset + prefixes.length) for i in prompts.items)
+    return Layout(prefixes.length + prompts.length, (*prefixes.items, *moved))
+
+
+def layout(entry: Entry, adapters: Mapping[str, Adapter], tower: str, which: Which, role: str = "kv.self") -> Layout:
+    """The prompts, or the prefixes (of attentions of this role), of an entry at one stack.
 
     RouteError for tokens in a Mix or at a strength, and for negative weights.
     """
@@ -67,8 +71,8 @@ def layout(
 
 
 def _one(adapter: Adapter, tower: str, which: Which, role: str) -> Layout:
-    prompts = adapter.tokens.get(tower, []) if which != "past" else []
-    prefixes = adapter.pasts_at(tower, role) if which != "tokens" else []
+    prompts = adapter.tokens.get(tower, []) if which == "tokens" else []
+    prefixes = adapter.pasts_at(tower, role) if which == "past" else []
     if prompts and adapter.strength != 1.0:
         raise RouteError(f"{adapter.name!r} has tokens in the sequence: they are there or not, at no strength between")
     if prefixes and adapter.strength < 0:

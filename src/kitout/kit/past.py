@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class Past:
     ) -> None:
         self.site, self.layouts, self.plan, self.here, self.then = site, layouts, plan, here, then
         self.parts, self.record, self.slots = parts, record, slots
+        self.relative = site.bias is not None and site.role == "kv.self"
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         extra = self._extra(first_tensor(args, kwargs))
@@ -106,15 +108,18 @@ class Past:
         return result
 
     def _one(self, pieces: Sequence[Piece], laid: Layout, x: Tensor) -> Extra:
-        k, v = torch.cat([p.k for p in pieces], 2), torch.cat([p.v for p in pieces], 2)
-        log = None
+        k, v, log = pieces[0].k, pieces[0].v, None
+        if len(pieces) > 1:
+            k, v = torch.cat([p.k for p in pieces], 2), torch.cat([p.v for p in pieces], 2)
         if any(p.log for p in pieces):
             log = torch.cat([torch.full((p.k.shape[2],), p.log, device=x.device) for p in pieces])[None, None, None]
-        keep = self._after(pieces, x)
-        spots = torch.cat([torch.arange(p.k.shape[2], device=x.device) + p.offset for p in pieces])[None]
-        return Extra(k, v, keep, log, self._bias(spots - laid.length, x))
+        bias = None
+        if self.relative:
+            spots = torch.cat([torch.arange(p.k.shape[2], device=x.device) + p.offset for p in pieces])[None]
+            bias = partial(self._bias, spots - laid.length)
+        return Extra(k, v, self._after(pieces), log, bias)
 
-    def _after(self, pieces: Sequence[Piece], x: Tensor) -> Tensor | None:
+    def _after(self, pieces: Sequence[Piece]) -> Tensor | None:
         """The first token of the text does not see a prompt that comes after it."""
         if not any(p.after for p in pieces):
             return None
@@ -154,7 +159,7 @@ class Past:
             joined("v"),
             None if bool(keep.all()) else keep,
             log if any(p.log for each in pieces for p in each) else None,
-            self._bias(spots_of_rows, x),
+            partial(self._bias, spots_of_rows) if self.relative else None,
         )
 
     def _seen(self, piece: Piece, rows: Tensor, queries: int, x: Tensor) -> Tensor:
@@ -164,17 +169,12 @@ class Past:
         places = self.here.call.places[self.site.tower].expand(x.shape[0], -1)[rows]
         return (places[:, None, :, None] > 0).expand(-1, -1, -1, length)
 
-    def _bias(self, spots: Tensor, x: Tensor) -> Any:
+    def _bias(self, spots: Tensor) -> Tensor:
         """The relative bias of keys at `spots` [B or 1, P], counted from the text's first token (negative)."""
-        module = self.site.bias
-        if module is None or self.site.role != "kv.self":
-            return None
         places = self.here.call.places[self.site.tower]
-
-        def bias() -> Tensor:
-            distance = spots[:, None, :] - places[:, :, None]  # [B or 1, Tq, P]
-            farthest = int(-distance.min())
-            table = module.compute_bias(1, farthest + 1, device=x.device, past_seen_tokens=farthest)  # type: ignore[operator]
-            return table[0, :, 0][:, distance + farthest].transpose(0, 1)  # [B or 1, H, Tq, P]
-
-        return bias
+        distance = spots[:, None, :] - places[:, :, None]  # [B or 1, Tq, P]
+        farthest = int(-distance.min())
+        compute: Any = getattr(self.site.bias, "compute_bias")  # noqa: B009 - nn.Module hides its type
+        table = compute(1, farthest + 1, device=spots.device, past_seen_tokens=farthest)
+        biases: Tensor = table[0, :, 0][:, distance + farthest].transpose(0, 1)  # [B or 1, H, Tq, P]
+        return biases
