@@ -6,9 +6,11 @@ many; a kernel that cannot see added keys is refused when it is called, and noth
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from full_text import HOW, alone, real, text
@@ -148,6 +150,49 @@ def test_a_widened_text_is_counted_too() -> None:
         with pytest.raises(RouteError, match=r"2 positions too long.*shorten the text by 2"):
             kit(**long_batch([LIMIT - 6, 3], LIMIT - 6))
         run(kit, {"input_ids": long_batch([3], 3)["input_ids"]})
+
+
+def t5_encoder(model: nn.Module, ids: Tensor, fronts: list[tuple[list[Tensor], float]]) -> Tensor:
+    """T5's encoder on one row [1, T]. fronts: prefixes [m, 2, H, d_h] by block, each ending at the text, weighted."""
+    table = model.block[0].layer[0].SelfAttention
+    keys = torch.cat([*(torch.arange(-len(f[0]), 0) for f, _ in fronts), torch.arange(ids.shape[1])])
+    distance = keys[None] - torch.arange(ids.shape[1])[:, None]
+    bucket = table._relative_position_bucket(distance, bidirectional=True, num_buckets=8, max_distance=20)
+    bias = table.relative_attention_bias(bucket).permute(2, 0, 1)[None]
+    log = torch.cat([*(torch.full((len(f[0]),), math.log(w)) for f, w in fronts), torch.zeros(ids.shape[1])])
+    x = model.embed_tokens(ids)
+    for i, block in enumerate(model.block):
+        own, h = block.layer[0].SelfAttention, block.layer[0].layer_norm(x)
+        q, k, v = (f(h).unflatten(-1, (4, 16)).transpose(1, 2) for f in (own.q, own.k, own.v))
+        k = torch.cat([*(f[i][:, 0].transpose(0, 1)[None] for f, _ in fronts), k], 2)
+        v = torch.cat([*(f[i][:, 1].transpose(0, 1)[None] for f, _ in fronts), v], 2)
+        y = torch.softmax(q @ k.transpose(2, 3) + bias + log, -1) @ v
+        x = block.layer[1](x + own.o(y.transpose(1, 2).flatten(2)))
+    return model.final_layer_norm(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", ["ones", "left", "right"])
+def test_relative_positions_count_back_from_the_text(padding: str) -> None:
+    """A prefix ends where the text begins, also under a longer one of a Mix, and before the other in a Stack."""
+    kit, batch = fresh_kit(ZOO["t5"]), text(ZOO["t5"], padding)
+    for name, length in {"p": 3, "r": 5}.items():
+        put_on(kit, PrefixTuning(length=length, places="encoder"), name)
+    held = {n: [kit[n].delta(s).prefix for s in kit[n].sites] for n in kit.names}
+    both = [torch.cat(pair) for pair in zip(held["p"], held["r"], strict=True)]
+    routes = {
+        "p": [(held["p"], 1.0)],
+        Mix({"p": 0.5, "r": 2.0}): [(held["p"], 0.5), (held["r"], 2.0)],
+        Stack("p", "r"): [(both, 1.0)],
+    }
+    with kit.use([*routes]):
+        together = kit(**batch).encoder_last_hidden_state
+    for row, (route, fronts) in enumerate(routes.items()):
+        mask = real(batch)[row]
+        expected = t5_encoder(pristine("t5").encoder, batch["input_ids"][row][mask][None], fronts)[0]
+        assert_same(together[row, mask], expected, what=f"{route} among others")
+        with kit.use(route):
+            assert_same(kit(**batch).encoder_last_hidden_state[row, mask], expected, what=f"{route}")
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
