@@ -67,7 +67,14 @@ def attentions(found: Survey, sites: Sequence[Site], watch: Watch) -> tuple[list
             kind="other",
             module=module,
         )
-    return [s.at(bias=_bias(s, list(result.values()))) for s in result.values()], closed
+    sites = [s.at(bias=_bias(s, list(result.values()))) for s in result.values()]
+    biased = {call.path for call in watch.attentions if call.biased}
+    closed |= {
+        s.path: "its mask carries a bias by position, which added keys would lack"
+        for s in sites
+        if s.path in biased and s.bias is None
+    }
+    return [s for s in sites if s.path not in closed], closed
 
 
 def _bias(site: Site, sites: Sequence[Site]) -> nn.Module | None:

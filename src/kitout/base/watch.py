@@ -60,7 +60,8 @@ class Entry:
 class Attention:
     """One attention call: by letter the leaves it reads, and the tensors to take gradients of.
 
-    path: of the module that made it. product: it was written out, scores and softmax and all.
+    path: of the module that made it. product: it was written out, scores and softmax and all. biased: its mask says
+    more than who sees whom.
     """
 
     path: str
@@ -69,6 +70,7 @@ class Attention:
     leaves: dict[str, frozenset[str]]
     tensors: dict[str, Tensor]
     out: Tensor | None = None
+    biased: bool = False
 
 
 class Watch(TorchFunctionMode):
@@ -217,6 +219,7 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self._attend(*_three(args, kwargs), product=False)
+            self.attentions[-1].biased = _biased(args[3] if len(args) > 3 else kwargs.get("attn_mask"))
             self.attentions[-1].out = func(*args, **kwargs)
             return self.attentions[-1].out
         if func is F.embedding:
@@ -299,6 +302,12 @@ class Watch(TorchFunctionMode):
 def _three(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (args[i] if len(args) > i else kwargs[n] for i, n in enumerate(("query", "key", "value")))
     return q, k, v
+
+
+def _biased(mask: Tensor | None) -> bool:
+    if mask is None or mask.dtype == torch.bool or mask.is_meta:
+        return False
+    return bool(((mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)).any())
 
 
 def _after_softmax(t: Tensor) -> bool:

@@ -29,7 +29,7 @@ MASKED = ("eager", "sdpa")  # kernels that take a mask of any shape
 @dataclass
 class Extra:
     """What one attention call gets. k, v [B or 1, H_kv, P, d_h]. keep [B or 1, 1, Tq or 1, P]: which of them a query
-    sees, None: all. log: of their weights, same shape, None: 0. bias: from key count Tq to the relative bias
+    sees, None: all. log: of their weights, same shape, None: 0. bias: computes the relative bias
     [B or 1, H, Tq, P]. hidden [B or 1, Tk]: the call's own keys that nobody sees. note: takes the call's own k and v.
     """
 
@@ -88,7 +88,7 @@ def _mask(extra: Extra, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool)
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
     added = torch.zeros(1, 1, 1, length, dtype=mask.dtype, device=q.device) if log is None else log.to(mask.dtype)
     if keep is not None:
-        added = added.masked_fill(~keep, torch.finfo(mask.dtype).min)
+        added = added.masked_fill(~keep, -torch.inf)  # below a query's own masked keys, where it sees nothing at all
     return _side_by_side(added, mask)
 
 

@@ -55,6 +55,7 @@ def bounded(base: type[nn.Module]) -> type[nn.Module]:
             if bound.rows is not None and live.depth == 0:
                 _check_rows(bound, self, args, kwargs, bool(live.generating))
             live.lay(bound)
+            _check_cache(live, bound, kwargs)
             live.depth += 1
             try:
                 with self._kitout.first_forward():
@@ -142,11 +143,23 @@ def routed(base: type[nn.Module]) -> type[nn.Module]:
 
 def _returned(live: Live, bound: Bound, output: Any) -> Any:
     """The output as the caller knows it, and on record for recomputations."""
+    if bound.call.slotted is not None:
+        output = bound.call.slotted(output)
     for tower in bound.call.back:  # states of an encoder come back as wide as its decoder read them
         output = trimmed(output, bound.call, tower, ENCODER)
     if torch.is_grad_enabled():
         live.graphs.record(output, bound)
     return output
+
+
+def _check_cache(live: Live, bound: Bound, kwargs: dict[str, Any]) -> None:
+    """RouteError where a cache was filled behind prompts or prefixes and nothing of the kind is worn now."""
+    cache = kwargs.get("past_key_values")
+    if bound.here is None and cache is not None and any(live.fronts.get(cache, ())) and int(cache.get_seq_length()):
+        raise RouteError(
+            f"this cache was filled behind {max(live.fronts[cache])} positions of a prompt or prefix, and none is worn "
+            "now: go on under the route it was filled under, or with a fresh cache"
+        )
 
 
 def _check_trainable(kit: Resolver, model: nn.Module) -> None:

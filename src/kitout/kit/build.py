@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ from kitout.kit.adapter import Adapter
 from kitout.kit.bind import bind
 from kitout.kit.call import Pair
 from kitout.kit.delta import Delta, Method
+from kitout.kit.live import Bound
 from kitout.kit.route import Route, names
 from kitout.kit.tap import untap
 
@@ -61,7 +63,7 @@ def build(
     sites = sites_of(kit, method, heads)
     check_sites(kit, name, sites, heads)
     # On CPU whatever the base's device, so that a seed means the same values everywhere.
-    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
+    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad(), _bare(kit):
         if seed is not None:
             torch.manual_seed(seed)
         shared = method.common(sites)
@@ -73,6 +75,18 @@ def build(
     place(kit, adapter)
     adapter.wire(head_sites)
     return adapter
+
+
+@contextmanager
+def _bare(kit: Kit) -> Iterator[None]:
+    """Nothing worn while initial values are read off the model's modules."""
+    with kit.live.lock:
+        before = kit.live.bound
+        kit.live.lay(Bound(None))
+        try:
+            yield
+        finally:
+            kit.live.lay(before)
 
 
 def keys_values(kit: Kit, ids: Tensor) -> dict[str, Pair]:

@@ -19,7 +19,9 @@ Pair = tuple[Tensor, Tensor]
 class Call:
     """places: by stack, the position of each query among its row's text, [B or 1, T]. rewrite: by table path, what is
     to be done to the table's next answer or question. leads: by attention path, keys and values of each entry's prompt.
-    back: by stack, for every column of the caller's the widened one, [B, T]. cut: leads go through graphs of their own.
+    leaves: the same cut off from their graph; latest: those of the stack that was run last. back: by stack, for every
+    column of the caller's the widened one, [B, T]; wide: how many those are. recorded: leads have a graph; cut: blocks
+    are recomputed in graphs of their own, which end at the leaves. slotted: takes an image's tokens out of an output.
     """
 
     places: dict[str, Tensor] = field(default_factory=dict)
@@ -28,6 +30,8 @@ class Call:
     leaves: dict[str, list[Pair | None]] = field(default_factory=dict)
     back: dict[str, Tensor] = field(default_factory=dict)
     wide: dict[str, int] = field(default_factory=dict)
+    latest: dict[str, list[Pair | None]] = field(default_factory=dict)
+    slotted: Callable[[Any], Any] | None = None
     recorded: bool = False
     cut: bool = False
 
@@ -39,3 +43,6 @@ class Here:
 
     def __init__(self) -> None:
         self.call = Call()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a forward in progress does not travel
+        return Here, ()

@@ -116,8 +116,9 @@ class Front:
             if widening is not None:
                 self._wrap(tower.table, Table)
             then = self.programs.get(tower.owner)
+            relative = any(s.bias is not None for s in self.found.attentions if s.tower == tower.path)
             self.programs[tower.owner] = Stage(
-                tower, own, self.plan, self.here, self.live, leads, widening, crossing, then
+                tower, own, self.plan, self.here, self.live, leads, widening, crossing, then, relative
             )
         return widening if widening is not None and widening.crossed else None
 
@@ -166,7 +167,7 @@ class Front:
             self.programs[first] = Joint(attentions, self.here, self.programs.get(first))
         model = self.found.model
         blocks = [model.get_submodule(b.path) for b in self.found.blocks if b.tower == tower.path and b.whole]
-        return Lead(model.get_submodule(tower.table), blocks, ahead, self.plan, self.here, self.live)
+        return Lead(tower.path, model.get_submodule(tower.table), blocks, ahead, self.plan, self.here, self.live)
 
     # ---- images ------------------------------------------------------------------------------------------------
 
@@ -174,7 +175,9 @@ class Front:
         tokens = self._laid(tower, "tokens")
         slots = None
         if any(each.items for each in tokens):
-            slots = Slots([[self._held(tower, i.name, i.offset, i.length) for i in t.items] for t in tokens], self.plan)
+            slots = Slots(
+                [[self._held(tower, i.name, i.offset, i.length) for i in t.items] for t in tokens], self.plan, self.here
+            )
             blocks = [b for b in self.found.blocks if b.tower == tower.path]
             for path, why in self.found.closed.items():
                 if path.startswith(f"{tower.path}.") and any(slots.hides(b.index) for b in blocks):

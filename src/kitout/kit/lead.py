@@ -48,6 +48,7 @@ class Lead:
 
     def __init__(
         self,
+        tower: str,
         table: nn.Module,
         blocks: Sequence[nn.Module],
         entries: Sequence[Ahead | None],
@@ -55,9 +56,15 @@ class Lead:
         here: Here,
         live: Live,
     ) -> None:
-        self.table, self.blocks, self.entries = table, blocks, entries
+        self.tower, self.table, self.blocks, self.entries = tower, table, blocks, entries
         self.plan, self.here, self.live = plan, here, live
         self._kept: WeakKeyDictionary[Any, Leads] = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:  # caches of texts in progress do not travel
+        return {**self.__dict__, "_kept": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _kept=WeakKeyDictionary())
 
     def run(self, module: nn.Module, call: dict[str, Any], rows: int) -> None:
         """Leaves the keys and values of every entry's prompts in the Call."""
@@ -67,6 +74,7 @@ class Lead:
         leads = (
             self._kept[cache] if begun and cache in self._kept else self._ahead(module, self._apart(call), rows, begun)
         )
+        self._check_rows(leads, rows)
         here.leads |= leads
         here.recorded = torch.is_grad_enabled() and any(
             t.requires_grad for each in leads.values() for pair in each if pair for t in pair
@@ -74,15 +82,26 @@ class Lead:
         here.leaves |= (
             {path: [_leaf(pair) for pair in each] for path, each in leads.items()} if here.recorded else leads
         )
-        self._last = leads
+        here.latest = leads
         if cache is not None:
             self._kept[cache] = leads
+
+    def _check_rows(self, leads: Leads, rows: int) -> None:
+        """RouteError where kept keys are not those of as many rows: the cache's rows were chosen anew."""
+        entries = [0] * rows if self.plan is None else self.plan.expanded(rows)
+        for each in leads.values():
+            for e, pair in enumerate(each):
+                if pair is not None and pair[0].shape[0] not in (1, entries.count(e)):
+                    raise RouteError(
+                        f"the prompt was run for {pair[0].shape[0]} rows and {entries.count(e)} wear it in this call: "
+                        "after choosing rows of a cache anew, start with a fresh one"
+                    )
 
     def keep(self, call: dict[str, Any], output: Any) -> None:
         """The cache that the model made itself goes with these keys as well."""
         cache = output.get("past_key_values") if isinstance(output, Mapping) else None
         if cache is not None:
-            self._kept[cache] = self._last
+            self._kept[cache] = self.here.call.latest
 
     def _apart(self, call: dict[str, Any]) -> dict[str, Any]:
         """The call for the prompts alone. Where blocks are recomputed, an encoder's states get there as a leaf: their
@@ -108,9 +127,12 @@ class Lead:
                 ahead.found.clear()
                 self.live.lay(replace(ahead.bound, call=Call()))
                 self.live.leading += 1
+                drops, training = getattr(module, "layerdrop", 0), module.training
+                module.training = training and not drops  # every block's keys are wanted
                 try:
                     module(**self._inputs(module, call, ahead, where, begun))
                 finally:
+                    module.training = training
                     self.live.leading -= 1
                 skip = 1 if ahead.after else 0
                 for path, (k, v) in ahead.found.items():
@@ -152,9 +174,10 @@ class Lead:
                 "a prompt after the first token needs that token: give input_ids, and go on with the cache that the "
                 "forward of the first tokens filled"
             )
-        start = torch.zeros(len(ids), 1, dtype=torch.long, device=ids.device)
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            start = (mask.cumsum(1) == 0).sum(1, keepdim=True).clamp_max(ids.shape[1] - 1)
+        places = self.here.call.places[self.tower].expand(len(ids), -1)
+        start = (places == 0).sum(1, keepdim=True) - 1  # pads before the first token count as its place
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, : ids.shape[1]].any(1).all()):
+            raise RouteError("a prompt after the first token needs that token, and the tokens of a row are pads alone")
         first = ids.gather(1, start)
         first = first if where is None else first[where]
         if bool((first == first[:1]).all()):

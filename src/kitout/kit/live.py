@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from kitout.kit.call import Call, Here
 from kitout.kit.graphs import Graphs
@@ -68,11 +69,13 @@ class Live:
 
     def _make_unshared(self) -> None:
         self.lock = threading.RLock()
+        # By cache: how many positions lay in front of each row's text when it was filled.
+        self.fronts: WeakKeyDictionary[Any, tuple[int, ...]] = WeakKeyDictionary()
         self.local: ContextVar[Choice | None] = ContextVar("kitout_route", default=None)
 
     def __getstate__(self) -> dict[str, Any]:  # locks and context variables neither pickle nor deepcopy
         self.settle()
-        return {k: v for k, v in self.__dict__.items() if k not in ("lock", "local")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("lock", "local", "fronts")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

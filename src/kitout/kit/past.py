@@ -153,11 +153,12 @@ class Past:
             return torch.cat([getattr(e, name) for e in extras]).index_select(0, order)
 
         keep, log = joined("keep"), joined("log")
+        uneven = any(p.after for e in pieces for p in e) or len({sum(p.k.shape[2] for p in e) for e in pieces}) > 1
         spots_of_rows = torch.cat(distances).index_select(0, order)
         return Extra(
             joined("k"),
             joined("v"),
-            None if bool(keep.all()) else keep,
+            keep if uneven else None,
             log if any(p.log for each in pieces for p in each) else None,
             partial(self._bias, spots_of_rows) if self.relative else None,
         )

@@ -7,14 +7,16 @@ It knows blocks by their number and rows by their entry, and nothing of adapters
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kitout.errors import RouteError
+from kitout.kit.call import Here
 from kitout.kit.local import Part
 from kitout.kit.program import join, split
 from kitout.kit.rows import Plan, scatter
@@ -39,8 +41,8 @@ class Held:
 class Slots:
     """The slots of one stack under one route. entries: what each entry holds."""
 
-    def __init__(self, entries: Sequence[Sequence[Held]], plan: Plan | None) -> None:
-        self.entries, self.plan = entries, plan
+    def __init__(self, entries: Sequence[Sequence[Held]], plan: Plan | None, here: Here) -> None:
+        self.entries, self.plan, self.here = entries, plan, here
         self.width = max(sum(h.length for h in each) for each in entries)
         self.first = min(h.first for each in entries for h in each)
 
@@ -55,6 +57,7 @@ class Slots:
     def fill(self, x: Tensor, block: int) -> Tensor:
         """The stream as the block takes it: with the slots put in, or those overwritten that begin anew here."""
         if block == self.first:
+            self.here.call.slotted = partial(self.taken_out, tokens=x.shape[1])
             x = torch.cat((x[:, :AT], x.new_zeros(x.shape[0], self.width, x.shape[2]), x[:, AT:]), 1)
         rows = [self._row(each, x, block) for each in self.entries]
         if self.plan is None:
@@ -74,6 +77,22 @@ class Slots:
             pieces += [x[:, AT + end : AT + offset], vectors.expand(x.shape[0], -1, -1)]
             end = offset + len(vectors)
         return torch.cat([*pieces, x[:, AT + end : AT + self.width]], 1)
+
+    def taken_out(self, output: Any, tokens: int) -> Any:
+        """A model's output with the slots taken out of its hidden states, which have `tokens` without them."""
+        if not isinstance(output, Mapping):
+            return output
+        if "feature_maps" in output:
+            raise RouteError(
+                "a backbone's feature maps are blocks' inner states, which visual prompts would be part of"
+            )
+        states = output.get("hidden_states")
+        if isinstance(states, tuple):
+            wide = tokens + self.width
+            output["hidden_states"] = tuple(  # type: ignore[index]
+                self.drop(s) if isinstance(s, Tensor) and s.ndim == 3 and s.shape[1] == wide else s for s in states
+            )
+        return output
 
     def drop(self, y: Tensor) -> Tensor:
         return torch.cat((y[:, :AT], y[:, AT + self.width :]), 1)

@@ -8,9 +8,10 @@ knows calls by the names transformers gives their arguments, and nothing of adap
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,11 @@ class Leads(Protocol):
 
 
 class Generating(Protocol):
-    """Whether `generate` gives the positions of a call, counted from the mask, or its caller does."""
+    """counts: `generate` gives the positions of a call, counted from the mask, and not its caller. fronts: by cache,
+    how many positions were in front of each row's text when it was filled.
+    """
+
+    fronts: WeakKeyDictionary[Any, tuple[int, ...]]
 
     @property
     def counts(self) -> bool: ...
@@ -56,7 +61,9 @@ class Stage:
         widening: Widening | None = None,
         across: Widening | None = None,
         then: Program | None = None,
+        relative: bool = False,
     ) -> None:
+        self.relative = relative  # positions are distances, which attention computes
         self.tower, self.layouts, self.plan, self.here, self.live = tower, layouts, plan, here, live
         self.leads, self.widening, self.across, self.then = leads, widening, across, then
 
@@ -65,9 +72,16 @@ class Stage:
         text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
         if not isinstance(text, Tensor):
             return forward(module, *args, **kwargs)  # it says itself what it misses
+        lengths = self._lengths(text.shape[0])
+        self._check_cache(call, lengths)
         if self.across is not None:
             self.across.widen_mask(call, self.here.call)
         if self.widening is not None:
+            if call.get("past_key_values") is not None:
+                raise RouteError(
+                    "a prompt among tokens that look ahead is part of every forward, and this one goes on from a "
+                    "cache: call it without one (use_cache=False)"
+                )
             self.widening.widen(module, call, self.here.call)
         self._place(module, call, text)
         if self.leads is not None:
@@ -75,9 +89,28 @@ class Stage:
         out = forward(module, **call) if self.then is None else self.then(module, forward, (), call)
         if self.leads is not None:
             self.leads.keep(call, out)
+        for cache in (call.get("past_key_values"), out.get("past_key_values") if isinstance(out, Mapping) else None):
+            if cache is not None:
+                self.live.fronts[cache] = lengths
         if self.widening is not None and not self.widening.crossed:
             out = trimmed(out, self.here.call, self.tower.path)
         return out
+
+    def _lengths(self, rows: int) -> tuple[int, ...]:
+        entries = [0] * rows if self.plan is None else self.plan.expanded(rows)
+        return tuple(self.layouts[e].length for e in entries)
+
+    def _check_cache(self, call: dict[str, Any], lengths: tuple[int, ...]) -> None:
+        """RouteError where the cache was filled behind other prompts or prefixes: its keys have other positions."""
+        cache = call.get("past_key_values")
+        if cache is None:
+            return
+        before = self.live.fronts.get(cache)
+        if before not in (None, lengths) and int(cache.get_seq_length()) > 0:
+            raise RouteError(
+                f"this cache was filled with {list(before or ())} positions in front of its rows' texts, and the route "
+                f"now puts {list(lengths)} there: go on under the route it was filled under, or with a fresh cache"
+            )
 
     # ---- positions ---------------------------------------------------------------------------------------------
 
@@ -100,6 +133,14 @@ class Stage:
         self.here.call.places[self.tower.path] = places
         if (given is not None and not self.live.counts) or not (self._shifted or self.widening):
             return
+        if given is not None and not counted:
+            raise RouteError(
+                f"position_ids of shape {list(given.shape)}: a prompt or prefix shifts positions along one axis, "
+                "[batch, tokens], and this model has more"
+            )
+        if mask is None and any(i.after for laid in self.layouts for i in laid.items):
+            # Without a mask a gap in the positions would pass for the start of another, packed text.
+            call["attention_mask"] = torch.ones(rows, int(past) + length, dtype=torch.long, device=text.device)
         places, steps = places.expand(rows, -1), steps.expand(rows, -1)
         shifts, moved = self._shifts(rows, text.device)
         before = torch.where(places > 0, shifts.sum(-1, keepdim=True), shifts[:, :1])
@@ -131,6 +172,11 @@ class Stage:
             self.here.call.rewrite[self.tower.positions] = ask
         elif "position_ids" in _parameters(type(module).forward):
             call["position_ids"] = torch.where(moved[:, None], places, own)
+        elif not self.relative and bool((moved[:, None] & (places != own)).any()):
+            raise RouteError(
+                f"{type(module).__name__} counts its positions itself, where they cannot be shifted: text after a "
+                "prompt or prefix would have the wrong ones"
+            )
 
     def _check_limit(self, module: nn.Module, places: Tensor, seen: int) -> None:
         """RouteError where a position lies beyond what the model has a place for."""

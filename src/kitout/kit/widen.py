@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kitout.errors import RouteError
-from kitout.kit.call import Call
+from kitout.kit.call import Call, Here
 from kitout.kit.local import Part
 from kitout.kit.program import join, split
 from kitout.kit.rows import Plan
@@ -79,8 +79,14 @@ class Widening:
     def widen_mask(self, call: dict[str, Any], here: Call) -> None:
         """The mask of the states that another stack reads, if those have prompts in them."""
         states, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
-        if not isinstance(states, Tensor) or states.shape[1] == (mask.shape[1] if isinstance(mask, Tensor) else -1):
+        if not isinstance(states, Tensor):
             return
+        text = mask.shape[1] if isinstance(mask, Tensor) else states.shape[1] - self.longest
+        if text < 1 or states.shape[1] != text + self.longest:
+            raise RouteError(
+                f"the encoder's states have {states.shape[1]} tokens, and the prompt of {self.longest} before {text} "
+                "would make more: give encoder_outputs of model.get_encoder() under this very route"
+            )
         narrow = torch.ones(states.shape[0], states.shape[1] - self.longest, dtype=torch.long, device=states.device)
         narrow = self._mask(mask, narrow)
         at = self._columns(narrow)
@@ -136,7 +142,7 @@ def _taken(value: Tensor, at: Columns) -> Tensor:
 class Trim:
     """The program of what ends a stack: what comes after it sees the caller's columns alone."""
 
-    def __init__(self, tower: str, here: Any, then: Program | None) -> None:
+    def __init__(self, tower: str, here: Here, then: Program | None) -> None:
         self.tower, self.here, self.then = tower, here, then
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -157,12 +163,21 @@ def narrowed(value: Tensor, call: Call, tower: str) -> Tensor:
 
 def trimmed(output: Any, call: Call, tower: str, names: Sequence[str] = ("last_hidden_state", "hidden_states")) -> Any:
     """A model's output with the stack's hidden states in the caller's columns."""
-    if not isinstance(output, Mapping) or tower not in call.back:
+    if tower not in call.back:
+        return output
+    if isinstance(output, tuple) and not isinstance(output, Mapping):
+        return tuple(_narrowed_all(value, call, tower) for value in output)
+    if not isinstance(output, Mapping):
         return output
     for name in names:
         value = output.get(name)
-        if isinstance(value, Tensor):
-            output[name] = narrowed(value, call, tower)  # type: ignore[index]
-        elif isinstance(value, tuple):
-            output[name] = tuple(narrowed(v, call, tower) for v in value)  # type: ignore[index]
+        if value is not None:
+            output[name] = _narrowed_all(value, call, tower)  # type: ignore[index]
     return output
+
+
+def _narrowed_all(value: Any, call: Call, tower: str) -> Any:
+    """A tensor or a tuple of such."""
+    if isinstance(value, tuple):
+        return tuple(_narrowed_all(v, call, tower) for v in value)
+    return narrowed(value, call, tower) if isinstance(value, Tensor) else value

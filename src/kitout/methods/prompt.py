@@ -8,6 +8,7 @@ tokens, filled up with vocabulary), or normal at the table's own scale.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -127,6 +128,9 @@ def _check(survey: Survey, towers: Sequence[Tower]) -> None:
         loose = [b.path for b in survey.blocks if b.tower == tower.path and not b.attends]
         if tower.causal is None:
             raise TargetError(f"PromptTuning: the probe could not tell whether {tower.path} looks ahead")
+        owner = survey.model.get_submodule(tower.owner or "")
+        if tower.causal and "inputs_embeds" not in inspect.signature(owner.forward).parameters:
+            raise TargetError(f"PromptTuning: {type(owner).__name__} takes no inputs_embeds to run a prompt by itself")
         if tower.causal and (inside or loose):
             path, why = next(iter(inside.items()), (loose[0] if loose else "", "it does not attend"))
             raise TargetError(f"PromptTuning cannot reach {path}: {why}")

@@ -84,7 +84,7 @@ class VPT(Method):
         if not survey.proven or not towers:
             why = survey.doubt or "its blocks are fed from a token table; PromptTuning is for text"
             raise TargetError(f"VPT needs a stack of blocks that reads an image: {why}")
-        windows = [s.path for s in survey.sites if s.role.startswith("attn.") and s.rows != "batch"]
+        windows = [s.path for s in survey.sites if s.role.startswith("attn.") and s.rows in ("major", "none")]
         if len(towers) > 1 or windows:
             why = f"{windows[0]} attends within windows" if windows else f"{towers[1].path} is a stack of its own"
             raise TargetError(f"VPT needs one sequence that all blocks attend over, and {why}")
