@@ -28,33 +28,39 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     from common import Line, machine
 
-    lines: list[Line] = []
+    measured: dict[str, list[Line]] = {}
     for name in options.names or NAMES:
         for line in importlib.import_module(name).run():
-            lines.append(line)
+            measured.setdefault(name, []).append(line)
             mark = "yes" if line.reached else "NO"
             print(f"{mark:>3} {line.figure}: {line.measured} (asked {line.asked}) {line.detail}", flush=True)
     if options.write:
-        (HERE / "RESULTS.md").write_text(table(lines, machine()), encoding="utf-8")
+        results = HERE / "RESULTS.md"
+        kept = sections(results.read_text(encoding="utf-8")) if results.exists() else {}
+        kept |= {name: section(name, lines, machine()) for name, lines in measured.items()}
+        results.write_text(HEAD + "\n".join(kept[name] for name in NAMES if name in kept), encoding="utf-8")
     return 0
 
 
-def table(lines: list, where: str) -> str:
+HEAD = """# Benchmarks: the last runs
+
+`make bench ARGS='--write'`, or `ARGS='front --write'` for one section, which leaves the others as they are.
+Random values: SmolLM2-135M's shape for training, generation and off, a 29.5 M Llama for loading and decoding.
+Cases of a row ran interleaved in one process on a shared machine; ratios are best round over best round.
+
+"""
+
+
+def sections(text: str) -> dict[str, str]:
+    """What the file holds, by benchmark."""
+    parts = text.split("\n## ")[1:]
+    return {part.partition("\n")[0]: f"## {part.rstrip()}\n" for part in parts}
+
+
+def section(name: str, lines: list, where: str) -> str:
     rows = [f"| {r.figure} | {r.measured} | {r.asked} | {'yes' if r.reached else 'no'} | {r.detail} |" for r in lines]
-    return "\n".join(
-        [
-            "# Benchmarks: the last run",
-            "",
-            f"`make bench ARGS=--write`, {date.today()}. {where}.",
-            "Random values: SmolLM2-135M's shape for training and off, a 29.5 M Llama for loading and decoding.",
-            "Cases of a row ran interleaved in one process on a shared machine; ratios are best round over best round.",
-            "",
-            "| figure | measured | asked | reached | |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
+    head = ["| figure | measured | asked | reached | |", "|---|---|---|---|---|"]
+    return "\n".join([f"## {name}", f"{date.today()}. {where}.", "", *head, *rows, ""])
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class Lead:
         )
         self._check_rows(leads, rows)
         here.leads |= leads
-        here.recorded = torch.is_grad_enabled() and any(
+        here.recorded = self._recomputed() and any(
             t.requires_grad for each in leads.values() for pair in each if pair for t in pair
         )
         here.leaves |= (
@@ -103,13 +103,17 @@ class Lead:
         if cache is not None:
             self._kept[cache] = self.here.call.latest
 
+    def _recomputed(self) -> bool:
+        """Whether this forward's blocks will be run again in its backward."""
+        checkpointed = any(b.training and getattr(b, "gradient_checkpointing", False) for b in self.blocks)
+        return checkpointed and torch.is_grad_enabled()
+
     def _apart(self, call: dict[str, Any]) -> dict[str, Any]:
         """The call for the prompts alone. Where blocks are recomputed, an encoder's states get there as a leaf: their
         own graph may then be run backward once, for prompts and text together.
         """
         states = call.get("encoder_hidden_states")
-        recomputed = any(b.training and getattr(b, "gradient_checkpointing", False) for b in self.blocks)
-        if not (isinstance(states, Tensor) and states.requires_grad and torch.is_grad_enabled() and recomputed):
+        if not (isinstance(states, Tensor) and states.requires_grad and self._recomputed()):
             return call
         leaf = states.detach().requires_grad_()
         call["encoder_hidden_states"] = _Join.apply(states, [leaf], states)
