@@ -73,5 +73,7 @@ def _common(lookup: Lookup, entry: Entry) -> str:
 
 
 def _consecutive(indices: Tensor) -> bool:
+    if indices.is_meta:  # no values to tell by
+        return False
     rows = indices.reshape(-1, indices.shape[-1])
     return rows.shape[1] > 1 and bool((rows == rows[0, 0] + torch.arange(rows.shape[1], device=rows.device)).all())
