@@ -13,7 +13,8 @@ from kitout.base.find import Survey
 from kitout.errors import RouteError
 from kitout.kit.adapter import Adapter, hidden
 from kitout.kit.beneath import raised
-from kitout.kit.call import Here, Pair
+from kitout.kit.call import Here
+from kitout.kit.delta import Pair
 from kitout.kit.front import Front
 from kitout.kit.live import Bound, Live
 from kitout.kit.local import Local, Source

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-Pair = tuple[Tensor, Tensor]
+from kitout.kit.delta import Pair
 
 
 @dataclass(eq=False)

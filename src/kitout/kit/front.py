@@ -15,7 +15,8 @@ from torch import nn
 from kitout.base.find import Survey, Tower
 from kitout.errors import RouteError
 from kitout.kit.adapter import Adapter
-from kitout.kit.call import Here, Pair
+from kitout.kit.call import Here
+from kitout.kit.delta import Pair
 from kitout.kit.layout import Layout, Which, joined, layout
 from kitout.kit.lead import Ahead, Joint, Lead
 from kitout.kit.live import Bound, Live
@@ -29,7 +30,7 @@ from kitout.kit.tap import Program, root
 from kitout.kit.widen import Trim, Widening
 
 Record = dict[str, Pair]
-Compile = Callable[[Entry, Record], Bound]  # an entry with the keys of every self-attention of its stack recorded
+Compile = Callable[[Entry, Record], Bound]  # an entry whose attentions' own keys and values are recorded
 
 
 def paths(adapter: Adapter, found: Survey) -> Iterator[str]:
@@ -37,7 +38,7 @@ def paths(adapter: Adapter, found: Survey) -> Iterator[str]:
     yield from adapter.pasts
     for tower in found.towers:
         prefixed = any(part.site.tower == tower.path for part in adapter.pasts.values())
-        if tower.path not in adapter.tokens and not prefixed and not adapter.tokens:
+        if not prefixed and not adapter.tokens:
             continue
         if tower.owner is not None:
             yield from (p for p in (tower.owner, tower.table, tower.positions, tower.body) if p or p == tower.owner)
@@ -162,12 +163,12 @@ class Front:
             rest = _without(entry, {i.name for i in laid.items})
             ahead.append(Ahead(self._parts(tower, laid), self.compile(rest, keys), keys))
         attentions = [s.path for s in self.found.attentions if s.tower == tower.path and s.role == "kv.self"]
-        first = next((b.path for b in self.found.blocks if b.tower == tower.path and b.whole), None)
-        if first is not None:
+        whole = [b.path for b in self.found.blocks if b.tower == tower.path and b.whole]
+        for first in whole[:1]:
             self.programs[first] = Joint(attentions, self.here, self.programs.get(first))
-        model = self.found.model
-        blocks = [model.get_submodule(b.path) for b in self.found.blocks if b.tower == tower.path and b.whole]
-        return Lead(tower.path, model.get_submodule(tower.table), blocks, ahead, self.plan, self.here, self.live)
+        module = self.found.model.get_submodule
+        blocks = [module(path) for path in whole]
+        return Lead(tower.path, module(tower.table), blocks, ahead, self.plan, self.here, self.live)
 
     # ---- images ------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from kitout.errors import RouteError
-from kitout.kit.call import Call, Here, Pair
+from kitout.kit.call import Call, Here
+from kitout.kit.delta import Pair
 from kitout.kit.live import Bound, Live
 from kitout.kit.local import Part
 from kitout.kit.rows import Plan
@@ -33,10 +34,6 @@ class Ahead:
     parts: Sequence[Part]
     bound: Bound
     found: dict[str, Pair]
-
-    @property
-    def length(self) -> int:
-        return sum(p.delta.length for p in self.parts)
 
     @property
     def after(self) -> bool:

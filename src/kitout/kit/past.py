@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from kitout.base.site import Site
 from kitout.errors import RouteError
 from kitout.kit.attend import Extra, attending
-from kitout.kit.call import Here, Pair
+from kitout.kit.call import Here
+from kitout.kit.delta import Pair
 from kitout.kit.layout import Layout
 from kitout.kit.local import Part
 from kitout.kit.rows import Plan

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.errors import ConfigError, TargetError
-from kitout.kit.delta import Delta, Method, register
+from kitout.kit.delta import Delta, Method, Pair, register
 
 if TYPE_CHECKING:
     from kitout.base.find import Survey
 
-Pair = tuple[Tensor, Tensor]
 PLACES = ("encoder", "decoder", "cross")
 
 
