@@ -17,9 +17,9 @@ class Item:
 
     ids: what the model reads, without padding. labels: one per id (not shifted): the id itself where a causal model
     learns it, or a token's class, IGNORED elsewhere. target: what a sequence-to-sequence model writes, its end token
-    included. value: the class of a sequence, a regression value, or a 0/1 vector. prompt: causal: ids[:prompt] is what an answer is generated from (all before the last learnt turn). reference:
-    the answer as text. cut: tokens that truncation left out; lost: those of them that were to be learnt. place: where
-    it was read.
+    included. value: the class of a sequence, a regression value, or a 0/1 vector. prompt: causal: ids[:prompt] is what
+    an answer is generated from (all before the last learnt turn). reference: the answer as text. cut: tokens that
+    truncation left out; lost: those of them that were to be learnt. place: where it was read.
     """
 
     ids: tuple[int, ...]
