@@ -8,6 +8,7 @@ and saving are written once over `Delta` alone. This module knows no method and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,6 +25,19 @@ if TYPE_CHECKING:
 Pair = tuple[Tensor, Tensor]  # keys and values
 
 
+@dataclass(frozen=True)
+class Rate:
+    """How AdamW trains a method unless told otherwise, at the top of a short rise and a fall to zero.
+
+    lr: of what the method adds. decay: weight decay of its matrices; vectors, prompts and prefixes never decay
+    (`kitout.train.rates`). head: lr of a fresh head that travels with it.
+    """
+
+    lr: float = 1e-3
+    decay: float = 0.0
+    head: float = 3e-3
+
+
 class Delta(nn.Module):
     """A trained map at one site. Values are channels-last.
 
@@ -34,6 +48,7 @@ class Delta(nn.Module):
     and the module itself as a function).
     replaces: True if `forward` does not read y, so the base's product can be skipped when a whole batch wears it.
     elementwise: True if y' = scale * y + shift, so that it folds into a norm's gain or an input axis as well.
+    late: its parameters that may learn faster than the rest (LoRA+: the B of B A), by name.
     """
 
     length: int = 0
@@ -42,6 +57,7 @@ class Delta(nn.Module):
     reads_weight: bool = False
     replaces: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
+    late: ClassVar[tuple[str, ...]] = ()
 
     def forward(self, x: Tensor, y: Tensor, frozen: Frozen | None = None) -> Tensor:
         """x [..., d_in], y [..., d_out] -> [..., d_out], each position on its own. Never writes to x or y."""
@@ -114,6 +130,7 @@ class Method(BaseModel):
     mergeable: ClassVar[bool] = True
     identity: ClassVar[bool] = True  # a fresh adapter leaves the outputs bit-identical (law 2)
     still: ClassVar[bool] = False  # trained with the base in eval mode: no dropout, no drop-path
+    rate: ClassVar[Rate] = Rate()  # with default settings; ask `advised` where there is a config
 
     default_targets: ClassVar[str] = "all-linear"
 
@@ -155,6 +172,10 @@ class Method(BaseModel):
     def count(self, sites: Sequence[Site]) -> int:
         """Closed form of the number of trained values over these sites (checked against the tensors by law 7)."""
         raise NotImplementedError
+
+    def advised(self) -> Rate:
+        """How to train it with these settings; most settings change nothing about that."""
+        return self.rate
 
     def describe(self) -> dict[str, Any]:
         """The settings that differ from the defaults, for tables and cards."""

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import nn
 
 from kitout.base.site import Site
-from kitout.kit.delta import Delta, Method, register
+from kitout.kit.delta import Delta, Method, Rate, register
 from kitout.methods.bottleneck import Bottleneck, Scale, chosen, size
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 class AdaptFormer(Method):
     """One parallel adapter of `width` per feed-forward. scale: a number or "learned"."""
 
+    rate: ClassVar[Rate] = Rate(1e-2)
     mergeable: ClassVar[bool] = False
     default_targets: ClassVar[str] = "sub.mlp"
 

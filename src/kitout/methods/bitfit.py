@@ -8,7 +8,7 @@ bias gets zero-initialised ones on every linear and norm inside its blocks (as r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.base.weights import bias
-from kitout.kit.delta import Delta, Method, register
+from kitout.kit.delta import Delta, Method, Rate, register
 
 KINDS = ("linear", "norm", "conv")
 
@@ -44,6 +44,8 @@ class BitFit(Method):
 
     everywhere: new ones also where a partly biased model has none. targets: only these (new biases where missing).
     """
+
+    rate: ClassVar[Rate] = Rate(3e-3)
 
     everywhere: bool = False
 

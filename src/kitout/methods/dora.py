@@ -18,6 +18,7 @@ class Decomposed(Delta):
     """y' = b + m / ||W + s B A|| * (W x + s B A dropout(x))."""
 
     reads_weight = True
+    late = ("b",)  # LoRA+
 
     def __init__(self, a: Tensor, b: Tensor, magnitude: Tensor, scale: float, dropout: float = 0.0) -> None:
         super().__init__()

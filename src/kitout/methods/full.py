@@ -8,14 +8,14 @@ knows nothing of how copies are worn (`copies.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.errors import ConfigError
-from kitout.kit.delta import Delta, Method, register
+from kitout.kit.delta import Delta, Method, Rate, register
 from kitout.methods.copies import Copy, Ties, size
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 @register
 class FullFineTuning(Method):
     """Every parameter, heads and token tables included; with targets or layers, those of the chosen modules only."""
+
+    rate: ClassVar[Rate] = Rate(2e-5, decay=0.01)
 
     def sites(self, survey: Survey) -> list[Site]:
         if self.targets is not None and any(word.startswith("in:") for word in self.targets.split()):

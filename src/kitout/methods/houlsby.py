@@ -16,7 +16,7 @@ from torch import nn
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.base.weights import bias
-from kitout.kit.delta import Delta, Method, register
+from kitout.kit.delta import Delta, Method, Rate, register
 from kitout.methods.affine import Affine
 from kitout.methods.bottleneck import Activation, Bottleneck, chosen, size
 
@@ -32,6 +32,7 @@ class Houlsby(Method):
     and, where it has one, its shift are trained too, as factor and offset on its output. std: of the start.
     """
 
+    rate: ClassVar[Rate] = Rate(1e-3)
     mergeable: ClassVar[bool] = False
     identity: ClassVar[bool] = False
     default_targets: ClassVar[str] = "sub.*"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kitout.base.select import select
 from kitout.base.site import Site
-from kitout.kit.delta import Delta, Method, register
+from kitout.kit.delta import Delta, Method, Rate, register
 
 PRESETS = {"paper": "attn.k attn.v in:mlp.down", "qkv": "attn.q attn.k attn.v"}
 
@@ -40,6 +40,8 @@ class Scale(Delta):
 @register
 class IA3(Method):
     """(IA)^3. preset: "paper" (k, v, FFN) or "qkv" (q, k, v: another method under the same name in blogs)."""
+
+    rate: ClassVar[Rate] = Rate(1e-2)
 
     preset: Literal["paper", "qkv"] = "paper"
     default_targets: ClassVar[str] = PRESETS["paper"]

@@ -18,7 +18,7 @@ from kitout.base.select import matches
 from kitout.base.site import Site
 from kitout.base.weights import fan_in, matrix
 from kitout.errors import ConfigError, TargetError
-from kitout.kit.delta import Delta, Method, register
+from kitout.kit.delta import Delta, Method, Rate, register
 from kitout.methods.dora import Decomposed
 from kitout.methods.lowrank import LowRank
 
@@ -34,6 +34,7 @@ class LoRA(Method):
     is taken off again, so a fresh adapter is the identity).
     """
 
+    rate: ClassVar[Rate] = Rate(1e-3, decay=0.01)
     default_targets: ClassVar[str] = "attn.q attn.v"
 
     rank: int | ByRole = 8

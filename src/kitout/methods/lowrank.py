@@ -24,6 +24,7 @@ GATHER_BYTES = 64 * 2**20  # most that one site may hold in gathered rows before
 class LowRank(Delta):
     """y' = y + scale * B A dropout(x)."""
 
+    late = ("b",)  # LoRA+
     a0: Tensor | None
     b0: Tensor | None
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import nn
 
 from kitout.base.site import Site
-from kitout.kit.delta import Delta, Method, register
+from kitout.kit.delta import Delta, Method, Rate, register
 from kitout.methods.bottleneck import Activation, Bottleneck, Scale, chosen, size
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class ParallelAdapter(Method):
     scale: a number or "learned". dropout: between activation and up-projection.
     """
 
+    rate: ClassVar[Rate] = Rate(3e-4, decay=0.01)
     mergeable: ClassVar[bool] = False
     default_targets: ClassVar[str] = "sub.mlp"
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
 
 from kitout.base.site import Site
 from kitout.errors import Faults, TargetError, suggest
-from kitout.kit.delta import Delta, Method, register
+from kitout.kit.delta import Delta, Method, Rate, register
 from kitout.methods.copies import Copy, Ties, size
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class PartialFineTuning(Method):
 
     last counts back from the end of each tower; the stages of a pyramid are one tower. names: "*.bias layers.11.*".
     """
+
+    rate: ClassVar[Rate] = Rate(1e-4, decay=0.01)
 
     last: int | None = Field(default=None, ge=1)
     part: Literal["head", "norms"] | None = None

@@ -15,7 +15,7 @@ from torch import nn
 
 from kitout.base.select import select
 from kitout.base.site import Site
-from kitout.kit.delta import Delta, Method, register
+from kitout.kit.delta import Delta, Method, Rate, register
 from kitout.methods.bottleneck import Activation, Bottleneck, size
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class Pfeiffer(Method):
     """One serial adapter of `width` per block. Which form a block needs is seen in its forward, not in its name."""
 
+    rate: ClassVar[Rate] = Rate(1e-3)
     mergeable: ClassVar[bool] = False
     identity: ClassVar[bool] = False
 

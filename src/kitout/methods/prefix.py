@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.errors import ConfigError, TargetError
-from kitout.kit.delta import Delta, Method, Pair, register
+from kitout.kit.delta import Delta, Method, Pair, Rate, register
 
 if TYPE_CHECKING:
     from kitout.base.find import Survey
@@ -89,6 +89,7 @@ class PrefixTuning(Method):
     first `length` keys and values it starts from. places: any of "encoder decoder cross" that the model has.
     """
 
+    rate: ClassVar[Rate] = Rate(1e-2)
     mergeable: ClassVar[bool] = False
     identity: ClassVar[bool] = False
 

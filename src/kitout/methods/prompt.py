@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kitout.base.site import Site
 from kitout.errors import ConfigError, TargetError
-from kitout.kit.delta import Delta, Method, register
+from kitout.kit.delta import Delta, Method, Rate, register
 
 if TYPE_CHECKING:
     from kitout.base.find import Survey, Tower
@@ -49,6 +49,7 @@ class PromptTuning(Method):
     prompt where it looks for that of the first token, as Hugging Face PEFT's classifiers have it.
     """
 
+    rate: ClassVar[Rate] = Rate(3e-2)
     mergeable: ClassVar[bool] = False
     identity: ClassVar[bool] = False
 

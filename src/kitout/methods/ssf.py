@@ -15,7 +15,7 @@ from torch import nn
 
 from kitout.base.select import select
 from kitout.base.site import Site
-from kitout.kit.delta import Delta, Method, register
+from kitout.kit.delta import Delta, Method, Rate, register
 from kitout.methods.affine import Affine
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class SSF(Method):
     std: of the start around the identity (0.02 in the paper). targets: only these. Poolers and heads are left alone.
     """
 
+    rate: ClassVar[Rate] = Rate(3e-3)
     identity: ClassVar[bool] = False
 
     std: float = Field(default=0.02, ge=0.0)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.errors import TargetError
-from kitout.kit.delta import Delta, Method, register
+from kitout.kit.delta import Delta, Method, Rate, register
 
 if TYPE_CHECKING:
     from kitout.base.find import Survey
@@ -61,6 +61,7 @@ class VPT(Method):
     layers="last:4" starts at the fourth block from the end.
     """
 
+    rate: ClassVar[Rate] = Rate(1e-2)
     mergeable: ClassVar[bool] = False
     identity: ClassVar[bool] = False
     still: ClassVar[bool] = True
