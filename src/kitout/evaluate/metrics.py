@@ -1,0 +1,82 @@
+"""Scores by task: what was said against what is true, each figure with its 95 % interval.
+
+`score` is what a training loop and a report call; `measures` gives the same before intervals, for comparing two
+models on the same examples. The metrics themselves are in `labels`, `tags`, `numbers`, `texts` and `language`.
+The first metric of a task is its headline. It knows no model and no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+from kitout.errors import ConfigError, suggest
+from kitout.evaluate.labels import classify, multilabel
+from kitout.evaluate.language import language
+from kitout.evaluate.measure import Measure, Score
+from kitout.evaluate.numbers import regress
+from kitout.evaluate.tags import tagged
+from kitout.evaluate.texts import EXTRA, answered
+
+Task = Literal["classify", "regress", "multilabel", "tokens", "answers", "language"]
+TASKS: tuple[str, ...] = get_args(Task)
+
+TITLES = {
+    "accuracy": "accuracy", "macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy",
+    "mae": "mean absolute error", "rmse": "root mean square error", "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation", "micro_f1": "micro-F1", "exact_match": "exact match",
+    "f1": "entity F1", "precision": "entity precision", "recall": "entity recall", "token_accuracy": "token accuracy",
+    "token_f1": "token F1", "rouge_l": "ROUGE-L", "chrf": "chrF", "bleu": "BLEU",
+    "loss": "loss", "perplexity": "perplexity",
+}  # fmt: skip
+
+
+def score(
+    task: Task,
+    predictions: Sequence[Any],
+    references: Sequence[Any] = (),
+    *,
+    only: Sequence[str] | None = None,
+    seed: int = 0,
+    tell: Callable[[str], None] | None = None,
+) -> dict[str, Score]:
+    """Every metric of the task, or `only` these, with intervals.
+
+    classify: labels (any values). regress: numbers. multilabel: 0/1 vectors. tokens: sequences of tags. answers: texts.
+    language: `Summed` values, no references. tell: hears what a missing optional package left out.
+    """
+    found = measures(task, predictions, references, only=only, tell=tell)
+    return {name: measure.score(seed) for name, measure in found.items()}
+
+
+def measures(
+    task: Task,
+    predictions: Sequence[Any],
+    references: Sequence[Any] = (),
+    *,
+    only: Sequence[str] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> dict[str, Measure]:
+    """As `score`, before intervals are taken."""
+    if task not in TASKS:
+        raise ConfigError(f"there is no task {task!r}: {suggest(str(task), TASKS)}")
+    if not len(predictions):
+        raise ConfigError(f"{task}: there are no predictions to score")
+    if task != "language" and len(predictions) != len(references):
+        raise ConfigError(f"{task}: {len(predictions)} predictions for {len(references)} references")
+    if task == "language":
+        found = language(predictions)
+    elif task == "answers":
+        found = answered(predictions, references, only, tell)
+    else:
+        makers = {"classify": classify, "regress": regress, "multilabel": multilabel, "tokens": tagged}
+        found = makers[task](predictions, references)  # type: ignore[operator]
+    return found if only is None else _picked(task, found, only)
+
+
+def _picked(task: str, found: dict[str, Measure], only: Sequence[str]) -> dict[str, Measure]:
+    unknown = [name for name in only if name not in found]
+    if unknown:
+        known = [*found, *(EXTRA if task == "answers" else ())]
+        raise ConfigError(f"{task} has no metric {unknown[0]!r} here: {suggest(unknown[0], dict.fromkeys(known))}")
+    return {name: found[name] for name in only}
