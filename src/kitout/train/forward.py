@@ -7,6 +7,7 @@ to stretch its positions. It knows calls and nothing of adapters or labels.
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import Tensor
 
@@ -15,10 +16,10 @@ from kitout.kit.kit import Kit
 STRETCH = "interpolate_pos_encoding"
 
 
-def logits(kit: Kit, pixels: Tensor) -> Tensor:
-    """pixels [B, 3, H, W] -> [B, classes], wearing what the kit wears."""
+def logits(kit: Kit, pixels: Tensor, model: Any = None) -> Tensor:
+    """pixels [B, 3, H, W] -> [B, classes], wearing what the kit wears. model: who is called; default the kit."""
     asked = {STRETCH: True} if _stretched(kit, pixels) else {}
-    out = kit(pixels, **asked)
+    out = (model or kit)(pixels, **asked)
     found: Tensor = out if isinstance(out, Tensor) else out.logits
     return found
 

@@ -1,0 +1,39 @@
+"""Rows of ids as one padded batch: what a model is called with.
+
+Padding is marked by the attention mask alone, so the id that fills it may be any, the end token's too. It knows no
+tokenizer beyond that id and no objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """inputs: what the model is called with. gold: what its answer is compared with. rows: examples, in order.
+
+    tokens: without padding. padded: with it.
+    """
+
+    inputs: dict[str, Any]
+    gold: dict[str, Tensor]
+    rows: int
+    tokens: int
+    padded: int = 0
+
+
+def padded(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, T], filled on the right."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), filler)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return ids.to(device), mask.to(device)

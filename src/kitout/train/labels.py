@@ -1,0 +1,72 @@
+"""One answer per sequence: a class, a number, or any of several labels, from the model's own sequence logits.
+
+Cross-entropy, mean squared error, or binary cross-entropy over all labels. The loss is taken here and not by the model,
+whose own reads its config's number of labels, while an adapter's head may have another. It knows items and a model's
+call, no text and no adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kitout.data.items import Item
+from kitout.kit.kit import Kit
+from kitout.train.batch import Batch, padded
+from kitout.train.objective import Losses
+
+Kind = Literal["classify", "regress", "multilabel"]
+
+
+class Labels:
+    """task: by which the loss and the metrics are chosen. filler: the tokenizer's padding id.
+
+    The filler matters here: transformers' decoders find the last token of a row by it.
+    """
+
+    def __init__(self, kit: Kit, task: Kind, filler: int) -> None:
+        self.kit, self.task, self.filler = kit, task, filler
+
+    def size(self, item: Item) -> int:
+        return len(item.ids)
+
+    def terms(self, item: Item) -> int:
+        return 1
+
+    def collate(self, items: Sequence[Item], seed: int | None) -> Batch:
+        ids, mask = padded([item.ids for item in items], self.filler, self.kit.device)
+        form = torch.long if self.task == "classify" else torch.float32
+        gold = torch.tensor([item.value for item in items], dtype=form, device=self.kit.device)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        return Batch(inputs, {"values": gold}, len(items), int(mask.sum()), ids.numel())
+
+    def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
+        return value_losses(self.task, model(**batch.inputs).logits.float(), batch.gold["values"], weights)
+
+    @torch.no_grad()
+    def predictions(self, model: Any, batch: Batch) -> list[Any]:
+        return read_off(self.task, model(**batch.inputs).logits.float())
+
+
+def value_losses(task: str, logits: Tensor, gold: Tensor, weights: Tensor) -> Losses:
+    """logits [B, C] against classes [B], numbers [B] or 0/1 vectors [B, C]."""
+    if task == "classify":
+        rows, right = F.cross_entropy(logits, gold, reduction="none"), logits.argmax(1) == gold
+    elif task == "regress":
+        rows = F.mse_loss(logits.squeeze(1), gold, reduction="none")
+        right = torch.zeros_like(rows)
+    else:
+        rows = F.binary_cross_entropy_with_logits(logits, gold, reduction="none").mean(1)
+        right = ((logits > 0) == (gold > 0.5)).all(1)
+    return Losses((weights * rows).sum(), rows.detach(), right.float(), torch.ones_like(rows))
+
+
+def read_off(task: str, logits: Tensor) -> list[Any]:
+    """The likeliest class, the number, or the labels above one half, of each row."""
+    if task == "classify":
+        return logits.argmax(1).tolist()
+    return logits.squeeze(1).tolist() if task == "regress" else (logits > 0).int().tolist()

@@ -1,0 +1,64 @@
+"""What an objective is: items to a batch, a model's answer to a loss, and what an answer predicts.
+
+One file each: `causal`, `seq2seq`, `labels`, `tagging`, `pictures`. The loop asks for no more than this, so it knows
+neither texts nor labels. A loss is a weighted sum over examples: the loop chooses the weights, which is how several
+adapters, micro-batches and processes come to the same normalisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from kitout.train.batch import Batch
+
+
+@dataclass(frozen=True)
+class Losses:
+    """total: the weighted sum, with its gradient. rows [B]: each example's own summed loss. right, of: counted [B]."""
+
+    total: Tensor
+    rows: Tensor
+    right: Tensor
+    of: Tensor
+
+
+@dataclass
+class Sums:
+    """Summed over a set of examples: loss, terms it was taken over, right ones, and each example's prediction."""
+
+    loss: float = 0.0
+    terms: int = 0
+    right: int = 0
+    predictions: list[Any] = field(default_factory=list)
+
+
+class Objective(Protocol):
+    """One kind of learning over one kind of example."""
+
+    task: str  # the name `kitout.evaluate.metrics` scores predictions by
+
+    def size(self, item: Any) -> int:
+        """What an example costs: tokens, or 1."""
+        ...
+
+    def terms(self, item: Any) -> int:
+        """How many terms its loss is a sum of: learnt tokens, or 1."""
+        ...
+
+    def collate(self, items: Sequence[Any], seed: int | None) -> Batch:
+        """Examples as one batch. seed: of what is drawn anew each time (augmentation);
+        None: nothing is, as in an evaluation.
+        """
+        ...
+
+    def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
+        """weights [B]: of each term of each example."""
+        ...
+
+    def predictions(self, model: Any, batch: Batch) -> list[Any]:
+        """What the model makes of each example: a class, a number, classes of tokens; [] where it is text to write."""
+        ...

@@ -1,0 +1,49 @@
+"""Images to classes, in the one loop: rows of a set of images, pixels by the model's own processor.
+
+An item is a row's number. It knows images and a model's call (`kitout.train.forward`), no adapter;
+`kitout.train.images` is the demo's own loop, which keeps the frozen trunk's features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kitout.data.images import Images
+from kitout.data.pixels import Pixels
+from kitout.kit.kit import Kit
+from kitout.train.batch import Batch
+from kitout.train.forward import logits
+from kitout.train.labels import read_off, value_losses
+from kitout.train.objective import Losses
+
+
+class Pictures:
+    """images: all parts together; an item is an index. Augmentation, if any, is the pixels' own."""
+
+    task = "classify"
+
+    def __init__(self, kit: Kit, images: Images, pixels: Pixels) -> None:
+        self.kit, self.images, self.pixels = kit, images, pixels
+
+    def size(self, item: int) -> int:
+        return 1
+
+    def terms(self, item: int) -> int:
+        return 1
+
+    def collate(self, items: Sequence[int], seed: int | None) -> Batch:
+        pixels = self.pixels(self.images, list(items), seed).to(self.kit.device)
+        gold = torch.tensor([self.images.labels[i] for i in items], device=self.kit.device)
+        return Batch({"pixel_values": pixels}, {"values": gold}, len(items), len(items), len(items))
+
+    def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
+        found = logits(self.kit, batch.inputs["pixel_values"], model).float()
+        return value_losses(self.task, found, batch.gold["values"], weights)
+
+    @torch.no_grad()
+    def predictions(self, model: Any, batch: Batch) -> list[Any]:
+        return read_off(self.task, logits(self.kit, batch.inputs["pixel_values"], model).float())
