@@ -1,0 +1,96 @@
+"""metrics.jsonl: one JSON object per logged step, flushed at once, so that a kill loses nothing but a torn last line.
+
+When a run goes on from a checkpoint, what it had logged after that step is cut off: no step is there twice. It knows
+no trainer and no screen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FILE = "metrics.jsonl"
+LAST = "train_runtime"  # only in what a trainer logs once, when it is through
+
+
+class Metrics:
+    """The file, for one process that writes."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._early: list[dict[str, Any]] | None = []  # written before training began
+
+    def begin(self, step: int) -> None:
+        """Training starts after `step` steps. 0: the file starts anew, but for what this process has written itself."""
+        kept = [line for line in read(self.file) if _step(line) <= step and LAST not in line] if step else self._early
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.file.with_name(f".{self.file.name}.{os.getpid()}")
+        fresh.write_text("".join(_line(line) for line in kept or ()), encoding="utf-8")
+        os.replace(fresh, self.file)
+        self._early = None
+
+    def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """One line more; what was written, as plain values."""
+        line = {"step": step} | {name: plain(value) for name, value in values.items() if name != "step"}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a+b") as file:
+            text = ("" if _whole(self.file) else "\n") + _line(line)
+            file.write(text.encode())  # one write: another reader sees the line whole or not at all
+        if self._early is not None:
+            self._early.append(line)
+        return line
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without one that a kill has torn."""
+    return list(_lines(file)) if file.is_file() else []
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it: numbers as numbers, what is not finite as null, all else as words."""
+    if isinstance(value, torch.Tensor):
+        value = value.item() if value.numel() == 1 else value.tolist()
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return str(value)
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    for words in file.read_bytes().split(b"\n"):
+        try:
+            line = json.loads(words)
+        except ValueError:  # torn, or empty
+            continue
+        if isinstance(line, dict):
+            yield line
+
+
+def _step(line: Mapping[str, Any]) -> float:
+    step = line.get("step")
+    return step if isinstance(step, int | float) else math.inf
+
+
+def _whole(file: Path) -> bool:
+    """Whether the file ends with a whole line."""
+    with file.open("rb") as held:
+        if held.seek(0, os.SEEK_END) == 0:
+            return True
+        held.seek(-1, os.SEEK_END)
+        return held.read(1) == b"\n"

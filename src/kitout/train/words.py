@@ -1,0 +1,80 @@
+"""Figures and foreign text as a screen shows them: sizes, times, counts; and text that cannot act on a terminal.
+
+Data come from anywhere. Escape sequences, control characters and signs that turn the direction of writing are shown as
+what they are, never obeyed. It knows no console and no run.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Any
+
+KEPT = "\n\t"
+
+
+def amount(value: float) -> str:
+    """1234567 -> 1.23 M."""
+    for limit, unit in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if abs(value) >= limit:
+            return f"{value / (1e3 if unit == ' k' else limit):.3g}{unit}"
+    return f"{value:,.0f}"
+
+
+def size(octets: float) -> str:
+    """Bytes, in powers of 1024."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if octets >= 1024**power:
+            return f"{octets / 1024**power:.{1 if octets < 100 * 1024**power else 0}f} {unit}"
+    return f"{octets:.0f} B"
+
+
+def seconds(value: float) -> str:
+    """12.3 s, 4:05 min, 2:03 h, 3 d 4 h."""
+    if value < 99.5:
+        return f"{value:.1f} s" if value < 9.95 else f"{value:.0f} s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02d} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d} h" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def figure(value: Any) -> str:
+    """A measured value with four figures; what is none, as words."""
+    if value is None:
+        return "not finite"
+    if isinstance(value, bool | str):
+        return safe(str(value))
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not isinstance(value, float):
+        return safe(str(value))
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.4g}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def safe(text: str, line: bool = False) -> str:
+    """The text with everything a terminal would act on made visible. line: new lines and tabs too."""
+    return "".join(c if c in KEPT and not line else _visible(c) for c in text)
+
+
+def _visible(c: str) -> str:
+    code = ord(c)
+    if code < 0x20:
+        return chr(0x2400 + code)  # ESC -> ␛
+    if code == 0x7F:
+        return "␡"
+    if c in "\u200c\u200d":  # joiners: parts of words and of emoji
+        return c
+    if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp"):  # C1, directions, surrogates, line separators
+        return f"\\u{code:04x}"
+    return c
+
+
+def one_line(text: str, most: int = 80) -> str:
+    """Safe, white space as single blanks, at most so many characters."""
+    flat = re.sub(r"\s+", " ", safe(text)).strip()
+    return flat if len(flat) <= most else flat[: most - 1] + "…"
