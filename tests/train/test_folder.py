@@ -1,0 +1,203 @@
+"""A run's folder: one process at a time, one run only, never what is not ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kitout.errors import ConfigError
+from kitout.train import lock, yamls
+from kitout.train.config import RunConfig, load
+from kitout.train.folder import FREE, RUN, flat, opened
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from kitout.train.lock import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def config(folder: Path, **changes: Any) -> RunConfig:
+    values: dict[str, Any] = {"model": "m", "data": "d.jsonl", "output": {"folder": str(folder)}}
+    return load(values | changes)
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Starts another process that holds tmp_path."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start() -> subprocess.Popen[str]:
+        process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_new_then_resumed_then_done(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "run"
+    with opened(config(folder)) as run:
+        assert (run.path, run.resumes, run.done) == (folder, False, False)
+    with opened(config(folder)) as run:
+        assert (run.resumes, run.done) == (True, False)
+        run.finish({"loss": 0.5, "worst": float("nan"), "by": {"a": 1}})
+    with opened(config(folder)) as run:
+        assert (run.resumes, run.done) == (True, True)
+        assert "delete" in run.again()
+    assert json.loads(run.results.read_text()) == {"loss": 0.5, "worst": None, "by": {"a": 1}}
+
+
+def test_run_yaml_holds_the_run(tmp_path: Path) -> None:
+    made = config(tmp_path, method={"name": "IA3"}, train={"lr": 3e-4}, data={"train": "1e-4", "labels": ["no", "1"]})
+    with opened(made):
+        assert load(yamls.read(tmp_path / RUN)) == made
+
+
+def test_other_settings_are_named_with_both_values(tmp_path: Path) -> None:
+    with opened(config(tmp_path)):
+        pass
+    with pytest.raises(ConfigError) as wrong, opened(config(tmp_path, method="IA3", train={"lr": 0.1, "batch": 8})):
+        pass
+    words = str(wrong.value)
+    assert "other output.folder" in words
+    for line in ("method.name: LoRA there, IA3 asked for", "train.lr: null there, 0.1", "train.batch: 16 there, 8"):
+        assert line in words
+    assert load(yamls.read(tmp_path / RUN)) == config(tmp_path)  # nothing was written
+
+
+def test_what_only_costs_may_differ(tmp_path: Path) -> None:
+    with opened(config(tmp_path)):
+        pass
+    cheaper = {"micro_batch": 2, "checkpointing": True, "keep": 5, "save_every": 3}
+    with opened(config(tmp_path, train=cheaper, evaluate={"shown": 1})) as run:
+        assert run.resumes
+    assert yamls.read(tmp_path / RUN)["train"]["micro_batch"] == 2
+
+
+def test_free_settings_exist(tmp_path: Path) -> None:
+    assert set(flat(config(tmp_path).dump())) >= FREE
+
+
+def test_a_setting_that_came_later_is_no_difference(tmp_path: Path) -> None:
+    with opened(config(tmp_path)):
+        pass
+    file = tmp_path / RUN
+    file.write_text(file.read_text().replace("  clip: 1.0\n", ""))
+    with opened(config(tmp_path)) as run:
+        assert run.resumes
+    file.write_text(file.read_text().replace("  clip: 1.0\n", ""))
+    with pytest.raises(ConfigError, match=r"clip: not set there, 2\.0"), opened(config(tmp_path, train={"clip": 2})):
+        pass
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "adapter.json").write_text("{}")
+    (tmp_path / "weights.safetensors").write_text("x")
+    with pytest.raises(ConfigError, match=r"adapter\.json"), opened(config(tmp_path)):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.json", "weights.safetensors"]
+    file = tmp_path / "file"
+    file.write_text("x")
+    for place in (file, file / "below"):
+        with pytest.raises(ConfigError, match="is a file"), opened(config(place)):
+            pass
+
+
+def test_the_users_own_run_yaml_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / RUN).write_text("# mine\nmodel: m\n")
+    with pytest.raises(ConfigError, match="has not written"), opened(config(tmp_path)):
+        pass
+    assert (tmp_path / RUN).read_text() == "# mine\nmodel: m\n"
+
+
+def test_damaged_settings_are_told(tmp_path: Path) -> None:
+    with opened(config(tmp_path)):
+        pass
+    (tmp_path / RUN).write_text((tmp_path / RUN).read_text()[:90] + "\n  [")
+    with pytest.raises(ConfigError, match="damaged"), opened(config(tmp_path)):
+        pass
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="cannot be written"), opened(config(tmp_path / "run")):
+        pass
+
+
+def test_a_live_process_keeps_its_folder(tmp_path: Path, holder: Callable[[], subprocess.Popen[str]]) -> None:
+    other = holder()
+    with pytest.raises(ConfigError, match=rf"in use by process {other.pid} since 20\d\d-"), opened(config(tmp_path)):
+        pass
+    assert not (tmp_path / RUN).exists()
+
+
+def test_a_killed_process_lets_go(tmp_path: Path, holder: Callable[[], subprocess.Popen[str]]) -> None:
+    other = holder()
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    assert str(other.pid) in (tmp_path / lock.FILE).read_text()
+    with opened(config(tmp_path)) as run:
+        assert not run.resumes
+
+
+def test_the_same_process_cannot_hold_it_twice(tmp_path: Path) -> None:
+    with opened(config(tmp_path)):
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} since"), opened(config(tmp_path)):
+            pass
+        time.sleep(0.01)
+    with opened(config(tmp_path)) as run:  # a refusal has not let go of the first's lock nor kept one
+        assert run.resumes
+
+
+def test_a_fault_lets_go(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), opened(config(tmp_path)):
+        raise ZeroDivisionError
+    with opened(config(tmp_path)):
+        pass
+
+
+def test_another_machines_lock_counts_while_it_beats(tmp_path: Path) -> None:
+    file = tmp_path / lock.FILE
+    file.write_text(json.dumps({"pid": 7, "host": socket.gethostname() + "-2", "since": "2026-01-01 00:00:00"}))
+    with (
+        pytest.raises(ConfigError, match=r"process 7 on .*-2 since 2026.*again in 1\d\d sec"),
+        lock.held(tmp_path),
+    ):
+        pass
+    old = time.time() - lock.DEAD - 5
+    os.utime(file, (old, old))
+    with lock.held(tmp_path):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+    assert file.read_text() == ""
+
+
+def test_a_held_lock_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT", 0.02)
+    with lock.held(tmp_path):
+        file = tmp_path / lock.FILE
+        os.utime(file, (1, 1))
+        end = time.monotonic() + 5
+        while file.stat().st_mtime == 1 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert file.stat().st_mtime > 1
