@@ -40,14 +40,14 @@ def within(found: dict[str, Score]) -> None:
 def test_labels_as_scikit_learn_scores_them() -> None:
     from sklearn.metrics import accuracy_score, f1_score, recall_score
 
-    found = score("classify", SAID, TRUE)
+    found = score("classification", SAID, TRUE)
     within(found)
     assert next(iter(found)) == "accuracy"
     assert found["accuracy"].value == pytest.approx(accuracy_score(TRUE, SAID))
     assert found["macro_f1"].value == pytest.approx(f1_score(TRUE, SAID, average="macro"))
     recalls = recall_score(TRUE, SAID, average="macro", labels=[0, 1, 2, 3])
     assert found["balanced_accuracy"].value == pytest.approx(recalls)
-    named = score("classify", [f"l{s}" for s in SAID], [f"l{t}" for t in TRUE])
+    named = score("classification", [f"l{s}" for s in SAID], [f"l{t}" for t in TRUE])
     assert named == found
 
 
@@ -78,7 +78,7 @@ def test_numbers_as_scipy_scores_them() -> None:
 
     true = np.round(DICE.normal(0, 1, 200), 1)  # ties
     said = np.round(true + DICE.normal(0, 1, 200), 1)
-    found = score("regress", said.tolist(), true.tolist())
+    found = score("regression", said.tolist(), true.tolist())
     within(found)
     assert found["mae"].value == pytest.approx(np.abs(true - said).mean())
     assert found["rmse"].value == pytest.approx(np.sqrt(((true - said) ** 2).mean()))
@@ -101,10 +101,10 @@ def test_a_draws_ranks_are_those_of_the_draw() -> None:
 
 
 def test_a_constant_answer_correlates_with_nothing() -> None:
-    found = score("regress", [1.0, 1.0, 1.0], [1.0, 2.0, 3.0])
+    found = score("regression", [1.0, 1.0, 1.0], [1.0, 2.0, 3.0])
     assert (found["pearson"].value, found["spearman"].value) == (0.0, 0.0)
     with pytest.raises(ConfigError, match="example 1 is nan"):
-        score("regress", [1.0, math.nan], [1.0, 2.0])
+        score("regression", [1.0, math.nan], [1.0, 2.0])
 
 
 TAGS = [["B-per", "I-per", "O", "B-loc"], ["O", "I-org", "I-org", "I-per"], ["O", "O"], ["B-loc", "B-loc", "I-loc"]]
@@ -127,6 +127,9 @@ def test_entities_are_right_as_a_whole() -> None:
     assert found["recall"].value == pytest.approx(4 / 6)
     assert found["f1"].value == pytest.approx(4 / 6)
     assert found["token_accuracy"].value == pytest.approx(10 / 13)
+    names = sorted({tag for tags in [*said, *TAGS] for tag in tags})
+    numbers = [[[names.index(tag) for tag in tags] for tags in rows] for rows in (said, TAGS)]
+    assert score("tokens", *numbers, names=names) == found
 
 
 @needs_sklearn
@@ -186,7 +189,7 @@ def test_answers_from_a_closed_set_are_labels_too() -> None:
     names = ["negative", "neutral", "positive", "mixed"]
     true = [names[t] for t in TRUE]
     said = [names[s].capitalize() + "." if s < 4 else "The sentiment is positive" for s in SAID]
-    found = score("answers", said, true)
+    found = score("generation", said, true)
     within(found)
     assert list(found) == ["accuracy", "macro_f1", "exact_match", "token_f1"]
     assert found["accuracy"].value == found["exact_match"].value == pytest.approx(np.mean(np.equal(SAID, TRUE)))
@@ -203,12 +206,12 @@ OPEN_SAID = ["The A went home", *OPEN_TRUE[1:4], "", "Un marché à Zürich", *O
 def test_rouge_as_rouge_score_has_it() -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
-    found = score("answers", OPEN_SAID, OPEN_TRUE, only=["rouge_l"])
+    found = score("generation", OPEN_SAID, OPEN_TRUE, only=["rouge_l"])
     within(found)
     plain = RougeScorer(["rougeL"])
     expected = np.mean([plain.score(r, p)["rougeL"].fmeasure for p, r in zip(OPEN_SAID, OPEN_TRUE, strict=True)])
     assert found["rouge_l"].value == pytest.approx(expected)
-    cyrillic = score("answers", ["кот сидел дома", "да"], ["кот сидел дома", "да"], only=["rouge_l"])
+    cyrillic = score("generation", ["кот сидел дома", "да"], ["кот сидел дома", "да"], only=["rouge_l"])
     assert cyrillic["rouge_l"].value == 1.0
 
 
@@ -216,7 +219,7 @@ def test_rouge_as_rouge_score_has_it() -> None:
 def test_chrf_and_bleu_as_sacrebleu_has_them() -> None:
     from sacrebleu.metrics import BLEU, CHRF
 
-    found = score("answers", OPEN_SAID, OPEN_TRUE, only=["bleu", "chrf"])
+    found = score("generation", OPEN_SAID, OPEN_TRUE, only=["bleu", "chrf"])
     within(found)
     assert found["chrf"].value == pytest.approx(CHRF().corpus_score(OPEN_SAID, [OPEN_TRUE]).score / 100)
     assert found["bleu"].value == pytest.approx(BLEU().corpus_score(OPEN_SAID, [OPEN_TRUE]).score / 100)
@@ -225,14 +228,14 @@ def test_chrf_and_bleu_as_sacrebleu_has_them() -> None:
 def test_a_missing_package_is_told_and_an_error_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "find_spec", lambda name: None)
     heard: list[str] = []
-    found = score("answers", OPEN_SAID, OPEN_TRUE, tell=heard.append)
+    found = score("generation", OPEN_SAID, OPEN_TRUE, tell=heard.append)
     assert list(found) == ["exact_match", "token_f1"]
     assert heard == [
         "left out rouge_l, chrf, bleu: rouge-score and sacrebleu not installed\n  pip install 'kitout[eval]'"
     ]
-    assert score("answers", OPEN_SAID, OPEN_TRUE) == found
+    assert score("generation", OPEN_SAID, OPEN_TRUE) == found
     with pytest.raises(ConfigError, match=r"chrf: sacrebleu not installed\n  pip install 'kitout\[eval\]'"):
-        score("answers", OPEN_SAID, OPEN_TRUE, only=["chrf"])
+        score("generation", OPEN_SAID, OPEN_TRUE, only=["chrf"])
 
 
 def test_a_language_model_is_scored_by_sums(tiny_llama: torch.nn.Module) -> None:
@@ -256,17 +259,17 @@ def test_a_language_model_is_scored_by_sums(tiny_llama: torch.nn.Module) -> None
 
 
 def test_what_cannot_be_scored_is_named() -> None:
-    with pytest.raises(ConfigError, match="there is no task 'classification': did you mean"):
-        score("classification", [1], [1])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="there is no task 'classify': did you mean 'classification'"):
+        score("classify", [1], [1])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="there are no predictions"):
-        score("classify", [], [])
+        score("classification", [], [])
     with pytest.raises(ConfigError, match="2 predictions for 1 references"):
-        score("classify", [1, 2], [1])
-    with pytest.raises(ConfigError, match=r"classify has no metric 'acuracy' here: did you mean 'accuracy'"):
-        score("classify", [1], [1], only=["acuracy"])
+        score("classification", [1, 2], [1])
+    with pytest.raises(ConfigError, match=r"classification has no metric 'acuracy' here: did you mean 'accuracy'"):
+        score("classification", [1], [1], only=["acuracy"])
     with pytest.raises(ConfigError, match="none of the 1 examples has a token that counts"):
         score("language", [Summed(0.0, 0, 0)])
 
 
 def test_only_picks_and_keeps_the_order_asked_for() -> None:
-    assert list(score("classify", SAID, TRUE, only=["macro_f1", "accuracy"])) == ["macro_f1", "accuracy"]
+    assert list(score("classification", SAID, TRUE, only=["macro_f1", "accuracy"])) == ["macro_f1", "accuracy"]

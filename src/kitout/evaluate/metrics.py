@@ -18,7 +18,7 @@ from kitout.evaluate.numbers import regress
 from kitout.evaluate.tags import tagged
 from kitout.evaluate.texts import EXTRA, answered
 
-Task = Literal["classify", "regress", "multilabel", "tokens", "answers", "language"]
+Task = Literal["classification", "regression", "multilabel", "tokens", "generation", "language"]
 TASKS: tuple[str, ...] = get_args(Task)
 
 TITLES = {
@@ -36,16 +36,18 @@ def score(
     predictions: Sequence[Any],
     references: Sequence[Any] = (),
     *,
+    names: Sequence[str] | None = None,
     only: Sequence[str] | None = None,
     seed: int = 0,
     tell: Callable[[str], None] | None = None,
 ) -> dict[str, Score]:
     """Every metric of the task, or `only` these, with intervals.
 
-    classify: labels (any values). regress: numbers. multilabel: 0/1 vectors. tokens: sequences of tags. answers: texts.
-    language: `Summed` values, no references. tell: hears what a missing optional package left out.
+    classification: labels (any values). regression: numbers. multilabel: 0/1 vectors. tokens: sequences of tags, or of
+    classes with their `names`. generation: texts. language: `Summed` values, no references. tell: hears what a missing
+    optional package left out.
     """
-    found = measures(task, predictions, references, only=only, tell=tell)
+    found = measures(task, predictions, references, names=names, only=only, tell=tell)
     return {name: measure.score(seed) for name, measure in found.items()}
 
 
@@ -54,6 +56,7 @@ def measures(
     predictions: Sequence[Any],
     references: Sequence[Any] = (),
     *,
+    names: Sequence[str] | None = None,
     only: Sequence[str] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> dict[str, Measure]:
@@ -66,10 +69,12 @@ def measures(
         raise ConfigError(f"{task}: {len(predictions)} predictions for {len(references)} references")
     if task == "language":
         found = language(predictions)
-    elif task == "answers":
+    elif task == "generation":
         found = answered(predictions, references, only, tell)
+    elif task == "tokens":
+        found = tagged(_tags(predictions, names), _tags(references, names))
     else:
-        makers = {"classify": classify, "regress": regress, "multilabel": multilabel, "tokens": tagged}
+        makers = {"classification": classify, "regression": regress, "multilabel": multilabel}
         found = makers[task](predictions, references)  # type: ignore[operator]
     return found if only is None else _picked(task, found, only)
 
@@ -77,6 +82,10 @@ def measures(
 def _picked(task: str, found: dict[str, Measure], only: Sequence[str]) -> dict[str, Measure]:
     unknown = [name for name in only if name not in found]
     if unknown:
-        known = [*found, *(EXTRA if task == "answers" else ())]
+        known = [*found, *(EXTRA if task == "generation" else ())]
         raise ConfigError(f"{task} has no metric {unknown[0]!r} here: {suggest(unknown[0], dict.fromkeys(known))}")
     return {name: found[name] for name in only}
+
+
+def _tags(rows: Sequence[Sequence[Any]], names: Sequence[str] | None) -> list[list[str]]:
+    return [[str(tag) if names is None else names[tag] for tag in row] for row in rows]
