@@ -6,6 +6,8 @@ hashed, cached and counted. It knows no tokenizer, no model and no file.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 IGNORED = -100  # a label that is not learnt, as torch's cross_entropy and transformers have it
@@ -41,3 +43,11 @@ class Item:
     def learned(self) -> int:
         """Tokens the loss is taken over; 1 for a sequence's value."""
         return 1 if self.value is not None else sum(label != IGNORED for label in self.labels) + len(self.target)
+
+
+def digest(items: Iterable[Item]) -> str:
+    """A fingerprint of the items in their order; where they were read does not count."""
+    seen = hashlib.sha256()
+    for i in items:
+        seen.update(repr((i.ids, i.labels, i.target, i.value, i.prompt, i.reference, i.cut, i.lost)).encode())
+    return seen.hexdigest()

@@ -1,0 +1,169 @@
+"""One example in the words it is learnt from, whatever file it came from: a chat, a prompt with its continuation, a
+text, a text with a label, words with tags.
+
+Every kind answers the same two questions, what is given (`source_text`) and what is to be said (`answer_text`), so that
+parts, metrics and sequence-to-sequence models need not know the kinds. It knows no file, no tokenizer and no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeAlias
+
+Label: TypeAlias = "str | int | float | tuple[str, ...]"  # a class, a number, or the labels that apply
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(ABC):
+    """place: where it was read, for messages: "train.jsonl line 12"."""
+
+    place: str = field(default="", compare=False)
+
+    @abstractmethod
+    def source_text(self) -> str:
+        """What is given, as one text."""
+
+    @abstractmethod
+    def answer_text(self) -> str:
+        """What is to be said about it; empty for plain text."""
+
+    @property
+    def key(self) -> str:
+        """The same for the same content, wherever it was read and whenever."""
+        held = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        return _hash(json.dumps([type(self).__name__, held], sort_keys=True, default=_plain, ensure_ascii=False))
+
+    @property
+    def gist(self) -> str:
+        """The same for inputs that only case, width of letters and white space tell apart."""
+        return _hash(normal(self.source_text()))
+
+    @property
+    def copy(self) -> str:
+        """The same for examples that say the same about the same, by the same measure as `gist`."""
+        return _hash(f"{self.gist} {normal(self.answer_text())}")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """message: as a chat template takes it (role, content, perhaps tool_calls, name, ...).
+
+    learn: what the data says of this turn; None where it says nothing.
+    """
+
+    message: Mapping[str, Any]
+    learn: bool | None = None
+
+    @property
+    def role(self) -> str:
+        return str(self.message["role"])
+
+    @property
+    def text(self) -> str:
+        """The content, and the calls of tools as JSON."""
+        calls = [json.dumps(call.get("function", call)) for call in self.message.get("tool_calls") or ()]
+        return "\n".join([part for part in (str(self.message.get("content") or ""), *calls) if part])
+
+
+@dataclass(frozen=True)
+class Chat(Example):
+    """Turns in order; tools: their JSON schemas, as chat templates take them."""
+
+    turns: tuple[Turn, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    def source_text(self) -> str:
+        """All before the last assistant turn; who speaks is written where more than one exchange is held."""
+        before = self.turns[: self._last()]
+        said = [t for t in before if t.role != "system"]
+        lines = [t.text if t.role == "system" or len(said) == 1 else f"{t.role}: {t.text}" for t in before]
+        return "\n".join(lines)
+
+    def answer_text(self) -> str:
+        return self.turns[self._last()].text if self._last() < len(self.turns) else ""
+
+    def _last(self) -> int:
+        return max((i for i, turn in enumerate(self.turns) if turn.role == "assistant"), default=len(self.turns))
+
+
+@dataclass(frozen=True)
+class Completion(Example):
+    """Raw text and how it goes on, character by character: no template comes in between."""
+
+    prompt: str
+    completion: str
+
+    def source_text(self) -> str:
+        return self.prompt
+
+    def answer_text(self) -> str:
+        return self.completion
+
+
+@dataclass(frozen=True)
+class Text(Example):
+    """Text to go on writing like."""
+
+    text: str
+
+    def source_text(self) -> str:
+        return self.text
+
+    def answer_text(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class Labelled(Example):
+    """A text, or two that belong together, and its class, number or set of labels."""
+
+    text: str
+    label: Label
+    second: str | None = None
+
+    def source_text(self) -> str:
+        return self.text if self.second is None else f"{self.text}\n{self.second}"
+
+    def answer_text(self) -> str:
+        return ", ".join(self.label) if isinstance(self.label, tuple) else shown(self.label)
+
+
+@dataclass(frozen=True)
+class Tagged(Example):
+    """Words and one tag each."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+
+    def source_text(self) -> str:
+        return " ".join(self.words)
+
+    def answer_text(self) -> str:
+        return " ".join(self.tags)
+
+
+def shown(value: object) -> str:
+    """A value of a table as text: true and false as JSON writes them, whole floats without their .0."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def normal(text: str) -> str:
+    """What is left when case, full-width forms and white space do not count."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Turn):
+        return [dict(value.message), value.learn]
+    return dict(value) if isinstance(value, Mapping) else str(value)
