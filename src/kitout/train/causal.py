@@ -30,7 +30,7 @@ class Leaks(KitoutError, RuntimeError):
 class Causal:
     """head None: `prepare` finds the way. pack: rows of up to so many tokens hold several examples; 0: none."""
 
-    task = "answers"
+    task = "generation"
 
     def __init__(self, kit: Kit, pack: int = 0) -> None:
         self.kit, self.pack = kit, pack

@@ -19,7 +19,7 @@ from kitout.kit.kit import Kit
 from kitout.train.batch import Batch, padded
 from kitout.train.objective import Losses
 
-Kind = Literal["classify", "regress", "multilabel"]
+Kind = Literal["classification", "regression", "multilabel"]
 
 
 class Labels:
@@ -39,7 +39,7 @@ class Labels:
 
     def collate(self, items: Sequence[Item], seed: int | None) -> Batch:
         ids, mask = padded([item.ids for item in items], self.filler, self.kit.device)
-        form = torch.long if self.task == "classify" else torch.float32
+        form = torch.long if self.task == "classification" else torch.float32
         gold = torch.tensor([item.value for item in items], dtype=form, device=self.kit.device)
         inputs = {"input_ids": ids, "attention_mask": mask}
         return Batch(inputs, {"values": gold}, len(items), int(mask.sum()), ids.numel())
@@ -54,9 +54,9 @@ class Labels:
 
 def value_losses(task: str, logits: Tensor, gold: Tensor, weights: Tensor) -> Losses:
     """logits [B, C] against classes [B], numbers [B] or 0/1 vectors [B, C]."""
-    if task == "classify":
+    if task == "classification":
         rows, right = F.cross_entropy(logits, gold, reduction="none"), logits.argmax(1) == gold
-    elif task == "regress":
+    elif task == "regression":
         rows = F.mse_loss(logits.squeeze(1), gold, reduction="none")
         right = torch.zeros_like(rows)
     else:
@@ -67,6 +67,6 @@ def value_losses(task: str, logits: Tensor, gold: Tensor, weights: Tensor) -> Lo
 
 def read_off(task: str, logits: Tensor) -> list[Any]:
     """The likeliest class, the number, or the labels above one half, of each row."""
-    if task == "classify":
+    if task == "classification":
         return logits.argmax(1).tolist()
-    return logits.squeeze(1).tolist() if task == "regress" else (logits > 0).int().tolist()
+    return logits.squeeze(1).tolist() if task == "regression" else (logits > 0).int().tolist()

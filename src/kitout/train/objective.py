@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from kitout.evaluate.metrics import Task
 from kitout.train.batch import Batch
 
 
@@ -39,7 +40,7 @@ class Sums:
 class Objective(Protocol):
     """One kind of learning over one kind of example."""
 
-    task: str  # the name `kitout.evaluate.metrics` scores predictions by
+    task: Task  # what `kitout.evaluate.metrics` scores predictions by
 
     def size(self, item: Any) -> int:
         """What an example costs: tokens, or 1."""

@@ -24,7 +24,7 @@ from kitout.train.objective import Losses
 class Pictures:
     """images: all parts together; an item is an index. Augmentation, if any, is the pixels' own."""
 
-    task = "classify"
+    task = "classification"
 
     def __init__(self, kit: Kit, images: Images, pixels: Pixels) -> None:
         self.kit, self.images, self.pixels = kit, images, pixels

@@ -52,8 +52,3 @@ def _epochs(part: range, dice: random.Random) -> Iterator[int]:
         order = list(part)
         dice.shuffle(order)
         yield from order
-
-
-def sliced(rows: Sequence[int], most: int) -> list[Sequence[int]]:
-    """One step's examples as micro-batches of at most `most`; longest first, so the first one shows whether it fits."""
-    return [rows[at : at + most] for at in range(0, len(rows), most)]

@@ -23,7 +23,7 @@ from kitout.train.objective import Losses
 class Seq2Seq:
     """`prepare` finds the cheapest exact way to the loss."""
 
-    task = "answers"
+    task = "generation"
 
     def __init__(self, kit: Kit, filler: int) -> None:
         self.kit, self.filler = kit, filler

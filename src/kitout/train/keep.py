@@ -1,0 +1,130 @@
+"""Checkpoints of a run: one folder each, whole or not there; no pickle.
+
+A folder is written beside its place, flushed to the disk and renamed, so a kill or a full disk leaves the former ones
+as they are. It holds the trained values and the optimiser's state as safetensors and the progress as json. What a run
+draws at random follows from its seed and step, so no generator's state is needed. It knows no model and no data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kitout.errors import FileError
+
+PREFIX = "checkpoint-"
+TENSORS, PROGRESS, STATE = "state.safetensors", "progress.json", "trainer_state.json"
+
+
+def write(
+    folder: Path, step: int, values: Mapping[str, Tensor], optimiser: torch.optim.Optimizer,
+    progress: Mapping[str, Any], trainer_state: str,
+) -> Path:  # fmt: skip
+    """checkpoint-<step> below `folder`, replacing one of that step. OSError: the former ones are untouched."""
+    final, fresh = folder / f"{PREFIX}{step}", folder / f".{PREFIX}{step}.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir(parents=True)
+        tensors = {f"value.{name}": value.detach().cpu().contiguous() for name, value in values.items()}
+        for number, state in optimiser.state_dict()["state"].items():
+            tensors |= {f"state.{number}.{key}": part.cpu().contiguous() for key, part in state.items()}
+        save_file(tensors, fresh / TENSORS)
+        (fresh / PROGRESS).write_text(json.dumps(dict(progress)), encoding="utf-8")
+        (fresh / STATE).write_text(trainer_state, encoding="utf-8")
+        for part in fresh.iterdir():
+            _flushed(part)
+        _flushed(fresh)
+        old = folder / f".{PREFIX}{step}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            os.replace(final, old)
+        os.replace(fresh, final)
+        _flushed(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    return final
+
+
+def _flushed(path: Path) -> None:
+    """On the disk and not only in the system's memory, so that a power cut cannot undo a rename's contents."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def found(folder: Path) -> list[Path]:
+    """The whole checkpoints of a folder, oldest first; what a kill left half done is cleared away."""
+    if not folder.is_dir():
+        return []
+    for left in folder.glob(f".{PREFIX}*.old"):
+        step = left.name[1:].removesuffix(".old")
+        if not (folder / step).exists():  # killed between the two renames: the old one is the good one
+            os.replace(left, folder / step)
+    for left in [*folder.glob(f".{PREFIX}*.new"), *folder.glob(f".{PREFIX}*.old")]:
+        shutil.rmtree(left, ignore_errors=True)
+    whole = [path for path in folder.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
+    return sorted((path for path in whole if (path / STATE).exists()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name[len(PREFIX) :])
+
+
+def progress_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run. FileError where it is damaged."""
+    try:
+        held: dict[str, Any] = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as wrong:
+        raise FileError(f"{path} is damaged ({wrong}): delete it, and the run goes on from the one before") from wrong
+    return held
+
+
+def load_values(path: Path, values: Mapping[str, Tensor]) -> None:
+    """Puts the trained values back."""
+    tensors = _tensors(path, "value.")
+    missing, strange = sorted(set(values) - set(tensors)), sorted(set(tensors) - set(values))
+    if missing or strange:
+        raise FileError(f"{path} holds another adapter: without {missing[:3]}, with {strange[:3]}")
+    with torch.no_grad():
+        for name, value in values.items():
+            value.copy_(tensors[name])
+
+
+def load_optimiser(path: Path, optimiser: torch.optim.Optimizer) -> None:
+    """Puts the optimiser's state back."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, part in _tensors(path, "state.").items():
+        number, what = key.split(".")
+        states.setdefault(int(number), {})[what] = part
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": states})
+
+
+def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    try:
+        with safe_open(path / TENSORS, framework="pt") as held:
+            keys = [key for key in held.keys() if key.startswith(prefix)]  # noqa: SIM118 - not a mapping
+            return {key.removeprefix(prefix): held.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError) as wrong:
+        raise FileError(f"{path} is damaged ({wrong}): delete it, and the run goes on from the one before") from wrong
+
+
+def rotate(folder: Path, keep: int, best: int | None) -> None:
+    """The newest `keep` stay, and the best."""
+    for path in found(folder)[:-keep]:
+        if step_of(path) != best:
+            shutil.rmtree(path, ignore_errors=True)
