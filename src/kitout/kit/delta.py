@@ -133,6 +133,8 @@ class Method(BaseModel):
     rate: ClassVar[Rate] = Rate()  # with default settings; ask `advised` where there is a config
 
     default_targets: ClassVar[str] = "all-linear"
+    seat: ClassVar[str] = ""  # where it sits by default, in words; empty: `default_targets` says it
+    note: ClassVar[str] = ""  # what rows, a Mix or strengths may not have of it, in words
 
     targets: str | None = None
     layers: str = "all"

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 @register
 class AdaptFormer(Method):
-    """One parallel adapter of `width` per feed-forward. scale: a number or "learned"."""
+    """One parallel adapter per feed-forward, scaled down.
+
+    width: of the bottleneck. scale: a number or "learned". dropout: between activation and up-projection.
+    """
 
     rate: ClassVar[Rate] = Rate(1e-2)
     mergeable: ClassVar[bool] = False

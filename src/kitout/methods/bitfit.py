@@ -45,6 +45,7 @@ class BitFit(Method):
     everywhere: new ones also where a partly biased model has none. targets: only these (new biases where missing).
     """
 
+    seat: ClassVar[str] = "every bias"
     rate: ClassVar[Rate] = Rate(3e-3)
 
     everywhere: bool = False

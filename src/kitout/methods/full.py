@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class FullFineTuning(Method):
     """Every parameter, heads and token tables included; with targets or layers, those of the chosen modules only."""
 
+    seat: ClassVar[str] = "every parameter"
+    note: ClassVar[str] = "rows of one batch share class and position tokens"
     rate: ClassVar[Rate] = Rate(2e-5, decay=0.01)
 
     def sites(self, survey: Survey) -> list[Site]:

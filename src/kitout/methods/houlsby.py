@@ -26,16 +26,18 @@ if TYPE_CHECKING:
 
 @register
 class Houlsby(Method):
-    """Two serial adapters per block (three with cross-attention) of `width`, on the values the sublayers end with.
+    """Two serial adapters per block (three with cross-attention), on the values the sublayers end with.
 
-    A norm between projection and sum belongs to its sublayer, so the adapter comes after it. norms: every norm's gain
-    and, where it has one, its shift are trained too, as factor and offset on its output. std: of the start.
+    A norm between projection and sum belongs to its sublayer, so the adapter comes after it. width: of the bottleneck.
+    norms: every norm's gain and, where it has one, its shift are trained too, as factor and offset on its output.
+    activation: of the bottleneck. std: of the start.
     """
 
     rate: ClassVar[Rate] = Rate(1e-3)
     mergeable: ClassVar[bool] = False
     identity: ClassVar[bool] = False
     default_targets: ClassVar[str] = "sub.*"
+    seat: ClassVar[str] = "end of every sublayer; norms"
 
     width: int = Field(default=64, ge=1)
     norms: bool = True

@@ -39,7 +39,10 @@ class Scale(Delta):
 
 @register
 class IA3(Method):
-    """(IA)^3. preset: "paper" (k, v, FFN) or "qkv" (q, k, v: another method under the same name in blogs)."""
+    """Learned factors on keys, values and the feed-forward's activations.
+
+    preset: "paper" (k, v, FFN) or "qkv" (q, k, v: another method under the same name in blogs).
+    """
 
     rate: ClassVar[Rate] = Rate(1e-2)
 

@@ -27,11 +27,11 @@ ByRole = dict[str, int]
 
 @register
 class LoRA(Method):
-    """y' = y + scale * B A dropout(x), scale = alpha / rank (rslora: alpha / sqrt rank).
+    """A low-rank change of chosen projections: y' = y + alpha / rank * B A dropout(x).
 
-    rank, alpha: a number, or numbers by role as in {"attn.*": 8, "mlp.*": 16}. alpha None = 2 * rank. dora: renormalise
-    to a learned magnitude. init: "default", or "pissa" (A and B start as the principal directions of W, whose product
-    is taken off again, so a fresh adapter is the identity).
+    rank, alpha: a number, or numbers by role as in {"attn.*": 8, "mlp.*": 16}. alpha None = 2 * rank. dropout: on x.
+    rslora: alpha / sqrt rank. dora: renormalise to a learned magnitude. init: "default", or "pissa" (A and B start as
+    the principal directions of W, whose product is taken off again, so a fresh adapter is the identity).
     """
 
     rate: ClassVar[Rate] = Rate(1e-3, decay=0.01)

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 @register
 class ParallelAdapter(Method):
-    """One parallel adapter of `width` per feed-forward (targets="sub.*": beside attention too).
+    """One parallel adapter per feed-forward (targets="sub.*": beside attention too).
 
-    scale: a number or "learned". dropout: between activation and up-projection.
+    width: of the bottleneck. scale: a number or "learned". dropout: between activation and up-projection.
+    activation: of the bottleneck.
     """
 
     rate: ClassVar[Rate] = Rate(3e-4, decay=0.01)

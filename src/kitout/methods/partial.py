@@ -25,11 +25,14 @@ if TYPE_CHECKING:
 
 @register
 class PartialFineTuning(Method):
-    """One of: last=k, the last k blocks and the final norm; part="head" or "norms"; names, globs over parameter names.
+    """The last blocks and the final norm, the head, the norms, or parameters by name: exactly one of these settings.
 
-    last counts back from the end of each tower; the stages of a pyramid are one tower. names: "*.bias layers.11.*".
+    last: how many blocks, counted back from the end of each tower (the stages of a pyramid are one). part: "head" or
+    "norms". names: globs over parameter names, as in "*.bias layers.11.*".
     """
 
+    seat: ClassVar[str] = "as last, part or names says"
+    note: ClassVar[str] = "rows of one batch share class and position tokens"
     rate: ClassVar[Rate] = Rate(1e-4, decay=0.01)
 
     last: int | None = Field(default=None, ge=1)

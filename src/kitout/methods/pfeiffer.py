@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 
 @register
 class Pfeiffer(Method):
-    """One serial adapter of `width` per block. Which form a block needs is seen in its forward, not in its name."""
+    """One serial adapter per block. Which form a block needs is seen in its forward, not in its name.
 
+    width: of the bottleneck. activation: of the bottleneck. std: of the start.
+    """
+
+    seat: ClassVar[str] = "end of every block"
     rate: ClassVar[Rate] = Rate(1e-3)
     mergeable: ClassVar[bool] = False
     identity: ClassVar[bool] = False

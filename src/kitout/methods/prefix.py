@@ -82,13 +82,16 @@ def _pair(prefix: Tensor, dropout: float, training: bool) -> Pair:
 
 @register
 class PrefixTuning(Method):
-    """`length` keys and values per attention. encoder: hidden width of the MLP that computes them, None = trained flat.
+    """Trained keys and values that every attention sees before those of the text.
 
-    shared: one encoder for all layers (of each place), or one per layer. dropout: on keys and values. init: "random"
-    (normal, of the standard deviation that the layer's own keys and values have) or the token ids of a text, whose
-    first `length` keys and values it starts from. places: any of "encoder decoder cross" that the model has.
+    length: how many. encoder: hidden width of the MLP that computes them, None = trained flat. shared: one encoder for
+    all layers (of each place), or one per layer. dropout: on keys and values. init: "random" (normal, of the standard
+    deviation that the layer's own keys and values have) or the token ids of a text, whose first `length` keys and
+    values it starts from. places: any of "encoder decoder cross" that the model has.
     """
 
+    seat: ClassVar[str] = "every attention call"
+    note: ClassVar[str] = "strength and Mix are weights of attention, not below 0"
     rate: ClassVar[Rate] = Rate(1e-2)
     mergeable: ClassVar[bool] = False
     identity: ClassVar[bool] = False

@@ -41,14 +41,16 @@ class Prompt(Delta):
 
 @register
 class PromptTuning(Method):
-    """`length` trained vectors [length, d] beside the embedded text of one stack of blocks.
+    """Trained vectors [length, d] beside the embedded text of one stack of blocks.
 
-    init: "vocab", "normal", token ids of a text (repeated or cut to length), or the ids of each class label.
-    place: "before" the text or "after" its first token (BOS, CLS). stacks: "encoder", "decoder" or "both" of an
+    length: how many. init: "vocab", "normal", token ids of a text (repeated or cut to length), or the ids of each class
+    label. place: "before" the text or "after" its first token (BOS, CLS). stacks: "encoder", "decoder" or "both" of an
     encoder-decoder; ignored where there is one stack. pooled: "prompt" gives an encoder's head the output of the first
     prompt where it looks for that of the first token, as Hugging Face PEFT's classifiers have it.
     """
 
+    seat: ClassVar[str] = "token embedding"
+    note: ClassVar[str] = "not in a Mix; no strength but on and off"
     rate: ClassVar[Rate] = Rate(3e-2)
     mergeable: ClassVar[bool] = False
     identity: ClassVar[bool] = False

@@ -31,6 +31,7 @@ class SSF(Method):
     std: of the start around the identity (0.02 in the paper). targets: only these. Poolers and heads are left alone.
     """
 
+    seat: ClassVar[str] = "every linear, convolution and norm"
     rate: ClassVar[Rate] = Rate(3e-3)
     identity: ClassVar[bool] = False
 

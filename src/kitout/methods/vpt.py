@@ -54,13 +54,15 @@ class VisualPrompt(Delta):
 
 @register
 class VPT(Method):
-    """`length` trained tokens in the image's sequence; the output keeps its shape.
+    """Trained tokens in the image's sequence; the output keeps its shape.
 
-    deep: new ones at every block (of `layers`), else at the first alone. share: deep, with the same tokens everywhere.
-    projection: width k of the trained tokens before one shared Linear(k, d). dropout: on the tokens.
+    length: how many. deep: new ones at every block (of `layers`), else at the first alone. share: deep, with the same
+    tokens everywhere. projection: width k of the trained tokens before one shared Linear(k, d). dropout: on the tokens.
     layers="last:4" starts at the fourth block from the end.
     """
 
+    seat: ClassVar[str] = "first block; deep: every block"
+    note: ClassVar[str] = "not in a Mix; no strength but on and off"
     rate: ClassVar[Rate] = Rate(1e-2)
     mergeable: ClassVar[bool] = False
     identity: ClassVar[bool] = False

@@ -1,0 +1,173 @@
+"""`kitout methods [NAME]`: what can be trained, and with which learning rate, decay and settings.
+
+Everything is read off the registered classes: the table and the page of one method never know more than the code. The
+words for a setting are those of the class's docstring ("rank: ..."). A table on a terminal, plain columns elsewhere,
+`--json` for machines. Words and printing only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import types
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from annotated_types import Ge, Gt, Le, Lt
+from rich.console import Console
+from rich.table import Table
+
+from kitout import methods as _registering  # noqa: F401 - all there are
+from kitout.kit.delta import REGISTRY, Method
+from kitout.kit.show import columns
+from kitout.train.rates import highest, refused
+
+COLUMNS = ("method", "what it adds", "where, by default", "lr", "decay", "merges", "rows and mixes")
+SETTINGS = ("setting", "default", "takes", "what")
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one method, with all its settings")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """List the methods: what each adds, where, its learning rate and decay, whether it merges."""
+    known = {key.lower(): key for key in REGISTRY}
+    if name is not None and name.lower() not in known:
+        typer.echo(f"error: there is no method {name!r}: {_hint(name, known)}", err=True)
+        raise typer.Exit(1)
+    chosen = list(REGISTRY) if name is None else [known[name.lower()]]
+    pages = [about(REGISTRY[key]) for key in chosen]
+    if as_json:
+        typer.echo(json.dumps(pages if name is None else pages[0], indent=2))
+    elif name is None:
+        _show(COLUMNS, [_row(page) for page in pages])
+        typer.echo(
+            "lr: of AdamW over a short rise and a fall to zero, found by search; decay: of matrices alone. "
+            "`kitout methods NAME` shows the settings."
+        )
+    else:
+        typer.echo("\n".join(_head(pages[0], REGISTRY[chosen[0]])))
+        _show(SETTINGS, [(s["name"], _word(s["default"]), s["takes"], s["what"]) for s in pages[0]["settings"]])
+
+
+def _hint(word: str, known: dict[str, str]) -> str:
+    """What was meant, whatever its case: `loar`, `prefix`."""
+    low = word.lower()
+    close = [known[k] for k in known if low in k] or [known[k] for k in get_close_matches(low, known, n=3)]
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(REGISTRY)}"
+
+
+def about(method: type[Method]) -> dict[str, Any]:
+    """All there is to say about a method, as plain values."""
+    summary, words = described(method)
+    return {
+        "name": method.__name__,
+        "summary": summary,
+        "seat": method.seat or method.default_targets,
+        "lr": method.rate.lr,
+        "decay": method.rate.decay,
+        "head_lr": method.rate.head,
+        "warned_from": highest(method),
+        "refused_from": refused(method),
+        "mergeable": method.mergeable,
+        "identity": method.identity,
+        "note": method.note,
+        "settings": [
+            {
+                "name": name,
+                "default": field.get_default(call_default_factory=True),
+                "takes": ", ".join([kind(field.annotation), *_bounds(field.metadata)]),
+                "what": words.get(name, ""),
+            }
+            for name, field in method.model_fields.items()
+        ],
+    }
+
+
+def described(method: type[Method]) -> tuple[str, dict[str, str]]:
+    """The first paragraph of the docstring, and what it says of each setting ("rank, alpha: a number ...").
+
+    What a method does not say of a setting, the class it inherits it from may.
+    """
+    name = "|".join(method.model_fields)
+    begins = re.compile(rf"(?:^|(?<=\s))((?:{name})(?:, (?:{name}))*): ")
+    words: dict[str, str] = {}
+    for cls in reversed([c for c in method.__mro__ if issubclass(c, Method)]):
+        for paragraph in (cls.__doc__ or "").split("\n\n"):
+            _, *parts = begins.split(" ".join(paragraph.split()))
+            for names, text in zip(parts[::2], parts[1::2], strict=True):
+                words |= dict.fromkeys(names.split(", "), text.strip())
+    summary = " ".join((method.__doc__ or "").split("\n\n")[0].split())
+    return begins.split(summary)[0].strip(), words
+
+
+def kind(annotation: Any) -> str:
+    """What a setting takes, as one writes it: `int | dict[str, int]`, `"vocab" | "normal"`."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " | ".join(map(kind, get_args(annotation)))
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(json.dumps, get_args(annotation)))
+    if annotation is type(None):
+        return "null"
+    inside = ", ".join("..." if a is ... else kind(a) for a in get_args(annotation))
+    name = getattr(get_origin(annotation) or annotation, "__name__", str(annotation))
+    return f"{name}[{inside}]" if inside else name
+
+
+def _bounds(metadata: list[Any]) -> list[str]:
+    found = []
+    for bound in metadata:
+        match bound:
+            case Ge(ge=least):
+                found.append(f">= {least:g}")
+            case Gt(gt=least):
+                found.append(f"> {least:g}")
+            case Le(le=most):
+                found.append(f"<= {most:g}")
+            case Lt(lt=most):
+                found.append(f"< {most:g}")
+    return found
+
+
+def _row(page: dict[str, Any]) -> tuple[str, ...]:
+    rows = page["note"] or "any"
+    merges = "yes" if page["mergeable"] else "no"
+    gist = re.split(r"[.;] |\.$", page["summary"])[0]
+    return (page["name"], gist, page["seat"], f"{page['lr']:g}", f"{page['decay']:g}", merges, rows)
+
+
+def _head(page: dict[str, Any], method: type[Method]) -> list[str]:
+    own = method.advised.__doc__ if method.advised is not Method.advised else None
+    merges = "merges into the base" if page["mergeable"] else "does not merge into the base"
+    start = "changes nothing" if page["identity"] else "already changes the outputs"
+    warned, refused_from = page["warned_from"], page["refused_from"]
+    return [
+        f"{page['name']}: {page['summary']}",
+        f"sits at: {page['seat']}",
+        f"{merges}; a fresh one {start}",
+        *([f"rows and mixes: {page['note']}"] if page["note"] else []),
+        f"learning rate {page['lr']:g} with AdamW; from {warned:g} on a warning, from {refused_from:g} on refused",
+        *([inspect.cleandoc(own)] if own else []),
+        f"weight decay {page['decay']:g} on matrices; learning rate of a fresh head {page['head_lr']:g}",
+        f"in Python: kitout.{page['name']}(setting=value, ...)",
+        "",
+    ]
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _show(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        typer.echo("\n".join(line.removeprefix("  ") for line in columns([header, *rows])))
+        return
+    table = Table()
+    for title in header:
+        table.add_column(title, overflow="fold", no_wrap=title in ("method", "lr", "setting"))
+    for row in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    console.print(table)

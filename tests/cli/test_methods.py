@@ -1,0 +1,119 @@
+"""`kitout methods` tells of every registered method what its code says, in a table, on a page and as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar, Literal
+
+import pytest
+from pydantic import Field
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from kitout import LoRA
+from kitout.cli import app
+from kitout.cli import methods as verb
+from kitout.cli.methods import about, described, kind
+from kitout.kit.delta import REGISTRY, Method
+from laws.configs import CASES
+
+
+def said(*words: str) -> Result:
+    return CliRunner().invoke(app, ["methods", *words])
+
+
+def test_the_table_has_every_method_with_its_rate() -> None:
+    done = said()
+    assert done.exit_code == 0, done.output
+    head, *lines = done.output.splitlines()
+    assert head.split("  ")[0] == "method"
+    by_name = {line.split()[0]: line for line in lines}
+    for name, method in REGISTRY.items():
+        cells = [cell.strip() for cell in by_name[name].split("  ") if cell.strip()]
+        assert cells[3:6] == [f"{method.rate.lr:g}", f"{method.rate.decay:g}", "yes" if method.mergeable else "no"]
+    assert "attn.q attn.v" in by_name["LoRA"]
+    assert "every attention call" in by_name["PrefixTuning"]
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_a_page_tells_every_setting(name: str) -> None:
+    done = said(name.lower())
+    assert done.exit_code == 0, done.output
+    head, table = done.output.split("\n\n")
+    assert head.startswith(f"{name}: ")
+    assert f"learning rate {REGISTRY[name].rate.lr:g} with AdamW; from " in head
+    settings = [line.split()[0] for line in table.splitlines()[1:]]
+    assert settings == list(REGISTRY[name].model_fields)
+
+
+def test_a_page_tells_types_bounds_and_words() -> None:
+    lines = {line.split()[0]: " ".join(line.split()) for line in said("LoRA").output.splitlines() if line}
+    assert lines["rank"].startswith("rank 8 int | dict[str, int] a number, or numbers by role")
+    assert lines["dropout"] == "dropout 0.0 float, >= 0, < 1 on x."
+    assert lines["init"].startswith('init default "default" | "pissa"')
+    assert lines["layers"].startswith("layers all str")
+
+
+def test_json_is_what_the_code_says() -> None:
+    pages = json.loads(said("--json").output)
+    assert [page["name"] for page in pages] == list(REGISTRY)
+    for page in pages:
+        method = REGISTRY[page["name"]]
+        assert page == json.loads(json.dumps(about(method)))
+        assert (page["lr"], page["decay"], page["head_lr"]) == (method.rate.lr, method.rate.decay, method.rate.head)
+        assert page["lr"] < page["warned_from"] < page["refused_from"]
+    assert json.loads(said("IA3", "--json").output) == next(page for page in pages if page["name"] == "IA3")
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [("loar", "did you mean LoRA?"), ("Prefix", "did you mean PrefixTuning?"), ("xyz", "known: AdaptFormer, BitFit")],
+)
+def test_an_unknown_name_is_an_error_with_a_suggestion(word: str, hint: str) -> None:
+    done = said(word)
+    assert done.exit_code == 1
+    assert f"error: there is no method {word!r}: {hint}" in done.stderr
+    assert not done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_every_setting_of_every_method_is_described(name: str) -> None:
+    summary, words = described(REGISTRY[name])
+    silent = [field for field in REGISTRY[name].model_fields if not words.get(field)]
+    assert not silent, f"say in {name}'s docstring what they are: '{silent[0]}: ...'"
+    assert 10 < len(summary) < 140
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_what_a_mix_refuses_is_noted(case: Any) -> None:
+    if not case.mixes or not case.strengths:
+        assert "Mix" in type(case.method).note
+
+
+def test_a_method_of_ones_own_needs_no_words() -> None:
+    class Bare(Method):
+        default_targets: ClassVar[str] = "attn.v"
+        width: int = Field(default=8, ge=1, le=64)
+        kinds: tuple[int, ...] | Literal["none"] | None = None
+
+    page = about(Bare)
+    assert (page["summary"], page["seat"], page["lr"]) == ("", "attn.v", Method.rate.lr)
+    assert page["settings"][-2:] == [
+        {"name": "width", "default": 8, "takes": "int, >= 1, <= 64", "what": ""},
+        {"name": "kinds", "default": None, "takes": 'tuple[int, ...] | "none" | null', "what": ""},
+    ]
+
+
+def test_types_are_as_one_writes_them() -> None:
+    assert kind(dict[str, float] | None) == "dict[str, float] | null"
+    assert kind(Literal["a", "b"]) == '"a" | "b"'
+
+
+def test_a_terminal_gets_a_drawn_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(verb, "Console", lambda: Console(force_terminal=True, width=150, color_system=None))
+    verb.methods()
+    verb.methods("prompttuning")
+    shown = capsys.readouterr().out
+    assert "┃ method" in shown
+    assert "tuple[int, ...]" in shown
+    assert LoRA.__name__ in shown
