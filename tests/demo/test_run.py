@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 import kitout
 from kitout.cli.assets import app as assets_app
 from kitout.cli.demo import app
-from kitout.demo import assets, machine
+from kitout.demo import assets
 from kitout.demo.screen import Screen
+from kitout.train import machine, memory
 
 from .tiny import folder
 
@@ -106,7 +107,7 @@ def test_the_number_format_can_be_asked_for_and_is_found_otherwise() -> None:
     assert machine.dtype("fp32", cpu)[0] is torch.float32
     assert machine.dtype("bf16", cpu)[0] is torch.bfloat16
     assert machine.dtype("auto", cpu)[0] in {torch.float32, torch.bfloat16}
-    assert machine.peak_bytes(cpu) > 2**20
+    assert memory.peak(cpu) > 2**20
 
 
 @pytest.mark.assets

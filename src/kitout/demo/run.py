@@ -18,13 +18,14 @@ import torch
 import kitout
 from kitout import Kit, LoRA
 from kitout.data.tables import DataError
-from kitout.demo import assets, data, machine, report, score
+from kitout.demo import assets, data, report, score
 from kitout.demo.catalog import ASSETS
 from kitout.demo.data import Split
 from kitout.demo.screen import Screen
 from kitout.demo.task import TWEETS, Task
 from kitout.demo.train import Progress, Settings, train
 from kitout.files.fingerprint import fingerprint
+from kitout.train import machine, memory
 
 NAME = "demo"
 BASE, DATA = "smollm2-135m", "tweets"
@@ -60,12 +61,12 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
 
     with kit.use(None), screen.phase("measuring the base") as tell:
         base = score.measure(kit, task, split.test, tell)
-    base_peak = machine.peak_bytes(where)
+    base_peak = memory.peak(where)
     kit.use(NAME)
     trained = _train(kit, task, split, options, screen)
     with screen.phase("measuring the tuned model") as tell:
         tuned = score.measure(kit, task, split.test, tell)
-    peak = machine.peak_bytes(where)
+    peak = memory.peak(where)
     answers = _answers(kit, task, split, options.shown)
     adapter = options.out / "adapter"
     kit.save(NAME, adapter, note={"trained by": "kitout demo", "instruction": task.instruction})

@@ -1,4 +1,4 @@
-"""What this machine is and does best: device, number format found by a short timing, peak memory, versions.
+"""What this machine is and does best: device, number format found by a short timing, versions.
 
 bf16 is several times faster than fp32 on CPUs with bf16 products and slower on those without; the few milliseconds of
 asking beat a list of CPU names. It knows no model.
@@ -7,8 +7,8 @@ asking beat a list of CPU names. It knows no model.
 from __future__ import annotations
 
 import platform
-import sys
 import time
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -43,24 +43,8 @@ def _product(form: torch.dtype) -> float:
     return best
 
 
-def peak_bytes(where: torch.device) -> int:
-    """Most memory held so far: of the process, or of the GPU where the work is there."""
-    if where.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(where))
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def describe(where: torch.device) -> dict[str, Any]:
     import transformers
-
-    import kitout
 
     if where.type == "cuda":
         name = torch.cuda.get_device_name(where)
@@ -73,5 +57,5 @@ def describe(where: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "kitout": kitout.__version__,
+        "kitout": version("kitout"),
     }

@@ -1,0 +1,168 @@
+"""From a config to a kit that can learn: the frozen model in the right class and number format, adapters, fresh heads.
+
+What a checkpoint does not hold (a classifier for labels it never saw) is trained with the adapter and saved with it.
+Quantised bases come through transformers' own loaders. No code of a model's folder is ever run. It knows model classes
+by objective, and nothing of data.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kitout.errors import ConfigError
+from kitout.kit.attach import attach
+from kitout.kit.kit import Kit
+from kitout.train import machine
+from kitout.train.config import ModelConfig
+
+CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classify": "AutoModelForSequenceClassification",
+    "regress": "AutoModelForSequenceClassification",
+    "multilabel": "AutoModelForSequenceClassification",
+    "tokens": "AutoModelForTokenClassification",
+    "images": "AutoModelForImageClassification",
+}
+SHORT = 256  # tokens: below, plain attention trains faster than the fused one on a CPU, whose backward is slow there
+
+
+@dataclass(frozen=True)
+class Built:
+    """kit: eval mode, no adapter yet. heads: fresh modules by path, trained with every adapter. why: of the format."""
+
+    kit: Kit
+    heads: dict[str, nn.Module]
+    device: torch.device
+    why: str
+
+
+def found(name: str) -> str:
+    """A folder, an embedded model's folder, or the name as the hub knows it."""
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser())
+    from kitout.demo import assets  # the embedded models live with the demo that shows them
+    from kitout.demo.catalog import ASSETS
+
+    return str(assets.get(name, lambda _words: None)) if name in ASSETS else name
+
+
+def config_of(chosen: ModelConfig) -> Any:
+    """The model's own config; ConfigError with what is wrong where there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(found(chosen.name), revision=chosen.revision)
+    except (OSError, ValueError) as wrong:
+        raise ConfigError(f"model.name={chosen.name!r}: no model is there: {_short(wrong)}") from wrong
+
+
+def tokenizer_of(chosen: ModelConfig) -> Any:
+    """The model's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(found(chosen.name), revision=chosen.revision)
+    except (OSError, ValueError, ImportError) as wrong:
+        raise ConfigError(f"model.name={chosen.name!r}: its tokenizer does not load: {_short(wrong)}") from wrong
+
+
+def place(chosen: ModelConfig) -> tuple[torch.device, torch.dtype, str]:
+    """Where and in which format the frozen weights are, and why."""
+    where = machine.device() if chosen.device == "auto" else torch.device(chosen.device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device=cuda, and torch finds no GPU here: leave it out, or write cpu")
+    if chosen.dtype == "float16" and where.type == "cpu":
+        raise ConfigError("model.dtype=float16 on a CPU overflows to nan in training: write bfloat16 or float32")
+    if chosen.dtype != "auto":
+        return where, getattr(torch, chosen.dtype), "as asked"
+    form, why = machine.dtype("auto", where)
+    return where, form, why
+
+
+def build(chosen: ModelConfig, objective: str, labels: Sequence[str], median: int) -> Built:
+    """The kit. labels: of a classifier. median: tokens of the usual example, by which attention is chosen on a CPU."""
+    import transformers
+    from transformers.utils import logging
+
+    where, form, why = place(chosen)
+    asked: dict[str, Any] = {"dtype": form, "revision": chosen.revision} | _quantised(chosen, form)
+    if objective not in ("causal", "seq2seq"):
+        asked |= {"num_labels": max(1, len(labels)), "ignore_mismatched_sizes": True}
+        if labels:
+            asked |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    loader = getattr(transformers, CLASSES[objective])
+    loud = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn of fresh heads, which are meant
+    logging.disable_progress_bar()
+    try:
+        model, told = loader.from_pretrained(found(chosen.name), output_loading_info=True, **asked)
+    except (OSError, ValueError, ImportError) as wrong:
+        raise ConfigError(f"model.name={chosen.name!r} does not load for {objective}: {_short(wrong)}") from wrong
+    finally:
+        logging.set_verbosity(loud)
+    if chosen.quantise == "none":
+        model.to(where)
+    fresh = {name.rpartition(".")[0] for name in [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]}
+    kit = attach(model)
+    _set_attention(kit, chosen, where, median)
+    kit.eval()
+    return Built(kit, _heads(kit, fresh, objective), where, why)
+
+
+def _heads(kit: Kit, fresh: set[str], objective: str) -> dict[str, nn.Module]:
+    """Copies of what the checkpoint does not hold, and of the classifier, in float32, to be trained."""
+    if objective in ("causal", "seq2seq"):
+        if fresh:
+            raise ConfigError(f"the checkpoint does not hold {sorted(fresh)[:4]}: this is no language model to adapt")
+        return {}
+    paths = fresh | {site.path for site in kit.found.sites if site.role == "head"}
+    return {path: copy.deepcopy(kit.base.get_submodule(path)).float() for path in sorted(paths)}
+
+
+def _set_attention(kit: Kit, chosen: ModelConfig, where: torch.device, median: int) -> None:
+    base: Any = kit.base
+    if chosen.attention != "auto":
+        try:
+            base.set_attn_implementation(chosen.attention)
+        except (ValueError, ImportError) as wrong:
+            raise ConfigError(f"model.attention={chosen.attention}: {_short(wrong)}") from wrong
+    elif where.type == "cpu" and 0 < median < SHORT:
+        base.set_attn_implementation("eager")
+
+
+def _quantised(chosen: ModelConfig, form: torch.dtype) -> dict[str, Any]:
+    """What the loader is told of a quantised base; ConfigError where the library is not there."""
+    if chosen.quantise == "none":
+        return {}
+    library = "torchao" if chosen.quantise.startswith("torchao") else "bitsandbytes"
+    if importlib.util.find_spec(library) is None:
+        raise ConfigError(
+            f"model.quantise={chosen.quantise} needs {library}, not installed here: pip install {library}"
+        )
+    if library == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+    from transformers import BitsAndBytesConfig
+
+    if chosen.quantise == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=form
+        )
+    }
+
+
+def _short(wrong: BaseException) -> str:
+    return " ".join(str(wrong).split())[:400]
