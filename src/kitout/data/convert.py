@@ -1,7 +1,7 @@
 """The cells of one row as an example, one function per format: alpaca, chats, completions, questions, labels, tags.
 
 A function gets its cells by role ("instruction", "context", ...) and raises a DataError that says which cell holds
-what; the caller knows the line. Nothing is guessed from words: shapes and types decide. It knows no file and no tokenizer.
+what; the caller knows the line. Nothing is guessed from words: shapes and types decide. It knows no file.
 """
 
 from __future__ import annotations

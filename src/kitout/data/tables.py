@@ -1,7 +1,7 @@
-"""Rows from a file the user names, each with its line: .jsonl, .json (a list), .csv, .tsv and .parquet.
+"""Rows from a file the user names, each with its line: .jsonl, .json (a list), .csv, .tsv, .parquet, .txt.
 
-Columns are found by their usual names or told. Every fault of a file is told at once, the first few in full. It opens
-files only to read, runs nothing it reads, and knows neither texts nor images.
+All at once, every fault told together, or one after the other for files that do not fit into memory. Columns are found
+by their usual names or told. It opens files only to read, runs nothing it reads, and knows neither texts nor images.
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from kitout.errors import Faults, KitoutError
 
 SHOWN = 5  # faults of one kind told in full
+LONGEST = 2**30  # characters of one field of a table; Python's own limit of 131,072 is less than a long document
 
 Row = tuple[int, dict[str, Any]]  # line, columns
 Wanted = Mapping[str, tuple[str | None, Sequence[str]]]  # role -> the column asked for or None, its usual names
+_Lazy: TypeAlias = Callable[[Path], Iterator[Row]]
+_Read = TypeVar("_Read")
 
 
 class DataError(KitoutError, ValueError):
@@ -40,19 +44,41 @@ def word(value: object) -> str:
 
 def rows(path: Path) -> list[Row]:
     """Every row of a file with its line (.json and .parquet: its number)."""
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*") if p.suffix in READERS) if path.parent.is_dir() else []
-        raise DataError(f"there is no file {path}" + (f"; beside it: {', '.join(near[:8])}" if near else ""))
-    read = READERS.get(path.suffix.lower())
-    if read is None:
-        raise DataError(f"{path}: unknown format {path.suffix or '(no ending)'}; use {', '.join(READERS)}")
-    try:
+    read = _reader(path, READERS)
+    with _told_plainly(path):
         found = read(path)
-    except UnicodeDecodeError as wrong:
-        raise DataError(f"{path} is not UTF-8 (byte {wrong.start}); convert it, e.g. with iconv -t UTF-8") from wrong
     if not found:
         raise DataError(f"{path} holds no rows")
     return found
+
+
+def each(path: Path) -> Iterator[Row]:
+    """The rows of a file one after the other, none kept. The first faulty one raises."""
+    if path.suffix.lower() == ".json":
+        raise DataError(
+            f"{path}: a JSON list is read as a whole and cannot be streamed; write one object a line, .jsonl"
+        )
+    read = _reader(path, LAZY)
+    with _told_plainly(path):
+        yield from read(path)
+
+
+def _reader(path: Path, readers: Mapping[str, _Read]) -> _Read:
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*") if p.suffix in READERS) if path.parent.is_dir() else []
+        raise DataError(f"there is no file {path}" + (f"; beside it: {', '.join(near[:8])}" if near else ""))
+    read = readers.get(path.suffix.lower())
+    if read is None:
+        raise DataError(f"{path}: unknown format {path.suffix or '(no ending)'}; use {', '.join(READERS)}")
+    return read
+
+
+@contextmanager
+def _told_plainly(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as wrong:
+        raise DataError(f"{path} is not UTF-8 (byte {wrong.start}); convert it, e.g. with iconv -t UTF-8") from wrong
 
 
 def columns(path: Path, found: Sequence[Row], wanted: Wanted) -> list[str]:
@@ -74,22 +100,37 @@ def columns(path: Path, found: Sequence[Row], wanted: Wanted) -> list[str]:
 def _jsonl(path: Path) -> list[Row]:
     found: list[Row] = []
     bad: list[str] = []
-    for line, words in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not words.strip():
-            continue
-        try:
-            row = json.loads(words)
-            fault = "" if isinstance(row, dict) else f"a JSON {type(row).__name__}, expected an object"
-        except json.JSONDecodeError as wrong:
-            row, fault = None, f"not JSON ({wrong.msg}, column {wrong.colno})"
-        if fault:
-            bad.append(f"line {line}: {fault}: {words.strip()[:60]!r}")
+    for line, row in _objects(path):
+        if isinstance(row, str):
+            bad.append(row)
         else:
             found.append((line, row))
     faults = Faults(DataError, str(path))
     told(faults, bad, "lines")
     faults.raise_if_any()
     return found
+
+
+def _each_object(path: Path) -> Iterator[Row]:
+    for line, row in _objects(path):
+        if isinstance(row, str):
+            raise DataError(f"{path}: {row}")
+        yield line, row
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Each line's object, or what is wrong with the line."""
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for line, words in enumerate(file, start=1):
+            if not words.strip():
+                continue
+            try:
+                row = json.loads(words)
+                fault = "" if isinstance(row, dict) else f"a JSON {type(row).__name__}, expected an object"
+            except (json.JSONDecodeError, RecursionError) as wrong:
+                said = f"{wrong.msg}, column {wrong.colno}" if isinstance(wrong, json.JSONDecodeError) else "too deep"
+                row, fault = None, f"not JSON ({said})"
+            yield line, f"line {line}: {fault}: {words.strip()[:60]!r}" if fault else row
 
 
 def _json(path: Path) -> list[Row]:
@@ -104,30 +145,67 @@ def _json(path: Path) -> list[Row]:
     return list(enumerate(found, start=1))
 
 
-def _table(path: Path) -> list[Row]:
+def _records(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
+        limit = csv.field_size_limit(LONGEST)
         reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        return [(reader.line_num, row) for row in reader]
+        try:
+            names = list(reader.fieldnames or ())
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise DataError(f"{path}: the header names {', '.join(map(repr, twice))} more than once")
+            for row in reader:
+                if None in row:
+                    raise DataError(
+                        f"{path} line {reader.line_num}: more fields than the {len(names)} of the header; "
+                        'put fields that hold the separator in quotes ("...")'
+                    )
+                yield reader.line_num, row
+        except csv.Error as wrong:
+            raise DataError(f"{path} line {reader.line_num}: no readable table ({wrong})") from wrong
+        finally:
+            csv.field_size_limit(limit)
 
 
-def _parquet(path: Path) -> list[Row]:
+def _batches(path: Path) -> Iterator[Row]:
     if importlib.util.find_spec("pyarrow") is None:
         raise DataError(f"{path}: reading parquet needs pyarrow, not installed here\n  pip install 'kitout[data]'")
     import pyarrow
     import pyarrow.parquet
 
     try:
-        found = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
     except (pyarrow.ArrowException, OSError) as wrong:
         raise DataError(f"{path} is no readable parquet file: {str(wrong)[:200]}") from wrong
-    return list(enumerate(found, start=1))
 
 
-READERS = {
+def _texts(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for line, words in enumerate(file, start=1):
+            if words.strip():
+                yield line, {"text": words.rstrip("\r\n")}
+
+
+def _all(read: _Lazy) -> Callable[[Path], list[Row]]:
+    return lambda path: list(read(path))
+
+
+LAZY: dict[str, _Lazy] = {
+    ".jsonl": _each_object,
+    ".ndjson": _each_object,
+    ".csv": _records,
+    ".tsv": _records,
+    ".parquet": _batches,
+    ".txt": _texts,
+}
+READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,
-    ".csv": _table,
-    ".tsv": _table,
-    ".parquet": _parquet,
+    **{ending: _all(read) for ending, read in LAZY.items() if ending not in (".jsonl", ".ndjson")},
 }
