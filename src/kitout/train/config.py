@@ -9,16 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from kitout import methods as _registering  # noqa: F401 - a run may name any method there is
-from kitout.errors import ConfigError, Faults, suggest
-from kitout.kit.delta import REGISTRY, Method
+from kitout.errors import ConfigError, Faults
+from kitout.kit.build import NAME
+from kitout.train.checks import contradictions
+from kitout.train.chosen import AnyMethod, dumped, method
+from kitout.train.faulty import LISTED, told
 
 Objective = Literal["auto", "causal", "classify", "regress", "multilabel", "tokens", "seq2seq", "images"]
-Positive = Field(gt=0)
+
+
+def _name(value: str) -> str:
+    if not NAME.fullmatch(value):
+        raise ValueError(f"{value!r}: use 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit")
+    return value
+
+
+Name: TypeAlias = Annotated[str, AfterValidator(_name)]
 
 
 class Section(BaseModel):
@@ -86,7 +96,23 @@ class DataConfig(Section):
     @classmethod
     def _sources(cls, value: Any) -> Any:
         listed = value if isinstance(value, list | tuple) else [value]
+        if not listed:
+            raise ValueError("say at least one source: a path, or a list of sources")
         return tuple({"path": str(v)} if isinstance(v, str | Path) else v for v in listed)
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        """A label that reads like a number is a word all the same."""
+        listed = isinstance(value, list | tuple)
+        return [str(v) if type(v) in (int, float) else v for v in value] if listed else value
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and len(set(value)) < max(2, len(value)):
+            raise ValueError(f"expected at least 2 labels, each once; found {', '.join(value)}")
+        return value
 
     @field_validator("validation", "test", mode="before")
     @classmethod
@@ -168,7 +194,7 @@ class OutputConfig(Section):
 
     folder: Path = Path("runs/train")
     """Holds adapter, report, metrics and checkpoints of this run; a run of other settings is never overwritten."""
-    name: str = "adapter"
+    name: Name = "adapter"
     """Of the adapter."""
     report_to: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = ()
     """Trackers besides metrics.jsonl, by transformers' own integrations."""
@@ -177,24 +203,35 @@ class OutputConfig(Section):
 class JobConfig(Section):
     """One of several adapters trained at once on one base; what is not said is as in the run."""
 
-    name: str
-    method: Method | None = None
+    name: Name
+    """Of its adapter."""
+    method: AnyMethod | None = None
+    """What is trained."""
     data: DataConfig | None = None
+    """What it is learnt from."""
     train: TrainConfig | None = None
+    """How: what is not said here is as in the run."""
 
     @field_validator("method", mode="before")
     @classmethod
     def _method(cls, value: Any) -> Any:
         return None if value is None else method(value)
 
+    @field_validator("data", mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        return {"train": value} if isinstance(value, str | Path | list) else value
+
 
 class RunConfig(Section):
     """Everything a run depends on. `method`: a Method, a name, or {"name": "LoRA", "rank": 16}."""
 
     model: ModelConfig
-    method: Method = Field(default_factory=lambda: method("LoRA"))
-    """What is trained: `kitout methods` lists them."""
+    """The frozen base, or its name alone."""
+    method: AnyMethod = Field(default_factory=lambda: method("LoRA"))
+    """What is trained: a name, or a name and settings (`kitout methods` lists them)."""
     data: DataConfig
+    """What is learnt from, or its path alone."""
     objective: Objective = "auto"
     """auto: by the data (answers: causal or seq2seq, as the model is; labels: classify; numbers: regress; ...)."""
     train: TrainConfig = TrainConfig()
@@ -223,63 +260,44 @@ class RunConfig(Section):
         names = [job.name for job in self.jobs]
         if len(set(names)) < len(names):
             raise ValueError(f"two jobs share a name: {sorted(n for n in set(names) if names.count(n) > 1)}")
-        if self.data.streaming and self.train.steps is None:
-            raise ValueError("data.streaming has no end that is known beforehand: say train.steps")
+        found = [fault for run in self.alone() for fault in contradictions(run)]
+        if found:
+            raise ValueError(LISTED.join(dict.fromkeys(found)))
         return self
+
+    def alone(self) -> tuple[RunConfig, ...]:
+        """Each job as the run of its own that it stands for; the run itself where there are none."""
+        return tuple(self._alone(job) for job in self.jobs) or (self,)
+
+    def _alone(self, job: JobConfig) -> RunConfig:
+        """Settings that the job has not said are the run's."""
+        said: dict[str, Any] = {"jobs": (), "output": self.output.model_copy(update={"name": job.name})}
+        if job.method is not None:
+            said["method"] = job.method
+        for name, section, own in (("data", self.data, job.data), ("train", self.train, job.train)):
+            if own is not None:
+                said[name] = section.model_copy(update={field: getattr(own, field) for field in own.model_fields_set})
+        return self.model_copy(update=said)
 
     def dump(self) -> dict[str, Any]:
         """As plain values, the way `load` reads them: what run.yaml holds."""
         plain: dict[str, Any] = self.model_dump(mode="json", exclude={"method", "jobs"})
         plain["method"] = dumped(self.method)
         plain["jobs"] = [
-            job.model_dump(mode="json", exclude={"method"}, exclude_none=True)
+            job.model_dump(mode="json", exclude={"method"}, exclude_unset=True)
             | ({} if job.method is None else {"method": dumped(job.method)})
             for job in self.jobs
         ]
         return plain
 
 
-def method(value: Any) -> Method:
-    """A Method from itself, its name, or its name with settings."""
-    if isinstance(value, Method):
-        return value
-    settings = {"name": value} if isinstance(value, str) else dict(value)
-    name = settings.pop("name", None)
-    if name not in REGISTRY:
-        raise ValueError(f"there is no method {name!r}: {suggest(str(name), REGISTRY)}")
-    return REGISTRY[name](**settings)
-
-
-def dumped(chosen: Method) -> dict[str, Any]:
-    """A Method as its name and what differs from its defaults."""
-    return {"name": type(chosen).__name__, **chosen.model_dump(mode="json", exclude_defaults=True)}
-
-
 def load(values: Mapping[str, Any]) -> RunConfig:
     """A checked config from plain values (YAML, JSON, a form). ConfigError tells every fault at once."""
+    faults = Faults(ConfigError, "the run's config")
     try:
         return RunConfig.model_validate(dict(values))
     except ValidationError as wrong:
-        faults = Faults(ConfigError, "the run's config")
-        for e in wrong.errors():
-            where = ".".join(str(part) for part in e["loc"])
-            found = "" if e["type"] == "missing" else f" (found {e['input']!r})"
-            hint = f"; {suggest(str(e['loc'][-1]), _known(e['loc'][:-1]))}" if e["type"] == "extra_forbidden" else ""
-            faults.add(f"{where or 'config'}: {e['msg']}{found}{hint}"[:500])
-        faults.raise_if_any()
-        raise AssertionError from wrong
-
-
-def _known(where: tuple[int | str, ...]) -> list[str]:
-    """The settings of the section a fault lies in."""
-    section: Any = RunConfig
-    for part in where:
-        if isinstance(part, str):
-            section = SECTIONS.get(part, section)
-    return list(section.model_fields)
-
-
-SECTIONS: dict[str, type[Section]] = {
-    "model": ModelConfig, "data": DataConfig, "train": TrainConfig, "evaluate": EvaluateConfig,
-    "output": OutputConfig, "jobs": JobConfig,
-}  # fmt: skip
+        for fault in told(wrong, RunConfig):
+            faults.add(fault)
+    faults.raise_if_any()
+    raise AssertionError("a ValidationError without a fault")
