@@ -1,0 +1,153 @@
+"""Base against tuned on the same examples: each metric with both intervals and that of the difference, and answers.
+
+The verdict is what the interval of the difference allows to say, no more. Examples are chosen by rule: the first of
+each label in turn, then the first that changed between right and wrong, either way; nobody picked them. It knows
+measures and texts, no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+from kitout.evaluate.measure import Measure, Score, difference
+from kitout.evaluate.metrics import TITLES
+from kitout.evaluate.texts import normal
+
+
+@dataclass(frozen=True)
+class Change:
+    """One metric. difference: tuned less base, and its 95 % interval."""
+
+    name: str
+    base: Score
+    tuned: Score
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def title(self) -> str:
+        return TITLES.get(self.name, self.name)
+
+    @property
+    def better(self) -> bool | None:
+        """Whether the tuned model is; None where the examples do not tell."""
+        if self.low <= 0 <= self.high:
+            return None
+        return (self.low > 0) == self.base.higher_is_better
+
+    @property
+    def verdict(self) -> str:
+        """better by 26.5 points (22.1 to 31.0); 600 held-out examples"""
+        n = self.base.n
+        if self.better is None:
+            return (
+                f"no difference that {'these' if n > 1 else 'this'} {n:,} held-out example{'s' if n > 1 else ''} can "
+                f"show ({self.told(self.low, sign=True)} to {self.told(self.high, sign=True)}{self._unit})"
+            )
+        ends = sorted((abs(self.low), abs(self.high)))
+        reach = " to ".join(self.told(end) for end in ends)
+        word = "better" if self.better else "worse"
+        return f"{word} by {self.told(abs(self.difference))}{self._unit} ({reach}); {n:,} held-out examples"
+
+    @property
+    def _unit(self) -> str:
+        return " points" if self.base.share else ""
+
+    def told(self, value: float, sign: bool = False) -> str:
+        """A value of this metric in words: shares in percent."""
+        return told(value, self.base.share, sign)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One example with what both said. right: (base, tuned), where that can be told. why: it is shown."""
+
+    prompt: str
+    reference: str
+    base: str
+    tuned: str
+    right: tuple[bool, bool] | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The first change is the headline."""
+
+    changes: tuple[Change, ...]
+    examples: tuple[Shown, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        first = self.changes[0]
+        return f"{first.title}: {first.verdict}"
+
+
+def compare(
+    base: Mapping[str, Measure], tuned: Mapping[str, Measure], examples: Sequence[Shown] = (), seed: int = 0
+) -> Comparison:
+    """Both from `metrics.measures` over the same examples, in the same order."""
+    changes = tuple(
+        Change(name, base[name].score(seed), tuned[name].score(seed), *difference(base[name], tuned[name], seed))
+        for name in tuned
+        if name in base
+    )
+    if not changes:
+        raise ValueError(f"base has {', '.join(base)}, tuned {', '.join(tuned)}: no metric in common")
+    return Comparison(changes, tuple(examples))
+
+
+def side_by_side(
+    prompts: Sequence[str],
+    references: Sequence[str],
+    base: Sequence[str],
+    tuned: Sequence[str],
+    most: int = 8,
+) -> tuple[Shown, ...]:
+    """Half of them the first of each label in turn, half the first whose answer changed."""
+    right = [(_same(b, r), _same(t, r)) for b, t, r in zip(base, tuned, references, strict=True)]
+    turns = _turns([normal(r) for r in references])
+    chosen = dict.fromkeys(turns[: (most + 1) // 2], "first of its kind")
+    for i in _changed(right, [normal(b) != normal(t) for b, t in zip(base, tuned, strict=True)]):
+        if len(chosen) < most:
+            chosen.setdefault(i, "the answers differ")
+    for i in turns:
+        if len(chosen) < most:
+            chosen.setdefault(i, "first of its kind")
+    return tuple(Shown(prompts[i], references[i], base[i], tuned[i], right[i], why) for i, why in chosen.items())
+
+
+def _turns(labels: Sequence[Hashable]) -> list[int]:
+    """Label by label in turn, each label's examples in the order of the data."""
+    held: dict[Hashable, list[int]] = {}
+    for i, label in enumerate(labels):
+        held.setdefault(label, []).append(i)
+    rounds = max(map(len, held.values()), default=0)
+    return [places[turn] for turn in range(rounds) for places in held.values() if turn < len(places)]
+
+
+def _changed(right: Sequence[tuple[bool, bool]], differ: Sequence[bool]) -> list[int]:
+    """Gained and lost ones in turn, then those that changed from wrong to wrong."""
+    gained = [i for i, (b, t) in enumerate(right) if t and not b]
+    lost = [i for i, (b, t) in enumerate(right) if b and not t]
+    turned = {i: right[i] for i in sorted(gained + lost)}
+    return _in_turn(turned) + [i for i, other in enumerate(differ) if other and i not in turned]
+
+
+def _in_turn(turned: Mapping[int, tuple[bool, bool]]) -> list[int]:
+    places, kinds = list(turned), list(turned.values())
+    return [places[i] for i in _turns(kinds)]
+
+
+def _same(answer: str, reference: str) -> bool:
+    return normal(answer) == normal(reference)
+
+
+def told(value: float, share: bool, sign: bool = False) -> str:
+    """26.5 of a share of 0.265; else four figures."""
+    if share:
+        return f"{100 * value:{'+' if sign else ''}.1f}"
+    plain = f"{value:{'+' if sign else ''}.4g}"
+    return plain if "e" not in plain or abs(value) < 1e-4 else f"{value:{'+' if sign else ''},.0f}"

@@ -1,0 +1,59 @@
+"""What a finished run tells: everything the report and the card show, as plain values.
+
+The one who ran it fills it; what is left empty is left out. Texts may come from anywhere (data, models, users): those
+who write pages escape them. It knows no page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from kitout.evaluate.compare import Comparison
+
+Facts: TypeAlias = Mapping[str, Any]  # what -> a value in words, or a number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """title: of the page. model: the base by the name or folder it was asked for. method: in words. adapter: its name.
+
+    comparisons: by adapter, on the held-out set. data, preflight, cost: what -> value (preflight: what was known
+    before training; cost: seconds, tokens a second, peak memory, trainable values, percent of the base).
+    estimates: what -> (expected, measured). notes: caveats and warnings, one sentence each. config: the run's YAML.
+    plots: title -> PNG. files: name -> what it holds. task: as `metrics.Task` has it. data_hash: of all examples.
+    licence: of the base, as it states one. made: when, and by which version.
+    """
+
+    title: str
+    model: str
+    method: str
+    adapter: str = "adapter"
+    comparisons: Mapping[str, Comparison] = field(default_factory=dict)
+    data: Facts = field(default_factory=dict)
+    preflight: Facts = field(default_factory=dict)
+    estimates: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    cost: Facts = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    config: str = ""
+    plots: Mapping[str, bytes] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    task: str = ""
+    data_name: str = ""
+    data_hash: str = ""
+    licence: str = ""
+    made: str = ""
+
+
+def words(value: Any) -> str:
+    """A fact's value: numbers with separators and four figures, all else as it is."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(words, value))
+    return "none" if value is None else str(value)
