@@ -73,6 +73,11 @@ class Images:
         fields = ("sources", "labels", "parts", "hashes")
         return replace(self, **{f: tuple(getattr(self, f)[i] for i in chosen) for f in fields})
 
+    def joined(self, others: Sequence[Images]) -> Images:
+        """These images and then those of the others, which have the same names."""
+        fields = ("sources", "labels", "parts", "hashes")
+        return replace(self, **{f: tuple(v for one in (self, *others) for v in getattr(one, f)) for f in fields})
+
     @property
     def digest(self) -> str:
         """A fingerprint of pixels, labels and parts in their order; file names do not count."""

@@ -55,6 +55,17 @@ def found(name: str) -> str:
     return str(assets.get(name, lambda _words: None)) if name in ASSETS else name
 
 
+def data_at(path: str) -> str:
+    """A path as it is said, or the folder of an embedded set."""
+    if Path(path).expanduser().exists():
+        return path
+    from kitout.demo import assets
+    from kitout.demo.catalog import ASSETS
+
+    name, mark, rows = path.partition("#")
+    return str(assets.get(name, lambda _words: None)) + mark + rows if name in ASSETS else path
+
+
 def config_of(chosen: ModelConfig) -> Any:
     """The model's own config; ConfigError with what is wrong where there is none."""
     from transformers import AutoConfig
