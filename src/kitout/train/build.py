@@ -37,10 +37,14 @@ SHORT = 256  # tokens: below, plain attention trains faster than the fused one o
 
 @dataclass(frozen=True)
 class Built:
-    """kit: eval mode, no adapter yet. heads: fresh modules by path, trained with every adapter. why: of the format."""
+    """kit: eval mode, no adapter yet. heads: modules by path, in model order, that every adapter trains a copy of.
+
+    missing: those of them that the checkpoint does not hold. why: of the number format.
+    """
 
     kit: Kit
     heads: dict[str, nn.Module]
+    missing: frozenset[str]
     device: torch.device
     why: str
 
@@ -126,7 +130,7 @@ def build(chosen: ModelConfig, objective: str, labels: Sequence[str], median: in
     kit = attach(model)
     _set_attention(kit, chosen, where, median)
     kit.eval()
-    return Built(kit, _heads(kit, fresh, objective), where, why)
+    return Built(kit, _heads(kit, fresh, objective), frozenset(fresh), where, why)
 
 
 def _heads(kit: Kit, fresh: set[str], objective: str) -> dict[str, nn.Module]:
@@ -136,7 +140,31 @@ def _heads(kit: Kit, fresh: set[str], objective: str) -> dict[str, nn.Module]:
             raise ConfigError(f"the checkpoint does not hold {sorted(fresh)[:4]}: this is no language model to adapt")
         return {}
     paths = fresh | {site.path for site in kit.found.sites if site.role == "head"}
-    return {path: copy.deepcopy(kit.base.get_submodule(path)).float() for path in sorted(paths)}
+    return {path: copy.deepcopy(module).float() for path, module in kit.base.named_modules() if path in paths}
+
+
+def own_heads(made: Built, classes: int, seed: int) -> dict[str, nn.Module]:
+    """One adapter's heads: the checkpoint's own values where it has them for as many classes, else started afresh.
+
+    The last one is as wide as its labels. Linears start as transformers starts them: N(0, 0.02), no bias.
+    """
+    own = copy.deepcopy(made.heads)
+    last = next(reversed(own), None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for path, head in own.items():
+            wide = classes if path == last else getattr(head, "out_features", 0)
+            if isinstance(head, nn.Linear) and (path in made.missing or wide != head.out_features):
+                own[path] = _linear(head.in_features, wide, head.bias is not None)
+    return own
+
+
+def _linear(width: int, classes: int, biased: bool) -> nn.Linear:
+    layer = nn.Linear(width, classes, biased)
+    nn.init.normal_(layer.weight, std=0.02)
+    if biased:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _set_attention(kit: Kit, chosen: ModelConfig, where: torch.device, median: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kitout.data.items import IGNORED, Item
 from kitout.errors import KitoutError
+from kitout.evaluate.metrics import Task
 from kitout.kit.kit import Kit
 from kitout.train.batch import Batch, padded
 from kitout.train.head import HeadLoss
@@ -30,7 +31,7 @@ class Leaks(KitoutError, RuntimeError):
 class Causal:
     """head None: `prepare` finds the way. pack: rows of up to so many tokens hold several examples; 0: none."""
 
-    task = "generation"
+    task: Task = "generation"
 
     def __init__(self, kit: Kit, pack: int = 0) -> None:
         self.kit, self.pack = kit, pack

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kitout.data.items import Item
+from kitout.evaluate.metrics import Task
 from kitout.kit.kit import Kit
 from kitout.train.batch import Batch, padded
 from kitout.train.objective import Losses
@@ -29,7 +30,8 @@ class Labels:
     """
 
     def __init__(self, kit: Kit, task: Kind, filler: int) -> None:
-        self.kit, self.task, self.filler = kit, task, filler
+        self.kit, self.filler = kit, filler
+        self.task: Task = task
 
     def size(self, item: Item) -> int:
         return len(item.ids)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kitout.data.images import Images
 from kitout.data.pixels import Pixels
+from kitout.evaluate.metrics import Task
 from kitout.kit.kit import Kit
 from kitout.train.batch import Batch
 from kitout.train.forward import logits
@@ -24,7 +25,7 @@ from kitout.train.objective import Losses
 class Pictures:
     """images: all parts together; an item is an index. Augmentation, if any, is the pixels' own."""
 
-    task = "classification"
+    task: Task = "classification"
 
     def __init__(self, kit: Kit, images: Images, pixels: Pixels) -> None:
         self.kit, self.images, self.pixels = kit, images, pixels

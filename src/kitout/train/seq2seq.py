@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kitout.data.items import Item
 from kitout.errors import ConfigError
+from kitout.evaluate.metrics import Task
 from kitout.kit.kit import Kit
 from kitout.train.batch import Batch, padded
 from kitout.train.head import HeadLoss
@@ -23,7 +24,7 @@ from kitout.train.objective import Losses
 class Seq2Seq:
     """`prepare` finds the cheapest exact way to the loss."""
 
-    task = "generation"
+    task: Task = "generation"
 
     def __init__(self, kit: Kit, filler: int) -> None:
         self.kit, self.filler = kit, filler

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kitout.data.items import IGNORED, Item
+from kitout.evaluate.metrics import Task
 from kitout.kit.kit import Kit
 from kitout.train.batch import Batch, padded
 from kitout.train.objective import Losses
@@ -21,7 +22,7 @@ from kitout.train.objective import Losses
 class Tagging:
     """filler: the tokenizer's padding id."""
 
-    task = "tokens"
+    task: Task = "tokens"
 
     def __init__(self, kit: Kit, filler: int) -> None:
         self.kit, self.filler = kit, filler

@@ -1,0 +1,109 @@
+"""What came of a run: base against adapter on the held-out part, with intervals and examples side by side.
+
+Both are asked the same examples in one process, the base by wearing nothing. What `watch` measures during training is
+the same in small. It knows sets, kits and metrics, and nothing of the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kitout.data.items import IGNORED
+from kitout.evaluate.compare import Comparison, compare, side_by_side
+from kitout.evaluate.measure import Measure
+from kitout.kit.kit import Kit
+from kitout.train.config import EvaluateConfig
+from kitout.train.jobs import Job
+from kitout.train.prepare import Prepared
+from kitout.train.sets import Sets
+from kitout.train.watch import Seen, Tell, scores, see, write
+
+CLOSED = 50  # test answers may be so many different ones for labels to be told of
+
+
+def watching(made: Prepared, config: EvaluateConfig) -> Callable[[], dict[str, float]]:
+    """Measures every job's validation part: `eval_<metric>`, with several jobs `eval_<job>/<metric>` besides means."""
+
+    def watch() -> dict[str, float]:
+        found: dict[str, float] = {}
+        for job, held in zip(made.jobs, made.sets, strict=True):
+            if not len(job.watched):
+                continue
+            measured = figures(made, job, held, job.watched, config.generate, config.max_new_tokens)
+            alone = len(made.jobs) == 1
+            found |= {
+                f"eval_{name}" if alone else f"eval_{job.name}/{name}": m.value for name, m in measured[0].items()
+            }
+        return found if len(made.jobs) == 1 else found | _means(found)
+
+    return watch
+
+
+def _means(found: dict[str, float]) -> dict[str, float]:
+    """Over the jobs: what the best checkpoint of a joint run is chosen by."""
+    names = {key.rpartition("/")[2] for key in found}
+    held = {name: [v for key, v in found.items() if key.endswith(f"/{name}")] for name in names}
+    return {f"eval_{name}": sum(values) / len(values) for name, values in held.items()}
+
+
+def figures(
+    made: Prepared, job: Job, held: Sets, items: Sequence[Any], generate: int, longest: int,
+    name: str | None = "", tell: Tell | None = None,
+) -> tuple[dict[str, Measure], Seen]:  # fmt: skip
+    """Metrics over items and what they come from. name: who is worn; "" the job's adapter, None the base."""
+    kit: Kit = made.kit
+    with kit.use(job.name if name == "" else name):
+        seen = see(kit, job.objective, items, tell)
+        if job.objective.task == "generation" and generate:
+            answered = [item for item in items if item.reference][:generate]
+            if answered:
+                seen.written = write(kit, made.tokenizer, answered, longest, tell)
+    return scores(job.objective, items, seen, gold_of(held)), seen
+
+
+def gold_of(held: Sets) -> Callable[[Any], Any]:
+    """What is true of an example, in the words its metrics take."""
+    if held.images is not None:
+        return lambda row: held.images.labels[row]
+    if held.objective == "tokens":
+        return lambda item: [label for label in item.labels if label != IGNORED]
+    return lambda item: item.value
+
+
+def against_base(made: Prepared, number: int, config: EvaluateConfig, tell: Tell | None = None) -> Comparison | None:
+    """Job `number` on its test part, beside the base. None where there is no test part."""
+    job, held = made.jobs[number], made.sets[number]
+    items = list(held.test)[: config.test]
+    if not items:
+        return None
+    untrained_head = bool(made.kit[job.name].heads)
+    tuned, said = figures(made, job, held, items, config.test, config.max_new_tokens, "", tell)
+    before, heard = figures(made, job, held, items, config.test, config.max_new_tokens, None, tell)
+    if untrained_head and set(before) != set(tuned):
+        before = {name: measure for name, measure in before.items() if name in tuned}
+    return compare(before, tuned, _shown(made, held, items, heard, said, config.shown))
+
+
+def _shown(made: Prepared, held: Sets, items: Sequence[Any], base: Seen, tuned: Seen, most: int) -> Any:
+    if held.images is not None or not most:
+        return ()
+    if tuned.written:
+        asked = [item for item in items if item.reference][: len(tuned.written)]
+        prompts = [_text(made, item.ids[: item.prompt] if item.labels else item.ids) for item in asked]
+        return side_by_side(prompts, [item.reference for item in asked], base.written, tuned.written, most)
+    if held.objective in ("causal", "seq2seq", "tokens"):
+        return ()
+    prompts = [_text(made, item.ids) for item in items]
+    said = [[_worded(held, guess) for guess in seen.predictions] for seen in (base, tuned)]
+    return side_by_side(prompts, [item.reference for item in items], said[0], said[1], most)
+
+
+def _text(made: Prepared, ids: Sequence[int]) -> str:
+    return str(made.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def _worded(held: Sets, guess: Any) -> str:
+    if isinstance(guess, list):
+        return ", ".join(name for name, there in zip(held.names, guess, strict=False) if there)
+    return held.names[guess] if held.names and isinstance(guess, int) and guess < len(held.names) else f"{guess:.4g}"

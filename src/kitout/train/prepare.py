@@ -1,0 +1,144 @@
+"""Everything a run needs, made from its config: data encoded, model frozen, adapters added, jobs planned.
+
+Nothing is learnt here. What is cheap to find out comes first, so that a fault in a file or a setting is told before a
+model is loaded. It knows configs, data and kits, and nothing of screens and folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kitout.errors import ConfigError, Faults
+from kitout.kit.kit import Kit
+from kitout.train import build, sets
+from kitout.train.causal import Causal
+from kitout.train.config import JobConfig, RunConfig, TrainConfig
+from kitout.train.jobs import Job
+from kitout.train.labels import Labels
+from kitout.train.objective import Objective
+from kitout.train.plan import plan, steps_of
+from kitout.train.rates import check_rate
+from kitout.train.seq2seq import Seq2Seq
+from kitout.train.sets import Sets
+from kitout.train.tagging import Tagging
+
+TASKS: dict[str, Any] = {"classify": "classification", "regress": "regression", "multilabel": "multilabel"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """jobs, sets: in the same order. why: of the number format. notes: warnings."""
+
+    kit: Kit
+    jobs: list[Job]
+    sets: list[Sets]
+    tokenizer: Any
+    objective: str
+    why: str
+    notes: list[str]
+
+    @property
+    def main(self) -> Sets:
+        return self.sets[0]
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """The kit wears nothing yet; every adapter is fresh from its seed."""
+    asked = config.jobs or (JobConfig(name=config.output.name),)
+    methods = [job.method or config.method for job in asked]
+    settings = [job.train or config.train for job in asked]
+    notes = _rates(asked, methods, settings)
+    about = build.config_of(config.model)
+    images = _of_images(config.objective, about)
+    tokenizer = None if images else build.tokenizer_of(config.model)
+    held = [_sets(config, job, about, tokenizer, images) for job in asked]
+    kinds = {one.objective for one in held}
+    if len(kinds) > 1:
+        raise ConfigError(f"the jobs of one run share one objective; found {', '.join(sorted(kinds))}: split the run")
+    (kind,) = kinds
+    lengths = [item.length for one in held for item in (one.looked_at or one.train) if not images]
+    median = sorted(lengths)[len(lengths) // 2] if lengths else 0
+    made = build.build(config.model, kind, held[0].names if kind != "regress" else (), median)
+    kit = made.kit
+    for job, method, chosen, one in zip(asked, methods, settings, held, strict=True):
+        kit.add(job.name, method, seed=chosen.seed, heads=build.own_heads(made, len(one.names) or 1, chosen.seed))
+    jobs = []
+    for job, chosen, one in zip(asked, settings, held, strict=True):
+        objective = _objective(kit, config, kind, one, tokenizer, chosen)
+        jobs.append(Job(job.name, objective, one.train, _planned(one, objective, chosen), chosen, one.validation))
+    _ready(kit, jobs)
+    return Prepared(kit, jobs, held, tokenizer, kind, made.why, notes)
+
+
+def _rates(asked: Sequence[JobConfig], methods: Sequence[Any], settings: Sequence[TrainConfig]) -> list[str]:
+    faults = Faults(ConfigError, "learning rates")
+    notes = []
+    for job, method, chosen in zip(asked, methods, settings, strict=True):
+        try:
+            note = None if chosen.lr is None else check_rate(method, chosen.lr)
+        except ConfigError as wrong:
+            faults.add(f"{job.name}: {wrong}")
+            continue
+        notes += [f"{job.name}: {note}"] if note else []
+    faults.raise_if_any()
+    return notes
+
+
+def _of_images(objective: str, about: Any) -> bool:
+    """Whether the model reads images: said, or the class of its config says so."""
+    if objective != "auto":
+        return objective == "images"
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+    return type(about) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+
+def _sets(config: RunConfig, job: JobConfig, about: Any, tokenizer: Any, images: bool) -> Sets:
+    data = job.data or config.data
+    if images:
+        return sets.image_sets(data)
+    return sets.text_sets(data, config.objective, tokenizer, bool(getattr(about, "is_encoder_decoder", False)))
+
+
+def _objective(kit: Kit, config: RunConfig, kind: str, one: Sets, tokenizer: Any, chosen: TrainConfig) -> Objective:
+    if kind == "images":
+        from kitout.data.pixels import Pixels
+        from kitout.train.pictures import Pictures
+
+        return Pictures(kit, one.images, Pixels.of(build.found(config.model.name), config.data.image_size))
+    if kind == "causal":
+        return Causal(kit, config.data.max_length if chosen.packing else 0)
+    filler = _filler(kit, tokenizer)
+    if kind == "seq2seq":
+        return Seq2Seq(kit, filler)
+    return Tagging(kit, filler) if kind == "tokens" else Labels(kit, TASKS[kind], filler)
+
+
+def _filler(kit: Kit, tokenizer: Any) -> int:
+    """The id rows are filled with. Decoders find a row's last token by it, so it must not be one that texts hold."""
+    known = (kit.config.pad_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
+    filler = next(int(i) for i in known if i is not None)
+    if kit.config.pad_token_id is None:
+        kit.config.pad_token_id = filler
+    return filler
+
+
+def _planned(one: Sets, objective: Objective, chosen: TrainConfig) -> list[list[int]]:
+    if one.looked_at:
+        assert chosen.steps is not None
+        return [list(range(s * chosen.batch, (s + 1) * chosen.batch)) for s in range(chosen.steps)]
+    sizes = [objective.size(item) for item in one.train]
+    steps = chosen.steps or steps_of(len(sizes), chosen.batch, chosen.epochs)
+    return plan(sizes, chosen.batch, steps, chosen.seed, chosen.group_by_length, one.sets or None, one.weights or None)
+
+
+def _ready(kit: Kit, jobs: Sequence[Job]) -> None:
+    """Language models find the cheapest exact way to their loss, tried on the first rows of every job."""
+    names = [job.name for job in jobs]
+    for job in jobs:
+        if isinstance(job.objective, Causal | Seq2Seq):
+            few = [job.items[i] for rows in job.steps[:2] for i in rows]
+            with kit.use(job.name):
+                job.objective.prepare(names, few)
