@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import typer
 
-from kitout.cli import assets, demo, inspect, methods
+from kitout.cli import assets, demo, inspect, methods, train
 
 app = typer.Typer(name="kitout", help="Adapt a large frozen transformer by small trained parts.", no_args_is_help=True)
 app.add_typer(assets.app, name="assets")
 app.add_typer(demo.app, name="demo")
 app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
+app.command("train", context_settings=train.SETTINGS)(train.train)
 
 
 def main() -> None:

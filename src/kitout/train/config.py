@@ -51,6 +51,7 @@ class ModelConfig(Section):
     quantise: Literal["none", "nf4", "int8", "torchao-int8"] = "none"
     """nf4 and int8: bitsandbytes; torchao-int8: weight only. LoRA and the activation methods train over them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it is computed; auto: on a GPU if there is one."""
 
 
 class SourceConfig(Section):
@@ -254,6 +255,12 @@ class RunConfig(Section):
     @classmethod
     def _method(cls, value: Any) -> Any:
         return method(value)
+
+    @field_validator("train", "evaluate", "output", mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        """A section whose settings are all commented out."""
+        return {} if value is None else value
 
     @model_validator(mode="after")
     def _whole(self) -> RunConfig:
