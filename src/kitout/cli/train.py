@@ -1,7 +1,7 @@
 """`kitout train [RUN.YAML] [name=value ...]`: train an adapter, measure it and write a report.
 
-Only words here; `kitout.train.run` does the work. What --help says of settings, --example and --json-schema come from the
-config's own model. An interrupted run goes on where it stopped when the same command is given again.
+Only words here; `kitout.train.run` does the work. What --help says of settings, --example and --json-schema come from
+the config's own model. An interrupted run goes on where it stopped when the same command is given again.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ def train(
     context: typer.Context,
     words: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[RUN.YAML] [NAME=VALUE]...", help="a file, and settings by dotted name", show_default=False
-        ),
+        typer.Argument(metavar="RUN.YAML|NAME=VALUE", help="a file, and settings by dotted name", show_default=False),
     ] = None,
     model: Annotated[str | None, typer.Option(help="short for model.name=...")] = None,
     data: Annotated[str | None, typer.Option(help="short for data.train=...")] = None,
