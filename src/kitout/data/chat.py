@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import jinja2
+
 from kitout.data.examples import Chat, Turn
 from kitout.data.marks import Marked, Words
 from kitout.data.tables import DataError
@@ -141,11 +143,7 @@ class Template:
         """What the template itself marks of the regions, where it does, and the end tokens behind it."""
         if not _TAGGED.search(self._source(tools)):
             return tuple(regions)
-        said = self._apply(
-            turns, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-        )  # fmt: skip
-        learnt = [at for at, on in zip(said["offset_mapping"], said["assistant_masks"], strict=True) if on]
+        learnt = self._tagged(turns, tools)
         spans: list[tuple[int, int]] = []
         for start, end in regions:
             inside = [(a, b) for a, b in learnt if a < end and b > start]
@@ -153,7 +151,7 @@ class Template:
                 raise DataError("the template's {% generation %} marks nothing of an assistant turn")
             close = next((m.start() for m in self._ends.finditer(text, inside[-1][1], end)), end)
             runs = [*inside, (close, end)] if close < end else inside
-            for a, b in runs:
+            for a, b in ((a, min(b, end)) for a, b in runs):
                 if spans and a <= spans[-1][1] and spans[-1][1] > start:
                     spans[-1] = (spans[-1][0], max(b, spans[-1][1]))
                 else:
@@ -238,15 +236,25 @@ class Template:
             "use a template that keeps what it asks with (tokenizer.chat_template)"
         )
 
-    def _render(self, turns: Sequence[Turn], tools: Any, ask: bool = False) -> str:
-        return str(self._apply(turns, tools, tokenize=False, add_generation_prompt=ask))
-
-    def _apply(self, turns: Sequence[Turn], tools: Any, **how: Any) -> Any:
-        import jinja2
+    def _tagged(self, turns: Sequence[Turn], tools: Any) -> list[tuple[int, int]]:
+        """The characters between {% generation %} and its end, stretch by stretch."""
+        from transformers.utils.chat_template_utils import render_jinja_template
 
         messages = [dict(turn.message) for turn in turns]
+        _, stretches = render_jinja_template(
+            [messages], tools=list(tools) or None, chat_template=self._source(tools), return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )  # fmt: skip
+        return [(a, b) for a, b in stretches[0] if a < b]
+
+    def _render(self, turns: Sequence[Turn], tools: Any, ask: bool = False) -> str:
+        messages = [dict(turn.message) for turn in turns]
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=list(tools) or None, **how)
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=ask
+                )
+            )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as wrong:  # whatever a template stumbles over
             raise DataError(f"the chat template fails: {str(wrong)[:200]}") from wrong
 

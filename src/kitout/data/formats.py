@@ -7,9 +7,11 @@ It knows no file, no tokenizer and no model.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from kitout.data import convert
@@ -19,7 +21,7 @@ from kitout.errors import Faults, suggest
 
 Names: TypeAlias = "Mapping[str, tuple[str, ...]]"  # role -> its usual column names, the first that is there wins
 
-LOOKED_AT = 200  # rows whose columns are looked at; later rows may leave columns out but bring no new ones
+LOOKED_AT = 200  # rows of a stream whose columns are looked at; later ones may leave columns out
 _SYSTEM: dict[str, tuple[str, ...]] = {"system": ("system", "system_prompt")}
 _TOOLS: dict[str, tuple[str, ...]] = {"tools": ("tools", "functions")}
 _LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "topic", "score")
@@ -113,12 +115,21 @@ class Layout:
         """Raises DataError with the line and what is wrong with it."""
         line, cells = row
         try:
-            made = self.format.make({role: cells.get(column) for role, column in self.columns.items()})
+            if not self._late.isdisjoint(cells):
+                late = ", ".join(map(repr, sorted(self._late & cells.keys())))
+                raise DataError(f"it has the column {late}, which the first {LOOKED_AT} rows do not have; add it there")
+            made = self.format.make({role: _cell(cells.get(column)) for role, column in self.columns.items()})
             if self.instruction:
                 made = convert.instructed(made, self.instruction)
         except DataError as wrong:
             raise DataError(f"line {line}: {self._columns_named(str(wrong))}") from wrong
         return replace(made, place=f"{self.where}:{line}")
+
+    @cached_property
+    def _late(self) -> frozenset[str]:
+        """Columns that would be read if the rows that were looked at had them: a stream may bring one later."""
+        usual = {name for role, names in self.format.roles.items() if role not in self.columns for name in names}
+        return frozenset(usual - {*self.unused, *self.columns.values()})
 
     def examples(self, rows: Iterable[Row]) -> list[Example]:
         """Every row as an example; the faulty ones are told together."""
@@ -152,9 +163,13 @@ def detect(
     columns: Mapping[str, str] | None = None,
     instruction: str | None = None,
 ) -> Layout:
-    """The layout of these rows. format: a name of FORMATS; columns: {role: column} for what has an unusual name."""
-    present = _present(rows)
+    """The layout of these rows.
+
+    format: a name of FORMATS, or "auto". columns: {role: column} for what has an unusual name. instruction: see Layout.
+    """
+    present = list(dict.fromkeys(str(column) for _, row in rows for column in row))
     named = dict(columns or {})
+    format = None if format == "auto" else format  # noqa: A001
     known = _asked(format, named, present, where)
     fits = {made.name: found for made in known if (found := _fit(made, named, present)) is not None}
     plain = fits.get("text")
@@ -171,11 +186,9 @@ def detect(
     return Layout(FORMATS[name], found, where, unused, instruction)
 
 
-def _present(rows: Sequence[Row]) -> list[str]:
-    seen: dict[str, None] = {}
-    for _, row in rows[:LOOKED_AT]:
-        seen.update(dict.fromkeys(map(str, row)))
-    return list(seen)
+def _cell(value: Any) -> Any:
+    """A gap that came as a number is a gap."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _asked(format: str | None, named: Mapping[str, str], present: Sequence[str], where: str) -> list[Format]:  # noqa: A002

@@ -99,11 +99,12 @@ class Words:
         return made
 
     def _pieces(self, marked: Marked) -> list[str]:
-        """Cut at every start of a stretch.
+        """Cut at every start of a stretch, and at the answer.
 
         Whole where each piece would get a space of its own; there a token that holds both is learnt.
         """
-        starts = [] if self.prefixed else [a for a, _ in marked.spans if 0 < a < len(marked.text)]
+        at = {marked.answer, *(a for a, _ in marked.spans)}
+        starts = [] if self.prefixed else sorted(a for a in at if 0 < a < len(marked.text))
         return [marked.text[a:b] for a, b in zip([0, *starts], [*starts, len(marked.text)], strict=True)]
 
     def _item(self, marked: Marked, ids: list[int], places: list[tuple[int, int]]) -> Item:

@@ -1,0 +1,244 @@
+"""Masks, exactly: what is learnt of a chat is what a model writes when it is asked turn by turn, and where it stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from kitout.data.chat import Template
+from kitout.data.encode import Causal
+from kitout.data.examples import Chat, Turn
+from kitout.data.items import IGNORED, Item
+from kitout.data.marks import Words
+from kitout.data.tables import DataError
+
+Make = Callable[..., Any]
+
+
+def chat(*said: str, system: str = "", flags: Sequence[bool | None] = ()) -> Chat:
+    """User and assistant in turn."""
+    turns = [Turn({"role": "system", "content": system})] if system else []
+    roles = ("user", "assistant")
+    for i, text in enumerate(said):
+        turns.append(Turn({"role": roles[i % 2], "content": text}, flags[i] if flags else None))
+    return Chat(tuple(turns))
+
+
+def learnt(tokenizer: Any, item: Item) -> list[str]:
+    """Each run of learnt tokens as text."""
+    runs: list[list[int]] = [[]]
+    for token, label in zip(item.ids, item.labels, strict=True):
+        assert label in (IGNORED, token)
+        runs[-1].append(token) if label != IGNORED else runs.append([])
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+def asked(tokenizer: Any, example: Chat, k: int) -> list[int]:
+    """The ids a served model gets before it writes turn k."""
+    turns = [dict(t.message) for t in example.turns[:k]]
+    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+
+
+ONE = chat("What is two and two?", "It is four.")
+TWO = chat("Hello", "assistant", "What is it? It is four.", "It is four.", system="Answer yes or no.")
+
+CLOSINGS = {
+    "chatml": ("", "<|im_end|>"),
+    "tools": ("", "<|im_end|>"),
+    "llama2": (" ", " </s>"),
+    "generation": ("", "<|im_end|>"),
+    "forgetful": ("", "<|im_end|>"),
+    "no_system": ("", "<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize("template", CLOSINGS)
+def test_every_assistant_turn_and_its_end_are_learnt_and_nothing_else(tokenizer: Make, template: str) -> None:
+    words = tokenizer(template)
+    (item,) = Causal(words, 512)([TWO])
+    before, end = CLOSINGS[template]
+    assert learnt(words, item) == [f"{before}assistant{end}", f"{before}It is four.{end}"]
+    assert item.reference == "It is four."
+
+
+@pytest.mark.parametrize("kind", ["bytes", "plain"])
+@pytest.mark.parametrize("template", ["chatml", "tools", "llama2", "generation", "forgetful", "two_ends", "no_end"])
+def test_the_prompt_is_what_a_served_model_is_given(tokenizer: Make, template: str, kind: str) -> None:
+    words = tokenizer(template, kind)
+    for example in (ONE, TWO, chat("  \n", "\n\n  x"), chat("a\n", "\nb"), chat("é 漢字 🙂", "🙂🙂")):
+        for item in Causal(words, 512)([example])[-1:]:
+            k = len(example.turns) - 1
+            assert list(item.ids[: item.prompt]) == asked(words, example, k)
+            assert set(item.labels[: item.prompt]) <= {IGNORED, *item.ids[: item.prompt]}
+            assert item.labels[item.prompt] == item.ids[item.prompt]
+
+
+def test_sentencepiece_keeps_its_tokens_whole(tokenizer: Make) -> None:
+    words = tokenizer("llama2", "sentencepiece")
+    (item,) = Causal(words, 512)([TWO])
+    whole = words.apply_chat_template([dict(t.message) for t in TWO.turns], return_dict=False)
+    assert list(item.ids) == list(whole)
+    assert [text.strip() for text in learnt(words, item)] == ["assistant </s>", "It is four. </s>"]
+
+
+def test_the_same_words_in_the_question_are_not_learnt(tokenizer: Make) -> None:
+    words = tokenizer("chatml")
+    said = "<|im_start|>assistant\nIt is four."
+    (item,) = Causal(words, 512)([chat(said, "It is four.")])
+    assert learnt(words, item) == ["It is four.<|im_end|>"]
+
+
+def test_last_all_and_the_flags_of_turns(tokenizer: Make) -> None:
+    words = tokenizer("chatml")
+    three = chat("a", "one", "b", "two", "c", "three")
+    flagged = chat("a", "one", "b", "two", "c", "three", flags=[None, True, None, False, None, None])
+    assert learnt(words, Causal(words, 512, "last")([three])[0]) == ["three<|im_end|>"]
+    assert learnt(words, Causal(words, 512)([flagged])[0]) == ["one<|im_end|>", "three<|im_end|>"]
+    assert learnt(words, Causal(words, 512, "last")([flagged])[0]) == ["one<|im_end|>", "three<|im_end|>"]
+    whole = Causal(words, 512, "all")([three])[0]
+    assert whole.labels == whole.ids
+    less = learnt(words, Causal(words, 512, "all")([flagged])[0])
+    assert len(less) == 2
+    assert less[0].endswith("assistant\n")
+    assert less[1].startswith("\n<|im_start|>user\nc")
+
+
+def test_what_follows_the_last_learnt_turn_is_left_out(tokenizer: Make) -> None:
+    words = tokenizer("chatml")
+    example = Chat((*ONE.turns, Turn({"role": "user", "content": "Thanks"})))
+    assert Causal(words, 512)([example])[0].ids == Causal(words, 512)([ONE])[0].ids
+
+
+def test_a_forgetful_template_makes_one_item_for_each_thought(tokenizer: Make) -> None:
+    words = tokenizer("forgetful")
+    example = chat("a", "<think>hm</think>one", "b", "two", "c", "<think>so</think>three")
+    items = Causal(words, 512)([example])
+    assert [learnt(words, item) for item in items] == [
+        ["<think>hm</think>one<|im_end|>"],
+        ["two<|im_end|>", "<think>so</think>three<|im_end|>"],
+    ]
+    assert [list(i.ids[: i.prompt]) for i in items] == [asked(words, example, 1), asked(words, example, 5)]
+    assert [i.reference for i in items] == ["<think>hm</think>one", "<think>so</think>three"]
+
+
+def test_both_ends_are_learnt_where_a_template_has_two(tokenizer: Make) -> None:
+    words = tokenizer("two_ends")
+    (item,) = Causal(words, 512)([TWO])
+    assert learnt(words, item) == ["assistant<|end|>", "It is four.<|end|>\n</s>"]
+
+
+@pytest.mark.parametrize("template", ["closes_last", "no_end"])
+def test_every_learnt_turn_ends_in_a_learnt_end(tokenizer: Make, template: str) -> None:
+    """Where the template closes no earlier turn, each becomes an item that ends as a served answer would."""
+    words = tokenizer(template)
+    items = Causal(words, 512)([TWO])
+    assert [learnt(words, item) for item in items] == [[" assistant\n</s>"], [" It is four.\n</s>"]]
+    assert all(item.labels[-1] == words.eos_token_id for item in items)
+
+
+def test_no_template_gives_lines_with_a_start_and_an_end(tokenizer: Make) -> None:
+    words = tokenizer()
+    (item,) = Causal(words, 512)([chat("What is it?", "four", system="Answer.")])
+    assert words.decode(item.ids) == "<s>Answer.\nWhat is it?\nfour</s>"
+    assert learnt(words, item) == ["four</s>"]
+    with pytest.raises(DataError, match=r"no chat template.*system user assistant user assistant"):
+        Causal(words, 512)([TWO])
+
+
+def test_a_template_brings_its_own_start_token_once(tokenizer: Make) -> None:
+    words = tokenizer("closes_last")
+    (item,) = Causal(words, 512)([ONE])
+    assert list(item.ids).count(words.bos_token_id) == 1
+
+
+def test_a_template_without_an_assistant_is_refused(tokenizer: Make) -> None:
+    with pytest.raises(DataError, match="leaves out what the role 'assistant' says"):
+        Causal(tokenizer("no_assistant"), 512)
+    with pytest.raises(DataError, match=r"refuses the role 'assistant'.*only users here"):
+        Causal(tokenizer("refuses_assistant"), 512)
+
+
+def test_a_template_that_asks_with_what_it_does_not_write_is_refused(tokenizer: Make) -> None:
+    with pytest.raises(DataError, match=r"asks for turn 2 with .*<think>"):
+        Causal(tokenizer("thinks_when_asked"), 512)([ONE])
+
+
+def test_a_system_turn_that_a_template_refuses_opens_the_user_turn(tokenizer: Make) -> None:
+    words = tokenizer("no_system")
+    (item,) = Causal(words, 512)([TWO])
+    assert words.decode(item.ids).startswith("<|im_start|>user\nAnswer yes or no.\n\nHello<|im_end|>")
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+WITH_TOOLS = Chat(
+    (
+        Turn({"role": "user", "content": "Is it sunny in Paris?"}),
+        Turn({"role": "assistant", "content": "", "tool_calls": [CALL]}),
+        Turn({"role": "tool", "content": "sunny"}),
+        Turn({"role": "assistant", "content": "Yes"}),
+    ),
+    ({"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}},),
+)
+
+
+def test_tool_calls_are_learnt_and_tool_answers_are_not(tokenizer: Make) -> None:
+    words = tokenizer("tools")
+    (item,) = Causal(words, 512)([WITH_TOOLS])
+    call, answer = learnt(words, item)
+    assert call.startswith("<tool_call>")
+    assert call.endswith("</tool_call><|im_end|>")
+    assert '"city": "Paris"' in call
+    assert answer == "Yes<|im_end|>"
+    assert '"parameters"' in words.decode(item.ids[: item.prompt])
+
+
+def test_tools_that_a_template_leaves_out_are_told(tokenizer: Make) -> None:
+    with pytest.raises(DataError, match="has tools, which the template leaves out"):
+        Causal(tokenizer("chatml"), 512)([WITH_TOOLS])
+    with pytest.raises(DataError, match="calls tools, which the template leaves out"):
+        Causal(tokenizer("chatml"), 512)([Chat(WITH_TOOLS.turns)])
+
+
+@pytest.mark.parametrize(
+    ("example", "words"),
+    [
+        (Chat((Turn({"role": "user", "content": "a"}),)), "there is no assistant turn"),
+        (Chat((Turn({"role": "assistant", "content": "a"}),)), "starts with an assistant turn"),
+        (chat("a", "b", flags=[None, False]), "no assistant turn is to be learnt"),
+        (chat("a", "b", flags=[True, None]), r"turn 1 \(user\) is marked to be learnt"),
+    ],
+)
+def test_what_cannot_be_learnt_is_told(tokenizer: Make, example: Chat, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        Causal(tokenizer("chatml"), 512)([example])
+
+
+def test_faults_of_many_chats_are_told_together_with_their_places(tokenizer: Make) -> None:
+    bad = [Chat((Turn({"role": "user", "content": "a"}),), place=f"x.jsonl:{i}") for i in range(7)]
+    with pytest.raises(DataError, match=r"(?s)6 faults.*x\.jsonl:0: there is no.*x\.jsonl:4.*and 2 more"):
+        Causal(tokenizer("chatml"), 512)(bad)
+
+
+def test_a_template_that_fails_says_what_it_said(tokenizer: Make) -> None:
+    twice = Chat((*ONE.turns[:1], *ONE.turns))
+    with pytest.raises(DataError, match="the chat template fails: roles must alternate"):
+        Causal(tokenizer("llama2"), 512)([twice])
+
+
+def test_an_unknown_wish_and_a_slow_tokenizer_are_refused(tokenizer: Make) -> None:
+    with pytest.raises(DataError, match="'assistant', 'last', 'all'"):
+        Template(Words(tokenizer("chatml")), "user")
+
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(DataError, match="Slow is a slow tokenizer"):
+        Words(Slow())
+
+
+def test_no_end_token_is_refused_before_any_data(tokenizer: Make) -> None:
+    words = tokenizer("chatml", eos_token=None)
+    with pytest.raises(DataError, match="no end-of-text token"):
+        Causal(words, 512)

@@ -1,0 +1,239 @@
+"""Every format found by its columns, its rows read as they are meant, and every fault told with its line."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from kitout.data.examples import Chat, Completion, Example, Labelled, Tagged, Text
+from kitout.data.formats import FORMATS, LOOKED_AT, detect, examples
+from kitout.data.tables import DataError
+
+
+def read(*rows: dict[str, Any], **how: Any) -> list[Example]:
+    return examples(list(enumerate(rows, start=1)), "x.jsonl", **how)
+
+
+def one(row: dict[str, Any], **how: Any) -> Any:
+    (example,) = read(row, **how)
+    return example
+
+
+def said(example: Chat) -> list[tuple[str, str]]:
+    return [(turn.role, turn.text) for turn in example.turns]
+
+
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+CHATS = [
+    ({"instruction": "Add", "input": "1 1", "output": "2"}, [("user", "Add\n\n1 1"), ("assistant", "2")]),
+    ({"instruction": "Add", "input": "", "output": 2}, [("user", "Add"), ("assistant", "2")]),
+    (
+        {"instruction": "Say", "context": "x", "response": "y", "category": "z"},
+        [("user", "Say\n\nx"), ("assistant", "y")],
+    ),
+    ({"prompt": "Hi", "response": "Ho"}, [("user", "Hi"), ("assistant", "Ho")]),
+    ({"input": "Hi", "target": "Ho"}, [("user", "Hi"), ("assistant", "Ho")]),
+    (
+        {"system": "Be kind", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
+        [("system", "Be kind"), ("user", "Hi"), ("assistant", "Ho")],
+    ),
+    (
+        {"messages": [{"role": "developer", "content": "x"}, {"role": "user", "content": PARTS}]},
+        [("system", "x"), ("user", "ab")],
+    ),
+    ({"messages": '[{"role": "user", "content": "Hi"}]', "prompt": "Hi"}, [("user", "Hi")]),
+    (
+        {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Ho"}]},
+        [("user", "Hi"), ("assistant", "Ho")],
+    ),
+    ({"question": "Is it?", "passage": "It is.", "answer": True}, [("user", "It is.\n\nIs it?"), ("assistant", "yes")]),
+    ({"Question": "How many?", "Body": "Two.", "Answer": 2.0}, [("user", "Two.\n\nHow many?"), ("assistant", "2")]),
+    (
+        {"title": "T", "context": "C", "question": "Q", "answers": {"text": ["A", "B"], "answer_start": [0, 1]}},
+        [("user", "C\n\nQ"), ("assistant", "A")],
+    ),
+    ({"question": "Q", "choices": ["a", "b"], "answer": 1}, [("user", "Q\nA. a\nB. b"), ("assistant", "b")]),
+    (
+        {"question": "Q", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answer": "2"},
+        [("user", "Q\n1. a\n2. b"), ("assistant", "b")],
+    ),
+    ({"document": "D", "summary": "S", "id": 1}, [("user", "D\n\nSummarise this text."), ("assistant", "S")]),
+    ({"article": "D", "highlights": "S"}, [("user", "D\n\nSummarise this text."), ("assistant", "S")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "turns"), CHATS)
+def test_chats_of_every_shape(row: dict[str, Any], turns: list[tuple[str, str]]) -> None:
+    assert said(one(row)) == turns
+
+
+OTHERS = [
+    ({"prompt": "a ", "completion": " b\n"}, Completion("a ", " b\n")),
+    ({"text": " as it is \n", "url": "u", "language_score": 0.9}, Text(" as it is \n")),
+    ({"text": "a", "label": "x"}, Labelled("a", "x")),
+    ({"tweet": "a", "sentiment": 2}, Labelled("a", 2)),
+    ({"text": "a", "label": True}, Labelled("a", "true")),
+    ({"text": "a", "labels": ["y", "x", "y"]}, Labelled("a", ("x", "y"))),
+    ({"text": "a", "labels": []}, Labelled("a", ())),
+    ({"text": "a", "labels": '["x"]'}, Labelled("a", ("x",))),
+    ({"sentence1": "a", "sentence2": "b", "label": 0.5, "idx": 3}, Labelled("a", 0.5, "b")),
+    ({"premise": "a", "hypothesis": "b", "label": 1}, Labelled("a", 1, "b")),
+    ({"tokens": ["a", "b"], "ner_tags": ["O", "B-X"]}, Tagged(("a", "b"), ("O", "B-X"))),
+    ({"words": ["a"], "tags": [3]}, Tagged(("a",), ("3",))),
+    (
+        {"text": "New York, today.", "entities": [{"start": 0, "end": 8, "label": "LOC"}]},
+        Tagged(("New", "York", ",", "today", "."), ("B-LOC", "I-LOC", "O", "O", "O")),
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "example"), OTHERS)
+def test_what_is_no_chat(row: dict[str, Any], example: Example) -> None:
+    found = one(row)
+    assert found == example
+    assert found.place == "x.jsonl:1"
+
+
+def test_tools_and_calls_come_as_templates_take_them() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+                      {"role": "tool", "content": "1", "tool_call_id": "1"}, {"role": "assistant", "content": "b"}],
+         "tools": json.dumps(tools)},
+        {"messages": [{"from": "human", "value": "a"},
+                      {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+                      {"from": "observation", "value": "1"}, {"from": "gpt", "value": "b"}],
+         "tools": tools},
+    ]  # fmt: skip
+    for example in read(*rows):
+        assert isinstance(example, Chat)
+        assert example.tools == tuple(tools)
+        assert [t.role for t in example.turns] == ["user", "assistant", "tool", "assistant"]
+        (made,) = example.turns[1].message["tool_calls"]
+        assert made["function"] == {"name": "f", "arguments": {"x": 1}}
+        assert example.turns[1].message["content"] == ""
+
+
+def test_flags_of_turns() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0},
+             {"role": "assistant", "content": "b", "train": True}]  # fmt: skip
+    example = one({"messages": turns})
+    assert [t.learn for t in example.turns] == [None, False, True]
+    assert "weight" not in example.turns[1].message
+    with pytest.raises(DataError, match=r"turn 1: 'weight' is 0.5, expected true or false"):
+        read({"messages": [{"role": "user", "content": "a", "weight": 0.5}]})
+
+
+def test_named_columns_and_formats() -> None:
+    row = {"body": "a", "stars": 5, "prompt": "p", "completion": "c"}
+    assert one(row) == Completion("p", "c")
+    assert one(row, columns={"text": "body", "label": "stars"}) == Labelled("a", 5)
+    assert one(row, format="label", columns={"label": "stars"}) == Labelled("a", 5)
+    assert one(row, format="text", columns={"text": "body"}) == Text("a")
+    assert one(row, format="auto") == one(row)
+    layout = detect([(1, row)], "x", format="text", columns={"text": "body"})
+    assert str(layout) == "text (text=body); not read: stars, prompt, completion"
+
+
+def test_an_instruction_makes_labelled_texts_chats() -> None:
+    row = {"text": "Nice", "label": "good"}
+    turns = [("system", "Judge."), ("user", "Nice"), ("assistant", "good")]
+    assert said(one(row, instruction="Judge.")) == turns
+    assert said(one({"prompt": "a", "response": "b"}, instruction="Judge."))[0] == ("system", "Judge.")
+    with pytest.raises(DataError, match="line 1: an instruction goes with chats and labelled texts"):
+        read({"text": "Nice"}, instruction="Judge.")
+
+
+def test_ambiguity_lists_the_readings() -> None:
+    row = {"text": "a", "label": "b", "instruction": "c", "output": "d"}
+    with pytest.raises(DataError, match=r"(?s)text, label, instruction, output.*read as instruction \(.*or as label"):
+        read(row)
+    assert one(row, format="label") == Labelled("a", "b")
+
+
+def test_no_match_lists_columns_formats_and_the_line_to_write() -> None:
+    with pytest.raises(DataError) as told:
+        read({"headline": "a", "kind": "b"})
+    words = str(told.value)
+    assert "x.jsonl has the columns: headline, kind" in words
+    assert all(name in words for name in FORMATS)
+    assert "format='label', columns={'text': 'headline', 'label': 'kind'}" in words
+    assert one({"headline": "a", "kind": "b"}, columns={"text": "headline", "label": "kind"}) == Labelled("a", "b")
+
+
+def test_plain_text_is_not_taken_where_another_column_may_hold_the_answer() -> None:
+    with pytest.raises(DataError, match="do not fit any known format"):
+        read({"text": "a", "translation": "b"})
+    assert one({"text": "a", "translation": "b"}, format="text") == Text("a")
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"format": "alpacca"}, "there is no format 'alpacca'; known: 'instruction'"),
+        ({"columns": {"text": "bdy"}}, "no column 'bdy' .asked for as 'text'.; did you mean 'body'"),
+        ({"columns": {"txt": "body"}}, "'txt' is no column that any format has; did you mean 'text'"),
+        ({"format": "label"}, r"do not fit the format label; needed are\n    label \(text, label; perhaps second\)"),
+        ({"format": "text", "columns": {"label": "body"}}, "'label' is no column that the format text has"),
+    ],
+)
+def test_wrong_wishes(how: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        read({"body": "a", "kind": 1}, **how)
+
+
+FAULTS = [
+    ({"instruction": "a", "output": " "}, "line 1: 'output' is ' ', expected text"),
+    ({"prompt": "a", "completion": ""}, "'completion' is '', expected text"),
+    ({"text": "a", "label": None}, "'label' is empty, expected a label"),
+    ({"text": float("nan"), "label": 1}, "'text' is empty, expected text"),
+    ({"text": "a", "labels": ["x", None]}, "expected a list of labels"),
+    ({"messages": []}, "'messages' is .., expected a list with something in it"),
+    ({"messages": ["a"]}, "turn 1 is 'a', expected an object"),
+    ({"messages": [{"role": "narrator", "content": "a"}]}, "turn 1 is by 'narrator'; known: 'system'"),
+    ({"messages": [{"role": "user", "content": ""}]}, r"turn 1 \(user\) is empty"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text can be learnt here"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "turn 1 calls a tool without a name"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}]},
+        "turn 1, the arguments of f: not JSON",
+    ),
+    ({"messages": [{"role": "user", "content": "a"}], "tools": "[}"}, "tools: not JSON"),
+    ({"messages": [{"role": "user", "content": "a"}], "tools": [1]}, "expected a list of JSON schemas"),
+    ({"tokens": ["a", "b"], "tags": ["O"]}, "2 tokens and 1 tags"),
+    ({"tokens": ["a", ""], "tags": ["O", "O"]}, "'tokens' holds what is no word"),
+    ({"question": "Q", "answers": {"text": []}}, "'answers' is empty"),
+    ({"question": "Q", "choices": ["a"], "answer": 3}, "'answer' is 3, none of the 1 choices"),
+    ({"text": "ab", "spans": [{"start": 0, "end": 9, "label": "X"}]}, "0 <= start < end <= 2"),
+    (
+        {"text": "a b", "spans": [{"start": 0, "end": 2, "label": "X"}, {"start": 1, "end": 3, "label": "Y"}]},
+        "'X' and 'Y' overlap at character 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "words"), FAULTS)
+def test_faults_of_a_row(row: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        read(row)
+
+
+def test_faulty_rows_are_told_together_and_counted() -> None:
+    rows = [{"text": "a", "label": "x" if i % 2 else ""} for i in range(16)]
+    with pytest.raises(DataError) as told:
+        read(*rows)
+    words = str(told.value)
+    assert words.startswith("x.jsonl (read as label): 6 faults")
+    assert [f"line {n}:" in words for n in (1, 3, 5, 7, 9, 11)] == [True] * 5 + [False]
+    assert "and 3 more such rows" in words
+
+
+def test_a_column_that_comes_later_counts_and_in_a_stream_is_told() -> None:
+    rows = [(i, {"instruction": "a", "output": "b"}) for i in range(1, LOOKED_AT + 1)]
+    late = (999, {"instruction": "a", "input": "c", "output": "b"})
+    assert examples([*rows, late], "x")[-1].source_text() == "a\n\nc"
+    with pytest.raises(DataError, match=r"line 999: it has the column 'input'"):
+        detect(rows, "x").example(late)
