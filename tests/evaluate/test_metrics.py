@@ -198,6 +198,13 @@ def test_answers_from_a_closed_set_are_labels_too() -> None:
     assert found["token_f1"].value > found["exact_match"].value
 
 
+def test_labels_that_are_known_need_not_return() -> None:
+    found = score("generation", ["Red", "blue"], ["red", "green"], names=["red", "green", "blue"])
+    assert found["accuracy"].value == 0.5
+    assert found["macro_f1"].value == pytest.approx(1 / 3)  # red 1, green 0, and blue, which was said, 0
+    assert "accuracy" not in score("generation", ["Red", "blue"], ["red", "green"])
+
+
 OPEN_TRUE = [f"The {word} went to the market, and bought number {i}." for i, word in enumerate("abcdefgh")]
 OPEN_SAID = ["The A went home", *OPEN_TRUE[1:4], "", "Un marché à Zürich", *OPEN_TRUE[6:]]
 

@@ -44,8 +44,8 @@ def score(
     """Every metric of the task, or `only` these, with intervals.
 
     classification: labels (any values). regression: numbers. multilabel: 0/1 vectors. tokens: sequences of tags, or of
-    classes with their `names`. generation: texts. language: `Summed` values, no references. tell: hears what a missing
-    optional package left out.
+    classes with their `names`. generation: texts; where all are labels, say so by `names`, else that is found out.
+    language: `Summed` values, no references. tell: hears what a missing optional package left out.
     """
     found = measures(task, predictions, references, names=names, only=only, tell=tell)
     return {name: measure.score(seed) for name, measure in found.items()}
@@ -70,7 +70,7 @@ def measures(
     if task == "language":
         found = language(predictions)
     elif task == "generation":
-        found = answered(predictions, references, only, tell)
+        found = answered(predictions, references, names, only, tell)
     elif task == "tokens":
         found = tagged(_tags(predictions, names), _tags(references, names))
     else:

@@ -22,8 +22,9 @@ class Summary:
     comparisons: by adapter, on the held-out set. data, preflight, cost: what -> value (preflight: what was known
     before training; cost: seconds, tokens a second, peak memory, trainable values, percent of the base).
     estimates: what -> (expected, measured). notes: caveats and warnings, one sentence each. config: the run's YAML.
-    plots: title -> PNG. files: name -> what it holds. task: as `metrics.Task` has it. data_hash: of all examples.
-    licence: of the base, as it states one. made: when, and by which version.
+    plots: title -> PNG. files: name -> what it holds. data_name, data_hash: of all examples. licence: of the base, as
+    it states one. task: as `metrics.Task` has it. loader: transformers' class that opens the base, default by the task;
+    opened: what it is given, default `model`. labels: of a classifier, in order. made: when, and by which version.
     """
 
     title: str
@@ -39,10 +40,13 @@ class Summary:
     config: str = ""
     plots: Mapping[str, bytes] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
-    task: str = ""
     data_name: str = ""
     data_hash: str = ""
     licence: str = ""
+    task: str = ""
+    loader: str = ""
+    opened: str = ""
+    labels: Sequence[str] = ()
     made: str = ""
 
 

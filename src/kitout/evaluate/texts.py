@@ -54,18 +54,25 @@ def closed(references: Sequence[str]) -> list[str]:
 
 
 def answered(
-    predictions: Sequence[str], references: Sequence[str], only: Sequence[str] | None = None, tell: Tell | None = None
+    predictions: Sequence[str],
+    references: Sequence[str],
+    names: Sequence[str] | None = None,
+    only: Sequence[str] | None = None,
+    tell: Tell | None = None,
 ) -> dict[str, Measure]:
-    """Written answers. only: these metrics alone; one whose package is missing is then an error, and else told."""
+    """Written answers. names: the labels, where it is known that all references are labels; else they are looked for.
+
+    only: these metrics alone; one whose package is missing is then an error, and else told.
+    """
     said, true = [normal(p) for p in predictions], [normal(r) for r in references]
-    labels = closed(references)
+    labels = closed(references) if names is None else [normal(name) for name in names]
     found: dict[str, Measure] = {}
     if labels:
-        number = {label: i for i, label in enumerate(labels)}
+        number = {label: i for i, label in enumerate(dict.fromkeys([*labels, *true]))}
         found = chosen(
             np.array([number.get(p, -1) for p in said], dtype=np.intp),
             np.array([number[r] for r in true], dtype=np.intp),
-            len(labels),
+            len(number),
         )
         found.pop("balanced_accuracy")
     found["exact_match"] = count(np.array([p == r for p, r in zip(said, true, strict=True)]))
