@@ -125,7 +125,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             if not words.strip():
                 continue
             try:
-                row = json.loads(words)
+                row = json.loads(words.rstrip("\r\n"))
                 fault = "" if isinstance(row, dict) else f"a JSON {type(row).__name__}, expected an object"
             except (json.JSONDecodeError, RecursionError) as wrong:
                 said = f"{wrong.msg}, column {wrong.colno}" if isinstance(wrong, json.JSONDecodeError) else "too deep"

@@ -1,0 +1,114 @@
+"""Items of models that judge: closed label sets, pairs, numbers, several labels, and tags on the right tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kitout.data.convert import single
+from kitout.data.examples import Labelled, Tagged, Text
+from kitout.data.items import IGNORED
+from kitout.data.labels import MOST, Classify, MultiLabel, Regress, TagTokens, label_set
+from kitout.data.tables import DataError
+
+Make = Callable[..., Any]
+
+
+def test_the_set_is_sorted_and_numbers_count() -> None:
+    assert label_set([Labelled("a", x) for x in ("b", "a", "b")]) == ("a", "b")
+    assert label_set([Labelled("a", x) for x in (10, 2, -1)]) == ("-1", "2", "10")
+    assert label_set([Labelled("a", ("y", "x")), Labelled("b", ())]) == ("x", "y")
+    assert label_set([Tagged(("a", "b"), ("B-X", "O"))]) == ("O", "B-X")
+    with pytest.raises(DataError, match="is it the right column"):
+        label_set(Labelled("a", i) for i in range(MOST + 1))
+
+
+def test_classes(tokenizer: Make) -> None:
+    words = tokenizer()
+    items = Classify(words, 64, ("neg", "pos"))([Labelled("a fox", "pos", place="x:1"), Labelled("a", "neg", "b")])
+    assert [i.value for i in items] == [1, 0]
+    assert [i.reference for i in items] == ["pos", "neg"]
+    assert items[0].ids == tuple(words("a fox").input_ids)
+    assert items[1].ids == tuple(words("a", "b").input_ids)
+    assert (items[0].place, items[0].labels, items[0].learned) == ("x:1", (), 1)
+
+
+def test_the_longer_of_two_texts_is_cut_and_counted(tokenizer: Make) -> None:
+    words = tokenizer()
+    example = Labelled("fox " * 40, "a", "dog")
+    whole = len(words(example.text, "dog").input_ids)
+    (item,) = Classify(words, 32, ("a", "b"))([example])
+    assert (len(item.ids), item.cut, item.lost) == (32, whole - 32, 0)
+    assert words.decode(item.ids).endswith("dog")
+
+
+def test_a_label_outside_the_set_is_told_with_its_line(tokenizer: Make) -> None:
+    encode = Classify(tokenizer(), 64, ("negative", "positive"))
+    bad = [Labelled("a", "negative", place="x:1"), Labelled("a", "postive", place="x:2"), Labelled("a", 3, place="x:3")]
+    with pytest.raises(DataError) as told:
+        encode(bad)
+    assert "x:2: label 'postive' is outside the set; did you mean 'positive'?" in str(told.value)
+    assert "x:3: label '3' is outside the set; known: 'negative', 'positive'" in str(told.value)
+
+
+def test_what_has_no_label_or_several_is_told(tokenizer: Make) -> None:
+    encode = Classify(tokenizer(), 64, ("a", "b"))
+    for example, words in ((Text("x"), "a text example has no label"), (Labelled("x", ("a", "b")), "multilabel")):
+        with pytest.raises(DataError, match=words):
+            encode([example])
+    with pytest.raises(DataError, match="a chat example has no label"):
+        Regress(tokenizer(), 64)([single("a", "b")])
+    with pytest.raises(DataError, match="a text example has no tags"):
+        TagTokens(tokenizer(), 64, ("O", "X"))([Text("x")])
+
+
+def test_one_label_is_no_choice(tokenizer: Make) -> None:
+    for kind in (Classify, MultiLabel, TagTokens):
+        with pytest.raises(DataError, match="at least two different ones"):
+            kind(tokenizer(), 64, ("a",))
+
+
+def test_several_labels_at_once(tokenizer: Make) -> None:
+    encode = MultiLabel(tokenizer(), 64, ("x", "y", "z"))
+    items = encode([Labelled("a", ("z", "x")), Labelled("a", ()), Labelled("a", "y")])
+    assert [i.value for i in items] == [(1.0, 0.0, 1.0), (0.0, 0.0, 0.0), (0.0, 1.0, 0.0)]
+    with pytest.raises(DataError, match="label 'w' is outside the set"):
+        encode([Labelled("a", ("x", "w"))])
+
+
+def test_numbers(tokenizer: Make) -> None:
+    encode = Regress(tokenizer(), 64)
+    values = [i.value for i in encode([Labelled("a", x) for x in (1, 2.5, "3e-1")])]
+    assert values == [1.0, 2.5, 0.3]
+    assert all(isinstance(value, float) for value in values)
+    for label in ("good", "nan", float("inf"), ("1",)):
+        with pytest.raises(DataError, match="is no finite number"):
+            encode([Labelled("a", label)])
+
+
+def test_a_words_first_token_carries_its_tag(tokenizer: Make) -> None:
+    words = tokenizer(kind="plain")
+    example = Tagged(("The", "lazy", "zzzzz", "dog"), ("O", "B-X", "I-X", "O"))
+    (item,) = TagTokens(words, 64, ("O", "B-X", "I-X"))([example])
+    said = words(list(example.words), is_split_into_words=True)
+    assert item.ids == tuple(said.input_ids)
+    seen: set[int] = set()
+    for word, label in zip(said.word_ids(), item.labels, strict=True):
+        first = word is not None and word not in seen
+        assert label == ((0, 1, 2, 0)[word] if first else IGNORED)
+        seen.add(word)
+    assert item.learned == 4
+    assert len(item.ids) > 4
+
+
+def test_tags_that_are_cut_are_counted(tokenizer: Make) -> None:
+    words = tokenizer(kind="plain")
+    example = Tagged(("dog",) * 40, ("O",) * 40)
+    whole = len(words(list(example.words), is_split_into_words=True).input_ids)
+    (item,) = TagTokens(words, 16, ("O", "X"))([example])
+    assert len(item.ids) == 16
+    assert item.cut == whole - 16
+    assert item.learned + item.lost == 40
+    assert TagTokens(words, 16, ("O", "X"))([]) == []
