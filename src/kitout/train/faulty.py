@@ -27,10 +27,10 @@ EXPECTED = {  # by the beginning of pydantic's name for the fault
     "model_": "settings (name: value)",
     "path_": "a path",
     "finite_number": "a number that is finite",
-    "greater_than_equal": "{ge} or more",
-    "greater_than": "more than {gt}",
-    "less_than_equal": "{le} or less",
-    "less_than": "less than {lt}",
+    "greater_than_equal": "{ge:g} or more",
+    "greater_than": "more than {gt:g}",
+    "less_than_equal": "{le:g} or less",
+    "less_than": "less than {lt:g}",
     "literal_error": "{expected}",
 }
 

@@ -215,7 +215,7 @@ def _values(seen: Seen) -> list[tuple[str, str]]:
     """What is shown of a training step, named and in words."""
     values = seen.values
     shown: list[tuple[str, str]] = []
-    for name, key in (("loss", "loss"), ("rate", "learning_rate"), ("gradient", "grad_norm")):
+    for name, key in (("loss", "loss"), ("lr", "learning_rate"), ("gradient", "grad_norm")):
         if isinstance(values.get(key), int | float):
             shown.append((name, figure(values[key])))
         elif key in values:
@@ -243,7 +243,7 @@ def _jobs_table(jobs: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("adapter")
     for what in names:
-        table.add_column({"learning_rate": "rate"}.get(what, what), justify="right")
+        table.add_column({"learning_rate": "lr"}.get(what, what), justify="right")
     for job, values in jobs.items():
         table.add_row(Text(job), *(figure(values[what]) if what in values else "" for what in names))
     return table

@@ -28,7 +28,7 @@ from kitout.train.words import amount, one_line, safe, seconds, size
 WIDTH, BAR = 100, 32
 LONGEST = 1400  # characters of the shown example; what is learnt keeps more of them
 LABELS = 12  # classes shown, the most frequent first
-LEARNT, MASKED, HEAD, DIM, WARN = "bold green", "bright_black", "bold", "dim", "yellow"
+LEARNT, MASKED, HEAD, DIM, WARN = "bold green", "dim", "bold", "dim", "yellow"
 MARKS = (("«", "»"), ("⟦", "⟧"), ("❮", "❯"), ("[[", "]]"))
 BLOCKS = "▏▎▍▌▋▊▉█"
 

@@ -15,11 +15,13 @@ import yaml
 
 from kitout.errors import ConfigError
 
+MERGE = "tag:yaml.org,2002:merge"
 KINDS: list[tuple[str, str, str]] = [  # tag, pattern, first letters
     ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", "~nN\0"),
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("tag:yaml.org,2002:int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
     ("tag:yaml.org,2002:float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    (MERGE, r"<<", "<"),  # of 1.1 and still in use: {<<: *other}
     ("tag:yaml.org,2002:float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
 ]
 
@@ -30,6 +32,8 @@ class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[Any, Any] = {}
         for key, _ in node.value:
+            if key.tag == MERGE:
+                continue
             name = self.construct_object(key, deep=True)
             if isinstance(name, Hashable) and name in seen:
                 raise yaml.constructor.ConstructorError(
