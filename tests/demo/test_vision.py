@@ -17,8 +17,8 @@ from kitout.data.pixels import Pixels
 from kitout.data.readers import load
 from kitout.data.split import split
 from kitout.demo import assets, vision_pictures, vision_report
-from kitout.demo.score import wilson
 from kitout.demo.vision_rows import ROWS
+from kitout.evaluate.interval import wilson
 from kitout.train.images import predict
 from tiny_images import folder as pictures
 from tiny_vision import folder as model_folder

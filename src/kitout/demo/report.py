@@ -5,7 +5,6 @@ It prints figures it is given and computes none. It knows no model.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from kitout.demo.score import Measured
 from kitout.demo.screen import Screen
+from kitout.evaluate import plots
 
 
 def figures(m: Measured) -> dict[str, Any]:
@@ -92,12 +92,10 @@ def _verdict(results: dict[str, Any]) -> str:
 
 def picture(file: Path, results: dict[str, Any]) -> Path | None:
     """Loss by step and both accuracies with their intervals; None without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if not plots.possible():
         return None
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    drawn = plots.figure(9, 3.2)
+    left, right = drawn.subplots(1, 2)
     losses = results["training"]["losses"]
     left.plot(range(1, len(losses) + 1), losses, linewidth=1)
     left.set(xlabel="step", ylabel="loss on the answer's tokens", title="training")
@@ -107,10 +105,7 @@ def picture(file: Path, results: dict[str, Any]) -> Path | None:
     right.bar(["base", "tuned"], middle, yerr=reach, capsize=6, color=["0.7", "tab:blue"])
     right.axhline(results["majority"], linestyle="--", color="0.3", linewidth=1)
     right.set(ylim=(0, 1), ylabel="accuracy", title="held-out texts (dashed: most frequent label)")
-    fresh = file.with_name(f".{file.stem}.{os.getpid()}.png")
-    figure.savefig(fresh, dpi=120)
-    os.replace(fresh, file)
-    return file
+    return plots.write(file, plots.png(drawn))
 
 
 def _share(value: float) -> str:

@@ -26,9 +26,9 @@ from kitout.data.tables import DataError
 from kitout.demo import assets, report, vision_report
 from kitout.demo.catalog import ASSETS
 from kitout.demo.run import print_of
-from kitout.demo.score import wilson
 from kitout.demo.screen import Screen
 from kitout.demo.vision_rows import Row, chosen
+from kitout.evaluate.interval import wilson
 from kitout.train import machine
 from kitout.train.forward import STRETCH
 from kitout.train.images import Progress, Recipe, fit, predict

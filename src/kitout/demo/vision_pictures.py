@@ -6,9 +6,7 @@ reader can tell apart. It knows no model and no method.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,22 +14,20 @@ from typing import Any
 import numpy as np
 
 from kitout.data.images import Images
+from kitout.evaluate.plots import COLOURS, figure, png, possible, write
+
+__all__ = ["compare", "confusion", "counts", "errors", "possible"]
 
 FEW = 20  # classes; above, a cell of the confusion is too small to hold its number
 SHOWN = 24  # misclassified images
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")  # Okabe and Ito's
 SIGNS = "os^vDPX*"
 LONGEST = 14  # letters of a class name on an axis
 
 
-def possible() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def compare(file: Path, rows: Sequence[dict[str, Any]], majority: float, heading: str) -> Path:
     """Accuracy with its interval over trained parameters, on a log scale."""
-    figure = _figure(8.5, 4.8)
-    axes = figure.subplots()
+    drawn = figure(8.5, 4.8)
+    axes = drawn.subplots()
     for number, row in enumerate(sorted(rows, key=lambda r: r["trainable"])):
         middle, (low, high) = 100 * row["accuracy"], (100 * side for side in row["interval95"])
         colour, sign = COLOURS[number % len(COLOURS)], SIGNS[number % len(SIGNS)]
@@ -44,7 +40,7 @@ def compare(file: Path, rows: Sequence[dict[str, Any]], majority: float, heading
     axes.margins(x=0.08)
     axes.grid(alpha=0.25)
     # the accuracy of always saying one class is told, not drawn: it would press the methods together
-    figure.legend(
+    drawn.legend(
         *axes.get_legend_handles_labels(), loc="outside right center", fontsize=9, frameon=False,
         title=f"accuracy, trained parameters\n(commonest class: {100 * majority:.1f} %)", title_fontsize=9,
     )  # fmt: skip
@@ -52,8 +48,8 @@ def compare(file: Path, rows: Sequence[dict[str, Any]], majority: float, heading
         xlabel="trained parameters, head included (log scale)",
         ylabel=f"accuracy on {rows[0]['images']:,} test images, % (bars: 95 % interval)",
     )
-    figure.suptitle(heading, fontsize=11)
-    return _write(figure, file)
+    drawn.suptitle(heading, fontsize=11)
+    return write(file, png(drawn))
 
 
 def counts(guesses: Sequence[int], truth: Sequence[int], classes: int) -> Any:
@@ -68,8 +64,8 @@ def confusion(file: Path, row: dict[str, Any], truth: Sequence[int], names: Sequ
     table = counts(row["guesses"], truth, len(names))
     shares = table / np.maximum(1, table.sum(axis=1, keepdims=True))
     side = min(14.0, max(5.0, 0.55 * len(names) + 1.5))
-    figure = _figure(side + 1, side)
-    axes = figure.subplots()
+    drawn = figure(side + 1, side)
+    axes = drawn.subplots()
     shade = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
     if len(names) <= FEW:
         for (true, said), number in np.ndenumerate(table):
@@ -83,8 +79,8 @@ def confusion(file: Path, row: dict[str, Any], truth: Sequence[int], names: Sequ
     axes.set(
         xlabel="said", ylabel="true", title=f"{row['title']}: {100 * row['accuracy']:.1f} % of {row['images']:,} right"
     )
-    figure.colorbar(shade, ax=axes, label="% of the true class", shrink=0.8)
-    return _write(figure, file)
+    drawn.colorbar(shade, ax=axes, label="% of the true class", shrink=0.8)
+    return write(file, png(drawn))
 
 
 def errors(file: Path, row: dict[str, Any], truth: Sequence[int], names: Sequence[str], test: Images) -> Path:
@@ -93,15 +89,15 @@ def errors(file: Path, row: dict[str, Any], truth: Sequence[int], names: Sequenc
     shown = _spread(wrong, truth)[:SHOWN]
     columns = min(8, max(4, len(shown)))
     lines = max(1, math.ceil(len(shown) / columns))
-    figure = _figure(1.45 * columns, 1.75 * lines + 0.6)
-    figure.suptitle(f"{row['title']}: {len(shown)} of the {len(wrong)} test images it got wrong", fontsize=11)
-    for place, axes in enumerate(np.atleast_1d(figure.subplots(lines, columns)).flat):
+    drawn = figure(1.45 * columns, 1.75 * lines + 0.6)
+    drawn.suptitle(f"{row['title']}: {len(shown)} of the {len(wrong)} test images it got wrong", fontsize=11)
+    for place, axes in enumerate(np.atleast_1d(drawn.subplots(lines, columns)).flat):
         axes.set_axis_off()
         if place < len(shown):
             i = shown[place]
             axes.imshow(test.open(i), interpolation="nearest")
             axes.set_title(f"true {_short(names[truth[i]])}\nsaid {_short(names[row['guesses'][i]])}", fontsize=9)
-    return _write(figure, file)
+    return write(file, png(drawn))
 
 
 def _spread(wrong: Sequence[int], truth: Sequence[int]) -> list[int]:
@@ -115,16 +111,3 @@ def _spread(wrong: Sequence[int], truth: Sequence[int]) -> list[int]:
 
 def _short(name: str) -> str:
     return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _write(figure: Any, file: Path) -> Path:
-    fresh = file.with_name(f".{file.stem}.{os.getpid()}.png")
-    figure.savefig(fresh, dpi=130)
-    os.replace(fresh, file)
-    return file
