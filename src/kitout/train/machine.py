@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import platform
 import time
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -43,6 +42,13 @@ def _product(form: torch.dtype) -> float:
     return best
 
 
+def version() -> str:
+    """Of kitout."""
+    import kitout
+
+    return kitout.__version__
+
+
 def describe(where: torch.device) -> dict[str, Any]:
     import transformers
 
@@ -57,5 +63,5 @@ def describe(where: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "kitout": version("kitout"),
+        "kitout": version(),
     }

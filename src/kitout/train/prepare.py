@@ -14,7 +14,7 @@ from kitout.errors import ConfigError, Faults
 from kitout.kit.kit import Kit
 from kitout.train import build, sets
 from kitout.train.causal import Causal
-from kitout.train.config import JobConfig, RunConfig, TrainConfig
+from kitout.train.config import RunConfig, TrainConfig
 from kitout.train.jobs import Job
 from kitout.train.labels import Labels
 from kitout.train.objective import Objective
@@ -46,14 +46,12 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """The kit wears nothing yet; every adapter is fresh from its seed."""
-    asked = config.jobs or (JobConfig(name=config.output.name),)
-    methods = [job.method or config.method for job in asked]
-    settings = [job.train or config.train for job in asked]
-    notes = _rates(asked, methods, settings)
+    alone = config.alone()
+    notes = _rates(alone)
     about = build.config_of(config.model)
     images = _of_images(config.objective, about)
     tokenizer = None if images else build.tokenizer_of(config.model)
-    held = [_sets(config, job, about, tokenizer, images) for job in asked]
+    held = [_sets(one, about, tokenizer, images) for one in alone]
     kinds = {one.objective for one in held}
     if len(kinds) > 1:
         raise ConfigError(f"the jobs of one run share one objective; found {', '.join(sorted(kinds))}: split the run")
@@ -62,26 +60,28 @@ def prepare(config: RunConfig) -> Prepared:
     median = sorted(lengths)[len(lengths) // 2] if lengths else 0
     made = build.build(config.model, kind, held[0].names if kind != "regress" else (), median)
     kit = made.kit
-    for job, method, chosen, one in zip(asked, methods, settings, held, strict=True):
-        kit.add(job.name, method, seed=chosen.seed, heads=build.own_heads(made, len(one.names) or 1, chosen.seed))
+    for job, one in zip(alone, held, strict=True):
+        heads = build.own_heads(made, len(one.names) or 1, job.train.seed)
+        kit.add(job.output.name, job.method, seed=job.train.seed, heads=heads)
     jobs = []
-    for job, chosen, one in zip(asked, settings, held, strict=True):
-        objective = _objective(kit, config, kind, one, tokenizer, chosen)
-        jobs.append(Job(job.name, objective, one.train, _planned(one, objective, chosen), chosen, one.validation))
+    for job, one in zip(alone, held, strict=True):
+        objective = _objective(kit, job, kind, one, tokenizer)
+        planned = _planned(one, objective, job.train)
+        jobs.append(Job(job.output.name, objective, one.train, planned, job.train, one.validation))
     _ready(kit, jobs)
     return Prepared(kit, jobs, held, tokenizer, kind, made.why, notes)
 
 
-def _rates(asked: Sequence[JobConfig], methods: Sequence[Any], settings: Sequence[TrainConfig]) -> list[str]:
+def _rates(alone: Sequence[RunConfig]) -> list[str]:
     faults = Faults(ConfigError, "learning rates")
     notes = []
-    for job, method, chosen in zip(asked, methods, settings, strict=True):
+    for job in alone:
         try:
-            note = None if chosen.lr is None else check_rate(method, chosen.lr)
+            note = None if job.train.lr is None else check_rate(job.method, job.train.lr)
         except ConfigError as wrong:
-            faults.add(f"{job.name}: {wrong}")
+            faults.add(f"{job.output.name}: {wrong}")
             continue
-        notes += [f"{job.name}: {note}"] if note else []
+        notes += [f"{job.output.name}: {note}"] if note else []
     faults.raise_if_any()
     return notes
 
@@ -95,21 +95,20 @@ def _of_images(objective: str, about: Any) -> bool:
     return type(about) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
-def _sets(config: RunConfig, job: JobConfig, about: Any, tokenizer: Any, images: bool) -> Sets:
-    data = job.data or config.data
+def _sets(job: RunConfig, about: Any, tokenizer: Any, images: bool) -> Sets:
     if images:
-        return sets.image_sets(data)
-    return sets.text_sets(data, config.objective, tokenizer, bool(getattr(about, "is_encoder_decoder", False)))
+        return sets.image_sets(job.data)
+    return sets.text_sets(job.data, job.objective, tokenizer, bool(getattr(about, "is_encoder_decoder", False)))
 
 
-def _objective(kit: Kit, config: RunConfig, kind: str, one: Sets, tokenizer: Any, chosen: TrainConfig) -> Objective:
+def _objective(kit: Kit, job: RunConfig, kind: str, one: Sets, tokenizer: Any) -> Objective:
     if kind == "images":
         from kitout.data.pixels import Pixels
         from kitout.train.pictures import Pictures
 
-        return Pictures(kit, one.images, Pixels.of(build.found(config.model.name), config.data.image_size))
+        return Pictures(kit, one.images, Pixels.of(build.found(job.model.name), job.data.image_size))
     if kind == "causal":
-        return Causal(kit, config.data.max_length if chosen.packing else 0)
+        return Causal(kit, job.data.max_length if job.train.packing else 0)
     filler = _filler(kit, tokenizer)
     if kind == "seq2seq":
         return Seq2Seq(kit, filler)

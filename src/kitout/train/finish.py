@@ -1,0 +1,166 @@
+"""What a run leaves: adapters with their cards, results, pictures and a report; then what to type next.
+
+The adapters come first and results.json last: its presence says that the run is through. It knows folders and pages,
+and nothing of learning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from kitout.evaluate import card, plots, report
+from kitout.evaluate.compare import Comparison
+from kitout.evaluate.summary import Summary
+from kitout.train import build, machine, memory, yamls
+from kitout.train.config import RunConfig
+from kitout.train.folder import RunFolder
+from kitout.train.loop import Loop
+from kitout.train.metrics import read
+from kitout.train.prepare import Prepared
+from kitout.train.trial import Estimate
+from kitout.train.words import seconds, size
+
+
+def finish(
+    made: Prepared, config: RunConfig, place: RunFolder, loop: Loop, guess: Estimate, best: int | None,
+    comparisons: Mapping[str, Comparison], say: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Writes everything and returns what results.json holds."""
+    figures = _figures(made, loop, guess, best, comparisons)
+    folders = adapters(made, place)
+    pictures = _pictures(made, place)
+    for job, folder in folders.items():
+        summary = _summary(made, config, figures, {k: v for k, v in comparisons.items() if k == job}, {}, job)
+        made.kit.save(job, folder, note={"trained by": "kitout train", "base": config.model.name})
+        card.write(summary, folder)
+    whole = _summary(made, config, figures, comparisons, pictures, ", ".join(folders))
+    report.write(whole, place.report)
+    place.finish(figures)
+    for name, found in comparisons.items():
+        say(f"{name}: {found.verdict}" if len(comparisons) > 1 else found.verdict)
+    say(_next(config, place, folders))
+    return figures
+
+
+def adapters(made: Prepared, place: RunFolder) -> dict[str, Path]:
+    """Where each adapter goes: `adapter` alone, below it by name if there are several."""
+    names = [job.name for job in made.jobs]
+    return {name: place.adapter if len(names) == 1 else place.adapter / name for name in names}
+
+
+def _figures(
+    made: Prepared, loop: Loop, guess: Estimate, best: int | None, comparisons: Mapping[str, Comparison]
+) -> dict[str, Any]:  # fmt: skip
+    kit, work = made.kit, loop.work
+    counts = {job.name: kit.count(job.name) for job in made.jobs}
+    return {
+        "objective": made.objective,
+        "steps": loop.state.global_step,
+        "best_step": best,
+        "stopped": loop.health.stopped,
+        "data": {job.name: one.digest for job, one in zip(made.jobs, made.sets, strict=True)},
+        "majority": {job.name: one.majority for job, one in zip(made.jobs, made.sets, strict=True)},
+        "trainable": {name: count.trainable for name, count in counts.items()},
+        "percent": {name: count.percent for name, count in counts.items()},
+        "seconds": work.seconds,
+        "tokens": work.tokens,
+        "tokens_per_second": work.tokens / max(work.seconds, 1e-9),
+        "padding": work.padded / max(1, work.tokens) - 1,
+        "micro_batch": work.micro,
+        "memory": memory.peak(kit.device),
+        "estimate": asdict(guess),
+        "machine": machine.describe(kit.device) | {"dtype": str(kit.dtype)[6:]},
+        "comparisons": {name: [asdict(change) for change in found.changes] for name, found in comparisons.items()},
+        "examples": {name: [asdict(one) for one in found.examples] for name, found in comparisons.items()},
+    }
+
+
+def _pictures(made: Prepared, place: RunFolder) -> dict[str, bytes]:
+    """PNGs of the report, which stand in the folder too; none where matplotlib is not installed."""
+    if not plots.possible():
+        return {}
+    drawn = {}
+    rows = read(place.metrics)
+    if rows:
+        drawn["training"] = plots.training(rows)
+    if made.main.images is None:
+        parts = {"train": made.main.looked_at or made.main.train, "test": made.main.test}
+        drawn["lengths"] = plots.lengths({name: [i.length for i in items] for name, items in parts.items() if items})
+    for name, picture in drawn.items():
+        plots.write(place.path / f"{name}.png", picture)
+    return drawn
+
+
+def _summary(
+    made: Prepared, config: RunConfig, figures: Mapping[str, Any], comparisons: Mapping[str, Comparison],
+    pictures: Mapping[str, bytes], adapter: str,
+) -> Summary:  # fmt: skip
+    guess = figures["estimate"]
+    shown = made.jobs if adapter not in {job.name for job in made.jobs} else [j for j in made.jobs if j.name == adapter]
+    methods = {job.name: _method(made, job.name) for job in shown}
+    data = dict(zip([job.name for job in made.jobs], made.sets, strict=True))
+    told = [line for job in shown for line in data[job.name].told]
+    return Summary(
+        title=f"{', '.join(methods.values())} on {config.model.name}",
+        model=config.model.name,
+        method="; ".join(methods.values()),
+        adapter=adapter,
+        comparisons=comparisons,
+        data={"sources": ", ".join(s.path for s in config.data.train), "read as": "; ".join(told)},
+        preflight={"objective": made.objective, "number format": f"{figures['machine']['dtype']} ({made.why})"},
+        estimates={
+            "training time": (seconds(guess["seconds"]), seconds(figures["seconds"])),
+            "peak memory": (size(guess["memory"]), size(figures["memory"])),
+        },
+        cost={
+            "training": seconds(figures["seconds"]),
+            "tokens a second": figures["tokens_per_second"],
+            "peak memory": size(figures["memory"]),
+            "trained values": sum(figures["trainable"][job.name] for job in shown),
+            "percent of the base": sum(figures["percent"][job.name] for job in shown),
+        },
+        notes=[*made.notes, *figures["stopped"].values()],
+        config=yamls.written(config.dump()),
+        plots=pictures,
+        files={
+            "adapter/": "the trained values, with a card",
+            "results.json": "every figure",
+            "run.yaml": "the settings",
+            "metrics.jsonl": "what was logged, step by step",
+        },
+        data_name=config.data.train[0].path,
+        data_hash=hashlib.sha256(json.dumps(figures["data"], sort_keys=True).encode()).hexdigest(),
+        loader=build.CLASSES[made.objective],
+        opened=build.found(config.model.name),
+        labels=made.main.names,
+        licence=card.licence_of(Path(build.found(config.model.name))),
+        made=f"{datetime.now(timezone.utc):%Y-%m-%d} by kitout {machine.version()}",
+    )
+
+
+def _method(made: Prepared, name: str) -> str:
+    method = made.kit[name].method
+    settings = ", ".join(f"{k}={v}" for k, v in method.describe().items())
+    return f"{type(method).__name__}({settings})" if settings else type(method).__name__
+
+
+def _next(config: RunConfig, place: RunFolder, folders: Mapping[str, Path]) -> str:
+    first = next(iter(folders.values()))
+    return "\n".join(
+        [
+            f"report   {place.report}",
+            *(f"adapter  {folder}" for folder in folders.values()),
+            "",
+            "use it:",
+            "  import kitout, transformers",
+            f'  model = transformers.AutoModel...from_pretrained("{config.model.name}")   # the class of the report',
+            "  kit = kitout.attach(model)",
+            f'  kit.load("{first}", name="mine"); kit.use("mine")',
+        ]
+    )

@@ -1,0 +1,171 @@
+"""A whole run: config in, tested adapter out, in one folder that a kill cannot ruin.
+
+Pre-flight, training, comparison, report, in this order; how each is done is in the modules beside it. The same call
+goes on where a former one stopped. It knows the order of the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from kitout.errors import ConfigError
+from kitout.evaluate.compare import Comparison
+from kitout.files.fingerprint import fingerprint
+from kitout.train import checks, folder, keep, machine, memory, processes, screen
+from kitout.train.after import against_base, watching
+from kitout.train.config import RunConfig
+from kitout.train.folder import RunFolder
+from kitout.train.page import pages, told
+from kitout.train.prepare import Prepared, prepare
+from kitout.train.trial import Estimate, estimate
+
+Say = Callable[[str], None]
+MOST_LOGS = 2000
+EVALUATIONS, SAVES = 5, 10  # in a run, unless said otherwise
+
+
+@dataclass(frozen=True)
+class Result:
+    """folder: of the run. comparisons: by adapter; none of a dry run. figures: what results.json holds."""
+
+    folder: Path
+    comparisons: Mapping[str, Comparison] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run(config: RunConfig, *, dry_run: bool = False, say: Say = print) -> Result:
+    """Trains what the config says. dry_run: stops before the first step. say: hears what is worth telling."""
+    from kitout.train.finish import finish
+
+    checks.machine(config, torch.cuda.is_available())
+    _join(config)
+    with _folder(config) as place:
+        if place.done:
+            say(place.again())
+            return Result(place.path, figures=json.loads(place.results.read_text(encoding="utf-8")))
+        made = prepare(config)
+        known = told(made)
+        last = next(reversed(keep.found(place.checkpoints)), None)
+        loop, guess = _loop(made, config, place, last)
+        if processes.rank() == 0:
+            for page in pages(made, config, known, guess):
+                screen.show(page)
+                screen.save(page, place.path)
+        if dry_run:
+            return Result(place.path)
+        memory.reset_peak(made.kit.device)
+        with loop.showing:
+            loop.train(str(last) if last else None)
+        best = loop.load_best()
+        comparisons = {}
+        for number, job in enumerate(made.jobs):
+            found = against_base(made, number, config.evaluate)
+            if found is not None:
+                comparisons[job.name] = found
+        figures: dict[str, Any] = {}
+        if processes.rank() == 0:
+            figures = finish(made, config, place, loop, guess, best, comparisons, say)
+        processes.wait()
+        made.kit.detach()
+        return Result(place.path, comparisons, figures)
+
+
+def _join(config: RunConfig) -> None:
+    """Several processes (torchrun, accelerate launch) find each other before any of them works."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=config.model.device == "cpu" or not torch.cuda.is_available())
+        smallest = min((job.train or config.train).batch for job in config.jobs) if config.jobs else config.train.batch
+        if not config.jobs and smallest < processes.world():
+            raise ConfigError(f"train.batch={smallest} is fewer examples than the {processes.world()} processes")
+    elif config.train.shard:
+        raise ConfigError("train.shard parts the base among processes, and there is one: start it with torchrun")
+
+
+@contextmanager
+def _folder(config: RunConfig) -> Iterator[RunFolder]:
+    """The main process opens and holds it; the others look on."""
+    if processes.rank() == 0:
+        with folder.opened(config) as place:
+            processes.wait()
+            yield place
+    else:
+        processes.wait()
+        path = config.output.folder.expanduser()
+        yield RunFolder(path, (path / folder.RUN).is_file(), (path / folder.RESULTS).is_file())
+
+
+def signature(made: Prepared) -> str:
+    """What a checkpoint depends on besides the settings, which the folder compares by name."""
+    same = {
+        "data": [one.digest for one in made.sets],
+        "model": fingerprint(made.kit, ()).model_dump_json(),
+        "dtype": str(made.kit.dtype),
+        "versions": [machine.version(), torch.__version__, transformers.__version__, sys.byteorder],
+    }
+    return hashlib.sha256(json.dumps(same).encode()).hexdigest()
+
+
+def _loop(made: Prepared, config: RunConfig, place: RunFolder, last: Path | None) -> Any:
+    """The loop, and what it will take: tried now, or as it was found before the run was stopped."""
+    from transformers import EarlyStoppingCallback
+
+    from kitout.train.loop import Loop, Steps
+    from kitout.train.progress import Progress
+
+    steps = Steps(made.jobs)
+    known = place.path / "estimate.json"
+    if last is not None and known.is_file():
+        guess = Estimate(**json.loads(known.read_text(encoding="utf-8")))
+    else:
+        tried = [steps[i] for i in range(min(len(steps), 64) if made.main.looked_at else len(steps))]
+        guess = estimate(made.kit, made.jobs, tried, config.train.micro_batch, config.train.checkpointing)
+        if processes.rank() == 0:
+            folder.write(known, json.dumps(guess.__dict__))
+    args = _arguments(config, place, len(steps), any(len(job.watched) for job in made.jobs))
+    showing = Progress(place.path)
+    callbacks: list[Any] = [showing]
+    if config.train.patience is not None:
+        callbacks.append(EarlyStoppingCallback(config.train.patience))
+    loop = Loop(
+        made.kit, made.jobs, place.checkpoints, args, run=signature(made), watch=watching(made, config.evaluate),
+        callbacks=callbacks, micro=min(guess.micro, config.train.micro_batch or guess.micro), kept=config.train.keep,
+    )  # fmt: skip
+    loop.showing = showing
+    return loop, guess
+
+
+def _arguments(config: RunConfig, place: RunFolder, steps: int, watched: bool) -> Any:
+    from transformers import TrainingArguments
+
+    every = config.evaluate.every if config.evaluate.every is not None else max(1, steps // EVALUATIONS)
+    measures = watched and every > 0
+    best = config.evaluate.best or "loss"
+    reports = list(config.output.report_to) or "none"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return TrainingArguments(
+            output_dir=str(place.checkpoints), max_steps=steps, per_device_train_batch_size=1, report_to=reports,
+            logging_steps=max(1, steps // MOST_LOGS), logging_nan_inf_filter=False, disable_tqdm=True,
+            eval_strategy="steps" if measures else "no", eval_steps=every if measures else None,
+            save_strategy="steps", save_steps=config.train.save_every or max(1, steps // SAVES),
+            metric_for_best_model=f"eval_{best}" if measures else None,
+            greater_is_better=best not in ("loss", "perplexity", "mae", "rmse") if measures else None,
+            remove_unused_columns=False, label_names=[],
+            use_cpu=not torch.cuda.is_available() or config.model.device == "cpu",
+            activation_checkpointing=config.train.checkpointing, seed=config.train.seed, run_name=place.path.name,
+            ddp_find_unused_parameters=len(config.jobs) > 1,
+        )  # fmt: skip
