@@ -149,5 +149,4 @@ def told(value: float, share: bool, sign: bool = False) -> str:
     """26.5 of a share of 0.265; else four figures."""
     if share:
         return f"{100 * value:{'+' if sign else ''}.1f}"
-    plain = f"{value:{'+' if sign else ''}.4g}"
-    return plain if "e" not in plain or abs(value) < 1e-4 else f"{value:{'+' if sign else ''},.0f}"
+    return f"{value:{'+' if sign else ''}{',.0f' if 1e4 <= abs(value) < 1e7 else '.4g'}}"

@@ -54,7 +54,7 @@ def _reach(a: float, b: float, tie: float) -> float:
 def bootstrap(figure: Figure, n: int, seed: int = 0, draws: int = DRAWS) -> tuple[float, float]:
     """The 2.5th and 97.5th percentile of a figure over draws of n examples with replacement."""
     found = np.array([figure(times) for times in drawn(n, seed, draws)])
-    low, high = np.nanpercentile(found, [2.5, 97.5])
+    low, high = np.percentile(found, [2.5, 97.5])
     return float(low), float(high)
 
 

@@ -69,4 +69,4 @@ def language(examples: Sequence[Summed]) -> dict[str, Measure]:
 
 
 def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.exp(min(loss, 700.0))  # as large as a number gets

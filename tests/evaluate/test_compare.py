@@ -1,0 +1,99 @@
+"""The verdict says what the interval allows; examples are chosen by rule; two models are compared on the same draws."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kitout.evaluate.compare import Shown, compare, side_by_side
+from kitout.evaluate.language import Summed
+from kitout.evaluate.measure import Measure
+from kitout.evaluate.metrics import measures
+
+
+def judged(base: list[int], tuned: list[int]) -> tuple[dict[str, Measure], dict[str, Measure]]:
+    """Right (1) or wrong (0) by example, as classes that are all 1."""
+    return measures("classification", base, [1] * len(base)), measures("classification", tuned, [1] * len(tuned))
+
+
+def test_a_clear_gain_is_told_in_points_with_its_interval() -> None:
+    base, tuned = judged([1] * 264 + [0] * 336, [1] * 240 + [0] * 24 + [1] * 183 + [0] * 153)
+    found = compare(base, tuned)
+    first = found.changes[0]
+    assert (first.name, first.title, first.better) == ("accuracy", "accuracy", True)
+    assert first.difference == pytest.approx(0.265)
+    assert 0.2 < first.low < 0.265 < first.high < 0.33
+    low, high = f"{100 * first.low:.1f}", f"{100 * first.high:.1f}"
+    assert first.verdict == f"better by 26.5 points ({low} to {high}); 600 held-out examples"
+    assert found.verdict == f"accuracy: {first.verdict}"
+    worse = compare(tuned, base).changes[0]
+    assert (worse.better, worse.verdict) == (
+        False, f"worse by 26.5 points ({low} to {high}); 600 held-out examples"
+    )  # fmt: skip
+
+
+def test_what_few_examples_cannot_show_is_not_claimed() -> None:
+    base, tuned = judged([1, 0, 0, 1, 0, 1, 1, 0, 0, 1], [1, 1, 0, 1, 0, 1, 1, 0, 0, 1])
+    change = compare(base, tuned).changes[0]
+    assert change.better is None
+    assert change.verdict.startswith("no difference that these 10 held-out examples can show (-")
+    assert change.verdict.endswith(" points)")
+    one = compare(*judged([0], [1])).changes[0]
+    assert one.verdict.startswith("no difference that this 1 held-out example can show")
+    same = compare(*judged([1, 0] * 50, [1, 0] * 50)).changes
+    assert all(change.better is None for change in same)
+
+
+def test_less_loss_is_better_and_has_no_points() -> None:
+    dice = np.random.default_rng(0)
+    base = [Summed(float(loss), 10, 3) for loss in dice.normal(30, 2, 100)]
+    tuned = [Summed(one.loss - 10 + float(dice.normal(0, 0.5)), 10, 6) for one in base]
+    loss, perplexity, token_accuracy = compare(measures("language", base), measures("language", tuned)).changes
+    assert (loss.better, perplexity.better, token_accuracy.better) == (True, True, True)
+    assert loss.difference == pytest.approx(-1, abs=0.02)
+    assert loss.verdict.startswith("better by 1")
+    assert "points" not in loss.verdict
+    assert "points" in token_accuracy.verdict
+    # paired: the spread between examples, which both share, is not in the interval
+    assert loss.high - loss.low < 0.4 * (loss.base.high - loss.base.low)
+    back = compare(measures("language", tuned), measures("language", base)).changes[0]
+    assert back.better is False
+
+
+def test_only_common_metrics_are_compared_and_labels_are_told_once() -> None:
+    texts = ["yes", "no", "no"] * 4
+    found = measures("generation", texts, texts)
+    assert [c.name for c in compare(found, found).changes] == ["accuracy", "macro_f1", "token_f1"]
+    assert [c.name for c in compare({"loss": found["accuracy"], "accuracy": found["accuracy"]}, found).changes] == [
+        "accuracy"
+    ]
+    with pytest.raises(ValueError, match="base has f1, tuned accuracy"):
+        compare({"f1": found["accuracy"]}, {"accuracy": found["accuracy"]})
+
+
+def test_perplexity_beyond_all_numbers_still_compares() -> None:
+    huge, small = [Summed(1e6, 10, 0)] * 5, [Summed(10.0, 10, 5)] * 5
+    change = compare(measures("language", huge), measures("language", small)).changes[1]
+    assert change.name == "perplexity"
+    assert change.better is True
+    assert change.verdict.startswith("better by 1.014e+304 ")
+
+
+REFERENCES = ["a", "a", "a", "b", "a", "c", "b", "c", "a"]
+BASE = ["x", "a", "a", "b", "y", "c", "b", "q", "a"]
+TUNED = ["a", "a", "x", "b", "z", "c", "a", "c", "a"]
+
+
+def test_examples_are_the_first_of_each_label_and_the_first_that_changed() -> None:
+    prompts = [f"prompt {i}" for i in range(9)]
+    shown = side_by_side(prompts, REFERENCES, BASE, TUNED, 8)
+    assert [s.prompt for s in shown] == [f"prompt {i}" for i in (0, 3, 5, 1, 2, 7, 6, 4)]
+    assert [s.why for s in shown] == ["first of its kind"] * 4 + ["the answers differ"] * 4
+    assert shown[0] == Shown("prompt 0", "a", "x", "a", (False, True), "first of its kind")
+    assert shown[4].right == (True, False)  # what got worse is shown as well
+    assert shown[7].right == (False, False)
+    few = side_by_side(prompts, REFERENCES, BASE, TUNED, 3)
+    assert [s.prompt for s in few] == ["prompt 0", "prompt 3", "prompt 2"]
+    assert side_by_side(prompts, REFERENCES, BASE, TUNED, 0) == ()
+    assert len(side_by_side(prompts, REFERENCES, BASE, BASE, 20)) == 9
+    assert side_by_side([], [], [], [], 4) == ()

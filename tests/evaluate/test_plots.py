@@ -1,0 +1,87 @@
+"""Pictures are PNGs of what is in the rows; what is not a number is left out; nothing half-written is left."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kitout.errors import ConfigError
+from kitout.evaluate import plots
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def rows(prefix: str = "", measured: str = "eval_") -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [{"step": 0, f"{measured}accuracy": 0.4, f"{measured}loss": 3.0}]
+    for step in range(1, 61):
+        found.append({"step": step, f"{prefix}loss": 1 + 9 / step, f"{prefix}learning_rate": 1e-3, "epoch": step / 60})
+        if step % 20 == 0:
+            reach = {f"{measured}accuracy_low": 0.35, f"{measured}accuracy_high": 0.75, "eval_runtime": 2.0}
+            found.append({"step": step, f"{measured}loss": 1.0, f"{measured}accuracy": 0.4 + step / 200} | reach)
+    return found
+
+
+def size(picture: bytes) -> tuple[int, int]:
+    assert picture.startswith(PNG)
+    return int.from_bytes(picture[16:20], "big"), int.from_bytes(picture[20:24], "big")
+
+
+def test_lines_are_parted_by_adapter_and_by_what_was_measured() -> None:
+    learnt, measured = plots.lines([*rows("legal/", "eval_legal/"), *rows("medic/", "medic/eval_"), *rows()])
+    assert {key for key in learnt if key[1] == "loss"} == {("legal", "loss"), ("medic", "loss"), ("", "loss")}
+    assert set(measured) == {(job, what) for job in ("legal", "medic", "") for what in ("loss", "accuracy")}
+    line = measured["legal", "accuracy"]
+    assert line.steps == [0, 20, 40, 60]
+    assert line.values == pytest.approx([0.4, 0.5, 0.6, 0.7])
+    assert line.reach == [(0.4, 0.4), (0.35, 0.75), (0.35, 0.75), (0.35, 0.75)]
+    assert measured["medic", "accuracy"] == line
+
+
+def test_what_is_no_number_is_left_out() -> None:
+    odd = [
+        {"step": 1, "loss": math.nan}, {"step": 2, "loss": None}, {"step": 3, "loss": "2"}, {"step": 4, "loss": True},
+        {"loss": 2.0}, {"step": 5, "loss": 2.0, "eval_loss": math.inf}, {"step": None, "loss": 1.0},
+    ]  # fmt: skip
+    learnt, measured = plots.lines(odd)
+    assert learnt == {("", "loss"): plots.Line([5.0], [2.0], [(2.0, 2.0)])}
+    assert measured == {}
+    size(plots.training(odd))
+
+
+def test_smoothing_keeps_a_line_and_the_length() -> None:
+    straight = [float(i) for i in range(200)]
+    assert plots.smoothed(straight)[10:-10] == pytest.approx(straight[10:-10])
+    assert plots.smoothed([4.0]) == [4.0]
+    assert plots.smoothed([]) == []
+
+
+def test_more_metrics_make_more_panels() -> None:
+    one, two = size(plots.training([{"step": 1, "loss": 2.0}])), size(plots.training(rows()))
+    assert two[0] > 1.8 * one[0]
+    assert two[1] == one[1]
+    assert size(plots.training([{"step": 1} | {f"eval_m{i}": 0.5 for i in range(9)}]))[1] > 1.8 * one[1]
+    assert size(plots.training([])) == one
+    assert size(plots.training([*rows("legal/", "eval_legal/"), *rows("medic/", "eval_medic/")])) == two
+
+
+def test_lengths(tmp_path: Path) -> None:
+    picture = plots.lengths({"train": [3, 40, 500], "test": [2], "none": []}, limit=512)
+    size(picture)
+    file = plots.write(tmp_path / "lengths.png", picture)
+    assert file.read_bytes() == picture
+    assert [p.name for p in tmp_path.iterdir()] == ["lengths.png"]
+    size(plots.lengths({"train": [0]}))
+    with pytest.raises(ConfigError, match="there are no examples"):
+        plots.lengths({"train": []})
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "possible", lambda: False)
+    with pytest.raises(ConfigError, match=r"pip install 'kitout\[eval\]'"):
+        plots.training(rows())
