@@ -31,7 +31,11 @@ def test_values(words: str, value: Any) -> None:
 
 def test_what_looks_like_an_override() -> None:
     assert all(map(overrides.is_override, ["train.lr=1", "method=IA3", "jobs.0.train.lr=1", "x="]))
-    assert not any(map(overrides.is_override, ["run.yaml", "./a=b/run.yaml", "=x", "train.=3", "-x=3", "a-b=3"]))
+    assert not any(map(overrides.is_override, ["run.yaml", "./a=b/run.yaml", "folder"]))
+    for word in ("=x", "train.=3", "-x=3", "a-b=3", "trän=3", "train..lr=1"):
+        assert overrides.is_override(word)
+        with pytest.raises(ConfigError, match="a setting is written name=value"):
+            overrides.value_of(word)
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,12 @@ class Metrics:
 
     def begin(self, step: int) -> None:
         """Training starts after `step` steps. 0: the file starts anew, but for what this process has written itself."""
-        kept = [line for line in read(self.file) if _step(line) <= step and LAST not in line] if step else self._early
+        early = self._early or []
+        former = read(self.file)[: -len(early) or None]  # what an earlier process wrote
+        kept = [line for line in former if _step(line) <= step and LAST not in line] if step else early
         self.file.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.file.with_name(f".{self.file.name}.{os.getpid()}")
-        fresh.write_text("".join(_line(line) for line in kept or ()), encoding="utf-8")
+        fresh.write_text("".join(_line(line) for line in kept), encoding="utf-8")
         os.replace(fresh, self.file)
         self._early = None
 

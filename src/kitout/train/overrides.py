@@ -16,7 +16,7 @@ from kitout.errors import ConfigError, Faults
 from kitout.train import yamls
 from kitout.train.config import RunConfig, load
 
-OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*=", re.ASCII)
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*", re.ASCII)
 
 # What stands where settings may stand: {where, with * for a number: the setting it is short for}.
 SHORT = {
@@ -36,12 +36,15 @@ Value = tuple[str, Any]  # dotted name, plain value
 
 def is_override(word: str) -> bool:
     """Whether a word of a command line is an override and not a file."""
-    return OVERRIDE.match(word) is not None
+    name, equals, _ = word.partition("=")
+    return bool(equals) and (NAME.fullmatch(name) is not None or not word.endswith((".yaml", ".yml")))
 
 
 def value_of(word: str) -> Value:
     """`train.lr=1e-4` -> ("train.lr", 0.0001). What YAML cannot read is taken as it stands (`path=*.jsonl`)."""
     name, _, words = word.partition("=")
+    if NAME.fullmatch(name) is None:
+        raise ConfigError(f"{word!r}: a setting is written name=value, with a name such as train.lr")
     try:
         return name, yamls.parse(words, word)
     except ConfigError:

@@ -6,6 +6,7 @@ what they are, never obeyed. It knows no console and no run.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from typing import Any
@@ -31,6 +32,8 @@ def size(octets: float) -> str:
 
 def seconds(value: float) -> str:
     """12.3 s, 4:05 min, 2:03 h, 3 d 4 h."""
+    if not math.isfinite(value):
+        return "not known"
     if value < 99.5:
         return f"{value:.1f} s" if value < 9.95 else f"{value:.0f} s"
     minutes, rest = divmod(round(value), 60)

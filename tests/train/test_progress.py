@@ -1,0 +1,239 @@
+"""What is seen while a real (tiny) Trainer runs, on a terminal and elsewhere, and what is kept of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from kitout.train.metrics import Metrics, plain, read
+from kitout.train.progress import Progress
+
+
+class Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        guess = self.linear(x).squeeze(-1)
+        return {"loss": ((guess - labels) ** 2).mean(), "logits": guess}
+
+
+class Told(Trainer):
+    """Logs what kitout's own loop logs."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= {"tokens": 2310.0 * self.state.global_step, "tokens_per_second": 2310.4, "memory": 1.4e9}
+        super().log(logs, start_time)
+
+
+DATA = [{"x": torch.full((4,), i / 40), "labels": torch.tensor(float(i % 2))} for i in range(40)]
+
+
+def run(
+    folder: Path, progress: Progress, steps: int = 40, resume: bool = False, stop: Callable[[int], None] | None = None
+) -> None:
+    arguments = TrainingArguments(
+        str(folder / "checkpoints"), max_steps=steps, logging_steps=1, eval_strategy="steps", eval_steps=20,
+        save_strategy="steps", save_steps=10, report_to=[], disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    model = Line()
+    if stop is not None:
+        forward = model.forward
+        calls = iter(range(10**6))
+
+        def stopping(x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            stop(next(calls))
+            return forward(x, labels)
+
+        model.forward = stopping  # type: ignore[method-assign]
+    trainer = Told(model, arguments, train_dataset=DATA, eval_dataset=DATA[:8], callbacks=[progress])  # type: ignore[arg-type]
+    trainer.remove_callback(PrinterCallback)
+    with progress:
+        trainer.train(resume_from_checkpoint=resume or None)
+
+
+def console(terminal: bool, width: int = 100) -> Console:
+    colours: Any = "standard" if terminal else None
+    return Console(force_terminal=terminal, file=io.StringIO(), width=width, color_system=colours)
+
+
+def shown(progress: Progress) -> str:
+    assert isinstance(progress.console.file, io.StringIO)
+    return progress.console.file.getvalue()
+
+
+def test_plain_lines(tmp_path: Path) -> None:
+    progress = Progress(tmp_path, console(terminal=False))
+    run(tmp_path, progress)
+    told = shown(progress)
+    lines = told.strip().split("\n")
+    assert "\x1b" not in told
+    assert "\r" not in told
+    assert lines[0].startswith("step  1/40  loss ")
+    assert re.fullmatch(
+        r"step 40/40  loss [\d.e-]+  lr [\d.e-]+  gradient [\d.e-]+  tokens 92\.4 k at 2,310/s  memory 1\.3 GiB  "
+        r"time [\d.]+ s",
+        lines[-3],
+    )
+    assert sum("validation" in line for line in lines) == 2
+    assert lines[-1].startswith("trained: 40 steps in ")
+    assert len(lines) <= 25
+
+
+def test_a_terminal_gets_one_panel(tmp_path: Path) -> None:
+    progress = Progress(tmp_path, console(terminal=True))
+    run(tmp_path, progress)
+    told = shown(progress)
+    assert "\x1b[?25l" in told  # the cursor is hidden ...
+    assert told.rstrip().endswith("\x1b[?25h")  # ... and shown again
+    plain_text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", told)
+    assert "step 40 / 40" in plain_text
+    assert "100 %" in plain_text
+    assert plain_text.count("validation  loss") == 2
+    assert "trained:" not in told
+    assert len(told) < 20_000  # drawn a few times a second, not at every step
+
+
+@pytest.mark.parametrize("width", [20, 40, 300])
+def test_any_width(tmp_path: Path, width: int) -> None:
+    progress = Progress(tmp_path, console(terminal=True, width=width))
+    run(tmp_path, progress, steps=2)
+    assert "2" in shown(progress)
+
+
+def test_metrics_hold_every_log(tmp_path: Path) -> None:
+    run(tmp_path, Progress(tmp_path, console(terminal=False)))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
+    assert [line["step"] for line in lines if "eval_loss" in line] == [20, 40]
+    assert {"loss", "grad_norm", "learning_rate", "tokens", "memory", "epoch"} <= set(lines[0])
+    assert read(tmp_path / "metrics.jsonl") == lines
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step": 25, "lo', b'{"step": 25}\n{"step": 26, "loss": 1'])
+def test_no_step_is_there_twice_after_a_resume(tmp_path: Path, torn: bytes) -> None:
+    def stop(call: int) -> None:
+        if call == 25 + 1:  # forwards of 25 steps and one evaluation
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Progress(tmp_path, console(terminal=True)), stop=stop)
+    file = tmp_path / "metrics.jsonl"
+    assert [line["step"] for line in read(file)][-1] > 20  # further than the checkpoint
+    with file.open("ab") as held:
+        held.write(torn)
+    progress = Progress(tmp_path, console(terminal=False))
+    run(tmp_path, progress, resume=True)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
+    assert [line["step"] for line in lines if "eval_loss" in line] == [20, 40]
+    assert shown(progress).startswith("goes on after step 20 of 40\n")
+    assert shown(progress).rstrip().split("\n")[-1].startswith("trained: 20 steps")
+
+
+def test_a_run_from_the_start_begins_the_file_anew(tmp_path: Path) -> None:
+    for _ in range(2):
+        run(tmp_path, Progress(tmp_path, console(terminal=False)), steps=3)
+    assert [line["step"] for line in read(tmp_path / "metrics.jsonl") if "loss" in line] == [1, 2, 3]
+
+
+def test_an_interrupt_gives_the_terminal_back(tmp_path: Path) -> None:
+    def stop(call: int) -> None:
+        if call == 3:
+            raise KeyboardInterrupt
+
+    progress = Progress(tmp_path, console(terminal=True))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, progress, stop=stop)
+    assert shown(progress).rstrip().endswith("\x1b[?25h")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize(
+    "logs",
+    [
+        {},
+        {"loss": float("nan"), "learning_rate": None, "grad_norm": float("inf")},
+        {"loss": torch.tensor(1.5), "tokens": "many", "memory": None, "tokens_per_second": 3},
+        {"eval_loss": None, "eval_answers": ["[red]", "\x1b[31m"], "eval_f1": 0.5},
+        {"legal/loss": 0.5, "legal/learning_rate": 1e-4, "medic/loss": 2, "a/b/c": "[bold]", "/": 1},
+        {"strange": object()},
+    ],
+)
+def test_nothing_that_is_logged_is_a_fault(tmp_path: Path, terminal: bool, logs: Mapping[str, Any]) -> None:
+    progress = Progress(tmp_path, console(terminal))
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    state, control = TrainerState(max_steps=0), TrainerControl()
+    with progress:
+        progress.on_log(arguments, state, control, logs)  # before anything has begun
+        progress.on_train_begin(arguments, state, control)
+        for step in (1, 2):
+            state.global_step = step
+            progress.on_step_end(arguments, state, control)
+            progress.on_log(arguments, state, control, logs)
+            progress.on_prediction_step(arguments, state, control)
+            progress.on_save(arguments, state, control)
+        progress.on_log(arguments, state, control, None)
+        progress.on_train_end(arguments, state, control)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda word: pytest.fail(word))
+    assert "\x1b[31m" not in shown(progress)
+
+
+def test_jobs_have_a_row_each(tmp_path: Path) -> None:
+    progress = Progress(tmp_path, console(terminal=True))
+    state = TrainerState(max_steps=9)
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    with progress:
+        progress.on_train_begin(arguments, state, TrainerControl())
+        progress.on_log(arguments, state, TrainerControl(), {"loss": 1.0, "legal/loss": 0.5, "medic/loss": 0.25})
+    told = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown(progress))
+    assert re.search(r"legal +0\.5\b", told)
+    assert re.search(r"medic +0\.25\b", told)
+
+
+def test_other_processes_are_silent(tmp_path: Path) -> None:
+    progress = Progress(tmp_path / "run", console(terminal=True))
+    state = TrainerState(max_steps=3, is_world_process_zero=False)
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    progress.on_train_begin(arguments, state, TrainerControl())
+    progress.on_log(arguments, state, TrainerControl(), {"loss": 1.0})
+    progress.on_step_end(arguments, state, TrainerControl())
+    progress.on_train_end(arguments, state, TrainerControl())
+    assert shown(progress) == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    progress = Progress(tmp_path, console(terminal=True))
+    run(tmp_path, progress, steps=2)
+    assert "\x1b[?25l" not in shown(progress)
+    assert "step 2/2" in shown(progress)
+
+
+def test_plain_values() -> None:
+    values = [torch.tensor([1.0, 2.0]), torch.tensor(3), float("inf"), True, None, "x", (1, 2.5), {"a"}]
+    assert [plain(v) for v in values] == [[1.0, 2.0], 3, None, True, None, "x", [1, 2.5], "{'a'}"]
+
+
+def test_lines_written_before_training_are_kept_once(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    for start in (0, 0, 1):
+        metrics = Metrics(file)
+        metrics.write(0, {"eval_loss": 2.0})
+        metrics.begin(start)
+        metrics.write(1 + start, {"loss": 1.0})
+    assert [line["step"] for line in read(file)] == [0, 1, 2]
