@@ -76,6 +76,27 @@ REFUSES_ASSISTANT = (
 THINKS_WHEN_ASKED = CHATML.replace(
     "<|im_start|>assistant\n' }}{% endif", "<|im_start|>assistant\n<think>\n' }}{% endif"
 )
+# Asks with a thought, unless told not to think; writes answers without one.
+SWITCH = THINKS_WHEN_ASKED.replace("<think>\n' }}", "' + ('' if enable_thinking is false else '<think>\n') }}")
+# What may hold images holds texts as parts.
+PARTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for p in m['content'] %}"
+    "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Marks more than what a model writes: its header and the line behind its end.
+GENEROUS = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ '<|im_start|>assistant\n' + "
+    "m['content'] + '<|im_end|>\n' }}{% endgeneration %}{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] +"
+    " '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Marks less: the answer without the thought in front of it.
+THOUGHTLESS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% set both = m['content'].split('</think>') %}{{ both[0] + '</think>' if both | length > 1 else '' }}"
+    "{% generation %}{{ both[-1] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 TEMPLATES = {
     name.lower(): text for name, text in globals().items() if name.isupper() and isinstance(text, str)

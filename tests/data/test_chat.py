@@ -50,6 +50,9 @@ CLOSINGS = {
     "llama2": (" ", " </s>"),
     "generation": ("", "<|im_end|>"),
     "forgetful": ("", "<|im_end|>"),
+    "parts": ("", "<|im_end|>"),
+    "generous": ("", "<|im_end|>"),
+    "thoughtless": ("", "<|im_end|>"),
     "no_system": ("", "<|im_end|>"),
 }
 
@@ -163,6 +166,22 @@ def test_a_template_without_an_assistant_is_refused(tokenizer: Make) -> None:
 def test_a_template_that_asks_with_what_it_does_not_write_is_refused(tokenizer: Make) -> None:
     with pytest.raises(DataError, match=r"asks for turn 2 with .*<think>"):
         Causal(tokenizer("thinks_when_asked"), 512)([ONE])
+
+
+def test_the_switch_that_mends_a_template_is_named_and_taken(tokenizer: Make) -> None:
+    words = tokenizer("switch")
+    with pytest.raises(DataError, match="tell it enable_thinking=False, here and wherever"):
+        Causal(words, 512)([ONE])
+    (item,) = Causal(words, 512, options={"enable_thinking": False})([ONE])
+    assert learnt(words, item) == ["It is four.<|im_end|>"]
+
+
+def test_what_a_template_marks_is_believed(tokenizer: Make) -> None:
+    words = tokenizer("thoughtless")
+    example = chat("a", "<think>hm</think>one")
+    (item,) = Causal(words, 512)([example])
+    assert learnt(words, item) == ["one<|im_end|>"]
+    assert list(item.ids[: item.prompt]) == asked(words, example, 1)
 
 
 def test_a_system_turn_that_a_template_refuses_opens_the_user_turn(tokenizer: Make) -> None:

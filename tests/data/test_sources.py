@@ -80,6 +80,16 @@ def test_named_parts_and_slices(tmp_path: Path) -> None:
         load(f"{path}#7:9")
 
 
+def test_a_folder_given_for_a_part_gives_that_part(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        write(tmp_path / "both" / f"{name}.jsonl", name)
+    write(tmp_path / "other.jsonl", "other")
+    loaded = load({"train": tmp_path / "both", "validation": tmp_path / "other.jsonl"})
+    assert {name: texts(found) for name, found in loaded.parts.items()} == {"train": ["train"], "validation": ["other"]}
+    with pytest.raises(DataError, match="given for validation has the parts test, train, but no validation"):
+        load({"validation": tmp_path / "both"})
+
+
 def test_a_limit_is_drawn_by_the_seed_in_order(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", *(f"{i:03}" for i in range(100)))
     drawn = texts(load(path, limit=10, seed=1).parts[""])
@@ -193,7 +203,11 @@ def test_what_is_measured_on_never_comes_again(tmp_path: Path) -> None:
     made = stream(path)[""]
     held = made.first(2)
     assert texts(held) == ["Same", "b"]
-    assert sorted(texts(made.without(held))) == ["c", "d"]
+    rest = made.without(held)
+    assert sorted(texts(rest)) == ["c", "d"]
+    assert texts(rest.first(1)) == ["c"]
+    assert texts(rest.first(9)) == ["c", "d"]
+    assert rest.first(0) == []
 
 
 def test_a_stream_reads_no_further_than_it_must(tmp_path: Path) -> None:

@@ -22,20 +22,23 @@ from kitout.errors import suggest
 
 LEARN = ("assistant", "last", "all")
 _TAGGED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+SWITCHES = ("enable_thinking", "thinking")  # what templates of reasoning models call it
 _ONE, _OTHER = "kingfisher", "nightingale"  # what two turns say that should render differently
 
 
 class Template:
     """A tokenizer's chat template. learn: "assistant" (every assistant turn), "last" (of them) or "all" of the text.
 
-    Raises DataError where the template knows no assistant. Without a template, `mark` joins single exchanges by lines.
+    options: what the template itself can be told, such as {"enable_thinking": False}. Raises DataError where the
+    template knows no assistant. Without a template, `mark` joins single exchanges by lines.
     """
 
-    def __init__(self, words: Words, learn: str = "assistant") -> None:
+    def __init__(self, words: Words, learn: str = "assistant", options: Mapping[str, Any] | None = None) -> None:
         if learn not in LEARN:
             raise DataError(f"learn is {learn!r}; {suggest(learn, LEARN)}")
-        self.words, self.learn = words, learn
+        self.words, self.learn, self.options = words, learn, dict(options or {})
         self.tokenizer = words.tokenizer
+        self._in_parts = False  # whether contents are lists of parts, as templates for text and images have them
         self._checked: dict[str, str] = {}  # role or feature -> what is wrong with it, "" where nothing is
         if self.tokenizer.chat_template:
             self._check_assistant()
@@ -151,7 +154,7 @@ class Template:
                 raise DataError("the template's {% generation %} marks nothing of an assistant turn")
             close = next((m.start() for m in self._ends.finditer(text, inside[-1][1], end)), end)
             runs = [*inside, (close, end)] if close < end else inside
-            for a, b in ((a, min(b, end)) for a, b in runs):
+            for a, b in ((max(a, start), min(b, end)) for a, b in runs):
                 if spans and a <= spans[-1][1] and spans[-1][1] > start:
                     spans[-1] = (spans[-1][0], max(b, spans[-1][1]))
                 else:
@@ -222,41 +225,51 @@ class Template:
     def _check_assistant(self) -> None:
         wrong = self._ignores(_exchange(_ONE))
         if wrong:
+            self._in_parts = True
+            if not self._ignores(_exchange(_ONE)):
+                return
             raise DataError(
                 f"the tokenizer's chat template {wrong}, so no answer could be learnt; set one that knows it "
                 "(tokenizer.chat_template), or take the chat version of the model"
             )
 
     def _unsteady(self, turns: Sequence[Turn], tools: Any, k: int) -> str:
+        """What a template asks with and does not write, and the switch that mends it, if it has one of the usual."""
         before, after = self._render(turns[:k], tools, ask=True), self._render(turns[: k + 1], tools)
         same = _shared(before, after)
-        return (
+        told = (
             f"the template asks for turn {k + 1} with {before[-60:]!r} but writes the answered turn as "
             f"{after[max(0, same - 20) : same + 40]!r}: what is learnt would not be what is asked for; "
-            "use a template that keeps what it asks with (tokenizer.chat_template)"
         )
+        for name, value in ((name, value) for name in SWITCHES for value in (False, True)):
+            other = Template(self.words, self.learn, {**self.options, name: value})
+            if other._render(turns[: k + 1], tools).startswith(other._render(turns[:k], tools, ask=True)):
+                return f"{told}tell it {name}={value}, here and wherever the model is asked"
+        return f"{told}use a template that keeps what it asks with (tokenizer.chat_template)"
 
     def _tagged(self, turns: Sequence[Turn], tools: Any) -> list[tuple[int, int]]:
         """The characters between {% generation %} and its end, stretch by stretch."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        messages = [dict(turn.message) for turn in turns]
         _, stretches = render_jinja_template(
-            [messages], tools=list(tools) or None, chat_template=self._source(tools), return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
+            [self._messages(turns)], tools=list(tools) or None, chat_template=self._source(tools),
+            return_assistant_tokens_mask=True, **self.tokenizer.special_tokens_map, **self.options,
         )  # fmt: skip
         return [(a, b) for a, b in stretches[0] if a < b]
 
     def _render(self, turns: Sequence[Turn], tools: Any, ask: bool = False) -> str:
-        messages = [dict(turn.message) for turn in turns]
+        how = {"tools": list(tools) or None, "add_generation_prompt": ask, **self.options}
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=ask
-                )
-            )
+            return str(self.tokenizer.apply_chat_template(self._messages(turns), tokenize=False, **how))
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as wrong:  # whatever a template stumbles over
             raise DataError(f"the chat template fails: {str(wrong)[:200]}") from wrong
+
+    def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        if not self._in_parts:
+            return [dict(turn.message) for turn in turns]
+        return [
+            {**turn.message, "content": [{"type": "text", "text": turn.message.get("content") or ""}]} for turn in turns
+        ]
 
     def _source(self, tools: Any) -> str:
         return str(self.tokenizer.get_chat_template(tools=list(tools) or None))

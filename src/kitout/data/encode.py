@@ -7,7 +7,7 @@ model and no padding: whoever pads masks the padding, whatever its token is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,14 +25,17 @@ class Causal:
     """Chats by the tokenizer's template, prompts with their completions and plain text, as a causal model reads them.
 
     learn: for chats "assistant" turns, the "last" of them or "all"; "all" learns prompts too. max_length: of an item in
-    tokens. Chats whose template forgets become several items (see `chat`), long plain texts one for every block.
+    tokens. options: for the template. Chats whose template forgets become several items (see `chat`), long plain texts
+    one for every block.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, learn: str = "assistant") -> None:
+    def __init__(
+        self, tokenizer: Any, max_length: int, learn: str = "assistant", options: Mapping[str, Any] | None = None
+    ) -> None:
         self.max_length = _checked(max_length)
         self.words = Words(tokenizer)
         self.words.end  # noqa: B018 - a tokenizer without an end is refused before any data is read
-        self.template = Template(self.words, learn)
+        self.template = Template(self.words, learn, options)
 
     def __call__(self, examples: Sequence[Example]) -> list[Item]:
         marked = collected(examples, self._marked)

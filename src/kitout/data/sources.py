@@ -97,7 +97,7 @@ def open_source(source: Source, streaming: bool = False) -> list[Table]:
         strangers = [part for part in source if part not in PARTS]
         if strangers:
             raise DataError(f"{', '.join(map(repr, strangers))} is no part of a data set; use {', '.join(PARTS)}")
-        return [replace(t, part=part) for part, held in source.items() for t in open_source(held, streaming)]
+        return [t for part, held in source.items() for t in _of_part(part, open_source(held, streaming))]
     if isinstance(source, str | Path):
         return _tables(str(source), streaming)
     if not source:
@@ -115,6 +115,17 @@ def part_named(name: str) -> str:
     """dev, validation_matched, train-00000-of-00002 -> the part; "" for any other name."""
     found = _PART.fullmatch(name)
     return _NAMED[found[1].lower()] if found else ""
+
+
+def _of_part(part: str, found: list[Table]) -> list[Table]:
+    """A source that has several parts gives the one that is asked for; any other is what it is said to be."""
+    named = sorted({table.part for table in found})
+    if len(named) == 1:
+        return [replace(table, part=part) for table in found]
+    chosen = [table for table in found if table.part == part]
+    if not chosen:
+        raise DataError(f"the source given for {part} has the parts {', '.join(named)}, but no {part}; name one file")
+    return chosen
 
 
 def _tables(source: str, streaming: bool) -> list[Table]:

@@ -55,13 +55,16 @@ class Stream:
         return replace(self, epoch=epoch, taken=0)
 
     def first(self, count: int) -> list[Example]:
-        """The first examples of the files with different inputs, whatever the seed: to measure on."""
+        """The first examples of the files with different inputs, whatever the seed: to measure on.
+
+        Less those that are measured on already.
+        """
         found: dict[str, Example] = {}
-        for read in self._rows():
+        rows = self._rows()
+        while len(found) < count and (read := next(rows, None)) is not None:
             example = self._example(read)
-            found.setdefault(example.gist, example)
-            if len(found) == count:
-                break
+            if example.gist not in self.measured:
+                found.setdefault(example.gist, example)
         return list(found.values())
 
     def without(self, examples: Iterable[Example]) -> Stream:
