@@ -7,14 +7,14 @@ a model's call, no template and no adapter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kitout.data.items import IGNORED, Item
-from kitout.errors import KitoutError
+from kitout.errors import ConfigError, KitoutError
 from kitout.evaluate.metrics import Task
 from kitout.kit.kit import Kit
 from kitout.train.batch import Batch, padded
@@ -39,7 +39,9 @@ class Causal:
 
     def prepare(self, names: Sequence[str], items: Sequence[Item]) -> None:
         """Finds the cheapest exact way to the loss on a few rows; Leaks if packed ones are not what they are alone."""
-        few = sorted((item for item in items if item.learned), key=lambda item: item.length)[:2]
+        few = sorted((item for item in items if self.terms(item)), key=lambda item: item.length)[:2]
+        if not few:
+            raise ConfigError(f"none of the first {len(items)} examples has a token to learn: look at the data")
         batch = self.collate(few, None)
         gold = batch.gold
         call = lambda: self.kit(**batch.inputs)  # noqa: E731
@@ -47,13 +49,18 @@ class Causal:
         if self.pack:
             self._check_parted(few)
 
+    @property
+    def form(self) -> Hashable:
+        """Packed rows hold several examples, so a row could not wear a job's own adapter."""
+        return None if self.pack else ("causal", self.head.way)
+
     def size(self, item: Item) -> int:
         return len(item.ids)
 
     def terms(self, item: Item) -> int:
         return sum(label != IGNORED for label in item.labels[1:])
 
-    def collate(self, items: Sequence[Item], seed: int | None) -> Batch:
+    def collate(self, items: Sequence[Item], seeds: Sequence[int] | None) -> Batch:
         device = self.kit.device
         rows = _packed(items, self.pack) if self.pack else [[i] for i in range(len(items))]
         ids, mask = padded([[t for i in row for t in items[i].ids] for row in rows], 0, device)
@@ -111,7 +118,7 @@ class Causal:
 
 
 def _summed(values: Tensor, owners: Tensor, rows: int) -> Tensor:
-    return torch.zeros(rows, device=values.device).index_add_(0, owners, values.detach())
+    return torch.zeros(rows, dtype=values.dtype, device=values.device).index_add_(0, owners, values.detach())
 
 
 def _packed(items: Sequence[Item], width: int) -> list[list[int]]:

@@ -1,8 +1,9 @@
 """The output head of a language model, asked for the learnt positions alone.
 
-Three ways, the first that holds on this model and adapter, tried once on real rows against the whole logits: "one pass"
-(a frozen linear head and nothing after it), "selected" (the head sees the learnt positions only), "whole" (all logits).
-It knows the head's place and no model, no data and no adapter.
+Three ways, the first that holds on this model and its adapters: "one pass" (a frozen linear head and nothing after it),
+"selected" (the head sees the learnt positions only), "whole" (all logits). What follows the head is found by putting
+drawn numbers in its place; each way's loss is then compared with that of the whole logits on real rows. It knows the
+head's place and no model, no data and no adapter.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from kitout.train.onepass import one_pass, plain
 
 Way = Literal["one pass", "selected", "whole"]
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of the loss: the ways differ by rounding
+DRAWN = 1000.0  # spread of the numbers put in the head's place: a cap or a scale after it shows
 
 
 class HeadLoss:
@@ -36,12 +38,13 @@ class HeadLoss:
         weights = torch.full((len(labels),), 1.0 / len(labels), device=labels.device)
         with torch.no_grad():
             true = whole(call, places, labels, weights)[0].item()
-            ways: list[Way] = ["one pass", "selected"] if _frozen(kit, names, whole.head) else ["selected"]
+            ends = _still(kit, names, whole.head) and _last(call, whole.head)
+            ways: list[Way] = ["one pass", "selected"] if ends else ["selected"]
             for way in ways:
                 tried = cls(kit, way)
                 try:
                     found = tried(call, places, labels, weights)[0].item()
-                except (RuntimeError, ValueError):  # more follows the head than this way allows for
+                except (RuntimeError, ValueError, IndexError):  # more follows the head than this way allows for
                     continue
                 if abs(found - true) <= CLOSE.get(kit.dtype, 1e-4) * (1 + abs(true)):
                     return tried
@@ -70,10 +73,27 @@ def head_of(kit: Kit) -> nn.Linear | None:
     return head if isinstance(head, nn.Linear) else None
 
 
-def _frozen(kit: Kit, names: list[str], head: nn.Module) -> bool:
-    """Whether none of these adapters acts on the head or trains it."""
+def _still(kit: Kit, names: list[str], head: nn.Module) -> bool:
+    """Whether none of these adapters acts on the head, trains it or replaces a module that holds it."""
     path = next(path for path, module in kit.base.named_modules() if module is head)
-    return not any(path in kit[name].locals or path in kit[name].heads for name in names)
+    acts = any(path in kit[name].locals for name in names)
+    replaced = [place.replace("/", ".") for name in names for place in kit[name].heads]
+    return not acts and not any(path == place or path.startswith(f"{place}.") for place in replaced)
+
+
+def _last(call: Any, head: nn.Linear) -> bool:
+    """Whether what the head gives is what the model gives: drawn numbers in its place come out as they are."""
+    drawn: list[Tensor] = []
+
+    def forward(h: Tensor) -> Tensor:
+        draw = torch.Generator(h.device).manual_seed(0)
+        size = (*h.shape[:-1], head.out_features)
+        drawn.append((DRAWN * torch.randn(size, generator=draw, device=h.device)).to(h.dtype))
+        return drawn[-1]
+
+    with _instead(head, forward):
+        given = call().logits
+    return len(drawn) == 1 and given.shape == drawn[0].shape and torch.equal(given.to(drawn[0].dtype), drawn[0])
 
 
 def _flat(args: tuple[Any, ...], places: Tensor) -> Tensor:
@@ -103,13 +123,21 @@ def _ending(
     found: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def forward(*args: Tensor) -> Tensor:
-        found.append(one_pass(_flat(args, places), head.weight.detach(), _values(head.bias), labels, weights))
+        weight, bias = _values(head.weight), None if head.bias is None else _values(head.bias)
+        found.append(one_pass(_flat(args, places), weight, bias, labels, weights))
         return (0.0 * found[-1][0]).to(args[0].dtype).expand(1, 1, head.out_features)
 
+    with _instead(head, forward):
+        yield found
+
+
+@contextmanager
+def _instead(head: nn.Module, forward: Any) -> Iterator[None]:
+    """The head's forward, exchanged for the time of one call."""
     before = head.__dict__.get("forward")
     head.__dict__["forward"] = forward
     try:
-        yield found
+        yield
     finally:
         if before is None:
             del head.__dict__["forward"]
@@ -117,5 +145,9 @@ def _ending(
             head.__dict__["forward"] = before
 
 
-def _values(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.detach()
+def _values(parameter: Tensor) -> Tensor:
+    """Plain numbers to multiply by; ValueError where they are stored in another way (quantised)."""
+    value = parameter.data
+    if type(value) is not Tensor or not value.is_floating_point() or value.dtype.itemsize < 2:
+        raise ValueError(f"a head stored as {type(value).__name__} of {value.dtype}")
+    return value

@@ -10,13 +10,18 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kitout.errors import SilentSite
 from kitout.kit.kit import Kit
+from kitout.train import processes
 from kitout.train.jobs import Diverged, Job, clipped
+from kitout.train.mode import at_rest
+
+PATIENCE = 16  # steps at the full rate after which an adapter has to show in what the model says
 
 
 class Health:
@@ -25,7 +30,9 @@ class Health:
     def __init__(self, kit: Kit, jobs: Sequence[Job], folder: Path) -> None:
         self.kit, self.jobs, self.folder = kit, list(jobs), folder
         self.stopped: dict[str, str] = {}
-        self._started: dict[str, Tensor] | None = None
+        self._started: dict[str, Tensor] = {}
+        self._notes: list[dict[str, Any]] = []
+        self._due = 2
 
     def values(self, job: Job) -> list[tuple[str, nn.Parameter]]:
         return [(name, value) for name, value in self.kit[job.name].named_parameters() if value.requires_grad]
@@ -33,6 +40,8 @@ class Health:
     def clip(self, step: int) -> float:
         """Each job's gradient by its own norm; the largest norm. Diverged, when no job is left."""
         norms = [0.0]
+        if step == 0:
+            self._check_gradients()
         for job in self.jobs:
             if step >= len(job.steps):
                 continue
@@ -47,16 +56,15 @@ class Health:
                     value.grad = None
         if len(self.stopped) == len(self.jobs):
             raise Diverged("\n".join(self.stopped.values()))
-        if step == 0:
-            self._check_gradients()
         return max(norms)
 
     def _stop(self, job: Job, step: int, norm: float) -> None:
         places = [str(getattr(job.items[i], "place", i)) for i in job.steps[step]]
         lr = self.kit[job.name].method.advised().lr if job.settings.lr is None else job.settings.lr
-        self.folder.mkdir(parents=True, exist_ok=True)
-        note = {"job": job.name, "step": step + 1, "norm": str(norm), "lr": lr, "examples": places}
-        (self.folder / "diverged.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
+        self._notes.append({"job": job.name, "step": step + 1, "norm": str(norm), "lr": lr, "examples": places})
+        if processes.rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "diverged.json").write_text(json.dumps(self._notes, indent=1), encoding="utf-8")
         self.stopped[job.name] = (
             f"{job.name!r}, step {step + 1}: the gradient's norm is {norm}; try a lower train.lr than {lr:g}, or look "
             f"at these examples (all in diverged.json): {', '.join(places[:5])}"
@@ -65,33 +73,50 @@ class Health:
             warnings.warn(f"{self.stopped[job.name]}; the other jobs go on", RuntimeWarning, stacklevel=2)
 
     def _check_gradients(self) -> None:
-        """After the first backward every trained value has a gradient."""
-        held = [
-            (job, name, value) for job in self.jobs if job.name not in self.stopped for name, value in self.values(job)
-        ]
-        dead = [f"{job.name}: {name}" for job, name, value in held if value.grad is None]
+        """After the first backward every trained value has a gradient, and not all of a job's are zero."""
+        held = [(job.name, name, value) for job in self.jobs for name, value in self.values(job)]
+        dead = [f"{job}: {name}" for job, name, value in held if value.grad is None]
+        reached = {job for job, _, value in held if value.grad is not None and bool((value.grad != 0).any())}
+        dead += [f"{job.name}: all of them are zero" for job in self.jobs if not dead and job.name not in reached]
         if dead:
             raise SilentSite(
                 f"{len(dead)} trained tensors got no gradient from the first step, so they would never learn: "
                 f"{', '.join(dead[:5])}; choose other targets, or leave these out"
             )
-        self._started = {f"{job.name}/{name}": value.detach().clone() for job, name, value in held}
+        self._started = {f"{job}/{name}": value.detach().clone() for job, name, value in held}
 
     @torch.no_grad()
-    def check_effect(self) -> None:
-        """After the second step something has moved in every adapter, and wearing it changes what the model says."""
-        started, self._started = self._started, None
-        for job in self.jobs if started is not None else ():
-            if job.name in self.stopped:
-                continue
-            assert started is not None
-            moved = any(not torch.equal(value, started[f"{job.name}/{name}"]) for name, value in self.values(job))
-            batch = job.objective.collate([job.items[i] for i in job.steps[0][-1:]], None)
-            weights = torch.ones(batch.rows, device=self.kit.device)
+    def check_effect(self, step: int) -> None:
+        """After the second step something has moved in every adapter, and wearing it changes what the model says.
+
+        A first small change may be lost in a half-precision base: then it is looked for again, at twice the step.
+        """
+        last = max(len(job.steps) for job in self.jobs)
+        if not self._started or (step < self._due and step < last):
+            return
+        going = [job for job in self.jobs if job.name not in self.stopped]
+        still = [job for job in going if not self._moved(job)]
+        silent = [job for job in going if job in still or self._silent(job)]
+        self._due *= 2
+        risen = max((round(job.settings.warmup * len(job.steps)) for job in silent), default=0)
+        if still or (silent and step >= min(last, risen + PATIENCE)):
+            what = "nothing in it has changed" if still else "the model says the same with and without it"
+            name = (still or silent)[0].name
+            raise SilentSite(f"{name!r} after {step} steps: {what}; is its learning rate 0, or its strength?")
+        if not silent:
+            self._started = {}
+
+    def _moved(self, job: Job) -> bool:
+        return any(not torch.equal(value, self._started[f"{job.name}/{name}"]) for name, value in self.values(job))
+
+    def _silent(self, job: Job) -> bool:
+        if self.kit[job.name].heads:  # the base may not even have an answer for as many classes
+            return False
+        batch = job.objective.collate([job.items[job.steps[0][-1]]], None)
+        weights = torch.ones(batch.rows, device=self.kit.device)
+        with at_rest(self.kit):
             with self.kit.use(job.name):
                 on = job.objective.losses(self.kit, batch, weights).rows
             with self.kit.use(None):
                 off = job.objective.losses(self.kit, batch, weights).rows
-            if not moved or torch.equal(on, off):
-                what = "nothing in it has changed" if not moved else "the model says the same with and without it"
-                raise SilentSite(f"{job.name!r} after two steps: {what}; is its learning rate 0, or its strength?")
+        return torch.equal(on, off)

@@ -7,8 +7,10 @@ draws at random follows from its seed and step, so no generator's state is neede
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +39,7 @@ def write(
         tensors = {f"value.{name}": value.detach().cpu().contiguous() for name, value in values.items()}
         for number, state in optimiser.state_dict()["state"].items():
             tensors |= {f"state.{number}.{key}": part.cpu().contiguous() for key, part in state.items()}
-        save_file(tensors, fresh / TENSORS)
+        _save(tensors, fresh / TENSORS)
         (fresh / PROGRESS).write_text(json.dumps(dict(progress)), encoding="utf-8")
         (fresh / STATE).write_text(trainer_state, encoding="utf-8")
         for part in fresh.iterdir():
@@ -54,6 +56,14 @@ def write(
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     return final
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as wrong:  # it hides the system's error in its words: "... (os error 28)"
+        number = re.search(r"os error (\d+)", str(wrong))
+        raise OSError(int(number[1]) if number else errno.EIO, str(wrong)) from wrong
 
 
 def _flushed(path: Path) -> None:
@@ -87,11 +97,20 @@ def step_of(path: Path) -> int:
 
 def progress_of(path: Path) -> dict[str, Any]:
     """What a checkpoint says of its run. FileError where it is damaged."""
-    try:
-        held: dict[str, Any] = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as wrong:
-        raise FileError(f"{path} is damaged ({wrong}): delete it, and the run goes on from the one before") from wrong
+    held: dict[str, Any] = _json(path / PROGRESS)
+    _json(path / STATE)  # transformers reads it by itself, and would not say which file it was
     return held
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as wrong:
+        raise _damaged(path.parent, wrong) from wrong
+
+
+def _damaged(path: Path, wrong: object) -> FileError:
+    return FileError(f"{path} is damaged ({wrong}): delete it, and the run goes on from the one before")
 
 
 def load_values(path: Path, values: Mapping[str, Tensor]) -> None:
@@ -100,6 +119,9 @@ def load_values(path: Path, values: Mapping[str, Tensor]) -> None:
     missing, strange = sorted(set(values) - set(tensors)), sorted(set(tensors) - set(values))
     if missing or strange:
         raise FileError(f"{path} holds another adapter: without {missing[:3]}, with {strange[:3]}")
+    shapes = [name for name, value in values.items() if value.shape != tensors[name].shape]
+    if shapes:
+        raise FileError(f"{path} holds another adapter: {shapes[0]} is {tuple(tensors[shapes[0]].shape)} there")
     with torch.no_grad():
         for name, value in values.items():
             value.copy_(tensors[name])
@@ -120,7 +142,7 @@ def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
             keys = [key for key in held.keys() if key.startswith(prefix)]  # noqa: SIM118 - not a mapping
             return {key.removeprefix(prefix): held.get_tensor(key) for key in keys}
     except (SafetensorError, OSError) as wrong:
-        raise FileError(f"{path} is damaged ({wrong}): delete it, and the run goes on from the one before") from wrong
+        raise _damaged(path, wrong) from wrong
 
 
 def rotate(folder: Path, keep: int, best: int | None) -> None:

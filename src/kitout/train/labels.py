@@ -7,7 +7,7 @@ call, no text and no adapter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from kitout.evaluate.metrics import Task
 from kitout.kit.kit import Kit
 from kitout.train.batch import Batch, padded
 from kitout.train.objective import Losses
+from kitout.train.onepass import at_least_float32
 
 Kind = Literal["classification", "regression", "multilabel"]
 
@@ -33,21 +34,25 @@ class Labels:
         self.kit, self.filler = kit, filler
         self.task: Task = task
 
+    @property
+    def form(self) -> Hashable:
+        return self.task, self.filler
+
     def size(self, item: Item) -> int:
         return len(item.ids)
 
     def terms(self, item: Item) -> int:
         return 1
 
-    def collate(self, items: Sequence[Item], seed: int | None) -> Batch:
+    def collate(self, items: Sequence[Item], seeds: Sequence[int] | None) -> Batch:
         ids, mask = padded([item.ids for item in items], self.filler, self.kit.device)
-        form = torch.long if self.task == "classification" else torch.float32
+        form = torch.long if self.task == "classification" else torch.promote_types(self.kit.dtype, torch.float32)
         gold = torch.tensor([item.value for item in items], dtype=form, device=self.kit.device)
         inputs = {"input_ids": ids, "attention_mask": mask}
         return Batch(inputs, {"values": gold}, len(items), int(mask.sum()), ids.numel())
 
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
-        return value_losses(self.task, model(**batch.inputs).logits.float(), batch.gold["values"], weights)
+        return value_losses(self.task, at_least_float32(model(**batch.inputs).logits), batch.gold["values"], weights)
 
     @torch.no_grad()
     def predictions(self, model: Any, batch: Batch) -> list[Any]:

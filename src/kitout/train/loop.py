@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from kitout.errors import ConfigError
+from kitout.errors import ConfigError, Faults
 from kitout.kit.kit import Kit
 from kitout.train import keep, memory, processes
 from kitout.train.health import Health
 from kitout.train.jobs import Job, optimiser, scheduler
-from kitout.train.mode import at_work
+from kitout.train.mode import at_rest, at_work
 from kitout.train.step import Rows, Work
 
 Watch = Callable[[], dict[str, float]]
@@ -59,6 +59,7 @@ class Loop(Trainer):  # type: ignore[misc]
     ) -> None:  # fmt: skip
         self.kit, self.jobs, self.folder, self.run, self.watch, self.kept = kit, list(jobs), folder, run, watch, kept
         self.steps = Steps(jobs)
+        _settled(args, len(self.steps), len(jobs))
         self.work = Work(kit, jobs, micro or max(len(self.steps[0]), 1))
         self.health = Health(kit, jobs, folder)
         with _config_as_found(kit):
@@ -92,22 +93,39 @@ class Loop(Trainer):  # type: ignore[misc]
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         names = [job.name for job in self.jobs]
         self.kit.train_only(*names)
-        with at_work(self.kit, names, bool(self.args.activation_checkpointing)):
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if resume_from_checkpoint is not None and self._ended(Path(resume_from_checkpoint)):
+            return None
+        checkpointing, self.args.activation_checkpointing = self.args.activation_checkpointing, False
+        try:  # Trainer would switch it on once more, in its own way
+            with at_work(self.kit, names, bool(checkpointing)):
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.args.activation_checkpointing = checkpointing
+
+    def _ended(self, path: Path) -> bool:
+        """Puts a run back that had stopped early when it was saved: one more step would be one too many."""
+        if not keep.progress_of(path)["ended"]:
+            return False
+        self._load_from_checkpoint(str(path))
+        self.state = TrainerState.load_from_json(str(path / keep.STATE))
+        return True
 
     def training_step(self, model: nn.Module, inputs: Rows, num_items_in_batch: Any = None) -> Tensor:
+        rows = [(j, i) for j, i in inputs if self.jobs[j].name not in self.health.stopped]
+        if not rows:  # whoever had steps left has diverged
+            self.control.should_training_stop = True
+            return torch.zeros((), device=self.args.device)
         accelerator = self.accelerator
-        return self.work.step(model, inputs, self.state.global_step, accelerator.backward, accelerator.no_sync)
+        return self.work.step(model, rows, self.state.global_step, accelerator.backward, accelerator.no_sync)
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        return torch.tensor(self.health.clip(self.state.global_step))
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        """By each job's own norm, below."""
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return grad_norm
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        return self.health.clip(self.state.global_step)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= 2:
-            self.health.check_effect()
+        self.health.check_effect(self.state.global_step)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # ---- logs and evaluation ------------------------------------------------------------------------------------
@@ -126,7 +144,8 @@ class Loop(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """What `watch` measures, logged and told to the callbacks."""
-        found = self.watch() if self.watch is not None else {}
+        with at_rest(self.kit):
+            found = self.watch() if self.watch is not None else {}
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
@@ -135,12 +154,15 @@ class Loop(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """One folder, whole or not there. A disk that is full costs this checkpoint and nothing that was kept."""
+        counted = self.work.state()
         if self.args.should_save:
             for part in (*self.callback_handler.callbacks, self.control):
                 if isinstance(part, ExportableState):
                     self.state.stateful_callbacks[type(part).__name__] = part.state()
             scheduled = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
-            progress = {"run": self.run, **self.work.state(), "stopped": self.health.stopped, "scheduler": scheduled}
+            ended = self.control.should_training_stop and self.state.global_step < self.args.max_steps
+            progress = {"run": self.run, **counted, "stopped": self.health.stopped, "ended": ended}
+            progress["scheduler"] = scheduled
             state = json.dumps(asdict(self.state))
             try:
                 keep.write(self.folder, self.state.global_step, self.values(), self.optimizer, progress, state)
@@ -186,11 +208,15 @@ class Loop(Trainer):  # type: ignore[misc]
         """Nothing to do: what is drawn follows from the seed and the step."""
 
     def load_best(self) -> int | None:
-        """Puts the best checkpoint's values back; its step, or None where nothing was measured."""
+        """Puts the best checkpoint's values back; the step they are of, or None where nothing was measured."""
         best = self.state.best_global_step
+        if not best or best == self.state.global_step:
+            return best
         path = self.folder / f"{keep.PREFIX}{best}"
-        if best and path.exists() and best != self.state.global_step:
-            keep.load_values(path, self.values())
+        if not path.exists():  # the disk was full when it was to be written
+            warnings.warn(f"there is no {path}, the best by what was measured: the last values stay", stacklevel=2)
+            return int(self.state.global_step)
+        keep.load_values(path, self.values())
         return best
 
 
@@ -200,6 +226,20 @@ class SaveWhenMeasured(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         control.should_save = control.should_save or control.should_evaluate
         return control
+
+
+def _settled(args: TrainingArguments, steps: int, jobs: int) -> None:
+    """What Trainer has to leave to us, or be told."""
+    faults = Faults(ConfigError, "TrainingArguments")
+    if args.gradient_accumulation_steps != 1:
+        faults.add("gradient_accumulation_steps: a step is cut by Loop(micro=...), write 1")
+    if args.fp16 or args.bf16:
+        faults.add("fp16, bf16: the base has its own dtype and adapters are float32, write False for both")
+    faults.raise_if_any()
+    args.max_steps = min(args.max_steps, steps) if args.max_steps > 0 else steps
+    args.max_grad_norm = 1.0  # each job has its own; 0 would leave out our checks with it
+    args.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
+    args.ddp_find_unused_parameters = jobs > 1  # a job may be done, or have no row in a process
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ adapters, micro-batches and processes come to the same normalisation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -42,6 +42,11 @@ class Objective(Protocol):
 
     task: Task  # what `kitout.evaluate.metrics` scores predictions by
 
+    @property
+    def form(self) -> Hashable:
+        """Jobs whose objectives have the same form may share a forward, row by row; None: with no other job."""
+        ...
+
     def size(self, item: Any) -> int:
         """What an example costs: tokens, or 1."""
         ...
@@ -50,10 +55,8 @@ class Objective(Protocol):
         """How many terms its loss is a sum of: learnt tokens, or 1."""
         ...
 
-    def collate(self, items: Sequence[Any], seed: int | None) -> Batch:
-        """Examples as one batch. seed: of what is drawn anew each time (augmentation);
-        None: nothing is, as in an evaluation.
-        """
+    def collate(self, items: Sequence[Any], seeds: Sequence[int] | None) -> Batch:
+        """Examples as one batch. seeds: one each, of what is drawn anew each time (augmentation); None: nothing is."""
         ...
 
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:

@@ -26,15 +26,14 @@ class _OnePass(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         wanted = ctx.needs_input_grad[0]
         grad_Nd = torch.empty_like(h_Nd) if wanted else h_Nd.new_empty(0)
-        nll_N = torch.empty(len(h_Nd), dtype=torch.float32, device=h_Nd.device)
+        form = torch.promote_types(h_Nd.dtype, torch.float32)
+        nll_N = torch.empty(len(h_Nd), dtype=form, device=h_Nd.device)
         right_N = torch.empty(len(h_Nd), dtype=torch.bool, device=h_Nd.device)
         rows = max(1, CHUNK_BYTES // (4 * w_Vd.shape[0]))
         for at in range(0, len(h_Nd), rows):
             part = slice(at, at + rows)
             labels = labels_N[part, None]
-            logits = F.linear(
-                h_Nd[part], w_Vd, b_V
-            ).float()  # rounded to the head's dtype as the model's own logits are
+            logits = F.linear(h_Nd[part], w_Vd, b_V).to(form)  # rounded to the head's dtype as the model's own are
             right_N[part] = logits.argmax(1) == labels_N[part]
             largest = logits.amax(1, keepdim=True)
             chosen = logits.gather(1, labels) - largest
@@ -42,19 +41,18 @@ class _OnePass(torch.autograd.Function):
             total = logits.sum(1, keepdim=True)
             nll_N[part] = (total.log() - chosen).squeeze(1)
             if wanted:
-                scale = weights_N[part, None]
-                logits.mul_(scale / total)
-                logits.scatter_add_(1, labels, -scale)
+                logits.div_(total).scatter_add_(1, labels, torch.full_like(total, -1.0))
                 grad_Nd[part] = logits.to(w_Vd.dtype) @ w_Vd
-        ctx.save_for_backward(grad_Nd)
+        ctx.save_for_backward(grad_Nd, weights_N)
         ctx.mark_non_differentiable(nll_N, right_N)
         return (weights_N * nll_N).sum(), nll_N, right_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        (grad_Nd,) = ctx.saved_tensors
-        return grad_Nd * grad.to(grad_Nd.dtype), None, None, None, None
+        """Weights come in here, in fp32: times 1/tokens a half-precision gradient would be rounded to nothing."""
+        grad_Nd, weights_N = ctx.saved_tensors
+        return (grad_Nd * (weights_N * grad)[:, None]).to(grad_Nd.dtype), None, None, None, None
 
 
 def one_pass(
@@ -65,7 +63,12 @@ def one_pass(
     return found
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision is too coarse for a softmax."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def plain(logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same three from logits, for a head that learns or a model that does more after it."""
-    nll_N = F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
+    nll_N = F.cross_entropy(at_least_float32(logits_NV), labels_N, reduction="none")
     return (weights_N.float() * nll_N).sum(), nll_N.detach(), logits_NV.detach().argmax(1) == labels_N

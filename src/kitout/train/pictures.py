@@ -6,7 +6,7 @@ An item is a row's number. It knows images and a model's call (`kitout.train.for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from kitout.train.batch import Batch
 from kitout.train.forward import logits
 from kitout.train.labels import read_off, value_losses
 from kitout.train.objective import Losses
+from kitout.train.onepass import at_least_float32
 
 
 class Pictures:
@@ -30,19 +31,28 @@ class Pictures:
     def __init__(self, kit: Kit, images: Images, pixels: Pixels) -> None:
         self.kit, self.images, self.pixels = kit, images, pixels
 
+    @property
+    def form(self) -> Hashable:
+        """Its items are rows of its own images."""
+        return self.task, id(self.images), id(self.pixels)
+
     def size(self, item: int) -> int:
         return 1
 
     def terms(self, item: int) -> int:
         return 1
 
-    def collate(self, items: Sequence[int], seed: int | None) -> Batch:
-        pixels = self.pixels(self.images, list(items), seed).to(self.kit.device)
+    def collate(self, items: Sequence[int], seeds: Sequence[int] | None) -> Batch:
+        if seeds is None or self.pixels.augment is None:
+            pixels = self.pixels(self.images, list(items))
+        else:  # one by one, so that an image's changes do not depend on who shares its batch
+            pixels = torch.cat([self.pixels(self.images, [i], seed) for i, seed in zip(items, seeds, strict=True)])
+        pixels = pixels.to(self.kit.device)
         gold = torch.tensor([self.images.labels[i] for i in items], device=self.kit.device)
         return Batch({"pixel_values": pixels}, {"values": gold}, len(items), len(items), len(items))
 
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
-        found = logits(self.kit, batch.inputs["pixel_values"], model).float()
+        found = at_least_float32(logits(self.kit, batch.inputs["pixel_values"], model))
         return value_losses(self.task, found, batch.gold["values"], weights)
 
     @torch.no_grad()

@@ -10,6 +10,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
+from kitout.errors import ConfigError
+
 POOL = 32  # batches sorted by length together
 
 
@@ -25,6 +27,8 @@ def plan(
     """The indices of every step, longest first within a step. sets: the parts of a mixture, as ranges of indices."""
     dice = random.Random(seed)
     parts = list(sets) if sets else [range(len(sizes))]
+    if not all(parts):
+        raise ConfigError(f"a training set without an example: found sets of {[len(part) for part in parts]}")
     stream = _mixed(parts, list(weights) if weights else [1.0] * len(parts), dice)
     batches: list[list[int]] = []
     while len(batches) < steps:

@@ -21,7 +21,12 @@ def rank() -> int:
 
 def mine(whole: Sequence[Any]) -> list[Any]:
     """Every n-th, from one's own number on: neighbours of like length go to different processes."""
-    return list(whole[rank() :: world()])
+    return shares(whole)[rank()]
+
+
+def shares(whole: Sequence[Any]) -> list[list[Any]]:
+    """What `mine` gives to each process."""
+    return [list(whole[number :: world()]) for number in range(world())]
 
 
 def gathered(here: list[Any]) -> list[Any]:

@@ -6,7 +6,7 @@ end included. The head is asked for the real positions alone (`kitout.train.head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -39,13 +39,17 @@ class Seq2Seq:
         call = lambda: self.kit(**batch.inputs)  # noqa: E731
         self.head = HeadLoss.tried(self.kit, list(names), call, batch.gold["places"], batch.gold["labels"])
 
+    @property
+    def form(self) -> Hashable:
+        return "seq2seq", self.filler, self.head.way
+
     def size(self, item: Item) -> int:
         return item.length
 
     def terms(self, item: Item) -> int:
         return len(item.target)
 
-    def collate(self, items: Sequence[Item], seed: int | None) -> Batch:
+    def collate(self, items: Sequence[Item], seeds: Sequence[int] | None) -> Batch:
         device = self.kit.device
         ids, mask = padded([item.ids for item in items], self.filler, device)
         read, there = padded([(self.start, *item.target[:-1]) for item in items], self.filler, device)
@@ -65,8 +69,8 @@ class Seq2Seq:
         gold = batch.gold
         owners = gold["owners"]
         total, nll, right = self.head(lambda: model(**batch.inputs), gold["places"], gold["labels"], weights[owners])
-        zeros = torch.zeros(batch.rows, device=nll.device)
-        sums = [zeros.index_add(0, owners, v.detach()) for v in (nll, right.float(), torch.ones_like(nll))]
+        zeros = torch.zeros(batch.rows, dtype=nll.dtype, device=nll.device)
+        sums = [zeros.index_add(0, owners, v.detach()) for v in (nll, right.to(nll.dtype), torch.ones_like(nll))]
         return Losses(total, *sums)
 
     def predictions(self, model: Any, batch: Batch) -> list[Any]:

@@ -5,7 +5,7 @@ Cross-entropy over the marked tokens. It knows items and a model's call, no word
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from kitout.evaluate.metrics import Task
 from kitout.kit.kit import Kit
 from kitout.train.batch import Batch, padded
 from kitout.train.objective import Losses
+from kitout.train.onepass import at_least_float32
 
 
 class Tagging:
@@ -27,13 +28,17 @@ class Tagging:
     def __init__(self, kit: Kit, filler: int) -> None:
         self.kit, self.filler = kit, filler
 
+    @property
+    def form(self) -> Hashable:
+        return self.task, self.filler
+
     def size(self, item: Item) -> int:
         return len(item.ids)
 
     def terms(self, item: Item) -> int:
         return item.learned
 
-    def collate(self, items: Sequence[Item], seed: int | None) -> Batch:
+    def collate(self, items: Sequence[Item], seeds: Sequence[int] | None) -> Batch:
         ids, mask = padded([item.ids for item in items], self.filler, self.kit.device)
         gold = torch.full(ids.shape, IGNORED)
         for i, item in enumerate(items):
@@ -43,7 +48,7 @@ class Tagging:
 
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
         gold = batch.gold["labels"]
-        logits = model(**batch.inputs).logits.float()
+        logits = at_least_float32(model(**batch.inputs).logits)
         nll = F.cross_entropy(logits.transpose(1, 2), gold, ignore_index=IGNORED, reduction="none")
         there = gold != IGNORED
         right = (logits.argmax(2) == gold) & there
