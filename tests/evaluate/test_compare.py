@@ -60,10 +60,10 @@ def test_less_loss_is_better_and_has_no_points() -> None:
     assert back.better is False
 
 
-def test_only_common_metrics_are_compared_and_labels_are_told_once() -> None:
+def test_only_common_metrics_are_compared() -> None:
     texts = ["yes", "no", "no"] * 4
     found = measures("generation", texts, texts)
-    assert [c.name for c in compare(found, found).changes] == ["accuracy", "macro_f1", "token_f1"]
+    assert [c.name for c in compare(found, found).changes] == ["accuracy", "macro_f1", "exact_match", "token_f1"]
     assert [c.name for c in compare({"loss": found["accuracy"], "accuracy": found["accuracy"]}, found).changes] == [
         "accuracy"
     ]
@@ -97,3 +97,6 @@ def test_examples_are_the_first_of_each_label_and_the_first_that_changed() -> No
     assert side_by_side(prompts, REFERENCES, BASE, TUNED, 0) == ()
     assert len(side_by_side(prompts, REFERENCES, BASE, BASE, 20)) == 9
     assert side_by_side([], [], [], [], 4) == ()
+    labels = ["yes", "no"] * 6
+    wordy = side_by_side(labels, labels, [f"I would say {label}." for label in labels], ["no"] * 12, 2)
+    assert [s.right for s in wordy] == [(True, False), (True, True)]

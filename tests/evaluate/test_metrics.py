@@ -17,7 +17,7 @@ from kitout.evaluate.language import Summed, summed
 from kitout.evaluate.measure import Score
 from kitout.evaluate.metrics import TITLES, score
 from kitout.evaluate.tags import spans
-from kitout.evaluate.texts import closed, normal, token_f1
+from kitout.evaluate.texts import closed, named, normal, token_f1
 
 DICE = np.random.default_rng(0)
 TRUE = DICE.integers(0, 4, 300).tolist()
@@ -182,17 +182,34 @@ def test_closed_sets_return() -> None:
     assert closed([f"answer {i % 60}" for i in range(300)]) == []
 
 
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        ("positive", "positive"),
+        ("the sentiment of this tweet is positive", "positive"),
+        ("it is very positive indeed", "very positive"),  # the longer label names the shorter too
+        ("positive or negative", None),
+        ("unpositive", None),
+        ("", None),
+        ("i do not know", None),
+    ],
+)
+def test_an_answer_is_read_as_the_only_label_it_names(answer: str, label: str | None) -> None:
+    assert named(answer, ["positive", "negative", "very positive"]) == label
+
+
 @needs_sklearn
 def test_answers_from_a_closed_set_are_labels_too() -> None:
     from sklearn.metrics import f1_score
 
     names = ["negative", "neutral", "positive", "mixed"]
     true = [names[t] for t in TRUE]
-    said = [names[s].capitalize() + "." if s < 4 else "The sentiment is positive" for s in SAID]
+    said = [f"It is {names[s]}." if s < 4 else "The sentiment is unclear" for s in SAID]
     found = score("generation", said, true)
     within(found)
     assert list(found) == ["accuracy", "macro_f1", "exact_match", "token_f1"]
-    assert found["accuracy"].value == found["exact_match"].value == pytest.approx(np.mean(np.equal(SAID, TRUE)))
+    assert found["accuracy"].value == pytest.approx(np.mean(np.equal(SAID, TRUE)))
+    assert found["exact_match"].value == 0
     expected = f1_score(TRUE, SAID, average="macro", labels=[0, 1, 2, 3])
     assert found["macro_f1"].value == pytest.approx(expected)
     assert found["token_f1"].value > found["exact_match"].value

@@ -149,7 +149,7 @@ def test_the_card_is_read_by_the_hubs_own_reader() -> None:
     assert (read.data.base_model, read.data.license, read.data.library_name) == ("org/model-1", "apache-2.0", "kitout")
     assert read.data.tags == ["kitout", "adapter", "lora"]
     results = {r.metric_type: r for r in read.data.eval_results}
-    assert list(results) == ["accuracy", "macro_f1", "token_f1"]
+    assert list(results) == ["accuracy", "macro_f1", "exact_match", "token_f1"]
     assert results["accuracy"].metric_value == pytest.approx(comparison().changes[0].tuned.value, abs=1e-6)
     assert (results["accuracy"].dataset_name, results["accuracy"].dataset_type) == ("my tweets", "my-tweets")
     text = str(read)

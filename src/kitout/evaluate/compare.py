@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kitout.evaluate.measure import Measure, Score, difference
 from kitout.evaluate.metrics import TITLES
-from kitout.evaluate.texts import normal
+from kitout.evaluate.texts import closed, named, normal
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def compare(
     changes = tuple(
         Change(name, base[name].score(seed), tuned[name].score(seed), *difference(base[name], tuned[name], seed))
         for name in tuned
-        if name in base and not (name == "exact_match" and "accuracy" in tuned)  # over labels they are the same
+        if name in base
     )
     if not changes:
         raise ValueError(f"base has {', '.join(base)}, tuned {', '.join(tuned)}: no metric in common")
@@ -107,8 +107,9 @@ def side_by_side(
     most: int = 8,
 ) -> tuple[Shown, ...]:
     """Half of them the first of each label in turn, half the first whose answer changed."""
-    right = [(_same(b, r), _same(t, r)) for b, t, r in zip(base, tuned, references, strict=True)]
-    turns = _turns([normal(r) for r in references])
+    labels, true = closed(references), [normal(r) for r in references]
+    right = [(_says(b, r, labels), _says(t, r, labels)) for b, t, r in zip(base, tuned, true, strict=True)]
+    turns = _turns(true)
     chosen = dict.fromkeys(turns[: (most + 1) // 2], "first of its kind")
     for i in _changed(right, [normal(b) != normal(t) for b, t in zip(base, tuned, strict=True)]):
         if len(chosen) < most:
@@ -141,8 +142,9 @@ def _in_turn(turned: Mapping[int, tuple[bool, bool]]) -> list[int]:
     return [places[i] for i in _turns(kinds)]
 
 
-def _same(answer: str, reference: str) -> bool:
-    return normal(answer) == normal(reference)
+def _says(answer: str, reference: str, labels: Sequence[str]) -> bool:
+    """As `answered` counts it: the reference itself, or, where that is a label, the only label it names."""
+    return normal(answer) == reference or named(normal(answer), labels) == reference
 
 
 def told(value: float, share: bool, sign: bool = False) -> str:

@@ -34,5 +34,15 @@ def _template() -> Any:
     from jinja2 import Environment, StrictUndefined
 
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"words": words, "base64": lambda held: base64.b64encode(held).decode()}
+    page.filters |= {"words": words, "base64": _base64, "broad": _broad}
     return page.from_string(files("kitout.evaluate").joinpath("report.html").read_text(encoding="utf-8"))
+
+
+def _base64(picture: bytes) -> str:
+    return base64.b64encode(picture).decode()
+
+
+def _broad(picture: bytes) -> bool:
+    """Whether a PNG is too broad to be read at the width of a phone: then it is moved sideways."""
+    width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
+    return width > 2.2 * height

@@ -1,8 +1,9 @@
 """Scores of written answers: the same words, some of the same words, the same label.
 
 Exact match and token-F1 are SQuAD's (Rajpurkar et al. 2016) after its normalisation; where the references are a few
-labels that return, also accuracy and macro-F1 over these. ROUGE-L, chrF and BLEU come from rouge-score and sacrebleu
-where they are installed. Everything is between 0 and 1. It knows no model.
+labels that return, also accuracy and macro-F1 over these, by the one label an answer names: a base that answers in
+a sentence is not called wrong for that. ROUGE-L, chrF and BLEU come from rouge-score and sacrebleu where they are
+installed. Everything is between 0 and 1. It knows no model.
 """
 
 from __future__ import annotations
@@ -53,6 +54,15 @@ def closed(references: Sequence[str]) -> list[str]:
     return [label for label, _ in found.most_common()] if few else []
 
 
+def named(answer: str, labels: Sequence[str]) -> str | None:
+    """The label that an answer is, or else the only one it names; all of them normalised."""
+    if answer in labels:
+        return answer
+    held = [label for label in labels if f" {label} " in f" {answer} "]
+    whole = [label for label in held if not any(label != other and f" {label} " in f" {other} " for other in held)]
+    return whole[0] if len(whole) == 1 else None
+
+
 def answered(
     predictions: Sequence[str],
     references: Sequence[str],
@@ -68,9 +78,9 @@ def answered(
     labels = closed(references) if names is None else [normal(name) for name in names]
     found: dict[str, Measure] = {}
     if labels:
-        number = {label: i for i, label in enumerate(dict.fromkeys([*labels, *true]))}
+        number: dict[str | None, int] = {label: i for i, label in enumerate(dict.fromkeys([*labels, *true]))}
         found = chosen(
-            np.array([number.get(p, -1) for p in said], dtype=np.intp),
+            np.array([number.get(named(p, labels), -1) for p in said], dtype=np.intp),
             np.array([number[r] for r in true], dtype=np.intp),
             len(number),
         )
