@@ -30,6 +30,12 @@ with held(Path(sys.argv[1])):
 """
 
 
+def begin(folder: Path, **changes: Any) -> None:
+    """A run that has logged its first step."""
+    with opened(config(folder, **changes)) as run:
+        run.metrics.write_text("{}\n")
+
+
 def config(folder: Path, **changes: Any) -> RunConfig:
     values: dict[str, Any] = {"model": "m", "data": "d.jsonl", "output": {"folder": str(folder)}}
     return load(values | changes)
@@ -57,6 +63,7 @@ def test_new_then_resumed_then_done(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "run"
     with opened(config(folder)) as run:
         assert (run.path, run.resumes, run.done) == (folder, False, False)
+        run.metrics.write_text("{}\n")
     with opened(config(folder)) as run:
         assert (run.resumes, run.done) == (True, False)
         run.finish({"loss": 0.5, "worst": float("nan"), "by": {"a": 1}})
@@ -66,6 +73,15 @@ def test_new_then_resumed_then_done(tmp_path: Path) -> None:
     assert json.loads(run.results.read_text()) == {"loss": 0.5, "worst": None, "by": {"a": 1}}
 
 
+def test_what_a_dry_run_leaves_is_no_run(tmp_path: Path) -> None:
+    with opened(config(tmp_path)) as run:
+        run.checkpoints.mkdir()
+        (tmp_path / "preflight.txt").touch()
+    with opened(config(tmp_path, method="IA3")) as run:
+        assert not run.resumes
+    assert load(yamls.read(tmp_path / RUN)) == config(tmp_path, method="IA3")
+
+
 def test_run_yaml_holds_the_run(tmp_path: Path) -> None:
     made = config(tmp_path, method={"name": "IA3"}, train={"lr": 3e-4}, data={"train": "1e-4", "labels": ["no", "1"]})
     with opened(made):
@@ -73,8 +89,7 @@ def test_run_yaml_holds_the_run(tmp_path: Path) -> None:
 
 
 def test_other_settings_are_named_with_both_values(tmp_path: Path) -> None:
-    with opened(config(tmp_path)):
-        pass
+    begin(tmp_path)
     with pytest.raises(ConfigError) as wrong, opened(config(tmp_path, method="IA3", train={"lr": 0.1, "batch": 8})):
         pass
     words = str(wrong.value)
@@ -85,8 +100,7 @@ def test_other_settings_are_named_with_both_values(tmp_path: Path) -> None:
 
 
 def test_what_only_costs_may_differ(tmp_path: Path) -> None:
-    with opened(config(tmp_path)):
-        pass
+    begin(tmp_path)
     cheaper = {"micro_batch": 2, "checkpointing": True, "keep": 5, "save_every": 3}
     with opened(config(tmp_path, train=cheaper, evaluate={"shown": 1})) as run:
         assert run.resumes
@@ -98,8 +112,7 @@ def test_free_settings_exist(tmp_path: Path) -> None:
 
 
 def test_a_setting_that_came_later_is_no_difference(tmp_path: Path) -> None:
-    with opened(config(tmp_path)):
-        pass
+    begin(tmp_path)
     file = tmp_path / RUN
     file.write_text(file.read_text().replace("  clip: 1.0\n", ""))
     with opened(config(tmp_path)) as run:
@@ -130,8 +143,7 @@ def test_the_users_own_run_yaml_is_never_overwritten(tmp_path: Path) -> None:
 
 
 def test_damaged_settings_are_told(tmp_path: Path) -> None:
-    with opened(config(tmp_path)):
-        pass
+    begin(tmp_path)
     (tmp_path / RUN).write_text((tmp_path / RUN).read_text()[:90] + "\n  [")
     with pytest.raises(ConfigError, match="damaged"), opened(config(tmp_path)):
         pass
@@ -159,9 +171,11 @@ def test_a_killed_process_lets_go(tmp_path: Path, holder: Callable[[], subproces
     assert str(other.pid) in (tmp_path / lock.FILE).read_text()
     with opened(config(tmp_path)) as run:
         assert not run.resumes
+        run.metrics.write_text("{}\n")
 
 
 def test_the_same_process_cannot_hold_it_twice(tmp_path: Path) -> None:
+    begin(tmp_path)
     with opened(config(tmp_path)):
         with pytest.raises(ConfigError, match=f"process {os.getpid()} since"), opened(config(tmp_path)):
             pass

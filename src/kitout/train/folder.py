@@ -29,6 +29,7 @@ FREE = {
     *("train.micro_batch", "train.checkpointing", "train.shard", "train.save_every", "train.keep"),
     *("evaluate.shown", "output.folder", "output.report_to"),
 }
+BEGINNING = {RUN, lock.FILE, "estimate.json", *PREFLIGHT}  # files of a run that has only been looked at
 ABSENT = object()
 
 
@@ -106,7 +107,7 @@ def _check_place(path: Path) -> None:
                 f"for example {path / 'out'}"
             )
         return
-    strange = [name for name in held if name not in {lock.FILE, METRICS, *PREFLIGHT}]
+    strange = [name for name in held if name not in {METRICS, *BEGINNING}]
     if strange:
         shown = ", ".join(strange[:4]) + (", ..." if len(strange) > 4 else "")
         raise ConfigError(f"{path} is no run's folder: it holds {shown}. Say a new or empty output.folder")
@@ -118,8 +119,8 @@ def _signed(file: Path) -> bool:
 
 
 def _check_run(path: Path, config: RunConfig) -> bool:
-    """Whether the folder holds this run; raises if it holds another."""
-    if not (path / RUN).exists():
+    """Whether the folder holds this run; raises if it holds another. What a dry run leaves is no run."""
+    if all(file.relative_to(path).as_posix() in BEGINNING for file in path.rglob("*") if not file.is_dir()):
         return False
     try:
         old = flat(yamls.read(path / RUN))

@@ -53,10 +53,13 @@ class Preflight:
 
 
 def show(page: Preflight, console: Console | None = None) -> None:
-    """On the console: in colour where it has any."""
+    """On the console: in colour where it has any, and nowhere wider than a page."""
     console = console or Console()
-    colour = console.is_terminal and console.color_system is not None and not console.no_color
-    console.print(drawn(page, colour), width=min(console.width, WIDTH) if console.is_terminal else WIDTH)
+    if not console.is_terminal:  # a file has no width of its own
+        console.print(text(page), markup=False, highlight=False, soft_wrap=True, end="")
+        return
+    colour = console.color_system is not None and not console.no_color
+    console.print(drawn(page, colour), width=min(console.width, WIDTH))
 
 
 def save(page: Preflight, folder: Path) -> None:
@@ -69,7 +72,8 @@ def save(page: Preflight, folder: Path) -> None:
 def text(page: Preflight) -> str:
     """Without colours, marks instead."""
     buffer = io.StringIO()
-    Console(file=buffer, width=WIDTH, color_system=None, force_terminal=False).print(drawn(page, colour=False))
+    paper = Console(file=buffer, width=WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
+    paper.print(drawn(page, colour=False))
     return "\n".join(line.rstrip() for line in buffer.getvalue().split("\n"))
 
 
@@ -223,7 +227,9 @@ def _cost(page: Preflight) -> RenderableType:
     table = _grid()
     table.add_row(Text("steps", DIM), f"{page.steps:,}")
     table.add_row(Text("memory", DIM), "not known" if page.memory is None else f"about {size(page.memory)}")
-    table.add_row(Text("time", DIM), "not known" if page.time is None else f"about {seconds(page.time)}")
+    table.add_row(
+        Text("time", DIM), "not known" if page.time is None else f"about {seconds(page.time)}, measurements not counted"
+    )
     return table
 
 
