@@ -15,6 +15,8 @@ from typing import Any
 from kitout.data.items import IGNORED, Item
 from kitout.data.tables import DataError
 
+BATCH = 1000  # texts whose offsets are in memory at once
+
 
 @dataclass(frozen=True)
 class Marked:
@@ -44,6 +46,7 @@ class Words:
                 " load the model's fast one (AutoTokenizer.from_pretrained(..., use_fast=True))"
             )
         self.tokenizer = tokenizer
+        self._known: dict[int, int] = {}  # one number in memory for each token, however often it comes
 
     @cached_property
     def end(self) -> int:
@@ -76,9 +79,10 @@ class Words:
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def items(self, texts: Sequence[Marked]) -> list[Item]:
-        """One item each, whole; `encode` shortens them. All are tokenised in one batch."""
-        if not texts:
-            return []
+        """One item each, whole; `encode` shortens them. A batch is tokenised at once."""
+        return [item for at in range(0, len(texts), BATCH) for item in self._batch(texts[at : at + BATCH])]
+
+    def _batch(self, texts: Sequence[Marked]) -> list[Item]:
         cut = [self._pieces(marked) for marked in texts]
         said = self.tokenizer(
             [piece for pieces in cut for piece in pieces], add_special_tokens=False, return_offsets_mapping=True,
@@ -92,7 +96,7 @@ class Words:
             at = 0
             for piece in pieces:
                 some, where = next(coded)
-                ids += some
+                ids += [self._known.setdefault(i, i) for i in some]
                 places += [(a + at, b + at) for a, b in where]
                 at += len(piece)
             made.append(self._item(marked, ids, places))
