@@ -77,6 +77,7 @@ def test_what_a_dry_run_leaves_is_no_run(tmp_path: Path) -> None:
     with opened(config(tmp_path)) as run:
         run.checkpoints.mkdir()
         (tmp_path / "preflight.txt").touch()
+        (tmp_path / ".run.yaml.123").touch()
     with opened(config(tmp_path, method="IA3")) as run:
         assert not run.resumes
     assert load(yamls.read(tmp_path / RUN)) == config(tmp_path, method="IA3")
@@ -140,6 +141,13 @@ def test_the_users_own_run_yaml_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has not written"), opened(config(tmp_path)):
         pass
     assert (tmp_path / RUN).read_text() == "# mine\nmodel: m\n"
+
+
+def test_a_kill_at_the_very_beginning_leaves_a_folder_that_can_be_used(tmp_path: Path) -> None:
+    for name in (".run.yaml.123", lock.FILE, ".preflight.json.7"):
+        (tmp_path / name).touch()
+    with opened(config(tmp_path)) as run:
+        assert not run.resumes
 
 
 def test_damaged_settings_are_told(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ FREE = {
     *("train.micro_batch", "train.checkpointing", "train.shard", "train.save_every", "train.keep"),
     *("evaluate.shown", "output.folder", "output.report_to"),
 }
-BEGINNING = {RUN, lock.FILE, "estimate.json", *PREFLIGHT}  # files of a run that has only been looked at
+BEGINNING = {RUN, "estimate.json", *PREFLIGHT}  # files of a run that has only been looked at
 ABSENT = object()
 
 
@@ -107,10 +107,15 @@ def _check_place(path: Path) -> None:
                 f"for example {path / 'out'}"
             )
         return
-    strange = [name for name in held if name not in {METRICS, *BEGINNING}]
+    strange = [name for name in held if name not in {METRICS, *BEGINNING} and not _ours(name)]
     if strange:
         shown = ", ".join(strange[:4]) + (", ..." if len(strange) > 4 else "")
         raise ConfigError(f"{path} is no run's folder: it holds {shown}. Say a new or empty output.folder")
+
+
+def _ours(name: str) -> bool:
+    """The lock, or what a kill has left of a file that was being written."""
+    return name == lock.FILE or any(name.startswith(f".{made}.") for made in (RUN, METRICS, RESULTS, *PREFLIGHT))
 
 
 def _signed(file: Path) -> bool:
@@ -120,7 +125,8 @@ def _signed(file: Path) -> bool:
 
 def _check_run(path: Path, config: RunConfig) -> bool:
     """Whether the folder holds this run; raises if it holds another. What a dry run leaves is no run."""
-    if all(file.relative_to(path).as_posix() in BEGINNING for file in path.rglob("*") if not file.is_dir()):
+    held = (file.relative_to(path) for file in path.rglob("*") if not file.is_dir())
+    if all(str(file) in BEGINNING or _ours(file.name) for file in held):
         return False
     try:
         old = flat(yamls.read(path / RUN))
