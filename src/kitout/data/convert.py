@@ -33,13 +33,17 @@ def instruction(cells: Cells) -> Chat:
     return single(f"{asked}\n\n{given}" if given else asked, _text(cells, "response"), _spare(cells, "system"))
 
 
-def chat(cells: Cells) -> Chat:
+def chat(cells: Cells, role: str = "messages") -> Chat:
     """OpenAI's messages (role, content) and sharegpt's (from, value)."""
-    turns = _turns(_listed(cells, "messages"))
+    turns = _turns(_listed(cells, role))
     system = _spare(cells, "system")
     if system and turns[0].role != "system":
         turns = (Turn({"role": "system", "content": system}), *turns)
     return Chat(turns, _tools(cells.get("tools")))
+
+
+def sharegpt(cells: Cells) -> Chat:
+    return chat(cells, "conversations")
 
 
 def completion(cells: Cells) -> Chat | Completion:

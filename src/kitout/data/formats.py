@@ -49,7 +49,8 @@ class Format:
 
     def __str__(self) -> str:
         perhaps = f"; perhaps {', '.join(self.may)}" if self.may else ""
-        return f"{self.name} ({', '.join(self.needs)}{perhaps})"
+        needs = ["/".join(names[:3]) + ("/..." if len(names) > 3 else "") for names in self.needs.values()]
+        return f"{self.name}: {' and '.join(needs)}{perhaps}"
 
 
 FORMATS = {
@@ -65,7 +66,9 @@ FORMATS = {
             {"context": ("input", "context"), **_SYSTEM},
         ),
         Format("messages", {"messages": ("messages", "dialog", "chat")}, convert.chat, {**_TOOLS, **_SYSTEM}),
-        Format("sharegpt", {"messages": ("conversations", "conversation")}, convert.chat, {**_TOOLS, **_SYSTEM}),
+        Format(
+            "sharegpt", {"conversations": ("conversations", "conversation")}, convert.sharegpt, {**_TOOLS, **_SYSTEM}
+        ),
         Format("completion", {"prompt": ("prompt",), "completion": ("completion",)}, convert.completion, _TOOLS),
         Format(
             "question",
@@ -226,10 +229,7 @@ def _unclear(
 ) -> str:
     shown = f"{where} has the columns: {', '.join(present)}"
     if fits:
-        return (
-            f"{shown}\n  they can be read as {' or as '.join(str(FORMATS[f]) for f in fits)}\n"
-            f"  say which, e.g. format={fits[0]!r}"
-        )
+        return f"{shown}\n  they can be read as {' or as '.join(fits)}\n  say which, e.g. format={fits[0]!r}"
     likely = known[0] if asked else FORMATS["label"]
     spare = [*present, *likely.needs][: len(likely.needs)]
     example = ", ".join(f"{role!r}: {column!r}" for role, column in zip(likely.needs, spare, strict=False))
