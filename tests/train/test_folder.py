@@ -95,6 +95,7 @@ def test_other_settings_are_named_with_both_values(tmp_path: Path) -> None:
         pass
     words = str(wrong.value)
     assert "other output.folder" in words
+    assert "method.rank: 8 there, not set asked for" in words
     for line in ("method.name: LoRA there, IA3 asked for", "train.lr: null there, 0.1", "train.batch: 16 there, 8"):
         assert line in words
     assert load(yamls.read(tmp_path / RUN)) == config(tmp_path)  # nothing was written
@@ -119,7 +120,10 @@ def test_a_setting_that_came_later_is_no_difference(tmp_path: Path) -> None:
     with opened(config(tmp_path)) as run:
         assert run.resumes
     file.write_text(file.read_text().replace("  clip: 1.0\n", ""))
-    with pytest.raises(ConfigError, match=r"clip: not set there, 2\.0"), opened(config(tmp_path, train={"clip": 2})):
+    with (
+        pytest.raises(ConfigError, match=r"train\.clip: 1\.0 there, 2\.0 asked for"),
+        opened(config(tmp_path, train={"clip": 2})),
+    ):
         pass
 
 
@@ -153,7 +157,7 @@ def test_a_kill_at_the_very_beginning_leaves_a_folder_that_can_be_used(tmp_path:
 def test_damaged_settings_are_told(tmp_path: Path) -> None:
     begin(tmp_path)
     (tmp_path / RUN).write_text((tmp_path / RUN).read_text()[:90] + "\n  [")
-    with pytest.raises(ConfigError, match="damaged"), opened(config(tmp_path)):
+    with pytest.raises(ConfigError, match="is damaged or of another version"), opened(config(tmp_path)):
         pass
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from kitout.errors import ConfigError, Faults
 from kitout.train import lock, yamls
-from kitout.train.config import RunConfig
+from kitout.train.config import RunConfig, load
 from kitout.train.metrics import FILE as METRICS
 from kitout.train.metrics import plain
 
@@ -129,26 +129,27 @@ def _check_run(path: Path, config: RunConfig) -> bool:
     if all(str(file) in BEGINNING or _ours(file.name) for file in held):
         return False
     try:
-        old = flat(yamls.read(path / RUN))
+        old = _settings(load(yamls.read(path / RUN)))
     except ConfigError as wrong:
-        raise ConfigError(f"the folder's own settings are damaged: {wrong}\n  delete {path} to begin anew") from wrong
-    new = flat(config.dump())
+        raise ConfigError(
+            f"the run in {path} cannot be read, it is damaged or of another version (say another output.folder, or "
+            f"delete it): {wrong}"
+        ) from wrong
+    new = _settings(config)
     faults = Faults(ConfigError, f"{path} holds a run of other settings (say another output.folder, or delete it)")
-    for name in sorted({*old, *new} - FREE):
+    for name in dict.fromkeys([*new, *old]):
         before, now = old.get(name, ABSENT), new.get(name, ABSENT)
-        if before != now and not _of_former_version(name, before, config):
+        if before != now and name not in FREE:
             faults.add(f"{name}: {_shown(before)} there, {_shown(now)} asked for")
     faults.raise_if_any()
     return True
 
 
-def _of_former_version(name: str, before: object, config: RunConfig) -> bool:
-    """A setting that did not exist when the folder was written and has its default now."""
-    section, _, setting = name.partition(".")
-    fields = type(getattr(config, section)).model_fields if section in type(config).model_fields else {}
-    if before is not ABSENT or setting not in fields:
-        return False
-    return bool(getattr(getattr(config, section), setting) == fields[setting].get_default(call_default_factory=True))
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """By dotted name, a method's defaults too."""
+    full = config.dump()
+    full["method"] |= config.method.model_dump(mode="json")
+    return flat(full)
 
 
 def _shown(value: object) -> str:
