@@ -102,6 +102,8 @@ def test_a_terminal_gets_one_panel(tmp_path: Path) -> None:
     assert "step 40 / 40" in plain_text
     assert "100 %" in plain_text
     assert plain_text.count("validation  loss") == 2
+    assert "measuring ..." in plain_text
+    assert "measuring" not in plain_text[plain_text.rindex("validation") :]
     assert "trained:" not in told
     assert len(told) < 20_000  # drawn a few times a second, not at every step
 

@@ -125,8 +125,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers' types ar
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.seen.step, self.seen.measuring, self.seen.batches = state.global_step, "", 0
-            self._draw()
+            self.seen.step, self.seen.batches = state.global_step, 0
+            self.seen.measuring = "measuring ..." if control.should_evaluate else ""  # what follows may take a while
+            self._draw(force=control.should_evaluate)
 
     def on_log(
         self,
@@ -157,7 +158,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers' types ar
     ) -> None:
         if state.is_world_process_zero:
             self.seen.batches += 1
-            self.seen.measuring = f"measuring, batch {self.seen.batches:,}"
+            self.seen.measuring = f"measuring, batch {self.seen.batches:,} ..."
             self._draw()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
