@@ -142,9 +142,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers' types ar
         line = self.metrics.write(state.global_step, logs)
         measured = self.seen.take(state.global_step, line)
         if self._live is not None:
+            self._draw(force=measured)
             if measured:  # stays above the panel: the run's history
                 self._live.console.print(_measured(self.seen), soft_wrap=True)
-            self._draw(force=measured)
         elif self._plain:
             self._tell(measured)
 
