@@ -253,7 +253,7 @@ def test_a_missing_package_is_told_and_an_error_only_if_asked_for(monkeypatch: p
     monkeypatch.setattr(texts, "find_spec", lambda name: None)
     heard: list[str] = []
     found = score("generation", OPEN_SAID, OPEN_TRUE, tell=heard.append)
-    assert list(found) == ["exact_match", "token_f1"]
+    assert list(found) == ["token_f1", "exact_match"]
     assert heard == [
         "left out rouge_l, chrf, bleu: rouge-score and sacrebleu not installed\n  pip install 'kitout[eval]'"
     ]

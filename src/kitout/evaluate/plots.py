@@ -69,9 +69,9 @@ def training(rows: Sequence[Row]) -> bytes:
     """The loss over steps, raw and smoothed, with that on the validation part; beside it every other `eval_` metric.
 
     rows: as metrics.jsonl has them: step, loss, eval_loss, eval_accuracy, eval_accuracy_low, ...; of several adapters
-    "name/loss" and "name/eval_loss" (or "eval_name/loss").
+    "name/loss" and "eval_name/loss" (or "name/eval_loss"), whose means are not drawn.
     """
-    learnt, measured = lines(rows)
+    learnt, measured = map(_single, lines(rows))
     metrics = [name for name in dict.fromkeys(what for _, what in measured) if name != "loss"][:MOST_PANELS]
     losses = {job: line for (job, what), line in learnt.items() if what == "loss"}
     jobs = list(dict.fromkeys([*losses, *(job for job, _ in measured)]))
@@ -119,6 +119,12 @@ def lines(rows: Sequence[Row]) -> tuple[dict[tuple[str, str], Line], dict[tuple[
             known = isinstance(low, int | float) and isinstance(high, int | float)
             line.reach.append((float(low), float(high)) if known else (float(value), float(value)))  # type: ignore[arg-type]
     return learnt, measured
+
+
+def _single(found: dict[tuple[str, str], Line]) -> dict[tuple[str, str], Line]:
+    """Without the means over several adapters, which each have their own line."""
+    own = {what for job, what in found if job}
+    return {(job, what): line for (job, what), line in found.items() if job or what not in own}
 
 
 def _parted(key: str) -> tuple[str, str, bool]:
