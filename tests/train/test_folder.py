@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +37,6 @@ def begin(folder: Path, **changes: Any) -> None:
 def config(folder: Path, **changes: Any) -> RunConfig:
     values: dict[str, Any] = {"model": "m", "data": "d.jsonl", "output": {"folder": str(folder)}}
     return load(values | changes)
-
-
-@pytest.fixture
-def holder(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
-    """Starts another process that holds tmp_path."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start() -> subprocess.Popen[str]:
-        process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        started.append(process)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 def test_new_then_resumed_then_done(tmp_path: Path) -> None:
@@ -169,21 +149,20 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         pass
 
 
-def test_a_live_process_keeps_its_folder(tmp_path: Path, holder: Callable[[], subprocess.Popen[str]]) -> None:
-    other = holder()
-    with pytest.raises(ConfigError, match=rf"in use by process {other.pid} since 20\d\d-"), opened(config(tmp_path)):
-        pass
-    assert not (tmp_path / RUN).exists()
-
-
-def test_a_killed_process_lets_go(tmp_path: Path, holder: Callable[[], subprocess.Popen[str]]) -> None:
-    other = holder()
-    other.send_signal(signal.SIGKILL)
-    other.wait()
+def test_a_live_process_keeps_its_folder_and_a_killed_one_lets_go(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            in_use = rf"in use by process {other.pid} since 20\d\d-"
+            with pytest.raises(ConfigError, match=in_use), opened(config(tmp_path)):
+                pass
+            assert not (tmp_path / RUN).exists()
+        finally:
+            other.kill()
     assert str(other.pid) in (tmp_path / lock.FILE).read_text()
     with opened(config(tmp_path)) as run:
         assert not run.resumes
-        run.metrics.write_text("{}\n")
 
 
 def test_the_same_process_cannot_hold_it_twice(tmp_path: Path) -> None:
