@@ -107,7 +107,7 @@ TEMPLATES = {
 def _trained(kind: str) -> str:
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIALS, show_progress=False)
     made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=kind == "sentencepiece"))
-    if kind == "bytes":
+    if kind in ("bytes", "suffixed"):
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
         trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -117,14 +117,16 @@ def _trained(kind: str) -> str:
     else:
         made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.train_from_iterator(CORPUS, trainer)
-    if kind != "plain":
+    if kind == "suffixed":
+        made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    elif kind != "plain":
         made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return made.to_str()
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Callable[..., Any]:
-    """tokenizer(template=None, kind="bytes"): "bytes" (as GPT), "sentencepiece" (as Llama 2), "plain" (words)."""
+    """(template=None, kind="bytes"): "bytes" (as GPT), "suffixed" (as T5), "sentencepiece" (as Llama 2), "plain"."""
 
     def make(template: str | None = None, kind: str = "bytes", **changes: Any) -> PreTrainedTokenizerFast:
         tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>", **changes}

@@ -71,9 +71,7 @@ def test_given_parts_stay_and_train_gives_way() -> None:
         ["a", "c"], ["d", "x"], ["b", "y"],
     ]  # fmt: skip
     assert (parts.copies, parts.leaked) == (1, 3)
-    assert str(parts) == (
-        "train 2, validation 2, test 2, 1 copies left out, 3 left out of train because they are measured on"
-    )
+    assert str(parts) == "train 2, validation 2, test 2, copies left out: 1, left out because they are measured on: 3"
 
 
 def test_a_missing_part_is_taken_from_what_may_be_learnt() -> None:

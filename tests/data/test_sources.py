@@ -129,6 +129,9 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", "a")
     with pytest.raises(DataError, match=r"there is no file .*trian.jsonl; beside it: train.jsonl"):
         load(tmp_path / "trian.jsonl")
+    for path in (str(tmp_path / "folder"), "./folder", "../some/folder", "~/nowhere-at-all"):
+        with pytest.raises(DataError, match="there is no file"):
+            load(path)
     with pytest.raises(DataError, match="the list of data files is empty"):
         load([])
 

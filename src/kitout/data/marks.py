@@ -105,7 +105,8 @@ class Words:
     def _pieces(self, marked: Marked) -> list[str]:
         """Cut at every start of a stretch, and at the answer.
 
-        Whole where each piece would get a space of its own; there a token that holds both is learnt.
+        Whole where each piece would get a space of its own; there a token that holds both is learnt. (An earlier answer
+        that begins with white space may be tokenised otherwise once it is history; it is learnt as it was written.)
         """
         at = {marked.answer, *(a for a, _ in marked.spans)}
         starts = [] if self.prefixed else sorted(a for a in at if 0 < a < len(marked.text))

@@ -45,9 +45,9 @@ class Parts:
     def __str__(self) -> str:
         told = [f"train {len(self.train):,}", f"validation {len(self.validation):,}", f"test {len(self.test):,}"]
         if self.copies:
-            told.append(f"{self.copies:,} copies left out")
+            told.append(f"copies left out: {self.copies:,}")
         if self.leaked:
-            told.append(f"{self.leaked:,} left out of train because they are measured on")
+            told.append(f"left out because they are measured on: {self.leaked:,}")
         return ", ".join(told)
 
 

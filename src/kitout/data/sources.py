@@ -141,7 +141,7 @@ def _tables(source: str, streaming: bool) -> list[Table]:
 
 
 def _like_hub(source: str) -> bool:
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(#.+)?", source) is not None
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?(#.+)?", source) is not None
 
 
 def _folder(root: Path) -> list[FileTable]:
