@@ -30,7 +30,7 @@ def test_help_explains_every_setting_and_format() -> None:
             assert f"{section.name}.{setting.name}".lstrip(".") in told.stdout
             assert setting.text.split(" ")[0] in told.stdout
     for name in FORMATS:
-        assert f"\n  {name} (" in told.stdout
+        assert f"\n  {name}" in told.stdout
     assert "kitout train --example > run.yaml" in told.stdout
     assert "--dry-run" in told.stdout
 

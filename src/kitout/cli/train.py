@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 EXAMPLES = """\
-kitout train --model smollm2-135m --data train.jsonl --out runs/first
+kitout train --model smollm2-135m --data tweets --out runs/first train.steps=40
 kitout train --model MODEL --data reviews.csv --method IA3 objective=classify train.epochs=3 --dry-run
 kitout train --example > run.yaml; kitout train run.yaml method.rank=16 train.lr=5e-4 data.validation=dev.jsonl"""
 
