@@ -108,6 +108,15 @@ def test_last_all_and_the_flags_of_turns(tokenizer: Make) -> None:
     assert less[1].startswith("\n<|im_start|>user\nc")
 
 
+def test_a_greeting_may_stand_first_if_it_is_not_to_be_learnt(tokenizer: Make) -> None:
+    words = tokenizer("chatml")
+    greeting = Turn({"role": "assistant", "content": "Hi"}, False)
+    (item,) = Causal(words, 512)([Chat((greeting, *ONE.turns))])
+    assert learnt(words, item) == ["It is four.<|im_end|>"]
+    loud = Chat((Turn(greeting.message), *ONE.turns))
+    assert Causal(words, 512, "all")([loud])[0].learned == len(item.ids) + 1  # and the line behind the last end
+
+
 def test_what_follows_the_last_learnt_turn_is_left_out(tokenizer: Make) -> None:
     words = tokenizer("chatml")
     example = Chat((*ONE.turns, Turn({"role": "user", "content": "Thanks"})))

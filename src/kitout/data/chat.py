@@ -68,8 +68,11 @@ class Template:
         learnt = [k for k in spoken if (chat.turns[k].learn if chat.turns[k].learn is not None else k in wanted)]
         if not learnt and self.learn != "all":
             raise DataError("no assistant turn is to be learnt" if spoken else "there is no assistant turn to learn")
-        if spoken and spoken[0] == 0:
-            raise DataError("it starts with an assistant turn, which nothing asks for; start with a user turn")
+        if 0 in learnt and self.learn != "all":
+            raise DataError(
+                "it starts with an assistant turn, which nothing asks for; start with a user turn, or mark that turn "
+                '("learn": false)'
+            )
         return learnt
 
     def _longest(self, turns: Sequence[Turn], tools: Any, learnt: list[int], place: str) -> tuple[Marked, list[int]]:
@@ -91,6 +94,8 @@ class Template:
 
     def _region(self, turns: Sequence[Turn], tools: Any, k: int, text: str) -> tuple[int, int] | None:
         """Where text holds what turn k adds when it is said, its end token included; None where it does not."""
+        if k == 0:
+            return None
         before = self._render(turns[:k], tools, ask=True)
         after = self._render(turns[: k + 1], tools)
         if not after.startswith(before) or not text.startswith(before):
