@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kitout.evaluate.compare import Shown, compare, side_by_side
+from kitout.evaluate.compare import Shown, compare, side_by_side, told
 from kitout.evaluate.language import Summed
 from kitout.evaluate.measure import Measure
 from kitout.evaluate.metrics import measures
@@ -97,6 +97,19 @@ def test_examples_are_the_first_of_each_label_and_the_first_that_changed() -> No
     assert side_by_side(prompts, REFERENCES, BASE, TUNED, 0) == ()
     assert len(side_by_side(prompts, REFERENCES, BASE, BASE, 20)) == 9
     assert side_by_side([], [], [], [], 4) == ()
+    stories = ["The whole story in a sentence.", "Another one of the same kind."]
+    assert [s.right for s in side_by_side(["p", "q"], stories, stories, stories)] == [None, None]
+    stories = ["The whole story in a sentence.", "Another one of the same kind."]
+    assert [s.right for s in side_by_side(["p", "q"], stories, stories, stories)] == [None, None]
     labels = ["yes", "no"] * 6
     wordy = side_by_side(labels, labels, [f"I would say {label}." for label in labels], ["no"] * 12, 4)
     assert [s.right for s in wordy[:2]] == [(True, False), (True, True)]
+
+
+@pytest.mark.parametrize(
+    ("value", "share", "sign", "expected"),
+    [(0.265, True, False, "26.5"), (0.265, True, True, "+26.5"), (-0.0001, True, True, "0.0"), (0.0, False, True, "0"),
+     (-0.08183, False, True, "-0.08183"), (12345.6, False, False, "12,346"), (1e-9, False, False, "1e-09")],
+)  # fmt: skip
+def test_told(value: float, share: bool, sign: bool, expected: str) -> None:
+    assert told(value, share, sign) == expected

@@ -14,6 +14,8 @@ from kitout.evaluate.measure import Measure, Score, difference
 from kitout.evaluate.metrics import TITLES
 from kitout.evaluate.texts import closed, named, normal
 
+SHORT = 4  # words; an answer to a longer reference is neither right nor wrong
+
 
 @dataclass(frozen=True)
 class Change:
@@ -106,8 +108,12 @@ def side_by_side(
     tuned: Sequence[str],
     most: int = 8,
 ) -> tuple[Shown, ...]:
-    """Half of them the first of each label in turn, half the first whose answer changed."""
+    """Half of them the first of each label in turn, half the first whose answer changed.
+
+    Nobody is right or wrong where the references are whole sentences.
+    """
     labels, true = closed(references), [normal(r) for r in references]
+    judged = bool(labels) or all(len(r.split()) <= SHORT for r in true)
     right = [(_says(b, r, labels), _says(t, r, labels)) for b, t, r in zip(base, tuned, true, strict=True)]
     turns = _turns(true)
     chosen = dict.fromkeys(turns[: (most + 1) // 2], "first of its kind")
@@ -117,7 +123,10 @@ def side_by_side(
     for i in turns:
         if len(chosen) < most:
             chosen.setdefault(i, "first of its kind")
-    return tuple(Shown(prompts[i], references[i], base[i], tuned[i], right[i], why) for i, why in chosen.items())
+    return tuple(
+        Shown(prompts[i], references[i], base[i], tuned[i], right[i] if judged else None, why)
+        for i, why in chosen.items()
+    )
 
 
 def _turns(labels: Sequence[Hashable]) -> list[int]:
@@ -149,6 +158,6 @@ def _says(answer: str, reference: str, labels: Sequence[str]) -> bool:
 
 def told(value: float, share: bool, sign: bool = False) -> str:
     """26.5 of a share of 0.265; else four figures."""
-    if share:
-        return f"{100 * value:{'+' if sign else ''}.1f}"
-    return f"{value:{'+' if sign else ''}{',.0f' if 1e4 <= abs(value) < 1e7 else '.4g'}}"
+    form = ".1f" if share else ",.0f" if 1e4 <= abs(value) < 1e7 else ".4g"
+    text = f"{100 * value if share else value:{'+' if sign else ''}{form}}"
+    return text if any(c in "123456789" for c in text) else text.lstrip("+-")

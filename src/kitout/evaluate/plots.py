@@ -158,6 +158,8 @@ def _metric(ax: Any, line: Line, colour: str, job: str) -> None:
     ax.plot(line.steps, line.values, "o-", color=colour, linewidth=1.5, markersize=4.5, label=job or None)
     if any(low < high for low, high in line.reach):
         ax.fill_between(line.steps, *zip(*line.reach, strict=True), color=colour, alpha=0.15, linewidth=0)
+    if min(line.values) >= 0 > ax.get_ylim()[0]:  # all 0, or close to it: nothing lies below
+        ax.set_ylim(-0.03 * ax.get_ylim()[1], None)
     if job:
         ax.legend(frameon=False, fontsize=8)
 
