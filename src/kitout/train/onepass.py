@@ -52,7 +52,7 @@ class _OnePass(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         """Weights come in here, in fp32: times 1/tokens a half-precision gradient would be rounded to nothing."""
         grad_Nd, weights_N = ctx.saved_tensors
-        return (grad_Nd * (weights_N * grad)[:, None]).to(grad_Nd.dtype), None, None, None, None
+        return (grad_Nd * (weights_N.to(grad.dtype) * grad)[:, None]).to(grad_Nd.dtype), None, None, None, None
 
 
 def one_pass(

@@ -1,0 +1,98 @@
+"""What tests run in processes of their own: whole runs from nothing, so that each process has all it needs.
+
+It knows the zoo and the loop.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from kitout import IA3, Kit, LoRA
+from kitout.train import keep
+from kitout.train.jobs import Job
+from train.small import add, causal, far, gradients, job, kit_of, loop_of, losses, texts, values
+
+torch.set_num_threads(1)
+Figures = dict[str, Any]
+
+
+def out_of_memory() -> float:
+    """A step's gradients after the allocator itself gave up, against those of single rows."""
+    import resource
+
+    kit, items = kit_of("llama", "eager"), texts(32, low=400, high=400)
+    add(kit, "low", LoRA(rank=2))
+    one = job("low", causal(kit, ["low"], items), items, steps=1, batch=32)
+    wanted = gradients(kit, [one], 1)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 60 * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = gradients(kit, [one], 32)
+    assert any("memory ran out" in str(warning.message) for warning in told), told
+    return far(found, wanted)
+
+
+class Slow(TrainerCallback):
+    """Time to be killed in."""
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        time.sleep(0.01)
+
+
+def pair(kit: Kit) -> list[Job]:
+    """Two jobs, one of which draws dropout."""
+    add(kit, "low", LoRA(rank=2, dropout=0.2))
+    add(kit, "scale", IA3(), seed=1)
+    names = ["low", "scale"]
+    sets = [texts(20, 0), texts(12, 1)]
+    return [
+        job(name, causal(kit, names, items), items, steps=10, batch=batch, seed=batch, schedule="cosine", warmup=0.2)
+        for name, items, batch in zip(names, sets, (4, 3), strict=True)
+    ]
+
+
+def resumed(folder: Path, run: str = "one") -> Figures:
+    """A run of two jobs that goes on from wherever this folder stands."""
+    kit = kit_of("llama")
+    jobs = pair(kit)
+    loop = loop_of(
+        kit, jobs, folder, run=run, save_strategy="steps", save_steps=1, logging_steps=2, callbacks=[Slow()]
+    )  # fmt: skip
+    last = next(reversed(keep.found(folder)), None)
+    loop.train(str(last) if last else None)
+    weights = {f"{one.name}/{key}": value for one in jobs for key, value in values(kit, one.name).items()}
+    return {"losses": losses(loop), "weights": {k: v.tolist() for k, v in weights.items()}, "from": str(last)}
+
+
+def limited(folder: Path) -> list[int]:
+    """The checkpoints of a run after whose first no file may grow beyond a few bytes."""
+    import resource
+    import signal
+
+    kit, items = kit_of("llama"), texts(12)
+    add(kit, "low", LoRA(rank=2))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    class Limit(TrainerCallback):
+        def on_save(self, *_: Any, **__: Any) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+
+    one = job("low", causal(kit, ["low"], items), items, steps=3)
+    loop = loop_of(kit, [one], folder, save_strategy="steps", save_steps=1, callbacks=[Limit()])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        loop.train()
+    assert sum("no checkpoint of step" in str(warning.message) for warning in told) == 2, told
+    return [keep.step_of(path) for path in keep.found(folder)]
