@@ -1,6 +1,7 @@
 """Runs every benchmark and prints one table; --write keeps it in benchmarks/RESULTS.md. Needs the `bench` extra.
 
-`python benchmarks/run.py [train_step front idle many attaching] [--write] [--threads 2]`; each file says what it does.
+`python benchmarks/run.py [training train_step front idle many attaching] [--write] [--threads 2]`; each file says
+what it does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-NAMES = ("attaching", "front", "idle", "many", "train_step")
+NAMES = ("attaching", "front", "idle", "many", "train_step", "training")
 
 
 def main() -> int:

@@ -54,7 +54,7 @@ def train(
             _run(words or [], {name: str(value) for name, value in short.items() if value is not None}, dry_run)
     except KitoutError as wrong:
         typer.echo(f"error: {wrong}", err=True)
-        raise typer.Exit(2) from wrong
+        raise typer.Exit(1) from wrong
     except KeyboardInterrupt:
         typer.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
         raise typer.Exit(130) from None

@@ -13,6 +13,7 @@ from kitout.data.items import IGNORED
 from kitout.evaluate.compare import Comparison, compare, side_by_side
 from kitout.evaluate.measure import Measure
 from kitout.kit.kit import Kit
+from kitout.train import memory
 from kitout.train.config import EvaluateConfig
 from kitout.train.jobs import Job
 from kitout.train.prepare import Prepared
@@ -35,6 +36,7 @@ def watching(made: Prepared, config: EvaluateConfig) -> Callable[[], dict[str, f
             found |= {
                 f"eval_{name}" if alone else f"eval_{job.name}/{name}": m.value for name, m in measured[0].items()
             }
+        memory.reset_peak(made.kit.device)  # what training takes is counted by itself
         return found if len(made.jobs) == 1 else found | _means(found)
 
     return watch
@@ -48,7 +50,7 @@ def _means(found: dict[str, float]) -> dict[str, float]:
 
 
 def figures(
-    made: Prepared, job: Job, held: Sets, items: Sequence[Any], generate: int, longest: int,
+    made: Prepared, job: Job, held: Sets, items: Sequence[Any], generate: int, longest: int | None,
     name: str | None = "", tell: Tell | None = None,
 ) -> tuple[dict[str, Measure], Seen]:  # fmt: skip
     """Metrics over items and what they come from. name: who is worn; "" the job's adapter, None the base."""
@@ -59,7 +61,8 @@ def figures(
             answered = [item for item in items if item.reference][:generate]
             if answered:
                 seen.written = write(kit, made.tokenizer, answered, longest, tell)
-    return scores(job.objective, items, seen, gold_of(held)), seen
+    names = held.names if held.objective == "tokens" else ()
+    return scores(job.objective, items, seen, gold_of(held), names), seen
 
 
 def gold_of(held: Sets) -> Callable[[Any], Any]:
@@ -77,11 +80,10 @@ def against_base(made: Prepared, number: int, config: EvaluateConfig, tell: Tell
     items = list(held.test)[: config.test]
     if not items:
         return None
-    untrained_head = bool(made.kit[job.name].heads)
     tuned, said = figures(made, job, held, items, config.test, config.max_new_tokens, "", tell)
+    if held.names and len(held.names) != made.kit.config.num_labels:
+        return None  # the base's own head answers other labels
     before, heard = figures(made, job, held, items, config.test, config.max_new_tokens, None, tell)
-    if untrained_head and set(before) != set(tuned):
-        before = {name: measure for name, measure in before.items() if name in tuned}
     return compare(before, tuned, _shown(made, held, items, heard, said, config.shown))
 
 

@@ -82,6 +82,8 @@ class DataConfig(Section):
     """A file of its own, a share of train, or a number of examples; measured once, at the end. 0: none."""
     learn: Literal["assistant", "last", "all"] = "assistant"
     """Which turns are learnt: the assistant's, its last alone, or every token."""
+    template: dict[str, Any] = {}
+    """What the chat template is told besides the turns: {"enable_thinking": false}."""
     labels: tuple[str, ...] | None = None
     """The closed set of labels, in order; default: those of the training part."""
     max_length: int = Field(default=1024, gt=1)
@@ -180,8 +182,8 @@ class EvaluateConfig(Section):
     """Steps between evaluations on the validation part; default: about five in a run. 0: none."""
     generate: int = Field(default=32, ge=0)
     """Validation examples that are answered in full at each evaluation (language models). 0: loss alone."""
-    max_new_tokens: int = Field(default=64, gt=0)
-    """Of a generated answer."""
+    max_new_tokens: int | None = Field(default=None, gt=0)
+    """Of a generated answer; default: twice the longest one that is right, at most 256."""
     test: int = Field(default=1000, gt=0)
     """Test examples measured at the end, at most, on the base and on the adapter."""
     shown: int = Field(default=8, ge=0)

@@ -17,7 +17,7 @@ from typing import Any
 from kitout.evaluate import card, plots, report
 from kitout.evaluate.compare import Comparison
 from kitout.evaluate.summary import Summary
-from kitout.train import build, machine, memory, yamls
+from kitout.train import build, machine, yamls
 from kitout.train.config import RunConfig
 from kitout.train.folder import RunFolder
 from kitout.train.loop import Loop
@@ -37,6 +37,7 @@ def finish(
     pictures = _pictures(made, place)
     for job, folder in folders.items():
         summary = _summary(made, config, figures, {k: v for k, v in comparisons.items() if k == job}, {}, job)
+        (folder / "README.md").unlink(missing_ok=True)  # of a run that was killed right here
         made.kit.save(job, folder, note={"trained by": "kitout train", "base": config.model.name})
         card.write(summary, folder)
     whole = _summary(made, config, figures, comparisons, pictures, ", ".join(folders))
@@ -73,7 +74,7 @@ def _figures(
         "tokens_per_second": work.tokens / max(work.seconds, 1e-9),
         "padding": work.padded / max(1, work.tokens) - 1,
         "micro_batch": work.micro,
-        "memory": memory.peak(kit.device),
+        "memory": int(max((row["memory"] for row in loop.state.log_history if "memory" in row), default=0)),
         "estimate": asdict(guess),
         "machine": machine.describe(kit.device) | {"dtype": str(kit.dtype)[6:]},
         "comparisons": {name: [asdict(change) for change in found.changes] for name, found in comparisons.items()},

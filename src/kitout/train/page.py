@@ -69,7 +69,7 @@ def _settings(made: Prepared, own: RunConfig, number: int, guess: Estimate) -> d
         "batch": f"{own.train.batch} examples, at most {guess.micro} at once; learning rate {own_lr:g}",
     }
     told |= {f"data {i + 1}" if i else "data": line for i, line in enumerate(one.told)}
-    if one.majority is not None:
+    if one.majority:
         told["majority"] = f"{100 * one.majority:.1f} % of the test part has the commonest answer"
     return ({"job": job.name} if len(made.jobs) > 1 else {}) | told
 

@@ -14,6 +14,7 @@ from kitout.errors import ConfigError, Faults
 from kitout.kit.kit import Kit
 from kitout.train import build, sets
 from kitout.train.causal import Causal
+from kitout.train.checks import contradictions
 from kitout.train.config import RunConfig, TrainConfig
 from kitout.train.jobs import Job
 from kitout.train.labels import Labels
@@ -56,6 +57,7 @@ def prepare(config: RunConfig) -> Prepared:
     if len(kinds) > 1:
         raise ConfigError(f"the jobs of one run share one objective; found {', '.join(sorted(kinds))}: split the run")
     (kind,) = kinds
+    _check_resolved(alone, kind)
     lengths = [item.length for one in held for item in (one.looked_at or one.train) if not images]
     median = sorted(lengths)[len(lengths) // 2] if lengths else 0
     made = build.build(config.model, kind, held[0].names if kind != "regress" else (), median)
@@ -70,6 +72,15 @@ def prepare(config: RunConfig) -> Prepared:
         jobs.append(Job(job.output.name, objective, one.train, planned, job.train, one.validation))
     _ready(kit, jobs)
     return Prepared(kit, jobs, held, tokenizer, kind, made.why, notes)
+
+
+def _check_resolved(alone: Sequence[RunConfig], kind: str) -> None:
+    """What contradicts itself only now that the objective is known."""
+    faults = Faults(ConfigError, f"objective={kind}, as the data and the model have it")
+    for job in alone:
+        for fault in contradictions(job.model_copy(update={"objective": kind})):
+            faults.add(fault)
+    faults.raise_if_any()
 
 
 def _rates(alone: Sequence[RunConfig]) -> list[str]:

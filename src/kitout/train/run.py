@@ -88,9 +88,9 @@ def _join(config: RunConfig) -> None:
         from accelerate import PartialState
 
         PartialState(cpu=config.model.device == "cpu" or not torch.cuda.is_available())
-        smallest = min((job.train or config.train).batch for job in config.jobs) if config.jobs else config.train.batch
-        if not config.jobs and smallest < processes.world():
-            raise ConfigError(f"train.batch={smallest} is fewer examples than the {processes.world()} processes")
+        batch = sum(job.train.batch for job in config.alone())
+        if batch < processes.world():
+            raise ConfigError(f"train.batch={batch} is fewer examples than the {processes.world()} processes")
     elif config.train.shard:
         raise ConfigError("train.shard parts the base among processes, and there is one: start it with torchrun")
 

@@ -115,7 +115,7 @@ def encoder_of(kind: str, tokenizer: Any, config: DataConfig, names: Sequence[st
     """The encoder of an objective."""
     most = config.max_length
     if kind == "causal":
-        return encode.Causal(tokenizer, most, config.learn)
+        return encode.Causal(tokenizer, most, config.learn, config.template)
     if kind == "seq2seq":
         return encode.Seq2Seq(tokenizer, most)
     if kind == "regress":
@@ -137,6 +137,7 @@ def _streamed(config: DataConfig, objective: str, tokenizer: Any, writes_after_r
     for name, value in _measured(config).items():
         if name in streams:
             measured[name] = list(streams[name])
+            learnt = learnt.without(measured[name])
         elif isinstance(value, float) and 0 < value < 1:
             raise ConfigError(f"data.{name}={value} is a share of a stream, whose length nobody knows: write a number")
         else:

@@ -8,6 +8,7 @@ what they learn.
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from kitout.train.mode import at_work
 from kitout.train.step import Rows, Work
 
 SPARE = 0.85  # of the free memory a step may be expected to take
+ENOUGH = 1024  # padded tokens keep a CPU as busy as more of them, and take less memory
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def estimate(
     loaded = memory.held(device)
     with at_work(kit, names, checkpointing):
         try:
-            rows = min(micro or len(steps[largest]), _fitting(kit, jobs, steps[largest], largest))
+            rows = min(micro or usual_micro(device, jobs, steps[largest]), _fitting(kit, jobs, steps[largest], largest))
             memory.reset_peak(device)
             first = _run(kit, jobs, steps[largest], largest, rows)
             most = memory.peak(device) + 8 * trained  # AdamW's two moments
@@ -62,6 +64,14 @@ def estimate(
                 kit[name].zero_grad()
     speed = costs[usual] / max(again.seconds, 1e-9)
     return Estimate(sum(costs) / speed, most, loaded, first.micro, sum(costs), speed)
+
+
+def usual_micro(device: torch.device, jobs: Sequence[Job], rows: Rows) -> int:
+    """Rows of one forward: all of them on a GPU, on a CPU equal parts that are just large enough."""
+    if device.type == "cuda":
+        return len(rows)
+    parts = math.ceil(_cost(jobs, rows) / ENOUGH)
+    return math.ceil(len(rows) / parts)
 
 
 def _cost(jobs: Sequence[Job], rows: Rows) -> int:

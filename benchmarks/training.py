@@ -1,0 +1,235 @@
+"""(g) `kitout train`'s loop against TRL's SFTTrainer with PEFT, and eight jobs at once against one after the other.
+
+SmolLM2-135M with its real weights, LoRA r=8 on every linear, batch 16, tweets in instruction form and BoolQ, the same
+tokens learnt by all. Speed is real (unpadded) tokens a second over whole epochs of a few steps, in turn; memory is the
+peak above the loaded model, each case in a process of its own. Needs `make demo`'s assets.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Line, Times
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
+
+import kitout
+from kitout import LoRA
+from kitout.data.encode import Causal as Encoder
+from kitout.data.items import IGNORED, Item
+from kitout.data.sources import load
+from kitout.demo import assets
+from kitout.train import memory
+from kitout.train.causal import Causal
+from kitout.train.config import TrainConfig
+from kitout.train.jobs import Job
+from kitout.train.loop import Loop, Steps
+from kitout.train.plan import plan
+from kitout.train.trial import usual_micro
+
+BATCH = 16
+TWEETS = "Classify the sentiment of this tweet as negative, neutral or positive."
+SETS = {"tweets": ("tweets", TWEETS), "boolq": ("boolq", None)}
+STEPS = {"tweets": 4, "boolq": 2}
+LONGEST = 256
+Case = Callable[[], float]
+
+
+def folder() -> Path:
+    return assets.get("smollm2-135m", print)
+
+
+def items(name: str, count: int) -> list[Item]:
+    """Some examples of a set, drawn by a seed, encoded once for all."""
+    asset, instruction = SETS[name]
+    source = assets.get(asset, print)
+    file = source / "train.jsonl" if (source / "train.jsonl").exists() else source
+    part = next(iter(load(file, instruction=instruction, limit=count).parts.values()))
+    tokenizer = AutoTokenizer.from_pretrained(folder())
+    return Encoder(tokenizer, LONGEST)(part)
+
+
+def base(dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder(), dtype=dtype)
+
+
+class Clock(TrainerCallback):
+    """Seconds from the first step's beginning to the last one's end, and the losses logged."""
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.losses: list[float] = []
+        self.start = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.start = self.start or time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds = time.perf_counter() - self.start
+
+    def on_log(self, _args: Any, _state: Any, _control: Any, logs: Any = None, **__: Any) -> None:
+        if "loss" in (logs or {}):
+            self.losses.append(logs["loss"])
+
+
+def trl(given: list[Item], tuned: bool) -> tuple[Case, Clock]:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    rows = Dataset.from_list(
+        [{"input_ids": list(i.ids), "completion_mask": [int(v != IGNORED) for v in i.labels]} for i in given]
+    )
+    choices: dict[str, Any] = {}
+    if tuned:
+        choices = {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
+    args = SFTConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=1e-3,
+        completion_only_loss=True, max_length=LONGEST, bf16=False, use_cpu=True, report_to="none", logging_steps=1,
+        save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, **choices,
+    )  # fmt: skip
+    clock = Clock()
+    trainer = SFTTrainer(
+        model=base(torch.bfloat16 if tuned else torch.float32), args=args, train_dataset=rows, callbacks=[clock],
+        processing_class=AutoTokenizer.from_pretrained(folder()),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )  # fmt: skip
+
+    def run() -> float:
+        trainer.train()
+        return clock.seconds
+
+    return run, clock
+
+
+def jobs(kit: kitout.Kit, given: list[Item], names: list[str], batch: int, steps: int) -> list[Job]:
+    share = len(given) // len(names)
+    found = []
+    for k, name in enumerate(names):
+        own = given[k * share : (k + 1) * share]
+        objective = Causal(kit)
+        with kit.use(name):
+            objective.prepare(names, own[:2])
+        planned = plan([len(i.ids) for i in own], batch, steps, k)
+        found.append(Job(name, objective, own, planned, TrainConfig(lr=1e-3, batch=batch, warmup=0.0)))
+    return found
+
+
+def equipped(names: list[str], dtype: torch.dtype = torch.bfloat16, short: bool = True) -> kitout.Kit:
+    kit = kitout.attach(base(dtype))
+    if short:
+        kit.base.set_attn_implementation("eager")  # as `kitout train` chooses below 256 tokens on a CPU
+    for k, name in enumerate(names):
+        kit.add(name, LoRA(rank=8, alpha=16, targets="all-linear"), seed=k)
+    return kit.eval()
+
+
+def looped(kit: kitout.Kit, made: list[Job]) -> tuple[Case, Clock]:
+    """A run of the loop over these jobs; every call begins afresh but for the adapters' values."""
+    clock = Clock()
+
+    def run() -> float:
+        args = TrainingArguments(
+            output_dir=tempfile.mkdtemp(), max_steps=len(made[0].steps), per_device_train_batch_size=1,
+            report_to="none", logging_steps=1, disable_tqdm=True, remove_unused_columns=False, use_cpu=True,
+            save_strategy="no",
+        )  # fmt: skip
+        micro = usual_micro(kit.device, made, Steps(made)[0])
+        Loop(kit, made, Path(tempfile.mkdtemp()), args, callbacks=[clock], micro=micro).train()
+        return clock.seconds
+
+    return run, clock
+
+
+def in_turn(cases: Mapping[str, Case], rounds: int) -> Times:
+    """The seconds each case says of itself, round after round."""
+    times = Times({name: [] for name in cases})
+    for _ in range(rounds):
+        for name, one in cases.items():
+            times.rounds[name].append(one())
+    return times
+
+
+CASES = ("kitout", "TRL tuned", "TRL defaults")
+
+
+def case(which: str, name: str) -> tuple[Case, Clock, int]:
+    given = items(name, BATCH * STEPS[name])
+    tokens = sum(len(i.ids) for i in given)
+    if which != "kitout":
+        return (*trl(given, which == "TRL tuned"), tokens)
+    kit = equipped(["a"])
+    return (*looped(kit, jobs(kit, given, ["a"], BATCH, STEPS[name])), tokens)
+
+
+def run(rounds: int = 3) -> list[Line]:
+    lines = []
+    for name in SETS:
+        lines += speed(name, rounds) + held(name)
+    return lines + at_once(rounds)
+
+
+def speed(name: str, rounds: int) -> list[Line]:
+    made = {which: case(which, name) for which in CASES}
+    clocked = in_turn({which: one[0] for which, one in made.items()}, rounds)
+    tokens = made["kitout"][2]
+    detail = ", ".join(f"{which} {tokens / clocked.best(which):.0f} tokens/s" for which in CASES)
+    curves = "; ".join(f"{which} {[round(v, 2) for v in one[1].losses]}" for which, one in made.items())
+    lines = []
+    for to, least in (("TRL defaults", 3.5), ("TRL tuned", 1.8)):
+        ratio = clocked.ratio(to, "kitout")
+        shown = f"{ratio:.2f} x (median of rounds {clocked.paired(to, 'kitout'):.2f})"
+        lines.append(Line(f"{name}: tokens/s against {to}", shown, f">= {least} x", ratio >= least, detail))
+        detail = f"losses of the last round: {curves}"
+    return lines
+
+
+def held(name: str) -> list[Line]:
+    """Peak memory above the loaded model, each in its own process."""
+    found = {}
+    for which in ("kitout", "TRL tuned"):
+        words = [sys.executable, __file__, which, name]
+        out = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        found[which] = json.loads(out.strip().splitlines()[-1])
+    ratio = found["kitout"] / found["TRL tuned"]
+    detail = ", ".join(f"{which} {size / 2**20:,.0f} MiB" for which, size in found.items())
+    figure = f"{name}: peak memory above the loaded model, against TRL tuned"
+    return [Line(figure, f"{ratio:.2f} x", "<= 0.4 x", ratio <= 0.4, detail)]
+
+
+def at_once(rounds: int) -> list[Line]:
+    """Eight LoRA jobs of two examples a step: together, and one after the other."""
+    names = [f"job{k}" for k in range(8)]
+    given = items("tweets", 8 * 2 * 4)
+    kit = equipped(names)
+    made = jobs(kit, given, names, 2, 4)
+    joint, _ = looped(kit, made)
+    each = [looped(kit, [job])[0] for job in made]
+    times = in_turn({"at once": joint, "in turn": lambda: sum(one() for one in each)}, rounds)
+    ratio = times.ratio("in turn", "at once")
+    shown = f"{ratio:.2f} x (median of rounds {times.paired('in turn', 'at once'):.2f})"
+    return [Line("8 LoRA jobs at once, throughput against one after the other", shown, ">= 1.5 x", ratio >= 1.5)]
+
+
+def main() -> None:
+    """One case's memory, for `held`."""
+    which, name = sys.argv[1:]
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(2)
+    device = torch.device("cpu")
+    run_it, _, _ = case(which, name)
+    before = memory.held(device)
+    memory.reset_peak(device)
+    run_it()
+    print(memory.peak(device) - before)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Whole runs on tiny models: every objective from a file to a tested adapter, resumed, refused and told of."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import kitout
+from kitout.errors import ConfigError, KitoutError
+from kitout.train.metrics import read
+from tiny_models import both, decoder, encoder, jsonl, reviews, vision
+
+pytest.importorskip("accelerate")
+
+
+def run(model: Path, data: Any, out: Path, **more: Any) -> Any:
+    said: list[str] = []
+    train = {"batch": 8, "steps": 6, **more.pop("train", {})}
+    settings = {
+        "model": {"name": str(model), "dtype": "float32"}, "data": data, "train": train,
+        "evaluate": {"generate": 4, **more.pop("evaluate", {})}, "output": {"folder": str(out)}, **more,
+    }  # fmt: skip
+    result = kitout.train(settings, say=said.append)
+    return result, "\n".join(said)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    made = {"decoder": decoder, "encoder": encoder, "both": both, "vision": vision}
+    return {name: make(root / name) for name, make in made.items()}
+
+
+def table(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def instructed(number: int) -> list[dict[str, str]]:
+    return [{"instruction": "good or bad?", "input": r["text"], "output": r["label"]} for r in reviews(number)]
+
+
+def test_instructions_from_a_file_to_a_tested_adapter(models: dict[str, Path], tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "train.jsonl", instructed(80))
+    out = tmp_path / "out"
+    result, said = run(models["decoder"], str(data), out, train={"epochs": 2.0, "steps": None, "lr": 1e-2})
+    held = {path.name for path in out.iterdir()}
+    assert {"adapter", "report.html", "results.json", "run.yaml", "metrics.jsonl", "preflight.txt"} <= held
+    assert (out / "adapter" / "README.md").read_text().startswith("---")
+    changes = {change.name: change for change in result.comparisons["adapter"].changes}
+    assert changes["loss"].tuned.value < changes["loss"].base.value
+    assert "held-out" in said
+    assert str(out / "report.html") in said
+    rows = read(out / "metrics.jsonl")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == result.figures["steps"]
+    assert losses[-1] < losses[0]
+    assert any("eval_loss" in row for row in rows)
+    figures = json.loads((out / "results.json").read_text())
+    assert figures["seconds"] > 0
+    assert figures["memory"] > 0
+    assert figures["estimate"]["memory"] > 0
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(models["decoder"])  # as the card says
+    kit = kitout.attach(model.eval())
+    kit.load(out / "adapter", name="mine")
+    assert kit.count("mine").total == figures["trainable"]["adapter"]
+    again, told = run(models["decoder"], str(data), out, train={"epochs": 2.0, "steps": None, "lr": 1e-2})
+    assert "finished" in told
+    assert again.figures["steps"] == figures["steps"]
+
+
+OBJECTIVES: dict[str, tuple[str, Any]] = {
+    "classify": ("encoder", [{"text": r["text"], "label": r["label"]} for r in reviews(60)]),
+    "classify by a decoder": ("decoder", [{"text": r["text"], "label": r["label"]} for r in reviews(60)]),
+    "regress": ("encoder", [{"text": r["text"], "label": len(r["text"]) / 10} for r in reviews(60)]),
+    "multilabel": (
+        "encoder",
+        [{"text": r["text"], "labels": [r["label"], "long" if len(r["text"]) > 30 else "short"]} for r in reviews(60)],
+    ),
+    "tokens": (
+        "encoder",
+        [{"tokens": r["text"].split(), "tags": ["O" if w.isdigit() else "W" for w in r["text"].split()]}
+         for r in reviews(60)],
+    ),
+    "seq2seq": ("both", [{"document": r["text"], "summary": r["label"]} for r in reviews(60)]),
+    "text": ("decoder", [{"text": r["text"]} for r in reviews(60)]),
+    "messages": (
+        "decoder",
+        [{"messages": [{"role": "user", "content": r["text"]}, {"role": "assistant", "content": r["label"]}]}
+         for r in reviews(60)],
+    ),
+    "completions": ("decoder", [{"prompt": r["text"] + ":", "completion": " " + r["label"]} for r in reviews(60)]),
+}  # fmt: skip
+FOUND = {"classify by a decoder": "classify", "text": "causal", "messages": "causal", "completions": "causal"}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_is_told_by_its_data(models: dict[str, Path], tmp_path: Path, name: str) -> None:
+    model, rows = OBJECTIVES[name]
+    out = tmp_path / "out"
+    result, _ = run(models[model], str(jsonl(tmp_path / "d.jsonl", rows)), out, train={"steps": 3}, method="LoRA")
+    assert result.figures["objective"] == FOUND.get(name, name)
+    assert result.comparisons["adapter"].changes
+    kit = _loaded(models[model], result.figures["objective"], out, rows)
+    assert kit.names == ["mine"]
+
+
+def _loaded(model: Path, objective: str, out: Path, rows: list[dict[str, Any]]) -> Any:
+    from kitout.train.build import CLASSES
+
+    labels = {"multilabel": 4, "tokens": 2, "regress": 1}.get(objective, 2)
+    more = {} if objective in ("causal", "seq2seq") else {"num_labels": labels}
+    transformers.logging.set_verbosity_error()
+    base = getattr(transformers, CLASSES[objective]).from_pretrained(model, **more)
+    kit = kitout.attach(base.eval())
+    kit.load(out / "adapter", name="mine")
+    return kit
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    from PIL import Image
+
+    for colour, value in (("red", (200, 20, 20)), ("blue", (20, 20, 200))):
+        (tmp_path / "set" / colour).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (32, 32), tuple(v + i for v in value)).save(tmp_path / "set" / colour / f"{i}.png")
+    return tmp_path / "set"
+
+
+def test_images(models: dict[str, Path], colours: Path, tmp_path: Path) -> None:
+    data = {"train": str(colours), "test": 8, "validation": 4}
+    result, _ = run(models["vision"], data, tmp_path / "out", train={"steps": 8, "lr": 5e-3})
+    assert result.figures["objective"] == "images"
+    accuracy = next(c for c in result.comparisons["adapter"].changes if c.name == "accuracy")
+    assert accuracy.tuned.value > 0.9
+
+
+def test_jobs_at_once_each_with_its_own(models: dict[str, Path], tmp_path: Path) -> None:
+    one, two = jsonl(tmp_path / "one.jsonl", instructed(40)), jsonl(tmp_path / "two.jsonl", instructed(60)[::-1])
+    jobs = [
+        {"name": "first", "method": "LoRA", "train": {"steps": 3, "seed": 1}},
+        {"name": "second", "method": "IA3", "data": str(two), "train": {"steps": 5, "lr": 2e-2}},
+    ]
+    result, said = run(models["decoder"], str(one), tmp_path / "both", jobs=jobs, train={"batch": 4})
+    assert set(result.comparisons) == {"first", "second"}
+    assert result.figures["steps"] == 5
+    assert {p.name for p in (tmp_path / "both" / "adapter").iterdir()} == {"first", "second"}
+    alone, _ = run(
+        models["decoder"], str(one), tmp_path / "one", method="LoRA", train={"batch": 4, "steps": 3, "seed": 1}
+    )
+    joint, single = (_tensors(path) for path in (tmp_path / "both/adapter/first", tmp_path / "one/adapter"))
+    assert joint.keys() == single.keys()
+    assert max((joint[k] - single[k]).abs().max().item() for k in joint) <= 1e-6
+    assert "first: " in said
+    assert "second: " in said
+    assert alone.figures["data"]["adapter"] == result.figures["data"]["first"]
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def test_a_stream_is_learnt_from_as_it_is_read(models: dict[str, Path], tmp_path: Path) -> None:
+    data = {"train": str(jsonl(tmp_path / "d.jsonl", instructed(90))), "streaming": True, "test": 10, "validation": 6}
+    result, _ = run(models["decoder"], data, tmp_path / "out", train={"steps": 14})
+    assert result.figures["steps"] == 14  # more than one epoch
+
+
+def test_a_dry_run_stops_before_the_first_step(models: dict[str, Path], tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "d.jsonl", instructed(40))
+    config = {
+        "model": {"name": str(models["decoder"]), "dtype": "float32"},
+        "data": str(data),
+        "output": {"folder": str(tmp_path / "o")},
+    }
+    result = kitout.train(config, dry_run=True, say=lambda _: None)
+    assert (tmp_path / "o" / "preflight.txt").is_file()
+    assert not result.comparisons
+    assert not (tmp_path / "o" / "adapter").exists()
+    assert not (tmp_path / "o" / "metrics.jsonl").exists()
+
+
+SCRIPT = """
+import sys, kitout
+kitout.train({"model": {"name": sys.argv[1], "dtype": "float32"}, "data": sys.argv[2],
+    "output": {"folder": sys.argv[3]}, "method": {"name": "LoRA", "dropout": 0.1},
+    "train": {"batch": 8, "steps": 40, "save_every": 2, "lr": 1e-2}, "evaluate": {"every": 10, "generate": 2}})
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(models: dict[str, Path], tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "d.jsonl", instructed(80))
+    words = [sys.executable, "-c", SCRIPT, str(models["decoder"]), str(data)]
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([*words, str(tmp_path / "whole")], check=True, **quiet)
+    out = tmp_path / "killed"
+    for steps in (4, 16):  # killed twice, somewhere after these steps
+        process = subprocess.Popen([*words, str(out)], **quiet)
+        while process.poll() is None and len(_logged(out)) <= steps:
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (out / "results.json").exists(), "it was killed too late to test anything"
+    subprocess.run([*words, str(out)], check=True, **quiet)
+    assert _losses(out) == _losses(tmp_path / "whole")
+    ours, theirs = _tensors(out / "adapter"), _tensors(tmp_path / "whole" / "adapter")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def _logged(out: Path) -> list[Any]:
+    return [row for row in read(out / "metrics.jsonl") if "loss" in row] if (out / "metrics.jsonl").exists() else []
+
+
+def _losses(out: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in _logged(out)]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model": {"name": "nowhere/at-all"}}, "nowhere/at-all"),
+        ({"data": "absent.jsonl"}, "absent.jsonl"),
+        ({"train": {"lr": 30.0}}, "lr=30"),
+        ({"model": {"name": "DECODER", "dtype": "float16", "device": "cpu"}}, "float16"),
+        ({"method": "VPT"}, "VPT"),
+        ({"data": {"train": [{"path": "DATA", "columns": {"instruction": "what"}}]}}, "what"),
+        ({"train": {"shard": True}}, "torchrun"),
+        ({"objective": "classify"}, "label"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_expensive(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], told: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data = jsonl(tmp_path / "d.jsonl", instructed(40))
+    words = json.dumps(change).replace("DECODER", str(models["decoder"])).replace("DATA", str(data))
+    base = {"model": {"name": str(models["decoder"])}, "data": str(data), "output": {"folder": str(tmp_path / "o")}}
+    with pytest.raises(KitoutError, match=told.replace("/", ".")):
+        kitout.train(base | json.loads(words), say=lambda _: None)
+
+
+def test_a_method_on_a_model_it_cannot_serve(models: dict[str, Path], colours: Path, tmp_path: Path) -> None:
+    data = {"train": str(colours), "test": 8, "validation": 4}
+    with pytest.raises(KitoutError, match="token table"):
+        run(models["vision"], data, tmp_path / "o", method="PromptTuning")
+
+
+def test_other_data_in_the_same_folder_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "d.jsonl", instructed(40))
+    run(models["decoder"], str(data), tmp_path / "o", train={"steps": 2})
+    (tmp_path / "o" / "results.json").unlink()
+    jsonl(tmp_path / "d.jsonl", instructed(40)[::-1][:30])
+    with pytest.raises(ConfigError, match="another run"):
+        run(models["decoder"], str(data), tmp_path / "o", train={"steps": 2})
