@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback
 
-from kitout import IA3, Kit, LoRA
-from kitout.train import keep
+from kitout import IA3, BitFit, Kit, LoRA, PrefixTuning
+from kitout.files.fingerprint import fingerprint
+from kitout.train import keep, processes, scale
 from kitout.train.jobs import Job
+from kitout.train.watch import see
 from train.small import add, causal, far, gradients, job, kit_of, loop_of, losses, texts, values
 
 torch.set_num_threads(1)
@@ -96,3 +99,72 @@ def limited(folder: Path) -> list[int]:
         loop.train()
     assert sum("no checkpoint of step" in str(warning.message) for warning in told) == 2, told
     return [keep.step_of(path) for path in keep.found(folder)]
+
+
+class Stop(TrainerCallback):
+    """As good as a kill in between: what is not saved is lost."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def shared(folder: Path, kind: str, stop: int | None = None) -> Figures:
+    """A run in as many processes as there are. joint: jobs with too few rows for every process; parted: FSDP2."""
+    PartialState(cpu=True)  # joins the others, as a run does first of all
+    kit = kit_of("llama", dtype=torch.float32 if kind == "single" else torch.float64)
+    add(kit, "low", LoRA(rank=2, targets="all-linear"))
+    names = ["low"]
+    if kind != "single":
+        add(kit, "shift", BitFit(), seed=1)
+        add(kit, "front", PrefixTuning(length=3), seed=2)
+        names += ["shift", "front"]
+    if kind == "parted" and processes.world() > 1:
+        scale.shard(kit)
+    jobs = [
+        job(name, causal(kit, names, items), items, steps=steps, batch=batch, seed=batch)
+        for name, items, steps, batch in zip(
+            names, [texts(20, 0), texts(12, 1), texts(9, 2)], (6, 4, 5), (5, 1, 3), strict=False
+        )
+    ]
+    seen: dict[str, float] = {}
+
+    def watch() -> dict[str, float]:
+        for one in jobs:
+            with kit.use(one.name):
+                seen[one.name] = see(kit, one.objective, texts(7, 9)).loss
+        return {"eval_loss": sum(seen.values())}
+
+    loop = loop_of(
+        kit, jobs, folder, micro=2, watch=watch, eval_strategy="steps", eval_steps=2, save_strategy="steps",
+        save_steps=2, logging_steps=3, callbacks=[Stop(stop)],
+    )  # fmt: skip
+    last = next(reversed(keep.found(folder)), None) if stop is None else None
+    processes.wait()
+    try:
+        loop.train(str(last) if last else None)
+    except KeyboardInterrupt:
+        return {}
+    saved = ""
+    if kind == "parted":
+        with scale.whole(kit):
+            if processes.rank() == 0:
+                kit.save("low", folder / "adapter")
+                fresh = kit_of("llama", dtype=kit.dtype)
+                fresh.load(folder / "adapter")
+                saved = fingerprint(kit, ()).model_dump_json()
+            processes.wait()
+    held = sum(own(value).numel() for value in kit.base.parameters())
+    weights = {f"{one.name}/{key}": value.tolist() for one in jobs for key, value in values(kit, one.name).items()}
+    return {
+        "weights": weights, "losses": losses(loop), "seen": seen, "held": held, "saved": saved,
+        "tokens": sum(processes.gathered([loop.work.tokens])), "from": keep.step_of(last) if last else 0,
+    }  # fmt: skip
+
+
+def own(value: Any) -> Any:
+    """This process's part of a parameter."""
+    return value.to_local() if hasattr(value, "to_local") else value

@@ -110,7 +110,7 @@ class Causal:
         other = replace(first, ids=first.ids[::-1], labels=first.labels[::-1])
         together, changed = (self._logits([item, second]) for item in (first, other))
         start = len(first.ids)
-        apart = [self._logits([item]) for item in (first, second)]
+        apart = [self._alone(item) for item in (first, second)]
         off = max(_far(together[:start], apart[0]), _far(together[start:], apart[1]))
         seen = 0.0 if first.ids == other.ids else _far(together[start:], changed[start:])
         if not (off <= CLOSE.get(self.kit.dtype, 1e-4) and seen <= SEEN):
@@ -120,8 +120,14 @@ class Causal:
                 "padding)"
             )
 
+    def _alone(self, item: Item) -> Tensor:
+        """As everywhere else: the model, and whatever stands in front of its text, counts positions itself."""
+        ids = torch.tensor([item.ids], device=self.kit.device)
+        logits: Tensor = self.kit(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+        return at_least_float32(logits)
+
     def _logits(self, items: Sequence[Item]) -> Tensor:
-        """Of one row, in the order given."""
+        """Of one packed row, in the order given."""
         ids = torch.tensor([[t for item in items for t in item.ids]], device=self.kit.device)
         places = _positions([[len(item.ids) for item in items]], ids.shape[1], self.kit.device)
         logits: Tensor = self.kit(input_ids=ids, position_ids=places, use_cache=False).logits[0]

@@ -125,7 +125,8 @@ def _ending(
     def forward(*args: Tensor) -> Tensor:
         weight, bias = _values(head.weight), None if head.bias is None else _values(head.bias)
         found.append(one_pass(_flat(args, places), weight, bias, labels, weights))
-        return (0.0 * found[-1][0]).to(args[0].dtype).expand(1, 1, head.out_features)
+        zeros = torch.zeros(1, 1, head.out_features, dtype=args[0].dtype, device=args[0].device)
+        return zeros + (0.0 * found[-1][0]).to(zeros.dtype)
 
     with _instead(head, forward):
         yield found

@@ -59,6 +59,7 @@ class Loop(Trainer):  # type: ignore[misc]
     ) -> None:  # fmt: skip
         self.kit, self.jobs, self.folder, self.run, self.watch, self.kept = kit, list(jobs), folder, run, watch, kept
         self.steps = Steps(jobs)
+        args.device  # noqa: B018 - asked for it, the arguments join the other processes
         _settled(args, len(self.steps), len(jobs))
         self.work = Work(kit, jobs, micro or max(len(self.steps[0]), 1))
         self.health = Health(kit, jobs, folder)

@@ -44,7 +44,8 @@ class Work:
     """
 
     def __init__(self, kit: Kit, jobs: Sequence[Job], micro: int) -> None:
-        self.kit, self.jobs, self.micro, self.halved = kit, list(jobs), micro, 0
+        self.kit, self.jobs, self.halved = kit, list(jobs), 0
+        self.micro = min(processes.gathered([micro]))
         self.groups = [_group(kit, job, number) for number, job in enumerate(jobs)]
         self.sums: list[list[float]] = [[0.0, 0.0] for _ in jobs]
         self.tokens = self.padded = 0
