@@ -28,7 +28,7 @@ class AdaptFormer(Method):
     width: of the bottleneck. scale: a number or "learned". dropout: between activation and up-projection.
     """
 
-    rate: ClassVar[Rate] = Rate(1e-2)
+    rate: ClassVar[Rate] = Rate(3e-3)
     mergeable: ClassVar[bool] = False
     default_targets: ClassVar[str] = "sub.mlp"
 

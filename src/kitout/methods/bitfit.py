@@ -46,7 +46,7 @@ class BitFit(Method):
     """
 
     seat: ClassVar[str] = "every bias"
-    rate: ClassVar[Rate] = Rate(3e-3)
+    rate: ClassVar[Rate] = Rate(1e-3)
 
     everywhere: bool = False
 

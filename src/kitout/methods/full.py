@@ -28,7 +28,7 @@ class FullFineTuning(Method):
 
     seat: ClassVar[str] = "every parameter"
     note: ClassVar[str] = "rows of one batch share class and position tokens"
-    rate: ClassVar[Rate] = Rate(2e-5, decay=0.01)
+    rate: ClassVar[Rate] = Rate(3e-5, decay=0.01)
 
     def sites(self, survey: Survey) -> list[Site]:
         if self.targets is not None and any(word.startswith("in:") for word in self.targets.split()):

@@ -33,7 +33,7 @@ class PartialFineTuning(Method):
 
     seat: ClassVar[str] = "as last, part or names says"
     note: ClassVar[str] = "rows of one batch share class and position tokens"
-    rate: ClassVar[Rate] = Rate(1e-4, decay=0.01)
+    rate: ClassVar[Rate] = Rate(3e-4, decay=0.01)
 
     last: int | None = Field(default=None, ge=1)
     part: Literal["head", "norms"] | None = None
@@ -53,6 +53,10 @@ class PartialFineTuning(Method):
                 f"{told}: last, part and names say where; FullFineTuning(targets=..., layers=...) takes these"
             )
         return self
+
+    def advised(self) -> Rate:
+        """A head alone is trained at a head's rate, 3e-3."""
+        return Rate(self.rate.head) if self.part == "head" else self.rate
 
     def sites(self, survey: Survey) -> list[Site]:
         every = survey.parameters(fixed=self.names is not None)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from kitout.base.find import Survey
 
 PLACES = ("encoder", "decoder", "cross")
+SMALL = (
+    0.1  # of the deviation that real keys and values have: at the whole of it noise drowns the text (docs/methods.md)
+)
 
 
 class PrefixEncoder(nn.Module):
@@ -85,14 +88,14 @@ class PrefixTuning(Method):
     """Trained keys and values that every attention sees before those of the text.
 
     length: how many. encoder: hidden width of the MLP that computes them, None = trained flat. shared: one encoder for
-    all layers (of each place), or one per layer. dropout: on keys and values. init: "random" (normal, of the standard
-    deviation that the layer's own keys and values have) or the token ids of a text, whose first `length` keys and
-    values it starts from. places: any of "encoder decoder cross" that the model has.
+    all layers (of each place), or one per layer. dropout: on keys and values. init: "random" (normal, of a tenth of the
+    standard deviation that the layer's own keys and values have) or the token ids of a text, whose first `length` keys
+    and values it starts from. places: any of "encoder decoder cross" that the model has.
     """
 
     seat: ClassVar[str] = "every attention call"
     note: ClassVar[str] = "strength and Mix are weights of attention, not below 0"
-    rate: ClassVar[Rate] = Rate(1e-2)
+    rate: ClassVar[Rate] = Rate(3e-2)
     mergeable: ClassVar[bool] = False
     identity: ClassVar[bool] = False
 
@@ -157,7 +160,7 @@ class PrefixTuning(Method):
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         if self.encoder is None:
-            k, v = site.scale or (1.0, 1.0)
+            k, v = (SMALL * deviation for deviation in site.scale or (1.0, 1.0))
             shape = (self.length, site.heads, site.d_out // site.heads)
             return FlatPrefix(torch.stack((torch.randn(shape) * k, torch.randn(shape) * v), 1), self.dropout)
         if isinstance(shared, nn.ModuleDict):
@@ -178,6 +181,10 @@ class PrefixTuning(Method):
             assert isinstance(delta, FlatPrefix)
             k, v = (t[:, : self.length].transpose(0, 1) for t in found[site.path])  # [m, H_kv, d_h]
             delta.prefix.copy_(torch.stack((k, v), 1))
+
+    def advised(self) -> Rate:
+        """Through an encoder, whose weights all keys and values share, the rate is 3e-4."""
+        return self.rate if self.encoder is None else Rate(3e-4)
 
     def settled(self) -> PrefixTuning:
         return self if self.encoder is None else self.model_copy(update={"encoder": None, "shared": True})

@@ -32,7 +32,7 @@ class SSF(Method):
     """
 
     seat: ClassVar[str] = "every linear, convolution and norm"
-    rate: ClassVar[Rate] = Rate(3e-3)
+    rate: ClassVar[Rate] = Rate(1e-3)
     identity: ClassVar[bool] = False
 
     std: float = Field(default=0.02, ge=0.0)
