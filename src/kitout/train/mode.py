@@ -8,7 +8,7 @@ losses.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from kitout.errors import ConfigError
 from kitout.kit.kit import Kit
 
+ITS_MARK = "support_avx512bf16_for_cpu"  # on bitsandbytes' 4-bit linears
+
 
 @contextmanager
 def at_work(kit: Kit, names: Sequence[str], checkpointing: bool) -> Iterator[None]:
@@ -24,14 +26,34 @@ def at_work(kit: Kit, names: Sequence[str], checkpointing: bool) -> Iterator[Non
     kit.eval()
     for name in names:
         kit[name].train()
-    try:
+    with ExitStack() as undone:
+        undone.callback(kit.eval)
+        _check_layout(kit)
         if checkpointing:
-            _checkpoint(kit)
+            _checkpoint(kit, undone)
         yield
-    finally:
-        if checkpointing and _can(kit):
-            kit.gradient_checkpointing_disable()
-        kit.eval()
+
+
+def as_quantised(model: nn.Module) -> nn.Module:
+    """Keeps 4-bit weights as bitsandbytes quantised them; to be called once, before the model runs (and is attached).
+
+    On CPUs with AVX512-BF16 it lays them out anew, in place, when they are first used in eval mode: a form that has no
+    gradients, says nothing of it, and rounds the scales.
+    """
+    for module in model.modules():
+        if getattr(module, ITS_MARK, False):
+            setattr(module, ITS_MARK, False)
+    return model
+
+
+def _check_layout(kit: Kit) -> None:
+    for path, module in kit.base.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ConfigError(
+                f"{path}: bitsandbytes has laid this 4-bit weight out for inference, where it has no gradient: load "
+                "the model afresh and call kitout.train.mode.as_quantised(model) before kitout.attach(model)"
+            )
 
 
 @contextmanager
@@ -46,23 +68,23 @@ def at_rest(kit: Kit) -> Iterator[None]:
             module.training = mode
 
 
-def _can(kit: Kit) -> bool:
-    return bool(getattr(kit.base, "supports_gradient_checkpointing", False))  # transformers' own mark; timm has none
-
-
-def _checkpoint(kit: Kit) -> None:
-    blocks = [module for module in kit.base.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not _can(kit) or not blocks:
+def _checkpoint(kit: Kit, undone: ExitStack) -> None:
+    base: Any = kit.base
+    blocks = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    can = getattr(base, "supports_gradient_checkpointing", False)  # transformers' own mark; timm has none
+    if not can or not blocks:
         raise ConfigError(
-            f"train.checkpointing: {type(kit.base).__name__} has no blocks whose activations can be computed again; "
+            f"train.checkpointing: {type(base).__name__} has no blocks whose activations can be computed again; "
             "write train.checkpointing=false and a smaller train.micro_batch"
         )
     kit.gradient_checkpointing_enable()
-    base: Any = kit.base
+    undone.callback(kit.gradient_checkpointing_disable)
     base.disable_input_require_grads()  # the older kind of checkpointing wanted it, and left its hooks behind
     for block in blocks:
         block.__dict__["_gradient_checkpointing_func"] = _unmoved(block, block._gradient_checkpointing_func)
         block.training = True
+        undone.callback(block.register_forward_pre_hook(_calmed).remove)
+        undone.callback(block.register_forward_hook(_stirred, always_call=True).remove)
 
 
 def _unmoved(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,3 +101,13 @@ def _unmoved(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., 
         return checkpoint(still, *args)
 
     return around
+
+
+def _calmed(block: Any, _inputs: Any) -> None:
+    """A kit runs prompts through blocks ahead of their text, without checkpointing."""
+    if not block.gradient_checkpointing:
+        block.training = False
+
+
+def _stirred(block: Any, _inputs: Any, _output: Any) -> None:
+    block.training = True

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kitout.errors import ConfigError, Faults
 from kitout.kit.kit import Kit
 from kitout.train import processes
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def shard(kit: Kit) -> None:
@@ -49,6 +53,7 @@ def whole(kit: Kit) -> Iterator[None]:
     All processes enter and leave it together.
     """
     parted = _parted(kit) if sharded(kit) else []
+    top: object = kit.base  # whose own weights stay whole between forward and backward
     try:
         for module in parted:
             module.set_reshard_after_forward(False, recurse=False)
@@ -56,11 +61,11 @@ def whole(kit: Kit) -> Iterator[None]:
         yield
     finally:
         for module in parted:
-            module.set_reshard_after_forward(module is not kit.base, recurse=False)
+            module.set_reshard_after_forward(module is not top, recurse=False)
             module.reshard()
 
 
-def _parted(kit: Kit) -> list[nn.Module]:
+def _parted(kit: Kit) -> list[FSDPModule]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in kit.base.modules() if isinstance(module, FSDPModule)]
