@@ -55,10 +55,11 @@ class ModelConfig(Section):
 
 
 class SourceConfig(Section):
-    """One set of examples, in a mixture with others or alone."""
+    """One set of examples, in a mixture with others or alone: then `data.train.limit` says it too, without a number."""
 
     path: str
-    """A file (.jsonl, .json, .csv, .tsv, .parquet), a folder, or a hub name (`name:config`)."""
+    """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder, an embedded set (`kitout assets list`) or a name on
+    the hub (`owner/name:config`); `#500` behind it: its first 500 rows alone."""
     weight: float = Field(default=1.0, gt=0)
     """Its share in a mixture: 2 is drawn twice as often as 1, relative to its size."""
     format: str = "auto"
@@ -66,9 +67,9 @@ class SourceConfig(Section):
     columns: dict[str, str] = {}
     """What a column is called that cannot be told: {"text": "body", "label": "stars"}."""
     instruction: str | None = None
-    """For labelled texts: an instruction before each text, so that a language model learns to answer the label."""
+    """A system turn for every example; labelled texts become chats whose answer is the label, for language models."""
     limit: int | None = Field(default=None, gt=0)
-    """At most so many examples, drawn by the seed."""
+    """At most so many examples of each part, drawn by the seed."""
 
 
 class DataConfig(Section):
@@ -150,7 +151,8 @@ class TrainConfig(Section):
     batch: int = Field(default=16, gt=0)
     """Examples of one optimiser step, over all processes. The result depends on it."""
     micro_batch: int | None = Field(default=None, gt=0)
-    """Examples of one forward; default: the whole batch, halved when memory runs out. Changes cost, not the result."""
+    """Examples of one forward; default: the whole batch on a GPU, on a CPU as many as keep it busy. It is halved when
+    memory runs out. Changes cost, not the result."""
     warmup: float = Field(default=0.06, ge=0, lt=1)
     """The part of the run in which the rate rises."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -45,7 +45,7 @@ def finish(
     place.finish(figures)
     for name, found in comparisons.items():
         say(f"{name}: {found.verdict}" if len(comparisons) > 1 else found.verdict)
-    say(_next(config, place, folders))
+    say(_next(made, config, place, folders))
     return figures
 
 
@@ -151,17 +151,21 @@ def _method(made: Prepared, name: str) -> str:
     return f"{type(method).__name__}({settings})" if settings else type(method).__name__
 
 
-def _next(config: RunConfig, place: RunFolder, folders: Mapping[str, Path]) -> str:
-    first = next(iter(folders.values()))
+def _next(made: Prepared, config: RunConfig, place: RunFolder, folders: Mapping[str, Path]) -> str:
+    """Where everything is, and lines that run as they stand."""
+    name, folder = next(iter(folders.items()))
+    loader, classes = build.CLASSES[made.objective], len(made.main.names)
+    opened = json.dumps(build.found(config.model.name)) + (f", num_labels={classes}" if classes else "")
+    worn = json.dumps(name)
     return "\n".join(
         [
             f"report   {place.report}",
-            *(f"adapter  {folder}" for folder in folders.values()),
+            *(f"adapter  {one}" for one in folders.values()),
             "",
             "use it:",
-            "  import kitout, transformers",
-            f'  model = transformers.AutoModel...from_pretrained("{config.model.name}")   # the class of the report',
-            "  kit = kitout.attach(model)",
-            f'  kit.load("{first}", name="mine"); kit.use("mine")',
+            "  import kitout",
+            f"  from transformers import {loader}",
+            f"  kit = kitout.attach({loader}.from_pretrained({opened}).eval())",
+            f"  kit.load({json.dumps(str(folder))}, name={worn}); kit.use({worn})",
         ]
     )

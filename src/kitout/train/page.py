@@ -62,16 +62,25 @@ def _settings(made: Prepared, own: RunConfig, number: int, guess: Estimate) -> d
     method = kit[job.name].method
     own_lr = method.advised().lr if own.train.lr is None else own.train.lr
     settings = ", ".join(f"{k}={v}" for k, v in method.describe().items())
+    several = len(made.jobs) > 1
+    forward = f"{guess.micro} of all jobs" if several else f"{min(guess.micro, own.train.batch)}"
     told = {
         "model": f"{own.model.name}, {str(kit.dtype)[6:]} ({made.why}), {kit.device.type}",
-        "method": f"{type(method).__name__}({settings})",
+        "method": f"{type(method).__name__}({settings})" if settings else type(method).__name__,
         "objective": made.objective,
-        "batch": f"{own.train.batch} examples, at most {guess.micro} at once; learning rate {own_lr:g}",
+        "batch": f"{own.train.batch} examples a step, at most {forward} in one forward; learning rate {own_lr:g}",
     }
-    told |= {f"data {i + 1}" if i else "data": line for i, line in enumerate(one.told)}
-    if one.majority:
-        told["majority"] = f"{100 * one.majority:.1f} % of the test part has the commonest answer"
-    return ({"job": job.name} if len(made.jobs) > 1 else {}) | told
+    told |= _data(one)
+    if one.majority is not None:
+        told["commonest"] = f"always saying the commonest answer gets {100 * one.majority:.1f} % of the test part right"
+    return ({"job": job.name} if several else {}) | told
+
+
+def _data(one: Sets) -> dict[str, str]:
+    """How each source was read, then how all of them were parted."""
+    *read, parted = one.told
+    named = {f"data {i + 1}" if i else "data": line for i, line in enumerate(read)}
+    return named | {"parts" if read else "data": parted}
 
 
 def _items(one: Sets, items: Sequence[Any]) -> Sequence[Item]:

@@ -37,7 +37,8 @@ BLOCKS = "▏▎▍▌▋▊▉█"
 class Preflight:
     """What is shown. settings: what is chosen and why, in words. example: spans of one example and whether they are
     learnt (`facts.rendered`); answer: its label or number, if it has one. sites: rows of role, layers, widths, number
-    (`kit.show.site_rows` of the adapter's sites). memory in bytes and time in seconds are estimates; None: not made.
+    (`kit.show.site_rows` of the adapter's sites). memory in bytes and time in seconds are estimates; None: left out (of
+    several jobs, the last page tells them for all).
     """
 
     settings: Mapping[str, str]
@@ -226,9 +227,10 @@ def _trained(page: Preflight) -> RenderableType:
 def _cost(page: Preflight) -> RenderableType:
     table = _grid()
     table.add_row(Text("steps", DIM), f"{page.steps:,}")
-    table.add_row(Text("memory", DIM), "not known" if page.memory is None else f"about {size(page.memory)}")
-    spent = "not known" if page.time is None else f"about {seconds(page.time)}, besides measuring"
-    table.add_row(Text("time", DIM), spent)
+    if page.memory is not None:
+        table.add_row(Text("memory", DIM), f"about {size(page.memory)}")
+    if page.time is not None:
+        table.add_row(Text("time", DIM), f"about {seconds(page.time)}, besides measuring")
     return table
 
 
