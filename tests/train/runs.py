@@ -18,7 +18,8 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from kitout import IA3, BitFit, Kit, LoRA, PrefixTuning
+from kitout import IA3, BitFit, FullFineTuning, Kit, LoRA, PrefixTuning, PromptTuning
+from kitout.errors import ConfigError
 from kitout.files.fingerprint import fingerprint
 from kitout.train import keep, processes, scale
 from kitout.train.jobs import Job
@@ -168,3 +169,26 @@ def shared(folder: Path, kind: str, stop: int | None = None) -> Figures:
 def own(value: Any) -> Any:
     """This process's part of a parameter."""
     return value.to_local() if hasattr(value, "to_local") else value
+
+
+def proven() -> list[str]:
+    """What parting the base says to adapters it is not for, and to a second time."""
+    PartialState(cpu=True)
+    told = []
+    methods = {"text": PromptTuning(length=2), "deep": PrefixTuning(length=2)}
+    for species, name in (("llama", "text"), ("t5", "deep"), ("vit", "copies")):
+        kit = kit_of(species)
+        add(kit, name, methods.get(name, FullFineTuning()))
+        try:
+            scale.shard(kit)
+        except ConfigError as wrong:
+            told.append(str(wrong))
+    kit = kit_of("llama")
+    add(kit, "low", LoRA(rank=2))
+    scale.shard(kit)
+    assert all(value.grad is None for value in kit["low"].parameters())
+    try:
+        scale.shard(kit)
+    except ConfigError as wrong:
+        told.append(str(wrong))
+    return told

@@ -53,6 +53,16 @@ def test_a_restart_of_two_processes_is_exact(tmp_path: Path) -> None:
         assert again[0][key] == whole[0][key]
 
 
+def test_what_cannot_be_parted_is_said_before_training() -> None:
+    first, second = apart(runs.proven, processes=2)
+    assert first == second
+    text, deep, copies, again = first
+    assert "'text' (PromptTuning) works with a block's weights outside of that block" in text
+    assert "'deep' (PrefixTuning)" in deep
+    assert "['copies'] put values in the place of the base's own parameters" in copies
+    assert "parted already" in again
+
+
 def test_one_process_has_nothing_to_part() -> None:
     with pytest.raises(ConfigError, match="torchrun --nproc-per-node"):
         scale.shard(kit_of("llama"))

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from kitout.base.example import example
 from kitout.errors import ConfigError, Faults
 from kitout.kit.kit import Kit
 from kitout.train import processes
+from kitout.train.mode import at_rest
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -35,6 +37,7 @@ def shard(kit: Kit) -> None:
         if block.whole:
             fully_shard(kit.base.get_submodule(block.path), mesh=mesh)
     fully_shard(kit.base, mesh=mesh)  # what is outside blocks: embeddings, the last norm, the head
+    _prove(kit)
 
 
 def sharded(kit: Kit) -> bool:
@@ -69,6 +72,24 @@ def _parted(kit: Kit) -> list[FSDPModule]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in kit.base.modules() if isinstance(module, FSDPModule)]
+
+
+def _prove(kit: Kit) -> None:
+    """Each adapter once forward and backward on a made-up batch: what uses a block's weights outside of it fails."""
+    batch = example(kit.base, 2)
+    for name in kit.names if batch is not None else ():
+        try:
+            with at_rest(kit), kit.use(name):
+                found = kit(**batch or {})
+                (found if isinstance(found, Tensor) else found[0]).float().square().mean().backward()
+        except RuntimeError as wrong:
+            method = type(kit[name].method).__name__
+            raise ConfigError(
+                f"train.shard: {name!r} ({method}) works with a block's weights outside of that block, where they are "
+                f"parted ({str(wrong).splitlines()[0][:120]}): choose another method, or write train.shard=false"
+            ) from wrong
+        finally:
+            kit[name].zero_grad()
 
 
 def _check(kit: Kit) -> None:
