@@ -51,7 +51,7 @@ class PromptTuning(Method):
 
     seat: ClassVar[str] = "token embedding"
     note: ClassVar[str] = "not in a Mix; no strength but on and off"
-    rate: ClassVar[Rate] = Rate(3e-2)
+    rate: ClassVar[Rate] = Rate(1e-2)
     mergeable: ClassVar[bool] = False
     identity: ClassVar[bool] = False
 

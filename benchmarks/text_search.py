@@ -1,0 +1,313 @@
+"""Learning rates of the methods on text, chosen on a validation part of the demo's tweets that is never its test part.
+
+The demo's test tweets are taken off first. Each method is trained on the same few hundred of the others at rates a
+factor of three apart; while the best one is the highest or the lowest tried, one more is tried beyond it. The measure
+is the cross-entropy of the right label among the labels (less noisy than the accuracy beside it). Finished trials are
+kept in runs/ line by line, and a trial under way in a checkpoint: a search that was stopped goes on where it was.
+
+    python benchmarks/text_search.py [--methods lora prompt] [--rates 1e-3 3e-3] [--seeds 0 1] [--train 480] [--write]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+import kitout
+from kitout import (
+    IA3,
+    SSF,
+    AdaptFormer,
+    BitFit,
+    FullFineTuning,
+    Houlsby,
+    Kit,
+    LoRA,
+    Method,
+    ParallelAdapter,
+    PartialFineTuning,
+    Pfeiffer,
+    PrefixTuning,
+    PromptTuning,
+)
+from kitout.demo import assets, data
+from kitout.demo.data import Example
+from kitout.demo.run import BASE, DATA, Options
+from kitout.demo.task import TWEETS, Task
+from kitout.demo.train import Diverged, Settings, train
+from kitout.evaluate.closed import likelihoods
+from kitout.methods.copies import Copy
+from kitout.train import machine
+
+HERE = Path(__file__).parent
+Make = Callable[[tuple[int, ...]], Method]  # from the tokens of the instruction
+
+
+@dataclass(frozen=True)
+class Row:
+    """start: the rate in the middle of those tried first."""
+
+    title: str
+    start: float
+    make: Make
+
+
+def words(number: int) -> tuple[int, ...]:
+    """Rows of the vocabulary's first 5,000, drawn once."""
+    return tuple(torch.randperm(5000, generator=torch.Generator().manual_seed(0))[:number].tolist())
+
+
+ROWS: dict[str, Row] = {
+    "prompt": Row("PromptTuning, 20 of the vocabulary", 3e-2, lambda _: PromptTuning(length=20)),
+    "lora": Row("LoRA, rank 8, all linear", 1e-3, lambda _: LoRA(rank=8, targets="all-linear")),
+    "prefix": Row("PrefixTuning, 16", 1e-2, lambda _: PrefixTuning(length=16)),
+    "ia3": Row("IA3", 1e-2, lambda _: IA3()),
+    "bitfit": Row("BitFit", 3e-3, lambda _: BitFit()),
+    "ssf": Row("SSF", 3e-3, lambda _: SSF()),
+    "houlsby": Row("Houlsby, 64", 1e-3, lambda _: Houlsby()),
+    "pfeiffer": Row("Pfeiffer, 48", 1e-3, lambda _: Pfeiffer()),
+    "pfeiffer-wide": Row("Pfeiffer, 48, std 0.02", 1e-3, lambda _: Pfeiffer(std=0.02)),
+    "ssf-narrow": Row("SSF, std 0.002", 3e-3, lambda _: SSF(std=0.002)),
+    "prefix-encoder": Row("PrefixTuning, 16, encoder 512", 1e-3, lambda _: PrefixTuning(length=16, encoder=512)),
+    "parallel": Row("ParallelAdapter, 512", 3e-4, lambda _: ParallelAdapter()),
+    "adaptformer": Row("AdaptFormer, 64", 3e-3, lambda _: AdaptFormer()),
+    "lora-qv": Row("LoRA, rank 8, q and v", 1e-3, lambda _: LoRA(rank=8)),
+    "full": Row("FullFineTuning", 3e-5, lambda _: FullFineTuning()),
+    "partial": Row("PartialFineTuning, last block", 3e-4, lambda _: PartialFineTuning(last=1)),
+    "prompt-text": Row("PromptTuning, 20 of the instruction", 3e-2, lambda ids: PromptTuning(length=20, init=ids)),
+    "prompt-normal": Row("PromptTuning, 20 at random", 3e-2, lambda _: PromptTuning(length=20, init="normal")),
+    "prefix-text": Row("PrefixTuning, 12 of the instruction", 1e-2, lambda ids: PrefixTuning(length=12, init=ids)),
+    "prefix-vocab": Row("PrefixTuning, 16 of the vocabulary", 1e-2, lambda _: PrefixTuning(init=words(16))),
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one trial is; trials of another budget are not compared."""
+
+    train: int = 480
+    validation: int = 300
+    batch: int = 8
+    dtype: str = "bf16"
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.train / self.batch)
+
+
+@dataclass
+class Bench:
+    """The frozen model, its task and the tweets; one method after the other sits on it."""
+
+    kit: Kit
+    task: Task
+    learnt: list[Example]
+    held_out: list[Example]
+    budget: Budget
+    out: Path
+
+    def run(self, key: str, rate: float, seed: int) -> dict[str, object]:
+        """One trial, from its checkpoint if there is one."""
+        kit, task = self.kit, self.task
+        pairs = [(task.encode(e.text), task.answer(e)) for e in self.learnt]
+        instruction = tuple(task.tokenizer(TWEETS, add_special_tokens=False).input_ids)
+        adapter = kit.add("trial", ROWS[key].make(instruction), seed=seed)
+        rare = any(isinstance(delta, Copy) for delta in adapter.deltas.values())  # gigabytes: keep none under way
+        settings = Settings(lr=rate, batch=self.budget.batch, seed=seed, save_every=10**9 if rare else 20)
+        file = self.out / f"{key}.safetensors"
+        torch.manual_seed(seed)
+        start, spent = time.perf_counter(), time.process_time()
+        try:
+            with kit.use("trial"):
+                run = json.dumps([key, rate, seed, asdict(self.budget)])
+                done = train(kit, "trial", pairs, task.end, settings, file, run, lambda _: None)
+                accuracy, loss = self.measure()
+            ended = sum(done.losses[-10:]) / 10
+        except Diverged:
+            accuracy, loss, ended = 0.0, math.inf, math.inf
+        finally:
+            kit.remove("trial")
+            kit.eval()
+        file.unlink(missing_ok=True)
+        seconds, processor = time.perf_counter() - start, time.process_time() - spent
+        return {
+            "key": key, "rate": rate, "seed": seed, "budget": asdict(self.budget), "accuracy": accuracy, "loss": loss,
+            "train_loss": ended, "seconds": round(seconds, 1), "processor_seconds": round(processor, 1),
+        }  # fmt: skip
+
+    def measure(self) -> tuple[float, float]:
+        """Accuracy and cross-entropy of the right label among the labels, of what the kit wears."""
+        prompts = [self.task.encode(e.text) for e in self.held_out]
+        scores = likelihoods(self.kit, prompts, self.task.answers, self.task.end).cpu().log_softmax(dim=1)
+        truth = torch.tensor([self.task.labels.index(e.label) for e in self.held_out])
+        loss = torch.nn.functional.nll_loss(scores, truth).item()
+        right = (scores.argmax(dim=1) == truth).float().mean().item()
+        return right, loss if math.isfinite(loss) else math.inf
+
+
+def equip(budget: Budget, out: Path) -> Bench:
+    """The demo's model and tweets, without its test tweets."""
+    folder = assets.get(BASE, print)
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    form, _ = machine.dtype(budget.dtype, machine.device())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=form).to(machine.device())
+    kit = kitout.attach(model)
+    model.set_attn_implementation("eager")  # short texts: see kitout.demo.run
+    demo = Options()
+    every = data.load(assets.get(DATA, print) / "tweets.jsonl")
+    parts = data.split(every, 10**9, demo.test, demo.data_seed)
+    task = Task(tokenizer, parts.labels, TWEETS)
+    return Bench(kit, task, parts.train[: budget.train], parts.train[-budget.validation :], budget, out)
+
+
+class Results:
+    """Finished trials, one line of JSON each; a line that a kill cut short is ignored."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+    def all(self) -> list[dict]:
+        found = []
+        for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return found
+
+    def add(self, trial: dict) -> None:
+        with self.file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(trial) + "\n")
+
+    def get(self, budget: Budget, key: str, rate: float, seed: int) -> dict | None:
+        return next((t for t in self.of(budget, key) if (t["rate"], t["seed"]) == (rate, seed)), None)
+
+    def of(self, budget: Budget, key: str) -> list[dict]:
+        """One trial per rate and seed."""
+        same = [t for t in self.all() if t["key"] == key and t["budget"] == asdict(budget)]
+        return list({(t["rate"], t["seed"]): t for t in same}.values())
+
+    def rates(self, budget: Budget, key: str) -> dict[float, tuple[float, float, int]]:
+        """By rate: mean cross-entropy and accuracy, and over how many seeds."""
+        found: dict[float, list[dict]] = {}
+        for trial in self.of(budget, key):
+            found.setdefault(trial["rate"], []).append(trial)
+        return {rate: (_mean(t, "loss"), _mean(t, "accuracy"), len(t)) for rate, t in sorted(found.items())}
+
+    def budgets(self) -> list[Budget]:
+        return sorted({Budget(**t["budget"]) for t in self.all()}, key=lambda b: b.train)
+
+
+def _mean(trials: Sequence[dict], what: str) -> float:
+    return sum(t[what] for t in trials) / len(trials)
+
+
+def step(rate: float, up: bool) -> float:
+    """The next rate of 1, 3, 10, 30, ... times a power of ten."""
+    power = math.floor(math.log10(rate) + 1e-9)
+    ones = rate / 10**power < 2
+    power += (0 if ones else 1) if up else (-1 if ones else 0)
+    return float(f"{3 if ones else 1}e{power}")
+
+
+def search(bench: Bench, results: Results, key: str, rates: Sequence[float], seeds: Sequence[int]) -> None:
+    """Every rate with every seed; with none given, three around the row's start and then beyond an edge that won."""
+    start = ROWS[key].start
+    todo = list(rates) or [start, step(start, False), step(start, True)]
+    seen: set[float] = set()
+    while todo:
+        rate = todo.pop(0)
+        seen.add(rate)
+        for seed in seeds:
+            trial = results.get(bench.budget, key, rate, seed)
+            if trial is None:
+                trial = bench.run(key, rate, seed)
+                results.add(trial)
+            print(
+                f"{key} {rate:.0e} seed {seed}: cross-entropy {trial['loss']:.3f}, {100 * trial['accuracy']:.1f} %, "
+                f"training loss at the end {trial['train_loss']:.3f}, {trial['processor_seconds']:.0f} s",
+                flush=True,
+            )
+        if not todo and not rates:
+            tried = {r: values[0] for r, values in results.rates(bench.budget, key).items() if r in seen}
+            best = min(tried, key=tried.__getitem__)
+            if best in (min(tried), max(tried)) and len(tried) < 6:
+                todo = [step(best, best == max(tried))]
+
+
+def table(results: Results, budget: Budget) -> str:
+    """One line per method, its best rate in bold."""
+    lines = ["| method | best | tried: cross-entropy (accuracy %) |", "|---|--:|---|"]
+    for key, row in ROWS.items():
+        tried = results.rates(budget, key)
+        if not tried:
+            continue
+        best = min(tried, key=lambda rate: tried[rate][0])
+        cells = []
+        for rate, (loss, accuracy, seeds) in tried.items():
+            cell = f"{rate:.0e}: {loss:.3f} ({100 * accuracy:.1f})" + (f" x{seeds}" if seeds > 1 else "")
+            cells.append(f"**{cell}**" if rate == best else cell)
+        lines.append(f"| {row.title} | {best:.0e} | {', '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def page(results: Results, bench: Bench) -> str:
+    """Every budget there are trials of."""
+    accuracy, loss = bench.measure()
+    about = machine.describe(machine.device())
+    text = (
+        f"Made by `python benchmarks/text_search.py --write`. {BASE}, tweets as chats, one epoch; AdamW without decay, "
+        "6 % rise, half cosine, clipped at 1; what is trained is fp32. Measured on "
+        f"{len(bench.held_out)} other tweets, none of them a test tweet of the demo: cross-entropy of the right label "
+        "among the three, and accuracy. x2: mean over two seeds, else seed 0. "
+        f"The base: {loss:.3f} ({100 * accuracy:.1f}); always the commonest label: "
+        f"{100 * _commonest(bench.held_out):.1f} %. Three points of accuracy are noise."
+    )
+    parts = ["# Learning rates on text", text]
+    for budget in results.budgets():
+        parts.append(f"## {budget.train} tweets, batch {budget.batch}: {budget.steps} steps, {budget.dtype} base")
+        parts.append(table(results, budget))
+    parts.append(f"{about['device']}, torch {about['torch']}, transformers {about['transformers']}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _commonest(examples: Sequence[Example]) -> float:
+    labels = [e.label for e in examples]
+    return max(map(labels.count, set(labels))) / len(labels)
+
+
+def main() -> None:
+    """Every method asked for at its rates, then the table."""
+    line = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    line.add_argument("--methods", nargs="*", choices=[[], *ROWS], default=[], help="default: all")
+    line.add_argument("--rates", nargs="*", type=float, default=[], help="default: around each method's start")
+    line.add_argument("--seeds", nargs="*", type=int, default=[0])
+    line.add_argument("--train", type=int, default=Budget.train, help="tweets to learn from")
+    line.add_argument("--batch", type=int, default=Budget.batch)
+    line.add_argument("--out", type=Path, default=Path("runs/text-search"))
+    line.add_argument("--write", action="store_true", help="keep the tables in TEXT_SEARCH.md")
+    line.add_argument("--only-write", action="store_true", help="the tables of what is there, no trials")
+    asked = line.parse_args()
+    results = Results(asked.out / "trials.jsonl")
+    bench = equip(Budget(asked.train, batch=asked.batch), asked.out)
+    for key in () if asked.only_write else asked.methods or ROWS:
+        search(bench, results, key, asked.rates, asked.seeds)
+    text = page(results, bench)
+    print(text)
+    if asked.write or asked.only_write:
+        (HERE / "TEXT_SEARCH.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
