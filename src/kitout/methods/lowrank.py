@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from kitout.base.weights import Frozen
 from kitout.kit.delta import Delta
+from kitout.methods.lowrows import EvenLowRank, RowsLowRank, even, runs_of
 
 GATHER_BYTES = 64 * 2**20  # most that one site may hold in gathered rows before the caller loops instead
 
@@ -81,13 +82,13 @@ class LowRank(Delta):
     def batched(
         cls, deltas: Sequence[LowRank], rows: Sequence[int], x: Tensor, y: Tensor, scratch: dict[str, Any]
     ) -> Tensor | None:
-        """Gathered A and B of every row, kept until a value changes, and two batched products."""
-        if torch.is_grad_enabled() and any(d.a.requires_grad for d in deltas):
-            return None
+        """Gathered A and B of every row, kept until a value changes, and two batched products; runs in training."""
         if any(d.reads_weight or (d.dropout and d.training) for d in deltas):
             return None
         if torch.compiler.is_compiling():
             return None  # version counters are not for a graph to read
+        if torch.is_grad_enabled() and any(d.a.requires_grad for d in deltas):
+            return _trained(deltas, rows, x, y)
         stamp = (y.dtype, y.device, *(_state(t) for d in deltas for t in (d.a, d.b)))
         if scratch.get("stamp") != stamp:
             rank = max(d.factors()[0].shape[0] for d in deltas)
@@ -98,6 +99,24 @@ class LowRank(Delta):
         x3 = x.to(y.dtype).reshape(x.shape[0], -1, x.shape[-1])
         y3 = y.reshape(y.shape[0], -1, y.shape[-1])
         return torch.baddbmm(y3, torch.bmm(x3, scratch["a"]), scratch["b"]).view(y.shape)
+
+
+def _trained(deltas: Sequence[LowRank], rows: Sequence[int], x: Tensor, y: Tensor) -> Tensor | None:
+    """One node over all rows, where neighbours wear the same, so that there are few runs of them."""
+    runs = runs_of(rows)
+    plain = y.is_contiguous() and not y._is_view() and all(d.a0 is None for d in deltas)
+    if not plain or len(runs) > 2 * len(deltas) or torch._C._are_functorch_transforms_active():
+        return None
+    ordered = [deltas[number] for number, _, _ in runs]
+    found: Tensor
+    alike = len({(d.a.shape[0], d.a.dtype) for d in deltas}) == 1
+    if alike and even(runs, len(rows)) and x.shape[0] == len(rows):
+        factors = [*(d.a for d in ordered), *(d.b for d in ordered)]
+        found = EvenLowRank.apply(x.to(y.dtype), y, [d.scale for d in ordered], *factors)
+    else:
+        factors = [*(d.a for d in deltas), *(d.b for d in deltas)]
+        found = RowsLowRank.apply(x.to(y.dtype), y, runs, [d.scale for d in deltas], *factors)
+    return found
 
 
 def _state(t: Tensor) -> tuple[int, int]:

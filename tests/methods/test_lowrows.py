@@ -1,0 +1,60 @@
+"""Rows of several low-rank maps in one node: forward and every gradient as row by row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import kitout
+from kitout import LoRA
+from kitout.methods.lowrows import EvenLowRank, RowsLowRank, even, runs_of
+from zoo import ZOO
+
+SCALES = [0.5, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("rows", [[0, 0, 1, 1, 2, 2], [2, 2, 0, 0, 1, 1], [0, -1, 1, 1, 2, 0], [1, 1, 1, 1, 0, 2]])
+def test_forward_and_gradients(rows: list[int]) -> None:
+    draw = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.double, generator=draw).requires_grad_()
+
+    a, b, x, y0 = [leaf(2, 7) for _ in SCALES], [leaf(6, 2) for _ in SCALES], leaf(6, 5, 7), leaf(6, 5, 6)
+    wanted = torch.stack([y0[i] if k < 0 else y0[i] + SCALES[k] * x[i] @ a[k].T @ b[k].T for i, k in enumerate(rows)])
+    runs, y = runs_of(rows), y0 * 1
+    if even(runs, len(rows)):
+        order = [number for number, _, _ in runs]
+        scales = [SCALES[number] for number in order]
+        found = EvenLowRank.apply(x, y, scales, *(a[n] for n in order), *(b[n] for n in order))
+    else:
+        found = RowsLowRank.apply(x, y, runs, SCALES, *a, *b)
+    g = torch.randn(6, 5, 6, dtype=torch.double, generator=draw)
+    leaves = [x, y0, *a, *b]
+    torch.testing.assert_close(found, wanted)
+    for new, old in zip(torch.autograd.grad((found * g).sum(), leaves), torch.autograd.grad((wanted * g).sum(), leaves),
+                        strict=True):  # fmt: skip
+        torch.testing.assert_close(new, old)
+
+
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (4, 2, 3)])
+@pytest.mark.parametrize("rows", [["a", "a", "b", "b", "c", "c"], ["a", None, "b", "c", "c", "a"]])
+def test_a_batch_of_several_adapters_learns_as_each_alone(ranks: tuple[int, ...], rows: list[str | None]) -> None:
+    specimen = ZOO["llama"]
+    kit = kitout.attach(specimen.build()).eval()
+    for number, (name, rank) in enumerate(zip("abc", ranks, strict=True)):
+        adapter = kit.add(name, LoRA(rank=rank, targets="all-linear"), seed=number)
+        for value in adapter.parameters():
+            value.data.add_(0.05)
+    batch = specimen.batch(len(rows), 0)
+    with kit.use(rows):
+        kit(**batch).logits.square().sum().backward()
+    found = {name: [value.grad.clone() for value in kit[name].parameters()] for name in "abc"}
+    for name in "abc":
+        kit[name].zero_grad()
+        own = [i for i, worn in enumerate(rows) if worn == name]
+        with kit.use(name):
+            kit(**{key: value[own] for key, value in batch.items()}).logits.square().sum().backward()
+        for joint, value in zip(found[name], kit[name].parameters(), strict=True):
+            torch.testing.assert_close(joint, value.grad, rtol=1e-4, atol=1e-4)
