@@ -19,6 +19,14 @@ from kitout.errors import Faults, KitoutError
 SHOWN = 5  # faults of one kind told in full
 LONGEST = 2**30  # characters of one field of a table; Python's own limit of 131,072 is less than a long document
 
+BINARY = {  # how files begin that are often taken for tables
+    b"\x1f\x8b": "a gzip archive: unpack it first (gunzip)",
+    b"PK\x03\x04": "a zip archive or a spreadsheet: unpack it, or save it as .csv",
+    b"\x28\xb5\x2f\xfd": "a zstd archive: unpack it first (unzstd)",
+    b"PAR1": "a parquet table: name it .parquet",
+    b"\x80": "a Python pickle, which is never read: save it as .jsonl or .parquet",
+}
+
 Row = tuple[int, dict[str, Any]]  # line, columns
 Wanted = Mapping[str, tuple[str | None, Sequence[str]]]  # role -> the column asked for or None, its usual names
 _Lazy: TypeAlias = Callable[[Path], Iterator[Row]]
@@ -78,6 +86,11 @@ def _told_plainly(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as wrong:
+        with path.open("rb") as file:
+            begins = file.read(8)
+        for mark, what in BINARY.items():
+            if begins.startswith(mark):
+                raise DataError(f"{path} holds no text but {what}") from wrong
         raise DataError(f"{path} is not UTF-8 (byte {wrong.start}); convert it, e.g. with iconv -t UTF-8") from wrong
 
 

@@ -126,7 +126,8 @@ def _loader(s: Summary) -> str:
 def _use(s: Summary) -> str:
     """Lines that run as they stand, once the folder's place is filled in."""
     loader, opened, name = _loader(s), json.dumps(s.opened or s.model), json.dumps(s.adapter)
-    classes = f", num_labels={len(s.labels)}" if s.labels else ""
+    settings = s.opening or ({"num_labels": len(s.labels)} if s.labels else {})
+    classes = "".join(f", {name}={value!r}" for name, value in settings.items())
     code = [
         "import kitout",
         f"from transformers import {loader}" + (", AutoTokenizer" if loader in WRITERS else ""),

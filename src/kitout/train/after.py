@@ -11,6 +11,7 @@ from typing import Any
 
 from kitout.data.items import IGNORED
 from kitout.evaluate.compare import Comparison, compare, side_by_side
+from kitout.evaluate.language import Summed
 from kitout.evaluate.measure import Measure
 from kitout.kit.kit import Kit
 from kitout.train import memory
@@ -40,6 +41,22 @@ def watching(made: Prepared, config: EvaluateConfig) -> Callable[[], dict[str, f
         return found if len(made.jobs) == 1 else found | _means(found)
 
     return watch
+
+
+def watched_names(made: Prepared, config: EvaluateConfig) -> list[str]:
+    """The metrics that every measurement during training will tell, by which a best one may be chosen."""
+    found: set[str] = set()
+    for job, held in zip(made.jobs, made.sets, strict=True):
+        items = list(job.watched)
+        if not items:
+            continue
+        gold = gold_of(held)
+        seen = Seen([Summed(0.0, 1, 1)] * len(items), [gold(item) for item in items])
+        if job.objective.task == "generation" and config.generate:
+            seen.written = [item.reference for item in items if item.reference][: config.generate]
+        names = held.names if held.objective == "tokens" else ()
+        found |= scores(job.objective, items, seen, gold, names).keys()
+    return sorted(found)
 
 
 def _means(found: dict[str, float]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ SHORT = 256  # tokens: below, plain attention trains faster than the fused one o
 class Built:
     """kit: eval mode, no adapter yet. heads: modules by path, in model order, that every adapter trains a copy of.
 
-    missing: those of them that the checkpoint does not hold. why: of the number format.
+    missing: those of them that the checkpoint does not hold. why: of the number format. opening: what the loader was
+    told besides, for others who open the base.
     """
 
     kit: Kit
@@ -47,6 +48,7 @@ class Built:
     missing: frozenset[str]
     device: torch.device
     why: str
+    opening: Mapping[str, Any]
 
 
 def found(name: str) -> str:
@@ -103,8 +105,13 @@ def place(chosen: ModelConfig) -> tuple[torch.device, torch.dtype, str]:
     return where, form, why
 
 
-def build(chosen: ModelConfig, objective: str, labels: Sequence[str], median: int) -> Built:
-    """The kit. labels: of a classifier. median: tokens of the usual example, by which attention is chosen on a CPU."""
+def build(
+    chosen: ModelConfig, objective: str, labels: Sequence[str], median: int, filler: int | None = None
+) -> Built:  # fmt: skip
+    """The kit. labels: of a classifier. median: tokens of the usual example, by which attention is chosen on a CPU.
+
+    filler: padding id of a model that has none of its own, without which a classifier reads no more than one row.
+    """
     import transformers
     from transformers.utils import logging
 
@@ -127,10 +134,16 @@ def build(chosen: ModelConfig, objective: str, labels: Sequence[str], median: in
     if chosen.quantise == "none":
         model.to(where)
     fresh = {name.rpartition(".")[0] for name in [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]}
+    if filler is not None:
+        model.config.get_text_config().pad_token_id = filler  # before the kit tries the model on a few rows
     kit = attach(model)
     _set_attention(kit, chosen, where, median)
     kit.eval()
-    return Built(kit, _heads(kit, fresh, objective), frozenset(fresh), where, why)
+    opening = {"num_labels": asked["num_labels"]} if "num_labels" in asked else {}
+    opening |= {"ignore_mismatched_sizes": True} if told["mismatched_keys"] else {}
+    opening |= {} if chosen.revision is None else {"revision": chosen.revision}
+    opening |= {} if filler is None else {"pad_token_id": filler}
+    return Built(kit, _heads(kit, fresh, objective), frozenset(fresh), where, why, opening)
 
 
 def _heads(kit: Kit, fresh: set[str], objective: str) -> dict[str, nn.Module]:

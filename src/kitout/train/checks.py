@@ -6,6 +6,7 @@ pre-flight's business.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from kitout.methods import VPT, PromptTuning
 if TYPE_CHECKING:
     from kitout.train.config import RunConfig
 
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}  # packages that serve; else the one of its name
 PACKED = ("auto", "causal")  # objectives under which several examples can share a row
 
 
@@ -60,6 +62,9 @@ def _of_training(config: RunConfig) -> Iterator[str]:
 def machine(config: RunConfig, cuda: bool) -> None:
     """ConfigError if this machine cannot do what is asked. cuda: whether it has a GPU that torch sees."""
     faults = Faults(ConfigError, "the run's config on this machine")
+    for tracker in config.output.report_to:
+        if not any(importlib.util.find_spec(name) for name in TRACKERS.get(tracker, (tracker,))):
+            faults.add(f"output.report_to={tracker}: it is not installed here: pip install {tracker}, or leave it out")
     if config.model.device == "cuda" and not cuda:
         faults.add("model.device=cuda, but torch sees no GPU here: say cpu or auto")
     elif config.model.device == "auto" and not cuda:

@@ -107,13 +107,16 @@ def _summary(
     methods = {job.name: _method(made, job.name) for job in shown}
     data = dict(zip([job.name for job in made.jobs], made.sets, strict=True))
     told = [line for job in shown for line in data[job.name].told]
+    sources = [s.path for job in config.alone() if job.output.name in methods for s in job.data.train]
+    labels = dict.fromkeys(label for job in shown for label in data[job.name].names)
+    hashed = figures["data"] if len(shown) == len(made.jobs) else {adapter: figures["data"][adapter]}
     return Summary(
         title=f"{', '.join(methods.values())} on {config.model.name}",
         model=config.model.name,
         method="; ".join(methods.values()),
         adapter=adapter,
         comparisons=comparisons,
-        data={"sources": ", ".join(s.path for s in config.data.train), "read as": "; ".join(told)},
+        data={"sources": ", ".join(dict.fromkeys(sources)), "read as": "; ".join(told)},
         preflight={"objective": made.objective, "number format": f"{figures['machine']['dtype']} ({made.why})"},
         estimates={
             "training time": (seconds(guess["seconds"]), seconds(figures["seconds"])),
@@ -135,11 +138,12 @@ def _summary(
             "run.yaml": "the settings",
             "metrics.jsonl": "what was logged, step by step",
         },
-        data_name=config.data.train[0].path,
-        data_hash=hashlib.sha256(json.dumps(figures["data"], sort_keys=True).encode()).hexdigest(),
+        data_name=sources[0],
+        data_hash=hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest(),
         loader=build.CLASSES[made.objective],
         opened=build.found(config.model.name),
-        labels=made.main.names,
+        opening=made.opening,
+        labels=tuple(labels),
         licence=card.licence_of(Path(build.found(config.model.name))),
         made=f"{datetime.now(timezone.utc):%Y-%m-%d} by kitout {machine.version()}",
     )
@@ -154,8 +158,9 @@ def _method(made: Prepared, name: str) -> str:
 def _next(made: Prepared, config: RunConfig, place: RunFolder, folders: Mapping[str, Path]) -> str:
     """Where everything is, and lines that run as they stand."""
     name, folder = next(iter(folders.items()))
-    loader, classes = build.CLASSES[made.objective], len(made.main.names)
-    opened = json.dumps(build.found(config.model.name)) + (f", num_labels={classes}" if classes else "")
+    loader = build.CLASSES[made.objective]
+    settings = "".join(f", {setting}={value!r}" for setting, value in made.opening.items())
+    opened = json.dumps(build.found(config.model.name)) + settings
     worn = json.dumps(name)
     return "\n".join(
         [

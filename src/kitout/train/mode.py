@@ -105,9 +105,12 @@ def _unmoved(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., 
 
 def _calmed(block: Any, _inputs: Any) -> None:
     """A kit runs prompts through blocks ahead of their text, without checkpointing."""
-    if not block.gradient_checkpointing:
+    if block.training and not block.gradient_checkpointing:
         block.training = False
+        block.__dict__["_kitout_calmed"] = True
 
 
 def _stirred(block: Any, _inputs: Any, _output: Any) -> None:
-    block.training = True
+    """Only what was calmed for one call: a block at rest, as in a measurement, stays at rest."""
+    if block.__dict__.pop("_kitout_calmed", False):
+        block.training = True

@@ -6,7 +6,7 @@ model is loaded. It knows configs, data and kits, and nothing of screens and fol
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ TASKS: dict[str, Any] = {"classify": "classification", "regress": "regression", 
 
 @dataclass(frozen=True)
 class Prepared:
-    """jobs, sets: in the same order. why: of the number format. notes: warnings."""
+    """jobs, sets: in the same order. why: of the number format. notes: warnings. opening: as in `Built`."""
 
     kit: Kit
     jobs: list[Job]
@@ -39,6 +39,7 @@ class Prepared:
     objective: str
     why: str
     notes: list[str]
+    opening: Mapping[str, Any]
 
     @property
     def main(self) -> Sets:
@@ -60,18 +61,20 @@ def prepare(config: RunConfig) -> Prepared:
     _check_resolved(alone, kind)
     lengths = [item.length for one in held for item in (one.looked_at or one.train) if not images]
     median = sorted(lengths)[len(lengths) // 2] if lengths else 0
-    made = build.build(config.model, kind, held[0].names if kind != "regress" else (), median)
+    filler = None if images else _filler(about, tokenizer)
+    given = filler if needs_filler(kind, about) else None
+    made = build.build(config.model, kind, held[0].names if kind != "regress" else (), median, given)
     kit = made.kit
     for job, one in zip(alone, held, strict=True):
         heads = build.own_heads(made, len(one.names) or 1, job.train.seed)
         kit.add(job.output.name, job.method, seed=job.train.seed, heads=heads)
     jobs = []
     for job, one in zip(alone, held, strict=True):
-        objective = _objective(kit, job, kind, one, tokenizer)
+        objective = _objective(kit, job, kind, one, filler)
         planned = _planned(one, objective, job.train)
         jobs.append(Job(job.output.name, objective, one.train, planned, job.train, one.validation))
     _ready(kit, jobs)
-    return Prepared(kit, jobs, held, tokenizer, kind, made.why, notes)
+    return Prepared(kit, jobs, held, tokenizer, kind, made.why, notes, made.opening)
 
 
 def _check_resolved(alone: Sequence[RunConfig], kind: str) -> None:
@@ -112,7 +115,7 @@ def _sets(job: RunConfig, about: Any, tokenizer: Any, images: bool) -> Sets:
     return sets.text_sets(job.data, job.objective, tokenizer, bool(getattr(about, "is_encoder_decoder", False)))
 
 
-def _objective(kit: Kit, job: RunConfig, kind: str, one: Sets, tokenizer: Any) -> Objective:
+def _objective(kit: Kit, job: RunConfig, kind: str, one: Sets, filler: int | None) -> Objective:
     if kind == "images":
         from kitout.data.pixels import Pixels
         from kitout.train.pictures import Pictures
@@ -120,19 +123,22 @@ def _objective(kit: Kit, job: RunConfig, kind: str, one: Sets, tokenizer: Any) -
         return Pictures(kit, one.images, Pixels.of(build.found(job.model.name), job.data.image_size))
     if kind == "causal":
         return Causal(kit, job.data.max_length if job.train.packing else 0)
-    filler = _filler(kit, tokenizer)
+    assert filler is not None
     if kind == "seq2seq":
         return Seq2Seq(kit, filler)
     return Tagging(kit, filler) if kind == "tokens" else Labels(kit, TASKS[kind], filler)
 
 
-def _filler(kit: Kit, tokenizer: Any) -> int:
+def needs_filler(kind: str, about: Any) -> bool:
+    """Whether the model must be told a padding id: it judges texts, and its config names none."""
+    return kind not in ("causal", "seq2seq", "images") and about.get_text_config().pad_token_id is None
+
+
+def _filler(about: Any, tokenizer: Any) -> int:
     """The id rows are filled with. Decoders find a row's last token by it, so it must not be one that texts hold."""
-    known = (kit.config.pad_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
-    filler = next(int(i) for i in known if i is not None)
-    if kit.config.pad_token_id is None:
-        kit.config.pad_token_id = filler
-    return filler
+    named = about.get_text_config().pad_token_id
+    known = (named, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
+    return next(int(i) for i in known if i is not None)
 
 
 def _planned(one: Sets, objective: Objective, chosen: TrainConfig) -> list[list[int]]:

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import transformers
 
-from kitout.errors import ConfigError
+from kitout.errors import ConfigError, suggest
 from kitout.evaluate.compare import Comparison
 from kitout.files.fingerprint import fingerprint
-from kitout.train import checks, folder, keep, machine, memory, processes, screen
-from kitout.train.after import against_base, watching
+from kitout.train import checks, folder, keep, machine, memory, processes, scale, screen
+from kitout.train.after import against_base, watched_names, watching
 from kitout.train.config import RunConfig
 from kitout.train.folder import RunFolder
 from kitout.train.page import pages, told
@@ -56,9 +56,13 @@ def run(config: RunConfig, *, dry_run: bool = False, say: Say = print) -> Result
             say(place.again())
             return Result(place.path, figures=json.loads(place.results.read_text(encoding="utf-8")))
         made = prepare(config)
+        _check_best(made, config)
         known = told(made)
         last = next(reversed(keep.found(place.checkpoints)), None)
-        loop, guess = _loop(made, config, place, last)
+        signed = signature(made)  # of the whole base
+        if config.train.shard:
+            scale.shard(made.kit)
+        loop, guess = _loop(made, config, place, last, signed)
         if processes.rank() == 0:
             for page in pages(made, config, known, guess):
                 screen.show(page)
@@ -75,9 +79,10 @@ def run(config: RunConfig, *, dry_run: bool = False, say: Say = print) -> Result
             if found is not None:
                 comparisons[job.name] = found
         figures: dict[str, Any] = {}
-        if processes.rank() == 0:
-            figures = finish(made, config, place, loop, guess, best, comparisons, say)
-        processes.wait()
+        with scale.whole(made.kit):
+            if processes.rank() == 0:
+                figures = finish(made, config, place, loop, guess, best, comparisons, say)
+            processes.wait()
         made.kit.detach()
         return Result(place.path, comparisons, figures)
 
@@ -108,6 +113,19 @@ def _folder(config: RunConfig) -> Iterator[RunFolder]:
         yield RunFolder(path, (path / folder.RUN).is_file(), (path / folder.RESULTS).is_file())
 
 
+def _check_best(made: Prepared, config: RunConfig) -> None:
+    """What a best checkpoint is chosen by is what will be measured."""
+    asked = {"evaluate.best": config.evaluate.best, "train.patience": config.train.patience}
+    said = [f"{name}={value}" for name, value in asked.items() if value is not None]
+    if not said:
+        return
+    if not any(len(job.watched) for job in made.jobs):
+        raise ConfigError(f"{said[0]} waits for measurements, and no example is left in the validation part")
+    names, best = watched_names(made, config.evaluate), config.evaluate.best
+    if best is not None and best not in names:
+        raise ConfigError(f"evaluate.best={best} is not measured here: {suggest(best, names)}")
+
+
 def signature(made: Prepared) -> str:
     """What a checkpoint depends on besides the settings, which the folder compares by name."""
     same = {
@@ -119,7 +137,7 @@ def signature(made: Prepared) -> str:
     return hashlib.sha256(json.dumps(same).encode()).hexdigest()
 
 
-def _loop(made: Prepared, config: RunConfig, place: RunFolder, last: Path | None) -> Any:
+def _loop(made: Prepared, config: RunConfig, place: RunFolder, last: Path | None, signed: str) -> Any:
     """The loop, and what it will take: tried now, or as it was found before the run was stopped."""
     from transformers import EarlyStoppingCallback
 
@@ -141,7 +159,7 @@ def _loop(made: Prepared, config: RunConfig, place: RunFolder, last: Path | None
     if config.train.patience is not None:
         callbacks.append(EarlyStoppingCallback(config.train.patience))
     loop = Loop(
-        made.kit, made.jobs, place.checkpoints, args, run=signature(made), watch=watching(made, config.evaluate),
+        made.kit, made.jobs, place.checkpoints, args, run=signed, watch=watching(made, config.evaluate),
         callbacks=callbacks, micro=min(guess.micro, config.train.micro_batch or guess.micro), kept=config.train.keep,
     )  # fmt: skip
     loop.showing = showing

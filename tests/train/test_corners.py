@@ -1,0 +1,127 @@
+"""Corners of whole runs that users came to first: odd bases, odd settings, odd files; told plainly, or served."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import kitout
+from kitout.errors import KitoutError
+from kitout.train import checks
+from kitout.train.config import load
+from tiny_models import decoder, encoder, jsonl, reviews, tokenizer
+
+pytest.importorskip("accelerate")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {"decoder": decoder(root / "decoder"), "encoder": encoder(root / "encoder")}
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    return jsonl(tmp_path / "texts.jsonl", [{"text": r["text"], "label": r["label"]} for r in reviews(40)])
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Path:
+    rows = [{"prompt": r["text"] + ":", "completion": " " + r["label"]} for r in reviews(40)]
+    return jsonl(tmp_path / "asked.jsonl", rows)
+
+
+def run(model: Path, data: Any, out: Path, **more: Any) -> Any:
+    train = {"batch": 8, "steps": 2, **more.pop("train", {})}
+    settings = {
+        "model": {"name": str(model), "dtype": "float32"}, "data": data, "train": train,
+        "evaluate": {"generate": 2, **more.pop("evaluate", {})}, "output": {"folder": str(out)}, **more,
+    }  # fmt: skip
+    return kitout.train(settings, say=lambda _: None)
+
+
+def as_the_card_says(folder: Path) -> Any:
+    """Runs the card's own lines and returns the kit they make."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(compile(code.replace('"FOLDER"', repr(str(folder))), str(folder), "exec"), names)
+    return names["kit"]
+
+
+def test_a_decoder_without_a_padding_id_judges_and_its_card_says_how(tmp_path: Path, texts: Path) -> None:
+    words = tokenizer(template=False)
+    config = transformers.GPT2Config(
+        vocab_size=len(words), n_embd=48, n_layer=2, n_head=4, n_positions=128, bos_token_id=2, eos_token_id=3
+    )
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    words.pad_token = None
+    words.save_pretrained(tmp_path / "base")
+    result = run(tmp_path / "base", str(texts), tmp_path / "out", objective="classify")
+    assert result.comparisons["adapter"].changes
+    kit = as_the_card_says(tmp_path / "out" / "adapter")
+    assert kit(input_ids=torch.tensor([[5, 6, 7], [8, 9, 1]])).logits.shape == (2, 2)
+
+
+def test_a_checkpoint_with_other_labels_and_jobs_with_their_own(
+    models: dict[str, Path], tmp_path: Path, texts: Path
+) -> None:
+    two = transformers.AutoModelForSequenceClassification.from_pretrained(models["encoder"], num_labels=5)
+    two.save_pretrained(tmp_path / "base")
+    tokenizer(template=False).save_pretrained(tmp_path / "base")
+    rows = [{"text": r["text"], "label": "abc"[i % 3]} for i, r in enumerate(reviews(30))]
+    other = jsonl(tmp_path / "other.jsonl", rows)
+    jobs = [{"name": "one"}, {"name": "two", "data": str(other)}]
+    run(tmp_path / "base", str(texts), tmp_path / "out", jobs=jobs)
+    cards = {name: (tmp_path / "out/adapter" / name / "README.md").read_text() for name in ("one", "two")}
+    assert "| bad, good |" in cards["one"]
+    assert "| a, b, c |" in cards["two"]
+    assert "texts.jsonl" not in cards["two"].split("## Settings")[0]
+    kit = as_the_card_says(tmp_path / "out" / "adapter" / "two")
+    assert kit(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3)
+
+
+def test_answers_are_written_while_activations_are_computed_again(
+    models: dict[str, Path], tmp_path: Path, asked: Path
+) -> None:
+    losses = []
+    for name, again in (("kept", False), ("again", True)):
+        result = run(models["decoder"], str(asked), tmp_path / name, train={"checkpointing": again})
+        losses.append(next(c for c in result.comparisons["adapter"].changes if c.name == "loss").tuned.value)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "told"),
+    [
+        ({"best": "nonsense"}, "known: .*'loss'"),
+        ({"best": "exact_match", "generate": 0}, "evaluate.best=exact_match is not measured here"),
+    ],
+)
+def test_a_best_by_what_is_not_measured(
+    models: dict[str, Path], tmp_path: Path, asked: Path, evaluate: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(KitoutError, match=told):
+        run(models["decoder"], str(asked), tmp_path / "out", evaluate=evaluate)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = load({"model": "m", "data": "d", "output": {"report_to": ["wandb", "tensorboard"]}})
+    with pytest.raises(KitoutError, match=r"report_to=wandb.*\n.*report_to=tensorboard"):
+        checks.machine(config, cuda=False)
+
+
+@pytest.mark.parametrize(("begins", "told"), [(gzip.compress(b"{}\n"), "gzip"), (b"\x80\x04\x95\xff", "pickle")])
+def test_a_file_of_another_kind_under_the_name_of_a_table(tmp_path: Path, begins: bytes, told: str) -> None:
+    from kitout.data import tables
+
+    (tmp_path / "d.jsonl").write_bytes(begins)
+    with pytest.raises(KitoutError, match=told):
+        tables.rows(tmp_path / "d.jsonl")
