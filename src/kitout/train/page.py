@@ -71,7 +71,7 @@ def _settings(made: Prepared, own: RunConfig, number: int, guess: Estimate) -> d
         "batch": f"{own.train.batch} examples a step, at most {forward} in one forward; learning rate {own_lr:g}",
     }
     told |= _data(one)
-    if one.majority is not None:
+    if one.majority and made.objective != "regress":
         told["commonest"] = f"always saying the commonest answer gets {100 * one.majority:.1f} % of the test part right"
     return ({"job": job.name} if several else {}) | told
 
