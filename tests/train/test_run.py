@@ -226,6 +226,26 @@ def test_a_killed_run_goes_on_to_the_same_bits(models: dict[str, Path], tmp_path
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+def test_two_processes_with_a_parted_base_come_to_the_same(models: dict[str, Path], tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "d.jsonl", instructed(60))
+    settings = ["model.dtype=float32", "train.steps=3", "train.batch=8", "evaluate.generate=2", "method=LoRA"]
+    words = ["-m", "kitout", "train", "--model", str(models["decoder"]), "--data", str(data), *settings]
+    quiet: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for extra, start in (
+        (["--out", str(tmp_path / "one")], []),
+        (["--out", str(tmp_path / "two"), "train.shard=true"], launch),
+    ):
+        done = subprocess.run([sys.executable, *(["-m", *start] if start else []), *words, *extra], **quiet)
+        assert done.returncode == 0, done.stdout[-3000:]
+    ours, theirs = _tensors(tmp_path / "two" / "adapter"), _tensors(tmp_path / "one" / "adapter")
+    assert max((ours[key] - theirs[key]).abs().max().item() for key in theirs) <= 1e-6
+    figures = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    assert figures[0]["tokens"] == figures[1]["tokens"]
+    for one, two in zip(figures[0]["comparisons"]["adapter"], figures[1]["comparisons"]["adapter"], strict=True):
+        assert one["tuned"]["value"] == pytest.approx(two["tuned"]["value"], abs=1e-4)
+
+
 def _logged(out: Path) -> list[Any]:
     return [row for row in read(out / "metrics.jsonl") if "loss" in row] if (out / "metrics.jsonl").exists() else []
 

@@ -60,6 +60,7 @@ def _figures(
 ) -> dict[str, Any]:  # fmt: skip
     kit, work = made.kit, loop.work
     counts = {job.name: kit.count(job.name) for job in made.jobs}
+    tokens = next((int(row["tokens"]) for row in reversed(loop.state.log_history) if "tokens" in row), work.tokens)
     return {
         "objective": made.objective,
         "steps": loop.state.global_step,
@@ -70,8 +71,8 @@ def _figures(
         "trainable": {name: count.trainable for name, count in counts.items()},
         "percent": {name: count.percent for name, count in counts.items()},
         "seconds": work.seconds,
-        "tokens": work.tokens,
-        "tokens_per_second": work.tokens / max(work.seconds, 1e-9),
+        "tokens": tokens,
+        "tokens_per_second": tokens / max(work.seconds, 1e-9),
         "padding": work.padded / max(1, work.tokens) - 1,
         "micro_batch": work.micro,
         "memory": int(max((row["memory"] for row in loop.state.log_history if "memory" in row), default=0)),

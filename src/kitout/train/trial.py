@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from kitout.kit.kit import Kit
-from kitout.train import memory
+from kitout.train import memory, processes
 from kitout.train.jobs import Job
 from kitout.train.mode import at_work
 from kitout.train.step import Rows, Work
@@ -54,7 +54,8 @@ def estimate(
     loaded = memory.held(device)
     with at_work(kit, names, checkpointing):
         try:
-            rows = min(micro or usual_micro(device, jobs, steps[largest]), _fitting(kit, jobs, steps[largest], largest))
+            fitting = min(processes.gathered([_fitting(kit, jobs, steps[largest], largest)]))  # the same for all
+            rows = min(micro or usual_micro(device, jobs, steps[largest]), fitting)
             memory.reset_peak(device)
             first = _run(kit, jobs, steps[largest], largest, rows)
             most = memory.peak(device) + 8 * trained  # AdamW's two moments
