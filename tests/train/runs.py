@@ -34,16 +34,16 @@ def out_of_memory() -> float:
     """A step's gradients after the allocator itself gave up, against those of single rows."""
     import resource
 
-    kit, items = kit_of("llama", "eager"), texts(32, low=400, high=400)
+    kit, items = kit_of("llama", "eager"), texts(16, low=400, high=400)
     add(kit, "low", LoRA(rank=2))
-    one = job("low", causal(kit, ["low"], items), items, steps=1, batch=32)
+    one = job("low", causal(kit, ["low"], items), items, steps=1, batch=16)
     wanted = gradients(kit, [one], 1)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + 60 * 2**20
+    limit = pages * resource.getpagesize() + 30 * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        found = gradients(kit, [one], 32)
+        found = gradients(kit, [one], 16)
     assert any("memory ran out" in str(warning.message) for warning in told), told
     return far(found, wanted)
 
@@ -123,10 +123,9 @@ def shared(folder: Path, kind: str, stop: int | None = None) -> Figures:
         add(kit, "shift", BitFit(), seed=1)
         add(kit, "front", PrefixTuning(length=3), seed=2)
         names += ["shift", "front"]
-    if kind == "parted" and processes.world() > 1:
-        scale.shard(kit)
+    parted = kind == "parted" and processes.world() > 1
     jobs = [
-        job(name, causal(kit, names, items), items, steps=steps, batch=batch, seed=batch)
+        job(name, causal(kit, names, items), items, steps=steps, batch=batch, seed=batch, shard=parted)
         for name, items, steps, batch in zip(
             names, [texts(20, 0), texts(12, 1), texts(9, 2)], (6, 4, 5), (5, 1, 3), strict=False
         )

@@ -66,9 +66,10 @@ def test_every_job_is_what_it_is_alone(tmp_path: Path) -> None:
 
 
 def test_and_to_the_last_digits_in_double_precision(tmp_path: Path) -> None:
-    off(tmp_path, [*NAMES, "text", "serial"], 1e-8, dtype=torch.float64)
+    off(tmp_path, [*NAMES, "text"], 1e-8, dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_learned_positions_too(tmp_path: Path) -> None:
     off(tmp_path, NAMES, 1e-9, species="gpt2", dtype=torch.float64)
 

@@ -150,6 +150,8 @@ def test_at_rest_puts_every_mode_back() -> None:
     with at_work(kit, ["low"], True):
         before = [module.training for whole in (kit, kit.base) for module in whole.modules()]
         with at_rest(kit):
+            with torch.no_grad(), kit.use("low"):
+                kit(torch.tensor([[5, 6, 7]]))
             assert not any(module.training for whole in (kit, kit.base) for module in whole.modules())
         assert [module.training for whole in (kit, kit.base) for module in whole.modules()] == before
         assert any(before)

@@ -26,11 +26,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own, at impo
 KINDS = {"torchao": torchao_int8, "bitsandbytes 8": bitsandbytes_8, "bitsandbytes 4": bitsandbytes_4}
 
 
-@pytest.mark.parametrize("quantise", KINDS.values(), ids=KINDS.keys())
-@pytest.mark.parametrize("head", [False, True], ids=["head as it is", "head too"])
-def test_adapters_learn_over_a_quantised_base(
-    tmp_path: Path, quantise: Callable[[nn.Module], nn.Module], head: bool
-) -> None:
+@pytest.mark.parametrize(
+    ("kind", "head"), [("torchao", True), ("bitsandbytes 8", True), ("bitsandbytes 4", False), ("bitsandbytes 4", True)]
+)
+def test_adapters_learn_over_a_quantised_base(tmp_path: Path, kind: str, head: bool) -> None:
+    quantise = KINDS[kind]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip(quantise.__name__.split("_")[0])
@@ -44,11 +44,11 @@ def test_adapters_learn_over_a_quantised_base(
         for name, method in names.items():
             kit.add(name, method, seed=0)
         items = texts(8)
-        return kit, [job(name, causal(kit, list(names), items), items, steps=12, batch=8) for name in names]
+        return kit, [job(name, causal(kit, list(names), items), items, steps=6, batch=4) for name in names]
 
     kit, jobs = made()
     assert jobs[0].objective.head.way == ("selected" if head else "one pass")
-    loop = trained(kit, jobs, tmp_path, save_strategy="steps", save_steps=6)
+    loop = trained(kit, jobs, tmp_path, save_strategy="steps", save_steps=3)
     assert losses(loop)[-1] < 0.99 * losses(loop)[0]
     again, others = made()
     second = loop_of(again, others, tmp_path, save_strategy="no")

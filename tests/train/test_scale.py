@@ -25,7 +25,7 @@ def same(found: Any, wanted: Any, most: float = 1e-6) -> None:
     torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(wanted["losses"]), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["joint", "single"])
+@pytest.mark.parametrize("kind", ["joint", pytest.param("single", marks=pytest.mark.slow)])
 def test_two_processes_are_one(tmp_path: Path, kind: str) -> None:
     (wanted,) = apart(runs.shared, tmp_path / "one", kind)
     first, second = apart(runs.shared, tmp_path / "two", kind, processes=2)
@@ -44,6 +44,7 @@ def test_a_parted_base_is_the_whole_one(tmp_path: Path) -> None:
     assert first["saved"] == wanted["saved"], "the same fingerprint of the base, and it loads"
 
 
+@pytest.mark.slow
 def test_a_restart_of_two_processes_is_exact(tmp_path: Path) -> None:
     whole = apart(runs.shared, tmp_path / "whole", "joint", processes=2)
     apart(runs.shared, tmp_path / "cut", "joint", 5, processes=2)

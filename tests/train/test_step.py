@@ -176,7 +176,7 @@ def test_however_cut_a_step_is_the_loss_written_by_hand(kind: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("species", ["llama", "qwen3", "gpt2", "gpt-neox", "phi3", "olmo2", "gemma2", "mixtral"])
+@pytest.mark.parametrize("species", ["llama", "qwen3", "gpt2", "gpt-neox", "phi3", "gemma2"])
 def test_packed_rows_learn_what_single_ones_learn(species: str, attention: str) -> None:
     if species == "gemma2" and attention == "sdpa":
         pytest.skip("transformers has none for it")

@@ -28,6 +28,7 @@ from kitout.train import keep, memory, processes
 from kitout.train.health import Health
 from kitout.train.jobs import Job, optimiser, scheduler
 from kitout.train.mode import at_rest, at_work
+from kitout.train.scale import shard, sharded
 from kitout.train.step import Rows, Work
 
 Watch = Callable[[], dict[str, float]]
@@ -61,6 +62,8 @@ class Loop(Trainer):  # type: ignore[misc]
         self.steps = Steps(jobs)
         args.device  # noqa: B018 - asked for it, the arguments join the other processes
         _settled(args, len(self.steps), len(jobs))
+        if any(job.settings.shard for job in jobs) and not sharded(kit):
+            shard(kit)
         self.work = Work(kit, jobs, micro or max(len(self.steps[0]), 1))
         self.health = Health(kit, jobs, folder)
         with _config_as_found(kit):
