@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 import warnings
@@ -169,7 +170,7 @@ def _loop(made: Prepared, config: RunConfig, place: RunFolder, last: Path | None
 def _arguments(config: RunConfig, place: RunFolder, steps: int, watched: bool) -> Any:
     from transformers import TrainingArguments
 
-    every = config.evaluate.every if config.evaluate.every is not None else max(1, steps // EVALUATIONS)
+    every = config.evaluate.every if config.evaluate.every is not None else math.ceil(steps / EVALUATIONS)
     measures = watched and every > 0
     best = config.evaluate.best or "loss"
     reports = list(config.output.report_to) or "none"
@@ -177,9 +178,9 @@ def _arguments(config: RunConfig, place: RunFolder, steps: int, watched: bool) -
         warnings.simplefilter("ignore", FutureWarning)
         return TrainingArguments(
             output_dir=str(place.checkpoints), max_steps=steps, per_device_train_batch_size=1, report_to=reports,
-            logging_steps=max(1, steps // MOST_LOGS), logging_nan_inf_filter=False, disable_tqdm=True,
+            logging_steps=math.ceil(steps / MOST_LOGS), logging_nan_inf_filter=False, disable_tqdm=True,
             eval_strategy="steps" if measures else "no", eval_steps=every if measures else None,
-            save_strategy="steps", save_steps=config.train.save_every or max(1, steps // SAVES),
+            save_strategy="steps", save_steps=config.train.save_every or math.ceil(steps / SAVES),
             metric_for_best_model=f"eval_{best}" if measures else None,
             greater_is_better=best not in ("loss", "perplexity", "mae", "rmse") if measures else None,
             remove_unused_columns=False, label_names=[],
