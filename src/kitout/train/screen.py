@@ -120,7 +120,7 @@ def _data(facts: Facts) -> RenderableType:
         figures = [amount(part.tokens), learnt, f"{middle:,}", f"{most:,}", f"{part.longest:,}", f"{part.cut:,}"]
         table.add_row(Text(one_line(part.name)), f"{part.examples:,}", *(figures if several else []))
     longest = max(facts.parts, key=lambda part: part.longest)
-    if not longest.longest_place:
+    if not several or not longest.longest_place:
         return table
     return Group(table, Text(f"the longest: {one_line(longest.longest_place)}", DIM))
 
@@ -168,7 +168,11 @@ def _example(page: Preflight, colour: bool) -> RenderableType | None:
     for words, learnt in spans:
         body += _span(words, learnt, colour, marks)
     if page.answer:
-        body += Text("\nlabel: ", DIM) + _span(safe(page.answer, line=True), True, colour, marks)
+        body += Text("\nlabel: " if spans else "label: ", DIM) + _span(
+            safe(page.answer, line=True), True, colour, marks
+        )
+    if not spans:  # an image is not drawn
+        return body
     legend = _span("learnt", True, colour, marks) + Text("   ") + _span("only read", False, colour, marks)
     return Group(legend, Text(""), body)
 
