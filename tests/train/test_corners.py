@@ -125,3 +125,51 @@ def test_a_file_of_another_kind_under_the_name_of_a_table(tmp_path: Path, begins
     (tmp_path / "d.jsonl").write_bytes(begins)
     with pytest.raises(KitoutError, match=told):
         tables.rows(tmp_path / "d.jsonl")
+
+
+def test_numbers_of_a_table_without_types_are_numbers_and_some_are_held_out(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    def table(*last: str) -> str:
+        lines = [f"text {i},{i * 0.5}" for i in range(40)]
+        (tmp_path / "d.csv").write_text("\n".join(["text,score", *lines, *last]) + "\n")
+        return str(tmp_path / "d.csv")
+
+    result = run(models["encoder"], table(), tmp_path / "out")
+    assert result.figures["objective"] == "regress"
+    assert result.comparisons["adapter"].changes[0].base.n == 4
+    with pytest.raises(KitoutError, match=r"d.csv:42: label 'nan' is no finite number"):
+        run(models["encoder"], table("text,nan"), tmp_path / "refused")
+
+
+def test_labels_of_one_example_each_leave_nothing_to_hold_out(models: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "label": f"label {i}"} for i in range(30)]
+    data = str(jsonl(tmp_path / "d.jsonl", rows))
+    with pytest.raises(KitoutError, match=r"data\.test=0"):
+        run(models["encoder"], data, tmp_path / "out")
+    kitout.train(
+        {"model": str(models["encoder"]), "data": {"train": data, "test": 0, "validation": 0}}
+        | {"output": {"folder": str(tmp_path / "out")}},
+        dry_run=True,
+    )
+    assert "30 of 30 labels have one example each" in (tmp_path / "out" / "preflight.txt").read_text()
+
+
+def test_an_answer_to_nothing_is_learnt_and_nobody_is_asked_for_it(models: dict[str, Path], tmp_path: Path) -> None:
+    def rows(name: str, first: int) -> str:
+        some = [{"prompt": "" if i % 4 == 0 else f"{i}:", "completion": f" word {i}"} for i in range(first, first + 12)]
+        return str(jsonl(tmp_path / name, some))
+
+    data = {"train": rows("d.jsonl", 0), "test": rows("t.jsonl", 20), "validation": rows("v.jsonl", 40)}
+    assert run(models["decoder"], data, tmp_path / "out").figures["steps"] == 2
+
+
+def test_half_of_a_surrogate_pair_is_told_with_its_line(tmp_path: Path) -> None:
+    from kitout.data import tables
+
+    row = '{"text": "\\ud800 x"}'
+    (tmp_path / "d.jsonl").write_text(f'{{"text": "\\ud83d\\ude00"}}\n{row}\n')
+    (tmp_path / "d.json").write_text(f"[{row}]")
+    for name, told in (("d.jsonl", "line 2: half of a surrogate"), ("d.json", "object 1: half of a surrogate")):
+        with pytest.raises(KitoutError, match=told):
+            tables.rows(tmp_path / name)

@@ -53,7 +53,8 @@ class Causal:
             given = len(example.prompt)
             text = example.prompt + example.completion
             spans = ((0 if self.template.learn == "all" else given, len(text)),)
-            return [Marked(text, spans, given, True, True, example.completion, example.place)]
+            answer = example.completion if example.prompt else ""  # nobody can be asked for what answers nothing
+            return [Marked(text, spans, given, True, True, answer, example.place)]
         if isinstance(example, Text):
             return [Marked(example.text, ((0, len(example.text)),), 0, True, True, "", example.place)]
         kind = "a labelled text" if isinstance(example, Labelled) else "a tagged text"

@@ -51,10 +51,14 @@ class Parts:
         return ", ".join(told)
 
 
-def part(given: Mapping[str, Sequence[Example]], validation: float = 0.05, test: float = 0.1, seed: int = 0) -> Parts:
+def part(
+    given: Mapping[str, Sequence[Example]], validation: float = 0.05, test: float = 0.1, seed: int = 0,
+    classes: bool = True,
+) -> Parts:  # fmt: skip
     """given: examples by part ("train", "validation", "test", "" for unnamed ones).
 
     validation, test: taken from what may be learnt where the data names no such part: a share below 1, else a number.
+    classes: single labels are classes, each keeps its share; numbers to be learnt as such are none.
     """
     copies = 0
     held: dict[str, list[Example]] = {}
@@ -78,9 +82,9 @@ def part(given: Mapping[str, Sequence[Example]], validation: float = 0.05, test:
     total = len(rest)
     tested = held["test"]
     if "test" not in given:
-        tested, rest = _taken(rest, _count(test, total, "test"), seed, "test")
+        tested, rest = _taken(rest, _count(test, total, "test"), seed, "test", classes)
     if "validation" not in given:
-        watched, rest = _taken(rest, _count(validation, total, "validation"), seed, "validation")
+        watched, rest = _taken(rest, _count(validation, total, "validation"), seed, "validation", classes)
     return Parts(tuple(rest), tuple(watched), tuple(tested), copies, leaked, _open(rest))
 
 
@@ -105,7 +109,9 @@ def _count(wanted: float, total: int, name: str) -> int:
     return max(round(wanted * total), 1) if 0 < wanted < 1 else int(wanted)
 
 
-def _taken(pool: list[Example], wanted: int, seed: int, name: str) -> tuple[list[Example], list[Example]]:
+def _taken(
+    pool: list[Example], wanted: int, seed: int, name: str, apart: bool
+) -> tuple[list[Example], list[Example]]:  # fmt: skip
     """About `wanted` examples of the pool and the others, in their order. All of one input go together."""
     if not wanted:
         return [], pool
@@ -119,13 +125,18 @@ def _taken(pool: list[Example], wanted: int, seed: int, name: str) -> tuple[list
         )
     classes: dict[str, list[list[int]]] = {}
     for members in groups.values():
-        classes.setdefault(_class(pool[members[0]]), []).append(members)
+        classes.setdefault(_class(pool[members[0]]) if apart else "", []).append(members)
     dice = random.Random(f"{seed} {name}")
     chosen: set[int] = set()
     for label, quota in _quotas({c: len(g) for c, g in classes.items()}, round(wanted * len(groups) / len(pool))):
         drawn = classes[label]
         dice.shuffle(drawn)
         chosen.update(i for members in drawn[:quota] for i in members)
+    if not chosen:
+        raise DataError(
+            f"none of the {len(pool)} examples can be taken for {name}: each of the {len(classes)} labels has one "
+            f"input alone, which must be learnt; name the label's column, give a {name} file, or write data.{name}=0"
+        )
     return [e for i, e in enumerate(pool) if i in chosen], [e for i, e in enumerate(pool) if i not in chosen]
 
 

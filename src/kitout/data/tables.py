@@ -104,7 +104,10 @@ def columns(path: Path, found: Sequence[Row], wanted: Wanted) -> list[str]:
             faults.add(f"there is no column {asked!r} for the {role}")
         column = asked or next((c for name in usual for c in present if c.lower() == name), None)
         if column is None:
-            faults.add(f"none of the columns looks like the {role}; say which with --{role} NAME ({role}=NAME)")
+            faults.add(
+                f"none of the columns looks like the {role}; say which with --{role} NAME "
+                f"(kitout train: data.train.columns.{role}=NAME)"
+            )
         chosen.append(column or "")
     faults.raise_if_any()
     return chosen
@@ -140,22 +143,40 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             try:
                 row = json.loads(words.rstrip("\r\n"))
                 fault = "" if isinstance(row, dict) else f"a JSON {type(row).__name__}, expected an object"
+                if _broken(words, row):
+                    fault = "half of a surrogate pair (\\ud800 to \\udfff), which is no character"
             except (json.JSONDecodeError, RecursionError) as wrong:
                 said = f"{wrong.msg}, column {wrong.colno}" if isinstance(wrong, json.JSONDecodeError) else "too deep"
                 row, fault = None, f"not JSON ({said})"
             yield line, f"line {line}: {fault}: {words.strip()[:60]!r}" if fault else row
 
 
+def _broken(words: str, row: Any) -> bool:
+    """Whether strings hold what JSON can write and no text can: one half of a pair."""
+    if "\\ud" not in words.lower():
+        return False
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def _json(path: Path) -> list[Row]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        words = path.read_text(encoding="utf-8-sig")
+        found = json.loads(words)
     except json.JSONDecodeError as wrong:
         raise DataError(
             f"{path} line {wrong.lineno}: not JSON ({wrong.msg}); if one object per line: name it .jsonl"
         ) from wrong
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
         raise DataError(f"{path} must hold a list of objects, found a {type(found).__name__}")
-    return list(enumerate(found, start=1))
+    rows = list(enumerate(found, start=1))
+    bad = [number for number, row in rows if _broken(words, row)]
+    if bad:
+        raise DataError(f"{path} object {bad[0]}: half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+    return rows
 
 
 def _records(path: Path) -> Iterator[Row]:

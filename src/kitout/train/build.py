@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from kitout.kit.attach import attach
 from kitout.kit.kit import Kit
 from kitout.train import machine
 from kitout.train.config import ModelConfig
+from kitout.train.mode import as_quantised
 
 CLASSES = {
     "causal": "AutoModelForCausalLM",
@@ -113,7 +115,7 @@ def build(
     filler: padding id of a model that has none of its own, without which a classifier reads no more than one row.
     """
     import transformers
-    from transformers.utils import logging
+    from transformers.utils import logging as its_logging
 
     where, form, why = place(chosen)
     asked: dict[str, Any] = {"dtype": form, "revision": chosen.revision} | _quantised(chosen, form)
@@ -122,18 +124,20 @@ def build(
         if labels:
             asked |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     loader = getattr(transformers, CLASSES[objective])
-    loud = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn of fresh heads, which are meant
-    logging.disable_progress_bar()
+    loud = its_logging.get_verbosity()
+    its_logging.set_verbosity_error()  # it would warn of fresh heads, which are meant
+    its_logging.disable_progress_bar()
     try:
         model, told = loader.from_pretrained(found(chosen.name), output_loading_info=True, **asked)
     except (OSError, ValueError, ImportError) as wrong:
         raise ConfigError(f"model.name={chosen.name!r} does not load for {objective}: {_short(wrong)}") from wrong
     finally:
-        logging.set_verbosity(loud)
+        its_logging.set_verbosity(loud)
     if chosen.quantise == "none":
         model.to(where)
     fresh = {name.rpartition(".")[0] for name in [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]}
+    if chosen.quantise == "nf4":
+        as_quantised(model)
     if filler is not None:
         model.config.get_text_config().pad_token_id = filler  # before the kit tries the model on a few rows
     kit = attach(model)
@@ -208,6 +212,7 @@ def _quantised(chosen: ModelConfig, form: torch.dtype) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     if chosen.quantise == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for every product
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     return {
         "quantization_config": BitsAndBytesConfig(

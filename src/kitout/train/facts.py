@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 BINS = 12
+ALONE = 10  # labels that may be seen once
 LITTLE, MUCH = 5.0, 95.0  # percent of the tokens that are learnt
 
 
@@ -191,6 +192,9 @@ def _class_warnings(parts: Sequence[Part]) -> list[str]:
     held = [name for name, count in train.labels.items() if count]
     if len(train.labels) > 1 and len(held) == 1:
         told.append(f"train: every example is {held[0]!r}: there is nothing to tell apart")
+    alone = sum(train.labels[name] == 1 for name in held)
+    if alone > max(ALONE, len(held) / 2):
+        told.append(f"train: {alone:,} of {len(held):,} labels have one example each: is the label in another column?")
     return told
 
 

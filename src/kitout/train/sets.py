@@ -6,6 +6,7 @@ leaks between them, and keep their weights. It knows examples and encoders, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,7 +16,7 @@ from typing import Any
 from kitout.data import encode, labels
 from kitout.data.examples import Example, Labelled, Tagged
 from kitout.data.items import Item, digest
-from kitout.data.parts import part
+from kitout.data.parts import LEARNT, part
 from kitout.data.sources import load
 from kitout.data.stream import stream
 from kitout.errors import ConfigError
@@ -62,8 +63,9 @@ def text_sets(config: DataConfig, objective: str, tokenizer: Any, writes_after_r
         for name, held in one.parts.items():
             given.setdefault(name, []).extend(held)
     share = {name: 0.0 if isinstance(v, str) else v for name, v in _measured(config).items()}
-    parts = part(given, share["validation"], share["test"], config.seed)
-    kind = told_by(parts.train, objective, writes_after_reading)
+    learnt = [e for name in LEARNT for e in given.get(name, ())]
+    kind = told_by(learnt, objective, writes_after_reading) if learnt else objective
+    parts = part(given, share["validation"], share["test"], config.seed, classes=kind != "regress")
     names = config.labels or (labels.label_set(parts.train) if kind in ("classify", "multilabel", "tokens") else ())
     encoder = encoder_of(kind, tokenizer, config, names)
     train: list[Item] = []
@@ -107,8 +109,17 @@ def told_by(examples: Sequence[Example], asked: str, writes_after_reading: bool)
     if isinstance(first, Labelled):
         if isinstance(first.label, tuple):
             return "multilabel"
-        return "regress" if isinstance(first.label, float) else "classify"
+        return "regress" if _numbers([e.label for e in examples if isinstance(e, Labelled)]) else "classify"
     return "seq2seq" if writes_after_reading else "causal"
+
+
+def _numbers(found: Sequence[Any]) -> bool:
+    """Whether labels are numbers, not classes: a table without types writes them as words, whole ones are classes."""
+    try:
+        values = [float(label) for label in found]
+    except (TypeError, ValueError):
+        return False
+    return any(isinstance(label, float) for label in found) or any(v % 1 for v in values if math.isfinite(v))
 
 
 def encoder_of(kind: str, tokenizer: Any, config: DataConfig, names: Sequence[str]) -> Encode:
