@@ -31,7 +31,7 @@ class Pfeiffer(Method):
     """
 
     seat: ClassVar[str] = "end of every block"
-    rate: ClassVar[Rate] = Rate(1e-3)
+    rate: ClassVar[Rate] = Rate(3e-4)
     mergeable: ClassVar[bool] = False
     identity: ClassVar[bool] = False
 
