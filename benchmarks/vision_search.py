@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from kitout.data.split import Split, split
-from kitout.demo import machine
 from kitout.demo.screen import Screen
 from kitout.demo.vision import Options, equip, one, parted, recipe_of
 from kitout.demo.vision_rows import ROWS, chosen
+from kitout.train import machine
 
 VALIDATION = 400
 
