@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,44 @@ def test_half_of_a_surrogate_pair_is_told_with_its_line(tmp_path: Path) -> None:
     for name, told in (("d.jsonl", "line 2: half of a surrogate"), ("d.json", "object 1: half of a surrogate")):
         with pytest.raises(KitoutError, match=told):
             tables.rows(tmp_path / name)
+
+
+def test_a_disk_that_is_full_at_the_end_is_told_and_the_same_call_finishes(
+    models: dict[str, Path], tmp_path: Path, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource = pytest.importorskip("resource")
+    from kitout.train import finish
+
+    free = resource.getrlimit(resource.RLIMIT_FSIZE)
+    named = finish.adapters
+
+    def full(*given: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, free[1]))
+        return named(*given)
+
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    monkeypatch.setattr(finish, "adapters", full)
+    try:
+        with pytest.raises(KitoutError, match="make room"):
+            run(models["decoder"], str(asked), tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, free)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not (tmp_path / "out" / "results.json").exists()
+    monkeypatch.undo()
+    assert run(models["decoder"], str(asked), tmp_path / "out").comparisons
+    as_the_card_says(tmp_path / "out" / "adapter")
+    held = {path.name for path in (tmp_path / "out").rglob(".*")}
+    assert held == {".run.lock"}
+
+
+def test_one_answer_to_everything_is_warned_of() -> None:
+    from kitout.data.items import Item
+    from kitout.train.facts import facts
+
+    def items(*answers: str) -> list[Item]:
+        return [Item((5, 6, 7), (-100, 6, 7), reference=answer, prompt=1) for answer in answers]
+
+    assert any("every answer is 'bad'" in told for told in facts({"train": items("bad", "bad", "bad")}).warnings)
+    assert not any("every answer" in told for told in facts({"train": items("bad", "good")}).warnings)
+    assert not any("every answer" in told for told in facts({"train": items("", "")}).warnings)

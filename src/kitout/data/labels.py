@@ -200,4 +200,7 @@ def _index(label: str, known: dict[str, int]) -> int:
 
 def _at_least_two(labels: Sequence[str]) -> None:
     if len(labels) < 2 or len(set(labels)) < len(labels):
-        raise DataError(f"the labels are {', '.join(labels) or 'none'}; at least two different ones are needed")
+        raise DataError(
+            f"the labels are {', '.join(labels) or 'none'}; at least two different ones are needed "
+            "(rows in the order of their labels? data.train.limit draws some, `path#500` takes the first)"
+        )

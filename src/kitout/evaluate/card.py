@@ -43,8 +43,11 @@ def write(summary: Summary, folder: Path) -> Path:
     """The card in an adapter folder, written beside its place and renamed."""
     file = folder / "README.md"
     fresh = file.with_name(f".{file.name}.{os.getpid()}")
-    fresh.write_text(card(summary), encoding="utf-8")
-    os.replace(fresh, file)
+    try:
+        fresh.write_text(card(summary), encoding="utf-8")
+        os.replace(fresh, file)
+    finally:
+        fresh.unlink(missing_ok=True)
     return file
 
 

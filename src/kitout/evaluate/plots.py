@@ -51,8 +51,11 @@ def png(drawn: Any) -> bytes:
 def write(file: Path, picture: bytes) -> Path:
     """Beside its place, then renamed: a kill leaves the former picture."""
     fresh = file.with_name(f".{file.stem}.{os.getpid()}.png")
-    fresh.write_bytes(picture)
-    os.replace(fresh, file)
+    try:
+        fresh.write_bytes(picture)
+        os.replace(fresh, file)
+    finally:
+        fresh.unlink(missing_ok=True)
     return file
 
 

@@ -7,7 +7,7 @@ is a warning. It knows no file format and no model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -83,7 +83,7 @@ def facts(parts: Mapping[str, Sequence[Item]], names: Sequence[str] = ()) -> Fac
     tokens = sum(part.tokens for part in found if part.percent is not None)
     learned = sum(part.learned for part in found)
     percent = 100 * learned / tokens if tokens else None
-    return Facts(found, percent, tuple(_warnings(found, percent)))
+    return Facts(found, percent, (*_warnings(found, percent), *_same_answer(parts["train"])))
 
 
 def _part(name: str, items: Sequence[Item], names: Sequence[str]) -> Part:
@@ -180,6 +180,12 @@ def _warnings(parts: Sequence[Part], percent: float | None) -> list[str]:
             )
     told += _class_warnings(parts)
     return told
+
+
+def _same_answer(items: Sequence[Item]) -> Iterator[str]:
+    said = {item.reference for item in items}
+    if len(said) == 1 < len(items) and (only := said.pop()):
+        yield f"train: every answer is {only[:60]!r}: whoever always says so is right, and nothing else is learnt"
 
 
 def _class_warnings(parts: Sequence[Part]) -> list[str]:

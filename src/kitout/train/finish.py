@@ -14,6 +14,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from kitout.errors import ConfigError
 from kitout.evaluate import card, plots, report
 from kitout.evaluate.compare import Comparison
 from kitout.evaluate.summary import Summary
@@ -34,19 +37,32 @@ def finish(
     """Writes everything and returns what results.json holds."""
     figures = _figures(made, loop, guess, best, comparisons)
     folders = adapters(made, place)
-    pictures = _pictures(made, place)
+    try:
+        _written(made, config, place, figures, comparisons, folders)
+    except (OSError, SafetensorError) as wrong:
+        raise ConfigError(
+            f"{place.path} cannot be written ({wrong}): what was learnt is kept in its checkpoints; "
+            "make room, and the same command finishes the run"
+        ) from wrong
+    for name, found in comparisons.items():
+        say(f"{name}: {found.verdict}" if len(comparisons) > 1 else found.verdict)
+    say(_next(made, config, place, folders))
+    return figures
+
+
+def _written(
+    made: Prepared, config: RunConfig, place: RunFolder, figures: Mapping[str, Any],
+    comparisons: Mapping[str, Comparison], folders: Mapping[str, Path],
+) -> None:  # fmt: skip
     for job, folder in folders.items():
         summary = _summary(made, config, figures, {k: v for k, v in comparisons.items() if k == job}, {}, job)
         (folder / "README.md").unlink(missing_ok=True)  # of a run that was killed right here
         made.kit.save(job, folder, note={"trained by": "kitout train", "base": config.model.name})
         card.write(summary, folder)
+    pictures = _pictures(made, place)
     whole = _summary(made, config, figures, comparisons, pictures, ", ".join(folders))
     report.write(whole, place.report)
     place.finish(figures)
-    for name, found in comparisons.items():
-        say(f"{name}: {found.verdict}" if len(comparisons) > 1 else found.verdict)
-    say(_next(made, config, place, folders))
-    return figures
 
 
 def adapters(made: Prepared, place: RunFolder) -> dict[str, Path]:
