@@ -181,4 +181,6 @@ def write(file: Path, words: str) -> None:
 
 
 def _tree(value: Any) -> Any:
-    return {str(k): _tree(v) for k, v in value.items()} if isinstance(value, Mapping) else plain(value)
+    if isinstance(value, Mapping):
+        return {str(k): _tree(v) for k, v in value.items()}
+    return [_tree(v) for v in value] if isinstance(value, list | tuple) else plain(value)
