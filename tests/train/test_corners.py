@@ -215,3 +215,18 @@ def test_one_answer_to_everything_is_warned_of() -> None:
     assert any("every answer is 'bad'" in told for told in facts({"train": items("bad", "bad", "bad")}).warnings)
     assert not any("every answer" in told for told in facts({"train": items("bad", "good")}).warnings)
     assert not any("every answer" in told for told in facts({"train": items("", "")}).warnings)
+
+
+def test_a_head_rate_far_too_high_is_refused_and_patience_warns_of_nothing(
+    models: dict[str, Path], tmp_path: Path, texts: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(KitoutError, match="head_lr=30"):
+        run(models["encoder"], str(texts), tmp_path / "out", train={"head_lr": 30.0})
+    train = {"patience": 1, "steps": 12, "lr": 1e-8, "head_lr": 1e-8}
+    transformers.logging.enable_propagation()
+    result = run(
+        models["encoder"], str(texts), tmp_path / "out", train=train, evaluate={"every": 1, "best": "accuracy"}
+    )
+    assert result.figures["steps"] < 12
+    transformers.logging.disable_propagation()
+    assert "EarlyStopping" not in caplog.text

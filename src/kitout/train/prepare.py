@@ -20,7 +20,7 @@ from kitout.train.jobs import Job
 from kitout.train.labels import Labels
 from kitout.train.objective import Objective
 from kitout.train.plan import plan, steps_of
-from kitout.train.rates import check_rate
+from kitout.train.rates import REFUSED, check_rate
 from kitout.train.seq2seq import Seq2Seq
 from kitout.train.sets import Sets
 from kitout.train.tagging import Tagging
@@ -96,6 +96,11 @@ def _rates(alone: Sequence[RunConfig]) -> list[str]:
             faults.add(f"{job.output.name}: {wrong}")
             continue
         notes += [f"{job.output.name}: {note}"] if note else []
+        head, own = job.train.head_lr, job.method.advised().head
+        if head is not None and head >= REFUSED * own:
+            faults.add(
+                f"{job.output.name}: head_lr={head:g} is {head / own:,.0f} times the default of {own:g}: leave it out"
+            )
     faults.raise_if_any()
     return notes
 

@@ -7,6 +7,7 @@ goes on where a former one stopped. It knows the order of the work.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -50,6 +51,8 @@ def run(config: RunConfig, *, dry_run: bool = False, say: Say = print) -> Result
     """Trains what the config says. dry_run: stops before the first step. say: hears what is worth telling."""
     from kitout.train.finish import finish
 
+    if importlib.util.find_spec("accelerate") is None:
+        raise ConfigError("training stands on accelerate, not installed here\n  pip install 'kitout[train]'")
     checks.machine(config, torch.cuda.is_available())
     _join(config)
     with _folder(config) as place:
@@ -65,9 +68,10 @@ def run(config: RunConfig, *, dry_run: bool = False, say: Say = print) -> Result
             scale.shard(made.kit)
         loop, guess = _loop(made, config, place, last, signed)
         if processes.rank() == 0:
-            for page in pages(made, config, known, guess):
+            shown = pages(made, config, known, guess)
+            for page in shown:
                 screen.show(page)
-                screen.save(page, place.path)
+            screen.save(shown, place.path)
         if dry_run:
             return Result(place.path)
         memory.reset_peak(made.kit.device)
@@ -158,7 +162,9 @@ def _loop(made: Prepared, config: RunConfig, place: RunFolder, last: Path | None
     showing = Progress(place.path)
     callbacks: list[Any] = [showing]
     if config.train.patience is not None:
-        callbacks.append(EarlyStoppingCallback(config.train.patience))
+        patient: Any = EarlyStoppingCallback(config.train.patience)
+        patient.on_train_begin = lambda *_, **__: None  # warns that no best is kept, which the loop does itself
+        callbacks.append(patient)
     loop = Loop(
         made.kit, made.jobs, place.checkpoints, args, run=signed, watch=watching(made, config.evaluate),
         callbacks=callbacks, micro=min(guess.micro, config.train.micro_batch or guess.micro), kept=config.train.keep,
@@ -178,7 +184,7 @@ def _arguments(config: RunConfig, place: RunFolder, steps: int, watched: bool) -
         warnings.simplefilter("ignore", FutureWarning)
         return TrainingArguments(
             output_dir=str(place.checkpoints), max_steps=steps, per_device_train_batch_size=1, report_to=reports,
-            logging_steps=math.ceil(steps / MOST_LOGS), logging_nan_inf_filter=False, disable_tqdm=True,
+            logging_steps=math.ceil(steps / MOST_LOGS), logging_nan_inf_filter=False, disable_tqdm=True, log_level="error",
             eval_strategy="steps" if measures else "no", eval_steps=every if measures else None,
             save_strategy="steps", save_steps=config.train.save_every or math.ceil(steps / SAVES),
             metric_for_best_model=f"eval_{best}" if measures else None,
