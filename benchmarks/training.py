@@ -207,9 +207,9 @@ def held(name: str) -> list[Line]:
 def at_once(rounds: int) -> list[Line]:
     """Eight LoRA jobs of two examples a step: together, and one after the other."""
     names = [f"job{k}" for k in range(8)]
-    given = items("tweets", 8 * 2 * 4)
+    given = items("tweets", 8 * 2 * 8)
     kit = equipped(names)
-    made = jobs(kit, given, names, 2, 4)
+    made = jobs(kit, given, names, 2, 8)
     joint, _ = looped(kit, made)
     each = [looped(kit, [job])[0] for job in made]
     times = in_turn({"at once": joint, "in turn": lambda: sum(one() for one in each)}, rounds)

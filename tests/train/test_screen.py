@@ -134,7 +134,7 @@ def test_it_fits_narrow_terminals() -> None:
 
 
 def test_saved(tmp_path: Path) -> None:
-    save(replace(PAGE, memory=None, time=float("nan")), tmp_path)
+    save([replace(PAGE, memory=None, time=float("nan"))], tmp_path)
     values = json.loads((tmp_path / "preflight.json").read_text())
     assert values["facts"]["parts"][0]["examples"] == 59
     assert values["count"]["trainable"] == 1000

@@ -142,9 +142,18 @@ def _use(s: Summary) -> str:
         "",
     ]
     if loader in WRITERS:
+        asked = (
+            [
+                'turns = [{"role": "user", "content": "a prompt of the kind it was trained on"}]',
+                'how = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}',
+                "batch = tokenizer.apply_chat_template(turns, **how)",
+            ]
+            if s.chat
+            else ['batch = tokenizer("a prompt of the kind it was trained on", return_tensors="pt")']
+        )
         code += [
             f"tokenizer = AutoTokenizer.from_pretrained({opened})",
-            'batch = tokenizer("a prompt of the kind it was trained on", return_tensors="pt")',
+            *asked,
             "print(tokenizer.decode(kit.generate(**batch, max_new_tokens=64)[0], skip_special_tokens=True))",
         ]
     else:

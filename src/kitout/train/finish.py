@@ -161,6 +161,7 @@ def _summary(
         opened=build.found(config.model.name),
         opening=made.opening,
         labels=tuple(labels),
+        chat=made.main.chat and bool(made.tokenizer.chat_template),
         licence=card.licence_of(Path(build.found(config.model.name))),
         made=f"{datetime.now(timezone.utc):%Y-%m-%d} by kitout {machine.version()}",
     )

@@ -196,7 +196,9 @@ class Loop(Trainer):  # type: ignore[misc]
                 "output.folder, or delete this one"
             )
         keep.load_values(path, self.values())
+        most = self.work.micro
         self.work.restore(progress)
+        self.work.micro = min(self.work.micro, most)  # whoever was stopped for memory may go on with less
         self.health.stopped = progress["stopped"]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -68,6 +68,9 @@ def prepare(config: RunConfig) -> Prepared:
     for job, one in zip(alone, held, strict=True):
         heads = build.own_heads(made, len(one.names) or 1, job.train.seed)
         kit.add(job.output.name, job.method, seed=job.train.seed, heads=heads)
+    if made.missing and held[0].names:
+        commonest = f"; the commonest one is right in {100 * held[0].majority:.1f} %" if held[0].majority else ""
+        notes.append(f"the base has no trained head for these labels: its figures are those of chance{commonest}")
     jobs = []
     for job, one in zip(alone, held, strict=True):
         objective = _objective(kit, job, kind, one, filler)

@@ -184,7 +184,8 @@ def _arguments(config: RunConfig, place: RunFolder, steps: int, watched: bool) -
         warnings.simplefilter("ignore", FutureWarning)
         return TrainingArguments(
             output_dir=str(place.checkpoints), max_steps=steps, per_device_train_batch_size=1, report_to=reports,
-            logging_steps=math.ceil(steps / MOST_LOGS), logging_nan_inf_filter=False, disable_tqdm=True, log_level="error",
+            logging_steps=math.ceil(steps / MOST_LOGS), logging_nan_inf_filter=False, disable_tqdm=True,
+            log_level="error",
             eval_strategy="steps" if measures else "no", eval_steps=every if measures else None,
             save_strategy="steps", save_steps=config.train.save_every or math.ceil(steps / SAVES),
             metric_for_best_model=f"eval_{best}" if measures else None,

@@ -63,11 +63,12 @@ def show(page: Preflight, console: Console | None = None) -> None:
     console.print(drawn(page, colour), width=min(console.width, WIDTH))
 
 
-def save(page: Preflight, folder: Path) -> None:
-    """preflight.json for machines, preflight.txt for eyes."""
+def save(pages: Sequence[Preflight], folder: Path) -> None:
+    """preflight.json for machines (a list if there are several jobs), preflight.txt for eyes."""
     values, words = PREFLIGHT
-    write(folder / values, json.dumps(_plain(asdict(page)), indent=2, ensure_ascii=False) + "\n")
-    write(folder / words, text(page))
+    held = [_plain(asdict(page)) for page in pages]
+    write(folder / values, json.dumps(held[0] if len(held) == 1 else held, indent=2, ensure_ascii=False) + "\n")
+    write(folder / words, "\n".join(map(text, pages)))
 
 
 def text(page: Preflight) -> str:

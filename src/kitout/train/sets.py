@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kitout.data import encode, labels
-from kitout.data.examples import Example, Labelled, Tagged
+from kitout.data.examples import Chat, Example, Labelled, Tagged
 from kitout.data.items import Item, digest
 from kitout.data.parts import LEARNT, part
 from kitout.data.sources import load
@@ -47,6 +47,7 @@ class Sets:
     told: tuple[str, ...] = ()
     digest: str = ""
     looked_at: Sequence[Any] = ()  # of a stream: what the pre-flight counts
+    chat: bool = False
     images: Any = None
     answers: Mapping[str, Any] = field(default_factory=dict)
 
@@ -81,7 +82,7 @@ def text_sets(config: DataConfig, objective: str, tokenizer: Any, writes_after_r
     told = [str(layout) for one in loaded for layout in one.layouts] + [str(parts)]
     return Sets(
         kind, train, validation, test, tuple(names), tuple(sets), tuple(s.weight for s in config.train),
-        parts.majority, tuple(told), digest([*train, *validation, *test]),
+        parts.majority, tuple(told), digest([*train, *validation, *test]), chat=isinstance(parts.train[0], Chat),
     )  # fmt: skip
 
 
@@ -168,7 +169,7 @@ def _streamed(config: DataConfig, objective: str, tokenizer: Any, writes_after_r
     ]
     return Sets(
         kind, Streamed(learnt, encoder), validation, test, tuple(names), told=tuple(told),
-        digest=digest([*seen, *validation, *test]), looked_at=seen,
+        digest=digest([*seen, *validation, *test]), looked_at=seen, chat=isinstance(looked_at[0], Chat),
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from kitout.train.scale import sharded
 
 TOKENS = 4096  # of one batch, padding included: an evaluation holds no more than a training step of usual size
 ROWS = 64
-LONGEST = 256  # tokens of an answer, unless said otherwise
+SENTENCE, LONGEST = 24, 256  # tokens of an answer at least and at most, unless said otherwise
 
 Tell = Callable[[int, int], None]
 
@@ -97,9 +97,9 @@ def write(
 
 
 def _usual(items: Sequence[Item]) -> int:
-    """Twice the longest right answer, at most LONGEST."""
+    """Twice the longest right answer, at most LONGEST; room enough for a base that says it in a sentence."""
     right = max(len(item.ids) - item.prompt if item.labels else len(item.target) for item in items)
-    return min(LONGEST, max(1, 2 * right))
+    return min(LONGEST, max(SENTENCE, 2 * right))
 
 
 def scores(
