@@ -24,9 +24,8 @@ class Summary:
     estimates: what -> (expected, measured). notes: caveats and warnings, one sentence each. config: the run's YAML.
     plots: title -> PNG. files: name -> what it holds. data_name, data_hash: of all examples. licence: of the base, as
     it states one. task: as `metrics.Task` has it. loader: transformers' class that opens the base, default by the task;
-    opened: what it is given, default `model`; opening: its settings. chat: whether
-    it learnt by the chat template. labels: of a classifier, in order. made: when, and
-    by which version.
+    opened: what it is given, default `model`; opening: its settings. chat: whether it learnt by the chat template.
+    labels: of a classifier, in order. made: when, and by which version.
     """
 
     title: str
