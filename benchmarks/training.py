@@ -14,11 +14,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import Line, Times
+from train_step import same_values
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
 import kitout
@@ -80,6 +82,17 @@ class Clock(TrainerCallback):
 
 
 def trl(given: list[Item], tuned: bool) -> tuple[Case, Clock]:
+    trainer, clock = peer(given, tuned)
+
+    def run() -> float:
+        trainer.train()
+        return clock.seconds
+
+    return run, clock
+
+
+def peer(given: list[Item], tuned: bool, **more: Any) -> tuple[Any, Clock]:
+    """TRL's trainer over these examples."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
@@ -87,9 +100,9 @@ def trl(given: list[Item], tuned: bool) -> tuple[Case, Clock]:
     rows = Dataset.from_list(
         [{"input_ids": list(i.ids), "completion_mask": [int(v != IGNORED) for v in i.labels]} for i in given]
     )
-    choices: dict[str, Any] = {}
+    choices: dict[str, Any] = more
     if tuned:
-        choices = {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
+        choices |= {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
     args = SFTConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=1e-3,
         completion_only_loss=True, max_length=LONGEST, bf16=False, use_cpu=True, report_to="none", logging_steps=1,
@@ -101,12 +114,7 @@ def trl(given: list[Item], tuned: bool) -> tuple[Case, Clock]:
         processing_class=AutoTokenizer.from_pretrained(folder()),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )  # fmt: skip
-
-    def run() -> float:
-        trainer.train()
-        return clock.seconds
-
-    return run, clock
+    return trainer, clock
 
 
 def jobs(kit: kitout.Kit, given: list[Item], names: list[str], batch: int, steps: int) -> list[Job]:
@@ -173,7 +181,7 @@ def run(rounds: int = 3) -> list[Line]:
     lines = []
     for name in SETS:
         lines += speed(name, rounds) + held(name)
-    return lines + at_once(rounds)
+    return lines + curves() + at_once(rounds)
 
 
 def speed(name: str, rounds: int) -> list[Line]:
@@ -202,6 +210,24 @@ def held(name: str) -> list[Line]:
     detail = ", ".join(f"{which} {size / 2**20:,.0f} MiB" for which, size in found.items())
     figure = f"{name}: peak memory above the loaded model, against TRL tuned"
     return [Line(figure, f"{ratio:.2f} x", "<= 0.4 x", ratio <= 0.4, detail)]
+
+
+def curves(steps: int = 5) -> list[Line]:
+    """The losses of both from the same values, over the same batches in the same order, in float32."""
+    given = items("tweets", BATCH * steps)
+    trainer, theirs = peer(given, False, train_sampling_strategy="sequential", weight_decay=0.0)
+    kit = equipped(["a"], torch.float32, short=False)
+    same_values(trainer.model, kit)
+    order = [list(range(at, at + BATCH)) for at in range(0, len(given), BATCH)]
+    settings = TrainConfig(lr=1e-3, batch=BATCH, warmup=0.0, schedule="linear", decay=0.0)
+    made = [replace(jobs(kit, given, ["a"], BATCH, steps)[0], steps=order, settings=settings)]
+    again, ours = looped(kit, made)
+    trainer.train()
+    again()
+    off = max(abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True))
+    shown = f"at most {off:.1e} apart over {steps} steps"
+    detail = f"kitout {[round(v, 4) for v in ours.losses]}, TRL {[round(float(v), 4) for v in theirs.losses]}"
+    return [Line("tweets: loss curves against TRL, fp32, same start and order", shown, "agree", off <= 1e-2, detail)]
 
 
 def at_once(rounds: int) -> list[Line]:
