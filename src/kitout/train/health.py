@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kitout.errors import SilentSite
 from kitout.kit.kit import Kit
 from kitout.train import processes
-from kitout.train.jobs import Diverged, Job, clipped
+from kitout.train.jobs import Diverged, Job, clipped, fusable
 from kitout.train.mode import at_rest
 
 PATIENCE = 16  # steps at the full rate after which an adapter has to show in what the model says
@@ -96,7 +96,7 @@ class Health:
             return
         going = [job for job in self.jobs if job.name not in self.stopped]
         still = [job for job in going if not self._moved(job)]
-        silent = [job for job in going if job in still or self._silent(job)]
+        silent = still + self._silent([job for job in going if job not in still])
         self._due *= 2
         risen = max((round(job.settings.warmup * len(job.steps)) for job in silent), default=0)
         if still or (silent and step >= min(last, risen + PATIENCE)):
@@ -109,14 +109,24 @@ class Health:
     def _moved(self, job: Job) -> bool:
         return any(not torch.equal(value, self._started[f"{job.name}/{name}"]) for name, value in self.values(job))
 
-    def _silent(self, job: Job) -> bool:
-        if self.kit[job.name].heads:  # the base may not even have an answer for as many classes
-            return False
-        batch = job.objective.collate([job.items[job.steps[0][-1]]], None)
+    def _silent(self, jobs: Sequence[Job]) -> list[Job]:
+        """Those without an effect on one example each; jobs that share forwards are asked together."""
+        groups: dict[Hashable, list[Job]] = {}
+        for job in jobs:
+            adapter = self.kit[job.name]
+            if not adapter.heads:  # with heads the base may not even have an answer for as many classes
+                alone = job.objective.form is None or not fusable(adapter)
+                groups.setdefault(job.name if alone else (job.objective.form,), []).append(job)
+        return [job for group in groups.values() for job in self._without_effect(group)]
+
+    def _without_effect(self, jobs: Sequence[Job]) -> list[Job]:
+        objective = jobs[0].objective
+        batch = objective.collate([job.items[job.steps[0][-1]] for job in jobs], None)
         weights = torch.ones(batch.rows, device=self.kit.device)
+        names = [job.name for job in jobs]
         with at_rest(self.kit):
-            with self.kit.use(job.name):
-                on = job.objective.losses(self.kit, batch, weights).rows
+            with self.kit.use(names if len(names) > 1 else names[0]):
+                on = objective.losses(self.kit, batch, weights).rows
             with self.kit.use(None):
-                off = job.objective.losses(self.kit, batch, weights).rows
-        return torch.equal(on, off)
+                off = objective.losses(self.kit, batch, weights).rows
+        return [job for job, same in zip(jobs, (on == off).tolist(), strict=True) if same]
