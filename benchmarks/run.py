@@ -46,7 +46,8 @@ def main() -> int:
 HEAD = """# Benchmarks: the last runs
 
 `make bench ARGS='--write'`, or `ARGS='front --write'` for one section, which leaves the others as they are.
-Random values: SmolLM2-135M's shape for training, generation and off, a 29.5 M Llama for loading and decoding.
+Random values: SmolLM2-135M's shape for train_step, generation and off, a 29.5 M Llama for loading and decoding;
+`training` has SmolLM2's real weights and real data.
 Cases of a row ran interleaved in one process on a shared machine; ratios are best round over best round.
 
 """
