@@ -8,7 +8,7 @@ adapters, micro-batches and processes come to the same normalisation.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -25,16 +25,6 @@ class Losses:
     rows: Tensor
     right: Tensor
     of: Tensor
-
-
-@dataclass
-class Sums:
-    """Summed over a set of examples: loss, terms it was taken over, right ones, and each example's prediction."""
-
-    loss: float = 0.0
-    terms: int = 0
-    right: int = 0
-    predictions: list[Any] = field(default_factory=list)
 
 
 class Objective(Protocol):
