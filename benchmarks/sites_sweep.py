@@ -26,7 +26,8 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel, logging
 
-from kitout.base.find import Block, Survey, survey
+from kitout.base.find import survey
+from kitout.base.survey import Block, Survey
 from kitout.errors import NoBlocks
 
 HERE = Path(__file__).parent

@@ -49,6 +49,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 MODULES_FOR_METHODS = {
     "kitout.errors",
     "kitout.kit.delta",
+    "kitout.kit.method",
+    "kitout.base.parameters",
+    "kitout.base.survey",
     "kitout.base.site",
     "kitout.base.select",
     "kitout.base.weights",

@@ -10,8 +10,9 @@ from typing import Any
 from kitout import errors
 from kitout.files.peft import load_peft, save_peft
 from kitout.kit.attach import attach
-from kitout.kit.delta import Delta, Method, register
+from kitout.kit.delta import Delta
 from kitout.kit.kit import Kit
+from kitout.kit.method import Method, register
 from kitout.kit.route import Mix, Stack
 from kitout.methods import *  # noqa: F403 - the methods package decides what it exports
 from kitout.methods import __all__ as _methods

@@ -7,9 +7,10 @@ import torch
 import transformers as hf
 from torch import nn
 
-from kitout.base.find import Survey, survey
+from kitout.base.find import survey
 from kitout.base.select import matches, select
 from kitout.base.site import Site
+from kitout.base.survey import Survey
 from kitout.errors import TargetError
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 80}

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kitout.cli import app
-from kitout.kit.delta import REGISTRY
+from kitout.kit.method import REGISTRY
 from kitout.train import describe, yamls
 from kitout.train.config import RunConfig, load
 

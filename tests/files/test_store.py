@@ -20,7 +20,7 @@ from kitout import IA3, VPT, BitFit, FullFineTuning, LoRA, PartialFineTuning
 from kitout.errors import FileError, MergeState, NameTaken, UnknownAdapter, WrongBase
 from kitout.files import folder as folders
 from kitout.files import store
-from kitout.kit.delta import methods
+from kitout.kit.method import methods
 from zoo import ZOO, out
 
 BATCH = ZOO["llama"].batch(2, 0)

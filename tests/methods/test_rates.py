@@ -12,7 +12,8 @@ import kitout
 from kitout import LoRA, PrefixTuning
 from kitout.base.site import Site
 from kitout.errors import KitoutError
-from kitout.kit.delta import REGISTRY, Delta, Method, Rate, methods
+from kitout.kit.delta import Delta
+from kitout.kit.method import REGISTRY, Method, Rate, methods
 from kitout.methods.affine import Affine
 from laws.configs import CASES
 

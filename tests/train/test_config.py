@@ -10,7 +10,7 @@ import pytest
 
 from kitout import IA3, LoRA
 from kitout.errors import ConfigError
-from kitout.kit.delta import REGISTRY
+from kitout.kit.method import REGISTRY
 from kitout.train import checks, describe, yamls
 from kitout.train.config import JobConfig, RunConfig, TrainConfig, load
 

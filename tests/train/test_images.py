@@ -10,7 +10,7 @@ import torch
 from kitout import AdaptFormer, BitFit, Kit, LoRA, PartialFineTuning
 from kitout.data.augment import Augment
 from kitout.errors import ConfigError
-from kitout.kit.delta import Method
+from kitout.kit.method import Method
 from kitout.train import images as training
 from kitout.train.heads import batchnorm, linear
 from kitout.train.images import Diverged, Progress, Recipe, fit, plan, predict

@@ -22,7 +22,7 @@ from kitout import (
 )
 from kitout.errors import KitoutError
 from kitout.kit.adapter import Adapter
-from kitout.kit.delta import methods
+from kitout.kit.method import methods
 from kitout.train.rates import check_rate, groups, highest, refused
 from laws.configs import CASES
 from tiny_vision import kit as vision_kit

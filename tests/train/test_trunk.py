@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kitout import VPT, AdaptFormer, FullFineTuning, LoRA, PartialFineTuning
-from kitout.kit.delta import Method
+from kitout.kit.method import Method
 from kitout.train.forward import logits
 from kitout.train.heads import batchnorm, linear
 from kitout.train.trunk import Trunk

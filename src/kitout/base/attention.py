@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from kitout.base.find import Survey
 from kitout.base.site import Site
+from kitout.base.survey import Survey
 from kitout.base.watch import Attention, Watch
 
 _known: dict[type[nn.Module], Mapping[str, Any] | None] = {}  # asked for at every attention call

@@ -9,15 +9,12 @@ architecture: what is read, the survey has seen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from kitout.base.site import Site
+from kitout.base.survey import Survey
 from kitout.errors import Faults, TargetError
-
-if TYPE_CHECKING:
-    from kitout.base.find import Survey
 
 LEAVES = ("linear", "embedding", "conv", "norm")
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from kitout.base.attention import attentions
 from kitout.base.example import example as make_example
 from kitout.base.example import one_more
-from kitout.base.find import Survey
 from kitout.base.site import Rows, Site
 from kitout.base.streams import towers
 from kitout.base.sublayers import sublayers
+from kitout.base.survey import Survey
 from kitout.base.watch import Watch
 
 PROJECTIONS = ("attn.", "cross.", "mlp.")

@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kitout.base.find import Survey, Tower
 from kitout.base.site import Site
+from kitout.base.survey import Survey, Tower
 from kitout.base.watch import Entry, Lookup, Watch
 
 

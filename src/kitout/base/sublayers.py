@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from kitout.base.find import Block, Survey
 from kitout.base.shapes import stacked
 from kitout.base.site import Site
+from kitout.base.survey import Block, Survey
 from kitout.base.watch import Addition, Watch
 
 ENDS = {"attn.o": "sub.attn", "cross.o": "sub.cross", "mlp.down": "sub.mlp"}

@@ -21,7 +21,8 @@ from rich.table import Table
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from kitout.base.find import Block, Survey, survey
+from kitout.base.find import survey
+from kitout.base.survey import Block, Survey
 from kitout.errors import ConfigError, KitoutError, TargetError, suggest
 from kitout.kit.show import columns, layers_text, site_rows
 

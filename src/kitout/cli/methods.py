@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kitout import methods as _registering  # noqa: F401 - all there are
-from kitout.kit.delta import REGISTRY, Method
+from kitout.kit.method import REGISTRY, Method
 from kitout.kit.show import columns
 from kitout.train.rates import highest, refused
 

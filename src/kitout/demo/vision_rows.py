@@ -15,7 +15,7 @@ from torch import nn
 from kitout import SSF, VPT, AdaptFormer, BitFit, FullFineTuning, Kit, LoRA, PartialFineTuning
 from kitout.data.tables import DataError
 from kitout.errors import Faults, suggest
-from kitout.kit.delta import Method
+from kitout.kit.method import Method
 from kitout.train import heads
 
 

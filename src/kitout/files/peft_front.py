@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from kitout.base.find import Tower
 from kitout.base.site import Site
+from kitout.base.survey import Tower
 from kitout.errors import Faults
 from kitout.files.heads import plain_class
 from kitout.files.peft_config import TASKS, FrontSettings

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from kitout.base.find import Survey
 from kitout.base.select import select
 from kitout.base.site import Site
+from kitout.base.survey import Survey
 from kitout.errors import ConfigError, FileError, TargetError
 from kitout.files.peft_config import Settings
 from kitout.files.peft_parts import carriers
-from kitout.kit.delta import Method
+from kitout.kit.method import Method
 from kitout.methods import IA3, LoRA
 from kitout.methods.lora import by_role
 

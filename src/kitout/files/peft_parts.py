@@ -18,10 +18,10 @@ from kitout.base.site import Site
 from kitout.base.weights import fan_in, transposed
 from kitout.errors import Faults, suggest
 from kitout.files.peft_config import Settings
-from kitout.kit.delta import Method
+from kitout.kit.method import Method
 
 if TYPE_CHECKING:
-    from kitout.base.find import Survey
+    from kitout.base.survey import Survey
     from kitout.kit.kit import Kit
 
 PREFIX = "base_model.model."

@@ -20,7 +20,7 @@ from kitout.errors import Faults
 from kitout.files.heads import blank_copy
 from kitout.kit.adapter import Adapter
 from kitout.kit.build import head_site
-from kitout.kit.delta import Method
+from kitout.kit.method import Method
 
 if TYPE_CHECKING:
     from kitout.kit.kit import Kit

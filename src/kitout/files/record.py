@@ -16,7 +16,7 @@ from kitout.base.site import Site
 from kitout.errors import Faults, FileError, suggest
 from kitout.files.fingerprint import Fingerprint
 from kitout.files.tensors import open_regular, parse
-from kitout.kit.delta import REGISTRY, Method
+from kitout.kit.method import REGISTRY, Method
 
 FORMAT: Literal[1] = 1
 MOST_JSON = 64 * 2**20

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from kitout.base.site import Site
-from kitout.kit.delta import Delta, Method
+from kitout.kit.delta import Delta
 from kitout.kit.local import Local, Part, Source
+from kitout.kit.method import Method
 
 
 class Head(Delta):

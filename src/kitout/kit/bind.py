@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from kitout.base.find import Survey
+from kitout.base.survey import Survey
 from kitout.errors import RouteError
 from kitout.kit.adapter import Adapter, hidden
 from kitout.kit.beneath import raised

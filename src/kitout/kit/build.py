@@ -31,8 +31,9 @@ from kitout.errors import (
 )
 from kitout.kit.adapter import Adapter
 from kitout.kit.bind import bind
-from kitout.kit.delta import Delta, Method, Pair
+from kitout.kit.delta import Delta, Pair
 from kitout.kit.live import Bound
+from kitout.kit.method import Method
 from kitout.kit.route import Route, names
 from kitout.kit.tap import untap
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from kitout.base.find import Survey, Tower
+from kitout.base.survey import Survey, Tower
 from kitout.errors import RouteError
 from kitout.kit.adapter import Adapter
 from kitout.kit.call import Here

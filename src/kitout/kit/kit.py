@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kitout.base.find import Survey
 from kitout.base.select import select
 from kitout.base.site import Site
+from kitout.base.survey import Survey
 from kitout.errors import Detached, MergeState, RouteError, UnknownAdapter, suggest
 from kitout.kit import merge as merging
 from kitout.kit.adapter import Adapter
@@ -26,10 +26,10 @@ from kitout.kit.bind import bind
 from kitout.kit.boundary import bounded, routed
 from kitout.kit.build import build, check_known, check_name, check_strength
 from kitout.kit.count import Count, count
-from kitout.kit.delta import Method
 from kitout.kit.firing import Firing
 from kitout.kit.front import paths
 from kitout.kit.live import Bound, Choice, Live
+from kitout.kit.method import Method
 from kitout.kit.plans import Plans
 from kitout.kit.route import Route, names, route
 from kitout.kit.tap import Tap, install, tap, uninstall, untap

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kitout.base.find import Tower
+from kitout.base.survey import Tower
 from kitout.errors import RouteError
 from kitout.kit.call import Here
 from kitout.kit.layout import Layout

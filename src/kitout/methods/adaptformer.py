@@ -8,17 +8,16 @@ dropout 0.1; LoRA's start: the identity.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from torch import nn
 
 from kitout.base.site import Site
-from kitout.kit.delta import Delta, Method, Rate, register
+from kitout.base.survey import Survey
+from kitout.kit.delta import Delta
+from kitout.kit.method import Method, Rate, register
 from kitout.methods.bottleneck import Bottleneck, Scale, chosen, size
-
-if TYPE_CHECKING:
-    from kitout.base.find import Survey
 
 
 @register

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from kitout.base.select import select
 from kitout.base.site import Site
+from kitout.base.survey import Survey
 from kitout.base.weights import Frozen
 from kitout.errors import TargetError
-from kitout.kit.delta import Delta, Method
-
-if TYPE_CHECKING:
-    from kitout.base.find import Survey
+from kitout.kit.delta import Delta
+from kitout.kit.method import Method
 
 Reads = Literal["y", "x", "norm"]
 Init = Literal["truncated", "normal", "zero"]

@@ -8,18 +8,18 @@ knows nothing of how copies are worn (`copies.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
+from kitout.base.parameters import parameter_sites
 from kitout.base.select import select
 from kitout.base.site import Site
+from kitout.base.survey import Survey
 from kitout.errors import ConfigError
-from kitout.kit.delta import Delta, Method, Rate, register
+from kitout.kit.delta import Delta
+from kitout.kit.method import Method, Rate, register
 from kitout.methods.copies import Copy, Ties, size
-
-if TYPE_CHECKING:
-    from kitout.base.find import Survey
 
 
 @register
@@ -33,7 +33,7 @@ class FullFineTuning(Method):
     def sites(self, survey: Survey) -> list[Site]:
         if self.targets is not None and any(word.startswith("in:") for word in self.targets.split()):
             raise ConfigError(f"targets={self.targets!r}: fine-tuning takes modules, and an input has no parameters")
-        return select(survey.parameters(), self.targets or "*", self.layers)
+        return select(parameter_sites(survey), self.targets or "*", self.layers)
 
     def common(self, sites: Sequence[Site]) -> nn.Module:
         return Ties()

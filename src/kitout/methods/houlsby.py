@@ -8,20 +8,19 @@ the sum. Weights start as truncated normal of std 1e-3 (the paper says 1e-2), bi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from torch import nn
 
 from kitout.base.select import select
 from kitout.base.site import Site
+from kitout.base.survey import Survey
 from kitout.base.weights import bias
-from kitout.kit.delta import Delta, Method, Rate, register
+from kitout.kit.delta import Delta
+from kitout.kit.method import Method, Rate, register
 from kitout.methods.affine import Affine
 from kitout.methods.bottleneck import Activation, Bottleneck, chosen, size
-
-if TYPE_CHECKING:
-    from kitout.base.find import Survey
 
 
 @register

@@ -18,7 +18,8 @@ from kitout.base.select import matches
 from kitout.base.site import Site
 from kitout.base.weights import fan_in, matrix
 from kitout.errors import ConfigError, TargetError
-from kitout.kit.delta import Delta, Method, Rate, register
+from kitout.kit.delta import Delta
+from kitout.kit.method import Method, Rate, register
 from kitout.methods.dora import Decomposed
 from kitout.methods.lowrank import LowRank
 

@@ -8,17 +8,16 @@ post-norm blocks the sublayer's input itself). s = 4 or learned from 1; LoRA's s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from torch import nn
 
 from kitout.base.site import Site
-from kitout.kit.delta import Delta, Method, Rate, register
+from kitout.base.survey import Survey
+from kitout.kit.delta import Delta
+from kitout.kit.method import Method, Rate, register
 from kitout.methods.bottleneck import Activation, Bottleneck, Scale, chosen, size
-
-if TYPE_CHECKING:
-    from kitout.base.find import Survey
 
 
 @register

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
 
+from kitout.base.parameters import parameter_sites
 from kitout.base.site import Site
+from kitout.base.survey import Survey
 from kitout.errors import Faults, TargetError, suggest
-from kitout.kit.delta import Delta, Method, Rate, register
+from kitout.kit.delta import Delta
+from kitout.kit.method import Method, Rate, register
 from kitout.methods.copies import Copy, Ties, size
-
-if TYPE_CHECKING:
-    from kitout.base.find import Survey
 
 
 @register
@@ -59,7 +59,7 @@ class PartialFineTuning(Method):
         return Rate(self.rate.head) if self.part == "head" else self.rate
 
     def sites(self, survey: Survey) -> list[Site]:
-        every = survey.parameters(fixed=self.names is not None)
+        every = parameter_sites(survey, fixed=self.names is not None)
         if self.names is not None:
             return _named(every, self.names.split())
         if self.part is not None:

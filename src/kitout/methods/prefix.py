@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from kitout.base.select import select
 from kitout.base.site import Site
+from kitout.base.survey import Survey
 from kitout.errors import ConfigError, TargetError
-from kitout.kit.delta import Delta, Method, Pair, Rate, register
-
-if TYPE_CHECKING:
-    from kitout.base.find import Survey
+from kitout.kit.delta import Delta, Pair
+from kitout.kit.method import Method, Rate, register
 
 PLACES = ("encoder", "decoder", "cross")
 SMALL = (

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kitout.base.site import Site
+from kitout.base.survey import Survey, Tower
 from kitout.errors import ConfigError, TargetError
-from kitout.kit.delta import Delta, Method, Rate, register
-
-if TYPE_CHECKING:
-    from kitout.base.find import Survey, Tower
+from kitout.kit.delta import Delta
+from kitout.kit.method import Method, Rate, register
 
 COMMON = 5000  # rows of the vocabulary to sample from: tokenizers number what is frequent first
 Start = Literal["vocab", "normal"] | tuple[int, ...] | tuple[tuple[int, ...], ...]

@@ -8,18 +8,17 @@ after softmax, activation, residual sum or LayerScale, not on heads. s ~ N(1, .0
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from torch import nn
 
 from kitout.base.select import select
 from kitout.base.site import Site
-from kitout.kit.delta import Delta, Method, Rate, register
+from kitout.base.survey import Survey
+from kitout.kit.delta import Delta
+from kitout.kit.method import Method, Rate, register
 from kitout.methods.affine import Affine
-
-if TYPE_CHECKING:
-    from kitout.base.find import Survey
 
 KINDS = ("linear", "conv", "norm")
 

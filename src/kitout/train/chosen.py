@@ -14,7 +14,7 @@ from pydantic_core import CoreSchema
 
 from kitout import methods as _registering  # noqa: F401 - a run may name any method there is
 from kitout.errors import ConfigError, suggest
-from kitout.kit.delta import REGISTRY, Method
+from kitout.kit.method import REGISTRY, Method
 from kitout.train.faulty import LISTED, told
 
 ALIASES = {"Prefix": "PrefixTuning"}  # as `kitout.Prefix` is

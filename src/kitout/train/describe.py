@@ -18,7 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from kitout.kit.delta import Method
+from kitout.kit.method import Method
 from kitout.train import yamls
 from kitout.train.config import JobConfig, RunConfig, SourceConfig
 

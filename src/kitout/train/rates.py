@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kitout.errors import ConfigError, Faults
 from kitout.kit.adapter import Adapter
-from kitout.kit.delta import Method, Rate
+from kitout.kit.method import Method, Rate
 
 HIGH, REFUSED, LOW = 10, 300, 1 / 100  # times the method's own rate
 FREE = ("tokens", "kv")  # ports whose values are inputs, not maps: pulling them to zero means nothing
