@@ -1,43 +1,54 @@
-"""kitout: adapt a large frozen transformer, text or vision, by adding small trained parts.
+"""kitout: parameter-efficient fine-tuning (PEFT) of large frozen transformers, text and vision.
 
 The public names and nothing else. `attach(model)` gives a kit; methods (LoRA, IA3, ...) say what to add where; Stack
-and Mix say how parts are worn together.
+and Mix say how adapters act together. A name is imported when it is first used, so `import kitout` loads neither torch
+nor transformers; the types of the names are in `__init__.pyi`.
 """
 
 import importlib
-from typing import Any
 
-from kitout import errors
-from kitout.files.peft import load_peft, save_peft
-from kitout.kit.attach import attach
-from kitout.kit.delta import Delta
-from kitout.kit.kit import Kit
-from kitout.kit.method import Method, register
-from kitout.kit.route import Mix, Stack
-from kitout.methods import *  # noqa: F403 - the methods package decides what it exports
-from kitout.methods import __all__ as _methods
+PUBLIC_NAMES = {
+    "__version__": "kitout.version",
+    "attach": "kitout.kit.kit",
+    "Kit": "kitout.kit.kit",
+    "load_peft": "kitout.kit.kit",
+    "save_peft": "kitout.kit.kit",
+    "Stack": "kitout.kit.route",
+    "Mix": "kitout.kit.route",
+    "Delta": "kitout.kit.delta",
+    "Method": "kitout.kit.method",
+    "register": "kitout.kit.method",
+    "AdaptFormer": "kitout.methods.adaptformer",
+    "BitFit": "kitout.methods.bitfit",
+    "FullFineTuning": "kitout.methods.full",
+    "Houlsby": "kitout.methods.houlsby",
+    "IA3": "kitout.methods.ia3",
+    "LoRA": "kitout.methods.lora",
+    "ParallelAdapter": "kitout.methods.parallel",
+    "PartialFineTuning": "kitout.methods.partial",
+    "Pfeiffer": "kitout.methods.pfeiffer",
+    "PrefixTuning": "kitout.methods.prefix",
+    "PromptTuning": "kitout.methods.prompt",
+    "SSF": "kitout.methods.ssf",
+    "VPT": "kitout.methods.vpt",
+}
+"""Name -> the module it is defined in. A new method adds one line."""
 
-__version__ = "0.1.0"
+PUBLIC_MODULES = ("errors", "train")
+"""Submodules that are public by themselves; `kitout.train` can also be called."""
+
+__all__ = [*PUBLIC_NAMES, *PUBLIC_MODULES]  # noqa: PLE0604 - the table is the list
 
 
-def __getattr__(name: str) -> Any:
-    """`kitout.train` is imported when it is first asked for: `import kitout` stays light."""
-    if name == "train":
-        return importlib.import_module("kitout.train")
+def __getattr__(name: str) -> object:
+    if name in PUBLIC_NAMES:
+        value = getattr(importlib.import_module(PUBLIC_NAMES[name]), name)
+        globals()[name] = value  # the next access is an ordinary one
+        return value
+    if name in PUBLIC_MODULES:
+        return importlib.import_module(f"kitout.{name}")
     raise AttributeError(f"module 'kitout' has no attribute {name!r}")
 
 
-__all__ = [  # noqa: PLE0604 - the methods package names its own
-    "Delta",
-    "Kit",
-    "Method",
-    "Mix",
-    "Stack",
-    "attach",
-    "errors",
-    "load_peft",
-    "register",
-    "save_peft",
-    "train",  # noqa: F405 - by __getattr__ below
-    *_methods,
-]
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -53,7 +53,7 @@ def by_hand(name: str, layer: nn.Module, width: int) -> dict[str, set[int]]:
 @pytest.mark.parametrize("name", FUSED)
 def test_channels_of_fused_projections(name: str) -> None:
     kit = kitout.attach(specimen(name).build())
-    assert kit.found.proven, kit.found.doubt
+    assert kit.survey.proven, kit.survey.doubt
     whole = kit.sites("attn.qkv")[0]
     block = kit.base.get_submodule(f"{whole.tower}.{whole.layer}")
     expected = by_hand(name, block, whole.d_in)
@@ -85,12 +85,12 @@ def test_lora_on_q_and_v_changes_exactly_their_channels(name: str) -> None:
 
 
 def test_rows_follow_the_batch() -> None:
-    rows = {s.path: s.rows for s in kitout.attach(ZOO["swin"].build()).found.sites}
+    rows = {s.path: s.rows for s in kitout.attach(ZOO["swin"].build()).survey.sites}
     windows = [r for p, r in rows.items() if p.endswith("attention.q_proj")]
     assert windows == ["major", "major", "batch", "batch"]  # the second stage is down to one window
     gpt2 = kitout.attach(ZOO["gpt2"].build())
-    assert gpt2.found.by_path("transformer.wpe").rows in ("none", "one")
-    assert gpt2.found.by_path("transformer.h.0.mlp.c_fc").rows == "batch"
+    assert gpt2.survey.by_path("transformer.wpe").rows in ("none", "one")
+    assert gpt2.survey.by_path("transformer.h.0.mlp.c_fc").rows == "batch"
     opt = kitout.attach(EXTRA["opt"].build())
     assert {s.rows for s in opt.sites("mlp.up")} == {"major"}
 
@@ -98,10 +98,10 @@ def test_rows_follow_the_batch() -> None:
 def test_sublayers_end_where_the_stream_takes_them() -> None:
     def ends(name: str) -> dict[str, tuple[str, str | None]]:
         kit = kitout.attach(specimen(name).build())
-        cut = len(kit.found.towers[0].path) + 3
+        cut = len(kit.survey.towers[0].path) + 3
         return {
             s.role: (s.path[cut:], (s.source or "")[cut:])
-            for s in kit.found.sites
+            for s in kit.survey.sites
             if s.role.startswith("sub.") and s.layer == 0
         }
 
@@ -144,7 +144,7 @@ class Torch(nn.Module):
 def test_a_projection_that_never_runs_is_refused() -> None:
     model = Torch()
     roles = {r"out_proj$": "attn.o", r"linear1$": "mlp.up", r"linear2$": "mlp.down"}
-    kit = kitout.attach(model, roles=roles, example={"x": torch.randn(2, 3, 16)})
+    kit = kitout.attach(model, roles=roles, example_batch={"x": torch.randn(2, 3, 16)})
     with pytest.raises(SilentSite, match="out_proj"):
         kit.add("a", LoRA(targets="attn.o"))
     assert kit.names == []
@@ -155,8 +155,8 @@ def test_without_proof_the_first_forward_checks() -> None:
     model = Torch()
     roles = {r"out_proj$": "attn.o", r"linear1$": "mlp.up"}
     kit = kitout.attach(model, roles=roles)
-    assert not kit.found.proven
-    assert kit.found.doubt
+    assert not kit.survey.proven
+    assert kit.survey.doubt
     kit.add("a", LoRA(targets="attn.o", rank=2))
     kit.use("a")
     with pytest.raises(SilentSite, match="out_proj"):

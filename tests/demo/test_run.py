@@ -54,7 +54,7 @@ def test_it_trains_measures_merges_and_keeps(model: Path, rows: Path, tmp_path: 
     assert not (out / "checkpoint.safetensors").exists()
     kit = kitout.attach(AutoModelForCausalLM.from_pretrained(model))
     kit.load(out / "adapter", name="demo")
-    assert kit.count("demo").total == held["adapter"]["trainable"]
+    assert kit.num_parameters("demo").total == held["adapter"]["trainable"]
 
 
 def test_running_again_gives_the_same_figures(model: Path, rows: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import kitout
-from kitout import IA3, Kit, LoRA, Prefix, PromptTuning
+from kitout import IA3, Kit, LoRA, PrefixTuning, PromptTuning
 from kitout.errors import ConfigError
 from kitout.evaluate.closed import likelihoods
 from kitout.evaluate.generate import answers, ends_of
@@ -59,7 +59,9 @@ def test_an_answer_is_what_the_prompt_alone_gets(name: str) -> None:
     assert len(set(expected)) > 1
 
 
-@pytest.mark.parametrize("method", [PromptTuning(length=3), Prefix(length=4), IA3()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method", [PromptTuning(length=3), PrefixTuning(length=4), IA3()], ids=lambda m: type(m).__name__
+)
 @torch.no_grad()
 def test_every_kind_of_adapter_is_worn(method: Any) -> None:
     kit, tokenizer = worn("llama", method)
@@ -197,7 +199,7 @@ def test_a_likelihood_is_that_of_one_plain_forward(name: str, labels: list[list[
     torch.testing.assert_close(likelihoods(kit, PROMPTS, labels, end=2, batch=2), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", [PromptTuning(length=3), Prefix(length=4)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", [PromptTuning(length=3), PrefixTuning(length=4)], ids=lambda m: type(m).__name__)
 @torch.no_grad()
 def test_likelihoods_of_prompts_and_prefixes(method: Any) -> None:
     kit, _ = worn("llama", method)

@@ -17,7 +17,7 @@ from zoo import ZOO, Specimen, randomise
 
 
 def taken(base: nn.Module) -> kitout.files.fingerprint.Fingerprint:
-    return fingerprint(kitout.attach(base), [])
+    return fingerprint(kitout.attach(base).state, [])
 
 
 def test_copies_in_other_precisions_are_the_same_base(specimen: Specimen) -> None:
@@ -66,25 +66,25 @@ def test_shapes_and_keys_are_told(specimen: Specimen) -> None:
 
 def test_heads_are_left_out_unless_adapted() -> None:
     kit = kitout.attach(ZOO["llama"].build())
-    assert "lm_head.weight" not in fingerprint(kit, []).tensors
-    assert "lm_head.weight" in fingerprint(kit, ["lm_head"]).tensors
-    assert fingerprint(kit, [], ["model.norm"]).left_out == ["lm_head", "model.norm"]
+    assert "lm_head.weight" not in fingerprint(kit.state, []).tensors
+    assert "lm_head.weight" in fingerprint(kit.state, ["lm_head"]).tensors
+    assert fingerprint(kit.state, [], ["model.norm"]).left_out == ["lm_head", "model.norm"]
 
 
 def test_a_change_of_the_base_shows_at_once() -> None:
     base = ZOO["llama"].build()
     kit = kitout.attach(base)
-    before = fingerprint(kit, [])
-    assert fingerprint(kit, []) == before
+    before = fingerprint(kit.state, [])
+    assert fingerprint(kit.state, []) == before
     weight = base.model.layers[0].mlp.up_proj.weight
     with torch.no_grad():
         weight.mul_(1.5)
-    assert differences(before, fingerprint(kit, []))
+    assert differences(before, fingerprint(kit.state, []))
     with torch.no_grad():
         weight.div_(1.5)
-    assert differences(before, fingerprint(kit, [])) == []
+    assert differences(before, fingerprint(kit.state, [])) == []
     base.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight.detach() * 2)
-    assert differences(before, fingerprint(kit, []))
+    assert differences(before, fingerprint(kit.state, []))
 
 
 def test_while_merged_it_is_that_of_the_unmerged_base() -> None:
@@ -96,9 +96,9 @@ def test_while_merged_it_is_that_of_the_unmerged_base() -> None:
             for p in kit[name].parameters():
                 p.add_(1.0)
         kit.merge(name)
-        assert differences(before, fingerprint(kit, [])) == []  # read while merged, and what was read before
+        assert differences(before, fingerprint(kit.state, [])) == []  # read while merged, and what was read before
         kit.unmerge()
-        assert differences(before, fingerprint(kit, [])) == []
+        assert differences(before, fingerprint(kit.state, [])) == []
 
 
 def test_class_names_play_no_part() -> None:
@@ -114,8 +114,8 @@ def test_without_values_shapes_are_compared_and_it_is_said(tmp_path: Path) -> No
     kit.save("a", tmp_path / "a")
     hollow = ZOO["llama"].build().to("meta")
     empty = kitout.attach(hollow)
-    assert not fingerprint(empty, []).valued
-    assert differences(fingerprint(kit, []), fingerprint(empty, [])) == []
+    assert not fingerprint(empty.state, []).valued
+    assert differences(fingerprint(kit.state, []), fingerprint(empty.state, [])) == []
     with pytest.warns(UserWarning, match="shapes only"):
         empty.load(tmp_path / "a")
     other = kitout.attach(ZOO["qwen3"].build().to("meta"))
@@ -129,10 +129,10 @@ def test_it_is_cheap() -> None:
     many = nn.ModuleList(nn.Linear(64, 64) for _ in range(150))
     kit.base.register_module("many", many)
     start = time.process_time()
-    fingerprint(kit, [])
+    fingerprint(kit.state, [])
     first = time.process_time() - start
     start = time.process_time()
     for _ in range(10):
-        fingerprint(kit, [])
+        fingerprint(kit.state, [])
     assert first < 0.15
     assert (time.process_time() - start) / 10 < first / 3

@@ -116,7 +116,7 @@ def test_tensor_names_are_readable(tmp_path: Path) -> None:
 def test_the_record_says_what_the_adapter_is(tmp_path: Path) -> None:
     kit = with_adapter(LoRA(rank=4, targets="attn.q", layers="1"), seed=3)
     kit.strength("a", 0.25)
-    kit.save("a", tmp_path / "a", note={"data": ["tweets"], "lr": 1e-3})
+    kit.save("a", tmp_path / "a", metadata={"data": ["tweets"], "lr": 1e-3})
     record = record_of(tmp_path / "a")
     assert {k: record[k] for k in ("format", "name", "method", "seed", "strength", "dtype", "note", "heads")} == {
         "format": 1,
@@ -128,7 +128,7 @@ def test_the_record_says_what_the_adapter_is(tmp_path: Path) -> None:
         "note": {"data": ["tweets"], "lr": 1e-3},
         "heads": [],
     }
-    assert record["parameters"] == kit.count("a").total
+    assert record["parameters"] == kit.num_parameters("a").total
     assert record["sites"] == [
         {
             "key": "model/layers/1/self_attn/q_proj",
@@ -344,7 +344,7 @@ def test_a_note_that_json_cannot_hold(tmp_path: Path) -> None:
     kit = with_adapter()
     for note in ({"x": object()}, {"x": float("nan")}, {"x": {1, 2}}):
         with pytest.raises(FileError, match="note cannot be written"):
-            kit.save("a", tmp_path / "a", note=note)
+            kit.save("a", tmp_path / "a", metadata=note)
     assert listed(tmp_path) == []
 
 

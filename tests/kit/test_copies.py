@@ -38,7 +38,7 @@ def test_a_kit_travels_whole(kit: Kit, specimen: Specimen, way: Any) -> None:
     other = way(kit)
     assert other.names == kit.names
     assert other.base is not kit.base
-    assert other.worn == "b"
+    assert other.active == "b"
     with other.use(None):
         assert torch.equal(run(other, batch), base)
     with other.use(rows):
@@ -71,7 +71,7 @@ def test_a_bare_attached_model_travels(kit: Kit, specimen: Specimen, way: Any) -
 
 def test_a_single_module_travels(kit: Kit) -> None:
     """A tool that copies one block must get a block, not the whole kit."""
-    block = kit.base.get_submodule(kit.found.blocks[0].path)
+    block = kit.base.get_submodule(kit.survey.blocks[0].path)
     other = copy.deepcopy(block)
     assert type(other).__name__ == type(block).__name__
     assert [n for n, _ in other.named_parameters()] == [n for n, _ in block.named_parameters()]

@@ -80,7 +80,7 @@ def test_merged_while_merged_is_refused() -> None:
     kit.merge("a")
     for name in ("a", "b"):
         with pytest.raises(MergeState, match="unmerge"):
-            kit.merged(name)
+            kit.merged_copy(name)
     with pytest.raises(MergeState):
         kit.strength("a", 0.5)
     with pytest.raises(MergeState):
@@ -135,7 +135,7 @@ def test_the_model_s_own_mode_reaches_the_adapters() -> None:
 
 def test_heads_blend_only_with_their_like() -> None:
     kit, batch = worn("bert", a=LoRA())
-    kit.add("v", LoRA(rank=2), heads={"classifier": nn.Linear(kit.found.towers[0].width, 1)})
+    kit.add("v", LoRA(rank=2), heads={"classifier": nn.Linear(kit.survey.towers[0].width, 1)})
     with kit.use("v"):
         assert logits(kit, batch).shape[-1] == 1
     for route, strength in (("v", 0.5), (Mix({"v": 0.5}), 1.0)):
@@ -149,7 +149,7 @@ def test_heads_blend_only_with_their_like() -> None:
 
 def test_a_head_hides_what_lies_inside_it() -> None:
     kit = kitout.attach(ZOO["roberta"].build())
-    width = kit.found.towers[0].width
+    width = kit.survey.towers[0].width
 
     class First(nn.Module):
         def __init__(self) -> None:
@@ -166,7 +166,7 @@ def test_a_head_hides_what_lies_inside_it() -> None:
         kit.use(Stack("a", "b"))
     with pytest.raises(NotMergeable, match="inside classifier"):
         kit.merge("a", "b")
-    assert kit.merged_name is None
+    assert not kit.merged
     assert all(torch.equal(v, before[k]) for k, v in kit.base.state_dict().items())
 
 
@@ -182,7 +182,7 @@ def test_both_ends_of_one_module_at_half_strength_merge() -> None:
 def test_one_input_is_one_place() -> None:
     kit, batch = worn("gpt2", i=IA3(targets="in:attn.q in:attn.k"))
     assert len(kit["i"].sites) == len(kit["i"].deltas) == 2
-    assert kit.count("i").trainable == sum(s.d_out for s in kit["i"].sites)
+    assert kit.num_parameters("i").trainable == sum(s.d_out for s in kit["i"].sites)
     logits(kit, batch)
 
 
@@ -232,12 +232,12 @@ def test_a_spent_kit_says_so() -> None:
 
 def test_remove_waits_for_every_with() -> None:
     kit, _ = worn("llama", a=LoRA(), b=LoRA())
-    with kit.use("a"), kit.use("b"), pytest.raises(RouteError, match="worn"):
+    with kit.use("a"), kit.use("b"), pytest.raises(RouteError, match="active"):
         kit.remove("a")
     kit.remove("a")
     handle = kit.use("b")
     with handle, handle:
-        assert kit.worn == "b"
+        assert kit.active == "b"
 
 
 def test_full_fine_tuning_keeps_no_call() -> None:

@@ -70,7 +70,7 @@ def test_a_head_is_the_users_own_module(kit: Kit, batch: dict[str, Tensor]) -> N
 
 
 def test_a_head_is_counted_and_trained(kit: Kit, batch: dict[str, Tensor]) -> None:
-    cost = kit.count("mood")
+    cost = kit.num_parameters("mood")
     assert cost.heads == D * LABELS + LABELS
     assert cost.total == cost.formula + cost.heads == cost.trainable
     before = copy.deepcopy(kit["mood"].state_dict())
@@ -80,7 +80,7 @@ def test_a_head_is_counted_and_trained(kit: Kit, batch: dict[str, Tensor]) -> No
         optimiser.step()
     assert all(not torch.equal(v, before[k]) for k, v in kit["mood"].state_dict().items())
     kit.train_only("topic")
-    assert kit.count("mood").trainable == 0
+    assert kit.num_parameters("mood").trainable == 0
 
 
 def test_rows_have_their_own_heads(kit: Kit, batch: dict[str, Tensor]) -> None:
@@ -114,7 +114,7 @@ def test_merging_takes_the_head_along(kit: Kit, batch: dict[str, Tensor]) -> Non
     kit.unmerge()
     assert kit.base.classifier is own
     assert torch.equal(run(kit, batch), base)
-    plain = kit.merged("mood", in_memory=True)
+    plain = kit.merged_copy("mood", check_saveable=False)
     assert_same(run(plain, batch), want)
     with torch.no_grad():
         plain.classifier.weight.zero_()

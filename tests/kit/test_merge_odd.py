@@ -38,7 +38,7 @@ def test_a_table_that_scales_is_refused_and_nothing_changes() -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(NotMergeable, match="does more than multiply by its weight"):
         kit.merge("e")
-    assert kit.merged_name is None
+    assert not kit.merged
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -72,7 +72,7 @@ class Reflecting(nn.Module):
 
 
 def test_a_convolution_that_pads_by_reflection() -> None:
-    kit = kitout.attach(Reflecting(), example={"pixels": torch.randn(2, 3, 6, 6)})
+    kit = kitout.attach(Reflecting(), example_batch={"pixels": torch.randn(2, 3, 6, 6)})
     kit.add("c", LoRA(rank=2, targets="*patch"), seed=0)
     x = torch.randn(2, 3, 6, 6)
     with torch.no_grad():

@@ -33,7 +33,7 @@ def test_parameters_and_state_are_the_adapters_alone(kit: Kit) -> None:
     own = {id(p) for name in kit.names for p in kit[name].parameters()}
     assert {id(p) for p in kit.parameters()} == own
     assert not {id(p) for p in kit.base.parameters()} & own
-    assert sum(v.numel() for v in kit.state_dict().values()) == sum(kit.count(n).total for n in kit.names)
+    assert sum(v.numel() for v in kit.state_dict().values()) == sum(kit.num_parameters(n).total for n in kit.names)
     assert not any(m is kit.base for m in kit.modules())
 
 
@@ -126,7 +126,7 @@ def test_checkpointing_goes_through_under_both_names(kit: Kit) -> None:
 
 def test_the_table_shows_roles_and_adapters(kit: Kit) -> None:
     text = str(kit)
-    for told in ("attn.q", "0-1", "48 -> 24", "LoRA(rank=2)", "b.c-d", "%", f"{kit.count('a').trainable:,}"):
+    for told in ("attn.q", "0-1", "48 -> 24", "LoRA(rank=2)", "b.c-d", "%", f"{kit.num_parameters('a').trainable:,}"):
         assert told in text
     kit.merge("a")
     assert "merged" in str(kit)

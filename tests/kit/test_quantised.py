@@ -84,7 +84,7 @@ def batch() -> dict[str, Tensor]:
 def test_adapters_train_over_a_quantised_base(quantised: nn.Module, batch: dict[str, Tensor]) -> None:
     base = run(quantised, batch)
     kit: Kit = kitout.attach(quantised)
-    assert kit.found.proven
+    assert kit.survey.proven
     assert torch.equal(run(kit, batch), base)
     for name, method in {"low": LoRA(rank=2, targets="all-linear"), "scale": IA3(), "shift": BitFit()}.items():
         adapter = kit.add(name, method, seed=0)
@@ -108,7 +108,7 @@ def test_an_exact_merge_is_refused(quantised: nn.Module, batch: dict[str, Tensor
     untrivial(kit.add("low", LoRA(rank=2, targets="all-linear"), seed=0))
     with kit.use("low"):
         worn = run(kit, batch)
-    for merge in (kit.merge, kit.merged):
+    for merge in (kit.merge, kit.merged_copy):
         with pytest.raises(NotMergeable) as error:
             merge("low")
         assert "model.layers.0.self_attn.q_proj" in str(error.value)

@@ -27,8 +27,8 @@ def kit(tiny_llama: nn.Module) -> Iterator[Kit]:
         worn = run(kit, batch)
     yield kit
     assert kit.names == ["a"]
-    assert kit.worn is None
-    assert kit.merged_name is None
+    assert kit.active is None
+    assert not kit.merged
     assert len(list(kit.parameters())) == len(list(kit["a"].parameters()))
     assert torch.equal(run(kit, batch), base)
     assert all(torch.equal(v, state[k]) for k, v in kit.base.state_dict().items())
@@ -127,7 +127,7 @@ def test_a_method_class_is_not_a_method(kit: Kit) -> None:
     assert "LoRA" in str(error.value)
 
 
-@pytest.mark.parametrize("ask", ["remove", "count", "merge", "merged", "train_only", "__getitem__"])
+@pytest.mark.parametrize("ask", ["remove", "num_parameters", "merge", "merged_copy", "train_only", "__getitem__"])
 def test_names_nobody_has(kit: Kit, ask: str) -> None:
     with pytest.raises(errors.UnknownAdapter) as error:
         getattr(kit, ask)("aa")
@@ -163,7 +163,7 @@ def test_merging_while_worn_counts_once(kit: Kit) -> None:
         kit.merge("a")
         merged = run(kit, batch)
         assert (merged - worn).abs().max() <= 1e-5
-        assert kit.worn is None
+        assert kit.active is None
         kit.unmerge()
         assert torch.equal(run(kit, batch), worn)
 
@@ -186,7 +186,7 @@ def test_a_merge_that_fails_half_way_changes_nothing(kit: Kit) -> None:
     assert "norm" in str(error.value)
     assert "shift" in str(error.value)
     with pytest.raises(errors.NotMergeable):
-        kit.merged("b")
+        kit.merged_copy("b")
     kit.remove("b")
 
 
@@ -232,7 +232,7 @@ def test_roles_that_match_nothing_or_are_none(tiny_llama: nn.Module) -> None:
 
 def test_a_given_example_that_fails_is_the_callers_error(tiny_llama: nn.Module) -> None:
     with pytest.raises((TypeError, ValueError)):
-        kitout.attach(tiny_llama, example={"pixels": torch.zeros(1)})
+        kitout.attach(tiny_llama, example_batch={"pixels": torch.zeros(1)})
     assert "_kitout" not in vars(tiny_llama)
     assert all(p.requires_grad for p in tiny_llama.parameters())
     kitout.attach(tiny_llama)

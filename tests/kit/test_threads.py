@@ -71,7 +71,7 @@ def test_threads_wear_their_own(kit: Kit) -> None:
         return forward
 
     together(*map(work, NAMES))
-    assert kit.worn is None
+    assert kit.active is None
 
 
 def test_rows_in_one_thread_and_the_base_in_another(kit: Kit) -> None:
@@ -155,7 +155,7 @@ def test_tasks_wear_their_own(kit: Kit) -> None:
             for _ in range(ROUNDS):
                 await asyncio.sleep(0)
                 assert torch.equal(run(kit, batch), want[name])
-                assert kit.worn == name
+                assert kit.active == name
 
     async def every() -> None:
         await asyncio.gather(*(serve(n) for n in NAMES))
@@ -169,7 +169,7 @@ def test_a_sticky_choice_reaches_threads_that_have_none(kit: Kit) -> None:
     kit.use("c")
 
     def forward() -> None:
-        assert kit.worn == "c"
+        assert kit.active == "c"
         assert torch.equal(run(kit, batch), want["c"])
 
     together(forward)

@@ -50,7 +50,7 @@ def test_use_is_sticky(kit: Kit, batch: dict[str, Tensor], alone: dict[str | Non
     kit.use("a")
     for _ in range(2):
         assert torch.equal(run(kit, batch), alone["a"])
-        assert kit.worn == "a"
+        assert kit.active == "a"
     kit.use("b")
     assert torch.equal(run(kit, batch), alone["b"])
     kit.use(None)
@@ -169,7 +169,7 @@ def piece() -> tuple[Kit, Piece, Tensor]:
     torch.manual_seed(0)
     model = One()
     x = torch.randn(2, 3, 4)
-    kit = kitout.attach(model, roles=ROLES, example={"x": x})
+    kit = kitout.attach(model, roles=ROLES, example_batch={"x": x})
     put_on(kit, LoRA(rank=2, alpha=3, targets="mlp.down"), "low", seed=1)
     put_on(kit, LoRA(rank=1, alpha=2, targets="mlp.down"), "lower", seed=2)
     put_on(kit, IA3(targets="in:mlp.down"), "scale", seed=3)
@@ -287,7 +287,7 @@ def test_unknown_names_are_all_told_at_once_with_what_there_is(kit: Kit, batch: 
         kit.use(["scal", None, Stack("a", "zzz"), Mix({"bb": 1.0})])
     for told in ("'scal'", "did you mean 'scale'", "'zzz'", "'bb'", "3 faults"):
         assert told in str(error.value)
-    assert kit.worn == "a"
+    assert kit.active == "a"
     with pytest.raises(KeyError):
         kit["nobody"]
 
@@ -305,7 +305,7 @@ def test_unknown_names_are_all_told_at_once_with_what_there_is(kit: Kit, batch: 
 def test_what_is_no_route_is_refused(kit: Kit, what: object, told: str) -> None:
     with pytest.raises(RouteError, match=told):
         kit.use(what)
-    assert kit.worn is None
+    assert kit.active is None
 
 
 @pytest.mark.parametrize("weights", [{}, {"a": math.nan}, {"a": math.inf}, {"a": "1"}])
@@ -345,11 +345,11 @@ def test_strength_is_a_finite_number(kit: Kit, value: float) -> None:
 
 def test_what_is_worn_cannot_be_removed(kit: Kit, batch: dict[str, Tensor]) -> None:
     kit.use(["a", None, "b"])
-    with pytest.raises(RouteError, match="worn"):
+    with pytest.raises(RouteError, match="active"):
         kit.remove("a")
-    with kit.use("scale"), pytest.raises(RouteError, match="worn"):
+    with kit.use("scale"), pytest.raises(RouteError, match="active"):
         kit.remove("scale")
-    with kit.use("scale"), pytest.raises(RouteError, match="worn"):
+    with kit.use("scale"), pytest.raises(RouteError, match="active"):
         kit.remove("b")  # what the kit goes back to
     assert kit.names == ["a", "b", "scale", "shift"]
     run(kit, batch)

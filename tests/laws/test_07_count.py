@@ -17,7 +17,7 @@ def test_the_count_is_the_closed_form_and_requires_grad(specimen: Specimen, case
         parameters = list(adapter.parameters())
         values = sum(p.numel() for p in parameters)
         assert values > 0
-        cost = kit.count(case.name)
+        cost = kit.num_parameters(case.name)
         assert cost.trainable == cost.total == cost.formula == values
         assert cost.trainable == case.method.count(adapter.sites)
         assert cost.trainable == sum(p.numel() for p in kit.parameters() if p.requires_grad)
@@ -25,6 +25,6 @@ def test_the_count_is_the_closed_form_and_requires_grad(specimen: Specimen, case
         assert cost.percent == pytest.approx(100 * values / base)
         assert not any(p.requires_grad for p in kit.base.parameters())
         kit.train_only()
-        cost = kit.count(case.name)
+        cost = kit.num_parameters(case.name)
         assert (cost.trainable, cost.total) == (0, values)
         assert sum(v.numel() for v in kit.state_dict().values()) >= values

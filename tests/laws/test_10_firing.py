@@ -42,7 +42,7 @@ def counting(asked: Counter[str], key: str, call: Callable[..., Any]) -> Callabl
 
 def test_every_site_on_offer_is_a_module_that_runs(specimen: Specimen) -> None:
     kit, fired = kit_of(specimen), set[str]()
-    modules = {s.path: s.module for s in kit.found.sites if s.path not in kit.found.silent}
+    modules = {s.path: s.module for s in kit.survey.sites if s.path not in kit.survey.silent}
     hooks = [m.register_forward_pre_hook(lambda *_, p=p: fired.add(p)) for p, m in modules.items()]
     try:
         run(kit, specimen.batch(2, 0))
@@ -82,7 +82,7 @@ ROLES = {r"up$": "mlp.up", r"down$": "mlp.down", r"out_proj$": "attn.o"}
 
 
 def test_a_module_that_never_runs_is_refused_when_added() -> None:
-    kit = kitout.attach(Tower(), roles=ROLES, example={"x": torch.randn(2, 3, 8)})
+    kit = kitout.attach(Tower(), roles=ROLES, example_batch={"x": torch.randn(2, 3, 8)})
     with pytest.raises(SilentSite, match="out_proj"):
         kit.add("a", LoRA(rank=2, targets="attn.o"))
     assert kit.names == []
@@ -91,7 +91,7 @@ def test_a_module_that_never_runs_is_refused_when_added() -> None:
 
 def test_without_a_proof_the_first_forward_is_the_proof() -> None:
     kit = kitout.attach(Tower(), roles=ROLES)
-    assert not kit.found.proven
+    assert not kit.survey.proven
     kit.add("silent", LoRA(rank=2, targets="attn.o"))
     kit.add("heard", BitFit(targets="mlp.up"))
     x = torch.randn(2, 3, 8)

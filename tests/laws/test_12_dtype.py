@@ -80,4 +80,4 @@ def test_an_adapter_may_have_the_dtype_of_a_half_base() -> None:
     kit: Kit = kitout.attach(fresh_model(ZOO["llama"]).to(torch.bfloat16))
     adapter = kit.add("a", LoRA(), dtype=torch.bfloat16)
     assert {p.dtype for p in adapter.parameters()} == {torch.bfloat16}
-    assert kit.count("a").bytes == 2 * kit.count("a").total
+    assert kit.num_parameters("a").bytes == 2 * kit.num_parameters("a").total

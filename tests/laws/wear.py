@@ -90,7 +90,7 @@ def added(kit: Kit, *cases: Case, fresh: bool = False) -> Iterator[list[str]]:
                 untrivial(adapter)
         yield [case.name for case in cases]
     finally:
-        if kit.merged_name is not None:
+        if kit.merged:
             kit.unmerge()
         kit.use(None)
         kit.eval()

@@ -89,10 +89,10 @@ PUBLISHED: list[tuple[str, Method, int]] = [
 )
 def test_published_counts(shape: str, method: Method, published: int) -> None:
     kit = kit_of(shape)
-    assert method.count(method.sites(kit.found)) == published
+    assert method.count(method.sites(kit.survey)) == published
     kit.add("a", method, seed=0)
     try:
-        count = kit.count("a")  # compares the closed form with the tensors
+        count = kit.num_parameters("a")  # compares the closed form with the tensors
         assert (count.formula, count.trainable, count.total) == (published,) * 3
     finally:
         kit.remove("a")
@@ -128,9 +128,9 @@ IN_FRONT: dict[str, list[tuple[Method, int]]] = {
 def test_published_counts_of_what_lies_in_front(shape: str) -> None:
     kit = kitout.attach(SLIM[shape]().eval())
     for i, (method, published) in enumerate(IN_FRONT[shape]):
-        assert method.count(method.sites(kit.found)) == published
+        assert method.count(method.sites(kit.survey)) == published
         kit.add(f"a{i}", method, seed=0)
-        count = kit.count(f"a{i}")
+        count = kit.num_parameters(f"a{i}")
         assert (count.formula, count.trainable, count.total) == (published,) * 3
 
 
@@ -138,5 +138,5 @@ def test_a_head_counts_beside_the_method() -> None:
     """The 1.26 million of AdaptFormer's table 1 include a classifier of 100 classes."""
     kit = kit_of("vit-b16")
     kit.add("a", AdaptFormer(), heads={"classifier": torch.nn.Linear(768, 100)})
-    assert (kit.count("a").total, kit.count("a").heads) == (1_266_532, 76_900)
+    assert (kit.num_parameters("a").total, kit.num_parameters("a").heads) == (1_266_532, 76_900)
     kit.remove("a")

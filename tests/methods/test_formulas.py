@@ -212,7 +212,7 @@ def test_ssf_scales_and_shifts_after_every_operation() -> None:
 
 def test_ssf_leaves_poolers_heads_and_tables_alone() -> None:
     def paths(name: str) -> set[str]:
-        return {s.path for s in SSF().sites(kitout.attach(SPECIES[name].build()).found)}
+        return {s.path for s in SSF().sites(kitout.attach(SPECIES[name].build()).survey)}
 
     def leaves(name: str, *kinds: type) -> set[str]:
         return {n for n, m in SPECIES[name].build().named_modules() if isinstance(m, kinds)}
@@ -348,7 +348,7 @@ def test_bitfit_is_training_the_biases(name: str) -> None:
     specimen = SPECIES[name]
     batch, bare, kit = specimen.batch(3, 0), specimen.build(), kitout.attach(specimen.build())
     adapter = kit.add("a", BitFit())
-    heads = {s.path for s in kit.found.sites if s.role == "head"}
+    heads = {s.path for s in kit.survey.sites if s.role == "head"}
     chosen = {n for n, _ in bare.named_parameters() if n.endswith("bias") and n.rpartition(".")[0] not in heads}
     bare.requires_grad_(False)
     for n, p in bare.named_parameters():
@@ -376,11 +376,11 @@ def test_tied_tables_are_one_trained_tensor_and_stay_tied(name: str) -> None:
     assert shared
     kit = kitout.attach(model)
     adapter = kit.add("a", FullFineTuning())
-    assert kit.count("a").total == sum(p.numel() for p in model.parameters())
+    assert kit.num_parameters("a").total == sum(p.numel() for p in model.parameters())
     randomise_adapter(adapter, spread=0.05)
     with torch.no_grad(), kit.use("a"):
         worn = out(kit(**specimen.batch(2, 0)))
-    plain = kit.merged("a")
+    plain = kit.merged_copy("a")
     by_id: dict[int, set[str]] = {}
     for path, module in plain.named_modules():
         for n, p in module._parameters.items():
@@ -399,7 +399,7 @@ def test_a_trained_head_of_a_tied_model_leaves_its_table_alone(tmp_path) -> None
         randomise_adapter(kit.add("a", PartialFineTuning(part="head")))
         with torch.no_grad(), kit.use("a"):
             worn = out(kit(**specimen.batch(2, 0)))
-        plain = kit.merged("a")
+        plain = kit.merged_copy("a")
         plain.save_pretrained(tmp_path / name)
         again = type(plain).from_pretrained(tmp_path / name).eval()
         with torch.no_grad():
@@ -462,7 +462,7 @@ def test_strength_and_mix_go_between_the_parameters() -> None:
             worn = out(kit(**batch))
         torch.testing.assert_close(
             out(
-                kit.merged(
+                kit.merged_copy(
                     "a",
                 )(**batch)
             ),
@@ -473,7 +473,7 @@ def test_strength_and_mix_go_between_the_parameters() -> None:
         kit.strength("a", 1.0)
         by_hand = specimen.build()
         start = {n: p.clone() for n, p in by_hand.named_parameters()}
-        own = {n: kit.merged(n).state_dict() for n in "ab"}
+        own = {n: kit.merged_copy(n).state_dict() for n in "ab"}
         for n, p in by_hand.named_parameters():
             p.copy_(start[n] + 0.6 * (own["a"][n] - start[n]) - 0.2 * (own["b"][n] - start[n]))
         with kit.use(kitout.Mix({"a": 0.6, "b": -0.2})):
@@ -494,7 +494,7 @@ def test_a_stack_over_a_full_copy_is_its_merge() -> None:
     for order in (("f", "l"), ("l", "f"), ("b", "f", "s"), ("f", "s"), ("s", "b", "l"), ("l", "n"), ("s", "n")):
         with kit.use(kitout.Stack(*order)):
             worn = out(kit(**batch))
-        torch.testing.assert_close(out(kit.merged(*order)(**batch)), worn, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(out(kit.merged_copy(*order)(**batch)), worn, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bart", "opt", "gpt2"])
@@ -511,7 +511,7 @@ def test_a_copied_table_is_asked_with_everything_its_module_is_asked_with(name: 
         made = model.generate(**batch, **settings, output_scores=True, return_dict_in_generate=True)
         return torch.stack(made.scores, 1)
 
-    plain, bare = scores(kit.merged("a")), scores(specimen.build())
+    plain, bare = scores(kit.merged_copy("a")), scores(specimen.build())
     with kit.use("a"):
         torch.testing.assert_close(scores(kit), plain, atol=1e-4, rtol=1e-4)
     with kit.use(["a", None, "a"]):
@@ -548,9 +548,9 @@ def test_a_copy_is_called_with_every_argument() -> None:
             return x
 
     bare, batch = Model(), {"ids": torch.randint(0, 9, (3, 4)), "offset": torch.tensor([[1], [5], [9]])}
-    kit = kitout.attach(copy.deepcopy(bare), example=batch)
+    kit = kitout.attach(copy.deepcopy(bare), example_batch=batch)
     randomise_adapter(kit.add("a", FullFineTuning()))
-    worn = kit.merged("a")(**batch)
+    worn = kit.merged_copy("a")(**batch)
     with kit.use("a"):
         torch.testing.assert_close(kit(**batch), worn)
     with kit.use([None, "a", None]):
@@ -624,9 +624,12 @@ def test_modules_whose_parameters_others_read_are_trained_through_them() -> None
 
     torch.manual_seed(0)
     bare = Model()
-    kit, x = kitout.attach(copy.deepcopy(bare), example={"x": torch.randn(2, 4, 16)}), {"x": torch.randn(2, 4, 16)}
+    kit, x = (
+        kitout.attach(copy.deepcopy(bare), example_batch={"x": torch.randn(2, 4, 16)}),
+        {"x": torch.randn(2, 4, 16)},
+    )
     adapter = kit.add("a", FullFineTuning())
-    assert kit.count("a").total == sum(p.numel() for p in bare.parameters())
+    assert kit.num_parameters("a").total == sum(p.numel() for p in bare.parameters())
     kit.use("a")
     kit.train()
     trained(bare, list(bare.parameters()), x, OPTIMISERS["sgd"])

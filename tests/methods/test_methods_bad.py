@@ -145,7 +145,7 @@ def test_what_is_not_linear_cannot_be_merged_and_says_where(method) -> None:
         kit.add("a", method)
         with pytest.raises(kitout.errors.NotMergeable, match=r"layers?\.0"):
             kit.merge("a")
-        assert kit.merged_name is None
+        assert not kit.merged
 
 
 def test_a_shift_has_no_place_in_a_norm_without_one() -> None:

@@ -180,7 +180,7 @@ def test_by_hand_without_adapters_is_the_model_itself() -> None:
         specimen = SPECIES[name]
         model, bare = specimen.build(), specimen.build()
         kit = kitout.attach(specimen.build())
-        for block in kit.found.blocks:
+        for block in kit.survey.blocks:
             own = bare.get_submodule(block.path)
             own.forward = partial(block_by_hand, own, Hand(ParallelAdapter(), {}))
         batch = specimen.batch(2, 1)
@@ -251,18 +251,18 @@ class Model(nn.Module):
 @pytest.mark.parametrize("form", ["post", "pre", "beside"])
 def test_post_norm_is_seen_and_not_read_off_a_name(form: str) -> None:
     model = Model(form)
-    kit = kitout.attach(model, example={"x": torch.randn(2, 5, 16)})
-    subs = {s.role: s for s in kit.found.sites if s.role.startswith("sub.") and s.layer == 0}
+    kit = kitout.attach(model, example_batch={"x": torch.randn(2, 5, 16)})
+    subs = {s.role: s for s in kit.survey.sites if s.role.startswith("sub.") and s.layer == 0}
     assert subs["sub.mlp"].norm is (model.blocks[0].beta if form == "post" else None)
     assert subs["sub.attn"].norm is (model.blocks[0].alpha if form == "post" else None)
-    assert {s.role for s in Pfeiffer().sites(kit.found)} == ({"sub.mlp"} if form == "post" else {"block"})
+    assert {s.role for s in Pfeiffer().sites(kit.survey)} == ({"sub.mlp"} if form == "post" else {"block"})
 
 
 @torch.no_grad()
 def test_the_stream_is_read_from_the_block_where_nothing_else_reads_it() -> None:
     model = Model("windows")
     batch = {"x": torch.randn(2, 5, 16)}
-    kit = kitout.attach(model, example=batch)
+    kit = kitout.attach(model, example_batch=batch)
     adapter = kit.add("a", ParallelAdapter(width=3, scale=2.0, targets="sub.attn"), seed=0)
     assert [s.source for s in adapter.sites] == ["blocks.0", "blocks.1"]
     expected = batch["x"]
@@ -282,10 +282,10 @@ def test_the_stream_is_read_from_the_block_where_nothing_else_reads_it() -> None
 
 
 def test_a_sublayer_that_was_not_seen_is_missed() -> None:
-    kit = kitout.attach(Model("stacked"), example={"x": torch.randn(2, 5, 16)})
+    kit = kitout.attach(Model("stacked"), example_batch={"x": torch.randn(2, 5, 16)})
     with pytest.raises(TargetError, match=r"sub\.attn.*blocks\.0, blocks\.1.*targets='sub\.\*'"):
         kit.add("a", Houlsby())
-    assert [s.path for s in Houlsby(targets="sub.*", norms=False).sites(kit.found)] == [
+    assert [s.path for s in Houlsby(targets="sub.*", norms=False).sites(kit.survey)] == [
         "blocks.0.narrow",
         "blocks.1.narrow",
     ]

@@ -153,7 +153,7 @@ def test_the_encoder_stays_out_of_the_file_unless_training_goes_on(name: str, sh
     with kit.use("p"):
         before = run(kit, batch)
     kit.save("p", tmp_path / "folded")
-    kit.save("p", tmp_path / "whole", resume=True)
+    kit.save("p", tmp_path / "whole", keep_encoder=True)
     held = load_file(next((tmp_path / "folded").glob("*.safetensors")))
     assert sum(t.numel() for t in held.values()) == sum(2 * m * s.d_out for s in kit["p"].sites)
     for folder, encoder in (("folded", None), ("whole", 6)):
@@ -244,17 +244,17 @@ def test_weights_below_nought_are_refused() -> None:
         kit.strength("p", -1.0)
     with pytest.raises(RouteError, match=r"Mix weight of -0\.5 on a prefix"):
         kit.use(Mix({"p": -0.5}))
-    assert kit.worn == "p"
+    assert kit.active == "p"
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "vit"])
 def test_a_prefix_is_no_weight(name: str) -> None:
     kit = worn(name, PrefixTuning(length=3))
-    for fold in (kit.merge, kit.merged):
+    for fold in (kit.merge, kit.merged_copy):
         with pytest.raises(NotMergeable) as error:
             fold("p")
         assert kit["p"].sites[0].path in str(error.value)
-    assert kit.merged_name is None
+    assert not kit.merged
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_attention_that_takes_no_keys_is_named(name: str, told: str) -> None:
     kit = fresh_kit({**ZOO, **EXTRA}[name])
     with pytest.raises(TargetError, match=told) as error:
         kit.add("p", PrefixTuning(length=8))
-    assert any(f"{b.path}." in f"{error.value}" for b in kit.found.blocks), error.value
+    assert any(f"{b.path}." in f"{error.value}" for b in kit.survey.blocks), error.value
     assert kit.names == []
 
 

@@ -110,7 +110,7 @@ def test_the_loss_is_that_of_the_text_alone(name: str) -> None:
 def test_a_stack_on_a_lora_is_the_whole_text_under_the_lora(name, method) -> None:
     kit = worn(name, method)
     put_on(kit, LoRA(rank=3, targets="all-linear"), "l")
-    bare = kit.merged("l")
+    bare = kit.merged_copy("l")
     for route in (Stack("l", "p"), Stack("p", "l")):
         kit.use(route)
         for padding in PADDINGS:
@@ -148,7 +148,7 @@ def test_what_is_in_the_sequence_has_no_weight() -> None:
             kit.merge("front")
         assert kit["front"].sites[0].path in str(error.value)
         assert kit["front"].strength == 1.0
-        assert kit.worn is None
+        assert kit.active is None
 
 
 # --- widened sequences ------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_an_encoder_decoder_is_fed_as_by_hand(name: str, padding: str) -> None:
 def test_a_prompt_is_one_matrix(name: str) -> None:
     kit = worn(name, PromptTuning(length=6))
     assert [tuple(p.shape) for p in kit.parameters()] == [(6, 48)]
-    assert kit.count("p").total == 6 * 48
+    assert kit.num_parameters("p").total == 6 * 48
 
 
 def test_it_starts_from_the_vocabulary_without_repeating_itself() -> None:

@@ -155,7 +155,7 @@ def shared(folder: Path, kind: str, stop: int | None = None) -> Figures:
                 kit.save("low", folder / "adapter")
                 fresh = kit_of("llama", dtype=kit.dtype)
                 fresh.load(folder / "adapter")
-                saved = fingerprint(kit, ()).model_dump_json()
+                saved = fingerprint(kit.state, ()).model_dump_json()
             processes.wait()
     held = sum(own(value).numel() for value in kit.base.parameters())
     weights = {f"{one.name}/{key}": value.tolist() for one in jobs for key, value in values(kit, one.name).items()}

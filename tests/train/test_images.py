@@ -41,7 +41,7 @@ def test_it_learns_on_every_kind_of_model(species: str) -> None:
     assert done.processor_seconds > 0
     assert 0 < done.trunk_seconds < done.seconds
     assert all(torch.equal(value, base[key]) for key, value in worn.base.state_dict().items())
-    assert worn.worn is None
+    assert worn.active is None
 
 
 def test_with_a_trunk_it_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def test_instructions_from_a_file_to_a_tested_adapter(models: dict[str, Path], t
     model = transformers.AutoModelForCausalLM.from_pretrained(models["decoder"])  # as the card says
     kit = kitout.attach(model.eval())
     kit.load(out / "adapter", name="mine")
-    assert kit.count("mine").total == figures["trainable"]["adapter"]
+    assert kit.num_parameters("mine").total == figures["trainable"]["adapter"]
     again, told = run(models["decoder"], str(data), out, train={"epochs": 2.0, "steps": None, "lr": 1e-2})
     assert "finished" in told
     assert again.figures["steps"] == figures["steps"]

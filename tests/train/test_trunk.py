@@ -96,7 +96,7 @@ def test_below_prompts_lie_the_embeddings_alone(species: str, deep: bool) -> Non
     adapter = worn.add("a", VPT(length=3, deep=deep), seed=0, heads=linear(worn, 5))
     trunk = Trunk.below(worn, "a", images(2))
     assert trunk is not None
-    assert trunk.cut == worn.found.blocks[0].path
+    assert trunk.cut == worn.survey.blocks[0].path
     with worn.use("a"):
         trunk.logits(trunk.record(images(3))).sum().backward()
     assert all(value.grad is not None for value in adapter.parameters())
@@ -119,6 +119,6 @@ def test_there_is_no_trunk_where_blocks_run_again() -> None:
 
     import kitout
 
-    worn = kitout.attach(Twice(), example={"x": images(2)})
+    worn = kitout.attach(Twice(), example_batch={"x": images(2)})
     worn.add("last", PartialFineTuning(names="*blocks.1.*"))
     assert Trunk.below(worn, "last", images(2)) is None

@@ -123,7 +123,7 @@ def _nothing(item: Item, sites: Sequence[Site]) -> str:
             return (
                 f"{item.text!r} matches no site: this model fuses its projections ({here[fused[0]]} x {fused[0]}) and "
                 f"their channels are not known. Write {fused[0]!r} for the whole projection, or attach with an example "
-                "batch so that the channels are found: kitout.attach(model, example=batch)"
+                "batch so that the channels are found: kitout.attach(model, example_batch=batch)"
             )
     if "," in word:
         return f"{item.text!r} matches no site: items are separated by spaces, {' '.join(word.split(','))!r}"

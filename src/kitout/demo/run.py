@@ -56,7 +56,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     where = machine.device()
     form, why = machine.dtype(options.dtype, where)
     kit, task, model = _equip(options, split, where, form, screen)
-    count = kit.count(NAME)
+    count = kit.num_parameters(NAME)
     screen.say(f"{count} by LoRA rank {options.settings.rank}; weights in {str(form)[6:]} ({why})")
 
     with kit.use(None), screen.phase("measuring the base") as tell:
@@ -69,7 +69,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     peak = memory.peak(where)
     answers = _answers(kit, task, split, options.shown)
     adapter = options.out / "adapter"
-    kit.save(NAME, adapter, note={"trained by": "kitout demo", "instruction": task.instruction})
+    kit.save(NAME, adapter, metadata={"trained by": "kitout demo", "instruction": task.instruction})
     merged = _merge(kit, task, split, [a["text"] for a in answers])
 
     results = {
@@ -139,7 +139,7 @@ def _equip(
 
 
 def print_of(kit: Kit) -> str:
-    return hashlib.sha256(fingerprint(kit, ()).model_dump_json().encode()).hexdigest()
+    return hashlib.sha256(fingerprint(kit.state, ()).model_dump_json().encode()).hexdigest()
 
 
 def _described(options: Options, split: Split) -> dict[str, Any]:

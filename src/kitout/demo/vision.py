@@ -118,7 +118,7 @@ def equip(options: Options, parts: Split, where: torch.device, screen: Screen) -
         raise DataError(f"{folder} does not load as an image classifier: {str(wrong)[:300]}") from wrong
     finally:
         logging.set_verbosity(loud)
-    kit = kitout.attach(model, example=_example(model, pixels(parts.train, range(min(2, len(parts.train))))))
+    kit = kitout.attach(model, example_batch=_example(model, pixels(parts.train, range(min(2, len(parts.train))))))
     kit.eval()
     about: dict[str, Any] = {"folder": str(folder), "fingerprint": print_of(kit), "size": size}
     if options.model is None:
@@ -178,7 +178,7 @@ def one(
 ) -> dict[str, Any]:
     """Trains and measures one method, keeps its adapter and its result, and takes it off the kit again."""
     kit.add(row.key, row.method, seed=recipe.seed, heads=row.heads(kit, len(parts.train.names), recipe.seed))
-    count = kit.count(row.key)
+    count = kit.num_parameters(row.key)
     file = out / "checkpoint.safetensors"
     with screen.phase(f"{title}: training") as bar:
 
@@ -193,7 +193,9 @@ def one(
         guesses = predict(kit, row.key, parts.test, pixels, lambda done, total: bar(done, total, "")).argmax(1).tolist()
     seconds = time.perf_counter() - start
     right = sum(guess == label for guess, label in zip(guesses, parts.test.labels, strict=True))
-    kit.save(row.key, out / "adapter", note={"trained by": "kitout demo vision", "classes": list(parts.train.names)})
+    kit.save(
+        row.key, out / "adapter", metadata={"trained by": "kitout demo vision", "classes": list(parts.train.names)}
+    )
     result = {
         "run": same,
         "key": row.key,

@@ -161,7 +161,7 @@ def _use(s: Summary) -> str:
     block = _fenced("\n".join(code), "python")
     return (
         f"## How to use it\n\n{block}\nLoading refuses any other base. Several adapters can be worn at once, one per "
-        "row of a batch; `kit.merged(...)` folds one into an ordinary model where its method allows it.\n"
+        "row of a batch; `kit.merged_copy(...)` folds one into an ordinary model where its method allows it.\n"
     )
 
 

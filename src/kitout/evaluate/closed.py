@@ -80,7 +80,7 @@ def _said_after(kit: Kit, answers: list[list[int]], filler: int) -> Any:
 
 def _leads(kit: Kit) -> bool:
     """Whether a prompt or prefix is worn: it moves the text's positions, unless a caller gives them."""
-    return any(site.port in ("tokens", "kv") for name in names(kit.worn) for site in kit[name].sites)
+    return any(site.port in ("tokens", "kv") for name in names(kit.active) for site in kit[name].sites)
 
 
 def _cut_back(cache: Any) -> bool:

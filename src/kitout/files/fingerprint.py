@@ -10,16 +10,15 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from kitout.kit.kit import Kit
+from kitout.kit.state import KitState
 
 SAMPLES = 32  # values kept per tensor
 GOLDEN = 0.6180339887498949  # place i of a tensor is floor(frac(i * GOLDEN) * size): spread over rows and columns alike
@@ -68,17 +67,17 @@ class Held:
         return self.owner.get(self.name) is self.tensor and _version(self.tensor) == self.version
 
 
-_known: WeakKeyDictionary[nn.Module, tuple[list[Held], Fingerprint]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[KitState, tuple[list[Held], Fingerprint]] = WeakKeyDictionary()
 
 
-def fingerprint(kit: Kit, adapted: Iterable[str], replaced: Iterable[str] = ()) -> Fingerprint:
+def fingerprint(state: KitState, adapted: Iterable[str], replaced: Iterable[str] = ()) -> Fingerprint:
     """Of the kit's frozen base (unmerged), for an adapter at these module paths that replaces these modules.
 
     A head that the adapter itself sits at is part of what it was made for, and stays in.
     """
-    everything = _everything(kit)
+    everything = _everything(state)
     adapted = set(adapted)
-    heads = {s.path for s in kit.found.sites if s.role == "head"} - adapted
+    heads = {s.path for s in state.survey.sites if s.role == "head"} - adapted
     left_out = sorted(heads | set(replaced))
     return Fingerprint(valued=everything.valued, left_out=left_out, tensors=_without(everything.tensors, left_out))
 
@@ -103,10 +102,10 @@ def differences(saved: Fingerprint, here: Fingerprint) -> list[str]:
     return faults
 
 
-def unmerged(kit: Kit) -> dict[int, Tensor]:
+def unmerged(state: KitState) -> dict[int, Tensor]:
     """id of a parameter that a merge has put into the base -> the base's own parameter in its place."""
     found: dict[int, Tensor] = {}
-    for backup in kit._backup.values():
+    for backup in state.backups.values():
         for name, own in backup.parameters.items():
             now = backup.owner._parameters.get(name)
             if own is not None and now is not None:
@@ -114,23 +113,23 @@ def unmerged(kit: Kit) -> dict[int, Tensor]:
     return found
 
 
-def _everything(kit: Kit) -> Fingerprint:
+def _everything(state: KitState) -> Fingerprint:
     """The whole base, read once per kit; read again if a tensor has changed since."""
-    known = _known.get(kit)
+    known = _known.get(state)
     # While merged the base's own tensors lie in the kit's backup: what was read before still holds.
-    if known is not None and (kit.merged_name is not None or all(h.unchanged for h in known[0])):
+    if known is not None and (state.merged_names or all(h.unchanged for h in known[0])):
         return known[1]
-    held = list(_held(kit))
+    held = list(_held(state))
     read = Fingerprint(valued=not any(h.tensor.is_meta for h in held), left_out=[], tensors=_sample(held))
-    _known[kit] = held, read
+    _known[state] = held, read
     return read
 
 
-def _held(kit: Kit) -> Iterator[Held]:
+def _held(state: KitState) -> Iterator[Held]:
     """Parameters and lasting floating-point buffers of the base as it is unmerged."""
-    backup = kit._backup
+    backup = state.backups
     replaced = {path: b.child[1] for path, b in backup.items() if b.child is not None}
-    roots = [("", kit.base), *replaced.items()]
+    roots = [("", state.base), *replaced.items()]
     for root, top in roots:
         for path, module in top.named_modules(prefix=root):
             if not root and any(path == r or path.startswith(r + ".") for r in replaced):

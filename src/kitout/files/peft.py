@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,27 +29,23 @@ from kitout.files.rebuild import HEAD, Slot, admit, blank, mismatches, not_finit
 from kitout.files.tensors import open_regular, open_tensors, parse, write_tensors
 from kitout.kit.adapter import Adapter
 from kitout.kit.build import check_name, check_sites
+from kitout.kit.state import KitState
 from kitout.methods import LoRA, PrefixTuning, PromptTuning
-
-if TYPE_CHECKING:
-    from os import PathLike
-
-    from kitout.kit.kit import Kit
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MOST_JSON = 4 * 2**20
 
 
 @torch.no_grad()
-def load_peft(kit: Kit, folder: str | PathLike[str], name: str) -> Adapter:
+def load_peft(state: KitState, folder: str | PathLike[str], name: str) -> Adapter:
     """Adds an adapter that PEFT saved, trainable and not worn; its values are held in fp32 as PEFT holds them.
 
     Raises FileError, with every reason at once, where the file does not fit this model or asks for what kitout does
     not do; the kit is as before then.
     """
-    if kit.merged_name is not None:
-        raise MergeState(f"{kit.merged_name!r} is merged into the base: unmerge() before loading {folder}")
-    check_name(kit, name)
+    if state.merged_names:
+        raise MergeState(f"{state.merged_text} merged into the base: unmerge() before loading {folder}")
+    check_name(state, name)
     where = Path(folder).expanduser()
     faults = Faults(FileError, f"{where} cannot be loaded")
     config = _config(where)
@@ -63,11 +60,11 @@ def load_peft(kit: Kit, folder: str | PathLike[str], name: str) -> Adapter:
     built = None
     try:
         if isinstance(settings, FrontSettings):
-            found: Found | None = read_front(kit, settings, stored, faults)
+            found: Found | None = read_front(state, settings, stored, faults)
         else:
-            found = _read_weights(kit, settings, stored, faults)
+            found = _read_weights(state, settings, stored, faults)
         if found is not None and not faults.items:
-            built = _blank(kit, name, found)
+            built = _blank(state, name, found)
     except KitoutError as error:
         faults.add(str(error))
     faults.raise_if_any()
@@ -81,7 +78,7 @@ def load_peft(kit: Kit, folder: str | PathLike[str], name: str) -> Adapter:
     values = {k: v.float() if v.is_floating_point() and v.dtype.itemsize < 4 else v for k, v in values.items()}
     mismatches(held, {k: (v.dtype, tuple(v.shape)) for k, v in values.items()}, faults)
     faults.raise_if_any()
-    admit(kit, adapter, held, values, 1.0)
+    admit(state, adapter, held, values, 1.0)
     adapter.note = {"peft": {"base_model_name_or_path": config.get("base_model_name_or_path")}}
     return adapter
 
@@ -103,10 +100,10 @@ def _config(where: Path) -> dict[str, Any]:
         return parse(file.read(), where / CONFIG)
 
 
-def _read_weights(kit: Kit, settings: Settings, stored: Mapping[str, Tensor], faults: Faults) -> Found | None:
+def _read_weights(state: KitState, settings: Settings, stored: Mapping[str, Tensor], faults: Faults) -> Found | None:
     """LoRA and IA3: what the modules carry, and a method that says as much; None where a fault was added."""
-    parts, heads = grouped(kit, settings, stored, faults)
-    missing = [p for p in carriers(kit.found) if settings.names(p) and p not in parts]
+    parts, heads = grouped(state, settings, stored, faults)
+    missing = [p for p in carriers(state.survey) if settings.names(p) and p not in parts]
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         faults.add(f"target_modules also names {', '.join(missing[:4])}{more}, but the file has no tensors for them")
@@ -115,35 +112,35 @@ def _read_weights(kit: Kit, settings: Settings, stored: Mapping[str, Tensor], fa
     if faults.items:
         return None
     facts = [{p: getattr(part, f) for p, part in parts.items()} for f in ("inward", "rank", "alpha")]
-    method, sites = method_for(kit.found, settings, *facts)
+    method, sites = method_for(state.survey, settings, *facts)
     values = {f"{s.key}.{own}": value for s in sites for own, value in parts[s.path].values.items()}
     return Found(method, sites, values, heads)
 
 
-def _blank(kit: Kit, name: str, found: Found) -> tuple[Adapter, dict[str, Slot]]:
-    modules = {path: blank_copy(kit.base.get_submodule(path)).requires_grad_(True) for path in found.heads}
-    check_sites(kit, name, found.sites)
-    return blank(kit, name, found.method, found.sites, modules)
+def _blank(state: KitState, name: str, found: Found) -> tuple[Adapter, dict[str, Slot]]:
+    modules = {path: blank_copy(state.base.get_submodule(path)).requires_grad_(True) for path in found.heads}
+    check_sites(state, name, found.sites)
+    return blank(state, name, found.method, found.sites, modules)
 
 
 @torch.no_grad()
-def save_peft(kit: Kit, name: str, folder: str | PathLike[str]) -> None:
+def save_peft(state: KitState, name: str, folder: str | PathLike[str]) -> None:
     """Writes an adapter as PEFT does, so that PeftModel.from_pretrained(base, folder) computes the same.
 
     Strength is folded in; a PiSSA adapter becomes a plain LoRA of twice the rank; several LoRAs on channels of one
     fused projection become one on the whole; the encoder of a prefix is folded. Raises FileError, with every reason at
     once, for what PEFT cannot hold.
     """
-    adapter = kit[name].settled()
+    adapter = state[name].settled()
     target = Path(folder)
     check_replaceable(target.expanduser(), (CONFIG, WEIGHTS))
     faults = Faults(FileError, f"{name!r} has no equal in PEFT")
     front = isinstance(adapter.method, (PromptTuning, PrefixTuning))
-    tensors, told = write_front(kit, adapter, faults) if front else _write_weights(kit, adapter, faults)
+    tensors, told = write_front(state, adapter, faults) if front else _write_weights(state, adapter, faults)
     faults.raise_if_any()
     if bad := not_finite(tensors):
         raise FileError(f"{name!r} holds NaN or infinity in {', '.join(bad[:4])}: there is nothing worth saving in it")
-    config = {**_common(kit, adapter), **told}
+    config = {**_common(state, adapter), **told}
 
     def fill(fresh: Path) -> None:
         write_tensors(fresh / WEIGHTS, tensors, {"format": "pt"})
@@ -152,9 +149,9 @@ def save_peft(kit: Kit, name: str, folder: str | PathLike[str]) -> None:
     replace_folder(target, (CONFIG, WEIGHTS), fill)
 
 
-def _common(kit: Kit, adapter: Adapter) -> dict[str, Any]:
+def _common(state: KitState, adapter: Adapter) -> dict[str, Any]:
     """What adapter_config.json says of every method."""
-    config = getattr(kit.base, "config", None)
+    config = getattr(state.base, "config", None)
     return {
         "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
         "revision": None,
@@ -163,17 +160,17 @@ def _common(kit: Kit, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _write_weights(kit: Kit, adapter: Adapter, faults: Faults) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _write_weights(state: KitState, adapter: Adapter, faults: Faults) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """LoRA and IA3: the tensors, and what the config says of them."""
     parts = exported(adapter, faults)
-    saved = heads_of(kit, adapter, faults)
+    saved = heads_of(state, adapter, faults)
     if faults.items:
         return {}, {}
     tensors = {f"{PREFIX}{path}{end}": value for path, part in parts.items() for end, value in part.values.items()}
     tensors |= {PREFIX + key: value for key, value in saved.items()}
-    everything = [path for path, _ in kit.base.named_modules()]
+    everything = [path for path, _ in state.base.named_modules()]
     where = spelled(list(parts), everything, [p for p, part in parts.items() if part.inward])
-    task = task_of(kit.base)
+    task = task_of(state.base)
     told = {
         "task_type": None if task == "SEQ_CLS" else task,  # which would claim heads on its own
         "target_modules": where["target_modules"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,10 @@ from kitout.errors import Faults
 from kitout.files.heads import plain_class
 from kitout.files.peft_parts import CONVS, Part, embed_scale, unlike_ours
 from kitout.kit.adapter import Adapter
+from kitout.kit.state import KitState
 from kitout.methods import IA3, LoRA
 from kitout.methods.dora import Decomposed
 from kitout.methods.lowrank import LowRank
-
-if TYPE_CHECKING:
-    from kitout.kit.kit import Kit
 
 
 def exported(adapter: Adapter, faults: Faults) -> dict[str, Part]:
@@ -144,16 +142,16 @@ def task_of(model: Any) -> str | None:
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
-def heads_of(kit: Kit, adapter: Adapter, faults: Faults) -> dict[str, Tensor]:
+def heads_of(state: KitState, adapter: Adapter, faults: Faults) -> dict[str, Tensor]:
     """Head tensors under PEFT's keys. PEFT copies the base's own module and fills it, so it must be one like that."""
     found: dict[str, Tensor] = {}
-    everything = [path for path, _ in kit.base.named_modules()]
+    everything = [path for path, _ in state.base.named_modules()]
     for key, head in adapter.heads.items():
         path, module = key.replace("/", "."), head.module
         assert isinstance(module, nn.Module)
-        own, state = kit.base.get_submodule(path), module.state_dict()
+        own, values = state.base.get_submodule(path), module.state_dict()
         also = [p for p in everything if p.endswith(path) and p.replace(".", "/") not in adapter.heads]
-        if plain_class(module) is not plain_class(own) or state.keys() != own.state_dict().keys():
+        if plain_class(module) is not plain_class(own) or values.keys() != own.state_dict().keys():
             faults.add(
                 f"head {path}: PEFT copies the base's {type(own).__name__}, and this is a {type(module).__name__}"
             )
@@ -161,5 +159,5 @@ def heads_of(kit: Kit, adapter: Adapter, faults: Faults) -> dict[str, Tensor]:
             faults.add(f"head {path}: strength {adapter.strength:g} mixes two heads, which PEFT cannot: set strength 1")
         if also:
             faults.add(f"head {path}: PEFT would also replace {', '.join(also[:3])}, whose names end alike")
-        found |= {f"{path}.{name}": value for name, value in state.items()}
+        found |= {f"{path}.{name}": value for name, value in values.items()}
     return found

@@ -9,7 +9,7 @@ in for the token that a classifier reads. It knows those two methods, and nothin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,28 +21,26 @@ from kitout.files.peft_config import TASKS, FrontSettings
 from kitout.files.peft_export import heads_of, task_of
 from kitout.files.peft_parts import Found, others, without_tensors
 from kitout.kit.adapter import Adapter
+from kitout.kit.state import KitState
 from kitout.methods import PrefixTuning, PromptTuning
-
-if TYPE_CHECKING:
-    from kitout.kit.kit import Kit
 
 KEY, PREFIX = "prompt_embeddings", "base_model."
 TWO = "SEQ_2_SEQ_LM"  # the task of an encoder and a decoder
 HEADS = ("classifier", "score")  # what PEFT takes for the head of SEQ_CLS and insists on finding in the file
 
 
-def read_front(kit: Kit, settings: FrontSettings, stored: Mapping[str, Tensor], faults: Faults) -> Found:
+def read_front(state: KitState, settings: FrontSettings, stored: Mapping[str, Tensor], faults: Faults) -> Found:
     """The method, its sites in this model and their values; values are missing where a fault was added."""
-    task = task_of(kit.base)
-    if reason := _no_task(kit, task):
+    task = task_of(state.base)
+    if reason := _no_task(state, task):
         faults.add(reason)
     elif task != settings.task:
-        faults.add(f"it was made for a model of {settings.task}, and {_named(kit)} is one of {task}")
+        faults.add(f"it was made for a model of {settings.task}, and {_named(state)} is one of {task}")
     prompt = settings.kind == "PROMPT_TUNING"
-    method = _prompt(kit, settings, faults) if prompt else _prefix(kit, settings)
-    front = Found(method, method.sites(kit.found))
+    method = _prompt(state, settings, faults) if prompt else _prefix(state, settings)
+    front = Found(method, method.sites(state.survey))
     rest = {key: value for key, value in stored.items() if key != KEY}
-    front.heads = others(kit.base, settings.saved, PREFIX, rest, faults)
+    front.heads = others(state.base, settings.saved, PREFIX, rest, faults)
     able = ((1, 2) if prompt else (2,)) if settings.task == TWO else (1,)
     if settings.stacks not in able:
         faults.add(
@@ -53,14 +51,14 @@ def read_front(kit: Kit, settings: FrontSettings, stored: Mapping[str, Tensor], 
     elif prompt:
         _read_prompt(front, settings, stored[KEY], faults)
     else:
-        _read_prefix(kit, front, settings, stored[KEY], faults)
+        _read_prefix(state, front, settings, stored[KEY], faults)
     return front
 
 
-def _prompt(kit: Kit, settings: FrontSettings, faults: Faults) -> PromptTuning:
-    if settings.task != "SEQ_CLS" or any(t.causal for t in kit.found.towers):
+def _prompt(state: KitState, settings: FrontSettings, faults: Faults) -> PromptTuning:
+    if settings.task != "SEQ_CLS" or any(t.causal for t in state.survey.towers):
         return PromptTuning(length=settings.length)
-    if reason := _reads_more(kit):
+    if reason := _reads_more(state):
         faults.add(reason)
     return PromptTuning(length=settings.length, pooled="prompt")
 
@@ -80,14 +78,14 @@ def _read_prompt(front: Found, settings: FrontSettings, value: Tensor, faults: F
     front.values[f"{site.key}.prompt"] = value[: settings.length].clone()
 
 
-def _prefix(kit: Kit, settings: FrontSettings) -> PrefixTuning:
+def _prefix(state: KitState, settings: FrontSettings) -> PrefixTuning:
     method = PrefixTuning(length=settings.length)
-    return method if len(kit.found.towers) == 1 else method.model_copy(update={"places": "decoder"})
+    return method if len(state.survey.towers) == 1 else method.model_copy(update={"places": "decoder"})
 
 
-def _read_prefix(kit: Kit, front: Found, settings: FrontSettings, value: Tensor, faults: Faults) -> None:
+def _read_prefix(state: KitState, front: Found, settings: FrontSettings, value: Tensor, faults: Faults) -> None:
     sites = front.sites
-    if reason := _prefix_unlike(kit, sites):
+    if reason := _prefix_unlike(state, sites):
         faults.add(reason)
         return
     heads, width = sites[0].heads, sites[0].d_out
@@ -116,60 +114,62 @@ def _slot(layer: int, stacks: int, slots: int) -> int:
     return stacks * layer % slots
 
 
-def _no_task(kit: Kit, task: str | None) -> str | None:
+def _no_task(state: KitState, task: str | None) -> str | None:
     """Why PEFT has nothing to put in front of the text of such a model."""
     if task not in TASKS:
-        return f"PEFT has prompts and prefixes for {', '.join(TASKS)}, and {_named(kit)} is for none of them"
-    if task == "SEQ_CLS" and len(kit.found.towers) > 1:
-        return f"PEFT's prompts and prefixes do not work in a classifier with encoder and decoder, as {_named(kit)} is"
+        return f"PEFT has prompts and prefixes for {', '.join(TASKS)}, and {_named(state)} is for none of them"
+    if task == "SEQ_CLS" and len(state.survey.towers) > 1:
+        return (
+            f"PEFT's prompts and prefixes do not work in a classifier with encoder and decoder, as {_named(state)} is"
+        )
     return None
 
 
-def _reads_more(kit: Kit) -> str | None:
+def _reads_more(state: KitState) -> str | None:
     """Why the head of this encoder does not read its first token alone, so that PEFT's prompts would be more to it."""
-    config = getattr(kit.base, "config", None)
+    config = getattr(state.base, "config", None)
     for name in ("classifier_pooling", "summary_type"):
         if (how := getattr(config, name, None)) not in (None, "cls", "first"):
             return f"{name}={how!r}: with PEFT this classifier reads the prompts' outputs as well, here it does not"
     return None
 
 
-def _tower(kit: Kit, site: Site) -> Tower:
-    return next(t for t in kit.found.towers if t.path == site.tower)
+def _tower(state: KitState, site: Site) -> Tower:
+    return next(t for t in state.survey.towers if t.path == site.tower)
 
 
-def _named(kit: Kit) -> str:
-    return plain_class(kit.base).__name__
+def _named(state: KitState) -> str:
+    return plain_class(state.base).__name__
 
 
-def write_front(kit: Kit, adapter: Adapter, faults: Faults) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def write_front(state: KitState, adapter: Adapter, faults: Faults) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The file's tensors and what its config says beyond the common; adapter: settled."""
-    task, prompt = task_of(kit.base), isinstance(adapter.method, PromptTuning)
-    if reason := _no_task(kit, task):
+    task, prompt = task_of(state.base), isinstance(adapter.method, PromptTuning)
+    if reason := _no_task(state, task):
         faults.add(reason)
     if adapter.strength != 1.0:
         faults.add(f"strength {adapter.strength:g} has no equal in PEFT for what lies in front: set strength 1")
     unlike = _prompt_unlike if prompt else _prefix_uncached
-    if reason := unlike(kit, adapter):
+    if reason := unlike(state, adapter):
         faults.add(reason)
-    heads = heads_of(kit, adapter, faults)
+    heads = heads_of(state, adapter, faults)
     if task == "SEQ_CLS":
-        heads |= _own_heads(kit, adapter, faults)
+        heads |= _own_heads(state, adapter, faults)
     if faults.items:
         return {}, {}
-    value, told = _written_prompt(kit, adapter) if prompt else _written_prefix(adapter, 2 if task == TWO else 1)
+    value, told = _written_prompt(state, adapter) if prompt else _written_prefix(adapter, 2 if task == TWO else 1)
     tensors = {KEY: value, **{PREFIX + key: value for key, value in heads.items()}}
     return tensors, {"task_type": task, "num_virtual_tokens": len(value), "token_dim": adapter.sites[0].d_out, **told}
 
 
-def _written_prompt(kit: Kit, adapter: Adapter) -> tuple[Tensor, dict[str, Any]]:
+def _written_prompt(state: KitState, adapter: Adapter) -> tuple[Tensor, dict[str, Any]]:
     (site,) = adapter.sites
     value: Any = adapter.delta(site).prompt
     return value, {
         "peft_type": "PROMPT_TUNING",
         "num_transformer_submodules": 1,  # without the rows that PEFT would keep for a decoder and never read
         "num_attention_heads": 1,  # read by nobody, but looked for in the model's config if it is not here
-        "num_layers": _tower(kit, site).depth,  # likewise
+        "num_layers": _tower(state, site).depth,  # likewise
         "prompt_tuning_init": "RANDOM",
     }
 
@@ -189,7 +189,7 @@ def _written_prefix(adapter: Adapter, stacks: int) -> tuple[Tensor, dict[str, An
     }
 
 
-def _prefix_unlike(kit: Kit, sites: Sequence[Site]) -> str | None:
+def _prefix_unlike(state: KitState, sites: Sequence[Site]) -> str | None:
     """Why these attentions are not what a prefix of PEFT sits at: every layer of one stack, all of one shape."""
     towers, shapes = {s.tower for s in sites}, sorted({(s.heads, s.d_out) for s in sites})
     if len(towers) > 1 or any(s.role != "kv.self" for s in sites):
@@ -197,8 +197,8 @@ def _prefix_unlike(kit: Kit, sites: Sequence[Site]) -> str | None:
             f"PEFT's prefix is in one stack's self-attention, this one at {len(sites)} places in "
             f"{', '.join(sorted(towers))}: choose places='decoder' (or 'encoder' where there is no decoder)"
         )
-    tower = _tower(kit, sites[0])
-    if len(kit.found.towers) > 1 and not tower.causal:
+    tower = _tower(state, sites[0])
+    if len(state.survey.towers) > 1 and not tower.causal:
         return f"PEFT's prefix is in the decoder, this one in {tower.path}"
     if [s.layer for s in sites] != list(range(tower.depth)):
         return f"PEFT's prefix is in every layer, this one in {len(sites)} of the {tower.depth} in {tower.path}"
@@ -207,13 +207,13 @@ def _prefix_unlike(kit: Kit, sites: Sequence[Site]) -> str | None:
     return None
 
 
-def _prefix_uncached(kit: Kit, adapter: Adapter) -> str | None:
+def _prefix_uncached(state: KitState, adapter: Adapter) -> str | None:
     """Why PEFT has no prefix like this one: its keys must also be as wide as the cache that PEFT puts them into."""
     site = adapter.sites[0]
-    if reason := _prefix_unlike(kit, adapter.sites):
+    if reason := _prefix_unlike(state, adapter.sites):
         return reason
-    queries = max((s.d_in for s in kit.found.sites if (s.tower, s.role) == (site.tower, "attn.o")), default=0)
-    if queries > site.d_out and getattr(getattr(kit.base, "config", None), "num_key_value_heads", None) is None:
+    queries = max((s.d_in for s in state.survey.sites if (s.tower, s.role) == (site.tower, "attn.o")), default=0)
+    if queries > site.d_out and getattr(getattr(state.base, "config", None), "num_key_value_heads", None) is None:
         return (
             f"{site.path} has keys of {site.d_out} channels for queries of {queries}; without num_key_value_heads in "
             "the model's config there is no telling which of them its cache, and so PEFT's prefix, has"
@@ -221,30 +221,30 @@ def _prefix_uncached(kit: Kit, adapter: Adapter) -> str | None:
     return None
 
 
-def _prompt_unlike(kit: Kit, adapter: Adapter) -> str | None:
+def _prompt_unlike(state: KitState, adapter: Adapter) -> str | None:
     """Why PEFT has no prompt like this one."""
     method, sites = adapter.method, adapter.sites
     assert isinstance(method, PromptTuning)
     if method.place == "after":
         return "PEFT's prompts come before the text, this one after its first token (place='after')"
-    tower = _tower(kit, sites[0])
-    if len(sites) > 1 or (tower.causal and len(kit.found.towers) > 1):
+    tower = _tower(state, sites[0])
+    if len(sites) > 1 or (tower.causal and len(state.survey.towers) > 1):
         return f"PEFT's prompts are the encoder's alone, these in {', '.join(s.tower for s in sites)}"
-    if tower.causal or task_of(kit.base) != "SEQ_CLS":
+    if tower.causal or task_of(state.base) != "SEQ_CLS":
         return None
     if method.pooled == "text":
         return (
             "with PEFT an encoder's classifier reads the output of the first prompt, here that of the first token: "
             "train it with PromptTuning(pooled='prompt')"
         )
-    return _reads_more(kit)
+    return _reads_more(state)
 
 
-def _own_heads(kit: Kit, adapter: Adapter, faults: Faults) -> dict[str, Tensor]:
+def _own_heads(state: KitState, adapter: Adapter, faults: Faults) -> dict[str, Tensor]:
     """The base's own heads, where the adapter brings none: PEFT does not load a classifier's prompts without."""
     brought = [path.replace("/", ".") for path in adapter.heads]
-    base: nn.Module = kit.base
+    base: nn.Module = state.base
     paths = without_tensors(base, HEADS, brought)
-    if paths and kit.merged_name is not None:
-        faults.add(f"{paths[0]} goes along, and {kit.merged_name!r} is merged into the base: unmerge() first")
+    if paths and state.merged_names:
+        faults.add(f"{paths[0]} goes along, and {state.merged_text} merged into the base: unmerge() first")
     return {f"{p}.{name}": value for p in paths for name, value in base.get_submodule(p).state_dict().items()}

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from kitout.base.select import WHOLE
 from kitout.base.site import Site
+from kitout.base.survey import Survey
 from kitout.base.weights import fan_in, transposed
 from kitout.errors import Faults, suggest
 from kitout.files.peft_config import Settings
 from kitout.kit.method import Method
-
-if TYPE_CHECKING:
-    from kitout.base.survey import Survey
-    from kitout.kit.kit import Kit
+from kitout.kit.state import KitState
 
 PREFIX = "base_model.model."
 ENDS = {
@@ -70,7 +67,7 @@ def carriers(survey: Survey) -> dict[str, Site]:
 
 
 def grouped(
-    kit: Kit, settings: Settings, stored: Mapping[str, Tensor], faults: Faults
+    state: KitState, settings: Settings, stored: Mapping[str, Tensor], faults: Faults
 ) -> tuple[dict[str, Part], dict[str, dict[str, Tensor]]]:
     """The file's tensors as parts by module path, and as heads by path and parameter name."""
     raw: dict[str, dict[str, Tensor]] = {}
@@ -81,8 +78,8 @@ def grouped(
             raw.setdefault(key[len(PREFIX) :].removesuffix(end), {})[ENDS[settings.kind][end]] = value
         else:
             rest[key] = value
-    heads = others(kit.base, settings.saved, PREFIX, rest, faults)
-    sites = carriers(kit.found)
+    heads = others(state.base, settings.saved, PREFIX, rest, faults)
+    sites = carriers(state.survey)
     parts = {}
     for path, values in raw.items():
         if path not in sites:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,13 +21,11 @@ from kitout.files.heads import blank_copy
 from kitout.kit.adapter import Adapter
 from kitout.kit.build import head_site
 from kitout.kit.method import Method
-
-if TYPE_CHECKING:
-    from kitout.kit.kit import Kit
+from kitout.kit.state import KitState
 
 SHARED, HEAD = "@shared", "@head/"  # first parts of tensor names; those of a Delta start with its site's key
 
-_hollow: WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = WeakKeyDictionary()
+_hollow: WeakKeyDictionary[KitState, dict[str, nn.Module]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -75,28 +73,28 @@ def slots(adapter: Adapter) -> dict[str, Slot]:
 
 
 def blank(
-    kit: Kit, name: str, method: Method, sites: Sequence[Site], heads: Mapping[str, nn.Module]
+    state: KitState, name: str, method: Method, sites: Sequence[Site], heads: Mapping[str, nn.Module]
 ) -> tuple[Adapter, dict[str, Slot]]:
     """The adapter with shapes and no values, and its slots."""
     with torch.device("meta"), torch.no_grad():
-        hollow = [site.at(module=_hollow_of(kit, site)) for site in sites]
+        hollow = [site.at(module=_hollow_of(state, site)) for site in sites]
         shared = method.common(hollow)
         deltas = {site.key: method.build(site, shared) for site in hollow}
     adapter = Adapter(name, method, sites, deltas, shared, heads)
     return adapter, slots(adapter)
 
 
-def _hollow_of(kit: Kit, site: Site) -> nn.Module:
+def _hollow_of(state: KitState, site: Site) -> nn.Module:
     """The site's module without values; made once per kit, so that loading many adapters does not repeat it."""
-    known = _hollow.setdefault(kit, {})
+    known = _hollow.setdefault(state, {})
     if site.path not in known:
         known[site.path] = blank_copy(site.module)
     return known[site.path]
 
 
-def device_of(kit: Kit, adapter: Adapter) -> dict[str, torch.device]:
+def device_of(state: KitState, adapter: Adapter) -> dict[str, torch.device]:
     """Stem of a tensor's name -> the device it belongs on: where the module is that it acts on."""
-    anywhere = next(kit.base.parameters()).device
+    anywhere = next(state.base.parameters()).device
     devices = {SHARED: anywhere} | {HEAD + path: anywhere for path in adapter.heads}
     for site in adapter.sites:
         devices[site.key] = next((p.device for p in site.module.parameters()), anywhere)
@@ -132,11 +130,13 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
 
 
-def admit(kit: Kit, adapter: Adapter, slots: Mapping[str, Slot], values: Mapping[str, Tensor], strength: float) -> None:
+def admit(
+    state: KitState, adapter: Adapter, slots: Mapping[str, Slot], values: Mapping[str, Tensor], strength: float
+) -> None:
     """Fills the adapter's slots and adds it to the kit, as trainable as a fresh one and not worn."""
-    devices = device_of(kit, adapter)
+    devices = device_of(state, adapter)
     for name, slot in slots.items():
         slot.put(values[name].to(devices[name.partition(".")[0]]))
-    adapter.wire([head_site(kit, path.replace("/", ".")) for path in adapter.heads])
+    adapter.wire([head_site(state, path.replace("/", ".")) for path in adapter.heads])
     adapter.strength = strength
-    kit.enter(adapter)
+    state.insert(adapter)

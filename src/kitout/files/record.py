@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from kitout import methods as _registering  # noqa: F401 - a file may name any method there is
 from kitout.base.site import Site
 from kitout.errors import Faults, FileError, suggest
 from kitout.files.fingerprint import Fingerprint

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,8 @@ from kitout.files.record import FORMAT, RECORD, TENSORS, Record, SiteRecord, Ten
 from kitout.files.tensors import Tensors, open_tensors, write_tensors
 from kitout.kit.adapter import Adapter
 from kitout.kit.build import check_name, check_sites, head_site, sites_of
-
-if TYPE_CHECKING:
-    from os import PathLike
-
-    from kitout.kit.kit import Kit
+from kitout.kit.state import KitState
+from kitout.version import __version__
 
 FILES = (RECORD, TENSORS)
 MOST_SITE_FAULTS = 6
@@ -39,7 +37,7 @@ RETRIES = 5  # while a folder is replaced under a reader
 
 @torch.no_grad()
 def save(
-    kit: Kit,
+    state: KitState,
     name: str,
     folder: str | PathLike[str],
     *,
@@ -52,9 +50,7 @@ def save(
     note: anything json can hold, kept with the adapter; None keeps the note it was loaded with. Raises FileError where
     the folder holds other files or a value is NaN or infinite.
     """
-    from kitout import __version__
-
-    adapter = kit[name] if resume else kit[name].settled()
+    adapter = state[name] if resume else state[name].settled()
     target = Path(folder)
     check_replaceable(target.expanduser(), FILES)
     held = slots(adapter)
@@ -63,7 +59,7 @@ def save(
     dtype = _dtype(held)
     if dtype == "mixed" and any(s.base is not None for s in held.values()):
         raise FileError(f"{name!r} holds trained copies in several dtypes: bring them to one, kit[{name!r}].float()")
-    frozen = unmerged(kit)
+    frozen = unmerged(state)
     kept: dict[str, Tensor] = {}
     for key, slot in held.items():
         start = None if slot.base is None else frozen.get(id(slot.base), slot.base)
@@ -83,9 +79,9 @@ def save(
             dtype=dtype,
             parameters=sum(p.numel() for p in adapter.parameters()),
             sites=[SiteRecord.of(s) for s in adapter.sites],
-            heads=[describe(path, _head(adapter, path), kit.base) for path in head_paths],
+            heads=[describe(path, _head(adapter, path), state.base) for path in head_paths],
             tensors=TensorsRecord(bytes=size, sha256=digest),
-            base=fingerprint(kit, [s.path for s in adapter.sites], head_paths),
+            base=fingerprint(state, [s.path for s in adapter.sites], head_paths),
             note=dict(adapter.note if note is None else note),
         )
         record.write(fresh / RECORD)
@@ -94,7 +90,7 @@ def save(
 
 
 def load(
-    kit: Kit,
+    state: KitState,
     folder: str | PathLike[str],
     *,
     name: str | None = None,
@@ -109,11 +105,11 @@ def load(
     for _ in range(RETRIES):
         before = _stamp(where)
         try:
-            return _load(kit, where, name, heads or {})
+            return _load(state, where, name, heads or {})
         except FileError:
             if _stamp(where) == before:  # else another process has replaced the folder between its two files
                 raise
-    return _load(kit, where, name, heads or {})
+    return _load(state, where, name, heads or {})
 
 
 def _stamp(where: Path) -> tuple[int, int] | None:
@@ -125,29 +121,29 @@ def _stamp(where: Path) -> tuple[int, int] | None:
     return facts.st_ino, facts.st_mtime_ns
 
 
-def _load(kit: Kit, where: Path, name: str | None, heads: Mapping[str, nn.Module]) -> Adapter:
+def _load(state: KitState, where: Path, name: str | None, heads: Mapping[str, nn.Module]) -> Adapter:
     record = read_record(_inside(where, RECORD))
-    if kit.merged_name is not None:
-        raise MergeState(f"{kit.merged_name!r} is merged into the base: unmerge() before loading {where}")
-    _check_name(kit, where, record, name)
+    if state.merged_names:
+        raise MergeState(f"{state.merged_text} merged into the base: unmerge() before loading {where}")
+    _check_name(state, where, record, name)
     method = _named(where, record.rebuilt)
     tensors = open_tensors(_inside(where, TENSORS))
     with tensors.file:
-        _check_base(kit, where, record)
-        sites = _sites(kit, where, record, lambda: sites_of(kit, method, [h.path for h in record.heads]))
-        adapter, held = _blank(kit, where, record, name or record.name, method, sites, heads)
+        _check_base(state, where, record)
+        sites = _sites(state, where, record, lambda: sites_of(state, method, [h.path for h in record.heads]))
+        adapter, held = _blank(state, where, record, name or record.name, method, sites, heads)
         _check_header(where, record, tensors, held)
         stored, digest = tensors.read()
     values = _values(where, record, held, stored, digest)
     adapter.seed, adapter.note = record.seed, dict(record.note)
-    admit(kit, adapter, held, values, record.strength)
+    admit(state, adapter, held, values, record.strength)
     return adapter
 
 
-def _check_name(kit: Kit, where: Path, record: Record, name: str | None) -> None:
+def _check_name(state: KitState, where: Path, record: Record, name: str | None) -> None:
     """A bad name that the caller gave is the caller's fault, one that the file holds is the file's."""
     try:
-        check_name(kit, record.name if name is None else name)
+        check_name(state, record.name if name is None else name)
     except BadName as error:
         if name is not None:
             raise
@@ -174,8 +170,8 @@ def _named(where: Path, step: Any) -> Any:
         raise FileError(f"{where}: {error}") from None
 
 
-def _check_base(kit: Kit, where: Path, record: Record) -> None:
-    here = fingerprint(kit, [s.path for s in record.sites], [h.path for h in record.heads])
+def _check_base(state: KitState, where: Path, record: Record) -> None:
+    here = fingerprint(state, [s.path for s in record.sites], [h.path for h in record.heads])
     if not (here.valued and record.base.valued):
         which = "This base is" if not here.valued else f"The base {where} was made for was"
         warnings.warn(
@@ -187,10 +183,10 @@ def _check_base(kit: Kit, where: Path, record: Record) -> None:
     faults.raise_if_any()
 
 
-def _sites(kit: Kit, where: Path, record: Record, choose: Any) -> list[Site]:
+def _sites(state: KitState, where: Path, record: Record, choose: Any) -> list[Site]:
     """The method's sites in this model, which must be those of the record one by one."""
     sites: list[Site] = _named(where, choose)
-    check_sites(kit, record.name, sites, [h.path for h in record.heads])
+    check_sites(state, record.name, sites, [h.path for h in record.heads])
     old, new = {s.key: s for s in record.sites}, {s.key: SiteRecord.of(s) for s in sites}
     faults = Faults(FileError, f"{where}: its sites are not those that {record.method} finds in this model")
     if len(old) != len(record.sites):
@@ -213,21 +209,27 @@ def _site_fault(key: str, old: SiteRecord | None, new: SiteRecord | None) -> str
 
 
 def _blank(
-    kit: Kit, where: Path, record: Record, name: str, method: Any, sites: list[Site], given: Mapping[str, nn.Module]
+    state: KitState,
+    where: Path,
+    record: Record,
+    name: str,
+    method: Any,
+    sites: list[Site],
+    given: Mapping[str, nn.Module],
 ) -> tuple[Adapter, dict[str, Slot]]:
     faults = Faults(FileError, str(where))
     modules = {}
     for head in record.heads:
         try:
-            head_site(kit, head.path)
-            modules[head.path] = rebuild(head, kit.base, given)
+            head_site(state, head.path)
+            modules[head.path] = rebuild(head, state.base, given)
         except (FileError, TargetError) as error:
             faults.add(str(error))
     if strangers := [path for path in given if path not in {h.path for h in record.heads}]:
         faults.add(f"heads: the adapter has none at {', '.join(strangers)}")
     faults.raise_if_any()
     try:
-        return blank(kit, name, method, sites, modules)
+        return blank(state, name, method, sites, modules)
     except KitoutError as error:
         raise FileError(f"{where}: {error}") from None
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from kitout.base.site import Site
 from kitout.base.weights import Frozen, bias, matrix
 from kitout.errors import NotMergeable
+from kitout.kit.fold import Pair, fold_local, lerp, working
 from kitout.kit.local import Local, Part
-from kitout.kit.merge import Pair, fold_local, lerp, working
 from kitout.kit.program import Blend, Chain, One, Term
 
 

@@ -7,6 +7,7 @@ argument, so a recomputation wears what its forward wore. It knows nothing of ad
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache, wraps
 from typing import Any, Protocol
 
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from kitout.errors import MergeState, RouteError
+from kitout.kit.firing import Firing
 from kitout.kit.live import Bound, Live
+from kitout.kit.state import KitState
 from kitout.kit.tap import subclass
 from kitout.kit.widen import trimmed
 
@@ -25,13 +28,9 @@ ENCODER = ("encoder_last_hidden_state", "encoder_hidden_states")
 class Resolver(Protocol):
     """What the boundary asks of a kit."""
 
-    live: Live
+    state: KitState
 
-    merged_name: str | None
-
-    def resolve(self) -> Bound: ...
     def train(self, mode: bool = True) -> Any: ...
-    def first_forward(self) -> Any: ...
 
 
 @cache
@@ -45,20 +44,21 @@ def bounded(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or self._kitout is None:
             return frozen_forward(self, *args, **kwargs)  # the taps already hold the route `use` laid
-        _check_trainable(self._kitout, self)
-        live: Live = self._kitout.live
+        state: KitState = self._kitout.state
+        _check_trainable(state, self)
+        live = state.live
         if live.leading:
             return frozen_forward(self, *args, **kwargs)
         with live.lock:
             live.settle()
-            bound = self._kitout.resolve().begun()
+            bound = state.resolve().begun()
             if bound.rows is not None and live.depth == 0:
                 _check_rows(bound, self, args, kwargs, bool(live.generating))
             live.lay(bound)
             _check_cache(live, bound, kwargs)
             live.depth += 1
             try:
-                with self._kitout.first_forward():
+                with Firing(state) if state.unproven else nullcontext():
                     output = frozen_forward(self, *args, **kwargs)
             finally:
                 live.depth -= 1
@@ -79,10 +79,11 @@ def bounded(base: type[nn.Module]) -> type[nn.Module]:
         def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
             if self._kitout is None:
                 return frozen_generate(self, *args, **kwargs)
-            live: Live = self._kitout.live
+            state: KitState = self._kitout.state
+            live = state.live
             with live.lock:
                 live.settle()
-                bound = self._kitout.resolve().begun()
+                bound = state.resolve().begun()
                 if bound.rows is not None:
                     _check_rows(bound, self, args, kwargs, False)
                 live.lay(bound)  # an encoder may be called before the model's own forward is
@@ -162,11 +163,11 @@ def _check_cache(live: Live, bound: Bound, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _check_trainable(kit: Resolver, model: nn.Module) -> None:
+def _check_trainable(state: KitState, model: nn.Module) -> None:
     """Training while merged would train nothing: the adapter is no longer in the graph."""
-    if kit.merged_name is not None and model.training and torch.is_grad_enabled():
+    if state.merged_names and model.training and torch.is_grad_enabled():
         raise MergeState(
-            f"{kit.merged_name!r} is merged into the base, so a training forward would reach no adapter: unmerge() "
+            f"{state.merged_text} merged into the base, so a training forward would reach no adapter: unmerge() "
             "first, or run under model.eval() or torch.no_grad()"
         )
 

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -35,16 +34,14 @@ from kitout.kit.delta import Delta, Pair
 from kitout.kit.live import Bound
 from kitout.kit.method import Method
 from kitout.kit.route import Route, names
+from kitout.kit.state import KitState
 from kitout.kit.tap import untap
-
-if TYPE_CHECKING:
-    from kitout.kit.kit import Kit
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def build(
-    kit: Kit,
+    state: KitState,
     name: str,
     method: Method,
     seed: int | None,
@@ -52,58 +49,58 @@ def build(
     dtype: torch.dtype | None,
 ) -> Adapter:
     """A fresh adapter for this kit, not yet one of its adapters."""
-    check_name(kit, name)
+    check_name(state, name)
     if not isinstance(method, Method):
         raise ConfigError(f"add() takes a method with its settings, such as LoRA(rank=8), found {method!r}")
-    kit.check_unmerged(f"adding {name!r}")
-    head_sites = [head_site(kit, path) for path in heads]
-    heads = {path: own_head(kit, path, module) for path, module in heads.items()}
+    state.check_unmerged(f"adding {name!r}")
+    head_sites = [head_site(state, path) for path in heads]
+    heads = {path: own_head(state, path, module) for path, module in heads.items()}
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ConfigError(f"seed must be a whole number or None, found {seed!r}")
-    sites = sites_of(kit, method, heads)
-    check_sites(kit, name, sites, heads)
+    sites = sites_of(state, method, heads)
+    check_sites(state, name, sites, heads)
     # On CPU whatever the base's device, so that a seed means the same values everywhere.
-    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad(), _bare(kit):
+    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad(), _bare(state):
         if seed is not None:
             torch.manual_seed(seed)
         shared = method.common(sites)
         deltas = {site.key: _delta(method, site, shared) for site in sites}
-        method.start({site: deltas[site.key] for site in sites}, partial(keys_values, kit))
+        method.start({site: deltas[site.key] for site in sites}, partial(keys_values, state))
     adapter = Adapter(name, method, sites, deltas, shared, heads)
     adapter.seed = seed
-    adapter.to(dtype=dtype or torch.promote_types(kit.dtype, torch.float32))
-    place(kit, adapter)
+    adapter.to(dtype=dtype or torch.promote_types(state.dtype, torch.float32))
+    place(state, adapter)
     adapter.wire(head_sites)
     return adapter
 
 
 @contextmanager
-def _bare(kit: Kit) -> Iterator[None]:
+def _bare(state: KitState) -> Iterator[None]:
     """Nothing worn while initial values are read off the model's modules."""
-    with kit.live.lock:
-        before = kit.live.bound
-        kit.live.lay(Bound(None))
+    with state.live.lock:
+        before = state.live.bound
+        state.live.lay(Bound(None))
         try:
             yield
         finally:
-            kit.live.lay(before)
+            state.live.lay(before)
 
 
-def keys_values(kit: Kit, ids: Tensor) -> dict[str, Pair]:
+def keys_values(state: KitState, ids: Tensor) -> dict[str, Pair]:
     """The base's own keys and values of token ids [1, T], by attention path, each [H_kv, T, d_h]."""
-    if not any(tower.owner is not None for tower in kit.found.towers):
+    if not any(tower.owner is not None for tower in state.survey.towers):
         raise ConfigError("init from a text: this model reads no tokens")
     found: dict[str, Pair] = {}
-    live, base = kit.live, kit.base
-    ids = ids.to(kit.device)
-    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if kit.config.is_encoder_decoder else {})
-    for site in kit.found.attentions:
-        kit.tapped(site.path)
+    live, base = state.live, state.base
+    ids = ids.to(state.device)
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if state.config.is_encoder_decoder else {})
+    for site in state.survey.attentions:
+        state.tapped(site.path)
     with live.lock, undisturbed(base), torch.no_grad():
         before = live.bound
         live.leading += 1
         try:
-            live.lay(bind(None, {}, kit.taps, kit.found, live, found))
+            live.lay(bind(None, {}, state.taps, state.survey, live, found))
             base(**inputs, use_cache=False)
         finally:
             live.lay(before)
@@ -120,14 +117,14 @@ def _delta(method: Method, site: Site, shared: nn.Module | None) -> Delta:
         ) from None
 
 
-def check_name(kit: Kit, name: str) -> None:
+def check_name(state: KitState, name: str) -> None:
     """BadName or NameTaken."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise BadName(
             f"{name!r} cannot name an adapter: use 1 to 128 letters, digits, '.', '_' or '-', "
             "the first a letter or digit"
         )
-    if name in kit:
+    if name in state:
         raise NameTaken(f"an adapter called {name!r} exists: remove({name!r}) first, or choose another name")
 
 
@@ -144,16 +141,16 @@ def check_strength(adapter: Adapter, value: float) -> None:
         )
 
 
-def check_known(kit: Kit, wanted: Route) -> None:
+def check_known(state: KitState, wanted: Route) -> None:
     """UnknownAdapter for every name in a route that no adapter carries, all in one."""
     faults = Faults(UnknownAdapter, "use")
     for name in dict.fromkeys(names(wanted)):
-        if name not in kit:
-            faults.add(f"no adapter is called {name!r}: {suggest(name, kit.names)}")
+        if name not in state:
+            faults.add(f"no adapter is called {name!r}: {suggest(name, state.names)}")
     faults.raise_if_any()
 
 
-def check_sites(kit: Kit, name: str, sites: Sequence[Site], heads: Collection[str] = ()) -> None:
+def check_sites(state: KitState, name: str, sites: Sequence[Site], heads: Collection[str] = ()) -> None:
     """TargetError for no site at all where no head takes their place, SilentSite for one that never runs."""
     twice = [key for key, n in Counter(s.key for s in sites).items() if n > 1]
     if twice:
@@ -162,7 +159,7 @@ def check_sites(kit: Kit, name: str, sites: Sequence[Site], heads: Collection[st
         )
     if not sites and not heads:
         raise TargetError(f"adapter {name!r} would have no site at all in this model; see print(kit) for the roles")
-    silent = [s.path for s in sites if s.path in kit.found.silent]
+    silent = [s.path for s in sites if s.path in state.survey.silent]
     if silent:
         raise SilentSite(
             f"adapter {name!r}: {', '.join(silent[:5])} never runs in this model's forward, so nothing placed there "
@@ -170,28 +167,28 @@ def check_sites(kit: Kit, name: str, sites: Sequence[Site], heads: Collection[st
         )
 
 
-def sites_of(kit: Kit, method: Method, heads: Iterable[str]) -> list[Site]:
+def sites_of(state: KitState, method: Method, heads: Iterable[str]) -> list[Site]:
     """Where the method goes, without what the adapter's own heads replace: it would have no effect there."""
-    return [s for s in method.sites(kit.found) if not any(f"{s.path}.".startswith(f"{h}.") for h in heads)]
+    return [s for s in method.sites(state.survey) if not any(f"{s.path}.".startswith(f"{h}.") for h in heads)]
 
 
-def head_site(kit: Kit, path: str) -> Site:
+def head_site(state: KitState, path: str) -> Site:
     """The place of a module that a head replaces."""
     try:
-        module = kit.base.get_submodule(path)
+        module = state.base.get_submodule(path)
     except AttributeError:
-        module = kit.base
-    if module is kit.base:
-        known = [p for p, _ in kit.base.named_modules()]
+        module = state.base
+    if module is state.base:
+        known = [p for p, _ in state.base.named_modules()]
         raise TargetError(f"heads: the model has no module {path!r}: {suggest(path, known)}")
     return Site(path=path, role="head", d_in=0, d_out=0, kind="other", module=module, rows="batch")
 
 
-def own_head(kit: Kit, path: str, module: object) -> nn.Module:
+def own_head(state: KitState, path: str, module: object) -> nn.Module:
     """A head as the adapter takes it: trainable, and without the taps that a copy of the model's own module brings."""
     if not isinstance(module, nn.Module):
         raise TargetError(f"heads: {path!r} needs an nn.Module, found {module!r}")
-    if any(m is module for m in kit.base.modules()):
+    if any(m is module for m in state.base.modules()):
         raise TargetError(f"heads: {path!r} is given a module of the model itself: give a copy, copy.deepcopy(module)")
     for child in module.modules():
         if "_kitout_tap" in child.__dict__:
@@ -199,7 +196,7 @@ def own_head(kit: Kit, path: str, module: object) -> nn.Module:
     return module.requires_grad_(True)
 
 
-def place(kit: Kit, adapter: Adapter) -> None:
+def place(state: KitState, adapter: Adapter) -> None:
     """Moves each Delta to the device of the module it sits at."""
     for site in adapter.sites:
         device = next((p.device for p in site.module.parameters()), None)
@@ -207,4 +204,4 @@ def place(kit: Kit, adapter: Adapter) -> None:
             adapter.delta(site).to(device)
     for module in (adapter.shared, adapter.heads):
         if module is not None:
-            module.to(kit.device)
+            module.to(state.device)

@@ -13,17 +13,21 @@ from kitout.kit.adapter import Adapter
 
 
 @dataclass(frozen=True)
-class Count:
-    """trainable and total: values (heads included). heads: those of them in replaced modules. percent: trainable as a
-    share of the base's parameters. bytes: of all tensors as they are held. formula: the method's closed form.
-    """
+class ParameterCount:
+    """What one adapter costs."""
 
     trainable: int
+    """Parameters that require a gradient, heads included."""
     total: int
+    """All parameters of the adapter, heads included."""
     heads: int
+    """Of those, in replaced modules."""
     percent: float
+    """Trainable as a percentage of the base's parameters."""
     bytes: int
+    """Of all tensors as they are held."""
     formula: int
+    """The method's closed form of its parameters without heads."""
 
     def __str__(self) -> str:
         return f"{self.trainable:,} trainable ({self.percent:.3f} % of the base), {self.bytes / 2**20:.2f} MiB"
@@ -34,7 +38,7 @@ def base_size(base: nn.Module) -> int:
     return sum(p.numel() for p in base.parameters())
 
 
-def count(adapter: Adapter, base: nn.Module) -> Count:
+def count(adapter: Adapter, base: nn.Module) -> ParameterCount:
     """The adapter's cost. Raises AssertionError if tensors and closed form disagree: that would be a bug of ours."""
     parameters = list(adapter.parameters())
     total = sum(p.numel() for p in parameters)
@@ -43,4 +47,4 @@ def count(adapter: Adapter, base: nn.Module) -> Count:
     formula = adapter.method.count(adapter.sites)
     assert formula == total - heads, f"{adapter.name}: closed form {formula}, tensors {total - heads}"
     size = sum(p.numel() * p.element_size() for p in parameters)
-    return Count(trainable, total, heads, 100.0 * trainable / max(1, base_size(base)), size, formula)
+    return ParameterCount(trainable, total, heads, 100.0 * trainable / max(1, base_size(base)), size, formula)

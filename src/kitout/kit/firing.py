@@ -8,24 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kitout.errors import SilentSite
-
-if TYPE_CHECKING:
-    from kitout.kit.kit import Kit
+from kitout.kit.state import KitState
 
 
 class Firing(AbstractContextManager[None]):
     """Records which worn sites fire in one forward and raises SilentSite for those that do not."""
 
-    def __init__(self, kit: Kit) -> None:
-        self.kit, self.fired = kit, set[str]()
+    def __init__(self, state: KitState) -> None:
+        self.state, self.fired = state, set[str]()
         self.hooks: list[Any] = []
 
     def __enter__(self) -> None:
-        for spot, _ in self.kit.live.bound.items:
-            if spot.path in self.kit.unproven:
+        for spot, _ in self.state.live.bound.items:
+            if spot.path in self.state.unproven:
                 self.hooks.append(spot.module.register_forward_pre_hook(self._hook(spot.path)))
 
     def _hook(self, path: str) -> Callable[..., None]:
@@ -38,10 +36,10 @@ class Firing(AbstractContextManager[None]):
             hook.remove()
         if kind is not None:
             return
-        missed = [spot.path for spot, _ in self.kit.live.bound.items if spot.path in self.kit.unproven - self.fired]
-        self.kit.unproven -= self.fired
+        missed = [spot.path for spot, _ in self.state.live.bound.items if spot.path in self.state.unproven - self.fired]
+        self.state.unproven -= self.fired
         if missed:
             raise SilentSite(
                 f"{', '.join(missed[:5])} did not run in this forward: nothing placed there has an effect. Choose "
-                "other targets, or attach(model, example=batch) with a batch that reaches every part of the model"
+                "other targets, or attach(model, example_batch=batch) with a batch that reaches every part of the model"
             )

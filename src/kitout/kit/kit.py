@@ -1,120 +1,136 @@
-"""The kit: named adapters on one frozen base, worn, routed, counted, merged and saved.
+"""The kit: named adapters on one frozen base, activated, routed, counted, merged and saved.
 
-`attach(model)` finds the sites, freezes the base and changes nothing else; the kit then holds adapters and forwards
-calls. What it does with tensors lives elsewhere: sites in `base`, routes in `bind`, weights in `merge`, files in
-`kitout.files`. It knows no method and no architecture.
+`attach(model)` finds the sites, freezes the base and changes nothing else; the `Kit` then holds adapters and forwards
+calls. This is the facade: what it does with tensors lives in `kitout.runtime`, files in `kitout.files`. It knows no
+method and no architecture.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from os import PathLike
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
+from kitout.base.find import survey as find_sites
+from kitout.base.probe import prove
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.base.survey import Survey
-from kitout.errors import Detached, MergeState, RouteError, UnknownAdapter, suggest
-from kitout.kit import merge as merging
+from kitout.errors import AlreadyAttached, ConfigError, KitoutError, MergeState, RouteError
+from kitout.files import peft, store
 from kitout.kit.adapter import Adapter
-from kitout.kit.bare import BareState, Forward, disable_checkpointing, enable_checkpointing, keep_still, train_base
-from kitout.kit.bind import bind
+from kitout.kit.bare import Forward, disable_checkpointing, enable_checkpointing
 from kitout.kit.boundary import bounded, routed
-from kitout.kit.build import build, check_known, check_name, check_strength
-from kitout.kit.count import Count, count
-from kitout.kit.firing import Firing
-from kitout.kit.front import paths
-from kitout.kit.live import Bound, Choice, Live
+from kitout.kit.build import build, check_known, check_strength
+from kitout.kit.commit import merge, restore
+from kitout.kit.copy import plain_copy
+from kitout.kit.count import ParameterCount, count
+from kitout.kit.live import Bound, Choice
 from kitout.kit.method import Method
-from kitout.kit.plans import Plans
-from kitout.kit.route import Route, names, route
+from kitout.kit.route import Route, route
+from kitout.kit.show import show
+from kitout.kit.state import KitState
 from kitout.kit.tap import Tap, install, tap, uninstall, untap
 from kitout.kit.worn import Worn
 
-if TYPE_CHECKING:
-    from os import PathLike
+
+def attach(
+    model: nn.Module, *, roles: Mapping[str, str] | None = None, example_batch: Mapping[str, Any] | None = None
+) -> Kit:
+    """A kit on a transformers model, timm ViT or any nn.Module whose blocks can be found (or are given by `roles`).
+
+    Freezes the model and changes nothing else. roles: regex on the module path -> role, where the finder needs help.
+    example_batch: one batch as the model takes it, where a probe input cannot be made up from the model's config.
+    Raises NoBlocks, TargetError, AlreadyAttached.
+    """
+    if not isinstance(model, nn.Module):
+        raise KitoutError(f"attach() takes an nn.Module, found {type(model).__name__}")
+    if isinstance(model, Kit):
+        raise AlreadyAttached("this is a kit: attach() takes the model itself")
+    if "_kitout" in model.__dict__:
+        raise AlreadyAttached("this model has a kit attached: use that one, or kit.detach() first")
+    attached = [path for path, m in model.named_modules() if "_kitout_tap" in m.__dict__ or "_kitout" in m.__dict__]
+    if attached:
+        raise AlreadyAttached(
+            f"{attached[0] or 'this module'} is part of a model that has a kit attached: kit.detach() first"
+        )
+    return Kit(model, prove(find_sites(model, roles), example_batch))
 
 
 class Kit(nn.Module):
     """Named adapters on one frozen base. Made by `attach`; `parameters()` and `state_dict()` hold adapters only."""
 
-    def __init__(self, base: nn.Module, found: Survey) -> None:
+    def __init__(self, base: nn.Module, survey: Survey) -> None:
         super().__init__()
-        self.__dict__["base"] = base  # not a child: the base is not the kit's to register, train or save
-        self.found = found
-        self.adapters = nn.ModuleDict()
-        self.live = Live()
-        self.merged_name: str | None = None
-        self.spent = False
-        self._order: dict[str, Adapter] = {}
-        self.taps: dict[str, Tap] = {}
-        self._plans = Plans()
-        self._backup: dict[str, merging.Backup] = {}
-        self.unproven: set[str] = {s.path for s in found.sites} if not found.proven else set()
-        self._state = BareState.take(base)
-        self._install()
-        self.__dict__["forward"] = Forward(self)
-        self.training = base.training
-
-    # ---- attaching ---------------------------------------------------------------------------------------------
-
-    def _install(self) -> None:
-        base = self.base
+        state = KitState(base, survey)
+        self.__dict__["state"] = state  # plain state: the base is not the kit's to register, train or save
+        self.adapters = state.modules
         base.requires_grad_(False)
-        self.taps[""] = tap("", base)  # below the boundary, which lays the route that a tap reads
+        state.taps[""] = tap("", base)  # below the boundary, which lays the route that a tap reads
         install(base, bounded, "_kitout", self)
-        blocks = {b.path for b in self.found.blocks if b.whole}
+        blocks = {b.path for b in survey.blocks if b.whole}
         for path, module in list(base.named_modules()):
             # besides blocks, whatever else activation checkpointing runs again: a stage of blocks
             if path in blocks or (path and hasattr(type(module), "gradient_checkpointing")):
-                module.__dict__["_kitout_live"] = self.live
-                self.taps[path] = Tap(path, module)
-                install(module, routed, "_kitout_tap", self.taps[path])
+                module.__dict__["_kitout_live"] = state.live
+                state.taps[path] = Tap(path, module)
+                install(module, routed, "_kitout_tap", state.taps[path])
+        self.__dict__["forward"] = Forward(base)
+        self.training = state.modules.training = base.training
 
     def detach(self) -> nn.Module:
-        """The model as it was before `attach`: classes, requires_grad and mode; returns it. The kit is spent."""
-        if self.merged_name is not None:
+        """The model as it was before `attach`: classes, requires_grad and mode; returns it. The kit ends here."""
+        state = self.state
+        if state.merged_names:
             self.unmerge()
-        self.live.lay(Bound(None))
-        self.spent = True
-        for path in self.taps:
+        state.live.lay(Bound(None))
+        state.is_detached = True
+        for path in state.taps:
             module = self.base.get_submodule(path)
             untap(module)
             module.__dict__.pop("_kitout_live", None)
         uninstall(self.base, "_kitout")
-        self._state.restore(self.base)
-        self.taps.clear()
+        state.before_attach.restore(self.base)
+        state.taps.clear()
         return self.base
+
+    @property
+    def state(self) -> KitState:
+        """What all the rest of kitout works on."""
+        state = self.__dict__["state"]
+        assert isinstance(state, KitState)
+        return state
 
     @property
     def base(self) -> nn.Module:
         """The frozen model."""
-        model = self.__dict__["base"]
-        assert isinstance(model, nn.Module)
-        return model
+        return self.state.base
+
+    @property
+    def survey(self) -> Survey:
+        """The base's towers, blocks and sites."""
+        return self.state.survey
 
     def sites(self, targets: str, layers: str = "all") -> list[Site]:
         """The sites a selection means: `kit.sites("attn.q", "last:2")`."""
-        return select(self.found.sites, targets, layers)
+        return select(self.survey.sites, targets, layers)
 
     # ---- adapters ----------------------------------------------------------------------------------------------
 
     @property
     def names(self) -> list[str]:
         """The adapters, in the order they were added."""
-        return list(self._order)
+        return self.state.names
 
     def __contains__(self, name: object) -> bool:
-        return name in self._order
+        return name in self.state
 
     def __getitem__(self, name: str) -> Adapter:
-        if name not in self._order:
-            raise UnknownAdapter(f"no adapter is called {name!r}: {suggest(name, self._order)}")
-        return self._order[name]
+        return self.state[name]
 
     def add(
         self,
@@ -125,170 +141,150 @@ class Kit(nn.Module):
         heads: Mapping[str, nn.Module] | None = None,
         dtype: torch.dtype | None = None,
     ) -> Adapter:
-        """A fresh adapter, left trainable and not worn. seed: of its initial values (None: the global generator).
+        """A new adapter, left trainable and not active. seed: of its initial values (None: the global generator).
 
-        heads: modules that replace modules of the model, by path, while the adapter is worn. dtype: of its values;
+        heads: modules that replace modules of the model, by path, while the adapter is active. dtype: of its values;
         default fp32 over a floating base, whatever the base's own. Raises NameTaken, BadName, TargetError, MergeState.
         """
-        self.check_attached()
-        adapter = build(self, name, method, seed, heads or {}, dtype)
-        self.enter(adapter)
+        self.state.check_attached()
+        adapter = build(self.state, name, method, seed, heads or {}, dtype)
+        self.state.insert(adapter)
         return adapter
 
-    def check_attached(self) -> None:
-        """Detached, if `detach` has been called."""
-        if self.spent:
-            raise Detached("this kit was detached from its model: attach(model) makes a new one")
-
-    def check_unmerged(self, before: str) -> None:
-        """MergeState, if an adapter is folded into the base now."""
-        if self.merged_name is not None:
-            raise MergeState(f"{self.merged_name!r} is merged into the base: unmerge() before {before}")
-
-    def enter(self, adapter: Adapter) -> None:
-        """Takes in an adapter that was built for this kit (by `add` or from a file)."""
-        with self.live.lock:
-            check_name(self, adapter.name)  # another thread may have taken the name meanwhile
-            for path in {**adapter.locals, **adapter.notes, **dict.fromkeys(paths(adapter, self.found))}:
-                self.tapped(path)
-            self.adapters["@" + adapter.name.replace(".", "%2E")] = adapter
-            adapter.train(self.training)
-            self._order[adapter.name] = adapter
-            keep_still(self)
-
-    def tapped(self, path: str) -> Tap:
-        """The tap of a module, installed on first use."""
-        return self.taps.setdefault(path, tap(path, self.base.get_submodule(path)))
-
     def remove(self, name: str) -> None:
-        """Forgets an adapter. Refused while it is merged or worn: here, in any `with`, or by the sticky route."""
+        """Forgets an adapter. Refused while it is merged or active: here, in any `with`, or by the sticky route."""
         adapter = self[name]
-        self.live.settle()
-        self.check_unmerged("removing an adapter")
-        here = name in names(self.live.route) or name in names(self.live.sticky[-1].route)
-        if here or self.live.entered[name] > 0:
-            raise RouteError(f"{name!r} is worn: use(None) or another route before remove({name!r})")
-        with self.live.lock:
-            self.live.forget(name)
-            del self.adapters["@" + adapter.name.replace(".", "%2E")]
-            del self._order[name]
-            self._forget_plans(name)
-
-    def _forget_plans(self, name: str) -> None:
-        worn_now = self.live.bound.route
-        self._plans.forget(name)
-        if name in names(worn_now):
-            self.live.lay(self.resolve())
+        self.state.check_unmerged("removing an adapter")
+        self.state.discard(adapter.name)
 
     def strength(self, name: str, value: float) -> None:
         """y + value * (delta(x, y) - y) wherever the adapter acts; 1 is as trained, 0 is off."""
         adapter = self[name]
         if not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
             raise RouteError(f"strength must be a finite number, found {value!r}")
-        self.check_unmerged("changing a strength")
+        self.state.check_unmerged("changing a strength")
         check_strength(adapter, float(value))
-        with self.live.lock:
+        with self.state.live.lock:
             adapter.strength = float(value)
-            self._forget_plans(name)
+            self.state.forget_routes(name)
 
-    def train_only(self, *chosen: str) -> None:
+    def train_only(self, *names: str) -> None:
         """Exactly these adapters require gradients."""
-        picked = [self[n] for n in chosen]
-        for adapter in self._order.values():
-            adapter.requires_grad_(adapter in picked)
-        keep_still(self)
+        selected = [self[n] for n in names]
+        for adapter in self.state.adapters:
+            adapter.requires_grad_(adapter in selected)
+        self.state.refresh_base_mode()
 
-    def count(self, name: str) -> Count:
-        """Trainable and total values, percent of the base and bytes of one adapter."""
-        return count(self[name], self.base)
+    @overload
+    def num_parameters(self, name: str) -> ParameterCount: ...
+    @overload
+    def num_parameters(
+        self, name: None = None, *, only_trainable: bool = False, exclude_embeddings: bool = False
+    ) -> int: ...
+    def num_parameters(
+        self, name: str | None = None, *, only_trainable: bool = False, exclude_embeddings: bool = False
+    ) -> ParameterCount | int:
+        """With a name: a `ParameterCount` of that adapter (trainable, total, percent of the base, bytes).
 
-    # ---- wearing -----------------------------------------------------------------------------------------------
+        Without one: the number of parameters of base and adapters together, as transformers' own call of this name
+        has it. only_trainable: those that require a gradient; exclude_embeddings: without the base's embeddings.
+        """
+        if name is not None:
+            if only_trainable or exclude_embeddings:
+                raise ConfigError("num_parameters(name) has every figure of one adapter: leave the options out")
+            return count(self[name], self.base)
+        tables = {id(p) for m in self.base.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        left_out = tables if exclude_embeddings else set()
+        own = [*self.base.parameters(), *self.parameters()]
+        return sum(p.numel() for p in own if id(p) not in left_out and (p.requires_grad or not only_trainable))
 
-    def use(self, what: object) -> Worn:
-        """Wears a name, None, a Stack, a Mix, or a list with one of these per row, from now on.
+    # ---- the route ---------------------------------------------------------------------------------------------
+
+    def use(self, what: object) -> Worn[Kit]:
+        """Activates a name, None, a Stack, a Mix, or a list with one of these per row, until the next `use`.
 
         In a `with` statement the choice holds for this thread or task alone and ends with the block.
         """
-        self.check_attached()
+        state = self.state
+        state.check_attached()
         wanted = route(what)
-        check_known(self, wanted)
-        self.check_unmerged(f"use({what!r})")
+        check_known(state, wanted)
+        state.check_unmerged(f"use({what!r})")
         choice = Choice(wanted)
-        with self.live.lock:
-            self.live.settle()
-            self.live.pending[threading.get_ident()] = choice
+        with state.live.lock:
+            state.live.settle()
+            state.live.pending[threading.get_ident()] = choice
             try:
-                self.live.lay(self.resolve())
+                state.live.lay(state.resolve())
             except RouteError:
-                del self.live.pending[threading.get_ident()]
+                del state.live.pending[threading.get_ident()]
                 raise
-        return Worn(self, choice)
+        return Worn(self, state, choice)
 
     @property
-    def worn(self) -> Route:
-        """The route in force in this context; None while an adapter is merged, whatever is worn before and after."""
-        return self.live.route if self.merged_name is None else None
-
-    def resolve(self) -> Bound:
-        """The compiled form of the route in force."""
-        wanted = self.worn
-        bound = self._plans.get(wanted)
-        if bound is None:
-            bound = bind(wanted, self._order, self.taps, self.found, self.live)
-            self._plans.keep(bound)
-        return bound
-
-    def first_forward(self) -> AbstractContextManager[None]:
-        """Around a forward: where attach could not prove that sites fire, the first worn forward does."""
-        return Firing(self) if self.unproven else nullcontext()
+    def active(self) -> Route:
+        """The route in force in this context; None while adapters are merged, whatever is active before and after."""
+        return self.state.route
 
     # ---- merging -----------------------------------------------------------------------------------------------
 
-    def merge(self, *chosen: str) -> None:
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """The adapters folded into the base now, in order; () if none."""
+        return self.state.merged_names
+
+    def merge(self, *names: str) -> None:
         """Folds adapters, in this order, into the base's weights in place; `unmerge` puts the old bits back.
 
-        Nothing is worn until then, in any thread.
+        No route is in force until then, in any thread.
         """
-        self.check_attached()
-        if self.merged_name is not None:
-            raise MergeState(f"{self.merged_name!r} is merged already: unmerge() first")
-        adapters = [self[n] for n in chosen]
+        state = self.state
+        state.check_attached()
+        if state.merged_names:
+            raise MergeState(f"{state.merged_text} merged already: unmerge() first")
+        adapters = [self[n] for n in names]
         if not adapters:
             raise MergeState("merge() was given no adapter: merge('name')")
-        with self.live.lock:
-            self._backup = merging.merge(self.base, adapters, self.found.alive)
-            self.merged_name = "+".join(chosen)
-            self.live.lay(self.resolve())
+        with state.live.lock:
+            state.backups = merge(self.base, adapters, state.survey.alive)
+            state.merged_names = names
+            state.live.lay(state.resolve())
 
     def unmerge(self) -> None:
-        """The base's own weights again, bit for bit, wearing what it wore before."""
-        if self.merged_name is None:
+        """The base's own weights again, bit for bit, under the route that was in force before."""
+        state = self.state
+        if not state.merged_names:
             raise MergeState("nothing is merged")
-        with self.live.lock:
-            merging.restore(self._backup)
-            self._backup, self.merged_name = {}, None
-            self.live.lay(self.resolve())
+        with state.live.lock:
+            restore(state.backups)
+            state.backups, state.merged_names = {}, ()
+            state.live.lay(state.resolve())
 
-    def merged(self, *chosen: str, in_memory: bool = False) -> nn.Module:
+    def merged_copy(self, *names: str, check_saveable: bool = True) -> nn.Module:
         """An ordinary model with the adapters folded in and no trace of kitout; this kit and its base stay as they are.
 
-        in_memory: the copy need not survive save_pretrained, so it may hold what its config cannot bring back.
+        check_saveable: raise NotMergeable where the copy would not survive save_pretrained; False for a copy that
+        stays in memory, which may hold what its config cannot bring back.
         """
-        self.check_unmerged(f"merged{chosen!r}")
-        return merging.plain_copy(self, chosen, in_memory)
+        self.state.check_unmerged(f"merged_copy{names!r}")
+        return plain_copy(self.state, names, check_saveable)
 
     # ---- files -------------------------------------------------------------------------------------------------
 
     def save(
-        self, name: str, folder: str | PathLike[str], *, note: Mapping[str, Any] | None = None, resume: bool = False
+        self,
+        name: str,
+        folder: str | PathLike[str],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        keep_encoder: bool = False,
     ) -> None:
         """Writes one adapter as safetensors and json into a new or empty folder, or replaces an adapter folder.
 
-        resume: keep what only training needs (a prefix's encoder), which is folded away otherwise.
+        metadata: plain values kept in adapter.json. keep_encoder: keep what only training needs (a prefix's MLP
+        encoder), which is folded away otherwise.
         """
-        from kitout.files.store import save
-
-        save(self, name, folder, note=note, resume=resume)
+        store.save(self.state, name, folder, note=metadata, resume=keep_encoder)
 
     def load(
         self, folder: str | PathLike[str], *, name: str | None = None, heads: Mapping[str, nn.Module] | None = None
@@ -297,35 +293,33 @@ class Kit(nn.Module):
 
         heads: modules, by path, for heads whose class a file cannot describe; their values come from the folder.
         """
-        from kitout.files.store import load
-
-        return load(self, folder, name=name, heads=heads)
+        return store.load(self.state, folder, name=name, heads=heads)
 
     # ---- being a module ----------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Kit:
         """Training mode of base (its dropout) and adapters; `model.train()` and `model.eval()` do the same."""
         super().train(mode)
-        train_base(self, mode)
+        self.state.set_base_mode(mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Kit:
-        self.check_unmerged("moving or casting it")
+        self.state.check_unmerged("moving or casting it")
         self.base._apply(fn, recurse)
         super()._apply(fn, recurse)
         return self
 
     @property
     def config(self) -> Any:
-        return self.base.config
+        return self.state.config
 
     @property
     def device(self) -> torch.device:
-        return next(self.base.parameters()).device
+        return self.state.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.base.parameters() if p.is_floating_point())
+        return self.state.dtype
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         return self.base.generate(*args, **kwargs)  # type: ignore[operator]
@@ -343,8 +337,20 @@ class Kit(nn.Module):
     activation_checkpointing_disable = gradient_checkpointing_disable
 
     def __str__(self) -> str:
-        from kitout.kit.show import show
-
-        return show(self)
+        return show(self.state)
 
     __repr__ = __str__
+
+
+def load_peft(kit: Kit, folder: str | PathLike[str], name: str) -> Adapter:
+    """Adds an adapter from a folder of Hugging Face PEFT's; same numbers. See `kitout.files.peft`.
+
+    FileError, TargetError or ConfigError name what the folder holds that this base does not have or kitout does not
+    know; the kit is as before then.
+    """
+    return peft.load_peft(kit.state, folder, name)
+
+
+def save_peft(kit: Kit, name: str, folder: str | PathLike[str]) -> None:
+    """Writes one adapter as a folder that Hugging Face PEFT loads; ConfigError where PEFT has no such adapter."""
+    peft.save_peft(kit.state, name, folder)

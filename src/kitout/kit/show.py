@@ -6,25 +6,22 @@ It knows the survey and the adapters' counts, and nothing of routes or tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from kitout.base.site import Site
+from kitout.kit.count import base_size, count
+from kitout.kit.route import names
+from kitout.kit.state import KitState
 
-if TYPE_CHECKING:
-    from kitout.kit.kit import Kit
 
-
-def show(kit: Kit) -> str:
+def show(state: KitState) -> str:
     """The whole table."""
-    from kitout.kit.count import base_size
-
-    head = f"{type(kit.base).__name__}, {base_size(kit.base):,} parameters, frozen"
-    if kit.merged_name is not None:
-        head += f"; {kit.merged_name} merged into it"
-    rows = [("role", "layers", "in -> out", "sites"), *site_rows(kit.found.sites)]
-    lines = [head, *columns(rows), *adapter_lines(kit)]
-    if kit.found.silent:
-        lines.append(f"never runs in forward: {', '.join(sorted(kit.found.silent)[:8])}")
+    head = f"{type(state.base).__name__}, {base_size(state.base):,} parameters, frozen"
+    if state.merged_names:
+        head += f"; {'+'.join(state.merged_names)} merged into it"
+    rows = [("role", "layers", "in -> out", "sites"), *site_rows(state.survey.sites)]
+    lines = [head, *columns(rows), *adapter_lines(state)]
+    if state.survey.silent:
+        lines.append(f"never runs in forward: {', '.join(sorted(state.survey.silent)[:8])}")
     return "\n".join(lines)
 
 
@@ -59,20 +56,15 @@ def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def adapter_lines(kit: Kit) -> list[str]:
-    if not kit.names:
+def adapter_lines(state: KitState) -> list[str]:
+    if not state.names:
         return ["no adapters yet: kit.add(name, method)"]
     rows = [("adapter", "method", "trainable", "of base", "sites")]
-    for name in kit.names:
-        adapter, cost = kit[name], kit.count(name)
+    for name in state.names:
+        adapter = state[name]
+        cost = count(adapter, state.base)
         settings = ", ".join(f"{k}={v!r}" for k, v in adapter.method.describe().items())
-        mark = "* " if name in _worn(kit) else "  "
+        mark = "* " if name in names(state.route) else "  "
         text = f"{type(adapter.method).__name__}({settings})"
         rows.append((mark + name, text, f"{cost.trainable:,}", f"{cost.percent:.3f} %", str(len(adapter.sites))))
     return columns(rows)
-
-
-def _worn(kit: Kit) -> set[str]:
-    from kitout.kit.route import names
-
-    return set(names(kit.worn))

@@ -12,7 +12,7 @@ from kitout.methods.lora import LoRA
 from kitout.methods.parallel import ParallelAdapter
 from kitout.methods.partial import PartialFineTuning
 from kitout.methods.pfeiffer import Pfeiffer
-from kitout.methods.prefix import Prefix, PrefixTuning
+from kitout.methods.prefix import PrefixTuning
 from kitout.methods.prompt import PromptTuning
 from kitout.methods.ssf import SSF
 from kitout.methods.vpt import VPT
@@ -29,7 +29,6 @@ __all__ = [
     "ParallelAdapter",
     "PartialFineTuning",
     "Pfeiffer",
-    "Prefix",
     "PrefixTuning",
     "PromptTuning",
 ]

@@ -203,6 +203,3 @@ def _line(path: str) -> str:
 
 def _group(site: Site) -> str:
     return f"{site.tower}@{site.role}".replace(".", "/")
-
-
-Prefix = PrefixTuning

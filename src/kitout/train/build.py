@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from kitout.errors import ConfigError
-from kitout.kit.attach import attach
-from kitout.kit.kit import Kit
+from kitout.kit.kit import Kit, attach
 from kitout.train import machine
 from kitout.train.config import ModelConfig
 from kitout.train.mode import as_quantised
@@ -156,7 +155,7 @@ def _heads(kit: Kit, fresh: set[str], objective: str) -> dict[str, nn.Module]:
         if fresh:
             raise ConfigError(f"the checkpoint does not hold {sorted(fresh)[:4]}: this is no language model to adapt")
         return {}
-    paths = fresh | {site.path for site in kit.found.sites if site.role == "head"}
+    paths = fresh | {site.path for site in kit.survey.sites if site.role == "head"}
     return {path: copy.deepcopy(module).float() for path, module in kit.base.named_modules() if path in paths}
 
 

@@ -17,8 +17,6 @@ from kitout.errors import ConfigError, suggest
 from kitout.kit.method import REGISTRY, Method
 from kitout.train.faulty import LISTED, told
 
-ALIASES = {"Prefix": "PrefixTuning"}  # as `kitout.Prefix` is
-
 
 def method(value: Any) -> Method:
     """A Method from itself, its name, or its name with settings."""
@@ -28,7 +26,6 @@ def method(value: Any) -> Method:
         raise ValueError(f'write a method\'s name, or {{"name": "LoRA", "rank": 16}}; found {value!r}')
     settings = {"name": value} if isinstance(value, str) else {str(key): v for key, v in value.items()}
     name = settings.pop("name", "LoRA")
-    name = ALIASES.get(name, name) if isinstance(name, str) else name
     if name not in REGISTRY:
         near = [known for known in REGISTRY if known.lower() == str(name).lower()]
         raise ValueError(f"there is no method {name!r}: {suggest(near[0] if near else str(name), REGISTRY)}")

@@ -28,6 +28,7 @@ from kitout.train.metrics import read
 from kitout.train.prepare import Prepared
 from kitout.train.trial import Estimate
 from kitout.train.words import seconds, size
+from kitout.version import __version__
 
 
 def finish(
@@ -57,7 +58,7 @@ def _written(
     for job, folder in folders.items():
         summary = _summary(made, config, figures, {k: v for k, v in comparisons.items() if k == job}, {}, job)
         (folder / "README.md").unlink(missing_ok=True)  # of a run that was killed right here
-        made.kit.save(job, folder, note={"trained by": "kitout train", "base": config.model.name})
+        made.kit.save(job, folder, metadata={"trained by": "kitout train", "base": config.model.name})
         card.write(summary, folder)
     pictures = _pictures(made, place)
     whole = _summary(made, config, figures, comparisons, pictures, ", ".join(folders))
@@ -75,7 +76,7 @@ def _figures(
     made: Prepared, loop: Loop, guess: Estimate, best: int | None, comparisons: Mapping[str, Comparison]
 ) -> dict[str, Any]:  # fmt: skip
     kit, work = made.kit, loop.work
-    counts = {job.name: kit.count(job.name) for job in made.jobs}
+    counts = {job.name: kit.num_parameters(job.name) for job in made.jobs}
     tokens = next((int(row["tokens"]) for row in reversed(loop.state.log_history) if "tokens" in row), work.tokens)
     return {
         "objective": made.objective,
@@ -163,7 +164,7 @@ def _summary(
         labels=tuple(labels),
         chat=made.main.chat and bool(made.tokenizer.chat_template),
         licence=card.licence_of(Path(build.found(config.model.name))),
-        made=f"{datetime.now(timezone.utc):%Y-%m-%d} by kitout {machine.version()}",
+        made=f"{datetime.now(timezone.utc):%Y-%m-%d} by kitout {__version__}",
     )
 
 

@@ -20,7 +20,7 @@ Heads = dict[str, nn.Module]
 
 def head_site(kit: Kit) -> Site:
     """The one linear head of the model; TargetError where there is none or more than one."""
-    found = [s for s in kit.found.sites if s.role == "head"]
+    found = [s for s in kit.survey.sites if s.role == "head"]
     if len(found) != 1 or found[0].kind != "linear":
         told = ", ".join(f"{s.path} ({s.kind})" for s in found) or "none"
         raise TargetError(

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from kitout.version import __version__
+
 CLEARLY = 1.3  # bf16 must be this much faster to be chosen: fp32 is the safer format
 
 
@@ -42,13 +44,6 @@ def _product(form: torch.dtype) -> float:
     return best
 
 
-def version() -> str:
-    """Of kitout."""
-    import kitout
-
-    return kitout.__version__
-
-
 def describe(where: torch.device) -> dict[str, Any]:
     import transformers
 
@@ -63,5 +58,5 @@ def describe(where: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "kitout": version(),
+        "kitout": __version__,
     }

@@ -46,7 +46,7 @@ def pages(made: Prepared, config: RunConfig, known: Sequence[Facts], guess: Esti
                 facts=known[number],
                 example=rendered(shown, made.tokenizer) if shown is not None and shown.ids else [],
                 answer=_answer(one, shown),
-                count=made.kit.count(job.name),
+                count=made.kit.num_parameters(job.name),
                 sites=site_rows(made.kit[job.name].sites),
                 steps=len(job.steps),
                 memory=guess.memory if last else None,

@@ -25,13 +25,14 @@ import transformers
 from kitout.errors import ConfigError, suggest
 from kitout.evaluate.compare import Comparison
 from kitout.files.fingerprint import fingerprint
-from kitout.train import checks, folder, keep, machine, memory, processes, scale, screen
+from kitout.train import checks, folder, keep, memory, processes, scale, screen
 from kitout.train.after import against_base, watched_names, watching
 from kitout.train.config import RunConfig
 from kitout.train.folder import RunFolder
 from kitout.train.page import pages, told
 from kitout.train.prepare import Prepared, prepare
 from kitout.train.trial import Estimate, estimate
+from kitout.version import __version__
 
 Say = Callable[[str], None]
 MOST_LOGS = 2000
@@ -135,9 +136,9 @@ def signature(made: Prepared) -> str:
     """What a checkpoint depends on besides the settings, which the folder compares by name."""
     same = {
         "data": [one.digest for one in made.sets],
-        "model": fingerprint(made.kit, ()).model_dump_json(),
+        "model": fingerprint(made.kit.state, ()).model_dump_json(),
         "dtype": str(made.kit.dtype),
-        "versions": [machine.version(), torch.__version__, transformers.__version__, sys.byteorder],
+        "versions": [__version__, torch.__version__, transformers.__version__, sys.byteorder],
     }
     return hashlib.sha256(json.dumps(same).encode()).hexdigest()
 

@@ -33,7 +33,7 @@ def shard(kit: Kit) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(kit.device.type, (processes.world(),))
-    for block in kit.found.blocks:
+    for block in kit.survey.blocks:
         if block.whole:
             fully_shard(kit.base.get_submodule(block.path), mesh=mesh)
     fully_shard(kit.base, mesh=mesh)  # what is outside blocks: embeddings, the last norm, the head
@@ -98,8 +98,8 @@ def _check(kit: Kit) -> None:
         faults.add("there is one process: start it with torchrun --nproc-per-node=N, or write train.shard=false")
     if sharded(kit):
         faults.add("the base is parted already")
-    if kit.merged_name is not None:
-        faults.add(f"{kit.merged_name!r} is merged into the base: unmerge() first")
+    if kit.merged:
+        faults.add(f"{kit.state.merged_text} merged into the base: unmerge() first")
     strange = [name for name, value in kit.base.named_parameters() if not _plain(value)]
     if strange:
         faults.add(

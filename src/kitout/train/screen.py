@@ -19,7 +19,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from kitout.kit.count import Count
+from kitout.kit.count import ParameterCount
 from kitout.train.facts import QUANTILES, Facts, Part
 from kitout.train.folder import PREFLIGHT, write
 from kitout.train.metrics import plain
@@ -45,7 +45,7 @@ class Preflight:
     facts: Facts
     example: Sequence[tuple[str, bool]]
     answer: str
-    count: Count
+    count: ParameterCount
     sites: Sequence[tuple[str, str, str, str]]
     steps: int
     memory: int | None = None

@@ -144,7 +144,7 @@ def _cut(kit: Kit, trained: set[str], order: list[tuple[str, str]]) -> str | Non
     first = next((path for what, path in order if what == "in" and path in trained), None)
     if first is None:
         return None
-    return next((b.path for b in kit.found.blocks if f"{first}.".startswith(f"{b.path}.")), first)
+    return next((b.path for b in kit.survey.blocks if f"{first}.".startswith(f"{b.path}.")), first)
 
 
 def _finished(before: list[tuple[str, str]]) -> list[str]:
