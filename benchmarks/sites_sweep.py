@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel, logging
 
-from kitout.base.find import survey
+from kitout.base.find.find import survey
 from kitout.base.survey import Block, Survey
 from kitout.errors import NoBlocks
 

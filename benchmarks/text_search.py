@@ -39,14 +39,15 @@ from kitout import (
     PrefixTuning,
     PromptTuning,
 )
-from kitout.demo import assets, data
+from kitout.assets import store
+from kitout.demo import data
 from kitout.demo.data import Example
 from kitout.demo.run import BASE, DATA, Options
 from kitout.demo.task import TWEETS, Task
 from kitout.demo.train import Diverged, Settings, train
-from kitout.evaluate.closed import likelihoods
-from kitout.methods.copies import Copy
-from kitout.train import machine
+from kitout.evaluate.ask.label_likelihood import likelihoods
+from kitout.methods.deltas.trained_copy import Copy
+from kitout.train.setup import device
 
 HERE = Path(__file__).parent
 Make = Callable[[tuple[int, ...]], Method]  # from the tokens of the instruction
@@ -156,15 +157,15 @@ class Bench:
 
 def equip(budget: Budget, out: Path) -> Bench:
     """The demo's model and tweets, without its test tweets."""
-    folder = assets.get(BASE, print)
+    folder = store.get(BASE, print)
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    form, _ = machine.dtype(budget.dtype, machine.device())
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=form).to(machine.device())
+    form, _ = device.dtype(budget.dtype, device.device())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=form).to(device.device())
     kit = kitout.attach(model)
     model.set_attn_implementation("eager")  # short texts: see kitout.demo.run
     demo = Options()
-    every = data.load(assets.get(DATA, print) / "tweets.jsonl")
+    every = data.load(store.get(DATA, print) / "tweets.jsonl")
     parts = data.split(every, 10**9, demo.test, demo.data_seed)
     task = Task(tokenizer, parts.labels, TWEETS)
     return Bench(kit, task, parts.train[: budget.train], parts.train[-budget.validation :], budget, out)
@@ -265,7 +266,7 @@ def table(results: Results, budget: Budget) -> str:
 def page(results: Results, bench: Bench) -> str:
     """Every budget there are trials of."""
     accuracy, loss = bench.measure()
-    about = machine.describe(machine.device())
+    about = device.describe(device.device())
     text = (
         f"Made by `python benchmarks/text_search.py --write`. {BASE}, tweets as chats, one epoch; AdamW without decay, "
         "6 % rise, half cosine, clipped at 1; what is trained is fp32. Measured on "

@@ -15,7 +15,7 @@ from types import ModuleType
 
 from torch import nn
 
-from kitout.base.find import survey
+from kitout.base.find.find import survey
 from kitout.base.survey import Survey
 from kitout.cli.inspect import on_meta
 from kitout.errors import NoBlocks

@@ -25,17 +25,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 
 import kitout
 from kitout import LoRA
-from kitout.data.encode import Causal as Encoder
-from kitout.data.items import IGNORED, Item
-from kitout.data.sources import load
-from kitout.demo import assets
-from kitout.train import memory
-from kitout.train.causal import Causal
-from kitout.train.config import TrainConfig
-from kitout.train.jobs import Job
-from kitout.train.loop import Loop, Steps
-from kitout.train.plan import plan
-from kitout.train.trial import usual_micro
+from kitout.assets import store
+from kitout.base import memory
+from kitout.data.encode.generation import Causal as Encoder
+from kitout.data.encode.item import IGNORED, Item
+from kitout.data.read.sources import load
+from kitout.train.config.schema import TrainConfig
+from kitout.train.loop.batch_plan import plan
+from kitout.train.loop.jobs import Job
+from kitout.train.loop.trainer import Loop, Steps
+from kitout.train.objectives.causal_lm import Causal
+from kitout.train.preflight.cost_estimate import usual_micro
 
 BATCH = 16
 TWEETS = "Classify the sentiment of this tweet as negative, neutral or positive."
@@ -46,13 +46,13 @@ Case = Callable[[], float]
 
 
 def folder() -> Path:
-    return assets.get("smollm2-135m", print)
+    return store.get("smollm2-135m", print)
 
 
 def items(name: str, count: int) -> list[Item]:
     """Some examples of a set, drawn by a seed, encoded once for all."""
     asset, instruction = SETS[name]
-    source = assets.get(asset, print)
+    source = store.get(asset, print)
     file = source / "train.jsonl" if (source / "train.jsonl").exists() else source
     part = next(iter(load(file, instruction=instruction, limit=count).parts.values()))
     tokenizer = AutoTokenizer.from_pretrained(folder())

@@ -18,7 +18,7 @@ from kitout.data.split import Split, split
 from kitout.demo.screen import Screen
 from kitout.demo.vision import Options, equip, one, parted, recipe_of
 from kitout.demo.vision_rows import ROWS, chosen
-from kitout.train import machine
+from kitout.train.setup import device
 
 VALIDATION = 400
 
@@ -40,7 +40,7 @@ def main() -> None:
     asked = words.parse_args()
     options, screen = Options(seed=0), Screen()
     parts = parts_without_test(options, screen)
-    kit, pixels, _ = equip(options, parts, machine.device(), screen)
+    kit, pixels, _ = equip(options, parts, device.device(), screen)
     for row in chosen(asked.methods):
         trials: list[tuple[float, float, float]] = []
         for rate in asked.rates or [row.lr / 3, row.lr, row.lr * 3]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import kitout
 import kitout.methods
-from kitout.kit.method import REGISTRY
+from kitout.method import REGISTRY
 
 PACKAGE = Path(kitout.__file__).parent
 

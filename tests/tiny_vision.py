@@ -9,9 +9,9 @@ import transformers
 
 import kitout
 from kitout import Kit
-from kitout.data.images import Images
-from kitout.data.pixels import Pixels
-from kitout.data.readers import from_arrays
+from kitout.data.images.image_set import Images
+from kitout.data.images.pixels import Pixels
+from kitout.data.read.image_folders import from_arrays
 from zoo import IMAGE, ZOO
 
 CLASSES = 5  # of the zoo's heads

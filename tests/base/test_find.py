@@ -15,7 +15,7 @@ import transformers as hf
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from kitout.base.find import survey
+from kitout.base.find.find import survey
 from kitout.base.survey import Survey
 from kitout.cli.inspect import build, summary, table
 from kitout.errors import NoBlocks, TargetError

@@ -11,8 +11,8 @@ from torch import nn
 
 import kitout
 from kitout import LoRA
-from kitout.base.find import survey
-from kitout.base.probe import prove
+from kitout.base.find.find import survey
+from kitout.base.probe.probe import prove
 from kitout.errors import SilentSite
 from zoo import EXTRA, ZOO, out
 

@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from kitout.base.find import survey
+from kitout.base.find.find import survey
 from kitout.base.select import matches, select
 from kitout.base.site import Site
 from kitout.base.survey import Survey

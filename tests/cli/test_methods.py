@@ -14,7 +14,7 @@ from kitout import LoRA
 from kitout.cli import app
 from kitout.cli import methods as verb
 from kitout.cli.methods import about, described, kind
-from kitout.kit.method import REGISTRY, Method
+from kitout.method import REGISTRY, Method
 from laws.configs import CASES
 
 

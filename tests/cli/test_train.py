@@ -11,9 +11,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kitout.cli import app
-from kitout.kit.method import REGISTRY
-from kitout.train import describe, yamls
-from kitout.train.config import RunConfig, load
+from kitout.method import REGISTRY
+from kitout.train.config import describe, yaml_file
+from kitout.train.config.load import load
+from kitout.train.config.schema import RunConfig
 
 
 def kitout(*words: str) -> Result:
@@ -21,7 +22,7 @@ def kitout(*words: str) -> Result:
 
 
 def test_help_explains_every_setting_and_format() -> None:
-    from kitout.data.formats import FORMATS
+    from kitout.data.examples.formats import FORMATS
 
     told = kitout("--help")
     assert told.exit_code == 0
@@ -38,7 +39,7 @@ def test_help_explains_every_setting_and_format() -> None:
 def test_the_example_is_a_run() -> None:
     told = kitout("--example")
     assert told.exit_code == 0
-    assert load(yamls.parse(told.stdout, "example")).model.name
+    assert load(yaml_file.parse(told.stdout, "example")).model.name
 
 
 def test_the_schema_is_json() -> None:

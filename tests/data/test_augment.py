@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kitout.data.augment import Augment
-from kitout.data.tables import DataError
+from kitout.data.images.augment import Augment
+from kitout.data.read.tables import DataError
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from kitout.data.chat import Template
-from kitout.data.encode import Causal
-from kitout.data.examples import Chat, Turn
-from kitout.data.items import IGNORED, Item
-from kitout.data.marks import Words
-from kitout.data.tables import DataError
+from kitout.data.encode.chat_template import Template
+from kitout.data.encode.generation import Causal
+from kitout.data.encode.item import IGNORED, Item
+from kitout.data.encode.spans_to_labels import Words
+from kitout.data.examples.examples import Chat, Turn
+from kitout.data.read.tables import DataError
 
 Make = Callable[..., Any]
 

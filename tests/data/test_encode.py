@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from kitout.data.convert import single
-from kitout.data.encode import Causal, Seq2Seq, shortened
-from kitout.data.examples import Chat, Completion, Labelled, Tagged, Text
-from kitout.data.items import IGNORED, Item, digest
-from kitout.data.tables import DataError
+from kitout.data.encode.generation import Causal, Seq2Seq, shortened
+from kitout.data.encode.item import IGNORED, Item, digest
+from kitout.data.examples.convert import single
+from kitout.data.examples.examples import Chat, Completion, Labelled, Tagged, Text
+from kitout.data.read.tables import DataError
 
 Make = Callable[..., Any]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kitout.data.convert import single
-from kitout.data.examples import Chat, Completion, Labelled, Tagged, Text, Turn, normal
+from kitout.data.examples.convert import single
+from kitout.data.examples.examples import Chat, Completion, Labelled, Tagged, Text, Turn, normal
 
 
 def test_the_key_is_of_the_content_alone() -> None:

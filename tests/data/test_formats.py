@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from kitout.data.examples import Chat, Completion, Example, Labelled, Tagged, Text
-from kitout.data.formats import FORMATS, LOOKED_AT, detect, examples
-from kitout.data.tables import DataError
+from kitout.data.examples.examples import Chat, Completion, Example, Labelled, Tagged, Text
+from kitout.data.examples.formats import FORMATS, LOOKED_AT, detect, examples
+from kitout.data.read.tables import DataError
 
 
 def read(*rows: dict[str, Any], **how: Any) -> list[Example]:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kitout.data.images import Found, Images, gather, opened, pixel_hash
-from kitout.data.tables import DataError
+from kitout.data.images.image_set import Found, Images, gather, opened, pixel_hash
+from kitout.data.read.tables import DataError
 from tiny_images import picture
 
 

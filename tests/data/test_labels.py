@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from kitout.data.convert import single
-from kitout.data.examples import Labelled, Tagged, Text
-from kitout.data.items import IGNORED
-from kitout.data.labels import MOST, Classify, MultiLabel, Regress, TagTokens, label_set
-from kitout.data.tables import DataError
+from kitout.data.encode.classification import MOST, Classify, MultiLabel, Regress, TagTokens, label_set
+from kitout.data.encode.item import IGNORED
+from kitout.data.examples.convert import single
+from kitout.data.examples.examples import Labelled, Tagged, Text
+from kitout.data.read.tables import DataError
 
 Make = Callable[..., Any]
 

@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from kitout.data.convert import single
-from kitout.data.examples import Example, Labelled, Text
+from kitout.data.examples.convert import single
+from kitout.data.examples.examples import Example, Labelled, Text
 from kitout.data.parts import Parts, part
-from kitout.data.tables import DataError
+from kitout.data.read.tables import DataError
 
 
 def labelled(count: int, classes: str = "aab") -> list[Example]:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from kitout.data.augment import Augment
-from kitout.data.images import Images
-from kitout.data.pixels import Pixels, check_size
-from kitout.data.readers import load
-from kitout.data.tables import DataError
+from kitout.data.images.augment import Augment
+from kitout.data.images.image_set import Images
+from kitout.data.images.pixels import Pixels, check_size
+from kitout.data.read.image_folders import load
+from kitout.data.read.tables import DataError
 from tiny_images import folder
 from zoo import ZOO
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kitout.data.readers import from_arrays, load
-from kitout.data.tables import DataError
+from kitout.data.read.image_folders import from_arrays, load
+from kitout.data.read.tables import DataError
 from tiny_images import COLOURS, folder, picture
 
 

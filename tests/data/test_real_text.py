@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from kitout.data.encode import Causal
-from kitout.data.items import IGNORED, digest
+from kitout.assets import store
+from kitout.data.encode.generation import Causal
+from kitout.data.encode.item import IGNORED, digest
 from kitout.data.parts import part
-from kitout.data.sources import load
-from kitout.data.stream import items, stream
-from kitout.demo import assets
+from kitout.data.read.sources import load
+from kitout.data.streaming import items, stream
 
 pytestmark = pytest.mark.assets
 SETS = {"tweets": 38_158, "boolq": 9_427, "chat": 1_399, "xsum": 1_000, "asdiv": 2_305, "privacy": 10_923}
@@ -22,11 +22,11 @@ SENTIMENT = "Classify the sentiment of this tweet as negative, neutral or positi
 
 @pytest.fixture(scope="module")
 def smollm() -> Any:
-    return AutoTokenizer.from_pretrained(assets.get("smollm2-135m"))
+    return AutoTokenizer.from_pretrained(store.get("smollm2-135m"))
 
 
 def folder(name: str) -> Path:
-    return Path(assets.get(name))
+    return Path(store.get(name))
 
 
 @pytest.mark.parametrize("name", SETS)

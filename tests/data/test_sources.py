@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from kitout.data.encode import Causal
-from kitout.data.examples import Example, Labelled, Text
-from kitout.data.hub import hub_tables
-from kitout.data.sources import load, open_source, part_named
-from kitout.data.stream import items, stream
-from kitout.data.tables import DataError
+from kitout.data.encode.generation import Causal
+from kitout.data.examples.examples import Example, Labelled, Text
+from kitout.data.read.hub import hub_tables
+from kitout.data.read.sources import load, open_source, part_named
+from kitout.data.read.tables import DataError
+from kitout.data.streaming import items, stream
 
 
 def write(path: Path, *texts: str, **more: Any) -> Path:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kitout.data.images import Images
-from kitout.data.readers import from_arrays, load
+from kitout.data.images.image_set import Images
+from kitout.data.read.image_folders import from_arrays, load
+from kitout.data.read.tables import DataError
 from kitout.data.split import split
-from kitout.data.tables import DataError
 from tiny_images import folder
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kitout.data.tables import DataError, columns, rows, told
+from kitout.data.read.tables import DataError, columns, rows, told
 from kitout.errors import Faults, KitoutError
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from kitout.demo import assets
-from kitout.demo.catalog import ASSETS, GROUPS, Asset, Wheel
-from kitout.demo.fetch import AssetError, sha256
+from kitout.assets import store
+from kitout.assets.catalog import ASSETS, GROUPS, Asset, Wheel
+from kitout.assets.fetch import AssetError, sha256
 
 
 @pytest.fixture
@@ -43,26 +43,26 @@ def replace(monkeypatch: pytest.MonkeyPatch, toy: Asset, **changes: object) -> N
 
 def test_get_makes_the_folder_and_later_only_returns_it(toy: Asset) -> None:
     with pytest.raises(AssetError, match="kitout assets get toy"):
-        assets.path("toy")
-    here = assets.get("toy", quiet)
+        store.path("toy")
+    here = store.get("toy", quiet)
     assert (here / "words").read_text() == "ONE TWO"
     said: list[str] = []
-    assert assets.get("toy", said.append) == here == assets.path("toy")
+    assert store.get("toy", said.append) == here == store.path("toy")
     assert said == []
-    assert not (assets.cache_dir() / "wheels" / toy.wheel.file).exists()  # nobody else needs it
+    assert not (store.cache_dir() / "wheels" / toy.wheel.file).exists()  # nobody else needs it
 
 
 def test_a_file_cut_short_or_another_recipe_means_making_it_again(
     toy: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copy(assets.cache_dir() / "wheels" / toy.wheel.file, tmp_path / "kept.whl")
-    here = assets.get("toy", quiet)
+    shutil.copy(store.cache_dir() / "wheels" / toy.wheel.file, tmp_path / "kept.whl")
+    here = store.get("toy", quiet)
     (here / "words").write_text("ONE")
-    assert not assets.installed("toy")
-    shutil.copy(tmp_path / "kept.whl", assets.cache_dir() / "wheels" / toy.wheel.file)
-    assert (assets.get("toy", quiet) / "words").read_text() == "ONE TWO"
+    assert not store.installed("toy")
+    shutil.copy(tmp_path / "kept.whl", store.cache_dir() / "wheels" / toy.wheel.file)
+    assert (store.get("toy", quiet) / "words").read_text() == "ONE TWO"
     replace(monkeypatch, toy, recipe=2)
-    assert not assets.installed("toy")
+    assert not store.installed("toy")
 
 
 def test_a_failed_conversion_leaves_nothing_and_the_wheel_stays(toy: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,19 +72,19 @@ def test_a_failed_conversion_leaves_nothing_and_the_wheel_stays(toy: Asset, monk
 
     replace(monkeypatch, toy, convert=breaks)
     with pytest.raises(KeyboardInterrupt):
-        assets.get("toy", quiet)
-    left = {p.name for p in (assets.cache_dir() / "assets").iterdir() if not p.name.endswith(".lock")}
+        store.get("toy", quiet)
+    left = {p.name for p in (store.cache_dir() / "assets").iterdir() if not p.name.endswith(".lock")}
     assert left == set()
-    assert (assets.cache_dir() / "wheels" / toy.wheel.file).exists()
+    assert (store.cache_dir() / "wheels" / toy.wheel.file).exists()
     monkeypatch.setitem(ASSETS, "toy", toy)
-    assert (assets.get("toy", quiet) / "words").exists()
+    assert (store.get("toy", quiet) / "words").exists()
 
 
 def test_what_a_killed_attempt_left_is_removed(toy: Asset) -> None:
-    dead = assets.cache_dir() / "assets" / ".work-toy-99999"
+    dead = store.cache_dir() / "assets" / ".work-toy-99999"
     dead.mkdir(parents=True)
     (dead / "junk").write_text("x")
-    assets.get("toy", quiet)
+    store.get("toy", quiet)
     assert not dead.exists()
 
 
@@ -97,34 +97,34 @@ def test_two_at_once_make_it_once(toy: Asset, monkeypatch: pytest.MonkeyPatch) -
         toy.convert(raw, out)
 
     replace(monkeypatch, toy, convert=slow)
-    threads = [threading.Thread(target=assets.get, args=("toy", quiet)) for _ in range(3)]
+    threads = [threading.Thread(target=store.get, args=("toy", quiet)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert runs == [1]
-    assert assets.installed("toy")
+    assert store.installed("toy")
 
 
 def test_a_wrong_wheel_installs_nothing(toy: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     replace(monkeypatch, toy, wheel=Wheel("toy", "1.0", toy.wheel.file, "0" * 64, 0.001))
     with pytest.raises(AssetError, match="is not the pinned file"):
-        assets.get("toy", quiet)
-    assert not assets.folder("toy").exists()
+        store.get("toy", quiet)
+    assert not store.folder("toy").exists()
 
 
 def test_a_missing_package_is_named_before_anything_is_fetched(toy: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     replace(monkeypatch, toy, needs=("kitout_no_such_package",))
     with pytest.raises(AssetError, match="pip install kitout_no_such_package"):
-        assets.get("toy", quiet)
+        store.get("toy", quiet)
 
 
 def test_unknown_names_are_told_together_with_what_is_close() -> None:
     with pytest.raises(AssetError) as caught:
-        assets.names(["tweet", "boolq", "nothing-like-it"])
+        store.names(["tweet", "boolq", "nothing-like-it"])
     assert "'tweets'" in str(caught.value)
     assert "nothing-like-it" in str(caught.value)
-    assert assets.names(["demo", "tweets"]) == ["smollm2-135m", "tweets"]
+    assert store.names(["demo", "tweets"]) == ["smollm2-135m", "tweets"]
 
 
 def test_the_catalogue_is_well_formed() -> None:
@@ -142,8 +142,8 @@ def test_the_catalogue_is_well_formed() -> None:
 
 def test_the_cache_follows_its_variable_and_the_platform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KITOUT_CACHE", str(tmp_path))
-    assert assets.cache_dir() == tmp_path
+    assert store.cache_dir() == tmp_path
     monkeypatch.delenv("KITOUT_CACHE")
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert assets.cache_dir() == tmp_path / "xdg" / "kitout"
+    assert store.cache_dir() == tmp_path / "xdg" / "kitout"

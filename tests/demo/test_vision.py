@@ -12,13 +12,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from kitout.assets import store
 from kitout.cli.demo import app
-from kitout.data.pixels import Pixels
-from kitout.data.readers import load
+from kitout.data.images.pixels import Pixels
+from kitout.data.read.image_folders import load
 from kitout.data.split import split
-from kitout.demo import assets, vision_pictures, vision_report
+from kitout.demo import vision_pictures, vision_report
 from kitout.demo.vision_rows import ROWS
-from kitout.evaluate.interval import wilson
+from kitout.evaluate.metrics.interval import wilson
 from kitout.train.images import predict
 from tiny_images import folder as pictures
 from tiny_vision import folder as model_folder
@@ -193,7 +194,7 @@ def test_without_matplotlib_there_are_no_pictures(
 
 @pytest.mark.assets
 def test_the_embedded_images_are_all_there() -> None:
-    images = load(assets.get("mnist-5k") / "images.npz")
+    images = load(store.get("mnist-5k") / "images.npz")
     assert len(images) == 5000
     assert images.names == tuple("0123456789")
     assert split(images, 1000, 500).majority == 0.1

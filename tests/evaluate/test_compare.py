@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from kitout.evaluate.compare import Shown, compare, side_by_side, told
-from kitout.evaluate.language import Summed
-from kitout.evaluate.measure import Measure
-from kitout.evaluate.metrics import measures
+from kitout.evaluate.metrics.language import Summed
+from kitout.evaluate.metrics.measure import Measure
+from kitout.evaluate.metrics.registry import measures
 
 
 def judged(base: list[int], tuned: list[int]) -> tuple[dict[str, Measure], dict[str, Measure]]:

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 import kitout
 from kitout import IA3, Kit, LoRA, PrefixTuning, PromptTuning
 from kitout.errors import ConfigError
-from kitout.evaluate.closed import likelihoods
-from kitout.evaluate.generate import answers, ends_of
+from kitout.evaluate.ask.generate import answers, ends_of
+from kitout.evaluate.ask.label_likelihood import likelihoods
 from zoo import EXTRA, ZOO, tokenizer_of
 
 PROMPTS = [[7, 8, 9], [5], [0, 0, 17, 0, 22, 33, 4], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49], [6, 6]]

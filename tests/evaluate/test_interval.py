@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kitout.evaluate.interval import bootstrap, drawn, newcombe, wilson
-from kitout.evaluate.measure import Measure, count, difference, mean
+from kitout.evaluate.metrics.interval import bootstrap, drawn, newcombe, wilson
+from kitout.evaluate.metrics.measure import Measure, count, difference, mean
 
 
 def table(both: int, only_old: int, only_new: int, neither: int) -> tuple[np.ndarray, np.ndarray]:

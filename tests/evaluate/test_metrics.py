@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from kitout.errors import ConfigError
-from kitout.evaluate import texts
-from kitout.evaluate.language import Summed, summed
-from kitout.evaluate.measure import Score
-from kitout.evaluate.metrics import TITLES, score
-from kitout.evaluate.tags import spans
-from kitout.evaluate.texts import closed, named, normal, token_f1
+from kitout.evaluate.metrics import generation
+from kitout.evaluate.metrics.entities import spans
+from kitout.evaluate.metrics.generation import closed, named, normal, token_f1
+from kitout.evaluate.metrics.language import Summed, summed
+from kitout.evaluate.metrics.measure import Score
+from kitout.evaluate.metrics.registry import TITLES, score
 
 DICE = np.random.default_rng(0)
 TRUE = DICE.integers(0, 4, 300).tolist()
@@ -92,7 +92,7 @@ def test_numbers_as_scipy_scores_them() -> None:
 def test_a_draws_ranks_are_those_of_the_draw() -> None:
     from scipy.stats import spearmanr
 
-    from kitout.evaluate.numbers import regress
+    from kitout.evaluate.metrics.regression import regress
 
     true, said, times = DICE.integers(0, 6, 40), DICE.integers(0, 6, 40), DICE.integers(0, 4, 40)
     expected = spearmanr(np.repeat(said, times), np.repeat(true, times)).statistic
@@ -250,7 +250,7 @@ def test_chrf_and_bleu_as_sacrebleu_has_them() -> None:
 
 
 def test_a_missing_package_is_told_and_an_error_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "find_spec", lambda name: None)
+    monkeypatch.setattr(generation, "find_spec", lambda name: None)
     heard: list[str] = []
     found = score("generation", OPEN_SAID, OPEN_TRUE, tell=heard.append)
     assert list(found) == ["token_f1", "exact_match"]

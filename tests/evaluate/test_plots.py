@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kitout.errors import ConfigError
-from kitout.evaluate import plots
+from kitout.evaluate.report import plots
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 

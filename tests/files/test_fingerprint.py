@@ -12,11 +12,11 @@ from torch import nn
 import kitout
 from kitout import LoRA
 from kitout.errors import WrongBase
-from kitout.files.fingerprint import differences, fingerprint
+from kitout.files.base_fingerprint import differences, fingerprint
 from zoo import ZOO, Specimen, randomise
 
 
-def taken(base: nn.Module) -> kitout.files.fingerprint.Fingerprint:
+def taken(base: nn.Module) -> kitout.files.base_fingerprint.Fingerprint:
     return fingerprint(kitout.attach(base).state, [])
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import kitout
 from kitout import LoRA
 from kitout.errors import FileError
-from kitout.files import record as records
-from kitout.files import tensors as tensor_files
+from kitout.files import adapter_json as records
+from kitout.files import safetensors_reader as tensor_files
 from zoo import ZOO
 
 A0 = "model/layers/0/self_attn/q_proj.a"

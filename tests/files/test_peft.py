@@ -23,7 +23,7 @@ import kitout
 import zoo
 from kitout import IA3, BitFit, LoRA
 from kitout.errors import FileError
-from kitout.files.peft_config import spelled
+from kitout.files.peft.config import spelled
 from zoo import EXTRA, ZOO, out
 
 peft = pytest.importorskip("peft")

@@ -18,9 +18,9 @@ from torch import nn
 import kitout
 from kitout import IA3, VPT, BitFit, FullFineTuning, LoRA, PartialFineTuning
 from kitout.errors import FileError, MergeState, NameTaken, UnknownAdapter, WrongBase
-from kitout.files import folder as folders
-from kitout.files import store
-from kitout.kit.method import methods
+from kitout.files import adapter_folder
+from kitout.files import atomic as folders
+from kitout.method import methods
 from zoo import ZOO, out
 
 BATCH = ZOO["llama"].batch(2, 0)
@@ -278,8 +278,8 @@ def _fail(*_: Any, **__: Any) -> Any:
 
 
 BREAKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "while writing tensors": lambda m: m.setattr(store, "write_tensors", _fail),
-    "while writing the record": lambda m: m.setattr(store.Record, "write", _fail),
+    "while writing tensors": lambda m: m.setattr(adapter_folder, "write_tensors", _fail),
+    "while writing the record": lambda m: m.setattr(adapter_folder.Record, "write", _fail),
     "while renaming": lambda m: m.setattr(folders, "_put", _fail),
 }
 

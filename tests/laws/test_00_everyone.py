@@ -9,7 +9,7 @@ import pytest
 
 from kitout import Method
 from kitout.errors import KitoutError
-from kitout.kit.method import methods
+from kitout.method import methods
 from laws.configs import CASES, REFUSED, Case, name_of
 from laws.wear import NAME, kit_of
 from zoo import Specimen

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kitout import LoRA
-from kitout.kit.adapter import Adapter
+from kitout.runtime.adapter import Adapter
 from laws.configs import CELLS, Case, name_of
 from laws.wear import gradients, inert, kit_of, loss_of, untrivial, worn
 from zoo import Specimen

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kitout import Kit, LoRA
-from kitout.kit.adapter import Adapter
+from kitout.runtime.adapter import Adapter
 from laws.configs import CELLS, Case, name_of
 from laws.wear import added, assert_same, gradients, kit_of, loss_of, untrivial, worn
 from zoo import Specimen

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import kitout
 from kitout import Kit, Method
 from kitout.base.site import Site
-from kitout.kit.adapter import Adapter
+from kitout.runtime.adapter import Adapter
 from laws.configs import Case
 from zoo import EXTRA, ZOO, Specimen, out
 

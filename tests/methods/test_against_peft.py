@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import kitout
 from kitout import IA3, LoRA, Method
 from kitout.base.site import Site
-from kitout.kit.delta import Delta
+from kitout.delta import Delta
 from zoo import ZOO, out
 
 peft = pytest.importorskip("peft")

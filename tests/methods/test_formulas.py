@@ -17,11 +17,11 @@ from torch import Tensor, nn
 import kitout
 from kitout import SSF, AdaptFormer, BitFit, FullFineTuning, Houlsby, LoRA, Method, PartialFineTuning, Pfeiffer
 from kitout.base.site import Site
-from kitout.methods.affine import Affine
-from kitout.methods.bottleneck import Bottleneck
-from kitout.methods.dora import Decomposed
+from kitout.methods.deltas.affine import Affine
+from kitout.methods.deltas.bottleneck import Bottleneck
+from kitout.methods.deltas.dora import Decomposed
+from kitout.methods.deltas.low_rank import LowRank
 from kitout.methods.ia3 import Scale
-from kitout.methods.lowrank import LowRank
 from zoo import EXTRA, LENGTH, ZOO, Specimen, out
 
 D, B, R = 12, 5, 3

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import kitout
 from kitout import LoRA
-from kitout.methods.lowrows import EvenLowRank, RowsLowRank, even, runs_of
+from kitout.methods.deltas.low_rank_rows import EvenLowRank, RowsLowRank, even, runs_of
 from zoo import ZOO
 
 SCALES = [0.5, 2.0, 3.0]

@@ -20,7 +20,7 @@ from kitout import (
     Pfeiffer,
 )
 from kitout.errors import ConfigError, TargetError
-from kitout.kit.method import REGISTRY
+from kitout.method import REGISTRY
 from zoo import EXTRA, ZOO
 
 INF, NAN = float("inf"), float("nan")

@@ -11,10 +11,10 @@ from torch import nn
 import kitout
 from kitout import LoRA, PrefixTuning
 from kitout.base.site import Site
+from kitout.delta import Delta
 from kitout.errors import KitoutError
-from kitout.kit.delta import Delta
-from kitout.kit.method import REGISTRY, Method, Rate, methods
-from kitout.methods.affine import Affine
+from kitout.method import REGISTRY, Method, Rate, methods
+from kitout.methods.deltas.affine import Affine
 from laws.configs import CASES
 
 

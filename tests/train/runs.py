@@ -20,10 +20,11 @@ from transformers import TrainerCallback
 
 from kitout import IA3, BitFit, FullFineTuning, Kit, LoRA, PrefixTuning, PromptTuning
 from kitout.errors import ConfigError
-from kitout.files.fingerprint import fingerprint
-from kitout.train import keep, processes, scale
-from kitout.train.jobs import Job
-from kitout.train.watch import see
+from kitout.files.base_fingerprint import fingerprint
+from kitout.train import checkpoints
+from kitout.train.loop import distributed, fsdp
+from kitout.train.loop.jobs import Job
+from kitout.train.measure.predict import see
 from train.small import add, causal, far, gradients, job, kit_of, loop_of, losses, texts, values
 
 torch.set_num_threads(1)
@@ -74,7 +75,7 @@ def resumed(folder: Path, run: str = "one") -> Figures:
     loop = loop_of(
         kit, jobs, folder, run=run, save_strategy="steps", save_steps=1, logging_steps=2, callbacks=[Slow()]
     )  # fmt: skip
-    last = next(reversed(keep.found(folder)), None)
+    last = next(reversed(checkpoints.found(folder)), None)
     loop.train(str(last) if last else None)
     weights = {f"{one.name}/{key}": value for one in jobs for key, value in values(kit, one.name).items()}
     return {"losses": losses(loop), "weights": {k: v.tolist() for k, v in weights.items()}, "from": str(last)}
@@ -99,7 +100,7 @@ def limited(folder: Path) -> list[int]:
         warnings.simplefilter("always")
         loop.train()
     assert sum("no checkpoint of step" in str(warning.message) for warning in told) == 2, told
-    return [keep.step_of(path) for path in keep.found(folder)]
+    return [checkpoints.step_of(path) for path in checkpoints.found(folder)]
 
 
 class Stop(TrainerCallback):
@@ -123,7 +124,7 @@ def shared(folder: Path, kind: str, stop: int | None = None) -> Figures:
         add(kit, "shift", BitFit(), seed=1)
         add(kit, "front", PrefixTuning(length=3), seed=2)
         names += ["shift", "front"]
-    parted = kind == "parted" and processes.world() > 1
+    parted = kind == "parted" and distributed.world() > 1
     jobs = [
         job(name, causal(kit, names, items), items, steps=steps, batch=batch, seed=batch, shard=parted)
         for name, items, steps, batch in zip(
@@ -142,26 +143,26 @@ def shared(folder: Path, kind: str, stop: int | None = None) -> Figures:
         kit, jobs, folder, micro=2, watch=watch, eval_strategy="steps", eval_steps=2, save_strategy="steps",
         save_steps=2, logging_steps=3, callbacks=[Stop(stop)],
     )  # fmt: skip
-    last = next(reversed(keep.found(folder)), None) if stop is None else None
-    processes.wait()
+    last = next(reversed(checkpoints.found(folder)), None) if stop is None else None
+    distributed.wait()
     try:
         loop.train(str(last) if last else None)
     except KeyboardInterrupt:
         return {}
     saved = ""
     if kind == "parted":
-        with scale.whole(kit):
-            if processes.rank() == 0:
+        with fsdp.whole(kit):
+            if distributed.rank() == 0:
                 kit.save("low", folder / "adapter")
                 fresh = kit_of("llama", dtype=kit.dtype)
                 fresh.load(folder / "adapter")
                 saved = fingerprint(kit.state, ()).model_dump_json()
-            processes.wait()
+            distributed.wait()
     held = sum(own(value).numel() for value in kit.base.parameters())
     weights = {f"{one.name}/{key}": value.tolist() for one in jobs for key, value in values(kit, one.name).items()}
     return {
         "weights": weights, "losses": losses(loop), "seen": seen, "held": held, "saved": saved,
-        "tokens": sum(processes.gathered([loop.work.tokens])), "from": keep.step_of(last) if last else 0,
+        "tokens": sum(distributed.gathered([loop.work.tokens])), "from": checkpoints.step_of(last) if last else 0,
     }  # fmt: skip
 
 
@@ -179,15 +180,15 @@ def proven() -> list[str]:
         kit = kit_of(species)
         add(kit, name, methods.get(name, FullFineTuning()))
         try:
-            scale.shard(kit)
+            fsdp.shard(kit)
         except ConfigError as wrong:
             told.append(str(wrong))
     kit = kit_of("llama")
     add(kit, "low", LoRA(rank=2))
-    scale.shard(kit)
+    fsdp.shard(kit)
     assert all(value.grad is None for value in kit["low"].parameters())
     try:
-        scale.shard(kit)
+        fsdp.shard(kit)
     except ConfigError as wrong:
         told.append(str(wrong))
     return told

@@ -16,14 +16,14 @@ from transformers import TrainingArguments
 
 import kitout
 from kitout import Kit, Method
-from kitout.data.items import IGNORED, Item
-from kitout.train.causal import Causal
-from kitout.train.config import TrainConfig
-from kitout.train.jobs import Job
-from kitout.train.loop import Loop
-from kitout.train.objective import Objective
-from kitout.train.plan import plan
-from kitout.train.step import Work
+from kitout.data.encode.item import IGNORED, Item
+from kitout.train.config.schema import TrainConfig
+from kitout.train.loop.batch_plan import plan
+from kitout.train.loop.jobs import Job
+from kitout.train.loop.step import Work
+from kitout.train.loop.trainer import Loop
+from kitout.train.objectives.causal_lm import Causal
+from kitout.train.objectives.objective import Objective
 from zoo import EXTRA, FIRST_TOKEN, VOCAB, ZOO
 
 ALL = {**ZOO, **EXTRA}

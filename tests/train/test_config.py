@@ -10,9 +10,10 @@ import pytest
 
 from kitout import IA3, LoRA
 from kitout.errors import ConfigError
-from kitout.kit.method import REGISTRY
-from kitout.train import checks, describe, yamls
-from kitout.train.config import JobConfig, RunConfig, TrainConfig, load
+from kitout.method import REGISTRY
+from kitout.train.config import conflicts, describe, yaml_file
+from kitout.train.config.load import load
+from kitout.train.config.schema import JobConfig, RunConfig, TrainConfig
 
 LEAST: dict[str, Any] = {"model": "m", "data": "d.jsonl"}
 
@@ -46,7 +47,7 @@ def test_a_dump_loads_as_the_same_run(name: str) -> None:
         }
     )
     assert load(run.dump()) == run
-    assert load(yamls.parse(yamls.written(run.dump()), "run.yaml")) == run
+    assert load(yaml_file.parse(yaml_file.written(run.dump()), "run.yaml")) == run
     assert json.loads(json.dumps(run.dump())) == run.dump()
     assert load(run.dump()).alone() == run.alone()
 
@@ -121,12 +122,12 @@ def test_contradictions(values: dict[str, Any], words: str) -> None:
 
 def test_what_this_machine_cannot() -> None:
     half = load({**LEAST, "model": {"name": "m", "dtype": "float16"}})
-    checks.machine(half, cuda=True)
+    conflicts.machine(half, cuda=True)
     with pytest.raises(ConfigError, match=r"float16.*no GPU here"):
-        checks.machine(half, cuda=False)
+        conflicts.machine(half, cuda=False)
     with pytest.raises(ConfigError, match="torch sees no GPU"):
-        checks.machine(load({**LEAST, "model": {"name": "m", "device": "cuda"}}), cuda=False)
-    checks.machine(load(LEAST), cuda=False)
+        conflicts.machine(load({**LEAST, "model": {"name": "m", "device": "cuda"}}), cuda=False)
+    conflicts.machine(load(LEAST), cuda=False)
 
 
 def test_jobs_inherit_what_they_do_not_say() -> None:
@@ -171,10 +172,12 @@ def test_every_setting_is_explained() -> None:
 def test_the_example_is_a_run() -> None:
     text = describe.example()
     assert all(len(line) <= 112 for line in text.split("\n"))
-    run = load(yamls.parse(text, "example"))
+    run = load(yaml_file.parse(text, "example"))
     assert run.output.folder.name == "first"
     without_jobs = text.replace("#jobs:", "").replace("#  - name: first", "")
     everything = re.sub(r"^(\s*)#(?=\w+:)", r"\1", without_jobs, flags=re.MULTILINE)
-    assert load(yamls.parse(everything, "all of it")) == run  # every commented setting stands there with its default
+    assert (
+        load(yaml_file.parse(everything, "all of it")) == run
+    )  # every commented setting stands there with its default
     assert everything.count("\n") == text.count("\n")
-    assert yamls.parse(everything, "all of it").keys() >= set(RunConfig.model_fields) - {"jobs"}
+    assert yaml_file.parse(everything, "all of it").keys() >= set(RunConfig.model_fields) - {"jobs"}

@@ -13,8 +13,8 @@ import transformers
 
 import kitout
 from kitout.errors import KitoutError
-from kitout.train import checks
-from kitout.train.config import load
+from kitout.train.config import conflicts
+from kitout.train.config.load import load
 from tiny_models import decoder, encoder, jsonl, reviews, tokenizer
 
 pytest.importorskip("accelerate")
@@ -116,12 +116,12 @@ def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = load({"model": "m", "data": "d", "output": {"report_to": ["wandb", "tensorboard"]}})
     with pytest.raises(KitoutError, match=r"report_to=wandb.*\n.*report_to=tensorboard"):
-        checks.machine(config, cuda=False)
+        conflicts.machine(config, cuda=False)
 
 
 @pytest.mark.parametrize(("begins", "told"), [(gzip.compress(b"{}\n"), "gzip"), (b"\x80\x04\x95\xff", "pickle")])
 def test_a_file_of_another_kind_under_the_name_of_a_table(tmp_path: Path, begins: bytes, told: str) -> None:
-    from kitout.data import tables
+    from kitout.data.read import tables
 
     (tmp_path / "d.jsonl").write_bytes(begins)
     with pytest.raises(KitoutError, match=told):
@@ -166,7 +166,7 @@ def test_an_answer_to_nothing_is_learnt_and_nobody_is_asked_for_it(models: dict[
 
 
 def test_half_of_a_surrogate_pair_is_told_with_its_line(tmp_path: Path) -> None:
-    from kitout.data import tables
+    from kitout.data.read import tables
 
     row = '{"text": "\\ud800 x"}'
     (tmp_path / "d.jsonl").write_text(f'{{"text": "\\ud83d\\ude00"}}\n{row}\n')
@@ -180,17 +180,17 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_the_same_call_finishes(
     models: dict[str, Path], tmp_path: Path, asked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resource = pytest.importorskip("resource")
-    from kitout.train import finish
+    from kitout.train import outputs
 
     free = resource.getrlimit(resource.RLIMIT_FSIZE)
-    named = finish.adapters
+    named = outputs.adapters
 
     def full(*given: Any) -> Any:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, free[1]))
         return named(*given)
 
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    monkeypatch.setattr(finish, "adapters", full)
+    monkeypatch.setattr(outputs, "adapters", full)
     try:
         with pytest.raises(KitoutError, match="make room"):
             run(models["decoder"], str(asked), tmp_path / "out")
@@ -206,8 +206,8 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_the_same_call_finishes(
 
 
 def test_one_answer_to_everything_is_warned_of() -> None:
-    from kitout.data.items import Item
-    from kitout.train.facts import facts
+    from kitout.data.encode.item import Item
+    from kitout.data.statistics import facts
 
     def items(*answers: str) -> list[Item]:
         return [Item((5, 6, 7), (-100, 6, 7), reference=answer, prompt=1) for answer in answers]

@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kitout.data.items import IGNORED, Item
-from kitout.data.tables import DataError
-from kitout.train.facts import facts, rendered
+from kitout.data.encode.item import IGNORED, Item
+from kitout.data.read.tables import DataError
+from kitout.data.statistics import facts, rendered
 
 
 def item(masked: int, learnt: int, **more: object) -> Item:

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from kitout.errors import ConfigError
-from kitout.train import lock, yamls
-from kitout.train.config import RunConfig, load
-from kitout.train.folder import FREE, RUN, flat, opened
+from kitout.train import lock
+from kitout.train.config import yaml_file
+from kitout.train.config.load import load
+from kitout.train.config.schema import RunConfig
+from kitout.train.run_folder import FREE, RUN, flat, opened
 
 HOLDER = """
 import sys, time
@@ -60,13 +62,13 @@ def test_what_a_dry_run_leaves_is_no_run(tmp_path: Path) -> None:
         (tmp_path / ".run.yaml.123").touch()
     with opened(config(tmp_path, method="IA3")) as run:
         assert not run.resumes
-    assert load(yamls.read(tmp_path / RUN)) == config(tmp_path, method="IA3")
+    assert load(yaml_file.read(tmp_path / RUN)) == config(tmp_path, method="IA3")
 
 
 def test_run_yaml_holds_the_run(tmp_path: Path) -> None:
     made = config(tmp_path, method={"name": "IA3"}, train={"lr": 3e-4}, data={"train": "1e-4", "labels": ["no", "1"]})
     with opened(made):
-        assert load(yamls.read(tmp_path / RUN)) == made
+        assert load(yaml_file.read(tmp_path / RUN)) == made
 
 
 def test_other_settings_are_named_with_both_values(tmp_path: Path) -> None:
@@ -78,7 +80,7 @@ def test_other_settings_are_named_with_both_values(tmp_path: Path) -> None:
     assert "method.rank: 8 there, not set asked for" in words
     for line in ("method.name: LoRA there, IA3 asked for", "train.lr: null there, 0.1", "train.batch: 16 there, 8"):
         assert line in words
-    assert load(yamls.read(tmp_path / RUN)) == config(tmp_path)  # nothing was written
+    assert load(yaml_file.read(tmp_path / RUN)) == config(tmp_path)  # nothing was written
 
 
 def test_what_only_costs_may_differ(tmp_path: Path) -> None:
@@ -86,7 +88,7 @@ def test_what_only_costs_may_differ(tmp_path: Path) -> None:
     cheaper = {"micro_batch": 2, "checkpointing": True, "keep": 5, "save_every": 3}
     with opened(config(tmp_path, train=cheaper, evaluate={"shown": 1})) as run:
         assert run.resumes
-    assert yamls.read(tmp_path / RUN)["train"]["micro_batch"] == 2
+    assert yaml_file.read(tmp_path / RUN)["train"]["micro_batch"] == 2
 
 
 def test_free_settings_exist(tmp_path: Path) -> None:

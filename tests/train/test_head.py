@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kitout
 from kitout import IA3, LoRA, PartialFineTuning
-from kitout.train import onepass
-from kitout.train.head import HeadLoss
-from kitout.train.onepass import at_least_float32, one_pass
+from kitout.train.objectives import chunked_cross_entropy
+from kitout.train.objectives.chunked_cross_entropy import at_least_float32, one_pass
+from kitout.train.objectives.lm_head_loss import HeadLoss
 from train.small import add, causal, far, gradients, job, kit_of, texts
 from zoo import VOCAB, D
 
@@ -35,7 +35,7 @@ def by_autograd(h: Tensor, w: Tensor, b: Tensor | None, labels: Tensor, weights:
 def test_one_pass_is_autograd(
     form: torch.dtype, close: float, biased: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onepass, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(chunked_cross_entropy, "CHUNK_BYTES", chunk)
     h, w, b = torch.randn(10, 16).to(form), torch.randn(37, 16).to(form), torch.randn(37).to(form)
     labels, weights = torch.randint(0, 37, (10,)), torch.rand(10)
     weights[3] = 0
@@ -146,7 +146,7 @@ def test_no_tensor_as_large_as_the_logits_is_made(monkeypatch: pytest.MonkeyPatc
     items = texts(8, low=20, high=24)
     objective = causal(kit, ["low"], items)
     assert objective.head.way == "one pass"
-    monkeypatch.setattr(onepass, "CHUNK_BYTES", 4 * 2000 * 5)  # five tokens at a time
+    monkeypatch.setattr(chunked_cross_entropy, "CHUNK_BYTES", 4 * 2000 * 5)  # five tokens at a time
     one = job("low", objective, items, batch=8)
     learnt, most = one.terms(0), {}
     for way in ("one pass", "selected"):

@@ -10,7 +10,7 @@ from torch import nn
 
 from kitout import AdaptFormer, LoRA
 from kitout.errors import TargetError
-from kitout.train.heads import batchnorm, head_site, linear
+from kitout.train.setup.heads import batchnorm, head_site, linear
 from tiny_vision import kit
 
 

@@ -14,8 +14,8 @@ from transformers import TrainingArguments
 import kitout
 from kitout import IA3, BitFit, Kit, LoRA
 from kitout.errors import ConfigError, SilentSite
-from kitout.train.jobs import Diverged, Job
-from kitout.train.loop import Loop
+from kitout.train.loop.jobs import Diverged, Job
+from kitout.train.loop.trainer import Loop
 from train.small import add, causal, job, kit_of, loop_of, losses, texts, trained, values
 from zoo import ZOO
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from kitout import AdaptFormer, BitFit, Kit, LoRA, PartialFineTuning
-from kitout.data.augment import Augment
+from kitout.data.images.augment import Augment
 from kitout.errors import ConfigError
-from kitout.kit.method import Method
+from kitout.method import Method
 from kitout.train import images as training
-from kitout.train.heads import batchnorm, linear
 from kitout.train.images import Diverged, Progress, Recipe, fit, plan, predict
+from kitout.train.setup.heads import batchnorm, linear
 from tiny_vision import CLASSES, images, kit, pixels
 
 RECIPE = Recipe(lr=1e-2, epochs=6, batch=8)

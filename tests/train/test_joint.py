@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from kitout import IA3, Houlsby, Kit, LoRA, PrefixTuning, PromptTuning
-from kitout.data.items import Item
-from kitout.train.jobs import Job
-from kitout.train.labels import Labels
-from kitout.train.loop import Loop
-from kitout.train.step import Work
+from kitout.data.encode.item import Item
+from kitout.train.loop.jobs import Job
+from kitout.train.loop.step import Work
+from kitout.train.loop.trainer import Loop
+from kitout.train.objectives.sequence import Labels
 from train.small import add, causal, job, kit_of, texts, trained, values
 from zoo import D
 

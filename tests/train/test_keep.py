@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from kitout import LoRA
 from kitout.errors import ConfigError, FileError
-from kitout.train import keep
+from kitout.train import checkpoints
 from train import runs
 from train.elsewhere import apart, started
 from train.small import add, causal, job, kit_of, loop_of, losses, texts, values
@@ -66,12 +66,12 @@ def simple(tmp_path: Path, steps: int = 4, **settings: Any) -> Any:
 def test_what_a_kill_left_half_done_is_cleared_or_finished(tmp_path: Path) -> None:
     _, loop = simple(tmp_path, kept=9)
     loop.train()
-    assert [keep.step_of(path) for path in keep.found(tmp_path)] == [1, 2, 3, 4]
+    assert [checkpoints.step_of(path) for path in checkpoints.found(tmp_path)] == [1, 2, 3, 4]
     (tmp_path / ".checkpoint-5.new").mkdir()
     (tmp_path / "checkpoint-3").rename(tmp_path / ".checkpoint-3.old")  # killed between the two renames
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / ".checkpoint-2.old")  # killed after both
     (tmp_path / "checkpoint-5").mkdir()  # somebody's
-    assert [keep.step_of(path) for path in keep.found(tmp_path)] == [1, 2, 3, 4]
+    assert [checkpoints.step_of(path) for path in checkpoints.found(tmp_path)] == [1, 2, 3, 4]
     assert not list(tmp_path.glob(".*"))
 
 
@@ -82,16 +82,22 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
         watch=lambda: {"eval_loss": next(measured)}, kept=2,
     )  # fmt: skip
     loop.train()
-    assert [keep.step_of(path) for path in keep.found(tmp_path)] == [2, 5, 6]
+    assert [checkpoints.step_of(path) for path in checkpoints.found(tmp_path)] == [2, 5, 6]
 
 
 @pytest.mark.parametrize(
-    ("name", "half"), [(keep.TENSORS, True), (keep.TENSORS, False), (keep.PROGRESS, True), (keep.STATE, True)]
+    ("name", "half"),
+    [
+        (checkpoints.TENSORS, True),
+        (checkpoints.TENSORS, False),
+        (checkpoints.PROGRESS, True),
+        (checkpoints.STATE, True),
+    ],
 )
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, half: bool) -> None:
     _, loop = simple(tmp_path, steps=2)
     loop.train()
-    last = keep.found(tmp_path)[-1]
+    last = checkpoints.found(tmp_path)[-1]
     held = (last / name).read_bytes()
     (last / name).write_bytes(held[: len(held) // 2 if half else 0])
     _, again = simple(tmp_path, steps=2)
@@ -102,7 +108,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, half: bool) ->
 def test_other_data_or_another_adapter_is_refused(tmp_path: Path) -> None:
     _, loop = simple(tmp_path, run="one")
     loop.train()
-    last = str(keep.found(tmp_path)[-1])
+    last = str(checkpoints.found(tmp_path)[-1])
     _, other = simple(tmp_path, run="other")
     with pytest.raises(ConfigError, match="belongs to another run"):
         other.train(last)
@@ -121,7 +127,9 @@ def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(*{"values": (keep, "save_file"), "flush": (os, "fsync"), "rename": (os, "replace")}[how], full)
+    monkeypatch.setattr(
+        *{"values": (checkpoints, "save_file"), "flush": (os, "fsync"), "rename": (os, "replace")}[how], full
+    )
 
 
 @pytest.mark.parametrize("how", ["values", "flush", "rename"])
@@ -142,7 +150,7 @@ def test_a_full_disk_costs_one_checkpoint_and_no_more(
     other._save_checkpoint = saving
     with pytest.warns(RuntimeWarning, match=r"no checkpoint of step 3 \(the disk is full\)"):
         other.train()
-    assert [keep.step_of(path) for path in keep.found(tmp_path / "full")] == [1, 2, 4]
+    assert [checkpoints.step_of(path) for path in checkpoints.found(tmp_path / "full")] == [1, 2, 4]
     assert not list((tmp_path / "full").glob(".*"))
     assert losses(other) == losses(loop)
 
@@ -170,7 +178,7 @@ def test_an_early_stop_waits_as_long_after_a_restart_and_a_stopped_run_stays_sto
             greater_is_better=False, watch=watch, callbacks=[EarlyStoppingCallback(3)], load_best_model_at_end=False,
         )  # fmt: skip
         if start:
-            loop.train(str(keep.found(folder)[-1]))
+            loop.train(str(checkpoints.found(folder)[-1]))
         else:
             try:
                 loop.train()
@@ -185,7 +193,7 @@ def test_an_early_stop_waits_as_long_after_a_restart_and_a_stopped_run_stays_sto
     assert again.state.global_step == 5
     last = {name: value.clone() for name, value in again.values().items()}
     assert again.load_best() == 2
-    best = keep._tensors(tmp_path / "cut" / "checkpoint-2", "value.")
+    best = checkpoints._tensors(tmp_path / "cut" / "checkpoint-2", "value.")
     assert all(torch.equal(value, best[name]) for name, value in again.values().items())
     assert any(not torch.equal(value, last[name]) for name, value in again.values().items())
     _, third = run(tmp_path / "cut", 5)
@@ -221,5 +229,5 @@ def test_losses_between_two_logs_survive_a_restart(tmp_path: Path) -> None:
 def test_progress_is_plain_json(tmp_path: Path) -> None:
     _, loop = simple(tmp_path, steps=2)
     loop.train()
-    held = json.loads((tmp_path / "checkpoint-2" / keep.PROGRESS).read_text())
+    held = json.loads((tmp_path / "checkpoint-2" / checkpoints.PROGRESS).read_text())
     assert {"run", "micro", "counts", "stopped", "ended", "scheduler"} <= held.keys()

@@ -13,12 +13,12 @@ from torch import nn
 
 import kitout
 from kitout import Houlsby, Kit, LoRA, PrefixTuning, PromptTuning
-from kitout.data.items import Item
+from kitout.data.encode.item import Item
 from kitout.errors import ConfigError
-from kitout.train.jobs import Job
-from kitout.train.labels import Labels
-from kitout.train.mode import at_rest, at_work
-from kitout.train.seq2seq import Seq2Seq
+from kitout.train.loop.base_mode import at_rest, at_work
+from kitout.train.loop.jobs import Job
+from kitout.train.objectives.seq2seq_lm import Seq2Seq
+from kitout.train.objectives.sequence import Labels
 from train.small import ALL, add, causal, far, gradients, job, kit_of, loop_of, texts
 from zoo import ZOO
 

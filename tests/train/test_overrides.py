@@ -9,7 +9,7 @@ import pytest
 
 from kitout import IA3, LoRA
 from kitout.errors import ConfigError
-from kitout.train import overrides, yamls
+from kitout.train.config import overrides, yaml_file
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_what_looks_like_an_override() -> None:
     ],
 )  # fmt: skip
 def test_apply(values: dict[str, Any], name: str, value: Any, result: dict[str, Any]) -> None:
-    before = yamls.written(values)
+    before = yaml_file.written(values)
     assert overrides.apply(values, name, value) == result
-    assert yamls.written(values) == before  # a copy
+    assert yaml_file.written(values) == before  # a copy
 
 
 def test_the_later_wins_and_files_come_first(tmp_path: Path) -> None:
@@ -111,19 +111,19 @@ def test_bad_files(tmp_path: Path, text: str, words: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=words) as wrong:
-        yamls.read(file)
+        yaml_file.read(file)
     assert str(wrong.value).startswith(str(file))
 
 
 def test_no_file(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").touch()
     with pytest.raises(ConfigError, match=r"is not there; beside it: my\.yaml"):
-        yamls.read(tmp_path / "run.yaml")
+        yaml_file.read(tmp_path / "run.yaml")
     with pytest.raises(ConfigError, match="is a folder"):
-        yamls.read(tmp_path)
+        yaml_file.read(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("é: 1".encode("latin-1"))
     with pytest.raises(ConfigError, match="not UTF-8"):
-        yamls.read(tmp_path / "latin.yaml")
+        yaml_file.read(tmp_path / "latin.yaml")
 
 
 def test_what_is_written_is_read_back() -> None:
@@ -146,10 +146,16 @@ def test_what_is_written_is_read_back() -> None:
         "<<",
     ]
     values = {"words": words, "numbers": [1e-5, 1e20, 3, -0.0, float("inf")], "none": None, "odd": "a: b\n#c\x1b é"}
-    assert yamls.parse(yamls.written(values), "x") == values
-    assert [type(v) for v in yamls.parse(yamls.written(values), "x")["numbers"]] == [float, float, int, float, float]
+    assert yaml_file.parse(yaml_file.written(values), "x") == values
+    assert [type(v) for v in yaml_file.parse(yaml_file.written(values), "x")["numbers"]] == [
+        float,
+        float,
+        int,
+        float,
+        float,
+    ]
 
 
 def test_anchors_work_and_merge_keys_too() -> None:
     text = "a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}\n"
-    assert yamls.parse(text, "x") == {"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1, "y": 2}}
+    assert yaml_file.parse(text, "x") == {"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1, "y": 2}}

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from kitout.train.metrics import Metrics, plain, read
+from kitout.train.metrics_log import Metrics, plain, read
 from kitout.train.progress import Progress
 
 

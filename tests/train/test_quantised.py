@@ -15,10 +15,10 @@ import kitout
 from kit.test_quantised import bitsandbytes_4, bitsandbytes_8, torchao_int8
 from kitout import IA3, Kit, LoRA
 from kitout.errors import ConfigError
-from kitout.train import keep
-from kitout.train.causal import Causal
-from kitout.train.head import HeadLoss
-from kitout.train.mode import ITS_MARK, as_quantised, at_work
+from kitout.train import checkpoints
+from kitout.train.loop.base_mode import ITS_MARK, as_quantised, at_work
+from kitout.train.objectives.causal_lm import Causal
+from kitout.train.objectives.lm_head_loss import HeadLoss
 from train.small import add, causal, far, gradients, job, loop_of, losses, texts, trained, values
 from zoo import VOCAB
 
@@ -52,7 +52,7 @@ def test_adapters_learn_over_a_quantised_base(tmp_path: Path, kind: str, head: b
     assert losses(loop)[-1] < 0.99 * losses(loop)[0]
     again, others = made()
     second = loop_of(again, others, tmp_path, save_strategy="no")
-    second.train(str(keep.found(tmp_path)[0]))
+    second.train(str(checkpoints.found(tmp_path)[0]))
     for name in ("low", "scale"):
         assert all(torch.equal(value, values(again, name)[key]) for key, value in values(kit, name).items())
         kit.save(name, tmp_path / "kept" / name)

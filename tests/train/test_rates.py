@@ -21,9 +21,9 @@ from kitout import (
     PromptTuning,
 )
 from kitout.errors import KitoutError
-from kitout.kit.adapter import Adapter
-from kitout.kit.method import methods
-from kitout.train.rates import check_rate, groups, highest, refused
+from kitout.method import methods
+from kitout.runtime.adapter import Adapter
+from kitout.train.loop.optimizer import check_rate, groups, highest, refused
 from laws.configs import CASES
 from tiny_vision import kit as vision_kit
 from zoo import ZOO

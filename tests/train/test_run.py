@@ -18,7 +18,7 @@ import transformers
 
 import kitout
 from kitout.errors import ConfigError, KitoutError
-from kitout.train.metrics import read
+from kitout.train.metrics_log import read
 from tiny_models import both, decoder, encoder, jsonl, reviews, vision
 
 pytest.importorskip("accelerate")
@@ -123,7 +123,7 @@ def test_every_objective_is_told_by_its_data(models: dict[str, Path], tmp_path: 
 
 
 def _loaded(model: Path, objective: str, out: Path, rows: list[dict[str, Any]]) -> Any:
-    from kitout.train.build import CLASSES
+    from kitout.train.setup.base_model import CLASSES
 
     labels = {"multilabel": 4, "tokens": 2, "regress": 1}.get(objective, 2)
     more = {} if objective in ("causal", "seq2seq") else {"num_labels": labels}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kitout.errors import ConfigError
-from kitout.train import scale
+from kitout.train.loop import fsdp
 from train import runs
 from train.elsewhere import apart
 from train.small import far, kit_of
@@ -66,7 +66,7 @@ def test_what_cannot_be_parted_is_said_before_training() -> None:
 
 def test_one_process_has_nothing_to_part() -> None:
     with pytest.raises(ConfigError, match="torchrun --nproc-per-node"):
-        scale.shard(kit_of("llama"))
+        fsdp.shard(kit_of("llama"))
 
 
 LAUNCHED = """

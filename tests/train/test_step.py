@@ -16,19 +16,19 @@ from transformers import AutoModelForTokenClassification
 
 import kitout
 from kitout import Kit, LoRA, Method, PrefixTuning, PromptTuning
-from kitout.data.augment import Augment
-from kitout.data.images import Images
-from kitout.data.items import IGNORED, Item
-from kitout.data.pixels import Pixels
+from kitout.data.encode.item import IGNORED, Item
+from kitout.data.images.augment import Augment
+from kitout.data.images.image_set import Images
+from kitout.data.images.pixels import Pixels
 from kitout.errors import ConfigError
-from kitout.train.causal import Leaks
-from kitout.train.labels import Kind, Labels
-from kitout.train.objective import Objective
-from kitout.train.pictures import Pictures
-from kitout.train.plan import plan
-from kitout.train.seq2seq import Seq2Seq
-from kitout.train.step import mixed
-from kitout.train.tagging import Tagging
+from kitout.train.loop.batch_plan import plan
+from kitout.train.loop.step import mixed
+from kitout.train.objectives.causal_lm import Leaks
+from kitout.train.objectives.image_classification import Pictures
+from kitout.train.objectives.objective import Objective
+from kitout.train.objectives.seq2seq_lm import Seq2Seq
+from kitout.train.objectives.sequence import Kind, Labels
+from kitout.train.objectives.token_classification import Tagging
 from train import runs
 from train.elsewhere import apart
 from train.small import ALL, add, causal, far, gradients, grads_of, job, kit_of, texts, trained, values

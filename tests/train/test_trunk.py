@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from kitout import VPT, AdaptFormer, FullFineTuning, LoRA, PartialFineTuning
-from kitout.kit.method import Method
+from kitout.method import Method
 from kitout.train.forward import logits
-from kitout.train.heads import batchnorm, linear
-from kitout.train.trunk import Trunk
+from kitout.train.loop.frozen_trunk import Trunk
+from kitout.train.setup.heads import batchnorm, linear
 from tiny_vision import kit
 from zoo import image_batch
 

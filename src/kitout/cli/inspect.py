@@ -21,10 +21,10 @@ from rich.table import Table
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from kitout.base.find import survey
+from kitout.base.find.find import survey
 from kitout.base.survey import Block, Survey
 from kitout.errors import ConfigError, KitoutError, TargetError, suggest
-from kitout.kit.show import columns, layers_text, site_rows
+from kitout.runtime.show import columns, layers_text, site_rows
 
 HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForSequenceClassification", "ForImageClassification", "")
 COLUMNS = ("role", "layers", "in -> out", "sites")

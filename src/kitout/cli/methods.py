@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kitout import methods as _registering  # noqa: F401 - all there are
-from kitout.kit.method import REGISTRY, Method
-from kitout.kit.show import columns
-from kitout.train.rates import highest, refused
+from kitout.method import REGISTRY, Method
+from kitout.runtime.show import columns
+from kitout.train.loop.optimizer import highest, refused
 
 COLUMNS = ("method", "what it adds", "where, by default", "lr", "decay", "merges", "rows and mixes")
 SETTINGS = ("setting", "default", "takes", "what")

@@ -62,7 +62,7 @@ def train(
 
 def _run(words: list[str], short: dict[str, str], dry_run: bool) -> None:
     from kitout.errors import ConfigError
-    from kitout.train import overrides
+    from kitout.train.config import overrides
 
     files = [word for word in words if not overrides.is_override(word)]
     if not words and not short:
@@ -77,20 +77,20 @@ def _run(words: list[str], short: dict[str, str], dry_run: bool) -> None:
 
 
 def _example() -> None:
-    from kitout.train.describe import example
+    from kitout.train.config.describe import example
 
     typer.echo(example(), nl=False)
 
 
 def _json_schema() -> None:
-    from kitout.train.config import RunConfig
+    from kitout.train.config.schema import RunConfig
 
     typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))
 
 
 def _help(context: typer.Context) -> None:
-    from kitout.data.formats import FORMATS
-    from kitout.train.describe import Setting, sections
+    from kitout.data.examples.formats import FORMATS
+    from kitout.train.config.describe import Setting, sections
 
     def told(setting: Setting, section: str) -> None:
         name = f"{section}.{setting.name}" if section else setting.name

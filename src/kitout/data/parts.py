@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kitout.data.examples import Example, Labelled
-from kitout.data.tables import DataError
+from kitout.data.examples.examples import Example, Labelled
+from kitout.data.read.tables import DataError
 
 MOST_ANSWERS = 50  # more different answers than this are no closed set
 LEARNT = ("train", "")  # parts that may be trained on; "" is what the source names no part for

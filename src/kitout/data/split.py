@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kitout.data.images import Images
-from kitout.data.tables import DataError, told
+from kitout.data.images.image_set import Images
+from kitout.data.read.tables import DataError, told
 from kitout.errors import Faults
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kitout.data.tables import DataError, columns, rows, told, word
+from kitout.data.read.tables import DataError, columns, rows, told, word
 from kitout.errors import Faults
 
 TEXT_COLUMNS = ("text", "tweet", "sentence", "review", "content", "message", "comment", "body", "input", "prompt")

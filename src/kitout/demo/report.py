@@ -12,7 +12,7 @@ from typing import Any
 
 from kitout.demo.score import Measured
 from kitout.demo.screen import Screen
-from kitout.evaluate import plots
+from kitout.evaluate.report import plots
 
 
 def figures(m: Measured) -> dict[str, Any]:

@@ -17,15 +17,17 @@ import torch
 
 import kitout
 from kitout import Kit, LoRA
-from kitout.data.tables import DataError
-from kitout.demo import assets, data, report, score
-from kitout.demo.catalog import ASSETS
+from kitout.assets import store
+from kitout.assets.catalog import ASSETS
+from kitout.base import memory
+from kitout.data.read.tables import DataError
+from kitout.demo import data, report, score
 from kitout.demo.data import Split
 from kitout.demo.screen import Screen
 from kitout.demo.task import TWEETS, Task
 from kitout.demo.train import Progress, Settings, train
-from kitout.files.fingerprint import fingerprint
-from kitout.train import machine, memory
+from kitout.files.base_fingerprint import fingerprint
+from kitout.train.setup import device
 
 NAME = "demo"
 BASE, DATA = "smollm2-135m", "tweets"
@@ -53,8 +55,8 @@ class Options:
 def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Does it all and returns what `results.json` holds."""
     split = _data(options, screen)
-    where = machine.device()
-    form, why = machine.dtype(options.dtype, where)
+    where = device.device()
+    form, why = device.dtype(options.dtype, where)
     kit, task, model = _equip(options, split, where, form, screen)
     count = kit.num_parameters(NAME)
     screen.say(f"{count} by LoRA rank {options.settings.rank}; weights in {str(form)[6:]} ({why})")
@@ -77,7 +79,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         "data": _described(options, split),
         "task": {"instruction": task.instruction, "chat": task.chat, "labels": task.labels},
         "settings": asdict(options.settings),
-        "machine": machine.describe(where) | {"dtype": str(form)[6:]},
+        "machine": device.describe(where) | {"dtype": str(form)[6:]},
         "adapter": {"trainable": count.trainable, "percent": count.percent, "bytes": count.bytes},
         "base": report.figures(base) | {"peak_bytes": base_peak},
         "tuned": report.figures(tuned) | {"peak_bytes": peak},
@@ -95,7 +97,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
 
 
 def _data(options: Options, screen: Screen) -> Split:
-    path = options.data or assets.get(DATA, screen.say) / "tweets.jsonl"
+    path = options.data or store.get(DATA, screen.say) / "tweets.jsonl"
     split = data.split(data.load(path, options.text, options.label), options.train, options.test, options.data_seed)
     screen.say(
         f"{path.name}: {len(split.train):,} texts to learn from, {len(split.test):,} held out "
@@ -111,7 +113,7 @@ def _equip(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    folder = options.model or assets.get(BASE, screen.say)
+    folder = options.model or store.get(BASE, screen.say)
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder} is no model folder: it holds no config.json (a model saved by save_pretrained does)")
     logging.disable_progress_bar()

@@ -14,9 +14,9 @@ from kitout import Kit
 from kitout.demo.data import Example
 from kitout.demo.screen import Tell
 from kitout.demo.task import Task
-from kitout.evaluate.closed import likelihoods
-from kitout.evaluate.generate import answers
-from kitout.evaluate.interval import wilson
+from kitout.evaluate.ask.generate import answers
+from kitout.evaluate.ask.label_likelihood import likelihoods
+from kitout.evaluate.metrics.interval import wilson
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kitout.data.tables import DataError
+from kitout.data.read.tables import DataError
 from kitout.demo.data import Example
 
 LONGEST_TEXT = 256  # tokens; longer texts are cut at the end

@@ -19,19 +19,20 @@ import torch
 
 import kitout
 from kitout import Kit
-from kitout.data.pixels import Pixels
-from kitout.data.readers import load
+from kitout.assets import store
+from kitout.assets.catalog import ASSETS
+from kitout.data.images.pixels import Pixels
+from kitout.data.read.image_folders import load
+from kitout.data.read.tables import DataError
 from kitout.data.split import Split, split
-from kitout.data.tables import DataError
-from kitout.demo import assets, report, vision_report
-from kitout.demo.catalog import ASSETS
+from kitout.demo import report, vision_report
 from kitout.demo.run import print_of
 from kitout.demo.screen import Screen
 from kitout.demo.vision_rows import Row, chosen
-from kitout.evaluate.interval import wilson
-from kitout.train import machine
+from kitout.evaluate.metrics.interval import wilson
 from kitout.train.forward import STRETCH
 from kitout.train.images import Progress, Recipe, fit, predict
+from kitout.train.setup import device
 
 MODEL, DATA, SIZE = "dinov2-small", "mnist-5k", 112
 
@@ -60,7 +61,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     """Does it all and returns what `results.json` holds."""
     rows = chosen(options.methods)
     parts = parted(options, screen)
-    where = machine.device()
+    where = device.device()
     kit, pixels, about = equip(options, parts, where, screen)
     screen.say(
         f"{len(rows)} method{'s' if len(rows) > 1 else ''}; each is shown {options.budget:,} training images "
@@ -70,7 +71,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
         "model": about,
         "data": _described(options, parts),
         "settings": {"budget": options.budget, "seed": options.seed},
-        "machine": machine.describe(where) | {"dtype": "float32"},
+        "machine": device.describe(where) | {"dtype": "float32"},
         "majority": parts.majority,
         "names": list(parts.test.names),
         "truth": list(parts.test.labels),
@@ -84,7 +85,7 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
 
 
 def parted(options: Options, screen: Screen) -> Split:
-    path = options.data or assets.get(DATA, screen.say) / "images.npz"
+    path = options.data or store.get(DATA, screen.say) / "images.npz"
     screen.say(f"{path.name}: opening every image once")
     parts = split(load(path, options.image, options.label), options.test, options.train, options.seed)
     screen.say(
@@ -99,7 +100,7 @@ def equip(options: Options, parts: Split, where: torch.device, screen: Screen) -
     from transformers import AutoModelForImageClassification
     from transformers.utils import logging
 
-    folder = options.model or assets.get(MODEL, screen.say)
+    folder = options.model or store.get(MODEL, screen.say)
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder} is no model folder: it holds no config.json (a model saved by save_pretrained does)")
     size = options.size or (SIZE if options.model is None else None)

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from kitout.data.images import Images
-from kitout.evaluate.plots import COLOURS, figure, png, possible, write
+from kitout.data.images.image_set import Images
+from kitout.evaluate.report.plots import COLOURS, figure, png, possible, write
 
 __all__ = ["compare", "confusion", "counts", "errors", "possible"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kitout.data.images import Images
+from kitout.data.images.image_set import Images
 from kitout.demo import vision_pictures
 from kitout.demo.screen import Screen
 
@@ -95,7 +95,7 @@ def wearing(row: dict[str, Any], adapter: Path, results: dict[str, Any]) -> list
     lines = ["import kitout; from transformers import AutoModelForImageClassification"]
     heads = ""
     if row["head"] == "batchnorm":
-        lines.append("from kitout.train.heads import batchnorm")
+        lines.append("from kitout.train.setup.heads import batchnorm")
         heads = f", heads=batchnorm(kit, {classes})"
     if row["head"] == OWN:  # kept as a difference from the model's own fresh head, which this seed gives again
         lines.append(f"import torch; torch.manual_seed({results['settings']['seed']})")

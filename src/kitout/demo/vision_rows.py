@@ -13,10 +13,10 @@ from typing import Literal
 from torch import nn
 
 from kitout import SSF, VPT, AdaptFormer, BitFit, FullFineTuning, Kit, LoRA, PartialFineTuning
-from kitout.data.tables import DataError
+from kitout.data.read.tables import DataError
 from kitout.errors import Faults, suggest
-from kitout.kit.method import Method
-from kitout.train import heads
+from kitout.method import Method
+from kitout.train.setup import heads
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kitout.evaluate.measure import Measure, Score, difference
-from kitout.evaluate.metrics import TITLES
-from kitout.evaluate.texts import closed, named, normal
+from kitout.evaluate.metrics.generation import closed, named, normal
+from kitout.evaluate.metrics.measure import Measure, Score, difference
+from kitout.evaluate.metrics.registry import TITLES
 
 SHORT = 4  # words; an answer to a longer reference is neither right nor wrong
 

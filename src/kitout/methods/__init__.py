@@ -5,15 +5,15 @@ No method knows another; what two of them share is a Delta in a file of its own 
 
 from kitout.methods.adaptformer import AdaptFormer
 from kitout.methods.bitfit import BitFit
-from kitout.methods.full import FullFineTuning
+from kitout.methods.full_finetuning import FullFineTuning
 from kitout.methods.houlsby import Houlsby
 from kitout.methods.ia3 import IA3
 from kitout.methods.lora import LoRA
-from kitout.methods.parallel import ParallelAdapter
-from kitout.methods.partial import PartialFineTuning
+from kitout.methods.parallel_adapter import ParallelAdapter
+from kitout.methods.partial_finetuning import PartialFineTuning
 from kitout.methods.pfeiffer import Pfeiffer
-from kitout.methods.prefix import PrefixTuning
-from kitout.methods.prompt import PromptTuning
+from kitout.methods.prefix_tuning import PrefixTuning
+from kitout.methods.prompt_tuning import PromptTuning
 from kitout.methods.ssf import SSF
 from kitout.methods.vpt import VPT
 

@@ -15,9 +15,9 @@ from torch import nn
 
 from kitout.base.site import Site
 from kitout.base.survey import Survey
-from kitout.kit.delta import Delta
-from kitout.kit.method import Method, Rate, register
-from kitout.methods.bottleneck import Bottleneck, Scale, chosen, size
+from kitout.delta import Delta
+from kitout.method import Method, Rate, register
+from kitout.methods.deltas.bottleneck import Bottleneck, Scale, chosen, size
 
 
 @register

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.base.weights import bias
-from kitout.kit.delta import Delta
-from kitout.kit.method import Method, Rate, register
+from kitout.delta import Delta
+from kitout.method import Method, Rate, register
 
 KINDS = ("linear", "norm", "conv")
 

@@ -17,10 +17,10 @@ from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.base.weights import bias
-from kitout.kit.delta import Delta
-from kitout.kit.method import Method, Rate, register
-from kitout.methods.affine import Affine
-from kitout.methods.bottleneck import Activation, Bottleneck, chosen, size
+from kitout.delta import Delta
+from kitout.method import Method, Rate, register
+from kitout.methods.deltas.affine import Affine
+from kitout.methods.deltas.bottleneck import Activation, Bottleneck, chosen, size
 
 
 @register

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from kitout.base.select import select
 from kitout.base.site import Site
-from kitout.kit.delta import Delta
-from kitout.kit.method import Method, Rate, register
+from kitout.delta import Delta
+from kitout.method import Method, Rate, register
 
 PRESETS = {"paper": "attn.k attn.v in:mlp.down", "qkv": "attn.q attn.k attn.v"}
 

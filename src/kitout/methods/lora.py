@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from kitout.base.select import matches
 from kitout.base.site import Site
 from kitout.base.weights import fan_in, matrix
+from kitout.delta import Delta
 from kitout.errors import ConfigError, TargetError
-from kitout.kit.delta import Delta
-from kitout.kit.method import Method, Rate, register
-from kitout.methods.dora import Decomposed
-from kitout.methods.lowrank import LowRank
+from kitout.method import Method, Rate, register
+from kitout.methods.deltas.dora import Decomposed
+from kitout.methods.deltas.low_rank import LowRank
 
 ByRole = dict[str, int]
 

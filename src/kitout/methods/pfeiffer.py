@@ -17,9 +17,9 @@ from torch import nn
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.base.survey import Survey
-from kitout.kit.delta import Delta
-from kitout.kit.method import Method, Rate, register
-from kitout.methods.bottleneck import Activation, Bottleneck, size
+from kitout.delta import Delta
+from kitout.method import Method, Rate, register
+from kitout.methods.deltas.bottleneck import Activation, Bottleneck, size
 
 
 @register

@@ -16,9 +16,9 @@ from torch import nn
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.base.survey import Survey
-from kitout.kit.delta import Delta
-from kitout.kit.method import Method, Rate, register
-from kitout.methods.affine import Affine
+from kitout.delta import Delta
+from kitout.method import Method, Rate, register
+from kitout.methods.deltas.affine import Affine
 
 KINDS = ("linear", "conv", "norm")
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.base.survey import Survey
+from kitout.delta import Delta
 from kitout.errors import TargetError
-from kitout.kit.delta import Delta
-from kitout.kit.method import Method, Rate, register
+from kitout.method import Method, Rate, register
 
 
 class Common(nn.Module):

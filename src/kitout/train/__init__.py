@@ -2,7 +2,7 @@
 
 `config` says everything a run depends on, `prepare` makes it, `loop` runs it with `step`, `health` and `keep`, `finish`
 leaves what it came to; `images` and `trunk` are the vision demo's own loop. Nothing here knows a file format.
-The room itself can be called, so that the same object serves `kitout.train(...)` and `kitout.train.config`.
+The room itself can be called, so that the same object serves `kitout.train(...)` and `kitout.train.config.schema`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kitout.train.config import RunConfig
+    from kitout.train.config.schema import RunConfig
     from kitout.train.run import Result
 
 
@@ -35,9 +35,10 @@ class _Room(ModuleType):
         sections: model=, data=, method=, train=, ... as in a run.yaml, over those of the config. dry_run: stops after
         the pre-flight. say: hears what is told. Raises KitoutError before anything expensive if something is wrong.
         """
-        from kitout.train.config import RunConfig, load
+        from kitout.train.config.load import load
+        from kitout.train.config.schema import RunConfig
+        from kitout.train.config.yaml_file import read
         from kitout.train.run import run
-        from kitout.train.yamls import read
 
         if isinstance(config, RunConfig):
             held = config.dump()

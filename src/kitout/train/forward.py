@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kitout.kit.kit import Kit
+from kitout.kit import Kit
 
 STRETCH = "interpolate_pos_encoding"
 

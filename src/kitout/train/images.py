@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kitout.data.images import Images
-from kitout.data.pixels import Pixels
+from kitout.data.images.image_set import Images
+from kitout.data.images.pixels import Pixels
 from kitout.errors import ConfigError, Faults, KitoutError
-from kitout.kit.adapter import Adapter
-from kitout.kit.kit import Kit
+from kitout.kit import Kit
+from kitout.runtime.adapter import Adapter
 from kitout.train import checkpoint
 from kitout.train.forward import logits
+from kitout.train.loop.frozen_trunk import Trunk
 from kitout.train.schedule import rise_and_fall
-from kitout.train.trunk import Trunk
 
 MOST_KEPT = 2 * 2**30  # bytes of trunk features held in memory; a larger set is computed again each time
 

@@ -20,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kitout.train.metrics import FILE, Metrics
-from kitout.train.words import amount, figure, seconds, size
+from kitout.format import amount, figure, seconds, size
+from kitout.train.metrics_log import FILE, Metrics
 
 PARTS = 20  # plain lines of a run, beside first, last and measurements ...
 SILENCE = 300.0  # ... and no longer without one than so many seconds

@@ -22,16 +22,20 @@ from typing import Any
 import torch
 import transformers
 
+from kitout.base import memory
 from kitout.errors import ConfigError, suggest
 from kitout.evaluate.compare import Comparison
-from kitout.files.fingerprint import fingerprint
-from kitout.train import checks, folder, keep, memory, processes, scale, screen
-from kitout.train.after import against_base, watched_names, watching
-from kitout.train.config import RunConfig
-from kitout.train.folder import RunFolder
-from kitout.train.page import pages, told
-from kitout.train.prepare import Prepared, prepare
-from kitout.train.trial import Estimate, estimate
+from kitout.files.base_fingerprint import fingerprint
+from kitout.train import checkpoints, run_folder
+from kitout.train.config import conflicts
+from kitout.train.config.schema import RunConfig
+from kitout.train.loop import distributed, fsdp
+from kitout.train.measure.evaluate import against_base, watched_names, watching
+from kitout.train.preflight import render
+from kitout.train.preflight.collect import pages, told
+from kitout.train.preflight.cost_estimate import Estimate, estimate
+from kitout.train.run_folder import RunFolder
+from kitout.train.setup.prepare import Prepared, prepare
 from kitout.version import __version__
 
 Say = Callable[[str], None]
@@ -50,11 +54,11 @@ class Result:
 
 def run(config: RunConfig, *, dry_run: bool = False, say: Say = print) -> Result:
     """Trains what the config says. dry_run: stops before the first step. say: hears what is worth telling."""
-    from kitout.train.finish import finish
+    from kitout.train.outputs import finish
 
     if importlib.util.find_spec("accelerate") is None:
         raise ConfigError("training stands on accelerate, not installed here\n  pip install 'kitout[train]'")
-    checks.machine(config, torch.cuda.is_available())
+    conflicts.machine(config, torch.cuda.is_available())
     _join(config)
     with _folder(config) as place:
         if place.done:
@@ -63,16 +67,16 @@ def run(config: RunConfig, *, dry_run: bool = False, say: Say = print) -> Result
         made = prepare(config)
         _check_best(made, config)
         known = told(made)
-        last = next(reversed(keep.found(place.checkpoints)), None)
+        last = next(reversed(checkpoints.found(place.checkpoints)), None)
         signed = signature(made)  # of the whole base
         if config.train.shard:
-            scale.shard(made.kit)
+            fsdp.shard(made.kit)
         loop, guess = _loop(made, config, place, last, signed)
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             shown = pages(made, config, known, guess)
             for page in shown:
-                screen.show(page)
-            screen.save(shown, place.path)
+                render.show(page)
+            render.save(shown, place.path)
         if dry_run:
             return Result(place.path)
         memory.reset_peak(made.kit.device)
@@ -85,10 +89,10 @@ def run(config: RunConfig, *, dry_run: bool = False, say: Say = print) -> Result
             if found is not None:
                 comparisons[job.name] = found
         figures: dict[str, Any] = {}
-        with scale.whole(made.kit):
-            if processes.rank() == 0:
+        with fsdp.whole(made.kit):
+            if distributed.rank() == 0:
                 figures = finish(made, config, place, loop, guess, best, comparisons, say)
-            processes.wait()
+            distributed.wait()
         made.kit.detach()
         return Result(place.path, comparisons, figures)
 
@@ -100,8 +104,8 @@ def _join(config: RunConfig) -> None:
 
         PartialState(cpu=config.model.device == "cpu" or not torch.cuda.is_available())
         batch = sum(job.train.batch for job in config.alone())
-        if batch < processes.world():
-            raise ConfigError(f"train.batch={batch} is fewer examples than the {processes.world()} processes")
+        if batch < distributed.world():
+            raise ConfigError(f"train.batch={batch} is fewer examples than the {distributed.world()} processes")
     elif config.train.shard:
         raise ConfigError("train.shard parts the base among processes, and there is one: start it with torchrun")
 
@@ -109,14 +113,14 @@ def _join(config: RunConfig) -> None:
 @contextmanager
 def _folder(config: RunConfig) -> Iterator[RunFolder]:
     """The main process opens and holds it; the others look on."""
-    if processes.rank() == 0:
-        with folder.opened(config) as place:
-            processes.wait()
+    if distributed.rank() == 0:
+        with run_folder.opened(config) as place:
+            distributed.wait()
             yield place
     else:
-        processes.wait()
+        distributed.wait()
         path = config.output.folder.expanduser()
-        yield RunFolder(path, (path / folder.RUN).is_file(), (path / folder.RESULTS).is_file())
+        yield RunFolder(path, (path / run_folder.RUN).is_file(), (path / run_folder.RESULTS).is_file())
 
 
 def _check_best(made: Prepared, config: RunConfig) -> None:
@@ -147,7 +151,7 @@ def _loop(made: Prepared, config: RunConfig, place: RunFolder, last: Path | None
     """The loop, and what it will take: tried now, or as it was found before the run was stopped."""
     from transformers import EarlyStoppingCallback
 
-    from kitout.train.loop import Loop, Steps
+    from kitout.train.loop.trainer import Loop, Steps
     from kitout.train.progress import Progress
 
     steps = Steps(made.jobs)
@@ -157,8 +161,8 @@ def _loop(made: Prepared, config: RunConfig, place: RunFolder, last: Path | None
     else:
         tried = [steps[i] for i in range(min(len(steps), 64) if made.main.looked_at else len(steps))]
         guess = estimate(made.kit, made.jobs, tried, config.train.micro_batch, config.train.checkpointing)
-        if processes.rank() == 0:
-            folder.write(known, json.dumps(guess.__dict__))
+        if distributed.rank() == 0:
+            run_folder.write(known, json.dumps(guess.__dict__))
     args = _arguments(config, place, len(steps), any(len(job.watched) for job in made.jobs))
     showing = Progress(place.path)
     callbacks: list[Any] = [showing]

@@ -10,10 +10,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
-from kitout.data.examples import Example
-from kitout.data.items import Item
-from kitout.data.stream import Stream, items
-from kitout.data.tables import DataError
+from kitout.data.encode.item import Item
+from kitout.data.examples.examples import Example
+from kitout.data.read.tables import DataError
+from kitout.data.streaming import Stream, items
 
 KEPT = 4096  # items behind the newest
 

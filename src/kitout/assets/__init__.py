@@ -1,0 +1,1 @@
+"""Built-in small models and data sets."""

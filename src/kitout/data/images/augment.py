@@ -1,0 +1,69 @@
+"""Random changes to training images that leave their label as it is: crops, mirroring, turning, colour.
+
+The changes are kornia's: pure PyTorch, every image of a batch drawn on its own, and it needs no torchvision. A seed
+decides all of them, whatever was drawn before. It knows no label, no model and no normalisation.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from kitout.data.read.tables import DataError
+from kitout.errors import Faults
+
+
+@dataclass(frozen=True)
+class Augment:
+    """crop: the smallest share of the area kept, 1 for none. turn: degrees either way. colour: 0 to 1.
+
+    Crop and mirror are what the papers use on photographs; a digit must not be mirrored.
+    """
+
+    crop: float = 0.5
+    mirror: bool = True
+    turn: float = 0.0
+    colour: float = 0.0
+
+    def __post_init__(self) -> None:
+        faults = Faults(DataError, "Augment")
+        for name, low, high in (("crop", 0.01, 1.0), ("turn", 0.0, 180.0), ("colour", 0.0, 1.0)):
+            if not low <= getattr(self, name) <= high:
+                faults.add(f"{name} is {getattr(self, name)!r}, expected {low:g} to {high:g}")
+        faults.raise_if_any()
+        if importlib.util.find_spec("kornia") is None:
+            raise DataError("augmentation needs kornia, not installed here\n  pip install 'kitout[data]'")
+
+    def __call__(self, pixels: Tensor, seed: int) -> Tensor:
+        """pixels [B, 3, H, W] from 0 to 1, before normalisation; the same shape."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            changed: Tensor = self._changes(tuple(pixels.shape[2:]))(pixels)
+        return changed.clamp(0.0, 1.0)
+
+    def _changes(self, size: tuple[int, ...]) -> nn.Module:
+        if size not in self._made:
+            self._made[size] = self._make(size)
+        return self._made[size]
+
+    @cached_property
+    def _made(self) -> dict[tuple[int, ...], nn.Module]:
+        return {}
+
+    def _make(self, size: tuple[int, ...]) -> nn.Module:
+        import kornia.augmentation as k
+
+        changes: list[nn.Module] = []
+        if self.crop < 1.0:
+            changes.append(k.RandomResizedCrop(size, scale=(self.crop, 1.0)))
+        if self.mirror:
+            changes.append(k.RandomHorizontalFlip())
+        if self.turn:
+            changes.append(k.RandomRotation(self.turn))
+        if self.colour:
+            changes.append(k.ColorJiggle(self.colour, self.colour, self.colour, 0.0))
+        return nn.Sequential(*changes)

@@ -1,0 +1,86 @@
+"""From pictures to the pixels a model takes: its own image processor, at its own size or another, and augmentation.
+
+The PIL backend is asked for by name, so that the same file gives the same numbers whether torchvision is there or not.
+It knows how a processor writes its sizes, and nothing of labels, kits or training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kitout.data.images.augment import Augment
+from kitout.data.images.image_set import Images
+from kitout.data.read.tables import DataError
+
+
+class Pixels:
+    """`pixels(images, rows)` -> [len(rows), 3, H, W]. size: of the square the model sees, None for the processor's."""
+
+    def __init__(self, processor: Any, size: int | None = None, augment: Augment | None = None) -> None:
+        self.processor, self.size, self.augment = processor, size, augment
+
+    @classmethod
+    def of(cls, model: str | Path, size: int | None = None, augment: Augment | None = None) -> Pixels:
+        """The processor of a model folder or name; size must be a multiple of the model's patches."""
+        from transformers import AutoConfig, AutoImageProcessor
+        from transformers.utils import logging
+
+        loud = logging.get_verbosity()
+        logging.set_verbosity_error()  # it would say that there is no torchvision: nobody asked for it
+        try:
+            processor = AutoImageProcessor.from_pretrained(model, backend="pil")
+            config = AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as wrong:
+            raise DataError(f"{model} has no image processor that loads: {str(wrong)[:300]}") from wrong
+        finally:
+            logging.set_verbosity(loud)
+        if size is not None:
+            check_size(size, getattr(config, "patch_size", 1))
+        return cls(processor, size, augment)
+
+    def __call__(self, images: Images, rows: Sequence[int], seed: int | None = None) -> Tensor:
+        """The pixels of some images. seed: augmented as it says; None: as they are."""
+        pictures = [images.open(i) for i in rows]
+        if seed is None or self.augment is None:
+            return self._processed(pictures)
+        raw = self._processed(pictures, do_normalize=False)  # colours change before they are normalised
+        changed = self.augment(raw, seed)
+        if not getattr(self.processor, "do_normalize", False):
+            return changed
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.processor.image_mean, self.processor.image_std))
+        return (changed - mean) / std
+
+    def _processed(self, pictures: Sequence[Any], **changes: Any) -> Tensor:
+        try:
+            made = self.processor(list(pictures), return_tensors="pt", **self._sizes(), **changes)
+        except ValueError as wrong:
+            if self.size is not None or len({p.size for p in pictures}) == 1:
+                raise
+            raise DataError(f"this processor leaves images at different sizes; give one, size=224: {wrong}") from wrong
+        pixels: Tensor = made["pixel_values"]
+        return pixels
+
+    def _sizes(self) -> dict[str, Any]:
+        """The short side becomes `size` and the middle is cut out, or both sides do where nothing is cut."""
+        if self.size is None:
+            return {}
+        square = {"height": self.size, "width": self.size}
+        if "shortest_edge" in (self.processor.size or {}):
+            return {"size": {"shortest_edge": self.size}, "do_center_crop": True, "crop_size": square}
+        crops = getattr(self.processor, "do_center_crop", None)
+        return {"size": square} | ({"crop_size": square} if crops else {})
+
+
+def check_size(size: int, patch: Any) -> None:
+    """DataError if the square is not cut evenly into patches (a number, or height and width)."""
+    sides = {int(side) for side in (patch if isinstance(patch, list | tuple) else [patch or 1])}
+    for side in sides:
+        if size < side or size % side:
+            below, above = size // side * side, (size // side + 1) * side
+            near = " or ".join(str(s) for s in (below, above) if s)
+            raise DataError(f"size {size} is no multiple of this model's patches of {side}: use {near}")

@@ -1,0 +1,130 @@
+"""The ways images come: a folder of class folders, a table of paths and labels, arrays; each becomes one `Images`.
+
+`load` chooses by what the path is. Paths in a table are the user's own: relative ones start at the table, absolute ones
+are taken as they are. Labels are words and are never joined into a path. It knows no model and no split.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kitout.data.images.image_set import ENDINGS, Bytes, Found, Images, gather
+from kitout.data.read import tables
+from kitout.data.read.tables import DataError
+from kitout.errors import Faults
+
+IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "filepath", "image_path", "img")
+LABEL_COLUMNS = ("label", "class", "category", "target", "species", "digit")
+PARTS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+
+
+def load(
+    where: Path | str, image: str | None = None, label: str | None = None, names: Sequence[str] | None = None
+) -> Images:
+    """A folder of class folders (perhaps below train/, val/, test/), a table, or an .npz with `images` and `labels`.
+
+    image, label: the columns of a table, if not obvious. names: the labels there may be, in order.
+    """
+    path = Path(where)
+    if path.is_dir():
+        return gather(_folder(path), names, str(path))
+    if path.suffix.lower() == ".npz":
+        return from_arrays(*_npz(path), names=names, what=str(path))
+    return gather(_table(path, image, label), names, str(path))
+
+
+def from_arrays(
+    images: Any, labels: Sequence[Any], names: Sequence[str] | None = None, what: str = "the arrays"
+) -> Images:
+    """images [N, H, W] or [N, H, W, 3]: bytes, or floats from 0 to 1. labels: N words or whole numbers."""
+    pixels, words = np.asarray(images), np.asarray(labels)
+    faults = Faults(DataError, what)
+    if pixels.ndim not in (3, 4) or (pixels.ndim == 4 and pixels.shape[3] != 3) or 0 in pixels.shape:
+        faults.add(f"images have the shape {list(pixels.shape)}, expected [N, H, W] or [N, H, W, 3], channels last")
+    elif words.shape != pixels.shape[:1]:
+        faults.add(f"{len(pixels)} images and labels of the shape {list(words.shape)}: one label per image, [N]")
+    if words.dtype.kind not in "iuU":
+        faults.add(f"labels are {words.dtype}, expected whole numbers or words")
+    if pixels.dtype.kind == "f":
+        low, high = (float(pixels.min()), float(pixels.max())) if pixels.size else (0.0, 1.0)
+        if not (low >= 0.0 and high <= 1.0):  # false for NaN too
+            faults.add(f"float images run from {low:g} to {high:g}, expected 0 to 1; divide by 255, or give uint8")
+    elif pixels.dtype != np.uint8:
+        faults.add(f"images are {pixels.dtype}, expected uint8 or floats from 0 to 1")
+    faults.raise_if_any()
+    plain: Bytes = np.rint(pixels * 255).astype(np.uint8) if pixels.dtype.kind == "f" else pixels
+    rows = zip(plain, words.tolist(), strict=True)
+    return gather([Found(row, str(name), place=f"row {i}: ") for i, (row, name) in enumerate(rows)], names, what)
+
+
+def _npz(path: Path) -> tuple[Any, Any]:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
+            if not {"images", "labels"} <= set(held.files):
+                raise DataError(f"{path} holds {', '.join(held.files) or 'nothing'}; expected images and labels")
+            return held["images"], held["labels"]
+    except FileNotFoundError as wrong:
+        raise DataError(f"there is no file {path}") from wrong
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as wrong:  # pickled objects are a ValueError
+        raise DataError(f"{path} is no .npz of plain arrays: {str(wrong)[:120]}") from wrong
+
+
+def _table(path: Path, image: str | None, label: str | None) -> list[Found]:
+    rows = tables.rows(path)
+    wanted = {"image": (image, IMAGE_COLUMNS), "label": (label, LABEL_COLUMNS)}
+    image, label = tables.columns(path, rows, wanted)
+    faults = Faults(DataError, str(path))
+    unnamed = [f"line {line}: {image!r} is empty" for line, row in rows if not tables.word(row.get(image))]
+    tables.told(faults, unnamed, "rows")
+    faults.raise_if_any()
+    return [
+        Found(path.parent / tables.word(row[image]), tables.word(row.get(label)), place=f"line {line}: ")
+        for line, row in rows
+    ]
+
+
+def _folder(root: Path) -> list[Found]:
+    faults = Faults(DataError, str(root))
+    inside = _folders(root)
+    parted = {PARTS.get(folder.name.lower(), "") for folder in inside}
+    if "train" in parted and "" not in parted:
+        found = [f for folder in inside for f in _classes(folder, PARTS[folder.name.lower()], faults)]
+    else:
+        found = _classes(root, "", faults)
+    faults.raise_if_any()
+    return found
+
+
+def _classes(root: Path, part: str, faults: Faults) -> list[Found]:
+    """root/class/**/image.png; the class is the first folder's name."""
+    stray = _images(root, "*")
+    if stray:
+        faults.add(f"{len(stray)} images lie in {root} itself ({stray[0].name}): put each in the folder of its class")
+    folders = _folders(root)
+    if not folders and not stray:
+        faults.add(f"{root} holds no class folders; expected {root}/CLASS/image.png, or a table of paths and labels")
+    found = []
+    for folder in folders:
+        images = _images(folder, "**/*")
+        if not images:
+            faults.add(f"class folder {folder} holds no images ({' '.join(ENDINGS)})")
+        found += [Found(image, folder.name, part) for image in images]
+    return found
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _images(root: Path, pattern: str) -> list[Path]:
+    return sorted(
+        p for p in root.glob(pattern) if p.suffix.lower() in ENDINGS and not p.name.startswith(".") and p.is_file()
+    )

@@ -1,0 +1,136 @@
+"""Scores of written answers: the same words, some of the same words, the same label.
+
+Exact match and token-F1 are SQuAD's (Rajpurkar et al. 2016) after its normalisation; where the references are a few
+labels that return, also accuracy and macro-F1 over these, by the one label an answer names: a base that answers in
+a sentence is not called wrong for that. ROUGE-L, chrF and BLEU come from rouge-score and sacrebleu where they are
+installed. Everything is between 0 and 1. It knows no model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from kitout.errors import ConfigError
+from kitout.evaluate.metrics.classification import chosen
+from kitout.evaluate.metrics.measure import Measure, count, mean, of_sums
+
+MOST_LABELS = 50  # different references that still are labels
+RETURNS = 3  # times each of them occurs, on average
+EXTRA = {"rouge_l": "rouge_score", "chrf": "sacrebleu", "bleu": "sacrebleu"}  # metric -> the package it needs
+
+Tell = Callable[[str], None]
+
+
+def normal(text: str) -> str:
+    """Lower case, no punctuation, no a/an/the, single blanks; a number keeps its sign and its decimal point.
+
+    What would be left empty by that ("A", "+", "!") is only lowered, so that such labels can still be told apart.
+    """
+    lowered = " ".join(text.lower().split())
+    bare = re.sub(r"(?<=\d),(?=\d{3})", "", lowered)
+    bare = re.sub(r"\.(?!\d)|(?<=[^\W\d])\.|(?<=\w)-|-(?!\.?\d)|[!-,/:-@\[-`{-~]", "", bare)
+    bare = " ".join(word for word in bare.split() if word not in ("a", "an", "the"))
+    return bare or lowered
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """2 common words / (words of both), after `normal`; a word counts as often as it occurs."""
+    said, true = Counter(normal(prediction).split()), Counter(normal(reference).split())
+    both = said.total() + true.total()
+    return 2 * (said & true).total() / both if both else 1.0
+
+
+def closed(references: Sequence[str]) -> list[str]:
+    """The labels, normalised and most frequent first, if the references are a small set that returns; else nothing."""
+    found = Counter(map(normal, references))
+    few = 1 < len(found) <= MOST_LABELS and RETURNS * len(found) <= len(references)
+    return [label for label, _ in found.most_common()] if few else []
+
+
+def named(answer: str, labels: Sequence[str]) -> str | None:
+    """The label that an answer is, or else the only one it names; all of them normalised."""
+    if answer in labels:
+        return answer
+    held = [label for label in labels if f" {label} " in f" {answer} "]
+    whole = [label for label in held if not any(label != other and f" {label} " in f" {other} " for other in held)]
+    return whole[0] if len(whole) == 1 else None
+
+
+def answered(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    names: Sequence[str] | None = None,
+    only: Sequence[str] | None = None,
+    tell: Tell | None = None,
+) -> dict[str, Measure]:
+    """Written answers. names: the labels, where it is known that all references are labels; else they are looked for.
+
+    only: these metrics alone; one whose package is missing is then an error, and else told.
+    """
+    said, true = [normal(p) for p in predictions], [normal(r) for r in references]
+    labels = closed(references) if names is None else [normal(name) for name in names]
+    found: dict[str, Measure] = {}
+    if labels:
+        number: dict[str | None, int] = {label: i for i, label in enumerate(dict.fromkeys([*labels, *true]))}
+        found = chosen(
+            np.array([number.get(named(p, labels), -1) for p in said], dtype=np.intp),
+            np.array([number[r] for r in true], dtype=np.intp),
+            len(number),
+        )
+        found.pop("balanced_accuracy")
+    exact = count(np.array([p == r for p, r in zip(said, true, strict=True)]))
+    some = mean(np.array([token_f1(p, r) for p, r in zip(predictions, references, strict=True)]))
+    # the headline of free answers is what they share with the reference: hardly two are the same
+    found |= {"exact_match": exact, "token_f1": some} if labels else {"token_f1": some, "exact_match": exact}
+    wanted = [name for name in EXTRA if (name in only if only is not None else not labels)]
+    return found | _extra(wanted, predictions, references, only is not None, tell)
+
+
+def _extra(
+    wanted: Sequence[str], predictions: Sequence[str], references: Sequence[str], asked: bool, tell: Tell | None
+) -> dict[str, Measure]:
+    absent = [name for name in wanted if find_spec(EXTRA[name]) is None]
+    if absent:
+        needs = " and ".join(sorted({EXTRA[name].replace("_", "-") for name in absent}))
+        words = f"{', '.join(absent)}: {needs} not installed\n  pip install 'kitout[eval]'"
+        if asked:
+            raise ConfigError(words)
+        if tell:
+            tell(f"left out {words}")
+    makers = {"rouge_l": _rouge, "chrf": _chrf, "bleu": _bleu}
+    return {name: makers[name](predictions, references) for name in wanted if name not in absent}
+
+
+class _Words:
+    """Words of any script; rouge-score's own tokenizer knows a to z alone."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
+
+
+def _rouge(predictions: Sequence[str], references: Sequence[str]) -> Measure:
+    scorer = import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_Words())
+    found = [scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predictions, references, strict=True)]
+    return mean(np.array(found, dtype=np.float64))
+
+
+def _chrf(predictions: Sequence[str], references: Sequence[str]) -> Measure:
+    return _sacrebleu(import_module("sacrebleu.metrics").CHRF(), predictions, references)
+
+
+def _bleu(predictions: Sequence[str], references: Sequence[str]) -> Measure:
+    metric = import_module("sacrebleu.metrics").BLEU(force=True)  # force: no advice on tokenised text
+    return _sacrebleu(metric, predictions, references)
+
+
+def _sacrebleu(metric: Any, predictions: Sequence[str], references: Sequence[str]) -> Measure:
+    """The corpus's score out of sums of its sentences' counts, by the two steps sacrebleu's own bootstrap takes."""
+    counts = np.array(metric._extract_corpus_statistics(list(predictions), [list(references)]), dtype=np.float64)
+    return of_sums(counts, lambda totals: metric._compute_score_from_stats(totals.tolist()).score / 100)

@@ -1,0 +1,104 @@
+"""A metric over one set of answers, ready to be taken over any draw of its examples: what gives it an interval.
+
+`Measure` is a figure as a function of how often each example counts; `Score` is what comes of it. Two measures of the
+same examples give the interval of their difference, on the same draws. It knows no task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kitout.evaluate.metrics.interval import Figure, bootstrap, newcombe, wilson
+
+
+@dataclass(frozen=True)
+class Score:
+    """A figure and its 95 % interval over n examples. share: lies between 0 and 1, and is told in percent."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    higher_is_better: bool = True
+    share: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """figure: over all n examples or a draw of them. right: for a share of right answers, which are right."""
+
+    figure: Figure
+    n: int
+    higher_is_better: bool = True
+    share: bool = True
+    right: NDArray[np.bool_] | None = None
+
+    @property
+    def value(self) -> float:
+        return float(self.figure(np.ones(self.n)))
+
+    def score(self, seed: int = 0) -> Score:
+        """The figure with its interval."""
+        value = self.value
+        low, high = self._interval(value, seed)
+        return Score(value, low, high, self.n, self.higher_is_better, self.share)
+
+    def _interval(self, value: float, seed: int) -> tuple[float, float]:
+        if self.right is not None:
+            return wilson(int(self.right.sum()), self.n)
+        if self.share and value in (0.0, 1.0):  # every draw is the same, which would claim to be certain
+            return wilson(round(value * self.n), self.n)
+        return bootstrap(self.figure, self.n, seed)
+
+
+def difference(base: Measure, tuned: Measure, seed: int = 0) -> tuple[float, float, float]:
+    """tuned less base, and its 95 % interval, example by example."""
+    if base.n != tuned.n:
+        raise ValueError(f"{base.n} and {tuned.n} examples cannot be compared one by one")
+    value = tuned.value - base.value
+    if base.right is not None and tuned.right is not None:
+        return value, *newcombe(base.right, tuned.right)
+    return value, *bootstrap(lambda times: tuned.figure(times) - base.figure(times), base.n, seed)
+
+
+def count(right: NDArray[np.bool_]) -> Measure:
+    """A share of right answers."""
+    return Measure(lambda times: float(times @ right) / float(times.sum()), len(right), right=right)
+
+
+def mean(values: NDArray[np.float64], *, higher_is_better: bool = True, share: bool = True) -> Measure:
+    """The mean of one number an example."""
+    return Measure(lambda times: float(times @ values) / float(times.sum()), len(values), higher_is_better, share)
+
+
+def of_sums(
+    sums: NDArray[np.float64],
+    formula: Callable[[NDArray[Any]], float],
+    *,
+    higher_is_better: bool = True,
+    share: bool = True,
+) -> Measure:
+    """A figure made of sums over the examples: sums is [n, k], the formula takes the k totals."""
+    return Measure(lambda times: float(formula(times @ sums)), len(sums), higher_is_better, share)
+
+
+def ratio(above: float, below: float) -> float:
+    """above / below, 0 for 0 / 0."""
+    return float(above / below) if below else 0.0
+
+
+def mean_of(values: NDArray[np.float64]) -> float:
+    """The mean of what there is; 0 of nothing."""
+    kept = values[~np.isnan(values)]
+    return float(kept.mean()) if len(kept) else 0.0
+
+
+def root(value: float) -> float:
+    """A square root that rounding below 0 does not break."""
+    return math.sqrt(max(0.0, value))

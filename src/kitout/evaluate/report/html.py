@@ -1,0 +1,48 @@
+"""report.html: what a run did, in one file that opens anywhere and asks nothing of any other machine.
+
+Style and pictures are inside, there is no script, and a policy in the page forbids both scripts and requests. Every
+text is escaped: data are written by strangers. It knows a `Summary` and no model.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from kitout.evaluate.report.summary import Summary, words
+
+
+def report(summary: Summary) -> str:
+    """The page."""
+    return str(_template().render(s=summary))
+
+
+def write(summary: Summary, file: Path) -> Path:
+    """The page in a file, written beside its place and renamed."""
+    fresh = file.with_name(f".{file.name}.{os.getpid()}")
+    fresh.write_text(report(summary), encoding="utf-8")
+    os.replace(fresh, file)
+    return file
+
+
+@cache
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page.filters |= {"words": words, "base64": _base64, "broad": _broad}
+    return page.from_string(files("kitout.evaluate").joinpath("report.html").read_text(encoding="utf-8"))
+
+
+def _base64(picture: bytes) -> str:
+    return base64.b64encode(picture).decode()
+
+
+def _broad(picture: bytes) -> bool:
+    """Whether a PNG is too broad to be read at the width of a phone: then it is moved sideways."""
+    width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
+    return width > 2.2 * height

@@ -1,0 +1,219 @@
+"""Pictures of a run as PNG: what was learnt while it trained, how long the examples are.
+
+Drawn by matplotlib (the `eval` extra) from plain rows and numbers; colours are those a colour-blind reader can tell
+apart, and a second adapter has another line, not another red. It knows no trainer and no model.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kitout.errors import ConfigError
+from kitout.evaluate.metrics.registry import TITLES
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")  # Okabe and Ito's
+DOTS = 130  # per inch
+MEASURED = "eval_"
+MOST_PANELS = 5  # metrics, beside the loss
+NOT_DRAWN = ("runtime", "_per_second", "epoch", "_low", "_high", "model_preparation_time", "perplexity")
+
+Row = Mapping[str, Any]  # a line of metrics.jsonl
+
+
+def possible() -> bool:
+    return find_spec("matplotlib") is not None
+
+
+def figure(width: float, height: float) -> Any:
+    """An empty figure that draws on no screen."""
+    if not possible():
+        raise ConfigError("pictures need matplotlib, not installed here\n  pip install 'kitout[eval]'")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def png(drawn: Any) -> bytes:
+    held = io.BytesIO()
+    drawn.savefig(held, format="png", dpi=DOTS)
+    return held.getvalue()
+
+
+def write(file: Path, picture: bytes) -> Path:
+    """Beside its place, then renamed: a kill leaves the former picture."""
+    fresh = file.with_name(f".{file.stem}.{os.getpid()}.png")
+    try:
+        fresh.write_bytes(picture)
+        os.replace(fresh, file)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return file
+
+
+@dataclass
+class Line:
+    """One figure of one adapter over steps. low and high: its interval, where there is one."""
+
+    steps: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    reach: list[tuple[float, float]] = field(default_factory=list)
+
+
+def training(rows: Sequence[Row]) -> bytes:
+    """The loss over steps, raw and smoothed, with that on the validation part; beside it every other `eval_` metric.
+
+    rows: as metrics.jsonl has them: step, loss, eval_loss, eval_accuracy, eval_accuracy_low, ...; of several adapters
+    "name/loss" and "eval_name/loss" (or "name/eval_loss"), whose means are not drawn.
+    """
+    learnt, measured = map(_single, lines(rows))
+    metrics = [name for name in dict.fromkeys(what for _, what in measured) if name != "loss"][:MOST_PANELS]
+    losses = {job: line for (job, what), line in learnt.items() if what == "loss"}
+    jobs = list(dict.fromkeys([*losses, *(job for job, _ in measured)]))
+    panels = 1 + len(metrics)
+    columns = min(panels, 3)
+    drawn = figure(4.3 * columns + 0.3, 3.3 * math.ceil(panels / columns))
+    axes = list(np.atleast_1d(drawn.subplots(math.ceil(panels / columns), columns)).flat)
+    for number, job in enumerate(jobs):
+        colour = COLOURS[number % len(COLOURS)]
+        _loss(axes[0], losses.get(job), measured.get((job, "loss")), colour, job, only=len(jobs) == 1)
+        for ax, name in zip(axes[1:], metrics, strict=False):
+            if (job, name) in measured:
+                _metric(ax, measured[job, name], colour, job)
+    axes[0].set(title="loss", xlabel="step")
+    _fit(axes[0], list(losses.values()), [line for (_, what), line in measured.items() if what == "loss"])
+    for ax, name in zip(axes[1:], metrics, strict=False):
+        ax.set(title=TITLES.get(name, name.replace("_", " ")) + " (validation)", xlabel="step")
+    steps = [step for line in [*losses.values(), *measured.values()] for step in line.steps]
+    for ax in axes:
+        _plain(ax, used=bool(ax.lines))
+        if steps:
+            room = 0.03 * (max(steps) - min(steps)) or 0.5
+            ax.set_xlim(min(steps) - room, max(steps) + room)
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(frameon=False, fontsize=8)
+    return png(drawn)
+
+
+def lines(rows: Sequence[Row]) -> tuple[dict[tuple[str, str], Line], dict[tuple[str, str], Line]]:
+    """(adapter, figure) -> its values over steps: while training, and measured. What is not finite is left out."""
+    learnt: dict[tuple[str, str], Line] = {}
+    measured: dict[tuple[str, str], Line] = {}
+    for row in rows:
+        if not isinstance(row.get("step"), int | float):
+            continue
+        for key, value in row.items():
+            job, what, evaluated = _parted(key)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or what == "step" or what.endswith(NOT_DRAWN):
+                continue
+            line = (measured if evaluated else learnt).setdefault((job, what), Line())
+            line.steps.append(float(row["step"]))
+            line.values.append(float(value))
+            low, high = (row.get(f"{key}{end}") for end in ("_low", "_high"))
+            known = isinstance(low, int | float) and isinstance(high, int | float)
+            line.reach.append((float(low), float(high)) if known else (float(value), float(value)))  # type: ignore[arg-type]
+    return learnt, measured
+
+
+def _single(found: dict[tuple[str, str], Line]) -> dict[tuple[str, str], Line]:
+    """Without the means over several adapters, which each have their own line."""
+    own = {what for job, what in found if job}
+    return {(job, what): line for (job, what), line in found.items() if job or what not in own}
+
+
+def _parted(key: str) -> tuple[str, str, bool]:
+    """eval_accuracy, name/eval_accuracy or eval_name/accuracy -> (name, accuracy, measured)."""
+    job, _, what = key.rpartition("/")
+    measured = what.startswith(MEASURED) or job.startswith(MEASURED)
+    return job.removeprefix(MEASURED), what.removeprefix(MEASURED), measured
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Each value's mean with its neighbours, over about a twentieth of the run; fewer at the ends."""
+    reach = max(1, len(values) // 40)
+    total = np.concatenate(([0.0], np.cumsum(values)))
+    places = np.arange(len(values))
+    first, last = np.maximum(0, places - reach), np.minimum(len(values), places + reach + 1)
+    return [float(v) for v in (total[last] - total[first]) / (last - first)]
+
+
+def _loss(ax: Any, learnt: Line | None, measured: Line | None, colour: str, job: str, only: bool) -> None:
+    name = f"{job}: " if job else ""
+    if learnt:
+        ax.plot(learnt.steps, learnt.values, color=colour, linewidth=0.7, alpha=0.3)
+        ax.plot(learnt.steps, smoothed(learnt.values), color=colour, linewidth=1.8, label=f"{name}training")
+    if measured:
+        own = COLOURS[1] if only else colour
+        label = f"{name}validation"
+        ax.plot(measured.steps, measured.values, "o--", color=own, linewidth=1.2, markersize=4.5, label=label)
+
+
+def _metric(ax: Any, line: Line, colour: str, job: str) -> None:
+    ax.plot(line.steps, line.values, "o-", color=colour, linewidth=1.5, markersize=4.5, label=job or None)
+    if any(low < high for low, high in line.reach):
+        ax.fill_between(line.steps, *zip(*line.reach, strict=True), color=colour, alpha=0.15, linewidth=0)
+    if min(line.values) >= 0 > ax.get_ylim()[0]:  # all 0, or close to it: nothing lies below
+        ax.set_ylim(-0.03 * ax.get_ylim()[1], None)
+    if job:
+        ax.legend(frameon=False, fontsize=8)
+
+
+def _fit(ax: Any, learnt: Sequence[Line], measured: Sequence[Line]) -> None:
+    """The first few steps may be far above all others: they do not press the rest to the floor."""
+    most = [max(smoothed(line.values)) for line in learnt if line.values] + [
+        max(m.values) for m in measured if m.values
+    ]
+    least = [min(line.values) for line in [*learnt, *measured] if line.values]
+    if most:
+        room = 0.08 * (max(most) - min(least)) or 0.1
+        ax.set_ylim(min(least) - room, max(most) + 2 * room)
+
+
+def _plain(ax: Any, used: bool) -> None:
+    if not used:
+        ax.set_axis_off()
+        return
+    ax.grid(alpha=0.25, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.title.set_fontsize(10)
+    ax.xaxis.label.set_fontsize(9)
+    ax.tick_params(labelsize=8)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+
+
+def lengths(tokens: Mapping[str, Sequence[int]], limit: int | None = None) -> bytes:
+    """How many examples have how many tokens, by part of the data. limit: where longer ones are cut."""
+    held = {name: list(values) for name, values in tokens.items() if len(values)}
+    if not held:
+        raise ConfigError("lengths: there are no examples to count tokens of")
+    drawn = figure(6.2, 3.0)
+    ax = drawn.subplots()
+    most = max(max(values) for values in held.values())
+    bins = np.arange(0, most + 2 * _width(most), _width(most))
+    for number, (name, values) in enumerate(held.items()):
+        share = np.full(len(values), 100 / len(values))
+        label = f"{name}: {len(values):,} examples, {sum(values):,} tokens"
+        ax.hist(values, bins, weights=share, histtype="stepfilled", alpha=0.25, color=COLOURS[number % 8])
+        ax.hist(values, bins, weights=share, histtype="step", linewidth=1.4, color=COLOURS[number % 8], label=label)
+    if limit is not None and limit <= 1.5 * most:
+        ax.axvline(limit, linestyle="--", linewidth=1, color="0.3", label=f"cut at {limit:,}")
+    ax.set(title="length of the examples", xlabel="tokens")
+    ax.set_ylabel("% of the examples", fontsize=9)
+    _plain(ax, used=True)
+    ax.legend(frameon=False, fontsize=8)
+    return png(drawn)
+
+
+def _width(most: int) -> int:
+    """A round width of about thirty bins."""
+    power = 10 ** max(0, math.floor(math.log10(max(1, most / 30))))
+    return next(w * power for w in (1, 2, 5, 10) if w * power * 30 >= most)

@@ -1,0 +1,156 @@
+"""adapter.json: what an adapter is, beside the tensors. Its fields, how they are written and how they are read back.
+
+Everything a load needs is here, and every field is checked: unknown ones, wrong types and impossible values are all
+named in one FileError. It knows the schema alone; whether it fits a model is for `store` to find out.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kitout import methods as _registering  # noqa: F401 - a file may name any method there is
+from kitout.base.site import Site
+from kitout.errors import Faults, FileError, suggest
+from kitout.files.base_fingerprint import Fingerprint
+from kitout.files.safetensors_reader import open_regular, parse
+from kitout.method import REGISTRY, Method
+
+FORMAT: Literal[1] = 1
+MOST_JSON = 64 * 2**20
+MOST_FAULTS = 12
+RECORD, TENSORS = "adapter.json", "adapter.safetensors"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class SiteRecord(_Part):
+    """One site. channels: of a fused projection, as [first, last + 1] runs; None = all."""
+
+    key: str
+    path: str
+    role: str
+    port: str
+    d_in: int
+    d_out: int
+    channels: list[list[int]] | None = None
+
+    @classmethod
+    def of(cls, site: Site) -> SiteRecord:
+        s = site
+        return cls(
+            key=s.key, path=s.path, role=s.role, port=s.port, d_in=s.d_in, d_out=s.d_out, channels=runs(s.channels)
+        )
+
+
+class HeadRecord(_Part):
+    """A replaced module. module: how to build it again (see `heads.py`), None if its class is not among the known."""
+
+    path: str
+    kind: str
+    module: dict[str, Any] | None
+
+
+class TensorsRecord(_Part):
+    """The tensors' file: its size and sha256."""
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Record(_Part):
+    """One adapter. dtype: of its floating-point tensors, "mixed" if they differ. note: whatever the user wrote."""
+
+    format: Literal[1]
+    kitout: str
+    name: str
+    method: str
+    settings: dict[str, Any]
+    seed: int | None
+    strength: float = Field(allow_inf_nan=False)
+    dtype: Literal["float64", "float32", "float16", "bfloat16", "mixed"]
+    parameters: int = Field(ge=0)
+    sites: list[SiteRecord]
+    heads: list[HeadRecord]
+    tensors: TensorsRecord
+    base: Fingerprint
+    note: dict[str, Any]
+
+    def write(self, path: Path) -> None:
+        """As readable json; raises FileError if the note holds what json cannot."""
+        fields = self.model_dump(exclude_none=False)
+        for site in fields["sites"]:
+            if site["channels"] is None:
+                del site["channels"]
+        try:
+            # Long lists stay on one line each: the file is for people too.
+            lines = [f"{json.dumps(k)}: {_laid_out(v)}" for k, v in fields.items()]
+        except (TypeError, ValueError, RecursionError) as error:
+            raise FileError(f"note cannot be written as json: {error}; use strings, numbers, lists and dicts") from None
+        path.write_text("{\n  " + ",\n  ".join(lines) + "\n}\n", encoding="utf-8")
+
+    def rebuilt(self) -> Method:
+        """The method with its settings; raises FileError naming what is unknown."""
+        cls = REGISTRY.get(self.method)
+        if cls is None:
+            raise FileError(
+                f"method {self.method[:80]!r} is not known here: {suggest(self.method[:80], REGISTRY)} A method of "
+                "your own must be imported before its adapters are loaded"
+            )
+        try:
+            return cls(**self.settings)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise FileError(f"settings: {str(error)[:500]}") from None
+
+
+def _laid_out(value: Any) -> str:
+    """One item of a list or object per line where its items are objects."""
+    dump = json.dumps
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n    " + ",\n    ".join(dump(v, allow_nan=False) for v in value) + "\n  ]"
+    if isinstance(value, dict) and "tensors" in value:
+        inner = [f"{dump(k)}: {dump(v, allow_nan=False)}" for k, v in value["tensors"].items()]
+        rest = [f"{dump(k)}: {dump(v, allow_nan=False)}" for k, v in value.items() if k != "tensors"]
+        return (
+            "{\n    " + ",\n    ".join([*rest, '"tensors": {\n      ' + ",\n      ".join(inner) + "\n    }"]) + "\n  }"
+        )
+    return dump(value, allow_nan=False)
+
+
+def read_record(path: Path) -> Record:
+    """The record in a file, checked field by field."""
+    file, _ = open_regular(path, MOST_JSON)
+    with file:
+        fields = parse(file.read(MOST_JSON + 1), path)
+    version = fields.get("format")
+    if type(version) is int and version > FORMAT:
+        raise FileError(
+            f"{path} has format {version}, written by kitout {str(fields.get('kitout'))[:40]}; this kitout reads up to "
+            f"{FORMAT}: install a newer one"
+        )
+    try:
+        return Record.model_validate(fields)
+    except ValidationError as error:
+        faults = Faults(FileError, f"{path} is no adapter record")
+        for e in error.errors(include_url=False, include_input=False)[:MOST_FAULTS]:
+            faults.add(f"{'.'.join(map(str, e['loc']))[:120]}: {e['msg'][:200]}")
+        faults.raise_if_any()
+        raise
+
+
+def runs(channels: tuple[int, ...] | None) -> list[list[int]] | None:
+    """Sorted indices as [first, last + 1] runs: interleaved layouts have few runs and many channels."""
+    if channels is None:
+        return None
+    found: list[list[int]] = []
+    for c in channels:
+        if found and found[-1][1] == c:
+            found[-1][1] = c + 1
+        else:
+            found.append([c, c + 1])
+    return found

@@ -1,0 +1,224 @@
+"""What tells one frozen base from another: its keys, its shapes, and a few values of each tensor.
+
+Values are sampled at fixed places and kept as bf16 codes, so an fp32, fp16 or bf16 copy on any device gives the same
+fingerprint up to the last digit of bf16, while another seed or a fine-tune does not. Heads are left out, so a base
+with other labels is the same base; class names play no part. It knows nothing of adapters or of how files are written.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from kitout.runtime.state import KitState
+
+SAMPLES = 32  # values kept per tensor
+GOLDEN = 0.6180339887498949  # place i of a tensor is floor(frac(i * GOLDEN) * size): spread over rows and columns alike
+LAST_DIGIT = 1  # codes may differ by this much: fp32 -> fp16 -> bf16 rounds twice
+TINY = 2.0**-24  # below this fp16 keeps nothing
+MOST_NAMED = 4  # tensors named per fault
+
+
+class Sampled(BaseModel):
+    """One tensor: its shape (None where it is held packed, so that its shape depends on the packing) and its codes.
+
+    values: base64 of little-endian bf16 codes; empty where nothing could be read (packed, or on the meta device).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    shape: list[int] | None
+    values: str
+
+
+class Fingerprint(BaseModel):
+    """tensors: by key. valued: False if the base was on the meta device, so that only shapes could be kept.
+
+    left_out: paths of modules whose tensors are not compared (heads).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    valued: bool
+    left_out: list[str]
+    tensors: dict[str, Sampled]
+
+
+@dataclass(frozen=True)
+class Held:
+    """One tensor of the base and where it is kept, so that a change of either shows."""
+
+    key: str
+    owner: dict[str, Any]
+    name: str
+    tensor: Tensor
+    version: int
+
+    @property
+    def unchanged(self) -> bool:
+        return self.owner.get(self.name) is self.tensor and _version(self.tensor) == self.version
+
+
+_known: WeakKeyDictionary[KitState, tuple[list[Held], Fingerprint]] = WeakKeyDictionary()
+
+
+def fingerprint(state: KitState, adapted: Iterable[str], replaced: Iterable[str] = ()) -> Fingerprint:
+    """Of the kit's frozen base (unmerged), for an adapter at these module paths that replaces these modules.
+
+    A head that the adapter itself sits at is part of what it was made for, and stays in.
+    """
+    everything = _everything(state)
+    adapted = set(adapted)
+    heads = {s.path for s in state.survey.sites if s.role == "head"} - adapted
+    left_out = sorted(heads | set(replaced))
+    return Fingerprint(valued=everything.valued, left_out=left_out, tensors=_without(everything.tensors, left_out))
+
+
+def differences(saved: Fingerprint, here: Fingerprint) -> list[str]:
+    """What is different, as sentences: keys, shapes, values; empty if an adapter for one fits the other."""
+    left_out = {*saved.left_out, *here.left_out}
+    old, new = _without(saved.tensors, left_out), _without(here.tensors, left_out)
+    if old == new:
+        return []
+    shared = [key for key in old if key in new]
+    faults = []
+    if missing := [key for key in old if key not in new]:
+        faults.append(f"keys: this base lacks {_some(missing)}")
+    if extra := [key for key in new if key not in old]:
+        faults.append(f"keys: this base also has {_some(extra)}")
+    if shapes := [k for k in shared if None not in (old[k].shape, new[k].shape) and old[k].shape != new[k].shape]:
+        faults.append(f"shapes: {_some(f'{k} was {old[k].shape}, here {new[k].shape}' for k in shapes)}")
+    same_shape = [key for key in shared if key not in set(shapes)]
+    if values := [key for key in same_shape if not _close(old[key], new[key])]:
+        faults.append(f"values: {len(values)} of {len(shared)} tensors hold other numbers: {_some(values)}")
+    return faults
+
+
+def unmerged(state: KitState) -> dict[int, Tensor]:
+    """id of a parameter that a merge has put into the base -> the base's own parameter in its place."""
+    found: dict[int, Tensor] = {}
+    for backup in state.backups.values():
+        for name, own in backup.parameters.items():
+            now = backup.owner._parameters.get(name)
+            if own is not None and now is not None:
+                found[id(now)] = own
+    return found
+
+
+def _everything(state: KitState) -> Fingerprint:
+    """The whole base, read once per kit; read again if a tensor has changed since."""
+    known = _known.get(state)
+    # While merged the base's own tensors lie in the kit's backup: what was read before still holds.
+    if known is not None and (state.merged_names or all(h.unchanged for h in known[0])):
+        return known[1]
+    held = list(_held(state))
+    read = Fingerprint(valued=not any(h.tensor.is_meta for h in held), left_out=[], tensors=_sample(held))
+    _known[state] = held, read
+    return read
+
+
+def _held(state: KitState) -> Iterator[Held]:
+    """Parameters and lasting floating-point buffers of the base as it is unmerged."""
+    backup = state.backups
+    replaced = {path: b.child[1] for path, b in backup.items() if b.child is not None}
+    roots = [("", state.base), *replaced.items()]
+    for root, top in roots:
+        for path, module in top.named_modules(prefix=root):
+            if not root and any(path == r or path.startswith(r + ".") for r in replaced):
+                continue
+            own = backup[path].parameters if path in backup and path not in replaced else module._parameters
+            passing = module._non_persistent_buffers_set
+            lasting = {n: b for n, b in module._buffers.items() if n not in passing}
+            for owner, tensors in ((own, own), (module._buffers, lasting)):
+                for name, tensor in tensors.items():
+                    if tensor is not None and (owner is own or tensor.is_floating_point()):
+                        key = f"{path}.{name}" if path else name
+                        yield Held(key, owner, name, tensor, _version(tensor))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@torch.no_grad()
+def _sample(held: list[Held]) -> dict[str, Sampled]:
+    places: dict[tuple[int, torch.device], Tensor] = {}
+    taken: dict[torch.device, list[Tensor]] = {}
+    shapes: dict[str, tuple[list[int] | None, torch.device | None, int]] = {}
+    for h in held:
+        t = h.tensor.data
+        if type(t) is not Tensor or not t.is_floating_point() or t.dtype.itemsize < 2:
+            shapes[h.key] = None, None, 0
+            continue
+        if t.is_meta or not t.numel():
+            shapes[h.key] = list(t.shape), None, 0
+            continue
+        at = (t.numel(), t.device)
+        if at not in places:
+            places[at] = _places(*at)
+        sample = t.take(places[at])
+        taken.setdefault(t.device, []).append(sample.to(torch.bfloat16))
+        shapes[h.key] = list(t.shape), t.device, sample.numel()
+    # One transfer per device, not one per tensor.
+    codes = {device: torch.cat(parts).view(torch.int16).cpu().numpy() for device, parts in taken.items()}
+    used = dict.fromkeys(codes, 0)
+    sampled = {}
+    for key, (shape, device, n) in shapes.items():
+        text = ""
+        if device is not None:
+            piece = codes[device][used[device] : used[device] + n]
+            used[device] += n
+            text = base64.b64encode(piece.astype("<i2").tobytes()).decode()
+        sampled[key] = Sampled(shape=shape, values=text)
+    return sampled
+
+
+def _places(size: int, device: torch.device) -> Tensor:
+    if size <= SAMPLES:
+        return torch.arange(size, device=device)
+    steps = torch.arange(SAMPLES, dtype=torch.float64) * GOLDEN
+    return (steps.frac() * size).long().to(device)
+
+
+def _close(old: Sampled, new: Sampled) -> bool:
+    """Equal up to the last digit of bf16; True where one side has no values to compare."""
+    if old.values == new.values or not old.values or not new.values:
+        return True
+    try:
+        a, b = (np.frombuffer(base64.b64decode(s.values, validate=True), dtype="<i2") for s in (old, new))
+    except ValueError:
+        return False
+    if a.shape != b.shape:
+        return False
+    near = np.abs(_order(a) - _order(b)) <= LAST_DIGIT
+    small = np.maximum(np.abs(_float(a)), np.abs(_float(b))) <= TINY
+    return bool((near | small).all())
+
+
+def _order(code: Any) -> Any:
+    """bf16 codes as integers in the order of their values."""
+    code = code.astype(np.int32)
+    return np.where(code >= 0, code, -(code & 0x7FFF))
+
+
+def _float(code: Any) -> Any:
+    return (code.astype(np.int32) << 16).view(np.float32)
+
+
+def _without(tensors: dict[str, Sampled], paths: Iterable[str]) -> dict[str, Sampled]:
+    stems = tuple(f"{path}." for path in paths)
+    return {key: value for key, value in tensors.items() if not key.startswith(stems)} if stems else tensors
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,1 @@
+"""Hugging Face PEFT's files, both ways."""

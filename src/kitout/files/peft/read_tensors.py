@@ -1,0 +1,198 @@
+"""Tensors of PEFT's files taken apart: what each module carries, in the terms of our Deltas, and the heads.
+
+Every stranger among the keys is named; a base weight that PEFT stored along (embeddings) must equal the one here. It
+knows LoRA's and IA3's parameters and nothing of folders or json; the way back is in `peft_export.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from kitout.base.select import WHOLE
+from kitout.base.site import Site
+from kitout.base.survey import Survey
+from kitout.base.weights import fan_in, transposed
+from kitout.errors import Faults, suggest
+from kitout.files.peft.config import Settings
+from kitout.method import Method
+from kitout.runtime.state import KitState
+
+PREFIX = "base_model.model."
+ENDS = {
+    "LORA": {
+        ".lora_A.weight": "a",
+        ".lora_B.weight": "b",
+        ".lora_embedding_A": "a",
+        ".lora_embedding_B": "b",
+        ".lora_magnitude_vector": "magnitude",
+        ".lora_magnitude_vector.weight": "magnitude",
+    },
+    "IA3": {".ia3_l": "scale"},
+}
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass
+class Part:
+    """What one module carries. values: by a Delta's own parameter names when read, by PEFT's key endings when written.
+
+    inward: on the module's input (IA3). transposed: the weight is stored [d_in, d_out].
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    rank: int = 0
+    alpha: float = 0.0
+    inward: bool = False
+    transposed: bool = False
+
+
+@dataclass
+class Found:
+    """What a file holds. values: by "<site>.<parameter>"; heads: by path and parameter name."""
+
+    method: Method
+    sites: list[Site]
+    values: dict[str, Tensor] = field(default_factory=dict)
+    heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def carriers(survey: Survey) -> dict[str, Site]:
+    """The whole modules that a weight adapter can sit at, by path."""
+    able = (s for s in survey.sites if s.channels is None and s.role not in WHOLE and s.port == "out")
+    return {s.path: s for s in able if s.kind in ("linear", "embedding", "conv")}
+
+
+def grouped(
+    state: KitState, settings: Settings, stored: Mapping[str, Tensor], faults: Faults
+) -> tuple[dict[str, Part], dict[str, dict[str, Tensor]]]:
+    """The file's tensors as parts by module path, and as heads by path and parameter name."""
+    raw: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, value in stored.items():
+        end = next((e for e in ENDS[settings.kind] if key.endswith(e)), None)
+        if end is not None and key.startswith(PREFIX):
+            raw.setdefault(key[len(PREFIX) :].removesuffix(end), {})[ENDS[settings.kind][end]] = value
+        else:
+            rest[key] = value
+    heads = others(state.base, settings.saved, PREFIX, rest, faults)
+    sites = carriers(state.survey)
+    parts = {}
+    for path, values in raw.items():
+        if path not in sites:
+            faults.add(f"this model has no module {path[:120]!r} that could carry it; {suggest(path[:120], sites, 3)}")
+            continue
+        read = _read_lora if settings.kind == "LORA" else _read_ia3
+        part = read(sites[path], settings, values)
+        if isinstance(part, str):
+            faults.add(f"{path}: {part}")
+        else:
+            parts[path] = part
+    return parts, heads
+
+
+def others(
+    base: nn.Module, saved: tuple[str, ...], prefix: str, stored: Mapping[str, Tensor], faults: Faults
+) -> dict[str, dict[str, Tensor]]:
+    """Tensors that are no adapter's, as heads by path and parameter name; the others must be the base's own."""
+    heads: dict[str, dict[str, Tensor]] = {}
+    for key, value in stored.items():
+        rest = key.removeprefix(prefix)
+        if rest == key:
+            faults.add(f"unexpected key {key[:120]!r}: it does not start with {prefix!r}")
+        elif (path := _head_path(base, saved, rest)) is not None:
+            heads.setdefault(path, {})[rest[len(path) + 1 :]] = value
+        elif reason := _stranger(base, rest, value):
+            faults.add(reason)
+    for path in without_tensors(base, saved, heads):
+        faults.add(f"modules_to_save names {path}, and the file has no tensors for it")
+    return heads
+
+
+def _head_path(base: nn.Module, saved: tuple[str, ...], rest: str) -> str | None:
+    """The module of modules_to_save that a key belongs to: the outermost one whose path ends like an entry."""
+    names = rest.split(".")
+    for n in range(1, len(names)):
+        path = ".".join(names[:n])
+        if path.endswith(saved) and _submodule(base, path) is not None:
+            return path
+    return None
+
+
+def without_tensors(base: nn.Module, saved: tuple[str, ...], heads: Collection[str]) -> list[str]:
+    """Modules with values whose paths end like an entry of `saved`, the outermost, that are not among `heads`."""
+    named = [p for p, m in base.named_modules() if p and p.endswith(saved) and m.state_dict()]
+    outer = [p for p in named if not any(p.startswith(f"{other}.") for other in named)]
+    return [p for p in outer if p not in heads]
+
+
+def _submodule(base: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return base.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _stranger(base: nn.Module, rest: str, value: Tensor) -> str | None:
+    """None for a weight of the base that PEFT stored along and that is the same here; else what is wrong with it."""
+    path, _, name = rest.replace(".base_layer.", ".").rpartition(".")
+    module = _submodule(base, path)
+    own = None if module is None else module._parameters.get(name)
+    if own is None:
+        return f"unexpected key {rest[:120]!r}: no such adapter tensor, and modules_to_save does not name it"
+    if own.shape != value.shape:
+        return f"{rest[:120]} has shape {list(value.shape)}, this base {list(own.shape)} (was the vocabulary resized?)"
+    if not torch.allclose(own.float().cpu(), value.float(), rtol=2**-7, atol=1e-6):
+        return (
+            f"{rest[:120]} was changed from this base's own, which is no part of an adapter: list it in modules_to_save"
+        )
+    return None
+
+
+def _read_lora(site: Site, settings: Settings, values: dict[str, Tensor]) -> Part | str:
+    wanted = {"a", "b", "magnitude"} if settings.dora else {"a", "b"}
+    if set(values) != wanted:
+        return f"has {', '.join(sorted(values))}, needs {', '.join(sorted(wanted))}"
+    if reason := unlike_ours(site.module):
+        return reason
+    a, b = values["a"], values["b"]
+    rank, width = settings.rank_at(site.path), fan_in(site)
+    if a.shape[:1] != (rank,) or a.numel() != rank * width or b.shape[:2] != (site.d_out, rank) or b[0, 0].numel() != 1:
+        shapes = f"A {list(a.shape)}, B {list(b.shape)}"
+        return f"{shapes} do not fit rank {rank} over {width} -> {site.d_out}"
+    scale = embed_scale(site.module)
+    if scale != 1.0 and settings.dora:
+        return f"DoRA over an embedding that multiplies its output by {scale:g} is not supported"
+    ours = {"a": a.reshape(rank, width), "b": b.reshape(site.d_out, rank) * scale}
+    if settings.dora:
+        if values["magnitude"].numel() != site.d_out:
+            return f"magnitude has shape {list(values['magnitude'].shape)}, needs {site.d_out} values"
+        ours["magnitude"] = values["magnitude"].flatten()
+    return Part(ours, rank, settings.alpha_at(site.path))
+
+
+def _read_ia3(site: Site, settings: Settings, values: dict[str, Tensor]) -> Part | str:
+    inward, scale = settings.inward(site.path), values["scale"]
+    width = site.d_in if inward else site.d_out
+    if scale.numel() != width or max(scale.shape, default=0) != width:
+        return f"ia3_l has shape {list(scale.shape)}, its {'input' if inward else 'output'} has width {width}"
+    return Part({"scale": scale.flatten()}, inward=inward)
+
+
+def unlike_ours(module: nn.Module) -> str | None:
+    """Why PEFT's map over this module is another one than ours."""
+    if isinstance(module, CONVS):
+        plain = module.groups == 1 and all(d == 1 for d in module.dilation) and module.padding_mode == "zeros"
+        return None if plain else "PEFT's LoRA over a grouped, dilated or specially padded convolution is another map"
+    if isinstance(module, (nn.Linear, nn.Embedding)) or transposed(module):
+        return None
+    return f"PEFT has no LoRA over {type(module).__name__}"
+
+
+def embed_scale(module: nn.Module) -> float:
+    """What an embedding multiplies its output by; PEFT's change is multiplied along, ours is added after."""
+    scale = getattr(module, "embed_scale", None) if isinstance(module, nn.Embedding) else None
+    return 1.0 if scale is None else float(scale)

@@ -1,0 +1,163 @@
+"""An adapter under the names PEFT's files have for its values; what PEFT has no place for is a fault with its reason.
+
+Strength is folded in, a started-from product (PiSSA) becomes more ranks, and parts of a fused projection become one map
+on the whole. It knows LoRA's and IA3's parameters and nothing of folders or json.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kitout.base.site import Site
+from kitout.base.weights import transposed
+from kitout.errors import Faults
+from kitout.files.head_spec import plain_class
+from kitout.files.peft.read_tensors import CONVS, Part, embed_scale, unlike_ours
+from kitout.methods import IA3, LoRA
+from kitout.methods.deltas.dora import Decomposed
+from kitout.methods.deltas.low_rank import LowRank
+from kitout.runtime.adapter import Adapter
+from kitout.runtime.state import KitState
+
+
+def exported(adapter: Adapter, faults: Faults) -> dict[str, Part]:
+    """The adapter's values under PEFT's names, by module path."""
+    method = adapter.method
+    if type(method) not in (LoRA, IA3):
+        faults.add(f"{type(method).__name__} is no method of PEFT's files; LoRA (with rslora, dora) and IA3 are")
+        return {}
+    by_path: dict[str, list[Site]] = {}
+    for site in adapter.sites:
+        by_path.setdefault(site.path, []).append(site)
+    parts = {}
+    for path, sites in by_path.items():
+        part = _write_lora(adapter, sites) if isinstance(method, LoRA) else _write_ia3(adapter, sites)
+        if isinstance(part, str):
+            faults.add(f"{path}: {part}")
+        else:
+            part.transposed = transposed(sites[0].module)
+            parts[path] = part
+    return parts
+
+
+def _write_lora(adapter: Adapter, sites: Sequence[Site]) -> Part | str:
+    module, strength, method = sites[0].module, adapter.strength, adapter.method
+    assert isinstance(method, LoRA)
+    if any(s.port != "out" for s in sites):
+        return "PEFT's LoRA changes a module's output, this one its input"
+    if reason := unlike_ours(module):
+        return reason
+    deltas = [adapter.delta(s) for s in sites]
+    extra = {}
+    if isinstance(deltas[0], Decomposed):
+        if sites[0].channels is not None:
+            return "PEFT's DoRA renormalises every row of a fused projection, this one only some"
+        if strength != 1.0 or embed_scale(module) != 1.0:
+            return f"DoRA at strength {strength:g} or over a scaled embedding has no equal in PEFT: set strength 1"
+        factors: tuple[Tensor, Tensor, float] = deltas[0].a, deltas[0].b, deltas[0].scale
+        extra = {".lora_magnitude_vector": deltas[0].magnitude.view(_spread(module, 1))}
+    else:
+        factors = _stacked(sites, deltas)
+    a, b, scale = factors
+    rank = a.shape[0]
+    alpha = strength * scale * (math.sqrt(rank) if method.rslora else rank)
+    b = b / embed_scale(module)
+    if isinstance(module, nn.Embedding):
+        values = {".lora_embedding_A": a, ".lora_embedding_B": b}
+    else:
+        kernel = module.weight.shape[1:] if isinstance(module, CONVS) else a.shape[1:]
+        values = {".lora_A.weight": a.reshape(rank, *kernel), ".lora_B.weight": b[(...,) + (None,) * (len(kernel) - 1)]}
+    return Part({**values, **extra}, rank, _short(alpha))
+
+
+def _stacked(sites: Sequence[Site], deltas: Sequence[Any]) -> tuple[Tensor, Tensor, float]:
+    """One low-rank map for the whole module: ranks add up, each part writes its own channels, one scale for all."""
+    scale = deltas[0].scale
+    downs, ups = [], []
+    for site, delta in zip(sites, deltas, strict=True):
+        assert isinstance(delta, LowRank)
+        a, b = delta.factors()
+        b = b * (delta.scale / scale)
+        if site.span is not None:
+            whole = b.new_zeros(_width(site), b.shape[1])
+            whole[site.span] = b
+            b = whole
+        downs.append(a)
+        ups.append(b)
+    return torch.cat(downs), torch.cat(ups, 1), scale
+
+
+def _width(site: Site) -> int:
+    """Outputs of the whole module a fused part belongs to."""
+    weight = site.module._parameters["weight"]
+    assert weight is not None
+    return int(weight.shape[1] if transposed(site.module) else weight.shape[0])
+
+
+def _write_ia3(adapter: Adapter, sites: Sequence[Site]) -> Part | str:
+    module, strength = sites[0].module, adapter.strength
+    inward = sites[0].port == "in"
+    if any((s.port == "in") != inward for s in sites):
+        return "PEFT's IA3 scales a module's input or its output, this one both"
+    if not (isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) or transposed(module)):
+        return f"PEFT has no IA3 over {type(module).__name__}"
+    total: Tensor | None = None
+    for site in sites:
+        scale: Any = adapter.delta(site).scale
+        value = 1.0 + strength * (scale - 1.0) if strength != 1.0 else scale
+        if site.span is not None:
+            total = torch.ones(_width(site), dtype=value.dtype, device=value.device) if total is None else total
+            total[site.span] *= value
+        else:
+            total = value if total is None else total * value
+    assert total is not None
+    shape = _spread(module, 1) if isinstance(module, CONVS) else (1, -1) if inward else (-1, 1)
+    return Part({".ia3_l": total.reshape(shape)}, inward=inward)
+
+
+def _spread(module: nn.Module, axis: int) -> tuple[int, ...]:
+    """The shape PEFT gives a vector over a convolution's channels, (1, n, 1, 1); (n,) elsewhere."""
+    if not isinstance(module, CONVS):
+        return (-1,)
+    return tuple(-1 if i == axis else 1 for i in range(module.weight.ndim))
+
+
+def _short(value: float) -> float:
+    """8 rather than 8.000000000000002, and 8 rather than 8.0: alpha went through a division and back."""
+    rounded = float(f"{value:.12g}")
+    return int(rounded) if rounded.is_integer() and abs(rounded) < 2**31 else rounded
+
+
+def task_of(model: Any) -> str | None:
+    """PEFT's task type of a model; None for those it has a class of its own for and we have not, and all others."""
+    if plain_class(model).__name__.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
+    if not callable(getattr(model, "can_generate", None)) or not model.can_generate():
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def heads_of(state: KitState, adapter: Adapter, faults: Faults) -> dict[str, Tensor]:
+    """Head tensors under PEFT's keys. PEFT copies the base's own module and fills it, so it must be one like that."""
+    found: dict[str, Tensor] = {}
+    everything = [path for path, _ in state.base.named_modules()]
+    for key, head in adapter.heads.items():
+        path, module = key.replace("/", "."), head.module
+        assert isinstance(module, nn.Module)
+        own, values = state.base.get_submodule(path), module.state_dict()
+        also = [p for p in everything if p.endswith(path) and p.replace(".", "/") not in adapter.heads]
+        if plain_class(module) is not plain_class(own) or values.keys() != own.state_dict().keys():
+            faults.add(
+                f"head {path}: PEFT copies the base's {type(own).__name__}, and this is a {type(module).__name__}"
+            )
+        if adapter.strength != 1.0:
+            faults.add(f"head {path}: strength {adapter.strength:g} mixes two heads, which PEFT cannot: set strength 1")
+        if also:
+            faults.add(f"head {path}: PEFT would also replace {', '.join(also[:3])}, whose names end alike")
+        found |= {f"{path}.{name}": value for name, value in values.items()}
+    return found

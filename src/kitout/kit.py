@@ -1,0 +1,357 @@
+"""The kit: named adapters on one frozen base, activated, routed, counted, merged and saved.
+
+`attach(model)` finds the sites, freezes the base and changes nothing else; the `Kit` then holds adapters and forwards
+calls. This is the facade: what it does with tensors lives in `kitout.runtime`, files in `kitout.files`. It knows no
+method and no architecture.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from os import PathLike
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from kitout.base.find.find import survey as find_sites
+from kitout.base.probe.probe import prove
+from kitout.base.select import select
+from kitout.base.site import Site
+from kitout.base.survey import Survey
+from kitout.errors import AlreadyAttached, ConfigError, KitoutError, MergeState, RouteError
+from kitout.files import adapter_folder
+from kitout.files.peft import folder as peft_folder
+from kitout.method import Method
+from kitout.runtime.adapter import Adapter
+from kitout.runtime.base_state import Forward, disable_checkpointing, enable_checkpointing
+from kitout.runtime.build_adapter import build, check_known, check_strength
+from kitout.runtime.count import ParameterCount, count
+from kitout.runtime.hooks.boundary import bounded, routed
+from kitout.runtime.hooks.class_swap import Tap, install, tap, uninstall, untap
+from kitout.runtime.merge.commit import merge, restore
+from kitout.runtime.merge.copy import plain_copy
+from kitout.runtime.routing.active import Bound, Choice
+from kitout.runtime.routing.handle import Worn
+from kitout.runtime.routing.route import Route, route
+from kitout.runtime.show import show
+from kitout.runtime.state import KitState
+
+
+def attach(
+    model: nn.Module, *, roles: Mapping[str, str] | None = None, example_batch: Mapping[str, Any] | None = None
+) -> Kit:
+    """A kit on a transformers model, timm ViT or any nn.Module whose blocks can be found (or are given by `roles`).
+
+    Freezes the model and changes nothing else. roles: regex on the module path -> role, where the finder needs help.
+    example_batch: one batch as the model takes it, where a probe input cannot be made up from the model's config.
+    Raises NoBlocks, TargetError, AlreadyAttached.
+    """
+    if not isinstance(model, nn.Module):
+        raise KitoutError(f"attach() takes an nn.Module, found {type(model).__name__}")
+    if isinstance(model, Kit):
+        raise AlreadyAttached("this is a kit: attach() takes the model itself")
+    if "_kitout" in model.__dict__:
+        raise AlreadyAttached("this model has a kit attached: use that one, or kit.detach() first")
+    attached = [path for path, m in model.named_modules() if "_kitout_tap" in m.__dict__ or "_kitout" in m.__dict__]
+    if attached:
+        raise AlreadyAttached(
+            f"{attached[0] or 'this module'} is part of a model that has a kit attached: kit.detach() first"
+        )
+    return Kit(model, prove(find_sites(model, roles), example_batch))
+
+
+class Kit(nn.Module):
+    """Named adapters on one frozen base. Made by `attach`; `parameters()` and `state_dict()` hold adapters only."""
+
+    def __init__(self, base: nn.Module, survey: Survey) -> None:
+        super().__init__()
+        state = KitState(base, survey)
+        self.__dict__["state"] = state  # plain state: the base is not the kit's to register, train or save
+        self.adapters = state.modules
+        base.requires_grad_(False)
+        state.taps[""] = tap("", base)  # below the boundary, which lays the route that a tap reads
+        install(base, bounded, "_kitout", self)
+        blocks = {b.path for b in survey.blocks if b.whole}
+        for path, module in list(base.named_modules()):
+            # besides blocks, whatever else activation checkpointing runs again: a stage of blocks
+            if path in blocks or (path and hasattr(type(module), "gradient_checkpointing")):
+                module.__dict__["_kitout_live"] = state.live
+                state.taps[path] = Tap(path, module)
+                install(module, routed, "_kitout_tap", state.taps[path])
+        self.__dict__["forward"] = Forward(base)
+        self.training = state.modules.training = base.training
+
+    def detach(self) -> nn.Module:
+        """The model as it was before `attach`: classes, requires_grad and mode; returns it. The kit ends here."""
+        state = self.state
+        if state.merged_names:
+            self.unmerge()
+        state.live.lay(Bound(None))
+        state.is_detached = True
+        for path in state.taps:
+            module = self.base.get_submodule(path)
+            untap(module)
+            module.__dict__.pop("_kitout_live", None)
+        uninstall(self.base, "_kitout")
+        state.before_attach.restore(self.base)
+        state.taps.clear()
+        return self.base
+
+    @property
+    def state(self) -> KitState:
+        """What all the rest of kitout works on."""
+        state = self.__dict__["state"]
+        assert isinstance(state, KitState)
+        return state
+
+    @property
+    def base(self) -> nn.Module:
+        """The frozen model."""
+        return self.state.base
+
+    @property
+    def survey(self) -> Survey:
+        """The base's towers, blocks and sites."""
+        return self.state.survey
+
+    def sites(self, targets: str, layers: str = "all") -> list[Site]:
+        """The sites a selection means: `kit.sites("attn.q", "last:2")`."""
+        return select(self.survey.sites, targets, layers)
+
+    # ---- adapters ----------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters, in the order they were added."""
+        return self.state.names
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.state
+
+    def __getitem__(self, name: str) -> Adapter:
+        return self.state[name]
+
+    def add(
+        self,
+        name: str,
+        method: Method,
+        *,
+        seed: int | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Adapter:
+        """A new adapter, left trainable and not active. seed: of its initial values (None: the global generator).
+
+        heads: modules that replace modules of the model, by path, while the adapter is active. dtype: of its values;
+        default fp32 over a floating base, whatever the base's own. Raises NameTaken, BadName, TargetError, MergeState.
+        """
+        self.state.check_attached()
+        adapter = build(self.state, name, method, seed, heads or {}, dtype)
+        self.state.insert(adapter)
+        return adapter
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter. Refused while it is merged or active: here, in any `with`, or by the sticky route."""
+        adapter = self[name]
+        self.state.check_unmerged("removing an adapter")
+        self.state.discard(adapter.name)
+
+    def strength(self, name: str, value: float) -> None:
+        """y + value * (delta(x, y) - y) wherever the adapter acts; 1 is as trained, 0 is off."""
+        adapter = self[name]
+        if not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+            raise RouteError(f"strength must be a finite number, found {value!r}")
+        self.state.check_unmerged("changing a strength")
+        check_strength(adapter, float(value))
+        with self.state.live.lock:
+            adapter.strength = float(value)
+            self.state.forget_routes(name)
+
+    def train_only(self, *names: str) -> None:
+        """Exactly these adapters require gradients."""
+        selected = [self[n] for n in names]
+        for adapter in self.state.adapters:
+            adapter.requires_grad_(adapter in selected)
+        self.state.refresh_base_mode()
+
+    @overload
+    def num_parameters(self, name: str) -> ParameterCount: ...
+    @overload
+    def num_parameters(
+        self, name: None = None, *, only_trainable: bool = False, exclude_embeddings: bool = False
+    ) -> int: ...
+    def num_parameters(
+        self, name: str | None = None, *, only_trainable: bool = False, exclude_embeddings: bool = False
+    ) -> ParameterCount | int:
+        """With a name: a `ParameterCount` of that adapter (trainable, total, percent of the base, bytes).
+
+        Without one: the number of parameters of base and adapters together, as transformers' own call of this name
+        has it. only_trainable: those that require a gradient; exclude_embeddings: without the base's embeddings.
+        """
+        if name is not None:
+            if only_trainable or exclude_embeddings:
+                raise ConfigError("num_parameters(name) has every figure of one adapter: leave the options out")
+            return count(self[name], self.base)
+        tables = {id(p) for m in self.base.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        left_out = tables if exclude_embeddings else set()
+        own = [*self.base.parameters(), *self.parameters()]
+        return sum(p.numel() for p in own if id(p) not in left_out and (p.requires_grad or not only_trainable))
+
+    # ---- the route ---------------------------------------------------------------------------------------------
+
+    def use(self, what: object) -> Worn[Kit]:
+        """Activates a name, None, a Stack, a Mix, or a list with one of these per row, until the next `use`.
+
+        In a `with` statement the choice holds for this thread or task alone and ends with the block.
+        """
+        state = self.state
+        state.check_attached()
+        wanted = route(what)
+        check_known(state, wanted)
+        state.check_unmerged(f"use({what!r})")
+        choice = Choice(wanted)
+        with state.live.lock:
+            state.live.settle()
+            state.live.pending[threading.get_ident()] = choice
+            try:
+                state.live.lay(state.resolve())
+            except RouteError:
+                del state.live.pending[threading.get_ident()]
+                raise
+        return Worn(self, state, choice)
+
+    @property
+    def active(self) -> Route:
+        """The route in force in this context; None while adapters are merged, whatever is active before and after."""
+        return self.state.route
+
+    # ---- merging -----------------------------------------------------------------------------------------------
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """The adapters folded into the base now, in order; () if none."""
+        return self.state.merged_names
+
+    def merge(self, *names: str) -> None:
+        """Folds adapters, in this order, into the base's weights in place; `unmerge` puts the old bits back.
+
+        No route is in force until then, in any thread.
+        """
+        state = self.state
+        state.check_attached()
+        if state.merged_names:
+            raise MergeState(f"{state.merged_text} merged already: unmerge() first")
+        adapters = [self[n] for n in names]
+        if not adapters:
+            raise MergeState("merge() was given no adapter: merge('name')")
+        with state.live.lock:
+            state.backups = merge(self.base, adapters, state.survey.alive)
+            state.merged_names = names
+            state.live.lay(state.resolve())
+
+    def unmerge(self) -> None:
+        """The base's own weights again, bit for bit, under the route that was in force before."""
+        state = self.state
+        if not state.merged_names:
+            raise MergeState("nothing is merged")
+        with state.live.lock:
+            restore(state.backups)
+            state.backups, state.merged_names = {}, ()
+            state.live.lay(state.resolve())
+
+    def merged_copy(self, *names: str, check_saveable: bool = True) -> nn.Module:
+        """An ordinary model with the adapters folded in and no trace of kitout; this kit and its base stay as they are.
+
+        check_saveable: raise NotMergeable where the copy would not survive save_pretrained; False for a copy that
+        stays in memory, which may hold what its config cannot bring back.
+        """
+        self.state.check_unmerged(f"merged_copy{names!r}")
+        return plain_copy(self.state, names, check_saveable)
+
+    # ---- files -------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        name: str,
+        folder: str | PathLike[str],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        keep_encoder: bool = False,
+    ) -> None:
+        """Writes one adapter as safetensors and json into a new or empty folder, or replaces an adapter folder.
+
+        metadata: plain values kept in adapter.json. keep_encoder: keep what only training needs (a prefix's MLP
+        encoder), which is folded away otherwise.
+        """
+        adapter_folder.save(self.state, name, folder, note=metadata, resume=keep_encoder)
+
+    def load(
+        self, folder: str | PathLike[str], *, name: str | None = None, heads: Mapping[str, nn.Module] | None = None
+    ) -> Adapter:
+        """Adds the adapter a folder holds. Raises WrongBase or FileError and changes nothing if anything is off.
+
+        heads: modules, by path, for heads whose class a file cannot describe; their values come from the folder.
+        """
+        return adapter_folder.load(self.state, folder, name=name, heads=heads)
+
+    # ---- being a module ----------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Kit:
+        """Training mode of base (its dropout) and adapters; `model.train()` and `model.eval()` do the same."""
+        super().train(mode)
+        self.state.set_base_mode(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Kit:
+        self.state.check_unmerged("moving or casting it")
+        self.base._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+    @property
+    def config(self) -> Any:
+        return self.state.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.state.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.state.dtype
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def can_generate(self) -> bool:
+        return bool(self.base.can_generate())  # type: ignore[operator]
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        enable_checkpointing(self.base, *args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        disable_checkpointing(self.base)
+
+    activation_checkpointing_enable = gradient_checkpointing_enable
+    activation_checkpointing_disable = gradient_checkpointing_disable
+
+    def __str__(self) -> str:
+        return show(self.state)
+
+    __repr__ = __str__
+
+
+def load_peft(kit: Kit, folder: str | PathLike[str], name: str) -> Adapter:
+    """Adds an adapter from a folder of Hugging Face PEFT's; same numbers. See `kitout.files.peft.folder`.
+
+    FileError, TargetError or ConfigError name what the folder holds that this base does not have or kitout does not
+    know; the kit is as before then.
+    """
+    return peft_folder.load_peft(kit.state, folder, name)
+
+
+def save_peft(kit: Kit, name: str, folder: str | PathLike[str]) -> None:
+    """Writes one adapter as a folder that Hugging Face PEFT loads; ConfigError where PEFT has no such adapter."""
+    peft_folder.save_peft(kit.state, name, folder)

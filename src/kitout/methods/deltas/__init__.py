@@ -1,0 +1,1 @@
+"""Deltas that several methods share."""

@@ -1,0 +1,36 @@
+"""A scale and a shift by channel: y' = scale * y + shift. Folds into linears, convolutions, tables and norms.
+
+Shared by the methods that rescale what a frozen module gives (a norm's own gain and shift, the whole of SSF). It knows
+nothing of where it sits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kitout.delta import Delta
+
+
+class Affine(Delta):
+    """y' = scale * y + shift. std: of the start, scale ~ N(1, std), shift ~ N(0, std). shifts: False = no shift."""
+
+    elementwise = True
+
+    def __init__(self, width: int, std: float = 0.0, shifts: bool = True) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(1.0 + std * torch.randn(width))
+        self.shift = nn.Parameter(std * torch.randn(width)) if shifts else None
+
+    def forward(self, x: Tensor, y: Tensor, frozen: Any = None) -> Tensor:
+        y = y * self.scale.to(y.dtype)
+        return y if self.shift is None else y + self.shift.to(y.dtype)
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        scale = self.scale.to(w.dtype)
+        b = None if b is None else b * scale
+        if self.shift is not None:
+            b = self.shift.to(w.dtype) if b is None else b + self.shift.to(w.dtype)
+        return w * scale[:, None], b

@@ -1,0 +1,205 @@
+"""Prefix tuning: trained keys and values that every query of every attention sees before those of the text.
+
+Li & Liang 2021 (arXiv 2101.00190), eq. 3 and section 4.3: K' = [P_k; K], V' = [P_v; V], raw (no rotation, projection
+or norm), text positions shifted by m as after real tokens. Encoder: [P_k, P_v] of all layers = W2 tanh(W1 e + b1) + b2;
+laid out as k0, v0, k1, v1, ... (jxhe/unify petl/petl_factory.py, and PEFT); dropout on keys and values.
+Encoder-decoders have three prefixes (encoder self, decoder self, cross), each with an encoder of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from kitout.base.select import select
+from kitout.base.site import Site
+from kitout.base.survey import Survey
+from kitout.delta import Delta, Pair
+from kitout.errors import ConfigError, TargetError
+from kitout.method import Method, Rate, register
+
+PLACES = ("encoder", "decoder", "cross")
+SMALL = (
+    0.1  # of the deviation that real keys and values have: at the whole of it noise drowns the text (docs/methods.md)
+)
+
+
+class PrefixEncoder(nn.Module):
+    """embedding [m, d] -> [m, width] through one hidden layer; a part of the output at a time."""
+
+    def __init__(self, length: int, d: int, hidden: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(length, d))
+        self.first = nn.Linear(d, hidden)
+        self.second = nn.Linear(hidden, width)
+        self.parts: dict[str, slice] = {}  # of the output, by site
+
+    def forward(self, part: slice) -> Tensor:
+        return F.linear(self.first(self.embedding).tanh(), self.second.weight[part], self.second.bias[part])
+
+
+class FlatPrefix(Delta):
+    """prefix [m, 2, H_kv, d_h]: keys, then values."""
+
+    def __init__(self, prefix: Tensor, dropout: float) -> None:
+        super().__init__()
+        self.prefix, self.dropout, self.length = nn.Parameter(prefix), dropout, prefix.shape[0]
+
+    def past(self) -> Pair:
+        return _pair(self.prefix, self.dropout, self.training)
+
+
+class EncodedPrefix(Delta):
+    """The same, computed by an encoder: its own, or `part` of one it shares and does not hold."""
+
+    def __init__(self, encoder: PrefixEncoder, part: slice, heads: int, dropout: float, own: bool) -> None:
+        super().__init__()
+        self.own = encoder if own else None
+        self._of: tuple[PrefixEncoder, slice] = encoder, part  # in a tuple: its parameters are not always this Delta's
+        self.heads, self.dropout, self.length = heads, dropout, encoder.embedding.shape[0]
+
+    def prefix(self) -> Tensor:
+        encoder, part = self._of
+        values: Tensor = encoder(part)
+        return values.view(self.length, 2, self.heads, -1)
+
+    def past(self) -> Pair:
+        return _pair(self.prefix(), self.dropout, self.training)
+
+    def settled(self) -> Delta:
+        return FlatPrefix(self.prefix().detach(), self.dropout)
+
+
+def _pair(prefix: Tensor, dropout: float, training: bool) -> Pair:
+    if dropout and training:
+        prefix = F.dropout(prefix, dropout)
+    return prefix[:, 0].transpose(0, 1), prefix[:, 1].transpose(0, 1)  # [H_kv, m, d_h]
+
+
+@register
+class PrefixTuning(Method):
+    """Trained keys and values that every attention sees before those of the text.
+
+    length: how many. encoder: hidden width of the MLP that computes them, None = trained flat. shared: one encoder for
+    all layers (of each place), or one per layer. dropout: on keys and values. init: "random" (normal, of a tenth of the
+    standard deviation that the layer's own keys and values have) or the token ids of a text, whose first `length` keys
+    and values it starts from. places: any of "encoder decoder cross" that the model has.
+    """
+
+    seat: ClassVar[str] = "every attention call"
+    note: ClassVar[str] = "strength and Mix are weights of attention, not below 0"
+    rate: ClassVar[Rate] = Rate(3e-2)
+    mergeable: ClassVar[bool] = False
+    identity: ClassVar[bool] = False
+
+    length: int = Field(default=16, ge=1)
+    encoder: int | None = Field(default=None, ge=1)
+    shared: bool = True
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    init: Literal["random"] | tuple[int, ...] = "random"
+    places: str = "encoder decoder cross"
+
+    @model_validator(mode="after")
+    def _sound(self) -> PrefixTuning:
+        words = self.places.split()
+        if not words or set(words) - set(PLACES):
+            raise ValueError(f"places={self.places!r}: write any of {' '.join(PLACES)!r}")
+        if self.targets is not None:
+            raise ValueError("a prefix sits at attention calls: choose places= and layers=, not targets=")
+        if self.init != "random" and (self.encoder is not None or len(self.init) < self.length):
+            raise ValueError(f"init from text needs encoder=None and at least length={self.length} tokens")
+        if not self.shared and self.encoder is None:
+            raise ValueError("shared=False means one encoder per layer: give encoder=")
+        return self
+
+    def sites(self, survey: Survey) -> list[Site]:
+        causal = {t.path: t.causal for t in survey.towers}
+
+        def place(site: Site) -> str:
+            return "cross" if site.role == "kv.cross" else "decoder" if causal[site.tower] else "encoder"
+
+        if not survey.attentions:
+            path, why = next(iter(survey.closed.items()), ("this model", survey.doubt or "no attention was seen"))
+            raise TargetError(f"PrefixTuning finds no attention to add to: {path}: {why}")
+        words = self.places.split()
+        chosen = [s for s in select(survey.attentions, "kv.*", self.layers) if place(s) in words]
+        if not chosen:
+            raise TargetError(f"places={self.places!r}: this model has {sorted({place(s) for s in survey.attentions})}")
+        for site in chosen:
+            if 0 < site.window <= self.length:
+                raise TargetError(
+                    f"{site.path} slides a window of {site.window} over the text and would drop a prefix of "
+                    f"{self.length}: shorten it, or choose layers= that see everything"
+                )
+        lines = {_line(s.tower) for s in chosen}
+        for path, why in survey.closed.items():
+            if any(_line(path).startswith(f"{line}.") for line in lines):
+                raise TargetError(f"PrefixTuning cannot reach {path}: {why}")
+        return chosen
+
+    def common(self, sites: Sequence[Site]) -> nn.Module | None:
+        if self.encoder is None or not self.shared:
+            return None
+        groups: dict[str, list[Site]] = {}
+        for site in sites:
+            groups.setdefault(_group(site), []).append(site)
+        encoders = nn.ModuleDict()
+        for name, group in groups.items():
+            encoder = PrefixEncoder(self.length, group[0].d_in, self.encoder, sum(2 * s.d_out for s in group))
+            ends = torch.tensor([0] + [2 * s.d_out for s in group], device="cpu").cumsum(0).tolist()
+            encoder.parts = {s.key: slice(a, b) for s, a, b in zip(group, ends, ends[1:], strict=False)}
+            encoders[name] = encoder
+        return encoders
+
+    def build(self, site: Site, shared: nn.Module | None) -> Delta:
+        if self.encoder is None:
+            k, v = (SMALL * deviation for deviation in site.scale or (1.0, 1.0))
+            shape = (self.length, site.heads, site.d_out // site.heads)
+            return FlatPrefix(torch.stack((torch.randn(shape) * k, torch.randn(shape) * v), 1), self.dropout)
+        if isinstance(shared, nn.ModuleDict):
+            encoder = shared[_group(site)]
+            assert isinstance(encoder, PrefixEncoder)
+            return EncodedPrefix(encoder, encoder.parts[site.key], site.heads, self.dropout, own=False)
+        encoder = PrefixEncoder(self.length, site.d_in, self.encoder, 2 * site.d_out)
+        return EncodedPrefix(encoder, slice(0, 2 * site.d_out), site.heads, self.dropout, own=True)
+
+    def start(self, deltas: Mapping[Site, Delta], past: Callable[[Tensor], Mapping[str, Pair]]) -> None:
+        if self.init == "random":
+            return
+        found = past(torch.tensor([self.init]))
+        missing = [s.path for s in deltas if s.path not in found]
+        if missing:
+            raise ConfigError(f"init: a text has no keys and values at {missing[0]}; use places= to leave it out")
+        for site, delta in deltas.items():
+            assert isinstance(delta, FlatPrefix)
+            k, v = (t[:, : self.length].transpose(0, 1) for t in found[site.path])  # [m, H_kv, d_h]
+            delta.prefix.copy_(torch.stack((k, v), 1))
+
+    def advised(self) -> Rate:
+        """Through an encoder, whose weights all keys and values share, the rate is 3e-4."""
+        return self.rate if self.encoder is None else Rate(3e-4)
+
+    def settled(self) -> PrefixTuning:
+        return self if self.encoder is None else self.model_copy(update={"encoder": None, "shared": True})
+
+    def count(self, sites: Sequence[Site]) -> int:
+        if self.encoder is None:
+            return sum(2 * self.length * s.d_out for s in sites)
+        widths = {_group(s) if self.shared else s.key: s.d_in for s in sites}  # one per encoder
+        first = sum(self.length * d + d * self.encoder + self.encoder for d in widths.values())
+        return first + sum((self.encoder + 1) * 2 * s.d_out for s in sites)
+
+
+def _line(path: str) -> str:
+    """Without indices: the stages of a pyramid are one line of blocks."""
+    return re.sub(r"\d+", "*", path)
+
+
+def _group(site: Site) -> str:
+    return f"{site.tower}@{site.role}".replace(".", "/")

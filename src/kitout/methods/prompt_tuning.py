@@ -1,0 +1,138 @@
+"""Prompt tuning: trained vectors in front of the text, at the token embedding.
+
+Lester et al. 2021 (arXiv 2104.08691); code google-research/prompt-tuning (prompts.py): X' = [P; E(x)], P [p, d], after
+the token embedding and before positions, so text positions shift by p; encoder-decoders take it in the encoder. Starts
+from p of the first 5,000 rows of the vocabulary without replacement, from text, from class labels (mean of their
+tokens, filled up with vocabulary), or normal at the table's own scale.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from kitout.base.site import Site
+from kitout.base.survey import Survey, Tower
+from kitout.delta import Delta
+from kitout.errors import ConfigError, TargetError
+from kitout.method import Method, Rate, register
+
+COMMON = 5000  # rows of the vocabulary to sample from: tokenizers number what is frequent first
+Start = Literal["vocab", "normal"] | tuple[int, ...] | tuple[tuple[int, ...], ...]
+
+
+class Prompt(Delta):
+    """prompt [p, d]."""
+
+    def __init__(self, prompt: Tensor, after: bool, pooled: bool) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(prompt)
+        self.length, self.after, self.pooled = prompt.shape[0], after, pooled
+
+    def tokens(self) -> Tensor:
+        return self.prompt
+
+
+@register
+class PromptTuning(Method):
+    """Trained vectors [length, d] beside the embedded text of one stack of blocks.
+
+    length: how many. init: "vocab", "normal", token ids of a text (repeated or cut to length), or the ids of each class
+    label. place: "before" the text or "after" its first token (BOS, CLS). stacks: "encoder", "decoder" or "both" of an
+    encoder-decoder; ignored where there is one stack. pooled: "prompt" gives an encoder's head the output of the first
+    prompt where it looks for that of the first token, as Hugging Face PEFT's classifiers have it.
+    """
+
+    seat: ClassVar[str] = "token embedding"
+    note: ClassVar[str] = "not in a Mix; no strength but on and off"
+    rate: ClassVar[Rate] = Rate(1e-2)
+    mergeable: ClassVar[bool] = False
+    identity: ClassVar[bool] = False
+
+    length: int = Field(default=20, ge=1)
+    init: Start = "vocab"
+    place: Literal["before", "after"] = "before"
+    stacks: Literal["encoder", "decoder", "both"] = "encoder"
+    pooled: Literal["text", "prompt"] = "text"
+
+    @model_validator(mode="after")
+    def _sound(self) -> PromptTuning:
+        if self.targets is not None or self.layers != "all":
+            raise ValueError("a prompt sits at the token embedding: it has no targets and no layers")
+        if not self.init or (isinstance(self.init, tuple) and any(i == () for i in self.init)):
+            raise ValueError(f"init={self.init!r} holds no token: give ids, 'vocab' or 'normal'")
+        if self.pooled == "prompt" and self.place == "after":
+            raise ValueError("pooled='prompt' puts the first prompt before the first token: it needs place='before'")
+        return self
+
+    def sites(self, survey: Survey) -> list[Site]:
+        towers = [t for t in survey.towers if t.owner is not None]
+        if not towers:
+            raise TargetError(f"PromptTuning needs a stack fed from a token table: {survey.doubt or 'none was seen'}")
+        if len(towers) > 1 and self.stacks != "both":
+            towers = [t for t in towers if t.causal == (self.stacks == "decoder")]
+        _check(survey, towers)
+        if self.pooled == "prompt" and (len(survey.towers) > 1 or any(t.causal for t in towers)):
+            raise TargetError(
+                f"pooled='prompt' is for the head of an encoder that stands alone, and {towers[0].path} is none: leave "
+                "it at 'text'"
+            )
+        tables = [(survey.by_path(t.table), t.path) for t in towers]
+        return [s.at(port="tokens", tower=tower, d_in=s.d_out) for s, tower in tables]
+
+    def build(self, site: Site, shared: nn.Module | None) -> Delta:
+        return Prompt(self._rows(site), self.place == "after", self.pooled == "prompt")
+
+    def _rows(self, site: Site) -> Tensor:
+        weight = site.module.get_parameter("weight")
+        if weight.is_meta:
+            return torch.empty(self.length, site.d_out)
+        size = weight.shape[0]
+        if self.init == "normal":
+            return torch.randn(self.length, site.d_out) * _look_up(site, torch.arange(min(size, COMMON))).std()
+        if self.init == "vocab":
+            return _look_up(site, self._sampled(size, self.length))
+        bad = [i for entry in self.init for i in (entry if isinstance(entry, tuple) else (entry,)) if not 0 <= i < size]
+        if bad:
+            raise ConfigError(f"init holds the token ids {bad[:5]}, and the table has rows 0 to {size - 1}")
+        if isinstance(self.init[0], int):
+            ids = torch.tensor([self.init[i % len(self.init)] for i in range(self.length)])
+            return _look_up(site, ids)
+        means = [_look_up(site, torch.tensor(label)).mean(0) for label in self.init][: self.length]
+        filled = _look_up(site, self._sampled(size, self.length - len(means)))
+        return torch.cat((torch.stack(means), filled))
+
+    @staticmethod
+    def _sampled(size: int, n: int) -> Tensor:
+        return torch.randperm(max(min(size, COMMON), min(size, n)))[torch.arange(n) % size]
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(self.length * s.d_out for s in sites)
+
+
+def _look_up(site: Site, ids: Tensor) -> Tensor:
+    """Rows as the model embeds them, with whatever scale its table applies."""
+    rows: Tensor = site.module(ids.to(site.module.get_parameter("weight").device))
+    return rows.detach().float().cpu()
+
+
+def _check(survey: Survey, towers: Sequence[Tower]) -> None:
+    """A prompt in front of causal blocks is kept as their keys and values: every attention there must take such."""
+    if not towers:
+        raise TargetError("this model has no such stack: choose stacks='encoder', 'decoder' or 'both'")
+    for tower in towers:
+        inside = {p: why for p, why in survey.closed.items() if p.startswith(f"{tower.path}.")}
+        loose = [b.path for b in survey.blocks if b.tower == tower.path and not b.attends]
+        if tower.causal is None:
+            raise TargetError(f"PromptTuning: the probe could not tell whether {tower.path} looks ahead")
+        owner = survey.model.get_submodule(tower.owner or "")
+        if tower.causal and "inputs_embeds" not in inspect.signature(owner.forward).parameters:
+            raise TargetError(f"PromptTuning: {type(owner).__name__} takes no inputs_embeds to run a prompt by itself")
+        if tower.causal and (inside or loose):
+            path, why = next(iter(inside.items()), (loose[0] if loose else "", "it does not attend"))
+            raise TargetError(f"PromptTuning cannot reach {path}: {why}")

@@ -1,0 +1,1 @@
+"""How our code comes to run at a frozen module."""

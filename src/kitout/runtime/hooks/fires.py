@@ -1,0 +1,45 @@
+"""Proof by the first real forward, where attach could not run one: do the worn sites fire?
+
+It knows taps and paths, and nothing of methods, rows or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+from kitout.errors import SilentSite
+from kitout.runtime.state import KitState
+
+
+class Firing(AbstractContextManager[None]):
+    """Records which worn sites fire in one forward and raises SilentSite for those that do not."""
+
+    def __init__(self, state: KitState) -> None:
+        self.state, self.fired = state, set[str]()
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        for spot, _ in self.state.live.bound.items:
+            if spot.path in self.state.unproven:
+                self.hooks.append(spot.module.register_forward_pre_hook(self._hook(spot.path)))
+
+    def _hook(self, path: str) -> Callable[..., None]:
+        return lambda *_: self.fired.add(path)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        if kind is not None:
+            return
+        missed = [spot.path for spot, _ in self.state.live.bound.items if spot.path in self.state.unproven - self.fired]
+        self.state.unproven -= self.fired
+        if missed:
+            raise SilentSite(
+                f"{', '.join(missed[:5])} did not run in this forward: nothing placed there has an effect. Choose "
+                "other targets, or attach(model, example_batch=batch) with a batch that reaches every part of the model"
+            )

@@ -1,0 +1,1 @@
+"""Adapters folded into weights, in place or in a copy."""

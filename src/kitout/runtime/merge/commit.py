@@ -1,0 +1,110 @@
+"""Merging in place: folded weights written into a model, and the old ones put back bit for bit.
+
+Nothing changes until every fold has succeeded. Old Parameters are kept as objects, so undoing costs nothing and ties
+come back. It knows how weights are stored through `base.weights` alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from kitout.base import weights
+from kitout.errors import NotMergeable
+from kitout.runtime.adapter import Adapter
+from kitout.runtime.merge.fold import Folded, fold_all
+
+
+@dataclass
+class Backup:
+    """A module's own Parameters, or the module itself where a head took its place."""
+
+    owner: nn.Module
+    parameters: dict[str, nn.Parameter | None]
+    child: tuple[str, nn.Module] | None = None
+
+
+def merge(base: nn.Module, adapters: Sequence[Adapter], alive: Container[str]) -> dict[str, Backup]:
+    """Folds the adapters in order into the base's weights; returns what `restore` needs. alive: paths that run."""
+    return commit(base, fold_all(adapters), alive)
+
+
+def restore(backups: dict[str, Backup]) -> None:
+    """Puts the old Parameters and modules back."""
+    for backup in backups.values():
+        if backup.child is not None:
+            setattr(backup.owner, *backup.child)
+        else:
+            for name in [n for n in backup.owner._parameters if n not in backup.parameters]:
+                del backup.owner._parameters[name]
+            backup.owner._parameters.update(backup.parameters)
+
+
+def commit(base: nn.Module, folded: dict[str, Folded], alive: Container[str]) -> dict[str, Backup]:
+    """Writes folded weights into a model (the base, or a plain copy of it); undone if a write is refused.
+
+    alive: paths of modules that run. Parameters that were tied stay so where every use of them came out the same.
+    """
+    backups: dict[str, Backup] = {}
+    ties = tied_parameters(base)
+    try:
+        for path, new in folded.items():
+            module = base.get_submodule(path)
+            if new.head is not None:
+                parent, _, leaf = path.rpartition(".")
+                owner = base.get_submodule(parent)
+                backups[path] = Backup(owner, {}, (leaf, module))
+                setattr(owner, leaf, copy.deepcopy(new.head).requires_grad_(False))
+                continue
+            for home in {name.rpartition(".")[0] for name in ("", *(new.whole or {}))}:
+                owner = module.get_submodule(home)
+                backups[f"{path}.{home}" if home else path] = Backup(owner, dict(owner._parameters))
+            _write(path, module, new)
+        for owners in ties:
+            _tie_again(base, owners, alive, backups)
+    except BaseException:
+        restore(backups)
+        raise
+    return backups
+
+
+def _write(path: str, module: nn.Module, new: Folded) -> None:
+    try:
+        if new.whole is not None:
+            weights.replace_parameters(module, new.whole)
+        elif new.pair is not None:
+            weights.replace_weight(module, *new.pair)
+    except NotMergeable as reason:
+        raise NotMergeable(f"{path or 'the model'}: {reason}") from None
+
+
+def tied_parameters(model: nn.Module) -> list[dict[tuple[str, str], nn.Parameter]]:
+    """Every parameter that several modules hold, by (module path, name)."""
+    owners: dict[int, dict[tuple[str, str], nn.Parameter]] = {}
+    for path, module in model.named_modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                owners.setdefault(id(p), {})[path, name] = p
+    return [held for held in owners.values() if len(held) > 1]
+
+
+def _tie_again(
+    base: nn.Module,
+    owners: dict[tuple[str, str], nn.Parameter],
+    alive: Container[str],
+    backups: dict[str, Backup],
+) -> None:
+    """One Parameter for all owners again, if all that run have been given the same new values."""
+    now = {(path, name): base.get_submodule(path)._parameters[name] for path, name in owners}
+    new = [p for key, p in now.items() if p is not owners[key] and p is not None]
+    kept = [path for (path, name), p in now.items() if p is owners[path, name] and path in alive]
+    if not new or kept or not all(p.shape == new[0].shape and torch.equal(p, new[0]) for p in new):
+        return
+    for path, name in owners:
+        module = base.get_submodule(path)
+        backups.setdefault(path, Backup(module, dict(module._parameters)))
+        module._parameters[name] = new[0]

@@ -1,0 +1,82 @@
+"""A plain copy: an ordinary model with adapters folded in and no trace of kitout; kit and base stay as they are.
+
+A transformers model must survive save_pretrained and from_pretrained. It knows folded weights and how class swaps are
+taken out, and no method.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from kitout.errors import Faults, NotMergeable
+from kitout.runtime.hooks.class_swap import uninstall
+from kitout.runtime.merge.commit import commit, tied_parameters
+from kitout.runtime.merge.fold import fold_all
+from kitout.runtime.state import KitState
+
+
+def plain_copy(state: KitState, names: Sequence[str], check_saveable: bool = True) -> nn.Module:
+    """A deep copy of the base without taps, the adapters folded in.
+
+    For a transformers model the copy must survive save_pretrained and from_pretrained: a parameter that its config
+    cannot bring back raises NotMergeable, unless check_saveable is off.
+    """
+    with state.live.lock:
+        folded = fold_all([state[n] for n in names])
+    copied = untapped_copy(state)
+    tied = _tied_paths(copied)
+    commit(copied, folded, state.survey.alive)
+    if tied - _tied_paths(copied):
+        _untie(copied)
+    if check_saveable:
+        _check_reloads(copied, state.base)
+    return copied
+
+
+def untapped_copy(state: KitState) -> nn.Module:
+    """The base as it was before attach, copied."""
+    with state.live.lock:
+        forget = [state.base.__dict__["_kitout"], state.live, *state.taps.values()]
+        copied: nn.Module = copy.deepcopy(state.base, {id(o): None for o in forget})
+    for module in copied.modules():
+        for name in ("_kitout_tap", "_kitout_live", "_kitout"):
+            if name in module.__dict__:
+                uninstall(module, name)
+    state.before_attach.restore(copied)
+    return copied
+
+
+def _tied_paths(model: nn.Module) -> set[str]:
+    """Modules that share a parameter with another."""
+    return {path for held in tied_parameters(model) for path, _ in held}
+
+
+def _untie(model: nn.Module) -> None:
+    """Says in the config that the two uses of a table differ now, so that nothing ties them again."""
+    config = getattr(model, "config", None)
+    if config is None or not getattr(config, "tie_word_embeddings", False):
+        return
+    for owners in tied_parameters(model):  # what is still shared would be saved once, and not be found for the others
+        for path, name in list(owners)[1:]:
+            module = model.get_submodule(path)
+            module._parameters[name] = nn.Parameter(owners[path, name].detach().clone(), requires_grad=False)
+    config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}  # type: ignore[assignment]
+
+
+def _check_reloads(model: nn.Module, base: nn.Module) -> None:
+    config: Any = getattr(model, "config", None)
+    if config is None or not callable(getattr(model, "save_pretrained", None)):
+        return
+    before = set(base.state_dict())
+    gained = sorted(set(model.state_dict()) - before)
+    faults = Faults(NotMergeable, "the merged model could not be saved and loaded again by transformers alone")
+    for key in gained:
+        faults.add(f"{key} would be new, and {type(config).__name__} cannot bring it back")
+    if faults.items:
+        faults.add("merge in place with kit.merge(name), or pass check_saveable=False for a copy that stays in memory")
+    faults.raise_if_any()

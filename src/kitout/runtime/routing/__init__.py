@@ -1,0 +1,1 @@
+"""Which adapter is active, for whom."""

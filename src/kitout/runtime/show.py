@@ -1,0 +1,70 @@
+"""What `print(kit)` shows: roles x layers x widths x sites, and below them the adapters with their cost. Plain text.
+
+It knows the survey and the adapters' counts, and nothing of routes or tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kitout.base.site import Site
+from kitout.runtime.count import base_size, count
+from kitout.runtime.routing.route import names
+from kitout.runtime.state import KitState
+
+
+def show(state: KitState) -> str:
+    """The whole table."""
+    head = f"{type(state.base).__name__}, {base_size(state.base):,} parameters, frozen"
+    if state.merged_names:
+        head += f"; {'+'.join(state.merged_names)} merged into it"
+    rows = [("role", "layers", "in -> out", "sites"), *site_rows(state.survey.sites)]
+    lines = [head, *columns(rows), *adapter_lines(state)]
+    if state.survey.silent:
+        lines.append(f"never runs in forward: {', '.join(sorted(state.survey.silent)[:8])}")
+    return "\n".join(lines)
+
+
+def site_rows(sites: Sequence[Site]) -> list[tuple[str, str, str, str]]:
+    """One row per tower, role and width."""
+    groups: dict[tuple[str, str, int, int], list[Site]] = {}
+    for site in sites:
+        groups.setdefault((site.tower, site.role, site.d_in, site.d_out), []).append(site)
+    towers = {t for t, *_ in groups}
+    rows = []
+    for (tower, role, d_in, d_out), found in groups.items():
+        name = f"{role}  [{tower}]" if tower and len(towers - {""}) > 1 else role
+        rows.append((name, layers_text([s.layer for s in found]), f"{d_in} -> {d_out}", str(len(found))))
+    return rows
+
+
+def layers_text(layers: Sequence[int | None]) -> str:
+    """[0, 1, 2, 5] -> '0-2,5'; '-' outside the blocks."""
+    numbers = sorted({i for i in layers if i is not None})
+    runs: list[list[int]] = []
+    for i in numbers:
+        if runs and i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs) or "-"
+
+
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as aligned text."""
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def adapter_lines(state: KitState) -> list[str]:
+    if not state.names:
+        return ["no adapters yet: kit.add(name, method)"]
+    rows = [("adapter", "method", "trainable", "of base", "sites")]
+    for name in state.names:
+        adapter = state[name]
+        cost = count(adapter, state.base)
+        settings = ", ".join(f"{k}={v!r}" for k, v in adapter.method.describe().items())
+        mark = "* " if name in names(state.route) else "  "
+        text = f"{type(adapter.method).__name__}({settings})"
+        rows.append((mark + name, text, f"{cost.trainable:,}", f"{cost.percent:.3f} %", str(len(adapter.sites))))
+    return columns(rows)

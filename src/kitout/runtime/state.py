@@ -1,0 +1,177 @@
+"""The state of one attached base: its sites, its adapters, the route in force, what is merged.
+
+Everything below the facade takes this object: building, routing, merging, files. `Kit` holds one and is what users
+see. It knows no files, no methods, and no forward of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from kitout.base.survey import Survey
+from kitout.errors import Detached, MergeState, RouteError, UnknownAdapter, suggest
+from kitout.runtime.adapter import Adapter
+from kitout.runtime.base_state import BareState
+from kitout.runtime.hooks.class_swap import Tap, tap
+from kitout.runtime.merge.commit import Backup
+from kitout.runtime.routing.active import Bound, Live
+from kitout.runtime.routing.cache import Plans
+from kitout.runtime.routing.compile import bind
+from kitout.runtime.routing.route import Route, names
+from kitout.runtime.virtual_tokens.compile import paths
+
+
+class KitState:
+    """Named adapters on one frozen base, and how they act now."""
+
+    base: nn.Module
+    """The frozen model."""
+    survey: Survey
+    """Its towers, blocks and sites."""
+    modules: nn.ModuleDict
+    """The adapters as children of the kit; a name's dots are written %2E."""
+    live: Live
+    """The route in force, per context and sticky."""
+    taps: dict[str, Tap]
+    """Where our code runs, by module path."""
+    merged_names: tuple[str, ...]
+    """The adapters folded into the base now, in order."""
+    backups: dict[str, Backup]
+    """What the merge replaced, by path."""
+    unproven: set[str]
+    """Paths of sites that no forward has been seen to run."""
+    is_detached: bool
+    """`Kit.detach` was called."""
+
+    def __init__(self, base: nn.Module, survey: Survey) -> None:
+        self.base, self.survey = base, survey
+        self.modules = nn.ModuleDict()
+        self.live = Live()
+        self.taps = {}
+        self.merged_names = ()
+        self.backups = {}
+        self.unproven = set() if survey.proven else {s.path for s in survey.sites}
+        self.is_detached = False
+        self.before_attach = BareState.take(base)
+        self._adapters: dict[str, Adapter] = {}
+        self._plans = Plans()
+
+    # ---- adapters ----------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters, in the order they were added."""
+        return list(self._adapters)
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        return list(self._adapters.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._adapters
+
+    def __getitem__(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            raise UnknownAdapter(f"no adapter is called {name!r}: {suggest(name, self._adapters)}")
+        return self._adapters[name]
+
+    def insert(self, adapter: Adapter) -> None:
+        """Takes in an adapter that was built for this base, under a name that is free."""
+        with self.live.lock:
+            for path in {**adapter.locals, **adapter.notes, **dict.fromkeys(paths(adapter, self.survey))}:
+                self.tapped(path)
+            self.modules[_key(adapter.name)] = adapter
+            adapter.train(self.modules.training)
+            self._adapters[adapter.name] = adapter
+            self.refresh_base_mode()
+
+    def discard(self, name: str) -> None:
+        """Forgets an adapter. RouteError while it is in use: here, in any `with`, or by the sticky route."""
+        adapter, live = self[name], self.live
+        live.settle()
+        here = name in names(live.route) or name in names(live.sticky[-1].route)
+        if here or live.entered[name] > 0:
+            raise RouteError(f"{name!r} is active: use(None) or another route before remove({name!r})")
+        with live.lock:
+            live.forget(name)
+            del self.modules[_key(adapter.name)]
+            del self._adapters[name]
+            self.forget_routes(name)
+
+    # ---- the route ---------------------------------------------------------------------------------------------
+
+    @property
+    def route(self) -> Route:
+        """The route in force in this context; None while adapters are merged, whatever is active before and after."""
+        return None if self.merged_names else self.live.route
+
+    def resolve(self) -> Bound:
+        """The compiled form of the route in force."""
+        wanted = self.route
+        bound = self._plans.get(wanted)
+        if bound is None:
+            bound = bind(wanted, self._adapters, self.taps, self.survey, self.live)
+            self._plans.keep(bound)
+        return bound
+
+    def forget_routes(self, name: str) -> None:
+        """Compiles the routes that name this adapter anew."""
+        self._plans.forget(name)
+        if name in names(self.live.bound.route):
+            self.live.lay(self.resolve())
+
+    def tapped(self, path: str) -> Tap:
+        """The tap of a module, installed on first use."""
+        return self.taps.setdefault(path, tap(path, self.base.get_submodule(path)))
+
+    # ---- checks ------------------------------------------------------------------------------------------------
+
+    def check_attached(self) -> None:
+        """Detached, if `detach` has been called."""
+        if self.is_detached:
+            raise Detached("this kit was detached from its model: attach(model) makes a new one")
+
+    def check_unmerged(self, before: str) -> None:
+        """MergeState, if adapters are folded into the base now."""
+        if self.merged_names:
+            raise MergeState(f"{self.merged_text} merged into the base: unmerge() before {before}")
+
+    @property
+    def merged_text(self) -> str:
+        """What is merged, as a message names it: "'a' is", "'a', 'b' are"."""
+        return f"{', '.join(map(repr, self.merged_names))} {'is' if len(self.merged_names) == 1 else 'are'}"
+
+    # ---- the base ----------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        return self.base.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.base.parameters() if p.is_floating_point())
+
+    def set_base_mode(self, training: bool) -> None:
+        """Training mode of the base, or eval mode where all that is trained asks for it (no dropout, no drop-path)."""
+        trained = [a.method for a in self._adapters.values() if any(p.requires_grad for p in a.parameters())]
+        in_eval = bool(trained) and all(method.still for method in trained)
+        type(self.base).__dict__.get("frozen_train", nn.Module.train)(self.base, training and not in_eval)
+        for module in self.base.modules():
+            if in_eval and getattr(module, "gradient_checkpointing", False):
+                module.training = training  # else its activations would not be recomputed; its parts stay in eval mode
+
+    def refresh_base_mode(self) -> None:
+        """The base's mode after what is trained has changed; left as it is where no method asks for eval mode."""
+        if self.modules.training and any(adapter.method.still for adapter in self._adapters.values()):
+            self.set_base_mode(True)
+
+
+def _key(name: str) -> str:
+    return "@" + name.replace(".", "%2E")

@@ -1,0 +1,1 @@
+"""Prompts, prefixes and visual prompts: positions that are in no text."""

@@ -1,0 +1,71 @@
+"""Settings that are fine alone and contradict each other: told before a model is loaded, all at once.
+
+`contradictions` needs the config alone, `machine` also what this machine has. What needs the model or the data is the
+pre-flight's business.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+from kitout.errors import ConfigError, Faults
+from kitout.methods import VPT, PromptTuning
+from kitout.train.config.schema import RunConfig
+
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}  # packages that serve; else the one of its name
+PACKED = ("auto", "causal")  # objectives under which several examples can share a row
+
+
+def contradictions(config: RunConfig) -> list[str]:
+    """Of one run (not of its jobs). Asked again once "auto" is resolved, it may know more."""
+    return [*_of_method(config), *_of_training(config)]
+
+
+def _of_method(config: RunConfig) -> Iterator[str]:
+    name, objective = type(config.method).__name__, config.objective
+    if isinstance(config.method, VPT) and objective not in ("auto", "images"):
+        yield f"method={name} puts tokens among an image's patches; with objective={objective} say method=PromptTuning"
+    if isinstance(config.method, PromptTuning):
+        if objective == "images":
+            yield f"method={name} puts tokens before a text; with objective=images say method=VPT"
+        if config.train.packing:
+            yield f"train.packing puts several examples in one row, where method={name} has one place for its tokens"
+
+
+def _of_training(config: RunConfig) -> Iterator[str]:
+    data, train, evaluate = config.data, config.train, config.evaluate
+    if config.model.dtype == "float16" and config.model.device == "cpu":
+        yield "model.dtype=float16 overflows in training and is slow on a CPU: say bfloat16, float32 or auto"
+    if config.model.attention == "flash_attention_2" and config.model.device == "cpu":
+        yield "model.attention=flash_attention_2 needs a GPU: say auto, or leave model.device out"
+    if config.model.attention == "flash_attention_2" and config.model.dtype == "float32":
+        yield "model.attention=flash_attention_2 computes in bfloat16 or float16: model.dtype=float32 cannot be"
+    if train.packing and config.objective not in PACKED:
+        yield f"train.packing is for language models (objective=causal), not for objective={config.objective}"
+    if train.micro_batch is not None and train.micro_batch > train.batch:
+        yield f"train.micro_batch={train.micro_batch} is more than the train.batch={train.batch} it is a part of"
+    if data.streaming and train.steps is None:
+        yield "data.streaming has no end that is known beforehand: say train.steps"
+    watched = data.validation != 0 and evaluate.every != 0
+    if not watched:
+        why = "data.validation=0" if data.validation == 0 else "evaluate.every=0"
+        if train.patience is not None:
+            yield f"train.patience={train.patience} waits for a better measurement, and {why} means that there is none"
+        if evaluate.best is not None:
+            yield f"evaluate.best={evaluate.best} chooses by measurements, and {why} means that there is none"
+
+
+def machine(config: RunConfig, cuda: bool) -> None:
+    """ConfigError if this machine cannot do what is asked. cuda: whether it has a GPU that torch sees."""
+    faults = Faults(ConfigError, "the run's config on this machine")
+    for tracker in config.output.report_to:
+        if not any(importlib.util.find_spec(name) for name in TRACKERS.get(tracker, (tracker,))):
+            faults.add(f"output.report_to={tracker}: it is not installed here: pip install {tracker}, or leave it out")
+    if config.model.device == "cuda" and not cuda:
+        faults.add("model.device=cuda, but torch sees no GPU here: say cpu or auto")
+    elif config.model.device == "auto" and not cuda:
+        alone = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})
+        for fault in contradictions(alone):
+            faults.add(f"{fault} (torch sees no GPU here)" if fault.startswith("model.") else fault)
+    faults.raise_if_any()

@@ -1,0 +1,73 @@
+"""A Method as a config says it: by its name, or its name with settings; and the schema that a form shows for it.
+
+It knows every registered method by its class alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import GetJsonSchemaHandler, ValidationError
+from pydantic_core import CoreSchema
+
+from kitout import methods as _registering  # noqa: F401 - a run may name any method there is
+from kitout.errors import ConfigError, suggest
+from kitout.method import REGISTRY, Method
+from kitout.train.config.error_messages import LISTED, told
+
+
+def method(value: Any) -> Method:
+    """A Method from itself, its name, or its name with settings."""
+    if isinstance(value, Method):
+        return value
+    if not isinstance(value, str | Mapping):
+        raise ValueError(f'write a method\'s name, or {{"name": "LoRA", "rank": 16}}; found {value!r}')
+    settings = {"name": value} if isinstance(value, str) else {str(key): v for key, v in value.items()}
+    name = settings.pop("name", "LoRA")
+    if name not in REGISTRY:
+        near = [known for known in REGISTRY if known.lower() == str(name).lower()]
+        raise ValueError(f"there is no method {name!r}: {suggest(near[0] if near else str(name), REGISTRY)}")
+    known = REGISTRY[name].model_fields
+    strange = [f"{word}: {name} has no such setting; {suggest(word, known)}" for word in settings if word not in known]
+    try:
+        made = REGISTRY[name](**{word: v for word, v in settings.items() if word in known})
+    except ConfigError as wrong:
+        inner = wrong.__context__
+        strange += told(inner, REGISTRY[name]) if isinstance(inner, ValidationError) else [str(wrong)]
+    if strange:
+        raise ValueError(LISTED.join(strange))
+    return made
+
+
+def dumped(chosen: Method) -> dict[str, Any]:
+    """A Method as its name and what differs from its defaults."""
+    return {"name": type(chosen).__name__, **chosen.model_dump(mode="json", exclude_defaults=True)}
+
+
+class _Schema:
+    """Of any method: one object for each, told apart by its name."""
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {
+            "title": "Method",
+            "oneOf": [_schema_of(name, cls) for name, cls in REGISTRY.items()],
+            "discriminator": {"propertyName": "name"},
+        }
+
+
+def _schema_of(name: str, cls: type[Method]) -> dict[str, Any]:
+    schema = cls.model_json_schema()
+    return {
+        "title": name,
+        "description": " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split()),
+        "type": "object",
+        "properties": {"name": {"const": name, "title": "Name"}, **schema["properties"]},
+        "required": ["name"],
+        "additionalProperties": False,
+        **({"$defs": schema["$defs"]} if "$defs" in schema else {}),
+    }
+
+
+AnyMethod: TypeAlias = Annotated[Method, _Schema()]

@@ -1,0 +1,295 @@
+"""A run in one object: model, method, data, objective, training, evaluation and output, checked as a whole.
+
+The same schema serves Python, YAML, the command line and a form: `RunConfig.model_json_schema()`. Frozen and keyword
+only; every fault is told at once. It opens no file and knows no model: what it cannot know alone is checked by the
+pre-flight.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from kitout.runtime.build_adapter import NAME
+from kitout.train.config.method_field import AnyMethod, dumped, method
+
+Objective = Literal["auto", "causal", "classify", "regress", "multilabel", "tokens", "seq2seq", "images"]
+
+
+def _name(value: str) -> str:
+    if not NAME.fullmatch(value):
+        raise ValueError(f"{value!r}: use 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit")
+    return value
+
+
+Name: TypeAlias = Annotated[str, AfterValidator(_name)]
+
+
+class Section(BaseModel):
+    """One part of the config: frozen, keyword only, nothing unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The frozen base."""
+
+    name: str
+    """A folder, a name on the Hugging Face hub, or an embedded model (`kitout assets list`)."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen weights; auto: bfloat16 where the machine computes in it, else float32. Adapters stay float32."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    """auto: the model's own choice; on a CPU with texts below 256 tokens plain (eager), which trains faster there."""
+    quantise: Literal["none", "nf4", "int8", "torchao-int8"] = "none"
+    """nf4 and int8: bitsandbytes; torchao-int8: weight only. LoRA and the activation methods train over them."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it is computed; auto: on a GPU if there is one."""
+
+
+class SourceConfig(Section):
+    """One set of examples, in a mixture with others or alone: then `data.train.limit` says it too, without a number."""
+
+    path: str
+    """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder, an embedded set (`kitout assets list`) or a name on
+    the hub (`owner/name:config`); `#500` behind it: its first 500 rows alone."""
+    weight: float = Field(default=1.0, gt=0)
+    """Its share in a mixture: 2 is drawn twice as often as 1, relative to its size."""
+    format: str = "auto"
+    """auto, or a format by name (`kitout train --help` lists them)."""
+    columns: dict[str, str] = {}
+    """What a column is called that cannot be told: {"text": "body", "label": "stars"}."""
+    instruction: str | None = None
+    """A system turn for every example; labelled texts become chats whose answer is the label, for language models."""
+    limit: int | None = Field(default=None, gt=0)
+    """At most so many examples of each part, drawn by the seed."""
+
+
+class DataConfig(Section):
+    """What is learnt from, and what is measured on."""
+
+    train: tuple[SourceConfig, ...]
+    """One source or a list of them: a path alone, or path with its own weight, format, columns, limit."""
+    validation: str | float | int = 0.05
+    """A file of its own, a share of train, or a number of examples; watched during training. 0: none."""
+    test: str | float | int = 0.1
+    """A file of its own, a share of train, or a number of examples; measured once, at the end. 0: none."""
+    learn: Literal["assistant", "last", "all"] = "assistant"
+    """Which turns are learnt: the assistant's, its last alone, or every token."""
+    template: dict[str, Any] = {}
+    """What the chat template is told besides the turns: {"enable_thinking": false}."""
+    labels: tuple[str, ...] | None = None
+    """The closed set of labels, in order; default: those of the training part."""
+    max_length: int = Field(default=1024, gt=1)
+    """Tokens of one example at most; a longer one loses the front of its context, never its answer, if that fits."""
+    streaming: bool = False
+    """Read the training set as it is learnt from, never whole in memory; needs train.steps."""
+    image_size: int | None = Field(default=None, gt=0)
+    """Pixels of a side, for images; default: the model's own."""
+    seed: int = 0
+    """Of the split and the limits."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        listed = value if isinstance(value, list | tuple) else [value]
+        if not listed:
+            raise ValueError("say at least one source: a path, or a list of sources")
+        return tuple({"path": str(v)} if isinstance(v, str | Path) else v for v in listed)
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        """A label that reads like a number is a word all the same."""
+        listed = isinstance(value, list | tuple)
+        return [str(v) if type(v) in (int, float) else v for v in value] if listed else value
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and len(set(value)) < max(2, len(value)):
+            raise ValueError(f"expected at least 2 labels, each once; found {', '.join(value)}")
+        return value
+
+    @field_validator("validation", "test", mode="before")
+    @classmethod
+    def _paths(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    @field_validator("validation", "test")
+    @classmethod
+    def _part(cls, value: str | float) -> str | float:
+        if isinstance(value, float) and not (0 <= value < 1 or value.is_integer()):
+            raise ValueError("a share lies between 0 and 1; a number of examples is a whole number")
+        if not isinstance(value, str) and value < 0:
+            raise ValueError("expected 0 or more")
+        return int(value) if isinstance(value, float) and value >= 1 else value
+
+
+class TrainConfig(Section):
+    """How it is learnt."""
+
+    lr: float | None = Field(default=None, gt=0)
+    """Learning rate of AdamW; default: the method's own (`kitout methods`)."""
+    head_lr: float | None = Field(default=None, gt=0)
+    """Of the adapter's heads (a classifier); default: the method's own."""
+    ratio: float = Field(default=1.0, gt=0)
+    """LoRA+: the rate of B over the rate of A (Hayou et al. 2024 use 16)."""
+    decay: float | None = Field(default=None, ge=0)
+    """Weight decay, kept off scales, shifts, biases and prompts; default: the method's own."""
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training part; a part of one is fine."""
+    steps: int | None = Field(default=None, gt=0)
+    """Optimiser steps, instead of epochs."""
+    batch: int = Field(default=16, gt=0)
+    """Examples of one optimiser step, over all processes. The result depends on it."""
+    micro_batch: int | None = Field(default=None, gt=0)
+    """Examples of one forward; default: the whole batch on a GPU, on a CPU as many as keep it busy. It is halved when
+    memory runs out. Changes cost, not the result."""
+    warmup: float = Field(default=0.06, ge=0, lt=1)
+    """The part of the run in which the rate rises."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """After the rise."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest norm of one step's gradient."""
+    group_by_length: bool = True
+    """Batches of like lengths, in an order drawn by the seed: less padding."""
+    packing: bool = False
+    """Several examples in one row, none of which sees another; tried on this model before training starts."""
+    checkpointing: bool = False
+    """Activations are computed again in backward: less memory, about a fifth slower."""
+    patience: int | None = Field(default=None, gt=0)
+    """Stops after so many evaluations without a better one."""
+    save_every: int | None = Field(default=None, gt=0)
+    """Steps between checkpoints; default: about ten in a run, and with every evaluation."""
+    keep: int = Field(default=2, gt=0)
+    """Checkpoints kept, besides the best."""
+    shard: bool = False
+    """With several processes: the frozen base is parted among them (FSDP2), not copied."""
+    seed: int = 0
+    """Of the adapter's start, the order of examples and dropout."""
+
+
+class EvaluateConfig(Section):
+    """What is measured, and when."""
+
+    every: int | None = Field(default=None, ge=0)
+    """Steps between evaluations on the validation part; default: about five in a run. 0: none."""
+    generate: int = Field(default=32, ge=0)
+    """Validation examples that are answered in full at each evaluation (language models). 0: loss alone."""
+    max_new_tokens: int | None = Field(default=None, gt=0)
+    """Of a generated answer; default: twice the longest one that is right, at most 256."""
+    test: int = Field(default=1000, gt=0)
+    """Test examples measured at the end, at most, on the base and on the adapter."""
+    shown: int = Field(default=8, ge=0)
+    """Examples shown side by side."""
+    best: str | None = None
+    """The metric by which the best checkpoint is kept; default: the loss on the validation part."""
+
+
+class OutputConfig(Section):
+    """Where it goes."""
+
+    folder: Path = Path("runs/train")
+    """Holds adapter, report, metrics and checkpoints of this run; a run of other settings is never overwritten."""
+    name: Name = "adapter"
+    """Of the adapter."""
+    report_to: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = ()
+    """Trackers besides metrics.jsonl, by transformers' own integrations."""
+
+
+class JobConfig(Section):
+    """One of several adapters trained at once on one base; what is not said is as in the run."""
+
+    name: Name
+    """Of its adapter."""
+    method: AnyMethod | None = None
+    """What is trained."""
+    data: DataConfig | None = None
+    """What it is learnt from."""
+    train: TrainConfig | None = None
+    """How: what is not said here is as in the run."""
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method(cls, value: Any) -> Any:
+        return None if value is None else method(value)
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        return {"train": value} if isinstance(value, str | Path | list) else value
+
+
+class RunConfig(Section):
+    """Everything a run depends on. `method`: a Method, a name, or {"name": "LoRA", "rank": 16}."""
+
+    model: ModelConfig
+    """The frozen base, or its name alone."""
+    method: AnyMethod = Field(default_factory=lambda: method("LoRA"))
+    """What is trained: a name, or a name and settings (`kitout methods` lists them)."""
+    data: DataConfig
+    """What is learnt from, or its path alone."""
+    objective: Objective = "auto"
+    """auto: by the data (answers: causal or seq2seq, as the model is; labels: classify; numbers: regress; ...)."""
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    output: OutputConfig = OutputConfig()
+    jobs: tuple[JobConfig, ...] = ()
+    """Several adapters at once, each with its own data, method and rate; empty: one, as the run says."""
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"name": str(value)} if isinstance(value, str | Path) else value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        return {"train": value} if isinstance(value, str | Path | list) else value
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method(cls, value: Any) -> Any:
+        return method(value)
+
+    @field_validator("train", "evaluate", "output", mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        """A section whose settings are all commented out."""
+        return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _whole(self) -> RunConfig:
+        names = [job.name for job in self.jobs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two jobs share a name: {sorted(n for n in set(names) if names.count(n) > 1)}")
+        return self
+
+    def alone(self) -> tuple[RunConfig, ...]:
+        """Each job as the run of its own that it stands for; the run itself where there are none."""
+        return tuple(self._alone(job) for job in self.jobs) or (self,)
+
+    def _alone(self, job: JobConfig) -> RunConfig:
+        """Settings that the job has not said are the run's."""
+        said: dict[str, Any] = {"jobs": (), "output": self.output.model_copy(update={"name": job.name})}
+        if job.method is not None:
+            said["method"] = job.method
+        for name, section, own in (("data", self.data, job.data), ("train", self.train, job.train)):
+            if own is not None:
+                said[name] = section.model_copy(update={field: getattr(own, field) for field in own.model_fields_set})
+        return self.model_copy(update=said)
+
+    def dump(self) -> dict[str, Any]:
+        """As plain values, the way `load` reads them: what run.yaml holds."""
+        plain: dict[str, Any] = self.model_dump(mode="json", exclude={"method", "jobs"})
+        plain["method"] = dumped(self.method)
+        plain["jobs"] = [
+            job.model_dump(mode="json", exclude={"method"}, exclude_unset=True)
+            | ({} if job.method is None else {"method": dumped(job.method)})
+            for job in self.jobs
+        ]
+        return plain

@@ -1,0 +1,1 @@
+"""Steps, optimizer, processes."""

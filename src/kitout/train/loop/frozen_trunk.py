@@ -1,0 +1,188 @@
+"""The frozen trunk below an adapter, once per image: what enters the first trained part is kept and given again.
+
+One forward shows which modules run before the first one the adapter touches. What enters there is recorded, and later
+the model's own forward runs with those modules standing still and the record put in their place, so whatever comes
+after is the model's own code. It knows no architecture; where the trick does not hold, there is no trunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kitout.kit import Kit
+from kitout.train.forward import logits
+
+ROWS = 5  # of the forward that looks: a number that is no other dimension of an image
+CLOSE = 1e-4  # of the largest value
+
+
+class _Enough(Exception):
+    """The forward has reached the cut: nothing after it is wanted."""
+
+
+class Trunk:
+    """`record(pixels)` gives rows [B, ...]; `logits(rows)` equals the kit's own logits of those pixels.
+
+    cut: the module whose input is kept. still: what the modules before it gave for ROWS rows.
+    """
+
+    def __init__(self, kit: Kit, cut: str, still: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+        self.kit, self.cut, self.still, self.shape = kit, cut, dict(still), shape
+
+    @classmethod
+    def below(cls, kit: Kit, name: str, pixels: Tensor) -> Trunk | None:
+        """The trunk of an adapter, tried on these pixels; None where there is nothing frozen to keep."""
+        looked = pixels[:1].expand(ROWS, *pixels.shape[1:]).contiguous()
+        adapter = kit[name]
+        touched = {site.path for site in adapter.sites} | {*adapter.locals, *adapter.notes}
+        with kit.use(name):
+            with torch.no_grad():
+                order = _order(kit, looked)
+                cut = _cut(kit, touched, order)
+                if cut is None:
+                    return None
+                before = order[: order.index(("in", cut))]
+                still = _finished(before)
+                if not still or any(("in", path) in order[len(before) :] for path in still):
+                    return None  # nothing to keep, or a block that runs again
+                trunk = cls(kit, cut, _outputs(kit, looked, still), tuple(pixels.shape[1:]))
+            values = [value for value in adapter.parameters() if value.requires_grad]
+            found = _seen(trunk.logits(trunk.record(pixels)), values)
+            true = _seen(logits(kit, pixels), values)
+        return trunk if _same(found, true) else None
+
+    @torch.no_grad()
+    def record(self, pixels: Tensor) -> Tensor:
+        """What enters the cut for these pixels, one row each; the forward ends there."""
+        seen: list[Tensor] = []
+
+        def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(_first(args, kwargs))
+            raise _Enough
+
+        handle = self.kit.base.get_submodule(self.cut).register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            logits(self.kit, pixels)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+        return seen[0].clone()
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """The logits of recorded rows; gradients reach what the adapter trains."""
+
+        def give(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return _with_first(args, kwargs, rows)
+
+        handle = self.kit.base.get_submodule(self.cut).register_forward_pre_hook(give, with_kwargs=True)
+        blank = torch.zeros(1, *self.shape, device=rows.device).expand(len(rows), *self.shape)
+        try:
+            with self._standing(len(rows)):
+                return logits(self.kit, blank)
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _standing(self, rows: int) -> Iterator[None]:
+        modules = {path: self.kit.base.get_submodule(path) for path in self.still}
+        for path, module in modules.items():
+            module.__dict__["forward"] = _constant(_resized(self.still[path], rows))
+        try:
+            yield
+        finally:
+            for module in modules.values():
+                del module.__dict__["forward"]
+
+
+def _seen(out: Tensor, values: list[nn.Parameter]) -> list[Tensor | None]:
+    """The logits and every trained value's gradient: what lies below the cut would have none."""
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), values, allow_unused=True)]
+
+
+def _same(found: list[Tensor | None], true: list[Tensor | None]) -> bool:
+    pairs = list(zip(found, true, strict=True))
+    if any((a is None) != (b is None) for a, b in pairs):
+        return False
+    return all(a.shape == b.shape and bool((a - b).abs().max() <= CLOSE * (1 + b.abs().max())) for a, b in pairs
+               if a is not None and b is not None)  # fmt: skip
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    return lambda *_args, **_kwargs: value
+
+
+def _order(kit: Kit, pixels: Tensor) -> list[tuple[str, str]]:
+    """("in" | "out", path) of every module as one forward enters and leaves it."""
+    events: list[tuple[str, str]] = []
+    handles = []
+    for path, module in kit.base.named_modules():
+        if path:
+            enter, leave = _noting(events, "in", path), _noting(events, "out", path)
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        logits(kit, pixels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return events
+
+
+def _noting(events: list[tuple[str, str]], what: str, path: str) -> Callable[..., None]:
+    return lambda *_: events.append((what, path))
+
+
+def _cut(kit: Kit, trained: set[str], order: list[tuple[str, str]]) -> str | None:
+    """The first trained module to run, or the block it lies in; None if the model itself is touched."""
+    if "" in trained:
+        return None
+    first = next((path for what, path in order if what == "in" and path in trained), None)
+    if first is None:
+        return None
+    return next((b.path for b in kit.survey.blocks if f"{first}.".startswith(f"{b.path}.")), first)
+
+
+def _finished(before: list[tuple[str, str]]) -> list[str]:
+    """The modules that were entered and left, without those inside of another one of them."""
+    done = {path for what, path in before if what == "out"}
+    return [path for path in done if not any(path.startswith(f"{other}.") for other in done)]
+
+
+def _outputs(kit: Kit, pixels: Tensor, paths: list[str]) -> dict[str, Any]:
+    outputs: dict[str, Any] = {}
+
+    def keeping(path: str) -> Callable[..., None]:
+        return lambda _module, _args, output: outputs.update({path: output})
+
+    handles = [kit.base.get_submodule(path).register_forward_hook(keeping(path)) for path in paths]
+    try:
+        logits(kit, pixels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _resized(value: Any, rows: int) -> Any:
+    """What a module gave for ROWS equal rows as it would be for another number; costs no memory."""
+    if isinstance(value, Tensor):
+        return value[:1].expand(rows, *value.shape[1:]) if value.shape[:1] == (ROWS,) else value
+    if isinstance(value, Mapping):
+        return type(value)(**{key: _resized(part, rows) for key, part in value.items()})
+    if isinstance(value, list | tuple):
+        return type(value)(_resized(part, rows) for part in value)
+    return value
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+
+
+def _with_first(args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    old = _first(args, kwargs)
+    return tuple(value if a is old else a for a in args), {k: value if a is old else a for k, a in kwargs.items()}

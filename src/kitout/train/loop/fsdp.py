@@ -1,0 +1,116 @@
+"""The frozen base parted among processes: FSDP2 over its blocks, while adapters stay whole in each of them.
+
+The base is not a child of the kit, so that whoever wraps a kit (accelerate, DistributedDataParallel) sees adapters
+alone: they are copied and their gradients averaged as ever. What is frozen has no gradients, so parting it costs an
+all-gather a block and saves its memory. It knows kits and processes, no method and no loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kitout.base.probe.dummy_batch import example
+from kitout.errors import ConfigError, Faults
+from kitout.kit import Kit
+from kitout.train.loop import distributed
+from kitout.train.loop.base_mode import at_rest
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+
+def shard(kit: Kit) -> None:
+    """From now on each process holds its part of the base's weights. All processes call it, before training.
+
+    Loading still needs the whole base in every process. ConfigError where it cannot be parted.
+    """
+    _check(kit)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(kit.device.type, (distributed.world(),))
+    for block in kit.survey.blocks:
+        if block.whole:
+            fully_shard(kit.base.get_submodule(block.path), mesh=mesh)
+    fully_shard(kit.base, mesh=mesh)  # what is outside blocks: embeddings, the last norm, the head
+    _prove(kit)
+
+
+def sharded(kit: Kit) -> bool:
+    """Whether the base is parted, so that every forward is one of all processes."""
+    if distributed.world() == 1:
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(kit.base, FSDPModule)
+
+
+@contextmanager
+def whole(kit: Kit) -> Iterator[None]:
+    """While it lasts every process holds the base's weights in one piece: to save, merge, or work alone.
+
+    All processes enter and leave it together.
+    """
+    parted = _parted(kit) if sharded(kit) else []
+    top: object = kit.base  # whose own weights stay whole between forward and backward
+    try:
+        for module in parted:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        yield
+    finally:
+        for module in parted:
+            module.set_reshard_after_forward(module is not top, recurse=False)
+            module.reshard()
+
+
+def _parted(kit: Kit) -> list[FSDPModule]:
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in kit.base.modules() if isinstance(module, FSDPModule)]
+
+
+def _prove(kit: Kit) -> None:
+    """Each adapter once forward and backward on a made-up batch: what uses a block's weights outside of it fails."""
+    batch = example(kit.base, 2)
+    for name in kit.names if batch is not None else ():
+        try:
+            with at_rest(kit), kit.use(name):
+                found = kit(**batch or {})
+                (found if isinstance(found, Tensor) else found[0]).float().square().mean().backward()
+        except RuntimeError as wrong:
+            method = type(kit[name].method).__name__
+            raise ConfigError(
+                f"train.shard: {name!r} ({method}) works with a block's weights outside of that block, where they are "
+                f"parted ({str(wrong).splitlines()[0][:120]}): choose another method, or write train.shard=false"
+            ) from wrong
+        finally:
+            kit[name].zero_grad()
+
+
+def _check(kit: Kit) -> None:
+    faults = Faults(ConfigError, "train.shard")
+    if distributed.world() == 1:
+        faults.add("there is one process: start it with torchrun --nproc-per-node=N, or write train.shard=false")
+    if sharded(kit):
+        faults.add("the base is parted already")
+    if kit.merged:
+        faults.add(f"{kit.state.merged_text} merged into the base: unmerge() first")
+    strange = [name for name, value in kit.base.named_parameters() if not _plain(value)]
+    if strange:
+        faults.add(
+            f"{len(strange)} weights are quantised ({strange[0]}, ...), which FSDP2 does not part: write "
+            "model.quantise=none, or train.shard=false"
+        )
+    reading = [name for name in kit.names if any(site.port == "param" for site in kit[name].sites)]
+    if reading:
+        faults.add(f"{reading} put values in the place of the base's own parameters: choose another method")
+    faults.raise_if_any()
+
+
+def _plain(value: Tensor) -> bool:
+    return type(value.data) is Tensor and value.is_floating_point() and value.dtype.itemsize > 1

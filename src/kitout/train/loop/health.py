@@ -1,0 +1,132 @@
+"""Whether learning is sound, step by step: gradients that are numbers, values that move, adapters that have an effect.
+
+A job whose gradient is no number stops alone if others go on, and says which examples it was. It knows jobs and
+gradients, and nothing of how they came about.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kitout.errors import SilentSite
+from kitout.kit import Kit
+from kitout.train.loop import distributed
+from kitout.train.loop.base_mode import at_rest
+from kitout.train.loop.jobs import Diverged, Job, clipped, fusable
+
+PATIENCE = 16  # steps at the full rate after which an adapter has to show in what the model says
+
+
+class Health:
+    """stopped: jobs that left on their own, and why."""
+
+    def __init__(self, kit: Kit, jobs: Sequence[Job], folder: Path) -> None:
+        self.kit, self.jobs, self.folder = kit, list(jobs), folder
+        self.stopped: dict[str, str] = {}
+        self._started: dict[str, Tensor] = {}
+        self._notes: list[dict[str, Any]] = []
+        self._due = 2
+
+    def values(self, job: Job) -> list[tuple[str, nn.Parameter]]:
+        return [(name, value) for name, value in self.kit[job.name].named_parameters() if value.requires_grad]
+
+    def clip(self, step: int) -> float:
+        """Each job's gradient by its own norm; the largest norm. Diverged, when no job is left."""
+        norms = [0.0]
+        if step == 0:
+            self._check_gradients()
+        for job in self.jobs:
+            if step >= len(job.steps):
+                continue
+            values = [value for _, value in self.values(job)]
+            if job.name not in self.stopped:
+                norm = clipped(values, job.settings.clip)
+                norms.append(norm)
+                if not norm < float("inf"):
+                    self._stop(job, step, norm)
+            if job.name in self.stopped:
+                for value in values:
+                    value.grad = None
+        if len(self.stopped) == len(self.jobs):
+            raise Diverged("\n".join(self.stopped.values()))
+        return max(norms)
+
+    def _stop(self, job: Job, step: int, norm: float) -> None:
+        places = [str(getattr(job.items[i], "place", i)) for i in job.steps[step]]
+        lr = self.kit[job.name].method.advised().lr if job.settings.lr is None else job.settings.lr
+        self._notes.append({"job": job.name, "step": step + 1, "norm": str(norm), "lr": lr, "examples": places})
+        if distributed.rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "diverged.json").write_text(json.dumps(self._notes, indent=1), encoding="utf-8")
+        self.stopped[job.name] = (
+            f"{job.name!r}, step {step + 1}: the gradient's norm is {norm}; try a lower train.lr than {lr:g}, or look "
+            f"at these examples (all in diverged.json): {', '.join(places[:5])}"
+        )
+        if len(self.jobs) > 1:
+            warnings.warn(f"{self.stopped[job.name]}; the other jobs go on", RuntimeWarning, stacklevel=2)
+
+    def _check_gradients(self) -> None:
+        """After the first backward every trained value has a gradient, and not all of a job's are zero."""
+        held = [(job.name, name, value) for job in self.jobs for name, value in self.values(job)]
+        dead = [f"{job}: {name}" for job, name, value in held if value.grad is None]
+        reached = {job for job, _, value in held if value.grad is not None and bool((value.grad != 0).any())}
+        dead += [f"{job.name}: all of them are zero" for job in self.jobs if not dead and job.name not in reached]
+        if dead:
+            raise SilentSite(
+                f"{len(dead)} trained tensors got no gradient from the first step, so they would never learn: "
+                f"{', '.join(dead[:5])}; choose other targets, or leave these out"
+            )
+        self._started = {f"{job}/{name}": value.detach().clone() for job, name, value in held}
+
+    @torch.no_grad()
+    def check_effect(self, step: int) -> None:
+        """After the second step something has moved in every adapter, and wearing it changes what the model says.
+
+        A first small change may be lost in a half-precision base: then it is looked for again, at twice the step.
+        """
+        last = max(len(job.steps) for job in self.jobs)
+        if not self._started or (step < self._due and step < last):
+            return
+        going = [job for job in self.jobs if job.name not in self.stopped]
+        still = [job for job in going if not self._moved(job)]
+        silent = still + self._silent([job for job in going if job not in still])
+        self._due *= 2
+        risen = max((round(job.settings.warmup * len(job.steps)) for job in silent), default=0)
+        if still or (silent and step >= min(last, risen + PATIENCE)):
+            what = "nothing in it has changed" if still else "the model says the same with and without it"
+            name = (still or silent)[0].name
+            raise SilentSite(f"{name!r} after {step} steps: {what}; is its learning rate 0, or its strength?")
+        if not silent:
+            self._started = {}
+
+    def _moved(self, job: Job) -> bool:
+        return any(not torch.equal(value, self._started[f"{job.name}/{name}"]) for name, value in self.values(job))
+
+    def _silent(self, jobs: Sequence[Job]) -> list[Job]:
+        """Those without an effect on one example each; jobs that share forwards are asked together."""
+        groups: dict[Hashable, list[Job]] = {}
+        for job in jobs:
+            adapter = self.kit[job.name]
+            if not adapter.heads:  # with heads the base may not even have an answer for as many classes
+                alone = job.objective.form is None or not fusable(adapter)
+                groups.setdefault(job.name if alone else (job.objective.form,), []).append(job)
+        return [job for group in groups.values() for job in self._without_effect(group)]
+
+    def _without_effect(self, jobs: Sequence[Job]) -> list[Job]:
+        objective = jobs[0].objective
+        batch = objective.collate([job.items[job.steps[0][-1]] for job in jobs], None)
+        weights = torch.ones(batch.rows, device=self.kit.device)
+        names = [job.name for job in jobs]
+        with at_rest(self.kit):
+            with self.kit.use(names if len(names) > 1 else names[0]):
+                on = objective.losses(self.kit, batch, weights).rows
+            with self.kit.use(None):
+                off = objective.losses(self.kit, batch, weights).rows
+        return [job for job, same in zip(jobs, (on == off).tolist(), strict=True) if same]

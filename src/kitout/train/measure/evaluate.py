@@ -1,0 +1,128 @@
+"""What came of a run: base against adapter on the held-out part, with intervals and examples side by side.
+
+Both are asked the same examples in one process, the base by wearing nothing. What `watch` measures during training is
+the same in small. It knows sets, kits and metrics, and nothing of the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kitout.base import memory
+from kitout.data.encode.item import IGNORED
+from kitout.evaluate.compare import Comparison, compare, side_by_side
+from kitout.evaluate.metrics.language import Summed
+from kitout.evaluate.metrics.measure import Measure
+from kitout.kit import Kit
+from kitout.train.config.schema import EvaluateConfig
+from kitout.train.loop.jobs import Job
+from kitout.train.measure.predict import Seen, Tell, scores, see, write
+from kitout.train.setup.datasets import Sets
+from kitout.train.setup.prepare import Prepared
+
+CLOSED = 50  # test answers may be so many different ones for labels to be told of
+
+
+def watching(made: Prepared, config: EvaluateConfig) -> Callable[[], dict[str, float]]:
+    """Measures every job's validation part: `eval_<metric>`, with several jobs `eval_<job>/<metric>` besides means."""
+
+    def watch() -> dict[str, float]:
+        found: dict[str, float] = {}
+        for job, held in zip(made.jobs, made.sets, strict=True):
+            if not len(job.watched):
+                continue
+            measured = figures(made, job, held, job.watched, config.generate, config.max_new_tokens)
+            alone = len(made.jobs) == 1
+            found |= {
+                f"eval_{name}" if alone else f"eval_{job.name}/{name}": m.value for name, m in measured[0].items()
+            }
+        memory.reset_peak(made.kit.device)  # what training takes is counted by itself
+        return found if len(made.jobs) == 1 else found | _means(found)
+
+    return watch
+
+
+def watched_names(made: Prepared, config: EvaluateConfig) -> list[str]:
+    """The metrics that every measurement during training will tell, by which a best one may be chosen."""
+    found: set[str] = set()
+    for job, held in zip(made.jobs, made.sets, strict=True):
+        items = list(job.watched)
+        if not items:
+            continue
+        gold = gold_of(held)
+        seen = Seen([Summed(0.0, 1, 1)] * len(items), [gold(item) for item in items])
+        if job.objective.task == "generation" and config.generate:
+            seen.written = [item.reference for item in items if item.reference][: config.generate]
+        names = held.names if held.objective == "tokens" else ()
+        found |= scores(job.objective, items, seen, gold, names).keys()
+    return sorted(found)
+
+
+def _means(found: dict[str, float]) -> dict[str, float]:
+    """Over the jobs: what the best checkpoint of a joint run is chosen by."""
+    names = {key.rpartition("/")[2] for key in found}
+    held = {name: [v for key, v in found.items() if key.endswith(f"/{name}")] for name in names}
+    return {f"eval_{name}": sum(values) / len(values) for name, values in held.items()}
+
+
+def figures(
+    made: Prepared, job: Job, held: Sets, items: Sequence[Any], generate: int, longest: int | None,
+    name: str | None = "", tell: Tell | None = None,
+) -> tuple[dict[str, Measure], Seen]:  # fmt: skip
+    """Metrics over items and what they come from. name: who is worn; "" the job's adapter, None the base."""
+    kit: Kit = made.kit
+    with kit.use(job.name if name == "" else name):
+        seen = see(kit, job.objective, items, tell)
+        if job.objective.task == "generation" and generate:
+            answered = [item for item in items if item.reference][:generate]
+            if answered:
+                seen.written = write(kit, made.tokenizer, answered, longest, tell)
+    names = held.names if held.objective == "tokens" else ()
+    return scores(job.objective, items, seen, gold_of(held), names), seen
+
+
+def gold_of(held: Sets) -> Callable[[Any], Any]:
+    """What is true of an example, in the words its metrics take."""
+    if held.images is not None:
+        return lambda row: held.images.labels[row]
+    if held.objective == "tokens":
+        return lambda item: [label for label in item.labels if label != IGNORED]
+    return lambda item: item.value
+
+
+def against_base(made: Prepared, number: int, config: EvaluateConfig, tell: Tell | None = None) -> Comparison | None:
+    """Job `number` on its test part, beside the base. None where there is no test part."""
+    job, held = made.jobs[number], made.sets[number]
+    items = list(held.test)[: config.test]
+    if not items:
+        return None
+    tuned, said = figures(made, job, held, items, config.test, config.max_new_tokens, "", tell)
+    if held.names and len(held.names) != made.kit.config.num_labels:
+        return None  # the base's own head answers other labels
+    before, heard = figures(made, job, held, items, config.test, config.max_new_tokens, None, tell)
+    return compare(before, tuned, _shown(made, held, items, heard, said, config.shown))
+
+
+def _shown(made: Prepared, held: Sets, items: Sequence[Any], base: Seen, tuned: Seen, most: int) -> Any:
+    if held.images is not None or not most:
+        return ()
+    if tuned.written:
+        asked = [item for item in items if item.reference][: len(tuned.written)]
+        prompts = [_text(made, item.ids[: item.prompt] if item.labels else item.ids) for item in asked]
+        return side_by_side(prompts, [item.reference for item in asked], base.written, tuned.written, most)
+    if held.objective in ("causal", "seq2seq", "tokens"):
+        return ()
+    prompts = [_text(made, item.ids) for item in items]
+    said = [[_worded(held, guess) for guess in seen.predictions] for seen in (base, tuned)]
+    return side_by_side(prompts, [item.reference for item in items], said[0], said[1], most)
+
+
+def _text(made: Prepared, ids: Sequence[int]) -> str:
+    return str(made.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def _worded(held: Sets, guess: Any) -> str:
+    if isinstance(guess, list):
+        return ", ".join(name for name, there in zip(held.names, guess, strict=False) if there)
+    return held.names[guess] if held.names and isinstance(guess, int) and guess < len(held.names) else f"{guess:.4g}"

@@ -1,0 +1,116 @@
+"""What a model makes of a set of examples, batch by batch: summed losses, predictions, written answers, and scores.
+
+Nothing as large as logits outlives its batch. With several processes each takes its share, and all come to the same
+figures. It knows objectives and metrics, and nothing of the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kitout.data.encode.item import Item
+from kitout.evaluate.ask.generate import answers
+from kitout.evaluate.metrics.language import Summed
+from kitout.evaluate.metrics.measure import Measure
+from kitout.evaluate.metrics.registry import measures
+from kitout.kit import Kit
+from kitout.train.loop.distributed import gathered, mine
+from kitout.train.loop.fsdp import sharded
+from kitout.train.objectives.objective import Objective
+
+TOKENS = 4096  # of one batch, padding included: an evaluation holds no more than a training step of usual size
+ROWS = 64
+SENTENCE, LONGEST = 24, 256  # tokens of an answer at least and at most, unless said otherwise
+
+Tell = Callable[[int, int], None]
+
+
+@dataclass
+class Seen:
+    """Of each example, in order: its summed loss, its prediction (None where it is text), and the answer written."""
+
+    summed: list[Summed] = field(default_factory=list)
+    predictions: list[Any] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)
+
+    @property
+    def loss(self) -> float:
+        """Per term."""
+        return sum(s.loss for s in self.summed) / max(1, sum(s.tokens for s in self.summed))
+
+
+@torch.no_grad()
+def see(kit: Kit, objective: Objective, items: Sequence[Any], tell: Tell | None = None) -> Seen:
+    """Losses and predictions of what the kit wears now."""
+    batches = _batches(objective, items, mine(range(len(items))))
+    here: list[tuple[int, Summed, Any]] = []
+    done = 0
+    for rows in batches:
+        if tell:
+            tell(done, sum(map(len, batches)))
+        here += _seen(kit, objective, items, rows)
+        done += len(rows)
+    if sharded(kit):  # a forward is one of all processes: the others may have more of them
+        for _ in range(max(gathered([len(batches)])) - len(batches)):
+            _seen(kit, objective, items, batches[0] if batches else [0])
+    whole = sorted(gathered(here), key=lambda entry: entry[0])
+    return Seen([summed for _, summed, _ in whole], [guess for _, _, guess in whole])
+
+
+def _batches(objective: Objective, items: Sequence[Any], rows: Sequence[int]) -> list[list[int]]:
+    """Of like lengths, the longest first, so that memory is known to suffice early."""
+    order = sorted(rows, key=lambda i: -objective.size(items[i]))
+    cut: list[list[int]] = []
+    at = 0
+    while at < len(order):
+        most = max(1, min(ROWS, TOKENS // max(1, objective.size(items[order[at]]))))
+        cut.append(order[at : at + most])
+        at += most
+    return cut
+
+
+def _seen(kit: Kit, objective: Objective, items: Sequence[Any], rows: list[int]) -> list[tuple[int, Summed, Any]]:
+    batch = objective.collate([items[i] for i in rows], None)
+    losses = objective.losses(kit, batch, torch.ones(len(rows), device=kit.device))
+    guessed = objective.predictions(kit, batch) or [None] * len(rows)
+    counted = zip(losses.rows.tolist(), losses.of.tolist(), losses.right.tolist(), strict=True)
+    return [(i, Summed(a, int(b), int(c)), g) for i, (a, b, c), g in zip(rows, counted, guessed, strict=True)]
+
+
+def write(
+    kit: Kit, tokenizer: Any, items: Sequence[Item], longest: int | None, tell: Tell | None = None
+) -> list[str]:  # fmt: skip
+    """The answers the model writes to the examples' prompts, greedily. longest: in tokens; None: as the right ones ask.
+
+    With a base that is parted among processes every token is written by all of them, so each answers everything.
+    """
+    together = sharded(kit)
+    own = list(range(len(items))) if together else mine(range(len(items)))
+    prompts = [items[i].ids[: items[i].prompt] if items[i].labels else items[i].ids for i in own]
+    most = longest or _usual(items)
+    here = list(zip(own, answers(kit, tokenizer, prompts, most, tell=tell), strict=True)) if own else []
+    return [text for _, text in sorted(here if together else gathered(here))]
+
+
+def _usual(items: Sequence[Item]) -> int:
+    """Twice the longest right answer, at most LONGEST; room enough for a base that says it in a sentence."""
+    right = max(len(item.ids) - item.prompt if item.labels else len(item.target) for item in items)
+    return min(LONGEST, max(SENTENCE, 2 * right))
+
+
+def scores(
+    objective: Objective, items: Sequence[Any], seen: Seen, gold: Callable[[Any], Any], names: Sequence[str] = ()
+) -> dict[str, Measure]:  # fmt: skip
+    """The metrics of the objective's task over what was seen; loss and token accuracy for texts as well."""
+    language = measures("language", seen.summed)
+    if objective.task != "generation":
+        true = [gold(item) for item in items]
+        return measures(objective.task, seen.predictions, true, names=names or None) | {"loss": language["loss"]}
+    if not seen.written:
+        return language
+    told = [item.reference for item in items if item.reference][: len(seen.written)]
+    return measures("generation", seen.written, told) | language

@@ -1,0 +1,58 @@
+"""What an objective is: items to a batch, a model's answer to a loss, and what an answer predicts.
+
+One file each: `causal`, `seq2seq`, `labels`, `tagging`, `pictures`. The loop asks for no more than this, so it knows
+neither texts nor labels. A loss is a weighted sum over examples: the loop chooses the weights, which is how several
+adapters, micro-batches and processes come to the same normalisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from kitout.data.padding import Batch
+from kitout.evaluate.metrics.registry import Task
+
+
+@dataclass(frozen=True)
+class Losses:
+    """total: the weighted sum, with its gradient. rows [B]: each example's own summed loss. right, of: counted [B]."""
+
+    total: Tensor
+    rows: Tensor
+    right: Tensor
+    of: Tensor
+
+
+class Objective(Protocol):
+    """One kind of learning over one kind of example."""
+
+    task: Task  # what `kitout.evaluate.metrics.registry` scores predictions by
+
+    @property
+    def form(self) -> Hashable:
+        """Jobs whose objectives have the same form may share a forward, row by row; None: with no other job."""
+        ...
+
+    def size(self, item: Any) -> int:
+        """What an example costs: tokens, or 1."""
+        ...
+
+    def terms(self, item: Any) -> int:
+        """How many terms its loss is a sum of: learnt tokens, or 1."""
+        ...
+
+    def collate(self, items: Sequence[Any], seeds: Sequence[int] | None) -> Batch:
+        """Examples as one batch. seeds: one each, of what is drawn anew each time (augmentation); None: nothing is."""
+        ...
+
+    def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
+        """weights [B]: of each term of each example."""
+        ...
+
+    def predictions(self, model: Any, batch: Batch) -> list[Any]:
+        """What the model makes of each example: a class, a number, classes of tokens; [] where it is text to write."""
+        ...

@@ -1,0 +1,100 @@
+"""What a run will take: its largest and its usual step, run once for real before anything is learnt.
+
+Time is the usual step's, by padded tokens, over the whole plan; memory is the largest step's peak and the optimiser's
+state. A step that does not fit is halved here, before the run depends on it. It knows jobs and their cost, nothing of
+what they learn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kitout.base import memory
+from kitout.kit import Kit
+from kitout.train.loop import distributed
+from kitout.train.loop.base_mode import at_work
+from kitout.train.loop.jobs import Job
+from kitout.train.loop.step import Rows, Work
+
+SPARE = 0.85  # of the free memory a step may be expected to take
+ENOUGH = 1024  # padded tokens keep a CPU as busy as more of them, and take less memory
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """seconds: of all training steps, without evaluations. memory: peak bytes of the process, or of the GPU.
+
+    loaded: bytes held before. micro: rows of one forward. tokens: of the whole run, padding included.
+    """
+
+    seconds: float
+    memory: int
+    loaded: int
+    micro: int
+    tokens: int
+    tokens_per_second: float
+
+
+def estimate(
+    kit: Kit, jobs: Sequence[Job], steps: Sequence[Rows], micro: int | None, checkpointing: bool = False
+) -> Estimate:
+    """Runs two steps forward and backward and takes their gradients away again."""
+    costs = [_cost(jobs, rows) for rows in steps]
+    largest = max(range(len(steps)), key=costs.__getitem__)
+    usual = min(range(len(steps)), key=lambda i: abs(costs[i] - statistics.median(costs)))
+    names = [job.name for job in jobs]
+    trained = sum(value.numel() for name in names for value in kit[name].parameters())
+    kit.train_only(*names)
+    device = kit.device
+    loaded = memory.held(device)
+    with at_work(kit, names, checkpointing):
+        try:
+            fitting = min(distributed.gathered([_fitting(kit, jobs, steps[largest], largest)]))  # the same for all
+            rows = min(micro or usual_micro(device, jobs, steps[largest]), fitting)
+            memory.reset_peak(device)
+            first = _run(kit, jobs, steps[largest], largest, rows)
+            most = memory.peak(device) + 8 * trained  # AdamW's two moments
+            again = _run(kit, jobs, steps[usual], usual, first.micro)
+        finally:
+            for name in names:
+                kit[name].zero_grad()
+    speed = costs[usual] / max(again.seconds, 1e-9)
+    return Estimate(sum(costs) / speed, most, loaded, first.micro, sum(costs), speed)
+
+
+def usual_micro(device: torch.device, jobs: Sequence[Job], rows: Rows) -> int:
+    """Rows of one forward: all of them on a GPU, on a CPU equal parts that are just large enough."""
+    if device.type == "cuda":
+        return len(rows)
+    parts = math.ceil(_cost(jobs, rows) / ENOUGH)
+    return math.ceil(len(rows) / parts)
+
+
+def _cost(jobs: Sequence[Job], rows: Rows) -> int:
+    """Tokens of a step if all its rows are as long as the longest."""
+    sizes = [jobs[j].objective.size(jobs[j].items[i]) for j, i in rows]
+    return len(sizes) * max(sizes)
+
+
+def _fitting(kit: Kit, jobs: Sequence[Job], rows: Rows, step: int) -> int:
+    """How many rows of this step fit into the free memory, by what one row takes; all, where nobody can say."""
+    room = memory.free(kit.device)
+    if room is None or kit.device.type == "cuda":
+        return len(rows)  # a GPU says so itself when it is full, and the step is tried again in halves
+    before = memory.held(kit.device)
+    memory.reset_peak(kit.device)
+    _run(kit, jobs, rows[:1], step, 1)
+    each = max(1, memory.peak(kit.device) - before)
+    return max(1, min(len(rows), int(SPARE * room / each)))
+
+
+def _run(kit: Kit, jobs: Sequence[Job], rows: Rows, step: int, micro: int) -> Work:
+    work = Work(kit, jobs, micro)
+    work.step(kit, rows, step, torch.Tensor.backward, lambda _model: contextlib.nullcontext())
+    return work

@@ -1,0 +1,224 @@
+"""From a config to a kit that can learn: the frozen model in the right class and number format, adapters, fresh heads.
+
+What a checkpoint does not hold (a classifier for labels it never saw) is trained with the adapter and saved with it.
+Quantised bases come through transformers' own loaders. No code of a model's folder is ever run. It knows model classes
+by objective, and nothing of data.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kitout.errors import ConfigError
+from kitout.kit import Kit, attach
+from kitout.train.config.schema import ModelConfig
+from kitout.train.loop.base_mode import as_quantised
+from kitout.train.setup import device
+
+CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classify": "AutoModelForSequenceClassification",
+    "regress": "AutoModelForSequenceClassification",
+    "multilabel": "AutoModelForSequenceClassification",
+    "tokens": "AutoModelForTokenClassification",
+    "images": "AutoModelForImageClassification",
+}
+SHORT = 256  # tokens: below, plain attention trains faster than the fused one on a CPU, whose backward is slow there
+
+
+@dataclass(frozen=True)
+class Built:
+    """kit: eval mode, no adapter yet. heads: modules by path, in model order, that every adapter trains a copy of.
+
+    missing: those of them that the checkpoint does not hold. why: of the number format. opening: what the loader was
+    told besides, for others who open the base.
+    """
+
+    kit: Kit
+    heads: dict[str, nn.Module]
+    missing: frozenset[str]
+    device: torch.device
+    why: str
+    opening: Mapping[str, Any]
+
+
+def found(name: str) -> str:
+    """A folder, an embedded model's folder, or the name as the hub knows it."""
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser())
+    from kitout.assets import store  # the embedded models live with the demo that shows them
+    from kitout.assets.catalog import ASSETS
+
+    return str(store.get(name, lambda _words: None)) if name in ASSETS else name
+
+
+def data_at(path: str) -> str:
+    """A path as it is said, or the folder of an embedded set."""
+    if Path(path).expanduser().exists():
+        return path
+    from kitout.assets import store
+    from kitout.assets.catalog import ASSETS
+
+    name, mark, rows = path.partition("#")
+    return str(store.get(name, lambda _words: None)) + mark + rows if name in ASSETS else path
+
+
+def config_of(chosen: ModelConfig) -> Any:
+    """The model's own config; ConfigError with what is wrong where there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(found(chosen.name), revision=chosen.revision)
+    except (OSError, ValueError) as wrong:
+        raise ConfigError(f"model.name={chosen.name!r}: no model is there: {_short(wrong)}") from wrong
+
+
+def tokenizer_of(chosen: ModelConfig) -> Any:
+    """The model's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(found(chosen.name), revision=chosen.revision)
+    except (OSError, ValueError, ImportError) as wrong:
+        raise ConfigError(f"model.name={chosen.name!r}: its tokenizer does not load: {_short(wrong)}") from wrong
+
+
+def place(chosen: ModelConfig) -> tuple[torch.device, torch.dtype, str]:
+    """Where and in which format the frozen weights are, and why."""
+    where = device.device() if chosen.device == "auto" else torch.device(chosen.device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device=cuda, and torch finds no GPU here: leave it out, or write cpu")
+    if chosen.dtype == "float16" and where.type == "cpu":
+        raise ConfigError("model.dtype=float16 on a CPU overflows to nan in training: write bfloat16 or float32")
+    if chosen.dtype != "auto":
+        return where, getattr(torch, chosen.dtype), "as asked"
+    form, why = device.dtype("auto", where)
+    return where, form, why
+
+
+def build(
+    chosen: ModelConfig, objective: str, labels: Sequence[str], median: int, filler: int | None = None
+) -> Built:  # fmt: skip
+    """The kit. labels: of a classifier. median: tokens of the usual example, by which attention is chosen on a CPU.
+
+    filler: padding id of a model that has none of its own, without which a classifier reads no more than one row.
+    """
+    import transformers
+    from transformers.utils import logging as its_logging
+
+    where, form, why = place(chosen)
+    asked: dict[str, Any] = {"dtype": form, "revision": chosen.revision} | _quantised(chosen, form)
+    if objective not in ("causal", "seq2seq"):
+        asked |= {"num_labels": max(1, len(labels)), "ignore_mismatched_sizes": True}
+        if labels:
+            asked |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    loader = getattr(transformers, CLASSES[objective])
+    loud = its_logging.get_verbosity()
+    its_logging.set_verbosity_error()  # it would warn of fresh heads, which are meant
+    its_logging.disable_progress_bar()
+    try:
+        model, told = loader.from_pretrained(found(chosen.name), output_loading_info=True, **asked)
+    except (OSError, ValueError, ImportError) as wrong:
+        raise ConfigError(f"model.name={chosen.name!r} does not load for {objective}: {_short(wrong)}") from wrong
+    finally:
+        its_logging.set_verbosity(loud)
+    if chosen.quantise == "none":
+        model.to(where)
+    fresh = {name.rpartition(".")[0] for name in [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]}
+    if chosen.quantise == "nf4":
+        as_quantised(model)
+    if filler is not None:
+        model.config.get_text_config().pad_token_id = filler  # before the kit tries the model on a few rows
+    kit = attach(model)
+    _set_attention(kit, chosen, where, median)
+    kit.eval()
+    opening = {"num_labels": asked["num_labels"]} if "num_labels" in asked else {}
+    opening |= {"ignore_mismatched_sizes": True} if told["mismatched_keys"] else {}
+    opening |= {} if chosen.revision is None else {"revision": chosen.revision}
+    opening |= {} if filler is None else {"pad_token_id": filler}
+    return Built(kit, _heads(kit, fresh, objective), frozenset(fresh), where, why, opening)
+
+
+def _heads(kit: Kit, fresh: set[str], objective: str) -> dict[str, nn.Module]:
+    """Copies of what the checkpoint does not hold, and of the classifier, in float32, to be trained."""
+    if objective in ("causal", "seq2seq"):
+        if fresh:
+            raise ConfigError(f"the checkpoint does not hold {sorted(fresh)[:4]}: this is no language model to adapt")
+        return {}
+    paths = fresh | {site.path for site in kit.survey.sites if site.role == "head"}
+    return {path: copy.deepcopy(module).float() for path, module in kit.base.named_modules() if path in paths}
+
+
+def own_heads(made: Built, classes: int, seed: int) -> dict[str, nn.Module]:
+    """One adapter's heads: the checkpoint's own values where it has them for as many classes, else started afresh.
+
+    The last one is as wide as its labels. Linears start as transformers starts them: N(0, 0.02), no bias.
+    """
+    own = copy.deepcopy(made.heads)
+    last = next(reversed(own), None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for path, head in own.items():
+            wide = classes if path == last else getattr(head, "out_features", 0)
+            if isinstance(head, nn.Linear) and (path in made.missing or wide != head.out_features):
+                own[path] = _linear(head.in_features, wide, head.bias is not None)
+    return own
+
+
+def _linear(width: int, classes: int, biased: bool) -> nn.Linear:
+    layer = nn.Linear(width, classes, biased)
+    nn.init.normal_(layer.weight, std=0.02)
+    if biased:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _set_attention(kit: Kit, chosen: ModelConfig, where: torch.device, median: int) -> None:
+    base: Any = kit.base
+    if chosen.attention != "auto":
+        try:
+            base.set_attn_implementation(chosen.attention)
+        except (ValueError, ImportError) as wrong:
+            raise ConfigError(f"model.attention={chosen.attention}: {_short(wrong)}") from wrong
+    elif where.type == "cpu" and 0 < median < SHORT:
+        base.set_attn_implementation("eager")
+
+
+def _quantised(chosen: ModelConfig, form: torch.dtype) -> dict[str, Any]:
+    """What the loader is told of a quantised base; ConfigError where the library is not there."""
+    if chosen.quantise == "none":
+        return {}
+    library = "torchao" if chosen.quantise.startswith("torchao") else "bitsandbytes"
+    if importlib.util.find_spec(library) is None:
+        raise ConfigError(
+            f"model.quantise={chosen.quantise} needs {library}, not installed here: pip install {library}"
+        )
+    if library == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+    from transformers import BitsAndBytesConfig
+
+    if chosen.quantise == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for every product
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=form
+        )
+    }
+
+
+def _short(wrong: BaseException) -> str:
+    return " ".join(str(wrong).split())[:400]

@@ -1,0 +1,221 @@
+"""From a config's data to what a job learns, watches and is measured on: items by part, with what is worth telling.
+
+The objective is told by the examples where it is not said. Sources of a mixture are parted together, so that nothing
+leaks between them, and keep their weights. It knows examples and encoders, and nothing of kits or of the loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from kitout.data.encode import classification, generation
+from kitout.data.encode.item import Item, digest
+from kitout.data.examples.examples import Chat, Example, Labelled, Tagged
+from kitout.data.parts import LEARNT, part
+from kitout.data.read.sources import load
+from kitout.data.streaming import stream
+from kitout.errors import ConfigError
+from kitout.train.config.schema import DataConfig, SourceConfig
+from kitout.train.setup.base_model import data_at
+from kitout.train.streamed import Streamed
+
+LOOKED_AT = 1000  # examples of a stream that are counted beforehand
+Encode = Callable[[Sequence[Example]], list[Item]]
+
+
+@dataclass(frozen=True)
+class Sets:
+    """train, validation, test: items (of images: indices). sets, weights: the parts of a mixture in train.
+
+    names: labels in order. majority: the share of the commonest answer, or None. told: for the pre-flight. digest: of
+    all items.
+    """
+
+    objective: str
+    train: Sequence[Any]
+    validation: Sequence[Any]
+    test: Sequence[Any]
+    names: tuple[str, ...] = ()
+    sets: tuple[range, ...] = ()
+    weights: tuple[float, ...] = ()
+    majority: float | None = None
+    told: tuple[str, ...] = ()
+    digest: str = ""
+    looked_at: Sequence[Any] = ()  # of a stream: what the pre-flight counts
+    chat: bool = False
+    images: Any = None
+    answers: Mapping[str, Any] = field(default_factory=dict)
+
+
+def text_sets(config: DataConfig, objective: str, tokenizer: Any, writes_after_reading: bool) -> Sets:
+    """Every text objective. writes_after_reading: the model is an encoder-decoder."""
+    if config.streaming:
+        return _streamed(config, objective, tokenizer, writes_after_reading)
+    loaded = [load(_given(source, config, first=k == 0), *_how(source), source.limit, config.seed)
+              for k, source in enumerate(config.train)]  # fmt: skip
+    owners = {id(e): k for k, one in enumerate(loaded) for held in one.parts.values() for e in held}
+    given: dict[str, list[Example]] = {}
+    for one in loaded:
+        for name, held in one.parts.items():
+            given.setdefault(name, []).extend(held)
+    share = {name: 0.0 if isinstance(v, str) else v for name, v in _measured(config).items()}
+    learnt = [e for name in LEARNT for e in given.get(name, ())]
+    kind = told_by(learnt, objective, writes_after_reading) if learnt else objective
+    parts = part(given, share["validation"], share["test"], config.seed, classes=kind != "regress")
+    names = config.labels or (
+        classification.label_set(parts.train) if kind in ("classify", "multilabel", "tokens") else ()
+    )
+    encoder = encoder_of(kind, tokenizer, config, names)
+    train: list[Item] = []
+    sets = []
+    for k in range(len(loaded)):
+        start = len(train)
+        train += encoder([e for e in parts.train if owners[id(e)] == k])
+        sets.append(range(start, len(train)))
+    if any(not one for one in sets):
+        empty = [config.train[k].path for k, one in enumerate(sets) if not one]
+        raise ConfigError(f"nothing is left to learn from {', '.join(empty)}: all of it is measured on, or a copy")
+    validation, test = encoder(list(parts.validation)), encoder(list(parts.test))
+    told = [str(layout) for one in loaded for layout in one.layouts] + [str(parts)]
+    return Sets(
+        kind, train, validation, test, tuple(names), tuple(sets), tuple(s.weight for s in config.train),
+        parts.majority, tuple(told), digest([*train, *validation, *test]), chat=isinstance(parts.train[0], Chat),
+    )  # fmt: skip
+
+
+def _measured(config: DataConfig) -> dict[str, str | float]:
+    return {"validation": config.validation, "test": config.test}
+
+
+def _given(source: SourceConfig, config: DataConfig, first: bool) -> Any:
+    """What `load` reads: the source, with the files of the measured parts beside the first one."""
+    files = {name: data_at(value) for name, value in _measured(config).items() if isinstance(value, str)}
+    return {"train": data_at(source.path), **files} if files and first else data_at(source.path)
+
+
+def _how(source: SourceConfig) -> tuple[str | None, dict[str, str] | None, str | None]:
+    return (None if source.format == "auto" else source.format), (source.columns or None), source.instruction
+
+
+def told_by(examples: Sequence[Example], asked: str, writes_after_reading: bool) -> str:
+    """The objective that these examples can teach, if none was asked for."""
+    if asked != "auto":
+        return asked
+    first = examples[0]
+    if isinstance(first, Tagged):
+        return "tokens"
+    if isinstance(first, Labelled):
+        if isinstance(first.label, tuple):
+            return "multilabel"
+        return "regress" if _numbers([e.label for e in examples if isinstance(e, Labelled)]) else "classify"
+    return "seq2seq" if writes_after_reading else "causal"
+
+
+def _numbers(found: Sequence[Any]) -> bool:
+    """Whether labels are numbers, not classes: a table without types writes them as words, whole ones are classes."""
+    try:
+        values = [float(label) for label in found]
+    except (TypeError, ValueError):
+        return False
+    return any(isinstance(label, float) for label in found) or any(v % 1 for v in values if math.isfinite(v))
+
+
+def encoder_of(kind: str, tokenizer: Any, config: DataConfig, names: Sequence[str]) -> Encode:
+    """The encoder of an objective."""
+    most = config.max_length
+    if kind == "causal":
+        return generation.Causal(tokenizer, most, config.learn, config.template)
+    if kind == "seq2seq":
+        return generation.Seq2Seq(tokenizer, most)
+    if kind == "regress":
+        return classification.Regress(tokenizer, most)
+    makers: dict[str, Any] = {
+        "classify": classification.Classify,
+        "multilabel": classification.MultiLabel,
+        "tokens": classification.TagTokens,
+    }
+    made: Encode = makers[kind](tokenizer, most, tuple(names))
+    return made
+
+
+def _streamed(config: DataConfig, objective: str, tokenizer: Any, writes_after_reading: bool) -> Sets:
+    """Train is read as it is learnt from; what is measured on comes from the front, or from files of its own."""
+    if len(config.train) > 1:
+        raise ConfigError("data.streaming reads one source; join the files, or leave streaming out")
+    (source,) = config.train
+    form, columns, instruction = _how(source)
+    streams = stream(_given(source, config, True), form, columns, instruction, config.seed)
+    learnt = streams.get("train") or streams[""]
+    measured: dict[str, list[Example]] = {}
+    for name, value in _measured(config).items():
+        if name in streams:
+            measured[name] = list(streams[name])
+            learnt = learnt.without(measured[name])
+        elif isinstance(value, float) and 0 < value < 1:
+            raise ConfigError(f"data.{name}={value} is a share of a stream, whose length nobody knows: write a number")
+        else:
+            taken = learnt.first(int(value)) if not isinstance(value, str) else []
+            measured[name] = taken
+            learnt = learnt.without(taken)
+    looked_at = learnt.first(LOOKED_AT)
+    kind = told_by(looked_at, objective, writes_after_reading)
+    names = config.labels or ()
+    if kind in ("classify", "multilabel", "tokens") and not names:
+        raise ConfigError("data.streaming: the labels cannot be known beforehand; write data.labels=[...]")
+    encoder = encoder_of(kind, tokenizer, config, names)
+    validation, test = encoder(measured["validation"]), encoder(measured["test"])
+    seen = encoder(looked_at)
+    told = [str(layout) for layout in learnt.layouts] + [
+        f"streamed; counted over the first {len(looked_at):,} examples"
+    ]
+    return Sets(
+        kind, Streamed(learnt, encoder), validation, test, tuple(names), told=tuple(told),
+        digest=digest([*seen, *validation, *test]), looked_at=seen, chat=isinstance(looked_at[0], Chat),
+    )  # fmt: skip
+
+
+def image_sets(config: DataConfig) -> Sets:
+    """Images to classes; items are rows of one set, whose parts do not share a picture."""
+    from kitout.data import split
+    from kitout.data.read import image_folders
+
+    if len(config.train) > 1:
+        raise ConfigError("images come from one source: a folder of class folders, a table or an .npz")
+    (source,) = config.train
+    columns = source.columns
+    whole = image_folders.load(Path(data_at(source.path)), columns.get("image"), columns.get("label"), config.labels)
+    for name, value in _measured(config).items():
+        if isinstance(value, str):
+            raise ConfigError(f"data.{name}={value!r}: for images put the files below {name}/ beside train/")
+    counts = {
+        name: _count(value, len(whole)) for name, value in _measured(config).items() if not isinstance(value, str)
+    }
+    first = split.split(whole, counts["test"], None if source.limit is None else source.limit, config.seed)
+    rest = first.train
+    watched = None
+    if counts["validation"]:
+        second = split.split(rest.pick(range(len(rest))), counts["validation"], None, config.seed + 1)
+        rest, watched = second.train, second.test
+    parts = [rest, *([watched] if watched is not None else []), first.test]
+    joined = parts[0].joined(parts[1:])
+    at = [0]
+    for one in parts:
+        at.append(at[-1] + len(one))
+    rows = [range(a, b) for a, b in pairwise(at)]
+    validation = rows[1] if watched is not None else range(0)
+    sizes = ", ".join(f"{len(one):,}" for one in parts)
+    told = f"images: {sizes} to learn, to watch and to measure; {first.dropped:,} duplicates left out"
+    return Sets(
+        "images", list(rows[0]), list(validation), list(rows[-1]), whole.names, majority=first.majority,
+        told=(told,),
+        digest=joined.digest, images=joined,
+    )  # fmt: skip
+
+
+def _count(value: float, total: int) -> int:
+    return round(value * total) if 0 < value < 1 else int(value)
