@@ -14,16 +14,15 @@ from typing import Any
 import pytest
 
 from kitout.errors import ConfigError
-from kitout.train import lock
 from kitout.train.config import yaml_file
 from kitout.train.config.load import load
 from kitout.train.config.schema import RunConfig
-from kitout.train.run_folder import FREE, RUN, flat, opened
+from kitout.train.run_folder import FREE, LOCK, OWNER, RUN, flat, opened
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from kitout.train.lock import held
+from kitout.train.run_folder import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -130,7 +129,7 @@ def test_the_users_own_run_yaml_is_never_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_kill_at_the_very_beginning_leaves_a_folder_that_can_be_used(tmp_path: Path) -> None:
-    for name in (".run.yaml.123", lock.FILE, ".preflight.json.7"):
+    for name in (".run.yaml.123", LOCK, OWNER, f".{OWNER}.5", ".preflight.json.7"):
         (tmp_path / name).touch()
     with opened(config(tmp_path)) as run:
         assert not run.resumes
@@ -162,9 +161,10 @@ def test_a_live_process_keeps_its_folder_and_a_killed_one_lets_go(tmp_path: Path
             assert not (tmp_path / RUN).exists()
         finally:
             other.kill()
-    assert str(other.pid) in (tmp_path / lock.FILE).read_text()
+    assert str(other.pid) in (tmp_path / OWNER).read_text()
     with opened(config(tmp_path)) as run:
         assert not run.resumes
+    assert not (tmp_path / OWNER).exists()
 
 
 def test_the_same_process_cannot_hold_it_twice(tmp_path: Path) -> None:
@@ -184,27 +184,10 @@ def test_a_fault_lets_go(tmp_path: Path) -> None:
         pass
 
 
-def test_another_machines_lock_counts_while_it_beats(tmp_path: Path) -> None:
-    file = tmp_path / lock.FILE
-    file.write_text(json.dumps({"pid": 7, "host": socket.gethostname() + "-2", "since": "2026-01-01 00:00:00"}))
-    with (
-        pytest.raises(ConfigError, match=r"process 7 on .*-2 since 2026.*again in 1\d\d sec"),
-        lock.held(tmp_path),
-    ):
-        pass
-    old = time.time() - lock.DEAD - 5
-    os.utime(file, (old, old))
-    with lock.held(tmp_path):
-        assert json.loads(file.read_text())["pid"] == os.getpid()
-    assert file.read_text() == ""
-
-
-def test_a_held_lock_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "BEAT", 0.02)
-    with lock.held(tmp_path):
-        file = tmp_path / lock.FILE
-        os.utime(file, (1, 1))
-        end = time.monotonic() + 5
-        while file.stat().st_mtime == 1 and time.monotonic() < end:
-            time.sleep(0.01)
-        assert file.stat().st_mtime > 1
+def test_the_owner_may_be_on_another_machine_or_unknown(tmp_path: Path) -> None:
+    elsewhere = {"pid": 7, "host": socket.gethostname() + "-2", "since": "2026-01-01 00:00:00"}
+    with opened(config(tmp_path)):
+        for words, named in ((json.dumps(elsewhere), r"process 7 on .*-2 since 2026"), ("{", "another process")):
+            (tmp_path / OWNER).write_text(words)
+            with pytest.raises(ConfigError, match=f"in use by {named}"), opened(config(tmp_path)):
+                pass

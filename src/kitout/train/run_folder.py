@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from kitout.errors import ConfigError, Faults
-from kitout.train import lock
 from kitout.train.config import yaml_file
 from kitout.train.config.load import load
 from kitout.train.config.schema import RunConfig
@@ -23,6 +26,7 @@ from kitout.train.metrics_log import FILE as METRICS
 from kitout.train.metrics_log import plain
 
 RUN, RESULTS = "run.yaml", "results.json"
+LOCK, OWNER = ".run.lock", ".run.owner"  # the owner has a file of its own: some systems lock the bytes of the first
 PREFLIGHT = ("preflight.json", "preflight.txt")
 SIGN = "# Written by `kitout train`: the settings of the run in this folder."
 
@@ -84,7 +88,7 @@ def opened(config: RunConfig) -> Iterator[RunFolder]:
     _check_place(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with lock.held(path):
+        with held(path):
             resumes = _check_run(path, config)
             write(path / RUN, f"{SIGN}\n{yaml_file.written(config.dump())}")
             yield RunFolder(path, resumes, (path / RESULTS).is_file())
@@ -94,6 +98,35 @@ def opened(config: RunConfig) -> Iterator[RunFolder]:
         ) from wrong
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The folder is this process's own inside; ConfigError, with its owner, if another process works in it."""
+    lock, owner = FileLock(folder / LOCK), folder / OWNER
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"{folder} is in use by {_named(owner)}: wait for it, stop it, or choose another folder"
+        ) from None
+    try:
+        facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        write(owner, json.dumps(facts))
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _named(file: Path) -> str:
+    """Who holds the folder, from its owner file; a kill leaves that file, but then nobody holds the lock."""
+    try:
+        owner = json.loads(file.read_text(encoding="utf-8"))
+        where = "" if owner["host"] == socket.gethostname() else f" on {owner['host']}"
+        return f"process {owner['pid']}{where} since {owner['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # not yet written
+        return "another process"
+
+
 def _check_place(path: Path) -> None:
     """Nothing that is not ours is touched: neither a foreign folder nor a foreign file in it."""
     above = next((p for p in (path, *path.parents) if p.exists()), path)
@@ -101,34 +134,35 @@ def _check_place(path: Path) -> None:
         raise ConfigError(f"output.folder={str(path)!r}: {above} is a file; say a folder")
     if not path.exists():
         return
-    held = sorted(entry.name for entry in path.iterdir())
-    if RUN in held:
+    names = sorted(entry.name for entry in path.iterdir())
+    if RUN in names:
         if not _signed(path / RUN):
             raise ConfigError(
                 f"{path} holds a {RUN} that `kitout train` has not written: say another output.folder, "
                 f"for example {path / 'out'}"
             )
         return
-    strange = [name for name in held if name not in {METRICS, *BEGINNING} and not _ours(name)]
+    strange = [name for name in names if name not in {METRICS, *BEGINNING} and not _ours(name)]
     if strange:
         shown = ", ".join(strange[:4]) + (", ..." if len(strange) > 4 else "")
         raise ConfigError(f"{path} is no run's folder: it holds {shown}. Say a new or empty output.folder")
 
 
 def _ours(name: str) -> bool:
-    """The lock, or what a kill has left of a file that was being written."""
-    return name == lock.FILE or any(name.startswith(f".{made}.") for made in (RUN, METRICS, RESULTS, *PREFLIGHT))
+    """The lock, its owner, or what a kill has left of a file that was being written."""
+    written = (RUN, METRICS, RESULTS, OWNER, *PREFLIGHT)
+    return name in {LOCK, OWNER} or any(name.startswith(f".{made}.") for made in written)
 
 
 def _signed(file: Path) -> bool:
-    with file.open("rb") as held:
-        return held.read(len(SIGN.encode())) == SIGN.encode()
+    with file.open("rb") as opened_file:
+        return opened_file.read(len(SIGN.encode())) == SIGN.encode()
 
 
 def _check_run(path: Path, config: RunConfig) -> bool:
     """Whether the folder holds this run; raises if it holds another. What a dry run leaves is no run."""
-    held = (file.relative_to(path) for file in path.rglob("*") if not file.is_dir())
-    if all(str(file) in BEGINNING or _ours(file.name) for file in held):
+    found = (file.relative_to(path) for file in path.rglob("*") if not file.is_dir())
+    if all(str(file) in BEGINNING or _ours(file.name) for file in found):
         return False
     try:
         old = _settings(load(yaml_file.read(path / RUN)))
