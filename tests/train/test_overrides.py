@@ -96,7 +96,10 @@ def test_a_list_needs_a_number() -> None:
     ("text", "words"),
     [
         ("a: 1\nb: [2\n", r"line 3, column 1.*expected"),
-        ("train:\n  lr: 1\n  batch: 2\n  lr: 3\n", r"line 4, column 3: 'lr' is said twice, first in line 2"),
+        (
+            "train:\n  lr: 1\n  batch: 2\n  lr: 3\n",
+            r'line 4, column 3: .*duplicate key "lr" with value "3" \(original value: "1"\)',
+        ),
         ("- a\n- b\n", "must hold sections.*found a list"),
         ("just words", "must hold sections.*found a str"),
         ("# nothing\n", "is empty; `kitout train --example`"),

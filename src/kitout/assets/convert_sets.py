@@ -121,10 +121,11 @@ def _pairs(out: Path, rows: Iterable[tuple[str, str, str]]) -> None:
 
 def chat(raw: Path, out: Path) -> None:
     """The first two lines of each conversation; further lines are other answers to the same question in this corpus."""
-    import yaml
+    from ruamel.yaml import YAML
 
+    reader = YAML(typ="safe", pure=True)
     files = sorted(raw.glob("*.yml"))
-    talks = [talk for file in files for talk in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]]
+    talks = [talk for file in files for talk in reader.load(file.read_text(encoding="utf-8"))["conversations"]]
     _answers(out, ((str(talk[0]), str(talk[1])) for talk in talks if len(talk) >= 2))
 
 

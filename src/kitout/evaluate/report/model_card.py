@@ -12,7 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from kitout.evaluate.compare import Change, Comparison
 from kitout.evaluate.report.summary import Facts, Summary, words
@@ -212,9 +213,11 @@ def _of_readme(file: Path) -> Any:
     found = re.match(r"---\s*\n(.*?)\n---", _read(file), re.DOTALL)
     if not found:
         return None
+    reader = YAML(typ="safe", pure=True)
+    reader.allow_duplicate_keys = True  # others wrote it
     try:
-        front = yaml.safe_load(found[1])
-    except yaml.YAMLError:
+        front = reader.load(found[1])
+    except YAMLError:
         return None
     return front.get("license") if isinstance(front, dict) else None
 

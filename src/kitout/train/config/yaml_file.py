@@ -1,81 +1,67 @@
-"""YAML as people mean it: version 1.2's plain values, no key twice, nothing run.
+"""YAML 1.2 with plain values: no key twice, nothing run.
 
-1e-4 is a number, `no` is a word and 2024-01-01 is not a date, unlike in YAML 1.1, which PyYAML reads by default. What
-is written here is read back as it was. It knows no config.
+ruamel.yaml reads it: 1e-4 is a number, and `no`, `on` and 1:30 are strings, unlike in YAML 1.1, which PyYAML reads.
+Dates stay strings too. What is written here is read back as it was. It knows no config.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Mapping
+import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.representer import SafeRepresenter
 
 from kitout.errors import ConfigError
 
-MERGE = "tag:yaml.org,2002:merge"
-KINDS: list[tuple[str, str, str]] = [  # tag, pattern, first letters
-    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", "~nN\0"),
-    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("tag:yaml.org,2002:int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    ("tag:yaml.org,2002:float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
-    (MERGE, r"<<", "<"),  # of 1.1 and still in use: {<<: *other}
-    ("tag:yaml.org,2002:float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
-]
+
+class _Constructor(SafeConstructor):
+    """Dates, `=` and 1_000 stay strings, as YAML 1.2 has it: a model or a folder may be named so, no setting is one."""
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        return node.value if "_" in node.value else super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: Any) -> Any:
+        return node.value if "_" in node.value else super().construct_yaml_float(node)
 
 
-class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    yaml_implicit_resolvers: dict[str, Any] = {}
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: dict[Any, Any] = {}
-        for key, _ in node.value:
-            if key.tag == MERGE:
-                continue
-            name = self.construct_object(key, deep=True)
-            if isinstance(name, Hashable) and name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{name!r} is said twice, first in line {seen[name] + 1}", key.start_mark
-                )
-            if isinstance(name, Hashable):
-                seen[name] = key.start_mark.line
-        return super().construct_mapping(node, deep)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        words = str(self.construct_scalar(node))
-        return int(words, 0) if re.match("0[ox]", words) else int(words)
-
-
-Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
-
-
-class Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Quotes what either version of YAML would take for something else than a string."""
-
-    yaml_implicit_resolvers = {first: list(rules) for first, rules in yaml.SafeDumper.yaml_implicit_resolvers.items()}
-
+class _Representer(SafeRepresenter):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-for _tag, _pattern, _first in KINDS:
-    for _where in (Loader, Dumper):
-        _where.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), [c.strip("\0") for c in _first])
+for _kind, _construct in {
+    "timestamp": SafeConstructor.construct_yaml_str,
+    "value": SafeConstructor.construct_yaml_str,
+    "int": _Constructor.construct_yaml_int,
+    "float": _Constructor.construct_yaml_float,
+}.items():
+    _Constructor.add_constructor(f"tag:yaml.org,2002:{_kind}", _construct)
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor, yaml.Representer = _Constructor, _Representer
+    yaml.default_flow_style, yaml.width = False, 110
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
+    return yaml
 
 
 def parse(text: str, name: str) -> Any:
-    """The value a text holds. name: what it is called in an error, which tells line and column."""
+    """The value a text holds. name: what it is called in an error, which gives line and column."""
     try:
-        return yaml.load(text, Loader)  # noqa: S506 - a SafeLoader
-    except yaml.MarkedYAMLError as wrong:
+        return _yaml().load(text)
+    except MarkedYAMLError as wrong:
         mark = wrong.problem_mark or wrong.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         shown = (text.split("\n")[mark.line : mark.line + 1] or [""])[0].strip() if mark else ""
         said = ": ".join(filter(None, (wrong.context, wrong.problem)))
         raise ConfigError(f"{name}{place}: {said}" + (f"\n    {shown[:100]}" if shown else "")) from wrong
-    except yaml.YAMLError as wrong:  # bytes that YAML has no use for
+    except YAMLError as wrong:  # bytes that YAML has no use for
         raise ConfigError(f"{name}: not YAML ({' '.join(str(wrong).split())})") from wrong
     except (RecursionError, ValueError) as wrong:
         raise ConfigError(f"{name}: not YAML that can be read ({str(wrong)[:200]})") from wrong
@@ -103,5 +89,6 @@ def read(file: Path) -> dict[str, Any]:
 
 def written(values: Mapping[str, Any]) -> str:
     """Plain values as YAML, in their order."""
-    text: str = yaml.dump(dict(values), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
-    return text
+    text = io.StringIO()
+    _yaml().dump(dict(values), text)
+    return text.getvalue()
