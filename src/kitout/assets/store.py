@@ -11,12 +11,12 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
 
 from kitout.assets.catalog import ASSETS, GROUPS, Asset
 from kitout.assets.fetch import AssetError, Say, take, wheel_file
@@ -29,11 +29,7 @@ def cache_dir() -> Path:
     """KITOUT_CACHE, else the platform's place for caches."""
     if chosen := os.environ.get("KITOUT_CACHE"):
         return Path(chosen).expanduser().absolute()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "kitout"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "kitout" / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kitout"
+    return user_cache_path("kitout", appauthor=False)
 
 
 def names(wanted: Iterable[str]) -> list[str]:
