@@ -1,7 +1,8 @@
-"""Safetensors, read with suspicion: the header within a size limit, every offset checked, bytes hashed as they come.
+"""Safetensors, read with suspicion: the header within a size limit, bytes hashed as they come.
 
-Nothing is allocated for tensors before the caller has compared the header with what it expects; a header can only
-ask for as many bytes as the file has. No pickle. It knows nothing of adapters, models or json records.
+safetensors' own parser checks the header (gaps, overlaps, padding, sizes). Nothing is allocated for tensors before the
+caller has compared the header with what it expects. The bytes are read here: safetensors' tensors are a map of the
+file, which gives no digest and dies when the file is cut. No pickle. It knows no adapters, models or json records.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -40,31 +42,32 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor as the header has it; begin and end count from the end of the header."""
+    """One tensor as the header has it."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 @dataclass
 class Tensors:
-    """An open safetensors file whose header is sound. size: of the whole file in bytes."""
+    """An open safetensors file whose header is sound."""
 
     file: BinaryIO
     path: Path
     head: bytes
+    """The bytes before the tensors'."""
     entries: dict[str, Entry]
+    """In the order of their bytes."""
     size: int
+    """Of the whole file in bytes."""
 
     def read(self) -> tuple[dict[str, Tensor], str]:
         """Every tensor, on the CPU, and the sha256 of the whole file as it was read."""
         digest = hashlib.sha256(self.head)
         self.file.seek(len(self.head))
         tensors = {}
-        for name, entry in self.entries.items():  # in the order of their bytes
-            raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+        for name, entry in self.entries.items():
+            raw = torch.empty(math.prod(entry.shape) * entry.dtype.itemsize, dtype=torch.uint8)
             view: Any = raw.numpy()
             if self.file.readinto(view) != raw.numel():  # type: ignore[attr-defined]
                 raise FileError(f"{self.path} became shorter while it was read: save the adapter again")
@@ -96,25 +99,46 @@ def open_tensors(path: Path) -> Tensors:
     """Opens a safetensors file and checks its header against its size; the caller closes `.file`."""
     file, size = open_regular(path)
     try:
-        head, text = _head(file, path, size)
-        return Tensors(file, path, head, _entries(parse(text, path), path, size - len(head)), size)
+        head = _head(file, path, size)
+        return Tensors(file, path, head, _entries(file, path), size)
     except BaseException:
         file.close()
         raise
 
 
-def _head(file: BinaryIO, path: Path, size: int) -> tuple[bytes, bytes]:
-    """The bytes before the tensors, and the json in them."""
+def _head(file: BinaryIO, path: Path, size: int) -> bytes:
+    """The header and the eight bytes that say how long it is."""
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > size - 8:
         raise FileError(f"{path} is cut off or no safetensors file: {size:,} bytes, header said to take {length:,}")
     if length > MOST_HEADER:
         raise FileError(f"{path}: the header takes {length:,} bytes, and at most {MOST_HEADER:,} are read")
-    text = file.read(length)
-    if len(text) < length:
-        raise FileError(f"{path} is cut off inside its header")
-    return start + text, text
+    return start + file.read(length)
+
+
+def _entries(file: BinaryIO, path: Path) -> dict[str, Entry]:
+    """The header's tensors; FileError if safetensors refuses it or it holds what no adapter of ours does."""
+    faults = Faults(FileError, str(path))
+    entries = {}
+    try:
+        with safe_open(path, framework="np") as header:  # "pt" would map the whole file as writable memory
+            for name in header.offset_keys():
+                part = header.get_slice(name)
+                kind, shape = part.get_dtype(), tuple(part.get_shape())
+                if kind not in DTYPES:
+                    faults.add(f"tensor {name[:80]!r}: dtype {kind!r} is none of {', '.join(DTYPES)}")
+                elif len(shape) > MOST_DIMS:
+                    faults.add(f"tensor {name[:80]!r}: shape {str(shape)[:60]} is no list of at most {MOST_DIMS} sizes")
+                else:
+                    entries[name] = Entry(DTYPES[kind], shape)
+        replaced = not os.path.samestat(os.fstat(file.fileno()), path.stat())  # the parser opened the name once more
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{path} is damaged, cut off or padded: {str(error)[:400]}") from None
+    if replaced:
+        raise FileError(f"{path} was replaced while it was read: load it again")
+    faults.raise_if_any()
+    return entries
 
 
 def parse(text: bytes, path: Path) -> dict[str, Any]:
@@ -137,53 +161,6 @@ def parse(text: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise FileError(f"{path} must hold a json object, found {type(found).__name__}")
     return found
-
-
-def _entries(header: dict[str, Any], path: Path, room: int) -> dict[str, Entry]:
-    """The header's tensors in the order of their bytes, which must fill the file without gap or overlap."""
-    faults = Faults(FileError, str(path))
-    header.pop("__metadata__", None)
-    found = {}
-    for name, value in header.items():
-        entry = _entry(value)
-        if isinstance(entry, str):
-            faults.add(f"tensor {name[:80]!r}: {entry}")
-        else:
-            found[name] = entry
-    faults.raise_if_any()
-    ordered = dict(sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)))
-    at = 0
-    for name, entry in ordered.items():
-        if entry.begin != at:
-            faults.add(f"tensor {name[:80]!r} starts at byte {entry.begin:,}, the one before ends at {at:,}")
-            break
-        at = entry.end
-    else:
-        if at != room:
-            faults.add(f"its tensors take {at:,} bytes, the file has {room:,} for them: it is cut off or padded")
-    faults.raise_if_any()
-    return ordered
-
-
-def _entry(value: Any) -> Entry | str:
-    """One entry, or what is wrong with it."""
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        return "its header entry needs exactly dtype, shape and data_offsets"
-    dtype, shape, offsets = DTYPES.get(str(value["dtype"])), value["shape"], value["data_offsets"]
-    if dtype is None:
-        return f"dtype {str(value['dtype'])[:20]!r} is none of {', '.join(DTYPES)}"
-    if not _counts(shape) or len(shape) > MOST_DIMS:
-        return f"shape {str(shape)[:60]} is no list of at most {MOST_DIMS} sizes"
-    if not _counts(offsets) or len(offsets) != 2:
-        return f"data_offsets {str(offsets)[:60]} is no pair of byte positions"
-    begin, end = offsets
-    if end - begin != math.prod(shape) * dtype.itemsize:
-        return f"{end - begin:,} bytes for shape {str(shape)[:60]} of {value['dtype']}"
-    return Entry(dtype, tuple(shape), begin, end)
-
-
-def _counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[int, str]:
