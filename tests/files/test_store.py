@@ -18,8 +18,7 @@ from torch import nn
 import kitout
 from kitout import IA3, VPT, BitFit, FullFineTuning, LoRA, PartialFineTuning
 from kitout.errors import FileError, MergeState, NameTaken, UnknownAdapter, WrongBase
-from kitout.files import adapter_folder
-from kitout.files import atomic as folders
+from kitout.files import adapter_folder, atomic
 from kitout.method import methods
 from zoo import ZOO, out
 
@@ -280,7 +279,7 @@ def _fail(*_: Any, **__: Any) -> Any:
 BREAKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "while writing tensors": lambda m: m.setattr(adapter_folder, "write_tensors", _fail),
     "while writing the record": lambda m: m.setattr(adapter_folder.Record, "write", _fail),
-    "while renaming": lambda m: m.setattr(folders, "_put", _fail),
+    "while renaming": lambda m: m.setattr(atomic, "_put", _fail),
 }
 
 
@@ -311,7 +310,7 @@ def test_where_folders_cannot_be_exchanged_a_failed_second_rename_is_taken_back(
     kit = with_adapter()
     kit.save("a", tmp_path / "a")
     before = record_of(tmp_path / "a")
-    monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
     real, calls = os.replace, []
 
     def replace(one: Any, other: Any) -> None:

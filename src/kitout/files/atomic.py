@@ -1,8 +1,8 @@
-"""A folder replaced whole: written under another name beside its target, then put in its place in one step.
+"""Files and folders written whole or not at all: under another name beside the target, then put in its place.
 
-Whatever fails in between, the target is as it was; a reader sees the old folder or the new one. On Linux an existing
-folder is exchanged in one system call; elsewhere two renames are used, the first of which is taken back if the second
-fails. It knows nothing of what is in the folder but the names of the files.
+Whatever fails in between, the target is as it was and nothing else is left; a reader sees the old one or the new one.
+On Linux an existing folder is exchanged in one system call; elsewhere two renames are used, the first of which is
+taken back if the second fails. It knows nothing of what is in a file, and of a folder only the names of its files.
 """
 
 from __future__ import annotations
@@ -20,6 +20,22 @@ from kitout.errors import FileError
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 
 
+def write_text(file: Path, text: str) -> Path:
+    """The text, in UTF-8, becomes the file."""
+    return write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, data: bytes) -> Path:
+    """The bytes become the file. A kill leaves the former file, and maybe `.<name>.<pid>` beside it."""
+    fresh = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        fresh.write_bytes(data)
+        os.replace(fresh, file)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return file
+
+
 def replace_folder(target: Path, files: Collection[str], fill: Callable[[Path], None]) -> None:
     """`fill` writes into an empty folder, which then becomes `target`.
 
@@ -33,9 +49,11 @@ def replace_folder(target: Path, files: Collection[str], fill: Callable[[Path], 
     try:
         fresh.mkdir()
         fill(fresh)
+        for part in fresh.iterdir():
+            flush(part)
         check_replaceable(target, files)  # writing may have taken a while
         _put(fresh, target)
-        _sync(target.parent)
+        flush(target.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
@@ -85,15 +103,17 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
 
 
-def _sync(folder: Path) -> None:
-    """The rename itself, on disk; some systems cannot sync a folder."""
+def flush(path: Path) -> None:
+    """On the disk and not only in the system's memory, so that a power cut cannot empty what was renamed.
+
+    Some systems cannot flush a folder: there it is left to them.
+    """
     try:
-        fd = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what may be written
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError:
-        return
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
+        if not path.is_dir():
+            raise

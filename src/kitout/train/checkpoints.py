@@ -1,8 +1,9 @@
 """Checkpoints of a run: one folder each, whole or not there; no pickle.
 
 A folder is written beside its place, flushed to the disk and renamed, so a kill or a full disk leaves the former ones
-as they are. It holds the trained values and the optimiser's state as safetensors and the progress as json. What a run
-draws at random follows from its seed and step, so no generator's state is needed. It knows no model and no data.
+as they are. Not by `replace_folder`: names with the step let the next start finish or clear what a kill cut short.
+It holds the trained values and the optimiser's state as safetensors and the progress as json. What a run draws at
+random follows from its seed and step, so no generator's state is needed. It knows no model and no data.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kitout.errors import FileError
+from kitout.files.atomic import flush
 
 PREFIX = "checkpoint-"
 TENSORS, PROGRESS, STATE = "state.safetensors", "progress.json", "trainer_state.json"
@@ -43,14 +45,14 @@ def write(
         (fresh / PROGRESS).write_text(json.dumps(dict(progress)), encoding="utf-8")
         (fresh / STATE).write_text(trainer_state, encoding="utf-8")
         for part in fresh.iterdir():
-            _flushed(part)
-        _flushed(fresh)
+            flush(part)
+        flush(fresh)
         old = folder / f".{PREFIX}{step}.old"
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             os.replace(final, old)
         os.replace(fresh, final)
-        _flushed(folder)
+        flush(folder)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -64,17 +66,6 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     except SafetensorError as wrong:  # it hides the system's error in its words: "... (os error 28)"
         number = re.search(r"os error (\d+)", str(wrong))
         raise OSError(int(number[1]) if number else errno.EIO, str(wrong)) from wrong
-
-
-def _flushed(path: Path) -> None:
-    """On the disk and not only in the system's memory, so that a power cut cannot undo a rename's contents."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def found(folder: Path) -> list[Path]:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from kitout.files.atomic import write_text
+
 FILE = "metrics.jsonl"
 LAST = "train_runtime"  # only in what a trainer logs once, when it is through
 
@@ -33,9 +35,7 @@ class Metrics:
         former = read(self.file)[: -len(early) or None]  # what an earlier process wrote
         kept = [line for line in former if _step(line) <= step and LAST not in line] if step else early
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.file.with_name(f".{self.file.name}.{os.getpid()}")
-        fresh.write_text("".join(_line(line) for line in kept), encoding="utf-8")
-        os.replace(fresh, self.file)
+        write_text(self.file, "".join(_line(line) for line in kept))
         self._early = None
 
     def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:

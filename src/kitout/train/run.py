@@ -25,6 +25,7 @@ import transformers
 from kitout.base import memory
 from kitout.errors import ConfigError, suggest
 from kitout.evaluate.compare import Comparison
+from kitout.files.atomic import write_text
 from kitout.files.base_fingerprint import fingerprint
 from kitout.train import checkpoints, run_folder
 from kitout.train.config import conflicts
@@ -162,7 +163,7 @@ def _loop(made: Prepared, config: RunConfig, place: RunFolder, last: Path | None
         tried = [steps[i] for i in range(min(len(steps), 64) if made.main.looked_at else len(steps))]
         guess = estimate(made.kit, made.jobs, tried, config.train.micro_batch, config.train.checkpointing)
         if distributed.rank() == 0:
-            run_folder.write(known, json.dumps(guess.__dict__))
+            write_text(known, json.dumps(guess.__dict__))
     args = _arguments(config, place, len(steps), any(len(job.watched) for job in made.jobs))
     showing = Progress(place.path)
     callbacks: list[Any] = [showing]

@@ -19,6 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kitout.errors import ConfigError, Faults
+from kitout.files.atomic import write_text
 from kitout.train.config import yaml_file
 from kitout.train.config.load import load
 from kitout.train.config.schema import RunConfig
@@ -70,7 +71,7 @@ class RunFolder:
     def finish(self, results: Mapping[str, Any]) -> None:
         """Writes results.json, whose presence says that the run is through: to be called last."""
         words = json.dumps({name: _tree(value) for name, value in results.items()}, indent=2, ensure_ascii=False)
-        write(self.results, words + "\n")
+        write_text(self.results, words + "\n")
 
     def again(self) -> str:
         """What to say of a finished run."""
@@ -90,7 +91,7 @@ def opened(config: RunConfig) -> Iterator[RunFolder]:
         path.mkdir(parents=True, exist_ok=True)
         with held(path):
             resumes = _check_run(path, config)
-            write(path / RUN, f"{SIGN}\n{yaml_file.written(config.dump())}")
+            write_text(path / RUN, f"{SIGN}\n{yaml_file.written(config.dump())}")
             yield RunFolder(path, resumes, (path / RESULTS).is_file())
     except PermissionError as wrong:
         raise ConfigError(
@@ -110,7 +111,7 @@ def held(folder: Path) -> Iterator[None]:
         ) from None
     try:
         facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        write(owner, json.dumps(facts))
+        write_text(owner, json.dumps(facts))
         yield
     finally:
         owner.unlink(missing_ok=True)
@@ -204,16 +205,6 @@ def flat(values: Any, name: str = "") -> dict[str, Any]:
     for key, value in inside.items():
         found |= flat(value, f"{name}.{key}" if name else key)
     return found
-
-
-def write(file: Path, words: str) -> None:
-    """Written beside its place and renamed: a kill leaves the former file."""
-    fresh = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        fresh.write_text(words, encoding="utf-8")
-        os.replace(fresh, file)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def _tree(value: Any) -> Any:

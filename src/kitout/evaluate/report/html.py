@@ -7,13 +7,13 @@ text is escaped: data are written by strangers. It knows a `Summary` and no mode
 from __future__ import annotations
 
 import base64
-import os
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from kitout.evaluate.report.summary import Summary, words
+from kitout.files.atomic import write_text
 
 
 def report(summary: Summary) -> str:
@@ -22,11 +22,8 @@ def report(summary: Summary) -> str:
 
 
 def write(summary: Summary, file: Path) -> Path:
-    """The page in a file, written beside its place and renamed."""
-    fresh = file.with_name(f".{file.name}.{os.getpid()}")
-    fresh.write_text(report(summary), encoding="utf-8")
-    os.replace(fresh, file)
-    return file
+    """The page in a file."""
+    return write_text(file, report(summary))
 
 
 @cache

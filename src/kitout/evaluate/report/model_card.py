@@ -7,7 +7,6 @@ that they stay text. The base's licence is what its own folder states, never a g
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ruamel.yaml.error import YAMLError
 
 from kitout.evaluate.compare import Change, Comparison
 from kitout.evaluate.report.summary import Facts, Summary, words
+from kitout.files.atomic import write_text
 
 UNKNOWN = "unknown: see the base"
 MOST = 2**20  # bytes of a file that is looked into for a licence
@@ -41,15 +41,8 @@ WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 
 def write(summary: Summary, folder: Path) -> Path:
-    """The card in an adapter folder, written beside its place and renamed."""
-    file = folder / "README.md"
-    fresh = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        fresh.write_text(card(summary), encoding="utf-8")
-        os.replace(fresh, file)
-    finally:
-        fresh.unlink(missing_ok=True)
-    return file
+    """The card in an adapter folder."""
+    return write_text(folder / "README.md", card(summary))
 
 
 def card(summary: Summary) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ import numpy as np
 
 from kitout.errors import ConfigError
 from kitout.evaluate.metrics.registry import TITLES
+from kitout.files.atomic import write_bytes
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")  # Okabe and Ito's
 DOTS = 130  # per inch
@@ -49,14 +49,7 @@ def png(drawn: Any) -> bytes:
 
 
 def write(file: Path, picture: bytes) -> Path:
-    """Beside its place, then renamed: a kill leaves the former picture."""
-    fresh = file.with_name(f".{file.stem}.{os.getpid()}.png")
-    try:
-        fresh.write_bytes(picture)
-        os.replace(fresh, file)
-    finally:
-        fresh.unlink(missing_ok=True)
-    return file
+    return write_bytes(file, picture)
 
 
 @dataclass

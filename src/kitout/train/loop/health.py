@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kitout.errors import SilentSite
+from kitout.files.atomic import write_text
 from kitout.kit import Kit
 from kitout.train.loop import distributed
 from kitout.train.loop.base_mode import at_rest
@@ -64,7 +65,7 @@ class Health:
         self._notes.append({"job": job.name, "step": step + 1, "norm": str(norm), "lr": lr, "examples": places})
         if distributed.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "diverged.json").write_text(json.dumps(self._notes, indent=1), encoding="utf-8")
+            write_text(self.folder / "diverged.json", json.dumps(self._notes, indent=1))
         self.stopped[job.name] = (
             f"{job.name!r}, step {step + 1}: the gradient's norm is {norm}; try a lower train.lr than {lr:g}, or look "
             f"at these examples (all in diverged.json): {', '.join(places[:5])}"

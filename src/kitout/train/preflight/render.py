@@ -20,10 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from kitout.data.statistics import QUANTILES, Facts, Part
+from kitout.files.atomic import write_text
 from kitout.format import amount, one_line, safe, seconds, size
 from kitout.runtime.count import ParameterCount
 from kitout.train.metrics_log import plain
-from kitout.train.run_folder import PREFLIGHT, write
+from kitout.train.run_folder import PREFLIGHT
 
 WIDTH, BAR = 100, 32
 LONGEST = 1400  # characters of the shown example; what is learnt keeps more of them
@@ -67,8 +68,8 @@ def save(pages: Sequence[Preflight], folder: Path) -> None:
     """preflight.json for machines (a list if there are several jobs), preflight.txt for eyes."""
     values, words = PREFLIGHT
     held = [_plain(asdict(page)) for page in pages]
-    write(folder / values, json.dumps(held[0] if len(held) == 1 else held, indent=2, ensure_ascii=False) + "\n")
-    write(folder / words, "\n".join(map(text, pages)))
+    write_text(folder / values, json.dumps(held[0] if len(held) == 1 else held, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / words, "\n".join(map(text, pages)))
 
 
 def text(page: Preflight) -> str:

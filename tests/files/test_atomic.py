@@ -1,0 +1,119 @@
+"""One writer for all: what fails at any point leaves what was there before, and nothing beside it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kitout.evaluate.report import html, model_card, plots
+from kitout.evaluate.report.summary import Summary
+from kitout.files import atomic
+from kitout.train.config.schema import load
+from kitout.train.metrics_log import Metrics
+from kitout.train.run_folder import RunFolder, opened
+
+KINDS: dict[str, Callable[[Path, str], Any]] = {
+    "text": lambda place, words: atomic.write_text(place, words),
+    "bytes": lambda place, words: atomic.write_bytes(place, words.encode()),
+    "folder": lambda place, words: atomic.replace_folder(
+        place, ("a",), lambda fresh: (fresh / "a").write_text(words, encoding="utf-8")
+    ),
+}
+
+
+def content(place: Path) -> str:
+    return (place / "a" if place.is_dir() else place).read_text(encoding="utf-8")
+
+
+def full(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def stopped(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def half(self: Path, data: Any, *_: Any, **__: Any) -> Any:
+    with self.open("wb") as file:
+        file.write(b"half")
+    full()
+
+
+ERRORS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "while writing": lambda m: (m.setattr(Path, "write_bytes", half), m.setattr(Path, "write_text", half)),
+    "while renaming": lambda m: (m.setattr(os, "replace", full), m.setattr(atomic, "_exchange", full)),
+    "Ctrl-C while renaming": lambda m: m.setattr(os, "replace", stopped),
+}
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+@pytest.mark.parametrize("write", KINDS.values(), ids=KINDS)
+def test_nothing_is_left_behind(
+    write: Callable[[Path, str], Any], error: Callable[[pytest.MonkeyPatch], None], there: bool, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    place = tmp_path / "x"
+    if there:
+        write(place, "before ü")
+    with monkeypatch.context() as patch:
+        error(patch)
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            write(place, "after")
+    assert [path.name for path in tmp_path.iterdir()] == (["x"] if there else [])
+    assert not there or content(place) == "before ü"
+    write(place, "after")
+    assert content(place) == "after"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_that_cannot_be_flushed_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    KINDS["folder"](tmp_path / "x", "before")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        KINDS["folder"](tmp_path / "x", "after")
+    assert content(tmp_path / "x") == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def summary() -> Summary:
+    return Summary(title="t", model="m", method="LoRA")
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "report.html": lambda folder: html.write(summary(), folder / "report.html"),
+    "README.md": lambda folder: model_card.write(summary(), folder),
+    "loss.png": lambda folder: plots.write(folder / "loss.png", b"\x89PNG"),
+    "metrics.jsonl": lambda folder: Metrics(folder / "metrics.jsonl").begin(0),
+    "results.json": lambda folder: RunFolder(folder, False, False).finish({"loss": 1.0}),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_each_writer_of_a_run_leaves_nothing_behind(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).write_text("before", encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space"):
+            WRITERS[name](tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text(encoding="utf-8") == "before"
+    WRITERS[name](tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() != b"before"
+
+
+def test_a_run_folder_that_cannot_be_written_keeps_no_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load({"model": "m", "data": "d.jsonl", "output": {"folder": str(tmp_path)}})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space"), opened(run):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == [".run.lock"]
+    with opened(run):
+        pass
