@@ -4,6 +4,7 @@ What a turn adds is what the template renders up to it, less what it renders bef
 nothing is looked for in the text. A turn whose place in the whole chat differs from what stood there when it was said
 (templates that strip earlier reasoning, or close only the last turn) becomes an example of its own, ending with it.
 `{% generation %}` in a template is believed. It knows no ids, no lengths and no files.
+Kept by hand: transformers' mask of assistant tokens needs `{% generation %}`, which most templates lack.
 """
 
 from __future__ import annotations

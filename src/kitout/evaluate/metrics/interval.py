@@ -2,7 +2,8 @@
 
 A share of right answers has Wilson's interval (1927), which stays honest near 0 and 1 and for few examples; two shares
 of the same examples have Newcombe's (1998). Anything else is bootstrapped: the examples are drawn anew, with
-replacement, and the figure is taken again. It knows no metric.
+replacement, and the figure is taken again. It knows no metric. Kept by hand: scipy has Wilson's interval, but none for
+the difference of two shares of the same examples.
 """
 
 from __future__ import annotations

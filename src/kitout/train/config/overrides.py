@@ -1,7 +1,8 @@
 """A run's config from a file and from what is said on the command line: `train.lr=1e-4 method.rank=16 jobs.0.data=x`.
 
 Values are YAML; a setting below something written short (`model: NAME`, `data: PATH`, `method: IA3`) writes it out
-first. Whatever is wrong is told at once, the config's own faults included. It knows names and values, no meaning.
+first. It knows names and values, no meaning. Kept by hand and not pydantic-settings' CliApp, because all errors, the
+config's own included, are reported together.
 """
 
 from __future__ import annotations

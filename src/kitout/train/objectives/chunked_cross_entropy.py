@@ -2,6 +2,8 @@
 
 The head does not learn, so both come out of the same few rows of logits, which are then forgotten: what is held besides
 the weights is one chunk. Liger-Kernel's fused linear cross-entropy makes its gradients in the forward in the same way.
+Kept by hand: torch 2.13's `linear_cross_entropy` gives the loss alone (and our floor is 2.6); here each token's loss
+and hit come from the same logits, where log-probabilities and entropy for RLHF will come from too.
 It knows vectors, a matrix and labels; which positions are learnt is the caller's choice.
 """
 
