@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from os import PathLike
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from kitout.base.probe.probe import prove
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.base.survey import Survey
-from kitout.errors import AlreadyAttached, ConfigError, KitoutError, MergeState, RouteError
+from kitout.errors import AlreadyAttached, KitoutError, MergeState, RouteError
 from kitout.files import adapter_folder
 from kitout.files.peft import folder as peft_folder
 from kitout.method import Method
@@ -57,7 +57,7 @@ def attach(
     attached = [path for path, m in model.named_modules() if "_kitout_tap" in m.__dict__ or "_kitout" in m.__dict__]
     if attached:
         raise AlreadyAttached(
-            f"{attached[0] or 'this module'} is part of a model that has a kit attached: kit.detach() first"
+            f"{attached[0] or 'this module'} belongs to a model with a kit attached: kit.detach() first"
         )
     return Kit(model, prove(find_sites(model, roles), example_batch))
 
@@ -102,9 +102,7 @@ class Kit(nn.Module):
     @property
     def state(self) -> KitState:
         """What all the rest of kitout works on."""
-        state = self.__dict__["state"]
-        assert isinstance(state, KitState)
-        return state
+        return cast(KitState, self.__dict__["state"])
 
     @property
     def base(self) -> nn.Module:
@@ -191,12 +189,9 @@ class Kit(nn.Module):
         has it. only_trainable: those that require a gradient; exclude_embeddings: without the base's embeddings.
         """
         if name is not None:
-            if only_trainable or exclude_embeddings:
-                raise ConfigError("num_parameters(name) has every figure of one adapter: leave the options out")
             return count(self[name], self.base)
         tables = {id(p) for m in self.base.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        left_out = tables if exclude_embeddings else set()
-        own = [*self.base.parameters(), *self.parameters()]
+        left_out, own = tables if exclude_embeddings else set(), [*self.base.parameters(), *self.parameters()]
         return sum(p.numel() for p in own if id(p) not in left_out and (p.requires_grad or not only_trainable))
 
     # ---- the route ---------------------------------------------------------------------------------------------
