@@ -20,14 +20,14 @@ from kitout.base.probe.probe import prove
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.base.survey import Survey
-from kitout.errors import AlreadyAttached, KitoutError, MergeState, RouteError
+from kitout.errors import AlreadyAttached, ConfigError, KitoutError, MergeState, RouteError
 from kitout.files import adapter_folder
 from kitout.files.peft import folder as peft_folder
 from kitout.method import Method
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.base_state import Forward, disable_checkpointing, enable_checkpointing
 from kitout.runtime.build_adapter import build, check_known, check_strength
-from kitout.runtime.count import ParameterCount, count
+from kitout.runtime.count import ParameterCount, count, count_all
 from kitout.runtime.hooks.boundary import bounded, routed
 from kitout.runtime.hooks.class_swap import Tap, install, tap, uninstall, untap
 from kitout.runtime.merge.commit import merge, restore
@@ -188,11 +188,11 @@ class Kit(nn.Module):
         Without one: the number of parameters of base and adapters together, as transformers' own call of this name
         has it. only_trainable: those that require a gradient; exclude_embeddings: without the base's embeddings.
         """
-        if name is not None:
-            return count(self[name], self.base)
-        tables = {id(p) for m in self.base.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        left_out, own = tables if exclude_embeddings else set(), [*self.base.parameters(), *self.parameters()]
-        return sum(p.numel() for p in own if id(p) not in left_out and (p.requires_grad or not only_trainable))
+        if name is None:
+            return count_all(self.base, self.adapters, only_trainable, exclude_embeddings)
+        if only_trainable or exclude_embeddings:
+            raise ConfigError("num_parameters(name) has every figure of one adapter: leave the options out")
+        return count(self[name], self.base)
 
     # ---- the route ---------------------------------------------------------------------------------------------
 
@@ -295,8 +295,7 @@ class Kit(nn.Module):
 
     def train(self, mode: bool = True) -> Kit:
         """Training mode of base (its dropout) and adapters; `model.train()` and `model.eval()` do the same."""
-        super().train(mode)
-        self.state.set_base_mode(mode)
+        super().train(mode).state.set_base_mode(mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Kit:
@@ -339,11 +338,7 @@ class Kit(nn.Module):
 
 
 def load_peft(kit: Kit, folder: str | PathLike[str], name: str) -> Adapter:
-    """Adds an adapter from a folder of Hugging Face PEFT's; same numbers. See `kitout.files.peft.folder`.
-
-    FileError, TargetError or ConfigError name what the folder holds that this base does not have or kitout does not
-    know; the kit is as before then.
-    """
+    """Adds an adapter that Hugging Face PEFT saved; FileError names every reason why a folder does not fit here."""
     return peft_folder.load_peft(kit.state, folder, name)
 
 

@@ -193,7 +193,7 @@ def test_a_merge_that_fails_half_way_changes_nothing(kit: Kit) -> None:
 def test_attach_twice(kit: Kit) -> None:
     with pytest.raises(errors.AlreadyAttached, match="kit"):
         kitout.attach(kit.base)
-    with pytest.raises(errors.AlreadyAttached, match="bare model"):
+    with pytest.raises(errors.AlreadyAttached, match="the model itself"):
         kitout.attach(kit)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+import kitout
+from kitout import LoRA
+from kitout.errors import ConfigError
 from laws.configs import CELLS, Case, name_of
 from laws.wear import kit_of, worn
-from zoo import Specimen
+from zoo import ZOO, Specimen
 
 
 @pytest.mark.parametrize(("specimen", "case"), CELLS, ids=name_of)
@@ -28,3 +31,17 @@ def test_the_count_is_the_closed_form_and_requires_grad(specimen: Specimen, case
         cost = kit.num_parameters(case.name)
         assert (cost.trainable, cost.total) == (0, values)
         assert sum(v.numel() for v in kit.state_dict().values()) >= values
+
+
+def test_base_and_adapters_are_counted_together_as_transformers_does() -> None:
+    kit = kitout.attach(ZOO["llama"].build())
+    base = kit.base.num_parameters()  # type: ignore[operator]
+    tables = base - kit.base.num_parameters(exclude_embeddings=True)  # type: ignore[operator]
+    assert kit.num_parameters() == base
+    kit.add("a", LoRA(rank=2))
+    own = kit.num_parameters("a").total
+    assert kit.num_parameters() == base + own
+    assert kit.num_parameters(only_trainable=True) == own
+    assert kit.num_parameters(exclude_embeddings=True) == base + own - tables
+    with pytest.raises(ConfigError, match="leave the options out"):
+        kit.num_parameters("a", only_trainable=True)  # type: ignore[call-overload]

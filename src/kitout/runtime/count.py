@@ -48,3 +48,11 @@ def count(adapter: Adapter, base: nn.Module) -> ParameterCount:
     assert formula == total - heads, f"{adapter.name}: closed form {formula}, tensors {total - heads}"
     size = sum(p.numel() * p.element_size() for p in parameters)
     return ParameterCount(trainable, total, heads, 100.0 * trainable / max(1, base_size(base)), size, formula)
+
+
+def count_all(base: nn.Module, adapters: nn.Module, only_trainable: bool, exclude_embeddings: bool) -> int:
+    """Parameters of base and adapters together, as transformers' `num_parameters` counts them."""
+    tables = {id(p) for m in base.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    left_out = tables if exclude_embeddings else set()
+    parameters = [*base.parameters(), *adapters.parameters()]
+    return sum(p.numel() for p in parameters if id(p) not in left_out and (p.requires_grad or not only_trainable))
