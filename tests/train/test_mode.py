@@ -13,9 +13,10 @@ from torch import nn
 
 import kitout
 from kitout import Houlsby, Kit, LoRA, PrefixTuning, PromptTuning
+from kitout.base.eval_mode import eval_mode
 from kitout.data.encode.item import Item
 from kitout.errors import ConfigError
-from kitout.train.loop.base_mode import at_rest, at_work
+from kitout.train.loop.base_mode import at_work
 from kitout.train.loop.jobs import Job
 from kitout.train.objectives.seq2seq_lm import Seq2Seq
 from kitout.train.objectives.sequence import Labels
@@ -144,12 +145,12 @@ def test_measuring_is_at_rest(tmp_path: Path, checkpointing: bool) -> None:
     assert modes.count({True}) >= 3
 
 
-def test_at_rest_puts_every_mode_back() -> None:
+def test_eval_mode_puts_every_mode_back() -> None:
     kit = kit_of("llama")
     add(kit, "low", LoRA(rank=2, dropout=0.5))
     with at_work(kit, ["low"], True):
         before = [module.training for whole in (kit, kit.base) for module in whole.modules()]
-        with at_rest(kit):
+        with eval_mode(kit.base, kit):
             with torch.no_grad(), kit.use("low"):
                 kit(torch.tensor([[5, 6, 7]]))
             assert not any(module.training for whole in (kit, kit.base) for module in whole.modules())

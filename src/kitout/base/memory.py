@@ -71,8 +71,9 @@ def _rusage() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def is_full(wrong: BaseException) -> bool:
-    """Whether this is memory running out: CUDA's error, or the CPU allocator's RuntimeError."""
-    return isinstance(wrong, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(wrong, RuntimeError) and "can't allocate memory" in str(wrong)
-    )
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: CUDA's error, Python's, or what the CPU's allocator says on Linux and on Windows."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = ("can't allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)

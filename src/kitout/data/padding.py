@@ -1,39 +1,25 @@
-"""Rows of ids as one padded batch: what a model is called with.
+"""Rows of token ids of unequal length as one rectangle and its mask: the only padding there is.
 
-Padding is marked by the attention mask alone, so the id that fills it may be any, the end token's too. It knows no
-tokenizer beyond that id and no objective.
+What the mask leaves out is never read, so any id may fill it. It knows no tokenizer, no model and no label.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Batch:
-    """inputs: what the model is called with. gold: what its answer is compared with. rows: examples, in order.
-
-    tokens: without padding. padded: with it.
-    """
-
-    inputs: dict[str, Any]
-    gold: dict[str, Tensor]
-    rows: int
-    tokens: int
-    padded: int = 0
-
-
-def padded(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, T], filled on the right."""
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask, both [rows, longest row] of int64 on the device; `side` is where the padding stands."""
     width = max(map(len, rows))
-    ids = torch.full((len(rows), width), filler)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, row_ids, row_mask in zip(rows, ids, mask, strict=True):
+        tokens = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        row_ids[tokens], row_mask[tokens] = torch.tensor(row), 1
     return ids.to(device), mask.to(device)

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from kitout.base.probe.probe import undisturbed
+from kitout.base.eval_mode import eval_mode
 from kitout.base.site import Site
 from kitout.delta import Delta, Pair
 from kitout.errors import (
@@ -96,7 +96,7 @@ def keys_values(state: KitState, ids: Tensor) -> dict[str, Pair]:
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if state.config.is_encoder_decoder else {})
     for site in state.survey.attentions:
         state.tapped(site.path)
-    with live.lock, undisturbed(base), torch.no_grad():
+    with live.lock, eval_mode(base, state.modules):
         before = live.bound
         live.leading += 1
         try:

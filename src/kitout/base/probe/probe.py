@@ -7,14 +7,14 @@ requires_grad as they were. It knows no architecture; where the forward cannot b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from kitout.base.eval_mode import eval_mode
 from kitout.base.probe.attention_sites import attentions
 from kitout.base.probe.dummy_batch import example as make_example
 from kitout.base.probe.dummy_batch import one_more
@@ -38,7 +38,7 @@ def prove(found: Survey, example: Mapping[str, Any] | None = None) -> Survey:
     if batch is None:
         return replace(found, doubt="no example batch could be made up for this model")
     try:
-        with undisturbed(model):
+        with eval_mode(model, grad=True, freeze=True):
             first = _watch(found, batch)
             second = _watch(found, one_more(batch))
             feeds = _feeds(first)
@@ -84,27 +84,6 @@ def _watch(found: Survey, batch: Mapping[str, Any]) -> Watch:
     with watch:
         found.model(**batch)
     return watch
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no parameter gradients and a private RNG, all put back afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    grads = [(p, p.requires_grad) for p in model.parameters()]
-    with torch.random.fork_rng(devices=_cuda(model)), torch.inference_mode(False), torch.enable_grad():
-        try:
-            model.eval()
-            model.requires_grad_(False)
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            for parameter, grad in grads:
-                parameter.requires_grad_(grad)
-
-
-def _cuda(model: nn.Module) -> list[torch.device]:
-    return list({p.device for p in model.parameters() if p.device.type == "cuda"})
 
 
 def _rows(first: int, second: int, batch: Mapping[str, Any]) -> Rows:

@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from kitout.base.eval_mode import eval_mode
+from kitout.data.padding import pad
 from kitout.errors import ConfigError
-from kitout.evaluate.ask.batches import Tell, asking, in_batches, padded
+from kitout.evaluate.ask.batches import Tell, in_batches
 from kitout.kit import Kit
 
 # What starts an answer or forbids tokens is the model's own; sampling, search, penalties and least lengths are not.
@@ -46,13 +48,13 @@ def answers(
     reads_first = bool(kit.config.is_encoder_decoder)
 
     def ask(rows: list[Sequence[int]]) -> list[str]:
-        ids, mask = padded(rows, filler, "right" if reads_first else "left", kit.device)
+        ids, mask = pad(rows, filler, "right" if reads_first else "left", kit.device)
         out = kit.generate(input_ids=ids, attention_mask=mask)
         written = out[:, 1 if reads_first else ids.shape[1] :].tolist()
         kept = [_until(row, ends) for row in written]
         return [text.strip() for text in tokenizer.batch_decode(kept, skip_special_tokens=True)]
 
-    with asking(kit), _greedy(kit.base, max_new_tokens, sorted(ends), filler):
+    with eval_mode(kit.base, kit), _greedy(kit.base, max_new_tokens, sorted(ends), filler):
         return in_batches(prompts, batch, ask, tell)
 
 

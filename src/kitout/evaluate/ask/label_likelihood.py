@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kitout.base.eval_mode import eval_mode
+from kitout.data.padding import pad
 from kitout.errors import ConfigError, Faults
-from kitout.evaluate.ask.batches import Tell, asking, in_batches, padded
+from kitout.evaluate.ask.batches import Tell, in_batches
 from kitout.kit import Kit
 from kitout.runtime.routing.route import names
 
@@ -37,7 +39,7 @@ def likelihoods(
     if any(a is not b and b[: len(a)] == a for a in answers for b in answers):
         answers = [[*a, end] for a in answers]
     ask = _written_after(kit, answers, end) if kit.config.is_encoder_decoder else _said_after(kit, answers, end)
-    with asking(kit):
+    with eval_mode(kit.base, kit):
         rows = in_batches(prompts, batch, ask, tell)
     return torch.stack(rows) if rows else torch.zeros(0, len(answers))
 
@@ -57,7 +59,7 @@ def _said_after(kit: Kit, answers: list[list[int]], filler: int) -> Any:
     placed = "position_ids" in takes and not _leads(kit)
 
     def ask(prompts: list[Sequence[int]]) -> list[Tensor]:
-        ids, mask = padded(prompts, filler, "left", kit.device)
+        ids, mask = pad(prompts, filler, "left", kit.device)
         places = (mask.cumsum(1) - 1).clamp_min(0)
         options: dict[str, Any] = {"position_ids": places} if placed else {}
         if "logits_to_keep" in takes:
@@ -105,7 +107,7 @@ def _rest(kit: Kit, mask: Tensor, places: Tensor | None, cache: Any, answer: lis
 
 def _afresh(kit: Kit, prompts: list[Sequence[int]], answer: list[int], filler: int, placed: bool) -> Tensor:
     """Log-likelihood of a whole answer by a forward of its own."""
-    ids, mask = padded([[*prompt, *answer[:-1]] for prompt in prompts], filler, "left", kit.device)
+    ids, mask = pad([[*prompt, *answer[:-1]] for prompt in prompts], filler, "left", kit.device)
     positions = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)} if placed else {}
     out = kit(input_ids=ids, attention_mask=mask, use_cache=False, **positions)
     return _of(out.logits[:, -len(answer) :], answer)
@@ -115,7 +117,7 @@ def _written_after(kit: Kit, answers: list[list[int]], filler: int) -> Any:
     start = kit.config.decoder_start_token_id
 
     def ask(prompts: list[Sequence[int]]) -> list[Tensor]:
-        ids, mask = padded(prompts, filler, "right", kit.device)
+        ids, mask = pad(prompts, filler, "right", kit.device)
         columns = []
         for answer in answers:
             read = torch.tensor([[start, *answer[:-1]]] * len(prompts), device=kit.device)

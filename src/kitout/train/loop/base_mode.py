@@ -56,18 +56,6 @@ def _check_layout(kit: Kit) -> None:
             )
 
 
-@contextmanager
-def at_rest(kit: Kit) -> Iterator[None]:
-    """While it lasts nothing is in training mode, as in every measurement; then all is as before."""
-    before = [(module, module.training) for whole in (kit.base, kit) for module in whole.modules() if module.training]
-    kit.eval()
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
-
-
 def _checkpoint(kit: Kit, undone: ExitStack) -> None:
     base: Any = kit.base
     blocks = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]

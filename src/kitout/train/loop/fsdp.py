@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from kitout.base.eval_mode import eval_mode
 from kitout.base.probe.dummy_batch import example
 from kitout.errors import ConfigError, Faults
 from kitout.kit import Kit
 from kitout.train.loop import distributed
-from kitout.train.loop.base_mode import at_rest
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -79,7 +79,7 @@ def _prove(kit: Kit) -> None:
     batch = example(kit.base, 2)
     for name in kit.names if batch is not None else ():
         try:
-            with at_rest(kit), kit.use(name):
+            with eval_mode(kit.base, kit, grad=True), kit.use(name):
                 found = kit(**batch or {})
                 (found if isinstance(found, Tensor) else found[0]).float().square().mean().backward()
         except RuntimeError as wrong:

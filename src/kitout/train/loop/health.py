@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kitout.base.eval_mode import eval_mode
 from kitout.errors import SilentSite
 from kitout.files.atomic import write_text
 from kitout.kit import Kit
 from kitout.train.loop import distributed
-from kitout.train.loop.base_mode import at_rest
 from kitout.train.loop.jobs import Diverged, Job, clipped, fusable
 
 PATIENCE = 16  # steps at the full rate after which an adapter has to show in what the model says
@@ -125,7 +125,7 @@ class Health:
         batch = objective.collate([job.items[job.steps[0][-1]] for job in jobs], None)
         weights = torch.ones(batch.rows, device=self.kit.device)
         names = [job.name for job in jobs]
-        with at_rest(self.kit):
+        with eval_mode(self.kit.base, self.kit, grad=True):
             with self.kit.use(names if len(names) > 1 else names[0]):
                 on = objective.losses(self.kit, batch, weights).rows
             with self.kit.use(None):

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from kitout.base import memory
-from kitout.data.padding import Batch
 from kitout.kit import Kit
 from kitout.train.loop import distributed
 from kitout.train.loop.jobs import Job, fusable
+from kitout.train.objectives.batch import Batch
 from kitout.train.objectives.objective import Losses
 
 Rows = list[tuple[int, int]]  # (job, index of its item)
@@ -61,7 +61,7 @@ class Work:
                 break
             except (RuntimeError, MemoryError) as wrong:
                 largest = max(len(part.rows) for part in self.parts(rows))
-                if not memory.is_full(wrong) or largest == 1 or distributed.world() > 1:
+                if not memory.is_out_of_memory(wrong) or largest == 1 or distributed.world() > 1:
                     raise
             model.zero_grad()
             self.micro, self.halved = (largest + 1) // 2, self.halved + 1

@@ -23,11 +23,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_callback import ExportableState
 
 from kitout.base import memory
+from kitout.base.eval_mode import eval_mode
 from kitout.errors import ConfigError, Faults
 from kitout.kit import Kit
 from kitout.train import checkpoints
 from kitout.train.loop import distributed
-from kitout.train.loop.base_mode import at_rest, at_work
+from kitout.train.loop.base_mode import at_work
 from kitout.train.loop.fsdp import shard, sharded
 from kitout.train.loop.health import Health
 from kitout.train.loop.jobs import Job, optimiser, scheduler
@@ -150,7 +151,7 @@ class Loop(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """What `watch` measures, logged and told to the callbacks."""
-        with at_rest(self.kit):
+        with eval_mode(self.kit.base, self.kit):
             found = self.watch() if self.watch is not None else {}
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from kitout.data.encode.item import IGNORED, Item
-from kitout.data.padding import Batch, padded
+from kitout.data.padding import pad
 from kitout.errors import ConfigError, KitoutError
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
+from kitout.train.objectives.batch import Batch
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32
 from kitout.train.objectives.lm_head_loss import HeadLoss
 from kitout.train.objectives.objective import Losses
@@ -66,7 +67,7 @@ class Causal:
     def collate(self, items: Sequence[Item], seeds: Sequence[int] | None) -> Batch:
         device = self.kit.device
         rows = _packed(items, self.pack) if self.pack else [[i] for i in range(len(items))]
-        ids, mask = padded([[t for i in row for t in items[i].ids] for row in rows], 0, device)
+        ids, mask = pad([[t for i in row for t in items[i].ids] for row in rows], 0, "right", device)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         if self.pack:
             del inputs["attention_mask"]  # with one, transformers no longer parts rows by their positions

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from kitout.data.images.image_set import Images
 from kitout.data.images.pixels import Pixels
-from kitout.data.padding import Batch
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
 from kitout.train.forward import logits
+from kitout.train.objectives.batch import Batch
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32
 from kitout.train.objectives.objective import Losses
 from kitout.train.objectives.sequence import read_off, value_losses

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from kitout.data.padding import Batch
 from kitout.evaluate.metrics.registry import Task
+from kitout.train.objectives.batch import Batch
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from kitout.data.encode.item import Item
-from kitout.data.padding import Batch, padded
+from kitout.data.padding import pad
 from kitout.errors import ConfigError
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
+from kitout.train.objectives.batch import Batch
 from kitout.train.objectives.lm_head_loss import HeadLoss
 from kitout.train.objectives.objective import Losses
 
@@ -51,8 +52,8 @@ class Seq2Seq:
 
     def collate(self, items: Sequence[Item], seeds: Sequence[int] | None) -> Batch:
         device = self.kit.device
-        ids, mask = padded([item.ids for item in items], self.filler, device)
-        read, there = padded([(self.start, *item.target[:-1]) for item in items], self.filler, device)
+        ids, mask = pad([item.ids for item in items], self.filler, "right", device)
+        read, there = pad([(self.start, *item.target[:-1]) for item in items], self.filler, "right", device)
         inputs: dict[str, Any] = {
             "input_ids": ids, "attention_mask": mask, "decoder_input_ids": read, "decoder_attention_mask": there,
             "use_cache": False,

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kitout.data.encode.item import Item
-from kitout.data.padding import Batch, padded
+from kitout.data.padding import pad
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
+from kitout.train.objectives.batch import Batch
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32
 from kitout.train.objectives.objective import Losses
 
@@ -45,7 +46,7 @@ class Labels:
         return 1
 
     def collate(self, items: Sequence[Item], seeds: Sequence[int] | None) -> Batch:
-        ids, mask = padded([item.ids for item in items], self.filler, self.kit.device)
+        ids, mask = pad([item.ids for item in items], self.filler, "right", self.kit.device)
         form = torch.long if self.task == "classification" else torch.promote_types(self.kit.dtype, torch.float32)
         gold = torch.tensor([item.value for item in items], dtype=form, device=self.kit.device)
         inputs = {"input_ids": ids, "attention_mask": mask}

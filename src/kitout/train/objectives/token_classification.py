@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kitout.data.encode.item import IGNORED, Item
-from kitout.data.padding import Batch, padded
+from kitout.data.padding import pad
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
+from kitout.train.objectives.batch import Batch
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32
 from kitout.train.objectives.objective import Losses
 
@@ -39,7 +40,7 @@ class Tagging:
         return item.learned
 
     def collate(self, items: Sequence[Item], seeds: Sequence[int] | None) -> Batch:
-        ids, mask = padded([item.ids for item in items], self.filler, self.kit.device)
+        ids, mask = pad([item.ids for item in items], self.filler, "right", self.kit.device)
         gold = torch.full(ids.shape, IGNORED)
         for i, item in enumerate(items):
             gold[i, : len(item.labels)] = torch.tensor(item.labels)

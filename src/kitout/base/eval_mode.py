@@ -1,0 +1,42 @@
+"""Eval mode, a gradient mode and a private random state while a model is asked something; all restored afterwards.
+
+One context for whoever runs a model without training it: the probe, evaluation, and what a run measures between steps.
+Training modes are put back by module, so that blocks in a mode of their own keep it. It knows modules, no kit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def eval_mode(*models: nn.Module, grad: bool = False, freeze: bool = False) -> Iterator[None]:
+    """While it lasts no module of the models is in training mode, and what draws random numbers moves no one else's.
+
+    grad: gradients are recorded, even below `torch.inference_mode`; else they are not. freeze: no parameter requires
+    any, so that with `grad` they reach activations alone.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in parameters] if freeze else []
+    devices = list({parameter.device for parameter in parameters if parameter.device.type == "cuda"})
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        if grad:
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        try:
+            for model in models:
+                model.eval()
+                if freeze:
+                    model.requires_grad_(False)
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter, required in requires_grad:
+                parameter.requires_grad_(required)
