@@ -43,19 +43,20 @@ def seconds(value: float) -> str:
     return f"{hours}:{minutes:02d} h" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def figure(value: Any) -> str:
-    """A measured value with four figures; what is none, as words."""
+def figure(value: Any, sign: bool = False) -> str:
+    """A measured value with four figures, thousands apart; None in words. sign: a plus where it is positive."""
     if value is None:
         return "not finite"
-    if isinstance(value, bool | str):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return safe(str(value))
+    plus = "+" if sign else ""
     if isinstance(value, int):
-        return f"{value:,}"
-    if not isinstance(value, float):
-        return safe(str(value))
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:.4g}"
-    mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{value:{plus},}"
+    if value == 0 or 1e-3 <= abs(value) < 1e3 or not math.isfinite(value):
+        return f"{value:{plus}.4g}"
+    if 1e3 <= abs(value) < 1e7:
+        return f"{value:{plus},.0f}"
+    mantissa, exponent = f"{value:{plus}.2e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
@@ -81,3 +82,11 @@ def one_line(text: str, most: int = 80) -> str:
     """Safe, white space as single blanks, at most so many characters."""
     flat = re.sub(r"\s+", " ", safe(text)).strip()
     return flat if len(flat) <= most else flat[: most - 1] + "…"
+
+
+def common_prefix_length(one: str, other: str) -> int:
+    """Characters that both begin with. (`os.path.commonprefix` is deprecated from Python 3.15 on.)"""
+    shorter = min(len(one), len(other))
+    if one[:shorter] == other[:shorter]:
+        return shorter
+    return next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)

@@ -13,8 +13,9 @@ from typer.testing import CliRunner, Result
 from kitout import LoRA
 from kitout.cli import app
 from kitout.cli import methods as verb
-from kitout.cli.methods import about, described, kind
+from kitout.cli.methods import about, described
 from kitout.method import REGISTRY, Method
+from kitout.train.config.describe import type_text
 from laws.configs import CASES
 
 
@@ -48,10 +49,10 @@ def test_a_page_tells_every_setting(name: str) -> None:
 
 def test_a_page_tells_types_bounds_and_words() -> None:
     lines = {line.split()[0]: " ".join(line.split()) for line in said("LoRA").output.splitlines() if line}
-    assert lines["rank"].startswith("rank 8 int | dict[str, int] a number, or numbers by role")
-    assert lines["dropout"] == "dropout 0.0 float, >= 0, < 1 on x."
-    assert lines["init"].startswith('init default "default" | "pissa"')
-    assert lines["layers"].startswith("layers all str")
+    assert lines["rank"].startswith("rank 8 whole number | settings (name: whole number) a number, or numbers by role")
+    assert lines["dropout"] == "dropout 0.0 number >= 0, < 1 on x."
+    assert lines["init"].startswith("init default default | pissa")
+    assert lines["layers"].startswith("layers all text")
 
 
 def test_json_is_what_the_code_says() -> None:
@@ -99,14 +100,14 @@ def test_a_method_of_ones_own_needs_no_words() -> None:
     page = about(Bare)
     assert (page["summary"], page["seat"], page["lr"]) == ("", "attn.v", Method.rate.lr)
     assert page["settings"][-2:] == [
-        {"name": "width", "default": 8, "takes": "int, >= 1, <= 64", "what": ""},
-        {"name": "kinds", "default": None, "takes": 'tuple[int, ...] | "none" | null', "what": ""},
+        {"name": "width", "default": 8, "takes": "whole number >= 1, <= 64", "what": ""},
+        {"name": "kinds", "default": None, "takes": "list of whole number | none", "what": ""},
     ]
 
 
 def test_types_are_as_one_writes_them() -> None:
-    assert kind(dict[str, float] | None) == "dict[str, float] | null"
-    assert kind(Literal["a", "b"]) == '"a" | "b"'
+    assert type_text(dict[str, float] | None) == "settings (name: number)"
+    assert type_text(Literal["a", "b"]) == "a | b"
 
 
 def test_a_terminal_gets_a_drawn_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,5 +116,5 @@ def test_a_terminal_gets_a_drawn_table(monkeypatch: pytest.MonkeyPatch, capsys: 
     verb.methods("prompttuning")
     shown = capsys.readouterr().out
     assert "┃ method" in shown
-    assert "tuple[int, ...]" in shown
+    assert "list of whole number" in shown
     assert LoRA.__name__ in shown

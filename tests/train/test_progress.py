@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from kitout.train.metrics_log import Metrics, plain, read
+from kitout.train.metrics_log import Metrics, read, to_json_value
 from kitout.train.progress import Progress
 
 
@@ -228,7 +228,7 @@ def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_plain_values() -> None:
     values = [torch.tensor([1.0, 2.0]), torch.tensor(3), float("inf"), True, None, "x", (1, 2.5), {"a"}]
-    assert [plain(v) for v in values] == [[1.0, 2.0], 3, None, True, None, "x", [1, 2.5], "{'a'}"]
+    assert [to_json_value(v) for v in values] == [[1.0, 2.0], 3, None, True, None, "x", [1, 2.5], "{'a'}"]
 
 
 def test_lines_written_before_training_are_kept_once(tmp_path: Path) -> None:

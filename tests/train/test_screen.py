@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kitout import format as format_text
 from kitout.data.encode.item import IGNORED, Item
 from kitout.data.statistics import facts
 from kitout.runtime.count import Count
@@ -147,19 +146,3 @@ def test_bars() -> None:
     assert [bar(n, 1000).rstrip() for n in (0, 1)] == ["", "▏"]
     assert bar(1000, 1000) == "█" * BAR
     assert all(len(bar(n, 1000)) == BAR for n in range(0, 1001, 7))
-
-
-def test_words() -> None:
-    assert [format_text.seconds(s) for s in (0.04, 12.3, 61, 245, 7400, 3e5)] == [
-        "0.0 s", "12 s", "61 s", "4:05 min", "2:03 h", "3 d 11 h"
-    ]  # fmt: skip
-    assert [format_text.size(n) for n in (12, 2048, 1.4e9, 2**40)] == ["12 B", "2.0 KiB", "1.3 GiB", "1.0 TiB"]
-    assert [format_text.amount(n) for n in (999, 9999, 12345, 1.5e6, 2e9)] == ["999", "9,999", "12.3 k", "1.5 M", "2 G"]
-    assert [format_text.figure(v) for v in (0.12345, 0, 1e-5, 3, None, True, 123456.0)] == [
-        "0.1235", "0", "1e-5", "3", "not finite", "True", "1.23e5"
-    ]  # fmt: skip
-    assert format_text.safe("a\tb\nc") == "a\tb\nc"
-    assert format_text.safe("a\tb\nc", line=True) == "a␉b␊c"
-    assert format_text.safe("👩\u200d🔬 é नी") == "👩\u200d🔬 é नी"  # what joins letters is left alone
-    assert format_text.safe("\ud800\ufeff") == "\\ud800\\ufeff"
-    assert format_text.one_line("a \n  b" + "c" * 100, 10) == "a bcccccc…"

@@ -10,18 +10,17 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import types
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
-from annotated_types import Ge, Gt, Le, Lt
 from rich.console import Console
 from rich.table import Table
 
 from kitout import methods as _registering  # noqa: F401 - all there are
 from kitout.method import REGISTRY, Method
 from kitout.runtime.show import columns
+from kitout.train.config.describe import type_text
 from kitout.train.loop.optimizer import highest, refused
 
 COLUMNS = ("method", "what it adds", "where, by default", "lr", "decay", "merges", "rows and mixes")
@@ -78,7 +77,7 @@ def about(method: type[Method]) -> dict[str, Any]:
             {
                 "name": name,
                 "default": field.get_default(call_default_factory=True),
-                "takes": ", ".join([kind(field.annotation), *_bounds(field.metadata)]),
+                "takes": type_text(field.annotation, field.metadata),
                 "what": words.get(name, ""),
             }
             for name, field in method.model_fields.items()
@@ -101,34 +100,6 @@ def described(method: type[Method]) -> tuple[str, dict[str, str]]:
                 words |= dict.fromkeys(names.split(", "), text.strip())
     summary = " ".join((method.__doc__ or "").split("\n\n")[0].split())
     return begins.split(summary)[0].strip(), words
-
-
-def kind(annotation: Any) -> str:
-    """What a setting takes, as one writes it: `int | dict[str, int]`, `"vocab" | "normal"`."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return " | ".join(map(kind, get_args(annotation)))
-    if get_origin(annotation) is Literal:
-        return " | ".join(map(json.dumps, get_args(annotation)))
-    if annotation is type(None):
-        return "null"
-    inside = ", ".join("..." if a is ... else kind(a) for a in get_args(annotation))
-    name = getattr(get_origin(annotation) or annotation, "__name__", str(annotation))
-    return f"{name}[{inside}]" if inside else name
-
-
-def _bounds(metadata: list[Any]) -> list[str]:
-    found = []
-    for bound in metadata:
-        match bound:
-            case Ge(ge=least):
-                found.append(f">= {least:g}")
-            case Gt(gt=least):
-                found.append(f"> {least:g}")
-            case Le(le=most):
-                found.append(f"<= {most:g}")
-            case Lt(lt=most):
-                found.append(f"< {most:g}")
-    return found
 
 
 def _row(page: dict[str, Any]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from kitout.data.encode.item import IGNORED, Item
 from kitout.data.read.tables import DataError
 from kitout.errors import Faults
+from kitout.format import common_prefix_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -220,7 +221,9 @@ def _spans(ids: Sequence[int], learnt: Sequence[bool], tokenizer: PreTrainedToke
     borders = [i for i in range(1, len(ids)) if learnt[i] != learnt[i - 1]]
     spans, done, start = [], 0, 0
     for border in [*borders, len(ids)]:
-        end = len(whole) if border == len(ids) else max(done, _shared(_decoded(ids[:border], tokenizer), whole))
+        end = len(whole)
+        if border < len(ids):
+            end = max(done, common_prefix_length(_decoded(ids[:border], tokenizer), whole))
         if end > done:
             spans.append((whole[done:end], learnt[start]))
         done, start = end, border
@@ -229,8 +232,3 @@ def _spans(ids: Sequence[int], learnt: Sequence[bool], tokenizer: PreTrainedToke
 
 def _decoded(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _shared(one: str, other: str) -> int:
-    """Characters that both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from kitout.evaluate.metrics.generation import closed, named, normal
 from kitout.evaluate.metrics.measure import Measure, Score, difference
 from kitout.evaluate.metrics.registry import TITLES
+from kitout.format import figure
 
 SHORT = 4  # words; an answer to a longer reference is neither right nor wrong
 
@@ -158,6 +159,5 @@ def _says(answer: str, reference: str, labels: Sequence[str]) -> bool:
 
 def told(value: float, share: bool, sign: bool = False) -> str:
     """26.5 of a share of 0.265; else four figures."""
-    form = ".1f" if share else ",.0f" if 1e4 <= abs(value) < 1e7 else ".4g"
-    text = f"{100 * value if share else value:{'+' if sign else ''}{form}}"
+    text = f"{100 * value:{'+' if sign else ''}.1f}" if share else figure(value, sign)
     return text if any(c in "123456789" for c in text) else text.lstrip("+-")

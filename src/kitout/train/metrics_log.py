@@ -40,7 +40,7 @@ class Metrics:
 
     def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """One line more; what was written, as plain values."""
-        line = {"step": step} | {name: plain(value) for name, value in values.items() if name != "step"}
+        line = {"step": step} | {name: to_json_value(value) for name, value in values.items() if name != "step"}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a+b") as file:
             text = ("" if _whole(self.file) else "\n") + _line(line)
@@ -55,8 +55,8 @@ def read(file: Path) -> list[dict[str, Any]]:
     return list(_lines(file)) if file.is_file() else []
 
 
-def plain(value: Any) -> Any:
-    """As JSON has it: numbers as numbers, what is not finite as null, all else as words."""
+def to_json_value(value: Any) -> Any:
+    """As JSON has it, inside mappings and lists too: numbers as numbers, not finite ones as null, all else as text."""
     if isinstance(value, torch.Tensor):
         value = value.item() if value.numel() == 1 else value.tolist()
     if value is None or isinstance(value, bool | str):
@@ -65,8 +65,10 @@ def plain(value: Any) -> Any:
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): to_json_value(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [to_json_value(inner) for inner in value]
     return str(value)
 
 

@@ -24,7 +24,7 @@ from kitout.train.config import yaml_file
 from kitout.train.config.load import load
 from kitout.train.config.schema import RunConfig
 from kitout.train.metrics_log import FILE as METRICS
-from kitout.train.metrics_log import plain
+from kitout.train.metrics_log import to_json_value
 
 RUN, RESULTS = "run.yaml", "results.json"
 LOCK, OWNER = ".run.lock", ".run.owner"  # the owner has a file of its own: some systems lock the bytes of the first
@@ -70,7 +70,7 @@ class RunFolder:
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Writes results.json, whose presence says that the run is through: to be called last."""
-        words = json.dumps({name: _tree(value) for name, value in results.items()}, indent=2, ensure_ascii=False)
+        words = json.dumps(to_json_value(results), indent=2, ensure_ascii=False)
         write_text(self.results, words + "\n")
 
     def again(self) -> str:
@@ -207,7 +207,3 @@ def flat(values: Any, name: str = "") -> dict[str, Any]:
     return found
 
 
-def _tree(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _tree(v) for k, v in value.items()}
-    return [_tree(v) for v in value] if isinstance(value, list | tuple) else plain(value)

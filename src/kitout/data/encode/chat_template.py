@@ -20,6 +20,7 @@ from kitout.data.encode.spans_to_labels import Marked, Words
 from kitout.data.examples.examples import Chat, Turn
 from kitout.data.read.tables import DataError
 from kitout.errors import suggest
+from kitout.format import common_prefix_length
 
 LEARN = ("assistant", "last", "all")
 _TAGGED = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -101,7 +102,7 @@ class Template:
         after = self._render(turns[: k + 1], tools)
         if not after.startswith(before) or not text.startswith(before):
             return None
-        same = _shared(text, after)
+        same = common_prefix_length(text, after)
         for token in self._ends.finditer(after, len(before)):
             if token.start() < same < token.end():
                 same = token.start()
@@ -242,7 +243,7 @@ class Template:
     def _unsteady(self, turns: Sequence[Turn], tools: Any, k: int) -> str:
         """What a template asks with and does not write, and the switch that mends it, if it has one of the usual."""
         before, after = self._render(turns[:k], tools, ask=True), self._render(turns[: k + 1], tools)
-        same = _shared(before, after)
+        same = common_prefix_length(before, after)
         told = (
             f"the template asks for turn {k + 1} with {before[-60:]!r} but writes the answered turn as "
             f"{after[max(0, same - 20) : same + 40]!r}: what is learnt would not be what is asked for; "
@@ -283,10 +284,3 @@ class Template:
 
 def _exchange(answer: str) -> tuple[Turn, ...]:
     return Turn({"role": "user", "content": "a"}), Turn({"role": "assistant", "content": answer})
-
-
-def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
-    if one.startswith(other) or other.startswith(one):
-        return min(len(one), len(other))
-    return next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)

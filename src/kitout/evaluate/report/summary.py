@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from kitout.evaluate.compare import Comparison
+from kitout.format import figure
 
 Facts: TypeAlias = Mapping[str, Any]  # what -> a value in words, or a number
 
@@ -57,10 +58,8 @@ def words(value: Any) -> str:
     """A fact's value: numbers with separators and four figures, all else as it is."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, int | float):
+        return figure(value)
     if isinstance(value, list | tuple):
         return ", ".join(map(words, value))
     return "none" if value is None else str(value)

@@ -23,6 +23,10 @@ from kitout.train.config import yaml_file
 from kitout.train.config.schema import JobConfig, RunConfig, SourceConfig
 
 WIDTH = 110
+TYPES: dict[Any, str] = {
+    str: "text", bool: "true | false", int: "whole number", float: "number", Path: "folder", Method: "method",
+    SourceConfig: "source", JobConfig: "job", Any: "value",
+}  # fmt: skip
 SIGNS = ((Gt, ">", "gt"), (Ge, ">=", "ge"), (Lt, "<", "lt"), (Le, "<=", "le"))
 
 # What the example says; all else stands there as a comment with its default.
@@ -76,7 +80,7 @@ def _settings(section: type[BaseModel]) -> Iterator[Setting]:
 
 def _setting(name: str, info: FieldInfo) -> Setting:
     default = "" if info.is_required() else flow(info.get_default(call_default_factory=True))
-    return Setting(name, kind(info.annotation, info.metadata), default, " ".join((info.description or "").split()))
+    return Setting(name, type_text(info.annotation, info.metadata), default, " ".join((info.description or "").split()))
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
@@ -89,30 +93,24 @@ def _text(section: type[BaseModel]) -> str:
     return " ".join((inspect.getdoc(section) or "").split())
 
 
-def kind(annotation: Any, limits: Any = ()) -> str:
-    """A type in words."""
+def type_text(annotation: Any, limits: Any = ()) -> str:
+    """A type in words, with the limits that pydantic holds beside it: `whole number >= 1`."""
     origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return " | ".join(map(str, inner))
     if origin is Annotated:
-        return kind(inner[0], limits)
-    if origin in (Union, types.UnionType):
-        kinds = dict.fromkeys(
-            kind(one) for one in inner if one is not type(None) and not (one is int and float in inner)
-        )
-        return " | ".join(kinds) + _limits(limits)
-    if origin is tuple:
-        return f"list of {kind(inner[0])}"
-    if origin is dict:
-        return "settings (name: value)"
-    words = {str: "text", bool: "true | false", int: "whole number", float: "number", Path: "folder", Method: "method"}
-    words |= {SourceConfig: "source", JobConfig: "job"}
-    return words.get(annotation, "settings") + _limits(limits)
-
-
-def _limits(limits: Any) -> str:
-    said = [f"{sign} {getattr(one, name)}" for one in limits for kind, sign, name in SIGNS if isinstance(one, kind)]
-    return f" {', '.join(said)}" if said else ""
+        return type_text(inner[0], limits)
+    if origin is Literal:
+        text = " | ".join(map(str, inner))
+    elif origin in (Union, types.UnionType):
+        shown = [one for one in inner if one is not type(None) and not (one is int and float in inner)]
+        text = " | ".join(dict.fromkeys(map(type_text, shown)))
+    elif origin is tuple:
+        text = f"list of {type_text(inner[0])}"
+    elif origin is dict:
+        text = f"settings (name: {type_text(inner[1])})"
+    else:
+        text = TYPES.get(annotation, "settings")
+    bounds = [f"{sign} {getattr(one, name):g}" for one in limits for cls, sign, name in SIGNS if isinstance(one, cls)]
+    return f"{text} {', '.join(bounds)}" if bounds else text
 
 
 def flow(value: Any) -> str:
@@ -173,7 +171,7 @@ def _commented(settings: tuple[Setting, ...], indent: str) -> Iterator[str]:
 
 
 def _one(setting: Setting, indent: str, said: Any) -> Iterator[str]:
-    told = "|" in setting.kind and setting.kind != kind(bool)  # the default shows the type of the others
+    told = "|" in setting.kind and setting.kind != type_text(bool)  # the default shows the type of the others
     yield from _words(f"{setting.text} ({setting.kind})" if told else setting.text, indent)
     if isinstance(said, list):
         yield f"{indent}{setting.name}:"

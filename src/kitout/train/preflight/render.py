@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -23,7 +22,7 @@ from kitout.data.statistics import QUANTILES, Facts, Part
 from kitout.files.atomic import write_text
 from kitout.format import amount, one_line, safe, seconds, size
 from kitout.runtime.count import ParameterCount
-from kitout.train.metrics_log import plain
+from kitout.train.metrics_log import to_json_value
 from kitout.train.run_folder import PREFLIGHT
 
 WIDTH, BAR = 100, 32
@@ -67,7 +66,7 @@ def show(page: Preflight, console: Console | None = None) -> None:
 def save(pages: Sequence[Preflight], folder: Path) -> None:
     """preflight.json for machines (a list if there are several jobs), preflight.txt for eyes."""
     values, words = PREFLIGHT
-    held = [_plain(asdict(page)) for page in pages]
+    held = [to_json_value(asdict(page)) for page in pages]
     write_text(folder / values, json.dumps(held[0] if len(held) == 1 else held, indent=2, ensure_ascii=False) + "\n")
     write_text(folder / words, "\n".join(map(text, pages)))
 
@@ -247,9 +246,3 @@ def _warnings(told: Sequence[str]) -> RenderableType | None:
     for one in told:
         table.add_row(Text("!", WARN), Text(safe(one, line=True), WARN))
     return table
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else plain(value)
