@@ -16,12 +16,12 @@ def labelled(count: int, classes: str = "aab") -> list[Example]:
     return [Labelled(f"text {i}", classes[i % len(classes)]) for i in range(count)]
 
 
-def gists(examples: tuple[Example, ...]) -> set[str]:
-    return {e.gist for e in examples}
+def input_keys(examples: tuple[Example, ...]) -> set[str]:
+    return {e.input_key for e in examples}
 
 
 def apart(parts: Parts) -> bool:
-    train, validation, test = gists(parts.train), gists(parts.validation), gists(parts.test)
+    train, validation, test = input_keys(parts.train), input_keys(parts.validation), input_keys(parts.test)
     return not (train & validation or train & test or validation & test)
 
 
@@ -56,7 +56,7 @@ def test_near_copies_stay_together_and_copies_count_once() -> None:
     parts = part({"": [*said, *said[:10]]}, validation=0.1, test=0.2)
     assert apart(parts)
     assert parts.copies == 10
-    assert parts.open == len(parts.train) // 2 == len(gists(parts.train))
+    assert parts.open == len(parts.train) // 2 == len(input_keys(parts.train))
     assert len(parts.train) + len(parts.validation) + len(parts.test) == 200
 
 

@@ -55,7 +55,7 @@ def test_the_prompt_is_the_tokenizers_own(smollm: Any) -> None:
 @pytest.mark.parametrize("name", ["tweets", "20newsgroups", "reuters-r8", "boolq"])
 def test_parts_share_no_text(name: str) -> None:
     parts = part(load(folder(name)).parts, seed=3)
-    train, validation, test = ({e.gist for e in p} for p in (parts.train, parts.validation, parts.test))
+    train, validation, test = ({e.input_key for e in p} for p in (parts.train, parts.validation, parts.test))
     assert not train & test
     assert not (train | test) & validation
     assert min(map(len, (train, validation, test))) > 200

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from kitout.errors import ConfigError
 from kitout.evaluate.metrics import generation
 from kitout.evaluate.metrics.entities import spans
-from kitout.evaluate.metrics.generation import closed, named, normal, token_f1
+from kitout.evaluate.metrics.generation import closed, named, normalize_answer, token_f1
 from kitout.evaluate.metrics.language import Summed, summed
 from kitout.evaluate.metrics.measure import Score
 from kitout.evaluate.metrics.registry import TITLES, score
@@ -165,7 +165,7 @@ def test_tags_without_entities() -> None:
     ],
 )
 def test_normal(text: str, expected: str) -> None:
-    assert normal(text) == expected
+    assert normalize_answer(text) == expected
 
 
 def test_token_f1_counts_words_as_often_as_they_occur() -> None:

@@ -71,10 +71,10 @@ def part(
     if not pool:
         raise DataError("there are no examples to learn from: the training part is empty")
 
-    measured = {e.gist for e in held["test"]}
-    watched = [e for e in held["validation"] if e.gist not in measured]
-    measured |= {e.gist for e in watched}
-    rest = [e for e in pool if e.gist not in measured]
+    measured = {e.input_key for e in held["test"]}
+    watched = [e for e in held["validation"] if e.input_key not in measured]
+    measured |= {e.input_key for e in watched}
+    rest = [e for e in pool if e.input_key not in measured]
     leaked = len(held["validation"]) - len(watched) + len(pool) - len(rest)
     if not rest:
         raise DataError(f"all {len(pool)} training examples are also in the validation or test part: nothing is left")
@@ -93,13 +93,13 @@ def _unique(examples: Iterable[Example]) -> tuple[list[Example], int]:
     found: dict[str, Example] = {}
     count = 0
     for example in examples:
-        found.setdefault(example.copy, example)
+        found.setdefault(example.content_key, example)
         count += 1
     return list(found.values()), count - len(found)
 
 
 def _open(examples: Iterable[Example]) -> int:
-    counts = Counter(e.gist for e in examples)
+    counts = Counter(e.input_key for e in examples)
     return sum(count > 1 for count in counts.values())
 
 
@@ -117,7 +117,7 @@ def _taken(
         return [], pool
     groups: dict[str, list[int]] = {}
     for i, example in enumerate(pool):
-        groups.setdefault(example.gist, []).append(i)
+        groups.setdefault(example.input_key, []).append(i)
     if wanted > len(pool) // 2 or len(groups) < 2:
         raise DataError(
             f"{wanted} examples for {name} are more than half of the {len(pool)} that are left "

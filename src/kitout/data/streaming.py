@@ -43,7 +43,7 @@ class Stream:
         rows = _shuffled(self._rows(), self.buffer, random.Random(f"{self.seed} {self.epoch}"))
         if not self.measured:  # rows that are skipped need not be made examples of
             return (self._example(read) for read in islice(rows, self.taken, None))
-        kept = (e for e in map(self._example, rows) if e.gist not in self.measured)
+        kept = (e for e in map(self._example, rows) if e.input_key not in self.measured)
         return islice(kept, self.taken, None)
 
     def skip(self, count: int) -> Stream:
@@ -63,13 +63,13 @@ class Stream:
         rows = self._rows()
         while len(found) < count and (read := next(rows, None)) is not None:
             example = self._example(read)
-            if example.gist not in self.measured:
-                found.setdefault(example.gist, example)
+            if example.input_key not in self.measured:
+                found.setdefault(example.input_key, example)
         return list(found.values())
 
     def without(self, examples: Iterable[Example]) -> Stream:
         """Less every example whose input is one of these."""
-        return replace(self, measured=self.measured | {e.gist for e in examples})
+        return replace(self, measured=self.measured | {e.input_key for e in examples})
 
     def _rows(self) -> Iterator[_Read]:
         for table, layout in zip(self.tables, self.layouts, strict=True):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kitout.evaluate.metrics.generation import closed, named, normal
+from kitout.evaluate.metrics.generation import closed, named, normalize_answer
 from kitout.evaluate.metrics.measure import Measure, Score, difference
 from kitout.evaluate.metrics.registry import TITLES
 from kitout.format import figure
@@ -113,12 +113,12 @@ def side_by_side(
 
     Nobody is right or wrong where the references are whole sentences.
     """
-    labels, true = closed(references), [normal(r) for r in references]
+    labels, true = closed(references), [normalize_answer(r) for r in references]
     judged = bool(labels) or all(len(r.split()) <= SHORT for r in true)
     right = [(_says(b, r, labels), _says(t, r, labels)) for b, t, r in zip(base, tuned, true, strict=True)]
     turns = _turns(true)
     chosen = dict.fromkeys(turns[: (most + 1) // 2], "first of its kind")
-    for i in _changed(right, [normal(b) != normal(t) for b, t in zip(base, tuned, strict=True)]):
+    for i in _changed(right, [normalize_answer(b) != normalize_answer(t) for b, t in zip(base, tuned, strict=True)]):
         if len(chosen) < most:
             chosen.setdefault(i, "the answers differ")
     for i in turns:
@@ -154,7 +154,7 @@ def _in_turn(turned: Mapping[int, tuple[bool, bool]]) -> list[int]:
 
 def _says(answer: str, reference: str, labels: Sequence[str]) -> bool:
     """As `answered` counts it: the reference itself, or, where that is a label, the only label it names."""
-    return normal(answer) == reference or named(normal(answer), labels) == reference
+    return normalize_answer(answer) == reference or named(normalize_answer(answer), labels) == reference
 
 
 def told(value: float, share: bool, sign: bool = False) -> str:

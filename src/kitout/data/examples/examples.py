@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, TypeAlias
+
+from kitout.data.normalize import normalize_text
 
 Label: TypeAlias = "str | int | float | tuple[str, ...]"  # a class, a number, or the labels that apply
 
@@ -32,21 +34,21 @@ class Example(ABC):
     def answer_text(self) -> str:
         """What is to be said about it; empty for plain text."""
 
-    @property
-    def key(self) -> str:
+    @cached_property
+    def exact_key(self) -> str:
         """The same for the same content, wherever it was read and whenever."""
-        held = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
-        return _hash(json.dumps([type(self).__name__, held], sort_keys=True, default=_plain, ensure_ascii=False))
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        return _hash(json.dumps([type(self).__name__, values], sort_keys=True, default=_plain, ensure_ascii=False))
 
-    @property
-    def gist(self) -> str:
+    @cached_property
+    def input_key(self) -> str:
         """The same for inputs that only case, width of letters and white space tell apart."""
-        return _hash(normal(self.source_text()))
+        return _hash(normalize_text(self.source_text()))
 
-    @property
-    def copy(self) -> str:
-        """The same for examples that say the same about the same, by the same measure as `gist`."""
-        return _hash(f"{self.gist} {normal(self.answer_text())}")
+    @cached_property
+    def content_key(self) -> str:
+        """The same for examples that say the same about the same, by the same measure as `input_key`."""
+        return _hash(f"{self.input_key} {normalize_text(self.answer_text())}")
 
 
 @dataclass(frozen=True)
@@ -152,11 +154,6 @@ def shown(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def normal(text: str) -> str:
-    """What is left when case, full-width forms and white space do not count."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _hash(text: str) -> str:

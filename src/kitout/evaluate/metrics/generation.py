@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from kitout.data.normalize import normalize_text
 from kitout.errors import ConfigError
 from kitout.evaluate.metrics.classification import chosen
 from kitout.evaluate.metrics.measure import Measure, count, mean, of_sums
@@ -28,28 +29,21 @@ EXTRA = {"rouge_l": "rouge_score", "chrf": "sacrebleu", "bleu": "sacrebleu"}  # 
 Tell = Callable[[str], None]
 
 
-def normal(text: str) -> str:
-    """Lower case, no punctuation, no a/an/the, single blanks; a number keeps its sign and its decimal point.
-
-    What would be left empty by that ("A", "+", "!") is only lowered, so that such labels can still be told apart.
-    """
-    lowered = " ".join(text.lower().split())
-    bare = re.sub(r"(?<=\d),(?=\d{3})", "", lowered)
-    bare = re.sub(r"\.(?!\d)|(?<=[^\W\d])\.|(?<=\w)-|-(?!\.?\d)|[!-,/:-@\[-`{-~]", "", bare)
-    bare = " ".join(word for word in bare.split() if word not in ("a", "an", "the"))
-    return bare or lowered
+def normalize_answer(text: str) -> str:
+    """Lower case, words alone; see `normalize_text`."""
+    return normalize_text(text, fold_unicode=False, words_only=True)
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """2 common words / (words of both), after `normal`; a word counts as often as it occurs."""
-    said, true = Counter(normal(prediction).split()), Counter(normal(reference).split())
+    """2 common words / (words of both), after `normalize_answer`; a word counts as often as it occurs."""
+    said, true = Counter(normalize_answer(prediction).split()), Counter(normalize_answer(reference).split())
     both = said.total() + true.total()
     return 2 * (said & true).total() / both if both else 1.0
 
 
 def closed(references: Sequence[str]) -> list[str]:
     """The labels, normalised and most frequent first, if the references are a small set that returns; else nothing."""
-    found = Counter(map(normal, references))
+    found = Counter(map(normalize_answer, references))
     few = 1 < len(found) <= MOST_LABELS and RETURNS * len(found) <= len(references)
     return [label for label, _ in found.most_common()] if few else []
 
@@ -74,8 +68,8 @@ def answered(
 
     only: these metrics alone; one whose package is missing is then an error, and else told.
     """
-    said, true = [normal(p) for p in predictions], [normal(r) for r in references]
-    labels = closed(references) if names is None else [normal(name) for name in names]
+    said, true = [normalize_answer(p) for p in predictions], [normalize_answer(r) for r in references]
+    labels = closed(references) if names is None else [normalize_answer(name) for name in names]
     found: dict[str, Measure] = {}
     if labels:
         number: dict[str | None, int] = {label: i for i, label in enumerate(dict.fromkeys([*labels, *true]))}

@@ -1,0 +1,25 @@
+"""What does not count when texts are compared, by the options of the one function that says so."""
+
+from __future__ import annotations
+
+from kitout.data.normalize import normalize_text
+
+
+def test_case_width_and_white_space_do_not_count() -> None:
+    assert normalize_text("Ａ\tb\n") == "a b"
+    assert normalize_text("Straße") == normalize_text("STRASSE")
+    assert normalize_text("3 + 4") != normalize_text("3 * 4")
+
+
+def test_lower_case_alone() -> None:
+    assert normalize_text("Ａ  Straße", fold_unicode=False) == "ａ straße"
+
+
+def test_words_only() -> None:
+    assert normalize_text("The 1,000 cats, a dog!", words_only=True) == "1000 cats dog"
+    assert [normalize_text(t, words_only=True) for t in ("A", "-1.5", "well-known.", "+")] == [
+        "a",
+        "-1.5",
+        "wellknown",
+        "+",
+    ]
