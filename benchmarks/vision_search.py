@@ -14,9 +14,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from kitout.data.split import Split, split
 from kitout.demo.screen import Screen
-from kitout.demo.vision import Options, equip, one, parted, recipe_of
+from kitout.demo.vision import Options, Split, equip, one, parted, recipe_of
 from kitout.demo.vision_rows import ROWS, chosen
 from kitout.train.setup import device
 
@@ -26,7 +25,7 @@ VALIDATION = 400
 def parts_without_test(options: Options, screen: Screen) -> Split:
     """Training and validation images, none of them among the demo's test images."""
     everything = parted(replace(options, train=10**9), screen).train
-    return split(everything, VALIDATION, options.train, seed=1)
+    return Split.of(everything, VALIDATION, options.train, seed=1)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kitout.data.examples.examples import Chat, Completion, Example, Labelled, Tagged, Text
+from kitout.data.examples.examples import Chat, Completion, Example, LabeledImage, Labelled, Tagged, Text
 from kitout.data.examples.formats import FORMATS, LOOKED_AT, detect, examples
 from kitout.data.read.tables import DataError
 
@@ -159,7 +159,7 @@ def test_no_match_lists_columns_formats_and_the_line_to_write() -> None:
         read({"headline": "a", "kind": "b"})
     words = str(told.value)
     assert "x.jsonl has the columns: headline, kind" in words
-    assert all(name in words for name in FORMATS)
+    assert all(made.name in words for made in FORMATS.values() if not made.by_name_only)
     assert "format='label', columns={'text': 'headline', 'label': 'kind'}" in words
     assert one({"headline": "a", "kind": "b"}, columns={"text": "headline", "label": "kind"}) == Labelled("a", "b")
 
@@ -240,3 +240,13 @@ def test_a_column_that_comes_later_counts_and_in_a_stream_is_told() -> None:
     assert examples([*rows, late], "x")[-1].source_text() == "a\n\nc"
     with pytest.raises(DataError, match=r"line 999: it has the column 'input'"):
         detect(rows, "x").example(late)
+
+
+def test_images_are_read_where_they_are_asked_for() -> None:
+    row = {"path": "a.png", "label": 3}
+    (example,) = examples([(1, row)], "a table", format="image")
+    assert example == LabeledImage("a.png", "3")
+    assert (example.source_text(), example.answer_text()) == ("a.png", "3")
+    with pytest.raises(DataError, match="do not fit any known format"):
+        detect([(1, row)], "a table")
+    assert detect([(1, row | {"text": "words"})], "a table").format.name == "label"

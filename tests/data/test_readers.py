@@ -30,6 +30,16 @@ def test_a_folder_a_table_and_an_array_are_the_same_set(tmp_path: Path) -> None:
     assert {other.digest for other in (*tables, *arrays)} == {images.digest}
 
 
+def test_tables_named_after_splits(tmp_path: Path) -> None:
+    root = folder(tmp_path / "images", each=3)
+    files = [(str(f.relative_to(tmp_path)), f.parent.name) for f in sorted(root.glob("*/*.png"))]
+    for name, rows in (("train", files[::2] + files[1::2]), ("val", files[:2])):
+        (tmp_path / f"{name}.csv").write_text("path,label\n" + "".join(f"{f},{c}\n" for f, c in rows))
+    images = load(tmp_path)
+    assert images.parts == ("train",) * 9 + ("validation",) * 2
+    assert len(load(f"{tmp_path / 'train.csv'}#7")) == 7
+
+
 def test_parquet_too(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     images = load(folder(tmp_path / "images", each=2))
@@ -47,7 +57,7 @@ def test_parts_deep_folders_and_hidden_files(tmp_path: Path) -> None:
     (tmp_path / "train" / "red" / "._0.png").write_bytes(b"not an image")
     (tmp_path / "train" / "red" / "notes.txt").write_text("of no interest")
     images = load(tmp_path)
-    assert images.parts == ("val",) * 3 + ("test",) + ("train",) * 9
+    assert images.parts == ("validation",) * 3 + ("test",) + ("train",) * 9
     assert images.names[images.labels[3]] == "red"  # the first folder says the class
 
 
@@ -102,19 +112,22 @@ def test_floats_run_from_0_to_1(value: float) -> None:
 
 def test_tables_with_holes_and_unknown_files(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("image,label\n,red\nx.png,blue\n")
-    with pytest.raises(DataError, match="line 2: 'image' is empty"):
+    with pytest.raises(DataError, match="line 2: 'image' is empty, expected text"):
         load(tmp_path / "a.csv")
-    (tmp_path / "a.csv").write_text("image,label\nnone\0.png,red\nx.png,blue\nx.png,\n")
-    with pytest.raises(DataError) as caught:
+    (tmp_path / "a.csv").write_text("image,class\nnone\0.png,red\nx.png,blue\nx.png,\n")
+    with pytest.raises(DataError, match="line 4: 'class' is empty, expected text"):
         load(tmp_path / "a.csv")
-    assert "line 3: there is no file" in str(caught.value)
-    assert "line 4: the label is empty" in str(caught.value)
-    with pytest.raises(DataError, match="none of the columns looks like the image"):
+    (tmp_path / "a.csv").write_text("image,class\nnone\0.png,red\nx.png,blue\n")
+    with pytest.raises(DataError, match=r"a\.csv:3: there is no file"):
+        load(tmp_path / "a.csv")
+    with pytest.raises(DataError, match="they do not fit the format image"):
         load(_written(tmp_path / "b.csv", "words,label\nx,y\n"))
     with pytest.raises(DataError, match="there is no file"):
         load(tmp_path / "nothing.csv")
     with pytest.raises(DataError, match="there is no file"):
         load(tmp_path / "nothing.npz")
+    with pytest.raises(DataError, match="there is no file or folder owner/name"):
+        load("owner/name")
 
 
 def _written(path: Path, words: str) -> Path:

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from kitout.assets import store
 from kitout.data.encode.generation import Causal
 from kitout.data.encode.item import IGNORED, digest
-from kitout.data.parts import part
 from kitout.data.read.sources import load
+from kitout.data.split import split_examples
 from kitout.data.streaming import items, stream
 
 pytestmark = pytest.mark.assets
@@ -54,12 +54,12 @@ def test_the_prompt_is_the_tokenizers_own(smollm: Any) -> None:
 
 @pytest.mark.parametrize("name", ["tweets", "20newsgroups", "reuters-r8", "boolq"])
 def test_parts_share_no_text(name: str) -> None:
-    parts = part(load(folder(name)).parts, seed=3)
-    train, validation, test = ({e.input_key for e in p} for p in (parts.train, parts.validation, parts.test))
+    splits = split_examples(load(folder(name)).parts, seed=3)
+    train, validation, test = ({e.input_key for e in p} for p in (splits.train, splits.validation, splits.test))
     assert not train & test
     assert not (train | test) & validation
     assert min(map(len, (train, validation, test))) > 200
-    assert parts.majority is not None
+    assert splits.majority_accuracy is not None
 
 
 def test_a_stream_of_tweets_is_the_whole_set(smollm: Any) -> None:

@@ -1,4 +1,4 @@
-"""No pixel on both sides, classes in their shares, parts respected, and a test set that stays when training grows."""
+"""Nothing that is tested on is trained on, by text or by pixel; shares are kept; the same seed splits the same."""
 
 from __future__ import annotations
 
@@ -8,11 +8,105 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kitout.data.examples.convert import single
+from kitout.data.examples.examples import Example, Labelled, Text
 from kitout.data.images.image_set import Images
 from kitout.data.read.image_folders import from_arrays, load
 from kitout.data.read.tables import DataError
-from kitout.data.split import split
+from kitout.data.split import Splits, split_examples, split_images
 from tiny_images import folder
+
+
+def labelled(count: int, classes: str = "aab") -> list[Example]:
+    return [Labelled(f"text {i}", classes[i % len(classes)]) for i in range(count)]
+
+
+def input_keys(examples: tuple[Example, ...]) -> set[str]:
+    return {e.input_key for e in examples}
+
+
+def are_disjoint(splits: Splits[Example]) -> bool:
+    train, validation, test = input_keys(splits.train), input_keys(splits.validation), input_keys(splits.test)
+    return not (train & validation or train & test or validation & test)
+
+
+def test_shares_and_numbers() -> None:
+    for asked, sizes in (((0.05, 0.1), (255, 15, 30)), ((7, 20), (273, 7, 20)), ((0, 0), (300, 0, 0))):
+        splits = split_examples({"": labelled(300)}, *asked)
+        assert (len(splits.train), len(splits.validation), len(splits.test)) == sizes
+        assert are_disjoint(splits)
+        assert splits.num_duplicates == splits.num_leaks == 0
+
+
+def test_the_seed_decides_and_test_does_not_depend_on_validation() -> None:
+    given = {"": labelled(300)}
+    assert split_examples(given, seed=1) == split_examples(given, seed=1) != split_examples(given, seed=2)
+    assert split_examples(given, validation=0.2).test == split_examples(given, validation=0).test
+
+
+def test_labels_keep_their_shares() -> None:
+    splits = split_examples({"": labelled(300, "aaaaaaaabc")}, validation=30, test=60)
+    assert Counter(e.answer_text() for e in splits.test) == {"a": 48, "b": 6, "c": 6}
+    assert Counter(e.answer_text() for e in splits.validation) == {"a": 24, "b": 3, "c": 3}
+    assert splits.majority_accuracy == 0.8
+
+
+def test_a_class_of_one_is_trained_on() -> None:
+    splits = split_examples({"": [*labelled(50), Labelled("odd", "only")]}, validation=5, test=20)
+    assert "only" in {e.answer_text() for e in splits.train}
+
+
+def test_near_copies_stay_together_and_copies_count_once() -> None:
+    said = [Labelled(words, label) for i in range(100) for words, label in ((f"Text {i}", "a"), (f"text  {i} ", "b"))]
+    splits = split_examples({"": [*said, *said[:10]]}, validation=0.1, test=0.2)
+    assert are_disjoint(splits)
+    assert splits.num_duplicates == 10
+    assert splits.num_ambiguous == len(splits.train) // 2 == len(input_keys(splits.train))
+    assert len(splits.train) + len(splits.validation) + len(splits.test) == 200
+
+
+def test_given_splits_stay_and_train_gives_way() -> None:
+    given = {
+        "train": [Text("a"), Text("B "), Text("c"), Text("d")],
+        "validation": [Text("d"), Text("x"), Text("Y")],
+        "test": [Text("b"), Text("y"), Text("y")],
+    }
+    splits = split_examples(given)
+    assert [[e.source_text() for e in p] for p in (splits.train, splits.validation, splits.test)] == [
+        ["a", "c"], ["d", "x"], ["b", "y"],
+    ]  # fmt: skip
+    assert (splits.num_duplicates, splits.num_leaks) == (1, 3)
+    assert str(splits) == "train 2, validation 2, test 2, duplicates left out: 1, leaks left out: 3"
+
+
+def test_a_missing_split_is_taken_from_what_may_be_trained_on() -> None:
+    given = {"train": labelled(90), "": labelled(100), "test": [Labelled("other", "a")]}
+    splits = split_examples(given, validation=0.1)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (90, 10, 1)
+    assert splits.num_duplicates == 90
+
+
+def test_the_majority_needs_a_small_closed_set() -> None:
+    chats = [single(f"q {i}", "yes" if i % 4 else "no") for i in range(100)]
+    assert split_examples({"": chats}, validation=0, test=20).majority_accuracy == pytest.approx(0.75, abs=0.2)
+    assert split_examples({"": [single(f"q {i}", f"a {i}") for i in range(200)]}).majority_accuracy is None
+    assert split_examples({"": [Text(f"t {i}") for i in range(200)]}).majority_accuracy is None
+    assert split_examples({"": chats}, test=0).majority_accuracy is None
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "words"),
+    [
+        ({"test": labelled(3)}, {}, "the train split is empty"),
+        ({"train": labelled(3), "test": labelled(3)}, {}, "all 3 training examples are also in validation"),
+        ({"": labelled(10)}, {"test": 8}, "8 examples for test are more than half of the 10"),
+        ({"": labelled(10)}, {"test": -1}, "test is -1; expected a fraction"),
+        ({"": [Labelled("a", "x")]}, {"validation": 1, "test": 0}, "give a validation file"),
+    ],
+)
+def test_what_cannot_be_split(given: dict[str, list[Example]], asked: dict[str, float], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        split_examples(given, **asked)
 
 
 def some(*counts: int) -> Images:
@@ -23,76 +117,76 @@ def some(*counts: int) -> Images:
     return from_arrays(pixels, labels)
 
 
-def test_classes_keep_their_shares() -> None:
-    parts = split(some(300, 90, 60), test=45, train=90)
-    assert Counter(parts.test.labels) == {0: 30, 1: 9, 2: 6}
-    assert Counter(parts.train.labels) == {0: 60, 1: 18, 2: 12}
-    assert parts.majority == 30 / 45
-    assert not set(parts.test.hashes) & set(parts.train.hashes)
+def test_classes_of_images_keep_their_shares() -> None:
+    images = some(300, 90, 60)
+    splits = split_images(images, 0, test=45, limit=90)
+    test, train = images.pick(splits.test), images.pick(splits.train)
+    assert Counter(test.labels) == {0: 30, 1: 9, 2: 6}
+    assert Counter(train.labels) == {0: 60, 1: 18, 2: 12}
+    assert splits.majority_accuracy == 30 / 45
+    assert not set(test.hashes) & set(train.hashes)
 
 
-def test_the_test_set_depends_on_the_seed_and_not_on_the_training_set() -> None:
+def test_the_test_images_depend_on_the_seed_and_not_on_how_many_are_trained_on() -> None:
     images = some(60, 60)
-    small, large = split(images, 20, 30), split(images, 20)
-    assert small.test.digest == large.test.digest
+    small, large = split_images(images, 0, 20, limit=30), split_images(images, 0, 20)
+    assert small.test == large.test
     assert len(large.train) == 100
-    assert split(images, 20, seed=1).test.digest != small.test.digest
-    assert split(images, 20, 30).train.digest == small.train.digest
+    assert split_images(images, 0, 20, seed=1).test != small.test
+    assert split_images(images, 0, 20, limit=30) == small
 
 
-def test_copies_count_once_and_never_stand_on_both_sides() -> None:
+def test_the_limit_holds_for_train_and_validation() -> None:
+    splits = split_images(some(60, 60), 6, 20, limit=30)
+    assert [len(split) for split in (splits.train, splits.validation, splits.test)] == [24, 6, 20]
+
+
+def test_at_most_a_third_of_the_images_is_taken() -> None:
+    assert len(split_images(some(30, 30), 0, test=1000).test) == 20
+
+
+def test_copies_of_images_count_once_and_never_stand_in_two_splits() -> None:
     images = some(40, 40)
     doubled = images.pick([*range(80), *range(80), *range(40)])
-    parts = split(doubled, 26)
-    assert parts.dropped == 120
-    assert len(parts.train) + len(parts.test) == 80
-    assert not set(parts.test.hashes) & set(parts.train.hashes)
+    splits = split_images(doubled, 5, 26)
+    assert splits.num_duplicates == 120
+    hashes = [doubled.hashes[i] for split in (splits.train, splits.validation, splits.test) for i in split]
+    assert len(hashes) == len(set(hashes)) == 80
 
 
-def test_copies_take_the_label_most_of_them_carry() -> None:
+def test_copies_of_images_take_the_label_most_of_them_carry() -> None:
     pixels = np.repeat(np.arange(12, dtype=np.uint8)[:, None, None], 2, axis=1).repeat(2, axis=2)
     images = from_arrays(np.concatenate([pixels, pixels[:1], pixels[:1]]), [0, 1] * 6 + [1, 1])
-    parts = split(images, 4)
-    sides = (parts.train, parts.test)
-    labels = {pixels: label for side in sides for pixels, label in zip(side.hashes, side.labels, strict=True)}
-    assert parts.dropped == 2
+    splits = split_images(images, 0, 4)
+    labels = {images.hashes[i]: images.labels[i] for i in (*splits.train, *splits.test)}
+    assert splits.num_duplicates == 2
     assert labels[images.hashes[0]] == 1
 
 
-def test_small_classes_are_never_tested_on_without_being_taught() -> None:
-    parts = split(some(100, 2), test=34)
-    assert 1 in parts.train.labels
-    with pytest.raises(DataError, match="class '1' has 1 different images: 2 are needed"):
-        split(some(100, 1), test=10)
+def test_small_classes_are_never_tested_on_without_being_trained_on() -> None:
+    for count in (1, 2):
+        images = some(100, count)
+        assert 1 in images.pick(split_images(images, test=33).train).labels
 
 
-def test_named_parts_are_respected_and_cleaned(tmp_path: Path) -> None:
+def test_named_splits_of_images_are_respected_and_cleaned(tmp_path: Path) -> None:
     folder(tmp_path / "train", each=6)
     folder(tmp_path / "val", each=2, first=100)
     folder(tmp_path / "test", each=3, first=200)
     (tmp_path / "train" / "red" / "leak.png").write_bytes((tmp_path / "test" / "red" / "0.png").read_bytes())
     (tmp_path / "train" / "red" / "twice.png").write_bytes((tmp_path / "train" / "red" / "0.png").read_bytes())
     (tmp_path / "train" / "red" / "other.png").write_bytes((tmp_path / "val" / "red" / "0.png").read_bytes())
-    parts = split(load(tmp_path), test=100)
-    assert set(parts.test.parts) == {"test"}
-    assert set(parts.train.parts) == {"train"}
-    assert (len(parts.test), len(parts.train), parts.dropped) == (9, 18, 3)
-    assert len(split(load(tmp_path), test=6, train=9).test) == 6
+    images = load(tmp_path)
+    splits = split_images(images)
+    assert {name: {images.parts[i] for i in getattr(splits, name)} for name in ("train", "validation", "test")} == {
+        "train": {"train"}, "validation": {"validation"}, "test": {"test"},
+    }  # fmt: skip
+    assert [len(split) for split in (splits.train, splits.validation, splits.test)] == [18, 6, 9]
+    assert (splits.num_duplicates, splits.num_leaks) == (1, 2)
 
 
-def test_validation_is_measured_on_where_there_is_no_test(tmp_path: Path) -> None:
-    folder(tmp_path / "train", each=4)
-    folder(tmp_path / "valid", each=2, first=100)
-    assert set(split(load(tmp_path), test=100).test.parts) == {"val"}
-
-
-def test_a_training_part_that_is_the_test_part_is_refused(tmp_path: Path) -> None:
+def test_a_train_folder_that_is_the_test_folder_is_refused(tmp_path: Path) -> None:
     folder(tmp_path / "train", each=3)
     folder(tmp_path / "test", each=3)
-    with pytest.raises(DataError, match="train has fewer than 2 classes"):
-        split(load(tmp_path), test=9)
-
-
-def test_nothing_to_measure_on_is_refused() -> None:
-    with pytest.raises(DataError, match="0 of 10 images were asked for"):
-        split(some(5, 5), test=0)
+    with pytest.raises(DataError, match="nothing is left"):
+        split_images(load(tmp_path))

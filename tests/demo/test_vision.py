@@ -16,8 +16,8 @@ from kitout.assets import store
 from kitout.cli.demo import app
 from kitout.data.images.pixels import Pixels
 from kitout.data.read.image_folders import load
-from kitout.data.split import split
 from kitout.demo import vision_pictures, vision_report
+from kitout.demo.vision import Split
 from kitout.demo.vision_rows import ROWS
 from kitout.evaluate.metrics.interval import wilson
 from kitout.train.images import predict
@@ -80,7 +80,7 @@ def test_every_method_on_the_same_images(model: Path, data: Path, tmp_path: Path
 def test_the_lines_it_prints_wear_its_adapters(model: Path, data: Path, tmp_path: Path) -> None:
     code, said = small(model, data, tmp_path, "--methods", "lora, adaptformer,linear,full", "--seed", 3)
     assert code == 0, said
-    test = split(load(data), 12, 24, seed=3).test
+    test = Split.of(load(data), 12, 24, seed=3).test
     results = held(tmp_path)
     for row in results["rows"]:
         lines: dict[str, Any] = {}
@@ -197,4 +197,4 @@ def test_the_embedded_images_are_all_there() -> None:
     images = load(store.get("mnist-5k") / "images.npz")
     assert len(images) == 5000
     assert images.names == tuple("0123456789")
-    assert split(images, 1000, 500).majority == 0.1
+    assert Split.of(images, 1000, 500, seed=0).majority == 0.1

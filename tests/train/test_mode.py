@@ -123,7 +123,7 @@ def test_a_model_without_it_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_measuring_is_at_rest(tmp_path: Path, checkpointing: bool) -> None:
+def test_measuring_is_in_eval_mode(tmp_path: Path, checkpointing: bool) -> None:
     kit, items = dropping("gpt2"), texts(8)
     kit.eval()
     add(kit, "low", LoRA(rank=2, dropout=0.5))

@@ -1,7 +1,7 @@
-"""What is learnt from: files of many formats become examples, examples become batches.
+"""What is trained and tested on: files of many formats become examples, examples become batches.
 
-Tables of rows (`tables`) become images with labels (`images`, `readers`, `split`) and the pixels a model takes
-(`pixels`, `augment`), or examples in words (`sources`, `stream`, `formats`, `convert`, `examples`, `parts`) and the
-items a model takes (`chat`, `marks`, `encode`, `labels`, `items`). Nothing here knows a kit, a method or a loss, and
-nothing is unpickled or written.
+Tables of rows (`tables`, `sources`, `stream`, `formats`, `convert`) become examples in words (`examples`), class
+folders and arrays images (`readers`, `images`). `split` splits both by what counts as the same (`normalize`). Encoders
+(`chat`, `marks`, `encode`, `labels`) make the items (`items`) that a model takes, `padding` a batch of them, `pixels`
+and `augment` the pixels. Nothing here knows a kit, a method or a loss, and nothing is unpickled or written.
 """

@@ -1,100 +1,228 @@
-"""A set of images parted into what is learnt from and what is measured on, so that nothing leaks.
+"""Train, validation and test without leaks, for texts and images alike.
 
-Exact duplicates count once, whatever their file names; classes keep their shares; the test images are chosen first, so
-they do not depend on how many are trained on. Parts that the set itself names are respected. It opens no image.
+What is split is known by three functions alone: whose inputs are the same, which examples are duplicates, and what
+keeps its share in every split. Duplicates count once, equal inputs stay in one split, test is taken first, so it does
+not depend on how much is trained on, and splits that the data name are respected. It opens no file and no image.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from kitout.data.images.image_set import Images
-from kitout.data.read.tables import DataError, told
-from kitout.errors import Faults
+from kitout.data.examples.examples import Example, Labelled
+from kitout.data.read.tables import DataError
+
+if TYPE_CHECKING:
+    from kitout.data.images.image_set import Images  # needs pillow
+
+MAX_ANSWERS = 50  # more different answers than this are no closed set
+TRAINABLE_SPLITS = ("train", "")  # what may be trained on; "" is what the source names no split for
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Split:
-    """Disjoint by pixels. dropped: duplicates left out."""
+class SplitKeys(Generic[T]):
+    """How examples of one kind are compared."""
 
-    train: Images
-    test: Images
-    dropped: int
+    input_key: Callable[[T], Hashable]
+    """The same for inputs that may not stand in two splits."""
+    content_key: Callable[[T], Hashable]
+    """The same for duplicates, of which one is kept."""
+    stratum: Callable[[T], Any]
+    """What keeps its share; values of one set must sort."""
+    keep_most_frequent: bool = False
+    """Of duplicates in different strata keep the first of the most frequent one; else the first of all."""
 
-    @property
-    def majority(self) -> float:
-        """The share of the test images that the most frequent training label would get right."""
-        common = Counter(self.train.labels).most_common(1)[0][0]
-        return self.test.labels.count(common) / len(self.test)
+
+@dataclass(frozen=True)
+class Splits(Generic[T]):
+    """Disjoint by input, each in the order of the data."""
+
+    train: tuple[T, ...]
+    validation: tuple[T, ...]
+    test: tuple[T, ...]
+    num_duplicates: int = 0
+    """Left out because another of their split says the same."""
+    num_leaks: int = 0
+    """Left out of train (or of validation) because their input is in test or validation."""
+    num_ambiguous: int = 0
+    """Inputs of train that are answered in more than one way."""
+    majority_accuracy: float | None = None
+    """The share of test that always giving train's most frequent answer gets right; None without a closed set."""
+
+    def __str__(self) -> str:
+        sizes = {"train": self.train, "validation": self.validation, "test": self.test}
+        lines = [f"{name} {len(split):,}" for name, split in sizes.items()]
+        if self.num_duplicates:
+            lines.append(f"duplicates left out: {self.num_duplicates:,}")
+        if self.num_leaks:
+            lines.append(f"leaks left out: {self.num_leaks:,}")
+        return ", ".join(lines)
 
 
-def split(images: Images, test: int, train: int | None = None, seed: int = 0) -> Split:
-    """At most `test` images to measure on, at most a third of a set that has no parts, and `train` of the rest.
+def split_examples(
+    given: Mapping[str, Sequence[Example]], validation: float = 0.05, test: float = 0.1, seed: int = 0,
+    stratify: bool = True,
+) -> Splits[Example]:  # fmt: skip
+    """given: examples by split ("train", "validation", "test", "" for unnamed ones).
 
-    Where the set has parts, test is drawn from "test", or from "val" if there is none, and train from "train" alone.
+    validation, test: taken from what may be trained on where the data name no such split: a fraction below 1, else a
+    number. stratify: single labels keep their shares; not where they are numbers of a regression.
     """
-    measured = next((p for p in ("test", "val") if p in images.parts), None)
-    if measured is None:
-        kept = _unique(images)
-        _check(images, kept)
-        held = _drawn(images, kept, min(test, len(kept) // 3), seed, spare=1)
-        rest = [i for i in kept if i not in set(held)]
-        dropped = len(images) - len(kept)
-    else:
-        held = _drawn(images, [i for i, p in enumerate(images.parts) if p == measured], test, seed)
-        everything_measured = {images.hashes[i] for i, p in enumerate(images.parts) if p != "train"}
-        taught = [i for i in _unique(images) if images.parts[i] == "train"]
-        rest = [i for i in taught if images.hashes[i] not in everything_measured]
-        dropped = images.parts.count("train") - len(rest)
-        if len({images.labels[i] for i in rest}) < 2:
-            raise DataError(f"without the images that are also in {measured}, train has fewer than 2 classes")
-    chosen = rest if train is None else _drawn(images, rest, train, seed)
-    return Split(images.pick(chosen), images.pick(held), dropped)
+    keys = SplitKeys[Example](
+        lambda example: example.input_key, lambda example: example.content_key, _label if stratify else lambda _: ""
+    )
+    seeds = {name: f"{seed} {name}" for name in ("test", "validation")}
+    splits = split_by(given, keys, validation, test, seeds)
+    train, tested = ([example.answer_text() for example in split] for split in (splits.train, splits.test))
+    is_closed = "" not in train and len({*train}) > 1 and len({*train, *tested}) <= MAX_ANSWERS
+    return replace(splits, majority_accuracy=_majority_accuracy(train, tested) if is_closed else None)
 
 
-def _unique(images: Images) -> list[int]:
-    """One image of each group of copies: the first that carries the label most of its copies carry."""
-    groups: dict[tuple[str, bool], list[int]] = {}
-    for i, (pixels, part) in enumerate(zip(images.hashes, images.parts, strict=True)):
-        groups.setdefault((pixels, part in ("", "train")), []).append(i)
-    kept = []
-    for group in groups.values():
-        common = Counter(images.labels[i] for i in group).most_common(1)[0][0]
-        kept.append(next(i for i in group if images.labels[i] == common))
-    return sorted(kept)
+def split_images(
+    images: Images, validation: float = 0.05, test: float = 0.1, seed: int = 0, limit: int | None = None
+) -> Splits[int]:
+    """Rows of the set; two images are the same if their pixels are, whatever their files are called.
+
+    validation, test: as for examples, at most a third of what is left. limit: of images to train and validate on.
+    """
+    keys = SplitKeys[int](
+        images.hashes.__getitem__, images.hashes.__getitem__, images.labels.__getitem__, keep_most_frequent=True
+    )
+    given = {name: [i for i, split in enumerate(images.parts) if split == name] for name in dict.fromkeys(images.parts)}
+    seeds = {"test": seed, "train": seed, "validation": seed + 1}
+    splits = split_by(given, keys, validation, test, seeds, limit, at_most_a_third=True)
+    train, tested = ([images.labels[i] for i in split] for split in (splits.train, splits.test))
+    return replace(splits, majority_accuracy=_majority_accuracy(train, tested))
 
 
-def _check(images: Images, kept: Sequence[int]) -> None:
-    counts = Counter(images.labels[i] for i in kept)
-    few = [
-        f"class {name!r} has {counts[i]} different images: 2 are needed, one to learn from and one to measure"
-        for i, name in enumerate(images.names)
-        if counts[i] < 2
-    ]
-    faults = Faults(DataError, "this set cannot be split")
-    told(faults, few, "classes")
-    faults.raise_if_any()
+def split_by(
+    given: Mapping[str, Sequence[T]], keys: SplitKeys[T], validation: float, test: float,
+    seeds: Mapping[str, int | str], limit: int | None = None, at_most_a_third: bool = False,
+) -> Splits[T]:  # fmt: skip
+    """See `split_examples`. seeds: of each split that is drawn. limit: of examples to train and validate on.
+
+    at_most_a_third: a split is taken smaller than asked for rather than refused.
+    """
+    num_duplicates = 0
+    named: dict[str, list[T]] = {}
+    for name in ("test", "validation", *TRAINABLE_SPLITS):
+        kept, dropped = _without_duplicates(given.get(name, ()), keys)
+        named.setdefault("train" if name in TRAINABLE_SPLITS else name, []).extend(kept)
+        num_duplicates += dropped
+    pool, dropped = _without_duplicates(named["train"], keys)  # named and unnamed ones may share some
+    num_duplicates += dropped
+    if not pool:
+        raise DataError("there are no examples to train on: the train split is empty")
+
+    held_out = {keys.input_key(e) for e in named["test"]}
+    validated = [e for e in named["validation"] if keys.input_key(e) not in held_out]
+    held_out |= {keys.input_key(e) for e in validated}
+    rest = [e for e in pool if keys.input_key(e) not in held_out]
+    num_leaks = len(named["validation"]) - len(validated) + len(pool) - len(rest)
+    if not rest:
+        raise DataError(f"all {len(pool)} training examples are also in validation or test: nothing is left")
+
+    total, tested = len(rest), named["test"]
+    if "test" not in given:
+        wanted = _count(test, total, "test")
+        tested, rest = _taken(rest, min(wanted, len(rest) // 3) if at_most_a_third else wanted, seeds, "test", keys)
+    if limit is not None and limit < len(rest):
+        chosen = _drawn(rest, limit, seeds["train"], keys, spare=0)
+        rest = [e for i, e in enumerate(rest) if i in chosen]
+    if "validation" not in given:
+        wanted = _count(validation, total, "validation")
+        wanted = min(wanted, len(rest) // 3) if at_most_a_third else wanted
+        validated, rest = _taken(rest, wanted, seeds, "validation", keys)
+    counts = Counter(map(keys.input_key, rest))
+    num_ambiguous = sum(count > 1 for count in counts.values())
+    return Splits(tuple(rest), tuple(validated), tuple(tested), num_duplicates, num_leaks, num_ambiguous)
 
 
-def _drawn(images: Images, pool: Sequence[int], wanted: int, seed: int, spare: int = 0) -> list[int]:
-    """`wanted` of the pool, each class by its share (largest remainders), never all but `spare` of a class."""
-    dice = random.Random(seed)
-    classes: dict[int, list[int]] = {}
-    for i in pool:
-        classes.setdefault(images.labels[i], []).append(i)
-    wanted = min(wanted, len(pool))
-    if wanted < 1:
-        raise DataError(f"{wanted} of {len(pool)} images were asked for: at least 1 is needed")
-    shares = {label: wanted * len(held) / len(pool) for label, held in classes.items()}
-    quota = {label: int(share) for label, share in shares.items()}
-    order = sorted(shares, key=lambda label: (quota[label] - shares[label], label))  # largest remainder first
-    for label in order[: wanted - sum(quota.values())]:
-        quota[label] += 1
-    chosen: list[int] = []
-    for label, held in sorted(classes.items()):
-        dice.shuffle(held)
-        chosen += held[: min(quota[label], len(held) - spare)]
-    return sorted(chosen)
+def _label(example: Example) -> str:
+    """Single labels in words or whole numbers are classes."""
+    return example.answer_text() if isinstance(example, Labelled) and isinstance(example.label, str | int) else ""
+
+
+def _majority_accuracy(train: Sequence[Hashable], test: Sequence[Hashable]) -> float | None:
+    return test.count(Counter(train).most_common(1)[0][0]) / len(test) if test else None
+
+
+def _without_duplicates(examples: Sequence[T], keys: SplitKeys[T]) -> tuple[list[T], int]:
+    """One of each group of duplicates, in order, and how many were left out."""
+    groups: dict[Hashable, list[int]] = {}
+    for i, example in enumerate(examples):
+        groups.setdefault(keys.content_key(example), []).append(i)
+    kept = [group[0] for group in groups.values()]
+    if keys.keep_most_frequent:
+        strata = [[keys.stratum(examples[i]) for i in group] for group in groups.values()]
+        most = [Counter(each).most_common(1)[0][0] for each in strata]
+        kept = sorted(group[each.index(one)] for group, each, one in zip(groups.values(), strata, most, strict=True))
+    return [examples[i] for i in kept], len(examples) - len(kept)
+
+
+def _count(wanted: float, total: int, name: str) -> int:
+    if wanted < 0:
+        raise DataError(f"{name} is {wanted:g}; expected a fraction below 1, or a number of examples, 0 for none")
+    return max(round(wanted * total), 1) if 0 < wanted < 1 else int(wanted)
+
+
+def _taken(
+    pool: list[T], wanted: int, seeds: Mapping[str, int | str], name: str, keys: SplitKeys[T]
+) -> tuple[list[T], list[T]]:
+    """About `wanted` examples of the pool and the others, in their order."""
+    if not wanted:
+        return [], pool
+    num_inputs = len(set(map(keys.input_key, pool)))
+    if wanted > len(pool) // 2 or num_inputs < 2:
+        raise DataError(
+            f"{wanted} examples for {name} are more than half of the {len(pool)} that are left "
+            f"({num_inputs} different inputs): take fewer, give a {name} file, or more data"
+        )
+    chosen = _drawn(pool, wanted, seeds[name], keys, spare=1)
+    if not chosen:
+        num_strata = len(set(map(keys.stratum, pool)))
+        raise DataError(
+            f"none of the {len(pool)} examples can be taken for {name}: each of the {num_strata} labels has one input "
+            f"alone, which must be trained on; name the label's column, give a {name} file, or write data.{name}=0"
+        )
+    return [e for i, e in enumerate(pool) if i in chosen], [e for i, e in enumerate(pool) if i not in chosen]
+
+
+def _drawn(pool: Sequence[T], wanted: int, seed: int | str, keys: SplitKeys[T], spare: int) -> set[int]:
+    """Places of about `wanted` examples, each stratum by its share; all of one input together.
+
+    spare: inputs that every stratum keeps, if there are several.
+    """
+    inputs: dict[Hashable, list[int]] = {}
+    for i, example in enumerate(pool):
+        inputs.setdefault(keys.input_key(example), []).append(i)
+    strata: dict[Any, list[list[int]]] = {}
+    for members in inputs.values():
+        strata.setdefault(keys.stratum(pool[members[0]]), []).append(members)
+    rng = random.Random(seed)
+    chosen: set[int] = set()
+    sizes = {stratum: len(groups) for stratum, groups in strata.items()}
+    for stratum, quota in _quotas(sizes, round(wanted * len(inputs) / len(pool)), spare):
+        groups = strata[stratum]
+        rng.shuffle(groups)
+        chosen.update(i for members in groups[:quota] for i in members)
+    return chosen
+
+
+def _quotas(sizes: Mapping[Any, int], wanted: int, spare: int) -> list[tuple[Any, int]]:
+    """`wanted` by the size of each stratum (largest remainders), `spare` left of each; in a fixed order."""
+    total, wanted = sum(sizes.values()), max(wanted, 1)
+    shares = {stratum: wanted * size / total for stratum, size in sizes.items()}
+    quotas = {stratum: int(share) for stratum, share in shares.items()}
+    order = sorted(shares, key=lambda stratum: (quotas[stratum] - shares[stratum], stratum))
+    for stratum in order[: wanted - sum(quotas.values())]:
+        quotas[stratum] += 1
+    several = len(sizes) > 1
+    return [(stratum, min(quota, sizes[stratum] - spare) if several else quota)
+            for stratum, quota in sorted(quotas.items())]  # fmt: skip

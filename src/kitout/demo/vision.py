@@ -21,10 +21,11 @@ import kitout
 from kitout import Kit
 from kitout.assets import store
 from kitout.assets.catalog import ASSETS
+from kitout.data.images.image_set import Images
 from kitout.data.images.pixels import Pixels
 from kitout.data.read.image_folders import load
 from kitout.data.read.tables import DataError
-from kitout.data.split import Split, split
+from kitout.data.split import split_images
 from kitout.demo import report, vision_report
 from kitout.demo.run import print_of
 from kitout.demo.screen import Screen
@@ -84,10 +85,26 @@ def run(options: Options, screen: Screen) -> dict[str, Any]:
     return results
 
 
+@dataclass(frozen=True)
+class Split:
+    """Disjoint by pixels. dropped: duplicates left out."""
+
+    train: Images
+    test: Images
+    dropped: int
+    majority: float
+
+    @classmethod
+    def of(cls, images: Images, test: int, train: int | None, seed: int) -> Split:
+        splits = split_images(images, 0, test, seed, train)
+        dropped = splits.num_duplicates + splits.num_leaks
+        return cls(images.pick(splits.train), images.pick(splits.test), dropped, splits.majority_accuracy or 0.0)
+
+
 def parted(options: Options, screen: Screen) -> Split:
     path = options.data or store.get(DATA, screen.say) / "images.npz"
     screen.say(f"{path.name}: opening every image once")
-    parts = split(load(path, options.image, options.label), options.test, options.train, options.seed)
+    parts = Split.of(load(path, options.image, options.label), options.test, options.train, options.seed)
     screen.say(
         f"{len(parts.train):,} images to learn from, {len(parts.test):,} held out ({parts.dropped:,} duplicates left "
         f"out); {len(parts.test.names)} classes: {', '.join(parts.test.names[:12])}"

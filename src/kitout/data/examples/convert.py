@@ -11,7 +11,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from kitout.data.examples.bio_tags import words_and_tags
-from kitout.data.examples.examples import Chat, Completion, Example, Label, Labelled, Tagged, Text, Turn, shown
+from kitout.data.examples.examples import (
+    Chat,
+    Completion,
+    Example,
+    Label,
+    LabeledImage,
+    Labelled,
+    Tagged,
+    Text,
+    Turn,
+    shown,
+)
 from kitout.data.read.tables import DataError
 from kitout.errors import suggest
 
@@ -109,6 +120,10 @@ def spans(cells: Cells) -> Tagged:
 
 def plain(cells: Cells) -> Text:
     return Text(_text(cells, "text", strip=False))
+
+
+def image(cells: Cells) -> LabeledImage:
+    return LabeledImage(_text(cells, "image"), _text(cells, "label"))
 
 
 def instructed(example: Example, words: str) -> Chat:

@@ -1,5 +1,5 @@
 """One example in the words it is learnt from, whatever file it came from: a chat, a prompt with its continuation, a
-text, a text with a label, words with tags.
+text, a text with a label, words with tags; and a picture with a label.
 
 Every kind answers the same two questions, what is given (`source_text`) and what is to be said (`answer_text`), so that
 parts, metrics and sequence-to-sequence models need not know the kinds. It knows no file, no tokenizer and no model.
@@ -147,6 +147,21 @@ class Tagged(Example):
 
     def answer_text(self) -> str:
         return " ".join(self.tags)
+
+
+@dataclass(frozen=True)
+class LabeledImage(Example):
+    """An image file and its class. Who opens it compares pixels; here two are the same if their paths are."""
+
+    path: str
+    """As the data write it: relative to the file it was read from, or absolute."""
+    label: str
+
+    def source_text(self) -> str:
+        return self.path
+
+    def answer_text(self) -> str:
+        return self.label
 
 
 def shown(value: object) -> str:

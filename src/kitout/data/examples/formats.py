@@ -42,6 +42,8 @@ class Format:
     needs: Names
     make: Callable[[convert.Cells], Example]
     may: Names = field(default_factory=dict)
+    by_name_only: bool = False
+    """Taken only where it is asked for: tables of texts may have the same columns beside their own."""
 
     @property
     def roles(self) -> Names:
@@ -96,6 +98,15 @@ FORMATS = {
         ),
         Format("spans", {"text": ("text", "sentence"), "spans": ("spans", "entities")}, convert.spans),
         Format("text", {"text": ("text", "content")}, convert.plain),
+        Format(
+            "image",
+            {
+                "image": ("image", "path", "file", "filename", "file_name", "filepath", "image_path", "img"),
+                "label": ("label", "labels", "class", "category", "target", "species", "digit"),
+            },
+            convert.image,
+            by_name_only=True,
+        ),
     )
 }  # fmt: skip
 
@@ -199,7 +210,8 @@ def _asked(format: str | None, named: Mapping[str, str], present: Sequence[str],
     faults = Faults(DataError, f"{where} (columns: {', '.join(present)})")
     if format is not None and format not in FORMATS:
         faults.add(f"there is no format {format!r}; {suggest(format, FORMATS, most=len(FORMATS))}")
-    open_ones = [FORMATS[format]] if format in FORMATS else list(FORMATS.values())
+    by_columns = [made for made in FORMATS.values() if not made.by_name_only]
+    open_ones = [FORMATS[format]] if format in FORMATS else by_columns
     roles = {role for made in open_ones for role in made.roles}
     for role, column in named.items():
         if role not in roles:

@@ -53,7 +53,8 @@ class Found:
 class Images:
     """Sources and what is known of each; `open(i)` gives an RGB picture.
 
-    labels: indices into names. parts: "train", "val", "test" or "" where the set says nothing. hashes: of the pixels.
+    labels: indices into names. parts: "train", "validation", "test" or "" where the set says nothing. hashes: of
+    the pixels.
     """
 
     sources: tuple[Path | Bytes, ...]

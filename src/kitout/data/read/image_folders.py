@@ -1,4 +1,4 @@
-"""The ways images come: a folder of class folders, a table of paths and labels, arrays; each becomes one `Images`.
+"""The ways images come: class folders and arrays are read here, tables of paths by the reader of all tables.
 
 `load` chooses by what the path is. Paths in a table are the user's own: relative ones start at the table, absolute ones
 are taken as they are. Labels are words and are never joined into a path. It knows no model and no split.
@@ -13,32 +13,29 @@ from typing import Any
 
 import numpy as np
 
+from kitout.data.examples.examples import LabeledImage
+from kitout.data.examples.formats import detect
 from kitout.data.images.image_set import ENDINGS, Bytes, Found, Images, gather
 from kitout.data.read import tables
+from kitout.data.read.sources import SPLIT_NAMES, FileTable, open_source, part_named
 from kitout.data.read.tables import DataError
 from kitout.errors import Faults
-
-IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "filepath", "image_path", "img")
-LABEL_COLUMNS = ("label", "class", "category", "target", "species", "digit")
-PARTS = {
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
 
 
 def load(
     where: Path | str, image: str | None = None, label: str | None = None, names: Sequence[str] | None = None
 ) -> Images:
-    """A folder of class folders (perhaps below train/, val/, test/), a table, or an .npz with `images` and `labels`.
+    """A folder of class folders (perhaps below train/, val/, test/), tables, or an .npz with `images` and `labels`.
 
     image, label: the columns of a table, if not obvious. names: the labels there may be, in order.
     """
     path = Path(where)
-    if path.is_dir():
+    if path.is_dir() and not _has_train_table(path):
         return gather(_folder(path), names, str(path))
     if path.suffix.lower() == ".npz":
         return from_arrays(*_npz(path), names=names, what=str(path))
-    return gather(_table(path, image, label), names, str(path))
+    columns = {role: column for role, column in (("image", image), ("label", label)) if column is not None}
+    return gather(_tables(str(where), columns), names, str(path))
 
 
 def from_arrays(
@@ -77,26 +74,30 @@ def _npz(path: Path) -> tuple[Any, Any]:
         raise DataError(f"{path} is no .npz of plain arrays: {str(wrong)[:120]}") from wrong
 
 
-def _table(path: Path, image: str | None, label: str | None) -> list[Found]:
-    rows = tables.rows(path)
-    wanted = {"image": (image, IMAGE_COLUMNS), "label": (label, LABEL_COLUMNS)}
-    image, label = tables.columns(path, rows, wanted)
-    faults = Faults(DataError, str(path))
-    unnamed = [f"line {line}: {image!r} is empty" for line, row in rows if not tables.word(row.get(image))]
-    tables.told(faults, unnamed, "rows")
-    faults.raise_if_any()
-    return [
-        Found(path.parent / tables.word(row[image]), tables.word(row.get(label)), place=f"line {line}: ")
-        for line, row in rows
-    ]
+def _tables(source: str, columns: dict[str, str]) -> list[Found]:
+    """What the tables of a source name; relative paths start at their table."""
+    if not Path(source).exists() and Path(source.partition("#")[0]).suffix.lower() not in tables.READERS:
+        raise DataError(f"there is no file or folder {source}; sets of the hub have to be saved as class folders first")
+    found: list[Found] = []
+    for table in open_source(source):
+        assert isinstance(table, FileTable)  # the hub is not asked
+        rows = table.rows()
+        for example in detect(rows, table.where, "image", columns).examples(rows):
+            assert isinstance(example, LabeledImage)
+            found.append(Found(table.path.parent / example.path, example.label, table.part, f"{example.place}: "))
+    return found
+
+
+def _has_train_table(root: Path) -> bool:
+    return any(p.suffix.lower() in tables.READERS and part_named(p.stem) == "train" for p in root.iterdir())
 
 
 def _folder(root: Path) -> list[Found]:
     faults = Faults(DataError, str(root))
     inside = _folders(root)
-    parted = {PARTS.get(folder.name.lower(), "") for folder in inside}
+    parted = {SPLIT_NAMES.get(folder.name.lower(), "") for folder in inside}
     if "train" in parted and "" not in parted:
-        found = [f for folder in inside for f in _classes(folder, PARTS[folder.name.lower()], faults)]
+        found = [f for folder in inside for f in _classes(folder, SPLIT_NAMES[folder.name.lower()], faults)]
     else:
         found = _classes(root, "", faults)
     faults.raise_if_any()

@@ -24,11 +24,11 @@ from kitout.errors import Faults
 Source: TypeAlias = "str | Path | Sequence[str | Path] | Mapping[str, str | Path | Sequence[str | Path]]"
 
 PARTS = ("train", "validation", "test")
-_NAMED = {
+SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
     "dev": "validation", "test": "test", "testing": "test",
 }  # fmt: skip
-_PART = re.compile(rf"(?i)({'|'.join(sorted(_NAMED, key=len, reverse=True))})([-_. ].*)?")
+_PART = re.compile(rf"(?i)({'|'.join(sorted(SPLIT_NAMES, key=len, reverse=True))})([-_. ].*)?")
 _SLICE = re.compile(r"(?P<name>.+)#((?P<first>\d+):)?(?P<last>\d+)")
 
 
@@ -114,7 +114,7 @@ def layout_of(table: Table, **how: Any) -> Layout:
 def part_named(name: str) -> str:
     """dev, validation_matched, train-00000-of-00002 -> the part; "" for any other name."""
     found = _PART.fullmatch(name)
-    return _NAMED[found[1].lower()] if found else ""
+    return SPLIT_NAMES[found[1].lower()] if found else ""
 
 
 def _of_part(part: str, found: list[Table]) -> list[Table]:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 from kitout.data.encode import classification, generation
 from kitout.data.encode.item import Item, digest
-from kitout.data.examples.examples import Chat, Example, Labelled, Tagged
-from kitout.data.parts import LEARNT, part
+from kitout.data.examples.examples import Chat, Example, LabeledImage, Labelled, Tagged
 from kitout.data.read.sources import load
+from kitout.data.split import TRAINABLE_SPLITS, split_examples, split_images
 from kitout.data.streaming import stream
 from kitout.errors import ConfigError
 from kitout.train.config.schema import DataConfig, SourceConfig
@@ -64,27 +64,28 @@ def text_sets(config: DataConfig, objective: str, tokenizer: Any, writes_after_r
         for name, held in one.parts.items():
             given.setdefault(name, []).extend(held)
     share = {name: 0.0 if isinstance(v, str) else v for name, v in _measured(config).items()}
-    learnt = [e for name in LEARNT for e in given.get(name, ())]
+    learnt = [e for name in TRAINABLE_SPLITS for e in given.get(name, ())]
     kind = told_by(learnt, objective, writes_after_reading) if learnt else objective
-    parts = part(given, share["validation"], share["test"], config.seed, classes=kind != "regress")
+    splits = split_examples(given, share["validation"], share["test"], config.seed, stratify=kind != "regress")
     names = config.labels or (
-        classification.label_set(parts.train) if kind in ("classify", "multilabel", "tokens") else ()
+        classification.label_set(splits.train) if kind in ("classify", "multilabel", "tokens") else ()
     )
     encoder = encoder_of(kind, tokenizer, config, names)
     train: list[Item] = []
     sets = []
     for k in range(len(loaded)):
         start = len(train)
-        train += encoder([e for e in parts.train if owners[id(e)] == k])
+        train += encoder([e for e in splits.train if owners[id(e)] == k])
         sets.append(range(start, len(train)))
     if any(not one for one in sets):
         empty = [config.train[k].path for k, one in enumerate(sets) if not one]
         raise ConfigError(f"nothing is left to learn from {', '.join(empty)}: all of it is measured on, or a copy")
-    validation, test = encoder(list(parts.validation)), encoder(list(parts.test))
-    told = [str(layout) for one in loaded for layout in one.layouts] + [str(parts)]
+    validation, test = encoder(list(splits.validation)), encoder(list(splits.test))
+    told = [str(layout) for one in loaded for layout in one.layouts] + [str(splits)]
     return Sets(
         kind, train, validation, test, tuple(names), tuple(sets), tuple(s.weight for s in config.train),
-        parts.majority, tuple(told), digest([*train, *validation, *test]), chat=isinstance(parts.train[0], Chat),
+        splits.majority_accuracy, tuple(told), digest([*train, *validation, *test]),
+        chat=isinstance(splits.train[0], Chat),
     )  # fmt: skip
 
 
@@ -104,9 +105,11 @@ def _how(source: SourceConfig) -> tuple[str | None, dict[str, str] | None, str |
 
 def told_by(examples: Sequence[Example], asked: str, writes_after_reading: bool) -> str:
     """The objective that these examples can teach, if none was asked for."""
+    first = examples[0]
+    if isinstance(first, LabeledImage):
+        raise ConfigError("data.train.format=image is for models that read images; this one reads text")
     if asked != "auto":
         return asked
-    first = examples[0]
     if isinstance(first, Tagged):
         return "tokens"
     if isinstance(first, Labelled):
@@ -181,41 +184,27 @@ def _streamed(config: DataConfig, objective: str, tokenizer: Any, writes_after_r
 
 def image_sets(config: DataConfig) -> Sets:
     """Images to classes; items are rows of one set, whose parts do not share a picture."""
-    from kitout.data import split
     from kitout.data.read import image_folders
 
     if len(config.train) > 1:
         raise ConfigError("images come from one source: a folder of class folders, a table or an .npz")
     (source,) = config.train
     columns = source.columns
+    if source.format not in ("auto", "image"):
+        raise ConfigError(f"data.train.format={source.format}: this model reads images; write image or auto")
     whole = image_folders.load(Path(data_at(source.path)), columns.get("image"), columns.get("label"), config.labels)
     for name, value in _measured(config).items():
         if isinstance(value, str):
-            raise ConfigError(f"data.{name}={value!r}: for images put the files below {name}/ beside train/")
-    counts = {
-        name: _count(value, len(whole)) for name, value in _measured(config).items() if not isinstance(value, str)
-    }
-    first = split.split(whole, counts["test"], None if source.limit is None else source.limit, config.seed)
-    rest = first.train
-    watched = None
-    if counts["validation"]:
-        second = split.split(rest.pick(range(len(rest))), counts["validation"], None, config.seed + 1)
-        rest, watched = second.train, second.test
-    parts = [rest, *([watched] if watched is not None else []), first.test]
-    joined = parts[0].joined(parts[1:])
-    at = [0]
-    for one in parts:
-        at.append(at[-1] + len(one))
-    rows = [range(a, b) for a, b in pairwise(at)]
-    validation = rows[1] if watched is not None else range(0)
-    sizes = ", ".join(f"{len(one):,}" for one in parts)
-    told = f"images: {sizes} to learn, to watch and to measure; {first.dropped:,} duplicates left out"
+            raise ConfigError(
+                f"data.{name}={value!r}: for images put the files below {name}/ beside train/, "
+                f"or name tables of paths train and {name}"
+            )
+    share = {name: 0.0 if isinstance(v, str) else v for name, v in _measured(config).items()}
+    splits = split_images(whole, share["validation"], share["test"], config.seed, source.limit)
+    ends = [0, *accumulate(map(len, (splits.train, splits.validation, splits.test)))]
+    train, validation, test = (list(range(start, end)) for start, end in pairwise(ends))
+    images = whole.pick([*splits.train, *splits.validation, *splits.test])
     return Sets(
-        "images", list(rows[0]), list(validation), list(rows[-1]), whole.names, majority=first.majority,
-        told=(told,),
-        digest=joined.digest, images=joined,
+        "images", train, validation, test, whole.names, majority=splits.majority_accuracy, told=(f"images: {splits}",),
+        digest=images.digest, images=images,
     )  # fmt: skip
-
-
-def _count(value: float, total: int) -> int:
-    return round(value * total) if 0 < value < 1 else int(value)
