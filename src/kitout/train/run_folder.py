@@ -205,5 +205,3 @@ def flat(values: Any, name: str = "") -> dict[str, Any]:
     for key, value in inside.items():
         found |= flat(value, f"{name}.{key}" if name else key)
     return found
-
-
