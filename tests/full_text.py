@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laws.wear import assert_same
+from laws.activate import assert_same
 from zoo import FIRST_TOKEN, Specimen, out, padded
 
 FRONT = (11, 29, 13, 47, 15)

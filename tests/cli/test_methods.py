@@ -16,7 +16,7 @@ from kitout.cli import methods as verb
 from kitout.cli.methods import about, described
 from kitout.method import REGISTRY, Method
 from kitout.train.config.describe import type_text
-from laws.configs import CASES
+from laws.cases import CASES
 
 
 def said(*words: str) -> Result:

@@ -13,7 +13,7 @@ import pytest
 from kitout.evaluate.report import html, model_card, plots
 from kitout.evaluate.report.summary import Summary
 from kitout.files import atomic
-from kitout.train.config.schema import load
+from kitout.train.config.load import load
 from kitout.train.metrics_log import Metrics
 from kitout.train.run_folder import RunFolder, opened
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import kitout
-from laws.configs import CELLS, Case, name_of
-from laws.wear import fresh_model, loss_of, put_on, run
+from laws.activate import fresh_model, loss_of, put_on, run
+from laws.cases import CELLS, Case, name_of
 from zoo import Specimen
 
 cells = pytest.mark.parametrize(("specimen", "case"), CELLS, ids=name_of)

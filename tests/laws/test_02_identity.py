@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from laws.configs import CELLS, Case, name_of
-from laws.wear import assert_same, kit_of, run, worn
+from laws.activate import assert_same, kit_of, run, worn
+from laws.cases import CELLS, Case, name_of
 from zoo import Specimen
 
 

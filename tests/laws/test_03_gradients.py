@@ -10,8 +10,8 @@ import torch
 
 from kitout import LoRA
 from kitout.runtime.adapter import Adapter
-from laws.configs import CELLS, Case, name_of
-from laws.wear import gradients, inert, kit_of, loss_of, untrivial, worn
+from laws.activate import gradients, inert, kit_of, loss_of, untrivial, worn
+from laws.cases import CELLS, Case, name_of
 from zoo import Specimen
 
 NOTHING = 1e-6  # of the largest gradient: what rounding leaves of a zero

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kitout import Kit, Mix, Stack
-from laws.configs import CASES, SPECIES, Case
-from laws.wear import added, assert_same, gradients, kit_of, loss_of, run
+from laws.activate import added, assert_same, gradients, kit_of, loss_of, run
+from laws.cases import CASES, SPECIES, Case
 from zoo import FIRST_TOKEN, Specimen, padded, rows_of
 
 ROWS = 5  # cases per batch: few enough to see which one is wrong

@@ -15,8 +15,8 @@ from torch import nn
 import kitout
 from kitout import Kit
 from kitout.errors import WrongBase
-from laws.configs import CASES, CELLS, Case, name_of
-from laws.wear import fresh_model, kit_of, run, worn
+from laws.activate import fresh_model, kit_of, run, worn
+from laws.cases import CASES, CELLS, Case, name_of
 from zoo import Specimen, randomise
 
 cells = pytest.mark.parametrize(("specimen", "case"), CELLS, ids=name_of)

@@ -14,8 +14,8 @@ from torch import nn
 
 from kitout import Stack
 from kitout.errors import NotMergeable
-from laws.configs import CASES, CELLS, SPECIES, Case, name_of
-from laws.wear import added, assert_base_bits, assert_same, gains_keys, kit_of, run, unmergeable, worn
+from laws.activate import added, assert_base_bits, assert_same, gains_keys, kit_of, run, unmergeable, worn
+from laws.cases import CASES, CELLS, SPECIES, Case, name_of
 from zoo import Specimen
 
 cells = pytest.mark.parametrize(("specimen", "case"), CELLS, ids=name_of)

@@ -7,8 +7,8 @@ import pytest
 import kitout
 from kitout import LoRA
 from kitout.errors import ConfigError
-from laws.configs import CELLS, Case, name_of
-from laws.wear import kit_of, worn
+from laws.activate import kit_of, worn
+from laws.cases import CELLS, Case, name_of
 from zoo import ZOO, Specimen
 
 

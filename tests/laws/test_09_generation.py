@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kitout import Kit
-from laws.configs import CELLS, Case, name_of
-from laws.wear import assert_same, kit_of, run, worn
+from laws.activate import assert_same, kit_of, run, worn
+from laws.cases import CELLS, Case, name_of
 from zoo import FIRST_TOKEN, VOCAB, Specimen, padded
 
 NEW = 5

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kitout import Kit, LoRA
 from kitout.runtime.adapter import Adapter
-from laws.configs import CELLS, Case, name_of
-from laws.wear import added, assert_same, gradients, kit_of, loss_of, untrivial, worn
+from laws.activate import added, assert_same, gradients, kit_of, loss_of, untrivial, worn
+from laws.cases import CELLS, Case, name_of
 from zoo import Specimen
 
 KINDS = ("reentrant", "non-reentrant")

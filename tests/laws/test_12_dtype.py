@@ -12,8 +12,8 @@ from torch import Tensor
 
 import kitout
 from kitout import Kit, LoRA
-from laws.configs import CELLS, Case, experts, name_of
-from laws.wear import assert_same, far, fresh_model, kit_of, loss_of, put_on, run, unmergeable, worn
+from laws.activate import assert_same, far, fresh_model, kit_of, loss_of, put_on, run, unmergeable, worn
+from laws.cases import CELLS, Case, experts, name_of
 from zoo import ZOO, Specimen
 
 cells = pytest.mark.parametrize(("specimen", "case"), [c for c in CELLS if not experts(c[0])], ids=name_of)

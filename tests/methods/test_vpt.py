@@ -17,7 +17,7 @@ from torch import Tensor
 import kitout
 from kitout import VPT, LoRA, PrefixTuning, Stack
 from kitout.errors import TargetError
-from laws.wear import assert_same, fresh_kit, pristine, put_on, run
+from laws.activate import assert_same, fresh_kit, pristine, put_on, run
 from zoo import IMAGE, LABELS, ZOO, out
 
 SPECIES = ("vit", "dinov2", "timm-vit")

@@ -1,0 +1,241 @@
+"""The report is one file that asks for nothing, the card says how to load; strangers' text stays text in both."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import kitout
+from kitout import LoRA
+from kitout.evaluate.compare import Comparison, compare, side_by_side
+from kitout.evaluate.metrics.registry import measures
+from kitout.evaluate.report import html, model_card
+from kitout.evaluate.report.summary import Summary, words
+from zoo import ZOO, tokenizer_of
+
+EVIL = "</pre><script>alert('x')</script><img src=x onerror=alert(1)> & \"quoted\" {{ 7 * 7 }} | `a` \u202e"
+NAMES = ["yes", "no", EVIL]
+REFERENCES = [NAMES[i % 3] for i in range(60)]
+BASE = [NAMES[i % 2] for i in range(60)]
+TUNED = [NAMES[i % 3] if i % 5 else "no" for i in range(60)]
+PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(40)
+
+
+def comparison() -> Comparison:
+    shown = side_by_side([f"{EVIL} {i}" for i in range(60)], REFERENCES, BASE, TUNED)
+    return compare(measures("generation", BASE, REFERENCES), measures("generation", TUNED, REFERENCES), shown)
+
+
+def full() -> Summary:
+    return Summary(
+        title=f"A run {EVIL}",
+        model=EVIL,
+        method=f"LoRA(rank=4) {EVIL}",
+        comparisons={"adapter": comparison()},
+        data={"train": 1280, EVIL: EVIL, "learnt": [1, 2.5], "cut": None},
+        preflight={"checked": True},
+        estimates={EVIL: ("2 GiB", 1.5)},
+        cost={"seconds": 81.25, "trained": 2442240},
+        notes=[EVIL],
+        config=f"model: {EVIL}\n```\nmore",
+        plots={EVIL: PICTURE},
+        files={EVIL: EVIL},
+        task="generation",
+        data_name=EVIL,
+        data_hash="ab12",
+        licence=EVIL,
+        made="today",
+    )
+
+
+class Page(HTMLParser):
+    """What a browser makes of it: the tags, their attributes, and the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "img", "line", "circle"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_report_holds_everything_and_asks_for_nothing() -> None:
+    page = Page(html.report(full()))
+    assert not page.open
+    assert "script" not in page.tags
+    assert page.tags.count("img") == 1
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    links = [value for name, value in page.attributes if name in ("src", "href", "action", "data", "xlink:href")]
+    assert links == [f"data:image/png;base64,{base64.b64encode(PICTURE).decode()}"]
+    assert not re.search(r"https?://|@import|url\(", html.report(full()))
+    policy = next(value for name, value in page.attributes if value and "default-src" in value)
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    for said in ("accuracy", "macro-F1", "1,280", "81.25", "2,442,240", "today", "held out", "1, 2.5", "✓ right"):
+        assert said in page.text, said
+    assert page.text.count(EVIL) > 15
+    assert comparison().verdict in " ".join(page.text.split())
+
+
+def test_what_is_empty_is_not_there() -> None:
+    page = Page(html.report(Summary(title="t", model="m", method="LoRA()")))
+    assert "h2" not in page.tags
+    assert "table" not in page.tags
+    two = Page(html.report(dataclasses.replace(full(), comparisons={"legal": comparison(), "medic": comparison()})))
+    assert two.text.count("legal") == two.text.count("medic") == 3
+
+
+def test_a_report_is_written_whole(tmp_path: Path) -> None:
+    file = html.write(full(), tmp_path / "report.html")
+    assert file.read_text(encoding="utf-8") == html.report(full())
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_numbers_without_a_share_have_no_whisker() -> None:
+    true = [1.0, 2.5, 3.0]
+    numbers = compare(measures("regression", [1.0] * 3, true), measures("regression", [1.0, 2.0, 3.0], true))
+    page = Page(html.report(Summary(title="t", model="m", method="x", comparisons={"a": numbers})))
+    assert "svg" not in page.tags
+    assert "less is better" in page.text
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(1234567, "1,234,567"), (1234.5, "1,234"), (0.123456, "0.1235"), (True, "yes"), (None, "none"), ("x", "x")],
+)
+def test_words(value: Any, said: str) -> None:
+    assert words(value) == said
+
+
+def front(text: str) -> dict[str, Any]:
+    found = yaml.safe_load(text.split("---\n")[1])
+    assert isinstance(found, dict)
+    return found
+
+
+def test_the_card_is_read_by_the_hubs_own_reader() -> None:
+    from huggingface_hub import ModelCard
+
+    plain = dataclasses.replace(
+        full(), title="Tweets", model="org/model-1", licence="apache-2.0", data_name="my tweets", labels=["a", "b"]
+    )
+    read = ModelCard(model_card.card(plain))
+    assert (read.data.base_model, read.data.license, read.data.library_name) == ("org/model-1", "apache-2.0", "kitout")
+    assert read.data.tags == ["kitout", "adapter", "lora"]
+    results = {r.metric_type: r for r in read.data.eval_results}
+    assert list(results) == ["accuracy", "macro_f1", "exact_match", "token_f1"]
+    assert results["accuracy"].metric_value == pytest.approx(comparison().changes[0].tuned.value, abs=1e-6)
+    assert (results["accuracy"].dataset_name, results["accuracy"].dataset_type) == ("my tweets", "my-tweets")
+    text = str(read)
+    assert comparison().verdict in text
+    assert "| sha256 of all examples | ab12 |" in text
+    assert "| labels, in order | a, b |" in text
+    assert "measured on 60 examples" in text
+
+
+def test_strangers_text_stays_text_in_the_card() -> None:
+    text = model_card.card(full())
+    assert front(text)["license"] == "other"
+    assert front(text)["license_name"] == model_card.UNKNOWN
+    assert "base_model" not in front(text)
+    assert front(text)["model-index"][0]["results"][0]["dataset"]["name"] == EVIL
+    body = text.split("---\n", 2)[2]
+    fenced = re.findall(r"^(`{3,})\w+\n(.*?)\n\1$", body, re.DOTALL | re.MULTILINE)
+    assert [fence for fence, _ in fenced] == ["```", "````"]
+    for _, block in fenced:
+        body = body.replace(block, "")
+    assert "<script" not in body
+    assert "<img" not in body
+    assert all(row.count("|") - row.count("\\|") in (3, 6) for row in body.splitlines() if row.startswith("|"))
+    assert json.dumps(EVIL) in fenced[0][1]  # as a string of the program
+
+
+def test_a_card_of_little_says_little() -> None:
+    text = model_card.card(Summary(title="t", model="m", method="IA3()"))
+    assert "It was not measured" in text
+    assert f"its own licence ({model_card.UNKNOWN})" in text
+    assert "## What it did" not in text
+    said = {"library_name": "kitout", "license": "other", "license_name": model_card.UNKNOWN}
+    assert front(text) == said | {"tags": ["kitout", "adapter", "ia3"]}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A language model and its tokenizer in a folder."""
+    folder = tmp_path / "tiny"
+    ZOO["llama"].build().save_pretrained(folder)
+    tokenizer_of(ZOO["llama"]).save_pretrained(folder)
+    return folder
+
+
+def test_the_cards_lines_run_and_a_card_does_not_disturb_loading(tiny: Path, tmp_path: Path, capsys: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    kit = kitout.attach(AutoModelForCausalLM.from_pretrained(tiny))
+    adapter = kit.add("mine", LoRA(rank=2), seed=0)
+    with torch.no_grad():
+        for value in adapter.parameters():
+            value.add_(0.1)
+    kit.save("mine", tmp_path / "adapter")
+    plain = Summary(title="t", model=str(tiny), method="LoRA(rank=2)", adapter="mine", task="generation")
+    model_card.write(plain, tmp_path / "adapter")
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
+        "README.md", "adapter.json", "adapter.safetensors"
+    ]  # fmt: skip
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "adapter" / "README.md").read_text(), re.DOTALL)
+    assert code
+    names: dict[str, Any] = {}
+    exec(code[1].replace("FOLDER", str(tmp_path / "adapter")), names)
+    assert capsys.readouterr().out.strip()
+    assert names["kit"].worn == "mine"
+    kit.load(tmp_path / "adapter", name="again")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"README.md": "---\nlicense: MIT\ntags: [x]\n---\nlicense: gpl"}, "mit"),
+        ({"README.md": "no front matter, license: mit", "config.json": '{"license": "apache-2.0"}'}, "apache-2.0"),
+        ({"README.md": "---\n: [\n---\n", "config.json": "{", "LICENSE": "MIT License\n\nCopyright"}, "mit"),
+        ({"LICENSE": "\n   Apache License\n      Version 2.0, January 2004"}, "apache-2.0"),
+        ({"README.md": "---\nlicense: [a, b]\n---"}, model_card.UNKNOWN),
+        ({"README.md": "---\n- a\n---", "config.json": "[1]", "LICENSE": "ask me"}, model_card.UNKNOWN),
+        ({"README.md": "---\nlicense: '  '\n---"}, model_card.UNKNOWN),
+        ({"README.md": "x" * (model_card.MOST + 1)}, model_card.UNKNOWN),
+        ({}, model_card.UNKNOWN),
+    ],
+)
+def test_the_bases_licence_is_what_its_folder_states(tmp_path: Path, files: dict[str, str], expected: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert model_card.licence_of(tmp_path) == expected
+
+
+def test_a_base_without_a_folder_states_nothing() -> None:
+    assert model_card.licence_of(None) == model_card.licence_of(Path("no/such/folder")) == model_card.UNKNOWN

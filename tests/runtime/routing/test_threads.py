@@ -1,0 +1,191 @@
+"""One model, many threads and tasks: a `with` belongs to its own, whatever the others wear, also while generating."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kitout
+from kitout import Kit, LoRA
+from laws.activate import assert_same, put_on, run
+from zoo import ZOO
+
+NAMES = (None, "a", "b", "c")
+ROUNDS = 8
+
+
+@pytest.fixture
+def kit(tiny_llama: nn.Module) -> Kit:
+    kit = kitout.attach(tiny_llama)
+    for seed, name in enumerate(NAMES[1:]):
+        put_on(kit, LoRA(rank=2, targets="all-linear"), name, seed=seed)
+    return kit
+
+
+def together(*works: Callable[[], None]) -> None:
+    """Runs all at once; the first exception of any is raised here."""
+    faults: list[BaseException] = []
+
+    def guarded(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=guarded, args=(w,)) for w in works]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    assert not any(t.is_alive() for t in threads), "a thread hangs"
+    if faults:
+        raise faults[0]
+
+
+def alone(kit: Kit, batch: dict[str, Tensor]) -> dict[str | None, Tensor]:
+    values = {}
+    for name in NAMES:
+        with kit.use(name):
+            values[name] = run(kit, batch)
+    return values
+
+
+def test_threads_wear_their_own(kit: Kit) -> None:
+    batch = ZOO["llama"].batch(2, 0)
+    want = alone(kit, batch)
+    gate = threading.Barrier(len(NAMES))
+
+    def work(name: str | None) -> Callable[[], None]:
+        def forward() -> None:
+            with kit.use(name):
+                gate.wait(30)
+                for _ in range(ROUNDS):
+                    assert torch.equal(run(kit, batch), want[name]), f"{name} wore something else"
+                gate.wait(30)
+
+        return forward
+
+    together(*map(work, NAMES))
+    assert kit.active is None
+
+
+def test_rows_in_one_thread_and_the_base_in_another(kit: Kit) -> None:
+    batch, longer = ZOO["llama"].batch(3, 0), ZOO["llama"].batch(5, 1)
+    rows = ["a", None, "c"]
+    with kit.use(rows):
+        by_row = run(kit, batch)
+    with kit.use("b"):
+        whole = run(kit, longer)
+    gate = threading.Barrier(2)
+
+    def mixed() -> None:
+        with kit.use(rows):
+            gate.wait(30)
+            for _ in range(ROUNDS):
+                assert_same(run(kit, batch), by_row, 0.0)
+
+    def single() -> None:
+        with kit.use("b"):
+            gate.wait(30)
+            for _ in range(ROUNDS):
+                assert_same(run(kit, longer), whole, 0.0)
+
+    together(mixed, single)
+
+
+def test_generating_beside_a_forward(kit: Kit) -> None:
+    batch = ZOO["llama"].batch(2, 0)
+    want = alone(kit, batch)
+    with kit.use("a"):
+        said = kit.generate(**batch, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    gate = threading.Barrier(2)
+
+    def talk() -> None:
+        with kit.use("a"):
+            gate.wait(30)
+            for _ in range(3):
+                again = kit.generate(**batch, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+                assert torch.equal(again, said)
+
+    def think() -> None:
+        with kit.use("b"):
+            gate.wait(30)
+            for _ in range(ROUNDS):
+                assert torch.equal(run(kit, batch), want["b"])
+
+    together(talk, think)
+
+
+def test_training_in_one_thread_and_answering_in_another(kit: Kit) -> None:
+    batch = ZOO["llama"].batch(2, 0)
+    want = alone(kit, batch)
+    kit.train_only("a")
+    gate = threading.Barrier(2)
+
+    def train() -> None:
+        optimiser = torch.optim.SGD(kit["a"].parameters(), lr=0.01)
+        with kit.use("a"):
+            gate.wait(30)
+            for _ in range(ROUNDS):
+                optimiser.zero_grad()
+                kit(**batch, labels=batch["input_ids"]).loss.backward()
+                optimiser.step()
+
+    def answer() -> None:
+        with kit.use("b"):
+            gate.wait(30)
+            for _ in range(ROUNDS):
+                assert torch.equal(run(kit, batch), want["b"])
+
+    together(train, answer)
+    assert all(p.grad is None for n in ("b", "c") for p in kit[n].parameters())
+
+
+def test_tasks_wear_their_own(kit: Kit) -> None:
+    batch = ZOO["llama"].batch(2, 0)
+    want = alone(kit, batch)
+
+    async def serve(name: str | None) -> None:
+        with kit.use(name):
+            for _ in range(ROUNDS):
+                await asyncio.sleep(0)
+                assert torch.equal(run(kit, batch), want[name])
+                assert kit.active == name
+
+    async def every() -> None:
+        await asyncio.gather(*(serve(n) for n in NAMES))
+
+    asyncio.run(every())
+
+
+def test_a_sticky_choice_reaches_threads_that_have_none(kit: Kit) -> None:
+    batch = ZOO["llama"].batch(2, 0)
+    want = alone(kit, batch)
+    kit.use("c")
+
+    def forward() -> None:
+        assert kit.active == "c"
+        assert torch.equal(run(kit, batch), want["c"])
+
+    together(forward)
+
+
+def test_two_threads_cannot_take_one_name(kit: Kit) -> None:
+    gate, won = threading.Barrier(4), []
+
+    def add() -> None:
+        gate.wait(30)
+        try:
+            kit.add("new", LoRA(rank=2), seed=0)
+            won.append(1)
+        except kitout.errors.NameTaken:
+            pass
+
+    together(*[add] * 4)
+    assert len(won) == 1
+    assert kit.names.count("new") == 1

@@ -1,0 +1,167 @@
+"""Whether learning is sound: gradients that are there, values that move, effects that show, no nan that goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+import kitout
+from kitout import IA3, BitFit, Kit, LoRA
+from kitout.errors import ConfigError, SilentSite
+from kitout.train.loop.jobs import Diverged, Job
+from kitout.train.loop.trainer import Loop
+from train.fixtures import add, causal, job, kit_of, loop_of, losses, texts, trained, values
+from zoo import ZOO
+
+
+def one_job(kit: Kit, **settings: Any) -> Job:
+    items = texts(8)
+    return job("low", causal(kit, ["low"], items), items, **{"steps": 4} | settings)
+
+
+def test_a_trained_value_without_a_gradient_is_named(tmp_path: Path) -> None:
+    kit = kit_of("llama")
+    add(kit, "low", LoRA(rank=2))
+    kit["low"].register_parameter("forgotten", nn.Parameter(torch.zeros(3)))
+    with pytest.raises(SilentSite, match=r"1 trained tensors got no gradient .*low: forgotten"):
+        trained(kit, [one_job(kit)], tmp_path)
+
+
+def test_gradients_that_are_all_zero_are_none(tmp_path: Path) -> None:
+    kit = kit_of("llama")
+    add(kit, "low", LoRA(rank=2, targets="attn.o"))
+    with torch.no_grad():
+        for value in kit["low"].parameters():
+            value.zero_()  # A and B: neither reaches the other
+    with pytest.raises(SilentSite, match=r"low: all of them are zero"):
+        trained(kit, [one_job(kit)], tmp_path)
+
+
+def test_a_rate_at_which_nothing_moves_is_an_error(tmp_path: Path) -> None:
+    kit = kit_of("llama")
+    add(kit, "low", LoRA(rank=2))
+    with pytest.raises(SilentSite, match="'low' after 2 steps: nothing in it has changed"):
+        trained(kit, [one_job(kit, lr=1e-30, decay=0.0)], tmp_path)
+
+
+def test_a_rate_at_which_nothing_shows_is_an_error(tmp_path: Path) -> None:
+    kit = kit_of("llama")
+    kit.add("low", LoRA(rank=2), seed=0)  # B starts at zero: any step moves it, and no step shows
+    with pytest.raises(SilentSite, match="'low' after 4 steps: the model says the same with and without it"):
+        trained(kit, [one_job(kit, lr=1e-20, decay=0.0)], tmp_path)
+
+
+def test_a_first_step_too_small_for_half_precision_is_waited_for(tmp_path: Path) -> None:
+    kit = kitout.attach(ZOO["llama"].build().bfloat16()).eval()
+    kit.add("low", BitFit(), seed=0)
+    one = one_job(kit, steps=12, lr=3e-3, warmup=0.9, schedule="constant")
+    loop = loop_of(kit, [one], tmp_path)
+    silent = []
+    check = loop.health._silent
+    loop.health._silent = lambda asked: silent.append(check(asked)) or silent[-1]  # type: ignore[method-assign]
+    smaller(loop, 1e-4)
+    loop.train()
+    assert silent[0], "after two small steps bfloat16 shows nothing"
+    assert not silent[-1]
+
+
+def smaller(loop: Loop, times: float) -> None:
+    """The first two steps hardly move."""
+    create = loop.create_scheduler
+
+    def made(num_training_steps: int, optimizer: Any = None) -> Any:
+        found = create(num_training_steps, optimizer)
+        found.lr_lambdas = [lambda step: times if step < 2 else 1.0 for _ in found.lr_lambdas]
+        for group in loop.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * times
+        return found
+
+    loop.create_scheduler = made  # type: ignore[method-assign]
+
+
+def test_no_number_stops_a_run_and_says_where(tmp_path: Path) -> None:
+    kit = kit_of("llama")
+    add(kit, "low", LoRA(rank=2))
+    one = one_job(kit, lr=1e-3)
+    with torch.no_grad():
+        kit.base.get_submodule("model.layers.1.mlp.down_proj").weight[3, 5] = float("nan")
+    before = values(kit, "low")
+    with pytest.raises(
+        Diverged, match=r"'low', step 1: the gradient's norm is nan; try a lower train.lr than 0.001"
+    ) as told:
+        trained(kit, [one], tmp_path)
+    (note,) = json.loads((tmp_path / "diverged.json").read_text())
+    places = [one.items[i].place for i in one.steps[0]]
+    assert note == {"job": "low", "step": 1, "norm": "nan", "lr": 0.001, "examples": places}
+    assert places[0] in str(told.value)
+    assert all(torch.equal(value, before[name]) for name, value in values(kit, "low").items()), "it was not stepped"
+
+
+def test_each_job_is_clipped_by_its_own_norm(tmp_path: Path) -> None:
+    kit = kit_of("llama")
+    add(kit, "low", LoRA(rank=2))
+    add(kit, "scale", IA3())
+    items = texts(8)
+    jobs = [
+        job(name, causal(kit, ["low", "scale"], items), items, clip=clip, steps=1)
+        for name, clip in (("low", 1e-3), ("scale", 1e6))
+    ]
+    loop = loop_of(kit, jobs, tmp_path)
+    norms = {}
+
+    def seen(*_: Any, **__: Any) -> None:
+        for one in jobs:
+            norms[one.name] = torch.nn.utils.get_total_norm(
+                [value.grad for value in kit[one.name].parameters() if value.grad is not None]
+            ).item()
+
+    loop.create_optimizer().register_step_pre_hook(seen)
+    loop.create_optimizer = lambda model=None: loop.optimizer  # type: ignore[method-assign]
+    loop.train()
+    assert norms["low"] == pytest.approx(1e-3, rel=1e-2)
+    assert norms["scale"] > 1e-2
+    assert loop.state.log_history[0]["grad_norm"] >= norms["scale"]
+
+
+def test_master_weights_are_float32_over_a_half_base_and_keep_small_steps(tmp_path: Path) -> None:
+    kit = kitout.attach(ZOO["llama"].build().bfloat16()).eval()
+    kit.add("low", LoRA(rank=2), seed=0)
+    one = one_job(kit, steps=8, lr=1e-5, schedule="constant", decay=0.0)
+    before = values(kit, "low")
+    loop = trained(kit, [one], tmp_path)
+    after = values(kit, "low")
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    assert {value.dtype for state in loop.optimizer.state.values() for value in state.values()} == {torch.float32}
+    a = next(name for name in after if name.endswith("q_proj.a"))
+    moved = (after[a] - before[a]).abs()
+    assert 0 < moved.max() < 1e-4
+    assert (moved > 0).float().mean() > 0.9
+    rounded = (before[a].bfloat16() + 1e-5).bfloat16() == before[a].bfloat16()
+    assert rounded.float().mean() > 0.9, "in bfloat16 most of these steps would have been nothing"
+    assert kit.dtype == torch.bfloat16
+
+
+def test_it_learns_and_the_base_stays(tmp_path: Path) -> None:
+    kit = kit_of("llama")
+    bits = {name: value.clone() for name, value in kit.base.state_dict().items()}
+    kit.add("low", LoRA(rank=8, targets="all-linear"), seed=0)
+    loop = trained(kit, [one_job(kit, steps=40, batch=8)], tmp_path)
+    assert losses(loop)[-1] < losses(loop)[0] / 3
+    assert all(torch.equal(value, bits[name]) for name, value in kit.base.state_dict().items())
+    assert "use_cache" not in kit.config.__dict__ or kit.config.use_cache
+
+
+def test_what_trainer_must_leave_to_us_is_told_at_once(tmp_path: Path) -> None:
+    kit = kit_of("llama")
+    add(kit, "low", LoRA(rank=2))
+    args = TrainingArguments(
+        output_dir=str(tmp_path), gradient_accumulation_steps=2, bf16=True, use_cpu=True, report_to="none"
+    )
+    with pytest.raises(ConfigError, match=r"(?s)gradient_accumulation_steps.*fp16, bf16"):
+        Loop(kit, [one_job(kit)], tmp_path, args)

@@ -1,0 +1,149 @@
+"""Several jobs on one base: each comes out as if it had been alone, whatever becomes of the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kitout import IA3, Houlsby, Kit, LoRA, PrefixTuning, PromptTuning
+from kitout.data.encode.item import Item
+from kitout.train.loop.jobs import Job
+from kitout.train.loop.step import Work
+from kitout.train.loop.trainer import Loop
+from kitout.train.objectives.sequence import Labels
+from train.fixtures import add, causal, job, kit_of, texts, trained, values
+from zoo import D
+
+Made = tuple[Kit, list[Job]]
+NAMES = ["low", "scale", "front", "drop"]
+
+
+def jobs_of(names: Sequence[str], species: str = "llama", dtype: torch.dtype = torch.float32) -> Made:
+    """Jobs that differ in everything: method, data, batch, rate, clipping, schedule, seed and number of steps."""
+    kit = kit_of(species, dtype=dtype)
+    methods = {
+        "low": LoRA(rank=2, targets="all-linear"), "scale": IA3(), "front": PrefixTuning(length=3),
+        "drop": LoRA(rank=2, dropout=0.3), "text": PromptTuning(length=2), "serial": Houlsby(width=4),
+    }  # fmt: skip
+    settings: dict[str, dict[str, Any]] = {
+        "low": {"steps": 6, "batch": 4, "lr": 3e-3, "clip": 0.1, "schedule": "cosine", "seed": 3, "warmup": 0.3},
+        "scale": {"steps": 4, "batch": 2, "lr": 1e-2, "clip": 10.0, "schedule": "linear", "seed": 4},
+        "front": {"steps": 8, "batch": 3, "lr": 2e-2, "clip": 0.5, "schedule": "constant", "seed": 5, "decay": 0.0},
+        "drop": {"steps": 5, "batch": 3, "lr": 5e-3, "seed": 6},
+        "text": {"steps": 5, "batch": 2, "lr": 5e-3, "seed": 7},
+        "serial": {"steps": 3, "batch": 2, "lr": 5e-3, "seed": 8},
+    }
+    for name in names:
+        add(kit, name, methods[name], seed=len(name))
+    made = []
+    for name in names:
+        items = texts(11, seed=len(name) + ord(name[0]), high=6 + settings[name]["batch"])
+        made.append(job(name, causal(kit, list(names), items), items, **settings[name]))
+    return kit, made
+
+
+def off(folder: Path, names: Sequence[str], most: float, **how: Any) -> None:
+    """Joint against alone, for every job."""
+    kit, jobs = jobs_of(names, **how)
+    work = trained(kit, jobs, folder, micro=5).work
+    assert work.sums == [[0.0, 0.0] for _ in jobs]
+    for name in names:
+        alone, one = jobs_of([name], **how)
+        trained(alone, one, folder / name, micro=5)
+        for key, value in values(alone, name).items():
+            far = (value - values(kit, name)[key]).abs().max().item()
+            assert far <= most, f"{name}: {key} is {far:.1e} off"
+
+
+def test_every_job_is_what_it_is_alone(tmp_path: Path) -> None:
+    off(tmp_path, NAMES, 1e-6)
+
+
+def test_and_to_the_last_digits_in_double_precision(tmp_path: Path) -> None:
+    off(tmp_path, [*NAMES, "text"], 1e-8, dtype=torch.float64)
+
+
+@pytest.mark.slow
+def test_learned_positions_too(tmp_path: Path) -> None:
+    off(tmp_path, NAMES, 1e-9, species="gpt2", dtype=torch.float64)
+
+
+def test_jobs_without_dropout_share_their_forwards() -> None:
+    kit, jobs = jobs_of(NAMES)
+    rows = [(j, i) for j, one in enumerate(jobs) for i in one.steps[0]]
+    parts = Work(kit, jobs, 100).parts(rows)
+    assert [sorted({NAMES[j] for j, _ in part.rows}) for part in parts] == [["front", "low", "scale"], ["drop"]]
+    parts = Work(kit, jobs, 2).parts(rows)
+    assert sorted(row for part in parts for row in part.rows) == sorted(rows)
+    assert [part.number for part in parts] == [0, 1, 2, 3, 4, 0, 1]
+
+
+def test_packed_jobs_and_heads_of_other_widths_go_by_themselves() -> None:
+    kit = kit_of("bert")
+    classes = {"two": 2, "three": 3, "also-three": 3}
+    for name, width in classes.items():
+        add(kit, name, LoRA(rank=2), heads={"classifier": nn.Linear(D, width)})
+    items = [Item(item.ids, value=0) for item in texts(4)]
+    jobs = [job(name, Labels(kit, "classification", 0), items) for name in classes]
+    parts = Work(kit, jobs, 100).parts([(j, 0) for j in range(3)])
+    assert [[j for j, _ in part.rows] for part in parts] == [[0], [1, 2]]
+    llama = kit_of("llama")
+    add(llama, "a", LoRA(rank=2))
+    add(llama, "b", LoRA(rank=2))
+    packed = [job(name, causal(llama, ["a", "b"], texts(4), pack=30), texts(4)) for name in ("a", "b")]
+    assert len(Work(llama, packed, 100).parts([(0, 0), (1, 0)])) == 2
+
+
+def test_one_that_diverges_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    kit, jobs = jobs_of(["low", "scale", "front"])
+    poisoned = [poisoned_at(jobs[1], 2)]
+    with pytest.warns(RuntimeWarning, match="'scale', step 3: the gradient's norm is nan.*the other jobs go on"):
+        loop = trained(kit, [jobs[0], *poisoned, jobs[2]], tmp_path / "joint")
+    assert list(loop.health.stopped) == ["scale"]
+    (note,) = json.loads((tmp_path / "joint" / "diverged.json").read_text())
+    assert (note["job"], note["step"]) == ("scale", 3)
+    assert set(note["examples"]) == {f"line {i + 1}" for i in jobs[1].steps[2]}
+    last = [row for row in loop.state.log_history if "low/loss" in row][-1]
+    assert "scale/loss" not in last
+    for name in ("low", "front"):
+        alone, one = jobs_of([name])
+        trained(alone, one, tmp_path / name)
+        for key, value in values(alone, name).items():
+            assert (value - values(kit, name)[key]).abs().max() <= 1e-6
+    assert all(value.isfinite().all() for value in values(kit, "scale").values())
+
+
+def poisoned_at(one: Job, step: int) -> Job:
+    """From this step on its loss is no number."""
+    objective: Any = one.objective
+
+    class Poisoned:
+        form = None
+        task = objective.task
+        size, terms, collate = objective.size, objective.terms, objective.collate
+        seen = 0
+
+        def losses(self, model: Any, batch: Any, weights: Tensor) -> Any:
+            self.seen += torch.is_grad_enabled()
+            return objective.losses(model, batch, weights * float("nan") if self.seen > step else weights)
+
+    made: Any = Poisoned()
+    return Job(one.name, made, one.items, one.steps, one.settings)
+
+
+def test_when_the_last_one_at_work_has_diverged_the_run_ends(tmp_path: Path) -> None:
+    kit, jobs = jobs_of(["low", "front"])  # 6 and 8 steps
+    with pytest.warns(RuntimeWarning, match="the other jobs go on"):
+        loop = trained(kit, [jobs[0], poisoned_at(jobs[1], 6)], tmp_path)
+    assert loop.state.global_step == 8
+    assert losses_of(loop, "front/loss") == 7
+
+
+def losses_of(loop: Loop, name: str) -> int:
+    return sum(name in row for row in loop.state.log_history)

@@ -1,0 +1,122 @@
+"""Groups of parameters part an adapter exactly, each with the rate and the decay it is due; a mad rate is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import kitout
+from kitout import (
+    IA3,
+    BitFit,
+    FullFineTuning,
+    Houlsby,
+    LoRA,
+    Method,
+    PartialFineTuning,
+    PrefixTuning,
+    PromptTuning,
+)
+from kitout.errors import KitoutError
+from kitout.method import methods
+from kitout.runtime.adapter import Adapter
+from kitout.train.loop.optimizer import check_rate, groups, highest, refused
+from laws.cases import CASES
+from tiny_vision import kit as vision_kit
+from zoo import ZOO
+
+
+def worn(method: Method, heads: dict[str, nn.Module] | None = None) -> Adapter:
+    return kitout.attach(ZOO["llama"].build()).add("a", method, seed=0, heads=heads)
+
+
+def named(adapter: Adapter, parted: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Rate and decay of every parameter by its name."""
+    names = {id(value): name for name, value in adapter.named_parameters()}
+    return {names[id(v)]: (g["lr"], g["weight_decay"]) for g in parted for v in g["params"]}
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.refused(ZOO["llama"])], ids=lambda c: c.name)
+def test_groups_part_the_parameters_exactly(case: Any) -> None:
+    adapter = worn(case.method, {"lm_head": nn.Linear(ZOO["llama"].width, 5)} if "lora" in case.name else None)
+    parted = groups(adapter)
+    held = [id(value) for group in parted for value in group["params"]]
+    assert sorted(held) == sorted(map(id, adapter.parameters()))
+    assert len(set(held)) == len(held)
+    assert len({(g["lr"], g["weight_decay"]) for g in parted}) == len(parted)
+    optimiser = torch.optim.AdamW(parted)
+    assert [g["full"] for g in optimiser.param_groups] == [g["lr"] for g in parted]
+    assert {lr for lr, _ in named(adapter, parted).values()} <= {case.method.advised().lr, case.method.advised().head}
+
+
+def test_lora_plus_trains_b_faster_and_nothing_else() -> None:
+    for method in (LoRA(rank=2), LoRA(rank=2, dora=True)):
+        adapter = worn(method, {"lm_head": nn.Linear(ZOO["llama"].width, 5)})
+        found = named(adapter, groups(adapter, 1e-3, decay=0.1, head_lr=5e-3, ratio=16))
+        for name, (lr, decay) in found.items():
+            if name.startswith("heads."):
+                assert (lr, decay) == (5e-3, 0.1 if name.endswith("weight") else 0.0)
+            elif name.endswith(".b"):
+                assert (lr, decay) == (16e-3, 0.1)
+            else:
+                assert (lr, decay) == (1e-3, 0.1 if name.endswith(".a") else 0.0)  # a magnitude has one dimension
+        assert sum(name.endswith(".b") for name in found) == len(adapter.sites)
+
+
+def test_lora_plus_on_a_method_without_b_is_refused() -> None:
+    with pytest.raises(KitoutError, match=r"ratio=16 is LoRA\+'s, of B to A, and IA3 has neither"):
+        groups(worn(IA3()), ratio=16)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [IA3(), BitFit(), PromptTuning(length=3), PrefixTuning(length=4), PrefixTuning(length=4, encoder=6)],
+    ids=["ia3", "bitfit", "prompt", "prefix", "prefix-encoder"],
+)
+def test_scales_shifts_prompts_and_prefixes_do_not_decay(method: Method) -> None:
+    adapter = worn(method, {"lm_head": nn.Linear(ZOO["llama"].width, 5)})
+    for name, (_, decay) in named(adapter, groups(adapter, decay=0.1)).items():
+        assert decay == (0.1 if name == "heads.lm_head.module.weight" else 0.0), name
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    for method in (Houlsby(width=3), FullFineTuning(), PartialFineTuning(last=1)):
+        adapter = worn(method)
+        values = dict(adapter.named_parameters())
+        for name, (_, decay) in named(adapter, groups(adapter, decay=0.1)).items():
+            assert decay == (0.1 if values[name].ndim > 1 else 0.0), name
+
+
+def test_a_head_of_an_image_model_has_its_own_rate() -> None:
+    kit = vision_kit()
+    adapter = kit.add("a", kitout.VPT(length=2), seed=0, heads={"classifier": nn.Linear(64, 3)})
+    rates = {name.split(".")[0]: lr for name, (lr, _) in named(adapter, groups(adapter, head_lr=7e-3)).items()}
+    assert rates == {"deltas": kitout.VPT.rate.lr, "heads": 7e-3}
+
+
+def test_every_fault_is_told_at_once() -> None:
+    with pytest.raises(KitoutError) as caught:
+        groups(worn(IA3()), -1.0, decay=float("nan"), head_lr=float("inf"), ratio=0.0)
+    assert all(word in str(caught.value) for word in ("lr=-1.0", "decay=nan", "head_lr=inf", "ratio=0.0"))
+
+
+@pytest.mark.parametrize("method", list(methods()), ids=lambda m: m.__name__)
+def test_a_rate_far_off_is_told(method: type[Method]) -> None:
+    own = method.rate.lr
+    assert check_rate(method, own) is None
+    assert check_rate(method, 5 * own) is None
+    assert check_rate(method, own / 30) is None
+    assert f"times the {own:g} that {method.__name__}" in str(check_rate(method, highest(method)))
+    assert "may not learn" in str(check_rate(method, own / 1000))
+    for mad in (refused(method), 1000 * own):
+        with pytest.raises(KitoutError, match=f"for {method.__name__} is .* times its default of {own:g}.* write lr="):
+            check_rate(method, mad)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1e-3, float("nan"), float("inf")])
+def test_no_rate_at_all_is_refused(bad: float) -> None:
+    with pytest.raises(KitoutError, match="write a number above 0; its default is"):
+        check_rate(LoRA(), bad)

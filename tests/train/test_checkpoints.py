@@ -1,0 +1,233 @@
+"""Checkpoints: a kill at any point, a full disk or a damaged file costs nothing that was kept, and not one bit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from kitout import LoRA
+from kitout.errors import ConfigError, FileError
+from kitout.train import checkpoints
+from train import subprocess_runs as runs
+from train.fixtures import add, causal, job, kit_of, loop_of, losses, texts, values
+from train.other_processes import apart, started
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.slow)])
+def test_killed_again_and_again_a_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, kills: int) -> None:
+    (whole,) = apart(runs.resumed, tmp_path / "whole")
+    folder = tmp_path / "killed"
+    left, reached = set(), set()
+    for kill in range(kills):
+        process, _ = started(runs.resumed, folder)
+        before = newest(folder)
+        while newest(folder) == before and process.is_alive():
+            time.sleep(0.002)
+        time.sleep(0.0007 * (kill % 5))  # into the next step, or into the middle of the next checkpoint
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        left |= {path.name.split(".")[-1] for path in folder.glob(".checkpoint*")}
+        reached.add(newest(folder))
+        if newest(folder) == 10:
+            break
+    (last,) = apart(runs.resumed, folder)
+    assert len(reached) >= 3, "it was killed at different points"
+    assert last["from"] != "None"
+    assert last["losses"] == whole["losses"]
+    assert last["weights"] == whole["weights"]
+    assert not list(folder.glob(".checkpoint*")), f"cleared away: {left}"
+
+
+def newest(folder: Path) -> int:
+    """The highest step of a checkpoint that is there, without clearing anything away."""
+    return max((int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*")), default=0)
+
+
+def simple(tmp_path: Path, steps: int = 4, **settings: Any) -> Any:
+    kit, items = kit_of("llama"), texts(12)
+    add(kit, "low", LoRA(rank=2))
+    one = job("low", causal(kit, ["low"], items), items, steps=steps)
+    settings = {"save_strategy": "steps", "save_steps": 1} | settings
+    return kit, loop_of(kit, [one], tmp_path, **settings)
+
+
+def test_what_a_kill_left_half_done_is_cleared_or_finished(tmp_path: Path) -> None:
+    _, loop = simple(tmp_path, kept=9)
+    loop.train()
+    assert [checkpoints.step_of(path) for path in checkpoints.found(tmp_path)] == [1, 2, 3, 4]
+    (tmp_path / ".checkpoint-5.new").mkdir()
+    (tmp_path / "checkpoint-3").rename(tmp_path / ".checkpoint-3.old")  # killed between the two renames
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / ".checkpoint-2.old")  # killed after both
+    (tmp_path / "checkpoint-5").mkdir()  # somebody's
+    assert [checkpoints.step_of(path) for path in checkpoints.found(tmp_path)] == [1, 2, 3, 4]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    measured = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0])
+    _, loop = simple(
+        tmp_path, steps=6, eval_strategy="steps", eval_steps=1, metric_for_best_model="loss", greater_is_better=False,
+        watch=lambda: {"eval_loss": next(measured)}, kept=2,
+    )  # fmt: skip
+    loop.train()
+    assert [checkpoints.step_of(path) for path in checkpoints.found(tmp_path)] == [2, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("name", "half"),
+    [
+        (checkpoints.TENSORS, True),
+        (checkpoints.TENSORS, False),
+        (checkpoints.PROGRESS, True),
+        (checkpoints.STATE, True),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, half: bool) -> None:
+    _, loop = simple(tmp_path, steps=2)
+    loop.train()
+    last = checkpoints.found(tmp_path)[-1]
+    held = (last / name).read_bytes()
+    (last / name).write_bytes(held[: len(held) // 2 if half else 0])
+    _, again = simple(tmp_path, steps=2)
+    with pytest.raises(FileError, match=r"checkpoint-2 is damaged .*delete it"):
+        again.train(str(last))
+
+
+def test_other_data_or_another_adapter_is_refused(tmp_path: Path) -> None:
+    _, loop = simple(tmp_path, run="one")
+    loop.train()
+    last = str(checkpoints.found(tmp_path)[-1])
+    _, other = simple(tmp_path, run="other")
+    with pytest.raises(ConfigError, match="belongs to another run"):
+        other.train(last)
+    for method in (LoRA(rank=3), LoRA(rank=2, targets="attn.o")):
+        kit, items = kit_of("llama"), texts(12)
+        add(kit, "low", method)
+        with pytest.raises(FileError, match="another adapter"):
+            loop_of(kit, [job("low", causal(kit, ["low"], items), items)], tmp_path, run="one").train(last)
+
+
+def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """From the third checkpoint on nothing can be written."""
+
+    def full(*_: Any, **__: Any) -> Any:
+        if how == "values":
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(
+        *{"values": (checkpoints, "save_file"), "flush": (os, "fsync"), "rename": (os, "replace")}[how], full
+    )
+
+
+@pytest.mark.parametrize("how", ["values", "flush", "rename"])
+def test_a_full_disk_costs_one_checkpoint_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    _, loop = simple(tmp_path / "whole")
+    loop.train()
+    _, other = simple(tmp_path / "full", kept=9)
+    save = other._save_checkpoint
+
+    def saving(*args: Any) -> None:
+        with monkeypatch.context() as patch:
+            if other.state.global_step == 3:
+                full_disk(tmp_path, patch, how)
+            save(*args)
+
+    other._save_checkpoint = saving
+    with pytest.warns(RuntimeWarning, match=r"no checkpoint of step 3 \(the disk is full\)"):
+        other.train()
+    assert [checkpoints.step_of(path) for path in checkpoints.found(tmp_path / "full")] == [1, 2, 4]
+    assert not list((tmp_path / "full").glob(".*"))
+    assert losses(other) == losses(loop)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the size of files")
+def test_a_file_that_really_cannot_grow(tmp_path: Path) -> None:
+    assert apart(runs.limited, tmp_path) == [[1]]
+
+
+def test_an_early_stop_waits_as_long_after_a_restart_and_a_stopped_run_stays_stopped(tmp_path: Path) -> None:
+    from transformers import EarlyStoppingCallback
+
+    told = [3.0, 1.0, 2.0, 2.5, 2.6, 2.7, 2.8, 2.9]
+
+    def run(folder: Path, start: int, until: int | None = None) -> Any:
+        seen = iter(told[start:])
+
+        def watch() -> dict[str, float]:
+            if until is not None and loop.state.global_step > until:
+                raise KeyboardInterrupt
+            return {"eval_loss": next(seen)}
+
+        kit, loop = simple(
+            folder, steps=8, eval_strategy="steps", eval_steps=1, metric_for_best_model="loss",
+            greater_is_better=False, watch=watch, callbacks=[EarlyStoppingCallback(3)], load_best_model_at_end=False,
+        )  # fmt: skip
+        if start:
+            loop.train(str(checkpoints.found(folder)[-1]))
+        else:
+            try:
+                loop.train()
+            except KeyboardInterrupt:
+                assert until is not None
+        return kit, loop
+
+    _, whole = run(tmp_path / "whole", 0)
+    assert whole.state.global_step == 5, "best at 2, three worse ones"
+    run(tmp_path / "cut", 0, until=4)
+    _, again = run(tmp_path / "cut", 4)
+    assert again.state.global_step == 5
+    last = {name: value.clone() for name, value in again.values().items()}
+    assert again.load_best() == 2
+    best = checkpoints._tensors(tmp_path / "cut" / "checkpoint-2", "value.")
+    assert all(torch.equal(value, best[name]) for name, value in again.values().items())
+    assert any(not torch.equal(value, last[name]) for name, value in again.values().items())
+    _, third = run(tmp_path / "cut", 5)
+    assert third.state.global_step == 5, "it had stopped"
+    assert all(torch.equal(value, last[name]) for name, value in third.values().items())
+
+
+def test_a_best_checkpoint_that_was_never_written_is_told(tmp_path: Path) -> None:
+    measured = iter([1.0, 2.0, 3.0])
+    kit, loop = simple(
+        tmp_path, steps=3, eval_strategy="steps", eval_steps=1, metric_for_best_model="loss", greater_is_better=False,
+        watch=lambda: {"eval_loss": next(measured)},
+    )  # fmt: skip
+    loop.train()
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    before = values(kit, "low")
+    with pytest.warns(UserWarning, match="the last values stay"):
+        assert loop.load_best() == 3
+    assert all(torch.equal(value, before[name]) for name, value in values(kit, "low").items())
+
+
+def test_losses_between_two_logs_survive_a_restart(tmp_path: Path) -> None:
+    _, whole = simple(tmp_path / "whole", logging_steps=4)
+    whole.train()
+    _, first = simple(tmp_path / "cut", logging_steps=4)
+    first.train()
+    _, again = simple(tmp_path / "cut", logging_steps=4)
+    again.train(str(tmp_path / "cut" / "checkpoint-3"))
+    assert losses(again) == losses(whole)
+    assert again.work.tokens == whole.work.tokens
+
+
+def test_progress_is_plain_json(tmp_path: Path) -> None:
+    _, loop = simple(tmp_path, steps=2)
+    loop.train()
+    held = json.loads((tmp_path / "checkpoint-2" / checkpoints.PROGRESS).read_text())
+    assert {"run", "micro", "counts", "stopped", "ended", "scheduler"} <= held.keys()
