@@ -148,7 +148,7 @@ def test_unknown_parts_say_what_to_write(gpt2: Survey) -> None:
     assert "2 faults" in text
     assert "fuses its projections (2 x attn.qkv)" in text
     assert "'attn.qkv'" in text
-    assert "example=batch" in text
+    assert "example_batch=batch" in text
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------

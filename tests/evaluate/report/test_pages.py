@@ -213,7 +213,7 @@ def test_the_cards_lines_run_and_a_card_does_not_disturb_loading(tiny: Path, tmp
     names: dict[str, Any] = {}
     exec(code[1].replace("FOLDER", str(tmp_path / "adapter")), names)
     assert capsys.readouterr().out.strip()
-    assert names["kit"].worn == "mine"
+    assert names["kit"].active == "mine"
     kit.load(tmp_path / "adapter", name="again")
 
 
