@@ -1,10 +1,9 @@
-"""The whole vision demo on a tiny model and tiny images, through the command line a user types."""
+"""The vision demo is a preset of `kitout train`: all methods in one run, through the command line a user types."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,15 @@ from typer.testing import CliRunner
 
 from kitout.assets import store
 from kitout.cli.demo import app
-from kitout.data.images.pixels import Pixels
 from kitout.data.read.image_folders import load
-from kitout.demo import vision_pictures, vision_report
-from kitout.demo.vision import Split
-from kitout.demo.vision_rows import ROWS
+from kitout.data.split import split
+from kitout.demo.vision import JOBS, config
 from kitout.evaluate.metrics.interval import wilson
-from kitout.train.images import predict
+from kitout.evaluate.report import plots
 from tiny_images import folder as pictures
 from tiny_vision import folder as model_folder
+
+pytest.importorskip("accelerate")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def small(model: Path, data: Path, out: Path, *words: object) -> tuple[int, str]
     return vision("--model", model, "--data", data, "--out", out, *settings, *words)
 
 
-def held(out: Path) -> dict:
+def results(out: Path) -> Any:
     return json.loads((out / "results.json").read_text())
 
 
@@ -53,104 +52,73 @@ def test_every_method_on_the_same_images(model: Path, data: Path, tmp_path: Path
     out = tmp_path / "runs" / "vision"
     code, said = small(model, data, out)
     assert code == 0, said
-    results = held(out)
-    assert [row["key"] for row in results["rows"]] == list(ROWS)
-    assert results["data"]["train"] == 24
-    assert results["majority"] == pytest.approx(1 / 3)
-    for row in results["rows"]:
-        right = sum(g == t for g, t in zip(row["guesses"], results["truth"], strict=True))
-        assert row["right"] == right
-        assert row["images"] == 12
-        assert row["interval95"] == list(wilson(right, 12))
-        assert row["training"]["images"] == 48
-        assert row["training"]["seconds"] > 0
-        assert row["trainable"] > 0
-        assert row["title"] in said
-        assert not (out / row["key"] / "checkpoint.safetensors").exists()
-    for file in ("compare.png", "confusion.png", "errors.png"):
-        with Image.open(out / file) as drawn:
-            assert min(drawn.size) > 200
-    for part in ("95 %", "commonest class", "min for the other", "best: ", "kit.load("):
+    held = results(out)
+    assert [row["name"] for row in held["adapters"]] == list(JOBS)
+    for row in held["adapters"]:
+        right = sum(g == t for g, t in zip(held["predicted"][row["name"]], held["true"][row["name"]], strict=True))
+        score = row["score"]
+        assert (score["value"], [score["low"], score["high"]]) == (right / 12, list(wilson(right, 12)))
+        assert row["examples"] == 48
+        assert row["seconds"] > 0
+        assert row["processor_seconds"] > 0
+        assert (out / "adapter" / row["name"] / "README.md").is_file()
+        for picture in ("confusion", "errors"):
+            with Image.open(out / f"{picture}-{row['name']}.png") as drawn:
+                assert min(drawn.size) > 200
+        assert re.search(rf"^{row['name']} +{row['trainable']:,} ", said, re.MULTILINE)
+    assert (out / "comparison.png").is_file()
+    for part in ("95 % interval", "most frequent class", "best: ", "kit.load(", "24, 12 to learn"):
         assert part in said
-    linear, full = results["rows"][0], results["rows"][-1]
-    assert linear["training"]["trunk_seconds"] > 0
-    assert full["training"]["trunk_seconds"] == 0
+    page = (out / "report.html").read_text()
+    for part in ("Adapters side by side", "always the most frequent class", 'alt="confusion-ssf"'):
+        assert part in page
 
 
-def test_the_lines_it_prints_wear_its_adapters(model: Path, data: Path, tmp_path: Path) -> None:
-    code, said = small(model, data, tmp_path, "--methods", "lora, adaptformer,linear,full", "--seed", 3)
-    assert code == 0, said
-    test = Split.of(load(data), 12, 24, seed=3).test
-    results = held(tmp_path)
-    for row in results["rows"]:
-        lines: dict[str, Any] = {}
-        exec("\n".join(vision_report.wearing(row, tmp_path / row["key"] / "adapter", results)), lines)
-        assert lines["kit"]["best"].note["classes"] == ["blue", "green", "red"]
-        assert predict(lines["kit"], "best", test, Pixels.of(model)).argmax(1).tolist() == row["guesses"]
-
-
-def test_what_is_finished_is_not_done_again_unless_something_changed(model: Path, data: Path, tmp_path: Path) -> None:
-    code, _ = small(model, data, tmp_path, "--methods", "lora")
-    assert code == 0
-    first = held(tmp_path)["rows"][0]
-    code, said = small(model, data, tmp_path, "--methods", "lora,bitfit")
-    assert code == 0
-    assert "LoRA, rank 8: finished by an earlier run with the same settings, not done again" in said
-    assert held(tmp_path)["rows"][1] == first
-    for changed in (("--seed", 1), ("--size", 24), ("--budget", 32)):
-        code, said = small(model, data, tmp_path, "--methods", "lora", *changed)
-        assert code == 0
-        assert "not done again" not in said
-    small(model, data, tmp_path, "--methods", "lora")
-    shutil.rmtree(tmp_path / "lora" / "adapter")
-    assert "not done again" not in small(model, data, tmp_path, "--methods", "lora")[1]
-
-
-def test_a_killed_method_goes_on_from_its_checkpoint(
+def test_the_same_command_again_and_without_pictures(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kitout.train import images as training
-
-    whole = small(model, data, tmp_path / "whole", "--methods", "lora")
-    assert whole[0] == 0
-    step, save = training._step, training.checkpoint.save
-
-    def kill(*args: object) -> float:
-        if args[3] == 2:
-            raise KeyboardInterrupt
-        return step(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(training, "_step", kill)
-    monkeypatch.setattr(training.Recipe, "__post_init__", lambda self: object.__setattr__(self, "save_every", 0.0))
-    code, said = small(model, data, tmp_path / "out", "--methods", "lora")
-    assert code == 130
-    assert "the same command goes on" in said
-    monkeypatch.setattr(training, "_step", step)
-    assert training.checkpoint.save is save
-    code, said = small(model, data, tmp_path / "out", "--methods", "lora")
-    assert code == 0
-    row, expected = (held(tmp_path / name)["rows"][0] for name in ("out", "whole"))
-    assert row["training"]["resumed_at"] == [2]
-    assert row["training"]["losses"] == expected["training"]["losses"]
-    assert row["guesses"] == expected["guesses"]
-    assert "resumed from a checkpoint, so their seconds add up over runs: LoRA, rank 8" in said
+    monkeypatch.setattr(plots, "possible", lambda: False)
+    for expected in ("best: ", "finished: see results.json"):
+        code, said = small(model, data, tmp_path, "--methods", "linear, bitfit")
+        assert code == 0, said
+        assert expected in said
+    assert not list(tmp_path.glob("*.png"))
+    code, said = small(model, data, tmp_path, "--methods", "linear,lora")
+    assert code == 1
+    assert "output.folder" in said
 
 
-def test_tables_with_named_columns_and_arrays(model: Path, data: Path, tmp_path: Path) -> None:
+def test_each_method_has_its_recipe() -> None:
+    rates = {job.output.name: (job.train.lr, job.train.head_lr, job.train.decay, job.train.head)
+             for job in config().alone()}  # fmt: skip
+    assert rates == {
+        "linear": (3e-3, 3e-3, 1e-4, "linear"), "bitfit": (3e-3, 3e-3, 0.0, "linear"),
+        "vpt-shallow": (3e-2, 3e-3, 1e-4, "linear"), "vpt-deep": (1e-2, 3e-3, 1e-4, "linear"),
+        "ssf": (3e-3, 3e-3, 0.0, "linear"), "lora": (1e-3, 3e-3, 1e-4, "linear"),
+        "adaptformer": (1e-2, 3e-3, 1e-4, "batchnorm"), "full": (1e-5, 3e-3, 1e-4, "linear"),
+    }  # fmt: skip
+    whole = config()
+    assert (whole.model.name, whole.data.image_size, whole.train.steps) == ("dinov2-small", 112, 94)
+    assert config(model=Path("elsewhere")).data.image_size is None
+
+
+def test_tables_with_named_columns(model: Path, data: Path, tmp_path: Path) -> None:
     lines = "".join(f"{f},{f.parent.name}\n" for f in sorted(data.glob("*/*.png")))
     (tmp_path / "a.csv").write_text("what,who\n" + lines)
     code, said = small(
         model, tmp_path / "a.csv", tmp_path / "out", "--methods", "linear", "--image", "what", "--label", "who"
     )
     assert code == 0, said
-    assert held(tmp_path / "out")["names"] == ["blue", "green", "red"]
+    assert (tmp_path / "out" / "confusion.png").is_file()
 
 
 def test_faults_of_the_user_are_one_line_and_no_trace(model: Path, data: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
     for words, expected in (
         (("--model", model, "--data", tmp_path / "no"), "unknown format|there is no file"),
-        (("--model", model, "--data", tmp_path), "no class folders"),
-        (("--model", tmp_path, "--data", data), "holds no config.json"),
+        (("--model", model, "--data", empty), "no class folders"),
+        (("--model", tmp_path, "--data", data), "no model is there"),
         (("--model", model, "--data", data, "--methods", "lora,loar"), "'loar'; did you mean 'lora'"),
         (("--model", model, "--data", data, "--size", 30), "size 30 is no multiple of this model's patches of 8"),
         (("--model", model, "--data", data, "--budget", 0), "budget"),
@@ -161,40 +129,9 @@ def test_faults_of_the_user_are_one_line_and_no_trace(model: Path, data: Path, t
         assert "Traceback" not in said
 
 
-def test_the_best_is_the_most_accurate_and_then_the_smallest() -> None:
-    rows = [
-        {"key": key, "accuracy": accuracy, "trainable": size}
-        for key, accuracy, size in (("a", 0.5, 1), ("b", 0.9, 30), ("c", 0.9, 20))
-    ]
-    assert vision_report.best(rows)["key"] == "c"
-
-
-def test_confusion_counts_and_the_order_of_errors() -> None:
-    assert vision_pictures.counts([0, 1, 1, 0], [0, 1, 0, 0], 2).tolist() == [[2, 1], [0, 1]]
-    assert vision_pictures._spread([3, 5, 7, 9], [0] * 6 + [1] * 4) == [3, 7, 5, 9]
-
-
-def test_pictures_of_a_perfect_method_and_of_many_classes(tmp_path: Path, data: Path) -> None:
-    test = load(data)
-    names = [f"a class with a long name {i}" for i in range(30)]
-    row = {"title": "x", "guesses": list(test.labels), "accuracy": 1.0, "images": len(test)}
-    vision_pictures.errors(tmp_path / "errors.png", row, test.labels, names, test)
-    vision_pictures.confusion(tmp_path / "confusion.png", row, test.labels, names)
-    assert {f.name for f in tmp_path.glob("*.png")} == {"errors.png", "confusion.png"}
-
-
-def test_without_matplotlib_there_are_no_pictures(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vision_pictures, "possible", lambda: False)
-    code, said = small(model, data, tmp_path, "--methods", "linear")
-    assert code == 0, said
-    assert not list(tmp_path.glob("*.png"))
-
-
 @pytest.mark.assets
 def test_the_embedded_images_are_all_there() -> None:
     images = load(store.get("mnist-5k") / "images.npz")
     assert len(images) == 5000
     assert images.names == tuple("0123456789")
-    assert Split.of(images, 1000, 500, seed=0).majority == 0.1
+    assert split(images, 1000, 500).majority == 0.1

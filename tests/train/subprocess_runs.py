@@ -18,7 +18,17 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from kitout import IA3, BitFit, FullFineTuning, Kit, LoRA, PrefixTuning, PromptTuning
+from kitout import (
+    IA3,
+    AdaptFormer,
+    BitFit,
+    FullFineTuning,
+    Kit,
+    LoRA,
+    PartialFineTuning,
+    PrefixTuning,
+    PromptTuning,
+)
 from kitout.errors import ConfigError
 from kitout.files.base_fingerprint import fingerprint
 from kitout.train import checkpoints
@@ -68,17 +78,46 @@ def pair(kit: Kit) -> list[Job]:
     ]
 
 
-def resumed(folder: Path, run: str = "one") -> Figures:
+def pictured(kit: Kit) -> list[Job]:
+    """Two jobs over images: one draws dropout, the other keeps features; a BatchNorm head each."""
+    from kitout.train.loop.frozen_trunk import keep_features
+    from kitout.train.objectives.image_classification import Pictures
+    from kitout.train.setup.heads import heads_of, own_heads
+    from tiny_vision import CLASSES, images, pixels
+
+    whole = images(4)
+    methods = {"drawn": AdaptFormer(width=8), "kept": PartialFineTuning(last=1)}
+    jobs = []
+    for name, method in methods.items():
+        add(kit, name, method, own_heads(heads_of(kit, (), language=False), (), CLASSES, 0, "batchnorm"))
+        objective = Pictures(kit, whole, pixels())
+        jobs.append(
+            job(
+                name,
+                objective,
+                range(len(whole)),
+                steps=10,
+                batch=6,
+                seed=3,
+                trunk="auto" if name == "kept" else "off",
+                head="batchnorm",
+            )
+        )
+    assert list(keep_features(kit, jobs)[0]) == ["kept"]
+    return jobs
+
+
+def resumed(folder: Path, kind: str = "texts", run: str = "one") -> Figures:
     """A run of two jobs that goes on from wherever this folder stands."""
-    kit = kit_of("llama")
-    jobs = pair(kit)
+    kit = kit_of("llama" if kind == "texts" else "dinov2")
+    jobs = pair(kit) if kind == "texts" else pictured(kit)
     loop = loop_of(
         kit, jobs, folder, run=run, save_strategy="steps", save_steps=1, logging_steps=2, callbacks=[Slow()]
     )  # fmt: skip
     last = next(reversed(checkpoints.found(folder)), None)
     loop.train(str(last) if last else None)
-    weights = {f"{one.name}/{key}": value for one in jobs for key, value in values(kit, one.name).items()}
-    return {"losses": losses(loop), "weights": {k: v.tolist() for k, v in weights.items()}, "from": str(last)}
+    weights = {key: value.tolist() for key, value in loop.values().items()}  # running statistics of heads too
+    return {"losses": losses(loop), "weights": weights, "from": str(last), "spent": loop.work.spent}
 
 
 def limited(folder: Path) -> list[int]:

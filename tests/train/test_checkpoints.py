@@ -24,13 +24,17 @@ from train.fixtures import add, causal, job, kit_of, loop_of, losses, texts, val
 from train.other_processes import apart, started
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.slow)])
-def test_killed_again_and_again_a_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, kills: int) -> None:
-    (whole,) = apart(runs.resumed, tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("kills", "kind"), [(3, "texts"), (3, "images"), pytest.param(12, "texts", marks=pytest.mark.slow)]
+)
+def test_killed_again_and_again_a_run_is_the_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, kills: int, kind: str
+) -> None:
+    (whole,) = apart(runs.resumed, tmp_path / "whole", kind)
     folder = tmp_path / "killed"
     left, reached = set(), set()
     for kill in range(kills):
-        process, _ = started(runs.resumed, folder)
+        process, _ = started(runs.resumed, folder, kind)
         before = newest(folder)
         while newest(folder) == before and process.is_alive():
             time.sleep(0.002)
@@ -42,11 +46,12 @@ def test_killed_again_and_again_a_run_is_the_uninterrupted_one_bit_for_bit(tmp_p
         reached.add(newest(folder))
         if newest(folder) == 10:
             break
-    (last,) = apart(runs.resumed, folder)
+    (last,) = apart(runs.resumed, folder, kind)
     assert len(reached) >= 3, "it was killed at different points"
     assert last["from"] != "None"
     assert last["losses"] == whole["losses"]
     assert last["weights"] == whole["weights"]
+    assert all(seconds > 0 for job in last["spent"] for seconds in job)
     assert not list(folder.glob(".checkpoint*")), f"cleared away: {left}"
 
 

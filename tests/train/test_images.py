@@ -1,152 +1,162 @@
-"""The loop teaches, a kill costs nothing, what is frozen stays in eval mode, and augmentation reaches the model."""
+"""Images in the one loop: augmentation, heads and the kept trunk, each as the config says, and none by default."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from kitout import AdaptFormer, BitFit, Kit, LoRA, PartialFineTuning
-from kitout.data.images.augment import Augment
+import kitout
 from kitout.errors import ConfigError
-from kitout.method import Method
-from kitout.train import images as training
-from kitout.train.images import Diverged, Progress, Recipe, fit, plan, predict
-from kitout.train.setup.heads import batchnorm, linear
-from tiny_vision import CLASSES, images, kit, pixels
+from kitout.train.config.schema import RunConfig, load
+from kitout.train.loop import frozen_trunk
+from kitout.train.metrics_log import read
+from kitout.train.objectives.image_classification import Pictures
+from kitout.train.setup.prepare import prepare
+from tiny_images import folder as pictures
+from tiny_vision import folder as model_folder
 
-RECIPE = Recipe(lr=1e-2, epochs=6, batch=8)
+pytest.importorskip("accelerate")
 
-
-def wearing(method: Method, heads: object = linear, species: str = "dinov2") -> Kit:
-    worn = kit(species)
-    worn.add("a", method, seed=0, heads=heads(worn, CLASSES) if heads else None)  # type: ignore[operator]
-    return worn
-
-
-def accuracy(worn: Kit) -> float:
-    held = images(seed=99)
-    return (predict(worn, "a", held, pixels()).argmax(1) == torch.tensor(held.labels)).float().mean().item()
+PROBE = {"name": "PartialFineTuning", "part": "head"}
+LAST = {"name": "PartialFineTuning", "last": 1}
 
 
-@pytest.mark.parametrize("species", ["dinov2", "vit", "swin", "timm-vit"])
-def test_it_learns_on_every_kind_of_model(species: str) -> None:
-    worn = wearing(LoRA(rank=4, targets="all-linear"), species=species)
-    base = {key: value.clone() for key, value in worn.base.state_dict().items()}
-    done = fit(worn, "a", images(), pixels(), RECIPE)
-    assert accuracy(worn) > 0.6
-    assert sum(done.losses[-5:]) < 0.6 * sum(done.losses[:5])
-    assert (done.step, done.images) == (30, 240)
-    assert done.processor_seconds > 0
-    assert 0 < done.trunk_seconds < done.seconds
-    assert all(torch.equal(value, base[key]) for key, value in worn.base.state_dict().items())
-    assert worn.active is None
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("model"))
 
 
-def test_with_a_trunk_it_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-    for most in (2**30, 0):
-        monkeypatch.setattr(training, "MOST_KEPT", most)
-        worn = wearing(PartialFineTuning(last=1), batchnorm)
-        done = fit(worn, "a", images(), pixels(), RECIPE)
-        assert (done.trunk_seconds > 0) == (most > 0)
-        found.append(predict(worn, "a", images(seed=9), pixels()))
-    torch.testing.assert_close(found[0], found[1], atol=2e-3, rtol=1e-3)
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("images"), each=20)
 
 
-class Killed(Exception):
-    pass
+def settings(model: Path, images: Path, out: Path, **more: Any) -> dict[str, Any]:
+    own = {"train": str(images), "test": 12, "validation": 0, **more.pop("data", {})}
+    train = {"batch": 8, "steps": 12, "lr": 1e-2, "head_lr": 1e-2, **more.pop("train", {})}
+    return {"model": str(model), "data": own, "train": train, "output": {"folder": str(out)}, **more}
 
 
-@pytest.mark.parametrize("method", [AdaptFormer(width=8), PartialFineTuning(last=1)], ids=["dropout", "trunk"])
-def test_a_killed_run_ends_as_an_unbroken_one(tmp_path: Path, method: Method) -> None:
-    recipe = Recipe(lr=3e-3, epochs=2, batch=8, save_every=0.0)
-    whole = wearing(method, batchnorm)
-    expected = fit(whole, "a", images(), pixels(), recipe)
-
-    def kill(done: Progress) -> None:
-        if done.step == 4:
-            raise Killed
-
-    with pytest.raises(Killed):
-        fit(wearing(method, batchnorm), "a", images(), pixels(), recipe, tmp_path / "c", "r", kill)
-    again = wearing(method, batchnorm)
-    done = fit(again, "a", images(), pixels(), recipe, tmp_path / "c", "r")
-    assert done.resumed_at == [4]
-    assert done.losses == expected.losses
-    for key, value in again["a"].state_dict().items():  # running statistics of the head too
-        assert torch.equal(value, whole["a"].state_dict()[key]), key
-    other = fit(wearing(method, batchnorm), "a", images(), pixels(), recipe, tmp_path / "c", "another run")
-    assert not other.resumed_at
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in read(out / "metrics.jsonl") if "loss" in row]
 
 
-def test_the_base_is_in_eval_mode_and_the_adapter_in_training_mode() -> None:
-    worn = wearing(AdaptFormer(width=4), batchnorm)
-    modes = []
-    worn.base.get_submodule("dinov2.encoder.layer.0").register_forward_hook(
-        lambda module, *_: modes.append((module.training, worn["a"].training))
-    )
-    fit(worn, "a", images(2), pixels(augment=Augment()), Recipe(epochs=1, batch=5))
-    assert set(modes) == {(False, True)}
-    assert not worn["a"].training
+def run(model: Path, images: Path, out: Path, **more: Any) -> list[float]:
+    kitout.train(settings(model, images, out, **more), say=lambda _: None)
+    return losses(out)
 
 
-def test_other_adapters_stay_as_they_are() -> None:
-    worn = wearing(LoRA(rank=2))
-    other = worn.add("b", BitFit(), seed=1)
-    before = [value.clone() for value in other.parameters()]
-    fit(worn, "a", images(2), pixels(), Recipe(epochs=1, batch=5))
-    assert all(torch.equal(old, new) for old, new in zip(before, other.parameters(), strict=True))
+@pytest.mark.parametrize(
+    ("method", "head"),
+    [(PROBE, "linear"), (LAST, "batchnorm"), ("AdaptFormer", "batchnorm"), ({"name": "VPT", "length": 2}, "linear")],
+)
+def test_with_the_trunk_kept_the_losses_are_the_same(
+    model: Path, data: Path, tmp_path: Path, method: Any, head: str
+) -> None:
+    found = [run(model, data, tmp_path / kept, method=method, train={"head": head, "trunk": kept})
+             for kept in ("auto", "off")]  # fmt: skip
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert len(found[0]) == 12
+    assert found[1][-1] < found[1][0]
 
 
-def test_augmented_pixels_reach_the_model_by_the_seed() -> None:
-    losses = {}
-    for name, change, seed in (("no", None, 0), ("yes", Augment(), 0), ("same", Augment(), 0), ("other", Augment(), 1)):
-        worn = wearing(LoRA(rank=2))
-        recipe = Recipe(epochs=1, batch=5, seed=seed)
-        losses[name] = fit(worn, "a", images(2), pixels(augment=change), recipe).losses
-    assert losses["yes"] == losses["same"]
-    assert losses["yes"] != losses["no"]
-    assert losses["yes"] != losses["other"]
+class Counted:
+    """How many images went through the model's first part."""
+
+    def __init__(self, kit: Any) -> None:
+        self.rows = 0
+        kit.base.dinov2.encoder.layer[0].register_forward_hook(lambda _m, _i, out: self._add(out))
+
+    def _add(self, out: Any) -> None:
+        self.rows += len(out if torch.is_tensor(out) else out[0])
 
 
-def test_one_dimension_does_not_decay_and_heads_have_their_own_rate() -> None:
-    worn = wearing(LoRA(rank=2))
-    groups = training._groups(worn["a"], Recipe(lr=0.1, head_lr=0.2, decay=0.3))
-    by = {(g["lr"], g["weight_decay"]): [p.ndim for p in g["params"]] for g in groups}  # type: ignore[attr-defined]
-    assert by == {(0.1, 0.3): [2] * 12, (0.2, 0.3): [2], (0.2, 0.0): [1]}
+def steps(kit: Any, jobs: Sequence[Any]) -> None:
+    from kitout.train.loop.step import Work
+
+    work = Work(kit, jobs, 999)
+    for step in range(len(jobs[0].steps)):
+        rows = [(j, i) for j, job in enumerate(jobs) for i in job.steps[step]]
+        work.step(kit, rows, step, torch.Tensor.backward, lambda _m: torch.enable_grad())
 
 
-def test_the_plan_shows_every_image_as_often_and_batches_are_full() -> None:
-    recipe = Recipe(epochs=2.5, batch=4, seed=3)
-    steps = plan(16, recipe)
-    assert [len(step) for step in steps] == [4] * 10
-    shown = [row for step in steps for row in step]
-    assert sorted(shown[:16]) == sorted(shown[16:32]) == list(range(16))
-    assert shown[:16] != shown[16:32]
-    assert plan(16, recipe) == steps
-    assert plan(3, Recipe(epochs=1, batch=4)) == plan(3, Recipe(epochs=0.1, batch=4))  # at least one step
-    assert len(plan(3, Recipe(epochs=1, batch=4))[0]) == 4
+def made(model: Path, images: Path, tmp_path: Path, **more: Any) -> Any:
+    config: RunConfig = load(settings(model, images, tmp_path / "out", **more))
+    return prepare(config)
 
 
-def test_faults_of_a_recipe_are_told_together_and_a_loss_of_no_number_stops() -> None:
-    with pytest.raises(ConfigError, match="4 faults"):
-        Recipe(lr=0.0, head_lr=-1.0, epochs=float("inf"), batch=1)
-    worn = wearing(LoRA(rank=2))
-    with torch.no_grad():
-        worn["a"].heads["classifier"].module.weight.fill_(float("nan"))
-    with pytest.raises(Diverged, match="step 1: the loss is nan; try a lower lr"):
-        fit(worn, "a", images(2), pixels(), Recipe(epochs=1, batch=5))
+def test_each_image_passes_the_trunk_once_for_all_jobs_with_that_cut(model: Path, data: Path, tmp_path: Path) -> None:
+    jobs = [{"name": "a", "method": PROBE}, {"name": "b", "method": PROBE, "train": {"lr": 1e-3, "seed": 5}}]
+    ready = made(model, data, tmp_path, jobs=jobs, train={"trunk": "auto"})
+    assert ready.sets[0] is ready.sets[1]  # read once
+    assert frozen_trunk.keep_features(ready.kit, ready.jobs) == (dict.fromkeys("ab", "classifier"), [])
+    counted = Counted(ready.kit)
+    steps(ready.kit, ready.jobs)
+    assert counted.rows == len({i for job in ready.jobs for step in job.steps for i in step})
+    assert [len(job.steps) * 8 for job in ready.jobs] == [96, 96]
 
 
-def test_predicting_tells_how_far_it_is_and_can_ask_the_base() -> None:
-    worn, told = wearing(LoRA(rank=2)), []
-    out = predict(worn, None, images(2), pixels(), lambda done, total: told.append((done, total)), batch=4)
-    assert told == [(0, 10), (4, 10), (8, 10), (10, 10)]
-    assert out.shape == (10, CLASSES)
+def test_the_trunk_is_left_alone_where_it_cannot_be_kept(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept(**more: Any) -> tuple[bool, list[str]]:
+        ready = made(model, data, tmp_path, **more)
+        cuts, notes = frozen_trunk.keep_features(ready.kit, ready.jobs)
+        (objective,) = [job.objective for job in ready.jobs]
+        assert isinstance(objective, Pictures)
+        assert (objective.from_rows is not None) == bool(cuts)
+        return bool(cuts), notes
+
+    assert kept(method=PROBE, train={"trunk": "auto"})[0]
+    assert kept(method=PROBE) == (False, [])  # unless it is asked for
+    assert kept(method="FullFineTuning", train={"trunk": "auto", "lr": 1e-4}) == (False, [])
+    assert kept(method=PROBE, train={"trunk": "auto"}, data={"augment": {"rotate": 5}}) == (False, [])
+    monkeypatch.setattr(frozen_trunk, "MOST_KEPT", 100)
+    found, notes = kept(method=PROBE, train={"trunk": "auto"})
+    assert not found
+    assert "too much memory" in notes[0]
 
 
-def test_positions_are_stretched_where_the_model_has_to_be_asked() -> None:
-    worn = wearing(LoRA(rank=2), species="vit")
-    assert predict(worn, "a", images(2), pixels(size=48)).shape == (2 * CLASSES, CLASSES)
+def test_augmentation_changes_training_batches_alone_and_by_the_seed(model: Path, data: Path, tmp_path: Path) -> None:
+    change = {"min_crop": 0.5, "horizontal_flip": True, "rotate": 20, "color_jitter": 0.3}
+    (job,) = made(model, data, tmp_path, data={"augment": change, "validation": 4}).jobs
+    (plain,) = made(model, data, tmp_path, data={"validation": 4}).jobs
+
+    def seen(one: Any, seeds: list[int] | None) -> torch.Tensor:
+        return one.objective.collate([0, 1], seeds).inputs["pixel_values"]  # type: ignore[no-any-return]
+
+    assert torch.equal(seen(job, None), seen(plain, None))
+    assert torch.equal(seen(plain, [1, 2]), seen(plain, None))
+    assert not torch.equal(seen(job, [1, 2]), seen(job, None))
+    assert torch.equal(seen(job, [1, 2]), seen(job, [1, 2]))
+    assert not torch.equal(seen(job, [1, 3]), seen(job, [1, 2]))
+
+
+def test_a_batchnorm_head_learns_its_statistics_from_the_steps_alone(model: Path, data: Path, tmp_path: Path) -> None:
+    run(model, data, tmp_path / "out", method="BitFit", train={"head": "batchnorm"}, data={"validation": 4})
+    from safetensors.torch import load_file
+
+    (file,) = (tmp_path / "out" / "adapter").glob("*.safetensors")
+    tensors = load_file(file)
+    (tracked,) = [value for key, value in tensors.items() if key.endswith("num_batches_tracked")]
+    assert tracked.item() == 12  # neither the trial before nor a measurement counts
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"objective": "classify", "data": {"augment": {"rotate": 5}}}, "data.augment is for images"),
+        ({"objective": "causal", "train": {"head": "batchnorm"}}, "train.head is for images"),
+        ({"objective": "causal", "train": {"trunk": "auto"}}, "train.trunk is for images"),
+        ({"train": {"head": "batchnorm", "batch": 1}}, "no variance over one image"),
+        ({"train": {"head": "batchnorm", "micro_batch": 4}}, "over a whole batch"),
+        ({"data": {"augment": {"min_crop": 0}}}, "min_crop"),
+    ],
+)
+def test_settings_that_contradict(model: Path, data: Path, tmp_path: Path, more: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load(settings(model, data, tmp_path, **more))

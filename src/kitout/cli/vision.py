@@ -1,7 +1,7 @@
 """`kitout demo vision`: many methods side by side on one image model, the same images and budget for each.
 
-Only words here; `kitout.demo.vision` does the work. An interrupted run goes on where it stopped when the same command
-is given again: finished methods are kept, the one under way goes on from its checkpoint.
+Only words here; `kitout.demo.vision` is a preset of `kitout train`. An interrupted run goes on from its last checkpoint
+when the same command is given again; another comparison needs another --out.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def vision(
     ] = None,
     image: Annotated[str | None, typer.Option(help="column of the image paths, if not obvious")] = None,
     label: Annotated[str | None, typer.Option(help="column of the labels, if not obvious")] = None,
-    methods: Annotated[str, typer.Option(help="some of the rows, by commas; default: all")] = "",
-    out: Annotated[Path, typer.Option(help="where adapters, figures and checkpoints go")] = Path("runs/vision"),
+    methods: Annotated[str, typer.Option(help="some of the methods, by commas; default: all")] = "",
+    out: Annotated[Path, typer.Option(help="where adapters, report and checkpoints go")] = Path("runs/vision"),
     size: Annotated[int | None, typer.Option(min=1, help="side of the square the model sees, in pixels")] = None,
     train: Annotated[int, typer.Option(min=2, help="images to learn from, at most")] = 500,
     test: Annotated[int, typer.Option(min=1, help="images held out, at most")] = 1000,
@@ -28,17 +28,20 @@ def vision(
     seed: Annotated[int, typer.Option(help="of the split, the adapters' start and the order of the images")] = 0,
 ) -> None:
     """VPT, AdaptFormer, SSF, LoRA, BitFit, linear probe and full fine-tuning side by side on your images."""
-    from kitout.demo.screen import Screen
     from kitout.errors import KitoutError
 
     try:
-        from kitout.demo.vision import Options, run
+        from kitout.demo.vision import config, demo
 
-        words = tuple(word.strip() for word in methods.split(",") if word.strip())
-        run(Options(model, data, image, label, words, out, size, train, test, budget, seed), Screen())
+        names = [name.strip() for name in methods.split(",") if name.strip()]
+        chosen = config(
+            model=model, data=data, image=image, label=label, methods=names, out=out, size=size, train=train,
+            test=test, budget=budget, seed=seed,
+        )  # fmt: skip
+        demo(chosen, typer.echo)
     except KitoutError as wrong:
         typer.echo(f"error: {wrong}", err=True)
         raise typer.Exit(1) from wrong
     except KeyboardInterrupt:
-        typer.echo("\nstopped; the same command goes on: finished methods are kept, this one resumes", err=True)
+        typer.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
         raise typer.Exit(130) from None

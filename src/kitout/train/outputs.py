@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,16 @@ from typing import Any
 from safetensors import SafetensorError
 
 from kitout.errors import ConfigError
+from kitout.evaluate import adapter_table
+from kitout.evaluate.adapter_table import AdapterRow
 from kitout.evaluate.compare import Comparison
-from kitout.evaluate.report import html, model_card, plots
+from kitout.evaluate.report import class_plots, html, model_card, plots
 from kitout.evaluate.report.summary import Summary
 from kitout.format import seconds, size
 from kitout.train.config import yaml_file
 from kitout.train.config.schema import RunConfig
 from kitout.train.loop.trainer import Loop
+from kitout.train.measure.evaluate import Outcome
 from kitout.train.metrics_log import read
 from kitout.train.preflight.cost_estimate import Estimate
 from kitout.train.run_folder import RunFolder
@@ -34,13 +37,18 @@ from kitout.version import __version__
 
 def finish(
     made: Prepared, config: RunConfig, place: RunFolder, loop: Loop, guess: Estimate, best: int | None,
-    comparisons: Mapping[str, Comparison], say: Callable[[str], None],
+    outcomes: Mapping[str, Outcome], say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Writes everything and returns what results.json holds."""
+    comparisons = {name: one.comparison for name, one in outcomes.items() if one.comparison is not None}
+    rows = _rows(made, loop, outcomes)
     figures = _figures(made, loop, guess, best, comparisons)
+    figures["adapters"] = [asdict(row) for row in rows]
+    figures["predicted"] = {name: list(one.predictions) for name, one in outcomes.items() if one.truth}
+    figures["true"] = {name: list(one.truth) for name, one in outcomes.items() if one.truth}
     folders = adapters(made, place)
     try:
-        _written(made, config, place, figures, comparisons, folders)
+        _written(made, config, place, figures, comparisons, folders, outcomes, rows)
     except (OSError, SafetensorError) as wrong:
         raise ConfigError(
             f"{place.path} cannot be written ({wrong}): what was learnt is kept in its checkpoints; "
@@ -48,13 +56,16 @@ def finish(
         ) from wrong
     for name, found in comparisons.items():
         say(f"{name}: {found.verdict}" if len(comparisons) > 1 else found.verdict)
+    if config.jobs and adapter_table.comparable(rows):
+        say(f"\n{adapter_table.text(rows, made.main.majority)}\n")
     say(_next(made, config, place, folders))
     return figures
 
 
 def _written(
     made: Prepared, config: RunConfig, place: RunFolder, figures: Mapping[str, Any],
-    comparisons: Mapping[str, Comparison], folders: Mapping[str, Path],
+    comparisons: Mapping[str, Comparison], folders: Mapping[str, Path], outcomes: Mapping[str, Outcome],
+    rows: Sequence[AdapterRow],
 ) -> None:  # fmt: skip
     for job, folder in folders.items():
         summary = _summary(made, config, figures, {k: v for k, v in comparisons.items() if k == job}, {}, job)
@@ -63,7 +74,9 @@ def _written(
         model_card.write(summary, folder)
     pictures = _pictures(made, place)
     whole = _summary(made, config, figures, comparisons, pictures, ", ".join(folders))
-    html.write(whole, place.report)
+    table = rows if config.jobs and adapter_table.comparable(rows) else ()
+    reached = _result_pictures(made, config, place, outcomes, rows)
+    html.write(replace(whole, adapters=table, majority=made.main.majority, result_plots=reached), place.report)
     place.finish(figures)
 
 
@@ -84,6 +97,7 @@ def _figures(
         "steps": loop.state.global_step,
         "best_step": best,
         "stopped": loop.health.stopped,
+        "trunk": loop.cuts,
         "data": {job.name: one.digest for job, one in zip(made.jobs, made.sets, strict=True)},
         "majority": {job.name: one.majority for job, one in zip(made.jobs, made.sets, strict=True)},
         "trainable": {name: count.trainable for name, count in counts.items()},
@@ -112,6 +126,45 @@ def _pictures(made: Prepared, place: RunFolder) -> dict[str, bytes]:
     if made.main.images is None:
         parts = {"train": made.main.looked_at or made.main.train, "test": made.main.test}
         drawn["lengths"] = plots.lengths({name: [i.length for i in items] for name, items in parts.items() if items})
+    for name, picture in drawn.items():
+        plots.write(place.path / f"{name}.png", picture)
+    return drawn
+
+
+def _rows(made: Prepared, loop: Loop, outcomes: Mapping[str, Outcome]) -> list[AdapterRow]:
+    """Every adapter with what it reached and what it took."""
+    rows = []
+    for job, (wall, processor) in zip(made.jobs, loop.work.spent, strict=True):
+        one, count = outcomes.get(job.name), made.kit.num_parameters(job.name)
+        done = min(loop.state.global_step, len(job.steps))
+        rows.append(AdapterRow(
+            job.name, _method(made, job.name), one.metric if one else "", one.score if one else None, count.trainable,
+            count.percent, sum(len(job.steps[step]) for step in range(done)), wall, processor,
+        ))  # fmt: skip
+    return rows
+
+
+def _result_pictures(
+    made: Prepared, config: RunConfig, place: RunFolder, outcomes: Mapping[str, Outcome], rows: Sequence[AdapterRow]
+) -> dict[str, bytes]:
+    """PNGs of what the adapters reached: compared if there are several, and which class is taken for which."""
+    if not plots.possible():
+        return {}
+    drawn = {}
+    if len(rows) > 1 and adapter_table.comparable(rows):
+        drawn["comparison"] = class_plots.comparison(rows, made.main.majority, f"adapters of {config.model.name}")
+    for job, held in zip(made.jobs, made.sets, strict=True):
+        one = outcomes.get(job.name)
+        if one is None or not one.truth or not held.names:
+            continue
+        several = f"-{job.name}" if len(made.jobs) > 1 else ""
+        drawn[f"confusion{several}"] = class_plots.confusion(job.name, one.predictions, one.truth, held.names)
+        if held.images is not None:
+            wrong = class_plots.misclassified(one.predictions, one.truth)
+            shown = wrong[: class_plots.SHOWN]
+            said, true = ([held.names[whose[i]] for i in shown] for whose in (one.predictions, one.truth))
+            pictures = [held.images.open(one.items[i]) for i in shown]
+            drawn[f"errors{several}"] = class_plots.errors(job.name, pictures, true, said, len(wrong))
     for name, picture in drawn.items():
         plots.write(place.path / f"{name}.png", picture)
     return drawn

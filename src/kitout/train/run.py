@@ -31,7 +31,7 @@ from kitout.train import checkpoints, run_folder
 from kitout.train.config import conflicts
 from kitout.train.config.schema import RunConfig
 from kitout.train.loop import distributed, fsdp
-from kitout.train.measure.evaluate import against_base, watched_names, watching
+from kitout.train.measure.evaluate import outcomes, watched_names, watching
 from kitout.train.preflight import render
 from kitout.train.preflight.collect import pages, told
 from kitout.train.preflight.cost_estimate import Estimate, estimate
@@ -84,23 +84,24 @@ def run(config: RunConfig, *, dry_run: bool = False, say: Say = print) -> Result
         with loop.showing:
             loop.train(str(last) if last else None)
         best = loop.load_best()
-        comparisons = {}
-        for number, job in enumerate(made.jobs):
-            found = against_base(made, number, config.evaluate)
-            if found is not None:
-                comparisons[job.name] = found
+        reached = outcomes(made, config.evaluate)
         figures: dict[str, Any] = {}
         with fsdp.whole(made.kit):
             if distributed.rank() == 0:
-                figures = finish(made, config, place, loop, guess, best, comparisons, say)
+                figures = finish(made, config, place, loop, guess, best, reached, say)
             distributed.wait()
         made.kit.detach()
-        return Result(place.path, comparisons, figures)
+        beside = {name: one.comparison for name, one in reached.items() if one.comparison is not None}
+        return Result(place.path, beside, figures)
 
 
 def _join(config: RunConfig) -> None:
     """Several processes (torchrun, accelerate launch) find each other before any of them works."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if any(job.train.head == "batchnorm" for job in config.alone()):
+            raise ConfigError(
+                "train.head=batchnorm takes its statistics over a whole batch, in one process: say train.head=linear"
+            )
         from accelerate import PartialState
 
         PartialState(cpu=config.model.device == "cpu" or not torch.cuda.is_available())
@@ -164,6 +165,12 @@ def _loop(made: Prepared, config: RunConfig, place: RunFolder, last: Path | None
         guess = estimate(made.kit, made.jobs, tried, config.train.micro_batch, config.train.checkpointing)
         if distributed.rank() == 0:
             write_text(known, json.dumps(guess.__dict__))
+    cuts: dict[str, str] = {}
+    if made.main.images is not None:
+        from kitout.train.loop.frozen_trunk import keep_features  # images need pillow
+
+        cuts, notes = keep_features(made.kit, made.jobs)
+        made.notes.extend(notes)
     args = _arguments(config, place, len(steps), any(len(job.watched) for job in made.jobs))
     showing = Progress(place.path)
     callbacks: list[Any] = [showing]
@@ -175,7 +182,7 @@ def _loop(made: Prepared, config: RunConfig, place: RunFolder, last: Path | None
         made.kit, made.jobs, place.checkpoints, args, run=signed, watch=watching(made, config.evaluate),
         callbacks=callbacks, micro=min(guess.micro, config.train.micro_batch or guess.micro), kept=config.train.keep,
     )  # fmt: skip
-    loop.showing = showing
+    loop.showing, loop.cuts = showing, cuts
     return loop, guess
 
 

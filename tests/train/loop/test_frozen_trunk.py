@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
-from kitout import VPT, AdaptFormer, FullFineTuning, LoRA, PartialFineTuning
+from kitout import VPT, AdaptFormer, FullFineTuning, Kit, LoRA, PartialFineTuning
 from kitout.method import Method
-from kitout.train.forward import logits
 from kitout.train.loop.frozen_trunk import Trunk
+from kitout.train.objectives.image_classification import logits
 from kitout.train.setup.heads import batchnorm, linear
 from tiny_vision import kit
 from zoo import image_batch
@@ -22,6 +24,10 @@ LATE: dict[str, Method] = {
     "adaptformer": AdaptFormer(layers="last:1", dropout=0.0),
     "everywhere": LoRA(rank=2),
 }
+
+
+def heads_of_kind(worn: Kit, make: Callable[[int, int], nn.Module]) -> dict[str, nn.Module]:
+    return {site.path: make(site.d_in, 5) for site in worn.survey.sites if site.role == "head"}
 
 
 def images(rows: int, seed: int = 0) -> torch.Tensor:
@@ -67,7 +73,11 @@ def test_the_trunk_is_what_lies_below_and_no_more() -> None:
 
 def test_the_frozen_part_does_not_run_again() -> None:
     worn = kit()
-    worn.add("a", PartialFineTuning(last=1), heads=batchnorm(worn, 5))
+    worn.add(
+        "a",
+        PartialFineTuning(last=1),
+        heads=heads_of_kind(worn, batchnorm),
+    )
     trunk = Trunk.below(worn, "a", images(2))
     assert trunk is not None
     ran: list[str] = []
@@ -93,7 +103,12 @@ def test_there_is_no_trunk_below_what_trains_from_the_start() -> None:
 @pytest.mark.parametrize("species", ["dinov2", "vit", "timm-vit"])
 def test_below_prompts_lie_the_embeddings_alone(species: str, deep: bool) -> None:
     worn = kit(species)
-    adapter = worn.add("a", VPT(length=3, deep=deep), seed=0, heads=linear(worn, 5))
+    adapter = worn.add(
+        "a",
+        VPT(length=3, deep=deep),
+        seed=0,
+        heads=heads_of_kind(worn, linear),
+    )
     trunk = Trunk.below(worn, "a", images(2))
     assert trunk is not None
     assert trunk.cut == worn.survey.blocks[0].path

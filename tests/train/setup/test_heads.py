@@ -8,43 +8,62 @@ import pytest
 import torch
 from torch import nn
 
-from kitout import AdaptFormer, LoRA
-from kitout.errors import TargetError
-from kitout.train.setup.heads import batchnorm, head_site, linear
+from kitout import AdaptFormer
+from kitout.errors import ConfigError
+from kitout.train.setup.heads import batchnorm, heads_of, own_heads
 from tiny_vision import kit
 
 
 @pytest.mark.parametrize(("species", "path"), [("dinov2", "classifier"), ("swin", "classifier"), ("timm-vit", "head")])
-def test_they_stand_where_the_models_own_head_does(species: str, path: str) -> None:
+@pytest.mark.parametrize("kind", ["linear", "batchnorm"])
+def test_they_stand_where_the_models_own_head_does(species: str, path: str, kind: str) -> None:
     worn = kit(species)
     own = worn.base.get_submodule(path)
     assert isinstance(own, nn.Linear)
-    for make in (linear, batchnorm):
-        heads = make(worn, 7)
-        assert list(heads) == [path]
-        assert heads[path](torch.randn(3, own.in_features)).shape == (3, 7)
+    heads = own_heads(heads_of(worn, (), language=False), (), 7, 0, kind)
+    assert list(heads) == [path]
+    assert isinstance(heads[path], nn.Linear) == (kind == "linear")
+    assert heads[path](torch.randn(3, own.in_features)).shape == (3, 7)
+
+
+def test_a_head_the_checkpoint_holds_for_as_many_classes_keeps_its_values() -> None:
+    worn = kit()
+    own = worn.base.get_submodule("classifier")
+    found = heads_of(worn, (), language=False)
+    assert torch.equal(own_heads(found, (), own.out_features, 0)["classifier"].weight, own.weight)
+    assert not torch.equal(own_heads(found, ("classifier",), own.out_features, 0)["classifier"].weight, own.weight)
 
 
 def test_the_batch_norm_has_no_gain_and_follows_adaptformers_code() -> None:
-    norm, last = batchnorm(kit(), 50)["classifier"]
+    torch.manual_seed(0)
+    norm, last = batchnorm(96, 50)
     assert isinstance(norm, nn.BatchNorm1d)
     assert (norm.affine, norm.eps) == (False, 1e-6)
+    assert isinstance(last, nn.Linear)
     assert abs(last.weight.std().item() - 0.01) < 0.001
     assert not last.bias.any()
 
 
-def test_the_seed_decides() -> None:
-    worn = kit()
+@pytest.mark.parametrize("kind", ["linear", "batchnorm"])
+def test_the_seed_decides(kind: str) -> None:
+    found = heads_of(kit(), (), language=False)
     state = torch.get_rng_state()
-    first, same, other = (linear(worn, 4, seed)["classifier"].weight for seed in (1, 1, 2))
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
+    first, same, other = (own_heads(found, (), 4, seed, kind)["classifier"].state_dict() for seed in (1, 1, 2))
+    key = [name for name in first if name.endswith("weight")][-1]
+    assert torch.equal(first[key], same[key])
+    assert not torch.equal(first[key], other[key])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_head_that_is_not_linear_has_no_batchnorm() -> None:
+    with pytest.raises(ConfigError, match=r"takes the place of a linear classifier.*train.head=linear"):
+        own_heads({"head": nn.Sequential(nn.Linear(4, 4))}, (), 3, 0, "batchnorm")
 
 
 def test_running_statistics_are_saved_and_restored(tmp_path: Path) -> None:
     worn, pixels = kit(), torch.randn(6, 3, 32, 32)
-    worn.add("a", AdaptFormer(), heads=batchnorm(worn, 3))
+    width = worn.base.get_submodule("classifier").in_features
+    worn.add("a", AdaptFormer(), heads={"classifier": batchnorm(width, 3)})
     worn.eval()
     worn["a"].train()
     with worn.use("a"), torch.no_grad():
@@ -52,24 +71,8 @@ def test_running_statistics_are_saved_and_restored(tmp_path: Path) -> None:
         worn.eval()
         before = worn(pixels).logits
     worn.save("a", tmp_path / "a")
-    worn.load(tmp_path / "a", name="b", heads=batchnorm(worn, 3, seed=9))
+    worn.load(tmp_path / "a", name="b")
     norm = worn["b"].heads["classifier"].module[0]
     assert norm.num_batches_tracked == 1
     with worn.use("b"), torch.no_grad():
         assert torch.equal(worn(pixels).logits, before)
-
-
-def test_a_model_without_one_linear_head_says_so() -> None:
-    import transformers
-
-    import kitout
-
-    bare = transformers.ViTModel(
-        transformers.ViTConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32
-        )
-    )
-    worn = kitout.attach(bare)
-    worn.add("a", LoRA(rank=2))
-    with pytest.raises(TargetError, match="one linear head is expected, found none"):
-        head_site(worn)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from kitout.evaluate.adapter_table import AdapterRow, verdict
 from kitout.evaluate.compare import Comparison
 from kitout.format import figure
 
@@ -26,7 +27,8 @@ class Summary:
     plots: title -> PNG. files: name -> what it holds. data_name, data_hash: of all examples. licence: of the base, as
     it states one. task: as `metrics.Task` has it. loader: transformers' class that opens the base, default by the task;
     opened: what it is given, default `model`; opening: its settings. chat: whether it learnt by the chat template.
-    labels: of a classifier, in order. made: when, and by which version.
+    labels: of a classifier, in order. made: when, and by which version. adapters: side by side, where there are
+    several; majority: the share of the most frequent class. result_plots: as plots, of what was reached.
     """
 
     title: str
@@ -52,6 +54,14 @@ class Summary:
     opening: Facts = field(default_factory=dict)
     labels: Sequence[str] = ()
     made: str = ""
+    adapters: Sequence[AdapterRow] = ()
+    majority: float | None = None
+    result_plots: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def best(self) -> str:
+        """Which adapter is best, and which ones the test examples do not tell from it."""
+        return verdict(self.adapters)
 
 
 def words(value: Any) -> str:

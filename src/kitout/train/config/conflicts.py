@@ -19,7 +19,24 @@ PACKED = ("auto", "causal")  # objectives under which several examples can share
 
 def contradictions(config: RunConfig) -> list[str]:
     """Of one run (not of its jobs). Asked again once "auto" is resolved, it may know more."""
-    return [*_of_method(config), *_of_training(config)]
+    return [*_of_method(config), *_of_training(config), *_of_images(config)]
+
+
+def _of_images(config: RunConfig) -> Iterator[str]:
+    data, train = config.data, config.train
+    if config.objective not in ("auto", "images"):
+        for name, said in (("data.augment", data.augment != type(data.augment)()),
+                           ("train.head", train.head != "linear"), ("train.trunk", train.trunk != "off")):  # fmt: skip
+            if said:
+                yield f"{name} is for images, not for objective={config.objective}: leave it out"
+    if train.head == "batchnorm":
+        if train.batch < 2:
+            yield "train.head=batchnorm has no variance over one image: say train.batch=2 or more"
+        if train.micro_batch is not None and train.micro_batch < train.batch:
+            yield (
+                f"train.head=batchnorm takes its statistics over a whole batch: leave train.micro_batch="
+                f"{train.micro_batch} out"
+            )
 
 
 def _of_method(config: RunConfig) -> Iterator[str]:

@@ -20,13 +20,14 @@ from pydantic.fields import FieldInfo
 
 from kitout.method import Method
 from kitout.train.config import yaml_file
-from kitout.train.config.schema import JobConfig, RunConfig, SourceConfig
+from kitout.train.config.schema import AugmentConfig, JobConfig, RunConfig, SourceConfig
 
 WIDTH = 110
 TYPES: dict[Any, str] = {
     str: "text", bool: "true | false", int: "whole number", float: "number", Path: "folder", Method: "method",
-    SourceConfig: "source", JobConfig: "job", Any: "value",
+    SourceConfig: "source", JobConfig: "job", AugmentConfig: "augmentation", Any: "value",
 }  # fmt: skip
+AUGMENT = "augmentation"
 SIGNS = ((Gt, ">", "gt"), (Ge, ">=", "ge"), (Lt, "<", "lt"), (Le, "<=", "le"))
 
 # What the example says; all else stands there as a comment with its default.
@@ -71,6 +72,7 @@ def sections() -> tuple[Section, ...]:
             found.append(Section(name + repeated, _text(inner), tuple(_settings(inner))))
         if name == "data":
             found.append(Section("data.train.0", _text(SourceConfig), tuple(_settings(SourceConfig))))
+            found.append(Section("data.augment", _text(AugmentConfig), tuple(_settings(AugmentConfig))))
     return (Section("", _text(RunConfig), tuple(loose)), *found)
 
 
@@ -137,6 +139,9 @@ def example() -> str:
             loose = section.settings
         elif section.name == "data.train.0":
             source = section  # written within data
+        elif section.name == "data.augment":  # written within data, as it is the last that is
+            at = lines.index("  augment:") + 1
+            lines[at:at] = list(_commented(section.settings, "    "))
         elif section.name == "jobs.0":
             lines += ["", *_words(next(s.text for s in loose if s.name == "jobs"), ""), "#jobs:", "#  - name: first"]
         else:
@@ -178,6 +183,8 @@ def _one(setting: Setting, indent: str, said: Any) -> Iterator[str]:
         yield from (f"{indent}  - {name}: {value}" for one in said for name, value in one.items())
     elif said is not None:
         yield f"{indent}{setting.name}: {said}"
+    elif setting.kind == AUGMENT:
+        yield f"{indent}{setting.name}:"
     else:
         yield f"{indent}#{setting.name}: {setting.default}"
 

@@ -68,6 +68,19 @@ class SourceConfig(Section):
     """At most so many examples of each part, drawn by the seed."""
 
 
+class AugmentConfig(Section):
+    """Random changes to training images, drawn anew each time by the seed; needs kornia."""
+
+    min_crop: float = Field(default=1.0, ge=0.01, le=1)
+    """The smallest share of an image's area that a random crop keeps; 1: no crop."""
+    horizontal_flip: bool = False
+    """Half of the images are mirrored left to right; not for digits or letters."""
+    rotate: float = Field(default=0.0, ge=0, le=180)
+    """Degrees of rotation at most, either way."""
+    color_jitter: float = Field(default=0.0, ge=0, le=1)
+    """Largest change of brightness, contrast and saturation."""
+
+
 class DataConfig(Section):
     """What is learnt from, and what is measured on."""
 
@@ -89,6 +102,8 @@ class DataConfig(Section):
     """Read the training set as it is learnt from, never whole in memory; needs train.steps."""
     image_size: int | None = Field(default=None, gt=0)
     """Pixels of a side, for images; default: the model's own."""
+    augment: AugmentConfig = AugmentConfig()
+    """Random changes to training images; validation and test images stay as they are."""
     seed: int = 0
     """Of the split and the limits."""
 
@@ -99,6 +114,12 @@ class DataConfig(Section):
         if not listed:
             raise ValueError("say at least one source: a path, or a list of sources")
         return tuple({"path": str(v)} if isinstance(v, str | Path) else v for v in listed)
+
+    @field_validator("augment", mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        """A section whose settings are all commented out."""
+        return {} if value is None else value
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -136,6 +157,8 @@ class TrainConfig(Section):
     """Learning rate of AdamW; default: the method's own (`kitout methods`)."""
     head_lr: float | None = Field(default=None, gt=0)
     """Of the adapter's heads (a classifier); default: the method's own."""
+    head: Literal["linear", "batchnorm"] = "linear"
+    """The classifier of an image model: linear, or linear after a BatchNorm without gain and shift (AdaptFormer's)."""
     ratio: float = Field(default=1.0, gt=0)
     """LoRA+: the rate of B over the rate of A (Hayou et al. 2024 use 16)."""
     decay: float | None = Field(default=None, ge=0)
@@ -161,6 +184,9 @@ class TrainConfig(Section):
     """Several examples in one row, none of which sees another; tried on this model before training starts."""
     checkpointing: bool = False
     """Activations are computed again in backward: less memory, about a fifth slower."""
+    trunk: Literal["auto", "off"] = "off"
+    """auto: what an image model computes before the first trained part is computed once per image and kept in memory
+    (up to 2 GiB), where nothing is augmented. Equal but for rounding."""
     patience: int | None = Field(default=None, gt=0)
     """Stops after so many evaluations without a better one."""
     save_every: int | None = Field(default=None, gt=0)

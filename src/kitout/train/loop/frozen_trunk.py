@@ -2,12 +2,13 @@
 
 One forward shows which modules run before the first one the adapter touches. What enters there is recorded, and later
 the model's own forward runs with those modules standing still and the record put in their place, so whatever comes
-after is the model's own code. It knows no architecture; where the trick does not hold, there is no trunk.
+after is the model's own code. `keep_features` makes it part of a run (train.trunk). It knows no architecture; where
+the trick does not hold, there is no trunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from kitout.kit import Kit
-from kitout.train.forward import logits
+from kitout.train.loop import distributed
+from kitout.train.loop.jobs import Job
+from kitout.train.objectives.image_classification import Pictures, logits
 
+MOST_KEPT = 2 * 2**30  # bytes of features in memory, over all jobs of a run
 ROWS = 5  # of the forward that looks: a number that is no other dimension of an image
 CLOSE = 1e-4  # of the largest value
 
@@ -74,8 +78,8 @@ class Trunk:
             handle.remove()
         return seen[0].clone()
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """The logits of recorded rows; gradients reach what the adapter trains."""
+    def logits(self, rows: Tensor, model: Any = None) -> Tensor:
+        """The logits of recorded rows; gradients reach what the adapter trains. model: who is called, as the kit."""
 
         def give(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return _with_first(args, kwargs, rows)
@@ -84,7 +88,7 @@ class Trunk:
         blank = torch.zeros(1, *self.shape, device=rows.device).expand(len(rows), *self.shape)
         try:
             with self._standing(len(rows)):
-                return logits(self.kit, blank)
+                return logits(self.kit, blank, model)
         finally:
             handle.remove()
 
@@ -98,6 +102,83 @@ class Trunk:
         finally:
             for module in modules.values():
                 del module.__dict__["forward"]
+
+
+class Features:
+    """What enters one cut, kept for every image once it has been asked for; jobs with the same cut share it.
+
+    batches: in which images are recorded, a whole one at a time: so a run that was resumed records what an unbroken
+    one has recorded, bit for bit.
+    """
+
+    def __init__(self, batches: Sequence[Sequence[int]]) -> None:
+        self.kept: dict[int, Tensor] = {}
+        self.batches: list[list[int]] = []
+        self.batch_of: dict[int, int] = {}
+        self.add(batches)
+
+    def add(self, batches: Sequence[Sequence[int]]) -> None:
+        """More images; each is recorded with those that come with it for the first time."""
+        for batch in batches:
+            fresh = [row for row in dict.fromkeys(batch) if row not in self.batch_of]
+            self.batch_of |= dict.fromkeys(fresh, len(self.batches))
+            self.batches.append(fresh)
+
+    def get(self, rows: Sequence[int], record: Callable[[Sequence[int]], Tensor]) -> Tensor:
+        """[B, ...] of these rows. record: finds the features of some images."""
+        for batch in dict.fromkeys(self.batch_of[row] for row in rows if row not in self.kept):
+            found = record(self.batches[batch]).cpu()
+            self.kept |= dict(zip(self.batches[batch], found, strict=True))
+        return torch.stack([self.kept[row] for row in rows])
+
+
+def keep_features(kit: Kit, jobs: Sequence[Job]) -> tuple[dict[str, str], list[str]]:
+    """Has every job with train.trunk=auto keep what lies below it, where that can be done.
+
+    The module each of these starts from, by job, and warnings.
+    """
+    cuts: dict[str, str] = {}
+    notes = []
+    held: list[tuple[Trunk, Pictures, Tensor, Features]] = []
+    room = MOST_KEPT
+    for job in jobs:
+        settings, pictures = job.settings, job.objective
+        if settings.trunk == "off" or not isinstance(pictures, Pictures) or pictures.pixels.augment is not None:
+            continue
+        if settings.shard or settings.checkpointing or distributed.world() > 1:
+            continue  # the base's modules run under hooks of others
+        few = pictures.pixels(pictures.images, list(job.items[:2])).to(kit.device)
+        trunk = Trunk.below(kit, job.name, few)
+        if trunk is None:
+            continue
+        with kit.use(job.name):
+            probe = trunk.record(few).cpu()
+        batches = [[job.items[i] for i in step] for step in job.steps]
+        features = next((kept for other, its, seen, kept in held if other.cut == trunk.cut
+                         and its.images is pictures.images and its.pixels.size == pictures.pixels.size
+                         and torch.equal(seen, probe)), None)  # fmt: skip
+        before = len(features.batch_of) if features else 0
+        trial = Features([*(features.batches if features else ()), *batches])
+        taken = (len(trial.batch_of) - before) * probe[0].nbytes
+        if taken > room:
+            notes.append(f"{job.name}: its frozen trunk is computed each time, its features would take too much memory")
+            continue
+        room -= taken
+        if features is None:
+            features = trial
+            held.append((trunk, pictures, probe, features))
+        else:
+            features.add(batches)
+        pictures.from_rows = _from_rows(kit, trunk, pictures, features)
+        cuts[job.name] = trunk.cut
+    return cuts, notes
+
+
+def _from_rows(kit: Kit, trunk: Trunk, pictures: Pictures, features: Features) -> Callable[..., Tensor]:
+    def record(rows: Sequence[int]) -> Tensor:
+        return trunk.record(pictures.pixels(pictures.images, list(rows)).to(kit.device))
+
+    return lambda model, rows: trunk.logits(features.get(rows, record).to(kit.device), model)
 
 
 def _seen(out: Tensor, values: list[nn.Parameter]) -> list[Tensor | None]:

@@ -42,6 +42,8 @@ class Work:
     """Runs steps and keeps count. micro: rows of one forward at most; it halves when memory runs out, and stays so.
 
     sums: per job since the last `drain`, summed loss and terms. tokens, padded, seconds: since the run began.
+    spent: per job since the run began, seconds and processor seconds (of all threads) of its forwards and backwards; a
+    forward that jobs share counts for each by its rows.
     """
 
     def __init__(self, kit: Kit, jobs: Sequence[Job], micro: int) -> None:
@@ -51,6 +53,7 @@ class Work:
         self.sums: list[list[float]] = [[0.0, 0.0] for _ in jobs]
         self.tokens = self.padded = 0
         self.seconds = 0.0
+        self.spent: list[list[float]] = [[0.0, 0.0] for _ in jobs]
 
     def step(self, model: nn.Module, rows: Rows, step: int, backward: Backward, apart: Apart) -> Tensor:
         """The mean of the jobs' losses; gradients are left in the parameters, which had none."""
@@ -80,9 +83,14 @@ class Work:
         tokens = padded = 0
         total = torch.zeros((), device=self.kit.device)
         for at, part in enumerate(parts):
+            clocks = time.perf_counter(), time.process_time()
             with contextlib.nullcontext() if at == most - 1 else apart(model):
                 found, batch = self._forward(model, part, norms, step)
                 backward(found.total)
+            passed = time.perf_counter() - clocks[0], time.process_time() - clocks[1]
+            for j, _ in part.rows:
+                for k in (0, 1):
+                    self.spent[j][k] += passed[k] / len(part.rows)
             if part.idle:
                 continue
             total += found.total.detach()
@@ -131,11 +139,13 @@ class Work:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it; `counts` of every process, so all of them have to ask."""
         counts = distributed.gathered([{"sums": self.sums, "tokens": self.tokens, "padded": self.padded}])
-        return {"micro": self.micro, "halved": self.halved, "seconds": self.seconds, "counts": counts}
+        times = {"seconds": self.seconds, "spent": self.spent}
+        return {"micro": self.micro, "halved": self.halved, "counts": counts, **times}
 
     def restore(self, state: dict[str, Any]) -> None:
         """As it was; with other processes than before the counts are shared out."""
         self.micro, self.halved, self.seconds = state["micro"], state["halved"], state["seconds"]
+        self.spent = state.get("spent", self.spent)  # a checkpoint written before has none
         own = distributed.mine(state["counts"])
         self.sums = [[sum(part["sums"][j][k] for part in own) for k in (0, 1)] for j in range(len(self.jobs))]
         self.tokens, self.padded = (sum(part[name] for part in own) for name in ("tokens", "padded"))

@@ -67,6 +67,7 @@ class Loop(Trainer):  # type: ignore[misc]
         _settled(args, len(self.steps), len(jobs))
         if any(job.settings.shard for job in jobs) and not sharded(kit):
             shard(kit)
+        self.cuts: dict[str, str] = {}  # by job, where what its frozen trunk computes is kept
         self.work = Work(kit, jobs, micro or max(len(self.steps[0]), 1))
         self.health = Health(kit, jobs, folder)
         with _config_as_found(kit):

@@ -6,14 +6,15 @@ the same in small. It knows sets, kits and metrics, and nothing of the loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kitout.base import memory
 from kitout.data.encode.item import IGNORED
 from kitout.evaluate.compare import Comparison, compare, side_by_side
 from kitout.evaluate.metrics.language import Summed
-from kitout.evaluate.metrics.measure import Measure
+from kitout.evaluate.metrics.measure import Measure, Score
 from kitout.kit import Kit
 from kitout.train.config.schema import EvaluateConfig
 from kitout.train.loop.jobs import Job
@@ -91,17 +92,56 @@ def gold_of(held: Sets) -> Callable[[Any], Any]:
     return lambda item: item.value
 
 
-def against_base(made: Prepared, number: int, config: EvaluateConfig, tell: Tell | None = None) -> Comparison | None:
-    """Job `number` on its test part, beside the base. None where there is no test part."""
-    job, held = made.jobs[number], made.sets[number]
-    items = list(held.test)[: config.test]
-    if not items:
-        return None
-    tuned, said = figures(made, job, held, items, config.test, config.max_new_tokens, "", tell)
-    if held.names and len(held.names) != made.kit.config.num_labels:
-        return None  # the base's own head answers other labels
-    before, heard = figures(made, job, held, items, config.test, config.max_new_tokens, None, tell)
-    return compare(before, tuned, _shown(made, held, items, heard, said, config.shown))
+@dataclass(frozen=True)
+class Outcome:
+    """What one job reached on its test part."""
+
+    metric: str
+    """The headline metric."""
+    score: Score
+    """That metric, with its interval."""
+    comparison: Comparison | None
+    """Beside the base; None where the base's own head answers other labels."""
+    predictions: Sequence[int] = ()
+    """Of each test example the class it is given; empty where examples have no class."""
+    truth: Sequence[int] = ()
+    """The class it has."""
+    items: Sequence[Any] = ()
+    """The test examples."""
+
+
+def outcomes(made: Prepared, config: EvaluateConfig, tell: Tell | None = None) -> dict[str, Outcome]:
+    """Every job that has a test part on it, beside the base, which is asked once where jobs ask it the same."""
+    found: dict[str, Outcome] = {}
+    asked: dict[Hashable, tuple[dict[str, Measure], Seen]] = {}
+    for job, held in zip(made.jobs, made.sets, strict=True):
+        items = list(held.test)[: config.test]
+        if not items:
+            continue
+        tuned, said = figures(made, job, held, items, config.test, config.max_new_tokens, "", tell)
+        metric = next(iter(tuned))
+        comparison = None
+        if not held.names or len(held.names) == made.kit.config.num_labels:
+            question = _question(job, held)
+            if question not in asked:
+                asked[question] = figures(made, job, held, items, config.test, config.max_new_tokens, None, tell)
+            before, heard = asked[question]
+            comparison = compare(before, tuned, _shown(made, held, items, heard, said, config.shown))
+        classes: dict[str, Any] = {}
+        if job.objective.task == "classification":
+            classes = {"predictions": said.predictions, "truth": [gold_of(held)(item) for item in items]}
+        found[job.name] = Outcome(metric, tuned[metric].score(), comparison, **classes, items=items)
+    return found
+
+
+def _question(job: Job, held: Sets) -> Hashable:
+    """Jobs with the same one get the same answers from the base: by data, and by what the model is shown of it."""
+    if held.images is not None:
+        from kitout.train.objectives.image_classification import Pictures  # images need pillow
+
+        assert isinstance(job.objective, Pictures)
+        return id(held), job.objective.pixels.size
+    return id(held), job.name
 
 
 def _shown(made: Prepared, held: Sets, items: Sequence[Any], base: Seen, tuned: Seen, most: int) -> Any:

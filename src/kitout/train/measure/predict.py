@@ -21,6 +21,7 @@ from kitout.kit import Kit
 from kitout.train.loop.distributed import gathered, mine
 from kitout.train.loop.fsdp import sharded
 from kitout.train.objectives.objective import Objective
+from kitout.train.objectives.sequence import read_off
 
 TOKENS = 4096  # of one batch, padding included: an evaluation holds no more than a training step of usual size
 ROWS = 64
@@ -76,7 +77,10 @@ def _batches(objective: Objective, items: Sequence[Any], rows: Sequence[int]) ->
 def _seen(kit: Kit, objective: Objective, items: Sequence[Any], rows: list[int]) -> list[tuple[int, Summed, Any]]:
     batch = objective.collate([items[i] for i in rows], None)
     losses = objective.losses(kit, batch, torch.ones(len(rows), device=kit.device))
-    guessed = objective.predictions(kit, batch) or [None] * len(rows)
+    if losses.logits is not None:
+        guessed = read_off(objective.task, losses.logits.float())
+    else:
+        guessed = objective.predictions(kit, batch) or [None] * len(rows)
     counted = zip(losses.rows.tolist(), losses.of.tolist(), losses.right.tolist(), strict=True)
     return [(i, Summed(a, int(b), int(c)), g) for i, (a, b, c), g in zip(rows, counted, guessed, strict=True)]
 

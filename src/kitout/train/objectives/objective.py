@@ -19,12 +19,18 @@ from kitout.train.objectives.batch import Batch
 
 @dataclass(frozen=True)
 class Losses:
-    """total: the weighted sum, with its gradient. rows [B]: each example's own summed loss. right, of: counted [B]."""
+    """What a batch came to, by example."""
 
     total: Tensor
+    """The weighted sum, with its gradient."""
     rows: Tensor
+    """[B]: each example's own summed loss."""
     right: Tensor
+    """[B]: right terms."""
     of: Tensor
+    """[B]: terms."""
+    logits: Tensor | None = None
+    """[B, C], where an example has one answer, which is read off it: so a measurement runs the model once."""
 
 
 class Objective(Protocol):

@@ -70,7 +70,7 @@ def value_losses(task: str, logits: Tensor, gold: Tensor, weights: Tensor) -> Lo
     else:
         rows = F.binary_cross_entropy_with_logits(logits, gold, reduction="none").mean(1)
         right = ((logits > 0) == (gold > 0.5)).all(1)
-    return Losses((weights * rows).sum(), rows.detach(), right.float(), torch.ones_like(rows))
+    return Losses((weights * rows).sum(), rows.detach(), right.float(), torch.ones_like(rows), logits.detach())
 
 
 def read_off(task: str, logits: Tensor) -> list[Any]:

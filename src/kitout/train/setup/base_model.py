@@ -7,7 +7,6 @@ by objective, and nothing of data.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from kitout.kit import Kit, attach
 from kitout.train.config.schema import ModelConfig
 from kitout.train.loop.base_mode import as_quantised
 from kitout.train.setup import device
+from kitout.train.setup.heads import heads_of
 
 CLASSES = {
     "causal": "AutoModelForCausalLM",
@@ -107,11 +107,13 @@ def place(chosen: ModelConfig) -> tuple[torch.device, torch.dtype, str]:
 
 
 def build(
-    chosen: ModelConfig, objective: str, labels: Sequence[str], median: int, filler: int | None = None
+    chosen: ModelConfig, objective: str, labels: Sequence[str], median: int, filler: int | None = None,
+    image_size: int | None = None,
 ) -> Built:  # fmt: skip
     """The kit. labels: of a classifier. median: tokens of the usual example, by which attention is chosen on a CPU.
 
     filler: padding id of a model that has none of its own, without which a classifier reads no more than one row.
+    image_size: of a side, if it is not the model's own: then the kit tries the model on images of that size.
     """
     import transformers
     from transformers.utils import logging as its_logging
@@ -139,48 +141,22 @@ def build(
         as_quantised(model)
     if filler is not None:
         model.config.get_text_config().pad_token_id = filler  # before the kit tries the model on a few rows
-    kit = attach(model)
+    kit = attach(model, example_batch=None if image_size is None else _two_images(model, image_size))
     _set_attention(kit, chosen, where, median)
     kit.eval()
     opening = {"num_labels": asked["num_labels"]} if "num_labels" in asked else {}
     opening |= {"ignore_mismatched_sizes": True} if told["mismatched_keys"] else {}
     opening |= {} if chosen.revision is None else {"revision": chosen.revision}
     opening |= {} if filler is None else {"pad_token_id": filler}
-    return Built(kit, _heads(kit, fresh, objective), frozenset(fresh), where, why, opening)
+    return Built(kit, heads_of(kit, fresh, objective in ("causal", "seq2seq")), frozenset(fresh), where, why, opening)
 
 
-def _heads(kit: Kit, fresh: set[str], objective: str) -> dict[str, nn.Module]:
-    """Copies of what the checkpoint does not hold, and of the classifier, in float32, to be trained."""
-    if objective in ("causal", "seq2seq"):
-        if fresh:
-            raise ConfigError(f"the checkpoint does not hold {sorted(fresh)[:4]}: this is no language model to adapt")
-        return {}
-    paths = fresh | {site.path for site in kit.survey.sites if site.role == "head"}
-    return {path: copy.deepcopy(module).float() for path, module in kit.base.named_modules() if path in paths}
+def _two_images(model: Any, side: int) -> dict[str, Any]:
+    """A model may be built for far more pixels than a run shows it: to be tried on these takes less time and memory."""
+    from kitout.train.objectives.image_classification import position_settings  # images need pillow
 
-
-def own_heads(made: Built, classes: int, seed: int) -> dict[str, nn.Module]:
-    """One adapter's heads: the checkpoint's own values where it has them for as many classes, else started afresh.
-
-    The last one is as wide as its labels. Linears start as transformers starts them: N(0, 0.02), no bias.
-    """
-    own = copy.deepcopy(made.heads)
-    last = next(reversed(own), None)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for path, head in own.items():
-            wide = classes if path == last else getattr(head, "out_features", 0)
-            if isinstance(head, nn.Linear) and (path in made.missing or wide != head.out_features):
-                own[path] = _linear(head.in_features, wide, head.bias is not None)
-    return own
-
-
-def _linear(width: int, classes: int, biased: bool) -> nn.Linear:
-    layer = nn.Linear(width, classes, biased)
-    nn.init.normal_(layer.weight, std=0.02)
-    if biased:
-        nn.init.zeros_(layer.bias)
-    return layer
+    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+    return {"pixel_values": pixels} | position_settings(model, pixels)
 
 
 def _set_attention(kit: Kit, chosen: ModelConfig, where: torch.device, median: int) -> None:

@@ -192,7 +192,10 @@ def image_sets(config: DataConfig) -> Sets:
     columns = source.columns
     if source.format not in ("auto", "image"):
         raise ConfigError(f"data.train.format={source.format}: this model reads images; write image or auto")
-    whole = image_folders.load(Path(data_at(source.path)), columns.get("image"), columns.get("label"), config.labels)
+    path = Path(data_at(source.path))
+    if (path / "images.npz").is_file():  # an embedded set is a folder with its licence beside it
+        path = path / "images.npz"
+    whole = image_folders.load(path, columns.get("image"), columns.get("label"), config.labels)
     for name, value in _measured(config).items():
         if isinstance(value, str):
             raise ConfigError(

@@ -1,63 +1,79 @@
-"""What stands on top of an image model: a linear head, or BatchNorm without gain and shift before it.
+"""The heads an adapter brings: what the checkpoint does not hold, and the classifier, trained and saved with it.
 
-Made for the place where the model's own head stands and as wide as the features it reads, to travel with an adapter:
-`kit.add(name, method, heads=linear(kit, 10))`. It knows heads and no loss.
+A fresh classifier is linear, or linear after a BatchNorm without gain and shift, which learns its statistics in
+training mode. It knows where heads stand and how they start, no data and no loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
 
-from kitout.base.site import Site
-from kitout.errors import TargetError
+from kitout.errors import ConfigError
 from kitout.kit import Kit
 
-Heads = dict[str, nn.Module]
+
+def heads_of(kit: Kit, missing: Collection[str], language: bool) -> dict[str, nn.Module]:
+    """Copies in float32, by path, of what the checkpoint does not hold and of the classifier.
+
+    language: the model writes text; it has no classifier, and nothing may be missing.
+    """
+    if language:
+        if missing:
+            raise ConfigError(f"the checkpoint does not hold {sorted(missing)[:4]}: this is no language model to adapt")
+        return {}
+    paths = {*missing, *(site.path for site in kit.survey.sites if site.role == "head")}
+    return {path: copy.deepcopy(module).float() for path, module in kit.base.named_modules() if path in paths}
 
 
-def head_site(kit: Kit) -> Site:
-    """The one linear head of the model; TargetError where there is none or more than one."""
-    found = [s for s in kit.survey.sites if s.role == "head"]
-    if len(found) != 1 or found[0].kind != "linear":
-        told = ", ".join(f"{s.path} ({s.kind})" for s in found) or "none"
-        raise TargetError(
-            f"one linear head is expected, found {told}; give the adapter's heads={{path: module}} yourself"
-        )
-    return found[0]
+def own_heads(
+    heads: Mapping[str, nn.Module], missing: Collection[str], classes: int, seed: int, kind: str = "linear"
+) -> dict[str, nn.Module]:
+    """One adapter's copies: the checkpoint's own values where it has them for as many classes, else fresh ones.
+
+    The last head has as many outputs as there are classes. kind: of it, "linear" or "batchnorm".
+    """
+    own = {path: copy.deepcopy(module) for path, module in heads.items()}
+    last = next(reversed(own), None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for path, head in own.items():
+            if path == last and kind == "batchnorm":
+                own[path] = batchnorm(_inputs(path, head), classes)
+                continue
+            outputs = classes if path == last else getattr(head, "out_features", 0)
+            if isinstance(head, nn.Linear) and (path in missing or outputs != head.out_features):
+                own[path] = linear(head.in_features, outputs, head.bias is not None)
+    return own
 
 
-def linear(kit: Kit, classes: int, seed: int = 0) -> Heads:
-    """nn.Linear as transformers starts its classifiers: N(0, 0.02), no bias at first."""
-
-    def make(width: int) -> nn.Module:
-        layer = nn.Linear(width, classes)
-        nn.init.normal_(layer.weight, std=0.02)
+def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+    """As transformers starts its classifiers: N(0, 0.02), bias 0."""
+    layer = nn.Linear(inputs, outputs, bias)
+    nn.init.normal_(layer.weight, std=0.02)
+    if bias:
         nn.init.zeros_(layer.bias)
-        return layer
-
-    return _made(kit, seed, make)
+    return layer
 
 
-def batchnorm(kit: Kit, classes: int, seed: int = 0) -> Heads:
+def batchnorm(inputs: int, outputs: int) -> nn.Sequential:
     """BatchNorm1d(affine=False, eps=1e-6), then a linear from a truncated N(0, 0.01).
 
     AdaptFormer's head (code ShoufaChen/AdaptFormer, main_image.py), after MAE's and MoCo v3's probes.
     """
-
-    def make(width: int) -> nn.Module:
-        layer = nn.Linear(width, classes)
-        nn.init.trunc_normal_(layer.weight, std=0.01)
-        nn.init.zeros_(layer.bias)
-        return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), layer)
-
-    return _made(kit, seed, make)
+    layer = nn.Linear(inputs, outputs)
+    nn.init.trunc_normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+    return nn.Sequential(nn.BatchNorm1d(inputs, affine=False, eps=1e-6), layer)
 
 
-def _made(kit: Kit, seed: int, make: Callable[[int], nn.Module]) -> Heads:
-    site = head_site(kit)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return {site.path: make(site.d_in)}
+def _inputs(path: str, head: nn.Module) -> int:
+    if not isinstance(head, nn.Linear):
+        raise ConfigError(
+            f"train.head=batchnorm takes the place of a linear classifier, and this model's, {path}, is a "
+            f"{type(head).__name__}: say train.head=linear"
+        )
+    return head.in_features

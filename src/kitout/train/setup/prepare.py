@@ -13,7 +13,7 @@ from typing import Any
 from kitout.errors import ConfigError, Faults
 from kitout.kit import Kit
 from kitout.train.config.conflicts import contradictions
-from kitout.train.config.schema import RunConfig, TrainConfig
+from kitout.train.config.schema import AugmentConfig, DataConfig, RunConfig, TrainConfig
 from kitout.train.loop.batch_plan import plan, steps_of
 from kitout.train.loop.jobs import Job
 from kitout.train.loop.optimizer import REFUSED, check_rate
@@ -24,6 +24,7 @@ from kitout.train.objectives.sequence import Labels
 from kitout.train.objectives.token_classification import Tagging
 from kitout.train.setup import base_model, datasets
 from kitout.train.setup.datasets import Sets
+from kitout.train.setup.heads import own_heads
 
 TASKS: dict[str, Any] = {"classify": "classification", "regress": "regression", "multilabel": "multilabel"}
 
@@ -53,7 +54,7 @@ def prepare(config: RunConfig) -> Prepared:
     about = base_model.config_of(config.model)
     images = _of_images(config.objective, about)
     tokenizer = None if images else base_model.tokenizer_of(config.model)
-    held = [_sets(one, about, tokenizer, images) for one in alone]
+    held = _all_sets(alone, about, tokenizer, images)
     kinds = {one.objective for one in held}
     if len(kinds) > 1:
         raise ConfigError(f"the jobs of one run share one objective; found {', '.join(sorted(kinds))}: split the run")
@@ -63,10 +64,11 @@ def prepare(config: RunConfig) -> Prepared:
     median = sorted(lengths)[len(lengths) // 2] if lengths else 0
     filler = None if images else _filler(about, tokenizer)
     given = filler if needs_filler(kind, about) else None
-    made = base_model.build(config.model, kind, held[0].names if kind != "regress" else (), median, given)
+    side = alone[0].data.image_size if images else None
+    made = base_model.build(config.model, kind, held[0].names if kind != "regress" else (), median, given, side)
     kit = made.kit
     for job, one in zip(alone, held, strict=True):
-        heads = base_model.own_heads(made, len(one.names) or 1, job.train.seed)
+        heads = own_heads(made.heads, made.missing, len(one.names) or 1, job.train.seed, job.train.head)
         kit.add(job.output.name, job.method, seed=job.train.seed, heads=heads)
     if made.missing and held[0].names:
         commonest = f"; the commonest one is right in {100 * held[0].majority:.1f} %" if held[0].majority else ""
@@ -117,6 +119,21 @@ def _of_images(objective: str, about: Any) -> bool:
     return type(about) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
+def _all_sets(alone: Sequence[RunConfig], about: Any, tokenizer: Any, images: bool) -> list[Sets]:
+    """Each job's; jobs that read the same data share them."""
+    held: list[Sets] = []
+    for k, job in enumerate(alone):
+        same = (n for n in range(k) if _read(alone[n].data) == _read(job.data) and not job.data.streaming)
+        n = next(same, None)
+        held.append(_sets(job, about, tokenizer, images) if n is None else held[n])
+    return held
+
+
+def _read(data: DataConfig) -> DataConfig:
+    """Without what comes only after reading."""
+    return data.model_copy(update={"augment": AugmentConfig(), "image_size": None})
+
+
 def _sets(job: RunConfig, about: Any, tokenizer: Any, images: bool) -> Sets:
     if images:
         return datasets.image_sets(job.data)
@@ -125,10 +142,15 @@ def _sets(job: RunConfig, about: Any, tokenizer: Any, images: bool) -> Sets:
 
 def _objective(kit: Kit, job: RunConfig, kind: str, one: Sets, filler: int | None) -> Objective:
     if kind == "images":
+        from kitout.data.images.augment import Augment
         from kitout.data.images.pixels import Pixels
         from kitout.train.objectives.image_classification import Pictures
 
-        return Pictures(kit, one.images, Pixels.of(base_model.found(job.model.name), job.data.image_size))
+        said = job.data.augment
+        changes = None
+        if said != AugmentConfig():
+            changes = Augment(said.min_crop, said.horizontal_flip, said.rotate, said.color_jitter)
+        return Pictures(kit, one.images, Pixels.of(base_model.found(job.model.name), job.data.image_size, changes))
     if kind == "causal":
         return Causal(kit, job.data.max_length if job.train.packing else 0)
     assert filler is not None
