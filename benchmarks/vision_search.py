@@ -54,7 +54,9 @@ def trials(name: str, table: Path, asked: argparse.Namespace) -> RunConfig:
     rates = asked.rates or [job.train.lr / 3, job.train.lr, job.train.lr * 3]
     head_rates = asked.head_rates or [preset.train.head_lr]
     said["jobs"] = [
-        own | {"name": f"{name}-{rate:.0e}-{head:.0e}", "train": own["train"] | {"lr": rate, "head_lr": head}}
+        own | {"name": f"{name}-{rate:.0e}-{head:.0e}", "train": own["train"] | {
+            "lr": rate, "head_lr": rate if name == "linear" else head,  # a probe is its head
+        }}
         for rate in rates for head in head_rates
     ]  # fmt: skip
     said["data"]["train"][0]["path"] = str(table)
