@@ -151,6 +151,11 @@ def test_images(models: dict[str, Path], colours: Path, tmp_path: Path) -> None:
     assert result.figures["objective"] == "images"
     accuracy = next(c for c in result.comparisons["adapter"].changes if c.name == "accuracy")
     assert accuracy.tuned.value > 0.9
+    assert {"confusion.png", "errors.png", "training.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    right = [p == t for p, t in zip(*(result.figures[k]["adapter"] for k in ("predicted", "true")), strict=True)]
+    assert sum(right) / len(right) == accuracy.tuned.value
+    (row,) = result.figures["adapters"]
+    assert (row["metric"], row["score"]["value"], row["examples"]) == ("accuracy", accuracy.tuned.value, 64)
 
 
 def test_jobs_at_once_each_with_its_own(models: dict[str, Path], tmp_path: Path) -> None:
@@ -162,6 +167,15 @@ def test_jobs_at_once_each_with_its_own(models: dict[str, Path], tmp_path: Path)
     result, said = run(models["decoder"], str(one), tmp_path / "both", jobs=jobs, train={"batch": 4})
     assert set(result.comparisons) == {"first", "second"}
     assert result.figures["steps"] == 5
+    rows = result.figures["adapters"]
+    assert [(row["name"], row["examples"]) for row in rows] == [("first", 12), ("second", 20)]
+    assert all(row["seconds"] > 0 and row["processor_seconds"] > 0 for row in rows)
+    assert sum(row["seconds"] for row in rows) <= result.figures["seconds"]
+    assert not (tmp_path / "both" / "comparison.png").is_file()  # the test parts differ
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert "Adapters side by side" in page
+    assert "the figures are not of one kind" in page
+    assert "best: " not in said
     assert {p.name for p in (tmp_path / "both" / "adapter").iterdir()} == {"first", "second"}
     alone, _ = run(
         models["decoder"], str(one), tmp_path / "one", method="LoRA", train={"batch": 4, "steps": 3, "seed": 1}

@@ -71,8 +71,10 @@ def comparable(rows: Sequence[AdapterRow]) -> bool:
     return None not in [row.score for row in rows] and len({row.metric for row in rows}) == 1
 
 
-def verdict(rows: Sequence[AdapterRow]) -> str:
-    """Which adapter is best, and which ones the test examples do not tell from it."""
+def verdict(rows: Sequence[AdapterRow], same_test: bool = True) -> str:
+    """Which adapter is best, and which ones the test examples do not tell from it. same_test: all share these."""
+    if not same_test:
+        return "each adapter is measured on the test part of its own data: the figures are not of one kind"
     top = best(rows)
     assert top.score is not None
     if len(rows) == 1:
@@ -86,7 +88,7 @@ def verdict(rows: Sequence[AdapterRow]) -> str:
     return f"best: {top.name}, {top.title} {top.reached}{meets if near else ''}"
 
 
-def text(rows: Sequence[AdapterRow], majority: float | None) -> str:
+def text(rows: Sequence[AdapterRow], majority: float | None, same_test: bool = True) -> str:
     """The table as aligned lines, the verdict below. majority: the accuracy of always naming one class."""
     title = f"{rows[0].title}{' %' if rows[0].score and rows[0].score.share else ''}, 95 % interval"
     lines = [["adapter", "trained", "%", title, "train s", "processor s", "s/example"]]
@@ -94,7 +96,7 @@ def text(rows: Sequence[AdapterRow], majority: float | None) -> str:
         each = f"{row.seconds / max(1, row.examples):.3f}"
         took = [f"{row.seconds:.0f}", f"{row.processor_seconds:.0f}", each]
         lines.append([row.name, f"{row.trainable:,}", row.part, row.reached, *took])
-    if majority is not None and rows[0].metric == "accuracy":
+    if same_test and majority is not None and rows[0].metric == "accuracy":
         lines.append(["most frequent class", "0", "0", f"{100 * majority:.1f}", "", "", ""])
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     shown = [
@@ -102,4 +104,4 @@ def text(rows: Sequence[AdapterRow], majority: float | None) -> str:
                   for k, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
         for line in lines
     ]  # fmt: skip
-    return "\n".join([*shown, "", verdict(rows)])
+    return "\n".join([*shown, "", verdict(rows, same_test)])

@@ -57,7 +57,7 @@ def finish(
     for name, found in comparisons.items():
         say(f"{name}: {found.verdict}" if len(comparisons) > 1 else found.verdict)
     if config.jobs and adapter_table.comparable(rows):
-        say(f"\n{adapter_table.text(rows, made.main.majority)}\n")
+        say(f"\n{adapter_table.text(rows, made.main.majority, _same_data(made))}\n")
     say(_next(made, config, place, folders))
     return figures
 
@@ -76,7 +76,8 @@ def _written(
     whole = _summary(made, config, figures, comparisons, pictures, ", ".join(folders))
     table = rows if config.jobs and adapter_table.comparable(rows) else ()
     reached = _result_pictures(made, config, place, outcomes, rows)
-    html.write(replace(whole, adapters=table, majority=made.main.majority, result_plots=reached), place.report)
+    whole = replace(whole, adapters=table, majority=made.main.majority, same_test=_same_data(made))
+    html.write(replace(whole, result_plots=reached), place.report)
     place.finish(figures)
 
 
@@ -133,15 +134,22 @@ def _pictures(made: Prepared, place: RunFolder) -> dict[str, bytes]:
 
 def _rows(made: Prepared, loop: Loop, outcomes: Mapping[str, Outcome]) -> list[AdapterRow]:
     """Every adapter with what it reached and what it took."""
+    reached = list(outcomes.values())
+    shared = [metric for metric in reached[0].scores if all(metric in one.scores for one in reached)] if reached else []
     rows = []
     for job, (wall, processor) in zip(made.jobs, loop.work.spent, strict=True):
         one, count = outcomes.get(job.name), made.kit.num_parameters(job.name)
         done = min(loop.state.global_step, len(job.steps))
+        metric = next(iter(shared or one.scores)) if one else ""
         rows.append(AdapterRow(
-            job.name, _method(made, job.name), one.metric if one else "", one.score if one else None, count.trainable,
+            job.name, _method(made, job.name), metric, one.scores[metric] if one else None, count.trainable,
             count.percent, sum(len(job.steps[step]) for step in range(done)), wall, processor,
         ))  # fmt: skip
     return rows
+
+
+def _same_data(made: Prepared) -> bool:
+    return len({one.digest for one in made.sets}) == 1
 
 
 def _result_pictures(
@@ -151,7 +159,7 @@ def _result_pictures(
     if not plots.possible():
         return {}
     drawn = {}
-    if len(rows) > 1 and adapter_table.comparable(rows):
+    if len(rows) > 1 and _same_data(made) and adapter_table.comparable(rows):
         drawn["comparison"] = class_plots.comparison(rows, made.main.majority, f"adapters of {config.model.name}")
     for job, held in zip(made.jobs, made.sets, strict=True):
         one = outcomes.get(job.name)

@@ -28,7 +28,8 @@ class Summary:
     it states one. task: as `metrics.Task` has it. loader: transformers' class that opens the base, default by the task;
     opened: what it is given, default `model`; opening: its settings. chat: whether it learnt by the chat template.
     labels: of a classifier, in order. made: when, and by which version. adapters: side by side, where there are
-    several; majority: the share of the most frequent class. result_plots: as plots, of what was reached.
+    several; same_test: measured on the same examples; majority: the share of the most frequent class. result_plots: as
+    plots, of what was reached.
     """
 
     title: str
@@ -56,12 +57,13 @@ class Summary:
     made: str = ""
     adapters: Sequence[AdapterRow] = ()
     majority: float | None = None
+    same_test: bool = True
     result_plots: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def best(self) -> str:
         """Which adapter is best, and which ones the test examples do not tell from it."""
-        return verdict(self.adapters)
+        return verdict(self.adapters, self.same_test)
 
 
 def words(value: Any) -> str:

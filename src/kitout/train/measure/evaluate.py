@@ -6,7 +6,7 @@ the same in small. It knows sets, kits and metrics, and nothing of the loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,10 +96,8 @@ def gold_of(held: Sets) -> Callable[[Any], Any]:
 class Outcome:
     """What one job reached on its test part."""
 
-    metric: str
-    """The headline metric."""
-    score: Score
-    """That metric, with its interval."""
+    scores: Mapping[str, Score]
+    """Metrics with their intervals, the headline first; without a comparison that one alone."""
     comparison: Comparison | None
     """Beside the base; None where the base's own head answers other labels."""
     predictions: Sequence[int] = ()
@@ -119,18 +117,21 @@ def outcomes(made: Prepared, config: EvaluateConfig, tell: Tell | None = None) -
         if not items:
             continue
         tuned, said = figures(made, job, held, items, config.test, config.max_new_tokens, "", tell)
-        metric = next(iter(tuned))
-        comparison = None
+        comparison: Comparison | None = None
         if not held.names or len(held.names) == made.kit.config.num_labels:
             question = _question(job, held)
             if question not in asked:
                 asked[question] = figures(made, job, held, items, config.test, config.max_new_tokens, None, tell)
             before, heard = asked[question]
             comparison = compare(before, tuned, _shown(made, held, items, heard, said, config.shown))
+            scores = {change.name: change.tuned for change in comparison.changes}
+        else:
+            headline = next(iter(tuned))
+            scores = {headline: tuned[headline].score()}
         classes: dict[str, Any] = {}
         if job.objective.task == "classification":
             classes = {"predictions": said.predictions, "truth": [gold_of(held)(item) for item in items]}
-        found[job.name] = Outcome(metric, tuned[metric].score(), comparison, **classes, items=items)
+        found[job.name] = Outcome(scores, comparison, **classes, items=items)
     return found
 
 
