@@ -19,7 +19,8 @@ from kitout.data.images.image_set import Images
 from kitout.data.read.image_folders import load as images_of
 from kitout.data.split import split
 from kitout.demo.vision import DATA, JOBS, config
-from kitout.train.config.schema import RunConfig, load
+from kitout.train.config.load import load
+from kitout.train.config.schema import RunConfig
 from kitout.train.run import run
 
 VALIDATION = 400

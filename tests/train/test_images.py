@@ -11,7 +11,8 @@ import torch
 
 import kitout
 from kitout.errors import ConfigError
-from kitout.train.config.schema import RunConfig, load
+from kitout.train.config.load import load
+from kitout.train.config.schema import RunConfig
 from kitout.train.loop import frozen_trunk
 from kitout.train.metrics_log import read
 from kitout.train.objectives.image_classification import Pictures
