@@ -22,7 +22,7 @@ from kitout.data.images.image_set import Images
 from kitout.data.images.pixels import Pixels
 from kitout.errors import ConfigError
 from kitout.train.loop.batch_plan import plan
-from kitout.train.loop.step import mixed
+from kitout.train.loop.step import Work, mixed
 from kitout.train.objectives.causal_lm import Leaks
 from kitout.train.objectives.image_classification import Pictures
 from kitout.train.objectives.objective import Objective
@@ -30,7 +30,7 @@ from kitout.train.objectives.seq2seq_lm import Seq2Seq
 from kitout.train.objectives.sequence import Kind, Labels
 from kitout.train.objectives.token_classification import Tagging
 from train import subprocess_runs as runs
-from train.fixtures import ALL, add, causal, far, gradients, grads_of, job, kit_of, texts, trained, values
+from train.fixtures import ALL, add, causal, far, gradients, grads_of, job, kit_of, nothing, texts, trained, values
 from train.other_processes import apart
 from zoo import IMAGE, LABELS, ZOO, D, out
 
@@ -311,3 +311,19 @@ def test_an_empty_set_is_refused() -> None:
         plan([], 2, 1, 0)
     with pytest.raises(ConfigError, match=r"\[3, 0\]"):
         plan([1, 2, 3], 2, 1, 0, sets=[range(3), range(3, 3)])
+
+
+def test_processor_seconds_add_up_over_a_resume() -> None:
+    kit, items = kit_of("llama"), texts(8)
+    add(kit, "low", LoRA(rank=2))
+    one = job("low", causal(kit, ["low"], items), items, steps=2)
+    rows = [(0, i) for i in one.steps[0]]
+    first = Work(kit, [one], 4)
+    first.step(kit, rows, 0, Tensor.backward, nothing)
+    assert first.processor_seconds > 0
+    again = Work(kit, [one], 4)
+    again.restore(first.state())
+    assert again.processor_seconds == first.processor_seconds
+    kit["low"].zero_grad()
+    again.step(kit, rows, 0, Tensor.backward, nothing)
+    assert again.processor_seconds > first.processor_seconds

@@ -26,6 +26,7 @@ from kitout.train.objectives.objective import Losses
 
 Rows = list[tuple[int, int]]  # (job, index of its item)
 Backward = Callable[[Tensor], Any]
+COUNTED = ("tokens", "padded", "processor_seconds")  # by every process on its own
 Apart = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]  # gradients of this backward stay here
 
 
@@ -41,9 +42,10 @@ class Part:
 class Work:
     """Runs steps and keeps count. micro: rows of one forward at most; it halves when memory runs out, and stays so.
 
-    sums: per job since the last `drain`, summed loss and terms. tokens, padded, seconds: since the run began.
-    spent: per job since the run began, seconds and processor seconds (of all threads) of its forwards and backwards; a
-    forward that jobs share counts for each by its rows.
+    sums: per job since the last `drain`, summed loss and terms. tokens, padded, seconds: since the run began;
+    processor_seconds: of all threads, which a busy machine does not stretch.
+    spent: per job since the run began, seconds and processor seconds of its forwards and backwards; a forward that jobs
+    share counts for each by its rows.
     """
 
     def __init__(self, kit: Kit, jobs: Sequence[Job], micro: int) -> None:
@@ -52,12 +54,12 @@ class Work:
         self.groups = [_group(kit, job, number) for number, job in enumerate(jobs)]
         self.sums: list[list[float]] = [[0.0, 0.0] for _ in jobs]
         self.tokens = self.padded = 0
-        self.seconds = 0.0
+        self.seconds = self.processor_seconds = 0.0
         self.spent: list[list[float]] = [[0.0, 0.0] for _ in jobs]
 
     def step(self, model: nn.Module, rows: Rows, step: int, backward: Backward, apart: Apart) -> Tensor:
         """The mean of the jobs' losses; gradients are left in the parameters, which had none."""
-        start = time.perf_counter()
+        start, spent = time.perf_counter(), time.process_time()
         while True:
             try:
                 total = self._whole(model, rows, step, backward, apart)
@@ -72,6 +74,7 @@ class Work:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         self.seconds += time.perf_counter() - start
+        self.processor_seconds += time.process_time() - spent
         return total
 
     def _whole(self, model: nn.Module, rows: Rows, step: int, backward: Backward, apart: Apart) -> Tensor:
@@ -138,9 +141,9 @@ class Work:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it; `counts` of every process, so all of them have to ask."""
-        counts = distributed.gathered([{"sums": self.sums, "tokens": self.tokens, "padded": self.padded}])
+        own = {"sums": self.sums, **{name: getattr(self, name) for name in COUNTED}}
         times = {"seconds": self.seconds, "spent": self.spent}
-        return {"micro": self.micro, "halved": self.halved, "counts": counts, **times}
+        return {"micro": self.micro, "halved": self.halved, "counts": distributed.gathered([own]), **times}
 
     def restore(self, state: dict[str, Any]) -> None:
         """As it was; with other processes than before the counts are shared out."""
@@ -148,7 +151,8 @@ class Work:
         self.spent = state.get("spent", self.spent)  # a checkpoint written before has none
         own = distributed.mine(state["counts"])
         self.sums = [[sum(part["sums"][j][k] for part in own) for k in (0, 1)] for j in range(len(self.jobs))]
-        self.tokens, self.padded = (sum(part[name] for part in own) for name in ("tokens", "padded"))
+        for name in COUNTED:
+            setattr(self, name, sum(part.get(name, 0) for part in own))
 
 
 def _group(kit: Kit, job: Job, number: int) -> Hashable:

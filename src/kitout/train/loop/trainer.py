@@ -142,11 +142,13 @@ class Loop(Trainer):  # type: ignore[misc]
         """Losses are per learnt term since the last log; counts are of all processes since the run began."""
         if "loss" in logs:
             losses = self.work.drain()
-            tokens = sum(distributed.gathered([self.work.tokens]))
+            counted = distributed.gathered([(self.work.tokens, self.work.processor_seconds)])
+            tokens, processor = (sum(of) for of in zip(*counted, strict=True))
             seconds = self.work.seconds
             logs |= {"loss": sum(losses.values()) / max(1, len(losses))}
             logs |= {f"{name}/loss": loss for name, loss in losses.items()} if len(self.jobs) > 1 else {}
             logs |= {"tokens": tokens, "tokens_per_second": tokens / max(seconds, 1e-9), "seconds": seconds}
+            logs |= {"processor_seconds": processor}
             logs |= {"memory": memory.peak(self.args.device)}
         super().log(logs, start_time)
 
