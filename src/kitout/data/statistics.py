@@ -68,10 +68,11 @@ class Facts:
         return self.parts[0]
 
 
-def facts(parts: Mapping[str, Sequence[Item]], names: Sequence[str] = ()) -> Facts:
+def facts(parts: Mapping[str, Sequence[Item]], names: Sequence[str] = (), closed: bool = False) -> Facts:
     """Of {"train": items, "validation": items, ...}; empty parts are left out, but train must not be empty.
 
-    names: of the classes, in order. DataError where there is nothing to learn from.
+    names: of the classes, in order. closed: the answers are labels, and short by nature.
+    DataError where there is nothing to learn from.
     """
     if not parts.get("train"):
         raise DataError("the training part holds no examples")
@@ -84,7 +85,7 @@ def facts(parts: Mapping[str, Sequence[Item]], names: Sequence[str] = ()) -> Fac
     tokens = sum(part.tokens for part in found if part.percent is not None)
     learned = sum(part.learned for part in found)
     percent = 100 * learned / tokens if tokens else None
-    return Facts(found, percent, (*_warnings(found, percent), *_same_answer(parts["train"])))
+    return Facts(found, percent, (*_warnings(found, percent, closed), *_same_answer(parts["train"])))
 
 
 def _part(name: str, items: Sequence[Item], names: Sequence[str]) -> Part:
@@ -153,9 +154,9 @@ def _nothing(part: Part) -> str:
     )
 
 
-def _warnings(parts: Sequence[Part], percent: float | None) -> list[str]:
+def _warnings(parts: Sequence[Part], percent: float | None, closed: bool) -> list[str]:
     told = []
-    if percent is not None and percent < LITTLE:
+    if percent is not None and percent < LITTLE and not closed:
         told.append(
             f"only {percent:.2g} % of the tokens are learnt: long contexts and short answers cost much and teach "
             "little; is the answer where it should be?"

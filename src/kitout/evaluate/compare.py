@@ -113,8 +113,29 @@ def side_by_side(
 
     Nobody is right or wrong where the references are whole sentences.
     """
+    why = select(references, base, tuned, most)
+    labels = closed(references)
+    judged = bool(labels) or all(len(normalize_answer(r).split()) <= SHORT for r in references)
+    asked, true, before, after = ([texts[i] for i in why] for texts in (prompts, references, base, tuned))
+    return beside(asked, true, before, after, list(why.values()), labels, judged)
+
+
+def beside(
+    prompts: Sequence[str], references: Sequence[str], base: Sequence[str], tuned: Sequence[str], why: Sequence[str],
+    labels: Sequence[str] = (), judged: bool = True,
+) -> tuple[Shown, ...]:  # fmt: skip
+    """Examples that are chosen already, with what both wrote. labels: of a closed set; judged: right or wrong."""
+    names = [normalize_answer(label) for label in labels]
+    rows = zip(prompts, references, base, tuned, why, strict=True)
+    return tuple(
+        Shown(p, r, b, t, (_says(b, normalize_answer(r), names), _says(t, normalize_answer(r), names)) if judged else None, reason)
+        for p, r, b, t, reason in rows
+    )
+
+
+def select(references: Sequence[str], base: Sequence[str], tuned: Sequence[str], most: int = 8) -> dict[int, str]:
+    """Which examples to show, and why: half the first of each label in turn, half the first whose answer changed."""
     labels, true = closed(references), [normalize_answer(r) for r in references]
-    judged = bool(labels) or all(len(r.split()) <= SHORT for r in true)
     right = [(_says(b, r, labels), _says(t, r, labels)) for b, t, r in zip(base, tuned, true, strict=True)]
     turns = _turns(true)
     chosen = dict.fromkeys(turns[: (most + 1) // 2], "first of its kind")
@@ -124,10 +145,7 @@ def side_by_side(
     for i in turns:
         if len(chosen) < most:
             chosen.setdefault(i, "first of its kind")
-    return tuple(
-        Shown(prompts[i], references[i], base[i], tuned[i], right[i] if judged else None, why)
-        for i, why in chosen.items()
-    )
+    return chosen
 
 
 def _turns(labels: Sequence[Hashable]) -> list[int]:

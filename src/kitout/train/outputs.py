@@ -92,7 +92,9 @@ def _figures(
 ) -> dict[str, Any]:  # fmt: skip
     kit, work = made.kit, loop.work
     counts = {job.name: kit.num_parameters(job.name) for job in made.jobs}
-    tokens = next((int(row["tokens"]) for row in reversed(loop.state.log_history) if "tokens" in row), work.tokens)
+    counted = (row for row in reversed(loop.state.log_history) if "tokens" in row)
+    last: dict[str, Any] = next(counted, {})  # of all processes
+    tokens = int(last.get("tokens", work.tokens))
     return {
         "objective": made.objective,
         "steps": loop.state.global_step,
@@ -103,7 +105,11 @@ def _figures(
         "majority": {job.name: one.majority for job, one in zip(made.jobs, made.sets, strict=True)},
         "trainable": {name: count.trainable for name, count in counts.items()},
         "percent": {name: count.percent for name, count in counts.items()},
+        "labels": {
+            job.name: list(one.answers.names) for job, one in zip(made.jobs, made.sets, strict=True) if one.answers
+        },
         "seconds": work.seconds,
+        "processor_seconds": last.get("processor_seconds", work.processor_seconds),
         "tokens": tokens,
         "tokens_per_second": tokens / max(work.seconds, 1e-9),
         "padding": work.padded / max(1, work.tokens) - 1,
@@ -204,6 +210,7 @@ def _summary(
         },
         cost={
             "training": seconds(figures["seconds"]),
+            "processor time, all threads": seconds(figures["processor_seconds"]),
             "tokens a second": figures["tokens_per_second"],
             "peak memory": size(figures["memory"]),
             "trained values": sum(figures["trainable"][job.name] for job in shown),

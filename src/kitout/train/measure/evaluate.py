@@ -12,17 +12,16 @@ from typing import Any
 
 from kitout.base import memory
 from kitout.data.encode.item import IGNORED
-from kitout.evaluate.compare import Comparison, compare, side_by_side
+from kitout.evaluate.compare import Comparison, Shown, beside, compare, select, side_by_side
 from kitout.evaluate.metrics.language import Summed
 from kitout.evaluate.metrics.measure import Measure, Score
 from kitout.kit import Kit
+from kitout.train.closed_answers import ClosedAnswers, prompt_of
 from kitout.train.config.schema import EvaluateConfig
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.predict import Seen, Tell, scores, see, write
 from kitout.train.setup.datasets import Sets
 from kitout.train.setup.prepare import Prepared
-
-CLOSED = 50  # test answers may be so many different ones for labels to be told of
 
 
 def watching(made: Prepared, config: EvaluateConfig) -> Callable[[], dict[str, float]]:
@@ -53,7 +52,9 @@ def watched_names(made: Prepared, config: EvaluateConfig) -> list[str]:
             continue
         gold = gold_of(held)
         seen = Seen([Summed(0.0, 1, 1)] * len(items), [gold(item) for item in items])
-        if job.objective.task == "generation" and config.generate:
+        if held.answers is not None and config.generate:
+            seen.likeliest = [item.reference for item in items]
+        elif job.objective.task == "generation" and config.generate:
             seen.written = [item.reference for item in items if item.reference][: config.generate]
         names = held.names if held.objective == "tokens" else ()
         found |= scores(job.objective, items, seen, gold, names).keys()
@@ -74,8 +75,9 @@ def figures(
     """Metrics over items and what they come from. name: who is worn; "" the job's adapter, None the base."""
     kit: Kit = made.kit
     with kit.use(job.name if name == "" else name):
-        seen = see(kit, job.objective, items, tell)
-        if job.objective.task == "generation" and generate:
+        closed = held.answers if generate else None
+        seen = see(kit, job.objective, items, tell, closed)
+        if closed is None and job.objective.task == "generation" and generate:
             answered = [item for item in items if item.reference][:generate]
             if answered:
                 seen.written = write(kit, made.tokenizer, answered, longest, tell)
@@ -123,7 +125,7 @@ def outcomes(made: Prepared, config: EvaluateConfig, tell: Tell | None = None) -
             if question not in asked:
                 asked[question] = figures(made, job, held, items, config.test, config.max_new_tokens, None, tell)
             before, heard = asked[question]
-            comparison = compare(before, tuned, _shown(made, held, items, heard, said, config.shown))
+            comparison = compare(before, tuned, _shown(made, job, held, items, heard, said, config))
             scores = {change.name: change.tuned for change in comparison.changes}
         else:
             headline = next(iter(tuned))
@@ -145,18 +147,40 @@ def _question(job: Job, held: Sets) -> Hashable:
     return id(held), job.name
 
 
-def _shown(made: Prepared, held: Sets, items: Sequence[Any], base: Seen, tuned: Seen, most: int) -> Any:
+def _shown(
+    made: Prepared, job: Job, held: Sets, items: Sequence[Any], base: Seen, tuned: Seen, config: EvaluateConfig
+) -> tuple[Shown, ...]:  # fmt: skip
+    most = config.shown
     if held.images is not None or not most:
         return ()
+    if held.answers is not None:
+        return _written(made, job, held.answers, items, base, tuned, config)
     if tuned.written:
         asked = [item for item in items if item.reference][: len(tuned.written)]
-        prompts = [_text(made, item.ids[: item.prompt] if item.labels else item.ids) for item in asked]
+        prompts = [_text(made, prompt_of(item)) for item in asked]
         return side_by_side(prompts, [item.reference for item in asked], base.written, tuned.written, most)
     if held.objective in ("causal", "seq2seq", "tokens"):
         return ()
     prompts = [_text(made, item.ids) for item in items]
     said = [[_worded(held, guess) for guess in seen.predictions] for seen in (base, tuned)]
     return side_by_side(prompts, [item.reference for item in items], said[0], said[1], most)
+
+
+def _written(
+    made: Prepared, job: Job, answers: ClosedAnswers, items: Sequence[Any], base: Seen, tuned: Seen,
+    config: EvaluateConfig,
+) -> tuple[Shown, ...]:  # fmt: skip
+    """Of a closed set: examples are chosen by the likeliest answers, and what is written is shown and judged."""
+    references = [item.reference for item in items]
+    why = select(references, base.likeliest, tuned.likeliest, config.shown)
+    shown = [items[i] for i in why]
+    with made.kit.use(None):
+        before = write(made.kit, made.tokenizer, shown, config.max_new_tokens)
+    with made.kit.use(job.name):
+        after = write(made.kit, made.tokenizer, shown, config.max_new_tokens)
+    prompts = [_text(made, prompt_of(item)) for item in shown]
+    true = [item.reference for item in shown]
+    return beside(prompts, true, before, after, list(why.values()), answers.names)
 
 
 def _text(made: Prepared, ids: Sequence[int]) -> str:

@@ -65,6 +65,15 @@ class HeadLoss:
             call()
         return found[0]
 
+    def logits(self, call: Any, places: Tensor) -> Tensor:
+        """The logits at these positions, [N, V], where few are asked for."""
+        if self.head is None or self.way == "whole":
+            whole: Tensor = call().logits
+            return whole.reshape(-1, whole.shape[-1])[places]
+        with _choosing(self.head, places):
+            chosen: Tensor = call().logits
+        return chosen.reshape(len(places), -1)
+
 
 def head_of(kit: Kit) -> nn.Linear | None:
     """The linear output head the model itself names, or None."""

@@ -28,6 +28,7 @@ def told(made: Prepared) -> list[Facts]:
                 "test": _items(one, one.test),
             },
             one.names,
+            one.answers is not None,
         )
         for one in made.sets
     ]

@@ -7,8 +7,8 @@ leaks between them, and keep their weights. It knows examples and encoders, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from kitout.data.read.sources import load
 from kitout.data.split import TRAINABLE_SPLITS, split_examples, split_images
 from kitout.data.streaming import stream
 from kitout.errors import ConfigError
+from kitout.train.closed_answers import ClosedAnswers, closed_answers
 from kitout.train.config.schema import DataConfig, SourceConfig
 from kitout.train.setup.base_model import data_at
 from kitout.train.streamed import Streamed
 
+LABELED = ("classify", "multilabel", "tokens")  # objectives with a set of labels
+WRITING = ("causal", "seq2seq")  # objectives whose answers are texts
 LOOKED_AT = 1000  # examples of a stream that are counted beforehand
 Encode = Callable[[Sequence[Example]], list[Item]]
 
@@ -49,7 +52,7 @@ class Sets:
     looked_at: Sequence[Any] = ()  # of a stream: what the pre-flight counts
     chat: bool = False
     images: Any = None
-    answers: Mapping[str, Any] = field(default_factory=dict)
+    answers: ClosedAnswers | None = None  # of a language model whose answers are a closed set
 
 
 def text_sets(config: DataConfig, objective: str, tokenizer: Any, writes_after_reading: bool) -> Sets:
@@ -67,9 +70,7 @@ def text_sets(config: DataConfig, objective: str, tokenizer: Any, writes_after_r
     learnt = [e for name in TRAINABLE_SPLITS for e in given.get(name, ())]
     kind = told_by(learnt, objective, writes_after_reading) if learnt else objective
     splits = split_examples(given, share["validation"], share["test"], config.seed, stratify=kind != "regress")
-    names = config.labels or (
-        classification.label_set(splits.train) if kind in ("classify", "multilabel", "tokens") else ()
-    )
+    names = (config.labels or classification.label_set(splits.train)) if kind in LABELED else ()
     encoder = encoder_of(kind, tokenizer, config, names)
     train: list[Item] = []
     sets = []
@@ -86,6 +87,7 @@ def text_sets(config: DataConfig, objective: str, tokenizer: Any, writes_after_r
         kind, train, validation, test, tuple(names), tuple(sets), tuple(s.weight for s in config.train),
         splits.majority_accuracy, tuple(told), digest([*train, *validation, *test]),
         chat=isinstance(splits.train[0], Chat),
+        answers=closed_answers(train, [*validation, *test], config.labels) if kind in WRITING else None,
     )  # fmt: skip
 
 
@@ -167,8 +169,8 @@ def _streamed(config: DataConfig, objective: str, tokenizer: Any, writes_after_r
             learnt = learnt.without(taken)
     looked_at = learnt.first(LOOKED_AT)
     kind = told_by(looked_at, objective, writes_after_reading)
-    names = config.labels or ()
-    if kind in ("classify", "multilabel", "tokens") and not names:
+    names = config.labels or () if kind in LABELED else ()
+    if kind in LABELED and not names:
         raise ConfigError("data.streaming: the labels cannot be known beforehand; write data.labels=[...]")
     encoder = encoder_of(kind, tokenizer, config, names)
     validation, test = encoder(measured["validation"]), encoder(measured["test"])
@@ -179,6 +181,7 @@ def _streamed(config: DataConfig, objective: str, tokenizer: Any, writes_after_r
     return Sets(
         kind, Streamed(learnt, encoder), validation, test, tuple(names), told=tuple(told),
         digest=digest([*seen, *validation, *test]), looked_at=seen, chat=isinstance(looked_at[0], Chat),
+        answers=closed_answers(seen, [*validation, *test], config.labels) if kind in WRITING else None,
     )  # fmt: skip
 
 

@@ -1,0 +1,135 @@
+"""Accuracy by the likeliest answer of a closed set: which sets are closed, and the figure against one made by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import kitout
+from kitout.data.encode.item import Item
+from kitout.data.read.tables import DataError
+from kitout.train.closed_answers import closed_answers
+from tiny_models import both, decoder, jsonl, reviews
+
+END = 5
+IDS = {"good": (7,), "bad": (8, 9), "so so": (7, 8)}
+SYSTEM = "Is it good or bad?"
+
+
+def item(answer: str, place: str = "line 1", lost: int = 0) -> Item:
+    told = (*IDS.get(answer, (11,)), END)
+    return Item((1, 2, 3, *told), (-100,) * 3 + told, prompt=3, reference=answer, lost=lost, place=place)
+
+
+def test_answers_that_return_are_a_closed_set() -> None:
+    train = [item("bad")] * 3 + [item("good")] * 5 + [item("so so")] * 2
+    found = closed_answers(train, [item("bad")])
+    assert found is not None
+    assert found.names == ("good", "bad", "so so")
+    assert found.ids == ((7,), (8, 9), (7, 8))
+    assert found.end == END
+    cut = dataclasses.replace(item("bad"), ids=(1, 2, 3, 8), lost=2)
+    assert closed_answers([cut, *train], []) == found, "a cut answer says nothing of its tokens"
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluated"),
+    [
+        ([item("good")] * 9, []),  # nothing to tell apart
+        ([item("good"), item("bad")], []),  # they do not return
+        ([item("good"), item("bad")] * 5, [item("so so")]),  # another one is evaluated
+        ([item("good"), item(""), item("bad")] * 5, []),  # plain text among them
+        ([dataclasses.replace(item("good"), ids=(1, 2, 3, *range(20, 40), END)), item("bad")] * 5, []),  # a sentence
+        ([item("good"), dataclasses.replace(item("bad"), ids=item("good").ids)] * 5, []),  # the same tokens
+    ],
+)
+def test_what_is_no_closed_set(train: list[Item], evaluated: list[Item]) -> None:
+    assert closed_answers(train, evaluated) is None
+
+
+def test_the_set_may_be_given_and_is_then_kept_to() -> None:
+    train = [item("good"), item("bad")]
+    found = closed_answers(train, [], ["bad", "good"])
+    assert found is not None
+    assert found.names == ("bad", "good")
+    with pytest.raises(DataError, match=r"line 7: the answer 'so so' is not one of them"):
+        closed_answers(train, [item("so so", "line 7")], ["bad", "good"])
+    with pytest.raises(DataError, match="no training example answers 'so so'"):
+        closed_answers(train, [], ["bad", "good", "so so"])
+
+
+def rows_of(number: int, seed: int, long: bool) -> list[dict[str, str]]:
+    """long: labels of several tokens, one of which begins another; else of one token each."""
+    return [row | {"label": {"good": "good dog", "bad": "good"}[row["label"]] if long else row["label"]}
+            for row in reviews(number, seed)]  # fmt: skip
+
+
+def run(model: Path, folder: Path, long: bool = False, **more: Any) -> Any:
+    files = {
+        name: jsonl(folder / f"{name}.jsonl", rows_of(n, seed, long))
+        for name, n, seed in (("train", 60, 0), ("test", 21, 1))
+    }
+    source = {"path": str(files["train"]), "instruction": SYSTEM}
+    settings = {
+        "model": {"name": str(model), "dtype": "float32"},
+        "data": {"train": [source], "test": str(files["test"]), "validation": 10},
+        "train": {"batch": 8, "steps": 12, "lr": 1e-2}, "output": {"folder": str(folder / "out")}, **more,
+    }  # fmt: skip
+    return kitout.train(settings, say=lambda _: None)
+
+
+@torch.no_grad()
+def by_hand(model: Any, words: Any, rows: list[dict[str, str]]) -> list[str]:
+    """The likeliest label of each row by whole forwards of single texts; with its end where one begins another."""
+    names = sorted({row["label"] for row in rows})
+    found = []
+    for row in rows:
+        turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["text"]}]
+        prompt = words(words.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)).input_ids
+        sure = {}
+        for label in names:
+            ids = words(label, add_special_tokens=False).input_ids + ([5] if "good dog" in names else [])
+            logits = model(input_ids=torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+            sure[label] = sum(logits[len(prompt) + i - 1, t].item() for i, t in enumerate(ids))
+        found.append(max(sure, key=sure.__getitem__))
+    return found
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_accuracy_is_that_of_the_likeliest_label_computed_by_hand(tmp_path: Path, long: bool) -> None:
+    folder = decoder(tmp_path / "model")
+    result = run(folder, tmp_path, long)
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    kit = kitout.attach(transformers.AutoModelForCausalLM.from_pretrained(folder).eval())
+    kit.load(tmp_path / "out" / "adapter", name="mine")
+    rows = rows_of(21, 1, long)
+    first = result.comparisons["adapter"].changes[0]
+    assert first.name == "accuracy"
+    for name, score in ((None, first.base), ("mine", first.tuned)):
+        with kit.use(name):
+            said = by_hand(kit, words, rows)
+        right = sum(a == row["label"] for a, row in zip(said, rows, strict=True))
+        assert score.value == pytest.approx(right / 21)
+        assert 0 <= score.low <= score.value <= score.high <= 1
+    assert {"balanced_accuracy", "macro_f1", "loss"} <= {c.name for c in result.comparisons["adapter"].changes}
+    figures = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(figures["labels"]["adapter"]) == {row["label"] for row in rows}
+    shown = figures["examples"]["adapter"]
+    assert {one["reference"] for one in shown} == {row["label"] for row in rows}
+    assert figures["processor_seconds"] > 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert any("eval_accuracy" in row for row in rows)
+    assert rows[-1].get("processor_seconds", 0) <= figures["processor_seconds"]
+
+
+def test_an_encoder_decoder_is_measured_likewise(tmp_path: Path) -> None:
+    result = run(both(tmp_path / "model"), tmp_path, evaluate={"shown": 2})
+    assert result.figures["objective"] == "seq2seq"
+    assert result.comparisons["adapter"].changes[0].name == "accuracy"
+    assert result.figures["labels"]["adapter"]
