@@ -33,6 +33,7 @@ def train(
     data: Annotated[str | None, typer.Option(help="short for data.train=...")] = None,
     method: Annotated[str | None, typer.Option(help="short for method=...; `kitout methods` lists them")] = None,
     out: Annotated[Path | None, typer.Option(help="short for output.folder=...")] = None,
+    prove_merge: Annotated[bool, typer.Option("--prove-merge", help="short for evaluate.prove_merge=true")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="look at everything, train nothing")] = False,
     example: Annotated[bool, typer.Option("--example", help="print a run.yaml to begin with")] = False,
     json_schema: Annotated[bool, typer.Option("--json-schema", help="print the JSON schema of a run.yaml")] = False,
@@ -51,7 +52,8 @@ def train(
             _json_schema()
         else:
             short = {"model.name": model, "data.train": data, "method": method, "output.folder": out}
-            _run(words or [], {name: str(value) for name, value in short.items() if value is not None}, dry_run)
+            said: dict[str, Any] = {name: str(value) for name, value in short.items() if value is not None}
+            _run(words or [], said | ({"evaluate.prove_merge": True} if prove_merge else {}), dry_run)
     except KitoutError as wrong:
         typer.echo(f"error: {wrong}", err=True)
         raise typer.Exit(1) from wrong
@@ -60,7 +62,7 @@ def train(
         raise typer.Exit(130) from None
 
 
-def _run(words: list[str], short: dict[str, str], dry_run: bool) -> None:
+def _run(words: list[str], short: dict[str, Any], dry_run: bool) -> None:
     from kitout.errors import ConfigError
     from kitout.train.config import overrides
 

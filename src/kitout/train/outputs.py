@@ -23,10 +23,12 @@ from kitout.evaluate.compare import Comparison
 from kitout.evaluate.report import class_plots, html, model_card, plots
 from kitout.evaluate.report.summary import Summary
 from kitout.format import seconds, size
+from kitout.train.closing import closing
 from kitout.train.config import yaml_file
 from kitout.train.config.schema import RunConfig
 from kitout.train.loop.trainer import Loop
 from kitout.train.measure.evaluate import Outcome
+from kitout.train.merge_proof import MergeProof
 from kitout.train.metrics_log import read
 from kitout.train.preflight.cost_estimate import Estimate
 from kitout.train.run_folder import RunFolder
@@ -37,7 +39,7 @@ from kitout.version import __version__
 
 def finish(
     made: Prepared, config: RunConfig, place: RunFolder, loop: Loop, guess: Estimate, best: int | None,
-    outcomes: Mapping[str, Outcome], say: Callable[[str], None],
+    outcomes: Mapping[str, Outcome], proofs: Mapping[str, MergeProof], say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Writes everything and returns what results.json holds."""
     comparisons = {name: one.comparison for name, one in outcomes.items() if one.comparison is not None}
@@ -46,6 +48,8 @@ def finish(
     figures["adapters"] = [asdict(row) for row in rows]
     figures["predicted"] = {name: list(one.predictions) for name, one in outcomes.items() if one.truth}
     figures["true"] = {name: list(one.truth) for name, one in outcomes.items() if one.truth}
+    if proofs:
+        figures["merge"] = {name: asdict(proof) for name, proof in proofs.items()}
     folders = adapters(made, place)
     try:
         _written(made, config, place, figures, comparisons, folders, outcomes, rows)
@@ -54,6 +58,7 @@ def finish(
             f"{place.path} cannot be written ({wrong}): what was learnt is kept in its checkpoints; "
             "make room, and the same command finishes the run"
         ) from wrong
+    say(closing(figures))
     for name, found in comparisons.items():
         say(f"{name}: {found.verdict}" if len(comparisons) > 1 else found.verdict)
     if config.jobs and adapter_table.comparable(rows):
@@ -216,6 +221,7 @@ def _summary(
             "trained values": sum(figures["trainable"][job.name] for job in shown),
             "percent of the base": sum(figures["percent"][job.name] for job in shown),
         },
+        checked={name: str(MergeProof(**proof)) for name, proof in figures.get("merge", {}).items() if name in methods},
         notes=[*made.notes, *figures["stopped"].values()],
         config=yaml_file.written(config.dump()),
         plots=pictures,

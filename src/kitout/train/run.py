@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,11 +28,14 @@ from kitout.errors import ConfigError, suggest
 from kitout.evaluate.compare import Comparison
 from kitout.files.atomic import write_text
 from kitout.files.base_fingerprint import fingerprint
+from kitout.format import seconds
 from kitout.train import checkpoints, run_folder
+from kitout.train.closing import closing
 from kitout.train.config import conflicts
 from kitout.train.config.schema import RunConfig
 from kitout.train.loop import distributed, fsdp
 from kitout.train.measure.evaluate import outcomes, watched_names, watching
+from kitout.train.merge_proof import check_mergeable, prove_merge
 from kitout.train.preflight import render
 from kitout.train.preflight.collect import pages, told
 from kitout.train.preflight.cost_estimate import Estimate, estimate
@@ -42,6 +46,7 @@ from kitout.version import __version__
 Say = Callable[[str], None]
 MOST_LOGS = 2000
 EVALUATIONS, SAVES = 5, 10  # in a run, unless said otherwise
+PARTS = 4  # lines of one measurement
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,14 @@ def run(config: RunConfig, *, dry_run: bool = False, say: Say = print) -> Result
     _join(config)
     with _folder(config) as place:
         if place.done:
+            figures: dict[str, Any] = json.loads(place.results.read_text(encoding="utf-8"))
+            say(closing(figures))
             say(place.again())
-            return Result(place.path, figures=json.loads(place.results.read_text(encoding="utf-8")))
+            return Result(place.path, figures=figures)
         made = prepare(config)
         _check_best(made, config)
+        if config.evaluate.prove_merge:
+            check_mergeable(made)
         known = told(made)
         last = next(reversed(checkpoints.found(place.checkpoints)), None)
         signed = signature(made)  # of the whole base
@@ -84,15 +93,32 @@ def run(config: RunConfig, *, dry_run: bool = False, say: Say = print) -> Result
         with loop.showing:
             loop.train(str(last) if last else None)
         best = loop.load_best()
-        reached = outcomes(made, config.evaluate)
-        figures: dict[str, Any] = {}
+        reached = outcomes(made, config.evaluate, lambda name: _progress(name, say))
+        proofs = {}
+        if config.evaluate.prove_merge:
+            proofs = {job.name: prove_merge(made, k, config.evaluate) for k, job in enumerate(made.jobs)}
+        figures = {}
         with fsdp.whole(made.kit):
             if distributed.rank() == 0:
-                figures = finish(made, config, place, loop, guess, best, reached, say)
+                figures = finish(made, config, place, loop, guess, best, reached, proofs, say)
             distributed.wait()
         made.kit.detach()
         beside = {name: one.comparison for name, one in reached.items() if one.comparison is not None}
         return Result(place.path, beside, figures)
+
+
+def _progress(name: str, say: Say) -> Callable[[int, int], None]:
+    """A line when a measurement of many examples begins and at each fourth of it: it may take as long as training."""
+    start, last = time.monotonic(), -1
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        now = PARTS * done // max(1, total)
+        if now != last and distributed.rank() == 0:
+            last = now
+            say(f"evaluating {name}: {done:,} of {total:,} examples, {seconds(time.monotonic() - start)}")
+
+    return tell
 
 
 def _join(config: RunConfig) -> None:

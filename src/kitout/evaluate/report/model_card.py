@@ -66,6 +66,7 @@ def card(summary: Summary) -> str:
         _use(s),
         _facts("Data", data),
         _facts("Cost of training", s.cost),
+        _facts("Merged and unmerged", s.checked),
         f"## Settings\n\n{_fenced(s.config, 'yaml')}" if s.config else "",
         _limits(s, comparison),
     ]

@@ -23,6 +23,7 @@ class Summary:
 
     comparisons: by adapter, on the held-out set. data, preflight, cost: what -> value (preflight: what was known
     before training; cost: seconds, tokens a second, peak memory, trainable values, percent of the base).
+    checked: adapter -> the proof that it merges, in words.
     estimates: what -> (expected, measured). notes: caveats and warnings, one sentence each. config: the run's YAML.
     plots: title -> PNG. files: name -> what it holds. data_name, data_hash: of all examples. licence: of the base, as
     it states one. task: as `metrics.Task` has it. loader: transformers' class that opens the base, default by the task;
@@ -41,6 +42,7 @@ class Summary:
     preflight: Facts = field(default_factory=dict)
     estimates: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     cost: Facts = field(default_factory=dict)
+    checked: Facts = field(default_factory=dict)
     notes: Sequence[str] = ()
     config: str = ""
     plots: Mapping[str, bytes] = field(default_factory=dict)

@@ -62,6 +62,8 @@ def _of_training(config: RunConfig) -> Iterator[str]:
         yield f"train.packing is for language models (objective=causal), not for objective={config.objective}"
     if train.micro_batch is not None and train.micro_batch > train.batch:
         yield f"train.micro_batch={train.micro_batch} is more than the train.batch={train.batch} it is a part of"
+    if evaluate.prove_merge and train.shard:
+        yield "evaluate.prove_merge needs the whole base in every process, and train.shard divides it: leave one out"
     if data.streaming and train.steps is None:
         yield "data.streaming has no end that is known beforehand: say train.steps"
     watched = data.validation != 0 and evaluate.every != 0

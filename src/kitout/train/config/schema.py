@@ -214,6 +214,8 @@ class EvaluateConfig(Section):
     """Examples shown side by side."""
     best: str | None = None
     """The metric by which the best checkpoint is kept; default: the loss on the validation part."""
+    prove_merge: bool = False
+    """After training: merge the adapter, ask test examples again, unmerge it, and compare the base bit by bit."""
 
 
 class OutputConfig(Section):

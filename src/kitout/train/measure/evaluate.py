@@ -110,7 +110,9 @@ class Outcome:
     """The test examples."""
 
 
-def outcomes(made: Prepared, config: EvaluateConfig, tell: Tell | None = None) -> dict[str, Outcome]:
+def outcomes(
+    made: Prepared, config: EvaluateConfig, tell_of: Callable[[str], Tell] | None = None
+) -> dict[str, Outcome]:
     """Every job that has a test part on it, beside the base, which is asked once where jobs ask it the same."""
     found: dict[str, Outcome] = {}
     asked: dict[Hashable, tuple[dict[str, Measure], Seen]] = {}
@@ -118,6 +120,7 @@ def outcomes(made: Prepared, config: EvaluateConfig, tell: Tell | None = None) -
         items = list(held.test)[: config.test]
         if not items:
             continue
+        tell = None if tell_of is None else tell_of(job.name)
         tuned, said = figures(made, job, held, items, config.test, config.max_new_tokens, "", tell)
         comparison: Comparison | None = None
         if not held.names or len(held.names) == made.kit.config.num_labels:

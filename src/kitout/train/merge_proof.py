@@ -1,0 +1,125 @@
+"""The proof that an adapter can be merged: merge it, ask again, unmerge it, and compare the base bit by bit.
+
+It is computed in float32 where the base is small enough, since merged weights of fewer bits are rounded once more and a
+close call may turn. The base's own numbers are put back afterwards. It knows prepared runs, and nothing of files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kitout.errors import ConfigError, Faults, NotMergeable
+from kitout.kit import Kit
+from kitout.train.config.schema import EvaluateConfig
+from kitout.train.measure.predict import choose, see, write
+from kitout.train.setup.prepare import Prepared
+
+SMALL = 1_000_000_000  # parameters of a base that is asked in float32
+ASKED, WRITTEN = 32, 6  # test examples asked for their label or value, and for a written answer
+CLOSE = 1e-3  # of two numbers: relative, and below 1 absolute
+
+
+@dataclass(frozen=True)
+class MergeProof:
+    """What came of merging one adapter."""
+
+    dtype: str
+    """Of the base while it was merged."""
+    asked: int
+    """Answers compared: labels, values, or written texts."""
+    same: int
+    """Answers that are the same merged as with the active adapter."""
+    restored_bit_for_bit: bool
+    """Whether the unmerged base is bit-identical to what it was."""
+
+    def __str__(self) -> str:
+        restored = "bit-identical" if self.restored_bit_for_bit else "NOT bit-identical: please report this"
+        return (
+            f"merged into the weights ({self.dtype}): {self.same} of {self.asked} answers are the same; "
+            f"unmerged, the base is {restored}"
+        )
+
+
+def check_mergeable(made: Prepared) -> None:
+    """ConfigError, before anything is trained, if an adapter of the run cannot be merged."""
+    faults = Faults(ConfigError, "evaluate.prove_merge")
+    for job in made.jobs:
+        try:
+            made.kit.merge(job.name)
+        except NotMergeable as wrong:
+            faults.add(f"{job.name}: {wrong}; leave it out, or choose a method that merges (`kitout methods`)")
+        else:
+            made.kit.unmerge()
+    faults.raise_if_any()
+
+
+def prove_merge(made: Prepared, number: int, config: EvaluateConfig) -> MergeProof:
+    """Of job `number`, on its test examples, or on those of another split where it has no test split."""
+    kit, name = made.kit, made.jobs[number].name
+    with _in_float32(kit):
+        held = {key: value.clone() for key, value in kit.base.state_dict().items()}
+        with kit.use(name):
+            before = _ask(made, number, config)
+        kit.merge(name)
+        try:
+            after = _ask(made, number, config)
+        finally:
+            kit.unmerge()
+        found = kit.base.state_dict()
+        restored = found.keys() == held.keys() and all(_same_bits(found[key], held[key]) for key in held)
+        same = sum(_same(b, a) for b, a in zip(before, after, strict=True))
+        return MergeProof(str(kit.dtype)[6:], len(before), same, restored)
+
+
+def _ask(made: Prepared, number: int, config: EvaluateConfig) -> list[Any]:
+    """What the kit answers as it is now: written texts and labels, or whatever the objective predicts."""
+    kit, job, held = made.kit, made.jobs[number], made.sets[number]
+    items = list((held.test or held.validation or held.looked_at or held.train)[:ASKED])
+    if job.objective.task != "generation":
+        return see(kit, job.objective, items).predictions
+    answered = [item for item in items if item.reference]
+    chosen = choose(kit, held.answers, answered) if held.answers is not None else []
+    written = write(kit, made.tokenizer, answered[:WRITTEN], config.max_new_tokens) if answered else []
+    if not answered:  # plain text has no answers: how well it is foreseen is compared
+        return [summed.loss for summed in see(kit, job.objective, items).summed]
+    return [*written, *chosen]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=CLOSE, abs_tol=CLOSE)
+    if isinstance(one, Sequence) and not isinstance(one, str):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+@contextmanager
+def _in_float32(kit: Kit) -> Iterator[None]:
+    """The kit in float32, where its base is small and of fewer bits; afterwards the very tensors it had before."""
+    small = sum(value.numel() for value in kit.base.parameters()) < SMALL
+    if not small or kit.dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
+    values = [(value, value.data) for value in chain(kit.base.parameters(), kit.parameters())]
+    modules = list(chain(kit.base.modules(), kit.modules()))
+    buffers = [(module, dict(module._buffers)) for module in modules]
+    try:
+        kit.float()
+        yield
+    finally:
+        for value, data in values:
+            value.data = data
+        for module, held in buffers:
+            module._buffers.update(held)
