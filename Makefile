@@ -46,7 +46,7 @@ test-slow: $(STAMP)  ## the tests marked slow or assets (downloads models and da
 
 # Threads that spin while they wait (OpenMP's habit) halve the demo's speed on a machine that has other work.
 demo: $(STAMP)  ## train, prove and show adapters on a real small model; MODEL=... DATA=... choose others
-	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/kitout demo $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(ARGS)
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/kitout demo text $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 demo-vision: $(STAMP)  ## eight methods side by side on an image model; MODEL=... DATA=... choose others
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/kitout demo vision $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(ARGS)

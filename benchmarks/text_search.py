@@ -13,13 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.utils import logging
 
 import kitout
@@ -40,14 +43,19 @@ from kitout import (
     PromptTuning,
 )
 from kitout.assets import store
-from kitout.demo import data
-from kitout.demo.data import Example
-from kitout.demo.run import BASE, DATA, Options
-from kitout.demo.task import TWEETS, Task
-from kitout.demo.train import Diverged, Settings, train
+from kitout.data.encode.item import Item
+from kitout.demo.text import INSTRUCTION, MODEL, TextDemo, preset
 from kitout.evaluate.ask.label_likelihood import likelihoods
 from kitout.methods.deltas.trained_copy import Copy
+from kitout.train import checkpoints
+from kitout.train.closed_answers import ClosedAnswers, prompt_of
+from kitout.train.config.schema import TrainConfig
+from kitout.train.loop.batch_plan import plan
+from kitout.train.loop.jobs import Diverged, Job
+from kitout.train.loop.trainer import Loop
+from kitout.train.objectives.causal_lm import Causal
 from kitout.train.setup import device
+from kitout.train.setup.datasets import text_sets
 
 HERE = Path(__file__).parent
 Make = Callable[[tuple[int, ...]], Method]  # from the tokens of the instruction
@@ -107,49 +115,66 @@ class Budget:
 
 @dataclass
 class Bench:
-    """The frozen model, its task and the tweets; one method after the other sits on it."""
+    """The frozen model and the tweets; one method after the other sits on it."""
 
     kit: Kit
-    task: Task
-    learnt: list[Example]
-    held_out: list[Example]
+    tokenizer: Any
+    answers: ClosedAnswers
+    train: list[Item]
+    held_out: list[Item]
     budget: Budget
     out: Path
 
     def run(self, key: str, rate: float, seed: int) -> dict[str, object]:
         """One trial, from its checkpoint if there is one."""
-        kit, task = self.kit, self.task
-        pairs = [(task.encode(e.text), task.answer(e)) for e in self.learnt]
-        instruction = tuple(task.tokenizer(TWEETS, add_special_tokens=False).input_ids)
+        kit = self.kit
+        instruction = tuple(self.tokenizer(INSTRUCTION, add_special_tokens=False).input_ids)
         adapter = kit.add("trial", ROWS[key].make(instruction), seed=seed)
         rare = any(isinstance(delta, Copy) for delta in adapter.deltas.values())  # gigabytes: keep none under way
-        settings = Settings(lr=rate, batch=self.budget.batch, seed=seed, save_every=10**9 if rare else 20)
-        file = self.out / f"{key}.safetensors"
+        folder = self.out / "checkpoints" / key
         torch.manual_seed(seed)
         start, spent = time.perf_counter(), time.process_time()
         try:
+            loop = self._loop(folder, json.dumps([key, rate, seed, asdict(self.budget)]), rate, seed, rare)
+            last = next(reversed(checkpoints.found(folder)), None)
+            if last is not None and checkpoints.progress_of(last)["run"] != loop.run:  # of another trial
+                shutil.rmtree(folder)
+                last = None
+            loop.train(str(last) if last else None)
             with kit.use("trial"):
-                run = json.dumps([key, rate, seed, asdict(self.budget)])
-                done = train(kit, "trial", pairs, task.end, settings, file, run, lambda _: None)
                 accuracy, loss = self.measure()
-            ended = sum(done.losses[-10:]) / 10
+            losses = [row["loss"] for row in loop.state.log_history if "loss" in row]
+            ended = sum(losses[-10:]) / 10
         except Diverged:
             accuracy, loss, ended = 0.0, math.inf, math.inf
         finally:
             kit.remove("trial")
             kit.eval()
-        file.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
         seconds, processor = time.perf_counter() - start, time.process_time() - spent
         return {
             "key": key, "rate": rate, "seed": seed, "budget": asdict(self.budget), "accuracy": accuracy, "loss": loss,
             "train_loss": ended, "seconds": round(seconds, 1), "processor_seconds": round(processor, 1),
         }  # fmt: skip
 
+    def _loop(self, folder: Path, run: str, rate: float, seed: int, rare: bool) -> Loop:
+        settings = TrainConfig(lr=rate, decay=0.0, batch=self.budget.batch, seed=seed)
+        steps = plan([len(item.ids) for item in self.train], settings.batch, self.budget.steps, seed)
+        objective = Causal(self.kit)
+        with self.kit.use("trial"):
+            objective.prepare(["trial"], [self.train[i] for i in steps[0]])
+        args = TrainingArguments(
+            output_dir=str(folder), max_steps=len(steps), per_device_train_batch_size=1, report_to="none",
+            logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, remove_unused_columns=False,
+            use_cpu=self.kit.device.type == "cpu", save_strategy="no" if rare else "steps", save_steps=20,
+        )  # fmt: skip
+        return Loop(self.kit, [Job("trial", objective, self.train, steps, settings)], folder, args, run=run, kept=1)
+
     def measure(self) -> tuple[float, float]:
-        """Accuracy and cross-entropy of the right label among the labels, of what the kit wears."""
-        prompts = [self.task.encode(e.text) for e in self.held_out]
-        scores = likelihoods(self.kit, prompts, self.task.answers, self.task.end).cpu().log_softmax(dim=1)
-        truth = torch.tensor([self.task.labels.index(e.label) for e in self.held_out])
+        """Accuracy and cross-entropy of the right label among the labels, of what is active in the kit."""
+        prompts = [prompt_of(item) for item in self.held_out]
+        scores = likelihoods(self.kit, prompts, self.answers.ids, self.answers.end).cpu().log_softmax(dim=1)
+        truth = torch.tensor([self.answers.names.index(item.reference) for item in self.held_out])
         loss = torch.nn.functional.nll_loss(scores, truth).item()
         right = (scores.argmax(dim=1) == truth).float().mean().item()
         return right, loss if math.isfinite(loss) else math.inf
@@ -157,18 +182,24 @@ class Bench:
 
 def equip(budget: Budget, out: Path) -> Bench:
     """The demo's model and tweets, without its test tweets."""
-    folder = store.get(BASE, print)
+    folder = store.get(MODEL, print)
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     form, _ = device.dtype(budget.dtype, device.device())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=form).to(device.device())
     kit = kitout.attach(model)
-    model.set_attn_implementation("eager")  # short texts: see kitout.demo.run
-    demo = Options()
-    every = data.load(store.get(DATA, print) / "tweets.jsonl")
-    parts = data.split(every, 10**9, demo.test, demo.data_seed)
-    task = Task(tokenizer, parts.labels, TWEETS)
-    return Bench(kit, task, parts.train[: budget.train], parts.train[-budget.validation :], budget, out)
+    model.set_attn_implementation("eager")  # short texts: as `kitout train` chooses on a CPU
+    demo = preset(TextDemo()).data
+    tested = {item.ids for item in text_sets(demo, "causal", tokenizer, False).test}
+    wanted = budget.train + budget.validation
+    source = demo.train[0].model_copy(update={"limit": wanted + wanted // 4})  # some are tested, some are duplicates
+    mine = demo.model_copy(update={"train": (source,), "test": 0, "seed": demo.seed + 1})
+    found = text_sets(mine, "causal", tokenizer, False)
+    others = [item for item in found.train if item.ids not in tested]
+    random.Random(0).shuffle(others)
+    held_out, train = others[: budget.validation], others[budget.validation : wanted]
+    assert found.answers is not None
+    return Bench(kit, tokenizer, found.answers, train, held_out, budget, out)
 
 
 class Results:
@@ -268,12 +299,12 @@ def page(results: Results, bench: Bench) -> str:
     accuracy, loss = bench.measure()
     about = device.describe(device.device())
     text = (
-        f"Made by `python benchmarks/text_search.py --write`. {BASE}, tweets as chats, one epoch; AdamW without decay, "
-        "6 % rise, half cosine, clipped at 1; what is trained is fp32. Measured on "
+        f"Made by `python benchmarks/text_search.py --write`. {MODEL}, tweets as chats, one epoch; AdamW without "
+        "decay, 6 % rise, half cosine, clipped at 1; what is trained is fp32. Measured on "
         f"{len(bench.held_out)} other tweets, none of them a test tweet of the demo: cross-entropy of the right label "
         "among the three, and accuracy. x2: mean over two seeds, else seed 0. "
-        f"The base: {loss:.3f} ({100 * accuracy:.1f}); always the commonest label: "
-        f"{100 * _commonest(bench.held_out):.1f} %. Three points of accuracy are noise."
+        f"The base: {loss:.3f} ({100 * accuracy:.1f}); always the majority class: "
+        f"{100 * _majority(bench.held_out):.1f} %. Three points of accuracy are noise."
     )
     parts = ["# Learning rates on text", text]
     for budget in results.budgets():
@@ -283,8 +314,8 @@ def page(results: Results, bench: Bench) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _commonest(examples: Sequence[Example]) -> float:
-    labels = [e.label for e in examples]
+def _majority(items: Sequence[Item]) -> float:
+    labels = [item.reference for item in items]
     return max(map(labels.count, set(labels))) / len(labels)
 
 

@@ -1,5 +1,5 @@
-"""The embedded default: a real small model and real data that come through the package index, and one run.
+"""The built-in models and data sets, which come through the package index, and the demos that use them.
 
-`assets` fetches and converts what is needed; `run` trains, measures and shows. Nothing here is imported by the rest of
-kitout: the library does not know that the demo exists.
+`assets` fetches and converts what is needed; `text` is a preset of `kitout train`. Nothing here is imported by the rest
+of kitout: the library does not know that the demo exists.
 """

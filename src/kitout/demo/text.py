@@ -1,0 +1,97 @@
+"""`kitout demo text`: a preset of `kitout train`, an adapter on a real small model and real tweets, or on your own.
+
+It turns the few flags of the demo into a run's config and knows nothing else: data, training, evaluation and report are
+those of every run. The rate was chosen on 500 validation tweets, never the test tweets: 1e-3 gave 0.684, 2e-3 0.682.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kitout.assets.catalog import ASSETS
+from kitout.data.encode.classification import label_set
+from kitout.data.read.sources import load
+from kitout.train.config.schema import RunConfig
+from kitout.train.config.schema import load as checked
+from kitout.train.run import Result, run
+
+MODEL, DATA = "smollm2-135m", "tweets"
+INSTRUCTION = "Classify the sentiment of this tweet as negative, neutral or positive."
+TRAIN, TEST = 1280, 600
+
+
+@dataclass(frozen=True)
+class TextDemo:
+    """What the command line can change."""
+
+    model: Path | None = None
+    """A model folder; None: the built-in one."""
+    data: Path | None = None
+    """A table of texts and labels; None: the built-in tweets."""
+    text: str | None = None
+    """The column of the texts, if it is not found."""
+    label: str | None = None
+    """The column of the labels, if it is not found."""
+    instruction: str | None = None
+    """The system turn; None: one that names the labels."""
+    out: Path = Path("runs/demo-text")
+    """The run's folder."""
+    train: int = TRAIN
+    """Training examples, at most."""
+    test: int | None = None
+    """Test examples; None: in the same proportion to train as by default."""
+    shown: int = 6
+    """Examples shown side by side."""
+    dtype: str = "auto"
+    """Of the frozen weights."""
+    epochs: int = 1
+    """Passes over the training examples."""
+    lr: float = 1e-3
+    """Learning rate."""
+    seed: int = 0
+    """Of the adapter's start and the order of examples."""
+
+
+def preset(chosen: TextDemo) -> RunConfig:
+    """The run that the flags describe."""
+    named = {"text": chosen.text, "label": chosen.label}
+    columns = {role: column for role, column in named.items() if column is not None}
+    instruction = chosen.instruction or (INSTRUCTION if chosen.data is None else _naming(chosen.data, columns))
+    test: float = chosen.test if chosen.test is not None else TEST / (TRAIN + TEST)
+    limit = chosen.train + (chosen.test if chosen.test is not None else round(chosen.train * TEST / TRAIN))
+    source: dict[str, Any] = {"path": str(chosen.data or DATA), "format": "label", "columns": columns, "limit": limit}
+    return checked(
+        {
+            "model": {"name": str(chosen.model or MODEL), "dtype": chosen.dtype},
+            "method": {"name": "LoRA", "rank": 8, "alpha": 16, "targets": "all-linear"},
+            "data": {"train": [source | {"instruction": instruction}], "validation": 0, "test": test},
+            "train": {
+                "lr": chosen.lr, "decay": 0.0, "epochs": chosen.epochs, "batch": 16, "warmup": 0.06, "clip": 1.0,
+                "seed": chosen.seed,
+            },
+            "evaluate": {"shown": chosen.shown, "test": max(chosen.test or 0, 1000), "prove_merge": True},
+            "output": {"folder": chosen.out, "name": "demo"},
+        }
+    )  # fmt: skip
+
+
+def demo(chosen: TextDemo, say: Callable[[str], None] = print) -> Result:
+    """Runs it, and says what to do next."""
+    result = run(preset(chosen), say=say)
+    if chosen.model is None:
+        say(f"note: {MODEL}: {ASSETS[MODEL].caveat}")
+    say("next: the same on your own texts (columns text and label):\n  kitout demo text --data FILE.csv --model FOLDER")
+    return result
+
+
+def _naming(data: Path, columns: dict[str, str]) -> str:
+    """An instruction that names the labels of a table."""
+    found = load(str(data), "label", columns)
+    return f"Classify this text as {_listed(label_set(e for part in found.parts.values() for e in part))}."
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)

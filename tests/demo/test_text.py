@@ -1,0 +1,159 @@
+"""The text demo: its flags as a run's config, the whole of it on a tiny model and file, and the built-in assets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import kitout
+from kitout.assets import store
+from kitout.base import memory
+from kitout.cli.assets import app as assets_app
+from kitout.cli.demo import app
+from kitout.demo.text import DATA, INSTRUCTION, MODEL, TextDemo, preset
+from kitout.train.setup import device
+from tiny_models import decoder, jsonl, reviews
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return decoder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return jsonl(tmp_path / "rows.jsonl", [dict(row) for row in reviews(120)])
+
+
+def demo(*words: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    return done.exit_code, done.output
+
+
+def test_the_preset_is_the_built_in_model_and_tweets() -> None:
+    config = preset(TextDemo())
+    assert config.model.name == MODEL
+    (source,) = config.data.train
+    assert (source.path, source.instruction, source.limit) == (DATA, INSTRUCTION, 1880)
+    assert config.data.test == pytest.approx(600 / 1880)
+    assert config.data.validation == 0
+    assert config.method.describe() == {"targets": "all-linear", "alpha": 16.0}
+    assert (config.train.lr, config.train.batch, config.train.epochs, config.train.decay) == (1e-3, 16, 1.0, 0.0)
+    assert config.evaluate.prove_merge
+    assert config.evaluate.shown == 6
+
+
+def test_flags_become_settings(rows: Path) -> None:
+    chosen = TextDemo(
+        model=Path("m"), data=rows, text="text", label="label", out=Path("o"), train=64, test=2000, shown=3,
+        dtype="float32", epochs=2, lr=2e-3, seed=5,
+    )  # fmt: skip
+    config = preset(chosen)
+    (source,) = config.data.train
+    assert (source.path, source.columns, source.limit) == (str(rows), {"text": "text", "label": "label"}, 2064)
+    assert source.instruction == "Classify this text as bad or good."
+    assert (config.data.test, config.evaluate.test, config.evaluate.shown) == (2000, 2000, 3)
+    assert (config.model.name, config.model.dtype, config.output.folder) == ("m", "float32", Path("o"))
+    assert (config.train.lr, config.train.epochs, config.train.seed) == (2e-3, 2.0, 5)
+    assert preset(TextDemo(data=rows, instruction="Well?")).data.train[0].instruction == "Well?"
+
+
+@pytest.mark.parametrize("verb", [(), ("text",)])
+def test_it_trains_measures_merges_and_keeps(model: Path, rows: Path, tmp_path: Path, verb: tuple[str, ...]) -> None:
+    out = tmp_path / "runs" / "demo"
+    words = (*verb, "--model", model, "--data", rows, "--out", out, "--lr", "0.01", "--epochs", 2, "--test", 30)
+    code, said = demo(*words, "--dtype", "float32")
+    assert code == 0, said
+    held = json.loads((out / "results.json").read_text())
+    accuracy = held["comparisons"]["demo"][0]
+    assert accuracy["name"] == "accuracy"
+    assert accuracy["base"]["n"] == accuracy["tuned"]["n"] == 30
+    assert held["merge"]["demo"] == {"dtype": "float32", "asked": 36, "same": 36, "restored_bit_for_bit": True}
+    assert held["labels"]["demo"]
+    assert held["processor_seconds"] > 0
+    assert len(held["examples"]["demo"]) == 6
+    for part in (
+        "base", "fine-tuned", "95 % confidence interval", "majority class", "merged into the weights", "kit.load(",
+        "processor time", str(out / "adapter"), str(out / "report.html"), "kitout demo text --data",
+    ):  # fmt: skip
+        assert part in said
+    assert (out / "training.png").is_file()
+    kit = kitout.attach(AutoModelForCausalLM.from_pretrained(model))
+    kit.load(out / "adapter", name="demo")
+    assert kit.count("demo").total == held["trainable"]["demo"]
+    code, again = demo(*words, "--dtype", "float32")
+    assert code == 0
+    assert "finished" in again
+    assert "merged into the weights" in again, "a finished run is shown again"
+
+
+def test_faults_of_the_user_are_one_line_and_no_trace(model: Path, rows: Path, tmp_path: Path) -> None:
+    for words, expected in (
+        (("--model", model, "--data", tmp_path / "no.jsonl"), "there is no file"),
+        (("--model", tmp_path, "--data", rows), "no model is there"),
+        (("--model", model, "--data", rows, "--text", "words"), "no column 'words'"),
+        (("--model", model, "--data", rows, "--dtype", "fp8"), "'fp8'"),
+    ):
+        code, said = demo(*words, "--out", tmp_path / "out")
+        assert code != 0
+        assert expected in said
+        assert "Traceback" not in said
+
+
+def test_assets_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KITOUT_CACHE", str(tmp_path))
+    said = CliRunner().invoke(assets_app, ["list"]).output
+    for name in store.names(["all"]):
+        assert name in said
+    done = CliRunner().invoke(assets_app, ["path", "tweets"])
+    assert done.exit_code == 1
+    assert "kitout assets get tweets" in done.output
+    done = CliRunner().invoke(assets_app, ["get", "twets"])
+    assert done.exit_code == 1
+    assert "'tweets'" in done.output
+
+
+def test_the_dtype_can_be_asked_for_and_is_found_otherwise() -> None:
+    cpu = torch.device("cpu")
+    assert device.dtype("fp32", cpu)[0] is torch.float32
+    assert device.dtype("bf16", cpu)[0] is torch.bfloat16
+    assert device.dtype("auto", cpu)[0] in {torch.float32, torch.bfloat16}
+    assert memory.peak(cpu) > 2**20
+
+
+@pytest.mark.assets
+def test_the_built_in_model_speaks() -> None:
+    from transformers import AutoTokenizer
+
+    here = store.get("smollm2-135m")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(here).eval(), AutoTokenizer.from_pretrained(here)
+    turns = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**ids, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(out[0])
+    assert tokenizer.model_max_length == 8192
+
+
+@pytest.mark.assets
+def test_the_built_in_image_model_loads_whole() -> None:
+    from transformers import AutoModel
+
+    model, report = AutoModel.from_pretrained(store.get("dinov2-small"), output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert model(pixel_values=torch.zeros(1, 3, 112, 112)).last_hidden_state.shape == (1, 65, 384)
+
+
+@pytest.mark.assets
+def test_the_tweets_are_all_there() -> None:
+    from kitout.data.encode.classification import label_set
+    from kitout.data.read.sources import load
+
+    (rows,) = load(str(store.get("tweets")), "label").parts.values()
+    assert len(rows) == 38158
+    assert label_set(rows) == ("negative", "neutral", "positive")
