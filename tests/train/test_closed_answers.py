@@ -23,8 +23,8 @@ SYSTEM = "Is it good or bad?"
 
 
 def item(answer: str, place: str = "line 1", lost: int = 0) -> Item:
-    told = (*IDS.get(answer, (11,)), END)
-    return Item((1, 2, 3, *told), (-100,) * 3 + told, prompt=3, reference=answer, lost=lost, place=place)
+    answer_ids = (*IDS.get(answer, (11,)), END)
+    return Item((1, 2, 3, *answer_ids), (-100,) * 3 + answer_ids, prompt=3, reference=answer, lost=lost, place=place)
 
 
 def test_answers_that_return_are_a_closed_set() -> None:

@@ -60,19 +60,27 @@ def preset(chosen: TextDemo) -> RunConfig:
     named = {"text": chosen.text, "label": chosen.label}
     columns = {role: column for role, column in named.items() if column is not None}
     instruction = chosen.instruction or (INSTRUCTION if chosen.data is None else _naming(chosen.data, columns))
-    test: float = chosen.test if chosen.test is not None else TEST / (TRAIN + TEST)
-    limit = chosen.train + (chosen.test if chosen.test is not None else round(chosen.train * TEST / TRAIN))
-    source: dict[str, Any] = {"path": str(chosen.data or DATA), "format": "label", "columns": columns, "limit": limit}
+    number = chosen.test if chosen.test is not None else round(chosen.train * TEST / TRAIN)
+    own = chosen.data is not None and chosen.test is None  # how many rows an own table has is not known: a share
+    source: dict[str, Any] = {
+        "path": str(chosen.data or DATA),
+        "format": "label",
+        "columns": columns,
+        "limit": chosen.train + number,
+    }
     return checked(
         {
             "model": {"name": str(chosen.model or MODEL), "dtype": chosen.dtype},
             "method": {"name": "LoRA", "rank": 8, "alpha": 16, "targets": "all-linear"},
-            "data": {"train": [source | {"instruction": instruction}], "validation": 0, "test": test},
+            "data": {
+                "train": [source | {"instruction": instruction}], "validation": 0,
+                "test": TEST / (TRAIN + TEST) if own else number,
+            },
             "train": {
                 "lr": chosen.lr, "decay": 0.0, "epochs": chosen.epochs, "batch": 16, "warmup": 0.06, "clip": 1.0,
                 "seed": chosen.seed,
             },
-            "evaluate": {"shown": chosen.shown, "test": max(chosen.test or 0, 1000), "prove_merge": True},
+            "evaluate": {"shown": chosen.shown, "test": max(number, 1000), "prove_merge": True},
             "output": {"folder": chosen.out, "name": "demo"},
         }
     )  # fmt: skip

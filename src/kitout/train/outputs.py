@@ -58,7 +58,8 @@ def finish(
             f"{place.path} cannot be written ({wrong}): what was learnt is kept in its checkpoints; "
             "make room, and the same command finishes the run"
         ) from wrong
-    say(closing(figures))
+    if shown := closing(figures):
+        say(shown)
     for name, found in comparisons.items():
         say(f"{name}: {found.verdict}" if len(comparisons) > 1 else found.verdict)
     if config.jobs and adapter_table.comparable(rows):

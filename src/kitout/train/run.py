@@ -68,10 +68,7 @@ def run(config: RunConfig, *, dry_run: bool = False, say: Say = print) -> Result
     _join(config)
     with _folder(config) as place:
         if place.done:
-            figures: dict[str, Any] = json.loads(place.results.read_text(encoding="utf-8"))
-            say(closing(figures))
-            say(place.again())
-            return Result(place.path, figures=figures)
+            return _shown_again(place, say)
         made = prepare(config)
         _check_best(made, config)
         if config.evaluate.prove_merge:
@@ -97,7 +94,7 @@ def run(config: RunConfig, *, dry_run: bool = False, say: Say = print) -> Result
         proofs = {}
         if config.evaluate.prove_merge:
             proofs = {job.name: prove_merge(made, k, config.evaluate) for k, job in enumerate(made.jobs)}
-        figures = {}
+        figures: dict[str, Any] = {}
         with fsdp.whole(made.kit):
             if distributed.rank() == 0:
                 figures = finish(made, config, place, loop, guess, best, reached, proofs, say)
@@ -105,6 +102,15 @@ def run(config: RunConfig, *, dry_run: bool = False, say: Say = print) -> Result
         made.kit.detach()
         beside = {name: one.comparison for name, one in reached.items() if one.comparison is not None}
         return Result(place.path, beside, figures)
+
+
+def _shown_again(place: RunFolder, say: Say) -> Result:
+    """A run that is finished, from what it has written."""
+    figures = json.loads(place.results.read_text(encoding="utf-8"))
+    if shown := closing(figures):
+        say(shown)
+    say(place.again())
+    return Result(place.path, figures=figures)
 
 
 def _progress(name: str, say: Say) -> Callable[[int, int], None]:

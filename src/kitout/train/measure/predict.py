@@ -60,7 +60,7 @@ class Seen:
 def see(
     kit: Kit, objective: Objective, items: Sequence[Any], tell: Tell | None = None, answers: ClosedAnswers | None = None
 ) -> Seen:  # fmt: skip
-    """Losses and predictions of what the kit wears now. answers: the likeliest of these, too."""
+    """Losses and predictions of what is active in the kit. answers: the likeliest of these, too."""
     if answers is not None and not _in_one_forward(objective, answers, items):
         seen = see(kit, objective, items, tell)
         seen.likeliest = choose(kit, answers, items, tell)
@@ -150,7 +150,7 @@ def write(
 def choose(
     kit: Kit, answers: ClosedAnswers, items: Sequence[Item], tell: Tell | None = None
 ) -> list[str]:  # fmt: skip
-    """The likeliest answer of the closed set to each example's prompt, of what the kit wears now."""
+    """The likeliest answer of the closed set to each example's prompt, with what is active in the kit."""
     together = sharded(kit)
     own = list(range(len(items))) if together else mine(range(len(items)))
     scores = likelihoods(kit, [prompt_of(items[i]) for i in own], answers.ids, answers.end, tell=tell)
