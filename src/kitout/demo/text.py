@@ -21,6 +21,7 @@ from kitout.train.run import Result, run
 MODEL, DATA = "smollm2-135m", "tweets"
 INSTRUCTION = "Classify the sentiment of this tweet as negative, neutral or positive."
 TRAIN, TEST = 1280, 600
+LONGEST = 12  # tokens of a written answer: enough to see whether it is a label
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ def preset(chosen: TextDemo) -> RunConfig:
                 "lr": chosen.lr, "decay": 0.0, "epochs": chosen.epochs, "batch": 16, "warmup": 0.06, "clip": 1.0,
                 "seed": chosen.seed,
             },
-            "evaluate": {"shown": chosen.shown, "test": max(number, 1000), "prove_merge": True},
+            "evaluate": {
+                "shown": chosen.shown, "test": max(number, 1000), "max_new_tokens": LONGEST, "prove_merge": True,
+            },
             "output": {"folder": chosen.out, "name": "demo"},
         }
     )  # fmt: skip
