@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from kitout.assets import store
 from kitout.cli.demo import app
 from kitout.data.read.image_folders import load
-from kitout.data.split import split
+from kitout.data.split import split_images
 from kitout.demo.vision import JOBS, config
 from kitout.evaluate.metrics.interval import wilson
 from kitout.evaluate.report import plots

@@ -14,8 +14,8 @@ from typing import Any
 from kitout.assets.catalog import ASSETS
 from kitout.data.encode.classification import label_set
 from kitout.data.read.sources import load
+from kitout.train.config.load import load as checked
 from kitout.train.config.schema import RunConfig
-from kitout.train.config.schema import load as checked
 from kitout.train.run import Result, run
 
 MODEL, DATA = "smollm2-135m", "tweets"

@@ -127,10 +127,12 @@ def beside(
     """Examples that are chosen already, with what both wrote. labels: of a closed set; judged: right or wrong."""
     names = [normalize_answer(label) for label in labels]
     rows = zip(prompts, references, base, tuned, why, strict=True)
-    return tuple(
-        Shown(p, r, b, t, (_says(b, normalize_answer(r), names), _says(t, normalize_answer(r), names)) if judged else None, reason)
-        for p, r, b, t, reason in rows
-    )
+    shown = []
+    for prompt, reference, before, after, reason in rows:
+        true = normalize_answer(reference)
+        right = (_says(before, true, names), _says(after, true, names)) if judged else None
+        shown.append(Shown(prompt, reference, before, after, right, reason))
+    return tuple(shown)
 
 
 def select(references: Sequence[str], base: Sequence[str], tuned: Sequence[str], most: int = 8) -> dict[int, str]:

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from kitout.data.encode.item import IGNORED, Item
-from kitout.data.padding import Batch
 from kitout.evaluate.ask.generate import answers as generated
 from kitout.evaluate.ask.label_likelihood import likelihoods
 from kitout.evaluate.metrics.language import Summed
@@ -24,6 +23,7 @@ from kitout.kit import Kit
 from kitout.train.closed_answers import ClosedAnswers, prompt_of
 from kitout.train.loop.distributed import gathered, mine
 from kitout.train.loop.fsdp import sharded
+from kitout.train.objectives.batch import Batch
 from kitout.train.objectives.causal_lm import Causal
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32
 from kitout.train.objectives.objective import Losses, Objective
