@@ -87,7 +87,7 @@ def test_it_trains_measures_merges_and_keeps(model: Path, rows: Path, tmp_path: 
     assert (out / "training.png").is_file()
     kit = kitout.attach(AutoModelForCausalLM.from_pretrained(model))
     kit.load(out / "adapter", name="demo")
-    assert kit.count("demo").total == held["trainable"]["demo"]
+    assert kit.num_parameters("demo").total == held["trainable"]["demo"]
     code, again = demo(*words, "--dtype", "float32")
     assert code == 0
     assert "finished" in again

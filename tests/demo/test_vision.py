@@ -67,7 +67,7 @@ def test_every_method_on_the_same_images(model: Path, data: Path, tmp_path: Path
                 assert min(drawn.size) > 200
         assert re.search(rf"^{row['name']} +{row['trainable']:,} ", said, re.MULTILINE)
     assert (out / "comparison.png").is_file()
-    for part in ("95 % interval", "most frequent class", "best: ", "kit.load(", "24, 12 to learn"):
+    for part in ("95 % interval", "most frequent class", "best: ", "kit.load(", "train 24, "):
         assert part in said
     page = (out / "report.html").read_text()
     for part in ("Adapters side by side", "always the most frequent class", 'alt="confusion-ssf"'):
@@ -134,4 +134,4 @@ def test_the_embedded_images_are_all_there() -> None:
     images = load(store.get("mnist-5k") / "images.npz")
     assert len(images) == 5000
     assert images.names == tuple("0123456789")
-    assert split(images, 1000, 500).majority == 0.1
+    assert split_images(images, 0, 1000, 0, 500).majority_accuracy == 0.1

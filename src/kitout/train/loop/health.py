@@ -125,7 +125,7 @@ class Health:
         batch = objective.collate([job.items[job.steps[0][-1]] for job in jobs], None)
         weights = torch.ones(batch.rows, device=self.kit.device)
         names = [job.name for job in jobs]
-        with eval_mode(self.kit.base, self.kit, grad=True):
+        with eval_mode(self.kit.base, self.kit):
             with self.kit.use(names if len(names) > 1 else names[0]):
                 on = objective.losses(self.kit, batch, weights).rows
             with self.kit.use(None):
