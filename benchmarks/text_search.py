@@ -48,13 +48,13 @@ from kitout.demo.text import INSTRUCTION, MODEL, TextDemo, preset
 from kitout.evaluate.ask.label_likelihood import likelihoods
 from kitout.methods.deltas.trained_copy import Copy
 from kitout.train import checkpoints
-from kitout.train.closed_answers import ClosedAnswers, prompt_of
 from kitout.train.config.schema import TrainConfig
 from kitout.train.loop.batch_plan import plan
 from kitout.train.loop.jobs import Diverged, Job
 from kitout.train.loop.trainer import Loop
 from kitout.train.objectives.causal_lm import Causal
 from kitout.train.setup import device
+from kitout.train.setup.closed_answers import ClosedAnswers, prompt_of
 from kitout.train.setup.datasets import text_sets
 
 HERE = Path(__file__).parent

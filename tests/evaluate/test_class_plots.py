@@ -7,10 +7,9 @@ import io
 import numpy as np
 from PIL import Image
 
-from kitout.evaluate import adapter_table
-from kitout.evaluate.adapter_table import AdapterRow
 from kitout.evaluate.metrics.measure import Score
-from kitout.evaluate.report import class_plots
+from kitout.evaluate.report import adapter_table, class_plots
+from kitout.evaluate.report.adapter_table import AdapterRow
 
 
 def row(name: str, value: float, trainable: int, half: float = 0.02, metric: str = "accuracy") -> AdapterRow:

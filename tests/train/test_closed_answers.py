@@ -14,7 +14,7 @@ import transformers
 import kitout
 from kitout.data.encode.item import Item
 from kitout.data.read.tables import DataError
-from kitout.train.closed_answers import closed_answers
+from kitout.train.setup.closed_answers import closed_answers
 from tiny_models import both, decoder, jsonl, reviews
 
 END = 5

@@ -15,7 +15,7 @@ import kitout
 from kitout import Kit
 from kitout.cli import app
 from kitout.errors import ConfigError
-from kitout.train.merge_proof import MergeProof
+from kitout.train.measure.merge_proof import MergeProof
 from tiny_models import decoder, encoder, jsonl, reviews
 
 

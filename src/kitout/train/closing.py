@@ -18,7 +18,7 @@ from rich.text import Text
 from kitout.evaluate.compare import told
 from kitout.evaluate.metrics.registry import TITLES
 from kitout.format import one_line, seconds, size
-from kitout.train.merge_proof import MergeProof
+from kitout.train.measure.merge_proof import MergeProof
 
 WIDTH = 120
 LONGEST = 160  # characters of a text in a cell

@@ -17,10 +17,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from kitout.errors import ConfigError
-from kitout.evaluate import adapter_table
-from kitout.evaluate.adapter_table import AdapterRow
 from kitout.evaluate.compare import Comparison
-from kitout.evaluate.report import class_plots, html, model_card, plots
+from kitout.evaluate.report import adapter_table, class_plots, html, model_card, plots
+from kitout.evaluate.report.adapter_table import AdapterRow
 from kitout.evaluate.report.summary import Summary
 from kitout.format import seconds, size
 from kitout.train.closing import closing
@@ -28,7 +27,7 @@ from kitout.train.config import yaml_file
 from kitout.train.config.schema import RunConfig
 from kitout.train.loop.trainer import Loop
 from kitout.train.measure.evaluate import Outcome
-from kitout.train.merge_proof import MergeProof
+from kitout.train.measure.merge_proof import MergeProof
 from kitout.train.metrics_log import read
 from kitout.train.preflight.cost_estimate import Estimate
 from kitout.train.run_folder import RunFolder

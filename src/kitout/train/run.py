@@ -35,7 +35,7 @@ from kitout.train.config import conflicts
 from kitout.train.config.schema import RunConfig
 from kitout.train.loop import distributed, fsdp
 from kitout.train.measure.evaluate import outcomes, watched_names, watching
-from kitout.train.merge_proof import check_mergeable, prove_merge
+from kitout.train.measure.merge_proof import check_mergeable, prove_merge
 from kitout.train.preflight import render
 from kitout.train.preflight.collect import pages, told
 from kitout.train.preflight.cost_estimate import Estimate, estimate

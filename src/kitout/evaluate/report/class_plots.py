@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kitout.evaluate.adapter_table import AdapterRow
+from kitout.evaluate.report.adapter_table import AdapterRow
 from kitout.evaluate.report.plots import COLOURS, figure, png
 
 FEW = 20  # classes; above, a cell of the confusion matrix is too small to hold its number

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from kitout.evaluate.adapter_table import AdapterRow, verdict
 from kitout.evaluate.compare import Comparison
+from kitout.evaluate.report.adapter_table import AdapterRow, verdict
 from kitout.format import figure
 
 Facts: TypeAlias = Mapping[str, Any]  # what -> a value in words, or a number

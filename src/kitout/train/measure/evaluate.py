@@ -16,10 +16,10 @@ from kitout.evaluate.compare import Comparison, Shown, beside, compare, select, 
 from kitout.evaluate.metrics.language import Summed
 from kitout.evaluate.metrics.measure import Measure, Score
 from kitout.kit import Kit
-from kitout.train.closed_answers import ClosedAnswers, prompt_of
 from kitout.train.config.schema import EvaluateConfig
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.predict import Seen, Tell, scores, see, write
+from kitout.train.setup.closed_answers import ClosedAnswers, prompt_of
 from kitout.train.setup.datasets import Sets
 from kitout.train.setup.prepare import Prepared
 

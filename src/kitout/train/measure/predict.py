@@ -20,7 +20,6 @@ from kitout.evaluate.metrics.language import Summed
 from kitout.evaluate.metrics.measure import Measure
 from kitout.evaluate.metrics.registry import measures
 from kitout.kit import Kit
-from kitout.train.closed_answers import ClosedAnswers, prompt_of
 from kitout.train.loop.distributed import gathered, mine
 from kitout.train.loop.fsdp import sharded
 from kitout.train.objectives.batch import Batch
@@ -29,6 +28,7 @@ from kitout.train.objectives.chunked_cross_entropy import at_least_float32
 from kitout.train.objectives.objective import Losses, Objective
 from kitout.train.objectives.seq2seq_lm import Seq2Seq
 from kitout.train.objectives.sequence import read_off
+from kitout.train.setup.closed_answers import ClosedAnswers, prompt_of
 
 TOKENS = 4096  # of one batch, padding included: an evaluation holds no more than a training step of usual size
 ROWS = 64

@@ -20,9 +20,9 @@ from kitout.data.read.sources import load
 from kitout.data.split import TRAINABLE_SPLITS, split_examples, split_images
 from kitout.data.streaming import stream
 from kitout.errors import ConfigError
-from kitout.train.closed_answers import ClosedAnswers, closed_answers
 from kitout.train.config.schema import DataConfig, SourceConfig
 from kitout.train.setup.base_model import data_at
+from kitout.train.setup.closed_answers import ClosedAnswers, closed_answers
 from kitout.train.streamed import Streamed
 
 LABELED = ("classify", "multilabel", "tokens")  # objectives with a set of labels
