@@ -54,7 +54,9 @@ def pair(kind: str, length: int) -> tuple[nn.Module, kitout.Kit]:
             next(kit["a"].parameters()).copy_(values)
         else:
             site = kit["a"].sites[0]
-            each = values.view(length, -1, 2, site.heads, site.d_out // site.heads)  # [m, L, 2, H_kv, d_h]
+            each = values.view(
+                length, -1, 2, site.num_kv_heads, site.d_out // site.num_kv_heads
+            )  # [m, L, 2, H_kv, d_h]
             for layer, parameter in enumerate(kit["a"].parameters()):
                 parameter.copy_(each[:, layer])
     return peer, kit

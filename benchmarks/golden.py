@@ -45,9 +45,15 @@ Settings = dict[str, Any]
 # --- settings and cases: every config key of this file is in this section, with dots for sections --------------------
 
 COMMON: Settings = {
-    "model.dtype": "float32", "model.device": "cpu", "train.batch": 6, "train.micro_batch": 4, "train.steps": 5,
-    "train.seed": 3, "evaluate.every": 3, "evaluate.generate": 3,
-}  # fmt: skip
+    "model.dtype": "float32",
+    "model.device": "cpu",
+    "train.batch_size": 6,
+    "train.micro_batch_size": 4,
+    "train.steps": 5,
+    "train.seed": 3,
+    "evaluate.steps": 3,
+    "evaluate.generate_examples": 3,
+}
 TRAIN, VALIDATION, TEST, MODEL, FOLDER = "data.train", "data.validation", "data.test", "model.name", "output.folder"
 SPLIT: Settings = {VALIDATION: 0.1, TEST: 0.2}  # by kitout itself; otherwise each split has its own file
 
@@ -57,23 +63,24 @@ Data = str | list[tuple[str, Settings]]
 CASES: dict[str, tuple[str, Data, Settings]] = {
     "causal": ("llama", "completions", {}),
     "causal-instructions": ("llama", "instructions", SPLIT),
-    "causal-chats": ("llama", "chats", {"data.learn": "last"}),
-    "causal-plain-text": ("llama", "texts", {"data.learn": "all"}),
+    "causal-chats": ("llama", "chats", {"data.train_on": "last"}),
+    "causal-plain-text": ("llama", "texts", {"data.train_on": "all"}),
     "causal-gpt2": ("gpt2", "completions", {"method": {"name": "LoRA", "targets": "all-linear", "rank": 4}}),
     "causal-packed": ("llama", "completions", {"train.packing": True, "data.max_length": 96}),
-    "causal-recomputed": ("llama", "completions", {"train.checkpointing": True}),
+    "causal-recomputed": ("llama", "completions", {"train.activation_checkpointing": True}),
     "causal-streamed": ("llama", "completions", {"data.streaming": True}),
     "causal-truncated": ("llama", "chats", {"data.max_length": 32}),
     "causal-mixture": ("llama", [("completions", {"weight": 2.0}), ("instructions", {})], {}),
-    "causal-labels": ("llama", [("labels", {"instruction": "say good or bad"})], {}),
+    "causal-labels": ("llama", [("labels", {"system_prompt": "say good or bad"})], {}),
     "causal-by-epochs": ("llama", "completions", {"train.epochs": 0.75, "train.steps": None, **SPLIT}),
     "causal-optimizer": (
         "llama", "completions",
-        {"train.ratio": 16.0, "train.clip": 0.1, "train.decay": 0.1, "train.schedule": "linear", "train.warmup": 0.4,
-         "train.lr": 2e-3, "train.group_by_length": False},
+        {"train.loraplus_lr_ratio": 16.0, "train.max_grad_norm": 0.1, "train.weight_decay": 0.1,
+         "train.lr_schedule": "linear", "train.warmup_ratio": 0.4, "train.lr": 2e-3, "train.group_by_length": False},
     ),
-    "causal-best": ("llama", "completions", {"evaluate.best": "token_accuracy", "train.patience": 1,
-                                             "evaluate.every": 1, "train.lr": 1e-2, "train.schedule": "constant"}),
+    "causal-best": ("llama", "completions", {"evaluate.best_metric": "token_accuracy",
+                                             "train.early_stopping_patience": 1, "evaluate.steps": 1,
+                                             "train.lr": 1e-2, "train.lr_schedule": "constant"}),
     "classification": ("bert", "labels", {"train.head_lr": 5e-3}),
     "classification-split": ("bert", "labels", SPLIT),
     "classification-own-head": ("bert-classifier", "labels", {}),
@@ -88,17 +95,17 @@ CASES: dict[str, tuple[str, Data, Settings]] = {
     "images-split": ("vit", "image-classes", {VALIDATION: 4, TEST: 6}),
     "joint": ("llama", "completions", {"jobs": [
         {"name": "low", "method": {"name": "LoRA", "rank": 2}, "train.steps": 3, "train.seed": 1},
-        {"name": "scale", "method": "IA3", "train.lr": 2e-2, "train.batch": 4},
-        {"name": "front", "method": {"name": "PrefixTuning", "length": 3}, "train.schedule": "constant"},
-        {"name": "prompt", "method": {"name": "PromptTuning", "length": 2}, "train.clip": 0.1},
+        {"name": "scale", "method": "IA3", "train.lr": 2e-2, "train.batch_size": 4},
+        {"name": "front", "method": {"name": "PrefixTuning", "length": 3}, "train.lr_schedule": "constant"},
+        {"name": "prompt", "method": {"name": "PromptTuning", "length": 2}, "train.max_grad_norm": 0.1},
         {"name": "drop", "method": {"name": "LoRA", "dropout": 0.3}, "train.steps": 4},
         {"name": "serial", "method": {"name": "Houlsby", "width": 4}, "data": "instructions"},
-        {"name": "shift", "method": {"name": "BitFit", "everywhere": True}, "train.batch": 8},
+        {"name": "shift", "method": {"name": "BitFit", "everywhere": True}, "train.batch_size": 8},
     ]}),
     "joint-classification": ("bert", "labels", {"jobs": [
         {"name": "two", "method": "BitFit"},
         {"name": "three", "method": {"name": "LoRA", "dora": True}, "data": "three-labels"},
-        {"name": "also", "method": "SSF", "train.batch": 5},
+        {"name": "also", "method": "SSF", "train.batch_size": 5},
     ]}),
     "joint-images": ("vit", "image-classes", {"jobs": [
         {"name": "prompt", "method": {"name": "VPT", "length": 2}},

@@ -26,9 +26,9 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel, logging
 
-from kitout.base.find.find import survey
+from kitout.base.find.find import find_sites
 from kitout.base.survey import Block, Survey
-from kitout.errors import NoBlocks
+from kitout.errors import NoBlocksFound
 
 HERE = Path(__file__).parent
 PROCESSES, SECONDS = 2, 60
@@ -85,8 +85,8 @@ def examine(name: str) -> Result:
     signal.signal(signal.SIGALRM, _late)
     signal.alarm(SECONDS)
     try:
-        return judge(name, survey(build(name)))
-    except NoBlocks:
+        return judge(name, find_sites(build(name)))
+    except NoBlocksFound:
         return Result(name, "no stack")
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -128,11 +128,12 @@ def judge(name: str, found: Survey) -> Result:
     towers: dict[str, list[Block]] = {}
     for block in found.blocks:
         towers.setdefault(block.tower, []).append(block)
-    whole = [block for blocks in towers.values() if all(b.attends for b in blocks) for block in blocks]
+    whole = [block for blocks in towers.values() if all(b.has_attention for b in blocks) for block in blocks]
     hybrids = [
-        f"{tower}: {sum(b.attends for b in blocks)} of {len(blocks)} blocks attend, {sum(map(good, blocks))} resolved"
+        f"{tower}: {sum(b.has_attention for b in blocks)} of {len(blocks)} blocks attend, "
+        f"{sum(map(good, blocks))} resolved"
         for tower, blocks in towers.items()
-        if not all(b.attends for b in blocks)
+        if not all(b.has_attention for b in blocks)
         for good in [lambda b: labelled(found, b)]
     ]
     bad = [block for block in whole if not labelled(found, block)]
@@ -155,7 +156,7 @@ def labelled(found: Survey, block: Block) -> bool:
 
 
 def has_experts(found: Survey, block: Block) -> bool:
-    if not block.whole:
+    if not block.is_one_module:
         return False
     inside = (m for m in found.model.get_submodule(block.path).modules() if not isinstance(m, CONVS))
     return any(p.ndim == 3 for m in inside for p in m.parameters(recurse=False))

@@ -43,19 +43,19 @@ from kitout import (
     PromptTuning,
 )
 from kitout.assets import store
-from kitout.data.encode.item import Item
+from kitout.data.encode.item import EncodedExample
 from kitout.demo.text import INSTRUCTION, MODEL, TextDemo, preset
-from kitout.evaluate.ask.label_likelihood import likelihoods
-from kitout.methods.deltas.trained_copy import Copy
+from kitout.evaluate.ask.label_likelihood import label_likelihoods
+from kitout.methods.deltas.trained_copy import TrainedCopy
 from kitout.train import checkpoints
 from kitout.train.config.schema import TrainConfig
-from kitout.train.loop.batch_plan import plan
-from kitout.train.loop.jobs import Diverged, Job
-from kitout.train.loop.trainer import Loop
-from kitout.train.objectives.causal_lm import Causal
+from kitout.train.loop.batch_plan import plan_batches
+from kitout.train.loop.jobs import Job, TrainingDiverged
+from kitout.train.loop.trainer import JobTrainer
+from kitout.train.objectives.causal_lm import CausalLM
 from kitout.train.setup import device
-from kitout.train.setup.closed_answers import ClosedAnswers, prompt_of
-from kitout.train.setup.datasets import text_sets
+from kitout.train.setup.closed_answers import ClosedAnswers, prompt_ids
+from kitout.train.setup.datasets import load_text_datasets
 
 HERE = Path(__file__).parent
 Make = Callable[[tuple[int, ...]], Method]  # from the tokens of the instruction
@@ -120,8 +120,8 @@ class Bench:
     kit: Kit
     tokenizer: Any
     answers: ClosedAnswers
-    train: list[Item]
-    held_out: list[Item]
+    train: list[EncodedExample]
+    held_out: list[EncodedExample]
     budget: Budget
     out: Path
 
@@ -130,14 +130,16 @@ class Bench:
         kit = self.kit
         instruction = tuple(self.tokenizer(INSTRUCTION, add_special_tokens=False).input_ids)
         adapter = kit.add("trial", ROWS[key].make(instruction), seed=seed)
-        rare = any(isinstance(delta, Copy) for delta in adapter.deltas.values())  # gigabytes: keep none under way
+        rare = any(
+            isinstance(delta, TrainedCopy) for delta in adapter.deltas.values()
+        )  # gigabytes: keep none under way
         folder = self.out / "checkpoints" / key
         torch.manual_seed(seed)
         start, spent = time.perf_counter(), time.process_time()
         try:
             loop = self._loop(folder, json.dumps([key, rate, seed, asdict(self.budget)]), rate, seed, rare)
-            last = next(reversed(checkpoints.found(folder)), None)
-            if last is not None and checkpoints.progress_of(last)["run"] != loop.run:  # of another trial
+            last = next(reversed(checkpoints.list_checkpoints(folder)), None)
+            if last is not None and checkpoints.read_progress(last)["run"] != loop.run_id:  # of another trial
                 shutil.rmtree(folder)
                 last = None
             loop.train(str(last) if last else None)
@@ -145,7 +147,7 @@ class Bench:
                 accuracy, loss = self.measure()
             losses = [row["loss"] for row in loop.state.log_history if "loss" in row]
             ended = sum(losses[-10:]) / 10
-        except Diverged:
+        except TrainingDiverged:
             accuracy, loss, ended = 0.0, math.inf, math.inf
         finally:
             kit.remove("trial")
@@ -157,23 +159,34 @@ class Bench:
             "train_loss": ended, "seconds": round(seconds, 1), "processor_seconds": round(processor, 1),
         }  # fmt: skip
 
-    def _loop(self, folder: Path, run: str, rate: float, seed: int, rare: bool) -> Loop:
-        settings = TrainConfig(lr=rate, decay=0.0, batch=self.budget.batch, seed=seed)
-        steps = plan([len(item.ids) for item in self.train], settings.batch, self.budget.steps, seed)
-        objective = Causal(self.kit)
+    def _loop(self, folder: Path, run: str, rate: float, seed: int, rare: bool) -> JobTrainer:
+        settings = TrainConfig(lr=rate, weight_decay=0.0, batch_size=self.budget.batch, seed=seed)
+        steps = plan_batches([len(item.input_ids) for item in self.train], settings.batch_size, self.budget.steps, seed)
+        objective = CausalLM(self.kit)
         with self.kit.use("trial"):
-            objective.prepare(["trial"], [self.train[i] for i in steps[0]])
+            objective.choose_head_loss(["trial"], [self.train[i] for i in steps[0]])
         args = TrainingArguments(
             output_dir=str(folder), max_steps=len(steps), per_device_train_batch_size=1, report_to="none",
             logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, remove_unused_columns=False,
             use_cpu=self.kit.device.type == "cpu", save_strategy="no" if rare else "steps", save_steps=20,
         )  # fmt: skip
-        return Loop(self.kit, [Job("trial", objective, self.train, steps, settings)], folder, args, run=run, kept=1)
+        return JobTrainer(
+            self.kit,
+            [Job("trial", objective, self.train, steps, settings)],
+            folder,
+            args,
+            run_id=run,
+            num_checkpoints=1,
+        )
 
     def measure(self) -> tuple[float, float]:
         """Accuracy and cross-entropy of the right label among the labels, of what is active in the kit."""
-        prompts = [prompt_of(item) for item in self.held_out]
-        scores = likelihoods(self.kit, prompts, self.answers.ids, self.answers.end).cpu().log_softmax(dim=1)
+        prompts = [prompt_ids(item) for item in self.held_out]
+        scores = (
+            label_likelihoods(self.kit, prompts, self.answers.token_ids, self.answers.end_token_id)
+            .cpu()
+            .log_softmax(dim=1)
+        )
         truth = torch.tensor([self.answers.names.index(item.reference) for item in self.held_out])
         loss = torch.nn.functional.nll_loss(scores, truth).item()
         right = (scores.argmax(dim=1) == truth).float().mean().item()
@@ -182,19 +195,19 @@ class Bench:
 
 def equip(budget: Budget, out: Path) -> Bench:
     """The demo's model and tweets, without its test tweets."""
-    folder = store.get(MODEL, print)
+    folder = store.fetch_asset(MODEL, print)
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    form, _ = device.dtype(budget.dtype, device.device())
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=form).to(device.device())
+    form, _ = device.choose_dtype(budget.dtype, device.default_device())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=form).to(device.default_device())
     kit = kitout.attach(model)
     model.set_attn_implementation("eager")  # short texts: as `kitout train` chooses on a CPU
     demo = preset(TextDemo()).data
-    tested = {item.ids for item in text_sets(demo, "causal", tokenizer, False).test}
+    tested = {item.ids for item in load_text_datasets(demo, "causal_lm", tokenizer, False).test}
     wanted = budget.train + budget.validation
     source = demo.train[0].model_copy(update={"limit": wanted + wanted // 4})  # some are tested, some are duplicates
     mine = demo.model_copy(update={"train": (source,), "test": 0, "seed": demo.seed + 1})
-    found = text_sets(mine, "causal", tokenizer, False)
+    found = load_text_datasets(mine, "causal_lm", tokenizer, False)
     others = [item for item in found.train if item.ids not in tested]
     random.Random(0).shuffle(others)
     held_out, train = others[: budget.validation], others[budget.validation : wanted]
@@ -297,7 +310,7 @@ def table(results: Results, budget: Budget) -> str:
 def page(results: Results, bench: Bench) -> str:
     """Every budget there are trials of."""
     accuracy, loss = bench.measure()
-    about = device.describe(device.device())
+    about = device.describe_machine(device.default_device())
     text = (
         f"Made by `python benchmarks/text_search.py --write`. {MODEL}, tweets as chats, one epoch; AdamW without "
         "decay, 6 % rise, half cosine, clipped at 1; what is trained is fp32. Measured on "
@@ -314,7 +327,7 @@ def page(results: Results, bench: Bench) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _majority(items: Sequence[Item]) -> float:
+def _majority(items: Sequence[EncodedExample]) -> float:
     labels = [item.reference for item in items]
     return max(map(labels.count, set(labels))) / len(labels)
 

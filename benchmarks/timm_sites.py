@@ -15,10 +15,10 @@ from types import ModuleType
 
 from torch import nn
 
-from kitout.base.find.find import survey
+from kitout.base.find.find import find_sites
 from kitout.base.survey import Survey
 from kitout.cli.inspect import on_meta
-from kitout.errors import NoBlocks
+from kitout.errors import NoBlocksFound
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from torchvision_stub import import_timm
@@ -65,8 +65,8 @@ def main() -> None:
     for name in NAMES:
         model = build(timm, name)
         try:
-            verdict, text = judge(survey(model))
-        except NoBlocks as refusal:
+            verdict, text = judge(find_sites(model))
+        except NoBlocksFound as refusal:
             verdict, text = "refused", str(refusal).splitlines()[0]
         verdicts[verdict] += 1
         print(f"{name:34} {verdict:9} {text}", flush=True)
@@ -86,14 +86,14 @@ def build(timm: ModuleType, name: str) -> nn.Module:
 
 def judge(found: Survey) -> tuple[str, str]:
     """resolved: every block that attends is; part: some are not, the first of which is shown."""
-    attending = [block for block in found.blocks if block.attends]
+    attending = [block for block in found.blocks if block.has_attention]
     bad = [block for block in attending if not block.resolved]
     text = f"{len(attending) - len(bad)}/{len(attending)} blocks in {len(found.towers)} stacks"
     if others := len(found.blocks) - len(attending):
         text += f", {others} blocks without attention"
     if bad:
         has = sorted(s.role for s in found.sites if s.tower == bad[0].tower and s.layer == bad[0].index)
-        text += f"; {bad[0].path} has {', '.join(dict.fromkeys(has))}; loose {bad[0].loose[:4]}"
+        text += f"; {bad[0].path} has {', '.join(dict.fromkeys(has))}; loose {bad[0].unlabeled[:4]}"
     return ("part" if bad else "resolved"), text
 
 

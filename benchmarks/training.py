@@ -27,15 +27,15 @@ import kitout
 from kitout import LoRA
 from kitout.assets import store
 from kitout.base import memory
-from kitout.data.encode.generation import Causal as Encoder
-from kitout.data.encode.item import IGNORED, Item
-from kitout.data.read.sources import load
+from kitout.data.encode.generation import CausalEncoder as Encoder
+from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
+from kitout.data.read.sources import load_examples
 from kitout.train.config.schema import TrainConfig
-from kitout.train.loop.batch_plan import plan
+from kitout.train.loop.batch_plan import plan_batches
 from kitout.train.loop.jobs import Job
-from kitout.train.loop.trainer import Loop, Steps
-from kitout.train.objectives.causal_lm import Causal
-from kitout.train.preflight.cost_estimate import usual_micro
+from kitout.train.loop.trainer import JobTrainer, StepDataset
+from kitout.train.objectives.causal_lm import CausalLM
+from kitout.train.preflight.cost_estimate import default_micro_batch
 
 BATCH = 16
 TWEETS = "Classify the sentiment of this tweet as negative, neutral or positive."
@@ -46,15 +46,15 @@ Case = Callable[[], float]
 
 
 def folder() -> Path:
-    return store.get("smollm2-135m", print)
+    return store.fetch_asset("smollm2-135m", print)
 
 
-def items(name: str, count: int) -> list[Item]:
+def items(name: str, count: int) -> list[EncodedExample]:
     """Some examples of a set, drawn by a seed, encoded once for all."""
     asset, instruction = SETS[name]
-    source = store.get(asset, print)
+    source = store.fetch_asset(asset, print)
     file = source / "train.jsonl" if (source / "train.jsonl").exists() else source
-    part = next(iter(load(file, instruction=instruction, limit=count).parts.values()))
+    part = next(iter(load_examples(file, system_prompt=instruction, limit=count).splits.values()))
     tokenizer = AutoTokenizer.from_pretrained(folder())
     return Encoder(tokenizer, LONGEST)(part)
 
@@ -81,7 +81,7 @@ class Clock(TrainerCallback):
             self.losses.append(logs["loss"])
 
 
-def trl(given: list[Item], tuned: bool) -> tuple[Case, Clock]:
+def trl(given: list[EncodedExample], tuned: bool) -> tuple[Case, Clock]:
     trainer, clock = peer(given, tuned)
 
     def run() -> float:
@@ -91,14 +91,14 @@ def trl(given: list[Item], tuned: bool) -> tuple[Case, Clock]:
     return run, clock
 
 
-def peer(given: list[Item], tuned: bool, **more: Any) -> tuple[Any, Clock]:
+def peer(given: list[EncodedExample], tuned: bool, **more: Any) -> tuple[Any, Clock]:
     """TRL's trainer over these examples."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
     rows = Dataset.from_list(
-        [{"input_ids": list(i.ids), "completion_mask": [int(v != IGNORED) for v in i.labels]} for i in given]
+        [{"input_ids": list(i.input_ids), "completion_mask": [int(v != IGNORE_INDEX) for v in i.labels]} for i in given]
     )
     choices: dict[str, Any] = more
     if tuned:
@@ -117,16 +117,16 @@ def peer(given: list[Item], tuned: bool, **more: Any) -> tuple[Any, Clock]:
     return trainer, clock
 
 
-def jobs(kit: kitout.Kit, given: list[Item], names: list[str], batch: int, steps: int) -> list[Job]:
+def jobs(kit: kitout.Kit, given: list[EncodedExample], names: list[str], batch: int, steps: int) -> list[Job]:
     share = len(given) // len(names)
     found = []
     for k, name in enumerate(names):
         own = given[k * share : (k + 1) * share]
-        objective = Causal(kit)
+        objective = CausalLM(kit)
         with kit.use(name):
-            objective.prepare(names, own[:2])
-        planned = plan([len(i.ids) for i in own], batch, steps, k)
-        found.append(Job(name, objective, own, planned, TrainConfig(lr=1e-3, batch=batch, warmup=0.0)))
+            objective.choose_head_loss(names, own[:2])
+        planned = plan_batches([len(i.input_ids) for i in own], batch, steps, k)
+        found.append(Job(name, objective, own, planned, TrainConfig(lr=1e-3, batch_size=batch, warmup_ratio=0.0)))
     return found
 
 
@@ -145,12 +145,12 @@ def looped(kit: kitout.Kit, made: list[Job]) -> tuple[Case, Clock]:
 
     def run() -> float:
         args = TrainingArguments(
-            output_dir=tempfile.mkdtemp(), max_steps=len(made[0].steps), per_device_train_batch_size=1,
+            output_dir=tempfile.mkdtemp(), max_steps=len(made[0].batches), per_device_train_batch_size=1,
             report_to="none", logging_steps=1, disable_tqdm=True, remove_unused_columns=False, use_cpu=True,
             save_strategy="no",
         )  # fmt: skip
-        micro = usual_micro(kit.device, made, Steps(made)[0])
-        Loop(kit, made, Path(tempfile.mkdtemp()), args, callbacks=[clock], micro=micro).train()
+        micro = default_micro_batch(kit.device, made, StepDataset(made)[0])
+        JobTrainer(kit, made, Path(tempfile.mkdtemp()), args, callbacks=[clock], micro_batch_size=micro).train()
         return clock.seconds
 
     return run, clock
@@ -170,7 +170,7 @@ CASES = ("kitout", "TRL tuned", "TRL defaults")
 
 def case(which: str, name: str) -> tuple[Case, Clock, int]:
     given = items(name, BATCH * STEPS[name])
-    tokens = sum(len(i.ids) for i in given)
+    tokens = sum(len(i.input_ids) for i in given)
     if which != "kitout":
         return (*trl(given, which == "TRL tuned"), tokens)
     kit = equipped(["a"])
@@ -219,7 +219,7 @@ def curves(steps: int = 5) -> list[Line]:
     kit = equipped(["a"], torch.float32, short=False)
     same_values(trainer.model, kit)
     order = [list(range(at, at + BATCH)) for at in range(0, len(given), BATCH)]
-    settings = TrainConfig(lr=1e-3, batch=BATCH, warmup=0.0, schedule="linear", decay=0.0)
+    settings = TrainConfig(lr=1e-3, batch_size=BATCH, warmup_ratio=0.0, lr_schedule="linear", weight_decay=0.0)
     made = [replace(jobs(kit, given, ["a"], BATCH, steps)[0], steps=order, settings=settings)]
     again, ours = looped(kit, made)
     trainer.train()
@@ -251,7 +251,7 @@ def main() -> None:
     torch.set_num_threads(2)
     device = torch.device("cpu")
     run_it, _, _ = case(which, name)
-    before = memory.held(device)
+    before = memory.current(device)
     memory.reset_peak(device)
     run_it()
     print(memory.peak(device) - before)

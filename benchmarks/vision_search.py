@@ -15,8 +15,8 @@ import json
 from pathlib import Path
 
 from kitout.assets import store
-from kitout.data.images.image_set import Images
-from kitout.data.read.image_folders import load as images_of
+from kitout.data.images.image_set import ImageSet
+from kitout.data.read.image_folders import load_images as images_of
 from kitout.data.split import split
 from kitout.demo.vision import DATA, JOBS, config
 from kitout.train.config.load import load
@@ -31,14 +31,14 @@ def without_test(folder: Path, test: int) -> Path:
     table = folder / "images.csv"
     if table.is_file():
         return table
-    whole = images_of(store.get(DATA) / "images.npz")
-    left: Images = split(whole, test, None, 0).train
+    whole = images_of(store.fetch_asset(DATA) / "images.npz")
+    left: ImageSet = split(whole, test, None, 0).train
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(len(left)):
         left.open(i).save(folder / f"{i}.png")
     fresh = folder / ".images.csv"
     with fresh.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("image", "label"), *((f"{i}.png", left.names[left.labels[i]]) for i in
+        csv.writer(file).writerows([("image", "label"), *((f"{i}.png", left.label_names[left.labels[i]]) for i in
                                                           range(len(left)))])  # fmt: skip
     fresh.replace(table)
     return table
@@ -50,7 +50,7 @@ def trials(name: str, table: Path, asked: argparse.Namespace) -> RunConfig:
     (job,) = preset.jobs
     assert job.train is not None
     assert job.train.lr is not None
-    said = preset.dump()
+    said = preset.to_dict()
     own = said["jobs"][0]
     rates = asked.rates or [job.train.lr / 3, job.train.lr, job.train.lr * 3]
     head_rates = asked.head_rates or [preset.train.head_lr]
@@ -77,10 +77,10 @@ def main() -> None:
     words.add_argument("--seed", type=int, default=1)
     words.add_argument("--out", type=Path, default=Path("runs/vision-search"))
     asked = words.parse_args()
-    table = without_test(asked.out / "images", test=config().evaluate.test)
+    table = without_test(asked.out / "images", test=config().evaluate.max_test_examples)
     for name in asked.methods or JOBS:
         chosen = trials(name, table, asked)
-        run(chosen, say=lambda _words: None)
+        run(chosen, log=lambda _words: None)
         results = json.loads((chosen.output.folder / "results.json").read_text())
         for row in results["adapters"]:
             print(f"{row['name']}: {100 * row['score']['value']:.2f} % of {VALIDATION}, {row['seconds']:.0f} s")

@@ -9,8 +9,8 @@ import transformers
 
 import kitout
 from kitout import Kit
-from kitout.data.images.image_set import Images
-from kitout.data.images.pixels import Pixels
+from kitout.data.images.image_set import ImageSet
+from kitout.data.images.pixels import PixelProcessor
 from kitout.data.read.image_folders import from_arrays
 from zoo import IMAGE, ZOO
 
@@ -20,11 +20,11 @@ PROCESSOR = transformers.ViTImageProcessorPil(
 )
 
 
-def pixels(**settings: object) -> Pixels:
-    return Pixels(PROCESSOR, **settings)  # type: ignore[arg-type]
+def pixels(**settings: object) -> PixelProcessor:
+    return PixelProcessor(PROCESSOR, **settings)  # type: ignore[arg-type]
 
 
-def images(each: int = 8, seed: int = 0) -> Images:
+def images(each: int = 8, seed: int = 0) -> ImageSet:
     """A bright bar at one of five heights, with noise."""
     noise = np.random.default_rng(seed).random((CLASSES * each, IMAGE, IMAGE)) * 0.3
     labels = np.arange(CLASSES * each) % CLASSES

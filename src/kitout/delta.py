@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from kitout.base.weights import Frozen
+from kitout.base.weights import FrozenModule
 from kitout.errors import NotMergeable
 
-Pair = tuple[Tensor, Tensor]  # keys and values
+KeyValue = tuple[Tensor, Tensor]  # keys and values
 
 
 class Delta(nn.Module):
@@ -30,41 +30,41 @@ class Delta(nn.Module):
     late: its parameters that may learn faster than the rest (LoRA+: the B of B A), by name.
     """
 
-    length: int = 0
-    after: bool = False
-    pooled: bool = False
+    num_tokens: int = 0
+    after_first_token: bool = False
+    pooled_by_classifier: bool = False
     reads_weight: bool = False
-    replaces: ClassVar[bool] = False
-    elementwise: ClassVar[bool] = False
-    late: ClassVar[tuple[str, ...]] = ()
+    replaces_module: ClassVar[bool] = False
+    is_scale_shift: ClassVar[bool] = False
+    loraplus_parameters: ClassVar[tuple[str, ...]] = ()
 
-    def forward(self, x: Tensor, y: Tensor, frozen: Frozen | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, frozen: FrozenModule | None = None) -> Tensor:
         """x [..., d_in], y [..., d_out] -> [..., d_out], each position on its own. Never writes to x or y."""
         raise NotImplementedError
 
-    def update(self, x: Tensor, y: Tensor, frozen: Frozen | None = None) -> Tensor:
+    def forward_(self, x: Tensor, y: Tensor, frozen: FrozenModule | None = None) -> Tensor:
         """`forward`, but y is this call's own and may be overwritten."""
         return self(x, y, frozen) if self.reads_weight else self(x, y)
 
-    def through(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
+    def fused_linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
         """y' of a plain frozen linear with weight w and bias b, module and delta in one go.
 
         Optional, for training: None where the output first and `update` after it is as good.
         """
         return None
 
-    def tokens(self) -> Tensor:
+    def token_vectors(self) -> Tensor:
         """Port "tokens": the vectors [length, d] that this site puts into the sequence."""
         raise NotImplementedError
 
-    def past(self) -> tuple[Tensor, Tensor]:
+    def key_values(self) -> tuple[Tensor, Tensor]:
         """Port "kv": keys and values, each [H_kv, length, d_h], that every query sees before those of the text.
 
         Keys as the attention call takes them: no rotation, projection or norm comes after.
         """
         raise NotImplementedError
 
-    def settled(self) -> Delta:
+    def inference_form(self) -> Delta:
         """The same map without what only training needs (an encoder of its values); itself where there is none."""
         return self
 
@@ -75,11 +75,11 @@ class Delta(nn.Module):
         """
         raise NotMergeable(f"{type(self).__name__} is not a linear map: no weights give the same function")
 
-    def values(self) -> dict[str, Tensor] | None:
+    def parameter_values(self) -> dict[str, Tensor] | None:
         """Whole parameters by name, for a delta that is a trained copy of a module which is no matrix and no norm."""
         return None
 
-    def origin(self, module: nn.Module) -> dict[str, Tensor]:
+    def base_tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """Where this delta holds trained copies of a frozen module's tensors: those tensors, by the copies' own names.
 
         Files keep such a copy as its difference from them.
@@ -87,8 +87,8 @@ class Delta(nn.Module):
         return {}
 
     @classmethod
-    def batched(
-        cls, deltas: Sequence[Any], rows: Sequence[int], x: Tensor, y: Tensor, scratch: dict[str, Any]
+    def forward_rows(
+        cls, deltas: Sequence[Any], rows: Sequence[int], x: Tensor, y: Tensor, cache: dict[str, Any]
     ) -> Tensor | None:
         """Rows of one batch, each through its own delta: row i through deltas[rows[i]], untouched where rows[i] < 0.
 

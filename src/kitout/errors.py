@@ -22,11 +22,11 @@ class ConfigError(KitoutError, ValueError):
     """A method setting outside its range (rank <= 0, unknown preset, ...)."""
 
 
-class NameTaken(KitoutError, ValueError):
+class AdapterExists(KitoutError, ValueError):
     """An adapter of that name already exists."""
 
 
-class BadName(KitoutError, ValueError):
+class InvalidAdapterName(KitoutError, ValueError):
     """An adapter name that is not safe to print, index and write to disk."""
 
 
@@ -45,7 +45,7 @@ class NotMergeable(KitoutError, ValueError):
     """An adapter (or a site of it) that has no exact form in the weights of the base."""
 
 
-class MergeState(KitoutError, RuntimeError):
+class MergeStateError(KitoutError, RuntimeError):
     """An action that the merged state forbids, or an unmerge of what is not merged."""
 
 
@@ -53,15 +53,15 @@ class AlreadyAttached(KitoutError, RuntimeError):
     """The model already wears a kit."""
 
 
-class Detached(KitoutError, RuntimeError):
+class KitDetached(KitoutError, RuntimeError):
     """A kit used after its `detach`."""
 
 
-class NoBlocks(KitoutError, ValueError):
+class NoBlocksFound(KitoutError, ValueError):
     """No stack of transformer blocks was found and no roles were given."""
 
 
-class SilentSite(KitoutError, RuntimeError):
+class UnusedSite(KitoutError, RuntimeError):
     """A chosen site that never fires in the model's forward."""
 
 
@@ -73,27 +73,27 @@ class WrongBase(FileError):
     """An adapter file made for another base model."""
 
 
-class Faults:
+class Errors:
     """Collects messages and raises them together, so that a user mends a file or a call once, not once per fault."""
 
-    def __init__(self, error: type[KitoutError], head: str) -> None:
-        self.error, self.head, self.items = error, head, []  # type: ignore[var-annotated]
+    def __init__(self, error: type[KitoutError], heading: str) -> None:
+        self.error, self.heading, self.messages = error, heading, []  # type: ignore[var-annotated]
 
     def add(self, message: str) -> None:
-        self.items.append(message)
+        self.messages.append(message)
 
     def raise_if_any(self) -> None:
-        if len(self.items) == 1:
-            raise self.error(f"{self.head}: {self.items[0]}")
-        if self.items:
-            raise self.error("\n  - ".join([f"{self.head}: {len(self.items)} faults", *self.items]))
+        if len(self.messages) == 1:
+            raise self.error(f"{self.heading}: {self.messages[0]}")
+        if self.messages:
+            raise self.error("\n  - ".join([f"{self.heading}: {len(self.messages)} faults", *self.messages]))
 
 
-def suggest(word: str, known: Iterable[str], most: int = 8) -> str:
+def suggest(word: str, candidates: Iterable[str], max_shown: int = 8) -> str:
     """`did you mean ...` where something is close, else the first few known words."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    candidates = list(candidates)
+    close = difflib.get_close_matches(word, candidates, n=3, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(map(repr, close)) + "?"
-    shown = ", ".join(map(repr, known[:most]))
-    return f"known: {shown}{', ...' if len(known) > most else ''}" if known else "there are none"
+    shown = ", ".join(map(repr, candidates[:max_shown]))
+    return f"known: {shown}{', ...' if len(candidates) > max_shown else ''}" if candidates else "there are none"

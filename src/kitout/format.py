@@ -11,10 +11,10 @@ import re
 import unicodedata
 from typing import Any
 
-KEPT = "\n\t"
+ALLOWED_CONTROLS = "\n\t"
 
 
-def amount(value: float) -> str:
+def format_count(value: float) -> str:
     """1234567 -> 1.23 M."""
     for limit, unit in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
         if abs(value) >= limit:
@@ -22,15 +22,15 @@ def amount(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def size(octets: float) -> str:
+def format_bytes(num_bytes: float) -> str:
     """Bytes, in powers of 1024."""
     for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if octets >= 1024**power:
-            return f"{octets / 1024**power:.{1 if octets < 100 * 1024**power else 0}f} {unit}"
-    return f"{octets:.0f} B"
+        if num_bytes >= 1024**power:
+            return f"{num_bytes / 1024**power:.{1 if num_bytes < 100 * 1024**power else 0}f} {unit}"
+    return f"{num_bytes:.0f} B"
 
 
-def seconds(value: float) -> str:
+def format_duration(value: float) -> str:
     """12.3 s, 4:05 min, 2:03 h, 3 d 4 h."""
     if not math.isfinite(value):
         return "not known"
@@ -43,12 +43,12 @@ def seconds(value: float) -> str:
     return f"{hours}:{minutes:02d} h" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def figure(value: Any, sign: bool = False) -> str:
+def format_number(value: Any, sign: bool = False) -> str:
     """A measured value with four figures, thousands apart; None in words. sign: a plus where it is positive."""
     if value is None:
         return "not finite"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return safe(str(value))
+        return escape_terminal(str(value))
     plus = "+" if sign else ""
     if isinstance(value, int):
         return f"{value:{plus},}"
@@ -60,33 +60,33 @@ def figure(value: Any, sign: bool = False) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
-def safe(text: str, line: bool = False) -> str:
+def escape_terminal(text: str, escape_newlines: bool = False) -> str:
     """The text with everything a terminal would act on made visible. line: new lines and tabs too."""
-    return "".join(c if c in KEPT and not line else _visible(c) for c in text)
+    return "".join(c if c in ALLOWED_CONTROLS and not escape_newlines else _escape_char(c) for c in text)
 
 
-def _visible(c: str) -> str:
-    code = ord(c)
+def _escape_char(char: str) -> str:
+    code = ord(char)
     if code < 0x20:
         return chr(0x2400 + code)  # ESC -> ␛
     if code == 0x7F:
         return "␡"
-    if c in "\u200c\u200d":  # joiners: parts of words and of emoji
-        return c
-    if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp"):  # C1, directions, surrogates, line separators
+    if char in "\u200c\u200d":  # joiners: parts of words and of emoji
+        return char
+    if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp"):  # C1, directions, surrogates, line separators
         return f"\\u{code:04x}"
-    return c
+    return char
 
 
-def one_line(text: str, most: int = 80) -> str:
+def single_line(text: str, max_chars: int = 80) -> str:
     """Safe, white space as single blanks, at most so many characters."""
-    flat = re.sub(r"\s+", " ", safe(text)).strip()
-    return flat if len(flat) <= most else flat[: most - 1] + "…"
+    flat = re.sub(r"\s+", " ", escape_terminal(text)).strip()
+    return flat if len(flat) <= max_chars else flat[: max_chars - 1] + "…"
 
 
-def common_prefix_length(one: str, other: str) -> int:
+def common_prefix_length(first: str, second: str) -> int:
     """Characters that both begin with. (`os.path.commonprefix` is deprecated from Python 3.15 on.)"""
-    shorter = min(len(one), len(other))
-    if one[:shorter] == other[:shorter]:
+    shorter = min(len(first), len(second))
+    if first[:shorter] == second[:shorter]:
         return shorter
-    return next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)

@@ -15,27 +15,27 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor, nn
 
-from kitout.base.find.find import survey as find_sites
-from kitout.base.probe.probe import prove
+from kitout.base.find.find import find_sites as find_sites
+from kitout.base.probe.probe import prove_sites
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.base.survey import Survey
-from kitout.errors import AlreadyAttached, ConfigError, KitoutError, MergeState, RouteError
+from kitout.errors import AlreadyAttached, ConfigError, KitoutError, MergeStateError, RouteError
 from kitout.files import adapter_folder
 from kitout.files.peft import folder as peft_folder
 from kitout.method import Method
 from kitout.runtime.adapter import Adapter
-from kitout.runtime.base_state import Forward, disable_checkpointing, enable_checkpointing
-from kitout.runtime.build_adapter import build, check_known, check_strength
-from kitout.runtime.count import ParameterCount, count, count_all
-from kitout.runtime.hooks.boundary import bounded, routed
-from kitout.runtime.hooks.class_swap import Tap, install, tap, uninstall, untap
+from kitout.runtime.base_state import KitForward, disable_checkpointing, enable_checkpointing
+from kitout.runtime.build_adapter import build_adapter, check_known, check_strength
+from kitout.runtime.count import ParameterCount, count_all_parameters, count_parameters
+from kitout.runtime.hooks.boundary import block_class, model_class
+from kitout.runtime.hooks.class_swap import Hook, hook, restore_class, swap_class, unhook
 from kitout.runtime.merge.commit import merge, restore
 from kitout.runtime.merge.copy import plain_copy
-from kitout.runtime.routing.active import Bound, Choice
-from kitout.runtime.routing.handle import Worn
-from kitout.runtime.routing.route import Route, route
-from kitout.runtime.show import show
+from kitout.runtime.routing.active import CompiledRoute, RouteActivation
+from kitout.runtime.routing.handle import Activated
+from kitout.runtime.routing.route import Route, normalize_route
+from kitout.runtime.show import describe_kit
 from kitout.runtime.state import KitState
 
 
@@ -59,7 +59,7 @@ def attach(
         raise AlreadyAttached(
             f"{attached[0] or 'this module'} belongs to a model with a kit attached: kit.detach() first"
         )
-    return Kit(model, prove(find_sites(model, roles), example_batch))
+    return Kit(model, prove_sites(find_sites(model, roles), example_batch))
 
 
 class Kit(nn.Module):
@@ -71,16 +71,16 @@ class Kit(nn.Module):
         self.__dict__["state"] = state  # plain state: the base is not the kit's to register, train or save
         self.adapters = state.modules
         base.requires_grad_(False)
-        state.taps[""] = tap("", base)  # below the boundary, which lays the route that a tap reads
-        install(base, bounded, "_kitout", self)
-        blocks = {b.path for b in survey.blocks if b.whole}
+        state.hooks[""] = hook("", base)  # below the boundary, which lays the route that a tap reads
+        swap_class(base, model_class, "_kitout", self)
+        blocks = {b.path for b in survey.blocks if b.is_one_module}
         for path, module in list(base.named_modules()):
             # besides blocks, whatever else activation checkpointing runs again: a stage of blocks
             if path in blocks or (path and hasattr(type(module), "gradient_checkpointing")):
-                module.__dict__["_kitout_live"] = state.live
-                state.taps[path] = Tap(path, module)
-                install(module, routed, "_kitout_tap", state.taps[path])
-        self.__dict__["forward"] = Forward(base)
+                module.__dict__["_kitout_live"] = state.active
+                state.hooks[path] = Hook(path, module)
+                swap_class(module, block_class, "_kitout_tap", state.hooks[path])
+        self.__dict__["forward"] = KitForward(base)
         self.training = state.modules.training = base.training
 
     def detach(self) -> nn.Module:
@@ -88,15 +88,15 @@ class Kit(nn.Module):
         state = self.state
         if state.merged_names:
             self.unmerge()
-        state.live.lay(Bound(None))
+        state.active.install(CompiledRoute(None))
         state.is_detached = True
-        for path in state.taps:
+        for path in state.hooks:
             module = self.base.get_submodule(path)
-            untap(module)
+            unhook(module)
             module.__dict__.pop("_kitout_live", None)
-        uninstall(self.base, "_kitout")
+        restore_class(self.base, "_kitout")
         state.before_attach.restore(self.base)
-        state.taps.clear()
+        state.hooks.clear()
         return self.base
 
     @property
@@ -146,7 +146,7 @@ class Kit(nn.Module):
         default fp32 over a floating base, whatever the base's own. Raises NameTaken, BadName, TargetError, MergeState.
         """
         self.state.check_attached()
-        adapter = build(self.state, name, method, seed, heads or {}, dtype)
+        adapter = build_adapter(self.state, name, method, seed, heads or {}, dtype)
         self.state.insert(adapter)
         return adapter
 
@@ -163,7 +163,7 @@ class Kit(nn.Module):
             raise RouteError(f"strength must be a finite number, found {value!r}")
         self.state.check_unmerged("changing a strength")
         check_strength(adapter, float(value))
-        with self.state.live.lock:
+        with self.state.active.lock:
             adapter.strength = float(value)
             self.state.forget_routes(name)
 
@@ -189,33 +189,33 @@ class Kit(nn.Module):
         has it. only_trainable: those that require a gradient; exclude_embeddings: without the base's embeddings.
         """
         if name is None:
-            return count_all(self.base, self.adapters, only_trainable, exclude_embeddings)
+            return count_all_parameters(self.base, self.adapters, only_trainable, exclude_embeddings)
         if only_trainable or exclude_embeddings:
             raise ConfigError("num_parameters(name) has every figure of one adapter: leave the options out")
-        return count(self[name], self.base)
+        return count_parameters(self[name], self.base)
 
     # ---- the route ---------------------------------------------------------------------------------------------
 
-    def use(self, what: object) -> Worn[Kit]:
+    def use(self, what: object) -> Activated[Kit]:
         """Activates a name, None, a Stack, a Mix, or a list with one of these per row, until the next `use`.
 
         In a `with` statement the choice holds for this thread or task alone and ends with the block.
         """
         state = self.state
         state.check_attached()
-        wanted = route(what)
+        wanted = normalize_route(what)
         check_known(state, wanted)
         state.check_unmerged(f"use({what!r})")
-        choice = Choice(wanted)
-        with state.live.lock:
-            state.live.settle()
-            state.live.pending[threading.get_ident()] = choice
+        choice = RouteActivation(wanted)
+        with state.active.lock:
+            state.active.make_sticky()
+            state.active.pending[threading.get_ident()] = choice
             try:
-                state.live.lay(state.resolve())
+                state.active.install(state.compiled_route())
             except RouteError:
-                del state.live.pending[threading.get_ident()]
+                del state.active.pending[threading.get_ident()]
                 raise
-        return Worn(self, state, choice)
+        return Activated(self, state, choice)
 
     @property
     def active(self) -> Route:
@@ -237,24 +237,24 @@ class Kit(nn.Module):
         state = self.state
         state.check_attached()
         if state.merged_names:
-            raise MergeState(f"{state.merged_text} merged already: unmerge() first")
+            raise MergeStateError(f"{state.merged_text} merged already: unmerge() first")
         adapters = [self[n] for n in names]
         if not adapters:
-            raise MergeState("merge() was given no adapter: merge('name')")
-        with state.live.lock:
-            state.backups = merge(self.base, adapters, state.survey.alive)
+            raise MergeStateError("merge() was given no adapter: merge('name')")
+        with state.active.lock:
+            state.backups = merge(self.base, adapters, state.survey.used_paths)
             state.merged_names = names
-            state.live.lay(state.resolve())
+            state.active.install(state.compiled_route())
 
     def unmerge(self) -> None:
         """The base's own weights again, bit for bit, under the route that was in force before."""
         state = self.state
         if not state.merged_names:
-            raise MergeState("nothing is merged")
-        with state.live.lock:
+            raise MergeStateError("nothing is merged")
+        with state.active.lock:
             restore(state.backups)
             state.backups, state.merged_names = {}, ()
-            state.live.lay(state.resolve())
+            state.active.install(state.compiled_route())
 
     def merged_copy(self, *names: str, check_saveable: bool = True) -> nn.Module:
         """An ordinary model with the adapters folded in and no trace of kitout; this kit and its base stay as they are.
@@ -280,7 +280,7 @@ class Kit(nn.Module):
         metadata: plain values kept in adapter.json. keep_encoder: keep what only training needs (a prefix's MLP
         encoder), which is folded away otherwise.
         """
-        adapter_folder.save(self.state, name, folder, note=metadata, resume=keep_encoder)
+        adapter_folder.save_adapter(self.state, name, folder, metadata=metadata, keep_encoder=keep_encoder)
 
     def load(
         self, folder: str | PathLike[str], *, name: str | None = None, heads: Mapping[str, nn.Module] | None = None
@@ -289,7 +289,7 @@ class Kit(nn.Module):
 
         heads: modules, by path, for heads whose class a file cannot describe; their values come from the folder.
         """
-        return adapter_folder.load(self.state, folder, name=name, heads=heads)
+        return adapter_folder.load_adapter(self.state, folder, name=name, heads=heads)
 
     # ---- being a module ----------------------------------------------------------------------------------------
 
@@ -332,7 +332,7 @@ class Kit(nn.Module):
     activation_checkpointing_disable = gradient_checkpointing_disable
 
     def __str__(self) -> str:
-        return show(self.state)
+        return describe_kit(self.state)
 
     __repr__ = __str__
 

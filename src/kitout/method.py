@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.base.survey import Survey
-from kitout.delta import Delta, Pair
-from kitout.errors import ConfigError, Faults
+from kitout.delta import Delta, KeyValue
+from kitout.errors import ConfigError, Errors
 
 
 @dataclass(frozen=True)
-class Rate:
+class TrainingDefaults:
     """How AdamW trains a method unless told otherwise, at the top of a short rise and a fall to zero.
 
     lr: of what the method adds. decay: weight decay of its matrices; vectors, prompts and prefixes never decay
@@ -29,8 +29,8 @@ class Rate:
     """
 
     lr: float = 1e-3
-    decay: float = 0.0
-    head: float = 3e-3
+    weight_decay: float = 0.0
+    head_lr: float = 3e-3
 
 
 class Method(BaseModel):
@@ -42,13 +42,15 @@ class Method(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False, allow_inf_nan=False)
     mergeable: ClassVar[bool] = True
-    identity: ClassVar[bool] = True  # a fresh adapter leaves the outputs bit-identical (law 2)
-    still: ClassVar[bool] = False  # trained with the base in eval mode: no dropout, no drop-path
-    rate: ClassVar[Rate] = Rate()  # with default settings; ask `advised` where there is a config
+    starts_as_identity: ClassVar[bool] = True  # a fresh adapter leaves the outputs bit-identical (law 2)
+    trains_in_eval_mode: ClassVar[bool] = False  # trained with the base in eval mode: no dropout, no drop-path
+    training: ClassVar[TrainingDefaults] = (
+        TrainingDefaults()
+    )  # with default settings; ask `advised` where there is a config
 
     default_targets: ClassVar[str] = "all-linear"
-    seat: ClassVar[str] = ""  # where it sits by default, in words; empty: `default_targets` says it
-    note: ClassVar[str] = ""  # what rows, a Mix or strengths may not have of it, in words
+    default_location: ClassVar[str] = ""  # where it sits by default, in words; empty: `default_targets` says it
+    limitations: ClassVar[str] = ""  # what rows, a Mix or strengths may not have of it, in words
 
     targets: str | None = None
     layers: str = "all"
@@ -57,7 +59,7 @@ class Method(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            faults = Faults(ConfigError, type(self).__name__)
+            faults = Errors(ConfigError, type(self).__name__)
             for e in error.errors():
                 where = ".".join(map(str, e["loc"])) or "settings"
                 faults.add(f"{where}={e['input']!r}: {e['msg']}" if e["loc"] else e["msg"])
@@ -67,7 +69,7 @@ class Method(BaseModel):
         """The chosen sites, in model order. Default: `targets` and `layers` through the selection language."""
         return select(survey.sites, self.targets or self.default_targets, self.layers)
 
-    def common(self, sites: Sequence[Site]) -> nn.Module | None:
+    def build_shared(self, sites: Sequence[Site]) -> nn.Module | None:
         """One module per adapter that every Delta may use (a prefix encoder); None for most."""
         return None
 
@@ -75,25 +77,27 @@ class Method(BaseModel):
         """The fresh Delta of one site. When values come from a file, site.module has shapes and no values (meta)."""
         raise NotImplementedError
 
-    def start(self, deltas: Mapping[Site, Delta], past: Callable[[Tensor], Mapping[str, Pair]]) -> None:
+    def init_from_forward(
+        self, deltas: Mapping[Site, Delta], key_values: Callable[[Tensor], Mapping[str, KeyValue]]
+    ) -> None:
         """Fresh values that need a forward of the base; most methods have none.
 
         past: token ids [1, T] -> by attention path the base's own keys and values of them, each [H_kv, T, d_h].
         """
 
-    def settled(self) -> Method:
+    def inference_form(self) -> Method:
         """The config of the adapter whose Deltas are `settled`."""
         return self
 
-    def count(self, sites: Sequence[Site]) -> int:
+    def num_parameters(self, sites: Sequence[Site]) -> int:
         """Closed form of the number of trained values over these sites (checked against the tensors by law 7)."""
         raise NotImplementedError
 
-    def advised(self) -> Rate:
+    def training_defaults(self) -> TrainingDefaults:
         """How to train it with these settings; most settings change nothing about that."""
-        return self.rate
+        return self.training
 
-    def describe(self) -> dict[str, Any]:
+    def non_default_settings(self) -> dict[str, Any]:
         """The settings that differ from the defaults, for tables and cards."""
         return self.model_dump(exclude_defaults=True)
 
@@ -107,6 +111,6 @@ def register(cls: type[Method]) -> type[Method]:
     return cls
 
 
-def methods() -> Iterator[type[Method]]:
+def registered_methods() -> Iterator[type[Method]]:
     """Every registered method, in order of registration."""
     yield from REGISTRY.values()

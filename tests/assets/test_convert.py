@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kitout.assets import convert_sets as sets
-from kitout.assets.convert_models import dinov2_tensors
+from kitout.assets.convert_models import read_dinov2_tensors
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def put(path: Path, *rows: dict[str, Any]) -> None:
 
 def test_tweets_survive_broken_bytes(raw: Path, out: Path) -> None:
     (raw / "t.csv").write_bytes(b'sentiment,confidence,text\nnegative,1," bad \xff, really "\npositive,1,fine\n')
-    sets.tweets(raw, out)
+    sets.convert_tweets(raw, out)
     assert lines(out / "tweets.jsonl") == [
         {"text": "bad �, really", "label": "negative"},
         {"text": "fine", "label": "positive"},
@@ -47,7 +47,7 @@ def test_boolq_train_holds_no_question_of_dev(raw: Path, out: Path) -> None:
     rows = [{"question": f"q{i}", "passage": "p", "label": i % 2 == 0} for i in range(4)]
     put(raw / "combined.jsonl", *rows, {"question": "unlabelled", "passage": "p"})
     put(raw / "dev.jsonl", {"question": "q3", "passage": "other wording of p", "answer": "False"})
-    sets.boolq(raw, out)
+    sets.convert_boolq(raw, out)
     train = lines(out / "train.jsonl")
     assert [row["response"] for row in train] == ["yes", "no", "yes"]
     assert not any("q3" in row["prompt"] for row in train)
@@ -61,7 +61,7 @@ def test_choices_lose_their_letters_and_rows_without_gold(raw: Path, out: Path) 
         {"question": "Q?", "options": "A. one\nB. two", "answer": ["one"]},
         {"question": "Q?", "options": "A. one\nB. two", "answer": "C. three"},
     )
-    sets.choices(raw, out)
+    sets.convert_choices(raw, out)
     assert lines(out / "choices.jsonl") == [
         {"question": "P. Q?", "choices": ["one", "two"], "answer": 1},
         {"question": "Q?", "choices": ["one", "two"], "answer": 0},
@@ -74,13 +74,13 @@ def test_judged_wrong_answers_become_pairs(raw: Path, out: Path) -> None:
         {"question": "who", "answer": "['him', 'her']", "def_incorrect_predictions": "['it', 'it', 'that']"},
         {"question": "none", "answer": "['x']", "def_incorrect_predictions": ""},
     )
-    sets.nq_pairs(raw, out)
+    sets.convert_nq_pairs(raw, out)
     assert [(row["chosen"], row["rejected"]) for row in lines(out / "pairs.jsonl")] == [("him", "it"), ("him", "that")]
 
 
 def test_chat_takes_the_first_two_lines(raw: Path, out: Path) -> None:
     (raw / "a.yml").write_text("conversations:\n- - hi\n  - hello\n  - hey\n- - alone\n- - 2 + 2\n  - 4\n")
-    sets.chat(raw, out)
+    sets.convert_chat(raw, out)
     assert lines(out / "answers.jsonl") == [
         {"prompt": "hi", "response": "hello"},
         {"prompt": "2 + 2", "response": "4"},
@@ -90,7 +90,7 @@ def test_chat_takes_the_first_two_lines(raw: Path, out: Path) -> None:
 def test_mnist_is_images_and_labels(raw: Path, out: Path) -> None:
     with gzip.open(raw / "m.csv.gz", "wt") as file:
         file.write("\n".join(",".join(["7"] * 784 + [str(label)]) for label in (3, 1)))
-    sets.mnist(raw, out)
+    sets.convert_mnist(raw, out)
     with np.load(out / "images.npz", allow_pickle=False) as held:
         assert held["images"].shape == (2, 28, 28)
         assert held["labels"].tolist() == [3, 1]
@@ -99,7 +99,7 @@ def test_mnist_is_images_and_labels(raw: Path, out: Path) -> None:
 def test_orange_tables_skip_their_header(raw: Path, out: Path) -> None:
     for split in ("train", "test"):
         (raw / f"x-{split}.tab").write_text(f"class\ttext\nd\tstring\nclass\tmeta\nearn\t{split} words\n\tblank\n")
-    sets.orange(raw, out)
+    sets.convert_orange(raw, out)
     assert lines(out / "train.jsonl") == [{"text": "train words", "label": "earn"}]
     assert lines(out / "test.jsonl") == [{"text": "test words", "label": "earn"}]
 
@@ -140,7 +140,7 @@ def test_onnx_weights_get_their_names_back(tmp_path: Path) -> None:
     )
     path = tmp_path / "x.onnx"
     path.write_bytes(varint(1 << 3) + varint(8) + part(7, whole))
-    found = dinov2_tensors(path)
+    found = read_dinov2_tensors(path)
     assert np.array_equal(found["layer.0.query.weight"], rows.T)
     assert np.array_equal(found["norm.weight"], rows[0])
     assert found["embeddings.position_embeddings"].shape == (1, 301, 3)
@@ -152,4 +152,4 @@ def test_onnx_weights_get_their_names_back(tmp_path: Path) -> None:
 def test_what_is_no_onnx_file_raises(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.onnx").write_bytes(content)
     with pytest.raises(ValueError):
-        dinov2_tensors(tmp_path / "x.onnx")
+        read_dinov2_tensors(tmp_path / "x.onnx")

@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 
 from kitout.assets.catalog import Wheel
-from kitout.assets.fetch import AssetError, sha256, take, verify, wheel_file
+from kitout.assets.fetch import AssetError, compute_sha256, extract, fetch_wheel, verify_wheel
 
 
 def make_wheel(path: Path, members: dict[str, bytes]) -> Wheel:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-    return Wheel("toy", "1.0", path.name, sha256(path), 0.001)
+    return Wheel("toy", "1.0", path.name, compute_sha256(path), 0.001)
 
 
 def test_a_wheel_that_is_there_is_not_downloaded(tmp_path: Path) -> None:
     wheel = make_wheel(tmp_path / "toy-1.0-py3-none-any.whl", {"toy/a.txt": b"hello"})
     said: list[str] = []
-    assert wheel_file(wheel, tmp_path, said.append) == tmp_path / wheel.file
+    assert fetch_wheel(wheel, tmp_path, said.append) == tmp_path / wheel.file
     assert said == []
 
 
@@ -30,9 +30,9 @@ def test_a_wrong_hash_names_both_and_the_file(tmp_path: Path) -> None:
     path = tmp_path / wheel.file
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(AssetError) as caught:
-        verify(wheel, path)
+        verify_wheel(wheel, path)
     assert wheel.sha256 in str(caught.value)
-    assert sha256(path) in str(caught.value)
+    assert compute_sha256(path) in str(caught.value)
     assert str(path) in str(caught.value)
 
 
@@ -41,7 +41,7 @@ def test_offline_says_where_to_put_the_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))
     wheel = Wheel("kitout-no-such-project", "1.0", "kitout_no_such_project-1.0-py3-none-any.whl", "0" * 64, 0.1)
     with pytest.raises(AssetError, match=r"could not download kitout-no-such-project==1\.0") as caught:
-        wheel_file(wheel, tmp_path / "wheels", lambda _: None)
+        fetch_wheel(wheel, tmp_path / "wheels", lambda _: None)
     assert str(tmp_path / "wheels" / wheel.file) in str(caught.value)
     assert [p.name for p in (tmp_path / "wheels").iterdir()] == []  # no half download stays
 
@@ -49,14 +49,14 @@ def test_offline_says_where_to_put_the_file(tmp_path: Path, monkeypatch: pytest.
 def test_without_pip_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kitout.assets.fetch.importlib.util.find_spec", lambda name: None)
     with pytest.raises(AssetError, match="ensurepip"):
-        wheel_file(Wheel("toy", "1.0", "toy-1.0-py3-none-any.whl", "0" * 64, 0.1), tmp_path, lambda _: None)
+        fetch_wheel(Wheel("toy", "1.0", "toy-1.0-py3-none-any.whl", "0" * 64, 0.1), tmp_path, lambda _: None)
 
 
 def test_members_land_under_their_last_name_inside_the_folder(tmp_path: Path) -> None:
     make_wheel(tmp_path / "w.whl", {"../../evil.txt": b"e", "/abs/other.txt": b"o"})
     out = tmp_path / "deep" / "out"
     out.mkdir(parents=True)
-    taken = take(tmp_path / "w.whl", ["../../evil.txt", "/abs/other.txt"], out, cap=100)
+    taken = extract(tmp_path / "w.whl", ["../../evil.txt", "/abs/other.txt"], out, max_member_bytes=100)
     assert taken == [out / "evil.txt", out / "other.txt"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "w.whl"]
 
@@ -64,7 +64,7 @@ def test_members_land_under_their_last_name_inside_the_folder(tmp_path: Path) ->
 def test_all_faults_of_a_wheel_are_told_at_once(tmp_path: Path) -> None:
     make_wheel(tmp_path / "w.whl", {"a/big.bin": b"0" * 1000, "a/..": b"up", "b/c\\d": b"windows"})
     with pytest.raises(AssetError) as caught:
-        take(tmp_path / "w.whl", ["a/big.bin", "a/..", "b/c\\d", "a/missing"], tmp_path, cap=100)
+        extract(tmp_path / "w.whl", ["a/big.bin", "a/..", "b/c\\d", "a/missing"], tmp_path, max_member_bytes=100)
     for part in ("1,000 bytes", "'..'", "c\\\\d", "a/missing"):
         assert part in str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["w.whl"]
@@ -73,13 +73,13 @@ def test_all_faults_of_a_wheel_are_told_at_once(tmp_path: Path) -> None:
 def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
     make_wheel(tmp_path / "w.whl", {"a/x": b"1", "b/x": b"2"})
     with pytest.raises(AssetError, match="not one safe file name"):
-        take(tmp_path / "w.whl", ["a/x", "b/x"], tmp_path, cap=100)
+        extract(tmp_path / "w.whl", ["a/x", "b/x"], tmp_path, max_member_bytes=100)
 
 
 def test_what_is_no_zip_or_is_damaged_is_told(tmp_path: Path) -> None:
     (tmp_path / "w.whl").write_bytes(b"<html>error page</html>")
     with pytest.raises(AssetError, match="is not a wheel"):
-        take(tmp_path / "w.whl", ["a"], tmp_path, cap=100)
+        extract(tmp_path / "w.whl", ["a"], tmp_path, max_member_bytes=100)
     make_wheel(tmp_path / "d.whl", {"a/x": b"hello world" * 9})
     data = bytearray((tmp_path / "d.whl").read_bytes())
     with zipfile.ZipFile(tmp_path / "d.whl") as archive:
@@ -88,4 +88,4 @@ def test_what_is_no_zip_or_is_damaged_is_told(tmp_path: Path) -> None:
     data[at + 16] ^= 0xFF  # the CRC in the directory
     (tmp_path / "d.whl").write_bytes(bytes(data))
     with pytest.raises(AssetError, match="damaged"):
-        take(tmp_path / "d.whl", ["a/x"], tmp_path, cap=1000)
+        extract(tmp_path / "d.whl", ["a/x"], tmp_path, max_member_bytes=1000)

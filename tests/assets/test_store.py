@@ -13,7 +13,7 @@ import pytest
 
 from kitout.assets import store
 from kitout.assets.catalog import ASSETS, GROUPS, Asset, Wheel
-from kitout.assets.fetch import AssetError, sha256
+from kitout.assets.fetch import AssetError, compute_sha256
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
     wheels.mkdir(parents=True)
     with zipfile.ZipFile(wheels / "toy-1.0-py3-none-any.whl", "w") as archive:
         archive.writestr("toy/words.txt", "one two")
-    wheel = Wheel("toy", "1.0", "toy-1.0-py3-none-any.whl", sha256(wheels / "toy-1.0-py3-none-any.whl"), 0.001)
+    wheel = Wheel("toy", "1.0", "toy-1.0-py3-none-any.whl", compute_sha256(wheels / "toy-1.0-py3-none-any.whl"), 0.001)
 
     def convert(raw: Path, out: Path) -> None:
         (out / "words").write_text((raw / "words.txt").read_text().upper())
@@ -43,11 +43,11 @@ def replace(monkeypatch: pytest.MonkeyPatch, toy: Asset, **changes: object) -> N
 
 def test_get_makes_the_folder_and_later_only_returns_it(toy: Asset) -> None:
     with pytest.raises(AssetError, match="kitout assets get toy"):
-        store.path("toy")
-    here = store.get("toy", quiet)
+        store.asset_path("toy")
+    here = store.fetch_asset("toy", quiet)
     assert (here / "words").read_text() == "ONE TWO"
     said: list[str] = []
-    assert store.get("toy", said.append) == here == store.path("toy")
+    assert store.fetch_asset("toy", said.append) == here == store.asset_path("toy")
     assert said == []
     assert not (store.cache_dir() / "wheels" / toy.wheel.file).exists()  # nobody else needs it
 
@@ -56,13 +56,13 @@ def test_a_file_cut_short_or_another_recipe_means_making_it_again(
     toy: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copy(store.cache_dir() / "wheels" / toy.wheel.file, tmp_path / "kept.whl")
-    here = store.get("toy", quiet)
+    here = store.fetch_asset("toy", quiet)
     (here / "words").write_text("ONE")
-    assert not store.installed("toy")
+    assert not store.is_installed("toy")
     shutil.copy(tmp_path / "kept.whl", store.cache_dir() / "wheels" / toy.wheel.file)
-    assert (store.get("toy", quiet) / "words").read_text() == "ONE TWO"
+    assert (store.fetch_asset("toy", quiet) / "words").read_text() == "ONE TWO"
     replace(monkeypatch, toy, recipe=2)
-    assert not store.installed("toy")
+    assert not store.is_installed("toy")
 
 
 def test_a_failed_conversion_leaves_nothing_and_the_wheel_stays(toy: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,19 +72,19 @@ def test_a_failed_conversion_leaves_nothing_and_the_wheel_stays(toy: Asset, monk
 
     replace(monkeypatch, toy, convert=breaks)
     with pytest.raises(KeyboardInterrupt):
-        store.get("toy", quiet)
+        store.fetch_asset("toy", quiet)
     left = {p.name for p in (store.cache_dir() / "assets").iterdir() if not p.name.endswith(".lock")}
     assert left == set()
     assert (store.cache_dir() / "wheels" / toy.wheel.file).exists()
     monkeypatch.setitem(ASSETS, "toy", toy)
-    assert (store.get("toy", quiet) / "words").exists()
+    assert (store.fetch_asset("toy", quiet) / "words").exists()
 
 
 def test_what_a_killed_attempt_left_is_removed(toy: Asset) -> None:
     dead = store.cache_dir() / "assets" / ".work-toy-99999"
     dead.mkdir(parents=True)
     (dead / "junk").write_text("x")
-    store.get("toy", quiet)
+    store.fetch_asset("toy", quiet)
     assert not dead.exists()
 
 
@@ -97,34 +97,34 @@ def test_two_at_once_make_it_once(toy: Asset, monkeypatch: pytest.MonkeyPatch) -
         toy.convert(raw, out)
 
     replace(monkeypatch, toy, convert=slow)
-    threads = [threading.Thread(target=store.get, args=("toy", quiet)) for _ in range(3)]
+    threads = [threading.Thread(target=store.fetch_asset, args=("toy", quiet)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert runs == [1]
-    assert store.installed("toy")
+    assert store.is_installed("toy")
 
 
 def test_a_wrong_wheel_installs_nothing(toy: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     replace(monkeypatch, toy, wheel=Wheel("toy", "1.0", toy.wheel.file, "0" * 64, 0.001))
     with pytest.raises(AssetError, match="is not the pinned file"):
-        store.get("toy", quiet)
-    assert not store.folder("toy").exists()
+        store.fetch_asset("toy", quiet)
+    assert not store.asset_folder("toy").exists()
 
 
 def test_a_missing_package_is_named_before_anything_is_fetched(toy: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     replace(monkeypatch, toy, needs=("kitout_no_such_package",))
     with pytest.raises(AssetError, match="pip install kitout_no_such_package"):
-        store.get("toy", quiet)
+        store.fetch_asset("toy", quiet)
 
 
 def test_unknown_names_are_told_together_with_what_is_close() -> None:
     with pytest.raises(AssetError) as caught:
-        store.names(["tweet", "boolq", "nothing-like-it"])
+        store.expand_names(["tweet", "boolq", "nothing-like-it"])
     assert "'tweets'" in str(caught.value)
     assert "nothing-like-it" in str(caught.value)
-    assert store.names(["demo", "tweets"]) == ["smollm2-135m", "tweets"]
+    assert store.expand_names(["demo", "tweets"]) == ["smollm2-135m", "tweets"]
 
 
 def test_the_catalogue_is_well_formed() -> None:
@@ -136,7 +136,7 @@ def test_the_catalogue_is_well_formed() -> None:
         assert asset.wheel.file.endswith("-none-any.whl")
         last = [member.rsplit("/", 1)[-1] for member in asset.members]
         assert len(set(last)) == len(last)
-        assert asset.licence
+        assert asset.license
     assert {n for group in GROUPS.values() for n in group} <= set(ASSETS)
 
 

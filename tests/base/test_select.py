@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from kitout.base.find.find import survey
+from kitout.base.find.find import find_sites
 from kitout.base.select import matches, select
 from kitout.base.site import Site
 from kitout.base.survey import Survey
@@ -19,20 +19,20 @@ SMALL = {"hidden_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4, "i
 @pytest.fixture(scope="module")
 def llama() -> Survey:
     with torch.device("meta"):
-        return survey(hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, num_key_value_heads=2)))
+        return find_sites(hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, num_key_value_heads=2)))
 
 
 @pytest.fixture(scope="module")
 def t5() -> Survey:
     config = hf.T5Config(d_model=48, d_kv=12, d_ff=80, num_layers=3, num_decoder_layers=2, num_heads=4)
     with torch.device("meta"):
-        return survey(hf.T5ForConditionalGeneration(config))
+        return find_sites(hf.T5ForConditionalGeneration(config))
 
 
 @pytest.fixture(scope="module")
 def gpt2() -> Survey:
     with torch.device("meta"):
-        return survey(hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=48, n_layer=2, n_head=4)))
+        return find_sites(hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=48, n_layer=2, n_head=4)))
 
 
 def chosen(found: Survey, targets: str, layers: str = "all") -> list[str]:
@@ -128,7 +128,7 @@ def with_parts(found: Survey) -> list[Site]:
         if site.role == "attn.qkv":
             third = site.d_out // 3
             sites += [
-                site.at(role=f"attn.{part}", channels=tuple(range(i * third, (i + 1) * third)), d_out=third)
+                site.replace(role=f"attn.{part}", channels=tuple(range(i * third, (i + 1) * third)), d_out=third)
                 for i, part in enumerate("qkv")
             ]
     return sites

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from kitout import LoRA
 from kitout.cli import app
 from kitout.cli import methods as verb
-from kitout.cli.methods import about, described
+from kitout.cli.methods import method_info, parse_docstring
 from kitout.method import REGISTRY, Method
 from kitout.train.config.describe import type_text
 from laws.cases import CASES
@@ -31,7 +31,11 @@ def test_the_table_has_every_method_with_its_rate() -> None:
     by_name = {line.split()[0]: line for line in lines}
     for name, method in REGISTRY.items():
         cells = [cell.strip() for cell in by_name[name].split("  ") if cell.strip()]
-        assert cells[3:6] == [f"{method.rate.lr:g}", f"{method.rate.decay:g}", "yes" if method.mergeable else "no"]
+        assert cells[3:6] == [
+            f"{method.training.lr:g}",
+            f"{method.training.weight_decay:g}",
+            "yes" if method.mergeable else "no",
+        ]
     assert "attn.q attn.v" in by_name["LoRA"]
     assert "every attention call" in by_name["PrefixTuning"]
 
@@ -42,7 +46,7 @@ def test_a_page_tells_every_setting(name: str) -> None:
     assert done.exit_code == 0, done.output
     head, table = done.output.split("\n\n")
     assert head.startswith(f"{name}: ")
-    assert f"learning rate {REGISTRY[name].rate.lr:g} with AdamW; from " in head
+    assert f"learning rate {REGISTRY[name].training.lr:g} with AdamW; from " in head
     settings = [line.split()[0] for line in table.splitlines()[1:]]
     assert settings == list(REGISTRY[name].model_fields)
 
@@ -60,8 +64,12 @@ def test_json_is_what_the_code_says() -> None:
     assert [page["name"] for page in pages] == list(REGISTRY)
     for page in pages:
         method = REGISTRY[page["name"]]
-        assert page == json.loads(json.dumps(about(method)))
-        assert (page["lr"], page["decay"], page["head_lr"]) == (method.rate.lr, method.rate.decay, method.rate.head)
+        assert page == json.loads(json.dumps(method_info(method)))
+        assert (page["lr"], page["decay"], page["head_lr"]) == (
+            method.training.lr,
+            method.training.weight_decay,
+            method.training.head_lr,
+        )
         assert page["lr"] < page["warned_from"] < page["refused_from"]
     assert json.loads(said("IA3", "--json").output) == next(page for page in pages if page["name"] == "IA3")
 
@@ -79,7 +87,7 @@ def test_an_unknown_name_is_an_error_with_a_suggestion(word: str, hint: str) -> 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_every_setting_of_every_method_is_described(name: str) -> None:
-    summary, words = described(REGISTRY[name])
+    summary, words = parse_docstring(REGISTRY[name])
     silent = [field for field in REGISTRY[name].model_fields if not words.get(field)]
     assert not silent, f"say in {name}'s docstring what they are: '{silent[0]}: ...'"
     assert 10 < len(summary) < 140
@@ -97,8 +105,8 @@ def test_a_method_of_ones_own_needs_no_words() -> None:
         width: int = Field(default=8, ge=1, le=64)
         kinds: tuple[int, ...] | Literal["none"] | None = None
 
-    page = about(Bare)
-    assert (page["summary"], page["seat"], page["lr"]) == ("", "attn.v", Method.rate.lr)
+    page = method_info(Bare)
+    assert (page["summary"], page["seat"], page["lr"]) == ("", "attn.v", Method.training.lr)
     assert page["settings"][-2:] == [
         {"name": "width", "default": 8, "takes": "whole number >= 1, <= 64", "what": ""},
         {"name": "kinds", "default": None, "takes": "list of whole number | none", "what": ""},

@@ -39,7 +39,7 @@ def test_help_explains_every_setting_and_format() -> None:
 def test_the_example_is_a_run() -> None:
     told = kitout("--example")
     assert told.exit_code == 0
-    assert load(yaml_file.parse(told.stdout, "example")).model.name
+    assert load(yaml_file.parse_yaml(told.stdout, "example")).model.name
 
 
 def test_the_schema_is_json() -> None:

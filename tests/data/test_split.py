@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kitout.data.examples.convert import single
-from kitout.data.examples.examples import Example, Labelled, Text
-from kitout.data.images.image_set import Images
-from kitout.data.read.image_folders import from_arrays, load
+from kitout.data.examples.convert import one_turn_chat
+from kitout.data.examples.examples import Example, LabeledText, Text
+from kitout.data.images.image_set import ImageSet
+from kitout.data.read.image_folders import from_arrays, load_images
 from kitout.data.read.tables import DataError
 from kitout.data.split import Splits, split_examples, split_images
 from tiny_images import folder
 
 
 def labelled(count: int, classes: str = "aab") -> list[Example]:
-    return [Labelled(f"text {i}", classes[i % len(classes)]) for i in range(count)]
+    return [LabeledText(f"text {i}", classes[i % len(classes)]) for i in range(count)]
 
 
 def input_keys(examples: tuple[Example, ...]) -> set[str]:
@@ -52,12 +52,14 @@ def test_labels_keep_their_shares() -> None:
 
 
 def test_a_class_of_one_is_trained_on() -> None:
-    splits = split_examples({"": [*labelled(50), Labelled("odd", "only")]}, validation=5, test=20)
+    splits = split_examples({"": [*labelled(50), LabeledText("odd", "only")]}, validation=5, test=20)
     assert "only" in {e.answer_text() for e in splits.train}
 
 
 def test_near_copies_stay_together_and_copies_count_once() -> None:
-    said = [Labelled(words, label) for i in range(100) for words, label in ((f"Text {i}", "a"), (f"text  {i} ", "b"))]
+    said = [
+        LabeledText(words, label) for i in range(100) for words, label in ((f"Text {i}", "a"), (f"text  {i} ", "b"))
+    ]
     splits = split_examples({"": [*said, *said[:10]]}, validation=0.1, test=0.2)
     assert are_disjoint(splits)
     assert splits.num_duplicates == 10
@@ -80,16 +82,16 @@ def test_given_splits_stay_and_train_gives_way() -> None:
 
 
 def test_a_missing_split_is_taken_from_what_may_be_trained_on() -> None:
-    given = {"train": labelled(90), "": labelled(100), "test": [Labelled("other", "a")]}
+    given = {"train": labelled(90), "": labelled(100), "test": [LabeledText("other", "a")]}
     splits = split_examples(given, validation=0.1)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (90, 10, 1)
     assert splits.num_duplicates == 90
 
 
 def test_the_majority_needs_a_small_closed_set() -> None:
-    chats = [single(f"q {i}", "yes" if i % 4 else "no") for i in range(100)]
+    chats = [one_turn_chat(f"q {i}", "yes" if i % 4 else "no") for i in range(100)]
     assert split_examples({"": chats}, validation=0, test=20).majority_accuracy == pytest.approx(0.75, abs=0.2)
-    assert split_examples({"": [single(f"q {i}", f"a {i}") for i in range(200)]}).majority_accuracy is None
+    assert split_examples({"": [one_turn_chat(f"q {i}", f"a {i}") for i in range(200)]}).majority_accuracy is None
     assert split_examples({"": [Text(f"t {i}") for i in range(200)]}).majority_accuracy is None
     assert split_examples({"": chats}, test=0).majority_accuracy is None
 
@@ -101,7 +103,7 @@ def test_the_majority_needs_a_small_closed_set() -> None:
         ({"train": labelled(3), "test": labelled(3)}, {}, "all 3 training examples are also in validation"),
         ({"": labelled(10)}, {"test": 8}, "8 examples for test are more than half of the 10"),
         ({"": labelled(10)}, {"test": -1}, "test is -1; expected a fraction"),
-        ({"": [Labelled("a", "x")]}, {"validation": 1, "test": 0}, "give a validation file"),
+        ({"": [LabeledText("a", "x")]}, {"validation": 1, "test": 0}, "give a validation file"),
     ],
 )
 def test_what_cannot_be_split(given: dict[str, list[Example]], asked: dict[str, float], words: str) -> None:
@@ -109,7 +111,7 @@ def test_what_cannot_be_split(given: dict[str, list[Example]], asked: dict[str, 
         split_examples(given, **asked)
 
 
-def some(*counts: int) -> Images:
+def some(*counts: int) -> ImageSet:
     """`counts[k]` different images of class k."""
     labels = [k for k, n in enumerate(counts) for _ in range(n)]
     pixels = np.zeros((len(labels), 2, 2), dtype=np.uint8)
@@ -120,7 +122,7 @@ def some(*counts: int) -> Images:
 def test_classes_of_images_keep_their_shares() -> None:
     images = some(300, 90, 60)
     splits = split_images(images, 0, test=45, limit=90)
-    test, train = images.pick(splits.test), images.pick(splits.train)
+    test, train = images.subset(splits.test), images.subset(splits.train)
     assert Counter(test.labels) == {0: 30, 1: 9, 2: 6}
     assert Counter(train.labels) == {0: 60, 1: 18, 2: 12}
     assert splits.majority_accuracy == 30 / 45
@@ -147,7 +149,7 @@ def test_at_most_a_third_of_the_images_is_taken() -> None:
 
 def test_copies_of_images_count_once_and_never_stand_in_two_splits() -> None:
     images = some(40, 40)
-    doubled = images.pick([*range(80), *range(80), *range(40)])
+    doubled = images.subset([*range(80), *range(80), *range(40)])
     splits = split_images(doubled, 5, 26)
     assert splits.num_duplicates == 120
     hashes = [doubled.hashes[i] for split in (splits.train, splits.validation, splits.test) for i in split]
@@ -166,7 +168,7 @@ def test_copies_of_images_take_the_label_most_of_them_carry() -> None:
 def test_small_classes_are_never_tested_on_without_being_trained_on() -> None:
     for count in (1, 2):
         images = some(100, count)
-        assert 1 in images.pick(split_images(images, test=33).train).labels
+        assert 1 in images.subset(split_images(images, test=33).train).labels
 
 
 def test_named_splits_of_images_are_respected_and_cleaned(tmp_path: Path) -> None:
@@ -176,9 +178,9 @@ def test_named_splits_of_images_are_respected_and_cleaned(tmp_path: Path) -> Non
     (tmp_path / "train" / "red" / "leak.png").write_bytes((tmp_path / "test" / "red" / "0.png").read_bytes())
     (tmp_path / "train" / "red" / "twice.png").write_bytes((tmp_path / "train" / "red" / "0.png").read_bytes())
     (tmp_path / "train" / "red" / "other.png").write_bytes((tmp_path / "val" / "red" / "0.png").read_bytes())
-    images = load(tmp_path)
+    images = load_images(tmp_path)
     splits = split_images(images)
-    assert {name: {images.parts[i] for i in getattr(splits, name)} for name in ("train", "validation", "test")} == {
+    assert {name: {images.splits[i] for i in getattr(splits, name)} for name in ("train", "validation", "test")} == {
         "train": {"train"}, "validation": {"validation"}, "test": {"test"},
     }  # fmt: skip
     assert [len(split) for split in (splits.train, splits.validation, splits.test)] == [18, 6, 9]
@@ -189,4 +191,4 @@ def test_a_train_folder_that_is_the_test_folder_is_refused(tmp_path: Path) -> No
     folder(tmp_path / "train", each=3)
     folder(tmp_path / "test", each=3)
     with pytest.raises(DataError, match="nothing is left"):
-        split_images(load(tmp_path))
+        split_images(load_images(tmp_path))

@@ -39,13 +39,18 @@ def test_the_preset_is_the_built_in_model_and_tweets() -> None:
     config = preset(TextDemo())
     assert config.model.name == MODEL
     (source,) = config.data.train
-    assert (source.path, source.instruction, source.limit) == (DATA, INSTRUCTION, 1880)
+    assert (source.path, source.system_prompt, source.limit) == (DATA, INSTRUCTION, 1880)
     assert config.data.test == 600
     assert config.data.validation == 0
-    assert config.method.describe() == {"targets": "all-linear", "alpha": 16.0}
-    assert (config.train.lr, config.train.batch, config.train.epochs, config.train.decay) == (1e-3, 16, 1.0, 0.0)
+    assert config.method.non_default_settings() == {"targets": "all-linear", "alpha": 16.0}
+    assert (config.train.lr, config.train.batch_size, config.train.epochs, config.train.weight_decay) == (
+        1e-3,
+        16,
+        1.0,
+        0.0,
+    )
     assert config.evaluate.prove_merge
-    assert config.evaluate.shown == 6
+    assert config.evaluate.show_examples == 6
 
 
 def test_flags_become_settings(rows: Path) -> None:
@@ -56,12 +61,12 @@ def test_flags_become_settings(rows: Path) -> None:
     config = preset(chosen)
     (source,) = config.data.train
     assert (source.path, source.columns, source.limit) == (str(rows), {"text": "text", "label": "label"}, 2064)
-    assert source.instruction == "Classify this text as bad or good."
-    assert (config.data.test, config.evaluate.test, config.evaluate.shown) == (2000, 2000, 3)
+    assert source.system_prompt == "Classify this text as bad or good."
+    assert (config.data.test, config.evaluate.max_test_examples, config.evaluate.show_examples) == (2000, 2000, 3)
     assert (config.model.name, config.model.dtype, config.output.folder) == ("m", "float32", Path("o"))
     assert (config.train.lr, config.train.epochs, config.train.seed) == (2e-3, 2.0, 5)
     config = preset(TextDemo(data=rows, instruction="Well?"))
-    assert config.data.train[0].instruction == "Well?"
+    assert config.data.train[0].system_prompt == "Well?"
     assert config.data.test == pytest.approx(600 / 1880), "a share of an own table, which may be short"
 
 
@@ -110,7 +115,7 @@ def test_faults_of_the_user_are_one_line_and_no_trace(model: Path, rows: Path, t
 def test_assets_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KITOUT_CACHE", str(tmp_path))
     said = CliRunner().invoke(assets_app, ["list"]).output
-    for name in store.names(["all"]):
+    for name in store.expand_names(["all"]):
         assert name in said
     done = CliRunner().invoke(assets_app, ["path", "tweets"])
     assert done.exit_code == 1
@@ -122,9 +127,9 @@ def test_assets_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_dtype_can_be_asked_for_and_is_found_otherwise() -> None:
     cpu = torch.device("cpu")
-    assert device.dtype("fp32", cpu)[0] is torch.float32
-    assert device.dtype("bf16", cpu)[0] is torch.bfloat16
-    assert device.dtype("auto", cpu)[0] in {torch.float32, torch.bfloat16}
+    assert device.choose_dtype("fp32", cpu)[0] is torch.float32
+    assert device.choose_dtype("bf16", cpu)[0] is torch.bfloat16
+    assert device.choose_dtype("auto", cpu)[0] in {torch.float32, torch.bfloat16}
     assert memory.peak(cpu) > 2**20
 
 
@@ -132,7 +137,7 @@ def test_the_dtype_can_be_asked_for_and_is_found_otherwise() -> None:
 def test_the_built_in_model_speaks() -> None:
     from transformers import AutoTokenizer
 
-    here = store.get("smollm2-135m")
+    here = store.fetch_asset("smollm2-135m")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(here).eval(), AutoTokenizer.from_pretrained(here)
     turns = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -145,7 +150,7 @@ def test_the_built_in_model_speaks() -> None:
 def test_the_built_in_image_model_loads_whole() -> None:
     from transformers import AutoModel
 
-    model, report = AutoModel.from_pretrained(store.get("dinov2-small"), output_loading_info=True)
+    model, report = AutoModel.from_pretrained(store.fetch_asset("dinov2-small"), output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert model(pixel_values=torch.zeros(1, 3, 112, 112)).last_hidden_state.shape == (1, 65, 384)
@@ -154,8 +159,8 @@ def test_the_built_in_image_model_loads_whole() -> None:
 @pytest.mark.assets
 def test_the_tweets_are_all_there() -> None:
     from kitout.data.encode.classification import label_set
-    from kitout.data.read.sources import load
+    from kitout.data.read.sources import load_examples
 
-    (rows,) = load(str(store.get("tweets")), "label").parts.values()
+    (rows,) = load_examples(str(store.fetch_asset("tweets")), "label").splits.values()
     assert len(rows) == 38158
     assert label_set(rows) == ("negative", "neutral", "positive")

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from kitout.assets import store
 from kitout.cli.demo import app
-from kitout.data.read.image_folders import load
+from kitout.data.read.image_folders import load_images
 from kitout.data.split import split_images
 from kitout.demo.vision import JOBS, config
-from kitout.evaluate.metrics.interval import wilson
+from kitout.evaluate.metrics.interval import wilson_interval
 from kitout.evaluate.report import plots
 from tiny_images import folder as pictures
 from tiny_vision import folder as model_folder
@@ -57,7 +57,7 @@ def test_every_method_on_the_same_images(model: Path, data: Path, tmp_path: Path
     for row in held["adapters"]:
         right = sum(g == t for g, t in zip(held["predicted"][row["name"]], held["true"][row["name"]], strict=True))
         score = row["score"]
-        assert (score["value"], [score["low"], score["high"]]) == (right / 12, list(wilson(right, 12)))
+        assert (score["value"], [score["low"], score["high"]]) == (right / 12, list(wilson_interval(right, 12)))
         assert row["examples"] == 48
         assert row["seconds"] > 0
         assert row["processor_seconds"] > 0
@@ -89,8 +89,8 @@ def test_the_same_command_again_and_without_pictures(
 
 
 def test_each_method_has_its_recipe() -> None:
-    rates = {job.output.name: (job.train.lr, job.train.head_lr, job.train.decay, job.train.head)
-             for job in config().alone()}  # fmt: skip
+    rates = {job.output.name: (job.train.lr, job.train.head_lr, job.train.weight_decay, job.train.head)
+             for job in config().per_job()}  # fmt: skip
     assert rates == {
         "linear": (3e-3, 3e-3, 1e-4, "linear"), "bitfit": (3e-3, 3e-3, 0.0, "linear"),
         "vpt-shallow": (3e-2, 3e-3, 1e-4, "linear"), "vpt-deep": (1e-2, 3e-3, 1e-4, "linear"),
@@ -131,7 +131,7 @@ def test_faults_of_the_user_are_one_line_and_no_trace(model: Path, data: Path, t
 
 @pytest.mark.assets
 def test_the_embedded_images_are_all_there() -> None:
-    images = load(store.get("mnist-5k") / "images.npz")
+    images = load_images(store.fetch_asset("mnist-5k") / "images.npz")
     assert len(images) == 5000
-    assert images.names == tuple("0123456789")
+    assert images.label_names == tuple("0123456789")
     assert split_images(images, 0, 1000, 0, 500).majority_accuracy == 0.1

@@ -5,29 +5,31 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kitout.evaluate.compare import Shown, compare, side_by_side, told
-from kitout.evaluate.metrics.language import Summed
+from kitout.evaluate.compare import ComparedExample, compare, format_value, pick_examples
+from kitout.evaluate.metrics.language import LossSums
 from kitout.evaluate.metrics.measure import Measure
-from kitout.evaluate.metrics.registry import measures
+from kitout.evaluate.metrics.registry import compute_measures
 
 
 def judged(base: list[int], tuned: list[int]) -> tuple[dict[str, Measure], dict[str, Measure]]:
     """Right (1) or wrong (0) by example, as classes that are all 1."""
-    return measures("classification", base, [1] * len(base)), measures("classification", tuned, [1] * len(tuned))
+    return compute_measures("classification", base, [1] * len(base)), compute_measures(
+        "classification", tuned, [1] * len(tuned)
+    )
 
 
 def test_a_clear_gain_is_told_in_points_with_its_interval() -> None:
     base, tuned = judged([1] * 264 + [0] * 336, [1] * 240 + [0] * 24 + [1] * 183 + [0] * 153)
     found = compare(base, tuned)
     first = found.changes[0]
-    assert (first.name, first.title, first.better) == ("accuracy", "accuracy", True)
+    assert (first.name, first.title, first.is_better) == ("accuracy", "accuracy", True)
     assert first.difference == pytest.approx(0.265)
     assert 0.2 < first.low < 0.265 < first.high < 0.33
     low, high = f"{100 * first.low:.1f}", f"{100 * first.high:.1f}"
     assert first.verdict == f"better by 26.5 points ({low} to {high}); 600 held-out examples"
     assert found.verdict == f"accuracy: {first.verdict}"
     worse = compare(tuned, base).changes[0]
-    assert (worse.better, worse.verdict) == (
+    assert (worse.is_better, worse.verdict) == (
         False, f"worse by 26.5 points ({low} to {high}); 600 held-out examples"
     )  # fmt: skip
 
@@ -35,34 +37,36 @@ def test_a_clear_gain_is_told_in_points_with_its_interval() -> None:
 def test_what_few_examples_cannot_show_is_not_claimed() -> None:
     base, tuned = judged([1, 0, 0, 1, 0, 1, 1, 0, 0, 1], [1, 1, 0, 1, 0, 1, 1, 0, 0, 1])
     change = compare(base, tuned).changes[0]
-    assert change.better is None
+    assert change.is_better is None
     assert change.verdict.startswith("no difference that these 10 held-out examples can show (-")
     assert change.verdict.endswith(" points)")
     one = compare(*judged([0], [1])).changes[0]
     assert one.verdict.startswith("no difference that this 1 held-out example can show")
     same = compare(*judged([1, 0] * 50, [1, 0] * 50)).changes
-    assert all(change.better is None for change in same)
+    assert all(change.is_better is None for change in same)
 
 
 def test_less_loss_is_better_and_has_no_points() -> None:
     dice = np.random.default_rng(0)
-    base = [Summed(float(loss), 10, 3) for loss in dice.normal(30, 2, 100)]
-    tuned = [Summed(one.loss - 10 + float(dice.normal(0, 0.5)), 10, 6) for one in base]
-    loss, perplexity, token_accuracy = compare(measures("language", base), measures("language", tuned)).changes
-    assert (loss.better, perplexity.better, token_accuracy.better) == (True, True, True)
+    base = [LossSums(float(loss), 10, 3) for loss in dice.normal(30, 2, 100)]
+    tuned = [LossSums(one.loss - 10 + float(dice.normal(0, 0.5)), 10, 6) for one in base]
+    loss, perplexity, token_accuracy = compare(
+        compute_measures("language", base), compute_measures("language", tuned)
+    ).changes
+    assert (loss.is_better, perplexity.is_better, token_accuracy.is_better) == (True, True, True)
     assert loss.difference == pytest.approx(-1, abs=0.02)
     assert loss.verdict.startswith("better by 1")
     assert "points" not in loss.verdict
     assert "points" in token_accuracy.verdict
     # paired: the spread between examples, which both share, is not in the interval
     assert loss.high - loss.low < 0.4 * (loss.base.high - loss.base.low)
-    back = compare(measures("language", tuned), measures("language", base)).changes[0]
-    assert back.better is False
+    back = compare(compute_measures("language", tuned), compute_measures("language", base)).changes[0]
+    assert back.is_better is False
 
 
 def test_only_common_metrics_are_compared() -> None:
     texts = ["yes", "no", "no"] * 4
-    found = measures("generation", texts, texts)
+    found = compute_measures("generation", texts, texts)
     assert [c.name for c in compare(found, found).changes] == ["accuracy", "macro_f1", "exact_match", "token_f1"]
     assert [c.name for c in compare({"loss": found["accuracy"], "accuracy": found["accuracy"]}, found).changes] == [
         "accuracy"
@@ -72,10 +76,10 @@ def test_only_common_metrics_are_compared() -> None:
 
 
 def test_perplexity_beyond_all_numbers_still_compares() -> None:
-    huge, small = [Summed(1e6, 10, 0)] * 5, [Summed(10.0, 10, 5)] * 5
-    change = compare(measures("language", huge), measures("language", small)).changes[1]
+    huge, small = [LossSums(1e6, 10, 0)] * 5, [LossSums(10.0, 10, 5)] * 5
+    change = compare(compute_measures("language", huge), compute_measures("language", small)).changes[1]
     assert change.name == "perplexity"
-    assert change.better is True
+    assert change.is_better is True
     assert change.verdict.startswith("better by 1.01e304 ")
 
 
@@ -86,23 +90,23 @@ TUNED = ["a", "a", "x", "b", "z", "c", "a", "c", "a"]
 
 def test_examples_are_the_first_of_each_label_and_the_first_that_changed() -> None:
     prompts = [f"prompt {i}" for i in range(9)]
-    shown = side_by_side(prompts, REFERENCES, BASE, TUNED, 8)
+    shown = pick_examples(prompts, REFERENCES, BASE, TUNED, 8)
     assert [s.prompt for s in shown] == [f"prompt {i}" for i in (0, 3, 5, 1, 2, 7, 6, 4)]
     assert [s.why for s in shown] == ["first of its kind"] * 4 + ["the answers differ"] * 4
-    assert shown[0] == Shown("prompt 0", "a", "x", "a", (False, True), "first of its kind")
+    assert shown[0] == ComparedExample("prompt 0", "a", "x", "a", (False, True), "first of its kind")
     assert shown[4].right == (True, False)  # what got worse is shown as well
     assert shown[7].right == (False, False)
-    few = side_by_side(prompts, REFERENCES, BASE, TUNED, 3)
+    few = pick_examples(prompts, REFERENCES, BASE, TUNED, 3)
     assert [s.prompt for s in few] == ["prompt 0", "prompt 3", "prompt 2"]
-    assert side_by_side(prompts, REFERENCES, BASE, TUNED, 0) == ()
-    assert len(side_by_side(prompts, REFERENCES, BASE, BASE, 20)) == 9
-    assert side_by_side([], [], [], [], 4) == ()
+    assert pick_examples(prompts, REFERENCES, BASE, TUNED, 0) == ()
+    assert len(pick_examples(prompts, REFERENCES, BASE, BASE, 20)) == 9
+    assert pick_examples([], [], [], [], 4) == ()
     stories = ["The whole story in a sentence.", "Another one of the same kind."]
-    assert [s.right for s in side_by_side(["p", "q"], stories, stories, stories)] == [None, None]
+    assert [s.right for s in pick_examples(["p", "q"], stories, stories, stories)] == [None, None]
     stories = ["The whole story in a sentence.", "Another one of the same kind."]
-    assert [s.right for s in side_by_side(["p", "q"], stories, stories, stories)] == [None, None]
+    assert [s.right for s in pick_examples(["p", "q"], stories, stories, stories)] == [None, None]
     labels = ["yes", "no"] * 6
-    wordy = side_by_side(labels, labels, [f"I would say {label}." for label in labels], ["no"] * 12, 4)
+    wordy = pick_examples(labels, labels, [f"I would say {label}." for label in labels], ["no"] * 12, 4)
     assert [s.right for s in wordy[:2]] == [(True, False), (True, True)]
 
 
@@ -112,4 +116,4 @@ def test_examples_are_the_first_of_each_label_and_the_first_that_changed() -> No
      (-0.08183, False, True, "-0.08183"), (12345.6, False, False, "12,346"), (1e-9, False, False, "1e-9")],
 )  # fmt: skip
 def test_told(value: float, share: bool, sign: bool, expected: str) -> None:
-    assert told(value, share, sign) == expected
+    assert format_value(value, share, sign) == expected

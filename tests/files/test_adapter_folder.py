@@ -17,9 +17,9 @@ from torch import nn
 
 import kitout
 from kitout import IA3, VPT, BitFit, FullFineTuning, LoRA, PartialFineTuning
-from kitout.errors import FileError, MergeState, NameTaken, UnknownAdapter, WrongBase
+from kitout.errors import AdapterExists, FileError, MergeStateError, UnknownAdapter, WrongBase
 from kitout.files import adapter_folder, atomic
-from kitout.method import methods
+from kitout.method import registered_methods
 from zoo import ZOO, out
 
 BATCH = ZOO["llama"].batch(2, 0)
@@ -58,7 +58,7 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 
 OPTIONS = [
-    *(pytest.param(cls(), id=cls.__name__) for cls in methods() if cls not in (PartialFineTuning, VPT)),
+    *(pytest.param(cls(), id=cls.__name__) for cls in registered_methods() if cls not in (PartialFineTuning, VPT)),
     pytest.param(LoRA(rank={"attn.*": 4, "mlp.*": 2}, alpha=3, targets="attn.q mlp.up"), id="rank by role"),
     pytest.param(LoRA(dora=True, rank=4), id="dora"),
     pytest.param(LoRA(init="pissa", rank=4), id="pissa"),
@@ -140,7 +140,7 @@ def test_the_record_says_what_the_adapter_is(tmp_path: Path) -> None:
     ]
     other = attached()
     loaded = other.load(tmp_path / "a")
-    assert (loaded.name, loaded.strength, loaded.note) == ("a", 0.25, {"data": ["tweets"], "lr": 1e-3})
+    assert (loaded.name, loaded.strength, loaded.metadata) == ("a", 0.25, {"data": ["tweets"], "lr": 1e-3})
     other.save("a", tmp_path / "again")
     assert record_of(tmp_path / "again") == record
 
@@ -222,7 +222,7 @@ def test_saving_while_merged_takes_the_difference_from_the_unmerged_base(tmp_pat
     kit.merge("a")
     kit.save("a", tmp_path / "a")
     assert same_bits(attached().load(tmp_path / "a"), kit["a"])
-    with pytest.raises(MergeState, match="unmerge"):
+    with pytest.raises(MergeStateError, match="unmerge"):
         kit.load(tmp_path / "a", name="b")
 
 
@@ -232,7 +232,7 @@ def test_saving_while_merged_takes_the_difference_from_the_unmerged_base(tmp_pat
 def test_names(tmp_path: Path) -> None:
     kit = with_adapter()
     kit.save("a", tmp_path / "a")
-    with pytest.raises(NameTaken, match="'a'"):
+    with pytest.raises(AdapterExists, match="'a'"):
         kit.load(tmp_path / "a")
     kit.load(tmp_path / "a", name="b")
     assert kit.names == ["a", "b"]
@@ -278,7 +278,7 @@ def _fail(*_: Any, **__: Any) -> Any:
 
 BREAKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "while writing tensors": lambda m: m.setattr(adapter_folder, "write_tensors", _fail),
-    "while writing the record": lambda m: m.setattr(adapter_folder.Record, "write", _fail),
+    "while writing the record": lambda m: m.setattr(adapter_folder.AdapterJson, "write", _fail),
     "while renaming": lambda m: m.setattr(atomic, "_put", _fail),
 }
 
@@ -508,7 +508,7 @@ def test_two_threads_cannot_take_one_name(tmp_path: Path) -> None:
     def load() -> None:
         try:
             kit.load(tmp_path / "a")
-        except NameTaken as error:
+        except AdapterExists as error:
             failed.append(error)
 
     threads = [threading.Thread(target=load) for _ in range(4)]

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from kitout.evaluate.report import html, model_card, plots
-from kitout.evaluate.report.summary import Summary
+from kitout.evaluate.report.summary import RunSummary
 from kitout.files import atomic
 from kitout.train.config.load import load
-from kitout.train.metrics_log import Metrics
-from kitout.train.run_folder import RunFolder, opened
+from kitout.train.metrics_log import MetricsLog
+from kitout.train.run_folder import RunFolder, open_run_folder
 
 KINDS: dict[str, Callable[[Path, str], Any]] = {
     "text": lambda place, words: atomic.write_text(place, words),
@@ -81,16 +81,16 @@ def test_a_folder_that_cannot_be_flushed_is_not_replaced(tmp_path: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def summary() -> Summary:
-    return Summary(title="t", model="m", method="LoRA")
+def summary() -> RunSummary:
+    return RunSummary(title="t", model="m", method="LoRA")
 
 
 WRITERS: dict[str, Callable[[Path], Any]] = {
-    "report.html": lambda folder: html.write(summary(), folder / "report.html"),
-    "README.md": lambda folder: model_card.write(summary(), folder),
-    "loss.png": lambda folder: plots.write(folder / "loss.png", b"\x89PNG"),
-    "metrics.jsonl": lambda folder: Metrics(folder / "metrics.jsonl").begin(0),
-    "results.json": lambda folder: RunFolder(folder, False, False).finish({"loss": 1.0}),
+    "report.html": lambda folder: html.write_html(summary(), folder / "report.html"),
+    "README.md": lambda folder: model_card.write_model_card(summary(), folder),
+    "loss.png": lambda folder: plots.write_png(folder / "loss.png", b"\x89PNG"),
+    "metrics.jsonl": lambda folder: MetricsLog(folder / "metrics.jsonl").resume_at(0),
+    "results.json": lambda folder: RunFolder(folder, False, False).write_results({"loss": 1.0}),
 }
 
 
@@ -112,8 +112,8 @@ def test_a_run_folder_that_cannot_be_written_keeps_no_owner(tmp_path: Path, monk
     run = load({"model": "m", "data": "d.jsonl", "output": {"folder": str(tmp_path)}})
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        with pytest.raises(OSError, match="No space"), opened(run):
+        with pytest.raises(OSError, match="No space"), open_run_folder(run):
             pass
     assert [path.name for path in tmp_path.iterdir()] == [".run.lock"]
-    with opened(run):
+    with open_run_folder(run):
         pass

@@ -9,13 +9,13 @@ import pytest
 
 from kitout import Method
 from kitout.errors import KitoutError
-from kitout.method import methods
+from kitout.method import registered_methods
 from laws.activate import NAME, kit_of
 from laws.cases import CASES, REFUSED, Case, name_of
 from zoo import Specimen
 
 
-@pytest.mark.parametrize("method", list(methods()), ids=lambda m: m.__name__)
+@pytest.mark.parametrize("method", list(registered_methods()), ids=lambda m: m.__name__)
 def test_every_method_has_a_case_for_each_setting(method: type[Method]) -> None:
     cases = [c.method for c in CASES if type(c.method) is method]
     assert cases, f"{method.__name__} is registered but no case in tests/laws/configs.py tries it"

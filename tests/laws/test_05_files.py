@@ -32,7 +32,7 @@ def test_what_is_loaded_is_what_was_saved(specimen: Specimen, case: Case, tmp_pa
         kit.save(case.name, tmp_path / "a")
         loaded = kit.load(tmp_path / "a", name="again")
         kit.strength("again", strength)
-        assert loaded.method == adapter.method.settled()
+        assert loaded.method == adapter.method.inference_form()
         if loaded.method == adapter.method:
             assert_equal_tensors(loaded, adapter)
         with kit.use("again"):

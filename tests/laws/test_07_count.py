@@ -22,7 +22,7 @@ def test_the_count_is_the_closed_form_and_requires_grad(specimen: Specimen, case
         assert values > 0
         cost = kit.num_parameters(case.name)
         assert cost.trainable == cost.total == cost.formula == values
-        assert cost.trainable == case.method.count(adapter.sites)
+        assert cost.trainable == case.method.num_parameters(adapter.sites)
         assert cost.trainable == sum(p.numel() for p in kit.parameters() if p.requires_grad)
         assert cost.bytes == sum(p.numel() * p.element_size() for p in parameters) == 4 * values
         assert cost.percent == pytest.approx(100 * values / base)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import kitout
 from kitout import BitFit, LoRA
-from kitout.errors import SilentSite
+from kitout.errors import UnusedSite
 from laws.activate import kit_of, run, worn
 from laws.cases import CELLS, Case, name_of
 from zoo import Specimen
@@ -25,7 +25,7 @@ def test_every_delta_is_asked_in_one_forward(specimen: Specimen, case: Case) -> 
         asked: Counter[str] = Counter()
         for site in adapter.sites:
             delta = adapter.delta(site)
-            for way in ("forward", "update", "values", "past", "tokens"):
+            for way in ("forward", "forward_", "parameter_values", "key_values", "token_vectors"):
                 if hasattr(delta, way):
                     setattr(delta, way, counting(asked, site.key, getattr(delta, way)))
         run(kit, batch)
@@ -42,7 +42,7 @@ def counting(asked: Counter[str], key: str, call: Callable[..., Any]) -> Callabl
 
 def test_every_site_on_offer_is_a_module_that_runs(specimen: Specimen) -> None:
     kit, fired = kit_of(specimen), set[str]()
-    modules = {s.path: s.module for s in kit.survey.sites if s.path not in kit.survey.silent}
+    modules = {s.path: s.module for s in kit.survey.sites if s.path not in kit.survey.unused}
     hooks = [m.register_forward_pre_hook(lambda *_, p=p: fired.add(p)) for p, m in modules.items()]
     try:
         run(kit, specimen.batch(2, 0))
@@ -83,7 +83,7 @@ ROLES = {r"up$": "mlp.up", r"down$": "mlp.down", r"out_proj$": "attn.o"}
 
 def test_a_module_that_never_runs_is_refused_when_added() -> None:
     kit = kitout.attach(Tower(), roles=ROLES, example_batch={"x": torch.randn(2, 3, 8)})
-    with pytest.raises(SilentSite, match="out_proj"):
+    with pytest.raises(UnusedSite, match="out_proj"):
         kit.add("a", LoRA(rank=2, targets="attn.o"))
     assert kit.names == []
     kit.add("a", LoRA(rank=2, targets="mlp.*"))
@@ -97,5 +97,5 @@ def test_without_a_proof_the_first_forward_is_the_proof() -> None:
     x = torch.randn(2, 3, 8)
     with kit.use("heard"):
         kit(x)
-    with kit.use("silent"), pytest.raises(SilentSite, match="out_proj"):
+    with kit.use("silent"), pytest.raises(UnusedSite, match="out_proj"):
         kit(x)

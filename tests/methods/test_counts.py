@@ -89,7 +89,7 @@ PUBLISHED: list[tuple[str, Method, int]] = [
 )
 def test_published_counts(shape: str, method: Method, published: int) -> None:
     kit = kit_of(shape)
-    assert method.count(method.sites(kit.survey)) == published
+    assert method.num_parameters(method.sites(kit.survey)) == published
     kit.add("a", method, seed=0)
     try:
         count = kit.num_parameters("a")  # compares the closed form with the tensors
@@ -128,7 +128,7 @@ IN_FRONT: dict[str, list[tuple[Method, int]]] = {
 def test_published_counts_of_what_lies_in_front(shape: str) -> None:
     kit = kitout.attach(SLIM[shape]().eval())
     for i, (method, published) in enumerate(IN_FRONT[shape]):
-        assert method.count(method.sites(kit.survey)) == published
+        assert method.num_parameters(method.sites(kit.survey)) == published
         kit.add(f"a{i}", method, seed=0)
         count = kit.num_parameters(f"a{i}")
         assert (count.formula, count.trainable, count.total) == (published,) * 3

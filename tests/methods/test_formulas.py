@@ -17,11 +17,11 @@ from torch import Tensor, nn
 import kitout
 from kitout import SSF, AdaptFormer, BitFit, FullFineTuning, Houlsby, LoRA, Method, PartialFineTuning, Pfeiffer
 from kitout.base.site import Site
-from kitout.methods.deltas.affine import Affine
+from kitout.methods.deltas.affine import ScaleShift
 from kitout.methods.deltas.bottleneck import Bottleneck
-from kitout.methods.deltas.dora import Decomposed
-from kitout.methods.deltas.low_rank import LowRank
-from kitout.methods.ia3 import Scale
+from kitout.methods.deltas.dora import DoRADelta
+from kitout.methods.deltas.low_rank import LowRankDelta
+from kitout.methods.ia3 import ScaleDelta
 from zoo import EXTRA, LENGTH, ZOO, Specimen, out
 
 D, B, R = 12, 5, 3
@@ -78,7 +78,7 @@ def test_dropout_lies_between_activation_and_up() -> None:
 
 
 def test_affine_and_its_fold() -> None:
-    delta = randomised(Affine(D))
+    delta = randomised(ScaleShift(D))
     torch.testing.assert_close(delta(X, Y), Y * delta.scale + delta.shift)
     w, b = rand(D, 7, seed=3), rand(D, seed=4)
     x = rand(2, 7, seed=5)
@@ -88,7 +88,7 @@ def test_affine_and_its_fold() -> None:
 
 
 def test_scale_and_its_fold() -> None:
-    delta = randomised(Scale(D))
+    delta = randomised(ScaleDelta(D))
     torch.testing.assert_close(delta(X, Y), Y * delta.scale)
     w, b, x = rand(D, 7, seed=3), rand(D, seed=4), rand(2, 7, seed=5)
     torch.testing.assert_close(F.linear(x, *delta.fold(w, b)), delta(x, F.linear(x, w, b)))
@@ -96,7 +96,7 @@ def test_scale_and_its_fold() -> None:
 
 def test_low_rank_and_its_fold() -> None:
     a, b, w, bias = rand(R, D, seed=1), rand(7, R, seed=2), rand(7, D, seed=3), rand(7, seed=4)
-    delta = LowRank(a, b, scale=1.7).double()
+    delta = LowRankDelta(a, b, scale=1.7).double()
     y = F.linear(X, w, bias)
     torch.testing.assert_close(delta(X, y), y + 1.7 * X @ a.T @ b.T)
     torch.testing.assert_close(F.linear(X, *delta.fold(w, bias)), delta(X, y))
@@ -106,10 +106,10 @@ def test_dora_with_bias_and_its_detached_norm() -> None:
     linear = nn.Linear(D, 7).double().requires_grad_(False)
     site = Site(path="l", role="attn.q", d_in=D, d_out=7, module=linear)
     a, b, m = rand(R, D, seed=1), rand(7, R, seed=2), rand(7, seed=3).abs()
-    delta = Decomposed(a, b, m, scale=1.7).double()
-    from kitout.base.weights import Frozen
+    delta = DoRADelta(a, b, m, scale=1.7).double()
+    from kitout.base.weights import FrozenModule
 
-    y = delta(X, linear(X), Frozen(site))
+    y = delta(X, linear(X), FrozenModule(site))
     v = linear.weight + 1.7 * b @ a
     torch.testing.assert_close(y, X @ (m[:, None] * v / v.norm(dim=1, keepdim=True)).T + linear.bias)
     y.square().sum().backward()
@@ -561,7 +561,7 @@ def test_partial_takes_exactly_what_it_says() -> None:
     def names(specimen: str, **choice) -> set[str]:
         kit = kitout.attach(SPECIES[specimen].build())
         sites = kit.add("a", PartialFineTuning(**choice)).sites
-        return {f"{s.path}.{n}" if s.path else n for s in sites for n in s.names}
+        return {f"{s.path}.{n}" if s.path else n for s in sites for n in s.parameter_names}
 
     def under(specimen: str, *starts: str) -> set[str]:
         model = SPECIES[specimen].build()
@@ -586,7 +586,7 @@ def test_partial_takes_exactly_what_it_says() -> None:
 
 def test_what_no_forward_reads_is_not_trained() -> None:
     kit = kitout.attach(ZOO["dinov2"].build())
-    held = {n for s in kit.add("a", FullFineTuning()).sites for n in s.names}
+    held = {n for s in kit.add("a", FullFineTuning()).sites for n in s.parameter_names}
     assert "cls_token" in held
     assert "mask_token" not in held  # only masked-image training reads it
 

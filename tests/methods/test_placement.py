@@ -197,7 +197,7 @@ def test_adaptformer_reads_the_stream_before_the_norm(name: str) -> None:
     given: list[Tensor] = []
     ((tower, layer), delta) = next(iter(deltas.items()))
     delta["sub.mlp"].register_forward_pre_hook(lambda module, args: read.append(args[0]))
-    source = next(s for s in kit["a"].sites if (s.tower, s.layer) == (tower, layer)).source
+    source = next(s for s in kit["a"].sites if (s.tower, s.layer) == (tower, layer)).input_from
     norm = kit.base.get_submodule(source)
     assert "norm" in type(norm).__name__.lower()
     norm.register_forward_pre_hook(lambda module, args: given.append(args[0]))
@@ -253,8 +253,8 @@ def test_post_norm_is_seen_and_not_read_off_a_name(form: str) -> None:
     model = Model(form)
     kit = kitout.attach(model, example_batch={"x": torch.randn(2, 5, 16)})
     subs = {s.role: s for s in kit.survey.sites if s.role.startswith("sub.") and s.layer == 0}
-    assert subs["sub.mlp"].norm is (model.blocks[0].beta if form == "post" else None)
-    assert subs["sub.attn"].norm is (model.blocks[0].alpha if form == "post" else None)
+    assert subs["sub.mlp"].post_norm is (model.blocks[0].beta if form == "post" else None)
+    assert subs["sub.attn"].post_norm is (model.blocks[0].alpha if form == "post" else None)
     assert {s.role for s in Pfeiffer().sites(kit.survey)} == ({"sub.mlp"} if form == "post" else {"block"})
 
 
@@ -264,7 +264,7 @@ def test_the_stream_is_read_from_the_block_where_nothing_else_reads_it() -> None
     batch = {"x": torch.randn(2, 5, 16)}
     kit = kitout.attach(model, example_batch=batch)
     adapter = kit.add("a", ParallelAdapter(width=3, scale=2.0, targets="sub.attn"), seed=0)
-    assert [s.source for s in adapter.sites] == ["blocks.0", "blocks.1"]
+    assert [s.input_from for s in adapter.sites] == ["blocks.0", "blocks.1"]
     expected = batch["x"]
     for block, site in zip(model.blocks, adapter.sites, strict=True):
         delta = adapter.delta(site)

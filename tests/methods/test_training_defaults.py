@@ -13,19 +13,19 @@ from kitout import LoRA, PrefixTuning
 from kitout.base.site import Site
 from kitout.delta import Delta
 from kitout.errors import KitoutError
-from kitout.method import REGISTRY, Method, Rate, methods
-from kitout.methods.deltas.affine import Affine
+from kitout.method import REGISTRY, Method, TrainingDefaults, registered_methods
+from kitout.methods.deltas.affine import ScaleShift
 from laws.cases import CASES
 
 
-@pytest.mark.parametrize("method", list(methods()), ids=lambda m: m.__name__)
+@pytest.mark.parametrize("method", list(registered_methods()), ids=lambda m: m.__name__)
 def test_every_method_has_a_rate_of_its_own(method: type[Method]) -> None:
-    rate = method.rate
-    assert isinstance(rate, Rate)
+    rate = method.training
+    assert isinstance(rate, TrainingDefaults)
     assert "rate" in vars(method), "say how it is trained"
     assert 0 < rate.lr < 1
-    assert 0 < rate.head < 1
-    assert 0 <= rate.decay < 1
+    assert 0 < rate.head_lr < 1
+    assert 0 <= rate.weight_decay < 1
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -38,20 +38,20 @@ def test_settings_change_the_rate_to_another_finite_one(case: object) -> None:
 def test_a_new_method_has_the_common_rate() -> None:
     class Fresh(Method):
         def build(self, site: Site, shared: nn.Module | None) -> Delta:
-            return Affine(site.d_out)
+            return ScaleShift(site.d_out)
 
         def count(self, sites: Sequence[Site]) -> int:
             return sum(2 * s.d_out for s in sites)
 
     assert Fresh.__name__ not in REGISTRY
-    assert Fresh.rate == Fresh().advised() == Rate()
+    assert Fresh.training == Fresh().training_defaults() == TrainingDefaults()
 
 
 def test_a_rate_is_no_setting() -> None:
     assert "rate" not in LoRA().model_dump()
     assert "rate" not in LoRA.model_json_schema()["properties"]
     with pytest.raises(KitoutError, match="rate"):
-        LoRA(rate=1e-3)
+        LoRA(training=1e-3)
 
 
 @pytest.mark.parametrize("method", [LoRA(rank=2), LoRA(rank=2, dora=True), LoRA(rank=2, init="pissa"), PrefixTuning()])
@@ -60,5 +60,7 @@ def test_what_learns_faster_is_a_parameter(method: Method, tiny_llama: nn.Module
     adapter = kit.add("a", method, seed=0)
     for site in adapter.sites:
         delta = adapter.delta(site)
-        assert [delta.get_parameter(name).shape[0] for name in delta.late] == [site.d_out] * len(delta.late)
-        assert bool(delta.late) == isinstance(method, LoRA)
+        assert [delta.get_parameter(name).shape[0] for name in delta.loraplus_parameters] == [site.d_out] * len(
+            delta.loraplus_parameters
+        )
+        assert bool(delta.loraplus_parameters) == isinstance(method, LoRA)

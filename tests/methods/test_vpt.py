@@ -33,7 +33,7 @@ def worn(name: str, method: VPT) -> kitout.Kit:
 
 def prompts(kit: kitout.Kit, name: str = "v") -> dict[int, Tensor]:
     """The tokens of each block that has its own."""
-    return {s.layer: kit[name].delta(s).tokens().detach() for s in kit[name].sites}
+    return {s.layer: kit[name].delta(s).token_vectors().detach() for s in kit[name].sites}
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------------

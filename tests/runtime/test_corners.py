@@ -13,8 +13,8 @@ import kitout
 from kitout import IA3, FullFineTuning, Kit, LoRA, Mix, Stack
 from kitout.errors import (
     ConfigError,
-    Detached,
-    MergeState,
+    KitDetached,
+    MergeStateError,
     NotMergeable,
     RouteError,
     TargetError,
@@ -79,11 +79,11 @@ def test_merged_while_merged_is_refused() -> None:
     kit, _ = worn("llama", a=LoRA(), b=LoRA())
     kit.merge("a")
     for name in ("a", "b"):
-        with pytest.raises(MergeState, match="unmerge"):
+        with pytest.raises(MergeStateError, match="unmerge"):
             kit.merged_copy(name)
-    with pytest.raises(MergeState):
+    with pytest.raises(MergeStateError):
         kit.strength("a", 0.5)
-    with pytest.raises(MergeState):
+    with pytest.raises(MergeStateError):
         kit.to(torch.float64)
 
 
@@ -91,7 +91,7 @@ def test_training_while_merged_says_so() -> None:
     kit, batch = worn("llama", a=LoRA())
     kit.merge("a")
     kit.train()
-    with pytest.raises(MergeState, match="reach no adapter"):
+    with pytest.raises(MergeStateError, match="reach no adapter"):
         kit(**batch)
     kit.eval()
     kit(**batch)
@@ -226,7 +226,7 @@ def test_a_spent_kit_says_so() -> None:
     kit.use("a")
     kit.detach()
     for action in (lambda: kit.use("a"), lambda: kit.add("b", LoRA()), lambda: kit.merge("a")):
-        with pytest.raises(Detached):
+        with pytest.raises(KitDetached):
             action()
 
 

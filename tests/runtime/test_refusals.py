@@ -101,7 +101,7 @@ def test_settings_this_model_cannot_hold(kit: Kit, method: Callable[[], kitout.M
     "name", ["", "..", ".", "../a", "a/b", "a\\b", "/a", ".a", "-a", "a b", "a\n", "é", "a" * 129, None, 3, "a\0"]
 )
 def test_unsafe_names(kit: Kit, name: str) -> None:
-    with pytest.raises(errors.BadName) as error:
+    with pytest.raises(errors.InvalidAdapterName) as error:
         kit.add(name, LoRA())
     assert repr(name) in str(error.value)
 
@@ -116,7 +116,7 @@ def test_safe_names(kit: Kit, name: str) -> None:
 
 def test_a_name_taken(kit: Kit) -> None:
     before = list(kit["a"].parameters())
-    with pytest.raises(errors.NameTaken, match="'a'"):
+    with pytest.raises(errors.AdapterExists, match="'a'"):
         kit.add("a", IA3())
     assert all(p is q for p, q in zip(before, kit["a"].parameters(), strict=True))
 
@@ -144,14 +144,14 @@ def test_merging_is_one_state(kit: Kit) -> None:
         lambda: kit.add("c", LoRA()),
         lambda: kit.remove("b"),
     ):
-        with pytest.raises(errors.MergeState) as error:
+        with pytest.raises(errors.MergeStateError) as error:
             forbidden()
         assert "'a' is merged" in str(error.value)
         assert "unmerge()" in str(error.value)
     kit.unmerge()
-    with pytest.raises(errors.MergeState, match="nothing is merged"):
+    with pytest.raises(errors.MergeStateError, match="nothing is merged"):
         kit.unmerge()
-    with pytest.raises(errors.MergeState, match="no adapter"):
+    with pytest.raises(errors.MergeStateError, match="no adapter"):
         kit.merge()
     kit.remove("b")
 
@@ -214,7 +214,7 @@ def test_attach_to_what_is_no_model(thing: object) -> None:
 def test_attach_to_a_model_without_blocks_says_what_to_write() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5))
     grads = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(errors.NoBlocks) as error:
+    with pytest.raises(errors.NoBlocksFound) as error:
         kitout.attach(model)
     for told in ("[3 -> 4]", "[4 -> 5]", "roles=", "attn.qkv"):
         assert told in str(error.value)
@@ -243,7 +243,7 @@ def test_an_error_is_also_the_python_error_one_would_expect() -> None:
         (errors.TargetError, ValueError),
         (errors.ConfigError, ValueError),
         (errors.UnknownAdapter, KeyError),
-        (errors.MergeState, RuntimeError),
+        (errors.MergeStateError, RuntimeError),
         (errors.FileError, ValueError),
     ):
         assert issubclass(error, errors.KitoutError)

@@ -16,13 +16,13 @@ from transformers import TrainingArguments
 
 import kitout
 from kitout import Kit, Method
-from kitout.data.encode.item import IGNORED, Item
+from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.train.config.schema import TrainConfig
-from kitout.train.loop.batch_plan import plan
+from kitout.train.loop.batch_plan import plan_batches
 from kitout.train.loop.jobs import Job
-from kitout.train.loop.step import Work
-from kitout.train.loop.trainer import Loop
-from kitout.train.objectives.causal_lm import Causal
+from kitout.train.loop.step import StepRunner
+from kitout.train.loop.trainer import JobTrainer
+from kitout.train.objectives.causal_lm import CausalLM
 from kitout.train.objectives.objective import Objective
 from zoo import EXTRA, FIRST_TOKEN, VOCAB, ZOO
 
@@ -36,15 +36,17 @@ def kit_of(species: str, attention: str = "", dtype: torch.dtype = torch.float32
     return kitout.attach(model).eval()
 
 
-def texts(number: int, seed: int = 0, low: int = 4, high: int = 12) -> list[Item]:
+def texts(number: int, seed: int = 0, low: int = 4, high: int = 12) -> list[EncodedExample]:
     """Texts of different lengths, of which different numbers of tokens at the end are learnt."""
     dice = random.Random(seed)
     made = []
     for place in range(number):
         ids = [dice.randrange(FIRST_TOKEN, VOCAB) for _ in range(dice.randint(low, high))]
         learnt = dice.randint(1, len(ids) - 1)
-        labels = [IGNORED] * (len(ids) - learnt) + ids[-learnt:]
-        made.append(Item(tuple(ids), tuple(labels), prompt=len(ids) - learnt, place=f"line {place + 1}"))
+        labels = [IGNORE_INDEX] * (len(ids) - learnt) + ids[-learnt:]
+        made.append(
+            EncodedExample(tuple(ids), tuple(labels), prompt_length=len(ids) - learnt, location=f"line {place + 1}")
+        )
     return made
 
 
@@ -59,20 +61,20 @@ def add(kit: Kit, name: str, method: Method, heads: Mapping[str, nn.Module] | No
 
 
 def job(name: str, objective: Objective, items: Sequence[Any], steps: int = 4, batch: int = 4, **settings: Any) -> Job:
-    settings = {"lr": 1e-2, "schedule": "linear", "warmup": 0.0, "decay": 0.01, "seed": 0} | settings
-    chosen = TrainConfig(batch=batch, **settings)
-    order = plan([objective.size(item) for item in items], batch, steps, chosen.seed)
+    settings = {"lr": 1e-2, "lr_schedule": "linear", "warmup_ratio": 0.0, "weight_decay": 0.01, "seed": 0} | settings
+    chosen = TrainConfig(batch_size=batch, **settings)
+    order = plan_batches([objective.num_tokens(item) for item in items], batch, steps, chosen.seed)
     return Job(name, objective, items, order, chosen)
 
 
-def causal(kit: Kit, names: Sequence[str], items: Sequence[Item], pack: int = 0) -> Causal:
-    objective = Causal(kit, pack)
+def causal(kit: Kit, names: Sequence[str], items: Sequence[EncodedExample], pack: int = 0) -> CausalLM:
+    objective = CausalLM(kit, pack)
     with kit.use(names[0]):
-        objective.prepare(list(names), items)
+        objective.choose_head_loss(list(names), items)
     return objective
 
 
-def loop_of(kit: Kit, jobs: Sequence[Job], folder: Path, *, micro: int | None = None, **settings: Any) -> Loop:
+def loop_of(kit: Kit, jobs: Sequence[Job], folder: Path, *, micro: int | None = None, **settings: Any) -> JobTrainer:
     ours = ("watch", "callbacks", "run", "kept")
     own = {key: settings.pop(key) for key in ours if key in settings}
     settings = {"save_strategy": "no", "logging_steps": 1} | settings
@@ -80,10 +82,10 @@ def loop_of(kit: Kit, jobs: Sequence[Job], folder: Path, *, micro: int | None = 
         output_dir=str(folder), report_to="none", disable_tqdm=True, use_cpu=True, remove_unused_columns=False,
         logging_nan_inf_filter=False, **settings,
     )  # fmt: skip
-    return Loop(kit, jobs, folder, args, micro=micro, **own)
+    return JobTrainer(kit, jobs, folder, args, micro_batch_size=micro, **own)
 
 
-def trained(kit: Kit, jobs: Sequence[Job], folder: Path, **settings: Any) -> Loop:
+def trained(kit: Kit, jobs: Sequence[Job], folder: Path, **settings: Any) -> JobTrainer:
     loop = loop_of(kit, jobs, folder, **settings)
     loop.train()
     return loop
@@ -97,8 +99,8 @@ def gradients(kit: Kit, jobs: Sequence[Job], micro: int, step: int = 0) -> dict[
     """Of one step over all jobs, cut into micro-batches."""
     for one in jobs:
         kit[one.name].zero_grad()
-    work = Work(kit, jobs, micro)
-    rows = [(j, i) for j, one in enumerate(jobs) for i in one.steps[step]]
+    work = StepRunner(kit, jobs, micro)
+    rows = [(j, i) for j, one in enumerate(jobs) for i in one.batches[step]]
     work.step(kit, rows, step, Tensor.backward, nothing)
     return grads_of(kit, jobs)
 
@@ -125,5 +127,5 @@ def far(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
     return max((found[key] - wanted[key]).abs().max().item() for key in wanted) / scale
 
 
-def losses(loop: Loop) -> list[float]:
+def losses(loop: JobTrainer) -> list[float]:
     return [row["loss"] for row in loop.state.log_history if "loss" in row]

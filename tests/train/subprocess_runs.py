@@ -34,7 +34,7 @@ from kitout.files.base_fingerprint import fingerprint
 from kitout.train import checkpoints
 from kitout.train.loop import distributed, fsdp
 from kitout.train.loop.jobs import Job
-from kitout.train.measure.predict import see
+from kitout.train.measure.predict import predict
 from train.fixtures import add, causal, far, gradients, job, kit_of, loop_of, losses, texts, values
 
 torch.set_num_threads(1)
@@ -73,7 +73,16 @@ def pair(kit: Kit) -> list[Job]:
     names = ["low", "scale"]
     sets = [texts(20, 0), texts(12, 1)]
     return [
-        job(name, causal(kit, names, items), items, steps=10, batch=batch, seed=batch, schedule="cosine", warmup=0.2)
+        job(
+            name,
+            causal(kit, names, items),
+            items,
+            steps=10,
+            batch=batch,
+            seed=batch,
+            lr_schedule="cosine",
+            warmup_ratio=0.2,
+        )
         for name, items, batch in zip(names, sets, (4, 3), strict=True)
     ]
 
@@ -81,16 +90,16 @@ def pair(kit: Kit) -> list[Job]:
 def pictured(kit: Kit) -> list[Job]:
     """Two jobs over images: one draws dropout, the other keeps features; a BatchNorm head each."""
     from kitout.train.loop.frozen_trunk import keep_features
-    from kitout.train.objectives.image_classification import Pictures
-    from kitout.train.setup.heads import heads_of, own_heads
+    from kitout.train.objectives.image_classification import ImageClassification
+    from kitout.train.setup.heads import build_heads, copy_heads
     from tiny_vision import CLASSES, images, pixels
 
     whole = images(4)
     methods = {"drawn": AdaptFormer(width=8), "kept": PartialFineTuning(last=1)}
     jobs = []
     for name, method in methods.items():
-        add(kit, name, method, own_heads(heads_of(kit, (), language=False), (), CLASSES, 0, "batchnorm"))
-        objective = Pictures(kit, whole, pixels())
+        add(kit, name, method, build_heads(copy_heads(kit, (), is_language_model=False), (), CLASSES, 0, "batchnorm"))
+        objective = ImageClassification(kit, whole, pixels())
         jobs.append(
             job(
                 name,
@@ -114,10 +123,10 @@ def resumed(folder: Path, kind: str = "texts", run: str = "one") -> Figures:
     loop = loop_of(
         kit, jobs, folder, run=run, save_strategy="steps", save_steps=1, logging_steps=2, callbacks=[Slow()]
     )  # fmt: skip
-    last = next(reversed(checkpoints.found(folder)), None)
+    last = next(reversed(checkpoints.list_checkpoints(folder)), None)
     loop.train(str(last) if last else None)
-    weights = {key: value.tolist() for key, value in loop.values().items()}  # running statistics of heads too
-    return {"losses": losses(loop), "weights": weights, "from": str(last), "spent": loop.work.spent}
+    weights = {key: value.tolist() for key, value in loop.trained_tensors().items()}  # running statistics of heads too
+    return {"losses": losses(loop), "weights": weights, "from": str(last), "spent": loop.step_runner.job_seconds}
 
 
 def limited(folder: Path) -> list[int]:
@@ -139,7 +148,7 @@ def limited(folder: Path) -> list[int]:
         warnings.simplefilter("always")
         loop.train()
     assert sum("no checkpoint of step" in str(warning.message) for warning in told) == 2, told
-    return [checkpoints.step_of(path) for path in checkpoints.found(folder)]
+    return [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(folder)]
 
 
 class Stop(TrainerCallback):
@@ -163,9 +172,9 @@ def shared(folder: Path, kind: str, stop: int | None = None) -> Figures:
         add(kit, "shift", BitFit(), seed=1)
         add(kit, "front", PrefixTuning(length=3), seed=2)
         names += ["shift", "front"]
-    parted = kind == "parted" and distributed.world() > 1
+    parted = kind == "parted" and distributed.world_size() > 1
     jobs = [
-        job(name, causal(kit, names, items), items, steps=steps, batch=batch, seed=batch, shard=parted)
+        job(name, causal(kit, names, items), items, steps=steps, batch=batch, seed=batch, fsdp=parted)
         for name, items, steps, batch in zip(
             names, [texts(20, 0), texts(12, 1), texts(9, 2)], (6, 4, 5), (5, 1, 3), strict=False
         )
@@ -175,34 +184,39 @@ def shared(folder: Path, kind: str, stop: int | None = None) -> Figures:
     def watch() -> dict[str, float]:
         for one in jobs:
             with kit.use(one.name):
-                seen[one.name] = see(kit, one.objective, texts(7, 9)).loss
+                seen[one.name] = predict(kit, one.objective, texts(7, 9)).mean_loss
         return {"eval_loss": sum(seen.values())}
 
     loop = loop_of(
         kit, jobs, folder, micro=2, watch=watch, eval_strategy="steps", eval_steps=2, save_strategy="steps",
         save_steps=2, logging_steps=3, callbacks=[Stop(stop)],
     )  # fmt: skip
-    last = next(reversed(checkpoints.found(folder)), None) if stop is None else None
-    distributed.wait()
+    last = next(reversed(checkpoints.list_checkpoints(folder)), None) if stop is None else None
+    distributed.barrier()
     try:
         loop.train(str(last) if last else None)
     except KeyboardInterrupt:
         return {}
     saved = ""
     if kind == "parted":
-        with fsdp.whole(kit):
+        with fsdp.unsharded(kit):
             if distributed.rank() == 0:
                 kit.save("low", folder / "adapter")
                 fresh = kit_of("llama", dtype=kit.dtype)
                 fresh.load(folder / "adapter")
                 saved = fingerprint(kit.state, ()).model_dump_json()
-            distributed.wait()
+            distributed.barrier()
     held = sum(own(value).numel() for value in kit.base.parameters())
     weights = {f"{one.name}/{key}": value.tolist() for one in jobs for key, value in values(kit, one.name).items()}
     return {
-        "weights": weights, "losses": losses(loop), "seen": seen, "held": held, "saved": saved,
-        "tokens": sum(distributed.gathered([loop.work.tokens])), "from": checkpoints.step_of(last) if last else 0,
-    }  # fmt: skip
+        "weights": weights,
+        "losses": losses(loop),
+        "seen": seen,
+        "held": held,
+        "saved": saved,
+        "tokens": sum(distributed.all_gather([loop.step_runner.tokens])),
+        "from": checkpoints.step_of(last) if last else 0,
+    }
 
 
 def own(value: Any) -> Any:

@@ -71,12 +71,12 @@ def simple(tmp_path: Path, steps: int = 4, **settings: Any) -> Any:
 def test_what_a_kill_left_half_done_is_cleared_or_finished(tmp_path: Path) -> None:
     _, loop = simple(tmp_path, kept=9)
     loop.train()
-    assert [checkpoints.step_of(path) for path in checkpoints.found(tmp_path)] == [1, 2, 3, 4]
+    assert [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)] == [1, 2, 3, 4]
     (tmp_path / ".checkpoint-5.new").mkdir()
     (tmp_path / "checkpoint-3").rename(tmp_path / ".checkpoint-3.old")  # killed between the two renames
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / ".checkpoint-2.old")  # killed after both
     (tmp_path / "checkpoint-5").mkdir()  # somebody's
-    assert [checkpoints.step_of(path) for path in checkpoints.found(tmp_path)] == [1, 2, 3, 4]
+    assert [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)] == [1, 2, 3, 4]
     assert not list(tmp_path.glob(".*"))
 
 
@@ -87,7 +87,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
         watch=lambda: {"eval_loss": next(measured)}, kept=2,
     )  # fmt: skip
     loop.train()
-    assert [checkpoints.step_of(path) for path in checkpoints.found(tmp_path)] == [2, 5, 6]
+    assert [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)] == [2, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, half: bool) -> None:
     _, loop = simple(tmp_path, steps=2)
     loop.train()
-    last = checkpoints.found(tmp_path)[-1]
+    last = checkpoints.list_checkpoints(tmp_path)[-1]
     held = (last / name).read_bytes()
     (last / name).write_bytes(held[: len(held) // 2 if half else 0])
     _, again = simple(tmp_path, steps=2)
@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, half: bool) ->
 def test_other_data_or_another_adapter_is_refused(tmp_path: Path) -> None:
     _, loop = simple(tmp_path, run="one")
     loop.train()
-    last = str(checkpoints.found(tmp_path)[-1])
+    last = str(checkpoints.list_checkpoints(tmp_path)[-1])
     _, other = simple(tmp_path, run="other")
     with pytest.raises(ConfigError, match="belongs to another run"):
         other.train(last)
@@ -155,7 +155,7 @@ def test_a_full_disk_costs_one_checkpoint_and_no_more(
     other._save_checkpoint = saving
     with pytest.warns(RuntimeWarning, match=r"no checkpoint of step 3 \(the disk is full\)"):
         other.train()
-    assert [checkpoints.step_of(path) for path in checkpoints.found(tmp_path / "full")] == [1, 2, 4]
+    assert [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path / "full")] == [1, 2, 4]
     assert not list((tmp_path / "full").glob(".*"))
     assert losses(other) == losses(loop)
 
@@ -183,7 +183,7 @@ def test_an_early_stop_waits_as_long_after_a_restart_and_a_stopped_run_stays_sto
             greater_is_better=False, watch=watch, callbacks=[EarlyStoppingCallback(3)], load_best_model_at_end=False,
         )  # fmt: skip
         if start:
-            loop.train(str(checkpoints.found(folder)[-1]))
+            loop.train(str(checkpoints.list_checkpoints(folder)[-1]))
         else:
             try:
                 loop.train()
@@ -198,7 +198,7 @@ def test_an_early_stop_waits_as_long_after_a_restart_and_a_stopped_run_stays_sto
     assert again.state.global_step == 5
     last = {name: value.clone() for name, value in again.values().items()}
     assert again.load_best() == 2
-    best = checkpoints._tensors(tmp_path / "cut" / "checkpoint-2", "value.")
+    best = checkpoints._read_tensors(tmp_path / "cut" / "checkpoint-2", "value.")
     assert all(torch.equal(value, best[name]) for name, value in again.values().items())
     assert any(not torch.equal(value, last[name]) for name, value in again.values().items())
     _, third = run(tmp_path / "cut", 5)

@@ -12,9 +12,9 @@ import torch
 import transformers
 
 import kitout
-from kitout.data.encode.item import Item
+from kitout.data.encode.item import EncodedExample
 from kitout.data.read.tables import DataError
-from kitout.train.setup.closed_answers import closed_answers
+from kitout.train.setup.closed_answers import find_closed_answers
 from tiny_models import both, decoder, jsonl, reviews
 
 END = 5
@@ -22,20 +22,27 @@ IDS = {"good": (7,), "bad": (8, 9), "so so": (7, 8)}
 SYSTEM = "Is it good or bad?"
 
 
-def item(answer: str, place: str = "line 1", lost: int = 0) -> Item:
+def item(answer: str, place: str = "line 1", lost: int = 0) -> EncodedExample:
     answer_ids = (*IDS.get(answer, (11,)), END)
-    return Item((1, 2, 3, *answer_ids), (-100,) * 3 + answer_ids, prompt=3, reference=answer, lost=lost, place=place)
+    return EncodedExample(
+        (1, 2, 3, *answer_ids),
+        (-100,) * 3 + answer_ids,
+        prompt_length=3,
+        reference=answer,
+        num_truncated_targets=lost,
+        location=place,
+    )
 
 
 def test_answers_that_return_are_a_closed_set() -> None:
     train = [item("bad")] * 3 + [item("good")] * 5 + [item("so so")] * 2
-    found = closed_answers(train, [item("bad")])
+    found = find_closed_answers(train, [item("bad")])
     assert found is not None
     assert found.names == ("good", "bad", "so so")
-    assert found.ids == ((7,), (8, 9), (7, 8))
-    assert found.end == END
-    cut = dataclasses.replace(item("bad"), ids=(1, 2, 3, 8), lost=2)
-    assert closed_answers([cut, *train], []) == found, "a cut answer says nothing of its tokens"
+    assert found.token_ids == ((7,), (8, 9), (7, 8))
+    assert found.end_token_id == END
+    cut = dataclasses.replace(item("bad"), input_ids=(1, 2, 3, 8), num_truncated_targets=2)
+    assert find_closed_answers([cut, *train], []) == found, "a cut answer says nothing of its tokens"
 
 
 @pytest.mark.parametrize(
@@ -45,23 +52,26 @@ def test_answers_that_return_are_a_closed_set() -> None:
         ([item("good"), item("bad")], []),  # they do not return
         ([item("good"), item("bad")] * 5, [item("so so")]),  # another one is evaluated
         ([item("good"), item(""), item("bad")] * 5, []),  # plain text among them
-        ([dataclasses.replace(item("good"), ids=(1, 2, 3, *range(20, 40), END)), item("bad")] * 5, []),  # a sentence
-        ([item("good"), dataclasses.replace(item("bad"), ids=item("good").ids)] * 5, []),  # the same tokens
+        (
+            [dataclasses.replace(item("good"), input_ids=(1, 2, 3, *range(20, 40), END)), item("bad")] * 5,
+            [],
+        ),  # a sentence
+        ([item("good"), dataclasses.replace(item("bad"), input_ids=item("good").input_ids)] * 5, []),  # the same tokens
     ],
 )
-def test_what_is_no_closed_set(train: list[Item], evaluated: list[Item]) -> None:
-    assert closed_answers(train, evaluated) is None
+def test_what_is_no_closed_set(train: list[EncodedExample], evaluated: list[EncodedExample]) -> None:
+    assert find_closed_answers(train, evaluated) is None
 
 
 def test_the_set_may_be_given_and_is_then_kept_to() -> None:
     train = [item("good"), item("bad")]
-    found = closed_answers(train, [], ["bad", "good"])
+    found = find_closed_answers(train, [], ["bad", "good"])
     assert found is not None
     assert found.names == ("bad", "good")
     with pytest.raises(DataError, match=r"line 7: the answer 'so so' is not one of them"):
-        closed_answers(train, [item("so so", "line 7")], ["bad", "good"])
+        find_closed_answers(train, [item("so so", "line 7")], ["bad", "good"])
     with pytest.raises(DataError, match="no training example answers 'so so'"):
-        closed_answers(train, [], ["bad", "good", "so so"])
+        find_closed_answers(train, [], ["bad", "good", "so so"])
 
 
 def rows_of(number: int, seed: int, long: bool) -> list[dict[str, str]]:
@@ -75,13 +85,13 @@ def run(model: Path, folder: Path, long: bool = False, **more: Any) -> Any:
         name: jsonl(folder / f"{name}.jsonl", rows_of(n, seed, long))
         for name, n, seed in (("train", 60, 0), ("test", 21, 1))
     }
-    source = {"path": str(files["train"]), "instruction": SYSTEM}
+    source = {"path": str(files["train"]), "system_prompt": SYSTEM}
     settings = {
         "model": {"name": str(model), "dtype": "float32"},
         "data": {"train": [source], "test": str(files["test"]), "validation": 10},
-        "train": {"batch": 8, "steps": 12, "lr": 1e-2}, "output": {"folder": str(folder / "out")}, **more,
+        "train": {"batch_size": 8, "steps": 12, "lr": 1e-2}, "output": {"folder": str(folder / "out")}, **more,
     }  # fmt: skip
-    return kitout.train(settings, say=lambda _: None)
+    return kitout.train(settings, log=lambda _: None)
 
 
 @torch.no_grad()
@@ -129,7 +139,7 @@ def test_accuracy_is_that_of_the_likeliest_label_computed_by_hand(tmp_path: Path
 
 
 def test_an_encoder_decoder_is_measured_likewise(tmp_path: Path) -> None:
-    result = run(both(tmp_path / "model"), tmp_path, evaluate={"shown": 2})
-    assert result.figures["objective"] == "seq2seq"
+    result = run(both(tmp_path / "model"), tmp_path, evaluate={"show_examples": 2})
+    assert result.figures["objective"] == "seq2seq_lm"
     assert result.comparisons["adapter"].changes[0].name == "accuracy"
     assert result.figures["labels"]["adapter"]

@@ -38,12 +38,12 @@ def asked(tmp_path: Path) -> Path:
 
 
 def run(model: Path, data: Any, out: Path, **more: Any) -> Any:
-    train = {"batch": 8, "steps": 2, **more.pop("train", {})}
+    train = {"batch_size": 8, "steps": 2, **more.pop("train", {})}
     settings = {
         "model": {"name": str(model), "dtype": "float32"}, "data": data, "train": train,
-        "evaluate": {"generate": 2, **more.pop("evaluate", {})}, "output": {"folder": str(out)}, **more,
+        "evaluate": {"generate_examples": 2, **more.pop("evaluate", {})}, "output": {"folder": str(out)}, **more,
     }  # fmt: skip
-    return kitout.train(settings, say=lambda _: None)
+    return kitout.train(settings, log=lambda _: None)
 
 
 def as_the_card_says(folder: Path) -> Any:
@@ -63,7 +63,7 @@ def test_a_decoder_without_a_padding_id_judges_and_its_card_says_how(tmp_path: P
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
     words.pad_token = None
     words.save_pretrained(tmp_path / "base")
-    result = run(tmp_path / "base", str(texts), tmp_path / "out", objective="classify")
+    result = run(tmp_path / "base", str(texts), tmp_path / "out", objective="classification")
     assert result.comparisons["adapter"].changes
     kit = as_the_card_says(tmp_path / "out" / "adapter")
     assert kit(input_ids=torch.tensor([[5, 6, 7], [8, 9, 1]])).logits.shape == (2, 2)
@@ -92,7 +92,7 @@ def test_answers_are_written_while_activations_are_computed_again(
 ) -> None:
     losses = []
     for name, again in (("kept", False), ("again", True)):
-        result = run(models["decoder"], str(asked), tmp_path / name, train={"checkpointing": again})
+        result = run(models["decoder"], str(asked), tmp_path / name, train={"activation_checkpointing": again})
         losses.append(next(c for c in result.comparisons["adapter"].changes if c.name == "loss").tuned.value)
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
@@ -100,8 +100,11 @@ def test_answers_are_written_while_activations_are_computed_again(
 @pytest.mark.parametrize(
     ("evaluate", "told"),
     [
-        ({"best": "nonsense"}, "known: .*'loss'"),
-        ({"best": "exact_match", "generate": 0}, "evaluate.best=exact_match is not measured here"),
+        ({"best_metric": "nonsense"}, "known: .*'loss'"),
+        (
+            {"best_metric": "exact_match", "generate_examples": 0},
+            "evaluate.best_metric=exact_match is not measured here",
+        ),
     ],
 )
 def test_a_best_by_what_is_not_measured(
@@ -116,7 +119,7 @@ def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = load({"model": "m", "data": "d", "output": {"report_to": ["wandb", "tensorboard"]}})
     with pytest.raises(KitoutError, match=r"report_to=wandb.*\n.*report_to=tensorboard"):
-        conflicts.machine(config, cuda=False)
+        conflicts.check_machine(config, has_cuda=False)
 
 
 @pytest.mark.parametrize(("begins", "told"), [(gzip.compress(b"{}\n"), "gzip"), (b"\x80\x04\x95\xff", "pickle")])
@@ -125,7 +128,7 @@ def test_a_file_of_another_kind_under_the_name_of_a_table(tmp_path: Path, begins
 
     (tmp_path / "d.jsonl").write_bytes(begins)
     with pytest.raises(KitoutError, match=told):
-        tables.rows(tmp_path / "d.jsonl")
+        tables.read_rows(tmp_path / "d.jsonl")
 
 
 def test_numbers_of_a_table_without_types_are_numbers_and_some_are_held_out(
@@ -137,7 +140,7 @@ def test_numbers_of_a_table_without_types_are_numbers_and_some_are_held_out(
         return str(tmp_path / "d.csv")
 
     result = run(models["encoder"], table(), tmp_path / "out")
-    assert result.figures["objective"] == "regress"
+    assert result.figures["objective"] == "regression"
     assert result.comparisons["adapter"].changes[0].base.n == 4
     with pytest.raises(KitoutError, match=r"d.csv:42: label 'nan' is no finite number"):
         run(models["encoder"], table("text,nan"), tmp_path / "refused")
@@ -173,7 +176,7 @@ def test_half_of_a_surrogate_pair_is_told_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text(f"[{row}]")
     for name, told in (("d.jsonl", "line 2: half of a surrogate"), ("d.json", "object 1: half of a surrogate")):
         with pytest.raises(KitoutError, match=told):
-            tables.rows(tmp_path / name)
+            tables.read_rows(tmp_path / name)
 
 
 def test_a_disk_that_is_full_at_the_end_is_told_and_the_same_call_finishes(
@@ -183,7 +186,7 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_the_same_call_finishes(
     from kitout.train import outputs
 
     free = resource.getrlimit(resource.RLIMIT_FSIZE)
-    named = outputs.adapters
+    named = outputs.adapter_folders
 
     def full(*given: Any) -> Any:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, free[1]))
@@ -206,15 +209,17 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_the_same_call_finishes(
 
 
 def test_one_answer_to_everything_is_warned_of() -> None:
-    from kitout.data.encode.item import Item
-    from kitout.data.statistics import facts
+    from kitout.data.encode.item import EncodedExample
+    from kitout.data.statistics import compute_statistics
 
-    def items(*answers: str) -> list[Item]:
-        return [Item((5, 6, 7), (-100, 6, 7), reference=answer, prompt=1) for answer in answers]
+    def items(*answers: str) -> list[EncodedExample]:
+        return [EncodedExample((5, 6, 7), (-100, 6, 7), reference=answer, prompt_length=1) for answer in answers]
 
-    assert any("every answer is 'bad'" in told for told in facts({"train": items("bad", "bad", "bad")}).warnings)
-    assert not any("every answer" in told for told in facts({"train": items("bad", "good")}).warnings)
-    assert not any("every answer" in told for told in facts({"train": items("", "")}).warnings)
+    assert any(
+        "every answer is 'bad'" in told for told in compute_statistics({"train": items("bad", "bad", "bad")}).warnings
+    )
+    assert not any("every answer" in told for told in compute_statistics({"train": items("bad", "good")}).warnings)
+    assert not any("every answer" in told for told in compute_statistics({"train": items("", "")}).warnings)
 
 
 def test_a_head_rate_far_too_high_is_refused_and_patience_warns_of_nothing(
@@ -222,10 +227,10 @@ def test_a_head_rate_far_too_high_is_refused_and_patience_warns_of_nothing(
 ) -> None:
     with pytest.raises(KitoutError, match="head_lr=30"):
         run(models["encoder"], str(texts), tmp_path / "out", train={"head_lr": 30.0})
-    train = {"patience": 1, "steps": 12, "lr": 1e-8, "head_lr": 1e-8}
+    train = {"early_stopping_patience": 1, "steps": 12, "lr": 1e-8, "head_lr": 1e-8}
     transformers.logging.enable_propagation()
     result = run(
-        models["encoder"], str(texts), tmp_path / "out", train=train, evaluate={"every": 1, "best": "accuracy"}
+        models["encoder"], str(texts), tmp_path / "out", train=train, evaluate={"steps": 1, "best_metric": "accuracy"}
     )
     assert result.figures["steps"] < 12
     transformers.logging.disable_propagation()

@@ -14,8 +14,8 @@ from kitout.errors import ConfigError
 from kitout.train.config.load import load
 from kitout.train.config.schema import RunConfig
 from kitout.train.loop import frozen_trunk
-from kitout.train.metrics_log import read
-from kitout.train.objectives.image_classification import Pictures
+from kitout.train.metrics_log import read_metrics
+from kitout.train.objectives.image_classification import ImageClassification
 from kitout.train.setup.prepare import prepare
 from tiny_images import folder as pictures
 from tiny_vision import folder as model_folder
@@ -38,16 +38,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(model: Path, images: Path, out: Path, **more: Any) -> dict[str, Any]:
     own = {"train": str(images), "test": 12, "validation": 0, **more.pop("data", {})}
-    train = {"batch": 8, "steps": 12, "lr": 1e-2, "head_lr": 1e-2, **more.pop("train", {})}
+    train = {"batch_size": 8, "steps": 12, "lr": 1e-2, "head_lr": 1e-2, **more.pop("train", {})}
     return {"model": str(model), "data": own, "train": train, "output": {"folder": str(out)}, **more}
 
 
 def losses(out: Path) -> list[float]:
-    return [row["loss"] for row in read(out / "metrics.jsonl") if "loss" in row]
+    return [row["loss"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
 
 
 def run(model: Path, images: Path, out: Path, **more: Any) -> list[float]:
-    kitout.train(settings(model, images, out, **more), say=lambda _: None)
+    kitout.train(settings(model, images, out, **more), log=lambda _: None)
     return losses(out)
 
 
@@ -77,9 +77,9 @@ class Counted:
 
 
 def steps(kit: Any, jobs: Sequence[Any]) -> None:
-    from kitout.train.loop.step import Work
+    from kitout.train.loop.step import StepRunner
 
-    work = Work(kit, jobs, 999)
+    work = StepRunner(kit, jobs, 999)
     for step in range(len(jobs[0].steps)):
         rows = [(j, i) for j, job in enumerate(jobs) for i in job.steps[step]]
         work.step(kit, rows, step, torch.Tensor.backward, lambda _m: torch.enable_grad())
@@ -108,8 +108,8 @@ def test_the_trunk_is_left_alone_where_it_cannot_be_kept(
         ready = made(model, data, tmp_path, **more)
         cuts, notes = frozen_trunk.keep_features(ready.kit, ready.jobs)
         (objective,) = [job.objective for job in ready.jobs]
-        assert isinstance(objective, Pictures)
-        assert (objective.from_rows is not None) == bool(cuts)
+        assert isinstance(objective, ImageClassification)
+        assert (objective.cached_logits_fn is not None) == bool(cuts)
         return bool(cuts), notes
 
     assert kept(method=PROBE, train={"trunk": "auto"})[0]
@@ -150,11 +150,11 @@ def test_a_batchnorm_head_learns_its_statistics_from_the_steps_alone(model: Path
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"objective": "classify", "data": {"augment": {"rotate": 5}}}, "data.augment is for images"),
-        ({"objective": "causal", "train": {"head": "batchnorm"}}, "train.head is for images"),
-        ({"objective": "causal", "train": {"trunk": "auto"}}, "train.trunk is for images"),
-        ({"train": {"head": "batchnorm", "batch": 1}}, "no variance over one image"),
-        ({"train": {"head": "batchnorm", "micro_batch": 4}}, "over a whole batch"),
+        ({"objective": "classification", "data": {"augment": {"rotate": 5}}}, "data.augment is for images"),
+        ({"objective": "causal_lm", "train": {"head": "batchnorm"}}, "train.head is for images"),
+        ({"objective": "causal_lm", "train": {"trunk": "auto"}}, "train.trunk is for images"),
+        ({"train": {"head": "batchnorm", "batch_size": 1}}, "no variance over one image"),
+        ({"train": {"head": "batchnorm", "micro_batch_size": 4}}, "over a whole batch"),
         ({"data": {"augment": {"min_crop": 0}}}, "min_crop"),
     ],
 )

@@ -22,10 +22,10 @@ from tiny_models import decoder, encoder, jsonl, reviews
 def run(model: Path, data: Path, out: Path, **more: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "model": {"name": str(model), "dtype": more.pop("dtype", "float32")}, "data": str(data),
-        "train": {"batch": 8, "steps": 3, "lr": 1e-2}, "evaluate": {"generate": 0, "prove_merge": True},
+        "train": {"batch_size": 8, "steps": 3, "lr": 1e-2}, "evaluate": {"generate_examples": 0, "prove_merge": True},
         "output": {"folder": str(out)}, **more,
     }  # fmt: skip
-    kitout.train(settings, say=lambda _: None)
+    kitout.train(settings, log=lambda _: None)
     figures: dict[str, Any] = json.loads((out / "results.json").read_text())
     return figures
 
@@ -43,7 +43,7 @@ def data(tmp_path: Path) -> Path:
 
 def test_labels_and_written_answers_are_asked_again(model: Path, data: Path, tmp_path: Path) -> None:
     words = ["train", "--model", str(model), "--data", str(data), "--prove-merge", "--out", str(tmp_path / "out")]
-    done = CliRunner().invoke(app, [*words, "model.dtype=float32", "train.steps=3", "train.batch=8"])
+    done = CliRunner().invoke(app, [*words, "model.dtype=float32", "train.steps=3", "train.batch_size=8"])
     assert done.exit_code == 0, done.output
     (proof,) = json.loads((tmp_path / "out" / "results.json").read_text())["merge"].values()
     assert proof == {"dtype": "float32", "asked": 6 + 8, "same": 6 + 8, "restored_bit_for_bit": True}
@@ -60,7 +60,7 @@ def test_a_classifier_is_asked_for_its_classes(data: Path, tmp_path: Path) -> No
 def test_a_base_of_fewer_bits_is_asked_in_float32_and_nothing_else_changes(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
-    plain = {"evaluate": {"generate": 0}}
+    plain = {"evaluate": {"generate_examples": 0}}
     runs = {}
     for name, more in (("with", {}), ("without", plain)):
         figures = run(model, data, tmp_path / name, dtype="bfloat16", **more)

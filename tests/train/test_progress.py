@@ -15,8 +15,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from kitout.train.metrics_log import Metrics, read, to_json_value
-from kitout.train.progress import Progress
+from kitout.train.metrics_log import MetricsLog, read_metrics, to_json_value
+from kitout.train.progress import ProgressDisplay
 
 
 class Line(nn.Module):
@@ -42,7 +42,11 @@ DATA = [{"x": torch.full((4,), i / 40), "labels": torch.tensor(float(i % 2))} fo
 
 
 def run(
-    folder: Path, progress: Progress, steps: int = 40, resume: bool = False, stop: Callable[[int], None] | None = None
+    folder: Path,
+    progress: ProgressDisplay,
+    steps: int = 40,
+    resume: bool = False,
+    stop: Callable[[int], None] | None = None,
 ) -> None:
     arguments = TrainingArguments(
         str(folder / "checkpoints"), max_steps=steps, logging_steps=1, eval_strategy="steps", eval_steps=20,
@@ -69,13 +73,13 @@ def console(terminal: bool, width: int = 100) -> Console:
     return Console(force_terminal=terminal, file=io.StringIO(), width=width, color_system=colours)
 
 
-def shown(progress: Progress) -> str:
+def shown(progress: ProgressDisplay) -> str:
     assert isinstance(progress.console.file, io.StringIO)
     return progress.console.file.getvalue()
 
 
 def test_plain_lines(tmp_path: Path) -> None:
-    progress = Progress(tmp_path, console(terminal=False))
+    progress = ProgressDisplay(tmp_path, console(terminal=False))
     run(tmp_path, progress)
     told = shown(progress)
     lines = told.strip().split("\n")
@@ -93,7 +97,7 @@ def test_plain_lines(tmp_path: Path) -> None:
 
 
 def test_a_terminal_gets_one_panel(tmp_path: Path) -> None:
-    progress = Progress(tmp_path, console(terminal=True))
+    progress = ProgressDisplay(tmp_path, console(terminal=True))
     run(tmp_path, progress)
     told = shown(progress)
     assert "\x1b[?25l" in told  # the cursor is hidden ...
@@ -110,18 +114,18 @@ def test_a_terminal_gets_one_panel(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [20, 40, 300])
 def test_any_width(tmp_path: Path, width: int) -> None:
-    progress = Progress(tmp_path, console(terminal=True, width=width))
+    progress = ProgressDisplay(tmp_path, console(terminal=True, width=width))
     run(tmp_path, progress, steps=2)
     assert "2" in shown(progress)
 
 
 def test_metrics_hold_every_log(tmp_path: Path) -> None:
-    run(tmp_path, Progress(tmp_path, console(terminal=False)))
+    run(tmp_path, ProgressDisplay(tmp_path, console(terminal=False)))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
     assert [line["step"] for line in lines if "eval_loss" in line] == [20, 40]
     assert {"loss", "grad_norm", "learning_rate", "tokens", "memory", "epoch"} <= set(lines[0])
-    assert read(tmp_path / "metrics.jsonl") == lines
+    assert read_metrics(tmp_path / "metrics.jsonl") == lines
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"step": 25, "lo', b'{"step": 25}\n{"step": 26, "loss": 1'])
@@ -131,12 +135,12 @@ def test_no_step_is_there_twice_after_a_resume(tmp_path: Path, torn: bytes) -> N
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, Progress(tmp_path, console(terminal=True)), stop=stop)
+        run(tmp_path, ProgressDisplay(tmp_path, console(terminal=True)), stop=stop)
     file = tmp_path / "metrics.jsonl"
-    assert [line["step"] for line in read(file)][-1] > 20  # further than the checkpoint
+    assert [line["step"] for line in read_metrics(file)][-1] > 20  # further than the checkpoint
     with file.open("ab") as held:
         held.write(torn)
-    progress = Progress(tmp_path, console(terminal=False))
+    progress = ProgressDisplay(tmp_path, console(terminal=False))
     run(tmp_path, progress, resume=True)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
@@ -147,8 +151,8 @@ def test_no_step_is_there_twice_after_a_resume(tmp_path: Path, torn: bytes) -> N
 
 def test_a_run_from_the_start_begins_the_file_anew(tmp_path: Path) -> None:
     for _ in range(2):
-        run(tmp_path, Progress(tmp_path, console(terminal=False)), steps=3)
-    assert [line["step"] for line in read(tmp_path / "metrics.jsonl") if "loss" in line] == [1, 2, 3]
+        run(tmp_path, ProgressDisplay(tmp_path, console(terminal=False)), steps=3)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line] == [1, 2, 3]
 
 
 def test_an_interrupt_gives_the_terminal_back(tmp_path: Path) -> None:
@@ -156,7 +160,7 @@ def test_an_interrupt_gives_the_terminal_back(tmp_path: Path) -> None:
         if call == 3:
             raise KeyboardInterrupt
 
-    progress = Progress(tmp_path, console(terminal=True))
+    progress = ProgressDisplay(tmp_path, console(terminal=True))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, progress, stop=stop)
     assert shown(progress).rstrip().endswith("\x1b[?25h")
@@ -175,7 +179,7 @@ def test_an_interrupt_gives_the_terminal_back(tmp_path: Path) -> None:
     ],
 )
 def test_nothing_that_is_logged_is_a_fault(tmp_path: Path, terminal: bool, logs: Mapping[str, Any]) -> None:
-    progress = Progress(tmp_path, console(terminal))
+    progress = ProgressDisplay(tmp_path, console(terminal))
     arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     state, control = TrainerState(max_steps=0), TrainerControl()
     with progress:
@@ -195,7 +199,7 @@ def test_nothing_that_is_logged_is_a_fault(tmp_path: Path, terminal: bool, logs:
 
 
 def test_jobs_have_a_row_each(tmp_path: Path) -> None:
-    progress = Progress(tmp_path, console(terminal=True))
+    progress = ProgressDisplay(tmp_path, console(terminal=True))
     state = TrainerState(max_steps=9)
     arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     with progress:
@@ -207,7 +211,7 @@ def test_jobs_have_a_row_each(tmp_path: Path) -> None:
 
 
 def test_other_processes_are_silent(tmp_path: Path) -> None:
-    progress = Progress(tmp_path / "run", console(terminal=True))
+    progress = ProgressDisplay(tmp_path / "run", console(terminal=True))
     state = TrainerState(max_steps=3, is_world_process_zero=False)
     arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     progress.on_train_begin(arguments, state, TrainerControl())
@@ -220,7 +224,7 @@ def test_other_processes_are_silent(tmp_path: Path) -> None:
 
 def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
-    progress = Progress(tmp_path, console(terminal=True))
+    progress = ProgressDisplay(tmp_path, console(terminal=True))
     run(tmp_path, progress, steps=2)
     assert "\x1b[?25l" not in shown(progress)
     assert "step 2/2" in shown(progress)
@@ -234,8 +238,8 @@ def test_plain_values() -> None:
 def test_lines_written_before_training_are_kept_once(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     for start in (0, 0, 1):
-        metrics = Metrics(file)
+        metrics = MetricsLog(file)
         metrics.write(0, {"eval_loss": 2.0})
-        metrics.begin(start)
+        metrics.resume_at(start)
         metrics.write(1 + start, {"loss": 1.0})
-    assert [line["step"] for line in read(file)] == [0, 1, 2]
+    assert [line["step"] for line in read_metrics(file)] == [0, 1, 2]

@@ -18,7 +18,7 @@ import transformers
 
 import kitout
 from kitout.errors import ConfigError, KitoutError
-from kitout.train.metrics_log import read
+from kitout.train.metrics_log import read_metrics
 from tiny_models import both, decoder, encoder, jsonl, reviews, vision
 
 pytest.importorskip("accelerate")
@@ -26,12 +26,12 @@ pytest.importorskip("accelerate")
 
 def run(model: Path, data: Any, out: Path, **more: Any) -> Any:
     said: list[str] = []
-    train = {"batch": 8, "steps": 6, **more.pop("train", {})}
+    train = {"batch_size": 8, "steps": 6, **more.pop("train", {})}
     settings = {
         "model": {"name": str(model), "dtype": "float32"}, "data": data, "train": train,
-        "evaluate": {"generate": 4, **more.pop("evaluate", {})}, "output": {"folder": str(out)}, **more,
+        "evaluate": {"generate_examples": 4, **more.pop("evaluate", {})}, "output": {"folder": str(out)}, **more,
     }  # fmt: skip
-    result = kitout.train(settings, say=said.append)
+    result = kitout.train(settings, log=said.append)
     return result, "\n".join(said)
 
 
@@ -65,7 +65,7 @@ def test_instructions_from_a_file_to_a_tested_adapter(models: dict[str, Path], t
     assert changes["loss"].tuned.value < changes["loss"].base.value
     assert "held-out" in said
     assert str(out / "report.html") in said
-    rows = read(out / "metrics.jsonl")
+    rows = read_metrics(out / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == result.figures["steps"]
     assert losses[-1] < losses[0]
@@ -87,19 +87,19 @@ def test_instructions_from_a_file_to_a_tested_adapter(models: dict[str, Path], t
 
 
 OBJECTIVES: dict[str, tuple[str, Any]] = {
-    "classify": ("encoder", [{"text": r["text"], "label": r["label"]} for r in reviews(60)]),
+    "classification": ("encoder", [{"text": r["text"], "label": r["label"]} for r in reviews(60)]),
     "classify by a decoder": ("decoder", [{"text": r["text"], "label": r["label"]} for r in reviews(60)]),
-    "regress": ("encoder", [{"text": r["text"], "label": len(r["text"]) / 10} for r in reviews(60)]),
+    "regression": ("encoder", [{"text": r["text"], "label": len(r["text"]) / 10} for r in reviews(60)]),
     "multilabel": (
         "encoder",
         [{"text": r["text"], "labels": [r["label"], "long" if len(r["text"]) > 30 else "short"]} for r in reviews(60)],
     ),
-    "tokens": (
+    "token_classification": (
         "encoder",
         [{"tokens": r["text"].split(), "tags": ["O" if w.isdigit() else "W" for w in r["text"].split()]}
          for r in reviews(60)],
     ),
-    "seq2seq": ("both", [{"document": r["text"], "summary": r["label"]} for r in reviews(60)]),
+    "seq2seq_lm": ("both", [{"document": r["text"], "summary": r["label"]} for r in reviews(60)]),
     "text": ("decoder", [{"text": r["text"]} for r in reviews(60)]),
     "messages": (
         "decoder",
@@ -108,7 +108,12 @@ OBJECTIVES: dict[str, tuple[str, Any]] = {
     ),
     "completions": ("decoder", [{"prompt": r["text"] + ":", "completion": " " + r["label"]} for r in reviews(60)]),
 }  # fmt: skip
-FOUND = {"classify by a decoder": "classify", "text": "causal", "messages": "causal", "completions": "causal"}
+FOUND = {
+    "classify by a decoder": "classification",
+    "text": "causal_lm",
+    "messages": "causal_lm",
+    "completions": "causal_lm",
+}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -123,12 +128,12 @@ def test_every_objective_is_told_by_its_data(models: dict[str, Path], tmp_path: 
 
 
 def _loaded(model: Path, objective: str, out: Path, rows: list[dict[str, Any]]) -> Any:
-    from kitout.train.setup.base_model import CLASSES
+    from kitout.train.setup.base_model import AUTO_MODELS
 
-    labels = {"multilabel": 4, "tokens": 2, "regress": 1}.get(objective, 2)
-    more = {} if objective in ("causal", "seq2seq") else {"num_labels": labels}
+    labels = {"multilabel": 4, "token_classification": 2, "regression": 1}.get(objective, 2)
+    more = {} if objective in ("causal_lm", "seq2seq_lm") else {"num_labels": labels}
     transformers.logging.set_verbosity_error()
-    base = getattr(transformers, CLASSES[objective]).from_pretrained(model, **more)
+    base = getattr(transformers, AUTO_MODELS[objective]).from_pretrained(model, **more)
     kit = kitout.attach(base.eval())
     kit.load(out / "adapter", name="mine")
     return kit
@@ -148,7 +153,7 @@ def colours(tmp_path: Path) -> Path:
 def test_images(models: dict[str, Path], colours: Path, tmp_path: Path) -> None:
     data = {"train": str(colours), "test": 8, "validation": 4}
     result, _ = run(models["vision"], data, tmp_path / "out", train={"steps": 8, "lr": 5e-3})
-    assert result.figures["objective"] == "images"
+    assert result.figures["objective"] == "image_classification"
     accuracy = next(c for c in result.comparisons["adapter"].changes if c.name == "accuracy")
     assert accuracy.tuned.value > 0.9
     assert {"confusion.png", "errors.png", "training.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
@@ -164,7 +169,7 @@ def test_jobs_at_once_each_with_its_own(models: dict[str, Path], tmp_path: Path)
         {"name": "first", "method": "LoRA", "train": {"steps": 3, "seed": 1}},
         {"name": "second", "method": "IA3", "data": str(two), "train": {"steps": 5, "lr": 2e-2}},
     ]
-    result, said = run(models["decoder"], str(one), tmp_path / "both", jobs=jobs, train={"batch": 4})
+    result, said = run(models["decoder"], str(one), tmp_path / "both", jobs=jobs, train={"batch_size": 4})
     assert set(result.comparisons) == {"first", "second"}
     assert result.figures["steps"] == 5
     rows = result.figures["adapters"]
@@ -178,7 +183,7 @@ def test_jobs_at_once_each_with_its_own(models: dict[str, Path], tmp_path: Path)
     assert "best: " not in said
     assert {p.name for p in (tmp_path / "both" / "adapter").iterdir()} == {"first", "second"}
     alone, _ = run(
-        models["decoder"], str(one), tmp_path / "one", method="LoRA", train={"batch": 4, "steps": 3, "seed": 1}
+        models["decoder"], str(one), tmp_path / "one", method="LoRA", train={"batch_size": 4, "steps": 3, "seed": 1}
     )
     joint, single = (_tensors(path) for path in (tmp_path / "both/adapter/first", tmp_path / "one/adapter"))
     assert joint.keys() == single.keys()
@@ -208,7 +213,7 @@ def test_a_dry_run_stops_before_the_first_step(models: dict[str, Path], tmp_path
         "data": str(data),
         "output": {"folder": str(tmp_path / "o")},
     }
-    result = kitout.train(config, dry_run=True, say=lambda _: None)
+    result = kitout.train(config, dry_run=True, log=lambda _: None)
     assert (tmp_path / "o" / "preflight.txt").is_file()
     assert not result.comparisons
     assert not (tmp_path / "o" / "adapter").exists()
@@ -244,13 +249,19 @@ def test_a_killed_run_goes_on_to_the_same_bits(models: dict[str, Path], tmp_path
 
 def test_two_processes_with_a_parted_base_come_to_the_same(models: dict[str, Path], tmp_path: Path) -> None:
     data = jsonl(tmp_path / "d.jsonl", instructed(60))
-    settings = ["model.dtype=float32", "train.steps=3", "train.batch=8", "evaluate.generate=2", "method=LoRA"]
+    settings = [
+        "model.dtype=float32",
+        "train.steps=3",
+        "train.batch_size=8",
+        "evaluate.generate_examples=2",
+        "method=LoRA",
+    ]
     words = ["-m", "kitout", "train", "--model", str(models["decoder"]), "--data", str(data), *settings]
     quiet: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for extra, start in (
         (["--out", str(tmp_path / "one")], []),
-        (["--out", str(tmp_path / "two"), "train.shard=true"], launch),
+        (["--out", str(tmp_path / "two"), "train.fsdp=true"], launch),
     ):
         done = subprocess.run([sys.executable, *(["-m", *start] if start else []), *words, *extra], **quiet)
         assert done.returncode == 0, done.stdout[-3000:]
@@ -263,7 +274,11 @@ def test_two_processes_with_a_parted_base_come_to_the_same(models: dict[str, Pat
 
 
 def _logged(out: Path) -> list[Any]:
-    return [row for row in read(out / "metrics.jsonl") if "loss" in row] if (out / "metrics.jsonl").exists() else []
+    return (
+        [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+        if (out / "metrics.jsonl").exists()
+        else []
+    )
 
 
 def _losses(out: Path) -> list[tuple[int, float]]:
@@ -279,8 +294,8 @@ def _losses(out: Path) -> list[tuple[int, float]]:
         ({"model": {"name": "DECODER", "dtype": "float16", "device": "cpu"}}, "float16"),
         ({"method": "VPT"}, "VPT"),
         ({"data": {"train": [{"path": "DATA", "columns": {"instruction": "what"}}]}}, "what"),
-        ({"train": {"shard": True}}, "torchrun"),
-        ({"objective": "classify"}, "label"),
+        ({"train": {"fsdp": True}}, "torchrun"),
+        ({"objective": "classification"}, "label"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_expensive(
@@ -291,7 +306,7 @@ def test_what_is_wrong_is_told_before_anything_expensive(
     words = json.dumps(change).replace("DECODER", str(models["decoder"])).replace("DATA", str(data))
     base = {"model": {"name": str(models["decoder"])}, "data": str(data), "output": {"folder": str(tmp_path / "o")}}
     with pytest.raises(KitoutError, match=told.replace("/", ".")):
-        kitout.train(base | json.loads(words), say=lambda _: None)
+        kitout.train(base | json.loads(words), log=lambda _: None)
 
 
 def test_a_method_on_a_model_it_cannot_serve(models: dict[str, Path], colours: Path, tmp_path: Path) -> None:

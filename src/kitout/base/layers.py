@@ -11,30 +11,30 @@ import re
 from collections.abc import Callable, Sequence
 
 from kitout.base.site import Site
-from kitout.errors import Faults, suggest
+from kitout.errors import Errors, suggest
 
-Towers = dict[str, list[int]]
+LayersByTower = dict[str, list[int]]
 
 
-def parse(text: str, sites: Sequence[Site], faults: Faults) -> Callable[[Site], bool]:
+def layer_filter(text: str, sites: Sequence[Site], errors: Errors) -> Callable[[Site], bool]:
     """A test on sites. Faults of the text are added to `faults`; sites outside the blocks pass only with "all"."""
     if text.strip() == "all":
         return lambda _: True
-    towers = _towers(sites)
+    towers = _layers_by_tower(sites)
     allowed: set[tuple[str, int]] = set()
     for part in text.split(";"):
         name, slash, wanted = part.strip().rpartition("/")
         chosen = {tower: layers for tower, layers in towers.items() if name in tower}
         if slash and not chosen:
-            faults.add(f"no tower's path contains {name!r}; {suggest(name, towers)}")
+            errors.add(f"no tower's path contains {name!r}; {suggest(name, towers)}")
         elif not towers:
-            faults.add(f"{part!r} names layers, but this model has no blocks; write layers='all'")
+            errors.add(f"{part!r} names layers, but this model has no blocks; write layers='all'")
         else:
-            allowed |= _layers(wanted.strip(), chosen, faults)
+            allowed |= _select_layers(wanted.strip(), chosen, errors)
     return lambda site: site.layer is not None and (site.tower, site.layer) in allowed
 
 
-def _towers(sites: Sequence[Site]) -> Towers:
+def _layers_by_tower(sites: Sequence[Site]) -> LayersByTower:
     found: dict[str, set[int]] = {}
     for site in sites:
         if site.layer is not None:
@@ -42,30 +42,30 @@ def _towers(sites: Sequence[Site]) -> Towers:
     return {tower: sorted(layers) for tower, layers in found.items()}
 
 
-def _layers(wanted: str, towers: Towers, faults: Faults) -> set[tuple[str, int]]:
+def _select_layers(expression: str, towers: LayersByTower, errors: Errors) -> set[tuple[str, int]]:
     """(tower, layer) pairs of one expression."""
-    if wanted == "all":
+    if expression == "all":
         return {(tower, layer) for tower, layers in towers.items() for layer in layers}
     depths = ", ".join(f"{tower} has {len(layers)}" for tower, layers in towers.items())
-    if last := re.fullmatch(r"last:(\d+)", wanted):
+    if last := re.fullmatch(r"last:(\d+)", expression):
         n = int(last[1])
         if not 1 <= n <= max(map(len, towers.values())):
-            faults.add(f"{wanted!r} asks for {n} layers; {depths}")
+            errors.add(f"{expression!r} asks for {n} layers; {depths}")
         return {(tower, layer) for tower, layers in towers.items() for layer in layers[-n:]} if n else set()
-    indices = _indices(wanted)
+    indices = _parse_indices(expression)
     if indices is None:
-        faults.add(f"{wanted!r} is no choice of layers; write 'all', 'last:4', '0,3,5', '2-5' or 'decoder/last:4'")
+        errors.add(f"{expression!r} is no choice of layers; write 'all', 'last:4', '0,3,5', '2-5' or 'decoder/last:4'")
         return set()
     known = {layer for layers in towers.values() for layer in layers}
     if missing := [i for i in indices if i not in known]:
-        faults.add(f"no layer {', '.join(map(str, missing))}; {depths} (counted from 0)")
+        errors.add(f"no layer {', '.join(map(str, missing))}; {depths} (counted from 0)")
     return {(tower, layer) for tower, layers in towers.items() for layer in layers if layer in indices}
 
 
-def _indices(wanted: str) -> list[int] | None:
+def _parse_indices(expression: str) -> list[int] | None:
     """Of "0,3,5-7": [0, 3, 5, 6, 7]; None if it does not read so."""
     found: list[int] = []
-    for piece in wanted.split(","):
+    for piece in expression.split(","):
         span = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", piece)
         if not span or (span[2] is not None and int(span[2]) < int(span[1])):
             return None

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import torch
 
-CLEAR, STATUS, MEMINFO = Path("/proc/self/clear_refs"), Path("/proc/self/status"), Path("/proc/meminfo")
-LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
+CLEAR_REFS, PROC_STATUS, PROC_MEMINFO = Path("/proc/self/clear_refs"), Path("/proc/self/status"), Path("/proc/meminfo")
+CGROUP_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
 
 
 def reset_peak(device: torch.device) -> None:
     """From now on `peak` counts anew, where the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif CLEAR.exists():
+    elif CLEAR_REFS.exists():
         try:
-            CLEAR.write_text("5")
+            CLEAR_REFS.write_text("5")
         except OSError:
             return  # a container may forbid it: then the mark only rises
 
@@ -30,39 +30,39 @@ def peak(device: torch.device) -> int:
     """Most bytes held since `reset_peak`."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return _status("VmHWM") or _rusage()
+    return _proc_status("VmHWM") or _max_rss()
 
 
-def held(device: torch.device) -> int:
+def current(device: torch.device) -> int:
     """Bytes held now."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
-    return _status("VmRSS") or _rusage()
+    return _proc_status("VmRSS") or _max_rss()
 
 
-def free(device: torch.device) -> int | None:
+def available(device: torch.device) -> int | None:
     """Bytes that may still be taken; None where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    if not MEMINFO.exists():
+    if not PROC_MEMINFO.exists():
         return None
-    found = next(line for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
+    found = next(line for line in PROC_MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
     most = int(found.split()[1]) * 1024
-    if all(limit.exists() for limit in LIMITS):
-        ceiling, now = (limit.read_text().strip() for limit in LIMITS)
+    if all(limit.exists() for limit in CGROUP_FILES):
+        ceiling, now = (limit.read_text().strip() for limit in CGROUP_FILES)
         if ceiling != "max":
             most = min(most, int(ceiling) - int(now))
     return most
 
 
-def _status(name: str) -> int:
-    if not STATUS.exists():
+def _proc_status(name: str) -> int:
+    if not PROC_STATUS.exists():
         return 0
-    found = next((line for line in STATUS.read_text().splitlines() if line.startswith(name)), None)
+    found = next((line for line in PROC_STATUS.read_text().splitlines() if line.startswith(name)), None)
     return 0 if found is None else int(found.split()[1]) * 1024
 
 
-def _rusage() -> int:
+def _max_rss() -> int:
     if sys.platform == "win32":
         return 0
     import resource

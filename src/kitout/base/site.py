@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 Port = Literal["out", "in", "kv", "tokens", "param"]
-Rows = Literal["batch", "major", "one", "none", "unknown"]
+BatchRelation = Literal["batch", "multiple", "one", "none", "unknown"]
 Kind = Literal["linear", "embedding", "conv", "norm", "other"]
 
 # Every role the finder hands out. "attn.q" is self-attention, "cross.q" cross-attention; a fused projection has the
@@ -50,10 +50,10 @@ class Site:
     "param" on a bare parameter of it. source: path of the module whose *input* is handed over as x instead of this
     module's own. channels: sorted channel indices of a fused projection, None = all. kind: which linear map the module
     is. channels_first: the module's output is [B, C, ...] (convolutions, BatchNorm-like), so the tap moves C last.
-    rows: how dim 0 of the value relates to the batch: it is the batch, a multiple of it ("major"), always 1 (a position
-    table looked up once for all rows) or nothing of the kind ("none"). norm: at a sublayer, the norm that takes its sum
-    with the residual where the stream goes on from there (post-norm blocks). names: parameters of the module, relative
-    to it, that an adapter holds its own values of; keys: the same for those that are one parameter (tied tables).
+    rows: how dim 0 of the value relates to the batch: it is the batch, a multiple of it ("multiple"), always 1 (a
+    position table looked up once for all rows) or nothing of the kind ("none"). norm: at a sublayer, the norm that
+    takes its sum with the residual where the stream goes on from there (post-norm blocks). names: parameters of the module,
+    relative to it, that an adapter holds its own values of; keys: the same for those that are one parameter (tied tables).
     heads: of keys and values at an attention; scale: the standard deviations its keys and values had in the probe;
     window: how far it looks, 0 = everywhere;
     bias: the attention whose `compute_bias` gives the bias of relative positions that this one adds, None without.
@@ -66,18 +66,18 @@ class Site:
     d_in: int
     d_out: int
     port: Port = "out"
-    source: str | None = None
+    input_from: str | None = None
     channels: tuple[int, ...] | None = None
-    rows: Rows = "unknown"
+    batch_relation: BatchRelation = "unknown"
     kind: Kind = "linear"
     channels_first: bool = False
-    names: tuple[str, ...] = ()
-    keys: tuple[str, ...] = ()
-    heads: int = 0
-    scale: tuple[float, float] | None = field(default=None, compare=False)
-    window: int = 0
-    bias: nn.Module | None = field(default=None, compare=False, repr=False)
-    norm: nn.Module | None = field(default=None, compare=False, repr=False)
+    parameter_names: tuple[str, ...] = ()
+    tied_keys: tuple[str, ...] = ()
+    num_kv_heads: int = 0
+    probe_std: tuple[float, float] | None = field(default=None, compare=False)
+    sliding_window: int = 0
+    relative_bias: nn.Module | None = field(default=None, compare=False, repr=False)
+    post_norm: nn.Module | None = field(default=None, compare=False, repr=False)
     module: nn.Module = field(compare=False, repr=False)
 
     @cached_property
@@ -89,7 +89,7 @@ class Site:
         return self.path.replace(".", "/") + ("@" + tail if tail else "")
 
     @cached_property
-    def span(self) -> slice | Tensor | None:
+    def channel_index(self) -> slice | Tensor | None:
         """The channels as a slice where contiguous, as an index tensor where not, None for all of them."""
         if self.channels is None:
             return None
@@ -98,6 +98,6 @@ class Site:
             return slice(first, last + 1)
         return torch.tensor(self.channels)
 
-    def at(self, **changes: Any) -> Site:
+    def replace(self, **changes: Any) -> Site:
         """The same place seen differently, e.g. `site.at(port="in", d_out=site.d_in)`."""
         return replace(self, **changes)

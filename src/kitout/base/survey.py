@@ -30,10 +30,10 @@ class Tower:
     depth: int
     width: int
     causal: bool | None = None
-    owner: str | None = None
-    table: str = ""
-    body: str = ""
-    positions: str = ""
+    embedder: str | None = None
+    token_embedding: str = ""
+    block_runner: str = ""
+    position_embedding: str = ""
     offset: int = 0
 
 
@@ -49,11 +49,11 @@ class Block:
 
     tower: str
     index: int
-    d: int
+    width: int
     resolved: bool
-    attends: bool = True
-    whole: bool = True
-    loose: tuple[tuple[str, int, int], ...] = ()
+    has_attention: bool = True
+    is_one_module: bool = True
+    unlabeled: tuple[tuple[str, int, int], ...] = ()
     name: str = ""
 
     @property
@@ -76,13 +76,13 @@ class Survey:
     towers: tuple[Tower, ...]
     blocks: tuple[Block, ...]
     proven: bool = False
-    silent: frozenset[str] = frozenset()
-    unread: frozenset[str] = frozenset()
-    fixed: frozenset[str] = frozenset()
-    order: tuple[str, ...] = ()
-    attentions: tuple[Site, ...] = ()
-    closed: Mapping[str, str] = field(default_factory=dict)
-    doubt: str = ""
+    unused: frozenset[str] = frozenset()
+    unread_parameters: frozenset[str] = frozenset()
+    non_trainable: frozenset[str] = frozenset()
+    execution_order: tuple[str, ...] = ()
+    kv_sites: tuple[Site, ...] = ()
+    kv_refusals: Mapping[str, str] = field(default_factory=dict)
+    unproven_reason: str = ""
 
     def by_path(self, path: str) -> Site:
         """The physical site at a module path (not the part of a fused projection)."""
@@ -92,23 +92,23 @@ class Survey:
         raise TargetError(f"no site at {path!r}; {suggest(path, [s.path for s in self.sites])}")
 
     @property
-    def alive(self) -> frozenset[str]:
+    def used_paths(self) -> frozenset[str]:
         """Paths of the modules that run, as far as is known."""
-        return frozenset(site.path for site in self.sites) - self.silent
+        return frozenset(site.path for site in self.sites) - self.unused
 
-    def without(self, *roles: str) -> list[str]:
+    def blocks_missing(self, *roles: str) -> list[str]:
         """Paths of fully labelled blocks in which not all of these places were seen ("sub.mlp")."""
         seen = {(s.tower, s.layer, s.role) for s in self.sites}
         whole = (b for b in self.blocks if b.resolved and self.proven)
         return [b.path for b in whole if not all((b.tower, b.index, role) in seen for role in roles)]
 
-    def trails(self, site: Site, pyramid: str | None = None) -> bool:
+    def runs_after_blocks(self, site: Site, pyramid: str | None = None) -> bool:
         """It first runs after the blocks have (those of one pyramid): a pooler, a head, the final norm."""
-        order = {path: i for i, path in enumerate(self.order or [s.path for s in self.sites])}
-        blocks = (s for s in self.sites if s.layer is not None and pyramid in (None, stages(s.tower)))
+        order = {path: i for i, path in enumerate(self.execution_order or [s.path for s in self.sites])}
+        blocks = (s for s in self.sites if s.layer is not None and pyramid in (None, pyramid_key(s.tower)))
         return order.get(site.path, -1) > max((order.get(s.path, -1) for s in blocks), default=-1)
 
-    def ends_tower(self, site: Site) -> bool:
+    def closes_tower(self, site: Site) -> bool:
         """It lies outside the blocks and runs after those of the tower whose path is nearest to its own."""
         own = site.path.split(".")
 
@@ -117,23 +117,23 @@ class Survey:
             return next((i for i, (a, b) in enumerate(pairs) if a != b), len(own))
 
         nearest = max(self.towers, key=shared, default=None)
-        return site.layer is None and nearest is not None and self.trails(site, stages(nearest.path))
+        return site.layer is None and nearest is not None and self.runs_after_blocks(site, pyramid_key(nearest.path))
 
     def last_blocks(self, k: int) -> set[tuple[str, int]]:
         """(tower, index) of the last k blocks of each tower, the stages of a pyramid being one tower."""
         lines: dict[str, dict[tuple[str, int], None]] = {}
         for block in self.blocks:
-            lines.setdefault(stages(block.tower), {})[block.tower, block.index] = None
+            lines.setdefault(pyramid_key(block.tower), {})[block.tower, block.index] = None
         depths = {line: len(blocks) for line, blocks in lines.items()}
         if k > max(depths.values(), default=0):
             raise TargetError(f"the last {k} blocks are more than there are: {depths or 'this model has no blocks'}")
         return {place for line in lines.values() for place in list(line)[-k:]}
 
-    def loose(self) -> list[tuple[str, int, int]]:
+    def unlabeled_projections(self) -> list[tuple[str, int, int]]:
         """Every projection inside a block that has no role."""
-        return [item for block in self.blocks for item in block.loose]
+        return [item for block in self.blocks for item in block.unlabeled]
 
 
-def stages(tower: str) -> str:
+def pyramid_key(tower: str) -> str:
     """A tower's path without indices: the same for all stages of a pyramid."""
     return re.sub(r"\d+", "*", tower)

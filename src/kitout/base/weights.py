@@ -21,36 +21,36 @@ from kitout.base.site import Site
 from kitout.errors import NotMergeable
 
 
-def transposed(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """True where the weight is stored [in, out] (transformers' Conv1D marks itself by `nf`)."""
     return "nf" in module.__dict__ and "weight" in module._parameters
 
 
-def plain(module: nn.Module) -> bool:
+def is_plain_float(module: nn.Module) -> bool:
     """True where the weight is an ordinary floating-point tensor (not packed, quantised or a tensor subclass)."""
     w = module._parameters.get("weight")
     return w is not None and type(w.data) is Tensor and w.is_floating_point() and w.dtype.itemsize >= 2
 
 
-def matrix(module: nn.Module) -> Tensor:
+def weight_matrix(module: nn.Module) -> Tensor:
     """The module's weight as a [d_out, d_in] view in its own dtype; raises NotMergeable for quantised storage."""
     w = module._parameters.get("weight")
-    if w is None or not plain(module):
+    if w is None or not is_plain_float(module):
         kind = type(w.data).__name__ if w is not None else "no parameter named weight"
         raise NotMergeable(f"{type(module).__name__} stores its weight as {kind}, not as plain floating-point values")
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         raise NotMergeable(f"{type(module).__name__} has no place for a change of its weight as a matrix")
-    return as_matrix(w, flipped(module))
+    return as_matrix(w, is_transposed(module))
 
 
-def as_matrix(w: Tensor, flips: bool) -> Tensor:
+def as_matrix(w: Tensor, transpose: bool) -> Tensor:
     """A stored weight as a [d_out, d_in] view. flips: see `flipped`."""
-    return w.T if flips else w.flatten(1) if w.ndim > 2 else w
+    return w.T if transpose else w.flatten(1) if w.ndim > 2 else w
 
 
-def flipped(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
     """True where the first axis of the stored weight is the input's: tables and transposed linears."""
-    return isinstance(module, nn.Embedding) or transposed(module)
+    return isinstance(module, nn.Embedding) or is_conv1d(module)
 
 
 def bias(module: nn.Module) -> Tensor | None:
@@ -58,7 +58,7 @@ def bias(module: nn.Module) -> Tensor | None:
     return module._parameters.get("bias")
 
 
-def linear_map(site: Site, x: Tensor, w: Tensor) -> Tensor:
+def apply_weight(site: Site, x: Tensor, w: Tensor) -> Tensor:
     """The site's own linear map with other weights: x as the module takes it, w [r, d_in] -> [..., r], channels last.
 
     d_in is the width of the flattened weight: in * kernel for a convolution, the vocabulary for an embedding.
@@ -78,14 +78,14 @@ def linear_map(site: Site, x: Tensor, w: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def check_plain_map(site: Site) -> None:
+def check_is_linear(site: Site) -> None:
     """NotMergeable where the module is not just its weight times its input: tables that scale what they look up,
     convolutions that standardise their kernel. Classes with a forward of their own are tried on random input.
     """
-    module, forward = site.module, own_forward(site.module)
+    module, forward = site.module, unhooked_forward(site.module)
     if forward in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward):
         return
-    w = matrix(module)
+    w = weight_matrix(module)
     generator = torch.Generator().manual_seed(0)
     if isinstance(module, nn.Embedding):
         x = torch.arange(min(8, module.num_embeddings))
@@ -95,7 +95,7 @@ def check_plain_map(site: Site) -> None:
     else:
         x = torch.randn(2, w.shape[1], generator=generator)  # a sublayer's site may read something narrower
     x = x.to(w.device, w.dtype) if x.is_floating_point() else x.to(w.device)
-    y, expected, b = forward(module, x), linear_map(site, x, w), bias(module)
+    y, expected, b = forward(module, x), apply_weight(site, x, w), bias(module)
     expected = expected if b is None else expected + b
     y = y.movedim(1, -1) if site.channels_first else y
     rough = 1e-4 if w.dtype.itemsize > 2 else 3e-2
@@ -118,7 +118,7 @@ def fan_in(site: Site) -> int:
 
 
 @contextmanager
-def exchanged(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+def swapped_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """The module with other values for some of its parameters (names may lead into its children), put back after."""
     homes = {name: (module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in values}
     before = {name: home._parameters[last] for name, (home, last) in homes.items()}
@@ -131,59 +131,59 @@ def exchanged(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]
             home._parameters[last] = before[name]
 
 
-def own_forward(module: nn.Module) -> Callable[..., Any]:
+def unhooked_forward(module: nn.Module) -> Callable[..., Any]:
     """The frozen module's forward, taps aside, still to be given the module."""
     found: Callable[..., Any] = getattr(type(module), "frozen_forward", type(module).forward)
     return found
 
 
 @dataclass(eq=False)
-class Frozen:
+class FrozenModule:
     """What a Delta that reads weights is handed: the site's weight rows and bias, and the module as a function.
 
     args, kwargs: of the module's call in progress, left here for Deltas that replace it.
     """
 
     site: Site
-    args: tuple[Any, ...] = field(default=(), init=False)
-    kwargs: dict[str, Any] = field(default_factory=dict, init=False)
+    call_args: tuple[Any, ...] = field(default=(), init=False)
+    call_kwargs: dict[str, Any] = field(default_factory=dict, init=False)
 
-    def forget(self) -> None:
+    def clear_call(self) -> None:
         """The call is over: nothing of it is kept."""
-        self.args, self.kwargs = (), {}
+        self.call_args, self.call_kwargs = (), {}
 
     @property
     def weight(self) -> Tensor:
-        w = matrix(self.site.module)
-        return w if self.site.span is None else w[self.site.span]
+        w = weight_matrix(self.site.module)
+        return w if self.site.channel_index is None else w[self.site.channel_index]
 
     @property
     def bias(self) -> Tensor | None:
         b = bias(self.site.module)
-        return b if b is None or self.site.span is None else b[self.site.span]
+        return b if b is None or self.site.channel_index is None else b[self.site.channel_index]
 
     def __call__(self, x: Tensor, values: Mapping[str, Tensor]) -> Any:
         """The module on x, with these values for its parameters and whatever else the call in progress was given."""
         module = self.site.module
-        args, kwargs = (x, *self.args[1:]), self.kwargs
-        if not self.args and kwargs:
+        args, kwargs = (x, *self.call_args[1:]), self.call_kwargs
+        if not self.call_args and kwargs:
             first = next(k for k, v in kwargs.items() if isinstance(v, Tensor))
             args, kwargs = (), {**kwargs, first: x}
         typed = {name: value.to(module.get_parameter(name).dtype) for name, value in values.items()}
-        with exchanged(module, typed):
-            return own_forward(module)(module, *args, **kwargs)
+        with swapped_parameters(module, typed):
+            return unhooked_forward(module)(module, *args, **kwargs)
 
     def norm(self, x: Tensor) -> Tensor:
         """The frozen norm after this sublayer."""
-        assert self.site.norm is not None
-        y: Tensor = own_forward(self.site.norm)(self.site.norm, x)
+        assert self.site.post_norm is not None
+        y: Tensor = unhooked_forward(self.site.post_norm)(self.site.post_norm, x)
         return y
 
-    def map(self, x: Tensor, w: Tensor) -> Tensor:
-        return linear_map(self.site, x, w)
+    def apply_weight(self, x: Tensor, w: Tensor) -> Tensor:
+        return apply_weight(self.site, x, w)
 
 
-def gain_offset(module: nn.Module) -> float:
+def norm_gain_offset(module: nn.Module) -> float:
     """0.0 where a norm multiplies by its weight, 1.0 where by 1 + weight: measured, not assumed.
 
     Raises NotMergeable where neither fits, or where the norm is not an elementwise gain at all.
@@ -197,8 +197,8 @@ def gain_offset(module: nn.Module) -> float:
     shift = forward["bias"] if "bias" in forward else torch.zeros_like(x[0])
 
     def run(gain: Tensor) -> Tensor:
-        with exchanged(module, {**forward, "weight": gain}):
-            return own_forward(module)(module, x) - shift
+        with swapped_parameters(module, {**forward, "weight": gain}):
+            return unhooked_forward(module)(module, x) - shift
 
     zero, one = run(torch.zeros_like(x[0])), run(torch.ones_like(x[0]))
     step = one - zero  # = the normalised x in both conventions
@@ -217,27 +217,29 @@ def replace_weight(module: nn.Module, w: Tensor, b: Tensor | None) -> None:
     assert old is not None
     if isinstance(module, nn.Embedding):
         w, b = (w if b is None else w + b[:, None]), None
-    stored = w.T if isinstance(module, nn.Embedding) or transposed(module) else w.view(old.shape)
-    module._parameters["weight"] = _like(stored, old)
+    stored = w.T if isinstance(module, nn.Embedding) or is_conv1d(module) else w.view(old.shape)
+    module._parameters["weight"] = _new_parameter(stored, old)
     if b is not None:
         if "bias" not in module._parameters:
             raise NotMergeable(f"{type(module).__name__} has no place for a bias")
-        module._parameters["bias"] = _like(b, old)
+        module._parameters["bias"] = _new_parameter(b, old)
 
 
-def regained(module: nn.Module, now: Mapping[str, Tensor], scale: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
+def fold_into_norm(
+    module: nn.Module, parameters: Mapping[str, Tensor], scale: Tensor, shift: Tensor | None
+) -> dict[str, Tensor]:
     """A norm's parameters with y' = scale * y + shift folded in: its gain and, where it has or can hold one, its bias.
 
     now: its parameters in working precision.
     """
-    offset, new = gain_offset(module), dict(now)
-    new["weight"] = (now["weight"] + offset) * scale - offset
-    if "bias" in now:
-        new["bias"] = now["bias"] * scale
+    offset, new = norm_gain_offset(module), dict(parameters)
+    new["weight"] = (parameters["weight"] + offset) * scale - offset
+    if "bias" in parameters:
+        new["bias"] = parameters["bias"] * scale
     if shift is not None and bool(shift.any()):
         if "bias" not in module._parameters:
             raise NotMergeable(f"{type(module).__name__} is a norm without a bias: it can take a scale, not a shift")
-        new["bias"] = shift if "bias" not in now else new["bias"] + shift
+        new["bias"] = shift if "bias" not in parameters else new["bias"] + shift
     return new
 
 
@@ -248,8 +250,8 @@ def replace_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
         old = home._parameters[last]
         if old is None:
             old = next(p for p in home._parameters.values() if p is not None)
-        home._parameters[last] = _like(value, old)
+        home._parameters[last] = _new_parameter(value, old)
 
 
-def _like(value: Tensor, old: nn.Parameter) -> nn.Parameter:
+def _new_parameter(value: Tensor, old: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(value.detach().to(old.device, old.dtype).contiguous(), requires_grad=False)

@@ -14,7 +14,7 @@ app.add_typer(assets.app, name="assets")
 app.add_typer(demo.app, name="demo")
 app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
-app.command("train", context_settings=train.SETTINGS)(train.train)
+app.command("train", context_settings=train.CONTEXT_SETTINGS)(train.train)
 
 
 def main() -> None:

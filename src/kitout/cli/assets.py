@@ -17,12 +17,12 @@ app = typer.Typer(name="assets", help="Real small models and data, fetched and c
 def list_() -> None:
     """Every asset: its kind, download size, licence, caveat and whether it is already here."""
     from kitout.assets.catalog import ASSETS, GROUPS
-    from kitout.assets.store import cache_dir, installed
+    from kitout.assets.store import cache_dir, is_installed
 
     for name, asset in ASSETS.items():
-        state = "ready" if installed(name) else f"{asset.wheel.megabytes:g} MB"
-        typer.echo(f"{name:<14} {asset.kind:<10} {state:>8}  {asset.what}")
-        typer.echo(f"{'':<35}{asset.licence}{'; ' + asset.caveat if asset.caveat else ''}")
+        state = "ready" if is_installed(name) else f"{asset.wheel.megabytes:g} MB"
+        typer.echo(f"{name:<14} {asset.kind:<10} {state:>8}  {asset.description}")
+        typer.echo(f"{'':<35}{asset.license}{'; ' + asset.caveat if asset.caveat else ''}")
     typer.echo("groups: " + "; ".join(f"{g} = {' '.join(members)}" for g, members in GROUPS.items() if g != "all"))
     typer.echo(f"kept in {cache_dir()} (KITOUT_CACHE moves it); `kitout assets get NAME...` fetches")
 
@@ -36,18 +36,18 @@ def get(names: Annotated[list[str], typer.Argument(help="asset or group names: d
 
     failed = []
     try:
-        wanted = store.names(names)
+        wanted = store.expand_names(names)
     except KitoutError as wrong:
-        raise _fail(wrong) from wrong
+        raise _exit_with_error(wrong) from wrong
     for name in wanted:
         asset = ASSETS[name]
         try:
-            here = store.get(name, say=typer.echo)
+            here = store.fetch_asset(name, log=typer.echo)
         except KitoutError as wrong:  # the others may still work: tell, go on, fail at the end
             typer.echo(f"error: {wrong}", err=True)
             failed.append(name)
             continue
-        typer.echo(f"{name}: {here}\n  licence: {asset.licence}")
+        typer.echo(f"{name}: {here}\n  licence: {asset.license}")
         if asset.caveat:
             typer.echo(f"  note: {asset.caveat}")
     if failed:
@@ -62,11 +62,11 @@ def path(name: Annotated[str, typer.Argument(help="asset name")]) -> None:
     from kitout.errors import KitoutError
 
     try:
-        typer.echo(store.path(name))
+        typer.echo(store.asset_path(name))
     except KitoutError as wrong:
-        raise _fail(wrong) from wrong
+        raise _exit_with_error(wrong) from wrong
 
 
-def _fail(error: Exception) -> typer.Exit:
+def _exit_with_error(error: Exception) -> typer.Exit:
     typer.echo(f"error: {error}", err=True)
     return typer.Exit(1)

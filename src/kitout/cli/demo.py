@@ -40,10 +40,10 @@ def demo(
     """Train and measure an adapter in minutes, on real texts: a preset of `kitout train`."""
     if context.invoked_subcommand:
         return
-    from kitout.cli.train import _bear_any_text
+    from kitout.cli.train import _escape_unencodable
     from kitout.errors import KitoutError
 
-    _bear_any_text()
+    _escape_unencodable()
     try:
         from kitout.demo.text import TextDemo
         from kitout.demo.text import demo as run

@@ -21,12 +21,12 @@ from rich.table import Table
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from kitout.base.find.find import survey
+from kitout.base.find.find import find_sites
 from kitout.base.survey import Block, Survey
 from kitout.errors import ConfigError, KitoutError, TargetError, suggest
-from kitout.runtime.show import columns, layers_text, site_rows
+from kitout.runtime.show import align_columns, layers_text, site_table
 
-HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForSequenceClassification", "ForImageClassification", "")
+HEAD_SUFFIXES = ("ForCausalLM", "ForConditionalGeneration", "ForSequenceClassification", "ForImageClassification", "")
 COLUMNS = ("role", "layers", "in -> out", "sites")
 
 
@@ -36,65 +36,67 @@ def inspect(
 ) -> None:
     """Show where adapters can sit in a model: roles, layers, widths, towers."""
     try:
-        model = build(model_name)
-        found = survey(model, _pairs(role or []))
+        model = build_on_meta(model_name)
+        found = find_sites(model, _parse_roles(role or []))
     except KitoutError as wrong:
         typer.echo(f"error: {wrong}", err=True)
         raise typer.Exit(1) from wrong
     console = Console()
     if console.is_terminal:
-        console.print(table(found, title=f"{type(model).__name__}, {_size(model):,} parameters"))
-        typer.echo("\n".join(_below(found)))
+        console.print(render_table(found, title=f"{type(model).__name__}, {_num_parameters(model):,} parameters"))
+        typer.echo("\n".join(_tower_lines(found)))
     else:
-        typer.echo(f"{type(model).__name__}, {_size(model):,} parameters\n{summary(found)}")
+        typer.echo(f"{type(model).__name__}, {_num_parameters(model):,} parameters\n{render_text(found)}")
 
 
-def table(found: Survey, title: str | None = None) -> Table:
+def render_table(survey: Survey, title: str | None = None) -> Table:
     """Role x layers x widths x sites."""
     drawn = Table(title=title, title_justify="left")
     for name in COLUMNS:
         drawn.add_column(name, justify="right" if name == "sites" else "left")
-    for row in site_rows(found.sites):
+    for row in site_table(survey.sites):
         drawn.add_row(*(cell.replace("[", r"\[") for cell in row))
     return drawn
 
 
-def summary(found: Survey) -> str:
+def render_text(survey: Survey) -> str:
     """The same in plain text, followed by the towers and what has no role."""
-    return "\n".join([*columns([COLUMNS, *site_rows(found.sites)]), *_below(found)])
+    return "\n".join([*align_columns([COLUMNS, *site_table(survey.sites)]), *_tower_lines(survey)])
 
 
-def _below(found: Survey) -> list[str]:
-    lines = [f"tower {t.path}: {t.depth} blocks of width {t.width}{_state(found, t.path)}" for t in found.towers]
-    loose = Counter(f"{re.sub(r'[0-9]+', '*', path)} [{d_in} -> {d_out}]" for path, d_in, d_out in found.loose())
+def _tower_lines(survey: Survey) -> list[str]:
+    lines = [f"tower {t.path}: {t.depth} blocks of width {t.width}{_tower_gaps(survey, t.path)}" for t in survey.towers]
+    loose = Counter(
+        f"{re.sub(r'[0-9]+', '*', path)} [{d_in} -> {d_out}]" for path, d_in, d_out in survey.unlabeled_projections()
+    )
     return [*lines, *(f"no role: {line} x{n}" for line, n in loose.items())]
 
 
-def _state(found: Survey, tower: str) -> str:
+def _tower_gaps(survey: Survey, tower: str) -> str:
     """What is missing in a tower, if anything."""
-    blocks = [b for b in found.blocks if b.tower == tower]
+    blocks = [b for b in survey.blocks if b.tower == tower]
 
-    def told(kind: str, missing: Callable[[Block], bool]) -> Iterator[str]:
-        if layers := [b.index for b in blocks if missing(b)]:
+    def missing_layers(kind: str, is_missing: Callable[[Block], bool]) -> Iterator[str]:
+        if layers := [b.index for b in blocks if is_missing(b)]:
             yield f"{kind} in {layers_text(layers)}"
 
     parts = [
-        *told("no attention", lambda b: not b.attends),
-        *told("not every projection has a role", lambda b: b.attends and not b.resolved),
+        *missing_layers("no attention", lambda b: not b.has_attention),
+        *missing_layers("not every projection has a role", lambda b: b.has_attention and not b.resolved),
     ]
     return f" ({'; '.join(parts)})" if parts else ""
 
 
-def build(name: str) -> nn.Module:
+def build_on_meta(name: str) -> nn.Module:
     """The model on the meta device: nothing is downloaded, no weight is read."""
-    config = _config(name)
+    config = _load_config(name)
     if config is None:
-        return _timm(name)
+        return _build_timm(name)
     with on_meta():
-        return _transformer(config)
+        return _build_transformer(config)
 
 
-def _config(name: str) -> Any:
+def _load_config(name: str) -> Any:
     """The config in a folder, or the default one of a model type; None if it is neither."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -106,11 +108,11 @@ def _config(name: str) -> Any:
     return CONFIG_MAPPING[name]() if name in CONFIG_MAPPING else None
 
 
-def _transformer(config: Any) -> nn.Module:
+def _build_transformer(config: Any) -> nn.Module:
     """With the head the config names, else the first head its type has."""
     import transformers
 
-    names = [*(config.architectures or ()), *_headed(config)]
+    names = [*(config.architectures or ()), *_class_names(config)]
     cls = next((c for name in names if (c := getattr(transformers, name, None)) is not None), None)
     try:
         return cls(config) if cls is not None else transformers.AutoModel.from_config(config)
@@ -118,12 +120,12 @@ def _transformer(config: Any) -> nn.Module:
         raise ConfigError(f"{type(config).__name__} cannot be built: {type(error).__name__}: {error}") from error
 
 
-def _headed(config: Any) -> Iterator[str]:
+def _class_names(config: Any) -> Iterator[str]:
     stem = type(config).__name__.removesuffix("Config")
-    return (f"{stem}{head}" for head in HEADS if head)
+    return (f"{stem}{head}" for head in HEAD_SUFFIXES if head)
 
 
-def _timm(name: str) -> nn.Module:
+def _build_timm(name: str) -> nn.Module:
     from transformers import CONFIG_MAPPING
 
     try:
@@ -164,7 +166,7 @@ def on_meta() -> Iterator[None]:
         yield
 
 
-def _pairs(options: list[str]) -> dict[str, str]:
+def _parse_roles(options: list[str]) -> dict[str, str]:
     """PATTERN=ROLE, where the pattern may hold '=' itself."""
     pairs = {}
     for option in options:
@@ -175,5 +177,5 @@ def _pairs(options: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _size(model: nn.Module) -> int:
+def _num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())

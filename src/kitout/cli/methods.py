@@ -19,12 +19,12 @@ from rich.table import Table
 
 from kitout import methods as _registering  # noqa: F401 - all there are
 from kitout.method import REGISTRY, Method
-from kitout.runtime.show import columns
+from kitout.runtime.show import align_columns
 from kitout.train.config.describe import type_text
-from kitout.train.loop.optimizer import highest, refused
+from kitout.train.loop.optimizer import refuse_above, warn_above
 
-COLUMNS = ("method", "what it adds", "where, by default", "lr", "decay", "merges", "rows and mixes")
-SETTINGS = ("setting", "default", "takes", "what")
+METHOD_COLUMNS = ("method", "what it adds", "where, by default", "lr", "decay", "merges", "rows and mixes")
+SETTING_COLUMNS = ("setting", "default", "takes", "what")
 
 
 def methods(
@@ -34,45 +34,47 @@ def methods(
     """List the methods: what each adds, where, its learning rate and decay, whether it merges."""
     known = {key.lower(): key for key in REGISTRY}
     if name is not None and name.lower() not in known:
-        typer.echo(f"error: there is no method {name!r}: {_hint(name, known)}", err=True)
+        typer.echo(f"error: there is no method {name!r}: {_suggest_method(name, known)}", err=True)
         raise typer.Exit(1)
     chosen = list(REGISTRY) if name is None else [known[name.lower()]]
-    pages = [about(REGISTRY[key]) for key in chosen]
+    pages = [method_info(REGISTRY[key]) for key in chosen]
     if as_json:
         typer.echo(json.dumps(pages if name is None else pages[0], indent=2))
     elif name is None:
-        _show(COLUMNS, [_row(page) for page in pages])
+        _print_table(METHOD_COLUMNS, [_table_row(page) for page in pages])
         typer.echo(
             "lr: of AdamW over a short rise and a fall to zero, found by search; decay: of matrices alone. "
             "`kitout methods NAME` shows the settings."
         )
     else:
-        typer.echo("\n".join(_head(pages[0], REGISTRY[chosen[0]])))
-        _show(SETTINGS, [(s["name"], _word(s["default"]), s["takes"], s["what"]) for s in pages[0]["settings"]])
+        typer.echo("\n".join(_page_header(pages[0], REGISTRY[chosen[0]])))
+        _print_table(
+            SETTING_COLUMNS, [(s["name"], _to_text(s["default"]), s["takes"], s["what"]) for s in pages[0]["settings"]]
+        )
 
 
-def _hint(word: str, known: dict[str, str]) -> str:
+def _suggest_method(name: str, known: dict[str, str]) -> str:
     """What was meant, whatever its case: `loar`, `prefix`."""
-    low = word.lower()
+    low = name.lower()
     close = [known[k] for k in known if low in k] or [known[k] for k in get_close_matches(low, known, n=3)]
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(REGISTRY)}"
 
 
-def about(method: type[Method]) -> dict[str, Any]:
+def method_info(method: type[Method]) -> dict[str, Any]:
     """All there is to say about a method, as plain values."""
-    summary, words = described(method)
+    summary, words = parse_docstring(method)
     return {
         "name": method.__name__,
         "summary": summary,
-        "seat": method.seat or method.default_targets,
-        "lr": method.rate.lr,
-        "decay": method.rate.decay,
-        "head_lr": method.rate.head,
-        "warned_from": highest(method),
-        "refused_from": refused(method),
+        "seat": method.default_location or method.default_targets,
+        "lr": method.training.lr,
+        "decay": method.training.weight_decay,
+        "head_lr": method.training.head_lr,
+        "warned_from": warn_above(method),
+        "refused_from": refuse_above(method),
         "mergeable": method.mergeable,
-        "identity": method.identity,
-        "note": method.note,
+        "identity": method.starts_as_identity,
+        "note": method.limitations,
         "settings": [
             {
                 "name": name,
@@ -85,7 +87,7 @@ def about(method: type[Method]) -> dict[str, Any]:
     }
 
 
-def described(method: type[Method]) -> tuple[str, dict[str, str]]:
+def parse_docstring(method: type[Method]) -> tuple[str, dict[str, str]]:
     """The first paragraph of the docstring, and what it says of each setting ("rank, alpha: a number ...").
 
     What a method does not say of a setting, the class it inherits it from may.
@@ -102,15 +104,15 @@ def described(method: type[Method]) -> tuple[str, dict[str, str]]:
     return begins.split(summary)[0].strip(), words
 
 
-def _row(page: dict[str, Any]) -> tuple[str, ...]:
+def _table_row(page: dict[str, Any]) -> tuple[str, ...]:
     rows = page["note"] or "any"
     merges = "yes" if page["mergeable"] else "no"
     gist = re.split(r"[.;] |\.$", page["summary"])[0]
     return (page["name"], gist, page["seat"], f"{page['lr']:g}", f"{page['decay']:g}", merges, rows)
 
 
-def _head(page: dict[str, Any], method: type[Method]) -> list[str]:
-    own = method.advised.__doc__ if method.advised is not Method.advised else None
+def _page_header(page: dict[str, Any], method: type[Method]) -> list[str]:
+    own = method.training_defaults.__doc__ if method.training_defaults is not Method.training_defaults else None
     merges = "merges into the base" if page["mergeable"] else "does not merge into the base"
     start = "changes nothing" if page["identity"] else "already changes the outputs"
     warned, refused_from = page["warned_from"], page["refused_from"]
@@ -127,14 +129,14 @@ def _head(page: dict[str, Any], method: type[Method]) -> list[str]:
     ]
 
 
-def _word(value: Any) -> str:
+def _to_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _show(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     console = Console()
     if not console.is_terminal:
-        typer.echo("\n".join(line.removeprefix("  ") for line in columns([header, *rows])))
+        typer.echo("\n".join(line.removeprefix("  ") for line in align_columns([header, *rows])))
         return
     table = Table()
     for title in header:

@@ -16,16 +16,16 @@ import typer
 
 EXAMPLES = """\
 kitout train --model smollm2-135m --data tweets --out runs/first train.steps=40
-kitout train --model MODEL --data reviews.csv --method IA3 objective=classify train.epochs=3 --dry-run
+kitout train --model MODEL --data reviews.csv --method IA3 objective=classification train.epochs=3 --dry-run
 kitout train --example > run.yaml; kitout train run.yaml method.rank=16 train.lr=5e-4 data.validation=dev.jsonl"""
 
 # The verb prints its own help: typer's own, then every setting.
-SETTINGS: dict[str, Any] = {"help_option_names": []}
+CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": []}
 
 
 def train(
     context: typer.Context,
-    words: Annotated[
+    args: Annotated[
         list[str] | None,
         typer.Argument(metavar="RUN.YAML|NAME=VALUE", help="a file, and settings by dotted name", show_default=False),
     ] = None,
@@ -42,18 +42,18 @@ def train(
     """Train an adapter on your data, measure it against the base, and write a report."""
     from kitout.errors import KitoutError
 
-    _bear_any_text()
+    _escape_unencodable()
     try:
         if help_:
-            _help(context)
+            _print_help(context)
         elif example:
-            _example()
+            _print_example()
         elif json_schema:
-            _json_schema()
+            _print_json_schema()
         else:
             short = {"model.name": model, "data.train": data, "method": method, "output.folder": out}
             said: dict[str, Any] = {name: str(value) for name, value in short.items() if value is not None}
-            _run(words or [], said | ({"evaluate.prove_merge": True} if prove_merge else {}), dry_run)
+            _run_training(args or [], said | ({"evaluate.prove_merge": True} if prove_merge else {}), dry_run)
     except KitoutError as wrong:
         typer.echo(f"error: {wrong}", err=True)
         raise typer.Exit(1) from wrong
@@ -62,70 +62,73 @@ def train(
         raise typer.Exit(130) from None
 
 
-def _run(words: list[str], short: dict[str, Any], dry_run: bool) -> None:
+def _run_training(args: list[str], shorthands: dict[str, Any], dry_run: bool) -> None:
     from kitout.errors import ConfigError
     from kitout.train.config import overrides
 
-    files = [word for word in words if not overrides.is_override(word)]
-    if not words and not short:
-        raise ConfigError(f"say what to train: a run.yaml, or --model and --data\n{_indented(EXAMPLES)}")
+    files = [word for word in args if not overrides.is_override(word)]
+    if not args and not shorthands:
+        raise ConfigError(f"say what to train: a run.yaml, or --model and --data\n{_indent(EXAMPLES)}")
     if len(files) > 1:
         raise ConfigError(f"one run.yaml at a time, found {', '.join(files)}; a setting is written name=value")
-    said: list[overrides.Value | str] = [*short.items(), *(word for word in words if overrides.is_override(word))]
-    config = overrides.config(Path(files[0]) if files else None, said)
+    said: list[overrides.Override | str] = [
+        *shorthands.items(),
+        *(word for word in args if overrides.is_override(word)),
+    ]
+    config = overrides.build_config(Path(files[0]) if files else None, said)
     from kitout.train.run import run  # torch and transformers: only once the words are right
 
-    run(config, dry_run=dry_run, say=typer.echo)
+    run(config, dry_run=dry_run, log=typer.echo)
 
 
-def _example() -> None:
-    from kitout.train.config.describe import example
+def _print_example() -> None:
+    from kitout.train.config.describe import example_yaml
 
-    typer.echo(example(), nl=False)
+    typer.echo(example_yaml(), nl=False)
 
 
-def _json_schema() -> None:
+def _print_json_schema() -> None:
     from kitout.train.config.schema import RunConfig
 
     typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))
 
 
-def _help(context: typer.Context) -> None:
+def _print_help(context: typer.Context) -> None:
     from kitout.data.examples.formats import FORMATS
-    from kitout.train.config.describe import Setting, sections
+    from kitout.train.config.describe import SettingDoc, sections
 
-    def told(setting: Setting, section: str) -> None:
+    def print_setting(setting: SettingDoc, section: str) -> None:
         name = f"{section}.{setting.name}" if section else setting.name
         default = f" = {setting.default}" if setting.default else ", must be said"
         typer.secho(f"  {name}", bold=True, nl=False)
         typer.echo(f"  {setting.kind}{default}")
         if setting.text:
-            typer.echo(_indented(setting.text, 6))
+            typer.echo(_indent(setting.text, 6))
 
     typer.echo(context.get_help())
     typer.secho("Settings", bold=True, nl=False)
     typer.echo(", by name=value here or as sections of a run.yaml:\n")
     for section in sections():
-        typer.echo(_indented(section.text, 0))
+        typer.echo(_indent(section.text, 0))
         for setting in section.settings:
-            told(setting, section.name)
+            print_setting(setting, section.name)
         typer.echo()
     typer.echo("Formats of the data, found by the columns (or said: data.train.format):")
     for made in FORMATS.values():
-        typer.echo(_indented(str(made)))
-    typer.echo(f"\nExamples:\n{_indented(EXAMPLES)}")
+        typer.echo(_indent(str(made)))
+    typer.echo(f"\nExamples:\n{_indent(EXAMPLES)}")
 
 
-def _indented(text: str, by: int = 2) -> str:
+def _indent(text: str, num_spaces: int = 2) -> str:
     """Wrapped to a page; a line that is a command stays in one piece."""
     import textwrap
 
     lines = text.split("\n")
     wrapped = lines if len(lines) > 1 else textwrap.wrap(text, 100)
-    return textwrap.indent("\n".join(wrapped), " " * by)
+    return textwrap.indent("\n".join(wrapped), " " * num_spaces)
 
 
-def _bear_any_text() -> None:
+def _escape_unencodable() -> None:
     """Data may hold what the terminal's encoding has not: shown as escapes, never an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

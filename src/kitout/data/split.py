@@ -13,11 +13,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from kitout.data.examples.examples import Example, Labelled
+from kitout.data.examples.examples import Example, LabeledText
 from kitout.data.read.tables import DataError
 
 if TYPE_CHECKING:
-    from kitout.data.images.image_set import Images  # needs pillow
+    from kitout.data.images.image_set import ImageSet  # needs pillow
 
 MAX_ANSWERS = 50  # more different answers than this are no closed set
 TRAINABLE_SPLITS = ("train", "")  # what may be trained on; "" is what the source names no split for
@@ -66,7 +66,7 @@ class Splits(Generic[T]):
 
 
 def split_examples(
-    given: Mapping[str, Sequence[Example]], validation: float = 0.05, test: float = 0.1, seed: int = 0,
+    examples_by_split: Mapping[str, Sequence[Example]], validation: float = 0.05, test: float = 0.1, seed: int = 0,
     stratify: bool = True,
 ) -> Splits[Example]:  # fmt: skip
     """given: examples by split ("train", "validation", "test", "" for unnamed ones).
@@ -78,14 +78,14 @@ def split_examples(
         lambda example: example.input_key, lambda example: example.content_key, _label if stratify else lambda _: ""
     )
     seeds = {name: f"{seed} {name}" for name in ("test", "validation")}
-    splits = split_by(given, keys, validation, test, seeds)
+    splits = split_by(examples_by_split, keys, validation, test, seeds)
     train, tested = ([example.answer_text() for example in split] for split in (splits.train, splits.test))
     is_closed = "" not in train and len({*train}) > 1 and len({*train, *tested}) <= MAX_ANSWERS
     return replace(splits, majority_accuracy=_majority_accuracy(train, tested) if is_closed else None)
 
 
 def split_images(
-    images: Images, validation: float = 0.05, test: float = 0.1, seed: int = 0, limit: int | None = None
+    images: ImageSet, validation: float = 0.05, test: float = 0.1, seed: int = 0, limit: int | None = None
 ) -> Splits[int]:
     """Rows of the set; two images are the same if their pixels are, whatever their files are called.
 
@@ -94,7 +94,9 @@ def split_images(
     keys = SplitKeys[int](
         images.hashes.__getitem__, images.hashes.__getitem__, images.labels.__getitem__, keep_most_frequent=True
     )
-    given = {name: [i for i, split in enumerate(images.parts) if split == name] for name in dict.fromkeys(images.parts)}
+    given = {
+        name: [i for i, split in enumerate(images.splits) if split == name] for name in dict.fromkeys(images.splits)
+    }
     seeds = {"test": seed, "train": seed, "validation": seed + 1}
     splits = split_by(given, keys, validation, test, seeds, limit, at_most_a_third=True)
     train, tested = ([images.labels[i] for i in split] for split in (splits.train, splits.test))
@@ -102,7 +104,7 @@ def split_images(
 
 
 def split_by(
-    given: Mapping[str, Sequence[T]], keys: SplitKeys[T], validation: float, test: float,
+    examples_by_split: Mapping[str, Sequence[T]], keys: SplitKeys[T], validation: float, test: float,
     seeds: Mapping[str, int | str], limit: int | None = None, at_most_a_third: bool = False,
 ) -> Splits[T]:  # fmt: skip
     """See `split_examples`. seeds: of each split that is drawn. limit: of examples to train and validate on.
@@ -112,7 +114,7 @@ def split_by(
     num_duplicates = 0
     named: dict[str, list[T]] = {}
     for name in ("test", "validation", *TRAINABLE_SPLITS):
-        kept, dropped = _without_duplicates(given.get(name, ()), keys)
+        kept, dropped = _without_duplicates(examples_by_split.get(name, ()), keys)
         named.setdefault("train" if name in TRAINABLE_SPLITS else name, []).extend(kept)
         num_duplicates += dropped
     pool, dropped = _without_duplicates(named["train"], keys)  # named and unnamed ones may share some
@@ -129,16 +131,18 @@ def split_by(
         raise DataError(f"all {len(pool)} training examples are also in validation or test: nothing is left")
 
     total, tested = len(rest), named["test"]
-    if "test" not in given:
+    if "test" not in examples_by_split:
         wanted = _count(test, total, "test")
-        tested, rest = _taken(rest, min(wanted, len(rest) // 3) if at_most_a_third else wanted, seeds, "test", keys)
+        tested, rest = _take_split(
+            rest, min(wanted, len(rest) // 3) if at_most_a_third else wanted, seeds, "test", keys
+        )
     if limit is not None and limit < len(rest):
-        chosen = _drawn(rest, limit, seeds["train"], keys, spare=0)
+        chosen = _draw_stratified(rest, limit, seeds["train"], keys, spare=0)
         rest = [e for i, e in enumerate(rest) if i in chosen]
-    if "validation" not in given:
+    if "validation" not in examples_by_split:
         wanted = _count(validation, total, "validation")
         wanted = min(wanted, len(rest) // 3) if at_most_a_third else wanted
-        validated, rest = _taken(rest, wanted, seeds, "validation", keys)
+        validated, rest = _take_split(rest, wanted, seeds, "validation", keys)
     counts = Counter(map(keys.input_key, rest))
     num_ambiguous = sum(count > 1 for count in counts.values())
     return Splits(tuple(rest), tuple(validated), tuple(tested), num_duplicates, num_leaks, num_ambiguous)
@@ -146,7 +150,7 @@ def split_by(
 
 def _label(example: Example) -> str:
     """Single labels in words or whole numbers are classes."""
-    return example.answer_text() if isinstance(example, Labelled) and isinstance(example.label, str | int) else ""
+    return example.answer_text() if isinstance(example, LabeledText) and isinstance(example.label, str | int) else ""
 
 
 def _majority_accuracy(train: Sequence[Hashable], test: Sequence[Hashable]) -> float | None:
@@ -166,25 +170,25 @@ def _without_duplicates(examples: Sequence[T], keys: SplitKeys[T]) -> tuple[list
     return [examples[i] for i in kept], len(examples) - len(kept)
 
 
-def _count(wanted: float, total: int, name: str) -> int:
-    if wanted < 0:
-        raise DataError(f"{name} is {wanted:g}; expected a fraction below 1, or a number of examples, 0 for none")
-    return max(round(wanted * total), 1) if 0 < wanted < 1 else int(wanted)
+def _count(requested: float, total: int, name: str) -> int:
+    if requested < 0:
+        raise DataError(f"{name} is {requested:g}; expected a fraction below 1, or a number of examples, 0 for none")
+    return max(round(requested * total), 1) if 0 < requested < 1 else int(requested)
 
 
-def _taken(
-    pool: list[T], wanted: int, seeds: Mapping[str, int | str], name: str, keys: SplitKeys[T]
+def _take_split(
+    pool: list[T], num_examples: int, seeds: Mapping[str, int | str], name: str, keys: SplitKeys[T]
 ) -> tuple[list[T], list[T]]:
     """About `wanted` examples of the pool and the others, in their order."""
-    if not wanted:
+    if not num_examples:
         return [], pool
     num_inputs = len(set(map(keys.input_key, pool)))
-    if wanted > len(pool) // 2 or num_inputs < 2:
+    if num_examples > len(pool) // 2 or num_inputs < 2:
         raise DataError(
-            f"{wanted} examples for {name} are more than half of the {len(pool)} that are left "
+            f"{num_examples} examples for {name} are more than half of the {len(pool)} that are left "
             f"({num_inputs} different inputs): take fewer, give a {name} file, or more data"
         )
-    chosen = _drawn(pool, wanted, seeds[name], keys, spare=1)
+    chosen = _draw_stratified(pool, num_examples, seeds[name], keys, spare=1)
     if not chosen:
         num_strata = len(set(map(keys.stratum, pool)))
         raise DataError(
@@ -194,7 +198,7 @@ def _taken(
     return [e for i, e in enumerate(pool) if i in chosen], [e for i, e in enumerate(pool) if i not in chosen]
 
 
-def _drawn(pool: Sequence[T], wanted: int, seed: int | str, keys: SplitKeys[T], spare: int) -> set[int]:
+def _draw_stratified(pool: Sequence[T], num_examples: int, seed: int | str, keys: SplitKeys[T], spare: int) -> set[int]:
     """Places of about `wanted` examples, each stratum by its share; all of one input together.
 
     spare: inputs that every stratum keeps, if there are several.
@@ -208,20 +212,20 @@ def _drawn(pool: Sequence[T], wanted: int, seed: int | str, keys: SplitKeys[T], 
     rng = random.Random(seed)
     chosen: set[int] = set()
     sizes = {stratum: len(groups) for stratum, groups in strata.items()}
-    for stratum, quota in _quotas(sizes, round(wanted * len(inputs) / len(pool)), spare):
+    for stratum, quota in _compute_quotas(sizes, round(num_examples * len(inputs) / len(pool)), spare):
         groups = strata[stratum]
         rng.shuffle(groups)
         chosen.update(i for members in groups[:quota] for i in members)
     return chosen
 
 
-def _quotas(sizes: Mapping[Any, int], wanted: int, spare: int) -> list[tuple[Any, int]]:
+def _compute_quotas(sizes: Mapping[Any, int], num_examples: int, spare: int) -> list[tuple[Any, int]]:
     """`wanted` by the size of each stratum (largest remainders), `spare` left of each; in a fixed order."""
-    total, wanted = sum(sizes.values()), max(wanted, 1)
-    shares = {stratum: wanted * size / total for stratum, size in sizes.items()}
+    total, num_examples = sum(sizes.values()), max(num_examples, 1)
+    shares = {stratum: num_examples * size / total for stratum, size in sizes.items()}
     quotas = {stratum: int(share) for stratum, share in shares.items()}
     order = sorted(shares, key=lambda stratum: (quotas[stratum] - shares[stratum], stratum))
-    for stratum in order[: wanted - sum(quotas.values())]:
+    for stratum in order[: num_examples - sum(quotas.values())]:
         quotas[stratum] += 1
     several = len(sizes) > 1
     return [(stratum, min(quota, sizes[stratum] - spare) if several else quota)

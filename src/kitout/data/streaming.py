@@ -13,17 +13,17 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TypeAlias
 
-from kitout.data.encode.item import Item
+from kitout.data.encode.item import EncodedExample
 from kitout.data.examples.examples import Example
-from kitout.data.examples.formats import Layout
-from kitout.data.read.sources import Source, Table, layout_of, open_source
+from kitout.data.examples.formats import TableReading
+from kitout.data.read.sources import Source, Table, detect_from_head, open_source
 from kitout.data.read.tables import DataError, Row
 
-BUFFER = 10_000  # rows in memory; neighbours in the file come out up to about this far apart
-CHUNK = 256  # examples encoded at once
+BUFFER_ROWS = 10_000  # rows in memory; neighbours in the file come out up to about this far apart
+CHUNK_EXAMPLES = 256  # examples encoded at once
 
-_Read: TypeAlias = "tuple[Layout, Row]"
-Encode: TypeAlias = Callable[[Sequence[Example]], list[Item]]
+_StreamRow: TypeAlias = "tuple[TableReading, Row]"
+EncodeFn: TypeAlias = Callable[[Sequence[Example]], list[EncodedExample]]
 
 
 @dataclass(frozen=True)
@@ -31,94 +31,94 @@ class Stream:
     """Iterates over examples; every iteration begins anew, the same. buffer 1: in the order of the files."""
 
     tables: tuple[Table, ...]
-    layouts: tuple[Layout, ...]
+    readings: tuple[TableReading, ...]
     seed: int = 0
-    buffer: int = BUFFER
+    buffer: int = BUFFER_ROWS
     epoch: int = 0
-    taken: int = 0
-    measured: frozenset[str] = field(default=frozenset(), repr=False)
+    num_skipped: int = 0
+    held_out_keys: frozenset[str] = field(default=frozenset(), repr=False)
 
     def __iter__(self) -> Iterator[Example]:
         """Raises DataError at a faulty row, with its line."""
-        rows = _shuffled(self._rows(), self.buffer, random.Random(f"{self.seed} {self.epoch}"))
-        if not self.measured:  # rows that are skipped need not be made examples of
-            return (self._example(read) for read in islice(rows, self.taken, None))
-        kept = (e for e in map(self._example, rows) if e.input_key not in self.measured)
-        return islice(kept, self.taken, None)
+        rows = _shuffle(self._iter_rows(), self.buffer, random.Random(f"{self.seed} {self.epoch}"))
+        if not self.held_out_keys:  # rows that are skipped need not be made examples of
+            return (self._to_example(read) for read in islice(rows, self.num_skipped, None))
+        kept = (e for e in map(self._to_example, rows) if e.input_key not in self.held_out_keys)
+        return islice(kept, self.num_skipped, None)
 
     def skip(self, count: int) -> Stream:
         """What comes after `count` more examples, in the same order."""
-        return replace(self, taken=self.taken + count)
+        return replace(self, num_skipped=self.num_skipped + count)
 
-    def at(self, epoch: int) -> Stream:
+    def for_epoch(self, epoch: int) -> Stream:
         """From its beginning, in the order of another epoch."""
-        return replace(self, epoch=epoch, taken=0)
+        return replace(self, epoch=epoch, num_skipped=0)
 
-    def first(self, count: int) -> list[Example]:
+    def take_unique(self, count: int) -> list[Example]:
         """The first examples of the files with different inputs, whatever the seed: to measure on.
 
         Less those that are measured on already.
         """
         found: dict[str, Example] = {}
-        rows = self._rows()
+        rows = self._iter_rows()
         while len(found) < count and (read := next(rows, None)) is not None:
-            example = self._example(read)
-            if example.input_key not in self.measured:
+            example = self._to_example(read)
+            if example.input_key not in self.held_out_keys:
                 found.setdefault(example.input_key, example)
         return list(found.values())
 
-    def without(self, examples: Iterable[Example]) -> Stream:
+    def excluding(self, examples: Iterable[Example]) -> Stream:
         """Less every example whose input is one of these."""
-        return replace(self, measured=self.measured | {e.input_key for e in examples})
+        return replace(self, held_out_keys=self.held_out_keys | {e.input_key for e in examples})
 
-    def _rows(self) -> Iterator[_Read]:
-        for table, layout in zip(self.tables, self.layouts, strict=True):
-            for row in table.each():
+    def _iter_rows(self) -> Iterator[_StreamRow]:
+        for table, layout in zip(self.tables, self.readings, strict=True):
+            for row in table.iter_rows():
                 yield layout, row
 
-    def _example(self, read: _Read) -> Example:
-        layout, row = read
+    def _to_example(self, stream_row: _StreamRow) -> Example:
+        layout, row = stream_row
         try:
-            return layout.example(row)
+            return layout.to_example(row)
         except DataError as wrong:
-            raise DataError(f"{layout.where} (read as {layout.format.name}): {wrong}") from wrong
+            raise DataError(f"{layout.source} (read as {layout.format.name}): {wrong}") from wrong
 
 
-def stream(
+def open_stream(
     source: Source,
     format: str | None = None,  # noqa: A002
     columns: Mapping[str, str] | None = None,
-    instruction: str | None = None,
+    system_prompt: str | None = None,
     seed: int = 0,
-    buffer: int = BUFFER,
+    buffer: int = BUFFER_ROWS,
 ) -> dict[str, Stream]:
     """The streams of a source by part, as `sources.load` has its examples; only the first rows are read now."""
-    held: dict[str, list[tuple[Table, Layout]]] = {}
+    held: dict[str, list[tuple[Table, TableReading]]] = {}
     for table in open_source(source, streaming=True):
-        layout = layout_of(table, format=format, columns=columns, instruction=instruction)
-        held.setdefault(table.part, []).append((table, layout))
+        layout = detect_from_head(table, format=format, columns=columns, system_prompt=system_prompt)
+        held.setdefault(table.split, []).append((table, layout))
     return {
         part: Stream(tuple(t for t, _ in pairs), tuple(found for _, found in pairs), seed, buffer)
         for part, pairs in held.items()
     }
 
 
-def items(examples: Iterable[Example], encode: Encode, skip: int = 0) -> Iterator[Item]:
+def encode_stream(examples: Iterable[Example], encode: EncodeFn, skip: int = 0) -> Iterator[EncodedExample]:
     """The items of a stream, a chunk encoded at a time; skip: items (not examples) that are not wanted again."""
     source = iter(examples)
-    while chunk := list(islice(source, CHUNK)):
+    while chunk := list(islice(source, CHUNK_EXAMPLES)):
         made = encode(chunk)
         yield from made[skip:]
         skip = max(skip - len(made), 0)
 
 
-def _shuffled(rows: Iterator[_Read], buffer: int, dice: random.Random) -> Iterator[_Read]:
+def _shuffle(rows: Iterator[_StreamRow], buffer: int, rng: random.Random) -> Iterator[_StreamRow]:
     """Each row that comes in pushes a random one out."""
     held = list(islice(rows, max(buffer, 1) - 1))
     for row in rows:
         held.append(row)
-        at = dice.randrange(len(held))
+        at = rng.randrange(len(held))
         held[at], held[-1] = held[-1], held[at]
         yield held.pop()
-    dice.shuffle(held)
+    rng.shuffle(held)
     yield from held

@@ -13,7 +13,7 @@ from typing import Any
 
 from kitout.assets.catalog import ASSETS
 from kitout.data.encode.classification import label_set
-from kitout.data.read.sources import load
+from kitout.data.read.sources import load_examples
 from kitout.train.config.load import load as checked
 from kitout.train.config.schema import RunConfig
 from kitout.train.run import Result, run
@@ -74,24 +74,33 @@ def preset(chosen: TextDemo) -> RunConfig:
             "model": {"name": str(chosen.model or MODEL), "dtype": chosen.dtype},
             "method": {"name": "LoRA", "rank": 8, "alpha": 16, "targets": "all-linear"},
             "data": {
-                "train": [source | {"instruction": instruction}], "validation": 0,
+                "train": [source | {"system_prompt": instruction}],
+                "validation": 0,
                 "test": TEST / (TRAIN + TEST) if own else number,
             },
             "train": {
-                "lr": chosen.lr, "decay": 0.0, "epochs": chosen.epochs, "batch": 16, "warmup": 0.06, "clip": 1.0,
+                "lr": chosen.lr,
+                "weight_decay": 0.0,
+                "epochs": chosen.epochs,
+                "batch_size": 16,
+                "warmup_ratio": 0.06,
+                "max_grad_norm": 1.0,
                 "seed": chosen.seed,
             },
             "evaluate": {
-                "shown": chosen.shown, "test": max(number, 1000), "max_new_tokens": LONGEST, "prove_merge": True,
+                "show_examples": chosen.shown,
+                "max_test_examples": max(number, 1000),
+                "max_new_tokens": LONGEST,
+                "prove_merge": True,
             },
             "output": {"folder": chosen.out, "name": "demo"},
         }
-    )  # fmt: skip
+    )
 
 
 def demo(chosen: TextDemo, say: Callable[[str], None] = print) -> Result:
     """Runs it, and says what to do next."""
-    result = run(preset(chosen), say=say)
+    result = run(preset(chosen), log=say)
     if chosen.model is None:
         say(f"note: {MODEL}: {ASSETS[MODEL].caveat}")
     say("next: the same on your own texts (columns text and label):\n  kitout demo text --data FILE.csv --model FOLDER")
@@ -100,8 +109,8 @@ def demo(chosen: TextDemo, say: Callable[[str], None] = print) -> Result:
 
 def _naming(data: Path, columns: dict[str, str]) -> str:
     """An instruction that names the labels of a table."""
-    found = load(str(data), "label", columns)
-    return f"Classify this text as {_listed(label_set(e for part in found.parts.values() for e in part))}."
+    found = load_examples(str(data), "label", columns)
+    return f"Classify this text as {_listed(label_set(e for part in found.splits.values() for e in part))}."
 
 
 def _listed(words: Sequence[str]) -> str:

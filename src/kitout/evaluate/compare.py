@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kitout.evaluate.metrics.generation import closed, named, normalize_answer
-from kitout.evaluate.metrics.measure import Measure, Score, difference
+from kitout.evaluate.metrics.generation import closed_labels, label_named, normalize_answer
+from kitout.evaluate.metrics.measure import Measure, Score, score_difference
 from kitout.evaluate.metrics.registry import TITLES
-from kitout.format import figure
+from kitout.format import format_number
 
-SHORT = 4  # words; an answer to a longer reference is neither right nor wrong
+SHORT_ANSWER_WORDS = 4  # words; an answer to a longer reference is neither right nor wrong
 
 
 @dataclass(frozen=True)
-class Change:
+class MetricChange:
     """One metric. difference: tuned less base, and its 95 % interval."""
 
     name: str
@@ -34,7 +34,7 @@ class Change:
         return TITLES.get(self.name, self.name)
 
     @property
-    def better(self) -> bool | None:
+    def is_better(self) -> bool | None:
         """Whether the tuned model is; None where the examples do not tell."""
         if self.low <= 0 <= self.high:
             return None
@@ -44,27 +44,28 @@ class Change:
     def verdict(self) -> str:
         """better by 26.5 points (22.1 to 31.0); 600 held-out examples"""
         n = self.base.n
-        if self.better is None:
+        if self.is_better is None:
             return (
                 f"no difference that {'these' if n > 1 else 'this'} {n:,} held-out example{'s' if n > 1 else ''} can "
-                f"show ({self.told(self.low, sign=True)} to {self.told(self.high, sign=True)}{self._unit})"
+                f"show ({self.format_value(self.low, sign=True)} to "
+                f"{self.format_value(self.high, sign=True)}{self._unit})"
             )
         ends = sorted((abs(self.low), abs(self.high)))
-        reach = " to ".join(self.told(end) for end in ends)
-        word = "better" if self.better else "worse"
-        return f"{word} by {self.told(abs(self.difference))}{self._unit} ({reach}); {n:,} held-out examples"
+        reach = " to ".join(self.format_value(end) for end in ends)
+        word = "better" if self.is_better else "worse"
+        return f"{word} by {self.format_value(abs(self.difference))}{self._unit} ({reach}); {n:,} held-out examples"
 
     @property
     def _unit(self) -> str:
         return " points" if self.base.share else ""
 
-    def told(self, value: float, sign: bool = False) -> str:
+    def format_value(self, value: float, sign: bool = False) -> str:
         """A value of this metric in words: shares in percent."""
-        return told(value, self.base.share, sign)
+        return format_value(value, self.base.share, sign)
 
 
 @dataclass(frozen=True)
-class Shown:
+class ComparedExample:
     """One example with what both said. right: (base, tuned), where that can be told. why: it is shown."""
 
     prompt: str
@@ -79,8 +80,8 @@ class Shown:
 class Comparison:
     """The first change is the headline."""
 
-    changes: tuple[Change, ...]
-    examples: tuple[Shown, ...] = ()
+    changes: tuple[MetricChange, ...]
+    examples: tuple[ComparedExample, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -89,11 +90,13 @@ class Comparison:
 
 
 def compare(
-    base: Mapping[str, Measure], tuned: Mapping[str, Measure], examples: Sequence[Shown] = (), seed: int = 0
+    base: Mapping[str, Measure], tuned: Mapping[str, Measure], examples: Sequence[ComparedExample] = (), seed: int = 0
 ) -> Comparison:
     """Both from `metrics.measures` over the same examples, in the same order."""
     changes = tuple(
-        Change(name, base[name].score(seed), tuned[name].score(seed), *difference(base[name], tuned[name], seed))
+        MetricChange(
+            name, base[name].score(seed), tuned[name].score(seed), *score_difference(base[name], tuned[name], seed)
+        )
         for name in tuned
         if name in base
     )
@@ -102,20 +105,20 @@ def compare(
     return Comparison(changes, tuple(examples))
 
 
-def side_by_side(
+def pick_examples(
     prompts: Sequence[str],
     references: Sequence[str],
     base: Sequence[str],
     tuned: Sequence[str],
-    most: int = 8,
-) -> tuple[Shown, ...]:
+    max_examples: int = 8,
+) -> tuple[ComparedExample, ...]:
     """Half of them the first of each label in turn, half the first whose answer changed.
 
     Nobody is right or wrong where the references are whole sentences.
     """
-    why = select(references, base, tuned, most)
-    labels = closed(references)
-    judged = bool(labels) or all(len(normalize_answer(r).split()) <= SHORT for r in references)
+    why = select(references, base, tuned, max_examples)
+    labels = closed_labels(references)
+    judged = bool(labels) or all(len(normalize_answer(r).split()) <= SHORT_ANSWER_WORDS for r in references)
     asked, true, before, after = ([texts[i] for i in why] for texts in (prompts, references, base, tuned))
     return beside(asked, true, before, after, list(why.values()), labels, judged)
 
@@ -123,25 +126,27 @@ def side_by_side(
 def beside(
     prompts: Sequence[str], references: Sequence[str], base: Sequence[str], tuned: Sequence[str], why: Sequence[str],
     labels: Sequence[str] = (), judged: bool = True,
-) -> tuple[Shown, ...]:  # fmt: skip
+) -> tuple[ComparedExample, ...]:  # fmt: skip
     """Examples that are chosen already, with what both wrote. labels: of a closed set; judged: right or wrong."""
     names = [normalize_answer(label) for label in labels]
     rows = zip(prompts, references, base, tuned, why, strict=True)
     shown = []
     for prompt, reference, before, after, reason in rows:
         true = normalize_answer(reference)
-        right = (_says(before, true, names), _says(after, true, names)) if judged else None
-        shown.append(Shown(prompt, reference, before, after, right, reason))
+        right = (_is_correct(before, true, names), _is_correct(after, true, names)) if judged else None
+        shown.append(ComparedExample(prompt, reference, before, after, right, reason))
     return tuple(shown)
 
 
 def select(references: Sequence[str], base: Sequence[str], tuned: Sequence[str], most: int = 8) -> dict[int, str]:
     """Which examples to show, and why: half the first of each label in turn, half the first whose answer changed."""
-    labels, true = closed(references), [normalize_answer(r) for r in references]
-    right = [(_says(b, r, labels), _says(t, r, labels)) for b, t, r in zip(base, tuned, true, strict=True)]
-    turns = _turns(true)
+    labels, true = closed_labels(references), [normalize_answer(r) for r in references]
+    right = [(_is_correct(b, r, labels), _is_correct(t, r, labels)) for b, t, r in zip(base, tuned, true, strict=True)]
+    turns = _round_robin(true)
     chosen = dict.fromkeys(turns[: (most + 1) // 2], "first of its kind")
-    for i in _changed(right, [normalize_answer(b) != normalize_answer(t) for b, t in zip(base, tuned, strict=True)]):
+    for i in _order_changed(
+        right, [normalize_answer(b) != normalize_answer(t) for b, t in zip(base, tuned, strict=True)]
+    ):
         if len(chosen) < most:
             chosen.setdefault(i, "the answers differ")
     for i in turns:
@@ -150,7 +155,7 @@ def select(references: Sequence[str], base: Sequence[str], tuned: Sequence[str],
     return chosen
 
 
-def _turns(labels: Sequence[Hashable]) -> list[int]:
+def _round_robin(labels: Sequence[Hashable]) -> list[int]:
     """Label by label in turn, each label's examples in the order of the data."""
     held: dict[Hashable, list[int]] = {}
     for i, label in enumerate(labels):
@@ -159,25 +164,25 @@ def _turns(labels: Sequence[Hashable]) -> list[int]:
     return [places[turn] for turn in range(rounds) for places in held.values() if turn < len(places)]
 
 
-def _changed(right: Sequence[tuple[bool, bool]], differ: Sequence[bool]) -> list[int]:
+def _order_changed(right: Sequence[tuple[bool, bool]], is_different: Sequence[bool]) -> list[int]:
     """Gained and lost ones in turn, then those that changed from wrong to wrong."""
     gained = [i for i, (b, t) in enumerate(right) if t and not b]
     lost = [i for i, (b, t) in enumerate(right) if b and not t]
     turned = {i: right[i] for i in sorted(gained + lost)}
-    return _in_turn(turned) + [i for i, other in enumerate(differ) if other and i not in turned]
+    return _alternate(turned) + [i for i, other in enumerate(is_different) if other and i not in turned]
 
 
-def _in_turn(turned: Mapping[int, tuple[bool, bool]]) -> list[int]:
-    places, kinds = list(turned), list(turned.values())
-    return [places[i] for i in _turns(kinds)]
+def _alternate(changed: Mapping[int, tuple[bool, bool]]) -> list[int]:
+    places, kinds = list(changed), list(changed.values())
+    return [places[i] for i in _round_robin(kinds)]
 
 
-def _says(answer: str, reference: str, labels: Sequence[str]) -> bool:
+def _is_correct(answer: str, reference: str, labels: Sequence[str]) -> bool:
     """As `answered` counts it: the reference itself, or, where that is a label, the only label it names."""
-    return normalize_answer(answer) == reference or named(normalize_answer(answer), labels) == reference
+    return normalize_answer(answer) == reference or label_named(normalize_answer(answer), labels) == reference
 
 
-def told(value: float, share: bool, sign: bool = False) -> str:
+def format_value(value: float, share: bool, sign: bool = False) -> str:
     """26.5 of a share of 0.265; else four figures."""
-    text = f"{100 * value:{'+' if sign else ''}.1f}" if share else figure(value, sign)
+    text = f"{100 * value:{'+' if sign else ''}.1f}" if share else format_number(value, sign)
     return text if any(c in "123456789" for c in text) else text.lstrip("+-")

@@ -17,32 +17,39 @@ import torch
 from torch import Tensor, nn
 
 from kitout.base.site import Site
-from kitout.errors import BadName, Faults, FileError, KitoutError, MergeState, TargetError, WrongBase
+from kitout.errors import Errors, FileError, InvalidAdapterName, KitoutError, MergeStateError, TargetError, WrongBase
 from kitout.files import float_steps
-from kitout.files.adapter_json import FORMAT, RECORD, TENSORS, Record, SiteRecord, TensorsRecord, read_record
-from kitout.files.adapter_tensors import Slot, admit, blank, mismatches, not_finite, slots
+from kitout.files.adapter_json import FORMAT, RECORD, TENSORS, AdapterJson, SiteEntry, TensorsEntry, read_adapter_json
+from kitout.files.adapter_tensors import (
+    TensorSlot,
+    build_empty,
+    check_tensors,
+    fill_and_register,
+    non_finite_names,
+    tensor_slots,
+)
 from kitout.files.atomic import check_replaceable, replace_folder
-from kitout.files.base_fingerprint import differences, fingerprint, unmerged
-from kitout.files.head_spec import describe, rebuild
-from kitout.files.safetensors_reader import Tensors, open_tensors, write_tensors
+from kitout.files.base_fingerprint import differences, fingerprint, parameters_before_merge
+from kitout.files.head_spec import build_from_spec, spec_of
+from kitout.files.safetensors_reader import SafetensorsFile, open_tensors, write_tensors
 from kitout.runtime.adapter import Adapter
-from kitout.runtime.build_adapter import check_name, check_sites, head_site, sites_of
+from kitout.runtime.build_adapter import check_name, check_sites, head_site, select_sites
 from kitout.runtime.state import KitState
 from kitout.version import __version__
 
 FILES = (RECORD, TENSORS)
-MOST_SITE_FAULTS = 6
+MAX_SITE_ERRORS = 6
 RETRIES = 5  # while a folder is replaced under a reader
 
 
 @torch.no_grad()
-def save(
+def save_adapter(
     state: KitState,
     name: str,
     folder: str | PathLike[str],
     *,
-    note: Mapping[str, Any] | None = None,
-    resume: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    keep_encoder: bool = False,
 ) -> None:
     """Writes one adapter into a new or empty folder, or replaces an adapter folder in one step.
 
@@ -50,25 +57,25 @@ def save(
     note: anything json can hold, kept with the adapter; None keeps the note it was loaded with. Raises FileError where
     the folder holds other files or a value is NaN or infinite.
     """
-    adapter = state[name] if resume else state[name].settled()
+    adapter = state[name] if keep_encoder else state[name].inference_form()
     target = Path(folder)
     check_replaceable(target.expanduser(), FILES)
-    held = slots(adapter)
-    if bad := not_finite({n: s.tensor for n, s in held.items()}):
+    held = tensor_slots(adapter)
+    if bad := non_finite_names({n: s.tensor for n, s in held.items()}):
         raise FileError(f"{name!r} holds NaN or infinity in {', '.join(bad[:4])}: there is nothing worth saving in it")
-    dtype = _dtype(held)
+    dtype = _common_dtype(held)
     if dtype == "mixed" and any(s.base is not None for s in held.values()):
         raise FileError(f"{name!r} holds trained copies in several dtypes: bring them to one, kit[{name!r}].float()")
-    frozen = unmerged(state)
+    frozen = parameters_before_merge(state)
     kept: dict[str, Tensor] = {}
     for key, slot in held.items():
         start = None if slot.base is None else frozen.get(id(slot.base), slot.base)
-        kept[key] = slot.tensor if start is None else float_steps.taken(slot.tensor, start)
+        kept[key] = slot.tensor if start is None else float_steps.to_steps(slot.tensor, start)
     head_paths = [path.replace("/", ".") for path in adapter.heads]
 
-    def fill(fresh: Path) -> None:
-        size, digest = write_tensors(fresh / TENSORS, kept, {"format": "pt"})
-        record = Record(
+    def fill(temp_path: Path) -> None:
+        size, digest = write_tensors(temp_path / TENSORS, kept, {"format": "pt"})
+        record = AdapterJson(
             format=FORMAT,
             kitout=__version__,
             name=name,
@@ -78,18 +85,18 @@ def save(
             strength=adapter.strength,
             dtype=dtype,
             parameters=sum(p.numel() for p in adapter.parameters()),
-            sites=[SiteRecord.of(s) for s in adapter.sites],
-            heads=[describe(path, _head(adapter, path), state.base) for path in head_paths],
-            tensors=TensorsRecord(bytes=size, sha256=digest),
+            sites=[SiteEntry.of(s) for s in adapter.sites],
+            heads=[spec_of(path, _head(adapter, path), state.base) for path in head_paths],
+            tensors=TensorsEntry(bytes=size, sha256=digest),
             base=fingerprint(state, [s.path for s in adapter.sites], head_paths),
-            note=dict(adapter.note if note is None else note),
+            note=dict(adapter.metadata if metadata is None else metadata),
         )
-        record.write(fresh / RECORD)
+        record.write(temp_path / RECORD)
 
     replace_folder(target, FILES, fill)
 
 
-def load(
+def load_adapter(
     state: KitState,
     folder: str | PathLike[str],
     *,
@@ -105,52 +112,54 @@ def load(
     for _ in range(RETRIES):
         before = _stamp(where)
         try:
-            return _load(state, where, name, heads or {})
+            return _load_once(state, where, name, heads or {})
         except FileError:
             if _stamp(where) == before:  # else another process has replaced the folder between its two files
                 raise
-    return _load(state, where, name, heads or {})
+    return _load_once(state, where, name, heads or {})
 
 
-def _stamp(where: Path) -> tuple[int, int] | None:
+def _stamp(folder_path: Path) -> tuple[int, int] | None:
     """Changes when the folder's record is replaced."""
     try:
-        facts = (where / RECORD).stat()
+        facts = (folder_path / RECORD).stat()
     except OSError:
         return None
     return facts.st_ino, facts.st_mtime_ns
 
 
-def _load(state: KitState, where: Path, name: str | None, heads: Mapping[str, nn.Module]) -> Adapter:
-    record = read_record(_inside(where, RECORD))
+def _load_once(state: KitState, folder_path: Path, name: str | None, heads: Mapping[str, nn.Module]) -> Adapter:
+    record = read_adapter_json(_existing_file(folder_path, RECORD))
     if state.merged_names:
-        raise MergeState(f"{state.merged_text} merged into the base: unmerge() before loading {where}")
-    _check_name(state, where, record, name)
-    method = _named(where, record.rebuilt)
-    tensors = open_tensors(_inside(where, TENSORS))
+        raise MergeStateError(f"{state.merged_text} merged into the base: unmerge() before loading {folder_path}")
+    _check_name(state, folder_path, record, name)
+    method = _with_path(folder_path, record.method_instance)
+    tensors = open_tensors(_existing_file(folder_path, TENSORS))
     with tensors.file:
-        _check_base(state, where, record)
-        sites = _sites(state, where, record, lambda: sites_of(state, method, [h.path for h in record.heads]))
-        adapter, held = _blank(state, where, record, name or record.name, method, sites, heads)
-        _check_header(where, record, tensors, held)
+        _check_base(state, folder_path, record)
+        sites = _sites(state, folder_path, record, lambda: select_sites(state, method, [h.path for h in record.heads]))
+        adapter, held = _build_empty(state, folder_path, record, name or record.name, method, sites, heads)
+        _check_header(folder_path, record, tensors, held)
         stored, digest = tensors.read()
-    values = _values(where, record, held, stored, digest)
-    adapter.seed, adapter.note = record.seed, dict(record.note)
-    admit(state, adapter, held, values, record.strength)
+    values = _values(folder_path, record, held, stored, digest)
+    adapter.seed, adapter.metadata = record.seed, dict(record.note)
+    fill_and_register(state, adapter, held, values, record.strength)
     return adapter
 
 
-def _check_name(state: KitState, where: Path, record: Record, name: str | None) -> None:
+def _check_name(state: KitState, folder_path: Path, record: AdapterJson, name: str | None) -> None:
     """A bad name that the caller gave is the caller's fault, one that the file holds is the file's."""
     try:
         check_name(state, record.name if name is None else name)
-    except BadName as error:
+    except InvalidAdapterName as error:
         if name is not None:
             raise
-        raise FileError(f"{where}: {str(error)[:300]}. Or load it under another: kit.load(folder, name=...)") from None
+        raise FileError(
+            f"{folder_path}: {str(error)[:300]}. Or load it under another: kit.load(folder, name=...)"
+        ) from None
 
 
-def _inside(folder: Path, file: str) -> Path:
+def _existing_file(folder: Path, file: str) -> Path:
     if not (folder / file).exists():
         held = sorted(p.name for p in folder.iterdir())[:6] if folder.is_dir() else []
         hint = (
@@ -162,44 +171,44 @@ def _inside(folder: Path, file: str) -> Path:
     return folder / file
 
 
-def _named(where: Path, step: Any) -> Any:
+def _with_path(folder_path: Path, step: Any) -> Any:
     """Runs a step of reading and puts the folder before its message."""
     try:
         return step()
     except (FileError, TargetError) as error:
-        raise FileError(f"{where}: {error}") from None
+        raise FileError(f"{folder_path}: {error}") from None
 
 
-def _check_base(state: KitState, where: Path, record: Record) -> None:
+def _check_base(state: KitState, folder_path: Path, record: AdapterJson) -> None:
     here = fingerprint(state, [s.path for s in record.sites], [h.path for h in record.heads])
     if not (here.valued and record.base.valued):
-        which = "This base is" if not here.valued else f"The base {where} was made for was"
+        which = "This base is" if not here.valued else f"The base {folder_path} was made for was"
         warnings.warn(
             f"{which} on the meta device: bases compared by keys and shapes only, not by values", stacklevel=4
         )
-    faults = Faults(WrongBase, f"{where} was made for another base")
+    faults = Errors(WrongBase, f"{folder_path} was made for another base")
     for fault in differences(record.base, here):
         faults.add(fault)
     faults.raise_if_any()
 
 
-def _sites(state: KitState, where: Path, record: Record, choose: Any) -> list[Site]:
+def _sites(state: KitState, folder_path: Path, record: AdapterJson, choose: Any) -> list[Site]:
     """The method's sites in this model, which must be those of the record one by one."""
-    sites: list[Site] = _named(where, choose)
+    sites: list[Site] = _with_path(folder_path, choose)
     check_sites(state, record.name, sites, [h.path for h in record.heads])
-    old, new = {s.key: s for s in record.sites}, {s.key: SiteRecord.of(s) for s in sites}
-    faults = Faults(FileError, f"{where}: its sites are not those that {record.method} finds in this model")
+    old, new = {s.key: s for s in record.sites}, {s.key: SiteEntry.of(s) for s in sites}
+    faults = Errors(FileError, f"{folder_path}: its sites are not those that {record.method} finds in this model")
     if len(old) != len(record.sites):
         faults.add(f"it lists {len(record.sites)} sites, {len(old)} different ones")
     for key in [*old, *(k for k in new if k not in old)]:
-        fault = _site_fault(key, old.get(key), new.get(key))
-        if fault and len(faults.items) < MOST_SITE_FAULTS:
+        fault = _site_error(key, old.get(key), new.get(key))
+        if fault and len(faults.messages) < MAX_SITE_ERRORS:
             faults.add(fault)
     faults.raise_if_any()
     return sites
 
 
-def _site_fault(key: str, old: SiteRecord | None, new: SiteRecord | None) -> str | None:
+def _site_error(key: str, old: SiteEntry | None, new: SiteEntry | None) -> str | None:
     if old is None or new is None:
         return f"{key[:120]}: {'not in the file' if old is None else 'not found here'}"
     fields = ("path", "role", "port", "d_in", "d_out", "channels")
@@ -208,40 +217,42 @@ def _site_fault(key: str, old: SiteRecord | None, new: SiteRecord | None) -> str
     return f"{key}: {'; '.join(told)}" if told else None
 
 
-def _blank(
+def _build_empty(
     state: KitState,
-    where: Path,
-    record: Record,
+    folder_path: Path,
+    record: AdapterJson,
     name: str,
     method: Any,
     sites: list[Site],
-    given: Mapping[str, nn.Module],
-) -> tuple[Adapter, dict[str, Slot]]:
-    faults = Faults(FileError, str(where))
+    head_modules: Mapping[str, nn.Module],
+) -> tuple[Adapter, dict[str, TensorSlot]]:
+    faults = Errors(FileError, str(folder_path))
     modules = {}
     for head in record.heads:
         try:
             head_site(state, head.path)
-            modules[head.path] = rebuild(head, state.base, given)
+            modules[head.path] = build_from_spec(head, state.base, head_modules)
         except (FileError, TargetError) as error:
             faults.add(str(error))
-    if strangers := [path for path in given if path not in {h.path for h in record.heads}]:
+    if strangers := [path for path in head_modules if path not in {h.path for h in record.heads}]:
         faults.add(f"heads: the adapter has none at {', '.join(strangers)}")
     faults.raise_if_any()
     try:
-        return blank(state, name, method, sites, modules)
+        return build_empty(state, name, method, sites, modules)
     except KitoutError as error:
-        raise FileError(f"{where}: {error}") from None
+        raise FileError(f"{folder_path}: {error}") from None
 
 
-def _check_header(where: Path, record: Record, tensors: Tensors, held: Mapping[str, Slot]) -> None:
+def _check_header(
+    folder_path: Path, record: AdapterJson, tensors: SafetensorsFile, slots: Mapping[str, TensorSlot]
+) -> None:
     """The tensors' file promises exactly what this adapter needs: size, names, shapes, dtypes."""
-    faults = Faults(FileError, str(where))
+    faults = Errors(FileError, str(folder_path))
     if tensors.size != record.tensors.bytes:
         faults.add(f"{TENSORS} has {tensors.size:,} bytes, {RECORD} says {record.tensors.bytes:,}")
     expected = None if record.dtype == "mixed" else getattr(torch, record.dtype)
     found = {n: (e.dtype, e.shape) for n, e in tensors.entries.items()}
-    for key, slot in held.items():
+    for key, slot in slots.items():
         if key not in found:
             continue
         dtype, shape = found[key]
@@ -251,36 +262,36 @@ def _check_header(where: Path, record: Record, tensors: Tensors, held: Mapping[s
             wanted = expected if expected is not None and dtype.is_floating_point else dtype
         if dtype != wanted:
             faults.add(f"tensor {key!r} has dtype {dtype}, {RECORD} says {record.dtype}: it must be {wanted}")
-    mismatches(held, found, faults)
-    if record.dtype == "mixed" and any(s.base is not None for s in held.values()):
+    check_tensors(slots, found, faults)
+    if record.dtype == "mixed" and any(s.base is not None for s in slots.values()):
         faults.add(f"{RECORD} says mixed dtypes, and trained copies have one")
-    count = sum(s.tensor.numel() for s in held.values() if isinstance(s.tensor, nn.Parameter))
+    count = sum(s.tensor.numel() for s in slots.values() if isinstance(s.tensor, nn.Parameter))
     if record.parameters != count:
         faults.add(f"{RECORD} says {record.parameters:,} parameters, this adapter has {count:,}")
     faults.raise_if_any()
 
 
 def _values(
-    where: Path, record: Record, held: Mapping[str, Slot], stored: dict[str, Tensor], digest: str
+    folder_path: Path, record: AdapterJson, slots: Mapping[str, TensorSlot], stored: dict[str, Tensor], digest: str
 ) -> dict[str, Tensor]:
-    faults = Faults(FileError, str(where))
+    faults = Errors(FileError, str(folder_path))
     if digest != record.tensors.sha256:
         faults.add(f"{TENSORS} is not the file {RECORD} was written with (sha256 {digest[:12]}..., not "
                    f"{record.tensors.sha256[:12]}...): it was damaged or exchanged; copy the folder again")  # fmt: skip
     faults.raise_if_any()
     values = dict(stored)
     with torch.no_grad():
-        for key, slot in held.items():
+        for key, slot in slots.items():
             if slot.base is not None:
-                values[key] = float_steps.given_back(stored[key], slot.base, getattr(torch, record.dtype))
-    if bad := not_finite(values):
+                values[key] = float_steps.from_steps(stored[key], slot.base, getattr(torch, record.dtype))
+    if bad := non_finite_names(values):
         faults.add(f"NaN or infinity in {', '.join(bad[:4])}")
     faults.raise_if_any()
     return values
 
 
-def _dtype(held: Mapping[str, Slot]) -> Any:
-    kinds = {str(s.tensor.dtype).removeprefix("torch.") for s in held.values() if s.tensor.is_floating_point()}
+def _common_dtype(slots: Mapping[str, TensorSlot]) -> Any:
+    kinds = {str(s.tensor.dtype).removeprefix("torch.") for s in slots.values() if s.tensor.is_floating_point()}
     return kinds.pop() if len(kinds) == 1 else "mixed"
 
 

@@ -14,22 +14,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kitout import methods as _registering  # noqa: F401 - a file may name any method there is
 from kitout.base.site import Site
-from kitout.errors import Faults, FileError, suggest
+from kitout.errors import Errors, FileError, suggest
 from kitout.files.base_fingerprint import Fingerprint
-from kitout.files.safetensors_reader import open_regular, parse
+from kitout.files.safetensors_reader import open_regular, parse_json
 from kitout.method import REGISTRY, Method
 
 FORMAT: Literal[1] = 1
-MOST_JSON = 64 * 2**20
-MOST_FAULTS = 12
+MAX_ADAPTER_JSON_BYTES = 64 * 2**20
+MAX_SHOWN_ERRORS = 12
 RECORD, TENSORS = "adapter.json", "adapter.safetensors"
 
 
-class _Part(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class SiteRecord(_Part):
+class SiteEntry(_StrictModel):
     """One site. channels: of a fused projection, as [first, last + 1] runs; None = all."""
 
     key: str
@@ -41,14 +41,14 @@ class SiteRecord(_Part):
     channels: list[list[int]] | None = None
 
     @classmethod
-    def of(cls, site: Site) -> SiteRecord:
+    def of(cls, site: Site) -> SiteEntry:
         s = site
         return cls(
             key=s.key, path=s.path, role=s.role, port=s.port, d_in=s.d_in, d_out=s.d_out, channels=runs(s.channels)
         )
 
 
-class HeadRecord(_Part):
+class HeadEntry(_StrictModel):
     """A replaced module. module: how to build it again (see `heads.py`), None if its class is not among the known."""
 
     path: str
@@ -56,14 +56,14 @@ class HeadRecord(_Part):
     module: dict[str, Any] | None
 
 
-class TensorsRecord(_Part):
+class TensorsEntry(_StrictModel):
     """The tensors' file: its size and sha256."""
 
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class Record(_Part):
+class AdapterJson(_StrictModel):
     """One adapter. dtype: of its floating-point tensors, "mixed" if they differ. note: whatever the user wrote."""
 
     format: Literal[1]
@@ -75,9 +75,9 @@ class Record(_Part):
     strength: float = Field(allow_inf_nan=False)
     dtype: Literal["float64", "float32", "float16", "bfloat16", "mixed"]
     parameters: int = Field(ge=0)
-    sites: list[SiteRecord]
-    heads: list[HeadRecord]
-    tensors: TensorsRecord
+    sites: list[SiteEntry]
+    heads: list[HeadEntry]
+    tensors: TensorsEntry
     base: Fingerprint
     note: dict[str, Any]
 
@@ -89,12 +89,12 @@ class Record(_Part):
                 del site["channels"]
         try:
             # Long lists stay on one line each: the file is for people too.
-            lines = [f"{json.dumps(k)}: {_laid_out(v)}" for k, v in fields.items()]
+            lines = [f"{json.dumps(k)}: {_to_json_lines(v)}" for k, v in fields.items()]
         except (TypeError, ValueError, RecursionError) as error:
             raise FileError(f"note cannot be written as json: {error}; use strings, numbers, lists and dicts") from None
         path.write_text("{\n  " + ",\n  ".join(lines) + "\n}\n", encoding="utf-8")
 
-    def rebuilt(self) -> Method:
+    def method_instance(self) -> Method:
         """The method with its settings; raises FileError naming what is unknown."""
         cls = REGISTRY.get(self.method)
         if cls is None:
@@ -108,7 +108,7 @@ class Record(_Part):
             raise FileError(f"settings: {str(error)[:500]}") from None
 
 
-def _laid_out(value: Any) -> str:
+def _to_json_lines(value: Any) -> str:
     """One item of a list or object per line where its items are objects."""
     dump = json.dumps
     if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -122,11 +122,11 @@ def _laid_out(value: Any) -> str:
     return dump(value, allow_nan=False)
 
 
-def read_record(path: Path) -> Record:
+def read_adapter_json(path: Path) -> AdapterJson:
     """The record in a file, checked field by field."""
-    file, _ = open_regular(path, MOST_JSON)
+    file, _ = open_regular(path, MAX_ADAPTER_JSON_BYTES)
     with file:
-        fields = parse(file.read(MOST_JSON + 1), path)
+        fields = parse_json(file.read(MAX_ADAPTER_JSON_BYTES + 1), path)
     version = fields.get("format")
     if type(version) is int and version > FORMAT:
         raise FileError(
@@ -134,10 +134,10 @@ def read_record(path: Path) -> Record:
             f"{FORMAT}: install a newer one"
         )
     try:
-        return Record.model_validate(fields)
+        return AdapterJson.model_validate(fields)
     except ValidationError as error:
-        faults = Faults(FileError, f"{path} is no adapter record")
-        for e in error.errors(include_url=False, include_input=False)[:MOST_FAULTS]:
+        faults = Errors(FileError, f"{path} is no adapter record")
+        for e in error.errors(include_url=False, include_input=False)[:MAX_SHOWN_ERRORS]:
             faults.add(f"{'.'.join(map(str, e['loc']))[:120]}: {e['msg'][:200]}")
         faults.raise_if_any()
         raise

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kitout.base.site import Site
-from kitout.errors import Faults
+from kitout.errors import Errors
 from kitout.files.head_spec import blank_copy
 from kitout.method import Method
 from kitout.runtime.adapter import Adapter
@@ -25,11 +25,11 @@ from kitout.runtime.state import KitState
 
 SHARED, HEAD = "@shared", "@head/"  # first parts of tensor names; those of a Delta start with its site's key
 
-_hollow: WeakKeyDictionary[KitState, dict[str, nn.Module]] = WeakKeyDictionary()
+_meta_copies: WeakKeyDictionary[KitState, dict[str, nn.Module]] = WeakKeyDictionary()
 
 
 @dataclass
-class Slot:
+class TensorSlot:
     """One tensor of an adapter. places: every dict and name it is held under (tied tensors have several).
 
     base: the frozen tensor it started from, where the adapter holds a trained copy of it.
@@ -39,22 +39,22 @@ class Slot:
     base: Tensor | None = None
     places: list[tuple[dict[str, Any], str]] = field(default_factory=list)
 
-    def put(self, value: Tensor) -> None:
+    def set(self, value: Tensor) -> None:
         new = nn.Parameter(value, self.tensor.requires_grad) if isinstance(self.tensor, nn.Parameter) else value
         for owner, name in self.places:
             owner[name] = new
 
 
-def slots(adapter: Adapter) -> dict[str, Slot]:
+def tensor_slots(adapter: Adapter) -> dict[str, TensorSlot]:
     """Every parameter and lasting buffer of an adapter, each once, under the name it has in a file."""
-    named: dict[str, Slot] = {}
-    seen: dict[int, Slot] = {}
+    named: dict[str, TensorSlot] = {}
+    seen: dict[int, TensorSlot] = {}
     parts: list[tuple[str, nn.Module, Mapping[str, Tensor]]] = []
     if adapter.shared is not None:
         parts.append((SHARED, adapter.shared, {}))
     for site in adapter.sites:
         delta = adapter.delta(site)
-        parts.append((site.key, delta, delta.origin(site.module)))
+        parts.append((site.key, delta, delta.base_tensors(site.module)))
     for path, head in adapter.heads.items():
         assert isinstance(head.module, nn.Module)
         parts.append((HEAD + path, head.module, {}))
@@ -67,26 +67,26 @@ def slots(adapter: Adapter) -> dict[str, Slot]:
                         continue
                     local = f"{path}.{name}" if path else name
                     if id(tensor) not in seen:
-                        seen[id(tensor)] = named[f"{stem}.{local}"] = Slot(tensor, bases.get(local))
+                        seen[id(tensor)] = named[f"{stem}.{local}"] = TensorSlot(tensor, bases.get(local))
                     seen[id(tensor)].places.append((owner, name))
     return named
 
 
-def blank(
+def build_empty(
     state: KitState, name: str, method: Method, sites: Sequence[Site], heads: Mapping[str, nn.Module]
-) -> tuple[Adapter, dict[str, Slot]]:
+) -> tuple[Adapter, dict[str, TensorSlot]]:
     """The adapter with shapes and no values, and its slots."""
     with torch.device("meta"), torch.no_grad():
-        hollow = [site.at(module=_hollow_of(state, site)) for site in sites]
-        shared = method.common(hollow)
+        hollow = [site.replace(module=_meta_copy_of(state, site)) for site in sites]
+        shared = method.build_shared(hollow)
         deltas = {site.key: method.build(site, shared) for site in hollow}
     adapter = Adapter(name, method, sites, deltas, shared, heads)
-    return adapter, slots(adapter)
+    return adapter, tensor_slots(adapter)
 
 
-def _hollow_of(state: KitState, site: Site) -> nn.Module:
+def _meta_copy_of(state: KitState, site: Site) -> nn.Module:
     """The site's module without values; made once per kit, so that loading many adapters does not repeat it."""
-    known = _hollow.setdefault(state, {})
+    known = _meta_copies.setdefault(state, {})
     if site.path not in known:
         known[site.path] = blank_copy(site.module)
     return known[site.path]
@@ -101,13 +101,13 @@ def device_of(state: KitState, adapter: Adapter) -> dict[str, torch.device]:
     return devices
 
 
-def mismatches(
-    slots: Mapping[str, Slot], found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], faults: Faults
+def check_tensors(
+    slots: Mapping[str, TensorSlot], stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], faults: Errors
 ) -> None:
     """Names the tensors that are missing, too many, of another shape or of another kind of number."""
     for verb, names in (
-        ("is missing", [n for n in slots if n not in found]),
-        ("does not belong to this adapter", [n for n in found if n not in slots]),
+        ("is missing", [n for n in slots if n not in stored]),
+        ("does not belong to this adapter", [n for n in stored if n not in slots]),
     ):
         if names:
             shown = ", ".join(repr(n[:100]) for n in names[:4]) + (
@@ -115,9 +115,9 @@ def mismatches(
             )
             faults.add(f"tensor {shown} {verb}")
     for name, slot in slots.items():
-        if name not in found:
+        if name not in stored:
             continue
-        dtype, shape = found[name]
+        dtype, shape = stored[name]
         if shape != tuple(slot.tensor.shape):
             faults.add(f"tensor {name!r} has shape {list(shape)}, here it must be {list(slot.tensor.shape)}")
         alike = dtype.is_floating_point if slot.tensor.is_floating_point() else dtype == slot.tensor.dtype
@@ -125,18 +125,18 @@ def mismatches(
             faults.add(f"tensor {name!r} has dtype {dtype}, here it must be {slot.tensor.dtype}")
 
 
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+def non_finite_names(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the floating-point tensors that hold NaN or infinity."""
     return [n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
 
 
-def admit(
-    state: KitState, adapter: Adapter, slots: Mapping[str, Slot], values: Mapping[str, Tensor], strength: float
+def fill_and_register(
+    state: KitState, adapter: Adapter, slots: Mapping[str, TensorSlot], values: Mapping[str, Tensor], strength: float
 ) -> None:
     """Fills the adapter's slots and adds it to the kit, as trainable as a fresh one and not worn."""
     devices = device_of(state, adapter)
     for name, slot in slots.items():
-        slot.put(values[name].to(devices[name.partition(".")[0]]))
-    adapter.wire([head_site(state, path.replace("/", ".")) for path in adapter.heads])
+        slot.set(values[name].to(devices[name.partition(".")[0]]))
+    adapter.group_by_module([head_site(state, path.replace("/", ".")) for path in adapter.heads])
     adapter.strength = strength
     state.insert(adapter)

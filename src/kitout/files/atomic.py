@@ -36,7 +36,7 @@ def write_bytes(file: Path, data: bytes) -> Path:
     return file
 
 
-def replace_folder(target: Path, files: Collection[str], fill: Callable[[Path], None]) -> None:
+def replace_folder(target: Path, files: Collection[str], write_into: Callable[[Path], None]) -> None:
     """`fill` writes into an empty folder, which then becomes `target`.
 
     target may be new, empty, or hold nothing but `files` (it is replaced then); anything else is refused, because
@@ -48,11 +48,11 @@ def replace_folder(target: Path, files: Collection[str], fill: Callable[[Path], 
     fresh = target.parent / f".kitout-{uuid.uuid4().hex}"
     try:
         fresh.mkdir()
-        fill(fresh)
+        write_into(fresh)
         for part in fresh.iterdir():
             flush(part)
         check_replaceable(target, files)  # writing may have taken a while
-        _put(fresh, target)
+        _move_into_place(fresh, target)
         flush(target.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -72,20 +72,20 @@ def check_replaceable(target: Path, files: Collection[str]) -> None:
         raise FileError(f"{target} {what} {shown}, which replacing it would delete: name another folder")
 
 
-def _put(fresh: Path, target: Path) -> None:
+def _move_into_place(temp_path: Path, target: Path) -> None:
     """fresh takes the place of target; what target was (if it was not empty) is left under fresh's name."""
     try:
-        os.replace(fresh, target)  # new, or an empty folder
+        os.replace(temp_path, target)  # new, or an empty folder
         return
     except OSError:
         if not target.is_dir():
             raise
-    if _exchange(fresh, target):
+    if _exchange(temp_path, target):
         return
-    aside = fresh.with_name(fresh.name + "-old")
+    aside = temp_path.with_name(temp_path.name + "-old")
     os.replace(target, aside)
     try:
-        os.replace(fresh, target)
+        os.replace(temp_path, target)
     except BaseException:
         os.replace(aside, target)
         raise

@@ -21,10 +21,12 @@ from torch import Tensor
 from kitout.runtime.state import KitState
 
 SAMPLES = 32  # values kept per tensor
-GOLDEN = 0.6180339887498949  # place i of a tensor is floor(frac(i * GOLDEN) * size): spread over rows and columns alike
-LAST_DIGIT = 1  # codes may differ by this much: fp32 -> fp16 -> bf16 rounds twice
-TINY = 2.0**-24  # below this fp16 keeps nothing
-MOST_NAMED = 4  # tensors named per fault
+_GOLDEN = (
+    0.6180339887498949  # place i of a tensor is floor(frac(i * GOLDEN) * size): spread over rows and columns alike
+)
+_LAST_DIGIT = 1  # codes may differ by this much: fp32 -> fp16 -> bf16 rounds twice
+_TINY = 2.0**-24  # below this fp16 keeps nothing
+MAX_NAMED = 4  # tensors named per fault
 
 
 class Sampled(BaseModel):
@@ -53,7 +55,7 @@ class Fingerprint(BaseModel):
 
 
 @dataclass(frozen=True)
-class Held:
+class BaseTensor:
     """One tensor of the base and where it is kept, so that a change of either shows."""
 
     key: str
@@ -63,11 +65,11 @@ class Held:
     version: int
 
     @property
-    def unchanged(self) -> bool:
+    def is_unchanged(self) -> bool:
         return self.owner.get(self.name) is self.tensor and _version(self.tensor) == self.version
 
 
-_known: WeakKeyDictionary[KitState, tuple[list[Held], Fingerprint]] = WeakKeyDictionary()
+_fingerprints: WeakKeyDictionary[KitState, tuple[list[BaseTensor], Fingerprint]] = WeakKeyDictionary()
 
 
 def fingerprint(state: KitState, adapted: Iterable[str], replaced: Iterable[str] = ()) -> Fingerprint:
@@ -75,34 +77,34 @@ def fingerprint(state: KitState, adapted: Iterable[str], replaced: Iterable[str]
 
     A head that the adapter itself sits at is part of what it was made for, and stays in.
     """
-    everything = _everything(state)
+    everything = _whole_base(state)
     adapted = set(adapted)
     heads = {s.path for s in state.survey.sites if s.role == "head"} - adapted
     left_out = sorted(heads | set(replaced))
     return Fingerprint(valued=everything.valued, left_out=left_out, tensors=_without(everything.tensors, left_out))
 
 
-def differences(saved: Fingerprint, here: Fingerprint) -> list[str]:
+def differences(saved: Fingerprint, current: Fingerprint) -> list[str]:
     """What is different, as sentences: keys, shapes, values; empty if an adapter for one fits the other."""
-    left_out = {*saved.left_out, *here.left_out}
-    old, new = _without(saved.tensors, left_out), _without(here.tensors, left_out)
+    left_out = {*saved.left_out, *current.left_out}
+    old, new = _without(saved.tensors, left_out), _without(current.tensors, left_out)
     if old == new:
         return []
     shared = [key for key in old if key in new]
     faults = []
     if missing := [key for key in old if key not in new]:
-        faults.append(f"keys: this base lacks {_some(missing)}")
+        faults.append(f"keys: this base lacks {_name_some(missing)}")
     if extra := [key for key in new if key not in old]:
-        faults.append(f"keys: this base also has {_some(extra)}")
+        faults.append(f"keys: this base also has {_name_some(extra)}")
     if shapes := [k for k in shared if None not in (old[k].shape, new[k].shape) and old[k].shape != new[k].shape]:
-        faults.append(f"shapes: {_some(f'{k} was {old[k].shape}, here {new[k].shape}' for k in shapes)}")
+        faults.append(f"shapes: {_name_some(f'{k} was {old[k].shape}, here {new[k].shape}' for k in shapes)}")
     same_shape = [key for key in shared if key not in set(shapes)]
-    if values := [key for key in same_shape if not _close(old[key], new[key])]:
-        faults.append(f"values: {len(values)} of {len(shared)} tensors hold other numbers: {_some(values)}")
+    if values := [key for key in same_shape if not _is_close(old[key], new[key])]:
+        faults.append(f"values: {len(values)} of {len(shared)} tensors hold other numbers: {_name_some(values)}")
     return faults
 
 
-def unmerged(state: KitState) -> dict[int, Tensor]:
+def parameters_before_merge(state: KitState) -> dict[int, Tensor]:
     """id of a parameter that a merge has put into the base -> the base's own parameter in its place."""
     found: dict[int, Tensor] = {}
     for backup in state.backups.values():
@@ -113,19 +115,19 @@ def unmerged(state: KitState) -> dict[int, Tensor]:
     return found
 
 
-def _everything(state: KitState) -> Fingerprint:
+def _whole_base(state: KitState) -> Fingerprint:
     """The whole base, read once per kit; read again if a tensor has changed since."""
-    known = _known.get(state)
+    known = _fingerprints.get(state)
     # While merged the base's own tensors lie in the kit's backup: what was read before still holds.
-    if known is not None and (state.merged_names or all(h.unchanged for h in known[0])):
+    if known is not None and (state.merged_names or all(h.is_unchanged for h in known[0])):
         return known[1]
-    held = list(_held(state))
+    held = list(_base_tensors(state))
     read = Fingerprint(valued=not any(h.tensor.is_meta for h in held), left_out=[], tensors=_sample(held))
-    _known[state] = held, read
+    _fingerprints[state] = held, read
     return read
 
 
-def _held(state: KitState) -> Iterator[Held]:
+def _base_tensors(state: KitState) -> Iterator[BaseTensor]:
     """Parameters and lasting floating-point buffers of the base as it is unmerged."""
     backup = state.backups
     replaced = {path: b.child[1] for path, b in backup.items() if b.child is not None}
@@ -141,7 +143,7 @@ def _held(state: KitState) -> Iterator[Held]:
                 for name, tensor in tensors.items():
                     if tensor is not None and (owner is own or tensor.is_floating_point()):
                         key = f"{path}.{name}" if path else name
-                        yield Held(key, owner, name, tensor, _version(tensor))
+                        yield BaseTensor(key, owner, name, tensor, _version(tensor))
 
 
 def _version(tensor: Tensor) -> int:
@@ -149,11 +151,11 @@ def _version(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def _sample(held: list[Held]) -> dict[str, Sampled]:
+def _sample(base_tensors: list[BaseTensor]) -> dict[str, Sampled]:
     places: dict[tuple[int, torch.device], Tensor] = {}
     taken: dict[torch.device, list[Tensor]] = {}
     shapes: dict[str, tuple[list[int] | None, torch.device | None, int]] = {}
-    for h in held:
+    for h in base_tensors:
         t = h.tensor.data
         if type(t) is not Tensor or not t.is_floating_point() or t.dtype.itemsize < 2:
             shapes[h.key] = None, None, 0
@@ -184,11 +186,11 @@ def _sample(held: list[Held]) -> dict[str, Sampled]:
 def _places(size: int, device: torch.device) -> Tensor:
     if size <= SAMPLES:
         return torch.arange(size, device=device)
-    steps = torch.arange(SAMPLES, dtype=torch.float64) * GOLDEN
+    steps = torch.arange(SAMPLES, dtype=torch.float64) * _GOLDEN
     return (steps.frac() * size).long().to(device)
 
 
-def _close(old: Sampled, new: Sampled) -> bool:
+def _is_close(old: Sampled, new: Sampled) -> bool:
     """Equal up to the last digit of bf16; True where one side has no values to compare."""
     if old.values == new.values or not old.values or not new.values:
         return True
@@ -198,8 +200,8 @@ def _close(old: Sampled, new: Sampled) -> bool:
         return False
     if a.shape != b.shape:
         return False
-    near = np.abs(_order(a) - _order(b)) <= LAST_DIGIT
-    small = np.maximum(np.abs(_float(a)), np.abs(_float(b))) <= TINY
+    near = np.abs(_order(a) - _order(b)) <= _LAST_DIGIT
+    small = np.maximum(np.abs(_float(a)), np.abs(_float(b))) <= _TINY
     return bool((near | small).all())
 
 
@@ -218,7 +220,7 @@ def _without(tensors: dict[str, Sampled], paths: Iterable[str]) -> dict[str, Sam
     return {key: value for key, value in tensors.items() if not key.startswith(stems)} if stems else tensors
 
 
-def _some(names: Iterable[str]) -> str:
+def _name_some(names: Iterable[str]) -> str:
     names = list(names)
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

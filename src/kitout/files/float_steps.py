@@ -18,13 +18,13 @@ def steps_of(dtype: torch.dtype) -> torch.dtype:
     return STEPS[dtype.itemsize]
 
 
-def taken(trained: Tensor, base: Tensor) -> Tensor:
+def to_steps(trained: Tensor, base: Tensor) -> Tensor:
     """How many numbers lie between the start and the trained value, with sign; wraps around like the integers do."""
     start = base.detach().to(trained.device, trained.dtype)
     return _order(trained.detach()) - _order(start)
 
 
-def given_back(steps: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
+def from_steps(steps: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
     """The trained values."""
     order = _order(base.detach().to(steps.device, dtype)) + steps
     return _flip(order).view(dtype)

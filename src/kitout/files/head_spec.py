@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from kitout.errors import FileError
-from kitout.files.adapter_json import HeadRecord
+from kitout.files.adapter_json import HeadEntry
 
-MOST_WIDTH = 2**24
-MOST_LAYERS = 64
+MAX_WIDTH = 2**24
+MAX_LAYERS = 64
 
 # What each known layer is built from: argument -> how to read it off a module. Types are checked when read back.
-Facts = dict[str, Callable[[Any], Any]]
-_width: Facts = {"in_features": lambda m: m.in_features, "out_features": lambda m: m.out_features}
-KNOWN: dict[type[nn.Module], Facts] = {
+Spec = dict[str, Callable[[Any], Any]]
+_width: Spec = {"in_features": lambda m: m.in_features, "out_features": lambda m: m.out_features}
+KNOWN_LAYERS: dict[type[nn.Module], Spec] = {
     nn.Linear: {**_width, "bias": lambda m: m.bias is not None},
     nn.LayerNorm: {
         "normalized_shape": lambda m: list(m.normalized_shape),
@@ -53,22 +53,22 @@ KNOWN: dict[type[nn.Module], Facts] = {
     nn.Softplus: {"beta": lambda m: m.beta, "threshold": lambda m: m.threshold},
     nn.Identity: {},
 }
-BY_NAME = {cls.__name__: cls for cls in KNOWN}
+BY_NAME = {cls.__name__: cls for cls in KNOWN_LAYERS}
 
 
-def describe(path: str, head: nn.Module, base: nn.Module) -> HeadRecord:
+def spec_of(path: str, head: nn.Module, base: nn.Module) -> HeadEntry:
     """The record of one head."""
     kind = f"{type(head).__module__}.{type(head).__qualname__}"
     spec = _spec(head)
-    if spec is None and _alike(head, base.get_submodule(path)):
+    if spec is None and _is_same_module(head, base.get_submodule(path)):
         spec = {"same_as_base": True}
-    return HeadRecord(path=path, kind=kind, module=spec)
+    return HeadEntry(path=path, kind=kind, module=spec)
 
 
-def rebuild(record: HeadRecord, base: nn.Module, given: Mapping[str, nn.Module]) -> nn.Module:
+def build_from_spec(record: HeadEntry, base: nn.Module, head_modules: Mapping[str, nn.Module]) -> nn.Module:
     """The head's module, its values still to be filled; raises FileError if it cannot be told what it is."""
-    if record.path in given:
-        return given[record.path]
+    if record.path in head_modules:
+        return head_modules[record.path]
     if record.module is None:
         raise FileError(
             f"the head at {record.path!r} is a {record.kind[:120]}, which a file cannot describe: hand one in, "
@@ -77,7 +77,7 @@ def rebuild(record: HeadRecord, base: nn.Module, given: Mapping[str, nn.Module])
     if record.module == {"same_as_base": True}:
         return blank_copy(base.get_submodule(record.path)).requires_grad_(True)
     try:
-        return _build(record.module, [MOST_LAYERS])
+        return _build(record.module, [MAX_LAYERS])
     except (TypeError, ValueError, KeyError, RuntimeError, RecursionError, AttributeError) as error:
         raise FileError(f"the head at {record.path!r} is described wrongly: {str(error)[:200]}") from None
 
@@ -87,8 +87,8 @@ def blank_copy(module: nn.Module) -> nn.Module:
     cls = plain_class(module)
     twin = cls.__new__(cls)
     twin.__dict__.update({k: v for k, v in module.__dict__.items() if not k.startswith("_kitout")})
-    twin._parameters = {k: _blank(v) for k, v in module._parameters.items()}
-    twin._buffers = {k: _blank(v) for k, v in module._buffers.items()}
+    twin._parameters = {k: _empty_like(v) for k, v in module._parameters.items()}
+    twin._buffers = {k: _empty_like(v) for k, v in module._buffers.items()}
     twin._modules = {k: None if m is None else blank_copy(m) for k, m in module._modules.items()}
     return twin
 
@@ -101,7 +101,7 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return cls
 
 
-def _blank(tensor: Any) -> Any:
+def _empty_like(tensor: Any) -> Any:
     """On the meta device; packed tensors of other classes stay what they are."""
     if tensor is None or type(tensor.data) is not torch.Tensor:
         return tensor
@@ -115,37 +115,37 @@ def _spec(module: nn.Module) -> dict[str, Any] | None:
         named = [name for name, _ in module.named_children()]
         plain = named == [str(i) for i in range(len(named))]
         return {"Sequential": inner} if plain and None not in inner else None
-    facts = KNOWN.get(type(module))
-    if facts is None or _hooked(module):
+    facts = KNOWN_LAYERS.get(type(module))
+    if facts is None or _is_customized(module):
         return None
     return {type(module).__name__: {name: read(module) for name, read in facts.items()}}
 
 
-def _hooked(module: nn.Module) -> bool:
+def _is_customized(module: nn.Module) -> bool:
     """Parametrised (weight norm) or given its own forward: then it is not what its class says."""
     return "forward" in module.__dict__ or "parametrizations" in module._modules or bool(module._forward_hooks)
 
 
-def _build(spec: Any, left: list[int]) -> nn.Module:
+def _build(spec: Any, remaining: list[int]) -> nn.Module:
     """A module from its description; `left` counts down so that a description cannot ask for millions of layers."""
-    left[0] -= 1
-    if left[0] < 0:
-        raise ValueError(f"more than {MOST_LAYERS} layers")
+    remaining[0] -= 1
+    if remaining[0] < 0:
+        raise ValueError(f"more than {MAX_LAYERS} layers")
     if not isinstance(spec, dict) or len(spec) != 1:
         raise ValueError("a layer is one name with its settings")
     ((name, facts),) = spec.items()
     if name == "Sequential":
-        return nn.Sequential(*(_build(inner, left) for inner in facts))
-    cls = BY_NAME[name] if name in BY_NAME else _unknown(name)
-    if not isinstance(facts, dict) or set(facts) != set(KNOWN[cls]):
-        raise ValueError(f"{name} needs exactly {', '.join(KNOWN[cls]) or 'no settings'}")
+        return nn.Sequential(*(_build(inner, remaining) for inner in facts))
+    cls = BY_NAME[name] if name in BY_NAME else _refuse_unknown(name)
+    if not isinstance(facts, dict) or set(facts) != set(KNOWN_LAYERS[cls]):
+        raise ValueError(f"{name} needs exactly {', '.join(KNOWN_LAYERS[cls]) or 'no settings'}")
     for value in facts.values():
         _check(value)
     with torch.device("meta"):
         return cls(**facts)
 
 
-def _unknown(name: str) -> type[nn.Module]:
+def _refuse_unknown(name: str) -> type[nn.Module]:
     raise ValueError(f"{name[:40]!r} is none of {', '.join(BY_NAME)}, Sequential")
 
 
@@ -153,14 +153,14 @@ def _check(value: Any) -> None:
     if isinstance(value, list):
         for v in value:
             _check(v)
-    elif isinstance(value, int) and not -MOST_WIDTH < value < MOST_WIDTH:
+    elif isinstance(value, int) and not -MAX_WIDTH < value < MAX_WIDTH:
         raise ValueError(f"{value} is no width")
     elif not isinstance(value, (int, float, bool, str, type(None))):
         raise ValueError(f"{type(value).__name__} is no setting")
 
 
-def _alike(head: nn.Module, own: nn.Module) -> bool:
+def _is_same_module(head: nn.Module, base_module: nn.Module) -> bool:
     """Same class, same printed settings, same tensors: then the base's own module is the description."""
-    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (head, own)]
-    same = plain_class(head) is plain_class(own) and repr(head) == repr(own) and shapes[0] == shapes[1]
-    return same and not _hooked(head)
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (head, base_module)]
+    same = plain_class(head) is plain_class(base_module) and repr(head) == repr(base_module) and shapes[0] == shapes[1]
+    return same and not _is_customized(head)

@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kitout.errors import Faults, FileError
+from kitout.errors import Errors, FileError
 
-MOST_HEADER = 16 * 2**20
-MOST_DIMS = 8
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_DIMS = 8
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -41,7 +41,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor as the header has it."""
 
     dtype: torch.dtype
@@ -49,14 +49,14 @@ class Entry:
 
 
 @dataclass
-class Tensors:
+class SafetensorsFile:
     """An open safetensors file whose header is sound."""
 
     file: BinaryIO
     path: Path
     head: bytes
     """The bytes before the tensors'."""
-    entries: dict[str, Entry]
+    entries: dict[str, TensorEntry]
     """In the order of their bytes."""
     size: int
     """Of the whole file in bytes."""
@@ -76,7 +76,7 @@ class Tensors:
         return tensors, digest.hexdigest()
 
 
-def open_regular(path: Path, most: int | None = None) -> tuple[BinaryIO, int]:
+def open_regular(path: Path, max_bytes: int | None = None) -> tuple[BinaryIO, int]:
     """A file opened for reading, and its size; refuses pipes, devices and folders, and more than `most` bytes.
 
     Links are followed: download caches are made of them, and nothing is ever written through one.
@@ -89,18 +89,18 @@ def open_regular(path: Path, most: int | None = None) -> tuple[BinaryIO, int]:
     if not stat.S_ISREG(facts.st_mode):
         os.close(fd)
         raise FileError(f"{path} is no regular file")
-    if most is not None and facts.st_size > most:
+    if max_bytes is not None and facts.st_size > max_bytes:
         os.close(fd)
-        raise FileError(f"{path} has {facts.st_size:,} bytes, and at most {most:,} are read")
+        raise FileError(f"{path} has {facts.st_size:,} bytes, and at most {max_bytes:,} are read")
     return os.fdopen(fd, "rb"), facts.st_size
 
 
-def open_tensors(path: Path) -> Tensors:
+def open_tensors(path: Path) -> SafetensorsFile:
     """Opens a safetensors file and checks its header against its size; the caller closes `.file`."""
     file, size = open_regular(path)
     try:
         head = _head(file, path, size)
-        return Tensors(file, path, head, _entries(file, path), size)
+        return SafetensorsFile(file, path, head, _entries(file, path), size)
     except BaseException:
         file.close()
         raise
@@ -112,14 +112,14 @@ def _head(file: BinaryIO, path: Path, size: int) -> bytes:
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > size - 8:
         raise FileError(f"{path} is cut off or no safetensors file: {size:,} bytes, header said to take {length:,}")
-    if length > MOST_HEADER:
-        raise FileError(f"{path}: the header takes {length:,} bytes, and at most {MOST_HEADER:,} are read")
+    if length > MAX_HEADER_BYTES:
+        raise FileError(f"{path}: the header takes {length:,} bytes, and at most {MAX_HEADER_BYTES:,} are read")
     return start + file.read(length)
 
 
-def _entries(file: BinaryIO, path: Path) -> dict[str, Entry]:
+def _entries(file: BinaryIO, path: Path) -> dict[str, TensorEntry]:
     """The header's tensors; FileError if safetensors refuses it or it holds what no adapter of ours does."""
-    faults = Faults(FileError, str(path))
+    faults = Errors(FileError, str(path))
     entries = {}
     try:
         with safe_open(path, framework="np") as header:  # "pt" would map the whole file as writable memory
@@ -128,10 +128,10 @@ def _entries(file: BinaryIO, path: Path) -> dict[str, Entry]:
                 kind, shape = part.get_dtype(), tuple(part.get_shape())
                 if kind not in DTYPES:
                     faults.add(f"tensor {name[:80]!r}: dtype {kind!r} is none of {', '.join(DTYPES)}")
-                elif len(shape) > MOST_DIMS:
-                    faults.add(f"tensor {name[:80]!r}: shape {str(shape)[:60]} is no list of at most {MOST_DIMS} sizes")
+                elif len(shape) > MAX_DIMS:
+                    faults.add(f"tensor {name[:80]!r}: shape {str(shape)[:60]} is no list of at most {MAX_DIMS} sizes")
                 else:
-                    entries[name] = Entry(DTYPES[kind], shape)
+                    entries[name] = TensorEntry(DTYPES[kind], shape)
         replaced = not os.path.samestat(os.fstat(file.fileno()), path.stat())  # the parser opened the name once more
     except (SafetensorError, OSError) as error:
         raise FileError(f"{path} is damaged, cut off or padded: {str(error)[:400]}") from None
@@ -141,7 +141,7 @@ def _entries(file: BinaryIO, path: Path) -> dict[str, Entry]:
     return entries
 
 
-def parse(text: bytes, path: Path) -> dict[str, Any]:
+def parse_json(text: bytes, path: Path) -> dict[str, Any]:
     """A json object, strictly: no NaN, no key twice, no nesting that would exhaust the stack."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:

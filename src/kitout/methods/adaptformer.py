@@ -16,8 +16,8 @@ from torch import nn
 from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.delta import Delta
-from kitout.method import Method, Rate, register
-from kitout.methods.deltas.bottleneck import Bottleneck, Scale, chosen, size
+from kitout.method import Method, TrainingDefaults, register
+from kitout.methods.deltas.bottleneck import Bottleneck, BottleneckScale, bottleneck_size, default_sites
 
 
 @register
@@ -27,19 +27,19 @@ class AdaptFormer(Method):
     width: of the bottleneck. scale: a number or "learned". dropout: between activation and up-projection.
     """
 
-    rate: ClassVar[Rate] = Rate(3e-3)
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(3e-3)
     mergeable: ClassVar[bool] = False
     default_targets: ClassVar[str] = "sub.mlp"
 
     width: int = Field(default=64, ge=1)
-    scale: Scale = 0.1
+    scale: BottleneckScale = 0.1
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
 
     def sites(self, survey: Survey) -> list[Site]:
-        return chosen(self, survey, ("sub.mlp",))
+        return default_sites(self, survey, ("sub.mlp",))
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         return Bottleneck(site.d_out, self.width, reads="x", scale=self.scale, dropout=self.dropout)
 
-    def count(self, sites: Sequence[Site]) -> int:
-        return sum(size(s.d_out, self.width, self.scale) for s in sites)
+    def num_parameters(self, sites: Sequence[Site]) -> int:
+        return sum(bottleneck_size(s.d_out, self.width, self.scale) for s in sites)

@@ -17,15 +17,15 @@ from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.base.weights import bias
 from kitout.delta import Delta
-from kitout.method import Method, Rate, register
+from kitout.method import Method, TrainingDefaults, register
 
 KINDS = ("linear", "norm", "conv")
 
 
-class Shift(Delta):
+class ShiftDelta(Delta):
     """y' = y + shift."""
 
-    elementwise = True
+    is_scale_shift = True
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -46,8 +46,8 @@ class BitFit(Method):
     everywhere: new ones also where a partly biased model has none. targets: only these (new biases where missing).
     """
 
-    seat: ClassVar[str] = "every bias"
-    rate: ClassVar[Rate] = Rate(1e-3)
+    default_location: ClassVar[str] = "every bias"
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3)
 
     everywhere: bool = False
 
@@ -62,7 +62,7 @@ class BitFit(Method):
         return [s for s in able if s.layer is not None or s in biased]
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
-        return Shift(site.d_out)
+        return ShiftDelta(site.d_out)
 
-    def count(self, sites: Sequence[Site]) -> int:
+    def num_parameters(self, sites: Sequence[Site]) -> int:
         return sum(s.d_out for s in sites)

@@ -18,29 +18,29 @@ from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.delta import Delta
 from kitout.errors import ConfigError
-from kitout.method import Method, Rate, register
-from kitout.methods.deltas.trained_copy import Copy, Ties, size
+from kitout.method import Method, TrainingDefaults, register
+from kitout.methods.deltas.trained_copy import TiedCopies, TrainedCopy, num_copied_values
 
 
 @register
 class FullFineTuning(Method):
     """Every parameter, heads and token tables included; with targets or layers, those of the chosen modules only."""
 
-    seat: ClassVar[str] = "every parameter"
-    note: ClassVar[str] = "rows of one batch share class and position tokens"
-    rate: ClassVar[Rate] = Rate(3e-5, decay=0.01)
+    default_location: ClassVar[str] = "every parameter"
+    limitations: ClassVar[str] = "rows of one batch share class and position tokens"
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(3e-5, weight_decay=0.01)
 
     def sites(self, survey: Survey) -> list[Site]:
         if self.targets is not None and any(word.startswith("in:") for word in self.targets.split()):
             raise ConfigError(f"targets={self.targets!r}: fine-tuning takes modules, and an input has no parameters")
         return select(parameter_sites(survey), self.targets or "*", self.layers)
 
-    def common(self, sites: Sequence[Site]) -> nn.Module:
-        return Ties()
+    def build_shared(self, sites: Sequence[Site]) -> nn.Module:
+        return TiedCopies()
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
-        assert isinstance(shared, Ties)
-        return Copy(site, shared)
+        assert isinstance(shared, TiedCopies)
+        return TrainedCopy(site, shared)
 
-    def count(self, sites: Sequence[Site]) -> int:
-        return size(sites)
+    def num_parameters(self, sites: Sequence[Site]) -> int:
+        return num_copied_values(sites)

@@ -18,9 +18,9 @@ from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.base.weights import bias
 from kitout.delta import Delta
-from kitout.method import Method, Rate, register
-from kitout.methods.deltas.affine import Affine
-from kitout.methods.deltas.bottleneck import Activation, Bottleneck, chosen, size
+from kitout.method import Method, TrainingDefaults, register
+from kitout.methods.deltas.affine import ScaleShift
+from kitout.methods.deltas.bottleneck import Activation, Bottleneck, bottleneck_size, default_sites
 
 
 @register
@@ -32,11 +32,11 @@ class Houlsby(Method):
     activation: of the bottleneck. std: of the start.
     """
 
-    rate: ClassVar[Rate] = Rate(1e-3)
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3)
     mergeable: ClassVar[bool] = False
-    identity: ClassVar[bool] = False
+    starts_as_identity: ClassVar[bool] = False
     default_targets: ClassVar[str] = "sub.*"
-    seat: ClassVar[str] = "end of every sublayer; norms"
+    default_location: ClassVar[str] = "end of every sublayer; norms"
 
     width: int = Field(default=64, ge=1)
     norms: bool = True
@@ -44,17 +44,17 @@ class Houlsby(Method):
     std: float = Field(default=1e-3, gt=0.0)
 
     def sites(self, survey: Survey) -> list[Site]:
-        sites = chosen(self, survey, ("sub.attn", "sub.mlp"))
+        sites = default_sites(self, survey, ("sub.attn", "sub.mlp"))
         if self.norms and any(s.role == "norm" for s in survey.sites):
             sites = select(survey.sites, f"{self.targets or self.default_targets} norm", self.layers)
-        return [s.at(source=None) for s in sites]  # reads what it changes, not the stream
+        return [s.replace(input_from=None) for s in sites]  # reads what it changes, not the stream
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         if self.norms and site.role == "norm":
-            return Affine(site.d_out, shifts=bias(site.module) is not None)
+            return ScaleShift(site.d_out, has_shift=bias(site.module) is not None)
         return Bottleneck(site.d_out, self.width, activation=self.activation, init="truncated", std=self.std)
 
-    def count(self, sites: Sequence[Site]) -> int:
+    def num_parameters(self, sites: Sequence[Site]) -> int:
         norms = [s for s in sites if self.norms and s.role == "norm"]
         gains = sum(s.d_out * (1 + (bias(s.module) is not None)) for s in norms)
-        return gains + sum(size(s.d_out, self.width) for s in sites if s not in norms)
+        return gains + sum(bottleneck_size(s.d_out, self.width) for s in sites if s not in norms)

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.delta import Delta
-from kitout.method import Method, Rate, register
+from kitout.method import Method, TrainingDefaults, register
 
 PRESETS = {"paper": "attn.k attn.v in:mlp.down", "qkv": "attn.q attn.k attn.v"}
 
 
-class Scale(Delta):
+class ScaleDelta(Delta):
     """y' = scale * y."""
 
-    elementwise = True
+    is_scale_shift = True
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class IA3(Method):
     preset: "paper" (k, v, FFN) or "qkv" (q, k, v: another method under the same name in blogs).
     """
 
-    rate: ClassVar[Rate] = Rate(1e-2)
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-2)
 
     preset: Literal["paper", "qkv"] = "paper"
     default_targets: ClassVar[str] = PRESETS["paper"]
@@ -54,7 +54,7 @@ class IA3(Method):
         return select(survey.sites, self.targets or PRESETS[self.preset], self.layers)
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
-        return Scale(site.d_out)
+        return ScaleDelta(site.d_out)
 
-    def count(self, sites: Sequence[Site]) -> int:
+    def num_parameters(self, sites: Sequence[Site]) -> int:
         return sum(s.d_out for s in sites)

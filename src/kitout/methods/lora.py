@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from kitout.base.select import matches
 from kitout.base.site import Site
-from kitout.base.weights import fan_in, matrix
+from kitout.base.weights import fan_in, weight_matrix
 from kitout.delta import Delta
 from kitout.errors import ConfigError, TargetError
-from kitout.method import Method, Rate, register
-from kitout.methods.deltas.dora import Decomposed
-from kitout.methods.deltas.low_rank import LowRank
+from kitout.method import Method, TrainingDefaults, register
+from kitout.methods.deltas.dora import DoRADelta
+from kitout.methods.deltas.low_rank import LowRankDelta
 
 ByRole = dict[str, int]
 
@@ -35,7 +35,7 @@ class LoRA(Method):
     the principal directions of W, whose product is taken off again, so a fresh adapter is the identity).
     """
 
-    rate: ClassVar[Rate] = Rate(1e-3, decay=0.01)
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3, weight_decay=0.01)
     default_targets: ClassVar[str] = "attn.q attn.v"
 
     rank: int | ByRole = 8
@@ -47,7 +47,7 @@ class LoRA(Method):
 
     @field_validator("rank")
     @classmethod
-    def _positive(cls, rank: int | ByRole) -> int | ByRole:
+    def _check_rank(cls, rank: int | ByRole) -> int | ByRole:
         for r in rank.values() if isinstance(rank, dict) else [rank]:
             if r <= 0:
                 raise ValueError(f"rank must be at least 1, found {r}")
@@ -55,14 +55,14 @@ class LoRA(Method):
 
     @field_validator("alpha")
     @classmethod
-    def _scales(cls, alpha: float | dict[str, float] | None) -> float | dict[str, float] | None:
+    def _check_alpha(cls, alpha: float | dict[str, float] | None) -> float | dict[str, float] | None:
         for a in alpha.values() if isinstance(alpha, dict) else [1.0 if alpha is None else alpha]:
             if a <= 0:
                 raise ValueError(f"alpha must be above 0, found {a}")
         return alpha
 
     @model_validator(mode="after")
-    def _one_start(self) -> LoRA:
+    def _check_start(self) -> LoRA:
         if self.dora and self.init == "pissa":
             raise ValueError("dora=True starts from the whole weight and pissa from its principal part: choose one")
         return self
@@ -74,7 +74,7 @@ class LoRA(Method):
             raise ConfigError(f"dora and pissa read the weight behind an output, and {site.path} is taken at its input")
 
     def rank_at(self, site: Site) -> int:
-        rank = by_role(self.rank, site, "rank")
+        rank = value_for_role(self.rank, site, "rank")
         widest = min(fan_in(site), site.d_out)
         if rank > widest:
             raise ConfigError(f"rank {rank} is more than {site.path} can hold: at most {widest} ({site.role})")
@@ -82,39 +82,39 @@ class LoRA(Method):
 
     def scale_at(self, site: Site) -> float:
         rank = self.rank_at(site)
-        alpha = 2.0 * rank if self.alpha is None else by_role(self.alpha, site, "alpha")
+        alpha = 2.0 * rank if self.alpha is None else value_for_role(self.alpha, site, "alpha")
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         self._check_place(site)
         rank, width = self.rank_at(site), fan_in(site)
         scale = self.scale_at(site)
-        a, b = start(site, rank, width)
+        a, b = init_factors(site, rank, width)
         if self.init == "pissa":
-            a, b = principal(frozen_rows(site), rank, scale)
+            a, b = pissa_factors(frozen_weight(site), rank, scale)
         if self.dora:
-            return Decomposed(a, b, frozen_rows(site).norm(dim=1), scale, self.dropout)
-        delta = LowRank(a, b, scale, self.dropout, mapped=site.kind != "linear")
+            return DoRADelta(a, b, frozen_weight(site).norm(dim=1), scale, self.dropout)
+        delta = LowRankDelta(a, b, scale, self.dropout, uses_module_map=site.kind != "linear")
         if self.init == "pissa":
-            delta.start_from(a, b)
+            delta.subtract_start(a, b)
         return delta
 
-    def count(self, sites: Sequence[Site]) -> int:
+    def num_parameters(self, sites: Sequence[Site]) -> int:
         pairs = sum(self.rank_at(s) * (fan_in(s) + s.d_out) for s in sites)
         return pairs + (sum(s.d_out for s in sites) if self.dora else 0)
 
 
-def by_role(value: float | dict[str, int] | dict[str, float], site: Site, what: str) -> float:
+def value_for_role(value: float | dict[str, int] | dict[str, float], site: Site, description: str) -> float:
     """A setting that may be given by role; the last pattern that matches wins."""
     if not isinstance(value, dict):
         return value
     found = [v for pattern, v in value.items() if matches(site, pattern)]
     if not found:
-        raise ConfigError(f"{what} {value} says nothing for {site.path} ({site.role}): add {site.role!r} or '*'")
+        raise ConfigError(f"{description} {value} says nothing for {site.path} ({site.role}): add {site.role!r} or '*'")
     return found[-1]
 
 
-def start(site: Site, rank: int, width: int) -> tuple[Tensor, Tensor]:
+def init_factors(site: Site, rank: int, width: int) -> tuple[Tensor, Tensor]:
     """A and B whose product is zero."""
     if isinstance(site.module, nn.Embedding):
         return torch.zeros(rank, width), torch.randn(site.d_out, rank)
@@ -123,13 +123,13 @@ def start(site: Site, rank: int, width: int) -> tuple[Tensor, Tensor]:
     return a, torch.zeros(site.d_out, rank)
 
 
-def frozen_rows(site: Site) -> Tensor:
+def frozen_weight(site: Site) -> Tensor:
     """The site's rows of the frozen weight in fp32."""
-    w = matrix(site.module).detach().float()
-    return w if site.span is None else w[site.span]
+    w = weight_matrix(site.module).detach().float()
+    return w if site.channel_index is None else w[site.channel_index]
 
 
-def principal(w: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def pissa_factors(w: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A, B with scale * B A = the rank-r truncation of w."""
     u, s, v = torch.linalg.svd(w, full_matrices=False)
     root = (s[:rank] / scale).sqrt()

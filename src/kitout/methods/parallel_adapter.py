@@ -16,8 +16,8 @@ from torch import nn
 from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.delta import Delta
-from kitout.method import Method, Rate, register
-from kitout.methods.deltas.bottleneck import Activation, Bottleneck, Scale, chosen, size
+from kitout.method import Method, TrainingDefaults, register
+from kitout.methods.deltas.bottleneck import Activation, Bottleneck, BottleneckScale, bottleneck_size, default_sites
 
 
 @register
@@ -28,17 +28,17 @@ class ParallelAdapter(Method):
     activation: of the bottleneck.
     """
 
-    rate: ClassVar[Rate] = Rate(3e-4, decay=0.01)
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(3e-4, weight_decay=0.01)
     mergeable: ClassVar[bool] = False
     default_targets: ClassVar[str] = "sub.mlp"
 
     width: int = Field(default=512, ge=1)
-    scale: Scale = 4.0
+    scale: BottleneckScale = 4.0
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     activation: Activation = "relu"
 
     def sites(self, survey: Survey) -> list[Site]:
-        return chosen(self, survey, ("sub.mlp",))
+        return default_sites(self, survey, ("sub.mlp",))
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         return Bottleneck(
@@ -50,5 +50,5 @@ class ParallelAdapter(Method):
             dropout=self.dropout,
         )
 
-    def count(self, sites: Sequence[Site]) -> int:
-        return sum(size(s.d_out, self.width, self.scale) for s in sites)
+    def num_parameters(self, sites: Sequence[Site]) -> int:
+        return sum(bottleneck_size(s.d_out, self.width, self.scale) for s in sites)

@@ -18,9 +18,9 @@ from kitout.base.find.parameters import parameter_sites
 from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.delta import Delta
-from kitout.errors import Faults, TargetError, suggest
-from kitout.method import Method, Rate, register
-from kitout.methods.deltas.trained_copy import Copy, Ties, size
+from kitout.errors import Errors, TargetError, suggest
+from kitout.method import Method, TrainingDefaults, register
+from kitout.methods.deltas.trained_copy import TiedCopies, TrainedCopy, num_copied_values
 
 
 @register
@@ -31,16 +31,16 @@ class PartialFineTuning(Method):
     "norms". names: globs over parameter names, as in "*.bias layers.11.*".
     """
 
-    seat: ClassVar[str] = "as last, part or names says"
-    note: ClassVar[str] = "rows of one batch share class and position tokens"
-    rate: ClassVar[Rate] = Rate(3e-4, decay=0.01)
+    default_location: ClassVar[str] = "as last, part or names says"
+    limitations: ClassVar[str] = "rows of one batch share class and position tokens"
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(3e-4, weight_decay=0.01)
 
     last: int | None = Field(default=None, ge=1)
     part: Literal["head", "norms"] | None = None
     names: str | None = None
 
     @model_validator(mode="after")
-    def _one_choice(self) -> PartialFineTuning:
+    def _check_one_choice(self) -> PartialFineTuning:
         given = [f for f in ("last", "part", "names") if getattr(self, f) is not None]
         if len(given) != 1:
             said = ", ".join(f"{f}={getattr(self, f)!r}" for f in given) or "nothing"
@@ -54,14 +54,14 @@ class PartialFineTuning(Method):
             )
         return self
 
-    def advised(self) -> Rate:
+    def training_defaults(self) -> TrainingDefaults:
         """A head alone is trained at a head's rate, 3e-3."""
-        return Rate(self.rate.head) if self.part == "head" else self.rate
+        return TrainingDefaults(self.training.head_lr) if self.part == "head" else self.training
 
     def sites(self, survey: Survey) -> list[Site]:
-        every = parameter_sites(survey, fixed=self.names is not None)
+        every = parameter_sites(survey, include_non_trainable=self.names is not None)
         if self.names is not None:
-            return _named(every, self.names.split())
+            return _sites_by_name(every, self.names.split())
         if self.part is not None:
             role = "norm" if self.part == "norms" else "head"
             found = [s for s in every if s.role == role]
@@ -70,32 +70,35 @@ class PartialFineTuning(Method):
             return found
         assert self.last is not None
         chosen = survey.last_blocks(self.last)
-        final = {s.path for s in survey.sites if s.role == "norm" and survey.ends_tower(s)}
+        final = {s.path for s in survey.sites if s.role == "norm" and survey.closes_tower(s)}
         return [s for s in every if (s.tower, s.layer) in chosen or s.path in final]
 
-    def common(self, sites: Sequence[Site]) -> nn.Module:
-        return Ties()
+    def build_shared(self, sites: Sequence[Site]) -> nn.Module:
+        return TiedCopies()
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
-        assert isinstance(shared, Ties)
-        return Copy(site, shared)
+        assert isinstance(shared, TiedCopies)
+        return TrainedCopy(site, shared)
 
-    def count(self, sites: Sequence[Site]) -> int:
-        return size(sites)
+    def num_parameters(self, sites: Sequence[Site]) -> int:
+        return num_copied_values(sites)
 
 
-def _named(every: Sequence[Site], globs: Sequence[str]) -> list[Site]:
+def _sites_by_name(sites: Sequence[Site], globs: Sequence[str]) -> list[Site]:
     """The sites with only those parameters whose full names match."""
-    faults = Faults(TargetError, f"names={' '.join(globs)!r}")
-    full = {(s.path, n): f"{s.path}.{n}" if s.path else n for s in every for n in s.names}
+    faults = Errors(TargetError, f"names={' '.join(globs)!r}")
+    full = {(s.path, n): f"{s.path}.{n}" if s.path else n for s in sites for n in s.parameter_names}
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in full.values()):
             faults.add(f"{glob!r} matches no parameter; {suggest(glob, full.values())}")
     faults.raise_if_any()
     found = []
-    for site in every:
-        kept = [i for i, n in enumerate(site.names) if any(fnmatchcase(full[site.path, n], g) for g in globs)]
+    for site in sites:
+        kept = [i for i, n in enumerate(site.parameter_names) if any(fnmatchcase(full[site.path, n], g) for g in globs)]
         if kept:
-            pick = {"names": tuple(site.names[i] for i in kept), "keys": tuple(site.keys[i] for i in kept)}
-            found.append(site.at(**pick))
+            pick = {
+                "parameter_names": tuple(site.parameter_names[i] for i in kept),
+                "tied_keys": tuple(site.tied_keys[i] for i in kept),
+            }
+            found.append(site.replace(**pick))
     return found

@@ -18,8 +18,8 @@ from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.delta import Delta
-from kitout.method import Method, Rate, register
-from kitout.methods.deltas.bottleneck import Activation, Bottleneck, size
+from kitout.method import Method, TrainingDefaults, register
+from kitout.methods.deltas.bottleneck import Activation, Bottleneck, bottleneck_size
 
 
 @register
@@ -29,10 +29,10 @@ class Pfeiffer(Method):
     width: of the bottleneck. activation: of the bottleneck. std: of the start.
     """
 
-    seat: ClassVar[str] = "end of every block"
-    rate: ClassVar[Rate] = Rate(3e-4)
+    default_location: ClassVar[str] = "end of every block"
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(3e-4)
     mergeable: ClassVar[bool] = False
-    identity: ClassVar[bool] = False
+    starts_as_identity: ClassVar[bool] = False
 
     width: int = Field(default=48, ge=1)
     activation: Activation = "relu"
@@ -42,18 +42,18 @@ class Pfeiffer(Method):
         if self.targets is not None:
             return select(survey.sites, self.targets, self.layers)
         blocks = select(survey.sites, "block", self.layers)
-        posts = {(s.tower, s.layer): s for s in survey.sites if s.role == "sub.mlp" and s.norm is not None}
+        posts = {(s.tower, s.layer): s for s in survey.sites if s.role == "sub.mlp" and s.post_norm is not None}
         return [posts.get((b.tower, b.layer), b) for b in blocks]
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         return Bottleneck(
             site.d_out,
             self.width,
-            reads="y" if site.norm is None else "norm",
+            reads="y" if site.post_norm is None else "norm",
             activation=self.activation,
             init="normal",
             std=self.std,
         )
 
-    def count(self, sites: Sequence[Site]) -> int:
-        return sum(size(s.d_out, self.width) for s in sites)
+    def num_parameters(self, sites: Sequence[Site]) -> int:
+        return sum(bottleneck_size(s.d_out, self.width) for s in sites)

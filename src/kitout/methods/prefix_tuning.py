@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.base.survey import Survey
-from kitout.delta import Delta, Pair
+from kitout.delta import Delta, KeyValue
 from kitout.errors import ConfigError, TargetError
-from kitout.method import Method, Rate, register
+from kitout.method import Method, TrainingDefaults, register
 
-PLACES = ("encoder", "decoder", "cross")
-SMALL = (
+ATTENTION_PLACES = ("encoder", "decoder", "cross")
+INIT_STD_FRACTION = (
     0.1  # of the deviation that real keys and values have: at the whole of it noise drowns the text (docs/methods.md)
 )
 
@@ -38,45 +38,52 @@ class PrefixEncoder(nn.Module):
         self.embedding = nn.Parameter(torch.randn(length, d))
         self.first = nn.Linear(d, hidden)
         self.second = nn.Linear(hidden, width)
-        self.parts: dict[str, slice] = {}  # of the output, by site
+        self.output_slices: dict[str, slice] = {}  # of the output, by site
 
-    def forward(self, part: slice) -> Tensor:
-        return F.linear(self.first(self.embedding).tanh(), self.second.weight[part], self.second.bias[part])
+    def forward(self, output_slice: slice) -> Tensor:
+        return F.linear(
+            self.first(self.embedding).tanh(), self.second.weight[output_slice], self.second.bias[output_slice]
+        )
 
 
-class FlatPrefix(Delta):
+class PrefixDelta(Delta):
     """prefix [m, 2, H_kv, d_h]: keys, then values."""
 
     def __init__(self, prefix: Tensor, dropout: float) -> None:
         super().__init__()
-        self.prefix, self.dropout, self.length = nn.Parameter(prefix), dropout, prefix.shape[0]
+        self.prefix, self.dropout, self.num_tokens = nn.Parameter(prefix), dropout, prefix.shape[0]
 
-    def past(self) -> Pair:
-        return _pair(self.prefix, self.dropout, self.training)
+    def key_values(self) -> KeyValue:
+        return _split_key_values(self.prefix, self.dropout, self.training)
 
 
-class EncodedPrefix(Delta):
+class EncodedPrefixDelta(Delta):
     """The same, computed by an encoder: its own, or `part` of one it shares and does not hold."""
 
-    def __init__(self, encoder: PrefixEncoder, part: slice, heads: int, dropout: float, own: bool) -> None:
+    def __init__(
+        self, encoder: PrefixEncoder, output_slice: slice, num_kv_heads: int, dropout: float, owns_encoder: bool
+    ) -> None:
         super().__init__()
-        self.own = encoder if own else None
-        self._of: tuple[PrefixEncoder, slice] = encoder, part  # in a tuple: its parameters are not always this Delta's
-        self.heads, self.dropout, self.length = heads, dropout, encoder.embedding.shape[0]
+        self.own = encoder if owns_encoder else None
+        self._encoder_and_slice: tuple[PrefixEncoder, slice] = (
+            encoder,
+            output_slice,
+        )  # in a tuple: its parameters are not always this Delta's
+        self.num_kv_heads, self.dropout, self.num_tokens = num_kv_heads, dropout, encoder.embedding.shape[0]
 
-    def prefix(self) -> Tensor:
-        encoder, part = self._of
+    def compute_prefix(self) -> Tensor:
+        encoder, part = self._encoder_and_slice
         values: Tensor = encoder(part)
-        return values.view(self.length, 2, self.heads, -1)
+        return values.view(self.num_tokens, 2, self.num_kv_heads, -1)
 
-    def past(self) -> Pair:
-        return _pair(self.prefix(), self.dropout, self.training)
+    def key_values(self) -> KeyValue:
+        return _split_key_values(self.compute_prefix(), self.dropout, self.training)
 
-    def settled(self) -> Delta:
-        return FlatPrefix(self.prefix().detach(), self.dropout)
+    def inference_form(self) -> Delta:
+        return PrefixDelta(self.compute_prefix().detach(), self.dropout)
 
 
-def _pair(prefix: Tensor, dropout: float, training: bool) -> Pair:
+def _split_key_values(prefix: Tensor, dropout: float, training: bool) -> KeyValue:
     if dropout and training:
         prefix = F.dropout(prefix, dropout)
     return prefix[:, 0].transpose(0, 1), prefix[:, 1].transpose(0, 1)  # [H_kv, m, d_h]
@@ -92,11 +99,11 @@ class PrefixTuning(Method):
     and values it starts from. places: any of "encoder decoder cross" that the model has.
     """
 
-    seat: ClassVar[str] = "every attention call"
-    note: ClassVar[str] = "strength and Mix are weights of attention, not below 0"
-    rate: ClassVar[Rate] = Rate(3e-2)
+    default_location: ClassVar[str] = "every attention call"
+    limitations: ClassVar[str] = "strength and Mix are weights of attention, not below 0"
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(3e-2)
     mergeable: ClassVar[bool] = False
-    identity: ClassVar[bool] = False
+    starts_as_identity: ClassVar[bool] = False
 
     length: int = Field(default=16, ge=1)
     encoder: int | None = Field(default=None, ge=1)
@@ -106,10 +113,10 @@ class PrefixTuning(Method):
     places: str = "encoder decoder cross"
 
     @model_validator(mode="after")
-    def _sound(self) -> PrefixTuning:
+    def _check_settings(self) -> PrefixTuning:
         words = self.places.split()
-        if not words or set(words) - set(PLACES):
-            raise ValueError(f"places={self.places!r}: write any of {' '.join(PLACES)!r}")
+        if not words or set(words) - set(ATTENTION_PLACES):
+            raise ValueError(f"places={self.places!r}: write any of {' '.join(ATTENTION_PLACES)!r}")
         if self.targets is not None:
             raise ValueError("a prefix sits at attention calls: choose places= and layers=, not targets=")
         if self.init != "random" and (self.encoder is not None or len(self.init) < self.length):
@@ -124,82 +131,88 @@ class PrefixTuning(Method):
         def place(site: Site) -> str:
             return "cross" if site.role == "kv.cross" else "decoder" if causal[site.tower] else "encoder"
 
-        if not survey.attentions:
-            path, why = next(iter(survey.closed.items()), ("this model", survey.doubt or "no attention was seen"))
+        if not survey.kv_sites:
+            path, why = next(
+                iter(survey.kv_refusals.items()), ("this model", survey.unproven_reason or "no attention was seen")
+            )
             raise TargetError(f"PrefixTuning finds no attention to add to: {path}: {why}")
         words = self.places.split()
-        chosen = [s for s in select(survey.attentions, "kv.*", self.layers) if place(s) in words]
+        chosen = [s for s in select(survey.kv_sites, "kv.*", self.layers) if place(s) in words]
         if not chosen:
-            raise TargetError(f"places={self.places!r}: this model has {sorted({place(s) for s in survey.attentions})}")
+            raise TargetError(f"places={self.places!r}: this model has {sorted({place(s) for s in survey.kv_sites})}")
         for site in chosen:
-            if 0 < site.window <= self.length:
+            if 0 < site.sliding_window <= self.length:
                 raise TargetError(
-                    f"{site.path} slides a window of {site.window} over the text and would drop a prefix of "
+                    f"{site.path} slides a window of {site.sliding_window} over the text and would drop a prefix of "
                     f"{self.length}: shorten it, or choose layers= that see everything"
                 )
-        lines = {_line(s.tower) for s in chosen}
-        for path, why in survey.closed.items():
-            if any(_line(path).startswith(f"{line}.") for line in lines):
+        lines = {_pyramid_key(s.tower) for s in chosen}
+        for path, why in survey.kv_refusals.items():
+            if any(_pyramid_key(path).startswith(f"{line}.") for line in lines):
                 raise TargetError(f"PrefixTuning cannot reach {path}: {why}")
         return chosen
 
-    def common(self, sites: Sequence[Site]) -> nn.Module | None:
+    def build_shared(self, sites: Sequence[Site]) -> nn.Module | None:
         if self.encoder is None or not self.shared:
             return None
         groups: dict[str, list[Site]] = {}
         for site in sites:
-            groups.setdefault(_group(site), []).append(site)
+            groups.setdefault(_encoder_name(site), []).append(site)
         encoders = nn.ModuleDict()
         for name, group in groups.items():
             encoder = PrefixEncoder(self.length, group[0].d_in, self.encoder, sum(2 * s.d_out for s in group))
             ends = torch.tensor([0] + [2 * s.d_out for s in group], device="cpu").cumsum(0).tolist()
-            encoder.parts = {s.key: slice(a, b) for s, a, b in zip(group, ends, ends[1:], strict=False)}
+            encoder.output_slices = {s.key: slice(a, b) for s, a, b in zip(group, ends, ends[1:], strict=False)}
             encoders[name] = encoder
         return encoders
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         if self.encoder is None:
-            k, v = (SMALL * deviation for deviation in site.scale or (1.0, 1.0))
-            shape = (self.length, site.heads, site.d_out // site.heads)
-            return FlatPrefix(torch.stack((torch.randn(shape) * k, torch.randn(shape) * v), 1), self.dropout)
+            k, v = (INIT_STD_FRACTION * deviation for deviation in site.probe_std or (1.0, 1.0))
+            shape = (self.length, site.num_kv_heads, site.d_out // site.num_kv_heads)
+            return PrefixDelta(torch.stack((torch.randn(shape) * k, torch.randn(shape) * v), 1), self.dropout)
         if isinstance(shared, nn.ModuleDict):
-            encoder = shared[_group(site)]
+            encoder = shared[_encoder_name(site)]
             assert isinstance(encoder, PrefixEncoder)
-            return EncodedPrefix(encoder, encoder.parts[site.key], site.heads, self.dropout, own=False)
+            return EncodedPrefixDelta(
+                encoder, encoder.output_slices[site.key], site.num_kv_heads, self.dropout, owns_encoder=False
+            )
         encoder = PrefixEncoder(self.length, site.d_in, self.encoder, 2 * site.d_out)
-        return EncodedPrefix(encoder, slice(0, 2 * site.d_out), site.heads, self.dropout, own=True)
+        return EncodedPrefixDelta(encoder, slice(0, 2 * site.d_out), site.num_kv_heads, self.dropout, owns_encoder=True)
 
-    def start(self, deltas: Mapping[Site, Delta], past: Callable[[Tensor], Mapping[str, Pair]]) -> None:
+    def init_from_forward(
+        self, deltas: Mapping[Site, Delta], key_values: Callable[[Tensor], Mapping[str, KeyValue]]
+    ) -> None:
         if self.init == "random":
             return
-        found = past(torch.tensor([self.init]))
+        found = key_values(torch.tensor([self.init]))
         missing = [s.path for s in deltas if s.path not in found]
         if missing:
             raise ConfigError(f"init: a text has no keys and values at {missing[0]}; use places= to leave it out")
         for site, delta in deltas.items():
-            assert isinstance(delta, FlatPrefix)
+            assert isinstance(delta, PrefixDelta)
             k, v = (t[:, : self.length].transpose(0, 1) for t in found[site.path])  # [m, H_kv, d_h]
             delta.prefix.copy_(torch.stack((k, v), 1))
 
-    def advised(self) -> Rate:
+    def training_defaults(self) -> TrainingDefaults:
         """Through an encoder, whose weights all keys and values share, the rate is 3e-4."""
-        return self.rate if self.encoder is None else Rate(3e-4)
+        return self.training if self.encoder is None else TrainingDefaults(3e-4)
 
-    def settled(self) -> PrefixTuning:
+    def inference_form(self) -> PrefixTuning:
         return self if self.encoder is None else self.model_copy(update={"encoder": None, "shared": True})
 
-    def count(self, sites: Sequence[Site]) -> int:
+    def num_parameters(self, sites: Sequence[Site]) -> int:
         if self.encoder is None:
             return sum(2 * self.length * s.d_out for s in sites)
-        widths = {_group(s) if self.shared else s.key: s.d_in for s in sites}  # one per encoder
+        widths = {_encoder_name(s) if self.shared else s.key: s.d_in for s in sites}  # one per encoder
         first = sum(self.length * d + d * self.encoder + self.encoder for d in widths.values())
         return first + sum((self.encoder + 1) * 2 * s.d_out for s in sites)
 
 
-def _line(path: str) -> str:
+def _pyramid_key(path: str) -> str:
     """Without indices: the stages of a pyramid are one line of blocks."""
     return re.sub(r"\d+", "*", path)
 
 
-def _group(site: Site) -> str:
+def _encoder_name(site: Site) -> str:
     return f"{site.tower}@{site.role}".replace(".", "/")

@@ -20,21 +20,25 @@ from kitout.base.site import Site
 from kitout.base.survey import Survey, Tower
 from kitout.delta import Delta
 from kitout.errors import ConfigError, TargetError
-from kitout.method import Method, Rate, register
+from kitout.method import Method, TrainingDefaults, register
 
-COMMON = 5000  # rows of the vocabulary to sample from: tokenizers number what is frequent first
-Start = Literal["vocab", "normal"] | tuple[int, ...] | tuple[tuple[int, ...], ...]
+MAX_SAMPLED_ROWS = 5000  # rows of the vocabulary to sample from: tokenizers number what is frequent first
+PromptInit = Literal["vocab", "normal"] | tuple[int, ...] | tuple[tuple[int, ...], ...]
 
 
-class Prompt(Delta):
+class PromptDelta(Delta):
     """prompt [p, d]."""
 
-    def __init__(self, prompt: Tensor, after: bool, pooled: bool) -> None:
+    def __init__(self, prompt: Tensor, after_first_token: bool, pooled_by_classifier: bool) -> None:
         super().__init__()
         self.prompt = nn.Parameter(prompt)
-        self.length, self.after, self.pooled = prompt.shape[0], after, pooled
+        self.num_tokens, self.after_first_token, self.pooled_by_classifier = (
+            prompt.shape[0],
+            after_first_token,
+            pooled_by_classifier,
+        )
 
-    def tokens(self) -> Tensor:
+    def token_vectors(self) -> Tensor:
         return self.prompt
 
 
@@ -48,20 +52,20 @@ class PromptTuning(Method):
     prompt where it looks for that of the first token, as Hugging Face PEFT's classifiers have it.
     """
 
-    seat: ClassVar[str] = "token embedding"
-    note: ClassVar[str] = "not in a Mix; no strength but on and off"
-    rate: ClassVar[Rate] = Rate(1e-2)
+    default_location: ClassVar[str] = "token embedding"
+    limitations: ClassVar[str] = "not in a Mix; no strength but on and off"
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-2)
     mergeable: ClassVar[bool] = False
-    identity: ClassVar[bool] = False
+    starts_as_identity: ClassVar[bool] = False
 
     length: int = Field(default=20, ge=1)
-    init: Start = "vocab"
+    init: PromptInit = "vocab"
     place: Literal["before", "after"] = "before"
     stacks: Literal["encoder", "decoder", "both"] = "encoder"
     pooled: Literal["text", "prompt"] = "text"
 
     @model_validator(mode="after")
-    def _sound(self) -> PromptTuning:
+    def _check_settings(self) -> PromptTuning:
         if self.targets is not None or self.layers != "all":
             raise ValueError("a prompt sits at the token embedding: it has no targets and no layers")
         if not self.init or (isinstance(self.init, tuple) and any(i == () for i in self.init)):
@@ -71,66 +75,70 @@ class PromptTuning(Method):
         return self
 
     def sites(self, survey: Survey) -> list[Site]:
-        towers = [t for t in survey.towers if t.owner is not None]
+        towers = [t for t in survey.towers if t.embedder is not None]
         if not towers:
-            raise TargetError(f"PromptTuning needs a stack fed from a token table: {survey.doubt or 'none was seen'}")
+            raise TargetError(
+                f"PromptTuning needs a stack fed from a token table: {survey.unproven_reason or 'none was seen'}"
+            )
         if len(towers) > 1 and self.stacks != "both":
             towers = [t for t in towers if t.causal == (self.stacks == "decoder")]
-        _check(survey, towers)
+        _check_towers(survey, towers)
         if self.pooled == "prompt" and (len(survey.towers) > 1 or any(t.causal for t in towers)):
             raise TargetError(
                 f"pooled='prompt' is for the head of an encoder that stands alone, and {towers[0].path} is none: leave "
                 "it at 'text'"
             )
-        tables = [(survey.by_path(t.table), t.path) for t in towers]
-        return [s.at(port="tokens", tower=tower, d_in=s.d_out) for s, tower in tables]
+        tables = [(survey.by_path(t.token_embedding), t.path) for t in towers]
+        return [s.replace(port="tokens", tower=tower, d_in=s.d_out) for s, tower in tables]
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
-        return Prompt(self._rows(site), self.place == "after", self.pooled == "prompt")
+        return PromptDelta(self._init_rows(site), self.place == "after", self.pooled == "prompt")
 
-    def _rows(self, site: Site) -> Tensor:
+    def _init_rows(self, site: Site) -> Tensor:
         weight = site.module.get_parameter("weight")
         if weight.is_meta:
             return torch.empty(self.length, site.d_out)
         size = weight.shape[0]
         if self.init == "normal":
-            return torch.randn(self.length, site.d_out) * _look_up(site, torch.arange(min(size, COMMON))).std()
+            return (
+                torch.randn(self.length, site.d_out) * _embed_ids(site, torch.arange(min(size, MAX_SAMPLED_ROWS))).std()
+            )
         if self.init == "vocab":
-            return _look_up(site, self._sampled(size, self.length))
+            return _embed_ids(site, self._sample_rows(size, self.length))
         bad = [i for entry in self.init for i in (entry if isinstance(entry, tuple) else (entry,)) if not 0 <= i < size]
         if bad:
             raise ConfigError(f"init holds the token ids {bad[:5]}, and the table has rows 0 to {size - 1}")
         if isinstance(self.init[0], int):
             ids = torch.tensor([self.init[i % len(self.init)] for i in range(self.length)])
-            return _look_up(site, ids)
-        means = [_look_up(site, torch.tensor(label)).mean(0) for label in self.init][: self.length]
-        filled = _look_up(site, self._sampled(size, self.length - len(means)))
+            return _embed_ids(site, ids)
+        means = [_embed_ids(site, torch.tensor(label)).mean(0) for label in self.init][: self.length]
+        filled = _embed_ids(site, self._sample_rows(size, self.length - len(means)))
         return torch.cat((torch.stack(means), filled))
 
     @staticmethod
-    def _sampled(size: int, n: int) -> Tensor:
-        return torch.randperm(max(min(size, COMMON), min(size, n)))[torch.arange(n) % size]
+    def _sample_rows(size: int, n: int) -> Tensor:
+        return torch.randperm(max(min(size, MAX_SAMPLED_ROWS), min(size, n)))[torch.arange(n) % size]
 
-    def count(self, sites: Sequence[Site]) -> int:
+    def num_parameters(self, sites: Sequence[Site]) -> int:
         return sum(self.length * s.d_out for s in sites)
 
 
-def _look_up(site: Site, ids: Tensor) -> Tensor:
+def _embed_ids(site: Site, ids: Tensor) -> Tensor:
     """Rows as the model embeds them, with whatever scale its table applies."""
     rows: Tensor = site.module(ids.to(site.module.get_parameter("weight").device))
     return rows.detach().float().cpu()
 
 
-def _check(survey: Survey, towers: Sequence[Tower]) -> None:
+def _check_towers(survey: Survey, towers: Sequence[Tower]) -> None:
     """A prompt in front of causal blocks is kept as their keys and values: every attention there must take such."""
     if not towers:
         raise TargetError("this model has no such stack: choose stacks='encoder', 'decoder' or 'both'")
     for tower in towers:
-        inside = {p: why for p, why in survey.closed.items() if p.startswith(f"{tower.path}.")}
-        loose = [b.path for b in survey.blocks if b.tower == tower.path and not b.attends]
+        inside = {p: why for p, why in survey.kv_refusals.items() if p.startswith(f"{tower.path}.")}
+        loose = [b.path for b in survey.blocks if b.tower == tower.path and not b.has_attention]
         if tower.causal is None:
             raise TargetError(f"PromptTuning: the probe could not tell whether {tower.path} looks ahead")
-        owner = survey.model.get_submodule(tower.owner or "")
+        owner = survey.model.get_submodule(tower.embedder or "")
         if tower.causal and "inputs_embeds" not in inspect.signature(owner.forward).parameters:
             raise TargetError(f"PromptTuning: {type(owner).__name__} takes no inputs_embeds to run a prompt by itself")
         if tower.causal and (inside or loose):

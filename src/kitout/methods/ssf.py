@@ -17,8 +17,8 @@ from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.delta import Delta
-from kitout.method import Method, Rate, register
-from kitout.methods.deltas.affine import Affine
+from kitout.method import Method, TrainingDefaults, register
+from kitout.methods.deltas.affine import ScaleShift
 
 KINDS = ("linear", "conv", "norm")
 
@@ -30,9 +30,9 @@ class SSF(Method):
     std: of the start around the identity (0.02 in the paper). targets: only these. Poolers and heads are left alone.
     """
 
-    seat: ClassVar[str] = "every linear, convolution and norm"
-    rate: ClassVar[Rate] = Rate(1e-3)
-    identity: ClassVar[bool] = False
+    default_location: ClassVar[str] = "every linear, convolution and norm"
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3)
+    starts_as_identity: ClassVar[bool] = False
 
     std: float = Field(default=0.02, ge=0.0)
 
@@ -40,10 +40,10 @@ class SSF(Method):
         if self.targets is not None:
             return select(survey.sites, self.targets, self.layers)
         able = [s for s in select(survey.sites, "*", self.layers) if s.kind in KINDS and s.role != "head"]
-        return [s for s in able if s.kind == "norm" or not survey.trails(s)]
+        return [s for s in able if s.kind == "norm" or not survey.runs_after_blocks(s)]
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
-        return Affine(site.d_out, self.std)
+        return ScaleShift(site.d_out, self.std)
 
-    def count(self, sites: Sequence[Site]) -> int:
+    def num_parameters(self, sites: Sequence[Site]) -> int:
         return sum(2 * s.d_out for s in sites)

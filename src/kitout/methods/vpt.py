@@ -22,10 +22,10 @@ from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.delta import Delta
 from kitout.errors import TargetError
-from kitout.method import Method, Rate, register
+from kitout.method import Method, TrainingDefaults, register
 
 
-class Common(nn.Module):
+class SharedVisualPrompts(nn.Module):
     """What all blocks share: a projection [k -> d], the prompt itself, or both."""
 
     def __init__(self, prompt: nn.Parameter | None, projection: nn.Linear | None) -> None:
@@ -33,17 +33,19 @@ class Common(nn.Module):
         self.prompt, self.projection = prompt, projection
 
 
-class VisualPrompt(Delta):
+class VisualPromptDelta(Delta):
     """prompt [p, d], or [p, k] where a projection follows; None where all blocks share one."""
 
-    def __init__(self, prompt: nn.Parameter | None, common: Common, length: int, dropout: float) -> None:
+    def __init__(self, prompt: nn.Parameter | None, shared: SharedVisualPrompts, length: int, dropout: float) -> None:
         super().__init__()
         self.prompt = prompt
-        self._of: tuple[Common] = (common,)  # in a tuple: its parameters are the adapter's, not this Delta's
-        self.dropout, self.length, self.after = dropout, length, True
+        self._shared: tuple[SharedVisualPrompts] = (
+            shared,
+        )  # in a tuple: its parameters are the adapter's, not this Delta's
+        self.dropout, self.num_tokens, self.after_first_token = dropout, length, True
 
-    def tokens(self) -> Tensor:
-        (common,) = self._of
+    def token_vectors(self) -> Tensor:
+        (common,) = self._shared
         rows = common.prompt if self.prompt is None else self.prompt
         assert rows is not None
         if common.projection is not None:
@@ -60,12 +62,12 @@ class VPT(Method):
     layers="last:4" starts at the fourth block from the end.
     """
 
-    seat: ClassVar[str] = "first block; deep: every block"
-    note: ClassVar[str] = "not in a Mix; no strength but on and off"
-    rate: ClassVar[Rate] = Rate(1e-2)
+    default_location: ClassVar[str] = "first block; deep: every block"
+    limitations: ClassVar[str] = "not in a Mix; no strength but on and off"
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-2)
     mergeable: ClassVar[bool] = False
-    identity: ClassVar[bool] = False
-    still: ClassVar[bool] = True
+    starts_as_identity: ClassVar[bool] = False
+    trains_in_eval_mode: ClassVar[bool] = True
 
     length: int = Field(default=10, ge=1)
     deep: bool = False
@@ -74,7 +76,7 @@ class VPT(Method):
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
 
     @model_validator(mode="after")
-    def _sound(self) -> VPT:
+    def _check_settings(self) -> VPT:
         if self.targets is not None:
             raise ValueError("VPT sits at whole blocks: choose layers=, not targets=")
         if self.share and not self.deep:
@@ -82,11 +84,13 @@ class VPT(Method):
         return self
 
     def sites(self, survey: Survey) -> list[Site]:
-        towers = [t for t in survey.towers if t.owner is None]
+        towers = [t for t in survey.towers if t.embedder is None]
         if not survey.proven or not towers:
-            why = survey.doubt or "its blocks are fed from a token table; PromptTuning is for text"
+            why = survey.unproven_reason or "its blocks are fed from a token table; PromptTuning is for text"
             raise TargetError(f"VPT needs a stack of blocks that reads an image: {why}")
-        windows = [s.path for s in survey.sites if s.role.startswith("attn.") and s.rows in ("major", "none")]
+        windows = [
+            s.path for s in survey.sites if s.role.startswith("attn.") and s.batch_relation in ("multiple", "none")
+        ]
         if len(towers) > 1 or windows:
             why = f"{windows[0]} attends within windows" if windows else f"{towers[1].path} is a stack of its own"
             raise TargetError(f"VPT needs one sequence that all blocks attend over, and {why}")
@@ -96,29 +100,29 @@ class VPT(Method):
         tower = towers[0].path
         blocks = [s for s in select(survey.sites, "block", self.layers) if s.tower == tower]
         values = patch.module.get_parameter("weight")[0].numel()  # per patch
-        sites = [s.at(port="tokens", d_in=values) for s in blocks]
+        sites = [s.replace(port="tokens", d_in=values) for s in blocks]
         return sites if self.deep else sites[:1]
 
-    def common(self, sites: Sequence[Site]) -> nn.Module | None:
+    def build_shared(self, sites: Sequence[Site]) -> nn.Module | None:
         if not self.share and self.projection is None:
             return None
         projection = None
         if self.projection is not None:
             projection = nn.Linear(self.projection, sites[0].d_out)
             nn.init.kaiming_normal_(projection.weight, a=0, mode="fan_out")
-        return Common(self._drawn(sites[0]) if self.share else None, projection)
+        return SharedVisualPrompts(self._init_prompt(sites[0]) if self.share else None, projection)
 
-    def _drawn(self, site: Site) -> nn.Parameter:
+    def _init_prompt(self, site: Site) -> nn.Parameter:
         width = site.d_out if self.projection is None else self.projection
         bound = math.sqrt(6 / (site.d_in + width))
         return nn.Parameter(torch.empty(self.length, width).uniform_(-bound, bound))
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
-        common = shared if isinstance(shared, Common) else Common(None, None)
-        prompt = self._drawn(site) if common.prompt is None else None
-        return VisualPrompt(prompt, common, self.length, self.dropout)
+        common = shared if isinstance(shared, SharedVisualPrompts) else SharedVisualPrompts(None, None)
+        prompt = self._init_prompt(site) if common.prompt is None else None
+        return VisualPromptDelta(prompt, common, self.length, self.dropout)
 
-    def count(self, sites: Sequence[Site]) -> int:
+    def num_parameters(self, sites: Sequence[Site]) -> int:
         d, k = sites[0].d_out, self.projection
         tokens = self.length * (d if k is None else k) * (1 if self.share else len(sites))
         return tokens + (0 if k is None else (k + 1) * d)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 
-class Forward:
+class KitForward:
     """`kit.forward`: the base's call with the base's signature (transformers.Trainer reads it to choose columns)."""
 
     def __init__(self, base: nn.Module) -> None:
@@ -22,14 +22,14 @@ class Forward:
         return self._base(*args, **kwargs)
 
 
-class BareState:
+class BaseState:
     """What attach changes and detach puts back: each parameter's requires_grad and each module's mode."""
 
     def __init__(self, grad: dict[str, bool], mode: dict[str, bool]) -> None:
         self.grad, self.mode = grad, mode
 
     @classmethod
-    def take(cls, base: nn.Module) -> BareState:
+    def capture(cls, base: nn.Module) -> BaseState:
         return cls(
             {n: p.requires_grad for n, p in base.named_parameters()}, {n: m.training for n, m in base.named_modules()}
         )

@@ -16,31 +16,31 @@ from torch import Tensor, nn
 
 from kitout.base.eval_mode import eval_mode
 from kitout.base.site import Site
-from kitout.delta import Delta, Pair
+from kitout.delta import Delta, KeyValue
 from kitout.errors import (
-    BadName,
+    AdapterExists,
     ConfigError,
-    Faults,
-    NameTaken,
+    Errors,
+    InvalidAdapterName,
     NotMergeable,
     RouteError,
-    SilentSite,
     TargetError,
     UnknownAdapter,
+    UnusedSite,
     suggest,
 )
 from kitout.method import Method
 from kitout.runtime.adapter import Adapter
-from kitout.runtime.hooks.class_swap import untap
-from kitout.runtime.routing.active import Bound
-from kitout.runtime.routing.compile import bind
-from kitout.runtime.routing.route import Route, names
+from kitout.runtime.hooks.class_swap import unhook
+from kitout.runtime.routing.active import CompiledRoute
+from kitout.runtime.routing.compile import compile_route
+from kitout.runtime.routing.route import Route, adapter_names
 from kitout.runtime.state import KitState
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+ADAPTER_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-def build(
+def build_adapter(
     state: KitState,
     name: str,
     method: Method,
@@ -54,97 +54,97 @@ def build(
         raise ConfigError(f"add() takes a method with its settings, such as LoRA(rank=8), found {method!r}")
     state.check_unmerged(f"adding {name!r}")
     head_sites = [head_site(state, path) for path in heads]
-    heads = {path: own_head(state, path, module) for path, module in heads.items()}
+    heads = {path: check_head(state, path, module) for path, module in heads.items()}
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ConfigError(f"seed must be a whole number or None, found {seed!r}")
-    sites = sites_of(state, method, heads)
+    sites = select_sites(state, method, heads)
     check_sites(state, name, sites, heads)
     # On CPU whatever the base's device, so that a seed means the same values everywhere.
-    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad(), _bare(state):
+    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad(), _without_adapters(state):
         if seed is not None:
             torch.manual_seed(seed)
-        shared = method.common(sites)
-        deltas = {site.key: _delta(method, site, shared) for site in sites}
-        method.start({site: deltas[site.key] for site in sites}, partial(keys_values, state))
+        shared = method.build_shared(sites)
+        deltas = {site.key: _build_delta(method, site, shared) for site in sites}
+        method.init_from_forward({site: deltas[site.key] for site in sites}, partial(base_key_values, state))
     adapter = Adapter(name, method, sites, deltas, shared, heads)
     adapter.seed = seed
     adapter.to(dtype=dtype or torch.promote_types(state.dtype, torch.float32))
-    place(state, adapter)
-    adapter.wire(head_sites)
+    move_to_sites(state, adapter)
+    adapter.group_by_module(head_sites)
     return adapter
 
 
 @contextmanager
-def _bare(state: KitState) -> Iterator[None]:
+def _without_adapters(state: KitState) -> Iterator[None]:
     """Nothing worn while initial values are read off the model's modules."""
-    with state.live.lock:
-        before = state.live.bound
-        state.live.lay(Bound(None))
+    with state.active.lock:
+        before = state.active.installed
+        state.active.install(CompiledRoute(None))
         try:
             yield
         finally:
-            state.live.lay(before)
+            state.active.install(before)
 
 
-def keys_values(state: KitState, ids: Tensor) -> dict[str, Pair]:
+def base_key_values(state: KitState, ids: Tensor) -> dict[str, KeyValue]:
     """The base's own keys and values of token ids [1, T], by attention path, each [H_kv, T, d_h]."""
-    if not any(tower.owner is not None for tower in state.survey.towers):
+    if not any(tower.embedder is not None for tower in state.survey.towers):
         raise ConfigError("init from a text: this model reads no tokens")
-    found: dict[str, Pair] = {}
-    live, base = state.live, state.base
+    found: dict[str, KeyValue] = {}
+    live, base = state.active, state.base
     ids = ids.to(state.device)
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if state.config.is_encoder_decoder else {})
-    for site in state.survey.attentions:
-        state.tapped(site.path)
+    for site in state.survey.kv_sites:
+        state.hook_at(site.path)
     with live.lock, eval_mode(base, state.modules):
-        before = live.bound
-        live.leading += 1
+        before = live.installed
+        live.prefilling += 1
         try:
-            live.lay(bind(None, {}, state.taps, state.survey, live, found))
+            live.install(compile_route(None, {}, state.hooks, state.survey, live, found))
             base(**inputs, use_cache=False)
         finally:
-            live.lay(before)
-            live.leading -= 1
+            live.install(before)
+            live.prefilling -= 1
     return {path: (k[0], v[0]) for path, (k, v) in found.items()}
 
 
-def _delta(method: Method, site: Site, shared: nn.Module | None) -> Delta:
+def _build_delta(method: Method, site: Site, shared: nn.Module | None) -> Delta:
     try:
         return method.build(site, shared)
     except NotMergeable as reason:  # it starts from the frozen weight, which cannot be read as a matrix
         raise ConfigError(
-            f"{type(method).__name__}({method.describe()}) has no start at {site.path}: {reason}"
+            f"{type(method).__name__}({method.non_default_settings()}) has no start at {site.path}: {reason}"
         ) from None
 
 
 def check_name(state: KitState, name: str) -> None:
     """BadName or NameTaken."""
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise BadName(
+    if not isinstance(name, str) or not ADAPTER_NAME_PATTERN.fullmatch(name):
+        raise InvalidAdapterName(
             f"{name!r} cannot name an adapter: use 1 to 128 letters, digits, '.', '_' or '-', "
             "the first a letter or digit"
         )
     if name in state:
-        raise NameTaken(f"an adapter called {name!r} exists: remove({name!r}) first, or choose another name")
+        raise AdapterExists(f"an adapter called {name!r} exists: remove({name!r}) first, or choose another name")
 
 
 def check_strength(adapter: Adapter, value: float) -> None:
     """RouteError for a strength that what the adapter adds cannot have."""
-    if adapter.tokens and value != 1.0:
+    if adapter.prompts and value != 1.0:
         raise RouteError(
             f"{adapter.name!r} has tokens in the sequence: they are there or not, and have no strength; use(None) "
             "is without"
         )
-    if adapter.pasts and value < 0:
+    if adapter.prefixes and value < 0:
         raise RouteError(
             f"{adapter.name!r} has a prefix: its strength is a weight of attention, at least 0, found {value}"
         )
 
 
-def check_known(state: KitState, wanted: Route) -> None:
+def check_known(state: KitState, requested: Route) -> None:
     """UnknownAdapter for every name in a route that no adapter carries, all in one."""
-    faults = Faults(UnknownAdapter, "use")
-    for name in dict.fromkeys(names(wanted)):
+    faults = Errors(UnknownAdapter, "use")
+    for name in dict.fromkeys(adapter_names(requested)):
         if name not in state:
             faults.add(f"no adapter is called {name!r}: {suggest(name, state.names)}")
     faults.raise_if_any()
@@ -159,15 +159,15 @@ def check_sites(state: KitState, name: str, sites: Sequence[Site], heads: Collec
         )
     if not sites and not heads:
         raise TargetError(f"adapter {name!r} would have no site at all in this model; see print(kit) for the roles")
-    silent = [s.path for s in sites if s.path in state.survey.silent]
+    silent = [s.path for s in sites if s.path in state.survey.unused]
     if silent:
-        raise SilentSite(
+        raise UnusedSite(
             f"adapter {name!r}: {', '.join(silent[:5])} never runs in this model's forward, so nothing placed there "
             "would have an effect; choose other targets (see print(kit))"
         )
 
 
-def sites_of(state: KitState, method: Method, heads: Iterable[str]) -> list[Site]:
+def select_sites(state: KitState, method: Method, heads: Iterable[str]) -> list[Site]:
     """Where the method goes, without what the adapter's own heads replace: it would have no effect there."""
     return [s for s in method.sites(state.survey) if not any(f"{s.path}.".startswith(f"{h}.") for h in heads)]
 
@@ -181,10 +181,10 @@ def head_site(state: KitState, path: str) -> Site:
     if module is state.base:
         known = [p for p, _ in state.base.named_modules()]
         raise TargetError(f"heads: the model has no module {path!r}: {suggest(path, known)}")
-    return Site(path=path, role="head", d_in=0, d_out=0, kind="other", module=module, rows="batch")
+    return Site(path=path, role="head", d_in=0, d_out=0, kind="other", module=module, batch_relation="batch")
 
 
-def own_head(state: KitState, path: str, module: object) -> nn.Module:
+def check_head(state: KitState, path: str, module: object) -> nn.Module:
     """A head as the adapter takes it: trainable, and without the taps that a copy of the model's own module brings."""
     if not isinstance(module, nn.Module):
         raise TargetError(f"heads: {path!r} needs an nn.Module, found {module!r}")
@@ -192,11 +192,11 @@ def own_head(state: KitState, path: str, module: object) -> nn.Module:
         raise TargetError(f"heads: {path!r} is given a module of the model itself: give a copy, copy.deepcopy(module)")
     for child in module.modules():
         if "_kitout_tap" in child.__dict__:
-            untap(child)
+            unhook(child)
     return module.requires_grad_(True)
 
 
-def place(state: KitState, adapter: Adapter) -> None:
+def move_to_sites(state: KitState, adapter: Adapter) -> None:
     """Moves each Delta to the device of the module it sits at."""
     for site in adapter.sites:
         device = next((p.device for p in site.module.parameters()), None)

@@ -33,24 +33,24 @@ class ParameterCount:
         return f"{self.trainable:,} trainable ({self.percent:.3f} % of the base), {self.bytes / 2**20:.2f} MiB"
 
 
-def base_size(base: nn.Module) -> int:
+def num_base_parameters(base: nn.Module) -> int:
     """Distinct parameters of the base (tied ones once)."""
     return sum(p.numel() for p in base.parameters())
 
 
-def count(adapter: Adapter, base: nn.Module) -> ParameterCount:
+def count_parameters(adapter: Adapter, base: nn.Module) -> ParameterCount:
     """The adapter's cost. Raises AssertionError if tensors and closed form disagree: that would be a bug of ours."""
     parameters = list(adapter.parameters())
     total = sum(p.numel() for p in parameters)
     heads = sum(p.numel() for p in adapter.heads.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    formula = adapter.method.count(adapter.sites)
+    formula = adapter.method.num_parameters(adapter.sites)
     assert formula == total - heads, f"{adapter.name}: closed form {formula}, tensors {total - heads}"
     size = sum(p.numel() * p.element_size() for p in parameters)
-    return ParameterCount(trainable, total, heads, 100.0 * trainable / max(1, base_size(base)), size, formula)
+    return ParameterCount(trainable, total, heads, 100.0 * trainable / max(1, num_base_parameters(base)), size, formula)
 
 
-def count_all(base: nn.Module, adapters: nn.Module, only_trainable: bool, exclude_embeddings: bool) -> int:
+def count_all_parameters(base: nn.Module, adapters: nn.Module, only_trainable: bool, exclude_embeddings: bool) -> int:
     """Parameters of base and adapters together, as transformers' `num_parameters` counts them."""
     tables = {id(p) for m in base.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     left_out = tables if exclude_embeddings else set()

@@ -8,24 +8,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kitout.base.site import Site
-from kitout.runtime.count import base_size, count
-from kitout.runtime.routing.route import names
+from kitout.runtime.count import count_parameters, num_base_parameters
+from kitout.runtime.routing.route import adapter_names
 from kitout.runtime.state import KitState
 
 
-def show(state: KitState) -> str:
+def describe_kit(state: KitState) -> str:
     """The whole table."""
-    head = f"{type(state.base).__name__}, {base_size(state.base):,} parameters, frozen"
+    head = f"{type(state.base).__name__}, {num_base_parameters(state.base):,} parameters, frozen"
     if state.merged_names:
         head += f"; {'+'.join(state.merged_names)} merged into it"
-    rows = [("role", "layers", "in -> out", "sites"), *site_rows(state.survey.sites)]
-    lines = [head, *columns(rows), *adapter_lines(state)]
-    if state.survey.silent:
-        lines.append(f"never runs in forward: {', '.join(sorted(state.survey.silent)[:8])}")
+    rows = [("role", "layers", "in -> out", "sites"), *site_table(state.survey.sites)]
+    lines = [head, *align_columns(rows), *adapter_lines(state)]
+    if state.survey.unused:
+        lines.append(f"never runs in forward: {', '.join(sorted(state.survey.unused)[:8])}")
     return "\n".join(lines)
 
 
-def site_rows(sites: Sequence[Site]) -> list[tuple[str, str, str, str]]:
+def site_table(sites: Sequence[Site]) -> list[tuple[str, str, str, str]]:
     """One row per tower, role and width."""
     groups: dict[tuple[str, str, int, int], list[Site]] = {}
     for site in sites:
@@ -50,7 +50,7 @@ def layers_text(layers: Sequence[int | None]) -> str:
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs) or "-"
 
 
-def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def align_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Rows as aligned text."""
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -62,9 +62,9 @@ def adapter_lines(state: KitState) -> list[str]:
     rows = [("adapter", "method", "trainable", "of base", "sites")]
     for name in state.names:
         adapter = state[name]
-        cost = count(adapter, state.base)
-        settings = ", ".join(f"{k}={v!r}" for k, v in adapter.method.describe().items())
-        mark = "* " if name in names(state.route) else "  "
+        cost = count_parameters(adapter, state.base)
+        settings = ", ".join(f"{k}={v!r}" for k, v in adapter.method.non_default_settings().items())
+        mark = "* " if name in adapter_names(state.route) else "  "
         text = f"{type(adapter.method).__name__}({settings})"
         rows.append((mark + name, text, f"{cost.trainable:,}", f"{cost.percent:.3f} %", str(len(adapter.sites))))
-    return columns(rows)
+    return align_columns(rows)

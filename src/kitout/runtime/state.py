@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 from kitout.base.survey import Survey
-from kitout.errors import Detached, MergeState, RouteError, UnknownAdapter, suggest
+from kitout.errors import KitDetached, MergeStateError, RouteError, UnknownAdapter, suggest
 from kitout.runtime.adapter import Adapter
-from kitout.runtime.base_state import BareState
-from kitout.runtime.hooks.class_swap import Tap, tap
+from kitout.runtime.base_state import BaseState
+from kitout.runtime.hooks.class_swap import Hook, hook
 from kitout.runtime.merge.commit import Backup
-from kitout.runtime.routing.active import Bound, Live
-from kitout.runtime.routing.cache import Plans
-from kitout.runtime.routing.compile import bind
-from kitout.runtime.routing.route import Route, names
-from kitout.runtime.virtual_tokens.compile import paths
+from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
+from kitout.runtime.routing.cache import RouteCache
+from kitout.runtime.routing.compile import compile_route
+from kitout.runtime.routing.route import Route, adapter_names
+from kitout.runtime.virtual_tokens.compile import modules_to_hook
 
 
 class KitState:
@@ -33,9 +33,9 @@ class KitState:
     """Its towers, blocks and sites."""
     modules: nn.ModuleDict
     """The adapters as children of the kit; a name's dots are written %2E."""
-    live: Live
+    active: ActiveRoute
     """The route in force, per context and sticky."""
-    taps: dict[str, Tap]
+    hooks: dict[str, Hook]
     """Where our code runs, by module path."""
     merged_names: tuple[str, ...]
     """The adapters folded into the base now, in order."""
@@ -49,15 +49,15 @@ class KitState:
     def __init__(self, base: nn.Module, survey: Survey) -> None:
         self.base, self.survey = base, survey
         self.modules = nn.ModuleDict()
-        self.live = Live()
-        self.taps = {}
+        self.active = ActiveRoute()
+        self.hooks = {}
         self.merged_names = ()
         self.backups = {}
         self.unproven = set() if survey.proven else {s.path for s in survey.sites}
         self.is_detached = False
-        self.before_attach = BareState.take(base)
+        self.before_attach = BaseState.capture(base)
         self._adapters: dict[str, Adapter] = {}
-        self._plans = Plans()
+        self._route_cache = RouteCache()
 
     # ---- adapters ----------------------------------------------------------------------------------------------
 
@@ -80,9 +80,13 @@ class KitState:
 
     def insert(self, adapter: Adapter) -> None:
         """Takes in an adapter that was built for this base, under a name that is free."""
-        with self.live.lock:
-            for path in {**adapter.locals, **adapter.notes, **dict.fromkeys(paths(adapter, self.survey))}:
-                self.tapped(path)
+        with self.active.lock:
+            for path in {
+                **adapter.by_module,
+                **adapter.input_relays,
+                **dict.fromkeys(modules_to_hook(adapter, self.survey)),
+            }:
+                self.hook_at(path)
             self.modules[_key(adapter.name)] = adapter
             adapter.train(self.modules.training)
             self._adapters[adapter.name] = adapter
@@ -90,10 +94,10 @@ class KitState:
 
     def discard(self, name: str) -> None:
         """Forgets an adapter. RouteError while it is in use: here, in any `with`, or by the sticky route."""
-        adapter, live = self[name], self.live
-        live.settle()
-        here = name in names(live.route) or name in names(live.sticky[-1].route)
-        if here or live.entered[name] > 0:
+        adapter, live = self[name], self.active
+        live.make_sticky()
+        here = name in adapter_names(live.route) or name in adapter_names(live.sticky[-1].route)
+        if here or live.in_with_blocks[name] > 0:
             raise RouteError(f"{name!r} is active: use(None) or another route before remove({name!r})")
         with live.lock:
             live.forget(name)
@@ -106,38 +110,38 @@ class KitState:
     @property
     def route(self) -> Route:
         """The route in force in this context; None while adapters are merged, whatever is active before and after."""
-        return None if self.merged_names else self.live.route
+        return None if self.merged_names else self.active.route
 
-    def resolve(self) -> Bound:
+    def compiled_route(self) -> CompiledRoute:
         """The compiled form of the route in force."""
         wanted = self.route
-        bound = self._plans.get(wanted)
+        bound = self._route_cache.get(wanted)
         if bound is None:
-            bound = bind(wanted, self._adapters, self.taps, self.survey, self.live)
-            self._plans.keep(bound)
+            bound = compile_route(wanted, self._adapters, self.hooks, self.survey, self.active)
+            self._route_cache.put(bound)
         return bound
 
     def forget_routes(self, name: str) -> None:
         """Compiles the routes that name this adapter anew."""
-        self._plans.forget(name)
-        if name in names(self.live.bound.route):
-            self.live.lay(self.resolve())
+        self._route_cache.forget(name)
+        if name in adapter_names(self.active.installed.route):
+            self.active.install(self.compiled_route())
 
-    def tapped(self, path: str) -> Tap:
+    def hook_at(self, path: str) -> Hook:
         """The tap of a module, installed on first use."""
-        return self.taps.setdefault(path, tap(path, self.base.get_submodule(path)))
+        return self.hooks.setdefault(path, hook(path, self.base.get_submodule(path)))
 
     # ---- checks ------------------------------------------------------------------------------------------------
 
     def check_attached(self) -> None:
         """Detached, if `detach` has been called."""
         if self.is_detached:
-            raise Detached("this kit was detached from its model: attach(model) makes a new one")
+            raise KitDetached("this kit was detached from its model: attach(model) makes a new one")
 
-    def check_unmerged(self, before: str) -> None:
+    def check_unmerged(self, action: str) -> None:
         """MergeState, if adapters are folded into the base now."""
         if self.merged_names:
-            raise MergeState(f"{self.merged_text} merged into the base: unmerge() before {before}")
+            raise MergeStateError(f"{self.merged_text} merged into the base: unmerge() before {action}")
 
     @property
     def merged_text(self) -> str:
@@ -161,7 +165,7 @@ class KitState:
     def set_base_mode(self, training: bool) -> None:
         """Training mode of the base, or eval mode where all that is trained asks for it (no dropout, no drop-path)."""
         trained = [a.method for a in self._adapters.values() if any(p.requires_grad for p in a.parameters())]
-        in_eval = bool(trained) and all(method.still for method in trained)
+        in_eval = bool(trained) and all(method.trains_in_eval_mode for method in trained)
         type(self.base).__dict__.get("frozen_train", nn.Module.train)(self.base, training and not in_eval)
         for module in self.base.modules():
             if in_eval and getattr(module, "gradient_checkpointing", False):
@@ -169,7 +173,7 @@ class KitState:
 
     def refresh_base_mode(self) -> None:
         """The base's mode after what is trained has changed; left as it is where no method asks for eval mode."""
-        if self.modules.training and any(adapter.method.still for adapter in self._adapters.values()):
+        if self.modules.training and any(adapter.method.trains_in_eval_mode for adapter in self._adapters.values()):
             self.set_base_mode(True)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kitout.train.run import Result
 
 
-class _Room(ModuleType):
+class _CallableModule(ModuleType):
     """The module, callable."""
 
     def __call__(
@@ -27,7 +27,7 @@ class _Room(ModuleType):
         config: RunConfig | Mapping[str, Any] | str | PathLike[str] | None = None,
         *,
         dry_run: bool = False,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
         **sections: Any,
     ) -> Result:
         """Trains what a config, a mapping or a run.yaml says; goes on where the same call stopped before.
@@ -37,14 +37,16 @@ class _Room(ModuleType):
         """
         from kitout.train.config.load import load
         from kitout.train.config.schema import RunConfig
-        from kitout.train.config.yaml_file import read
+        from kitout.train.config.yaml_file import read_yaml
         from kitout.train.run import run
 
         if isinstance(config, RunConfig):
-            held = config.dump()
+            held = config.to_dict()
         else:
-            held = dict(config) if isinstance(config, Mapping) else {} if config is None else dict(read(Path(config)))
-        return run(load(held | sections), dry_run=dry_run, say=say)
+            held = (
+                dict(config) if isinstance(config, Mapping) else {} if config is None else dict(read_yaml(Path(config)))
+            )
+        return run(load(held | sections), dry_run=dry_run, log=log)
 
 
-sys.modules[__name__].__class__ = _Room
+sys.modules[__name__].__class__ = _CallableModule

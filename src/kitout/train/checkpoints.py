@@ -29,8 +29,8 @@ PREFIX = "checkpoint-"
 TENSORS, PROGRESS, STATE = "state.safetensors", "progress.json", "trainer_state.json"
 
 
-def write(
-    folder: Path, step: int, values: Mapping[str, Tensor], optimiser: torch.optim.Optimizer,
+def save(
+    folder: Path, step: int, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
     progress: Mapping[str, Any], trainer_state: str,
 ) -> Path:  # fmt: skip
     """checkpoint-<step> below `folder`, replacing one of that step. OSError: the former ones are untouched."""
@@ -39,9 +39,9 @@ def write(
     try:
         fresh.mkdir(parents=True)
         tensors = {f"value.{name}": value.detach().cpu().contiguous() for name, value in values.items()}
-        for number, state in optimiser.state_dict()["state"].items():
+        for number, state in optimizer.state_dict()["state"].items():
             tensors |= {f"state.{number}.{key}": part.cpu().contiguous() for key, part in state.items()}
-        _save(tensors, fresh / TENSORS)
+        _save_tensors(tensors, fresh / TENSORS)
         (fresh / PROGRESS).write_text(json.dumps(dict(progress)), encoding="utf-8")
         (fresh / STATE).write_text(trainer_state, encoding="utf-8")
         for part in fresh.iterdir():
@@ -60,7 +60,7 @@ def write(
     return final
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
     except SafetensorError as wrong:  # it hides the system's error in its words: "... (os error 28)"
@@ -68,7 +68,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(int(number[1]) if number else errno.EIO, str(wrong)) from wrong
 
 
-def found(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a folder, oldest first; what a kill left half done is cleared away."""
     if not folder.is_dir():
         return []
@@ -86,27 +86,27 @@ def step_of(path: Path) -> int:
     return int(path.name[len(PREFIX) :])
 
 
-def progress_of(path: Path) -> dict[str, Any]:
+def read_progress(path: Path) -> dict[str, Any]:
     """What a checkpoint says of its run. FileError where it is damaged."""
-    held: dict[str, Any] = _json(path / PROGRESS)
-    _json(path / STATE)  # transformers reads it by itself, and would not say which file it was
+    held: dict[str, Any] = _read_json(path / PROGRESS)
+    _read_json(path / STATE)  # transformers reads it by itself, and would not say which file it was
     return held
 
 
-def _json(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as wrong:
-        raise _damaged(path.parent, wrong) from wrong
+        raise _damaged_error(path.parent, wrong) from wrong
 
 
-def _damaged(path: Path, wrong: object) -> FileError:
-    return FileError(f"{path} is damaged ({wrong}): delete it, and the run goes on from the one before")
+def _damaged_error(path: Path, error: object) -> FileError:
+    return FileError(f"{path} is damaged ({error}): delete it, and the run goes on from the one before")
 
 
 def load_values(path: Path, values: Mapping[str, Tensor]) -> None:
     """Puts the trained values back."""
-    tensors = _tensors(path, "value.")
+    tensors = _read_tensors(path, "value.")
     missing, strange = sorted(set(values) - set(tensors)), sorted(set(tensors) - set(values))
     if missing or strange:
         raise FileError(f"{path} holds another adapter: without {missing[:3]}, with {strange[:3]}")
@@ -118,26 +118,26 @@ def load_values(path: Path, values: Mapping[str, Tensor]) -> None:
             value.copy_(tensors[name])
 
 
-def load_optimiser(path: Path, optimiser: torch.optim.Optimizer) -> None:
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
     """Puts the optimiser's state back."""
     states: dict[int, dict[str, Tensor]] = {}
-    for key, part in _tensors(path, "state.").items():
+    for key, part in _read_tensors(path, "state.").items():
         number, what = key.split(".")
         states.setdefault(int(number), {})[what] = part
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": states})
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
 
 
-def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+def _read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
     try:
         with safe_open(path / TENSORS, framework="pt") as held:
             keys = [key for key in held.keys() if key.startswith(prefix)]  # noqa: SIM118 - not a mapping
             return {key.removeprefix(prefix): held.get_tensor(key) for key in keys}
     except (SafetensorError, OSError) as wrong:
-        raise _damaged(path, wrong) from wrong
+        raise _damaged_error(path, wrong) from wrong
 
 
-def rotate(folder: Path, keep: int, best: int | None) -> None:
+def prune(folder: Path, num_kept: int, best: int | None) -> None:
     """The newest `keep` stay, and the best."""
-    for path in found(folder)[:-keep]:
+    for path in list_checkpoints(folder)[:-num_kept]:
         if step_of(path) != best:
             shutil.rmtree(path, ignore_errors=True)

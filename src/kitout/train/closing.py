@@ -15,94 +15,96 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kitout.evaluate.compare import told
+from kitout.evaluate.compare import format_value
 from kitout.evaluate.metrics.registry import TITLES
-from kitout.format import one_line, seconds, size
+from kitout.format import format_bytes, format_duration, single_line
 from kitout.train.measure.merge_proof import MergeProof
 
-WIDTH = 120
-LONGEST = 160  # characters of a text in a cell
-METRICS = 4  # of each adapter; the report has all
+PAGE_WIDTH = 120
+MAX_CELL_CHARS = 160  # characters of a text in a cell
+MAX_METRICS = 4  # of each adapter; the report has all
 
 
-def closing(figures: Mapping[str, Any]) -> str:
+def closing_text(results: Mapping[str, Any]) -> str:
     """Of a run's figures; several adapters have their tables one below the other. Empty if there is nothing to show."""
     parts: list[RenderableType] = []
-    comparisons = figures["comparisons"]
+    comparisons = results["comparisons"]
     for name, changes in comparisons.items():
         title = "The same frozen base, without and with the adapter"
-        parts.append(_metrics(figures, name, changes, title if len(comparisons) == 1 else f"{title} {name}"))
-        shown = figures["examples"].get(name, ())
+        parts.append(_metrics_table(results, name, changes, title if len(comparisons) == 1 else f"{title} {name}"))
+        shown = results["examples"].get(name, ())
         if shown:
-            parts.append(_answers(shown))
-    for name, proof in figures.get("merge", {}).items():
+            parts.append(_answers_table(shown))
+    for name, proof in results.get("merge", {}).items():
         parts.append(Text(f"{name}: {MergeProof(**proof)}" if len(comparisons) > 1 else str(MergeProof(**proof))))
     page = io.StringIO()
-    console = Console(file=page, width=WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
+    console = Console(file=page, width=PAGE_WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
     for part in parts:
         console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, Text))
     return "\n".join(line.rstrip() for line in page.getvalue().rstrip("\n").split("\n"))
 
 
-def _metrics(figures: Mapping[str, Any], name: str, changes: Sequence[Mapping[str, Any]], title: str) -> Table:
+def _metrics_table(results: Mapping[str, Any], name: str, changes: Sequence[Mapping[str, Any]], title: str) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
     for heading in ("", "base", "fine-tuned"):
         table.add_column(heading, justify="right" if heading else "left")
-    for number, change in enumerate(changes[:METRICS]):
+    for number, change in enumerate(changes[:MAX_METRICS]):
         of = f" on {change['base']['n']:,} held-out examples" if number == 0 else ""
-        table.add_row(TITLES.get(change["name"], change["name"]) + of, _value(change["base"]), _value(change["tuned"]))
+        table.add_row(
+            TITLES.get(change["name"], change["name"]) + of, _value_text(change["base"]), _value_text(change["tuned"])
+        )
         if number == 0:
-            table.add_row("  95 % confidence interval", _interval(change["base"]), _interval(change["tuned"]))
-            majority = figures["majority"].get(name)
+            table.add_row("  95 % confidence interval", _interval_text(change["base"]), _interval_text(change["tuned"]))
+            majority = results["majority"].get(name)
             if majority is not None and change["name"] == "accuracy":
-                table.add_row("  always the majority class", f"{told(majority, True)} %", "")
-    table.add_row("trainable parameters", "0", f"{figures['trainable'][name]:,}")
-    table.add_row("  of the base", "0 %", f"{figures['percent'][name]:.2f} %")
-    table.add_row("time to train", "", seconds(figures["seconds"]))
-    if "processor_seconds" in figures:  # a run of an earlier version has none
-        table.add_row("  processor time, all threads", "", seconds(figures["processor_seconds"]))
-    table.add_row("  tokens per second", "", f"{figures['tokens_per_second']:,.0f}")
-    table.add_row("peak memory", "", size(figures["memory"]))
+                table.add_row("  always the majority class", f"{format_value(majority, True)} %", "")
+    table.add_row("trainable parameters", "0", f"{results['trainable'][name]:,}")
+    table.add_row("  of the base", "0 %", f"{results['percent'][name]:.2f} %")
+    table.add_row("time to train", "", format_duration(results["seconds"]))
+    if "processor_seconds" in results:  # a run of an earlier version has none
+        table.add_row("  processor time, all threads", "", format_duration(results["processor_seconds"]))
+    table.add_row("  tokens per second", "", f"{results['tokens_per_second']:,.0f}")
+    table.add_row("peak memory", "", format_bytes(results["memory"]))
     return table
 
 
-def _answers(shown: Sequence[Mapping[str, Any]]) -> Table:
+def _answers_table(examples: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(
         title="What both write, on held-out examples chosen by rule", title_justify="left", header_style="bold"
     )
     for heading in ("prompt", "reference", "base", "fine-tuned"):
         table.add_column(heading, overflow="fold")
-    prompts = _without_frame([one["prompt"] for one in shown])
-    for prompt, one in zip(prompts, shown, strict=True):
+    prompts = _strip_common_lines([one["prompt"] for one in examples])
+    for prompt, one in zip(prompts, examples, strict=True):
         table.add_row(
-            *(Text(one_line(text, LONGEST)) for text in (prompt, one["reference"], one["base"], one["tuned"]))
+            *(Text(single_line(text, MAX_CELL_CHARS)) for text in (prompt, one["reference"], one["base"], one["tuned"]))
         )
     return table
 
 
-def _without_frame(prompts: Sequence[str]) -> list[str]:
+def _strip_common_lines(prompts: Sequence[str]) -> list[str]:
     """Without the lines that all of them begin and end with: an instruction, the marks of who speaks."""
     rows = [prompt.split("\n") for prompt in prompts]
     if len(rows) < 2:
         return list(prompts)
-    start = _alike(rows)
-    end = min(_alike([row[::-1] for row in rows]), min(map(len, rows)) - start)
+    start = _num_common_lines(rows)
+    end = min(_num_common_lines([row[::-1] for row in rows]), min(map(len, rows)) - start)
     cut = ["\n".join(row[start : len(row) - end]) for row in rows]
     return cut if all(cut) else list(prompts)
 
 
-def _alike(rows: Sequence[Sequence[str]]) -> int:
+def _num_common_lines(rows: Sequence[Sequence[str]]) -> int:
     """How many lines all rows begin with."""
     return sum(1 for _ in takewhile(lambda lines: len(set(lines)) == 1, zip(*rows, strict=False)))
 
 
-def _value(score: Mapping[str, Any]) -> str:
+def _value_text(score: Mapping[str, Any]) -> str:
     if score["value"] is None:
         return "not finite"
-    return told(score["value"], score["share"]) + (" %" if score["share"] else "")
+    return format_value(score["value"], score["share"]) + (" %" if score["share"] else "")
 
 
-def _interval(score: Mapping[str, Any]) -> str:
+def _interval_text(score: Mapping[str, Any]) -> str:
     if score["low"] is None or score["high"] is None:
         return "not finite"
-    return f"{told(score['low'], score['share'])} to {told(score['high'], score['share'])}"
+    return f"{format_value(score['low'], score['share'])} to {format_value(score['high'], score['share'])}"

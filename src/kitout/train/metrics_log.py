@@ -18,41 +18,43 @@ import torch
 
 from kitout.files.atomic import write_text
 
-FILE = "metrics.jsonl"
-LAST = "train_runtime"  # only in what a trainer logs once, when it is through
+METRICS_FILE = "metrics.jsonl"
+FINAL_KEY = "train_runtime"  # only in what a trainer logs once, when it is through
 
 
-class Metrics:
+class MetricsLog:
     """The file, for one process that writes."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._early: list[dict[str, Any]] | None = []  # written before training began
+        self._lines_before_start: list[dict[str, Any]] | None = []  # written before training began
 
-    def begin(self, step: int) -> None:
+    def resume_at(self, first_step: int) -> None:
         """Training starts after `step` steps. 0: the file starts anew, but for what this process has written itself."""
-        early = self._early or []
-        former = read(self.file)[: -len(early) or None]  # what an earlier process wrote
-        kept = [line for line in former if _step(line) <= step and LAST not in line] if step else early
+        early = self._lines_before_start or []
+        former = read_metrics(self.file)[: -len(early) or None]  # what an earlier process wrote
+        kept = (
+            [line for line in former if _step_of(line) <= first_step and FINAL_KEY not in line] if first_step else early
+        )
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.file, "".join(_line(line) for line in kept))
-        self._early = None
+        write_text(self.file, "".join(_json_line(line) for line in kept))
+        self._lines_before_start = None
 
     def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """One line more; what was written, as plain values."""
         line = {"step": step} | {name: to_json_value(value) for name, value in values.items() if name != "step"}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a+b") as file:
-            text = ("" if _whole(self.file) else "\n") + _line(line)
+            text = ("" if _ends_with_newline(self.file) else "\n") + _json_line(line)
             file.write(text.encode())  # one write: another reader sees the line whole or not at all
-        if self._early is not None:
-            self._early.append(line)
+        if self._lines_before_start is not None:
+            self._lines_before_start.append(line)
         return line
 
 
-def read(file: Path) -> list[dict[str, Any]]:
+def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, without one that a kill has torn."""
-    return list(_lines(file)) if file.is_file() else []
+    return list(_read_lines(file)) if file.is_file() else []
 
 
 def to_json_value(value: Any) -> Any:
@@ -72,11 +74,11 @@ def to_json_value(value: Any) -> Any:
     return str(value)
 
 
-def _line(values: Mapping[str, Any]) -> str:
+def _json_line(values: Mapping[str, Any]) -> str:
     return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
+def _read_lines(file: Path) -> Iterator[dict[str, Any]]:
     for words in file.read_bytes().split(b"\n"):
         try:
             line = json.loads(words)
@@ -86,12 +88,12 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
             yield line
 
 
-def _step(line: Mapping[str, Any]) -> float:
+def _step_of(line: Mapping[str, Any]) -> float:
     step = line.get("step")
     return step if isinstance(step, int | float) else math.inf
 
 
-def _whole(file: Path) -> bool:
+def _ends_with_newline(file: Path) -> bool:
     """Whether the file ends with a whole line."""
     with file.open("rb") as held:
         if held.seek(0, os.SEEK_END) == 0:

@@ -20,55 +20,55 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kitout.format import amount, figure, seconds, size
-from kitout.train.metrics_log import FILE, Metrics
+from kitout.format import format_bytes, format_count, format_duration, format_number
+from kitout.train.metrics_log import METRICS_FILE, MetricsLog
 
-PARTS = 20  # plain lines of a run, beside first, last and measurements ...
-SILENCE = 300.0  # ... and no longer without one than so many seconds
-FRAMES = 4  # a second, on a terminal
-MEASURED = "eval_"
-NOT_SHOWN = ("runtime", "_per_second", "model_preparation_time")  # endings of what Trainer adds to a measurement
+PLAIN_LINES = 20  # plain lines of a run, beside first, last and measurements ...
+MAX_SILENT_SECONDS = 300.0  # ... and no longer without one than so many seconds
+FRAMES_PER_SECOND = 4  # a second, on a terminal
+EVAL_PREFIX = "eval_"
+HIDDEN_SUFFIXES = ("runtime", "_per_second", "model_preparation_time")  # endings of what Trainer adds to a measurement
 
 
 @dataclass
-class Seen:
+class ProgressState:
     """The last value of everything that is shown, and where the run is."""
 
     step: int = 0
     steps: int = 0
-    first: int = 0  # step at which this process began
-    started: float = field(default_factory=time.monotonic)
+    first_step: int = 0  # step at which this process began
+    start_time: float = field(default_factory=time.monotonic)
     values: dict[str, Any] = field(default_factory=dict)
-    measured: dict[str, Any] = field(default_factory=dict)
-    measured_at: int = 0
-    measuring: str = ""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    evaluation_step: int = 0
+    evaluating: str = ""
     batches: int = 0  # of the measurement under way
 
     @property
-    def gone(self) -> float:
-        return time.monotonic() - self.started
+    def elapsed(self) -> float:
+        return time.monotonic() - self.start_time
 
     @property
-    def left(self) -> float | None:
+    def remaining(self) -> float | None:
         """Seconds to go, measurements and checkpoints reckoned in as they have come so far."""
-        done = self.step - self.first
-        return self.gone / done * (self.steps - self.step) if done > 0 and self.steps else None
+        done = self.step - self.first_step
+        return self.elapsed / done * (self.steps - self.step) if done > 0 and self.steps else None
 
-    def take(self, step: int, logs: Mapping[str, Any]) -> bool:
+    def update(self, step: int, logs: Mapping[str, Any]) -> bool:
         """Takes over what was logged; True if it was a measurement."""
         self.step = step
         new = {
-            name.removeprefix(MEASURED): value
+            name.removeprefix(EVAL_PREFIX): value
             for name, value in logs.items()
-            if name.startswith(MEASURED) and not name.endswith(NOT_SHOWN)
+            if name.startswith(EVAL_PREFIX) and not name.endswith(HIDDEN_SUFFIXES)
         }
         if new:
-            self.measured, self.measured_at = new, step
-            self.measuring, self.batches = "", 0
-        self.values |= {name: value for name, value in logs.items() if not name.startswith(MEASURED)}
+            self.evaluation, self.evaluation_step = new, step
+            self.evaluating, self.batches = "", 0
+        self.values |= {name: value for name, value in logs.items() if not name.startswith(EVAL_PREFIX)}
         return bool(new)
 
-    def jobs(self) -> dict[str, dict[str, Any]]:
+    def per_job(self) -> dict[str, dict[str, Any]]:
         """Of several adapters trained at once: "<job>/<value>"."""
         found: dict[str, dict[str, Any]] = {}
         for name, value in self.values.items():
@@ -84,18 +84,18 @@ def console_draws(console: Console) -> bool:
 
 
 @final
-class Progress(TrainerCallback):  # type: ignore[misc]  # transformers' types are half there
+class ProgressDisplay(TrainerCallback):  # type: ignore[misc]  # transformers' types are half there
     """folder: of the run, for metrics.jsonl. A context manager, so that a fault leaves the terminal in order."""
 
     def __init__(self, folder: Path, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True)
-        self.metrics = Metrics(folder / FILE)
-        self.seen = Seen()
+        self.metrics = MetricsLog(folder / METRICS_FILE)
+        self.progress_state = ProgressState()
         self._live: Live | None = None
         self._plain = not console_draws(self.console)
-        self._told_part, self._told_at = -1, 0.0
+        self._last_line_part, self._last_line_at = -1, 0.0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressDisplay:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, t: TracebackType | None) -> None:
@@ -114,19 +114,27 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers' types ar
         if not state.is_world_process_zero:
             return
         at = state.global_step
-        self.metrics.begin(at)
-        self.seen = Seen(at, state.max_steps, at, measured=self.seen.measured, measured_at=self.seen.measured_at)
+        self.metrics.resume_at(at)
+        self.progress_state = ProgressState(
+            at,
+            state.max_steps,
+            at,
+            evaluation=self.progress_state.evaluation,
+            evaluation_step=self.progress_state.evaluation_step,
+        )
         if not self._plain:
             # It is drawn when there is something new, never by a thread of its own: that would stutter in forwards.
             self._live = Live(self._panel(), console=self.console, auto_refresh=False, transient=False)
             self._live.start(refresh=True)
         elif at:
-            self._say(f"goes on after step {at:,} of {state.max_steps:,}")
+            self._print_line(f"goes on after step {at:,} of {state.max_steps:,}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.seen.step, self.seen.batches = state.global_step, 0
-            self.seen.measuring = "measuring ..." if control.should_evaluate else ""  # what follows may take a while
+            self.progress_state.step, self.progress_state.batches = state.global_step, 0
+            self.progress_state.evaluating = (
+                "measuring ..." if control.should_evaluate else ""
+            )  # what follows may take a while
             self._draw(force=control.should_evaluate)
 
     def on_log(
@@ -140,13 +148,13 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers' types ar
         if not state.is_world_process_zero or not logs:
             return
         line = self.metrics.write(state.global_step, logs)
-        measured = self.seen.take(state.global_step, line)
+        measured = self.progress_state.update(state.global_step, line)
         if self._live is not None:
             self._draw(force=measured)
             if measured:  # stays above the panel: the run's history
-                self._live.console.print(_measured(self.seen), soft_wrap=True)
+                self._live.console.print(_evaluation_text(self.progress_state), soft_wrap=True)
         elif self._plain:
-            self._tell(measured)
+            self._log_line(measured)
 
     def on_prediction_step(
         self,
@@ -157,86 +165,98 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers' types ar
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero:
-            self.seen.batches += 1
-            self.seen.measuring = f"measuring, batch {self.seen.batches:,} ..."
+            self.progress_state.batches += 1
+            self.progress_state.evaluating = f"measuring, batch {self.progress_state.batches:,} ..."
             self._draw()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.seen.values["saved"] = state.global_step
+            self.progress_state.values["saved"] = state.global_step
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not state.is_world_process_zero:
             return
-        self.seen.step = state.global_step
+        self.progress_state.step = state.global_step
         self.close()
         if self._plain:
-            self._say(f"trained: {self.seen.step - self.seen.first:,} steps in {seconds(self.seen.gone)}")
+            self._print_line(
+                f"trained: {self.progress_state.step - self.progress_state.first_step:,} steps in "
+                f"{format_duration(self.progress_state.elapsed)}"
+            )
 
     def _draw(self, force: bool = False) -> None:
         now = time.monotonic()
-        if self._live is not None and (force or now - self._told_at >= 1 / FRAMES):
-            self._told_at = now
+        if self._live is not None and (force or now - self._last_line_at >= 1 / FRAMES_PER_SECOND):
+            self._last_line_at = now
             self._live.update(self._panel(), refresh=True)
 
-    def _tell(self, measured: bool) -> None:
+    def _log_line(self, is_evaluation: bool) -> None:
         """A plain line, if it is time for one."""
-        seen, now = self.seen, time.monotonic()
-        part = PARTS * seen.step // max(1, seen.steps)
-        if measured:
-            self._say(_measured(seen).plain)
-        elif "loss" in seen.values and (part != self._told_part or now - self._told_at >= SILENCE):
-            self._told_part, self._told_at = part, now
-            left = "" if seen.left is None or seen.step >= seen.steps else f"  {seconds(seen.left)} to go"
+        seen, now = self.progress_state, time.monotonic()
+        part = PLAIN_LINES * seen.step // max(1, seen.steps)
+        if is_evaluation:
+            self._print_line(_evaluation_text(seen).plain)
+        elif "loss" in seen.values and (part != self._last_line_part or now - self._last_line_at >= MAX_SILENT_SECONDS):
+            self._last_line_part, self._last_line_at = part, now
+            left = (
+                ""
+                if seen.remaining is None or seen.step >= seen.steps
+                else f"  {format_duration(seen.remaining)} to go"
+            )
             steps = f"{seen.steps:,}"
-            self._say(f"step {seen.step:>{len(steps)},}/{steps}  " + "  ".join(map(" ".join, _values(seen))) + left)
+            self._print_line(
+                f"step {seen.step:>{len(steps)},}/{steps}  " + "  ".join(map(" ".join, _value_rows(seen))) + left
+            )
 
-    def _say(self, words: str) -> None:
-        self.console.print(words, markup=False, highlight=False, soft_wrap=True)
+    def _print_line(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _panel(self) -> RenderableType:
-        seen = self.seen
+        seen = self.progress_state
         head = Table.grid(padding=(0, 2))
         share = f"{100 * seen.step / seen.steps:.0f} %" if seen.steps else ""
-        left = "" if seen.left is None or seen.step >= seen.steps else f"{seconds(seen.left)} to go"
+        left = "" if seen.remaining is None or seen.step >= seen.steps else f"{format_duration(seen.remaining)} to go"
         bar = ProgressBar(max(1, seen.steps), seen.step, width=28, complete_style="green", finished_style="green")
         where = Text.assemble(("step ", "dim"), (f"{seen.step:,}", "bold"), (f" / {seen.steps:,}", "dim"))
-        head.add_row(where, bar, share, Text(seen.measuring or left, "dim"))
+        head.add_row(where, bar, share, Text(seen.evaluating or left, "dim"))
         rows: list[RenderableType] = [head]
-        if values := _values(seen):
+        if values := _value_rows(seen):
             rows.append(Text("   ").join(Text.assemble((f"{name} ", "dim"), value) for name, value in values))
-        if jobs := seen.jobs():
+        if jobs := seen.per_job():
             rows.append(_jobs_table(jobs))
         return Group(*rows)
 
 
-def _values(seen: Seen) -> list[tuple[str, str]]:
+def _value_rows(progress_state: ProgressState) -> list[tuple[str, str]]:
     """What is shown of a training step, named and in words."""
-    values = seen.values
+    values = progress_state.values
     shown: list[tuple[str, str]] = []
     for name, key in (("loss", "loss"), ("lr", "learning_rate"), ("gradient", "grad_norm")):
         if isinstance(values.get(key), int | float):
-            shown.append((name, figure(values[key])))
+            shown.append((name, format_number(values[key])))
         elif key in values:
             shown.append((name, "not finite"))
     tokens, pace, memory = values.get("tokens"), values.get("tokens_per_second"), values.get("memory")
     if isinstance(tokens, int | float):
-        each = f" at {amount(pace)}/s" if isinstance(pace, int | float) else ""
-        shown.append(("tokens", amount(tokens) + each))
+        each = f" at {format_count(pace)}/s" if isinstance(pace, int | float) else ""
+        shown.append(("tokens", format_count(tokens) + each))
     if isinstance(memory, int | float) and memory > 0:
-        shown.append(("memory", size(memory)))
-    shown.append(("time", seconds(seen.gone)))
+        shown.append(("memory", format_bytes(memory)))
+    shown.append(("time", format_duration(progress_state.elapsed)))
     return shown
 
 
-def _measured(seen: Seen) -> Text:
+def _evaluation_text(progress_state: ProgressState) -> Text:
     """One line of history."""
-    parts = [Text.assemble((f"{name.replace('_', ' ')} ", "dim"), figure(v)) for name, v in seen.measured.items()]
-    return Text.assemble(("step ", "dim"), f"{seen.measured_at:,}", "  ", ("validation", "bold"), "  ") + Text(
-        "  "
-    ).join(parts)
+    parts = [
+        Text.assemble((f"{name.replace('_', ' ')} ", "dim"), format_number(v))
+        for name, v in progress_state.evaluation.items()
+    ]
+    return Text.assemble(
+        ("step ", "dim"), f"{progress_state.evaluation_step:,}", "  ", ("validation", "bold"), "  "
+    ) + Text("  ").join(parts)
 
 
 def _jobs_table(jobs: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -246,5 +266,5 @@ def _jobs_table(jobs: Mapping[str, Mapping[str, Any]]) -> Table:
     for what in names:
         table.add_column({"learning_rate": "lr"}.get(what, what), justify="right")
     for job, values in jobs.items():
-        table.add_row(Text(job), *(figure(values[what]) if what in values else "" for what in names))
+        table.add_row(Text(job), *(format_number(values[what]) if what in values else "" for what in names))
     return table

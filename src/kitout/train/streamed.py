@@ -10,50 +10,50 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
-from kitout.data.encode.item import Item
+from kitout.data.encode.item import EncodedExample
 from kitout.data.examples.examples import Example
 from kitout.data.read.tables import DataError
-from kitout.data.streaming import Stream, items
+from kitout.data.streaming import Stream, encode_stream
 
-KEPT = 4096  # items behind the newest
+BUFFERED_ITEMS = 4096  # items behind the newest
 
 
-class Streamed(Sequence[Item]):
+class StreamedItems(Sequence[EncodedExample]):
     """items[i] for growing i; it has no length that is known, so `len` says how far it was read."""
 
-    def __init__(self, source: Stream, encode: Callable[[Sequence[Example]], list[Item]]) -> None:
+    def __init__(self, source: Stream, encode: Callable[[Sequence[Example]], list[EncodedExample]]) -> None:
         self.source, self.encode = source, encode
-        self._begin()
+        self._restart()
 
-    def _begin(self) -> None:
-        self._held: deque[Item] = deque(maxlen=KEPT)
-        self._read = 0
-        self._items = self._endless()
+    def _restart(self) -> None:
+        self._buffer: deque[EncodedExample] = deque(maxlen=BUFFERED_ITEMS)
+        self._num_read = 0
+        self._items = self._repeat_epochs()
 
-    def _endless(self) -> Iterator[Item]:
+    def _repeat_epochs(self) -> Iterator[EncodedExample]:
         epoch = self.source.epoch
         while True:
-            before = self._read
-            for item in items(self.source.at(epoch), self.encode):
-                if item.learned:
-                    self._read += 1
+            before = self._num_read
+            for item in encode_stream(self.source.for_epoch(epoch), self.encode):
+                if item.num_targets:
+                    self._num_read += 1
                     yield item
-            if self._read == before:
+            if self._num_read == before:
                 raise DataError("an epoch of the stream holds nothing to learn")
             epoch += 1
 
     def __len__(self) -> int:
-        return self._read
+        return self._num_read
 
     @overload
-    def __getitem__(self, index: int) -> Item: ...
+    def __getitem__(self, index: int) -> EncodedExample: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+    def __getitem__(self, index: slice) -> Sequence[EncodedExample]: ...
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self._read))]
-        if index < self._read - len(self._held):
-            self._begin()
-        while self._read <= index:
-            self._held.append(next(self._items))
-        return self._held[index - self._read]
+            return [self[i] for i in range(*index.indices(self._num_read))]
+        if index < self._num_read - len(self._buffer):
+            self._restart()
+        while self._num_read <= index:
+            self._buffer.append(next(self._items))
+        return self._buffer[index - self._num_read]

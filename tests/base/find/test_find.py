@@ -15,10 +15,10 @@ import transformers as hf
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from kitout.base.find.find import survey
+from kitout.base.find.find import find_sites
 from kitout.base.survey import Survey
-from kitout.cli.inspect import build, summary, table
-from kitout.errors import NoBlocks, TargetError
+from kitout.cli.inspect import build_on_meta, render_table, render_text
+from kitout.errors import NoBlocksFound, TargetError
 from zoo import ZOO, Specimen
 
 SMALL: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
@@ -44,7 +44,7 @@ def having(found: Survey, role: str) -> list[str]:
 
 def test_every_leaf_is_one_site(specimen: Specimen) -> None:
     model = specimen.build()
-    found = survey(model)
+    found = find_sites(model)
     leaves = [
         path
         for path, m in model.named_modules()
@@ -59,7 +59,7 @@ def test_every_leaf_is_one_site(specimen: Specimen) -> None:
 
 
 def test_every_block_is_resolved(specimen: Specimen) -> None:
-    found = survey(specimen.build())
+    found = find_sites(specimen.build())
     assert len(found.blocks) == specimen.layers
     assert all(block.resolved for block in found.blocks)
     assert sum(tower.depth for tower in found.towers) == specimen.layers
@@ -68,7 +68,7 @@ def test_every_block_is_resolved(specimen: Specimen) -> None:
 
 
 def test_widths_are_those_of_the_weights(specimen: Specimen) -> None:
-    for site in survey(specimen.build()).sites:
+    for site in find_sites(specimen.build()).sites:
         if isinstance(site.module, nn.Linear):
             assert site.module.weight.shape == (site.d_out, site.d_in)
             assert site.kind == "linear"
@@ -83,10 +83,10 @@ def test_meta_and_real_weights_agree_and_nothing_changes() -> None:
     real = ZOO["llama"].build()
     before = {name: (id(p), p.requires_grad) for name, p in real.named_parameters()}
     attributes = {path: set(m.__dict__) for path, m in real.named_modules()}
-    found = survey(real)
+    found = find_sites(real)
     assert {name: (id(p), p.requires_grad) for name, p in real.named_parameters()} == before
     assert {path: set(m.__dict__) for path, m in real.named_modules()} == attributes
-    shadow = survey(meta(type(real), real.config))
+    shadow = find_sites(meta(type(real), real.config))
     assert shadow.sites == found.sites
     assert shadow.blocks == found.blocks
 
@@ -95,14 +95,14 @@ def test_no_forward_is_run() -> None:
     model = ZOO["gpt2"].build()
     for module in model.modules():
         module.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
-    assert survey(model).blocks
+    assert find_sites(model).blocks
 
 
 # --- one expectation a design ----------------------------------------------------------------------------------------
 
 
 def test_gated_decoder() -> None:
-    found = survey(meta(hf.LlamaForCausalLM, hf.LlamaConfig(**SMALL, num_key_value_heads=2)))
+    found = find_sites(meta(hf.LlamaForCausalLM, hf.LlamaConfig(**SMALL, num_key_value_heads=2)))
     assert at(found, "model.layers.1") == {
         "self_attn.q_proj": "attn.q",
         "self_attn.k_proj": "attn.k",
@@ -123,7 +123,7 @@ def test_gated_decoder() -> None:
 
 
 def test_transposed_linears_and_a_fused_projection() -> None:
-    found = survey(meta(hf.GPT2LMHeadModel, hf.GPT2Config(n_embd=48, n_layer=1, n_head=4)))
+    found = find_sites(meta(hf.GPT2LMHeadModel, hf.GPT2Config(n_embd=48, n_layer=1, n_head=4)))
     fused = found.by_path("transformer.h.0.attn.c_attn")
     assert (fused.role, fused.kind, fused.d_in, fused.d_out) == ("attn.qkv", "linear", 48, 144)
     assert at(found, "transformer.h.0")["attn.c_proj"] == "attn.o"
@@ -133,7 +133,7 @@ def test_transposed_linears_and_a_fused_projection() -> None:
 
 
 def test_output_outside_the_attention_module() -> None:
-    found = survey(meta(hf.BertForSequenceClassification, hf.BertConfig(**SMALL)))
+    found = find_sites(meta(hf.BertForSequenceClassification, hf.BertConfig(**SMALL)))
     assert at(found, "bert.encoder.layer.0") == {
         "attention.self.query": "attn.q",
         "attention.self.key": "attn.k",
@@ -151,7 +151,7 @@ def test_output_outside_the_attention_module() -> None:
 
 def test_encoder_and_decoder_are_two_towers() -> None:
     config = hf.T5Config(d_model=48, d_kv=16, d_ff=80, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
-    found = survey(meta(hf.T5ForConditionalGeneration, config))
+    found = find_sites(meta(hf.T5ForConditionalGeneration, config))
     assert [(t.path, t.depth, t.width) for t in found.towers] == [("encoder.block", 2, 48), ("decoder.block", 2, 48)]
     decoder = at(found, "decoder.block.1")
     assert decoder["layer.0.SelfAttention.o"] == "attn.o"
@@ -166,7 +166,7 @@ def test_encoder_and_decoder_are_two_towers() -> None:
 
 def test_text_and_vision_are_two_towers() -> None:
     config = hf.CLIPConfig(text_config=SMALL, vision_config=SMALL | {"hidden_size": 64, "image_size": 32})
-    found = survey(meta(hf.CLIPModel, config))
+    found = find_sites(meta(hf.CLIPModel, config))
     assert [(t.path, t.width) for t in found.towers] == [
         ("text_model.encoder.layers", 48),
         ("vision_model.encoder.layers", 64),
@@ -177,7 +177,7 @@ def test_text_and_vision_are_two_towers() -> None:
 
 def test_pyramid_has_a_tower_a_stage() -> None:
     config = hf.SwinConfig(embed_dim=16, depths=[1, 2], num_heads=[2, 4], image_size=32)
-    found = survey(meta(hf.SwinForImageClassification, config))
+    found = find_sites(meta(hf.SwinForImageClassification, config))
     assert [(t.depth, t.width) for t in found.towers] == [(1, 16), (2, 32)]
     assert having(found, "patch") == ["swin.embeddings.patch_embeddings.projection"]
     assert found.by_path("swin.encoder.layers.0.downsample.reduction").layer is None
@@ -185,19 +185,19 @@ def test_pyramid_has_a_tower_a_stage() -> None:
 
 def test_a_block_that_widens_takes_the_width_it_writes() -> None:
     config = hf.HieraConfig(embed_dim=16, depths=[1, 1], num_heads=[1, 2], image_size=[32, 32], num_query_pool=1)
-    found = survey(meta(hf.HieraModel, config))
-    assert [(b.d, b.resolved) for b in found.blocks] == [(16, True), (32, True)]
+    found = find_sites(meta(hf.HieraModel, config))
+    assert [(b.width, b.resolved) for b in found.blocks] == [(16, True), (32, True)]
 
 
 def test_a_shared_block_counts_once() -> None:
-    found = survey(meta(hf.AlbertModel, hf.AlbertConfig(**(SMALL | {"num_hidden_layers": 6}))))
+    found = find_sites(meta(hf.AlbertModel, hf.AlbertConfig(**(SMALL | {"num_hidden_layers": 6}))))
     assert len(found.blocks) == 1
     assert len(having(found, "attn.q")) == 1
 
 
 def test_experts_in_one_parameter_are_no_site() -> None:
     config = hf.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4)
-    found = survey(meta(hf.MixtralForCausalLM, config))
+    found = find_sites(meta(hf.MixtralForCausalLM, config))
     assert all(block.resolved for block in found.blocks)
     assert not any("experts" in s.path for s in found.sites)
     assert not having(found, "mlp.down")
@@ -211,7 +211,7 @@ def test_low_rank_projections_and_shared_experts() -> None:
         v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=20,
         first_k_dense_replace=1,
     )  # fmt: skip
-    roles = at(survey(meta(hf.DeepseekV3Model, config)), "layers.1")
+    roles = at(find_sites(meta(hf.DeepseekV3Model, config)), "layers.1")
     assert roles["self_attn.q_a_proj"] == roles["self_attn.q_b_proj"] == "attn.q"
     assert roles["self_attn.kv_b_proj"] == "attn.qkv"
     assert roles["self_attn.o_proj"] == "attn.o"
@@ -219,12 +219,14 @@ def test_low_rank_projections_and_shared_experts() -> None:
 
 
 def test_fused_gate_and_up() -> None:
-    roles = at(survey(meta(hf.Phi3Model, hf.Phi3Config(**SMALL, num_key_value_heads=2, pad_token_id=0))), "layers.0")
+    roles = at(
+        find_sites(meta(hf.Phi3Model, hf.Phi3Config(**SMALL, num_key_value_heads=2, pad_token_id=0))), "layers.0"
+    )
     assert (roles["self_attn.qkv_proj"], roles["mlp.gate_up_proj"]) == ("attn.qkv", "mlp.up")
 
 
 def test_lists_that_run_side_by_side_are_one_stack() -> None:
-    found = survey(meta(hf.XLMModel, hf.XLMConfig(emb_dim=48, n_layers=2, n_heads=4, vocab_size=99)))
+    found = find_sites(meta(hf.XLMModel, hf.XLMConfig(emb_dim=48, n_layers=2, n_heads=4, vocab_size=99)))
     assert [(t.path, t.depth) for t in found.towers] == [("attentions", 2)]
     assert all(block.resolved for block in found.blocks)
     feed = found.by_path("ffns.1.lin2")
@@ -235,7 +237,7 @@ def test_lists_that_run_side_by_side_are_one_stack() -> None:
 def test_bare_cross_attention_joins_the_blocks_beside_it() -> None:
     model = Toy(mlp=feed)
     model.cross_attn_layers = nn.ModuleList(Attention(32) for _ in range(2))
-    found = survey(model)
+    found = find_sites(model)
     assert [t.path for t in found.towers] == ["layers"]
     assert found.by_path("cross_attn_layers.1.q_proj").role == "cross.q"
     assert found.by_path("cross_attn_layers.1.o_proj").layer == 1
@@ -247,7 +249,7 @@ def test_attentions_kept_in_a_list_inside_the_block() -> None:
     def two() -> nn.Module:
         return nn.ModuleList([Attention(32), Attention(32)])
 
-    found = survey(Toy(layers=3, attention=False, attns=two, mlp=feed))
+    found = find_sites(Toy(layers=3, attention=False, attns=two, mlp=feed))
     assert [(t.path, t.depth) for t in found.towers] == [("layers", 3)]
     assert len(having(found, "attn.o")) == 6
 
@@ -257,7 +259,7 @@ def test_blocks_with_names_of_their_own() -> None:
     model.trunk = nn.Sequential()
     for name in ("first", "second"):
         model.trunk.add_module(name, nn.ModuleDict({"attn": Attention(32), "mlp": feed()}))
-    found = survey(model)
+    found = find_sites(model)
     assert [(b.index, b.path) for b in found.blocks] == [(0, "trunk.first"), (1, "trunk.second")]
     assert found.by_path("trunk.second.mlp.fc2").layer == 1
     assert having(found, "block") == ["trunk.first", "trunk.second"]
@@ -266,8 +268,8 @@ def test_blocks_with_names_of_their_own() -> None:
 def test_a_stack_of_which_some_blocks_attend() -> None:
     config = hf.JambaConfig(**SMALL, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, num_experts=2)
     config.num_hidden_layers = 4
-    found = survey(meta(hf.JambaModel, config))
-    attending = [b.index for b in found.blocks if b.attends]
+    found = find_sites(meta(hf.JambaModel, config))
+    attending = [b.index for b in found.blocks if b.has_attention]
     assert 0 < len(attending) < len(found.blocks) == 4
     assert not any("mamba" in p for role in ("mlp.up", "mlp.down", "attn.qkv") for p in having(found, role))
 
@@ -277,7 +279,7 @@ def test_pointwise_convolutions_stand_in_for_linears() -> None:
         **(SMALL | {"intermediate_size": 96}), embedding_size=48, q_groups=2, k_groups=2, v_groups=2,
         post_attention_groups=1, intermediate_groups=2, output_groups=2,
     )  # fmt: skip
-    found = survey(meta(hf.SqueezeBertModel, config))
+    found = find_sites(meta(hf.SqueezeBertModel, config))
     assert all(block.resolved for block in found.blocks)
     query = found.by_path("encoder.layers.0.attention.query")
     assert (query.role, query.kind, query.channels_first) == ("attn.q", "conv", True)
@@ -285,7 +287,7 @@ def test_pointwise_convolutions_stand_in_for_linears() -> None:
 
 def test_torchs_own_attention() -> None:
     layer = nn.TransformerDecoderLayer(16, 2, 40, batch_first=True)
-    found = survey(nn.ModuleDict({"decoder": nn.TransformerDecoder(layer, 2)}))
+    found = find_sites(nn.ModuleDict({"decoder": nn.TransformerDecoder(layer, 2)}))
     roles = at(found, "decoder.layers.0")
     assert roles["self_attn.out_proj"] == "attn.o"
     assert roles["multihead_attn.out_proj"] == "cross.o"
@@ -325,7 +327,7 @@ def test_a_key_that_feeds_a_value_is_a_feed_forward() -> None:
     def channel_mix() -> nn.Module:
         return nn.ModuleDict({"key": nn.Linear(32, 96), "value": nn.Linear(96, 32)})
 
-    roles = at(survey(Toy(ffn=channel_mix)), "layers.0")
+    roles = at(find_sites(Toy(ffn=channel_mix)), "layers.0")
     assert (roles["ffn.key"], roles["ffn.value"]) == ("mlp.up", "mlp.down")
 
 
@@ -335,7 +337,7 @@ def test_a_gated_convolution_is_neither_attention_nor_feed_forward() -> None:
             {"in_proj": nn.Linear(32, 96), "conv": nn.Conv1d(32, 32, 3, groups=32), "out_proj": nn.Linear(32, 32)}
         )
 
-    roles = at(survey(Toy(conv=mixer, mlp=feed)), "layers.0")
+    roles = at(find_sites(Toy(conv=mixer, mlp=feed)), "layers.0")
     assert roles["conv.in_proj"] == roles["conv.out_proj"] == "other"
     assert roles["attn.o_proj"] == "attn.o"
     assert roles["mlp.fc2"] == "mlp.down"
@@ -345,10 +347,10 @@ def test_routers_and_bottlenecks_are_loose() -> None:
     def side() -> nn.Module:
         return nn.ModuleDict({"down": nn.Linear(32, 1), "up": nn.Linear(1, 32)})
 
-    found = survey(Toy(mlp=feed, router=lambda: nn.Linear(32, 4), side=side))
+    found = find_sites(Toy(mlp=feed, router=lambda: nn.Linear(32, 4), side=side))
     assert at(found, "layers.0")["router"] == "other"
     assert at(found, "layers.0")["side.up"] == "other"
-    assert found.blocks[0].loose == (
+    assert found.blocks[0].unlabeled == (
         ("layers.0.router", 32, 4),
         ("layers.0.side.down", 32, 1),
         ("layers.0.side.up", 1, 32),
@@ -357,7 +359,7 @@ def test_routers_and_bottlenecks_are_loose() -> None:
 
 
 def test_square_feed_forward_goes_by_order() -> None:
-    roles = at(survey(Toy(mlp=lambda: feed(32, 32))), "layers.1")
+    roles = at(find_sites(Toy(mlp=lambda: feed(32, 32))), "layers.1")
     assert (roles["mlp.fc1"], roles["mlp.fc2"]) == ("mlp.up", "mlp.down")
 
 
@@ -368,8 +370,8 @@ def test_norms_inside_attention_do_not_set_the_width() -> None:
             module.add_module(name, nn.RMSNorm(8))
         return module
 
-    found = survey(Toy(attention=False, attn=normed, mlp=feed))
-    assert {block.d for block in found.blocks} == {32}
+    found = find_sites(Toy(attention=False, attn=normed, mlp=feed))
+    assert {block.width for block in found.blocks} == {32}
     assert found.by_path("layers.0.attn.q_norm").role == "norm"
 
 
@@ -388,7 +390,7 @@ def test_leaf_kinds() -> None:
             self.register_buffer("qweight", torch.zeros(4, 96, dtype=torch.int32))
 
     parts = {"ls": Scale, "packed": Packed, "bn": lambda: nn.BatchNorm2d(32), "gn": lambda: nn.GroupNorm(2, 32)}
-    found = survey(Toy(mlp=feed, weighted=lambda: weight_norm(nn.Conv1d(32, 32, 3)), **parts))
+    found = find_sites(Toy(mlp=feed, weighted=lambda: weight_norm(nn.Conv1d(32, 32, 3)), **parts))
     kinds = {p: (s.role, s.kind, s.channels_first) for s in found.sites for p in [s.path.removeprefix("layers.0.")]}
     assert kinds["ls"] == ("other", "other", False)
     assert kinds["packed"] == ("other", "linear", False)
@@ -401,7 +403,7 @@ def test_tied_modules_and_repeated_blocks_come_once() -> None:
     model = Toy(layers=1, mlp=feed)
     model.layers.append(model.layers[0])
     model.alias = model.layers[0].attn
-    found = survey(model)
+    found = find_sites(model)
     assert len(found.blocks) == 1
     assert having(found, "attn.q") == ["layers.0.attn.q_proj"]
 
@@ -417,22 +419,22 @@ def nameless() -> nn.Module:
 
 
 def test_no_blocks_says_what_to_write() -> None:
-    with pytest.raises(NoBlocks) as refusal:
-        survey(nameless())
+    with pytest.raises(NoBlocksFound) as refusal:
+        find_sites(nameless())
     text = str(refusal.value)
     assert "layers.*.mixer.first [32 -> 96] x2" in text
     assert 'kitout.attach(model, roles={r"mixer\\.in_proj$": "attn.qkv"})' in text
 
 
 def test_roles_make_a_stack() -> None:
-    found = survey(nameless(), {r"mixer\.first$": "attn.qkv"})
+    found = find_sites(nameless(), {r"mixer\.first$": "attn.qkv"})
     assert at(found, "layers.1")["mixer.second"] == "attn.o"  # found from the width once the attention is known
     assert at(found, "layers.1")["mlp.fc1"] == "mlp.up"
     assert all(block.resolved for block in found.blocks)
 
 
 def test_roles_override_what_was_found() -> None:
-    found = survey(Toy(mlp=feed), {r"layers\.1\..*\.fc2$": "other", r"o_proj$": "other"})
+    found = find_sites(Toy(mlp=feed), {r"layers\.1\..*\.fc2$": "other", r"o_proj$": "other"})
     assert at(found, "layers.0")["mlp.fc2"] == "mlp.down"
     assert at(found, "layers.1")["mlp.fc2"] == "other"
     assert not having(found, "attn.o")
@@ -440,7 +442,7 @@ def test_roles_override_what_was_found() -> None:
 
 def test_all_faults_of_roles_at_once() -> None:
     with pytest.raises(TargetError) as refusal:
-        survey(nameless(), {r"mixer\.first$": "attn.qvk", r"nowhere": "attn.q", r"(": "attn.q"})
+        find_sites(nameless(), {r"mixer\.first$": "attn.qvk", r"nowhere": "attn.q", r"(": "attn.q"})
     text = str(refusal.value)
     assert "3 faults" in text
     assert "did you mean 'attn.qkv'" in text
@@ -449,7 +451,7 @@ def test_all_faults_of_roles_at_once() -> None:
 
 
 def test_by_path_suggests() -> None:
-    found = survey(Toy(mlp=feed))
+    found = find_sites(Toy(mlp=feed))
     with pytest.raises(TargetError, match=r"did you mean .*layers\.0\.attn\.q_proj"):
         found.by_path("layers.0.attn.qproj")
 
@@ -459,16 +461,16 @@ def test_by_path_suggests() -> None:
 
 def test_inspect_builds_a_folder_without_weights(tmp_path: Any) -> None:
     hf.LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
-    model = build(str(tmp_path))
+    model = build_on_meta(str(tmp_path))
     assert type(model) is hf.LlamaForCausalLM
     assert {p.device.type for p in model.parameters()} == {"meta"}
-    text = summary(survey(model))
+    text = render_text(find_sites(model))
     assert "attn.q" in text
     assert "48 -> 80" in text
     assert "tower model.layers: 2 blocks of width 48" in text
-    assert table(survey(model)).row_count == len(text.splitlines()) - 2
+    assert render_table(find_sites(model)).row_count == len(text.splitlines()) - 2
 
 
 def test_summary_names_what_has_no_role() -> None:
-    text = summary(survey(Toy(mlp=feed, router=lambda: nn.Linear(32, 4))))
+    text = render_text(find_sites(Toy(mlp=feed, router=lambda: nn.Linear(32, 4))))
     assert "no role: layers.*.router [32 -> 4] x2" in text

@@ -11,9 +11,9 @@ from torch import nn
 
 import kitout
 from kitout import LoRA
-from kitout.base.find.find import survey
-from kitout.base.probe.probe import prove
-from kitout.errors import SilentSite
+from kitout.base.find.find import find_sites
+from kitout.base.probe.probe import prove_sites
+from kitout.errors import UnusedSite
 from zoo import EXTRA, ZOO, out
 
 FUSED = ["gpt2", "gpt-neox", "falcon", "phi3", "modernbert", "timm-vit"]
@@ -53,7 +53,7 @@ def by_hand(name: str, layer: nn.Module, width: int) -> dict[str, set[int]]:
 @pytest.mark.parametrize("name", FUSED)
 def test_channels_of_fused_projections(name: str) -> None:
     kit = kitout.attach(specimen(name).build())
-    assert kit.survey.proven, kit.survey.doubt
+    assert kit.survey.proven, kit.survey.unproven_reason
     whole = kit.sites("attn.qkv")[0]
     block = kit.base.get_submodule(f"{whole.tower}.{whole.layer}")
     expected = by_hand(name, block, whole.d_in)
@@ -85,14 +85,14 @@ def test_lora_on_q_and_v_changes_exactly_their_channels(name: str) -> None:
 
 
 def test_rows_follow_the_batch() -> None:
-    rows = {s.path: s.rows for s in kitout.attach(ZOO["swin"].build()).survey.sites}
+    rows = {s.path: s.batch_relation for s in kitout.attach(ZOO["swin"].build()).survey.sites}
     windows = [r for p, r in rows.items() if p.endswith("attention.q_proj")]
-    assert windows == ["major", "major", "batch", "batch"]  # the second stage is down to one window
+    assert windows == ["multiple", "multiple", "batch", "batch"]  # the second stage is down to one window
     gpt2 = kitout.attach(ZOO["gpt2"].build())
-    assert gpt2.survey.by_path("transformer.wpe").rows in ("none", "one")
-    assert gpt2.survey.by_path("transformer.h.0.mlp.c_fc").rows == "batch"
+    assert gpt2.survey.by_path("transformer.wpe").batch_relation in ("none", "one")
+    assert gpt2.survey.by_path("transformer.h.0.mlp.c_fc").batch_relation == "batch"
     opt = kitout.attach(EXTRA["opt"].build())
-    assert {s.rows for s in opt.sites("mlp.up")} == {"major"}
+    assert {s.batch_relation for s in opt.sites("mlp.up")} == {"multiple"}
 
 
 def test_sublayers_end_where_the_stream_takes_them() -> None:
@@ -100,7 +100,7 @@ def test_sublayers_end_where_the_stream_takes_them() -> None:
         kit = kitout.attach(specimen(name).build())
         cut = len(kit.survey.towers[0].path) + 3
         return {
-            s.role: (s.path[cut:], (s.source or "")[cut:])
+            s.role: (s.path[cut:], (s.input_from or "")[cut:])
             for s in kit.survey.sites
             if s.role.startswith("sub.") and s.layer == 0
         }
@@ -120,7 +120,7 @@ def test_the_probe_leaves_no_trace() -> None:
     modes = [m.training for m in model.modules()]
     grads = [p.requires_grad for p in model.parameters()]
     state = torch.get_rng_state()
-    assert prove(survey(model)).proven
+    assert prove_sites(find_sites(model)).proven
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == grads
@@ -145,7 +145,7 @@ def test_a_projection_that_never_runs_is_refused() -> None:
     model = Torch()
     roles = {r"out_proj$": "attn.o", r"linear1$": "mlp.up", r"linear2$": "mlp.down"}
     kit = kitout.attach(model, roles=roles, example_batch={"x": torch.randn(2, 3, 16)})
-    with pytest.raises(SilentSite, match="out_proj"):
+    with pytest.raises(UnusedSite, match="out_proj"):
         kit.add("a", LoRA(targets="attn.o"))
     assert kit.names == []
     kit.add("b", LoRA(targets="mlp.*"))
@@ -156,10 +156,10 @@ def test_without_proof_the_first_forward_checks() -> None:
     roles = {r"out_proj$": "attn.o", r"linear1$": "mlp.up"}
     kit = kitout.attach(model, roles=roles)
     assert not kit.survey.proven
-    assert kit.survey.doubt
+    assert kit.survey.unproven_reason
     kit.add("a", LoRA(targets="attn.o", rank=2))
     kit.use("a")
-    with pytest.raises(SilentSite, match="out_proj"):
+    with pytest.raises(UnusedSite, match="out_proj"):
         kit(torch.randn(2, 3, 16))
     kit.add("b", LoRA(targets="mlp.up", rank=2))
     kit.use("b")

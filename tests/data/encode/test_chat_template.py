@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from kitout.data.encode.chat_template import Template
-from kitout.data.encode.generation import Causal
-from kitout.data.encode.item import IGNORED, Item
-from kitout.data.encode.spans_to_labels import Words
+from kitout.data.encode.chat_template import ChatTemplate
+from kitout.data.encode.generation import CausalEncoder
+from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
+from kitout.data.encode.spans_to_labels import SpanTokenizer
 from kitout.data.examples.examples import Chat, Turn
 from kitout.data.read.tables import DataError
 
@@ -26,12 +26,12 @@ def chat(*said: str, system: str = "", flags: Sequence[bool | None] = ()) -> Cha
     return Chat(tuple(turns))
 
 
-def learnt(tokenizer: Any, item: Item) -> list[str]:
+def learnt(tokenizer: Any, item: EncodedExample) -> list[str]:
     """Each run of learnt tokens as text."""
     runs: list[list[int]] = [[]]
-    for token, label in zip(item.ids, item.labels, strict=True):
-        assert label in (IGNORED, token)
-        runs[-1].append(token) if label != IGNORED else runs.append([])
+    for token, label in zip(item.input_ids, item.labels, strict=True):
+        assert label in (IGNORE_INDEX, token)
+        runs[-1].append(token) if label != IGNORE_INDEX else runs.append([])
     return [tokenizer.decode(run) for run in runs if run]
 
 
@@ -60,7 +60,7 @@ CLOSINGS = {
 @pytest.mark.parametrize("template", CLOSINGS)
 def test_every_assistant_turn_and_its_end_are_learnt_and_nothing_else(tokenizer: Make, template: str) -> None:
     words = tokenizer(template)
-    (item,) = Causal(words, 512)([TWO])
+    (item,) = CausalEncoder(words, 512)([TWO])
     before, end = CLOSINGS[template]
     assert learnt(words, item) == [f"{before}assistant{end}", f"{before}It is four.{end}"]
     assert item.reference == "It is four."
@@ -71,25 +71,25 @@ def test_every_assistant_turn_and_its_end_are_learnt_and_nothing_else(tokenizer:
 def test_the_prompt_is_what_a_served_model_is_given(tokenizer: Make, template: str, kind: str) -> None:
     words = tokenizer(template, kind)
     for example in (ONE, TWO, chat("  \n", "\n\n  x"), chat("a\n", "\nb"), chat("é 漢字 🙂", "🙂🙂")):
-        for item in Causal(words, 512)([example])[-1:]:
+        for item in CausalEncoder(words, 512)([example])[-1:]:
             k = len(example.turns) - 1
-            assert list(item.ids[: item.prompt]) == asked(words, example, k)
-            assert set(item.labels[: item.prompt]) <= {IGNORED, *item.ids[: item.prompt]}
-            assert item.labels[item.prompt] == item.ids[item.prompt]
+            assert list(item.input_ids[: item.prompt_length]) == asked(words, example, k)
+            assert set(item.labels[: item.prompt_length]) <= {IGNORE_INDEX, *item.input_ids[: item.prompt_length]}
+            assert item.labels[item.prompt_length] == item.input_ids[item.prompt_length]
 
 
 def test_sentencepiece_keeps_its_tokens_whole(tokenizer: Make) -> None:
     words = tokenizer("llama2", "sentencepiece")
-    (item,) = Causal(words, 512)([TWO])
+    (item,) = CausalEncoder(words, 512)([TWO])
     whole = words.apply_chat_template([dict(t.message) for t in TWO.turns], return_dict=False)
-    assert list(item.ids) == list(whole)
+    assert list(item.input_ids) == list(whole)
     assert [text.strip() for text in learnt(words, item)] == ["assistant </s>", "It is four. </s>"]
 
 
 def test_the_same_words_in_the_question_are_not_learnt(tokenizer: Make) -> None:
     words = tokenizer("chatml")
     said = "<|im_start|>assistant\nIt is four."
-    (item,) = Causal(words, 512)([chat(said, "It is four.")])
+    (item,) = CausalEncoder(words, 512)([chat(said, "It is four.")])
     assert learnt(words, item) == ["It is four.<|im_end|>"]
 
 
@@ -97,12 +97,12 @@ def test_last_all_and_the_flags_of_turns(tokenizer: Make) -> None:
     words = tokenizer("chatml")
     three = chat("a", "one", "b", "two", "c", "three")
     flagged = chat("a", "one", "b", "two", "c", "three", flags=[None, True, None, False, None, None])
-    assert learnt(words, Causal(words, 512, "last")([three])[0]) == ["three<|im_end|>"]
-    assert learnt(words, Causal(words, 512)([flagged])[0]) == ["one<|im_end|>", "three<|im_end|>"]
-    assert learnt(words, Causal(words, 512, "last")([flagged])[0]) == ["one<|im_end|>", "three<|im_end|>"]
-    whole = Causal(words, 512, "all")([three])[0]
-    assert whole.labels == whole.ids
-    less = learnt(words, Causal(words, 512, "all")([flagged])[0])
+    assert learnt(words, CausalEncoder(words, 512, "last")([three])[0]) == ["three<|im_end|>"]
+    assert learnt(words, CausalEncoder(words, 512)([flagged])[0]) == ["one<|im_end|>", "three<|im_end|>"]
+    assert learnt(words, CausalEncoder(words, 512, "last")([flagged])[0]) == ["one<|im_end|>", "three<|im_end|>"]
+    whole = CausalEncoder(words, 512, "all")([three])[0]
+    assert whole.labels == whole.input_ids
+    less = learnt(words, CausalEncoder(words, 512, "all")([flagged])[0])
     assert len(less) == 2
     assert less[0].endswith("assistant\n")
     assert less[1].startswith("\n<|im_start|>user\nc")
@@ -111,33 +111,35 @@ def test_last_all_and_the_flags_of_turns(tokenizer: Make) -> None:
 def test_a_greeting_may_stand_first_if_it_is_not_to_be_learnt(tokenizer: Make) -> None:
     words = tokenizer("chatml")
     greeting = Turn({"role": "assistant", "content": "Hi"}, False)
-    (item,) = Causal(words, 512)([Chat((greeting, *ONE.turns))])
+    (item,) = CausalEncoder(words, 512)([Chat((greeting, *ONE.turns))])
     assert learnt(words, item) == ["It is four.<|im_end|>"]
     loud = Chat((Turn(greeting.message), *ONE.turns))
-    assert Causal(words, 512, "all")([loud])[0].learned == len(item.ids) + 1  # and the line behind the last end
+    assert (
+        CausalEncoder(words, 512, "all")([loud])[0].num_targets == len(item.input_ids) + 1
+    )  # and the line behind the last end
 
 
 def test_what_follows_the_last_learnt_turn_is_left_out(tokenizer: Make) -> None:
     words = tokenizer("chatml")
     example = Chat((*ONE.turns, Turn({"role": "user", "content": "Thanks"})))
-    assert Causal(words, 512)([example])[0].ids == Causal(words, 512)([ONE])[0].ids
+    assert CausalEncoder(words, 512)([example])[0].input_ids == CausalEncoder(words, 512)([ONE])[0].input_ids
 
 
 def test_a_forgetful_template_makes_one_item_for_each_thought(tokenizer: Make) -> None:
     words = tokenizer("forgetful")
     example = chat("a", "<think>hm</think>one", "b", "two", "c", "<think>so</think>three")
-    items = Causal(words, 512)([example])
+    items = CausalEncoder(words, 512)([example])
     assert [learnt(words, item) for item in items] == [
         ["<think>hm</think>one<|im_end|>"],
         ["two<|im_end|>", "<think>so</think>three<|im_end|>"],
     ]
-    assert [list(i.ids[: i.prompt]) for i in items] == [asked(words, example, 1), asked(words, example, 5)]
+    assert [list(i.input_ids[: i.prompt_length]) for i in items] == [asked(words, example, 1), asked(words, example, 5)]
     assert [i.reference for i in items] == ["<think>hm</think>one", "<think>so</think>three"]
 
 
 def test_both_ends_are_learnt_where_a_template_has_two(tokenizer: Make) -> None:
     words = tokenizer("two_ends")
-    (item,) = Causal(words, 512)([TWO])
+    (item,) = CausalEncoder(words, 512)([TWO])
     assert learnt(words, item) == ["assistant<|end|>", "It is four.<|end|>\n</s>"]
 
 
@@ -145,58 +147,58 @@ def test_both_ends_are_learnt_where_a_template_has_two(tokenizer: Make) -> None:
 def test_every_learnt_turn_ends_in_a_learnt_end(tokenizer: Make, template: str) -> None:
     """Where the template closes no earlier turn, each becomes an item that ends as a served answer would."""
     words = tokenizer(template)
-    items = Causal(words, 512)([TWO])
+    items = CausalEncoder(words, 512)([TWO])
     assert [learnt(words, item) for item in items] == [[" assistant\n</s>"], [" It is four.\n</s>"]]
     assert all(item.labels[-1] == words.eos_token_id for item in items)
 
 
 def test_no_template_gives_lines_with_a_start_and_an_end(tokenizer: Make) -> None:
     words = tokenizer()
-    (item,) = Causal(words, 512)([chat("What is it?", "four", system="Answer.")])
-    assert words.decode(item.ids) == "<s>Answer.\nWhat is it?\nfour</s>"
+    (item,) = CausalEncoder(words, 512)([chat("What is it?", "four", system="Answer.")])
+    assert words.decode(item.input_ids) == "<s>Answer.\nWhat is it?\nfour</s>"
     assert learnt(words, item) == ["four</s>"]
     with pytest.raises(DataError, match=r"no chat template.*system user assistant user assistant"):
-        Causal(words, 512)([TWO])
+        CausalEncoder(words, 512)([TWO])
 
 
 def test_a_template_brings_its_own_start_token_once(tokenizer: Make) -> None:
     words = tokenizer("closes_last")
-    (item,) = Causal(words, 512)([ONE])
-    assert list(item.ids).count(words.bos_token_id) == 1
+    (item,) = CausalEncoder(words, 512)([ONE])
+    assert list(item.input_ids).count(words.bos_token_id) == 1
 
 
 def test_a_template_without_an_assistant_is_refused(tokenizer: Make) -> None:
     with pytest.raises(DataError, match="leaves out what the role 'assistant' says"):
-        Causal(tokenizer("no_assistant"), 512)
+        CausalEncoder(tokenizer("no_assistant"), 512)
     with pytest.raises(DataError, match=r"refuses the role 'assistant'.*only users here"):
-        Causal(tokenizer("refuses_assistant"), 512)
+        CausalEncoder(tokenizer("refuses_assistant"), 512)
 
 
 def test_a_template_that_asks_with_what_it_does_not_write_is_refused(tokenizer: Make) -> None:
     with pytest.raises(DataError, match=r"asks for turn 2 with .*<think>"):
-        Causal(tokenizer("thinks_when_asked"), 512)([ONE])
+        CausalEncoder(tokenizer("thinks_when_asked"), 512)([ONE])
 
 
 def test_the_switch_that_mends_a_template_is_named_and_taken(tokenizer: Make) -> None:
     words = tokenizer("switch")
     with pytest.raises(DataError, match="tell it enable_thinking=False, here and wherever"):
-        Causal(words, 512)([ONE])
-    (item,) = Causal(words, 512, options={"enable_thinking": False})([ONE])
+        CausalEncoder(words, 512)([ONE])
+    (item,) = CausalEncoder(words, 512, template_kwargs={"enable_thinking": False})([ONE])
     assert learnt(words, item) == ["It is four.<|im_end|>"]
 
 
 def test_what_a_template_marks_is_believed(tokenizer: Make) -> None:
     words = tokenizer("thoughtless")
     example = chat("a", "<think>hm</think>one")
-    (item,) = Causal(words, 512)([example])
+    (item,) = CausalEncoder(words, 512)([example])
     assert learnt(words, item) == ["one<|im_end|>"]
-    assert list(item.ids[: item.prompt]) == asked(words, example, 1)
+    assert list(item.input_ids[: item.prompt_length]) == asked(words, example, 1)
 
 
 def test_a_system_turn_that_a_template_refuses_opens_the_user_turn(tokenizer: Make) -> None:
     words = tokenizer("no_system")
-    (item,) = Causal(words, 512)([TWO])
-    assert words.decode(item.ids).startswith("<|im_start|>user\nAnswer yes or no.\n\nHello<|im_end|>")
+    (item,) = CausalEncoder(words, 512)([TWO])
+    assert words.decode(item.input_ids).startswith("<|im_start|>user\nAnswer yes or no.\n\nHello<|im_end|>")
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
@@ -213,20 +215,20 @@ WITH_TOOLS = Chat(
 
 def test_tool_calls_are_learnt_and_tool_answers_are_not(tokenizer: Make) -> None:
     words = tokenizer("tools")
-    (item,) = Causal(words, 512)([WITH_TOOLS])
+    (item,) = CausalEncoder(words, 512)([WITH_TOOLS])
     call, answer = learnt(words, item)
     assert call.startswith("<tool_call>")
     assert call.endswith("</tool_call><|im_end|>")
     assert '"city": "Paris"' in call
     assert answer == "Yes<|im_end|>"
-    assert '"parameters"' in words.decode(item.ids[: item.prompt])
+    assert '"parameters"' in words.decode(item.input_ids[: item.prompt_length])
 
 
 def test_tools_that_a_template_leaves_out_are_told(tokenizer: Make) -> None:
     with pytest.raises(DataError, match="has tools, which the template leaves out"):
-        Causal(tokenizer("chatml"), 512)([WITH_TOOLS])
+        CausalEncoder(tokenizer("chatml"), 512)([WITH_TOOLS])
     with pytest.raises(DataError, match="calls tools, which the template leaves out"):
-        Causal(tokenizer("chatml"), 512)([Chat(WITH_TOOLS.turns)])
+        CausalEncoder(tokenizer("chatml"), 512)([Chat(WITH_TOOLS.turns)])
 
 
 @pytest.mark.parametrize(
@@ -240,33 +242,33 @@ def test_tools_that_a_template_leaves_out_are_told(tokenizer: Make) -> None:
 )
 def test_what_cannot_be_learnt_is_told(tokenizer: Make, example: Chat, words: str) -> None:
     with pytest.raises(DataError, match=words):
-        Causal(tokenizer("chatml"), 512)([example])
+        CausalEncoder(tokenizer("chatml"), 512)([example])
 
 
 def test_faults_of_many_chats_are_told_together_with_their_places(tokenizer: Make) -> None:
-    bad = [Chat((Turn({"role": "user", "content": "a"}),), place=f"x.jsonl:{i}") for i in range(7)]
+    bad = [Chat((Turn({"role": "user", "content": "a"}),), location=f"x.jsonl:{i}") for i in range(7)]
     with pytest.raises(DataError, match=r"(?s)6 faults.*x\.jsonl:0: there is no.*x\.jsonl:4.*and 2 more"):
-        Causal(tokenizer("chatml"), 512)(bad)
+        CausalEncoder(tokenizer("chatml"), 512)(bad)
 
 
 def test_a_template_that_fails_says_what_it_said(tokenizer: Make) -> None:
     twice = Chat((*ONE.turns[:1], *ONE.turns))
     with pytest.raises(DataError, match="the chat template fails: roles must alternate"):
-        Causal(tokenizer("llama2"), 512)([twice])
+        CausalEncoder(tokenizer("llama2"), 512)([twice])
 
 
 def test_an_unknown_wish_and_a_slow_tokenizer_are_refused(tokenizer: Make) -> None:
     with pytest.raises(DataError, match="'assistant', 'last', 'all'"):
-        Template(Words(tokenizer("chatml")), "user")
+        ChatTemplate(SpanTokenizer(tokenizer("chatml")), "user")
 
     class Slow:
         is_fast = False
 
     with pytest.raises(DataError, match="Slow is a slow tokenizer"):
-        Words(Slow())
+        SpanTokenizer(Slow())
 
 
 def test_no_end_token_is_refused_before_any_data(tokenizer: Make) -> None:
     words = tokenizer("chatml", eos_token=None)
     with pytest.raises(DataError, match="no end-of-text token"):
-        Causal(words, 512)
+        CausalEncoder(words, 512)

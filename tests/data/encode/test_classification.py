@@ -7,46 +7,59 @@ from typing import Any
 
 import pytest
 
-from kitout.data.encode.classification import MOST, Classify, MultiLabel, Regress, TagTokens, label_set
-from kitout.data.encode.item import IGNORED
-from kitout.data.examples.convert import single
-from kitout.data.examples.examples import Labelled, Tagged, Text
+from kitout.data.encode.classification import (
+    MAX_LABELS,
+    ClassEncoder,
+    MultiLabelEncoder,
+    RegressionEncoder,
+    TokenClassEncoder,
+    label_set,
+)
+from kitout.data.encode.item import IGNORE_INDEX
+from kitout.data.examples.convert import one_turn_chat
+from kitout.data.examples.examples import LabeledText, TaggedWords, Text
 from kitout.data.read.tables import DataError
 
 Make = Callable[..., Any]
 
 
 def test_the_set_is_sorted_and_numbers_count() -> None:
-    assert label_set([Labelled("a", x) for x in ("b", "a", "b")]) == ("a", "b")
-    assert label_set([Labelled("a", x) for x in (10, 2, -1)]) == ("-1", "2", "10")
-    assert label_set([Labelled("a", ("y", "x")), Labelled("b", ())]) == ("x", "y")
-    assert label_set([Tagged(("a", "b"), ("B-X", "O"))]) == ("O", "B-X")
+    assert label_set([LabeledText("a", x) for x in ("b", "a", "b")]) == ("a", "b")
+    assert label_set([LabeledText("a", x) for x in (10, 2, -1)]) == ("-1", "2", "10")
+    assert label_set([LabeledText("a", ("y", "x")), LabeledText("b", ())]) == ("x", "y")
+    assert label_set([TaggedWords(("a", "b"), ("B-X", "O"))]) == ("O", "B-X")
     with pytest.raises(DataError, match="is it the right column"):
-        label_set(Labelled("a", i) for i in range(MOST + 1))
+        label_set(LabeledText("a", i) for i in range(MAX_LABELS + 1))
 
 
 def test_classes(tokenizer: Make) -> None:
     words = tokenizer()
-    items = Classify(words, 64, ("neg", "pos"))([Labelled("a fox", "pos", place="x:1"), Labelled("a", "neg", "b")])
-    assert [i.value for i in items] == [1, 0]
+    items = ClassEncoder(words, 64, ("neg", "pos"))(
+        [LabeledText("a fox", "pos", location="x:1"), LabeledText("a", "neg", "b")]
+    )
+    assert [i.label for i in items] == [1, 0]
     assert [i.reference for i in items] == ["pos", "neg"]
-    assert items[0].ids == tuple(words("a fox").input_ids)
-    assert items[1].ids == tuple(words("a", "b").input_ids)
-    assert (items[0].place, items[0].labels, items[0].learned) == ("x:1", (), 1)
+    assert items[0].input_ids == tuple(words("a fox").input_ids)
+    assert items[1].input_ids == tuple(words("a", "b").input_ids)
+    assert (items[0].location, items[0].labels, items[0].num_targets) == ("x:1", (), 1)
 
 
 def test_the_longer_of_two_texts_is_cut_and_counted(tokenizer: Make) -> None:
     words = tokenizer()
-    example = Labelled("fox " * 40, "a", "dog")
+    example = LabeledText("fox " * 40, "a", "dog")
     whole = len(words(example.text, "dog").input_ids)
-    (item,) = Classify(words, 32, ("a", "b"))([example])
-    assert (len(item.ids), item.cut, item.lost) == (32, whole - 32, 0)
-    assert words.decode(item.ids).endswith("dog")
+    (item,) = ClassEncoder(words, 32, ("a", "b"))([example])
+    assert (len(item.input_ids), item.num_truncated, item.num_truncated_targets) == (32, whole - 32, 0)
+    assert words.decode(item.input_ids).endswith("dog")
 
 
 def test_a_label_outside_the_set_is_told_with_its_line(tokenizer: Make) -> None:
-    encode = Classify(tokenizer(), 64, ("negative", "positive"))
-    bad = [Labelled("a", "negative", place="x:1"), Labelled("a", "postive", place="x:2"), Labelled("a", 3, place="x:3")]
+    encode = ClassEncoder(tokenizer(), 64, ("negative", "positive"))
+    bad = [
+        LabeledText("a", "negative", location="x:1"),
+        LabeledText("a", "postive", location="x:2"),
+        LabeledText("a", 3, location="x:3"),
+    ]
     with pytest.raises(DataError) as told:
         encode(bad)
     assert "x:2: label 'postive' is outside the set; did you mean 'positive'?" in str(told.value)
@@ -54,61 +67,61 @@ def test_a_label_outside_the_set_is_told_with_its_line(tokenizer: Make) -> None:
 
 
 def test_what_has_no_label_or_several_is_told(tokenizer: Make) -> None:
-    encode = Classify(tokenizer(), 64, ("a", "b"))
-    for example, words in ((Text("x"), "a text example has no label"), (Labelled("x", ("a", "b")), "multilabel")):
+    encode = ClassEncoder(tokenizer(), 64, ("a", "b"))
+    for example, words in ((Text("x"), "a text example has no label"), (LabeledText("x", ("a", "b")), "multilabel")):
         with pytest.raises(DataError, match=words):
             encode([example])
     with pytest.raises(DataError, match="a chat example has no label"):
-        Regress(tokenizer(), 64)([single("a", "b")])
+        RegressionEncoder(tokenizer(), 64)([one_turn_chat("a", "b")])
     with pytest.raises(DataError, match="a text example has no tags"):
-        TagTokens(tokenizer(), 64, ("O", "X"))([Text("x")])
+        TokenClassEncoder(tokenizer(), 64, ("O", "X"))([Text("x")])
 
 
 def test_one_label_is_no_choice(tokenizer: Make) -> None:
-    for kind in (Classify, MultiLabel, TagTokens):
+    for kind in (ClassEncoder, MultiLabelEncoder, TokenClassEncoder):
         with pytest.raises(DataError, match="at least two different ones"):
             kind(tokenizer(), 64, ("a",))
 
 
 def test_several_labels_at_once(tokenizer: Make) -> None:
-    encode = MultiLabel(tokenizer(), 64, ("x", "y", "z"))
-    items = encode([Labelled("a", ("z", "x")), Labelled("a", ()), Labelled("a", "y")])
-    assert [i.value for i in items] == [(1.0, 0.0, 1.0), (0.0, 0.0, 0.0), (0.0, 1.0, 0.0)]
+    encode = MultiLabelEncoder(tokenizer(), 64, ("x", "y", "z"))
+    items = encode([LabeledText("a", ("z", "x")), LabeledText("a", ()), LabeledText("a", "y")])
+    assert [i.label for i in items] == [(1.0, 0.0, 1.0), (0.0, 0.0, 0.0), (0.0, 1.0, 0.0)]
     with pytest.raises(DataError, match="label 'w' is outside the set"):
-        encode([Labelled("a", ("x", "w"))])
+        encode([LabeledText("a", ("x", "w"))])
 
 
 def test_numbers(tokenizer: Make) -> None:
-    encode = Regress(tokenizer(), 64)
-    values = [i.value for i in encode([Labelled("a", x) for x in (1, 2.5, "3e-1")])]
+    encode = RegressionEncoder(tokenizer(), 64)
+    values = [i.label for i in encode([LabeledText("a", x) for x in (1, 2.5, "3e-1")])]
     assert values == [1.0, 2.5, 0.3]
     assert all(isinstance(value, float) for value in values)
     for label in ("good", "nan", float("inf"), ("1",)):
         with pytest.raises(DataError, match="is no finite number"):
-            encode([Labelled("a", label)])
+            encode([LabeledText("a", label)])
 
 
 def test_a_words_first_token_carries_its_tag(tokenizer: Make) -> None:
     words = tokenizer(kind="plain")
-    example = Tagged(("The", "lazy", "zzzzz", "dog"), ("O", "B-X", "I-X", "O"))
-    (item,) = TagTokens(words, 64, ("O", "B-X", "I-X"))([example])
+    example = TaggedWords(("The", "lazy", "zzzzz", "dog"), ("O", "B-X", "I-X", "O"))
+    (item,) = TokenClassEncoder(words, 64, ("O", "B-X", "I-X"))([example])
     said = words(list(example.words), is_split_into_words=True)
-    assert item.ids == tuple(said.input_ids)
+    assert item.input_ids == tuple(said.input_ids)
     seen: set[int] = set()
     for word, label in zip(said.word_ids(), item.labels, strict=True):
         first = word is not None and word not in seen
-        assert label == ((0, 1, 2, 0)[word] if first else IGNORED)
+        assert label == ((0, 1, 2, 0)[word] if first else IGNORE_INDEX)
         seen.add(word)
-    assert item.learned == 4
-    assert len(item.ids) > 4
+    assert item.num_targets == 4
+    assert len(item.input_ids) > 4
 
 
 def test_tags_that_are_cut_are_counted(tokenizer: Make) -> None:
     words = tokenizer(kind="plain")
-    example = Tagged(("dog",) * 40, ("O",) * 40)
+    example = TaggedWords(("dog",) * 40, ("O",) * 40)
     whole = len(words(list(example.words), is_split_into_words=True).input_ids)
-    (item,) = TagTokens(words, 16, ("O", "X"))([example])
-    assert len(item.ids) == 16
-    assert item.cut == whole - 16
-    assert item.learned + item.lost == 40
-    assert TagTokens(words, 16, ("O", "X"))([]) == []
+    (item,) = TokenClassEncoder(words, 16, ("O", "X"))([example])
+    assert len(item.input_ids) == 16
+    assert item.num_truncated == whole - 16
+    assert item.num_targets + item.num_truncated_targets == 40
+    assert TokenClassEncoder(words, 16, ("O", "X"))([]) == []

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from kitout.data.examples.examples import Chat, Completion, Example, LabeledImage, Labelled, Tagged, Text
-from kitout.data.examples.formats import FORMATS, LOOKED_AT, detect, examples
+from kitout.data.examples.examples import Chat, Completion, Example, LabeledImage, LabeledText, TaggedWords, Text
+from kitout.data.examples.formats import FORMATS, HEAD_ROWS, detect, to_examples
 from kitout.data.read.tables import DataError
 
 
 def read(*rows: dict[str, Any], **how: Any) -> list[Example]:
-    return examples(list(enumerate(rows, start=1)), "x.jsonl", **how)
+    return to_examples(list(enumerate(rows, start=1)), "x.jsonl", **how)
 
 
 def one(row: dict[str, Any], **how: Any) -> Any:
@@ -72,19 +72,19 @@ def test_chats_of_every_shape(row: dict[str, Any], turns: list[tuple[str, str]])
 OTHERS = [
     ({"prompt": "a ", "completion": " b\n"}, Completion("a ", " b\n")),
     ({"text": " as it is \n", "url": "u", "language_score": 0.9}, Text(" as it is \n")),
-    ({"text": "a", "label": "x"}, Labelled("a", "x")),
-    ({"tweet": "a", "sentiment": 2}, Labelled("a", 2)),
-    ({"text": "a", "label": True}, Labelled("a", "true")),
-    ({"text": "a", "labels": ["y", "x", "y"]}, Labelled("a", ("x", "y"))),
-    ({"text": "a", "labels": []}, Labelled("a", ())),
-    ({"text": "a", "labels": '["x"]'}, Labelled("a", ("x",))),
-    ({"sentence1": "a", "sentence2": "b", "label": 0.5, "idx": 3}, Labelled("a", 0.5, "b")),
-    ({"premise": "a", "hypothesis": "b", "label": 1}, Labelled("a", 1, "b")),
-    ({"tokens": ["a", "b"], "ner_tags": ["O", "B-X"]}, Tagged(("a", "b"), ("O", "B-X"))),
-    ({"words": ["a"], "tags": [3]}, Tagged(("a",), ("3",))),
+    ({"text": "a", "label": "x"}, LabeledText("a", "x")),
+    ({"tweet": "a", "sentiment": 2}, LabeledText("a", 2)),
+    ({"text": "a", "label": True}, LabeledText("a", "true")),
+    ({"text": "a", "labels": ["y", "x", "y"]}, LabeledText("a", ("x", "y"))),
+    ({"text": "a", "labels": []}, LabeledText("a", ())),
+    ({"text": "a", "labels": '["x"]'}, LabeledText("a", ("x",))),
+    ({"sentence1": "a", "sentence2": "b", "label": 0.5, "idx": 3}, LabeledText("a", 0.5, "b")),
+    ({"premise": "a", "hypothesis": "b", "label": 1}, LabeledText("a", 1, "b")),
+    ({"tokens": ["a", "b"], "ner_tags": ["O", "B-X"]}, TaggedWords(("a", "b"), ("O", "B-X"))),
+    ({"words": ["a"], "tags": [3]}, TaggedWords(("a",), ("3",))),
     (
         {"text": "New York, today.", "entities": [{"start": 0, "end": 8, "label": "LOC"}]},
-        Tagged(("New", "York", ",", "today", "."), ("B-LOC", "I-LOC", "O", "O", "O")),
+        TaggedWords(("New", "York", ",", "today", "."), ("B-LOC", "I-LOC", "O", "O", "O")),
     ),
 ]
 
@@ -130,8 +130,8 @@ def test_flags_of_turns() -> None:
 def test_named_columns_and_formats() -> None:
     row = {"body": "a", "stars": 5, "prompt": "p", "completion": "c"}
     assert one(row) == Completion("p", "c")
-    assert one(row, columns={"text": "body", "label": "stars"}) == Labelled("a", 5)
-    assert one(row, format="label", columns={"label": "stars"}) == Labelled("a", 5)
+    assert one(row, columns={"text": "body", "label": "stars"}) == LabeledText("a", 5)
+    assert one(row, format="label", columns={"label": "stars"}) == LabeledText("a", 5)
     assert one(row, format="text", columns={"text": "body"}) == Text("a")
     assert one(row, format="auto") == one(row)
     layout = detect([(1, row)], "x", format="text", columns={"text": "body"})
@@ -151,7 +151,7 @@ def test_ambiguity_lists_the_readings() -> None:
     row = {"text": "a", "label": "b", "instruction": "c", "output": "d"}
     with pytest.raises(DataError, match=r"(?s)text, label, instruction, output.*read as instruction or as label"):
         read(row)
-    assert one(row, format="label") == Labelled("a", "b")
+    assert one(row, format="label") == LabeledText("a", "b")
 
 
 def test_no_match_lists_columns_formats_and_the_line_to_write() -> None:
@@ -161,7 +161,7 @@ def test_no_match_lists_columns_formats_and_the_line_to_write() -> None:
     assert "x.jsonl has the columns: headline, kind" in words
     assert all(made.name in words for made in FORMATS.values() if not made.by_name_only)
     assert "format='label', columns={'text': 'headline', 'label': 'kind'}" in words
-    assert one({"headline": "a", "kind": "b"}, columns={"text": "headline", "label": "kind"}) == Labelled("a", "b")
+    assert one({"headline": "a", "kind": "b"}, columns={"text": "headline", "label": "kind"}) == LabeledText("a", "b")
 
 
 def test_plain_text_is_not_taken_where_another_column_may_hold_the_answer() -> None:
@@ -235,16 +235,16 @@ def test_faulty_rows_are_told_together_and_counted() -> None:
 
 
 def test_a_column_that_comes_later_counts_and_in_a_stream_is_told() -> None:
-    rows = [(i, {"instruction": "a", "output": "b"}) for i in range(1, LOOKED_AT + 1)]
+    rows = [(i, {"instruction": "a", "output": "b"}) for i in range(1, HEAD_ROWS + 1)]
     late = (999, {"instruction": "a", "input": "c", "output": "b"})
-    assert examples([*rows, late], "x")[-1].source_text() == "a\n\nc"
+    assert to_examples([*rows, late], "x")[-1].source_text() == "a\n\nc"
     with pytest.raises(DataError, match=r"line 999: it has the column 'input'"):
-        detect(rows, "x").example(late)
+        detect(rows, "x").to_example(late)
 
 
 def test_images_are_read_where_they_are_asked_for() -> None:
     row = {"path": "a.png", "label": 3}
-    (example,) = examples([(1, row)], "a table", format="image")
+    (example,) = to_examples([(1, row)], "a table", format="image")
     assert example == LabeledImage("a.png", "3")
     assert (example.source_text(), example.answer_text()) == ("a.png", "3")
     with pytest.raises(DataError, match="do not fit any known format"):

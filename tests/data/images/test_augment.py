@@ -14,7 +14,7 @@ def pixels() -> torch.Tensor:
     return torch.rand(4, 3, 28, 28)
 
 
-ALL = Augment(crop=0.3, mirror=True, turn=20, colour=0.4)
+ALL = Augment(min_crop=0.3, horizontal_flip=True, rotate=20, color_jitter=0.4)
 
 
 def test_a_seed_decides_and_leaves_no_trace(pixels: torch.Tensor) -> None:
@@ -38,7 +38,7 @@ def test_shape_and_range_stay(pixels: torch.Tensor) -> None:
 
 def test_each_image_of_a_batch_is_changed_on_its_own(pixels: torch.Tensor) -> None:
     same = pixels[:1].expand(4, -1, -1, -1)
-    changed = Augment(mirror=False)(same, seed=1)
+    changed = Augment(horizontal_flip=False)(same, seed=1)
     assert all(not torch.equal(changed[0], other) for other in changed[1:])
 
 
@@ -56,7 +56,7 @@ def test_each_change_alone(pixels: torch.Tensor, name: str) -> None:
 
 def test_settings_out_of_range_are_told_together() -> None:
     with pytest.raises(DataError, match="3 faults"):
-        Augment(crop=0.0, turn=-1, colour=2)
+        Augment(min_crop=0.0, rotate=-1, color_jitter=2)
 
 
 def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from kitout.data.images.augment import Augment
-from kitout.data.images.image_set import Images
-from kitout.data.images.pixels import Pixels, check_size
-from kitout.data.read.image_folders import load
+from kitout.data.images.image_set import ImageSet
+from kitout.data.images.pixels import PixelProcessor, check_size
+from kitout.data.read.image_folders import load_images
 from kitout.data.read.tables import DataError
 from tiny_images import folder
 from zoo import ZOO
@@ -29,8 +29,8 @@ FREE = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 3
 
 
 @pytest.fixture
-def images(tmp_path: Path) -> Images:
-    return load(folder(tmp_path / "images", each=2))
+def images(tmp_path: Path) -> ImageSet:
+    return load_images(folder(tmp_path / "images", each=2))
 
 
 def model(path: Path, processor: dict[str, Any]) -> Path:
@@ -40,11 +40,11 @@ def model(path: Path, processor: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("processor", [CUTS, SQUARE], ids=["cuts", "square"])
-def test_its_own_size_and_another(tmp_path: Path, images: Images, processor: dict[str, Any]) -> None:
+def test_its_own_size_and_another(tmp_path: Path, images: ImageSet, processor: dict[str, Any]) -> None:
     here = model(tmp_path / "model", processor)
-    assert Pixels.of(here)(images, [0, 3, 5]).shape == (3, 3, 32, 32)
-    assert Pixels.of(here, size=48)(images, [0, 3]).shape == (2, 3, 48, 48)
-    red = Pixels.of(here)(images, [4])[0].mean(dim=(1, 2))  # red squares: (220, 40, 40)
+    assert PixelProcessor.from_pretrained(here)(images, [0, 3, 5]).shape == (3, 3, 32, 32)
+    assert PixelProcessor.from_pretrained(here, size=48)(images, [0, 3]).shape == (2, 3, 48, 48)
+    red = PixelProcessor.from_pretrained(here)(images, [4])[0].mean(dim=(1, 2))  # red squares: (220, 40, 40)
     torch.testing.assert_close(
         red, (torch.tensor([220, 40, 40]) / 255 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.2, 0.3, 0.4]),
         atol=0.15, rtol=0,
@@ -53,33 +53,38 @@ def test_its_own_size_and_another(tmp_path: Path, images: Images, processor: dic
 
 def test_a_size_the_patches_do_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="size 50 is no multiple of this model's patches of 8: use 48 or 56"):
-        Pixels.of(model(tmp_path, CUTS), size=50)
+        PixelProcessor.from_pretrained(model(tmp_path, CUTS), size=50)
     with pytest.raises(DataError, match="patches of 16: use 16"):
         check_size(8, [8, 16])
     check_size(112, 14)
 
 
-def test_changed_only_with_a_seed_and_normalised_after_it(tmp_path: Path, images: Images) -> None:
+def test_changed_only_with_a_seed_and_normalised_after_it(tmp_path: Path, images: ImageSet) -> None:
     here = model(tmp_path / "model", CUTS)
-    plain, nothing = Pixels.of(here), Pixels.of(here, augment=Augment(crop=1.0, mirror=False))
-    some = Pixels.of(here, augment=Augment())
+    plain, nothing = (
+        PixelProcessor.from_pretrained(here),
+        PixelProcessor.from_pretrained(here, augment=Augment(min_crop=1.0, horizontal_flip=False)),
+    )
+    some = PixelProcessor.from_pretrained(here, augment=Augment())
     rows = [0, 1, 2]
     torch.testing.assert_close(nothing(images, rows, seed=3), plain(images, rows))
     assert torch.equal(some(images, rows), plain(images, rows))
     assert not torch.equal(some(images, rows, seed=3), plain(images, rows))
-    assert torch.equal(some(images, rows, seed=3), Pixels.of(here, augment=Augment())(images, rows, seed=3))
+    assert torch.equal(
+        some(images, rows, seed=3), PixelProcessor.from_pretrained(here, augment=Augment())(images, rows, seed=3)
+    )
 
 
 def test_images_of_many_shapes_need_a_size_where_nothing_is_cut(tmp_path: Path) -> None:
-    images = load(folder(tmp_path / "images", each=2))
+    images = load_images(folder(tmp_path / "images", each=2))
     images.open(0).resize((24, 60)).save(tmp_path / "images" / "red" / "tall.png")
-    mixed = load(tmp_path / "images")
+    mixed = load_images(tmp_path / "images")
     here = model(tmp_path / "model", FREE)
     with pytest.raises(DataError, match="give one, size=224"):
-        Pixels.of(here)(mixed, range(len(mixed)))
-    assert Pixels.of(here, size=32)(mixed, range(len(mixed))).shape == (7, 3, 32, 32)
+        PixelProcessor.from_pretrained(here)(mixed, range(len(mixed)))
+    assert PixelProcessor.from_pretrained(here, size=32)(mixed, range(len(mixed))).shape == (7, 3, 32, 32)
 
 
 def test_a_folder_without_a_processor_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no image processor that loads"):
-        Pixels.of(tmp_path)
+        PixelProcessor.from_pretrained(tmp_path)

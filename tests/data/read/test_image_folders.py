@@ -8,25 +8,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kitout.data.read.image_folders import from_arrays, load
+from kitout.data.read.image_folders import from_arrays, load_images
 from kitout.data.read.tables import DataError
 from tiny_images import COLOURS, folder, picture
 
 
 def test_a_folder_a_table_and_an_array_are_the_same_set(tmp_path: Path) -> None:
     root = folder(tmp_path / "images", each=3)
-    images = load(root)
-    assert images.names == ("blue", "green", "red")
+    images = load_images(root)
+    assert images.label_names == ("blue", "green", "red")
     files = [(str(f.relative_to(tmp_path)), f.parent.name) for f in sorted(root.glob("*/*.png"))]
     lines = "\n".join(json.dumps({"id": i, "file_name": f, "class": c}) for i, (f, c) in enumerate(files))
     (tmp_path / "a.jsonl").write_text(lines)
     (tmp_path / "a.csv").write_text("path,label\n" + "".join(f"{f},{c}\n" for f, c in files))
     (tmp_path / "a.tsv").write_text("what\twho\n" + "".join(f"{tmp_path / f}\t{c}\n" for f, c in files))
-    tables = [load(tmp_path / "a.jsonl"), load(tmp_path / "a.csv"), load(tmp_path / "a.tsv", image="what", label="who")]
+    tables = [
+        load_images(tmp_path / "a.jsonl"),
+        load_images(tmp_path / "a.csv"),
+        load_images(tmp_path / "a.tsv", image="what", label="who"),
+    ]
     pixels = np.stack([np.asarray(images.open(i)) for i in range(len(images))])
-    words = [images.names[label] for label in images.labels]
+    words = [images.label_names[label] for label in images.labels]
     np.savez(tmp_path / "a.npz", images=pixels, labels=np.array(words))
-    arrays = [from_arrays(pixels, words), from_arrays(pixels / 255, words), load(tmp_path / "a.npz")]
+    arrays = [from_arrays(pixels, words), from_arrays(pixels / 255, words), load_images(tmp_path / "a.npz")]
     assert {other.digest for other in (*tables, *arrays)} == {images.digest}
 
 
@@ -35,18 +39,18 @@ def test_tables_named_after_splits(tmp_path: Path) -> None:
     files = [(str(f.relative_to(tmp_path)), f.parent.name) for f in sorted(root.glob("*/*.png"))]
     for name, rows in (("train", files[::2] + files[1::2]), ("val", files[:2])):
         (tmp_path / f"{name}.csv").write_text("path,label\n" + "".join(f"{f},{c}\n" for f, c in rows))
-    images = load(tmp_path)
-    assert images.parts == ("train",) * 9 + ("validation",) * 2
-    assert len(load(f"{tmp_path / 'train.csv'}#7")) == 7
+    images = load_images(tmp_path)
+    assert images.splits == ("train",) * 9 + ("validation",) * 2
+    assert len(load_images(f"{tmp_path / 'train.csv'}#7")) == 7
 
 
 def test_parquet_too(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    images = load(folder(tmp_path / "images", each=2))
+    images = load_images(folder(tmp_path / "images", each=2))
     files = sorted((tmp_path / "images").glob("*/*.png"))
     columns = {"image": [str(f) for f in files], "label": [f.parent.name for f in files]}
     parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
-    assert load(tmp_path / "a.parquet").digest == images.digest
+    assert load_images(tmp_path / "a.parquet").digest == images.digest
 
 
 def test_parts_deep_folders_and_hidden_files(tmp_path: Path) -> None:
@@ -56,21 +60,21 @@ def test_parts_deep_folders_and_hidden_files(tmp_path: Path) -> None:
     (tmp_path / ".cache").mkdir()
     (tmp_path / "train" / "red" / "._0.png").write_bytes(b"not an image")
     (tmp_path / "train" / "red" / "notes.txt").write_text("of no interest")
-    images = load(tmp_path)
-    assert images.parts == ("validation",) * 3 + ("test",) + ("train",) * 9
-    assert images.names[images.labels[3]] == "red"  # the first folder says the class
+    images = load_images(tmp_path)
+    assert images.splits == ("validation",) * 3 + ("test",) + ("train",) * 9
+    assert images.label_names[images.labels[3]] == "red"  # the first folder says the class
 
 
 def test_classes_may_be_called_like_parts(tmp_path: Path) -> None:
     for name in ("train", "bus"):
         folder(tmp_path / name, each=2, kinds=("red",) if name == "bus" else ("blue",))
-    assert load(tmp_path).names == ("bus", "train")
+    assert load_images(tmp_path).label_names == ("bus", "train")
 
 
 def test_arrays_of_one_channel(tmp_path: Path) -> None:
     grey = np.arange(6 * 16, dtype=np.uint8).reshape(6, 4, 4)
     images = from_arrays(grey, [3, 7, 3, 7, 3, 7])
-    assert images.names == ("3", "7")
+    assert images.label_names == ("3", "7")
     assert images.open(1).getpixel((0, 0)) == (16, 16, 16)
 
 
@@ -79,11 +83,11 @@ def test_misplaced_files_are_told_together(tmp_path: Path) -> None:
     picture("red", 1).save(tmp_path / "stray.png")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError) as caught:
-        load(tmp_path)
+        load_images(tmp_path)
     assert "1 images lie in" in str(caught.value)
     assert "class folder" in str(caught.value)
     with pytest.raises(DataError, match="no class folders; expected "):
-        load(tmp_path / "empty")
+        load_images(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(
@@ -113,21 +117,21 @@ def test_floats_run_from_0_to_1(value: float) -> None:
 def test_tables_with_holes_and_unknown_files(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("image,label\n,red\nx.png,blue\n")
     with pytest.raises(DataError, match="line 2: 'image' is empty, expected text"):
-        load(tmp_path / "a.csv")
+        load_images(tmp_path / "a.csv")
     (tmp_path / "a.csv").write_text("image,class\nnone\0.png,red\nx.png,blue\nx.png,\n")
     with pytest.raises(DataError, match="line 4: 'class' is empty, expected text"):
-        load(tmp_path / "a.csv")
+        load_images(tmp_path / "a.csv")
     (tmp_path / "a.csv").write_text("image,class\nnone\0.png,red\nx.png,blue\n")
     with pytest.raises(DataError, match=r"a\.csv:3: there is no file"):
-        load(tmp_path / "a.csv")
+        load_images(tmp_path / "a.csv")
     with pytest.raises(DataError, match="they do not fit the format image"):
-        load(_written(tmp_path / "b.csv", "words,label\nx,y\n"))
+        load_images(_written(tmp_path / "b.csv", "words,label\nx,y\n"))
     with pytest.raises(DataError, match="there is no file"):
-        load(tmp_path / "nothing.csv")
+        load_images(tmp_path / "nothing.csv")
     with pytest.raises(DataError, match="there is no file"):
-        load(tmp_path / "nothing.npz")
+        load_images(tmp_path / "nothing.npz")
     with pytest.raises(DataError, match="there is no file or folder owner/name"):
-        load("owner/name")
+        load_images("owner/name")
 
 
 def _written(path: Path, words: str) -> Path:
@@ -138,17 +142,17 @@ def _written(path: Path, words: str) -> Path:
 def test_an_npz_is_never_unpickled(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.array([{"a": 1}], dtype=object), labels=np.array([0]))
     with pytest.raises(DataError, match=r"no \.npz of plain arrays"):
-        load(tmp_path / "a.npz")
+        load_images(tmp_path / "a.npz")
     np.savez(tmp_path / "b.npz", x=np.zeros(1))
     with pytest.raises(DataError, match="holds x; expected images and labels"):
-        load(tmp_path / "b.npz")
+        load_images(tmp_path / "b.npz")
     (tmp_path / "c.npz").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(DataError, match=r"no \.npz of plain arrays"):
-        load(tmp_path / "c.npz")
+        load_images(tmp_path / "c.npz")
 
 
 def test_names_are_fixed_by_the_caller(tmp_path: Path) -> None:
     root = folder(tmp_path, each=2)
-    assert load(root, names=sorted(COLOURS, reverse=True)).names == ("red", "green", "blue")
+    assert load_images(root, label_names=sorted(COLOURS, reverse=True)).label_names == ("red", "green", "blue")
     with pytest.raises(DataError, match="label 'blue' is none of the given"):
-        load(root, names=["red", "green"])
+        load_images(root, label_names=["red", "green"])

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from kitout.data.encode.generation import Causal
-from kitout.data.examples.examples import Example, Labelled, Text
-from kitout.data.read.hub import hub_tables
-from kitout.data.read.sources import load, open_source, part_named
+from kitout.data.encode.generation import CausalEncoder
+from kitout.data.examples.examples import Example, LabeledText, Text
+from kitout.data.read.hub import open_hub_tables
+from kitout.data.read.sources import load_examples, open_source, split_named
 from kitout.data.read.tables import DataError
-from kitout.data.streaming import items, stream
+from kitout.data.streaming import encode_stream, open_stream
 
 
 def write(path: Path, *texts: str, **more: Any) -> Path:
@@ -28,22 +28,22 @@ def texts(found: Any) -> list[str]:
 
 
 def test_a_file_and_its_places(tmp_path: Path) -> None:
-    loaded = load(write(tmp_path / "x.jsonl", "a", "b"))
-    assert loaded.parts == {"": (Text("a"), Text("b"))}
-    assert [e.place for e in loaded.parts[""]] == ["x.jsonl:1", "x.jsonl:2"]
-    assert [str(layout) for layout in loaded.layouts] == ["text (text)"]
+    loaded = load_examples(write(tmp_path / "x.jsonl", "a", "b"))
+    assert loaded.splits == {"": (Text("a"), Text("b"))}
+    assert [e.location for e in loaded.splits[""]] == ["x.jsonl:1", "x.jsonl:2"]
+    assert [str(layout) for layout in loaded.readings] == ["text (text)"]
 
 
 def test_lines_of_a_text_file_and_rows_of_every_table(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     (tmp_path / "x.txt").write_text("a\n\n b \r\n")
-    assert texts(load(tmp_path / "x.txt").parts[""]) == ["a", " b "]
+    assert texts(load_examples(tmp_path / "x.txt").splits[""]) == ["a", " b "]
     (tmp_path / "x.csv").write_text('text,label\n"a, b",1\n"c\nd",2\n')
     (tmp_path / "x.tsv").write_text("text\tlabel\na, b\t1\n")
     (tmp_path / "x.json").write_text('[{"text": "a, b", "label": 1}]')
     parquet.write_table(pyarrow.table({"text": ["a, b"], "label": [1]}), tmp_path / "x.parquet")
     for ending in ("csv", "tsv", "json", "parquet"):
-        first = load(tmp_path / f"x.{ending}").parts[""][0]
+        first = load_examples(tmp_path / f"x.{ending}").splits[""][0]
         assert (first.source_text(), first.answer_text()) == ("a, b", "1")
 
 
@@ -53,7 +53,7 @@ def test_a_folder_of_parts(tmp_path: Path) -> None:
     write(tmp_path / "dev.jsonl", "c")
     write(tmp_path / "test.jsonl", "d")
     (tmp_path / "info.json").write_text("{}")
-    parts = load(tmp_path).parts
+    parts = load_examples(tmp_path).splits
     assert {name: texts(found) for name, found in parts.items()} == {
         "validation": ["c"], "test": ["d"], "train": ["a", "b"],
     }  # fmt: skip
@@ -62,47 +62,50 @@ def test_a_folder_of_parts(tmp_path: Path) -> None:
 def test_a_folder_with_one_table_and_one_without_sense(tmp_path: Path) -> None:
     write(tmp_path / "answers.jsonl", "a")
     (tmp_path / "asset.json").write_text("{}")
-    assert texts(load(tmp_path).parts[""]) == ["a"]
+    assert texts(load_examples(tmp_path).splits[""]) == ["a"]
     write(tmp_path / "more.jsonl", "b")
     with pytest.raises(DataError, match=r"holds answers.jsonl, asset.json, more.jsonl; expected a train file"):
-        load(tmp_path)
-    assert texts(load([tmp_path / "answers.jsonl", tmp_path / "more.jsonl"]).parts[""]) == ["a", "b"]
+        load_examples(tmp_path)
+    assert texts(load_examples([tmp_path / "answers.jsonl", tmp_path / "more.jsonl"]).splits[""]) == ["a", "b"]
 
 
 def test_named_parts_and_slices(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", *"abcdef")
-    loaded = load({"train": f"{path}#2", "test": [f"{path}#4:6"]})
-    assert {name: texts(found) for name, found in loaded.parts.items()} == {"train": ["a", "b"], "test": ["e", "f"]}
-    assert loaded.parts["test"][0].place == "x.jsonl:5"
+    loaded = load_examples({"train": f"{path}#2", "test": [f"{path}#4:6"]})
+    assert {name: texts(found) for name, found in loaded.splits.items()} == {"train": ["a", "b"], "test": ["e", "f"]}
+    assert loaded.splits["test"][0].location == "x.jsonl:5"
     with pytest.raises(DataError, match="'dev' is no part"):
-        load({"dev": path})
+        load_examples({"dev": path})
     with pytest.raises(DataError, match="holds no rows"):
-        load(f"{path}#7:9")
+        load_examples(f"{path}#7:9")
 
 
 def test_a_folder_given_for_a_part_gives_that_part(tmp_path: Path) -> None:
     for name in ("train", "test"):
         write(tmp_path / "both" / f"{name}.jsonl", name)
     write(tmp_path / "other.jsonl", "other")
-    loaded = load({"train": tmp_path / "both", "validation": tmp_path / "other.jsonl"})
-    assert {name: texts(found) for name, found in loaded.parts.items()} == {"train": ["train"], "validation": ["other"]}
+    loaded = load_examples({"train": tmp_path / "both", "validation": tmp_path / "other.jsonl"})
+    assert {name: texts(found) for name, found in loaded.splits.items()} == {
+        "train": ["train"],
+        "validation": ["other"],
+    }
     with pytest.raises(DataError, match="given for validation has the parts test, train, but no validation"):
-        load({"validation": tmp_path / "both"})
+        load_examples({"validation": tmp_path / "both"})
 
 
 def test_a_limit_is_drawn_by_the_seed_in_order(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", *(f"{i:03}" for i in range(100)))
-    drawn = texts(load(path, limit=10, seed=1).parts[""])
+    drawn = texts(load_examples(path, limit=10, seed=1).splits[""])
     assert len(drawn) == 10
-    assert drawn == sorted(drawn) == texts(load(path, limit=10, seed=1).parts[""])
-    assert drawn != texts(load(path, limit=10, seed=2).parts[""])
-    assert len(load(path, limit=1000).parts[""]) == 100
+    assert drawn == sorted(drawn) == texts(load_examples(path, limit=10, seed=1).splits[""])
+    assert drawn != texts(load_examples(path, limit=10, seed=2).splits[""])
+    assert len(load_examples(path, limit=1000).splits[""]) == 100
 
 
 def test_names_of_parts() -> None:
     named = {"train": "train", "TRAIN_sft": "train", "dev": "validation", "validation_matched": "validation",
              "test-00000-of-00001": "test", "trainer": "", "tested": "", "unsupervised": ""}  # fmt: skip
-    assert {name: part_named(name) for name in named} == named
+    assert {name: split_named(name) for name in named} == named
 
 
 FAULTS = [
@@ -122,24 +125,24 @@ FAULTS = [
 def test_faulty_files(tmp_path: Path, name: str, held: str, words: str) -> None:
     (tmp_path / name).write_text(held)
     with pytest.raises(DataError, match=words):
-        load(tmp_path / name)
+        load_examples(tmp_path / name)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", "a")
     with pytest.raises(DataError, match=r"there is no file .*trian.jsonl; beside it: train.jsonl"):
-        load(tmp_path / "trian.jsonl")
+        load_examples(tmp_path / "trian.jsonl")
     for path in (str(tmp_path / "folder"), "./folder", "../some/folder", "~/nowhere-at-all"):
         with pytest.raises(DataError, match="there is no file"):
-            load(path)
+            load_examples(path)
     with pytest.raises(DataError, match="the list of data files is empty"):
-        load([])
+        load_examples([])
 
 
 def test_a_long_field_of_a_table_is_read(tmp_path: Path) -> None:
     long = "x" * 200_000
     (tmp_path / "x.csv").write_text(f"text,label\n{long},a\n")
-    assert load(tmp_path / "x.csv").parts[""] == (Labelled(long, "a"),)
+    assert load_examples(tmp_path / "x.csv").splits[""] == (LabeledText(long, "a"),)
 
 
 def test_the_hubs_library_opens_sets_with_their_class_names(tmp_path: Path) -> None:
@@ -158,14 +161,17 @@ def test_the_hubs_library_opens_sets_with_their_class_names(tmp_path: Path) -> N
     for split in ("train", "validation", "other"):
         made.to_parquet(folder / f"{split}-00000-of-00001.parquet")
     for streaming in (False, True):
-        tables = hub_tables(str(tmp_path / "set"), part_named, streaming)
-        assert [table.part for table in tables] == ["train", "validation"]
-        found = [row for _, row in tables[0].each()]
+        tables = open_hub_tables(str(tmp_path / "set"), split_named, streaming)
+        assert [table.split for table in tables] == ["train", "validation"]
+        found = [row for _, row in tables[0].iter_rows()]
         assert [row["label"] for row in found] == ["pos", "neg", None]
         assert [row["tags"] for row in found] == [["O", "B"], [], ["B"]]
-        assert [len(list(t.each())) for t in hub_tables(f"{tmp_path}/set#1:3", part_named, streaming)] == [2, 2]
-        (split,) = hub_tables(f"{tmp_path}/set#validation", part_named, streaming)
-        assert (split.part, len(split.rows())) == ("validation", 3)
+        assert [len(list(t.iter_rows())) for t in open_hub_tables(f"{tmp_path}/set#1:3", split_named, streaming)] == [
+            2,
+            2,
+        ]
+        (split,) = open_hub_tables(f"{tmp_path}/set#validation", split_named, streaming)
+        assert (split.split, len(split.read_rows())) == ("validation", 3)
 
 
 def test_a_name_that_is_nowhere_says_both(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,42 +187,42 @@ def test_a_name_that_is_nowhere_says_both(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_stream_has_every_example_once_in_a_seeded_order(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", *(f"{i:03}" for i in range(100)))
-    made = stream(path, seed=3, buffer=20)[""]
+    made = open_stream(path, seed=3, buffer=20)[""]
     order = texts(made)
     assert sorted(order) == [f"{i:03}" for i in range(100)] != order
     assert order == texts(made)
-    assert order != texts(stream(path, seed=4, buffer=20)[""])
-    assert order != texts(made.at(1))
-    assert texts(made.at(1)) == texts(stream(path, seed=3, buffer=20)[""].at(1))
-    assert texts(stream(path, buffer=1)[""]) == sorted(order)
+    assert order != texts(open_stream(path, seed=4, buffer=20)[""])
+    assert order != texts(made.for_epoch(1))
+    assert texts(made.for_epoch(1)) == texts(open_stream(path, seed=3, buffer=20)[""].for_epoch(1))
+    assert texts(open_stream(path, buffer=1)[""]) == sorted(order)
 
 
 @pytest.mark.parametrize("count", [0, 1, 37, 99, 100, 101])
 def test_a_stream_goes_on_exactly(tmp_path: Path, count: int) -> None:
     path = write(tmp_path / "x.jsonl", *(f"{i:03}" for i in range(100)))
-    whole = stream(path, buffer=20)[""]
-    held = whole.first(10)
-    for made in (whole, whole.without(held)):
+    whole = open_stream(path, buffer=20)[""]
+    held = whole.take_unique(10)
+    for made in (whole, whole.excluding(held)):
         assert list(made.skip(count)) == list(made)[count:]
         assert list(made.skip(count).skip(3)) == list(made)[count + 3 :]
 
 
 def test_what_is_measured_on_never_comes_again(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", "Same", "b", "same ", "c", "B", "d")
-    made = stream(path)[""]
-    held = made.first(2)
+    made = open_stream(path)[""]
+    held = made.take_unique(2)
     assert texts(held) == ["Same", "b"]
-    rest = made.without(held)
+    rest = made.excluding(held)
     assert sorted(texts(rest)) == ["c", "d"]
-    assert texts(rest.first(1)) == ["c"]
-    assert texts(rest.first(9)) == ["c", "d"]
-    assert rest.first(0) == []
+    assert texts(rest.take_unique(1)) == ["c"]
+    assert texts(rest.take_unique(9)) == ["c", "d"]
+    assert rest.take_unique(0) == []
 
 
 def test_a_stream_reads_no_further_than_it_must(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("text,label\n" + "a,b\n" * 1000 + "a,b,c\n")
-    it = iter(stream(path, buffer=10)[""])
+    it = iter(open_stream(path, buffer=10)[""])
     assert [next(it).source_text() for _ in range(900)] == ["a"] * 900
     with pytest.raises(DataError, match="line 1002: more fields"):
         list(it)
@@ -233,30 +239,30 @@ def test_streams_of_every_table_have_the_rows_that_load_has(tmp_path: Path, endi
         write(path, *rows)
     else:
         path.write_text("\n".join(rows if ending == "txt" else ["text", *rows]))
-    assert tuple(stream(path, buffer=1)[""]) == load(path).parts[""]
+    assert tuple(open_stream(path, buffer=1)[""]) == load_examples(path).splits[""]
 
 
 def test_a_faulty_row_of_a_stream_stops_it(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", "a", "", "b", label=1)
     with pytest.raises(DataError, match=r"x.jsonl .read as label.: line 2: 'text' is empty"):
-        list(stream(path)[""])
+        list(open_stream(path)[""])
     (tmp_path / "x.json").write_text('[{"text": "a"}]')
     with pytest.raises(DataError, match="cannot be streamed; write one object a line"):
-        stream(tmp_path / "x.json")
+        open_stream(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize("skip", [0, 1, 255, 700, 1300, 5000])
 def test_items_of_a_stream_are_those_of_the_whole(tmp_path: Path, tokenizer: Callable[..., Any], skip: int) -> None:
     path = write(tmp_path / "x.jsonl", *(f"fox {i} " * (1 + i % 7) for i in range(600)))
-    encode = Causal(tokenizer(), 16)
-    made = stream(path, buffer=100)[""]
+    encode = CausalEncoder(tokenizer(), 16)
+    made = open_stream(path, buffer=100)[""]
     whole = encode(list(made))
-    assert list(items(made, encode, skip)) == whole[skip:]
+    assert list(encode_stream(made, encode, skip)) == whole[skip:]
 
 
 def test_parts_of_a_stream(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", "a")
     write(tmp_path / "test.jsonl", "b")
-    made = stream(tmp_path)
+    made = open_stream(tmp_path)
     assert {part: texts(found) for part, found in made.items()} == {"train": ["a"], "test": ["b"]}
     assert all(isinstance(e, Example) for e in made["train"])

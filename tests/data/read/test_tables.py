@@ -6,38 +6,38 @@ from pathlib import Path
 
 import pytest
 
-from kitout.data.read.tables import DataError, columns, rows, told
-from kitout.errors import Faults, KitoutError
+from kitout.data.read.tables import DataError, add_first, find_columns, read_rows
+from kitout.errors import Errors, KitoutError
 
 
 def test_parquet_gives_the_rows_of_the_csv(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"file": ["a.png", "b.png"], "kind": ["x", "y"]}), tmp_path / "a.parquet")
     (tmp_path / "a.csv").write_text("file,kind\na.png,x\nb.png,y\n")
-    assert [row for _, row in rows(tmp_path / "a.parquet")] == [row for _, row in rows(tmp_path / "a.csv")]
+    assert [row for _, row in read_rows(tmp_path / "a.parquet")] == [row for _, row in read_rows(tmp_path / "a.csv")]
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     (tmp_path / "a.parquet").write_bytes(b"PAR1" + b"\0" * 40 + b"PAR1")
     with pytest.raises(DataError, match=r"a\.parquet is no readable parquet file"):
-        rows(tmp_path / "a.parquet")
+        read_rows(tmp_path / "a.parquet")
 
 
 def test_parquet_without_its_library_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (tmp_path / "a.parquet").write_bytes(b"")
     with pytest.raises(DataError, match=r"pip install 'kitout\[data\]'"):
-        rows(tmp_path / "a.parquet")
+        read_rows(tmp_path / "a.parquet")
 
 
 def test_the_first_usual_name_wins_over_the_order_of_columns(tmp_path: Path) -> None:
     found = [(1, {"Category": "x", "LABEL": "y", "file": "a"})]
     usual = {"image": (None, ("path", "file")), "label": (None, ("label", "category"))}
-    assert columns(tmp_path, found, usual) == ["file", "LABEL"]
+    assert find_columns(tmp_path, found, usual) == ["file", "LABEL"]
 
 
 def test_many_faults_of_one_kind_are_counted() -> None:
-    faults = Faults(KitoutError, "x")
-    told(faults, [str(i) for i in range(9)], "rows")
-    assert faults.items == ["0", "1", "2", "3", "4", "and 4 more such rows"]
+    faults = Errors(KitoutError, "x")
+    add_first(faults, [str(i) for i in range(9)], "rows")
+    assert faults.messages == ["0", "1", "2", "3", "4", "and 4 more such rows"]

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 import kitout
 from kitout import IA3, Kit, LoRA, PrefixTuning, PromptTuning
 from kitout.errors import ConfigError
-from kitout.evaluate.ask.generate import answers, ends_of
-from kitout.evaluate.ask.label_likelihood import likelihoods
+from kitout.evaluate.ask.generate import generate, stop_token_ids
+from kitout.evaluate.ask.label_likelihood import label_likelihoods
 from zoo import EXTRA, ZOO, tokenizer_of
 
 PROMPTS = [[7, 8, 9], [5], [0, 0, 17, 0, 22, 33, 4], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49], [6, 6]]
@@ -32,7 +32,7 @@ def worn(name: str, method: Any = None) -> tuple[Kit, PreTrainedTokenizerFast]:
 
 def alone(kit: Kit, tokenizer: Any, prompt: list[int], longest: int) -> str:
     """What is written token by token, without a batch, a cache or `generate`."""
-    ends, said = ends_of(kit, tokenizer), []
+    ends, said = stop_token_ids(kit, tokenizer), []
     for _ in range(longest):
         if kit.config.is_encoder_decoder:
             read = torch.tensor([[kit.config.decoder_start_token_id, *said]])
@@ -52,9 +52,9 @@ def test_an_answer_is_what_the_prompt_alone_gets(name: str) -> None:
     kit, tokenizer = worn(name)
     kit.eval()
     expected = [alone(kit, tokenizer, p, 8) for p in PROMPTS]
-    assert answers(kit, tokenizer, PROMPTS, 8, batch=3) == expected
+    assert generate(kit, tokenizer, PROMPTS, 8, batch_size=3) == expected
     with kit.use(None):
-        base = answers(kit, tokenizer, PROMPTS, 8)
+        base = generate(kit, tokenizer, PROMPTS, 8)
     assert base != expected
     assert len(set(expected)) > 1
 
@@ -65,22 +65,22 @@ def test_an_answer_is_what_the_prompt_alone_gets(name: str) -> None:
 @torch.no_grad()
 def test_every_kind_of_adapter_is_worn(method: Any) -> None:
     kit, tokenizer = worn("llama", method)
-    assert answers(kit, tokenizer, PROMPTS, 6, batch=2) == [alone(kit.eval(), tokenizer, p, 6) for p in PROMPTS]
+    assert generate(kit, tokenizer, PROMPTS, 6, batch_size=2) == [alone(kit.eval(), tokenizer, p, 6) for p in PROMPTS]
 
 
 @torch.no_grad()
 def test_answers_end_at_any_end_token_and_what_fills_a_batch_is_no_answer() -> None:
     kit, tokenizer = worn("llama")
     tokenizer.pad_token = None  # so an end token fills, and then id 0 is as real as any other
-    long = answers(kit, tokenizer, PROMPTS, 12, batch=5)
+    long = generate(kit, tokenizer, PROMPTS, 12, batch_size=5)
     last = max(range(5), key=lambda i: len(long[i]))
     ids = tokenizer(long[last], add_special_tokens=False).input_ids
-    cut = answers(kit, tokenizer, PROMPTS, 12, batch=5, stop=[ids[4]])
+    cut = generate(kit, tokenizer, PROMPTS, 12, batch_size=5, stop_ids=[ids[4]])
     assert cut[last] == tokenizer.decode(ids[: ids.index(ids[4])]).strip()
-    assert cut == [answers(kit, tokenizer, [p], 12, stop=[ids[4]])[0] for p in PROMPTS]
+    assert cut == [generate(kit, tokenizer, [p], 12, stop_ids=[ids[4]])[0] for p in PROMPTS]
     kit.base.generation_config.eos_token_id = [2, ids[4]]  # as a chat model's own list
-    assert ends_of(kit, tokenizer) == {2, ids[4]}
-    assert answers(kit, tokenizer, PROMPTS, 12) == cut
+    assert stop_token_ids(kit, tokenizer) == {2, ids[4]}
+    assert generate(kit, tokenizer, PROMPTS, 12) == cut
 
 
 @torch.no_grad()
@@ -88,19 +88,19 @@ def test_id_0_as_an_end_token_is_no_padding_of_the_prompt() -> None:
     kit, tokenizer = worn("llama")
     tokenizer.pad_token = tokenizer.eos_token = None
     kit.base.generation_config.eos_token_id = 0
-    found = answers(kit, tokenizer, PROMPTS, 8, batch=5)
+    found = generate(kit, tokenizer, PROMPTS, 8, batch_size=5)
     assert found == [alone(kit.eval(), tokenizer, p, 8) for p in PROMPTS]
 
 
 @torch.no_grad()
 def test_the_models_own_sampling_is_put_aside_and_back(caplog: pytest.LogCaptureFixture) -> None:
     kit, tokenizer = worn("llama")
-    plain = answers(kit, tokenizer, PROMPTS, 8)
+    plain = generate(kit, tokenizer, PROMPTS, 8)
     own = kit.base.generation_config
     own.update(do_sample=True, temperature=0.6, top_p=0.9, min_p=0.05, num_beams=2, repetition_penalty=1.5)
     own.update(max_length=9, min_length=4, no_repeat_ngram_size=2)
     held = own.to_dict()
-    assert answers(kit, tokenizer, PROMPTS, 8) == plain
+    assert generate(kit, tokenizer, PROMPTS, 8) == plain
     assert kit.base.generation_config is own
     assert own.to_dict() == held
     assert not caplog.records
@@ -116,13 +116,13 @@ def test_asking_leaves_modes_randomness_and_the_tokenizer_as_they_were() -> None
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    first = answers(kit, tokenizer, PROMPTS, 6)
-    likelihoods(kit, PROMPTS, [[7], [8]], end=2)
+    first = generate(kit, tokenizer, PROMPTS, 6)
+    label_likelihoods(kit, PROMPTS, [[7], [8]], end_id=2)
     assert torch.equal(torch.rand(4), expected)
     assert {n: m.training for n, m in [*kit.base.named_modules(), *kit.named_modules(prefix="kit")]} == modes
     assert kit.training
     assert tokenizer.padding_side == "right"
-    assert answers(kit, tokenizer, PROMPTS, 6) == first  # no dropout while asked
+    assert generate(kit, tokenizer, PROMPTS, 6) == first  # no dropout while asked
 
 
 def full_memory() -> RuntimeError:
@@ -136,7 +136,7 @@ def full_memory() -> RuntimeError:
 def test_memory_that_runs_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     wrong = full_memory() if device == "cpu" else torch.OutOfMemoryError("CUDA out of memory.")
     kit, tokenizer = worn("llama")
-    expected = answers(kit, tokenizer, PROMPTS, 6)
+    expected = generate(kit, tokenizer, PROMPTS, 6)
     whole, sizes = kit.base.generate, []
 
     def cramped(**inputs: Any) -> Any:
@@ -147,33 +147,33 @@ def test_memory_that_runs_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(kit.base, "generate", cramped)
     told: list[tuple[int, int]] = []
-    assert answers(kit, tokenizer, PROMPTS, 6, batch=4, tell=lambda *at: told.append(at)) == expected
+    assert generate(kit, tokenizer, PROMPTS, 6, batch_size=4, on_progress=lambda *at: told.append(at)) == expected
     assert sizes == [4, 2, 1, 1, 1, 1, 1]
     assert told[-1] == (5, 5)
     monkeypatch.setattr(kit.base, "generate", lambda **inputs: (_ for _ in ()).throw(wrong))
     with pytest.raises(RuntimeError, match="memory"):
-        answers(kit, tokenizer, PROMPTS, 6)
+        generate(kit, tokenizer, PROMPTS, 6)
     other = RuntimeError("something else")
     monkeypatch.setattr(kit.base, "generate", lambda **inputs: (_ for _ in ()).throw(other))
     with pytest.raises(RuntimeError, match="something else"):
-        answers(kit, tokenizer, PROMPTS, 6)
+        generate(kit, tokenizer, PROMPTS, 6)
 
 
 def test_what_cannot_be_asked_is_named() -> None:
     kit, tokenizer = worn("llama")
-    assert answers(kit, tokenizer, [], 6) == []
+    assert generate(kit, tokenizer, [], 6) == []
     with pytest.raises(ConfigError, match="2 have no token, the first is number 1"):
-        answers(kit, tokenizer, [[5], [], []], 6)
+        generate(kit, tokenizer, [[5], [], []], 6)
     with pytest.raises(ConfigError, match="max_new_tokens is 0"):
-        answers(kit, tokenizer, [[5]], 0)
+        generate(kit, tokenizer, [[5]], 0)
     with pytest.raises(ConfigError, match="BertForSequenceClassification cannot write"):
-        answers(kitout.attach(ZOO["bert"].build()), tokenizer, [[5]], 3)
+        generate(kitout.attach(ZOO["bert"].build()), tokenizer, [[5]], 3)
     with pytest.raises(ConfigError, match="1 given, expected at least 2"):
-        likelihoods(kit, PROMPTS, [[5]], end=2)
+        label_likelihoods(kit, PROMPTS, [[5]], end_id=2)
     with pytest.raises(ConfigError, match="number 1 has no token"):
-        likelihoods(kit, PROMPTS, [[5], []], end=2)
+        label_likelihoods(kit, PROMPTS, [[5], []], end_id=2)
     with pytest.raises(ConfigError, match="number 2 is the same tokens"):
-        likelihoods(kit, PROMPTS, [[5], [6], [5]], end=2)
+        label_likelihoods(kit, PROMPTS, [[5], [6], [5]], end_id=2)
 
 
 def plain(kit: Kit, prompt: list[int], answer: list[int]) -> float:
@@ -196,7 +196,9 @@ def test_a_likelihood_is_that_of_one_plain_forward(name: str, labels: list[list[
     kit.eval()
     wanted = [[*label, 2] for label in labels] if ended else labels
     expected = torch.tensor([[plain(kit, p, a) for a in wanted] for p in PROMPTS])
-    torch.testing.assert_close(likelihoods(kit, PROMPTS, labels, end=2, batch=2), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        label_likelihoods(kit, PROMPTS, labels, end_id=2, batch_size=2), expected, atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("method", [PromptTuning(length=3), PrefixTuning(length=4)], ids=lambda m: type(m).__name__)
@@ -206,4 +208,4 @@ def test_likelihoods_of_prompts_and_prefixes(method: Any) -> None:
     kit.eval()
     labels = [[7, 9, 11], [8], [7, 10]]
     expected = torch.tensor([[plain(kit, p, a) for a in labels] for p in PROMPTS])
-    torch.testing.assert_close(likelihoods(kit, PROMPTS, labels, end=2), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(label_likelihoods(kit, PROMPTS, labels, end_id=2), expected, atol=1e-5, rtol=1e-5)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kitout.evaluate.metrics.interval import bootstrap, drawn, newcombe, wilson
-from kitout.evaluate.metrics.measure import Measure, count, difference, mean
+from kitout.evaluate.metrics.interval import bootstrap_interval, newcombe_interval, resample, wilson_interval
+from kitout.evaluate.metrics.measure import Measure, mean, proportion, score_difference
 
 
 def table(both: int, only_old: int, only_new: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -20,27 +20,27 @@ def table(both: int, only_old: int, only_new: int, neither: int) -> tuple[np.nda
     [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (258, 400, 0.5970, 0.6904)],
 )
 def test_wilson(right: int, total: int, low: float, high: float) -> None:
-    assert wilson(right, total) == pytest.approx((low, high), abs=1e-4)
+    assert wilson_interval(right, total) == pytest.approx((low, high), abs=1e-4)
 
 
 @pytest.mark.parametrize(("right", "total"), [(1, 0), (3, 2), (-1, 2)])
 def test_wilson_refuses_what_is_no_share(right: int, total: int) -> None:
     with pytest.raises(ValueError, match="no share"):
-        wilson(right, total)
+        wilson_interval(right, total)
 
 
 def test_newcombe_as_published() -> None:
     """Newcombe 1998 (Statistics in Medicine 17, 2635), 36 / 12 / 2 / 0: the difference 0.2 has 0.0569 to 0.3404."""
     before, after = table(36, 2, 12, 0)
-    assert newcombe(before, after) == pytest.approx((0.0569, 0.3404), abs=2e-4)
-    low, high = newcombe(after, before)
-    assert (-high, -low) == pytest.approx(newcombe(before, after))
+    assert newcombe_interval(before, after) == pytest.approx((0.0569, 0.3404), abs=2e-4)
+    low, high = newcombe_interval(after, before)
+    assert (-high, -low) == pytest.approx(newcombe_interval(before, after))
 
 
 @pytest.mark.parametrize("counts", [(0, 0, 60, 0), (60, 0, 0, 0), (0, 0, 0, 60), (0, 60, 0, 0), (1, 0, 0, 0)])
 def test_newcombe_at_the_edges_is_no_certainty(counts: tuple[int, int, int, int]) -> None:
     before, after = table(*counts)
-    low, high = newcombe(before, after)
+    low, high = newcombe_interval(before, after)
     value = float(after.mean() - before.mean())
     assert -1 <= low <= value <= high <= 1
     assert high - low > 0.02
@@ -48,19 +48,19 @@ def test_newcombe_at_the_edges_is_no_certainty(counts: tuple[int, int, int, int]
 
 def test_newcombe_wants_the_same_examples() -> None:
     with pytest.raises(ValueError, match="3 and 2 examples"):
-        newcombe(np.ones(3), np.ones(2))
+        newcombe_interval(np.ones(3), np.ones(2))
 
 
 def test_a_paired_interval_is_narrower_than_two_that_know_nothing_of_each_other() -> None:
     before, after = table(60, 2, 10, 28)
-    low, high = newcombe(before, after)
-    apart = wilson(70, 100)[1] - wilson(62, 100)[0]
+    low, high = newcombe_interval(before, after)
+    apart = wilson_interval(70, 100)[1] - wilson_interval(62, 100)[0]
     assert high - low < apart
     assert low > 0
 
 
 def test_draws_are_the_same_for_the_same_seed_and_keep_n() -> None:
-    first, again, other = (list(drawn(20, seed, 5)) for seed in (0, 0, 1))
+    first, again, other = (list(resample(20, seed, 5)) for seed in (0, 0, 1))
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
     assert any((a != b).any() for a, b in zip(first, other, strict=True))
     assert all(times.sum() == 20 for times in first)
@@ -68,7 +68,7 @@ def test_draws_are_the_same_for_the_same_seed_and_keep_n() -> None:
 
 def test_bootstrap_of_a_mean_is_what_the_formula_gives() -> None:
     values = np.random.default_rng(0).normal(3, 2, 400)
-    low, high = bootstrap(mean(values).figure, 400)
+    low, high = bootstrap_interval(mean(values).value_fn, 400)
     reach = 1.96 * values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - reach, values.mean() + reach), abs=0.03)
 
@@ -78,9 +78,9 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     covered = 0
     for turn in range(200):
         old, new = dice.random(80) < 0.5, dice.random(80) < 0.7
-        low, high = newcombe(old, new)
+        low, high = newcombe_interval(old, new)
         covered += low <= 0.2 <= high
-        wide = bootstrap(mean(new.astype(float)).figure, 80, seed=turn, draws=200)
+        wide = bootstrap_interval(mean(new.astype(float)).value_fn, 80, seed=turn, num_resamples=200)
         covered += wide[0] <= 0.7 <= wide[1]
     assert covered >= 0.91 * 400
 
@@ -88,17 +88,17 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
 def test_a_measure_that_no_draw_can_move_is_not_called_certain() -> None:
     always = Measure(lambda times: 1.0, 10)
     score = always.score()
-    assert (score.low, score.high) == pytest.approx(wilson(10, 10))
+    assert (score.low, score.high) == pytest.approx(wilson_interval(10, 10))
 
 
 def test_difference_of_counts_and_of_means() -> None:
     before, after = table(36, 2, 12, 0)
-    value, low, high = difference(count(before), count(after))
+    value, low, high = score_difference(proportion(before), proportion(after))
     assert (value, low, high) == pytest.approx((0.2, 0.0569, 0.3404), abs=2e-4)
-    value, low, high = difference(mean(before.astype(float)), mean(after.astype(float)))
+    value, low, high = score_difference(mean(before.astype(float)), mean(after.astype(float)))
     assert value == pytest.approx(0.2)
     assert (low, high) == pytest.approx((0.06, 0.34), abs=0.03)
-    same = difference(mean(before.astype(float)), mean(before.astype(float)))
+    same = score_difference(mean(before.astype(float)), mean(before.astype(float)))
     assert same == (0.0, 0.0, 0.0)
     with pytest.raises(ValueError, match="one by one"):
-        difference(count(before), count(after[:3]))
+        score_difference(proportion(before), proportion(after[:3]))

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 from kitout.errors import ConfigError
 from kitout.evaluate.metrics import generation
-from kitout.evaluate.metrics.entities import spans
-from kitout.evaluate.metrics.generation import closed, named, normalize_answer, token_f1
-from kitout.evaluate.metrics.language import Summed, summed
+from kitout.evaluate.metrics.entities import entity_spans
+from kitout.evaluate.metrics.generation import closed_labels, label_named, normalize_answer, token_f1
+from kitout.evaluate.metrics.language import LossSums, sum_losses
 from kitout.evaluate.metrics.measure import Score
 from kitout.evaluate.metrics.registry import TITLES, score
 
@@ -92,11 +92,11 @@ def test_numbers_as_scipy_scores_them() -> None:
 def test_a_draws_ranks_are_those_of_the_draw() -> None:
     from scipy.stats import spearmanr
 
-    from kitout.evaluate.metrics.regression import regress
+    from kitout.evaluate.metrics.regression import regression_metrics
 
     true, said, times = DICE.integers(0, 6, 40), DICE.integers(0, 6, 40), DICE.integers(0, 4, 40)
     expected = spearmanr(np.repeat(said, times), np.repeat(true, times)).statistic
-    figure = regress(said.tolist(), true.tolist())["spearman"].figure
+    figure = regression_metrics(said.tolist(), true.tolist())["spearman"].value_fn
     assert figure(times.astype(float)) == pytest.approx(expected)
 
 
@@ -111,11 +111,11 @@ TAGS = [["B-per", "I-per", "O", "B-loc"], ["O", "I-org", "I-org", "I-per"], ["O"
 
 
 def test_spans_begin_where_a_kind_does() -> None:
-    assert spans(TAGS[0]) == {("per", 0, 1), ("loc", 3, 3)}
-    assert spans(TAGS[1]) == {("org", 1, 2), ("per", 3, 3)}  # no B-, and still two entities
-    assert spans(TAGS[2]) == set()
-    assert spans(TAGS[3]) == {("loc", 0, 0), ("loc", 1, 2)}
-    assert spans(["B", "I", "x-y"]) == set()
+    assert entity_spans(TAGS[0]) == {("per", 0, 1), ("loc", 3, 3)}
+    assert entity_spans(TAGS[1]) == {("org", 1, 2), ("per", 3, 3)}  # no B-, and still two entities
+    assert entity_spans(TAGS[2]) == set()
+    assert entity_spans(TAGS[3]) == {("loc", 0, 0), ("loc", 1, 2)}
+    assert entity_spans(["B", "I", "x-y"]) == set()
 
 
 def test_entities_are_right_as_a_whole() -> None:
@@ -175,11 +175,11 @@ def test_token_f1_counts_words_as_often_as_they_occur() -> None:
 
 
 def test_closed_sets_return() -> None:
-    assert closed(["Yes", "no", "yes.", "No", "yes", "no", "yes"]) == ["yes", "no"]
-    assert closed(["A", "B", "A", "C", "B", "C", "A", "C", "B"]) == ["a", "b", "c"]
-    assert closed(["yes"] * 9) == []  # nothing to tell apart
-    assert closed([f"answer {i}" for i in range(30)]) == []
-    assert closed([f"answer {i % 60}" for i in range(300)]) == []
+    assert closed_labels(["Yes", "no", "yes.", "No", "yes", "no", "yes"]) == ["yes", "no"]
+    assert closed_labels(["A", "B", "A", "C", "B", "C", "A", "C", "B"]) == ["a", "b", "c"]
+    assert closed_labels(["yes"] * 9) == []  # nothing to tell apart
+    assert closed_labels([f"answer {i}" for i in range(30)]) == []
+    assert closed_labels([f"answer {i % 60}" for i in range(300)]) == []
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_closed_sets_return() -> None:
     ],
 )
 def test_an_answer_is_read_as_the_only_label_it_names(answer: str, label: str | None) -> None:
-    assert named(answer, ["positive", "negative", "very positive"]) == label
+    assert label_named(answer, ["positive", "negative", "very positive"]) == label
 
 
 @needs_sklearn
@@ -252,7 +252,7 @@ def test_chrf_and_bleu_as_sacrebleu_has_them() -> None:
 def test_a_missing_package_is_told_and_an_error_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "find_spec", lambda name: None)
     heard: list[str] = []
-    found = score("generation", OPEN_SAID, OPEN_TRUE, tell=heard.append)
+    found = score("generation", OPEN_SAID, OPEN_TRUE, on_warning=heard.append)
     assert list(found) == ["token_f1", "exact_match"]
     assert heard == [
         "left out rouge_l, chrf, bleu: rouge-score and sacrebleu not installed\n  pip install 'kitout[eval]'"
@@ -268,8 +268,8 @@ def test_a_language_model_is_scored_by_sums(tiny_llama: torch.nn.Module) -> None
     labels[0, :4] = labels[2] = -100  # the last example has nothing that counts
     with torch.no_grad():
         logits = tiny_llama(input_ids=ids).logits
-    sums = summed(logits[:, :-1], labels[:, 1:])
-    assert [s.tokens for s in sums] == [5, 8, 0]
+    sums = sum_losses(logits[:, :-1], labels[:, 1:])
+    assert [s.num_tokens for s in sums] == [5, 8, 0]
     flat, wanted = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     expected = F.cross_entropy(flat, wanted, ignore_index=-100)
     found = score("language", sums)
@@ -278,7 +278,7 @@ def test_a_language_model_is_scored_by_sums(tiny_llama: torch.nn.Module) -> None
     assert found["perplexity"].value == pytest.approx(math.exp(float(expected)), rel=1e-6)
     right = (flat.argmax(-1) == wanted).sum() / (wanted != -100).sum()
     assert found["token_accuracy"].value == pytest.approx(float(right))
-    together = Summed(sum(s.loss for s in sums), 13, sum(s.right for s in sums))
+    together = LossSums(sum(s.loss for s in sums), 13, sum(s.num_correct for s in sums))
     assert score("language", [together])["loss"].value == pytest.approx(found["loss"].value)
 
 
@@ -292,7 +292,7 @@ def test_what_cannot_be_scored_is_named() -> None:
     with pytest.raises(ConfigError, match=r"classification has no metric 'acuracy' here: did you mean 'accuracy'"):
         score("classification", [1], [1], only=["acuracy"])
     with pytest.raises(ConfigError, match="none of the 1 examples has a token that counts"):
-        score("language", [Summed(0.0, 0, 0)])
+        score("language", [LossSums(0.0, 0, 0)])
 
 
 def test_only_picks_and_keeps_the_order_asked_for() -> None:

@@ -16,10 +16,10 @@ import yaml
 
 import kitout
 from kitout import LoRA
-from kitout.evaluate.compare import Comparison, compare, side_by_side
-from kitout.evaluate.metrics.registry import measures
+from kitout.evaluate.compare import Comparison, compare, pick_examples
+from kitout.evaluate.metrics.registry import compute_measures
 from kitout.evaluate.report import html, model_card
-from kitout.evaluate.report.summary import Summary, words
+from kitout.evaluate.report.summary import RunSummary, format_fact
 from zoo import ZOO, tokenizer_of
 
 EVIL = "</pre><script>alert('x')</script><img src=x onerror=alert(1)> & \"quoted\" {{ 7 * 7 }} | `a` \u202e"
@@ -31,12 +31,14 @@ PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(40)
 
 
 def comparison() -> Comparison:
-    shown = side_by_side([f"{EVIL} {i}" for i in range(60)], REFERENCES, BASE, TUNED)
-    return compare(measures("generation", BASE, REFERENCES), measures("generation", TUNED, REFERENCES), shown)
+    shown = pick_examples([f"{EVIL} {i}" for i in range(60)], REFERENCES, BASE, TUNED)
+    return compare(
+        compute_measures("generation", BASE, REFERENCES), compute_measures("generation", TUNED, REFERENCES), shown
+    )
 
 
-def full() -> Summary:
-    return Summary(
+def full() -> RunSummary:
+    return RunSummary(
         title=f"A run {EVIL}",
         model=EVIL,
         method=f"LoRA(rank=4) {EVIL}",
@@ -52,8 +54,8 @@ def full() -> Summary:
         task="generation",
         data_name=EVIL,
         data_hash="ab12",
-        licence=EVIL,
-        made="today",
+        license=EVIL,
+        created="today",
     )
 
 
@@ -87,14 +89,14 @@ class Page(HTMLParser):
 
 
 def test_a_report_holds_everything_and_asks_for_nothing() -> None:
-    page = Page(html.report(full()))
+    page = Page(html.render_html(full()))
     assert not page.open
     assert "script" not in page.tags
     assert page.tags.count("img") == 1
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     links = [value for name, value in page.attributes if name in ("src", "href", "action", "data", "xlink:href")]
     assert links == [f"data:image/png;base64,{base64.b64encode(PICTURE).decode()}"]
-    assert not re.search(r"https?://|@import|url\(", html.report(full()))
+    assert not re.search(r"https?://|@import|url\(", html.render_html(full()))
     policy = next(value for name, value in page.attributes if value and "default-src" in value)
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     for said in ("accuracy", "macro-F1", "1,280", "81.25", "2,442,240", "today", "held out", "1, 2.5", "✓ right"):
@@ -104,23 +106,27 @@ def test_a_report_holds_everything_and_asks_for_nothing() -> None:
 
 
 def test_what_is_empty_is_not_there() -> None:
-    page = Page(html.report(Summary(title="t", model="m", method="LoRA()")))
+    page = Page(html.render_html(RunSummary(title="t", model="m", method="LoRA()")))
     assert "h2" not in page.tags
     assert "table" not in page.tags
-    two = Page(html.report(dataclasses.replace(full(), comparisons={"legal": comparison(), "medic": comparison()})))
+    two = Page(
+        html.render_html(dataclasses.replace(full(), comparisons={"legal": comparison(), "medic": comparison()}))
+    )
     assert two.text.count("legal") == two.text.count("medic") == 3
 
 
 def test_a_report_is_written_whole(tmp_path: Path) -> None:
-    file = html.write(full(), tmp_path / "report.html")
-    assert file.read_text(encoding="utf-8") == html.report(full())
+    file = html.write_html(full(), tmp_path / "report.html")
+    assert file.read_text(encoding="utf-8") == html.render_html(full())
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_numbers_without_a_share_have_no_whisker() -> None:
     true = [1.0, 2.5, 3.0]
-    numbers = compare(measures("regression", [1.0] * 3, true), measures("regression", [1.0, 2.0, 3.0], true))
-    page = Page(html.report(Summary(title="t", model="m", method="x", comparisons={"a": numbers})))
+    numbers = compare(
+        compute_measures("regression", [1.0] * 3, true), compute_measures("regression", [1.0, 2.0, 3.0], true)
+    )
+    page = Page(html.render_html(RunSummary(title="t", model="m", method="x", comparisons={"a": numbers})))
     assert "svg" not in page.tags
     assert "less is better" in page.text
 
@@ -130,7 +136,7 @@ def test_numbers_without_a_share_have_no_whisker() -> None:
     [(1234567, "1,234,567"), (1234.5, "1,234"), (0.123456, "0.1235"), (True, "yes"), (None, "none"), ("x", "x")],
 )
 def test_words(value: Any, said: str) -> None:
-    assert words(value) == said
+    assert format_fact(value) == said
 
 
 def front(text: str) -> dict[str, Any]:
@@ -145,7 +151,7 @@ def test_the_card_is_read_by_the_hubs_own_reader() -> None:
     plain = dataclasses.replace(
         full(), title="Tweets", model="org/model-1", licence="apache-2.0", data_name="my tweets", labels=["a", "b"]
     )
-    read = ModelCard(model_card.card(plain))
+    read = ModelCard(model_card.render_model_card(plain))
     assert (read.data.base_model, read.data.license, read.data.library_name) == ("org/model-1", "apache-2.0", "kitout")
     assert read.data.tags == ["kitout", "adapter", "lora"]
     results = {r.metric_type: r for r in read.data.eval_results}
@@ -160,9 +166,9 @@ def test_the_card_is_read_by_the_hubs_own_reader() -> None:
 
 
 def test_strangers_text_stays_text_in_the_card() -> None:
-    text = model_card.card(full())
+    text = model_card.render_model_card(full())
     assert front(text)["license"] == "other"
-    assert front(text)["license_name"] == model_card.UNKNOWN
+    assert front(text)["license_name"] == model_card.UNKNOWN_LICENSE
     assert "base_model" not in front(text)
     assert front(text)["model-index"][0]["results"][0]["dataset"]["name"] == EVIL
     body = text.split("---\n", 2)[2]
@@ -177,11 +183,11 @@ def test_strangers_text_stays_text_in_the_card() -> None:
 
 
 def test_a_card_of_little_says_little() -> None:
-    text = model_card.card(Summary(title="t", model="m", method="IA3()"))
+    text = model_card.render_model_card(RunSummary(title="t", model="m", method="IA3()"))
     assert "It was not measured" in text
-    assert f"its own licence ({model_card.UNKNOWN})" in text
+    assert f"its own licence ({model_card.UNKNOWN_LICENSE})" in text
     assert "## What it did" not in text
-    said = {"library_name": "kitout", "license": "other", "license_name": model_card.UNKNOWN}
+    said = {"library_name": "kitout", "license": "other", "license_name": model_card.UNKNOWN_LICENSE}
     assert front(text) == said | {"tags": ["kitout", "adapter", "ia3"]}
 
 
@@ -203,8 +209,8 @@ def test_the_cards_lines_run_and_a_card_does_not_disturb_loading(tiny: Path, tmp
         for value in adapter.parameters():
             value.add_(0.1)
     kit.save("mine", tmp_path / "adapter")
-    plain = Summary(title="t", model=str(tiny), method="LoRA(rank=2)", adapter="mine", task="generation")
-    model_card.write(plain, tmp_path / "adapter")
+    plain = RunSummary(title="t", model=str(tiny), method="LoRA(rank=2)", adapter="mine", task="generation")
+    model_card.write_model_card(plain, tmp_path / "adapter")
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
         "README.md", "adapter.json", "adapter.safetensors"
     ]  # fmt: skip
@@ -224,18 +230,20 @@ def test_the_cards_lines_run_and_a_card_does_not_disturb_loading(tiny: Path, tmp
         ({"README.md": "no front matter, license: mit", "config.json": '{"license": "apache-2.0"}'}, "apache-2.0"),
         ({"README.md": "---\n: [\n---\n", "config.json": "{", "LICENSE": "MIT License\n\nCopyright"}, "mit"),
         ({"LICENSE": "\n   Apache License\n      Version 2.0, January 2004"}, "apache-2.0"),
-        ({"README.md": "---\nlicense: [a, b]\n---"}, model_card.UNKNOWN),
-        ({"README.md": "---\n- a\n---", "config.json": "[1]", "LICENSE": "ask me"}, model_card.UNKNOWN),
-        ({"README.md": "---\nlicense: '  '\n---"}, model_card.UNKNOWN),
-        ({"README.md": "x" * (model_card.MOST + 1)}, model_card.UNKNOWN),
-        ({}, model_card.UNKNOWN),
+        ({"README.md": "---\nlicense: [a, b]\n---"}, model_card.UNKNOWN_LICENSE),
+        ({"README.md": "---\n- a\n---", "config.json": "[1]", "LICENSE": "ask me"}, model_card.UNKNOWN_LICENSE),
+        ({"README.md": "---\nlicense: '  '\n---"}, model_card.UNKNOWN_LICENSE),
+        ({"README.md": "x" * (model_card.MAX_LICENSE_BYTES + 1)}, model_card.UNKNOWN_LICENSE),
+        ({}, model_card.UNKNOWN_LICENSE),
     ],
 )
 def test_the_bases_licence_is_what_its_folder_states(tmp_path: Path, files: dict[str, str], expected: str) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert model_card.licence_of(tmp_path) == expected
+    assert model_card.find_license(tmp_path) == expected
 
 
 def test_a_base_without_a_folder_states_nothing() -> None:
-    assert model_card.licence_of(None) == model_card.licence_of(Path("no/such/folder")) == model_card.UNKNOWN
+    assert (
+        model_card.find_license(None) == model_card.find_license(Path("no/such/folder")) == model_card.UNKNOWN_LICENSE
+    )

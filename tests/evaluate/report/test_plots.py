@@ -33,13 +33,13 @@ def size(picture: bytes) -> tuple[int, int]:
 
 
 def test_lines_are_parted_by_adapter_and_by_what_was_measured() -> None:
-    learnt, measured = plots.lines([*rows("legal/", "eval_legal/"), *rows("medic/", "medic/eval_"), *rows()])
+    learnt, measured = plots.collect_series([*rows("legal/", "eval_legal/"), *rows("medic/", "medic/eval_"), *rows()])
     assert {key for key in learnt if key[1] == "loss"} == {("legal", "loss"), ("medic", "loss"), ("", "loss")}
     assert set(measured) == {(job, what) for job in ("legal", "medic", "") for what in ("loss", "accuracy")}
     line = measured["legal", "accuracy"]
     assert line.steps == [0, 20, 40, 60]
     assert line.values == pytest.approx([0.4, 0.5, 0.6, 0.7])
-    assert line.reach == [(0.4, 0.4), (0.35, 0.75), (0.35, 0.75), (0.35, 0.75)]
+    assert line.intervals == [(0.4, 0.4), (0.35, 0.75), (0.35, 0.75), (0.35, 0.75)]
     assert measured["medic", "accuracy"] == line
 
 
@@ -48,42 +48,42 @@ def test_what_is_no_number_is_left_out() -> None:
         {"step": 1, "loss": math.nan}, {"step": 2, "loss": None}, {"step": 3, "loss": "2"}, {"step": 4, "loss": True},
         {"loss": 2.0}, {"step": 5, "loss": 2.0, "eval_loss": math.inf}, {"step": None, "loss": 1.0},
     ]  # fmt: skip
-    learnt, measured = plots.lines(odd)
-    assert learnt == {("", "loss"): plots.Line([5.0], [2.0], [(2.0, 2.0)])}
+    learnt, measured = plots.collect_series(odd)
+    assert learnt == {("", "loss"): plots.MetricSeries([5.0], [2.0], [(2.0, 2.0)])}
     assert measured == {}
-    size(plots.training(odd))
+    size(plots.plot_training(odd))
 
 
 def test_smoothing_keeps_a_line_and_the_length() -> None:
     straight = [float(i) for i in range(200)]
-    assert plots.smoothed(straight)[10:-10] == pytest.approx(straight[10:-10])
-    assert plots.smoothed([4.0]) == [4.0]
-    assert plots.smoothed([]) == []
+    assert plots.smooth(straight)[10:-10] == pytest.approx(straight[10:-10])
+    assert plots.smooth([4.0]) == [4.0]
+    assert plots.smooth([]) == []
 
 
 def test_more_metrics_make_more_panels() -> None:
-    one, two = size(plots.training([{"step": 1, "loss": 2.0}])), size(plots.training(rows()))
+    one, two = size(plots.plot_training([{"step": 1, "loss": 2.0}])), size(plots.plot_training(rows()))
     assert two[0] > 1.8 * one[0]
     assert two[1] == one[1]
-    assert size(plots.training([{"step": 1} | {f"eval_m{i}": 0.5 for i in range(9)}]))[1] > 1.8 * one[1]
-    assert size(plots.training([])) == one
+    assert size(plots.plot_training([{"step": 1} | {f"eval_m{i}": 0.5 for i in range(9)}]))[1] > 1.8 * one[1]
+    assert size(plots.plot_training([])) == one
     both = [*rows("legal/", "eval_legal/"), *rows("medic/", "eval_medic/")]
-    assert plots.training([*both, *rows()]) == plots.training(both)  # means over adapters are no third one
-    assert size(plots.training(both)) == two
+    assert plots.plot_training([*both, *rows()]) == plots.plot_training(both)  # means over adapters are no third one
+    assert size(plots.plot_training(both)) == two
 
 
 def test_lengths(tmp_path: Path) -> None:
-    picture = plots.lengths({"train": [3, 40, 500], "test": [2], "none": []}, limit=512)
+    picture = plots.plot_lengths({"train": [3, 40, 500], "test": [2], "none": []}, max_length=512)
     size(picture)
-    file = plots.write(tmp_path / "lengths.png", picture)
+    file = plots.write_png(tmp_path / "lengths.png", picture)
     assert file.read_bytes() == picture
     assert [p.name for p in tmp_path.iterdir()] == ["lengths.png"]
-    size(plots.lengths({"train": [0]}))
+    size(plots.plot_lengths({"train": [0]}))
     with pytest.raises(ConfigError, match="there are no examples"):
-        plots.lengths({"train": []})
+        plots.plot_lengths({"train": []})
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "possible", lambda: False)
+    monkeypatch.setattr(plots, "has_matplotlib", lambda: False)
     with pytest.raises(ConfigError, match=r"pip install 'kitout\[eval\]'"):
-        plots.training(rows())
+        plots.plot_training(rows())

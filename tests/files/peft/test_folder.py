@@ -23,7 +23,7 @@ import kitout
 import zoo
 from kitout import IA3, BitFit, LoRA
 from kitout.errors import FileError
-from kitout.files.peft.config import spelled
+from kitout.files.peft.config import target_modules_for
 from zoo import EXTRA, ZOO, out
 
 peft = pytest.importorskip("peft")
@@ -222,12 +222,12 @@ def test_the_one_line_that_users_write(tmp_path: Path) -> None:
 
 def test_names_that_end_alike() -> None:
     everything = ["a", "a.up", "b.up", "b.x.up", "b.x", "up"]
-    assert spelled(["a.up", "b.up", "b.x.up", "up"], everything)["target_modules"] == ["up"]
-    assert spelled(["a.up", "b.up"], everything)["target_modules"] == ["a.up", "b.up"]
-    assert spelled(["up"], everything)["target_modules"] == "up"  # a list would take a.up along
-    both = spelled(["b.x.up", "b.up"], everything, ["b.up"])
+    assert target_modules_for(["a.up", "b.up", "b.x.up", "up"], everything)["target_modules"] == ["up"]
+    assert target_modules_for(["a.up", "b.up"], everything)["target_modules"] == ["a.up", "b.up"]
+    assert target_modules_for(["up"], everything)["target_modules"] == "up"  # a list would take a.up along
+    both = target_modules_for(["b.x.up", "b.up"], everything, ["b.up"])
     assert both == {"target_modules": ["b.up", "b.x.up"], "feedforward_modules": ["b.up"]}
-    assert spelled(["a.up", "up"], everything, ["up"])["feedforward_modules"] == "up"
+    assert target_modules_for(["a.up", "up"], everything, ["up"])["feedforward_modules"] == "up"
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert-cls", "llama-embed", "t5", "llama-rslora", "llama-patterns"])

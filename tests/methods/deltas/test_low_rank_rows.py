@@ -8,7 +8,7 @@ from torch import Tensor
 
 import kitout
 from kitout import LoRA
-from kitout.methods.deltas.low_rank_rows import EvenLowRank, RowsLowRank, even, runs_of
+from kitout.methods.deltas.low_rank_rows import EqualRunsLowRank, RunsLowRank, are_equal_runs, find_runs
 from zoo import ZOO
 
 SCALES = [0.5, 2.0, 3.0]
@@ -23,13 +23,13 @@ def test_forward_and_gradients(rows: list[int]) -> None:
 
     a, b, x, y0 = [leaf(2, 7) for _ in SCALES], [leaf(6, 2) for _ in SCALES], leaf(6, 5, 7), leaf(6, 5, 6)
     wanted = torch.stack([y0[i] if k < 0 else y0[i] + SCALES[k] * x[i] @ a[k].T @ b[k].T for i, k in enumerate(rows)])
-    runs, y = runs_of(rows), y0 * 1
-    if even(runs, len(rows)):
+    runs, y = find_runs(rows), y0 * 1
+    if are_equal_runs(runs, len(rows)):
         order = [number for number, _, _ in runs]
         scales = [SCALES[number] for number in order]
-        found = EvenLowRank.apply(x, y, scales, *(a[n] for n in order), *(b[n] for n in order))
+        found = EqualRunsLowRank.apply(x, y, scales, *(a[n] for n in order), *(b[n] for n in order))
     else:
-        found = RowsLowRank.apply(x, y, runs, SCALES, *a, *b)
+        found = RunsLowRank.apply(x, y, runs, SCALES, *a, *b)
     g = torch.randn(6, 5, 6, dtype=torch.double, generator=draw)
     leaves = [x, y0, *a, *b]
     torch.testing.assert_close(found, wanted)

@@ -183,7 +183,7 @@ def test_two_threads_cannot_take_one_name(kit: Kit) -> None:
         try:
             kit.add("new", LoRA(rank=2), seed=0)
             won.append(1)
-        except kitout.errors.NameTaken:
+        except kitout.errors.AdapterExists:
             pass
 
     together(*[add] * 4)

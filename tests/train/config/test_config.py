@@ -46,10 +46,10 @@ def test_a_dump_loads_as_the_same_run(name: str) -> None:
             "jobs": [{"name": "x", "train": {"epochs": 2}}, {"name": "y", "method": "BitFit", "data": "z"}],
         }
     )
-    assert load(run.dump()) == run
-    assert load(yaml_file.parse(yaml_file.written(run.dump()), "run.yaml")) == run
-    assert json.loads(json.dumps(run.dump())) == run.dump()
-    assert load(run.dump()).alone() == run.alone()
+    assert load(run.to_dict()) == run
+    assert load(yaml_file.parse_yaml(yaml_file.to_yaml(run.to_dict()), "run.yaml")) == run
+    assert json.loads(json.dumps(run.to_dict())) == run.to_dict()
+    assert load(run.to_dict()).per_job() == run.per_job()
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_dump_loads_as_the_same_run(name: str) -> None:
         ({"trian": {}}, "trian: there is no such setting; did you mean 'train'?"),
         ({"train": {"lr": "fast"}}, "train.lr: expected a number, found 'fast'"),
         ({"train": {"lr": 0}}, "train.lr: expected more than 0, found 0"),
-        ({"train": {"warmup": 1}}, "train.warmup: expected less than 1, found 1"),
+        ({"train": {"warmup_ratio": 1}}, "train.warmup_ratio: expected less than 1, found 1"),
         ({"train": {"lr": float("nan")}}, "train.lr: expected"),
         ({"train": 3}, "train: expected settings (name: value), found 3"),
         ({"train": {"bacth": 3}}, "train.bacth: there is no such setting; did you mean 'batch'?"),
@@ -103,15 +103,21 @@ def test_every_fault_is_told_at_once() -> None:
         ({"model": {"name": "m", "dtype": "float16", "device": "cpu"}}, "float16 overflows"),
         ({"model": {"name": "m", "attention": "flash_attention_2", "device": "cpu"}}, "needs a GPU"),
         ({"model": {"name": "m", "attention": "flash_attention_2", "dtype": "float32"}}, "bfloat16 or float16"),
-        ({"objective": "classify", "train": {"packing": True}}, "for language models"),
-        ({"objective": "causal", "method": "VPT"}, "method=PromptTuning"),
-        ({"objective": "images", "method": "PromptTuning"}, "method=VPT"),
+        ({"objective": "classification", "train": {"packing": True}}, "for language models"),
+        ({"objective": "causal_lm", "method": "VPT"}, "method=PromptTuning"),
+        ({"objective": "image_classification", "method": "PromptTuning"}, "method=VPT"),
         ({"train": {"packing": True}, "method": "PromptTuning"}, "one place for its tokens"),
-        ({"train": {"micro_batch": 32}}, "more than the train.batch=16"),
+        ({"train": {"micro_batch_size": 32}}, "more than the train.batch_size=16"),
         ({"data": {"train": "d", "streaming": True}}, "say train.steps"),
-        ({"data": {"train": "d", "validation": 0}, "train": {"patience": 2}}, "train.patience=2 waits"),
-        ({"evaluate": {"every": 0, "best": "f1"}}, "evaluate.best=f1 chooses"),
-        ({"objective": "images", "method": "VPT", "jobs": [{"name": "a", "method": "PromptTuning"}]}, "method=VPT"),
+        (
+            {"data": {"train": "d", "validation": 0}, "train": {"early_stopping_patience": 2}},
+            "train.early_stopping_patience=2 waits",
+        ),
+        ({"evaluate": {"steps": 0, "best_metric": "f1"}}, "evaluate.best_metric=f1 chooses"),
+        (
+            {"objective": "image_classification", "method": "VPT", "jobs": [{"name": "a", "method": "PromptTuning"}]},
+            "method=VPT",
+        ),
     ],
 )
 def test_contradictions(values: dict[str, Any], words: str) -> None:
@@ -122,12 +128,12 @@ def test_contradictions(values: dict[str, Any], words: str) -> None:
 
 def test_what_this_machine_cannot() -> None:
     half = load({**LEAST, "model": {"name": "m", "dtype": "float16"}})
-    conflicts.machine(half, cuda=True)
+    conflicts.check_machine(half, has_cuda=True)
     with pytest.raises(ConfigError, match=r"float16.*no GPU here"):
-        conflicts.machine(half, cuda=False)
+        conflicts.check_machine(half, has_cuda=False)
     with pytest.raises(ConfigError, match="torch sees no GPU"):
-        conflicts.machine(load({**LEAST, "model": {"name": "m", "device": "cuda"}}), cuda=False)
-    conflicts.machine(load(LEAST), cuda=False)
+        conflicts.check_machine(load({**LEAST, "model": {"name": "m", "device": "cuda"}}), has_cuda=False)
+    conflicts.check_machine(load(LEAST), has_cuda=False)
 
 
 def test_jobs_inherit_what_they_do_not_say() -> None:
@@ -140,11 +146,11 @@ def test_jobs_inherit_what_they_do_not_say() -> None:
             JobConfig(name="b", method=IA3(), data="e"),  # type: ignore[arg-type]
         ),
     )
-    first, second = run.alone()
+    first, second = run.per_job()
     assert (first.train.lr, first.train.epochs, first.method) == (0.5, 3, LoRA())
     assert (second.train.lr, second.data.train[0].path, second.data.max_length) == (None, "e", 64)
     assert (second.method, second.output.name, second.jobs) == (IA3(), "b", ())
-    assert load(LEAST).alone() == (load(LEAST),)
+    assert load(LEAST).per_job() == (load(LEAST),)
 
 
 def test_the_schema_knows_every_method() -> None:
@@ -159,7 +165,7 @@ def test_the_schema_knows_every_method() -> None:
 
 def test_every_setting_is_explained() -> None:
     told = {f"{section.name}.{setting.name}" for section in describe.sections() for setting in section.settings}
-    dumped = load({**LEAST, "jobs": [{"name": "a"}]}).dump()
+    dumped = load({**LEAST, "jobs": [{"name": "a"}]}).to_dict()
     flat = {f"{k}.{inner}" for k, values in dumped.items() if isinstance(values, dict) for inner in values}
     assert flat - {"method.name"} <= told
     for section in describe.sections():
@@ -170,14 +176,14 @@ def test_every_setting_is_explained() -> None:
 
 
 def test_the_example_is_a_run() -> None:
-    text = describe.example()
+    text = describe.example_yaml()
     assert all(len(line) <= 112 for line in text.split("\n"))
-    run = load(yaml_file.parse(text, "example"))
+    run = load(yaml_file.parse_yaml(text, "example"))
     assert run.output.folder.name == "first"
     without_jobs = text.replace("#jobs:", "").replace("#  - name: first", "")
     everything = re.sub(r"^(\s*)#(?=\w+:)", r"\1", without_jobs, flags=re.MULTILINE)
     assert (
-        load(yaml_file.parse(everything, "all of it")) == run
+        load(yaml_file.parse_yaml(everything, "all of it")) == run
     )  # every commented setting stands there with its default
     assert everything.count("\n") == text.count("\n")
-    assert yaml_file.parse(everything, "all of it").keys() >= set(RunConfig.model_fields) - {"jobs"}
+    assert yaml_file.parse_yaml(everything, "all of it").keys() >= set(RunConfig.model_fields) - {"jobs"}

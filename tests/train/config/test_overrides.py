@@ -23,7 +23,7 @@ from kitout.train.config import overrides, yaml_file
     ],
 )  # fmt: skip
 def test_values(words: str, value: Any) -> None:
-    name, found = overrides.value_of(f"a.b={words}")
+    name, found = overrides.parse_override(f"a.b={words}")
     assert name == "a.b"
     assert found == value
     assert type(found) is type(value)
@@ -35,7 +35,7 @@ def test_what_looks_like_an_override() -> None:
     for word in ("=x", "train.=3", "-x=3", "a-b=3", "trän=3", "train..lr=1"):
         assert overrides.is_override(word)
         with pytest.raises(ConfigError, match="a setting is written name=value"):
-            overrides.value_of(word)
+            overrides.parse_override(word)
 
 
 @pytest.mark.parametrize(
@@ -58,26 +58,26 @@ def test_what_looks_like_an_override() -> None:
     ],
 )  # fmt: skip
 def test_apply(values: dict[str, Any], name: str, value: Any, result: dict[str, Any]) -> None:
-    before = yaml_file.written(values)
-    assert overrides.apply(values, name, value) == result
-    assert yaml_file.written(values) == before  # a copy
+    before = yaml_file.to_yaml(values)
+    assert overrides.apply_override(values, name, value) == result
+    assert yaml_file.to_yaml(values) == before  # a copy
 
 
 def test_the_later_wins_and_files_come_first(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("model: m\ndata: d.csv\nmethod: {name: LoRA, rank: 2}\ntrain: {lr: 1e-4}\n")
-    run = overrides.config(file, [])
+    run = overrides.build_config(file, [])
     assert (run.train.lr, run.method) == (1e-4, LoRA(rank=2))
-    run = overrides.config(file, ["train.lr=1", ("model.name", "1e-4"), "train.lr=2e-3", "method.alpha=4"])
+    run = overrides.build_config(file, ["train.lr=1", ("model.name", "1e-4"), "train.lr=2e-3", "method.alpha=4"])
     assert (run.train.lr, run.model.name, run.method) == (2e-3, "1e-4", LoRA(rank=2, alpha=4))
-    assert overrides.config(file, ["method=IA3"]).method == IA3()
-    assert overrides.config(None, ["model=m", "data=d", "method.rank=3"]).method == LoRA(rank=3)
+    assert overrides.build_config(file, ["method=IA3"]).method == IA3()
+    assert overrides.build_config(None, ["model=m", "data=d", "method.rank=3"]).method == LoRA(rank=3)
 
 
 def test_every_fault_at_once() -> None:
     words = ["data=[1", "train.lr=x", "trian.lr=1", "model=m", "model.name.x.y=1", "jobs=[]", "jobs.0.name=a"]
     with pytest.raises(ConfigError) as wrong:
-        overrides.config(None, words)
+        overrides.build_config(None, words)
     told = str(wrong.value)
     for part in ("6 faults", "data=[1", "train.lr: expected a number", "did you mean 'train'", "data: must be said"):
         assert part in told
@@ -87,9 +87,9 @@ def test_every_fault_at_once() -> None:
 
 def test_a_list_needs_a_number() -> None:
     with pytest.raises(ConfigError, match=r"data\.train is a list of 2; say which, for example data\.train\.0"):
-        overrides.apply({"data": {"train": ["a", "b"]}}, "data.train.limit", 3)
+        overrides.apply_override({"data": {"train": ["a", "b"]}}, "data.train.limit", 3)
     with pytest.raises(ConfigError, match=r"'2' is no number of an entry there is \(0 to 1\)"):
-        overrides.apply({"data": {"train": ["a", "b"]}}, "data.train.2.limit", 3)
+        overrides.apply_override({"data": {"train": ["a", "b"]}}, "data.train.2.limit", 3)
 
 
 @pytest.mark.parametrize(
@@ -114,19 +114,19 @@ def test_bad_files(tmp_path: Path, text: str, words: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=words) as wrong:
-        yaml_file.read(file)
+        yaml_file.read_yaml(file)
     assert str(wrong.value).startswith(str(file))
 
 
 def test_no_file(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").touch()
     with pytest.raises(ConfigError, match=r"is not there; beside it: my\.yaml"):
-        yaml_file.read(tmp_path / "run.yaml")
+        yaml_file.read_yaml(tmp_path / "run.yaml")
     with pytest.raises(ConfigError, match="is a folder"):
-        yaml_file.read(tmp_path)
+        yaml_file.read_yaml(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("é: 1".encode("latin-1"))
     with pytest.raises(ConfigError, match="not UTF-8"):
-        yaml_file.read(tmp_path / "latin.yaml")
+        yaml_file.read_yaml(tmp_path / "latin.yaml")
 
 
 def test_what_is_written_is_read_back() -> None:
@@ -149,8 +149,8 @@ def test_what_is_written_is_read_back() -> None:
         "<<",
     ]
     values = {"words": words, "numbers": [1e-5, 1e20, 3, -0.0, float("inf")], "none": None, "odd": "a: b\n#c\x1b é"}
-    assert yaml_file.parse(yaml_file.written(values), "x") == values
-    assert [type(v) for v in yaml_file.parse(yaml_file.written(values), "x")["numbers"]] == [
+    assert yaml_file.parse_yaml(yaml_file.to_yaml(values), "x") == values
+    assert [type(v) for v in yaml_file.parse_yaml(yaml_file.to_yaml(values), "x")["numbers"]] == [
         float,
         float,
         int,
@@ -161,4 +161,4 @@ def test_what_is_written_is_read_back() -> None:
 
 def test_anchors_work_and_merge_keys_too() -> None:
     text = "a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}\n"
-    assert yaml_file.parse(text, "x") == {"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1, "y": 2}}
+    assert yaml_file.parse_yaml(text, "x") == {"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1, "y": 2}}

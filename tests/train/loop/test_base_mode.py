@@ -14,12 +14,12 @@ from torch import nn
 import kitout
 from kitout import Houlsby, Kit, LoRA, PrefixTuning, PromptTuning
 from kitout.base.eval_mode import eval_mode
-from kitout.data.encode.item import Item
+from kitout.data.encode.item import EncodedExample
 from kitout.errors import ConfigError
-from kitout.train.loop.base_mode import at_work
+from kitout.train.loop.base_mode import training_mode
 from kitout.train.loop.jobs import Job
-from kitout.train.objectives.seq2seq_lm import Seq2Seq
-from kitout.train.objectives.sequence import Labels
+from kitout.train.objectives.seq2seq_lm import Seq2SeqLM
+from kitout.train.objectives.sequence import SequenceClassification
 from train.fixtures import ALL, add, causal, far, gradients, job, kit_of, loop_of, texts
 from zoo import ZOO
 
@@ -43,11 +43,13 @@ def dropping(species: str) -> Kit:
 
 def jobs_of(kit: Kit, species: str, names: Sequence[str]) -> list[Job]:
     if species == "bert":
-        items = [Item(item.ids, value=n % 5) for n, item in enumerate(texts(8))]
-        objective: Any = Labels(kit, "classification", 0)
+        items = [EncodedExample(item.input_ids, label=n % 5) for n, item in enumerate(texts(8))]
+        objective: Any = SequenceClassification(kit, "classification", 0)
     elif species in ("t5", "bart"):
-        items = [Item(a.ids, target=b.ids[:5]) for a, b in zip(texts(8), texts(8, 1), strict=True)]
-        objective = Seq2Seq(kit, ALL[species].pad_id)
+        items = [
+            EncodedExample(a.input_ids, target_ids=b.input_ids[:5]) for a, b in zip(texts(8), texts(8, 1), strict=True)
+        ]
+        objective = Seq2SeqLM(kit, ALL[species].pad_id)
         with kit.use(names[0]):
             objective.prepare(list(names), items)
     else:
@@ -69,7 +71,7 @@ def test_activations_computed_again_give_the_same_gradients_and_no_dropout_of_th
     found = {}
     for checkpointing in (False, True):
         for step in (0, 1):  # of which what is drawn would follow
-            with at_work(kit, names, checkpointing):
+            with training_mode(kit, names, checkpointing):
                 found[checkpointing, step] = gradients(kit, jobs, 8 * len(names), step)
     assert far(found[True, 0], found[False, 0]) <= 1e-6, "as without"
     assert all(torch.equal(found[True, 0][key], value) for key, value in found[True, 1].items()), "nothing is drawn"
@@ -93,7 +95,7 @@ def test_less_is_held_between_forward_and_backward() -> None:
 
         batch = one.objective.collate(items, None)
         with (
-            at_work(kit, ["low"], checkpointing),
+            training_mode(kit, ["low"], checkpointing),
             kit.use("low"),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
         ):
@@ -109,7 +111,7 @@ def test_the_adapters_own_dropout_is_drawn_again_the_same_way() -> None:
     kit.train_only("low")
     found = {}
     for checkpointing in (False, True):
-        with at_work(kit, ["low"], checkpointing):
+        with training_mode(kit, ["low"], checkpointing):
             found[checkpointing] = gradients(kit, jobs, 8)
     assert far(found[True], found[False]) <= 1e-6
     assert far(gradients(kit, jobs, 8), found[True]) > 1e-2, "it was drawn"
@@ -118,7 +120,7 @@ def test_the_adapters_own_dropout_is_drawn_again_the_same_way() -> None:
 def test_a_model_without_it_is_told(tmp_path: Path) -> None:
     kit = kit_of("timm-vit")
     add(kit, "low", LoRA(rank=2))
-    with pytest.raises(ConfigError, match=r"train\.checkpointing=false"), at_work(kit, ["low"], True):
+    with pytest.raises(ConfigError, match=r"train\.activation_checkpointing=false"), training_mode(kit, ["low"], True):
         pass
 
 
@@ -148,7 +150,7 @@ def test_measuring_is_in_eval_mode(tmp_path: Path, checkpointing: bool) -> None:
 def test_eval_mode_puts_every_mode_back() -> None:
     kit = kit_of("llama")
     add(kit, "low", LoRA(rank=2, dropout=0.5))
-    with at_work(kit, ["low"], True):
+    with training_mode(kit, ["low"], True):
         before = [module.training for whole in (kit, kit.base) for module in whole.modules()]
         with eval_mode(kit.base, kit):
             with torch.no_grad(), kit.use("low"):

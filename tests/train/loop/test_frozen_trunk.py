@@ -10,9 +10,9 @@ from torch import nn
 
 from kitout import VPT, AdaptFormer, FullFineTuning, Kit, LoRA, PartialFineTuning
 from kitout.method import Method
-from kitout.train.loop.frozen_trunk import Trunk
-from kitout.train.objectives.image_classification import logits
-from kitout.train.setup.heads import batchnorm, linear
+from kitout.train.loop.frozen_trunk import FrozenTrunk
+from kitout.train.objectives.image_classification import image_logits
+from kitout.train.setup.heads import batchnorm_head, linear_head
 from tiny_vision import kit
 from zoo import image_batch
 
@@ -42,14 +42,14 @@ def test_cached_equals_uncached_with_gradients(species: str, method: Method) -> 
     with torch.no_grad():
         for value in adapter.parameters():
             value.add_(torch.randn_like(value), alpha=0.1)
-    trunk = Trunk.below(worn, "a", images(2))
+    trunk = FrozenTrunk.build(worn, "a", images(2))
     assert trunk is not None
     with worn.use("a"):
         rows = trunk.record(images(7, seed=1))
         assert len(rows) == 7
         assert not rows.requires_grad
         found = []
-        for out in (trunk.logits(rows[[4, 0, 6]]), logits(worn, images(7, seed=1)[[4, 0, 6]])):
+        for out in (trunk.logits(rows[[4, 0, 6]]), image_logits(worn, images(7, seed=1)[[4, 0, 6]])):
             adapter.zero_grad()
             out.square().sum().backward()
             found.append([out.detach(), *(p.grad.clone() for p in adapter.parameters() if p.grad is not None)])
@@ -63,7 +63,7 @@ def test_the_trunk_is_what_lies_below_and_no_more() -> None:
     cuts = {}
     for name, method in LATE.items():
         worn.add(name, method)
-        trunk = Trunk.below(worn, name, images(2))
+        trunk = FrozenTrunk.build(worn, name, images(2))
         assert trunk is not None
         cuts[name] = trunk.cut
     last = "dinov2.encoder.layer.2"
@@ -76,9 +76,9 @@ def test_the_frozen_part_does_not_run_again() -> None:
     worn.add(
         "a",
         PartialFineTuning(last=1),
-        heads=heads_of_kind(worn, batchnorm),
+        heads=heads_of_kind(worn, batchnorm_head),
     )
-    trunk = Trunk.below(worn, "a", images(2))
+    trunk = FrozenTrunk.build(worn, "a", images(2))
     assert trunk is not None
     ran: list[str] = []
     for path, module in worn.base.named_modules():
@@ -96,7 +96,7 @@ def test_the_frozen_part_does_not_run_again() -> None:
 def test_there_is_no_trunk_below_what_trains_from_the_start() -> None:
     worn = kit()
     worn.add("a", FullFineTuning())
-    assert Trunk.below(worn, "a", images(2)) is None
+    assert FrozenTrunk.build(worn, "a", images(2)) is None
 
 
 @pytest.mark.parametrize("deep", [False, True])
@@ -107,9 +107,9 @@ def test_below_prompts_lie_the_embeddings_alone(species: str, deep: bool) -> Non
         "a",
         VPT(length=3, deep=deep),
         seed=0,
-        heads=heads_of_kind(worn, linear),
+        heads=heads_of_kind(worn, linear_head),
     )
-    trunk = Trunk.below(worn, "a", images(2))
+    trunk = FrozenTrunk.build(worn, "a", images(2))
     assert trunk is not None
     assert trunk.cut == worn.survey.blocks[0].path
     with worn.use("a"):
@@ -136,4 +136,4 @@ def test_there_is_no_trunk_where_blocks_run_again() -> None:
 
     worn = kitout.attach(Twice(), example_batch={"x": images(2)})
     worn.add("last", PartialFineTuning(names="*blocks.1.*"))
-    assert Trunk.below(worn, "last", images(2)) is None
+    assert FrozenTrunk.build(worn, "last", images(2)) is None

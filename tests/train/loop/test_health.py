@@ -13,9 +13,9 @@ from transformers import TrainingArguments
 
 import kitout
 from kitout import IA3, BitFit, Kit, LoRA
-from kitout.errors import ConfigError, SilentSite
-from kitout.train.loop.jobs import Diverged, Job
-from kitout.train.loop.trainer import Loop
+from kitout.errors import ConfigError, UnusedSite
+from kitout.train.loop.jobs import Job, TrainingDiverged
+from kitout.train.loop.trainer import JobTrainer
 from train.fixtures import add, causal, job, kit_of, loop_of, losses, texts, trained, values
 from zoo import ZOO
 
@@ -29,7 +29,7 @@ def test_a_trained_value_without_a_gradient_is_named(tmp_path: Path) -> None:
     kit = kit_of("llama")
     add(kit, "low", LoRA(rank=2))
     kit["low"].register_parameter("forgotten", nn.Parameter(torch.zeros(3)))
-    with pytest.raises(SilentSite, match=r"1 trained tensors got no gradient .*low: forgotten"):
+    with pytest.raises(UnusedSite, match=r"1 trained tensors got no gradient .*low: forgotten"):
         trained(kit, [one_job(kit)], tmp_path)
 
 
@@ -39,21 +39,21 @@ def test_gradients_that_are_all_zero_are_none(tmp_path: Path) -> None:
     with torch.no_grad():
         for value in kit["low"].parameters():
             value.zero_()  # A and B: neither reaches the other
-    with pytest.raises(SilentSite, match=r"low: all of them are zero"):
+    with pytest.raises(UnusedSite, match=r"low: all of them are zero"):
         trained(kit, [one_job(kit)], tmp_path)
 
 
 def test_a_rate_at_which_nothing_moves_is_an_error(tmp_path: Path) -> None:
     kit = kit_of("llama")
     add(kit, "low", LoRA(rank=2))
-    with pytest.raises(SilentSite, match="'low' after 2 steps: nothing in it has changed"):
+    with pytest.raises(UnusedSite, match="'low' after 2 steps: nothing in it has changed"):
         trained(kit, [one_job(kit, lr=1e-30, decay=0.0)], tmp_path)
 
 
 def test_a_rate_at_which_nothing_shows_is_an_error(tmp_path: Path) -> None:
     kit = kit_of("llama")
     kit.add("low", LoRA(rank=2), seed=0)  # B starts at zero: any step moves it, and no step shows
-    with pytest.raises(SilentSite, match="'low' after 4 steps: the model says the same with and without it"):
+    with pytest.raises(UnusedSite, match="'low' after 4 steps: the model says the same with and without it"):
         trained(kit, [one_job(kit, lr=1e-20, decay=0.0)], tmp_path)
 
 
@@ -63,15 +63,15 @@ def test_a_first_step_too_small_for_half_precision_is_waited_for(tmp_path: Path)
     one = one_job(kit, steps=12, lr=3e-3, warmup=0.9, schedule="constant")
     loop = loop_of(kit, [one], tmp_path)
     silent = []
-    check = loop.health._silent
-    loop.health._silent = lambda asked: silent.append(check(asked)) or silent[-1]  # type: ignore[method-assign]
+    check = loop.health._without_visible_effect
+    loop.health._without_visible_effect = lambda asked: silent.append(check(asked)) or silent[-1]  # type: ignore[method-assign]
     smaller(loop, 1e-4)
     loop.train()
     assert silent[0], "after two small steps bfloat16 shows nothing"
     assert not silent[-1]
 
 
-def smaller(loop: Loop, times: float) -> None:
+def smaller(loop: JobTrainer, times: float) -> None:
     """The first two steps hardly move."""
     create = loop.create_scheduler
 
@@ -93,11 +93,11 @@ def test_no_number_stops_a_run_and_says_where(tmp_path: Path) -> None:
         kit.base.get_submodule("model.layers.1.mlp.down_proj").weight[3, 5] = float("nan")
     before = values(kit, "low")
     with pytest.raises(
-        Diverged, match=r"'low', step 1: the gradient's norm is nan; try a lower train.lr than 0.001"
+        TrainingDiverged, match=r"'low', step 1: the gradient's norm is nan; try a lower train.lr than 0.001"
     ) as told:
         trained(kit, [one], tmp_path)
     (note,) = json.loads((tmp_path / "diverged.json").read_text())
-    places = [one.items[i].place for i in one.steps[0]]
+    places = [one.examples[i].place for i in one.batches[0]]
     assert note == {"job": "low", "step": 1, "norm": "nan", "lr": 0.001, "examples": places}
     assert places[0] in str(told.value)
     assert all(torch.equal(value, before[name]) for name, value in values(kit, "low").items()), "it was not stepped"
@@ -109,7 +109,7 @@ def test_each_job_is_clipped_by_its_own_norm(tmp_path: Path) -> None:
     add(kit, "scale", IA3())
     items = texts(8)
     jobs = [
-        job(name, causal(kit, ["low", "scale"], items), items, clip=clip, steps=1)
+        job(name, causal(kit, ["low", "scale"], items), items, max_grad_norm=clip, steps=1)
         for name, clip in (("low", 1e-3), ("scale", 1e6))
     ]
     loop = loop_of(kit, jobs, tmp_path)
@@ -164,4 +164,4 @@ def test_what_trainer_must_leave_to_us_is_told_at_once(tmp_path: Path) -> None:
         output_dir=str(tmp_path), gradient_accumulation_steps=2, bf16=True, use_cpu=True, report_to="none"
     )
     with pytest.raises(ConfigError, match=r"(?s)gradient_accumulation_steps.*fp16, bf16"):
-        Loop(kit, [one_job(kit)], tmp_path, args)
+        JobTrainer(kit, [one_job(kit)], tmp_path, args)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from kitout import IA3, Houlsby, Kit, LoRA, PrefixTuning, PromptTuning
-from kitout.data.encode.item import Item
+from kitout.data.encode.item import EncodedExample
 from kitout.train.loop.jobs import Job
-from kitout.train.loop.step import Work
-from kitout.train.loop.trainer import Loop
-from kitout.train.objectives.sequence import Labels
+from kitout.train.loop.step import StepRunner
+from kitout.train.loop.trainer import JobTrainer
+from kitout.train.objectives.sequence import SequenceClassification
 from train.fixtures import add, causal, job, kit_of, texts, trained, values
 from zoo import D
 
@@ -32,9 +32,25 @@ def jobs_of(names: Sequence[str], species: str = "llama", dtype: torch.dtype = t
         "drop": LoRA(rank=2, dropout=0.3), "text": PromptTuning(length=2), "serial": Houlsby(width=4),
     }  # fmt: skip
     settings: dict[str, dict[str, Any]] = {
-        "low": {"steps": 6, "batch": 4, "lr": 3e-3, "clip": 0.1, "schedule": "cosine", "seed": 3, "warmup": 0.3},
-        "scale": {"steps": 4, "batch": 2, "lr": 1e-2, "clip": 10.0, "schedule": "linear", "seed": 4},
-        "front": {"steps": 8, "batch": 3, "lr": 2e-2, "clip": 0.5, "schedule": "constant", "seed": 5, "decay": 0.0},
+        "low": {
+            "steps": 6,
+            "batch": 4,
+            "lr": 3e-3,
+            "max_grad_norm": 0.1,
+            "lr_schedule": "cosine",
+            "seed": 3,
+            "warmup_ratio": 0.3,
+        },
+        "scale": {"steps": 4, "batch": 2, "lr": 1e-2, "max_grad_norm": 10.0, "lr_schedule": "linear", "seed": 4},
+        "front": {
+            "steps": 8,
+            "batch": 3,
+            "lr": 2e-2,
+            "max_grad_norm": 0.5,
+            "lr_schedule": "constant",
+            "seed": 5,
+            "weight_decay": 0.0,
+        },
         "drop": {"steps": 5, "batch": 3, "lr": 5e-3, "seed": 6},
         "text": {"steps": 5, "batch": 2, "lr": 5e-3, "seed": 7},
         "serial": {"steps": 3, "batch": 2, "lr": 5e-3, "seed": 8},
@@ -51,7 +67,7 @@ def jobs_of(names: Sequence[str], species: str = "llama", dtype: torch.dtype = t
 def off(folder: Path, names: Sequence[str], most: float, **how: Any) -> None:
     """Joint against alone, for every job."""
     kit, jobs = jobs_of(names, **how)
-    work = trained(kit, jobs, folder, micro=5).work
+    work = trained(kit, jobs, folder, micro=5).step_runner
     assert work.sums == [[0.0, 0.0] for _ in jobs]
     for name in names:
         alone, one = jobs_of([name], **how)
@@ -76,10 +92,10 @@ def test_learned_positions_too(tmp_path: Path) -> None:
 
 def test_jobs_without_dropout_share_their_forwards() -> None:
     kit, jobs = jobs_of(NAMES)
-    rows = [(j, i) for j, one in enumerate(jobs) for i in one.steps[0]]
-    parts = Work(kit, jobs, 100).parts(rows)
+    rows = [(j, i) for j, one in enumerate(jobs) for i in one.batches[0]]
+    parts = StepRunner(kit, jobs, 100).micro_batches(rows)
     assert [sorted({NAMES[j] for j, _ in part.rows}) for part in parts] == [["front", "low", "scale"], ["drop"]]
-    parts = Work(kit, jobs, 2).parts(rows)
+    parts = StepRunner(kit, jobs, 2).micro_batches(rows)
     assert sorted(row for part in parts for row in part.rows) == sorted(rows)
     assert [part.number for part in parts] == [0, 1, 2, 3, 4, 0, 1]
 
@@ -89,15 +105,15 @@ def test_packed_jobs_and_heads_of_other_widths_go_by_themselves() -> None:
     classes = {"two": 2, "three": 3, "also-three": 3}
     for name, width in classes.items():
         add(kit, name, LoRA(rank=2), heads={"classifier": nn.Linear(D, width)})
-    items = [Item(item.ids, value=0) for item in texts(4)]
-    jobs = [job(name, Labels(kit, "classification", 0), items) for name in classes]
-    parts = Work(kit, jobs, 100).parts([(j, 0) for j in range(3)])
+    items = [EncodedExample(item.input_ids, label=0) for item in texts(4)]
+    jobs = [job(name, SequenceClassification(kit, "classification", 0), items) for name in classes]
+    parts = StepRunner(kit, jobs, 100).micro_batches([(j, 0) for j in range(3)])
     assert [[j for j, _ in part.rows] for part in parts] == [[0], [1, 2]]
     llama = kit_of("llama")
     add(llama, "a", LoRA(rank=2))
     add(llama, "b", LoRA(rank=2))
     packed = [job(name, causal(llama, ["a", "b"], texts(4), pack=30), texts(4)) for name in ("a", "b")]
-    assert len(Work(llama, packed, 100).parts([(0, 0), (1, 0)])) == 2
+    assert len(StepRunner(llama, packed, 100).micro_batches([(0, 0), (1, 0)])) == 2
 
 
 def test_one_that_diverges_leaves_the_others_as_they_are(tmp_path: Path) -> None:
@@ -105,10 +121,10 @@ def test_one_that_diverges_leaves_the_others_as_they_are(tmp_path: Path) -> None
     poisoned = [poisoned_at(jobs[1], 2)]
     with pytest.warns(RuntimeWarning, match="'scale', step 3: the gradient's norm is nan.*the other jobs go on"):
         loop = trained(kit, [jobs[0], *poisoned, jobs[2]], tmp_path / "joint")
-    assert list(loop.health.stopped) == ["scale"]
+    assert list(loop.health.diverged) == ["scale"]
     (note,) = json.loads((tmp_path / "joint" / "diverged.json").read_text())
     assert (note["job"], note["step"]) == ("scale", 3)
-    assert set(note["examples"]) == {f"line {i + 1}" for i in jobs[1].steps[2]}
+    assert set(note["examples"]) == {f"line {i + 1}" for i in jobs[1].batches[2]}
     last = [row for row in loop.state.log_history if "low/loss" in row][-1]
     assert "scale/loss" not in last
     for name in ("low", "front"):
@@ -134,7 +150,7 @@ def poisoned_at(one: Job, step: int) -> Job:
             return objective.losses(model, batch, weights * float("nan") if self.seen > step else weights)
 
     made: Any = Poisoned()
-    return Job(one.name, made, one.items, one.steps, one.settings)
+    return Job(one.name, made, one.examples, one.batches, one.settings)
 
 
 def test_when_the_last_one_at_work_has_diverged_the_run_ends(tmp_path: Path) -> None:
@@ -145,5 +161,5 @@ def test_when_the_last_one_at_work_has_diverged_the_run_ends(tmp_path: Path) -> 
     assert losses_of(loop, "front/loss") == 7
 
 
-def losses_of(loop: Loop, name: str) -> int:
+def losses_of(loop: JobTrainer, name: str) -> int:
     return sum(name in row for row in loop.state.log_history)

@@ -21,9 +21,9 @@ from kitout import (
     PromptTuning,
 )
 from kitout.errors import KitoutError
-from kitout.method import methods
+from kitout.method import registered_methods
 from kitout.runtime.adapter import Adapter
-from kitout.train.loop.optimizer import check_rate, groups, highest, refused
+from kitout.train.loop.optimizer import check_learning_rate, parameter_groups, refuse_above, warn_above
 from laws.cases import CASES
 from tiny_vision import kit as vision_kit
 from zoo import ZOO
@@ -42,7 +42,7 @@ def named(adapter: Adapter, parted: list[dict[str, Any]]) -> dict[str, tuple[flo
 @pytest.mark.parametrize("case", [c for c in CASES if not c.refused(ZOO["llama"])], ids=lambda c: c.name)
 def test_groups_part_the_parameters_exactly(case: Any) -> None:
     adapter = worn(case.method, {"lm_head": nn.Linear(ZOO["llama"].width, 5)} if "lora" in case.name else None)
-    parted = groups(adapter)
+    parted = parameter_groups(adapter)
     held = [id(value) for group in parted for value in group["params"]]
     assert sorted(held) == sorted(map(id, adapter.parameters()))
     assert len(set(held)) == len(held)
@@ -55,7 +55,7 @@ def test_groups_part_the_parameters_exactly(case: Any) -> None:
 def test_lora_plus_trains_b_faster_and_nothing_else() -> None:
     for method in (LoRA(rank=2), LoRA(rank=2, dora=True)):
         adapter = worn(method, {"lm_head": nn.Linear(ZOO["llama"].width, 5)})
-        found = named(adapter, groups(adapter, 1e-3, decay=0.1, head_lr=5e-3, ratio=16))
+        found = named(adapter, parameter_groups(adapter, 1e-3, weight_decay=0.1, head_lr=5e-3, loraplus_ratio=16))
         for name, (lr, decay) in found.items():
             if name.startswith("heads."):
                 assert (lr, decay) == (5e-3, 0.1 if name.endswith("weight") else 0.0)
@@ -68,7 +68,7 @@ def test_lora_plus_trains_b_faster_and_nothing_else() -> None:
 
 def test_lora_plus_on_a_method_without_b_is_refused() -> None:
     with pytest.raises(KitoutError, match=r"ratio=16 is LoRA\+'s, of B to A, and IA3 has neither"):
-        groups(worn(IA3()), ratio=16)
+        parameter_groups(worn(IA3()), loraplus_ratio=16)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_lora_plus_on_a_method_without_b_is_refused() -> None:
 )
 def test_scales_shifts_prompts_and_prefixes_do_not_decay(method: Method) -> None:
     adapter = worn(method, {"lm_head": nn.Linear(ZOO["llama"].width, 5)})
-    for name, (_, decay) in named(adapter, groups(adapter, decay=0.1)).items():
+    for name, (_, decay) in named(adapter, parameter_groups(adapter, weight_decay=0.1)).items():
         assert decay == (0.1 if name == "heads.lm_head.module.weight" else 0.0), name
 
 
@@ -86,37 +86,39 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     for method in (Houlsby(width=3), FullFineTuning(), PartialFineTuning(last=1)):
         adapter = worn(method)
         values = dict(adapter.named_parameters())
-        for name, (_, decay) in named(adapter, groups(adapter, decay=0.1)).items():
+        for name, (_, decay) in named(adapter, parameter_groups(adapter, weight_decay=0.1)).items():
             assert decay == (0.1 if values[name].ndim > 1 else 0.0), name
 
 
 def test_a_head_of_an_image_model_has_its_own_rate() -> None:
     kit = vision_kit()
     adapter = kit.add("a", kitout.VPT(length=2), seed=0, heads={"classifier": nn.Linear(64, 3)})
-    rates = {name.split(".")[0]: lr for name, (lr, _) in named(adapter, groups(adapter, head_lr=7e-3)).items()}
-    assert rates == {"deltas": kitout.VPT.rate.lr, "heads": 7e-3}
+    rates = {
+        name.split(".")[0]: lr for name, (lr, _) in named(adapter, parameter_groups(adapter, head_lr=7e-3)).items()
+    }
+    assert rates == {"deltas": kitout.VPT.training.lr, "heads": 7e-3}
 
 
 def test_every_fault_is_told_at_once() -> None:
     with pytest.raises(KitoutError) as caught:
-        groups(worn(IA3()), -1.0, decay=float("nan"), head_lr=float("inf"), ratio=0.0)
+        parameter_groups(worn(IA3()), -1.0, weight_decay=float("nan"), head_lr=float("inf"), loraplus_ratio=0.0)
     assert all(word in str(caught.value) for word in ("lr=-1.0", "decay=nan", "head_lr=inf", "ratio=0.0"))
 
 
-@pytest.mark.parametrize("method", list(methods()), ids=lambda m: m.__name__)
+@pytest.mark.parametrize("method", list(registered_methods()), ids=lambda m: m.__name__)
 def test_a_rate_far_off_is_told(method: type[Method]) -> None:
-    own = method.rate.lr
-    assert check_rate(method, own) is None
-    assert check_rate(method, 5 * own) is None
-    assert check_rate(method, own / 30) is None
-    assert f"times the {own:g} that {method.__name__}" in str(check_rate(method, highest(method)))
-    assert "may not learn" in str(check_rate(method, own / 1000))
-    for mad in (refused(method), 1000 * own):
+    own = method.training.lr
+    assert check_learning_rate(method, own) is None
+    assert check_learning_rate(method, 5 * own) is None
+    assert check_learning_rate(method, own / 30) is None
+    assert f"times the {own:g} that {method.__name__}" in str(check_learning_rate(method, warn_above(method)))
+    assert "may not learn" in str(check_learning_rate(method, own / 1000))
+    for mad in (refuse_above(method), 1000 * own):
         with pytest.raises(KitoutError, match=f"for {method.__name__} is .* times its default of {own:g}.* write lr="):
-            check_rate(method, mad)
+            check_learning_rate(method, mad)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1e-3, float("nan"), float("inf")])
 def test_no_rate_at_all_is_refused(bad: float) -> None:
     with pytest.raises(KitoutError, match="write a number above 0; its default is"):
-        check_rate(LoRA(), bad)
+        check_learning_rate(LoRA(), bad)

@@ -16,19 +16,19 @@ from transformers import AutoModelForTokenClassification
 
 import kitout
 from kitout import Kit, LoRA, Method, PrefixTuning, PromptTuning
-from kitout.data.encode.item import IGNORED, Item
+from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.data.images.augment import Augment
-from kitout.data.images.image_set import Images
-from kitout.data.images.pixels import Pixels
+from kitout.data.images.image_set import ImageSet
+from kitout.data.images.pixels import PixelProcessor
 from kitout.errors import ConfigError
-from kitout.train.loop.batch_plan import plan
-from kitout.train.loop.step import Work, mixed
-from kitout.train.objectives.causal_lm import Leaks
-from kitout.train.objectives.image_classification import Pictures
+from kitout.train.loop.batch_plan import plan_batches
+from kitout.train.loop.step import StepRunner, combine_seeds
+from kitout.train.objectives.causal_lm import PackingLeak
+from kitout.train.objectives.image_classification import ImageClassification
 from kitout.train.objectives.objective import Objective
-from kitout.train.objectives.seq2seq_lm import Seq2Seq
-from kitout.train.objectives.sequence import Kind, Labels
-from kitout.train.objectives.token_classification import Tagging
+from kitout.train.objectives.seq2seq_lm import Seq2SeqLM
+from kitout.train.objectives.sequence import SequenceClassification, SequenceTask
+from kitout.train.objectives.token_classification import TokenClassification
 from train import subprocess_runs as runs
 from train.fixtures import ALL, add, causal, far, gradients, grads_of, job, kit_of, nothing, texts, trained, values
 from train.other_processes import apart
@@ -37,59 +37,68 @@ from zoo import IMAGE, LABELS, ZOO, D, out
 Hand = Callable[[Kit, Any], Tensor]  # the loss of one example, summed, by the plain model
 
 
-def ids_of(item: Item) -> dict[str, Tensor]:
-    return {"input_ids": torch.tensor([item.ids]), "attention_mask": torch.ones(1, len(item.ids), dtype=torch.long)}
+def ids_of(item: EncodedExample) -> dict[str, Tensor]:
+    return {
+        "input_ids": torch.tensor([item.input_ids]),
+        "attention_mask": torch.ones(1, len(item.input_ids), dtype=torch.long),
+    }
 
 
-def of_text(kit: Kit, item: Item) -> Tensor:
+def of_text(kit: Kit, item: EncodedExample) -> Tensor:
     logits = kit(**ids_of(item)).logits[0, :-1]
-    return F.cross_entropy(logits, torch.tensor(item.labels[1:]), ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(logits, torch.tensor(item.labels[1:]), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def of_target(kit: Kit, item: Item) -> Tensor:
-    read = torch.tensor([(kit.config.decoder_start_token_id, *item.target[:-1])])
+def of_target(kit: Kit, item: EncodedExample) -> Tensor:
+    read = torch.tensor([(kit.config.decoder_start_token_id, *item.target_ids[:-1])])
     logits = kit(**ids_of(item), decoder_input_ids=read).logits[0]
-    return F.cross_entropy(logits, torch.tensor(item.target), reduction="sum")
+    return F.cross_entropy(logits, torch.tensor(item.target_ids), reduction="sum")
 
 
-def of_class(kit: Kit, item: Item) -> Tensor:
-    return F.cross_entropy(kit(**ids_of(item)).logits, torch.tensor([item.value]))
+def of_class(kit: Kit, item: EncodedExample) -> Tensor:
+    return F.cross_entropy(kit(**ids_of(item)).logits, torch.tensor([item.label]))
 
 
-def of_number(kit: Kit, item: Item) -> Tensor:
-    return (kit(**ids_of(item)).logits[0, 0] - item.value) ** 2
+def of_number(kit: Kit, item: EncodedExample) -> Tensor:
+    return (kit(**ids_of(item)).logits[0, 0] - item.label) ** 2
 
 
-def of_several(kit: Kit, item: Item) -> Tensor:
-    return F.binary_cross_entropy_with_logits(kit(**ids_of(item)).logits[0], torch.tensor(item.value))
+def of_several(kit: Kit, item: EncodedExample) -> Tensor:
+    return F.binary_cross_entropy_with_logits(kit(**ids_of(item)).logits[0], torch.tensor(item.label))
 
 
-def of_tokens(kit: Kit, item: Item) -> Tensor:
+def of_tokens(kit: Kit, item: EncodedExample) -> Tensor:
     logits = kit(**ids_of(item)).logits[0]
-    return F.cross_entropy(logits, torch.tensor(item.labels), ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(logits, torch.tensor(item.labels), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def valued(kind: Kind) -> list[Item]:
+def valued(kind: SequenceTask) -> list[EncodedExample]:
     draw = torch.Generator().manual_seed(0)
     values: dict[str, Callable[[], Any]] = {
         "classification": lambda: int(torch.randint(0, 3, (), generator=draw)),
         "regression": lambda: float(torch.randn((), generator=draw)),
         "multilabel": lambda: tuple(torch.randint(0, 2, (3,), generator=draw).float().tolist()),
     }
-    return [Item(item.ids, value=values[kind]()) for item in texts(7)]
+    return [EncodedExample(item.input_ids, label=values[kind]()) for item in texts(7)]
 
 
-def targeted() -> list[Item]:
-    return [Item(item.ids, target=other.ids[:5]) for item, other in zip(texts(7), texts(7, seed=1), strict=True)]
-
-
-def tagged() -> list[Item]:
+def targeted() -> list[EncodedExample]:
     return [
-        Item(item.ids, tuple(IGNORED if i % 3 == 0 else i % LABELS for i in range(len(item.ids)))) for item in texts(7)
+        EncodedExample(item.input_ids, target_ids=other.input_ids[:5])
+        for item, other in zip(texts(7), texts(7, seed=1), strict=True)
     ]
 
 
-def labelled(species: str, kind: Kind) -> tuple[Kit, Objective, list[Item], Hand]:
+def tagged() -> list[EncodedExample]:
+    return [
+        EncodedExample(
+            item.input_ids, tuple(IGNORE_INDEX if i % 3 == 0 else i % LABELS for i in range(len(item.input_ids)))
+        )
+        for item in texts(7)
+    ]
+
+
+def labelled(species: str, kind: SequenceTask) -> tuple[Kit, Objective, list[EncodedExample], Hand]:
     width = {"classification": 3, "regression": 1, "multilabel": 3}[kind]
     if species == "llama":
         kit, head, filler = kitout.attach(llama_classifier()).eval(), "score", 0
@@ -97,7 +106,7 @@ def labelled(species: str, kind: Kind) -> tuple[Kit, Objective, list[Item], Hand
         kit, head, filler = kit_of(species), "classifier", ALL[species].pad_id
     add(kit, "low", LoRA(rank=2), heads={head: nn.Linear(D, width)})
     hand: dict[str, Hand] = {"classification": of_class, "regression": of_number, "multilabel": of_several}
-    return kit, Labels(kit, kind, filler), valued(kind), hand[kind]
+    return kit, SequenceClassification(kit, kind, filler), valued(kind), hand[kind]
 
 
 def llama_classifier() -> nn.Module:
@@ -115,13 +124,13 @@ def made(kind: str) -> tuple[Kit, Objective, Sequence[Any], Hand]:
     if form == "tagging":
         kit = kitout.attach(AutoModelForTokenClassification.from_config(ZOO["bert"].build().config).float()).eval()
         add(kit, "low", LoRA(rank=2))
-        return kit, Tagging(kit, 0), tagged(), of_tokens
+        return kit, TokenClassification(kit, 0), tagged(), of_tokens
     kit = kit_of(species)
     add(kit, "low", LoRA(rank=2, targets="all-linear"))
     if form == "seq2seq":
-        objective = Seq2Seq(kit, ALL[species].pad_id)
+        objective = Seq2SeqLM(kit, ALL[species].pad_id)
         with kit.use("low"):
-            objective.prepare(["low"], targeted())
+            objective.choose_head_loss(["low"], targeted())
         return kit, objective, targeted(), of_target
     if form == "images":
         return *pictured(kit), of_picture
@@ -143,15 +152,15 @@ class Plain:
 def pictured(kit: Kit) -> tuple[Kit, Objective, Sequence[int]]:
     draw = np.random.default_rng(0)
     pictures = tuple(draw.integers(0, 255, (IMAGE, IMAGE, 3), dtype=np.uint8) for _ in range(7))
-    images = Images(pictures, tuple(i % 3 for i in range(7)), ("a", "b", "c"), ("",) * 7, ("",) * 7)
-    return kit, Pictures(kit, images, Pixels(Plain(), augment=Augment(crop=0.5))), range(7)
+    images = ImageSet(pictures, tuple(i % 3 for i in range(7)), ("a", "b", "c"), ("",) * 7, ("",) * 7)
+    return kit, ImageClassification(kit, images, PixelProcessor(Plain(), augment=Augment(min_crop=0.5))), range(7)
 
 
 def of_picture(kit: Kit, item: int) -> Tensor:
     """As the seed of this step and example changes it."""
     _, objective, _ = pictured(kit)
-    batch = objective.collate([item], [mixed(0, 0, item)])
-    return F.cross_entropy(out(kit(batch.inputs["pixel_values"])), batch.gold["values"])
+    batch = objective.collate([item], [combine_seeds(0, 0, item)])
+    return F.cross_entropy(out(kit(batch.inputs["pixel_values"])), batch.targets["values"])
 
 
 KINDS = [
@@ -170,7 +179,7 @@ def test_however_cut_a_step_is_the_loss_written_by_hand(kind: str) -> None:
         if micro == 1:
             kit["low"].zero_grad()
             with kit.use("low"):
-                (sum(hand(kit, items[i]) for i in one.steps[0]) / one.terms(0)).backward()
+                (sum(hand(kit, items[i]) for i in one.batches[0]) / one.num_targets(0)).backward()
             wanted = grads_of(kit, [one])
         assert far(found, wanted) <= 2e-6, f"micro {micro}"
 
@@ -184,7 +193,7 @@ def test_packed_rows_learn_what_single_ones_learn(species: str, attention: str) 
     add(kit, "low", LoRA(rank=2, targets="all-linear"))
     packed = job("low", causal(kit, ["low"], items, pack=26), items, steps=1, batch=9)
     batch = packed.objective.collate(items, None)
-    assert batch.inputs["input_ids"].shape[0] < len(items) == batch.rows
+    assert batch.inputs["input_ids"].shape[0] < len(items) == batch.num_examples
     alone = job("low", causal(kit, ["low"], items), items, steps=1, batch=9)
     assert far(gradients(kit, [packed], 9), gradients(kit, [alone], 9)) <= 1e-6
 
@@ -193,7 +202,7 @@ def test_packed_rows_learn_what_single_ones_learn(species: str, attention: str) 
 def test_what_stands_in_front_of_a_text_is_not_packed(method: Method) -> None:
     kit, items = kit_of("llama"), texts(9)
     add(kit, "front", method)
-    with pytest.raises(Leaks):  # given positions are those of texts that nothing stands in front of
+    with pytest.raises(PackingLeak):  # given positions are those of texts that nothing stands in front of
         causal(kit, ["front"], items, pack=26)
 
 
@@ -201,7 +210,7 @@ def test_what_stands_in_front_of_a_text_is_not_packed(method: Method) -> None:
 def test_a_model_that_does_not_part_packed_rows_is_refused(species: str) -> None:
     kit, items = kit_of(species), texts(9)
     add(kit, "low", LoRA(rank=2))
-    with pytest.raises(Leaks, match=r"train\.packing=false"):
+    with pytest.raises(PackingLeak, match=r"train\.packing=false"):
         causal(kit, ["low"], items, pack=26)
 
 
@@ -213,7 +222,7 @@ def test_a_mask_that_forgets_positions_is_noticed() -> None:
     inner.model.forward = lambda **asked: forward(
         **asked | {"attention_mask": torch.ones_like(asked["input_ids"])}
     )  # a mask of ones says: all of one piece
-    with pytest.raises(Leaks):
+    with pytest.raises(PackingLeak):
         causal(kit, ["low"], items, pack=26)
 
 
@@ -239,7 +248,7 @@ def test_after_memory_ran_out_the_run_is_the_one_of_smaller_batches_bit_for_bit(
     halved, (loop, told) = run(8, 2)
     small, (other, silent) = run(2, 8)
     assert loop.work.micro == 2 == loop.work.halved
-    assert told == [f"memory ran out: going on with train.micro_batch={n}" for n in (4, 2)]
+    assert told == [f"memory ran out: going on with train.micro_batch_size={n}" for n in (4, 2)]
     assert silent == []
     assert all(
         torch.equal(a, b) for a, b in zip(values(halved, "low").values(), values(small, "low").values(), strict=True)
@@ -288,7 +297,7 @@ def test_memory_that_really_runs_out() -> None:
 
 def test_a_mixture_is_drawn_by_weight_and_size() -> None:
     sets = [range(100), range(100, 400)]
-    order = plan([5] * 400, 10, 1000, seed=0, sets=sets, weights=[3.0, 1.0])
+    order = plan_batches([5] * 400, 10, 1000, seed=0, ranges=sets, weights=[3.0, 1.0])
     drawn = [i for rows in order for i in rows]
     assert abs(sum(i < 100 for i in drawn) / len(drawn) - 0.5) < 0.02
     first = [i for i in drawn if i < 100]
@@ -297,7 +306,7 @@ def test_a_mixture_is_drawn_by_weight_and_size() -> None:
 
 def test_the_plan_follows_from_its_seed_and_groups_lengths() -> None:
     sizes = [(7 * i) % 50 + 1 for i in range(320)]
-    one, again, other = (plan(sizes, 8, 40, seed) for seed in (0, 0, 1))
+    one, again, other = (plan_batches(sizes, 8, 40, seed) for seed in (0, 0, 1))
     assert one == again != other
     assert sorted(i for rows in one for i in rows) == list(range(320)), "one epoch: each exactly once"
     spread = [max(sizes[i] for i in rows) - min(sizes[i] for i in rows) for rows in one]
@@ -308,20 +317,20 @@ def test_the_plan_follows_from_its_seed_and_groups_lengths() -> None:
 
 def test_an_empty_set_is_refused() -> None:
     with pytest.raises(ConfigError, match="without an example"):
-        plan([], 2, 1, 0)
+        plan_batches([], 2, 1, 0)
     with pytest.raises(ConfigError, match=r"\[3, 0\]"):
-        plan([1, 2, 3], 2, 1, 0, sets=[range(3), range(3, 3)])
+        plan_batches([1, 2, 3], 2, 1, 0, ranges=[range(3), range(3, 3)])
 
 
 def test_processor_seconds_add_up_over_a_resume() -> None:
     kit, items = kit_of("llama"), texts(8)
     add(kit, "low", LoRA(rank=2))
     one = job("low", causal(kit, ["low"], items), items, steps=2)
-    rows = [(0, i) for i in one.steps[0]]
-    first = Work(kit, [one], 4)
+    rows = [(0, i) for i in one.batches[0]]
+    first = StepRunner(kit, [one], 4)
     first.step(kit, rows, 0, Tensor.backward, nothing)
     assert first.processor_seconds > 0
-    again = Work(kit, [one], 4)
+    again = StepRunner(kit, [one], 4)
     again.restore(first.state())
     assert again.processor_seconds == first.processor_seconds
     kit["low"].zero_grad()

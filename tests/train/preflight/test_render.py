@@ -10,22 +10,22 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kitout.data.encode.item import IGNORED, Item
-from kitout.data.statistics import facts
+from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
+from kitout.data.statistics import compute_statistics
 from kitout.runtime.count import ParameterCount
-from kitout.train.preflight.render import BAR, Preflight, bar, save, show, text
+from kitout.train.preflight.render import MAX_BAR_WIDTH, PreflightPage, bar, page_text, print_page, save_pages
 
 HOSTILE = "\x1b[31mred\x1b]0;title\x07 [bold]x[/bold] [/] :smile: \u202eback\x9b2J \r over \x00"
 
 
-def item(masked: int, learnt: int, place: str = "") -> Item:
+def item(masked: int, learnt: int, place: str = "") -> EncodedExample:
     ids = tuple(range(masked + learnt))
-    return Item(ids, (IGNORED,) * masked + ids[masked:], place=place)
+    return EncodedExample(ids, (IGNORE_INDEX,) * masked + ids[masked:], location=place)
 
 
-PAGE = Preflight(
+PAGE = PreflightPage(
     settings={"model": "tiny", "method": "LoRA(rank=8)"},
-    facts=facts({"train": [item(30, n, f"a.jsonl line {n}") for n in range(1, 60)], "test": [item(9, 3)]}),
+    facts=compute_statistics({"train": [item(30, n, f"a.jsonl line {n}") for n in range(1, 60)], "test": [item(9, 3)]}),
     example=[("User: hi\nBot: ", False), ("hello", True), ("\n", False)],
     answer="",
     count=ParameterCount(1000, 1000, 10, 0.5, 4000, 990),
@@ -37,15 +37,15 @@ PAGE = Preflight(
 )
 
 
-def coloured(page: Preflight, width: int = 100) -> str:
+def coloured(page: PreflightPage, width: int = 100) -> str:
     console = Console(force_terminal=True, color_system="truecolor", width=width, file=io.StringIO(), no_color=False)
-    show(page, console)
+    print_page(page, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
 def test_it_says_what_matters() -> None:
-    told = text(PAGE)
+    told = page_text(PAGE)
     for part in ("tiny", "LoRA(rank=8)", "train", "59", "a.jsonl line 59", "attn.q", "0-3", "8 -> 8", "1,000 values"):
         assert part in told
     for part in ("12", "3.0 GiB", "1:15 min", "75 s"):
@@ -56,7 +56,7 @@ def test_it_says_what_matters() -> None:
 
 
 def test_without_colour_there_are_marks_and_no_escapes() -> None:
-    told = text(PAGE)
+    told = page_text(PAGE)
     assert "User: hi\n Bot: «hello»" in told
     assert "«learnt»" in told
     assert "\x1b" not in told
@@ -65,7 +65,7 @@ def test_without_colour_there_are_marks_and_no_escapes() -> None:
 
 def test_marks_are_never_in_the_text() -> None:
     page = replace(PAGE, example=[("a « b ⟧ c", False), ("say ❯ [[x]]", True)])
-    assert "««say ❯ [[x]]»»" in text(page)
+    assert "««say ❯ [[x]]»»" in page_text(page)
 
 
 def test_with_colour_the_text_stands_as_it_is() -> None:
@@ -78,25 +78,31 @@ def test_with_colour_the_text_stands_as_it_is() -> None:
 def test_no_color_gets_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     console = Console(force_terminal=True, width=100, file=io.StringIO())
-    show(PAGE, console)
+    print_page(PAGE, console)
     assert isinstance(console.file, io.StringIO)
     assert "«hello»" in console.file.getvalue()
 
 
 @pytest.mark.parametrize("colour", [True, False])
 def test_text_from_the_data_cannot_act(colour: bool) -> None:
-    parts = {"train": [item(3, 3, HOSTILE), Item((1,), (1,))]}
+    parts = {"train": [item(3, 3, HOSTILE), EncodedExample((1,), (1,))]}
     page = replace(
-        PAGE, facts=facts(parts), example=[(HOSTILE, False), (HOSTILE, True)], answer=HOSTILE, settings={"m": HOSTILE}
+        PAGE,
+        facts=compute_statistics(parts),
+        example=[(HOSTILE, False), (HOSTILE, True)],
+        answer=HOSTILE,
+        settings={"m": HOSTILE},
     )
-    labels = replace(page, facts=facts({"train": [Item((1,), value=0)]}, [HOSTILE, "b"]), warnings=[HOSTILE])
-    plain, clean = coloured(labels) if colour else text(labels), coloured(PAGE) if colour else text(PAGE)
+    labels = replace(
+        page, facts=compute_statistics({"train": [EncodedExample((1,), label=0)]}, [HOSTILE, "b"]), warnings=[HOSTILE]
+    )
+    plain, clean = coloured(labels) if colour else page_text(labels), coloured(PAGE) if colour else page_text(PAGE)
     assert "[bold]x[/bold] [/] :smile:" in plain
     assert "␛[31mred" in plain
     for sign in ("\x07", "\x9b", "\u202e", "\r", "\x00", "\x1b]", "\x1b[31m"):
         assert sign not in plain
     assert set(_codes(plain)) <= set(_codes(clean)) | {"\x1b[33m"}
-    assert "\x07" not in (coloured(page) if colour else text(page))
+    assert "\x07" not in (coloured(page) if colour else page_text(page))
 
 
 def _codes(told: str) -> list[str]:
@@ -105,35 +111,37 @@ def _codes(told: str) -> list[str]:
 
 def test_long_examples_lose_their_middle() -> None:
     page = replace(PAGE, example=[("x" * 9000, False), ("short answer", True), ("y" * 50, False)])
-    told = text(page)
+    told = page_text(page)
     assert "characters) ..." in " ".join(told.split())
     assert "«short answer»" in " ".join(told.split())
     assert len(told) < 6000
     many = replace(PAGE, example=[(f"turn {i} " * 9, i % 2 == 1) for i in range(200)])
-    assert "more spans" in " ".join(text(many).split())
+    assert "more spans" in " ".join(page_text(many).split())
 
 
 def test_labels_and_numbers() -> None:
     names = [f"class {i}" for i in range(30)]
-    items = [Item((1, 2), value=i % 30 if i % 3 else 7) for i in range(300)]
-    told = text(replace(PAGE, facts=facts({"train": items}, names), answer="class 7"))
+    items = [EncodedExample((1, 2), label=i % 30 if i % 3 else 7) for i in range(300)]
+    told = page_text(replace(PAGE, facts=compute_statistics({"train": items}, names), answer="class 7"))
     assert "class 7 " in told
     assert "and 18 more" in told
     assert "label: «class 7»" in told
-    told = text(replace(PAGE, facts=facts({"train": [Item((1,), value=v) for v in (1.0, 2.0)]})))
+    told = page_text(
+        replace(PAGE, facts=compute_statistics({"train": [EncodedExample((1,), label=v) for v in (1.0, 2.0)]}))
+    )
     assert "from 1 to 2, 1.5 on average" in told
 
 
 def test_it_fits_narrow_terminals() -> None:
     for width in (40, 60, 200):
         console = Console(force_terminal=True, color_system=None, width=width, file=io.StringIO())
-        show(PAGE, console)
+        print_page(PAGE, console)
         assert isinstance(console.file, io.StringIO)
         assert max(map(len, console.file.getvalue().split("\n"))) <= min(width, 100)
 
 
 def test_saved(tmp_path: Path) -> None:
-    save([replace(PAGE, memory=None, time=float("nan"))], tmp_path)
+    save_pages([replace(PAGE, memory=None, time=float("nan"))], tmp_path)
     values = json.loads((tmp_path / "preflight.json").read_text())
     assert values["facts"]["parts"][0]["examples"] == 59
     assert values["count"]["trainable"] == 1000
@@ -144,5 +152,5 @@ def test_saved(tmp_path: Path) -> None:
 
 def test_bars() -> None:
     assert [bar(n, 1000).rstrip() for n in (0, 1)] == ["", "▏"]
-    assert bar(1000, 1000) == "█" * BAR
-    assert all(len(bar(n, 1000)) == BAR for n in range(0, 1001, 7))
+    assert bar(1000, 1000) == "█" * MAX_BAR_WIDTH
+    assert all(len(bar(n, 1000)) == MAX_BAR_WIDTH for n in range(0, 1001, 7))

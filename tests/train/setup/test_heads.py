@@ -10,7 +10,7 @@ from torch import nn
 
 from kitout import AdaptFormer
 from kitout.errors import ConfigError
-from kitout.train.setup.heads import batchnorm, heads_of, own_heads
+from kitout.train.setup.heads import batchnorm_head, build_heads, copy_heads
 from tiny_vision import kit
 
 
@@ -20,7 +20,7 @@ def test_they_stand_where_the_models_own_head_does(species: str, path: str, kind
     worn = kit(species)
     own = worn.base.get_submodule(path)
     assert isinstance(own, nn.Linear)
-    heads = own_heads(heads_of(worn, (), language=False), (), 7, 0, kind)
+    heads = build_heads(copy_heads(worn, (), is_language_model=False), (), 7, 0, kind)
     assert list(heads) == [path]
     assert isinstance(heads[path], nn.Linear) == (kind == "linear")
     assert heads[path](torch.randn(3, own.in_features)).shape == (3, 7)
@@ -29,14 +29,14 @@ def test_they_stand_where_the_models_own_head_does(species: str, path: str, kind
 def test_a_head_the_checkpoint_holds_for_as_many_classes_keeps_its_values() -> None:
     worn = kit()
     own = worn.base.get_submodule("classifier")
-    found = heads_of(worn, (), language=False)
-    assert torch.equal(own_heads(found, (), own.out_features, 0)["classifier"].weight, own.weight)
-    assert not torch.equal(own_heads(found, ("classifier",), own.out_features, 0)["classifier"].weight, own.weight)
+    found = copy_heads(worn, (), is_language_model=False)
+    assert torch.equal(build_heads(found, (), own.out_features, 0)["classifier"].weight, own.weight)
+    assert not torch.equal(build_heads(found, ("classifier",), own.out_features, 0)["classifier"].weight, own.weight)
 
 
 def test_the_batch_norm_has_no_gain_and_follows_adaptformers_code() -> None:
     torch.manual_seed(0)
-    norm, last = batchnorm(96, 50)
+    norm, last = batchnorm_head(96, 50)
     assert isinstance(norm, nn.BatchNorm1d)
     assert (norm.affine, norm.eps) == (False, 1e-6)
     assert isinstance(last, nn.Linear)
@@ -46,9 +46,9 @@ def test_the_batch_norm_has_no_gain_and_follows_adaptformers_code() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "batchnorm"])
 def test_the_seed_decides(kind: str) -> None:
-    found = heads_of(kit(), (), language=False)
+    found = copy_heads(kit(), (), is_language_model=False)
     state = torch.get_rng_state()
-    first, same, other = (own_heads(found, (), 4, seed, kind)["classifier"].state_dict() for seed in (1, 1, 2))
+    first, same, other = (build_heads(found, (), 4, seed, kind)["classifier"].state_dict() for seed in (1, 1, 2))
     key = [name for name in first if name.endswith("weight")][-1]
     assert torch.equal(first[key], same[key])
     assert not torch.equal(first[key], other[key])
@@ -57,13 +57,13 @@ def test_the_seed_decides(kind: str) -> None:
 
 def test_a_head_that_is_not_linear_has_no_batchnorm() -> None:
     with pytest.raises(ConfigError, match=r"takes the place of a linear classifier.*train.head=linear"):
-        own_heads({"head": nn.Sequential(nn.Linear(4, 4))}, (), 3, 0, "batchnorm")
+        build_heads({"head": nn.Sequential(nn.Linear(4, 4))}, (), 3, 0, "batchnorm")
 
 
 def test_running_statistics_are_saved_and_restored(tmp_path: Path) -> None:
     worn, pixels = kit(), torch.randn(6, 3, 32, 32)
     width = worn.base.get_submodule("classifier").in_features
-    worn.add("a", AdaptFormer(), heads={"classifier": batchnorm(width, 3)})
+    worn.add("a", AdaptFormer(), heads={"classifier": batchnorm_head(width, 3)})
     worn.eval()
     worn["a"].train()
     with worn.use("a"), torch.no_grad():

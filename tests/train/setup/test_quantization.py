@@ -15,8 +15,8 @@ import kitout
 from kitout import IA3, Kit, LoRA
 from kitout.errors import ConfigError
 from kitout.train import checkpoints
-from kitout.train.loop.base_mode import ITS_MARK, as_quantised, at_work
-from kitout.train.objectives.causal_lm import Causal
+from kitout.train.loop.base_mode import BNB_CPU_FLAG, keep_nf4_trainable, training_mode
+from kitout.train.objectives.causal_lm import CausalLM
 from kitout.train.objectives.lm_head_loss import HeadLoss
 from runtime.test_quantized import bitsandbytes_4, bitsandbytes_8, torchao_int8
 from train.fixtures import add, causal, far, gradients, job, loop_of, losses, texts, trained, values
@@ -39,7 +39,7 @@ def test_adapters_learn_over_a_quantised_base(tmp_path: Path, kind: str, head: b
         model = quantise(small())
         if head:
             quantise_head(model, quantise)
-        kit = kitout.attach(as_quantised(model)).eval()
+        kit = kitout.attach(keep_nf4_trainable(model)).eval()
         names = {"low": LoRA(rank=4, targets="all-linear"), "scale": IA3()}
         for name, method in names.items():
             kit.add(name, method, seed=0)
@@ -52,7 +52,7 @@ def test_adapters_learn_over_a_quantised_base(tmp_path: Path, kind: str, head: b
     assert losses(loop)[-1] < 0.99 * losses(loop)[0]
     again, others = made()
     second = loop_of(again, others, tmp_path, save_strategy="no")
-    second.train(str(checkpoints.found(tmp_path)[0]))
+    second.train(str(checkpoints.list_checkpoints(tmp_path)[0]))
     for name in ("low", "scale"):
         assert all(torch.equal(value, values(again, name)[key]) for key, value in values(kit, name).items())
         kit.save(name, tmp_path / "kept" / name)
@@ -74,15 +74,15 @@ def test_what_was_measured_before_does_not_cut_the_gradients() -> None:
         pytest.importorskip("bitsandbytes")
     items, found = texts(8), {}
     for measured in (False, True):
-        kit = kitout.attach(as_quantised(bitsandbytes_4(small()))).eval()
+        kit = kitout.attach(keep_nf4_trainable(bitsandbytes_4(small()))).eval()
         add(kit, "low", LoRA(rank=4, targets="all-linear"))
-        objective = Causal(kit)
+        objective = CausalLM(kit)
         objective.head = HeadLoss(kit, "one pass")
         one = job("low", objective, items, batch=8)
         if measured:
             with torch.no_grad(), kit.use("low"):
                 objective.losses(kit, objective.collate(items, None), torch.ones(8))
-        with at_work(kit, ["low"], False):
+        with training_mode(kit, ["low"], False):
             found[measured] = gradients(kit, [one], 8)
     assert far(found[True], found[False]) == 0
 
@@ -92,13 +92,13 @@ def test_weights_that_were_laid_out_anew_are_refused() -> None:
         warnings.simplefilter("ignore")
         pytest.importorskip("bitsandbytes")
     model = bitsandbytes_4(small())
-    if not any(getattr(module, ITS_MARK, False) for module in model.modules()):
+    if not any(getattr(module, BNB_CPU_FLAG, False) for module in model.modules()):
         pytest.skip("this CPU has no such layout")
     kit = kitout.attach(model).eval()
     add(kit, "low", LoRA(rank=4))
     with torch.no_grad():
         kit(torch.tensor([[5, 6, 7]]))
-    with pytest.raises(ConfigError, match=r"as_quantised\(model\) before"), at_work(kit, ["low"], False):
+    with pytest.raises(ConfigError, match=r"keep_nf4_trainable\(model\) before"), training_mode(kit, ["low"], False):
         pass
 
 

@@ -16,35 +16,35 @@ from torch import nn
 
 from kitout.base.find import block_stacks, module_shapes, roles_outside
 from kitout.base.find import roles_in_block as in_block
-from kitout.base.find.module_tree import Projection, Tree
+from kitout.base.find.module_tree import ModuleTree, Projection
 from kitout.base.site import ROLES, Site
 from kitout.base.survey import Block, Survey, Tower
-from kitout.errors import Faults, NoBlocks, TargetError, suggest
+from kitout.errors import Errors, NoBlocksFound, TargetError, suggest
 
 
-def survey(model: nn.Module, roles: Mapping[str, str] | None = None) -> Survey:
+def find_sites(model: nn.Module, roles: Mapping[str, str] | None = None) -> Survey:
     """Every site of the model. roles: regex searched on the module path -> role, overriding what was inferred."""
-    tree = Tree.of(model, {})
-    given = _given(tree, roles or {})
-    tree = Tree.of(model, given)
-    found = block_stacks.find(tree)
+    tree = ModuleTree.from_model(model, {})
+    given = _requested_roles(tree, roles or {})
+    tree = ModuleTree.from_model(model, given)
+    found = block_stacks.find_blocks(tree)
     if not found and not given:
-        raise NoBlocks(_no_blocks(tree))
+        raise NoBlocksFound(_no_blocks_message(tree))
     named: dict[str, str] = {}
     place: dict[str, tuple[str, int]] = {}
-    blocks = [_block(tree, stack, named, place) for stack in found]
-    named |= roles_outside.label(tree, place, [b.d for b in blocks])
+    blocks = [_label_block(tree, stack, named, place) for stack in found]
+    named |= roles_outside.label_outside_blocks(tree, place, [b.width for b in blocks])
     named |= given
     return Survey(
         model=model,
-        sites=tuple(_sites(tree, named, place, blocks)),
-        towers=tuple(_towers(blocks)),
+        sites=tuple(_make_sites(tree, named, place, blocks)),
+        towers=tuple(_make_towers(blocks)),
         blocks=tuple(blocks),
-        fixed=frozenset(_fixed(model)),
+        non_trainable=frozenset(_non_trainable(model)),
     )
 
 
-def _fixed(model: nn.Module) -> Iterable[str]:
+def _non_trainable(model: nn.Module) -> Iterable[str]:
     """Parameters without a gradient in a model that is trainable as a whole (one frozen by its user tells nothing)."""
     named = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()]
     trainable = sum(p.numel() for _, p in named if p.requires_grad)
@@ -52,50 +52,59 @@ def _fixed(model: nn.Module) -> Iterable[str]:
         yield from (n for n, p in named if not p.requires_grad)
 
 
-def _given(tree: Tree, wanted: Mapping[str, str]) -> dict[str, str]:
+def _requested_roles(tree: ModuleTree, requested: Mapping[str, str]) -> dict[str, str]:
     """Module path -> role the user asked for. Every fault of the request is reported at once."""
-    faults = Faults(TargetError, "roles")
+    faults = Errors(TargetError, "roles")
     given: dict[str, str] = {}
-    for pattern, role in wanted.items():
+    for pattern, role in requested.items():
         try:
             hits = [path for path in tree.leaves if re.search(pattern, path)]
         except re.error as error:
             faults.add(f"{pattern!r} is not a regular expression: {error}")
             continue
         if role not in ROLES:
-            faults.add(f"{role!r} (for {pattern!r}) is no role; {suggest(role, ROLES, most=len(ROLES))}")
+            faults.add(f"{role!r} (for {pattern!r}) is no role; {suggest(role, ROLES, max_shown=len(ROLES))}")
         if not hits:
-            faults.add(f"{pattern!r} matches no module; loose projections: {_shown(tree.projections.values())}")
+            faults.add(
+                f"{pattern!r} matches no module; loose projections: {_list_projections(tree.projections.values())}"
+            )
         given |= dict.fromkeys(hits, role)
     faults.raise_if_any()
     return given
 
 
-def _block(tree: Tree, stack: block_stacks.Element, named: dict[str, str], place: dict[str, tuple[str, int]]) -> Block:
+def _label_block(
+    tree: ModuleTree,
+    candidate: block_stacks.BlockCandidate,
+    roles: dict[str, str],
+    locations: dict[str, tuple[str, int]],
+) -> Block:
     """Label one block's projections; record in `named` and `place` what was learnt."""
-    label = in_block.label(tree, stack)
-    named |= label.roles
-    for root in stack.members:
-        place |= dict.fromkeys((p for p in tree.leaves if tree.under(p, root)), (stack.tower, stack.index))
-    loose = tuple((p.path, p.d_in, p.d_out) for p in label.loose)
-    name = stack.members[0].removeprefix(f"{stack.tower}.")
+    label = in_block.label_block(tree, candidate)
+    roles |= label.roles
+    for root in candidate.members:
+        locations |= dict.fromkeys(
+            (p for p in tree.leaves if tree.is_inside(p, root)), (candidate.tower, candidate.index)
+        )
+    loose = tuple((p.path, p.d_in, p.d_out) for p in label.unlabeled)
+    name = candidate.members[0].removeprefix(f"{candidate.tower}.")
     return Block(
-        tower=stack.tower,
-        index=stack.index,
-        d=label.d,
+        tower=candidate.tower,
+        index=candidate.index,
+        width=label.width,
         resolved=label.resolved,
-        attends=label.attends,
-        whole=stack.whole,
-        loose=loose,
-        name="" if name == str(stack.index) else name,
+        has_attention=label.has_attention,
+        is_one_module=candidate.is_one_module,
+        unlabeled=loose,
+        name="" if name == str(candidate.index) else name,
     )
 
 
-def _sites(
-    tree: Tree, named: Mapping[str, str], place: Mapping[str, tuple[str, int]], blocks: Iterable[Block]
+def _make_sites(
+    tree: ModuleTree, roles: Mapping[str, str], locations: Mapping[str, tuple[str, int]], blocks: Iterable[Block]
 ) -> Iterable[Site]:
     """One Site per leaf and one per block, in module order."""
-    by_path = {b.path: b for b in blocks if b.whole}
+    by_path = {b.path: b for b in blocks if b.is_one_module}
     for path, module in tree.modules.items():
         if block := by_path.get(path):
             yield Site(
@@ -103,17 +112,17 @@ def _sites(
                 role="block",
                 tower=block.tower,
                 layer=block.index,
-                d_in=block.d,
-                d_out=block.d,
+                d_in=block.width,
+                d_out=block.width,
                 kind="other",
                 module=module,
             )
         if path not in tree.leaves:
             continue
-        leaf, (tower, layer) = tree.leaves[path], place.get(path, ("", None))
+        leaf, (tower, layer) = tree.leaves[path], locations.get(path, ("", None))
         yield Site(
             path=path,
-            role=named.get(path) or _plain_role(leaf, module),
+            role=roles.get(path) or _default_role(leaf, module),
             tower=tower,
             layer=layer,
             d_in=leaf.d_in,
@@ -124,30 +133,31 @@ def _sites(
         )
 
 
-def _plain_role(leaf: module_shapes.Leaf, module: nn.Module) -> str:
+def _default_role(leaf: module_shapes.LeafShape, module: nn.Module) -> str:
     """Role of a leaf nobody claimed: norms are norms (not those over the batch or over groups), the rest is other."""
     return "norm" if leaf.kind == "norm" and not isinstance(module, module_shapes.CHANNELS_FIRST_NORMS) else "other"
 
 
-def _towers(blocks: Iterable[Block]) -> Iterable[Tower]:
+def _make_towers(blocks: Iterable[Block]) -> Iterable[Tower]:
     widths: dict[str, list[int]] = {}
     for block in blocks:
-        widths.setdefault(block.tower, []).append(block.d)
+        widths.setdefault(block.tower, []).append(block.width)
     for path, ds in widths.items():
         yield Tower(path, len(ds), Counter(ds).most_common(1)[0][0])
 
 
-def _no_blocks(tree: Tree) -> str:
+def _no_blocks_message(tree: ModuleTree) -> str:
     return (
         "no stack of transformer blocks was found: no module list whose elements hold query, key and value "
-        f"projections by name.\n  projections: {_shown(tree.projections.values())}\n  Say which is which, for example\n"
+        f"projections by name.\n  projections: {_list_projections(tree.projections.values())}\n  Say which is "
+        "which, for example\n"
         '      kitout.attach(model, roles={r"mixer\\.in_proj$": "attn.qkv"})\n'
         f"  (regular expressions over module paths; roles: {', '.join(r for r in ROLES if not r.startswith('sub.'))})"
     )
 
 
-def _shown(projections: Iterable[Projection], most: int = 12) -> str:
+def _list_projections(projections: Iterable[Projection], max_shown: int = 12) -> str:
     """Projections with shapes; layers that differ only in their index are shown once."""
     lines = Counter(f"{re.sub(r'[0-9]+', '*', p.path)} [{p.d_in} -> {p.d_out}]" for p in projections)
-    shown = ", ".join(f"{line} x{n}" if n > 1 else line for line, n in list(lines.items())[:most])
-    return shown + (", ..." if len(lines) > most else "") if lines else "none"
+    shown = ", ".join(f"{line} x{n}" if n > 1 else line for line, n in list(lines.items())[:max_shown])
+    return shown + (", ..." if len(lines) > max_shown else "") if lines else "none"

@@ -20,7 +20,7 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d
 CHANNELS_FIRST_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 
 
-class Leaf(NamedTuple):
+class LeafShape(NamedTuple):
     """A module without parts: what it is and how wide."""
 
     kind: Kind
@@ -29,7 +29,7 @@ class Leaf(NamedTuple):
     channels_first: bool
 
 
-def linear(module: nn.Module) -> tuple[int, int] | None:
+def linear_widths(module: nn.Module) -> tuple[int, int] | None:
     """(d_in, d_out) of a linear projection, None for anything else.
 
     Three forms exist: torch's linear and its subclasses (bitsandbytes), the transposed one storing [d_in, d_out], and
@@ -41,22 +41,22 @@ def linear(module: nn.Module) -> tuple[int, int] | None:
         d_in, d_out = module.weight.shape
         return int(d_in), int(d_out)
     widths = module.__dict__.get("in_features"), module.__dict__.get("out_features")
-    if isinstance(widths[0], int) and isinstance(widths[1], int) and not stacked(module):
+    if isinstance(widths[0], int) and isinstance(widths[1], int) and not has_stacked_experts(module):
         return widths[0], widths[1]
     return None
 
 
-def pointwise(module: nn.Conv1d | nn.Conv2d) -> bool:
+def is_pointwise(module: nn.Conv1d | nn.Conv2d) -> bool:
     """It sees one position at a time: a linear map in another layout."""
     return all(k == 1 for k in module.kernel_size) and all(s == 1 for s in module.stride)
 
 
-def stacked(module: nn.Module) -> bool:
+def has_stacked_experts(module: nn.Module) -> bool:
     """Experts kept as one parameter with a leading expert axis: [E, f, d]."""
     return any(p.ndim >= 3 for p in module.parameters(recurse=False)) and not isinstance(module, CONVS)
 
 
-def norm(module: nn.Module) -> int | None:
+def norm_width(module: nn.Module) -> int | None:
     """Width of a normalisation with a gain, None for anything else. By structure and by the ending of its class."""
     own = dict(module.named_parameters(recurse=False))
     gain = own.pop("weight", None)
@@ -66,24 +66,24 @@ def norm(module: nn.Module) -> int | None:
     return gain.numel() if torch_norm or "norm" in type(module).__name__.lower() else None
 
 
-def leaf(module: nn.Module) -> Leaf | None:
+def leaf_shape(module: nn.Module) -> LeafShape | None:
     """What this module is if it is a leaf with parameters (or a quantised linear), else None.
 
     Experts stacked in one parameter are no leaf: no value of theirs passes at one place.
     """
-    if widths := linear(module):
-        return Leaf("linear", *widths, False)
+    if widths := linear_widths(module):
+        return LeafShape("linear", *widths, False)
     if isinstance(module, CONVS):
-        return Leaf("conv", module.in_channels, module.out_channels, True)
+        return LeafShape("conv", module.in_channels, module.out_channels, True)
     own = dict(module.named_parameters(recurse=False))
-    if not own or stacked(module) or any(True for child in module.children() for _ in child.parameters()):
+    if not own or has_stacked_experts(module) or any(True for child in module.children() for _ in child.parameters()):
         return None
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return Leaf("embedding", module.num_embeddings, module.embedding_dim, False)
-    if width := norm(module):
+        return LeafShape("embedding", module.num_embeddings, module.embedding_dim, False)
+    if width := norm_width(module):
         first = isinstance(module, CHANNELS_FIRST_NORMS) or type(module).__name__.endswith("2d")
-        return Leaf("norm", width, width, first)
-    return Leaf("other", *_widths(own), False)
+        return LeafShape("norm", width, width, first)
+    return LeafShape("other", *_widths(own), False)
 
 
 def _widths(own: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -96,6 +96,6 @@ def _widths(own: Mapping[str, Tensor]) -> tuple[int, int]:
     return width, width
 
 
-def parametrised(module: nn.Module) -> bool:
+def is_parametrized(module: nn.Module) -> bool:
     """Weight-normed and the like: its parameters live in a child, yet it is one leaf."""
     return parametrize.is_parametrized(module)

@@ -23,51 +23,55 @@ class Projection:
     path: str
     d_in: int
     d_out: int
-    conv: bool
-    wide: bool
-    names: tuple[str, ...]  # its own name, then those of the wrappers that hold nothing else
-    home: str  # the path of the innermost module that is more than a wrapper around it
+    is_conv: bool
+    spans_positions: bool
+    name_candidates: tuple[str, ...]  # its own name, then those of the wrappers that hold nothing else
+    container: str  # the path of the innermost module that is more than a wrapper around it
 
 
 @dataclass(frozen=True)
-class Tree:
+class ModuleTree:
     """modules: path -> module. leaves: path -> what it is. projections: linears and convolutions over single
     positions. wide: convolutions over several. seeds: path -> part. mixers: modules that mix positions by convolution.
     """
 
     modules: dict[str, nn.Module]
-    leaves: dict[str, module_shapes.Leaf]
+    leaves: dict[str, module_shapes.LeafShape]
     projections: dict[str, Projection]
-    wide: dict[str, Projection]
-    seeds: dict[str, str]
-    mixers: frozenset[str]
+    position_convolutions: dict[str, Projection]
+    qkv_named: dict[str, str]
+    conv_mixers: frozenset[str]
 
     @classmethod
-    def of(cls, model: nn.Module, given: Mapping[str, str]) -> Tree:
+    def from_model(cls, model: nn.Module, requested_roles: Mapping[str, str]) -> ModuleTree:
         """given: path -> role that the user fixed; an attention role makes (or unmakes) a seed."""
         modules = {path: m for path, m in model.named_modules() if ".parametrizations" not in f".{path}"}
-        leaves = {path: leaf for path, m in modules.items() if path and (leaf := module_shapes.leaf(m))}
-        every = _projections(modules, leaves)
-        projections = {path: p for path, p in every.items() if not p.wide}
-        wide = {path: p for path, p in every.items() if p.wide}
-        convolved = {a for path, m in modules.items() if _sees_several(m) for a in ancestors(path)}
-        mixers = frozenset(_mixers(modules, projections))
-        seeds = {p.path: part for p in projections.values() if (part := _part(p, given, convolved))}
+        leaves = {path: leaf for path, m in modules.items() if path and (leaf := module_shapes.leaf_shape(m))}
+        every = _find_projections(modules, leaves)
+        projections = {path: p for path, p in every.items() if not p.spans_positions}
+        wide = {path: p for path, p in every.items() if p.spans_positions}
+        convolved = {a for path, m in modules.items() if _spans_positions(m) for a in ancestors(path)}
+        mixers = frozenset(_find_mixers(modules, projections))
+        seeds = {p.path: part for p in projections.values() if (part := _qkv_part(p, requested_roles, convolved))}
         return cls(modules, leaves, projections, wide, seeds, mixers)
 
     @staticmethod
-    def under(path: str, root: str) -> bool:
+    def is_inside(path: str, root: str) -> bool:
         """path is root or inside it."""
         return not root or path == root or path.startswith(root + ".")
 
     @classmethod
-    def under_any(cls, path: str, roots: Iterable[str]) -> bool:
-        return any(cls.under(path, root) for root in roots)
+    def is_inside_any(cls, path: str, roots: Iterable[str]) -> bool:
+        return any(cls.is_inside(path, root) for root in roots)
 
-    def within(self, roots: Iterable[str], wide: bool = False) -> list[Projection]:
+    def projections_in(self, roots: Iterable[str], spans_positions: bool = False) -> list[Projection]:
         """The projections (wide: the convolutions over several positions) inside these modules, in module order."""
         roots = tuple(roots)
-        return [p for path, p in (self.wide if wide else self.projections).items() if self.under_any(path, roots)]
+        return [
+            p
+            for path, p in (self.position_convolutions if spans_positions else self.projections).items()
+            if self.is_inside_any(path, roots)
+        ]
 
 
 def parent(path: str) -> str:
@@ -81,8 +85,10 @@ def ancestors(path: str) -> Iterator[str]:
         yield path
 
 
-def _projections(modules: Mapping[str, nn.Module], leaves: Mapping[str, module_shapes.Leaf]) -> dict[str, Projection]:
-    widths = {path: w for path, leaf in leaves.items() if (w := _widths(modules[path], leaf))}
+def _find_projections(
+    modules: Mapping[str, nn.Module], leaves: Mapping[str, module_shapes.LeafShape]
+) -> dict[str, Projection]:
+    widths = {path: w for path, leaf in leaves.items() if (w := _projection_widths(modules[path], leaf))}
     held = Counter(a for path, (_, _, _, wide) in widths.items() if not wide for a in ancestors(path))
     found = {}
     for path, (d_in, d_out, conv, wide) in widths.items():
@@ -97,39 +103,39 @@ def _projections(modules: Mapping[str, nn.Module], leaves: Mapping[str, module_s
     return found
 
 
-def _widths(module: nn.Module, leaf: module_shapes.Leaf) -> tuple[int, int, bool, bool] | None:
+def _projection_widths(module: nn.Module, leaf: module_shapes.LeafShape) -> tuple[int, int, bool, bool] | None:
     """(d_in, d_out, conv, wide) of what can be a projection."""
     if leaf.kind == "linear":
         return leaf.d_in, leaf.d_out, False, False
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d)) or (_sees_several(module) and module.groups > 1):
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)) or (_spans_positions(module) and module.groups > 1):
         return None
-    return leaf.d_in, leaf.d_out, True, _sees_several(module)
+    return leaf.d_in, leaf.d_out, True, _spans_positions(module)
 
 
-def _sees_several(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Conv1d, nn.Conv2d)) and not module_shapes.pointwise(module)
+def _spans_positions(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Conv1d, nn.Conv2d)) and not module_shapes.is_pointwise(module)
 
 
-def _mixers(modules: Mapping[str, nn.Module], projections: Mapping[str, Projection]) -> Iterator[str]:
+def _find_mixers(modules: Mapping[str, nn.Module], projections: Mapping[str, Projection]) -> Iterator[str]:
     """Modules that mix positions by a 1-D convolution (state-space, gated convolution): never a feed-forward."""
     for path, module in modules.items():
-        if isinstance(module, nn.Conv1d) and _sees_several(module):
-            holders = (a for a in ancestors(path) if any(Tree.under(p, a) for p in projections))
+        if isinstance(module, nn.Conv1d) and _spans_positions(module):
+            holders = (a for a in ancestors(path) if any(ModuleTree.is_inside(p, a) for p in projections))
             yield next(holders, "")
 
 
-def _part(projection: Projection, given: Mapping[str, str], convolved: Collection[str]) -> str | None:
+def _qkv_part(projection: Projection, requested_roles: Mapping[str, str], conv_paths: Collection[str]) -> str | None:
     """q, k, v or qkv, if the user or the projection's name says so."""
-    if role := given.get(projection.path):
+    if role := requested_roles.get(projection.path):
         kind, _, part = role.partition(".")
         return part if kind in ("attn", "cross") and part != "o" else None
-    for name in projection.names:
+    for name in projection.name_candidates:
         for part, words in PROJECTION_NAMES.items():
             if words.fullmatch(name):
                 return part
         triple = TRIPLE.fullmatch(name) and projection.d_out == 3 * projection.d_in
-        if triple and projection.home not in convolved:  # else a gated convolution
+        if triple and projection.container not in conv_paths:  # else a gated convolution
             return "qkv"
-    if prefixed := PREFIXED.fullmatch(projection.names[0]):
+    if prefixed := PREFIXED.fullmatch(projection.name_candidates[0]):
         return prefixed["part"][0].lower()
     return None

@@ -14,37 +14,39 @@ from torch import Tensor, nn
 
 from kitout.base.site import Site
 from kitout.base.survey import Survey
-from kitout.errors import Faults, TargetError
+from kitout.errors import Errors, TargetError
 
 LEAVES = ("linear", "embedding", "conv", "norm")
 
 
-def parameter_sites(survey: Survey, fixed: bool = False) -> list[Site]:
+def parameter_sites(survey: Survey, include_non_trainable: bool = False) -> list[Site]:
     """Sites with `names` and `keys`, in module order. Raises TargetError for packed or quantised parameters.
 
     fixed: also those that the model keeps from training.
     """
-    leaves = {s.path: s for s in survey.sites if s.channels is None and s.path not in survey.silent and _is_leaf(s)}
-    faults = Faults(TargetError, "these parameters cannot be trained")
+    leaves = {s.path: s for s in survey.sites if s.channels is None and s.path not in survey.unused and _is_leaf(s)}
+    faults = Errors(TargetError, "these parameters cannot be trained")
     names: dict[tuple[str, bool], list[str]] = {}
     keys: dict[int, str] = {}
-    for path, name, p in sorted(_parameters(survey.model), key=lambda item: item[0] not in leaves):
+    for path, name, p in sorted(_iter_parameters(survey.model), key=lambda item: item[0] not in leaves):
         full, here = f"{path}.{name}" if path else name, path in leaves
-        if (full in survey.fixed and not fixed) or (not here and (id(p) in keys or full in survey.unread)):
+        if (full in survey.non_trainable and not include_non_trainable) or (
+            not here and (id(p) in keys or full in survey.unread_parameters)
+        ):
             continue  # its uses are somewhere else, or nowhere
         if not p.is_floating_point() or type(p.data) is not Tensor or p.dtype.itemsize < 2:
             faults.add(f"{full} is held as {p.dtype} in a {type(p.data).__name__}")
         keys.setdefault(id(p), full)
-        owner = path if here else _owner(path, survey)
-        bare = not here or not _by_row(leaves[path])
+        owner = path if here else _reading_module(path, survey)
+        bare = not here or not _supports_rows(leaves[path])
         names.setdefault((owner, bare), []).append(full.removeprefix(f"{owner}." if owner else ""))
     faults.raise_if_any()
     order = {path: i for i, (path, _) in enumerate(survey.model.named_modules())}
-    found = [_site(survey, leaves, owner, bare, held, keys) for (owner, bare), held in names.items()]
+    found = [_make_site(survey, leaves, owner, bare, held, keys) for (owner, bare), held in names.items()]
     return sorted(found, key=lambda s: order[s.path])
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+def _iter_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     """(module path, name, parameter), a tied one once per module that holds it."""
     for path, module in model.named_modules():
         yield from ((path, name, p) for name, p in module._parameters.items() if p is not None)
@@ -54,28 +56,33 @@ def _is_leaf(site: Site) -> bool:
     return site.role != "block" and not site.role.startswith("sub.")
 
 
-def _by_row(site: Site) -> bool:
+def _supports_rows(site: Site) -> bool:
     """Its value passes at one place and follows the batch there, so rows may have values of their own."""
     if isinstance(site.module, nn.modules.conv._ConvTransposeNd):
         return False
-    return site.kind in LEAVES or site.rows == "batch"
+    return site.kind in LEAVES or site.batch_relation == "batch"
 
 
-def _owner(path: str, survey: Survey) -> str:
+def _reading_module(path: str, survey: Survey) -> str:
     """The module whose forward reads a parameter that no leaf's forward does: its own, unless that never runs."""
-    if path not in survey.silent:
+    if path not in survey.unused:
         return path
     within = any(path.startswith(f"{block.path}.") for block in survey.blocks)
     return path.rpartition(".")[0] if within else ""
 
 
-def _site(
-    survey: Survey, leaves: Mapping[str, Site], path: str, bare: bool, names: Sequence[str], keys: Mapping[int, str]
+def _make_site(
+    survey: Survey,
+    leaves: Mapping[str, Site],
+    path: str,
+    at_param_port: bool,
+    names: Sequence[str],
+    keys: Mapping[int, str],
 ) -> Site:
     module = survey.model.get_submodule(path)
     held = tuple(keys[id(module.get_parameter(n))] for n in names)
-    if path in leaves and not bare:
-        return leaves[path].at(names=tuple(names), keys=held)
+    if path in leaves and not at_param_port:
+        return leaves[path].replace(parameter_names=tuple(names), tied_keys=held)
     block = next((b for b in survey.blocks if path == b.path or path.startswith(f"{b.path}.")), None)
     return Site(
         path=path,
@@ -85,9 +92,9 @@ def _site(
         d_in=0,
         d_out=0,
         port="param",
-        rows="none",
+        batch_relation="none",
         kind="other",
-        names=tuple(names),
-        keys=held,
+        parameter_names=tuple(names),
+        tied_keys=held,
         module=module,
     )

@@ -12,20 +12,20 @@ from collections.abc import Collection, Iterable
 from torch import nn
 from transformers import PreTrainedModel
 
-from kitout.base.find.module_tree import Tree
+from kitout.base.find.module_tree import ModuleTree
 from kitout.base.find.vocabulary import EMBEDS, HEAD, NOT_TOKENS, PATCH
 
 
-def label(tree: Tree, inside: Collection[str], widths: Collection[int]) -> dict[str, str]:
+def label_outside_blocks(tree: ModuleTree, inside: Collection[str], widths: Collection[int]) -> dict[str, str]:
     """Path -> role of the leaves outside the blocks that have one."""
     free = [path for path in tree.leaves if path not in inside]
-    roles = dict.fromkeys(_tables(tree, free), "embed")
-    roles |= dict.fromkeys(_patches(tree, free, set(widths)), "patch")
-    roles |= dict.fromkeys(_heads(tree, free, inside), "head")
+    roles = dict.fromkeys(_find_token_tables(tree, free), "embed")
+    roles |= dict.fromkeys(_find_patch_embeddings(tree, free, set(widths)), "patch")
+    roles |= dict.fromkeys(_find_heads(tree, free, inside), "head")
     return roles
 
 
-def _declared(tree: Tree, which: str) -> list[nn.Module]:
+def _declared_embeddings(tree: ModuleTree, which: str) -> list[nn.Module]:
     """Input or output embeddings as each transformers model in the tree (a composite holds several) names them."""
     found = []
     for module in tree.modules.values():
@@ -39,11 +39,11 @@ def _declared(tree: Tree, which: str) -> list[nn.Module]:
     return found
 
 
-def _tables(tree: Tree, free: Iterable[str]) -> list[str]:
+def _find_token_tables(tree: ModuleTree, free: Iterable[str]) -> list[str]:
     """Declared token tables and those shaped like them; where nothing is declared, the table with the most rows."""
     tables = {p: tree.modules[p] for p in free if tree.leaves[p].kind == "embedding"}
     if isinstance(tree.modules[""], PreTrainedModel):
-        declared = _declared(tree, "in")
+        declared = _declared_embeddings(tree, "in")
         shapes = {tree.leaves[p] for p, m in tables.items() if any(m is table for table in declared)}
     else:
         named = {p: tree.leaves[p] for p in tables if not NOT_TOKENS.search(p.rpartition(".")[2])}
@@ -51,7 +51,7 @@ def _tables(tree: Tree, free: Iterable[str]) -> list[str]:
     return [p for p in tables if tree.leaves[p] in shapes]
 
 
-def _patches(tree: Tree, free: Iterable[str], widths: set[int]) -> list[str]:
+def _find_patch_embeddings(tree: ModuleTree, free: Iterable[str], widths: set[int]) -> list[str]:
     """What writes the width of a tower and cuts an image: a convolution whose windows do not overlap (or that is
     called an embedding), or a linear called patch.
     """
@@ -66,9 +66,9 @@ def _patches(tree: Tree, free: Iterable[str], widths: set[int]) -> list[str]:
     return [p for p in free if tree.leaves[p].d_out in widths and cuts(p)]
 
 
-def _heads(tree: Tree, free: Iterable[str], inside: Collection[str]) -> list[str]:
+def _find_heads(tree: ModuleTree, free: Iterable[str], inside: Collection[str]) -> list[str]:
     """Declared output heads, and linears that are, or lie directly in, something called head after the last block."""
-    declared = _declared(tree, "out")
+    declared = _declared_embeddings(tree, "out")
     order = {path: i for i, path in enumerate(tree.leaves)}
     last = max((order[p] for p in inside), default=-1)
 
@@ -76,7 +76,9 @@ def _heads(tree: Tree, free: Iterable[str], inside: Collection[str]) -> list[str
         names = [name for name in path.split(".") if not name.isdigit()]
         if HEAD.fullmatch(names[-1]):
             return True
-        pools = any(tree.under(seed, path.rpartition(".")[0]) for seed in tree.seeds)  # an attention pooling "head"
+        pools = any(
+            tree.is_inside(seed, path.rpartition(".")[0]) for seed in tree.qkv_named
+        )  # an attention pooling "head"
         return len(names) > 1 and bool(HEAD.fullmatch(names[-2])) and not pools
 
     return [

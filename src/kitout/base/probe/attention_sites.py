@@ -13,41 +13,41 @@ from typing import Any
 
 from torch import nn
 
-from kitout.base.probe.tracer import Attention, Watch
+from kitout.base.probe.tracer import AttentionCall, ForwardTracer
 from kitout.base.site import Site
 from kitout.base.survey import Survey
 
-_known: dict[type[nn.Module], Mapping[str, Any] | None] = {}  # asked for at every attention call
+_interface_cache: dict[type[nn.Module], Mapping[str, Any] | None] = {}  # asked for at every attention call
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' name for it in every modeling file
 
 
-def interface(module: nn.Module) -> Mapping[str, Any] | None:
+def attention_interface(module: nn.Module) -> Mapping[str, Any] | None:
     """The globals of the module's own forward, where that asks transformers' attention interface; else None."""
     if getattr(getattr(module, "config", None), "_attn_implementation", None) is None:
         return None
-    return _globals(type(module))
+    return _interface_globals(type(module))
 
 
-def _globals(cls: type[nn.Module]) -> Mapping[str, Any] | None:
-    if cls not in _known:
+def _interface_globals(cls: type[nn.Module]) -> Mapping[str, Any] | None:
+    if cls not in _interface_cache:
         forward = inspect.unwrap(cls.forward)
         named = INTERFACE in forward.__code__.co_names and INTERFACE in forward.__globals__
-        _known[cls] = forward.__globals__ if named else None
-    return _known[cls]
+        _interface_cache[cls] = forward.__globals__ if named else None
+    return _interface_cache[cls]
 
 
-def attentions(found: Survey, sites: Sequence[Site], watch: Watch) -> tuple[list[Site], dict[str, str]]:
+def kv_sites(survey: Survey, sites: Sequence[Site], tracer: ForwardTracer) -> tuple[list[Site], dict[str, str]]:
     """The sites, in the order they ran, and by path why an attention has none. sites: all others, labels proven."""
-    blocks = {b.path: b for b in found.blocks if b.whole}
+    blocks = {b.path: b for b in survey.blocks if b.is_one_module}
     letters = {(s.path, s.role.rpartition(".")[2]): s for s in sites if s.role.startswith(("attn.", "cross."))}
     result: dict[str, Site] = {}
     closed: dict[str, str] = {}
-    for call in watch.attentions:
+    for call in tracer.attention_calls:
         if call.block not in blocks or call.path in result or call.path in closed:
             continue
-        key, value = (_feeding(call, letter, letters) for letter in "kv")
-        module = found.model.get_submodule(call.path)
-        reason = _reason(call, module, key, value)
+        key, value = (_feeding_projection(call, letter, letters) for letter in "kv")
+        module = survey.model.get_submodule(call.path)
+        reason = _refusal_reason(call, module, key, value)
         if reason or key is None:
             closed[call.path] = reason
             continue
@@ -57,27 +57,27 @@ def attentions(found: Survey, sites: Sequence[Site], watch: Watch) -> tuple[list
             role="kv.cross" if key.role.startswith("cross.") else "kv.self",
             tower=block.tower,
             layer=block.index,
-            d_in=block.d,
+            d_in=block.width,
             d_out=key.d_out,
             port="kv",
-            heads=key.d_out // call.tensors["q"].shape[-1],
-            window=_window(module),
-            scale=None if call.tensors["k"].is_meta else _scale(call),
-            rows=key.rows,
+            num_kv_heads=key.d_out // call.tensors["q"].shape[-1],
+            sliding_window=_sliding_window(module),
+            probe_std=None if call.tensors["k"].is_meta else _probe_std(call),
+            batch_relation=key.batch_relation,
             kind="other",
             module=module,
         )
-    sites = [s.at(bias=_bias(s, list(result.values()))) for s in result.values()]
-    biased = {call.path for call in watch.attentions if call.biased}
+    sites = [s.replace(relative_bias=_relative_bias(s, list(result.values()))) for s in result.values()]
+    biased = {call.path for call in tracer.attention_calls if call.has_mask_bias}
     closed |= {
         s.path: "its mask carries a bias by position, which added keys would lack"
         for s in sites
-        if s.path in biased and s.bias is None
+        if s.path in biased and s.relative_bias is None
     }
     return [s for s in sites if s.path not in closed], closed
 
 
-def _bias(site: Site, sites: Sequence[Site]) -> nn.Module | None:
+def _relative_bias(site: Site, sites: Sequence[Site]) -> nn.Module | None:
     """Its own relative positions, else those of the first attention in its stack, which hands them on."""
     stack = [s for s in sites if (s.tower, s.role) == (site.tower, site.role)]
     for module in (site.module, *(s.module for s in stack)):
@@ -87,32 +87,32 @@ def _bias(site: Site, sites: Sequence[Site]) -> nn.Module | None:
     return None
 
 
-def _feeding(call: Attention, letter: str, letters: Mapping[tuple[str, str], Site]) -> Site | None:
+def _feeding_projection(call: AttentionCall, operand: str, projections: Mapping[tuple[str, str], Site]) -> Site | None:
     """The one projection that an operand of attention comes from."""
-    paths = [p for p in call.leaves[letter] if not p.startswith("stream:")]
-    return letters.get((paths[0], letter)) if len(paths) == 1 else None
+    paths = [p for p in call.leaves[operand] if not p.startswith("stream:")]
+    return projections.get((paths[0], operand)) if len(paths) == 1 else None
 
 
-def _reason(call: Attention, module: nn.Module, key: Site | None, value: Site | None) -> str:
+def _refusal_reason(call: AttentionCall, module: nn.Module, key: Site | None, value: Site | None) -> str:
     """Why no keys and values can be added here; "" if they can."""
     width, v = call.tensors["q"].shape[-1], call.tensors["v"]  # keys come transposed to a product
-    if call.product and interface(module) is None:
+    if call.written_out and attention_interface(module) is None:
         return "it writes its attention out instead of calling one (try attn_implementation='sdpa')"
     if v.ndim != 4:
         return f"its values are {list(v.shape)}, not [batch, heads, tokens, width]"
     if key is None or value is None or key.d_out != value.d_out or key.d_out % width or width != v.shape[-1]:
         return "its keys and values do not come from one projection each, of one width"
-    if key.rows != "batch":
+    if key.batch_relation != "batch":
         return "it attends within windows, not over the whole sequence"
     return ""
 
 
-def _window(module: nn.Module) -> int:
+def _sliding_window(module: nn.Module) -> int:
     """How many keys a sliding window holds, 0 where it slides over none."""
     window = getattr(module, "sliding_window", None)
     return window if isinstance(window, int) and window > 0 else 0
 
 
-def _scale(call: Attention) -> tuple[float, float]:
+def _probe_std(call: AttentionCall) -> tuple[float, float]:
     k, v = (call.tensors[letter].detach().float() for letter in "kv")
     return k.std(correction=0).item(), v.std(correction=0).item()  # heads may be there several times

@@ -13,36 +13,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TOKENS = 6
+NUM_TOKENS = 6
 
 
-def example(model: nn.Module, rows: int) -> dict[str, Any] | None:
+def dummy_batch(model: nn.Module, batch_size: int) -> dict[str, Any] | None:
     """Keyword arguments for one forward of `rows` rows, or None."""
     accepted = inspect.signature(model.forward).parameters
     config = getattr(model, "config", None)
     generator = torch.Generator().manual_seed(0)
     batch: dict[str, Any] = {}
     if config is None or not hasattr(config, "model_type"):
-        size = _built_size(model)
+        size = _declared_image_size(model)
         if size is None or not accepted:
             return None
-        pixels = torch.randn(rows, *size, generator=generator)
-        return {next(iter(accepted)): _like_model(model, pixels)}
+        pixels = torch.randn(batch_size, *size, generator=generator)
+        return {next(iter(accepted)): _to_model(model, pixels)}
     if "pixel_values" in accepted:
         shape = _image_shape(config)
         if shape is None:
             return None
-        batch["pixel_values"] = _like_model(model, torch.randn(rows, *shape, generator=generator))
+        batch["pixel_values"] = _to_model(model, torch.randn(batch_size, *shape, generator=generator))
     if "input_ids" in accepted:
-        batch["input_ids"] = _ids(model, config, rows, generator)
+        batch["input_ids"] = _random_ids(model, config, batch_size, generator)
     if config.is_encoder_decoder and "decoder_input_ids" in accepted:
-        batch["decoder_input_ids"] = _ids(model, config, rows, generator)
+        batch["decoder_input_ids"] = _random_ids(model, config, batch_size, generator)
     if batch and "use_cache" in accepted:
         batch["use_cache"] = False
     return batch or None
 
 
-def one_more(batch: Mapping[str, Any]) -> dict[str, Any]:
+def with_extra_row(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch with its first row once more at the end."""
     rows = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim > 1), None)
     return {
@@ -51,7 +51,7 @@ def one_more(batch: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _ids(model: nn.Module, config: Any, rows: int, generator: torch.Generator) -> Tensor:
+def _random_ids(model: nn.Module, config: Any, batch_size: int, generator: torch.Generator) -> Tensor:
     """Ordinary ids with the end-of-sequence id last (some classifiers pool there), none of them special before it."""
     text = config.get_text_config()
     vocabulary = int(text.vocab_size)
@@ -59,10 +59,10 @@ def _ids(model: nn.Module, config: Any, rows: int, generator: torch.Generator) -
     named = (getattr(text, f"{n}_token_id", None) for n in ("pad", "bos", "eos"))
     special = [{t} if isinstance(t, int) else set(t or ()) for t in named]
     ordinary = torch.tensor([i for i in range(min(vocabulary, 512)) if i not in set().union(*special)])
-    ids = ordinary[torch.randint(len(ordinary), (rows, TOKENS), generator=generator)]
+    ids = ordinary[torch.randint(len(ordinary), (batch_size, NUM_TOKENS), generator=generator)]
     if special[-1] and 0 <= (last := min(special[-1])) < vocabulary:
         ids[:, -1] = last
-    return ids.to(_anchor(model).device)
+    return ids.to(_first_float_parameter(model).device)
 
 
 def _image_shape(config: Any) -> tuple[int, int, int] | None:
@@ -74,7 +74,7 @@ def _image_shape(config: Any) -> tuple[int, int, int] | None:
     return getattr(vision, "num_channels", 3), height, width
 
 
-def _built_size(model: nn.Module) -> tuple[int, int, int] | None:
+def _declared_image_size(model: nn.Module) -> tuple[int, int, int] | None:
     """(channels, height, width) of an image model outside transformers: its patch embedding's own size and channels."""
     for module in model.modules():
         size = module.__dict__.get("img_size")
@@ -84,10 +84,10 @@ def _built_size(model: nn.Module) -> tuple[int, int, int] | None:
     return None
 
 
-def _like_model(model: nn.Module, value: Tensor) -> Tensor:
-    anchor = _anchor(model)
+def _to_model(model: nn.Module, value: Tensor) -> Tensor:
+    anchor = _first_float_parameter(model)
     return value.to(anchor.device, anchor.dtype)
 
 
-def _anchor(model: nn.Module) -> Tensor:
+def _first_float_parameter(model: nn.Module) -> Tensor:
     return next(p for p in model.parameters() if p.is_floating_point())

@@ -10,11 +10,11 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-IGNORED = -100  # a label that is not learnt, as torch's cross_entropy and transformers have it
+IGNORE_INDEX = -100  # a label that is not learnt, as torch's cross_entropy and transformers have it
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class EncodedExample:
     """One encoded example.
 
     ids: what the model reads, without padding. labels: one per id (not shifted): the id itself where a causal model
@@ -24,30 +24,45 @@ class Item:
     truncation left out; lost: those of them that were to be learnt. place: where it was read.
     """
 
-    ids: tuple[int, ...]
+    input_ids: tuple[int, ...]
     labels: tuple[int, ...] = ()
-    target: tuple[int, ...] = ()
-    value: int | float | tuple[float, ...] | None = None
-    prompt: int = 0
+    target_ids: tuple[int, ...] = ()
+    label: int | float | tuple[float, ...] | None = None
+    prompt_length: int = 0
     reference: str = ""
-    cut: int = 0
-    lost: int = 0
-    place: str = ""
+    num_truncated: int = 0
+    num_truncated_targets: int = 0
+    location: str = ""
 
     @property
     def length(self) -> int:
         """Tokens a model works through."""
-        return len(self.ids) + len(self.target)
+        return len(self.input_ids) + len(self.target_ids)
 
     @property
-    def learned(self) -> int:
+    def num_targets(self) -> int:
         """Tokens the loss is taken over; 1 for a sequence's value."""
-        return 1 if self.value is not None else sum(label != IGNORED for label in self.labels) + len(self.target)
+        return (
+            1 if self.label is not None else sum(label != IGNORE_INDEX for label in self.labels) + len(self.target_ids)
+        )
 
 
-def digest(items: Iterable[Item]) -> str:
+def digest(examples: Iterable[EncodedExample]) -> str:
     """A fingerprint of the items in their order; where they were read does not count."""
     seen = hashlib.sha256()
-    for i in items:
-        seen.update(repr((i.ids, i.labels, i.target, i.value, i.prompt, i.reference, i.cut, i.lost)).encode())
+    for i in examples:
+        seen.update(
+            repr(
+                (
+                    i.input_ids,
+                    i.labels,
+                    i.target_ids,
+                    i.label,
+                    i.prompt_length,
+                    i.reference,
+                    i.num_truncated,
+                    i.num_truncated_targets,
+                )
+            ).encode()
+        )
     return seen.hexdigest()

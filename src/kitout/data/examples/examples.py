@@ -24,7 +24,7 @@ Label: TypeAlias = "str | int | float | tuple[str, ...]"  # a class, a number, o
 class Example(ABC):
     """place: where it was read, for messages: "train.jsonl line 12"."""
 
-    place: str = field(default="", compare=False)
+    location: str = field(default="", compare=False)
 
     @abstractmethod
     def source_text(self) -> str:
@@ -38,7 +38,9 @@ class Example(ABC):
     def exact_key(self) -> str:
         """The same for the same content, wherever it was read and whenever."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
-        return _hash(json.dumps([type(self).__name__, values], sort_keys=True, default=_plain, ensure_ascii=False))
+        return _hash(
+            json.dumps([type(self).__name__, values], sort_keys=True, default=_to_json_value, ensure_ascii=False)
+        )
 
     @cached_property
     def input_key(self) -> str:
@@ -59,7 +61,7 @@ class Turn:
     """
 
     message: Mapping[str, Any]
-    learn: bool | None = None
+    train_on: bool | None = None
 
     @property
     def role(self) -> str:
@@ -81,15 +83,15 @@ class Chat(Example):
 
     def source_text(self) -> str:
         """All before the last assistant turn; who speaks is written where more than one exchange is held."""
-        before = self.turns[: self._last()]
+        before = self.turns[: self._last_answer_index()]
         said = [t for t in before if t.role != "system"]
         lines = [t.text if t.role == "system" or len(said) == 1 else f"{t.role}: {t.text}" for t in before]
         return "\n".join(lines)
 
     def answer_text(self) -> str:
-        return self.turns[self._last()].text if self._last() < len(self.turns) else ""
+        return self.turns[self._last_answer_index()].text if self._last_answer_index() < len(self.turns) else ""
 
-    def _last(self) -> int:
+    def _last_answer_index(self) -> int:
         return max((i for i, turn in enumerate(self.turns) if turn.role == "assistant"), default=len(self.turns))
 
 
@@ -121,22 +123,22 @@ class Text(Example):
 
 
 @dataclass(frozen=True)
-class Labelled(Example):
+class LabeledText(Example):
     """A text, or two that belong together, and its class, number or set of labels."""
 
     text: str
     label: Label
-    second: str | None = None
+    text_pair: str | None = None
 
     def source_text(self) -> str:
-        return self.text if self.second is None else f"{self.text}\n{self.second}"
+        return self.text if self.text_pair is None else f"{self.text}\n{self.text_pair}"
 
     def answer_text(self) -> str:
-        return ", ".join(self.label) if isinstance(self.label, tuple) else shown(self.label)
+        return ", ".join(self.label) if isinstance(self.label, tuple) else cell_to_text(self.label)
 
 
 @dataclass(frozen=True)
-class Tagged(Example):
+class TaggedWords(Example):
     """Words and one tag each."""
 
     words: tuple[str, ...]
@@ -164,7 +166,7 @@ class LabeledImage(Example):
         return self.label
 
 
-def shown(value: object) -> str:
+def cell_to_text(value: object) -> str:
     """A value of a table as text: true and false as JSON writes them, whole floats without their .0."""
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -175,7 +177,7 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def _plain(value: object) -> object:
+def _to_json_value(value: object) -> object:
     if isinstance(value, Turn):
-        return [dict(value.message), value.learn]
+        return [dict(value.message), value.train_on]
     return dict(value) if isinstance(value, Mapping) else str(value)

@@ -16,12 +16,12 @@ from typing import Any, TypeAlias
 
 from kitout.data.examples import convert
 from kitout.data.examples.examples import Example
-from kitout.data.read.tables import DataError, Row, told
-from kitout.errors import Faults, suggest
+from kitout.data.read.tables import DataError, Row, add_first
+from kitout.errors import Errors, suggest
 
-Names: TypeAlias = "Mapping[str, tuple[str, ...]]"  # role -> its usual column names, the first that is there wins
+ColumnNames: TypeAlias = "Mapping[str, tuple[str, ...]]"  # role -> its usual column names, the first that is there wins
 
-LOOKED_AT = 200  # rows of a stream whose columns are looked at; later ones may leave columns out
+HEAD_ROWS = 200  # rows of a stream whose columns are looked at; later ones may leave columns out
 _SYSTEM: dict[str, tuple[str, ...]] = {"system": ("system", "system_prompt")}
 _TOOLS: dict[str, tuple[str, ...]] = {"tools": ("tools", "functions")}
 _LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "topic", "score")
@@ -30,7 +30,7 @@ _TEXTS = (
 )  # fmt: skip
 
 # Columns that say something about a text without being learnt; with any other beside it, `text` is not taken alone.
-_ABOUT = re.compile(
+_METADATA_PATTERN = re.compile(
     r"(?i)(.*[_ ])?(id|idx|index|url|uri|source|title|date|time|timestamp|added|created|meta|metadata|lang|language"
     r"|dump|path|file|filename|name|author|licen[cs]e|subset|split|domain|count|length|len|tokens|score|hash|__.*)"
 )
@@ -39,19 +39,19 @@ _ABOUT = re.compile(
 @dataclass(frozen=True)
 class Format:
     name: str
-    needs: Names
-    make: Callable[[convert.Cells], Example]
-    may: Names = field(default_factory=dict)
+    required: ColumnNames
+    to_example: Callable[[convert.RowFields], Example]
+    optional: ColumnNames = field(default_factory=dict)
     by_name_only: bool = False
     """Taken only where it is asked for: tables of texts may have the same columns beside their own."""
 
     @property
-    def roles(self) -> Names:
-        return {**self.needs, **self.may}
+    def roles(self) -> ColumnNames:
+        return {**self.required, **self.optional}
 
     def __str__(self) -> str:
-        perhaps = f"; perhaps {', '.join(self.may)}" if self.may else ""
-        needs = ["/".join(names[:3]) + ("/..." if len(names) > 3 else "") for names in self.needs.values()]
+        perhaps = f"; perhaps {', '.join(self.optional)}" if self.optional else ""
+        needs = ["/".join(names[:3]) + ("/..." if len(names) > 3 else "") for names in self.required.values()]
         return f"{self.name}: {' and '.join(needs)}{perhaps}"
 
 
@@ -64,47 +64,50 @@ FORMATS = {
                 "instruction": ("instruction", "prompt", "input", "query", "source"),
                 "response": ("response", "output", "answer", "target"),
             },
-            convert.instruction,
+            convert.from_instruction,
             {"context": ("input", "context"), **_SYSTEM},
         ),
-        Format("messages", {"messages": ("messages", "dialog", "chat")}, convert.chat, {**_TOOLS, **_SYSTEM}),
+        Format("messages", {"messages": ("messages", "dialog", "chat")}, convert.from_messages, {**_TOOLS, **_SYSTEM}),
         Format(
-            "sharegpt", {"conversations": ("conversations", "conversation")}, convert.sharegpt, {**_TOOLS, **_SYSTEM}
+            "sharegpt",
+            {"conversations": ("conversations", "conversation")},
+            convert.from_sharegpt,
+            {**_TOOLS, **_SYSTEM},
         ),
-        Format("completion", {"prompt": ("prompt",), "completion": ("completion",)}, convert.completion, _TOOLS),
+        Format("completion", {"prompt": ("prompt",), "completion": ("completion",)}, convert.from_completion, _TOOLS),
         Format(
             "question",
             {"question": ("question", "problem"), "answer": ("answer", "answers", "solution", "response", "output")},
-            convert.question,
+            convert.from_question,
             {"context": ("context", "passage", "paragraph", "article", "body"), "choices": ("choices", "options"),
              **_SYSTEM},
         ),
         Format(
             "summary",
             {"document": ("document", "article", "dialogue", "text"), "summary": ("summary", "highlights")},
-            convert.summary,
+            convert.from_summary,
             _SYSTEM,
         ),
         Format(
             "label",
             {"text": _TEXTS, "label": _LABELS},
-            convert.label,
+            convert.from_label,
             {"second": ("sentence2", "hypothesis", "text2", "question2", "text_pair", "second")},
         ),
         Format(
             "tokens",
             {"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags", "labels", "pos_tags")},
-            convert.tokens,
+            convert.from_tokens,
         ),
-        Format("spans", {"text": ("text", "sentence"), "spans": ("spans", "entities")}, convert.spans),
-        Format("text", {"text": ("text", "content")}, convert.plain),
+        Format("spans", {"text": ("text", "sentence"), "spans": ("spans", "entities")}, convert.from_spans),
+        Format("text", {"text": ("text", "content")}, convert.from_text),
         Format(
             "image",
             {
                 "image": ("image", "path", "file", "filename", "file_name", "filepath", "image_path", "img"),
                 "label": ("label", "labels", "class", "category", "target", "species", "digit"),
             },
-            convert.image,
+            convert.from_image,
             by_name_only=True,
         ),
     )
@@ -112,7 +115,7 @@ FORMATS = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class TableReading:
     """A format and the column of each of its roles. unused: columns that nothing is read from.
 
     where: the source's name, for messages and places. instruction: a system turn for every example; with it, labelled
@@ -121,44 +124,46 @@ class Layout:
 
     format: Format
     columns: Mapping[str, str]
-    where: str
-    unused: tuple[str, ...] = ()
-    instruction: str | None = None
+    source: str
+    unused_columns: tuple[str, ...] = ()
+    system_prompt: str | None = None
 
-    def example(self, row: Row) -> Example:
+    def to_example(self, row: Row) -> Example:
         """Raises DataError with the line and what is wrong with it."""
         line, cells = row
         try:
-            if not self._late.isdisjoint(cells):
-                late = ", ".join(map(repr, sorted(self._late & cells.keys())))
-                raise DataError(f"it has the column {late}, which the first {LOOKED_AT} rows do not have; add it there")
-            made = self.format.make({role: _cell(cells.get(column)) for role, column in self.columns.items()})
-            if self.instruction:
-                made = convert.instructed(made, self.instruction)
+            if not self._late_columns.isdisjoint(cells):
+                late = ", ".join(map(repr, sorted(self._late_columns & cells.keys())))
+                raise DataError(f"it has the column {late}, which the first {HEAD_ROWS} rows do not have; add it there")
+            made = self.format.to_example(
+                {role: _gap_to_none(cells.get(column)) for role, column in self.columns.items()}
+            )
+            if self.system_prompt:
+                made = convert.with_system_prompt(made, self.system_prompt)
         except DataError as wrong:
-            raise DataError(f"line {line}: {self._columns_named(str(wrong))}") from wrong
-        return replace(made, place=f"{self.where}:{line}")
+            raise DataError(f"line {line}: {self._name_columns(str(wrong))}") from wrong
+        return replace(made, location=f"{self.source}:{line}")
 
     @cached_property
-    def _late(self) -> frozenset[str]:
+    def _late_columns(self) -> frozenset[str]:
         """Columns that would be read if the rows that were looked at had them: a stream may bring one later."""
         usual = {name for role, names in self.format.roles.items() if role not in self.columns for name in names}
-        return frozenset(usual - {*self.unused, *self.columns.values()})
+        return frozenset(usual - {*self.unused_columns, *self.columns.values()})
 
-    def examples(self, rows: Iterable[Row]) -> list[Example]:
+    def to_examples(self, rows: Iterable[Row]) -> list[Example]:
         """Every row as an example; the faulty ones are told together."""
         made, bad = [], []
         for row in rows:
             try:
-                made.append(self.example(row))
+                made.append(self.to_example(row))
             except DataError as wrong:
                 bad.append(str(wrong))
-        faults = Faults(DataError, f"{self.where} (read as {self.format.name})")
-        told(faults, bad, "rows")
+        faults = Errors(DataError, f"{self.source} (read as {self.format.name})")
+        add_first(faults, bad, "rows")
         faults.raise_if_any()
         return made
 
-    def _columns_named(self, message: str) -> str:
+    def _name_columns(self, message: str) -> str:
         """'response' is empty -> 'output' is empty: the user knows the column, not the role."""
         for role, column in self.columns.items():
             if message.startswith(f"{role!r}"):
@@ -167,16 +172,18 @@ class Layout:
 
     def __str__(self) -> str:
         read = ", ".join(column if role == column else f"{role}={column}" for role, column in self.columns.items())
-        return f"{self.format.name} ({read})" + (f"; not read: {', '.join(self.unused)}" if self.unused else "")
+        return f"{self.format.name} ({read})" + (
+            f"; not read: {', '.join(self.unused_columns)}" if self.unused_columns else ""
+        )
 
 
 def detect(
     rows: Sequence[Row],
-    where: str,
-    format: str | None = None,  # noqa: A002
+    source: str,
+    format: str | None = None,  # noqa: A002 - the name of the setting
     columns: Mapping[str, str] | None = None,
-    instruction: str | None = None,
-) -> Layout:
+    system_prompt: str | None = None,
+) -> TableReading:
     """The layout of these rows.
 
     format: a name of FORMATS, or "auto". columns: {role: column} for what has an unusual name. instruction: see Layout.
@@ -184,75 +191,80 @@ def detect(
     present = list(dict.fromkeys(str(column) for _, row in rows for column in row))
     named = dict(columns or {})
     format = None if format == "auto" else format  # noqa: A001
-    known = _asked(format, named, present, where)
-    fits = {made.name: found for made in known if (found := _fit(made, named, present)) is not None}
+    known = _candidate_formats(format, named, present, source)
+    fits = {made.name: found for made in known if (found := _match_columns(made, named, present)) is not None}
     plain = fits.get("text")
     if plain is not None and format is None and not named:
-        others = [c for c in present if c not in plain.values() and not _ABOUT.fullmatch(c)]
+        others = [c for c in present if c not in plain.values() and not _METADATA_PATTERN.fullmatch(c)]
         if len(fits) > 1 or others:
             del fits["text"]
     elif len(fits) > 1:
         fits.pop("text", None)
     if len(fits) != 1:
-        raise DataError(_unclear(where, present, list(fits), known, format))
+        raise DataError(_ambiguity_message(source, present, list(fits), known, format))
     (name, found), *_ = fits.items()
     unused = tuple(c for c in present if c not in found.values())
-    return Layout(FORMATS[name], found, where, unused, instruction)
+    return TableReading(FORMATS[name], found, source, unused, system_prompt)
 
 
-def _cell(value: Any) -> Any:
+def _gap_to_none(value: Any) -> Any:
     """A gap that came as a number is a gap."""
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _asked(format: str | None, named: Mapping[str, str], present: Sequence[str], where: str) -> list[Format]:  # noqa: A002
+def _candidate_formats(
+    format: str | None,  # noqa: A002 - the name of the setting
+    columns: Mapping[str, str],
+    present: Sequence[str],
+    source: str,
+) -> list[Format]:
     """The formats that what was asked for leaves open."""
-    faults = Faults(DataError, f"{where} (columns: {', '.join(present)})")
+    faults = Errors(DataError, f"{source} (columns: {', '.join(present)})")
     if format is not None and format not in FORMATS:
-        faults.add(f"there is no format {format!r}; {suggest(format, FORMATS, most=len(FORMATS))}")
+        faults.add(f"there is no format {format!r}; {suggest(format, FORMATS, max_shown=len(FORMATS))}")
     by_columns = [made for made in FORMATS.values() if not made.by_name_only]
     open_ones = [FORMATS[format]] if format in FORMATS else by_columns
     roles = {role for made in open_ones for role in made.roles}
-    for role, column in named.items():
+    for role, column in columns.items():
         if role not in roles:
             of = f"the format {format} has" if format in FORMATS else "any format has"
-            faults.add(f"{role!r} is no column that {of}; {suggest(role, sorted(roles), most=20)}")
+            faults.add(f"{role!r} is no column that {of}; {suggest(role, sorted(roles), max_shown=20)}")
         if column not in present:
             faults.add(f"there is no column {column!r} (asked for as {role!r}); {suggest(column, present)}")
     faults.raise_if_any()
-    return [made for made in open_ones if set(named) <= set(made.roles)]
+    return [made for made in open_ones if set(columns) <= set(made.roles)]
 
 
-def _fit(made: Format, named: Mapping[str, str], present: Sequence[str]) -> dict[str, str] | None:
+def _match_columns(candidate: Format, columns: Mapping[str, str], present: Sequence[str]) -> dict[str, str] | None:
     """The column of each role, or None where one that is needed is missing. No column serves two roles."""
-    found = {role: column for role, column in named.items() if role in made.roles}
-    for role, usual in made.roles.items():
+    found = {role: column for role, column in columns.items() if role in candidate.roles}
+    for role, usual in candidate.roles.items():
         free = [c for c in present if c not in found.values()]
         column = found.get(role) or next((c for name in usual for c in free if c.lower() == name), None)
         if column is not None:
             found[role] = column
-        elif role in made.needs:
+        elif role in candidate.required:
             return None
-    return {role: found[role] for role in made.roles if role in found}
+    return {role: found[role] for role in candidate.roles if role in found}
 
 
-def _unclear(
-    where: str, present: Sequence[str], fits: Sequence[str], known: Sequence[Format], asked: str | None
+def _ambiguity_message(
+    source: str, present: Sequence[str], fits: Sequence[str], candidates: Sequence[Format], requested: str | None
 ) -> str:
-    shown = f"{where} has the columns: {', '.join(present)}"
+    shown = f"{source} has the columns: {', '.join(present)}"
     if fits:
         return f"{shown}\n  they can be read as {' or as '.join(fits)}\n  say which, e.g. format={fits[0]!r}"
-    likely = known[0] if asked else FORMATS["label"]
-    spare = [*present, *likely.needs][: len(likely.needs)]
-    example = ", ".join(f"{role!r}: {column!r}" for role, column in zip(likely.needs, spare, strict=False))
-    reading = f"the format {asked}" if asked else "any known format"
+    likely = candidates[0] if requested else FORMATS["label"]
+    spare = [*present, *likely.required][: len(likely.required)]
+    example = ", ".join(f"{role!r}: {column!r}" for role, column in zip(likely.required, spare, strict=False))
+    reading = f"the format {requested}" if requested else "any known format"
     return (
         f"{shown}\n  they do not fit {reading}; needed are\n    "
-        + "\n    ".join(str(made) for made in known)
+        + "\n    ".join(str(made) for made in candidates)
         + f"\n  name them, e.g. format={likely.name!r}, columns={{{example}}}"
     )
 
 
-def examples(rows: Sequence[Row], where: str, **how: Any) -> list[Example]:
+def to_examples(rows: Sequence[Row], source: str, **options: Any) -> list[Example]:
     """The rows of one table as examples; how: what `detect` takes."""
-    return detect(rows, where, **how).examples(rows)
+    return detect(rows, source, **options).to_examples(rows)

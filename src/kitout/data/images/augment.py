@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kitout.data.read.tables import DataError
-from kitout.errors import Faults
+from kitout.errors import Errors
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Augment:
     Crop and mirror are what the papers use on photographs; a digit must not be mirrored.
     """
 
-    crop: float = 0.5
-    mirror: bool = True
-    turn: float = 0.0
-    colour: float = 0.0
+    min_crop: float = 0.5
+    horizontal_flip: bool = True
+    rotate: float = 0.0
+    color_jitter: float = 0.0
 
     def __post_init__(self) -> None:
-        faults = Faults(DataError, "Augment")
-        for name, low, high in (("crop", 0.01, 1.0), ("turn", 0.0, 180.0), ("colour", 0.0, 1.0)):
+        faults = Errors(DataError, "Augment")
+        for name, low, high in (("min_crop", 0.01, 1.0), ("rotate", 0.0, 180.0), ("color_jitter", 0.0, 1.0)):
             if not low <= getattr(self, name) <= high:
                 faults.add(f"{name} is {getattr(self, name)!r}, expected {low:g} to {high:g}")
         faults.raise_if_any()
@@ -42,28 +42,28 @@ class Augment:
         """pixels [B, 3, H, W] from 0 to 1, before normalisation; the same shape."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
-            changed: Tensor = self._changes(tuple(pixels.shape[2:]))(pixels)
+            changed: Tensor = self._transform_for(tuple(pixels.shape[2:]))(pixels)
         return changed.clamp(0.0, 1.0)
 
-    def _changes(self, size: tuple[int, ...]) -> nn.Module:
-        if size not in self._made:
-            self._made[size] = self._make(size)
-        return self._made[size]
+    def _transform_for(self, size: tuple[int, ...]) -> nn.Module:
+        if size not in self._transforms:
+            self._transforms[size] = self._build_transform(size)
+        return self._transforms[size]
 
     @cached_property
-    def _made(self) -> dict[tuple[int, ...], nn.Module]:
+    def _transforms(self) -> dict[tuple[int, ...], nn.Module]:
         return {}
 
-    def _make(self, size: tuple[int, ...]) -> nn.Module:
+    def _build_transform(self, size: tuple[int, ...]) -> nn.Module:
         import kornia.augmentation as k
 
         changes: list[nn.Module] = []
-        if self.crop < 1.0:
-            changes.append(k.RandomResizedCrop(size, scale=(self.crop, 1.0)))
-        if self.mirror:
+        if self.min_crop < 1.0:
+            changes.append(k.RandomResizedCrop(size, scale=(self.min_crop, 1.0)))
+        if self.horizontal_flip:
             changes.append(k.RandomHorizontalFlip())
-        if self.turn:
-            changes.append(k.RandomRotation(self.turn))
-        if self.colour:
-            changes.append(k.ColorJiggle(self.colour, self.colour, self.colour, 0.0))
+        if self.rotate:
+            changes.append(k.RandomRotation(self.rotate))
+        if self.color_jitter:
+            changes.append(k.ColorJiggle(self.color_jitter, self.color_jitter, self.color_jitter, 0.0))
         return nn.Sequential(*changes)

@@ -14,18 +14,20 @@ import torch
 from torch import Tensor
 
 from kitout.data.images.augment import Augment
-from kitout.data.images.image_set import Images
+from kitout.data.images.image_set import ImageSet
 from kitout.data.read.tables import DataError
 
 
-class Pixels:
+class PixelProcessor:
     """`pixels(images, rows)` -> [len(rows), 3, H, W]. size: of the square the model sees, None for the processor's."""
 
     def __init__(self, processor: Any, size: int | None = None, augment: Augment | None = None) -> None:
         self.processor, self.size, self.augment = processor, size, augment
 
     @classmethod
-    def of(cls, model: str | Path, size: int | None = None, augment: Augment | None = None) -> Pixels:
+    def from_pretrained(
+        cls, model: str | Path, size: int | None = None, augment: Augment | None = None
+    ) -> PixelProcessor:
         """The processor of a model folder or name; size must be a multiple of the model's patches."""
         from transformers import AutoConfig, AutoImageProcessor
         from transformers.utils import logging
@@ -43,29 +45,29 @@ class Pixels:
             check_size(size, getattr(config, "patch_size", 1))
         return cls(processor, size, augment)
 
-    def __call__(self, images: Images, rows: Sequence[int], seed: int | None = None) -> Tensor:
+    def __call__(self, images: ImageSet, rows: Sequence[int], seed: int | None = None) -> Tensor:
         """The pixels of some images. seed: augmented as it says; None: as they are."""
         pictures = [images.open(i) for i in rows]
         if seed is None or self.augment is None:
-            return self._processed(pictures)
-        raw = self._processed(pictures, do_normalize=False)  # colours change before they are normalised
+            return self._process(pictures)
+        raw = self._process(pictures, do_normalize=False)  # colours change before they are normalised
         changed = self.augment(raw, seed)
         if not getattr(self.processor, "do_normalize", False):
             return changed
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.processor.image_mean, self.processor.image_std))
         return (changed - mean) / std
 
-    def _processed(self, pictures: Sequence[Any], **changes: Any) -> Tensor:
+    def _process(self, images: Sequence[Any], **options: Any) -> Tensor:
         try:
-            made = self.processor(list(pictures), return_tensors="pt", **self._sizes(), **changes)
+            made = self.processor(list(images), return_tensors="pt", **self._size_options(), **options)
         except ValueError as wrong:
-            if self.size is not None or len({p.size for p in pictures}) == 1:
+            if self.size is not None or len({p.size for p in images}) == 1:
                 raise
             raise DataError(f"this processor leaves images at different sizes; give one, size=224: {wrong}") from wrong
         pixels: Tensor = made["pixel_values"]
         return pixels
 
-    def _sizes(self) -> dict[str, Any]:
+    def _size_options(self) -> dict[str, Any]:
         """The short side becomes `size` and the middle is cut out, or both sides do where nothing is cut."""
         if self.size is None:
             return {}
@@ -76,9 +78,9 @@ class Pixels:
         return {"size": square} | ({"crop_size": square} if crops else {})
 
 
-def check_size(size: int, patch: Any) -> None:
+def check_size(size: int, patch_size: Any) -> None:
     """DataError if the square is not cut evenly into patches (a number, or height and width)."""
-    sides = {int(side) for side in (patch if isinstance(patch, list | tuple) else [patch or 1])}
+    sides = {int(side) for side in (patch_size if isinstance(patch_size, list | tuple) else [patch_size or 1])}
     for side in sides:
         if size < side or size % side:
             below, above = size // side * side, (size // side + 1) * side

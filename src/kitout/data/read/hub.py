@@ -15,7 +15,7 @@ from typing import Any
 
 from kitout.data.read.tables import DataError, Row
 
-_NAME = re.compile(r"(?P<name>[^:#]+)(:(?P<config>[^#]+))?(#((?P<first>\d+):)?(?P<last>\d+)|#(?P<split>.+))?")
+_SOURCE_PATTERN = re.compile(r"(?P<name>[^:#]+)(:(?P<config>[^#]+))?(#((?P<first>\d+):)?(?P<last>\d+)|#(?P<split>.+))?")
 
 
 @dataclass(frozen=True)
@@ -23,29 +23,29 @@ class HubTable:
     """One split. data: a `datasets.Dataset` or `IterableDataset`."""
 
     data: Any
-    where: str
-    part: str = ""
+    source: str
+    split: str = ""
 
-    def rows(self) -> list[Row]:
-        found = list(self.each())
+    def read_rows(self) -> list[Row]:
+        found = list(self.iter_rows())
         if not found:
-            raise DataError(f"{self.where} holds no rows")
+            raise DataError(f"{self.source} holds no rows")
         return found
 
-    def each(self) -> Iterator[Row]:
+    def iter_rows(self) -> Iterator[Row]:
         for number, row in enumerate(self.data, start=1):
-            yield number, {name: self._worded(name, value) for name, value in row.items()}
+            yield number, {name: self._with_class_names(name, value) for name, value in row.items()}
 
-    def _worded(self, column: str, value: Any) -> Any:
-        names = self._classes.get(column)
+    def _with_class_names(self, column: str, value: Any) -> Any:
+        names = self._class_names.get(column)
         if names is None or value is None:
             return value
         if isinstance(value, list):
-            return [_class(names, one) for one in value]
-        return _class(names, value)
+            return [_class_name(names, one) for one in value]
+        return _class_name(names, value)
 
     @cached_property
-    def _classes(self) -> dict[str, list[str]]:
+    def _class_names(self) -> dict[str, list[str]]:
         """The names of the classes of columns that hold their numbers, alone or in lists."""
         import datasets
 
@@ -57,34 +57,35 @@ class HubTable:
         return found
 
 
-def hub_tables(source: str, part_named: Callable[[str], str], streaming: bool = False) -> list[HubTable]:
+def open_hub_tables(source: str, split_named: Callable[[str], str], streaming: bool = False) -> list[HubTable]:
     """The splits of a set that name a part, or the one that is asked for. `#500`: the first 500 of each."""
-    asked = _NAME.fullmatch(source)
+    asked = _SOURCE_PATTERN.fullmatch(source)
     assert asked is not None  # the caller has seen that it looks like a name
     if importlib.util.find_spec("datasets") is None:
         raise DataError(
             f"there is no file or folder {source}, and data sets of the hub need the datasets library, "
             "not installed here\n  pip install 'kitout[hub]'"
         )
-    found = _loaded(source, asked["name"], asked["config"], asked["split"], streaming)
+    found = _load_dataset(source, asked["name"], asked["config"], asked["split"], streaming)
     if asked["split"]:
-        part = part_named(re.split(r"[\[+]", asked["split"])[0])
+        part = split_named(re.split(r"[\[+]", asked["split"])[0])
         return [HubTable(found, source, part)]
     first, last = int(asked["first"] or 0), int(asked["last"]) if asked["last"] else None
     name = source.partition("#")[0]
     tables = [
-        HubTable(_sliced(data, first, last), f"{name}#{split}", part_named(str(split))) for split, data in found.items()
+        HubTable(_slice_rows(data, first, last), f"{name}#{split}", split_named(str(split)))
+        for split, data in found.items()
     ]
-    parted = [t for t in tables if t.part]
-    if not any(t.part == "train" for t in parted):
+    parted = [t for t in tables if t.split]
+    if not any(t.split == "train" for t in parted):
         splits = ", ".join(map(str, found))
         if len(tables) == 1:
-            return [HubTable(tables[0].data, tables[0].where)]
+            return [HubTable(tables[0].data, tables[0].source)]
         raise DataError(f"{name} has the splits {splits}; say which to learn from, e.g. {name}#{next(iter(found))}")
     return parted
 
 
-def _loaded(source: str, name: str, config: str | None, split: str | None, streaming: bool) -> Any:
+def _load_dataset(source: str, name: str, config: str | None, split: str | None, streaming: bool) -> Any:
     import datasets
 
     try:
@@ -96,10 +97,10 @@ def _loaded(source: str, name: str, config: str | None, split: str | None, strea
         ) from wrong
 
 
-def _sliced(data: Any, first: int, last: int | None) -> Any:
-    return data if last is None else data.skip(first).take(last - first)
+def _slice_rows(data: Any, start: int, stop: int | None) -> Any:
+    return data if stop is None else data.skip(start).take(stop - start)
 
 
-def _class(names: Sequence[str] | Mapping[int, str], number: Any) -> Any:
+def _class_name(names: Sequence[str] | Mapping[int, str], class_id: Any) -> Any:
     """-1 stands for a label that is kept secret: none."""
-    return names[number] if isinstance(number, int) and 0 <= number < len(names) else None
+    return names[class_id] if isinstance(class_id, int) and 0 <= class_id < len(names) else None

@@ -14,12 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from kitout.errors import Faults, KitoutError
+from kitout.errors import Errors, KitoutError
 
-SHOWN = 5  # faults of one kind told in full
-LONGEST = 2**30  # characters of one field of a table; Python's own limit of 131,072 is less than a long document
+MAX_SHOWN_ERRORS = 5  # faults of one kind told in full
+MAX_FIELD_CHARS = (
+    2**30
+)  # characters of one field of a table; Python's own limit of 131,072 is less than a long document
 
-BINARY = {  # how files begin that are often taken for tables
+BINARY_SIGNATURES = {  # how files begin that are often taken for tables
     b"\x1f\x8b": "a gzip archive: unpack it first (gunzip)",
     b"PK\x03\x04": "a zip archive or a spreadsheet: unpack it, or save it as .csv",
     b"\x28\xb5\x2f\xfd": "a zstd archive: unpack it first (unzstd)",
@@ -28,78 +30,78 @@ BINARY = {  # how files begin that are often taken for tables
 }
 
 Row = tuple[int, dict[str, Any]]  # line, columns
-Wanted = Mapping[str, tuple[str | None, Sequence[str]]]  # role -> the column asked for or None, its usual names
-_Lazy: TypeAlias = Callable[[Path], Iterator[Row]]
-_Read = TypeVar("_Read")
+ColumnRequest = Mapping[str, tuple[str | None, Sequence[str]]]  # role -> the column asked for or None, its usual names
+_RowIterator: TypeAlias = Callable[[Path], Iterator[Row]]
+_ReaderT = TypeVar("_ReaderT")
 
 
 class DataError(KitoutError, ValueError):
     """A data file that is missing, unreadable or not what can be learnt from."""
 
 
-def told(faults: Faults, messages: Sequence[str], what: str) -> None:
+def add_first(errors: Errors, messages: Sequence[str], noun: str) -> None:
     """The first few faults of one kind in full, then how many more there are."""
-    for message in messages[:SHOWN]:
-        faults.add(message)
-    if len(messages) > SHOWN:
-        faults.add(f"and {len(messages) - SHOWN} more such {what}")
+    for message in messages[:MAX_SHOWN_ERRORS]:
+        errors.add(message)
+    if len(messages) > MAX_SHOWN_ERRORS:
+        errors.add(f"and {len(messages) - MAX_SHOWN_ERRORS} more such {noun}")
 
 
-def word(value: object) -> str:
+def cell_text(value: object) -> str:
     """A cell as a label or a text: stripped, empty for what is no single value."""
     return "" if value is None or isinstance(value, list | dict) else str(value).strip()
 
 
-def rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
     """Every row of a file with its line (.json and .parquet: its number)."""
-    read = _reader(path, READERS)
-    with _told_plainly(path):
+    read = _find_reader(path, READERS)
+    with _explain_binary(path):
         found = read(path)
     if not found:
         raise DataError(f"{path} holds no rows")
     return found
 
 
-def each(path: Path) -> Iterator[Row]:
+def iter_rows(path: Path) -> Iterator[Row]:
     """The rows of a file one after the other, none kept. The first faulty one raises."""
     if path.suffix.lower() == ".json":
         raise DataError(
             f"{path}: a JSON list is read as a whole and cannot be streamed; write one object a line, .jsonl"
         )
-    read = _reader(path, LAZY)
-    with _told_plainly(path):
+    read = _find_reader(path, STREAMING_READERS)
+    with _explain_binary(path):
         yield from read(path)
 
 
-def _reader(path: Path, readers: Mapping[str, _Read]) -> _Read:
+def _find_reader(path: Path, readers_by_suffix: Mapping[str, _ReaderT]) -> _ReaderT:
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*") if p.suffix in READERS) if path.parent.is_dir() else []
         raise DataError(f"there is no file {path}" + (f"; beside it: {', '.join(near[:8])}" if near else ""))
-    read = readers.get(path.suffix.lower())
+    read = readers_by_suffix.get(path.suffix.lower())
     if read is None:
         raise DataError(f"{path}: unknown format {path.suffix or '(no ending)'}; use {', '.join(READERS)}")
     return read
 
 
 @contextmanager
-def _told_plainly(path: Path) -> Iterator[None]:
+def _explain_binary(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as wrong:
         with path.open("rb") as file:
             begins = file.read(8)
-        for mark, what in BINARY.items():
+        for mark, what in BINARY_SIGNATURES.items():
             if begins.startswith(mark):
                 raise DataError(f"{path} holds no text but {what}") from wrong
         raise DataError(f"{path} is not UTF-8 (byte {wrong.start}); convert it, e.g. with iconv -t UTF-8") from wrong
 
 
-def columns(path: Path, found: Sequence[Row], wanted: Wanted) -> list[str]:
+def find_columns(path: Path, rows: Sequence[Row], requests: ColumnRequest) -> list[str]:
     """The column of each role, in order: the one asked for, else the first usual name that is there."""
-    present = [str(column) for column in found[0][1]]
-    faults = Faults(DataError, f"{path} (columns: {', '.join(present)})")
+    present = [str(column) for column in rows[0][1]]
+    faults = Errors(DataError, f"{path} (columns: {', '.join(present)})")
     chosen = []
-    for role, (asked, usual) in wanted.items():
+    for role, (asked, usual) in requests.items():
         if asked is not None and asked not in present:
             faults.add(f"there is no column {asked!r} for the {role}")
         column = asked or next((c for name in usual for c in present if c.lower() == name), None)
@@ -113,28 +115,28 @@ def columns(path: Path, found: Sequence[Row], wanted: Wanted) -> list[str]:
     return chosen
 
 
-def _jsonl(path: Path) -> list[Row]:
+def _read_jsonl(path: Path) -> list[Row]:
     found: list[Row] = []
     bad: list[str] = []
-    for line, row in _objects(path):
+    for line, row in _parse_lines(path):
         if isinstance(row, str):
             bad.append(row)
         else:
             found.append((line, row))
-    faults = Faults(DataError, str(path))
-    told(faults, bad, "lines")
+    faults = Errors(DataError, str(path))
+    add_first(faults, bad, "lines")
     faults.raise_if_any()
     return found
 
 
-def _each_object(path: Path) -> Iterator[Row]:
-    for line, row in _objects(path):
+def _iter_objects(path: Path) -> Iterator[Row]:
+    for line, row in _parse_lines(path):
         if isinstance(row, str):
             raise DataError(f"{path}: {row}")
         yield line, row
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _parse_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Each line's object, or what is wrong with the line."""
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         for line, words in enumerate(file, start=1):
@@ -143,7 +145,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             try:
                 row = json.loads(words.rstrip("\r\n"))
                 fault = "" if isinstance(row, dict) else f"a JSON {type(row).__name__}, expected an object"
-                if _broken(words, row):
+                if _has_broken_surrogate(words, row):
                     fault = "half of a surrogate pair (\\ud800 to \\udfff), which is no character"
             except (json.JSONDecodeError, RecursionError) as wrong:
                 said = f"{wrong.msg}, column {wrong.colno}" if isinstance(wrong, json.JSONDecodeError) else "too deep"
@@ -151,9 +153,9 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             yield line, f"line {line}: {fault}: {words.strip()[:60]!r}" if fault else row
 
 
-def _broken(words: str, row: Any) -> bool:
+def _has_broken_surrogate(text: str, row: Any) -> bool:
     """Whether strings hold what JSON can write and no text can: one half of a pair."""
-    if "\\ud" not in words.lower():
+    if "\\ud" not in text.lower():
         return False
     try:
         json.dumps(row, ensure_ascii=False).encode()
@@ -162,7 +164,7 @@ def _broken(words: str, row: Any) -> bool:
     return False
 
 
-def _json(path: Path) -> list[Row]:
+def _read_json(path: Path) -> list[Row]:
     try:
         words = path.read_text(encoding="utf-8-sig")
         found = json.loads(words)
@@ -173,15 +175,15 @@ def _json(path: Path) -> list[Row]:
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
         raise DataError(f"{path} must hold a list of objects, found a {type(found).__name__}")
     rows = list(enumerate(found, start=1))
-    bad = [number for number, row in rows if _broken(words, row)]
+    bad = [number for number, row in rows if _has_broken_surrogate(words, row)]
     if bad:
         raise DataError(f"{path} object {bad[0]}: half of a surrogate pair (\\ud800 to \\udfff), which is no character")
     return rows
 
 
-def _records(path: Path) -> Iterator[Row]:
+def _iter_csv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        limit = csv.field_size_limit(LONGEST)
+        limit = csv.field_size_limit(MAX_FIELD_CHARS)
         reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         try:
             names = list(reader.fieldnames or ())
@@ -201,7 +203,7 @@ def _records(path: Path) -> Iterator[Row]:
             csv.field_size_limit(limit)
 
 
-def _batches(path: Path) -> Iterator[Row]:
+def _iter_parquet(path: Path) -> Iterator[Row]:
     if importlib.util.find_spec("pyarrow") is None:
         raise DataError(f"{path}: reading parquet needs pyarrow, not installed here\n  pip install 'kitout[data]'")
     import pyarrow
@@ -218,28 +220,28 @@ def _batches(path: Path) -> Iterator[Row]:
         raise DataError(f"{path} is no readable parquet file: {str(wrong)[:200]}") from wrong
 
 
-def _texts(path: Path) -> Iterator[Row]:
+def _iter_text_lines(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         for line, words in enumerate(file, start=1):
             if words.strip():
                 yield line, {"text": words.rstrip("\r\n")}
 
 
-def _all(read: _Lazy) -> Callable[[Path], list[Row]]:
-    return lambda path: list(read(path))
+def _read_whole(reader: _RowIterator) -> Callable[[Path], list[Row]]:
+    return lambda path: list(reader(path))
 
 
-LAZY: dict[str, _Lazy] = {
-    ".jsonl": _each_object,
-    ".ndjson": _each_object,
-    ".csv": _records,
-    ".tsv": _records,
-    ".parquet": _batches,
-    ".txt": _texts,
+STREAMING_READERS: dict[str, _RowIterator] = {
+    ".jsonl": _iter_objects,
+    ".ndjson": _iter_objects,
+    ".csv": _iter_csv,
+    ".tsv": _iter_csv,
+    ".parquet": _iter_parquet,
+    ".txt": _iter_text_lines,
 }
 READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": _json,
-    **{ending: _all(read) for ending, read in LAZY.items() if ending not in (".jsonl", ".ndjson")},
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    **{ending: _read_whole(read) for ending, read in STREAMING_READERS.items() if ending not in (".jsonl", ".ndjson")},
 }

@@ -11,36 +11,39 @@ from typing import TypeVar
 import torch
 
 from kitout.base.memory import is_out_of_memory
-from kitout.errors import ConfigError, Faults
+from kitout.errors import ConfigError, Errors
 
-Tell = Callable[[int, int], None]  # done, total
+ProgressFn = Callable[[int, int], None]  # done, total
 T = TypeVar("T")
 
-SHOWN = 3  # faults told in full
+MAX_SHOWN_ERRORS = 3  # faults told in full
 
 
-def in_batches(
-    prompts: Sequence[Sequence[int]], batch: int, ask: Callable[[list[Sequence[int]]], Sequence[T]], tell: Tell | None
+def map_batches(
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    ask: Callable[[list[Sequence[int]]], Sequence[T]],
+    on_progress: ProgressFn | None,
 ) -> list[T]:
     """`ask` over batches of prompts, one result each, in the order of the prompts."""
-    _check(prompts, batch)
+    _check_prompts(prompts, batch_size)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     found: dict[int, T] = {}
     while len(found) < len(order):
-        if tell:
-            tell(len(found), len(order))
-        rows = order[len(found) : len(found) + batch]
-        said = _tried(ask, [prompts[i] for i in rows])
+        if on_progress:
+            on_progress(len(found), len(order))
+        rows = order[len(found) : len(found) + batch_size]
+        said = _try_batch(ask, [prompts[i] for i in rows])
         if said is None:
-            batch = max(1, len(rows) // 2)
+            batch_size = max(1, len(rows) // 2)
         else:
             found.update(zip(rows, said, strict=True))
-    if tell:
-        tell(len(order), len(order))
+    if on_progress:
+        on_progress(len(order), len(order))
     return [found[i] for i in range(len(prompts))]
 
 
-def _tried(ask: Callable[[list[Sequence[int]]], Sequence[T]], rows: list[Sequence[int]]) -> Sequence[T] | None:
+def _try_batch(ask: Callable[[list[Sequence[int]]], Sequence[T]], rows: list[Sequence[int]]) -> Sequence[T] | None:
     """None where memory ran out on more than one row; what the failed batch held is let go before the next try."""
     try:
         return ask(rows)
@@ -52,10 +55,10 @@ def _tried(ask: Callable[[list[Sequence[int]]], Sequence[T]], rows: list[Sequenc
     return None
 
 
-def _check(prompts: Sequence[Sequence[int]], batch: int) -> None:
-    faults = Faults(ConfigError, "prompts")
-    if batch < 1:
-        faults.add(f"batch is {batch}, expected at least 1")
+def _check_prompts(prompts: Sequence[Sequence[int]], batch_size: int) -> None:
+    faults = Errors(ConfigError, "prompts")
+    if batch_size < 1:
+        faults.add(f"batch is {batch_size}, expected at least 1")
     empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
     if empty:
         faults.add(f"{len(empty)} have no token, the first is number {empty[0]}: leave them out")

@@ -11,41 +11,41 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kitout.errors import ConfigError, Faults
-from kitout.evaluate.metrics.measure import Measure, mean_of, of_sums, ratio
+from kitout.errors import ConfigError, Errors
+from kitout.evaluate.metrics.measure import Measure, from_sums, nan_mean, safe_divide
 
-SHOWN = 3  # faults told in full
+MAX_SHOWN_ERRORS = 3  # faults told in full
 
 
-def tagged(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, Measure]:
+def tag_metrics(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, Measure]:
     """One tag per token of each example."""
-    faults = Faults(ConfigError, "tags")
+    faults = Errors(ConfigError, "tags")
     uneven = [i for i, (a, b) in enumerate(zip(predictions, references, strict=True)) if len(a) != len(b)]
-    for i in uneven[:SHOWN]:
+    for i in uneven[:MAX_SHOWN_ERRORS]:
         faults.add(f"example {i} has {len(predictions[i])} predicted tags for {len(references[i])} tokens")
     faults.raise_if_any()
     pairs = list(zip(predictions, references, strict=True))
     right = [[sum(a == b for a, b in zip(said, true, strict=True)), len(true)] for said, true in pairs]
-    accuracy = of_sums(np.array(right, dtype=np.float64), lambda totals: ratio(totals[0], totals[1]))
+    accuracy = from_sums(np.array(right, dtype=np.float64), lambda totals: safe_divide(totals[0], totals[1]))
     if any(tag.startswith(("B-", "I-")) for tags in references for tag in tags):
-        return {**_entities(pairs), "token_accuracy": accuracy}
-    return {"macro_f1": _macro(pairs), "token_accuracy": accuracy}
+        return {**_entity_metrics(pairs), "token_accuracy": accuracy}
+    return {"macro_f1": _macro_f1(pairs), "token_accuracy": accuracy}
 
 
-def _entities(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> dict[str, Measure]:
+def _entity_metrics(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> dict[str, Measure]:
     rows = []
     for said, true in pairs:
-        ours, theirs = spans(said), spans(true)
+        ours, theirs = entity_spans(said), entity_spans(true)
         rows.append([len(ours & theirs), len(ours), len(theirs)])
     sums = np.array(rows, dtype=np.float64)
     return {
-        "f1": of_sums(sums, lambda totals: ratio(2 * totals[0], totals[1] + totals[2])),
-        "precision": of_sums(sums, lambda totals: ratio(totals[0], totals[1])),
-        "recall": of_sums(sums, lambda totals: ratio(totals[0], totals[2])),
+        "f1": from_sums(sums, lambda totals: safe_divide(2 * totals[0], totals[1] + totals[2])),
+        "precision": from_sums(sums, lambda totals: safe_divide(totals[0], totals[1])),
+        "recall": from_sums(sums, lambda totals: safe_divide(totals[0], totals[2])),
     }
 
 
-def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+def entity_spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """Kind, first and last token of each entity; an I- after another kind, or after none, begins one too."""
     found, kind, first = set(), "", 0
     for place, tag in enumerate([*tags, "O"]):
@@ -59,7 +59,7 @@ def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     return found
 
 
-def _macro(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> Measure:
+def _macro_f1(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> Measure:
     names = sorted({tag for pair in pairs for tags in pair for tag in tags})
     number = {name: i for i, name in enumerate(names)}
     sums = np.zeros((len(pairs), 3, len(names)))
@@ -72,6 +72,6 @@ def _macro(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> Measure:
     def formula(totals: NDArray[np.float64]) -> float:
         hits, saids, trues = np.split(totals, 3)
         both = saids + trues
-        return mean_of(np.divide(2 * hits, both, out=np.full_like(hits, np.nan), where=both > 0))
+        return nan_mean(np.divide(2 * hits, both, out=np.full_like(hits, np.nan), where=both > 0))
 
-    return of_sums(sums.reshape(len(pairs), -1), formula)
+    return from_sums(sums.reshape(len(pairs), -1), formula)

@@ -16,55 +16,57 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kitout.data.encode.item import IGNORED
+from kitout.data.encode.item import IGNORE_INDEX
 from kitout.errors import ConfigError
-from kitout.evaluate.metrics.measure import Measure, of_sums, ratio
+from kitout.evaluate.metrics.measure import Measure, from_sums, safe_divide
 
-CHUNK = 1024  # tokens whose log-probabilities are held at once
+CHUNK_TOKENS = 1024  # tokens whose log-probabilities are held at once
 
 
 @dataclass(frozen=True)
-class Summed:
+class LossSums:
     """One example, or one batch: the loss summed over its counted tokens, their number, and how many were foreseen."""
 
     loss: float
-    tokens: int
-    right: int
+    num_tokens: int
+    num_correct: int
 
 
 @torch.no_grad()
-def summed(logits: Tensor, labels: Tensor) -> list[Summed]:
+def sum_losses(logits: Tensor, labels: Tensor) -> list[LossSums]:
     """One `Summed` per row. logits [B, T, V] and labels [B, T] in line: logits[:, t] foresees labels[:, t]."""
     flat, wanted = logits.flatten(0, 1), labels.flatten()
-    counted = (wanted != IGNORED).nonzero()[:, 0]
+    counted = (wanted != IGNORE_INDEX).nonzero()[:, 0]
     losses = torch.zeros(len(wanted), device=logits.device)
     right = torch.zeros(len(wanted), dtype=torch.bool, device=logits.device)
-    for places in counted.split(CHUNK):
+    for places in counted.split(CHUNK_TOKENS):
         part = flat[places].float()
         losses[places] = F.cross_entropy(part, wanted[places], reduction="none")
         right[places] = part.argmax(dim=-1) == wanted[places]
     rows = zip(
         losses.view(labels.shape).double().sum(1).tolist(),
-        (labels != IGNORED).sum(1).tolist(),
+        (labels != IGNORE_INDEX).sum(1).tolist(),
         right.view(labels.shape).sum(1).tolist(),
         strict=True,
     )
-    return [Summed(loss, tokens, hits) for loss, tokens, hits in rows]
+    return [LossSums(loss, tokens, hits) for loss, tokens, hits in rows]
 
 
-def language(examples: Sequence[Summed]) -> dict[str, Measure]:
+def language_metrics(examples: Sequence[LossSums]) -> dict[str, Measure]:
     """Loss in nats per token, over all tokens of all examples."""
-    sums = np.array([[e.loss, e.right, e.tokens] for e in examples], dtype=np.float64)
+    sums = np.array([[e.loss, e.num_correct, e.num_tokens] for e in examples], dtype=np.float64)
     if not sums[:, 2].sum():
-        raise ConfigError(f"none of the {len(examples)} examples has a token that counts: every label is {IGNORED}")
+        raise ConfigError(
+            f"none of the {len(examples)} examples has a token that counts: every label is {IGNORE_INDEX}"
+        )
 
     def loss(totals: NDArray[np.float64]) -> float:
-        return ratio(totals[0], totals[2])
+        return safe_divide(totals[0], totals[2])
 
     return {
-        "loss": of_sums(sums, loss, higher_is_better=False, share=False),
-        "perplexity": of_sums(sums, lambda totals: _exp(loss(totals)), higher_is_better=False, share=False),
-        "token_accuracy": of_sums(sums, lambda totals: ratio(totals[1], totals[2])),
+        "loss": from_sums(sums, loss, higher_is_better=False, is_fraction=False),
+        "perplexity": from_sums(sums, lambda totals: _exp(loss(totals)), higher_is_better=False, is_fraction=False),
+        "token_accuracy": from_sums(sums, lambda totals: safe_divide(totals[1], totals[2])),
     }
 
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 from kitout.errors import ConfigError, suggest
-from kitout.evaluate.metrics.classification import classify, multilabel
-from kitout.evaluate.metrics.entities import tagged
-from kitout.evaluate.metrics.generation import EXTRA, answered
-from kitout.evaluate.metrics.language import language
+from kitout.evaluate.metrics.classification import classification_metrics, multilabel_metrics
+from kitout.evaluate.metrics.entities import tag_metrics
+from kitout.evaluate.metrics.generation import EXTRA_METRICS, generation_metrics
+from kitout.evaluate.metrics.language import language_metrics
 from kitout.evaluate.metrics.measure import Measure, Score
-from kitout.evaluate.metrics.regression import regress
+from kitout.evaluate.metrics.regression import regression_metrics
 
 Task = Literal["classification", "regression", "multilabel", "tokens", "generation", "language"]
 TASKS: tuple[str, ...] = get_args(Task)
@@ -40,7 +40,7 @@ def score(
     names: Sequence[str] | None = None,
     only: Sequence[str] | None = None,
     seed: int = 0,
-    tell: Callable[[str], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
 ) -> dict[str, Score]:
     """Every metric of the task, or `only` these, with intervals.
 
@@ -48,18 +48,18 @@ def score(
     classes with their `names`. generation: texts; where all are labels, say so by `names`, else that is found out.
     language: `Summed` values, no references. tell: hears what a missing optional package left out.
     """
-    found = measures(task, predictions, references, names=names, only=only, tell=tell)
+    found = compute_measures(task, predictions, references, names=names, only=only, on_warning=on_warning)
     return {name: measure.score(seed) for name, measure in found.items()}
 
 
-def measures(
+def compute_measures(
     task: Task,
     predictions: Sequence[Any],
     references: Sequence[Any] = (),
     *,
     names: Sequence[str] | None = None,
     only: Sequence[str] | None = None,
-    tell: Callable[[str], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
 ) -> dict[str, Measure]:
     """As `score`, before intervals are taken."""
     if task not in TASKS:
@@ -69,24 +69,28 @@ def measures(
     if task != "language" and len(predictions) != len(references):
         raise ConfigError(f"{task}: {len(predictions)} predictions for {len(references)} references")
     if task == "language":
-        found = language(predictions)
+        found = language_metrics(predictions)
     elif task == "generation":
-        found = answered(predictions, references, names, only, tell)
+        found = generation_metrics(predictions, references, names, only, on_warning)
     elif task == "tokens":
-        found = tagged(_tags(predictions, names), _tags(references, names))
+        found = tag_metrics(_tag_names(predictions, names), _tag_names(references, names))
     else:
-        makers = {"classification": classify, "regression": regress, "multilabel": multilabel}
+        makers = {
+            "classification": classification_metrics,
+            "regression": regression_metrics,
+            "multilabel": multilabel_metrics,
+        }
         found = makers[task](predictions, references)  # type: ignore[operator]
-    return found if only is None else _picked(task, found, only)
+    return found if only is None else _select_metrics(task, found, only)
 
 
-def _picked(task: str, found: dict[str, Measure], only: Sequence[str]) -> dict[str, Measure]:
-    unknown = [name for name in only if name not in found]
+def _select_metrics(task: str, found_measures: dict[str, Measure], only: Sequence[str]) -> dict[str, Measure]:
+    unknown = [name for name in only if name not in found_measures]
     if unknown:
-        known = [*found, *(EXTRA if task == "generation" else ())]
+        known = [*found_measures, *(EXTRA_METRICS if task == "generation" else ())]
         raise ConfigError(f"{task} has no metric {unknown[0]!r} here: {suggest(unknown[0], dict.fromkeys(known))}")
-    return {name: found[name] for name in only}
+    return {name: found_measures[name] for name in only}
 
 
-def _tags(rows: Sequence[Sequence[Any]], names: Sequence[str] | None) -> list[list[str]]:
+def _tag_names(rows: Sequence[Sequence[Any]], names: Sequence[str] | None) -> list[list[str]]:
     return [[str(tag) if names is None else names[tag] for tag in row] for row in rows]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kitout.evaluate.compare import told
+from kitout.evaluate.compare import format_value
 from kitout.evaluate.metrics.measure import Score
 from kitout.evaluate.metrics.registry import TITLES
 
@@ -47,7 +47,9 @@ class AdapterRow:
         """93.6 (91.9 to 95.0); shares in percent."""
         if self.score is None:
             return ""
-        value, low, high = (told(v, self.score.share) for v in (self.score.value, self.score.low, self.score.high))
+        value, low, high = (
+            format_value(v, self.score.share) for v in (self.score.value, self.score.low, self.score.high)
+        )
         return f"{value} ({low} to {high})"
 
     @property

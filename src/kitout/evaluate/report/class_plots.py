@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kitout.evaluate.report.adapter_table import AdapterRow
-from kitout.evaluate.report.plots import COLOURS, figure, png
+from kitout.evaluate.report.plots import COLORS, new_figure, to_png
 
 FEW = 20  # classes; above, a cell of the confusion matrix is too small to hold its number
 SHOWN = 24  # misclassified images
@@ -23,13 +23,13 @@ LONGEST = 14  # letters of a class name on an axis
 
 def comparison(rows: Sequence[AdapterRow], majority: float | None, heading: str) -> bytes:
     """The headline metric of several adapters with its interval over their trained values, on a log scale."""
-    drawn = figure(8.5, 4.8)
+    drawn = new_figure(8.5, 4.8)
     axes = drawn.subplots()
     for number, row in enumerate(sorted(rows, key=lambda r: r.trainable)):
         assert row.score is not None
         times = 100 if row.score.share else 1
         middle, low, high = (times * value for value in (row.score.value, row.score.low, row.score.high))
-        color, sign = COLOURS[number % len(COLOURS)], SIGNS[number % len(SIGNS)]
+        color, sign = COLORS[number % len(COLORS)], SIGNS[number % len(SIGNS)]
         axes.errorbar(
             max(1, row.trainable), middle, yerr=[[max(0.0, middle - low)], [max(0.0, high - middle)]], fmt=sign,
             color=color, capsize=4, markersize=7, label=f"{row.name}: {row.reached}, {row.trainable:,}",
@@ -53,7 +53,7 @@ def comparison(rows: Sequence[AdapterRow], majority: float | None, heading: str)
         ylabel=f"{first.title} on {first.score.n:,} test examples{unit} (bars: 95 % interval)",
     )
     drawn.suptitle(heading, fontsize=11)
-    return png(drawn)
+    return to_png(drawn)
 
 
 def counts(predictions: Sequence[int], truth: Sequence[int], classes: int) -> Any:
@@ -68,7 +68,7 @@ def confusion(title: str, predictions: Sequence[int], truth: Sequence[int], name
     table = counts(predictions, truth, len(names))
     shares = table / np.maximum(1, table.sum(axis=1, keepdims=True))
     side = min(14.0, max(5.0, 0.55 * len(names) + 1.5))
-    drawn = figure(side + 1, side)
+    drawn = new_figure(side + 1, side)
     axes = drawn.subplots()
     shade = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
     if len(names) <= FEW:
@@ -86,7 +86,7 @@ def confusion(title: str, predictions: Sequence[int], truth: Sequence[int], name
         title=f"{title}: {100 * right / max(1, len(truth)):.1f} % of {len(truth):,} right",
     )  # fmt: skip
     drawn.colorbar(shade, ax=axes, label="% of the true class", shrink=0.8)
-    return png(drawn)
+    return to_png(drawn)
 
 
 def misclassified(predictions: Sequence[int], truth: Sequence[int]) -> list[int]:
@@ -103,14 +103,14 @@ def errors(title: str, pictures: Sequence[Any], true: Sequence[str], said: Seque
     """Misclassified images with both classes. wrong: how many there are in all."""
     columns = min(8, max(4, len(pictures)))
     lines = max(1, math.ceil(len(pictures) / columns))
-    drawn = figure(1.45 * columns, 1.75 * lines + 0.6)
+    drawn = new_figure(1.45 * columns, 1.75 * lines + 0.6)
     drawn.suptitle(f"{title}: {len(pictures)} of the {wrong:,} test images it got wrong", fontsize=11)
     for place, axes in enumerate(np.atleast_1d(drawn.subplots(lines, columns)).flat):
         axes.set_axis_off()
         if place < len(pictures):
             axes.imshow(pictures[place], interpolation="nearest")
             axes.set_title(f"true {_short(true[place])}\nsaid {_short(said[place])}", fontsize=9)
-    return png(drawn)
+    return to_png(drawn)
 
 
 def _short(name: str) -> str:

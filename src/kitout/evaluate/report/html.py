@@ -12,34 +12,34 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from kitout.evaluate.report.summary import Summary, words
+from kitout.evaluate.report.summary import RunSummary, format_fact
 from kitout.files.atomic import write_text
 
 
-def report(summary: Summary) -> str:
+def render_html(summary: RunSummary) -> str:
     """The page."""
-    return str(_template().render(s=summary))
+    return str(_load_template().render(s=summary))
 
 
-def write(summary: Summary, file: Path) -> Path:
+def write_html(summary: RunSummary, file: Path) -> Path:
     """The page in a file."""
-    return write_text(file, report(summary))
+    return write_text(file, render_html(summary))
 
 
 @cache
-def _template() -> Any:
+def _load_template() -> Any:
     from jinja2 import Environment, StrictUndefined
 
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"words": words, "base64": _base64, "broad": _broad}
+    page.filters |= {"words": format_fact, "base64": _to_base64, "broad": _is_wide}
     return page.from_string(files("kitout.evaluate").joinpath("report.html").read_text(encoding="utf-8"))
 
 
-def _base64(picture: bytes) -> str:
+def _to_base64(picture: bytes) -> str:
     return base64.b64encode(picture).decode()
 
 
-def _broad(picture: bytes) -> bool:
+def _is_wide(picture: bytes) -> bool:
     """Whether a PNG is too broad to be read at the width of a phone: then it is moved sideways."""
     width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
     return width > 2.2 * height

@@ -14,13 +14,13 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from kitout.evaluate.compare import Change, Comparison
-from kitout.evaluate.report.summary import Facts, Summary, words
+from kitout.evaluate.compare import Comparison, MetricChange
+from kitout.evaluate.report.summary import FactTable, RunSummary, format_fact
 from kitout.files.atomic import write_text
 
-UNKNOWN = "unknown: see the base"
-MOST = 2**20  # bytes of a file that is looked into for a licence
-WORDINGS = {  # how a licence's own text begins
+UNKNOWN_LICENSE = "unknown: see the base"
+MAX_LICENSE_BYTES = 2**20  # bytes of a file that is looked into for a licence
+LICENSE_PATTERNS = {  # how a licence's own text begins
     "apache-2.0": r"apache license\s+version 2\.0",
     "mit": r"mit license|permission is hereby granted, free of charge, to any person obtaining a copy",
     "bsd-3-clause": r"bsd 3-clause",
@@ -37,15 +37,15 @@ LOADERS = {
     "classification": "AutoModelForSequenceClassification", "regression": "AutoModelForSequenceClassification",
     "multilabel": "AutoModelForSequenceClassification", "tokens": "AutoModelForTokenClassification",
 }  # fmt: skip
-WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+GENERATING_LOADERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 
-def write(summary: Summary, folder: Path) -> Path:
+def write_model_card(summary: RunSummary, folder: Path) -> Path:
     """The card in an adapter folder."""
-    return write_text(folder / "README.md", card(summary))
+    return write_text(folder / "README.md", render_model_card(summary))
 
 
-def card(summary: Summary) -> str:
+def render_model_card(summary: RunSummary) -> str:
     """The text of the card."""
     s = summary
     comparison = s.comparisons.get(s.adapter)
@@ -55,41 +55,46 @@ def card(summary: Summary) -> str:
     if s.labels:
         data["labels, in order"] = list(s.labels)
     intro = (
-        f"An adapter for **{_line(s.model)}** by {_line(s.method)}, made with kitout. It holds no weights of the base, "
-        f"which has its own licence ({_line(s.licence) or UNKNOWN}).\n"
+        f"An adapter for **{_escape_line(s.model)}** by {_escape_line(s.method)}, made with kitout. It holds no "
+        "weights of the base, "
+        f"which has its own licence ({_escape_line(s.license) or UNKNOWN_LICENSE}).\n"
     )
     parts = [
-        f"---\n{_front(s, comparison)}\n---\n",
-        f"# {_line(s.title)}\n",
+        f"---\n{_front_matter(s, comparison)}\n---\n",
+        f"# {_escape_line(s.title)}\n",
         intro,
-        _results(comparison) if comparison else "",
-        _use(s),
-        _facts("Data", data),
-        _facts("Cost of training", s.cost),
-        _facts("Merged and unmerged", s.checked),
-        f"## Settings\n\n{_fenced(s.config, 'yaml')}" if s.config else "",
-        _limits(s, comparison),
+        _results_section(comparison) if comparison else "",
+        _usage_section(s),
+        _facts_section("Data", data),
+        _facts_section("Cost of training", s.cost),
+        _facts_section("Merged and unmerged", s.checked),
+        f"## Settings\n\n{_code_block(s.config, 'yaml')}" if s.config else "",
+        _limits_section(s, comparison),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _front(s: Summary, comparison: Comparison | None) -> str:
+def _front_matter(s: RunSummary, comparison: Comparison | None) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
         EvalResult(
-            task_type=HUB_TASKS.get(_loader(s), "other"), dataset_type=_slug(s.data_name), dataset_name=s.data_name,
-            metric_type=change.name, metric_name=change.title, metric_value=round(change.tuned.value, 6),
+            task_type=HUB_TASKS.get(_loader_name(s), "other"),
+            dataset_type=_slug(s.data_name),
+            dataset_name=s.data_name,
+            metric_type=change.name,
+            metric_name=change.title,
+            metric_value=round(change.tuned.value, 6),
         )
         for change in (comparison.changes if comparison and s.data_name else ())
-    ]  # fmt: skip
-    known = re.fullmatch(r"[a-z0-9.+-]{1,40}", s.licence)
+    ]
+    known = re.fullmatch(r"[a-z0-9.+-]{1,40}", s.license)
     method = re.match(r"\w+", s.method)
     data = ModelCardData(
         base_model=s.model if re.fullmatch(r"[\w.-]+/[\w.-]+", s.model) else None,
         library_name="kitout",
-        license=s.licence if known else "other",
-        license_name=None if known else UNKNOWN,
+        license=s.license if known else "other",
+        license_name=None if known else UNKNOWN_LICENSE,
         tags=["kitout", "adapter", *([method[0].lower()] if method else [])],
         model_name=s.adapter if results else None,
         eval_results=results or None,
@@ -97,11 +102,12 @@ def _front(s: Summary, comparison: Comparison | None) -> str:
     return str(data.to_yaml())
 
 
-def _results(comparison: Comparison) -> str:
+def _results_section(comparison: Comparison) -> str:
     rows = [
-        f"| {change.title}{' (%)' if change.base.share else ''} | {_score(change, 'base')} | {_score(change, 'tuned')} "
-        f"| {change.told(change.difference, sign=True)} ({change.told(change.low, sign=True)} to "
-        f"{change.told(change.high, sign=True)}) | {change.base.n:,} |"
+        f"| {change.title}{' (%)' if change.base.share else ''} | {_format_score(change, 'base')} | "
+        f"{_format_score(change, 'tuned')} "
+        f"| {change.format_value(change.difference, sign=True)} ({change.format_value(change.low, sign=True)} to "
+        f"{change.format_value(change.high, sign=True)}) | {change.base.n:,} |"
         for change in comparison.changes
     ]
     head = "| metric | base | with the adapter | difference | examples |\n|---|---|---|---|---|"
@@ -112,23 +118,23 @@ def _results(comparison: Comparison) -> str:
     return "\n".join(["## What it did\n", f"{comparison.verdict}.\n", head, *rows, "", f"{foot}\n"])
 
 
-def _score(change: Change, side: str) -> str:
+def _format_score(change: MetricChange, side: str) -> str:
     score = change.base if side == "base" else change.tuned
-    return f"{change.told(score.value)} ({change.told(score.low)} to {change.told(score.high)})"
+    return f"{change.format_value(score.value)} ({change.format_value(score.low)} to {change.format_value(score.high)})"
 
 
-def _loader(s: Summary) -> str:
+def _loader_name(s: RunSummary) -> str:
     return s.loader or LOADERS.get(s.task, "AutoModelForCausalLM")
 
 
-def _use(s: Summary) -> str:
+def _usage_section(s: RunSummary) -> str:
     """Lines that run as they stand, once the folder's place is filled in."""
-    loader, opened, name = _loader(s), json.dumps(s.opened or s.model), json.dumps(s.adapter)
-    settings = s.opening or ({"num_labels": len(s.labels)} if s.labels else {})
+    loader, opened, name = _loader_name(s), json.dumps(s.base_path or s.model), json.dumps(s.adapter)
+    settings = s.from_pretrained_kwargs or ({"num_labels": len(s.labels)} if s.labels else {})
     classes = "".join(f", {name}={value!r}" for name, value in settings.items())
     code = [
         "import kitout",
-        f"from transformers import {loader}" + (", AutoTokenizer" if loader in WRITERS else ""),
+        f"from transformers import {loader}" + (", AutoTokenizer" if loader in GENERATING_LOADERS else ""),
         "",
         f"model = {loader}.from_pretrained({opened}{classes})",
         "kit = kitout.attach(model.eval())",
@@ -136,7 +142,7 @@ def _use(s: Summary) -> str:
         f"kit.use({name})  # kit.use(None) is the base again, bit for bit",
         "",
     ]
-    if loader in WRITERS:
+    if loader in GENERATING_LOADERS:
         asked = (
             [
                 'turns = [{"role": "user", "content": "a prompt of the kind it was trained on"}]',
@@ -153,38 +159,38 @@ def _use(s: Summary) -> str:
         ]
     else:
         code.append("# kit(**batch).logits: one number per label, in the order they are listed below")
-    block = _fenced("\n".join(code), "python")
+    block = _code_block("\n".join(code), "python")
     return (
         f"## How to use it\n\n{block}\nLoading refuses any other base. Several adapters can be worn at once, one per "
         "row of a batch; `kit.merged_copy(...)` folds one into an ordinary model where its method allows it.\n"
     )
 
 
-def _facts(title: str, facts: Facts) -> str:
+def _facts_section(title: str, facts: FactTable) -> str:
     if not facts:
         return ""
-    rows = "\n".join(f"| {_line(what)} | {_line(words(value))} |" for what, value in facts.items())
+    rows = "\n".join(f"| {_escape_line(what)} | {_escape_line(format_fact(value))} |" for what, value in facts.items())
     return f"## {title}\n\n| | |\n|---|---|\n{rows}\n"
 
 
-def _limits(s: Summary, comparison: Comparison | None) -> str:
+def _limits_section(s: RunSummary, comparison: Comparison | None) -> str:
     measured = (
         f"It was measured on {comparison.changes[0].base.n:,} examples like those it learnt from, and on nothing else: "
         "what it does to other abilities of the base, and on other data, is not known."
         if comparison
         else "It was not measured on held-out examples."
     )
-    return "## Limits\n\n" + "\n".join(f"- {_line(note)}" for note in [measured, *s.notes]) + "\n"
+    return "## Limits\n\n" + "\n".join(f"- {_escape_line(note)}" for note in [measured, *s.notes]) + "\n"
 
 
-def _fenced(text: str, language: str) -> str:
+def _code_block(text: str, language: str) -> str:
     """A code block whose fence is longer than any in the text."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"
 
 
-def _line(text: str) -> str:
+def _escape_line(text: str) -> str:
     """On one line, with nothing that Markdown or HTML would act on."""
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(str(text).split())).replace("\\<", "&lt;")
 
@@ -193,18 +199,22 @@ def _slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-").lower() or "data"
 
 
-def licence_of(folder: Path | None) -> str:
+def find_license(folder: Path | None) -> str:
     """What a model's folder states: its README's front matter, its config, or a licence's own text; else `UNKNOWN`."""
     if folder is None or not folder.is_dir():
-        return UNKNOWN
-    for stated in (_of_readme(folder / "README.md"), _of_json(folder / "config.json"), _of_text(folder)):
+        return UNKNOWN_LICENSE
+    for stated in (
+        _license_in_readme(folder / "README.md"),
+        _license_in_config(folder / "config.json"),
+        _license_in_text(folder),
+    ):
         if isinstance(stated, str) and stated.strip():
             return " ".join(stated.split())[:80].lower()
-    return UNKNOWN
+    return UNKNOWN_LICENSE
 
 
-def _of_readme(file: Path) -> Any:
-    found = re.match(r"---\s*\n(.*?)\n---", _read(file), re.DOTALL)
+def _license_in_readme(file: Path) -> Any:
+    found = re.match(r"---\s*\n(.*?)\n---", _read_small_file(file), re.DOTALL)
     if not found:
         return None
     reader = YAML(typ="safe", pure=True)
@@ -216,24 +226,24 @@ def _of_readme(file: Path) -> Any:
     return front.get("license") if isinstance(front, dict) else None
 
 
-def _of_json(file: Path) -> Any:
+def _license_in_config(file: Path) -> Any:
     try:
-        held = json.loads(_read(file) or "null")
+        held = json.loads(_read_small_file(file) or "null")
     except ValueError:
         return None
     return held.get("license") if isinstance(held, dict) else None
 
 
-def _of_text(folder: Path) -> Any:
+def _license_in_text(folder: Path) -> Any:
     for name in ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE"):
-        text = " ".join(_read(folder / name)[:2000].lower().split())
-        for licence, wording in WORDINGS.items():
+        text = " ".join(_read_small_file(folder / name)[:2000].lower().split())
+        for licence, wording in LICENSE_PATTERNS.items():
             if re.search(wording, text):
                 return licence
     return None
 
 
-def _read(file: Path) -> str:
-    if not file.is_file() or file.stat().st_size > MOST:
+def _read_small_file(file: Path) -> str:
+    if not file.is_file() or file.stat().st_size > MAX_LICENSE_BYTES:
         return ""
     return file.read_text(encoding="utf-8", errors="replace")

@@ -12,13 +12,13 @@ from typing import Any, TypeAlias
 
 from kitout.evaluate.compare import Comparison
 from kitout.evaluate.report.adapter_table import AdapterRow, verdict
-from kitout.format import figure
+from kitout.format import format_number
 
-Facts: TypeAlias = Mapping[str, Any]  # what -> a value in words, or a number
+FactTable: TypeAlias = Mapping[str, Any]  # what -> a value in words, or a number
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class RunSummary:
     """title: of the page. model: the base by the name or folder it was asked for. method: in words. adapter: its name.
 
     comparisons: by adapter, on the held-out set. data, preflight, cost: what -> value (preflight: what was known
@@ -38,25 +38,25 @@ class Summary:
     method: str
     adapter: str = "adapter"
     comparisons: Mapping[str, Comparison] = field(default_factory=dict)
-    data: Facts = field(default_factory=dict)
-    preflight: Facts = field(default_factory=dict)
+    data: FactTable = field(default_factory=dict)
+    preflight: FactTable = field(default_factory=dict)
     estimates: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
-    cost: Facts = field(default_factory=dict)
-    checked: Facts = field(default_factory=dict)
+    cost: FactTable = field(default_factory=dict)
+    checked: FactTable = field(default_factory=dict)
     notes: Sequence[str] = ()
     config: str = ""
     plots: Mapping[str, bytes] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     data_name: str = ""
     data_hash: str = ""
-    licence: str = ""
+    license: str = ""
     task: str = ""
     loader: str = ""
-    opened: str = ""
+    base_path: str = ""
     chat: bool = False
-    opening: Facts = field(default_factory=dict)
+    from_pretrained_kwargs: FactTable = field(default_factory=dict)
     labels: Sequence[str] = ()
-    made: str = ""
+    created: str = ""
     adapters: Sequence[AdapterRow] = ()
     majority: float | None = None
     same_test: bool = True
@@ -68,12 +68,12 @@ class Summary:
         return verdict(self.adapters, self.same_test)
 
 
-def words(value: Any) -> str:
+def format_fact(value: Any) -> str:
     """A fact's value: numbers with separators and four figures, all else as it is."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float):
-        return figure(value)
+        return format_number(value)
     if isinstance(value, list | tuple):
-        return ", ".join(map(words, value))
+        return ", ".join(map(format_fact, value))
     return "none" if value is None else str(value)

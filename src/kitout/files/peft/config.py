@@ -13,14 +13,14 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kitout.errors import Faults
+from kitout.errors import Errors
 
-FRONT = ("PROMPT_TUNING", "PREFIX_TUNING")
-_SIZES = {"num_virtual_tokens", "num_transformer_submodules", "token_dim", "num_attention_heads", "num_layers"}
+PROMPT_TYPES = ("PROMPT_TUNING", "PREFIX_TUNING")
+_SIZE_KEYS = {"num_virtual_tokens", "num_transformer_submodules", "token_dim", "num_attention_heads", "num_layers"}
 READ = {
     "LORA": {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias"},
     "IA3": {"feedforward_modules"},
-    **dict.fromkeys(FRONT, _SIZES),
+    **dict.fromkeys(PROMPT_TYPES, _SIZE_KEYS),
 }
 TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")  # in other tasks PEFT hands on the prompts' outputs among the text's
 # What was chosen, how it started, where it came from: the tensors of the file tell the rest.
@@ -32,11 +32,11 @@ HARMLESS = {
     "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "encoder_hidden_size", "prefix_projection",
 }  # fmt: skip
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that also change the base's weights
-MOST_PATTERN, MOST_QUANTIFIERS = 2000, 6
+MAX_PATTERN_CHARS, MAX_QUANTIFIERS = 2000, 6
 
 
 @dataclass(frozen=True)
-class Settings:
+class PeftConfig:
     """What the config says about the function. rank, alpha: the default; *_pattern: regex on a module path -> value."""
 
     kind: str
@@ -48,9 +48,9 @@ class Settings:
     rslora: bool = False
     dora: bool = False
     feedforward: str | tuple[str, ...] = ()
-    saved: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
+    exclude_modules: tuple[str, ...] = ()
     layers: frozenset[int] | None = None
     layers_pattern: tuple[str, ...] = ()
 
@@ -60,15 +60,15 @@ class Settings:
     def alpha_at(self, path: str) -> float:
         return float(_by_pattern(self.alpha_pattern, path, self.alpha))
 
-    def inward(self, path: str) -> bool:
+    def at_input(self, path: str) -> bool:
         """IA3: the vector sits on the module's input. PEFT compares plain endings, without a dot."""
         if isinstance(self.feedforward, str):
             return bool(re.fullmatch(self.feedforward, path))
         return any(path.endswith(end) for end in self.feedforward)
 
-    def names(self, path: str) -> bool:
+    def is_named(self, path: str) -> bool:
         """The config lists this module by name (it may also choose by pattern, which is not evaluated here)."""
-        if not _ends(path, self.targets) or _ends(path, self.left_out) or _inside(path, self.saved):
+        if not _ends(path, self.targets) or _ends(path, self.exclude_modules) or _inside(path, self.modules_to_save):
             return False
         if self.layers is None:
             return True
@@ -78,7 +78,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class FrontSettings:
+class PeftPromptConfig:
     """What the config says of a prompt or a prefix. stacks: how many PEFT counts, 2 for an encoder-decoder.
 
     width, heads, layers: of what a position holds; None where it does not say.
@@ -87,11 +87,11 @@ class FrontSettings:
     kind: str
     task: str
     length: int
-    stacks: int
+    num_submodules: int
     width: int | None
     heads: int | None
     layers: int | None
-    saved: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
 
 
 def _by_pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
@@ -107,7 +107,7 @@ def _inside(path: str, names: Iterable[str]) -> bool:
     return any(f".{n}." in f".{path}." for n in names)
 
 
-def read_config(fields: dict[str, Any], faults: Faults) -> Settings | FrontSettings | None:
+def read_config(fields: dict[str, Any], faults: Errors) -> PeftConfig | PeftPromptConfig | None:
     """The settings, or None where nothing can be made of them; every fault is added to `faults`."""
     kind = str(fields.get("peft_type"))[:40].rpartition(".")[2]
     if kind not in READ:
@@ -116,30 +116,30 @@ def read_config(fields: dict[str, Any], faults: Faults) -> Settings | FrontSetti
     for key, value in fields.items():
         if key not in READ[kind] | HARMLESS and value not in (None, False, "", [], {}):
             faults.add(f"{key[:60]}={str(value)[:60]} may change the function and is not supported")
-    check = _Reader(fields, faults)
-    return (_front if kind in FRONT else _weights)(fields, kind, check, faults)
+    check = _FieldReader(fields, faults)
+    return (_read_prompt_config if kind in PROMPT_TYPES else _read_weight_config)(fields, kind, check, faults)
 
 
-def _front(fields: dict[str, Any], kind: str, check: _Reader, faults: Faults) -> FrontSettings:
+def _read_prompt_config(fields: dict[str, Any], kind: str, check: _FieldReader, faults: Errors) -> PeftPromptConfig:
     task = str(fields.get("task_type"))[:40].rpartition(".")[2]
     if task not in TASKS:
         faults.add(f"task_type is {task!r}; kitout reads {kind} for {', '.join(TASKS)}")
-    told = {key: check.size(key) for key in _SIZES if fields.get(key) is not None}
+    told = {key: check.size(key) for key in _SIZE_KEYS if fields.get(key) is not None}
     if "num_virtual_tokens" not in told:
         faults.add("num_virtual_tokens is missing: it says how many positions there are")
-    return FrontSettings(
+    return PeftPromptConfig(
         kind=kind,
         task=task,
         length=told.get("num_virtual_tokens", 1),
-        stacks=told.get("num_transformer_submodules", 2 if task == "SEQ_2_SEQ_LM" else 1),
+        num_submodules=told.get("num_transformer_submodules", 2 if task == "SEQ_2_SEQ_LM" else 1),
         width=told.get("token_dim"),
         heads=told.get("num_attention_heads"),
         layers=told.get("num_layers"),
-        saved=check.words("modules_to_save"),
+        modules_to_save=check.names("modules_to_save"),
     )
 
 
-def _weights(fields: dict[str, Any], kind: str, check: _Reader, faults: Faults) -> Settings:
+def _read_weight_config(fields: dict[str, Any], kind: str, check: _FieldReader, faults: Errors) -> PeftConfig:
     start = fields.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(MOVES_BASE):
         faults.add(
@@ -150,7 +150,7 @@ def _weights(fields: dict[str, Any], kind: str, check: _Reader, faults: Faults) 
         faults.add(f"bias={str(bias)[:40]!r} trains biases of the base as well; only 'none' is read")
     layers = fields.get("layers_to_transform")
     targets = fields.get("target_modules")
-    return Settings(
+    return PeftConfig(
         kind=kind,
         rank=check.number("r", 8, int),
         alpha=check.number("lora_alpha", 8, float),
@@ -160,18 +160,18 @@ def _weights(fields: dict[str, Any], kind: str, check: _Reader, faults: Faults) 
         rslora=check.flag("use_rslora"),
         dora=check.flag("use_dora"),
         feedforward=check.pattern_or_names("feedforward_modules"),
-        saved=check.words("modules_to_save"),
-        targets=() if isinstance(targets, str) else check.words("target_modules"),
-        left_out=() if isinstance(fields.get("exclude_modules"), str) else check.words("exclude_modules"),
+        modules_to_save=check.names("modules_to_save"),
+        targets=() if isinstance(targets, str) else check.names("target_modules"),
+        exclude_modules=() if isinstance(fields.get("exclude_modules"), str) else check.names("exclude_modules"),
         layers=None if layers in (None, []) else frozenset([layers] if isinstance(layers, int) else layers),
-        layers_pattern=check.words("layers_pattern"),
+        layers_pattern=check.names("layers_pattern"),
     )
 
 
-class _Reader:
+class _FieldReader:
     """Fields of the expected type, or a fault and the default."""
 
-    def __init__(self, fields: dict[str, Any], faults: Faults) -> None:
+    def __init__(self, fields: dict[str, Any], faults: Errors) -> None:
         self.fields, self.faults = fields, faults
 
     def number(self, key: str, default: Any, kind: type) -> Any:
@@ -199,7 +199,7 @@ class _Reader:
             self.faults.add(f"{key}={str(value)[:40]!r} is neither true nor false")
         return value is True
 
-    def words(self, key: str) -> tuple[str, ...]:
+    def names(self, key: str) -> tuple[str, ...]:
         value = self.fields.get(key) or []
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
@@ -209,7 +209,7 @@ class _Reader:
 
     def pattern_or_names(self, key: str) -> str | tuple[str, ...]:
         value = self.fields.get(key)
-        return value if isinstance(value, str) and self._sound(key, value) else self.words(key)
+        return value if isinstance(value, str) and self._sound(key, value) else self.names(key)
 
     def patterns(self, key: str, kind: type) -> dict[str, Any]:
         value = self.fields.get(key) or {}
@@ -232,28 +232,30 @@ class _Reader:
             self.faults.add(f"{key}: {pattern[:60]!r} is no regular expression")
             return False
         repeats = len(re.findall(r"[*+{]", pattern))
-        if len(pattern) > MOST_PATTERN or repeats > MOST_QUANTIFIERS or re.search(r"\)[*+{]", pattern):
+        if len(pattern) > MAX_PATTERN_CHARS or repeats > MAX_QUANTIFIERS or re.search(r"\)[*+{]", pattern):
             self.faults.add(f"{key}: {pattern[:60]!r} is more complicated a pattern than is read from files")
             return False
         return True
 
 
-def spelled(paths: Collection[str], everything: Sequence[str], inward: Collection[str] = ()) -> dict[str, Any]:
+def target_modules_for(
+    paths: Collection[str], all_paths: Sequence[str], at_input: Collection[str] = ()
+) -> dict[str, Any]:
     """target_modules (and feedforward_modules) that choose exactly these paths among all module paths of the model.
 
     Last names where they are enough ("q_proj"), else whole paths, else one regular expression.
     """
     for short in (True, False):
         names = sorted({p.rpartition(".")[2] if short else p for p in paths})
-        ends = sorted({p.rpartition(".")[2] if short else p for p in inward})
-        chosen = {p for p in everything if _ends(p, names)}
-        if chosen == set(paths) and {p for p in paths if any(p.endswith(e) for e in ends)} == set(inward):
+        ends = sorted({p.rpartition(".")[2] if short else p for p in at_input})
+        chosen = {p for p in all_paths if _ends(p, names)}
+        if chosen == set(paths) and {p for p in paths if any(p.endswith(e) for e in ends)} == set(at_input):
             return {"target_modules": names, "feedforward_modules": ends}
-    either = ["|".join(re.escape(p) for p in sorted(group)) for group in (paths, inward)]
+    either = ["|".join(re.escape(p) for p in sorted(group)) for group in (paths, at_input)]
     return {"target_modules": either[0], "feedforward_modules": either[1] or []}
 
 
-def commonest(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def most_common_and_rest(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The value most paths have, and the others by path as PEFT's patterns are written."""
     every = list(values.values())
     most = max(every, key=every.count)

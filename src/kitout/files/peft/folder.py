@@ -17,23 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kitout.errors import Faults, FileError, KitoutError, MergeState
-from kitout.files.adapter_tensors import HEAD, Slot, admit, blank, mismatches, not_finite
+from kitout.errors import Errors, FileError, KitoutError, MergeStateError
+from kitout.files.adapter_tensors import (
+    HEAD,
+    TensorSlot,
+    build_empty,
+    check_tensors,
+    fill_and_register,
+    non_finite_names,
+)
 from kitout.files.atomic import check_replaceable, replace_folder
 from kitout.files.head_spec import blank_copy
-from kitout.files.peft.config import FrontSettings, Settings, commonest, read_config, spelled
-from kitout.files.peft.infer_method import method_for
-from kitout.files.peft.read_tensors import PREFIX, Found, carriers, grouped
-from kitout.files.peft.virtual_tokens import read_front, write_front
-from kitout.files.peft.write_tensors import exported, heads_of, task_of
-from kitout.files.safetensors_reader import open_regular, open_tensors, parse, write_tensors
+from kitout.files.peft.config import PeftConfig, PeftPromptConfig, most_common_and_rest, read_config, target_modules_for
+from kitout.files.peft.infer_method import infer_method
+from kitout.files.peft.read_tensors import PREFIX, PeftAdapter, adaptable_modules, by_module
+from kitout.files.peft.virtual_tokens import read_virtual_tokens, write_virtual_tokens
+from kitout.files.peft.write_tensors import heads_of, task_of, to_peft_tensors
+from kitout.files.safetensors_reader import open_regular, open_tensors, parse_json, write_tensors
 from kitout.methods import LoRA, PrefixTuning, PromptTuning
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.build_adapter import check_name, check_sites
 from kitout.runtime.state import KitState
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-MOST_JSON = 4 * 2**20
+MAX_PEFT_JSON_BYTES = 4 * 2**20
 
 
 @torch.no_grad()
@@ -44,27 +51,27 @@ def load_peft(state: KitState, folder: str | PathLike[str], name: str) -> Adapte
     not do; the kit is as before then.
     """
     if state.merged_names:
-        raise MergeState(f"{state.merged_text} merged into the base: unmerge() before loading {folder}")
+        raise MergeStateError(f"{state.merged_text} merged into the base: unmerge() before loading {folder}")
     check_name(state, name)
     where = Path(folder).expanduser()
-    faults = Faults(FileError, f"{where} cannot be loaded")
-    config = _config(where)
+    faults = Errors(FileError, f"{where} cannot be loaded")
+    config = _read_json(where)
     settings = read_config(config, faults)
     faults.raise_if_any()
     assert settings is not None
     tensors = open_tensors(where / WEIGHTS)
     with tensors.file:
         stored, _ = tensors.read()
-    if bad := not_finite(stored):
+    if bad := non_finite_names(stored):
         faults.add(f"NaN or infinity in {', '.join(bad[:4])}")
     built = None
     try:
-        if isinstance(settings, FrontSettings):
-            found: Found | None = read_front(state, settings, stored, faults)
+        if isinstance(settings, PeftPromptConfig):
+            found: PeftAdapter | None = read_virtual_tokens(state, settings, stored, faults)
         else:
             found = _read_weights(state, settings, stored, faults)
-        if found is not None and not faults.items:
-            built = _blank(state, name, found)
+        if found is not None and not faults.messages:
+            built = _build_empty(state, name, found)
     except KitoutError as error:
         faults.add(str(error))
     faults.raise_if_any()
@@ -76,51 +83,58 @@ def load_peft(state: KitState, folder: str | PathLike[str], name: str) -> Adapte
         values |= {f"{HEAD}{path.replace('.', '/')}.{own}": value for own, value in tensors_of.items()}
     # PEFT computes half-precision adapters in fp32; so do we.
     values = {k: v.float() if v.is_floating_point() and v.dtype.itemsize < 4 else v for k, v in values.items()}
-    mismatches(held, {k: (v.dtype, tuple(v.shape)) for k, v in values.items()}, faults)
+    check_tensors(held, {k: (v.dtype, tuple(v.shape)) for k, v in values.items()}, faults)
     faults.raise_if_any()
-    admit(state, adapter, held, values, 1.0)
-    adapter.note = {"peft": {"base_model_name_or_path": config.get("base_model_name_or_path")}}
+    fill_and_register(state, adapter, held, values, 1.0)
+    adapter.metadata = {"peft": {"base_model_name_or_path": config.get("base_model_name_or_path")}}
     return adapter
 
 
-def _config(where: Path) -> dict[str, Any]:
-    if not (where / CONFIG).is_file():
-        hint = "kit.load(folder) reads it" if (where / "adapter.json").is_file() else "there is nothing of PEFT in it"
-        raise FileError(f"{where} holds no {CONFIG}: {hint}")
-    if not (where / WEIGHTS).is_file():
-        if (where / PICKLED).is_file():
+def _read_json(folder_path: Path) -> dict[str, Any]:
+    if not (folder_path / CONFIG).is_file():
+        hint = (
+            "kit.load(folder) reads it"
+            if (folder_path / "adapter.json").is_file()
+            else "there is nothing of PEFT in it"
+        )
+        raise FileError(f"{folder_path} holds no {CONFIG}: {hint}")
+    if not (folder_path / WEIGHTS).is_file():
+        if (folder_path / PICKLED).is_file():
             raise FileError(
-                f"{where} holds its weights pickled ({PICKLED}), and reading a pickle runs whatever it says. If you "
+                f"{folder_path} holds its weights pickled ({PICKLED}), and reading a pickle runs whatever it "
+                "says. If you "
                 f"trust it, convert it: safetensors.torch.save_file(torch.load('{PICKLED}', weights_only=True), "
                 f"'{WEIGHTS}')"
             )
-        raise FileError(f"{where} holds no {WEIGHTS}")
-    file, _ = open_regular(where / CONFIG, MOST_JSON)
+        raise FileError(f"{folder_path} holds no {WEIGHTS}")
+    file, _ = open_regular(folder_path / CONFIG, MAX_PEFT_JSON_BYTES)
     with file:
-        return parse(file.read(), where / CONFIG)
+        return parse_json(file.read(), folder_path / CONFIG)
 
 
-def _read_weights(state: KitState, settings: Settings, stored: Mapping[str, Tensor], faults: Faults) -> Found | None:
+def _read_weights(
+    state: KitState, settings: PeftConfig, stored: Mapping[str, Tensor], faults: Errors
+) -> PeftAdapter | None:
     """LoRA and IA3: what the modules carry, and a method that says as much; None where a fault was added."""
-    parts, heads = grouped(state, settings, stored, faults)
-    missing = [p for p in carriers(state.survey) if settings.names(p) and p not in parts]
+    parts, heads = by_module(state, settings, stored, faults)
+    missing = [p for p in adaptable_modules(state.survey) if settings.is_named(p) and p not in parts]
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         faults.add(f"target_modules also names {', '.join(missing[:4])}{more}, but the file has no tensors for them")
     if not parts:
         faults.add("the file has no adapter tensors at all")
-    if faults.items:
+    if faults.messages:
         return None
-    facts = [{p: getattr(part, f) for p, part in parts.items()} for f in ("inward", "rank", "alpha")]
-    method, sites = method_for(state.survey, settings, *facts)
+    facts = [{p: getattr(part, f) for p, part in parts.items()} for f in ("at_input", "rank", "alpha")]
+    method, sites = infer_method(state.survey, settings, *facts)
     values = {f"{s.key}.{own}": value for s in sites for own, value in parts[s.path].values.items()}
-    return Found(method, sites, values, heads)
+    return PeftAdapter(method, sites, values, heads)
 
 
-def _blank(state: KitState, name: str, found: Found) -> tuple[Adapter, dict[str, Slot]]:
-    modules = {path: blank_copy(state.base.get_submodule(path)).requires_grad_(True) for path in found.heads}
-    check_sites(state, name, found.sites)
-    return blank(state, name, found.method, found.sites, modules)
+def _build_empty(state: KitState, name: str, peft_adapter: PeftAdapter) -> tuple[Adapter, dict[str, TensorSlot]]:
+    modules = {path: blank_copy(state.base.get_submodule(path)).requires_grad_(True) for path in peft_adapter.heads}
+    check_sites(state, name, peft_adapter.sites)
+    return build_empty(state, name, peft_adapter.method, peft_adapter.sites, modules)
 
 
 @torch.no_grad()
@@ -131,25 +145,25 @@ def save_peft(state: KitState, name: str, folder: str | PathLike[str]) -> None:
     fused projection become one on the whole; the encoder of a prefix is folded. Raises FileError, with every reason at
     once, for what PEFT cannot hold.
     """
-    adapter = state[name].settled()
+    adapter = state[name].inference_form()
     target = Path(folder)
     check_replaceable(target.expanduser(), (CONFIG, WEIGHTS))
-    faults = Faults(FileError, f"{name!r} has no equal in PEFT")
+    faults = Errors(FileError, f"{name!r} has no equal in PEFT")
     front = isinstance(adapter.method, (PromptTuning, PrefixTuning))
-    tensors, told = write_front(state, adapter, faults) if front else _write_weights(state, adapter, faults)
+    tensors, told = write_virtual_tokens(state, adapter, faults) if front else _write_weights(state, adapter, faults)
     faults.raise_if_any()
-    if bad := not_finite(tensors):
+    if bad := non_finite_names(tensors):
         raise FileError(f"{name!r} holds NaN or infinity in {', '.join(bad[:4])}: there is nothing worth saving in it")
-    config = {**_common(state, adapter), **told}
+    config = {**_common_fields(state, adapter), **told}
 
-    def fill(fresh: Path) -> None:
-        write_tensors(fresh / WEIGHTS, tensors, {"format": "pt"})
-        (fresh / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    def fill(temp_path: Path) -> None:
+        write_tensors(temp_path / WEIGHTS, tensors, {"format": "pt"})
+        (temp_path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     replace_folder(target, (CONFIG, WEIGHTS), fill)
 
 
-def _common(state: KitState, adapter: Adapter) -> dict[str, Any]:
+def _common_fields(state: KitState, adapter: Adapter) -> dict[str, Any]:
     """What adapter_config.json says of every method."""
     config = getattr(state.base, "config", None)
     return {
@@ -160,26 +174,26 @@ def _common(state: KitState, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _write_weights(state: KitState, adapter: Adapter, faults: Faults) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _write_weights(state: KitState, adapter: Adapter, faults: Errors) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """LoRA and IA3: the tensors, and what the config says of them."""
-    parts = exported(adapter, faults)
+    parts = to_peft_tensors(adapter, faults)
     saved = heads_of(state, adapter, faults)
-    if faults.items:
+    if faults.messages:
         return {}, {}
     tensors = {f"{PREFIX}{path}{end}": value for path, part in parts.items() for end, value in part.values.items()}
     tensors |= {PREFIX + key: value for key, value in saved.items()}
     everything = [path for path, _ in state.base.named_modules()]
-    where = spelled(list(parts), everything, [p for p, part in parts.items() if part.inward])
+    where = target_modules_for(list(parts), everything, [p for p, part in parts.items() if part.at_input])
     task = task_of(state.base)
     told = {
         "task_type": None if task == "SEQ_CLS" else task,  # which would claim heads on its own
         "target_modules": where["target_modules"],
-        "fan_in_fan_out": any(part.transposed for part in parts.values()),
+        "fan_in_fan_out": any(part.is_transposed for part in parts.values()),
     }
     if not isinstance(adapter.method, LoRA):
         return tensors, {"peft_type": "IA3", "feedforward_modules": where["feedforward_modules"], **told}
-    rank, rank_pattern = commonest({path: part.rank for path, part in parts.items()})
-    alpha, alpha_pattern = commonest({path: part.alpha for path, part in parts.items()})
+    rank, rank_pattern = most_common_and_rest({path: part.rank for path, part in parts.items()})
+    alpha, alpha_pattern = most_common_and_rest({path: part.alpha for path, part in parts.items()})
     return tensors, {
         "peft_type": "LORA",
         "r": rank,

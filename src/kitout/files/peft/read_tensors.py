@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kitout.base.select import WHOLE
+from kitout.base.select import COMPOSITE_ROLES
 from kitout.base.site import Site
 from kitout.base.survey import Survey
-from kitout.base.weights import fan_in, transposed
-from kitout.errors import Faults, suggest
-from kitout.files.peft.config import Settings
+from kitout.base.weights import fan_in, is_conv1d
+from kitout.errors import Errors, suggest
+from kitout.files.peft.config import PeftConfig
 from kitout.method import Method
 from kitout.runtime.state import KitState
 
@@ -33,11 +33,11 @@ ENDS = {
     },
     "IA3": {".ia3_l": "scale"},
 }
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONV_CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass
-class Part:
+class PeftModuleTensors:
     """What one module carries. values: by a Delta's own parameter names when read, by PEFT's key endings when written.
 
     inward: on the module's input (IA3). transposed: the weight is stored [d_in, d_out].
@@ -46,12 +46,12 @@ class Part:
     values: dict[str, Tensor] = field(default_factory=dict)
     rank: int = 0
     alpha: float = 0.0
-    inward: bool = False
-    transposed: bool = False
+    at_input: bool = False
+    is_transposed: bool = False
 
 
 @dataclass
-class Found:
+class PeftAdapter:
     """What a file holds. values: by "<site>.<parameter>"; heads: by path and parameter name."""
 
     method: Method
@@ -60,15 +60,15 @@ class Found:
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def carriers(survey: Survey) -> dict[str, Site]:
+def adaptable_modules(survey: Survey) -> dict[str, Site]:
     """The whole modules that a weight adapter can sit at, by path."""
-    able = (s for s in survey.sites if s.channels is None and s.role not in WHOLE and s.port == "out")
+    able = (s for s in survey.sites if s.channels is None and s.role not in COMPOSITE_ROLES and s.port == "out")
     return {s.path: s for s in able if s.kind in ("linear", "embedding", "conv")}
 
 
-def grouped(
-    state: KitState, settings: Settings, stored: Mapping[str, Tensor], faults: Faults
-) -> tuple[dict[str, Part], dict[str, dict[str, Tensor]]]:
+def by_module(
+    state: KitState, settings: PeftConfig, stored: Mapping[str, Tensor], faults: Errors
+) -> tuple[dict[str, PeftModuleTensors], dict[str, dict[str, Tensor]]]:
     """The file's tensors as parts by module path, and as heads by path and parameter name."""
     raw: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
@@ -78,8 +78,8 @@ def grouped(
             raw.setdefault(key[len(PREFIX) :].removesuffix(end), {})[ENDS[settings.kind][end]] = value
         else:
             rest[key] = value
-    heads = others(state.base, settings.saved, PREFIX, rest, faults)
-    sites = carriers(state.survey)
+    heads = head_tensors(state.base, settings.modules_to_save, PREFIX, rest, faults)
+    sites = adaptable_modules(state.survey)
     parts = {}
     for path, values in raw.items():
         if path not in sites:
@@ -94,8 +94,8 @@ def grouped(
     return parts, heads
 
 
-def others(
-    base: nn.Module, saved: tuple[str, ...], prefix: str, stored: Mapping[str, Tensor], faults: Faults
+def head_tensors(
+    base: nn.Module, modules_to_save: tuple[str, ...], prefix: str, stored: Mapping[str, Tensor], faults: Errors
 ) -> dict[str, dict[str, Tensor]]:
     """Tensors that are no adapter's, as heads by path and parameter name; the others must be the base's own."""
     heads: dict[str, dict[str, Tensor]] = {}
@@ -103,28 +103,28 @@ def others(
         rest = key.removeprefix(prefix)
         if rest == key:
             faults.add(f"unexpected key {key[:120]!r}: it does not start with {prefix!r}")
-        elif (path := _head_path(base, saved, rest)) is not None:
+        elif (path := _head_path(base, modules_to_save, rest)) is not None:
             heads.setdefault(path, {})[rest[len(path) + 1 :]] = value
-        elif reason := _stranger(base, rest, value):
+        elif reason := _unexpected(base, rest, value):
             faults.add(reason)
-    for path in without_tensors(base, saved, heads):
+    for path in without_tensors(base, modules_to_save, heads):
         faults.add(f"modules_to_save names {path}, and the file has no tensors for it")
     return heads
 
 
-def _head_path(base: nn.Module, saved: tuple[str, ...], rest: str) -> str | None:
+def _head_path(base: nn.Module, modules_to_save: tuple[str, ...], rest: str) -> str | None:
     """The module of modules_to_save that a key belongs to: the outermost one whose path ends like an entry."""
     names = rest.split(".")
     for n in range(1, len(names)):
         path = ".".join(names[:n])
-        if path.endswith(saved) and _submodule(base, path) is not None:
+        if path.endswith(modules_to_save) and _submodule(base, path) is not None:
             return path
     return None
 
 
-def without_tensors(base: nn.Module, saved: tuple[str, ...], heads: Collection[str]) -> list[str]:
+def without_tensors(base: nn.Module, modules_to_save: tuple[str, ...], heads: Collection[str]) -> list[str]:
     """Modules with values whose paths end like an entry of `saved`, the outermost, that are not among `heads`."""
-    named = [p for p, m in base.named_modules() if p and p.endswith(saved) and m.state_dict()]
+    named = [p for p, m in base.named_modules() if p and p.endswith(modules_to_save) and m.state_dict()]
     outer = [p for p in named if not any(p.startswith(f"{other}.") for other in named)]
     return [p for p in outer if p not in heads]
 
@@ -136,7 +136,7 @@ def _submodule(base: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _stranger(base: nn.Module, rest: str, value: Tensor) -> str | None:
+def _unexpected(base: nn.Module, rest: str, value: Tensor) -> str | None:
     """None for a weight of the base that PEFT stored along and that is the same here; else what is wrong with it."""
     path, _, name = rest.replace(".base_layer.", ".").rpartition(".")
     module = _submodule(base, path)
@@ -152,11 +152,11 @@ def _stranger(base: nn.Module, rest: str, value: Tensor) -> str | None:
     return None
 
 
-def _read_lora(site: Site, settings: Settings, values: dict[str, Tensor]) -> Part | str:
+def _read_lora(site: Site, settings: PeftConfig, values: dict[str, Tensor]) -> PeftModuleTensors | str:
     wanted = {"a", "b", "magnitude"} if settings.dora else {"a", "b"}
     if set(values) != wanted:
         return f"has {', '.join(sorted(values))}, needs {', '.join(sorted(wanted))}"
-    if reason := unlike_ours(site.module):
+    if reason := why_peft_differs(site.module):
         return reason
     a, b = values["a"], values["b"]
     rank, width = settings.rank_at(site.path), fan_in(site)
@@ -171,23 +171,23 @@ def _read_lora(site: Site, settings: Settings, values: dict[str, Tensor]) -> Par
         if values["magnitude"].numel() != site.d_out:
             return f"magnitude has shape {list(values['magnitude'].shape)}, needs {site.d_out} values"
         ours["magnitude"] = values["magnitude"].flatten()
-    return Part(ours, rank, settings.alpha_at(site.path))
+    return PeftModuleTensors(ours, rank, settings.alpha_at(site.path))
 
 
-def _read_ia3(site: Site, settings: Settings, values: dict[str, Tensor]) -> Part | str:
-    inward, scale = settings.inward(site.path), values["scale"]
+def _read_ia3(site: Site, settings: PeftConfig, values: dict[str, Tensor]) -> PeftModuleTensors | str:
+    inward, scale = settings.at_input(site.path), values["scale"]
     width = site.d_in if inward else site.d_out
     if scale.numel() != width or max(scale.shape, default=0) != width:
         return f"ia3_l has shape {list(scale.shape)}, its {'input' if inward else 'output'} has width {width}"
-    return Part({"scale": scale.flatten()}, inward=inward)
+    return PeftModuleTensors({"scale": scale.flatten()}, at_input=inward)
 
 
-def unlike_ours(module: nn.Module) -> str | None:
+def why_peft_differs(module: nn.Module) -> str | None:
     """Why PEFT's map over this module is another one than ours."""
-    if isinstance(module, CONVS):
+    if isinstance(module, CONV_CLASSES):
         plain = module.groups == 1 and all(d == 1 for d in module.dilation) and module.padding_mode == "zeros"
         return None if plain else "PEFT's LoRA over a grouped, dilated or specially padded convolution is another map"
-    if isinstance(module, (nn.Linear, nn.Embedding)) or transposed(module):
+    if isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module):
         return None
     return f"PEFT has no LoRA over {type(module).__name__}"
 

@@ -15,117 +15,125 @@ from torch import Tensor, nn
 
 from kitout.base.site import Site
 from kitout.base.survey import Tower
-from kitout.errors import Faults
+from kitout.errors import Errors
 from kitout.files.head_spec import plain_class
-from kitout.files.peft.config import TASKS, FrontSettings
-from kitout.files.peft.read_tensors import Found, others, without_tensors
+from kitout.files.peft.config import TASKS, PeftPromptConfig
+from kitout.files.peft.read_tensors import PeftAdapter, head_tensors, without_tensors
 from kitout.files.peft.write_tensors import heads_of, task_of
 from kitout.methods import PrefixTuning, PromptTuning
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.state import KitState
 
-KEY, PREFIX = "prompt_embeddings", "base_model."
-TWO = "SEQ_2_SEQ_LM"  # the task of an encoder and a decoder
+PROMPT_KEY, PREFIX = "prompt_embeddings", "base_model."
+ENCODER_DECODER_TASK = "SEQ_2_SEQ_LM"  # the task of an encoder and a decoder
 HEADS = ("classifier", "score")  # what PEFT takes for the head of SEQ_CLS and insists on finding in the file
 
 
-def read_front(state: KitState, settings: FrontSettings, stored: Mapping[str, Tensor], faults: Faults) -> Found:
+def read_virtual_tokens(
+    state: KitState, settings: PeftPromptConfig, stored: Mapping[str, Tensor], faults: Errors
+) -> PeftAdapter:
     """The method, its sites in this model and their values; values are missing where a fault was added."""
     task = task_of(state.base)
-    if reason := _no_task(state, task):
+    if reason := _why_no_task(state, task):
         faults.add(reason)
     elif task != settings.task:
-        faults.add(f"it was made for a model of {settings.task}, and {_named(state)} is one of {task}")
+        faults.add(f"it was made for a model of {settings.task}, and {_model_name(state)} is one of {task}")
     prompt = settings.kind == "PROMPT_TUNING"
-    method = _prompt(state, settings, faults) if prompt else _prefix(state, settings)
-    front = Found(method, method.sites(state.survey))
-    rest = {key: value for key, value in stored.items() if key != KEY}
-    front.heads = others(state.base, settings.saved, PREFIX, rest, faults)
-    able = ((1, 2) if prompt else (2,)) if settings.task == TWO else (1,)
-    if settings.stacks not in able:
+    method = _prompt_method(state, settings, faults) if prompt else _prefix_method(state, settings)
+    front = PeftAdapter(method, method.sites(state.survey))
+    rest = {key: value for key, value in stored.items() if key != PROMPT_KEY}
+    front.heads = head_tensors(state.base, settings.modules_to_save, PREFIX, rest, faults)
+    able = ((1, 2) if prompt else (2,)) if settings.task == ENCODER_DECODER_TASK else (1,)
+    if settings.num_submodules not in able:
         faults.add(
-            f"num_transformer_submodules={settings.stacks} makes no sense for {settings.task} and {settings.kind}"
+            f"num_transformer_submodules={settings.num_submodules} makes no sense for {settings.task} and "
+            f"{settings.kind}"
         )
-    if KEY not in stored:
-        faults.add(f"tensor {KEY!r} is missing")
+    if PROMPT_KEY not in stored:
+        faults.add(f"tensor {PROMPT_KEY!r} is missing")
     elif prompt:
-        _read_prompt(front, settings, stored[KEY], faults)
+        _read_prompt(front, settings, stored[PROMPT_KEY], faults)
     else:
-        _read_prefix(state, front, settings, stored[KEY], faults)
+        _read_prefix(state, front, settings, stored[PROMPT_KEY], faults)
     return front
 
 
-def _prompt(state: KitState, settings: FrontSettings, faults: Faults) -> PromptTuning:
+def _prompt_method(state: KitState, settings: PeftPromptConfig, faults: Errors) -> PromptTuning:
     if settings.task != "SEQ_CLS" or any(t.causal for t in state.survey.towers):
         return PromptTuning(length=settings.length)
-    if reason := _reads_more(state):
+    if reason := _why_reads_more(state):
         faults.add(reason)
     return PromptTuning(length=settings.length, pooled="prompt")
 
 
-def _read_prompt(front: Found, settings: FrontSettings, value: Tensor, faults: Faults) -> None:
-    site = front.sites[0]
-    if len(front.sites) > 1:
-        faults.add(f"PEFT's prompts are in one stack, here they would be in {', '.join(s.tower for s in front.sites)}")
+def _read_prompt(peft_adapter: PeftAdapter, settings: PeftPromptConfig, value: Tensor, faults: Errors) -> None:
+    site = peft_adapter.sites[0]
+    if len(peft_adapter.sites) > 1:
+        faults.add(
+            f"PEFT's prompts are in one stack, here they would be in {', '.join(s.tower for s in peft_adapter.sites)}"
+        )
         return
-    wanted = (settings.length * settings.stacks, site.d_out)
+    wanted = (settings.length * settings.num_submodules, site.d_out)
     if tuple(value.shape) != wanted or settings.width not in (None, site.d_out):
         shape, told = list(value.shape), settings.width
         faults.add(
-            f"{KEY} has shape {shape} (token_dim={told}), and {settings.length} prompts here take {list(wanted)}"
+            f"{PROMPT_KEY} has shape {shape} (token_dim={told}), and {settings.length} prompts here take {list(wanted)}"
         )
         return
-    front.values[f"{site.key}.prompt"] = value[: settings.length].clone()
+    peft_adapter.values[f"{site.key}.prompt"] = value[: settings.length].clone()
 
 
-def _prefix(state: KitState, settings: FrontSettings) -> PrefixTuning:
+def _prefix_method(state: KitState, settings: PeftPromptConfig) -> PrefixTuning:
     method = PrefixTuning(length=settings.length)
     return method if len(state.survey.towers) == 1 else method.model_copy(update={"places": "decoder"})
 
 
-def _read_prefix(state: KitState, front: Found, settings: FrontSettings, value: Tensor, faults: Faults) -> None:
-    sites = front.sites
-    if reason := _prefix_unlike(state, sites):
+def _read_prefix(
+    state: KitState, peft_adapter: PeftAdapter, settings: PeftPromptConfig, value: Tensor, faults: Errors
+) -> None:
+    sites = peft_adapter.sites
+    if reason := _why_prefix_differs(state, sites):
         faults.add(reason)
         return
-    heads, width = sites[0].heads, sites[0].d_out
+    heads, width = sites[0].num_kv_heads, sites[0].d_out
     slots = settings.layers or len(sites)
-    fits = slots >= len(sites) if settings.stacks > 1 else slots == len(sites)
+    fits = slots >= len(sites) if settings.num_submodules > 1 else slots == len(sites)
     told = settings.heads in (None, heads) and settings.width in (None, width)
     if not (fits and told and tuple(value.shape) == (settings.length, 2 * slots * width)):
         said = f"{settings.layers} layers of {settings.heads} heads in {settings.width} channels"
         faults.add(
-            f"{KEY} has shape {list(value.shape)} for {said}; {settings.length} positions here take "
+            f"{PROMPT_KEY} has shape {list(value.shape)} for {said}; {settings.length} positions here take "
             f"{[settings.length, 2 * len(sites) * width]}: {len(sites)} layers of {heads} heads in {width} channels"
         )
         return
     parts = value.view(settings.length, slots, 2, heads, width // heads)
     for layer, site in enumerate(sites):
-        front.values[f"{site.key}.prefix"] = parts[:, _slot(layer, settings.stacks, slots)].clone()
+        peft_adapter.values[f"{site.key}.prefix"] = parts[:, _slot(layer, settings.num_submodules, slots)].clone()
 
 
-def _slot(layer: int, stacks: int, slots: int) -> int:
+def _slot(layer: int, num_submodules: int, slots: int) -> int:
     """Which keys and values of the file a layer gets.
 
     For an encoder-decoder PEFT lays the file's twice in a row and deals out four tensors to each layer, two for itself
     and two for the cross-attention, which are then dropped: the decoder's layers get every second of an odd number, and
     the first half of an even number of layers shares its prefix with the second.
     """
-    return stacks * layer % slots
+    return num_submodules * layer % slots
 
 
-def _no_task(state: KitState, task: str | None) -> str | None:
+def _why_no_task(state: KitState, task: str | None) -> str | None:
     """Why PEFT has nothing to put in front of the text of such a model."""
     if task not in TASKS:
-        return f"PEFT has prompts and prefixes for {', '.join(TASKS)}, and {_named(state)} is for none of them"
+        return f"PEFT has prompts and prefixes for {', '.join(TASKS)}, and {_model_name(state)} is for none of them"
     if task == "SEQ_CLS" and len(state.survey.towers) > 1:
         return (
-            f"PEFT's prompts and prefixes do not work in a classifier with encoder and decoder, as {_named(state)} is"
+            "PEFT's prompts and prefixes do not work in a classifier with encoder and decoder, as "
+            f"{_model_name(state)} is"
         )
     return None
 
 
-def _reads_more(state: KitState) -> str | None:
+def _why_reads_more(state: KitState) -> str | None:
     """Why the head of this encoder does not read its first token alone, so that PEFT's prompts would be more to it."""
     config = getattr(state.base, "config", None)
     for name in ("classifier_pooling", "summary_type"):
@@ -138,31 +146,33 @@ def _tower(state: KitState, site: Site) -> Tower:
     return next(t for t in state.survey.towers if t.path == site.tower)
 
 
-def _named(state: KitState) -> str:
+def _model_name(state: KitState) -> str:
     return plain_class(state.base).__name__
 
 
-def write_front(state: KitState, adapter: Adapter, faults: Faults) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def write_virtual_tokens(state: KitState, adapter: Adapter, faults: Errors) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The file's tensors and what its config says beyond the common; adapter: settled."""
     task, prompt = task_of(state.base), isinstance(adapter.method, PromptTuning)
-    if reason := _no_task(state, task):
+    if reason := _why_no_task(state, task):
         faults.add(reason)
     if adapter.strength != 1.0:
         faults.add(f"strength {adapter.strength:g} has no equal in PEFT for what lies in front: set strength 1")
-    unlike = _prompt_unlike if prompt else _prefix_uncached
+    unlike = _why_prompt_differs if prompt else _why_prefix_unsaved
     if reason := unlike(state, adapter):
         faults.add(reason)
     heads = heads_of(state, adapter, faults)
     if task == "SEQ_CLS":
         heads |= _own_heads(state, adapter, faults)
-    if faults.items:
+    if faults.messages:
         return {}, {}
-    value, told = _written_prompt(state, adapter) if prompt else _written_prefix(adapter, 2 if task == TWO else 1)
-    tensors = {KEY: value, **{PREFIX + key: value for key, value in heads.items()}}
+    value, told = (
+        _write_prompt(state, adapter) if prompt else _write_prefix(adapter, 2 if task == ENCODER_DECODER_TASK else 1)
+    )
+    tensors = {PROMPT_KEY: value, **{PREFIX + key: value for key, value in heads.items()}}
     return tensors, {"task_type": task, "num_virtual_tokens": len(value), "token_dim": adapter.sites[0].d_out, **told}
 
 
-def _written_prompt(state: KitState, adapter: Adapter) -> tuple[Tensor, dict[str, Any]]:
+def _write_prompt(state: KitState, adapter: Adapter) -> tuple[Tensor, dict[str, Any]]:
     (site,) = adapter.sites
     value: Any = adapter.delta(site).prompt
     return value, {
@@ -174,24 +184,24 @@ def _written_prompt(state: KitState, adapter: Adapter) -> tuple[Tensor, dict[str
     }
 
 
-def _written_prefix(adapter: Adapter, stacks: int) -> tuple[Tensor, dict[str, Any]]:
+def _write_prefix(adapter: Adapter, num_submodules: int) -> tuple[Tensor, dict[str, Any]]:
     values: list[Any] = [adapter.delta(s).prefix for s in adapter.sites]
-    slots = len(values) + (stacks - 1) * (1 - len(values) % 2)  # an odd number, so that no two layers share one
+    slots = len(values) + (num_submodules - 1) * (1 - len(values) % 2)  # an odd number, so that no two layers share one
     parts = values[0].new_zeros(len(values[0]), slots, *values[0].shape[1:])
     for layer, value in enumerate(values):
-        parts[:, _slot(layer, stacks, slots)] = value
+        parts[:, _slot(layer, num_submodules, slots)] = value
     return parts.flatten(1), {
         "peft_type": "PREFIX_TUNING",
-        "num_transformer_submodules": stacks,
-        "num_attention_heads": adapter.sites[0].heads,
+        "num_transformer_submodules": num_submodules,
+        "num_attention_heads": adapter.sites[0].num_kv_heads,
         "num_layers": slots,
         "prefix_projection": False,
     }
 
 
-def _prefix_unlike(state: KitState, sites: Sequence[Site]) -> str | None:
+def _why_prefix_differs(state: KitState, sites: Sequence[Site]) -> str | None:
     """Why these attentions are not what a prefix of PEFT sits at: every layer of one stack, all of one shape."""
-    towers, shapes = {s.tower for s in sites}, sorted({(s.heads, s.d_out) for s in sites})
+    towers, shapes = {s.tower for s in sites}, sorted({(s.num_kv_heads, s.d_out) for s in sites})
     if len(towers) > 1 or any(s.role != "kv.self" for s in sites):
         return (
             f"PEFT's prefix is in one stack's self-attention, this one at {len(sites)} places in "
@@ -207,10 +217,10 @@ def _prefix_unlike(state: KitState, sites: Sequence[Site]) -> str | None:
     return None
 
 
-def _prefix_uncached(state: KitState, adapter: Adapter) -> str | None:
+def _why_prefix_unsaved(state: KitState, adapter: Adapter) -> str | None:
     """Why PEFT has no prefix like this one: its keys must also be as wide as the cache that PEFT puts them into."""
     site = adapter.sites[0]
-    if reason := _prefix_unlike(state, adapter.sites):
+    if reason := _why_prefix_differs(state, adapter.sites):
         return reason
     queries = max((s.d_in for s in state.survey.sites if (s.tower, s.role) == (site.tower, "attn.o")), default=0)
     if queries > site.d_out and getattr(getattr(state.base, "config", None), "num_key_value_heads", None) is None:
@@ -221,7 +231,7 @@ def _prefix_uncached(state: KitState, adapter: Adapter) -> str | None:
     return None
 
 
-def _prompt_unlike(state: KitState, adapter: Adapter) -> str | None:
+def _why_prompt_differs(state: KitState, adapter: Adapter) -> str | None:
     """Why PEFT has no prompt like this one."""
     method, sites = adapter.method, adapter.sites
     assert isinstance(method, PromptTuning)
@@ -237,10 +247,10 @@ def _prompt_unlike(state: KitState, adapter: Adapter) -> str | None:
             "with PEFT an encoder's classifier reads the output of the first prompt, here that of the first token: "
             "train it with PromptTuning(pooled='prompt')"
         )
-    return _reads_more(state)
+    return _why_reads_more(state)
 
 
-def _own_heads(state: KitState, adapter: Adapter, faults: Faults) -> dict[str, Tensor]:
+def _own_heads(state: KitState, adapter: Adapter, faults: Errors) -> dict[str, Tensor]:
     """The base's own heads, where the adapter brings none: PEFT does not load a classifier's prompts without."""
     brought = [path.replace("/", ".") for path in adapter.heads]
     base: nn.Module = state.base

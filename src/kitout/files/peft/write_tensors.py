@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from kitout.base.site import Site
-from kitout.base.weights import transposed
-from kitout.errors import Faults
+from kitout.base.weights import is_conv1d
+from kitout.errors import Errors
 from kitout.files.head_spec import plain_class
-from kitout.files.peft.read_tensors import CONVS, Part, embed_scale, unlike_ours
+from kitout.files.peft.read_tensors import CONV_CLASSES, PeftModuleTensors, embed_scale, why_peft_differs
 from kitout.methods import IA3, LoRA
-from kitout.methods.deltas.dora import Decomposed
-from kitout.methods.deltas.low_rank import LowRank
+from kitout.methods.deltas.dora import DoRADelta
+from kitout.methods.deltas.low_rank import LowRankDelta
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.state import KitState
 
 
-def exported(adapter: Adapter, faults: Faults) -> dict[str, Part]:
+def to_peft_tensors(adapter: Adapter, faults: Errors) -> dict[str, PeftModuleTensors]:
     """The adapter's values under PEFT's names, by module path."""
     method = adapter.method
     if type(method) not in (LoRA, IA3):
@@ -40,29 +40,29 @@ def exported(adapter: Adapter, faults: Faults) -> dict[str, Part]:
         if isinstance(part, str):
             faults.add(f"{path}: {part}")
         else:
-            part.transposed = transposed(sites[0].module)
+            part.is_transposed = is_conv1d(sites[0].module)
             parts[path] = part
     return parts
 
 
-def _write_lora(adapter: Adapter, sites: Sequence[Site]) -> Part | str:
+def _write_lora(adapter: Adapter, sites: Sequence[Site]) -> PeftModuleTensors | str:
     module, strength, method = sites[0].module, adapter.strength, adapter.method
     assert isinstance(method, LoRA)
     if any(s.port != "out" for s in sites):
         return "PEFT's LoRA changes a module's output, this one its input"
-    if reason := unlike_ours(module):
+    if reason := why_peft_differs(module):
         return reason
     deltas = [adapter.delta(s) for s in sites]
     extra = {}
-    if isinstance(deltas[0], Decomposed):
+    if isinstance(deltas[0], DoRADelta):
         if sites[0].channels is not None:
             return "PEFT's DoRA renormalises every row of a fused projection, this one only some"
         if strength != 1.0 or embed_scale(module) != 1.0:
             return f"DoRA at strength {strength:g} or over a scaled embedding has no equal in PEFT: set strength 1"
         factors: tuple[Tensor, Tensor, float] = deltas[0].a, deltas[0].b, deltas[0].scale
-        extra = {".lora_magnitude_vector": deltas[0].magnitude.view(_spread(module, 1))}
+        extra = {".lora_magnitude_vector": deltas[0].magnitude.view(_vector_shape(module, 1))}
     else:
-        factors = _stacked(sites, deltas)
+        factors = _stack_factors(sites, deltas)
     a, b, scale = factors
     rank = a.shape[0]
     alpha = strength * scale * (math.sqrt(rank) if method.rslora else rank)
@@ -70,64 +70,64 @@ def _write_lora(adapter: Adapter, sites: Sequence[Site]) -> Part | str:
     if isinstance(module, nn.Embedding):
         values = {".lora_embedding_A": a, ".lora_embedding_B": b}
     else:
-        kernel = module.weight.shape[1:] if isinstance(module, CONVS) else a.shape[1:]
+        kernel = module.weight.shape[1:] if isinstance(module, CONV_CLASSES) else a.shape[1:]
         values = {".lora_A.weight": a.reshape(rank, *kernel), ".lora_B.weight": b[(...,) + (None,) * (len(kernel) - 1)]}
-    return Part({**values, **extra}, rank, _short(alpha))
+    return PeftModuleTensors({**values, **extra}, rank, _round_alpha(alpha))
 
 
-def _stacked(sites: Sequence[Site], deltas: Sequence[Any]) -> tuple[Tensor, Tensor, float]:
+def _stack_factors(sites: Sequence[Site], deltas: Sequence[Any]) -> tuple[Tensor, Tensor, float]:
     """One low-rank map for the whole module: ranks add up, each part writes its own channels, one scale for all."""
     scale = deltas[0].scale
     downs, ups = [], []
     for site, delta in zip(sites, deltas, strict=True):
-        assert isinstance(delta, LowRank)
+        assert isinstance(delta, LowRankDelta)
         a, b = delta.factors()
         b = b * (delta.scale / scale)
-        if site.span is not None:
-            whole = b.new_zeros(_width(site), b.shape[1])
-            whole[site.span] = b
+        if site.channel_index is not None:
+            whole = b.new_zeros(_num_outputs(site), b.shape[1])
+            whole[site.channel_index] = b
             b = whole
         downs.append(a)
         ups.append(b)
     return torch.cat(downs), torch.cat(ups, 1), scale
 
 
-def _width(site: Site) -> int:
+def _num_outputs(site: Site) -> int:
     """Outputs of the whole module a fused part belongs to."""
     weight = site.module._parameters["weight"]
     assert weight is not None
-    return int(weight.shape[1] if transposed(site.module) else weight.shape[0])
+    return int(weight.shape[1] if is_conv1d(site.module) else weight.shape[0])
 
 
-def _write_ia3(adapter: Adapter, sites: Sequence[Site]) -> Part | str:
+def _write_ia3(adapter: Adapter, sites: Sequence[Site]) -> PeftModuleTensors | str:
     module, strength = sites[0].module, adapter.strength
     inward = sites[0].port == "in"
     if any((s.port == "in") != inward for s in sites):
         return "PEFT's IA3 scales a module's input or its output, this one both"
-    if not (isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) or transposed(module)):
+    if not (isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) or is_conv1d(module)):
         return f"PEFT has no IA3 over {type(module).__name__}"
     total: Tensor | None = None
     for site in sites:
         scale: Any = adapter.delta(site).scale
         value = 1.0 + strength * (scale - 1.0) if strength != 1.0 else scale
-        if site.span is not None:
-            total = torch.ones(_width(site), dtype=value.dtype, device=value.device) if total is None else total
-            total[site.span] *= value
+        if site.channel_index is not None:
+            total = torch.ones(_num_outputs(site), dtype=value.dtype, device=value.device) if total is None else total
+            total[site.channel_index] *= value
         else:
             total = value if total is None else total * value
     assert total is not None
-    shape = _spread(module, 1) if isinstance(module, CONVS) else (1, -1) if inward else (-1, 1)
-    return Part({".ia3_l": total.reshape(shape)}, inward=inward)
+    shape = _vector_shape(module, 1) if isinstance(module, CONV_CLASSES) else (1, -1) if inward else (-1, 1)
+    return PeftModuleTensors({".ia3_l": total.reshape(shape)}, at_input=inward)
 
 
-def _spread(module: nn.Module, axis: int) -> tuple[int, ...]:
+def _vector_shape(module: nn.Module, axis: int) -> tuple[int, ...]:
     """The shape PEFT gives a vector over a convolution's channels, (1, n, 1, 1); (n,) elsewhere."""
-    if not isinstance(module, CONVS):
+    if not isinstance(module, CONV_CLASSES):
         return (-1,)
     return tuple(-1 if i == axis else 1 for i in range(module.weight.ndim))
 
 
-def _short(value: float) -> float:
+def _round_alpha(value: float) -> float:
     """8 rather than 8.000000000000002, and 8 rather than 8.0: alpha went through a division and back."""
     rounded = float(f"{value:.12g}")
     return int(rounded) if rounded.is_integer() and abs(rounded) < 2**31 else rounded
@@ -142,7 +142,7 @@ def task_of(model: Any) -> str | None:
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
-def heads_of(state: KitState, adapter: Adapter, faults: Faults) -> dict[str, Tensor]:
+def heads_of(state: KitState, adapter: Adapter, faults: Errors) -> dict[str, Tensor]:
     """Head tensors under PEFT's keys. PEFT copies the base's own module and fills it, so it must be one like that."""
     found: dict[str, Tensor] = {}
     everything = [path for path, _ in state.base.named_modules()]

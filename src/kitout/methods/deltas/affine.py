@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from kitout.delta import Delta
 
 
-class Affine(Delta):
+class ScaleShift(Delta):
     """y' = scale * y + shift. std: of the start, scale ~ N(1, std), shift ~ N(0, std). shifts: False = no shift."""
 
-    elementwise = True
+    is_scale_shift = True
 
-    def __init__(self, width: int, std: float = 0.0, shifts: bool = True) -> None:
+    def __init__(self, width: int, std: float = 0.0, has_shift: bool = True) -> None:
         super().__init__()
         self.scale = nn.Parameter(1.0 + std * torch.randn(width))
-        self.shift = nn.Parameter(std * torch.randn(width)) if shifts else None
+        self.shift = nn.Parameter(std * torch.randn(width)) if has_shift else None
 
     def forward(self, x: Tensor, y: Tensor, frozen: Any = None) -> Tensor:
         y = y * self.scale.to(y.dtype)

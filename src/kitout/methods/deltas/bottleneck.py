@@ -18,23 +18,23 @@ from torch import Tensor, nn
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.base.survey import Survey
-from kitout.base.weights import Frozen
+from kitout.base.weights import FrozenModule
 from kitout.delta import Delta
 from kitout.errors import TargetError
 from kitout.method import Method
 
-Reads = Literal["y", "x", "norm"]
-Init = Literal["truncated", "normal", "zero"]
+BottleneckInput = Literal["y", "x", "norm"]
+BottleneckInit = Literal["truncated", "normal", "zero"]
 Activation = Literal["relu", "gelu", "silu"]
 
 
-def _alive(scale: float | str) -> float | str:
+def _check_nonzero(scale: float | str) -> float | str:
     if scale == 0:
         raise ValueError("a scale of 0 leaves every parameter without a gradient")
     return scale
 
 
-Scale = Annotated[float | Literal["learned"], AfterValidator(_alive)]
+BottleneckScale = Annotated[float | Literal["learned"], AfterValidator(_check_nonzero)]
 
 
 class Bottleneck(Delta):
@@ -50,11 +50,11 @@ class Bottleneck(Delta):
         d: int,
         width: int,
         *,
-        reads: Reads = "y",
+        reads: BottleneckInput = "y",
         activation: Activation = "relu",
-        scale: Scale = 1.0,
+        scale: BottleneckScale = 1.0,
         dropout: float = 0.0,
-        init: Init = "zero",
+        init: BottleneckInit = "zero",
         std: float = 0.02,
     ) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Bottleneck(Delta):
             nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
             nn.init.zeros_(self.up.weight)
 
-    def forward(self, x: Tensor, y: Tensor, frozen: Frozen | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, frozen: FrozenModule | None = None) -> Tensor:
         """x, y [..., d] -> [..., d]."""
         dtype, v = y.dtype, x if self.reads == "x" else y
         if self.reads == "norm":
@@ -84,14 +84,14 @@ class Bottleneck(Delta):
         return y + (out * self.scale if isinstance(self.scale, float) else out * self.scale.to(dtype))
 
 
-def size(d: int, width: int, scale: object = 1.0) -> int:
+def bottleneck_size(d: int, width: int, scale: object = 1.0) -> int:
     """Trained values of one bottleneck: 2 b d + b + d, and one for a learned scale."""
     return 2 * width * d + width + d + (scale == "learned")
 
 
-def chosen(method: Method, survey: Survey, roles: Sequence[str]) -> list[Site]:
+def default_sites(method: Method, survey: Survey, roles: Sequence[str]) -> list[Site]:
     """The method's sites; by default every block must have these sublayers, so that none goes without unnoticed."""
-    if method.targets is None and (lacking := survey.without(*roles)):
+    if method.targets is None and (lacking := survey.blocks_missing(*roles)):
         shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
         raise TargetError(
             f"{type(method).__name__} sits at {' and '.join(roles)} of every block, and where these end was not seen "

@@ -10,27 +10,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kitout.base.weights import Frozen
+from kitout.base.weights import FrozenModule
 from kitout.delta import Delta
 
 
-class Decomposed(Delta):
+class DoRADelta(Delta):
     """y' = b + m / ||W + s B A|| * (W x + s B A dropout(x))."""
 
     reads_weight = True
-    late = ("b",)  # LoRA+
+    loraplus_parameters = ("b",)  # LoRA+
 
     def __init__(self, a: Tensor, b: Tensor, magnitude: Tensor, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.a, self.b, self.magnitude = nn.Parameter(a), nn.Parameter(b), nn.Parameter(magnitude)
         self.scale, self.dropout = scale, dropout
 
-    def forward(self, x: Tensor, y: Tensor, frozen: Frozen | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, frozen: FrozenModule | None = None) -> Tensor:
         assert frozen is not None
         dtype, bias = y.dtype, frozen.bias
         if x.is_floating_point():
             x = F.dropout(x.to(dtype), self.dropout, self.training)
-        low = self.scale * F.linear(frozen.map(x, self.a.to(dtype)), self.b.to(dtype))
+        low = self.scale * F.linear(frozen.apply_weight(x, self.a.to(dtype)), self.b.to(dtype))
         ratio = (self.magnitude / self.norm(frozen.weight)).to(dtype)
         if bias is None:
             return ratio * (y + low)

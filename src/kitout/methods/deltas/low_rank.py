@@ -15,29 +15,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kitout.base.weights import Frozen
+from kitout.base.weights import FrozenModule
 from kitout.delta import Delta
-from kitout.methods.deltas.low_rank_rows import EvenLowRank, RowsLowRank, even, runs_of
+from kitout.methods.deltas.low_rank_rows import EqualRunsLowRank, RunsLowRank, are_equal_runs, find_runs
 
 GATHER_BYTES = 64 * 2**20  # most that one site may hold in gathered rows before the caller loops instead
 
 
-class LowRank(Delta):
+class LowRankDelta(Delta):
     """y' = y + scale * B A dropout(x)."""
 
-    late = ("b",)  # LoRA+
+    loraplus_parameters = ("b",)  # LoRA+
     a0: Tensor | None
     b0: Tensor | None
 
-    def __init__(self, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0, mapped: bool = False) -> None:
+    def __init__(self, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0, uses_module_map: bool = False) -> None:
         super().__init__()
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
         self.scale, self.dropout = scale, dropout
-        self.reads_weight = mapped  # embeddings and convolutions: A acts as the module's own map does
+        self.reads_weight = uses_module_map  # embeddings and convolutions: A acts as the module's own map does
         self.register_buffer("a0", None)
         self.register_buffer("b0", None)
 
-    def start_from(self, a: Tensor, b: Tensor) -> None:
+    def subtract_start(self, a: Tensor, b: Tensor) -> None:
         """Counts the change from this product instead of from zero (PiSSA): y' = y + scale * (B A - b a) x."""
         self.a0, self.b0 = a.clone(), b.clone()
 
@@ -47,13 +47,13 @@ class LowRank(Delta):
             return self.a, self.b
         return torch.cat((self.a, self.a0)), torch.cat((self.b, -self.b0), 1)
 
-    def forward(self, x: Tensor, y: Tensor, frozen: Frozen | None = None) -> Tensor:
-        return self._add(x, y, frozen, False)
+    def forward(self, x: Tensor, y: Tensor, frozen: FrozenModule | None = None) -> Tensor:
+        return self._add_change(x, y, frozen, False)
 
-    def update(self, x: Tensor, y: Tensor, frozen: Frozen | None = None) -> Tensor:
-        return self._add(x, y, frozen, True)
+    def forward_(self, x: Tensor, y: Tensor, frozen: FrozenModule | None = None) -> Tensor:
+        return self._add_change(x, y, frozen, True)
 
-    def _add(self, x: Tensor, y: Tensor, frozen: Frozen | None, own: bool) -> Tensor:
+    def _add_change(self, x: Tensor, y: Tensor, frozen: FrozenModule | None, may_overwrite: bool) -> Tensor:
         dtype = y.dtype
         a, b = (t.to(dtype) for t in self.factors())
         if self.dropout and self.training and x.is_floating_point():
@@ -61,10 +61,10 @@ class LowRank(Delta):
         if self.reads_weight:
             assert frozen is not None
             x = x.to(dtype) if x.is_floating_point() else x
-            return y + self.scale * F.linear(frozen.map(x, a), b)
-        return add_low_rank(x.to(dtype), y, a, b, self.scale, own)
+            return y + self.scale * F.linear(frozen.apply_weight(x, a), b)
+        return add_low_rank(x.to(dtype), y, a, b, self.scale, may_overwrite)
 
-    def through(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
+    def fused_linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
         """Both products in one autograd node, whose backward adds into the base's own input gradient."""
         plain = self.a0 is None and not (self.dropout and self.training) and x.dtype == w.dtype
         if not (plain and torch.is_grad_enabled() and self.a.requires_grad) or torch.compiler.is_compiling():
@@ -79,8 +79,8 @@ class LowRank(Delta):
         return w + self.scale * (up @ down), b
 
     @classmethod
-    def batched(
-        cls, deltas: Sequence[LowRank], rows: Sequence[int], x: Tensor, y: Tensor, scratch: dict[str, Any]
+    def forward_rows(
+        cls, deltas: Sequence[LowRankDelta], rows: Sequence[int], x: Tensor, y: Tensor, cache: dict[str, Any]
     ) -> Tensor | None:
         """Gathered A and B of every row, kept until a value changes, and two batched products; runs in training."""
         if any(d.reads_weight or (d.dropout and d.training) for d in deltas):
@@ -88,43 +88,45 @@ class LowRank(Delta):
         if torch.compiler.is_compiling():
             return None  # version counters are not for a graph to read
         if torch.is_grad_enabled() and any(d.a.requires_grad for d in deltas):
-            return _trained(deltas, rows, x, y)
-        stamp = (y.dtype, y.device, *(_state(t) for d in deltas for t in (d.a, d.b)))
-        if scratch.get("stamp") != stamp:
+            return _forward_trained_rows(deltas, rows, x, y)
+        stamp = (y.dtype, y.device, *(_tensor_version(t) for d in deltas for t in (d.a, d.b)))
+        if cache.get("stamp") != stamp:
             rank = max(d.factors()[0].shape[0] for d in deltas)
             if len(rows) * rank * (x.shape[-1] + y.shape[-1]) * y.element_size() > GATHER_BYTES:
                 return None
-            scratch["a"], scratch["b"] = _gather(deltas, rows, rank, y.dtype)
-            scratch["stamp"] = stamp
+            cache["a"], cache["b"] = _gather_factors(deltas, rows, rank, y.dtype)
+            cache["stamp"] = stamp
         x3 = x.to(y.dtype).reshape(x.shape[0], -1, x.shape[-1])
         y3 = y.reshape(y.shape[0], -1, y.shape[-1])
-        return torch.baddbmm(y3, torch.bmm(x3, scratch["a"]), scratch["b"]).view(y.shape)
+        return torch.baddbmm(y3, torch.bmm(x3, cache["a"]), cache["b"]).view(y.shape)
 
 
-def _trained(deltas: Sequence[LowRank], rows: Sequence[int], x: Tensor, y: Tensor) -> Tensor | None:
+def _forward_trained_rows(deltas: Sequence[LowRankDelta], rows: Sequence[int], x: Tensor, y: Tensor) -> Tensor | None:
     """One node over all rows, where neighbours wear the same, so that there are few runs of them."""
-    runs = runs_of(rows)
+    runs = find_runs(rows)
     plain = y.is_contiguous() and not y._is_view() and all(d.a0 is None for d in deltas)
     if not plain or len(runs) > 2 * len(deltas) or torch._C._are_functorch_transforms_active():
         return None
     ordered = [deltas[number] for number, _, _ in runs]
     found: Tensor
     alike = len({(d.a.shape[0], d.a.dtype) for d in deltas}) == 1
-    if alike and even(runs, len(rows)) and x.shape[0] == len(rows):
+    if alike and are_equal_runs(runs, len(rows)) and x.shape[0] == len(rows):
         factors = [*(d.a for d in ordered), *(d.b for d in ordered)]
-        found = EvenLowRank.apply(x.to(y.dtype), y, [d.scale for d in ordered], *factors)
+        found = EqualRunsLowRank.apply(x.to(y.dtype), y, [d.scale for d in ordered], *factors)
     else:
         factors = [*(d.a for d in deltas), *(d.b for d in deltas)]
-        found = RowsLowRank.apply(x.to(y.dtype), y, runs, [d.scale for d in deltas], *factors)
+        found = RunsLowRank.apply(x.to(y.dtype), y, runs, [d.scale for d in deltas], *factors)
     return found
 
 
-def _state(t: Tensor) -> tuple[int, int]:
+def _tensor_version(t: Tensor) -> tuple[int, int]:
     """What changes when a value is replaced or written to (writing to `t.data` goes unseen, as it does in autograd)."""
     return t.data_ptr(), 0 if t.is_inference() else t._version
 
 
-def _gather(deltas: Sequence[LowRank], rows: Sequence[int], rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _gather_factors(
+    deltas: Sequence[LowRankDelta], rows: Sequence[int], rank: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Per row A^T [n, d_in, rank] and scale * B^T [n, rank, d_out]; zeros where a row wears nothing."""
     with torch.inference_mode(False), torch.no_grad():
         pairs = [d.factors() for d in deltas]
@@ -138,25 +140,25 @@ def _gather(deltas: Sequence[LowRank], rows: Sequence[int], rank: int, dtype: to
         return a[index], b[index]
 
 
-def add_low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, own: bool) -> Tensor:
+def add_low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, may_overwrite: bool) -> Tensor:
     """y + scale * (x a^T) b^T; y is overwritten if `own`. All of one dtype."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return y + scale * F.linear(F.linear(x, a), b)
-    own = own and not y._is_view() and y.is_contiguous()
+    may_overwrite = may_overwrite and not y._is_view() and y.is_contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or a.requires_grad or b.requires_grad):
-        result: Tensor = _AddLowRank.apply(x, y, a, b, scale, own)
+        result: Tensor = _AddLowRank.apply(x, y, a, b, scale, may_overwrite)
         return result
-    return _add(_down(x, a), y, b, scale, own)
+    return _add_up_projection(_project_down(x, a), y, b, scale, may_overwrite)
 
 
-def _down(x: Tensor, a: Tensor) -> Tensor:
+def _project_down(x: Tensor, a: Tensor) -> Tensor:
     """(x a^T)^T, [r, N]: with the long axis last, products with a handful of rows run 2 to 10 times faster on CPUs."""
     return a @ x.reshape(-1, x.shape[-1]).t()
 
 
-def _add(h_t: Tensor, y: Tensor, b: Tensor, scale: float, own: bool) -> Tensor:
+def _add_up_projection(h_t: Tensor, y: Tensor, b: Tensor, scale: float, may_overwrite: bool) -> Tensor:
     y2 = y.reshape(-1, y.shape[-1])
-    if own:
+    if may_overwrite:
         y2.addmm_(h_t.t(), b.t(), alpha=scale)
         return y
     return torch.addmm(y2, h_t.t(), b.t(), alpha=scale).view(y.shape)
@@ -166,13 +168,13 @@ class _AddLowRank(torch.autograd.Function):
     """y + scale * (x a^T) b^T as one node, y written in place, every thin product in its fast orientation."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, own: bool) -> Tensor:
-        h_t = _down(x, a)
+    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, may_overwrite: bool) -> Tensor:
+        h_t = _project_down(x, a)
         ctx.save_for_backward(x, h_t, a, b)
         ctx.scale = scale
-        if own:
+        if may_overwrite:
             ctx.mark_dirty(y)
-        return _add(h_t, y, b, scale, own)
+        return _add_up_projection(h_t, y, b, scale, may_overwrite)
 
     @staticmethod
     @once_differentiable
@@ -189,10 +191,10 @@ class _LinearLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         low_a, low_b = a.to(x.dtype), b.to(x.dtype)
-        h_t = _down(x, low_a)
+        h_t = _project_down(x, low_a)
         ctx.save_for_backward(x, h_t, w, low_a, low_b)
         ctx.scale, ctx.dtype = scale, a.dtype
-        return _add(h_t, F.linear(x, w, bias), low_b, scale, True)
+        return _add_up_projection(h_t, F.linear(x, w, bias), low_b, scale, True)
 
     @staticmethod
     @once_differentiable

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Run = tuple[int, int, int]  # map, first row, row after the last
+RowRun = tuple[int, int, int]  # map, first row, row after the last
 
 
-def runs_of(rows: Sequence[int]) -> list[Run]:
+def find_runs(rows: Sequence[int]) -> list[RowRun]:
     """Neighbours with the same map; rows without one (below 0) belong to none."""
     found, at = [], 0
     for number, same in groupby(rows):
@@ -28,14 +28,14 @@ def runs_of(rows: Sequence[int]) -> list[Run]:
     return found
 
 
-def even(runs: Sequence[Run], rows: int) -> bool:
+def are_equal_runs(runs: Sequence[RowRun], rows: int) -> bool:
     """Whether all rows lie in runs of one size, each of another map: then the products are batched."""
     sizes = {stop - start for _, start, stop in runs}
     numbers = [number for number, _, _ in runs]
     return len(sizes) == 1 and len(set(numbers)) == len(numbers) and sum(b - a for _, a, b in runs) == rows
 
 
-class EvenLowRank(torch.autograd.Function):
+class EqualRunsLowRank(torch.autograd.Function):
     """x [B, ..., d_in], y [B, ..., d_out], of one dtype; y is overwritten. As many rows for each map, in their order.
 
     factors: every map's A, then every map's B, all of one rank.
@@ -69,17 +69,17 @@ class EvenLowRank(torch.autograd.Function):
         return gx, g, None, *ga.unbind(), *gb.unbind()
 
 
-class RowsLowRank(torch.autograd.Function):
+class RunsLowRank(torch.autograd.Function):
     """The same for runs of any size, with rows of no map between them, and maps of different ranks."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, runs: list[Run], scales: list[float], *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, runs: list[RowRun], scales: list[float], *factors: Tensor) -> Tensor:
         low = [factor.to(y.dtype) for factor in factors]
         count = len(scales)
         held = []
         for number, start, stop in runs:
             part = y[start:stop].view(-1, y.shape[-1])
-            h_t = low[number] @ _flat(x[start:stop]).t()
+            h_t = low[number] @ _flatten_rows(x[start:stop]).t()
             part.addmm_(h_t.t(), low[count + number].t(), alpha=scales[number])
             held.append(h_t)
         ctx.save_for_backward(x, *low, *held)
@@ -96,17 +96,20 @@ class RowsLowRank(torch.autograd.Function):
         gx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         sums: list[Tensor | None] = [None] * (2 * count)
         for (number, start, stop), h_t in zip(ctx.runs, held, strict=True):
-            g_run = _flat(g[start:stop])
+            g_run = _flatten_rows(g[start:stop])
             a, b, scale = low[number], low[count + number], ctx.scales[number]
             gh_t = (b.t() @ g_run.t()).mul_(scale)
             if gx is not None:
                 torch.mm(gh_t.t(), a, out=gx[start:stop].view(-1, x.shape[-1]))
-            for at, new in ((number, gh_t @ _flat(x[start:stop])), (count + number, (h_t @ g_run).mul_(scale).t())):
+            for at, new in (
+                (number, gh_t @ _flatten_rows(x[start:stop])),
+                (count + number, (h_t @ g_run).mul_(scale).t()),
+            ):
                 old = sums[at]
                 sums[at] = new if old is None else old + new
         grads = [None if s is None else s.to(dtype) for s, dtype in zip(sums, ctx.dtypes, strict=True)]
         return gx, g, None, None, *grads
 
 
-def _flat(x: Tensor) -> Tensor:
+def _flatten_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])

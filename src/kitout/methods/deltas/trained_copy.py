@@ -12,57 +12,61 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from kitout.base.site import Site
-from kitout.base.weights import Frozen, as_matrix, flipped
+from kitout.base.weights import FrozenModule, as_matrix, is_transposed
 from kitout.delta import Delta
 
 
-class Ties(nn.Module):
+class TiedCopies(nn.Module):
     """The copies an adapter has so far: a second use of one parameter takes the same copy. Registers nothing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.held: dict[str, nn.Parameter] = {}
+        self.copies: dict[str, nn.Parameter] = {}
 
     def copy(self, key: str, value: Tensor) -> nn.Parameter:
         """A trainable copy of the value, the one there is already for this key."""
-        return self.held.setdefault(key, nn.Parameter(value.detach().clone()))
+        return self.copies.setdefault(key, nn.Parameter(value.detach().clone()))
 
 
-class Copy(Delta):
+class TrainedCopy(Delta):
     """y' = the module on x with these copies for its parameters `site.names`, named as there (dots as slashes)."""
 
-    replaces = True
+    replaces_module = True
     reads_weight = True
 
-    def __init__(self, site: Site, ties: Ties) -> None:
+    def __init__(self, site: Site, ties: TiedCopies) -> None:
         super().__init__()
-        self.names = site.names
-        self.flips = flipped(site.module)
-        for name, key in zip(site.names, site.keys, strict=True):
+        self.parameter_names = site.parameter_names
+        self.is_transposed = is_transposed(site.module)
+        for name, key in zip(site.parameter_names, site.tied_keys, strict=True):
             self.register_parameter(name.replace(".", "/"), ties.copy(key, site.module.get_parameter(name)))
 
-    def values(self) -> dict[str, Tensor]:
+    def parameter_values(self) -> dict[str, Tensor]:
         """The copies by the names their module has for them."""
-        return {name: self.get_parameter(name.replace(".", "/")) for name in self.names}
+        return {name: self.get_parameter(name.replace(".", "/")) for name in self.parameter_names}
 
-    def origin(self, module: nn.Module) -> dict[str, Tensor]:
-        return {name.replace(".", "/"): module.get_parameter(name) for name in self.names}
+    def base_tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        return {name.replace(".", "/"): module.get_parameter(name) for name in self.parameter_names}
 
-    def forward(self, x: Tensor, y: Tensor, frozen: Frozen | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, frozen: FrozenModule | None = None) -> Tensor:
         """x as the module takes it -> what it gives, in its own layout; y is not read."""
         assert frozen is not None
-        new: Tensor = frozen(x, self.values())
+        new: Tensor = frozen(x, self.parameter_values())
         return new
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """w, b: the frozen ones, kept where there is no copy."""
-        own = self.values()
+        own = self.parameter_values()
         if "weight" in own:
-            w = as_matrix(own["weight"], self.flips).to(w.dtype)
+            w = as_matrix(own["weight"], self.is_transposed).to(w.dtype)
         return w, own["bias"].to(w.dtype) if "bias" in own else b
 
 
-def size(sites: Sequence[Site]) -> int:
+def num_copied_values(sites: Sequence[Site]) -> int:
     """Values in these parameters, tied ones once."""
-    pairs = ((key, s.module.get_parameter(name)) for s in sites for name, key in zip(s.names, s.keys, strict=True))
+    pairs = (
+        (key, s.module.get_parameter(name))
+        for s in sites
+        for name, key in zip(s.parameter_names, s.tied_keys, strict=True)
+    )
     return sum(p.numel() for p in dict(pairs).values())

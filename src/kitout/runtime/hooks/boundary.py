@@ -14,18 +14,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kitout.errors import MergeState, RouteError
-from kitout.runtime.hooks.class_swap import subclass
-from kitout.runtime.hooks.fires import Firing
-from kitout.runtime.routing.active import Bound, Live
+from kitout.errors import MergeStateError, RouteError
+from kitout.runtime.hooks.class_swap import same_named_subclass
+from kitout.runtime.hooks.fires import UnusedSiteCheck
+from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
 from kitout.runtime.state import KitState
-from kitout.runtime.virtual_tokens.widen_sequence import trimmed
+from kitout.runtime.virtual_tokens.widen_sequence import trim_output
 
 ROUTE = "_kitout_route"  # the keyword a block's route travels under
 ENCODER = ("encoder_last_hidden_state", "encoder_hidden_states")
 
 
-class Resolver(Protocol):
+class RouteSource(Protocol):
     """What the boundary asks of a kit."""
 
     state: KitState
@@ -34,11 +34,11 @@ class Resolver(Protocol):
 
 
 @cache
-def bounded(base: type[nn.Module]) -> type[nn.Module]:
+def model_class(base: type[nn.Module]) -> type[nn.Module]:
     """The swapped class of the model itself."""
     frozen_forward = base.forward
     frozen_train = base.train
-    members: dict[str, Any] = {"swap": bounded, "_kitout": None, "frozen_train": frozen_train}
+    members: dict[str, Any] = {"swap": model_class, "_kitout": None, "frozen_train": frozen_train}
 
     @wraps(frozen_forward)  # transformers reads the signature of a model's forward
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -46,24 +46,24 @@ def bounded(base: type[nn.Module]) -> type[nn.Module]:
             return frozen_forward(self, *args, **kwargs)  # the taps already hold the route `use` laid
         state: KitState = self._kitout.state
         _check_trainable(state, self)
-        live = state.live
-        if live.leading:
+        live = state.active
+        if live.prefilling:
             return frozen_forward(self, *args, **kwargs)
         with live.lock:
-            live.settle()
-            bound = state.resolve().begun()
-            if bound.rows is not None and live.depth == 0:
+            live.make_sticky()
+            bound = state.compiled_route().for_new_forward()
+            if bound.num_rows is not None and live.depth == 0:
                 _check_rows(bound, self, args, kwargs, bool(live.generating))
-            live.lay(bound)
+            live.install(bound)
             _check_cache(live, bound, kwargs)
             live.depth += 1
             try:
-                with Firing(state) if state.unproven else nullcontext():
+                with UnusedSiteCheck(state) if state.unproven else nullcontext():
                     output = frozen_forward(self, *args, **kwargs)
             finally:
                 live.depth -= 1
                 _finish(live, bound)
-            return _returned(live, bound, output)
+            return _finish_output(live, bound, output)
 
     def train(self: Any, mode: bool = True) -> Any:
         if self._kitout is None:
@@ -80,34 +80,37 @@ def bounded(base: type[nn.Module]) -> type[nn.Module]:
             if self._kitout is None:
                 return frozen_generate(self, *args, **kwargs)
             state: KitState = self._kitout.state
-            live = state.live
+            live = state.active
             with live.lock:
-                live.settle()
-                bound = state.resolve().begun()
-                if bound.rows is not None:
+                live.make_sticky()
+                bound = state.compiled_route().for_new_forward()
+                if bound.num_rows is not None:
                     _check_rows(bound, self, args, kwargs, False)
-                live.lay(bound)  # an encoder may be called before the model's own forward is
+                live.install(bound)  # an encoder may be called before the model's own forward is
                 live.generating += 1
-                counting, live.counting = live.counting, kwargs.get("position_ids") is None
+                counting, live.caller_gave_no_positions = (
+                    live.caller_gave_no_positions,
+                    kwargs.get("position_ids") is None,
+                )
                 try:
                     return frozen_generate(self, *args, **kwargs)
                 finally:
                     live.generating -= 1
-                    live.counting = counting
+                    live.caller_gave_no_positions = counting
                     _finish(live, bound)
 
         members["generate"] = generate
-    return subclass(base, members)
+    return same_named_subclass(base, members)
 
 
 @cache
-def routed(base: type[nn.Module]) -> type[nn.Module]:
+def block_class(base: type[nn.Module]) -> type[nn.Module]:
     """The swapped class of a block: a tap that also carries its route through activation checkpointing."""
     frozen_forward = base.forward
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        live: Live | None = self._kitout_live
-        if live and live.leading and getattr(self, "gradient_checkpointing", False):
+        live: ActiveRoute | None = self._kitout_live
+        if live and live.prefilling and getattr(self, "gradient_checkpointing", False):
             self.gradient_checkpointing = False  # a prompt is short, and its keys are wanted in this very graph
             try:
                 return base.__call__(self, *args, **kwargs)
@@ -115,21 +118,21 @@ def routed(base: type[nn.Module]) -> type[nn.Module]:
                 self.gradient_checkpointing = True
         if live and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             known = live.depth or torch._C._current_graph_task_id() == -1  # else the route of some later forward
-            if known and live.bound.items and getattr(self, "gradient_checkpointing", False):
-                kwargs[ROUTE] = live.bound
+            if known and live.installed.programs and getattr(self, "gradient_checkpointing", False):
+                kwargs[ROUTE] = live.installed
         return base.__call__(self, *args, **kwargs)
 
     @wraps(frozen_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = kwargs.pop(ROUTE, None)
-        live: Live | None = self._kitout_live
+        live: ActiveRoute | None = self._kitout_live
         if live is None:
             return frozen_forward(self, *args, **kwargs)
-        if bound is None and _recomputing(live):
-            bound = live.graphs.recomputed()
-        if bound is None or (live.depth and bound is live.bound):
+        if bound is None and _is_recomputing(live):
+            bound = live.graphs.route_of_recomputation()
+        if bound is None or (live.depth and bound is live.installed):
             return run(self, args, kwargs)
-        with live.reentered(bound):
+        with live.restored(bound):
             return run(self, args, kwargs)
 
     def run(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -139,26 +142,34 @@ def routed(base: type[nn.Module]) -> type[nn.Module]:
         return program(self, frozen_forward, args, kwargs)
 
     members = {"__call__": call, "forward": forward, "frozen_forward": frozen_forward, "_kitout_live": None}
-    return subclass(base, {"swap": routed, **members})
+    return same_named_subclass(base, {"swap": block_class, **members})
 
 
-def _returned(live: Live, bound: Bound, output: Any) -> Any:
+def _finish_output(active: ActiveRoute, compiled: CompiledRoute, output: Any) -> Any:
     """The output as the caller knows it, and on record for recomputations."""
-    if bound.call.slotted is not None:
-        output = bound.call.slotted(output)
-    for tower in bound.call.back:  # states of an encoder come back as wide as its decoder read them
-        output = trimmed(output, bound.call, tower, ENCODER)
+    if compiled.forward_state.drop_image_tokens is not None:
+        output = compiled.forward_state.drop_image_tokens(output)
+    for (
+        tower
+    ) in compiled.forward_state.caller_columns:  # states of an encoder come back as wide as its decoder read them
+        output = trim_output(output, compiled.forward_state, tower, ENCODER)
     if torch.is_grad_enabled():
-        live.graphs.record(output, bound)
+        active.graphs.record(output, compiled)
     return output
 
 
-def _check_cache(live: Live, bound: Bound, kwargs: dict[str, Any]) -> None:
+def _check_cache(active: ActiveRoute, compiled: CompiledRoute, kwargs: dict[str, Any]) -> None:
     """RouteError where a cache was filled behind prompts or prefixes and nothing of the kind is worn now."""
     cache = kwargs.get("past_key_values")
-    if bound.here is None and cache is not None and any(live.fronts.get(cache, ())) and int(cache.get_seq_length()):
+    if (
+        compiled.forward_slot is None
+        and cache is not None
+        and any(active.cache_prefix_lengths.get(cache, ()))
+        and int(cache.get_seq_length())
+    ):
         raise RouteError(
-            f"this cache was filled behind {max(live.fronts[cache])} positions of a prompt or prefix, and none is worn "
+            f"this cache was filled behind {max(active.cache_prefix_lengths[cache])} positions of a prompt or "
+            "prefix, and none is worn "
             "now: go on under the route it was filled under, or with a fresh cache"
         )
 
@@ -166,31 +177,33 @@ def _check_cache(live: Live, bound: Bound, kwargs: dict[str, Any]) -> None:
 def _check_trainable(state: KitState, model: nn.Module) -> None:
     """Training while merged would train nothing: the adapter is no longer in the graph."""
     if state.merged_names and model.training and torch.is_grad_enabled():
-        raise MergeState(
+        raise MergeStateError(
             f"{state.merged_text} merged into the base, so a training forward would reach no adapter: unmerge() "
             "first, or run under model.eval() or torch.no_grad()"
         )
 
 
-def _finish(live: Live, bound: Bound) -> None:
+def _finish(active: ActiveRoute, compiled: CompiledRoute) -> None:
     """A call is over: whatever runs outside of one has the rows the route names."""
-    if bound.plan is not None and not (live.depth or live.generating):
-        bound.plan.batch = bound.plan.size
+    if compiled.row_plan is not None and not (active.depth or active.generating):
+        compiled.row_plan.batch = compiled.row_plan.size
 
 
-def _recomputing(live: Live) -> bool:
+def _is_recomputing(active: ActiveRoute) -> bool:
     """True in a block that runs inside a backward pass without having come through the model boundary."""
-    if torch.compiler.is_compiling() or live.depth:
+    if torch.compiler.is_compiling() or active.depth:
         return False
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _check_rows(bound: Bound, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], multiples: bool) -> None:
+def _check_rows(
+    compiled: CompiledRoute, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], multiples: bool
+) -> None:
     """The route names as many rows as the call has (inside generate, beams make it a multiple)."""
-    rows, batch = bound.rows or 1, _batch_size(model, args, kwargs)
+    rows, batch = compiled.num_rows or 1, _batch_size(model, args, kwargs)
     if batch == rows or (multiples and batch % rows == 0):
-        if bound.plan is not None:
-            bound.plan.batch = batch
+        if compiled.row_plan is not None:
+            compiled.row_plan.batch = batch
         return
     raise RouteError(
         f"the route names {rows} rows but this call has a batch of {batch}: use([...]) takes one entry per row, in "

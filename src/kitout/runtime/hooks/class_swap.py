@@ -14,26 +14,26 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-Forward = Callable[..., Any]
-Swap = Callable[[Any], type[nn.Module]]  # module class -> swapped subclass of it
+ForwardFn = Callable[..., Any]
+ClassSwap = Callable[[Any], type[nn.Module]]  # module class -> swapped subclass of it
 
 
 class Program(Protocol):
     """What a tapped module does under the current route."""
 
-    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+    def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
 
-class _Idle:
+class _NoHook:
     """What a module of a swapped class finds that no kit has tapped: `type(model)(config)` makes such."""
 
     program = None
 
 
-IDLE = _Idle()
+NO_HOOK = _NoHook()
 
 
-class Tap:
+class Hook:
     """The mutable spot on a tapped module: `program` is None while nothing is worn there."""
 
     __slots__ = ("module", "path", "program")
@@ -44,7 +44,7 @@ class Tap:
 
 
 @cache
-def tapped(base: type[nn.Module]) -> type[nn.Module]:
+def hooked_class(base: type[nn.Module]) -> type[nn.Module]:
     """The swapped subclass of a module class."""
     frozen_forward = base.forward
 
@@ -55,73 +55,73 @@ def tapped(base: type[nn.Module]) -> type[nn.Module]:
             return frozen_forward(self, *args, **kwargs)
         return program(self, frozen_forward, args, kwargs)
 
-    return subclass(base, {"forward": forward, "frozen_forward": frozen_forward, "_kitout_tap": IDLE})
+    return same_named_subclass(base, {"forward": forward, "frozen_forward": frozen_forward, "_kitout_tap": NO_HOOK})
 
 
-def subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
+def same_named_subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
     """A subclass that goes by the base's name and whose instances pickle and deepcopy.
 
     swap: the function that makes this subclass. `__reduce_ex__` goes back to the untouched class and swaps again,
     because pickle would look the subclass up by name and find another.
     """
-    swaps = (*base.__dict__.get("kitout_swaps", ()), members.pop("swap", tapped))
+    swaps = (*base.__dict__.get("kitout_swaps", ()), members.pop("swap", hooked_class))
     root = base.__dict__.get("kitout_root", base)
 
     def reduce(self: Any, _protocol: int) -> tuple[Any, ...]:
-        return _blank, (swaps, root), self.__dict__
+        return _new_instance, (swaps, root), self.__dict__
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     marks = {"kitout_base": base, "kitout_root": root, "kitout_swaps": swaps}
     return type(base.__name__, (base,), {**names, **members, **marks, "__reduce_ex__": reduce})
 
 
-def root(module: nn.Module) -> type[nn.Module]:
+def original_class(module: nn.Module) -> type[nn.Module]:
     """The module's class as it was before any tap."""
     cls: type[nn.Module] = type(module).__dict__.get("kitout_root", type(module))
     return cls
 
 
-def _blank(swaps: tuple[Swap, ...], cls: type[nn.Module]) -> nn.Module:
+def _new_instance(swaps: tuple[ClassSwap, ...], cls: type[nn.Module]) -> nn.Module:
     for swap in swaps:
         cls = swap(cls)
     return cls.__new__(cls)
 
 
-def install(module: nn.Module, swap: Swap, name: str, value: object) -> None:
+def swap_class(module: nn.Module, swap: ClassSwap, name: str, value: object) -> None:
     """Swaps the module's class and leaves `value` under a plain attribute."""
     module.__dict__[name] = value
     module.__class__ = swap(type(module))
 
 
-def uninstall(module: nn.Module, name: str) -> None:
+def restore_class(module: nn.Module, name: str) -> None:
     """Takes our class out of the module's class, wherever others have stacked theirs since."""
     module.__dict__.pop(name, None)
-    module.__class__ = _without(type(module))
+    module.__class__ = _unswapped(type(module))
 
 
-def _without(cls: type) -> type:
+def _unswapped(cls: type) -> type:
     if "kitout_base" in cls.__dict__:
         base: type = cls.__dict__["kitout_base"]
         return base
     if not any("kitout_base" in c.__dict__ for c in cls.__mro__):
         return cls
-    bases = tuple(_without(b) for b in cls.__bases__)
+    bases = tuple(_unswapped(b) for b in cls.__bases__)
     members = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
     return type(cls.__name__, bases, members)
 
 
-def tap(path: str, module: nn.Module) -> Tap:
+def hook(path: str, module: nn.Module) -> Hook:
     """The module's tap, installed on first use."""
     existing = module.__dict__.get("_kitout_tap")
     if existing is None:
-        existing = Tap(path, module)
-        install(module, tapped, "_kitout_tap", existing)
-    assert isinstance(existing, Tap)
+        existing = Hook(path, module)
+        swap_class(module, hooked_class, "_kitout_tap", existing)
+    assert isinstance(existing, Hook)
     return existing
 
 
-def untap(module: nn.Module) -> None:
-    uninstall(module, "_kitout_tap")
+def unhook(module: nn.Module) -> None:
+    restore_class(module, "_kitout_tap")
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -131,7 +131,9 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return value
 
 
-def with_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def replace_first_tensor(
+    args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call with its first tensor exchanged for x."""
     if args:
         return (x, *args[1:]), kwargs

@@ -10,36 +10,40 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
-from kitout.errors import SilentSite
+from kitout.errors import UnusedSite
 from kitout.runtime.state import KitState
 
 
-class Firing(AbstractContextManager[None]):
+class UnusedSiteCheck(AbstractContextManager[None]):
     """Records which worn sites fire in one forward and raises SilentSite for those that do not."""
 
     def __init__(self, state: KitState) -> None:
-        self.state, self.fired = state, set[str]()
-        self.hooks: list[Any] = []
+        self.state, self.called = state, set[str]()
+        self.handles: list[Any] = []
 
     def __enter__(self) -> None:
-        for spot, _ in self.state.live.bound.items:
+        for spot, _ in self.state.active.installed.programs:
             if spot.path in self.state.unproven:
-                self.hooks.append(spot.module.register_forward_pre_hook(self._hook(spot.path)))
+                self.handles.append(spot.module.register_forward_pre_hook(self._record_call(spot.path)))
 
-    def _hook(self, path: str) -> Callable[..., None]:
-        return lambda *_: self.fired.add(path)
+    def _record_call(self, path: str) -> Callable[..., None]:
+        return lambda *_: self.called.add(path)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for hook in self.hooks:
+        for hook in self.handles:
             hook.remove()
         if kind is not None:
             return
-        missed = [spot.path for spot, _ in self.state.live.bound.items if spot.path in self.state.unproven - self.fired]
-        self.state.unproven -= self.fired
+        missed = [
+            spot.path
+            for spot, _ in self.state.active.installed.programs
+            if spot.path in self.state.unproven - self.called
+        ]
+        self.state.unproven -= self.called
         if missed:
-            raise SilentSite(
+            raise UnusedSite(
                 f"{', '.join(missed[:5])} did not run in this forward: nothing placed there has an effect. Choose "
                 "other targets, or attach(model, example_batch=batch) with a batch that reaches every part of the model"
             )

@@ -16,7 +16,7 @@ from torch import nn
 from kitout.base import weights
 from kitout.errors import NotMergeable
 from kitout.runtime.adapter import Adapter
-from kitout.runtime.merge.fold import Folded, fold_all
+from kitout.runtime.merge.fold import FoldedWeights, fold_all
 
 
 @dataclass
@@ -28,9 +28,9 @@ class Backup:
     child: tuple[str, nn.Module] | None = None
 
 
-def merge(base: nn.Module, adapters: Sequence[Adapter], alive: Container[str]) -> dict[str, Backup]:
+def merge(base: nn.Module, adapters: Sequence[Adapter], used_paths: Container[str]) -> dict[str, Backup]:
     """Folds the adapters in order into the base's weights; returns what `restore` needs. alive: paths that run."""
-    return commit(base, fold_all(adapters), alive)
+    return write_weights(base, fold_all(adapters), used_paths)
 
 
 def restore(backups: dict[str, Backup]) -> None:
@@ -44,7 +44,7 @@ def restore(backups: dict[str, Backup]) -> None:
             backup.owner._parameters.update(backup.parameters)
 
 
-def commit(base: nn.Module, folded: dict[str, Folded], alive: Container[str]) -> dict[str, Backup]:
+def write_weights(base: nn.Module, folded: dict[str, FoldedWeights], used_paths: Container[str]) -> dict[str, Backup]:
     """Writes folded weights into a model (the base, or a plain copy of it); undone if a write is refused.
 
     alive: paths of modules that run. Parameters that were tied stay so where every use of them came out the same.
@@ -60,24 +60,24 @@ def commit(base: nn.Module, folded: dict[str, Folded], alive: Container[str]) ->
                 backups[path] = Backup(owner, {}, (leaf, module))
                 setattr(owner, leaf, copy.deepcopy(new.head).requires_grad_(False))
                 continue
-            for home in {name.rpartition(".")[0] for name in ("", *(new.whole or {}))}:
+            for home in {name.rpartition(".")[0] for name in ("", *(new.parameters or {}))}:
                 owner = module.get_submodule(home)
                 backups[f"{path}.{home}" if home else path] = Backup(owner, dict(owner._parameters))
             _write(path, module, new)
         for owners in ties:
-            _tie_again(base, owners, alive, backups)
+            _tie_again(base, owners, used_paths, backups)
     except BaseException:
         restore(backups)
         raise
     return backups
 
 
-def _write(path: str, module: nn.Module, new: Folded) -> None:
+def _write(path: str, module: nn.Module, new: FoldedWeights) -> None:
     try:
-        if new.whole is not None:
-            weights.replace_parameters(module, new.whole)
-        elif new.pair is not None:
-            weights.replace_weight(module, *new.pair)
+        if new.parameters is not None:
+            weights.replace_parameters(module, new.parameters)
+        elif new.weight_bias is not None:
+            weights.replace_weight(module, *new.weight_bias)
     except NotMergeable as reason:
         raise NotMergeable(f"{path or 'the model'}: {reason}") from None
 
@@ -95,13 +95,13 @@ def tied_parameters(model: nn.Module) -> list[dict[tuple[str, str], nn.Parameter
 def _tie_again(
     base: nn.Module,
     owners: dict[tuple[str, str], nn.Parameter],
-    alive: Container[str],
+    used_paths: Container[str],
     backups: dict[str, Backup],
 ) -> None:
     """One Parameter for all owners again, if all that run have been given the same new values."""
     now = {(path, name): base.get_submodule(path)._parameters[name] for path, name in owners}
     new = [p for key, p in now.items() if p is not owners[key] and p is not None]
-    kept = [path for (path, name), p in now.items() if p is owners[path, name] and path in alive]
+    kept = [path for (path, name), p in now.items() if p is owners[path, name] and path in used_paths]
     if not new or kept or not all(p.shape == new[0].shape and torch.equal(p, new[0]) for p in new):
         return
     for path, name in owners:

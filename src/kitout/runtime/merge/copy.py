@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from kitout.errors import Faults, NotMergeable
-from kitout.runtime.hooks.class_swap import uninstall
-from kitout.runtime.merge.commit import commit, tied_parameters
+from kitout.errors import Errors, NotMergeable
+from kitout.runtime.hooks.class_swap import restore_class
+from kitout.runtime.merge.commit import tied_parameters, write_weights
 from kitout.runtime.merge.fold import fold_all
 from kitout.runtime.state import KitState
 
@@ -25,11 +25,11 @@ def plain_copy(state: KitState, names: Sequence[str], check_saveable: bool = Tru
     For a transformers model the copy must survive save_pretrained and from_pretrained: a parameter that its config
     cannot bring back raises NotMergeable, unless check_saveable is off.
     """
-    with state.live.lock:
+    with state.active.lock:
         folded = fold_all([state[n] for n in names])
-    copied = untapped_copy(state)
+    copied = copy_unhooked(state)
     tied = _tied_paths(copied)
-    commit(copied, folded, state.survey.alive)
+    write_weights(copied, folded, state.survey.used_paths)
     if tied - _tied_paths(copied):
         _untie(copied)
     if check_saveable:
@@ -37,15 +37,15 @@ def plain_copy(state: KitState, names: Sequence[str], check_saveable: bool = Tru
     return copied
 
 
-def untapped_copy(state: KitState) -> nn.Module:
+def copy_unhooked(state: KitState) -> nn.Module:
     """The base as it was before attach, copied."""
-    with state.live.lock:
-        forget = [state.base.__dict__["_kitout"], state.live, *state.taps.values()]
+    with state.active.lock:
+        forget = [state.base.__dict__["_kitout"], state.active, *state.hooks.values()]
         copied: nn.Module = copy.deepcopy(state.base, {id(o): None for o in forget})
     for module in copied.modules():
         for name in ("_kitout_tap", "_kitout_live", "_kitout"):
             if name in module.__dict__:
-                uninstall(module, name)
+                restore_class(module, name)
     state.before_attach.restore(copied)
     return copied
 
@@ -74,9 +74,9 @@ def _check_reloads(model: nn.Module, base: nn.Module) -> None:
         return
     before = set(base.state_dict())
     gained = sorted(set(model.state_dict()) - before)
-    faults = Faults(NotMergeable, "the merged model could not be saved and loaded again by transformers alone")
+    faults = Errors(NotMergeable, "the merged model could not be saved and loaded again by transformers alone")
     for key in gained:
         faults.add(f"{key} would be new, and {type(config).__name__} cannot bring it back")
-    if faults.items:
+    if faults.messages:
         faults.add("merge in place with kit.merge(name), or pass check_saveable=False for a copy that stays in memory")
     faults.raise_if_any()

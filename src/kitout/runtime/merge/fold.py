@@ -14,85 +14,89 @@ from torch import Tensor, nn
 
 from kitout.base import weights
 from kitout.base.site import Site
-from kitout.errors import Faults, NotMergeable
-from kitout.runtime.adapter import Adapter, Head, hidden
-from kitout.runtime.modules.module_adapter import Local, Part
+from kitout.errors import Errors, NotMergeable
+from kitout.runtime.adapter import Adapter, Head, conflict_with_head
+from kitout.runtime.modules.module_adapter import ModuleAdapter, SiteDelta
 
-Pair = tuple[Tensor, Tensor | None]
+WeightBias = tuple[Tensor, Tensor | None]
 
 
 @dataclass
-class Folded:
+class FoldedWeights:
     """The new values of one module: w, b of a matrix, or parameters by name, or another module."""
 
     site: Site
-    pair: Pair | None = None
-    whole: dict[str, Tensor] | None = None
+    weight_bias: WeightBias | None = None
+    parameters: dict[str, Tensor] | None = None
     head: nn.Module | None = None
 
 
 @torch.no_grad()
-def fold_all(adapters: Sequence[Adapter]) -> dict[str, Folded]:
+def fold_all(adapters: Sequence[Adapter]) -> dict[str, FoldedWeights]:
     """New weights for every module the adapters sit at; all faults collected, NotMergeable raised once."""
-    folded: dict[str, Folded] = {}
-    faults = Faults(NotMergeable, "cannot merge " + " then ".join(repr(a.name) for a in adapters))
-    if found := hidden(adapters):
+    folded: dict[str, FoldedWeights] = {}
+    faults = Errors(NotMergeable, "cannot merge " + " then ".join(repr(a.name) for a in adapters))
+    if found := conflict_with_head(adapters):
         faults.add(found)
     for adapter in adapters:
-        for part in [*adapter.pasts.values(), *(p for each in adapter.tokens.values() for p in each)][:2]:
+        for part in [*adapter.prefixes.values(), *(p for each in adapter.prompts.values() for p in each)][:2]:
             faults.add(f"{part.site.path} ({adapter.name}): positions added to a sequence are in no weight")
-    for path in dict.fromkeys(p for a in adapters for p in a.locals):
-        locals_ = [a.locals[path] for a in adapters if path in a.locals]
+    for path in dict.fromkeys(p for a in adapters for p in a.by_module):
+        locals_ = [a.by_module[path] for a in adapters if path in a.by_module]
         try:
             folded[path] = _fold_module(locals_)
         except NotMergeable as reason:
-            if len(faults.items) < 8:
+            if len(faults.messages) < 8:
                 faults.add(f"{path} ({locals_[0].name}): {reason}")
     faults.raise_if_any()
     return folded
 
 
-def _fold_module(locals_: Sequence[Local]) -> Folded:
-    site = locals_[0].site
-    last = next((p for local in reversed(locals_) for p in reversed(local.outs)), None)
+def _fold_module(module_adapters: Sequence[ModuleAdapter]) -> FoldedWeights:
+    site = module_adapters[0].site
+    last = next((p for local in reversed(module_adapters) for p in reversed(local.on_output)), None)
     if last is not None and isinstance(last.delta, Head):
-        if locals_[-1].strength != 1.0:
-            raise NotMergeable(f"a head at strength {locals_[-1].strength:g} is a blend of two modules")
-        return Folded(site, head=last.delta.module)
+        if module_adapters[-1].strength != 1.0:
+            raise NotMergeable(f"a head at strength {module_adapters[-1].strength:g} is a blend of two modules")
+        return FoldedWeights(site, head=last.delta.module)
     if site.kind in ("linear", "conv", "embedding"):
-        return Folded(site, pair=_fold_matrix(site, locals_))
-    return Folded(site, whole=_fold_parameters(site, locals_))
+        return FoldedWeights(site, weight_bias=_fold_matrix(site, module_adapters))
+    return FoldedWeights(site, parameters=_fold_parameters(site, module_adapters))
 
 
-def _fold_matrix(site: Site, locals_: Sequence[Local]) -> Pair:
+def _fold_matrix(site: Site, module_adapters: Sequence[ModuleAdapter]) -> WeightBias:
     """Weight and bias of a linear, a convolution or a table, each adapter on what the one before has left."""
-    if not all(part.delta.replaces for local in locals_ for part in local.outs):  # a whole copy is exact anywhere
-        weights.check_plain_map(site)
-    w, b = weights.matrix(site.module), weights.bias(site.module)
-    pair = start = w.to(working(w)), None if b is None else b.to(working(w))
-    for local in locals_:
-        pair = fold_local(local, pair, start)
+    if not all(
+        part.delta.replaces_module for local in module_adapters for part in local.on_output
+    ):  # a whole copy is exact anywhere
+        weights.check_is_linear(site)
+    w, b = weights.weight_matrix(site.module), weights.bias(site.module)
+    pair = start = w.to(working_dtype(w)), None if b is None else b.to(working_dtype(w))
+    for local in module_adapters:
+        pair = fold_adapter(local, pair, start)
     return pair
 
 
-def fold_local(local: Local, pair: Pair, start: Pair) -> Pair:
+def fold_adapter(module_adapter: ModuleAdapter, pair: WeightBias, start: WeightBias) -> WeightBias:
     """One adapter on what is there. start: the frozen values, for a Delta that replaces the module."""
     new = pair
-    for part in local.outs:
-        new = _fold_out(part, start if part.delta.replaces else new)
-    pair = new = lerp(pair, new, local.strength)  # as in forward: output and input are blended each on its own
-    for part in local.ins:
+    for part in module_adapter.on_output:
+        new = _fold_out(part, start if part.delta.replaces_module else new)
+    pair = new = blend(
+        pair, new, module_adapter.strength
+    )  # as in forward: output and input are blended each on its own
+    for part in module_adapter.on_input:
         new = _fold_in(part, new)
-    return lerp(pair, new, local.strength)
+    return blend(pair, new, module_adapter.strength)
 
 
-def working(t: Tensor) -> torch.dtype:
+def working_dtype(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def _fold_out(part: Part, pair: Pair) -> Pair:
+def _fold_out(part: SiteDelta, pair: WeightBias) -> WeightBias:
     w, b = pair
-    span = part.site.span
+    span = part.site.channel_index
     if span is None:
         return part.delta.fold(w, b)
     new_w, new_b = part.delta.fold(w[span], None if b is None else b[span])
@@ -104,12 +108,12 @@ def _fold_out(part: Part, pair: Pair) -> Pair:
     return w, b
 
 
-def _fold_in(part: Part, pair: Pair) -> Pair:
+def _fold_in(part: SiteDelta, pair: WeightBias) -> WeightBias:
     """x' = D x + t before W: W' = W D, b' = b + W t. D is diagonal where the delta is elementwise."""
     w, b = pair
     if part.site.kind != "linear":
         raise NotMergeable(f"{type(part.delta).__name__} acts on the input of a {part.site.kind}, not of a linear")
-    if part.delta.elementwise:
+    if part.delta.is_scale_shift:
         scale, shift = part.delta.fold(w.new_ones(w.shape[1], 1), None)
         new = w * scale[:, 0]
     else:
@@ -120,7 +124,7 @@ def _fold_in(part: Part, pair: Pair) -> Pair:
     return new, b
 
 
-def lerp(old: Pair, new: Pair, strength: float) -> Pair:
+def blend(old: WeightBias, new: WeightBias, strength: float) -> WeightBias:
     if strength == 1.0:
         return new
     w = old[0] + strength * (new[0] - old[0])
@@ -131,34 +135,36 @@ def lerp(old: Pair, new: Pair, strength: float) -> Pair:
     return w, old_b + strength * (new_b - old_b)
 
 
-def _fold_parameters(site: Site, locals_: Sequence[Local]) -> dict[str, Tensor]:
+def _fold_parameters(site: Site, module_adapters: Sequence[ModuleAdapter]) -> dict[str, Tensor]:
     """The parameters, by name, of a norm or of a module that is no matrix either."""
     own = [n for n, _ in site.module.named_parameters(recurse=False)]
-    held = [n for local in locals_ for part in local.params for n in part.site.names]
+    held = [n for local in module_adapters for part in local.on_parameters for n in part.site.parameter_names]
     parameters = {n: site.module.get_parameter(n) for n in (*own, *held)}
-    start = now = {n: p.to(working(p)) for n, p in parameters.items() if p.is_floating_point()}
-    for local in locals_:
-        if local.ins:
-            raise NotMergeable(f"{type(local.ins[0].delta).__name__} acts on the input of a module that is no linear")
+    start = now = {n: p.to(working_dtype(p)) for n, p in parameters.items() if p.is_floating_point()}
+    for local in module_adapters:
+        if local.on_input:
+            raise NotMergeable(
+                f"{type(local.on_input[0].delta).__name__} acts on the input of a module that is no linear"
+            )
         new = now
-        for part in (*local.outs, *local.params):
-            new = _fold_values(part, start if part.delta.replaces else new)
+        for part in (*local.on_output, *local.on_parameters):
+            new = _fold_values(part, start if part.delta.replaces_module else new)
         if local.strength != 1.0:
             new = {n: torch.lerp(now.get(n, torch.zeros_like(v)), v, local.strength) for n, v in new.items()}
         now = new
     return {n: v for n, v in now.items() if v is not start.get(n)}
 
 
-def _fold_values(part: Part, now: dict[str, Tensor]) -> dict[str, Tensor]:
+def _fold_values(part: SiteDelta, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parameters by name, after one Delta: whole values, or scale and shift folded into a norm."""
     site, delta = part.site, part.delta
-    values = delta.values()
+    values = delta.parameter_values()
     if values is not None:
-        return now | {n: v.to(now[n].dtype) for n, v in values.items()}
-    if site.kind != "norm" or not delta.elementwise:
+        return parameters | {n: v.to(parameters[n].dtype) for n, v in values.items()}
+    if site.kind != "norm" or not delta.is_scale_shift:
         raise NotMergeable(f"{type(delta).__name__} has no place in a {type(site.module).__name__}")
-    if "weight" not in now:
+    if "weight" not in parameters:
         raise NotMergeable(f"{type(site.module).__name__} has no gain")
-    one = torch.ones_like(now["weight"])
+    one = torch.ones_like(parameters["weight"])
     scale, shift = delta.fold(one[:, None], None)
-    return weights.regained(site.module, now, scale[:, 0], shift)
+    return weights.fold_into_norm(site.module, parameters, scale[:, 0], shift)

@@ -14,75 +14,77 @@ from dataclasses import replace
 from torch import Tensor
 
 from kitout.base.site import Site
-from kitout.base.weights import Frozen, bias, matrix
+from kitout.base.weights import FrozenModule, bias, weight_matrix
 from kitout.errors import NotMergeable
-from kitout.runtime.merge.fold import Pair, fold_local, lerp, working
-from kitout.runtime.modules.module_adapter import Local, Part
-from kitout.runtime.modules.programs import Blend, Chain, One, Term
+from kitout.runtime.merge.fold import WeightBias, blend, fold_adapter, working_dtype
+from kitout.runtime.modules.module_adapter import ModuleAdapter, SiteDelta
+from kitout.runtime.modules.programs import Single, Term, TermSequence, WeightedSum
 
 
-class Beneath(Frozen):
+class StackedFrozenModule(FrozenModule):
     """The view of a site with terms folded in, computed when it is asked for: their values may be in training."""
 
-    def __init__(self, site: Site, below: Sequence[Term]) -> None:
+    def __init__(self, site: Site, stacked_on: Sequence[Term]) -> None:
         super().__init__(site)
-        self.below = tuple(below)
+        self.stacked_on = tuple(stacked_on)
 
     @property
     def weight(self) -> Tensor:
-        w = self._pair()[0]
-        return w if self.site.span is None else w[self.site.span]
+        w = self._weight_bias()[0]
+        return w if self.site.channel_index is None else w[self.site.channel_index]
 
     @property
     def bias(self) -> Tensor | None:
-        b = self._pair()[1]
-        return b if b is None or self.site.span is None else b[self.site.span]
+        b = self._weight_bias()[1]
+        return b if b is None or self.site.channel_index is None else b[self.site.channel_index]
 
-    def _pair(self) -> Pair:
-        w, b = matrix(self.site.module), bias(self.site.module)
-        start: Pair = w.to(working(w)), None if b is None else b.to(working(w))
+    def _weight_bias(self) -> WeightBias:
+        w, b = weight_matrix(self.site.module), bias(self.site.module)
+        start: WeightBias = w.to(working_dtype(w)), None if b is None else b.to(working_dtype(w))
         pair = start
-        for term in self.below:
+        for term in self.stacked_on:
             pair = _fold(term, pair, start)
         return pair[0], None if pair[1] is None else pair[1].to(w.dtype)
 
 
-def _fold(term: Term, pair: Pair, start: Pair) -> Pair:
+def _fold(term: Term, pair: WeightBias, start: WeightBias) -> WeightBias:
     """The module's weight and bias with one term folded in, as far as it has a form in weights."""
-    if isinstance(term, One):
+    if isinstance(term, Single):
         try:
-            return fold_local(term.local, pair, start)
+            return fold_adapter(term.module_adapter, pair, start)
         except NotMergeable:
             return pair
-    if isinstance(term, Chain):
+    if isinstance(term, TermSequence):
         for inner in term.terms:
             pair = _fold(inner, pair, start)
         return pair
-    assert isinstance(term, Blend)
+    assert isinstance(term, WeightedSum)
     old = new = pair
     for inner, weight in term.terms:
-        w, b = lerp(old, _fold(inner, old, start), weight)
-        shift = _minus(b, old[1])
+        w, b = blend(old, _fold(inner, old, start), weight)
+        shift = _subtract(b, old[1])
         new = new[0] + (w - old[0]), new[1] if shift is None else shift if new[1] is None else new[1] + shift
     return new
 
 
-def _minus(new: Tensor | None, old: Tensor | None) -> Tensor | None:
+def _subtract(new: Tensor | None, old: Tensor | None) -> Tensor | None:
     return new if new is None or old is None else new - old
 
 
-def raised(local: Local, below: Sequence[Term]) -> Local:
+def on_top_of(module_adapter: ModuleAdapter, stacked_on: Sequence[Term]) -> ModuleAdapter:
     """An adapter's parts at one module for use on top of these terms."""
-    if not below or not any(_reads(p) for p in local.outs):
-        return local
+    if not stacked_on or not any(_reads_weight(p) for p in module_adapter.on_output):
+        return module_adapter
     outs = []
-    for part in local.outs:
-        if _reads(part):
+    for part in module_adapter.on_output:
+        if _reads_weight(part):
             part = copy(part)
-            part.frozen = Beneath(part.site, below)
+            part.frozen = StackedFrozenModule(part.site, stacked_on)
         outs.append(part)
-    return replace(local, outs=tuple(outs))
+    return replace(module_adapter, on_output=tuple(outs))
 
 
-def _reads(part: Part) -> bool:
-    return part.frozen is not None and not part.delta.replaces and part.site.kind in ("linear", "conv", "embedding")
+def _reads_weight(part: SiteDelta) -> bool:
+    return (
+        part.frozen is not None and not part.delta.replaces_module and part.site.kind in ("linear", "conv", "embedding")
+    )

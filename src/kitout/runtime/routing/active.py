@@ -17,33 +17,33 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from kitout.runtime.hooks.class_swap import Program, Tap
-from kitout.runtime.modules.rows import Plan
-from kitout.runtime.routing.recompute import Graphs
-from kitout.runtime.routing.route import Route, names
-from kitout.runtime.virtual_tokens.forward_state import Call, Here
+from kitout.runtime.hooks.class_swap import Hook, Program
+from kitout.runtime.modules.rows import RowPlan
+from kitout.runtime.routing.recompute import PendingGraphs
+from kitout.runtime.routing.route import Route, adapter_names
+from kitout.runtime.virtual_tokens.forward_state import ForwardSlot, ForwardState
 
 
 @dataclass(eq=False)
-class Bound:
+class CompiledRoute:
     """A compiled route: programs by tap, the number of rows it names (None: any batch) and who wears what in them.
 
     here: where its programs find the Call in progress, None where they need none. call: that of one forward.
     """
 
     route: Route
-    items: list[tuple[Tap, Program]] = field(default_factory=list)
-    rows: int | None = None
-    plan: Plan | None = None
-    here: Here | None = None
-    call: Call = field(default_factory=Call)
+    programs: list[tuple[Hook, Program]] = field(default_factory=list)
+    num_rows: int | None = None
+    row_plan: RowPlan | None = None
+    forward_slot: ForwardSlot | None = None
+    forward_state: ForwardState = field(default_factory=ForwardState)
 
-    def begun(self) -> Bound:
+    def for_new_forward(self) -> CompiledRoute:
         """For one forward of its own."""
-        return self if self.here is None else replace(self, call=Call())
+        return self if self.forward_slot is None else replace(self, forward_state=ForwardState())
 
 
-class Choice:
+class RouteActivation:
     """One call of `use`, as an object of its own so that leaving a `with` removes exactly it."""
 
     __slots__ = ("route",)
@@ -52,30 +52,30 @@ class Choice:
         self.route = route
 
 
-class Live:
+class ActiveRoute:
     """The state shared by a kit, its model boundary and its blocks."""
 
     def __init__(self) -> None:
-        self.bound = Bound(None)
-        self.sticky: deque[Choice] = deque([Choice(None)], maxlen=256)
-        self.pending: dict[int, Choice] = {}  # by thread: chosen, but not yet known to be sticky
-        self.entered: Counter[str] = Counter()  # adapters by the number of `with` blocks that wear them
+        self.installed = CompiledRoute(None)
+        self.sticky: deque[RouteActivation] = deque([RouteActivation(None)], maxlen=256)
+        self.pending: dict[int, RouteActivation] = {}  # by thread: chosen, but not yet known to be sticky
+        self.in_with_blocks: Counter[str] = Counter()  # adapters by the number of `with` blocks that wear them
         self.depth = 0  # > 0 inside a forward that crossed the model boundary, or a recomputation whose route is known
         self.generating = 0  # > 0 inside generate, where beams multiply the rows
-        self.counting = True  # inside generate: its caller gave no positions
-        self.leading = 0  # > 0 while a prompt is run ahead of its text
-        self.graphs: Graphs[Bound] = Graphs()
+        self.caller_gave_no_positions = True  # inside generate: its caller gave no positions
+        self.prefilling = 0  # > 0 while a prompt is run ahead of its text
+        self.graphs: PendingGraphs[CompiledRoute] = PendingGraphs()
         self._make_unshared()
 
     def _make_unshared(self) -> None:
         self.lock = threading.RLock()
         # By cache: how many positions lay in front of each row's text when it was filled.
-        self.fronts: WeakKeyDictionary[Any, tuple[int, ...]] = WeakKeyDictionary()
-        self.local: ContextVar[Choice | None] = ContextVar("kitout_route", default=None)
+        self.cache_prefix_lengths: WeakKeyDictionary[Any, tuple[int, ...]] = WeakKeyDictionary()
+        self.context_choice: ContextVar[RouteActivation | None] = ContextVar("kitout_route", default=None)
 
     def __getstate__(self) -> dict[str, Any]:  # locks and context variables neither pickle nor deepcopy
-        self.settle()
-        return {k: v for k, v in self.__dict__.items() if k not in ("lock", "local", "fronts")}
+        self.make_sticky()
+        return {k: v for k, v in self.__dict__.items() if k not in ("lock", "context_choice", "cache_prefix_lengths")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -84,15 +84,15 @@ class Live:
     @property
     def route(self) -> Route:
         """What this context wears: its own `with` route, else its thread's last choice, else the sticky one."""
-        choice = self.local.get() or self.pending.get(threading.get_ident()) or self.sticky[-1]
+        choice = self.context_choice.get() or self.pending.get(threading.get_ident()) or self.sticky[-1]
         return choice.route
 
     @property
-    def counts(self) -> bool:
+    def positions_from_generate(self) -> bool:
         """Whether `position_ids` come from `generate`, which counts them from the mask, and not from a caller."""
-        return self.generating > 0 and self.counting
+        return self.generating > 0 and self.caller_gave_no_positions
 
-    def settle(self, thread: int | None = None) -> None:
+    def make_sticky(self, thread: int | None = None) -> None:
         """A thread's last choice (default: this thread's) was not entered by a `with`: it holds for everybody."""
         choice = self.pending.pop(threading.get_ident() if thread is None else thread, None)
         if choice is not None:
@@ -100,32 +100,32 @@ class Live:
 
     def forget(self, name: str) -> None:
         """Earlier choices that wear an adapter which goes: leaving a later one must not bring them back."""
-        kept = [c for c in self.sticky if name not in names(c.route)]
+        kept = [c for c in self.sticky if name not in adapter_names(c.route)]
         self.sticky.clear()
         self.sticky.extend(kept)
 
-    def lay(self, bound: Bound) -> None:
+    def install(self, compiled: CompiledRoute) -> None:
         """Puts a compiled route on the taps."""
-        if bound.here is not None:
-            bound.here.call = bound.call
-        if bound.items is self.bound.items:
-            self.bound = bound
+        if compiled.forward_slot is not None:
+            compiled.forward_slot.state = compiled.forward_state
+        if compiled.programs is self.installed.programs:
+            self.installed = compiled
             return
-        for tap, _ in self.bound.items:
+        for tap, _ in self.installed.programs:
             tap.program = None
-        for tap, program in bound.items:
+        for tap, program in compiled.programs:
             tap.program = program
-        self.bound = bound
+        self.installed = compiled
 
     @contextmanager
-    def reentered(self, bound: Bound) -> Iterator[None]:
+    def restored(self, compiled: CompiledRoute) -> Iterator[None]:
         """The route a graph was recorded under, for the time its activations are recomputed (any thread)."""
         with self.lock:
-            before = self.bound
-            self.lay(bound)
+            before = self.installed
+            self.install(compiled)
             self.depth += 1
             try:
                 yield
             finally:
                 self.depth -= 1
-                self.lay(before)
+                self.install(before)

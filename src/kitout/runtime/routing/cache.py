@@ -5,30 +5,30 @@ It knows routes and their compiled form, and nothing of adapters or tensors.
 
 from __future__ import annotations
 
-from kitout.runtime.routing.active import Bound
-from kitout.runtime.routing.route import Mix, Route, Stack, names
+from kitout.runtime.routing.active import CompiledRoute
+from kitout.runtime.routing.route import Mix, Route, Stack, adapter_names
 
-KEPT = 32  # of rows, stacks and mixes, which a caller can make without end
+MAX_CACHED_ROUTES = 32  # of rows, stacks and mixes, which a caller can make without end
 
 
-class Plans:
+class RouteCache:
     """Bounds by route, the last used last."""
 
     def __init__(self) -> None:
-        self._bounds: dict[Route, Bound] = {}
+        self._compiled: dict[Route, CompiledRoute] = {}
 
-    def get(self, route: Route) -> Bound | None:
-        bound = self._bounds.pop(route, None)
+    def get(self, route: Route) -> CompiledRoute | None:
+        bound = self._compiled.pop(route, None)
         if bound is not None:
-            self._bounds[route] = bound
+            self._compiled[route] = bound
         return bound
 
-    def keep(self, bound: Bound) -> None:
-        composed = [r for r in self._bounds if isinstance(r, (tuple, Stack, Mix))]
-        for old in composed[: max(0, len(composed) + 1 - KEPT)]:
-            del self._bounds[old]
-        self._bounds[bound.route] = bound
+    def put(self, compiled: CompiledRoute) -> None:
+        composed = [r for r in self._compiled if isinstance(r, (tuple, Stack, Mix))]
+        for old in composed[: max(0, len(composed) + 1 - MAX_CACHED_ROUTES)]:
+            del self._compiled[old]
+        self._compiled[compiled.route] = compiled
 
     def forget(self, name: str) -> None:
         """Every route that wears this adapter."""
-        self._bounds = {r: b for r, b in self._bounds.items() if name not in names(r)}
+        self._compiled = {r: b for r, b in self._compiled.items() if name not in adapter_names(r)}

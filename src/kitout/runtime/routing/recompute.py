@@ -18,44 +18,44 @@ from kitout.errors import RouteError
 T = TypeVar("T")
 
 
-class _Forward(Generic[T]):
+class _RecordedForward(Generic[T]):
     """One recorded forward; only its graph holds it."""
 
-    __slots__ = ("__weakref__", "made_under")
+    __slots__ = ("__weakref__", "route")
 
-    def __init__(self, made_under: T) -> None:
-        self.made_under = made_under
+    def __init__(self, route: T) -> None:
+        self.route = route
 
 
-class Graphs(Generic[T]):
+class PendingGraphs(Generic[T]):
     """The graphs that may still be run backward."""
 
     def __init__(self) -> None:
-        self._alive: WeakSet[_Forward[T]] = WeakSet()
-        self._entered: tuple[int, T] | None = None  # the backward pass in progress, and what it reached last
+        self._alive: WeakSet[_RecordedForward[T]] = WeakSet()
+        self._last_reached: tuple[int, T] | None = None  # the backward pass in progress, and what it reached last
 
     def __reduce__(self) -> tuple[Any, ...]:  # graphs do not travel
-        return Graphs, ()
+        return PendingGraphs, ()
 
-    def record(self, output: Any, made_under: T) -> None:
+    def record(self, output: Any, route: T) -> None:
         """A forward under a route has given this output."""
-        forward = _Forward(made_under)
+        forward = _RecordedForward(route)
         for tensor in _tensors(output):
             if tensor.grad_fn is not None:
                 self._alive.add(forward)
                 tensor.grad_fn.register_prehook(self._enter(forward))
 
-    def _enter(self, forward: _Forward[T]) -> Any:
+    def _enter(self, forward: _RecordedForward[T]) -> Any:
         def hook(_: Any) -> None:
-            self._entered = torch._C._current_graph_task_id(), forward.made_under
+            self._last_reached = torch._C._current_graph_task_id(), forward.route
 
         return hook
 
-    def recomputed(self) -> T | None:
+    def route_of_recomputation(self) -> T | None:
         """The route of the recomputation in progress; None if no forward is known; RouteError where it could be two."""
-        if self._entered is not None and self._entered[0] == torch._C._current_graph_task_id():
-            return self._entered[1]
-        pending = {id(f.made_under): f.made_under for f in list(self._alive)}
+        if self._last_reached is not None and self._last_reached[0] == torch._C._current_graph_task_id():
+            return self._last_reached[1]
+        pending = {id(f.route): f.route for f in list(self._alive)}
         if len(pending) > 1:
             raise RouteError(
                 "activation checkpointing recomputes a block, but forwards under different adapters are pending and "

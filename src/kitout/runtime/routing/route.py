@@ -16,19 +16,19 @@ from kitout.errors import RouteError
 class Stack:
     """Adapters applied in order at every site: `Stack("medic", "legal")`."""
 
-    parts: tuple[Entry, ...]
+    parts: tuple[RouteEntry, ...]
 
-    def __init__(self, *parts: Entry) -> None:
+    def __init__(self, *parts: RouteEntry) -> None:
         if not parts:
             raise RouteError("Stack() is empty: name at least one adapter, or use None for the base")
-        object.__setattr__(self, "parts", tuple(entry(p) for p in parts if p is not None))
+        object.__setattr__(self, "parts", tuple(check_entry(p) for p in parts if p is not None))
 
 
 @dataclass(frozen=True, init=False)
 class Mix:
     """y + sum_i w_i (delta_i(x, y) - y) at every site: `Mix({"legal": 0.7, "medic": 0.3})`."""
 
-    parts: tuple[tuple[Entry, float], ...]
+    parts: tuple[tuple[RouteEntry, float], ...]
 
     def __init__(self, weights: Mapping[str | Stack, float]) -> None:
         if not isinstance(weights, Mapping) or not weights:
@@ -36,14 +36,14 @@ class Mix:
         bad = {k: w for k, w in weights.items() if not isinstance(w, (int, float)) or w != w or abs(w) == float("inf")}
         if bad:
             raise RouteError(f"Mix weights must be finite numbers, found {bad}")
-        object.__setattr__(self, "parts", tuple((entry(k), float(w)) for k, w in weights.items()))
+        object.__setattr__(self, "parts", tuple((check_entry(k), float(w)) for k, w in weights.items()))
 
 
-Entry = str | Stack | Mix | None
-Route = Entry | tuple[Entry, ...]
+RouteEntry = str | Stack | Mix | None
+Route = RouteEntry | tuple[RouteEntry, ...]
 
 
-def entry(value: object) -> Entry:
+def check_entry(value: object) -> RouteEntry:
     """One entry, or a RouteError that says what an entry can be."""
     if value is None or isinstance(value, (str, Stack, Mix)):
         return value
@@ -53,25 +53,25 @@ def entry(value: object) -> Entry:
     )
 
 
-def route(value: object) -> Route:
+def normalize_route(value: object) -> Route:
     """The normal form of what a user hands to `use`."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         if not value:
             raise RouteError("an empty list of rows: give one entry per row of the batch, None for base rows")
-        return tuple(entry(v) for v in value)
-    return entry(value)
+        return tuple(check_entry(v) for v in value)
+    return check_entry(value)
 
 
-def names(value: Route) -> Iterator[str]:
+def adapter_names(value: Route) -> Iterator[str]:
     """Every adapter name in a route, repeats included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Stack):
         for part in value.parts:
-            yield from names(part)
+            yield from adapter_names(part)
     elif isinstance(value, Mix):
         for part, _ in value.parts:
-            yield from names(part)
+            yield from adapter_names(part)
     elif isinstance(value, tuple):
         for part in value:
-            yield from names(part)
+            yield from adapter_names(part)

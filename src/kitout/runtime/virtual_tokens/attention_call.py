@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
-from kitout.base.probe.attention_sites import INTERFACE, interface
+from kitout.base.probe.attention_sites import INTERFACE, attention_interface
 from kitout.errors import RouteError
 
-NAME = "kitout"  # of our function in transformers' attention interface
-MASKED = ("eager", "sdpa")  # kernels that take a mask of any shape
+ATTENTION_NAME = "kitout"  # of our function in transformers' attention interface
+MASKED_KERNELS = ("eager", "sdpa")  # kernels that take a mask of any shape
 
 
 @dataclass
-class Extra:
+class ExtraKeys:
     """What one attention call gets. k, v [B or 1, H_kv, P, d_h]. keep [B or 1, 1, Tq or 1, P]: which of them a query
     sees, None: all. log: of their weights, same shape, None: 0. bias: computes the relative bias
     [B or 1, H, Tq, P]. hidden [B or 1, Tk]: the call's own keys that nobody sees. note: takes the call's own k and v.
@@ -35,30 +35,30 @@ class Extra:
 
     k: Tensor | None = None
     v: Tensor | None = None
-    keep: Tensor | None = None
-    log: Tensor | None = None
-    bias: Callable[[], Tensor] | None = None
-    hidden: Tensor | None = None
-    note: Callable[[Tensor, Tensor], None] | None = None
+    visible: Tensor | None = None
+    log_weight: Tensor | None = None
+    relative_bias: Callable[[], Tensor] | None = None
+    masked_own_keys: Tensor | None = None
+    on_key_value: Callable[[Tensor, Tensor], None] | None = None
 
     @property
     def length(self) -> int:
         return 0 if self.k is None else self.k.shape[2]
 
 
-def widened(
-    extra: Extra, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+def extend_keys(
+    extra: ExtraKeys, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys, values and mask of the call with the extra ones in front. causal: what no mask would have meant."""
-    if extra.note is not None:
-        extra.note(k, v)
+    if extra.on_key_value is not None:
+        extra.on_key_value(k, v)
     mask = _mask(extra, q, k, mask, causal)
     if extra.k is None or extra.v is None:
         return k, v, mask
-    return torch.cat((_fitted(extra.k, k), k), 2), torch.cat((_fitted(extra.v, v), v), 2), mask
+    return torch.cat((_match_heads(extra.k, k), k), 2), torch.cat((_match_heads(extra.v, v), v), 2), mask
 
 
-def _fitted(new: Tensor, like: Tensor) -> Tensor:
+def _match_heads(new: Tensor, like: Tensor) -> Tensor:
     """New keys as the call has its own: dtype, rows, and heads repeated where it has repeated them."""
     new = new.to(like.dtype)
     if new.shape[1] != like.shape[1]:
@@ -66,21 +66,27 @@ def _fitted(new: Tensor, like: Tensor) -> Tensor:
     return new.expand(like.shape[0], -1, -1, -1)
 
 
-def _mask(extra: Extra, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
+def _mask(extra: ExtraKeys, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
     queries, keys, length = q.shape[-2], k.shape[-2], extra.length
     causal = causal and mask is None and queries > 1
-    if mask is None and not causal and extra.keep is None and extra.log is None and extra.hidden is None:
+    if (
+        mask is None
+        and not causal
+        and extra.visible is None
+        and extra.log_weight is None
+        and extra.masked_own_keys is None
+    ):
         return None
     if mask is None:
         mask = torch.ones(1, 1, queries if causal else 1, keys, dtype=torch.bool, device=q.device)
         mask = mask.tril() if causal else mask
     mask = mask[..., :keys]  # the whole of a static cache
-    if extra.hidden is not None:
-        hidden = extra.hidden[:, None, None, :]
+    if extra.masked_own_keys is not None:
+        hidden = extra.masked_own_keys[:, None, None, :]
         mask = mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
     if not length:
         return mask
-    keep, log = extra.keep, extra.log
+    keep, log = extra.visible, extra.log_weight
     if mask.dtype == torch.bool and log is None:
         added = torch.ones(1, 1, 1, length, dtype=torch.bool, device=q.device) if keep is None else keep
         return _side_by_side(added, mask)
@@ -97,12 +103,12 @@ def _side_by_side(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat((a.expand(*rows, -1), b.expand(*rows, -1)), -1)
 
 
-class _View:
+class _ConfigView:
     """A module's config while it attends: the same in all but the name of its attention."""
 
-    _attn_implementation = NAME
+    _attn_implementation = ATTENTION_NAME
 
-    def __init__(self, config: Any, extra: Extra, real: Callable[..., Any]) -> None:
+    def __init__(self, config: Any, extra: ExtraKeys, real: Callable[..., Any]) -> None:
         self.__dict__.update(_config=config, extra=extra, real=real, calls=0)
 
     def __getattr__(self, name: str) -> Any:
@@ -112,7 +118,7 @@ class _View:
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any) -> Any:
     """Our entry in transformers' interface: the module's own function over more keys."""
     view: Any = module.config
-    extra: Extra = view.extra
+    extra: ExtraKeys = view.extra
     view.__dict__["calls"] += 1
     kernel = view._config._attn_implementation
     mapped = more.get("is_causal")
@@ -120,20 +126,24 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     _check_window(extra, key, more.get("sliding_window"))
     position = more.get("position_bias")
     if position is not None and extra.length:
-        added = extra.bias().to(position.dtype) if extra.bias else position.new_zeros(1, 1, 1, extra.length)
+        added = (
+            extra.relative_bias().to(position.dtype)
+            if extra.relative_bias
+            else position.new_zeros(1, 1, 1, extra.length)
+        )
         heads = torch.broadcast_shapes(added.shape[:-1], position.shape[:-1])
         more["position_bias"] = torch.cat((added.expand(*heads, -1), position.expand(*heads, -1)), -1)
-    key, value, mask = widened(extra, query, key, value, attention_mask, bool(causal))
+    key, value, mask = extend_keys(extra, query, key, value, attention_mask, bool(causal))
     return view.real(module, query, key, value, mask, **more)
 
 
-AttentionInterface.register(NAME, _attention)
+AttentionInterface.register(ATTENTION_NAME, _attention)
 
 
-class _Direct(TorchFunctionMode):
+class _SdpaMode(TorchFunctionMode):
     """Meets `scaled_dot_product_attention` itself."""
 
-    def __init__(self, extra: Extra) -> None:
+    def __init__(self, extra: ExtraKeys) -> None:
         super().__init__()
         self.extra, self.calls = extra, 0
 
@@ -144,11 +154,11 @@ class _Direct(TorchFunctionMode):
         self.calls += 1
         named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
         q, causal = named["query"], named.pop("is_causal", False)
-        k, v, mask = widened(self.extra, q, named["key"], named["value"], named.get("attn_mask"), causal)
+        k, v, mask = extend_keys(self.extra, q, named["key"], named["value"], named.get("attn_mask"), causal)
         return func(**{**named, "key": k, "value": v, "attn_mask": mask})
 
 
-def _check_window(extra: Extra, key: Tensor, window: int | None) -> None:
+def _check_window(extra: ExtraKeys, key: Tensor, window: int | None) -> None:
     if window and extra.length and key.shape[-2] + extra.length > window:
         raise RouteError(
             f"{extra.length} added keys before {key.shape[-2]} of the text leave this attention's sliding window of "
@@ -157,24 +167,24 @@ def _check_window(extra: Extra, key: Tensor, window: int | None) -> None:
 
 
 @contextmanager
-def attending(module: nn.Module, extra: Extra, path: str) -> Iterator[None]:
+def extra_keys_in(module: nn.Module, extra: ExtraKeys, path: str) -> Iterator[None]:
     """While this lasts, the module's attention call gets the extra keys and values."""
-    found = interface(module)
+    found = attention_interface(module)
     if found is None:
-        mode = _Direct(extra)
+        mode = _SdpaMode(extra)
         with mode:
             yield
         calls = mode.calls
     else:
         config: Any = module.config
         kernel = config._attn_implementation
-        if kernel not in MASKED:
+        if kernel not in MASKED_KERNELS:
             raise RouteError(
                 f"{path}: the attention kernel {kernel!r} takes no mask for added keys: use "
                 "model.set_attn_implementation('sdpa') or 'eager'"
             )
         real = found[INTERFACE].get_interface(kernel, found.get("eager_attention_forward"))
-        view = _View(config, extra, real)
+        view = _ConfigView(config, extra, real)
         module.__dict__["config"] = view
         try:
             yield

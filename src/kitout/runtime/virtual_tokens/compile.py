@@ -13,194 +13,217 @@ from dataclasses import dataclass
 from torch import nn
 
 from kitout.base.survey import Survey, Tower
-from kitout.delta import Pair
+from kitout.delta import KeyValue
 from kitout.errors import RouteError
 from kitout.runtime.adapter import Adapter
-from kitout.runtime.hooks.class_swap import Program, root
-from kitout.runtime.modules.module_adapter import Part
-from kitout.runtime.modules.rows import Plan
-from kitout.runtime.routing.active import Bound, Live
-from kitout.runtime.routing.route import Entry, Stack, names
-from kitout.runtime.virtual_tokens.forward_state import Here
-from kitout.runtime.virtual_tokens.image_tokens import Held, Slots, Slotted
-from kitout.runtime.virtual_tokens.layout import Layout, Which, joined, layout
-from kitout.runtime.virtual_tokens.positions import Positions, Stage, Table
-from kitout.runtime.virtual_tokens.prefix_kv import Past
-from kitout.runtime.virtual_tokens.prompt_prefill import Ahead, Joint, Lead
-from kitout.runtime.virtual_tokens.widen_sequence import Trim, Widening
+from kitout.runtime.hooks.class_swap import Program, original_class
+from kitout.runtime.modules.module_adapter import SiteDelta
+from kitout.runtime.modules.rows import RowPlan
+from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
+from kitout.runtime.routing.route import RouteEntry, Stack, adapter_names
+from kitout.runtime.virtual_tokens.forward_state import ForwardSlot
+from kitout.runtime.virtual_tokens.image_tokens import ImageTokenBlock, ImageTokenGroup, ImageTokens
+from kitout.runtime.virtual_tokens.layout import TokenKind, TokenLayout, layout_of, prefixes_then_prompts
+from kitout.runtime.virtual_tokens.positions import PositionEmbeddingProgram, TextEntry, TokenEmbeddingProgram
+from kitout.runtime.virtual_tokens.prefix_kv import PrefixAttention
+from kitout.runtime.virtual_tokens.prompt_prefill import JoinPromptGraph, PromptEntry, PromptPrefill
+from kitout.runtime.virtual_tokens.widen_sequence import SequenceWidener, TrimOutput
 
-Record = dict[str, Pair]
-Compile = Callable[[Entry, Record], Bound]  # an entry whose attentions' own keys and values are recorded
+KeyValueRecorder = dict[str, KeyValue]
+CompileEntry = Callable[
+    [RouteEntry, KeyValueRecorder], CompiledRoute
+]  # an entry whose attentions' own keys and values are recorded
 
 
-def paths(adapter: Adapter, found: Survey) -> Iterator[str]:
+def modules_to_hook(adapter: Adapter, survey: Survey) -> Iterator[str]:
     """Every module that an adapter's prompts and prefixes need tapped."""
-    yield from adapter.pasts
-    for tower in found.towers:
-        prefixed = any(part.site.tower == tower.path for part in adapter.pasts.values())
-        if not prefixed and not adapter.tokens:
+    yield from adapter.prefixes
+    for tower in survey.towers:
+        prefixed = any(part.site.tower == tower.path for part in adapter.prefixes.values())
+        if not prefixed and not adapter.prompts:
             continue
-        if tower.owner is not None:
-            yield from (p for p in (tower.owner, tower.table, tower.positions, tower.body) if p or p == tower.owner)
-        if tower.path in adapter.tokens:
-            yield from (s.path for s in found.attentions if s.tower == tower.path)
-            yield from (b.path for b in found.blocks if b.tower == tower.path and b.whole)
+        if tower.embedder is not None:
+            yield from (
+                p
+                for p in (tower.embedder, tower.token_embedding, tower.position_embedding, tower.block_runner)
+                if p or p == tower.embedder
+            )
+        if tower.path in adapter.prompts:
+            yield from (s.path for s in survey.kv_sites if s.tower == tower.path)
+            yield from (b.path for b in survey.blocks if b.tower == tower.path and b.is_one_module)
 
 
 @dataclass
-class Front:
+class VirtualTokenCompiler:
     """What lies in front of one route's rows. compile: makes a route's programs with its keys recorded."""
 
     programs: dict[str, Program]
-    entries: Sequence[Entry]
+    entries: Sequence[RouteEntry]
     adapters: Mapping[str, Adapter]
-    plan: Plan | None
-    taps: Container[str]
-    found: Survey
-    here: Here
-    live: Live
-    compile: Compile
+    row_plan: RowPlan | None
+    hooks: Container[str]
+    survey: Survey
+    forward_slot: ForwardSlot
+    active: ActiveRoute
+    compile_entry: CompileEntry
 
-    def lay(self, record: Record | None) -> None:
+    def add_programs(self, kv_recorder: KeyValueRecorder | None) -> None:
         """Adds the programs. record: takes the attentions' own keys and values of every stack that is tapped."""
-        across: Widening | None = None
-        for tower in self.found.towers:
-            if tower.owner is None:
-                self._image(tower, record)
+        across: SequenceWidener | None = None
+        for tower in self.survey.towers:
+            if tower.embedder is None:
+                self._add_image_tower(tower, kv_recorder)
             else:
-                across = self._text(tower, across, record) or across
+                across = self._add_text_tower(tower, across, kv_recorder) or across
 
-    def _laid(self, tower: Tower, which: Which, role: str = "kv.self") -> list[Layout]:
-        return [layout(e, self.adapters, tower.path, which, role) for e in self.entries]
+    def _layouts(self, tower: Tower, kind: TokenKind, role: str = "kv.self") -> list[TokenLayout]:
+        return [layout_of(e, self.adapters, tower.path, kind, role) for e in self.entries]
 
-    def _attend(self, tower: Tower, own: Sequence[Layout], record: Record | None, slots: Slots | None = None) -> None:
+    def _add_attentions(
+        self,
+        tower: Tower,
+        layouts: Sequence[TokenLayout],
+        kv_recorder: KeyValueRecorder | None,
+        image_tokens: ImageTokens | None = None,
+    ) -> None:
         """The programs of a stack's attentions."""
-        cross = self._laid(tower, "past", "kv.cross")
-        pasts = {name: self.adapters[name].pasts for e in self.entries for name in names(e)}
-        for site in self.found.attentions:
+        cross = self._layouts(tower, "prefix", "kv.cross")
+        pasts = {name: self.adapters[name].prefixes for e in self.entries for name in adapter_names(e)}
+        for site in self.survey.kv_sites:
             if site.tower != tower.path:
                 continue
-            laid = cross if site.role == "kv.cross" else own
+            laid = cross if site.role == "kv.cross" else layouts
             parts = [[pasts[i.name].get(site.path) for i in each.items] for each in laid]
-            reached = any(p is not None or i.tokens for each, ps in zip(laid, parts, strict=True)
+            reached = any(p is not None or i.is_prompt for each, ps in zip(laid, parts, strict=True)
                           for i, p in zip(each.items, ps, strict=True))  # fmt: skip
-            noted = record if site.path in self.taps else None
-            hides = slots is not None and site.layer is not None and slots.hides(site.layer)
+            noted = kv_recorder if site.path in self.hooks else None
+            hides = image_tokens is not None and site.layer is not None and image_tokens.hides_at(site.layer)
             if reached or noted is not None or hides:
                 then = self.programs.get(site.path)
-                self.programs[site.path] = Past(site, laid, parts, self.plan, self.here, then, noted, slots)
+                self.programs[site.path] = PrefixAttention(
+                    site, laid, parts, self.row_plan, self.forward_slot, then, noted, image_tokens
+                )
 
     # ---- text --------------------------------------------------------------------------------------------------
 
-    def _text(self, tower: Tower, across: Widening | None, record: Record | None) -> Widening | None:
+    def _add_text_tower(
+        self, tower: Tower, cross_widening: SequenceWidener | None, kv_recorder: KeyValueRecorder | None
+    ) -> SequenceWidener | None:
         """The programs of a stack fed from a token table; its widening, if it has one and another stack reads it."""
-        tokens = self._laid(tower, "tokens")
+        tokens = self._layouts(tower, "prompt")
         for each in tokens:
-            if len({i.after for i in each.items}) > 1:
+            if len({i.after_first_token for i in each.items}) > 1:
                 raise RouteError("a Stack of prompts before the text and after its first token: choose one place")
         prompted = any(each.items for each in tokens)
-        own = self._laid(tower, "past")
+        own = self._layouts(tower, "prefix")
         if tower.causal:
-            own = [joined(past, each) for past, each in zip(own, tokens, strict=True)]
+            own = [prefixes_then_prompts(past, each) for past, each in zip(own, tokens, strict=True)]
         leads = widening = None
         if prompted and tower.causal:
-            leads = self._leads(tower, tokens)
+            leads = self._prefill(tower, tokens)
         elif prompted:
             widening = self._widening(tower, tokens)
-        self._attend(tower, own, record)
-        assert tower.owner is not None
-        crossing = across if self._reads(tower) else None
+        self._add_attentions(tower, own, kv_recorder)
+        assert tower.embedder is not None
+        crossing = cross_widening if self._has_cross_attention(tower) else None
         if any(each.length for each in own) or prompted or crossing is not None:
-            if tower.positions:
+            if tower.position_embedding:
                 self._check_table(tower, [max(a.length, b.length) for a, b in zip(own, tokens, strict=True)])
-                self._wrap(tower.positions, Positions)
+                self._wrap(tower.position_embedding, PositionEmbeddingProgram)
             if widening is not None:
-                self._wrap(tower.table, Table)
-            then = self.programs.get(tower.owner)
-            relative = any(s.bias is not None for s in self.found.attentions if s.tower == tower.path)
-            self.programs[tower.owner] = Stage(
-                tower, own, self.plan, self.here, self.live, leads, widening, crossing, then, relative
+                self._wrap(tower.token_embedding, TokenEmbeddingProgram)
+            then = self.programs.get(tower.embedder)
+            relative = any(s.relative_bias is not None for s in self.survey.kv_sites if s.tower == tower.path)
+            self.programs[tower.embedder] = TextEntry(
+                tower, own, self.row_plan, self.forward_slot, self.active, leads, widening, crossing, then, relative
             )
-        return widening if widening is not None and widening.crossed else None
+        return widening if widening is not None and widening.read_by_decoder else None
 
-    def _wrap(self, path: str, kind: type[Table | Positions]) -> None:
-        self.programs[path] = kind(path, self.here, self.programs.get(path))
+    def _wrap(self, path: str, kind: type[TokenEmbeddingProgram | PositionEmbeddingProgram]) -> None:
+        self.programs[path] = kind(path, self.forward_slot, self.programs.get(path))
 
     def _check_table(self, tower: Tower, lengths: Sequence[int]) -> None:
         """RouteError where an entry has its own table of positions, whose rows are not asked for from outside."""
-        if root(self.found.model.get_submodule(tower.positions)).forward is nn.Embedding.forward:
+        if original_class(self.survey.model.get_submodule(tower.position_embedding)).forward is nn.Embedding.forward:
             return
         for entry, length in zip(self.entries, lengths, strict=True):
-            held = [n for n in names(entry) if tower.positions in self.adapters[n].locals]
+            held = [n for n in adapter_names(entry) if tower.position_embedding in self.adapters[n].by_module]
             if length and held:
                 raise RouteError(
-                    f"{held[0]!r} changes {tower.positions}, which counts positions for itself: it cannot be stacked "
+                    f"{held[0]!r} changes {tower.position_embedding}, which counts positions for itself: it "
+                    "cannot be stacked "
                     "with a prompt or a prefix, whose text has other positions"
                 )
 
-    def _reads(self, tower: Tower) -> bool:
+    def _has_cross_attention(self, tower: Tower) -> bool:
         """Whether the stack has cross-attention."""
-        return any(s.role.startswith("cross.") and s.tower == tower.path for s in self.found.sites)
+        return any(s.role.startswith("cross.") and s.tower == tower.path for s in self.survey.sites)
 
-    def _parts(self, tower: Tower, laid: Layout) -> list[Part]:
-        return [part for item in laid.items for part in self.adapters[item.name].tokens[tower.path]]
+    def _parts(self, tower: Tower, layout: TokenLayout) -> list[SiteDelta]:
+        return [part for item in layout.items for part in self.adapters[item.name].prompts[tower.path]]
 
-    def _widening(self, tower: Tower, tokens: Sequence[Layout]) -> Widening:
-        crossed = not self._reads(tower) and any(self._reads(t) for t in self.found.towers)
-        widening = Widening(tower.path, tower.table, [self._parts(tower, t) for t in tokens], self.plan, crossed)
+    def _widening(self, tower: Tower, prompts: Sequence[TokenLayout]) -> SequenceWidener:
+        crossed = not self._has_cross_attention(tower) and any(self._has_cross_attention(t) for t in self.survey.towers)
+        widening = SequenceWidener(
+            tower.path, tower.token_embedding, [self._parts(tower, t) for t in prompts], self.row_plan, crossed
+        )
         if not crossed:
-            end = tower.body or [b.path for b in self.found.blocks if b.tower == tower.path][-1]
-            self.programs[end] = Trim(tower.path, self.here, self.programs.get(end))
+            end = tower.block_runner or [b.path for b in self.survey.blocks if b.tower == tower.path][-1]
+            self.programs[end] = TrimOutput(tower.path, self.forward_slot, self.programs.get(end))
         return widening
 
-    def _leads(self, tower: Tower, tokens: Sequence[Layout]) -> Lead:
-        ahead: list[Ahead | None] = []
-        for entry, laid in zip(self.entries, tokens, strict=True):
+    def _prefill(self, tower: Tower, prompts: Sequence[TokenLayout]) -> PromptPrefill:
+        ahead: list[PromptEntry | None] = []
+        for entry, laid in zip(self.entries, prompts, strict=True):
             if not laid.items:
                 ahead.append(None)
                 continue
-            keys: Record = {}
+            keys: KeyValueRecorder = {}
             rest = _without(entry, {i.name for i in laid.items})
-            ahead.append(Ahead(self._parts(tower, laid), self.compile(rest, keys), keys))
-        attentions = [s.path for s in self.found.attentions if s.tower == tower.path and s.role == "kv.self"]
-        whole = [b.path for b in self.found.blocks if b.tower == tower.path and b.whole]
+            ahead.append(PromptEntry(self._parts(tower, laid), self.compile_entry(rest, keys), keys))
+        attentions = [s.path for s in self.survey.kv_sites if s.tower == tower.path and s.role == "kv.self"]
+        whole = [b.path for b in self.survey.blocks if b.tower == tower.path and b.is_one_module]
         for first in whole[:1]:
-            self.programs[first] = Joint(attentions, self.here, self.programs.get(first))
-        module = self.found.model.get_submodule
+            self.programs[first] = JoinPromptGraph(attentions, self.forward_slot, self.programs.get(first))
+        module = self.survey.model.get_submodule
         blocks = [module(path) for path in whole]
-        return Lead(tower.path, module(tower.table), blocks, ahead, self.plan, self.here, self.live)
+        return PromptPrefill(
+            tower.path, module(tower.token_embedding), blocks, ahead, self.row_plan, self.forward_slot, self.active
+        )
 
     # ---- images ------------------------------------------------------------------------------------------------
 
-    def _image(self, tower: Tower, record: Record | None) -> None:
-        tokens = self._laid(tower, "tokens")
+    def _add_image_tower(self, tower: Tower, kv_recorder: KeyValueRecorder | None) -> None:
+        tokens = self._layouts(tower, "prompt")
         slots = None
         if any(each.items for each in tokens):
-            slots = Slots(
-                [[self._held(tower, i.name, i.offset, i.length) for i in t.items] for t in tokens], self.plan, self.here
+            slots = ImageTokens(
+                [[self._image_token_group(tower, i.name, i.offset, i.num_tokens) for i in t.items] for t in tokens],
+                self.row_plan,
+                self.forward_slot,
             )
-            blocks = [b for b in self.found.blocks if b.tower == tower.path]
-            for path, why in self.found.closed.items():
-                if path.startswith(f"{tower.path}.") and any(slots.hides(b.index) for b in blocks):
+            blocks = [b for b in self.survey.blocks if b.tower == tower.path]
+            for path, why in self.survey.kv_refusals.items():
+                if path.startswith(f"{tower.path}.") and any(slots.hides_at(b.index) for b in blocks):
                     raise RouteError(
                         f"rows with different numbers of visual prompts: {path} cannot leave any of them out: {why}"
                     )
             for block in blocks:
                 last = block is blocks[-1]
-                if slots.touches(block.index) or last:
+                if slots.changes_at(block.index) or last:
                     then = self.programs.get(block.path)
-                    self.programs[block.path] = Slotted(slots, block.index, last, then)
-        self._attend(tower, self._laid(tower, "past"), record, slots)
+                    self.programs[block.path] = ImageTokenBlock(slots, block.index, last, then)
+        self._add_attentions(tower, self._layouts(tower, "prefix"), kv_recorder, slots)
 
-    def _held(self, tower: Tower, name: str, offset: int, length: int) -> Held:
-        parts = {p.site.layer: p for p in self.adapters[name].tokens[tower.path] if p.site.layer is not None}
-        return Held(offset, length, parts)
+    def _image_token_group(self, tower: Tower, name: str, offset: int, length: int) -> ImageTokenGroup:
+        parts = {p.site.layer: p for p in self.adapters[name].prompts[tower.path] if p.site.layer is not None}
+        return ImageTokenGroup(offset, length, parts)
 
 
-def _without(entry: Entry, gone: set[str]) -> Entry:
+def _without(entry: RouteEntry, excluded: set[str]) -> RouteEntry:
     """The entry without some adapters, which stand in it by themselves or in Stacks."""
     if isinstance(entry, str):
-        return None if entry in gone else entry
+        return None if entry in excluded else entry
     if isinstance(entry, Stack):
-        return Stack(*(_without(part, gone) for part in entry.parts))
+        return Stack(*(_without(part, excluded) for part in entry.parts))
     return entry

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from kitout.delta import Pair
+from kitout.delta import KeyValue
 
 
 @dataclass(eq=False)
-class Call:
+class ForwardState:
     """places: by stack, the position of each query among its row's text, [B or 1, T]. rewrite: by table path, what is
     to be done to the table's next answer or question. leads: by attention path, keys and values of each entry's prompt.
     leaves: the same cut off from their graph; latest: those of the stack that was run last. back: by stack, for every
@@ -24,25 +24,25 @@ class Call:
     are recomputed in graphs of their own, which end at the leaves. slotted: takes an image's tokens out of an output.
     """
 
-    places: dict[str, Tensor] = field(default_factory=dict)
-    rewrite: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
-    leads: dict[str, list[Pair | None]] = field(default_factory=dict)
-    leaves: dict[str, list[Pair | None]] = field(default_factory=dict)
-    back: dict[str, Tensor] = field(default_factory=dict)
-    wide: dict[str, int] = field(default_factory=dict)
-    latest: dict[str, list[Pair | None]] = field(default_factory=dict)
-    slotted: Callable[[Any], Any] | None = None
-    recorded: bool = False
-    cut: bool = False
+    token_index: dict[str, Tensor] = field(default_factory=dict)
+    pending_rewrites: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
+    prompt_kv: dict[str, list[KeyValue | None]] = field(default_factory=dict)
+    prompt_kv_leaves: dict[str, list[KeyValue | None]] = field(default_factory=dict)
+    caller_columns: dict[str, Tensor] = field(default_factory=dict)
+    widened_width: dict[str, int] = field(default_factory=dict)
+    last_prompt_kv: dict[str, list[KeyValue | None]] = field(default_factory=dict)
+    drop_image_tokens: Callable[[Any], Any] | None = None
+    has_graph: bool = False
+    reentrant: bool = False
 
 
-class Here:
+class ForwardSlot:
     """The place where the programs of a route find the Call in progress."""
 
-    __slots__ = ("call",)
+    __slots__ = ("state",)
 
     def __init__(self) -> None:
-        self.call = Call()
+        self.state = ForwardState()
 
     def __reduce__(self) -> tuple[Any, ...]:  # a forward in progress does not travel
-        return Here, ()
+        return ForwardSlot, ()

@@ -16,69 +16,73 @@ import torch
 from torch import Tensor, nn
 
 from kitout.errors import RouteError
-from kitout.runtime.hooks.class_swap import Forward, Program, first_tensor, with_first
-from kitout.runtime.modules.module_adapter import Part
-from kitout.runtime.modules.programs import join, split
-from kitout.runtime.modules.rows import Plan, scatter
-from kitout.runtime.virtual_tokens.forward_state import Here
+from kitout.runtime.hooks.class_swap import ForwardFn, Program, first_tensor, replace_first_tensor
+from kitout.runtime.modules.module_adapter import SiteDelta
+from kitout.runtime.modules.programs import repack_output, unpack_output
+from kitout.runtime.modules.rows import RowPlan, scatter
+from kitout.runtime.virtual_tokens.forward_state import ForwardSlot
 
-AT = 1  # the slots' first column
+FIRST_SLOT = 1  # the slots' first column
 
 
 @dataclass(frozen=True)
-class Held:
+class ImageTokenGroup:
     """One adapter's slots in one entry. parts: by block. first: the block at which they begin."""
 
     offset: int
-    length: int
-    parts: dict[int, Part]
+    num_tokens: int
+    by_block: dict[int, SiteDelta]
 
     @property
-    def first(self) -> int:
-        return min(self.parts)
+    def first_block(self) -> int:
+        return min(self.by_block)
 
 
-class Slots:
+class ImageTokens:
     """The slots of one stack under one route. entries: what each entry holds."""
 
-    def __init__(self, entries: Sequence[Sequence[Held]], plan: Plan | None, here: Here) -> None:
-        self.entries, self.plan, self.here = entries, plan, here
-        self.width = max(sum(h.length for h in each) for each in entries)
-        self.first = min(h.first for each in entries for h in each)
+    def __init__(
+        self, entries: Sequence[Sequence[ImageTokenGroup]], row_plan: RowPlan | None, forward_slot: ForwardSlot
+    ) -> None:
+        self.entries, self.row_plan, self.forward_slot = entries, row_plan, forward_slot
+        self.num_tokens = max(sum(h.num_tokens for h in each) for each in entries)
+        self.first_block = min(h.first_block for each in entries for h in each)
 
-    def touches(self, block: int) -> bool:
-        return block == self.first or any(block in h.parts for each in self.entries for h in each)
+    def changes_at(self, block: int) -> bool:
+        return block == self.first_block or any(block in h.by_block for each in self.entries for h in each)
 
-    def hides(self, block: int) -> bool:
+    def hides_at(self, block: int) -> bool:
         """Whether some row has slots at this block that nobody attends to."""
-        shown = [sum(h.length for h in each if h.first <= block) for each in self.entries]
-        return block >= self.first and min(shown) < self.width
+        shown = [sum(h.num_tokens for h in each if h.first_block <= block) for each in self.entries]
+        return block >= self.first_block and min(shown) < self.num_tokens
 
-    def fill(self, x: Tensor, block: int) -> Tensor:
+    def insert(self, x: Tensor, block: int) -> Tensor:
         """The stream as the block takes it: with the slots put in, or those overwritten that begin anew here."""
-        if block == self.first:
-            self.here.call.slotted = partial(self.taken_out, tokens=x.shape[1])
-            x = torch.cat((x[:, :AT], x.new_zeros(x.shape[0], self.width, x.shape[2]), x[:, AT:]), 1)
+        if block == self.first_block:
+            self.forward_slot.state.drop_image_tokens = partial(self.clean_output, tokens=x.shape[1])
+            x = torch.cat(
+                (x[:, :FIRST_SLOT], x.new_zeros(x.shape[0], self.num_tokens, x.shape[2]), x[:, FIRST_SLOT:]), 1
+            )
         rows = [self._row(each, x, block) for each in self.entries]
-        if self.plan is None:
-            new = self._slots(x, rows[0])
+        if self.row_plan is None:
+            new = self._overwrite(x, rows[0])
         else:
-            index = self.plan.index(x.shape[0], x.device)
-            new = scatter([self._slots(x[i], row) for i, row in zip(index, rows, strict=True)], index)
-        return torch.cat((x[:, :AT], new, x[:, AT + self.width :]), 1)
+            index = self.row_plan.index(x.shape[0], x.device)
+            new = scatter([self._overwrite(x[i], row) for i, row in zip(index, rows, strict=True)], index)
+        return torch.cat((x[:, :FIRST_SLOT], new, x[:, FIRST_SLOT + self.num_tokens :]), 1)
 
-    def _row(self, each: Sequence[Held], x: Tensor, block: int) -> list[tuple[int, Tensor]]:
-        return [(h.offset, h.parts[block].delta.tokens().to(x.dtype)) for h in each if block in h.parts]
+    def _row(self, each: Sequence[ImageTokenGroup], x: Tensor, block: int) -> list[tuple[int, Tensor]]:
+        return [(h.offset, h.by_block[block].delta.token_vectors().to(x.dtype)) for h in each if block in h.by_block]
 
-    def _slots(self, x: Tensor, new: list[tuple[int, Tensor]]) -> Tensor:
+    def _overwrite(self, x: Tensor, new: list[tuple[int, Tensor]]) -> Tensor:
         """x's slots [b, width, d] with new vectors at their offsets."""
         pieces, end = [], 0
         for offset, vectors in new:
-            pieces += [x[:, AT + end : AT + offset], vectors.expand(x.shape[0], -1, -1)]
+            pieces += [x[:, FIRST_SLOT + end : FIRST_SLOT + offset], vectors.expand(x.shape[0], -1, -1)]
             end = offset + len(vectors)
-        return torch.cat([*pieces, x[:, AT + end : AT + self.width]], 1)
+        return torch.cat([*pieces, x[:, FIRST_SLOT + end : FIRST_SLOT + self.num_tokens]], 1)
 
-    def taken_out(self, output: Any, tokens: int) -> Any:
+    def clean_output(self, output: Any, tokens: int) -> Any:
         """A model's output with the slots taken out of its hidden states, which have `tokens` without them."""
         if not isinstance(output, Mapping):
             return output
@@ -88,48 +92,48 @@ class Slots:
             )
         states = output.get("hidden_states")
         if isinstance(states, tuple):
-            wide = tokens + self.width
+            wide = tokens + self.num_tokens
             output["hidden_states"] = tuple(  # type: ignore[index]
                 self.drop(s) if isinstance(s, Tensor) and s.ndim == 3 and s.shape[1] == wide else s for s in states
             )
         return output
 
     def drop(self, y: Tensor) -> Tensor:
-        return torch.cat((y[:, :AT], y[:, AT + self.width :]), 1)
+        return torch.cat((y[:, :FIRST_SLOT], y[:, FIRST_SLOT + self.num_tokens :]), 1)
 
-    def hidden(self, x: Tensor, block: int) -> Tensor:
+    def hidden_columns(self, x: Tensor, block: int) -> Tensor:
         """[B or 1, tokens]: columns that nobody attends to."""
         columns = torch.zeros(len(self.entries), x.shape[1], dtype=torch.bool, device=x.device)
-        columns[:, AT : AT + self.width] = True
+        columns[:, FIRST_SLOT : FIRST_SLOT + self.num_tokens] = True
         for row, each in zip(columns, self.entries, strict=True):
             for held in each:
-                if held.first <= block:
-                    row[AT + held.offset : AT + held.offset + held.length] = False
-        if self.plan is None:
+                if held.first_block <= block:
+                    row[FIRST_SLOT + held.offset : FIRST_SLOT + held.offset + held.num_tokens] = False
+        if self.row_plan is None:
             return columns
-        return columns[torch.tensor(self.plan.expanded(x.shape[0]), device=x.device)]
+        return columns[torch.tensor(self.row_plan.repeat_to(x.shape[0]), device=x.device)]
 
 
-class Slotted:
+class ImageTokenBlock:
     """The program of a block with slots. last: the block that ends the stack."""
 
-    def __init__(self, slots: Slots, block: int, last: bool, then: Program | None) -> None:
-        self.slots, self.block, self.last, self.then = slots, block, last, then
+    def __init__(self, image_tokens: ImageTokens, block: int, is_last: bool, inner: Program | None) -> None:
+        self.image_tokens, self.block, self.is_last, self.inner = image_tokens, block, is_last, inner
 
-    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.slots.touches(self.block):
+    def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.image_tokens.changes_at(self.block):
             x = first_tensor(args, kwargs)
             self._check(x, args, kwargs)
-            args, kwargs = with_first(args, kwargs, self.slots.fill(x, self.block))
-        out = forward(module, *args, **kwargs) if self.then is None else self.then(module, forward, args, kwargs)
-        if not self.last:
+            args, kwargs = replace_first_tensor(args, kwargs, self.image_tokens.insert(x, self.block))
+        out = forward(module, *args, **kwargs) if self.inner is None else self.inner(module, forward, args, kwargs)
+        if not self.is_last:
             return out
-        y, whole = split(out)
-        return join(self.slots.drop(y), whole)
+        y, whole = unpack_output(out)
+        return repack_output(self.image_tokens.drop(y), whole)
 
     def _check(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """RouteError where the block is told of each token something that the new ones have not."""
-        if self.block != self.slots.first or x.ndim != 3:
+        if self.block != self.image_tokens.first_block or x.ndim != 3:
             return
         for value in (*args[1:], *kwargs.values()):
             for t in value if isinstance(value, tuple) else (value,):

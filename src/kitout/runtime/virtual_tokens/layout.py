@@ -13,81 +13,85 @@ from typing import Literal
 
 from kitout.errors import RouteError
 from kitout.runtime.adapter import Adapter
-from kitout.runtime.routing.route import Entry, Mix, Stack
+from kitout.runtime.routing.route import Mix, RouteEntry, Stack
 
 
 @dataclass(frozen=True)
-class Item:
+class VirtualTokens:
     """One adapter's positions. offset: of its first, from the start of all. tokens: a prompt, not a prefix."""
 
     name: str
     weight: float
     offset: int
-    length: int
-    tokens: bool
-    after: bool = False  # the first token of the text
+    num_tokens: int
+    is_prompt: bool
+    after_first_token: bool = False  # the first token of the text
 
 
 @dataclass(frozen=True)
-class Layout:
+class TokenLayout:
     """length: positions in front of the text."""
 
     length: int = 0
-    items: tuple[Item, ...] = ()
+    items: tuple[VirtualTokens, ...] = ()
 
     @property
-    def prompts(self) -> tuple[Item, ...]:
-        return tuple(i for i in self.items if i.tokens)
+    def prompts(self) -> tuple[VirtualTokens, ...]:
+        return tuple(i for i in self.items if i.is_prompt)
 
 
-Which = Literal["past", "tokens"]
+TokenKind = Literal["prefix", "prompt"]
 
 
-def joined(prefixes: Layout, prompts: Layout) -> Layout:
+def prefixes_then_prompts(prefixes: TokenLayout, prompts: TokenLayout) -> TokenLayout:
     """Prefixes, then prompts, then the text: a prompt is text to all else that is worn, wherever a Stack names it."""
     moved = (replace(i, offset=i.offset + prefixes.length) for i in prompts.items)
-    return Layout(prefixes.length + prompts.length, (*prefixes.items, *moved))
+    return TokenLayout(prefixes.length + prompts.length, (*prefixes.items, *moved))
 
 
-def layout(entry: Entry, adapters: Mapping[str, Adapter], tower: str, which: Which, role: str = "kv.self") -> Layout:
+def layout_of(
+    entry: RouteEntry, adapters: Mapping[str, Adapter], tower: str, kind: TokenKind, role: str = "kv.self"
+) -> TokenLayout:
     """The prompts, or the prefixes (of attentions of this role), of an entry at one stack.
 
     RouteError for tokens in a Mix or at a strength, and for negative weights.
     """
     if entry is None:
-        return Layout()
+        return TokenLayout()
     if isinstance(entry, str):
-        return _one(adapters[entry], tower, which, role)
+        return _layout_of_adapter(adapters[entry], tower, kind, role)
     if isinstance(entry, Mix):
-        return _overlaid([(layout(part, adapters, tower, which, role), weight) for part, weight in entry.parts])
+        return _overlay([(layout_of(part, adapters, tower, kind, role), weight) for part, weight in entry.parts])
     assert isinstance(entry, Stack)
-    items: list[Item] = []
+    items: list[VirtualTokens] = []
     length = 0
     for part in entry.parts:
-        more = layout(part, adapters, tower, which, role)
+        more = layout_of(part, adapters, tower, kind, role)
         items += [replace(i, offset=i.offset + length) for i in more.items]
         length += more.length
-    return Layout(length, tuple(items))
+    return TokenLayout(length, tuple(items))
 
 
-def _one(adapter: Adapter, tower: str, which: Which, role: str) -> Layout:
-    prompts = adapter.tokens.get(tower, []) if which == "tokens" else []
-    prefixes = adapter.pasts_at(tower, role) if which == "past" else []
+def _layout_of_adapter(adapter: Adapter, tower: str, kind: TokenKind, role: str) -> TokenLayout:
+    prompts = adapter.prompts.get(tower, []) if kind == "prompt" else []
+    prefixes = adapter.prefixes_at(tower, role) if kind == "prefix" else []
     if prompts and adapter.strength != 1.0:
         raise RouteError(f"{adapter.name!r} has tokens in the sequence: they are there or not, at no strength between")
     if prefixes and adapter.strength < 0:
         raise RouteError(f"{adapter.name!r} has a prefix: its strength is a weight of attention, and not below 0")
     if not (prompts or prefixes) or not adapter.strength:
-        return Layout()
+        return TokenLayout()
     delta = (prompts or prefixes)[0].delta
-    length = max(part.delta.length for part in (prompts or prefixes))
-    return Layout(length, (Item(adapter.name, adapter.strength, 0, length, bool(prompts), delta.after),))
+    length = max(part.delta.num_tokens for part in (prompts or prefixes))
+    return TokenLayout(
+        length, (VirtualTokens(adapter.name, adapter.strength, 0, length, bool(prompts), delta.after_first_token),)
+    )
 
 
-def _overlaid(parts: list[tuple[Layout, float]]) -> Layout:
+def _overlay(parts: list[tuple[TokenLayout, float]]) -> TokenLayout:
     parts = [(laid, weight) for laid, weight in parts if laid.items and weight]
     length = max((laid.length for laid, _ in parts), default=0)
-    items: list[Item] = []
+    items: list[VirtualTokens] = []
     for laid, weight in parts:
         if laid.prompts:
             named = ", ".join(repr(i.name) for i in laid.prompts)
@@ -96,4 +100,4 @@ def _overlaid(parts: list[tuple[Layout, float]]) -> Layout:
             raise RouteError(f"a Mix weight of {weight} on a prefix: it is a weight of attention, and not below 0")
         shift = length - laid.length
         items += [replace(i, offset=i.offset + shift, weight=i.weight * weight) for i in laid.items]
-    return Layout(length, tuple(items))
+    return TokenLayout(length, tuple(items))

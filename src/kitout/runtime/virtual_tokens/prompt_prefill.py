@@ -16,31 +16,31 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from kitout.delta import Pair
+from kitout.delta import KeyValue
 from kitout.errors import RouteError
-from kitout.runtime.hooks.class_swap import Forward, Program, first_tensor, with_first
-from kitout.runtime.modules.module_adapter import Part
-from kitout.runtime.modules.rows import Plan
-from kitout.runtime.routing.active import Bound, Live
-from kitout.runtime.virtual_tokens.forward_state import Call, Here
+from kitout.runtime.hooks.class_swap import ForwardFn, Program, first_tensor, replace_first_tensor
+from kitout.runtime.modules.module_adapter import SiteDelta
+from kitout.runtime.modules.rows import RowPlan
+from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
+from kitout.runtime.virtual_tokens.forward_state import ForwardSlot, ForwardState
 
-Leads = dict[str, list[Pair | None]]
+PromptKeyValues = dict[str, list[KeyValue | None]]
 
 
 @dataclass
-class Ahead:
+class PromptEntry:
     """One entry's prompts and what they are run under: the entry without them, with recorders at the attentions."""
 
-    parts: Sequence[Part]
-    bound: Bound
-    found: dict[str, Pair]
+    parts: Sequence[SiteDelta]
+    compiled: CompiledRoute
+    key_values: dict[str, KeyValue]
 
     @property
-    def after(self) -> bool:
-        return any(p.delta.after for p in self.parts)
+    def after_first_token(self) -> bool:
+        return any(p.delta.after_first_token for p in self.parts)
 
 
-class Lead:
+class PromptPrefill:
     """Runs the prompts of a route's entries (None: an entry without) at one stack."""
 
     def __init__(
@@ -48,45 +48,47 @@ class Lead:
         tower: str,
         table: nn.Module,
         blocks: Sequence[nn.Module],
-        entries: Sequence[Ahead | None],
-        plan: Plan | None,
-        here: Here,
-        live: Live,
+        entries: Sequence[PromptEntry | None],
+        row_plan: RowPlan | None,
+        forward_slot: ForwardSlot,
+        active: ActiveRoute,
     ) -> None:
         self.tower, self.table, self.blocks, self.entries = tower, table, blocks, entries
-        self.plan, self.here, self.live = plan, here, live
-        self._kept: WeakKeyDictionary[Any, Leads] = WeakKeyDictionary()
+        self.row_plan, self.forward_slot, self.active = row_plan, forward_slot, active
+        self._by_cache: WeakKeyDictionary[Any, PromptKeyValues] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:  # caches of texts in progress do not travel
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_by_cache": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _kept=WeakKeyDictionary())
+        self.__dict__.update(state, _by_cache=WeakKeyDictionary())
 
     def run(self, module: nn.Module, call: dict[str, Any], rows: int) -> None:
         """Leaves the keys and values of every entry's prompts in the Call."""
-        here = self.here.call
+        here = self.forward_slot.state
         cache = call.get("past_key_values")
         begun = cache is not None and int(cache.get_seq_length()) > 0
         leads = (
-            self._kept[cache] if begun and cache in self._kept else self._ahead(module, self._apart(call), rows, begun)
+            self._by_cache[cache]
+            if begun and cache in self._by_cache
+            else self._run_prompts(module, self._detach_encoder(call), rows, begun)
         )
         self._check_rows(leads, rows)
-        here.leads |= leads
-        here.recorded = self._recomputed() and any(
+        here.prompt_kv |= leads
+        here.has_graph = self._will_recompute() and any(
             t.requires_grad for each in leads.values() for pair in each if pair for t in pair
         )
-        here.leaves |= (
-            {path: [_leaf(pair) for pair in each] for path, each in leads.items()} if here.recorded else leads
+        here.prompt_kv_leaves |= (
+            {path: [_detach_leaf(pair) for pair in each] for path, each in leads.items()} if here.has_graph else leads
         )
-        here.latest = leads
+        here.last_prompt_kv = leads
         if cache is not None:
-            self._kept[cache] = leads
+            self._by_cache[cache] = leads
 
-    def _check_rows(self, leads: Leads, rows: int) -> None:
+    def _check_rows(self, prefill: PromptKeyValues, rows: int) -> None:
         """RouteError where kept keys are not those of as many rows: the cache's rows were chosen anew."""
-        entries = [0] * rows if self.plan is None else self.plan.expanded(rows)
-        for each in leads.values():
+        entries = [0] * rows if self.row_plan is None else self.row_plan.repeat_to(rows)
+        for each in prefill.values():
             for e, pair in enumerate(each):
                 if pair is not None and pair[0].shape[0] not in (1, entries.count(e)):
                     raise RouteError(
@@ -94,54 +96,54 @@ class Lead:
                         "after choosing rows of a cache anew, start with a fresh one"
                     )
 
-    def keep(self, call: dict[str, Any], output: Any) -> None:
+    def remember(self, call: dict[str, Any], output: Any) -> None:
         """The cache that the model made itself goes with these keys as well."""
         cache = output.get("past_key_values") if isinstance(output, Mapping) else None
         if cache is not None:
-            self._kept[cache] = self.here.call.latest
+            self._by_cache[cache] = self.forward_slot.state.last_prompt_kv
 
-    def _recomputed(self) -> bool:
+    def _will_recompute(self) -> bool:
         """Whether this forward's blocks will be run again in its backward."""
         checkpointed = any(b.training and getattr(b, "gradient_checkpointing", False) for b in self.blocks)
         return checkpointed and torch.is_grad_enabled()
 
-    def _apart(self, call: dict[str, Any]) -> dict[str, Any]:
+    def _detach_encoder(self, call: dict[str, Any]) -> dict[str, Any]:
         """The call for the prompts alone. Where blocks are recomputed, an encoder's states get there as a leaf: their
         own graph may then be run backward once, for prompts and text together.
         """
         states = call.get("encoder_hidden_states")
-        if not (isinstance(states, Tensor) and states.requires_grad and self._recomputed()):
+        if not (isinstance(states, Tensor) and states.requires_grad and self._will_recompute()):
             return call
         leaf = states.detach().requires_grad_()
-        call["encoder_hidden_states"] = _Join.apply(states, [leaf], states)
+        call["encoder_hidden_states"] = _JoinGraphs.apply(states, [leaf], states)
         return {**call, "encoder_hidden_states": leaf}
 
-    def _ahead(self, module: nn.Module, call: dict[str, Any], rows: int, begun: bool) -> Leads:
-        before = self.live.bound
-        index = None if self.plan is None else self.plan.index(rows, self._device)
-        leads: Leads = {}
+    def _run_prompts(self, module: nn.Module, call: dict[str, Any], rows: int, begun: bool) -> PromptKeyValues:
+        before = self.active.installed
+        index = None if self.row_plan is None else self.row_plan.index(rows, self._device)
+        leads: PromptKeyValues = {}
         try:
             for e, ahead in enumerate(self.entries):
                 if ahead is None:
                     continue
                 where = None if index is None else index[e]
-                ahead.found.clear()
-                self.live.lay(replace(ahead.bound, call=Call()))
-                self.live.leading += 1
+                ahead.key_values.clear()
+                self.active.install(replace(ahead.compiled, forward_state=ForwardState()))
+                self.active.prefilling += 1
                 drops, training = getattr(module, "layerdrop", 0), module.training
                 module.training = training and not drops  # every block's keys are wanted
                 try:
                     module(**self._inputs(module, call, ahead, where, begun))
                 finally:
                     module.training = training
-                    self.live.leading -= 1
-                skip = 1 if ahead.after else 0
-                for path, (k, v) in ahead.found.items():
+                    self.active.prefilling -= 1
+                skip = 1 if ahead.after_first_token else 0
+                for path, (k, v) in ahead.key_values.items():
                     each = leads.setdefault(path, [None] * len(self.entries))
                     each[e] = k[:, :, skip:], v[:, :, skip:]
-                ahead.found.clear()
+                ahead.key_values.clear()
         finally:
-            self.live.lay(before)
+            self.active.install(before)
         return leads
 
     @property
@@ -149,25 +151,25 @@ class Lead:
         return next(self.table.parameters()).device
 
     def _inputs(
-        self, module: nn.Module, call: dict[str, Any], ahead: Ahead, where: Tensor | None, begun: bool
+        self, module: nn.Module, call: dict[str, Any], prompt_entry: PromptEntry, row_index: Tensor | None, begun: bool
     ) -> dict[str, Any]:
         like = next(p for p in module.parameters() if p.is_floating_point())
-        vectors = torch.cat([p.delta.tokens() for p in ahead.parts]).to(like.device, like.dtype)[None]
+        vectors = torch.cat([p.delta.token_vectors() for p in prompt_entry.parts]).to(like.device, like.dtype)[None]
         inputs: dict[str, Any] = {"use_cache": False}
         states = call.get("encoder_hidden_states")
         if isinstance(states, Tensor):
-            inputs["encoder_hidden_states"] = states if where is None else states[where]
+            inputs["encoder_hidden_states"] = states if row_index is None else states[row_index]
             mask = call.get("encoder_attention_mask")
             if isinstance(mask, Tensor):
-                inputs["encoder_attention_mask"] = mask if where is None else mask[where]
-        first = self._first(call, where, begun) if ahead.after else None
+                inputs["encoder_attention_mask"] = mask if row_index is None else mask[row_index]
+        first = self._first_token(call, row_index, begun) if prompt_entry.after_first_token else None
         rows = [t.shape[0] for t in (inputs.get("encoder_hidden_states"), first) if t is not None]
         vectors = vectors.expand(max(rows, default=1), -1, -1)
         if first is not None:
             vectors = torch.cat((first.to(vectors.dtype).expand(len(vectors), -1, -1), vectors), 1)
         return {**inputs, "inputs_embeds": vectors}
 
-    def _first(self, call: dict[str, Any], where: Tensor | None, begun: bool) -> Tensor:
+    def _first_token(self, call: dict[str, Any], row_index: Tensor | None, begun: bool) -> Tensor:
         """The embedding of each row's first token [b or 1, 1, d], one for all where they are the same."""
         ids, mask = call.get("input_ids"), call.get("attention_mask")
         if begun or ids is None:
@@ -175,26 +177,26 @@ class Lead:
                 "a prompt after the first token needs that token: give input_ids, and go on with the cache that the "
                 "forward of the first tokens filled"
             )
-        places = self.here.call.places[self.tower].expand(len(ids), -1)
+        places = self.forward_slot.state.token_index[self.tower].expand(len(ids), -1)
         start = (places == 0).sum(1, keepdim=True) - 1  # pads before the first token count as its place
         if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, : ids.shape[1]].any(1).all()):
             raise RouteError("a prompt after the first token needs that token, and the tokens of a row are pads alone")
         first = ids.gather(1, start)
-        first = first if where is None else first[where]
+        first = first if row_index is None else first[row_index]
         if bool((first == first[:1]).all()):
             first = first[:1]
         embedded: Tensor = self.table(first)
         return embedded
 
 
-def _leaf(pair: Pair | None) -> Pair | None:
+def _detach_leaf(pair: KeyValue | None) -> KeyValue | None:
     if pair is None:
         return None
     k, v = (t.detach().requires_grad_() for t in pair)
     return k, v
 
 
-class _Join(torch.autograd.Function):
+class _JoinGraphs(torch.autograd.Function):
     """The identity on x whose backward hands the leaves' gradients on to what they were cut from."""
 
     @staticmethod
@@ -210,27 +212,29 @@ class _Join(torch.autograd.Function):
         return (grad, None, *given)
 
 
-class Joint:
+class JoinPromptGraph:
     """The program of a stack's first block. Reentrant checkpointing runs each block backward in a graph of its own;
     a prompt's graph, which all of them reach, is then run once, after the last.
     """
 
-    def __init__(self, paths: Sequence[str], here: Here, then: Program | None) -> None:
-        self.paths, self.here, self.then = paths, here, then
+    def __init__(self, paths: Sequence[str], forward_slot: ForwardSlot, inner: Program | None) -> None:
+        self.paths, self.forward_slot, self.inner = paths, forward_slot, inner
 
-    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = self.here.call
-        if call.recorded and not torch.is_grad_enabled():
-            call.cut = True
-        if call.cut and torch.is_grad_enabled():
-            args, kwargs = with_first(args, kwargs, self._joined(first_tensor(args, kwargs), call))
-        return forward(module, *args, **kwargs) if self.then is None else self.then(module, forward, args, kwargs)
+    def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self.forward_slot.state
+        if call.has_graph and not torch.is_grad_enabled():
+            call.reentrant = True
+        if call.reentrant and torch.is_grad_enabled():
+            args, kwargs = replace_first_tensor(args, kwargs, self._join(first_tensor(args, kwargs), call))
+        return forward(module, *args, **kwargs) if self.inner is None else self.inner(module, forward, args, kwargs)
 
-    def _joined(self, x: Tensor, call: Call) -> Tensor:
+    def _join(self, x: Tensor, forward_state: ForwardState) -> Tensor:
         values, leaves = [], []
         for path in self.paths:
-            for pair, cut in zip(call.leads.get(path, ()), call.leaves.get(path, ()), strict=True):
+            for pair, cut in zip(
+                forward_state.prompt_kv.get(path, ()), forward_state.prompt_kv_leaves.get(path, ()), strict=True
+            ):
                 if pair is not None and cut is not None:
                     values += list(pair)
                     leaves += list(cut)
-        return _Join.apply(x, leaves, *values)
+        return _JoinGraphs.apply(x, leaves, *values)

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from kitout.errors import RouteError
-from kitout.runtime.hooks.class_swap import Forward, Program
-from kitout.runtime.modules.module_adapter import Part
-from kitout.runtime.modules.programs import join, split
-from kitout.runtime.modules.rows import Plan
-from kitout.runtime.virtual_tokens.forward_state import Call, Here
+from kitout.runtime.hooks.class_swap import ForwardFn, Program
+from kitout.runtime.modules.module_adapter import SiteDelta
+from kitout.runtime.modules.programs import repack_output, unpack_output
+from kitout.runtime.modules.rows import RowPlan
+from kitout.runtime.virtual_tokens.forward_state import ForwardSlot, ForwardState
 
-MASK, WIDE = "attention_mask", ("token_type_ids", "position_ids", "inputs_embeds")
+MASK_NAME, WIDENED_NAMES = "attention_mask", ("token_type_ids", "position_ids", "inputs_embeds")
 
 
 @dataclass(frozen=True)
-class Columns:
+class ColumnMap:
     """source [B, W]: the caller's column each new one comes from. prompt [B, W]: it is a prompt's, number slot.
     pad [B, W]: it is nobody's. back [B, T]: where the caller's columns went; a pooled prompt's first is where the
     text's first was.
@@ -35,35 +35,46 @@ class Columns:
     prompt: Tensor
     slot: Tensor
     pad: Tensor
-    back: Tensor
+    caller_columns: Tensor
 
 
-class Widening:
+class SequenceWidener:
     """The prompts of one stack. parts: by entry, in order. crossed: another stack reads what this one gives."""
 
     def __init__(
-        self, tower: str, table: str, parts: Sequence[Sequence[Part]], plan: Plan | None, crossed: bool
+        self,
+        tower: str,
+        table: str,
+        parts: Sequence[Sequence[SiteDelta]],
+        row_plan: RowPlan | None,
+        read_by_decoder: bool,
     ) -> None:
-        self.tower, self.table, self.parts, self.plan, self.crossed = tower, table, parts, plan, crossed
-        self.lengths = [sum(p.delta.length for p in each) for each in parts]
-        self.longest = max(self.lengths)
+        self.tower, self.table, self.parts, self.row_plan, self.read_by_decoder = (
+            tower,
+            table,
+            parts,
+            row_plan,
+            read_by_decoder,
+        )
+        self.lengths = [sum(p.delta.num_tokens for p in each) for each in parts]
+        self.max_length = max(self.lengths)
 
-    def widen(self, module: nn.Module, call: dict[str, Any], here: Call) -> None:
+    def widen(self, module: nn.Module, call: dict[str, Any], forward_state: ForwardState) -> None:
         """The call with the prompts' columns in everything that has the caller's; the table will be overwritten."""
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         text = ids if ids is not None else embeds
         assert text is not None
-        mask = self._mask(call.get(MASK), text)
+        mask = self._mask(call.get(MASK_NAME), text)
         at = self._columns(mask)
         if ids is not None:
             filler = getattr(getattr(module, "config", None), "pad_token_id", None) or 0
             new = ids.gather(1, at.source).masked_fill(at.pad, filler)
             first = ids.gather(1, (mask.cumsum(1) == 0).sum(1, keepdim=True).clamp_max(ids.shape[1] - 1))
             call["input_ids"] = torch.where(at.prompt, first, new)  # an ordinary id, where models count those
-        call[MASK] = _taken(mask, at).masked_fill(at.prompt, 1).to(mask.dtype)
-        for name in WIDE:
+        call[MASK_NAME] = _map_columns(mask, at).masked_fill(at.prompt, 1).to(mask.dtype)
+        for name in WIDENED_NAMES:
             if isinstance(call.get(name), Tensor):
-                call[name] = _taken(call[name].expand(text.shape[0], *call[name].shape[1:]), at)
+                call[name] = _map_columns(call[name].expand(text.shape[0], *call[name].shape[1:]), at)
         if isinstance(call.get("position_ids"), Tensor):
             call["position_ids"] = torch.where(at.prompt, at.slot, call["position_ids"])
 
@@ -71,27 +82,34 @@ class Widening:
             return torch.where(at.prompt[..., None], self._vectors(at, value), value)
 
         if embeds is None:
-            here.rewrite[self.table] = overwrite
+            forward_state.pending_rewrites[self.table] = overwrite
         else:
             call["inputs_embeds"] = overwrite(call["inputs_embeds"])
-        here.back[self.tower], here.wide[self.tower] = at.back, at.source.shape[1]
+        forward_state.caller_columns[self.tower], forward_state.widened_width[self.tower] = (
+            at.caller_columns,
+            at.source.shape[1],
+        )
 
-    def widen_mask(self, call: dict[str, Any], here: Call) -> None:
+    def widen_mask(self, call: dict[str, Any], forward_state: ForwardState) -> None:
         """The mask of the states that another stack reads, if those have prompts in them."""
         states, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
         if not isinstance(states, Tensor):
             return
-        text = mask.shape[1] if isinstance(mask, Tensor) else states.shape[1] - self.longest
-        if text < 1 or states.shape[1] != text + self.longest:
+        text = mask.shape[1] if isinstance(mask, Tensor) else states.shape[1] - self.max_length
+        if text < 1 or states.shape[1] != text + self.max_length:
             raise RouteError(
-                f"the encoder's states have {states.shape[1]} tokens, and the prompt of {self.longest} before {text} "
+                f"the encoder's states have {states.shape[1]} tokens, and the prompt of {self.max_length} "
+                f"before {text} "
                 "would make more: give encoder_outputs of model.get_encoder() under this very route"
             )
-        narrow = torch.ones(states.shape[0], states.shape[1] - self.longest, dtype=torch.long, device=states.device)
+        narrow = torch.ones(states.shape[0], states.shape[1] - self.max_length, dtype=torch.long, device=states.device)
         narrow = self._mask(mask, narrow)
         at = self._columns(narrow)
-        call["encoder_attention_mask"] = _taken(narrow, at).masked_fill(at.prompt, 1).to(narrow.dtype)
-        here.back[self.tower], here.wide[self.tower] = at.back, at.source.shape[1]
+        call["encoder_attention_mask"] = _map_columns(narrow, at).masked_fill(at.prompt, 1).to(narrow.dtype)
+        forward_state.caller_columns[self.tower], forward_state.widened_width[self.tower] = (
+            at.caller_columns,
+            at.source.shape[1],
+        )
 
     @staticmethod
     def _mask(mask: Any, text: Tensor) -> Tensor:
@@ -101,83 +119,92 @@ class Widening:
             raise RouteError("a prompt needs a mask of [batch, tokens] to find where each row's text begins")
         return mask
 
-    def _columns(self, mask: Tensor) -> Columns:
+    def _columns(self, mask: Tensor) -> ColumnMap:
         rows, tokens = mask.shape
-        entries = [0] * rows if self.plan is None else self.plan.expanded(rows)
+        entries = [0] * rows if self.row_plan is None else self.row_plan.repeat_to(rows)
         length = torch.tensor([self.lengths[e] for e in entries], device=mask.device)[:, None]
-        after = torch.tensor([any(p.delta.after for p in self.parts[e]) for e in entries], device=mask.device)[:, None]
-        pooled = torch.tensor([any(p.delta.pooled for p in self.parts[e]) for e in entries], device=mask.device)[
-            :, None
-        ]
+        after = torch.tensor(
+            [any(p.delta.after_first_token for p in self.parts[e]) for e in entries], device=mask.device
+        )[:, None]
+        pooled = torch.tensor(
+            [any(p.delta.pooled_by_classifier for p in self.parts[e]) for e in entries], device=mask.device
+        )[:, None]
         pads = (mask.cumsum(1) == 0).sum(1, keepdim=True)
         start = (pads + after).clamp_max(tokens)
-        new = torch.arange(tokens + self.longest, device=mask.device)[None].expand(rows, -1)
+        new = torch.arange(tokens + self.max_length, device=mask.device)[None].expand(rows, -1)
         old = torch.arange(tokens, device=mask.device)[None].expand(rows, -1)
         prompt = (new >= start) & (new < start + length)
         source = torch.where(new < start, new, new - length)
         pad = (source >= tokens) & ~prompt
-        return Columns(
-            source.clamp(0, tokens - 1), prompt, (new - start).clamp(0, max(0, self.longest - 1)), pad,
+        return ColumnMap(
+            source.clamp(0, tokens - 1), prompt, (new - start).clamp(0, max(0, self.max_length - 1)), pad,
             torch.where((old < start) | (pooled & (old == start)), old, old + length),
         )  # fmt: skip
 
-    def _vectors(self, at: Columns, like: Tensor) -> Tensor:
+    def _vectors(self, columns: ColumnMap, like: Tensor) -> Tensor:
         """[B, W, d]: at a prompt's columns its vectors, anything elsewhere."""
         tables = []
         for each, length in zip(self.parts, self.lengths, strict=True):
-            rest = like.new_zeros(self.longest - length, like.shape[-1])
-            tables.append(torch.cat([*(p.delta.tokens().to(like.dtype) for p in each), rest]))
-        entries = [0] * len(at.slot) if self.plan is None else self.plan.expanded(len(at.slot))
+            rest = like.new_zeros(self.max_length - length, like.shape[-1])
+            tables.append(torch.cat([*(p.delta.token_vectors().to(like.dtype) for p in each), rest]))
+        entries = [0] * len(columns.slot) if self.row_plan is None else self.row_plan.repeat_to(len(columns.slot))
         owner = torch.tensor(entries, device=like.device)[:, None]
-        return torch.stack(tables)[owner, at.slot]
+        return torch.stack(tables)[owner, columns.slot]
 
 
-def _taken(value: Tensor, at: Columns) -> Tensor:
+def _map_columns(value: Tensor, columns: ColumnMap) -> Tensor:
     """A value [B, T, ...] by new columns, zero where nobody's."""
-    index = at.source.reshape(*at.source.shape, *(1,) * (value.ndim - 2))
+    index = columns.source.reshape(*columns.source.shape, *(1,) * (value.ndim - 2))
     new = value.gather(1, index.expand(-1, -1, *value.shape[2:]))
-    return new.masked_fill((at.pad | at.prompt).reshape(index.shape), 0)
+    return new.masked_fill((columns.pad | columns.prompt).reshape(index.shape), 0)
 
 
-class Trim:
+class TrimOutput:
     """The program of what ends a stack: what comes after it sees the caller's columns alone."""
 
-    def __init__(self, tower: str, here: Here, then: Program | None) -> None:
-        self.tower, self.here, self.then = tower, here, then
+    def __init__(self, tower: str, forward_slot: ForwardSlot, inner: Program | None) -> None:
+        self.tower, self.forward_slot, self.inner = tower, forward_slot, inner
 
-    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = forward(module, *args, **kwargs) if self.then is None else self.then(module, forward, args, kwargs)
+    def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = forward(module, *args, **kwargs) if self.inner is None else self.inner(module, forward, args, kwargs)
         if isinstance(out, Mapping):
-            return trimmed(out, self.here.call, self.tower)
-        y, whole = split(out)
-        return join(narrowed(y, self.here.call, self.tower), whole)
+            return trim_output(out, self.forward_slot.state, self.tower)
+        y, whole = unpack_output(out)
+        return repack_output(trim_tensor(y, self.forward_slot.state, self.tower), whole)
 
 
-def narrowed(value: Tensor, call: Call, tower: str) -> Tensor:
+def trim_tensor(value: Tensor, forward_state: ForwardState, tower: str) -> Tensor:
     """[B, W, d] -> [B, T, d]; anything else as it is."""
-    back = call.back.get(tower)
-    if back is None or value.ndim != 3 or value.shape[1] != call.wide[tower] or value.shape[0] != back.shape[0]:
+    back = forward_state.caller_columns.get(tower)
+    if (
+        back is None
+        or value.ndim != 3
+        or value.shape[1] != forward_state.widened_width[tower]
+        or value.shape[0] != back.shape[0]
+    ):
         return value
     return value.gather(1, back[..., None].expand(-1, -1, value.shape[2]))
 
 
-def trimmed(output: Any, call: Call, tower: str, names: Sequence[str] = ("last_hidden_state", "hidden_states")) -> Any:
+def trim_output(
+    output: Any, forward_state: ForwardState, tower: str, names: Sequence[str] = ("last_hidden_state", "hidden_states")
+) -> Any:
     """A model's output with the stack's hidden states in the caller's columns."""
-    if tower not in call.back:
+    if tower not in forward_state.caller_columns:
         return output
     if isinstance(output, tuple) and not isinstance(output, Mapping):
-        return tuple(_narrowed_all(value, call, tower) for value in output)
+        return tuple(_trim_all(value, forward_state, tower) for value in output)
     if not isinstance(output, Mapping):
         return output
     for name in names:
         value = output.get(name)
         if value is not None:
-            output[name] = _narrowed_all(value, call, tower)  # type: ignore[index]
+            output[name] = _trim_all(value, forward_state, tower)  # type: ignore[index]
     return output
 
 
-def _narrowed_all(value: Any, call: Call, tower: str) -> Any:
+def _trim_all(value: Any, forward_state: ForwardState, tower: str) -> Any:
     """A tensor or a tuple of such."""
     if isinstance(value, tuple):
-        return tuple(_narrowed_all(v, call, tower) for v in value)
-    return narrowed(value, call, tower) if isinstance(value, Tensor) else value
+        return tuple(_trim_all(v, forward_state, tower) for v in value)
+    return trim_tensor(value, forward_state, tower) if isinstance(value, Tensor) else value

@@ -27,21 +27,21 @@ TYPES: dict[Any, str] = {
     str: "text", bool: "true | false", int: "whole number", float: "number", Path: "folder", Method: "method",
     SourceConfig: "source", JobConfig: "job", AugmentConfig: "augmentation", Any: "value",
 }  # fmt: skip
-AUGMENT = "augmentation"
+AUGMENTATION_TITLE = "augmentation"
 SIGNS = ((Gt, ">", "gt"), (Ge, ">=", "ge"), (Lt, "<", "lt"), (Le, "<=", "le"))
 
 # What the example says; all else stands there as a comment with its default.
-EXAMPLE: dict[str, Any] = {
+EXAMPLE_VALUES: dict[str, Any] = {
     "model.name": "smollm2-135m",
     "data.train": [{"path": "train.jsonl"}],
     "train.epochs": 1.0,
-    "train.batch": 16,
+    "train.batch_size": 16,
     "output.folder": "runs/first",
 }
 
 
 @dataclass(frozen=True)
-class Setting:
+class SettingDoc:
     """kind: the type in words, with its limits. default: as YAML has it; "" if it must be said."""
 
     name: str
@@ -51,47 +51,49 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Section:
+class SectionDoc:
     """name: "" for what belongs to none."""
 
     name: str
     text: str
-    settings: tuple[Setting, ...]
+    settings: tuple[SettingDoc, ...]
 
 
-def sections() -> tuple[Section, ...]:
+def sections() -> tuple[SectionDoc, ...]:
     """The run's, in order; a section within a section after it."""
-    found: list[Section] = []
-    loose: list[Setting] = []
+    found: list[SectionDoc] = []
+    loose: list[SettingDoc] = []
     for name, info in RunConfig.model_fields.items():
-        inner = _section(info.annotation)
+        inner = _section_model(info.annotation)
         if inner is None or inner is JobConfig:
-            loose.append(_setting(name, info))
+            loose.append(_setting_doc(name, info))
         if inner is not None:
             repeated = ".0" if inner is JobConfig else ""
-            found.append(Section(name + repeated, _text(inner), tuple(_settings(inner))))
+            found.append(SectionDoc(name + repeated, _doc_text(inner), tuple(_setting_docs(inner))))
         if name == "data":
-            found.append(Section("data.train.0", _text(SourceConfig), tuple(_settings(SourceConfig))))
-            found.append(Section("data.augment", _text(AugmentConfig), tuple(_settings(AugmentConfig))))
-    return (Section("", _text(RunConfig), tuple(loose)), *found)
+            found.append(SectionDoc("data.train.0", _doc_text(SourceConfig), tuple(_setting_docs(SourceConfig))))
+            found.append(SectionDoc("data.augment", _doc_text(AugmentConfig), tuple(_setting_docs(AugmentConfig))))
+    return (SectionDoc("", _doc_text(RunConfig), tuple(loose)), *found)
 
 
-def _settings(section: type[BaseModel]) -> Iterator[Setting]:
-    return (_setting(name, info) for name, info in section.model_fields.items())
+def _setting_docs(section: type[BaseModel]) -> Iterator[SettingDoc]:
+    return (_setting_doc(name, info) for name, info in section.model_fields.items())
 
 
-def _setting(name: str, info: FieldInfo) -> Setting:
-    default = "" if info.is_required() else flow(info.get_default(call_default_factory=True))
-    return Setting(name, type_text(info.annotation, info.metadata), default, " ".join((info.description or "").split()))
+def _setting_doc(name: str, info: FieldInfo) -> SettingDoc:
+    default = "" if info.is_required() else default_text(info.get_default(call_default_factory=True))
+    return SettingDoc(
+        name, type_text(info.annotation, info.metadata), default, " ".join((info.description or "").split())
+    )
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
+def _section_model(annotation: Any) -> type[BaseModel] | None:
     """The section that a field is, or holds several of."""
     inner = get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
     return inner if isinstance(inner, type) and issubclass(inner, BaseModel) and inner is not Method else None
 
 
-def _text(section: type[BaseModel]) -> str:
+def _doc_text(section: type[BaseModel]) -> str:
     return " ".join((inspect.getdoc(section) or "").split())
 
 
@@ -115,7 +117,7 @@ def type_text(annotation: Any, limits: Any = ()) -> str:
     return f"{text} {', '.join(bounds)}" if bounds else text
 
 
-def flow(value: Any) -> str:
+def default_text(value: Any) -> str:
     """A default as it would be written on one line of YAML."""
     if isinstance(value, Method):
         return type(value).__name__
@@ -124,11 +126,11 @@ def flow(value: Any) -> str:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, str):
-        return yaml_file.written({"v": value}).removeprefix("v: ").strip()
+        return yaml_file.to_yaml({"v": value}).removeprefix("v: ").strip()
     return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
-def example() -> str:
+def example_yaml() -> str:
     """A run.yaml to begin with: what most runs say, and every other setting as a comment with its default."""
     lines = [
         "# A run of kitout:  kitout train run.yaml",
@@ -141,53 +143,58 @@ def example() -> str:
             source = section  # written within data
         elif section.name == "data.augment":  # written within data, as it is the last that is
             at = lines.index("  augment:") + 1
-            lines[at:at] = list(_commented(section.settings, "    "))
+            lines[at:at] = list(_comment_out(section.settings, "    "))
         elif section.name == "jobs.0":
-            lines += ["", *_words(next(s.text for s in loose if s.name == "jobs"), ""), "#jobs:", "#  - name: first"]
+            lines += [
+                "",
+                *_comment_lines(next(s.text for s in loose if s.name == "jobs"), ""),
+                "#jobs:",
+                "#  - name: first",
+            ]
         else:
-            lines += ["", *_words(section.text, ""), f"{section.name}:", *_section_lines(section)]
+            lines += ["", *_comment_lines(section.text, ""), f"{section.name}:", *_section_lines(section)]
             if section.name == "model":
                 lines += _method_lines(next(s for s in loose if s.name == "method"))
         if section.name == "data.train.0":
             at = next(i for i, line in enumerate(lines) if line == "    - path: train.jsonl")
-            lines[at + 1 : at + 1] = list(_commented(source.settings[1:], "      "))
-            lines += ["", *_one(next(s for s in loose if s.name == "objective"), "", None)]
+            lines[at + 1 : at + 1] = list(_comment_out(source.settings[1:], "      "))
+            lines += ["", *_setting_lines(next(s for s in loose if s.name == "objective"), "", None)]
     return "\n".join(lines) + "\n"
 
 
-def _method_lines(method: Setting) -> Iterator[str]:
+def _method_lines(method: SettingDoc) -> Iterator[str]:
     from kitout.methods import LoRA
 
     yield ""
-    yield from _words(method.text, "")
+    yield from _comment_lines(method.text, "")
     yield from ("method:", f"  name: {method.default}", "  rank: 8")
     made = LoRA()
-    yield from (f"  #{name}: {flow(getattr(made, name))}" for name in LoRA.model_fields if name != "rank")
+    yield from (f"  #{name}: {default_text(getattr(made, name))}" for name in LoRA.model_fields if name != "rank")
 
 
-def _section_lines(section: Section) -> Iterator[str]:
+def _section_lines(section: SectionDoc) -> Iterator[str]:
     for setting in section.settings:
-        yield from _one(setting, "  ", EXAMPLE.get(f"{section.name}.{setting.name}"))
+        yield from _setting_lines(setting, "  ", EXAMPLE_VALUES.get(f"{section.name}.{setting.name}"))
 
 
-def _commented(settings: tuple[Setting, ...], indent: str) -> Iterator[str]:
+def _comment_out(settings: tuple[SettingDoc, ...], indent: str) -> Iterator[str]:
     for setting in settings:
-        yield from _one(setting, indent, None)
+        yield from _setting_lines(setting, indent, None)
 
 
-def _one(setting: Setting, indent: str, said: Any) -> Iterator[str]:
+def _setting_lines(setting: SettingDoc, indent: str, given: Any) -> Iterator[str]:
     told = "|" in setting.kind and setting.kind != type_text(bool)  # the default shows the type of the others
-    yield from _words(f"{setting.text} ({setting.kind})" if told else setting.text, indent)
-    if isinstance(said, list):
+    yield from _comment_lines(f"{setting.text} ({setting.kind})" if told else setting.text, indent)
+    if isinstance(given, list):
         yield f"{indent}{setting.name}:"
-        yield from (f"{indent}  - {name}: {value}" for one in said for name, value in one.items())
-    elif said is not None:
-        yield f"{indent}{setting.name}: {said}"
-    elif setting.kind == AUGMENT:
+        yield from (f"{indent}  - {name}: {value}" for one in given for name, value in one.items())
+    elif given is not None:
+        yield f"{indent}{setting.name}: {given}"
+    elif setting.kind == AUGMENTATION_TITLE:
         yield f"{indent}{setting.name}:"
     else:
         yield f"{indent}#{setting.name}: {setting.default}"
 
 
-def _words(text: str, indent: str) -> list[str]:
+def _comment_lines(text: str, indent: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")

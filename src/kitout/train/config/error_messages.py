@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from kitout.errors import suggest
 
-LONGEST = 600
-LISTED = "\n  - "  # between the faults of one validator
+MAX_MESSAGE_CHARS = 600
+JOIN = "\n  - "  # between the faults of one validator
 
 EXPECTED = {  # by the beginning of pydantic's name for the fault
     "int_": "a whole number",
@@ -35,12 +35,12 @@ EXPECTED = {  # by the beginning of pydantic's name for the fault
 }
 
 
-def told(wrong: ValidationError, model: type[BaseModel]) -> list[str]:
+def explain(validation_error: ValidationError, model: type[BaseModel]) -> list[str]:
     """Every fault once, in order."""
     lines: list[str] = []
     expected: dict[str, tuple[list[str], str]] = {}  # of several types, by place
-    for error in wrong.errors(include_url=False):
-        place, section = _place(error["loc"], model)
+    for error in validation_error.errors(include_url=False):
+        place, section = _named_location(error["loc"], model)
         if error["type"] == "missing":
             lines.append(f"{place}: must be said")
         elif error["type"] == "extra_forbidden":
@@ -48,20 +48,22 @@ def told(wrong: ValidationError, model: type[BaseModel]) -> list[str]:
                 f"{place}: there is no such setting; {suggest(place.rpartition('.')[2], section.model_fields)}"
             )
         elif error["type"] == "value_error":
-            lines += _own(place, error["msg"].removeprefix("Value error, "))
+            lines += _validator_errors(place, error["msg"].removeprefix("Value error, "))
         else:
             if place not in expected:
                 lines.append(place)  # its words come when all its types are known
             expected.setdefault(place, ([], repr(error["input"])))[0].append(_expected(error))
-    return [_line(line, *expected[line]) if line in expected else line[:LONGEST] for line in lines]
+    return [
+        _expectation_line(line, *expected[line]) if line in expected else line[:MAX_MESSAGE_CHARS] for line in lines
+    ]
 
 
-def _own(place: str, words: str) -> Iterator[str]:
+def _validator_errors(location: str, message: str) -> Iterator[str]:
     """Faults that a validator of ours has found: in the place's own settings, or in the place itself."""
-    for part in words.split(LISTED):
+    for part in message.split(JOIN):
         inner = part.split(":", 1)[0]
         deeper = ":" in part and inner.replace(".", "_").isidentifier()
-        yield f"{place}.{part}" if place and deeper else f"{place}: {part}" if place else part
+        yield f"{location}.{part}" if location and deeper else f"{location}: {part}" if location else part
 
 
 def _expected(error: Any) -> str:
@@ -71,16 +73,16 @@ def _expected(error: Any) -> str:
     return str(error["msg"])
 
 
-def _line(place: str, words: list[str], found: str) -> str:
-    return f"{place}: expected {' or '.join(dict.fromkeys(words))}, found {found}"[:LONGEST]
+def _expectation_line(location: str, expected: list[str], given: str) -> str:
+    return f"{location}: expected {' or '.join(dict.fromkeys(expected))}, found {given}"[:MAX_MESSAGE_CHARS]
 
 
-def _place(where: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, type[BaseModel]]:
+def _named_location(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, type[BaseModel]]:
     """The dotted name without pydantic's marks for the members of a union, and the section it lies in."""
     names: list[str] = []
     section: type[BaseModel] | None = model
     inside, annotation = model, None
-    for part in where:
+    for part in location:
         if isinstance(part, int):
             names.append(str(part))
         elif section is not None:
@@ -88,19 +90,19 @@ def _place(where: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, t
             inside = section
             field = section.model_fields.get(part)
             annotation = None if field is None else field.annotation
-            section = _model(annotation)
+            section = _model_in(annotation)
         elif get_origin(annotation) is dict:
             names.append(part)
     return ".".join(names), inside
 
 
-def _model(annotation: Any) -> type[BaseModel] | None:
-    return next((kind for kind in _kinds(annotation) if issubclass(kind, BaseModel)), None)
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    return next((kind for kind in _classes_in(annotation) if issubclass(kind, BaseModel)), None)
 
 
-def _kinds(annotation: Any) -> Iterator[type]:
+def _classes_in(annotation: Any) -> Iterator[type]:
     """Every class an annotation names."""
     if isinstance(annotation, type) and not get_args(annotation):
         yield annotation
     for inner in get_args(annotation):
-        yield from _kinds(inner)
+        yield from _classes_in(inner)

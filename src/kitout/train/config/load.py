@@ -10,23 +10,23 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kitout.errors import ConfigError, Faults
-from kitout.train.config.conflicts import contradictions
-from kitout.train.config.error_messages import told
+from kitout.errors import ConfigError, Errors
+from kitout.train.config.conflicts import find_conflicts
+from kitout.train.config.error_messages import explain
 from kitout.train.config.schema import RunConfig
 
 
 def load(values: Mapping[str, Any]) -> RunConfig:
     """A checked config from plain values (YAML, JSON, a form). ConfigError names every error at once."""
-    faults = Faults(ConfigError, "the run's config")
+    faults = Errors(ConfigError, "the run's config")
     try:
         config = RunConfig.model_validate(dict(values))
     except ValidationError as wrong:
-        for fault in told(wrong, RunConfig):
+        for fault in explain(wrong, RunConfig):
             faults.add(fault)
         faults.raise_if_any()
         raise
-    for fault in dict.fromkeys(fault for run in config.alone() for fault in contradictions(run)):
+    for fault in dict.fromkeys(fault for run in config.per_job() for fault in find_conflicts(run)):
         faults.add(fault)
     faults.raise_if_any()
     return config

@@ -15,10 +15,10 @@ from pydantic_core import CoreSchema
 from kitout import methods as _registering  # noqa: F401 - a run may name any method there is
 from kitout.errors import ConfigError, suggest
 from kitout.method import REGISTRY, Method
-from kitout.train.config.error_messages import LISTED, told
+from kitout.train.config.error_messages import JOIN, explain
 
 
-def method(value: Any) -> Method:
+def parse_method(value: Any) -> Method:
     """A Method from itself, its name, or its name with settings."""
     if isinstance(value, Method):
         return value
@@ -35,18 +35,18 @@ def method(value: Any) -> Method:
         made = REGISTRY[name](**{word: v for word, v in settings.items() if word in known})
     except ConfigError as wrong:
         inner = wrong.__context__
-        strange += told(inner, REGISTRY[name]) if isinstance(inner, ValidationError) else [str(wrong)]
+        strange += explain(inner, REGISTRY[name]) if isinstance(inner, ValidationError) else [str(wrong)]
     if strange:
-        raise ValueError(LISTED.join(strange))
+        raise ValueError(JOIN.join(strange))
     return made
 
 
-def dumped(chosen: Method) -> dict[str, Any]:
+def method_to_dict(method: Method) -> dict[str, Any]:
     """A Method as its name and what differs from its defaults."""
-    return {"name": type(chosen).__name__, **chosen.model_dump(mode="json", exclude_defaults=True)}
+    return {"name": type(method).__name__, **method.model_dump(mode="json", exclude_defaults=True)}
 
 
-class _Schema:
+class _MethodSchema:
     """Of any method: one object for each, told apart by its name."""
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -70,4 +70,4 @@ def _schema_of(name: str, cls: type[Method]) -> dict[str, Any]:
     }
 
 
-AnyMethod: TypeAlias = Annotated[Method, _Schema()]
+MethodField: TypeAlias = Annotated[Method, _MethodSchema()]

@@ -13,15 +13,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kitout.errors import ConfigError, Faults
+from kitout.errors import ConfigError, Errors
 from kitout.train.config import yaml_file
 from kitout.train.config.load import load
 from kitout.train.config.schema import RunConfig
 
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*", re.ASCII)
+SETTING_NAME_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*", re.ASCII)
 
 # What stands where settings may stand: {where, with * for a number: the setting it is short for}.
-SHORT = {
+SHORTHANDS = {
     "model": "name",
     "method": "name",
     "jobs.*.method": "name",
@@ -33,36 +33,36 @@ SHORT = {
     "jobs.*.data.train.*": "path",
 }
 
-Value = tuple[str, Any]  # dotted name, plain value
+Override = tuple[str, Any]  # dotted name, plain value
 
 
-def is_override(word: str) -> bool:
+def is_override(text: str) -> bool:
     """Whether a word of a command line is an override and not a file."""
-    name, equals, _ = word.partition("=")
-    return bool(equals) and (NAME.fullmatch(name) is not None or not word.endswith((".yaml", ".yml")))
+    name, equals, _ = text.partition("=")
+    return bool(equals) and (SETTING_NAME_PATTERN.fullmatch(name) is not None or not text.endswith((".yaml", ".yml")))
 
 
-def value_of(word: str) -> Value:
+def parse_override(text: str) -> Override:
     """`train.lr=1e-4` -> ("train.lr", 0.0001). What YAML cannot read is taken as it stands (`path=*.jsonl`)."""
-    name, _, words = word.partition("=")
-    if NAME.fullmatch(name) is None:
-        raise ConfigError(f"{word!r}: a setting is written name=value, with a name such as train.lr")
+    name, _, words = text.partition("=")
+    if SETTING_NAME_PATTERN.fullmatch(name) is None:
+        raise ConfigError(f"{text!r}: a setting is written name=value, with a name such as train.lr")
     try:
-        return name, yaml_file.parse(words, word)
+        return name, yaml_file.parse_yaml(words, text)
     except ConfigError:
         if words.lstrip()[:1] in tuple("[{\"'"):
             raise
         return name, words
 
 
-def config(file: Path | None, said: Iterable[Value | str]) -> RunConfig:
+def build_config(file: Path | None, overrides: Iterable[Override | str]) -> RunConfig:
     """The run that a file (None: none) and overrides describe; the later wins. ConfigError tells every fault."""
-    values = yaml_file.read(file) if file is not None else {}
+    values = yaml_file.read_yaml(file) if file is not None else {}
     faults: list[str] = []
-    for one in said:
+    for one in overrides:
         try:
-            name, value = value_of(one) if isinstance(one, str) else one
-            values = apply(values, name, value)
+            name, value = parse_override(one) if isinstance(one, str) else one
+            values = apply_override(values, name, value)
         except ConfigError as wrong:
             faults.append(str(wrong))
     try:
@@ -73,14 +73,14 @@ def config(file: Path | None, said: Iterable[Value | str]) -> RunConfig:
         _, *listed = str(wrong).split("\n  - ")
         faults += listed or [str(wrong)]
     if faults:
-        found = Faults(ConfigError, "the run's config")
+        found = Errors(ConfigError, "the run's config")
         for fault in faults:
             found.add(fault)
         found.raise_if_any()
     return made
 
 
-def apply(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+def apply_override(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
     """A copy of plain values with one more."""
     fresh: dict[str, Any] = copy.deepcopy(dict(values))
     held: Any = fresh
@@ -89,48 +89,48 @@ def apply(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
         where = ".".join(above[: depth + 1])
         inner = _get(held, part, name)
         if not isinstance(inner, dict | list):
-            inner = _written_out(inner, where, name)
-        elif isinstance(inner, list) and not _next(above, depth, last).isdigit():
-            inner = _single(inner, where, name)
+            inner = _expand(inner, where, name)
+        elif isinstance(inner, list) and not _next_name(above, depth, last).isdigit():
+            inner = _single_entry(inner, where, name)
         _set(held, part, inner, name)
         held = inner
     _set(held, last, value, name)
     return fresh
 
 
-def _next(above: list[str], depth: int, last: str) -> str:
+def _next_name(above: list[str], depth: int, last: str) -> str:
     return above[depth + 1] if depth + 1 < len(above) else last
 
 
-def _written_out(short: Any, where: str, name: str) -> dict[str, Any]:
-    if short is None:
+def _expand(shorthand: Any, location: str, name: str) -> dict[str, Any]:
+    if shorthand is None:
         return {}
-    key = SHORT.get(re.sub(r"\.\d+(?=\.|$)", ".*", where))
+    key = SHORTHANDS.get(re.sub(r"\.\d+(?=\.|$)", ".*", location))
     if key is None:
-        raise ConfigError(f"{name}: {where} is {short!r}, which holds no settings")
-    return {key: short}
+        raise ConfigError(f"{name}: {location} is {shorthand!r}, which holds no settings")
+    return {key: shorthand}
 
 
-def _single(listed: list[Any], where: str, name: str) -> Any:
+def _single_entry(entries: list[Any], location: str, name: str) -> Any:
     """A setting of the one entry of a list: data.train.limit=100."""
-    if len(listed) == 1 and isinstance(listed[0], str | dict):
-        return listed[0] if isinstance(listed[0], dict) else _written_out(listed[0], f"{where}.0", name)
-    raise ConfigError(f"{name}: {where} is a list of {len(listed)}; say which, for example {where}.0")
+    if len(entries) == 1 and isinstance(entries[0], str | dict):
+        return entries[0] if isinstance(entries[0], dict) else _expand(entries[0], f"{location}.0", name)
+    raise ConfigError(f"{name}: {location} is a list of {len(entries)}; say which, for example {location}.0")
 
 
-def _get(held: Any, part: str, name: str) -> Any:
-    return held[_index(held, part, name)] if isinstance(held, list) else held.get(part)
+def _get(container: Any, key: str, name: str) -> Any:
+    return container[_index(container, key, name)] if isinstance(container, list) else container.get(key)
 
 
-def _set(held: Any, part: str, value: Any, name: str) -> None:
-    if isinstance(held, list):
-        held[_index(held, part, name)] = value
+def _set(container: Any, key: str, value: Any, name: str) -> None:
+    if isinstance(container, list):
+        container[_index(container, key, name)] = value
     else:
-        held[part] = value
+        container[key] = value
 
 
-def _index(held: list[Any], part: str, name: str) -> int:
-    if not part.isdigit() or int(part) >= len(held):
-        there = f"0 to {len(held) - 1}" if held else "none"
-        raise ConfigError(f"{name}: {part!r} is no number of an entry there is ({there})")
-    return int(part)
+def _index(entries: list[Any], key: str, name: str) -> int:
+    if not key.isdigit() or int(key) >= len(entries):
+        there = f"0 to {len(entries) - 1}" if entries else "none"
+        raise ConfigError(f"{name}: {key!r} is no number of an entry there is ({there})")
+    return int(key)

@@ -12,28 +12,37 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from kitout.runtime.build_adapter import NAME
-from kitout.train.config.method_field import AnyMethod, dumped, method
+from kitout.runtime.build_adapter import ADAPTER_NAME_PATTERN
+from kitout.train.config.method_field import MethodField, method_to_dict, parse_method
 
-Objective = Literal["auto", "causal", "classify", "regress", "multilabel", "tokens", "seq2seq", "images"]
+ObjectiveName = Literal[
+    "auto",
+    "causal_lm",
+    "classification",
+    "regression",
+    "multilabel",
+    "token_classification",
+    "seq2seq_lm",
+    "image_classification",
+]
 
 
-def _name(value: str) -> str:
-    if not NAME.fullmatch(value):
+def check_name(value: str) -> str:
+    if not ADAPTER_NAME_PATTERN.fullmatch(value):
         raise ValueError(f"{value!r}: use 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit")
     return value
 
 
-Name: TypeAlias = Annotated[str, AfterValidator(_name)]
+AdapterName: TypeAlias = Annotated[str, AfterValidator(check_name)]
 
 
-class Section(BaseModel):
+class ConfigSection(BaseModel):
     """One part of the config: frozen, keyword only, nothing unknown."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class ModelConfig(Section):
+class ModelConfig(ConfigSection):
     """The frozen base."""
 
     name: str
@@ -44,13 +53,13 @@ class ModelConfig(Section):
     """Of the frozen weights; auto: bfloat16 where the machine computes in it, else float32. Adapters stay float32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     """auto: the model's own choice; on a CPU with texts below 256 tokens plain (eager), which trains faster there."""
-    quantise: Literal["none", "nf4", "int8", "torchao-int8"] = "none"
+    quantization: Literal["none", "nf4", "int8", "torchao-int8"] = "none"
     """nf4 and int8: bitsandbytes; torchao-int8: weight only. LoRA and the activation methods train over them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where it is computed; auto: on a GPU if there is one."""
 
 
-class SourceConfig(Section):
+class SourceConfig(ConfigSection):
     """One set of examples, in a mixture with others or alone: then `data.train.limit` says it too, without a number."""
 
     path: str
@@ -62,13 +71,13 @@ class SourceConfig(Section):
     """auto, or a format by name (`kitout train --help` lists them)."""
     columns: dict[str, str] = {}
     """What a column is called that cannot be told: {"text": "body", "label": "stars"}."""
-    instruction: str | None = None
+    system_prompt: str | None = None
     """A system turn for every example; labelled texts become chats whose answer is the label, for language models."""
     limit: int | None = Field(default=None, gt=0)
     """At most so many examples of each part, drawn by the seed."""
 
 
-class AugmentConfig(Section):
+class AugmentConfig(ConfigSection):
     """Random changes to training images, drawn anew each time by the seed; needs kornia."""
 
     min_crop: float = Field(default=1.0, ge=0.01, le=1)
@@ -81,7 +90,7 @@ class AugmentConfig(Section):
     """Largest change of brightness, contrast and saturation."""
 
 
-class DataConfig(Section):
+class DataConfig(ConfigSection):
     """What is learnt from, and what is measured on."""
 
     train: tuple[SourceConfig, ...]
@@ -90,9 +99,9 @@ class DataConfig(Section):
     """A file of its own, a share of train, or a number of examples; watched during training. 0: none."""
     test: str | float | int = 0.1
     """A file of its own, a share of train, or a number of examples; measured once, at the end. 0: none."""
-    learn: Literal["assistant", "last", "all"] = "assistant"
+    train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which turns are learnt: the assistant's, its last alone, or every token."""
-    template: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = {}
     """What the chat template is told besides the turns: {"enable_thinking": false}."""
     labels: tuple[str, ...] | None = None
     """The closed set of labels, in order; default: those of the training part."""
@@ -109,7 +118,7 @@ class DataConfig(Section):
 
     @field_validator("train", mode="before")
     @classmethod
-    def _sources(cls, value: Any) -> Any:
+    def _parse_sources(cls, value: Any) -> Any:
         listed = value if isinstance(value, list | tuple) else [value]
         if not listed:
             raise ValueError("say at least one source: a path, or a list of sources")
@@ -117,32 +126,32 @@ class DataConfig(Section):
 
     @field_validator("augment", mode="before")
     @classmethod
-    def _empty(cls, value: Any) -> Any:
+    def _empty_section(cls, value: Any) -> Any:
         """A section whose settings are all commented out."""
         return {} if value is None else value
 
     @field_validator("labels", mode="before")
     @classmethod
-    def _words(cls, value: Any) -> Any:
+    def _labels_as_text(cls, value: Any) -> Any:
         """A label that reads like a number is a word all the same."""
         listed = isinstance(value, list | tuple)
         return [str(v) if type(v) in (int, float) else v for v in value] if listed else value
 
     @field_validator("labels")
     @classmethod
-    def _distinct(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    def _check_labels(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if value is not None and len(set(value)) < max(2, len(value)):
             raise ValueError(f"expected at least 2 labels, each once; found {', '.join(value)}")
         return value
 
     @field_validator("validation", "test", mode="before")
     @classmethod
-    def _paths(cls, value: Any) -> Any:
+    def _path_as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
 
     @field_validator("validation", "test")
     @classmethod
-    def _part(cls, value: str | float) -> str | float:
+    def _check_fraction(cls, value: str | float) -> str | float:
         if isinstance(value, float) and not (0 <= value < 1 or value.is_integer()):
             raise ValueError("a share lies between 0 and 1; a number of examples is a whole number")
         if not isinstance(value, str) and value < 0:
@@ -150,7 +159,7 @@ class DataConfig(Section):
         return int(value) if isinstance(value, float) and value >= 1 else value
 
 
-class TrainConfig(Section):
+class TrainConfig(ConfigSection):
     """How it is learnt."""
 
     lr: float | None = Field(default=None, gt=0)
@@ -159,82 +168,82 @@ class TrainConfig(Section):
     """Of the adapter's heads (a classifier); default: the method's own."""
     head: Literal["linear", "batchnorm"] = "linear"
     """The classifier of an image model: linear, or linear after a BatchNorm without gain and shift (AdaptFormer's)."""
-    ratio: float = Field(default=1.0, gt=0)
+    loraplus_lr_ratio: float = Field(default=1.0, gt=0)
     """LoRA+: the rate of B over the rate of A (Hayou et al. 2024 use 16)."""
-    decay: float | None = Field(default=None, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
     """Weight decay, kept off scales, shifts, biases and prompts; default: the method's own."""
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the training part; a part of one is fine."""
     steps: int | None = Field(default=None, gt=0)
     """Optimiser steps, instead of epochs."""
-    batch: int = Field(default=16, gt=0)
+    batch_size: int = Field(default=16, gt=0)
     """Examples of one optimiser step, over all processes. The result depends on it."""
-    micro_batch: int | None = Field(default=None, gt=0)
+    micro_batch_size: int | None = Field(default=None, gt=0)
     """Examples of one forward; default: the whole batch on a GPU, on a CPU as many as keep it busy. It is halved when
     memory runs out. Changes cost, not the result."""
-    warmup: float = Field(default=0.06, ge=0, lt=1)
+    warmup_ratio: float = Field(default=0.06, ge=0, lt=1)
     """The part of the run in which the rate rises."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """After the rise."""
-    clip: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Largest norm of one step's gradient."""
     group_by_length: bool = True
     """Batches of like lengths, in an order drawn by the seed: less padding."""
     packing: bool = False
     """Several examples in one row, none of which sees another; tried on this model before training starts."""
-    checkpointing: bool = False
+    activation_checkpointing: bool = False
     """Activations are computed again in backward: less memory, about a fifth slower."""
     trunk: Literal["auto", "off"] = "off"
     """auto: what an image model computes before the first trained part is computed once per image and kept in memory
     (up to 2 GiB), where nothing is augmented. Equal but for rounding."""
-    patience: int | None = Field(default=None, gt=0)
+    early_stopping_patience: int | None = Field(default=None, gt=0)
     """Stops after so many evaluations without a better one."""
-    save_every: int | None = Field(default=None, gt=0)
+    save_steps: int | None = Field(default=None, gt=0)
     """Steps between checkpoints; default: about ten in a run, and with every evaluation."""
-    keep: int = Field(default=2, gt=0)
+    keep_checkpoints: int = Field(default=2, gt=0)
     """Checkpoints kept, besides the best."""
-    shard: bool = False
+    fsdp: bool = False
     """With several processes: the frozen base is parted among them (FSDP2), not copied."""
     seed: int = 0
     """Of the adapter's start, the order of examples and dropout."""
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(ConfigSection):
     """What is measured, and when."""
 
-    every: int | None = Field(default=None, ge=0)
+    steps: int | None = Field(default=None, ge=0)
     """Steps between evaluations on the validation part; default: about five in a run. 0: none."""
-    generate: int = Field(default=32, ge=0)
+    generate_examples: int = Field(default=32, ge=0)
     """Validation examples that are answered in full at each evaluation (language models). 0: loss alone."""
     max_new_tokens: int | None = Field(default=None, gt=0)
     """Of a generated answer; default: twice the longest one that is right, at most 256."""
-    test: int = Field(default=1000, gt=0)
+    max_test_examples: int = Field(default=1000, gt=0)
     """Test examples measured at the end, at most, on the base and on the adapter."""
-    shown: int = Field(default=8, ge=0)
+    show_examples: int = Field(default=8, ge=0)
     """Examples shown side by side."""
-    best: str | None = None
+    best_metric: str | None = None
     """The metric by which the best checkpoint is kept; default: the loss on the validation part."""
     prove_merge: bool = False
     """After training: merge the adapter, ask test examples again, unmerge it, and compare the base bit by bit."""
 
 
-class OutputConfig(Section):
+class OutputConfig(ConfigSection):
     """Where it goes."""
 
     folder: Path = Path("runs/train")
     """Holds adapter, report, metrics and checkpoints of this run; a run of other settings is never overwritten."""
-    name: Name = "adapter"
+    name: AdapterName = "adapter"
     """Of the adapter."""
     report_to: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = ()
     """Trackers besides metrics.jsonl, by transformers' own integrations."""
 
 
-class JobConfig(Section):
+class JobConfig(ConfigSection):
     """One of several adapters trained at once on one base; what is not said is as in the run."""
 
-    name: Name
+    name: AdapterName
     """Of its adapter."""
-    method: AnyMethod | None = None
+    method: MethodField | None = None
     """What is trained."""
     data: DataConfig | None = None
     """What it is learnt from."""
@@ -243,26 +252,26 @@ class JobConfig(Section):
 
     @field_validator("method", mode="before")
     @classmethod
-    def _method(cls, value: Any) -> Any:
-        return None if value is None else method(value)
+    def _parse_method(cls, value: Any) -> Any:
+        return None if value is None else parse_method(value)
 
     @field_validator("data", mode="before")
     @classmethod
-    def _path(cls, value: Any) -> Any:
+    def _parse_data(cls, value: Any) -> Any:
         return {"train": value} if isinstance(value, str | Path | list) else value
 
 
-class RunConfig(Section):
+class RunConfig(ConfigSection):
     """Everything a run depends on. `method`: a Method, a name, or {"name": "LoRA", "rank": 16}."""
 
     model: ModelConfig
     """The frozen base, or its name alone."""
-    method: AnyMethod = Field(default_factory=lambda: method("LoRA"))
+    method: MethodField = Field(default_factory=lambda: parse_method("LoRA"))
     """What is trained: a name, or a name and settings (`kitout methods` lists them)."""
     data: DataConfig
     """What is learnt from, or its path alone."""
-    objective: Objective = "auto"
-    """auto: by the data (answers: causal or seq2seq, as the model is; labels: classify; numbers: regress; ...)."""
+    objective: ObjectiveName = "auto"
+    """auto: by the data (answers: causal_lm or seq2seq_lm, as the model is; labels: classification; ...)."""
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     output: OutputConfig = OutputConfig()
@@ -271,37 +280,37 @@ class RunConfig(Section):
 
     @field_validator("model", mode="before")
     @classmethod
-    def _named(cls, value: Any) -> Any:
+    def _parse_model(cls, value: Any) -> Any:
         return {"name": str(value)} if isinstance(value, str | Path) else value
 
     @field_validator("data", mode="before")
     @classmethod
-    def _path(cls, value: Any) -> Any:
+    def _parse_data(cls, value: Any) -> Any:
         return {"train": value} if isinstance(value, str | Path | list) else value
 
     @field_validator("method", mode="before")
     @classmethod
-    def _method(cls, value: Any) -> Any:
-        return method(value)
+    def _parse_method(cls, value: Any) -> Any:
+        return parse_method(value)
 
     @field_validator("train", "evaluate", "output", mode="before")
     @classmethod
-    def _empty(cls, value: Any) -> Any:
+    def _empty_section(cls, value: Any) -> Any:
         """A section whose settings are all commented out."""
         return {} if value is None else value
 
     @model_validator(mode="after")
-    def _whole(self) -> RunConfig:
+    def _check_job_names(self) -> RunConfig:
         names = [job.name for job in self.jobs]
         if len(set(names)) < len(names):
             raise ValueError(f"two jobs share a name: {sorted(n for n in set(names) if names.count(n) > 1)}")
         return self
 
-    def alone(self) -> tuple[RunConfig, ...]:
+    def per_job(self) -> tuple[RunConfig, ...]:
         """Each job as the run of its own that it stands for; the run itself where there are none."""
-        return tuple(self._alone(job) for job in self.jobs) or (self,)
+        return tuple(self._run_of_job(job) for job in self.jobs) or (self,)
 
-    def _alone(self, job: JobConfig) -> RunConfig:
+    def _run_of_job(self, job: JobConfig) -> RunConfig:
         """Settings that the job has not said are the run's."""
         said: dict[str, Any] = {"jobs": (), "output": self.output.model_copy(update={"name": job.name})}
         if job.method is not None:
@@ -311,13 +320,13 @@ class RunConfig(Section):
                 said[name] = section.model_copy(update={field: getattr(own, field) for field in own.model_fields_set})
         return self.model_copy(update=said)
 
-    def dump(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As plain values, the way `load` reads them: what run.yaml holds."""
         plain: dict[str, Any] = self.model_dump(mode="json", exclude={"method", "jobs"})
-        plain["method"] = dumped(self.method)
+        plain["method"] = method_to_dict(self.method)
         plain["jobs"] = [
             job.model_dump(mode="json", exclude={"method"}, exclude_unset=True)
-            | ({} if job.method is None else {"method": dumped(job.method)})
+            | ({} if job.method is None else {"method": method_to_dict(job.method)})
             for job in self.jobs
         ]
         return plain

@@ -19,7 +19,7 @@ from ruamel.yaml.representer import SafeRepresenter
 from kitout.errors import ConfigError
 
 
-class _Constructor(SafeConstructor):
+class _YamlConstructor(SafeConstructor):
     """Dates, `=` and 1_000 stay strings, as YAML 1.2 has it: a model or a folder may be named so, no setting is one."""
 
     def construct_yaml_int(self, node: Any) -> Any:
@@ -29,7 +29,7 @@ class _Constructor(SafeConstructor):
         return node.value if "_" in node.value else super().construct_yaml_float(node)
 
 
-class _Representer(SafeRepresenter):
+class _YamlRepresenter(SafeRepresenter):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
@@ -37,24 +37,24 @@ class _Representer(SafeRepresenter):
 for _kind, _construct in {
     "timestamp": SafeConstructor.construct_yaml_str,
     "value": SafeConstructor.construct_yaml_str,
-    "int": _Constructor.construct_yaml_int,
-    "float": _Constructor.construct_yaml_float,
+    "int": _YamlConstructor.construct_yaml_int,
+    "float": _YamlConstructor.construct_yaml_float,
 }.items():
-    _Constructor.add_constructor(f"tag:yaml.org,2002:{_kind}", _construct)
+    _YamlConstructor.add_constructor(f"tag:yaml.org,2002:{_kind}", _construct)
 
 
-def _yaml() -> YAML:
+def _yaml_parser() -> YAML:
     yaml = YAML(typ="safe", pure=True)
-    yaml.Constructor, yaml.Representer = _Constructor, _Representer
+    yaml.Constructor, yaml.Representer = _YamlConstructor, _YamlRepresenter
     yaml.default_flow_style, yaml.width = False, 110
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
     return yaml
 
 
-def parse(text: str, name: str) -> Any:
+def parse_yaml(text: str, name: str) -> Any:
     """The value a text holds. name: what it is called in an error, which gives line and column."""
     try:
-        return _yaml().load(text)
+        return _yaml_parser().load(text)
     except MarkedYAMLError as wrong:
         mark = wrong.problem_mark or wrong.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -67,7 +67,7 @@ def parse(text: str, name: str) -> Any:
         raise ConfigError(f"{name}: not YAML that can be read ({str(wrong)[:200]})") from wrong
 
 
-def read(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     if not file.is_file():
         near = sorted(p.name for p in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
@@ -79,7 +79,7 @@ def read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is not UTF-8 (byte {wrong.start}): is it a YAML file?") from wrong
     except OSError as wrong:
         raise ConfigError(f"{file} cannot be read: {wrong.strerror}") from wrong
-    values = parse(text, str(file))
+    values = parse_yaml(text, str(file))
     if values is None:
         raise ConfigError(f"{file} is empty; `kitout train --example` writes one to begin with")
     if not isinstance(values, dict):
@@ -87,8 +87,8 @@ def read(file: Path) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def written(values: Mapping[str, Any]) -> str:
+def to_yaml(values: Mapping[str, Any]) -> str:
     """Plain values as YAML, in their order."""
     text = io.StringIO()
-    _yaml().dump(dict(values), text)
+    _yaml_parser().dump(dict(values), text)
     return text.getvalue()

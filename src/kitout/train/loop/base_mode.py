@@ -17,11 +17,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from kitout.errors import ConfigError
 from kitout.kit import Kit
 
-ITS_MARK = "support_avx512bf16_for_cpu"  # on bitsandbytes' 4-bit linears
+BNB_CPU_FLAG = "support_avx512bf16_for_cpu"  # on bitsandbytes' 4-bit linears
 
 
 @contextmanager
-def at_work(kit: Kit, names: Sequence[str], checkpointing: bool) -> Iterator[None]:
+def training_mode(kit: Kit, names: Sequence[str], activation_checkpointing: bool) -> Iterator[None]:
     """While it lasts the named adapters are in training mode and the base is not; then all is eval."""
     kit.eval()
     for name in names:
@@ -29,20 +29,20 @@ def at_work(kit: Kit, names: Sequence[str], checkpointing: bool) -> Iterator[Non
     with ExitStack() as undone:
         undone.callback(kit.eval)
         _check_layout(kit)
-        if checkpointing:
-            _checkpoint(kit, undone)
+        if activation_checkpointing:
+            _enable_checkpointing(kit, undone)
         yield
 
 
-def as_quantised(model: nn.Module) -> nn.Module:
+def keep_nf4_trainable(model: nn.Module) -> nn.Module:
     """Keeps 4-bit weights as bitsandbytes quantised them; to be called once, before the model runs (and is attached).
 
     On CPUs with AVX512-BF16 it lays them out anew, in place, when they are first used in eval mode: a form that has no
     gradients, says nothing of it, and rounds the scales.
     """
     for module in model.modules():
-        if getattr(module, ITS_MARK, False):
-            setattr(module, ITS_MARK, False)
+        if getattr(module, BNB_CPU_FLAG, False):
+            setattr(module, BNB_CPU_FLAG, False)
     return model
 
 
@@ -52,30 +52,32 @@ def _check_layout(kit: Kit) -> None:
         if getattr(state, "packing_format_for_cpu", False):
             raise ConfigError(
                 f"{path}: bitsandbytes has laid this 4-bit weight out for inference, where it has no gradient: load "
-                "the model afresh and call kitout.train.loop.base_mode.as_quantised(model) before kitout.attach(model)"
+                "the model afresh and call kitout.train.loop.base_mode.keep_nf4_trainable(model) before "
+                "kitout.attach(model)"
             )
 
 
-def _checkpoint(kit: Kit, undone: ExitStack) -> None:
+def _enable_checkpointing(kit: Kit, exit_stack: ExitStack) -> None:
     base: Any = kit.base
     blocks = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     can = getattr(base, "supports_gradient_checkpointing", False)  # transformers' own mark; timm has none
     if not can or not blocks:
         raise ConfigError(
-            f"train.checkpointing: {type(base).__name__} has no blocks whose activations can be computed again; "
-            "write train.checkpointing=false and a smaller train.micro_batch"
+            f"train.activation_checkpointing: {type(base).__name__} has no blocks whose activations can be "
+            "computed again; "
+            "write train.activation_checkpointing=false and a smaller train.micro_batch_size"
         )
     kit.gradient_checkpointing_enable()
-    undone.callback(kit.gradient_checkpointing_disable)
+    exit_stack.callback(kit.gradient_checkpointing_disable)
     base.disable_input_require_grads()  # the older kind of checkpointing wanted it, and left its hooks behind
     for block in blocks:
-        block.__dict__["_gradient_checkpointing_func"] = _unmoved(block, block._gradient_checkpointing_func)
+        block.__dict__["_gradient_checkpointing_func"] = _checkpoint_in_eval(block, block._gradient_checkpointing_func)
         block.training = True
-        undone.callback(block.register_forward_pre_hook(_calmed).remove)
-        undone.callback(block.register_forward_hook(_stirred, always_call=True).remove)
+        exit_stack.callback(block.register_forward_pre_hook(_eval_before).remove)
+        exit_stack.callback(block.register_forward_hook(_train_after, always_call=True).remove)
 
 
-def _unmoved(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+def _checkpoint_in_eval(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     """Checkpointing of a block that is in training mode only to be asked for it, the second time too."""
 
     def around(function: Callable[..., Any], *args: Any) -> Any:
@@ -91,14 +93,14 @@ def _unmoved(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., 
     return around
 
 
-def _calmed(block: Any, _inputs: Any) -> None:
+def _eval_before(block: Any, _inputs: Any) -> None:
     """A kit runs prompts through blocks ahead of their text, without checkpointing."""
     if block.training and not block.gradient_checkpointing:
         block.training = False
-        block.__dict__["_kitout_calmed"] = True
+        block.__dict__["_kitout_in_eval"] = True
 
 
-def _stirred(block: Any, _inputs: Any, _output: Any) -> None:
+def _train_after(block: Any, _inputs: Any, _output: Any) -> None:
     """Only what was calmed for one call: a block at rest, as in a measurement, stays at rest."""
-    if block.__dict__.pop("_kitout_calmed", False):
+    if block.__dict__.pop("_kitout_in_eval", False):
         block.training = True

@@ -15,44 +15,44 @@ from kitout.errors import ConfigError
 POOL = 32  # batches sorted by length together
 
 
-def steps_of(examples: int, batch: int, epochs: float) -> int:
+def num_steps(num_examples: int, batch_size: int, epochs: float) -> int:
     """Optimiser steps of so many passes."""
-    return max(1, round(epochs * examples / batch))
+    return max(1, round(epochs * num_examples / batch_size))
 
 
-def plan(
-    sizes: Sequence[int], batch: int, steps: int, seed: int, grouped: bool = True,
-    sets: Sequence[range] | None = None, weights: Sequence[float] | None = None,
+def plan_batches(
+    sizes: Sequence[int], batch_size: int, num_steps: int, seed: int, group_by_length: bool = True,
+    ranges: Sequence[range] | None = None, weights: Sequence[float] | None = None,
 ) -> list[list[int]]:  # fmt: skip
     """The indices of every step, longest first within a step. sets: the parts of a mixture, as ranges of indices."""
     dice = random.Random(seed)
-    parts = list(sets) if sets else [range(len(sizes))]
+    parts = list(ranges) if ranges else [range(len(sizes))]
     if not all(parts):
         raise ConfigError(f"a training set without an example: found sets of {[len(part) for part in parts]}")
-    stream = _mixed(parts, list(weights) if weights else [1.0] * len(parts), dice)
+    stream = _mixture_indices(parts, list(weights) if weights else [1.0] * len(parts), dice)
     batches: list[list[int]] = []
-    while len(batches) < steps:
-        pool = [next(stream) for _ in range(batch * min(POOL, steps - len(batches)))]
-        if grouped:
+    while len(batches) < num_steps:
+        pool = [next(stream) for _ in range(batch_size * min(POOL, num_steps - len(batches)))]
+        if group_by_length:
             pool.sort(key=lambda i: sizes[i])  # stable: equal lengths keep their drawn order
-        cut = [pool[at : at + batch] for at in range(0, len(pool), batch)]
-        if grouped:
+        cut = [pool[at : at + batch_size] for at in range(0, len(pool), batch_size)]
+        if group_by_length:
             dice.shuffle(cut)
         batches += [sorted(rows, key=lambda i: -sizes[i]) for rows in cut]
     return batches
 
 
-def _mixed(parts: Sequence[range], weights: Sequence[float], dice: random.Random) -> Iterator[int]:
+def _mixture_indices(ranges: Sequence[range], weights: Sequence[float], rng: random.Random) -> Iterator[int]:
     """Without end: each part shuffled epoch after epoch, chosen by weight times size."""
-    streams = [_epochs(part, random.Random(dice.random())) for part in parts]
-    shares = [weight * len(part) for weight, part in zip(weights, parts, strict=True)]
+    streams = [_shuffled_epochs(part, random.Random(rng.random())) for part in ranges]
+    shares = [weight * len(part) for weight, part in zip(weights, ranges, strict=True)]
     while True:
-        chosen = dice.choices(range(len(parts)), shares)[0] if len(parts) > 1 else 0
+        chosen = rng.choices(range(len(ranges)), shares)[0] if len(ranges) > 1 else 0
         yield next(streams[chosen])
 
 
-def _epochs(part: range, dice: random.Random) -> Iterator[int]:
+def _shuffled_epochs(indices: range, rng: random.Random) -> Iterator[int]:
     while True:
-        order = list(part)
-        dice.shuffle(order)
+        order = list(indices)
+        rng.shuffle(order)
         yield from order

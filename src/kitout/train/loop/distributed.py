@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 
-def world() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -19,26 +19,26 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def mine(whole: Sequence[Any]) -> list[Any]:
+def my_slice(items: Sequence[Any]) -> list[Any]:
     """Every n-th, from one's own number on: neighbours of like length go to different processes."""
-    return shares(whole)[rank()]
+    return slices(items)[rank()]
 
 
-def shares(whole: Sequence[Any]) -> list[list[Any]]:
+def slices(items: Sequence[Any]) -> list[list[Any]]:
     """What `mine` gives to each process."""
-    return [list(whole[number :: world()]) for number in range(world())]
+    return [list(items[number :: world_size()]) for number in range(world_size())]
 
 
-def gathered(here: list[Any]) -> list[Any]:
+def all_gather(items: list[Any]) -> list[Any]:
     """What all processes hold, in the order of the processes."""
-    if world() == 1:
-        return here
-    everywhere: list[Any] = [None] * world()
-    dist.all_gather_object(everywhere, here)
+    if world_size() == 1:
+        return items
+    everywhere: list[Any] = [None] * world_size()
+    dist.all_gather_object(everywhere, items)
     return [entry for part in everywhere for entry in part]
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all processes are here."""
-    if world() > 1:
+    if world_size() > 1:
         dist.barrier()

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kitout.base.eval_mode import eval_mode
-from kitout.base.probe.dummy_batch import example
-from kitout.errors import ConfigError, Faults
+from kitout.base.probe.dummy_batch import dummy_batch
+from kitout.errors import ConfigError, Errors
 from kitout.kit import Kit
 from kitout.train.loop import distributed
 
@@ -28,21 +28,21 @@ def shard(kit: Kit) -> None:
 
     Loading still needs the whole base in every process. ConfigError where it cannot be parted.
     """
-    _check(kit)
+    _check_can_shard(kit)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(kit.device.type, (distributed.world(),))
+    mesh = init_device_mesh(kit.device.type, (distributed.world_size(),))
     for block in kit.survey.blocks:
-        if block.whole:
+        if block.is_one_module:
             fully_shard(kit.base.get_submodule(block.path), mesh=mesh)
     fully_shard(kit.base, mesh=mesh)  # what is outside blocks: embeddings, the last norm, the head
-    _prove(kit)
+    _check_adapters_run(kit)
 
 
-def sharded(kit: Kit) -> bool:
+def is_sharded(kit: Kit) -> bool:
     """Whether the base is parted, so that every forward is one of all processes."""
-    if distributed.world() == 1:
+    if distributed.world_size() == 1:
         return False
     from torch.distributed.fsdp import FSDPModule
 
@@ -50,12 +50,12 @@ def sharded(kit: Kit) -> bool:
 
 
 @contextmanager
-def whole(kit: Kit) -> Iterator[None]:
+def unsharded(kit: Kit) -> Iterator[None]:
     """While it lasts every process holds the base's weights in one piece: to save, merge, or work alone.
 
     All processes enter and leave it together.
     """
-    parted = _parted(kit) if sharded(kit) else []
+    parted = _sharded_modules(kit) if is_sharded(kit) else []
     top: object = kit.base  # whose own weights stay whole between forward and backward
     try:
         for module in parted:
@@ -68,15 +68,15 @@ def whole(kit: Kit) -> Iterator[None]:
             module.reshard()
 
 
-def _parted(kit: Kit) -> list[FSDPModule]:
+def _sharded_modules(kit: Kit) -> list[FSDPModule]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in kit.base.modules() if isinstance(module, FSDPModule)]
 
 
-def _prove(kit: Kit) -> None:
+def _check_adapters_run(kit: Kit) -> None:
     """Each adapter once forward and backward on a made-up batch: what uses a block's weights outside of it fails."""
-    batch = example(kit.base, 2)
+    batch = dummy_batch(kit.base, 2)
     for name in kit.names if batch is not None else ():
         try:
             with eval_mode(kit.base, kit, grad=True), kit.use(name):
@@ -85,26 +85,26 @@ def _prove(kit: Kit) -> None:
         except RuntimeError as wrong:
             method = type(kit[name].method).__name__
             raise ConfigError(
-                f"train.shard: {name!r} ({method}) works with a block's weights outside of that block, where they are "
-                f"parted ({str(wrong).splitlines()[0][:120]}): choose another method, or write train.shard=false"
+                f"train.fsdp: {name!r} ({method}) works with a block's weights outside of that block, where they are "
+                f"parted ({str(wrong).splitlines()[0][:120]}): choose another method, or write train.fsdp=false"
             ) from wrong
         finally:
             kit[name].zero_grad()
 
 
-def _check(kit: Kit) -> None:
-    faults = Faults(ConfigError, "train.shard")
-    if distributed.world() == 1:
-        faults.add("there is one process: start it with torchrun --nproc-per-node=N, or write train.shard=false")
-    if sharded(kit):
+def _check_can_shard(kit: Kit) -> None:
+    faults = Errors(ConfigError, "train.fsdp")
+    if distributed.world_size() == 1:
+        faults.add("there is one process: start it with torchrun --nproc-per-node=N, or write train.fsdp=false")
+    if is_sharded(kit):
         faults.add("the base is parted already")
     if kit.merged:
         faults.add(f"{kit.state.merged_text} merged into the base: unmerge() first")
-    strange = [name for name, value in kit.base.named_parameters() if not _plain(value)]
+    strange = [name for name, value in kit.base.named_parameters() if not _is_plain_float(value)]
     if strange:
         faults.add(
             f"{len(strange)} weights are quantised ({strange[0]}, ...), which FSDP2 does not part: write "
-            "model.quantise=none, or train.shard=false"
+            "model.quantization=none, or train.fsdp=false"
         )
     reading = [name for name in kit.names if any(site.port == "param" for site in kit[name].sites)]
     if reading:
@@ -112,5 +112,5 @@ def _check(kit: Kit) -> None:
     faults.raise_if_any()
 
 
-def _plain(value: Tensor) -> bool:
+def _is_plain_float(value: Tensor) -> bool:
     return type(value.data) is Tensor and value.is_floating_point() and value.dtype.itemsize > 1

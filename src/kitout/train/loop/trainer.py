@@ -24,33 +24,33 @@ from transformers.trainer_callback import ExportableState
 
 from kitout.base import memory
 from kitout.base.eval_mode import eval_mode
-from kitout.errors import ConfigError, Faults
+from kitout.errors import ConfigError, Errors
 from kitout.kit import Kit
 from kitout.train import checkpoints
 from kitout.train.loop import distributed
-from kitout.train.loop.base_mode import at_work
-from kitout.train.loop.fsdp import shard, sharded
+from kitout.train.loop.base_mode import training_mode
+from kitout.train.loop.fsdp import is_sharded, shard
 from kitout.train.loop.health import Health
-from kitout.train.loop.jobs import Job, optimiser, scheduler
-from kitout.train.loop.step import Rows, Work
+from kitout.train.loop.jobs import Job, build_optimizer, build_scheduler
+from kitout.train.loop.step import StepRows, StepRunner
 
-Watch = Callable[[], dict[str, float]]
+EvaluateFn = Callable[[], dict[str, float]]
 
 
-class Steps(Dataset[Rows]):
+class StepDataset(Dataset[StepRows]):
     """Every optimiser step of a run as its rows: job by job, so that neighbours wear the same."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.jobs = jobs
 
     def __len__(self) -> int:
-        return max(len(job.steps) for job in self.jobs)
+        return max(len(job.batches) for job in self.jobs)
 
-    def __getitem__(self, step: int) -> Rows:
-        return [(j, i) for j, job in enumerate(self.jobs) if step < len(job.steps) for i in job.steps[step]]
+    def __getitem__(self, step: int) -> StepRows:
+        return [(j, i) for j, job in enumerate(self.jobs) if step < len(job.batches) for i in job.batches[step]]
 
 
-class Loop(Trainer):  # type: ignore[misc]
+class JobTrainer(Trainer):  # type: ignore[misc]
     """Trains the jobs' adapters, which share one objective's kind of forward.
 
     folder: of the checkpoints. watch: measures during training, `eval_...` figures. run: who may continue this one.
@@ -58,22 +58,38 @@ class Loop(Trainer):  # type: ignore[misc]
     """
 
     def __init__(
-        self, kit: Kit, jobs: Sequence[Job], folder: Path, args: TrainingArguments, *, run: str = "",
-        watch: Watch | None = None, callbacks: Sequence[TrainerCallback] = (), micro: int | None = None, kept: int = 2,
-    ) -> None:  # fmt: skip
-        self.kit, self.jobs, self.folder, self.run, self.watch, self.kept = kit, list(jobs), folder, run, watch, kept
-        self.steps = Steps(jobs)
+        self,
+        kit: Kit,
+        jobs: Sequence[Job],
+        folder: Path,
+        args: TrainingArguments,
+        *,
+        run_id: str = "",
+        evaluate_fn: EvaluateFn | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        micro_batch_size: int | None = None,
+        num_checkpoints: int = 2,
+    ) -> None:
+        self.kit, self.jobs, self.folder, self.run_id, self.evaluate_fn, self.num_checkpoints = (
+            kit,
+            list(jobs),
+            folder,
+            run_id,
+            evaluate_fn,
+            num_checkpoints,
+        )
+        self.step_dataset = StepDataset(jobs)
         args.device  # noqa: B018 - asked for it, the arguments join the other processes
-        _settled(args, len(self.steps), len(jobs))
-        if any(job.settings.shard for job in jobs) and not sharded(kit):
+        _adjust_arguments(args, len(self.step_dataset), len(jobs))
+        if any(job.settings.fsdp for job in jobs) and not is_sharded(kit):
             shard(kit)
         self.cuts: dict[str, str] = {}  # by job, where what its frozen trunk computes is kept
-        self.work = Work(kit, jobs, micro or max(len(self.steps[0]), 1))
+        self.step_runner = StepRunner(kit, jobs, micro_batch_size or max(len(self.step_dataset[0]), 1))
         self.health = Health(kit, jobs, folder)
-        with _config_as_found(kit):
+        with _restored_config(kit):
             super().__init__(
-                model=kit, args=args, train_dataset=self.steps, eval_dataset=self.steps,
-                callbacks=[SaveWhenMeasured(), *callbacks],
+                model=kit, args=args, train_dataset=self.step_dataset, eval_dataset=self.step_dataset,
+                callbacks=[SaveOnEvaluate(), *callbacks],
             )  # fmt: skip
         self.remove_callback(PrinterCallback)
         self.control: TrainerControl
@@ -81,50 +97,50 @@ class Loop(Trainer):  # type: ignore[misc]
 
     # ---- what Trainer asks for ----------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader[Rows]:
-        return DataLoader(self.steps, batch_size=1, shuffle=False, collate_fn=lambda rows: rows[0])
+    def get_train_dataloader(self) -> DataLoader[StepRows]:
+        return DataLoader(self.step_dataset, batch_size=1, shuffle=False, collate_fn=lambda rows: rows[0])
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Rows], num_batches: int, device: Any) -> Any:
+    def get_batch_samples(self, epoch_iterator: Iterator[StepRows], num_batches: int, device: Any) -> Any:
         return [rows for rows in [next(epoch_iterator, None)] if rows is not None], None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        made = optimiser(self.jobs, [self.kit[job.name] for job in self.jobs])
+        made = build_optimizer(self.jobs, [self.kit[job.name] for job in self.jobs])
         self.optimizer = made
         return made
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if not self._created_lr_scheduler:
-            self.lr_scheduler: Any = scheduler(self.jobs, self.optimizer)
+            self.lr_scheduler: Any = build_scheduler(self.jobs, self.optimizer)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         names = [job.name for job in self.jobs]
         self.kit.train_only(*names)
-        if resume_from_checkpoint is not None and self._ended(Path(resume_from_checkpoint)):
+        if resume_from_checkpoint is not None and self._restore_if_ended(Path(resume_from_checkpoint)):
             return None
         checkpointing, self.args.activation_checkpointing = self.args.activation_checkpointing, False
         try:  # Trainer would switch it on once more, in its own way
-            with at_work(self.kit, names, bool(checkpointing)):
+            with training_mode(self.kit, names, bool(checkpointing)):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.args.activation_checkpointing = checkpointing
 
-    def _ended(self, path: Path) -> bool:
+    def _restore_if_ended(self, path: Path) -> bool:
         """Puts a run back that had stopped early when it was saved: one more step would be one too many."""
-        if not checkpoints.progress_of(path)["ended"]:
+        if not checkpoints.read_progress(path)["ended"]:
             return False
         self._load_from_checkpoint(str(path))
         self.state = TrainerState.load_from_json(str(path / checkpoints.STATE))
         return True
 
-    def training_step(self, model: nn.Module, inputs: Rows, num_items_in_batch: Any = None) -> Tensor:
-        rows = [(j, i) for j, i in inputs if self.jobs[j].name not in self.health.stopped]
+    def training_step(self, model: nn.Module, inputs: StepRows, num_items_in_batch: Any = None) -> Tensor:
+        rows = [(j, i) for j, i in inputs if self.jobs[j].name not in self.health.diverged]
         if not rows:  # whoever had steps left has diverged
             self.control.should_training_stop = True
             return torch.zeros((), device=self.args.device)
         accelerator = self.accelerator
-        return self.work.step(model, rows, self.state.global_step, accelerator.backward, accelerator.no_sync)
+        return self.step_runner.step(model, rows, self.state.global_step, accelerator.backward, accelerator.no_sync)
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """By each job's own norm, below."""
@@ -141,10 +157,10 @@ class Loop(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Losses are per learnt term since the last log; counts are of all processes since the run began."""
         if "loss" in logs:
-            losses = self.work.drain()
-            counted = distributed.gathered([(self.work.tokens, self.work.processor_seconds)])
+            losses = self.step_runner.pop_losses()
+            counted = distributed.all_gather([(self.step_runner.tokens, self.step_runner.processor_seconds)])
             tokens, processor = (sum(of) for of in zip(*counted, strict=True))
-            seconds = self.work.seconds
+            seconds = self.step_runner.seconds
             logs |= {"loss": sum(losses.values()) / max(1, len(losses))}
             logs |= {f"{name}/loss": loss for name, loss in losses.items()} if len(self.jobs) > 1 else {}
             logs |= {"tokens": tokens, "tokens_per_second": tokens / max(seconds, 1e-9), "seconds": seconds}
@@ -155,7 +171,7 @@ class Loop(Trainer):  # type: ignore[misc]
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """What `watch` measures, logged and told to the callbacks."""
         with eval_mode(self.kit.base, self.kit):
-            found = self.watch() if self.watch is not None else {}
+            found = self.evaluate_fn() if self.evaluate_fn is not None else {}
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
@@ -164,28 +180,30 @@ class Loop(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """One folder, whole or not there. A disk that is full costs this checkpoint and nothing that was kept."""
-        counted = self.work.state()
+        counted = self.step_runner.state()
         if self.args.should_save:
             for part in (*self.callback_handler.callbacks, self.control):
                 if isinstance(part, ExportableState):
                     self.state.stateful_callbacks[type(part).__name__] = part.state()
             scheduled = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
             ended = self.control.should_training_stop and self.state.global_step < self.args.max_steps
-            progress = {"run": self.run, **counted, "stopped": self.health.stopped, "ended": ended}
+            progress = {"run": self.run_id, **counted, "stopped": self.health.diverged, "ended": ended}
             progress["scheduler"] = scheduled
             state = json.dumps(asdict(self.state))
             try:
-                checkpoints.write(self.folder, self.state.global_step, self.values(), self.optimizer, progress, state)
-                checkpoints.rotate(self.folder, self.kept, self.state.best_global_step)
+                checkpoints.save(
+                    self.folder, self.state.global_step, self.trained_tensors(), self.optimizer, progress, state
+                )
+                checkpoints.prune(self.folder, self.num_checkpoints, self.state.best_global_step)
             except OSError as wrong:
                 why = "the disk is full" if wrong.errno == errno.ENOSPC else str(wrong)
                 warnings.warn(
                     f"no checkpoint of step {self.state.global_step} ({why}); those before it are untouched, and the "
                     "run goes on", RuntimeWarning, stacklevel=2,
                 )  # fmt: skip
-        distributed.wait()
+        distributed.barrier()
 
-    def values(self) -> dict[str, Tensor]:
+    def trained_tensors(self) -> dict[str, Tensor]:
         """Everything that is learnt, by job and name."""
         return {
             f"{job.name}/{name}": value
@@ -195,23 +213,25 @@ class Loop(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         path = Path(resume_from_checkpoint)
-        progress = checkpoints.progress_of(path)
-        if progress["run"] != self.run:
+        progress = checkpoints.read_progress(path)
+        if progress["run"] != self.run_id:
             raise ConfigError(
                 f"{path} belongs to another run (its data, model or versions differ from now): write another "
                 "output.folder, or delete this one"
             )
-        checkpoints.load_values(path, self.values())
-        most = self.work.micro
-        self.work.restore(progress)
-        self.work.micro = min(self.work.micro, most)  # whoever was stopped for memory may go on with less
-        self.health.stopped = progress["stopped"]
+        checkpoints.load_values(path, self.trained_tensors())
+        most = self.step_runner.micro_batch_size
+        self.step_runner.restore(progress)
+        self.step_runner.micro_batch_size = min(
+            self.step_runner.micro_batch_size, most
+        )  # whoever was stopped for memory may go on with less
+        self.health.diverged = progress["stopped"]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        held = checkpoints.progress_of(Path(checkpoint))["scheduler"]
-        checkpoints.load_optimiser(Path(checkpoint), self.optimizer)
+        held = checkpoints.read_progress(Path(checkpoint))["scheduler"]
+        checkpoints.load_optimizer(Path(checkpoint), self.optimizer)
         self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **held})
         for group, lr in zip(self.optimizer.param_groups, held["_last_lr"], strict=True):
             group["lr"] = lr
@@ -228,11 +248,11 @@ class Loop(Trainer):  # type: ignore[misc]
         if not path.exists():  # the disk was full when it was to be written
             warnings.warn(f"there is no {path}, the best by what was measured: the last values stay", stacklevel=2)
             return int(self.state.global_step)
-        checkpoints.load_values(path, self.values())
+        checkpoints.load_values(path, self.trained_tensors())
         return best
 
 
-class SaveWhenMeasured(TrainerCallback):  # type: ignore[misc]
+class SaveOnEvaluate(TrainerCallback):  # type: ignore[misc]
     """A checkpoint with every evaluation, so that the best one is there."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -240,22 +260,22 @@ class SaveWhenMeasured(TrainerCallback):  # type: ignore[misc]
         return control
 
 
-def _settled(args: TrainingArguments, steps: int, jobs: int) -> None:
+def _adjust_arguments(args: TrainingArguments, num_steps: int, num_jobs: int) -> None:
     """What Trainer has to leave to us, or be told."""
-    faults = Faults(ConfigError, "TrainingArguments")
+    faults = Errors(ConfigError, "TrainingArguments")
     if args.gradient_accumulation_steps != 1:
-        faults.add("gradient_accumulation_steps: a step is cut by Loop(micro=...), write 1")
+        faults.add("gradient_accumulation_steps: a step is cut by JobTrainer(micro_batch_size=...), write 1")
     if args.fp16 or args.bf16:
         faults.add("fp16, bf16: the base has its own dtype and adapters are float32, write False for both")
     faults.raise_if_any()
-    args.max_steps = min(args.max_steps, steps) if args.max_steps > 0 else steps
+    args.max_steps = min(args.max_steps, num_steps) if args.max_steps > 0 else num_steps
     args.max_grad_norm = 1.0  # each job has its own; 0 would leave out our checks with it
     args.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
-    args.ddp_find_unused_parameters = jobs > 1  # a job may be done, or have no row in a process
+    args.ddp_find_unused_parameters = num_jobs > 1  # a job may be done, or have no row in a process
 
 
 @contextlib.contextmanager
-def _config_as_found(kit: Kit) -> Iterator[None]:
+def _restored_config(kit: Kit) -> Iterator[None]:
     """Trainer switches the cache off in the model's config; every call of ours says so itself."""
     missing = object()
     before = kit.config.__dict__.get("use_cache", missing)

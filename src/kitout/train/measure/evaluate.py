@@ -11,91 +11,93 @@ from dataclasses import dataclass
 from typing import Any
 
 from kitout.base import memory
-from kitout.data.encode.item import IGNORED
-from kitout.evaluate.compare import Comparison, Shown, beside, compare, select, side_by_side
-from kitout.evaluate.metrics.language import Summed
+from kitout.data.encode.item import IGNORE_INDEX
+from kitout.evaluate.compare import ComparedExample, Comparison, beside, compare, pick_examples, select
+from kitout.evaluate.metrics.language import LossSums
 from kitout.evaluate.metrics.measure import Measure, Score
 from kitout.kit import Kit
 from kitout.train.config.schema import EvaluateConfig
 from kitout.train.loop.jobs import Job
-from kitout.train.measure.predict import Seen, Tell, scores, see, write
-from kitout.train.setup.closed_answers import ClosedAnswers, prompt_of
-from kitout.train.setup.datasets import Sets
-from kitout.train.setup.prepare import Prepared
+from kitout.train.measure.predict import Predictions, ProgressFn, compute_metrics, generate_answers, predict
+from kitout.train.setup.closed_answers import ClosedAnswers, prompt_ids
+from kitout.train.setup.datasets import Datasets
+from kitout.train.setup.prepare import PreparedRun
 
 
-def watching(made: Prepared, config: EvaluateConfig) -> Callable[[], dict[str, float]]:
+def validation_fn(run: PreparedRun, config: EvaluateConfig) -> Callable[[], dict[str, float]]:
     """Measures every job's validation part: `eval_<metric>`, with several jobs `eval_<job>/<metric>` besides means."""
 
     def watch() -> dict[str, float]:
         found: dict[str, float] = {}
-        for job, held in zip(made.jobs, made.sets, strict=True):
-            if not len(job.watched):
+        for job, held in zip(run.jobs, run.datasets, strict=True):
+            if not len(job.validation):
                 continue
-            measured = figures(made, job, held, job.watched, config.generate, config.max_new_tokens)
-            alone = len(made.jobs) == 1
+            measured = evaluate_examples(
+                run, job, held, job.validation, config.generate_examples, config.max_new_tokens
+            )
+            alone = len(run.jobs) == 1
             found |= {
                 f"eval_{name}" if alone else f"eval_{job.name}/{name}": m.value for name, m in measured[0].items()
             }
-        memory.reset_peak(made.kit.device)  # what training takes is counted by itself
-        return found if len(made.jobs) == 1 else found | _means(found)
+        memory.reset_peak(run.kit.device)  # what training takes is counted by itself
+        return found if len(run.jobs) == 1 else found | _mean_over_jobs(found)
 
     return watch
 
 
-def watched_names(made: Prepared, config: EvaluateConfig) -> list[str]:
+def metric_names(run: PreparedRun, config: EvaluateConfig) -> list[str]:
     """The metrics that every measurement during training will tell, by which a best one may be chosen."""
     found: set[str] = set()
-    for job, held in zip(made.jobs, made.sets, strict=True):
-        items = list(job.watched)
+    for job, held in zip(run.jobs, run.datasets, strict=True):
+        items = list(job.validation)
         if not items:
             continue
-        gold = gold_of(held)
-        seen = Seen([Summed(0.0, 1, 1)] * len(items), [gold(item) for item in items])
-        if held.answers is not None and config.generate:
-            seen.likeliest = [item.reference for item in items]
-        elif job.objective.task == "generation" and config.generate:
-            seen.written = [item.reference for item in items if item.reference][: config.generate]
-        names = held.names if held.objective == "tokens" else ()
-        found |= scores(job.objective, items, seen, gold, names).keys()
+        gold = reference_of(held)
+        seen = Predictions([LossSums(0.0, 1, 1)] * len(items), [gold(item) for item in items])
+        if held.answers is not None and config.generate_examples:
+            seen.likeliest_answers = [item.reference for item in items]
+        elif job.objective.task == "generation" and config.generate_examples:
+            seen.texts = [item.reference for item in items if item.reference][: config.generate_examples]
+        names = held.label_names if held.objective == "token_classification" else ()
+        found |= compute_metrics(job.objective, items, seen, gold, names).keys()
     return sorted(found)
 
 
-def _means(found: dict[str, float]) -> dict[str, float]:
+def _mean_over_jobs(metrics: dict[str, float]) -> dict[str, float]:
     """Over the jobs: what the best checkpoint of a joint run is chosen by."""
-    names = {key.rpartition("/")[2] for key in found}
-    held = {name: [v for key, v in found.items() if key.endswith(f"/{name}")] for name in names}
+    names = {key.rpartition("/")[2] for key in metrics}
+    held = {name: [v for key, v in metrics.items() if key.endswith(f"/{name}")] for name in names}
     return {f"eval_{name}": sum(values) / len(values) for name, values in held.items()}
 
 
-def figures(
-    made: Prepared, job: Job, held: Sets, items: Sequence[Any], generate: int, longest: int | None,
-    name: str | None = "", tell: Tell | None = None,
-) -> tuple[dict[str, Measure], Seen]:  # fmt: skip
+def evaluate_examples(
+    run: PreparedRun, job: Job, dataset: Datasets, items: Sequence[Any], num_generated: int, max_new_tokens: int | None,
+    adapter: str | None = "", on_progress: ProgressFn | None = None,
+) -> tuple[dict[str, Measure], Predictions]:  # fmt: skip
     """Metrics over items and what they come from. name: who is worn; "" the job's adapter, None the base."""
-    kit: Kit = made.kit
-    with kit.use(job.name if name == "" else name):
-        closed = held.answers if generate else None
-        seen = see(kit, job.objective, items, tell, closed)
-        if closed is None and job.objective.task == "generation" and generate:
-            answered = [item for item in items if item.reference][:generate]
+    kit: Kit = run.kit
+    with kit.use(job.name if adapter == "" else adapter):
+        closed = dataset.answers if num_generated else None
+        seen = predict(kit, job.objective, items, on_progress, closed)
+        if closed is None and job.objective.task == "generation" and num_generated:
+            answered = [item for item in items if item.reference][:num_generated]
             if answered:
-                seen.written = write(kit, made.tokenizer, answered, longest, tell)
-    names = held.names if held.objective == "tokens" else ()
-    return scores(job.objective, items, seen, gold_of(held), names), seen
+                seen.texts = generate_answers(kit, run.tokenizer, answered, max_new_tokens, on_progress)
+    names = dataset.label_names if dataset.objective == "token_classification" else ()
+    return compute_metrics(job.objective, items, seen, reference_of(dataset), names), seen
 
 
-def gold_of(held: Sets) -> Callable[[Any], Any]:
+def reference_of(dataset: Datasets) -> Callable[[Any], Any]:
     """What is true of an example, in the words its metrics take."""
-    if held.images is not None:
-        return lambda row: held.images.labels[row]
-    if held.objective == "tokens":
-        return lambda item: [label for label in item.labels if label != IGNORED]
-    return lambda item: item.value
+    if dataset.images is not None:
+        return lambda row: dataset.images.labels[row]
+    if dataset.objective == "token_classification":
+        return lambda item: [label for label in item.labels if label != IGNORE_INDEX]
+    return lambda item: item.label
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobOutcome:
     """What one job reached on its test part."""
 
     scores: Mapping[str, Score]
@@ -104,93 +106,112 @@ class Outcome:
     """Beside the base; None where the base's own head answers other labels."""
     predictions: Sequence[int] = ()
     """Of each test example the class it is given; empty where examples have no class."""
-    truth: Sequence[int] = ()
+    references: Sequence[int] = ()
     """The class it has."""
     items: Sequence[Any] = ()
     """The test examples."""
 
 
-def outcomes(
-    made: Prepared, config: EvaluateConfig, tell_of: Callable[[str], Tell] | None = None
-) -> dict[str, Outcome]:
+def evaluate_jobs(
+    run: PreparedRun, config: EvaluateConfig, tell_of: Callable[[str], ProgressFn] | None = None
+) -> dict[str, JobOutcome]:
     """Every job that has a test part on it, beside the base, which is asked once where jobs ask it the same."""
-    found: dict[str, Outcome] = {}
-    asked: dict[Hashable, tuple[dict[str, Measure], Seen]] = {}
-    for job, held in zip(made.jobs, made.sets, strict=True):
-        items = list(held.test)[: config.test]
+    found: dict[str, JobOutcome] = {}
+    asked: dict[Hashable, tuple[dict[str, Measure], Predictions]] = {}
+    for job, held in zip(run.jobs, run.datasets, strict=True):
+        items = list(held.test)[: config.max_test_examples]
         if not items:
             continue
         tell = None if tell_of is None else tell_of(job.name)
-        tuned, said = figures(made, job, held, items, config.test, config.max_new_tokens, "", tell)
+        tuned, said = evaluate_examples(
+            run, job, held, items, config.max_test_examples, config.max_new_tokens, "", tell
+        )
         comparison: Comparison | None = None
-        if not held.names or len(held.names) == made.kit.config.num_labels:
-            question = _question(job, held)
+        if not held.label_names or len(held.label_names) == run.kit.config.num_labels:
+            question = _base_question(job, held)
             if question not in asked:
-                asked[question] = figures(made, job, held, items, config.test, config.max_new_tokens, None, tell)
+                asked[question] = evaluate_examples(
+                    run, job, held, items, config.max_test_examples, config.max_new_tokens, None, tell
+                )
             before, heard = asked[question]
-            comparison = compare(before, tuned, _shown(made, job, held, items, heard, said, config))
+            comparison = compare(before, tuned, _compared_examples(run, job, held, items, heard, said, config))
             scores = {change.name: change.tuned for change in comparison.changes}
         else:
             headline = next(iter(tuned))
             scores = {headline: tuned[headline].score()}
         classes: dict[str, Any] = {}
         if job.objective.task == "classification":
-            classes = {"predictions": said.predictions, "truth": [gold_of(held)(item) for item in items]}
-        found[job.name] = Outcome(scores, comparison, **classes, items=items)
+            classes = {"predictions": said.predictions, "references": [reference_of(held)(item) for item in items]}
+        found[job.name] = JobOutcome(scores, comparison, **classes, items=items)
     return found
 
 
-def _question(job: Job, held: Sets) -> Hashable:
+def _base_question(job: Job, dataset: Datasets) -> Hashable:
     """Jobs with the same one get the same answers from the base: by data, and by what the model is shown of it."""
-    if held.images is not None:
-        from kitout.train.objectives.image_classification import Pictures  # images need pillow
+    if dataset.images is not None:
+        from kitout.train.objectives.image_classification import ImageClassification  # images need pillow
 
-        assert isinstance(job.objective, Pictures)
-        return id(held), job.objective.pixels.size
-    return id(held), job.name
-
-
-def _shown(
-    made: Prepared, job: Job, held: Sets, items: Sequence[Any], base: Seen, tuned: Seen, config: EvaluateConfig
-) -> tuple[Shown, ...]:  # fmt: skip
-    most = config.shown
-    if held.images is not None or not most:
-        return ()
-    if held.answers is not None:
-        return _written(made, job, held.answers, items, base, tuned, config)
-    if tuned.written:
-        asked = [item for item in items if item.reference][: len(tuned.written)]
-        prompts = [_text(made, prompt_of(item)) for item in asked]
-        return side_by_side(prompts, [item.reference for item in asked], base.written, tuned.written, most)
-    if held.objective in ("causal", "seq2seq", "tokens"):
-        return ()
-    prompts = [_text(made, item.ids) for item in items]
-    said = [[_worded(held, guess) for guess in seen.predictions] for seen in (base, tuned)]
-    return side_by_side(prompts, [item.reference for item in items], said[0], said[1], most)
+        assert isinstance(job.objective, ImageClassification)
+        return id(dataset), job.objective.pixels.size
+    return id(dataset), job.name
 
 
-def _written(
-    made: Prepared, job: Job, answers: ClosedAnswers, items: Sequence[Any], base: Seen, tuned: Seen,
+def _compared_examples(
+    run: PreparedRun,
+    job: Job,
+    dataset: Datasets,
+    items: Sequence[Any],
+    base: Predictions,
+    tuned: Predictions,
     config: EvaluateConfig,
-) -> tuple[Shown, ...]:  # fmt: skip
+) -> tuple[ComparedExample, ...]:
+    most = config.show_examples
+    if dataset.images is not None or not most:
+        return ()
+    if dataset.answers is not None:
+        return _compared_closed_answers(run, job, dataset.answers, items, base, tuned, config)
+    if tuned.texts:
+        asked = [item for item in items if item.reference][: len(tuned.texts)]
+        prompts = [_decode(run, prompt_ids(item)) for item in asked]
+        return pick_examples(prompts, [item.reference for item in asked], base.texts, tuned.texts, most)
+    if dataset.objective in ("causal_lm", "seq2seq_lm", "token_classification"):
+        return ()
+    prompts = [_decode(run, item.input_ids) for item in items]
+    said = [[_prediction_text(dataset, guess) for guess in seen.predictions] for seen in (base, tuned)]
+    return pick_examples(prompts, [item.reference for item in items], said[0], said[1], most)
+
+
+def _compared_closed_answers(
+    run: PreparedRun,
+    job: Job,
+    answers: ClosedAnswers,
+    items: Sequence[Any],
+    base_result: Predictions,
+    adapter_result: Predictions,
+    config: EvaluateConfig,
+) -> tuple[ComparedExample, ...]:
     """Of a closed set: examples are chosen by the likeliest answers, and what is written is shown and judged."""
     references = [item.reference for item in items]
-    why = select(references, base.likeliest, tuned.likeliest, config.shown)
+    why = select(references, base_result.likeliest_answers, adapter_result.likeliest_answers, config.show_examples)
     shown = [items[i] for i in why]
-    with made.kit.use(None):
-        before = write(made.kit, made.tokenizer, shown, config.max_new_tokens)
-    with made.kit.use(job.name):
-        after = write(made.kit, made.tokenizer, shown, config.max_new_tokens)
-    prompts = [_text(made, prompt_of(item)) for item in shown]
+    with run.kit.use(None):
+        before = generate_answers(run.kit, run.tokenizer, shown, config.max_new_tokens)
+    with run.kit.use(job.name):
+        after = generate_answers(run.kit, run.tokenizer, shown, config.max_new_tokens)
+    prompts = [_decode(run, prompt_ids(item)) for item in shown]
     true = [item.reference for item in shown]
     return beside(prompts, true, before, after, list(why.values()), answers.names)
 
 
-def _text(made: Prepared, ids: Sequence[int]) -> str:
-    return str(made.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+def _decode(run: PreparedRun, ids: Sequence[int]) -> str:
+    return str(run.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
-def _worded(held: Sets, guess: Any) -> str:
-    if isinstance(guess, list):
-        return ", ".join(name for name, there in zip(held.names, guess, strict=False) if there)
-    return held.names[guess] if held.names and isinstance(guess, int) and guess < len(held.names) else f"{guess:.4g}"
+def _prediction_text(dataset: Datasets, prediction: Any) -> str:
+    if isinstance(prediction, list):
+        return ", ".join(name for name, there in zip(dataset.label_names, prediction, strict=False) if there)
+    return (
+        dataset.label_names[prediction]
+        if dataset.label_names and isinstance(prediction, int) and prediction < len(dataset.label_names)
+        else f"{prediction:.4g}"
+    )

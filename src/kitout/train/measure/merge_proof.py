@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from kitout.errors import ConfigError, Faults, NotMergeable
+from kitout.errors import ConfigError, Errors, NotMergeable
 from kitout.kit import Kit
 from kitout.train.config.schema import EvaluateConfig
-from kitout.train.measure.predict import choose, see, write
-from kitout.train.setup.prepare import Prepared
+from kitout.train.measure.predict import choose_answers, generate_answers, predict
+from kitout.train.setup.prepare import PreparedRun
 
-SMALL = 1_000_000_000  # parameters of a base that is asked in float32
-ASKED, WRITTEN = 32, 6  # test examples asked for their label or value, and for a written answer
-CLOSE = 1e-3  # of two numbers: relative, and below 1 absolute
+FP32_MERGE_MAX_PARAMETERS = 1_000_000_000  # parameters of a base that is asked in float32
+PROOF_PROMPTS, PROOF_ANSWERS = 32, 6  # test examples asked for their label or value, and for a written answer
+TOLERANCE = 1e-3  # of two numbers: relative, and below 1 absolute
 
 
 @dataclass(frozen=True)
@@ -48,59 +48,59 @@ class MergeProof:
         )
 
 
-def check_mergeable(made: Prepared) -> None:
+def check_mergeable(run: PreparedRun) -> None:
     """ConfigError, before anything is trained, if an adapter of the run cannot be merged."""
-    faults = Faults(ConfigError, "evaluate.prove_merge")
-    for job in made.jobs:
+    faults = Errors(ConfigError, "evaluate.prove_merge")
+    for job in run.jobs:
         try:
-            made.kit.merge(job.name)
+            run.kit.merge(job.name)
         except NotMergeable as wrong:
             faults.add(f"{job.name}: {wrong}; leave it out, or choose a method that merges (`kitout methods`)")
         else:
-            made.kit.unmerge()
+            run.kit.unmerge()
     faults.raise_if_any()
 
 
-def prove_merge(made: Prepared, number: int, config: EvaluateConfig) -> MergeProof:
+def prove_merge(run: PreparedRun, job_index: int, config: EvaluateConfig) -> MergeProof:
     """Of job `number`, on its test examples, or on those of another split where it has no test split."""
-    kit, name = made.kit, made.jobs[number].name
+    kit, name = run.kit, run.jobs[job_index].name
     with _in_float32(kit):
-        held = _digests(kit)
+        held = _weight_digests(kit)
         with kit.use(name):
-            before = _ask(made, number, config)
+            before = _ask_model(run, job_index, config)
         kit.merge(name)
         try:
-            after = _ask(made, number, config)
+            after = _ask_model(run, job_index, config)
         finally:
             kit.unmerge()
-        restored = _digests(kit) == held
-        same = sum(_same(b, a) for b, a in zip(before, after, strict=True))
+        restored = _weight_digests(kit) == held
+        same = sum(_equal_within_tolerance(b, a) for b, a in zip(before, after, strict=True))
         return MergeProof(str(kit.dtype)[6:], len(before), same, restored)
 
 
-def _ask(made: Prepared, number: int, config: EvaluateConfig) -> list[Any]:
+def _ask_model(run: PreparedRun, job_index: int, config: EvaluateConfig) -> list[Any]:
     """What the kit answers as it is now: written texts and labels, or whatever the objective predicts."""
-    kit, job, held = made.kit, made.jobs[number], made.sets[number]
-    items = list((held.test or held.validation or held.looked_at or held.train)[:ASKED])
+    kit, job, held = run.kit, run.jobs[job_index], run.datasets[job_index]
+    items = list((held.test or held.validation or held.preview or held.train)[:PROOF_PROMPTS])
     if job.objective.task != "generation":
-        return see(kit, job.objective, items).predictions
+        return predict(kit, job.objective, items).predictions
     answered = [item for item in items if item.reference]
-    chosen = choose(kit, held.answers, answered) if held.answers is not None else []
-    written = write(kit, made.tokenizer, answered[:WRITTEN], config.max_new_tokens) if answered else []
+    chosen = choose_answers(kit, held.answers, answered) if held.answers is not None else []
+    written = generate_answers(kit, run.tokenizer, answered[:PROOF_ANSWERS], config.max_new_tokens) if answered else []
     if not answered:  # plain text has no answers: how well it is foreseen is compared
-        return [summed.loss for summed in see(kit, job.objective, items).summed]
+        return [summed.loss for summed in predict(kit, job.objective, items).losses]
     return [*written, *chosen]
 
 
-def _same(one: Any, other: Any) -> bool:
+def _equal_within_tolerance(one: Any, other: Any) -> bool:
     if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=CLOSE, abs_tol=CLOSE)
+        return math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
     if isinstance(one, Sequence) and not isinstance(one, str):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(_equal_within_tolerance, one, other))
     return bool(one == other)
 
 
-def _digests(kit: Kit) -> dict[str, tuple[str, bytes]]:
+def _weight_digests(kit: Kit) -> dict[str, tuple[str, bytes]]:
     """Dtype and hash of every tensor of the base: a second copy of a large base may not fit beside it."""
     found = {}
     for key, value in kit.base.state_dict().items():
@@ -112,7 +112,7 @@ def _digests(kit: Kit) -> dict[str, tuple[str, bytes]]:
 @contextmanager
 def _in_float32(kit: Kit) -> Iterator[None]:
     """The kit in float32, where its base is small and of fewer bits; afterwards the very tensors it had before."""
-    small = sum(value.numel() for value in kit.base.parameters()) < SMALL
+    small = sum(value.numel() for value in kit.base.parameters()) < FP32_MERGE_MAX_PARAMETERS
     if not small or kit.dtype not in (torch.bfloat16, torch.float16):
         yield
         return

@@ -20,7 +20,7 @@ class Batch:
     """
 
     inputs: dict[str, Any]
-    gold: dict[str, Tensor]
-    rows: int
-    tokens: int
-    padded: int = 0
+    targets: dict[str, Tensor]
+    num_examples: int
+    num_tokens: int
+    num_padded_tokens: int = 0

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 CHUNK_BYTES = 64 * 2**20  # of float32 logits held at a time
 
 
-class _OnePass(torch.autograd.Function):
+class _ChunkedCrossEntropy(torch.autograd.Function):
     """total = sum_i weight_i * nll_i; also nll [N] and whether each label was the likeliest [N], without gradients."""
 
     @staticmethod
@@ -57,11 +57,11 @@ class _OnePass(torch.autograd.Function):
         return (grad_Nd * (weights_N.to(grad.dtype) * grad)[:, None]).to(grad_Nd.dtype), None, None, None, None
 
 
-def one_pass(
+def chunked_cross_entropy(
     h_Nd: Tensor, w_Vd: Tensor, b_V: Tensor | None, labels_N: Tensor, weights_N: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sum_i weights_i * -log softmax(h_i W^T + b)[labels_i] with its gradient for h alone; nll [N]; right [N]."""
-    found: tuple[Tensor, Tensor, Tensor] = _OnePass.apply(h_Nd, w_Vd, b_V, labels_N, weights_N.float())
+    found: tuple[Tensor, Tensor, Tensor] = _ChunkedCrossEntropy.apply(h_Nd, w_Vd, b_V, labels_N, weights_N.float())
     return found
 
 
@@ -70,7 +70,7 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def plain(logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy_terms(logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same three from logits, for a head that learns or a model that does more after it."""
     nll_N = F.cross_entropy(at_least_float32(logits_NV), labels_N, reduction="none")
     return (weights_N.float() * nll_N).sum(), nll_N.detach(), logits_NV.detach().argmax(1) == labels_N

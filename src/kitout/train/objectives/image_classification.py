@@ -14,37 +14,37 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from kitout.data.images.image_set import Images
-from kitout.data.images.pixels import Pixels
+from kitout.data.images.image_set import ImageSet
+from kitout.data.images.pixels import PixelProcessor
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
 from kitout.train.objectives.batch import Batch
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32
 from kitout.train.objectives.objective import Losses
-from kitout.train.objectives.sequence import read_off, value_losses
+from kitout.train.objectives.sequence import predictions_from_logits, sequence_losses
 
-INTERPOLATE = "interpolate_pos_encoding"
+INTERPOLATE_KWARG = "interpolate_pos_encoding"
 
-FromRows: TypeAlias = Callable[[Any, Sequence[int]], Tensor]  # (model, rows of the set) -> logits
+CachedLogitsFn: TypeAlias = Callable[[Any, Sequence[int]], Tensor]  # (model, rows of the set) -> logits
 
 
-def logits(kit: Kit, pixels: Tensor, model: Any = None) -> Tensor:
+def image_logits(kit: Kit, pixels: Tensor, model: Any = None) -> Tensor:
     """pixels [B, 3, H, W] -> [B, classes] under the kit's active route. model: who is called; default the kit."""
-    out = (model or kit)(pixels, **position_settings(kit, pixels))
+    out = (model or kit)(pixels, **interpolation_kwargs(kit, pixels))
     found: Tensor = out if isinstance(out, Tensor) else out.logits
     return found
 
 
-def position_settings(model: Any, pixels: Tensor) -> dict[str, bool]:
+def interpolation_kwargs(model: Any, pixels: Tensor) -> dict[str, bool]:
     """What a model (or a kit) is told besides the pixels, whose size may not be the one it was built for."""
-    if INTERPOLATE not in inspect.signature(model.forward).parameters:
+    if INTERPOLATE_KWARG not in inspect.signature(model.forward).parameters:
         return {}
     built = model.config.image_size
     same = tuple(pixels.shape[2:]) == (tuple(built) if isinstance(built, list | tuple) else (built, built))
-    return {} if same else {INTERPOLATE: True}
+    return {} if same else {INTERPOLATE_KWARG: True}
 
 
-class Pictures:
+class ImageClassification:
     """images: all parts together; an item is an index. Augmentation, if any, is the pixels' own.
 
     from_rows: how training finds the logits of rows without their pixels (`loop.frozen_trunk`); None: it does not.
@@ -52,25 +52,25 @@ class Pictures:
 
     task: Task = "classification"
 
-    def __init__(self, kit: Kit, images: Images, pixels: Pixels) -> None:
+    def __init__(self, kit: Kit, images: ImageSet, pixels: PixelProcessor) -> None:
         self.kit, self.images, self.pixels = kit, images, pixels
-        self.from_rows: FromRows | None = None
+        self.cached_logits_fn: CachedLogitsFn | None = None
 
     @property
-    def form(self) -> Hashable:
+    def batch_key(self) -> Hashable:
         """Its items are rows of its own images; kept features belong to one adapter."""
-        return None if self.from_rows else (self.task, id(self.images), id(self.pixels))
+        return None if self.cached_logits_fn else (self.task, id(self.images), id(self.pixels))
 
-    def size(self, item: int) -> int:
+    def num_tokens(self, item: int) -> int:
         return 1
 
-    def terms(self, item: int) -> int:
+    def num_targets(self, item: int) -> int:
         return 1
 
     def collate(self, items: Sequence[int], seeds: Sequence[int] | None) -> Batch:
         gold = torch.tensor([self.images.labels[i] for i in items], device=self.kit.device)
         inputs: dict[str, Any] = {}
-        if seeds is not None and self.from_rows:
+        if seeds is not None and self.cached_logits_fn:
             inputs["rows"] = list(items)
         elif seeds is not None and self.pixels.augment is not None:
             # one by one, so that an image's changes do not depend on who shares its batch
@@ -82,14 +82,14 @@ class Pictures:
 
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
         found = at_least_float32(self._logits(model, batch))
-        return value_losses(self.task, found, batch.gold["values"], weights)
+        return sequence_losses(self.task, found, batch.targets["values"], weights)
 
     @torch.no_grad()
     def predictions(self, model: Any, batch: Batch) -> list[Any]:
-        return read_off(self.task, self._logits(model, batch).float())
+        return predictions_from_logits(self.task, self._logits(model, batch).float())
 
     def _logits(self, model: Any, batch: Batch) -> Tensor:
         if "rows" in batch.inputs:
-            assert self.from_rows is not None
-            return self.from_rows(model, batch.inputs["rows"])
-        return logits(self.kit, batch.inputs["pixel_values"], model)
+            assert self.cached_logits_fn is not None
+            return self.cached_logits_fn(model, batch.inputs["rows"])
+        return image_logits(self.kit, batch.inputs["pixel_values"], model)

@@ -23,11 +23,11 @@ class Losses:
 
     total: Tensor
     """The weighted sum, with its gradient."""
-    rows: Tensor
+    per_example: Tensor
     """[B]: each example's own summed loss."""
-    right: Tensor
+    num_correct: Tensor
     """[B]: right terms."""
-    of: Tensor
+    num_targets: Tensor
     """[B]: terms."""
     logits: Tensor | None = None
     """[B, C], where an example has one answer, which is read off it: so a measurement runs the model once."""
@@ -39,15 +39,15 @@ class Objective(Protocol):
     task: Task  # what `kitout.evaluate.metrics.registry` scores predictions by
 
     @property
-    def form(self) -> Hashable:
+    def batch_key(self) -> Hashable:
         """Jobs whose objectives have the same form may share a forward, row by row; None: with no other job."""
         ...
 
-    def size(self, item: Any) -> int:
+    def num_tokens(self, item: Any) -> int:
         """What an example costs: tokens, or 1."""
         ...
 
-    def terms(self, item: Any) -> int:
+    def num_targets(self, item: Any) -> int:
         """How many terms its loss is a sum of: learnt tokens, or 1."""
         ...
 

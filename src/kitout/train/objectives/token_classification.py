@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kitout.data.encode.item import IGNORED, Item
+from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.data.padding import pad
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
@@ -21,37 +21,37 @@ from kitout.train.objectives.chunked_cross_entropy import at_least_float32
 from kitout.train.objectives.objective import Losses
 
 
-class Tagging:
+class TokenClassification:
     """filler: the tokenizer's padding id."""
 
     task: Task = "tokens"
 
-    def __init__(self, kit: Kit, filler: int) -> None:
-        self.kit, self.filler = kit, filler
+    def __init__(self, kit: Kit, pad_token_id: int) -> None:
+        self.kit, self.pad_token_id = kit, pad_token_id
 
     @property
-    def form(self) -> Hashable:
-        return self.task, self.filler
+    def batch_key(self) -> Hashable:
+        return self.task, self.pad_token_id
 
-    def size(self, item: Item) -> int:
-        return len(item.ids)
+    def num_tokens(self, item: EncodedExample) -> int:
+        return len(item.input_ids)
 
-    def terms(self, item: Item) -> int:
-        return item.learned
+    def num_targets(self, item: EncodedExample) -> int:
+        return item.num_targets
 
-    def collate(self, items: Sequence[Item], seeds: Sequence[int] | None) -> Batch:
-        ids, mask = pad([item.ids for item in items], self.filler, "right", self.kit.device)
-        gold = torch.full(ids.shape, IGNORED)
+    def collate(self, items: Sequence[EncodedExample], seeds: Sequence[int] | None) -> Batch:
+        ids, mask = pad([item.input_ids for item in items], self.pad_token_id, "right", self.kit.device)
+        gold = torch.full(ids.shape, IGNORE_INDEX)
         for i, item in enumerate(items):
             gold[i, : len(item.labels)] = torch.tensor(item.labels)
         inputs = {"input_ids": ids, "attention_mask": mask}
         return Batch(inputs, {"labels": gold.to(self.kit.device)}, len(items), int(mask.sum()), ids.numel())
 
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
-        gold = batch.gold["labels"]
+        gold = batch.targets["labels"]
         logits = at_least_float32(model(**batch.inputs).logits)
-        nll = F.cross_entropy(logits.transpose(1, 2), gold, ignore_index=IGNORED, reduction="none")
-        there = gold != IGNORED
+        nll = F.cross_entropy(logits.transpose(1, 2), gold, ignore_index=IGNORE_INDEX, reduction="none")
+        there = gold != IGNORE_INDEX
         right = (logits.argmax(2) == gold) & there
         rows = nll.sum(1)
         return Losses((weights * rows).sum(), rows.detach(), right.sum(1).float(), there.sum(1).float())
@@ -59,4 +59,4 @@ class Tagging:
     @torch.no_grad()
     def predictions(self, model: Any, batch: Batch) -> list[Any]:
         best = model(**batch.inputs).logits.argmax(2)
-        return [row[there].tolist() for row, there in zip(best, batch.gold["labels"] != IGNORED, strict=True)]
+        return [row[there].tolist() for row, there in zip(best, batch.targets["labels"] != IGNORE_INDEX, strict=True)]

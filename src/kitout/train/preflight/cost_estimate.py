@@ -18,16 +18,16 @@ import torch
 from kitout.base import memory
 from kitout.kit import Kit
 from kitout.train.loop import distributed
-from kitout.train.loop.base_mode import at_work
+from kitout.train.loop.base_mode import training_mode
 from kitout.train.loop.jobs import Job
-from kitout.train.loop.step import Rows, Work
+from kitout.train.loop.step import StepRows, StepRunner
 
-SPARE = 0.85  # of the free memory a step may be expected to take
-ENOUGH = 1024  # padded tokens keep a CPU as busy as more of them, and take less memory
+MEMORY_FRACTION = 0.85  # of the free memory a step may be expected to take
+CPU_TOKENS = 1024  # padded tokens keep a CPU as busy as more of them, and take less memory
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CostEstimate:
     """seconds: of all training steps, without evaluations. memory: peak bytes of the process, or of the GPU.
 
     loaded: bytes held before. micro: rows of one forward. tokens: of the whole run, padding included.
@@ -41,65 +41,71 @@ class Estimate:
     tokens_per_second: float
 
 
-def estimate(
-    kit: Kit, jobs: Sequence[Job], steps: Sequence[Rows], micro: int | None, checkpointing: bool = False
-) -> Estimate:
+def estimate_cost(
+    kit: Kit,
+    jobs: Sequence[Job],
+    steps: Sequence[StepRows],
+    micro_batch_size: int | None,
+    activation_checkpointing: bool = False,
+) -> CostEstimate:
     """Runs two steps forward and backward and takes their gradients away again."""
-    costs = [_cost(jobs, rows) for rows in steps]
+    costs = [_padded_tokens(jobs, rows) for rows in steps]
     largest = max(range(len(steps)), key=costs.__getitem__)
     usual = min(range(len(steps)), key=lambda i: abs(costs[i] - statistics.median(costs)))
     names = [job.name for job in jobs]
     trained = sum(value.numel() for name in names for value in kit[name].parameters())
     kit.train_only(*names)
     device = kit.device
-    loaded = memory.held(device)
+    loaded = memory.current(device)
     statistics_before = {value: value.clone() for name in names for value in kit[name].buffers()}
-    with at_work(kit, names, checkpointing):
+    with training_mode(kit, names, activation_checkpointing):
         try:
-            fitting = min(distributed.gathered([_fitting(kit, jobs, steps[largest], largest)]))  # the same for all
-            rows = min(micro or usual_micro(device, jobs, steps[largest]), fitting)
+            fitting = min(
+                distributed.all_gather([_rows_that_fit(kit, jobs, steps[largest], largest)])
+            )  # the same for all
+            rows = min(micro_batch_size or default_micro_batch(device, jobs, steps[largest]), fitting)
             memory.reset_peak(device)
-            first = _run(kit, jobs, steps[largest], largest, rows)
+            first = _run_step(kit, jobs, steps[largest], largest, rows)
             most = memory.peak(device) + 8 * trained  # AdamW's two moments
-            again = _run(kit, jobs, steps[usual], usual, first.micro)
+            again = _run_step(kit, jobs, steps[usual], usual, first.micro_batch_size)
         finally:
             for name in names:
                 kit[name].zero_grad()
             for value, before in statistics_before.items():  # a BatchNorm has seen steps that do not count
                 value.copy_(before)
     speed = costs[usual] / max(again.seconds, 1e-9)
-    return Estimate(sum(costs) / speed, most, loaded, first.micro, sum(costs), speed)
+    return CostEstimate(sum(costs) / speed, most, loaded, first.micro_batch_size, sum(costs), speed)
 
 
-def usual_micro(device: torch.device, jobs: Sequence[Job], rows: Rows) -> int:
+def default_micro_batch(device: torch.device, jobs: Sequence[Job], rows: StepRows) -> int:
     """Rows of one forward: all of them on a GPU, on a CPU equal parts that are just large enough."""
     if device.type == "cuda":
         return len(rows)
-    parts = math.ceil(_cost(jobs, rows) / ENOUGH)
+    parts = math.ceil(_padded_tokens(jobs, rows) / CPU_TOKENS)
     return math.ceil(len(rows) / parts)
 
 
-def _cost(jobs: Sequence[Job], rows: Rows) -> int:
+def _padded_tokens(jobs: Sequence[Job], rows: StepRows) -> int:
     """Tokens of a step if all its rows are as long as the longest."""
-    sizes = [jobs[j].objective.size(jobs[j].items[i]) for j, i in rows]
+    sizes = [jobs[j].objective.num_tokens(jobs[j].examples[i]) for j, i in rows]
     return len(sizes) * max(sizes)
 
 
-def _fitting(kit: Kit, jobs: Sequence[Job], rows: Rows, step: int) -> int:
+def _rows_that_fit(kit: Kit, jobs: Sequence[Job], rows: StepRows, step: int) -> int:
     """How many rows of this step fit into the free memory, by what one row takes; all, where nobody can say."""
-    room = memory.free(kit.device)
+    room = memory.available(kit.device)
     if room is None or kit.device.type == "cuda":
         return len(rows)  # a GPU says so itself when it is full, and the step is tried again in halves
-    before = memory.held(kit.device)
+    before = memory.current(kit.device)
     memory.reset_peak(kit.device)
     several = [row for row in rows if jobs[row[0]].settings.head == "batchnorm"][:2]  # one row has no variance
     few = several or rows[:1]
-    _run(kit, jobs, few, step, len(few))
+    _run_step(kit, jobs, few, step, len(few))
     each = max(1, (memory.peak(kit.device) - before) // len(few))
-    return max(1, min(len(rows), int(SPARE * room / each)))
+    return max(1, min(len(rows), int(MEMORY_FRACTION * room / each)))
 
 
-def _run(kit: Kit, jobs: Sequence[Job], rows: Rows, step: int, micro: int) -> Work:
-    work = Work(kit, jobs, micro)
+def _run_step(kit: Kit, jobs: Sequence[Job], rows: StepRows, step: int, micro_batch_size: int) -> StepRunner:
+    work = StepRunner(kit, jobs, micro_batch_size)
     work.step(kit, rows, step, torch.Tensor.backward, lambda _model: contextlib.nullcontext())
     return work

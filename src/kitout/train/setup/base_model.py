@@ -20,24 +20,26 @@ from torch import nn
 from kitout.errors import ConfigError
 from kitout.kit import Kit, attach
 from kitout.train.config.schema import ModelConfig
-from kitout.train.loop.base_mode import as_quantised
+from kitout.train.loop.base_mode import keep_nf4_trainable
 from kitout.train.setup import device
-from kitout.train.setup.heads import heads_of
+from kitout.train.setup.heads import copy_heads
 
-CLASSES = {
-    "causal": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "classify": "AutoModelForSequenceClassification",
-    "regress": "AutoModelForSequenceClassification",
+AUTO_MODELS = {
+    "causal_lm": "AutoModelForCausalLM",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
     "multilabel": "AutoModelForSequenceClassification",
-    "tokens": "AutoModelForTokenClassification",
-    "images": "AutoModelForImageClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "image_classification": "AutoModelForImageClassification",
 }
-SHORT = 256  # tokens: below, plain attention trains faster than the fused one on a CPU, whose backward is slow there
+EAGER_BELOW_TOKENS = (
+    256  # tokens: below, plain attention trains faster than the fused one on a CPU, whose backward is slow there
+)
 
 
 @dataclass(frozen=True)
-class Built:
+class LoadedBase:
     """kit: eval mode, no adapter yet. heads: modules by path, in model order, that every adapter trains a copy of.
 
     missing: those of them that the checkpoint does not hold. why: of the number format. opening: what the loader was
@@ -46,23 +48,23 @@ class Built:
 
     kit: Kit
     heads: dict[str, nn.Module]
-    missing: frozenset[str]
+    new_heads: frozenset[str]
     device: torch.device
-    why: str
-    opening: Mapping[str, Any]
+    dtype_reason: str
+    from_pretrained_kwargs: Mapping[str, Any]
 
 
-def found(name: str) -> str:
+def resolve_model(name: str) -> str:
     """A folder, an embedded model's folder, or the name as the hub knows it."""
     if Path(name).expanduser().is_dir():
         return str(Path(name).expanduser())
     from kitout.assets import store  # the embedded models live with the demo that shows them
     from kitout.assets.catalog import ASSETS
 
-    return str(store.get(name, lambda _words: None)) if name in ASSETS else name
+    return str(store.fetch_asset(name, lambda _words: None)) if name in ASSETS else name
 
 
-def data_at(path: str) -> str:
+def resolve_data(path: str) -> str:
     """A path as it is said, or the folder of an embedded set."""
     if Path(path).expanduser().exists():
         return path
@@ -70,46 +72,48 @@ def data_at(path: str) -> str:
     from kitout.assets.catalog import ASSETS
 
     name, mark, rows = path.partition("#")
-    return str(store.get(name, lambda _words: None)) + mark + rows if name in ASSETS else path
+    return str(store.fetch_asset(name, lambda _words: None)) + mark + rows if name in ASSETS else path
 
 
-def config_of(chosen: ModelConfig) -> Any:
+def load_config(config: ModelConfig) -> Any:
     """The model's own config; ConfigError with what is wrong where there is none."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(found(chosen.name), revision=chosen.revision)
+        return AutoConfig.from_pretrained(resolve_model(config.name), revision=config.revision)
     except (OSError, ValueError) as wrong:
-        raise ConfigError(f"model.name={chosen.name!r}: no model is there: {_short(wrong)}") from wrong
+        raise ConfigError(f"model.name={config.name!r}: no model is there: {_short_message(wrong)}") from wrong
 
 
-def tokenizer_of(chosen: ModelConfig) -> Any:
+def load_tokenizer(config: ModelConfig) -> Any:
     """The model's own tokenizer."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(found(chosen.name), revision=chosen.revision)
+        return AutoTokenizer.from_pretrained(resolve_model(config.name), revision=config.revision)
     except (OSError, ValueError, ImportError) as wrong:
-        raise ConfigError(f"model.name={chosen.name!r}: its tokenizer does not load: {_short(wrong)}") from wrong
+        raise ConfigError(
+            f"model.name={config.name!r}: its tokenizer does not load: {_short_message(wrong)}"
+        ) from wrong
 
 
-def place(chosen: ModelConfig) -> tuple[torch.device, torch.dtype, str]:
+def choose_device_and_dtype(config: ModelConfig) -> tuple[torch.device, torch.dtype, str]:
     """Where and in which format the frozen weights are, and why."""
-    where = device.device() if chosen.device == "auto" else torch.device(chosen.device)
+    where = device.default_device() if config.device == "auto" else torch.device(config.device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("model.device=cuda, and torch finds no GPU here: leave it out, or write cpu")
-    if chosen.dtype == "float16" and where.type == "cpu":
+    if config.dtype == "float16" and where.type == "cpu":
         raise ConfigError("model.dtype=float16 on a CPU overflows to nan in training: write bfloat16 or float32")
-    if chosen.dtype != "auto":
-        return where, getattr(torch, chosen.dtype), "as asked"
-    form, why = device.dtype("auto", where)
+    if config.dtype != "auto":
+        return where, getattr(torch, config.dtype), "as asked"
+    form, why = device.choose_dtype("auto", where)
     return where, form, why
 
 
-def build(
-    chosen: ModelConfig, objective: str, labels: Sequence[str], median: int, filler: int | None = None,
+def load_base(
+    config: ModelConfig, objective: str, labels: Sequence[str], median_tokens: int, pad_token_id: int | None = None,
     image_size: int | None = None,
-) -> Built:  # fmt: skip
+) -> LoadedBase:  # fmt: skip
     """The kit. labels: of a classifier. median: tokens of the usual example, by which attention is chosen on a CPU.
 
     filler: padding id of a model that has none of its own, without which a classifier reads no more than one row.
@@ -118,66 +122,70 @@ def build(
     import transformers
     from transformers.utils import logging as its_logging
 
-    where, form, why = place(chosen)
-    asked: dict[str, Any] = {"dtype": form, "revision": chosen.revision} | _quantised(chosen, form)
-    if objective not in ("causal", "seq2seq"):
+    where, form, why = choose_device_and_dtype(config)
+    asked: dict[str, Any] = {"dtype": form, "revision": config.revision} | _quantization_kwargs(config, form)
+    if objective not in ("causal_lm", "seq2seq_lm"):
         asked |= {"num_labels": max(1, len(labels)), "ignore_mismatched_sizes": True}
         if labels:
             asked |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    loader = getattr(transformers, CLASSES[objective])
+    loader = getattr(transformers, AUTO_MODELS[objective])
     loud = its_logging.get_verbosity()
     its_logging.set_verbosity_error()  # it would warn of fresh heads, which are meant
     its_logging.disable_progress_bar()
     try:
-        model, told = loader.from_pretrained(found(chosen.name), output_loading_info=True, **asked)
+        model, told = loader.from_pretrained(resolve_model(config.name), output_loading_info=True, **asked)
     except (OSError, ValueError, ImportError) as wrong:
-        raise ConfigError(f"model.name={chosen.name!r} does not load for {objective}: {_short(wrong)}") from wrong
+        raise ConfigError(
+            f"model.name={config.name!r} does not load for {objective}: {_short_message(wrong)}"
+        ) from wrong
     finally:
         its_logging.set_verbosity(loud)
-    if chosen.quantise == "none":
+    if config.quantization == "none":
         model.to(where)
     fresh = {name.rpartition(".")[0] for name in [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]}
-    if chosen.quantise == "nf4":
-        as_quantised(model)
-    if filler is not None:
-        model.config.get_text_config().pad_token_id = filler  # before the kit tries the model on a few rows
-    kit = attach(model, example_batch=None if image_size is None else _two_images(model, image_size))
-    _set_attention(kit, chosen, where, median)
+    if config.quantization == "nf4":
+        keep_nf4_trainable(model)
+    if pad_token_id is not None:
+        model.config.get_text_config().pad_token_id = pad_token_id  # before the kit tries the model on a few rows
+    kit = attach(model, example_batch=None if image_size is None else _example_images(model, image_size))
+    _set_attention(kit, config, where, median_tokens)
     kit.eval()
     opening = {"num_labels": asked["num_labels"]} if "num_labels" in asked else {}
     opening |= {"ignore_mismatched_sizes": True} if told["mismatched_keys"] else {}
-    opening |= {} if chosen.revision is None else {"revision": chosen.revision}
-    opening |= {} if filler is None else {"pad_token_id": filler}
-    return Built(kit, heads_of(kit, fresh, objective in ("causal", "seq2seq")), frozenset(fresh), where, why, opening)
+    opening |= {} if config.revision is None else {"revision": config.revision}
+    opening |= {} if pad_token_id is None else {"pad_token_id": pad_token_id}
+    return LoadedBase(
+        kit, copy_heads(kit, fresh, objective in ("causal_lm", "seq2seq_lm")), frozenset(fresh), where, why, opening
+    )
 
 
-def _two_images(model: Any, side: int) -> dict[str, Any]:
+def _example_images(model: Any, size: int) -> dict[str, Any]:
     """A model may be built for far more pixels than a run shows it: to be tried on these takes less time and memory."""
-    from kitout.train.objectives.image_classification import position_settings  # images need pillow
+    from kitout.train.objectives.image_classification import interpolation_kwargs  # images need pillow
 
-    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
-    return {"pixel_values": pixels} | position_settings(model, pixels)
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+    return {"pixel_values": pixels} | interpolation_kwargs(model, pixels)
 
 
-def _set_attention(kit: Kit, chosen: ModelConfig, where: torch.device, median: int) -> None:
+def _set_attention(kit: Kit, config: ModelConfig, device_used: torch.device, median_tokens: int) -> None:
     base: Any = kit.base
-    if chosen.attention != "auto":
+    if config.attention != "auto":
         try:
-            base.set_attn_implementation(chosen.attention)
+            base.set_attn_implementation(config.attention)
         except (ValueError, ImportError) as wrong:
-            raise ConfigError(f"model.attention={chosen.attention}: {_short(wrong)}") from wrong
-    elif where.type == "cpu" and 0 < median < SHORT:
+            raise ConfigError(f"model.attention={config.attention}: {_short_message(wrong)}") from wrong
+    elif device_used.type == "cpu" and 0 < median_tokens < EAGER_BELOW_TOKENS:
         base.set_attn_implementation("eager")
 
 
-def _quantised(chosen: ModelConfig, form: torch.dtype) -> dict[str, Any]:
+def _quantization_kwargs(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """What the loader is told of a quantised base; ConfigError where the library is not there."""
-    if chosen.quantise == "none":
+    if config.quantization == "none":
         return {}
-    library = "torchao" if chosen.quantise.startswith("torchao") else "bitsandbytes"
+    library = "torchao" if config.quantization.startswith("torchao") else "bitsandbytes"
     if importlib.util.find_spec(library) is None:
         raise ConfigError(
-            f"model.quantise={chosen.quantise} needs {library}, not installed here: pip install {library}"
+            f"model.quantization={config.quantization} needs {library}, not installed here: pip install {library}"
         )
     if library == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
@@ -186,15 +194,15 @@ def _quantised(chosen: ModelConfig, form: torch.dtype) -> dict[str, Any]:
         return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
     from transformers import BitsAndBytesConfig
 
-    if chosen.quantise == "int8":
+    if config.quantization == "int8":
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for every product
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     return {
         "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=form
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     }
 
 
-def _short(wrong: BaseException) -> str:
-    return " ".join(str(wrong).split())[:400]
+def _short_message(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400]

@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from kitout.data.encode.item import Item
+from kitout.data.encode.item import EncodedExample
 from kitout.data.read.tables import DataError
-from kitout.errors import Faults, suggest
-from kitout.evaluate.metrics.generation import MOST_LABELS, RETURNS
+from kitout.errors import Errors, suggest
+from kitout.evaluate.metrics.generation import MAX_LABELS, MIN_REPEATS
 
-LONGEST = 16  # tokens of an answer that is a label and no sentence
+MAX_LABEL_TOKENS = 16  # tokens of an answer that is a label and no sentence
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class ClosedAnswers:
 
     names: tuple[str, ...]
     """The answers as the data has them."""
-    ids: tuple[tuple[int, ...], ...]
+    token_ids: tuple[tuple[int, ...], ...]
     """Of each answer: its tokens behind a prompt, without the one that ends it."""
-    end: int
+    end_token_id: int
     """The token that ends an answer."""
 
 
-def closed_answers(
-    train: Sequence[Item], evaluated: Iterable[Item], asked: Sequence[str] | None = None
+def find_closed_answers(
+    train: Sequence[EncodedExample], evaluated: Iterable[EncodedExample], requested: Sequence[str] | None = None
 ) -> ClosedAnswers | None:
     """The closed set of these items' answers, or None where they are no such set.
 
@@ -41,39 +41,39 @@ def closed_answers(
     where the answers are not of it.
     """
     counts = Counter(item.reference for item in train)
-    names = tuple(asked) if asked is not None else tuple(name for name, _ in counts.most_common())
-    if asked is None and not (2 <= len(names) <= MOST_LABELS and RETURNS * len(names) <= len(train)):
+    names = tuple(requested) if requested is not None else tuple(name for name, _ in counts.most_common())
+    if requested is None and not (2 <= len(names) <= MAX_LABELS and MIN_REPEATS * len(names) <= len(train)):
         return None
     strange = [item for item in (*train, *evaluated) if item.reference not in names]
-    tokens = _tokens(train, names)
+    tokens = _answer_tokens(train, names)
     missing = [name for name in names if name not in tokens]
     ends = {ids[-1] for ids in tokens.values()}
     cut = {name: ids[:-1] for name, ids in tokens.items()}
     alike = len(set(cut.values())) < len(cut) or not all(cut.values())
-    long = [name for name, ids in cut.items() if len(ids) > LONGEST]
-    if asked is not None:
-        faults = Faults(DataError, f"data.labels={list(asked)}")
+    long = [name for name, ids in cut.items() if len(ids) > MAX_LABEL_TOKENS]
+    if requested is not None:
+        faults = Errors(DataError, f"data.labels={list(requested)}")
         for item in strange[:3]:
             faults.add(
-                f"{item.place}: the answer {item.reference!r} is not one of them; {suggest(item.reference, names)}"
+                f"{item.location}: the answer {item.reference!r} is not one of them; {suggest(item.reference, names)}"
             )
         if missing:
             faults.add(f"no training example answers {', '.join(map(repr, missing))}: leave it out, or add examples")
         faults.raise_if_any()
-    if "" in names or strange or missing or len(ends) != 1 or alike or (long and asked is None):
+    if "" in names or strange or missing or len(ends) != 1 or alike or (long and requested is None):
         return None
     return ClosedAnswers(names, tuple(cut[name] for name in names), ends.pop())
 
 
-def prompt_of(item: Item) -> tuple[int, ...]:
+def prompt_ids(item: EncodedExample) -> tuple[int, ...]:
     """What an answer is generated from: the text before it, or the source of an encoder-decoder."""
-    return item.ids[: item.prompt] if item.labels else item.ids
+    return item.input_ids[: item.prompt_length] if item.labels else item.input_ids
 
 
-def _tokens(train: Sequence[Item], names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def _answer_tokens(train: Sequence[EncodedExample], answers: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Of each answer the tokens that most examples have for it; those that truncation has cut do not count."""
-    found: dict[str, Counter[tuple[int, ...]]] = {name: Counter() for name in names}
+    found: dict[str, Counter[tuple[int, ...]]] = {name: Counter() for name in answers}
     for item in train:
-        if item.reference in found and not item.lost:
-            found[item.reference][item.ids[item.prompt :] if item.labels else item.target] += 1
+        if item.reference in found and not item.num_truncated_targets:
+            found[item.reference][item.input_ids[item.prompt_length :] if item.labels else item.target_ids] += 1
     return {name: counts.most_common(1)[0][0] for name, counts in found.items() if counts}

@@ -16,21 +16,23 @@ from kitout.errors import ConfigError
 from kitout.kit import Kit
 
 
-def heads_of(kit: Kit, missing: Collection[str], language: bool) -> dict[str, nn.Module]:
+def copy_heads(kit: Kit, new_heads: Collection[str], is_language_model: bool) -> dict[str, nn.Module]:
     """Copies in float32, by path, of what the checkpoint does not hold and of the classifier.
 
     language: the model writes text; it has no classifier, and nothing may be missing.
     """
-    if language:
-        if missing:
-            raise ConfigError(f"the checkpoint does not hold {sorted(missing)[:4]}: this is no language model to adapt")
+    if is_language_model:
+        if new_heads:
+            raise ConfigError(
+                f"the checkpoint does not hold {sorted(new_heads)[:4]}: this is no language model to adapt"
+            )
         return {}
-    paths = {*missing, *(site.path for site in kit.survey.sites if site.role == "head")}
+    paths = {*new_heads, *(site.path for site in kit.survey.sites if site.role == "head")}
     return {path: copy.deepcopy(module).float() for path, module in kit.base.named_modules() if path in paths}
 
 
-def own_heads(
-    heads: Mapping[str, nn.Module], missing: Collection[str], classes: int, seed: int, kind: str = "linear"
+def build_heads(
+    heads: Mapping[str, nn.Module], new_heads: Collection[str], num_classes: int, seed: int, kind: str = "linear"
 ) -> dict[str, nn.Module]:
     """One adapter's copies: the checkpoint's own values where it has them for as many classes, else fresh ones.
 
@@ -42,35 +44,35 @@ def own_heads(
         torch.manual_seed(seed)
         for path, head in own.items():
             if path == last and kind == "batchnorm":
-                own[path] = batchnorm(_inputs(path, head), classes)
+                own[path] = batchnorm_head(_in_features(path, head), num_classes)
                 continue
-            outputs = classes if path == last else getattr(head, "out_features", 0)
-            if isinstance(head, nn.Linear) and (path in missing or outputs != head.out_features):
-                own[path] = linear(head.in_features, outputs, head.bias is not None)
+            outputs = num_classes if path == last else getattr(head, "out_features", 0)
+            if isinstance(head, nn.Linear) and (path in new_heads or outputs != head.out_features):
+                own[path] = linear_head(head.in_features, outputs, head.bias is not None)
     return own
 
 
-def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+def linear_head(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
     """As transformers starts its classifiers: N(0, 0.02), bias 0."""
-    layer = nn.Linear(inputs, outputs, bias)
+    layer = nn.Linear(in_features, out_features, bias)
     nn.init.normal_(layer.weight, std=0.02)
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
 
 
-def batchnorm(inputs: int, outputs: int) -> nn.Sequential:
+def batchnorm_head(in_features: int, out_features: int) -> nn.Sequential:
     """BatchNorm1d(affine=False, eps=1e-6), then a linear from a truncated N(0, 0.01).
 
     AdaptFormer's head (code ShoufaChen/AdaptFormer, main_image.py), after MAE's and MoCo v3's probes.
     """
-    layer = nn.Linear(inputs, outputs)
+    layer = nn.Linear(in_features, out_features)
     nn.init.trunc_normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
-    return nn.Sequential(nn.BatchNorm1d(inputs, affine=False, eps=1e-6), layer)
+    return nn.Sequential(nn.BatchNorm1d(in_features, affine=False, eps=1e-6), layer)
 
 
-def _inputs(path: str, head: nn.Module) -> int:
+def _in_features(path: str, head: nn.Module) -> int:
     if not isinstance(head, nn.Linear):
         raise ConfigError(
             f"train.head=batchnorm takes the place of a linear classifier, and this model's, {path}, is a "
