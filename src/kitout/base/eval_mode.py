@@ -1,7 +1,7 @@
-"""Eval mode, a gradient mode and a private random state while a model is asked something; all restored afterwards.
+"""eval_mode: a model in eval mode, with a gradient mode and a private random state, all restored afterwards.
 
 One context for whoever runs a model without training it: the probe, evaluation, and what a run measures between steps.
-Training modes are put back by module, so that blocks in a mode of their own keep it. It knows modules, no kit.
+Training modes are restored by module, so that blocks in a mode of their own keep it. It knows modules, no kit.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import nn
 
 @contextmanager
 def eval_mode(*models: nn.Module, grad: bool = False, freeze: bool = False) -> Iterator[None]:
-    """While it lasts no module of the models is in training mode, and what draws random numbers moves no one else's.
+    """All modules of the models in eval mode; random numbers drawn inside do not change the global random state.
 
-    grad: gradients are recorded, even below `torch.inference_mode`; else they are not. freeze: no parameter requires
-    any, so that with `grad` they reach activations alone.
+    grad: gradients are recorded, even inside `torch.inference_mode`; without it they are not.
+    freeze: no parameter requires a gradient, so that with `grad` only activations get one.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
     parameters = [parameter for model in models for parameter in model.parameters()]
@@ -38,5 +38,5 @@ def eval_mode(*models: nn.Module, grad: bool = False, freeze: bool = False) -> I
         finally:
             for module, mode in modes:
                 module.training = mode
-            for parameter, required in requires_grad:
-                parameter.requires_grad_(required)
+            for parameter, value in requires_grad:
+                parameter.requires_grad_(value)

@@ -1,7 +1,7 @@
 """Which layers: the small grammar behind `layers="last:4"`, per tower.
 
 "all" | "last:4" | "0,3,5" | "2-5" | "decoder/last:4"; several separated by ";". Counts from the end of each tower on
-its own, so an encoder-decoder's "last:4" is four of each. Knows towers and indices as the sites tell them, nothing
+its own, so an encoder-decoder's "last:4" is four of each. It knows the towers and indices of the given sites, nothing
 else.
 """
 
@@ -17,29 +17,29 @@ LayersByTower = dict[str, list[int]]
 
 
 def layer_filter(text: str, sites: Sequence[Site], errors: Errors) -> Callable[[Site], bool]:
-    """A test on sites. Faults of the text are added to `faults`; sites outside the blocks pass only with "all"."""
+    """A test on sites. Sites outside the blocks pass only with "all". Mistakes in `text` are added to `errors`."""
     if text.strip() == "all":
         return lambda _: True
     towers = _layers_by_tower(sites)
     allowed: set[tuple[str, int]] = set()
     for part in text.split(";"):
-        name, slash, wanted = part.strip().rpartition("/")
-        chosen = {tower: layers for tower, layers in towers.items() if name in tower}
-        if slash and not chosen:
+        name, slash, expression = part.strip().rpartition("/")
+        selected = {tower: layers for tower, layers in towers.items() if name in tower}
+        if slash and not selected:
             errors.add(f"no tower's path contains {name!r}; {suggest(name, towers)}")
         elif not towers:
             errors.add(f"{part!r} names layers, but this model has no blocks; write layers='all'")
         else:
-            allowed |= _select_layers(wanted.strip(), chosen, errors)
+            allowed |= _select_layers(expression.strip(), selected, errors)
     return lambda site: site.layer is not None and (site.tower, site.layer) in allowed
 
 
 def _layers_by_tower(sites: Sequence[Site]) -> LayersByTower:
-    found: dict[str, set[int]] = {}
+    towers: dict[str, set[int]] = {}
     for site in sites:
         if site.layer is not None:
-            found.setdefault(site.tower, set()).add(site.layer)
-    return {tower: sorted(layers) for tower, layers in found.items()}
+            towers.setdefault(site.tower, set()).add(site.layer)
+    return {tower: sorted(layers) for tower, layers in towers.items()}
 
 
 def _select_layers(expression: str, towers: LayersByTower, errors: Errors) -> set[tuple[str, int]]:
@@ -54,7 +54,9 @@ def _select_layers(expression: str, towers: LayersByTower, errors: Errors) -> se
         return {(tower, layer) for tower, layers in towers.items() for layer in layers[-n:]} if n else set()
     indices = _parse_indices(expression)
     if indices is None:
-        errors.add(f"{expression!r} is no choice of layers; write 'all', 'last:4', '0,3,5', '2-5' or 'decoder/last:4'")
+        errors.add(
+            f"{expression!r} is not a valid choice of layers; write 'all', 'last:4', '0,3,5', '2-5' or 'decoder/last:4'"
+        )
         return set()
     known = {layer for layers in towers.values() for layer in layers}
     if missing := [i for i in indices if i not in known]:
@@ -63,11 +65,11 @@ def _select_layers(expression: str, towers: LayersByTower, errors: Errors) -> se
 
 
 def _parse_indices(expression: str) -> list[int] | None:
-    """Of "0,3,5-7": [0, 3, 5, 6, 7]; None if it does not read so."""
-    found: list[int] = []
+    """[0, 3, 5, 6, 7] for "0,3,5-7"; None if the expression is not of this form."""
+    indices: list[int] = []
     for piece in expression.split(","):
         span = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", piece)
         if not span or (span[2] is not None and int(span[2]) < int(span[1])):
             return None
-        found += range(int(span[1]), int(span[2] or span[1]) + 1)
-    return found
+        indices += range(int(span[1]), int(span[2] or span[1]) + 1)
+    return indices

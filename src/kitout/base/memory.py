@@ -1,7 +1,7 @@
-"""How much memory a piece of work takes at most: of the GPU where it runs there, else of the process.
+"""Peak, current and available memory: of the GPU where the work runs there, else of the process.
 
-On Linux the kernel's high-water mark is set back before the work; elsewhere it only rises, and what was reached before
-counts too. It knows no model.
+On Linux the kernel's peak is reset before the work; elsewhere it only rises, so earlier peaks count too. It also tells
+an out-of-memory error from others. It knows no model.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ CGROUP_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.c
 
 
 def reset_peak(device: torch.device) -> None:
-    """From now on `peak` counts anew, where the system can."""
+    """`peak` starts again from what is held now, where the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif CLEAR_REFS.exists():
         try:
             CLEAR_REFS.write_text("5")
         except OSError:
-            return  # a container may forbid it: then the mark only rises
+            return  # a container may forbid it: then the peak only rises
 
 
 def peak(device: torch.device) -> int:
-    """Most bytes held since `reset_peak`."""
+    """Maximum of the bytes held since `reset_peak`."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return _proc_status("VmHWM") or _max_rss()
@@ -41,25 +41,26 @@ def current(device: torch.device) -> int:
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that may still be taken; None where the system does not say."""
+    """Bytes that can still be allocated; None where the system does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if not PROC_MEMINFO.exists():
         return None
-    found = next(line for line in PROC_MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
-    most = int(found.split()[1]) * 1024
-    if all(limit.exists() for limit in CGROUP_FILES):
-        ceiling, now = (limit.read_text().strip() for limit in CGROUP_FILES)
-        if ceiling != "max":
-            most = min(most, int(ceiling) - int(now))
-    return most
+    line = next(line for line in PROC_MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
+    num_bytes = int(line.split()[1]) * 1024
+    if all(path.exists() for path in CGROUP_FILES):
+        limit, used = (path.read_text().strip() for path in CGROUP_FILES)
+        if limit != "max":
+            num_bytes = min(num_bytes, int(limit) - int(used))
+    return num_bytes
 
 
 def _proc_status(name: str) -> int:
     if not PROC_STATUS.exists():
         return 0
-    found = next((line for line in PROC_STATUS.read_text().splitlines() if line.startswith(name)), None)
-    return 0 if found is None else int(found.split()[1]) * 1024
+    """Bytes that a line of /proc/self/status reports; 0 without it."""
+    line = next((line for line in PROC_STATUS.read_text().splitlines() if line.startswith(name)), None)
+    return 0 if line is None else int(line.split()[1]) * 1024
 
 
 def _max_rss() -> int:
@@ -67,13 +68,13 @@ def _max_rss() -> int:
         return 0
     import resource
 
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    max_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max_rss if sys.platform == "darwin" else max_rss * 1024  # macOS counts bytes, others KiB
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: CUDA's error, Python's, or what the CPU's allocator says on Linux and on Windows."""
+    """True for CUDA's error, Python's, and the messages of torch's CPU allocator on Linux and on Windows."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    said = ("can't allocate memory", "not enough memory")
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    messages = ("can't allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)

@@ -18,7 +18,7 @@ Port = Literal["out", "in", "kv", "tokens", "param"]
 BatchRelation = Literal["batch", "multiple", "one", "none", "unknown"]
 Kind = Literal["linear", "embedding", "conv", "norm", "other"]
 
-# Every role the finder hands out. "attn.q" is self-attention, "cross.q" cross-attention; a fused projection has the
+# Every role that `find_sites` gives. "attn.q" is self-attention, "cross.q" cross-attention; a fused projection has the
 # role of the whole ("attn.qkv") and, once the probe has seen its channels, one more site per part ("attn.q", ...).
 PROJECTIONS = ("q", "k", "v", "o", "qkv")
 ROLES = (
@@ -42,43 +42,49 @@ ROLES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One tappable place.
-
-    path: module path inside the model. role: one of `ROLES`. tower: path of the block stack ("model.layers"), ""
-    outside blocks. layer: index in the tower, None outside blocks. d_in, d_out: widths of input and output (d_out is
-    the number of `channels` where those are given). port: "out" acts on the module's output, "in" on its input,
-    "param" on a bare parameter of it. source: path of the module whose *input* is handed over as x instead of this
-    module's own. channels: sorted channel indices of a fused projection, None = all. kind: which linear map the module
-    is. channels_first: the module's output is [B, C, ...] (convolutions, BatchNorm-like), so the tap moves C last.
-    rows: how dim 0 of the value relates to the batch: it is the batch, a multiple of it ("multiple"), always 1 (a
-    position table looked up once for all rows) or nothing of the kind ("none"). norm: at a sublayer, the norm that
-    takes its sum with the residual where the stream goes on from there (post-norm blocks). names: parameters of the module,
-    relative to it, that an adapter holds its own values of; keys: the same for those that are one parameter (tied tables).
-    heads: of keys and values at an attention; scale: the standard deviations its keys and values had in the probe;
-    window: how far it looks, 0 = everywhere;
-    bias: the attention whose `compute_bias` gives the bias of relative positions that this one adds, None without.
-    """
+    """One place of the frozen model where a Delta can act. The fields below "seen by the probe" need a forward."""
 
     path: str
+    """Module path inside the model."""
     role: str
+    """One of `ROLES`."""
     tower: str = ""
+    """Path of the block stack ("model.layers"); "" outside the blocks."""
     layer: int | None = None
+    """Index of the block in its tower; None outside the blocks."""
     d_in: int
+    """Width of the input."""
     d_out: int
+    """Width of the output; the number of `channels` where those are given."""
     port: Port = "out"
+    """Where the Delta acts: output, input, keys and values, token sequence, or a bare parameter of the module."""
     input_from: str | None = None
+    """Seen by the probe: path of the module whose input the Delta gets as x; None: this module's own input."""
     channels: tuple[int, ...] | None = None
+    """Seen by the probe: sorted output channels of one part of a fused projection; None: all channels."""
     batch_relation: BatchRelation = "unknown"
+    """Seen by the probe. How dim 0 of the value relates to the batch: equal to it ("batch"), a multiple of it (windows:
+    "multiple"), always 1 (a position table looked up once for all rows: "one") or unrelated ("none")."""
     kind: Kind = "linear"
+    """Which map the module computes."""
     channels_first: bool = False
+    """The module's output is [B, C, ...] (convolution, BatchNorm): it is moved to channels-last for the Delta."""
     parameter_names: tuple[str, ...] = ()
+    """Parameters that an adapter has its own values of, relative to the module."""
     tied_keys: tuple[str, ...] = ()
+    """One key per parameter name, the same wherever a tied parameter is used."""
     num_kv_heads: int = 0
+    """Seen by the probe, attention only: heads of the keys and values."""
     probe_std: tuple[float, float] | None = field(default=None, compare=False)
+    """Seen by the probe, attention only: standard deviations of its keys and of its values."""
     sliding_window: int = 0
+    """Seen by the probe, attention only: how many keys its window holds; 0: no window."""
     relative_bias: nn.Module | None = field(default=None, compare=False, repr=False)
+    """Seen by the probe, attention only: the attention whose `compute_bias` gives the relative position bias."""
     post_norm: nn.Module | None = field(default=None, compare=False, repr=False)
+    """Seen by the probe, sublayers only: the norm after its sum with the residual stream (post-norm blocks)."""
     module: nn.Module = field(compare=False, repr=False)
+    """The frozen module itself."""
 
     @cached_property
     def key(self) -> str:
@@ -99,5 +105,5 @@ class Site:
         return torch.tensor(self.channels)
 
     def replace(self, **changes: Any) -> Site:
-        """The same place seen differently, e.g. `site.at(port="in", d_out=site.d_in)`."""
+        """The same place with other fields, e.g. `site.replace(port="in", d_out=site.d_in)`."""
         return replace(self, **changes)

@@ -1,7 +1,7 @@
 """The frozen module seen as a matrix: the one file that knows how weights are stored.
 
 Linear [out, in], Conv1D-like [in, out], convolutions [out, in, *kernel], embedding tables [V, d], norm gains stored as
-g or as 1 + g, channel subsets of fused projections, quantised storage. Everything outside sees w [d_out, d_in] and
+g or as 1 + g, channel subsets of fused projections, quantized storage. Everything else sees w [d_out, d_in] and
 b [d_out] | None. It knows nothing of adapters, routes or files.
 """
 
@@ -27,13 +27,13 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_plain_float(module: nn.Module) -> bool:
-    """True where the weight is an ordinary floating-point tensor (not packed, quantised or a tensor subclass)."""
+    """True where the weight is an ordinary floating-point tensor (not packed, quantized or a tensor subclass)."""
     w = module._parameters.get("weight")
     return w is not None and type(w.data) is Tensor and w.is_floating_point() and w.dtype.itemsize >= 2
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
-    """The module's weight as a [d_out, d_in] view in its own dtype; raises NotMergeable for quantised storage."""
+    """The module's weight as a [d_out, d_in] view in its own dtype; raises NotMergeable for quantized storage."""
     w = module._parameters.get("weight")
     if w is None or not is_plain_float(module):
         kind = type(w.data).__name__ if w is not None else "no parameter named weight"
@@ -44,7 +44,7 @@ def weight_matrix(module: nn.Module) -> Tensor:
 
 
 def as_matrix(w: Tensor, transpose: bool) -> Tensor:
-    """A stored weight as a [d_out, d_in] view. flips: see `flipped`."""
+    """A stored weight as a [d_out, d_in] view. transpose: see `is_transposed`."""
     return w.T if transpose else w.flatten(1) if w.ndim > 2 else w
 
 
@@ -80,7 +80,7 @@ def apply_weight(site: Site, x: Tensor, w: Tensor) -> Tensor:
 @torch.no_grad()
 def check_is_linear(site: Site) -> None:
     """NotMergeable where the module is not just its weight times its input: tables that scale what they look up,
-    convolutions that standardise their kernel. Classes with a forward of their own are tried on random input.
+    convolutions that standardize their kernel. Classes with a forward of their own are tried on random input.
     """
     module, forward = site.module, unhooked_forward(site.module)
     if forward in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward):
@@ -98,15 +98,15 @@ def check_is_linear(site: Site) -> None:
     y, expected, b = forward(module, x), apply_weight(site, x, w), bias(module)
     expected = expected if b is None else expected + b
     y = y.movedim(1, -1) if site.channels_first else y
-    rough = 1e-4 if w.dtype.itemsize > 2 else 3e-2
-    if y.shape != expected.shape or (y - expected).abs().max() > rough * expected.abs().max():
+    tolerance = 1e-4 if w.dtype.itemsize > 2 else 3e-2
+    if y.shape != expected.shape or (y - expected).abs().max() > tolerance * expected.abs().max():
         raise NotMergeable(
             f"{type(module).__name__} does more than multiply by its weight, so no weight gives the same function"
         )
 
 
 def fan_in(site: Site) -> int:
-    """Width of the flattened weight's input axis (see `linear_map`)."""
+    """Width of the flattened weight's input axis (see `apply_weight`)."""
     module = site.module
     if isinstance(module, nn.Embedding):
         return module.num_embeddings
@@ -119,37 +119,43 @@ def fan_in(site: Site) -> int:
 
 @contextmanager
 def swapped_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The module with other values for some of its parameters (names may lead into its children), put back after."""
-    homes = {name: (module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in values}
-    before = {name: home._parameters[last] for name, (home, last) in homes.items()}
+    """The module with other values for some of its parameters, restored afterwards. Names may be of its children's."""
+    owners = {name: _owner_of(module, name) for name in values}
+    originals = {name: owner._parameters[last] for name, (owner, last) in owners.items()}
     try:
-        for name, (home, last) in homes.items():
-            home._parameters[last] = values[name]  # type: ignore[assignment]
+        for name, (owner, last) in owners.items():
+            owner._parameters[last] = values[name]  # type: ignore[assignment]
         yield
     finally:
-        for name, (home, last) in homes.items():
-            home._parameters[last] = before[name]
+        for name, (owner, last) in owners.items():
+            owner._parameters[last] = originals[name]
+
+
+def _owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that a dotted parameter name leads to, and the last part of the name."""
+    path, _, last = name.rpartition(".")
+    return module.get_submodule(path), last
 
 
 def unhooked_forward(module: nn.Module) -> Callable[..., Any]:
-    """The frozen module's forward, taps aside, still to be given the module."""
-    found: Callable[..., Any] = getattr(type(module), "frozen_forward", type(module).forward)
-    return found
+    """The frozen module's own forward, without what kitout adds to its class; it takes the module first."""
+    forward: Callable[..., Any] = getattr(type(module), "frozen_forward", type(module).forward)
+    return forward
 
 
 @dataclass(eq=False)
 class FrozenModule:
-    """What a Delta that reads weights is handed: the site's weight rows and bias, and the module as a function.
-
-    args, kwargs: of the module's call in progress, left here for Deltas that replace it.
-    """
+    """What a Delta that reads weights is given: the site's weight rows and bias, and the module as a function."""
 
     site: Site
+    """The site of the Delta."""
     call_args: tuple[Any, ...] = field(default=(), init=False)
+    """Arguments of the module's call in progress, for Deltas that replace the call."""
     call_kwargs: dict[str, Any] = field(default_factory=dict, init=False)
+    """Keyword arguments of that call."""
 
     def clear_call(self) -> None:
-        """The call is over: nothing of it is kept."""
+        """Forget the call: it is over."""
         self.call_args, self.call_kwargs = (), {}
 
     @property
@@ -163,14 +169,14 @@ class FrozenModule:
         return b if b is None or self.site.channel_index is None else b[self.site.channel_index]
 
     def __call__(self, x: Tensor, values: Mapping[str, Tensor]) -> Any:
-        """The module on x, with these values for its parameters and whatever else the call in progress was given."""
+        """The module on x, with these values for its parameters and all other arguments of the call in progress."""
         module = self.site.module
         args, kwargs = (x, *self.call_args[1:]), self.call_kwargs
         if not self.call_args and kwargs:
             first = next(k for k, v in kwargs.items() if isinstance(v, Tensor))
             args, kwargs = (), {**kwargs, first: x}
-        typed = {name: value.to(module.get_parameter(name).dtype) for name, value in values.items()}
-        with swapped_parameters(module, typed):
+        cast = {name: value.to(module.get_parameter(name).dtype) for name, value in values.items()}
+        with swapped_parameters(module, cast):
             return unhooked_forward(module)(module, *args, **kwargs)
 
     def norm(self, x: Tensor) -> Tensor:
@@ -190,28 +196,28 @@ def norm_gain_offset(module: nn.Module) -> float:
     """
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 1:
-        raise NotMergeable(f"{type(module).__name__} has no 1-D gain to fold into")
+        raise NotMergeable(f"{type(module).__name__} has no 1-D gain to merge into")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, weight.numel(), generator=generator).to(weight.device, torch.float32)
-    forward = {n: p.detach().float() for n, p in module.named_parameters()}
-    shift = forward["bias"] if "bias" in forward else torch.zeros_like(x[0])
+    parameters = {n: p.detach().float() for n, p in module.named_parameters()}
+    shift = parameters["bias"] if "bias" in parameters else torch.zeros_like(x[0])
 
-    def run(gain: Tensor) -> Tensor:
-        with swapped_parameters(module, {**forward, "weight": gain}):
+    def run_with_gain(gain: Tensor) -> Tensor:
+        with swapped_parameters(module, {**parameters, "weight": gain}):
             return unhooked_forward(module)(module, x) - shift
 
-    zero, one = run(torch.zeros_like(x[0])), run(torch.ones_like(x[0]))
-    step = one - zero  # = the normalised x in both conventions
+    zero, one = run_with_gain(torch.zeros_like(x[0])), run_with_gain(torch.ones_like(x[0]))
+    normalized = one - zero  # in both conventions
     for offset in (0.0, 1.0):
-        if torch.allclose(zero, offset * step, atol=1e-5):
+        if torch.allclose(zero, offset * normalized, atol=1e-5):
             return offset
     raise NotMergeable(f"{type(module).__name__} is neither gain * norm(x) nor (1 + gain) * norm(x)")
 
 
 def replace_weight(module: nn.Module, w: Tensor, b: Tensor | None) -> None:
-    """Gives a linear, convolution or embedding new weights, [d_out, d_in] and [d_out] in fp32, cast to its dtype.
+    """Give a linear, convolution or embedding new weights, [d_out, d_in] and [d_out] in fp32, cast to its dtype.
 
-    The Parameters are new objects, so a tied partner keeps the old values and the old ones can be put back bit for bit.
+    The Parameters are new objects: a tied partner keeps the old values, and the old ones can be restored bit-identical.
     """
     old = module._parameters["weight"]
     assert old is not None
@@ -228,9 +234,9 @@ def replace_weight(module: nn.Module, w: Tensor, b: Tensor | None) -> None:
 def fold_into_norm(
     module: nn.Module, parameters: Mapping[str, Tensor], scale: Tensor, shift: Tensor | None
 ) -> dict[str, Tensor]:
-    """A norm's parameters with y' = scale * y + shift folded in: its gain and, where it has or can hold one, its bias.
+    """A norm's parameters with y' = scale * y + shift merged in: its gain and, where it has or can hold one, its bias.
 
-    now: its parameters in working precision.
+    parameters: its current ones in working precision.
     """
     offset, new = norm_gain_offset(module), dict(parameters)
     new["weight"] = (parameters["weight"] + offset) * scale - offset
@@ -244,13 +250,13 @@ def fold_into_norm(
 
 
 def replace_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Gives a module new parameters by name (names may lead into its children), cast to the dtype of the old ones."""
+    """Give a module new parameters, cast to the dtype of the old ones. Names may be of its children's."""
     for name, value in values.items():
-        home, last = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        old = home._parameters[last]
+        owner, last = _owner_of(module, name)
+        old = owner._parameters[last]
         if old is None:
-            old = next(p for p in home._parameters.values() if p is not None)
-        home._parameters[last] = _new_parameter(value, old)
+            old = next(p for p in owner._parameters.values() if p is not None)
+        owner._parameters[last] = _new_parameter(value, old)
 
 
 def _new_parameter(value: Tensor, old: nn.Parameter) -> nn.Parameter:

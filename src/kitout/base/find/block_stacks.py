@@ -2,7 +2,7 @@
 
 Three shapes of list need more than that sentence, all decided by structure: a list of bare attentions inside a block
 (the block is the element around it), lists that run in parallel ("attentions", "ffns", "norms": element i of each is
-one block), and hybrid stacks of which only some blocks attend. Knows no roles beyond "this is a query, key or value".
+one block), and hybrid stacks of which only some blocks attend. It knows no roles beyond query, key and value.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ LISTS = (nn.ModuleList, nn.Sequential)
 
 @dataclass(frozen=True)
 class BlockCandidate:
-    """One block before its roles are known.
-
-    index: its number in the list. members: the modules it is made of, its own element of the list first. whole: what
-    that one returns is what the block returns.
-    """
+    """One block before its roles are known."""
 
     tower: str
+    """Path of the module list."""
     index: int
+    """Its number in the list."""
     members: tuple[str, ...]
+    """Paths of the modules it consists of, its own element of the list first."""
     is_one_module: bool
+    """The first member returns what the block returns."""
 
 
 def find_blocks(tree: ModuleTree) -> list[BlockCandidate]:
@@ -37,18 +37,21 @@ def find_blocks(tree: ModuleTree) -> list[BlockCandidate]:
 
 
 def _find_stacks(tree: ModuleTree, include_convs: bool) -> list[BlockCandidate]:
-    """convs: pointwise convolutions count as projections, which they do only where no linear does."""
-    holding = _attending_modules(tree, include_convs)
-    lists = {path: kids for path in tree.modules if (kids := _list_elements(tree, path))}
-    every = [path for path, kids in lists.items() if all(kid in holding for kid in kids)]
-    every = [
+    """include_convs: pointwise convolutions count as projections; they do only where no linear does."""
+    attending = _attending_modules(tree, include_convs)
+    lists = {path: elements for path in tree.modules if (elements := _list_elements(tree, path))}
+    full = [path for path, elements in lists.items() if all(element in attending for element in elements)]
+    full = [  # without the lists of bare attentions inside a block
         path
-        for path in every
-        if not (_are_bare_attentions(tree, lists[path]) and any(a in every for a in ancestors(path)))
+        for path in full
+        if not (_are_bare_attentions(tree, lists[path]) and any(a in full for a in ancestors(path)))
     ]
-    some = [path for path, kids in lists.items() if _is_hybrid(tree, kids, holding) and not _is_nested(path, every)]
-    chosen = [path for path in (*every, *some) if not any(path in ancestors(other) for other in (*every, *some))]
-    return list(_join_parallel_lists(tree, {path: lists[path] for path in lists if path in chosen}, lists))
+    hybrid = [
+        path for path, elements in lists.items() if _is_hybrid(tree, elements, attending) and not _is_nested(path, full)
+    ]
+    candidates = [*full, *hybrid]
+    innermost = [path for path in candidates if not any(path in ancestors(other) for other in candidates)]
+    return list(_join_parallel_lists(tree, {path: lists[path] for path in lists if path in innermost}, lists))
 
 
 def _attending_modules(tree: ModuleTree, include_convs: bool) -> set[str]:
@@ -63,20 +66,25 @@ def _list_elements(tree: ModuleTree, path: str) -> tuple[str, ...]:
     module = tree.modules[path]
     if not path or not isinstance(module, LISTS):
         return ()
-    return tuple(kid for name, _ in module.named_children() if (kid := f"{path}.{name}") in tree.modules)
+    return tuple(child for name, _ in module.named_children() if (child := f"{path}.{name}") in tree.modules)
 
 
 def _are_bare_attentions(tree: ModuleTree, children: tuple[str, ...]) -> bool:
-    """The elements are attentions, not blocks around one: the projections are their own children."""
-    return all(
-        any(tree.projections[s].container == kid for s in tree.qkv_named if tree.is_inside(s, kid)) for kid in children
-    ) and all(all(p.container == kid for p in tree.projections_in([kid])) for kid in children)
+    """Each element is an attention, not a block around one: all its projections are its own children."""
+
+    def is_bare(child: str) -> bool:
+        qkv = (tree.projections[path] for path in tree.qkv_named if tree.is_inside(path, child))
+        return any(p.container == child for p in qkv) and all(
+            p.container == child for p in tree.projections_in([child])
+        )
+
+    return all(map(is_bare, children))
 
 
 def _is_hybrid(tree: ModuleTree, children: tuple[str, ...], attending: set[str]) -> bool:
     """Some elements attend, the others have at least a norm and a projection, as blocks do."""
-    return any(kid in attending for kid in children) and all(
-        kid in attending or (_has_norm(tree, kid) and bool(tree.projections_in([kid]))) for kid in children
+    return any(child in attending for child in children) and all(
+        child in attending or (_has_norm(tree, child) and bool(tree.projections_in([child]))) for child in children
     )
 
 
@@ -93,20 +101,24 @@ def _join_parallel_lists(
     tree: ModuleTree, stacks: dict[str, tuple[str, ...]], lists: dict[str, tuple[str, ...]]
 ) -> Iterator[BlockCandidate]:
     """Lists of bare attentions run beside others of the same length: element i of each belongs to one block."""
-    bare = {path for path, kids in stacks.items() if _are_bare_attentions(tree, kids)}
-    hosts: dict[str, list[str]] = {path: [] for path in stacks}
+    bare = {path for path, elements in stacks.items() if _are_bare_attentions(tree, elements)}
+    parallel: dict[str, list[str]] = {path: [] for path in stacks}  # list of a block's first members -> the others
     for path in stacks:
-        if path not in bare or path not in hosts:
+        if path not in bare or path not in parallel:
             continue
         beside = [p for p in lists if p != path and parent(p) == parent(path) and len(lists[p]) == len(stacks[path])]
-        if full := [p for p in beside if p in stacks and p not in bare]:
-            hosts[full[0]].append(path)
-            del hosts[path]
+        if blocks := [p for p in beside if p in stacks and p not in bare]:
+            parallel[blocks[0]].append(path)
+            del parallel[path]
         else:
-            hosts[path] = beside
-            hosts = {p: more for p, more in hosts.items() if p not in beside}
-    for path, beside in hosts.items():
-        for i, kid in enumerate(stacks[path]):
-            name = kid.rpartition(".")[2]
-            whole = path not in bare or not beside  # a block may hold all its projections itself
-            yield BlockCandidate(path, int(name) if name.isdigit() else i, (kid, *(lists[p][i] for p in beside)), whole)
+            parallel[path] = beside
+            parallel = {p: others for p, others in parallel.items() if p not in beside}
+    for path, beside in parallel.items():
+        for i, element in enumerate(stacks[path]):
+            name = element.rpartition(".")[2]
+            yield BlockCandidate(
+                tower=path,
+                index=int(name) if name.isdigit() else i,
+                members=(element, *(lists[p][i] for p in beside)),
+                is_one_module=path not in bare or not beside,  # a block may hold all its projections itself
+            )

@@ -1,9 +1,9 @@
-"""Finds every place of a frozen model where an adapter can sit, by structure alone: `survey(model) -> Survey`.
+"""find_sites: every place of a frozen model where an adapter can sit, by structure alone.
 
-Runs no forward and reads no values, so it works on the meta device; it knows no architecture. Stacks of blocks come
-from `block_stacks.py`, roles inside a block from `roles_in_block.py`, roles outside from `roles_outside.py`, words
-from `vocabulary.py`.
-What structure cannot tell (channels inside a fused projection, whether a site ever fires) is left to the probe.
+It runs no forward and reads no values, so it works on the meta device; it knows no architecture. Stacks of blocks come
+from `block_stacks.py`, roles inside a block from `roles_in_block.py`, roles outside from `roles_outside.py`, words from
+`vocabulary.py`. What structure does not show (channels inside a fused projection, whether a module ever runs) is left
+to the probe.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from kitout.base.find import block_stacks, module_shapes, roles_outside
-from kitout.base.find import roles_in_block as in_block
+from kitout.base.find.block_stacks import BlockCandidate, find_blocks
+from kitout.base.find.module_shapes import CHANNELS_FIRST_NORMS, LeafShape
 from kitout.base.find.module_tree import ModuleTree, Projection
+from kitout.base.find.roles_in_block import label_block
+from kitout.base.find.roles_outside import label_outside_blocks
 from kitout.base.site import ROLES, Site
 from kitout.base.survey import Block, Survey, Tower
 from kitout.errors import Errors, NoBlocksFound, TargetError, suggest
@@ -25,19 +27,19 @@ from kitout.errors import Errors, NoBlocksFound, TargetError, suggest
 def find_sites(model: nn.Module, roles: Mapping[str, str] | None = None) -> Survey:
     """Every site of the model. roles: regex searched on the module path -> role, overriding what was inferred."""
     tree = ModuleTree.from_model(model, {})
-    given = _requested_roles(tree, roles or {})
-    tree = ModuleTree.from_model(model, given)
-    found = block_stacks.find_blocks(tree)
-    if not found and not given:
+    requested = _requested_roles(tree, roles or {})
+    tree = ModuleTree.from_model(model, requested)
+    candidates = find_blocks(tree)
+    if not candidates and not requested:
         raise NoBlocksFound(_no_blocks_message(tree))
-    named: dict[str, str] = {}
-    place: dict[str, tuple[str, int]] = {}
-    blocks = [_label_block(tree, stack, named, place) for stack in found]
-    named |= roles_outside.label_outside_blocks(tree, place, [b.width for b in blocks])
-    named |= given
+    role_of: dict[str, str] = {}
+    location_of: dict[str, tuple[str, int]] = {}
+    blocks = [_label_block(tree, candidate, role_of, location_of) for candidate in candidates]
+    role_of |= label_outside_blocks(tree, location_of, [b.width for b in blocks])
+    role_of |= requested
     return Survey(
         model=model,
-        sites=tuple(_make_sites(tree, named, place, blocks)),
+        sites=tuple(_make_sites(tree, role_of, location_of, blocks)),
         towers=tuple(_make_towers(blocks)),
         blocks=tuple(blocks),
         non_trainable=frozenset(_non_trainable(model)),
@@ -45,48 +47,43 @@ def find_sites(model: nn.Module, roles: Mapping[str, str] | None = None) -> Surv
 
 
 def _non_trainable(model: nn.Module) -> Iterable[str]:
-    """Parameters without a gradient in a model that is trainable as a whole (one frozen by its user tells nothing)."""
-    named = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()]
-    trainable = sum(p.numel() for _, p in named if p.requires_grad)
-    if 2 * trainable > sum(p.numel() for _, p in named):
-        yield from (n for n, p in named if not p.requires_grad)
+    """Parameters without a gradient in a model that is trainable as a whole; in one frozen by its user, none."""
+    parameters = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()]
+    num_trainable = sum(p.numel() for _, p in parameters if p.requires_grad)
+    if 2 * num_trainable > sum(p.numel() for _, p in parameters):
+        yield from (n for n, p in parameters if not p.requires_grad)
 
 
-def _requested_roles(tree: ModuleTree, requested: Mapping[str, str]) -> dict[str, str]:
-    """Module path -> role the user asked for. Every fault of the request is reported at once."""
-    faults = Errors(TargetError, "roles")
-    given: dict[str, str] = {}
-    for pattern, role in requested.items():
+def _requested_roles(tree: ModuleTree, roles: Mapping[str, str]) -> dict[str, str]:
+    """Module path -> role that the user gave by pattern. All errors of the request are raised at once."""
+    errors = Errors(TargetError, "roles")
+    requested: dict[str, str] = {}
+    for pattern, role in roles.items():
         try:
-            hits = [path for path in tree.leaves if re.search(pattern, path)]
+            matches = [path for path in tree.leaves if re.search(pattern, path)]
         except re.error as error:
-            faults.add(f"{pattern!r} is not a regular expression: {error}")
+            errors.add(f"{pattern!r} is not a regular expression: {error}")
             continue
         if role not in ROLES:
-            faults.add(f"{role!r} (for {pattern!r}) is no role; {suggest(role, ROLES, max_shown=len(ROLES))}")
-        if not hits:
-            faults.add(
-                f"{pattern!r} matches no module; loose projections: {_list_projections(tree.projections.values())}"
-            )
-        given |= dict.fromkeys(hits, role)
-    faults.raise_if_any()
-    return given
+            errors.add(f"{role!r} (for {pattern!r}) is not a role; {suggest(role, ROLES, max_shown=len(ROLES))}")
+        if not matches:
+            errors.add(f"{pattern!r} matches no module; projections: {_list_projections(tree.projections.values())}")
+        requested |= dict.fromkeys(matches, role)
+    errors.raise_if_any()
+    return requested
 
 
 def _label_block(
     tree: ModuleTree,
-    candidate: block_stacks.BlockCandidate,
-    roles: dict[str, str],
-    locations: dict[str, tuple[str, int]],
+    candidate: BlockCandidate,
+    role_of: dict[str, str],
+    location_of: dict[str, tuple[str, int]],
 ) -> Block:
-    """Label one block's projections; record in `named` and `place` what was learnt."""
-    label = in_block.label_block(tree, candidate)
-    roles |= label.roles
-    for root in candidate.members:
-        locations |= dict.fromkeys(
-            (p for p in tree.leaves if tree.is_inside(p, root)), (candidate.tower, candidate.index)
-        )
-    loose = tuple((p.path, p.d_in, p.d_out) for p in label.unlabeled)
+    """One block. The roles of its projections go into `role_of`, (tower, index) of its leaves into `location_of`."""
+    label = label_block(tree, candidate)
+    role_of |= label.roles
+    leaves = (p for root in candidate.members for p in tree.leaves if tree.is_inside(p, root))
+    location_of |= dict.fromkeys(leaves, (candidate.tower, candidate.index))
     name = candidate.members[0].removeprefix(f"{candidate.tower}.")
     return Block(
         tower=candidate.tower,
@@ -95,18 +92,18 @@ def _label_block(
         resolved=label.resolved,
         has_attention=label.has_attention,
         is_one_module=candidate.is_one_module,
-        unlabeled=loose,
+        unlabeled=tuple((p.path, p.d_in, p.d_out) for p in label.unlabeled),
         name="" if name == str(candidate.index) else name,
     )
 
 
 def _make_sites(
-    tree: ModuleTree, roles: Mapping[str, str], locations: Mapping[str, tuple[str, int]], blocks: Iterable[Block]
+    tree: ModuleTree, role_of: Mapping[str, str], location_of: Mapping[str, tuple[str, int]], blocks: Iterable[Block]
 ) -> Iterable[Site]:
     """One Site per leaf and one per block, in module order."""
-    by_path = {b.path: b for b in blocks if b.is_one_module}
+    block_at = {b.path: b for b in blocks if b.is_one_module}
     for path, module in tree.modules.items():
-        if block := by_path.get(path):
+        if block := block_at.get(path):
             yield Site(
                 path=path,
                 role="block",
@@ -119,10 +116,10 @@ def _make_sites(
             )
         if path not in tree.leaves:
             continue
-        leaf, (tower, layer) = tree.leaves[path], locations.get(path, ("", None))
+        leaf, (tower, layer) = tree.leaves[path], location_of.get(path, ("", None))
         yield Site(
             path=path,
-            role=roles.get(path) or _default_role(leaf, module),
+            role=role_of.get(path) or _default_role(leaf, module),
             tower=tower,
             layer=layer,
             d_in=leaf.d_in,
@@ -133,24 +130,24 @@ def _make_sites(
         )
 
 
-def _default_role(leaf: module_shapes.LeafShape, module: nn.Module) -> str:
-    """Role of a leaf nobody claimed: norms are norms (not those over the batch or over groups), the rest is other."""
-    return "norm" if leaf.kind == "norm" and not isinstance(module, module_shapes.CHANNELS_FIRST_NORMS) else "other"
+def _default_role(leaf: LeafShape, module: nn.Module) -> str:
+    """Role of an unlabeled leaf: norms are norms (not those over the batch or over groups), the rest is other."""
+    return "norm" if leaf.kind == "norm" and not isinstance(module, CHANNELS_FIRST_NORMS) else "other"
 
 
 def _make_towers(blocks: Iterable[Block]) -> Iterable[Tower]:
     widths: dict[str, list[int]] = {}
     for block in blocks:
         widths.setdefault(block.tower, []).append(block.width)
-    for path, ds in widths.items():
-        yield Tower(path, len(ds), Counter(ds).most_common(1)[0][0])
+    for path, block_widths in widths.items():
+        yield Tower(path, depth=len(block_widths), width=Counter(block_widths).most_common(1)[0][0])
 
 
 def _no_blocks_message(tree: ModuleTree) -> str:
     return (
         "no stack of transformer blocks was found: no module list whose elements hold query, key and value "
-        f"projections by name.\n  projections: {_list_projections(tree.projections.values())}\n  Say which is "
-        "which, for example\n"
+        f"projections by name.\n  projections: {_list_projections(tree.projections.values())}\n  Give "
+        "their roles, for example\n"
         '      kitout.attach(model, roles={r"mixer\\.in_proj$": "attn.qkv"})\n'
         f"  (regular expressions over module paths; roles: {', '.join(r for r in ROLES if not r.startswith('sub.'))})"
     )

@@ -1,8 +1,8 @@
 """What a single module is, by its own parameters: its kind, its two widths, its memory layout.
 
 Everything here looks at one module at a time and at nothing but shapes and torch's base classes, so it works on the
-meta device. It knows nothing of blocks, roles or names. The one concession: the linear stored transposed is recognised
-through transformers' own class.
+meta device. It knows nothing of blocks, roles or names. The one concession: the linear stored transposed is recognized
+by transformers' own class.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D as Transposed
 
 from kitout.base.site import Kind
@@ -24,16 +23,20 @@ class LeafShape(NamedTuple):
     """A module without parts: what it is and how wide."""
 
     kind: Kind
+    """Which map it computes."""
     d_in: int
+    """Width of its input."""
     d_out: int
+    """Width of its output."""
     channels_first: bool
+    """Its output is [B, C, ...]."""
 
 
 def linear_widths(module: nn.Module) -> tuple[int, int] | None:
     """(d_in, d_out) of a linear projection, None for anything else.
 
     Three forms exist: torch's linear and its subclasses (bitsandbytes), the transposed one storing [d_in, d_out], and
-    quantised linears that only tell their features (GPTQ, AWQ, HQQ keep packed buffers instead of a weight).
+    quantized linears that only state their features (GPTQ, AWQ, HQQ keep packed buffers instead of a weight).
     """
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
@@ -57,17 +60,17 @@ def has_stacked_experts(module: nn.Module) -> bool:
 
 
 def norm_width(module: nn.Module) -> int | None:
-    """Width of a normalisation with a gain, None for anything else. By structure and by the ending of its class."""
-    own = dict(module.named_parameters(recurse=False))
-    gain = own.pop("weight", None)
-    if gain is None or gain.ndim != 1 or any(p.ndim != 1 for p in own.values()) or len(own) > 1:
+    """Width of a norm with a gain, None for anything else: by its parameters and by "norm" in its class name."""
+    parameters = dict(module.named_parameters(recurse=False))
+    gain = parameters.pop("weight", None)
+    if gain is None or gain.ndim != 1 or any(p.ndim != 1 for p in parameters.values()) or len(parameters) > 1:
         return None
     torch_norm = isinstance(module, (nn.LayerNorm, nn.RMSNorm, *CHANNELS_FIRST_NORMS))
     return gain.numel() if torch_norm or "norm" in type(module).__name__.lower() else None
 
 
 def leaf_shape(module: nn.Module) -> LeafShape | None:
-    """What this module is if it is a leaf with parameters (or a quantised linear), else None.
+    """What this module is if it is a leaf with parameters (or a quantized linear), else None.
 
     Experts stacked in one parameter are no leaf: no value of theirs passes at one place.
     """
@@ -75,27 +78,23 @@ def leaf_shape(module: nn.Module) -> LeafShape | None:
         return LeafShape("linear", *widths, False)
     if isinstance(module, CONVS):
         return LeafShape("conv", module.in_channels, module.out_channels, True)
-    own = dict(module.named_parameters(recurse=False))
-    if not own or has_stacked_experts(module) or any(True for child in module.children() for _ in child.parameters()):
+    parameters = dict(module.named_parameters(recurse=False))
+    has_parts = any(True for child in module.children() for _ in child.parameters())
+    if not parameters or has_stacked_experts(module) or has_parts:
         return None
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return LeafShape("embedding", module.num_embeddings, module.embedding_dim, False)
     if width := norm_width(module):
-        first = isinstance(module, CHANNELS_FIRST_NORMS) or type(module).__name__.endswith("2d")
-        return LeafShape("norm", width, width, first)
-    return LeafShape("other", *_widths(own), False)
+        channels_first = isinstance(module, CHANNELS_FIRST_NORMS) or type(module).__name__.endswith("2d")
+        return LeafShape("norm", width, width, channels_first)
+    return LeafShape("other", *_custom_widths(parameters), False)
 
 
-def _widths(own: Mapping[str, Tensor]) -> tuple[int, int]:
-    """A home-made module: a 2-D weight reads as a linear map [d_out, d_in], all else keeps its last width."""
-    if "weight" in own and own["weight"].ndim == 2:
-        d_out, d_in = own["weight"].shape
+def _custom_widths(parameters: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(d_in, d_out) of a custom module: a 2-D weight is a linear map [d_out, d_in], all else keeps its last width."""
+    if "weight" in parameters and parameters["weight"].ndim == 2:
+        d_out, d_in = parameters["weight"].shape
         return int(d_in), int(d_out)
-    first = next(iter(own.values()))
+    first = next(iter(parameters.values()))
     width = int(first.shape[-1]) if first.ndim else 1
     return width, width
-
-
-def is_parametrized(module: nn.Module) -> bool:
-    """Weight-normed and the like: its parameters live in a child, yet it is one leaf."""
-    return parametrize.is_parametrized(module)

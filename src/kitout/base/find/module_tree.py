@@ -1,7 +1,7 @@
 """The module tree as paths and shapes: the one view of a model that the structural search works on.
 
-Holds every module once, its leaves with their widths, its projections, and which of them carry a query/key/value
-name ("seeds"). Knows nothing of blocks, roles or sites. Paths are dotted, "" is the model itself.
+It holds every module once, the leaves with their widths, the projections, and which of them have a query, key or value
+name. It knows nothing of blocks, roles or sites. Paths are dotted, "" is the model itself.
 """
 
 from __future__ import annotations
@@ -18,42 +18,59 @@ from kitout.base.find.vocabulary import PREFIXED, PROJECTION_NAMES, TRIPLE
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear map at a path. conv: it is a convolution. wide: one that sees several positions."""
+    """A linear map at a path: a linear or a convolution."""
 
     path: str
+    """Path of the module."""
     d_in: int
+    """Width of its input."""
     d_out: int
+    """Width of its output."""
     is_conv: bool
+    """It is a convolution."""
     spans_positions: bool
-    name_candidates: tuple[str, ...]  # its own name, then those of the wrappers that hold nothing else
-    container: str  # the path of the innermost module that is more than a wrapper around it
+    """It is a convolution that sees several positions."""
+    name_candidates: tuple[str, ...]
+    """Its own name, then those of the wrappers that hold nothing else."""
+    container: str
+    """Path of the innermost module that is more than a wrapper around it."""
 
 
 @dataclass(frozen=True)
 class ModuleTree:
-    """modules: path -> module. leaves: path -> what it is. projections: linears and convolutions over single
-    positions. wide: convolutions over several. seeds: path -> part. mixers: modules that mix positions by convolution.
-    """
+    """A model's modules by path, in module order."""
 
     modules: dict[str, nn.Module]
+    """Every module, once."""
     leaves: dict[str, module_shapes.LeafShape]
+    """Every module without parts."""
     projections: dict[str, Projection]
+    """Linears, and convolutions over single positions."""
     position_convolutions: dict[str, Projection]
+    """Convolutions over several positions."""
     qkv_named: dict[str, str]
+    """Path -> "q", "k", "v" or "qkv" of the projections with such a name."""
     conv_mixers: frozenset[str]
+    """Paths of modules that mix positions by convolution."""
 
     @classmethod
     def from_model(cls, model: nn.Module, requested_roles: Mapping[str, str]) -> ModuleTree:
-        """given: path -> role that the user fixed; an attention role makes (or unmakes) a seed."""
+        """requested_roles: path -> role given by the user; an attention role counts as a name, any other as none."""
         modules = {path: m for path, m in model.named_modules() if ".parametrizations" not in f".{path}"}
         leaves = {path: leaf for path, m in modules.items() if path and (leaf := module_shapes.leaf_shape(m))}
-        every = _find_projections(modules, leaves)
-        projections = {path: p for path, p in every.items() if not p.spans_positions}
-        wide = {path: p for path, p in every.items() if p.spans_positions}
-        convolved = {a for path, m in modules.items() if _spans_positions(m) for a in ancestors(path)}
-        mixers = frozenset(_find_mixers(modules, projections))
-        seeds = {p.path: part for p in projections.values() if (part := _qkv_part(p, requested_roles, convolved))}
-        return cls(modules, leaves, projections, wide, seeds, mixers)
+        both = _find_projections(modules, leaves)
+        projections = {path: p for path, p in both.items() if not p.spans_positions}
+        above_convs = {a for path, m in modules.items() if _spans_positions(m) for a in ancestors(path)}
+        return cls(
+            modules,
+            leaves,
+            projections,
+            position_convolutions={path: p for path, p in both.items() if p.spans_positions},
+            qkv_named={
+                p.path: part for p in projections.values() if (part := _qkv_part(p, requested_roles, above_convs))
+            },
+            conv_mixers=frozenset(_find_mixers(modules, projections)),
+        )
 
     @staticmethod
     def is_inside(path: str, root: str) -> bool:
@@ -65,7 +82,7 @@ class ModuleTree:
         return any(cls.is_inside(path, root) for root in roots)
 
     def projections_in(self, roots: Iterable[str], spans_positions: bool = False) -> list[Projection]:
-        """The projections (wide: the convolutions over several positions) inside these modules, in module order."""
+        """The projections (or the convolutions over several positions) inside these modules, in module order."""
         roots = tuple(roots)
         return [
             p
@@ -89,22 +106,22 @@ def _find_projections(
     modules: Mapping[str, nn.Module], leaves: Mapping[str, module_shapes.LeafShape]
 ) -> dict[str, Projection]:
     widths = {path: w for path, leaf in leaves.items() if (w := _projection_widths(modules[path], leaf))}
-    held = Counter(a for path, (_, _, _, wide) in widths.items() if not wide for a in ancestors(path))
-    found = {}
-    for path, (d_in, d_out, conv, wide) in widths.items():
-        # A module around exactly one projection (a clipping wrapper, a Sequential with dropout) lends it its name.
-        wrapped = [path]
+    num_inside = Counter(a for path, (*_, spans) in widths.items() if not spans for a in ancestors(path))
+    projections = {}
+    for path, (d_in, d_out, is_conv, spans) in widths.items():
+        # A module around exactly one projection (a clipping wrapper, a Sequential with dropout) may name it too.
+        wrappers = [path]
         for above in ancestors(path):
-            if held[above] != 1 or not above or isinstance(modules.get(above), nn.ModuleList):
+            if num_inside[above] != 1 or not above or isinstance(modules.get(above), nn.ModuleList):
                 break
-            wrapped.append(above)
-        names = tuple(w.rpartition(".")[2] for w in wrapped)
-        found[path] = Projection(path, d_in, d_out, conv, wide, names, parent(wrapped[-1]))
-    return found
+            wrappers.append(above)
+        names = tuple(w.rpartition(".")[2] for w in wrappers)
+        projections[path] = Projection(path, d_in, d_out, is_conv, spans, names, parent(wrappers[-1]))
+    return projections
 
 
 def _projection_widths(module: nn.Module, leaf: module_shapes.LeafShape) -> tuple[int, int, bool, bool] | None:
-    """(d_in, d_out, conv, wide) of what can be a projection."""
+    """(d_in, d_out, is_conv, spans_positions) of what can be a projection, else None."""
     if leaf.kind == "linear":
         return leaf.d_in, leaf.d_out, False, False
     if not isinstance(module, (nn.Conv1d, nn.Conv2d)) or (_spans_positions(module) and module.groups > 1):
@@ -120,12 +137,12 @@ def _find_mixers(modules: Mapping[str, nn.Module], projections: Mapping[str, Pro
     """Modules that mix positions by a 1-D convolution (state-space, gated convolution): never a feed-forward."""
     for path, module in modules.items():
         if isinstance(module, nn.Conv1d) and _spans_positions(module):
-            holders = (a for a in ancestors(path) if any(ModuleTree.is_inside(p, a) for p in projections))
-            yield next(holders, "")
+            with_projections = (a for a in ancestors(path) if any(ModuleTree.is_inside(p, a) for p in projections))
+            yield next(with_projections, "")
 
 
-def _qkv_part(projection: Projection, requested_roles: Mapping[str, str], conv_paths: Collection[str]) -> str | None:
-    """q, k, v or qkv, if the user or the projection's name says so."""
+def _qkv_part(projection: Projection, requested_roles: Mapping[str, str], above_convs: Collection[str]) -> str | None:
+    """q, k, v or qkv, if the user or the projection's name says so. above_convs: modules that hold a convolution."""
     if role := requested_roles.get(projection.path):
         kind, _, part = role.partition(".")
         return part if kind in ("attn", "cross") and part != "o" else None
@@ -134,7 +151,7 @@ def _qkv_part(projection: Projection, requested_roles: Mapping[str, str], conv_p
             if words.fullmatch(name):
                 return part
         triple = TRIPLE.fullmatch(name) and projection.d_out == 3 * projection.d_in
-        if triple and projection.container not in conv_paths:  # else a gated convolution
+        if triple and projection.container not in above_convs:  # else a gated convolution
             return "qkv"
     if prefixed := PREFIXED.fullmatch(projection.name_candidates[0]):
         return prefixed["part"][0].lower()

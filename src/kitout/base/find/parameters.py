@@ -1,9 +1,9 @@
 """Every parameter that the model's forward reads, as sites that name it: where fine-tuning can go.
 
-Parameters of linears, convolutions, tables and norms sit at their module's output, so rows can have their own. Those of
-no such leaf (class and position tokens, a LayerScale kept in a block, stacked experts) sit at the port "param" of the
-module whose forward reads them. A tied parameter has one key wherever it is used. Works on the meta device; knows no
-architecture: what is read, the survey has seen.
+Parameters of linears, convolutions, tables and norms sit at their module's output, so rows can have their own. All
+others (class and position tokens, a LayerScale kept in a block, stacked experts) sit at the port "param" of the module
+whose forward reads them. A tied parameter has one key wherever it is used. It works on the meta device and knows no
+architecture: the survey says what is read.
 """
 
 from __future__ import annotations
@@ -20,30 +20,33 @@ LEAVES = ("linear", "embedding", "conv", "norm")
 
 
 def parameter_sites(survey: Survey, include_non_trainable: bool = False) -> list[Site]:
-    """Sites with `names` and `keys`, in module order. Raises TargetError for packed or quantised parameters.
+    """Sites with `parameter_names` and `tied_keys`, in module order. TargetError for packed or quantized parameters.
 
-    fixed: also those that the model keeps from training.
+    include_non_trainable: also those that the model itself never trains.
     """
     leaves = {s.path: s for s in survey.sites if s.channels is None and s.path not in survey.unused and _is_leaf(s)}
-    faults = Errors(TargetError, "these parameters cannot be trained")
-    names: dict[tuple[str, bool], list[str]] = {}
+    errors = Errors(TargetError, "these parameters cannot be trained")
+    groups: dict[tuple[str, bool], list[str]] = {}  # (module path, at port "param") -> names relative to the module
     keys: dict[int, str] = {}
     for path, name, p in sorted(_iter_parameters(survey.model), key=lambda item: item[0] not in leaves):
-        full, here = f"{path}.{name}" if path else name, path in leaves
-        if (full in survey.non_trainable and not include_non_trainable) or (
-            not here and (id(p) in keys or full in survey.unread_parameters)
-        ):
-            continue  # its uses are somewhere else, or nowhere
+        full_name, is_leaf = f"{path}.{name}" if path else name, path in leaves
+        if full_name in survey.non_trainable and not include_non_trainable:
+            continue
+        if not is_leaf and (id(p) in keys or full_name in survey.unread_parameters):
+            continue  # it is used elsewhere, or nowhere
         if not p.is_floating_point() or type(p.data) is not Tensor or p.dtype.itemsize < 2:
-            faults.add(f"{full} is held as {p.dtype} in a {type(p.data).__name__}")
-        keys.setdefault(id(p), full)
-        owner = path if here else _reading_module(path, survey)
-        bare = not here or not _supports_rows(leaves[path])
-        names.setdefault((owner, bare), []).append(full.removeprefix(f"{owner}." if owner else ""))
-    faults.raise_if_any()
+            errors.add(f"{full_name} is held as {p.dtype} in a {type(p.data).__name__}")
+        keys.setdefault(id(p), full_name)
+        owner = path if is_leaf else _reading_module(path, survey)
+        at_param_port = not is_leaf or not _supports_rows(leaves[path])
+        groups.setdefault((owner, at_param_port), []).append(full_name.removeprefix(f"{owner}." if owner else ""))
+    errors.raise_if_any()
     order = {path: i for i, (path, _) in enumerate(survey.model.named_modules())}
-    found = [_make_site(survey, leaves, owner, bare, held, keys) for (owner, bare), held in names.items()]
-    return sorted(found, key=lambda s: order[s.path])
+    sites = [
+        _make_site(survey, leaves, owner, at_param_port, names, keys)
+        for (owner, at_param_port), names in groups.items()
+    ]
+    return sorted(sites, key=lambda s: order[s.path])
 
 
 def _iter_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
@@ -67,8 +70,8 @@ def _reading_module(path: str, survey: Survey) -> str:
     """The module whose forward reads a parameter that no leaf's forward does: its own, unless that never runs."""
     if path not in survey.unused:
         return path
-    within = any(path.startswith(f"{block.path}.") for block in survey.blocks)
-    return path.rpartition(".")[0] if within else ""
+    in_a_block = any(path.startswith(f"{block.path}.") for block in survey.blocks)
+    return path.rpartition(".")[0] if in_a_block else ""
 
 
 def _make_site(
@@ -80,9 +83,9 @@ def _make_site(
     keys: Mapping[int, str],
 ) -> Site:
     module = survey.model.get_submodule(path)
-    held = tuple(keys[id(module.get_parameter(n))] for n in names)
+    tied_keys = tuple(keys[id(module.get_parameter(n))] for n in names)
     if path in leaves and not at_param_port:
-        return leaves[path].replace(parameter_names=tuple(names), tied_keys=held)
+        return leaves[path].replace(parameter_names=tuple(names), tied_keys=tied_keys)
     block = next((b for b in survey.blocks if path == b.path or path.startswith(f"{b.path}.")), None)
     return Site(
         path=path,
@@ -95,6 +98,6 @@ def _make_site(
         batch_relation="none",
         kind="other",
         parameter_names=tuple(names),
-        tied_keys=held,
+        tied_keys=tied_keys,
         module=module,
     )

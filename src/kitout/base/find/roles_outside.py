@@ -1,8 +1,8 @@
 """Roles outside the blocks: token tables, patch embeddings, output heads.
 
-What a model declares itself (transformers' input and output embeddings) is taken first; what it does not declare is
-told by kind, by width (does it write the width of a tower?) and, last, by a few words. Knows nothing of blocks but
-their widths and places.
+What a model declares itself (transformers' input and output embeddings) is taken first. What it does not declare is
+recognized by kind, by width (does it write the width of a tower?) and, last, by a few words. It knows nothing of blocks
+but their widths and paths.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kitout.base.find.vocabulary import EMBEDS, HEAD, NOT_TOKENS, PATCH
 
 
 def label_outside_blocks(tree: ModuleTree, inside: Collection[str], widths: Collection[int]) -> dict[str, str]:
-    """Path -> role of the leaves outside the blocks that have one."""
+    """Path -> role of the leaves outside the blocks that have one. inside: the leaves of the blocks."""
     free = [path for path in tree.leaves if path not in inside]
     roles = dict.fromkeys(_find_token_tables(tree, free), "embed")
     roles |= dict.fromkeys(_find_patch_embeddings(tree, free, set(widths)), "patch")
@@ -27,16 +27,16 @@ def label_outside_blocks(tree: ModuleTree, inside: Collection[str], widths: Coll
 
 def _declared_embeddings(tree: ModuleTree, which: str) -> list[nn.Module]:
     """Input or output embeddings as each transformers model in the tree (a composite holds several) names them."""
-    found = []
+    tables = []
     for module in tree.modules.values():
         if isinstance(module, PreTrainedModel):
             try:
                 table = module.get_input_embeddings() if which == "in" else module.get_output_embeddings()
-            except (NotImplementedError, AttributeError):  # a model without; some raise on access
+            except (NotImplementedError, AttributeError):  # a model without one; some raise on access
                 continue
             if isinstance(table, nn.Module):
-                found.append(table)
-    return found
+                tables.append(table)
+    return tables
 
 
 def _find_token_tables(tree: ModuleTree, free: Iterable[str]) -> list[str]:
@@ -56,14 +56,14 @@ def _find_patch_embeddings(tree: ModuleTree, free: Iterable[str], widths: set[in
     called an embedding), or a linear called patch.
     """
 
-    def cuts(path: str) -> bool:
+    def cuts_image(path: str) -> bool:
         module, leaf = tree.modules[path], tree.leaves[path]
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
-            apart = module.kernel_size == module.stride and leaf.d_in not in widths
-            return max(module.stride) > 1 and (apart or bool(EMBEDS.search(path)))
+            no_overlap = module.kernel_size == module.stride and leaf.d_in not in widths
+            return max(module.stride) > 1 and (no_overlap or bool(EMBEDS.search(path)))
         return leaf.kind == "linear" and bool(PATCH.search(path))
 
-    return [p for p in free if tree.leaves[p].d_out in widths and cuts(p)]
+    return [p for p in free if tree.leaves[p].d_out in widths and cuts_image(p)]
 
 
 def _find_heads(tree: ModuleTree, free: Iterable[str], inside: Collection[str]) -> list[str]:
@@ -72,18 +72,16 @@ def _find_heads(tree: ModuleTree, free: Iterable[str], inside: Collection[str]) 
     order = {path: i for i, path in enumerate(tree.leaves)}
     last = max((order[p] for p in inside), default=-1)
 
-    def called_head(path: str) -> bool:
+    def is_called_head(path: str) -> bool:
         names = [name for name in path.split(".") if not name.isdigit()]
         if HEAD.fullmatch(names[-1]):
             return True
-        pools = any(
-            tree.is_inside(seed, path.rpartition(".")[0]) for seed in tree.qkv_named
-        )  # an attention pooling "head"
-        return len(names) > 1 and bool(HEAD.fullmatch(names[-2])) and not pools
+        in_attention_pooling = any(tree.is_inside(p, path.rpartition(".")[0]) for p in tree.qkv_named)
+        return len(names) > 1 and bool(HEAD.fullmatch(names[-2])) and not in_attention_pooling
 
     return [
         p
         for p in free
         if any(tree.modules[p] is head for head in declared)
-        or (tree.leaves[p].kind == "linear" and order[p] > last and called_head(p))
+        or (tree.leaves[p].kind == "linear" and order[p] > last and is_called_head(p))
     ]

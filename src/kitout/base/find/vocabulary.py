@@ -1,8 +1,8 @@
 """The words by which blocks name their projections: four small vocabularies, and the few that only break ties.
 
 Names decide only what shape and position cannot: which of several equal projections is the query, the key, the value
-or all of them in one. Output, up, gate and down follow from widths and containers (`roles.py`); the words for them
-below choose between candidates that are structurally alike. No model or architecture is named here. Source: the
+or all of them in one. Output, up, gate and down follow from widths and containers (`roles_in_block.py`); the words for
+them below choose between candidates that are structurally alike. No model or architecture is named here. Source: the
 projection names of the transformers and timm model zoos.
 """
 
