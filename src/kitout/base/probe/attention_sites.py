@@ -1,8 +1,8 @@
-"""Where keys and values can be added: one site per attention call that a forward has shown, or why there is none.
+"""Where keys and values can be added: one site per attention call of a traced forward, or why there is none.
 
-Two kinds of attention let themselves be widened: those that call transformers' attention interface, and those that
-call `scaled_dot_product_attention`. An attention that writes its product out has no call to widen. Heads and widths
-come from the projections that feed it. It knows no architecture.
+Keys can be added to two kinds of attention: those that call transformers' attention interface, and those that call
+`scaled_dot_product_attention`. An attention that writes its product out has no call to add to. Heads and widths come
+from the projections that feed it. It knows no architecture.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from typing import Any
 
 from torch import nn
 
-from kitout.base.probe.tracer import AttentionCall, ForwardTracer
+from kitout.base.probe.trace_records import AttentionCall
+from kitout.base.probe.tracer import ForwardTracer
 from kitout.base.site import Site
 from kitout.base.survey import Survey
 
-_interface_cache: dict[type[nn.Module], Mapping[str, Any] | None] = {}  # asked for at every attention call
+_interface_cache: dict[type[nn.Module], Mapping[str, Any] | None] = {}  # looked up at every attention call
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' name for it in every modeling file
 
 
 def attention_interface(module: nn.Module) -> Mapping[str, Any] | None:
-    """The globals of the module's own forward, where that asks transformers' attention interface; else None."""
+    """The globals of the module's own forward, if that calls transformers' attention interface; else None."""
     if getattr(getattr(module, "config", None), "_attn_implementation", None) is None:
         return None
     return _interface_globals(type(module))
@@ -31,28 +32,28 @@ def attention_interface(module: nn.Module) -> Mapping[str, Any] | None:
 def _interface_globals(cls: type[nn.Module]) -> Mapping[str, Any] | None:
     if cls not in _interface_cache:
         forward = inspect.unwrap(cls.forward)
-        named = INTERFACE in forward.__code__.co_names and INTERFACE in forward.__globals__
-        _interface_cache[cls] = forward.__globals__ if named else None
+        uses_interface = INTERFACE in forward.__code__.co_names and INTERFACE in forward.__globals__
+        _interface_cache[cls] = forward.__globals__ if uses_interface else None
     return _interface_cache[cls]
 
 
 def kv_sites(survey: Survey, sites: Sequence[Site], tracer: ForwardTracer) -> tuple[list[Site], dict[str, str]]:
-    """The sites, in the order they ran, and by path why an attention has none. sites: all others, labels proven."""
+    """The sites, in the order they ran, and path -> why an attention has none. sites: all others, roles proven."""
     blocks = {b.path: b for b in survey.blocks if b.is_one_module}
-    letters = {(s.path, s.role.rpartition(".")[2]): s for s in sites if s.role.startswith(("attn.", "cross."))}
-    result: dict[str, Site] = {}
-    closed: dict[str, str] = {}
+    projections = {(s.path, s.role.rpartition(".")[2]): s for s in sites if s.role.startswith(("attn.", "cross."))}
+    attentions: dict[str, Site] = {}
+    refusals: dict[str, str] = {}
     for call in tracer.attention_calls:
-        if call.block not in blocks or call.path in result or call.path in closed:
+        if call.block not in blocks or call.path in attentions or call.path in refusals:
             continue
-        key, value = (_feeding_projection(call, letter, letters) for letter in "kv")
+        key, value = (_feeding_projection(call, operand, projections) for operand in "kv")
         module = survey.model.get_submodule(call.path)
         reason = _refusal_reason(call, module, key, value)
         if reason or key is None:
-            closed[call.path] = reason
+            refusals[call.path] = reason
             continue
         block = blocks[call.block]
-        result[call.path] = Site(
+        attentions[call.path] = Site(
             path=call.path,
             role="kv.cross" if key.role.startswith("cross.") else "kv.self",
             tower=block.tower,
@@ -67,18 +68,18 @@ def kv_sites(survey: Survey, sites: Sequence[Site], tracer: ForwardTracer) -> tu
             kind="other",
             module=module,
         )
-    sites = [s.replace(relative_bias=_relative_bias(s, list(result.values()))) for s in result.values()]
+    complete = [s.replace(relative_bias=_relative_bias(s, list(attentions.values()))) for s in attentions.values()]
     biased = {call.path for call in tracer.attention_calls if call.has_mask_bias}
-    closed |= {
+    refusals |= {
         s.path: "its mask carries a bias by position, which added keys would lack"
-        for s in sites
+        for s in complete
         if s.path in biased and s.relative_bias is None
     }
-    return [s for s in sites if s.path not in closed], closed
+    return [s for s in complete if s.path not in refusals], refusals
 
 
 def _relative_bias(site: Site, sites: Sequence[Site]) -> nn.Module | None:
-    """Its own relative positions, else those of the first attention in its stack, which hands them on."""
+    """The module with its relative position table: itself, else the first attention of its stack that has one."""
     stack = [s for s in sites if (s.tower, s.role) == (site.tower, site.role)]
     for module in (site.module, *(s.module for s in stack)):
         has_table = any(isinstance(child, nn.Embedding) for child in module.children())
@@ -95,7 +96,7 @@ def _feeding_projection(call: AttentionCall, operand: str, projections: Mapping[
 
 def _refusal_reason(call: AttentionCall, module: nn.Module, key: Site | None, value: Site | None) -> str:
     """Why no keys and values can be added here; "" if they can."""
-    width, v = call.tensors["q"].shape[-1], call.tensors["v"]  # keys come transposed to a product
+    width, v = call.tensors["q"].shape[-1], call.tensors["v"]  # of q: k is transposed in a product
     if call.written_out and attention_interface(module) is None:
         return "it writes its attention out instead of calling one (try attn_implementation='sdpa')"
     if v.ndim != 4:
@@ -108,11 +109,11 @@ def _refusal_reason(call: AttentionCall, module: nn.Module, key: Site | None, va
 
 
 def _sliding_window(module: nn.Module) -> int:
-    """How many keys a sliding window holds, 0 where it slides over none."""
+    """How many keys its sliding window holds; 0 without a window."""
     window = getattr(module, "sliding_window", None)
     return window if isinstance(window, int) and window > 0 else 0
 
 
 def _probe_std(call: AttentionCall) -> tuple[float, float]:
-    k, v = (call.tensors[letter].detach().float() for letter in "kv")
-    return k.std(correction=0).item(), v.std(correction=0).item()  # heads may be there several times
+    k, v = (call.tensors[operand].detach().float() for operand in "kv")
+    return k.std(correction=0).item(), v.std(correction=0).item()  # population: heads may be repeated

@@ -1,7 +1,7 @@
-"""A small batch for a model to be probed with, made up from its forward's signature and its config.
+"""dummy_batch: a small random batch for the probe, built from the signature of a model's forward and its config.
 
 Random ids and pixels, a few tokens long, from a generator of its own. It knows the names that transformers gives to
-model inputs and timm's default config, no architecture; None where it cannot tell what the model takes.
+model inputs and the image size that timm models declare, no architecture.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NUM_TOKENS = 6
 
 
 def dummy_batch(model: nn.Module, batch_size: int) -> dict[str, Any] | None:
-    """Keyword arguments for one forward of `rows` rows, or None."""
+    """Keyword arguments for one forward of `batch_size` rows; None where it is not known what the model takes."""
     accepted = inspect.signature(model.forward).parameters
     config = getattr(model, "config", None)
     generator = torch.Generator().manual_seed(0)
@@ -44,28 +44,28 @@ def dummy_batch(model: nn.Module, batch_size: int) -> dict[str, Any] | None:
 
 def with_extra_row(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch with its first row once more at the end."""
-    rows = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim > 1), None)
+    num_rows = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim > 1), None)
     return {
-        k: torch.cat((v, v[:1])) if isinstance(v, Tensor) and v.ndim and v.shape[0] == rows else v
+        k: torch.cat((v, v[:1])) if isinstance(v, Tensor) and v.ndim and v.shape[0] == num_rows else v
         for k, v in batch.items()
     }
 
 
 def _random_ids(model: nn.Module, config: Any, batch_size: int, generator: torch.Generator) -> Tensor:
     """Ordinary ids with the end-of-sequence id last (some classifiers pool there), none of them special before it."""
-    text = config.get_text_config()
-    vocabulary = int(text.vocab_size)
-    # T5 has no bos, Llama 3 a list of eos.
-    named = (getattr(text, f"{n}_token_id", None) for n in ("pad", "bos", "eos"))
-    special = [{t} if isinstance(t, int) else set(t or ()) for t in named]
-    ordinary = torch.tensor([i for i in range(min(vocabulary, 512)) if i not in set().union(*special)])
+    text_config = config.get_text_config()
+    vocab_size = int(text_config.vocab_size)
+    values = (getattr(text_config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
+    pad, bos, eos = ({v} if isinstance(v, int) else set(v or ()) for v in values)  # none, one or a list of each
+    ordinary = torch.tensor([i for i in range(min(vocab_size, 512)) if i not in pad | bos | eos])
     ids = ordinary[torch.randint(len(ordinary), (batch_size, NUM_TOKENS), generator=generator)]
-    if special[-1] and 0 <= (last := min(special[-1])) < vocabulary:
+    if eos and 0 <= (last := min(eos)) < vocab_size:
         ids[:, -1] = last
     return ids.to(_first_float_parameter(model).device)
 
 
 def _image_shape(config: Any) -> tuple[int, int, int] | None:
+    """(channels, height, width) of a transformers model's images, None where its config has no size."""
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", None)
     if size is None:
@@ -85,8 +85,8 @@ def _declared_image_size(model: nn.Module) -> tuple[int, int, int] | None:
 
 
 def _to_model(model: nn.Module, value: Tensor) -> Tensor:
-    anchor = _first_float_parameter(model)
-    return value.to(anchor.device, anchor.dtype)
+    parameter = _first_float_parameter(model)
+    return value.to(parameter.device, parameter.dtype)
 
 
 def _first_float_parameter(model: nn.Module) -> Tensor:

@@ -1,8 +1,8 @@
-"""The proof behind the labels: one tiny forward shows what each projection feeds, where sublayers end, what fires.
+"""prove_sites: one tiny forward shows what each projection feeds, where sublayers end, which modules run.
 
 Gradients of captured q, k, v with respect to a projection's output are non-zero exactly on the channels that feed
-them. A second forward with one row more shows how each site's first dimension follows the batch. Leaves RNG, modes and
-requires_grad as they were. It knows no architecture; where the forward cannot be run, the survey stays unproven.
+them. A second forward with one more row shows how each site's first dimension follows the batch. RNG, modes and
+requires_grad are restored. It knows no architecture; where the forward cannot be run, the survey stays unproven.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from kitout.base.eval_mode import eval_mode
 from kitout.base.probe.attention_sites import kv_sites
-from kitout.base.probe.dummy_batch import dummy_batch as make_example
-from kitout.base.probe.dummy_batch import with_extra_row
+from kitout.base.probe.dummy_batch import dummy_batch, with_extra_row
 from kitout.base.probe.stack_inputs import complete_towers
 from kitout.base.probe.sublayers import sublayer_sites
 from kitout.base.probe.tracer import ForwardTracer
@@ -28,47 +27,46 @@ PROJECTIONS = ("attn.", "cross.", "mlp.")
 
 
 def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) -> Survey:
-    """The survey with rows, channel sites, sublayer sites and silent sites filled in, as far as a forward shows them.
+    """The survey with all fields that a forward shows: batch relations, channels, sublayers, attentions, unused sites.
 
-    example: keyword arguments of one forward. A given example that fails raises; a made-up one that fails leaves the
-    reason in `doubt`.
+    example_batch: keyword arguments of one forward. If it fails, its error is raised. If the dummy batch that stands in
+    for it fails, the reason is in `unproven_reason`.
     """
     model = survey.model
-    batch = dict(example_batch) if example_batch is not None else make_example(model, 2)
+    batch = dict(example_batch) if example_batch is not None else dummy_batch(model, 2)
     if batch is None:
-        return replace(survey, unproven_reason="no example batch could be made up for this model")
+        return replace(survey, unproven_reason="no dummy batch can be built for this model")
     try:
         with eval_mode(model, grad=True, freeze=True):
-            first = _trace_forward(survey, batch)
-            second = _trace_forward(survey, with_extra_row(batch))
-            feeds = _channels_by_operand(first)
-            seen = complete_towers(survey, survey.sites, first)
+            tracer = _trace_forward(survey, batch)
+            wider = _trace_forward(survey, with_extra_row(batch))
+            channels = _channels_by_operand(tracer)
+            towers = complete_towers(survey, tracer)
     except Exception as error:
         if example_batch is not None:
             raise
-        return replace(survey, unproven_reason=f"a made-up batch failed: {type(error).__name__}: {str(error)[:200]}")
-    rows = {p: _batch_relation(first.first_dims[p], second.first_dims.get(p, 0), batch) for p in first.first_dims}
-    sites = [s.replace(batch_relation=rows.get(s.path, "unknown")) for s in survey.sites]
-    sites = _split_fused(sites, feeds)
-    open_, closed = kv_sites(survey, sites, first)
-    sites += [s.replace(batch_relation=rows.get(s.path, "unknown")) for s in sublayer_sites(survey, first)]
-    sites = [s for s in sites if s.path in first.call_counts or not _parameters_run_elsewhere(s, sites, first)]
-    silent = frozenset(s.path for s in sites if s.path not in first.call_counts)
-    unread = frozenset(
-        n for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in first.read_parameters
-    )
+        return replace(survey, unproven_reason=f"a dummy batch failed: {type(error).__name__}: {str(error)[:200]}")
+    relations = {
+        path: _batch_relation(dim, wider.first_dims.get(path, 0), batch) for path, dim in tracer.first_dims.items()
+    }
+    sites = [s.replace(batch_relation=relations.get(s.path, "unknown")) for s in survey.sites]
+    sites = _split_fused(sites, channels)
+    attentions, kv_refusals = kv_sites(survey, sites, tracer)
+    sites += [s.replace(batch_relation=relations.get(s.path, "unknown")) for s in sublayer_sites(survey, tracer)]
+    sites = [s for s in sites if s.path in tracer.call_counts or not _parameters_run_elsewhere(s, sites, tracer)]
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
-    sites.sort(key=lambda s: order[s.path])  # stable: a whole before its parts
+    sites.sort(key=lambda s: order[s.path])  # stable: a fused projection before its parts
+    named_parameters = model.named_parameters(remove_duplicate=False)
     return replace(
         survey,
         sites=tuple(sites),
-        towers=tuple(seen),
+        towers=tuple(towers),
         proven=True,
-        unused=silent,
-        unread_parameters=unread,
-        execution_order=tuple(first.call_counts),
-        kv_sites=tuple(open_),
-        kv_refusals=closed,
+        unused=frozenset(s.path for s in sites if s.path not in tracer.call_counts),
+        unread_parameters=frozenset(name for name, p in named_parameters if id(p) not in tracer.read_parameters),
+        execution_order=tuple(tracer.call_counts),
+        kv_sites=tuple(attentions),
+        kv_refusals=kv_refusals,
         unproven_reason="",
     )
 
@@ -81,15 +79,15 @@ def _parameters_run_elsewhere(site: Site, sites: list[Site], tracer: ForwardTrac
 
 
 def _trace_forward(survey: Survey, batch: Mapping[str, Any]) -> ForwardTracer:
-    cut = [s.path for s in survey.sites if s.role.startswith(PROJECTIONS)]
-    watch = ForwardTracer(survey.model, cut, [b.path for b in survey.blocks if b.is_one_module])
-    with watch:
+    projections = [s.path for s in survey.sites if s.role.startswith(PROJECTIONS)]
+    tracer = ForwardTracer(survey.model, projections, [b.path for b in survey.blocks if b.is_one_module])
+    with tracer:
         survey.model(**batch)
-    return watch
+    return tracer
 
 
 def _batch_relation(first: int, second: int, batch: Mapping[str, Any]) -> BatchRelation:
-    """first and second: dim 0 at the site for a batch of n and of n + 1 rows."""
+    """first, second: dim 0 at the site for a batch of n and of n + 1 rows."""
     n = next(v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim > 1)
     if (first, second) == (n, n + 1):
         return "batch"
@@ -101,14 +99,14 @@ def _batch_relation(first: int, second: int, batch: Mapping[str, Any]) -> BatchR
 
 
 def _channels_by_operand(tracer: ForwardTracer) -> dict[str, dict[str, tuple[int, ...]]]:
-    """By projection and letter, the output channels that reach that operand of attention ((): all or unknown)."""
-    feeds: dict[str, dict[str, tuple[int, ...]]] = {}
+    """Projection -> operand of attention ("q", "k", "v") -> output channels that reach it; (): all, or unknown."""
+    channels: dict[str, dict[str, tuple[int, ...]]] = {}
     for call in tracer.attention_calls:
-        for letter, leaves in call.leaves.items():
+        for operand, leaves in call.leaves.items():
             for path in leaves:
-                if not path.startswith("stream:") and letter not in feeds.setdefault(path, {}):
-                    feeds[path][letter] = _channels_reaching(call.tensors[letter], tracer.leaves[path][-1])
-    return feeds
+                if not path.startswith("stream:") and operand not in channels.setdefault(path, {}):
+                    channels[path][operand] = _channels_reaching(call.tensors[operand], tracer.leaves[path][-1])
+    return channels
 
 
 def _channels_reaching(t: Tensor, leaf: Tensor) -> tuple[int, ...]:
@@ -124,19 +122,19 @@ def _channels_reaching(t: Tensor, leaf: Tensor) -> tuple[int, ...]:
     return tuple(used.nonzero().flatten().tolist())
 
 
-def _split_fused(sites: list[Site], feeds: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[Site]:
-    """Labels put right by what was seen, and one more site per part of a projection that feeds several letters."""
+def _split_fused(sites: list[Site], channels_of: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[Site]:
+    """Roles corrected by the trace, and one more site per part of a projection that feeds several operands."""
     result = []
     for site in sites:
-        seen = feeds.get(site.path, {})
-        kind, _, letter = site.role.partition(".")
-        if kind not in ("attn", "cross") or letter == "o" or not seen:
+        operands = channels_of.get(site.path, {})
+        kind, _, part = site.role.partition(".")
+        if kind not in ("attn", "cross") or part == "o" or not operands:
             result.append(site)
-        elif len(seen) == 1:
-            result.append(site.replace(role=f"{kind}.{next(iter(seen))}"))
+        elif len(operands) == 1:
+            result.append(site.replace(role=f"{kind}.{next(iter(operands))}"))
         else:
             result.append(site.replace(role=f"{kind}.qkv"))
-            for part, channels in sorted(seen.items(), key=lambda item: "qkv".index(item[0])):
+            for part, channels in sorted(operands.items(), key=lambda item: "qkv".index(item[0])):
                 if channels and len(channels) < site.d_out:
                     result.append(site.replace(role=f"{kind}.{part}", channels=channels, d_out=len(channels)))
     return result

@@ -1,35 +1,32 @@
-"""What feeds each stack of blocks: who turns tokens into its stream, where positions enter, whether it looks ahead.
+"""What feeds each stack of blocks: who embeds its tokens, where positions are added, whether it is causal.
 
-All of it is read off one watched forward: which module was in progress when the token table was asked and the first
-block entered, which table was asked for consecutive rows, what the first block's output depends on.
+All of it is read from one traced forward: which module was running when the token table was looked up and the first
+block entered, which table was looked up at consecutive rows, what the first block's output depends on.
 It knows module paths and tensors, no architecture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kitout.base.probe.tracer import BlockEntry, EmbeddingLookup, ForwardTracer
-from kitout.base.site import Site
+from kitout.base.probe.trace_records import BlockEntry, EmbeddingLookup
+from kitout.base.probe.tracer import ForwardTracer
 from kitout.base.survey import Survey, Tower
 
 
-def complete_towers(survey: Survey, sites: Sequence[Site], tracer: ForwardTracer) -> list[Tower]:
-    """The towers with what the forward showed of them."""
-    tables = {s.path for s in sites if s.role == "embed"}
-    result = []
+def complete_towers(survey: Survey, tracer: ForwardTracer) -> list[Tower]:
+    """The towers with the fields that a forward shows."""
+    token_tables = {s.path for s in survey.sites if s.role == "embed"}
+    towers = []
     for tower in survey.towers:
-        first = _first_attending_block(survey, tower, tracer)
-        result.append(
-            tower
-            if first is None
-            else _with_inputs(replace(tower, causal=_is_causal(first, tracer)), first, tables, tracer)
-        )
-    return result
+        if first_block := _first_attending_block(survey, tower, tracer):
+            tower = replace(tower, causal=_is_causal(first_block, tracer))
+            tower = _with_inputs(tower, first_block, token_tables, tracer)
+        towers.append(tower)
+    return towers
 
 
 def _first_attending_block(survey: Survey, tower: Tower, tracer: ForwardTracer) -> str | None:
@@ -39,45 +36,53 @@ def _first_attending_block(survey: Survey, tower: Tower, tracer: ForwardTracer) 
 
 
 def _is_causal(block: str, tracer: ForwardTracer) -> bool | None:
-    """Whether what its attention makes of the first position is free of the last; None where that cannot be told."""
+    """True if its attention's output at the first position does not depend on the last; None where unknown."""
     call = next((c for c in tracer.attention_calls if c.block == block), None)
     if call is None or call.out is None or call.out.is_meta or call.out.ndim < 3 or call.tensors["v"].shape[-2] < 2:
         return None
-    first = call.out[..., 0, :]
-    weight = torch.randn(first.shape, generator=torch.Generator().manual_seed(0)).to(first)
-    (grad,) = torch.autograd.grad((first * weight).sum(), call.tensors["v"], retain_graph=True, allow_unused=True)
+    first_position = call.out[..., 0, :]
+    weight = torch.randn(first_position.shape, generator=torch.Generator().manual_seed(0)).to(first_position)
+    (grad,) = torch.autograd.grad(
+        (first_position * weight).sum(), call.tensors["v"], retain_graph=True, allow_unused=True
+    )
     return None if grad is None else not bool(grad[..., -1, :].any())
 
 
-def _with_inputs(tower: Tower, block: str, tables: set[str], tracer: ForwardTracer) -> Tower:
+def _with_inputs(tower: Tower, block: str, token_tables: set[str], tracer: ForwardTracer) -> Tower:
+    """The tower with embedder, tables and block runner, as far as its first block is fed from a token table."""
     entry = tracer.block_entries[block]
     stream = tracer.leaves.get(f"stream:{block}")
     if stream is None or stream[0].ndim != 3:
         return tower
-    tokens = stream[0].shape[1]
-    before = [k for k in tracer.lookups[: entry.num_lookups] if k.indices.ndim and k.indices.shape[-1] == tokens]
-    asked = [k for k in before if k.inside[-1] in tables and k.indices.ndim == 2]
-    if not asked:
+    num_tokens = stream[0].shape[1]
+    lookups = [k for k in tracer.lookups[: entry.num_lookups] if k.indices.ndim and k.indices.shape[-1] == num_tokens]
+    token_lookups = [k for k in lookups if k.table in token_tables and k.indices.ndim == 2]
+    if not token_lookups:
         return tower
-    owner = _common_module(asked[-1], entry)
-    ordered = [k for k in before if k.inside[-1] not in tables and _is_consecutive(k.indices) and owner in k.inside]
-    below = entry.inside[entry.inside.index(owner) + 1]
+    embedder = _common_module(token_lookups[-1], entry)
+    child = entry.inside[entry.inside.index(embedder) + 1]
     tower = replace(
-        tower, embedder=owner, token_embedding=asked[-1].inside[-1], block_runner="" if below == block else below
+        tower,
+        embedder=embedder,
+        token_embedding=token_lookups[-1].table,
+        block_runner="" if child == block else child,
     )
-    if not ordered:
+    position_lookups = [
+        k for k in lookups if k.table not in token_tables and _is_consecutive(k.indices) and embedder in k.inside
+    ]
+    if not position_lookups:
         return tower
-    return replace(tower, position_embedding=ordered[-1].inside[-1], offset=int(ordered[-1].indices.reshape(-1)[0]))
+    last = position_lookups[-1]
+    return replace(tower, position_embedding=last.table, offset=int(last.indices.reshape(-1)[0]))
 
 
 def _common_module(lookup: EmbeddingLookup, entry: BlockEntry) -> str:
-    """The innermost module that was in progress both times."""
-    both = [a for a, b in zip(lookup.inside[:-1], entry.inside[:-1], strict=False) if a == b]
-    return both[-1]
+    """The innermost module that was running both at the lookup and at the entry."""
+    return [a for a, b in zip(lookup.inside[:-1], entry.inside[:-1], strict=False) if a == b][-1]
 
 
 def _is_consecutive(indices: Tensor) -> bool:
-    if indices.is_meta:  # no values to tell by
+    if indices.is_meta:  # no values to compare
         return False
     rows = indices.reshape(-1, indices.shape[-1])
     return rows.shape[1] > 1 and bool((rows == rows[0, 0] + torch.arange(rows.shape[1], device=rows.device)).all())
