@@ -25,7 +25,7 @@ class SublayerOutput(NamedTuple):
     """What a sum shows of one operand: the sublayers it is the output of, and the module that returns it."""
 
     roles: list[str]
-    """"sub.attn", "sub.cross", "sub.mlp": several where a block sums its sublayers first, none for the stream."""
+    """Of "sub.attn", "sub.cross", "sub.mlp": several where a block sums its sublayers first, none for the stream."""
     emitter: str | None
     """Path of the module that returns it; None where no module does."""
 
