@@ -1,9 +1,9 @@
-"""Counts in how many of transformers' model types the finder labels every block, on the meta device.
+"""Counts the model types of transformers in which `find_sites` labels every block, on the meta device.
 
 `python benchmarks/sites_sweep.py [--write] [--only TYPE ...]` builds every config class of the installed transformers
-(layers and experts shrunk), surveys it, and judges it by a rule of its own: it reads roles of sites, never the
-finder's verdict on itself. The fixed list attention_stacks.txt is the denominator, so that a stack which is no longer
-found counts as a miss. Misses, hybrids, types outside the list and failed builds are listed by name.
+(with fewer layers and experts) and judges its survey by a rule of its own: it reads the roles of sites, never
+`Block.resolved`. The fixed list attention_stacks.txt is the denominator, so that a stack which is no longer found
+counts as a miss. Misses, hybrids, types outside the list and failed builds are listed by name.
 """
 
 from __future__ import annotations
@@ -31,24 +31,30 @@ from kitout.base.survey import Block, Survey
 from kitout.errors import NoBlocksFound
 
 HERE = Path(__file__).parent
-PROCESSES, SECONDS = 2, 60
+PROCESSES, TIMEOUT_SECONDS = 2, 60
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers",
           "num_encoder_layers", "num_decoder_layers")  # fmt: skip
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-LEAST = 488  # of the fixed list
+MIN_FULL = 488  # of the fixed list
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass
 class Result:
-    """One model type. state: full | part | no stack | no class | fails."""
+    """One model type."""
 
     name: str
+    """transformers' `model_type`."""
     state: str
+    """Either full, part, no stack, no class or fails."""
     resolved: int = 0
+    """Number of blocks with all their roles, in stacks of which every block attends."""
     blocks: int = 0
+    """Number of blocks in such stacks."""
     note: str = ""
+    """The first block that lacks a role, or the error."""
     hybrids: list[str] = field(default_factory=list)
+    """A line per stack of which only some blocks attend."""
 
 
 def main() -> None:
@@ -64,26 +70,27 @@ def main() -> None:
             if len(results) % 50 == 0:
                 print(f"{len(results)} of {len(names)} types, {time.time() - started:.0f} s", flush=True)
     results.sort(key=lambda r: r.name)
-    fixed = [name for name in listed() if not options.only or name in options.only]
+    fixed = [name for name in fixed_list() if not options.only or name in options.only]
     text = report(results, fixed)
     print(text)
     if options.write:
         (HERE / "SITES.md").write_text(text, encoding="utf-8")
-    if not options.only and sum(r.state == "full" and r.name in set(fixed) for r in results) < LEAST:
-        raise SystemExit(f"fewer than {LEAST} of the fixed list")
+    if not options.only and sum(r.state == "full" and r.name in set(fixed) for r in results) < MIN_FULL:
+        raise SystemExit(f"fewer than {MIN_FULL} of the fixed list")
 
 
-def listed() -> list[str]:
+def fixed_list() -> list[str]:
+    """The model types that have stacks of attention blocks."""
     return (HERE / "attention_stacks.txt").read_text(encoding="utf-8").split()
 
 
 def examine(name: str) -> Result:
-    """Build and judge one type, within its time."""
+    """Build and judge one type, within `TIMEOUT_SECONDS`."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, _late)
-    signal.alarm(SECONDS)
+    signal.signal(signal.SIGALRM, _raise_timeout)
+    signal.alarm(TIMEOUT_SECONDS)
     try:
         return judge(name, find_sites(build(name)))
     except NoBlocksFound:
@@ -91,18 +98,18 @@ def examine(name: str) -> Result:
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         reason = re.sub(r" from '/[^']*'", "", reason).partition("You can install")[0]
-        unknown = "Unrecognized configuration class" in reason
-        return Result(name, "no class" if unknown else "fails", note=reason[:140])
+        has_no_class = "Unrecognized configuration class" in reason
+        return Result(name, "no class" if has_no_class else "fails", note=reason[:140])
     finally:
         signal.alarm(0)
 
 
-def _late(_signal: int, _frame: FrameType | None) -> None:
-    raise TimeoutError(f"more than {SECONDS} s")
+def _raise_timeout(_signal: int, _frame: FrameType | None) -> None:
+    raise TimeoutError(f"more than {TIMEOUT_SECONDS} s")
 
 
 def build(name: str) -> PreTrainedModel:
-    """The type's default model on the meta device: shallow where its config allows that, else as it is."""
+    """The type's default model on the meta device: with fewer layers where its config allows that."""
     config = CONFIG_MAPPING[name]()
     for attribute in (*DEPTHS, *EXPERTS):
         _shrink(config, attribute)
@@ -111,7 +118,7 @@ def build(name: str) -> PreTrainedModel:
             return AutoModel.from_config(config)
         except TimeoutError:
             raise
-        except Exception:  # a list of layer types, say, that no longer fits
+        except Exception:  # for example a list of layer types that no longer fits
             return AutoModel.from_config(CONFIG_MAPPING[name]())
 
 
@@ -123,42 +130,44 @@ def _shrink(config: Any, attribute: str) -> None:
         return
 
 
-def judge(name: str, found: Survey) -> Result:
-    """Stacks of which every block attends count; hybrids are told apart, for their other blocks have no attention."""
+def judge(name: str, survey: Survey) -> Result:
+    """Counts the stacks of which every block attends; hybrids get a line each, as their other blocks cannot count."""
     towers: dict[str, list[Block]] = {}
-    for block in found.blocks:
+    for block in survey.blocks:
         towers.setdefault(block.tower, []).append(block)
-    whole = [block for blocks in towers.values() if all(b.has_attention for b in blocks) for block in blocks]
-    hybrids = [
-        f"{tower}: {sum(b.has_attention for b in blocks)} of {len(blocks)} blocks attend, "
-        f"{sum(map(good, blocks))} resolved"
-        for tower, blocks in towers.items()
-        if not all(b.has_attention for b in blocks)
-        for good in [lambda b: labelled(found, b)]
-    ]
-    bad = [block for block in whole if not labelled(found, block)]
-    state = "no stack" if not found.blocks else "part" if bad or not whole else "full"
-    note = f"{bad[0].path} has {', '.join(sorted(roles(found, bad[0]))) or 'no role'}" if bad else ""
-    return Result(name, state, len(whole) - len(bad), len(whole), note, hybrids)
+    counted, hybrids = [], []
+    for tower, blocks in towers.items():
+        attending = sum(b.has_attention for b in blocks)
+        if attending == len(blocks):
+            counted += blocks
+        else:
+            resolved = sum(is_labeled(survey, b) for b in blocks)
+            hybrids.append(f"{tower}: {attending} of {len(blocks)} blocks attend, {resolved} resolved")
+    missing = [block for block in counted if not is_labeled(survey, block)]
+    state = "no stack" if not survey.blocks else "part" if missing or not counted else "full"
+    note = f"{missing[0].path} has {', '.join(sorted(roles_of(survey, missing[0]))) or 'no role'}" if missing else ""
+    return Result(name, state, len(counted) - len(missing), len(counted), note, hybrids)
 
 
-def roles(found: Survey, block: Block) -> set[str]:
-    mine = (s for s in found.sites if s.tower == block.tower and s.layer == block.index)
-    return {s.role for s in mine if s.role.startswith(("attn.", "cross.", "mlp."))}
+def roles_of(survey: Survey, block: Block) -> set[str]:
+    """Roles of the block's projections."""
+    sites = (s for s in survey.sites if s.tower == block.tower and s.layer == block.index)
+    return {s.role for s in sites if s.role.startswith(("attn.", "cross.", "mlp."))}
 
 
-def labelled(found: Survey, block: Block) -> bool:
+def is_labeled(survey: Survey, block: Block) -> bool:
     """The rule: (q, k, v or a fused projection, or q and k) and o, and (up or gate, and down, or 3-D experts)."""
-    here = roles(found, block)
-    reads = any(f"{kind}.qkv" in here or {f"{kind}.q", f"{kind}.k"} <= here for kind in ("attn", "cross"))
-    feeds = "mlp.down" in here and bool({"mlp.up", "mlp.gate"} & here)
-    return reads and bool({"attn.o", "cross.o"} & here) and (feeds or has_experts(found, block))
+    roles = roles_of(survey, block)
+    has_input = any(f"{kind}.qkv" in roles or {f"{kind}.q", f"{kind}.k"} <= roles for kind in ("attn", "cross"))
+    has_feed_forward = "mlp.down" in roles and bool({"mlp.up", "mlp.gate"} & roles)
+    return has_input and bool({"attn.o", "cross.o"} & roles) and (has_feed_forward or has_experts(survey, block))
 
 
-def has_experts(found: Survey, block: Block) -> bool:
+def has_experts(survey: Survey, block: Block) -> bool:
+    """It holds experts stacked in a 3-D parameter."""
     if not block.is_one_module:
         return False
-    inside = (m for m in found.model.get_submodule(block.path).modules() if not isinstance(m, CONVS))
+    inside = (m for m in survey.model.get_submodule(block.path).modules() if not isinstance(m, CONVS))
     return any(p.ndim == 3 for m in inside for p in m.parameters(recurse=False))
 
 
@@ -166,7 +175,7 @@ def report(results: list[Result], fixed: list[str]) -> str:
     """The whole result as Markdown."""
     by_name = {r.name: r for r in results}
     full = [n for n in fixed if by_name.get(n) and by_name[n].state == "full"]
-    missed = [by_name.get(n) or Result(n, "fails", note="not in this transformers") for n in fixed if n not in full]
+    misses = [by_name.get(n) or Result(n, "fails", note="not in this transformers") for n in fixed if n not in full]
     others = [r for r in results if r.name not in set(fixed)]
     count = Counter(r.state for r in results)
     head = (
@@ -177,7 +186,7 @@ def report(results: list[Result], fixed: list[str]) -> str:
     rule = (
         f"**{len(full)} of {len(fixed)}** types of the fixed list are fully resolved: in every block of every stack "
         "the query, key and value (or a fused projection), the output, and the feed-forward (or experts in 3-D "
-        "parameters) are labelled."
+        "parameters) are labeled."
     )
     lines = [
         "# Sites found in transformers' model types",
@@ -187,7 +196,7 @@ def report(results: list[Result], fixed: list[str]) -> str:
         rule,
         "",
         "All config classes: " + ", ".join(f"{state} {count[state]}" for state in sorted(count)) + ".",
-        *_table("Misses of the fixed list", missed),
+        *_table("Misses of the fixed list", misses),
         *_table("Outside the list: resolved", (r for r in others if r.state == "full")),
         *_table("Outside the list: in part", (r for r in others if r.state == "part")),
         *_table("No stack found", (r for r in others if r.state == "no stack")),
@@ -217,7 +226,7 @@ def _table(title: str, rows: Iterable[Result]) -> list[str]:
 
 def _hybrids(results: list[Result]) -> list[str]:
     rows = [f"| {r.name} | {line} |" for r in results for line in r.hybrids]
-    text = "Stacks of which only some blocks hold attention. They are found, and are no part of the count above."
+    text = "Stacks of which only some blocks hold attention. They are found, but not counted above."
     return ["", f"## Hybrid stacks ({len(rows)})", "", text, "", "| type | stack |", "|---|---|", *rows]
 
 

@@ -1,8 +1,8 @@
-"""Surveys thirty timm vision models on the meta device: blocks labelled, or refused with a reason.
+"""Surveys thirty timm vision models on the meta device: every block labeled, or an error with a reason.
 
-`python benchmarks/timm_sites.py` prints one line a model. The names are fixed and cover plain, windowed, pyramid,
-convolutional and hybrid designs; a pure convnet is right to be refused. It measures labels only, no forward runs.
-timm needs torchvision, which has no build beside a CPU torch; the tests' stand-in is lent to it.
+`python benchmarks/timm_sites.py` prints one line per model. The names are fixed and cover plain, windowed, pyramid,
+convolutional and hybrid designs; for a pure convnet the error is right. It checks roles only, no forward runs.
+timm needs torchvision, which has no build for a CPU-only torch; the stub of the tests takes its place.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ NAMES = [
     "nest_tiny",
     "pit_ti_224",
 ]
-LEAST = 28
+MIN_RESOLVED_OR_REFUSED = 28
 
 
 def main() -> None:
@@ -66,17 +66,17 @@ def main() -> None:
         model = build(timm, name)
         try:
             verdict, text = judge(find_sites(model))
-        except NoBlocksFound as refusal:
-            verdict, text = "refused", str(refusal).splitlines()[0]
+        except NoBlocksFound as error:
+            verdict, text = "refused", str(error).splitlines()[0]
         verdicts[verdict] += 1
         print(f"{name:34} {verdict:9} {text}", flush=True)
     print(f"{dict(verdicts)} of {len(NAMES)}")
-    if verdicts["resolved"] + verdicts["refused"] < LEAST:
-        raise SystemExit(f"fewer than {LEAST} resolved or refused with a reason")
+    if verdicts["resolved"] + verdicts["refused"] < MIN_RESOLVED_OR_REFUSED:
+        raise SystemExit(f"fewer than {MIN_RESOLVED_OR_REFUSED} resolved or refused with a reason")
 
 
 def build(timm: ModuleType, name: str) -> nn.Module:
-    """On the meta device, or with real weights where the model needs real numbers to be built."""
+    """On the meta device, or with real weights where building the model needs values."""
     try:
         with on_meta():
             return timm.create_model(name)
@@ -84,17 +84,18 @@ def build(timm: ModuleType, name: str) -> nn.Module:
         return timm.create_model(name)
 
 
-def judge(found: Survey) -> tuple[str, str]:
-    """resolved: every block that attends is; part: some are not, the first of which is shown."""
-    attending = [block for block in found.blocks if block.has_attention]
-    bad = [block for block in attending if not block.resolved]
-    text = f"{len(attending) - len(bad)}/{len(attending)} blocks in {len(found.towers)} stacks"
-    if others := len(found.blocks) - len(attending):
+def judge(survey: Survey) -> tuple[str, str]:
+    """Either "resolved" (every block that attends is) or "part", with the first block that is not."""
+    attending = [block for block in survey.blocks if block.has_attention]
+    unresolved = [block for block in attending if not block.resolved]
+    text = f"{len(attending) - len(unresolved)}/{len(attending)} blocks in {len(survey.towers)} stacks"
+    if others := len(survey.blocks) - len(attending):
         text += f", {others} blocks without attention"
-    if bad:
-        has = sorted(s.role for s in found.sites if s.tower == bad[0].tower and s.layer == bad[0].index)
-        text += f"; {bad[0].path} has {', '.join(dict.fromkeys(has))}; loose {bad[0].unlabeled[:4]}"
-    return ("part" if bad else "resolved"), text
+    if unresolved:
+        block = unresolved[0]
+        roles = sorted(s.role for s in survey.sites if s.tower == block.tower and s.layer == block.index)
+        text += f"; {block.path} has {', '.join(dict.fromkeys(roles))}; no role: {block.unlabeled[:4]}"
+    return ("part" if unresolved else "resolved"), text
 
 
 if __name__ == "__main__":

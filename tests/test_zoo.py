@@ -1,6 +1,6 @@
-"""The zoo itself: every specimen is fit to prove a law on.
+"""The zoo itself: every specimen can serve as a test of the laws.
 
-Deterministic, rows independent of each other, nothing at its initial value, quick to build, and the facts it states
+Deterministic, rows independent of each other, nothing at its initial value, quick to build, and the facts in its fields
 (layers, tied, positions, which side may be padded) are true. It knows nothing of kitout.
 """
 
@@ -19,32 +19,32 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(params=ALL.values(), ids=ALL.keys())
-def species(request: pytest.FixtureRequest) -> Specimen:
+def any_specimen(request: pytest.FixtureRequest) -> Specimen:
     return request.param
 
 
 @torch.no_grad()
-def test_is_deterministic_and_leaves_the_random_state_alone(species: Specimen) -> None:
+def test_is_deterministic_and_leaves_the_random_state_alone(any_specimen: Specimen) -> None:
     before = torch.get_rng_state()
-    one, two = species.build(), species.build()
+    first, second = any_specimen.build(), any_specimen.build()
     assert torch.equal(torch.get_rng_state(), before)
-    batch = species.batch(2, 0)
-    assert torch.equal(out(one(**batch)), out(two(**batch)))
-    assert all(torch.equal(batch[k], v) for k, v in species.batch(2, 0).items())
-    assert not torch.allclose(out(one(**batch)), out(one(**species.batch(2, 1))), atol=1e-3)
+    batch = any_specimen.batch(2, 0)
+    assert torch.equal(out(first(**batch)), out(second(**batch)))
+    assert all(torch.equal(batch[k], v) for k, v in any_specimen.batch(2, 0).items())
+    assert not torch.allclose(out(first(**batch)), out(first(**any_specimen.batch(2, 1))), atol=1e-3)
 
 
 @torch.no_grad()
-def test_rows_are_independent_and_differ(species: Specimen) -> None:
-    model, batch = species.build(), species.batch(3, 0)
+def test_rows_are_independent_and_differ(any_specimen: Specimen) -> None:
+    model, batch = any_specimen.build(), any_specimen.batch(3, 0)
     together = out(model(**batch))
     alone = torch.cat([out(model(**rows_of(batch, i))) for i in range(3)])
     torch.testing.assert_close(together, alone, atol=TOLERANCE, rtol=0)
     assert (together[0] - together[1]).abs().max() > 1e-3
 
 
-def test_nothing_is_at_its_initial_value(species: Specimen) -> None:
-    for name, value in species.build().named_parameters():
+def test_nothing_is_at_its_initial_value(any_specimen: Specimen) -> None:
+    for name, value in any_specimen.build().named_parameters():
         assert value.dtype is torch.float32, name
         if value.numel() > 1:
             assert value.std() > 0.02, f"{name} is constant"
@@ -52,56 +52,57 @@ def test_nothing_is_at_its_initial_value(species: Specimen) -> None:
         assert not (value == 1).any(), f"{name} has ones"
 
 
-def test_is_small_quick_and_in_eval_mode(species: Specimen) -> None:
-    species.build()  # the first build of a family imports its module
+def test_is_small_quick_and_in_eval_mode(any_specimen: Specimen) -> None:
+    any_specimen.build()  # the first build of a family imports its module
     start = time.process_time()
-    model = species.build()
+    model = any_specimen.build()
     assert time.process_time() - start < 1
     assert sum(p.numel() for p in model.parameters()) < 200_000
     assert not any(module.training for module in model.modules())
 
 
 @torch.no_grad()
-def test_training_mode_computes_the_same(species: Specimen) -> None:
-    model, batch = species.build(), species.batch(2, 0)
+def test_training_mode_computes_the_same(any_specimen: Specimen) -> None:
+    model, batch = any_specimen.build(), any_specimen.batch(2, 0)
     assert torch.equal(out(model(**batch)), out(model.train()(**batch)))
 
 
-def test_states_true_facts(species: Specimen) -> None:
-    model = species.build()
+def test_states_true_facts(any_specimen: Specimen) -> None:
+    model = any_specimen.build()
     names = [type(m).__name__ for m in model.modules()]  # in every family here a block is a ...Layer or a ...Block
-    blocks = [
-        n for n in names if n.endswith(("Layer", "Block")) and not n.endswith("MoeBlock")
-    ]  # so in every family here
-    assert len(blocks) == species.layers
-    if species.kind != "vision":
+    blocks = [n for n in names if n.endswith(("Layer", "Block")) and not n.endswith("MoeBlock")]
+    assert len(blocks) == any_specimen.layers
+    if any_specimen.kind != "vision":
         tied = model.get_output_embeddings() is not None and (
             model.get_output_embeddings().weight is model.get_input_embeddings().weight
         )
-        assert tied == species.tied
-        assert model.get_input_embeddings().weight.shape[-1] in (species.width, 24)  # 24: ALBERT's factorised table
-        assert model.config.pad_token_id == species.pad_id
-    assert species.generates == bool(getattr(model, "can_generate", bool)())
+        assert tied == any_specimen.tied
+        assert model.get_input_embeddings().weight.shape[-1] in (
+            any_specimen.width,
+            24,
+        )  # 24: ALBERT's factorized table
+        assert model.config.pad_token_id == any_specimen.pad_id
+    assert any_specimen.generates == bool(getattr(model, "can_generate", bool)())
 
 
 @torch.no_grad()
-def test_padding_moves_only_what_it_is_said_to_move(species: Specimen) -> None:
-    if not species.is_text:
+def test_only_left_padding_can_change_logits_and_only_as_stated(any_specimen: Specimen) -> None:
+    if not any_specimen.is_text:
         pytest.skip("images have no padding")
-    model, batch, lengths = species.build(), species.batch(3, 0), [LENGTH, 4, 3]
+    model, batch, lengths = any_specimen.build(), any_specimen.batch(3, 0), [LENGTH, 4, 3]
 
-    def worst(side: str) -> float:
-        inputs = padded(batch, lengths, side, species.pad_id)
-        logits, gap = out(model(**inputs)), 0.0
+    def max_difference(side: str) -> float:
+        inputs = padded(batch, lengths, side, any_specimen.pad_id)
+        logits, largest = out(model(**inputs)), 0.0
         for row, n in enumerate(lengths):
-            one = rows_of(batch, row)
-            one |= {k: one[k][:, :n] for k in ("input_ids", "attention_mask")}
-            here = logits[row][inputs["attention_mask"][row].bool()] if species.kind == "decoder" else logits[row]
-            gap = max(gap, (here - out(model(**one))[0]).abs().max().item())
-        return gap
+            alone = rows_of(batch, row)
+            alone |= {k: alone[k][:, :n] for k in ("input_ids", "attention_mask")}
+            real = logits[row][inputs["attention_mask"][row].bool()] if any_specimen.kind == "decoder" else logits[row]
+            largest = max(largest, (real - out(model(**alone))[0]).abs().max().item())
+        return largest
 
-    assert worst("right") < TOLERANCE
-    assert (worst("left") < TOLERANCE) == species.left_pads
+    assert max_difference("right") < TOLERANCE
+    assert (max_difference("left") < TOLERANCE) == any_specimen.left_pads
 
 
 @torch.no_grad()
@@ -116,29 +117,29 @@ def test_eager_attention_is_the_sdpa_one(specimen: Specimen) -> None:
     torch.testing.assert_close(out(model(**batch)), fused, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("species", [s for s in ALL.values() if s.generates], ids=lambda s: s.name)
-def test_generates_alone_as_in_a_batch(species: Specimen) -> None:
-    model = species.build()
-    batch = {k: v for k, v in species.batch(2, 0).items() if k != "decoder_input_ids"}
+@pytest.mark.parametrize("any_specimen", [s for s in ALL.values() if s.generates], ids=lambda s: s.name)
+def test_generates_alone_as_in_a_batch(any_specimen: Specimen) -> None:
+    model = any_specimen.build()
+    batch = {k: v for k, v in any_specimen.batch(2, 0).items() if k != "decoder_input_ids"}
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     together = model.generate(**batch, **options)
     for row in range(2):
         assert torch.equal(model.generate(**rows_of(batch, row), **options)[0], together[row])
 
 
-def test_its_tokenizer_reads_and_writes_text(species: Specimen) -> None:
-    if not species.is_text:
+def test_its_tokenizer_reads_and_writes_text(any_specimen: Specimen) -> None:
+    if not any_specimen.is_text:
         pytest.skip("images have no words")
-    tokenizer, text = tokenizer_of(species), "So, 2 + 2 = {4}?\nYes!"
+    tokenizer, text = tokenizer_of(any_specimen), "So, 2 + 2 = {4}?\nYes!"
     assert len(tokenizer) == VOCAB
-    assert tokenizer.pad_token_id == species.pad_id
+    assert tokenizer.pad_token_id == any_specimen.pad_id
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     rows = tokenizer(["ab", "abcd"], padding=True, return_tensors="pt")
     assert rows["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-    said = tokenizer.apply_chat_template(
+    chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
-    assert said == "<user>hi</s><assistant>"
+    assert chat == "<user>hi</s><assistant>"
 
 
 def test_the_network_is_closed() -> None:

@@ -1,9 +1,9 @@
 """The zoo: tiny random models, built offline and seeded, on which every law is tested.
 
 Nothing in them is at its initial value: biases, norm gains and shifts, LayerScale, relative position tables and class
-tokens are all random, and matrices are scaled so that attention is far from uniform. A fold that forgets a bias, or a
-gain convention guessed wrong, changes the logits here. Widths differ on purpose (hidden, feed-forward, head, tokens)
-so that a wrong axis raises instead of fitting. The zoo knows transformers and timm, and nothing of kitout.
+tokens are all random, and matrices are scaled so that attention is far from uniform. A merge that forgets a bias, or
+mistakes the convention of a gain, changes the logits here. Widths differ on purpose (hidden, feed-forward, head,
+tokens), so that a wrong axis raises. The zoo knows transformers and timm, and nothing of kitout.
 """
 
 from __future__ import annotations
@@ -32,35 +32,41 @@ FIRST_TOKEN = 5  # smaller ids are pad, bos, eos and the like: never drawn, RoBE
 
 @dataclass(frozen=True)
 class Specimen:
-    """One species: how to build it, how to feed it, and what the laws may ask of it.
-
-    batch(rows, seed): model inputs; every row has the same shape, so rows can be split, stacked and reordered along
-    dim 0 of every tensor. generates: has `generate` (its eos may be drawn: pass min_new_tokens). positions: how the
-    model knows order. counts_mask: learned positions counted from the attention mask. width: hidden size of the first
-    tower. layers: blocks over all towers. tied: the head is the embedding.
-    """
+    """One tiny model: how to build it, its inputs, and the facts that the laws rely on."""
 
     name: str
+    """Its name in the zoo."""
     build: Callable[[], nn.Module]
+    """Builds it, with the same weights each time."""
     batch: Callable[[int, int], dict[str, Tensor]]
+    """(rows, seed) -> inputs. Rows have one shape: they can be split, stacked and reordered along dim 0."""
     kind: Kind
+    """What it reads and writes."""
     generates: bool
+    """It has `generate`. Its eos may be sampled: pass min_new_tokens."""
     positions: Positions
+    """How it encodes positions."""
     layers: int
+    """Number of blocks over all towers."""
     width: int = D
+    """Hidden size of the first tower."""
     pad_id: int = 0
+    """Id of the padding token."""
     tied: bool = False
+    """The output head is the token embedding."""
     counts_mask: bool = False
+    """Learned positions are counted from the attention mask."""
 
     @property
     def is_text(self) -> bool:
+        """It reads tokens, not images."""
         return self.kind != "vision"
 
     @property
     def left_pads(self) -> bool:
-        """Left padding, with no positions given, leaves the logits of real tokens as they are.
+        """Left padding, without position ids, does not change the logits of real tokens.
 
-        Not so where learned positions count from the left edge, nor where an encoder's classifier reads token 0.
+        It does where learned positions count from the left edge, and where an encoder's classifier reads token 0.
         """
         return self.kind in ("decoder", "encoder-decoder") and (self.positions != "learned" or self.counts_mask)
 
@@ -100,23 +106,23 @@ def timm_batch(rows: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def rows_of(batch: Mapping[str, Tensor], *rows: int) -> dict[str, Tensor]:
-    """The given rows of a batch, in the given order."""
+    """These rows of a batch, in this order."""
     return {name: value[list(rows)] for name, value in batch.items()}
 
 
 def padded(
     batch: Mapping[str, Tensor], lengths: list[int], side: Literal["left", "right"], pad_id: int = 0
 ) -> dict[str, Tensor]:
-    """The text batch with row i cut to its first lengths[i] tokens and padded back on one side (encoder side only).
+    """The text batch with row i cut to its first lengths[i] tokens and padded again on one side (encoder inputs only).
 
     The real tokens keep their order, so they are `ids[i][mask[i].bool()]` whichever side is padded.
     """
     ids, length = batch["input_ids"], batch["input_ids"].shape[1]
-    new, mask = torch.full_like(ids, pad_id), torch.zeros_like(ids)
+    padded_ids, mask = torch.full_like(ids, pad_id), torch.zeros_like(ids)
     for row, n in enumerate(lengths):
         real = slice(length - n, length) if side == "left" else slice(0, n)
-        new[row, real], mask[row, real] = ids[row, :n], 1
-    return dict(batch) | {"input_ids": new, "attention_mask": mask}
+        padded_ids[row, real], mask[row, real] = ids[row, :n], 1
+    return dict(batch) | {"input_ids": padded_ids, "attention_mask": mask}
 
 
 CHAT_TEMPLATE = (
@@ -133,21 +139,21 @@ def tokenizer_of(specimen: Specimen) -> transformers.PreTrainedTokenizerFast:
     characters = string.printable[:94] + " \n"  # all of ASCII but tabs and the like; "~" makes room for the newline
     vocabulary = {token: i for i, token in enumerate([*special, *characters.replace("~", "")])}
     model = tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>")
-    fast = tokenizers.Tokenizer(model)
-    fast.decoder = tokenizers.decoders.Fuse()
+    backend = tokenizers.Tokenizer(model)
+    backend.decoder = tokenizers.decoders.Fuse()
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, chat_template=CHAT_TEMPLATE, **names)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE, **names)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:
-    """Every parameter drawn anew: vectors around their initial value, matrices of unit gain; fp32, eval, seeded."""
-    draw = torch.Generator().manual_seed(seed)
+    """Every parameter at random: vectors around their initial value, matrices of unit gain; fp32, eval mode, seeded."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, value in sorted(model.named_parameters()):
-            noise = torch.randn(value.shape, generator=draw)
+            noise = torch.randn(value.shape, generator=generator)
             if value.ndim < 2:  # bias, gain, shift, LayerScale
                 value.add_(noise, alpha=0.2)
             else:  # convolutions read all but their first axis, everything else its last
@@ -157,26 +163,26 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
 
 
 def _make(name: str, build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """The builder of a specimen: same weights each time, and the global random state as it was before."""
+    """The builder of a specimen: same weights each time, global random state unchanged."""
     seed = zlib.crc32(name.encode())
 
-    def seeded() -> nn.Module:
+    def build_seeded() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return randomise(build(), seed)
 
-    return seeded
+    return build_seeded
 
 
 def _hf(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
     """transformers.<model>(<config>(**settings)) without any dropout, so that train() stays deterministic."""
 
     def build() -> nn.Module:
-        cfg = getattr(transformers, config)(**settings)
-        for key, value in cfg.to_dict().items():
+        hf_config = getattr(transformers, config)(**settings)
+        for key, value in hf_config.to_dict().items():
             if "drop" in key and isinstance(value, float):
-                setattr(cfg, key, 0.0)
-        return getattr(transformers, model)(cfg)
+                setattr(hf_config, key, 0.0)
+        return getattr(transformers, model)(hf_config)
 
     return build
 

@@ -1,4 +1,4 @@
-"""Memory that ran out is known by its error on every system, and nothing else is taken for it."""
+"""is_out_of_memory knows the error of every system, and no other error."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ from kitout.base.memory import is_out_of_memory
         (ValueError("not enough memory"), False),
     ],
 )
-def test_which_errors_are_memory_running_out(error: BaseException, expected: bool) -> None:
+def test_which_errors_mean_out_of_memory(error: BaseException, expected: bool) -> None:
     assert is_out_of_memory(error) == expected

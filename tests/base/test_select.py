@@ -1,4 +1,4 @@
-"""The selection language: what each form of item and of layers chooses, and what is said when it chooses nothing."""
+"""The selection language: what each form of target and of layers selects, and the error when it selects nothing."""
 
 from __future__ import annotations
 
@@ -35,78 +35,82 @@ def gpt2() -> Survey:
         return find_sites(hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=48, n_layer=2, n_head=4)))
 
 
-def chosen(found: Survey, targets: str, layers: str = "all") -> list[str]:
-    return [site.path for site in select(found.sites, targets, layers)]
+def selected_paths(survey: Survey, targets: str, layers: str = "all") -> list[str]:
+    return [site.path for site in select(survey.sites, targets, layers)]
 
 
-def ends(paths: list[str]) -> set[str]:
+def last_names(paths: list[str]) -> set[str]:
     return {path.rpartition(".")[2] for path in paths}
 
 
-def refused(found: Survey | list[Site], targets: str, layers: str = "all") -> str:
-    sites = found if isinstance(found, list) else found.sites
-    with pytest.raises(TargetError) as refusal:
+def error_text(survey: Survey | list[Site], targets: str, layers: str = "all") -> str:
+    sites = survey if isinstance(survey, list) else survey.sites
+    with pytest.raises(TargetError) as error:
         select(sites, targets, layers)
-    return str(refusal.value)
+    return str(error.value)
 
 
-# --- items -----------------------------------------------------------------------------------------------------------
+# --- targets ---------------------------------------------------------------------------------------------------------
 
 
 def test_roles_in_model_order_and_once(llama: Survey) -> None:
-    paths = chosen(llama, "attn.v attn.q attn.q self_attn.q_proj")
+    paths = selected_paths(llama, "attn.v attn.q attn.q self_attn.q_proj")
     assert paths[:2] == ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
     assert len(paths) == len(set(paths)) == 12
 
 
 def test_wildcard_roles(llama: Survey) -> None:
-    assert ends(chosen(llama, "mlp.*")) == {"gate_proj", "up_proj", "down_proj"}
-    assert ends(chosen(llama, "attn.*")) == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert ends(chosen(llama, "norm")) == {"input_layernorm", "post_attention_layernorm", "norm"}
-    assert chosen(llama, "head embed") == ["model.embed_tokens", "lm_head"]
-    assert chosen(llama, "block", "2") == ["model.layers.2"]
+    assert last_names(selected_paths(llama, "mlp.*")) == {"gate_proj", "up_proj", "down_proj"}
+    assert last_names(selected_paths(llama, "attn.*")) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert last_names(selected_paths(llama, "norm")) == {"input_layernorm", "post_attention_layernorm", "norm"}
+    assert selected_paths(llama, "head embed") == ["model.embed_tokens", "lm_head"]
+    assert selected_paths(llama, "block", "2") == ["model.layers.2"]
 
 
 def test_self_and_cross(t5: Survey) -> None:
-    assert len(chosen(t5, "attn.q")) == 3 + 2 + 2
-    assert len(chosen(t5, "self.q")) == 3 + 2
+    assert len(selected_paths(t5, "attn.q")) == 3 + 2 + 2
+    assert len(selected_paths(t5, "self.q")) == 3 + 2
     assert {s.role for s in select(t5.sites, "cross.*")} == {"cross.q", "cross.k", "cross.v", "cross.o"}
 
 
-def test_all_linear_is_what_the_blocks_hold(llama: Survey) -> None:
+def test_all_linear_selects_all_linears_of_the_blocks(llama: Survey) -> None:
     sites = select(llama.sites, "all-linear")
     assert len(sites) == 7 * 6
     assert all(isinstance(s.module, nn.Linear) and s.layer is not None for s in sites)
     assert "lm_head" not in [s.path for s in sites]
 
 
-def test_all_linear_takes_transposed_ones_and_routers(gpt2: Survey) -> None:
-    assert ends(chosen(gpt2, "all-linear")) == {"c_attn", "c_proj", "c_fc"}
+def test_all_linear_selects_transposed_linears(gpt2: Survey) -> None:
+    assert last_names(selected_paths(gpt2, "all-linear")) == {"c_attn", "c_proj", "c_fc"}
 
 
 def test_paths_and_globs(llama: Survey) -> None:
-    assert chosen(llama, "model.layers.3.self_attn.q_proj") == ["model.layers.3.self_attn.q_proj"]
-    assert chosen(llama, "q_proj") == chosen(llama, "model.layers.*.self_attn.q_proj") == chosen(llama, "*.q_proj")
-    assert chosen(llama, "self_attn.q_proj") == chosen(llama, "attn.q")
-    assert chosen(llama, "lm_head") == ["lm_head"]
-    assert chosen(llama, "*_pro?", "0") == chosen(llama, "all-linear", "0")
+    assert selected_paths(llama, "model.layers.3.self_attn.q_proj") == ["model.layers.3.self_attn.q_proj"]
+    assert (
+        selected_paths(llama, "q_proj")
+        == selected_paths(llama, "model.layers.*.self_attn.q_proj")
+        == selected_paths(llama, "*.q_proj")
+    )
+    assert selected_paths(llama, "self_attn.q_proj") == selected_paths(llama, "attn.q")
+    assert selected_paths(llama, "lm_head") == ["lm_head"]
+    assert selected_paths(llama, "*_pro?", "0") == selected_paths(llama, "all-linear", "0")
 
 
 def test_the_end_of_a_path_is_whole_names(llama: Survey) -> None:
-    assert "not a role" in refused(llama, "proj")
+    assert "not a role" in error_text(llama, "proj")
 
 
-def test_wildcard_paths_leave_blocks_alone_but_a_path_names_one(llama: Survey) -> None:
-    assert "model.layers.1" not in chosen(llama, "*")
-    assert chosen(llama, "model.layers.1") == ["model.layers.1"]
+def test_wildcard_paths_select_no_blocks_but_a_path_selects_one(llama: Survey) -> None:
+    assert "model.layers.1" not in selected_paths(llama, "*")
+    assert selected_paths(llama, "model.layers.1") == ["model.layers.1"]
 
 
-def test_inward(llama: Survey) -> None:
+def test_at_the_input(llama: Survey) -> None:
     (site,) = select(llama.sites, "in:mlp.down", "last:1")
     assert (site.port, site.d_in, site.d_out) == ("in", 80, 80)
-    both = select(llama.sites, "in:mlp.down mlp.down", "last:1")
-    assert {s.port for s in both} == {"in", "out"}
-    assert len({s.key for s in both}) == 2
+    sites = select(llama.sites, "in:mlp.down mlp.down", "last:1")
+    assert {s.port for s in sites} == {"in", "out"}
+    assert len({s.key for s in sites}) == 2
 
 
 def test_matches_reads_one_word(llama: Survey) -> None:
@@ -120,10 +124,10 @@ def test_matches_reads_one_word(llama: Survey) -> None:
 # --- fused projections -----------------------------------------------------------------------------------------------
 
 
-def with_parts(found: Survey) -> list[Site]:
-    """As the probe leaves a survey: beside each fused projection one site a part."""
+def with_fused_parts(survey: Survey) -> list[Site]:
+    """The sites after a probe: behind each fused projection one site per part."""
     sites: list[Site] = []
-    for site in found.sites:
+    for site in survey.sites:
         sites.append(site)
         if site.role == "attn.qkv":
             third = site.d_out // 3
@@ -134,8 +138,8 @@ def with_parts(found: Survey) -> list[Site]:
     return sites
 
 
-def test_parts_only_where_named(gpt2: Survey) -> None:
-    sites = with_parts(gpt2)
+def test_parts_of_a_fused_projection_only_by_role(gpt2: Survey) -> None:
+    sites = with_fused_parts(gpt2)
     parts = select(sites, "attn.v attn.q", "0")
     assert [(s.role, s.d_out, s.channels[0]) for s in parts if s.channels] == [("attn.q", 48, 0), ("attn.v", 48, 96)]
     for word in ("attn.*", "all-linear", "c_attn", "*.c_attn", "attn.qkv"):
@@ -143,8 +147,8 @@ def test_parts_only_where_named(gpt2: Survey) -> None:
     assert [s.role for s in select(sites, "attn.*", "0")] == ["attn.qkv", "attn.o"]
 
 
-def test_unknown_parts_say_what_to_write(gpt2: Survey) -> None:
-    text = refused(gpt2, "attn.q attn.v")
+def test_unknown_channels_name_the_fix(gpt2: Survey) -> None:
+    text = error_text(gpt2, "attn.q attn.v")
     assert "2 faults" in text
     assert "fuses its projections (2 x attn.qkv)" in text
     assert "'attn.qkv'" in text
@@ -171,61 +175,61 @@ def test_layers(llama: Survey, layers: str, expected: list[int]) -> None:
 
 
 def test_layers_count_in_each_tower(t5: Survey) -> None:
-    def places(layers: str) -> list[tuple[str, int | None]]:
+    def locations(layers: str) -> list[tuple[str, int | None]]:
         return [(s.tower.split(".")[0], s.layer) for s in select(t5.sites, "self.q", layers)]
 
-    assert places("last:1") == [("encoder", 2), ("decoder", 1)]
-    assert places("last:3") == [("encoder", 0), ("encoder", 1), ("encoder", 2), ("decoder", 0), ("decoder", 1)]
-    assert places("decoder/last:1") == [("decoder", 1)]
-    assert places("encoder/0;decoder/all") == [("encoder", 0), ("decoder", 0), ("decoder", 1)]
-    assert places("2") == [("encoder", 2)]
+    assert locations("last:1") == [("encoder", 2), ("decoder", 1)]
+    assert locations("last:3") == [("encoder", 0), ("encoder", 1), ("encoder", 2), ("decoder", 0), ("decoder", 1)]
+    assert locations("decoder/last:1") == [("decoder", 1)]
+    assert locations("encoder/0;decoder/all") == [("encoder", 0), ("decoder", 0), ("decoder", 1)]
+    assert locations("2") == [("encoder", 2)]
 
 
-def test_outside_the_blocks_only_with_all(llama: Survey) -> None:
-    assert "model.norm" not in chosen(llama, "norm", "last:6")
-    text = refused(llama, "nonsense lm_head attn.q", "0")
+def test_sites_outside_the_blocks_only_with_all_layers(llama: Survey) -> None:
+    assert "model.norm" not in selected_paths(llama, "norm", "last:6")
+    text = error_text(llama, "nonsense lm_head attn.q", "0")
     assert "'lm_head' is outside the blocks" in text
     assert "2 faults" in text
 
 
-# --- nothing is silent -----------------------------------------------------------------------------------------------
+# --- every mistake is an error ---------------------------------------------------------------------------------------
 
 
-def test_every_item_must_match(llama: Survey) -> None:
-    text = refused(llama, "attn.q mlp.gatee qproj attn.z")
+def test_every_term_must_match(llama: Survey) -> None:
+    text = error_text(llama, "attn.q mlp.gatee qproj attn.z")
     assert "3 faults" in text
     assert "did you mean 'mlp.gate'" in text
     assert "did you mean 'q_proj'" in text
     assert "attn.q (6)" in text
-    assert text.count("'attn.q'") <= 1  # the item that matched is not blamed
+    assert text.count("'attn.q'") <= 1  # no error for the term that matches
 
 
 def test_every_layer_must_exist(llama: Survey, t5: Survey) -> None:
-    assert "no layer 6; model.layers has 6 (counted from 0)" in refused(llama, "attn.q", "5-6")
-    assert "asks for 7 layers" in refused(llama, "attn.q", "last:7")
-    assert "asks for 0 layers" in refused(llama, "attn.q", "last:0")
-    assert "no layer 2; decoder.block has 2" in refused(t5, "attn.q", "decoder/2")
-    assert "no tower's path contains 'vision'" in refused(t5, "attn.q", "vision/0")
+    assert "no layer 6; model.layers has 6 (counted from 0)" in error_text(llama, "attn.q", "5-6")
+    assert "asks for 7 layers" in error_text(llama, "attn.q", "last:7")
+    assert "asks for 0 layers" in error_text(llama, "attn.q", "last:0")
+    assert "no layer 2; decoder.block has 2" in error_text(t5, "attn.q", "decoder/2")
+    assert "no tower's path contains 'vision'" in error_text(t5, "attn.q", "vision/0")
 
 
 @pytest.mark.parametrize("layers", ["", "first:2", "3-1", "-1", "a,b", "last:x", "1;;2"])
-def test_unreadable_layers(llama: Survey, layers: str) -> None:
-    assert "is not a valid choice of layers" in refused(llama, "attn.q", layers)
+def test_layers_that_do_not_parse(llama: Survey, layers: str) -> None:
+    assert "is not a valid choice of layers" in error_text(llama, "attn.q", layers)
 
 
-def test_an_item_that_is_elsewhere(t5: Survey) -> None:
-    text = refused(t5, "cross.q", "encoder/all")
+def test_a_term_outside_the_requested_layers(t5: Survey) -> None:
+    text = error_text(t5, "cross.q", "encoder/all")
     assert "in none of these layers" in text
     assert "decoder.block: 0,1" in text
 
 
-def test_an_item_is_judged_even_when_the_layers_are_wrong(llama: Survey) -> None:
-    text = refused(llama, "nonsense", "9")
+def test_a_term_is_checked_even_if_the_layers_are_not_valid(llama: Survey) -> None:
+    text = error_text(llama, "nonsense", "9")
     assert "no layer 9" in text
     assert "'nonsense'" in text
 
 
-def test_commas_and_nothing(llama: Survey) -> None:
-    assert "separated by spaces, 'attn.q attn.v'" in refused(llama, "attn.q,attn.v")
-    assert "targets is empty" in refused(llama, "  ")
-    assert "no sites" in refused([], "")
+def test_commas_and_empty_targets(llama: Survey) -> None:
+    assert "separated by spaces, 'attn.q attn.v'" in error_text(llama, "attn.q,attn.v")
+    assert "targets is empty" in error_text(llama, "  ")
+    assert "no sites" in error_text([], "")

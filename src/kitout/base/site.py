@@ -42,7 +42,7 @@ ROLES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One place of the frozen model where a Delta can act. The fields below "seen by the probe" need a forward."""
+    """One place of the frozen model where a Delta can act. A field "seen by the probe" needs a forward."""
 
     path: str
     """Module path inside the model."""

@@ -1,4 +1,4 @@
-"""What one tiny forward proves: channels of fused projections, sublayers, rows, silence; and that it leaves no trace.
+"""What one tiny forward proves: channels of fused projections, sublayers, batch relations, unused sites; without trace.
 
 The channels are checked against what the models' own code does with them, worked out here by hand for each layout.
 """
@@ -23,7 +23,7 @@ def specimen(name: str):
     return ZOO[name] if name in ZOO else EXTRA[name]
 
 
-def by_hand(name: str, layer: nn.Module, width: int) -> dict[str, set[int]]:
+def expected_channels(name: str, layer: nn.Module, width: int) -> dict[str, set[int]]:
     """Channels of q, k, v in the fused projection of each layout."""
     d = width
     contiguous = {"q": set(range(d)), "k": set(range(d, 2 * d)), "v": set(range(2 * d, 3 * d))}
@@ -56,7 +56,7 @@ def test_channels_of_fused_projections(name: str) -> None:
     assert kit.survey.proven, kit.survey.unproven_reason
     whole = kit.sites("attn.qkv")[0]
     block = kit.base.get_submodule(f"{whole.tower}.{whole.layer}")
-    expected = by_hand(name, block, whole.d_in)
+    expected = expected_channels(name, block, whole.d_in)
     for part in "qkv":
         site = kit.sites(f"attn.{part}")[0]
         assert site.path == whole.path
@@ -65,28 +65,28 @@ def test_channels_of_fused_projections(name: str) -> None:
 
 @pytest.mark.parametrize("name", FUSED)
 def test_lora_on_q_and_v_changes_exactly_their_channels(name: str) -> None:
-    one = specimen(name)
-    kit = kitout.attach(one.build())
+    example = specimen(name)
+    kit = kitout.attach(example.build())
     kit.add("qv", LoRA(rank=2, targets="attn.q attn.v"), seed=0)
     with torch.no_grad():
         for p in kit["qv"].parameters():
             p.normal_()
     fused = kit.base.get_submodule(kit["qv"].sites[0].path)
-    seen: list[torch.Tensor] = []
-    hook = fused.register_forward_hook(lambda _m, _i, y: seen.append(y.detach().clone()))
+    outputs: list[torch.Tensor] = []
+    hook = fused.register_forward_hook(lambda _m, _i, y: outputs.append(y.detach().clone()))
     with torch.no_grad():
         for route in (None, "qv"):
             with kit.use(route):
-                kit(**one.batch(2, 0))
+                kit(**example.batch(2, 0))
     hook.remove()
-    changed = (seen[0] - seen[1]).abs().flatten(0, -2).amax(0) > 1e-6
-    chosen = {c for s in kit["qv"].sites if s.path == kit["qv"].sites[0].path for c in s.channels or ()}
-    assert set(changed.nonzero().flatten().tolist()) == chosen
+    changed = (outputs[0] - outputs[1]).abs().flatten(0, -2).amax(0) > 1e-6
+    selected = {c for s in kit["qv"].sites if s.path == kit["qv"].sites[0].path for c in s.channels or ()}
+    assert set(changed.nonzero().flatten().tolist()) == selected
 
 
-def test_rows_follow_the_batch() -> None:
-    rows = {s.path: s.batch_relation for s in kitout.attach(ZOO["swin"].build()).survey.sites}
-    windows = [r for p, r in rows.items() if p.endswith("attention.q_proj")]
+def test_batch_relations() -> None:
+    relations = {s.path: s.batch_relation for s in kitout.attach(ZOO["swin"].build()).survey.sites}
+    windows = [r for p, r in relations.items() if p.endswith("attention.q_proj")]
     assert windows == ["multiple", "multiple", "batch", "batch"]  # the second stage is down to one window
     gpt2 = kitout.attach(ZOO["gpt2"].build())
     assert gpt2.survey.by_path("transformer.wpe").batch_relation in ("none", "one")
@@ -95,22 +95,25 @@ def test_rows_follow_the_batch() -> None:
     assert {s.batch_relation for s in opt.sites("mlp.up")} == {"multiple"}
 
 
-def test_sublayers_end_where_the_stream_takes_them() -> None:
-    def ends(name: str) -> dict[str, tuple[str, str | None]]:
+def test_sublayers_end_at_the_sum_with_the_residual_stream() -> None:
+    def output_and_input(name: str) -> dict[str, tuple[str, str | None]]:
         kit = kitout.attach(specimen(name).build())
-        cut = len(kit.survey.towers[0].path) + 3
+        prefix = len(kit.survey.towers[0].path) + 3
         return {
-            s.role: (s.path[cut:], (s.input_from or "")[cut:])
+            s.role: (s.path[prefix:], (s.input_from or "")[prefix:])
             for s in kit.survey.sites
             if s.role.startswith("sub.") and s.layer == 0
         }
 
-    assert ends("gemma2")["sub.mlp"] == ("post_feedforward_layernorm", "pre_feedforward_layernorm")  # sandwich
-    assert ends("olmo2")["sub.mlp"] == ("post_feedforward_layernorm", "mlp.gate_proj")  # norm after
-    assert ends("bert")["sub.mlp"] == ("output.dropout", "intermediate.dense")  # post-norm
-    assert ends("gpt-neox")["sub.mlp"][1] == "input_layernorm"  # parallel: the block's own input
-    assert ends("dinov2")["sub.mlp"] == ("layer_scale2", "norm2")  # LayerScale belongs to the sublayer
-    assert ends("vit")["sub.mlp"][0].endswith("fc2")  # one dropout closes both sublayers: passed over
+    assert output_and_input("gemma2")["sub.mlp"] == (
+        "post_feedforward_layernorm",
+        "pre_feedforward_layernorm",
+    )  # sandwich
+    assert output_and_input("olmo2")["sub.mlp"] == ("post_feedforward_layernorm", "mlp.gate_proj")  # norm after
+    assert output_and_input("bert")["sub.mlp"] == ("output.dropout", "intermediate.dense")  # post-norm
+    assert output_and_input("gpt-neox")["sub.mlp"][1] == "input_layernorm"  # parallel: the block's own input
+    assert output_and_input("dinov2")["sub.mlp"] == ("layer_scale2", "norm2")  # LayerScale belongs to the sublayer
+    assert output_and_input("vit")["sub.mlp"][0].endswith("fc2")  # one dropout ends both sublayers, so it is skipped
 
 
 def test_the_probe_leaves_no_trace() -> None:
@@ -128,7 +131,7 @@ def test_the_probe_leaves_no_trace() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-class Torch(nn.Module):
+class TorchEncoder(nn.Module):
     """Blocks on torch's own attention, whose out_proj is read as a weight and never called."""
 
     def __init__(self) -> None:
@@ -142,7 +145,7 @@ class Torch(nn.Module):
 
 
 def test_a_projection_that_never_runs_is_refused() -> None:
-    model = Torch()
+    model = TorchEncoder()
     roles = {r"out_proj$": "attn.o", r"linear1$": "mlp.up", r"linear2$": "mlp.down"}
     kit = kitout.attach(model, roles=roles, example_batch={"x": torch.randn(2, 3, 16)})
     with pytest.raises(UnusedSite, match="out_proj"):
@@ -152,7 +155,7 @@ def test_a_projection_that_never_runs_is_refused() -> None:
 
 
 def test_without_proof_the_first_forward_checks() -> None:
-    model = Torch()
+    model = TorchEncoder()
     roles = {r"out_proj$": "attn.o", r"linear1$": "mlp.up"}
     kit = kitout.attach(model, roles=roles)
     assert not kit.survey.proven

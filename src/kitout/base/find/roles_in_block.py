@@ -56,7 +56,7 @@ def label_block(tree: ModuleTree, block: BlockCandidate) -> BlockRoles:
 
 
 class _BlockLabeler:
-    """Fills `roles` step by step: attentions, their outputs, feed-forwards. A role once given stays."""
+    """Fills `roles` step by step: attentions, their outputs, feed-forwards. No step changes an earlier role."""
 
     def __init__(self, tree: ModuleTree, block: BlockCandidate) -> None:
         self.tree, self.members = tree, block.members

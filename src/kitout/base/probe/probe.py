@@ -73,9 +73,8 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
 
 def _parameters_run_elsewhere(site: Site, sites: list[Site], tracer: ForwardTracer) -> bool:
     """True for a module that never runs because others that hold its very parameters do (T5's shared table)."""
-    own = {id(p) for p in site.module.parameters()}
-    others = (p for s in sites if s.path in tracer.call_counts for p in s.module.parameters(recurse=False))
-    return own <= {id(p) for p in others}
+    running = (p for s in sites if s.path in tracer.call_counts for p in s.module.parameters(recurse=False))
+    return {id(p) for p in site.module.parameters()} <= {id(p) for p in running}
 
 
 def _trace_forward(survey: Survey, batch: Mapping[str, Any]) -> ForwardTracer:
