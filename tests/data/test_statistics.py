@@ -30,7 +30,7 @@ def letters() -> PreTrainedTokenizerFast:
 
 def test_counts() -> None:
     found = compute_statistics(
-        {"train": [item(8, 2), item(5, 5), item(30, 10)], "validation": [item(1, 9, place="b:3")], "test": []}
+        {"train": [item(8, 2), item(5, 5), item(30, 10)], "validation": [item(1, 9, location="b:3")], "test": []}
     )
     train = found["train"]
     assert [part.name for part in found.splits] == ["train", "validation"]
@@ -97,7 +97,7 @@ def test_nothing_learnt_is_an_error_that_says_why() -> None:
     with pytest.raises(DataError, match=r"0 % learnt.*data\.train_on=all"):
         compute_statistics({"train": [item(10, 0), item(5, 0)]})
     with pytest.raises(DataError, match=r"truncation took the answer of 2 of 2.*data\.max_length"):
-        compute_statistics({"train": [item(10, 0, cut=7, lost=3), item(5, 0, cut=1, lost=1)]})
+        compute_statistics({"train": [item(10, 0, num_truncated=7, num_truncated_targets=3), item(5, 0, num_truncated=1, num_truncated_targets=1)]})
     with pytest.raises(DataError, match="validation"):
         compute_statistics({"train": [item(1, 1)], "validation": [item(3, 0)]})
     with pytest.raises(DataError, match="no examples"):
@@ -111,10 +111,10 @@ def test_little_and_much_are_warnings() -> None:
 
 
 def test_truncation_is_told() -> None:
-    found = compute_statistics({"train": [item(5, 5, cut=3), item(5, 5, cut=4, lost=2), item(5, 5), item(5, 5)]})
+    found = compute_statistics({"train": [item(5, 5, num_truncated=3), item(5, 5, num_truncated=4, num_truncated_targets=2), item(5, 5), item(5, 5)]})
     assert (found.train.num_truncated, found.train.num_truncated_tokens, found.train.num_truncated_targets) == (2, 7, 1)
     assert "cuts the answer of 1 of 4" in found.warnings[0]
-    assert "lose the front" in compute_statistics({"train": [item(5, 5, cut=3), item(5, 5)]}).warnings[0]
+    assert "lose the front" in compute_statistics({"train": [item(5, 5, num_truncated=3), item(5, 5)]}).warnings[0]
 
 
 def test_spans_join_to_the_whole(letters: PreTrainedTokenizerFast) -> None:

@@ -81,7 +81,7 @@ def test_shortening_takes_what_nobody_learns_first() -> None:
     labels = (IGNORE_INDEX, IGNORE_INDEX, 2, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 6, 7, IGNORE_INDEX, IGNORE_INDEX)
     item = EncodedExample(ids, labels, prompt_length=6)
     assert truncate(item, 10, 1) is item
-    assert truncate(item, 8, 1) == replace(item, ids=ids[:8], labels=labels[:8], cut=2)
+    assert truncate(item, 8, 1) == replace(item, input_ids=ids[:8], labels=labels[:8], num_truncated=2)
     assert truncate(item, 6, 1).input_ids == (0, 3, 4, 5, 6, 7)
     assert truncate(item, 6, 1) == EncodedExample(
         (0, 3, 4, 5, 6, 7), (*[IGNORE_INDEX] * 4, 6, 7), prompt_length=4, num_truncated=4, num_truncated_targets=1
@@ -161,7 +161,7 @@ def test_a_text_without_an_answer_is_no_pair(tokenizer: Make) -> None:
 
 def test_the_digest_is_of_values_and_order(tokenizer: Make) -> None:
     one, two = CausalEncoder(tokenizer(), 64)([Text("a"), Text("b")])
-    assert digest([one, two]) == digest([replace(one, place="elsewhere:3"), two])
+    assert digest([one, two]) == digest([replace(one, location="elsewhere:3"), two])
     assert len({digest([one, two]), digest([two, one]), digest([one]), digest([])}) == 4
     assert digest([one]) != digest([replace(one, reference="a")])
     assert digest([EncodedExample((1, 2), (1, 2))]) == digest([EncodedExample((1, 2), (1, 2))])

@@ -93,7 +93,7 @@ OTHERS = [
 def test_what_is_no_chat(row: dict[str, Any], example: Example) -> None:
     found = one(row)
     assert found == example
-    assert found.place == "x.jsonl:1"
+    assert found.location == "x.jsonl:1"
 
 
 def test_tools_and_calls_come_as_templates_take_them() -> None:
@@ -121,7 +121,7 @@ def test_flags_of_turns() -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0},
              {"role": "assistant", "content": "b", "train": True}]  # fmt: skip
     example = one({"messages": turns})
-    assert [t.learn for t in example.turns] == [None, False, True]
+    assert [t.train_on for t in example.turns] == [None, False, True]
     assert "weight" not in example.turns[1].message
     with pytest.raises(DataError, match=r"turn 1: 'weight' is 0.5, expected true or false"):
         read({"messages": [{"role": "user", "content": "a", "weight": 0.5}]})
@@ -141,10 +141,10 @@ def test_named_columns_and_formats() -> None:
 def test_an_instruction_makes_labelled_texts_chats() -> None:
     row = {"text": "Nice", "label": "good"}
     turns = [("system", "Judge."), ("user", "Nice"), ("assistant", "good")]
-    assert said(one(row, instruction="Judge.")) == turns
-    assert said(one({"prompt": "a", "response": "b"}, instruction="Judge."))[0] == ("system", "Judge.")
+    assert said(one(row, system_prompt="Judge.")) == turns
+    assert said(one({"prompt": "a", "response": "b"}, system_prompt="Judge."))[0] == ("system", "Judge.")
     with pytest.raises(DataError, match="line 1: an instruction goes with chats and labelled texts"):
-        read({"text": "Nice"}, instruction="Judge.")
+        read({"text": "Nice"}, system_prompt="Judge.")
 
 
 def test_ambiguity_lists_the_readings() -> None:

@@ -42,14 +42,14 @@ def test_each_image_of_a_batch_is_changed_on_its_own(pixels: torch.Tensor) -> No
     assert all(not torch.equal(changed[0], other) for other in changed[1:])
 
 
-@pytest.mark.parametrize("name", ["crop", "mirror", "turn", "colour"])
+@pytest.mark.parametrize("name", ["min_crop", "horizontal_flip", "rotate", "color_jitter"])
 def test_each_change_alone(pixels: torch.Tensor, name: str) -> None:
-    off = {"crop": 1.0, "mirror": False, "turn": 0.0, "colour": 0.0}
+    off = {"min_crop": 1.0, "horizontal_flip": False, "rotate": 0.0, "color_jitter": 0.0}
     assert torch.equal(Augment(**off)(pixels, seed=2), pixels)
-    on = {"crop": 0.3, "mirror": True, "turn": 30.0, "colour": 0.5}
+    on = {"min_crop": 0.3, "horizontal_flip": True, "rotate": 30.0, "color_jitter": 0.5}
     changed = Augment(**(off | {name: on[name]}))(pixels, seed=2)
     assert not torch.equal(changed, pixels)
-    if name == "mirror":
+    if name == "horizontal_flip":
         both = [torch.equal(c, p) or torch.equal(c, p.flip(-1)) for c, p in zip(changed, pixels, strict=True)]
         assert all(both)
 
