@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kitout.data.encode.chat_template import ChatTemplate
+from kitout.data.encode.assistant_spans import AssistantSpans
 from kitout.data.encode.generation import CausalEncoder
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.data.encode.spans_to_labels import SpanTokenizer
@@ -181,7 +181,7 @@ def test_a_template_that_asks_with_what_it_does_not_write_is_refused(tokenizer: 
 
 def test_the_switch_that_mends_a_template_is_named_and_taken(tokenizer: Make) -> None:
     words = tokenizer("switch")
-    with pytest.raises(DataError, match="tell it enable_thinking=False, here and wherever"):
+    with pytest.raises(DataError, match="pass enable_thinking=False to it, here and wherever"):
         CausalEncoder(words, 512)([ONE])
     (item,) = CausalEncoder(words, 512, template_kwargs={"enable_thinking": False})([ONE])
     assert learnt(words, item) == ["It is four.<|im_end|>"]
@@ -236,8 +236,8 @@ def test_tools_that_a_template_leaves_out_are_told(tokenizer: Make) -> None:
     [
         (Chat((Turn({"role": "user", "content": "a"}),)), "there is no assistant turn"),
         (Chat((Turn({"role": "assistant", "content": "a"}),)), "starts with an assistant turn"),
-        (chat("a", "b", flags=[None, False]), "no assistant turn is to be learnt"),
-        (chat("a", "b", flags=[True, None]), r"turn 1 \(user\) is marked to be learnt"),
+        (chat("a", "b", flags=[None, False]), "no assistant turn is to be trained on"),
+        (chat("a", "b", flags=[True, None]), r"turn 1 \(user\) is flagged to be trained on"),
     ],
 )
 def test_what_cannot_be_learnt_is_told(tokenizer: Make, example: Chat, words: str) -> None:
@@ -259,7 +259,7 @@ def test_a_template_that_fails_says_what_it_said(tokenizer: Make) -> None:
 
 def test_an_unknown_wish_and_a_slow_tokenizer_are_refused(tokenizer: Make) -> None:
     with pytest.raises(DataError, match="'assistant', 'last', 'all'"):
-        ChatTemplate(SpanTokenizer(tokenizer("chatml")), "user")
+        AssistantSpans(SpanTokenizer(tokenizer("chatml")), "user")
 
     class Slow:
         is_fast = False

@@ -153,7 +153,7 @@ def test_sources_end_as_the_tokenizer_ends_them_also_when_cut(tokenizer: Make) -
 
 
 def test_a_text_without_an_answer_is_no_pair(tokenizer: Make) -> None:
-    with pytest.raises(DataError, match=r"x:1: there is nothing to be said"):
+    with pytest.raises(DataError, match=r"x:1: it has no answer"):
         Seq2SeqEncoder(tokenizer(), 64)([Text("a", location="x:1")])
     with pytest.raises(DataError, match="token classification"):
         Seq2SeqEncoder(tokenizer(), 64)([TaggedWords(("a",), ("O",))])
