@@ -30,7 +30,7 @@ def folder(name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_every_row_becomes_an_item_that_ends(smollm: Any, name: str) -> None:
+def test_every_row_becomes_an_example_that_ends(smollm: Any, name: str) -> None:
     loaded = load_examples(folder(name), system_prompt=SENTIMENT if name == "tweets" else None)
     examples = loaded.splits.get("train", loaded.splits.get("", ()))
     assert len(examples) == SETS[name]
@@ -53,7 +53,7 @@ def test_the_prompt_is_the_tokenizers_own(smollm: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["tweets", "20newsgroups", "reuters-r8", "boolq"])
-def test_parts_share_no_text(name: str) -> None:
+def test_splits_share_no_text(name: str) -> None:
     splits = split_examples(load_examples(folder(name)).splits, seed=3)
     train, validation, test = ({e.input_key for e in p} for p in (splits.train, splits.validation, splits.test))
     assert not train & test
