@@ -49,10 +49,10 @@ CLOSINGS = {
     "tools": ("", "<|im_end|>"),
     "llama2": (" ", " </s>"),
     "generation": ("", "<|im_end|>"),
-    "forgetful": ("", "<|im_end|>"),
+    "strips_reasoning": ("", "<|im_end|>"),
     "parts": ("", "<|im_end|>"),
-    "generous": ("", "<|im_end|>"),
-    "thoughtless": ("", "<|im_end|>"),
+    "tags_more": ("", "<|im_end|>"),
+    "tags_less": ("", "<|im_end|>"),
     "no_system": ("", "<|im_end|>"),
 }
 
@@ -67,7 +67,9 @@ def test_every_assistant_turn_and_its_end_are_trained_on_and_nothing_else(tokeni
 
 
 @pytest.mark.parametrize("kind", ["bytes", "plain"])
-@pytest.mark.parametrize("template", ["chatml", "tools", "llama2", "generation", "forgetful", "two_ends", "no_end"])
+@pytest.mark.parametrize(
+    "template", ["chatml", "tools", "llama2", "generation", "strips_reasoning", "two_ends", "no_end"]
+)
 def test_the_prompt_is_what_a_served_model_is_given(tokenizer: Make, template: str, kind: str) -> None:
     tok = tokenizer(template, kind)
     for example in (ONE, TWO, chat("  \n", "\n\n  x"), chat("a\n", "\nb"), chat("é 漢字 🙂", "🙂🙂")):
@@ -126,7 +128,7 @@ def test_what_follows_the_last_trained_turn_is_left_out(tokenizer: Make) -> None
 
 
 def test_a_template_that_strips_reasoning_gives_one_example_for_each_reasoning_turn(tokenizer: Make) -> None:
-    tok = tokenizer("forgetful")
+    tok = tokenizer("strips_reasoning")
     example = chat("a", "<think>hm</think>one", "b", "two", "c", "<think>so</think>three")
     items = CausalEncoder(tok, 512)([example])
     assert [trained_runs(tok, item) for item in items] == [
@@ -179,7 +181,7 @@ def test_a_template_without_an_assistant_is_refused(tokenizer: Make) -> None:
 
 def test_a_generation_prompt_that_the_answered_turn_does_not_start_with_is_refused(tokenizer: Make) -> None:
     with pytest.raises(DataError, match=r"asks for turn 2 with .*<think>"):
-        CausalEncoder(tokenizer("thinks_when_asked"), 512)([ONE])
+        CausalEncoder(tokenizer("prompt_reasons"), 512)([ONE])
 
 
 def test_the_switch_that_makes_a_template_consistent_is_named_and_passed_on(tokenizer: Make) -> None:
@@ -191,7 +193,7 @@ def test_the_switch_that_makes_a_template_consistent_is_named_and_passed_on(toke
 
 
 def test_generation_tags_of_a_template_are_followed(tokenizer: Make) -> None:
-    tok = tokenizer("thoughtless")
+    tok = tokenizer("tags_less")
     example = chat("a", "<think>hm</think>one")
     (item,) = CausalEncoder(tok, 512)([example])
     assert trained_runs(tok, item) == ["one<|im_end|>"]

@@ -1,20 +1,17 @@
-"""Files, folders, lists, slices and the hub's own library, whole and as streams."""
+"""Files, folders, lists, slices and the hub's own library become examples by split."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kitout.data.encode.generation import CausalEncoder
-from kitout.data.examples.examples import Example, LabeledText, Text
+from kitout.data.examples.examples import LabeledText, Text
 from kitout.data.read.hub import open_hub_tables
 from kitout.data.read.sources import load_examples, open_source, split_named
 from kitout.data.read.tables import DataError
-from kitout.data.streaming import encode_stream, open_stream
 
 
 def write(path: Path, *texts: str, **columns: Any) -> Path:
@@ -124,10 +121,10 @@ BAD_FILES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "held", "words"), BAD_FILES)
-def test_bad_files(tmp_path: Path, name: str, held: str, words: str) -> None:
-    (tmp_path / name).write_text(held)
-    with pytest.raises(DataError, match=words):
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
+def test_bad_files(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
         load_examples(tmp_path / name)
 
 
@@ -158,17 +155,17 @@ def test_the_hubs_library_opens_sets_with_their_class_names(tmp_path: Path) -> N
         tags=datasets.List(datasets.ClassLabel(names=["O", "B"])),
     )
     rows = {"text": ["a", "b", "c"], "label": [1, 0, -1], "tags": [[0, 1], [], [1]]}
-    made = datasets.Dataset.from_dict(rows, features=kinds)
+    dataset = datasets.Dataset.from_dict(rows, features=kinds)
     folder = tmp_path / "set" / "data"
     folder.mkdir(parents=True)
     for split in ("train", "validation", "other"):
-        made.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+        dataset.to_parquet(folder / f"{split}-00000-of-00001.parquet")
     for streaming in (False, True):
         tables = open_hub_tables(str(tmp_path / "set"), split_named, streaming)
         assert [table.split for table in tables] == ["train", "validation"]
-        found = [row for _, row in tables[0].iter_rows()]
-        assert [row["label"] for row in found] == ["pos", "neg", None]
-        assert [row["tags"] for row in found] == [["O", "B"], [], ["B"]]
+        first_rows = [row for _, row in tables[0].iter_rows()]
+        assert [row["label"] for row in first_rows] == ["pos", "neg", None]
+        assert [row["tags"] for row in first_rows] == [["O", "B"], [], ["B"]]
         assert [len(list(t.iter_rows())) for t in open_hub_tables(f"{tmp_path}/set#1:3", split_named, streaming)] == [
             2,
             2,
@@ -186,86 +183,3 @@ def test_a_name_that_is_nowhere_says_both(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install 'kitout\[hub\]'"):
         open_source("owner/name")
-
-
-def test_a_stream_has_every_example_once_in_a_seeded_order(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.jsonl", *(f"{i:03}" for i in range(100)))
-    made = open_stream(path, seed=3, buffer=20)[""]
-    order = texts(made)
-    assert sorted(order) == [f"{i:03}" for i in range(100)] != order
-    assert order == texts(made)
-    assert order != texts(open_stream(path, seed=4, buffer=20)[""])
-    assert order != texts(made.for_epoch(1))
-    assert texts(made.for_epoch(1)) == texts(open_stream(path, seed=3, buffer=20)[""].for_epoch(1))
-    assert texts(open_stream(path, buffer=1)[""]) == sorted(order)
-
-
-@pytest.mark.parametrize("count", [0, 1, 37, 99, 100, 101])
-def test_a_stream_resumes_exactly(tmp_path: Path, count: int) -> None:
-    path = write(tmp_path / "x.jsonl", *(f"{i:03}" for i in range(100)))
-    whole = open_stream(path, buffer=20)[""]
-    held_out = whole.take_unique(10)
-    for stream in (whole, whole.excluding(held_out)):
-        assert list(stream.skip(count)) == list(stream)[count:]
-        assert list(stream.skip(count).skip(3)) == list(stream)[count + 3 :]
-
-
-def test_held_out_examples_never_come_again(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.jsonl", "Same", "b", "same ", "c", "B", "d")
-    made = open_stream(path)[""]
-    held_out = made.take_unique(2)
-    assert texts(held_out) == ["Same", "b"]
-    rest = made.excluding(held_out)
-    assert sorted(texts(rest)) == ["c", "d"]
-    assert texts(rest.take_unique(1)) == ["c"]
-    assert texts(rest.take_unique(9)) == ["c", "d"]
-    assert rest.take_unique(0) == []
-
-
-def test_a_stream_reads_no_further_than_it_must(tmp_path: Path) -> None:
-    path = tmp_path / "x.csv"
-    path.write_text("text,label\n" + "a,b\n" * 1000 + "a,b,c\n")
-    it = iter(open_stream(path, buffer=10)[""])
-    assert [next(it).source_text() for _ in range(900)] == ["a"] * 900
-    with pytest.raises(DataError, match="line 1002: more fields"):
-        list(it)
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet", "txt"])
-def test_streams_of_every_table_have_the_rows_that_load_has(tmp_path: Path, ending: str) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    rows = [f"t{i}" for i in range(30)]
-    path = tmp_path / f"x.{ending}"
-    if ending == "parquet":
-        parquet.write_table(pyarrow.table({"text": rows}), path)
-    elif ending == "jsonl":
-        write(path, *rows)
-    else:
-        path.write_text("\n".join(rows if ending == "txt" else ["text", *rows]))
-    assert tuple(open_stream(path, buffer=1)[""]) == load_examples(path).splits[""]
-
-
-def test_a_bad_row_of_a_stream_stops_it(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.jsonl", "a", "", "b", label=1)
-    with pytest.raises(DataError, match=r"x.jsonl .read as label.: line 2: 'text' is empty"):
-        list(open_stream(path)[""])
-    (tmp_path / "x.json").write_text('[{"text": "a"}]')
-    with pytest.raises(DataError, match="cannot be streamed; write one object a line"):
-        open_stream(tmp_path / "x.json")
-
-
-@pytest.mark.parametrize("skip", [0, 1, 255, 700, 1300, 5000])
-def test_items_of_a_stream_are_those_of_the_whole(tmp_path: Path, tokenizer: Callable[..., Any], skip: int) -> None:
-    path = write(tmp_path / "x.jsonl", *(f"fox {i} " * (1 + i % 7) for i in range(600)))
-    encode = CausalEncoder(tokenizer(), 16)
-    made = open_stream(path, buffer=100)[""]
-    whole = encode(list(made))
-    assert list(encode_stream(made, encode, skip)) == whole[skip:]
-
-
-def test_splits_of_a_stream(tmp_path: Path) -> None:
-    write(tmp_path / "train.jsonl", "a")
-    write(tmp_path / "test.jsonl", "b")
-    made = open_stream(tmp_path)
-    assert {split: texts(examples) for split, examples in made.items()} == {"train": ["a"], "test": ["b"]}
-    assert all(isinstance(e, Example) for e in made["train"])
