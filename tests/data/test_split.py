@@ -1,4 +1,4 @@
-"""Nothing that is tested on is trained on, by text or by pixel; shares are kept; the same seed splits the same."""
+"""No input is in two splits, by text or by pixel; proportions are kept; the same seed gives the same splits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kitout.data.split import Splits, split_examples, split_images
 from tiny_images import folder
 
 
-def labelled(count: int, classes: str = "aab") -> list[Example]:
+def labeled(count: int, classes: str = "aab") -> list[Example]:
     return [LabeledText(f"text {i}", classes[i % len(classes)]) for i in range(count)]
 
 
@@ -30,60 +30,66 @@ def are_disjoint(splits: Splits[Example]) -> bool:
     return not (train & validation or train & test or validation & test)
 
 
-def test_shares_and_numbers() -> None:
-    for asked, sizes in (((0.05, 0.1), (255, 15, 30)), ((7, 20), (273, 7, 20)), ((0, 0), (300, 0, 0))):
-        splits = split_examples({"": labelled(300)}, *asked)
+def test_fractions_and_numbers() -> None:
+    for options, sizes in (((0.05, 0.1), (255, 15, 30)), ((7, 20), (273, 7, 20)), ((0, 0), (300, 0, 0))):
+        splits = split_examples({"": labeled(300)}, *options)
         assert (len(splits.train), len(splits.validation), len(splits.test)) == sizes
         assert are_disjoint(splits)
         assert splits.num_duplicates == splits.num_leaks == 0
 
 
 def test_the_seed_decides_and_test_does_not_depend_on_validation() -> None:
-    given = {"": labelled(300)}
-    assert split_examples(given, seed=1) == split_examples(given, seed=1) != split_examples(given, seed=2)
-    assert split_examples(given, validation=0.2).test == split_examples(given, validation=0).test
+    examples_by_split = {"": labeled(300)}
+    assert (
+        split_examples(examples_by_split, seed=1)
+        == split_examples(examples_by_split, seed=1)
+        != split_examples(examples_by_split, seed=2)
+    )
+    assert (
+        split_examples(examples_by_split, validation=0.2).test == split_examples(examples_by_split, validation=0).test
+    )
 
 
-def test_labels_keep_their_shares() -> None:
-    splits = split_examples({"": labelled(300, "aaaaaaaabc")}, validation=30, test=60)
+def test_labels_keep_their_proportions() -> None:
+    splits = split_examples({"": labeled(300, "aaaaaaaabc")}, validation=30, test=60)
     assert Counter(e.answer_text() for e in splits.test) == {"a": 48, "b": 6, "c": 6}
     assert Counter(e.answer_text() for e in splits.validation) == {"a": 24, "b": 3, "c": 3}
     assert splits.majority_accuracy == 0.8
 
 
 def test_a_class_of_one_is_trained_on() -> None:
-    splits = split_examples({"": [*labelled(50), LabeledText("odd", "only")]}, validation=5, test=20)
+    splits = split_examples({"": [*labeled(50), LabeledText("odd", "only")]}, validation=5, test=20)
     assert "only" in {e.answer_text() for e in splits.train}
 
 
-def test_near_copies_stay_together_and_copies_count_once() -> None:
-    said = [
-        LabeledText(words, label) for i in range(100) for words, label in ((f"Text {i}", "a"), (f"text  {i} ", "b"))
+def test_near_duplicates_stay_together_and_duplicates_count_once() -> None:
+    examples = [
+        LabeledText(text, label) for i in range(100) for text, label in ((f"Text {i}", "a"), (f"text  {i} ", "b"))
     ]
-    splits = split_examples({"": [*said, *said[:10]]}, validation=0.1, test=0.2)
+    splits = split_examples({"": [*examples, *examples[:10]]}, validation=0.1, test=0.2)
     assert are_disjoint(splits)
     assert splits.num_duplicates == 10
     assert splits.num_ambiguous == len(splits.train) // 2 == len(input_keys(splits.train))
     assert len(splits.train) + len(splits.validation) + len(splits.test) == 200
 
 
-def test_given_splits_stay_and_train_gives_way() -> None:
-    given = {
+def test_named_splits_stay_and_train_loses_what_leaks() -> None:
+    examples_by_split = {
         "train": [Text("a"), Text("B "), Text("c"), Text("d")],
         "validation": [Text("d"), Text("x"), Text("Y")],
         "test": [Text("b"), Text("y"), Text("y")],
     }
-    splits = split_examples(given)
+    splits = split_examples(examples_by_split)
     assert [[e.source_text() for e in p] for p in (splits.train, splits.validation, splits.test)] == [
         ["a", "c"], ["d", "x"], ["b", "y"],
     ]  # fmt: skip
     assert (splits.num_duplicates, splits.num_leaks) == (1, 3)
-    assert str(splits) == "train 2, validation 2, test 2, duplicates left out: 1, leaks left out: 3"
+    assert str(splits) == "train 2, validation 2, test 2, duplicates removed: 1, leaks removed: 3"
 
 
 def test_a_missing_split_is_taken_from_what_may_be_trained_on() -> None:
-    given = {"train": labelled(90), "": labelled(100), "test": [LabeledText("other", "a")]}
-    splits = split_examples(given, validation=0.1)
+    examples_by_split = {"train": labeled(90), "": labeled(100), "test": [LabeledText("other", "a")]}
+    splits = split_examples(examples_by_split, validation=0.1)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (90, 10, 1)
     assert splits.num_duplicates == 90
 
@@ -97,21 +103,23 @@ def test_the_majority_needs_a_small_closed_set() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "asked", "words"),
+    ("examples_by_split", "options", "message"),
     [
-        ({"test": labelled(3)}, {}, "the train split is empty"),
-        ({"train": labelled(3), "test": labelled(3)}, {}, "all 3 training examples are also in validation"),
-        ({"": labelled(10)}, {"test": 8}, "8 examples for test are more than half of the 10"),
-        ({"": labelled(10)}, {"test": -1}, "test is -1; expected a fraction"),
+        ({"test": labeled(3)}, {}, "the train split is empty"),
+        ({"train": labeled(3), "test": labeled(3)}, {}, "all 3 training examples are also in validation"),
+        ({"": labeled(10)}, {"test": 8}, "8 examples for test are more than half of the 10"),
+        ({"": labeled(10)}, {"test": -1}, "test is -1; expected a fraction"),
         ({"": [LabeledText("a", "x")]}, {"validation": 1, "test": 0}, "give a validation file"),
     ],
 )
-def test_what_cannot_be_split(given: dict[str, list[Example]], asked: dict[str, float], words: str) -> None:
-    with pytest.raises(DataError, match=words):
-        split_examples(given, **asked)
+def test_what_cannot_be_split(
+    examples_by_split: dict[str, list[Example]], options: dict[str, float], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        split_examples(examples_by_split, **options)
 
 
-def some(*counts: int) -> ImageSet:
+def distinct_images(*counts: int) -> ImageSet:
     """`counts[k]` different images of class k."""
     labels = [k for k, n in enumerate(counts) for _ in range(n)]
     pixels = np.zeros((len(labels), 2, 2), dtype=np.uint8)
@@ -119,8 +127,8 @@ def some(*counts: int) -> ImageSet:
     return from_arrays(pixels, labels)
 
 
-def test_classes_of_images_keep_their_shares() -> None:
-    images = some(300, 90, 60)
+def test_classes_of_images_keep_their_proportions() -> None:
+    images = distinct_images(300, 90, 60)
     splits = split_images(images, 0, test=45, limit=90)
     test, train = images.subset(splits.test), images.subset(splits.train)
     assert Counter(test.labels) == {0: 30, 1: 9, 2: 6}
@@ -130,7 +138,7 @@ def test_classes_of_images_keep_their_shares() -> None:
 
 
 def test_the_test_images_depend_on_the_seed_and_not_on_how_many_are_trained_on() -> None:
-    images = some(60, 60)
+    images = distinct_images(60, 60)
     small, large = split_images(images, 0, 20, limit=30), split_images(images, 0, 20)
     assert small.test == large.test
     assert len(large.train) == 100
@@ -139,16 +147,16 @@ def test_the_test_images_depend_on_the_seed_and_not_on_how_many_are_trained_on()
 
 
 def test_the_limit_holds_for_train_and_validation() -> None:
-    splits = split_images(some(60, 60), 6, 20, limit=30)
+    splits = split_images(distinct_images(60, 60), 6, 20, limit=30)
     assert [len(split) for split in (splits.train, splits.validation, splits.test)] == [24, 6, 20]
 
 
 def test_at_most_a_third_of_the_images_is_taken() -> None:
-    assert len(split_images(some(30, 30), 0, test=1000).test) == 20
+    assert len(split_images(distinct_images(30, 30), 0, test=1000).test) == 20
 
 
-def test_copies_of_images_count_once_and_never_stand_in_two_splits() -> None:
-    images = some(40, 40)
+def test_duplicates_of_images_count_once_and_are_never_in_two_splits() -> None:
+    images = distinct_images(40, 40)
     doubled = images.subset([*range(80), *range(80), *range(40)])
     splits = split_images(doubled, 5, 26)
     assert splits.num_duplicates == 120
@@ -156,7 +164,7 @@ def test_copies_of_images_count_once_and_never_stand_in_two_splits() -> None:
     assert len(hashes) == len(set(hashes)) == 80
 
 
-def test_copies_of_images_take_the_label_most_of_them_carry() -> None:
+def test_duplicates_of_images_take_their_most_frequent_label() -> None:
     pixels = np.repeat(np.arange(12, dtype=np.uint8)[:, None, None], 2, axis=1).repeat(2, axis=2)
     images = from_arrays(np.concatenate([pixels, pixels[:1], pixels[:1]]), [0, 1] * 6 + [1, 1])
     splits = split_images(images, 0, 4)
@@ -167,7 +175,7 @@ def test_copies_of_images_take_the_label_most_of_them_carry() -> None:
 
 def test_small_classes_are_never_tested_on_without_being_trained_on() -> None:
     for count in (1, 2):
-        images = some(100, count)
+        images = distinct_images(100, count)
         assert 1 in images.subset(split_images(images, test=33).train).labels
 
 

@@ -1,4 +1,4 @@
-"""Lengths, labels and learnt tokens are counted over everything; spans are exact to the token."""
+"""Lengths, labels and trained tokens are counted over everything; spans are exact to the token."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from kitout.data.read.tables import DataError
 from kitout.data.statistics import compute_statistics, render_spans
 
 
-def item(masked: int, learnt: int, **more: object) -> EncodedExample:
-    ids = tuple(range(masked + learnt))
-    return EncodedExample(ids, (IGNORE_INDEX,) * masked + ids[masked:], **more)  # type: ignore[arg-type]
+def item(num_masked: int, num_trained: int, **fields: object) -> EncodedExample:
+    ids = tuple(range(num_masked + num_trained))
+    return EncodedExample(ids, (IGNORE_INDEX,) * num_masked + ids[num_masked:], **fields)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def letters() -> PreTrainedTokenizerFast:
     """One token a byte: borders may lie inside a character."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
 
 def test_counts() -> None:
-    found = compute_statistics(
-        {"train": [item(8, 2), item(5, 5), item(30, 10)], "validation": [item(1, 9, place="b:3")], "test": []}
+    statistics = compute_statistics(
+        {"train": [item(8, 2), item(5, 5), item(30, 10)], "validation": [item(1, 9, location="b:3")], "test": []}
     )
-    train = found["train"]
-    assert [part.name for part in found.splits] == ["train", "validation"]
+    train = statistics["train"]
+    assert [split.name for split in statistics.splits] == ["train", "validation"]
     assert (train.num_examples, train.num_tokens, train.num_targets) == (3, 60, 17)
     assert train.trained_percent == pytest.approx(100 * 17 / 60)
-    assert found.trained_percent == pytest.approx(100 * 26 / 70)
+    assert statistics.trained_percent == pytest.approx(100 * 26 / 70)
     assert train.quantiles == (10, 10, 10, 40, 40, 40)
     assert train.max_length == 40
-    assert found["validation"].longest_location == "b:3"
-    assert found.warnings == ()
+    assert statistics["validation"].longest_location == "b:3"
+    assert statistics.warnings == ()
 
 
 @pytest.mark.parametrize("lengths", [[1], [7, 7, 7], [3, 4000], list(range(1, 200)), [10**6, 10**6 + 1]])
@@ -55,9 +55,9 @@ def test_bins_hold_every_length_once(lengths: list[int]) -> None:
     assert ends[0][0] <= train.quantiles[0] <= train.max_length <= ends[-1][1]
 
 
-def test_a_target_is_learnt_whole() -> None:
-    found = compute_statistics({"train": [EncodedExample((1, 2, 3), target_ids=(4, 5))]})
-    assert (found.train.num_tokens, found.train.num_targets) == (5, 2)
+def test_every_token_of_a_target_is_trained_on() -> None:
+    statistics = compute_statistics({"train": [EncodedExample((1, 2, 3), target_ids=(4, 5))]})
+    assert (statistics.train.num_tokens, statistics.train.num_targets) == (5, 2)
 
 
 def test_classes_several_classes_and_tokens_are_counted_by_label() -> None:
@@ -86,18 +86,25 @@ def test_numbers_are_summed_up() -> None:
     ).train.value_range == (0.5, 1.5, 3.0)
 
 
-def test_one_class_alone_is_told() -> None:
+def test_a_single_class_is_warned_of() -> None:
     assert any(
-        "nothing to tell apart" in w
+        "there is only one class" in w
         for w in compute_statistics({"train": [EncodedExample((1,), label=0)]}, ["a", "b"]).warnings
     )
 
 
-def test_nothing_learnt_is_an_error_that_says_why() -> None:
-    with pytest.raises(DataError, match=r"0 % learnt.*data\.train_on=all"):
+def test_no_trained_tokens_is_an_error_that_says_why() -> None:
+    with pytest.raises(DataError, match=r"0 % trained tokens.*data\.train_on=all"):
         compute_statistics({"train": [item(10, 0), item(5, 0)]})
     with pytest.raises(DataError, match=r"truncation took the answer of 2 of 2.*data\.max_length"):
-        compute_statistics({"train": [item(10, 0, cut=7, lost=3), item(5, 0, cut=1, lost=1)]})
+        compute_statistics(
+            {
+                "train": [
+                    item(10, 0, num_truncated=7, num_truncated_targets=3),
+                    item(5, 0, num_truncated=1, num_truncated_targets=1),
+                ]
+            }
+        )
     with pytest.raises(DataError, match="validation"):
         compute_statistics({"train": [item(1, 1)], "validation": [item(3, 0)]})
     with pytest.raises(DataError, match="no examples"):
@@ -107,14 +114,32 @@ def test_nothing_learnt_is_an_error_that_says_why() -> None:
 def test_little_and_much_are_warnings() -> None:
     assert "only 1 %" in compute_statistics({"train": [item(99, 1)]}).warnings[0]
     assert "100 %" in compute_statistics({"train": [item(0, 10)]}).warnings[0]
-    assert "1 of 2 examples hold nothing" in compute_statistics({"train": [item(5, 0), item(5, 5)]}).warnings[0]
+    assert (
+        "1 of 2 examples have no trained tokens" in compute_statistics({"train": [item(5, 0), item(5, 5)]}).warnings[0]
+    )
 
 
-def test_truncation_is_told() -> None:
-    found = compute_statistics({"train": [item(5, 5, cut=3), item(5, 5, cut=4, lost=2), item(5, 5), item(5, 5)]})
-    assert (found.train.num_truncated, found.train.num_truncated_tokens, found.train.num_truncated_targets) == (2, 7, 1)
-    assert "cuts the answer of 1 of 4" in found.warnings[0]
-    assert "lose the front" in compute_statistics({"train": [item(5, 5, cut=3), item(5, 5)]}).warnings[0]
+def test_truncation_is_warned_of() -> None:
+    statistics = compute_statistics(
+        {
+            "train": [
+                item(5, 5, num_truncated=3),
+                item(5, 5, num_truncated=4, num_truncated_targets=2),
+                item(5, 5),
+                item(5, 5),
+            ]
+        }
+    )
+    assert (
+        statistics.train.num_truncated,
+        statistics.train.num_truncated_tokens,
+        statistics.train.num_truncated_targets,
+    ) == (2, 7, 1)
+    assert "cuts the answer of 1 of 4" in statistics.warnings[0]
+    assert (
+        "cuts the start of the context of 1 of 2"
+        in compute_statistics({"train": [item(5, 5, num_truncated=3), item(5, 5)]}).warnings[0]
+    )
 
 
 def test_spans_join_to_the_whole(letters: PreTrainedTokenizerFast) -> None:
@@ -129,14 +154,14 @@ def test_a_border_inside_a_character_loses_nothing(letters: PreTrainedTokenizerF
     text = "né 🦉 [red]\ufffd"
     ids = tuple(letters(text)["input_ids"])
     spans = render_spans(EncodedExample(ids, (IGNORE_INDEX,) * border + ids[border:]), letters)
-    assert "".join(words for words, _ in spans) == text
-    assert [learnt for _, learnt in spans] in ([False, True], [True])
+    assert "".join(part for part, _ in spans) == text
+    assert [is_trained for _, is_trained in spans] in ([False, True], [True])
     whole = text.encode()[:border].decode(errors="ignore")  # characters that are complete before the border
     assert spans[0][0] == whole if len(spans) > 1 else whole == ""
 
 
 def test_what_is_read_and_what_is_written(letters: PreTrainedTokenizerFast) -> None:
-    read, write = (tuple(letters(words)["input_ids"]) for words in ("long text", "short"))
+    read, write = (tuple(letters(text)["input_ids"]) for text in ("long text", "short"))
     assert render_spans(EncodedExample(read, target_ids=write), letters) == [("long text", False), ("short", True)]
     assert render_spans(EncodedExample(read, label=1), letters) == [("long text", False)]
     assert render_spans(EncodedExample(()), letters) == []

@@ -120,7 +120,7 @@ def test_faults_of_the_user_are_one_line_and_no_trace(model: Path, data: Path, t
         (("--model", model, "--data", empty), "no class folders"),
         (("--model", tmp_path, "--data", data), "no model is there"),
         (("--model", model, "--data", data, "--methods", "lora,loar"), "'loar'; did you mean 'lora'"),
-        (("--model", model, "--data", data, "--size", 30), "size 30 is no multiple of this model's patches of 8"),
+        (("--model", model, "--data", data, "--size", 30), "size 30 is not a multiple of this model's patches of 8"),
         (("--model", model, "--data", data, "--budget", 0), "budget"),
     ):
         code, said = vision(*words, "--out", tmp_path / "out")

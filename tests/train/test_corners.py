@@ -142,7 +142,7 @@ def test_numbers_of_a_table_without_types_are_numbers_and_some_are_held_out(
     result = run(models["encoder"], table(), tmp_path / "out")
     assert result.figures["objective"] == "regression"
     assert result.comparisons["adapter"].changes[0].base.n == 4
-    with pytest.raises(KitoutError, match=r"d.csv:42: label 'nan' is no finite number"):
+    with pytest.raises(KitoutError, match=r"d.csv:42: label 'nan' is not a finite number"):
         run(models["encoder"], table("text,nan"), tmp_path / "refused")
 
 

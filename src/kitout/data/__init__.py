@@ -1,7 +1,7 @@
-"""What is trained and tested on: files of many formats become examples, examples become batches.
+"""What is trained and evaluated on: files of many formats become examples, examples become token ids and pixels.
 
-Tables of rows (`tables`, `sources`, `stream`, `formats`, `convert`) become examples in words (`examples`), class
-folders and arrays images (`readers`, `images`). `split` splits both by what counts as the same (`normalize`). Encoders
-(`chat`, `marks`, `encode`, `labels`) make the items (`items`) that a model takes, `padding` a batch of them, `pixels`
-and `augment` the pixels. Nothing here knows a kit, a method or a loss, and nothing is unpickled or written.
+`read` turns files and hub data sets into rows, `examples` rows into examples, `encode` examples into what a model
+takes; `images` turns image sets into pixels. `split` makes train, validation and test by what counts as the same
+(`normalize`), `streaming` reads what does not fit into memory, `statistics` counts, `padding` makes rectangles. Nothing
+here knows a kit, a method or a loss, and nothing is unpickled or written.
 """

@@ -1,6 +1,6 @@
 """Rows of token ids of unequal length as one rectangle and its mask: the only padding there is.
 
-What the mask leaves out is never read, so any id may fill it. It knows no tokenizer, no model and no label.
+Padded positions are masked and never read, so any id may fill them. It knows no tokenizer, no model and no label.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Train, validation and test without leaks, for texts and images alike.
 
-What is split is known by three functions alone: whose inputs are the same, which examples are duplicates, and what
-keeps its share in every split. Duplicates count once, equal inputs stay in one split, test is taken first, so it does
-not depend on how much is trained on, and splits that the data name are respected. It opens no file and no image.
+Three functions say all that is known of an example: its input, what makes it a duplicate, and its stratum, whose
+proportion every split keeps. Duplicates count once and equal inputs stay in one split. Test is taken first, so it does
+not depend on how much is trained on. Splits that the data name are respected. It opens no file and no image.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from kitout.data.read.tables import DataError
 if TYPE_CHECKING:
     from kitout.data.images.image_set import ImageSet  # needs pillow
 
-MAX_ANSWERS = 50  # more different answers than this are no closed set
-TRAINABLE_SPLITS = ("train", "")  # what may be trained on; "" is what the source names no split for
+MAX_ANSWERS = 50  # more different answers than this are not a closed set
+TRAINABLE_SPLITS = ("train", "")  # what may be trained on; "": the source names no split
 
 T = TypeVar("T")
 
@@ -30,38 +30,41 @@ class SplitKeys(Generic[T]):
     """How examples of one kind are compared."""
 
     input_key: Callable[[T], Hashable]
-    """The same for inputs that may not stand in two splits."""
+    """The same for inputs that may not be in two splits."""
     content_key: Callable[[T], Hashable]
     """The same for duplicates, of which one is kept."""
     stratum: Callable[[T], Any]
-    """What keeps its share; values of one set must sort."""
+    """What keeps its proportion in every split; the values of one set must sort."""
     keep_most_frequent: bool = False
     """Of duplicates in different strata keep the first of the most frequent one; else the first of all."""
 
 
 @dataclass(frozen=True)
 class Splits(Generic[T]):
-    """Disjoint by input, each in the order of the data."""
+    """Train, validation and test: no input is in two of them, each is in the order of the data."""
 
     train: tuple[T, ...]
+    """What is trained on."""
     validation: tuple[T, ...]
+    """What is evaluated during training."""
     test: tuple[T, ...]
+    """What is evaluated at the end."""
     num_duplicates: int = 0
-    """Left out because another of their split says the same."""
+    """Examples removed because another of their split is the same."""
     num_leaks: int = 0
-    """Left out of train (or of validation) because their input is in test or validation."""
+    """Examples removed from train (or from validation) because their input is in test or validation."""
     num_ambiguous: int = 0
-    """Inputs of train that are answered in more than one way."""
+    """Inputs of train that have several different answers."""
     majority_accuracy: float | None = None
-    """The share of test that always giving train's most frequent answer gets right; None without a closed set."""
+    """Accuracy on test of always answering with train's majority class; None without a closed set."""
 
     def __str__(self) -> str:
         sizes = {"train": self.train, "validation": self.validation, "test": self.test}
         lines = [f"{name} {len(split):,}" for name, split in sizes.items()]
         if self.num_duplicates:
-            lines.append(f"duplicates left out: {self.num_duplicates:,}")
+            lines.append(f"duplicates removed: {self.num_duplicates:,}")
         if self.num_leaks:
-            lines.append(f"leaks left out: {self.num_leaks:,}")
+            lines.append(f"leaks removed: {self.num_leaks:,}")
         return ", ".join(lines)
 
 
@@ -69,47 +72,48 @@ def split_examples(
     examples_by_split: Mapping[str, Sequence[Example]], validation: float = 0.05, test: float = 0.1, seed: int = 0,
     stratify: bool = True,
 ) -> Splits[Example]:  # fmt: skip
-    """given: examples by split ("train", "validation", "test", "" for unnamed ones).
+    """examples_by_split: "train", "validation", "test", and "" for examples without a named split.
 
-    validation, test: taken from what may be trained on where the data name no such split: a fraction below 1, else a
-    number. stratify: single labels keep their shares; not where they are numbers of a regression.
+    validation, test: how much is taken from what may be trained on, if the data name no such split: a fraction below
+    1, else a number. stratify: single labels keep their proportions; not for numbers of a regression.
     """
     keys = SplitKeys[Example](
         lambda example: example.input_key, lambda example: example.content_key, _label if stratify else lambda _: ""
     )
     seeds = {name: f"{seed} {name}" for name in ("test", "validation")}
     splits = split_by(examples_by_split, keys, validation, test, seeds)
-    train, tested = ([example.answer_text() for example in split] for split in (splits.train, splits.test))
-    is_closed = "" not in train and len({*train}) > 1 and len({*train, *tested}) <= MAX_ANSWERS
-    return replace(splits, majority_accuracy=_majority_accuracy(train, tested) if is_closed else None)
+    train_answers, test_answers = ([e.answer_text() for e in split] for split in (splits.train, splits.test))
+    answers = {*train_answers, *test_answers}
+    is_closed = "" not in train_answers and len({*train_answers}) > 1 and len(answers) <= MAX_ANSWERS
+    return replace(splits, majority_accuracy=_majority_accuracy(train_answers, test_answers) if is_closed else None)
 
 
 def split_images(
     images: ImageSet, validation: float = 0.05, test: float = 0.1, seed: int = 0, limit: int | None = None
 ) -> Splits[int]:
-    """Rows of the set; two images are the same if their pixels are, whatever their files are called.
+    """Indices into the set. Two images are the same if their pixels are, whatever their files are called.
 
     validation, test: as for examples, at most a third of what is left. limit: of images to train and validate on.
     """
     keys = SplitKeys[int](
         images.hashes.__getitem__, images.hashes.__getitem__, images.labels.__getitem__, keep_most_frequent=True
     )
-    given = {
+    indices_by_split = {
         name: [i for i, split in enumerate(images.splits) if split == name] for name in dict.fromkeys(images.splits)
     }
     seeds = {"test": seed, "train": seed, "validation": seed + 1}
-    splits = split_by(given, keys, validation, test, seeds, limit, at_most_a_third=True)
-    train, tested = ([images.labels[i] for i in split] for split in (splits.train, splits.test))
-    return replace(splits, majority_accuracy=_majority_accuracy(train, tested))
+    splits = split_by(indices_by_split, keys, validation, test, seeds, limit, at_most_a_third=True)
+    train_labels, test_labels = ([images.labels[i] for i in split] for split in (splits.train, splits.test))
+    return replace(splits, majority_accuracy=_majority_accuracy(train_labels, test_labels))
 
 
 def split_by(
     examples_by_split: Mapping[str, Sequence[T]], keys: SplitKeys[T], validation: float, test: float,
     seeds: Mapping[str, int | str], limit: int | None = None, at_most_a_third: bool = False,
 ) -> Splits[T]:  # fmt: skip
-    """See `split_examples`. seeds: of each split that is drawn. limit: of examples to train and validate on.
+    """See `split_examples`. seeds: of each split that is sampled. limit: of examples to train and validate on.
 
-    at_most_a_third: a split is taken smaller than asked for rather than refused.
+    at_most_a_third: a split that is requested too large is taken smaller instead of refused.
     """
     num_duplicates = 0
     named: dict[str, list[T]] = {}
@@ -123,33 +127,34 @@ def split_by(
         raise DataError("there are no examples to train on: the train split is empty")
 
     held_out = {keys.input_key(e) for e in named["test"]}
-    validated = [e for e in named["validation"] if keys.input_key(e) not in held_out]
-    held_out |= {keys.input_key(e) for e in validated}
+    validation_examples = [e for e in named["validation"] if keys.input_key(e) not in held_out]
+    held_out |= {keys.input_key(e) for e in validation_examples}
     rest = [e for e in pool if keys.input_key(e) not in held_out]
-    num_leaks = len(named["validation"]) - len(validated) + len(pool) - len(rest)
+    num_leaks = len(named["validation"]) - len(validation_examples) + len(pool) - len(rest)
     if not rest:
         raise DataError(f"all {len(pool)} training examples are also in validation or test: nothing is left")
 
-    total, tested = len(rest), named["test"]
+    total, test_examples = len(rest), named["test"]
     if "test" not in examples_by_split:
-        wanted = _count(test, total, "test")
-        tested, rest = _take_split(
-            rest, min(wanted, len(rest) // 3) if at_most_a_third else wanted, seeds, "test", keys
-        )
+        num_examples = _count(test, total, "test")
+        num_examples = min(num_examples, len(rest) // 3) if at_most_a_third else num_examples
+        test_examples, rest = _take_split(rest, num_examples, seeds, "test", keys)
     if limit is not None and limit < len(rest):
-        chosen = _draw_stratified(rest, limit, seeds["train"], keys, spare=0)
-        rest = [e for i, e in enumerate(rest) if i in chosen]
+        sampled = _sample_stratified(rest, limit, seeds["train"], keys, spare=0)
+        rest = [e for i, e in enumerate(rest) if i in sampled]
     if "validation" not in examples_by_split:
-        wanted = _count(validation, total, "validation")
-        wanted = min(wanted, len(rest) // 3) if at_most_a_third else wanted
-        validated, rest = _take_split(rest, wanted, seeds, "validation", keys)
+        num_examples = _count(validation, total, "validation")
+        num_examples = min(num_examples, len(rest) // 3) if at_most_a_third else num_examples
+        validation_examples, rest = _take_split(rest, num_examples, seeds, "validation", keys)
     counts = Counter(map(keys.input_key, rest))
     num_ambiguous = sum(count > 1 for count in counts.values())
-    return Splits(tuple(rest), tuple(validated), tuple(tested), num_duplicates, num_leaks, num_ambiguous)
+    return Splits(
+        tuple(rest), tuple(validation_examples), tuple(test_examples), num_duplicates, num_leaks, num_ambiguous
+    )
 
 
 def _label(example: Example) -> str:
-    """Single labels in words or whole numbers are classes."""
+    """Single labels that are names or whole numbers are classes."""
     return example.answer_text() if isinstance(example, LabeledText) and isinstance(example.label, str | int) else ""
 
 
@@ -158,15 +163,17 @@ def _majority_accuracy(train: Sequence[Hashable], test: Sequence[Hashable]) -> f
 
 
 def _without_duplicates(examples: Sequence[T], keys: SplitKeys[T]) -> tuple[list[T], int]:
-    """One of each group of duplicates, in order, and how many were left out."""
+    """One of each group of duplicates, in order, and how many were removed."""
     groups: dict[Hashable, list[int]] = {}
     for i, example in enumerate(examples):
         groups.setdefault(keys.content_key(example), []).append(i)
     kept = [group[0] for group in groups.values()]
     if keys.keep_most_frequent:
-        strata = [[keys.stratum(examples[i]) for i in group] for group in groups.values()]
-        most = [Counter(each).most_common(1)[0][0] for each in strata]
-        kept = sorted(group[each.index(one)] for group, each, one in zip(groups.values(), strata, most, strict=True))
+        kept = []
+        for group in groups.values():
+            strata = [keys.stratum(examples[i]) for i in group]
+            kept.append(group[strata.index(Counter(strata).most_common(1)[0][0])])
+        kept.sort()
     return [examples[i] for i in kept], len(examples) - len(kept)
 
 
@@ -179,7 +186,7 @@ def _count(requested: float, total: int, name: str) -> int:
 def _take_split(
     pool: list[T], num_examples: int, seeds: Mapping[str, int | str], name: str, keys: SplitKeys[T]
 ) -> tuple[list[T], list[T]]:
-    """About `wanted` examples of the pool and the others, in their order."""
+    """About `num_examples` of the pool and the others, in their order."""
     if not num_examples:
         return [], pool
     num_inputs = len(set(map(keys.input_key, pool)))
@@ -188,20 +195,22 @@ def _take_split(
             f"{num_examples} examples for {name} are more than half of the {len(pool)} that are left "
             f"({num_inputs} different inputs): take fewer, give a {name} file, or more data"
         )
-    chosen = _draw_stratified(pool, num_examples, seeds[name], keys, spare=1)
-    if not chosen:
+    taken = _sample_stratified(pool, num_examples, seeds[name], keys, spare=1)
+    if not taken:
         num_strata = len(set(map(keys.stratum, pool)))
         raise DataError(
-            f"none of the {len(pool)} examples can be taken for {name}: each of the {num_strata} labels has one input "
-            f"alone, which must be trained on; name the label's column, give a {name} file, or write data.{name}=0"
+            f"none of the {len(pool)} examples can be taken for {name}: each of the {num_strata} labels has only "
+            f"one input, which must be trained on; name the label's column, give a {name} file, or set data.{name}=0"
         )
-    return [e for i, e in enumerate(pool) if i in chosen], [e for i, e in enumerate(pool) if i not in chosen]
+    return [e for i, e in enumerate(pool) if i in taken], [e for i, e in enumerate(pool) if i not in taken]
 
 
-def _draw_stratified(pool: Sequence[T], num_examples: int, seed: int | str, keys: SplitKeys[T], spare: int) -> set[int]:
-    """Places of about `wanted` examples, each stratum by its share; all of one input together.
+def _sample_stratified(
+    pool: Sequence[T], num_examples: int, seed: int | str, keys: SplitKeys[T], spare: int
+) -> set[int]:
+    """Indices of about `num_examples`, from each stratum in proportion; all examples of one input together.
 
-    spare: inputs that every stratum keeps, if there are several.
+    spare: inputs that stay in every stratum, if there are several strata.
     """
     inputs: dict[Hashable, list[int]] = {}
     for i, example in enumerate(pool):
@@ -210,23 +219,23 @@ def _draw_stratified(pool: Sequence[T], num_examples: int, seed: int | str, keys
     for members in inputs.values():
         strata.setdefault(keys.stratum(pool[members[0]]), []).append(members)
     rng = random.Random(seed)
-    chosen: set[int] = set()
+    sampled: set[int] = set()
     sizes = {stratum: len(groups) for stratum, groups in strata.items()}
     for stratum, quota in _compute_quotas(sizes, round(num_examples * len(inputs) / len(pool)), spare):
         groups = strata[stratum]
         rng.shuffle(groups)
-        chosen.update(i for members in groups[:quota] for i in members)
-    return chosen
+        sampled.update(i for members in groups[:quota] for i in members)
+    return sampled
 
 
 def _compute_quotas(sizes: Mapping[Any, int], num_examples: int, spare: int) -> list[tuple[Any, int]]:
-    """`wanted` by the size of each stratum (largest remainders), `spare` left of each; in a fixed order."""
+    """`num_examples` in proportion to the strata (largest remainders), `spare` left of each; in a fixed order."""
     total, num_examples = sum(sizes.values()), max(num_examples, 1)
-    shares = {stratum: num_examples * size / total for stratum, size in sizes.items()}
-    quotas = {stratum: int(share) for stratum, share in shares.items()}
-    order = sorted(shares, key=lambda stratum: (quotas[stratum] - shares[stratum], stratum))
+    exact = {stratum: num_examples * size / total for stratum, size in sizes.items()}
+    quotas = {stratum: int(quota) for stratum, quota in exact.items()}
+    order = sorted(exact, key=lambda stratum: (quotas[stratum] - exact[stratum], stratum))
     for stratum in order[: num_examples - sum(quotas.values())]:
         quotas[stratum] += 1
-    several = len(sizes) > 1
-    return [(stratum, min(quota, sizes[stratum] - spare) if several else quota)
+    has_several = len(sizes) > 1
+    return [(stratum, min(quota, sizes[stratum] - spare) if has_several else quota)
             for stratum, quota in sorted(quotas.items())]  # fmt: skip

@@ -1,6 +1,6 @@
-"""What is true of the examples before anything is learnt: lengths, labels, and how much of them the loss is taken over.
+"""Statistics of the data before training: lengths, label counts, and how many tokens are trained on.
 
-Counted over all examples, never over a sample. What cannot be learnt from is an error that says why, what looks wrong
+Counted over all examples, never over a sample. Data without trained tokens are an error that says why; what looks wrong
 is a warning. It knows no file format and no model.
 """
 
@@ -21,47 +21,59 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 MAX_BINS = 12
-MAX_SINGLETON_LABELS = 10  # labels that may be seen once
-MIN_TRAINED_PERCENT, MAX_TRAINED_PERCENT = 5.0, 95.0  # percent of the tokens that are learnt
+MAX_SINGLETON_LABELS = 10  # more labels with one example each are suspicious
+MIN_TRAINED_PERCENT, MAX_TRAINED_PERCENT = 5.0, 95.0  # outside of them a warning
 
 
 @dataclass(frozen=True)
 class SplitStatistics:
-    """One part of the data. learned: tokens the loss is taken over (0 where a whole example has one value).
-
-    percent: learned of tokens; None where examples have values. quantiles: of the lengths, by QUANTILES. bins: (from,
-    to, examples), both ends within. cut: examples that truncation shortened; lost: those whose answer lost tokens.
-    empty: examples nothing of which is learnt. labels: examples (or tokens) of each class; values: least, mean and
-    greatest of numbers.
-    """
+    """One split of the data. The field names are keys of preflight.json."""
 
     name: str
+    """train, validation or test."""
     num_examples: int
+    """All of them."""
     num_tokens: int
+    """Tokens a model works through, targets included."""
     num_targets: int
+    """Trained tokens: those the loss is taken over; 0 where a whole example has one value."""
     trained_percent: float | None
+    """Trained tokens as a percentage of all tokens; None where examples have values."""
     quantiles: tuple[int, ...]
+    """Of the lengths, by QUANTILES."""
     histogram: tuple[tuple[int, int, int], ...]
+    """Of the lengths: (first, last, examples) of each bin, both ends included."""
     max_length: int
+    """Tokens of the longest example."""
     longest_location: str
+    """Where the longest example was read."""
     num_truncated: int
+    """Examples that truncation shortened."""
     num_truncated_tokens: int
+    """Tokens that truncation took from all of them."""
     num_truncated_targets: int
+    """Examples whose answer lost tokens to truncation."""
     num_without_targets: int
+    """Examples without any trained token."""
     label_counts: Mapping[str, int]
+    """Examples (or tokens) of each class."""
     value_range: tuple[float, float, float] | None
+    """Minimum, mean and maximum of regression values."""
 
 
 @dataclass(frozen=True)
 class DataStatistics:
-    """Of every part, train first. percent: learned of all tokens."""
+    """All splits together. The field names are keys of preflight.json."""
 
     splits: tuple[SplitStatistics, ...]
+    """Those that have examples, train first."""
     trained_percent: float | None
+    """Trained tokens of all splits as a percentage of their tokens; None where examples have values."""
     warnings: tuple[str, ...]
+    """What looks wrong, one sentence each."""
 
     def __getitem__(self, name: str) -> SplitStatistics:
-        return next(part for part in self.splits if part.name == name)
+        return next(split for split in self.splits if split.name == name)
 
     @property
     def train(self) -> SplitStatistics:
@@ -71,40 +83,38 @@ class DataStatistics:
 def compute_statistics(
     splits: Mapping[str, Sequence[EncodedExample]], label_names: Sequence[str] = (), closed: bool = False
 ) -> DataStatistics:
-    """Of {"train": items, "validation": items, ...}; empty parts are left out, but train must not be empty.
+    """Of {"train": items, "validation": items, ...}; empty splits are left out, but train must not be empty.
 
-    names: of the classes, in order. closed: the answers are labels, and short by nature.
-    DataError where there is nothing to learn from.
+    label_names: of the classes, in order. closed: the answers are labels, and short by nature.
+    Raises DataError if a split has no trained tokens.
     """
     if not splits.get("train"):
-        raise DataError("the training part holds no examples")
-    found = tuple(_compute_split(name, items, label_names) for name, items in splits.items() if len(items))
-    faults = Errors(DataError, "nothing can be learnt from this data")
-    for part in found:
-        if part.num_without_targets == part.num_examples:
-            faults.add(_no_targets_message(part))
-    faults.raise_if_any()
-    tokens = sum(part.num_tokens for part in found if part.trained_percent is not None)
-    learned = sum(part.num_targets for part in found)
-    percent = 100 * learned / tokens if tokens else None
-    return DataStatistics(
-        found, percent, (*_find_warnings(found, percent, closed), *_warn_same_answer(splits["train"]))
-    )
+        raise DataError("the train split has no examples")
+    statistics = tuple(_compute_split(name, items, label_names) for name, items in splits.items() if len(items))
+    errors = Errors(DataError, "there is nothing to train on")
+    for split in statistics:
+        if split.num_without_targets == split.num_examples:
+            errors.add(_no_targets_message(split))
+    errors.raise_if_any()
+    num_tokens = sum(split.num_tokens for split in statistics if split.trained_percent is not None)
+    num_targets = sum(split.num_targets for split in statistics)
+    percent = 100 * num_targets / num_tokens if num_tokens else None
+    warnings = (*_find_warnings(statistics, percent, closed), *_warn_same_answer(splits["train"]))
+    return DataStatistics(statistics, percent, warnings)
 
 
 def _compute_split(name: str, items: Sequence[EncodedExample], label_names: Sequence[str]) -> SplitStatistics:
     lengths = sorted(item.length for item in items)
     longest = max(items, key=lambda item: item.length)
-    valued = items[0].label is not None
-    tokens, learned = sum(lengths), 0 if valued else sum(item.num_targets for item in items)
-    counted = _count_labels(items, label_names)
-    numbers = [float(item.label) for item in items if isinstance(item.label, float)] if not label_names else []
+    has_values = items[0].label is not None
+    num_tokens, num_targets = sum(lengths), 0 if has_values else sum(item.num_targets for item in items)
+    values = [float(item.label) for item in items if isinstance(item.label, float)] if not label_names else []
     return SplitStatistics(
         name=name,
         num_examples=len(items),
-        num_tokens=tokens,
-        num_targets=learned,
-        trained_percent=None if valued or not tokens else 100 * learned / tokens,
+        num_tokens=num_tokens,
+        num_targets=num_targets,
+        trained_percent=None if has_values or not num_tokens else 100 * num_targets / num_tokens,
         quantiles=tuple(lengths[round(q * (len(lengths) - 1))] for q in QUANTILES),
         histogram=_compute_histogram(lengths),
         max_length=longest.length,
@@ -113,20 +123,20 @@ def _compute_split(name: str, items: Sequence[EncodedExample], label_names: Sequ
         num_truncated_tokens=sum(item.num_truncated for item in items),
         num_truncated_targets=sum(item.num_truncated_targets > 0 for item in items),
         num_without_targets=sum(item.num_targets == 0 for item in items),
-        label_counts=counted,
-        value_range=(min(numbers), sum(numbers) / len(numbers), max(numbers)) if numbers else None,
+        label_counts=_count_labels(items, label_names),
+        value_range=(min(values), sum(values) / len(values), max(values)) if values else None,
     )
 
 
 def _compute_histogram(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
-    """Of equal, round width over the lengths there are (sorted): at most BINS."""
-    least, most = lengths[0], lengths[-1]
-    if most == 0:
+    """Bins of equal, round width over the lengths there are (sorted): at most MAX_BINS."""
+    shortest, longest = lengths[0], lengths[-1]
+    if longest == 0:
         return ()
     width = next(w for power in range(9) for w in (10**power, 2 * 10**power, 5 * 10**power)
-                 if most // w - least // w < MAX_BINS)  # fmt: skip
+                 if longest // w - shortest // w < MAX_BINS)  # fmt: skip
     counts = Counter(length // width for length in lengths)
-    return tuple((i * width, (i + 1) * width - 1, counts[i]) for i in range(least // width, most // width + 1))
+    return tuple((i * width, (i + 1) * width - 1, counts[i]) for i in range(shortest // width, longest // width + 1))
 
 
 def _count_labels(items: Sequence[EncodedExample], label_names: Sequence[str]) -> dict[str, int]:
@@ -136,7 +146,7 @@ def _count_labels(items: Sequence[EncodedExample], label_names: Sequence[str]) -
     counts: Counter[int] = Counter()
     for item in items:
         if isinstance(item.label, tuple):
-            counts.update(i for i, held in enumerate(item.label) if held)
+            counts.update(i for i, applies in enumerate(item.label) if applies)
         elif item.label is not None:
             counts[int(item.label)] += 1
         else:
@@ -145,106 +155,102 @@ def _count_labels(items: Sequence[EncodedExample], label_names: Sequence[str]) -
 
 
 def _no_targets_message(split: SplitStatistics) -> str:
-    """Why nothing is learnt, and what to do."""
+    """Why the split has no trained tokens, and what to do."""
     if split.num_truncated_targets:
         return (
             f"{split.name}: truncation took the answer of {split.num_truncated_targets:,} of "
-            f"{split.num_examples:,} examples (the longest have "
-            f"{split.max_length:,} tokens left and lost {split.num_truncated_tokens:,} in all): say a larger "
-            "data.max_length"
+            f"{split.num_examples:,} examples (the longest have {split.max_length:,} tokens left and lost "
+            f"{split.num_truncated_tokens:,} in all): choose a larger data.max_length"
         )
     return (
-        f"{split.name}: of {split.num_tokens:,} tokens in {split.num_examples:,} examples none is an answer (0 "
-        "% learnt). Either "
-        "the answers are empty, or no message is the assistant's: look at the columns (data.train.columns) and roles, "
-        "or say data.train_on=all to learn every token"
+        f"{split.name}: none of the {split.num_tokens:,} tokens in {split.num_examples:,} examples is an answer "
+        "(0 % trained tokens). Either the answers are empty, or no message is the assistant's: check the columns "
+        "(data.train.columns) and roles, or set data.train_on=all to train on every token"
     )
 
 
 def _find_warnings(splits: Sequence[SplitStatistics], trained_percent: float | None, closed: bool) -> list[str]:
-    told = []
+    warnings = []
     if trained_percent is not None and trained_percent < MIN_TRAINED_PERCENT and not closed:
-        told.append(
-            f"only {trained_percent:.2g} % of the tokens are learnt: long contexts and short answers cost much "
-            "and teach "
-            "little; is the answer where it should be?"
+        warnings.append(
+            f"only {trained_percent:.2g} % of the tokens are trained on: long contexts with short answers cost much "
+            "and teach little; is the answer where it should be?"
         )
     if trained_percent is not None and trained_percent > MAX_TRAINED_PERCENT and not splits[0].label_counts:
-        told.append(
-            f"{trained_percent:.3g} % of the tokens are learnt: that is right for plain text; with questions "
-            "and answers the "
-            "questions would be learnt too (data.train_on, data.train.columns)"
+        warnings.append(
+            f"{trained_percent:.3g} % of the tokens are trained on: right for plain text; with questions and answers "
+            "the questions would be trained on too (data.train_on, data.train.columns)"
         )
-    for part in splits:
-        few = part.num_without_targets and part.trained_percent is not None
-        if few and not part.num_truncated_targets:
-            told.append(
-                f"{part.name}: {part.num_without_targets:,} of {part.num_examples:,} examples hold nothing to learn"
+    for split in splits:
+        has_gaps = split.num_without_targets and split.trained_percent is not None
+        if has_gaps and not split.num_truncated_targets:
+            warnings.append(
+                f"{split.name}: {split.num_without_targets:,} of {split.num_examples:,} examples have no trained tokens"
             )
-        if part.num_truncated_targets:
-            told.append(
-                f"{part.name}: truncation cuts the answer of {part.num_truncated_targets:,} of "
-                f"{part.num_examples:,} examples: "
-                "a larger data.max_length keeps it"
+        if split.num_truncated_targets:
+            warnings.append(
+                f"{split.name}: truncation cuts the answer of {split.num_truncated_targets:,} of "
+                f"{split.num_examples:,} examples: a larger data.max_length keeps it"
             )
-        elif part.num_truncated > part.num_examples / 10:
-            told.append(
-                f"{part.name}: {part.num_truncated:,} of {part.num_examples:,} examples lose the front of their "
-                "context "
-                f"({part.num_truncated_tokens:,} tokens): a larger data.max_length keeps it"
+        elif split.num_truncated > split.num_examples / 10:
+            warnings.append(
+                f"{split.name}: truncation cuts the start of the context of {split.num_truncated:,} of "
+                f"{split.num_examples:,} examples ({split.num_truncated_tokens:,} tokens): a larger data.max_length "
+                "keeps it"
             )
-    told += _find_class_warnings(splits)
-    return told
+    return warnings + _find_class_warnings(splits[0])
 
 
 def _warn_same_answer(items: Sequence[EncodedExample]) -> Iterator[str]:
-    said = {item.reference for item in items}
-    if len(said) == 1 < len(items) and (only := said.pop()):
-        yield f"train: every answer is {only[:60]!r}: whoever always says so is right, and nothing else is learnt"
+    answers = {item.reference for item in items}
+    if len(answers) == 1 < len(items) and (answer := answers.pop()):
+        yield f"train: every answer is {answer[:60]!r}: a model that always gives it is right and learns nothing else"
 
 
-def _find_class_warnings(splits: Sequence[SplitStatistics]) -> list[str]:
-    train = splits[0]
-    told = []
+def _find_class_warnings(train: SplitStatistics) -> list[str]:
+    warnings = []
     missing = [name for name, count in train.label_counts.items() if not count]
     if missing:
-        shown = ", ".join(map(repr, missing[:8])) + (", ..." if len(missing) > 8 else "")
-        told.append(f"train: no example of {shown}: what is not shown is not learnt")
-    held = [name for name, count in train.label_counts.items() if count]
-    if len(train.label_counts) > 1 and len(held) == 1:
-        told.append(f"train: every example is {held[0]!r}: there is nothing to tell apart")
-    alone = sum(train.label_counts[name] == 1 for name in held)
-    if alone > max(MAX_SINGLETON_LABELS, len(held) / 2):
-        told.append(f"train: {alone:,} of {len(held):,} labels have one example each: is the label in another column?")
-    return told
+        names = ", ".join(map(repr, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        warnings.append(f"train: no example of {names}: a class without examples is not learned")
+    present = [name for name, count in train.label_counts.items() if count]
+    if len(train.label_counts) > 1 and len(present) == 1:
+        warnings.append(f"train: every example is {present[0]!r}: there is only one class")
+    num_singletons = sum(train.label_counts[name] == 1 for name in present)
+    if num_singletons > max(MAX_SINGLETON_LABELS, len(present) / 2):
+        warnings.append(
+            f"train: {num_singletons:,} of {len(present):,} labels have one example each: is the label in another "
+            "column?"
+        )
+    return warnings
 
 
 def render_spans(example: EncodedExample, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """The example as the model takes it, special tokens too: (text, whether it is learnt), exact to the token.
+    """The example as the model takes it, special tokens too: (text, whether it is trained on), exact to the token.
 
-    The texts joined are the decoded whole. Where a border lies inside a character, the character goes to the token
-    that completes it.
+    The texts joined are the decoded whole. A border inside a character gives the character to the token that completes
+    it.
     """
-    learnt = [label != IGNORE_INDEX for label in example.labels] or [False] * len(example.input_ids)
-    spans = _render_part(example.input_ids, learnt, tokenizer)
-    return spans + (
-        _render_part(example.target_ids, [True] * len(example.target_ids), tokenizer) if example.target_ids else []
-    )
+    is_trained = [label != IGNORE_INDEX for label in example.labels] or [False] * len(example.input_ids)
+    spans = _render_part(example.input_ids, is_trained, tokenizer)
+    if example.target_ids:
+        spans += _render_part(example.target_ids, [True] * len(example.target_ids), tokenizer)
+    return spans
 
 
 def _render_part(
     ids: Sequence[int], is_trained: Sequence[bool], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[str, bool]]:
-    whole = _decode(ids, tokenizer)
+    text = _decode(ids, tokenizer)
     borders = [i for i in range(1, len(ids)) if is_trained[i] != is_trained[i - 1]]
-    spans, done, start = [], 0, 0
+    spans, span_start, first_token = [], 0, 0
     for border in [*borders, len(ids)]:
-        end = len(whole)
+        span_end = len(text)
         if border < len(ids):
-            end = max(done, common_prefix_length(_decode(ids[:border], tokenizer), whole))
-        if end > done:
-            spans.append((whole[done:end], is_trained[start]))
-        done, start = end, border
+            span_end = max(span_start, common_prefix_length(_decode(ids[:border], tokenizer), text))
+        if span_end > span_start:
+            spans.append((text[span_start:span_end], is_trained[first_token]))
+        span_start, first_token = span_end, border
     return spans
 
 

@@ -1,4 +1,4 @@
-"""Items of models that write: completions, plain text, sources and targets, and what truncation takes and leaves."""
+"""Examples of models that write: completions, plain text, sources and targets, and what truncation takes."""
 
 from __future__ import annotations
 
@@ -18,70 +18,70 @@ from kitout.data.read.tables import DataError
 Make = Callable[..., Any]
 
 
-def learnt(item: EncodedExample) -> list[int]:
+def trained_tokens(item: EncodedExample) -> list[int]:
     return [label for label in item.labels if label != IGNORE_INDEX]
 
 
-def test_a_completion_goes_on_as_it_stands_and_ends(tokenizer: Make) -> None:
-    words = tokenizer("chatml")  # its template is not used
-    (item,) = CausalEncoder(words, 64)([Completion("What is two?", " It is four.", location="x:1")])
-    assert words.decode(item.input_ids) == "<s>What is two? It is four.</s>"
-    assert words.decode(learnt(item)) == " It is four.</s>"
-    assert words.decode(item.input_ids[: item.prompt_length]) == "<s>What is two?"
+def test_a_completion_follows_its_prompt_unchanged_and_ends(tokenizer: Make) -> None:
+    tok = tokenizer("chatml")  # its template is not used
+    (item,) = CausalEncoder(tok, 64)([Completion("What is two?", " It is four.", location="x:1")])
+    assert tok.decode(item.input_ids) == "<s>What is two? It is four.</s>"
+    assert tok.decode(trained_tokens(item)) == " It is four.</s>"
+    assert tok.decode(item.input_ids[: item.prompt_length]) == "<s>What is two?"
     assert (item.reference, item.location, item.num_truncated) == (" It is four.", "x:1", 0)
-    assert learnt(CausalEncoder(words, 64, "all")([Completion("a", "b")])[0]) == [*words("ab").input_ids[1:], 1]
+    assert trained_tokens(CausalEncoder(tok, 64, "all")([Completion("a", "b")])[0]) == [*tok("ab").input_ids[1:], 1]
 
 
-def test_plain_text_is_learnt_whole_and_ends_once(tokenizer: Make) -> None:
-    words = tokenizer()
-    once, twice = CausalEncoder(words, 64)([Text("two and two"), Text("two and two</s>")])
-    assert words.decode(once.input_ids) == words.decode(twice.input_ids) == "<s>two and two</s>"
-    assert learnt(once) == list(once.input_ids[1:])
+def test_plain_text_is_trained_on_as_a_whole_and_ends_once(tokenizer: Make) -> None:
+    tok = tokenizer()
+    once, twice = CausalEncoder(tok, 64)([Text("two and two"), Text("two and two</s>")])
+    assert tok.decode(once.input_ids) == tok.decode(twice.input_ids) == "<s>two and two</s>"
+    assert trained_tokens(once) == list(once.input_ids[1:])
     assert (once.prompt_length, once.reference) == (0, "")
 
 
 def test_a_long_text_is_cut_into_blocks_and_nothing_is_lost(tokenizer: Make) -> None:
-    words = tokenizer()
+    tok = tokenizer()
     text = "The quick brown fox jumps over the lazy dog. " * 20
-    (whole,) = CausalEncoder(words, 10_000)([Text(text)])
-    blocks = CausalEncoder(words, 16)([Text(text)])
-    assert all(block.input_ids[0] == words.bos_token_id and len(block.input_ids) <= 16 for block in blocks)
+    (whole,) = CausalEncoder(tok, 10_000)([Text(text)])
+    blocks = CausalEncoder(tok, 16)([Text(text)])
+    assert all(block.input_ids[0] == tok.bos_token_id and len(block.input_ids) <= 16 for block in blocks)
     assert [t for block in blocks for t in block.input_ids[1:]] == list(whole.input_ids[1:])
     assert sum(block.num_targets for block in blocks) == whole.num_targets
-    assert blocks[-1].labels[-1] == words.eos_token_id
+    assert blocks[-1].labels[-1] == tok.eos_token_id
     assert not any(block.num_truncated for block in blocks)
 
 
-def test_truncation_takes_the_front_of_the_question(tokenizer: Make) -> None:
-    words = tokenizer("chatml")
+def test_truncation_takes_the_front_of_the_prompt(tokenizer: Make) -> None:
+    tok = tokenizer("chatml")
     example = one_turn_chat("fox " * 50 + "What is two and two?", "It is four.")
-    (whole,) = CausalEncoder(words, 1000)([example])
-    (item,) = CausalEncoder(words, 32)([example])
+    (whole,) = CausalEncoder(tok, 1000)([example])
+    (item,) = CausalEncoder(tok, 32)([example])
     assert len(item.input_ids) == 32
     assert item.input_ids[0] == whole.input_ids[0]
     assert item.input_ids[1:] == whole.input_ids[-31:]
     assert (item.num_truncated, item.num_truncated_targets) == (len(whole.input_ids) - 32, 0)
-    assert words.decode(item.input_ids[item.prompt_length :]) == "It is four.<|im_end|>"
-    assert learnt(item) == learnt(whole)
+    assert tok.decode(item.input_ids[item.prompt_length :]) == "It is four.<|im_end|>"
+    assert trained_tokens(item) == trained_tokens(whole)
 
 
-def test_an_answer_too_long_alone_loses_its_end(tokenizer: Make) -> None:
-    words = tokenizer("chatml")
+def test_an_answer_that_is_too_long_alone_loses_its_end(tokenizer: Make) -> None:
+    tok = tokenizer("chatml")
     example = one_turn_chat("What is it?", "fox " * 50)
-    (whole,) = CausalEncoder(words, 1000)([example])
-    (item,) = CausalEncoder(words, 32)([example])
+    (whole,) = CausalEncoder(tok, 1000)([example])
+    (item,) = CausalEncoder(tok, 32)([example])
     assert len(item.input_ids) == 32
-    assert learnt(item) == learnt(whole)[:31]
+    assert trained_tokens(item) == trained_tokens(whole)[:31]
     assert item.num_truncated_targets == whole.num_targets - 31
     assert item.num_truncated == len(whole.input_ids) - 32
 
 
-def test_shortening_takes_what_nobody_learns_first() -> None:
+def test_truncation_takes_what_is_not_trained_on_first() -> None:
     ids = tuple(range(10))
     labels = (IGNORE_INDEX, IGNORE_INDEX, 2, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 6, 7, IGNORE_INDEX, IGNORE_INDEX)
     item = EncodedExample(ids, labels, prompt_length=6)
     assert truncate(item, 10, 1) is item
-    assert truncate(item, 8, 1) == replace(item, ids=ids[:8], labels=labels[:8], cut=2)
+    assert truncate(item, 8, 1) == replace(item, input_ids=ids[:8], labels=labels[:8], num_truncated=2)
     assert truncate(item, 6, 1).input_ids == (0, 3, 4, 5, 6, 7)
     assert truncate(item, 6, 1) == EncodedExample(
         (0, 3, 4, 5, 6, 7), (*[IGNORE_INDEX] * 4, 6, 7), prompt_length=4, num_truncated=4, num_truncated_targets=1
@@ -92,7 +92,7 @@ def test_shortening_takes_what_nobody_learns_first() -> None:
 
 
 def test_a_pad_token_that_is_the_end_token_changes_nothing(tokenizer: Make) -> None:
-    """Items hold no padding: the end token is learnt whatever else it is used for."""
+    """Encoded examples have no padding: the end token is trained on whatever else it is used for."""
     example = [one_turn_chat("a", "b"), Completion("a", "b"), Text("a")]
     same = CausalEncoder(tokenizer("llama2", pad_token="</s>"), 64)(example)
     other = CausalEncoder(tokenizer("llama2", pad_token="<pad>"), 64)(example)
@@ -101,7 +101,7 @@ def test_a_pad_token_that_is_the_end_token_changes_nothing(tokenizer: Make) -> N
 
 
 @pytest.mark.parametrize("example", [LabeledText("a", "x"), TaggedWords(("a",), ("O",))])
-def test_labels_are_no_answers(tokenizer: Make, example: Any) -> None:
+def test_labels_are_not_answers(tokenizer: Make, example: Any) -> None:
     with pytest.raises(DataError, match="give an instruction, or train a classifier"):
         CausalEncoder(tokenizer(), 64)([example])
 
@@ -124,36 +124,36 @@ def test_thousands_of_short_chats_take_seconds(tokenizer: Make) -> None:
 
 
 def test_a_source_and_its_target_both_end(tokenizer: Make) -> None:
-    words = tokenizer()
+    tok = tokenizer()
     examples = [Completion("two and two", "four"), one_turn_chat("Q", "A", "S"), LabeledText("a", 3)]
-    items = Seq2SeqEncoder(words, 64)(examples)
-    assert [words.decode(i.input_ids) for i in items] == ["<s>two and two", "<s>S\nQ", "<s>a"]
-    assert [words.decode(i.target_ids) for i in items] == ["<s>four</s>", "<s>A</s>", "<s>3</s>"]
+    items = Seq2SeqEncoder(tok, 64)(examples)
+    assert [tok.decode(i.input_ids) for i in items] == ["<s>two and two", "<s>S\nQ", "<s>a"]
+    assert [tok.decode(i.target_ids) for i in items] == ["<s>four</s>", "<s>A</s>", "<s>3</s>"]
     assert [i.reference for i in items] == ["four", "A", "3"]
 
 
-def test_sources_and_targets_are_cut_at_their_ends(tokenizer: Make) -> None:
-    words = tokenizer()
-    whole = Seq2SeqEncoder(words, 1000)([Completion("fox " * 30, "dog " * 30)])[0]
-    item = Seq2SeqEncoder(words, 16, max_target_length=10)([Completion("fox " * 30, "dog " * 30)])[0]
+def test_sources_and_targets_are_truncated_at_their_ends(tokenizer: Make) -> None:
+    tok = tokenizer()
+    whole = Seq2SeqEncoder(tok, 1000)([Completion("fox " * 30, "dog " * 30)])[0]
+    item = Seq2SeqEncoder(tok, 16, max_target_length=10)([Completion("fox " * 30, "dog " * 30)])[0]
     assert item.input_ids == whole.input_ids[:16]
     assert item.target_ids == whole.target_ids[:10]
     assert item.num_truncated_targets == len(whole.target_ids) - 10
     assert item.num_truncated == item.num_truncated_targets + len(whole.input_ids) - 16
 
 
-def test_sources_end_as_the_tokenizer_ends_them_also_when_cut(tokenizer: Make) -> None:
-    words = tokenizer(kind="suffixed")
-    whole, cut = (Seq2SeqEncoder(words, most)([Completion("fox " * 30, "dog")])[0] for most in (1000, 16))
-    assert words.decode(whole.input_ids).endswith("fox </s>")
-    assert cut.input_ids == (*whole.input_ids[:15], words.eos_token_id)
+def test_truncated_sources_keep_the_end_token(tokenizer: Make) -> None:
+    tok = tokenizer(kind="suffixed")
+    whole, cut = (Seq2SeqEncoder(tok, max_length)([Completion("fox " * 30, "dog")])[0] for max_length in (1000, 16))
+    assert tok.decode(whole.input_ids).endswith("fox </s>")
+    assert cut.input_ids == (*whole.input_ids[:15], tok.eos_token_id)
     assert (cut.num_truncated, cut.num_truncated_targets) == (len(whole.input_ids) - 16, 0)
-    assert list(cut.target_ids) == words("dog").input_ids
-    assert cut.target_ids.count(words.eos_token_id) == 1
+    assert list(cut.target_ids) == tok("dog").input_ids
+    assert cut.target_ids.count(tok.eos_token_id) == 1
 
 
-def test_a_text_without_an_answer_is_no_pair(tokenizer: Make) -> None:
-    with pytest.raises(DataError, match=r"x:1: there is nothing to be said"):
+def test_seq2seq_needs_answers_in_text(tokenizer: Make) -> None:
+    with pytest.raises(DataError, match=r"x:1: it has no answer"):
         Seq2SeqEncoder(tokenizer(), 64)([Text("a", location="x:1")])
     with pytest.raises(DataError, match="token classification"):
         Seq2SeqEncoder(tokenizer(), 64)([TaggedWords(("a",), ("O",))])
@@ -161,7 +161,7 @@ def test_a_text_without_an_answer_is_no_pair(tokenizer: Make) -> None:
 
 def test_the_digest_is_of_values_and_order(tokenizer: Make) -> None:
     one, two = CausalEncoder(tokenizer(), 64)([Text("a"), Text("b")])
-    assert digest([one, two]) == digest([replace(one, place="elsewhere:3"), two])
+    assert digest([one, two]) == digest([replace(one, location="elsewhere:3"), two])
     assert len({digest([one, two]), digest([two, one]), digest([one]), digest([])}) == 4
     assert digest([one]) != digest([replace(one, reference="a")])
     assert digest([EncodedExample((1, 2), (1, 2))]) == digest([EncodedExample((1, 2), (1, 2))])

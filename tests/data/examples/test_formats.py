@@ -1,8 +1,9 @@
-"""Every format found by its columns, its rows read as they are meant, and every fault told with its line."""
+"""Every format is detected by its columns, its rows are read as meant, and every error names its line."""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -12,16 +13,16 @@ from kitout.data.examples.formats import FORMATS, HEAD_ROWS, detect, to_examples
 from kitout.data.read.tables import DataError
 
 
-def read(*rows: dict[str, Any], **how: Any) -> list[Example]:
-    return to_examples(list(enumerate(rows, start=1)), "x.jsonl", **how)
+def read(*rows: dict[str, Any], **options: Any) -> list[Example]:
+    return to_examples(list(enumerate(rows, start=1)), "x.jsonl", **options)
 
 
-def one(row: dict[str, Any], **how: Any) -> Any:
-    (example,) = read(row, **how)
+def read_one(row: dict[str, Any], **options: Any) -> Any:
+    (example,) = read(row, **options)
     return example
 
 
-def said(example: Chat) -> list[tuple[str, str]]:
+def messages_of(example: Chat) -> list[tuple[str, str]]:
     return [(turn.role, turn.text) for turn in example.turns]
 
 
@@ -66,7 +67,7 @@ CHATS = [
 
 @pytest.mark.parametrize(("row", "turns"), CHATS)
 def test_chats_of_every_shape(row: dict[str, Any], turns: list[tuple[str, str]]) -> None:
-    assert said(one(row)) == turns
+    assert messages_of(read_one(row)) == turns
 
 
 OTHERS = [
@@ -90,10 +91,10 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("row", "example"), OTHERS)
-def test_what_is_no_chat(row: dict[str, Any], example: Example) -> None:
-    found = one(row)
-    assert found == example
-    assert found.place == "x.jsonl:1"
+def test_other_kinds_of_examples(row: dict[str, Any], example: Example) -> None:
+    actual = read_one(row)
+    assert actual == example
+    assert actual.location == "x.jsonl:1"
 
 
 def test_tools_and_calls_come_as_templates_take_them() -> None:
@@ -112,16 +113,16 @@ def test_tools_and_calls_come_as_templates_take_them() -> None:
         assert isinstance(example, Chat)
         assert example.tools == tuple(tools)
         assert [t.role for t in example.turns] == ["user", "assistant", "tool", "assistant"]
-        (made,) = example.turns[1].message["tool_calls"]
-        assert made["function"] == {"name": "f", "arguments": {"x": 1}}
+        (tool_call,) = example.turns[1].message["tool_calls"]
+        assert tool_call["function"] == {"name": "f", "arguments": {"x": 1}}
         assert example.turns[1].message["content"] == ""
 
 
 def test_flags_of_turns() -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0},
              {"role": "assistant", "content": "b", "train": True}]  # fmt: skip
-    example = one({"messages": turns})
-    assert [t.learn for t in example.turns] == [None, False, True]
+    example = read_one({"messages": turns})
+    assert [t.train_on for t in example.turns] == [None, False, True]
     assert "weight" not in example.turns[1].message
     with pytest.raises(DataError, match=r"turn 1: 'weight' is 0.5, expected true or false"):
         read({"messages": [{"role": "user", "content": "a", "weight": 0.5}]})
@@ -129,76 +130,83 @@ def test_flags_of_turns() -> None:
 
 def test_named_columns_and_formats() -> None:
     row = {"body": "a", "stars": 5, "prompt": "p", "completion": "c"}
-    assert one(row) == Completion("p", "c")
-    assert one(row, columns={"text": "body", "label": "stars"}) == LabeledText("a", 5)
-    assert one(row, format="label", columns={"label": "stars"}) == LabeledText("a", 5)
-    assert one(row, format="text", columns={"text": "body"}) == Text("a")
-    assert one(row, format="auto") == one(row)
-    layout = detect([(1, row)], "x", format="text", columns={"text": "body"})
-    assert str(layout) == "text (text=body); not read: stars, prompt, completion"
+    assert read_one(row) == Completion("p", "c")
+    assert read_one(row, columns={"text": "body", "label": "stars"}) == LabeledText("a", 5)
+    assert read_one(row, format="label", columns={"label": "stars"}) == LabeledText("a", 5)
+    assert read_one(row, format="text", columns={"text": "body"}) == Text("a")
+    assert read_one(row, format="auto") == read_one(row)
+    reading = detect([(1, row)], "x", format="text", columns={"text": "body"})
+    assert str(reading) == "text (text=body); not read: stars, prompt, completion"
 
 
-def test_an_instruction_makes_labelled_texts_chats() -> None:
+def test_a_system_prompt_makes_labeled_texts_chats() -> None:
     row = {"text": "Nice", "label": "good"}
     turns = [("system", "Judge."), ("user", "Nice"), ("assistant", "good")]
-    assert said(one(row, instruction="Judge.")) == turns
-    assert said(one({"prompt": "a", "response": "b"}, instruction="Judge."))[0] == ("system", "Judge.")
-    with pytest.raises(DataError, match="line 1: an instruction goes with chats and labelled texts"):
-        read({"text": "Nice"}, instruction="Judge.")
+    assert messages_of(read_one(row, system_prompt="Judge.")) == turns
+    assert messages_of(read_one({"prompt": "a", "response": "b"}, system_prompt="Judge."))[0] == ("system", "Judge.")
+    with pytest.raises(DataError, match="line 1: a system prompt goes with chats and labeled texts"):
+        read({"text": "Nice"}, system_prompt="Judge.")
+
+
+def test_the_first_usual_name_wins_over_the_order_of_columns() -> None:
+    reading = detect([(1, {"Category": "x", "LABEL": "y", "file": "a"})], "x", format="image")
+    assert reading.columns == {"image": "file", "label": "LABEL"}
 
 
 def test_ambiguity_lists_the_readings() -> None:
     row = {"text": "a", "label": "b", "instruction": "c", "output": "d"}
     with pytest.raises(DataError, match=r"(?s)text, label, instruction, output.*read as instruction or as label"):
         read(row)
-    assert one(row, format="label") == LabeledText("a", "b")
+    assert read_one(row, format="label") == LabeledText("a", "b")
 
 
 def test_no_match_lists_columns_formats_and_the_line_to_write() -> None:
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as error:
         read({"headline": "a", "kind": "b"})
-    words = str(told.value)
-    assert "x.jsonl has the columns: headline, kind" in words
-    assert all(made.name in words for made in FORMATS.values() if not made.by_name_only)
-    assert "format='label', columns={'text': 'headline', 'label': 'kind'}" in words
-    assert one({"headline": "a", "kind": "b"}, columns={"text": "headline", "label": "kind"}) == LabeledText("a", "b")
+    message = str(error.value)
+    assert "x.jsonl has the columns: headline, kind" in message
+    assert all(each.name in message for each in FORMATS.values() if not each.by_name_only)
+    assert "format='label', columns={'text': 'headline', 'label': 'kind'}" in message
+    assert read_one({"headline": "a", "kind": "b"}, columns={"text": "headline", "label": "kind"}) == LabeledText(
+        "a", "b"
+    )
 
 
 def test_plain_text_is_not_taken_where_another_column_may_hold_the_answer() -> None:
     with pytest.raises(DataError, match="do not fit any known format"):
         read({"text": "a", "translation": "b"})
-    assert one({"text": "a", "translation": "b"}, format="text") == Text("a")
+    assert read_one({"text": "a", "translation": "b"}, format="text") == Text("a")
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("options", "message"),
     [
         ({"format": "alpacca"}, "there is no format 'alpacca'; known: 'instruction'"),
-        ({"columns": {"text": "bdy"}}, "no column 'bdy' .asked for as 'text'.; did you mean 'body'"),
-        ({"columns": {"txt": "body"}}, "'txt' is no column that any format has; did you mean 'text'"),
+        ({"columns": {"text": "bdy"}}, "no column 'bdy' .requested as 'text'.; did you mean 'body'"),
+        ({"columns": {"txt": "body"}}, "'txt' is not a column of any format; did you mean 'text'"),
         (
             {"format": "label"},
-            r"(?s)do not fit the format label; .*label: text/sentence/.* and label/labels/class/\.\.\.; perhaps",
+            r"(?s)do not fit the format label; .*label: text/sentence/.* and label/labels/class/\.\.\.; optional",
         ),
-        ({"format": "text", "columns": {"label": "body"}}, "'label' is no column that the format text has"),
+        ({"format": "text", "columns": {"label": "body"}}, "'label' is not a column of the format text"),
     ],
 )
-def test_wrong_wishes(how: dict[str, Any], words: str) -> None:
-    with pytest.raises(DataError, match=words):
-        read({"body": "a", "kind": 1}, **how)
+def test_unknown_formats_and_columns(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read({"body": "a", "kind": 1}, **options)
 
 
-FAULTS = [
+BAD_ROWS = [
     ({"instruction": "a", "output": " "}, "line 1: 'output' is ' ', expected text"),
     ({"prompt": "a", "completion": ""}, "'completion' is '', expected text"),
     ({"text": "a", "label": None}, "'label' is empty, expected a label"),
     ({"text": float("nan"), "label": 1}, "'text' is empty, expected text"),
     ({"text": "a", "labels": ["x", None]}, "expected a list of labels"),
-    ({"messages": []}, "'messages' is .., expected a list with something in it"),
+    ({"messages": []}, "'messages' is .., expected a list that is not empty"),
     ({"messages": ["a"]}, "turn 1 is 'a', expected an object"),
     ({"messages": [{"role": "narrator", "content": "a"}]}, "turn 1 is by 'narrator'; known: 'system'"),
     ({"messages": [{"role": "user", "content": ""}]}, r"turn 1 \(user\) is empty"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text can be learnt here"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text can be trained on"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "turn 1 calls a tool without a name"),
     (
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}]},
@@ -207,7 +215,7 @@ FAULTS = [
     ({"messages": [{"role": "user", "content": "a"}], "tools": "[}"}, "tools: not JSON"),
     ({"messages": [{"role": "user", "content": "a"}], "tools": [1]}, "expected a list of JSON schemas"),
     ({"tokens": ["a", "b"], "tags": ["O"]}, "2 tokens and 1 tags"),
-    ({"tokens": ["a", ""], "tags": ["O", "O"]}, "'tokens' holds what is no word"),
+    ({"tokens": ["a", ""], "tags": ["O", "O"]}, "'tokens' has an element that is not a word"),
     ({"question": "Q", "answers": {"text": []}}, "'answers' is empty"),
     ({"question": "Q", "choices": ["a"], "answer": 3}, "'answer' is 3, none of the 1 choices"),
     ({"text": "ab", "spans": [{"start": 0, "end": 9, "label": "X"}]}, "0 <= start < end <= 2"),
@@ -218,23 +226,23 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("row", "words"), FAULTS)
-def test_faults_of_a_row(row: dict[str, Any], words: str) -> None:
-    with pytest.raises(DataError, match=words):
+@pytest.mark.parametrize(("row", "message"), BAD_ROWS)
+def test_errors_of_a_row(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         read(row)
 
 
-def test_faulty_rows_are_told_together_and_counted() -> None:
+def test_bad_rows_are_reported_together_and_counted() -> None:
     rows = [{"text": "a", "label": "x" if i % 2 else ""} for i in range(16)]
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as error:
         read(*rows)
-    words = str(told.value)
-    assert words.startswith("x.jsonl (read as label): 6 faults")
-    assert [f"line {n}:" in words for n in (1, 3, 5, 7, 9, 11)] == [True] * 5 + [False]
-    assert "and 3 more such rows" in words
+    message = str(error.value)
+    assert re.match(r"x\.jsonl \(read as label\): 6 (faults|errors)", message)
+    assert [f"line {n}:" in message for n in (1, 3, 5, 7, 9, 11)] == [True] * 5 + [False]
+    assert "and 3 more such rows" in message
 
 
-def test_a_column_that_comes_later_counts_and_in_a_stream_is_told() -> None:
+def test_a_later_column_is_read_and_in_a_stream_is_an_error() -> None:
     rows = [(i, {"instruction": "a", "output": "b"}) for i in range(1, HEAD_ROWS + 1)]
     late = (999, {"instruction": "a", "input": "c", "output": "b"})
     assert to_examples([*rows, late], "x")[-1].source_text() == "a\n\nc"
@@ -242,7 +250,7 @@ def test_a_column_that_comes_later_counts_and_in_a_stream_is_told() -> None:
         detect(rows, "x").to_example(late)
 
 
-def test_images_are_read_where_they_are_asked_for() -> None:
+def test_images_are_read_if_the_format_is_named() -> None:
     row = {"path": "a.png", "label": 3}
     (example,) = to_examples([(1, row)], "a table", format="image")
     assert example == LabeledImage("a.png", "3")

@@ -1,4 +1,4 @@
-"""What an image file may be, what is done with odd ones, and that every fault of a set is told at once."""
+"""Which image files are read, how unusual ones are converted, and that all errors of a set are reported together."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def bomb(path: Path, side: int = 40_000) -> Path:
     return path
 
 
-def found(tmp_path: Path, *labels: str) -> list[ImageRecord]:
-    items = []
+def make_records(tmp_path: Path, *labels: str) -> list[ImageRecord]:
+    records = []
     for i, label in enumerate(labels):
         picture("red", i).save(tmp_path / f"{i}.png")
-        items.append(ImageRecord(tmp_path / f"{i}.png", label))
-    return items
+        records.append(ImageRecord(tmp_path / f"{i}.png", label))
+    return records
 
 
-def test_a_set_is_frozen_opens_when_asked_and_is_known_by_its_content(tmp_path: Path) -> None:
-    images = build_image_set(found(tmp_path, "a", "b", "a", "b"), None, "x")
+def test_a_set_is_frozen_opens_on_demand_and_is_known_by_its_content(tmp_path: Path) -> None:
+    images = build_image_set(make_records(tmp_path, "a", "b", "a", "b"), None, "x")
     assert images.label_names == ("a", "b")
     assert images.labels == (0, 1, 0, 1)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -54,7 +54,7 @@ def test_a_set_is_frozen_opens_when_asked_and_is_known_by_its_content(tmp_path: 
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "I;16"])
-def test_pictures_of_every_mode_become_rgb(tmp_path: Path, mode: str) -> None:
+def test_images_of_every_mode_become_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     if mode == "I;16":
         Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)).save(path)
@@ -66,12 +66,12 @@ def test_pictures_of_every_mode_become_rgb(tmp_path: Path, mode: str) -> None:
         assert image.getpixel((0, 0)) == (40_000 >> 8,) * 3
 
 
-def test_what_is_seen_through_is_paper(tmp_path: Path) -> None:
+def test_transparent_pixels_become_white(tmp_path: Path) -> None:
     Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "a.png")
     assert open_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_photographs_stand_upright(tmp_path: Path) -> None:
+def test_photographs_are_rotated_as_their_exif_says(tmp_path: Path) -> None:
     image, exif = Image.new("RGB", (6, 2), "red"), Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     image.save(tmp_path / "a.jpg", exif=exif)
@@ -93,20 +93,20 @@ def test_a_decompression_bomb_is_refused_before_it_unpacks(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
-        (b"", "is no image that can be read"),
-        (b"not an image at all", "is no image that can be read"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "is no image that can be read"),
-        (b"\x89PNG\r\n\x1a\n", "is no image that can be read|does not open"),
-        (b"GIF89a\x01\x00", "is no image that can be read|does not open"),
+        (b"", "is not an image that can be read"),
+        (b"not an image at all", "is not an image that can be read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "is not an image that can be read"),
+        (b"\x89PNG\r\n\x1a\n", "is not an image that can be read|does not open"),
+        (b"GIF89a\x01\x00", "is not an image that can be read|does not open"),
         (None, "there is no file"),
     ],
 )
-def test_what_is_no_image_says_so(tmp_path: Path, content: bytes | None, said: str) -> None:
+def test_files_that_are_not_images_are_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         open_image(tmp_path / "a.png")
 
 
@@ -120,36 +120,38 @@ def test_a_file_cut_short_and_a_float_image_are_refused(tmp_path: Path) -> None:
         open_image(tmp_path / "f.tif")
 
 
-def test_every_fault_of_a_set_is_told_at_once(tmp_path: Path) -> None:
-    items = found(tmp_path, "cat", "", "cta", "cat")
+def test_all_errors_of_a_set_are_reported_together(tmp_path: Path) -> None:
+    items = make_records(tmp_path, "cat", "", "cta", "cat")
     (tmp_path / "0.png").write_bytes(b"broken")
     items.append(ImageRecord(tmp_path / "gone.png", "dog", location="line 9: "))
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError) as error:
         build_image_set(items, ["cat", "dog"], "pets.csv")
-    said = str(caught.value)
-    for part in ("pets.csv: 4 faults", "0.png is no image", "line 9: there is no file", "label is empty",
-                 "label 'cta' is none of the given; did you mean 'cat'?"):  # fmt: skip
-        assert part in said
+    message = str(error.value)
+    for part in ("pets.csv: 4 ", "0.png is not an image", "line 9: there is no file", "label is empty",
+                 "label 'cta' is not one of the given; did you mean 'cat'?"):  # fmt: skip
+        assert part in message
 
 
 @pytest.mark.parametrize(
-    ("labels", "names", "said"),
+    ("labels", "label_names", "message"),
     [
-        ((), None, "it holds no images"),
+        ((), None, "it has no images"),
         (("a", "a", "a"), None, r"one label \(a\): at least 2 classes"),
         (("a", "b", "c", "d"), None, "4 images for 4 classes"),
         (("a", "b", "a", "b"), ["a", "b", "a"], "the given labels repeat"),
     ],
 )
-def test_what_is_no_classification(tmp_path: Path, labels: tuple[str, ...], names: list[str] | None, said: str) -> None:
-    with pytest.raises(DataError, match=said):
-        build_image_set(found(tmp_path, *labels), names, "x")
+def test_sets_that_cannot_be_classified(
+    tmp_path: Path, labels: tuple[str, ...], label_names: list[str] | None, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        build_image_set(make_records(tmp_path, *labels), label_names, "x")
 
 
-def test_a_class_of_the_test_part_must_be_taught(tmp_path: Path) -> None:
-    parts = ["train", "train", "train", "train", "test", "test"]
-    items = found(tmp_path, "a", "b", "a", "b", "a", "c")
-    items = [dataclasses.replace(item, split=part) for item, part in zip(items, parts, strict=True)]
+def test_a_class_of_the_test_split_must_be_in_train(tmp_path: Path) -> None:
+    splits = ["train", "train", "train", "train", "test", "test"]
+    items = make_records(tmp_path, "a", "b", "a", "b", "a", "c")
+    items = [dataclasses.replace(item, split=split) for item, split in zip(items, splits, strict=True)]
     with pytest.raises(DataError, match="class 'c' is in test and not in train"):
         build_image_set(items, None, "x")
 
@@ -160,7 +162,7 @@ def test_many_broken_images_are_counted(tmp_path: Path) -> None:
         build_image_set(items, None, "x")
 
 
-def test_names_given_fix_the_order(tmp_path: Path) -> None:
-    images: ImageSet = build_image_set(found(tmp_path, "a", "b", "a", "b", "a", "b"), ["c", "b", "a"], "x")
+def test_given_label_names_fix_the_order(tmp_path: Path) -> None:
+    images: ImageSet = build_image_set(make_records(tmp_path, "a", "b", "a", "b", "a", "b"), ["c", "b", "a"], "x")
     assert images.label_names == ("c", "b", "a")
     assert images.labels == (2, 1, 2, 1, 2, 1)

@@ -1,4 +1,4 @@
-"""The model's own image processor, at its own size or one that its patches fit, augmented before normalising."""
+"""The model's own image processor, at its own size or a multiple of the patches, augmented before normalization."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiny_images import folder
 from zoo import ZOO
 
 NORMAL = {"do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "do_rescale": True}
-CUTS = {
+CROPS = {
     "image_processor_type": "BitImageProcessor",
     "size": {"shortest_edge": 40},
     "crop_size": {"height": 32, "width": 32},
@@ -39,50 +39,51 @@ def model(path: Path, processor: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("processor", [CUTS, SQUARE], ids=["cuts", "square"])
+@pytest.mark.parametrize("processor", [CROPS, SQUARE], ids=["crops", "square"])
 def test_its_own_size_and_another(tmp_path: Path, images: ImageSet, processor: dict[str, Any]) -> None:
-    here = model(tmp_path / "model", processor)
-    assert PixelProcessor.from_pretrained(here)(images, [0, 3, 5]).shape == (3, 3, 32, 32)
-    assert PixelProcessor.from_pretrained(here, size=48)(images, [0, 3]).shape == (2, 3, 48, 48)
-    red = PixelProcessor.from_pretrained(here)(images, [4])[0].mean(dim=(1, 2))  # red squares: (220, 40, 40)
+    model_path = model(tmp_path / "model", processor)
+    assert PixelProcessor.from_pretrained(model_path)(images, [0, 3, 5]).shape == (3, 3, 32, 32)
+    assert PixelProcessor.from_pretrained(model_path, size=48)(images, [0, 3]).shape == (2, 3, 48, 48)
+    red = PixelProcessor.from_pretrained(model_path)(images, [4])[0].mean(dim=(1, 2))  # red squares: (220, 40, 40)
     torch.testing.assert_close(
         red, (torch.tensor([220, 40, 40]) / 255 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.2, 0.3, 0.4]),
         atol=0.15, rtol=0,
     )  # fmt: skip
 
 
-def test_a_size_the_patches_do_not_fit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="size 50 is no multiple of this model's patches of 8: use 48 or 56"):
-        PixelProcessor.from_pretrained(model(tmp_path, CUTS), size=50)
+def test_a_size_that_is_not_a_multiple_of_the_patches_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="size 50 is not a multiple of this model's patches of 8: use 48 or 56"):
+        PixelProcessor.from_pretrained(model(tmp_path, CROPS), size=50)
     with pytest.raises(DataError, match="patches of 16: use 16"):
         check_size(8, [8, 16])
     check_size(112, 14)
 
 
-def test_changed_only_with_a_seed_and_normalised_after_it(tmp_path: Path, images: ImageSet) -> None:
-    here = model(tmp_path / "model", CUTS)
-    plain, nothing = (
-        PixelProcessor.from_pretrained(here),
-        PixelProcessor.from_pretrained(here, augment=Augment(min_crop=1.0, horizontal_flip=False)),
+def test_augmented_only_with_a_seed_and_normalized_after_it(tmp_path: Path, images: ImageSet) -> None:
+    model_path = model(tmp_path / "model", CROPS)
+    plain, identity = (
+        PixelProcessor.from_pretrained(model_path),
+        PixelProcessor.from_pretrained(model_path, augment=Augment(min_crop=1.0, horizontal_flip=False)),
     )
-    some = PixelProcessor.from_pretrained(here, augment=Augment())
+    augmented = PixelProcessor.from_pretrained(model_path, augment=Augment())
     rows = [0, 1, 2]
-    torch.testing.assert_close(nothing(images, rows, seed=3), plain(images, rows))
-    assert torch.equal(some(images, rows), plain(images, rows))
-    assert not torch.equal(some(images, rows, seed=3), plain(images, rows))
+    torch.testing.assert_close(identity(images, rows, seed=3), plain(images, rows))
+    assert torch.equal(augmented(images, rows), plain(images, rows))
+    assert not torch.equal(augmented(images, rows, seed=3), plain(images, rows))
     assert torch.equal(
-        some(images, rows, seed=3), PixelProcessor.from_pretrained(here, augment=Augment())(images, rows, seed=3)
+        augmented(images, rows, seed=3),
+        PixelProcessor.from_pretrained(model_path, augment=Augment())(images, rows, seed=3),
     )
 
 
-def test_images_of_many_shapes_need_a_size_where_nothing_is_cut(tmp_path: Path) -> None:
+def test_images_of_many_shapes_need_a_size_if_nothing_is_cropped(tmp_path: Path) -> None:
     images = load_images(folder(tmp_path / "images", each=2))
     images.open(0).resize((24, 60)).save(tmp_path / "images" / "red" / "tall.png")
     mixed = load_images(tmp_path / "images")
-    here = model(tmp_path / "model", FREE)
-    with pytest.raises(DataError, match="give one, size=224"):
-        PixelProcessor.from_pretrained(here)(mixed, range(len(mixed)))
-    assert PixelProcessor.from_pretrained(here, size=32)(mixed, range(len(mixed))).shape == (7, 3, 32, 32)
+    model_path = model(tmp_path / "model", FREE)
+    with pytest.raises(DataError, match="set one, size=224"):
+        PixelProcessor.from_pretrained(model_path)(mixed, range(len(mixed)))
+    assert PixelProcessor.from_pretrained(model_path, size=32)(mixed, range(len(mixed))).shape == (7, 3, 32, 32)
 
 
 def test_a_folder_without_a_processor_is_named(tmp_path: Path) -> None:

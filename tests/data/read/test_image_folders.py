@@ -1,4 +1,4 @@
-"""Folders, tables and arrays give the same set; what is in the wrong place or of the wrong shape is told."""
+"""Folders, tables and arrays give the same set; misplaced files and wrong shapes are errors."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def test_a_folder_a_table_and_an_array_are_the_same_set(tmp_path: Path) -> None:
         load_images(tmp_path / "a.tsv", image="what", label="who"),
     ]
     pixels = np.stack([np.asarray(images.open(i)) for i in range(len(images))])
-    words = [images.label_names[label] for label in images.labels]
-    np.savez(tmp_path / "a.npz", images=pixels, labels=np.array(words))
-    arrays = [from_arrays(pixels, words), from_arrays(pixels / 255, words), load_images(tmp_path / "a.npz")]
+    names = [images.label_names[label] for label in images.labels]
+    np.savez(tmp_path / "a.npz", images=pixels, labels=np.array(names))
+    arrays = [from_arrays(pixels, names), from_arrays(pixels / 255, names), load_images(tmp_path / "a.npz")]
     assert {other.digest for other in (*tables, *arrays)} == {images.digest}
 
 
@@ -53,7 +53,7 @@ def test_parquet_too(tmp_path: Path) -> None:
     assert load_images(tmp_path / "a.parquet").digest == images.digest
 
 
-def test_parts_deep_folders_and_hidden_files(tmp_path: Path) -> None:
+def test_splits_deep_folders_and_hidden_files(tmp_path: Path) -> None:
     folder(tmp_path / "train", each=3)
     folder(tmp_path / "Validation", each=1, first=50)
     folder(tmp_path / "test" / "red" / "deeper", each=1, kinds=("green",), first=90)
@@ -65,33 +65,33 @@ def test_parts_deep_folders_and_hidden_files(tmp_path: Path) -> None:
     assert images.label_names[images.labels[3]] == "red"  # the first folder says the class
 
 
-def test_classes_may_be_called_like_parts(tmp_path: Path) -> None:
+def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
     for name in ("train", "bus"):
         folder(tmp_path / name, each=2, kinds=("red",) if name == "bus" else ("blue",))
     assert load_images(tmp_path).label_names == ("bus", "train")
 
 
 def test_arrays_of_one_channel(tmp_path: Path) -> None:
-    grey = np.arange(6 * 16, dtype=np.uint8).reshape(6, 4, 4)
-    images = from_arrays(grey, [3, 7, 3, 7, 3, 7])
+    gray = np.arange(6 * 16, dtype=np.uint8).reshape(6, 4, 4)
+    images = from_arrays(gray, [3, 7, 3, 7, 3, 7])
     assert images.label_names == ("3", "7")
     assert images.open(1).getpixel((0, 0)) == (16, 16, 16)
 
 
-def test_misplaced_files_are_told_together(tmp_path: Path) -> None:
+def test_misplaced_files_are_reported_together(tmp_path: Path) -> None:
     folder(tmp_path, each=1, kinds=("red",))
     picture("red", 1).save(tmp_path / "stray.png")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError) as error:
         load_images(tmp_path)
-    assert "1 images lie in" in str(caught.value)
-    assert "class folder" in str(caught.value)
+    assert "1 images are in" in str(error.value)
+    assert "class folder" in str(error.value)
     with pytest.raises(DataError, match="no class folders; expected "):
         load_images(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(
-    ("shape", "kind", "labels", "said"),
+    ("shape", "kind", "labels", "message"),
     [
         ((4, 3, 8, 8), np.uint8, [0, 1, 0, 1], "channels last"),
         ((4, 8), np.uint8, [0, 1, 0, 1], "expected .N, H, W."),
@@ -101,8 +101,8 @@ def test_misplaced_files_are_told_together(tmp_path: Path) -> None:
         ((4, 8, 8), np.int64, [0, 1, 0, 1], "images are int64"),
     ],
 )
-def test_arrays_of_the_wrong_shape(shape: tuple[int, ...], kind: type, labels: list[float], said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_arrays_of_the_wrong_shape(shape: tuple[int, ...], kind: type, labels: list[float], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         from_arrays(np.zeros(shape, dtype=kind), labels)
 
 
@@ -125,7 +125,7 @@ def test_tables_with_holes_and_unknown_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.csv:3: there is no file"):
         load_images(tmp_path / "a.csv")
     with pytest.raises(DataError, match="they do not fit the format image"):
-        load_images(_written(tmp_path / "b.csv", "words,label\nx,y\n"))
+        load_images(_write(tmp_path / "b.csv", "words,label\nx,y\n"))
     with pytest.raises(DataError, match="there is no file"):
         load_images(tmp_path / "nothing.csv")
     with pytest.raises(DataError, match="there is no file"):
@@ -134,25 +134,25 @@ def test_tables_with_holes_and_unknown_files(tmp_path: Path) -> None:
         load_images("owner/name")
 
 
-def _written(path: Path, words: str) -> Path:
-    path.write_text(words)
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text)
     return path
 
 
 def test_an_npz_is_never_unpickled(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.array([{"a": 1}], dtype=object), labels=np.array([0]))
-    with pytest.raises(DataError, match=r"no \.npz of plain arrays"):
+    with pytest.raises(DataError, match=r"not an \.npz of plain arrays"):
         load_images(tmp_path / "a.npz")
     np.savez(tmp_path / "b.npz", x=np.zeros(1))
-    with pytest.raises(DataError, match="holds x; expected images and labels"):
+    with pytest.raises(DataError, match="has x; expected images and labels"):
         load_images(tmp_path / "b.npz")
     (tmp_path / "c.npz").write_bytes(b"PK\x03\x04 cut")
-    with pytest.raises(DataError, match=r"no \.npz of plain arrays"):
+    with pytest.raises(DataError, match=r"not an \.npz of plain arrays"):
         load_images(tmp_path / "c.npz")
 
 
-def test_names_are_fixed_by_the_caller(tmp_path: Path) -> None:
+def test_given_label_names_fix_the_order(tmp_path: Path) -> None:
     root = folder(tmp_path, each=2)
     assert load_images(root, label_names=sorted(COLOURS, reverse=True)).label_names == ("red", "green", "blue")
-    with pytest.raises(DataError, match="label 'blue' is none of the given"):
+    with pytest.raises(DataError, match="label 'blue' is not one of the given"):
         load_images(root, label_names=["red", "green"])

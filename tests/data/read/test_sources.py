@@ -1,37 +1,34 @@
-"""Files, folders, lists, slices and the hub's own library, whole and as streams."""
+"""Files, folders, lists, slices and the hub's own library become examples by split."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kitout.data.encode.generation import CausalEncoder
-from kitout.data.examples.examples import Example, LabeledText, Text
+from kitout.data.examples.examples import LabeledText, Text
 from kitout.data.read.hub import open_hub_tables
 from kitout.data.read.sources import load_examples, open_source, split_named
 from kitout.data.read.tables import DataError
-from kitout.data.streaming import encode_stream, open_stream
 
 
-def write(path: Path, *texts: str, **more: Any) -> Path:
+def write(path: Path, *texts: str, **columns: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text, **more}) + "\n" for text in texts))
+    path.write_text("".join(json.dumps({"text": text, **columns}) + "\n" for text in texts))
     return path
 
 
-def texts(found: Any) -> list[str]:
-    return [example.source_text() for example in found]
+def texts(examples: Any) -> list[str]:
+    return [example.source_text() for example in examples]
 
 
-def test_a_file_and_its_places(tmp_path: Path) -> None:
+def test_a_file_and_its_locations(tmp_path: Path) -> None:
     loaded = load_examples(write(tmp_path / "x.jsonl", "a", "b"))
     assert loaded.splits == {"": (Text("a"), Text("b"))}
     assert [e.location for e in loaded.splits[""]] == ["x.jsonl:1", "x.jsonl:2"]
-    assert [str(layout) for layout in loaded.readings] == ["text (text)"]
+    assert [str(reading) for reading in loaded.readings] == ["text (text)"]
 
 
 def test_lines_of_a_text_file_and_rows_of_every_table(tmp_path: Path) -> None:
@@ -47,53 +44,56 @@ def test_lines_of_a_text_file_and_rows_of_every_table(tmp_path: Path) -> None:
         assert (first.source_text(), first.answer_text()) == ("a, b", "1")
 
 
-def test_a_folder_of_parts(tmp_path: Path) -> None:
+def test_a_folder_of_splits(tmp_path: Path) -> None:
     write(tmp_path / "train-00000-of-00002.jsonl", "a")
     write(tmp_path / "train-00001-of-00002.jsonl", "b")
     write(tmp_path / "dev.jsonl", "c")
     write(tmp_path / "test.jsonl", "d")
     (tmp_path / "info.json").write_text("{}")
-    parts = load_examples(tmp_path).splits
-    assert {name: texts(found) for name, found in parts.items()} == {
+    splits = load_examples(tmp_path).splits
+    assert {name: texts(examples) for name, examples in splits.items()} == {
         "validation": ["c"], "test": ["d"], "train": ["a", "b"],
     }  # fmt: skip
 
 
-def test_a_folder_with_one_table_and_one_without_sense(tmp_path: Path) -> None:
+def test_a_folder_with_one_table_and_one_that_is_ambiguous(tmp_path: Path) -> None:
     write(tmp_path / "answers.jsonl", "a")
     (tmp_path / "asset.json").write_text("{}")
     assert texts(load_examples(tmp_path).splits[""]) == ["a"]
     write(tmp_path / "more.jsonl", "b")
-    with pytest.raises(DataError, match=r"holds answers.jsonl, asset.json, more.jsonl; expected a train file"):
+    with pytest.raises(DataError, match=r"has answers.jsonl, asset.json, more.jsonl; expected a train file"):
         load_examples(tmp_path)
     assert texts(load_examples([tmp_path / "answers.jsonl", tmp_path / "more.jsonl"]).splits[""]) == ["a", "b"]
 
 
-def test_named_parts_and_slices(tmp_path: Path) -> None:
+def test_named_splits_and_slices(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", *"abcdef")
     loaded = load_examples({"train": f"{path}#2", "test": [f"{path}#4:6"]})
-    assert {name: texts(found) for name, found in loaded.splits.items()} == {"train": ["a", "b"], "test": ["e", "f"]}
+    assert {name: texts(examples) for name, examples in loaded.splits.items()} == {
+        "train": ["a", "b"],
+        "test": ["e", "f"],
+    }
     assert loaded.splits["test"][0].location == "x.jsonl:5"
-    with pytest.raises(DataError, match="'dev' is no part"):
+    with pytest.raises(DataError, match="'dev' is not a split"):
         load_examples({"dev": path})
-    with pytest.raises(DataError, match="holds no rows"):
+    with pytest.raises(DataError, match="has no rows"):
         load_examples(f"{path}#7:9")
 
 
-def test_a_folder_given_for_a_part_gives_that_part(tmp_path: Path) -> None:
+def test_a_folder_given_for_a_split_gives_that_split(tmp_path: Path) -> None:
     for name in ("train", "test"):
         write(tmp_path / "both" / f"{name}.jsonl", name)
     write(tmp_path / "other.jsonl", "other")
     loaded = load_examples({"train": tmp_path / "both", "validation": tmp_path / "other.jsonl"})
-    assert {name: texts(found) for name, found in loaded.splits.items()} == {
+    assert {name: texts(examples) for name, examples in loaded.splits.items()} == {
         "train": ["train"],
         "validation": ["other"],
     }
-    with pytest.raises(DataError, match="given for validation has the parts test, train, but no validation"):
+    with pytest.raises(DataError, match="the source of validation has the splits test, train, but no validation"):
         load_examples({"validation": tmp_path / "both"})
 
 
-def test_a_limit_is_drawn_by_the_seed_in_order(tmp_path: Path) -> None:
+def test_a_limit_is_sampled_by_the_seed_in_order(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", *(f"{i:03}" for i in range(100)))
     drawn = texts(load_examples(path, limit=10, seed=1).splits[""])
     assert len(drawn) == 10
@@ -102,29 +102,29 @@ def test_a_limit_is_drawn_by_the_seed_in_order(tmp_path: Path) -> None:
     assert len(load_examples(path, limit=1000).splits[""]) == 100
 
 
-def test_names_of_parts() -> None:
+def test_names_of_splits() -> None:
     named = {"train": "train", "TRAIN_sft": "train", "dev": "validation", "validation_matched": "validation",
              "test-00000-of-00001": "test", "trainer": "", "tested": "", "unsupervised": ""}  # fmt: skip
     assert {name: split_named(name) for name in named} == named
 
 
-FAULTS = [
-    ("x.jsonl", "", "holds no rows"),
+BAD_FILES = [
+    ("x.jsonl", "", "has no rows"),
     ("x.jsonl", '{"text": "a"}\n{"text": \n', r"line 2: not JSON \(Expecting value, column 10\)"),
     ("x.jsonl", '["a"]\n', "line 1: a JSON list, expected an object"),
     ("x.jsonl", "[" * 100_000, "line 1: not JSON"),
     ("x.json", '[{"text": "a"},\n{"text" "b"}]', "line 2: not JSON"),
     ("x.csv", "text,label\na,b,c\n", "line 2: more fields than the 2 of the header"),
     ("x.csv", "text,text\na,b\n", "the header names 'text' more than once"),
-    ("x.csv", "text,label\n", "holds no rows"),
+    ("x.csv", "text,label\n", "has no rows"),
     ("x.xml", "<a/>", "unknown format .xml; use .jsonl"),
 ]
 
 
-@pytest.mark.parametrize(("name", "held", "words"), FAULTS)
-def test_faulty_files(tmp_path: Path, name: str, held: str, words: str) -> None:
-    (tmp_path / name).write_text(held)
-    with pytest.raises(DataError, match=words):
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
+def test_bad_files(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
         load_examples(tmp_path / name)
 
 
@@ -155,17 +155,17 @@ def test_the_hubs_library_opens_sets_with_their_class_names(tmp_path: Path) -> N
         tags=datasets.List(datasets.ClassLabel(names=["O", "B"])),
     )
     rows = {"text": ["a", "b", "c"], "label": [1, 0, -1], "tags": [[0, 1], [], [1]]}
-    made = datasets.Dataset.from_dict(rows, features=kinds)
+    dataset = datasets.Dataset.from_dict(rows, features=kinds)
     folder = tmp_path / "set" / "data"
     folder.mkdir(parents=True)
     for split in ("train", "validation", "other"):
-        made.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+        dataset.to_parquet(folder / f"{split}-00000-of-00001.parquet")
     for streaming in (False, True):
         tables = open_hub_tables(str(tmp_path / "set"), split_named, streaming)
         assert [table.split for table in tables] == ["train", "validation"]
-        found = [row for _, row in tables[0].iter_rows()]
-        assert [row["label"] for row in found] == ["pos", "neg", None]
-        assert [row["tags"] for row in found] == [["O", "B"], [], ["B"]]
+        first_rows = [row for _, row in tables[0].iter_rows()]
+        assert [row["label"] for row in first_rows] == ["pos", "neg", None]
+        assert [row["tags"] for row in first_rows] == [["O", "B"], [], ["B"]]
         assert [len(list(t.iter_rows())) for t in open_hub_tables(f"{tmp_path}/set#1:3", split_named, streaming)] == [
             2,
             2,
@@ -183,86 +183,3 @@ def test_a_name_that_is_nowhere_says_both(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install 'kitout\[hub\]'"):
         open_source("owner/name")
-
-
-def test_a_stream_has_every_example_once_in_a_seeded_order(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.jsonl", *(f"{i:03}" for i in range(100)))
-    made = open_stream(path, seed=3, buffer=20)[""]
-    order = texts(made)
-    assert sorted(order) == [f"{i:03}" for i in range(100)] != order
-    assert order == texts(made)
-    assert order != texts(open_stream(path, seed=4, buffer=20)[""])
-    assert order != texts(made.for_epoch(1))
-    assert texts(made.for_epoch(1)) == texts(open_stream(path, seed=3, buffer=20)[""].for_epoch(1))
-    assert texts(open_stream(path, buffer=1)[""]) == sorted(order)
-
-
-@pytest.mark.parametrize("count", [0, 1, 37, 99, 100, 101])
-def test_a_stream_goes_on_exactly(tmp_path: Path, count: int) -> None:
-    path = write(tmp_path / "x.jsonl", *(f"{i:03}" for i in range(100)))
-    whole = open_stream(path, buffer=20)[""]
-    held = whole.take_unique(10)
-    for made in (whole, whole.excluding(held)):
-        assert list(made.skip(count)) == list(made)[count:]
-        assert list(made.skip(count).skip(3)) == list(made)[count + 3 :]
-
-
-def test_what_is_measured_on_never_comes_again(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.jsonl", "Same", "b", "same ", "c", "B", "d")
-    made = open_stream(path)[""]
-    held = made.take_unique(2)
-    assert texts(held) == ["Same", "b"]
-    rest = made.excluding(held)
-    assert sorted(texts(rest)) == ["c", "d"]
-    assert texts(rest.take_unique(1)) == ["c"]
-    assert texts(rest.take_unique(9)) == ["c", "d"]
-    assert rest.take_unique(0) == []
-
-
-def test_a_stream_reads_no_further_than_it_must(tmp_path: Path) -> None:
-    path = tmp_path / "x.csv"
-    path.write_text("text,label\n" + "a,b\n" * 1000 + "a,b,c\n")
-    it = iter(open_stream(path, buffer=10)[""])
-    assert [next(it).source_text() for _ in range(900)] == ["a"] * 900
-    with pytest.raises(DataError, match="line 1002: more fields"):
-        list(it)
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet", "txt"])
-def test_streams_of_every_table_have_the_rows_that_load_has(tmp_path: Path, ending: str) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    rows = [f"t{i}" for i in range(30)]
-    path = tmp_path / f"x.{ending}"
-    if ending == "parquet":
-        parquet.write_table(pyarrow.table({"text": rows}), path)
-    elif ending == "jsonl":
-        write(path, *rows)
-    else:
-        path.write_text("\n".join(rows if ending == "txt" else ["text", *rows]))
-    assert tuple(open_stream(path, buffer=1)[""]) == load_examples(path).splits[""]
-
-
-def test_a_faulty_row_of_a_stream_stops_it(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.jsonl", "a", "", "b", label=1)
-    with pytest.raises(DataError, match=r"x.jsonl .read as label.: line 2: 'text' is empty"):
-        list(open_stream(path)[""])
-    (tmp_path / "x.json").write_text('[{"text": "a"}]')
-    with pytest.raises(DataError, match="cannot be streamed; write one object a line"):
-        open_stream(tmp_path / "x.json")
-
-
-@pytest.mark.parametrize("skip", [0, 1, 255, 700, 1300, 5000])
-def test_items_of_a_stream_are_those_of_the_whole(tmp_path: Path, tokenizer: Callable[..., Any], skip: int) -> None:
-    path = write(tmp_path / "x.jsonl", *(f"fox {i} " * (1 + i % 7) for i in range(600)))
-    encode = CausalEncoder(tokenizer(), 16)
-    made = open_stream(path, buffer=100)[""]
-    whole = encode(list(made))
-    assert list(encode_stream(made, encode, skip)) == whole[skip:]
-
-
-def test_parts_of_a_stream(tmp_path: Path) -> None:
-    write(tmp_path / "train.jsonl", "a")
-    write(tmp_path / "test.jsonl", "b")
-    made = open_stream(tmp_path)
-    assert {part: texts(found) for part, found in made.items()} == {"train": ["a"], "test": ["b"]}
-    assert all(isinstance(e, Example) for e in made["train"])

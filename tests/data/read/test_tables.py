@@ -1,4 +1,4 @@
-"""Parquet beside the formats that tests/demo/test_data.py reads through the demo: same rows, plain words when not."""
+"""Parquet files: the rows of the same csv, or a plain message; and long lists of errors that are cut short."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kitout.data.read.tables import DataError, add_first, find_columns, read_rows
+from kitout.data.read.tables import DataError, add_first, read_rows
 from kitout.errors import Errors, KitoutError
 
 
@@ -20,7 +20,7 @@ def test_parquet_gives_the_rows_of_the_csv(tmp_path: Path) -> None:
 def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     (tmp_path / "a.parquet").write_bytes(b"PAR1" + b"\0" * 40 + b"PAR1")
-    with pytest.raises(DataError, match=r"a\.parquet is no readable parquet file"):
+    with pytest.raises(DataError, match=r"a\.parquet is not a readable parquet file"):
         read_rows(tmp_path / "a.parquet")
 
 
@@ -31,13 +31,7 @@ def test_parquet_without_its_library_says_what_to_install(tmp_path: Path, monkey
         read_rows(tmp_path / "a.parquet")
 
 
-def test_the_first_usual_name_wins_over_the_order_of_columns(tmp_path: Path) -> None:
-    found = [(1, {"Category": "x", "LABEL": "y", "file": "a"})]
-    usual = {"image": (None, ("path", "file")), "label": (None, ("label", "category"))}
-    assert find_columns(tmp_path, found, usual) == ["file", "LABEL"]
-
-
-def test_many_faults_of_one_kind_are_counted() -> None:
-    faults = Errors(KitoutError, "x")
-    add_first(faults, [str(i) for i in range(9)], "rows")
-    assert faults.messages == ["0", "1", "2", "3", "4", "and 4 more such rows"]
+def test_many_errors_of_one_kind_are_counted() -> None:
+    errors = Errors(KitoutError, "x")
+    add_first(errors, [str(i) for i in range(9)], "rows")
+    assert errors.messages == ["0", "1", "2", "3", "4", "and 4 more such rows"]

@@ -1,7 +1,7 @@
-"""Examples as the items of models that judge: one class, several labels, a number, or a tag for every token.
+"""Examples encoded for models that classify: one class, several labels, a number, or a tag for every token.
 
-The set of labels comes from what is trained on, or is given, and is closed: any other label is told with its line.
-Encoders tokenise in batches and cut at the end of the text. It knows no file, no model and no padding.
+The set of labels comes from the train split, or is given, and is closed: any other label is an error with its line.
+Encoders tokenize in batches and truncate the end of the text. It knows no file, no model and no padding.
 """
 
 from __future__ import annotations
@@ -19,149 +19,158 @@ from kitout.data.examples.examples import Example, LabeledText, TaggedWords, cel
 from kitout.data.read.tables import DataError
 from kitout.errors import suggest
 
-MAX_LABELS = 1000  # classes; more are no classes but probably the wrong column
+MAX_LABELS = 1000  # more different labels are probably the wrong column
 
 
 def label_set(examples: Iterable[Example]) -> tuple[str, ...]:
-    """The labels, or tags, of these examples: whole numbers in their order, words in theirs, tags with O first."""
-    found: set[str] = set()
+    """The labels, or tags, of these examples, sorted: as numbers if all are whole numbers; O comes first."""
+    labels: set[str] = set()
     for example in examples:
         if isinstance(example, TaggedWords):
-            found.update(example.tags)
+            labels.update(example.tags)
         elif isinstance(example, LabeledText):
-            found.update(example.label if isinstance(example.label, tuple) else (cell_to_text(example.label),))
-    if len(found) > MAX_LABELS:
-        some = ", ".join(map(repr, sorted(found)[:4]))
+            labels.update(example.label if isinstance(example.label, tuple) else (cell_to_text(example.label),))
+    if len(labels) > MAX_LABELS:
+        first = ", ".join(map(repr, sorted(labels)[:4]))
         raise DataError(
-            f"{len(found)} different labels ({some}, ...), expected at most {MAX_LABELS}: is it the right column?"
+            f"{len(labels)} different labels ({first}, ...), expected at most {MAX_LABELS}: is it the right column?"
         )
-    if all(label.lstrip("-").isdecimal() for label in found):
-        return tuple(sorted(found, key=int))
-    return tuple(sorted(found, key=lambda label: (label != "O", label)))
+    if all(label.lstrip("-").isdecimal() for label in labels):
+        return tuple(sorted(labels, key=int))
+    return tuple(sorted(labels, key=lambda label: (label != "O", label)))
 
 
 @dataclass(frozen=True)
 class _LabelEncoder:
+    """What the encoders of labeled texts have in common."""
+
     tokenizer: Any
+    """A tokenizer of transformers."""
     max_length: int
+    """Of an encoded example, in tokens; of a pair the longer text is truncated."""
 
-    def _encode_texts(self, examples: Sequence[LabeledText]) -> list[tuple[tuple[int, ...], int]]:
-        """Ids with the tokenizer's special tokens and how many tokens were cut; of two texts the longer is cut."""
-        return encode_texts(
-            self.tokenizer, [e.text for e in examples], [e.text_pair for e in examples], self.max_length
+    def _encode(self, examples: Sequence[Example], values: Sequence[Any]) -> list[EncodedExample]:
+        labeled = [e for e in examples if isinstance(e, LabeledText)]
+        encoded = encode_texts(
+            self.tokenizer, [e.text for e in labeled], [e.text_pair for e in labeled], self.max_length
         )
-
-    def _to_encoded(self, examples: Sequence[Example], labels: Sequence[Any]) -> list[EncodedExample]:
-        texts = [e for e in examples if isinstance(e, LabeledText)]
         return [
             EncodedExample(ids, label=value, reference=e.answer_text(), num_truncated=cut, location=e.location)
-            for e, value, (ids, cut) in zip(texts, labels, self._encode_texts(texts), strict=True)
+            for e, value, (ids, cut) in zip(labeled, values, encoded, strict=True)
         ]
 
 
 @dataclass(frozen=True)
 class ClassEncoder(_LabelEncoder):
-    """One class of `labels`; a value is its index."""
+    """One class of `labels`; the value is its index."""
 
     labels: tuple[str, ...]
+    """The classes, in order."""
 
     def __post_init__(self) -> None:
         _check_num_labels(self.labels)
 
     def __call__(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        known = {label: i for i, label in enumerate(self.labels)}
-        return self._to_encoded(examples, encode_each(examples, lambda e: _label_id(_single_label(e), known)))
+        label_ids = {label: i for i, label in enumerate(self.labels)}
+        return self._encode(examples, encode_each(examples, lambda e: _label_id(_single_label(e), label_ids)))
 
 
 @dataclass(frozen=True)
 class MultiLabelEncoder(_LabelEncoder):
-    """Any number of `labels`; a value holds 1.0 for each that applies, else 0.0."""
+    """Any number of `labels`; the value has 1.0 for each that applies, else 0.0."""
 
     labels: tuple[str, ...]
+    """All labels, in order."""
 
     def __post_init__(self) -> None:
         _check_num_labels(self.labels)
 
     def __call__(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        known = {label: i for i, label in enumerate(self.labels)}
+        label_ids = {label: i for i, label in enumerate(self.labels)}
 
-        def value(example: Example) -> tuple[float, ...]:
+        def to_vector(example: Example) -> tuple[float, ...]:
             label = _require_label(example).label
-            held = {_label_id(one, known) for one in (label if isinstance(label, tuple) else (cell_to_text(label),))}
-            return tuple(float(i in held) for i in range(len(known)))
+            names = label if isinstance(label, tuple) else (cell_to_text(label),)
+            applying = {_label_id(name, label_ids) for name in names}
+            return tuple(float(i in applying) for i in range(len(label_ids)))
 
-        return self._to_encoded(examples, encode_each(examples, value))
+        return self._encode(examples, encode_each(examples, to_vector))
 
 
 @dataclass(frozen=True)
 class RegressionEncoder(_LabelEncoder):
-    """A number."""
+    """A number; the value is that number."""
 
     def __call__(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        return self._to_encoded(examples, encode_each(examples, _to_number))
+        return self._encode(examples, encode_each(examples, _to_number))
 
 
 @dataclass(frozen=True)
 class TokenClassEncoder:
-    """One of `labels` for every word: learnt on the word's first token, the others are ignored."""
+    """One of `labels` for every word: trained on the word's first token, the others are ignored."""
 
     tokenizer: Any
+    """A fast tokenizer of transformers."""
     max_length: int
+    """Of an encoded example, in tokens."""
     labels: tuple[str, ...]
+    """The tags, in order."""
 
     def __post_init__(self) -> None:
         _check_num_labels(self.labels)
 
     def __call__(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        known = {label: i for i, label in enumerate(self.labels)}
+        label_ids = {label: i for i, label in enumerate(self.labels)}
         SpanTokenizer(self.tokenizer)  # word_ids need a fast tokenizer
-        tags = encode_each(examples, lambda e: [_label_id(tag, known) for tag in _require_tags(e).tags])
+        tags = encode_each(examples, lambda e: [_label_id(tag, label_ids) for tag in _require_tags(e).tags])
         if not examples:
             return []
         words = [list(e.words) for e in examples if isinstance(e, TaggedWords)]
-        how = {"is_split_into_words": True, "return_attention_mask": False, "verbose": False}
-        said = self.tokenizer(words, truncation=True, max_length=self.max_length, **how)
-        made = []
-        for i, (example, classes, ids) in enumerate(zip(examples, tags, said["input_ids"], strict=True)):
-            where = said.word_ids(i)
-            firsts = {word: at for at, word in reversed(list(enumerate(where))) if word is not None}
+        options = {"is_split_into_words": True, "return_attention_mask": False, "verbose": False}
+        encoding = self.tokenizer(words, truncation=True, max_length=self.max_length, **options)
+        encoded = []
+        for i, (example, tag_ids, ids) in enumerate(zip(examples, tags, encoding["input_ids"], strict=True)):
+            word_of_tokens = list(enumerate(encoding.word_ids(i)))
+            first_tokens = {word: token for token, word in reversed(word_of_tokens) if word is not None}
             labels = [IGNORE_INDEX] * len(ids)
-            for word, at in firsts.items():
-                labels[at] = classes[word]
-            full = len(ids)
+            for word, token in first_tokens.items():
+                labels[token] = tag_ids[word]
+            full_length = len(ids)
             if len(ids) >= self.max_length:
-                full = len(self.tokenizer(words[i], **how)["input_ids"])
-            made.append(
+                full_length = len(self.tokenizer(words[i], **options)["input_ids"])
+            encoded.append(
                 EncodedExample(
                     tuple(ids),
                     tuple(labels),
                     reference=example.answer_text(),
-                    num_truncated=full - len(ids),
-                    num_truncated_targets=len(classes) - len(firsts),
+                    num_truncated=full_length - len(ids),
+                    num_truncated_targets=len(tag_ids) - len(first_tokens),
                     location=example.location,
                 )
             )
-        return made
+        return encoded
 
 
 def encode_texts(
     tokenizer: Any, texts: Sequence[str], text_pairs: Sequence[str | None], max_length: int
 ) -> list[tuple[tuple[int, ...], int]]:
-    """Ids of each text, or pair of texts, of at most `most` tokens, and how many tokens were cut."""
-    made: list[tuple[tuple[int, ...], int]] = []
-    how = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    """Ids of each text, or pair of texts, of at most `max_length` tokens, and how many tokens were truncated."""
+    encoded: list[tuple[tuple[int, ...], int]] = []
+    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     pairs = zip(texts, text_pairs, strict=True)
-    for alone, group in groupby(pairs, key=lambda pair: pair[1] is None):  # a batch has pairs or none
-        held = list(group)
-        given = [[t for t, _ in held]] if alone else [[t for t, _ in held], [str(s) for _, s in held]]
-        short = tokenizer(*given, truncation=True, max_length=max_length, **how)["input_ids"]
-        full = [i for i, ids in enumerate(short) if len(ids) >= max_length]
+    for is_single, group in groupby(pairs, key=lambda pair: pair[1] is None):  # a batch has pairs or none
+        batch = list(group)
+        columns = [[text for text, _ in batch]]
+        if not is_single:
+            columns.append([str(second) for _, second in batch])
+        short = tokenizer(*columns, truncation=True, max_length=max_length, **options)["input_ids"]
+        at_limit = [i for i, ids in enumerate(short) if len(ids) >= max_length]
         lengths = {}
-        if full:
-            whole = tokenizer(*[[column[i] for i in full] for column in given], **how)["input_ids"]
-            lengths = {i: len(ids) for i, ids in zip(full, whole, strict=True)}
-        made += [(tuple(ids), lengths.get(i, len(ids)) - len(ids)) for i, ids in enumerate(short)]
-    return made
+        if at_limit:
+            full = tokenizer(*[[column[i] for i in at_limit] for column in columns], **options)["input_ids"]
+            lengths = {i: len(ids) for i, ids in zip(at_limit, full, strict=True)}
+        encoded += [(tuple(ids), lengths.get(i, len(ids)) - len(ids)) for i, ids in enumerate(short)]
+    return encoded
 
 
 def _require_label(example: Example) -> LabeledText:
@@ -179,7 +188,7 @@ def _require_tags(example: Example) -> TaggedWords:
 def _single_label(example: Example) -> str:
     label = _require_label(example).label
     if isinstance(label, tuple):
-        raise DataError(f"it has the labels {list(label)}; for several labels at once train with multilabel")
+        raise DataError(f"it has the labels {list(label)}; for several labels at once train multilabel")
     return cell_to_text(label)
 
 
@@ -190,13 +199,13 @@ def _to_number(example: Example) -> float:
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value):
-        raise DataError(f"label {label!r} is no finite number")
+        raise DataError(f"label {label!r} is not a finite number")
     return value
 
 
 def _label_id(label: str, label_ids: dict[str, int]) -> int:
     if label not in label_ids:
-        raise DataError(f"label {label!r} is outside the set; {suggest(label, label_ids)}")
+        raise DataError(f"label {label!r} is not in the set; {suggest(label, label_ids)}")
     return label_ids[label]
 
 
@@ -204,5 +213,5 @@ def _check_num_labels(labels: Sequence[str]) -> None:
     if len(labels) < 2 or len(set(labels)) < len(labels):
         raise DataError(
             f"the labels are {', '.join(labels) or 'none'}; at least two different ones are needed "
-            "(rows in the order of their labels? data.train.limit draws some, `path#500` takes the first)"
+            "(are the rows sorted by label? data.train.limit samples them, `path#500` takes the first)"
         )

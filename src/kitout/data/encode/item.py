@@ -1,6 +1,6 @@
-"""An example as a model takes it: token ids, what is to be learnt of them, and what it is worth to say about it.
+"""An example as a model takes it: token ids, which of them are trained on, and what is worth saying about it.
 
-Made by the encoders of this room, read by `kitout.train` and `kitout.evaluate`. Plain values, so that a set can be
+The encoders of this folder make it, `kitout.train` and `kitout.evaluate` read it. Plain values, so that a set can be
 hashed, cached and counted. It knows no tokenizer, no model and no file.
 """
 
@@ -10,29 +10,32 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-IGNORE_INDEX = -100  # a label that is not learnt, as torch's cross_entropy and transformers have it
+IGNORE_INDEX = -100  # the label of a token that is not trained on, as in torch's cross_entropy and transformers
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
-    """One encoded example.
-
-    ids: what the model reads, without padding. labels: one per id (not shifted): the id itself where a causal model
-    learns it, or a token's class, IGNORED elsewhere. target: what a sequence-to-sequence model writes, its end token
-    included. value: the class of a sequence, a regression value, or a 0/1 vector. prompt: causal: ids[:prompt] is what
-    an answer is generated from (all before the last learnt turn). reference: the answer as text. cut: tokens that
-    truncation left out; lost: those of them that were to be learnt. place: where it was read.
-    """
+    """One encoded example."""
 
     input_ids: tuple[int, ...]
+    """What the model reads, without padding."""
     labels: tuple[int, ...] = ()
+    """One per id, not shifted: the id itself where a causal model is trained on it, or a token's class; else
+    IGNORE_INDEX."""
     target_ids: tuple[int, ...] = ()
+    """What a sequence-to-sequence model writes, its end token included."""
     label: int | float | tuple[float, ...] | None = None
+    """The class of a sequence, a regression value, or a 0/1 vector."""
     prompt_length: int = 0
+    """Causal: an answer is generated from `input_ids[:prompt_length]`, all before the last trained turn."""
     reference: str = ""
+    """The answer as text."""
     num_truncated: int = 0
+    """Tokens that truncation took."""
     num_truncated_targets: int = 0
+    """Those of them that were to be trained on."""
     location: str = ""
+    """Where it was read, for messages."""
 
     @property
     def length(self) -> int:
@@ -42,27 +45,18 @@ class EncodedExample:
     @property
     def num_targets(self) -> int:
         """Tokens the loss is taken over; 1 for a sequence's value."""
-        return (
-            1 if self.label is not None else sum(label != IGNORE_INDEX for label in self.labels) + len(self.target_ids)
-        )
+        if self.label is not None:
+            return 1
+        return sum(label != IGNORE_INDEX for label in self.labels) + len(self.target_ids)
 
 
 def digest(examples: Iterable[EncodedExample]) -> str:
-    """A fingerprint of the items in their order; where they were read does not count."""
-    seen = hashlib.sha256()
-    for i in examples:
-        seen.update(
-            repr(
-                (
-                    i.input_ids,
-                    i.labels,
-                    i.target_ids,
-                    i.label,
-                    i.prompt_length,
-                    i.reference,
-                    i.num_truncated,
-                    i.num_truncated_targets,
-                )
-            ).encode()
-        )
-    return seen.hexdigest()
+    """A fingerprint of the examples in their order; where they were read does not count."""
+    sha256 = hashlib.sha256()
+    for e in examples:
+        content = (
+            e.input_ids, e.labels, e.target_ids, e.label, e.prompt_length, e.reference, e.num_truncated,
+            e.num_truncated_targets,
+        )  # fmt: skip
+        sha256.update(repr(content).encode())
+    return sha256.hexdigest()

@@ -1,7 +1,7 @@
-"""Text in which stretches are marked to be learnt, and its exact way to token ids and labels.
+"""Text with spans that are trained on, and its exact way to token ids and labels.
 
-A text is cut where something learnt begins and each piece is tokenised alone: a model meets what it is given without
-the answer, so no token may hold the end of the one and the start of the other. Offsets say where a stretch ends.
+A text is cut where a trained span begins, and each piece is tokenized alone: a model meets the prompt without the
+answer, so no token may hold the end of the one and the start of the other. Offsets say where a span ends.
 It knows no templates, no formats and no lengths.
 """
 
@@ -20,29 +20,31 @@ BATCH_SIZE = 1000  # texts whose offsets are in memory at once
 
 @dataclass(frozen=True)
 class SpannedText:
-    """text and what is to be learnt of it.
-
-    spans: characters [from, to), in order, apart. answer: the character where the last learnt turn begins.
-    opened: the tokenizer's own start tokens go in front (a chat template writes its own). ended: the end token is put
-    behind and learnt.
-    """
+    """A text and the spans of it that are trained on."""
 
     text: str
+    """The whole text."""
     spans: tuple[tuple[int, int], ...]
+    """Characters [start, end) that are trained on, in order, disjoint."""
     answer_start: int = 0
+    """The character where the last trained turn begins."""
     add_start_token: bool = False
+    """Whether the tokenizer's own start tokens go before it; a chat template writes its own."""
     add_end_token: bool = False
+    """Whether the end token goes after it, and is trained on."""
     reference: str = ""
+    """The answer as text."""
     location: str = ""
+    """Where it was read, for messages."""
 
 
 class SpanTokenizer:
-    """A tokenizer as this room uses it: ids of marked texts, its start and end tokens, its special tokens."""
+    """A tokenizer as this folder uses it: ids of spanned texts, its start and end tokens, its special tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         if not tokenizer.is_fast:
             raise DataError(
-                f"{type(tokenizer).__name__} is a slow tokenizer, which does not tell where its tokens stand in a text;"
+                f"{type(tokenizer).__name__} is a slow tokenizer, which gives no offsets of its tokens;"
                 " load the model's fast one (AutoTokenizer.from_pretrained(..., use_fast=True))"
             )
         self.tokenizer = tokenizer
@@ -50,17 +52,17 @@ class SpanTokenizer:
 
     @cached_property
     def end_id(self) -> int:
-        """The id of the token that says it is over."""
+        """The id of the token that ends a text."""
         if self.tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end-of-text token: no model can learn where to stop; set eos_token")
         return int(self.tokenizer.eos_token_id)
 
     @cached_property
     def start_ids(self) -> tuple[int, ...]:
-        """What the tokenizer puts in front of every text of its own."""
-        bare, dressed = self._encode_text("a", False), self._encode_text("a", True)
-        at = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
-        return tuple(dressed[:at])
+        """What the tokenizer itself puts before every text."""
+        without, with_special = self._encode_text("a", False), self._encode_text("a", True)
+        starts = range(len(with_special))
+        return tuple(with_special[: next((i for i in starts if with_special[i : i + len(without)] == without), 0)])
 
     @cached_property
     def special_tokens(self) -> dict[int, str]:
@@ -71,7 +73,7 @@ class SpanTokenizer:
 
     @cached_property
     def adds_leading_space(self) -> bool:
-        """Whether a text alone gets a space in front, as sentencepiece does: its pieces would get one each."""
+        """Whether a text alone gets a leading space, as with sentencepiece: each piece of a text would get one."""
         first = self._encode_text("a", False)[:1]
         return any(str(self.tokenizer.convert_ids_to_tokens(i)).startswith(("▁", "Ġ")) for i in first)
 
@@ -79,39 +81,39 @@ class SpanTokenizer:
         return list(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
     def encode(self, texts: Sequence[SpannedText]) -> list[EncodedExample]:
-        """One item each, whole; `encode` shortens them. A batch is tokenised at once."""
-        return [
-            item for at in range(0, len(texts), BATCH_SIZE) for item in self._encode_batch(texts[at : at + BATCH_SIZE])
-        ]
+        """One untruncated example each. A batch is tokenized at once."""
+        batches = (texts[start : start + BATCH_SIZE] for start in range(0, len(texts), BATCH_SIZE))
+        return [example for batch in batches for example in self._encode_batch(batch)]
 
     def _encode_batch(self, texts: Sequence[SpannedText]) -> list[EncodedExample]:
-        cut = [self._split_text(marked) for marked in texts]
-        said = self.tokenizer(
-            [piece for pieces in cut for piece in pieces], add_special_tokens=False, return_offsets_mapping=True,
-            return_attention_mask=False, return_token_type_ids=False, verbose=False,
+        pieces_of_texts = [self._split_text(spanned) for spanned in texts]
+        encoding = self.tokenizer(
+            [piece for pieces in pieces_of_texts for piece in pieces], add_special_tokens=False,
+            return_offsets_mapping=True, return_attention_mask=False, return_token_type_ids=False, verbose=False,
         )  # fmt: skip
-        coded = iter(zip(said["input_ids"], said["offset_mapping"], strict=True))
-        made = []
-        for marked, pieces in zip(texts, cut, strict=True):
+        encoded_pieces = iter(zip(encoding["input_ids"], encoding["offset_mapping"], strict=True))
+        examples = []
+        for spanned, pieces in zip(texts, pieces_of_texts, strict=True):
             ids: list[int] = []
-            places: list[tuple[int, int]] = []
-            at = 0
+            offsets: list[tuple[int, int]] = []
+            piece_start = 0
             for piece in pieces:
-                some, where = next(coded)
-                ids += [self._id_cache.setdefault(i, i) for i in some]
-                places += [(a + at, b + at) for a, b in where]
-                at += len(piece)
-            made.append(self._to_example(marked, ids, places))
-        return made
+                piece_ids, piece_offsets = next(encoded_pieces)
+                ids += [self._id_cache.setdefault(i, i) for i in piece_ids]
+                offsets += [(start + piece_start, end + piece_start) for start, end in piece_offsets]
+                piece_start += len(piece)
+            examples.append(self._to_example(spanned, ids, offsets))
+        return examples
 
     def _split_text(self, spanned: SpannedText) -> list[str]:
-        """Cut at every start of a stretch, and at the answer.
+        """Cut at the start of every span, and at the answer.
 
-        Whole where each piece would get a space of its own; there a token that holds both is learnt. (An earlier answer
-        that begins with white space may be tokenised otherwise once it is history; it is learnt as it was written.)
+        Not cut where each piece would get a leading space of its own; there a token that holds both is trained on. (An
+        earlier answer that begins with white space may be tokenized differently once it is history; it is trained on
+        as it was written.)
         """
-        at = {spanned.answer_start, *(a for a, _ in spanned.spans)}
-        starts = [] if self.adds_leading_space else sorted(a for a in at if 0 < a < len(spanned.text))
+        cuts = {spanned.answer_start, *(start for start, _ in spanned.spans)}
+        starts = [] if self.adds_leading_space else sorted(cut for cut in cuts if 0 < cut < len(spanned.text))
         return [spanned.text[a:b] for a, b in zip([0, *starts], [*starts, len(spanned.text)], strict=True)]
 
     def _to_example(self, spanned: SpannedText, ids: list[int], offsets: list[tuple[int, int]]) -> EncodedExample:
@@ -123,16 +125,18 @@ class SpanTokenizer:
                 start, end = next(spans, (len(spanned.text) + 1, len(spanned.text) + 2))
             if b > start and (a < end or a == b == end):  # offsets of white space may be trimmed to nothing
                 labels[i] = ids[i]
-        prompt = (
-            next((i for i, (_, b) in enumerate(offsets) if b > spanned.answer_start), len(ids))
-            if spanned.answer_start
-            else 0
-        )
+        prompt_length = 0
+        if spanned.answer_start:
+            prompt_length = next((i for i, (_, b) in enumerate(offsets) if b > spanned.answer_start), len(ids))
         if spanned.add_start_token:
             ids, labels = [*self.start_ids, *ids], [*[IGNORE_INDEX] * len(self.start_ids), *labels]
-            prompt += len(self.start_ids) if spanned.answer_start else 0
+            prompt_length += len(self.start_ids) if spanned.answer_start else 0
         if spanned.add_end_token and (not ids or ids[-1] != self.end_id):
             ids, labels = [*ids, self.end_id], [*labels, self.end_id]
         return EncodedExample(
-            tuple(ids), tuple(labels), prompt_length=prompt, reference=spanned.reference, location=spanned.location
+            tuple(ids),
+            tuple(labels),
+            prompt_length=prompt_length,
+            reference=spanned.reference,
+            location=spanned.location,
         )

@@ -1,1 +1,1 @@
-"""Rows to examples in words."""
+"""Rows to examples."""

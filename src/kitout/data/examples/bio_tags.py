@@ -1,6 +1,6 @@
-"""Marked stretches of a text as words with tags: B- on the first word of a stretch, I- on the others, O elsewhere.
+"""Labeled spans of a text as words with BIO tags: B- on the first word of a span, I- on the others, O elsewhere.
 
-Words are runs of letters and digits, and single other signs; a stretch that begins or ends inside a word takes the
+Words are runs of letters and digits, and single other characters; a span that begins or ends inside a word takes the
 whole word. It knows no file, no row and no tokenizer.
 """
 
@@ -17,27 +17,27 @@ _WORD_PATTERN = re.compile(r"\w+|[^\w\s]")
 
 
 def bio_tags(text: str, spans: Sequence[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """marked: objects with start, end (characters, end excluded) and label."""
-    stretches = sorted((_check_span(m, text) for m in spans), key=lambda s: s[:2])
-    for (_, end, one), (start, _, other) in pairwise(stretches):
+    """Words and tags. spans: objects with start, end (characters, end excluded) and label."""
+    checked = sorted((_check_span(span, text) for span in spans), key=lambda span: span[:2])
+    for (_, end, label), (start, _, next_label) in pairwise(checked):
         if start < end:
-            raise DataError(f"the spans {one!r} and {other!r} overlap at character {start}; a word has one tag")
+            raise DataError(f"the spans {label!r} and {next_label!r} overlap at character {start}; a word has one tag")
     words = list(_WORD_PATTERN.finditer(text))
     tags = ["O"] * len(words)
-    for start, end, label in stretches:
-        inside = [i for i, w in enumerate(words) if w.start() < end and w.end() > start]
+    for start, end, label in checked:
+        inside = [i for i, word in enumerate(words) if word.start() < end and word.end() > start]
         for i in inside:
             tags[i] = f"{'B' if i == inside[0] else 'I'}-{label}"
-    return tuple(w.group() for w in words), tuple(tags)
+    return tuple(word.group() for word in words), tuple(tags)
 
 
 def _check_span(span: Any, text: str) -> tuple[int, int, str]:
     if not isinstance(span, Mapping):
         raise DataError(f"a span is {span!r}, expected an object with start, end and label")
     start, end = span.get("start"), span.get("end")
-    label = next((span[k] for k in ("label", "entity", "type", "tag") if span.get(k) is not None), None)
+    label = next((span[key] for key in ("label", "entity", "type", "tag") if span.get(key) is not None), None)
     if not isinstance(start, int) or not isinstance(end, int) or not 0 <= start < end <= len(text) or label is None:
         raise DataError(f"a span is {dict(span)}; expected 0 <= start < end <= {len(text)} and a label")
     if not text[start:end].strip():
-        raise DataError(f"the span {dict(span)} marks nothing but white space")
+        raise DataError(f"the span {dict(span)} covers nothing but white space")
     return start, end, str(label)

@@ -1,7 +1,7 @@
-"""The cells of one row as an example, one function per format: alpaca, chats, completions, questions, labels, tags.
+"""One row as one example, a function per format: instructions, chats, completions, questions, labels, tags.
 
-A function gets its cells by role ("instruction", "context", ...) and raises a DataError that says which cell holds
-what; the caller knows the line. Nothing is guessed from words: shapes and types decide. It knows no file.
+A function gets its cells by role ("instruction", "context", ...) and raises a DataError that names the cell and its
+value; the caller adds the line. Types and shapes decide, never the text itself. It knows no file.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
     "function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool",
 }  # fmt: skip
-TRAIN_FLAGS = ("learn", "train", "training", "weight")  # what data sets call the flag of a turn
+TRAIN_FLAGS = ("learn", "train", "training", "weight")  # what data sets call the flag that a turn is trained on
 SUMMARIZE_PROMPT = "Summarise this text."
 
 
 def from_instruction(row_fields: RowFields) -> Chat:
-    """What to do and perhaps what with, as alpaca and dolly write it."""
-    asked = _required_text(row_fields, "instruction")
-    given = _optional_text(row_fields, "context")
+    """An instruction, perhaps with a context, as alpaca and dolly have them."""
+    instruction = _required_text(row_fields, "instruction")
+    context = _optional_text(row_fields, "context")
     return one_turn_chat(
-        f"{asked}\n\n{given}" if given else asked,
+        f"{instruction}\n\n{context}" if context else instruction,
         _required_text(row_fields, "response"),
         _optional_text(row_fields, "system"),
     )
 
 
 def from_messages(row_fields: RowFields, role: str = "messages") -> Chat:
-    """OpenAI's messages (role, content) and sharegpt's (from, value)."""
+    """Messages as OpenAI (role, content) and sharegpt (from, value) have them."""
     turns = _to_turns(_required_list(row_fields, role))
     system = _optional_text(row_fields, "system")
     if system and turns[0].role != "system":
@@ -62,21 +62,22 @@ def from_sharegpt(row_fields: RowFields) -> Chat:
 
 
 def from_completion(row_fields: RowFields) -> Chat | Completion:
-    """Raw strings, or message lists of a conversation and its end."""
-    prompt, answer = row_fields.get("prompt"), row_fields.get("completion")
-    if isinstance(prompt, list) or isinstance(answer, list):
-        asked = _to_turns(_required_list(row_fields, "prompt"))
-        return Chat((*asked, *_to_turns(_required_list(row_fields, "completion"))), _to_tools(row_fields.get("tools")))
-    if not isinstance(answer, str) or not answer:
-        raise DataError(f"'completion' is {answer!r}, expected text")
+    """Raw strings, or the messages of a conversation and those of its continuation."""
+    prompt, completion = row_fields.get("prompt"), row_fields.get("completion")
+    if isinstance(prompt, list) or isinstance(completion, list):
+        messages = [*_to_turns(_required_list(row_fields, "prompt"))]
+        messages += _to_turns(_required_list(row_fields, "completion"))
+        return Chat(tuple(messages), _to_tools(row_fields.get("tools")))
+    if not isinstance(completion, str) or not completion:
+        raise DataError(f"'completion' is {completion!r}, expected text")
     if prompt is not None and not isinstance(prompt, str):
         raise DataError(f"'prompt' is {_shorten(prompt)}, expected text")
-    return Completion(prompt or "", answer)
+    return Completion(prompt or "", completion)
 
 
 def from_question(row_fields: RowFields) -> Chat:
-    """A question, perhaps about a passage, perhaps with choices; the first of several answers is learnt."""
-    asked = _required_text(row_fields, "question")
+    """A question, perhaps about a passage, perhaps with choices. Of several answers the first is taken."""
+    question = _required_text(row_fields, "question")
     answer = row_fields.get("answer")
     if isinstance(answer, Mapping):  # as SQuAD has it: {"text": [...], "answer_start": [...]}
         answer = answer.get("text")
@@ -84,14 +85,17 @@ def from_question(row_fields: RowFields) -> Chat:
         answer = answer[0] if answer else None
     if row_fields.get("choices") is not None:
         choices, answer = _letter_choices(row_fields["choices"], answer)
-        asked = "\n".join([asked, *choices])
-    said = ("yes" if answer else "no") if isinstance(answer, bool) else _required_text({"answer": answer}, "answer")
+        question = "\n".join([question, *choices])
+    if isinstance(answer, bool):
+        answer = "yes" if answer else "no"
+    answer = _required_text({"answer": answer}, "answer")
     passage = _optional_text(row_fields, "context")
-    return one_turn_chat(f"{passage}\n\n{asked}" if passage else asked, said, _optional_text(row_fields, "system"))
+    prompt = f"{passage}\n\n{question}" if passage else question
+    return one_turn_chat(prompt, answer, _optional_text(row_fields, "system"))
 
 
 def from_summary(row_fields: RowFields) -> Chat:
-    """A document and its summary; the request stands behind the document, where truncation spares it."""
+    """A document and its summary. The request comes after the document, where truncation spares it."""
     return one_turn_chat(
         f"{_required_text(row_fields, 'document')}\n\n{SUMMARIZE_PROMPT}",
         _required_text(row_fields, "summary"),
@@ -100,30 +104,30 @@ def from_summary(row_fields: RowFields) -> Chat:
 
 
 def from_label(row_fields: RowFields) -> LabeledText:
-    """One class, one number, or a list of the labels that apply (an empty list: none does)."""
-    second = _optional_text(row_fields, "second") or None
-    return LabeledText(_required_text(row_fields, "text"), _to_label(row_fields.get("label")), second)
+    """One class, one number, or a list of the labels that apply (empty: none does)."""
+    text_pair = _optional_text(row_fields, "second") or None
+    return LabeledText(_required_text(row_fields, "text"), _to_label(row_fields.get("label")), text_pair)
 
 
 def from_tokens(row_fields: RowFields) -> TaggedWords:
     words, tags = _required_list(row_fields, "tokens"), _required_list(row_fields, "tags")
     if len(words) != len(tags):
         raise DataError(f"{len(words)} tokens and {len(tags)} tags; each token needs one tag")
-    if not all(isinstance(w, str) and w.strip() for w in words):
-        raise DataError(f"'tokens' holds what is no word: {_shorten(words)}")
+    if not all(isinstance(word, str) and word.strip() for word in words):
+        raise DataError(f"'tokens' has an element that is not a word: {_shorten(words)}")
     if any(tag is None or isinstance(tag, list | dict) for tag in tags):
-        raise DataError(f"'tags' holds what is no tag: {_shorten(tags)}")
+        raise DataError(f"'tags' has an element that is not a tag: {_shorten(tags)}")
     return TaggedWords(tuple(words), tuple(map(cell_to_text, tags)))
 
 
 def from_spans(row_fields: RowFields) -> TaggedWords:
-    """A text and the marked stretches of it: {"start": 0, "end": 5, "label": "PER"} in characters."""
-    marked = row_fields.get("spans")
-    if isinstance(marked, str):
-        marked = _parse_json(marked, "spans")
-    if not isinstance(marked, list):
-        raise DataError(f"'spans' is {_shorten(marked)}, expected a list (an empty one where nothing is marked)")
-    return TaggedWords(*bio_tags(_required_text(row_fields, "text", strip=False), marked))
+    """A text and its labeled spans, in characters: {"start": 0, "end": 5, "label": "PER"}."""
+    spans = row_fields.get("spans")
+    if isinstance(spans, str):
+        spans = _parse_json(spans, "spans")
+    if not isinstance(spans, list):
+        raise DataError(f"'spans' is {_shorten(spans)}, expected a list (empty if there are none)")
+    return TaggedWords(*bio_tags(_required_text(row_fields, "text", strip=False), spans))
 
 
 def from_text(row_fields: RowFields) -> Text:
@@ -135,7 +139,7 @@ def from_image(row_fields: RowFields) -> LabeledImage:
 
 
 def with_system_prompt(example: Example, system_prompt: str) -> Chat:
-    """A chat with these words as its system turn; a labelled text becomes one, its label the answer."""
+    """A chat with this system turn. A labeled text becomes one, with its label as the answer."""
     if isinstance(example, LabeledText):
         answer = example.answer_text() or "none"
         return one_turn_chat(example.source_text(), answer, system_prompt)
@@ -144,8 +148,8 @@ def with_system_prompt(example: Example, system_prompt: str) -> Chat:
             return example
         return Chat((Turn({"role": "system", "content": system_prompt}), *example.turns), example.tools)
     raise DataError(
-        f"an instruction goes with chats and labelled texts; this is a {type(example).__name__.lower()} example, "
-        "which is learnt as it stands: leave the instruction out"
+        f"a system prompt goes with chats and labeled texts; this is a {type(example).__name__.lower()} example, "
+        "which is trained on as it is: leave system_prompt out"
     )
 
 
@@ -166,38 +170,37 @@ def _to_turn(message: Any, number: int) -> Turn:
     if role not in ROLES:
         raise DataError(f"turn {number} is by {role!r}; {suggest(str(role), ROLES)}")
     content = message.get("content", message.get("value"))
-    kept = {
+    fields: dict[str, Any] = {
         key: value
         for key, value in message.items()
         if value is not None and key not in ("role", "from", "content", "value", *TRAIN_FLAGS)
     }
     if role == "function_call":
-        kept, content = {"tool_calls": [_parse_json(content, f"turn {number}")]}, None
-    calls = [_to_tool_call(call, number) for call in kept.pop("tool_calls", None) or ()]
-    words = _content_text(content, number)
-    if not words.strip() and not calls:
+        fields, content = {"tool_calls": [_parse_json(content, f"turn {number}")]}, None
+    calls = [_to_tool_call(call, number) for call in fields.pop("tool_calls", None) or ()]
+    text = _content_text(content, number)
+    if not text.strip() and not calls:
         raise DataError(f"turn {number} ({role}) is empty")
-    made: dict[str, Any] = {"role": ROLES[role], "content": words, **kept}
     if calls:
-        made["tool_calls"] = calls
-    return Turn(made, _train_flag(message, number))
+        fields["tool_calls"] = calls
+    return Turn({"role": ROLES[role], "content": text, **fields}, _train_flag(message, number))
 
 
 def _content_text(content: Any, number: int) -> str:
-    """OpenAI's content is a string, nothing beside tool calls, or a list of parts."""
+    """The content of a message: a string, nothing beside tool calls, or a list of text parts."""
     if content is None:
         return ""
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
+    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
         return "".join(str(part.get("text", "")) for part in content)
     if isinstance(content, list | dict):
-        raise DataError(f"turn {number} holds {_shorten(content)}; only text can be learnt here")
+        raise DataError(f"turn {number} holds {_shorten(content)}; only text can be trained on")
     return cell_to_text(content)
 
 
 def _to_tool_call(call: Any, number: int) -> dict[str, Any]:
-    """A tool call as templates take it: arguments as an object, not as the JSON text that OpenAI's API sends."""
+    """A tool call as templates take it: arguments as an object, not as JSON text as in OpenAI's API."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not function.get("name"):
         raise DataError(f"turn {number} calls a tool without a name: {_shorten(call)}")
@@ -228,23 +231,23 @@ def _to_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
 
 
 def _letter_choices(choices: Any, answer: Any) -> tuple[list[str], Any]:
-    """The choices as lettered lines, and the right one's words. answer: its index, its letter or label, or itself."""
+    """The choices as lettered lines, and the text of the correct one. answer: its index, its letter, or its text."""
     names: Sequence[Any] | None = None
     if isinstance(choices, Mapping):  # as ARC has it: {"text": [...], "label": ["A", ...]}
         names, choices = choices.get("label"), choices.get("text")
     if not isinstance(choices, list) or not choices:
         raise DataError(f"'choices' is {_shorten(choices)}, expected a list")
-    words = [cell_to_text(choice) for choice in choices]
-    letters = [str(name) for name in names] if names else [chr(ord("A") + i) for i in range(len(words))]
-    lines = [f"{letter}. {said}" for letter, said in zip(letters, words, strict=False)]
+    texts = [cell_to_text(choice) for choice in choices]
+    letters = [str(name) for name in names] if names else [chr(ord("A") + i) for i in range(len(texts))]
+    lines = [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=False)]
     if isinstance(answer, int) and not isinstance(answer, bool) and not names:
-        if 0 <= answer < len(words):
-            return lines, words[answer]
-    elif str(answer) in words:
+        if 0 <= answer < len(texts):
+            return lines, texts[answer]
+    elif str(answer) in texts:
         return lines, str(answer)
     elif str(answer) in letters:
-        return lines, words[letters.index(str(answer))]
-    raise DataError(f"'answer' is {answer!r}, none of the {len(words)} choices, their letters or their numbers from 0")
+        return lines, texts[letters.index(str(answer))]
+    raise DataError(f"'answer' is {answer!r}, none of the {len(texts)} choices, their letters or their numbers from 0")
 
 
 def _to_label(value: Any) -> Label:
@@ -283,17 +286,17 @@ def _required_list(row_fields: RowFields, role: str) -> list[Any]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _parse_json(value, role)
     if not isinstance(value, list) or not value:
-        raise DataError(f"{role!r} is {_shorten(value)}, expected a list with something in it")
+        raise DataError(f"{role!r} is {_shorten(value)}, expected a list that is not empty")
     return value
 
 
 def _parse_json(text: Any, description: str) -> Any:
     try:
         return json.loads(text) if isinstance(text, str) else text
-    except json.JSONDecodeError as wrong:
-        raise DataError(f"{description}: not JSON ({wrong.msg}, column {wrong.colno}): {_shorten(text)}") from wrong
+    except json.JSONDecodeError as error:
+        raise DataError(f"{description}: not JSON ({error.msg}, column {error.colno}): {_shorten(text)}") from error
 
 
 def _shorten(value: object) -> str:
-    words = "empty" if value is None or value == "" else repr(value)
-    return words if len(words) <= 60 else f"{words[:57]}..."
+    text = "empty" if value is None or value == "" else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

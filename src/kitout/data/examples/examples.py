@@ -1,8 +1,8 @@
-"""One example in the words it is learnt from, whatever file it came from: a chat, a prompt with its continuation, a
-text, a text with a label, words with tags; and a picture with a label.
+"""One example as text, whatever file it came from: a chat, a prompt with its completion, plain text, a text with a
+label, words with tags; and an image with a label.
 
-Every kind answers the same two questions, what is given (`source_text`) and what is to be said (`answer_text`), so that
-parts, metrics and sequence-to-sequence models need not know the kinds. It knows no file, no tokenizer and no model.
+Every kind has the same two sides, the input (`source_text`) and the answer (`answer_text`), so splits, metrics and
+sequence-to-sequence models need not know the kinds. It knows no file, no tokenizer and no model.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ Label: TypeAlias = "str | int | float | tuple[str, ...]"  # a class, a number, o
 
 @dataclass(frozen=True, kw_only=True)
 class Example(ABC):
-    """place: where it was read, for messages: "train.jsonl line 12"."""
+    """What all kinds have in common: two sides as text, and keys that say which examples are the same."""
 
     location: str = field(default="", compare=False)
+    """Where it was read, for messages: "train.jsonl:12"."""
 
     @abstractmethod
     def source_text(self) -> str:
-        """What is given, as one text."""
+        """The input as one text."""
 
     @abstractmethod
     def answer_text(self) -> str:
-        """What is to be said about it; empty for plain text."""
+        """The answer as one text; empty for plain text."""
 
     @cached_property
     def exact_key(self) -> str:
-        """The same for the same content, wherever it was read and whenever."""
+        """The same for the same content, wherever and whenever it was read."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
         return _hash(
             json.dumps([type(self).__name__, values], sort_keys=True, default=_to_json_value, ensure_ascii=False)
@@ -44,24 +45,23 @@ class Example(ABC):
 
     @cached_property
     def input_key(self) -> str:
-        """The same for inputs that only case, width of letters and white space tell apart."""
+        """The same for inputs that differ only in case, width of letters and white space."""
         return _hash(normalize_text(self.source_text()))
 
     @cached_property
     def content_key(self) -> str:
-        """The same for examples that say the same about the same, by the same measure as `input_key`."""
+        """The same for examples whose input and answer are the same, compared as by `input_key`."""
         return _hash(f"{self.input_key} {normalize_text(self.answer_text())}")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """message: as a chat template takes it (role, content, perhaps tool_calls, name, ...).
-
-    learn: what the data says of this turn; None where it says nothing.
-    """
+    """One message of a chat."""
 
     message: Mapping[str, Any]
+    """As a chat template takes it: role, content, perhaps tool_calls, name, ..."""
     train_on: bool | None = None
+    """Whether the data flag it as trained on; None without a flag."""
 
     @property
     def role(self) -> str:
@@ -69,23 +69,25 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """The content, and the calls of tools as JSON."""
+        """The content, then the tool calls as JSON."""
         calls = [json.dumps(call.get("function", call)) for call in self.message.get("tool_calls") or ()]
-        return "\n".join([part for part in (str(self.message.get("content") or ""), *calls) if part])
+        return "\n".join(filter(None, [str(self.message.get("content") or ""), *calls]))
 
 
 @dataclass(frozen=True)
 class Chat(Example):
-    """Turns in order; tools: their JSON schemas, as chat templates take them."""
+    """A conversation."""
 
     turns: tuple[Turn, ...]
+    """In order."""
     tools: tuple[Mapping[str, Any], ...] = ()
+    """Their JSON schemas, as chat templates take them."""
 
     def source_text(self) -> str:
-        """All before the last assistant turn; who speaks is written where more than one exchange is held."""
+        """All before the last assistant turn; with roles if that is more than one turn besides the system prompt."""
         before = self.turns[: self._last_answer_index()]
-        said = [t for t in before if t.role != "system"]
-        lines = [t.text if t.role == "system" or len(said) == 1 else f"{t.role}: {t.text}" for t in before]
+        num_turns = sum(t.role != "system" for t in before)
+        lines = [t.text if t.role == "system" or num_turns == 1 else f"{t.role}: {t.text}" for t in before]
         return "\n".join(lines)
 
     def answer_text(self) -> str:
@@ -97,10 +99,12 @@ class Chat(Example):
 
 @dataclass(frozen=True)
 class Completion(Example):
-    """Raw text and how it goes on, character by character: no template comes in between."""
+    """Raw text and its continuation, character by character, without a chat template."""
 
     prompt: str
+    """Perhaps empty."""
     completion: str
+    """What is trained on."""
 
     def source_text(self) -> str:
         return self.prompt
@@ -111,9 +115,10 @@ class Completion(Example):
 
 @dataclass(frozen=True)
 class Text(Example):
-    """Text to go on writing like."""
+    """Plain text, trained on as a whole."""
 
     text: str
+    """White space included."""
 
     def source_text(self) -> str:
         return self.text
@@ -124,11 +129,14 @@ class Text(Example):
 
 @dataclass(frozen=True)
 class LabeledText(Example):
-    """A text, or two that belong together, and its class, number or set of labels."""
+    """A text, or a pair of texts, and its class, number or set of labels."""
 
     text: str
+    """The text, or the first of a pair."""
     label: Label
+    """A class, a number, or all labels that apply."""
     text_pair: str | None = None
+    """The second text of a pair."""
 
     def source_text(self) -> str:
         return self.text if self.text_pair is None else f"{self.text}\n{self.text_pair}"
@@ -142,7 +150,9 @@ class TaggedWords(Example):
     """Words and one tag each."""
 
     words: tuple[str, ...]
+    """In order."""
     tags: tuple[str, ...]
+    """One per word."""
 
     def source_text(self) -> str:
         return " ".join(self.words)
@@ -153,11 +163,12 @@ class TaggedWords(Example):
 
 @dataclass(frozen=True)
 class LabeledImage(Example):
-    """An image file and its class. Who opens it compares pixels; here two are the same if their paths are."""
+    """An image file and its class. Two are the same here if their paths are; `ImageSet` compares pixels."""
 
     path: str
     """As the data write it: relative to the file it was read from, or absolute."""
     label: str
+    """The class."""
 
     def source_text(self) -> str:
         return self.path

@@ -1,7 +1,7 @@
-"""Which format a table has, found from its columns, and its rows as examples.
+"""Which format a table has, detected from its columns, and its rows as examples.
 
-A format is its columns' roles with their usual names and the function that makes an example of them (`convert`); the
-table below is all there is to it. What cannot be told apart, or is not known, is asked for with the line to write.
+A format is the roles of its columns, their usual names, and the function that makes an example of them (`convert`); the
+table below is all there is to it. If several formats fit, or none, the error names the columns and the line to write.
 It knows no file, no tokenizer and no model.
 """
 
@@ -19,9 +19,9 @@ from kitout.data.examples.examples import Example
 from kitout.data.read.tables import DataError, Row, add_first
 from kitout.errors import Errors, suggest
 
-ColumnNames: TypeAlias = "Mapping[str, tuple[str, ...]]"  # role -> its usual column names, the first that is there wins
+ColumnNames: TypeAlias = "Mapping[str, tuple[str, ...]]"  # role -> its usual column names, the first one present wins
 
-HEAD_ROWS = 200  # rows of a stream whose columns are looked at; later ones may leave columns out
+HEAD_ROWS = 200  # rows of a stream that detection reads; later ones may leave columns out
 _SYSTEM: dict[str, tuple[str, ...]] = {"system": ("system", "system_prompt")}
 _TOOLS: dict[str, tuple[str, ...]] = {"tools": ("tools", "functions")}
 _LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "topic", "score")
@@ -29,7 +29,7 @@ _TEXTS = (
     "text", "sentence", "sentence1", "premise", "text1", "question1", "tweet", "review", "comment", "content", "body",
 )  # fmt: skip
 
-# Columns that say something about a text without being learnt; with any other beside it, `text` is not taken alone.
+# Metadata columns. With any other column beside it, `text` alone is not taken as plain text.
 _METADATA_PATTERN = re.compile(
     r"(?i)(.*[_ ])?(id|idx|index|url|uri|source|title|date|time|timestamp|added|created|meta|metadata|lang|language"
     r"|dump|path|file|filename|name|author|licen[cs]e|subset|split|domain|count|length|len|tokens|score|hash|__.*)"
@@ -38,26 +38,33 @@ _METADATA_PATTERN = re.compile(
 
 @dataclass(frozen=True)
 class Format:
+    """Columns by role, and what makes an example of them."""
+
     name: str
+    """As `format=` names it."""
     required: ColumnNames
+    """Roles that a table must have."""
     to_example: Callable[[convert.RowFields], Example]
+    """One row, by role, as an example."""
     optional: ColumnNames = field(default_factory=dict)
+    """Roles that a table may have."""
     by_name_only: bool = False
-    """Taken only where it is asked for: tables of texts may have the same columns beside their own."""
+    """Never detected, only taken when named: tables of texts may have the same columns beside their own."""
 
     @property
     def roles(self) -> ColumnNames:
+        """Required and optional ones."""
         return {**self.required, **self.optional}
 
     def __str__(self) -> str:
-        perhaps = f"; perhaps {', '.join(self.optional)}" if self.optional else ""
-        needs = ["/".join(names[:3]) + ("/..." if len(names) > 3 else "") for names in self.required.values()]
-        return f"{self.name}: {' and '.join(needs)}{perhaps}"
+        optional = f"; optional {', '.join(self.optional)}" if self.optional else ""
+        required = ["/".join(names[:3]) + ("/..." if len(names) > 3 else "") for names in self.required.values()]
+        return f"{self.name}: {' and '.join(required)}{optional}"
 
 
 FORMATS = {
-    made.name: made
-    for made in (
+    each.name: each
+    for each in (
         Format(
             "instruction",
             {
@@ -116,52 +123,52 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class TableReading:
-    """A format and the column of each of its roles. unused: columns that nothing is read from.
-
-    where: the source's name, for messages and places. instruction: a system turn for every example; with it, labelled
-    texts become chats.
-    """
+    """How a table is read: its format and the column of each role."""
 
     format: Format
+    """One of FORMATS."""
     columns: Mapping[str, str]
+    """Role -> column."""
     source: str
+    """The name of the table, for messages and locations."""
     unused_columns: tuple[str, ...] = ()
+    """Columns that are not read."""
     system_prompt: str | None = None
+    """A system turn for every example; with it, labeled texts become chats."""
 
     def to_example(self, row: Row) -> Example:
-        """Raises DataError with the line and what is wrong with it."""
+        """Raises DataError with the line and the reason."""
         line, cells = row
         try:
             if not self._late_columns.isdisjoint(cells):
                 late = ", ".join(map(repr, sorted(self._late_columns & cells.keys())))
                 raise DataError(f"it has the column {late}, which the first {HEAD_ROWS} rows do not have; add it there")
-            made = self.format.to_example(
-                {role: _gap_to_none(cells.get(column)) for role, column in self.columns.items()}
-            )
+            row_fields = {role: cells.get(column) for role, column in self.columns.items()}
+            example = self.format.to_example({role: _nan_to_none(value) for role, value in row_fields.items()})
             if self.system_prompt:
-                made = convert.with_system_prompt(made, self.system_prompt)
-        except DataError as wrong:
-            raise DataError(f"line {line}: {self._name_columns(str(wrong))}") from wrong
-        return replace(made, location=f"{self.source}:{line}")
+                example = convert.with_system_prompt(example, self.system_prompt)
+        except DataError as error:
+            raise DataError(f"line {line}: {self._name_columns(str(error))}") from error
+        return replace(example, location=f"{self.source}:{line}")
 
     @cached_property
     def _late_columns(self) -> frozenset[str]:
-        """Columns that would be read if the rows that were looked at had them: a stream may bring one later."""
+        """Columns that would be read if the first rows had them: a stream may bring one later."""
         usual = {name for role, names in self.format.roles.items() if role not in self.columns for name in names}
         return frozenset(usual - {*self.unused_columns, *self.columns.values()})
 
     def to_examples(self, rows: Iterable[Row]) -> list[Example]:
-        """Every row as an example; the faulty ones are told together."""
-        made, bad = [], []
+        """Every row as an example; all bad rows are reported together."""
+        examples, messages = [], []
         for row in rows:
             try:
-                made.append(self.to_example(row))
-            except DataError as wrong:
-                bad.append(str(wrong))
-        faults = Errors(DataError, f"{self.source} (read as {self.format.name})")
-        add_first(faults, bad, "rows")
-        faults.raise_if_any()
-        return made
+                examples.append(self.to_example(row))
+            except DataError as error:
+                messages.append(str(error))
+        errors = Errors(DataError, f"{self.source} (read as {self.format.name})")
+        add_first(errors, messages, "rows")
+        errors.raise_if_any()
+        return examples
 
     def _name_columns(self, message: str) -> str:
         """'response' is empty -> 'output' is empty: the user knows the column, not the role."""
@@ -184,31 +191,32 @@ def detect(
     columns: Mapping[str, str] | None = None,
     system_prompt: str | None = None,
 ) -> TableReading:
-    """The layout of these rows.
+    """How these rows are read.
 
-    format: a name of FORMATS, or "auto". columns: {role: column} for what has an unusual name. instruction: see Layout.
+    format: a name of FORMATS, or "auto". columns: {role: column} for columns with unusual names. system_prompt: see
+    TableReading.
     """
     present = list(dict.fromkeys(str(column) for _, row in rows for column in row))
-    named = dict(columns or {})
+    requested = dict(columns or {})
     format = None if format == "auto" else format  # noqa: A001
-    known = _candidate_formats(format, named, present, source)
-    fits = {made.name: found for made in known if (found := _match_columns(made, named, present)) is not None}
-    plain = fits.get("text")
-    if plain is not None and format is None and not named:
-        others = [c for c in present if c not in plain.values() and not _METADATA_PATTERN.fullmatch(c)]
-        if len(fits) > 1 or others:
-            del fits["text"]
-    elif len(fits) > 1:
-        fits.pop("text", None)
-    if len(fits) != 1:
-        raise DataError(_ambiguity_message(source, present, list(fits), known, format))
-    (name, found), *_ = fits.items()
-    unused = tuple(c for c in present if c not in found.values())
-    return TableReading(FORMATS[name], found, source, unused, system_prompt)
+    candidates = _candidate_formats(format, requested, present, source)
+    matches = {each.name: match for each in candidates if (match := _match_columns(each, requested, present))}
+    plain_text = matches.get("text")
+    if plain_text is not None and format is None and not requested:
+        others = [c for c in present if c not in plain_text.values() and not _METADATA_PATTERN.fullmatch(c)]
+        if len(matches) > 1 or others:
+            del matches["text"]
+    elif len(matches) > 1:
+        matches.pop("text", None)
+    if len(matches) != 1:
+        raise DataError(_ambiguity_message(source, present, list(matches), candidates, format))
+    (name, match), *_ = matches.items()
+    unused = tuple(c for c in present if c not in match.values())
+    return TableReading(FORMATS[name], match, source, unused, system_prompt)
 
 
-def _gap_to_none(value: Any) -> Any:
-    """A gap that came as a number is a gap."""
+def _nan_to_none(value: Any) -> Any:
+    """An empty cell of a numeric column comes as NaN."""
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -218,53 +226,53 @@ def _candidate_formats(
     present: Sequence[str],
     source: str,
 ) -> list[Format]:
-    """The formats that what was asked for leaves open."""
-    faults = Errors(DataError, f"{source} (columns: {', '.join(present)})")
+    """The formats that are compatible with what was requested."""
+    errors = Errors(DataError, f"{source} (columns: {', '.join(present)})")
     if format is not None and format not in FORMATS:
-        faults.add(f"there is no format {format!r}; {suggest(format, FORMATS, max_shown=len(FORMATS))}")
-    by_columns = [made for made in FORMATS.values() if not made.by_name_only]
-    open_ones = [FORMATS[format]] if format in FORMATS else by_columns
-    roles = {role for made in open_ones for role in made.roles}
+        errors.add(f"there is no format {format!r}; {suggest(format, FORMATS, max_shown=len(FORMATS))}")
+    detectable = [each for each in FORMATS.values() if not each.by_name_only]
+    candidates = [FORMATS[format]] if format in FORMATS else detectable
+    roles = {role for each in candidates for role in each.roles}
     for role, column in columns.items():
         if role not in roles:
-            of = f"the format {format} has" if format in FORMATS else "any format has"
-            faults.add(f"{role!r} is no column that {of}; {suggest(role, sorted(roles), max_shown=20)}")
+            owner = f"the format {format}" if format in FORMATS else "any format"
+            errors.add(f"{role!r} is not a column of {owner}; {suggest(role, sorted(roles), max_shown=20)}")
         if column not in present:
-            faults.add(f"there is no column {column!r} (asked for as {role!r}); {suggest(column, present)}")
-    faults.raise_if_any()
-    return [made for made in open_ones if set(columns) <= set(made.roles)]
+            errors.add(f"there is no column {column!r} (requested as {role!r}); {suggest(column, present)}")
+    errors.raise_if_any()
+    return [each for each in candidates if set(columns) <= set(each.roles)]
 
 
 def _match_columns(candidate: Format, columns: Mapping[str, str], present: Sequence[str]) -> dict[str, str] | None:
-    """The column of each role, or None where one that is needed is missing. No column serves two roles."""
-    found = {role: column for role, column in columns.items() if role in candidate.roles}
-    for role, usual in candidate.roles.items():
-        free = [c for c in present if c not in found.values()]
-        column = found.get(role) or next((c for name in usual for c in free if c.lower() == name), None)
+    """The column of each role, or None if a required one is missing. No column has two roles."""
+    match = {role: column for role, column in columns.items() if role in candidate.roles}
+    for role, usual_names in candidate.roles.items():
+        free = [c for c in present if c not in match.values()]
+        column = match.get(role) or next((c for name in usual_names for c in free if c.lower() == name), None)
         if column is not None:
-            found[role] = column
+            match[role] = column
         elif role in candidate.required:
             return None
-    return {role: found[role] for role in candidate.roles if role in found}
+    return {role: match[role] for role in candidate.roles if role in match}
 
 
 def _ambiguity_message(
-    source: str, present: Sequence[str], fits: Sequence[str], candidates: Sequence[Format], requested: str | None
+    source: str, present: Sequence[str], matches: Sequence[str], candidates: Sequence[Format], requested: str | None
 ) -> str:
-    shown = f"{source} has the columns: {', '.join(present)}"
-    if fits:
-        return f"{shown}\n  they can be read as {' or as '.join(fits)}\n  say which, e.g. format={fits[0]!r}"
+    columns = f"{source} has the columns: {', '.join(present)}"
+    if matches:
+        return f"{columns}\n  they can be read as {' or as '.join(matches)}\n  choose one, e.g. format={matches[0]!r}"
     likely = candidates[0] if requested else FORMATS["label"]
     spare = [*present, *likely.required][: len(likely.required)]
     example = ", ".join(f"{role!r}: {column!r}" for role, column in zip(likely.required, spare, strict=False))
     reading = f"the format {requested}" if requested else "any known format"
     return (
-        f"{shown}\n  they do not fit {reading}; needed are\n    "
-        + "\n    ".join(str(made) for made in candidates)
+        f"{columns}\n  they do not fit {reading}; required are\n    "
+        + "\n    ".join(map(str, candidates))
         + f"\n  name them, e.g. format={likely.name!r}, columns={{{example}}}"
     )
 
 
 def to_examples(rows: Sequence[Row], source: str, **options: Any) -> list[Example]:
-    """The rows of one table as examples; how: what `detect` takes."""
+    """The rows of one table as examples. options: those of `detect`."""
     return detect(rows, source, **options).to_examples(rows)

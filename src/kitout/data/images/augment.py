@@ -1,7 +1,7 @@
-"""Random changes to training images that leave their label as it is: crops, mirroring, turning, colour.
+"""Augmentation: random changes to training images that keep their label, such as crops, flips, rotation and color.
 
-The changes are kornia's: pure PyTorch, every image of a batch drawn on its own, and it needs no torchvision. A seed
-decides all of them, whatever was drawn before. It knows no label, no model and no normalisation.
+The changes are kornia's: pure PyTorch, random for every image of a batch, without torchvision. A seed decides all of
+them, whatever random numbers were drawn before. It knows no label, no model and no normalization.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from kitout.errors import Errors
 
 @dataclass(frozen=True)
 class Augment:
-    """crop: the smallest share of the area kept, 1 for none. turn: degrees either way. colour: 0 to 1.
-
-    Crop and mirror are what the papers use on photographs; a digit must not be mirrored.
-    """
+    """The deerrors are what the papers use on photographs; a digit must not be flipped."""
 
     min_crop: float = 0.5
+    """Smallest fraction of the area that a random crop keeps; 1 for no crop."""
     horizontal_flip: bool = True
+    """Flip every second image on average."""
     rotate: float = 0.0
+    """Rotate by up to so many degrees either way."""
     color_jitter: float = 0.0
+    """Change brightness, contrast and saturation by up to this fraction."""
 
     def __post_init__(self) -> None:
-        faults = Errors(DataError, "Augment")
+        errors = Errors(DataError, "Augment")
         for name, low, high in (("min_crop", 0.01, 1.0), ("rotate", 0.0, 180.0), ("color_jitter", 0.0, 1.0)):
             if not low <= getattr(self, name) <= high:
-                faults.add(f"{name} is {getattr(self, name)!r}, expected {low:g} to {high:g}")
-        faults.raise_if_any()
+                errors.add(f"{name} is {getattr(self, name)!r}, expected {low:g} to {high:g}")
+        errors.raise_if_any()
         if importlib.util.find_spec("kornia") is None:
             raise DataError("augmentation needs kornia, not installed here\n  pip install 'kitout[data]'")
 
     def __call__(self, pixels: Tensor, seed: int) -> Tensor:
-        """pixels [B, 3, H, W] from 0 to 1, before normalisation; the same shape."""
+        """pixels [B, 3, H, W] from 0 to 1, before normalization; the same shape."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             changed: Tensor = self._transform_for(tuple(pixels.shape[2:]))(pixels)
@@ -57,13 +58,13 @@ class Augment:
     def _build_transform(self, size: tuple[int, ...]) -> nn.Module:
         import kornia.augmentation as k
 
-        changes: list[nn.Module] = []
+        transforms: list[nn.Module] = []
         if self.min_crop < 1.0:
-            changes.append(k.RandomResizedCrop(size, scale=(self.min_crop, 1.0)))
+            transforms.append(k.RandomResizedCrop(size, scale=(self.min_crop, 1.0)))
         if self.horizontal_flip:
-            changes.append(k.RandomHorizontalFlip())
+            transforms.append(k.RandomHorizontalFlip())
         if self.rotate:
-            changes.append(k.RandomRotation(self.rotate))
+            transforms.append(k.RandomRotation(self.rotate))
         if self.color_jitter:
-            changes.append(k.ColorJiggle(self.color_jitter, self.color_jitter, self.color_jitter, 0.0))
-        return nn.Sequential(*changes)
+            transforms.append(k.ColorJiggle(self.color_jitter, self.color_jitter, self.color_jitter, 0.0))
+        return nn.Sequential(*transforms)

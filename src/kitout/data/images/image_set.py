@@ -1,7 +1,8 @@
-"""A labelled set of images: files opened when asked for, or one array; checked whole before anything is learnt.
+"""A labeled set of images: files opened on demand, or one array; checked as a whole before training.
 
-Every image is opened once while the set is made: what does not open is told with its reason, all at once, and the hash
-of its pixels says later which images are the same. It knows no folder layout, no table, no model and no split.
+Every image is opened once while the set is built. All that do not open are reported together with the reason, and the
+hash of the pixels later tells which images are the same. It knows no folder layout, no table and no model, and makes no
+split.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from kitout.errors import Errors, suggest
 
 try:
     from PIL import Image, ImageOps, UnidentifiedImageError
-except ImportError as missing:
-    raise DataError("images need pillow, not installed here\n  pip install 'kitout[data]'") from missing
+except ImportError as error:
+    raise DataError("images need pillow, not installed here\n  pip install 'kitout[data]'") from error
 
 # Formats that only decode pixels: no EPS, which starts Ghostscript, and no container of commands.
 IMAGE_FORMATS = {
@@ -34,34 +35,39 @@ IMAGE_FORMATS = {
     "TIFF": (".tif", ".tiff"),
     "PPM": (".ppm", ".pgm", ".pbm"),
 }
-IMAGE_SUFFIXES = tuple(ending for endings in IMAGE_FORMATS.values() for ending in endings)
+IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 
 PixelArray: TypeAlias = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image as a reader found it: where, what it is called, in which part, and the words that lead to it."""
+    """One image as a reader finds it."""
 
     source: Path | PixelArray
+    """Its file or its pixels."""
     label: str
+    """The name of its class."""
     split: str = ""
+    """train, validation or test; "" if the set names none."""
     location: str = ""
+    """Where it was read, as the start of a message."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Sources and what is known of each; `open(i)` gives an RGB picture.
-
-    labels: indices into names. parts: "train", "validation", "test" or "" where the set says nothing. hashes: of
-    the pixels.
-    """
+    """Images and what is known of each; `open(i)` gives an RGB image."""
 
     sources: tuple[Path | PixelArray, ...]
+    """The file or the pixels of each image."""
     labels: tuple[int, ...]
+    """The class of each image, an index into label_names."""
     label_names: tuple[str, ...]
+    """The classes, in order."""
     splits: tuple[str, ...]
+    """The split of each image: train, validation or test; "" if the set names none."""
     hashes: tuple[str, ...]
+    """Of the pixels of each image."""
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -70,80 +76,79 @@ class ImageSet:
         return open_image(self.sources[index])
 
     def subset(self, indices: Sequence[int]) -> ImageSet:
-        """These images, in this order, with the same names."""
+        """These images, in this order, with the same classes."""
         fields = ("sources", "labels", "splits", "hashes")
         return replace(self, **{f: tuple(getattr(self, f)[i] for i in indices) for f in fields})
 
     def concat(self, others: Sequence[ImageSet]) -> ImageSet:
-        """These images and then those of the others, which have the same names."""
+        """These images and then those of the others, which have the same classes."""
         fields = ("sources", "labels", "splits", "hashes")
-        return replace(self, **{f: tuple(v for one in (self, *others) for v in getattr(one, f)) for f in fields})
+        return replace(
+            self, **{f: tuple(value for images in (self, *others) for value in getattr(images, f)) for f in fields}
+        )
 
     @property
     def digest(self) -> str:
-        """A fingerprint of pixels, labels and parts in their order; file names do not count."""
-        seen = hashlib.sha256(repr(self.label_names).encode())
+        """A fingerprint of pixels, labels and splits in their order; file names do not count."""
+        sha256 = hashlib.sha256(repr(self.label_names).encode())
         for row in zip(self.hashes, self.labels, self.splits, strict=True):
-            seen.update(repr(row).encode())
-        return seen.hexdigest()
+            sha256.update(repr(row).encode())
+        return sha256.hexdigest()
 
 
 def build_image_set(records: Sequence[ImageRecord], label_names: Sequence[str] | None, description: str) -> ImageSet:
-    """The set of what a reader found. names: the labels there may be, in order; default: those found, sorted.
+    """The set of what a reader finds. label_names: all classes, in order; default: those of the records, sorted.
 
-    Raises DataError with every fault at once: images that do not open, labels that are empty or unknown, too few
-    images or classes. what: the set in a few words, for the message.
+    description: the set in a few words, for messages. Raises DataError with all errors at once: images that do not
+    open, labels that are empty or unknown, too few images or classes.
     """
-    faults = Errors(DataError, description)
-    known = list(label_names) if label_names is not None else sorted({f.label for f in records if f.label})
+    errors = Errors(DataError, description)
+    names = list(label_names) if label_names is not None else sorted({r.label for r in records if r.label})
     hashes, unreadable = [], []
-    for item in records:
+    for record in records:
         try:
-            hashes.append(hash_pixels(open_image(item.source)))
-        except DataError as wrong:
-            unreadable.append(f"{item.location}{wrong}")
-    add_first(faults, unreadable, "images")
-    add_first(faults, [f"{f.location}the label is empty" for f in records if not f.label], "rows")
-    strangers = [f for f in records if f.label and f.label not in known]
-    add_first(
-        faults,
-        [f"{f.location}label {f.label!r} is none of the given; {suggest(f.label, known)}" for f in strangers],
-        "labels",
-    )
-    for fault in _find_set_errors(records, known):
-        faults.add(fault)
-    faults.raise_if_any()
+            hashes.append(hash_pixels(open_image(record.source)))
+        except DataError as error:
+            unreadable.append(f"{record.location}{error}")
+    add_first(errors, unreadable, "images")
+    add_first(errors, [f"{r.location}the label is empty" for r in records if not r.label], "rows")
+    unknown = [r for r in records if r.label and r.label not in names]
+    messages = [f"{r.location}label {r.label!r} is not one of the given; {suggest(r.label, names)}" for r in unknown]
+    add_first(errors, messages, "labels")
+    for message in _find_set_errors(records, names):
+        errors.add(message)
+    errors.raise_if_any()
     return ImageSet(
-        tuple(f.source for f in records),
-        tuple(known.index(f.label) for f in records),
-        tuple(known),
-        tuple(f.split for f in records),
+        tuple(r.source for r in records),
+        tuple(names.index(r.label) for r in records),
+        tuple(names),
+        tuple(r.split for r in records),
         tuple(hashes),
     )
 
 
 def _find_set_errors(records: Sequence[ImageRecord], label_names: Sequence[str]) -> list[str]:
-    """What makes the set as a whole no classification."""
-    faults = []
+    """Why the set as a whole cannot be classified."""
+    messages = []
     if not records:
-        return ["it holds no images"]
+        return ["it has no images"]
     if len(set(label_names)) < len(label_names):
-        faults.append(f"the given labels repeat: {', '.join(label_names)}; name each once")
+        messages.append(f"the given labels repeat: {', '.join(label_names)}; name each once")
     if len(label_names) < 2:
-        faults.append(f"all images have one label ({', '.join(label_names)}): at least 2 classes are needed")
+        messages.append(f"all images have one label ({', '.join(label_names)}): at least 2 classes are needed")
     elif len(records) < 2 * len(label_names):
-        faults.append(
+        messages.append(
             f"{len(records)} images for {len(label_names)} classes: at least two of each are needed; is it the "
             "right column?"
         )
-    taught = {f.label for f in records if f.split == "train"}
-    unseen = {f.label: f.split for f in records if f.split not in ("", "train") and f.label not in taught}
-    faults += [f"class {label!r} is in {part} and not in train" for label, part in sorted(unseen.items())]
-    return faults
+    trained = {r.label for r in records if r.split == "train"}
+    untrained = {r.label: r.split for r in records if r.split not in ("", "train") and r.label not in trained}
+    messages += [f"class {label!r} is in {split} and not in train" for label, split in sorted(untrained.items())]
+    return messages
 
 
 def open_image(source: Path | PixelArray) -> Image.Image:
-    """An RGB picture, turned as its EXIF says. Raises DataError with the reason."""
+    """The image in RGB, rotated as its EXIF says. Raises DataError with the reason."""
     if not isinstance(source, Path):
         return Image.fromarray(source).convert("RGB")
     with warnings.catch_warnings():
@@ -151,17 +156,17 @@ def open_image(source: Path | PixelArray) -> Image.Image:
         try:
             with Image.open(source, formats=list(IMAGE_FORMATS)) as image:
                 return _to_rgb(source, ImageOps.exif_transpose(image))
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as bomb:
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise DataError(
                 f"{source} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller, "
                 "or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
-            ) from bomb
-        except FileNotFoundError as wrong:
-            raise DataError(f"there is no file {source}") from wrong
-        except UnidentifiedImageError as wrong:
-            raise DataError(f"{source} is no image that can be read ({', '.join(IMAGE_FORMATS)})") from wrong
-        except (OSError, ValueError, SyntaxError, EOFError) as wrong:  # PIL's words for damaged files of many kinds
-            raise DataError(f"{source} does not open: {str(wrong)[:120]}") from wrong
+            ) from error
+        except FileNotFoundError as error:
+            raise DataError(f"there is no file {source}") from error
+        except UnidentifiedImageError as error:
+            raise DataError(f"{source} is not an image that can be read ({', '.join(IMAGE_FORMATS)})") from error
+        except (OSError, ValueError, SyntaxError, EOFError) as error:  # PIL raises any of them for damaged files
+            raise DataError(f"{source} does not open: {str(error)[:120]}") from error
 
 
 def _to_rgb(source: Path, image: Image.Image) -> Image.Image:
@@ -170,9 +175,9 @@ def _to_rgb(source: Path, image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise DataError(f"{source} has {image.mode} pixels, whose white is unknown: save it with 8 or 16 bits")
     if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
-        seen = image.convert("RGBA")
-        ground = Image.new("RGBA", seen.size, "white")  # what is seen through counts as paper, not as hidden colours
-        return Image.alpha_composite(ground, seen).convert("RGB")
+        rgba = image.convert("RGBA")
+        paper = Image.new("RGBA", rgba.size, "white")  # transparent pixels count as white, not as their hidden colors
+        return Image.alpha_composite(paper, rgba).convert("RGB")
     return image.convert("RGB")
 
 

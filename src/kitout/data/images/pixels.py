@@ -1,6 +1,6 @@
-"""From pictures to the pixels a model takes: its own image processor, at its own size or another, and augmentation.
+"""From images to the pixels a model takes: its own image processor, at its own size or another, and augmentation.
 
-The PIL backend is asked for by name, so that the same file gives the same numbers whether torchvision is there or not.
+The PIL backend is requested by name, so the same file gives the same numbers with and without torchvision.
 It knows how a processor writes its sizes, and nothing of labels, kits or training.
 """
 
@@ -19,7 +19,10 @@ from kitout.data.read.tables import DataError
 
 
 class PixelProcessor:
-    """`pixels(images, rows)` -> [len(rows), 3, H, W]. size: of the square the model sees, None for the processor's."""
+    """`processor(images, indices)` -> [len(indices), 3, H, W].
+
+    size: of the square the model sees; None: the processor's own.
+    """
 
     def __init__(self, processor: Any, size: int | None = None, augment: Augment | None = None) -> None:
         self.processor, self.size, self.augment = processor, size, augment
@@ -32,57 +35,56 @@ class PixelProcessor:
         from transformers import AutoConfig, AutoImageProcessor
         from transformers.utils import logging
 
-        loud = logging.get_verbosity()
-        logging.set_verbosity_error()  # it would say that there is no torchvision: nobody asked for it
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it would warn that there is no torchvision, which is not needed
         try:
             processor = AutoImageProcessor.from_pretrained(model, backend="pil")
             config = AutoConfig.from_pretrained(model)
-        except (OSError, ValueError) as wrong:
-            raise DataError(f"{model} has no image processor that loads: {str(wrong)[:300]}") from wrong
+        except (OSError, ValueError) as error:
+            raise DataError(f"{model} has no image processor that loads: {str(error)[:300]}") from error
         finally:
-            logging.set_verbosity(loud)
+            logging.set_verbosity(verbosity)
         if size is not None:
             check_size(size, getattr(config, "patch_size", 1))
         return cls(processor, size, augment)
 
     def __call__(self, images: ImageSet, rows: Sequence[int], seed: int | None = None) -> Tensor:
-        """The pixels of some images. seed: augmented as it says; None: as they are."""
-        pictures = [images.open(i) for i in rows]
+        """The pixels of the images of these indices. seed: of the augmentation; None: without it."""
+        opened = [images.open(i) for i in rows]
         if seed is None or self.augment is None:
-            return self._process(pictures)
-        raw = self._process(pictures, do_normalize=False)  # colours change before they are normalised
-        changed = self.augment(raw, seed)
+            return self._process(opened)
+        pixels = self.augment(self._process(opened, do_normalize=False), seed)  # colors change before normalization
         if not getattr(self.processor, "do_normalize", False):
-            return changed
+            return pixels
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.processor.image_mean, self.processor.image_std))
-        return (changed - mean) / std
+        return (pixels - mean) / std
 
     def _process(self, images: Sequence[Any], **options: Any) -> Tensor:
         try:
-            made = self.processor(list(images), return_tensors="pt", **self._size_options(), **options)
-        except ValueError as wrong:
-            if self.size is not None or len({p.size for p in images}) == 1:
+            batch = self.processor(list(images), return_tensors="pt", **self._size_options(), **options)
+        except ValueError as error:
+            if self.size is not None or len({image.size for image in images}) == 1:
                 raise
-            raise DataError(f"this processor leaves images at different sizes; give one, size=224: {wrong}") from wrong
-        pixels: Tensor = made["pixel_values"]
+            raise DataError(f"this processor leaves images at different sizes; set one, size=224: {error}") from error
+        pixels: Tensor = batch["pixel_values"]
         return pixels
 
     def _size_options(self) -> dict[str, Any]:
-        """The short side becomes `size` and the middle is cut out, or both sides do where nothing is cut."""
+        """The short side becomes `size` and the center is cropped, or both sides do if the processor does not crop."""
         if self.size is None:
             return {}
         square = {"height": self.size, "width": self.size}
         if "shortest_edge" in (self.processor.size or {}):
             return {"size": {"shortest_edge": self.size}, "do_center_crop": True, "crop_size": square}
-        crops = getattr(self.processor, "do_center_crop", None)
-        return {"size": square} | ({"crop_size": square} if crops else {})
+        does_crop = getattr(self.processor, "do_center_crop", None)
+        return {"size": square} | ({"crop_size": square} if does_crop else {})
 
 
 def check_size(size: int, patch_size: Any) -> None:
-    """DataError if the square is not cut evenly into patches (a number, or height and width)."""
+    """DataError if the square is not a multiple of the patches (a number, or height and width)."""
     sides = {int(side) for side in (patch_size if isinstance(patch_size, list | tuple) else [patch_size or 1])}
     for side in sides:
         if size < side or size % side:
             below, above = size // side * side, (size // side + 1) * side
-            near = " or ".join(str(s) for s in (below, above) if s)
-            raise DataError(f"size {size} is no multiple of this model's patches of {side}: use {near}")
+            nearest = " or ".join(str(s) for s in (below, above) if s)
+            raise DataError(f"size {size} is not a multiple of this model's patches of {side}: use {nearest}")

@@ -1,1 +1,1 @@
-"""Files and hub sets to rows."""
+"""Files and hub data sets to rows."""

@@ -1,7 +1,7 @@
 """Data sets on the Hugging Face hub by name: `owner/name`, `owner/name:config`, `owner/name#split`.
 
 The `datasets` library does the work, and is imported only here; it runs no code of a data set. Classes that a set keeps
-as numbers get their names back. It knows no format, no split of ours and no token.
+as numbers get their names back. It knows no format and no token, and makes no split of its own.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ _SOURCE_PATTERN = re.compile(r"(?P<name>[^:#]+)(:(?P<config>[^#]+))?(#((?P<first
 
 @dataclass(frozen=True)
 class HubTable:
-    """One split. data: a `datasets.Dataset` or `IterableDataset`."""
+    """One split of a data set."""
 
     data: Any
+    """A `datasets.Dataset` or `IterableDataset`."""
     source: str
+    """The name for messages and locations."""
     split: str = ""
+    """train, validation or test; "" if its name is none of them."""
 
     def read_rows(self) -> list[Row]:
-        found = list(self.iter_rows())
-        if not found:
-            raise DataError(f"{self.source} holds no rows")
-        return found
+        rows = list(self.iter_rows())
+        if not rows:
+            raise DataError(f"{self.source} has no rows")
+        return rows
 
     def iter_rows(self) -> Iterator[Row]:
         for number, row in enumerate(self.data, start=1):
@@ -41,48 +44,47 @@ class HubTable:
         if names is None or value is None:
             return value
         if isinstance(value, list):
-            return [_class_name(names, one) for one in value]
+            return [_class_name(names, each) for each in value]
         return _class_name(names, value)
 
     @cached_property
     def _class_names(self) -> dict[str, list[str]]:
-        """The names of the classes of columns that hold their numbers, alone or in lists."""
+        """Column -> names of its classes, for columns of class numbers or of lists of them."""
         import datasets
 
-        found = {}
-        for column, kind in (self.data.features or {}).items():
-            inner = kind.feature if isinstance(kind, datasets.List | datasets.LargeList) else kind
-            if isinstance(inner, datasets.ClassLabel):
-                found[column] = list(inner.names)
-        return found
+        class_names = {}
+        for column, feature in (self.data.features or {}).items():
+            element = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
+            if isinstance(element, datasets.ClassLabel):
+                class_names[column] = list(element.names)
+        return class_names
 
 
 def open_hub_tables(source: str, split_named: Callable[[str], str], streaming: bool = False) -> list[HubTable]:
-    """The splits of a set that name a part, or the one that is asked for. `#500`: the first 500 of each."""
-    asked = _SOURCE_PATTERN.fullmatch(source)
-    assert asked is not None  # the caller has seen that it looks like a name
+    """The train, validation and test splits of a set, or the requested one. `#500`: the first 500 rows of each."""
+    match = _SOURCE_PATTERN.fullmatch(source)
+    assert match is not None  # the caller has seen that it looks like a name
     if importlib.util.find_spec("datasets") is None:
         raise DataError(
             f"there is no file or folder {source}, and data sets of the hub need the datasets library, "
             "not installed here\n  pip install 'kitout[hub]'"
         )
-    found = _load_dataset(source, asked["name"], asked["config"], asked["split"], streaming)
-    if asked["split"]:
-        part = split_named(re.split(r"[\[+]", asked["split"])[0])
-        return [HubTable(found, source, part)]
-    first, last = int(asked["first"] or 0), int(asked["last"]) if asked["last"] else None
+    dataset = _load_dataset(source, match["name"], match["config"], match["split"], streaming)
+    if match["split"]:
+        return [HubTable(dataset, source, split_named(re.split(r"[\[+]", match["split"])[0]))]
+    start, stop = int(match["first"] or 0), int(match["last"]) if match["last"] else None
     name = source.partition("#")[0]
     tables = [
-        HubTable(_slice_rows(data, first, last), f"{name}#{split}", split_named(str(split)))
-        for split, data in found.items()
+        HubTable(_slice_rows(data, start, stop), f"{name}#{split}", split_named(str(split)))
+        for split, data in dataset.items()
     ]
-    parted = [t for t in tables if t.split]
-    if not any(t.split == "train" for t in parted):
-        splits = ", ".join(map(str, found))
-        if len(tables) == 1:
-            return [HubTable(tables[0].data, tables[0].source)]
-        raise DataError(f"{name} has the splits {splits}; say which to learn from, e.g. {name}#{next(iter(found))}")
-    return parted
+    named = [table for table in tables if table.split]
+    if any(table.split == "train" for table in named):
+        return named
+    if len(tables) == 1:
+        return [HubTable(tables[0].data, tables[0].source)]
+    splits = ", ".join(map(str, dataset))
+    raise DataError(f"{name} has the splits {splits}; choose one to train on, e.g. {name}#{next(iter(dataset))}")
 
 
 def _load_dataset(source: str, name: str, config: str | None, split: str | None, streaming: bool) -> Any:
@@ -90,11 +92,11 @@ def _load_dataset(source: str, name: str, config: str | None, split: str | None,
 
     try:
         return datasets.load_dataset(name, config, split=split, streaming=streaming)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as wrong:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"there is no file or folder {source}, and as a data set of the hub it does not load "
-            f"({type(wrong).__name__}: {str(wrong)[:300]})"
-        ) from wrong
+            f"({type(error).__name__}: {str(error)[:300]})"
+        ) from error
 
 
 def _slice_rows(data: Any, start: int, stop: int | None) -> Any:
@@ -102,5 +104,5 @@ def _slice_rows(data: Any, start: int, stop: int | None) -> Any:
 
 
 def _class_name(names: Sequence[str] | Mapping[int, str], class_id: Any) -> Any:
-    """-1 stands for a label that is kept secret: none."""
+    """None for -1, which stands for a label that is kept secret."""
     return names[class_id] if isinstance(class_id, int) and 0 <= class_id < len(names) else None

@@ -1,7 +1,7 @@
 """Rows from a file the user names, each with its line: .jsonl, .json (a list), .csv, .tsv, .parquet, .txt.
 
-All at once, every fault told together, or one after the other for files that do not fit into memory. Columns are found
-by their usual names or told. It opens files only to read, runs nothing it reads, and knows neither texts nor images.
+All at once, with all errors reported together, or one after the other for files that do not fit into memory. It only
+reads files, runs nothing it reads, and knows no format of examples, no text and no image.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from typing import Any, TypeAlias, TypeVar
 
 from kitout.errors import Errors, KitoutError
 
-MAX_SHOWN_ERRORS = 5  # faults of one kind told in full
-MAX_FIELD_CHARS = (
-    2**30
-)  # characters of one field of a table; Python's own limit of 131,072 is less than a long document
+MAX_SHOWN_ERRORS = 5  # errors of one kind shown in full
+MAX_FIELD_CHARS = 2**30  # of one csv field; Python's own limit of 131,072 is less than a long document
 
-BINARY_SIGNATURES = {  # how files begin that are often taken for tables
+BINARY_SIGNATURES = {  # first bytes of files that are often taken for tables
     b"\x1f\x8b": "a gzip archive: unpack it first (gunzip)",
     b"PK\x03\x04": "a zip archive or a spreadsheet: unpack it, or save it as .csv",
     b"\x28\xb5\x2f\xfd": "a zstd archive: unpack it first (unzstd)",
@@ -30,40 +28,37 @@ BINARY_SIGNATURES = {  # how files begin that are often taken for tables
 }
 
 Row = tuple[int, dict[str, Any]]  # line, columns
-ColumnRequest = Mapping[str, tuple[str | None, Sequence[str]]]  # role -> the column asked for or None, its usual names
 _RowIterator: TypeAlias = Callable[[Path], Iterator[Row]]
 _ReaderT = TypeVar("_ReaderT")
 
 
 class DataError(KitoutError, ValueError):
-    """A data file that is missing, unreadable or not what can be learnt from."""
+    """Data that are missing, unreadable or cannot be trained on."""
 
 
 def add_first(errors: Errors, messages: Sequence[str], noun: str) -> None:
-    """The first few faults of one kind in full, then how many more there are."""
+    """Adds the first few messages of one kind in full, then how many more there are.
+
+    noun: what the messages are about, in the plural: "rows", "images".
+    """
     for message in messages[:MAX_SHOWN_ERRORS]:
         errors.add(message)
     if len(messages) > MAX_SHOWN_ERRORS:
         errors.add(f"and {len(messages) - MAX_SHOWN_ERRORS} more such {noun}")
 
 
-def cell_text(value: object) -> str:
-    """A cell as a label or a text: stripped, empty for what is no single value."""
-    return "" if value is None or isinstance(value, list | dict) else str(value).strip()
-
-
 def read_rows(path: Path) -> list[Row]:
-    """Every row of a file with its line (.json and .parquet: its number)."""
+    """Every row of a file with its line (.json and .parquet: its number from 1)."""
     read = _find_reader(path, READERS)
     with _explain_binary(path):
-        found = read(path)
-    if not found:
-        raise DataError(f"{path} holds no rows")
-    return found
+        rows = read(path)
+    if not rows:
+        raise DataError(f"{path} has no rows")
+    return rows
 
 
 def iter_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file one after the other, none kept. The first faulty one raises."""
+    """The rows of a file one after the other, none kept. The first bad one raises."""
     if path.suffix.lower() == ".json":
         raise DataError(
             f"{path}: a JSON list is read as a whole and cannot be streamed; write one object a line, .jsonl"
@@ -75,8 +70,8 @@ def iter_rows(path: Path) -> Iterator[Row]:
 
 def _find_reader(path: Path, readers_by_suffix: Mapping[str, _ReaderT]) -> _ReaderT:
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*") if p.suffix in READERS) if path.parent.is_dir() else []
-        raise DataError(f"there is no file {path}" + (f"; beside it: {', '.join(near[:8])}" if near else ""))
+        others = sorted(p.name for p in path.parent.glob("*") if p.suffix in READERS) if path.parent.is_dir() else []
+        raise DataError(f"there is no file {path}" + (f"; beside it: {', '.join(others[:8])}" if others else ""))
     read = readers_by_suffix.get(path.suffix.lower())
     if read is None:
         raise DataError(f"{path}: unknown format {path.suffix or '(no ending)'}; use {', '.join(READERS)}")
@@ -87,46 +82,27 @@ def _find_reader(path: Path, readers_by_suffix: Mapping[str, _ReaderT]) -> _Read
 def _explain_binary(path: Path) -> Iterator[None]:
     try:
         yield
-    except UnicodeDecodeError as wrong:
+    except UnicodeDecodeError as error:
         with path.open("rb") as file:
-            begins = file.read(8)
-        for mark, what in BINARY_SIGNATURES.items():
-            if begins.startswith(mark):
-                raise DataError(f"{path} holds no text but {what}") from wrong
-        raise DataError(f"{path} is not UTF-8 (byte {wrong.start}); convert it, e.g. with iconv -t UTF-8") from wrong
-
-
-def find_columns(path: Path, rows: Sequence[Row], requests: ColumnRequest) -> list[str]:
-    """The column of each role, in order: the one asked for, else the first usual name that is there."""
-    present = [str(column) for column in rows[0][1]]
-    faults = Errors(DataError, f"{path} (columns: {', '.join(present)})")
-    chosen = []
-    for role, (asked, usual) in requests.items():
-        if asked is not None and asked not in present:
-            faults.add(f"there is no column {asked!r} for the {role}")
-        column = asked or next((c for name in usual for c in present if c.lower() == name), None)
-        if column is None:
-            faults.add(
-                f"none of the columns looks like the {role}; say which with --{role} NAME "
-                f"(kitout train: data.train.columns.{role}=NAME)"
-            )
-        chosen.append(column or "")
-    faults.raise_if_any()
-    return chosen
+            first_bytes = file.read(8)
+        for signature, kind in BINARY_SIGNATURES.items():
+            if first_bytes.startswith(signature):
+                raise DataError(f"{path} is not text but {kind}") from error
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv -t UTF-8") from error
 
 
 def _read_jsonl(path: Path) -> list[Row]:
-    found: list[Row] = []
-    bad: list[str] = []
+    rows: list[Row] = []
+    messages: list[str] = []
     for line, row in _parse_lines(path):
         if isinstance(row, str):
-            bad.append(row)
+            messages.append(row)
         else:
-            found.append((line, row))
-    faults = Errors(DataError, str(path))
-    add_first(faults, bad, "lines")
-    faults.raise_if_any()
-    return found
+            rows.append((line, row))
+    errors = Errors(DataError, str(path))
+    add_first(errors, messages, "lines")
+    errors.raise_if_any()
+    return rows
 
 
 def _iter_objects(path: Path) -> Iterator[Row]:
@@ -137,24 +113,25 @@ def _iter_objects(path: Path) -> Iterator[Row]:
 
 
 def _parse_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Each line's object, or what is wrong with the line."""
+    """Each line's object, or the error message of the line."""
     with path.open(encoding="utf-8-sig", newline="\n") as file:
-        for line, words in enumerate(file, start=1):
-            if not words.strip():
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
                 continue
             try:
-                row = json.loads(words.rstrip("\r\n"))
-                fault = "" if isinstance(row, dict) else f"a JSON {type(row).__name__}, expected an object"
-                if _has_broken_surrogate(words, row):
-                    fault = "half of a surrogate pair (\\ud800 to \\udfff), which is no character"
-            except (json.JSONDecodeError, RecursionError) as wrong:
-                said = f"{wrong.msg}, column {wrong.colno}" if isinstance(wrong, json.JSONDecodeError) else "too deep"
-                row, fault = None, f"not JSON ({said})"
-            yield line, f"line {line}: {fault}: {words.strip()[:60]!r}" if fault else row
+                row = json.loads(text.rstrip("\r\n"))
+                problem = "" if isinstance(row, dict) else f"a JSON {type(row).__name__}, expected an object"
+                if _has_broken_surrogate(text, row):
+                    problem = "half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
+            except json.JSONDecodeError as error:
+                row, problem = None, f"not JSON ({error.msg}, column {error.colno})"
+            except RecursionError:
+                row, problem = None, "not JSON (nested too deep)"
+            yield line, f"line {line}: {problem}: {text.strip()[:60]!r}" if problem else row
 
 
 def _has_broken_surrogate(text: str, row: Any) -> bool:
-    """Whether strings hold what JSON can write and no text can: one half of a pair."""
+    """Whether strings hold one half of a pair, which JSON can write and no text can."""
     if "\\ud" not in text.lower():
         return False
     try:
@@ -166,18 +143,20 @@ def _has_broken_surrogate(text: str, row: Any) -> bool:
 
 def _read_json(path: Path) -> list[Row]:
     try:
-        words = path.read_text(encoding="utf-8-sig")
-        found = json.loads(words)
-    except json.JSONDecodeError as wrong:
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
         raise DataError(
-            f"{path} line {wrong.lineno}: not JSON ({wrong.msg}); if one object per line: name it .jsonl"
-        ) from wrong
-    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-        raise DataError(f"{path} must hold a list of objects, found a {type(found).__name__}")
-    rows = list(enumerate(found, start=1))
-    bad = [number for number, row in rows if _has_broken_surrogate(words, row)]
-    if bad:
-        raise DataError(f"{path} object {bad[0]}: half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+            f"{path} line {error.lineno}: not JSON ({error.msg}); if one object per line: name it .jsonl"
+        ) from error
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        raise DataError(f"{path} must hold a list of objects, found a {type(content).__name__}")
+    rows = list(enumerate(content, start=1))
+    broken = next((number for number, row in rows if _has_broken_surrogate(text, row)), None)
+    if broken is not None:
+        raise DataError(
+            f"{path} object {broken}: half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
+        )
     return rows
 
 
@@ -187,9 +166,9 @@ def _iter_csv(path: Path) -> Iterator[Row]:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         try:
             names = list(reader.fieldnames or ())
-            twice = sorted({name for name in names if names.count(name) > 1})
-            if twice:
-                raise DataError(f"{path}: the header names {', '.join(map(repr, twice))} more than once")
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                raise DataError(f"{path}: the header names {', '.join(map(repr, repeated))} more than once")
             for row in reader:
                 if None in row:
                     raise DataError(
@@ -197,8 +176,8 @@ def _iter_csv(path: Path) -> Iterator[Row]:
                         'put fields that hold the separator in quotes ("...")'
                     )
                 yield reader.line_num, row
-        except csv.Error as wrong:
-            raise DataError(f"{path} line {reader.line_num}: no readable table ({wrong})") from wrong
+        except csv.Error as error:
+            raise DataError(f"{path} line {reader.line_num}: not a readable table ({error})") from error
         finally:
             csv.field_size_limit(limit)
 
@@ -216,15 +195,15 @@ def _iter_parquet(path: Path) -> Iterator[Row]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pyarrow.ArrowException, OSError) as wrong:
-        raise DataError(f"{path} is no readable parquet file: {str(wrong)[:200]}") from wrong
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {str(error)[:200]}") from error
 
 
 def _iter_text_lines(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="\n") as file:
-        for line, words in enumerate(file, start=1):
-            if words.strip():
-                yield line, {"text": words.rstrip("\r\n")}
+        for line, text in enumerate(file, start=1):
+            if text.strip():
+                yield line, {"text": text.rstrip("\r\n")}
 
 
 def _read_whole(reader: _RowIterator) -> Callable[[Path], list[Row]]:

@@ -18,12 +18,11 @@ from kitout.data.encode.item import EncodedExample, digest
 from kitout.data.examples.examples import Chat, Example, LabeledImage, LabeledText, TaggedWords
 from kitout.data.read.sources import load_examples
 from kitout.data.split import TRAINABLE_SPLITS, split_examples, split_images
-from kitout.data.streaming import open_stream
+from kitout.data.streaming import StreamedItems, open_stream
 from kitout.errors import ConfigError
 from kitout.train.config.schema import DataConfig, SourceConfig
 from kitout.train.setup.base_model import resolve_data
 from kitout.train.setup.closed_answers import ClosedAnswers, find_closed_answers
-from kitout.train.streamed import StreamedItems
 
 LABELED_OBJECTIVES = ("classification", "multilabel", "token_classification")  # objectives with a set of labels
 GENERATIVE_OBJECTIVES = ("causal_lm", "seq2seq_lm")  # objectives whose answers are texts
