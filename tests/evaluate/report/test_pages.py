@@ -99,7 +99,17 @@ def test_a_report_holds_everything_and_asks_for_nothing() -> None:
     assert not re.search(r"https?://|@import|url\(", html.render_html(full()))
     policy = next(value for name, value in page.attributes if value and "default-src" in value)
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    for said in ("accuracy", "macro-F1", "1,280", "81.25", "2,442,240", "today", "held out", "1, 2.5", "✓ right"):
+    for said in (
+        "accuracy",
+        "macro-F1",
+        "1,280",
+        "81.25",
+        "2,442,240",
+        "today",
+        "on the test split",
+        "1, 2.5",
+        "✓ correct",
+    ):
         assert said in page.text, said
     assert page.text.count(EVIL) > 15
     assert comparison().verdict in " ".join(page.text.split())
@@ -128,7 +138,7 @@ def test_numbers_without_a_share_have_no_whisker() -> None:
     )
     page = Page(html.render_html(RunSummary(title="t", model="m", method="x", comparisons={"a": numbers})))
     assert "svg" not in page.tags
-    assert "less is better" in page.text
+    assert "lower is better" in page.text
 
 
 @pytest.mark.parametrize(
@@ -149,7 +159,7 @@ def test_the_card_is_read_by_the_hubs_own_reader() -> None:
     from huggingface_hub import ModelCard
 
     plain = dataclasses.replace(
-        full(), title="Tweets", model="org/model-1", licence="apache-2.0", data_name="my tweets", labels=["a", "b"]
+        full(), title="Tweets", model="org/model-1", license="apache-2.0", data_name="my tweets", labels=["a", "b"]
     )
     read = ModelCard(model_card.render_model_card(plain))
     assert (read.data.base_model, read.data.license, read.data.library_name) == ("org/model-1", "apache-2.0", "kitout")
