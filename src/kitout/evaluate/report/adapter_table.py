@@ -43,7 +43,7 @@ class AdapterRow:
         return TITLES.get(self.metric, self.metric)
 
     @property
-    def reached(self) -> str:
+    def score_text(self) -> str:
         """93.6 (91.9 to 95.0); fractions in percent."""
         if self.score is None:
             return ""
@@ -53,7 +53,7 @@ class AdapterRow:
         return f"{value} ({low} to {high})"
 
     @property
-    def part(self) -> str:
+    def percent_text(self) -> str:
         """% trainable, as text."""
         return f"{self.percent:.2f}" if self.percent < 99.995 else "100"
 
@@ -80,14 +80,14 @@ def verdict(rows: Sequence[AdapterRow], same_test: bool = True) -> str:
     top = best(rows)
     assert top.score is not None
     if len(rows) == 1:
-        return f"{top.name}: {top.title} {top.reached}"
+        return f"{top.name}: {top.title} {top.score_text}"
     overlapping = [
         row.name for row in rows
         if row is not top and row.score is not None and row.score.low <= top.score.high
         and top.score.low <= row.score.high
     ]  # fmt: skip
     caveat = f"; intervals overlap with {', '.join(overlapping)}: not significant on {top.score.n:,} test examples"
-    return f"best: {top.name}, {top.title} {top.reached}{caveat if overlapping else ''}"
+    return f"best: {top.name}, {top.title} {top.score_text}{caveat if overlapping else ''}"
 
 
 def text(rows: Sequence[AdapterRow], majority: float | None, same_test: bool = True) -> str:
@@ -97,7 +97,7 @@ def text(rows: Sequence[AdapterRow], majority: float | None, same_test: bool = T
     for row in rows:
         per_example = f"{row.seconds / max(1, row.examples):.3f}"
         cost = [f"{row.seconds:.0f}", f"{row.processor_seconds:.0f}", per_example]
-        lines.append([row.name, f"{row.trainable:,}", row.part, row.reached, *cost])
+        lines.append([row.name, f"{row.trainable:,}", row.percent_text, row.score_text, *cost])
     if same_test and majority is not None and rows[0].metric == "accuracy":
         lines.append(["majority class", "0", "0", f"{100 * majority:.1f}", "", "", ""])
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]

@@ -32,7 +32,7 @@ def comparison(rows: Sequence[AdapterRow], majority: float | None, heading: str)
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
         axes.errorbar(
             max(1, row.trainable), value, yerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt=marker,
-            color=color, capsize=4, markersize=7, label=f"{row.name}: {row.reached}, {row.trainable:,}",
+            color=color, capsize=4, markersize=7, label=f"{row.name}: {row.score_text}, {row.trainable:,}",
         )  # fmt: skip
     axes.set_xscale("log")
     axes.margins(x=0.08)
