@@ -18,7 +18,8 @@ from kitout.assets import store
 from kitout.data.images.image_set import ImageSet
 from kitout.data.read.image_folders import load_images as images_of
 from kitout.data.split import split
-from kitout.demo.vision import DATA, JOBS, config
+from kitout.demo.vision import DATA, JOBS, VisionDemo
+from kitout.demo.vision import preset as demo_config
 from kitout.train.config.load import load
 from kitout.train.config.schema import RunConfig
 from kitout.train.run import run
@@ -46,7 +47,7 @@ def without_test(folder: Path, test: int) -> Path:
 
 def trials(name: str, table: Path, asked: argparse.Namespace) -> RunConfig:
     """One run of the preset's settings in which each job is one pair of rates."""
-    preset = config(methods=[name], train=500, test=VALIDATION, seed=1)
+    preset = demo_config(VisionDemo(methods=(name,), train=500, test=VALIDATION, seed=1))
     (job,) = preset.jobs
     assert job.train is not None
     assert job.train.lr is not None
@@ -61,7 +62,7 @@ def trials(name: str, table: Path, asked: argparse.Namespace) -> RunConfig:
         for rate in rates for head in head_rates
     ]  # fmt: skip
     said["data"]["train"][0]["path"] = str(table)
-    said["data"]["image_size"] = config().data.image_size
+    said["data"]["image_size"] = demo_config(VisionDemo()).data.image_size
     said["train"]["seed"] = asked.seed
     tried = "-".join(f"{rate:.0e}" for rate in [*rates, *(asked.head_rates or [])])
     said["output"]["folder"] = str(asked.out / f"{name}-{asked.seed}-{tried}")
@@ -77,7 +78,7 @@ def main() -> None:
     words.add_argument("--seed", type=int, default=1)
     words.add_argument("--out", type=Path, default=Path("runs/vision-search"))
     asked = words.parse_args()
-    table = without_test(asked.out / "images", test=config().evaluate.max_test_examples)
+    table = without_test(asked.out / "images", test=demo_config(VisionDemo()).evaluate.max_test_examples)
     for name in asked.methods or JOBS:
         chosen = trials(name, table, asked)
         run(chosen, log=lambda _words: None)

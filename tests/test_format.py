@@ -1,4 +1,4 @@
-"""Numbers in words, and text that cannot act on a terminal."""
+"""Numbers as text, and text that cannot act on a terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_numbers_and_text() -> None:
     ]  # fmt: skip
     assert escape_terminal("a\tb\nc") == "a\tb\nc"
     assert escape_terminal("a\tb\nc", escape_newlines=True) == "a␉b␊c"
-    assert escape_terminal("👩\u200d🔬 é नी") == "👩\u200d🔬 é नी"  # what joins letters is left alone
+    assert escape_terminal("👩\u200d🔬 é नी") == "👩\u200d🔬 é नी"  # joiners are kept
     assert escape_terminal("\ud800\ufeff") == "\\ud800\\ufeff"
     assert single_line("a \n  b" + "c" * 100, 10) == "a bcccccc…"
 

@@ -1,7 +1,7 @@
-"""Figures and foreign text as a screen shows them: sizes, times, counts; and text that cannot act on a terminal.
+"""Numbers and untrusted text for the screen: counts, sizes, durations; text that cannot act on a terminal.
 
-Data come from anywhere. Escape sequences, control characters and signs that turn the direction of writing are shown as
-what they are, never obeyed. It knows no console and no run.
+Data come from anywhere. Escape sequences, control characters and characters that change the direction of writing are
+made visible, never obeyed. It knows no console and no run.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ ALLOWED_CONTROLS = "\n\t"
 
 def format_count(value: float) -> str:
     """1234567 -> 1.23 M."""
-    for limit, unit in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
+    for limit, divisor, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= limit:
-            return f"{value / (1e3 if unit == ' k' else limit):.3g}{unit}"
+            return f"{value / divisor:.3g} {unit}"
     return f"{value:,.0f}"
 
 
@@ -44,7 +44,7 @@ def format_duration(value: float) -> str:
 
 
 def format_number(value: Any, sign: bool = False) -> str:
-    """A measured value with four figures, thousands apart; None in words. sign: a plus where it is positive."""
+    """Four significant digits, thousands separated; None as text. sign: with a plus if it is positive."""
     if value is None:
         return "not finite"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -61,7 +61,7 @@ def format_number(value: Any, sign: bool = False) -> str:
 
 
 def escape_terminal(text: str, escape_newlines: bool = False) -> str:
-    """The text with everything a terminal would act on made visible. line: new lines and tabs too."""
+    """The text with everything visible that a terminal would act on. escape_newlines: newlines and tabs too."""
     return "".join(c if c in ALLOWED_CONTROLS and not escape_newlines else _escape_char(c) for c in text)
 
 
@@ -71,21 +71,27 @@ def _escape_char(char: str) -> str:
         return chr(0x2400 + code)  # ESC -> ␛
     if code == 0x7F:
         return "␡"
-    if char in "\u200c\u200d":  # joiners: parts of words and of emoji
+    if char in "\u200c\u200d":  # joiners inside words and emoji
         return char
-    if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp"):  # C1, directions, surrogates, line separators
+    if unicodedata.category(char) in (
+        "Cc",
+        "Cf",
+        "Cs",
+        "Zl",
+        "Zp",
+    ):  # C1, directions, surrogates, separators
         return f"\\u{code:04x}"
     return char
 
 
 def single_line(text: str, max_chars: int = 80) -> str:
-    """Safe, white space as single blanks, at most so many characters."""
+    """Escaped, white space collapsed to single blanks, at most max_chars characters."""
     flat = re.sub(r"\s+", " ", escape_terminal(text)).strip()
     return flat if len(flat) <= max_chars else flat[: max_chars - 1] + "…"
 
 
 def common_prefix_length(first: str, second: str) -> int:
-    """Characters that both begin with. (`os.path.commonprefix` is deprecated from Python 3.15 on.)"""
+    """The number of characters that both begin with. (`os.path.commonprefix` is deprecated from Python 3.15 on.)"""
     shorter = min(len(first), len(second))
     if first[:shorter] == second[:shorter]:
         return shorter

@@ -1,4 +1,4 @@
-"""`kitout methods` tells of every registered method what its code says, in a table, on a page and as JSON."""
+"""`kitout methods` shows of every registered method what its code says, in a table, on a page and as JSON."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from kitout import LoRA
-from kitout.cli import app
-from kitout.cli import methods as verb
+from kitout.cli import app, methods
 from kitout.cli.methods import method_info, parse_docstring
 from kitout.method import REGISTRY, Method
 from kitout.train.config.describe import type_text
 from laws.cases import CASES
 
 
-def said(*words: str) -> Result:
-    return CliRunner().invoke(app, ["methods", *words])
+def kitout_methods(*args: str) -> Result:
+    return CliRunner().invoke(app, ["methods", *args])
 
 
-def test_the_table_has_every_method_with_its_rate() -> None:
-    done = said()
-    assert done.exit_code == 0, done.output
-    head, *lines = done.output.splitlines()
+def test_the_table_has_every_method_with_its_learning_rate() -> None:
+    result = kitout_methods()
+    assert result.exit_code == 0, result.output
+    head, *lines = result.output.splitlines()
     assert head.split("  ")[0] == "method"
     by_name = {line.split()[0]: line for line in lines}
     for name, method in REGISTRY.items():
@@ -41,18 +40,18 @@ def test_the_table_has_every_method_with_its_rate() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
-def test_a_page_tells_every_setting(name: str) -> None:
-    done = said(name.lower())
-    assert done.exit_code == 0, done.output
-    head, table = done.output.split("\n\n")
+def test_a_page_lists_every_setting(name: str) -> None:
+    result = kitout_methods(name.lower())
+    assert result.exit_code == 0, result.output
+    head, table = result.output.split("\n\n")
     assert head.startswith(f"{name}: ")
-    assert f"learning rate {REGISTRY[name].training.lr:g} with AdamW; from " in head
+    assert f"learning rate {REGISTRY[name].training.lr:g} with AdamW; a warning from " in head
     settings = [line.split()[0] for line in table.splitlines()[1:]]
     assert settings == list(REGISTRY[name].model_fields)
 
 
-def test_a_page_tells_types_bounds_and_words() -> None:
-    lines = {line.split()[0]: " ".join(line.split()) for line in said("LoRA").output.splitlines() if line}
+def test_a_page_has_types_bounds_and_descriptions() -> None:
+    lines = {line.split()[0]: " ".join(line.split()) for line in kitout_methods("LoRA").output.splitlines() if line}
     assert lines["rank"].startswith("rank 8 whole number | settings (name: whole number) a number, or numbers by role")
     assert lines["dropout"] == "dropout 0.0 number >= 0, < 1 on x."
     assert lines["init"].startswith("init default default | pissa")
@@ -60,7 +59,7 @@ def test_a_page_tells_types_bounds_and_words() -> None:
 
 
 def test_json_is_what_the_code_says() -> None:
-    pages = json.loads(said("--json").output)
+    pages = json.loads(kitout_methods("--json").output)
     assert [page["name"] for page in pages] == list(REGISTRY)
     for page in pages:
         method = REGISTRY[page["name"]]
@@ -71,35 +70,35 @@ def test_json_is_what_the_code_says() -> None:
             method.training.head_lr,
         )
         assert page["lr"] < page["warned_from"] < page["refused_from"]
-    assert json.loads(said("IA3", "--json").output) == next(page for page in pages if page["name"] == "IA3")
+    assert json.loads(kitout_methods("IA3", "--json").output) == next(page for page in pages if page["name"] == "IA3")
 
 
 @pytest.mark.parametrize(
-    ("word", "hint"),
+    ("name", "hint"),
     [("loar", "did you mean LoRA?"), ("Prefix", "did you mean PrefixTuning?"), ("xyz", "known: AdaptFormer, BitFit")],
 )
-def test_an_unknown_name_is_an_error_with_a_suggestion(word: str, hint: str) -> None:
-    done = said(word)
-    assert done.exit_code == 1
-    assert f"error: there is no method {word!r}: {hint}" in done.stderr
-    assert not done.stdout
+def test_an_unknown_name_is_an_error_with_a_suggestion(name: str, hint: str) -> None:
+    result = kitout_methods(name)
+    assert result.exit_code == 1
+    assert f"error: there is no method {name!r}: {hint}" in result.stderr
+    assert not result.stdout
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_every_setting_of_every_method_is_described(name: str) -> None:
-    summary, words = parse_docstring(REGISTRY[name])
-    silent = [field for field in REGISTRY[name].model_fields if not words.get(field)]
-    assert not silent, f"say in {name}'s docstring what they are: '{silent[0]}: ...'"
+    summary, setting_texts = parse_docstring(REGISTRY[name])
+    undescribed = [field for field in REGISTRY[name].model_fields if not setting_texts.get(field)]
+    assert not undescribed, f"describe them in {name}'s docstring: '{undescribed[0]}: ...'"
     assert 10 < len(summary) < 140
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_what_a_mix_refuses_is_noted(case: Any) -> None:
+def test_what_a_mix_refuses_is_a_limitation(case: Any) -> None:
     if not case.mixes or not case.strengths:
-        assert "Mix" in type(case.method).note
+        assert "Mix" in type(case.method).limitations
 
 
-def test_a_method_of_ones_own_needs_no_words() -> None:
+def test_a_users_own_method_needs_no_description() -> None:
     class Bare(Method):
         default_targets: ClassVar[str] = "attn.v"
         width: int = Field(default=8, ge=1, le=64)
@@ -119,9 +118,9 @@ def test_types_are_as_one_writes_them() -> None:
 
 
 def test_a_terminal_gets_a_drawn_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(verb, "Console", lambda: Console(force_terminal=True, width=150, color_system=None))
-    verb.methods()
-    verb.methods("prompttuning")
+    monkeypatch.setattr(methods, "Console", lambda: Console(force_terminal=True, width=150, color_system=None))
+    methods.methods()
+    methods.methods("prompttuning")
     shown = capsys.readouterr().out
     assert "┃ method" in shown
     assert "list of whole number" in shown

@@ -1,4 +1,4 @@
-"""The text demo: its flags as a run's config, the whole of it on a tiny model and file, and the built-in assets."""
+"""The text demo: its options as a run's config, the whole of it on a tiny model and file, and the built-in assets."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def rows(tmp_path: Path) -> Path:
     return jsonl(tmp_path / "rows.jsonl", [dict(row) for row in reviews(120)])
 
 
-def demo(*words: object) -> tuple[int, str]:
-    done = CliRunner().invoke(app, [str(word) for word in words])
-    return done.exit_code, done.output
+def demo(*args: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    return result.exit_code, result.output
 
 
 def test_the_preset_is_the_built_in_model_and_tweets() -> None:
@@ -53,12 +53,12 @@ def test_the_preset_is_the_built_in_model_and_tweets() -> None:
     assert config.evaluate.show_examples == 6
 
 
-def test_flags_become_settings(rows: Path) -> None:
-    chosen = TextDemo(
+def test_options_become_settings(rows: Path) -> None:
+    options = TextDemo(
         model=Path("m"), data=rows, text="text", label="label", out=Path("o"), train=64, test=2000, shown=3,
         dtype="float32", epochs=2, lr=2e-3, seed=5,
     )  # fmt: skip
-    config = preset(chosen)
+    config = preset(options)
     (source,) = config.data.train
     assert (source.path, source.columns, source.limit) == (str(rows), {"text": "text", "label": "label"}, 2064)
     assert source.system_prompt == "Classify this text as bad or good."
@@ -67,65 +67,65 @@ def test_flags_become_settings(rows: Path) -> None:
     assert (config.train.lr, config.train.epochs, config.train.seed) == (2e-3, 2.0, 5)
     config = preset(TextDemo(data=rows, instruction="Well?"))
     assert config.data.train[0].system_prompt == "Well?"
-    assert config.data.test == pytest.approx(600 / 1880), "a share of an own table, which may be short"
+    assert config.data.test == pytest.approx(600 / 1880), "a fraction of a user's table, which may be short"
 
 
 @pytest.mark.parametrize("verb", [(), ("text",)])
-def test_it_trains_measures_merges_and_keeps(model: Path, rows: Path, tmp_path: Path, verb: tuple[str, ...]) -> None:
+def test_it_trains_evaluates_merges_and_saves(model: Path, rows: Path, tmp_path: Path, verb: tuple[str, ...]) -> None:
     out = tmp_path / "runs" / "demo"
-    words = (*verb, "--model", model, "--data", rows, "--out", out, "--lr", "0.01", "--epochs", 2, "--test", 30)
-    code, said = demo(*words, "--dtype", "float32")
-    assert code == 0, said
-    held = json.loads((out / "results.json").read_text())
-    accuracy = held["comparisons"]["demo"][0]
+    args = (*verb, "--model", model, "--data", rows, "--out", out, "--lr", "0.01", "--epochs", 2, "--test", 30)
+    code, output = demo(*args, "--dtype", "float32")
+    assert code == 0, output
+    results = json.loads((out / "results.json").read_text())
+    accuracy = results["comparisons"]["demo"][0]
     assert accuracy["name"] == "accuracy"
     assert accuracy["base"]["n"] == accuracy["tuned"]["n"] == 30
-    assert held["merge"]["demo"] == {"dtype": "float32", "asked": 36, "same": 36, "restored_bit_for_bit": True}
-    assert held["labels"]["demo"]
-    assert held["processor_seconds"] > 0
-    assert len(held["examples"]["demo"]) == 6
-    for part in (
+    assert results["merge"]["demo"] == {"dtype": "float32", "asked": 36, "same": 36, "restored_bit_for_bit": True}
+    assert results["labels"]["demo"]
+    assert results["processor_seconds"] > 0
+    assert len(results["examples"]["demo"]) == 6
+    for text in (
         "base", "fine-tuned", "95 % confidence interval", "majority class", "merged into the weights", "kit.load(",
         "processor time", str(out / "adapter"), str(out / "report.html"), "kitout demo text --data",
     ):  # fmt: skip
-        assert part in said
+        assert text in output
     assert (out / "training.png").is_file()
     kit = kitout.attach(AutoModelForCausalLM.from_pretrained(model))
     kit.load(out / "adapter", name="demo")
-    assert kit.num_parameters("demo").total == held["trainable"]["demo"]
-    code, again = demo(*words, "--dtype", "float32")
+    assert kit.num_parameters("demo").total == results["trainable"]["demo"]
+    code, output = demo(*args, "--dtype", "float32")
     assert code == 0
-    assert "finished" in again
-    assert "merged into the weights" in again, "a finished run is shown again"
+    assert "finished" in output
+    assert "merged into the weights" in output, "a finished run is shown again"
 
 
-def test_faults_of_the_user_are_one_line_and_no_trace(model: Path, rows: Path, tmp_path: Path) -> None:
-    for words, expected in (
+def test_errors_of_the_user_are_one_line_and_no_traceback(model: Path, rows: Path, tmp_path: Path) -> None:
+    for args, expected in (
         (("--model", model, "--data", tmp_path / "no.jsonl"), "there is no file"),
         (("--model", tmp_path, "--data", rows), "no model is there"),
         (("--model", model, "--data", rows, "--text", "words"), "no column 'words'"),
         (("--model", model, "--data", rows, "--dtype", "fp8"), "'fp8'"),
     ):
-        code, said = demo(*words, "--out", tmp_path / "out")
+        code, output = demo(*args, "--out", tmp_path / "out")
         assert code != 0
-        assert expected in said
-        assert "Traceback" not in said
+        assert expected in output
+        assert "Traceback" not in output
 
 
 def test_assets_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KITOUT_CACHE", str(tmp_path))
-    said = CliRunner().invoke(assets_app, ["list"]).output
+    output = CliRunner().invoke(assets_app, ["list"]).output
     for name in store.expand_names(["all"]):
-        assert name in said
-    done = CliRunner().invoke(assets_app, ["path", "tweets"])
-    assert done.exit_code == 1
-    assert "kitout assets get tweets" in done.output
-    done = CliRunner().invoke(assets_app, ["get", "twets"])
-    assert done.exit_code == 1
-    assert "'tweets'" in done.output
+        assert name in output
+    result = CliRunner().invoke(assets_app, ["path", "tweets"])
+    assert result.exit_code == 1
+    assert "kitout assets get tweets" in result.output
+    result = CliRunner().invoke(assets_app, ["get", "twets"])
+    assert result.exit_code == 1
+    assert "'tweets'" in result.output
 
 
-def test_the_dtype_can_be_asked_for_and_is_found_otherwise() -> None:
+def test_the_dtype_is_the_requested_one_or_detected() -> None:
     cpu = torch.device("cpu")
     assert device.choose_dtype("fp32", cpu)[0] is torch.float32
     assert device.choose_dtype("bf16", cpu)[0] is torch.bfloat16
@@ -134,7 +134,7 @@ def test_the_dtype_can_be_asked_for_and_is_found_otherwise() -> None:
 
 
 @pytest.mark.assets
-def test_the_built_in_model_speaks() -> None:
+def test_the_built_in_model_answers() -> None:
     from transformers import AutoTokenizer
 
     here = store.fetch_asset("smollm2-135m")

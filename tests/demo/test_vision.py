@@ -15,10 +15,10 @@ from kitout.assets import store
 from kitout.cli.demo import app
 from kitout.data.read.image_folders import load_images
 from kitout.data.split import split_images
-from kitout.demo.vision import JOBS, config
+from kitout.demo.vision import JOBS, VisionDemo, preset
 from kitout.evaluate.metrics.interval import wilson_interval
 from kitout.evaluate.report import plots
-from tiny_images import folder as pictures
+from tiny_images import folder as image_folder
 from tiny_vision import folder as model_folder
 
 pytest.importorskip("accelerate")
@@ -31,17 +31,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("images"), each=20)
+    return image_folder(tmp_path_factory.mktemp("images"), each=20)
 
 
-def vision(*words: object) -> tuple[int, str]:
-    done = CliRunner().invoke(app, ["vision", *map(str, words)])
-    return done.exit_code, done.output
+def vision(*args: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["vision", *map(str, args)])
+    return result.exit_code, result.output
 
 
-def small(model: Path, data: Path, out: Path, *words: object) -> tuple[int, str]:
-    settings = ("--train", 24, "--test", 12, "--budget", 48)
-    return vision("--model", model, "--data", data, "--out", out, *settings, *words)
+def small_run(model: Path, data: Path, out: Path, *args: object) -> tuple[int, str]:
+    sizes = ("--train", 24, "--test", 12, "--budget", 48)
+    return vision("--model", model, "--data", data, "--out", out, *sizes, *args)
 
 
 def results(out: Path) -> Any:
@@ -50,72 +50,72 @@ def results(out: Path) -> Any:
 
 def test_every_method_on_the_same_images(model: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "runs" / "vision"
-    code, said = small(model, data, out)
-    assert code == 0, said
-    held = results(out)
-    assert [row["name"] for row in held["adapters"]] == list(JOBS)
-    for row in held["adapters"]:
-        right = sum(g == t for g, t in zip(held["predicted"][row["name"]], held["true"][row["name"]], strict=True))
+    code, output = small_run(model, data, out)
+    assert code == 0, output
+    saved = results(out)
+    assert [row["name"] for row in saved["adapters"]] == list(JOBS)
+    for row in saved["adapters"]:
+        correct = sum(g == t for g, t in zip(saved["predicted"][row["name"]], saved["true"][row["name"]], strict=True))
         score = row["score"]
-        assert (score["value"], [score["low"], score["high"]]) == (right / 12, list(wilson_interval(right, 12)))
+        assert (score["value"], [score["low"], score["high"]]) == (correct / 12, list(wilson_interval(correct, 12)))
         assert row["examples"] == 48
         assert row["seconds"] > 0
         assert row["processor_seconds"] > 0
         assert (out / "adapter" / row["name"] / "README.md").is_file()
         for picture in ("confusion", "errors"):
-            with Image.open(out / f"{picture}-{row['name']}.png") as drawn:
-                assert min(drawn.size) > 200
-        assert re.search(rf"^{row['name']} +{row['trainable']:,} ", said, re.MULTILINE)
+            with Image.open(out / f"{picture}-{row['name']}.png") as plot:
+                assert min(plot.size) > 200
+        assert re.search(rf"^{row['name']} +{row['trainable']:,} ", output, re.MULTILINE)
     assert (out / "comparison.png").is_file()
-    for part in ("95 % interval", "most frequent class", "best: ", "kit.load(", "train 24, "):
-        assert part in said
+    for text in ("95 % interval", "majority class", "best: ", "kit.load(", "train 24, "):
+        assert text in output
     page = (out / "report.html").read_text()
-    for part in ("Adapters side by side", "always the most frequent class", 'alt="confusion-ssf"'):
-        assert part in page
+    for text in ("Adapters side by side", "always the majority class", 'alt="confusion-ssf"'):
+        assert text in page
 
 
 def test_the_same_command_again_and_without_pictures(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plots, "possible", lambda: False)
+    monkeypatch.setattr(plots, "has_matplotlib", lambda: False)
     for expected in ("best: ", "finished: see results.json"):
-        code, said = small(model, data, tmp_path, "--methods", "linear, bitfit")
-        assert code == 0, said
-        assert expected in said
+        code, output = small_run(model, data, tmp_path, "--methods", "linear, bitfit")
+        assert code == 0, output
+        assert expected in output
     assert not list(tmp_path.glob("*.png"))
-    code, said = small(model, data, tmp_path, "--methods", "linear,lora")
+    code, output = small_run(model, data, tmp_path, "--methods", "linear,lora")
     assert code == 1
-    assert "output.folder" in said
+    assert "output.folder" in output
 
 
 def test_each_method_has_its_recipe() -> None:
     rates = {job.output.name: (job.train.lr, job.train.head_lr, job.train.weight_decay, job.train.head)
-             for job in config().per_job()}  # fmt: skip
+             for job in preset(VisionDemo()).per_job()}  # fmt: skip
     assert rates == {
         "linear": (3e-3, 3e-3, 1e-4, "linear"), "bitfit": (3e-3, 3e-3, 0.0, "linear"),
         "vpt-shallow": (3e-2, 3e-3, 1e-4, "linear"), "vpt-deep": (1e-2, 3e-3, 1e-4, "linear"),
         "ssf": (3e-3, 3e-3, 0.0, "linear"), "lora": (1e-3, 3e-3, 1e-4, "linear"),
         "adaptformer": (1e-2, 3e-3, 1e-4, "batchnorm"), "full": (1e-5, 3e-3, 1e-4, "linear"),
     }  # fmt: skip
-    whole = config()
-    assert (whole.model.name, whole.data.image_size, whole.train.steps) == ("dinov2-small", 112, 94)
-    assert config(model=Path("elsewhere")).data.image_size is None
+    config = preset(VisionDemo())
+    assert (config.model.name, config.data.image_size, config.train.steps) == ("dinov2-small", 112, 94)
+    assert preset(VisionDemo(model=Path("elsewhere"))).data.image_size is None
 
 
 def test_tables_with_named_columns(model: Path, data: Path, tmp_path: Path) -> None:
     lines = "".join(f"{f},{f.parent.name}\n" for f in sorted(data.glob("*/*.png")))
     (tmp_path / "a.csv").write_text("what,who\n" + lines)
-    code, said = small(
+    code, output = small_run(
         model, tmp_path / "a.csv", tmp_path / "out", "--methods", "linear", "--image", "what", "--label", "who"
     )
-    assert code == 0, said
+    assert code == 0, output
     assert (tmp_path / "out" / "confusion.png").is_file()
 
 
-def test_faults_of_the_user_are_one_line_and_no_trace(model: Path, data: Path, tmp_path: Path) -> None:
+def test_errors_of_the_user_are_one_line_and_no_traceback(model: Path, data: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    for words, expected in (
+    for args, expected in (
         (("--model", model, "--data", tmp_path / "no"), "unknown format|there is no file"),
         (("--model", model, "--data", empty), "no class folders"),
         (("--model", tmp_path, "--data", data), "no model is there"),
@@ -123,14 +123,14 @@ def test_faults_of_the_user_are_one_line_and_no_trace(model: Path, data: Path, t
         (("--model", model, "--data", data, "--size", 30), "size 30 is not a multiple of this model's patches of 8"),
         (("--model", model, "--data", data, "--budget", 0), "budget"),
     ):
-        code, said = vision(*words, "--out", tmp_path / "out")
+        code, output = vision(*args, "--out", tmp_path / "out")
         assert code != 0
-        assert re.search(expected, said), said
-        assert "Traceback" not in said
+        assert re.search(expected, output), output
+        assert "Traceback" not in output
 
 
 @pytest.mark.assets
-def test_the_embedded_images_are_all_there() -> None:
+def test_the_built_in_images_are_all_there() -> None:
     images = load_images(store.fetch_asset("mnist-5k") / "images.npz")
     assert len(images) == 5000
     assert images.label_names == tuple("0123456789")

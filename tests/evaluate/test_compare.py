@@ -1,4 +1,4 @@
-"""The verdict says what the interval allows; examples are chosen by rule; two models are compared on the same draws."""
+"""The verdict says what the interval allows; examples are selected by a rule; models share the same resamples."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from kitout.evaluate.metrics.measure import Measure
 from kitout.evaluate.metrics.registry import compute_measures
 
 
-def judged(base: list[int], tuned: list[int]) -> tuple[dict[str, Measure], dict[str, Measure]]:
-    """Right (1) or wrong (0) by example, as classes that are all 1."""
+def correctness(base: list[int], tuned: list[int]) -> tuple[dict[str, Measure], dict[str, Measure]]:
+    """Correct (1) or incorrect (0) by example, as classes that are all 1."""
     return compute_measures("classification", base, [1] * len(base)), compute_measures(
         "classification", tuned, [1] * len(tuned)
     )
 
 
-def test_a_clear_gain_is_told_in_points_with_its_interval() -> None:
-    base, tuned = judged([1] * 264 + [0] * 336, [1] * 240 + [0] * 24 + [1] * 183 + [0] * 153)
-    found = compare(base, tuned)
-    first = found.changes[0]
+def test_a_clear_gain_is_in_points_with_its_interval() -> None:
+    base, tuned = correctness([1] * 264 + [0] * 336, [1] * 240 + [0] * 24 + [1] * 183 + [0] * 153)
+    comparison = compare(base, tuned)
+    first = comparison.changes[0]
     assert (first.name, first.title, first.is_better) == ("accuracy", "accuracy", True)
     assert first.difference == pytest.approx(0.265)
     assert 0.2 < first.low < 0.265 < first.high < 0.33
     low, high = f"{100 * first.low:.1f}", f"{100 * first.high:.1f}"
-    assert first.verdict == f"better by 26.5 points ({low} to {high}); 600 held-out examples"
-    assert found.verdict == f"accuracy: {first.verdict}"
+    assert first.verdict == f"better by 26.5 points ({low} to {high}); 600 test examples"
+    assert comparison.verdict == f"accuracy: {first.verdict}"
     worse = compare(tuned, base).changes[0]
     assert (worse.is_better, worse.verdict) == (
-        False, f"worse by 26.5 points ({low} to {high}); 600 held-out examples"
+        False, f"worse by 26.5 points ({low} to {high}); 600 test examples"
     )  # fmt: skip
 
 
-def test_what_few_examples_cannot_show_is_not_claimed() -> None:
-    base, tuned = judged([1, 0, 0, 1, 0, 1, 1, 0, 0, 1], [1, 1, 0, 1, 0, 1, 1, 0, 0, 1])
+def test_what_few_examples_cannot_show_is_not_significant() -> None:
+    base, tuned = correctness([1, 0, 0, 1, 0, 1, 1, 0, 0, 1], [1, 1, 0, 1, 0, 1, 1, 0, 0, 1])
     change = compare(base, tuned).changes[0]
     assert change.is_better is None
-    assert change.verdict.startswith("no difference that these 10 held-out examples can show (-")
-    assert change.verdict.endswith(" points)")
-    one = compare(*judged([0], [1])).changes[0]
-    assert one.verdict.startswith("no difference that this 1 held-out example can show")
-    same = compare(*judged([1, 0] * 50, [1, 0] * 50)).changes
+    assert change.verdict.startswith("no significant difference (-")
+    assert change.verdict.endswith(" points); 10 test examples")
+    one = compare(*correctness([0], [1])).changes[0]
+    assert one.verdict.endswith(" points); 1 test example")
+    same = compare(*correctness([1, 0] * 50, [1, 0] * 50)).changes
     assert all(change.is_better is None for change in same)
 
 
-def test_less_loss_is_better_and_has_no_points() -> None:
-    dice = np.random.default_rng(0)
-    base = [LossSums(float(loss), 10, 3) for loss in dice.normal(30, 2, 100)]
-    tuned = [LossSums(one.loss - 10 + float(dice.normal(0, 0.5)), 10, 6) for one in base]
+def test_a_lower_loss_is_better_and_has_no_points() -> None:
+    rng = np.random.default_rng(0)
+    base = [LossSums(float(loss), 10, 3) for loss in rng.normal(30, 2, 100)]
+    tuned = [LossSums(one.loss - 10 + float(rng.normal(0, 0.5)), 10, 6) for one in base]
     loss, perplexity, token_accuracy = compare(
         compute_measures("language", base), compute_measures("language", tuned)
     ).changes
@@ -66,16 +66,16 @@ def test_less_loss_is_better_and_has_no_points() -> None:
 
 def test_only_common_metrics_are_compared() -> None:
     texts = ["yes", "no", "no"] * 4
-    found = compute_measures("generation", texts, texts)
-    assert [c.name for c in compare(found, found).changes] == ["accuracy", "macro_f1", "exact_match", "token_f1"]
-    assert [c.name for c in compare({"loss": found["accuracy"], "accuracy": found["accuracy"]}, found).changes] == [
-        "accuracy"
-    ]
-    with pytest.raises(ValueError, match="base has f1, tuned accuracy"):
-        compare({"f1": found["accuracy"]}, {"accuracy": found["accuracy"]})
+    measures = compute_measures("generation", texts, texts)
+    assert [c.name for c in compare(measures, measures).changes] == ["accuracy", "macro_f1", "exact_match", "token_f1"]
+    assert [
+        c.name for c in compare({"loss": measures["accuracy"], "accuracy": measures["accuracy"]}, measures).changes
+    ] == ["accuracy"]
+    with pytest.raises(ValueError, match="base has f1, fine-tuned accuracy"):
+        compare({"f1": measures["accuracy"]}, {"accuracy": measures["accuracy"]})
 
 
-def test_perplexity_beyond_all_numbers_still_compares() -> None:
+def test_perplexity_beyond_float_range_still_compares() -> None:
     huge, small = [LossSums(1e6, 10, 0)] * 5, [LossSums(10.0, 10, 5)] * 5
     change = compare(compute_measures("language", huge), compute_measures("language", small)).changes[1]
     assert change.name == "perplexity"
@@ -92,8 +92,8 @@ def test_examples_are_the_first_of_each_label_and_the_first_that_changed() -> No
     prompts = [f"prompt {i}" for i in range(9)]
     shown = pick_examples(prompts, REFERENCES, BASE, TUNED, 8)
     assert [s.prompt for s in shown] == [f"prompt {i}" for i in (0, 3, 5, 1, 2, 7, 6, 4)]
-    assert [s.why for s in shown] == ["first of its kind"] * 4 + ["the answers differ"] * 4
-    assert shown[0] == ComparedExample("prompt 0", "a", "x", "a", (False, True), "first of its kind")
+    assert [s.why for s in shown] == ["first of its label"] * 4 + ["the predictions differ"] * 4
+    assert shown[0] == ComparedExample("prompt 0", "a", "x", "a", (False, True), "first of its label")
     assert shown[4].right == (True, False)  # what got worse is shown as well
     assert shown[7].right == (False, False)
     few = pick_examples(prompts, REFERENCES, BASE, TUNED, 3)
@@ -115,5 +115,5 @@ def test_examples_are_the_first_of_each_label_and_the_first_that_changed() -> No
     [(0.265, True, False, "26.5"), (0.265, True, True, "+26.5"), (-0.0001, True, True, "0.0"), (0.0, False, True, "0"),
      (-0.08183, False, True, "-0.08183"), (12345.6, False, False, "12,346"), (1e-9, False, False, "1e-9")],
 )  # fmt: skip
-def test_told(value: float, share: bool, sign: bool, expected: str) -> None:
+def test_format_value(value: float, share: bool, sign: bool, expected: str) -> None:
     assert format_value(value, share, sign) == expected

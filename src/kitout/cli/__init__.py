@@ -9,9 +9,13 @@ import typer
 
 from kitout.cli import assets, demo, inspect, methods, train
 
-app = typer.Typer(name="kitout", help="Adapt a large frozen transformer by small trained parts.", no_args_is_help=True)
+HELP = """Parameter-efficient fine-tuning: train small adapters on a frozen transformer.
+
+Start with `kitout demo text`, then `kitout train --model MODEL --data FILE.csv --out FOLDER`."""
+
+app = typer.Typer(name="kitout", help=HELP, no_args_is_help=True)
 app.add_typer(assets.app, name="assets")
-app.add_typer(demo.app, name="demo")
+app.add_typer(demo.app, name="demo", help=demo.HELP)
 app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
 app.command("train", context_settings=train.CONTEXT_SETTINGS)(train.train)

@@ -1,7 +1,7 @@
-"""`kitout demo`: train, measure and show an adapter on a real small model, or on your own model folder and texts.
+"""`kitout demo text | vision`: train and evaluate adapters on a built-in model and data, or on your own.
 
-Only words here; `kitout.demo.text` does the work, a preset of `kitout train`. `kitout demo` alone is the same.
-An interrupted run resumes when the same command is given again. `kitout demo vision` is the verb below it.
+Only options here; `kitout.demo.text` and `kitout.demo.vision` are presets of `kitout train`. `kitout demo` alone is
+`kitout demo text`. An interrupted run resumes when the same command is given again.
 """
 
 from __future__ import annotations
@@ -11,50 +11,82 @@ from typing import Annotated
 
 import typer
 
-from kitout.cli import vision
+from kitout.cli.terminal import report_errors, report_interrupt
 
-app = typer.Typer(name="demo", help="Train and measure an adapter in minutes, on real data.", add_completion=False)
-app.command("vision")(vision.vision)
+HELP = """Fine-tune and evaluate on a built-in model and data, in minutes: text (the default) or vision.
+
+Example: kitout demo text --data reviews.csv --text body --label stars"""
+
+app = typer.Typer(name="demo", add_completion=False)
+
+OutFolder = Annotated[Path, typer.Option(help="run folder: adapter, report, metrics, checkpoints")]
 
 
 @app.command("text")
 @app.callback(invoke_without_command=True)
-def demo(
+def text_demo(
     context: typer.Context,
-    model: Annotated[Path | None, typer.Option(help="model folder; default: SmolLM2-135M-Instruct")] = None,
-    data: Annotated[Path | None, typer.Option(help=".jsonl, .json, .csv or .tsv; default: tweets")] = None,
+    model: Annotated[Path | None, typer.Option(help="model folder; default: built-in SmolLM2-135M-Instruct")] = None,
+    data: Annotated[Path | None, typer.Option(help=".jsonl, .json, .csv or .tsv; default: built-in tweets")] = None,
     text: Annotated[str | None, typer.Option(help="column of the texts, if not obvious")] = None,
     label: Annotated[str | None, typer.Option(help="column of the labels, if not obvious")] = None,
-    instruction: Annotated[str | None, typer.Option(help="the system turn; default: names the labels")] = None,
-    out: Annotated[Path, typer.Option(help="the run's folder: adapter, report, metrics, checkpoints")] = Path(
-        "runs/demo-text"
-    ),
+    instruction: Annotated[str | None, typer.Option(help="system prompt; default: one that names the labels")] = None,
+    out: OutFolder = Path("runs/demo-text"),
     train: Annotated[int, typer.Option(min=20, help="training examples, at most")] = 1280,
-    test: Annotated[int | None, typer.Option(min=10, help="test examples; default: 600 to 1280 of train")] = None,
-    shown: Annotated[int, typer.Option(min=0, help="examples shown side by side")] = 6,
-    epochs: Annotated[int, typer.Option(min=1)] = 1,
+    test: Annotated[int | None, typer.Option(min=10, help="test examples; default: 600 per 1280 of --train")] = None,
+    shown: Annotated[int, typer.Option(min=0, help="test examples whose answers are printed")] = 6,
+    epochs: Annotated[int, typer.Option(min=1, help="passes over the training examples")] = 1,
     lr: Annotated[float, typer.Option(min=0.0, help="learning rate")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="of the adapter's start and the order of examples")] = 0,
+    seed: Annotated[int, typer.Option(help="of the adapter's initial values and the order of examples")] = 0,
     dtype: Annotated[str, typer.Option(help="of the frozen weights: auto, float32 or bfloat16")] = "auto",
 ) -> None:
-    """Train and measure an adapter in minutes, on real texts: a preset of `kitout train`."""
+    """Fine-tune a small language model with LoRA and compare it with the base; a preset of `kitout train`.
+
+    Example: kitout demo text --data reviews.csv --text body --label stars
+    """
     if context.invoked_subcommand:
         return
-    from kitout.cli.train import _escape_unencodable
-    from kitout.errors import KitoutError
+    with report_errors(), report_interrupt():
+        from kitout.demo.text import TextDemo, demo
 
-    _escape_unencodable()
-    try:
-        from kitout.demo.text import TextDemo
-        from kitout.demo.text import demo as run
-
-        run(
-            TextDemo(model, data, text, label, instruction, out, train, test, shown, dtype, epochs, lr, seed),
+        demo(
+            TextDemo(
+                model=model, data=data, text=text, label=label, instruction=instruction, out=out, train=train,
+                test=test, shown=shown, dtype=dtype, epochs=epochs, lr=lr, seed=seed,
+            ),
             typer.echo,
-        )
-    except KitoutError as wrong:
-        typer.echo(f"error: {wrong}", err=True)
-        raise typer.Exit(1) from wrong
-    except KeyboardInterrupt:
-        typer.echo("\nstopped; the same command resumes from the last checkpoint", err=True)
-        raise typer.Exit(130) from None
+        )  # fmt: skip
+
+
+@app.command("vision")
+def vision_demo(
+    model: Annotated[Path | None, typer.Option(help="model folder; default: built-in DINOv2-small")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="folder of class folders, .csv, .tsv, .jsonl, .parquet or .npz; default: built-in MNIST-5k"),
+    ] = None,
+    image: Annotated[str | None, typer.Option(help="column of the image paths, if not obvious")] = None,
+    label: Annotated[str | None, typer.Option(help="column of the labels, if not obvious")] = None,
+    methods: Annotated[str, typer.Option(help="some of the methods, separated by commas; default: all")] = "",
+    out: OutFolder = Path("runs/vision"),
+    size: Annotated[int | None, typer.Option(min=1, help="height and width of the model's input, in pixels")] = None,
+    train: Annotated[int, typer.Option(min=2, help="training images, at most")] = 500,
+    test: Annotated[int, typer.Option(min=1, help="test images, at most")] = 1000,
+    budget: Annotated[int, typer.Option(min=1, help="training images shown to each method, repeats counted")] = 1500,
+    seed: Annotated[int, typer.Option(help="of the split, the initial values and the order of images")] = 0,
+) -> None:
+    """Compare VPT, AdaptFormer, SSF, LoRA, BitFit, a linear probe and full fine-tuning on the same images.
+
+    Example: kitout demo vision --data FOLDER_OF_CLASS_FOLDERS --methods linear,lora
+    """
+    with report_errors(), report_interrupt():
+        from kitout.demo.vision import VisionDemo, demo
+
+        names = tuple(name.strip() for name in methods.split(",") if name.strip())
+        demo(
+            VisionDemo(
+                model=model, data=data, image=image, label=label, methods=names, out=out, size=size, train=train,
+                test=test, budget=budget, seed=seed,
+            ),
+            typer.echo,
+        )  # fmt: skip

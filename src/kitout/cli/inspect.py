@@ -1,8 +1,8 @@
-"""`kitout inspect MODEL`: where adapters can sit in a model, before any of its weights is loaded.
+"""`kitout inspect MODEL`: the sites of a model, where adapters can be placed, before any of its weights is loaded.
 
-Builds the model on the meta device from a folder with a config, a model type or a timm name, surveys it and prints the
-sites by role, layer and width, the towers, and the projections without a role. It proves nothing: no forward runs, so
-parts of fused projections are not told apart here (`kitout.attach` does that). Words and printing only.
+It builds the model on the meta device from a folder with a config, a model type or a timm name, finds its sites and
+prints them by role, layer and width; then the towers, and the projections without a role. No forward runs, so the parts
+of a fused projection are not listed one by one (`kitout.attach` does that).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 from kitout.base.find.find import find_sites
 from kitout.base.survey import Block, Survey
-from kitout.errors import ConfigError, KitoutError, TargetError, suggest
+from kitout.cli.terminal import report_errors
+from kitout.errors import ConfigError, TargetError, suggest
 from kitout.runtime.show import align_columns, layers_text, site_table
 
 HEAD_SUFFIXES = ("ForCausalLM", "ForConditionalGeneration", "ForSequenceClassification", "ForImageClassification", "")
@@ -31,45 +32,49 @@ COLUMNS = ("role", "layers", "in -> out", "sites")
 
 
 def inspect(
-    model_name: Annotated[str, typer.Argument(metavar="MODEL", help="folder with a config, model type or timm name")],
+    model_name: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="model folder, model type (llama) or timm name"),
+    ],
     role: Annotated[list[str] | None, typer.Option(help="PATTERN=ROLE, as in attach(roles=...)")] = None,
 ) -> None:
-    """Show where adapters can sit in a model: roles, layers, widths, towers."""
-    try:
+    """Show where adapters can be placed in a model: sites by role, layer and width. Loads no weights.
+
+    Example: kitout inspect llama
+    """
+    with report_errors():
         model = build_on_meta(model_name)
-        found = find_sites(model, _parse_roles(role or []))
-    except KitoutError as wrong:
-        typer.echo(f"error: {wrong}", err=True)
-        raise typer.Exit(1) from wrong
+        survey = find_sites(model, _parse_roles(role or []))
+    title = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
     console = Console()
     if console.is_terminal:
-        console.print(render_table(found, title=f"{type(model).__name__}, {_num_parameters(model):,} parameters"))
-        typer.echo("\n".join(_tower_lines(found)))
+        console.print(render_table(survey, title))
+        typer.echo("\n".join(_tower_lines(survey)))
     else:
-        typer.echo(f"{type(model).__name__}, {_num_parameters(model):,} parameters\n{render_text(found)}")
+        typer.echo(f"{title}\n{render_text(survey)}")
 
 
 def render_table(survey: Survey, title: str | None = None) -> Table:
     """Role x layers x widths x sites."""
-    drawn = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
     for name in COLUMNS:
-        drawn.add_column(name, justify="right" if name == "sites" else "left")
+        table.add_column(name, justify="right" if name == "sites" else "left")
     for row in site_table(survey.sites):
-        drawn.add_row(*(cell.replace("[", r"\[") for cell in row))
-    return drawn
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    return table
 
 
 def render_text(survey: Survey) -> str:
-    """The same in plain text, followed by the towers and what has no role."""
+    """The same in plain text, followed by the towers and the projections without a role."""
     return "\n".join([*align_columns([COLUMNS, *site_table(survey.sites)]), *_tower_lines(survey)])
 
 
 def _tower_lines(survey: Survey) -> list[str]:
     lines = [f"tower {t.path}: {t.depth} blocks of width {t.width}{_tower_gaps(survey, t.path)}" for t in survey.towers]
-    loose = Counter(
+    unlabeled = Counter(
         f"{re.sub(r'[0-9]+', '*', path)} [{d_in} -> {d_out}]" for path, d_in, d_out in survey.unlabeled_projections()
     )
-    return [*lines, *(f"no role: {line} x{n}" for line, n in loose.items())]
+    return [*lines, *(f"no role: {projection} x{n}" for projection, n in unlabeled.items())]
 
 
 def _tower_gaps(survey: Survey, tower: str) -> str:
@@ -82,7 +87,7 @@ def _tower_gaps(survey: Survey, tower: str) -> str:
 
     parts = [
         *missing_layers("no attention", lambda b: not b.has_attention),
-        *missing_layers("not every projection has a role", lambda b: b.has_attention and not b.resolved),
+        *missing_layers("projections without a role", lambda b: b.has_attention and not b.resolved),
     ]
     return f" ({'; '.join(parts)})" if parts else ""
 
@@ -104,7 +109,7 @@ def _load_config(name: str) -> Any:
         try:
             return AutoConfig.from_pretrained(name, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{name!r} holds no config that transformers can read: {error}") from error
+            raise ConfigError(f"{name!r} has no config that transformers can read: {error}") from error
     return CONFIG_MAPPING[name]() if name in CONFIG_MAPPING else None
 
 
@@ -133,11 +138,11 @@ def _build_timm(name: str) -> nn.Module:
     except (ImportError, RuntimeError) as error:  # absent, or its torchvision does not fit this torch
         hint = suggest(name, list(CONFIG_MAPPING.keys()))
         raise ConfigError(
-            f"{name!r} is no folder and no model type ({hint}), and timm does not import: {error}"
+            f"{name!r} is neither a folder nor a model type ({hint}), and timm does not import: {error}"
         ) from error
     if not timm.is_model(name):
         hint = suggest(name, [*CONFIG_MAPPING.keys(), *timm.list_models()])
-        raise ConfigError(f"{name!r} is no folder, no model type and no timm model; {hint}")
+        raise ConfigError(f"{name!r} is neither a folder nor a model type nor a timm model; {hint}")
     model: nn.Module
     try:
         with on_meta():
@@ -147,8 +152,8 @@ def _build_timm(name: str) -> nn.Module:
     return model
 
 
-class _HostRamps(TorchFunctionMode):
-    """timm reads its drop-path rates off `torch.linspace` while it builds, so that one call needs real numbers."""
+class _LinspaceOnCpu(TorchFunctionMode):
+    """timm takes its drop-path rates from `torch.linspace` while it builds: that one call needs real numbers."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -162,12 +167,12 @@ class _HostRamps(TorchFunctionMode):
 @contextmanager
 def on_meta() -> Iterator[None]:
     """Modules made inside have shapes and no storage."""
-    with torch.device("meta"), _HostRamps():
+    with torch.device("meta"), _LinspaceOnCpu():
         yield
 
 
 def _parse_roles(options: list[str]) -> dict[str, str]:
-    """PATTERN=ROLE, where the pattern may hold '=' itself."""
+    """PATTERN=ROLE, where the pattern may contain '=' itself."""
     pairs = {}
     for option in options:
         pattern, equals, role = option.rpartition("=")
@@ -175,7 +180,3 @@ def _parse_roles(options: list[str]) -> dict[str, str]:
             raise TargetError(f"--role {option!r}: write PATTERN=ROLE, for example 'mixer\\.in_proj$=attn.qkv'")
         pairs[pattern] = role
     return pairs
-
-
-def _num_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

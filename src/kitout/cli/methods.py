@@ -1,8 +1,8 @@
-"""`kitout methods [NAME]`: what can be trained, and with which learning rate, decay and settings.
+"""`kitout methods [NAME]`: the adapter methods, with their learning rates, weight decay and settings.
 
-Everything is read off the registered classes: the table and the page of one method never know more than the code. The
-words for a setting are those of the class's docstring ("rank: ..."). A table on a terminal, plain columns elsewhere,
-`--json` for machines. Words and printing only.
+Everything is taken from the registered classes, so the table and the page of one method never know more than the code.
+A setting is described by the class's docstring ("rank: ..."). A table on a terminal, plain columns elsewhere, `--json`
+for programs.
 """
 
 from __future__ import annotations
@@ -17,52 +17,55 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kitout import methods as _registering  # noqa: F401 - all there are
+from kitout import methods as _register_all  # noqa: F401
 from kitout.method import REGISTRY, Method
 from kitout.runtime.show import align_columns
 from kitout.train.config.describe import type_text
 from kitout.train.loop.optimizer import refuse_above, warn_above
 
-METHOD_COLUMNS = ("method", "what it adds", "where, by default", "lr", "decay", "merges", "rows and mixes")
-SETTING_COLUMNS = ("setting", "default", "takes", "what")
+METHOD_COLUMNS = ("method", "what it trains", "default location", "lr", "weight decay", "merges", "limitations")
+SETTING_COLUMNS = ("setting", "default", "type", "description")
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one method, with all its settings")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one method, with its settings")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """List the methods: what each adds, where, its learning rate and decay, whether it merges."""
+    """List the methods: what each trains, where, its learning rate and weight decay, whether it merges.
+
+    Example: kitout methods LoRA
+    """
     known = {key.lower(): key for key in REGISTRY}
     if name is not None and name.lower() not in known:
         typer.echo(f"error: there is no method {name!r}: {_suggest_method(name, known)}", err=True)
         raise typer.Exit(1)
-    chosen = list(REGISTRY) if name is None else [known[name.lower()]]
-    pages = [method_info(REGISTRY[key]) for key in chosen]
+    names = list(REGISTRY) if name is None else [known[name.lower()]]
+    pages = [method_info(REGISTRY[key]) for key in names]
     if as_json:
         typer.echo(json.dumps(pages if name is None else pages[0], indent=2))
     elif name is None:
         _print_table(METHOD_COLUMNS, [_table_row(page) for page in pages])
         typer.echo(
-            "lr: of AdamW over a short rise and a fall to zero, found by search; decay: of matrices alone. "
-            "`kitout methods NAME` shows the settings."
+            "lr: peak learning rate of AdamW, linear warmup and decay to zero, found by search; weight decay: of "
+            "matrices only. `kitout methods NAME` shows the settings."
         )
     else:
-        typer.echo("\n".join(_page_header(pages[0], REGISTRY[chosen[0]])))
+        typer.echo("\n".join(_page_header(pages[0], REGISTRY[names[0]])))
         _print_table(
             SETTING_COLUMNS, [(s["name"], _to_text(s["default"]), s["takes"], s["what"]) for s in pages[0]["settings"]]
         )
 
 
 def _suggest_method(name: str, known: dict[str, str]) -> str:
-    """What was meant, whatever its case: `loar`, `prefix`."""
-    low = name.lower()
-    close = [known[k] for k in known if low in k] or [known[k] for k in get_close_matches(low, known, n=3)]
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(REGISTRY)}"
+    """The closest names, in any case: `loar`, `prefix`."""
+    lower = name.lower()
+    close = [key for key in known if lower in key] or get_close_matches(lower, known, n=3)
+    return f"did you mean {' or '.join(known[key] for key in close)}?" if close else f"known: {', '.join(REGISTRY)}"
 
 
 def method_info(method: type[Method]) -> dict[str, Any]:
-    """All there is to say about a method, as plain values."""
-    summary, words = parse_docstring(method)
+    """Everything the code says about a method, as plain values."""
+    summary, setting_texts = parse_docstring(method)
     return {
         "name": method.__name__,
         "summary": summary,
@@ -80,7 +83,7 @@ def method_info(method: type[Method]) -> dict[str, Any]:
                 "name": name,
                 "default": field.get_default(call_default_factory=True),
                 "takes": type_text(field.annotation, field.metadata),
-                "what": words.get(name, ""),
+                "what": setting_texts.get(name, ""),
             }
             for name, field in method.model_fields.items()
         ],
@@ -88,42 +91,43 @@ def method_info(method: type[Method]) -> dict[str, Any]:
 
 
 def parse_docstring(method: type[Method]) -> tuple[str, dict[str, str]]:
-    """The first paragraph of the docstring, and what it says of each setting ("rank, alpha: a number ...").
+    """The first paragraph of the docstring, and its text for each setting ("rank, alpha: a number ...").
 
-    What a method does not say of a setting, the class it inherits it from may.
+    A setting that a method's docstring does not describe may be described by the class it inherits from.
     """
-    name = "|".join(method.model_fields)
-    begins = re.compile(rf"(?:^|(?<=\s))((?:{name})(?:, (?:{name}))*): ")
-    words: dict[str, str] = {}
+    setting = "|".join(method.model_fields)
+    heading = re.compile(rf"(?:^|(?<=\s))((?:{setting})(?:, (?:{setting}))*): ")
+    setting_texts: dict[str, str] = {}
     for cls in reversed([c for c in method.__mro__ if issubclass(c, Method)]):
         for paragraph in (cls.__doc__ or "").split("\n\n"):
-            _, *parts = begins.split(" ".join(paragraph.split()))
-            for names, text in zip(parts[::2], parts[1::2], strict=True):
-                words |= dict.fromkeys(names.split(", "), text.strip())
+            _, *pieces = heading.split(" ".join(paragraph.split()))
+            for names, text in zip(pieces[::2], pieces[1::2], strict=True):
+                setting_texts |= dict.fromkeys(names.split(", "), text.strip())
     summary = " ".join((method.__doc__ or "").split("\n\n")[0].split())
-    return begins.split(summary)[0].strip(), words
+    return heading.split(summary)[0].strip(), setting_texts
 
 
 def _table_row(page: dict[str, Any]) -> tuple[str, ...]:
-    rows = page["note"] or "any"
+    clause = re.split(r"[.;] |\.$", page["summary"])[0]
     merges = "yes" if page["mergeable"] else "no"
-    gist = re.split(r"[.;] |\.$", page["summary"])[0]
-    return (page["name"], gist, page["seat"], f"{page['lr']:g}", f"{page['decay']:g}", merges, rows)
+    limitations = page["note"] or "none"
+    return (page["name"], clause, page["seat"], f"{page['lr']:g}", f"{page['decay']:g}", merges, limitations)
 
 
 def _page_header(page: dict[str, Any], method: type[Method]) -> list[str]:
-    own = method.training_defaults.__doc__ if method.training_defaults is not Method.training_defaults else None
+    overridden = method.training_defaults is not Method.training_defaults
+    defaults_doc = method.training_defaults.__doc__ if overridden else None
     merges = "merges into the base" if page["mergeable"] else "does not merge into the base"
-    start = "changes nothing" if page["identity"] else "already changes the outputs"
-    warned, refused_from = page["warned_from"], page["refused_from"]
+    warn, refuse = page["warned_from"], page["refused_from"]
+    start = "leaves the outputs bit-identical" if page["identity"] else "already changes the outputs"
     return [
         f"{page['name']}: {page['summary']}",
-        f"sits at: {page['seat']}",
-        f"{merges}; a fresh one {start}",
-        *([f"rows and mixes: {page['note']}"] if page["note"] else []),
-        f"learning rate {page['lr']:g} with AdamW; from {warned:g} on a warning, from {refused_from:g} on refused",
-        *([inspect.cleandoc(own)] if own else []),
-        f"weight decay {page['decay']:g} on matrices; learning rate of a fresh head {page['head_lr']:g}",
+        f"default location: {page['seat']}",
+        f"{merges}; a new adapter {start}",
+        *([f"limitations: {page['note']}"] if page["note"] else []),
+        f"learning rate {page['lr']:g} with AdamW; a warning from {warn:g}, refused from {refuse:g}",
+        *([inspect.cleandoc(defaults_doc)] if defaults_doc else []),
+        f"weight decay {page['decay']:g} on matrices; learning rate of a newly initialized head {page['head_lr']:g}",
         f"in Python: kitout.{page['name']}(setting=value, ...)",
         "",
     ]

@@ -1,18 +1,18 @@
 """`kitout train [RUN.YAML] [name=value ...]`: train an adapter, measure it and write a report.
 
-Only words here; `kitout.train.run` does the work. What --help says of settings, --example and --json-schema come from
-the config's own model. An interrupted run goes on where it stopped when the same command is given again.
+Only options here; `kitout.train.run` does the work. The settings in --help, --example and --json-schema come from the
+config's own schema. An interrupted run resumes from its last checkpoint when the same command is given again.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from kitout.cli.terminal import report_errors, report_interrupt
 
 EXAMPLES = """\
 kitout train --model smollm2-135m --data tweets --out runs/first train.steps=40
@@ -34,102 +34,73 @@ def train(
     method: Annotated[str | None, typer.Option(help="short for method=...; `kitout methods` lists them")] = None,
     out: Annotated[Path | None, typer.Option(help="short for output.folder=...")] = None,
     prove_merge: Annotated[bool, typer.Option("--prove-merge", help="short for evaluate.prove_merge=true")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="look at everything, train nothing")] = False,
-    example: Annotated[bool, typer.Option("--example", help="print a run.yaml to begin with")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the pre-flight, train nothing")] = False,
+    example: Annotated[bool, typer.Option("--example", help="print a run.yaml to start from")] = False,
     json_schema: Annotated[bool, typer.Option("--json-schema", help="print the JSON schema of a run.yaml")] = False,
-    help_: Annotated[bool, typer.Option("--help", help="show this, and every setting")] = False,
+    help_: Annotated[bool, typer.Option("--help", help="show this and every setting")] = False,
 ) -> None:
-    """Train an adapter on your data, measure it against the base, and write a report."""
-    from kitout.errors import KitoutError
-
-    _escape_unencodable()
-    try:
+    """Train an adapter on your data, evaluate it against the base, write a report."""
+    with report_errors(), report_interrupt():
         if help_:
             _print_help(context)
         elif example:
-            _print_example()
+            from kitout.train.config.describe import example_yaml
+
+            typer.echo(example_yaml(), nl=False)
         elif json_schema:
-            _print_json_schema()
+            from kitout.train.config.schema import RunConfig
+
+            typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))
         else:
-            short = {"model.name": model, "data.train": data, "method": method, "output.folder": out}
-            said: dict[str, Any] = {name: str(value) for name, value in short.items() if value is not None}
-            _run_training(args or [], said | ({"evaluate.prove_merge": True} if prove_merge else {}), dry_run)
-    except KitoutError as wrong:
-        typer.echo(f"error: {wrong}", err=True)
-        raise typer.Exit(1) from wrong
-    except KeyboardInterrupt:
-        typer.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
-        raise typer.Exit(130) from None
+            options = {"model.name": model, "data.train": data, "method": method, "output.folder": out}
+            shorthands: dict[str, Any] = {name: str(value) for name, value in options.items() if value is not None}
+            _run_training(args or [], shorthands | ({"evaluate.prove_merge": True} if prove_merge else {}), dry_run)
 
 
 def _run_training(args: list[str], shorthands: dict[str, Any], dry_run: bool) -> None:
     from kitout.errors import ConfigError
     from kitout.train.config import overrides
 
-    files = [word for word in args if not overrides.is_override(word)]
+    files = [arg for arg in args if not overrides.is_override(arg)]
     if not args and not shorthands:
-        raise ConfigError(f"say what to train: a run.yaml, or --model and --data\n{_indent(EXAMPLES)}")
+        raise ConfigError(f"a run.yaml is required, or --model and --data\n{_indent(EXAMPLES)}")
     if len(files) > 1:
-        raise ConfigError(f"one run.yaml at a time, found {', '.join(files)}; a setting is written name=value")
-    said: list[overrides.Override | str] = [
-        *shorthands.items(),
-        *(word for word in args if overrides.is_override(word)),
-    ]
-    config = overrides.build_config(Path(files[0]) if files else None, said)
-    from kitout.train.run import run  # torch and transformers: only once the words are right
+        raise ConfigError(f"one run.yaml at a time, not {', '.join(files)}; write a setting as name=value")
+    settings: list[overrides.Override | str] = [*shorthands.items(), *filter(overrides.is_override, args)]
+    config = overrides.build_config(Path(files[0]) if files else None, settings)
+    from kitout.train.run import run  # torch and transformers: only once the config is valid
 
     run(config, dry_run=dry_run, log=typer.echo)
 
 
-def _print_example() -> None:
-    from kitout.train.config.describe import example_yaml
-
-    typer.echo(example_yaml(), nl=False)
-
-
-def _print_json_schema() -> None:
-    from kitout.train.config.schema import RunConfig
-
-    typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))
-
-
 def _print_help(context: typer.Context) -> None:
     from kitout.data.examples.formats import FORMATS
-    from kitout.train.config.describe import SettingDoc, sections
-
-    def print_setting(setting: SettingDoc, section: str) -> None:
-        name = f"{section}.{setting.name}" if section else setting.name
-        default = f" = {setting.default}" if setting.default else ", must be said"
-        typer.secho(f"  {name}", bold=True, nl=False)
-        typer.echo(f"  {setting.kind}{default}")
-        if setting.text:
-            typer.echo(_indent(setting.text, 6))
+    from kitout.train.config.describe import sections
 
     typer.echo(context.get_help())
     typer.secho("Settings", bold=True, nl=False)
-    typer.echo(", by name=value here or as sections of a run.yaml:\n")
+    typer.echo(", as name=value here or as sections of a run.yaml:\n")
     for section in sections():
         typer.echo(_indent(section.text, 0))
         for setting in section.settings:
-            print_setting(setting, section.name)
+            default = f" = {setting.default}" if setting.default else ", required"
+            typer.secho(
+                f"  {section.name}.{setting.name}" if section.name else f"  {setting.name}", bold=True, nl=False
+            )
+            typer.echo(f"  {setting.kind}{default}")
+            if setting.text:
+                typer.echo(_indent(setting.text, 6))
         typer.echo()
-    typer.echo("Formats of the data, found by the columns (or said: data.train.format):")
-    for made in FORMATS.values():
-        typer.echo(_indent(str(made)))
+    typer.echo("Data formats, detected by the columns (or set by data.train.format):")
+    for data_format in FORMATS.values():
+        typer.echo(_indent(str(data_format)))
     typer.echo(f"\nExamples:\n{_indent(EXAMPLES)}")
 
 
 def _indent(text: str, num_spaces: int = 2) -> str:
-    """Wrapped to a page; a line that is a command stays in one piece."""
+    """Wrapped to the page width; several lines (commands) stay as they are."""
     import textwrap
 
     lines = text.split("\n")
     wrapped = lines if len(lines) > 1 else textwrap.wrap(text, 100)
     return textwrap.indent("\n".join(wrapped), " " * num_spaces)
-
-
-def _escape_unencodable() -> None:
-    """Data may hold what the terminal's encoding has not: shown as escapes, never an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")

@@ -1,5 +1,4 @@
-"""The built-in models and data sets, which come through the package index, and the demos that use them.
+"""The demos: presets of `kitout train` over the built-in models and data sets.
 
-`assets` fetches and converts what is needed; `text` is a preset of `kitout train`. Nothing here is imported by the rest
-of kitout: the library does not know that the demo exists.
+Only the command line imports them: the library does not know that the demos exist.
 """

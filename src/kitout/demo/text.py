@@ -1,12 +1,13 @@
-"""`kitout demo text`: a preset of `kitout train`, an adapter on a real small model and real tweets, or on your own.
+"""`kitout demo text`: a preset of `kitout train` that fine-tunes a small language model to name a text's label.
 
-It turns the few flags of the demo into a run's config and knows nothing else: data, training, evaluation and report are
-those of every run. The rate was chosen on 500 validation tweets, never the test tweets: 1e-3 gave 0.684, 2e-3 0.682.
+It turns the few options of the demo into a run's config and knows nothing else: data, training, evaluation and report
+are those of every run. The learning rate was selected on 500 validation tweets, never the test tweets: 1e-3 gave 0.684,
+2e-3 0.682.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,38 +15,38 @@ from typing import Any
 from kitout.assets.catalog import ASSETS
 from kitout.data.encode.classification import label_set
 from kitout.data.read.sources import load_examples
-from kitout.train.config.load import load as checked
+from kitout.train.config.load import load
 from kitout.train.config.schema import RunConfig
 from kitout.train.run import Result, run
 
 MODEL, DATA = "smollm2-135m", "tweets"
 INSTRUCTION = "Classify the sentiment of this tweet as negative, neutral or positive."
-TRAIN, TEST = 1280, 600
-LONGEST = 12  # tokens of a written answer: enough to see whether it is a label
+NUM_TRAIN, NUM_TEST = 1280, 600
+MAX_NEW_TOKENS = 12  # of a generated answer: enough to see whether it is a label
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextDemo:
-    """What the command line can change."""
+    """The options of the command line."""
 
     model: Path | None = None
     """A model folder; None: the built-in one."""
     data: Path | None = None
     """A table of texts and labels; None: the built-in tweets."""
     text: str | None = None
-    """The column of the texts, if it is not found."""
+    """The column of the texts, if it is not obvious."""
     label: str | None = None
-    """The column of the labels, if it is not found."""
+    """The column of the labels, if it is not obvious."""
     instruction: str | None = None
-    """The system turn; None: one that names the labels."""
+    """The system prompt; None: one that names the labels."""
     out: Path = Path("runs/demo-text")
-    """The run's folder."""
-    train: int = TRAIN
+    """The run folder."""
+    train: int = NUM_TRAIN
     """Training examples, at most."""
     test: int | None = None
-    """Test examples; None: in the same proportion to train as by default."""
+    """Test examples; None: in the same proportion to `train` as by default."""
     shown: int = 6
-    """Examples shown side by side."""
+    """Test examples whose answers are printed."""
     dtype: str = "auto"
     """Of the frozen weights."""
     epochs: int = 1
@@ -53,65 +54,59 @@ class TextDemo:
     lr: float = 1e-3
     """Learning rate."""
     seed: int = 0
-    """Of the adapter's start and the order of examples."""
+    """Of the adapter's initial values and the order of examples."""
 
 
-def preset(chosen: TextDemo) -> RunConfig:
-    """The run that the flags describe."""
-    named = {"text": chosen.text, "label": chosen.label}
-    columns = {role: column for role, column in named.items() if column is not None}
-    instruction = chosen.instruction or (INSTRUCTION if chosen.data is None else _naming(chosen.data, columns))
-    number = chosen.test if chosen.test is not None else round(chosen.train * TEST / TRAIN)
-    own = chosen.data is not None and chosen.test is None  # how many rows an own table has is not known: a share
+def preset(options: TextDemo) -> RunConfig:
+    """The run that the options describe."""
+    columns = {role: name for role, name in (("text", options.text), ("label", options.label)) if name is not None}
+    num_test = options.test if options.test is not None else round(options.train * NUM_TEST / NUM_TRAIN)
+    # how many rows a user's table has is not known: a fraction of it
+    test = NUM_TEST / (NUM_TRAIN + NUM_TEST) if options.data is not None and options.test is None else num_test
     source: dict[str, Any] = {
-        "path": str(chosen.data or DATA),
+        "path": str(options.data or DATA),
         "format": "label",
         "columns": columns,
-        "limit": chosen.train + number,
+        "limit": options.train + num_test,
+        "system_prompt": options.instruction
+        or (INSTRUCTION if options.data is None else _instruction_for(options.data, columns)),
     }
-    return checked(
+    return load(
         {
-            "model": {"name": str(chosen.model or MODEL), "dtype": chosen.dtype},
+            "model": {"name": str(options.model or MODEL), "dtype": options.dtype},
             "method": {"name": "LoRA", "rank": 8, "alpha": 16, "targets": "all-linear"},
-            "data": {
-                "train": [source | {"system_prompt": instruction}],
-                "validation": 0,
-                "test": TEST / (TRAIN + TEST) if own else number,
-            },
+            "data": {"train": [source], "validation": 0, "test": test},
             "train": {
-                "lr": chosen.lr,
+                "lr": options.lr,
                 "weight_decay": 0.0,
-                "epochs": chosen.epochs,
+                "epochs": options.epochs,
                 "batch_size": 16,
                 "warmup_ratio": 0.06,
                 "max_grad_norm": 1.0,
-                "seed": chosen.seed,
+                "seed": options.seed,
             },
             "evaluate": {
-                "show_examples": chosen.shown,
-                "max_test_examples": max(number, 1000),
-                "max_new_tokens": LONGEST,
+                "show_examples": options.shown,
+                "max_test_examples": max(num_test, 1000),
+                "max_new_tokens": MAX_NEW_TOKENS,
                 "prove_merge": True,
             },
-            "output": {"folder": chosen.out, "name": "demo"},
+            "output": {"folder": options.out, "name": "demo"},
         }
     )
 
 
-def demo(chosen: TextDemo, say: Callable[[str], None] = print) -> Result:
+def demo(options: TextDemo, log: Callable[[str], None] = print) -> Result:
     """Runs it, and says what to do next."""
-    result = run(preset(chosen), log=say)
-    if chosen.model is None:
-        say(f"note: {MODEL}: {ASSETS[MODEL].caveat}")
-    say("next: the same on your own texts (columns text and label):\n  kitout demo text --data FILE.csv --model FOLDER")
+    result = run(preset(options), log=log)
+    if options.model is None:
+        log(f"note: {MODEL}: {ASSETS[MODEL].caveat}")
+    log("next: the same on your own texts (columns text and label):\n  kitout demo text --data FILE.csv --model FOLDER")
     return result
 
 
-def _naming(data: Path, columns: dict[str, str]) -> str:
-    """An instruction that names the labels of a table."""
-    found = load_examples(str(data), "label", columns)
-    return f"Classify this text as {_listed(label_set(e for part in found.splits.values() for e in part))}."
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
+def _instruction_for(data: Path, columns: dict[str, str]) -> str:
+    """A system prompt that names the labels of a table."""
+    splits = load_examples(str(data), "label", columns).splits.values()
+    *first, last = label_set(example for split in splits for example in split)
+    return f"Classify this text as {' or '.join([', '.join(first), last] if first else [last])}."

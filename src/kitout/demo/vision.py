@@ -1,12 +1,12 @@
-"""The vision demo: a preset of `kitout train` that trains eight methods on the same images, in one run.
+"""`kitout demo vision`: a preset of `kitout train` that compares eight methods on the same images, in one run.
 
-Settings come from the papers where they fit a small model; learning rates were found with benchmarks/vision_search.py
-on a validation part of MNIST-5k, never on the test images, at the demo's own budget. It trains and draws nothing.
+Settings come from the papers where they fit a small model. Learning rates were found with benchmarks/vision_search.py
+on validation images of MNIST-5k, never on the test images, at the demo's own budget. It trains and draws nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from kitout.train.config.load import load
 from kitout.train.config.schema import JobConfig, RunConfig, TrainConfig
 from kitout.train.run import LogFn, Result, run
 
-MODEL, DATA, SIZE = "dinov2-small", "mnist-5k", 112
-BATCH = 16
+MODEL, DATA, IMAGE_SIZE = "dinov2-small", "mnist-5k", 112
+BATCH_SIZE = 16
 
 
 def _job(name: str, method: Method, lr: float, **settings: Any) -> JobConfig:
@@ -41,51 +41,74 @@ JOBS: dict[str, JobConfig] = {
 }
 
 
-def config(
-    *, model: Path | None = None, data: Path | None = None, image: str | None = None, label: str | None = None,
-    methods: Sequence[str] = (), out: Path = Path("runs/vision"), size: int | None = None, train: int = 500,
-    test: int = 1000, budget: int = 1500, seed: int = 0,
-) -> RunConfig:  # fmt: skip
-    """The run. model, data None: the embedded ones. methods: names of JOBS, none: all. size: None: 112 for the
-    embedded model, else the model's own. budget: training images shown to each method, repeats counted.
-    """
-    faults = Errors(ConfigError, "--methods")
-    for name in methods:
+@dataclass(frozen=True, kw_only=True)
+class VisionDemo:
+    """The options of the command line."""
+
+    model: Path | None = None
+    """A model folder; None: the built-in one."""
+    data: Path | None = None
+    """A folder of class folders, a table of image paths or an .npz; None: the built-in digits."""
+    image: str | None = None
+    """The column of the image paths, if it is not obvious."""
+    label: str | None = None
+    """The column of the labels, if it is not obvious."""
+    methods: tuple[str, ...] = ()
+    """Names of `JOBS`; none: all of them."""
+    out: Path = Path("runs/vision")
+    """The run folder."""
+    size: int | None = None
+    """Height and width of the model's input; None: 112 pixels for the built-in model, else the model's own."""
+    train: int = 500
+    """Training images, at most."""
+    test: int = 1000
+    """Test images, at most."""
+    budget: int = 1500
+    """Training images shown to each method, repeats counted."""
+    seed: int = 0
+    """Of the split, the initial values and the order of images."""
+
+
+def preset(options: VisionDemo) -> RunConfig:
+    """The run that the options describe."""
+    errors = Errors(ConfigError, "--methods")
+    for name in options.methods:
         if name not in JOBS:
-            faults.add(f"{name!r}; {suggest(name, JOBS)}")
-    faults.raise_if_any()
-    columns = {what: name for what, name in (("image", image), ("label", label)) if name is not None}
+            errors.add(f"{name!r}; {suggest(name, JOBS)}")
+    errors.raise_if_any()
+    columns = {role: name for role, name in (("image", options.image), ("label", options.label)) if name is not None}
     return load(
         {
-            "model": {"name": str(model or MODEL), "dtype": "float32"},
+            "model": {"name": str(options.model or MODEL), "dtype": "float32"},
             "data": {
-                "train": [{"path": str(data or DATA), "limit": train, "columns": columns}],
+                "train": [{"path": str(options.data or DATA), "limit": options.train, "columns": columns}],
                 "validation": 0,
-                "test": test,
-                "seed": seed,
-                "image_size": size or (SIZE if model is None else None),
+                "test": options.test,
+                "seed": options.seed,
+                "image_size": options.size or (IMAGE_SIZE if options.model is None else None),
             },
             "objective": "image_classification",
             "train": {
                 "head_lr": 3e-3,
                 "weight_decay": 1e-4,
-                "batch_size": BATCH,
-                "steps": max(1, round(budget / BATCH)),
+                "batch_size": BATCH_SIZE,
+                "steps": max(1, round(options.budget / BATCH_SIZE)),
                 "warmup_ratio": 0.1,
                 "trunk": "auto",
-                "seed": seed,
+                "seed": options.seed,
             },
-            "evaluate": {"max_test_examples": test},
-            "output": {"folder": str(out)},
-            "jobs": [job for name, job in JOBS.items() if not methods or name in methods],
+            "evaluate": {"max_test_examples": options.test},
+            "output": {"folder": str(options.out)},
+            "jobs": [job for name, job in JOBS.items() if not options.methods or name in options.methods],
         }
     )
 
 
-def demo(chosen: RunConfig, say: LogFn) -> Result:
-    """Trains and compares; a run that was interrupted goes on when it is called again."""
-    result = run(chosen, log=say)
-    if chosen.model.name in ASSETS and ASSETS[chosen.model.name].caveat:
-        say(f"note: {chosen.model.name}: {ASSETS[chosen.model.name].caveat}")
-    say("on your own images: kitout demo vision --data FOLDER_OF_CLASS_FOLDERS --model MODEL_FOLDER --out FOLDER")
+def demo(options: VisionDemo, log: LogFn = print) -> Result:
+    """Trains and compares the methods; an interrupted run resumes when it is called again."""
+    result = run(preset(options), log=log)
+    name = str(options.model or MODEL)
+    if name in ASSETS and ASSETS[name].caveat:
+        log(f"note: {name}: {ASSETS[name].caveat}")
+    log("on your own images: kitout demo vision --data FOLDER_OF_CLASS_FOLDERS --model MODEL_FOLDER --out FOLDER")
     return result

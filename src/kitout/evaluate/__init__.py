@@ -1,6 +1,6 @@
-"""What an adapter did: answers, scores with their intervals, base against tuned, and the pages that tell it.
+"""Evaluation: generated answers, metrics with confidence intervals, base vs. fine-tuned, reports.
 
-`generate` and `closed` ask a model; `metrics` scores what it said, example by example, so that every figure has an
-interval (`measure`, `interval`) and base and tuned can be compared on the same examples (`compare`); `plots`, `report`
-and `card` write it down. Nothing here trains, and no logits are ever held for more than one batch.
+`ask` runs a model over prompts. `metrics` scores its predictions by example, so that every metric has an interval and
+two models can be compared on the same examples (`compare`). `report` writes the page, the model card and the plots.
+Nothing here trains, and no logits are kept for more than one batch.
 """

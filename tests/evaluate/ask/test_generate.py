@@ -1,4 +1,4 @@
-"""Answers and likelihoods are those of each prompt alone, whatever stands beside it, and asking changes nothing."""
+"""Answers and likelihoods are those of each prompt alone, whatever else is in the batch; no state is changed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from zoo import EXTRA, ZOO, tokenizer_of
 PROMPTS = [[7, 8, 9], [5], [0, 0, 17, 0, 22, 33, 4], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49], [6, 6]]
 
 
-def worn(name: str, method: Any = None) -> tuple[Kit, PreTrainedTokenizerFast]:
-    """A model of the zoo wearing an adapter that changes what it says."""
+def with_active_adapter(name: str, method: Any = None) -> tuple[Kit, PreTrainedTokenizerFast]:
+    """A model of the zoo with an active adapter that changes what it generates."""
     specimen = ZOO.get(name) or EXTRA[name]
     kit = kitout.attach(specimen.build())
     adapter = kit.add("a", LoRA(targets="all-linear") if method is None else method, seed=1)
@@ -30,28 +30,28 @@ def worn(name: str, method: Any = None) -> tuple[Kit, PreTrainedTokenizerFast]:
     return kit, tokenizer_of(specimen)
 
 
-def alone(kit: Kit, tokenizer: Any, prompt: list[int], longest: int) -> str:
-    """What is written token by token, without a batch, a cache or `generate`."""
-    ends, said = stop_token_ids(kit, tokenizer), []
-    for _ in range(longest):
+def generate_alone(kit: Kit, tokenizer: Any, prompt: list[int], max_new_tokens: int) -> str:
+    """Token by token, without a batch, a cache or `generate`."""
+    stop_ids, generated = stop_token_ids(kit, tokenizer), []
+    for _ in range(max_new_tokens):
         if kit.config.is_encoder_decoder:
-            read = torch.tensor([[kit.config.decoder_start_token_id, *said]])
-            logits = kit(input_ids=torch.tensor([prompt]), decoder_input_ids=read).logits
+            decoder_ids = torch.tensor([[kit.config.decoder_start_token_id, *generated]])
+            logits = kit(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder_ids).logits
         else:
-            logits = kit(input_ids=torch.tensor([prompt + said])).logits
+            logits = kit(input_ids=torch.tensor([prompt + generated])).logits
         token = int(logits[0, -1].argmax())
-        if token in ends:
+        if token in stop_ids:
             break
-        said.append(token)
-    return tokenizer.decode(said, skip_special_tokens=True).strip()
+        generated.append(token)
+    return tokenizer.decode(generated, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "t5", "bart", "opt"])
 @torch.no_grad()
-def test_an_answer_is_what_the_prompt_alone_gets(name: str) -> None:
-    kit, tokenizer = worn(name)
+def test_an_answer_is_that_of_the_prompt_alone(name: str) -> None:
+    kit, tokenizer = with_active_adapter(name)
     kit.eval()
-    expected = [alone(kit, tokenizer, p, 8) for p in PROMPTS]
+    expected = [generate_alone(kit, tokenizer, p, 8) for p in PROMPTS]
     assert generate(kit, tokenizer, PROMPTS, 8, batch_size=3) == expected
     with kit.use(None):
         base = generate(kit, tokenizer, PROMPTS, 8)
@@ -63,15 +63,16 @@ def test_an_answer_is_what_the_prompt_alone_gets(name: str) -> None:
     "method", [PromptTuning(length=3), PrefixTuning(length=4), IA3()], ids=lambda m: type(m).__name__
 )
 @torch.no_grad()
-def test_every_kind_of_adapter_is_worn(method: Any) -> None:
-    kit, tokenizer = worn("llama", method)
-    assert generate(kit, tokenizer, PROMPTS, 6, batch_size=2) == [alone(kit.eval(), tokenizer, p, 6) for p in PROMPTS]
+def test_every_kind_of_adapter_is_active(method: Any) -> None:
+    kit, tokenizer = with_active_adapter("llama", method)
+    answers = generate(kit, tokenizer, PROMPTS, 6, batch_size=2)
+    assert answers == [generate_alone(kit.eval(), tokenizer, p, 6) for p in PROMPTS]
 
 
 @torch.no_grad()
-def test_answers_end_at_any_end_token_and_what_fills_a_batch_is_no_answer() -> None:
-    kit, tokenizer = worn("llama")
-    tokenizer.pad_token = None  # so an end token fills, and then id 0 is as real as any other
+def test_answers_end_at_any_stop_token_and_padding_is_no_answer() -> None:
+    kit, tokenizer = with_active_adapter("llama")
+    tokenizer.pad_token = None  # so an end token is the padding, and id 0 is an ordinary token
     long = generate(kit, tokenizer, PROMPTS, 12, batch_size=5)
     last = max(range(5), key=lambda i: len(long[i]))
     ids = tokenizer(long[last], add_special_tokens=False).input_ids
@@ -84,31 +85,31 @@ def test_answers_end_at_any_end_token_and_what_fills_a_batch_is_no_answer() -> N
 
 
 @torch.no_grad()
-def test_id_0_as_an_end_token_is_no_padding_of_the_prompt() -> None:
-    kit, tokenizer = worn("llama")
+def test_id_0_as_a_stop_token_is_not_padding_of_the_prompt() -> None:
+    kit, tokenizer = with_active_adapter("llama")
     tokenizer.pad_token = tokenizer.eos_token = None
     kit.base.generation_config.eos_token_id = 0
-    found = generate(kit, tokenizer, PROMPTS, 8, batch_size=5)
-    assert found == [alone(kit.eval(), tokenizer, p, 8) for p in PROMPTS]
+    answers = generate(kit, tokenizer, PROMPTS, 8, batch_size=5)
+    assert answers == [generate_alone(kit.eval(), tokenizer, p, 8) for p in PROMPTS]
 
 
 @torch.no_grad()
-def test_the_models_own_sampling_is_put_aside_and_back(caplog: pytest.LogCaptureFixture) -> None:
-    kit, tokenizer = worn("llama")
-    plain = generate(kit, tokenizer, PROMPTS, 8)
+def test_the_models_generation_config_is_replaced_and_restored(caplog: pytest.LogCaptureFixture) -> None:
+    kit, tokenizer = with_active_adapter("llama")
+    greedy = generate(kit, tokenizer, PROMPTS, 8)
     own = kit.base.generation_config
     own.update(do_sample=True, temperature=0.6, top_p=0.9, min_p=0.05, num_beams=2, repetition_penalty=1.5)
     own.update(max_length=9, min_length=4, no_repeat_ngram_size=2)
-    held = own.to_dict()
-    assert generate(kit, tokenizer, PROMPTS, 8) == plain
+    settings = own.to_dict()
+    assert generate(kit, tokenizer, PROMPTS, 8) == greedy
     assert kit.base.generation_config is own
-    assert own.to_dict() == held
+    assert own.to_dict() == settings
     assert not caplog.records
 
 
 @torch.no_grad()
-def test_asking_leaves_modes_randomness_and_the_tokenizer_as_they_were() -> None:
-    kit, tokenizer = worn("llama", LoRA(dropout=0.5))
+def test_generation_keeps_modes_random_state_and_tokenizer() -> None:
+    kit, tokenizer = with_active_adapter("llama", LoRA(dropout=0.5))
     kit.train()
     kit.base.model.layers[0].eval()
     modes = {n: m.training for n, m in [*kit.base.named_modules(), *kit.named_modules(prefix="kit")]}
@@ -122,11 +123,11 @@ def test_asking_leaves_modes_randomness_and_the_tokenizer_as_they_were() -> None
     assert {n: m.training for n, m in [*kit.base.named_modules(), *kit.named_modules(prefix="kit")]} == modes
     assert kit.training
     assert tokenizer.padding_side == "right"
-    assert generate(kit, tokenizer, PROMPTS, 6) == first  # no dropout while asked
+    assert generate(kit, tokenizer, PROMPTS, 6) == first  # no dropout during generation
 
 
-def full_memory() -> RuntimeError:
-    """What torch raises here when memory runs out."""
+def out_of_memory_error() -> RuntimeError:
+    """What torch raises on this machine when memory runs out."""
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**50)
     return raised.value
@@ -134,53 +135,53 @@ def full_memory() -> RuntimeError:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_memory_that_runs_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    wrong = full_memory() if device == "cpu" else torch.OutOfMemoryError("CUDA out of memory.")
-    kit, tokenizer = worn("llama")
+    error = out_of_memory_error() if device == "cpu" else torch.OutOfMemoryError("CUDA out of memory.")
+    kit, tokenizer = with_active_adapter("llama")
     expected = generate(kit, tokenizer, PROMPTS, 6)
-    whole, sizes = kit.base.generate, []
+    original, sizes = kit.base.generate, []
 
-    def cramped(**inputs: Any) -> Any:
+    def generate_with_little_memory(**inputs: Any) -> Any:
         sizes.append(len(inputs["input_ids"]))
         if sizes[-1] > 1:
-            raise wrong
-        return whole(**inputs)
+            raise error
+        return original(**inputs)
 
-    monkeypatch.setattr(kit.base, "generate", cramped)
-    told: list[tuple[int, int]] = []
-    assert generate(kit, tokenizer, PROMPTS, 6, batch_size=4, on_progress=lambda *at: told.append(at)) == expected
+    monkeypatch.setattr(kit.base, "generate", generate_with_little_memory)
+    progress: list[tuple[int, int]] = []
+    assert generate(kit, tokenizer, PROMPTS, 6, batch_size=4, on_progress=lambda *n: progress.append(n)) == expected
     assert sizes == [4, 2, 1, 1, 1, 1, 1]
-    assert told[-1] == (5, 5)
-    monkeypatch.setattr(kit.base, "generate", lambda **inputs: (_ for _ in ()).throw(wrong))
+    assert progress[-1] == (5, 5)
+    monkeypatch.setattr(kit.base, "generate", lambda **inputs: (_ for _ in ()).throw(error))
     with pytest.raises(RuntimeError, match="memory"):
         generate(kit, tokenizer, PROMPTS, 6)
-    other = RuntimeError("something else")
-    monkeypatch.setattr(kit.base, "generate", lambda **inputs: (_ for _ in ()).throw(other))
+    other_error = RuntimeError("something else")
+    monkeypatch.setattr(kit.base, "generate", lambda **inputs: (_ for _ in ()).throw(other_error))
     with pytest.raises(RuntimeError, match="something else"):
         generate(kit, tokenizer, PROMPTS, 6)
 
 
-def test_what_cannot_be_asked_is_named() -> None:
-    kit, tokenizer = worn("llama")
+def test_errors_name_the_prompt_or_label() -> None:
+    kit, tokenizer = with_active_adapter("llama")
     assert generate(kit, tokenizer, [], 6) == []
     with pytest.raises(ConfigError, match="2 have no token, the first is number 1"):
         generate(kit, tokenizer, [[5], [], []], 6)
     with pytest.raises(ConfigError, match="max_new_tokens is 0"):
         generate(kit, tokenizer, [[5]], 0)
-    with pytest.raises(ConfigError, match="BertForSequenceClassification cannot write"):
+    with pytest.raises(ConfigError, match="BertForSequenceClassification cannot generate"):
         generate(kitout.attach(ZOO["bert"].build()), tokenizer, [[5]], 3)
     with pytest.raises(ConfigError, match="1 given, expected at least 2"):
         label_likelihoods(kit, PROMPTS, [[5]], end_id=2)
     with pytest.raises(ConfigError, match="number 1 has no token"):
         label_likelihoods(kit, PROMPTS, [[5], []], end_id=2)
-    with pytest.raises(ConfigError, match="number 2 is the same tokens"):
+    with pytest.raises(ConfigError, match="number 2 has the same tokens"):
         label_likelihoods(kit, PROMPTS, [[5], [6], [5]], end_id=2)
 
 
-def plain(kit: Kit, prompt: list[int], answer: list[int]) -> float:
+def log_likelihood(kit: Kit, prompt: list[int], answer: list[int]) -> float:
     """Log-likelihood of the answer, from one forward without cache or padding."""
     if kit.config.is_encoder_decoder:
-        read = torch.tensor([[kit.config.decoder_start_token_id, *answer[:-1]]])
-        logits = kit(input_ids=torch.tensor([prompt]), decoder_input_ids=read).logits[0]
+        decoder_ids = torch.tensor([[kit.config.decoder_start_token_id, *answer[:-1]]])
+        logits = kit(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder_ids).logits[0]
     else:
         logits = kit(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 :]
     return float(sum(logits[i].log_softmax(-1)[token] for i, token in enumerate(answer)))
@@ -191,11 +192,11 @@ def plain(kit: Kit, prompt: list[int], answer: list[int]) -> float:
     ("labels", "ended"), [([[7], [8]], False), ([[7, 9, 11], [8], [7, 10]], False), ([[0], [0, 7], [9]], True)]
 )
 @torch.no_grad()
-def test_a_likelihood_is_that_of_one_plain_forward(name: str, labels: list[list[int]], ended: bool) -> None:
-    kit, _ = worn(name)
+def test_a_likelihood_is_that_of_one_forward(name: str, labels: list[list[int]], ended: bool) -> None:
+    kit, _ = with_active_adapter(name)
     kit.eval()
-    wanted = [[*label, 2] for label in labels] if ended else labels
-    expected = torch.tensor([[plain(kit, p, a) for a in wanted] for p in PROMPTS])
+    answers = [[*label, 2] for label in labels] if ended else labels
+    expected = torch.tensor([[log_likelihood(kit, p, a) for a in answers] for p in PROMPTS])
     torch.testing.assert_close(
         label_likelihoods(kit, PROMPTS, labels, end_id=2, batch_size=2), expected, atol=1e-5, rtol=1e-5
     )
@@ -204,8 +205,8 @@ def test_a_likelihood_is_that_of_one_plain_forward(name: str, labels: list[list[
 @pytest.mark.parametrize("method", [PromptTuning(length=3), PrefixTuning(length=4)], ids=lambda m: type(m).__name__)
 @torch.no_grad()
 def test_likelihoods_of_prompts_and_prefixes(method: Any) -> None:
-    kit, _ = worn("llama", method)
+    kit, _ = with_active_adapter("llama", method)
     kit.eval()
     labels = [[7, 9, 11], [8], [7, 10]]
-    expected = torch.tensor([[plain(kit, p, a) for a in labels] for p in PROMPTS])
+    expected = torch.tensor([[log_likelihood(kit, p, a) for a in labels] for p in PROMPTS])
     torch.testing.assert_close(label_likelihoods(kit, PROMPTS, labels, end_id=2), expected, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Intervals are the published ones where there are any, and cover what they promise."""
+"""Intervals equal the published ones, and cover the truth as often as they say."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from kitout.evaluate.metrics.interval import bootstrap_interval, newcombe_interv
 from kitout.evaluate.metrics.measure import Measure, mean, proportion, score_difference
 
 
-def table(both: int, only_old: int, only_new: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
-    before = [1] * both + [1] * only_old + [0] * only_new + [0] * neither
-    after = [1] * both + [0] * only_old + [1] * only_new + [0] * neither
+def table(both: int, only_before: int, only_after: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    before = [1] * both + [1] * only_before + [0] * only_after + [0] * neither
+    after = [1] * both + [0] * only_before + [1] * only_after + [0] * neither
     return np.array(before, dtype=bool), np.array(after, dtype=bool)
 
 
 @pytest.mark.parametrize(
-    ("right", "total", "low", "high"),
+    ("num_correct", "total", "low", "high"),
     [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (258, 400, 0.5970, 0.6904)],
 )
-def test_wilson(right: int, total: int, low: float, high: float) -> None:
-    assert wilson_interval(right, total) == pytest.approx((low, high), abs=1e-4)
+def test_wilson(num_correct: int, total: int, low: float, high: float) -> None:
+    assert wilson_interval(num_correct, total) == pytest.approx((low, high), abs=1e-4)
 
 
-@pytest.mark.parametrize(("right", "total"), [(1, 0), (3, 2), (-1, 2)])
-def test_wilson_refuses_what_is_no_share(right: int, total: int) -> None:
-    with pytest.raises(ValueError, match="no share"):
-        wilson_interval(right, total)
+@pytest.mark.parametrize(("num_correct", "total"), [(1, 0), (3, 2), (-1, 2)])
+def test_wilson_refuses_what_is_not_a_proportion(num_correct: int, total: int) -> None:
+    with pytest.raises(ValueError, match="not a proportion"):
+        wilson_interval(num_correct, total)
 
 
 def test_newcombe_as_published() -> None:
@@ -38,7 +38,7 @@ def test_newcombe_as_published() -> None:
 
 
 @pytest.mark.parametrize("counts", [(0, 0, 60, 0), (60, 0, 0, 0), (0, 0, 0, 60), (0, 60, 0, 0), (1, 0, 0, 0)])
-def test_newcombe_at_the_edges_is_no_certainty(counts: tuple[int, int, int, int]) -> None:
+def test_newcombe_at_the_edges_has_a_width(counts: tuple[int, int, int, int]) -> None:
     before, after = table(*counts)
     low, high = newcombe_interval(before, after)
     value = float(after.mean() - before.mean())
@@ -46,52 +46,52 @@ def test_newcombe_at_the_edges_is_no_certainty(counts: tuple[int, int, int, int]
     assert high - low > 0.02
 
 
-def test_newcombe_wants_the_same_examples() -> None:
+def test_newcombe_requires_the_same_examples() -> None:
     with pytest.raises(ValueError, match="3 and 2 examples"):
         newcombe_interval(np.ones(3), np.ones(2))
 
 
-def test_a_paired_interval_is_narrower_than_two_that_know_nothing_of_each_other() -> None:
+def test_a_paired_interval_is_narrower_than_two_unpaired_ones() -> None:
     before, after = table(60, 2, 10, 28)
     low, high = newcombe_interval(before, after)
-    apart = wilson_interval(70, 100)[1] - wilson_interval(62, 100)[0]
-    assert high - low < apart
+    unpaired = wilson_interval(70, 100)[1] - wilson_interval(62, 100)[0]
+    assert high - low < unpaired
     assert low > 0
 
 
-def test_draws_are_the_same_for_the_same_seed_and_keep_n() -> None:
-    first, again, other = (list(resample(20, seed, 5)) for seed in (0, 0, 1))
-    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+def test_resamples_are_equal_for_equal_seeds_and_keep_n() -> None:
+    first, same, other = (list(resample(20, seed, 5)) for seed in (0, 0, 1))
+    assert all((a == b).all() for a, b in zip(first, same, strict=True))
     assert any((a != b).any() for a, b in zip(first, other, strict=True))
-    assert all(times.sum() == 20 for times in first)
+    assert all(weights.sum() == 20 for weights in first)
 
 
 def test_bootstrap_of_a_mean_is_what_the_formula_gives() -> None:
     values = np.random.default_rng(0).normal(3, 2, 400)
     low, high = bootstrap_interval(mean(values).value_fn, 400)
-    reach = 1.96 * values.std() / 20
-    assert (low, high) == pytest.approx((values.mean() - reach, values.mean() + reach), abs=0.03)
+    half_width = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half_width, values.mean() + half_width), abs=0.03)
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
-    dice = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     covered = 0
-    for turn in range(200):
-        old, new = dice.random(80) < 0.5, dice.random(80) < 0.7
-        low, high = newcombe_interval(old, new)
+    for seed in range(200):
+        before, after = rng.random(80) < 0.5, rng.random(80) < 0.7
+        low, high = newcombe_interval(before, after)
         covered += low <= 0.2 <= high
-        wide = bootstrap_interval(mean(new.astype(float)).value_fn, 80, seed=turn, num_resamples=200)
-        covered += wide[0] <= 0.7 <= wide[1]
+        bootstrapped = bootstrap_interval(mean(after.astype(float)).value_fn, 80, seed=seed, num_resamples=200)
+        covered += bootstrapped[0] <= 0.7 <= bootstrapped[1]
     assert covered >= 0.91 * 400
 
 
-def test_a_measure_that_no_draw_can_move_is_not_called_certain() -> None:
-    always = Measure(lambda times: 1.0, 10)
+def test_a_measure_that_no_resample_changes_still_has_a_width() -> None:
+    always = Measure(lambda weights: 1.0, 10)
     score = always.score()
     assert (score.low, score.high) == pytest.approx(wilson_interval(10, 10))
 
 
-def test_difference_of_counts_and_of_means() -> None:
+def test_difference_of_proportions_and_of_means() -> None:
     before, after = table(36, 2, 12, 0)
     value, low, high = score_difference(proportion(before), proportion(after))
     assert (value, low, high) == pytest.approx((0.2, 0.0569, 0.3404), abs=2e-4)

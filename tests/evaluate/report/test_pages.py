@@ -1,4 +1,4 @@
-"""The report is one file that asks for nothing, the card says how to load; strangers' text stays text in both."""
+"""The report is one file that requests nothing, the card says how to load; text from anywhere stays text in both."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(40)
 
 
 def comparison() -> Comparison:
-    shown = pick_examples([f"{EVIL} {i}" for i in range(60)], REFERENCES, BASE, TUNED)
+    examples = pick_examples([f"{EVIL} {i}" for i in range(60)], REFERENCES, BASE, TUNED)
     return compare(
-        compute_measures("generation", BASE, REFERENCES), compute_measures("generation", TUNED, REFERENCES), shown
+        compute_measures("generation", BASE, REFERENCES), compute_measures("generation", TUNED, REFERENCES), examples
     )
 
 
-def full() -> RunSummary:
+def full_summary() -> RunSummary:
     return RunSummary(
         title=f"A run {EVIL}",
         model=EVIL,
         method=f"LoRA(rank=4) {EVIL}",
         comparisons={"adapter": comparison()},
-        data={"train": 1280, EVIL: EVIL, "learnt": [1, 2.5], "cut": None},
+        data={"train": 1280, EVIL: EVIL, "sizes": [1, 2.5], "truncated": None},
         preflight={"checked": True},
         estimates={EVIL: ("2 GiB", 1.5)},
         cost={"seconds": 81.25, "trained": 2442240},
@@ -88,68 +88,86 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_a_report_holds_everything_and_asks_for_nothing() -> None:
-    page = Page(html.render_html(full()))
+def test_a_report_contains_everything_and_requests_nothing() -> None:
+    page = Page(html.render_html(full_summary()))
     assert not page.open
     assert "script" not in page.tags
     assert page.tags.count("img") == 1
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     links = [value for name, value in page.attributes if name in ("src", "href", "action", "data", "xlink:href")]
     assert links == [f"data:image/png;base64,{base64.b64encode(PICTURE).decode()}"]
-    assert not re.search(r"https?://|@import|url\(", html.render_html(full()))
+    assert not re.search(r"https?://|@import|url\(", html.render_html(full_summary()))
     policy = next(value for name, value in page.attributes if value and "default-src" in value)
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    for said in ("accuracy", "macro-F1", "1,280", "81.25", "2,442,240", "today", "held out", "1, 2.5", "✓ right"):
-        assert said in page.text, said
+    for text in (
+        "accuracy",
+        "macro-F1",
+        "1,280",
+        "81.25",
+        "2,442,240",
+        "today",
+        "on the test split",
+        "1, 2.5",
+        "✓ correct",
+    ):
+        assert text in page.text, text
     assert page.text.count(EVIL) > 15
     assert comparison().verdict in " ".join(page.text.split())
 
 
-def test_what_is_empty_is_not_there() -> None:
+def test_what_is_empty_is_not_shown() -> None:
     page = Page(html.render_html(RunSummary(title="t", model="m", method="LoRA()")))
     assert "h2" not in page.tags
     assert "table" not in page.tags
     two = Page(
-        html.render_html(dataclasses.replace(full(), comparisons={"legal": comparison(), "medic": comparison()}))
+        html.render_html(
+            dataclasses.replace(full_summary(), comparisons={"legal": comparison(), "medic": comparison()})
+        )
     )
     assert two.text.count("legal") == two.text.count("medic") == 3
 
 
 def test_a_report_is_written_whole(tmp_path: Path) -> None:
-    file = html.write_html(full(), tmp_path / "report.html")
-    assert file.read_text(encoding="utf-8") == html.render_html(full())
+    file = html.write_html(full_summary(), tmp_path / "report.html")
+    assert file.read_text(encoding="utf-8") == html.render_html(full_summary())
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_numbers_without_a_share_have_no_whisker() -> None:
-    true = [1.0, 2.5, 3.0]
+def test_metrics_that_are_not_fractions_have_no_whisker() -> None:
+    references = [1.0, 2.5, 3.0]
     numbers = compare(
-        compute_measures("regression", [1.0] * 3, true), compute_measures("regression", [1.0, 2.0, 3.0], true)
+        compute_measures("regression", [1.0] * 3, references),
+        compute_measures("regression", [1.0, 2.0, 3.0], references),
     )
     page = Page(html.render_html(RunSummary(title="t", model="m", method="x", comparisons={"a": numbers})))
     assert "svg" not in page.tags
-    assert "less is better" in page.text
+    assert "lower is better" in page.text
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "text"),
     [(1234567, "1,234,567"), (1234.5, "1,234"), (0.123456, "0.1235"), (True, "yes"), (None, "none"), ("x", "x")],
 )
-def test_words(value: Any, said: str) -> None:
-    assert format_fact(value) == said
+def test_format_fact(value: Any, text: str) -> None:
+    assert format_fact(value) == text
 
 
-def front(text: str) -> dict[str, Any]:
-    found = yaml.safe_load(text.split("---\n")[1])
-    assert isinstance(found, dict)
-    return found
+def front_matter(text: str) -> dict[str, Any]:
+    fields = yaml.safe_load(text.split("---\n")[1])
+    assert isinstance(fields, dict)
+    return fields
 
 
 def test_the_card_is_read_by_the_hubs_own_reader() -> None:
     from huggingface_hub import ModelCard
 
     plain = dataclasses.replace(
-        full(), title="Tweets", model="org/model-1", licence="apache-2.0", data_name="my tweets", labels=["a", "b"]
+        full_summary(),
+        title="Tweets",
+        model="org/model-1",
+        license="apache-2.0",
+        data_name="my tweets",
+        labels=["a", "b"],
     )
     read = ModelCard(model_card.render_model_card(plain))
     assert (read.data.base_model, read.data.license, read.data.library_name) == ("org/model-1", "apache-2.0", "kitout")
@@ -162,15 +180,15 @@ def test_the_card_is_read_by_the_hubs_own_reader() -> None:
     assert comparison().verdict in text
     assert "| sha256 of all examples | ab12 |" in text
     assert "| labels, in order | a, b |" in text
-    assert "measured on 60 examples" in text
+    assert "evaluated on 60 test examples" in text
 
 
-def test_strangers_text_stays_text_in_the_card() -> None:
-    text = model_card.render_model_card(full())
-    assert front(text)["license"] == "other"
-    assert front(text)["license_name"] == model_card.UNKNOWN_LICENSE
-    assert "base_model" not in front(text)
-    assert front(text)["model-index"][0]["results"][0]["dataset"]["name"] == EVIL
+def test_text_from_anywhere_stays_text_in_the_card() -> None:
+    text = model_card.render_model_card(full_summary())
+    assert front_matter(text)["license"] == "other"
+    assert front_matter(text)["license_name"] == model_card.UNKNOWN_LICENSE
+    assert "base_model" not in front_matter(text)
+    assert front_matter(text)["model-index"][0]["results"][0]["dataset"]["name"] == EVIL
     body = text.split("---\n", 2)[2]
     fenced = re.findall(r"^(`{3,})\w+\n(.*?)\n\1$", body, re.DOTALL | re.MULTILINE)
     assert [fence for fence, _ in fenced] == ["```", "````"]
@@ -182,13 +200,13 @@ def test_strangers_text_stays_text_in_the_card() -> None:
     assert json.dumps(EVIL) in fenced[0][1]  # as a string of the program
 
 
-def test_a_card_of_little_says_little() -> None:
+def test_a_card_without_results() -> None:
     text = model_card.render_model_card(RunSummary(title="t", model="m", method="IA3()"))
-    assert "It was not measured" in text
-    assert f"its own licence ({model_card.UNKNOWN_LICENSE})" in text
-    assert "## What it did" not in text
-    said = {"library_name": "kitout", "license": "other", "license_name": model_card.UNKNOWN_LICENSE}
-    assert front(text) == said | {"tags": ["kitout", "adapter", "ia3"]}
+    assert "It was not evaluated" in text
+    assert f"its own license ({model_card.UNKNOWN_LICENSE})" in text
+    assert "## Results" not in text
+    expected = {"library_name": "kitout", "license": "other", "license_name": model_card.UNKNOWN_LICENSE}
+    assert front_matter(text) == expected | {"tags": ["kitout", "adapter", "ia3"]}
 
 
 @pytest.fixture
@@ -200,7 +218,7 @@ def tiny(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_cards_lines_run_and_a_card_does_not_disturb_loading(tiny: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_cards_code_runs_and_a_card_does_not_disturb_loading(tiny: Path, tmp_path: Path, capsys: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     kit = kitout.attach(AutoModelForCausalLM.from_pretrained(tiny))
@@ -237,7 +255,7 @@ def test_the_cards_lines_run_and_a_card_does_not_disturb_loading(tiny: Path, tmp
         ({}, model_card.UNKNOWN_LICENSE),
     ],
 )
-def test_the_bases_licence_is_what_its_folder_states(tmp_path: Path, files: dict[str, str], expected: str) -> None:
+def test_the_bases_license_is_what_its_folder_states(tmp_path: Path, files: dict[str, str], expected: str) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert model_card.find_license(tmp_path) == expected

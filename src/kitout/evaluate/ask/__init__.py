@@ -1,1 +1,1 @@
-"""A model asked many prompts."""
+"""Running a model over many prompts: generated answers, label likelihoods."""

@@ -1,7 +1,7 @@
-"""Which of a few answers a model finds likeliest after a prompt: how sure it is of each, not what it happens to write.
+"""The log-likelihood of each of a few labels after a prompt: what the model finds likely, not what it generates.
 
-A label's score is the log-likelihood of its tokens given the prompt, exactly that of one plain forward of both. A
-decoder computes each prompt once for all labels, where its cache can be cut back. It knows no template and no metric.
+A label's score is the log-likelihood of its tokens given the prompt, equal to that of one forward over both. A decoder
+computes each prompt once for all labels, where its cache can be cropped. It knows no template and no metric.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def label_likelihoods(
     batch_size: int = 32,
     on_progress: ProgressFn | None = None,
 ) -> Tensor:
-    """Log-likelihood of each label (ids) after each prompt (ids), [prompts, labels], wearing what the kit wears.
+    """Log-likelihood of each label (ids) after each prompt (ids), [prompts, labels], with the active adapters.
 
-    end: the id that ends an answer. Where one label begins another ("1", "10") it is scored with every label: else the
-    shorter would always win.
+    end_id: the id that ends an answer. Where one label is a prefix of another ("1", "10"), it is appended to every
+    label: else the shorter would always win.
     """
     answers = [list(label) for label in labels]
     _check_labels(answers)
@@ -49,35 +49,36 @@ def label_likelihoods(
 
 
 def _check_labels(answers: Sequence[Sequence[int]]) -> None:
-    faults = Errors(ConfigError, "labels")
+    errors = Errors(ConfigError, "labels")
     if len(answers) < 2:
-        faults.add(f"{len(answers)} given, expected at least 2 to choose from")
-    faults.messages += [f"number {i} has no token" for i, answer in enumerate(answers) if not answer]
-    same = [i for i, answer in enumerate(answers) if answer in answers[:i]]
-    faults.messages += [f"number {i} is the same tokens as an earlier one: {answers[i]}" for i in same]
-    faults.raise_if_any()
+        errors.add(f"{len(answers)} given, expected at least 2 to choose from")
+    errors.messages += [f"number {i} has no token" for i, answer in enumerate(answers) if not answer]
+    duplicates = [i for i, answer in enumerate(answers) if answer in answers[:i]]
+    errors.messages += [f"number {i} has the same tokens as an earlier one: {answers[i]}" for i in duplicates]
+    errors.raise_if_any()
 
 
 def _decoder_scorer(kit: Kit, answers: list[list[int]], pad_token_id: int) -> Any:
-    takes = inspect.signature(kit.base.forward).parameters
-    placed = "position_ids" in takes and not _has_virtual_tokens(kit)
+    parameters = inspect.signature(kit.base.forward).parameters
+    # virtual tokens shift the positions of the text, unless the caller passes position ids
+    with_position_ids = "position_ids" in parameters and not _has_virtual_tokens(kit)
 
     def ask(prompts: list[Sequence[int]]) -> list[Tensor]:
         ids, mask = pad(prompts, pad_token_id, "left", kit.device)
-        places = (mask.cumsum(1) - 1).clamp_min(0)
-        options: dict[str, Any] = {"position_ids": places} if placed else {}
-        if "logits_to_keep" in takes:
+        position_ids = (mask.cumsum(1) - 1).clamp_min(0) if with_position_ids else None
+        options: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+        if "logits_to_keep" in parameters:
             options["logits_to_keep"] = torch.tensor([ids.shape[1] - 1], device=kit.device)
         out = kit(input_ids=ids, attention_mask=mask, use_cache=max(map(len, answers)) > 1, **options)
         first = _log_probs(out.logits[:, -1])
         columns = []
         for answer in answers:
             if len(answer) > 1 and not _can_crop(out.past_key_values):
-                columns.append(_score_uncached(kit, prompts, answer, pad_token_id, placed))
+                columns.append(_score_uncached(kit, prompts, answer, pad_token_id, with_position_ids))
                 continue
             score = first[:, answer[0]]
             if len(answer) > 1:
-                score = score + _score_rest(kit, mask, places if placed else None, out.past_key_values, answer)
+                score = score + _score_rest(kit, mask, position_ids, out.past_key_values, answer)
             columns.append(score)
         return list(torch.stack(columns, dim=1).cpu())
 
@@ -85,12 +86,12 @@ def _decoder_scorer(kit: Kit, answers: list[list[int]], pad_token_id: int) -> An
 
 
 def _has_virtual_tokens(kit: Kit) -> bool:
-    """Whether a prompt or prefix is worn: it moves the text's positions, unless a caller gives them."""
+    """Whether a prompt or prefix is active."""
     return any(site.port in ("tokens", "kv") for name in adapter_names(kit.active) for site in kit[name].sites)
 
 
 def _can_crop(cache: Any) -> bool:
-    """Whether a cache can forget its last tokens: one of states or of a window cannot."""
+    """Whether the last tokens can be removed from a cache: from recurrent states or a sliding window they cannot."""
     from transformers.cache_utils import DynamicLayer
 
     layers = getattr(cache, "layers", ())
@@ -98,21 +99,21 @@ def _can_crop(cache: Any) -> bool:
 
 
 def _score_rest(kit: Kit, mask: Tensor, position_ids: Tensor | None, cache: Any, answer: list[int]) -> Tensor:
-    """Log-likelihood of an answer's second to last token, on the prompt's cache, which is left as it was."""
+    """Log-likelihood of an answer's tokens after the first, with the prompt's cache, which is cropped back."""
     ids = torch.tensor([answer[:-1]] * len(mask), device=kit.device)
     positions = {}
     if position_ids is not None:
         positions = {"position_ids": position_ids[:, -1:] + torch.arange(1, len(answer), device=kit.device)}
-    seen = torch.cat((mask, torch.ones_like(ids)), dim=1)
-    out = kit(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True, **positions)
-    cache.crop(1 - len(answer))  # negative: how many to remove
+    full_mask = torch.cat((mask, torch.ones_like(ids)), dim=1)
+    out = kit(input_ids=ids, attention_mask=full_mask, past_key_values=cache, use_cache=True, **positions)
+    cache.crop(1 - len(answer))  # negative: the number of tokens to remove
     return _sum_log_probs(out.logits, answer[1:])
 
 
 def _score_uncached(
     kit: Kit, prompts: list[Sequence[int]], answer: list[int], pad_token_id: int, with_position_ids: bool
 ) -> Tensor:
-    """Log-likelihood of a whole answer by a forward of its own."""
+    """Log-likelihood of an answer by a separate forward."""
     ids, mask = pad([[*prompt, *answer[:-1]] for prompt in prompts], pad_token_id, "left", kit.device)
     positions = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)} if with_position_ids else {}
     out = kit(input_ids=ids, attention_mask=mask, use_cache=False, **positions)
@@ -126,8 +127,8 @@ def _encoder_decoder_scorer(kit: Kit, answers: list[list[int]], pad_token_id: in
         ids, mask = pad(prompts, pad_token_id, "right", kit.device)
         columns = []
         for answer in answers:
-            read = torch.tensor([[start, *answer[:-1]]] * len(prompts), device=kit.device)
-            out = kit(input_ids=ids, attention_mask=mask, decoder_input_ids=read, use_cache=False)
+            decoder_ids = torch.tensor([[start, *answer[:-1]]] * len(prompts), device=kit.device)
+            out = kit(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False)
             columns.append(_sum_log_probs(out.logits, answer))
         return list(torch.stack(columns, dim=1).cpu())
 
@@ -135,9 +136,9 @@ def _encoder_decoder_scorer(kit: Kit, answers: list[list[int]], pad_token_id: in
 
 
 def _sum_log_probs(logits: Tensor, answer: list[int]) -> Tensor:
-    """Log-likelihood of ids, summed; logits [B, T, V] foresee them one by one."""
-    wanted = torch.tensor(answer, device=logits.device).expand(len(logits), -1)
-    return _log_probs(logits).gather(2, wanted[..., None]).sum(dim=(1, 2))
+    """Summed log-likelihood of token ids; logits [B, T, V] predict one id per position."""
+    targets = torch.tensor(answer, device=logits.device).expand(len(logits), -1)
+    return _log_probs(logits).gather(2, targets[..., None]).sum(dim=(1, 2))
 
 
 def _log_probs(logits: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""How sure a figure is: intervals that cover 95 % of the time, for shares, for any figure, and for a difference.
+"""95 % confidence intervals: of a proportion, of any metric, and of a difference.
 
-A share of right answers has Wilson's interval (1927), which stays honest near 0 and 1 and for few examples; two shares
-of the same examples have Newcombe's (1998). Anything else is bootstrapped: the examples are drawn anew, with
-replacement, and the figure is taken again. It knows no metric. Kept by hand: scipy has Wilson's interval, but none for
-the difference of two shares of the same examples.
+A proportion of correct answers has Wilson's interval (1927), which holds near 0 and 1 and for few examples; the
+difference of two proportions over the same examples has Newcombe's (1998). Everything else is bootstrapped: examples
+are resampled with replacement and the metric is computed again. It knows no metric. Written by hand: scipy has Wilson's
+interval, but none for the paired difference.
 """
 
 from __future__ import annotations
@@ -18,51 +18,53 @@ from numpy.typing import NDArray
 Z95 = 1.959964
 NUM_RESAMPLES = 1000
 
-Weights: TypeAlias = NDArray[np.float64]  # how often each example counts: all 1, or as a draw has it
+Weights: TypeAlias = NDArray[np.float64]  # of each example: all 1, or its count in a resample
 WeightedMetric: TypeAlias = Callable[[Weights], float]
 
 
 def wilson_interval(num_correct: int, total: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share."""
+    """The 95 % confidence interval of a proportion."""
     if not 0 <= num_correct <= total or total == 0:
-        raise ValueError(f"{num_correct} of {total} is no share")
+        raise ValueError(f"{num_correct} of {total} is not a proportion")
     p, z2 = num_correct / total, Z95**2 / total
-    middle, reach = p + z2 / 2, Z95 * math.sqrt(p * (1 - p) / total + z2 / (4 * total))
-    return max(0.0, (middle - reach) / (1 + z2)), min(1.0, (middle + reach) / (1 + z2))
+    center, half_width = p + z2 / 2, Z95 * math.sqrt(p * (1 - p) / total + z2 / (4 * total))
+    return max(0.0, (center - half_width) / (1 + z2)), min(1.0, (center + half_width) / (1 + z2))
 
 
 def newcombe_interval(before: NDArray[Any], after: NDArray[Any]) -> tuple[float, float]:
-    """The 95 % confidence interval of the share of `after` less that of `before`, right or wrong example by example."""
+    """The 95 % confidence interval of the proportion of `after` minus that of `before`, paired by example."""
     before, after = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
     if len(before) != len(after):
         raise ValueError(f"{len(before)} and {len(after)} examples cannot be compared one by one")
-    total, old, new = len(before), int(before.sum()), int(after.sum())
-    (low_old, high_old), (low_new, high_new) = wilson_interval(old, total), wilson_interval(new, total)
-    p, q = old / total, new / total
-    spread = math.sqrt(old * (total - old) * new * (total - new))
+    total, num_before, num_after = len(before), int(before.sum()), int(after.sum())
+    low_before, high_before = wilson_interval(num_before, total)
+    low_after, high_after = wilson_interval(num_after, total)
+    p, q = num_before / total, num_after / total
+    spread = math.sqrt(num_before * (total - num_before) * num_after * (total - num_after))
     both, neither = int((before & after).sum()), int((~before & ~after).sum())
-    only_old, only_new = old - both, new - both
-    tie = (both * neither - only_old * only_new) / spread if spread else 0.0
-    down = _interval_reach(q - low_new, high_old - p, tie)
-    up = _interval_reach(high_new - q, p - low_old, tie)
-    return max(-1.0, q - p - down), min(1.0, q - p + up)
+    only_before, only_after = num_before - both, num_after - both
+    phi = (both * neither - only_before * only_after) / spread if spread else 0.0
+    below = _half_width(q - low_after, high_before - p, phi)
+    above = _half_width(high_after - q, p - low_before, phi)
+    return max(-1.0, q - p - below), min(1.0, q - p + above)
 
 
-def _interval_reach(a: float, b: float, tie: float) -> float:
-    return math.sqrt(max(0.0, a * a - 2 * tie * a * b + b * b))
+def _half_width(a: float, b: float, phi: float) -> float:
+    """phi: correlation of the two answers over the examples."""
+    return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
 
 
 def bootstrap_interval(
     metric: WeightedMetric, n: int, seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> tuple[float, float]:
-    """The 2.5th and 97.5th percentile of a figure over draws of n examples with replacement."""
-    found = np.array([metric(times) for times in resample(n, seed, num_resamples)])
-    low, high = np.percentile(found, [2.5, 97.5])
+    """The 2.5th and 97.5th percentile of a metric over resamples of n examples with replacement."""
+    values = np.array([metric(weights) for weights in resample(n, seed, num_resamples)])
+    low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
 def resample(n: int, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> Iterator[Weights]:
-    """How often each of n examples is in each draw; the same for the same seed, so that two models share the draws."""
-    dice = np.random.default_rng(seed)
+    """How often each of n examples is in each resample; equal for equal seeds, so that two models share them."""
+    rng = np.random.default_rng(seed)
     for _ in range(num_resamples):
-        yield np.bincount(dice.integers(0, n, n), minlength=n).astype(np.float64)
+        yield np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64)

@@ -1,7 +1,7 @@
-"""A metric over one set of answers, ready to be taken over any draw of its examples: what gives it an interval.
+"""A metric that can be computed over any resample of its examples: that gives it an interval.
 
-`Measure` is a figure as a function of how often each example counts; `Score` is what comes of it. Two measures of the
-same examples give the interval of their difference, on the same draws. It knows no task.
+`Measure` is a metric as a function of the weight of each example; `Score` is its value and interval. Two measures of
+the same examples give the interval of their difference, on the same resamples. It knows no task.
 """
 
 from __future__ import annotations
@@ -14,37 +14,53 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kitout.evaluate.metrics.interval import WeightedMetric, bootstrap_interval, newcombe_interval, wilson_interval
+from kitout.evaluate.metrics.interval import (
+    WeightedMetric,
+    bootstrap_interval,
+    newcombe_interval,
+    wilson_interval,
+)
 
 
 @dataclass(frozen=True)
 class Score:
-    """A figure and its 95 % interval over n examples. share: lies between 0 and 1, and is told in percent."""
+    """The value of a metric with its 95 % confidence interval."""
 
     value: float
+    """Over all examples."""
     low: float
+    """Lower end of the interval."""
     high: float
+    """Upper end of the interval."""
     n: int
+    """Number of examples."""
     higher_is_better: bool = True
+    """False for a loss or an error."""
     share: bool = True
+    """A fraction between 0 and 1, printed in percent. (The name is a key of results.json.)"""
 
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """figure: over all n examples or a draw of them. right: for a share of right answers, which are right."""
+    """A metric over n examples, before its interval is computed."""
 
     value_fn: WeightedMetric
+    """The metric, given the weight of each example."""
     n: int
+    """Number of examples."""
     higher_is_better: bool = True
+    """False for a loss or an error."""
     is_fraction: bool = True
+    """Between 0 and 1, printed in percent."""
     correct: NDArray[np.bool_] | None = None
+    """Which examples are correct, if the metric is the fraction of these."""
 
     @property
     def value(self) -> float:
         return float(self.value_fn(np.ones(self.n)))
 
     def score(self, seed: int = 0) -> Score:
-        """The figure with its interval."""
+        """The value with its interval."""
         value = self.value
         low, high = self._interval(value, seed)
         return Score(value, low, high, self.n, self.higher_is_better, self.is_fraction)
@@ -52,29 +68,31 @@ class Measure:
     def _interval(self, value: float, seed: int) -> tuple[float, float]:
         if self.correct is not None:
             return wilson_interval(int(self.correct.sum()), self.n)
-        if self.is_fraction and value in (0.0, 1.0):  # every draw is the same, which would claim to be certain
+        if self.is_fraction and value in (0.0, 1.0):  # all resamples are equal: an interval of width 0
             return wilson_interval(round(value * self.n), self.n)
         return bootstrap_interval(self.value_fn, self.n, seed)
 
 
 def score_difference(base: Measure, tuned: Measure, seed: int = 0) -> tuple[float, float, float]:
-    """tuned less base, and its 95 % interval, example by example."""
+    """tuned minus base, and its 95 % interval, paired by example."""
     if base.n != tuned.n:
         raise ValueError(f"{base.n} and {tuned.n} examples cannot be compared one by one")
     value = tuned.value - base.value
     if base.correct is not None and tuned.correct is not None:
         return value, *newcombe_interval(base.correct, tuned.correct)
-    return value, *bootstrap_interval(lambda times: tuned.value_fn(times) - base.value_fn(times), base.n, seed)
+    return value, *bootstrap_interval(lambda weights: tuned.value_fn(weights) - base.value_fn(weights), base.n, seed)
 
 
 def proportion(correct: NDArray[np.bool_]) -> Measure:
-    """A share of right answers."""
-    return Measure(lambda times: float(times @ correct) / float(times.sum()), len(correct), correct=correct)
+    """The fraction of correct examples."""
+    return Measure(lambda weights: float(weights @ correct) / float(weights.sum()), len(correct), correct=correct)
 
 
 def mean(values: NDArray[np.float64], *, higher_is_better: bool = True, is_fraction: bool = True) -> Measure:
-    """The mean of one number an example."""
-    return Measure(lambda times: float(times @ values) / float(times.sum()), len(values), higher_is_better, is_fraction)
+    """The mean of one number per example."""
+    return Measure(
+        lambda weights: float(weights @ values) / float(weights.sum()), len(values), higher_is_better, is_fraction
+    )
 
 
 def from_sums(
@@ -84,21 +102,21 @@ def from_sums(
     higher_is_better: bool = True,
     is_fraction: bool = True,
 ) -> Measure:
-    """A figure made of sums over the examples: sums is [n, k], the formula takes the k totals."""
-    return Measure(lambda times: float(formula(times @ sums)), len(sums), higher_is_better, is_fraction)
+    """A metric of sums over the examples: sums is [n, k], the formula takes the k totals."""
+    return Measure(lambda weights: float(formula(weights @ sums)), len(sums), higher_is_better, is_fraction)
 
 
 def safe_divide(numerator: float, denominator: float) -> float:
-    """above / below, 0 for 0 / 0."""
+    """numerator / denominator; 0 if the denominator is 0."""
     return float(numerator / denominator) if denominator else 0.0
 
 
 def nan_mean(values: NDArray[np.float64]) -> float:
-    """The mean of what there is; 0 of nothing."""
-    kept = values[~np.isnan(values)]
-    return float(kept.mean()) if len(kept) else 0.0
+    """The mean of the values that are not NaN; 0 if there are none."""
+    numbers = values[~np.isnan(values)]
+    return float(numbers.mean()) if len(numbers) else 0.0
 
 
 def safe_sqrt(value: float) -> float:
-    """A square root that rounding below 0 does not break."""
+    """The square root; 0 for a value that rounding moved below 0."""
     return math.sqrt(max(0.0, value))

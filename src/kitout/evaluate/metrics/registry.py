@@ -1,9 +1,8 @@
-"""Scores by task: what was said against what is true, each figure with its 95 % interval.
+"""Metrics by task: predictions against references, each metric as a `Measure` that can give an interval.
 
-`score` is what a training loop and a report call; `measures` gives the same before intervals, for comparing two
-models on the same examples. The metrics themselves are in `labels`, `tags`, `numbers`, `texts` and `language`.
-The first metric of a task is its headline. It knows no model and no file. Kept by hand: scikit-learn is too slow for a
-thousand weighted resamplings of each figure, and seqeval has had no release since 2020.
+The formulas are in the other files of this folder. The first metric of a task is its headline. It knows no model and no
+file. The metrics are written by hand: scikit-learn is too slow for a thousand weighted resamplings of each, and seqeval
+has had no release since 2020.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from kitout.evaluate.metrics.classification import classification_metrics, multi
 from kitout.evaluate.metrics.entities import tag_metrics
 from kitout.evaluate.metrics.generation import EXTRA_METRICS, generation_metrics
 from kitout.evaluate.metrics.language import language_metrics
-from kitout.evaluate.metrics.measure import Measure, Score
+from kitout.evaluate.metrics.measure import Measure
 from kitout.evaluate.metrics.regression import regression_metrics
 
 Task = Literal["classification", "regression", "multilabel", "tokens", "generation", "language"]
@@ -32,26 +31,6 @@ TITLES = {
 }  # fmt: skip
 
 
-def score(
-    task: Task,
-    predictions: Sequence[Any],
-    references: Sequence[Any] = (),
-    *,
-    names: Sequence[str] | None = None,
-    only: Sequence[str] | None = None,
-    seed: int = 0,
-    on_warning: Callable[[str], None] | None = None,
-) -> dict[str, Score]:
-    """Every metric of the task, or `only` these, with intervals.
-
-    classification: labels (any values). regression: numbers. multilabel: 0/1 vectors. tokens: sequences of tags, or of
-    classes with their `names`. generation: texts; where all are labels, say so by `names`, else that is found out.
-    language: `Summed` values, no references. tell: hears what a missing optional package left out.
-    """
-    found = compute_measures(task, predictions, references, names=names, only=only, on_warning=on_warning)
-    return {name: measure.score(seed) for name, measure in found.items()}
-
-
 def compute_measures(
     task: Task,
     predictions: Sequence[Any],
@@ -61,7 +40,12 @@ def compute_measures(
     only: Sequence[str] | None = None,
     on_warning: Callable[[str], None] | None = None,
 ) -> dict[str, Measure]:
-    """As `score`, before intervals are taken."""
+    """Every metric of the task, or `only` these; each gives its value and interval by `Measure.score`.
+
+    classification: labels (any values). regression: numbers. multilabel: 0/1 vectors. tokens: sequences of tags, or of
+    classes with their `names`. generation: texts; `names`: the labels, if all references are labels (otherwise that is
+    detected). language: `LossSums`, no references. on_warning: is called for metrics whose optional package is missing.
+    """
     if task not in TASKS:
         raise ConfigError(f"there is no task {task!r}: {suggest(str(task), TASKS)}")
     if not len(predictions):
@@ -69,27 +53,24 @@ def compute_measures(
     if task != "language" and len(predictions) != len(references):
         raise ConfigError(f"{task}: {len(predictions)} predictions for {len(references)} references")
     if task == "language":
-        found = language_metrics(predictions)
+        measures = language_metrics(predictions)
     elif task == "generation":
-        found = generation_metrics(predictions, references, names, only, on_warning)
+        measures = generation_metrics(predictions, references, names, only, on_warning)
     elif task == "tokens":
-        found = tag_metrics(_tag_names(predictions, names), _tag_names(references, names))
+        measures = tag_metrics(_tag_names(predictions, names), _tag_names(references, names))
+    elif task == "regression":
+        measures = regression_metrics(predictions, references)
+    elif task == "multilabel":
+        measures = multilabel_metrics(predictions, references)
     else:
-        makers = {
-            "classification": classification_metrics,
-            "regression": regression_metrics,
-            "multilabel": multilabel_metrics,
-        }
-        found = makers[task](predictions, references)  # type: ignore[operator]
-    return found if only is None else _select_metrics(task, found, only)
-
-
-def _select_metrics(task: str, found_measures: dict[str, Measure], only: Sequence[str]) -> dict[str, Measure]:
-    unknown = [name for name in only if name not in found_measures]
+        measures = classification_metrics(predictions, references)
+    if only is None:
+        return measures
+    unknown = [name for name in only if name not in measures]
     if unknown:
-        known = [*found_measures, *(EXTRA_METRICS if task == "generation" else ())]
-        raise ConfigError(f"{task} has no metric {unknown[0]!r} here: {suggest(unknown[0], dict.fromkeys(known))}")
-    return {name: found_measures[name] for name in only}
+        candidates = dict.fromkeys([*measures, *(EXTRA_METRICS if task == "generation" else ())])
+        raise ConfigError(f"{task} has no metric {unknown[0]!r} here: {suggest(unknown[0], candidates)}")
+    return {name: measures[name] for name in only}
 
 
 def _tag_names(rows: Sequence[Sequence[Any]], names: Sequence[str] | None) -> list[list[str]]:

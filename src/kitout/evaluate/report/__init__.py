@@ -1,1 +1,1 @@
-"""Pages, cards and plots."""
+"""report.html, the model card, plots and the adapter table."""

@@ -1,7 +1,7 @@
-"""Several adapters of one run side by side: what each reached on the held-out part and what it cost.
+"""The adapters of one run side by side: the metric of each on the test split, and its cost.
 
-Plain values for a report and for results.json, and the same as lines of text. Intervals that meet are named, so that
-nobody reads an order into noise. It knows no model, no training and no page.
+Plain values for the report and for results.json, and the same as lines of text. Adapters whose intervals overlap are
+named, so that nobody reads an order into noise. It knows no model, no training and no page.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ class AdapterRow:
     method: str
     """Its method, with settings."""
     metric: str
-    """The headline metric, by its key in `TITLES`; empty without a test part."""
+    """The headline metric, by its key in `TITLES`; empty without a test split."""
     score: Score | None
     """That metric with its interval."""
     trainable: int
-    """Trained values, heads included."""
+    """Trainable parameters, heads included."""
     percent: float
-    """Of the base's values."""
+    """Trainable parameters in percent of the base's."""
     examples: int
-    """Training examples it was shown, repeats counted."""
+    """Training examples, repeats counted."""
     seconds: float
-    """Wall clock of its forwards and backwards."""
+    """Wall time of its forward and backward passes."""
     processor_seconds: float
-    """Processor time of the same, over all threads."""
+    """Processor time of the same, summed over all threads."""
 
     @property
     def title(self) -> str:
-        """The metric in words."""
+        """The metric's name for readers."""
         return TITLES.get(self.metric, self.metric)
 
     @property
-    def reached(self) -> str:
-        """93.6 (91.9 to 95.0); shares in percent."""
+    def score_text(self) -> str:
+        """93.6 (91.9 to 95.0); fractions in percent."""
         if self.score is None:
             return ""
         value, low, high = (
@@ -53,13 +53,13 @@ class AdapterRow:
         return f"{value} ({low} to {high})"
 
     @property
-    def part(self) -> str:
-        """The percentage of the base, in words."""
+    def percent_text(self) -> str:
+        """% trainable, as text."""
         return f"{self.percent:.2f}" if self.percent < 99.995 else "100"
 
 
 def best(rows: Sequence[AdapterRow]) -> AdapterRow:
-    """The one with the best headline metric; of equals the one with the fewest trained values."""
+    """The one with the best headline metric; of equal ones, that with the fewest trainable parameters."""
 
     def rank(row: AdapterRow) -> tuple[float, int]:
         assert row.score is not None
@@ -69,41 +69,41 @@ def best(rows: Sequence[AdapterRow]) -> AdapterRow:
 
 
 def comparable(rows: Sequence[AdapterRow]) -> bool:
-    """Whether one metric measures all of them."""
+    """Whether all of them have the same metric."""
     return None not in [row.score for row in rows] and len({row.metric for row in rows}) == 1
 
 
 def verdict(rows: Sequence[AdapterRow], same_test: bool = True) -> str:
-    """Which adapter is best, and which ones the test examples do not tell from it. same_test: all share these."""
+    """Which adapter is best, and whose interval overlaps its own. same_test: all have the same test examples."""
     if not same_test:
-        return "each adapter is measured on the test part of its own data: the figures are not of one kind"
+        return "each adapter has its own test split: the metrics are not comparable"
     top = best(rows)
     assert top.score is not None
     if len(rows) == 1:
-        return f"{top.name}: {top.title} {top.reached}"
-    near = [
+        return f"{top.name}: {top.title} {top.score_text}"
+    overlapping = [
         row.name for row in rows
         if row is not top and row.score is not None and row.score.low <= top.score.high
         and top.score.low <= row.score.high
     ]  # fmt: skip
-    meets = f"; its interval meets that of {', '.join(near)}: {top.score.n:,} examples do not tell these apart"
-    return f"best: {top.name}, {top.title} {top.reached}{meets if near else ''}"
+    caveat = f"; intervals overlap with {', '.join(overlapping)}: not significant on {top.score.n:,} test examples"
+    return f"best: {top.name}, {top.title} {top.score_text}{caveat if overlapping else ''}"
 
 
 def text(rows: Sequence[AdapterRow], majority: float | None, same_test: bool = True) -> str:
-    """The table as aligned lines, the verdict below. majority: the accuracy of always naming one class."""
+    """The table as aligned lines, the verdict below. majority: accuracy of always predicting the majority class."""
     title = f"{rows[0].title}{' %' if rows[0].score and rows[0].score.share else ''}, 95 % interval"
-    lines = [["adapter", "trained", "%", title, "train s", "processor s", "s/example"]]
+    lines = [["adapter", "trainable", "%", title, "train s", "processor s", "s/example"]]
     for row in rows:
-        each = f"{row.seconds / max(1, row.examples):.3f}"
-        took = [f"{row.seconds:.0f}", f"{row.processor_seconds:.0f}", each]
-        lines.append([row.name, f"{row.trainable:,}", row.part, row.reached, *took])
+        per_example = f"{row.seconds / max(1, row.examples):.3f}"
+        cost = [f"{row.seconds:.0f}", f"{row.processor_seconds:.0f}", per_example]
+        lines.append([row.name, f"{row.trainable:,}", row.percent_text, row.score_text, *cost])
     if same_test and majority is not None and rows[0].metric == "accuracy":
-        lines.append(["most frequent class", "0", "0", f"{100 * majority:.1f}", "", "", ""])
+        lines.append(["majority class", "0", "0", f"{100 * majority:.1f}", "", "", ""])
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    shown = [
+    aligned = [
         "  ".join(cell.ljust(width) if k in (0, 3) else cell.rjust(width)
                   for k, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
         for line in lines
     ]  # fmt: skip
-    return "\n".join([*shown, "", verdict(rows, same_test)])
+    return "\n".join([*aligned, "", verdict(rows, same_test)])

@@ -1,7 +1,7 @@
 """report.html: what a run did, in one file that opens anywhere and asks nothing of any other machine.
 
-Style and pictures are inside, there is no script, and a policy in the page forbids both scripts and requests. Every
-text is escaped: data are written by strangers. It knows a `Summary` and no model.
+Style and plots are inside the file. There is no script, and a policy in the page forbids scripts and requests. Every
+text is escaped, because data are written by strangers. It knows `RunSummary` and no model.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def write_html(summary: RunSummary, file: Path) -> Path:
 def _load_template() -> Any:
     from jinja2 import Environment, StrictUndefined
 
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"words": format_fact, "base64": _to_base64, "broad": _is_wide}
-    return page.from_string(files("kitout.evaluate").joinpath("report.html").read_text(encoding="utf-8"))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"fact": format_fact, "base64": _to_base64, "is_wide": _is_wide}
+    return environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
 
 
-def _to_base64(picture: bytes) -> str:
-    return base64.b64encode(picture).decode()
+def _to_base64(png_bytes: bytes) -> str:
+    return base64.b64encode(png_bytes).decode()
 
 
-def _is_wide(picture: bytes) -> bool:
-    """Whether a PNG is too broad to be read at the width of a phone: then it is moved sideways."""
-    width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
+def _is_wide(png_bytes: bytes) -> bool:
+    """Whether a PNG is too wide to be read on a phone: there it is scrolled sideways."""
+    width, height = (int.from_bytes(png_bytes[at : at + 4], "big") for at in (16, 20))
     return width > 2.2 * height

@@ -1,7 +1,7 @@
-"""README.md of an adapter folder: what it is, what it did, and how to use it, for people and for the hub.
+"""The model card: README.md of an adapter folder, for people and for the Hugging Face hub.
 
-Front matter as the Hugging Face hub reads it, through huggingface_hub. Names and figures from anywhere are written so
-that they stay text. The base's licence is what its own folder states, never a guess. It knows a `Summary` and no model.
+The front matter is written by huggingface_hub. Names and numbers from anywhere are escaped, so that they stay text. The
+base's license is what its own folder states, never a guess. It knows `RunSummary` and no model.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from kitout.evaluate.compare import Comparison, MetricChange
+from kitout.evaluate.metrics.measure import Score
 from kitout.evaluate.report.summary import FactTable, RunSummary, format_fact
 from kitout.files.atomic import write_text
 
 UNKNOWN_LICENSE = "unknown: see the base"
-MAX_LICENSE_BYTES = 2**20  # bytes of a file that is looked into for a licence
-LICENSE_PATTERNS = {  # how a licence's own text begins
+MAX_LICENSE_BYTES = 2**20  # of a file that is searched for a license
+LICENSE_PATTERNS = {  # how a license's own text begins
     "apache-2.0": r"apache license\s+version 2\.0",
     "mit": r"mit license|permission is hereby granted, free of charge, to any person obtaining a copy",
     "bsd-3-clause": r"bsd 3-clause",
@@ -49,29 +50,25 @@ def render_model_card(summary: RunSummary) -> str:
     """The text of the card."""
     s = summary
     comparison = s.comparisons.get(s.adapter)
-    data = dict(s.data)
-    if s.data_hash:
-        data["sha256 of all examples"] = s.data_hash
-    if s.labels:
-        data["labels, in order"] = list(s.labels)
+    hashed = {"sha256 of all examples": s.data_hash} if s.data_hash else {}
+    labels = {"labels, in order": list(s.labels)} if s.labels else {}
     intro = (
-        f"An adapter for **{_escape_line(s.model)}** by {_escape_line(s.method)}, made with kitout. It holds no "
-        "weights of the base, "
-        f"which has its own licence ({_escape_line(s.license) or UNKNOWN_LICENSE}).\n"
+        f"An adapter for **{_escape_line(s.model)}**, trained with {_escape_line(s.method)} by kitout. It contains no "
+        f"weights of the base, which has its own license ({_escape_line(s.license) or UNKNOWN_LICENSE}).\n"
     )
-    parts = [
+    sections = [
         f"---\n{_front_matter(s, comparison)}\n---\n",
         f"# {_escape_line(s.title)}\n",
         intro,
         _results_section(comparison) if comparison else "",
         _usage_section(s),
-        _facts_section("Data", data),
-        _facts_section("Cost of training", s.cost),
-        _facts_section("Merged and unmerged", s.checked),
+        _facts_section("Data", {**s.data, **hashed, **labels}),
+        _facts_section("Training cost", s.cost),
+        _facts_section("Merge proof", s.checked),
         f"## Settings\n\n{_code_block(s.config, 'yaml')}" if s.config else "",
-        _limits_section(s, comparison),
+        _limitations_section(s, comparison),
     ]
-    return "\n".join(part for part in parts if part)
+    return "\n".join(section for section in sections if section)
 
 
 def _front_matter(s: RunSummary, comparison: Comparison | None) -> str:
@@ -88,13 +85,13 @@ def _front_matter(s: RunSummary, comparison: Comparison | None) -> str:
         )
         for change in (comparison.changes if comparison and s.data_name else ())
     ]
-    known = re.fullmatch(r"[a-z0-9.+-]{1,40}", s.license)
+    is_hub_license = re.fullmatch(r"[a-z0-9.+-]{1,40}", s.license)
     method = re.match(r"\w+", s.method)
     data = ModelCardData(
         base_model=s.model if re.fullmatch(r"[\w.-]+/[\w.-]+", s.model) else None,
         library_name="kitout",
-        license=s.license if known else "other",
-        license_name=None if known else UNKNOWN_LICENSE,
+        license=s.license if is_hub_license else "other",
+        license_name=None if is_hub_license else UNKNOWN_LICENSE,
         tags=["kitout", "adapter", *([method[0].lower()] if method else [])],
         model_name=s.adapter if results else None,
         eval_results=results or None,
@@ -104,22 +101,22 @@ def _front_matter(s: RunSummary, comparison: Comparison | None) -> str:
 
 def _results_section(comparison: Comparison) -> str:
     rows = [
-        f"| {change.title}{' (%)' if change.base.share else ''} | {_format_score(change, 'base')} | "
-        f"{_format_score(change, 'tuned')} "
+        f"| {change.title}{' (%)' if change.base.share else ''}"
+        f"{'' if change.base.higher_is_better else ', lower is better'} | {_format_score(change, change.base)} | "
+        f"{_format_score(change, change.tuned)} "
         f"| {change.format_value(change.difference, sign=True)} ({change.format_value(change.low, sign=True)} to "
         f"{change.format_value(change.high, sign=True)}) | {change.base.n:,} |"
         for change in comparison.changes
     ]
-    head = "| metric | base | with the adapter | difference | examples |\n|---|---|---|---|---|"
+    head = "| metric | base | fine-tuned | difference | test examples |\n|---|---|---|---|---|"
     foot = (
-        "On examples that were held out; in brackets the 95 % intervals, that of the difference taken example by "
-        "example."
+        "On the test split, with 95 % confidence intervals. The interval of the difference is paired by example; where "
+        "it contains 0, the difference is not significant."
     )
-    return "\n".join(["## What it did\n", f"{comparison.verdict}.\n", head, *rows, "", f"{foot}\n"])
+    return "\n".join(["## Results: base vs. fine-tuned\n", f"{comparison.verdict}.\n", head, *rows, "", f"{foot}\n"])
 
 
-def _format_score(change: MetricChange, side: str) -> str:
-    score = change.base if side == "base" else change.tuned
+def _format_score(change: MetricChange, score: Score) -> str:
     return f"{change.format_value(score.value)} ({change.format_value(score.low)} to {change.format_value(score.high)})"
 
 
@@ -128,41 +125,41 @@ def _loader_name(s: RunSummary) -> str:
 
 
 def _usage_section(s: RunSummary) -> str:
-    """Lines that run as they stand, once the folder's place is filled in."""
-    loader, opened, name = _loader_name(s), json.dumps(s.base_path or s.model), json.dumps(s.adapter)
-    settings = s.from_pretrained_kwargs or ({"num_labels": len(s.labels)} if s.labels else {})
-    classes = "".join(f", {name}={value!r}" for name, value in settings.items())
+    """Code that runs as it is, once FOLDER is replaced."""
+    loader, base, name = _loader_name(s), json.dumps(s.base_path or s.model), json.dumps(s.adapter)
+    kwargs = s.from_pretrained_kwargs or ({"num_labels": len(s.labels)} if s.labels else {})
+    kwargs_text = "".join(f", {setting}={value!r}" for setting, value in kwargs.items())
     code = [
         "import kitout",
         f"from transformers import {loader}" + (", AutoTokenizer" if loader in GENERATING_LOADERS else ""),
         "",
-        f"model = {loader}.from_pretrained({opened}{classes})",
+        f"model = {loader}.from_pretrained({base}{kwargs_text})",
         "kit = kitout.attach(model.eval())",
         f'kit.load("FOLDER", name={name})  # this folder',
-        f"kit.use({name})  # kit.use(None) is the base again, bit for bit",
+        f"kit.use({name})  # kit.use(None): the base again, bit-identical",
         "",
     ]
     if loader in GENERATING_LOADERS:
-        asked = (
+        encode = (
             [
-                'turns = [{"role": "user", "content": "a prompt of the kind it was trained on"}]',
-                'how = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}',
-                "batch = tokenizer.apply_chat_template(turns, **how)",
+                'messages = [{"role": "user", "content": "a prompt of the kind it was trained on"}]',
+                'options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}',
+                "batch = tokenizer.apply_chat_template(messages, **options)",
             ]
             if s.chat
             else ['batch = tokenizer("a prompt of the kind it was trained on", return_tensors="pt")']
         )
         code += [
-            f"tokenizer = AutoTokenizer.from_pretrained({opened})",
-            *asked,
+            f"tokenizer = AutoTokenizer.from_pretrained({base})",
+            *encode,
             "print(tokenizer.decode(kit.generate(**batch, max_new_tokens=64)[0], skip_special_tokens=True))",
         ]
     else:
-        code.append("# kit(**batch).logits: one number per label, in the order they are listed below")
+        code.append("# kit(**batch).logits: one number per label, in the order listed below")
     block = _code_block("\n".join(code), "python")
     return (
-        f"## How to use it\n\n{block}\nLoading refuses any other base. Several adapters can be worn at once, one per "
-        "row of a batch; `kit.merged_copy(...)` folds one into an ordinary model where its method allows it.\n"
+        f"## How to use it\n\n{block}\nIt loads on this base only. Several adapters can be active at once, one per "
+        "row of a batch. `kit.merged_copy(...)` merges one into an ordinary model, if its method can be merged.\n"
     )
 
 
@@ -173,14 +170,14 @@ def _facts_section(title: str, facts: FactTable) -> str:
     return f"## {title}\n\n| | |\n|---|---|\n{rows}\n"
 
 
-def _limits_section(s: RunSummary, comparison: Comparison | None) -> str:
-    measured = (
-        f"It was measured on {comparison.changes[0].base.n:,} examples like those it learnt from, and on nothing else: "
-        "what it does to other abilities of the base, and on other data, is not known."
+def _limitations_section(s: RunSummary, comparison: Comparison | None) -> str:
+    evaluated = (
+        f"It was evaluated on {comparison.changes[0].base.n:,} test examples like those it was trained on, and on "
+        "nothing else: its effect on other tasks and on other data is not known."
         if comparison
-        else "It was not measured on held-out examples."
+        else "It was not evaluated on a test split."
     )
-    return "## Limits\n\n" + "\n".join(f"- {_escape_line(note)}" for note in [measured, *s.notes]) + "\n"
+    return "## Limitations\n\n" + "\n".join(f"- {_escape_line(note)}" for note in [evaluated, *s.notes]) + "\n"
 
 
 def _code_block(text: str, language: str) -> str:
@@ -200,7 +197,7 @@ def _slug(name: str) -> str:
 
 
 def find_license(folder: Path | None) -> str:
-    """What a model's folder states: its README's front matter, its config, or a licence's own text; else `UNKNOWN`."""
+    """What a model's folder states: in its README's front matter, its config, or a license text."""
     if folder is None or not folder.is_dir():
         return UNKNOWN_LICENSE
     for stated in (
@@ -214,32 +211,32 @@ def find_license(folder: Path | None) -> str:
 
 
 def _license_in_readme(file: Path) -> Any:
-    found = re.match(r"---\s*\n(.*?)\n---", _read_small_file(file), re.DOTALL)
-    if not found:
+    front_matter = re.match(r"---\s*\n(.*?)\n---", _read_small_file(file), re.DOTALL)
+    if not front_matter:
         return None
     reader = YAML(typ="safe", pure=True)
-    reader.allow_duplicate_keys = True  # others wrote it
+    reader.allow_duplicate_keys = True  # the file is not ours
     try:
-        front = reader.load(found[1])
+        fields = reader.load(front_matter[1])
     except YAMLError:
         return None
-    return front.get("license") if isinstance(front, dict) else None
+    return fields.get("license") if isinstance(fields, dict) else None
 
 
 def _license_in_config(file: Path) -> Any:
     try:
-        held = json.loads(_read_small_file(file) or "null")
+        config = json.loads(_read_small_file(file) or "null")
     except ValueError:
         return None
-    return held.get("license") if isinstance(held, dict) else None
+    return config.get("license") if isinstance(config, dict) else None
 
 
 def _license_in_text(folder: Path) -> Any:
-    for name in ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE"):
-        text = " ".join(_read_small_file(folder / name)[:2000].lower().split())
-        for licence, wording in LICENSE_PATTERNS.items():
-            if re.search(wording, text):
-                return licence
+    for file_name in ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE"):
+        text = " ".join(_read_small_file(folder / file_name)[:2000].lower().split())
+        for name, pattern in LICENSE_PATTERNS.items():
+            if re.search(pattern, text):
+                return name
     return None
 
 

@@ -1,7 +1,7 @@
-"""What a finished run tells: everything the report and the card show, as plain values.
+"""What a finished run shows: everything in the report and the model card, as plain values.
 
-The one who ran it fills it; what is left empty is left out. Texts may come from anywhere (data, models, users): those
-who write pages escape them. It knows no page.
+Whoever ran it fills it in; what is empty is not shown. Texts may come from anywhere (data, models, users): whoever
+writes a page escapes them. It knows no page.
 """
 
 from __future__ import annotations
@@ -14,62 +14,78 @@ from kitout.evaluate.compare import Comparison
 from kitout.evaluate.report.adapter_table import AdapterRow, verdict
 from kitout.format import format_number
 
-FactTable: TypeAlias = Mapping[str, Any]  # what -> a value in words, or a number
+FactTable: TypeAlias = Mapping[str, Any]  # name -> a text or a number
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """title: of the page. model: the base by the name or folder it was asked for. method: in words. adapter: its name.
-
-    comparisons: by adapter, on the held-out set. data, preflight, cost: what -> value (preflight: what was known
-    before training; cost: seconds, tokens a second, peak memory, trainable values, percent of the base).
-    checked: adapter -> the proof that it merges, in words.
-    estimates: what -> (expected, measured). notes: caveats and warnings, one sentence each. config: the run's YAML.
-    plots: title -> PNG. files: name -> what it holds. data_name, data_hash: of all examples. licence: of the base, as
-    it states one. task: as `metrics.Task` has it. loader: transformers' class that opens the base, default by the task;
-    opened: what it is given, default `model`; opening: its settings. chat: whether it learnt by the chat template.
-    labels: of a classifier, in order. made: when, and by which version. adapters: side by side, where there are
-    several; same_test: measured on the same examples; majority: the share of the most frequent class. result_plots: as
-    plots, of what was reached.
-    """
+    """One run, or one adapter of it."""
 
     title: str
+    """Of the page."""
     model: str
+    """The base, by the name or folder of the config."""
     method: str
+    """The method with its settings."""
     adapter: str = "adapter"
+    """The adapter's name."""
     comparisons: Mapping[str, Comparison] = field(default_factory=dict)
+    """Base vs. fine-tuned on the test split, by adapter."""
     data: FactTable = field(default_factory=dict)
+    """About the data."""
     preflight: FactTable = field(default_factory=dict)
+    """What was known before training."""
     estimates: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Quantity -> (estimated, measured)."""
     cost: FactTable = field(default_factory=dict)
+    """Time, memory, trainable parameters."""
     checked: FactTable = field(default_factory=dict)
+    """Adapter -> the proof that it merges, as text."""
     notes: Sequence[str] = ()
+    """Warnings and caveats, one sentence each."""
     config: str = ""
+    """The run's YAML."""
     plots: Mapping[str, bytes] = field(default_factory=dict)
+    """Of training: title -> PNG."""
     files: Mapping[str, str] = field(default_factory=dict)
+    """File name -> what it contains."""
     data_name: str = ""
+    """The first source of the data."""
     data_hash: str = ""
+    """SHA-256 of all examples."""
     license: str = ""
+    """Of the base, as it states it."""
     task: str = ""
+    """As in `metrics.registry.Task`."""
     loader: str = ""
+    """The auto class of transformers that opens the base; default: by the task."""
     base_path: str = ""
+    """What the auto class is given; default: `model`."""
     chat: bool = False
+    """Whether it was trained with the chat template."""
     from_pretrained_kwargs: FactTable = field(default_factory=dict)
+    """Other arguments of the auto class."""
     labels: Sequence[str] = ()
+    """Of a classifier, in order."""
     created: str = ""
+    """The date, and the version of kitout."""
     adapters: Sequence[AdapterRow] = ()
+    """The adapters side by side, if there are several."""
     majority: float | None = None
+    """Accuracy of always predicting the majority class."""
     same_test: bool = True
+    """Whether all adapters have the same test examples."""
     result_plots: Mapping[str, bytes] = field(default_factory=dict)
+    """Of results: title -> PNG."""
 
     @property
     def best(self) -> str:
-        """Which adapter is best, and which ones the test examples do not tell from it."""
+        """Which adapter is best, and whose interval overlaps its own."""
         return verdict(self.adapters, self.same_test)
 
 
 def format_fact(value: Any) -> str:
-    """A fact's value: numbers with separators and four figures, all else as it is."""
+    """A value of a `FactTable`: numbers with separators and four significant digits, all else as it is."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float):

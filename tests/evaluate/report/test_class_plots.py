@@ -1,4 +1,4 @@
-"""Pictures and tables of what adapters reached: right counts, a fixed order, and an honest verdict."""
+"""Plots and tables of results: correct counts, a fixed order, and a verdict that respects the intervals."""
 
 from __future__ import annotations
 
@@ -20,32 +20,31 @@ def row(name: str, value: float, trainable: int, half: float = 0.02, metric: str
 def test_confusion_counts_and_the_order_of_errors() -> None:
     assert class_plots.counts([0, 1, 1, 0], [0, 1, 0, 0], 2).tolist() == [[2, 1], [0, 1]]
     truth = [0] * 6 + [1] * 4
-    said = [1 - t if i in (3, 5, 7, 9) else t for i, t in enumerate(truth)]
-    assert class_plots.misclassified(said, truth) == [3, 7, 5, 9]
+    predictions = [1 - t if i in (3, 5, 7, 9) else t for i, t in enumerate(truth)]
+    assert class_plots.misclassified(predictions, truth) == [3, 7, 5, 9]
 
 
-def test_pictures_of_a_perfect_adapter_and_of_many_classes() -> None:
+def test_plots_of_a_perfect_adapter_and_of_many_classes() -> None:
     names = [f"a class with a long name {i}" for i in range(30)]
     truth = list(range(30))
-    drawn = [
+    plots = [
         class_plots.confusion("x", truth, truth, names),
         class_plots.errors("x", [], [], [], 0),
         class_plots.errors("x", [np.zeros((8, 8, 3), np.uint8)] * 3, names[:3], names[3:6], 40),
         class_plots.comparison([row("a", 0.5, 0), row("b", 1.0, 9000)], 0.1, "two"),
         class_plots.comparison([row("a", 2.5, 10, metric="loss"), row("b", 1.0, 9000, metric="loss")], None, "two"),
     ]
-    for picture in drawn:
-        with Image.open(io.BytesIO(picture)) as shown:
-            assert min(shown.size) > 150
+    for png_bytes in plots:
+        with Image.open(io.BytesIO(png_bytes)) as image:
+            assert min(image.size) > 150
 
 
-def test_the_best_has_the_best_figure_and_then_the_fewest_values() -> None:
+def test_the_best_has_the_best_metric_and_then_the_fewest_parameters() -> None:
     rows = [row("a", 0.5, 1), row("b", 0.9, 30), row("c", 0.9, 20)]
     assert adapter_table.best(rows).name == "c"
     assert adapter_table.best([row("a", 2.0, 1, metric="loss"), row("b", 1.0, 9, metric="loss")]).name == "b"
-    said = adapter_table.verdict(rows)
-    assert said == (
-        "best: c, accuracy 90.0 (88.0 to 92.0); its interval meets that of b: 100 examples do not tell these apart"
+    assert adapter_table.verdict(rows) == (
+        "best: c, accuracy 90.0 (88.0 to 92.0); intervals overlap with b: not significant on 100 test examples"
     )
 
 
@@ -56,7 +55,7 @@ def test_the_table_as_text() -> None:
     assert "155,146" in lines[1]
     assert "93.6 (91.6 to 95.6)" in lines[1]
     assert lines[1].endswith("0.250")
-    assert lines[3].startswith("most frequent class")
+    assert lines[3].startswith("majority class")
     assert lines[-1] == "best: lora, accuracy 93.6 (91.6 to 95.6)"
 
 

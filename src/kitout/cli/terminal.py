@@ -1,0 +1,45 @@
+"""How every verb meets the terminal: an error is one line and an exit status; any text can be printed.
+
+It knows the errors of kitout and no verb.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from kitout.errors import KitoutError
+
+INTERRUPTED = 130  # exit status, as shells have it for Ctrl-C
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """An error that the user can correct is printed without a traceback, and ends with exit status 1."""
+    escape_unencodable()
+    try:
+        yield
+    except KitoutError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def report_interrupt() -> Iterator[None]:
+    """Ctrl-C during a run says how to resume it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; the same command resumes from the last checkpoint", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def escape_unencodable() -> None:
+    """Data may hold characters that the terminal's encoding lacks: they are shown as escapes, never an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
