@@ -8,14 +8,12 @@ the line above it, <!-- skip: why -->. A failure points at the line of the page.
 from __future__ import annotations
 
 import re
-import textwrap
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pages import blocks
 from tiny_vision import PROCESSOR
 from torchvision_stub import import_timm
 from zoo import ZOO, tokenizer_of
@@ -40,34 +38,6 @@ HUB = {
     "facebook/dinov2-base": "dinov2",
     "microsoft/swin-tiny-patch4-window7-224": "swin",
 }
-
-FENCE = re.compile(r"^(?P<indent> *)```(?P<tag>\w*).*$")
-SKIP = re.compile(r"^\s*<!--\s*skip:\s*(?P<why>.*?)\s*-->\s*$")
-
-
-@dataclass(frozen=True)
-class Block:
-    line: int  # of its first line of code, counted from 1
-    code: str
-    skip: str | None
-
-
-def blocks(text: str) -> Iterator[Block]:
-    """The python blocks of a page, in order; fences may be indented (inside lists)."""
-    lines = text.splitlines()
-    start, tag = 0, ""
-    for number, line in enumerate(lines, start=1):
-        fence = FENCE.match(line)
-        if not fence:
-            continue
-        if not start:
-            start, tag = number, fence["tag"]
-            continue
-        if tag in ("python", "py"):
-            above = SKIP.match(lines[start - 2]) if start > 1 else None
-            code = textwrap.dedent("\n".join(lines[start : number - 1]))
-            yield Block(start + 1, code, above["why"] if above else None)
-        start = 0
 
 
 def furnish(folder: Path, text: str) -> None:
@@ -130,8 +100,7 @@ not python
 
 
 def test_the_reader_of_pages() -> None:
-    found = list(blocks(PAGE))
-    assert [(b.line, b.skip) for b in found] == [(4, None), (8, "needs a GPU of 80 GB"), (12, None)]
+    assert [(b.line, b.skip) for b in blocks(PAGE)] == [(4, None), (8, "needs a GPU of 80 GB"), (12, None)]
     namespace: dict[str, Any] = {}
     assert run(Path("page.md"), PAGE, namespace) == 2
     assert namespace["y"] == 2
