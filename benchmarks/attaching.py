@@ -1,4 +1,4 @@
-"""(f) attach and add on a 7B-shaped model, on the meta device: what finding places costs, without the weights."""
+"""(f) attach and add on a 7B-shaped model, on the meta device: what finding sites costs, without the weights."""
 
 from __future__ import annotations
 

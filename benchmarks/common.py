@@ -1,8 +1,8 @@
 """What every benchmark shares: interleaved timing, models, and a line of the table.
 
 Cases of one comparison run in turn, round after round, in one process, so that whatever else the machine does falls on
-all of them; a figure is the ratio of the best rounds, with the median of the round-by-round ratios beside it. Times
-are wall times; nothing here is a test.
+all of them. A result is the ratio of the best rounds, with the median of the round-by-round ratios beside it. Times
+are wall times. Nothing here is a test.
 """
 
 from __future__ import annotations
@@ -48,20 +48,26 @@ SERVED = LlamaConfig(
 
 @dataclass
 class Line:
-    """One row of the table: what was asked, what was measured."""
+    """One row of the table."""
 
-    figure: str
+    metric: str
+    """What is measured, against what."""
     measured: str
-    asked: str
+    """The result, in words."""
+    target: str
+    """The bound it should keep."""
     reached: bool
+    """Whether it does."""
     detail: str = ""
+    """Seconds, losses, other comparisons."""
 
 
 @dataclass
 class Times:
-    """Seconds per case, one entry per round."""
+    """How long the cases of one comparison took."""
 
     rounds: dict[str, list[float]] = field(default_factory=dict)
+    """Seconds per case, one entry per round."""
 
     def best(self, case: str) -> float:
         return min(self.rounds[case])
@@ -75,7 +81,7 @@ class Times:
         pairs = zip(self.rounds[case], self.rounds[to], strict=True)
         return statistics.median(a / b for a, b in pairs)
 
-    def shown(self, case: str, to: str) -> str:
+    def ratio_text(self, case: str, to: str) -> str:
         return f"{self.ratio(case, to):.3f} x (median of rounds {self.paired(case, to):.3f})"
 
 
@@ -112,7 +118,7 @@ def served() -> nn.Module:
 
 
 def machine() -> str:
-    """Processor, cores, versions: what a figure is worth depends on them."""
+    """Processor, cores, versions: what a result is worth depends on them."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

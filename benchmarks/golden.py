@@ -3,8 +3,8 @@
     python benchmarks/golden.py record [--only NAME]    runs every case and writes golden.json
     python benchmarks/golden.py check [--only NAME]     runs them again; one line per case, exit 1 on any difference
 
-Kept per case: every loss, gradient norm, rate and metric of metrics.jsonl as float.hex(), the test figures of
-results.json with a digest of the answers, and two digests of every adapter: "named" over key, shape, dtype and bytes of
+Kept per case: every loss, grad norm, learning rate and metric of metrics.jsonl as float.hex(), the test losses of
+results.json, and two digests of every adapter: "named" over key, shape, dtype and bytes of
 its tensors, "values" over the bytes alone, which renamed keys do not change. Models, tokenizer and data are made here,
 offline, on one CPU thread in float32. The same bits can be expected only of the processor and the versions that
 golden.json names. Only the public surface is used: `kitout.train`, methods by name, and the files of a run's folder.
@@ -59,7 +59,7 @@ SPLIT: Settings = {VALIDATION: 0.1, TEST: 0.2}  # by kitout itself; otherwise ea
 
 # A data set by name, or several of them as a mixture, each with the settings of its source.
 Data = str | list[tuple[str, Settings]]
-# One case: a model, its data and what else the run is given.
+# One case: a model, its data and the other settings of the run.
 CASES: dict[str, tuple[str, Data, Settings]] = {
     "causal": ("llama", "completions", {}),
     "causal-instructions": ("llama", "instructions", SPLIT),
@@ -113,7 +113,7 @@ CASES: dict[str, tuple[str, Data, Settings]] = {
     ]}),
 }  # fmt: skip
 
-# Every registered method, with settings that fit tiny models; a method that is added later is added here.
+# The registered methods, with settings that fit tiny models. A method that has no case yet is named in a warning.
 METHODS: dict[str, tuple[str, Data, Settings]] = {
     "AdaptFormer": ("vit", "image-classes", {"width": 4}),
     "BitFit": ("bert", "labels", {}),
@@ -144,29 +144,29 @@ for _name, (_model, _data, _settings) in METHODS.items():
 def config(case: str, root: Path) -> Settings:
     """A case as `kitout.train` takes it, over the models and data below root."""
     model, data, more = CASES[case]
-    given = COMMON | {MODEL: str(root / model), FOLDER: str(root / "runs" / case)} | sources(root, data) | more
-    jobs = [nested(job | sources(root, job.pop("data", data))) for job in map(dict, given.pop("jobs", ()))]
-    return nested(given) | ({"jobs": jobs} if jobs else {})
+    settings = COMMON | {MODEL: str(root / model), FOLDER: str(root / "runs" / case)} | sources(root, data) | more
+    jobs = [nested(job | sources(root, job.pop("data", data))) for job in map(dict, settings.pop("jobs", ()))]
+    return nested(settings) | ({"jobs": jobs} if jobs else {})
 
 
 def sources(root: Path, data: Data) -> Settings:
-    """Where a data set lies: a text's splits in a file each (a mixture's in those of its first), images in a folder."""
-    parts = [(data, {})] if isinstance(data, str) else data
-    first = root / parts[0][0]
+    """Paths of a data set: texts have a file per split (a mixture those of its first), images a folder."""
+    mixture = [(data, {})] if isinstance(data, str) else data
+    first = root / mixture[0][0]
     if first.name not in ROWS:
         return {TRAIN: str(first), VALIDATION: 5, TEST: 5}
-    train = [{"path": str(root / name / "train.jsonl"), **more} for name, more in parts]
+    train = [{"path": str(root / name / "train.jsonl"), **more} for name, more in mixture]
     return {TRAIN: train, VALIDATION: str(first / "validation.jsonl"), TEST: str(first / "test.jsonl")}
 
 
 def nested(dotted: Mapping[str, Any]) -> Settings:
-    """{"train.lr": 1} as {"train": {"lr": 1}}; None: not given."""
-    made: Settings = {}
+    """{"train.lr": 1} as {"train": {"lr": 1}}; None: left out."""
+    sections: Settings = {}
     for key, value in dotted.items():
         section, _, name = key.rpartition(".")
         if value is not None:
-            (made.setdefault(section, {}) if section else made)[name] = value
-    return made
+            (sections.setdefault(section, {}) if section else sections)[name] = value
+    return sections
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -189,17 +189,17 @@ def tokenizer(chat: bool) -> transformers.PreTrainedTokenizerFast:
         raw.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
         )
-    made = transformers.PreTrainedTokenizerFast(
+    fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>", bos_token="<s>",
         eos_token="<|im_end|>" if chat else "</s>",
     )  # fmt: skip
     if chat:
-        made.chat_template = CHATML
-    return made
+        fast.chat_template = CHATML
+    return fast
 
 
 def models() -> dict[str, Callable[[], Any]]:
-    """Model folders by name: how each model is built, its weights still as transformers starts them."""
+    """Model folders by name: how each model is built, its weights still as transformers initializes them."""
     ids = {"vocab_size": len(VOCABULARY), "pad_token_id": 0}
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = {**ids, **size, "max_position_embeddings": 256}
@@ -304,14 +304,14 @@ def prepare(root: Path) -> None:
     save_images(root / "image-classes", each=12, seed=9)
 
 
-# --- what a run comes to ---------------------------------------------------------------------------------------------
+# --- what a run yields -----------------------------------------------------------------------------------------------
 
 VOLATILE = re.compile("second|memory|runtime|flos|epoch")  # time and memory differ from run to run
-MEASURED = re.compile("eval_")  # which metrics a run measures is not what is kept here, only the loss is
+MEASURED = re.compile("eval_")  # of an evaluation only the loss is kept
 
 
 def run(case: str, root: Path) -> dict[str, str]:
-    """Everything that is kept of one case, in the order in which it came about."""
+    """Everything that is kept of one case, in the order in which it arose."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kitout.train(config(case, root))
@@ -324,7 +324,7 @@ def run(case: str, root: Path) -> dict[str, str]:
                 kept[f"step {row['step']} {key}"] = exact(value)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     for adapter, changes in results["comparisons"].items():
-        # A head that the base lacks is drawn from the global random state: what the base says there is chance.
+        # A head that the base lacks is drawn from the global random state: the base is at chance level there.
         losses = [change["tuned"]["value"] for change in changes if change["name"] == "loss"]
         kept |= {f"test {adapter} loss": exact(value) for value in losses}
     files = sorted((folder / "adapter").rglob("*.safetensors"))
@@ -366,12 +366,12 @@ def machine() -> dict[str, str]:
 
 
 def first_difference(golden: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    different = [key for key in golden if now.get(key) != golden[key]]
-    if not different:
+    differing = [key for key in golden if now.get(key) != golden[key]]
+    if not differing:
         return None
-    key = different[0]
-    was, became = (readable(side.get(key, "missing")) for side in (golden, now))
-    return f"{len(different)} of {len(golden)} differ, first {key!r}: {was} -> {became}"
+    key = differing[0]
+    before, after = (readable(side.get(key, "missing")) for side in (golden, now))
+    return f"{len(differing)} of {len(golden)} differ, first {key!r}: {before} -> {after}"
 
 
 def readable(kept: str) -> str:
@@ -387,53 +387,53 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="golden numbers of seeded training runs on tiny models")
     parser.add_argument("verb", choices=("record", "check"))
     parser.add_argument("--only", metavar="NAME", default="*", help="one case, or a pattern such as 'method-*'")
-    given = parser.parse_args()
-    names = fnmatch.filter(CASES, given.only)
+    options = parser.parse_args()
+    names = fnmatch.filter(CASES, options.only)
     if not names:
-        parser.error(f"no case is named {given.only!r}; there are {', '.join(CASES)}")
+        parser.error(f"no case is named {options.only!r}; there are {', '.join(CASES)}")
     if missing := methods() - {name.partition("+")[0] for name in METHODS}:
-        parser.error(f"METHODS has no case for {', '.join(sorted(missing))}")
+        print(f"METHODS has no case for {', '.join(sorted(missing))}")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    known = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {"machine": machine(), "cases": {}}
-    alike = known["machine"] == machine()
-    warning = f"ANOTHER MACHINE: recorded on {known['machine']}, this is {machine()}: bits may differ for that alone"
-    if not alike and given.verb == "record":
-        known = {"machine": machine(), "cases": {}}  # numbers of two machines are never mixed
-    elif not alike:
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {"machine": machine(), "cases": {}}
+    same_machine = golden["machine"] == machine()
+    warning = f"ANOTHER MACHINE: recorded on {golden['machine']}, this is {machine()}: bits may differ for that alone"
+    if not same_machine and options.verb == "record":
+        golden = {"machine": machine(), "cases": {}}  # numbers of two machines are never mixed
+    elif not same_machine:
         print(warning)
-    start, wrong = time.perf_counter(), 0
+    start, num_failed = time.perf_counter(), 0
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         prepare(root)
         for name in names:
-            begun = time.perf_counter()
+            case_start = time.perf_counter()
             try:
                 kept = run(name, root)
             except Exception as error:  # a case that fails must not hide the others
-                wrong += 1
+                num_failed += 1
                 print(f"{name}: FAILED, {type(error).__name__}: {error}")
                 continue
-            if given.verb == "record":
-                known["cases"][name] = kept
-                said = f"{len(kept)} values"
-            elif name not in known["cases"]:
-                wrong += 1
-                said = "NOT RECORDED"
+            if options.verb == "record":
+                golden["cases"][name] = kept
+                outcome = f"{len(kept)} values"
+            elif name not in golden["cases"]:
+                num_failed += 1
+                outcome = "NOT RECORDED"
             else:
-                found = first_difference(known["cases"][name], kept)
-                wrong += found is not None
-                said = "equal" if found is None else f"DIFFERENT, {found}"
-            print(f"{name}: {said} ({time.perf_counter() - begun:.1f} s)", flush=True)
-    if given.verb == "record" and not wrong:
-        known["cases"] = {name: known["cases"][name] for name in CASES if name in known["cases"]}
-        GOLDEN.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(names) - wrong} of {len(names)} cases {given.verb}ed without a difference or failure, "
+                difference = first_difference(golden["cases"][name], kept)
+                num_failed += difference is not None
+                outcome = "equal" if difference is None else f"DIFFERENT, {difference}"
+            print(f"{name}: {outcome} ({time.perf_counter() - case_start:.1f} s)", flush=True)
+    if options.verb == "record" and not num_failed:
+        golden["cases"] = {name: golden["cases"][name] for name in CASES if name in golden["cases"]}
+        GOLDEN.write_text(json.dumps(golden, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(names) - num_failed} of {len(names)} cases {options.verb}ed without a difference or failure, "
           f"{time.perf_counter() - start:.0f} s")  # fmt: skip
-    if wrong and not alike and given.verb == "check":
+    if num_failed and not same_machine and options.verb == "check":
         print(warning)
-    return 1 if wrong else 0
+    return 1 if num_failed else 0
 
 
 if __name__ == "__main__":

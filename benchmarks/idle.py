@@ -1,4 +1,4 @@
-"""(b) What adapters cost while they are off: the attached model with an adapter it does not wear, against the bare one.
+"""(b) What adapters cost while they are off: the attached model with an inactive adapter, against the base unattached.
 
 PEFT's disabled adapter is run beside it. One forward, 2 x 64 tokens, SmolLM2-135M shape, fp32, no gradients.
 """
@@ -18,7 +18,7 @@ from kitout import LoRA
 
 def run(rounds: int = 12) -> list[Line]:
     ids = torch.randint(0, 49152, (2, 64), generator=torch.Generator().manual_seed(0))
-    bare = smollm2(torch.float32).eval()
+    base = smollm2(torch.float32).eval()
     kit = kitout.attach(smollm2(torch.float32).eval())
     kit.add("a", LoRA(rank=8, targets="all-linear"))
     peer = get_peft_model(
@@ -30,8 +30,8 @@ def run(rounds: int = 12) -> list[Line]:
         return lambda: model(input_ids=ids, use_cache=False)
 
     with torch.no_grad():
-        times = interleaved({"bare": forward(bare), "off": forward(kit), "peft": forward(peer)}, rounds, calls=2)
-    ratio = times.ratio("off", "bare")
-    detail = f"bare {times.best('bare') * 1e3:.0f} ms; PEFT disabled {times.shown('peft', 'bare')}"
-    shown = times.shown("off", "bare")
-    return [Line("attached but off, against the bare model", shown, "<= 1.02 x", ratio <= 1.02, detail)]
+        times = interleaved({"base": forward(base), "off": forward(kit), "peft": forward(peer)}, rounds, calls=2)
+    ratio = times.ratio("off", "base")
+    detail = f"base {times.best('base') * 1e3:.0f} ms; PEFT disabled {times.ratio_text('peft', 'base')}"
+    measured = times.ratio_text("off", "base")
+    return [Line("attached but off, against the base alone", measured, "<= 1.02 x", ratio <= 1.02, detail)]

@@ -1,7 +1,7 @@
 """Runs every benchmark and prints one table; --write keeps it in benchmarks/RESULTS.md. Needs the `bench` extra.
 
-`python benchmarks/run.py [training train_step front idle many attaching] [--write] [--threads 2]`; each file says
-what it does.
+`python benchmarks/run.py [NAME ...] [--write] [--threads 2]`, NAME: attaching, idle, many, train_step, training,
+virtual_tokens. Each file says what it does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-NAMES = ("attaching", "front", "idle", "many", "train_step", "training")
+NAMES = ("attaching", "idle", "many", "train_step", "training", "virtual_tokens")
 
 
 def main() -> int:
@@ -34,19 +34,19 @@ def main() -> int:
         for line in importlib.import_module(name).run():
             measured.setdefault(name, []).append(line)
             mark = "yes" if line.reached else "NO"
-            print(f"{mark:>3} {line.figure}: {line.measured} (asked {line.asked}) {line.detail}", flush=True)
+            print(f"{mark:>3} {line.metric}: {line.measured} (target {line.target}) {line.detail}", flush=True)
     if options.write:
         results = HERE / "RESULTS.md"
-        kept = sections(results.read_text(encoding="utf-8")) if results.exists() else {}
-        kept |= {name: section(name, lines, machine()) for name, lines in measured.items()}
-        results.write_text(HEAD + "\n".join(kept[name] for name in NAMES if name in kept), encoding="utf-8")
+        by_name = sections(results.read_text(encoding="utf-8")) if results.exists() else {}
+        by_name |= {name: section(name, lines, machine()) for name, lines in measured.items()}
+        results.write_text(HEAD + "\n".join(by_name[name] for name in NAMES if name in by_name), encoding="utf-8")
     return 0
 
 
 HEAD = """# Benchmarks: the last runs
 
-`make bench ARGS='--write'`, or `ARGS='front --write'` for one section, which leaves the others as they are.
-Random values: SmolLM2-135M's shape for train_step, generation and off, a 29.5 M Llama for loading and decoding;
+`make bench ARGS='--write'`, or `ARGS='idle --write'` for one section, which leaves the others as they are.
+Random values: SmolLM2-135M's shape for train_step, virtual_tokens and idle, a 29.5 M Llama for loading and decoding;
 `training` has SmolLM2's real weights and real data.
 Cases of a row ran interleaved in one process on a shared machine; ratios are best round over best round.
 
@@ -54,14 +54,14 @@ Cases of a row ran interleaved in one process on a shared machine; ratios are be
 
 
 def sections(text: str) -> dict[str, str]:
-    """What the file holds, by benchmark."""
-    parts = text.split("\n## ")[1:]
-    return {part.partition("\n")[0]: f"## {part.rstrip()}\n" for part in parts}
+    """The sections of the file, by benchmark."""
+    texts = text.split("\n## ")[1:]
+    return {text.partition("\n")[0]: f"## {text.rstrip()}\n" for text in texts}
 
 
 def section(name: str, lines: list, where: str) -> str:
-    rows = [f"| {r.figure} | {r.measured} | {r.asked} | {'yes' if r.reached else 'no'} | {r.detail} |" for r in lines]
-    head = ["| figure | measured | asked | reached | |", "|---|---|---|---|---|"]
+    rows = [f"| {r.metric} | {r.measured} | {r.target} | {'yes' if r.reached else 'no'} | {r.detail} |" for r in lines]
+    head = ["| metric | measured | target | reached | |", "|---|---|---|---|---|"]
     return "\n".join([f"## {name}", f"{date.today()}. {where}.", "", *head, *rows, ""])
 
 

@@ -1,9 +1,9 @@
-"""Learning rates of the methods on text, chosen on a validation part of the demo's tweets that is never its test part.
+"""Learning rates of the methods on text, chosen on a validation split of the demo's tweets, never on its test split.
 
-The demo's test tweets are taken off first. Each method is trained on the same few hundred of the others at rates a
-factor of three apart; while the best one is the highest or the lowest tried, one more is tried beyond it. The measure
-is the cross-entropy of the right label among the labels (less noisy than the accuracy beside it). Finished trials are
-kept in runs/ line by line, and a trial under way in a checkpoint: a search that was stopped goes on where it was.
+The demo's test tweets are removed first. Each method is trained on the same few hundred of the others at rates a factor
+of three apart. While the best one is the highest or the lowest tried, one more is tried beyond it. The metric is the
+cross-entropy of the right label among the labels (less noisy than the accuracy beside it). Finished trials are kept in
+runs/ line by line, and an unfinished one in a checkpoint: a search that was stopped resumes.
 
     python benchmarks/text_search.py [--methods lora prompt] [--rates 1e-3 3e-3] [--seeds 0 1] [--train 480] [--write]
 """
@@ -63,10 +63,11 @@ Make = Callable[[tuple[int, ...]], Method]  # from the tokens of the instruction
 
 @dataclass(frozen=True)
 class Row:
-    """start: the rate in the middle of those tried first."""
+    """One method of the search."""
 
     title: str
     start: float
+    """The learning rate in the middle of those tried first."""
     make: Make
 
 
@@ -101,7 +102,7 @@ ROWS: dict[str, Row] = {
 
 @dataclass(frozen=True)
 class Budget:
-    """What one trial is; trials of another budget are not compared."""
+    """The size of one trial; trials of another budget are not compared."""
 
     train: int = 480
     validation: int = 300
@@ -115,7 +116,7 @@ class Budget:
 
 @dataclass
 class Bench:
-    """The frozen model and the tweets; one method after the other sits on it."""
+    """The frozen model and the tweets, for one method after the other."""
 
     kit: Kit
     tokenizer: Any
@@ -130,36 +131,34 @@ class Bench:
         kit = self.kit
         instruction = tuple(self.tokenizer(INSTRUCTION, add_special_tokens=False).input_ids)
         adapter = kit.add("trial", ROWS[key].make(instruction), seed=seed)
-        rare = any(
-            isinstance(delta, TrainedCopy) for delta in adapter.deltas.values()
-        )  # gigabytes: keep none under way
+        is_large = any(isinstance(delta, TrainedCopy) for delta in adapter.deltas.values())  # gigabytes: no checkpoints
         folder = self.out / "checkpoints" / key
         torch.manual_seed(seed)
-        start, spent = time.perf_counter(), time.process_time()
+        start, cpu_start = time.perf_counter(), time.process_time()
         try:
-            loop = self._loop(folder, json.dumps([key, rate, seed, asdict(self.budget)]), rate, seed, rare)
+            trainer = self._trainer(folder, json.dumps([key, rate, seed, asdict(self.budget)]), rate, seed, is_large)
             last = next(reversed(checkpoints.list_checkpoints(folder)), None)
-            if last is not None and checkpoints.read_progress(last)["run"] != loop.run_id:  # of another trial
+            if last is not None and checkpoints.read_progress(last)["run"] != trainer.run_id:  # of another trial
                 shutil.rmtree(folder)
                 last = None
-            loop.train(str(last) if last else None)
+            trainer.train(str(last) if last else None)
             with kit.use("trial"):
                 accuracy, loss = self.measure()
-            losses = [row["loss"] for row in loop.state.log_history if "loss" in row]
-            ended = sum(losses[-10:]) / 10
+            losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+            final_loss = sum(losses[-10:]) / 10
         except TrainingDiverged:
-            accuracy, loss, ended = 0.0, math.inf, math.inf
+            accuracy, loss, final_loss = 0.0, math.inf, math.inf
         finally:
             kit.remove("trial")
             kit.eval()
         shutil.rmtree(folder, ignore_errors=True)
-        seconds, processor = time.perf_counter() - start, time.process_time() - spent
+        seconds, processor = time.perf_counter() - start, time.process_time() - cpu_start
         return {
             "key": key, "rate": rate, "seed": seed, "budget": asdict(self.budget), "accuracy": accuracy, "loss": loss,
-            "train_loss": ended, "seconds": round(seconds, 1), "processor_seconds": round(processor, 1),
+            "train_loss": final_loss, "seconds": round(seconds, 1), "processor_seconds": round(processor, 1),
         }  # fmt: skip
 
-    def _loop(self, folder: Path, run: str, rate: float, seed: int, rare: bool) -> JobTrainer:
+    def _trainer(self, folder: Path, run: str, rate: float, seed: int, is_large: bool) -> JobTrainer:
         settings = TrainConfig(lr=rate, weight_decay=0.0, batch_size=self.budget.batch, seed=seed)
         steps = plan_batches([len(item.input_ids) for item in self.train], settings.batch_size, self.budget.steps, seed)
         objective = CausalLM(self.kit)
@@ -168,7 +167,7 @@ class Bench:
         args = TrainingArguments(
             output_dir=str(folder), max_steps=len(steps), per_device_train_batch_size=1, report_to="none",
             logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, remove_unused_columns=False,
-            use_cpu=self.kit.device.type == "cpu", save_strategy="no" if rare else "steps", save_steps=20,
+            use_cpu=self.kit.device.type == "cpu", save_strategy="no" if is_large else "steps", save_steps=20,
         )  # fmt: skip
         return JobTrainer(
             self.kit,
@@ -187,32 +186,34 @@ class Bench:
             .cpu()
             .log_softmax(dim=1)
         )
-        truth = torch.tensor([self.answers.names.index(item.reference) for item in self.held_out])
-        loss = torch.nn.functional.nll_loss(scores, truth).item()
-        right = (scores.argmax(dim=1) == truth).float().mean().item()
-        return right, loss if math.isfinite(loss) else math.inf
+        targets = torch.tensor([self.answers.names.index(item.reference) for item in self.held_out])
+        loss = torch.nn.functional.nll_loss(scores, targets).item()
+        accuracy = (scores.argmax(dim=1) == targets).float().mean().item()
+        return accuracy, loss if math.isfinite(loss) else math.inf
 
 
-def equip(budget: Budget, out: Path) -> Bench:
+def build_bench(budget: Budget, out: Path) -> Bench:
     """The demo's model and tweets, without its test tweets."""
     folder = store.fetch_asset(MODEL, print)
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    form, _ = device.choose_dtype(budget.dtype, device.default_device())
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=form).to(device.default_device())
+    dtype, _ = device.choose_dtype(budget.dtype, device.default_device())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device.default_device())
     kit = kitout.attach(model)
     model.set_attn_implementation("eager")  # short texts: as `kitout train` chooses on a CPU
     demo = preset(TextDemo()).data
-    tested = {item.ids for item in load_text_datasets(demo, "causal_lm", tokenizer, False).test}
-    wanted = budget.train + budget.validation
-    source = demo.train[0].model_copy(update={"limit": wanted + wanted // 4})  # some are tested, some are duplicates
-    mine = demo.model_copy(update={"train": (source,), "test": 0, "seed": demo.seed + 1})
-    found = load_text_datasets(mine, "causal_lm", tokenizer, False)
-    others = [item for item in found.train if item.ids not in tested]
+    test_ids = {item.input_ids for item in load_text_datasets(demo, "causal_lm", tokenizer, False).test}
+    num_examples = budget.train + budget.validation
+    source = demo.train[0].model_copy(
+        update={"limit": num_examples + num_examples // 4}
+    )  # some are test ones or duplicates
+    search_data = demo.model_copy(update={"train": (source,), "test": 0, "seed": demo.seed + 1})
+    datasets = load_text_datasets(search_data, "causal_lm", tokenizer, False)
+    others = [item for item in datasets.train if item.input_ids not in test_ids]
     random.Random(0).shuffle(others)
-    held_out, train = others[: budget.validation], others[budget.validation : wanted]
-    assert found.answers is not None
-    return Bench(kit, tokenizer, found.answers, train, held_out, budget, out)
+    held_out, train = others[: budget.validation], others[budget.validation : num_examples]
+    assert datasets.answers is not None
+    return Bench(kit, tokenizer, datasets.answers, train, held_out, budget, out)
 
 
 class Results:
@@ -223,13 +224,13 @@ class Results:
         file.parent.mkdir(parents=True, exist_ok=True)
 
     def all(self) -> list[dict]:
-        found = []
+        trials = []
         for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []:
             try:
-                found.append(json.loads(line))
+                trials.append(json.loads(line))
             except ValueError:
                 continue
-        return found
+        return trials
 
     def add(self, trial: dict) -> None:
         with self.file.open("a", encoding="utf-8") as lines:
@@ -245,10 +246,10 @@ class Results:
 
     def rates(self, budget: Budget, key: str) -> dict[float, tuple[float, float, int]]:
         """By rate: mean cross-entropy and accuracy, and over how many seeds."""
-        found: dict[float, list[dict]] = {}
+        by_rate: dict[float, list[dict]] = {}
         for trial in self.of(budget, key):
-            found.setdefault(trial["rate"], []).append(trial)
-        return {rate: (_mean(t, "loss"), _mean(t, "accuracy"), len(t)) for rate, t in sorted(found.items())}
+            by_rate.setdefault(trial["rate"], []).append(trial)
+        return {rate: (_mean(t, "loss"), _mean(t, "accuracy"), len(t)) for rate, t in sorted(by_rate.items())}
 
     def budgets(self) -> list[Budget]:
         return sorted({Budget(**t["budget"]) for t in self.all()}, key=lambda b: b.train)
@@ -270,10 +271,10 @@ def search(bench: Bench, results: Results, key: str, rates: Sequence[float], see
     """Every rate with every seed; with none given, three around the row's start and then beyond an edge that won."""
     start = ROWS[key].start
     todo = list(rates) or [start, step(start, False), step(start, True)]
-    seen: set[float] = set()
+    tried_now: set[float] = set()
     while todo:
         rate = todo.pop(0)
-        seen.add(rate)
+        tried_now.add(rate)
         for seed in seeds:
             trial = results.get(bench.budget, key, rate, seed)
             if trial is None:
@@ -285,7 +286,7 @@ def search(bench: Bench, results: Results, key: str, rates: Sequence[float], see
                 flush=True,
             )
         if not todo and not rates:
-            tried = {r: values[0] for r, values in results.rates(bench.budget, key).items() if r in seen}
+            tried = {r: values[0] for r, values in results.rates(bench.budget, key).items() if r in tried_now}
             best = min(tried, key=tried.__getitem__)
             if best in (min(tried), max(tried)) and len(tried) < 6:
                 todo = [step(best, best == max(tried))]
@@ -313,18 +314,18 @@ def page(results: Results, bench: Bench) -> str:
     about = device.describe_machine(device.default_device())
     text = (
         f"Made by `python benchmarks/text_search.py --write`. {MODEL}, tweets as chats, one epoch; AdamW without "
-        "decay, 6 % rise, half cosine, clipped at 1; what is trained is fp32. Measured on "
+        "weight decay, 6 % warmup, half cosine, clipped at 1; adapters are fp32. Measured on "
         f"{len(bench.held_out)} other tweets, none of them a test tweet of the demo: cross-entropy of the right label "
         "among the three, and accuracy. x2: mean over two seeds, else seed 0. "
         f"The base: {loss:.3f} ({100 * accuracy:.1f}); always the majority class: "
         f"{100 * _majority(bench.held_out):.1f} %. Three points of accuracy are noise."
     )
-    parts = ["# Learning rates on text", text]
+    sections = ["# Learning rates on text", text]
     for budget in results.budgets():
-        parts.append(f"## {budget.train} tweets, batch {budget.batch}: {budget.steps} steps, {budget.dtype} base")
-        parts.append(table(results, budget))
-    parts.append(f"{about['device']}, torch {about['torch']}, transformers {about['transformers']}.")
-    return "\n\n".join(parts) + "\n"
+        sections.append(f"## {budget.train} tweets, batch {budget.batch}: {budget.steps} steps, {budget.dtype} base")
+        sections.append(table(results, budget))
+    sections.append(f"{about['device']}, torch {about['torch']}, transformers {about['transformers']}.")
+    return "\n\n".join(sections) + "\n"
 
 
 def _majority(items: Sequence[EncodedExample]) -> float:
@@ -333,24 +334,24 @@ def _majority(items: Sequence[EncodedExample]) -> float:
 
 
 def main() -> None:
-    """Every method asked for at its rates, then the table."""
-    line = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    line.add_argument("--methods", nargs="*", choices=[[], *ROWS], default=[], help="default: all")
-    line.add_argument("--rates", nargs="*", type=float, default=[], help="default: around each method's start")
-    line.add_argument("--seeds", nargs="*", type=int, default=[0])
-    line.add_argument("--train", type=int, default=Budget.train, help="tweets to learn from")
-    line.add_argument("--batch", type=int, default=Budget.batch)
-    line.add_argument("--out", type=Path, default=Path("runs/text-search"))
-    line.add_argument("--write", action="store_true", help="keep the tables in TEXT_SEARCH.md")
-    line.add_argument("--only-write", action="store_true", help="the tables of what is there, no trials")
-    asked = line.parse_args()
-    results = Results(asked.out / "trials.jsonl")
-    bench = equip(Budget(asked.train, batch=asked.batch), asked.out)
-    for key in () if asked.only_write else asked.methods or ROWS:
-        search(bench, results, key, asked.rates, asked.seeds)
+    """Every requested method at its rates, then the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="*", choices=[[], *ROWS], default=[], help="default: all")
+    parser.add_argument("--rates", nargs="*", type=float, default=[], help="default: around each method's start")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--train", type=int, default=Budget.train, help="tweets to train on")
+    parser.add_argument("--batch", type=int, default=Budget.batch)
+    parser.add_argument("--out", type=Path, default=Path("runs/text-search"))
+    parser.add_argument("--write", action="store_true", help="keep the tables in TEXT_SEARCH.md")
+    parser.add_argument("--only-write", action="store_true", help="the tables of what is there, no trials")
+    options = parser.parse_args()
+    results = Results(options.out / "trials.jsonl")
+    bench = build_bench(Budget(options.train, batch=options.batch), options.out)
+    for key in () if options.only_write else options.methods or ROWS:
+        search(bench, results, key, options.rates, options.seeds)
     text = page(results, bench)
     print(text)
-    if asked.write or asked.only_write:
+    if options.write or options.only_write:
         (HERE / "TEXT_SEARCH.md").write_text(text, encoding="utf-8")
 
 

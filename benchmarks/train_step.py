@@ -1,7 +1,7 @@
 """(a) One LoRA training step against PEFT's and against the frozen floor, on SmolLM2-135M, all with the same loss.
 
 A step is forward, backward and AdamW over the adapter. The floor is forward and backward to the embeddings with
-nothing trained and no optimiser: what the frozen model costs by itself.
+nothing trained and no optimizer: what the frozen model costs by itself.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ def run(rounds: int = 8) -> list[Line]:
         times, losses = measure(rows, tokens, dtype, rounds)
         detail = ", ".join(f"{case} {times.best(case):.3f} s" for case in times.rounds) + "; "
         detail += f"losses {', '.join(f'{k} {v:.5f}' for k, v in losses.items())}"
-        for to, most in (("peft", 0.90), ("floor", 1.20)):
+        for to, limit in (("peft", 0.90), ("floor", 1.20)):
             ratio = times.ratio("kitout", to)
             label = f"LoRA r=8 all-linear step, {name}, against {'PEFT' if to == 'peft' else 'the floor'}"
-            lines.append(Line(label, times.shown("kitout", to), f"<= {most:.2f} x", ratio <= most, detail))
+            lines.append(Line(label, times.ratio_text("kitout", to), f"<= {limit:.2f} x", ratio <= limit, detail))
             detail = ""
     return lines
 
 
 def measure(rows: int, tokens: int, dtype: torch.dtype, rounds: int) -> tuple[Times, dict[str, float]]:
     ids = torch.randint(0, 49152, (rows, tokens), generator=torch.Generator().manual_seed(0))
-    bare = smollm2(dtype).requires_grad_(False).train()
+    base = smollm2(dtype).requires_grad_(False).train()
     peer = get_peft_model(
         smollm2(dtype), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     ).train()
@@ -45,8 +45,8 @@ def measure(rows: int, tokens: int, dtype: torch.dtype, rounds: int) -> tuple[Ti
     same_values(peer, kit)
 
     def floor() -> float:
-        embedded = bare.get_input_embeddings()(ids).detach().requires_grad_()
-        loss = bare(inputs_embeds=embedded, labels=ids, use_cache=False).loss
+        embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
+        loss = base(inputs_embeds=embedded, labels=ids, use_cache=False).loss
         loss.backward()
         return float(loss)
 

@@ -1,8 +1,8 @@
-"""Learning rates of the vision demo's methods, chosen on a validation part of MNIST-5k that is never the test part.
+"""Learning rates of the vision demo's methods, chosen on a validation split of MNIST-5k that is never the test split.
 
-The demo's split takes the test images off first; the validation images come from what is left, then as many training
-images as the demo uses. Each method is trained at each rate with the demo's budget, all rates of a method in one run.
-A search that was stopped goes on when it is started again. Prints one line per trial and the best rate.
+The demo's test images are removed first. The validation images come from the rest, then as many training images as the
+demo uses. Each method is trained at each rate with the demo's budget, all rates of a method in one run.
+A search that was stopped resumes when it is started again. Prints one line per trial and the best rate.
 
     python benchmarks/vision_search.py [--methods lora ssf] [--rates 1e-3 3e-3] [--seed 1]
 """
@@ -15,9 +15,8 @@ import json
 from pathlib import Path
 
 from kitout.assets import store
-from kitout.data.images.image_set import ImageSet
-from kitout.data.read.image_folders import load_images as images_of
-from kitout.data.split import split
+from kitout.data.read.image_folders import load_images
+from kitout.data.split import split_images
 from kitout.demo.vision import DATA, JOBS, VisionDemo
 from kitout.demo.vision import preset as demo_config
 from kitout.train.config.load import load
@@ -28,61 +27,61 @@ VALIDATION = 400
 
 
 def without_test(folder: Path, test: int) -> Path:
-    """The embedded set without the demo's test images, as files and a table that `kitout train` reads."""
+    """The built-in data set without the demo's test images, as files and a table that `kitout train` reads."""
     table = folder / "images.csv"
     if table.is_file():
         return table
-    whole = images_of(store.fetch_asset(DATA) / "images.npz")
-    left: ImageSet = split(whole, test, None, 0).train
+    images = load_images(store.fetch_asset(DATA) / "images.npz")
+    rest = images.subset(split_images(images, validation=0, test=test, seed=config().data.seed).train)
     folder.mkdir(parents=True, exist_ok=True)
-    for i in range(len(left)):
-        left.open(i).save(folder / f"{i}.png")
-    fresh = folder / ".images.csv"
-    with fresh.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("image", "label"), *((f"{i}.png", left.label_names[left.labels[i]]) for i in
-                                                          range(len(left)))])  # fmt: skip
-    fresh.replace(table)
+    for i in range(len(rest)):
+        rest.open(i).save(folder / f"{i}.png")
+    temporary = folder / ".images.csv"
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("image", "label"), *((f"{i}.png", rest.label_names[rest.labels[i]])
+                                                          for i in range(len(rest)))])  # fmt: skip
+    temporary.replace(table)
     return table
 
 
-def trials(name: str, table: Path, asked: argparse.Namespace) -> RunConfig:
+def trials(name: str, table: Path, options: argparse.Namespace) -> RunConfig:
     """One run of the preset's settings in which each job is one pair of rates."""
     preset = demo_config(VisionDemo(methods=(name,), train=500, test=VALIDATION, seed=1))
     (job,) = preset.jobs
     assert job.train is not None
     assert job.train.lr is not None
-    said = preset.to_dict()
-    own = said["jobs"][0]
-    rates = asked.rates or [job.train.lr / 3, job.train.lr, job.train.lr * 3]
-    head_rates = asked.head_rates or [preset.train.head_lr]
-    said["jobs"] = [
-        own | {"name": f"{name}-{rate:.0e}-{head:.0e}", "train": own["train"] | {
+    settings = preset.to_dict()
+    job_settings = settings["jobs"][0]
+    rates = options.rates or [job.train.lr / 3, job.train.lr, job.train.lr * 3]
+    head_rates = options.head_rates or [preset.train.head_lr]
+    settings["jobs"] = [
+        job_settings | {"name": f"{name}-{rate:.0e}-{head:.0e}", "train": job_settings["train"] | {
             "lr": rate, "head_lr": rate if name == "linear" else head,  # a probe is its head
         }}
         for rate in rates for head in head_rates
     ]  # fmt: skip
-    said["data"]["train"][0]["path"] = str(table)
-    said["data"]["image_size"] = demo_config(VisionDemo()).data.image_size
-    said["train"]["seed"] = asked.seed
-    tried = "-".join(f"{rate:.0e}" for rate in [*rates, *(asked.head_rates or [])])
-    said["output"]["folder"] = str(asked.out / f"{name}-{asked.seed}-{tried}")
-    return load(said)
+    settings["data"]["train"][0]["path"] = str(table)
+    settings["data"]["image_size"] = demo_config(VisionDemo()).data.image_size
+    settings["train"]["seed"] = options.seed
+    tried = "-".join(f"{rate:.0e}" for rate in [*rates, *(options.head_rates or [])])
+    settings["output"]["folder"] = str(options.out / f"{name}-{options.seed}-{tried}")
+    return load(settings)
 
 
 def main() -> None:
     """Every method at every rate."""
-    words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    words.add_argument("--methods", nargs="*", default=[], choices=list(JOBS), help="default: all")
-    words.add_argument("--rates", nargs="*", type=float, default=[], help="default: the preset's, times 1/3, 1 and 3")
-    words.add_argument("--head-rates", nargs="*", type=float, default=[], help="default: the preset's own")
-    words.add_argument("--seed", type=int, default=1)
-    words.add_argument("--out", type=Path, default=Path("runs/vision-search"))
-    asked = words.parse_args()
-    table = without_test(asked.out / "images", test=demo_config(VisionDemo()).evaluate.max_test_examples)
-    for name in asked.methods or JOBS:
-        chosen = trials(name, table, asked)
-        run(chosen, log=lambda _words: None)
-        results = json.loads((chosen.output.folder / "results.json").read_text())
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="*", default=[], choices=list(JOBS), help="default: all")
+    parser.add_argument("--rates", nargs="*", type=float, default=[], help="default: the preset's, times 1/3, 1 and 3")
+    parser.add_argument("--head-rates", nargs="*", type=float, default=[], help="default: the preset's own")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/vision-search"))
+    options = parser.parse_args()
+    table = without_test(options.out / "images", test=config().evaluate.max_test_examples)
+    for name in options.methods or JOBS:
+        run_config = trials(name, table, options)
+        run(run_config, log=lambda _text: None)
+        results = json.loads((run_config.output.folder / "results.json").read_text())
         for row in results["adapters"]:
             print(f"{row['name']}: {100 * row['score']['value']:.2f} % of {VALIDATION}, {row['seconds']:.0f} s")
         best = max(results["adapters"], key=lambda row: row["score"]["value"])

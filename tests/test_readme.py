@@ -8,20 +8,22 @@ the line above it, <!-- skip: why -->. A failure points at the line of the page.
 from __future__ import annotations
 
 import re
-import textwrap
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import kitout.methods  # noqa: F401 - registers them
+from kitout.method import REGISTRY
+from pages import blocks
 from tiny_vision import PROCESSOR
 from torchvision_stub import import_timm
 from zoo import ZOO, tokenizer_of
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+DESIGN = ROOT / "docs" / "design.md"
+PACKAGE = ROOT / "src" / "kitout"
 PAGES = [README, *sorted((ROOT / "docs").glob("**/*.md"))]
 
 HUB = {
@@ -40,34 +42,6 @@ HUB = {
     "facebook/dinov2-base": "dinov2",
     "microsoft/swin-tiny-patch4-window7-224": "swin",
 }
-
-FENCE = re.compile(r"^(?P<indent> *)```(?P<tag>\w*).*$")
-SKIP = re.compile(r"^\s*<!--\s*skip:\s*(?P<why>.*?)\s*-->\s*$")
-
-
-@dataclass(frozen=True)
-class Block:
-    line: int  # of its first line of code, counted from 1
-    code: str
-    skip: str | None
-
-
-def blocks(text: str) -> Iterator[Block]:
-    """The python blocks of a page, in order; fences may be indented (inside lists)."""
-    lines = text.splitlines()
-    start, tag = 0, ""
-    for number, line in enumerate(lines, start=1):
-        fence = FENCE.match(line)
-        if not fence:
-            continue
-        if not start:
-            start, tag = number, fence["tag"]
-            continue
-        if tag in ("python", "py"):
-            above = SKIP.match(lines[start - 2]) if start > 1 else None
-            code = textwrap.dedent("\n".join(lines[start : number - 1]))
-            yield Block(start + 1, code, above["why"] if above else None)
-        start = 0
 
 
 def furnish(folder: Path, text: str) -> None:
@@ -101,6 +75,46 @@ def test_there_is_a_readme_with_code_that_runs() -> None:
     assert any(block.skip is None for block in blocks(README.read_text(encoding="utf-8"))), "README.md runs no python"
 
 
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub names them in links."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_links_on_the_page_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.is_file(), f"{page.name} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name} links to {link}"
+
+
+@pytest.mark.parametrize("path", re.findall(r"`([\w/]+(?:\.py|/))`", DESIGN.read_text(encoding="utf-8")))
+def test_the_design_names_files_that_exist(path: str) -> None:
+    folders = [ROOT, PACKAGE, *(folder for folder in PACKAGE.rglob("*") if folder.is_dir())]
+    assert any((folder / path).exists() for folder in folders), f"docs/design.md names {path}"
+
+
+def test_the_tree_of_the_readme_has_every_folder() -> None:
+    tree = README.read_text(encoding="utf-8").split("\nsrc/kitout/\n")[1].split("\ntests/")[0]
+    described: list[Path] = []
+    for indent, name, phrase in re.findall(r"^( +)(\w+)/ +(.*)$", tree, flags=re.MULTILINE):
+        assert phrase, name
+        described.append(Path(name) if len(indent) == 2 else Path(described[-1].parts[0], name))
+    folders = {path.parent.relative_to(PACKAGE) for path in PACKAGE.rglob("__init__.py")} - {Path()}
+    assert set(described) == folders
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_every_method_is_described(name: str) -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    headings = ", ".join(re.findall(r"^## (.*)$", text, flags=re.MULTILINE)).split(", ")
+    assert name in headings, f"docs/methods.md has no section on {name}"
+    assert re.search(rf"^\| {name}\b.*\|$", text, flags=re.MULTILINE), f"docs/methods.md: no learning rate of {name}"
+    assert f"\n| `{name}` |" in README.read_text(encoding="utf-8"), f"README.md has no row for {name}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_code_on_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert page.is_file(), f"{page.name} is missing"
@@ -130,8 +144,7 @@ not python
 
 
 def test_the_reader_of_pages() -> None:
-    found = list(blocks(PAGE))
-    assert [(b.line, b.skip) for b in found] == [(4, None), (8, "needs a GPU of 80 GB"), (12, None)]
+    assert [(b.line, b.skip) for b in blocks(PAGE)] == [(4, None), (8, "needs a GPU of 80 GB"), (12, None)]
     namespace: dict[str, Any] = {}
     assert run(Path("page.md"), PAGE, namespace) == 2
     assert namespace["y"] == 2

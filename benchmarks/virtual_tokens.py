@@ -28,15 +28,15 @@ def run(rounds: int = 5) -> Iterator[Line]:
         detail = ", ".join(f"{case} {times.best(case):.3f} s, loss {losses[case]:.5f}" for case in times.rounds)
         ratio = times.ratio("kitout", "peft")
         label = f"{name} step, {ROWS} x {TOKENS} fp32, against PEFT"
-        yield Line(label, times.shown("kitout", "peft"), "<= 0.90 x", ratio <= 0.90, detail)
-    times, same = talk(rounds)
+        yield Line(label, times.ratio_text("kitout", "peft"), "<= 0.90 x", ratio <= 0.90, detail)
+    times, is_equal = generate(rounds)
     detail = ", ".join(f"{case} {times.best(case) / NEW * 1e3:.1f} ms" for case in times.rounds)
-    detail += f" per token; tokens {'equal' if same else 'NOT EQUAL'} to PEFT's"
-    for to, most in (("peft", 0.90), ("base", 1.05)):
+    detail += f" per token; tokens {'equal' if is_equal else 'NOT EQUAL'} to PEFT's"
+    for to, limit in (("peft", 0.90), ("base", 1.05)):
         ratio = times.ratio("kitout", to)
         other = "PEFT" if to == "peft" else "the base with as many cached tokens"
         label = f"generation with a prefix of {PREFIX}, {ROWS} rows, per token, against {other}"
-        yield Line(label, times.shown("kitout", to), f"<= {most:.2f} x", ratio <= most, detail)
+        yield Line(label, times.ratio_text("kitout", to), f"<= {limit:.2f} x", ratio <= limit, detail)
         detail = ""
 
 
@@ -49,16 +49,15 @@ def pair(kind: str, length: int) -> tuple[nn.Module, kitout.Kit]:
     kit.use("a")
     values = peer.prompt_encoder.default.embedding.weight.detach()
     with torch.no_grad():
-        values.mul_(0.1)  # PEFT starts at N(0, 1), far from what the model knows
+        values.mul_(0.1)  # PEFT starts at N(0, 1), far from the model's embeddings
         if kind == "prompt":
             next(kit["a"].parameters()).copy_(values)
         else:
             site = kit["a"].sites[0]
-            each = values.view(
-                length, -1, 2, site.num_kv_heads, site.d_out // site.num_kv_heads
-            )  # [m, L, 2, H_kv, d_h]
+            heads = site.num_kv_heads
+            by_layer = values.view(length, -1, 2, heads, site.d_out // heads)  # [m, L, 2, H_kv, d_h]
             for layer, parameter in enumerate(kit["a"].parameters()):
-                parameter.copy_(each[:, layer])
+                parameter.copy_(by_layer[:, layer])
     return peer, kit
 
 
@@ -73,28 +72,28 @@ def train(kind: str, length: int, rounds: int) -> tuple[Times, dict[str, float]]
     return interleaved(cases, rounds, warm=0), losses
 
 
-def talk(rounds: int) -> tuple[Times, bool]:
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 49152, (ROWS, PROMPT), generator=draw)
-    longer = torch.cat((torch.randint(0, 49152, (ROWS, PREFIX), generator=draw), ids), 1)
+def generate(rounds: int) -> tuple[Times, bool]:
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 49152, (ROWS, PROMPT), generator=rng)
+    longer = torch.cat((torch.randint(0, 49152, (ROWS, PREFIX), generator=rng), ids), 1)
     peer, kit = pair("prefix", PREFIX)
     peer.eval()
     kit.eval()
-    bare = smollm2(torch.float32).eval()
+    base = smollm2(torch.float32).eval()
     cases = {
-        "peft": talking(peer.generate, ids),
-        "kitout": talking(kit.generate, ids),
-        "base": talking(bare.generate, longer),
+        "peft": greedy(peer.generate, ids),
+        "kitout": greedy(kit.generate, ids),
+        "base": greedy(base.generate, longer),
     }
-    same = torch.equal(cases["peft"]()[:, -NEW:], cases["kitout"]()[:, -NEW:])
-    return interleaved(cases, rounds, warm=1), same
+    is_equal = torch.equal(cases["peft"]()[:, -NEW:], cases["kitout"]()[:, -NEW:])
+    return interleaved(cases, rounds, warm=1), is_equal
 
 
-def talking(generate: Callable[..., Tensor], ids: Tensor) -> Callable[[], Tensor]:
+def greedy(generate_fn: Callable[..., Tensor], ids: Tensor) -> Callable[[], Tensor]:
     mask = torch.ones_like(ids)
 
     def run_once() -> Tensor:
-        return generate(
+        return generate_fn(
             input_ids=ids, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
         )
 
