@@ -113,7 +113,8 @@ def resume_run(folder: Path, kind: str = "texts") -> RunSummary:
     kit = kit_of("llama" if kind == "texts" else "dinov2")
     jobs = text_jobs(kit) if kind == "texts" else image_jobs(kit)
     loop = loop_of(
-        kit, jobs, folder, save_strategy="steps", save_steps=1, logging_steps=2, callbacks=[SleepAfterStep()]
+        kit, jobs, folder, run_id="one", save_strategy="steps", save_steps=1, logging_steps=2,
+        callbacks=[SleepAfterStep()],
     )  # fmt: skip
     last = next(reversed(checkpoints.list_checkpoints(folder)), None)
     loop.train(str(last) if last else None)

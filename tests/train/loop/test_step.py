@@ -319,7 +319,7 @@ def test_the_batches_follow_from_the_seed_and_group_lengths() -> None:
 
 
 def test_an_empty_set_is_refused() -> None:
-    with pytest.raises(ConfigError, match="without an example"):
+    with pytest.raises(ConfigError, match="a training set has no examples"):
         plan_batches([], 2, 1, 0)
     with pytest.raises(ConfigError, match=r"\[3, 0\]"):
         plan_batches([1, 2, 3], 2, 1, 0, ranges=[range(3), range(3, 3)])

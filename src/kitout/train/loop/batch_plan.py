@@ -28,7 +28,7 @@ def plan_batches(
     rng = random.Random(seed)
     ranges = list(ranges) if ranges else [range(len(sizes))]
     if not all(ranges):
-        raise ConfigError(f"a training set without an example: found sets of {[len(indices) for indices in ranges]}")
+        raise ConfigError(f"a training set has no examples; sizes: {[len(indices) for indices in ranges]}")
     stream = _mixture_indices(ranges, list(weights) if weights else [1.0] * len(ranges), rng)
     batches: list[list[int]] = []
     while len(batches) < num_steps:

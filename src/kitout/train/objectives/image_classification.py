@@ -1,7 +1,7 @@
 """Image classification: rows of an image set, pixels by the model's own processor.
 
 An example is the index of an image. The call of an image model is here too: transformers returns an object with
-logits, timm a tensor, and a vision transformer built for another size must be told to interpolate its position
+logits, timm a tensor, and a vision transformer built for another size must be asked to interpolate its position
 embeddings. It knows images and a model's call, no adapter.
 """
 

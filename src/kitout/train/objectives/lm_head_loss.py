@@ -19,11 +19,8 @@ from kitout.kit import Kit
 from kitout.train.objectives.chunked_cross_entropy import chunked_cross_entropy, cross_entropy_terms
 
 HeadLossMode = Literal["chunked", "selected", "full"]
-TOLERANCE = {
-    torch.float32: 1e-4,
-    torch.bfloat16: 2e-2,
-    torch.float16: 5e-3,
-}  # of the loss: the modes differ by rounding
+# Of the loss; the modes differ by rounding.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 PROBE_SPREAD = 1000.0  # of the random outputs of the head: large enough that a soft cap or scale after it shows
 
 
