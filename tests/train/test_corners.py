@@ -193,7 +193,7 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_the_same_call_finishes(
         return named(*given)
 
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    monkeypatch.setattr(outputs, "adapters", full)
+    monkeypatch.setattr(outputs, "adapter_folders", full)
     try:
         with pytest.raises(KitoutError, match="make room"):
             run(models["decoder"], str(asked), tmp_path / "out")

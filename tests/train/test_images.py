@@ -80,8 +80,8 @@ def steps(kit: Any, jobs: Sequence[Any]) -> None:
     from kitout.train.loop.step import StepRunner
 
     work = StepRunner(kit, jobs, 999)
-    for step in range(len(jobs[0].steps)):
-        rows = [(j, i) for j, job in enumerate(jobs) for i in job.steps[step]]
+    for step in range(len(jobs[0].batches)):
+        rows = [(j, i) for j, job in enumerate(jobs) for i in job.batches[step]]
         work.step(kit, rows, step, torch.Tensor.backward, lambda _m: torch.enable_grad())
 
 
@@ -93,12 +93,12 @@ def made(model: Path, images: Path, tmp_path: Path, **more: Any) -> Any:
 def test_each_image_passes_the_trunk_once_for_all_jobs_with_that_cut(model: Path, data: Path, tmp_path: Path) -> None:
     jobs = [{"name": "a", "method": PROBE}, {"name": "b", "method": PROBE, "train": {"lr": 1e-3, "seed": 5}}]
     ready = made(model, data, tmp_path, jobs=jobs, train={"trunk": "auto"})
-    assert ready.sets[0] is ready.sets[1]  # read once
+    assert ready.datasets[0] is ready.datasets[1]  # read once
     assert frozen_trunk.keep_features(ready.kit, ready.jobs) == (dict.fromkeys("ab", "classifier"), [])
     counted = Counted(ready.kit)
     steps(ready.kit, ready.jobs)
-    assert counted.rows == len({i for job in ready.jobs for step in job.steps for i in step})
-    assert [len(job.steps) * 8 for job in ready.jobs] == [96, 96]
+    assert counted.rows == len({i for job in ready.jobs for step in job.batches for i in step})
+    assert [len(job.batches) * 8 for job in ready.jobs] == [96, 96]
 
 
 def test_the_trunk_is_left_alone_where_it_cannot_be_kept(
@@ -116,7 +116,7 @@ def test_the_trunk_is_left_alone_where_it_cannot_be_kept(
     assert kept(method=PROBE) == (False, [])  # unless it is asked for
     assert kept(method="FullFineTuning", train={"trunk": "auto", "lr": 1e-4}) == (False, [])
     assert kept(method=PROBE, train={"trunk": "auto"}, data={"augment": {"rotate": 5}}) == (False, [])
-    monkeypatch.setattr(frozen_trunk, "MOST_KEPT", 100)
+    monkeypatch.setattr(frozen_trunk, "MAX_FEATURE_BYTES", 100)
     found, notes = kept(method=PROBE, train={"trunk": "auto"})
     assert not found
     assert "too much memory" in notes[0]

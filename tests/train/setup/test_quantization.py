@@ -15,9 +15,10 @@ import kitout
 from kitout import IA3, Kit, LoRA
 from kitout.errors import ConfigError
 from kitout.train import checkpoints
-from kitout.train.loop.base_mode import BNB_CPU_FLAG, keep_nf4_trainable, training_mode
+from kitout.train.loop.base_mode import training_mode
 from kitout.train.objectives.causal_lm import CausalLM
 from kitout.train.objectives.lm_head_loss import HeadLoss
+from kitout.train.setup.quantization import BNB_CPU_FLAG, keep_nf4_trainable
 from runtime.test_quantized import bitsandbytes_4, bitsandbytes_8, torchao_int8
 from train.fixtures import add, causal, far, gradients, job, loop_of, losses, texts, trained, values
 from zoo import VOCAB

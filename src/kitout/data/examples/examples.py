@@ -22,9 +22,12 @@ Label: TypeAlias = "str | int | float | tuple[str, ...]"  # a class, a number, o
 
 @dataclass(frozen=True, kw_only=True)
 class Example(ABC):
-    """place: where it was read, for messages: "train.jsonl line 12"."""
+    """What all kinds have besides their content."""
 
     location: str = field(default="", compare=False)
+    """Where it was read, for messages: "train.jsonl line 12"."""
+    source_index: int = field(default=0, compare=False)
+    """Which source of a mixture it came from."""
 
     @abstractmethod
     def source_text(self) -> str:

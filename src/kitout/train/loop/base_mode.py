@@ -16,8 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kitout.errors import ConfigError
 from kitout.kit import Kit
-
-BNB_CPU_FLAG = "support_avx512bf16_for_cpu"  # on bitsandbytes' 4-bit linears
+from kitout.train.setup.quantization import check_nf4_layout
 
 
 @contextmanager
@@ -28,33 +27,10 @@ def training_mode(kit: Kit, names: Sequence[str], activation_checkpointing: bool
         kit[name].train()
     with ExitStack() as undone:
         undone.callback(kit.eval)
-        _check_layout(kit)
+        check_nf4_layout(kit.base)
         if activation_checkpointing:
             _enable_checkpointing(kit, undone)
         yield
-
-
-def keep_nf4_trainable(model: nn.Module) -> nn.Module:
-    """Keeps 4-bit weights as bitsandbytes quantised them; to be called once, before the model runs (and is attached).
-
-    On CPUs with AVX512-BF16 it lays them out anew, in place, when they are first used in eval mode: a form that has no
-    gradients, says nothing of it, and rounds the scales.
-    """
-    for module in model.modules():
-        if getattr(module, BNB_CPU_FLAG, False):
-            setattr(module, BNB_CPU_FLAG, False)
-    return model
-
-
-def _check_layout(kit: Kit) -> None:
-    for path, module in kit.base.named_modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            raise ConfigError(
-                f"{path}: bitsandbytes has laid this 4-bit weight out for inference, where it has no gradient: load "
-                "the model afresh and call kitout.train.loop.base_mode.keep_nf4_trainable(model) before "
-                "kitout.attach(model)"
-            )
 
 
 def _enable_checkpointing(kit: Kit, exit_stack: ExitStack) -> None:
