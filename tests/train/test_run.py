@@ -19,6 +19,7 @@ import transformers
 import kitout
 from kitout.errors import ConfigError, KitoutError
 from kitout.train.metrics_log import read_metrics
+from kitout.train.setup import device
 from tiny_models import both, decoder, encoder, jsonl, reviews, vision
 
 pytest.importorskip("accelerate")
@@ -128,12 +129,12 @@ def test_every_objective_is_told_by_its_data(models: dict[str, Path], tmp_path: 
 
 
 def _loaded(model: Path, objective: str, out: Path, rows: list[dict[str, Any]]) -> Any:
-    from kitout.train.setup.base_model import AUTO_MODELS
+    from kitout.train.objectives.tasks import TASKS
 
     labels = {"multilabel": 4, "token_classification": 2, "regression": 1}.get(objective, 2)
     more = {} if objective in ("causal_lm", "seq2seq_lm") else {"num_labels": labels}
     transformers.logging.set_verbosity_error()
-    base = getattr(transformers, AUTO_MODELS[objective]).from_pretrained(model, **more)
+    base = getattr(transformers, TASKS[objective].auto_model).from_pretrained(model, **more)
     kit = kitout.attach(base.eval())
     kit.load(out / "adapter", name="mine")
     return kit
@@ -224,7 +225,8 @@ SCRIPT = """
 import sys, kitout
 kitout.train({"model": {"name": sys.argv[1], "dtype": "float32"}, "data": sys.argv[2],
     "output": {"folder": sys.argv[3]}, "method": {"name": "LoRA", "dropout": 0.1},
-    "train": {"batch": 8, "steps": 40, "save_every": 2, "lr": 1e-2}, "evaluate": {"every": 10, "generate": 2}})
+    "train": {"batch_size": 8, "steps": 40, "save_steps": 2, "lr": 1e-2},
+    "evaluate": {"steps": 10, "generate_examples": 2}})
 """
 
 
@@ -322,3 +324,23 @@ def test_other_data_in_the_same_folder_is_refused(models: dict[str, Path], tmp_p
     jsonl(tmp_path / "d.jsonl", instructed(40)[::-1][:30])
     with pytest.raises(ConfigError, match="another run"):
         run(models["decoder"], str(data), tmp_path / "o", train={"steps": 2})
+
+
+def test_the_dtype_that_auto_found_holds_for_the_whole_run(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timings = iter([(torch.bfloat16, "first timing"), (torch.float32, "second timing")])
+    monkeypatch.setattr(device, "choose_dtype", lambda *_: next(timings))
+    out = tmp_path / "out"
+    config = {
+        "model": str(models["decoder"]), "data": str(jsonl(tmp_path / "d.jsonl", instructed(40))),
+        "train": {"batch_size": 8, "steps": 2}, "evaluate": {"generate_examples": 2}, "output": {"folder": str(out)},
+    }  # fmt: skip
+    first = kitout.train(config, log=lambda _: None)
+    (out / "results.json").unlink()
+    second = kitout.train(config, log=lambda _: None)  # resumed, not refused as another run
+    assert next(timings, None) is None
+    assert first.figures["machine"]["dtype"] == second.figures["machine"]["dtype"] == "bfloat16"
+    assert json.loads((out / "resolved.json").read_text()) == {"dtype": "bfloat16", "dtype_reason": "first timing"}
+    assert "bfloat16 (first timing)" in (out / "preflight.txt").read_text()
+    assert _losses(out)

@@ -22,8 +22,8 @@ from kitout.train.run_folder import LOCK_FILE, MAY_DIFFER, OWNER_FILE, RUN_FILE,
 HOLDER = """
 import sys, time
 from pathlib import Path
-from kitout.train.run_folder import held
-with held(Path(sys.argv[1])):
+from kitout.train.run_folder import lock_folder
+with lock_folder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -79,9 +79,9 @@ def test_other_settings_are_named_with_both_values(tmp_path: Path) -> None:
         pass
     words = str(wrong.value)
     assert "other output.folder" in words
-    assert "method.rank: 8 there, not set asked for" in words
+    assert "method.rank: 8 there, not set requested" in words
     for line in (
-        "method.name: LoRA there, IA3 asked for",
+        "method.name: LoRA there, IA3 requested",
         "train.lr: null there, 0.1",
         "train.batch_size: 16 there, 8",
     ):
@@ -104,15 +104,54 @@ def test_free_settings_exist(tmp_path: Path) -> None:
 def test_a_setting_that_came_later_is_no_difference(tmp_path: Path) -> None:
     begin(tmp_path)
     file = tmp_path / RUN_FILE
-    file.write_text(file.read_text().replace("  clip: 1.0\n", ""))
+    file.write_text(file.read_text().replace("  max_grad_norm: 1.0\n", ""))
     with open_run_folder(config(tmp_path)) as run:
         assert run.resumes
-    file.write_text(file.read_text().replace("  clip: 1.0\n", ""))
+    file.write_text(file.read_text().replace("  max_grad_norm: 1.0\n", ""))
     with (
-        pytest.raises(ConfigError, match=r"train\.max_grad_norm: 1\.0 there, 2\.0 asked for"),
+        pytest.raises(ConfigError, match=r"train\.max_grad_norm: 1\.0 there, 2\.0 requested"),
         open_run_folder(config(tmp_path, train={"max_grad_norm": 2})),
     ):
         pass
+
+
+def test_the_run_of_an_older_folder_resumes_under_todays_names(tmp_path: Path) -> None:
+    ours = config(
+        tmp_path,
+        objective="token_classification",
+        train={"batch_size": 8, "max_grad_norm": 2.0, "save_steps": 3},
+        evaluate={"max_test_examples": 9},
+        data={"train": [{"path": "d.jsonl", "system_prompt": "be brief"}], "train_on": "last"},
+        jobs=[{"name": "a", "train": {"warmup_ratio": 0.5}}],
+    )
+    with open_run_folder(ours) as run:
+        run.metrics.write_text("{}\n")
+    file = tmp_path / RUN_FILE
+    text = file.read_text()
+    for new, old in (("objective: token_classification", "objective: tokens"), ("batch_size", "batch"),
+                     ("max_grad_norm", "clip"), ("save_steps", "save_every"), ("max_test_examples", "test"),
+                     ("system_prompt", "instruction"), ("train_on", "learn"), ("warmup_ratio", "warmup")):  # fmt: skip
+        assert f"{new}: " in text or new in text
+        text = text.replace(new, old)
+    file.write_text(text)
+    with open_run_folder(ours) as run:
+        assert run.resumes
+    assert load(yaml_file.read_yaml(file)) == ours  # written anew
+    file.write_text(text.replace("clip: 2.0", "clip: 3.0"))
+    with pytest.raises(ConfigError, match=r"train\.max_grad_norm: 3\.0 there, 2\.0 requested"), open_run_folder(ours):
+        pass
+
+
+def test_what_auto_was_resolved_to_is_kept(tmp_path: Path) -> None:
+    with open_run_folder(config(tmp_path)) as run:
+        assert run.read_resolved() == {}
+        run.write_resolved({"dtype": "bfloat16"})
+    with open_run_folder(config(tmp_path)) as run:
+        assert not run.resumes  # it is no run by this alone
+        assert run.read_resolved() == {"dtype": "bfloat16"}
+    for damaged in ("[]", "{", ""):
+        (tmp_path / "resolved.json").write_text(damaged)
+        assert run.read_resolved() == {}
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
