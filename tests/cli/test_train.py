@@ -56,7 +56,7 @@ def test_the_schema_is_json() -> None:
         ([], "say what to train"),
         (["nowhere.yaml"], "nowhere.yaml is not there"),
         (["a.yaml", "b.yaml"], "one run.yaml at a time, found a.yaml, b.yaml"),
-        (["--model", "m"], "data: must be said"),
+        (["--model", "m"], "data: is required"),
         (["--model", "m", "--data", "d", "trian.lr=1"], "did you mean 'train'?"),
         (["--model", "m", "--data", "d", "--method", "lora"], "did you mean 'LoRA'?"),
         (["--model", "m", "--data", "d", "model.dtype=float16", "model.device=cpu"], "float16 overflows"),

@@ -259,6 +259,7 @@ def _run_summary(
         data_name=sources[0],
         data_hash=hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
         loader=TASKS[run.objective].auto_model,
+        hub_task=TASKS[run.objective].hub_task,
         base_path=base_model.resolve_model(config.model.name),
         from_pretrained_kwargs=run.from_pretrained_kwargs,
         labels=tuple(labels),

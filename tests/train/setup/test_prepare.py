@@ -60,7 +60,7 @@ def test_ranges_of_a_mixture_are_the_examples_of_its_sources(tmp_path: Path) -> 
     words = {"a": "alpha", "b": "beta", "c": "gamma"}
     for name, word in words.items():
         rows = [{"prompt": f"{word} {i}:", "completion": f" {i}"} for i in range(20)]
-        rows.append({"prompt": "said by all of them:", "completion": " yes"})
+        rows.append({"prompt": "in all of them:", "completion": " yes"})
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = [{"path": str(tmp_path / f"{name}.jsonl"), "weight": k + 1.0} for k, name in enumerate(words)]
     datasets = load_text_datasets(DataConfig.model_validate({"train": sources}), "auto", tokenizer(), False)

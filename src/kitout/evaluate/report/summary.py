@@ -61,6 +61,8 @@ class RunSummary:
     majority: float | None = None
     same_test: bool = True
     result_plots: Mapping[str, bytes] = field(default_factory=dict)
+    hub_task: str = ""
+    """The run's task by the name that the hub gives it."""
 
     @property
     def best(self) -> str:

@@ -18,7 +18,7 @@ TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}  # packages that ser
 
 
 def find_conflicts(config: RunConfig) -> list[str]:
-    """Of one run (not of its jobs). Asked again once "auto" is resolved, it may find more."""
+    """Of one run (not of its jobs). Called again once "auto" is resolved, it may find more."""
     return [*_method_conflicts(config), *_training_conflicts(config), *_image_conflicts(config)]
 
 

@@ -1,6 +1,6 @@
 """The closed set of answers of a language-model run: which answers there are, and their tokens.
 
-Where a run's answers are a few short ones that return (labels), a model is measured by the likeliest of them, not by
+Where a run's answers are a few short ones that repeat (labels), a model is measured by the likeliest of them, not by
 what it happens to write. The tokens of an answer are those that training examples have after their prompt, so they
 are what is trained on. It knows items, no model and no metric.
 """

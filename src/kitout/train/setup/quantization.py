@@ -1,4 +1,4 @@
-"""Quantized bases: what transformers' loader is told of them, and what keeps 4-bit weights trainable.
+"""Quantized bases: what transformers' loader takes for them, and what keeps 4-bit weights trainable.
 
 bitsandbytes on CPUs with AVX512-BF16 repacks a 4-bit weight in place when it first runs in eval mode: a layout without
 gradients. It knows models by their modules, no data and no adapter.
