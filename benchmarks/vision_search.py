@@ -32,7 +32,7 @@ def without_test(folder: Path, test: int) -> Path:
     if table.is_file():
         return table
     images = load_images(store.fetch_asset(DATA) / "images.npz")
-    rest = images.subset(split_images(images, validation=0, test=test, seed=config().data.seed).train)
+    rest = images.subset(split_images(images, validation=0, test=test, seed=demo_config(VisionDemo()).data.seed).train)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(len(rest)):
         rest.open(i).save(folder / f"{i}.png")
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/vision-search"))
     options = parser.parse_args()
-    table = without_test(options.out / "images", test=config().evaluate.max_test_examples)
+    table = without_test(options.out / "images", test=demo_config(VisionDemo()).evaluate.max_test_examples)
     for name in options.methods or JOBS:
         run_config = trials(name, table, options)
         run(run_config, log=lambda _text: None)

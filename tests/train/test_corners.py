@@ -1,4 +1,4 @@
-"""Corners of whole runs that users came to first: odd bases, odd settings, odd files; told plainly, or served."""
+"""Corner cases of whole runs that users met: odd bases, odd settings, odd files; they work, or an error says why."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def texts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> Path:
+def qa(tmp_path: Path) -> Path:
     rows = [{"prompt": r["text"] + ":", "completion": " " + r["label"]} for r in reviews(40)]
-    return jsonl(tmp_path / "asked.jsonl", rows)
+    return jsonl(tmp_path / "qa.jsonl", rows)
 
 
 def run(model: Path, data: Any, out: Path, **more: Any) -> Any:
@@ -46,7 +46,7 @@ def run(model: Path, data: Any, out: Path, **more: Any) -> Any:
     return kitout.train(settings, log=lambda _: None)
 
 
-def as_the_card_says(folder: Path) -> Any:
+def run_card(folder: Path) -> Any:
     """Runs the card's own lines and returns the kit they make."""
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {}
@@ -54,7 +54,7 @@ def as_the_card_says(folder: Path) -> Any:
     return names["kit"]
 
 
-def test_a_decoder_without_a_padding_id_judges_and_its_card_says_how(tmp_path: Path, texts: Path) -> None:
+def test_a_decoder_without_a_padding_id_classifies_and_its_card_shows_how(tmp_path: Path, texts: Path) -> None:
     words = tokenizer(template=False)
     config = transformers.GPT2Config(
         vocab_size=len(words), n_embd=48, n_layer=2, n_head=4, n_positions=128, bos_token_id=2, eos_token_id=3
@@ -65,7 +65,7 @@ def test_a_decoder_without_a_padding_id_judges_and_its_card_says_how(tmp_path: P
     words.save_pretrained(tmp_path / "base")
     result = run(tmp_path / "base", str(texts), tmp_path / "out", objective="classification")
     assert result.comparisons["adapter"].changes
-    kit = as_the_card_says(tmp_path / "out" / "adapter")
+    kit = run_card(tmp_path / "out" / "adapter")
     assert kit(input_ids=torch.tensor([[5, 6, 7], [8, 9, 1]])).logits.shape == (2, 2)
 
 
@@ -83,35 +83,35 @@ def test_a_checkpoint_with_other_labels_and_jobs_with_their_own(
     assert "| bad, good |" in cards["one"]
     assert "| a, b, c |" in cards["two"]
     assert "texts.jsonl" not in cards["two"].split("## Settings")[0]
-    kit = as_the_card_says(tmp_path / "out" / "adapter" / "two")
+    kit = run_card(tmp_path / "out" / "adapter" / "two")
     assert kit(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3)
 
 
-def test_answers_are_written_while_activations_are_computed_again(
-    models: dict[str, Path], tmp_path: Path, asked: Path
+def test_answers_are_generated_under_activation_checkpointing(
+    models: dict[str, Path], tmp_path: Path, qa: Path
 ) -> None:
     losses = []
     for name, again in (("kept", False), ("again", True)):
-        result = run(models["decoder"], str(asked), tmp_path / name, train={"activation_checkpointing": again})
+        result = run(models["decoder"], str(qa), tmp_path / name, train={"activation_checkpointing": again})
         losses.append(next(c for c in result.comparisons["adapter"].changes if c.name == "loss").tuned.value)
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("evaluate", "told"),
+    ("evaluate", "message"),
     [
         ({"best_metric": "nonsense"}, "known: .*'loss'"),
         (
             {"best_metric": "exact_match", "generate_examples": 0},
-            "evaluate.best_metric=exact_match is not measured here",
+            "evaluate.best_metric=exact_match is not evaluated here",
         ),
     ],
 )
-def test_a_best_by_what_is_not_measured(
-    models: dict[str, Path], tmp_path: Path, asked: Path, evaluate: dict[str, Any], told: str
+def test_a_best_metric_that_is_not_evaluated(
+    models: dict[str, Path], tmp_path: Path, qa: Path, evaluate: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(KitoutError, match=told):
-        run(models["decoder"], str(asked), tmp_path / "out", evaluate=evaluate)
+    with pytest.raises(KitoutError, match=message):
+        run(models["decoder"], str(qa), tmp_path / "out", evaluate=evaluate)
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
@@ -122,12 +122,12 @@ def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         conflicts.check_machine(config, has_cuda=False)
 
 
-@pytest.mark.parametrize(("begins", "told"), [(gzip.compress(b"{}\n"), "gzip"), (b"\x80\x04\x95\xff", "pickle")])
-def test_a_file_of_another_kind_under_the_name_of_a_table(tmp_path: Path, begins: bytes, told: str) -> None:
+@pytest.mark.parametrize(("begins", "message"), [(gzip.compress(b"{}\n"), "gzip"), (b"\x80\x04\x95\xff", "pickle")])
+def test_a_file_of_another_kind_under_the_name_of_a_table(tmp_path: Path, begins: bytes, message: str) -> None:
     from kitout.data.read import tables
 
     (tmp_path / "d.jsonl").write_bytes(begins)
-    with pytest.raises(KitoutError, match=told):
+    with pytest.raises(KitoutError, match=message):
         tables.read_rows(tmp_path / "d.jsonl")
 
 
@@ -159,7 +159,7 @@ def test_labels_of_one_example_each_leave_nothing_to_hold_out(models: dict[str, 
     assert "30 of 30 labels have one example each" in (tmp_path / "out" / "preflight.txt").read_text()
 
 
-def test_an_answer_to_nothing_is_learnt_and_nobody_is_asked_for_it(models: dict[str, Path], tmp_path: Path) -> None:
+def test_an_answer_without_a_prompt_is_trained_on_and_not_generated(models: dict[str, Path], tmp_path: Path) -> None:
     def rows(name: str, first: int) -> str:
         some = [{"prompt": "" if i % 4 == 0 else f"{i}:", "completion": f" word {i}"} for i in range(first, first + 12)]
         return str(jsonl(tmp_path / name, some))
@@ -168,19 +168,19 @@ def test_an_answer_to_nothing_is_learnt_and_nobody_is_asked_for_it(models: dict[
     assert run(models["decoder"], data, tmp_path / "out").figures["steps"] == 2
 
 
-def test_half_of_a_surrogate_pair_is_told_with_its_line(tmp_path: Path) -> None:
+def test_half_of_a_surrogate_pair_is_reported_with_its_line(tmp_path: Path) -> None:
     from kitout.data.read import tables
 
     row = '{"text": "\\ud800 x"}'
     (tmp_path / "d.jsonl").write_text(f'{{"text": "\\ud83d\\ude00"}}\n{row}\n')
     (tmp_path / "d.json").write_text(f"[{row}]")
-    for name, told in (("d.jsonl", "line 2: half of a surrogate"), ("d.json", "object 1: half of a surrogate")):
-        with pytest.raises(KitoutError, match=told):
+    for name, message in (("d.jsonl", "line 2: half of a surrogate"), ("d.json", "object 1: half of a surrogate")):
+        with pytest.raises(KitoutError, match=message):
             tables.read_rows(tmp_path / name)
 
 
-def test_a_disk_that_is_full_at_the_end_is_told_and_the_same_call_finishes(
-    models: dict[str, Path], tmp_path: Path, asked: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_disk_that_is_full_at_the_end_is_reported_and_the_same_call_finishes(
+    models: dict[str, Path], tmp_path: Path, qa: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resource = pytest.importorskip("resource")
     from kitout.train import outputs
@@ -193,19 +193,19 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_the_same_call_finishes(
         return named(*given)
 
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    monkeypatch.setattr(outputs, "adapters", full)
+    monkeypatch.setattr(outputs, "adapter_folders", full)
     try:
         with pytest.raises(KitoutError, match="make room"):
-            run(models["decoder"], str(asked), tmp_path / "out")
+            run(models["decoder"], str(qa), tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, free)
         signal.signal(signal.SIGXFSZ, before)
     assert not (tmp_path / "out" / "results.json").exists()
     monkeypatch.undo()
-    assert run(models["decoder"], str(asked), tmp_path / "out").comparisons
-    as_the_card_says(tmp_path / "out" / "adapter")
-    held = {path.name for path in (tmp_path / "out").rglob(".*")}
-    assert held == {".run.lock"}
+    assert run(models["decoder"], str(qa), tmp_path / "out").comparisons
+    run_card(tmp_path / "out" / "adapter")
+    names = {path.name for path in (tmp_path / "out").rglob(".*")}
+    assert names == {".run.lock"}
 
 
 def test_one_answer_to_everything_is_warned_of() -> None:
@@ -216,10 +216,13 @@ def test_one_answer_to_everything_is_warned_of() -> None:
         return [EncodedExample((5, 6, 7), (-100, 6, 7), reference=answer, prompt_length=1) for answer in answers]
 
     assert any(
-        "every answer is 'bad'" in told for told in compute_statistics({"train": items("bad", "bad", "bad")}).warnings
+        "every answer is 'bad'" in warning
+        for warning in compute_statistics({"train": items("bad", "bad", "bad")}).warnings
     )
-    assert not any("every answer" in told for told in compute_statistics({"train": items("bad", "good")}).warnings)
-    assert not any("every answer" in told for told in compute_statistics({"train": items("", "")}).warnings)
+    assert not any(
+        "every answer" in warning for warning in compute_statistics({"train": items("bad", "good")}).warnings
+    )
+    assert not any("every answer" in warning for warning in compute_statistics({"train": items("", "")}).warnings)
 
 
 def test_a_head_rate_far_too_high_is_refused_and_patience_warns_of_nothing(

@@ -1,4 +1,4 @@
-"""Images in the one loop: augmentation, heads and the kept trunk, each as the config says, and none by default."""
+"""Images in the one loop: augmentation, heads and the cached trunk, each as configured, and none by default."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ def run(model: Path, images: Path, out: Path, **more: Any) -> list[float]:
     ("method", "head"),
     [(PROBE, "linear"), (LAST, "batchnorm"), ("AdaptFormer", "batchnorm"), ({"name": "VPT", "length": 2}, "linear")],
 )
-def test_with_the_trunk_kept_the_losses_are_the_same(
+def test_with_a_cached_trunk_the_losses_are_the_same(
     model: Path, data: Path, tmp_path: Path, method: Any, head: str
 ) -> None:
-    found = [run(model, data, tmp_path / kept, method=method, train={"head": head, "trunk": kept})
-             for kept in ("auto", "off")]  # fmt: skip
-    assert found[0] == pytest.approx(found[1], rel=1e-6)
-    assert len(found[0]) == 12
-    assert found[1][-1] < found[1][0]
+    curves = [run(model, data, tmp_path / trunk, method=method, train={"head": head, "trunk": trunk})
+             for trunk in ("auto", "off")]  # fmt: skip
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
+    assert len(curves[0]) == 12
+    assert curves[1][-1] < curves[1][0]
 
 
-class Counted:
-    """How many images went through the model's first part."""
+class ImageCounter:
+    """Counts the images that went through the first block."""
 
     def __init__(self, kit: Any) -> None:
         self.rows = 0
@@ -80,71 +80,73 @@ def steps(kit: Any, jobs: Sequence[Any]) -> None:
     from kitout.train.loop.step import StepRunner
 
     work = StepRunner(kit, jobs, 999)
-    for step in range(len(jobs[0].steps)):
-        rows = [(j, i) for j, job in enumerate(jobs) for i in job.steps[step]]
+    for step in range(len(jobs[0].batches)):
+        rows = [(j, i) for j, job in enumerate(jobs) for i in job.batches[step]]
         work.step(kit, rows, step, torch.Tensor.backward, lambda _m: torch.enable_grad())
 
 
-def made(model: Path, images: Path, tmp_path: Path, **more: Any) -> Any:
+def prepared(model: Path, images: Path, tmp_path: Path, **more: Any) -> Any:
     config: RunConfig = load(settings(model, images, tmp_path / "out", **more))
     return prepare(config)
 
 
 def test_each_image_passes_the_trunk_once_for_all_jobs_with_that_cut(model: Path, data: Path, tmp_path: Path) -> None:
     jobs = [{"name": "a", "method": PROBE}, {"name": "b", "method": PROBE, "train": {"lr": 1e-3, "seed": 5}}]
-    ready = made(model, data, tmp_path, jobs=jobs, train={"trunk": "auto"})
-    assert ready.sets[0] is ready.sets[1]  # read once
+    ready = prepared(model, data, tmp_path, jobs=jobs, train={"trunk": "auto"})
+    assert ready.datasets[0] is ready.datasets[1]  # read once
     assert frozen_trunk.keep_features(ready.kit, ready.jobs) == (dict.fromkeys("ab", "classifier"), [])
-    counted = Counted(ready.kit)
+    counter = ImageCounter(ready.kit)
     steps(ready.kit, ready.jobs)
-    assert counted.rows == len({i for job in ready.jobs for step in job.steps for i in step})
-    assert [len(job.steps) * 8 for job in ready.jobs] == [96, 96]
+    assert counter.rows == len({i for job in ready.jobs for step in job.batches for i in step})
+    assert [len(job.batches) * 8 for job in ready.jobs] == [96, 96]
 
 
-def test_the_trunk_is_left_alone_where_it_cannot_be_kept(
+def test_no_trunk_is_cached_where_it_cannot_be(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def kept(**more: Any) -> tuple[bool, list[str]]:
-        ready = made(model, data, tmp_path, **more)
+    def is_cached(**more: Any) -> tuple[bool, list[str]]:
+        ready = prepared(model, data, tmp_path, **more)
         cuts, notes = frozen_trunk.keep_features(ready.kit, ready.jobs)
         (objective,) = [job.objective for job in ready.jobs]
         assert isinstance(objective, ImageClassification)
         assert (objective.cached_logits_fn is not None) == bool(cuts)
         return bool(cuts), notes
 
-    assert kept(method=PROBE, train={"trunk": "auto"})[0]
-    assert kept(method=PROBE) == (False, [])  # unless it is asked for
-    assert kept(method="FullFineTuning", train={"trunk": "auto", "lr": 1e-4}) == (False, [])
-    assert kept(method=PROBE, train={"trunk": "auto"}, data={"augment": {"rotate": 5}}) == (False, [])
-    monkeypatch.setattr(frozen_trunk, "MOST_KEPT", 100)
-    found, notes = kept(method=PROBE, train={"trunk": "auto"})
-    assert not found
+    assert is_cached(method=PROBE, train={"trunk": "auto"})[0]
+    assert is_cached(method=PROBE) == (False, [])  # unless it is requested
+    assert is_cached(method="FullFineTuning", train={"trunk": "auto", "lr": 1e-4}) == (False, [])
+    assert is_cached(method=PROBE, train={"trunk": "auto"}, data={"augment": {"rotate": 5}}) == (False, [])
+    monkeypatch.setattr(frozen_trunk, "MAX_FEATURE_BYTES", 100)
+    cached, notes = is_cached(method=PROBE, train={"trunk": "auto"})
+    assert not cached
     assert "too much memory" in notes[0]
 
 
 def test_augmentation_changes_training_batches_alone_and_by_the_seed(model: Path, data: Path, tmp_path: Path) -> None:
     change = {"min_crop": 0.5, "horizontal_flip": True, "rotate": 20, "color_jitter": 0.3}
-    (job,) = made(model, data, tmp_path, data={"augment": change, "validation": 4}).jobs
-    (plain,) = made(model, data, tmp_path, data={"validation": 4}).jobs
+    (job,) = prepared(model, data, tmp_path, data={"augment": change, "validation": 4}).jobs
+    (plain,) = prepared(model, data, tmp_path, data={"validation": 4}).jobs
 
-    def seen(one: Any, seeds: list[int] | None) -> torch.Tensor:
+    def pixels(one: Any, seeds: list[int] | None) -> torch.Tensor:
         return one.objective.collate([0, 1], seeds).inputs["pixel_values"]  # type: ignore[no-any-return]
 
-    assert torch.equal(seen(job, None), seen(plain, None))
-    assert torch.equal(seen(plain, [1, 2]), seen(plain, None))
-    assert not torch.equal(seen(job, [1, 2]), seen(job, None))
-    assert torch.equal(seen(job, [1, 2]), seen(job, [1, 2]))
-    assert not torch.equal(seen(job, [1, 3]), seen(job, [1, 2]))
+    assert torch.equal(pixels(job, None), pixels(plain, None))
+    assert torch.equal(pixels(plain, [1, 2]), pixels(plain, None))
+    assert not torch.equal(pixels(job, [1, 2]), pixels(job, None))
+    assert torch.equal(pixels(job, [1, 2]), pixels(job, [1, 2]))
+    assert not torch.equal(pixels(job, [1, 3]), pixels(job, [1, 2]))
 
 
-def test_a_batchnorm_head_learns_its_statistics_from_the_steps_alone(model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_batchnorm_head_updates_its_statistics_in_training_steps_only(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
     run(model, data, tmp_path / "out", method="BitFit", train={"head": "batchnorm"}, data={"validation": 4})
     from safetensors.torch import load_file
 
     (file,) = (tmp_path / "out" / "adapter").glob("*.safetensors")
     tensors = load_file(file)
     (tracked,) = [value for key, value in tensors.items() if key.endswith("num_batches_tracked")]
-    assert tracked.item() == 12  # neither the trial before nor a measurement counts
+    assert tracked.item() == 12  # neither the cost estimate nor an evaluation counts
 
 
 @pytest.mark.parametrize(
@@ -158,6 +160,6 @@ def test_a_batchnorm_head_learns_its_statistics_from_the_steps_alone(model: Path
         ({"data": {"augment": {"min_crop": 0}}}, "min_crop"),
     ],
 )
-def test_settings_that_contradict(model: Path, data: Path, tmp_path: Path, more: dict[str, Any], words: str) -> None:
+def test_conflicting_settings(model: Path, data: Path, tmp_path: Path, more: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load(settings(model, data, tmp_path, **more))

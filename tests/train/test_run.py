@@ -1,4 +1,4 @@
-"""Whole runs on tiny models: every objective from a file to a tested adapter, resumed, refused and told of."""
+"""Whole runs on tiny models: every objective from a file to a tested adapter; runs resumed, errors reported."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ import transformers
 import kitout
 from kitout.errors import ConfigError, KitoutError
 from kitout.train.metrics_log import read_metrics
+from kitout.train.setup import device
 from tiny_models import both, decoder, encoder, jsonl, reviews, vision
 
 pytest.importorskip("accelerate")
 
 
 def run(model: Path, data: Any, out: Path, **more: Any) -> Any:
-    said: list[str] = []
+    output: list[str] = []
     train = {"batch_size": 8, "steps": 6, **more.pop("train", {})}
     settings = {
         "model": {"name": str(model), "dtype": "float32"}, "data": data, "train": train,
         "evaluate": {"generate_examples": 4, **more.pop("evaluate", {})}, "output": {"folder": str(out)}, **more,
     }  # fmt: skip
-    result = kitout.train(settings, log=said.append)
-    return result, "\n".join(said)
+    result = kitout.train(settings, log=output.append)
+    return result, "\n".join(output)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    made = {"decoder": decoder, "encoder": encoder, "both": both, "vision": vision}
-    return {name: make(root / name) for name, make in made.items()}
+    makers = {"decoder": decoder, "encoder": encoder, "both": both, "vision": vision}
+    return {name: make(root / name) for name, make in makers.items()}
 
 
 def table(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -50,21 +51,21 @@ def table(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def instructed(number: int) -> list[dict[str, str]]:
+def instruction_rows(number: int) -> list[dict[str, str]]:
     return [{"instruction": "good or bad?", "input": r["text"], "output": r["label"]} for r in reviews(number)]
 
 
 def test_instructions_from_a_file_to_a_tested_adapter(models: dict[str, Path], tmp_path: Path) -> None:
-    data = jsonl(tmp_path / "train.jsonl", instructed(80))
+    data = jsonl(tmp_path / "train.jsonl", instruction_rows(80))
     out = tmp_path / "out"
-    result, said = run(models["decoder"], str(data), out, train={"epochs": 2.0, "steps": None, "lr": 1e-2})
-    held = {path.name for path in out.iterdir()}
-    assert {"adapter", "report.html", "results.json", "run.yaml", "metrics.jsonl", "preflight.txt"} <= held
+    result, output = run(models["decoder"], str(data), out, train={"epochs": 2.0, "steps": None, "lr": 1e-2})
+    names = {path.name for path in out.iterdir()}
+    assert {"adapter", "report.html", "results.json", "run.yaml", "metrics.jsonl", "preflight.txt"} <= names
     assert (out / "adapter" / "README.md").read_text().startswith("---")
     changes = {change.name: change for change in result.comparisons["adapter"].changes}
     assert changes["loss"].tuned.value < changes["loss"].base.value
-    assert "held-out" in said
-    assert str(out / "report.html") in said
+    assert "held-out" in output
+    assert str(out / "report.html") in output
     rows = read_metrics(out / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == result.figures["steps"]
@@ -81,8 +82,8 @@ def test_instructions_from_a_file_to_a_tested_adapter(models: dict[str, Path], t
     kit = kitout.attach(model.eval())
     kit.load(out / "adapter", name="mine")
     assert kit.num_parameters("mine").total == figures["trainable"]["adapter"]
-    again, told = run(models["decoder"], str(data), out, train={"epochs": 2.0, "steps": None, "lr": 1e-2})
-    assert "finished" in told
+    again, text = run(models["decoder"], str(data), out, train={"epochs": 2.0, "steps": None, "lr": 1e-2})
+    assert "finished" in text
     assert again.figures["steps"] == figures["steps"]
 
 
@@ -108,7 +109,7 @@ OBJECTIVES: dict[str, tuple[str, Any]] = {
     ),
     "completions": ("decoder", [{"prompt": r["text"] + ":", "completion": " " + r["label"]} for r in reviews(60)]),
 }  # fmt: skip
-FOUND = {
+INFERRED = {
     "classify by a decoder": "classification",
     "text": "causal_lm",
     "messages": "causal_lm",
@@ -117,41 +118,41 @@ FOUND = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_is_told_by_its_data(models: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_every_objective_is_inferred_from_its_data(models: dict[str, Path], tmp_path: Path, name: str) -> None:
     model, rows = OBJECTIVES[name]
     out = tmp_path / "out"
     result, _ = run(models[model], str(jsonl(tmp_path / "d.jsonl", rows)), out, train={"steps": 3}, method="LoRA")
-    assert result.figures["objective"] == FOUND.get(name, name)
+    assert result.figures["objective"] == INFERRED.get(name, name)
     assert result.comparisons["adapter"].changes
     kit = _loaded(models[model], result.figures["objective"], out, rows)
     assert kit.names == ["mine"]
 
 
 def _loaded(model: Path, objective: str, out: Path, rows: list[dict[str, Any]]) -> Any:
-    from kitout.train.setup.base_model import AUTO_MODELS
+    from kitout.train.objectives.tasks import TASKS
 
     labels = {"multilabel": 4, "token_classification": 2, "regression": 1}.get(objective, 2)
     more = {} if objective in ("causal_lm", "seq2seq_lm") else {"num_labels": labels}
     transformers.logging.set_verbosity_error()
-    base = getattr(transformers, AUTO_MODELS[objective]).from_pretrained(model, **more)
+    base = getattr(transformers, TASKS[objective].auto_model).from_pretrained(model, **more)
     kit = kitout.attach(base.eval())
     kit.load(out / "adapter", name="mine")
     return kit
 
 
 @pytest.fixture
-def colours(tmp_path: Path) -> Path:
+def colors(tmp_path: Path) -> Path:
     from PIL import Image
 
-    for colour, value in (("red", (200, 20, 20)), ("blue", (20, 20, 200))):
-        (tmp_path / "set" / colour).mkdir(parents=True)
+    for color, value in (("red", (200, 20, 20)), ("blue", (20, 20, 200))):
+        (tmp_path / "set" / color).mkdir(parents=True)
         for i in range(20):
-            Image.new("RGB", (32, 32), tuple(v + i for v in value)).save(tmp_path / "set" / colour / f"{i}.png")
+            Image.new("RGB", (32, 32), tuple(v + i for v in value)).save(tmp_path / "set" / color / f"{i}.png")
     return tmp_path / "set"
 
 
-def test_images(models: dict[str, Path], colours: Path, tmp_path: Path) -> None:
-    data = {"train": str(colours), "test": 8, "validation": 4}
+def test_images(models: dict[str, Path], colors: Path, tmp_path: Path) -> None:
+    data = {"train": str(colors), "test": 8, "validation": 4}
     result, _ = run(models["vision"], data, tmp_path / "out", train={"steps": 8, "lr": 5e-3})
     assert result.figures["objective"] == "image_classification"
     accuracy = next(c for c in result.comparisons["adapter"].changes if c.name == "accuracy")
@@ -164,23 +165,26 @@ def test_images(models: dict[str, Path], colours: Path, tmp_path: Path) -> None:
 
 
 def test_jobs_at_once_each_with_its_own(models: dict[str, Path], tmp_path: Path) -> None:
-    one, two = jsonl(tmp_path / "one.jsonl", instructed(40)), jsonl(tmp_path / "two.jsonl", instructed(60)[::-1])
+    one, two = (
+        jsonl(tmp_path / "one.jsonl", instruction_rows(40)),
+        jsonl(tmp_path / "two.jsonl", instruction_rows(60)[::-1]),
+    )
     jobs = [
         {"name": "first", "method": "LoRA", "train": {"steps": 3, "seed": 1}},
         {"name": "second", "method": "IA3", "data": str(two), "train": {"steps": 5, "lr": 2e-2}},
     ]
-    result, said = run(models["decoder"], str(one), tmp_path / "both", jobs=jobs, train={"batch_size": 4})
+    result, output = run(models["decoder"], str(one), tmp_path / "both", jobs=jobs, train={"batch_size": 4})
     assert set(result.comparisons) == {"first", "second"}
     assert result.figures["steps"] == 5
     rows = result.figures["adapters"]
     assert [(row["name"], row["examples"]) for row in rows] == [("first", 12), ("second", 20)]
     assert all(row["seconds"] > 0 and row["processor_seconds"] > 0 for row in rows)
     assert sum(row["seconds"] for row in rows) <= result.figures["seconds"]
-    assert not (tmp_path / "both" / "comparison.png").is_file()  # the test parts differ
+    assert not (tmp_path / "both" / "comparison.png").is_file()  # the test splits differ
     page = (tmp_path / "both" / "report.html").read_text()
     assert "Adapters side by side" in page
     assert "the figures are not of one kind" in page
-    assert "best: " not in said
+    assert "best: " not in output
     assert {p.name for p in (tmp_path / "both" / "adapter").iterdir()} == {"first", "second"}
     alone, _ = run(
         models["decoder"], str(one), tmp_path / "one", method="LoRA", train={"batch_size": 4, "steps": 3, "seed": 1}
@@ -188,8 +192,8 @@ def test_jobs_at_once_each_with_its_own(models: dict[str, Path], tmp_path: Path)
     joint, single = (_tensors(path) for path in (tmp_path / "both/adapter/first", tmp_path / "one/adapter"))
     assert joint.keys() == single.keys()
     assert max((joint[k] - single[k]).abs().max().item() for k in joint) <= 1e-6
-    assert "first: " in said
-    assert "second: " in said
+    assert "first: " in output
+    assert "second: " in output
     assert alone.figures["data"]["adapter"] == result.figures["data"]["first"]
 
 
@@ -200,14 +204,19 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def test_a_stream_is_learnt_from_as_it_is_read(models: dict[str, Path], tmp_path: Path) -> None:
-    data = {"train": str(jsonl(tmp_path / "d.jsonl", instructed(90))), "streaming": True, "test": 10, "validation": 6}
+def test_a_stream_is_read_while_training(models: dict[str, Path], tmp_path: Path) -> None:
+    data = {
+        "train": str(jsonl(tmp_path / "d.jsonl", instruction_rows(90))),
+        "streaming": True,
+        "test": 10,
+        "validation": 6,
+    }
     result, _ = run(models["decoder"], data, tmp_path / "out", train={"steps": 14})
     assert result.figures["steps"] == 14  # more than one epoch
 
 
 def test_a_dry_run_stops_before_the_first_step(models: dict[str, Path], tmp_path: Path) -> None:
-    data = jsonl(tmp_path / "d.jsonl", instructed(40))
+    data = jsonl(tmp_path / "d.jsonl", instruction_rows(40))
     config = {
         "model": {"name": str(models["decoder"]), "dtype": "float32"},
         "data": str(data),
@@ -224,12 +233,13 @@ SCRIPT = """
 import sys, kitout
 kitout.train({"model": {"name": sys.argv[1], "dtype": "float32"}, "data": sys.argv[2],
     "output": {"folder": sys.argv[3]}, "method": {"name": "LoRA", "dropout": 0.1},
-    "train": {"batch": 8, "steps": 40, "save_every": 2, "lr": 1e-2}, "evaluate": {"every": 10, "generate": 2}})
+    "train": {"batch_size": 8, "steps": 40, "save_steps": 2, "lr": 1e-2},
+    "evaluate": {"steps": 10, "generate_examples": 2}})
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(models: dict[str, Path], tmp_path: Path) -> None:
-    data = jsonl(tmp_path / "d.jsonl", instructed(80))
+def test_a_killed_run_resumes_bit_identically(models: dict[str, Path], tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "d.jsonl", instruction_rows(80))
     words = [sys.executable, "-c", SCRIPT, str(models["decoder"]), str(data)]
     quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run([*words, str(tmp_path / "whole")], check=True, **quiet)
@@ -247,8 +257,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(models: dict[str, Path], tmp_path
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_two_processes_with_a_parted_base_come_to_the_same(models: dict[str, Path], tmp_path: Path) -> None:
-    data = jsonl(tmp_path / "d.jsonl", instructed(60))
+def test_two_processes_with_a_sharded_base_give_the_same_result(models: dict[str, Path], tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "d.jsonl", instruction_rows(60))
     settings = [
         "model.dtype=float32",
         "train.steps=3",
@@ -286,7 +296,7 @@ def _losses(out: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"model": {"name": "nowhere/at-all"}}, "nowhere/at-all"),
         ({"data": "absent.jsonl"}, "absent.jsonl"),
@@ -298,27 +308,47 @@ def _losses(out: Path) -> list[tuple[int, float]]:
         ({"objective": "classification"}, "label"),
     ],
 )
-def test_what_is_wrong_is_told_before_anything_expensive(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], told: str
+def test_errors_are_reported_before_anything_expensive(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    data = jsonl(tmp_path / "d.jsonl", instructed(40))
+    data = jsonl(tmp_path / "d.jsonl", instruction_rows(40))
     words = json.dumps(change).replace("DECODER", str(models["decoder"])).replace("DATA", str(data))
     base = {"model": {"name": str(models["decoder"])}, "data": str(data), "output": {"folder": str(tmp_path / "o")}}
-    with pytest.raises(KitoutError, match=told.replace("/", ".")):
+    with pytest.raises(KitoutError, match=message.replace("/", ".")):
         kitout.train(base | json.loads(words), log=lambda _: None)
 
 
-def test_a_method_on_a_model_it_cannot_serve(models: dict[str, Path], colours: Path, tmp_path: Path) -> None:
-    data = {"train": str(colours), "test": 8, "validation": 4}
-    with pytest.raises(KitoutError, match="say method=VPT"):
+def test_a_method_on_a_model_it_cannot_serve(models: dict[str, Path], colors: Path, tmp_path: Path) -> None:
+    data = {"train": str(colors), "test": 8, "validation": 4}
+    with pytest.raises(KitoutError, match="choose method=VPT"):
         run(models["vision"], data, tmp_path / "o", method="PromptTuning")
 
 
 def test_other_data_in_the_same_folder_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
-    data = jsonl(tmp_path / "d.jsonl", instructed(40))
+    data = jsonl(tmp_path / "d.jsonl", instruction_rows(40))
     run(models["decoder"], str(data), tmp_path / "o", train={"steps": 2})
     (tmp_path / "o" / "results.json").unlink()
-    jsonl(tmp_path / "d.jsonl", instructed(40)[::-1][:30])
+    jsonl(tmp_path / "d.jsonl", instruction_rows(40)[::-1][:30])
     with pytest.raises(ConfigError, match="another run"):
         run(models["decoder"], str(data), tmp_path / "o", train={"steps": 2})
+
+
+def test_the_dtype_that_auto_found_holds_for_the_whole_run(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timings = iter([(torch.bfloat16, "first timing"), (torch.float32, "second timing")])
+    monkeypatch.setattr(device, "choose_dtype", lambda *_: next(timings))
+    out = tmp_path / "out"
+    config = {
+        "model": str(models["decoder"]), "data": str(jsonl(tmp_path / "d.jsonl", instruction_rows(40))),
+        "train": {"batch_size": 8, "steps": 2}, "evaluate": {"generate_examples": 2}, "output": {"folder": str(out)},
+    }  # fmt: skip
+    first = kitout.train(config, log=lambda _: None)
+    (out / "results.json").unlink()
+    second = kitout.train(config, log=lambda _: None)  # resumed, not refused as another run
+    assert next(timings, None) is None
+    assert first.figures["machine"]["dtype"] == second.figures["machine"]["dtype"] == "bfloat16"
+    assert json.loads((out / "resolved.json").read_text()) == {"dtype": "bfloat16", "dtype_reason": "first timing"}
+    assert "bfloat16 (first timing)" in (out / "preflight.txt").read_text()
+    assert _losses(out)

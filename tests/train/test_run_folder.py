@@ -22,9 +22,9 @@ from kitout.train.run_folder import LOCK_FILE, MAY_DIFFER, OWNER_FILE, RUN_FILE,
 HOLDER = """
 import sys, time
 from pathlib import Path
-from kitout.train.run_folder import held
-with held(Path(sys.argv[1])):
-    print("held", flush=True)
+from kitout.train.run_folder import lock_folder
+with lock_folder(Path(sys.argv[1])):
+    print("locked", flush=True)
     time.sleep(60)
 """
 
@@ -40,7 +40,7 @@ def config(folder: Path, **changes: Any) -> RunConfig:
     return load(values | changes)
 
 
-def test_new_then_resumed_then_done(tmp_path: Path) -> None:
+def test_new_then_resumed_then_finished(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "run"
     with open_run_folder(config(folder)) as run:
         assert (run.path, run.resumes, run.is_finished) == (folder, False, False)
@@ -65,31 +65,33 @@ def test_what_a_dry_run_leaves_is_no_run(tmp_path: Path) -> None:
 
 
 def test_run_yaml_holds_the_run(tmp_path: Path) -> None:
-    made = config(tmp_path, method={"name": "IA3"}, train={"lr": 3e-4}, data={"train": "1e-4", "labels": ["no", "1"]})
-    with open_run_folder(made):
-        assert load(yaml_file.read_yaml(tmp_path / RUN_FILE)) == made
+    run_config = config(
+        tmp_path, method={"name": "IA3"}, train={"lr": 3e-4}, data={"train": "1e-4", "labels": ["no", "1"]}
+    )
+    with open_run_folder(run_config):
+        assert load(yaml_file.read_yaml(tmp_path / RUN_FILE)) == run_config
 
 
 def test_other_settings_are_named_with_both_values(tmp_path: Path) -> None:
     begin(tmp_path)
     with (
-        pytest.raises(ConfigError) as wrong,
+        pytest.raises(ConfigError) as error,
         open_run_folder(config(tmp_path, method="IA3", train={"lr": 0.1, "batch_size": 8})),
     ):
         pass
-    words = str(wrong.value)
-    assert "other output.folder" in words
-    assert "method.rank: 8 there, not set asked for" in words
+    message = str(error.value)
+    assert "other output.folder" in message
+    assert "method.rank: 8 there, not set requested" in message
     for line in (
-        "method.name: LoRA there, IA3 asked for",
+        "method.name: LoRA there, IA3 requested",
         "train.lr: null there, 0.1",
         "train.batch_size: 16 there, 8",
     ):
-        assert line in words
+        assert line in message
     assert load(yaml_file.read_yaml(tmp_path / RUN_FILE)) == config(tmp_path)  # nothing was written
 
 
-def test_what_only_costs_may_differ(tmp_path: Path) -> None:
+def test_settings_that_do_not_change_the_result_may_differ(tmp_path: Path) -> None:
     begin(tmp_path)
     cheaper = {"micro_batch_size": 2, "activation_checkpointing": True, "keep_checkpoints": 5, "save_steps": 3}
     with open_run_folder(config(tmp_path, train=cheaper, evaluate={"show_examples": 1})) as run:
@@ -97,22 +99,64 @@ def test_what_only_costs_may_differ(tmp_path: Path) -> None:
     assert yaml_file.read_yaml(tmp_path / RUN_FILE)["train"]["micro_batch_size"] == 2
 
 
-def test_free_settings_exist(tmp_path: Path) -> None:
+def test_settings_that_may_differ_exist(tmp_path: Path) -> None:
     assert set(flatten(config(tmp_path).to_dict())) >= MAY_DIFFER
 
 
 def test_a_setting_that_came_later_is_no_difference(tmp_path: Path) -> None:
     begin(tmp_path)
     file = tmp_path / RUN_FILE
-    file.write_text(file.read_text().replace("  clip: 1.0\n", ""))
+    file.write_text(file.read_text().replace("  max_grad_norm: 1.0\n", ""))
     with open_run_folder(config(tmp_path)) as run:
         assert run.resumes
-    file.write_text(file.read_text().replace("  clip: 1.0\n", ""))
+    file.write_text(file.read_text().replace("  max_grad_norm: 1.0\n", ""))
     with (
-        pytest.raises(ConfigError, match=r"train\.max_grad_norm: 1\.0 there, 2\.0 asked for"),
+        pytest.raises(ConfigError, match=r"train\.max_grad_norm: 1\.0 there, 2\.0 requested"),
         open_run_folder(config(tmp_path, train={"max_grad_norm": 2})),
     ):
         pass
+
+
+def test_the_run_of_an_older_folder_resumes_under_todays_names(tmp_path: Path) -> None:
+    run_config = config(
+        tmp_path,
+        objective="token_classification",
+        train={"batch_size": 8, "max_grad_norm": 2.0, "save_steps": 3},
+        evaluate={"max_test_examples": 9},
+        data={"train": [{"path": "d.jsonl", "system_prompt": "be brief"}], "train_on": "last"},
+        jobs=[{"name": "a", "train": {"warmup_ratio": 0.5}}],
+    )
+    with open_run_folder(run_config) as run:
+        run.metrics.write_text("{}\n")
+    file = tmp_path / RUN_FILE
+    text = file.read_text()
+    for new, old in (("objective: token_classification", "objective: tokens"), ("batch_size", "batch"),
+                     ("max_grad_norm", "clip"), ("save_steps", "save_every"), ("max_test_examples", "test"),
+                     ("system_prompt", "instruction"), ("train_on", "learn"), ("warmup_ratio", "warmup")):  # fmt: skip
+        assert f"{new}: " in text or new in text
+        text = text.replace(new, old)
+    file.write_text(text)
+    with open_run_folder(run_config) as run:
+        assert run.resumes
+    assert load(yaml_file.read_yaml(file)) == run_config  # written anew
+    file.write_text(text.replace("clip: 2.0", "clip: 3.0"))
+    with (
+        pytest.raises(ConfigError, match=r"train\.max_grad_norm: 3\.0 there, 2\.0 requested"),
+        open_run_folder(run_config),
+    ):
+        pass
+
+
+def test_what_auto_was_resolved_to_is_kept(tmp_path: Path) -> None:
+    with open_run_folder(config(tmp_path)) as run:
+        assert run.read_resolved() == {}
+        run.write_resolved({"dtype": "bfloat16"})
+    with open_run_folder(config(tmp_path)) as run:
+        assert not run.resumes  # it is no run by this alone
+        assert run.read_resolved() == {"dtype": "bfloat16"}
+    for damaged in ("[]", "{", ""):
+        (tmp_path / "resolved.json").write_text(damaged)
+        assert run.read_resolved() == {}
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
@@ -123,8 +167,8 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.json", "weights.safetensors"]
     file = tmp_path / "file"
     file.write_text("x")
-    for place in (file, file / "below"):
-        with pytest.raises(ConfigError, match="is a file"), open_run_folder(config(place)):
+    for path in (file, file / "below"):
+        with pytest.raises(ConfigError, match="is a file"), open_run_folder(config(path)):
             pass
 
 
@@ -142,7 +186,7 @@ def test_a_kill_at_the_very_beginning_leaves_a_folder_that_can_be_used(tmp_path:
         assert not run.resumes
 
 
-def test_damaged_settings_are_told(tmp_path: Path) -> None:
+def test_damaged_settings_are_reported(tmp_path: Path) -> None:
     begin(tmp_path)
     (tmp_path / RUN_FILE).write_text((tmp_path / RUN_FILE).read_text()[:90] + "\n  [")
     with pytest.raises(ConfigError, match="is damaged or of another version"), open_run_folder(config(tmp_path)):
@@ -157,11 +201,11 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         pass
 
 
-def test_a_live_process_keeps_its_folder_and_a_killed_one_lets_go(tmp_path: Path) -> None:
+def test_a_live_process_keeps_the_lock_and_a_killed_one_releases_it(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout is not None
-            assert other.stdout.readline() == "held\n"
+            assert other.stdout.readline() == "locked\n"
             in_use = rf"in use by process {other.pid} since 20\d\d-"
             with pytest.raises(ConfigError, match=in_use), open_run_folder(config(tmp_path)):
                 pass
@@ -174,17 +218,17 @@ def test_a_live_process_keeps_its_folder_and_a_killed_one_lets_go(tmp_path: Path
     assert not (tmp_path / OWNER_FILE).exists()
 
 
-def test_the_same_process_cannot_hold_it_twice(tmp_path: Path) -> None:
+def test_the_same_process_cannot_lock_it_twice(tmp_path: Path) -> None:
     begin(tmp_path)
     with open_run_folder(config(tmp_path)):
         with pytest.raises(ConfigError, match=f"process {os.getpid()} since"), open_run_folder(config(tmp_path)):
             pass
         time.sleep(0.01)
-    with open_run_folder(config(tmp_path)) as run:  # a refusal has not let go of the first's lock nor kept one
+    with open_run_folder(config(tmp_path)) as run:  # a refusal has neither released the first lock nor kept one
         assert run.resumes
 
 
-def test_a_fault_lets_go(tmp_path: Path) -> None:
+def test_an_error_releases_the_lock(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), open_run_folder(config(tmp_path)):
         raise ZeroDivisionError
     with open_run_folder(config(tmp_path)):
@@ -194,7 +238,7 @@ def test_a_fault_lets_go(tmp_path: Path) -> None:
 def test_the_owner_may_be_on_another_machine_or_unknown(tmp_path: Path) -> None:
     elsewhere = {"pid": 7, "host": socket.gethostname() + "-2", "since": "2026-01-01 00:00:00"}
     with open_run_folder(config(tmp_path)):
-        for words, named in ((json.dumps(elsewhere), r"process 7 on .*-2 since 2026"), ("{", "another process")):
-            (tmp_path / OWNER_FILE).write_text(words)
-            with pytest.raises(ConfigError, match=f"in use by {named}"), open_run_folder(config(tmp_path)):
+        for content, owner in ((json.dumps(elsewhere), r"process 7 on .*-2 since 2026"), ("{", "another process")):
+            (tmp_path / OWNER_FILE).write_text(content)
+            with pytest.raises(ConfigError, match=f"in use by {owner}"), open_run_folder(config(tmp_path)):
                 pass

@@ -1,8 +1,8 @@
-"""How it is learnt: `kitout.train(...)`, one loop, one objective per file.
+"""Training: `kitout.train(...)`, one loop, one objective per file.
 
-`config` says everything a run depends on, `prepare` makes it, `loop` runs it with `step`, `health` and `keep`, `finish`
-leaves what it came to; `images` and `trunk` are the vision demo's own loop. Nothing here knows a file format.
-The room itself can be called, so that the same object serves `kitout.train(...)` and `kitout.train.config.schema`.
+`config` describes a run, `setup` builds what it needs, `preflight` shows it, `loop` trains it, `measure` evaluates it,
+and `outputs` writes what is kept. The package itself can be called, so that the same object serves
+`kitout.train(...)` and `kitout.train.config.schema`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class _CallableModule(ModuleType):
-    """The module, callable."""
+    """A module that can be called."""
 
     def __call__(
         self,
@@ -30,10 +30,10 @@ class _CallableModule(ModuleType):
         log: Callable[[str], None] = print,
         **sections: Any,
     ) -> Result:
-        """Trains what a config, a mapping or a run.yaml says; goes on where the same call stopped before.
+        """Trains what a config, a mapping or a run.yaml describes; the same call resumes a run that was stopped.
 
         sections: model=, data=, method=, train=, ... as in a run.yaml, over those of the config. dry_run: stops after
-        the pre-flight. say: hears what is told. Raises KitoutError before anything expensive if something is wrong.
+        the pre-flight. log: gets the lines to print. KitoutError before anything expensive if something is wrong.
         """
         from kitout.train.config.load import load
         from kitout.train.config.schema import RunConfig
@@ -41,12 +41,12 @@ class _CallableModule(ModuleType):
         from kitout.train.run import run
 
         if isinstance(config, RunConfig):
-            held = config.to_dict()
+            values = config.to_dict()
+        elif isinstance(config, Mapping):
+            values = dict(config)
         else:
-            held = (
-                dict(config) if isinstance(config, Mapping) else {} if config is None else dict(read_yaml(Path(config)))
-            )
-        return run(load(held | sections), dry_run=dry_run, log=log)
+            values = {} if config is None else read_yaml(Path(config))
+        return run(load(values | sections), dry_run=dry_run, log=log)
 
 
 sys.modules[__name__].__class__ = _CallableModule

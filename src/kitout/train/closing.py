@@ -1,7 +1,7 @@
-"""What is printed when a run is through: base and adapter side by side, what it took, and answers of both.
+"""What is printed when a run is finished: base vs. fine-tuned, what it took, and answers of both.
 
 Made from what results.json holds, so that a finished run can be shown again without a model. Text of the data cannot
-act on the terminal. It computes no figure.
+act on the terminal. It computes no metric.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ MAX_METRICS = 4  # of each adapter; the report has all
 
 
 def closing_text(results: Mapping[str, Any]) -> str:
-    """Of a run's figures; several adapters have their tables one below the other. Empty if there is nothing to show."""
+    """From results.json; several adapters have their tables one after the other. Empty if there is nothing to show."""
     parts: list[RenderableType] = []
     comparisons = results["comparisons"]
     for name, changes in comparisons.items():
         title = "The same frozen base, without and with the adapter"
         parts.append(_metrics_table(results, name, changes, title if len(comparisons) == 1 else f"{title} {name}"))
-        shown = results["examples"].get(name, ())
-        if shown:
-            parts.append(_answers_table(shown))
+        examples = results["examples"].get(name, ())
+        if examples:
+            parts.append(_answers_table(examples))
     for name, proof in results.get("merge", {}).items():
         parts.append(Text(f"{name}: {MergeProof(**proof)}" if len(comparisons) > 1 else str(MergeProof(**proof))))
     page = io.StringIO()
@@ -49,9 +49,9 @@ def _metrics_table(results: Mapping[str, Any], name: str, changes: Sequence[Mapp
     for heading in ("", "base", "fine-tuned"):
         table.add_column(heading, justify="right" if heading else "left")
     for number, change in enumerate(changes[:MAX_METRICS]):
-        of = f" on {change['base']['n']:,} held-out examples" if number == 0 else ""
+        size = f" on {change['base']['n']:,} held-out examples" if number == 0 else ""
         table.add_row(
-            TITLES.get(change["name"], change["name"]) + of, _value_text(change["base"]), _value_text(change["tuned"])
+            TITLES.get(change["name"], change["name"]) + size, _value_text(change["base"]), _value_text(change["tuned"])
         )
         if number == 0:
             table.add_row("  95 % confidence interval", _interval_text(change["base"]), _interval_text(change["tuned"]))
@@ -70,7 +70,7 @@ def _metrics_table(results: Mapping[str, Any], name: str, changes: Sequence[Mapp
 
 def _answers_table(examples: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(
-        title="What both write, on held-out examples chosen by rule", title_justify="left", header_style="bold"
+        title="Answers of both, on held-out examples selected by rule", title_justify="left", header_style="bold"
     )
     for heading in ("prompt", "reference", "base", "fine-tuned"):
         table.add_column(heading, overflow="fold")
@@ -83,14 +83,14 @@ def _answers_table(examples: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _strip_common_lines(prompts: Sequence[str]) -> list[str]:
-    """Without the lines that all of them begin and end with: an instruction, the marks of who speaks."""
+    """Without the lines that all of them begin and end with: an instruction, the tags of a chat template."""
     rows = [prompt.split("\n") for prompt in prompts]
     if len(rows) < 2:
         return list(prompts)
     start = _num_common_lines(rows)
     end = min(_num_common_lines([row[::-1] for row in rows]), min(map(len, rows)) - start)
-    cut = ["\n".join(row[start : len(row) - end]) for row in rows]
-    return cut if all(cut) else list(prompts)
+    stripped = ["\n".join(row[start : len(row) - end]) for row in rows]
+    return stripped if all(stripped) else list(prompts)
 
 
 def _num_common_lines(rows: Sequence[Sequence[str]]) -> int:

@@ -1,7 +1,7 @@
-"""What a run leaves: adapters with their cards, results, pictures and a report; then what to type next.
+"""What a run writes: adapters with their cards, results, plots and a report; then what to type next.
 
-The adapters come first and results.json last: its presence says that the run is through. It knows folders and pages,
-and nothing of learning.
+The adapters come first and results.json last: its presence means that the run is finished. It knows folders and pages,
+and nothing of training.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from kitout.train.loop.trainer import JobTrainer
 from kitout.train.measure.evaluate import JobOutcome
 from kitout.train.measure.merge_proof import MergeProof
 from kitout.train.metrics_log import read_metrics
+from kitout.train.objectives.tasks import TASKS
 from kitout.train.preflight.cost_estimate import CostEstimate
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup import base_model, device
@@ -49,48 +50,51 @@ def write_outputs(
 ) -> dict[str, Any]:
     """Writes everything and returns what results.json holds."""
     comparisons = {name: one.comparison for name, one in outcomes.items() if one.comparison is not None}
-    rows = _method_rows(run, trainer, outcomes)
-    figures = _results(run, trainer, estimate, best_step, comparisons)
-    figures["adapters"] = [asdict(row) for row in rows]
-    figures["predicted"] = {name: list(one.predictions) for name, one in outcomes.items() if one.references}
-    figures["true"] = {name: list(one.references) for name, one in outcomes.items() if one.references}
+    rows = _adapter_rows(run, trainer, outcomes)
+    results = _results(run, trainer, estimate, best_step, comparisons)
+    results["adapters"] = [asdict(row) for row in rows]
+    results["predicted"] = {name: list(one.predictions) for name, one in outcomes.items() if one.references}
+    results["true"] = {name: list(one.references) for name, one in outcomes.items() if one.references}
     if proofs:
-        figures["merge"] = {name: asdict(proof) for name, proof in proofs.items()}
+        results["merge"] = {name: asdict(proof) for name, proof in proofs.items()}
     folders = adapter_folders(run, run_folder)
     try:
-        _write_all(run, config, run_folder, figures, comparisons, folders, outcomes, rows)
-    except (OSError, SafetensorError) as wrong:
+        _write_all(run, config, run_folder, results, comparisons, folders, outcomes, rows)
+    except (OSError, SafetensorError) as error:
         raise ConfigError(
-            f"{run_folder.path} cannot be written ({wrong}): what was learnt is kept in its checkpoints; "
+            f"{run_folder.path} cannot be written ({error}): the trained parameters are kept in its checkpoints; "
             "make room, and the same command finishes the run"
-        ) from wrong
-    if shown := closing_text(figures):
-        log(shown)
-    for name, found in comparisons.items():
-        log(f"{name}: {found.verdict}" if len(comparisons) > 1 else found.verdict)
+        ) from error
+    if text := closing_text(results):
+        log(text)
+    for name, comparison in comparisons.items():
+        log(f"{name}: {comparison.verdict}" if len(comparisons) > 1 else comparison.verdict)
     if config.jobs and adapter_table.comparable(rows):
         log(f"\n{adapter_table.text(rows, run.first_dataset.majority_accuracy, _share_data(run))}\n")
-    log(_closing_text(run, config, run_folder, folders))
-    return figures
+    log(_usage_text(run, config, run_folder, folders))
+    return results
 
 
 def _write_all(
-    run: PreparedRun, config: RunConfig, run_folder: RunFolder, figures: Mapping[str, Any],
+    run: PreparedRun, config: RunConfig, run_folder: RunFolder, results: Mapping[str, Any],
     comparisons: Mapping[str, Comparison], folders: Mapping[str, Path], outcomes: Mapping[str, JobOutcome],
     rows: Sequence[AdapterRow],
 ) -> None:  # fmt: skip
     for job, folder in folders.items():
-        summary = _run_summary(run, config, figures, {k: v for k, v in comparisons.items() if k == job}, {}, job)
+        own = {name: comparison for name, comparison in comparisons.items() if name == job}
+        summary = _run_summary(run, config, results, own, {}, job)
         (folder / "README.md").unlink(missing_ok=True)  # of a run that was killed right here
         run.kit.save(job, folder, metadata={"trained by": "kitout train", "base": config.model.name})
         model_card.write_model_card(summary, folder)
-    pictures = _plots(run, run_folder)
-    whole = _run_summary(run, config, figures, comparisons, pictures, ", ".join(folders))
-    table = rows if config.jobs and adapter_table.comparable(rows) else ()
-    reached = _result_plots(run, config, run_folder, outcomes, rows)
-    whole = replace(whole, adapters=table, majority=run.first_dataset.majority_accuracy, same_test=_share_data(run))
-    html.write_html(replace(whole, result_plots=reached), run_folder.report)
-    run_folder.write_results(figures)
+    summary = replace(
+        _run_summary(run, config, results, comparisons, _training_plots(run, run_folder), ", ".join(folders)),
+        adapters=rows if config.jobs and adapter_table.comparable(rows) else (),
+        majority=run.first_dataset.majority_accuracy,
+        same_test=_share_data(run),
+        result_plots=_result_plots(run, config, run_folder, outcomes, rows),
+    )
+    html.write_html(summary, run_folder.report)
+    run_folder.write_results(results)
 
 
 def adapter_folders(run: PreparedRun, run_folder: RunFolder) -> dict[str, Path]:
@@ -106,11 +110,11 @@ def _results(
     best_step: int | None,
     comparisons: Mapping[str, Comparison],
 ) -> dict[str, Any]:
-    kit, work = run.kit, trainer.step_runner
+    kit, runner = run.kit, trainer.step_runner
     counts = {job.name: kit.num_parameters(job.name) for job in run.jobs}
-    counted = (row for row in reversed(trainer.state.log_history) if "tokens" in row)
-    last: dict[str, Any] = next(counted, {})  # of all processes
-    tokens = int(last.get("tokens", work.tokens))
+    history = trainer.state.log_history
+    last: dict[str, Any] = next((row for row in reversed(history) if "tokens" in row), {})  # of all processes
+    tokens = int(last.get("tokens", runner.tokens))
     return {
         "objective": run.objective,
         "steps": trainer.state.global_step,
@@ -124,50 +128,50 @@ def _results(
         "labels": {
             job.name: list(one.answers.names) for job, one in zip(run.jobs, run.datasets, strict=True) if one.answers
         },
-        "seconds": work.seconds,
-        "processor_seconds": last.get("processor_seconds", work.processor_seconds),
+        "seconds": runner.seconds,
+        "processor_seconds": last.get("processor_seconds", runner.processor_seconds),
         "tokens": tokens,
-        "tokens_per_second": tokens / max(work.seconds, 1e-9),
-        "padding": work.padded / max(1, work.tokens) - 1,
-        "micro_batch": work.micro_batch_size,
-        "memory": int(max((row["memory"] for row in trainer.state.log_history if "memory" in row), default=0)),
+        "tokens_per_second": tokens / max(runner.seconds, 1e-9),
+        "padding": runner.padded / max(1, runner.tokens) - 1,
+        "micro_batch": runner.micro_batch_size,
+        "memory": int(max((row["memory"] for row in history if "memory" in row), default=0)),
         "estimate": asdict(estimate),
         "machine": device.describe_machine(kit.device) | {"dtype": str(kit.dtype)[6:]},
-        "comparisons": {name: [asdict(change) for change in found.changes] for name, found in comparisons.items()},
-        "examples": {name: [asdict(one) for one in found.examples] for name, found in comparisons.items()},
+        "comparisons": {name: [asdict(change) for change in one.changes] for name, one in comparisons.items()},
+        "examples": {name: [asdict(example) for example in one.examples] for name, one in comparisons.items()},
     }
 
 
-def _plots(run: PreparedRun, run_folder: RunFolder) -> dict[str, bytes]:
-    """PNGs of the report, which stand in the folder too; none where matplotlib is not installed."""
+def _training_plots(run: PreparedRun, run_folder: RunFolder) -> dict[str, bytes]:
+    """PNGs of the report, saved in the folder too; none where matplotlib is not installed."""
     if not plots.has_matplotlib():
         return {}
-    drawn = {}
+    pngs = {}
     rows = read_metrics(run_folder.metrics)
     if rows:
-        drawn["training"] = plots.plot_training(rows)
+        pngs["training"] = plots.plot_training(rows)
     if run.first_dataset.images is None:
-        parts = {"train": run.first_dataset.preview or run.first_dataset.train, "test": run.first_dataset.test}
-        drawn["lengths"] = plots.plot_lengths(
-            {name: [i.length for i in items] for name, items in parts.items() if items}
+        splits = {"train": run.first_dataset.preview or run.first_dataset.train, "test": run.first_dataset.test}
+        pngs["lengths"] = plots.plot_lengths(
+            {name: [item.length for item in items] for name, items in splits.items() if items}
         )
-    for name, picture in drawn.items():
-        plots.write_png(run_folder.path / f"{name}.png", picture)
-    return drawn
+    for name, png in pngs.items():
+        plots.write_png(run_folder.path / f"{name}.png", png)
+    return pngs
 
 
-def _method_rows(run: PreparedRun, trainer: JobTrainer, outcomes: Mapping[str, JobOutcome]) -> list[AdapterRow]:
-    """Every adapter with what it reached and what it took."""
-    reached = list(outcomes.values())
-    shared = [metric for metric in reached[0].scores if all(metric in one.scores for one in reached)] if reached else []
+def _adapter_rows(run: PreparedRun, trainer: JobTrainer, outcomes: Mapping[str, JobOutcome]) -> list[AdapterRow]:
+    """Every adapter with its result and its cost. The metric is one that all have, where there is such a one."""
+    first, *others = [one.scores for one in outcomes.values()] or [{}]
+    shared = [metric for metric in first if all(metric in scores for scores in others)]
     rows = []
-    for job, (wall, processor) in zip(run.jobs, trainer.step_runner.job_seconds, strict=True):
-        one, count = outcomes.get(job.name), run.kit.num_parameters(job.name)
-        done = min(trainer.state.global_step, len(job.batches))
-        metric = next(iter(shared or one.scores)) if one else ""
+    for job, (seconds, processor_seconds) in zip(run.jobs, trainer.step_runner.job_seconds, strict=True):
+        outcome, count = outcomes.get(job.name), run.kit.num_parameters(job.name)
+        num_steps = min(trainer.state.global_step, len(job.batches))
+        metric = next(iter(shared or outcome.scores)) if outcome else ""
         rows.append(AdapterRow(
-            job.name, _method_text(run, job.name), metric, one.scores[metric] if one else None, count.trainable,
-            count.percent, sum(len(job.batches[step]) for step in range(done)), wall, processor,
+            job.name, _method_text(run, job.name), metric, outcome.scores[metric] if outcome else None,
+            count.trainable, count.percent, sum(map(len, job.batches[:num_steps])), seconds, processor_seconds,
         ))  # fmt: skip
     return rows
 
@@ -183,78 +187,79 @@ def _result_plots(
     outcomes: Mapping[str, JobOutcome],
     rows: Sequence[AdapterRow],
 ) -> dict[str, bytes]:
-    """PNGs of what the adapters reached: compared if there are several, and which class is taken for which."""
+    """PNGs of the results: the adapters compared if there are several, and each one's confusion matrix and errors."""
     if not plots.has_matplotlib():
         return {}
-    drawn = {}
+    pngs = {}
     if len(rows) > 1 and _share_data(run) and adapter_table.comparable(rows):
-        drawn["comparison"] = class_plots.comparison(
+        pngs["comparison"] = class_plots.comparison(
             rows, run.first_dataset.majority_accuracy, f"adapters of {config.model.name}"
         )
-    for job, held in zip(run.jobs, run.datasets, strict=True):
-        one = outcomes.get(job.name)
-        if one is None or not one.references or not held.label_names:
+    for job, dataset in zip(run.jobs, run.datasets, strict=True):
+        outcome, names = outcomes.get(job.name), dataset.label_names
+        if outcome is None or not outcome.references or not names:
             continue
-        several = f"-{job.name}" if len(run.jobs) > 1 else ""
-        drawn[f"confusion{several}"] = class_plots.confusion(
-            job.name, one.predictions, one.references, held.label_names
-        )
-        if held.images is not None:
-            wrong = class_plots.misclassified(one.predictions, one.references)
-            shown = wrong[: class_plots.SHOWN]
-            said, true = ([held.label_names[whose[i]] for i in shown] for whose in (one.predictions, one.references))
-            pictures = [held.images.open(one.items[i]) for i in shown]
-            drawn[f"errors{several}"] = class_plots.errors(job.name, pictures, true, said, len(wrong))
-    for name, picture in drawn.items():
-        plots.write_png(run_folder.path / f"{name}.png", picture)
-    return drawn
+        suffix = f"-{job.name}" if len(run.jobs) > 1 else ""
+        pngs[f"confusion{suffix}"] = class_plots.confusion(job.name, outcome.predictions, outcome.references, names)
+        if dataset.images is not None:
+            misclassified = class_plots.misclassified(outcome.predictions, outcome.references)
+            shown = misclassified[: class_plots.SHOWN]
+            images = [dataset.images.open(outcome.items[i]) for i in shown]
+            references = [names[outcome.references[i]] for i in shown]
+            predictions = [names[outcome.predictions[i]] for i in shown]
+            pngs[f"errors{suffix}"] = class_plots.errors(job.name, images, references, predictions, len(misclassified))
+    for name, png in pngs.items():
+        plots.write_png(run_folder.path / f"{name}.png", png)
+    return pngs
 
 
 def _run_summary(
-    run: PreparedRun, config: RunConfig, figures: Mapping[str, Any], comparisons: Mapping[str, Comparison],
+    run: PreparedRun, config: RunConfig, results: Mapping[str, Any], comparisons: Mapping[str, Comparison],
     plots: Mapping[str, bytes], adapter: str,
 ) -> RunSummary:  # fmt: skip
-    guess = figures["estimate"]
-    shown = run.jobs if adapter not in {job.name for job in run.jobs} else [j for j in run.jobs if j.name == adapter]
-    methods = {job.name: _method_text(run, job.name) for job in shown}
-    data = dict(zip([job.name for job in run.jobs], run.datasets, strict=True))
-    told = [line for job in shown for line in data[job.name].reading_notes]
+    """adapter: the name of one, or several names in words for all of them."""
+    estimate = results["estimate"]
+    jobs = [job for job in run.jobs if job.name == adapter] or run.jobs
+    methods = {job.name: _method_text(run, job.name) for job in jobs}
+    datasets = [dataset for job, dataset in zip(run.jobs, run.datasets, strict=True) if job.name in methods]
+    reading_notes = [note for dataset in datasets for note in dataset.reading_notes]
     sources = [s.path for job in config.per_job() if job.output.name in methods for s in job.data.train]
-    labels = dict.fromkeys(label for job in shown for label in data[job.name].label_names)
-    hashed = figures["data"] if len(shown) == len(run.jobs) else {adapter: figures["data"][adapter]}
+    labels = dict.fromkeys(label for dataset in datasets for label in dataset.label_names)
+    digests = results["data"] if len(jobs) == len(run.jobs) else {adapter: results["data"][adapter]}
     return RunSummary(
         title=f"{', '.join(methods.values())} on {config.model.name}",
         model=config.model.name,
         method="; ".join(methods.values()),
         adapter=adapter,
         comparisons=comparisons,
-        data={"sources": ", ".join(dict.fromkeys(sources)), "read as": "; ".join(told)},
-        preflight={"objective": run.objective, "number format": f"{figures['machine']['dtype']} ({run.dtype_reason})"},
+        data={"sources": ", ".join(dict.fromkeys(sources)), "read as": "; ".join(reading_notes)},
+        preflight={"objective": run.objective, "dtype": f"{results['machine']['dtype']} ({run.dtype_reason})"},
         estimates={
-            "training time": (format_duration(guess["seconds"]), format_duration(figures["seconds"])),
-            "peak memory": (format_bytes(guess["memory"]), format_bytes(figures["memory"])),
+            "training time": (format_duration(estimate["seconds"]), format_duration(results["seconds"])),
+            "peak memory": (format_bytes(estimate["memory"]), format_bytes(results["memory"])),
         },
         cost={
-            "training": format_duration(figures["seconds"]),
-            "processor time, all threads": format_duration(figures["processor_seconds"]),
-            "tokens a second": figures["tokens_per_second"],
-            "peak memory": format_bytes(figures["memory"]),
-            "trained values": sum(figures["trainable"][job.name] for job in shown),
-            "percent of the base": sum(figures["percent"][job.name] for job in shown),
+            "training": format_duration(results["seconds"]),
+            "processor time, all threads": format_duration(results["processor_seconds"]),
+            "tokens per second": results["tokens_per_second"],
+            "peak memory": format_bytes(results["memory"]),
+            "trainable parameters": sum(results["trainable"][job.name] for job in jobs),
+            "% trainable": sum(results["percent"][job.name] for job in jobs),
         },
-        checked={name: str(MergeProof(**proof)) for name, proof in figures.get("merge", {}).items() if name in methods},
-        notes=[*run.warnings, *figures["stopped"].values()],
+        checked={name: str(MergeProof(**proof)) for name, proof in results.get("merge", {}).items() if name in methods},
+        notes=[*run.warnings, *results["stopped"].values()],
         config=yaml_file.to_yaml(config.to_dict()),
         plots=plots,
         files={
-            "adapter/": "the trained values, with a card",
-            "results.json": "every figure",
+            "adapter/": "the adapter, with its model card",
+            "results.json": "every metric",
             "run.yaml": "the settings",
             "metrics.jsonl": "what was logged, step by step",
         },
         data_name=sources[0],
-        data_hash=hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest(),
-        loader=base_model.AUTO_MODELS[run.objective],
+        data_hash=hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
+        loader=TASKS[run.objective].auto_model,
+        hub_task=TASKS[run.objective].hub_task,
         base_path=base_model.resolve_model(config.model.name),
         from_pretrained_kwargs=run.from_pretrained_kwargs,
         labels=tuple(labels),
@@ -270,13 +275,13 @@ def _method_text(run: PreparedRun, name: str) -> str:
     return f"{type(method).__name__}({settings})" if settings else type(method).__name__
 
 
-def _closing_text(run: PreparedRun, config: RunConfig, run_folder: RunFolder, folders: Mapping[str, Path]) -> str:
+def _usage_text(run: PreparedRun, config: RunConfig, run_folder: RunFolder, folders: Mapping[str, Path]) -> str:
     """Where everything is, and lines that run as they stand."""
     name, folder = next(iter(folders.items()))
-    loader = base_model.AUTO_MODELS[run.objective]
+    loader = TASKS[run.objective].auto_model
     settings = "".join(f", {setting}={value!r}" for setting, value in run.from_pretrained_kwargs.items())
-    opened = json.dumps(base_model.resolve_model(config.model.name)) + settings
-    worn = json.dumps(name)
+    model = json.dumps(base_model.resolve_model(config.model.name)) + settings
+    adapter = json.dumps(name)
     return "\n".join(
         [
             f"report   {run_folder.report}",
@@ -285,7 +290,7 @@ def _closing_text(run: PreparedRun, config: RunConfig, run_folder: RunFolder, fo
             "use it:",
             "  import kitout",
             f"  from transformers import {loader}",
-            f"  kit = kitout.attach({loader}.from_pretrained({opened}).eval())",
-            f"  kit.load({json.dumps(str(folder))}, name={worn}); kit.use({worn})",
+            f"  kit = kitout.attach({loader}.from_pretrained({model}).eval())",
+            f"  kit.load({json.dumps(str(folder))}, name={adapter}); kit.use({adapter})",
         ]
     )

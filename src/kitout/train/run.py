@@ -1,7 +1,7 @@
 """A whole run: config in, tested adapter out, in one folder that a kill cannot ruin.
 
 Pre-flight, training, comparison, report, in this order; how each is done is in the modules beside it. The same call
-goes on where a former one stopped. It knows the order of the work.
+resumes a run that was stopped. It knows the order of the work.
 """
 
 from __future__ import annotations
@@ -40,91 +40,109 @@ from kitout.train.preflight import render
 from kitout.train.preflight.collect import collect_pages, collect_statistics
 from kitout.train.preflight.cost_estimate import CostEstimate, estimate_cost
 from kitout.train.run_folder import RunFolder
+from kitout.train.setup.base_model import Placement, choose_placement
 from kitout.train.setup.prepare import PreparedRun, prepare
 from kitout.version import __version__
 
 LogFn = Callable[[str], None]
 MAX_LOGS = 2000
-EVALUATIONS, SAVES = 5, 10  # in a run, unless said otherwise
-PROGRESS_LINES = 4  # lines of one measurement
+NUM_EVALUATIONS, NUM_CHECKPOINTS = 5, 10  # of a run, by default
+NUM_PROGRESS_LINES = 4  # of one evaluation
 
 
 @dataclass(frozen=True)
 class Result:
-    """folder: of the run. comparisons: by adapter; none of a dry run. figures: what results.json holds."""
+    """What a run came to."""
 
     folder: Path
+    """Of the run."""
     comparisons: Mapping[str, Comparison] = field(default_factory=dict)
+    """Base vs. fine-tuned by adapter; none of a dry run."""
     figures: Mapping[str, Any] = field(default_factory=dict)
+    """What results.json holds."""
 
 
 def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Result:
-    """Trains what the config says. dry_run: stops before the first step. say: hears what is worth telling."""
+    """Trains what the config describes. dry_run: stops before the first step. log: gets the lines to print."""
     from kitout.train.outputs import write_outputs
 
     if importlib.util.find_spec("accelerate") is None:
-        raise ConfigError("training stands on accelerate, not installed here\n  pip install 'kitout[train]'")
+        raise ConfigError("training needs accelerate, which is not installed\n  pip install 'kitout[train]'")
     conflicts.check_machine(config, torch.cuda.is_available())
     _join_processes(config)
-    with _run_folder(config) as place:
-        if place.is_finished:
-            return _show_finished(place, log)
-        made = prepare(config)
-        _check_best(made, config)
+    with _run_folder(config) as folder:
+        if folder.is_finished:
+            return _show_finished(folder, log)
+        prepared = prepare(config, _resolve_placement(config, folder))
+        _check_best(prepared, config)
         if config.evaluate.prove_merge:
-            check_mergeable(made)
-        known = collect_statistics(made)
-        last = next(reversed(checkpoints.list_checkpoints(place.checkpoints)), None)
-        signed = run_signature(made)  # of the whole base
+            check_mergeable(prepared)
+        statistics = collect_statistics(prepared)
+        last_checkpoint = next(reversed(checkpoints.list_checkpoints(folder.checkpoints)), None)
+        signature = run_signature(prepared)  # of the whole base
         if config.train.fsdp:
-            fsdp.shard(made.kit)
-        loop, guess = _build_trainer(made, config, place, last, signed)
+            fsdp.shard(prepared.kit)
+        trainer, estimate = _build_trainer(prepared, config, folder, last_checkpoint, signature)
         if distributed.rank() == 0:
-            shown = collect_pages(made, config, known, guess)
-            for page in shown:
+            pages = collect_pages(prepared, config, statistics, estimate)
+            for page in pages:
                 render.print_page(page)
-            render.save_pages(shown, place.path)
+            render.save_pages(pages, folder.path)
         if dry_run:
-            return Result(place.path)
-        memory.reset_peak(made.kit.device)
-        with loop.showing:
-            loop.train(str(last) if last else None)
-        best = loop.load_best()
-        reached = evaluate_jobs(made, config.evaluate, lambda name: _progress_fn(name, log))
+            return Result(folder.path)
+        memory.reset_peak(prepared.kit.device)
+        with trainer.display:
+            trainer.train(str(last_checkpoint) if last_checkpoint else None)
+        best_step = trainer.load_best()
+        outcomes = evaluate_jobs(prepared, config.evaluate, lambda name: _progress_fn(name, log))
         proofs = {}
         if config.evaluate.prove_merge:
-            proofs = {job.name: prove_merge(made, k, config.evaluate) for k, job in enumerate(made.jobs)}
-        figures: dict[str, Any] = {}
-        with fsdp.unsharded(made.kit):
+            proofs = {job.name: prove_merge(prepared, k, config.evaluate) for k, job in enumerate(prepared.jobs)}
+        results: dict[str, Any] = {}
+        with fsdp.unsharded(prepared.kit):
             if distributed.rank() == 0:
-                figures = write_outputs(made, config, place, loop, guess, best, reached, proofs, log)
+                results = write_outputs(prepared, config, folder, trainer, estimate, best_step, outcomes, proofs, log)
             distributed.barrier()
-        made.kit.detach()
-        beside = {name: one.comparison for name, one in reached.items() if one.comparison is not None}
-        return Result(place.path, beside, figures)
+        prepared.kit.detach()
+        comparisons = {name: one.comparison for name, one in outcomes.items() if one.comparison is not None}
+        return Result(folder.path, comparisons, results)
 
 
-def _show_finished(run_folder: RunFolder, log: LogFn) -> Result:
+def _resolve_placement(config: RunConfig, folder: RunFolder) -> Placement:
+    """Device and dtype of the base. The dtype that `auto` found at the first start holds for the whole run."""
+    placement = choose_placement(config.model)
+    if config.model.dtype != "auto":
+        return placement
+    resolved = folder.read_resolved() if folder.resumes else {}
+    if resolved.get("dtype") not in ("float32", "bfloat16"):
+        resolved = {"dtype": str(placement.dtype).removeprefix("torch."), "dtype_reason": placement.reason}
+    resolved = distributed.all_gather([resolved])[0]  # of the main process
+    if distributed.rank() == 0:
+        folder.write_resolved(resolved)
+    return Placement(placement.device, getattr(torch, resolved["dtype"]), resolved.get("dtype_reason", ""))
+
+
+def _show_finished(folder: RunFolder, log: LogFn) -> Result:
     """A run that is finished, from what it has written."""
-    figures = json.loads(run_folder.results.read_text(encoding="utf-8"))
-    if shown := closing_text(figures):
-        log(shown)
-    log(run_folder.finished_message())
-    return Result(run_folder.path, figures=figures)
+    results = json.loads(folder.results.read_text(encoding="utf-8"))
+    if text := closing_text(results):
+        log(text)
+    log(folder.finished_message())
+    return Result(folder.path, figures=results)
 
 
 def _progress_fn(name: str, log: LogFn) -> Callable[[int, int], None]:
-    """A line when a measurement of many examples begins and at each fourth of it: it may take as long as training."""
-    start, last = time.monotonic(), -1
+    """A line when an evaluation of many examples begins and at each fourth of it: it may take as long as training."""
+    start, last_fourth = time.monotonic(), -1
 
-    def tell(done: int, total: int) -> None:
-        nonlocal last
-        now = PROGRESS_LINES * done // max(1, total)
-        if now != last and distributed.rank() == 0:
-            last = now
+    def report(done: int, total: int) -> None:
+        nonlocal last_fourth
+        fourth = NUM_PROGRESS_LINES * done // max(1, total)
+        if fourth != last_fourth and distributed.rank() == 0:
+            last_fourth = fourth
             log(f"evaluating {name}: {done:,} of {total:,} examples, {format_duration(time.monotonic() - start)}")
 
-    return tell
+    return report
 
 
 def _join_processes(config: RunConfig) -> None:
@@ -132,27 +150,27 @@ def _join_processes(config: RunConfig) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if any(job.train.head == "batchnorm" for job in config.per_job()):
             raise ConfigError(
-                "train.head=batchnorm takes its statistics over a whole batch, in one process: say train.head=linear"
+                "train.head=batchnorm takes its statistics over a whole batch, in one process: choose train.head=linear"
             )
         from accelerate import PartialState
 
         PartialState(cpu=config.model.device == "cpu" or not torch.cuda.is_available())
-        batch = sum(job.train.batch_size for job in config.per_job())
-        if batch < distributed.world_size():
+        batch_size = sum(job.train.batch_size for job in config.per_job())
+        if batch_size < distributed.world_size():
             raise ConfigError(
-                f"train.batch_size={batch} is fewer examples than the {distributed.world_size()} processes"
+                f"train.batch_size={batch_size} is fewer examples than the {distributed.world_size()} processes"
             )
     elif config.train.fsdp:
-        raise ConfigError("train.fsdp parts the base among processes, and there is one: start it with torchrun")
+        raise ConfigError("train.fsdp shards the base over processes, and there is one: start it with torchrun")
 
 
 @contextmanager
 def _run_folder(config: RunConfig) -> Iterator[RunFolder]:
-    """The main process opens and holds it; the others look on."""
+    """The main process opens and locks it; the others wait until it has."""
     if distributed.rank() == 0:
-        with run_folder.open_run_folder(config) as place:
+        with run_folder.open_run_folder(config) as folder:
             distributed.barrier()
-            yield place
+            yield folder
     else:
         distributed.barrier()
         path = config.output.folder.expanduser()
@@ -160,109 +178,109 @@ def _run_folder(config: RunConfig) -> Iterator[RunFolder]:
 
 
 def _check_best(prepared: PreparedRun, config: RunConfig) -> None:
-    """What a best checkpoint is chosen by is what will be measured."""
-    asked = {
+    """ConfigError if the best checkpoint is chosen by a metric that is not evaluated."""
+    settings = {
         "evaluate.best_metric": config.evaluate.best_metric,
         "train.early_stopping_patience": config.train.early_stopping_patience,
     }
-    said = [f"{name}={value}" for name, value in asked.items() if value is not None]
-    if not said:
+    used = [f"{name}={value}" for name, value in settings.items() if value is not None]
+    if not used:
         return
     if not any(len(job.validation) for job in prepared.jobs):
-        raise ConfigError(f"{said[0]} waits for measurements, and no example is left in the validation part")
+        raise ConfigError(f"{used[0]} waits for evaluations, and the validation split is empty")
     names, best = metric_names(prepared, config.evaluate), config.evaluate.best_metric
     if best is not None and best not in names:
-        raise ConfigError(f"evaluate.best_metric={best} is not measured here: {suggest(best, names)}")
+        raise ConfigError(f"evaluate.best_metric={best} is not evaluated here: {suggest(best, names)}")
 
 
 def run_signature(prepared: PreparedRun) -> str:
     """What a checkpoint depends on besides the settings, which the folder compares by name."""
-    same = {
+    parts = {
         "data": [one.digest for one in prepared.datasets],
         "model": fingerprint(prepared.kit.state, ()).model_dump_json(),
         "dtype": str(prepared.kit.dtype),
         "versions": [__version__, torch.__version__, transformers.__version__, sys.byteorder],
     }
-    return hashlib.sha256(json.dumps(same).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _build_trainer(
-    prepared: PreparedRun, config: RunConfig, run_folder: RunFolder, last_checkpoint: Path | None, run_id: str
-) -> Any:
-    """The loop, and what it will take: tried now, or as it was found before the run was stopped."""
+    prepared: PreparedRun, config: RunConfig, folder: RunFolder, last_checkpoint: Path | None, run_id: str
+) -> tuple[Any, CostEstimate]:
+    """The trainer, and what it will take: tried now, or as it was before the run was stopped."""
     from transformers import EarlyStoppingCallback
 
     from kitout.train.loop.trainer import JobTrainer, StepDataset
     from kitout.train.progress import ProgressDisplay
 
     steps = StepDataset(prepared.jobs)
-    known = run_folder.path / "estimate.json"
-    if last_checkpoint is not None and known.is_file():
-        guess = CostEstimate(**json.loads(known.read_text(encoding="utf-8")))
+    if last_checkpoint is not None and folder.estimate.is_file():
+        estimate = CostEstimate(**json.loads(folder.estimate.read_text(encoding="utf-8")))
     else:
-        tried = [steps[i] for i in range(min(len(steps), 64) if prepared.first_dataset.preview else len(steps))]
-        guess = estimate_cost(
-            prepared.kit, prepared.jobs, tried, config.train.micro_batch_size, config.train.activation_checkpointing
+        planned = [steps[i] for i in range(min(len(steps), 64) if prepared.first_dataset.preview else len(steps))]
+        estimate = estimate_cost(
+            prepared.kit, prepared.jobs, planned, config.train.micro_batch_size, config.train.activation_checkpointing
         )
         if distributed.rank() == 0:
-            write_text(known, json.dumps(guess.__dict__))
+            write_text(folder.estimate, json.dumps(estimate.__dict__))
     cuts: dict[str, str] = {}
     if prepared.first_dataset.images is not None:
         from kitout.train.loop.frozen_trunk import keep_features  # images need pillow
 
-        cuts, notes = keep_features(prepared.kit, prepared.jobs)
-        prepared.warnings.extend(notes)
-    args = _training_arguments(config, run_folder, len(steps), any(len(job.validation) for job in prepared.jobs))
-    showing = ProgressDisplay(run_folder.path)
-    callbacks: list[Any] = [showing]
+        cuts, warnings_of_trunk = keep_features(prepared.kit, prepared.jobs)
+        prepared.warnings.extend(warnings_of_trunk)
+    args = _training_arguments(config, folder, len(steps), any(len(job.validation) for job in prepared.jobs))
+    display = ProgressDisplay(folder.path)
+    callbacks: list[Any] = [display]
     if config.train.early_stopping_patience is not None:
-        patient: Any = EarlyStoppingCallback(config.train.early_stopping_patience)
-        patient.on_train_begin = lambda *_, **__: None  # warns that no best is kept, which the loop does itself
-        callbacks.append(patient)
-    loop = JobTrainer(
+        early_stopping: Any = EarlyStoppingCallback(config.train.early_stopping_patience)
+        early_stopping.on_train_begin = lambda *_, **__: None  # warns that no best is kept, which JobTrainer does
+        callbacks.append(early_stopping)
+    trainer = JobTrainer(
         prepared.kit,
         prepared.jobs,
-        run_folder.checkpoints,
+        folder.checkpoints,
         args,
         run_id=run_id,
         evaluate_fn=validation_fn(prepared, config.evaluate),
         callbacks=callbacks,
-        micro_batch_size=min(guess.micro, config.train.micro_batch_size or guess.micro),
+        micro_batch_size=min(estimate.micro, config.train.micro_batch_size or estimate.micro),
         num_checkpoints=config.train.keep_checkpoints,
     )
-    loop.showing, loop.cuts = showing, cuts
-    return loop, guess
+    trainer.display, trainer.cuts = display, cuts
+    return trainer, estimate
 
 
-def _training_arguments(config: RunConfig, run_folder: RunFolder, steps: int, has_validation: bool) -> Any:
+def _training_arguments(config: RunConfig, folder: RunFolder, num_steps: int, has_validation: bool) -> Any:
     from transformers import TrainingArguments
 
-    every = config.evaluate.steps if config.evaluate.steps is not None else math.ceil(steps / EVALUATIONS)
-    measures = has_validation and every > 0
-    best = config.evaluate.best_metric or "loss"
-    reports = list(config.output.report_to) or "none"
+    eval_steps = config.evaluate.steps
+    if eval_steps is None:
+        eval_steps = math.ceil(num_steps / NUM_EVALUATIONS)
+    evaluates = has_validation and eval_steps > 0
+    best_metric = config.evaluate.best_metric or "loss"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return TrainingArguments(
-            output_dir=str(run_folder.checkpoints),
-            max_steps=steps,
+            output_dir=str(folder.checkpoints),
+            max_steps=num_steps,
             per_device_train_batch_size=1,
-            report_to=reports,
-            logging_steps=math.ceil(steps / MAX_LOGS),
+            report_to=list(config.output.report_to) or "none",
+            logging_steps=math.ceil(num_steps / MAX_LOGS),
             logging_nan_inf_filter=False,
             disable_tqdm=True,
             log_level="error",
-            eval_strategy="steps" if measures else "no",
-            eval_steps=every if measures else None,
+            eval_strategy="steps" if evaluates else "no",
+            eval_steps=eval_steps if evaluates else None,
             save_strategy="steps",
-            save_steps=config.train.save_steps or math.ceil(steps / SAVES),
-            metric_for_best_model=f"eval_{best}" if measures else None,
-            greater_is_better=best not in ("loss", "perplexity", "mae", "rmse") if measures else None,
+            save_steps=config.train.save_steps or math.ceil(num_steps / NUM_CHECKPOINTS),
+            metric_for_best_model=f"eval_{best_metric}" if evaluates else None,
+            greater_is_better=best_metric not in ("loss", "perplexity", "mae", "rmse") if evaluates else None,
             remove_unused_columns=False,
             label_names=[],
             use_cpu=not torch.cuda.is_available() or config.model.device == "cpu",
             activation_checkpointing=config.train.activation_checkpointing,
             seed=config.train.seed,
-            run_name=run_folder.path.name,
+            run_name=folder.path.name,
             ddp_find_unused_parameters=len(config.jobs) > 1,
         )

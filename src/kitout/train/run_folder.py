@@ -1,7 +1,8 @@
-"""The folder of a run: made or found again, held by one process, never another run's.
+"""The folder of a run: created or found again, locked by one process, never another run's.
 
-run.yaml holds the whole config. The same settings go on where the run stopped; other ones are refused by name, with
-both values; settings that cost but do not change the result may differ. It knows no model, no trainer and no data.
+run.yaml holds the whole config, resolved.json what `auto` was resolved to. The same settings resume the run; other
+ones are refused by name, with both values; settings that do not change the result may differ. It knows no model, no
+trainer and no data.
 """
 
 from __future__ import annotations
@@ -22,19 +23,17 @@ from kitout.errors import ConfigError, Errors
 from kitout.files.atomic import write_text
 from kitout.train.config import yaml_file
 from kitout.train.config.load import load
+from kitout.train.config.renamed_keys import translate
 from kitout.train.config.schema import RunConfig
-from kitout.train.metrics_log import METRICS_FILE as METRICS
-from kitout.train.metrics_log import to_json_value
+from kitout.train.metrics_log import METRICS_FILE, to_json_value
 
-RUN_FILE, RESULTS_FILE = "run.yaml", "results.json"
-LOCK_FILE, OWNER_FILE = (
-    ".run.lock",
-    ".run.owner",
-)  # the owner has a file of its own: some systems lock the bytes of the first
+RUN_FILE, RESULTS_FILE, ESTIMATE_FILE, RESOLVED_FILE = "run.yaml", "results.json", "estimate.json", "resolved.json"
+# The owner has a file of its own: some systems lock the bytes of the lock file.
+LOCK_FILE, OWNER_FILE = ".run.lock", ".run.owner"
 PREFLIGHT_FILES = ("preflight.json", "preflight.txt")
 HEADER = "# Written by `kitout train`: the settings of the run in this folder."
 
-# They change what a run costs, says or keeps, not what it learns.
+# They change what a run costs, prints or keeps, not its result.
 MAY_DIFFER = {
     *(
         "train.micro_batch_size",
@@ -45,17 +44,20 @@ MAY_DIFFER = {
     ),
     *("evaluate.show_examples", "output.folder", "output.report_to"),
 }
-DRY_RUN_FILES = {RUN_FILE, "estimate.json", *PREFLIGHT_FILES}  # files of a run that has only been looked at
+DRY_RUN_FILES = {RUN_FILE, ESTIMATE_FILE, RESOLVED_FILE, *PREFLIGHT_FILES}  # a folder of these alone holds no run yet
 ABSENT = object()
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """resumes: the folder held this run before. done: and it is finished."""
+    """The folder of one run, and the paths in it."""
 
     path: Path
+    """The folder itself."""
     resumes: bool
+    """Whether it held this run before."""
     is_finished: bool
+    """Whether that run is finished."""
 
     @property
     def adapter(self) -> Path:
@@ -67,7 +69,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        return self.path / METRICS
+        return self.path / METRICS_FILE
 
     @property
     def report(self) -> Path:
@@ -77,23 +79,38 @@ class RunFolder:
     def results(self) -> Path:
         return self.path / RESULTS_FILE
 
+    @property
+    def estimate(self) -> Path:
+        return self.path / ESTIMATE_FILE
+
+    def read_resolved(self) -> dict[str, str]:
+        """What `auto` was resolved to at the first start; empty where it is not known."""
+        try:
+            resolved = json.loads((self.path / RESOLVED_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return {str(k): str(v) for k, v in resolved.items()} if isinstance(resolved, dict) else {}
+
+    def write_resolved(self, resolved: Mapping[str, str]) -> None:
+        """Writes what `auto` was resolved to: on another day a timing may come out otherwise."""
+        write_text(self.path / RESOLVED_FILE, json.dumps(dict(resolved), indent=2) + "\n")
+
     def write_results(self, results: Mapping[str, Any]) -> None:
-        """Writes results.json, whose presence says that the run is through: to be called last."""
-        words = json.dumps(to_json_value(results), indent=2, ensure_ascii=False)
-        write_text(self.results, words + "\n")
+        """Writes results.json, whose presence means that the run is finished: to be called last."""
+        write_text(self.results, json.dumps(to_json_value(results), indent=2, ensure_ascii=False) + "\n")
 
     def finished_message(self) -> str:
-        """What to say of a finished run."""
+        """What to print of a finished run."""
         return (
             f"{self.path} holds this run, finished: see {self.results.name}"
             + (f" and {self.report.name}" if self.report.is_file() else "")
-            + f"\nto run it again: say another output.folder, or delete {self.path}"
+            + f"\nto run it again: choose another output.folder, or delete {self.path}"
         )
 
 
 @contextmanager
 def open_run_folder(config: RunConfig) -> Iterator[RunFolder]:
-    """The run's folder, held for this process alone (the main one); ConfigError if it is in use or another run's."""
+    """The run's folder, locked by this process (the main one); ConfigError if it is in use or another run's."""
     path = config.output.folder.expanduser()
     _check_folder(path)
     try:
@@ -102,15 +119,15 @@ def open_run_folder(config: RunConfig) -> Iterator[RunFolder]:
             resumes = _is_same_run(path, config)
             write_text(path / RUN_FILE, f"{HEADER}\n{yaml_file.to_yaml(config.to_dict())}")
             yield RunFolder(path, resumes, (path / RESULTS_FILE).is_file())
-    except PermissionError as wrong:
+    except PermissionError as error:
         raise ConfigError(
-            f"output.folder={str(path)!r} cannot be written: {wrong.strerror} ({wrong.filename})"
-        ) from wrong
+            f"output.folder={str(path)!r} cannot be written: {error.strerror} ({error.filename})"
+        ) from error
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """The folder is this process's own inside; ConfigError, with its owner, if another process works in it."""
+    """Locks the folder for this process; ConfigError, with the owner, if another process works in it."""
     lock, owner = FileLock(folder / LOCK_FILE), folder / OWNER_FILE
     try:
         lock.acquire(timeout=0)
@@ -119,8 +136,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
             f"{folder} is in use by {_owner_text(owner)}: wait for it, stop it, or choose another folder"
         ) from None
     try:
-        facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        write_text(owner, json.dumps(facts))
+        process = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        write_text(owner, json.dumps(process))
         yield
     finally:
         owner.unlink(missing_ok=True)
@@ -128,40 +145,40 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _owner_text(owner_file: Path) -> str:
-    """Who holds the folder, from its owner file; a kill leaves that file, but then nobody holds the lock."""
+    """Who has locked the folder, by its owner file; a kill leaves that file behind, but not the lock."""
     try:
         owner = json.loads(owner_file.read_text(encoding="utf-8"))
-        where = "" if owner["host"] == socket.gethostname() else f" on {owner['host']}"
-        return f"process {owner['pid']}{where} since {owner['since']}"
+        host = "" if owner["host"] == socket.gethostname() else f" on {owner['host']}"
+        return f"process {owner['pid']}{host} since {owner['since']}"
     except (OSError, ValueError, KeyError, TypeError):  # not yet written
         return "another process"
 
 
 def _check_folder(folder: Path) -> None:
-    """Nothing that is not ours is touched: neither a foreign folder nor a foreign file in it."""
-    above = next((p for p in (folder, *folder.parents) if p.exists()), folder)
-    if above.exists() and not above.is_dir():
-        raise ConfigError(f"output.folder={str(folder)!r}: {above} is a file; say a folder")
+    """ConfigError if the folder, or a file in it, belongs to something else: that is never touched."""
+    existing = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+    if existing.exists() and not existing.is_dir():
+        raise ConfigError(f"output.folder={str(folder)!r}: {existing} is a file; choose a folder")
     if not folder.exists():
         return
     names = sorted(entry.name for entry in folder.iterdir())
     if RUN_FILE in names:
         if not _has_header(folder / RUN_FILE):
             raise ConfigError(
-                f"{folder} holds a {RUN_FILE} that `kitout train` has not written: say another output.folder, "
+                f"{folder} holds a {RUN_FILE} that `kitout train` has not written: choose another output.folder, "
                 f"for example {folder / 'out'}"
             )
         return
-    strange = [name for name in names if name not in {METRICS, *DRY_RUN_FILES} and not _is_own_file(name)]
-    if strange:
-        shown = ", ".join(strange[:4]) + (", ..." if len(strange) > 4 else "")
-        raise ConfigError(f"{folder} is no run's folder: it holds {shown}. Say a new or empty output.folder")
+    unexpected = [name for name in names if name not in {METRICS_FILE, *DRY_RUN_FILES} and not _is_own_file(name)]
+    if unexpected:
+        shown = ", ".join(unexpected[:4]) + (", ..." if len(unexpected) > 4 else "")
+        raise ConfigError(f"{folder} is not the folder of a run: it holds {shown}. Choose a new or empty output.folder")
 
 
 def _is_own_file(name: str) -> bool:
     """The lock, its owner, or what a kill has left of a file that was being written."""
-    written = (RUN_FILE, METRICS, RESULTS_FILE, OWNER_FILE, *PREFLIGHT_FILES)
-    return name in {LOCK_FILE, OWNER_FILE} or any(name.startswith(f".{made}.") for made in written)
+    written = (METRICS_FILE, RESULTS_FILE, OWNER_FILE, *DRY_RUN_FILES)
+    return name in {LOCK_FILE, OWNER_FILE} or any(name.startswith(f".{file}.") for file in written)
 
 
 def _has_header(file: Path) -> bool:
@@ -170,32 +187,32 @@ def _has_header(file: Path) -> bool:
 
 
 def _is_same_run(path: Path, config: RunConfig) -> bool:
-    """Whether the folder holds this run; raises if it holds another. What a dry run leaves is no run."""
-    found = (file.relative_to(path) for file in path.rglob("*") if not file.is_dir())
-    if all(str(file) in DRY_RUN_FILES or _is_own_file(file.name) for file in found):
+    """Whether the folder holds this run; ConfigError if it holds another one. What a dry run leaves is no run."""
+    files = (file.relative_to(path) for file in path.rglob("*") if not file.is_dir())
+    if all(str(file) in DRY_RUN_FILES or _is_own_file(file.name) for file in files):
         return False
     try:
-        old = _flat_settings(load(yaml_file.read_yaml(path / RUN_FILE)))
-    except ConfigError as wrong:
+        old = _flat_settings(load(translate(yaml_file.read_yaml(path / RUN_FILE))))
+    except ConfigError as error:
         raise ConfigError(
-            f"the run in {path} cannot be read, it is damaged or of another version (say another output.folder, or "
-            f"delete it): {wrong}"
-        ) from wrong
+            f"the run in {path} cannot be read, it is damaged or of another version (choose another output.folder, or "
+            f"delete it): {error}"
+        ) from error
     new = _flat_settings(config)
-    faults = Errors(ConfigError, f"{path} holds a run of other settings (say another output.folder, or delete it)")
+    errors = Errors(ConfigError, f"{path} holds a run of other settings (choose another output.folder, or delete it)")
     for name in dict.fromkeys([*new, *old]):
-        before, now = old.get(name, ABSENT), new.get(name, ABSENT)
-        if before != now and name not in MAY_DIFFER:
-            faults.add(f"{name}: {_value_text(before)} there, {_value_text(now)} asked for")
-    faults.raise_if_any()
+        old_value, new_value = old.get(name, ABSENT), new.get(name, ABSENT)
+        if old_value != new_value and name not in MAY_DIFFER:
+            errors.add(f"{name}: {_value_text(old_value)} there, {_value_text(new_value)} requested")
+    errors.raise_if_any()
     return True
 
 
 def _flat_settings(config: RunConfig) -> dict[str, Any]:
     """By dotted name, a method's defaults too."""
-    full = config.to_dict()
-    full["method"] |= config.method.model_dump(mode="json")
-    return flatten(full)
+    settings = config.to_dict()
+    settings["method"] |= config.method.model_dump(mode="json")
+    return flatten(settings)
 
 
 def _value_text(value: object) -> str:
@@ -205,12 +222,12 @@ def _value_text(value: object) -> str:
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     """Nested values by dotted name; an empty list or mapping is a value of its own."""
     if isinstance(values, Mapping) and values:
-        inside = {str(key): value for key, value in values.items()}
+        items = {str(key): value for key, value in values.items()}
     elif isinstance(values, list | tuple) and values:
-        inside = {str(i): value for i, value in enumerate(values)}
+        items = {str(i): value for i, value in enumerate(values)}
     else:
         return {prefix: list(values) if isinstance(values, tuple) else values}
-    found: dict[str, Any] = {}
-    for key, value in inside.items():
-        found |= flatten(value, f"{prefix}.{key}" if prefix else key)
-    return found
+    flat: dict[str, Any] = {}
+    for key, value in items.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat

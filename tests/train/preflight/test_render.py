@@ -1,4 +1,4 @@
-"""The pre-flight page says everything, in colour and without, and no text from the data acts on the terminal."""
+"""The pre-flight page shows everything, in color and without, and no text from the data acts on the terminal."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from kitout.train.preflight.render import MAX_BAR_WIDTH, PreflightPage, bar, pag
 HOSTILE = "\x1b[31mred\x1b]0;title\x07 [bold]x[/bold] [/] :smile: \u202eback\x9b2J \r over \x00"
 
 
-def item(masked: int, learnt: int, place: str = "") -> EncodedExample:
-    ids = tuple(range(masked + learnt))
-    return EncodedExample(ids, (IGNORE_INDEX,) * masked + ids[masked:], location=place)
+def item(masked: int, trained: int, location: str = "") -> EncodedExample:
+    ids = tuple(range(masked + trained))
+    return EncodedExample(ids, (IGNORE_INDEX,) * masked + ids[masked:], location=location)
 
 
 PAGE = PreflightPage(
@@ -37,7 +37,7 @@ PAGE = PreflightPage(
 )
 
 
-def coloured(page: PreflightPage, width: int = 100) -> str:
+def colored(page: PreflightPage, width: int = 100) -> str:
     console = Console(force_terminal=True, color_system="truecolor", width=width, file=io.StringIO(), no_color=False)
     print_page(page, console)
     assert isinstance(console.file, io.StringIO)
@@ -45,37 +45,47 @@ def coloured(page: PreflightPage, width: int = 100) -> str:
 
 
 def test_it_says_what_matters() -> None:
-    told = page_text(PAGE)
-    for part in ("tiny", "LoRA(rank=8)", "train", "59", "a.jsonl line 59", "attn.q", "0-3", "8 -> 8", "1,000 values"):
-        assert part in told
+    text = page_text(PAGE)
+    for part in (
+        "tiny",
+        "LoRA(rank=8)",
+        "train",
+        "59",
+        "a.jsonl line 59",
+        "attn.q",
+        "0-3",
+        "8 -> 8",
+        "1,000 trainable parameters",
+    ):
+        assert part in text
     for part in ("12", "3.0 GiB", "1:15 min", "75 s"):
-        assert (part in told) == (part != "1:15 min")
-    assert "! " in told
-    assert "lr is [high]" in told
-    assert "█" in told
+        assert (part in text) == (part != "1:15 min")
+    assert "! " in text
+    assert "lr is [high]" in text
+    assert "█" in text
 
 
-def test_without_colour_there_are_marks_and_no_escapes() -> None:
-    told = page_text(PAGE)
-    assert "User: hi\n Bot: «hello»" in told
-    assert "«learnt»" in told
-    assert "\x1b" not in told
-    assert "\r" not in told
+def test_without_color_there_are_brackets_and_no_escapes() -> None:
+    text = page_text(PAGE)
+    assert "User: hi\n Bot: «hello»" in text
+    assert "«trained on»" in text
+    assert "\x1b" not in text
+    assert "\r" not in text
 
 
-def test_marks_are_never_in_the_text() -> None:
+def test_brackets_are_never_in_the_text() -> None:
     page = replace(PAGE, example=[("a « b ⟧ c", False), ("say ❯ [[x]]", True)])
     assert "««say ❯ [[x]]»»" in page_text(page)
 
 
-def test_with_colour_the_text_stands_as_it_is() -> None:
-    told = coloured(PAGE)
-    assert "\x1b[1;32mhello\x1b[0m" in told
-    assert "«" not in told
-    assert "\x1b[1;32mlearnt" in told
+def test_with_color_the_text_is_unchanged() -> None:
+    text = colored(PAGE)
+    assert "\x1b[1;32mhello\x1b[0m" in text
+    assert "«" not in text
+    assert "\x1b[1;32mtrained on" in text
 
 
-def test_no_color_gets_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_color_gets_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     console = Console(force_terminal=True, width=100, file=io.StringIO())
     print_page(PAGE, console)
@@ -83,8 +93,8 @@ def test_no_color_gets_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "«hello»" in console.file.getvalue()
 
 
-@pytest.mark.parametrize("colour", [True, False])
-def test_text_from_the_data_cannot_act(colour: bool) -> None:
+@pytest.mark.parametrize("color", [True, False])
+def test_text_from_the_data_cannot_act(color: bool) -> None:
     parts = {"train": [item(3, 3, HOSTILE), EncodedExample((1,), (1,))]}
     page = replace(
         PAGE,
@@ -96,25 +106,25 @@ def test_text_from_the_data_cannot_act(colour: bool) -> None:
     labels = replace(
         page, facts=compute_statistics({"train": [EncodedExample((1,), label=0)]}, [HOSTILE, "b"]), warnings=[HOSTILE]
     )
-    plain, clean = coloured(labels) if colour else page_text(labels), coloured(PAGE) if colour else page_text(PAGE)
+    plain, clean = colored(labels) if color else page_text(labels), colored(PAGE) if color else page_text(PAGE)
     assert "[bold]x[/bold] [/] :smile:" in plain
     assert "␛[31mred" in plain
     for sign in ("\x07", "\x9b", "\u202e", "\r", "\x00", "\x1b]", "\x1b[31m"):
         assert sign not in plain
     assert set(_codes(plain)) <= set(_codes(clean)) | {"\x1b[33m"}
-    assert "\x07" not in (coloured(page) if colour else page_text(page))
+    assert "\x07" not in (colored(page) if color else page_text(page))
 
 
-def _codes(told: str) -> list[str]:
-    return ["\x1b[" + part.split("m")[0] + "m" for part in told.split("\x1b[")[1:]]
+def _codes(text: str) -> list[str]:
+    return ["\x1b[" + part.split("m")[0] + "m" for part in text.split("\x1b[")[1:]]
 
 
 def test_long_examples_lose_their_middle() -> None:
     page = replace(PAGE, example=[("x" * 9000, False), ("short answer", True), ("y" * 50, False)])
-    told = page_text(page)
-    assert "characters) ..." in " ".join(told.split())
-    assert "«short answer»" in " ".join(told.split())
-    assert len(told) < 6000
+    text = page_text(page)
+    assert "characters) ..." in " ".join(text.split())
+    assert "«short answer»" in " ".join(text.split())
+    assert len(text) < 6000
     many = replace(PAGE, example=[(f"turn {i} " * 9, i % 2 == 1) for i in range(200)])
     assert "more spans" in " ".join(page_text(many).split())
 
@@ -122,14 +132,14 @@ def test_long_examples_lose_their_middle() -> None:
 def test_labels_and_numbers() -> None:
     names = [f"class {i}" for i in range(30)]
     items = [EncodedExample((1, 2), label=i % 30 if i % 3 else 7) for i in range(300)]
-    told = page_text(replace(PAGE, facts=compute_statistics({"train": items}, names), answer="class 7"))
-    assert "class 7 " in told
-    assert "and 18 more" in told
-    assert "label: «class 7»" in told
-    told = page_text(
+    text = page_text(replace(PAGE, facts=compute_statistics({"train": items}, names), answer="class 7"))
+    assert "class 7 " in text
+    assert "and 18 more" in text
+    assert "label: «class 7»" in text
+    text = page_text(
         replace(PAGE, facts=compute_statistics({"train": [EncodedExample((1,), label=v) for v in (1.0, 2.0)]}))
     )
-    assert "from 1 to 2, 1.5 on average" in told
+    assert "from 1 to 2, 1.5 on average" in text
 
 
 def test_it_fits_narrow_terminals() -> None:

@@ -1,4 +1,4 @@
-"""The heads are the papers', stand where the model's own stands, and travel with the adapter, statistics included."""
+"""Heads are those of the papers, replace the model's own, and are saved with the adapter, statistics included."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from tiny_vision import kit
 
 @pytest.mark.parametrize(("species", "path"), [("dinov2", "classifier"), ("swin", "classifier"), ("timm-vit", "head")])
 @pytest.mark.parametrize("kind", ["linear", "batchnorm"])
-def test_they_stand_where_the_models_own_head_does(species: str, path: str, kind: str) -> None:
-    worn = kit(species)
-    own = worn.base.get_submodule(path)
+def test_they_replace_the_models_own_head(species: str, path: str, kind: str) -> None:
+    classifier_kit = kit(species)
+    own = classifier_kit.base.get_submodule(path)
     assert isinstance(own, nn.Linear)
-    heads = build_heads(copy_heads(worn, (), is_language_model=False), (), 7, 0, kind)
+    heads = build_heads(copy_heads(classifier_kit, (), is_language_model=False), (), 7, 0, kind)
     assert list(heads) == [path]
     assert isinstance(heads[path], nn.Linear) == (kind == "linear")
     assert heads[path](torch.randn(3, own.in_features)).shape == (3, 7)
 
 
 def test_a_head_the_checkpoint_holds_for_as_many_classes_keeps_its_values() -> None:
-    worn = kit()
-    own = worn.base.get_submodule("classifier")
-    found = copy_heads(worn, (), is_language_model=False)
-    assert torch.equal(build_heads(found, (), own.out_features, 0)["classifier"].weight, own.weight)
-    assert not torch.equal(build_heads(found, ("classifier",), own.out_features, 0)["classifier"].weight, own.weight)
+    classifier_kit = kit()
+    own = classifier_kit.base.get_submodule("classifier")
+    heads = copy_heads(classifier_kit, (), is_language_model=False)
+    assert torch.equal(build_heads(heads, (), own.out_features, 0)["classifier"].weight, own.weight)
+    assert not torch.equal(build_heads(heads, ("classifier",), own.out_features, 0)["classifier"].weight, own.weight)
 
 
 def test_the_batch_norm_has_no_gain_and_follows_adaptformers_code() -> None:
@@ -46,9 +46,9 @@ def test_the_batch_norm_has_no_gain_and_follows_adaptformers_code() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "batchnorm"])
 def test_the_seed_decides(kind: str) -> None:
-    found = copy_heads(kit(), (), is_language_model=False)
+    heads = copy_heads(kit(), (), is_language_model=False)
     state = torch.get_rng_state()
-    first, same, other = (build_heads(found, (), 4, seed, kind)["classifier"].state_dict() for seed in (1, 1, 2))
+    first, same, other = (build_heads(heads, (), 4, seed, kind)["classifier"].state_dict() for seed in (1, 1, 2))
     key = [name for name in first if name.endswith("weight")][-1]
     assert torch.equal(first[key], same[key])
     assert not torch.equal(first[key], other[key])
@@ -61,18 +61,18 @@ def test_a_head_that_is_not_linear_has_no_batchnorm() -> None:
 
 
 def test_running_statistics_are_saved_and_restored(tmp_path: Path) -> None:
-    worn, pixels = kit(), torch.randn(6, 3, 32, 32)
-    width = worn.base.get_submodule("classifier").in_features
-    worn.add("a", AdaptFormer(), heads={"classifier": batchnorm_head(width, 3)})
-    worn.eval()
-    worn["a"].train()
-    with worn.use("a"), torch.no_grad():
-        worn(pixels)
-        worn.eval()
-        before = worn(pixels).logits
-    worn.save("a", tmp_path / "a")
-    worn.load(tmp_path / "a", name="b")
-    norm = worn["b"].heads["classifier"].module[0]
+    classifier_kit, pixels = kit(), torch.randn(6, 3, 32, 32)
+    width = classifier_kit.base.get_submodule("classifier").in_features
+    classifier_kit.add("a", AdaptFormer(), heads={"classifier": batchnorm_head(width, 3)})
+    classifier_kit.eval()
+    classifier_kit["a"].train()
+    with classifier_kit.use("a"), torch.no_grad():
+        classifier_kit(pixels)
+        classifier_kit.eval()
+        before = classifier_kit(pixels).logits
+    classifier_kit.save("a", tmp_path / "a")
+    classifier_kit.load(tmp_path / "a", name="b")
+    norm = classifier_kit["b"].heads["classifier"].module[0]
     assert norm.num_batches_tracked == 1
-    with worn.use("b"), torch.no_grad():
-        assert torch.equal(worn(pixels).logits, before)
+    with classifier_kit.use("b"), torch.no_grad():
+        assert torch.equal(classifier_kit(pixels).logits, before)

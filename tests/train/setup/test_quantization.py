@@ -1,4 +1,4 @@
-"""Over a quantised base LoRA and the activation methods learn through the loop, and go on where a run stopped."""
+"""Over a quantized base LoRA and the activation methods train in the loop, and a run resumes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import kitout
 from kitout import IA3, Kit, LoRA
 from kitout.errors import ConfigError
 from kitout.train import checkpoints
-from kitout.train.loop.base_mode import BNB_CPU_FLAG, keep_nf4_trainable, training_mode
+from kitout.train.loop.base_mode import training_mode
 from kitout.train.objectives.causal_lm import CausalLM
 from kitout.train.objectives.lm_head_loss import HeadLoss
+from kitout.train.setup.quantization import BNB_CPU_FLAG, keep_nf4_trainable
 from runtime.test_quantized import bitsandbytes_4, bitsandbytes_8, torchao_int8
 from train.fixtures import add, causal, far, gradients, job, loop_of, losses, texts, trained, values
 from zoo import VOCAB
@@ -29,16 +30,16 @@ KINDS = {"torchao": torchao_int8, "bitsandbytes 8": bitsandbytes_8, "bitsandbyte
 @pytest.mark.parametrize(
     ("kind", "head"), [("torchao", True), ("bitsandbytes 8", True), ("bitsandbytes 4", False), ("bitsandbytes 4", True)]
 )
-def test_adapters_learn_over_a_quantised_base(tmp_path: Path, kind: str, head: bool) -> None:
-    quantise = KINDS[kind]
+def test_adapters_train_over_a_quantized_base(tmp_path: Path, kind: str, head: bool) -> None:
+    quantize = KINDS[kind]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pytest.importorskip(quantise.__name__.split("_")[0])
+        pytest.importorskip(quantize.__name__.split("_")[0])
 
-    def made() -> tuple[Kit, list[object]]:
-        model = quantise(small())
+    def build() -> tuple[Kit, list[object]]:
+        model = quantize(small())
         if head:
-            quantise_head(model, quantise)
+            quantize_head(model, quantize)
         kit = kitout.attach(keep_nf4_trainable(model)).eval()
         names = {"low": LoRA(rank=4, targets="all-linear"), "scale": IA3()}
         for name, method in names.items():
@@ -46,11 +47,11 @@ def test_adapters_learn_over_a_quantised_base(tmp_path: Path, kind: str, head: b
         items = texts(8)
         return kit, [job(name, causal(kit, list(names), items), items, steps=6, batch=4) for name in names]
 
-    kit, jobs = made()
-    assert jobs[0].objective.head.way == ("selected" if head else "one pass")
+    kit, jobs = build()
+    assert jobs[0].objective.head.mode == ("selected" if head else "chunked")
     loop = trained(kit, jobs, tmp_path, save_strategy="steps", save_steps=3)
     assert losses(loop)[-1] < 0.99 * losses(loop)[0]
-    again, others = made()
+    again, others = build()
     second = loop_of(again, others, tmp_path, save_strategy="no")
     second.train(str(checkpoints.list_checkpoints(tmp_path)[0]))
     for name in ("low", "scale"):
@@ -68,26 +69,26 @@ def small() -> nn.Module:
         return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, num_key_value_heads=2)).eval()
 
 
-def test_what_was_measured_before_does_not_cut_the_gradients() -> None:
+def test_an_evaluation_before_does_not_cut_the_gradients() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip("bitsandbytes")
-    items, found = texts(8), {}
-    for measured in (False, True):
+    items, grads = texts(8), {}
+    for is_evaluated in (False, True):
         kit = kitout.attach(keep_nf4_trainable(bitsandbytes_4(small()))).eval()
         add(kit, "low", LoRA(rank=4, targets="all-linear"))
         objective = CausalLM(kit)
-        objective.head = HeadLoss(kit, "one pass")
+        objective.head = HeadLoss(kit, "chunked")
         one = job("low", objective, items, batch=8)
-        if measured:
+        if is_evaluated:
             with torch.no_grad(), kit.use("low"):
                 objective.losses(kit, objective.collate(items, None), torch.ones(8))
         with training_mode(kit, ["low"], False):
-            found[measured] = gradients(kit, [one], 8)
-    assert far(found[True], found[False]) == 0
+            grads[is_evaluated] = gradients(kit, [one], 8)
+    assert far(grads[True], grads[False]) == 0
 
 
-def test_weights_that_were_laid_out_anew_are_refused() -> None:
+def test_repacked_weights_are_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip("bitsandbytes")
@@ -102,9 +103,9 @@ def test_weights_that_were_laid_out_anew_are_refused() -> None:
         pass
 
 
-def quantise_head(model: nn.Module, quantise: Callable[[nn.Module], nn.Module]) -> None:
-    """The zoo's quantisers leave a language model's head alone: by another name it is not."""
+def quantize_head(model: nn.Module, quantize: Callable[[nn.Module], nn.Module]) -> None:
+    """The zoo's quantizers leave a language model's head alone: by another name it is not."""
     holder = nn.Module()
     holder.other = model.lm_head
-    quantise(holder)
+    quantize(holder)
     model.lm_head = holder.other

@@ -26,6 +26,8 @@ class Example(ABC):
 
     location: str = field(default="", compare=False)
     """Where it was read, for messages: "train.jsonl:12"."""
+    source_index: int = field(default=0, compare=False)
+    """Which source of a mixture it came from."""
 
     @abstractmethod
     def source_text(self) -> str:

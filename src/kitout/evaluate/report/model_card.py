@@ -28,16 +28,6 @@ LICENSE_PATTERNS = {  # how a license's own text begins
     "gpl-3.0": r"gnu general public license\s+version 3",
     "agpl-3.0": r"gnu affero general public license\s+version 3",
 }
-HUB_TASKS = {
-    "AutoModelForCausalLM": "text-generation", "AutoModelForSeq2SeqLM": "text2text-generation",
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModelForTokenClassification": "token-classification",
-    "AutoModelForImageClassification": "image-classification",
-}  # fmt: skip
-LOADERS = {
-    "classification": "AutoModelForSequenceClassification", "regression": "AutoModelForSequenceClassification",
-    "multilabel": "AutoModelForSequenceClassification", "tokens": "AutoModelForTokenClassification",
-}  # fmt: skip
 GENERATING_LOADERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 
@@ -76,7 +66,7 @@ def _front_matter(s: RunSummary, comparison: Comparison | None) -> str:
 
     results = [
         EvalResult(
-            task_type=HUB_TASKS.get(_loader_name(s), "other"),
+            task_type=s.hub_task or "other",
             dataset_type=_slug(s.data_name),
             dataset_name=s.data_name,
             metric_type=change.name,
@@ -121,7 +111,7 @@ def _format_score(change: MetricChange, score: Score) -> str:
 
 
 def _loader_name(s: RunSummary) -> str:
-    return s.loader or LOADERS.get(s.task, "AutoModelForCausalLM")
+    return s.loader or "AutoModelForCausalLM"
 
 
 def _usage_section(s: RunSummary) -> str:

@@ -77,6 +77,8 @@ class RunSummary:
     """Whether all adapters have the same test examples."""
     result_plots: Mapping[str, bytes] = field(default_factory=dict)
     """Of results: title -> PNG."""
+    hub_task: str = ""
+    """The run's task by the name that the hub gives it."""
 
     @property
     def best(self) -> str:

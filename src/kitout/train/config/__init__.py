@@ -1,1 +1,1 @@
-"""What a run is told: the schema and how it is read."""
+"""What a run is configured by: the schema, and how it is read."""

@@ -1,7 +1,7 @@
-"""Settings that are fine alone and contradict each other: told before a model is loaded, all at once.
+"""Settings that are fine alone and contradict each other: reported before a model is loaded, all at once.
 
-`contradictions` needs the config alone, `machine` also what this machine has. What needs the model or the data is the
-pre-flight's business.
+`find_conflicts` needs the config alone, `check_machine` also what this machine has. What needs the model or the data is
+the pre-flight's business.
 """
 
 from __future__ import annotations
@@ -12,26 +12,30 @@ from collections.abc import Iterator
 from kitout.errors import ConfigError, Errors
 from kitout.methods import VPT, PromptTuning
 from kitout.train.config.schema import RunConfig
+from kitout.train.objectives.tasks import TASKS
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}  # packages that serve; else the one of its name
-PACKABLE_OBJECTIVES = ("auto", "causal_lm")  # objectives under which several examples can share a row
 
 
 def find_conflicts(config: RunConfig) -> list[str]:
-    """Of one run (not of its jobs). Asked again once "auto" is resolved, it may know more."""
+    """Of one run (not of its jobs). Called again once "auto" is resolved, it may find more."""
     return [*_method_conflicts(config), *_training_conflicts(config), *_image_conflicts(config)]
 
 
 def _image_conflicts(config: RunConfig) -> Iterator[str]:
     data, train = config.data, config.train
-    if config.objective not in ("auto", "image_classification"):
-        for name, said in (("data.augment", data.augment != type(data.augment)()),
-                           ("train.head", train.head != "linear"), ("train.trunk", train.trunk != "off")):  # fmt: skip
-            if said:
+    if config.objective != "auto" and not TASKS[config.objective].reads_images:
+        set_by_user = {
+            "data.augment": data.augment != type(data.augment)(),
+            "train.head": train.head != "linear",
+            "train.trunk": train.trunk != "off",
+        }
+        for name, is_set in set_by_user.items():
+            if is_set:
                 yield f"{name} is for images, not for objective={config.objective}: leave it out"
     if train.head == "batchnorm":
         if train.batch_size < 2:
-            yield "train.head=batchnorm has no variance over one image: say train.batch_size=2 or more"
+            yield "train.head=batchnorm has no variance over one image: choose train.batch_size=2 or more"
         if train.micro_batch_size is not None and train.micro_batch_size < train.batch_size:
             yield (
                 f"train.head=batchnorm takes its statistics over a whole batch: leave train.micro_batch_size="
@@ -40,60 +44,68 @@ def _image_conflicts(config: RunConfig) -> Iterator[str]:
 
 
 def _method_conflicts(config: RunConfig) -> Iterator[str]:
-    name, objective = type(config.method).__name__, config.objective
-    if isinstance(config.method, VPT) and objective not in ("auto", "image_classification"):
-        yield f"method={name} puts tokens among an image's patches; with objective={objective} say method=PromptTuning"
+    name, task = type(config.method).__name__, TASKS.get(config.objective)
+    if isinstance(config.method, VPT) and task is not None and not task.reads_images:
+        yield (
+            f"method={name} puts virtual tokens among an image's patches; with objective={config.objective} choose "
+            "method=PromptTuning"
+        )
     if isinstance(config.method, PromptTuning):
-        if objective == "image_classification":
-            yield f"method={name} puts tokens before a text; with objective=image_classification say method=VPT"
+        if task is not None and task.reads_images:
+            yield (
+                f"method={name} puts virtual tokens before a text; with objective={config.objective} choose method=VPT"
+            )
         if config.train.packing:
-            yield f"train.packing puts several examples in one row, where method={name} has one place for its tokens"
+            yield (
+                f"train.packing puts several examples in one row, where method={name} has one place for its virtual "
+                "tokens"
+            )
 
 
 def _training_conflicts(config: RunConfig) -> Iterator[str]:
     data, train, evaluate = config.data, config.train, config.evaluate
     if config.model.dtype == "float16" and config.model.device == "cpu":
-        yield "model.dtype=float16 overflows in training and is slow on a CPU: say bfloat16, float32 or auto"
+        yield "model.dtype=float16 overflows in training and is slow on a CPU: choose bfloat16, float32 or auto"
     if config.model.attention == "flash_attention_2" and config.model.device == "cpu":
-        yield "model.attention=flash_attention_2 needs a GPU: say auto, or leave model.device out"
+        yield "model.attention=flash_attention_2 needs a GPU: choose auto, or leave model.device out"
     if config.model.attention == "flash_attention_2" and config.model.dtype == "float32":
-        yield "model.attention=flash_attention_2 computes in bfloat16 or float16: model.dtype=float32 cannot be"
-    if train.packing and config.objective not in PACKABLE_OBJECTIVES:
-        yield f"train.packing is for language models (objective=causal_lm), not for objective={config.objective}"
+        yield "model.attention=flash_attention_2 computes in bfloat16 or float16, not in model.dtype=float32"
+    if train.packing and config.objective != "auto" and not TASKS[config.objective].packable:
+        packable = ", ".join(name for name, task in TASKS.items() if task.packable)
+        yield f"train.packing is for language models (objective={packable}), not for objective={config.objective}"
     if train.micro_batch_size is not None and train.micro_batch_size > train.batch_size:
         yield (
             f"train.micro_batch_size={train.micro_batch_size} is more than the "
             f"train.batch_size={train.batch_size} it is a part of"
         )
     if evaluate.prove_merge and train.fsdp:
-        yield "evaluate.prove_merge needs the whole base in every process, and train.fsdp divides it: leave one out"
+        yield "evaluate.prove_merge needs the whole base in every process, and train.fsdp shards it: leave one out"
     if data.streaming and train.steps is None:
-        yield "data.streaming has no end that is known beforehand: say train.steps"
-    watched = data.validation != 0 and evaluate.steps != 0
-    if not watched:
-        why = "data.validation=0" if data.validation == 0 else "evaluate.steps=0"
+        yield "data.streaming has no end that is known beforehand: train.steps is required"
+    if data.validation == 0 or evaluate.steps == 0:
+        cause = "data.validation=0" if data.validation == 0 else "evaluate.steps=0"
         if train.early_stopping_patience is not None:
             yield (
-                f"train.early_stopping_patience={train.early_stopping_patience} waits for a better measurement, "
-                f"and {why} means that there is none"
+                f"train.early_stopping_patience={train.early_stopping_patience} waits for a better evaluation, "
+                f"and {cause} means that there is none"
             )
         if evaluate.best_metric is not None:
             yield (
-                f"evaluate.best_metric={evaluate.best_metric} chooses by measurements, and {why} means that "
+                f"evaluate.best_metric={evaluate.best_metric} chooses by evaluations, and {cause} means that "
                 "there is none"
             )
 
 
 def check_machine(config: RunConfig, has_cuda: bool) -> None:
-    """ConfigError if this machine cannot do what is asked. cuda: whether it has a GPU that torch sees."""
-    faults = Errors(ConfigError, "the run's config on this machine")
+    """ConfigError if this machine cannot do what is requested. has_cuda: whether it has a GPU that torch sees."""
+    errors = Errors(ConfigError, "the run's config on this machine")
     for tracker in config.output.report_to:
         if not any(importlib.util.find_spec(name) for name in TRACKERS.get(tracker, (tracker,))):
-            faults.add(f"output.report_to={tracker}: it is not installed here: pip install {tracker}, or leave it out")
+            errors.add(f"output.report_to={tracker}: it is not installed: pip install {tracker}, or leave it out")
     if config.model.device == "cuda" and not has_cuda:
-        faults.add("model.device=cuda, but torch sees no GPU here: say cpu or auto")
+        errors.add("model.device=cuda, but torch sees no GPU here: choose cpu or auto")
     elif config.model.device == "auto" and not has_cuda:
-        alone = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})
-        for fault in find_conflicts(alone):
-            faults.add(f"{fault} (torch sees no GPU here)" if fault.startswith("model.") else fault)
-    faults.raise_if_any()
+        on_cpu = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})
+        for conflict in find_conflicts(on_cpu):
+            errors.add(f"{conflict} (torch sees no GPU here)" if conflict.startswith("model.") else conflict)
+    errors.raise_if_any()

@@ -30,7 +30,7 @@ TYPES: dict[Any, str] = {
 AUGMENTATION_TITLE = "augmentation"
 SIGNS = ((Gt, ">", "gt"), (Ge, ">=", "ge"), (Lt, "<", "lt"), (Le, "<=", "le"))
 
-# What the example says; all else stands there as a comment with its default.
+# What the example sets; every other setting is a comment with its default.
 EXAMPLE_VALUES: dict[str, Any] = {
     "model.name": "smollm2-135m",
     "data.train": [{"path": "train.jsonl"}],
@@ -42,38 +42,45 @@ EXAMPLE_VALUES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class SettingDoc:
-    """kind: the type in words, with its limits. default: as YAML has it; "" if it must be said."""
+    """One setting in words."""
 
     name: str
+    """Without its section."""
     kind: str
+    """The type in words, with its limits."""
     default: str
+    """As YAML has it; "" if the setting is required."""
     text: str
+    """What it does."""
 
 
 @dataclass(frozen=True)
 class SectionDoc:
-    """name: "" for what belongs to none."""
+    """One section of the config in words."""
 
     name: str
+    """Dotted; "" for the settings that belong to no section."""
     text: str
+    """What it is about."""
     settings: tuple[SettingDoc, ...]
+    """In order."""
 
 
 def sections() -> tuple[SectionDoc, ...]:
-    """The run's, in order; a section within a section after it."""
-    found: list[SectionDoc] = []
-    loose: list[SettingDoc] = []
+    """The sections of a run, in order; a section within a section after it."""
+    docs: list[SectionDoc] = []
+    top_level: list[SettingDoc] = []
     for name, info in RunConfig.model_fields.items():
         inner = _section_model(info.annotation)
         if inner is None or inner is JobConfig:
-            loose.append(_setting_doc(name, info))
+            top_level.append(_setting_doc(name, info))
         if inner is not None:
             repeated = ".0" if inner is JobConfig else ""
-            found.append(SectionDoc(name + repeated, _doc_text(inner), tuple(_setting_docs(inner))))
+            docs.append(SectionDoc(name + repeated, _doc_text(inner), tuple(_setting_docs(inner))))
         if name == "data":
-            found.append(SectionDoc("data.train.0", _doc_text(SourceConfig), tuple(_setting_docs(SourceConfig))))
-            found.append(SectionDoc("data.augment", _doc_text(AugmentConfig), tuple(_setting_docs(AugmentConfig))))
-    return (SectionDoc("", _doc_text(RunConfig), tuple(loose)), *found)
+            docs.append(SectionDoc("data.train.0", _doc_text(SourceConfig), tuple(_setting_docs(SourceConfig))))
+            docs.append(SectionDoc("data.augment", _doc_text(AugmentConfig), tuple(_setting_docs(AugmentConfig))))
+    return (SectionDoc("", _doc_text(RunConfig), tuple(top_level)), *docs)
 
 
 def _setting_docs(section: type[BaseModel]) -> Iterator[SettingDoc]:
@@ -88,7 +95,7 @@ def _setting_doc(name: str, info: FieldInfo) -> SettingDoc:
 
 
 def _section_model(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field is, or holds several of."""
+    """The section that a field holds, or holds several of."""
     inner = get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
     return inner if isinstance(inner, type) and issubclass(inner, BaseModel) and inner is not Method else None
 
@@ -131,14 +138,14 @@ def default_text(value: Any) -> str:
 
 
 def example_yaml() -> str:
-    """A run.yaml to begin with: what most runs say, and every other setting as a comment with its default."""
+    """A run.yaml to begin with: what most runs set, and every other setting as a comment with its default."""
     lines = [
         "# A run of kitout:  kitout train run.yaml",
-        "# Words stand behind '# '; a setting behind '#' has its default: take the sign off to change it.",
+        "# Text follows '# '; a setting after '#' has its default: remove the '#' to change it.",
     ]
     for section in sections():
         if section.name == "":
-            loose = section.settings
+            top_level = section.settings
         elif section.name == "data.train.0":
             source = section  # written within data
         elif section.name == "data.augment":  # written within data, as it is the last that is
@@ -147,18 +154,18 @@ def example_yaml() -> str:
         elif section.name == "jobs.0":
             lines += [
                 "",
-                *_comment_lines(next(s.text for s in loose if s.name == "jobs"), ""),
+                *_comment_lines(next(s.text for s in top_level if s.name == "jobs"), ""),
                 "#jobs:",
                 "#  - name: first",
             ]
         else:
             lines += ["", *_comment_lines(section.text, ""), f"{section.name}:", *_section_lines(section)]
             if section.name == "model":
-                lines += _method_lines(next(s for s in loose if s.name == "method"))
+                lines += _method_lines(next(s for s in top_level if s.name == "method"))
         if section.name == "data.train.0":
             at = next(i for i, line in enumerate(lines) if line == "    - path: train.jsonl")
             lines[at + 1 : at + 1] = list(_comment_out(source.settings[1:], "      "))
-            lines += ["", *_setting_lines(next(s for s in loose if s.name == "objective"), "", None)]
+            lines += ["", *_setting_lines(next(s for s in top_level if s.name == "objective"), "", None)]
     return "\n".join(lines) + "\n"
 
 
@@ -168,8 +175,8 @@ def _method_lines(method: SettingDoc) -> Iterator[str]:
     yield ""
     yield from _comment_lines(method.text, "")
     yield from ("method:", f"  name: {method.default}", "  rank: 8")
-    made = LoRA()
-    yield from (f"  #{name}: {default_text(getattr(made, name))}" for name in LoRA.model_fields if name != "rank")
+    defaults = LoRA()
+    yield from (f"  #{name}: {default_text(getattr(defaults, name))}" for name in LoRA.model_fields if name != "rank")
 
 
 def _section_lines(section: SectionDoc) -> Iterator[str]:
@@ -183,8 +190,8 @@ def _comment_out(settings: tuple[SettingDoc, ...], indent: str) -> Iterator[str]
 
 
 def _setting_lines(setting: SettingDoc, indent: str, given: Any) -> Iterator[str]:
-    told = "|" in setting.kind and setting.kind != type_text(bool)  # the default shows the type of the others
-    yield from _comment_lines(f"{setting.text} ({setting.kind})" if told else setting.text, indent)
+    is_choice = "|" in setting.kind and setting.kind != type_text(bool)  # the default shows the type of the others
+    yield from _comment_lines(f"{setting.text} ({setting.kind})" if is_choice else setting.text, indent)
     if isinstance(given, list):
         yield f"{indent}{setting.name}:"
         yield from (f"{indent}  - {name}: {value}" for one in given for name, value in one.items())

@@ -1,22 +1,23 @@
-"""What pydantic finds wrong with a config, in words that help: the setting's dotted name, the value found, the fix.
+"""pydantic's errors in words that help: the setting's dotted name, the value, what to write instead.
 
-A value that fits none of several types is one fault, not one for each; an unknown setting names the closest known one.
-It knows no config but by its model's fields.
+A value that fits none of several types is one error, not one for each; a setting that is not known names the closest
+one, or what it is called now. It knows no config but by its model's fields.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from kitout.errors import suggest
+from kitout.train.config.renamed_keys import RENAMED_OBJECTIVES, new_key
 
 MAX_MESSAGE_CHARS = 600
-JOIN = "\n  - "  # between the faults of one validator
+JOIN = "\n  - "  # between the errors of one validator
 
-EXPECTED = {  # by the beginning of pydantic's name for the fault
+EXPECTED = {  # by the beginning of pydantic's name for the error
     "int_": "a whole number",
     "float_": "a number",
     "bool_": "true or false",
@@ -36,68 +37,76 @@ EXPECTED = {  # by the beginning of pydantic's name for the fault
 
 
 def explain(validation_error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Every fault once, in order."""
-    lines: list[str] = []
-    expected: dict[str, tuple[list[str], str]] = {}  # of several types, by place
+    """Every error once, in the order of the settings."""
+    by_location: dict[str, list[Any]] = {}
+    sections: dict[str, type[BaseModel]] = {}
     for error in validation_error.errors(include_url=False):
-        place, section = _named_location(error["loc"], model)
+        location, section = _named_location(error["loc"], model)
+        by_location.setdefault(location, []).append(error)
+        sections[location] = section
+    messages = (
+        message
+        for location, errors in by_location.items()
+        for message in _messages_at(location, errors, sections[location])
+    )
+    return [message[:MAX_MESSAGE_CHARS] for message in messages]
+
+
+def _messages_at(location: str, errors: Sequence[Any], section: type[BaseModel]) -> Iterator[str]:
+    """The messages of one setting. Errors of a type are one message: the value may be of any of several types."""
+    type_errors = []
+    for error in errors:
         if error["type"] == "missing":
-            lines.append(f"{place}: must be said")
+            yield f"{location}: is required"
         elif error["type"] == "extra_forbidden":
-            lines.append(
-                f"{place}: there is no such setting; {suggest(place.rpartition('.')[2], section.model_fields)}"
-            )
+            renamed = new_key(location)
+            hint = suggest(location.rpartition(".")[2], section.model_fields)
+            yield f"{location}: is now {renamed}" if renamed else f"{location}: there is no such setting; {hint}"
         elif error["type"] == "value_error":
-            lines += _validator_errors(place, error["msg"].removeprefix("Value error, "))
+            yield from _validator_errors(location, error["msg"].removeprefix("Value error, "))
         else:
-            if place not in expected:
-                lines.append(place)  # its words come when all its types are known
-            expected.setdefault(place, ([], repr(error["input"])))[0].append(_expected(error))
-    return [
-        _expectation_line(line, *expected[line]) if line in expected else line[:MAX_MESSAGE_CHARS] for line in lines
-    ]
+            type_errors.append(error)
+    if not type_errors:
+        return
+    value = type_errors[0]["input"]
+    if location == "objective" and value in tuple(RENAMED_OBJECTIVES):
+        yield f"{location}: {value!r} is now {RENAMED_OBJECTIVES[value]!r}"
+    else:
+        yield f"{location}: expected {' or '.join(dict.fromkeys(map(_expected, type_errors)))}, found {value!r}"
 
 
 def _validator_errors(location: str, message: str) -> Iterator[str]:
-    """Faults that a validator of ours has found: in the place's own settings, or in the place itself."""
+    """Errors that a validator of ours reports: of the location's own settings, or of the location itself."""
     for part in message.split(JOIN):
-        inner = part.split(":", 1)[0]
-        deeper = ":" in part and inner.replace(".", "_").isidentifier()
-        yield f"{location}.{part}" if location and deeper else f"{location}: {part}" if location else part
+        first_word = part.split(":", 1)[0]
+        is_setting = ":" in part and first_word.replace(".", "_").isidentifier()
+        yield f"{location}.{part}" if location and is_setting else f"{location}: {part}" if location else part
 
 
 def _expected(error: Any) -> str:
-    for beginning, words in EXPECTED.items():
-        if error["type"].startswith(beginning):
-            return words.format(**error.get("ctx", {}))
+    for prefix, text in EXPECTED.items():
+        if error["type"].startswith(prefix):
+            return text.format(**error.get("ctx", {}))
     return str(error["msg"])
 
 
-def _expectation_line(location: str, expected: list[str], given: str) -> str:
-    return f"{location}: expected {' or '.join(dict.fromkeys(expected))}, found {given}"[:MAX_MESSAGE_CHARS]
-
-
 def _named_location(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, type[BaseModel]]:
-    """The dotted name without pydantic's marks for the members of a union, and the section it lies in."""
+    """The dotted name without pydantic's marks for the members of a union, and the section it belongs to."""
     names: list[str] = []
     section: type[BaseModel] | None = model
-    inside, annotation = model, None
+    innermost, annotation = model, None
     for part in location:
         if isinstance(part, int):
             names.append(str(part))
         elif section is not None:
             names.append(part)
-            inside = section
+            innermost = section
             field = section.model_fields.get(part)
             annotation = None if field is None else field.annotation
-            section = _model_in(annotation)
+            section = next((cls for cls in _classes_in(annotation) if issubclass(cls, BaseModel)), None)
         elif get_origin(annotation) is dict:
             names.append(part)
-    return ".".join(names), inside
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    return next((kind for kind in _classes_in(annotation) if issubclass(kind, BaseModel)), None)
+    return ".".join(names), innermost
 
 
 def _classes_in(annotation: Any) -> Iterator[type]:

@@ -18,15 +18,15 @@ from kitout.train.config.schema import RunConfig
 
 def load(values: Mapping[str, Any]) -> RunConfig:
     """A checked config from plain values (YAML, JSON, a form). ConfigError names every error at once."""
-    faults = Errors(ConfigError, "the run's config")
+    errors = Errors(ConfigError, "the run's config")
     try:
         config = RunConfig.model_validate(dict(values))
-    except ValidationError as wrong:
-        for fault in explain(wrong, RunConfig):
-            faults.add(fault)
-        faults.raise_if_any()
+    except ValidationError as error:
+        for message in explain(error, RunConfig):
+            errors.add(message)
+        errors.raise_if_any()
         raise
-    for fault in dict.fromkeys(fault for run in config.per_job() for fault in find_conflicts(run)):
-        faults.add(fault)
-    faults.raise_if_any()
+    for conflict in dict.fromkeys(conflict for run in config.per_job() for conflict in find_conflicts(run)):
+        errors.add(conflict)
+    errors.raise_if_any()
     return config

@@ -1,4 +1,4 @@
-"""A Method as a config says it: by its name, or its name with settings; and the schema that a form shows for it.
+"""A Method as a config has it: by its name, or its name with settings; and the schema that a form shows for it.
 
 It knows every registered method by its class alone.
 """
@@ -27,18 +27,18 @@ def parse_method(value: Any) -> Method:
     settings = {"name": value} if isinstance(value, str) else {str(key): v for key, v in value.items()}
     name = settings.pop("name", "LoRA")
     if name not in REGISTRY:
-        near = [known for known in REGISTRY if known.lower() == str(name).lower()]
-        raise ValueError(f"there is no method {name!r}: {suggest(near[0] if near else str(name), REGISTRY)}")
+        same = [known for known in REGISTRY if known.lower() == str(name).lower()]
+        raise ValueError(f"there is no method {name!r}: {suggest(same[0] if same else str(name), REGISTRY)}")
     known = REGISTRY[name].model_fields
-    strange = [f"{word}: {name} has no such setting; {suggest(word, known)}" for word in settings if word not in known]
+    errors = [f"{key}: {name} has no such setting; {suggest(key, known)}" for key in settings if key not in known]
     try:
-        made = REGISTRY[name](**{word: v for word, v in settings.items() if word in known})
-    except ConfigError as wrong:
-        inner = wrong.__context__
-        strange += explain(inner, REGISTRY[name]) if isinstance(inner, ValidationError) else [str(wrong)]
-    if strange:
-        raise ValueError(JOIN.join(strange))
-    return made
+        method = REGISTRY[name](**{key: v for key, v in settings.items() if key in known})
+    except ConfigError as error:
+        cause = error.__context__
+        errors += explain(cause, REGISTRY[name]) if isinstance(cause, ValidationError) else [str(error)]
+    if errors:
+        raise ValueError(JOIN.join(errors))
+    return method
 
 
 def method_to_dict(method: Method) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def method_to_dict(method: Method) -> dict[str, Any]:
 
 
 class _MethodSchema:
-    """Of any method: one object for each, told apart by its name."""
+    """Of any method: one object for each, discriminated by its name."""
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {

@@ -1,30 +1,26 @@
 """A run in one object: model, method, data, objective, training, evaluation and output, checked as a whole.
 
 The same schema serves Python, YAML, the command line and a form: `RunConfig.model_json_schema()`. Frozen and keyword
-only; every fault is told at once. It opens no file and knows no model: what it cannot know alone is checked by the
+only; every error is reported at once. It opens no file and knows no model: what it cannot check alone is checked by the
 pre-flight.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kitout.runtime.build_adapter import ADAPTER_NAME_PATTERN
 from kitout.train.config.method_field import MethodField, method_to_dict, parse_method
+from kitout.train.objectives.tasks import TASKS
 
-ObjectiveName = Literal[
-    "auto",
-    "causal_lm",
-    "classification",
-    "regression",
-    "multilabel",
-    "token_classification",
-    "seq2seq_lm",
-    "image_classification",
-]
+if TYPE_CHECKING:
+    ObjectiveName: TypeAlias = str
+else:  # pydantic reads the names from the table of tasks
+    OBJECTIVES = ("auto", *TASKS)
+    ObjectiveName = Literal[OBJECTIVES]
 
 
 def check_name(value: str) -> str:
@@ -37,7 +33,7 @@ AdapterName: TypeAlias = Annotated[str, AfterValidator(check_name)]
 
 
 class ConfigSection(BaseModel):
-    """One part of the config: frozen, keyword only, nothing unknown."""
+    """One section of the config: frozen, keyword only, nothing unknown."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -46,44 +42,45 @@ class ModelConfig(ConfigSection):
     """The frozen base."""
 
     name: str
-    """A folder, a name on the Hugging Face hub, or an embedded model (`kitout assets list`)."""
+    """A folder, a name on the Hugging Face hub, or a built-in model (`kitout assets list`)."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the frozen weights; auto: bfloat16 where the machine computes in it, else float32. Adapters stay float32."""
+    """Of the frozen weights; auto: bfloat16 where the machine is faster in it, else float32; decided once for a run.
+    Adapters stay float32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     """auto: the model's own choice; on a CPU with texts below 256 tokens plain (eager), which trains faster there."""
     quantization: Literal["none", "nf4", "int8", "torchao-int8"] = "none"
     """nf4 and int8: bitsandbytes; torchao-int8: weight only. LoRA and the activation methods train over them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where it is computed; auto: on a GPU if there is one."""
+    """Where it runs; auto: on a GPU if there is one."""
 
 
 class SourceConfig(ConfigSection):
-    """One set of examples, in a mixture with others or alone: then `data.train.limit` says it too, without a number."""
+    """One set of examples, alone or in a mixture. Of one alone the number may be left out: `data.train.limit`."""
 
     path: str
-    """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder, an embedded set (`kitout assets list`) or a name on
-    the hub (`owner/name:config`); `#500` behind it: its first 500 rows alone."""
+    """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder, a built-in set (`kitout assets list`) or a name on
+    the hub (`owner/name:config`); `#500` behind it: its first 500 rows only."""
     weight: float = Field(default=1.0, gt=0)
-    """Its share in a mixture: 2 is drawn twice as often as 1, relative to its size."""
+    """Its weight in a mixture: 2 is sampled twice as often as 1, relative to its size."""
     format: str = "auto"
     """auto, or a format by name (`kitout train --help` lists them)."""
     columns: dict[str, str] = {}
-    """What a column is called that cannot be told: {"text": "body", "label": "stars"}."""
+    """Names of columns that are not recognized: {"text": "body", "label": "stars"}."""
     system_prompt: str | None = None
     """A system turn for every example; labelled texts become chats whose answer is the label, for language models."""
     limit: int | None = Field(default=None, gt=0)
-    """At most so many examples of each part, drawn by the seed."""
+    """At most so many examples of each split, sampled by the seed."""
 
 
 class AugmentConfig(ConfigSection):
-    """Random changes to training images, drawn anew each time by the seed; needs kornia."""
+    """Random changes to training images, sampled each time by the seed; needs kornia."""
 
     min_crop: float = Field(default=1.0, ge=0.01, le=1)
-    """The smallest share of an image's area that a random crop keeps; 1: no crop."""
+    """The smallest fraction of an image's area that a random crop keeps; 1: no crop."""
     horizontal_flip: bool = False
-    """Half of the images are mirrored left to right; not for digits or letters."""
+    """Half of the images are flipped left to right; not for digits or letters."""
     rotate: float = Field(default=0.0, ge=0, le=180)
     """Degrees of rotation at most, either way."""
     color_jitter: float = Field(default=0.0, ge=0, le=1)
@@ -91,24 +88,24 @@ class AugmentConfig(ConfigSection):
 
 
 class DataConfig(ConfigSection):
-    """What is learnt from, and what is measured on."""
+    """What is trained on, and what is measured on."""
 
     train: tuple[SourceConfig, ...]
     """One source or a list of them: a path alone, or path with its own weight, format, columns, limit."""
     validation: str | float | int = 0.05
-    """A file of its own, a share of train, or a number of examples; watched during training. 0: none."""
+    """A file of its own, a fraction of train, or a number of examples; evaluated during training. 0: none."""
     test: str | float | int = 0.1
-    """A file of its own, a share of train, or a number of examples; measured once, at the end. 0: none."""
+    """A file of its own, a fraction of train, or a number of examples; evaluated once, at the end. 0: none."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which turns are learnt: the assistant's, its last alone, or every token."""
+    """Which tokens are trained on: the assistant's turns, its last turn only, or every token."""
     chat_template_kwargs: dict[str, Any] = {}
-    """What the chat template is told besides the turns: {"enable_thinking": false}."""
+    """Arguments of the chat template besides the turns: {"enable_thinking": false}."""
     labels: tuple[str, ...] | None = None
-    """The closed set of labels, in order; default: those of the training part."""
+    """The closed set of labels, in order; default: those of the train split."""
     max_length: int = Field(default=1024, gt=1)
-    """Tokens of one example at most; a longer one loses the front of its context, never its answer, if that fits."""
+    """Tokens of one example at most; truncation takes the front of its context, never its answer, if that fits."""
     streaming: bool = False
-    """Read the training set as it is learnt from, never whole in memory; needs train.steps."""
+    """Read the training set while training, never whole in memory; needs train.steps."""
     image_size: int | None = Field(default=None, gt=0)
     """Pixels of a side, for images; default: the model's own."""
     augment: AugmentConfig = AugmentConfig()
@@ -119,10 +116,10 @@ class DataConfig(ConfigSection):
     @field_validator("train", mode="before")
     @classmethod
     def _parse_sources(cls, value: Any) -> Any:
-        listed = value if isinstance(value, list | tuple) else [value]
-        if not listed:
-            raise ValueError("say at least one source: a path, or a list of sources")
-        return tuple({"path": str(v)} if isinstance(v, str | Path) else v for v in listed)
+        sources = value if isinstance(value, list | tuple) else [value]
+        if not sources:
+            raise ValueError("expected at least one source: a path, or a list of sources")
+        return tuple({"path": str(v)} if isinstance(v, str | Path) else v for v in sources)
 
     @field_validator("augment", mode="before")
     @classmethod
@@ -134,8 +131,8 @@ class DataConfig(ConfigSection):
     @classmethod
     def _labels_as_text(cls, value: Any) -> Any:
         """A label that reads like a number is a word all the same."""
-        listed = isinstance(value, list | tuple)
-        return [str(v) if type(v) in (int, float) else v for v in value] if listed else value
+        is_list = isinstance(value, list | tuple)
+        return [str(v) if type(v) in (int, float) else v for v in value] if is_list else value
 
     @field_validator("labels")
     @classmethod
@@ -153,14 +150,14 @@ class DataConfig(ConfigSection):
     @classmethod
     def _check_fraction(cls, value: str | float) -> str | float:
         if isinstance(value, float) and not (0 <= value < 1 or value.is_integer()):
-            raise ValueError("a share lies between 0 and 1; a number of examples is a whole number")
+            raise ValueError("a fraction is between 0 and 1; a number of examples is a whole number")
         if not isinstance(value, str) and value < 0:
             raise ValueError("expected 0 or more")
         return int(value) if isinstance(value, float) and value >= 1 else value
 
 
 class TrainConfig(ConfigSection):
-    """How it is learnt."""
+    """How it is trained."""
 
     lr: float | None = Field(default=None, gt=0)
     """Learning rate of AdamW; default: the method's own (`kitout methods`)."""
@@ -169,33 +166,33 @@ class TrainConfig(ConfigSection):
     head: Literal["linear", "batchnorm"] = "linear"
     """The classifier of an image model: linear, or linear after a BatchNorm without gain and shift (AdaptFormer's)."""
     loraplus_lr_ratio: float = Field(default=1.0, gt=0)
-    """LoRA+: the rate of B over the rate of A (Hayou et al. 2024 use 16)."""
+    """LoRA+: the learning rate of B over that of A (Hayou et al. 2024 use 16)."""
     weight_decay: float | None = Field(default=None, ge=0)
-    """Weight decay, kept off scales, shifts, biases and prompts; default: the method's own."""
+    """Weight decay, not of scales, shifts, biases and virtual tokens; default: the method's own."""
     epochs: float = Field(default=1.0, gt=0)
-    """Passes over the training part; a part of one is fine."""
+    """Passes over the train split; a fraction of one is fine."""
     steps: int | None = Field(default=None, gt=0)
-    """Optimiser steps, instead of epochs."""
+    """Optimizer steps, instead of epochs."""
     batch_size: int = Field(default=16, gt=0)
-    """Examples of one optimiser step, over all processes. The result depends on it."""
+    """Examples of one optimizer step, over all processes. The result depends on it."""
     micro_batch_size: int | None = Field(default=None, gt=0)
     """Examples of one forward; default: the whole batch on a GPU, on a CPU as many as keep it busy. It is halved when
     memory runs out. Changes cost, not the result."""
     warmup_ratio: float = Field(default=0.06, ge=0, lt=1)
-    """The part of the run in which the rate rises."""
+    """The fraction of the run that is linear warmup."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """After the rise."""
+    """Of the learning rate after warmup."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Largest norm of one step's gradient."""
+    """Gradients of a step are clipped to this norm."""
     group_by_length: bool = True
-    """Batches of like lengths, in an order drawn by the seed: less padding."""
+    """Batches of similar lengths, in an order sampled by the seed: less padding."""
     packing: bool = False
-    """Several examples in one row, none of which sees another; tried on this model before training starts."""
+    """Several examples in one row, none of which attends to another; tested on this model before training starts."""
     activation_checkpointing: bool = False
-    """Activations are computed again in backward: less memory, about a fifth slower."""
+    """Activations are recomputed in backward: less memory, about a fifth slower."""
     trunk: Literal["auto", "off"] = "off"
-    """auto: what an image model computes before the first trained part is computed once per image and kept in memory
-    (up to 2 GiB), where nothing is augmented. Equal but for rounding."""
+    """auto: what an image model computes before the first trained module is computed once per image and cached in
+    memory (up to 2 GiB), where nothing is augmented. Equal but for rounding."""
     early_stopping_patience: int | None = Field(default=None, gt=0)
     """Stops after so many evaluations without a better one."""
     save_steps: int | None = Field(default=None, gt=0)
@@ -203,28 +200,28 @@ class TrainConfig(ConfigSection):
     keep_checkpoints: int = Field(default=2, gt=0)
     """Checkpoints kept, besides the best."""
     fsdp: bool = False
-    """With several processes: the frozen base is parted among them (FSDP2), not copied."""
+    """With several processes: the frozen base is sharded over them (FSDP2), not copied."""
     seed: int = 0
-    """Of the adapter's start, the order of examples and dropout."""
+    """Of the adapter's initial values, the order of examples and dropout."""
 
 
 class EvaluateConfig(ConfigSection):
     """What is measured, and when."""
 
     steps: int | None = Field(default=None, ge=0)
-    """Steps between evaluations on the validation part; default: about five in a run. 0: none."""
+    """Steps between evaluations on the validation split; default: about five in a run. 0: none."""
     generate_examples: int = Field(default=32, ge=0)
-    """Validation examples that are answered in full at each evaluation (language models). 0: loss alone."""
+    """Validation examples whose answers are generated at each evaluation (language models). 0: loss only."""
     max_new_tokens: int | None = Field(default=None, gt=0)
-    """Of a generated answer; default: twice the longest one that is right, at most 256."""
+    """Of a generated answer; default: twice the longest reference, at most 256."""
     max_test_examples: int = Field(default=1000, gt=0)
-    """Test examples measured at the end, at most, on the base and on the adapter."""
+    """Test examples evaluated at the end, at most, on the base and on the adapter."""
     show_examples: int = Field(default=8, ge=0)
-    """Examples shown side by side."""
+    """Test examples shown side by side."""
     best_metric: str | None = None
-    """The metric by which the best checkpoint is kept; default: the loss on the validation part."""
+    """The metric by which the best checkpoint is kept; default: the loss on the validation split."""
     prove_merge: bool = False
-    """After training: merge the adapter, ask test examples again, unmerge it, and compare the base bit by bit."""
+    """After training: merge the adapter, run test examples again, unmerge it, and compare the base bit by bit."""
 
 
 class OutputConfig(ConfigSection):
@@ -239,16 +236,16 @@ class OutputConfig(ConfigSection):
 
 
 class JobConfig(ConfigSection):
-    """One of several adapters trained at once on one base; what is not said is as in the run."""
+    """One of several adapters trained at once on one base; settings that are left out are the run's."""
 
     name: AdapterName
     """Of its adapter."""
     method: MethodField | None = None
     """What is trained."""
     data: DataConfig | None = None
-    """What it is learnt from."""
+    """What it is trained on."""
     train: TrainConfig | None = None
-    """How: what is not said here is as in the run."""
+    """How: settings that are left out are the run's."""
 
     @field_validator("method", mode="before")
     @classmethod
@@ -269,14 +266,14 @@ class RunConfig(ConfigSection):
     method: MethodField = Field(default_factory=lambda: parse_method("LoRA"))
     """What is trained: a name, or a name and settings (`kitout methods` lists them)."""
     data: DataConfig
-    """What is learnt from, or its path alone."""
+    """What is trained on, or its path alone."""
     objective: ObjectiveName = "auto"
     """auto: by the data (answers: causal_lm or seq2seq_lm, as the model is; labels: classification; ...)."""
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     output: OutputConfig = OutputConfig()
     jobs: tuple[JobConfig, ...] = ()
-    """Several adapters at once, each with its own data, method and rate; empty: one, as the run says."""
+    """Several adapters at once, each with its own data, method and learning rate; empty: one, by the settings above."""
 
     @field_validator("model", mode="before")
     @classmethod
@@ -307,18 +304,20 @@ class RunConfig(ConfigSection):
         return self
 
     def per_job(self) -> tuple[RunConfig, ...]:
-        """Each job as the run of its own that it stands for; the run itself where there are none."""
+        """Each job as a run of its own; the run itself where there are no jobs."""
         return tuple(self._run_of_job(job) for job in self.jobs) or (self,)
 
     def _run_of_job(self, job: JobConfig) -> RunConfig:
-        """Settings that the job has not said are the run's."""
-        said: dict[str, Any] = {"jobs": (), "output": self.output.model_copy(update={"name": job.name})}
+        """Settings that the job leaves out are the run's."""
+        changes: dict[str, Any] = {"jobs": (), "output": self.output.model_copy(update={"name": job.name})}
         if job.method is not None:
-            said["method"] = job.method
+            changes["method"] = job.method
         for name, section, own in (("data", self.data, job.data), ("train", self.train, job.train)):
             if own is not None:
-                said[name] = section.model_copy(update={field: getattr(own, field) for field in own.model_fields_set})
-        return self.model_copy(update=said)
+                changes[name] = section.model_copy(
+                    update={field: getattr(own, field) for field in own.model_fields_set}
+                )
+        return self.model_copy(update=changes)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, the way `load` reads them: what run.yaml holds."""

@@ -20,7 +20,7 @@ from kitout.errors import ConfigError
 
 
 class _YamlConstructor(SafeConstructor):
-    """Dates, `=` and 1_000 stay strings, as YAML 1.2 has it: a model or a folder may be named so, no setting is one."""
+    """Dates, `=` and 1_000 stay strings, as in YAML 1.2: a model or a folder may be named so, no setting is one."""
 
     def construct_yaml_int(self, node: Any) -> Any:
         return node.value if "_" in node.value else super().construct_yaml_int(node)
@@ -52,33 +52,33 @@ def _yaml_parser() -> YAML:
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """The value a text holds. name: what it is called in an error, which gives line and column."""
+    """The value of a text. name: of the text in an error, which gives line and column."""
     try:
         return _yaml_parser().load(text)
-    except MarkedYAMLError as wrong:
-        mark = wrong.problem_mark or wrong.context_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        shown = (text.split("\n")[mark.line : mark.line + 1] or [""])[0].strip() if mark else ""
-        said = ": ".join(filter(None, (wrong.context, wrong.problem)))
-        raise ConfigError(f"{name}{place}: {said}" + (f"\n    {shown[:100]}" if shown else "")) from wrong
-    except YAMLError as wrong:  # bytes that YAML has no use for
-        raise ConfigError(f"{name}: not YAML ({' '.join(str(wrong).split())})") from wrong
-    except (RecursionError, ValueError) as wrong:
-        raise ConfigError(f"{name}: not YAML that can be read ({str(wrong)[:200]})") from wrong
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        location = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        line = (text.split("\n")[mark.line : mark.line + 1] or [""])[0].strip() if mark else ""
+        message = ": ".join(filter(None, (error.context, error.problem)))
+        raise ConfigError(f"{name}{location}: {message}" + (f"\n    {line[:100]}" if line else "")) from error
+    except YAMLError as error:  # bytes that YAML does not allow
+        raise ConfigError(f"{name}: not YAML ({' '.join(str(error).split())})") from error
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(f"{name}: not YAML that can be read ({str(error)[:200]})") from error
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     if not file.is_file():
-        near = sorted(p.name for p in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
-        what = "is a folder, not a file" if file.is_dir() else "is not there"
-        raise ConfigError(f"{file} {what}" + (f"; beside it: {', '.join(near[:8])}" if near else ""))
+        others = sorted(p.name for p in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
+        problem = "is a folder, not a file" if file.is_dir() else "is not there"
+        raise ConfigError(f"{file} {problem}" + (f"; beside it: {', '.join(others[:8])}" if others else ""))
     try:
         text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as wrong:
-        raise ConfigError(f"{file} is not UTF-8 (byte {wrong.start}): is it a YAML file?") from wrong
-    except OSError as wrong:
-        raise ConfigError(f"{file} cannot be read: {wrong.strerror}") from wrong
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 (byte {error.start}): is it a YAML file?") from error
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
     values = parse_yaml(text, str(file))
     if values is None:
         raise ConfigError(f"{file} is empty; `kitout train --example` writes one to begin with")

@@ -16,8 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kitout.errors import ConfigError
 from kitout.kit import Kit
-
-BNB_CPU_FLAG = "support_avx512bf16_for_cpu"  # on bitsandbytes' 4-bit linears
+from kitout.train.setup.quantization import check_nf4_layout
 
 
 @contextmanager
@@ -28,33 +27,10 @@ def training_mode(kit: Kit, names: Sequence[str], activation_checkpointing: bool
         kit[name].train()
     with ExitStack() as exit_stack:
         exit_stack.callback(kit.eval)
-        _check_4bit_weights(kit)
+        check_nf4_layout(kit.base)
         if activation_checkpointing:
             _enable_checkpointing(kit, exit_stack)
         yield
-
-
-def keep_nf4_trainable(model: nn.Module) -> nn.Module:
-    """Keeps 4-bit weights as bitsandbytes quantized them; to be called once, before the model runs and is attached.
-
-    On CPUs with AVX512-BF16 bitsandbytes repacks them in place at their first use in eval mode. The repacked weights
-    have no gradient, of which it gives no sign, and their scales are rounded.
-    """
-    for module in model.modules():
-        if getattr(module, BNB_CPU_FLAG, False):
-            setattr(module, BNB_CPU_FLAG, False)
-    return model
-
-
-def _check_4bit_weights(kit: Kit) -> None:
-    for path, module in kit.base.named_modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            raise ConfigError(
-                f"{path}: bitsandbytes has repacked this 4-bit weight for inference, where it has no gradient: load "
-                "the model again and call kitout.train.loop.base_mode.keep_nf4_trainable(model) before "
-                "kitout.attach(model)"
-            )
 
 
 def _enable_checkpointing(kit: Kit, exit_stack: ExitStack) -> None:

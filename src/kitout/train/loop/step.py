@@ -21,8 +21,7 @@ from kitout.base import memory
 from kitout.kit import Kit
 from kitout.train.loop import distributed
 from kitout.train.loop.jobs import Job, can_share_forward
-from kitout.train.objectives.batch import Batch
-from kitout.train.objectives.objective import Losses
+from kitout.train.objectives.objective import Batch, Losses
 
 StepRows = list[tuple[int, int]]  # (index of the job, index of its example)
 Backward = Callable[[Tensor], Any]

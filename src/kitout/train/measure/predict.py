@@ -22,10 +22,9 @@ from kitout.evaluate.metrics.registry import compute_measures
 from kitout.kit import Kit
 from kitout.train.loop.distributed import all_gather, my_slice
 from kitout.train.loop.fsdp import is_sharded
-from kitout.train.objectives.batch import Batch
 from kitout.train.objectives.causal_lm import CausalLM
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32
-from kitout.train.objectives.objective import Losses, Objective
+from kitout.train.objectives.objective import Batch, Losses, Objective
 from kitout.train.objectives.seq2seq_lm import Seq2SeqLM
 from kitout.train.objectives.sequence import predictions_from_logits
 from kitout.train.setup.closed_answers import ClosedAnswers, prompt_ids

@@ -19,10 +19,9 @@ from kitout.data.padding import pad
 from kitout.errors import ConfigError, PackingLeak
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
-from kitout.train.objectives.batch import Batch
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32
 from kitout.train.objectives.lm_head_loss import HeadLoss
-from kitout.train.objectives.objective import Losses
+from kitout.train.objectives.objective import Batch, Losses
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # packed vs. separate: rounding
 LEAK_TOLERANCE = 1e-5  # with another neighbor in the row: nothing may change

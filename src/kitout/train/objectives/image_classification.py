@@ -18,9 +18,8 @@ from kitout.data.images.image_set import ImageSet
 from kitout.data.images.pixels import PixelProcessor
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
-from kitout.train.objectives.batch import Batch
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32
-from kitout.train.objectives.objective import Losses
+from kitout.train.objectives.objective import Batch, Losses
 from kitout.train.objectives.sequence import predictions_from_logits, sequence_losses
 
 INTERPOLATE_KWARG = "interpolate_pos_encoding"

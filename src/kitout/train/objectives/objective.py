@@ -1,46 +1,61 @@
-"""What an objective is: items to a batch, a model's answer to a loss, and what an answer predicts.
+"""What an objective is: examples to a batch, a model's output to a loss, and what an output predicts.
 
-One file each: `causal`, `seq2seq`, `labels`, `tagging`, `pictures`. The loop asks for no more than this, so it knows
-neither texts nor labels. A loss is a weighted sum over examples: the loop chooses the weights, which is how several
-adapters, micro-batches and processes come to the same normalisation.
+One file each, one entry each in `tasks`. The loop asks for no more than this, so it knows neither texts nor labels. A
+loss is a weighted sum over examples: the loop chooses the weights, which is how several adapters, micro-batches and
+processes come to the same normalization.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from kitout.evaluate.metrics.registry import Task
-from kitout.train.objectives.batch import Batch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples as a model takes them. Padding is marked by the attention mask alone, so any token may fill it."""
+
+    inputs: dict[str, Any]
+    """What the model is called with."""
+    targets: dict[str, Tensor]
+    """What its output is compared with."""
+    num_examples: int
+    """Examples, in their order."""
+    num_tokens: int
+    """Tokens without padding."""
+    num_padded_tokens: int = 0
+    """Tokens with padding."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What a batch came to, by example."""
+    """The losses of a batch, by example."""
 
     total: Tensor
     """The weighted sum, with its gradient."""
     per_example: Tensor
     """[B]: each example's own summed loss."""
     num_correct: Tensor
-    """[B]: right terms."""
+    """[B]: correct terms."""
     num_targets: Tensor
     """[B]: terms."""
     logits: Tensor | None = None
-    """[B, C], where an example has one answer, which is read off it: so a measurement runs the model once."""
+    """[B, C], where an example has one answer, which is read off it: so an evaluation runs the model once."""
 
 
 class Objective(Protocol):
-    """One kind of learning over one kind of example."""
+    """One kind of loss over one kind of example."""
 
     task: Task  # what `kitout.evaluate.metrics.registry` scores predictions by
 
     @property
     def batch_key(self) -> Hashable:
-        """Jobs whose objectives have the same form may share a forward, row by row; None: with no other job."""
+        """Jobs whose objectives have the same key may share a forward, row by row; None: with no other job."""
         ...
 
     def num_tokens(self, item: Any) -> int:
@@ -48,11 +63,11 @@ class Objective(Protocol):
         ...
 
     def num_targets(self, item: Any) -> int:
-        """How many terms its loss is a sum of: learnt tokens, or 1."""
+        """How many terms its loss is a sum of: target tokens, or 1."""
         ...
 
     def collate(self, items: Sequence[Any], seeds: Sequence[int] | None) -> Batch:
-        """Examples as one batch. seeds: one each, of what is drawn anew each time (augmentation); None: nothing is."""
+        """Examples as one batch. seeds: one per example, for random augmentation; None: no augmentation."""
         ...
 
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
@@ -60,5 +75,14 @@ class Objective(Protocol):
         ...
 
     def predictions(self, model: Any, batch: Batch) -> list[Any]:
-        """What the model makes of each example: a class, a number, classes of tokens; [] where it is text to write."""
+        """What the model predicts for each example: a class, a number, classes of tokens; [] where it writes text."""
+        ...
+
+
+@runtime_checkable
+class LanguageObjective(Protocol):
+    """An objective over the vocabulary, which looks for the cheapest exact way to its loss before training."""
+
+    def choose_head_loss(self, names: Sequence[str], items: Sequence[Any]) -> None:
+        """names: adapters of the run. items: a few examples to try the ways on."""
         ...

@@ -18,9 +18,8 @@ from kitout.data.padding import pad
 from kitout.errors import ConfigError
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
-from kitout.train.objectives.batch import Batch
 from kitout.train.objectives.lm_head_loss import HeadLoss
-from kitout.train.objectives.objective import Losses
+from kitout.train.objectives.objective import Batch, Losses
 
 
 class Seq2SeqLM:

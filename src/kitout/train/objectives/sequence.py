@@ -18,9 +18,8 @@ from kitout.data.encode.item import EncodedExample
 from kitout.data.padding import pad
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
-from kitout.train.objectives.batch import Batch
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32
-from kitout.train.objectives.objective import Losses
+from kitout.train.objectives.objective import Batch, Losses
 
 SequenceTask = Literal["classification", "regression", "multilabel"]
 

@@ -17,9 +17,8 @@ from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.data.padding import pad
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
-from kitout.train.objectives.batch import Batch
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32
-from kitout.train.objectives.objective import Losses
+from kitout.train.objectives.objective import Batch, Losses
 
 
 class TokenClassification:

@@ -1,6 +1,6 @@
-"""The pre-flight of a prepared run: what `screen` shows of each job before its first step.
+"""The pre-flight of a prepared run: what `render` shows of each job before its first step.
 
-It puts facts, counts and estimates together; how they look is `screen`'s.
+It puts statistics, parameter counts and estimates together; how they look is `render`'s business.
 """
 
 from __future__ import annotations
@@ -19,77 +19,74 @@ from kitout.train.setup.prepare import PreparedRun
 
 
 def collect_statistics(run: PreparedRun) -> list[DataStatistics]:
-    """Facts of every job's data, over all of it. DataError where nothing can be learnt."""
+    """Statistics of every job's data, over all of it. DataError where nothing can be trained on."""
     return [
         compute_statistics(
             {
-                "train": _as_items(one, one.preview or one.train),
-                "validation": _as_items(one, one.validation),
-                "test": _as_items(one, one.test),
+                "train": _encoded(dataset, dataset.preview or dataset.train),
+                "validation": _encoded(dataset, dataset.validation),
+                "test": _encoded(dataset, dataset.test),
             },
-            one.label_names,
-            one.answers is not None,
+            dataset.label_names,
+            dataset.answers is not None,
         )
-        for one in run.datasets
+        for dataset in run.datasets
     ]
 
 
 def collect_pages(
     run: PreparedRun, config: RunConfig, statistics: Sequence[DataStatistics], estimate: CostEstimate
 ) -> list[PreflightPage]:
-    """One page a job; memory and time are of all of them together."""
-    found = []
-    for number, (job, own) in enumerate(zip(run.jobs, config.per_job(), strict=True)):
-        one = run.datasets[number]
-        shown = next((item for item in _as_items(one, one.preview or one.train) if item.num_targets), None)
-        last = number == len(run.jobs) - 1
-        found.append(
+    """One page per job; memory and time are of all of them together."""
+    pages = []
+    for k, (job, job_config) in enumerate(zip(run.jobs, config.per_job(), strict=True)):
+        dataset, is_last = run.datasets[k], k == len(run.jobs) - 1
+        examples = _encoded(dataset, dataset.preview or dataset.train)
+        example = next((item for item in examples if item.num_targets), None)
+        pages.append(
             PreflightPage(
-                settings=_settings_texts(run, own, number, estimate),
-                facts=statistics[number],
-                example=render_spans(shown, run.tokenizer) if shown is not None and shown.input_ids else [],
-                answer=_answer_text(one, shown),
+                settings=_settings_texts(run, job_config, k, estimate),
+                facts=statistics[k],
+                example=render_spans(example, run.tokenizer) if example is not None and example.input_ids else [],
+                answer=_answer_text(dataset, example),
                 count=run.kit.num_parameters(job.name),
                 sites=site_table(run.kit[job.name].sites),
                 steps=len(job.batches),
-                memory=estimate.memory if last else None,
-                time=estimate.seconds if last else None,
-                warnings=run.warnings if last else (),
+                memory=estimate.memory if is_last else None,
+                time=estimate.seconds if is_last else None,
+                warnings=run.warnings if is_last else (),
             )
         )
-    return found
+    return pages
 
 
 def _settings_texts(run: PreparedRun, job_config: RunConfig, job_index: int, estimate: CostEstimate) -> dict[str, str]:
-    kit, job, one = run.kit, run.jobs[job_index], run.datasets[job_index]
-    method = kit[job.name].method
-    own_lr = method.training_defaults().lr if job_config.train.lr is None else job_config.train.lr
+    kit, job, dataset = run.kit, run.jobs[job_index], run.datasets[job_index]
+    method, train = kit[job.name].method, job_config.train
+    lr = method.training_defaults().lr if train.lr is None else train.lr
     settings = ", ".join(f"{k}={v}" for k, v in method.non_default_settings().items())
-    several = len(run.jobs) > 1
-    forward = f"{estimate.micro} of all jobs" if several else f"{min(estimate.micro, job_config.train.batch_size)}"
-    told = {
+    has_several_jobs = len(run.jobs) > 1
+    micro_batch = f"{estimate.micro} of all jobs" if has_several_jobs else f"{min(estimate.micro, train.batch_size)}"
+    texts = {"job": job.name} if has_several_jobs else {}
+    texts |= {
         "model": f"{job_config.model.name}, {str(kit.dtype)[6:]} ({run.dtype_reason}), {kit.device.type}",
         "method": f"{type(method).__name__}({settings})" if settings else type(method).__name__,
         "objective": run.objective,
-        "batch": f"{job_config.train.batch_size} examples a step, at most {forward} in one forward; "
-        f"learning rate {own_lr:g}",
+        "batch": f"{train.batch_size} examples a step, at most {micro_batch} in one forward; learning rate {lr:g}",
     }
-    told |= _data_texts(one)
-    if one.majority_accuracy and run.objective != "regression":
-        told["commonest"] = (
-            f"always saying the commonest answer gets {100 * one.majority_accuracy:.1f} % of the test part right"
+    *reading_notes, split_note = dataset.reading_notes  # of each source, then of the split
+    for number, note in enumerate(reading_notes, 1):
+        texts[f"data {number}" if number > 1 else "data"] = note
+    texts["splits" if reading_notes else "data"] = split_note
+    if dataset.majority_accuracy and run.objective != "regression":
+        texts["majority class"] = (
+            f"always giving the majority class gets {100 * dataset.majority_accuracy:.1f} % of the test split right"
         )
-    return ({"job": job.name} if several else {}) | told
+    return texts
 
 
-def _data_texts(dataset: Datasets) -> dict[str, str]:
-    """How each source was read, then how all of them were parted."""
-    *read, parted = dataset.reading_notes
-    named = {f"data {i + 1}" if i else "data": line for i, line in enumerate(read)}
-    return named | {"parts" if read else "data": parted}
-
-
-def _as_items(dataset: Datasets, items: Sequence[Any]) -> Sequence[EncodedExample]:
+def _encoded(dataset: Datasets, items: Sequence[Any]) -> Sequence[EncodedExample]:
+    """Rows of images as examples with a label and without tokens."""
     if dataset.images is None:
         return items
     return [EncodedExample((), label=int(dataset.images.labels[row]), location=f"image {row}") for row in items]
@@ -99,5 +96,6 @@ def _answer_text(dataset: Datasets, item: EncodedExample | None) -> str:
     if item is None or item.label is None:
         return ""
     if isinstance(item.label, tuple):
-        return ", ".join(name for name, there in zip(dataset.label_names, item.label, strict=False) if there) or "none"
+        applies = zip(dataset.label_names, item.label, strict=False)
+        return ", ".join(name for name, is_set in applies if is_set) or "none"
     return dataset.label_names[int(item.label)] if dataset.label_names else f"{item.label:g}"

@@ -1,14 +1,11 @@
-"""From a config to a kit that can learn: the frozen model in the right class and number format, adapters, fresh heads.
+"""The frozen base: found, loaded in the right class and dtype, attached, and given the heads that training needs.
 
-What a checkpoint does not hold (a classifier for labels it never saw) is trained with the adapter and saved with it.
-Quantised bases come through transformers' own loaders. No code of a model's folder is ever run. It knows model classes
-by objective, and nothing of data.
+What a checkpoint does not hold (a classifier for labels it never saw) is trained with the adapter and saved with it. No
+code of a model's folder is ever run. It knows model classes by task, and nothing of data.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,69 +17,86 @@ from torch import nn
 from kitout.errors import ConfigError
 from kitout.kit import Kit, attach
 from kitout.train.config.schema import ModelConfig
-from kitout.train.loop.base_mode import keep_nf4_trainable
+from kitout.train.objectives.tasks import Task
 from kitout.train.setup import device
 from kitout.train.setup.heads import copy_heads
+from kitout.train.setup.quantization import keep_nf4_trainable, quantization_kwargs
 
-AUTO_MODELS = {
-    "causal_lm": "AutoModelForCausalLM",
-    "seq2seq_lm": "AutoModelForSeq2SeqLM",
-    "classification": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "multilabel": "AutoModelForSequenceClassification",
-    "token_classification": "AutoModelForTokenClassification",
-    "image_classification": "AutoModelForImageClassification",
-}
-EAGER_BELOW_TOKENS = (
-    256  # tokens: below, plain attention trains faster than the fused one on a CPU, whose backward is slow there
-)
+# Tokens of the usual example: below, plain attention trains faster on a CPU than the fused one, whose backward is slow.
+EAGER_BELOW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how the frozen weights are held."""
+
+    device: torch.device
+    """Where the base is computed."""
+    dtype: torch.dtype
+    """Of the frozen weights."""
+    reason: str
+    """Why this dtype, in words."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model as transformers has loaded it."""
+
+    model: Any
+    """On its device, frozen weights in their dtype."""
+    new_heads: frozenset[str]
+    """Paths of the modules that the checkpoint does not hold, or holds in another shape."""
+    from_pretrained_kwargs: Mapping[str, Any]
+    """What the loader takes besides the name, for others who load the same base."""
 
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """kit: eval mode, no adapter yet. heads: modules by path, in model order, that every adapter trains a copy of.
-
-    missing: those of them that the checkpoint does not hold. why: of the number format. opening: what the loader was
-    told besides, for others who open the base.
-    """
+    """A kit without an adapter, and the heads that every adapter trains a copy of."""
 
     kit: Kit
+    """In eval mode, without an adapter."""
     heads: dict[str, nn.Module]
+    """By path, in model order: the modules that every adapter trains a copy of."""
     new_heads: frozenset[str]
-    device: torch.device
+    """Those of them that the checkpoint does not hold."""
     dtype_reason: str
+    """Why the weights have this dtype, in words."""
     from_pretrained_kwargs: Mapping[str, Any]
+    """What the loader takes besides the name, for others who load the same base."""
 
 
 def resolve_model(name: str) -> str:
-    """A folder, an embedded model's folder, or the name as the hub knows it."""
+    """A folder, a built-in model's folder, or the name as the hub knows it."""
     if Path(name).expanduser().is_dir():
         return str(Path(name).expanduser())
-    from kitout.assets import store  # the embedded models live with the demo that shows them
-    from kitout.assets.catalog import ASSETS
-
-    return str(store.fetch_asset(name, lambda _words: None)) if name in ASSETS else name
+    return _asset_folder(name) or name
 
 
 def resolve_data(path: str) -> str:
-    """A path as it is said, or the folder of an embedded set."""
+    """A path as it is given, or the folder of a built-in set."""
     if Path(path).expanduser().exists():
         return path
+    name, slice_separator, rows = path.partition("#")
+    folder = _asset_folder(name)
+    return path if folder is None else folder + slice_separator + rows
+
+
+def _asset_folder(name: str) -> str | None:
     from kitout.assets import store
     from kitout.assets.catalog import ASSETS
 
-    name, mark, rows = path.partition("#")
-    return str(store.fetch_asset(name, lambda _words: None)) + mark + rows if name in ASSETS else path
+    return str(store.fetch_asset(name, lambda _line: None)) if name in ASSETS else None
 
 
 def load_config(config: ModelConfig) -> Any:
-    """The model's own config; ConfigError with what is wrong where there is none."""
+    """The model's own config; ConfigError with the loader's message where there is none."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(resolve_model(config.name), revision=config.revision)
-    except (OSError, ValueError) as wrong:
-        raise ConfigError(f"model.name={config.name!r}: no model is there: {_short_message(wrong)}") from wrong
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name={config.name!r}: no model is there: {_short_message(error)}") from error
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -91,72 +105,96 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(resolve_model(config.name), revision=config.revision)
-    except (OSError, ValueError, ImportError) as wrong:
+    except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
-            f"model.name={config.name!r}: its tokenizer does not load: {_short_message(wrong)}"
-        ) from wrong
+            f"model.name={config.name!r}: its tokenizer does not load: {_short_message(error)}"
+        ) from error
 
 
-def choose_device_and_dtype(config: ModelConfig) -> tuple[torch.device, torch.dtype, str]:
-    """Where and in which format the frozen weights are, and why."""
-    where = device.default_device() if config.device == "auto" else torch.device(config.device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("model.device=cuda, and torch finds no GPU here: leave it out, or write cpu")
-    if config.dtype == "float16" and where.type == "cpu":
-        raise ConfigError("model.dtype=float16 on a CPU overflows to nan in training: write bfloat16 or float32")
+def choose_placement(config: ModelConfig) -> Placement:
+    """The device and dtype of the frozen weights; `auto` times this machine, so two calls may differ."""
+    used = device.default_device() if config.device == "auto" else torch.device(config.device)
+    if used.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device=cuda, and torch finds no GPU here: leave it out, or choose cpu")
+    if config.dtype == "float16" and used.type == "cpu":
+        raise ConfigError("model.dtype=float16 on a CPU overflows to nan in training: choose bfloat16 or float32")
     if config.dtype != "auto":
-        return where, getattr(torch, config.dtype), "as asked"
-    form, why = device.choose_dtype("auto", where)
-    return where, form, why
+        return Placement(used, getattr(torch, config.dtype), "as requested")
+    return Placement(used, *device.choose_dtype("auto", used))
 
 
 def load_base(
-    config: ModelConfig, objective: str, labels: Sequence[str], median_tokens: int, pad_token_id: int | None = None,
-    image_size: int | None = None,
+    config: ModelConfig, task: Task, placement: Placement, label_names: Sequence[str], median_tokens: int,
+    pad_token_id: int | None = None, image_size: int | None = None,
 ) -> LoadedBase:  # fmt: skip
-    """The kit. labels: of a classifier. median: tokens of the usual example, by which attention is chosen on a CPU.
+    """The kit and its heads.
 
-    filler: padding id of a model that has none of its own, without which a classifier reads no more than one row.
+    label_names: of a classifier. median_tokens: of the usual example, by which attention is chosen on a CPU.
+    pad_token_id: of a model that has none of its own, without which a classifier reads no more than one row.
     image_size: of a side, if it is not the model's own: then the kit tries the model on images of that size.
     """
-    import transformers
-    from transformers.utils import logging as its_logging
+    loaded = load_model(config, task, placement, label_names, pad_token_id)
+    return attach_for_training(loaded, config, task, placement, median_tokens, image_size)
 
-    where, form, why = choose_device_and_dtype(config)
-    asked: dict[str, Any] = {"dtype": form, "revision": config.revision} | _quantization_kwargs(config, form)
-    if objective not in ("causal_lm", "seq2seq_lm"):
-        asked |= {"num_labels": max(1, len(labels)), "ignore_mismatched_sizes": True}
-        if labels:
-            asked |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    loader = getattr(transformers, AUTO_MODELS[objective])
-    loud = its_logging.get_verbosity()
-    its_logging.set_verbosity_error()  # it would warn of fresh heads, which are meant
-    its_logging.disable_progress_bar()
+
+def load_model(
+    config: ModelConfig, task: Task, placement: Placement, label_names: Sequence[str], pad_token_id: int | None
+) -> LoadedModel:
+    """The model in the class of its task; ConfigError with the loader's message where it does not load."""
+    import transformers
+    from transformers.utils import logging as transformers_logging
+
+    kwargs: dict[str, Any] = {"dtype": placement.dtype, "revision": config.revision}
+    kwargs |= quantization_kwargs(config.quantization, placement.dtype)
+    if not task.generates_text:
+        kwargs |= {"num_labels": max(1, len(label_names)), "ignore_mismatched_sizes": True}
+        if label_names:
+            kwargs |= {"id2label": dict(enumerate(label_names))}
+            kwargs |= {"label2id": {label: i for i, label in enumerate(label_names)}}
+    auto_model = getattr(transformers, task.auto_model)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it would warn of newly initialized heads, which are meant
+    transformers_logging.disable_progress_bar()
     try:
-        model, told = loader.from_pretrained(resolve_model(config.name), output_loading_info=True, **asked)
-    except (OSError, ValueError, ImportError) as wrong:
+        model, info = auto_model.from_pretrained(resolve_model(config.name), output_loading_info=True, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
-            f"model.name={config.name!r} does not load for {objective}: {_short_message(wrong)}"
-        ) from wrong
+            f"model.name={config.name!r} does not load for {task.name}: {_short_message(error)}"
+        ) from error
     finally:
-        its_logging.set_verbosity(loud)
+        transformers_logging.set_verbosity(verbosity)
     if config.quantization == "none":
-        model.to(where)
-    fresh = {name.rpartition(".")[0] for name in [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]}
+        model.to(placement.device)
     if config.quantization == "nf4":
         keep_nf4_trainable(model)
     if pad_token_id is not None:
-        model.config.get_text_config().pad_token_id = pad_token_id  # before the kit tries the model on a few rows
-    kit = attach(model, example_batch=None if image_size is None else _example_images(model, image_size))
-    _set_attention(kit, config, where, median_tokens)
+        model.config.get_text_config().pad_token_id = pad_token_id
+    reload_kwargs = {name: kwargs[name] for name in ("num_labels",) if name in kwargs}
+    reload_kwargs |= {"ignore_mismatched_sizes": True} if info["mismatched_keys"] else {}
+    reload_kwargs |= {} if config.revision is None else {"revision": config.revision}
+    reload_kwargs |= {} if pad_token_id is None else {"pad_token_id": pad_token_id}
+    new_keys = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    return LoadedModel(model, frozenset(key.rpartition(".")[0] for key in new_keys), reload_kwargs)
+
+
+def attach_for_training(
+    loaded: LoadedModel, config: ModelConfig, task: Task, placement: Placement, median_tokens: int,
+    image_size: int | None,
+) -> LoadedBase:  # fmt: skip
+    """The kit on the model, with the attention that trains fastest, and copies of the heads."""
+    example = None if image_size is None else _example_images(loaded.model, image_size)
+    kit = attach(loaded.model, example_batch=example)
+    base: Any = kit.base
+    if config.attention != "auto":
+        try:
+            base.set_attn_implementation(config.attention)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"model.attention={config.attention}: {_short_message(error)}") from error
+    elif placement.device.type == "cpu" and 0 < median_tokens < EAGER_BELOW_TOKENS:
+        base.set_attn_implementation("eager")
     kit.eval()
-    opening = {"num_labels": asked["num_labels"]} if "num_labels" in asked else {}
-    opening |= {"ignore_mismatched_sizes": True} if told["mismatched_keys"] else {}
-    opening |= {} if config.revision is None else {"revision": config.revision}
-    opening |= {} if pad_token_id is None else {"pad_token_id": pad_token_id}
-    return LoadedBase(
-        kit, copy_heads(kit, fresh, objective in ("causal_lm", "seq2seq_lm")), frozenset(fresh), where, why, opening
-    )
+    heads = copy_heads(kit, loaded.new_heads, task.generates_text)
+    return LoadedBase(kit, heads, loaded.new_heads, placement.reason, loaded.from_pretrained_kwargs)
 
 
 def _example_images(model: Any, size: int) -> dict[str, Any]:
@@ -165,43 +203,6 @@ def _example_images(model: Any, size: int) -> dict[str, Any]:
 
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
     return {"pixel_values": pixels} | interpolation_kwargs(model, pixels)
-
-
-def _set_attention(kit: Kit, config: ModelConfig, device_used: torch.device, median_tokens: int) -> None:
-    base: Any = kit.base
-    if config.attention != "auto":
-        try:
-            base.set_attn_implementation(config.attention)
-        except (ValueError, ImportError) as wrong:
-            raise ConfigError(f"model.attention={config.attention}: {_short_message(wrong)}") from wrong
-    elif device_used.type == "cpu" and 0 < median_tokens < EAGER_BELOW_TOKENS:
-        base.set_attn_implementation("eager")
-
-
-def _quantization_kwargs(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What the loader is told of a quantised base; ConfigError where the library is not there."""
-    if config.quantization == "none":
-        return {}
-    library = "torchao" if config.quantization.startswith("torchao") else "bitsandbytes"
-    if importlib.util.find_spec(library) is None:
-        raise ConfigError(
-            f"model.quantization={config.quantization} needs {library}, not installed here: pip install {library}"
-        )
-    if library == "torchao":
-        from torchao.quantization import Int8WeightOnlyConfig
-        from transformers import TorchAoConfig
-
-        return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
-    from transformers import BitsAndBytesConfig
-
-    if config.quantization == "int8":
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for every product
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
-    }
 
 
 def _short_message(error: BaseException) -> str:

@@ -1,115 +1,156 @@
-"""From a config's data to what a job learns, watches and is measured on: items by part, with what is worth telling.
+"""From a config's data to the datasets of a job: encoded examples by split, and what the pre-flight says of them.
 
-The objective is told by the examples where it is not said. Sources of a mixture are parted together, so that nothing
-leaks between them, and keep their weights. It knows examples and encoders, and nothing of kits or of the loop.
+The examples decide the objective where the config does not. Sources of a mixture are split together, so that nothing
+leaks between them, and keep their weights. It knows examples, and nothing of kits or of the loop.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from kitout.data.encode import classification, generation
+from kitout.data.encode import classification
 from kitout.data.encode.item import EncodedExample, digest
-from kitout.data.examples.examples import Chat, Example, LabeledImage, LabeledText, TaggedWords
+from kitout.data.examples.examples import Chat, Example, LabeledImage
 from kitout.data.read.sources import load_examples
 from kitout.data.split import TRAINABLE_SPLITS, split_examples, split_images
 from kitout.data.streaming import StreamedItems, open_stream
 from kitout.errors import ConfigError
 from kitout.train.config.schema import DataConfig, SourceConfig
+from kitout.train.objectives.tasks import TASKS, EncodeFn, EncoderSettings, Task
 from kitout.train.setup.base_model import resolve_data
 from kitout.train.setup.closed_answers import ClosedAnswers, find_closed_answers
 
-LABELED_OBJECTIVES = ("classification", "multilabel", "token_classification")  # objectives with a set of labels
-GENERATIVE_OBJECTIVES = ("causal_lm", "seq2seq_lm")  # objectives whose answers are texts
 PREVIEW_EXAMPLES = 1000  # examples of a stream that are counted beforehand
-EncodeFn = Callable[[Sequence[Example]], list[EncodedExample]]
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """train, validation, test: items (of images: indices). sets, weights: the parts of a mixture in train.
-
-    names: labels in order. majority: the share of the commonest answer, or None. told: for the pre-flight. digest: of
-    all items.
-    """
+    """The splits of one job, encoded. An example of images is a row of `images`."""
 
     objective: str
+    """As the table of tasks names it."""
     train: Sequence[Any]
+    """What is trained on."""
     validation: Sequence[Any]
+    """What is measured during training."""
     test: Sequence[Any]
+    """What is measured once, at the end."""
     label_names: tuple[str, ...] = ()
+    """The closed set of labels, in order."""
     mixture_ranges: tuple[range, ...] = ()
+    """Which examples of train came from which source."""
     mixture_weights: tuple[float, ...] = ()
+    """The weight of each source."""
     majority_accuracy: float | None = None
+    """The fraction of test that always giving the majority class gets right; None without a closed set."""
     reading_notes: tuple[str, ...] = ()
+    """How each source was read, then how all of them were split, in words."""
     digest: str = ""
-    preview: Sequence[Any] = ()  # of a stream: what the pre-flight counts
+    """A fingerprint of all examples."""
+    preview: Sequence[Any] = ()
+    """Of a stream: the examples that the pre-flight counts."""
     is_chat: bool = False
+    """Whether the examples are chats."""
     images: Any = None
-    answers: ClosedAnswers | None = None  # of a language model whose answers are a closed set
+    """The ImageSet that rows are of; None: texts."""
+    answers: ClosedAnswers | None = None
+    """Of a language model whose answers are a closed set."""
+
+    def reference_of(self, item: Any) -> Any:
+        """The reference of an example, as the metrics of its task take it."""
+        return TASKS[self.objective].reference_of(item, self.images)
+
+
+def load_datasets(config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool) -> Datasets:
+    """The datasets of one job. tokenizer: None for images. is_encoder_decoder: of the model."""
+    if tokenizer is None:
+        return load_image_datasets(config)
+    return load_text_datasets(config, objective, tokenizer, is_encoder_decoder)
 
 
 def load_text_datasets(config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool) -> Datasets:
-    """Every text objective. writes_after_reading: the model is an encoder-decoder."""
+    """Texts of every objective. is_encoder_decoder: of the model."""
     if config.streaming:
         return _load_streamed(config, objective, tokenizer, is_encoder_decoder)
-    loaded = [
-        load_examples(
-            _tables_to_read(source, config, is_first=k == 0), *_reading_options(source), source.limit, config.seed
+    examples: dict[str, list[Example]] = {}
+    notes: list[str] = []
+    for k, source in enumerate(config.train):
+        tables = _tables_to_read(source, config, is_first=k == 0)
+        loaded = load_examples(tables, *_reading_options(source), source.limit, config.seed)
+        notes += map(str, loaded.readings)
+        for split, rows in loaded.splits.items():
+            examples.setdefault(split, []).extend(replace(e, source_index=k) if k else e for e in rows)
+    trainable = [e for split in TRAINABLE_SPLITS for e in examples.get(split, ())]
+    name = infer_objective(trainable, objective, is_encoder_decoder) if trainable else objective
+    validation, test = _fractions(config)
+    splits = split_examples(examples, validation, test, config.seed, stratify=name != "regression")
+    task = TASKS[name]
+    label_names = tuple(config.labels or classification.label_set(splits.train)) if task.has_labels else ()
+    encode = _encoder(task, tokenizer, config, label_names)
+    by_source = [encode([e for e in splits.train if e.source_index == k]) for k in range(len(config.train))]
+    if not all(by_source):
+        empty = [source.path for source, encoded in zip(config.train, by_source, strict=True) if not encoded]
+        raise ConfigError(
+            f"no training example is left of {', '.join(empty)}: all are in the validation or test split, or duplicates"
         )
-        for k, source in enumerate(config.train)
-    ]
-    owners = {id(e): k for k, one in enumerate(loaded) for held in one.splits.values() for e in held}
-    given: dict[str, list[Example]] = {}
-    for one in loaded:
-        for name, held in one.splits.items():
-            given.setdefault(name, []).extend(held)
-    share = {name: 0.0 if isinstance(v, str) else v for name, v in _held_out(config).items()}
-    learnt = [e for name in TRAINABLE_SPLITS for e in given.get(name, ())]
-    kind = infer_objective(learnt, objective, is_encoder_decoder) if learnt else objective
-    splits = split_examples(given, share["validation"], share["test"], config.seed, stratify=kind != "regression")
-    names = (config.labels or classification.label_set(splits.train)) if kind in LABELED_OBJECTIVES else ()
-    encoder = encoder_for(kind, tokenizer, config, names)
-    train: list[EncodedExample] = []
-    sets = []
-    for k in range(len(loaded)):
-        start = len(train)
-        train += encoder([e for e in splits.train if owners[id(e)] == k])
-        sets.append(range(start, len(train)))
-    if any(not one for one in sets):
-        empty = [config.train[k].path for k, one in enumerate(sets) if not one]
-        raise ConfigError(f"nothing is left to learn from {', '.join(empty)}: all of it is measured on, or a copy")
-    validation, test = encoder(list(splits.validation)), encoder(list(splits.test))
-    told = [str(layout) for one in loaded for layout in one.readings] + [str(splits)]
+    ends = [0, *accumulate(map(len, by_source))]
+    train = [item for encoded in by_source for item in encoded]
+    encoded_validation, encoded_test = encode(list(splits.validation)), encode(list(splits.test))
     return Datasets(
-        kind,
+        name,
         train,
-        validation,
-        test,
-        tuple(names),
-        tuple(sets),
-        tuple(s.weight for s in config.train),
+        encoded_validation,
+        encoded_test,
+        label_names,
+        tuple(range(start, end) for start, end in pairwise(ends)),
+        tuple(source.weight for source in config.train),
         splits.majority_accuracy,
-        tuple(told),
-        digest([*train, *validation, *test]),
+        (*notes, str(splits)),
+        digest([*train, *encoded_validation, *encoded_test]),
         is_chat=isinstance(splits.train[0], Chat),
-        answers=find_closed_answers(train, [*validation, *test], config.labels)
-        if kind in GENERATIVE_OBJECTIVES
-        else None,
+        answers=_closed_answers(task, train, [*encoded_validation, *encoded_test], config),
     )
+
+
+def infer_objective(examples: Sequence[Example], requested: str, is_encoder_decoder: bool) -> str:
+    """The objective of these examples, where `auto` is requested."""
+    if isinstance(examples[0], LabeledImage):
+        raise ConfigError("data.train.format=image is for models that read images; this one reads text")
+    if requested != "auto":
+        return requested
+    return next(name for name, task in TASKS.items() if task.fits(examples, is_encoder_decoder))
+
+
+def _encoder(task: Task, tokenizer: Any, config: DataConfig, label_names: tuple[str, ...]) -> EncodeFn:
+    if task.build_encoder is None:
+        raise ConfigError(f"objective={task.name} is for models that read images; this one reads text")
+    return task.build_encoder(
+        EncoderSettings(tokenizer, config.max_length, label_names, config.train_on, config.chat_template_kwargs)
+    )
+
+
+def _closed_answers(
+    task: Task, train: Sequence[EncodedExample], evaluated: Sequence[EncodedExample], config: DataConfig
+) -> ClosedAnswers | None:
+    return find_closed_answers(train, evaluated, config.labels) if task.generates_text else None
 
 
 def _held_out(config: DataConfig) -> dict[str, str | float]:
     return {"validation": config.validation, "test": config.test}
 
 
-def _tables_to_read(source: SourceConfig, config: DataConfig, is_first: bool) -> Any:
-    """What `load` reads: the source, with the files of the measured parts beside the first one."""
+def _fractions(config: DataConfig) -> tuple[float, float]:
+    """What is taken from train for validation and test: a fraction or a number; 0 where they are files."""
+    validation, test = (0.0 if isinstance(value, str) else value for value in _held_out(config).values())
+    return validation, test
+
+
+def _tables_to_read(source: SourceConfig, config: DataConfig, is_first: bool) -> str | Mapping[str, str]:
+    """What `load_examples` reads: the source, with the files of validation and test beside the first one."""
     files = {name: resolve_data(value) for name, value in _held_out(config).items() if isinstance(value, str)}
     return {"train": resolve_data(source.path), **files} if files and is_first else resolve_data(source.path)
 
@@ -118,132 +159,79 @@ def _reading_options(source: SourceConfig) -> tuple[str | None, dict[str, str] |
     return (None if source.format == "auto" else source.format), (source.columns or None), source.system_prompt
 
 
-def infer_objective(examples: Sequence[Example], requested: str, is_encoder_decoder: bool) -> str:
-    """The objective that these examples can teach, if none was asked for."""
-    first = examples[0]
-    if isinstance(first, LabeledImage):
-        raise ConfigError("data.train.format=image is for models that read images; this one reads text")
-    if requested != "auto":
-        return requested
-    if isinstance(first, TaggedWords):
-        return "token_classification"
-    if isinstance(first, LabeledText):
-        if isinstance(first.label, tuple):
-            return "multilabel"
-        return (
-            "regression"
-            if _are_numbers([e.label for e in examples if isinstance(e, LabeledText)])
-            else "classification"
-        )
-    return "seq2seq_lm" if is_encoder_decoder else "causal_lm"
-
-
-def _are_numbers(labels: Sequence[Any]) -> bool:
-    """Whether labels are numbers, not classes: a table without types writes them as words, whole ones are classes."""
-    try:
-        values = [float(label) for label in labels]
-    except (TypeError, ValueError):
-        return False
-    return any(isinstance(label, float) for label in labels) or any(v % 1 for v in values if math.isfinite(v))
-
-
-def encoder_for(objective: str, tokenizer: Any, config: DataConfig, label_names: Sequence[str]) -> EncodeFn:
-    """The encoder of an objective."""
-    most = config.max_length
-    if objective == "causal_lm":
-        return generation.CausalEncoder(tokenizer, most, config.train_on, config.chat_template_kwargs)
-    if objective == "seq2seq_lm":
-        return generation.Seq2SeqEncoder(tokenizer, most)
-    if objective == "regression":
-        return classification.RegressionEncoder(tokenizer, most)
-    makers: dict[str, Any] = {
-        "classification": classification.ClassEncoder,
-        "multilabel": classification.MultiLabelEncoder,
-        "token_classification": classification.TokenClassEncoder,
-    }
-    made: EncodeFn = makers[objective](tokenizer, most, tuple(label_names))
-    return made
-
-
 def _load_streamed(config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool) -> Datasets:
-    """Train is read as it is learnt from; what is measured on comes from the front, or from files of its own."""
+    """Train is read as it is trained on; validation and test come from its front, or from files of their own."""
     if len(config.train) > 1:
         raise ConfigError("data.streaming reads one source; join the files, or leave streaming out")
     (source,) = config.train
-    form, columns, instruction = _reading_options(source)
-    streams = open_stream(_tables_to_read(source, config, True), form, columns, instruction, config.seed)
-    learnt = streams.get("train") or streams[""]
-    measured: dict[str, list[Example]] = {}
-    for name, value in _held_out(config).items():
-        if name in streams:
-            measured[name] = list(streams[name])
-            learnt = learnt.excluding(measured[name])
+    streams = open_stream(_tables_to_read(source, config, True), *_reading_options(source), config.seed)
+    stream = streams.get("train") or streams[""]
+    held_out: dict[str, list[Example]] = {}
+    for split, value in _held_out(config).items():
+        if split in streams:
+            held_out[split] = list(streams[split])
         elif isinstance(value, float) and 0 < value < 1:
-            raise ConfigError(f"data.{name}={value} is a share of a stream, whose length nobody knows: write a number")
+            raise ConfigError(
+                f"data.{split}={value} is a fraction of a stream, whose length is not known: choose a number of "
+                "examples"
+            )
         else:
-            taken = learnt.take_unique(int(value)) if not isinstance(value, str) else []
-            measured[name] = taken
-            learnt = learnt.excluding(taken)
-    looked_at = learnt.take_unique(PREVIEW_EXAMPLES)
-    kind = infer_objective(looked_at, objective, is_encoder_decoder)
-    names = config.labels or () if kind in LABELED_OBJECTIVES else ()
-    if kind in LABELED_OBJECTIVES and not names:
-        raise ConfigError("data.streaming: the labels cannot be known beforehand; write data.labels=[...]")
-    encoder = encoder_for(kind, tokenizer, config, names)
-    validation, test = encoder(measured["validation"]), encoder(measured["test"])
-    seen = encoder(looked_at)
-    told = [str(layout) for layout in learnt.readings] + [
-        f"streamed; counted over the first {len(looked_at):,} examples"
-    ]
+            held_out[split] = stream.take_unique(int(value)) if not isinstance(value, str) else []
+        stream = stream.excluding(held_out[split])
+    first_examples = stream.take_unique(PREVIEW_EXAMPLES)
+    task = TASKS[infer_objective(first_examples, objective, is_encoder_decoder)]
+    label_names = (config.labels or ()) if task.has_labels else ()
+    if task.has_labels and not label_names:
+        raise ConfigError("data.streaming: the labels are not known beforehand: write data.labels=[...]")
+    encode = _encoder(task, tokenizer, config, label_names)
+    validation, test = encode(held_out["validation"]), encode(held_out["test"])
+    preview = encode(first_examples)
+    notes = [*map(str, stream.readings), f"streamed; counted over the first {len(first_examples):,} examples"]
     return Datasets(
-        kind,
-        StreamedItems(learnt, encoder),
+        task.name,
+        StreamedItems(stream, encode),
         validation,
         test,
-        tuple(names),
-        reading_notes=tuple(told),
-        digest=digest([*seen, *validation, *test]),
-        preview=seen,
-        is_chat=isinstance(looked_at[0], Chat),
-        answers=find_closed_answers(seen, [*validation, *test], config.labels)
-        if kind in GENERATIVE_OBJECTIVES
-        else None,
+        label_names,
+        reading_notes=tuple(notes),
+        digest=digest([*preview, *validation, *test]),
+        preview=preview,
+        is_chat=isinstance(first_examples[0], Chat),
+        answers=_closed_answers(task, preview, [*validation, *test], config),
     )
 
 
 def load_image_datasets(config: DataConfig) -> Datasets:
-    """Images to classes; items are rows of one set, whose parts do not share a picture."""
+    """Images to classes; examples are rows of one set, whose splits share no image."""
     from kitout.data.read import image_folders
 
     if len(config.train) > 1:
         raise ConfigError("images come from one source: a folder of class folders, a table or an .npz")
     (source,) = config.train
-    columns = source.columns
     if source.format not in ("auto", "image"):
-        raise ConfigError(f"data.train.format={source.format}: this model reads images; write image or auto")
-    path = Path(resolve_data(source.path))
-    if (path / "images.npz").is_file():  # an embedded set is a folder with its licence beside it
-        path = path / "images.npz"
-    whole = image_folders.load_images(path, columns.get("image"), columns.get("label"), config.labels)
-    for name, value in _held_out(config).items():
+        raise ConfigError(f"data.train.format={source.format}: this model reads images; choose image or auto")
+    for split, value in _held_out(config).items():
         if isinstance(value, str):
             raise ConfigError(
-                f"data.{name}={value!r}: for images put the files below {name}/ beside train/, "
-                f"or name tables of paths train and {name}"
+                f"data.{split}={value!r}: for images put the files below {split}/ beside train/, "
+                f"or name tables of paths train and {split}"
             )
-    share = {name: 0.0 if isinstance(v, str) else v for name, v in _held_out(config).items()}
-    splits = split_images(whole, share["validation"], share["test"], config.seed, source.limit)
+    path = Path(resolve_data(source.path))
+    if (path / "images.npz").is_file():  # a built-in set is a folder with its license beside it
+        path = path / "images.npz"
+    images = image_folders.load_images(path, source.columns.get("image"), source.columns.get("label"), config.labels)
+    splits = split_images(images, *_fractions(config), config.seed, source.limit)
     ends = [0, *accumulate(map(len, (splits.train, splits.validation, splits.test)))]
     train, validation, test = (list(range(start, end)) for start, end in pairwise(ends))
-    images = whole.subset([*splits.train, *splits.validation, *splits.test])
+    used = images.subset([*splits.train, *splits.validation, *splits.test])
     return Datasets(
         "image_classification",
         train,
         validation,
         test,
-        whole.label_names,
+        images.label_names,
         majority_accuracy=splits.majority_accuracy,
         reading_notes=(f"images: {splits}",),
-        digest=images.digest,
-        images=images,
+        digest=used.digest,
+        images=used,
     )

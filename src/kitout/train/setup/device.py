@@ -1,7 +1,7 @@
-"""What this machine is and does best: device, number format found by a short timing, versions.
+"""What this machine is and does best: device, dtype found by a short timing, versions.
 
-bf16 is several times faster than fp32 on CPUs with bf16 products and slower on those without; the few milliseconds of
-asking beat a list of CPU names. It knows no model.
+bf16 is several times faster than fp32 on CPUs with bf16 products and slower on those without; a few milliseconds of
+timing replace a list of CPU names. It knows no model.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ MIN_BF16_SPEEDUP = 1.3  # bf16 must be this much faster to be chosen: fp32 is th
 
 
 def default_device() -> torch.device:
+    """The GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def choose_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The format of the frozen weights and why."""
-    formats = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if requested in formats:
-        return formats[requested], "as asked"
+    """The dtype of the frozen weights and why. requested: "auto", "fp32" or "bf16"."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if requested in dtypes:
+        return dtypes[requested], "as requested"
     if device.type == "cuda":
-        good = torch.cuda.is_bf16_supported()
-        return formats["bf16" if good else "fp32"], "the GPU " + ("has bf16" if good else "has no bf16")
-    gain = _time_product(torch.float32) / _time_product(torch.bfloat16)
-    return formats[
-        "bf16" if gain > MIN_BF16_SPEEDUP else "fp32"
-    ], f"a bf16 product takes 1/{gain:.1f} of the time of fp32 here"
+        has_bf16 = torch.cuda.is_bf16_supported()
+        return dtypes["bf16" if has_bf16 else "fp32"], "the GPU " + ("has bf16" if has_bf16 else "has no bf16")
+    fp32_seconds, bf16_seconds = _matmul_seconds(torch.float32), _matmul_seconds(torch.bfloat16)
+    speedup = fp32_seconds / bf16_seconds
+    ratio = f"{speedup:.1f}x faster" if speedup >= 1 else f"{1 / speedup:.1f}x slower"
+    dtype = dtypes["bf16" if speedup > MIN_BF16_SPEEDUP else "fp32"]
+    return dtype, f"bf16 matmul is {ratio} than fp32 on this CPU"
 
 
-def _time_product(dtype: torch.dtype) -> float:
+def _matmul_seconds(dtype: torch.dtype) -> float:
     """Seconds of a matrix product of the size of a small model's, the best of a few."""
     x, w = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
     best = float("inf")
@@ -47,6 +49,7 @@ def _time_product(dtype: torch.dtype) -> float:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Device, system and versions, as results.json has them."""
     import transformers
 
     if device.type == "cuda":

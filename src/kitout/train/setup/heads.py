@@ -1,7 +1,7 @@
-"""The heads an adapter brings: what the checkpoint does not hold, and the classifier, trained and saved with it.
+"""The heads of an adapter: what the checkpoint does not hold, and the classifier, trained and saved with it.
 
-A fresh classifier is linear, or linear after a BatchNorm without gain and shift, which learns its statistics in
-training mode. It knows where heads stand and how they start, no data and no loss.
+A newly initialized classifier is linear, or linear after a BatchNorm without gain and shift, whose statistics are
+updated in training mode. It knows where heads are and how they are initialized, no data and no loss.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from kitout.kit import Kit
 def copy_heads(kit: Kit, new_heads: Collection[str], is_language_model: bool) -> dict[str, nn.Module]:
     """Copies in float32, by path, of what the checkpoint does not hold and of the classifier.
 
-    language: the model writes text; it has no classifier, and nothing may be missing.
+    is_language_model: it has no classifier, and nothing may be missing.
     """
     if is_language_model:
         if new_heads:
             raise ConfigError(
-                f"the checkpoint does not hold {sorted(new_heads)[:4]}: this is no language model to adapt"
+                f"the checkpoint does not hold {sorted(new_heads)[:4]}: it is not a language model that can be adapted"
             )
         return {}
     paths = {*new_heads, *(site.path for site in kit.survey.sites if site.role == "head")}
@@ -34,26 +34,26 @@ def copy_heads(kit: Kit, new_heads: Collection[str], is_language_model: bool) ->
 def build_heads(
     heads: Mapping[str, nn.Module], new_heads: Collection[str], num_classes: int, seed: int, kind: str = "linear"
 ) -> dict[str, nn.Module]:
-    """One adapter's copies: the checkpoint's own values where it has them for as many classes, else fresh ones.
+    """One adapter's copies: the checkpoint's own values where it has them for as many classes, else new ones.
 
-    The last head has as many outputs as there are classes. kind: of it, "linear" or "batchnorm".
+    The last head has as many outputs as there are classes. kind: of the last head, "linear" or "batchnorm".
     """
-    own = {path: copy.deepcopy(module) for path, module in heads.items()}
-    last = next(reversed(own), None)
+    copies = {path: copy.deepcopy(module) for path, module in heads.items()}
+    last = next(reversed(copies), None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for path, head in own.items():
+        for path, head in copies.items():
             if path == last and kind == "batchnorm":
-                own[path] = batchnorm_head(_in_features(path, head), num_classes)
+                copies[path] = batchnorm_head(_in_features(path, head), num_classes)
                 continue
             outputs = num_classes if path == last else getattr(head, "out_features", 0)
             if isinstance(head, nn.Linear) and (path in new_heads or outputs != head.out_features):
-                own[path] = linear_head(head.in_features, outputs, head.bias is not None)
-    return own
+                copies[path] = linear_head(head.in_features, outputs, head.bias is not None)
+    return copies
 
 
 def linear_head(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
-    """As transformers starts its classifiers: N(0, 0.02), bias 0."""
+    """Initialized as transformers initializes its classifiers: N(0, 0.02), bias 0."""
     layer = nn.Linear(in_features, out_features, bias)
     nn.init.normal_(layer.weight, std=0.02)
     if bias:
@@ -76,6 +76,6 @@ def _in_features(path: str, head: nn.Module) -> int:
     if not isinstance(head, nn.Linear):
         raise ConfigError(
             f"train.head=batchnorm takes the place of a linear classifier, and this model's, {path}, is a "
-            f"{type(head).__name__}: say train.head=linear"
+            f"{type(head).__name__}: choose train.head=linear"
         )
     return head.in_features

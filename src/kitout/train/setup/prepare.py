@@ -1,7 +1,7 @@
-"""Everything a run needs, made from its config: data encoded, model frozen, adapters added, jobs planned.
+"""Everything a run needs, made from its config: datasets, the frozen base, adapters, jobs with their batches.
 
-Nothing is learnt here. What is cheap to find out comes first, so that a fault in a file or a setting is told before a
-model is loaded. It knows configs, data and kits, and nothing of screens and folders.
+Nothing is trained here. What is cheap to find out comes first, so that an error in a file or a setting is reported
+before a model is loaded. It knows configs, data and kits, and nothing of screens and folders.
 """
 
 from __future__ import annotations
@@ -17,191 +17,188 @@ from kitout.train.config.schema import AugmentConfig, DataConfig, RunConfig, Tra
 from kitout.train.loop.batch_plan import num_steps, plan_batches
 from kitout.train.loop.jobs import Job
 from kitout.train.loop.optimizer import REFUSE_ABOVE, check_learning_rate
-from kitout.train.objectives.causal_lm import CausalLM
-from kitout.train.objectives.objective import Objective
-from kitout.train.objectives.seq2seq_lm import Seq2SeqLM
-from kitout.train.objectives.sequence import SequenceClassification
-from kitout.train.objectives.token_classification import TokenClassification
-from kitout.train.setup import base_model, datasets
-from kitout.train.setup.datasets import Datasets
+from kitout.train.objectives.objective import LanguageObjective, Objective
+from kitout.train.objectives.tasks import TASKS, ObjectiveSettings, Task
+from kitout.train.setup.base_model import (
+    LoadedBase,
+    Placement,
+    choose_placement,
+    load_base,
+    load_config,
+    load_tokenizer,
+    resolve_model,
+)
+from kitout.train.setup.datasets import Datasets, load_datasets
 from kitout.train.setup.heads import build_heads
-
-SEQUENCE_TASKS: dict[str, Any] = {
-    "classification": "classification",
-    "regression": "regression",
-    "multilabel": "multilabel",
-}
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """jobs, sets: in the same order. why: of the number format. notes: warnings. opening: as in `Built`."""
+    """A run before its first step. Its kit has every adapter, fresh from its seed, and none is active."""
 
     kit: Kit
+    """The frozen base with the adapters."""
     jobs: list[Job]
+    """One per adapter."""
     datasets: list[Datasets]
+    """Of each job, in the same order."""
     tokenizer: Any
+    """The model's own; None for images."""
     objective: str
+    """Of all jobs, as the table of tasks names it."""
     dtype_reason: str
+    """Why the base has its dtype, in words."""
     warnings: list[str]
+    """What the pre-flight warns of, besides the data."""
     from_pretrained_kwargs: Mapping[str, Any]
+    """What the loader of the base takes besides its name."""
 
     @property
     def first_dataset(self) -> Datasets:
+        """Of the first job."""
         return self.datasets[0]
 
 
-def prepare(config: RunConfig) -> PreparedRun:
-    """The kit wears nothing yet; every adapter is fresh from its seed."""
-    alone = config.per_job()
-    notes = _check_learning_rates(alone)
-    about = base_model.load_config(config.model)
-    images = _is_image_run(config.objective, about)
-    tokenizer = None if images else base_model.load_tokenizer(config.model)
-    held = _load_all_datasets(alone, about, tokenizer, images)
-    kinds = {one.objective for one in held}
-    if len(kinds) > 1:
-        raise ConfigError(f"the jobs of one run share one objective; found {', '.join(sorted(kinds))}: split the run")
-    (kind,) = kinds
-    _check_objective(alone, kind)
-    lengths = [item.length for one in held for item in (one.preview or one.train) if not images]
-    median = sorted(lengths)[len(lengths) // 2] if lengths else 0
-    filler = None if images else _choose_pad_token(about, tokenizer)
-    given = filler if needs_pad_token(kind, about) else None
-    side = alone[0].data.image_size if images else None
-    made = base_model.load_base(
-        config.model, kind, held[0].label_names if kind != "regression" else (), median, given, side
+def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRun:
+    """The run that a config describes. placement: of the base; None: found here."""
+    job_configs = config.per_job()
+    warnings = _check_learning_rates(job_configs)
+    hf_config = load_config(config.model)
+    tokenizer = None if _reads_images(config.objective, hf_config) else load_tokenizer(config.model)
+    datasets = _load_all_datasets(job_configs, hf_config, tokenizer)
+    task = _common_task(job_configs, datasets)
+    pad_token_id = None if task.reads_images else _choose_pad_token(hf_config, tokenizer)
+    base = _load_base(config, task, placement or choose_placement(config.model), datasets, hf_config, pad_token_id)
+    warnings += _warn_of_new_heads(base, datasets[0])
+    jobs = [
+        _build_job(base, job_config, task, dataset, pad_token_id)
+        for job_config, dataset in zip(job_configs, datasets, strict=True)
+    ]
+    for job in jobs:
+        if isinstance(job.objective, LanguageObjective):
+            first_rows = [job.examples[i] for rows in job.batches[:2] for i in rows]
+            with base.kit.use(job.name):
+                job.objective.choose_head_loss([one.name for one in jobs], first_rows)
+    return PreparedRun(
+        base.kit, jobs, datasets, tokenizer, task.name, base.dtype_reason, warnings, base.from_pretrained_kwargs
     )
-    kit = made.kit
-    for job, one in zip(alone, held, strict=True):
-        heads = build_heads(made.heads, made.new_heads, len(one.label_names) or 1, job.train.seed, job.train.head)
-        kit.add(job.output.name, job.method, seed=job.train.seed, heads=heads)
-    if made.new_heads and held[0].label_names:
-        commonest = (
-            f"; the commonest one is right in {100 * held[0].majority_accuracy:.1f} %"
-            if held[0].majority_accuracy
-            else ""
-        )
-        notes.append(f"the base has no trained head for these labels: its figures are those of chance{commonest}")
-    jobs = []
-    for job, one in zip(alone, held, strict=True):
-        objective = _build_objective(kit, job, kind, one, filler)
-        planned = _plan_steps(one, objective, job.train)
-        jobs.append(Job(job.output.name, objective, one.train, planned, job.train, one.validation))
-    _choose_head_losses(kit, jobs)
-    return PreparedRun(kit, jobs, held, tokenizer, kind, made.dtype_reason, notes, made.from_pretrained_kwargs)
-
-
-def _check_objective(job_configs: Sequence[RunConfig], objective: str) -> None:
-    """What contradicts itself only now that the objective is known."""
-    faults = Errors(ConfigError, f"objective={objective}, as the data and the model have it")
-    for job in job_configs:
-        for fault in find_conflicts(job.model_copy(update={"objective": objective})):
-            faults.add(fault)
-    faults.raise_if_any()
 
 
 def _check_learning_rates(job_configs: Sequence[RunConfig]) -> list[str]:
-    faults = Errors(ConfigError, "learning rates")
-    notes = []
+    """Warnings; ConfigError for rates with which nothing can be trained."""
+    errors = Errors(ConfigError, "learning rates")
+    warnings = []
     for job in job_configs:
         try:
-            note = None if job.train.lr is None else check_learning_rate(job.method, job.train.lr)
-        except ConfigError as wrong:
-            faults.add(f"{job.output.name}: {wrong}")
+            warning = None if job.train.lr is None else check_learning_rate(job.method, job.train.lr)
+        except ConfigError as error:
+            errors.add(f"{job.output.name}: {error}")
             continue
-        notes += [f"{job.output.name}: {note}"] if note else []
-        head, own = job.train.head_lr, job.method.training_defaults().head_lr
-        if head is not None and head >= REFUSE_ABOVE * own:
-            faults.add(
-                f"{job.output.name}: head_lr={head:g} is {head / own:,.0f} times the default of {own:g}: leave it out"
+        warnings += [f"{job.output.name}: {warning}"] if warning else []
+        head_lr, default = job.train.head_lr, job.method.training_defaults().head_lr
+        if head_lr is not None and head_lr >= REFUSE_ABOVE * default:
+            errors.add(
+                f"{job.output.name}: head_lr={head_lr:g} is {head_lr / default:,.0f} times the default of "
+                f"{default:g}: leave it out"
             )
-    faults.raise_if_any()
-    return notes
+    errors.raise_if_any()
+    return warnings
 
 
-def _is_image_run(objective: str, hf_config: Any) -> bool:
-    """Whether the model reads images: said, or the class of its config says so."""
+def _reads_images(objective: str, hf_config: Any) -> bool:
+    """Whether the model reads images: by the requested objective, else by the class of its config."""
     if objective != "auto":
-        return objective == "image_classification"
+        return TASKS[objective].reads_images
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
     return type(hf_config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
-def _load_all_datasets(
-    job_configs: Sequence[RunConfig], hf_config: Any, tokenizer: Any, images: bool
-) -> list[Datasets]:
-    """Each job's; jobs that read the same data share them."""
-    held: list[Datasets] = []
-    for k, job in enumerate(job_configs):
-        same = (
-            n
-            for n in range(k)
-            if _reading_key(job_configs[n].data) == _reading_key(job.data) and not job.data.streaming
-        )
-        n = next(same, None)
-        held.append(_load_datasets(job, hf_config, tokenizer, images) if n is None else held[n])
-    return held
+def _load_all_datasets(job_configs: Sequence[RunConfig], hf_config: Any, tokenizer: Any) -> list[Datasets]:
+    """The datasets of each job; jobs that read the same data share them, except streams, which are read on."""
+    is_encoder_decoder = bool(getattr(hf_config, "is_encoder_decoder", False))
+    loaded: list[tuple[DataConfig, Datasets]] = []
+    for job in job_configs:
+        # what is applied after reading does not count
+        reading = job.data.model_copy(update={"augment": AugmentConfig(), "image_size": None})
+        shared = [datasets for config, datasets in loaded if config == reading and not reading.streaming]
+        new = None if shared else load_datasets(job.data, job.objective, tokenizer, is_encoder_decoder)
+        loaded.append((reading, new or shared[0]))
+    return [datasets for _, datasets in loaded]
 
 
-def _reading_key(config: DataConfig) -> DataConfig:
-    """Without what comes only after reading."""
-    return config.model_copy(update={"augment": AugmentConfig(), "image_size": None})
-
-
-def _load_datasets(job_config: RunConfig, hf_config: Any, tokenizer: Any, images: bool) -> Datasets:
-    if images:
-        return datasets.load_image_datasets(job_config.data)
-    return datasets.load_text_datasets(
-        job_config.data, job_config.objective, tokenizer, bool(getattr(hf_config, "is_encoder_decoder", False))
-    )
-
-
-def _build_objective(
-    kit: Kit, job_config: RunConfig, objective: str, dataset: Datasets, pad_token_id: int | None
-) -> Objective:
-    if objective == "image_classification":
-        from kitout.data.images.augment import Augment
-        from kitout.data.images.pixels import PixelProcessor
-        from kitout.train.objectives.image_classification import ImageClassification
-
-        said = job_config.data.augment
-        changes = None
-        if said != AugmentConfig():
-            changes = Augment(said.min_crop, said.horizontal_flip, said.rotate, said.color_jitter)
-        return ImageClassification(
-            kit,
-            dataset.images,
-            PixelProcessor.from_pretrained(
-                base_model.resolve_model(job_config.model.name), job_config.data.image_size, changes
-            ),
-        )
-    if objective == "causal_lm":
-        return CausalLM(kit, job_config.data.max_length if job_config.train.packing else 0)
-    assert pad_token_id is not None
-    if objective == "seq2seq_lm":
-        return Seq2SeqLM(kit, pad_token_id)
-    return (
-        TokenClassification(kit, pad_token_id)
-        if objective == "token_classification"
-        else SequenceClassification(kit, SEQUENCE_TASKS[objective], pad_token_id)
-    )
-
-
-def needs_pad_token(objective: str, hf_config: Any) -> bool:
-    """Whether the model must be told a padding id: it judges texts, and its config names none."""
-    return (
-        objective not in ("causal_lm", "seq2seq_lm", "image_classification")
-        and hf_config.get_text_config().pad_token_id is None
-    )
+def _common_task(job_configs: Sequence[RunConfig], datasets: Sequence[Datasets]) -> Task:
+    """The one task of all jobs; ConfigError where it conflicts with a setting."""
+    names = {dataset.objective for dataset in datasets}
+    if len(names) > 1:
+        raise ConfigError(f"the jobs of one run share one objective; found {', '.join(sorted(names))}: split the run")
+    (name,) = names
+    errors = Errors(ConfigError, f"objective={name}, by the data and the model")
+    for job in job_configs:
+        for conflict in find_conflicts(job.model_copy(update={"objective": name})):
+            errors.add(conflict)
+    errors.raise_if_any()
+    return TASKS[name]
 
 
 def _choose_pad_token(hf_config: Any, tokenizer: Any) -> int:
-    """The id rows are filled with. Decoders find a row's last token by it, so it must not be one that texts hold."""
-    named = hf_config.get_text_config().pad_token_id
-    known = (named, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
-    return next(int(i) for i in known if i is not None)
+    """The id rows are padded with. Decoders find a row's last token by it, so texts should not hold it."""
+    configured = hf_config.get_text_config().pad_token_id
+    candidates = (configured, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
+    return next(int(i) for i in candidates if i is not None)
+
+
+def _load_base(
+    config: RunConfig, task: Task, placement: Placement, datasets: Sequence[Datasets], hf_config: Any,
+    pad_token_id: int | None,
+) -> LoadedBase:  # fmt: skip
+    """The base of all jobs: labels of the first one, attention by the usual length of an example."""
+    lengths = sorted(
+        item.length for dataset in datasets for item in (dataset.preview or dataset.train) if not task.reads_images
+    )
+    is_missing = task.needs_pad_id and hf_config.get_text_config().pad_token_id is None
+    return load_base(
+        config.model,
+        task,
+        placement,
+        datasets[0].label_names,
+        lengths[len(lengths) // 2] if lengths else 0,
+        pad_token_id if is_missing else None,
+        config.per_job()[0].data.image_size if task.reads_images else None,
+    )
+
+
+def _warn_of_new_heads(base: LoadedBase, dataset: Datasets) -> list[str]:
+    if not (base.new_heads and dataset.label_names):
+        return []
+    majority = (
+        f" (always the majority class: {100 * dataset.majority_accuracy:.1f} %)" if dataset.majority_accuracy else ""
+    )
+    return [f"the base has an untrained head for these labels: expect chance level before training{majority}"]
+
+
+def _build_job(base: LoadedBase, job_config: RunConfig, task: Task, dataset: Datasets, pad_token_id: int | None) -> Job:
+    """Adds the job's adapter to the kit, and plans what each of its steps trains on."""
+    name, train = job_config.output.name, job_config.train
+    heads = build_heads(base.heads, base.new_heads, len(dataset.label_names) or 1, train.seed, train.head)
+    base.kit.add(name, job_config.method, seed=train.seed, heads=heads)
+    pack_width = job_config.data.max_length if train.packing else 0
+    settings = ObjectiveSettings(pad_token_id, pack_width, dataset.images)
+    if task.reads_images:
+        settings = ObjectiveSettings(images=dataset.images, pixels=_pixel_processor(job_config))
+    objective = task.build_objective(base.kit, settings)
+    batches = _plan_steps(dataset, objective, train)
+    return Job(name, objective, dataset.train, batches, train, dataset.validation)
+
+
+def _pixel_processor(job_config: RunConfig) -> Any:
+    from kitout.data.images.augment import Augment
+    from kitout.data.images.pixels import PixelProcessor
+
+    config, augment = job_config.data.augment, None
+    if config != AugmentConfig():
+        augment = Augment(config.min_crop, config.horizontal_flip, config.rotate, config.color_jitter)
+    return PixelProcessor.from_pretrained(resolve_model(job_config.model.name), job_config.data.image_size, augment)
 
 
 def _plan_steps(dataset: Datasets, objective: Objective, settings: TrainConfig) -> list[list[int]]:
@@ -219,13 +216,3 @@ def _plan_steps(dataset: Datasets, objective: Objective, settings: TrainConfig) 
         dataset.mixture_ranges or None,
         dataset.mixture_weights or None,
     )
-
-
-def _choose_head_losses(kit: Kit, jobs: Sequence[Job]) -> None:
-    """Language models find the cheapest exact way to their loss, tried on the first rows of every job."""
-    names = [job.name for job in jobs]
-    for job in jobs:
-        if isinstance(job.objective, CausalLM | Seq2SeqLM):
-            few = [job.examples[i] for rows in job.batches[:2] for i in rows]
-            with kit.use(job.name):
-                job.objective.choose_head_loss(names, few)
