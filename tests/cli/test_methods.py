@@ -64,12 +64,12 @@ def test_json_is_what_the_code_says() -> None:
     for page in pages:
         method = REGISTRY[page["name"]]
         assert page == json.loads(json.dumps(method_info(method)))
-        assert (page["lr"], page["decay"], page["head_lr"]) == (
+        assert (page["lr"], page["weight_decay"], page["head_lr"]) == (
             method.training.lr,
             method.training.weight_decay,
             method.training.head_lr,
         )
-        assert page["lr"] < page["warned_from"] < page["refused_from"]
+        assert page["lr"] < page["warn_from"] < page["refuse_from"]
     assert json.loads(kitout_methods("IA3", "--json").output) == next(page for page in pages if page["name"] == "IA3")
 
 
@@ -105,10 +105,10 @@ def test_a_users_own_method_needs_no_description() -> None:
         kinds: tuple[int, ...] | Literal["none"] | None = None
 
     page = method_info(Bare)
-    assert (page["summary"], page["seat"], page["lr"]) == ("", "attn.v", Method.training.lr)
+    assert (page["summary"], page["default_location"], page["lr"]) == ("", "attn.v", Method.training.lr)
     assert page["settings"][-2:] == [
-        {"name": "width", "default": 8, "takes": "whole number >= 1, <= 64", "what": ""},
-        {"name": "kinds", "default": None, "takes": "list of whole number | none", "what": ""},
+        {"name": "width", "default": 8, "type": "whole number >= 1, <= 64", "description": ""},
+        {"name": "kinds", "default": None, "type": "list of whole number | none", "description": ""},
     ]
 
 

@@ -183,7 +183,7 @@ def test_jobs_at_once_each_with_its_own(models: dict[str, Path], tmp_path: Path)
     assert not (tmp_path / "both" / "comparison.png").is_file()  # the test splits differ
     page = (tmp_path / "both" / "report.html").read_text()
     assert "Adapters side by side" in page
-    assert "the figures are not of one kind" in page
+    assert "the metrics are not comparable" in page
     assert "best: " not in output
     assert {p.name for p in (tmp_path / "both" / "adapter").iterdir()} == {"first", "second"}
     alone, _ = run(

@@ -52,7 +52,8 @@ def methods(
     else:
         typer.echo("\n".join(_page_header(pages[0], REGISTRY[names[0]])))
         _print_table(
-            SETTING_COLUMNS, [(s["name"], _to_text(s["default"]), s["takes"], s["what"]) for s in pages[0]["settings"]]
+            SETTING_COLUMNS,
+            [(s["name"], _to_text(s["default"]), s["type"], s["description"]) for s in pages[0]["settings"]],
         )
 
 
@@ -69,21 +70,21 @@ def method_info(method: type[Method]) -> dict[str, Any]:
     return {
         "name": method.__name__,
         "summary": summary,
-        "seat": method.default_location or method.default_targets,
+        "default_location": method.default_location or method.default_targets,
         "lr": method.training.lr,
-        "decay": method.training.weight_decay,
+        "weight_decay": method.training.weight_decay,
         "head_lr": method.training.head_lr,
-        "warned_from": warn_above(method),
-        "refused_from": refuse_above(method),
+        "warn_from": warn_above(method),
+        "refuse_from": refuse_above(method),
         "mergeable": method.mergeable,
-        "identity": method.starts_as_identity,
-        "note": method.limitations,
+        "starts_as_identity": method.starts_as_identity,
+        "limitations": method.limitations,
         "settings": [
             {
                 "name": name,
                 "default": field.get_default(call_default_factory=True),
-                "takes": type_text(field.annotation, field.metadata),
-                "what": setting_texts.get(name, ""),
+                "type": type_text(field.annotation, field.metadata),
+                "description": setting_texts.get(name, ""),
             }
             for name, field in method.model_fields.items()
         ],
@@ -110,24 +111,32 @@ def parse_docstring(method: type[Method]) -> tuple[str, dict[str, str]]:
 def _table_row(page: dict[str, Any]) -> tuple[str, ...]:
     clause = re.split(r"[.;] |\.$", page["summary"])[0]
     merges = "yes" if page["mergeable"] else "no"
-    limitations = page["note"] or "none"
-    return (page["name"], clause, page["seat"], f"{page['lr']:g}", f"{page['decay']:g}", merges, limitations)
+    limitations = page["limitations"] or "none"
+    return (
+        page["name"],
+        clause,
+        page["default_location"],
+        f"{page['lr']:g}",
+        f"{page['weight_decay']:g}",
+        merges,
+        limitations,
+    )
 
 
 def _page_header(page: dict[str, Any], method: type[Method]) -> list[str]:
     overridden = method.training_defaults is not Method.training_defaults
     defaults_doc = method.training_defaults.__doc__ if overridden else None
     merges = "merges into the base" if page["mergeable"] else "does not merge into the base"
-    warn, refuse = page["warned_from"], page["refused_from"]
-    start = "leaves the outputs bit-identical" if page["identity"] else "already changes the outputs"
+    warn, refuse = page["warn_from"], page["refuse_from"]
+    start = "leaves the outputs bit-identical" if page["starts_as_identity"] else "already changes the outputs"
     return [
         f"{page['name']}: {page['summary']}",
-        f"default location: {page['seat']}",
+        f"default location: {page['default_location']}",
         f"{merges}; a new adapter {start}",
-        *([f"limitations: {page['note']}"] if page["note"] else []),
+        *([f"limitations: {page['limitations']}"] if page["limitations"] else []),
         f"learning rate {page['lr']:g} with AdamW; a warning from {warn:g}, refused from {refuse:g}",
         *([inspect.cleandoc(defaults_doc)] if defaults_doc else []),
-        f"weight decay {page['decay']:g} on matrices; learning rate of a newly initialized head {page['head_lr']:g}",
+        f"weight decay {page['weight_decay']:g} on matrices; lr of a newly initialized head {page['head_lr']:g}",
         f"in Python: kitout.{page['name']}(setting=value, ...)",
         "",
     ]

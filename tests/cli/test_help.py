@@ -1,0 +1,41 @@
+"""The help of every verb: a sentence, an example, and only words of the field."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from kitout.cli import app
+
+VERBS = ("assets", "demo", "demo text", "demo vision", "inspect", "methods", "train")
+REFUSED = re.compile(
+    r"(?i)\b(worn|wears?|wearing|told|laid|beneath|faulty|learnt|gist|filler|commonest|parted|embedded)\b"
+)
+
+
+def help_of(verb: str) -> str:
+    result = CliRunner().invoke(app, [*verb.split(), "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_the_first_page_lists_every_verb() -> None:
+    page = help_of("")
+    for verb in ("assets", "demo", "inspect", "methods", "train"):
+        assert re.search(rf"\b{verb}  +[A-Z]", page), verb
+    assert not REFUSED.search(page)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_has_an_example(verb: str) -> None:
+    page = help_of(verb)
+    first, *_ = verb.split()
+    assert len(re.findall(rf"kitout {first}\b", page)) > 0
+    assert re.search(r"(?i)example", page)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "train"])
+def test_only_words_of_the_field(verb: str) -> None:
+    assert not REFUSED.findall(help_of(verb))
