@@ -35,24 +35,20 @@ PROCESSES, SECONDS = 2, 60
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers",
           "num_encoder_layers", "num_decoder_layers")  # fmt: skip
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-MIN_RESOLVED = 488  # of the fixed list
+LEAST = 488  # of the fixed list
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass
 class Result:
-    """One model type."""
+    """One model type. state: full | part | no stack | no class | fails."""
 
     name: str
     state: str
-    """full | part | no stack | no class | fails"""
     resolved: int = 0
-    """Blocks of which all roles are labeled."""
     blocks: int = 0
     note: str = ""
-    """The first block that is not resolved, or why the model cannot be built."""
     hybrids: list[str] = field(default_factory=list)
-    """Stacks of which only some blocks have attention."""
 
 
 def main() -> None:
@@ -73,8 +69,8 @@ def main() -> None:
     print(text)
     if options.write:
         (HERE / "SITES.md").write_text(text, encoding="utf-8")
-    if not options.only and sum(r.state == "full" and r.name in set(fixed) for r in results) < MIN_RESOLVED:
-        raise SystemExit(f"fewer than {MIN_RESOLVED} of the fixed list")
+    if not options.only and sum(r.state == "full" and r.name in set(fixed) for r in results) < LEAST:
+        raise SystemExit(f"fewer than {LEAST} of the fixed list")
 
 
 def listed() -> list[str]:
@@ -127,10 +123,10 @@ def _shrink(config: Any, attribute: str) -> None:
         return
 
 
-def judge(name: str, survey: Survey) -> Result:
-    """Stacks of which every block attends count; hybrids are listed apart, for their other blocks have no attention."""
+def judge(name: str, found: Survey) -> Result:
+    """Stacks of which every block attends count; hybrids are told apart, for their other blocks have no attention."""
     towers: dict[str, list[Block]] = {}
-    for block in survey.blocks:
+    for block in found.blocks:
         towers.setdefault(block.tower, []).append(block)
     whole = [block for blocks in towers.values() if all(b.has_attention for b in blocks) for block in blocks]
     hybrids = [
@@ -138,31 +134,31 @@ def judge(name: str, survey: Survey) -> Result:
         f"{sum(map(good, blocks))} resolved"
         for tower, blocks in towers.items()
         if not all(b.has_attention for b in blocks)
-        for good in [lambda b: is_labeled(survey, b)]
+        for good in [lambda b: labelled(found, b)]
     ]
-    bad = [block for block in whole if not is_labeled(survey, block)]
-    state = "no stack" if not survey.blocks else "part" if bad or not whole else "full"
-    note = f"{bad[0].path} has {', '.join(sorted(roles(survey, bad[0]))) or 'no role'}" if bad else ""
+    bad = [block for block in whole if not labelled(found, block)]
+    state = "no stack" if not found.blocks else "part" if bad or not whole else "full"
+    note = f"{bad[0].path} has {', '.join(sorted(roles(found, bad[0]))) or 'no role'}" if bad else ""
     return Result(name, state, len(whole) - len(bad), len(whole), note, hybrids)
 
 
-def roles(survey: Survey, block: Block) -> set[str]:
-    mine = (s for s in survey.sites if s.tower == block.tower and s.layer == block.index)
+def roles(found: Survey, block: Block) -> set[str]:
+    mine = (s for s in found.sites if s.tower == block.tower and s.layer == block.index)
     return {s.role for s in mine if s.role.startswith(("attn.", "cross.", "mlp."))}
 
 
-def is_labeled(survey: Survey, block: Block) -> bool:
+def labelled(found: Survey, block: Block) -> bool:
     """The rule: (q, k, v or a fused projection, or q and k) and o, and (up or gate, and down, or 3-D experts)."""
-    present = roles(survey, block)
-    reads = any(f"{kind}.qkv" in present or {f"{kind}.q", f"{kind}.k"} <= present for kind in ("attn", "cross"))
-    feeds = "mlp.down" in present and bool({"mlp.up", "mlp.gate"} & present)
-    return reads and bool({"attn.o", "cross.o"} & present) and (feeds or has_experts(survey, block))
+    here = roles(found, block)
+    reads = any(f"{kind}.qkv" in here or {f"{kind}.q", f"{kind}.k"} <= here for kind in ("attn", "cross"))
+    feeds = "mlp.down" in here and bool({"mlp.up", "mlp.gate"} & here)
+    return reads and bool({"attn.o", "cross.o"} & here) and (feeds or has_experts(found, block))
 
 
-def has_experts(survey: Survey, block: Block) -> bool:
+def has_experts(found: Survey, block: Block) -> bool:
     if not block.is_one_module:
         return False
-    inside = (m for m in survey.model.get_submodule(block.path).modules() if not isinstance(m, CONVS))
+    inside = (m for m in found.model.get_submodule(block.path).modules() if not isinstance(m, CONVS))
     return any(p.ndim == 3 for m in inside for p in m.parameters(recurse=False))
 
 
@@ -181,7 +177,7 @@ def report(results: list[Result], fixed: list[str]) -> str:
     rule = (
         f"**{len(full)} of {len(fixed)}** types of the fixed list are fully resolved: in every block of every stack "
         "the query, key and value (or a fused projection), the output, and the feed-forward (or experts in 3-D "
-        "parameters) are labeled."
+        "parameters) are labelled."
     )
     lines = [
         "# Sites found in transformers' model types",

@@ -1,8 +1,8 @@
-"""Surveys thirty timm vision models on the meta device: blocks labeled, or refused with a reason.
+"""Surveys thirty timm vision models on the meta device: blocks labelled, or refused with a reason.
 
 `python benchmarks/timm_sites.py` prints one line a model. The names are fixed and cover plain, windowed, pyramid,
 convolutional and hybrid designs; a pure convnet is right to be refused. It measures labels only, no forward runs.
-timm needs torchvision, which has no build beside a CPU torch; the tests' stand-in takes its place.
+timm needs torchvision, which has no build beside a CPU torch; the tests' stand-in is lent to it.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ NAMES = [
     "nest_tiny",
     "pit_ti_224",
 ]
-MIN_JUDGED = 28
+LEAST = 28
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
     timm = import_timm()
-    verdicts: Counter[str] = Counter()
+    verdicts = Counter()
     for name in NAMES:
         model = build(timm, name)
         try:
@@ -71,8 +71,8 @@ def main() -> None:
         verdicts[verdict] += 1
         print(f"{name:34} {verdict:9} {text}", flush=True)
     print(f"{dict(verdicts)} of {len(NAMES)}")
-    if verdicts["resolved"] + verdicts["refused"] < MIN_JUDGED:
-        raise SystemExit(f"fewer than {MIN_JUDGED} resolved or refused with a reason")
+    if verdicts["resolved"] + verdicts["refused"] < LEAST:
+        raise SystemExit(f"fewer than {LEAST} resolved or refused with a reason")
 
 
 def build(timm: ModuleType, name: str) -> nn.Module:
@@ -84,16 +84,16 @@ def build(timm: ModuleType, name: str) -> nn.Module:
         return timm.create_model(name)
 
 
-def judge(survey: Survey) -> tuple[str, str]:
+def judge(found: Survey) -> tuple[str, str]:
     """resolved: every block that attends is; part: some are not, the first of which is shown."""
-    attending = [block for block in survey.blocks if block.has_attention]
+    attending = [block for block in found.blocks if block.has_attention]
     bad = [block for block in attending if not block.resolved]
-    text = f"{len(attending) - len(bad)}/{len(attending)} blocks in {len(survey.towers)} stacks"
-    if others := len(survey.blocks) - len(attending):
+    text = f"{len(attending) - len(bad)}/{len(attending)} blocks in {len(found.towers)} stacks"
+    if others := len(found.blocks) - len(attending):
         text += f", {others} blocks without attention"
     if bad:
-        has = sorted(s.role for s in survey.sites if s.tower == bad[0].tower and s.layer == bad[0].index)
-        text += f"; {bad[0].path} has {', '.join(dict.fromkeys(has))}; unlabeled {bad[0].unlabeled[:4]}"
+        has = sorted(s.role for s in found.sites if s.tower == bad[0].tower and s.layer == bad[0].index)
+        text += f"; {bad[0].path} has {', '.join(dict.fromkeys(has))}; loose {bad[0].unlabeled[:4]}"
     return ("part" if bad else "resolved"), text
 
 
