@@ -2,7 +2,7 @@
 # `make` or `make help` lists the targets. Every target sets up what it needs first and can be interrupted and rerun.
 #
 # TORCH is installed first, and only if the environment holds no torch yet, so any build you put there stays. On Linux
-# the default index serves the CUDA build (several GB). For another one give pip's words for it, for example
+# the default index serves the CUDA build (several GB). For another one give pip's arguments, for example
 #   make test TORCH="torch==2.13.0 --index-url <the index of the CPU builds that pytorch.org names>"
 
 PYTHON ?= python3
@@ -25,10 +25,10 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## create .venv and install kitout with what tests and demo need
 
-# The stamp is written last: whatever was interrupted before it is done again, and pip skips what is already there.
+# The stamp is written last. An interrupted set-up runs again, and pip skips what is already there.
 # timm asks for torchvision, whose published builds refuse to import beside a CPU build of torch, and a broken
 # torchvision breaks transformers too. So timm comes without its requirements (transformers and pillow cover the rest)
-# and tests/torchvision_stub.py lends it the few names it wants.
+# and tests/torchvision_stub.py has the few names it needs.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "kitout needs Python 3.10 or newer; '$(PYTHON)' is older. Try: make PYTHON=python3.12"; exit 1; }
@@ -45,10 +45,10 @@ test-slow: $(STAMP)  ## the tests marked slow or assets (downloads models and da
 	$(PY) -m pytest -n 2 -q -m 'slow or assets' $(ARGS)
 
 # Threads that spin while they wait (OpenMP's habit) halve the demo's speed on a machine that has other work.
-demo: $(STAMP)  ## train, prove and show adapters on a real small model; MODEL=... DATA=... choose others
+demo: $(STAMP)  ## train an adapter on a real small model, evaluate it, prove its merge; MODEL=... DATA=... choose others
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/kitout demo text $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(ARGS)
 
-demo-vision: $(STAMP)  ## eight methods side by side on an image model; MODEL=... DATA=... choose others
+demo-vision: $(STAMP)  ## compare eight methods on an image model; MODEL=... DATA=... choose others
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/kitout demo vision $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 bench: $(STAMP)  ## install the peers and print ratios against them
@@ -62,7 +62,7 @@ lint: $(STAMP)  ## ruff: rules and format
 types: $(STAMP)  ## mypy, strict
 	$(BIN)/mypy
 
-format: $(STAMP)  ## mend what ruff can mend
+format: $(STAMP)  ## format, and fix what ruff can fix
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 

@@ -91,5 +91,5 @@ def specimen(request: pytest.FixtureRequest) -> Specimen:
 
 @pytest.fixture
 def tiny_llama() -> nn.Module:
-    """A fresh llama of the zoo, for tests that need one real model and do not care which."""
+    """A new llama of the zoo, for tests that need one real model and do not care which."""
     return ZOO["llama"].build()

@@ -1,18 +1,22 @@
-"""The public names: one table, equal to the registry and to the type stub, and light to import."""
+"""The public names: one table, equal to the registry, the type stub and the pages, and light to import."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import kitout
 import kitout.methods
 from kitout.method import REGISTRY
 
 PACKAGE = Path(kitout.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 def test_every_public_name_is_where_the_table_says() -> None:
@@ -28,6 +32,15 @@ def test_every_method_of_ours_is_a_public_name() -> None:
     ours = {name for name, method in REGISTRY.items() if method.__module__.startswith("kitout.")}
     assert ours == {name for name, module in kitout.PUBLIC_NAMES.items() if module.startswith("kitout.methods.")}
     assert ours == set(kitout.methods.__all__)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_every_method_is_described(name: str) -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    headings = ", ".join(re.findall(r"^## (.*)$", text, flags=re.MULTILINE)).split(", ")
+    assert name in headings, f"docs/methods.md has no section on {name}"
+    assert re.search(rf"^\| {name}\b.*\|$", text, flags=re.MULTILINE), f"docs/methods.md: no learning rate of {name}"
+    assert f"\n| `{name}` |" in (ROOT / "README.md").read_text(encoding="utf-8"), f"README.md has no row for {name}"
 
 
 def test_the_type_stub_holds_the_same_names() -> None:

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 
-import kitout.methods  # noqa: F401 - registers them
-from kitout.method import REGISTRY
 from pages import blocks
 from tiny_vision import PROCESSOR
 from torchvision_stub import import_timm
@@ -104,15 +102,6 @@ def test_the_tree_of_the_readme_has_every_folder() -> None:
         described.append(Path(name) if len(indent) == 2 else Path(described[-1].parts[0], name))
     folders = {path.parent.relative_to(PACKAGE) for path in PACKAGE.rglob("__init__.py")} - {Path()}
     assert set(described) == folders
-
-
-@pytest.mark.parametrize("name", REGISTRY)
-def test_every_method_is_described(name: str) -> None:
-    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    headings = ", ".join(re.findall(r"^## (.*)$", text, flags=re.MULTILINE)).split(", ")
-    assert name in headings, f"docs/methods.md has no section on {name}"
-    assert re.search(rf"^\| {name}\b.*\|$", text, flags=re.MULTILINE), f"docs/methods.md: no learning rate of {name}"
-    assert f"\n| `{name}` |" in README.read_text(encoding="utf-8"), f"README.md has no row for {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,4 +1,4 @@
-"""Small real image files for tests: squares of one colour per class, with noise so that no two are the same."""
+"""Small real image files for tests: squares of one color per class, with noise so that no two are the same."""
 
 from __future__ import annotations
 

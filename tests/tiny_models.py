@@ -1,6 +1,6 @@
 """Tiny models in folders, as a user has them: weights, tokenizer, chat template or image processor, built offline.
 
-Texts are about animals and colours, so that a tiny model can learn something in seconds.
+One word of a text decides its label, so that a tiny model can learn something in seconds.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ WORDS = ["the", "cat", "dog", "house", "tree", "walk", "today", "again"]
 
 
 def reviews(number: int, seed: int = 0) -> list[dict[str, str]]:
-    """Texts whose label is told by one word."""
-    dice = random.Random(seed)
+    """Texts whose label one word decides."""
+    rng = random.Random(seed)
     rows = []
     for i in range(number):
-        good = i % 2 == 0
-        words = dice.choices(WORDS, k=dice.randint(3, 9))
-        words.insert(dice.randrange(len(words)), dice.choice(GOOD if good else BAD))
-        rows.append({"text": " ".join([*words, str(i)]), "label": "good" if good else "bad"})
+        is_good = i % 2 == 0
+        words = rng.choices(WORDS, k=rng.randint(3, 9))
+        words.insert(rng.randrange(len(words)), rng.choice(GOOD if is_good else BAD))
+        rows.append({"text": " ".join([*words, str(i)]), "label": "good" if is_good else "bad"})
     return rows
 
 
@@ -55,44 +55,44 @@ def tokenizer(template: bool = True) -> PreTrainedTokenizerFast:
         raw.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
         )
-    made = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>",
         bos_token="<s>", eos_token="<|im_end|>" if template else "</s>",
     )  # fmt: skip
     if template:
-        made.chat_template = CHATML
-    return made
+        fast.chat_template = CHATML
+    return fast
 
 
 def decoder(folder: Path) -> Path:
-    words = tokenizer()
+    fast = tokenizer()
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(words), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(fast), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, eos_token_id=5, pad_token_id=0, bos_token_id=2,
         tie_word_embeddings=True,
     )  # fmt: skip
-    return _saved(transformers.LlamaForCausalLM(config), words, folder)
+    return _saved(transformers.LlamaForCausalLM(config), fast, folder)
 
 
 def encoder(folder: Path) -> Path:
-    words = tokenizer(template=False)
+    fast = tokenizer(template=False)
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=len(words), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(fast), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=128, pad_token_id=0,
     )  # fmt: skip
-    return _saved(transformers.BertModel(config), words, folder)
+    return _saved(transformers.BertModel(config), fast, folder)
 
 
 def both(folder: Path) -> Path:
-    words = tokenizer(template=False)
+    fast = tokenizer(template=False)
     torch.manual_seed(0)
     config = transformers.T5Config(
-        vocab_size=len(words), d_model=48, d_kv=12, d_ff=96, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=3,
+        vocab_size=len(fast), d_model=48, d_kv=12, d_ff=96, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=3,
         decoder_start_token_id=0,
     )  # fmt: skip
-    return _saved(transformers.T5ForConditionalGeneration(config), words, folder)
+    return _saved(transformers.T5ForConditionalGeneration(config), fast, folder)
 
 
 def vision(folder: Path) -> Path:
@@ -118,7 +118,7 @@ def vision(folder: Path) -> Path:
     return folder
 
 
-def _saved(model: Any, words: PreTrainedTokenizerFast, folder: Path) -> Path:
+def _saved(model: Any, fast: PreTrainedTokenizerFast, folder: Path) -> Path:
     model.save_pretrained(folder)
-    words.save_pretrained(folder)
+    fast.save_pretrained(folder)
     return folder
