@@ -45,12 +45,13 @@ from kitout import (
 from kitout.assets import store
 from kitout.data.encode.item import EncodedExample
 from kitout.demo.text import INSTRUCTION, MODEL, TextDemo, preset
+from kitout.errors import TrainingDiverged
 from kitout.evaluate.ask.label_likelihood import label_likelihoods
 from kitout.methods.deltas.trained_copy import TrainedCopy
 from kitout.train import checkpoints
 from kitout.train.config.schema import TrainConfig
 from kitout.train.loop.batch_plan import plan_batches
-from kitout.train.loop.jobs import Job, TrainingDiverged
+from kitout.train.loop.jobs import Job
 from kitout.train.loop.trainer import JobTrainer
 from kitout.train.objectives.causal_lm import CausalLM
 from kitout.train.setup import device

@@ -1,10 +1,11 @@
-"""Small things to train on: kits of the zoo, examples, objectives, jobs and a loop around them.
+"""Small things to train on: kits of the zoo, examples, objectives, jobs and a trainer around them.
 
 What several tests of the training loop need. It knows the zoo and the loop's public names.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from kitout.train.objectives.objective import Objective
 from zoo import EXTRA, FIRST_TOKEN, VOCAB, ZOO
 
 ALL = {**ZOO, **EXTRA}
+OWN_SETTINGS = ("evaluate_fn", "callbacks", "run_id", "num_checkpoints")  # of JobTrainer; others are Trainer's
 
 
 def kit_of(species: str, attention: str = "", dtype: torch.dtype = torch.float32) -> Kit:
@@ -37,34 +39,35 @@ def kit_of(species: str, attention: str = "", dtype: torch.dtype = torch.float32
 
 
 def texts(number: int, seed: int = 0, low: int = 4, high: int = 12) -> list[EncodedExample]:
-    """Texts of different lengths, of which different numbers of tokens at the end are learnt."""
-    dice = random.Random(seed)
-    made = []
-    for place in range(number):
-        ids = [dice.randrange(FIRST_TOKEN, VOCAB) for _ in range(dice.randint(low, high))]
-        learnt = dice.randint(1, len(ids) - 1)
-        labels = [IGNORE_INDEX] * (len(ids) - learnt) + ids[-learnt:]
-        made.append(
-            EncodedExample(tuple(ids), tuple(labels), prompt_length=len(ids) - learnt, location=f"line {place + 1}")
-        )
-    return made
+    """Texts of different lengths, of which different numbers of tokens at the end are trained on."""
+    rng = random.Random(seed)
+    examples = []
+    for line in range(1, number + 1):
+        ids = [rng.randrange(FIRST_TOKEN, VOCAB) for _ in range(rng.randint(low, high))]
+        num_targets = rng.randint(1, len(ids) - 1)
+        prompt_length = len(ids) - num_targets
+        labels = [IGNORE_INDEX] * prompt_length + ids[-num_targets:]
+        examples.append(
+            EncodedExample(tuple(ids), tuple(labels), prompt_length=prompt_length, location=f"line {line}")
+        )  # fmt: skip
+    return examples
 
 
 def add(kit: Kit, name: str, method: Method, heads: Mapping[str, nn.Module] | None = None, seed: int = 0) -> None:
-    """An adapter off its start, so that no gradient is zero."""
+    """Adds an adapter and moves it off its start, so that no gradient is zero."""
     dtype = torch.promote_types(kit.dtype, torch.float32)
     adapter = kit.add(name, method, seed=seed, heads=heads, dtype=dtype)
-    draw = torch.Generator().manual_seed(seed + 1)
+    generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for value in adapter.parameters():
-            value.add_(0.05 * torch.randn(value.shape, generator=draw).to(value.dtype))
+            value.add_(0.05 * torch.randn(value.shape, generator=generator).to(value.dtype))
 
 
 def job(name: str, objective: Objective, items: Sequence[Any], steps: int = 4, batch: int = 4, **settings: Any) -> Job:
     settings = {"lr": 1e-2, "lr_schedule": "linear", "warmup_ratio": 0.0, "weight_decay": 0.01, "seed": 0} | settings
-    chosen = TrainConfig(batch_size=batch, **settings)
-    order = plan_batches([objective.num_tokens(item) for item in items], batch, steps, chosen.seed)
-    return Job(name, objective, items, order, chosen)
+    config = TrainConfig(batch_size=batch, **settings)
+    batches = plan_batches([objective.num_tokens(item) for item in items], batch, steps, config.seed)
+    return Job(name, objective, items, batches, config)
 
 
 def causal(kit: Kit, names: Sequence[str], items: Sequence[EncodedExample], pack: int = 0) -> CausalLM:
@@ -75,8 +78,7 @@ def causal(kit: Kit, names: Sequence[str], items: Sequence[EncodedExample], pack
 
 
 def loop_of(kit: Kit, jobs: Sequence[Job], folder: Path, *, micro: int | None = None, **settings: Any) -> JobTrainer:
-    ours = ("watch", "callbacks", "run", "kept")
-    own = {key: settings.pop(key) for key in ours if key in settings}
+    own = {key: settings.pop(key) for key in OWN_SETTINGS if key in settings}
     settings = {"save_strategy": "no", "logging_steps": 1} | settings
     args = TrainingArguments(
         output_dir=str(folder), report_to="none", disable_tqdm=True, use_cpu=True, remove_unused_columns=False,
@@ -99,9 +101,8 @@ def gradients(kit: Kit, jobs: Sequence[Job], micro: int, step: int = 0) -> dict[
     """Of one step over all jobs, cut into micro-batches."""
     for one in jobs:
         kit[one.name].zero_grad()
-    work = StepRunner(kit, jobs, micro)
     rows = [(j, i) for j, one in enumerate(jobs) for i in one.batches[step]]
-    work.step(kit, rows, step, Tensor.backward, nothing)
+    StepRunner(kit, jobs, micro).step(kit, rows, step, Tensor.backward, no_sync)
     return grads_of(kit, jobs)
 
 
@@ -113,18 +114,17 @@ def grads_of(kit: Kit, jobs: Sequence[Job]) -> dict[str, Tensor]:
     }
 
 
-def nothing(_model: nn.Module) -> Any:
-    import contextlib
-
+def no_sync(_model: nn.Module) -> Any:
+    """One process has no gradients to synchronize."""
     return contextlib.nullcontext()
 
 
-def far(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """The largest difference, against the largest value there is."""
-    assert found.keys() == wanted.keys()
-    scale = max(value.abs().max().item() for value in wanted.values())
+def far(results: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> float:
+    """The largest difference, relative to the largest value."""
+    assert results.keys() == references.keys()
+    scale = max(value.abs().max().item() for value in references.values())
     assert scale > 0
-    return max((found[key] - wanted[key]).abs().max().item() for key in wanted) / scale
+    return max((results[key] - references[key]).abs().max().item() for key in references) / scale
 
 
 def losses(loop: JobTrainer) -> list[float]:

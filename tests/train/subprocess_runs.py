@@ -1,4 +1,4 @@
-"""What tests run in processes of their own: whole runs from nothing, so that each process has all it needs.
+"""What tests run in processes of their own: whole runs from the start, so that each process has all it needs.
 
 It knows the zoo and the loop.
 """
@@ -38,40 +38,40 @@ from kitout.train.measure.predict import predict
 from train.fixtures import add, causal, far, gradients, job, kit_of, loop_of, losses, texts, values
 
 torch.set_num_threads(1)
-Figures = dict[str, Any]
+RunSummary = dict[str, Any]
 
 
-def out_of_memory() -> float:
-    """A step's gradients after the allocator itself gave up, against those of single rows."""
+def train_out_of_memory() -> float:
+    """How far a step's gradients after a real allocation failure are from those of single rows."""
     import resource
 
     kit, items = kit_of("llama", "eager"), texts(16, low=400, high=400)
     add(kit, "low", LoRA(rank=2))
     one = job("low", causal(kit, ["low"], items), items, steps=1, batch=16)
-    wanted = gradients(kit, [one], 1)
+    references = gradients(kit, [one], 1)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + 30 * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = gradients(kit, [one], 16)
-    assert any("memory ran out" in str(warning.message) for warning in told), told
-    return far(found, wanted)
+        results = gradients(kit, [one], 16)
+    assert any("out of memory" in str(warning.message) for warning in caught), caught
+    return far(results, references)
 
 
-class Slow(TrainerCallback):
+class SleepAfterStep(TrainerCallback):
     """Time to be killed in."""
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         time.sleep(0.01)
 
 
-def pair(kit: Kit) -> list[Job]:
-    """Two jobs, one of which draws dropout."""
+def text_jobs(kit: Kit) -> list[Job]:
+    """Two jobs, one of which has dropout."""
     add(kit, "low", LoRA(rank=2, dropout=0.2))
     add(kit, "scale", IA3(), seed=1)
     names = ["low", "scale"]
-    sets = [texts(20, 0), texts(12, 1)]
+    datasets = [texts(20, 0), texts(12, 1)]
     return [
         job(
             name,
@@ -83,54 +83,47 @@ def pair(kit: Kit) -> list[Job]:
             lr_schedule="cosine",
             warmup_ratio=0.2,
         )
-        for name, items, batch in zip(names, sets, (4, 3), strict=True)
+        for name, items, batch in zip(names, datasets, (4, 3), strict=True)
     ]
 
 
-def pictured(kit: Kit) -> list[Job]:
-    """Two jobs over images: one draws dropout, the other keeps features; a BatchNorm head each."""
+def image_jobs(kit: Kit) -> list[Job]:
+    """Two jobs over images: one has dropout, the other caches features; a BatchNorm head each."""
     from kitout.train.loop.frozen_trunk import keep_features
     from kitout.train.objectives.image_classification import ImageClassification
     from kitout.train.setup.heads import build_heads, copy_heads
     from tiny_vision import CLASSES, images, pixels
 
-    whole = images(4)
-    methods = {"drawn": AdaptFormer(width=8), "kept": PartialFineTuning(last=1)}
+    dataset = images(4)
+    methods = {"dropout": AdaptFormer(width=8), "cached": PartialFineTuning(last=1)}
     jobs = []
     for name, method in methods.items():
         add(kit, name, method, build_heads(copy_heads(kit, (), is_language_model=False), (), CLASSES, 0, "batchnorm"))
-        objective = ImageClassification(kit, whole, pixels())
+        objective = ImageClassification(kit, dataset, pixels())
+        trunk = "auto" if name == "cached" else "off"
         jobs.append(
-            job(
-                name,
-                objective,
-                range(len(whole)),
-                steps=10,
-                batch=6,
-                seed=3,
-                trunk="auto" if name == "kept" else "off",
-                head="batchnorm",
-            )
-        )
-    assert list(keep_features(kit, jobs)[0]) == ["kept"]
+            job(name, objective, range(len(dataset)), steps=10, batch=6, seed=3, trunk=trunk, head="batchnorm")
+        )  # fmt: skip
+    assert list(keep_features(kit, jobs)[0]) == ["cached"]
     return jobs
 
 
-def resumed(folder: Path, kind: str = "texts", run: str = "one") -> Figures:
-    """A run of two jobs that goes on from wherever this folder stands."""
+def resume_run(folder: Path, kind: str = "texts") -> RunSummary:
+    """A run of two jobs that resumes from the last checkpoint of this folder."""
     kit = kit_of("llama" if kind == "texts" else "dinov2")
-    jobs = pair(kit) if kind == "texts" else pictured(kit)
+    jobs = text_jobs(kit) if kind == "texts" else image_jobs(kit)
     loop = loop_of(
-        kit, jobs, folder, run=run, save_strategy="steps", save_steps=1, logging_steps=2, callbacks=[Slow()]
+        kit, jobs, folder, run_id="one", save_strategy="steps", save_steps=1, logging_steps=2,
+        callbacks=[SleepAfterStep()],
     )  # fmt: skip
     last = next(reversed(checkpoints.list_checkpoints(folder)), None)
     loop.train(str(last) if last else None)
     weights = {key: value.tolist() for key, value in loop.trained_tensors().items()}  # running statistics of heads too
-    return {"losses": losses(loop), "weights": weights, "from": str(last), "spent": loop.step_runner.job_seconds}
+    return {"losses": losses(loop), "weights": weights, "from": str(last), "job_seconds": loop.step_runner.job_seconds}
 
 
-def limited(folder: Path) -> list[int]:
-    """The checkpoints of a run after whose first no file may grow beyond a few bytes."""
+def train_with_limited_files(folder: Path) -> list[int]:
+    """The checkpoints of a run in which no file may grow beyond a few bytes after the first checkpoint."""
     import resource
     import signal
 
@@ -138,21 +131,21 @@ def limited(folder: Path) -> list[int]:
     add(kit, "low", LoRA(rank=2))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    class Limit(TrainerCallback):
+    class LimitFileSize(TrainerCallback):
         def on_save(self, *_: Any, **__: Any) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
     one = job("low", causal(kit, ["low"], items), items, steps=3)
-    loop = loop_of(kit, [one], folder, save_strategy="steps", save_steps=1, callbacks=[Limit()])
-    with warnings.catch_warnings(record=True) as told:
+    loop = loop_of(kit, [one], folder, save_strategy="steps", save_steps=1, callbacks=[LimitFileSize()])
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loop.train()
-    assert sum("no checkpoint of step" in str(warning.message) for warning in told) == 2, told
+    assert sum("no checkpoint of step" in str(warning.message) for warning in caught) == 2, caught
     return [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(folder)]
 
 
-class Stop(TrainerCallback):
-    """As good as a kill in between: what is not saved is lost."""
+class InterruptAfter(TrainerCallback):
+    """As a kill would: what is not saved is lost."""
 
     def __init__(self, step: int | None) -> None:
         self.step = step
@@ -162,9 +155,9 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def shared(folder: Path, kind: str, stop: int | None = None) -> Figures:
-    """A run in as many processes as there are. joint: jobs with too few rows for every process; parted: FSDP2."""
-    PartialState(cpu=True)  # joins the others, as a run does first of all
+def train_in_group(folder: Path, kind: str, stop: int | None = None) -> RunSummary:
+    """A run in all processes of the group. joint: jobs with too few rows for every process; sharded: FSDP2."""
+    PartialState(cpu=True)  # joins the group, as a run does first
     kit = kit_of("llama", dtype=torch.float32 if kind == "single" else torch.float64)
     add(kit, "low", LoRA(rank=2, targets="all-linear"))
     names = ["low"]
@@ -172,24 +165,24 @@ def shared(folder: Path, kind: str, stop: int | None = None) -> Figures:
         add(kit, "shift", BitFit(), seed=1)
         add(kit, "front", PrefixTuning(length=3), seed=2)
         names += ["shift", "front"]
-    parted = kind == "parted" and distributed.world_size() > 1
+    fsdp_on = kind == "sharded" and distributed.world_size() > 1
     jobs = [
-        job(name, causal(kit, names, items), items, steps=steps, batch=batch, seed=batch, fsdp=parted)
+        job(name, causal(kit, names, items), items, steps=steps, batch=batch, seed=batch, fsdp=fsdp_on)
         for name, items, steps, batch in zip(
             names, [texts(20, 0), texts(12, 1), texts(9, 2)], (6, 4, 5), (5, 1, 3), strict=False
         )
     ]
-    seen: dict[str, float] = {}
+    eval_losses: dict[str, float] = {}
 
-    def watch() -> dict[str, float]:
+    def evaluate() -> dict[str, float]:
         for one in jobs:
             with kit.use(one.name):
-                seen[one.name] = predict(kit, one.objective, texts(7, 9)).mean_loss
-        return {"eval_loss": sum(seen.values())}
+                eval_losses[one.name] = predict(kit, one.objective, texts(7, 9)).mean_loss
+        return {"eval_loss": sum(eval_losses.values())}
 
     loop = loop_of(
-        kit, jobs, folder, micro=2, watch=watch, eval_strategy="steps", eval_steps=2, save_strategy="steps",
-        save_steps=2, logging_steps=3, callbacks=[Stop(stop)],
+        kit, jobs, folder, micro=2, evaluate_fn=evaluate, eval_strategy="steps", eval_steps=2, save_strategy="steps",
+        save_steps=2, logging_steps=3, callbacks=[InterruptAfter(stop)],
     )  # fmt: skip
     last = next(reversed(checkpoints.list_checkpoints(folder)), None) if stop is None else None
     distributed.barrier()
@@ -197,51 +190,51 @@ def shared(folder: Path, kind: str, stop: int | None = None) -> Figures:
         loop.train(str(last) if last else None)
     except KeyboardInterrupt:
         return {}
-    saved = ""
-    if kind == "parted":
+    saved_fingerprint = ""
+    if kind == "sharded":
         with fsdp.unsharded(kit):
             if distributed.rank() == 0:
                 kit.save("low", folder / "adapter")
-                fresh = kit_of("llama", dtype=kit.dtype)
-                fresh.load(folder / "adapter")
-                saved = fingerprint(kit.state, ()).model_dump_json()
+                loaded = kit_of("llama", dtype=kit.dtype)
+                loaded.load(folder / "adapter")
+                saved_fingerprint = fingerprint(kit.state, ()).model_dump_json()
             distributed.barrier()
-    held = sum(own(value).numel() for value in kit.base.parameters())
+    base_size = sum(local_part(value).numel() for value in kit.base.parameters())
     weights = {f"{one.name}/{key}": value.tolist() for one in jobs for key, value in values(kit, one.name).items()}
     return {
         "weights": weights,
         "losses": losses(loop),
-        "seen": seen,
-        "held": held,
-        "saved": saved,
+        "eval_losses": eval_losses,
+        "base_size": base_size,
+        "fingerprint": saved_fingerprint,
         "tokens": sum(distributed.all_gather([loop.step_runner.tokens])),
         "from": checkpoints.step_of(last) if last else 0,
     }
 
 
-def own(value: Any) -> Any:
-    """This process's part of a parameter."""
+def local_part(value: Any) -> Any:
+    """A parameter, or the shard of it in this process."""
     return value.to_local() if hasattr(value, "to_local") else value
 
 
-def proven() -> list[str]:
-    """What parting the base says to adapters it is not for, and to a second time."""
+def shard_refusals() -> list[str]:
+    """The errors of sharding a base under adapters that do not allow it, and a second time."""
     PartialState(cpu=True)
-    told = []
+    messages = []
     methods = {"text": PromptTuning(length=2), "deep": PrefixTuning(length=2)}
     for species, name in (("llama", "text"), ("t5", "deep"), ("vit", "copies")):
         kit = kit_of(species)
         add(kit, name, methods.get(name, FullFineTuning()))
         try:
             fsdp.shard(kit)
-        except ConfigError as wrong:
-            told.append(str(wrong))
+        except ConfigError as error:
+            messages.append(str(error))
     kit = kit_of("llama")
     add(kit, "low", LoRA(rank=2))
     fsdp.shard(kit)
     assert all(value.grad is None for value in kit["low"].parameters())
     try:
         fsdp.shard(kit)
-    except ConfigError as wrong:
-        told.append(str(wrong))
-    return told
+    except ConfigError as error:
+        messages.append(str(error))
+    return messages

@@ -1,4 +1,4 @@
-"""The proof of a merge: answers stay, the base comes back bit for bit, and a broken merge is noticed."""
+"""The proof of a merge: answers stay, the restored base is bit-identical, and a broken merge is noticed."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def run(model: Path, data: Path, out: Path, **more: Any) -> dict[str, Any]:
         "output": {"folder": str(out)}, **more,
     }  # fmt: skip
     kitout.train(settings, log=lambda _: None)
-    figures: dict[str, Any] = json.loads((out / "results.json").read_text())
-    return figures
+    results: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,9 @@ def data(tmp_path: Path) -> Path:
     return jsonl(tmp_path / "d.jsonl", rows)
 
 
-def test_labels_and_written_answers_are_asked_again(model: Path, data: Path, tmp_path: Path) -> None:
-    words = ["train", "--model", str(model), "--data", str(data), "--prove-merge", "--out", str(tmp_path / "out")]
-    done = CliRunner().invoke(app, [*words, "model.dtype=float32", "train.steps=3", "train.batch_size=8"])
+def test_labels_and_generated_answers_are_compared(model: Path, data: Path, tmp_path: Path) -> None:
+    args = ["train", "--model", str(model), "--data", str(data), "--prove-merge", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*args, "model.dtype=float32", "train.steps=3", "train.batch_size=8"])
     assert done.exit_code == 0, done.output
     (proof,) = json.loads((tmp_path / "out" / "results.json").read_text())["merge"].values()
     assert proof == {"dtype": "float32", "asked": 6 + 8, "same": 6 + 8, "restored_bit_for_bit": True}
@@ -51,22 +51,22 @@ def test_labels_and_written_answers_are_asked_again(model: Path, data: Path, tmp
     assert str(MergeProof(**proof)) in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_classifier_is_asked_for_its_classes(data: Path, tmp_path: Path) -> None:
+def test_classes_of_a_classifier_are_compared(data: Path, tmp_path: Path) -> None:
     rows = jsonl(tmp_path / "labels.jsonl", [dict(row) for row in reviews(60)])
     proof = run(encoder(tmp_path / "model"), rows, tmp_path / "out")["merge"]["adapter"]
     assert proof == {"dtype": "float32", "asked": 6, "same": 6, "restored_bit_for_bit": True}
 
 
-def test_a_base_of_fewer_bits_is_asked_in_float32_and_nothing_else_changes(
+def test_a_half_precision_base_is_merged_in_float32_and_nothing_else_changes(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
-    plain = {"evaluate": {"generate_examples": 0}}
+    without = {"evaluate": {"generate_examples": 0}}
     runs = {}
-    for name, more in (("with", {}), ("without", plain)):
-        figures = run(model, data, tmp_path / name, dtype="bfloat16", **more)
+    for name, more in (("with", {}), ("without", without)):
+        results = run(model, data, tmp_path / name, dtype="bfloat16", **more)
         (weights,) = (tmp_path / name / "adapter").glob("*.safetensors")
         record = json.loads((tmp_path / name / "adapter" / "adapter.json").read_text())
-        runs[name] = figures, load_file(weights), record
+        runs[name] = results, load_file(weights), record
     assert runs["with"][0]["merge"]["adapter"]["dtype"] == "float32"
     assert runs["with"][0]["merge"]["adapter"]["restored_bit_for_bit"]
     assert "merge" not in runs["without"][0]
@@ -76,7 +76,7 @@ def test_a_base_of_fewer_bits_is_asked_in_float32_and_nothing_else_changes(
         assert torch.equal(value, runs["without"][1][key])
 
 
-def test_a_base_that_does_not_come_back_is_noticed(
+def test_a_base_that_is_not_restored_is_noticed(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unmerge, merges = Kit.unmerge, []
@@ -104,7 +104,7 @@ def test_answers_that_a_merge_changes_are_counted(
         merges.append(names)
         if len(merges) == 2:  # the first is the check before training
             with torch.no_grad():
-                kit.base.model.norm.weight.neg_()  # all logits, and with them every preference
+                kit.base.model.norm.weight.neg_()  # all logits, and with them every answer
 
     monkeypatch.setattr(Kit, "merge", broken)
     proof = run(model, data, tmp_path / "out")["merge"]["adapter"]

@@ -1,4 +1,4 @@
-"""What is seen while a real (tiny) Trainer runs, on a terminal and elsewhere, and what is kept of it."""
+"""The display while a real (tiny) Trainer runs, on a terminal and elsewhere, and the metrics file it leaves."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Line(nn.Module):
         return {"loss": ((guess - labels) ** 2).mean(), "logits": guess}
 
 
-class Told(Trainer):
+class LoggingTrainer(Trainer):
     """Logs what kitout's own loop logs."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -62,15 +62,15 @@ def run(
             return forward(x, labels)
 
         model.forward = stopping  # type: ignore[method-assign]
-    trainer = Told(model, arguments, train_dataset=DATA, eval_dataset=DATA[:8], callbacks=[progress])  # type: ignore[arg-type]
+    trainer = LoggingTrainer(model, arguments, train_dataset=DATA, eval_dataset=DATA[:8], callbacks=[progress])  # type: ignore[arg-type]
     trainer.remove_callback(PrinterCallback)
     with progress:
         trainer.train(resume_from_checkpoint=resume or None)
 
 
 def console(terminal: bool, width: int = 100) -> Console:
-    colours: Any = "standard" if terminal else None
-    return Console(force_terminal=terminal, file=io.StringIO(), width=width, color_system=colours)
+    colors: Any = "standard" if terminal else None
+    return Console(force_terminal=terminal, file=io.StringIO(), width=width, color_system=colors)
 
 
 def shown(progress: ProgressDisplay) -> str:
@@ -81,13 +81,13 @@ def shown(progress: ProgressDisplay) -> str:
 def test_plain_lines(tmp_path: Path) -> None:
     progress = ProgressDisplay(tmp_path, console(terminal=False))
     run(tmp_path, progress)
-    told = shown(progress)
-    lines = told.strip().split("\n")
-    assert "\x1b" not in told
-    assert "\r" not in told
+    output = shown(progress)
+    lines = output.strip().split("\n")
+    assert "\x1b" not in output
+    assert "\r" not in output
     assert lines[0].startswith("step  1/40  loss ")
     assert re.fullmatch(
-        r"step 40/40  loss [\d.e-]+  lr [\d.e-]+  gradient [\d.e-]+  tokens 92\.4 k at 2,310/s  memory 1\.3 GiB  "
+        r"step 40/40  loss [\d.e-]+  lr [\d.e-]+  grad norm [\d.e-]+  tokens 92\.4 k at 2,310/s  memory 1\.3 GiB  "
         r"time [\d.]+ s",
         lines[-3],
     )
@@ -99,17 +99,17 @@ def test_plain_lines(tmp_path: Path) -> None:
 def test_a_terminal_gets_one_panel(tmp_path: Path) -> None:
     progress = ProgressDisplay(tmp_path, console(terminal=True))
     run(tmp_path, progress)
-    told = shown(progress)
-    assert "\x1b[?25l" in told  # the cursor is hidden ...
-    assert told.rstrip().endswith("\x1b[?25h")  # ... and shown again
-    plain_text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", told)
+    output = shown(progress)
+    assert "\x1b[?25l" in output  # the cursor is hidden ...
+    assert output.rstrip().endswith("\x1b[?25h")  # ... and shown again
+    plain_text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output)
     assert "step 40 / 40" in plain_text
     assert "100 %" in plain_text
     assert plain_text.count("validation  loss") == 2
-    assert "measuring ..." in plain_text
-    assert "measuring" not in plain_text[plain_text.rindex("validation") :]
-    assert "trained:" not in told
-    assert len(told) < 20_000  # drawn a few times a second, not at every step
+    assert "evaluating ..." in plain_text
+    assert "evaluating" not in plain_text[plain_text.rindex("validation") :]
+    assert "trained:" not in output
+    assert len(output) < 20_000  # drawn a few times a second, not at every step
 
 
 @pytest.mark.parametrize("width", [20, 40, 300])
@@ -119,7 +119,7 @@ def test_any_width(tmp_path: Path, width: int) -> None:
     assert "2" in shown(progress)
 
 
-def test_metrics_hold_every_log(tmp_path: Path) -> None:
+def test_the_metrics_file_has_every_log(tmp_path: Path) -> None:
     run(tmp_path, ProgressDisplay(tmp_path, console(terminal=False)))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
@@ -128,8 +128,8 @@ def test_metrics_hold_every_log(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == lines
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"step": 25, "lo', b'{"step": 25}\n{"step": 26, "loss": 1'])
-def test_no_step_is_there_twice_after_a_resume(tmp_path: Path, torn: bytes) -> None:
+@pytest.mark.parametrize("incomplete", [b"", b'{"step": 25, "lo', b'{"step": 25}\n{"step": 26, "loss": 1'])
+def test_no_step_is_in_the_file_twice_after_a_resume(tmp_path: Path, incomplete: bytes) -> None:
     def stop(call: int) -> None:
         if call == 25 + 1:  # forwards of 25 steps and one evaluation
             raise KeyboardInterrupt
@@ -137,25 +137,25 @@ def test_no_step_is_there_twice_after_a_resume(tmp_path: Path, torn: bytes) -> N
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, ProgressDisplay(tmp_path, console(terminal=True)), stop=stop)
     file = tmp_path / "metrics.jsonl"
-    assert [line["step"] for line in read_metrics(file)][-1] > 20  # further than the checkpoint
-    with file.open("ab") as held:
-        held.write(torn)
+    assert [line["step"] for line in read_metrics(file)][-1] > 20  # beyond the checkpoint
+    with file.open("ab") as end:
+        end.write(incomplete)
     progress = ProgressDisplay(tmp_path, console(terminal=False))
     run(tmp_path, progress, resume=True)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
     assert [line["step"] for line in lines if "eval_loss" in line] == [20, 40]
-    assert shown(progress).startswith("goes on after step 20 of 40\n")
+    assert shown(progress).startswith("resumes after step 20 of 40\n")
     assert shown(progress).rstrip().split("\n")[-1].startswith("trained: 20 steps")
 
 
-def test_a_run_from_the_start_begins_the_file_anew(tmp_path: Path) -> None:
+def test_a_run_from_the_start_replaces_the_file(tmp_path: Path) -> None:
     for _ in range(2):
         run(tmp_path, ProgressDisplay(tmp_path, console(terminal=False)), steps=3)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line] == [1, 2, 3]
 
 
-def test_an_interrupt_gives_the_terminal_back(tmp_path: Path) -> None:
+def test_an_interrupt_restores_the_terminal(tmp_path: Path) -> None:
     def stop(call: int) -> None:
         if call == 3:
             raise KeyboardInterrupt
@@ -178,7 +178,7 @@ def test_an_interrupt_gives_the_terminal_back(tmp_path: Path) -> None:
         {"strange": object()},
     ],
 )
-def test_nothing_that_is_logged_is_a_fault(tmp_path: Path, terminal: bool, logs: Mapping[str, Any]) -> None:
+def test_any_logged_value_is_displayed(tmp_path: Path, terminal: bool, logs: Mapping[str, Any]) -> None:
     progress = ProgressDisplay(tmp_path, console(terminal))
     arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     state, control = TrainerState(max_steps=0), TrainerControl()
@@ -198,16 +198,16 @@ def test_nothing_that_is_logged_is_a_fault(tmp_path: Path, terminal: bool, logs:
     assert "\x1b[31m" not in shown(progress)
 
 
-def test_jobs_have_a_row_each(tmp_path: Path) -> None:
+def test_every_job_has_a_row(tmp_path: Path) -> None:
     progress = ProgressDisplay(tmp_path, console(terminal=True))
     state = TrainerState(max_steps=9)
     arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     with progress:
         progress.on_train_begin(arguments, state, TrainerControl())
         progress.on_log(arguments, state, TrainerControl(), {"loss": 1.0, "legal/loss": 0.5, "medic/loss": 0.25})
-    told = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown(progress))
-    assert re.search(r"legal +0\.5\b", told)
-    assert re.search(r"medic +0\.25\b", told)
+    output = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown(progress))
+    assert re.search(r"legal +0\.5\b", output)
+    assert re.search(r"medic +0\.25\b", output)
 
 
 def test_other_processes_are_silent(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path, monkeypatch: pytest.Mo
     assert "step 2/2" in shown(progress)
 
 
-def test_plain_values() -> None:
+def test_json_values() -> None:
     values = [torch.tensor([1.0, 2.0]), torch.tensor(3), float("inf"), True, None, "x", (1, 2.5), {"a"}]
     assert [to_json_value(v) for v in values] == [[1.0, 2.0], 3, None, True, None, "x", [1, 2.5], "{'a'}"]
 

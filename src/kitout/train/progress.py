@@ -1,7 +1,8 @@
-"""What is seen while a run trains: one live panel on a terminal, plain lines anywhere else, metrics.jsonl always.
+"""The progress display of a run: one live panel on a terminal, plain lines anywhere else, metrics.jsonl always.
 
-A callback for `transformers.Trainer` (with disable_tqdm and without its own printers). Only the main process shows and
-writes. It takes what the trainer logs as it comes: no key is needed, none it does not know is lost from the file.
+A callback for `transformers.Trainer` (with disable_tqdm and without its own printers). Only the main process displays
+and writes. It takes the trainer's logs as they come: no key is required, and unknown keys are written to the file too.
+It knows no kit and no job.
 """
 
 from __future__ import annotations
@@ -23,26 +24,35 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from kitout.format import format_bytes, format_count, format_duration, format_number
 from kitout.train.metrics_log import METRICS_FILE, MetricsLog
 
-PLAIN_LINES = 20  # plain lines of a run, beside first, last and measurements ...
-MAX_SILENT_SECONDS = 300.0  # ... and no longer without one than so many seconds
-FRAMES_PER_SECOND = 4  # a second, on a terminal
+PLAIN_LINES = 20  # of a run, besides first, last and evaluations ...
+MAX_SILENT_SECONDS = 300.0  # ... and one at least in this time
+FRAMES_PER_SECOND = 4  # on a terminal
 EVAL_PREFIX = "eval_"
-HIDDEN_SUFFIXES = ("runtime", "_per_second", "model_preparation_time")  # endings of what Trainer adds to a measurement
+HIDDEN_SUFFIXES = ("runtime", "_per_second", "model_preparation_time")  # endings of what Trainer adds to an evaluation
 
 
 @dataclass
 class ProgressState:
-    """The last value of everything that is shown, and where the run is."""
+    """The last value of everything that is displayed, and the position of the run."""
 
     step: int = 0
+    """Steps done."""
     steps: int = 0
-    first_step: int = 0  # step at which this process began
+    """Steps of the run; 0: unknown."""
+    first_step: int = 0
+    """The step at which this process started: above 0 after a resume."""
     start_time: float = field(default_factory=time.monotonic)
+    """When this process started training."""
     values: dict[str, Any] = field(default_factory=dict)
+    """What was logged of training, by name."""
     evaluation: dict[str, Any] = field(default_factory=dict)
+    """The metrics of the last evaluation, by name."""
     evaluation_step: int = 0
+    """The step of that evaluation."""
     evaluating: str = ""
-    batches: int = 0  # of the measurement under way
+    """What the panel says of an evaluation in progress."""
+    batches: int = 0
+    """How many batches of it are done."""
 
     @property
     def elapsed(self) -> float:
@@ -50,42 +60,42 @@ class ProgressState:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds to go, measurements and checkpoints reckoned in as they have come so far."""
+        """Estimated seconds to the end, evaluations and checkpoints included at their pace so far."""
         done = self.step - self.first_step
         return self.elapsed / done * (self.steps - self.step) if done > 0 and self.steps else None
 
     def update(self, step: int, logs: Mapping[str, Any]) -> bool:
-        """Takes over what was logged; True if it was a measurement."""
+        """Takes logged values over; True if they are an evaluation."""
         self.step = step
-        new = {
+        metrics = {
             name.removeprefix(EVAL_PREFIX): value
             for name, value in logs.items()
             if name.startswith(EVAL_PREFIX) and not name.endswith(HIDDEN_SUFFIXES)
         }
-        if new:
-            self.evaluation, self.evaluation_step = new, step
+        if metrics:
+            self.evaluation, self.evaluation_step = metrics, step
             self.evaluating, self.batches = "", 0
         self.values |= {name: value for name, value in logs.items() if not name.startswith(EVAL_PREFIX)}
-        return bool(new)
+        return bool(metrics)
 
     def per_job(self) -> dict[str, dict[str, Any]]:
-        """Of several adapters trained at once: "<job>/<value>"."""
-        found: dict[str, dict[str, Any]] = {}
-        for name, value in self.values.items():
-            job, slash, what = name.rpartition("/")
+        """Values of several adapters trained at once, which are logged as "<job>/<name>"."""
+        by_job: dict[str, dict[str, Any]] = {}
+        for key, value in self.values.items():
+            job, slash, name = key.rpartition("/")
             if slash:
-                found.setdefault(job, {})[what] = value
-        return found
+                by_job.setdefault(job, {})[name] = value
+        return by_job
 
 
 def console_draws(console: Console) -> bool:
-    """Whether lines can be drawn over; a pipe, a file, a notebook and a dumb terminal cannot."""
+    """Whether lines can be overwritten; not in a pipe, a file, a notebook or a dumb terminal."""
     return console.is_terminal and not console.is_dumb_terminal
 
 
 @final
-class ProgressDisplay(TrainerCallback):  # type: ignore[misc]  # transformers' types are half there
-    """folder: of the run, for metrics.jsonl. A context manager, so that a fault leaves the terminal in order."""
+class ProgressDisplay(TrainerCallback):  # type: ignore[misc]  # transformers is typed in part
+    """The callback, and a context manager, so that an error restores the terminal. folder: of the run."""
 
     def __init__(self, folder: Path, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True)
@@ -102,7 +112,7 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]  # transformers' t
         self.close()
 
     def close(self) -> None:
-        """Leaves the terminal as any other program finds it."""
+        """Ends the live panel and restores the terminal."""
         if self._live is not None:
             self._live.update(self._panel())
             self._live.stop()
@@ -113,28 +123,23 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]  # transformers' t
     ) -> None:
         if not state.is_world_process_zero:
             return
-        at = state.global_step
-        self.metrics.resume_at(at)
+        first_step, former = state.global_step, self.progress_state
+        self.metrics.resume_at(first_step)
         self.progress_state = ProgressState(
-            at,
-            state.max_steps,
-            at,
-            evaluation=self.progress_state.evaluation,
-            evaluation_step=self.progress_state.evaluation_step,
-        )
+            first_step, state.max_steps, first_step,
+            evaluation=former.evaluation, evaluation_step=former.evaluation_step,
+        )  # fmt: skip
         if not self._plain:
-            # It is drawn when there is something new, never by a thread of its own: that would stutter in forwards.
+            # Drawn when there is something new, not by a thread of its own, which would stutter during forwards.
             self._live = Live(self._panel(), console=self.console, auto_refresh=False, transient=False)
             self._live.start(refresh=True)
-        elif at:
-            self._print_line(f"goes on after step {at:,} of {state.max_steps:,}")
+        elif first_step:
+            self._print_line(f"resumes after step {first_step:,} of {state.max_steps:,}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.progress_state.step, self.progress_state.batches = state.global_step, 0
-            self.progress_state.evaluating = (
-                "measuring ..." if control.should_evaluate else ""
-            )  # what follows may take a while
+            self.progress_state.evaluating = "evaluating ..." if control.should_evaluate else ""
             self._draw(force=control.should_evaluate)
 
     def on_log(
@@ -148,13 +153,13 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]  # transformers' t
         if not state.is_world_process_zero or not logs:
             return
         line = self.metrics.write(state.global_step, logs)
-        measured = self.progress_state.update(state.global_step, line)
+        is_evaluation = self.progress_state.update(state.global_step, line)
         if self._live is not None:
-            self._draw(force=measured)
-            if measured:  # stays above the panel: the run's history
+            self._draw(force=is_evaluation)
+            if is_evaluation:  # stays above the panel: the run's history
                 self._live.console.print(_evaluation_text(self.progress_state), soft_wrap=True)
         elif self._plain:
-            self._log_line(measured)
+            self._log_line(is_evaluation)
 
     def on_prediction_step(
         self,
@@ -166,7 +171,7 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]  # transformers' t
     ) -> None:
         if state.is_world_process_zero:
             self.progress_state.batches += 1
-            self.progress_state.evaluating = f"measuring, batch {self.progress_state.batches:,} ..."
+            self.progress_state.evaluating = f"evaluating, batch {self.progress_state.batches:,} ..."
             self._draw()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -181,10 +186,8 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]  # transformers' t
         self.progress_state.step = state.global_step
         self.close()
         if self._plain:
-            self._print_line(
-                f"trained: {self.progress_state.step - self.progress_state.first_step:,} steps in "
-                f"{format_duration(self.progress_state.elapsed)}"
-            )
+            num_steps = self.progress_state.step - self.progress_state.first_step
+            self._print_line(f"trained: {num_steps:,} steps in {format_duration(self.progress_state.elapsed)}")
 
     def _draw(self, force: bool = False) -> None:
         now = time.monotonic()
@@ -193,78 +196,78 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]  # transformers' t
             self._live.update(self._panel(), refresh=True)
 
     def _log_line(self, is_evaluation: bool) -> None:
-        """A plain line, if it is time for one."""
-        seen, now = self.progress_state, time.monotonic()
-        part = PLAIN_LINES * seen.step // max(1, seen.steps)
+        """Prints a plain line, if it is time for one."""
+        progress, now = self.progress_state, time.monotonic()
+        part = PLAIN_LINES * progress.step // max(1, progress.steps)
+        is_due = part != self._last_line_part or now - self._last_line_at >= MAX_SILENT_SECONDS
         if is_evaluation:
-            self._print_line(_evaluation_text(seen).plain)
-        elif "loss" in seen.values and (part != self._last_line_part or now - self._last_line_at >= MAX_SILENT_SECONDS):
+            self._print_line(_evaluation_text(progress).plain)
+        elif "loss" in progress.values and is_due:
             self._last_line_part, self._last_line_at = part, now
-            left = (
-                ""
-                if seen.remaining is None or seen.step >= seen.steps
-                else f"  {format_duration(seen.remaining)} to go"
-            )
-            steps = f"{seen.steps:,}"
-            self._print_line(
-                f"step {seen.step:>{len(steps)},}/{steps}  " + "  ".join(map(" ".join, _value_rows(seen))) + left
-            )
+            steps, remaining = f"{progress.steps:,}", _remaining_text(progress)
+            parts = [f"step {progress.step:>{len(steps)},}/{steps}", *map(" ".join, _value_texts(progress))]
+            self._print_line("  ".join([*parts, remaining] if remaining else parts))
 
     def _print_line(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _panel(self) -> RenderableType:
-        seen = self.progress_state
+        progress = self.progress_state
+        step, steps = progress.step, progress.steps
+        percent = f"{100 * step / steps:.0f} %" if steps else ""
+        bar = ProgressBar(max(1, steps), step, width=28, complete_style="green", finished_style="green")
+        position = Text.assemble(("step ", "dim"), (f"{step:,}", "bold"), (f" / {steps:,}", "dim"))
         head = Table.grid(padding=(0, 2))
-        share = f"{100 * seen.step / seen.steps:.0f} %" if seen.steps else ""
-        left = "" if seen.remaining is None or seen.step >= seen.steps else f"{format_duration(seen.remaining)} to go"
-        bar = ProgressBar(max(1, seen.steps), seen.step, width=28, complete_style="green", finished_style="green")
-        where = Text.assemble(("step ", "dim"), (f"{seen.step:,}", "bold"), (f" / {seen.steps:,}", "dim"))
-        head.add_row(where, bar, share, Text(seen.evaluating or left, "dim"))
+        head.add_row(position, bar, percent, Text(progress.evaluating or _remaining_text(progress), "dim"))
         rows: list[RenderableType] = [head]
-        if values := _value_rows(seen):
+        if values := _value_texts(progress):
             rows.append(Text("   ").join(Text.assemble((f"{name} ", "dim"), value) for name, value in values))
-        if jobs := seen.per_job():
+        if jobs := progress.per_job():
             rows.append(_jobs_table(jobs))
         return Group(*rows)
 
 
-def _value_rows(progress_state: ProgressState) -> list[tuple[str, str]]:
-    """What is shown of a training step, named and in words."""
-    values = progress_state.values
+def _remaining_text(progress: ProgressState) -> str:
+    if progress.remaining is None or progress.step >= progress.steps:
+        return ""
+    return f"{format_duration(progress.remaining)} to go"
+
+
+def _value_texts(progress: ProgressState) -> list[tuple[str, str]]:
+    """(name, text) of each value that is displayed of training."""
+    values = progress.values
     shown: list[tuple[str, str]] = []
-    for name, key in (("loss", "loss"), ("lr", "learning_rate"), ("gradient", "grad_norm")):
+    for name, key in (("loss", "loss"), ("lr", "learning_rate"), ("grad norm", "grad_norm")):
         if isinstance(values.get(key), int | float):
             shown.append((name, format_number(values[key])))
         elif key in values:
             shown.append((name, "not finite"))
-    tokens, pace, memory = values.get("tokens"), values.get("tokens_per_second"), values.get("memory")
+    tokens, per_second, memory = values.get("tokens"), values.get("tokens_per_second"), values.get("memory")
     if isinstance(tokens, int | float):
-        each = f" at {format_count(pace)}/s" if isinstance(pace, int | float) else ""
-        shown.append(("tokens", format_count(tokens) + each))
+        speed = f" at {format_count(per_second)}/s" if isinstance(per_second, int | float) else ""
+        shown.append(("tokens", format_count(tokens) + speed))
     if isinstance(memory, int | float) and memory > 0:
         shown.append(("memory", format_bytes(memory)))
-    shown.append(("time", format_duration(progress_state.elapsed)))
+    shown.append(("time", format_duration(progress.elapsed)))
     return shown
 
 
-def _evaluation_text(progress_state: ProgressState) -> Text:
+def _evaluation_text(progress: ProgressState) -> Text:
     """One line of history."""
-    parts = [
-        Text.assemble((f"{name.replace('_', ' ')} ", "dim"), format_number(v))
-        for name, v in progress_state.evaluation.items()
+    metrics = [
+        Text.assemble((f"{name.replace('_', ' ')} ", "dim"), format_number(value))
+        for name, value in progress.evaluation.items()
     ]
-    return Text.assemble(
-        ("step ", "dim"), f"{progress_state.evaluation_step:,}", "  ", ("validation", "bold"), "  "
-    ) + Text("  ").join(parts)
+    start = Text.assemble(("step ", "dim"), f"{progress.evaluation_step:,}", "  ", ("validation", "bold"), "  ")
+    return start + Text("  ").join(metrics)
 
 
 def _jobs_table(jobs: Mapping[str, Mapping[str, Any]]) -> Table:
-    names = list(dict.fromkeys(what for values in jobs.values() for what in values))
+    names = list(dict.fromkeys(name for values in jobs.values() for name in values))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("adapter")
-    for what in names:
-        table.add_column({"learning_rate": "lr"}.get(what, what), justify="right")
+    for name in names:
+        table.add_column({"learning_rate": "lr"}.get(name, name), justify="right")
     for job, values in jobs.items():
-        table.add_row(Text(job), *(format_number(values[what]) if what in values else "" for what in names))
+        table.add_row(Text(job), *(format_number(values[name]) if name in values else "" for name in names))
     return table

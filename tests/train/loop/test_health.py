@@ -1,4 +1,4 @@
-"""Whether learning is sound: gradients that are there, values that move, effects that show, no nan that goes on."""
+"""Health checks: missing gradients, parameters that do not move, adapters without an effect, nan losses."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transformers import TrainingArguments
 
 import kitout
 from kitout import IA3, BitFit, Kit, LoRA
-from kitout.errors import ConfigError, UnusedSite
-from kitout.train.loop.jobs import Job, TrainingDiverged
+from kitout.errors import ConfigError, TrainingDiverged, UnusedSite
+from kitout.train.loop.jobs import Job
 from kitout.train.loop.trainer import JobTrainer
 from train.fixtures import add, causal, job, kit_of, loop_of, losses, texts, trained, values
 from zoo import ZOO
@@ -25,15 +25,15 @@ def one_job(kit: Kit, **settings: Any) -> Job:
     return job("low", causal(kit, ["low"], items), items, **{"steps": 4} | settings)
 
 
-def test_a_trained_value_without_a_gradient_is_named(tmp_path: Path) -> None:
+def test_a_trained_tensor_without_a_gradient_is_named(tmp_path: Path) -> None:
     kit = kit_of("llama")
     add(kit, "low", LoRA(rank=2))
     kit["low"].register_parameter("forgotten", nn.Parameter(torch.zeros(3)))
-    with pytest.raises(UnusedSite, match=r"1 trained tensors got no gradient .*low: forgotten"):
+    with pytest.raises(UnusedSite, match=r"1 trained tensors have no gradient .*low: forgotten"):
         trained(kit, [one_job(kit)], tmp_path)
 
 
-def test_gradients_that_are_all_zero_are_none(tmp_path: Path) -> None:
+def test_gradients_that_are_all_zero_are_an_error(tmp_path: Path) -> None:
     kit = kit_of("llama")
     add(kit, "low", LoRA(rank=2, targets="attn.o"))
     with torch.no_grad():
@@ -46,61 +46,63 @@ def test_gradients_that_are_all_zero_are_none(tmp_path: Path) -> None:
 def test_a_rate_at_which_nothing_moves_is_an_error(tmp_path: Path) -> None:
     kit = kit_of("llama")
     add(kit, "low", LoRA(rank=2))
-    with pytest.raises(UnusedSite, match="'low' after 2 steps: nothing in it has changed"):
-        trained(kit, [one_job(kit, lr=1e-30, decay=0.0)], tmp_path)
+    with pytest.raises(UnusedSite, match="'low' after 2 steps: none of its parameters has changed"):
+        trained(kit, [one_job(kit, lr=1e-30, weight_decay=0.0)], tmp_path)
 
 
-def test_a_rate_at_which_nothing_shows_is_an_error(tmp_path: Path) -> None:
+def test_a_rate_without_an_effect_is_an_error(tmp_path: Path) -> None:
     kit = kit_of("llama")
     kit.add("low", LoRA(rank=2), seed=0)  # B starts at zero: any step moves it, and no step shows
-    with pytest.raises(UnusedSite, match="'low' after 4 steps: the model says the same with and without it"):
-        trained(kit, [one_job(kit, lr=1e-20, decay=0.0)], tmp_path)
+    with pytest.raises(UnusedSite, match="'low' after 4 steps: the model's output is the same without it"):
+        trained(kit, [one_job(kit, lr=1e-20, weight_decay=0.0)], tmp_path)
 
 
 def test_a_first_step_too_small_for_half_precision_is_waited_for(tmp_path: Path) -> None:
     kit = kitout.attach(ZOO["llama"].build().bfloat16()).eval()
     kit.add("low", BitFit(), seed=0)
-    one = one_job(kit, steps=12, lr=3e-3, warmup=0.9, schedule="constant")
+    one = one_job(kit, steps=12, lr=3e-3, warmup_ratio=0.9, lr_schedule="constant")
     loop = loop_of(kit, [one], tmp_path)
-    silent = []
+    without_effect = []
     check = loop.health._without_visible_effect
-    loop.health._without_visible_effect = lambda asked: silent.append(check(asked)) or silent[-1]  # type: ignore[method-assign]
-    smaller(loop, 1e-4)
+    loop.health._without_visible_effect = lambda jobs: without_effect.append(check(jobs)) or without_effect[-1]  # type: ignore[method-assign]
+    shrink_first_steps(loop, 1e-4)
     loop.train()
-    assert silent[0], "after two small steps bfloat16 shows nothing"
-    assert not silent[-1]
+    assert without_effect[0], "after two small steps bfloat16 shows nothing"
+    assert not without_effect[-1]
 
 
-def smaller(loop: JobTrainer, times: float) -> None:
+def shrink_first_steps(loop: JobTrainer, factor: float) -> None:
     """The first two steps hardly move."""
     create = loop.create_scheduler
 
-    def made(num_training_steps: int, optimizer: Any = None) -> Any:
-        found = create(num_training_steps, optimizer)
-        found.lr_lambdas = [lambda step: times if step < 2 else 1.0 for _ in found.lr_lambdas]
+    def create_smaller(num_training_steps: int, optimizer: Any = None) -> Any:
+        scheduler = create(num_training_steps, optimizer)
+        scheduler.lr_lambdas = [lambda step: factor if step < 2 else 1.0 for _ in scheduler.lr_lambdas]
         for group in loop.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * times
-        return found
+            group["lr"] = group["initial_lr"] * factor
+        return scheduler
 
-    loop.create_scheduler = made  # type: ignore[method-assign]
+    loop.create_scheduler = create_smaller  # type: ignore[method-assign]
 
 
-def test_no_number_stops_a_run_and_says_where(tmp_path: Path) -> None:
+def test_nan_stops_a_run_and_names_its_examples(tmp_path: Path) -> None:
     kit = kit_of("llama")
     add(kit, "low", LoRA(rank=2))
     one = one_job(kit, lr=1e-3)
     with torch.no_grad():
         kit.base.get_submodule("model.layers.1.mlp.down_proj").weight[3, 5] = float("nan")
-    before = values(kit, "low")
+    start_values = values(kit, "low")
     with pytest.raises(
-        TrainingDiverged, match=r"'low', step 1: the gradient's norm is nan; try a lower train.lr than 0.001"
-    ) as told:
+        TrainingDiverged, match=r"'low', step 1: the grad norm is nan; try a lower train.lr than 0.001"
+    ) as caught:
         trained(kit, [one], tmp_path)
-    (note,) = json.loads((tmp_path / "diverged.json").read_text())
-    places = [one.examples[i].place for i in one.batches[0]]
-    assert note == {"job": "low", "step": 1, "norm": "nan", "lr": 0.001, "examples": places}
-    assert places[0] in str(told.value)
-    assert all(torch.equal(value, before[name]) for name, value in values(kit, "low").items()), "it was not stepped"
+    (divergence,) = json.loads((tmp_path / "diverged.json").read_text())
+    locations = [one.examples[i].location for i in one.batches[0]]
+    assert divergence == {"job": "low", "step": 1, "norm": "nan", "lr": 0.001, "examples": locations}
+    assert locations[0] in str(caught.value)
+    assert all(torch.equal(value, start_values[name]) for name, value in values(kit, "low").items()), (
+        "it was not stepped"
+    )
 
 
 def test_each_job_is_clipped_by_its_own_norm(tmp_path: Path) -> None:
@@ -115,13 +117,13 @@ def test_each_job_is_clipped_by_its_own_norm(tmp_path: Path) -> None:
     loop = loop_of(kit, jobs, tmp_path)
     norms = {}
 
-    def seen(*_: Any, **__: Any) -> None:
+    def record_norms(*_: Any, **__: Any) -> None:
         for one in jobs:
             norms[one.name] = torch.nn.utils.get_total_norm(
                 [value.grad for value in kit[one.name].parameters() if value.grad is not None]
             ).item()
 
-    loop.create_optimizer().register_step_pre_hook(seen)
+    loop.create_optimizer().register_step_pre_hook(record_norms)
     loop.create_optimizer = lambda model=None: loop.optimizer  # type: ignore[method-assign]
     loop.train()
     assert norms["low"] == pytest.approx(1e-3, rel=1e-2)
@@ -132,7 +134,7 @@ def test_each_job_is_clipped_by_its_own_norm(tmp_path: Path) -> None:
 def test_master_weights_are_float32_over_a_half_base_and_keep_small_steps(tmp_path: Path) -> None:
     kit = kitout.attach(ZOO["llama"].build().bfloat16()).eval()
     kit.add("low", LoRA(rank=2), seed=0)
-    one = one_job(kit, steps=8, lr=1e-5, schedule="constant", decay=0.0)
+    one = one_job(kit, steps=8, lr=1e-5, lr_schedule="constant", weight_decay=0.0)
     before = values(kit, "low")
     loop = trained(kit, [one], tmp_path)
     after = values(kit, "low")
@@ -147,7 +149,7 @@ def test_master_weights_are_float32_over_a_half_base_and_keep_small_steps(tmp_pa
     assert kit.dtype == torch.bfloat16
 
 
-def test_it_learns_and_the_base_stays(tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_keeps_the_base(tmp_path: Path) -> None:
     kit = kit_of("llama")
     bits = {name: value.clone() for name, value in kit.base.state_dict().items()}
     kit.add("low", LoRA(rank=8, targets="all-linear"), seed=0)
@@ -157,7 +159,7 @@ def test_it_learns_and_the_base_stays(tmp_path: Path) -> None:
     assert "use_cache" not in kit.config.__dict__ or kit.config.use_cache
 
 
-def test_what_trainer_must_leave_to_us_is_told_at_once(tmp_path: Path) -> None:
+def test_settings_that_trainer_must_leave_to_us_are_refused_together(tmp_path: Path) -> None:
     kit = kit_of("llama")
     add(kit, "low", LoRA(rank=2))
     args = TrainingArguments(

@@ -1,4 +1,4 @@
-"""Several jobs on one base: each comes out as if it had been alone, whatever becomes of the others."""
+"""Several jobs on one base: each comes out as if it had been alone, even if others diverge."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from kitout.train.objectives.sequence import SequenceClassification
 from train.fixtures import add, causal, job, kit_of, texts, trained, values
 from zoo import D
 
-Made = tuple[Kit, list[Job]]
+KitAndJobs = tuple[Kit, list[Job]]
 NAMES = ["low", "scale", "front", "drop"]
 
 
-def jobs_of(names: Sequence[str], species: str = "llama", dtype: torch.dtype = torch.float32) -> Made:
+def jobs_of(names: Sequence[str], species: str = "llama", dtype: torch.dtype = torch.float32) -> KitAndJobs:
     """Jobs that differ in everything: method, data, batch, rate, clipping, schedule, seed and number of steps."""
     kit = kit_of(species, dtype=dtype)
     methods = {
@@ -57,58 +57,60 @@ def jobs_of(names: Sequence[str], species: str = "llama", dtype: torch.dtype = t
     }
     for name in names:
         add(kit, name, methods[name], seed=len(name))
-    made = []
+    jobs = []
     for name in names:
         items = texts(11, seed=len(name) + ord(name[0]), high=6 + settings[name]["batch"])
-        made.append(job(name, causal(kit, list(names), items), items, **settings[name]))
-    return kit, made
+        jobs.append(job(name, causal(kit, list(names), items), items, **settings[name]))
+    return kit, jobs
 
 
-def off(folder: Path, names: Sequence[str], most: float, **how: Any) -> None:
-    """Joint against alone, for every job."""
+def assert_joint_equals_alone(folder: Path, names: Sequence[str], tolerance: float, **how: Any) -> None:
     kit, jobs = jobs_of(names, **how)
-    work = trained(kit, jobs, folder, micro=5).step_runner
-    assert work.sums == [[0.0, 0.0] for _ in jobs]
+    runner = trained(kit, jobs, folder, micro=5).step_runner
+    assert runner.sums == [[0.0, 0.0] for _ in jobs]
     for name in names:
         alone, one = jobs_of([name], **how)
         trained(alone, one, folder / name, micro=5)
         for key, value in values(alone, name).items():
-            far = (value - values(kit, name)[key]).abs().max().item()
-            assert far <= most, f"{name}: {key} is {far:.1e} off"
+            error = (value - values(kit, name)[key]).abs().max().item()
+            assert error <= tolerance, f"{name}: {key} is {error:.1e} off"
 
 
-def test_every_job_is_what_it_is_alone(tmp_path: Path) -> None:
-    off(tmp_path, NAMES, 1e-6)
+def test_every_job_comes_out_as_alone(tmp_path: Path) -> None:
+    assert_joint_equals_alone(tmp_path, NAMES, 1e-6)
 
 
-def test_and_to_the_last_digits_in_double_precision(tmp_path: Path) -> None:
-    off(tmp_path, [*NAMES, "text"], 1e-8, dtype=torch.float64)
+def test_in_double_precision_to_the_last_digits(tmp_path: Path) -> None:
+    assert_joint_equals_alone(tmp_path, [*NAMES, "text"], 1e-8, dtype=torch.float64)
 
 
 @pytest.mark.slow
-def test_learned_positions_too(tmp_path: Path) -> None:
-    off(tmp_path, NAMES, 1e-9, species="gpt2", dtype=torch.float64)
+def test_with_learned_position_embeddings(tmp_path: Path) -> None:
+    assert_joint_equals_alone(tmp_path, NAMES, 1e-9, species="gpt2", dtype=torch.float64)
 
 
 def test_jobs_without_dropout_share_their_forwards() -> None:
     kit, jobs = jobs_of(NAMES)
     rows = [(j, i) for j, one in enumerate(jobs) for i in one.batches[0]]
-    parts = StepRunner(kit, jobs, 100).micro_batches(rows)
-    assert [sorted({NAMES[j] for j, _ in part.rows}) for part in parts] == [["front", "low", "scale"], ["drop"]]
-    parts = StepRunner(kit, jobs, 2).micro_batches(rows)
-    assert sorted(row for part in parts for row in part.rows) == sorted(rows)
-    assert [part.number for part in parts] == [0, 1, 2, 3, 4, 0, 1]
+    micro_batches = StepRunner(kit, jobs, 100).micro_batches(rows)
+    assert [sorted({NAMES[j] for j, _ in micro_batch.rows}) for micro_batch in micro_batches] == [
+        ["front", "low", "scale"],
+        ["drop"],
+    ]
+    micro_batches = StepRunner(kit, jobs, 2).micro_batches(rows)
+    assert sorted(row for micro_batch in micro_batches for row in micro_batch.rows) == sorted(rows)
+    assert [micro_batch.number for micro_batch in micro_batches] == [0, 1, 2, 3, 4, 0, 1]
 
 
-def test_packed_jobs_and_heads_of_other_widths_go_by_themselves() -> None:
+def test_packed_jobs_and_heads_of_other_widths_do_not_share() -> None:
     kit = kit_of("bert")
     classes = {"two": 2, "three": 3, "also-three": 3}
     for name, width in classes.items():
         add(kit, name, LoRA(rank=2), heads={"classifier": nn.Linear(D, width)})
     items = [EncodedExample(item.input_ids, label=0) for item in texts(4)]
     jobs = [job(name, SequenceClassification(kit, "classification", 0), items) for name in classes]
-    parts = StepRunner(kit, jobs, 100).micro_batches([(j, 0) for j in range(3)])
-    assert [[j for j, _ in part.rows] for part in parts] == [[0], [1, 2]]
+    micro_batches = StepRunner(kit, jobs, 100).micro_batches([(j, 0) for j in range(3)])
+    assert [[j for j, _ in micro_batch.rows] for micro_batch in micro_batches] == [[0], [1, 2]]
     llama = kit_of("llama")
     add(llama, "a", LoRA(rank=2))
     add(llama, "b", LoRA(rank=2))
@@ -118,13 +120,12 @@ def test_packed_jobs_and_heads_of_other_widths_go_by_themselves() -> None:
 
 def test_one_that_diverges_leaves_the_others_as_they_are(tmp_path: Path) -> None:
     kit, jobs = jobs_of(["low", "scale", "front"])
-    poisoned = [poisoned_at(jobs[1], 2)]
-    with pytest.warns(RuntimeWarning, match="'scale', step 3: the gradient's norm is nan.*the other jobs go on"):
-        loop = trained(kit, [jobs[0], *poisoned, jobs[2]], tmp_path / "joint")
+    with pytest.warns(RuntimeWarning, match="'scale', step 3: the grad norm is nan.*the other jobs continue"):
+        loop = trained(kit, [jobs[0], poisoned_at(jobs[1], 2), jobs[2]], tmp_path / "joint")
     assert list(loop.health.diverged) == ["scale"]
-    (note,) = json.loads((tmp_path / "joint" / "diverged.json").read_text())
-    assert (note["job"], note["step"]) == ("scale", 3)
-    assert set(note["examples"]) == {f"line {i + 1}" for i in jobs[1].batches[2]}
+    (divergence,) = json.loads((tmp_path / "joint" / "diverged.json").read_text())
+    assert (divergence["job"], divergence["step"]) == ("scale", 3)
+    assert set(divergence["examples"]) == {f"line {i + 1}" for i in jobs[1].batches[2]}
     last = [row for row in loop.state.log_history if "low/loss" in row][-1]
     assert "scale/loss" not in last
     for name in ("low", "front"):
@@ -136,30 +137,30 @@ def test_one_that_diverges_leaves_the_others_as_they_are(tmp_path: Path) -> None
 
 
 def poisoned_at(one: Job, step: int) -> Job:
-    """From this step on its loss is no number."""
+    """From this step on its loss is nan."""
     objective: Any = one.objective
 
     class Poisoned:
-        form = None
+        batch_key = None
         task = objective.task
-        size, terms, collate = objective.size, objective.terms, objective.collate
-        seen = 0
+        num_tokens, num_targets, collate = objective.num_tokens, objective.num_targets, objective.collate
+        num_steps = 0
 
         def losses(self, model: Any, batch: Any, weights: Tensor) -> Any:
-            self.seen += torch.is_grad_enabled()
-            return objective.losses(model, batch, weights * float("nan") if self.seen > step else weights)
+            self.num_steps += torch.is_grad_enabled()
+            return objective.losses(model, batch, weights * float("nan") if self.num_steps > step else weights)
 
-    made: Any = Poisoned()
-    return Job(one.name, made, one.examples, one.batches, one.settings)
+    poisoned: Any = Poisoned()
+    return Job(one.name, poisoned, one.examples, one.batches, one.settings)
 
 
-def test_when_the_last_one_at_work_has_diverged_the_run_ends(tmp_path: Path) -> None:
+def test_the_run_ends_when_the_last_running_job_diverges(tmp_path: Path) -> None:
     kit, jobs = jobs_of(["low", "front"])  # 6 and 8 steps
-    with pytest.warns(RuntimeWarning, match="the other jobs go on"):
+    with pytest.warns(RuntimeWarning, match="the other jobs continue"):
         loop = trained(kit, [jobs[0], poisoned_at(jobs[1], 6)], tmp_path)
     assert loop.state.global_step == 8
-    assert losses_of(loop, "front/loss") == 7
+    assert num_logs(loop, "front/loss") == 7
 
 
-def losses_of(loop: JobTrainer, name: str) -> int:
+def num_logs(loop: JobTrainer, name: str) -> int:
     return sum(name in row for row in loop.state.log_history)

@@ -1,4 +1,4 @@
-"""Groups of parameters part an adapter exactly, each with the rate and the decay it is due; a mad rate is refused."""
+"""Parameter groups hold each parameter once, with its learning rate and weight decay; an absurd rate is refused."""
 
 from __future__ import annotations
 
@@ -29,46 +29,47 @@ from tiny_vision import kit as vision_kit
 from zoo import ZOO
 
 
-def worn(method: Method, heads: dict[str, nn.Module] | None = None) -> Adapter:
+def adapter_of(method: Method, heads: dict[str, nn.Module] | None = None) -> Adapter:
     return kitout.attach(ZOO["llama"].build()).add("a", method, seed=0, heads=heads)
 
 
-def named(adapter: Adapter, parted: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+def by_name(adapter: Adapter, groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
     """Rate and decay of every parameter by its name."""
     names = {id(value): name for name, value in adapter.named_parameters()}
-    return {names[id(v)]: (g["lr"], g["weight_decay"]) for g in parted for v in g["params"]}
+    return {names[id(v)]: (g["lr"], g["weight_decay"]) for g in groups for v in g["params"]}
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.refused(ZOO["llama"])], ids=lambda c: c.name)
-def test_groups_part_the_parameters_exactly(case: Any) -> None:
-    adapter = worn(case.method, {"lm_head": nn.Linear(ZOO["llama"].width, 5)} if "lora" in case.name else None)
-    parted = parameter_groups(adapter)
-    held = [id(value) for group in parted for value in group["params"]]
-    assert sorted(held) == sorted(map(id, adapter.parameters()))
-    assert len(set(held)) == len(held)
-    assert len({(g["lr"], g["weight_decay"]) for g in parted}) == len(parted)
-    optimiser = torch.optim.AdamW(parted)
-    assert [g["full"] for g in optimiser.param_groups] == [g["lr"] for g in parted]
-    assert {lr for lr, _ in named(adapter, parted).values()} <= {case.method.advised().lr, case.method.advised().head}
+def test_groups_hold_every_parameter_once(case: Any) -> None:
+    adapter = adapter_of(case.method, {"lm_head": nn.Linear(ZOO["llama"].width, 5)} if "lora" in case.name else None)
+    groups = parameter_groups(adapter)
+    ids = [id(value) for group in groups for value in group["params"]]
+    assert sorted(ids) == sorted(map(id, adapter.parameters()))
+    assert len(set(ids)) == len(ids)
+    assert len({(g["lr"], g["weight_decay"]) for g in groups}) == len(groups)
+    optimizer = torch.optim.AdamW(groups)
+    assert [g["full"] for g in optimizer.param_groups] == [g["lr"] for g in groups]
+    defaults = case.method.training_defaults()
+    assert {lr for lr, _ in by_name(adapter, groups).values()} <= {defaults.lr, defaults.head_lr}
 
 
 def test_lora_plus_trains_b_faster_and_nothing_else() -> None:
     for method in (LoRA(rank=2), LoRA(rank=2, dora=True)):
-        adapter = worn(method, {"lm_head": nn.Linear(ZOO["llama"].width, 5)})
-        found = named(adapter, parameter_groups(adapter, 1e-3, weight_decay=0.1, head_lr=5e-3, loraplus_ratio=16))
-        for name, (lr, decay) in found.items():
+        adapter = adapter_of(method, {"lm_head": nn.Linear(ZOO["llama"].width, 5)})
+        settings = by_name(adapter, parameter_groups(adapter, 1e-3, weight_decay=0.1, head_lr=5e-3, loraplus_ratio=16))
+        for name, (lr, decay) in settings.items():
             if name.startswith("heads."):
                 assert (lr, decay) == (5e-3, 0.1 if name.endswith("weight") else 0.0)
             elif name.endswith(".b"):
                 assert (lr, decay) == (16e-3, 0.1)
             else:
                 assert (lr, decay) == (1e-3, 0.1 if name.endswith(".a") else 0.0)  # a magnitude has one dimension
-        assert sum(name.endswith(".b") for name in found) == len(adapter.sites)
+        assert sum(name.endswith(".b") for name in settings) == len(adapter.sites)
 
 
 def test_lora_plus_on_a_method_without_b_is_refused() -> None:
-    with pytest.raises(KitoutError, match=r"ratio=16 is LoRA\+'s, of B to A, and IA3 has neither"):
-        parameter_groups(worn(IA3()), loraplus_ratio=16)
+    with pytest.raises(KitoutError, match=r"loraplus_lr_ratio=16 is LoRA\+'s, of B to A, and IA3 has neither"):
+        parameter_groups(adapter_of(IA3()), loraplus_ratio=16)
 
 
 @pytest.mark.parametrize(
@@ -77,16 +78,16 @@ def test_lora_plus_on_a_method_without_b_is_refused() -> None:
     ids=["ia3", "bitfit", "prompt", "prefix", "prefix-encoder"],
 )
 def test_scales_shifts_prompts_and_prefixes_do_not_decay(method: Method) -> None:
-    adapter = worn(method, {"lm_head": nn.Linear(ZOO["llama"].width, 5)})
-    for name, (_, decay) in named(adapter, parameter_groups(adapter, weight_decay=0.1)).items():
+    adapter = adapter_of(method, {"lm_head": nn.Linear(ZOO["llama"].width, 5)})
+    for name, (_, decay) in by_name(adapter, parameter_groups(adapter, weight_decay=0.1)).items():
         assert decay == (0.1 if name == "heads.lm_head.module.weight" else 0.0), name
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:
     for method in (Houlsby(width=3), FullFineTuning(), PartialFineTuning(last=1)):
-        adapter = worn(method)
+        adapter = adapter_of(method)
         values = dict(adapter.named_parameters())
-        for name, (_, decay) in named(adapter, parameter_groups(adapter, weight_decay=0.1)).items():
+        for name, (_, decay) in by_name(adapter, parameter_groups(adapter, weight_decay=0.1)).items():
             assert decay == (0.1 if values[name].ndim > 1 else 0.0), name
 
 
@@ -94,31 +95,33 @@ def test_a_head_of_an_image_model_has_its_own_rate() -> None:
     kit = vision_kit()
     adapter = kit.add("a", kitout.VPT(length=2), seed=0, heads={"classifier": nn.Linear(64, 3)})
     rates = {
-        name.split(".")[0]: lr for name, (lr, _) in named(adapter, parameter_groups(adapter, head_lr=7e-3)).items()
+        name.split(".")[0]: lr for name, (lr, _) in by_name(adapter, parameter_groups(adapter, head_lr=7e-3)).items()
     }
     assert rates == {"deltas": kitout.VPT.training.lr, "heads": 7e-3}
 
 
-def test_every_fault_is_told_at_once() -> None:
+def test_all_errors_are_reported_together() -> None:
     with pytest.raises(KitoutError) as caught:
-        parameter_groups(worn(IA3()), -1.0, weight_decay=float("nan"), head_lr=float("inf"), loraplus_ratio=0.0)
+        parameter_groups(adapter_of(IA3()), -1.0, weight_decay=float("nan"), head_lr=float("inf"), loraplus_ratio=0.0)
     assert all(word in str(caught.value) for word in ("lr=-1.0", "decay=nan", "head_lr=inf", "ratio=0.0"))
 
 
 @pytest.mark.parametrize("method", list(registered_methods()), ids=lambda m: m.__name__)
-def test_a_rate_far_off_is_told(method: type[Method]) -> None:
-    own = method.training.lr
-    assert check_learning_rate(method, own) is None
-    assert check_learning_rate(method, 5 * own) is None
-    assert check_learning_rate(method, own / 30) is None
-    assert f"times the {own:g} that {method.__name__}" in str(check_learning_rate(method, warn_above(method)))
-    assert "may not learn" in str(check_learning_rate(method, own / 1000))
-    for mad in (refuse_above(method), 1000 * own):
-        with pytest.raises(KitoutError, match=f"for {method.__name__} is .* times its default of {own:g}.* write lr="):
-            check_learning_rate(method, mad)
+def test_a_rate_far_from_the_default_is_warned_of(method: type[Method]) -> None:
+    default = method.training.lr
+    assert check_learning_rate(method, default) is None
+    assert check_learning_rate(method, 5 * default) is None
+    assert check_learning_rate(method, default / 30) is None
+    assert f"times {method.__name__}'s default of {default:g}" in str(check_learning_rate(method, warn_above(method)))
+    assert "may not learn" in str(check_learning_rate(method, default / 1000))
+    for absurd in (refuse_above(method), 1000 * default):
+        with pytest.raises(
+            KitoutError, match=f"for {method.__name__} is .* times its default of {default:g}.* write lr="
+        ):
+            check_learning_rate(method, absurd)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1e-3, float("nan"), float("inf")])
-def test_no_rate_at_all_is_refused(bad: float) -> None:
+def test_what_is_not_a_rate_is_refused(bad: float) -> None:
     with pytest.raises(KitoutError, match="write a number above 0; its default is"):
         check_learning_rate(LoRA(), bad)

@@ -1,4 +1,4 @@
-"""The loss over a frozen head in one pass: equal to autograd over all logits, without their tensor, or not used."""
+"""The chunked loss over a frozen head equals autograd over all logits without their tensor, or it is not used."""
 
 from __future__ import annotations
 
@@ -30,30 +30,32 @@ def by_autograd(h: Tensor, w: Tensor, b: Tensor | None, labels: Tensor, weights:
 
 
 @pytest.mark.parametrize("chunk", [1, 4 * 37 * 3, 4 * 37 * 1000], ids=["one row", "three rows", "whole"])
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("form", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_one_pass_is_autograd(
-    form: torch.dtype, close: float, biased: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
+)
+def test_chunked_equals_autograd(
+    dtype: torch.dtype, tolerance: float, has_bias: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunked, "CHUNK_BYTES", chunk)
-    h, w, b = torch.randn(10, 16).to(form), torch.randn(37, 16).to(form), torch.randn(37).to(form)
+    h, w, b = torch.randn(10, 16).to(dtype), torch.randn(37, 16).to(dtype), torch.randn(37).to(dtype)
     labels, weights = torch.randint(0, 37, (10,)), torch.rand(10)
     weights[3] = 0
-    bias = b if biased else None
-    wanted, gradient = by_autograd(h, w, bias, labels, weights)
+    bias = b if has_bias else None
+    expected, gradient = by_autograd(h, w, bias, labels, weights)
     h.requires_grad_()
-    total, nll, right = chunked_cross_entropy(h, w, bias, labels, weights)
+    total, nll, is_correct = chunked_cross_entropy(h, w, bias, labels, weights)
     (3 * total).backward()
     assert h.grad is not None
-    torch.testing.assert_close(total.detach().double(), wanted.double(), rtol=max(close, 1e-7), atol=0)
+    torch.testing.assert_close(total.detach().double(), expected.double(), rtol=max(tolerance, 1e-7), atol=0)
     scale = gradient.abs().max()
-    assert ((h.grad - 3 * gradient).abs().max() / scale / 3).item() <= close
-    assert torch.equal(right, F.linear(h.detach(), w, bias).argmax(1) == labels)
+    assert ((h.grad - 3 * gradient).abs().max() / scale / 3).item() <= tolerance
+    assert torch.equal(is_correct, F.linear(h.detach(), w, bias).argmax(1) == labels)
     assert nll.shape == (10,)
     assert not h.grad[3].any()
 
 
-def test_a_tiny_weight_is_not_rounded_to_nothing() -> None:
+def test_a_tiny_weight_is_not_rounded_to_zero() -> None:
     h, w = torch.randn(4, 16).half().requires_grad_(), torch.randn(37, 16).half()
     total, *_ = chunked_cross_entropy(h, w, None, torch.zeros(4, dtype=torch.long), torch.full((4,), 1e-9))
     (total * 2.0**30).backward()  # as a gradient scaler does
@@ -62,7 +64,7 @@ def test_a_tiny_weight_is_not_rounded_to_nothing() -> None:
     assert h.grad.isfinite().all()
 
 
-def test_no_learnt_position_is_a_loss_of_nothing() -> None:
+def test_without_target_positions_the_loss_is_zero() -> None:
     h = torch.randn(3, 16, requires_grad=True)
     none = torch.zeros(0, dtype=torch.long)
     total, *_ = chunked_cross_entropy(h[none], torch.randn(37, 16), None, none, torch.zeros(0))
@@ -73,42 +75,42 @@ def test_no_learnt_position_is_a_loss_of_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("species", "way"),
+    ("species", "mode"),
     [("llama", "chunked"), ("llama-tied", "chunked"), ("gpt2", "chunked"), ("gpt-neox", "chunked"),
      ("gptj", "chunked"), ("opt", "chunked"), ("mpt", "chunked"), ("falcon", "chunked"), ("gemma2", "selected")],
 )  # fmt: skip
-def test_the_cheapest_exact_way_is_found_and_equals_whole_logits(species: str, way: str) -> None:
+def test_the_cheapest_exact_mode_is_chosen_and_equals_all_logits(species: str, mode: str) -> None:
     kit = kit_of(species)
     add(kit, "low", LoRA(rank=2, targets="all-linear"))
     items = texts(6)
     objective = causal(kit, ["low"], items)
-    assert objective.head.mode == way
-    assert_equals_whole(kit, objective, items)
+    assert objective.head.mode == mode
+    assert_equals_full(kit, objective, items)
 
 
-def test_a_cap_too_wide_for_these_logits_is_still_found() -> None:
+def test_a_soft_cap_far_above_these_logits_is_still_found() -> None:
     kit = kit_of("gemma2")
     kit.config.final_logit_softcapping = 1e5  # logits of a few: a comparison of losses could not tell
     add(kit, "low", LoRA(rank=2))
     assert causal(kit, ["low"], texts(4)).head.mode == "selected"
 
 
-@pytest.mark.parametrize("way", ["lora", "replaced", "trained"])
+@pytest.mark.parametrize("change", ["lora", "replaced", "trained"])
 @pytest.mark.parametrize("species", ["llama", "gpt2"])
-def test_a_head_that_learns_is_never_taken_for_frozen(species: str, way: str) -> None:
+def test_a_head_that_is_trained_is_never_taken_for_frozen(species: str, change: str) -> None:
     kit = kit_of(species)
-    heads = {"lm_head": nn.Linear(D, VOCAB)} if way == "replaced" else None
-    made: dict[str, Any] = {
+    heads = {"lm_head": nn.Linear(D, VOCAB)} if change == "replaced" else None
+    methods: dict[str, Any] = {
         "lora": LoRA(rank=2, targets="head"), "replaced": LoRA(rank=2), "trained": PartialFineTuning(part="head")
     }  # fmt: skip
-    add(kit, "low", made[way], heads)
+    add(kit, "low", methods[change], heads)
     items = texts(6)
     objective = causal(kit, ["low"], items)
     assert objective.head.mode == "selected"
-    assert_equals_whole(kit, objective, items)
+    assert_equals_full(kit, objective, items)
 
 
-def test_one_adapter_on_the_head_speaks_for_all_jobs() -> None:
+def test_one_adapter_on_the_head_rules_out_chunks_for_all_jobs() -> None:
     kit = kit_of("llama")
     add(kit, "scale", IA3())
     add(kit, "head", LoRA(rank=2, targets="head"))
@@ -116,30 +118,31 @@ def test_one_adapter_on_the_head_speaks_for_all_jobs() -> None:
     assert causal(kit, ["scale"], texts(6)).head.mode == "chunked"
 
 
-def assert_equals_whole(kit: Any, objective: Any, items: Any) -> None:
+def assert_equals_full(kit: Any, objective: Any, items: Any) -> None:
     one = job("low", objective, items, batch=6)
-    found = gradients(kit, [one], micro=3)
+    chosen_mode = gradients(kit, [one], micro=3)
     objective.head = HeadLoss(kit, "full")
-    wanted = gradients(kit, [one], micro=6)
-    assert far(found, wanted) <= 2e-6
+    full = gradients(kit, [one], micro=6)
+    assert far(chosen_mode, full) <= 2e-6
 
 
-class Sizes(TorchDispatchMode):
-    """The most numbers any tensor held that a computation made, forward and backward; parameters do not count."""
+class LargestTensor(TorchDispatchMode):
+    """The size of the largest tensor that forward and backward allocate; parameters do not count."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.most, self.there = 0, {value.untyped_storage().data_ptr() for value in model.parameters()}
+        self.max_size = 0
+        self.parameters = {value.untyped_storage().data_ptr() for value in model.parameters()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.there:
-                self.most = max(self.most, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return found
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.parameters:
+                self.max_size = max(self.max_size, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return output
 
 
-def test_no_tensor_as_large_as_the_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensor_as_large_as_the_logits_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"hidden_size": D, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
     kit = kitout.attach(LlamaForCausalLM(LlamaConfig(vocab_size=2000, **sizes))).eval()
     add(kit, "low", LoRA(rank=2))
@@ -148,12 +151,12 @@ def test_no_tensor_as_large_as_the_logits_is_made(monkeypatch: pytest.MonkeyPatc
     assert objective.head.mode == "chunked"
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 4 * 2000 * 5)  # five tokens at a time
     one = job("low", objective, items, batch=8)
-    learnt, most = one.num_targets(0), {}
-    for way in ("chunked", "selected"):
-        objective.head = HeadLoss(kit, way)
-        with Sizes(kit.base) as found:
+    num_targets, max_sizes = one.num_targets(0), {}
+    for mode in ("chunked", "selected"):
+        objective.head = HeadLoss(kit, mode)
+        with LargestTensor(kit.base) as largest:
             gradients(kit, [one], micro=8)
-        most[way] = found.most
-    assert learnt > 50
-    assert most["selected"] >= learnt * 2000
-    assert most["chunked"] <= max(8 * 24 * 80, 5 * 2000)  # a feed-forward's activations, or one chunk
+        max_sizes[mode] = largest.max_size
+    assert num_targets > 50
+    assert max_sizes["selected"] >= num_targets * 2000
+    assert max_sizes["chunked"] <= max(8 * 24 * 80, 5 * 2000)  # a feed-forward's activations, or one chunk

@@ -1,6 +1,6 @@
-"""Several processes of one run: each takes its share of a list, and lists are put together again.
+"""Several processes of one run: a list is divided among them, and their lists are gathered again.
 
-One process is the usual case and costs nothing. It knows torch.distributed and nothing of what is shared.
+One process is the usual case and costs nothing. It knows torch.distributed and nothing of what the lists hold.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ def rank() -> int:
 
 
 def my_slice(items: Sequence[Any]) -> list[Any]:
-    """Every n-th, from one's own number on: neighbours of like length go to different processes."""
+    """Every n-th item from this process's rank on, so that neighbors of like length go to different processes."""
     return slices(items)[rank()]
 
 
 def slices(items: Sequence[Any]) -> list[list[Any]]:
-    """What `mine` gives to each process."""
-    return [list(items[number :: world_size()]) for number in range(world_size())]
+    """What `my_slice` gives to each process."""
+    return [list(items[first :: world_size()]) for first in range(world_size())]
 
 
 def all_gather(items: list[Any]) -> list[Any]:
-    """What all processes hold, in the order of the processes."""
+    """The items of all processes, in the order of their ranks."""
     if world_size() == 1:
         return items
-    everywhere: list[Any] = [None] * world_size()
-    dist.all_gather_object(everywhere, items)
-    return [entry for part in everywhere for entry in part]
+    per_process: list[Any] = [None] * world_size()
+    dist.all_gather_object(per_process, items)
+    return [item for items in per_process for item in items]
 
 
 def barrier() -> None:
-    """Until all processes are here."""
+    """Waits until all processes are here."""
     if world_size() > 1:
         dist.barrier()

@@ -1,15 +1,16 @@
-"""The frozen trunk below an adapter, once per image: what enters the first trained part is kept and given again.
+"""The frozen trunk under an adapter, computed once per image: the input of the first changed module is cached.
 
-One forward shows which modules run before the first one the adapter touches. What enters there is recorded, and later
-the model's own forward runs with those modules standing still and the record put in their place, so whatever comes
-after is the model's own code. `keep_features` makes it part of a run (train.trunk). It knows no architecture; where
-the trick does not hold, there is no trunk.
+One probe forward shows which modules run before the first one that the adapter changes; that one is the cut. Later the
+model's own forward runs with the modules before the cut returning constants and the cached input put in at the cut, so
+whatever comes after is the model's own code. `keep_features` does this for the jobs of a run (train.trunk). It knows no
+architecture: the result is compared with the whole model, and where it differs there is no trunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,72 +21,75 @@ from kitout.train.loop import distributed
 from kitout.train.loop.jobs import Job
 from kitout.train.objectives.image_classification import ImageClassification, image_logits
 
-MAX_FEATURE_BYTES = 2 * 2**30  # bytes of features in memory, over all jobs of a run
-PROBE_ROWS = 5  # of the forward that looks: a number that is no other dimension of an image
+MAX_FEATURE_BYTES = 2 * 2**30  # of features in memory, over all jobs of a run
+PROBE_ROWS = 5  # of the probe forward: a number that is no other dimension of an image
 TOLERANCE = 1e-4  # of the largest value
 
 
-class _CutReached(Exception):
-    """The forward has reached the cut: nothing after it is wanted."""
-
-
 class FrozenTrunk:
-    """`record(pixels)` gives rows [B, ...]; `logits(rows)` equals the kit's own logits of those pixels.
+    """The modules of the base that run before the cut.
 
-    cut: the module whose input is kept. still: what the modules before it gave for ROWS rows.
+    `record(pixels)` gives the features of images, [B, ...]; `logits(features)` equals the kit's logits of those images.
     """
+
+    cut: str
+    """The module whose input is cached: the first that the adapter changes, or the block that holds it."""
+    outputs_before_cut: dict[str, Any]
+    """What each module before the cut returned for PROBE_ROWS images; returned again in place of a real result."""
+    shape: tuple[int, ...]
+    """Of one image: channels, height, width."""
 
     def __init__(self, kit: Kit, cut: str, outputs_before_cut: Mapping[str, Any], shape: tuple[int, ...]) -> None:
         self.kit, self.cut, self.outputs_before_cut, self.shape = kit, cut, dict(outputs_before_cut), shape
 
     @classmethod
     def build(cls, kit: Kit, name: str, pixels: Tensor) -> FrozenTrunk | None:
-        """The trunk of an adapter, tried on these pixels; None where there is nothing frozen to keep."""
-        looked = pixels[:1].expand(PROBE_ROWS, *pixels.shape[1:]).contiguous()
+        """The trunk of an adapter, proven on these images; None if nothing frozen comes first or the proof fails."""
         adapter = kit[name]
-        touched = {site.path for site in adapter.sites} | {*adapter.by_module, *adapter.input_relays}
+        changed = {site.path for site in adapter.sites} | {*adapter.by_module, *adapter.input_relays}
+        probe = pixels[:1].expand(PROBE_ROWS, *pixels.shape[1:]).contiguous()
         with kit.use(name):
             with torch.no_grad():
-                order = _execution_order(kit, looked)
-                cut = _find_cut(kit, touched, order)
+                events = _module_events(kit, probe)
+                cut = _find_cut(kit, changed, events)
                 if cut is None:
                     return None
-                before = order[: order.index(("in", cut))]
-                still = _completed_modules(before)
-                if not still or any(("in", path) in order[len(before) :] for path in still):
-                    return None  # nothing to keep, or a block that runs again
-                trunk = cls(kit, cut, _record_outputs(kit, looked, still), tuple(pixels.shape[1:]))
-            values = [value for value in adapter.parameters() if value.requires_grad]
-            found = _logits_and_gradients(trunk.logits(trunk.record(pixels)), values)
-            true = _logits_and_gradients(image_logits(kit, pixels), values)
-        return trunk if _all_close(found, true) else None
+                start = events.index(("enter", cut))
+                finished = _outermost({path for event, path in events[:start] if event == "leave"})
+                if not finished or any(("enter", path) in events[start:] for path in finished):
+                    return None  # nothing to cache, or a module of the trunk runs again after the cut
+                trunk = cls(kit, cut, _record_outputs(kit, probe, finished), tuple(pixels.shape[1:]))
+            trained = [value for value in adapter.parameters() if value.requires_grad]
+            results = _logits_and_gradients(trunk.logits(trunk.record(pixels)), trained)
+            references = _logits_and_gradients(image_logits(kit, pixels), trained)
+        return trunk if _all_close(results, references) else None
 
     @torch.no_grad()
     def record(self, pixels: Tensor) -> Tensor:
-        """What enters the cut for these pixels, one row each; the forward ends there."""
-        seen: list[Tensor] = []
+        """The cut's input for these images, one row each; the forward ends there."""
+        features: list[Tensor] = []
 
-        def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(_first_argument(args, kwargs))
+        def stop_at_cut(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            features.append(_first_tensor(args, kwargs))
             raise _CutReached
 
-        handle = self.kit.base.get_submodule(self.cut).register_forward_pre_hook(look, with_kwargs=True)
+        handle = self.kit.base.get_submodule(self.cut).register_forward_pre_hook(stop_at_cut, with_kwargs=True)
         try:
             image_logits(self.kit, pixels)
         except _CutReached:
             pass
         finally:
             handle.remove()
-        return seen[0].clone()
+        return features[0].clone()
 
     def logits(self, rows: Tensor, model: Any = None) -> Tensor:
-        """The logits of recorded rows; gradients reach what the adapter trains. model: who is called, as the kit."""
+        """The logits of recorded rows, with gradients for the adapter. model: what is called; default the kit."""
 
-        def give(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return _replace_first_argument(args, kwargs, rows)
+        def put_in_rows(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return _replace_first_tensor(args, kwargs, rows)
 
-        handle = self.kit.base.get_submodule(self.cut).register_forward_pre_hook(give, with_kwargs=True)
         blank = torch.zeros(1, *self.shape, device=rows.device).expand(len(rows), *self.shape)
+        handle = self.kit.base.get_submodule(self.cut).register_forward_pre_hook(put_in_rows, with_kwargs=True)
         try:
             with self._constant_modules(len(rows)):
                 return image_logits(self.kit, blank, model)
@@ -94,184 +98,215 @@ class FrozenTrunk:
 
     @contextmanager
     def _constant_modules(self, num_rows: int) -> Iterator[None]:
-        modules = {path: self.kit.base.get_submodule(path) for path in self.outputs_before_cut}
-        for path, module in modules.items():
-            module.__dict__["forward"] = _constant_forward(_resize_batch(self.outputs_before_cut[path], num_rows))
-        try:
+        """The modules before the cut return what they returned to the probe, for this number of rows."""
+
+        def constant_forward(output: Any) -> Callable[..., Any]:
+            return lambda *_args, **_kwargs: output
+
+        with ExitStack() as exit_stack:
+            for path, output in self.outputs_before_cut.items():
+                attributes = self.kit.base.get_submodule(path).__dict__
+                attributes["forward"] = constant_forward(_resize_batch(output, num_rows))
+                exit_stack.callback(attributes.pop, "forward")
             yield
-        finally:
-            for module in modules.values():
-                del module.__dict__["forward"]
 
 
 class FeatureCache:
-    """What enters one cut, kept for every image once it has been asked for; jobs with the same cut share it.
+    """The features of images at one cut, computed when they are first asked for; jobs with the same cut share it.
 
-    batches: in which images are recorded, a whole one at a time: so a run that was resumed records what an unbroken
-    one has recorded, bit for bit.
+    Images are recorded in fixed batches, a whole one at a time. So a resumed run records features that are
+    bit-identical to an uninterrupted run's.
     """
 
+    features: dict[int, Tensor]
+    """By image."""
+    batches: list[list[int]]
+    """Images that are recorded together."""
+    batch_of: dict[int, int]
+    """By image: the index of its batch."""
+
     def __init__(self, batches: Sequence[Sequence[int]]) -> None:
-        self.features: dict[int, Tensor] = {}
-        self.batches: list[list[int]] = []
-        self.batch_of: dict[int, int] = {}
+        self.features, self.batches, self.batch_of = {}, [], {}
         self.add(batches)
 
     def add(self, batches: Sequence[Sequence[int]]) -> None:
-        """More images; each is recorded with those that come with it for the first time."""
+        """More images; each is recorded with those of the first batch it comes in."""
         for batch in batches:
-            fresh = [row for row in dict.fromkeys(batch) if row not in self.batch_of]
-            self.batch_of |= dict.fromkeys(fresh, len(self.batches))
-            self.batches.append(fresh)
+            new = [row for row in dict.fromkeys(batch) if row not in self.batch_of]
+            self.batch_of |= dict.fromkeys(new, len(self.batches))
+            self.batches.append(new)
 
     def get(self, rows: Sequence[int], record: Callable[[Sequence[int]], Tensor]) -> Tensor:
-        """[B, ...] of these rows. record: finds the features of some images."""
-        for batch in dict.fromkeys(self.batch_of[row] for row in rows if row not in self.features):
-            found = record(self.batches[batch]).cpu()
-            self.features |= dict(zip(self.batches[batch], found, strict=True))
+        """The features of these images, [B, ...]. record: computes them."""
+        for index in dict.fromkeys(self.batch_of[row] for row in rows if row not in self.features):
+            features = record(self.batches[index]).cpu()
+            self.features |= dict(zip(self.batches[index], features, strict=True))
         return torch.stack([self.features[row] for row in rows])
 
 
-def keep_features(kit: Kit, jobs: Sequence[Job]) -> tuple[dict[str, str], list[str]]:
-    """Has every job with train.trunk=auto keep what lies below it, where that can be done.
+@dataclass(frozen=True)
+class _CachedTrunk:
+    """A cache and what its features are of."""
 
-    The module each of these starts from, by job, and warnings.
-    """
+    cut: str
+    """Where they are taken."""
+    objective: ImageClassification
+    """Whose images they are of."""
+    probe: Tensor
+    """The features of two images: another trunk with the same cut may still compute something else there."""
+    cache: FeatureCache
+    """The features."""
+
+    def has_features_of(self, cut: str, objective: ImageClassification, probe: Tensor) -> bool:
+        return (
+            self.cut == cut
+            and objective.images is self.objective.images
+            and objective.pixels.size == self.objective.pixels.size
+            and torch.equal(self.probe, probe)
+        )
+
+
+def keep_features(kit: Kit, jobs: Sequence[Job]) -> tuple[dict[str, str], list[str]]:
+    """Caches the features of every job with train.trunk=auto, where that can be done. Cuts by job, and warnings."""
     cuts: dict[str, str] = {}
-    notes = []
-    held: list[tuple[FrozenTrunk, ImageClassification, Tensor, FeatureCache]] = []
-    room = MAX_FEATURE_BYTES
+    warnings: list[str] = []
+    cached: list[_CachedTrunk] = []
+    available = MAX_FEATURE_BYTES
     for job in jobs:
-        settings, pictures = job.settings, job.objective
-        if (
-            settings.trunk == "off"
-            or not isinstance(pictures, ImageClassification)
-            or pictures.pixels.augment is not None
-        ):
+        objective = job.objective
+        if not isinstance(objective, ImageClassification) or not _may_cache(job, objective):
             continue
-        if settings.fsdp or settings.activation_checkpointing or distributed.world_size() > 1:
-            continue  # the base's modules run under hooks of others
-        few = pictures.pixels(pictures.images, list(job.examples[:2])).to(kit.device)
-        trunk = FrozenTrunk.build(kit, job.name, few)
+        pixels = objective.pixels(objective.images, list(job.examples[:2])).to(kit.device)
+        trunk = FrozenTrunk.build(kit, job.name, pixels)
         if trunk is None:
             continue
         with kit.use(job.name):
-            probe = trunk.record(few).cpu()
+            probe = trunk.record(pixels).cpu()
+        shared = next((other for other in cached if other.has_features_of(trunk.cut, objective, probe)), None)
+        cache = shared.cache if shared else FeatureCache([])
         batches = [[job.examples[i] for i in step] for step in job.batches]
-        features = next((kept for other, its, seen, kept in held if other.cut == trunk.cut
-                         and its.images is pictures.images and its.pixels.size == pictures.pixels.size
-                         and torch.equal(seen, probe)), None)  # fmt: skip
-        before = len(features.batch_of) if features else 0
-        trial = FeatureCache([*(features.batches if features else ()), *batches])
-        taken = (len(trial.batch_of) - before) * probe[0].nbytes
-        if taken > room:
-            notes.append(f"{job.name}: its frozen trunk is computed each time, its features would take too much memory")
+        new_bytes = len({row for batch in batches for row in batch} - cache.batch_of.keys()) * probe[0].nbytes
+        if new_bytes > available:
+            warnings.append(
+                f"{job.name}: train.trunk is off for it, its cached features would take too much memory; the frozen "
+                "trunk is computed at each step"
+            )
             continue
-        room -= taken
-        if features is None:
-            features = trial
-            held.append((trunk, pictures, probe, features))
-        else:
-            features.add(batches)
-        pictures.cached_logits_fn = _features_fn(kit, trunk, pictures, features)
+        available -= new_bytes
+        cache.add(batches)
+        if shared is None:
+            cached.append(_CachedTrunk(trunk.cut, objective, probe, cache))
+        objective.cached_logits_fn = _cached_logits_fn(kit, trunk, objective, cache)
         cuts[job.name] = trunk.cut
-    return cuts, notes
+    return cuts, warnings
 
 
-def _features_fn(
-    kit: Kit, trunk: FrozenTrunk, pictures: ImageClassification, features: FeatureCache
+def _may_cache(job: Job, objective: ImageClassification) -> bool:
+    """Not augmented images, which differ each time; not a base whose modules run under hooks of others."""
+    settings = job.settings
+    is_hooked = settings.fsdp or settings.activation_checkpointing or distributed.world_size() > 1
+    return settings.trunk != "off" and objective.pixels.augment is None and not is_hooked
+
+
+def _cached_logits_fn(
+    kit: Kit, trunk: FrozenTrunk, objective: ImageClassification, cache: FeatureCache
 ) -> Callable[..., Tensor]:
     def record(rows: Sequence[int]) -> Tensor:
-        return trunk.record(pictures.pixels(pictures.images, list(rows)).to(kit.device))
+        return trunk.record(objective.pixels(objective.images, list(rows)).to(kit.device))
 
-    return lambda model, rows: trunk.logits(features.get(rows, record).to(kit.device), model)
+    return lambda model, rows: trunk.logits(cache.get(rows, record).to(kit.device), model)
+
+
+# ---- the proof ----------------------------------------------------------------------------------------------------
 
 
 def _logits_and_gradients(logits: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
-    """The logits and every trained value's gradient: what lies below the cut would have none."""
+    """The logits and every trained parameter's gradient: a parameter of the trunk would have none."""
     return [logits.detach(), *torch.autograd.grad(logits.square().sum(), parameters, allow_unused=True)]
 
 
 def _all_close(results: list[Tensor | None], references: list[Tensor | None]) -> bool:
-    pairs = list(zip(results, references, strict=True))
-    if any((a is None) != (b is None) for a, b in pairs):
-        return False
-    return all(a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * (1 + b.abs().max())) for a, b in pairs
-               if a is not None and b is not None)  # fmt: skip
+    for result, reference in zip(results, references, strict=True):
+        if result is None or reference is None:
+            if result is not reference:
+                return False
+            continue
+        if result.shape != reference.shape:
+            return False
+        if not bool((result - reference).abs().max() <= TOLERANCE * (1 + reference.abs().max())):
+            return False
+    return True
 
 
-def _constant_forward(value: Any) -> Callable[..., Any]:
-    return lambda *_args, **_kwargs: value
+# ---- the probe forward --------------------------------------------------------------------------------------------
 
 
-def _execution_order(kit: Kit, pixels: Tensor) -> list[tuple[str, str]]:
-    """("in" | "out", path) of every module as one forward enters and leaves it."""
+class _CutReached(Exception):
+    """Ends a forward at the cut: nothing after it is needed."""
+
+
+def _module_events(kit: Kit, pixels: Tensor) -> list[tuple[str, str]]:
+    """("enter" | "leave", path) of every module, in the order of one forward."""
     events: list[tuple[str, str]] = []
-    handles = []
-    for path, module in kit.base.named_modules():
-        if path:
-            enter, leave = _event_recorder(events, "in", path), _event_recorder(events, "out", path)
-            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    try:
+
+    def record(event: str, path: str) -> Callable[..., None]:
+        return lambda *_: events.append((event, path))
+
+    with ExitStack() as exit_stack:
+        for path, module in kit.base.named_modules():
+            if path:
+                exit_stack.callback(module.register_forward_pre_hook(record("enter", path)).remove)
+                exit_stack.callback(module.register_forward_hook(record("leave", path)).remove)
         image_logits(kit, pixels)
-    finally:
-        for handle in handles:
-            handle.remove()
     return events
 
 
-def _event_recorder(events: list[tuple[str, str]], kind: str, path: str) -> Callable[..., None]:
-    return lambda *_: events.append((kind, path))
-
-
-def _find_cut(kit: Kit, touched: set[str], order: list[tuple[str, str]]) -> str | None:
-    """The first trained module to run, or the block it lies in; None if the model itself is touched."""
-    if "" in touched:
+def _find_cut(kit: Kit, changed: set[str], events: list[tuple[str, str]]) -> str | None:
+    """The first changed module to run, or the block that holds it; None if the model itself is changed."""
+    if "" in changed:
         return None
-    first = next((path for what, path in order if what == "in" and path in touched), None)
+    first = next((path for event, path in events if event == "enter" and path in changed), None)
     if first is None:
         return None
     return next((b.path for b in kit.survey.blocks if f"{first}.".startswith(f"{b.path}.")), first)
 
 
-def _completed_modules(events: list[tuple[str, str]]) -> list[str]:
-    """The modules that were entered and left, without those inside of another one of them."""
-    done = {path for what, path in events if what == "out"}
-    return [path for path in done if not any(path.startswith(f"{other}.") for other in done)]
+def _outermost(paths: set[str]) -> list[str]:
+    """Without those inside another one of them."""
+    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
 
 
 def _record_outputs(kit: Kit, pixels: Tensor, paths: list[str]) -> dict[str, Any]:
     outputs: dict[str, Any] = {}
 
-    def keeping(path: str) -> Callable[..., None]:
+    def record(path: str) -> Callable[..., None]:
         return lambda _module, _args, output: outputs.update({path: output})
 
-    handles = [kit.base.get_submodule(path).register_forward_hook(keeping(path)) for path in paths]
-    try:
+    with ExitStack() as exit_stack:
+        for path in paths:
+            exit_stack.callback(kit.base.get_submodule(path).register_forward_hook(record(path)).remove)
         image_logits(kit, pixels)
-    finally:
-        for handle in handles:
-            handle.remove()
     return outputs
 
 
-def _resize_batch(value: Any, rows: int) -> Any:
-    """What a module gave for ROWS equal rows as it would be for another number; costs no memory."""
-    if isinstance(value, Tensor):
-        return value[:1].expand(rows, *value.shape[1:]) if value.shape[:1] == (PROBE_ROWS,) else value
-    if isinstance(value, Mapping):
-        return type(value)(**{key: _resize_batch(part, rows) for key, part in value.items()})
-    if isinstance(value, list | tuple):
-        return type(value)(_resize_batch(part, rows) for part in value)
-    return value
+def _resize_batch(output: Any, num_rows: int) -> Any:
+    """A module's output for PROBE_ROWS equal rows as it is for another number of them; takes no memory."""
+    if isinstance(output, Tensor):
+        is_batched = output.shape[:1] == (PROBE_ROWS,)
+        return output[:1].expand(num_rows, *output.shape[1:]) if is_batched else output
+    if isinstance(output, Mapping):
+        return type(output)(**{key: _resize_batch(value, num_rows) for key, value in output.items()})
+    if isinstance(output, list | tuple):
+        return type(output)(_resize_batch(value, num_rows) for value in output)
+    return output
 
 
-def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
-def _replace_first_argument(
-    args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor
+def _replace_first_tensor(
+    args: tuple[Any, ...], kwargs: dict[str, Any], new: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    old = _first_argument(args, kwargs)
-    return tuple(value if a is old else a for a in args), {k: value if a is old else a for k, a in kwargs.items()}
+    old = _first_tensor(args, kwargs)
+    return tuple(new if a is old else a for a in args), {k: new if a is old else a for k, a in kwargs.items()}

@@ -1,8 +1,8 @@
-"""The frozen base parted among processes: FSDP2 over its blocks, while adapters stay whole in each of them.
+"""The frozen base sharded among processes: FSDP2 over its blocks, while each process keeps its adapters whole.
 
-The base is not a child of the kit, so that whoever wraps a kit (accelerate, DistributedDataParallel) sees adapters
-alone: they are copied and their gradients averaged as ever. What is frozen has no gradients, so parting it costs an
-all-gather a block and saves its memory. It knows kits and processes, no method and no loop.
+The base is not a child of the kit, so whoever wraps a kit (accelerate, DistributedDataParallel) sees the adapters
+alone: they are replicated and their gradients averaged as usual. What is frozen has no gradients, so sharding it costs
+an all-gather per block and saves its memory. It knows kits and processes, no method and no loop.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 def shard(kit: Kit) -> None:
-    """From now on each process holds its part of the base's weights. All processes call it, before training.
+    """From now on each process holds its shard of the base's weights. All processes call it, before training.
 
-    Loading still needs the whole base in every process. ConfigError where it cannot be parted.
+    Loading still needs the whole base in every process. ConfigError where it cannot be sharded.
     """
     _check_can_shard(kit)
     from torch.distributed.device_mesh import init_device_mesh
@@ -41,7 +41,7 @@ def shard(kit: Kit) -> None:
 
 
 def is_sharded(kit: Kit) -> bool:
-    """Whether the base is parted, so that every forward is one of all processes."""
+    """Whether the base is sharded, so that all processes must run each forward together."""
     if distributed.world_size() == 1:
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -51,20 +51,20 @@ def is_sharded(kit: Kit) -> bool:
 
 @contextmanager
 def unsharded(kit: Kit) -> Iterator[None]:
-    """While it lasts every process holds the base's weights in one piece: to save, merge, or work alone.
+    """Every process holds the base's whole weights meanwhile: to save, merge, or work alone.
 
     All processes enter and leave it together.
     """
-    parted = _sharded_modules(kit) if is_sharded(kit) else []
-    top: object = kit.base  # whose own weights stay whole between forward and backward
+    modules = _sharded_modules(kit) if is_sharded(kit) else []
+    root: object = kit.base  # its own weights stay unsharded between forward and backward
     try:
-        for module in parted:
+        for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         yield
     finally:
-        for module in parted:
-            module.set_reshard_after_forward(module is not top, recurse=False)
+        for module in modules:
+            module.set_reshard_after_forward(module is not root, recurse=False)
             module.reshard()
 
 
@@ -75,41 +75,41 @@ def _sharded_modules(kit: Kit) -> list[FSDPModule]:
 
 
 def _check_adapters_run(kit: Kit) -> None:
-    """Each adapter once forward and backward on a made-up batch: what uses a block's weights outside of it fails."""
+    """Each adapter forward and backward on a dummy batch: one that uses a block's weights outside of it fails."""
     batch = dummy_batch(kit.base, 2)
     for name in kit.names if batch is not None else ():
         try:
             with eval_mode(kit.base, kit, grad=True), kit.use(name):
-                found = kit(**batch or {})
-                (found if isinstance(found, Tensor) else found[0]).float().square().mean().backward()
-        except RuntimeError as wrong:
+                output = kit(**batch or {})
+                (output if isinstance(output, Tensor) else output[0]).float().square().mean().backward()
+        except RuntimeError as error:
             method = type(kit[name].method).__name__
             raise ConfigError(
-                f"train.fsdp: {name!r} ({method}) works with a block's weights outside of that block, where they are "
-                f"parted ({str(wrong).splitlines()[0][:120]}): choose another method, or write train.fsdp=false"
-            ) from wrong
+                f"train.fsdp: {name!r} ({method}) uses a block's weights outside of that block, where they are "
+                f"sharded ({str(error).splitlines()[0][:120]}): choose another method, or write train.fsdp=false"
+            ) from error
         finally:
             kit[name].zero_grad()
 
 
 def _check_can_shard(kit: Kit) -> None:
-    faults = Errors(ConfigError, "train.fsdp")
+    errors = Errors(ConfigError, "train.fsdp")
     if distributed.world_size() == 1:
-        faults.add("there is one process: start it with torchrun --nproc-per-node=N, or write train.fsdp=false")
+        errors.add("there is one process: start it with torchrun --nproc-per-node=N, or write train.fsdp=false")
     if is_sharded(kit):
-        faults.add("the base is parted already")
+        errors.add("the base is already sharded")
     if kit.merged:
-        faults.add(f"{kit.state.merged_text} merged into the base: unmerge() first")
-    strange = [name for name, value in kit.base.named_parameters() if not _is_plain_float(value)]
-    if strange:
-        faults.add(
-            f"{len(strange)} weights are quantised ({strange[0]}, ...), which FSDP2 does not part: write "
+        errors.add(f"{kit.state.merged_text} merged into the base: unmerge() first")
+    quantized = [name for name, value in kit.base.named_parameters() if not _is_plain_float(value)]
+    if quantized:
+        errors.add(
+            f"{len(quantized)} weights are quantized ({quantized[0]}, ...), which FSDP2 does not shard: write "
             "model.quantization=none, or train.fsdp=false"
         )
-    reading = [name for name in kit.names if any(site.port == "param" for site in kit[name].sites)]
-    if reading:
-        faults.add(f"{reading} put values in the place of the base's own parameters: choose another method")
-    faults.raise_if_any()
+    replacing = [name for name in kit.names if any(site.port == "param" for site in kit[name].sites)]
+    if replacing:
+        errors.add(f"{replacing} replace the base's own parameters: choose another method")
+    errors.raise_if_any()
 
 
 def _is_plain_float(value: Tensor) -> bool:

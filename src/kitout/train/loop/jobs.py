@@ -1,8 +1,8 @@
-"""Jobs: adapters that learn at once on one frozen base, each with its own examples, rate, clipping, schedule and seed.
+"""Jobs: adapters trained at once on one frozen base, each with its own examples, rate, clipping, schedule and seed.
 
-One run is one job; several share every forward pass row by row, and each comes out as if it had been alone: its loss is
-normalised by its own terms, its gradient clipped by its own norm, its optimiser untouched by steps it has no part in.
-It knows plans and parameters, and nothing of files, screens or the loop.
+A run has one job or several. Several share every forward row by row, and each comes out as if it had been alone: its
+loss is normalized by its own targets, its gradients clipped by their own norm, its optimizer state untouched by steps
+it has no part in. It knows batches and parameters, and nothing of files, screens or the loop.
 """
 
 from __future__ import annotations
@@ -16,62 +16,63 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kitout.errors import KitoutError
 from kitout.runtime.adapter import Adapter
 from kitout.train.config.schema import TrainConfig
 from kitout.train.loop.optimizer import parameter_groups
 from kitout.train.objectives.objective import Objective
 
 
-class TrainingDiverged(KitoutError, ArithmeticError):
-    """A loss or a gradient that is no number."""
-
-
 @dataclass(frozen=True)
 class Job:
-    """name: of the adapter. items: what is learnt. steps: the indices of each of its optimiser steps."""
+    """One adapter in training."""
 
     name: str
+    """Of the adapter."""
     objective: Objective
+    """Turns examples into batches and batches into losses."""
     examples: Sequence[Any]
+    """The training split, encoded."""
     batches: Sequence[Sequence[int]]
+    """The indices of the examples of each optimizer step."""
     settings: TrainConfig
-    validation: Sequence[Any] = ()  # measured during training
+    """Its learning rate, schedule, clipping and seed."""
+    validation: Sequence[Any] = ()
+    """The validation split, encoded."""
 
     def num_targets(self, step: int) -> int:
-        """What the loss of a step is normalised by: its learnt tokens, over all micro-batches and processes."""
+        """What the loss of a step is normalized by: its target tokens, over all micro-batches and processes."""
         return sum(self.objective.num_targets(self.examples[i]) for i in self.batches[step])
 
 
 def lr_factor(step: int, *, num_steps: int, warmup_ratio: float, lr_schedule: str) -> float:
-    """The part of the full rate at a step: a linear rise, then as the schedule says; 0 after the last step."""
+    """The factor of the learning rate at a step: linear warmup, then the schedule; 0 after the last step."""
     if step >= num_steps:
         return 0.0
-    rise = round(warmup_ratio * num_steps)
-    if step < rise:
-        return (step + 1) / rise
+    warmup = round(warmup_ratio * num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
     if lr_schedule == "constant":
         return 1.0
-    done = (step - rise) / max(1, num_steps - rise)
+    done = (step - warmup) / max(1, num_steps - warmup)
     return 1.0 - done if lr_schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
 
 
 def build_optimizer(jobs: Sequence[Job], adapters: Sequence[Adapter]) -> torch.optim.AdamW:
-    """One AdamW over all jobs: it leaves parameters without a gradient alone, so an absent job does not move."""
-    parts = []
+    """One AdamW over all jobs: it skips parameters without a gradient, so a job without rows does not move."""
+    groups = []
     for job, adapter in zip(jobs, adapters, strict=True):
         s = job.settings
-        found = parameter_groups(
+        of_job = parameter_groups(
             adapter, s.lr, weight_decay=s.weight_decay, head_lr=s.head_lr, loraplus_ratio=s.loraplus_lr_ratio
         )
-        parts += [{**group, "job": job.name} for group in found]
-    devices = {value.device.type for part in parts for value in part["params"]}
-    return torch.optim.AdamW(parts, fused=devices <= {"cpu", "cuda"})  # one pass over the values instead of ten
+        groups += [{**group, "job": job.name} for group in of_job]
+    devices = {value.device.type for group in groups for value in group["params"]}
+    return torch.optim.AdamW(groups, fused=devices <= {"cpu", "cuda"})  # one pass over the values instead of ten
 
 
 def build_scheduler(jobs: Sequence[Job], optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
     """Each group follows its own job's schedule."""
-    rules: dict[str, Callable[[int], float]] = {
+    lr_lambdas: dict[str, Callable[[int], float]] = {
         job.name: functools.partial(
             lr_factor,
             num_steps=len(job.batches),
@@ -80,11 +81,11 @@ def build_scheduler(jobs: Sequence[Job], optimizer: torch.optim.Optimizer) -> to
         )
         for job in jobs
     }
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, [rules[group["job"]] for group in optimizer.param_groups])
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [lr_lambdas[group["job"]] for group in optimizer.param_groups])
 
 
 def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-    """Scales these gradients to a norm of at most `most`; their norm before, inf or nan as it is."""
+    """Scales these gradients to a norm of at most `max_norm`; the norm before, inf or nan as it is."""
     gradients: list[Tensor] = [value.grad for value in parameters if value.grad is not None]
     if not gradients:
         return 0.0
@@ -95,6 +96,6 @@ def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> float
 
 
 def can_share_forward(adapter: Adapter) -> bool:
-    """Whether its rows may share a forward with others and stay what they are alone: it draws no dropout."""
-    dropped = [m.p for m in adapter.modules() if isinstance(m, nn.Dropout) and m.p]
-    return not dropped and not adapter.method.model_dump().get("dropout", 0.0)
+    """Whether its rows may share a forward with others without a change: it has no dropout."""
+    has_dropout = any(module.p for module in adapter.modules() if isinstance(module, nn.Dropout))
+    return not has_dropout and not adapter.method.model_dump().get("dropout", 0.0)

@@ -1,8 +1,8 @@
-"""One optimiser step's forward and backward: rows of all jobs, cut into micro-batches, one exactly normalised loss.
+"""One optimizer step's forward and backward: rows of all jobs, cut into micro-batches, under one exact normalization.
 
-The whole step is one sum: how it is cut, into how many processes or after memory ran out, does not change what it is a
-sum of. Whatever is drawn follows from the job's seed and the step. It knows jobs and objectives, and nothing of
-optimisers, files or the loop.
+A step is one sum over its target tokens. How it is cut (micro-batches, processes, smaller batches after memory ran out)
+does not change what it is a sum of, and every random draw follows from a job's seed and the step. It knows jobs and
+objectives, and nothing of optimizers, files or the loop.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,160 +23,219 @@ from kitout.train.loop import distributed
 from kitout.train.loop.jobs import Job, can_share_forward
 from kitout.train.objectives.objective import Batch, Losses
 
-StepRows = list[tuple[int, int]]  # (job, index of its item)
+StepRows = list[tuple[int, int]]  # (index of the job, index of its example)
 Backward = Callable[[Tensor], Any]
-PER_PROCESS_COUNTS = ("tokens", "padded", "processor_seconds")  # by every process on its own
-NoSync = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]  # gradients of this backward stay here
+NoSync = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]  # this backward's gradients are not all-reduced
+PER_PROCESS_COUNTS = ("tokens", "padded", "processor_seconds")  # each process counts its own
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch. number: among those of its jobs. idle: it counts for nothing, and keeps processes in step."""
+    """The rows of one forward and backward."""
 
     rows: StepRows
+    """Whose examples they are."""
     number: int
+    """Its position among the micro-batches of its jobs: what is drawn at random in it follows from this."""
     is_padding: bool = False
+    """It repeats a row with weight 0, so that every process runs equally many; it is counted nowhere."""
+
+
+@dataclass
+class StepResult:
+    """What the micro-batches of one step come to in this process."""
+
+    total: Tensor
+    """The sum of the jobs' mean losses."""
+    sums: list[list[float]]
+    """Per job [summed loss, number of targets]."""
+    tokens: int = 0
+    """Tokens without padding."""
+    padded: int = 0
+    """Tokens with padding."""
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of the wall clock and of the processor since it was started."""
+
+    started: tuple[float, float] = field(default_factory=lambda: (time.perf_counter(), time.process_time()))
+    """Both clocks at the start; the processor's adds up all threads and stands still while the process waits."""
+
+    def elapsed(self) -> tuple[float, float]:
+        """(wall seconds, processor seconds)."""
+        return time.perf_counter() - self.started[0], time.process_time() - self.started[1]
 
 
 class StepRunner:
-    """Runs steps and keeps count. micro: rows of one forward at most; it halves when memory runs out, and stays so.
+    """Runs steps and counts what they did.
 
-    sums: per job since the last `drain`, summed loss and terms. tokens, padded, seconds: since the run began;
-    processor_seconds: of all threads, which a busy machine does not stretch.
-    spent: per job since the run began, seconds and processor seconds of its forwards and backwards; a forward that jobs
-    share counts for each by its rows.
+    Two pairs of clocks run. `seconds` and `processor_seconds` are the run's: whole steps, retries and the work around
+    the forwards included. `job_seconds` is split by job: each job's own forwards and backwards, where a micro-batch
+    that jobs share is charged to them by their rows, and padding to the job whose row it repeats. So the jobs' sum is
+    less than the run's. All are of the whole run, resumes included; a forward that fails for memory is in the run's
+    time alone.
     """
+
+    micro_batch_size: int
+    """Rows of one forward at most; it is halved when memory runs out and stays so."""
+    num_halvings: int
+    """How often memory ran out."""
+    groups: list[Hashable]
+    """By job; jobs of the same group share forwards."""
+    sums: list[list[float]]
+    """Per job [summed loss, number of targets] since the last `pop_losses`; of this process."""
+    tokens: int
+    """Tokens without padding since the run began; of this process."""
+    padded: int
+    """Tokens with padding since the run began; of this process."""
+    seconds: float
+    """Wall-clock seconds of all steps since the run began."""
+    processor_seconds: float
+    """Processor seconds of all steps since the run began, over all threads of this process; a busy machine does not
+    stretch them."""
+    job_seconds: list[list[float]]
+    """Per job [wall seconds, processor seconds] of its own forwards and backwards since the run began."""
 
     def __init__(self, kit: Kit, jobs: Sequence[Job], micro_batch_size: int) -> None:
         self.kit, self.jobs, self.num_halvings = kit, list(jobs), 0
         self.micro_batch_size = min(distributed.all_gather([micro_batch_size]))
         self.groups = [_forward_group(kit, job, number) for number, job in enumerate(jobs)]
-        self.sums: list[list[float]] = [[0.0, 0.0] for _ in jobs]
+        self.sums = [[0.0, 0.0] for _ in jobs]
         self.tokens = self.padded = 0
         self.seconds = self.processor_seconds = 0.0
-        self.job_seconds: list[list[float]] = [[0.0, 0.0] for _ in jobs]
+        self.job_seconds = [[0.0, 0.0] for _ in jobs]
 
     def step(self, model: nn.Module, rows: StepRows, step: int, backward: Backward, no_sync: NoSync) -> Tensor:
         """The mean of the jobs' losses; gradients are left in the parameters, which had none."""
-        start, spent = time.perf_counter(), time.process_time()
+        watch = Stopwatch()
         while True:
             try:
-                total = self._run_once(model, rows, step, backward, no_sync)
+                result = self._run_once(model, rows, step, backward, no_sync)
                 break
-            except (RuntimeError, MemoryError) as wrong:
-                largest = max(len(part.rows) for part in self.micro_batches(rows))
-                if not memory.is_out_of_memory(wrong) or largest == 1 or distributed.world_size() > 1:
+            except (RuntimeError, MemoryError) as error:
+                largest = max(len(micro_batch.rows) for micro_batch in self.micro_batches(rows))
+                if not memory.is_out_of_memory(error) or largest == 1 or distributed.world_size() > 1:
                     raise
             model.zero_grad()
             self.micro_batch_size, self.num_halvings = (largest + 1) // 2, self.num_halvings + 1
             warnings.warn(
-                f"memory ran out: going on with train.micro_batch_size={self.micro_batch_size}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+                f"out of memory: continuing with train.micro_batch_size={self.micro_batch_size}",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        self.seconds += time.perf_counter() - start
-        self.processor_seconds += time.process_time() - spent
-        return total
+        self._count(result)  # only now: a step that was retried counts once
+        wall, processor = watch.elapsed()
+        self.seconds += wall
+        self.processor_seconds += processor
+        return result.total / len({j for j, _ in rows})
 
-    def _run_once(self, model: nn.Module, rows: StepRows, step: int, backward: Backward, no_sync: NoSync) -> Tensor:
-        norms = {j: self.jobs[j].num_targets(step) for j in {j for j, _ in rows}}
-        parts = self.micro_batches(distributed.my_slice(rows))
-        most = max(len(self.micro_batches(share)) for share in distributed.slices(rows))
-        parts += [MicroBatch(rows[:1], 0, is_padding=True)] * (most - len(parts))
-        sums = [[0.0, 0.0] for _ in self.jobs]
-        tokens = padded = 0
-        total = torch.zeros((), device=self.kit.device)
-        for at, part in enumerate(parts):
-            clocks = time.perf_counter(), time.process_time()
-            with contextlib.nullcontext() if at == most - 1 else no_sync(model):
-                found, batch = self._forward(model, part, norms, step)
-                backward(found.total)
-            passed = time.perf_counter() - clocks[0], time.process_time() - clocks[1]
-            for j, _ in part.rows:
-                for k in (0, 1):
-                    self.job_seconds[j][k] += passed[k] / len(part.rows)
-            if part.is_padding:
+    def _run_once(self, model: nn.Module, rows: StepRows, step: int, backward: Backward, no_sync: NoSync) -> StepResult:
+        """Forward and backward of this process's micro-batches; nothing but the jobs' clocks is counted yet."""
+        num_targets = {j: self.jobs[j].num_targets(step) for j in {j for j, _ in rows}}
+        micro_batches = self._micro_batches_of_process(rows)
+        result = StepResult(torch.zeros((), device=self.kit.device), [[0.0, 0.0] for _ in self.jobs])
+        for micro_batch in micro_batches:
+            watch = Stopwatch()
+            is_last = micro_batch is micro_batches[-1]
+            with contextlib.nullcontext() if is_last else no_sync(model):
+                losses, batch = self._forward(model, micro_batch, num_targets, step)
+                backward(losses.total)
+            for clock, seconds in enumerate(watch.elapsed()):
+                for j, _ in micro_batch.rows:
+                    self.job_seconds[j][clock] += seconds / len(micro_batch.rows)
+            if micro_batch.is_padding:
                 continue
-            total += found.total.detach()
-            tokens, padded = tokens + batch.num_tokens, padded + batch.num_padded_tokens
-            for (j, _), value, of in zip(
-                part.rows, found.per_example.tolist(), found.num_targets.tolist(), strict=True
-            ):
-                sums[j][0] += value
-                sums[j][1] += of
-        for kept, new in zip(self.sums, sums, strict=True):  # only now: a step that was tried again counts once
-            kept[0], kept[1] = kept[0] + new[0], kept[1] + new[1]
-        self.tokens, self.padded = self.tokens + tokens, self.padded + padded
-        return total / len(norms)
+            result.total += losses.total.detach()
+            result.tokens += batch.num_tokens
+            result.padded += batch.num_padded_tokens
+            by_row = zip(micro_batch.rows, losses.per_example.tolist(), losses.num_targets.tolist(), strict=True)
+            for (j, _), loss, targets in by_row:
+                result.sums[j][0] += loss
+                result.sums[j][1] += targets
+        return result
+
+    def _count(self, result: StepResult) -> None:
+        for counted, (loss, targets) in zip(self.sums, result.sums, strict=True):
+            counted[0] += loss
+            counted[1] += targets
+        self.tokens += result.tokens
+        self.padded += result.padded
 
     def micro_batches(self, rows: StepRows) -> list[MicroBatch]:
-        """Micro-batches: jobs that may stand in one batch share them, each other one has its own."""
-        together: dict[Hashable, StepRows] = {}
+        """Jobs of one group share micro-batches, each other job has its own."""
+        by_group: dict[Hashable, StepRows] = {}
         for row in rows:
-            together.setdefault(self.groups[row[0]], []).append(row)
-        cuts = [(group, at) for group in together.values() for at in range(0, len(group), self.micro_batch_size)]
-        return [MicroBatch(group[at : at + self.micro_batch_size], at // self.micro_batch_size) for group, at in cuts]
+            by_group.setdefault(self.groups[row[0]], []).append(row)
+        size = self.micro_batch_size
+        return [
+            MicroBatch(group[start : start + size], start // size)
+            for group in by_group.values()
+            for start in range(0, len(group), size)
+        ]
+
+    def _micro_batches_of_process(self, rows: StepRows) -> list[MicroBatch]:
+        """Those of this process, padded to the same number in all processes, since gradients are averaged together."""
+        micro_batches = self.micro_batches(distributed.my_slice(rows))
+        most = max(len(self.micro_batches(per_process)) for per_process in distributed.slices(rows))
+        return micro_batches + [MicroBatch(rows[:1], 0, is_padding=True) for _ in range(most - len(micro_batches))]
 
     def _forward(
         self, model: nn.Module, micro_batch: MicroBatch, num_targets: dict[int, int], step: int
     ) -> tuple[Losses, Batch]:
         device = self.kit.device
-        owners = [self.jobs[j] for j, _ in micro_batch.rows]
-        shares = [
-            0.0 if micro_batch.is_padding else distributed.world_size() / max(1, num_targets[j])
-            for j, _ in micro_batch.rows
-        ]
-        weights = torch.tensor(shares, device=device)
-        worn = {job.name for job in owners}
-        names: Any = worn.pop() if len(worn) == 1 else [job.name for job in owners]
+        jobs = [self.jobs[j] for j, _ in micro_batch.rows]
+        scale = 0.0 if micro_batch.is_padding else float(distributed.world_size())  # gradients are averaged over these
+        weights = torch.tensor([scale / max(1, num_targets[j]) for j, _ in micro_batch.rows], device=device)
+        names = [job.name for job in jobs]
+        route: Any = names if len(set(names)) > 1 else names[0]
         seeds = [combine_seeds(self.jobs[j].settings.seed, step, i) for j, i in micro_batch.rows]
-        objective = owners[0].objective
+        objective = jobs[0].objective
         batch = objective.collate([self.jobs[j].examples[i] for j, i in micro_batch.rows], seeds)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), self.kit.use(names):
-            torch.manual_seed(combine_seeds(owners[0].settings.seed, step, micro_batch.number, distributed.rank()))
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), self.kit.use(route):
+            torch.manual_seed(combine_seeds(jobs[0].settings.seed, step, micro_batch.number, distributed.rank()))
             return objective.losses(model, batch, weights), batch
 
     def pop_losses(self) -> dict[str, float]:
-        """Each job's loss per term since the last time, over all processes; a job without a term is left out."""
-        sums = distributed.all_gather([self.sums])
+        """Each job's loss per target since the last call, over all processes; a job without a target is left out."""
+        per_process = distributed.all_gather([self.sums])
         self.sums = [[0.0, 0.0] for _ in self.jobs]
-        told = {}
+        losses = {}
         for j, job in enumerate(self.jobs):
-            loss, terms = (sum(part[j][k] for part in sums) for k in (0, 1))
-            if terms:
-                told[job.name] = loss / terms
-        return told
+            loss, targets = (sum(sums[j][k] for sums in per_process) for k in (0, 1))
+            if targets:
+                losses[job.name] = loss / targets
+        return losses
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it; `counts` of every process, so all of them have to ask."""
+        """For a checkpoint. `counts` has every process's own, so all processes have to call it."""
         own = {"sums": self.sums, **{name: getattr(self, name) for name in PER_PROCESS_COUNTS}}
-        times = {"seconds": self.seconds, "spent": self.job_seconds}
         return {
             "micro": self.micro_batch_size,
             "halved": self.num_halvings,
             "counts": distributed.all_gather([own]),
-            **times,
+            "seconds": self.seconds,
+            "spent": self.job_seconds,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """As it was; with other processes than before the counts are shared out."""
+        """Takes a checkpoint's state over; with another number of processes the counts are divided among them."""
         self.micro_batch_size, self.num_halvings, self.seconds = state["micro"], state["halved"], state["seconds"]
-        self.job_seconds = state.get("spent", self.job_seconds)  # a checkpoint written before has none
-        own = distributed.my_slice(state["counts"])
-        self.sums = [[sum(part["sums"][j][k] for part in own) for k in (0, 1)] for j in range(len(self.jobs))]
+        self.job_seconds = state.get("spent", self.job_seconds)  # not in checkpoints of earlier versions
+        counts = distributed.my_slice(state["counts"])
+        self.sums = [[sum(own["sums"][j][k] for own in counts) for k in (0, 1)] for j in range(len(self.jobs))]
         for name in PER_PROCESS_COUNTS:
-            setattr(self, name, sum(part.get(name, 0) for part in own))
+            setattr(self, name, sum(own.get(name, 0) for own in counts))
 
 
 def _forward_group(kit: Kit, job: Job, index: int) -> Hashable:
-    """Jobs of the same group may share a forward: what they draw, learn and answer with is of one form."""
-    form = job.objective.batch_key
-    if form is None or not can_share_forward(kit[job.name]):
+    """Jobs of one group may share a forward: same form of batch, no dropout, heads of the same shapes."""
+    key = job.objective.batch_key
+    if key is None or not can_share_forward(kit[job.name]):
         return index
     heads = kit[job.name].heads
-    return form, tuple((path, tuple(tuple(v.shape) for v in head.parameters())) for path, head in heads.items())
+    return key, tuple((path, tuple(tuple(v.shape) for v in head.parameters())) for path, head in heads.items())
 
 
 def combine_seeds(*seeds: int) -> int:

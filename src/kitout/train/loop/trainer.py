@@ -1,8 +1,8 @@
-"""The loop: transformers.Trainer around a kit, with our own step, checks, evaluation and checkpoints.
+"""The training loop: transformers.Trainer around a kit, with our own step, checks, evaluation and checkpoints.
 
-Trainer brings accelerate, callbacks, trackers and the order of things; `step` does the work of one optimiser step,
-`health` looks at its gradients, `keep` writes checkpoints. It knows jobs, and nothing of files of examples, of screens
-or of methods.
+Trainer brings accelerate, callbacks, trackers and the order of events. `StepRunner` does the work of one optimizer
+step, `Health` checks its gradients, `checkpoints` writes the files. It knows jobs, and nothing of data files, screens
+or methods.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ EvaluateFn = Callable[[], dict[str, float]]
 
 
 class StepDataset(Dataset[StepRows]):
-    """Every optimiser step of a run as its rows: job by job, so that neighbours wear the same."""
+    """Every optimizer step of a run as its rows: job by job, so that neighbors have the same adapter active."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.jobs = jobs
@@ -51,11 +51,21 @@ class StepDataset(Dataset[StepRows]):
 
 
 class JobTrainer(Trainer):  # type: ignore[misc]
-    """Trains the jobs' adapters, which share one objective's kind of forward.
+    """Trains the jobs' adapters on one kit.
 
-    folder: of the checkpoints. watch: measures during training, `eval_...` figures. run: who may continue this one.
-    micro: rows of one forward; default a whole step. kept: checkpoints, besides the best.
+    micro_batch_size: rows of one forward at most; default a whole step.
     """
+
+    folder: Path
+    """Of the checkpoints and of diverged.json."""
+    run_id: str
+    """Written into checkpoints; a run with another id may not resume from them."""
+    evaluate_fn: EvaluateFn | None
+    """Evaluates during training: metrics by `eval_<name>`."""
+    num_checkpoints: int
+    """How many of the newest are kept, besides the best."""
+    cuts: dict[str, str]
+    """By job: the module at which its frozen trunk is cut (`frozen_trunk.keep_features`)."""
 
     def __init__(
         self,
@@ -70,20 +80,14 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         micro_batch_size: int | None = None,
         num_checkpoints: int = 2,
     ) -> None:
-        self.kit, self.jobs, self.folder, self.run_id, self.evaluate_fn, self.num_checkpoints = (
-            kit,
-            list(jobs),
-            folder,
-            run_id,
-            evaluate_fn,
-            num_checkpoints,
-        )
+        self.kit, self.jobs, self.folder = kit, list(jobs), folder
+        self.run_id, self.evaluate_fn, self.num_checkpoints = run_id, evaluate_fn, num_checkpoints
         self.step_dataset = StepDataset(jobs)
-        args.device  # noqa: B018 - asked for it, the arguments join the other processes
+        args.device  # noqa: B018 - reading it joins the other processes
         _adjust_arguments(args, len(self.step_dataset), len(jobs))
         if any(job.settings.fsdp for job in jobs) and not is_sharded(kit):
             shard(kit)
-        self.cuts: dict[str, str] = {}  # by job, where what its frozen trunk computes is kept
+        self.cuts = {}
         self.step_runner = StepRunner(kit, jobs, micro_batch_size or max(len(self.step_dataset[0]), 1))
         self.health = Health(kit, jobs, folder)
         with _restored_config(kit):
@@ -95,7 +99,7 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         self.control: TrainerControl
         self._created_lr_scheduler: bool
 
-    # ---- what Trainer asks for ----------------------------------------------------------------------------------
+    # ---- what Trainer calls ----------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[StepRows]:
         return DataLoader(self.step_dataset, batch_size=1, shuffle=False, collate_fn=lambda rows: rows[0])
@@ -104,9 +108,9 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         return [rows for rows in [next(epoch_iterator, None)] if rows is not None], None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        made = build_optimizer(self.jobs, [self.kit[job.name] for job in self.jobs])
-        self.optimizer = made
-        return made
+        optimizer = build_optimizer(self.jobs, [self.kit[job.name] for job in self.jobs])
+        self.optimizer = optimizer
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if not self._created_lr_scheduler:
@@ -120,14 +124,14 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         if resume_from_checkpoint is not None and self._restore_if_ended(Path(resume_from_checkpoint)):
             return None
         checkpointing, self.args.activation_checkpointing = self.args.activation_checkpointing, False
-        try:  # Trainer would switch it on once more, in its own way
+        try:  # Trainer would enable it again, in its own way
             with training_mode(self.kit, names, bool(checkpointing)):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.args.activation_checkpointing = checkpointing
 
     def _restore_if_ended(self, path: Path) -> bool:
-        """Puts a run back that had stopped early when it was saved: one more step would be one too many."""
+        """Restores a run that had stopped early when it was saved; it must not train another step."""
         if not checkpoints.read_progress(path)["ended"]:
             return False
         self._load_from_checkpoint(str(path))
@@ -136,14 +140,14 @@ class JobTrainer(Trainer):  # type: ignore[misc]
 
     def training_step(self, model: nn.Module, inputs: StepRows, num_items_in_batch: Any = None) -> Tensor:
         rows = [(j, i) for j, i in inputs if self.jobs[j].name not in self.health.diverged]
-        if not rows:  # whoever had steps left has diverged
+        if not rows:  # every job that had steps left has diverged
             self.control.should_training_stop = True
             return torch.zeros((), device=self.args.device)
         accelerator = self.accelerator
         return self.step_runner.step(model, rows, self.state.global_step, accelerator.backward, accelerator.no_sync)
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
-        """By each job's own norm, below."""
+        """Nothing: `_get_grad_norm` clips each job by its own norm."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         return self.health.clip(self.state.global_step)
@@ -155,56 +159,58 @@ class JobTrainer(Trainer):  # type: ignore[misc]
     # ---- logs and evaluation ------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Losses are per learnt term since the last log; counts are of all processes since the run began."""
+        """Losses are per target token since the last log; counts are of all processes since the run began."""
         if "loss" in logs:
             losses = self.step_runner.pop_losses()
-            counted = distributed.all_gather([(self.step_runner.tokens, self.step_runner.processor_seconds)])
-            tokens, processor = (sum(of) for of in zip(*counted, strict=True))
+            counts = distributed.all_gather([(self.step_runner.tokens, self.step_runner.processor_seconds)])
+            tokens, processor_seconds = (sum(values) for values in zip(*counts, strict=True))
             seconds = self.step_runner.seconds
             logs |= {"loss": sum(losses.values()) / max(1, len(losses))}
             logs |= {f"{name}/loss": loss for name, loss in losses.items()} if len(self.jobs) > 1 else {}
             logs |= {"tokens": tokens, "tokens_per_second": tokens / max(seconds, 1e-9), "seconds": seconds}
-            logs |= {"processor_seconds": processor}
+            logs |= {"processor_seconds": processor_seconds}
             logs |= {"memory": memory.peak(self.args.device)}
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """What `watch` measures, logged and told to the callbacks."""
+        """The metrics of `evaluate_fn`, which are logged and given to the callbacks."""
         with eval_mode(self.kit.base, self.kit):
-            found = self.evaluate_fn() if self.evaluate_fn is not None else {}
-        self.log(dict(found))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return found
+            metrics = self.evaluate_fn() if self.evaluate_fn is not None else {}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """One folder, whole or not there. A disk that is full costs this checkpoint and nothing that was kept."""
-        counted = self.step_runner.state()
+        """One folder, complete or not there. A full disk costs this checkpoint and no earlier one."""
+        counts = self.step_runner.state()  # by all processes
         if self.args.should_save:
-            for part in (*self.callback_handler.callbacks, self.control):
-                if isinstance(part, ExportableState):
-                    self.state.stateful_callbacks[type(part).__name__] = part.state()
-            scheduled = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
-            ended = self.control.should_training_stop and self.state.global_step < self.args.max_steps
-            progress = {"run": self.run_id, **counted, "stopped": self.health.diverged, "ended": ended}
-            progress["scheduler"] = scheduled
-            state = json.dumps(asdict(self.state))
+            step = self.state.global_step
+            for stateful in (*self.callback_handler.callbacks, self.control):
+                if isinstance(stateful, ExportableState):
+                    self.state.stateful_callbacks[type(stateful).__name__] = stateful.state()
+            progress = {
+                "run": self.run_id,
+                **counts,
+                "stopped": self.health.diverged,
+                "ended": self.control.should_training_stop and step < self.args.max_steps,
+                "scheduler": {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"},
+            }
+            trainer_state = json.dumps(asdict(self.state))
             try:
-                checkpoints.save(
-                    self.folder, self.state.global_step, self.trained_tensors(), self.optimizer, progress, state
-                )
+                checkpoints.save(self.folder, step, self.trained_tensors(), self.optimizer, progress, trainer_state)
                 checkpoints.prune(self.folder, self.num_checkpoints, self.state.best_global_step)
-            except OSError as wrong:
-                why = "the disk is full" if wrong.errno == errno.ENOSPC else str(wrong)
+            except OSError as error:
+                reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
                 warnings.warn(
-                    f"no checkpoint of step {self.state.global_step} ({why}); those before it are untouched, and the "
-                    "run goes on", RuntimeWarning, stacklevel=2,
+                    f"no checkpoint of step {step} ({reason}); earlier ones are untouched, and training continues",
+                    RuntimeWarning, stacklevel=2,
                 )  # fmt: skip
         distributed.barrier()
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """Everything that is learnt, by job and name."""
+        """All parameters and buffers of the adapters, by job and name."""
         return {
             f"{job.name}/{name}": value
             for job in self.jobs
@@ -216,37 +222,35 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         progress = checkpoints.read_progress(path)
         if progress["run"] != self.run_id:
             raise ConfigError(
-                f"{path} belongs to another run (its data, model or versions differ from now): write another "
+                f"{path} belongs to another run (its data, model or versions differ from this one's): choose another "
                 "output.folder, or delete this one"
             )
         checkpoints.load_values(path, self.trained_tensors())
-        most = self.step_runner.micro_batch_size
-        self.step_runner.restore(progress)
-        self.step_runner.micro_batch_size = min(
-            self.step_runner.micro_batch_size, most
-        )  # whoever was stopped for memory may go on with less
+        runner, requested = self.step_runner, self.step_runner.micro_batch_size
+        runner.restore(progress)
+        runner.micro_batch_size = min(runner.micro_batch_size, requested)  # a run short of memory may resume with less
         self.health.diverged = progress["stopped"]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        held = checkpoints.read_progress(Path(checkpoint))["scheduler"]
+        scheduler = checkpoints.read_progress(Path(checkpoint))["scheduler"]
         checkpoints.load_optimizer(Path(checkpoint), self.optimizer)
-        self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **held})
-        for group, lr in zip(self.optimizer.param_groups, held["_last_lr"], strict=True):
+        self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **scheduler})
+        for group, lr in zip(self.optimizer.param_groups, scheduler["_last_lr"], strict=True):
             group["lr"] = lr
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing to do: what is drawn follows from the seed and the step."""
+        """Nothing to do: random draws follow from the seed and the step."""
 
     def load_best(self) -> int | None:
-        """Puts the best checkpoint's values back; the step they are of, or None where nothing was measured."""
+        """Loads the best checkpoint's values; the step they are of, or None without an evaluation."""
         best = self.state.best_global_step
         if not best or best == self.state.global_step:
             return best
         path = self.folder / f"{checkpoints.PREFIX}{best}"
         if not path.exists():  # the disk was full when it was to be written
-            warnings.warn(f"there is no {path}, the best by what was measured: the last values stay", stacklevel=2)
+            warnings.warn(f"the best checkpoint {path} does not exist: the last step's values are kept", stacklevel=2)
             return int(self.state.global_step)
         checkpoints.load_values(path, self.trained_tensors())
         return best
@@ -261,28 +265,30 @@ class SaveOnEvaluate(TrainerCallback):  # type: ignore[misc]
 
 
 def _adjust_arguments(args: TrainingArguments, num_steps: int, num_jobs: int) -> None:
-    """What Trainer has to leave to us, or be told."""
-    faults = Errors(ConfigError, "TrainingArguments")
+    """Sets what the loop relies on; ConfigError for what it does itself."""
+    errors = Errors(ConfigError, "TrainingArguments")
     if args.gradient_accumulation_steps != 1:
-        faults.add("gradient_accumulation_steps: a step is cut by JobTrainer(micro_batch_size=...), write 1")
+        errors.add(
+            "gradient_accumulation_steps: JobTrainer(micro_batch_size=...) cuts a step into micro-batches, write 1"
+        )
     if args.fp16 or args.bf16:
-        faults.add("fp16, bf16: the base has its own dtype and adapters are float32, write False for both")
-    faults.raise_if_any()
+        errors.add("fp16, bf16: the base has its own dtype and adapters are float32, write False for both")
+    errors.raise_if_any()
     args.max_steps = min(args.max_steps, num_steps) if args.max_steps > 0 else num_steps
-    args.max_grad_norm = 1.0  # each job has its own; 0 would leave out our checks with it
-    args.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
+    args.max_grad_norm = 1.0  # each job has its own; with 0 Trainer would skip our health checks too
+    args.restore_callback_states_from_checkpoint = True  # the patience that early stopping has used up
     args.ddp_find_unused_parameters = num_jobs > 1  # a job may be done, or have no row in a process
 
 
 @contextlib.contextmanager
 def _restored_config(kit: Kit) -> Iterator[None]:
-    """Trainer switches the cache off in the model's config; every call of ours says so itself."""
+    """Trainer turns use_cache off in the model's config; our calls pass it themselves, so the config is restored."""
     missing = object()
-    before = kit.config.__dict__.get("use_cache", missing)
+    use_cache = kit.config.__dict__.get("use_cache", missing)
     try:
         yield
     finally:
-        if before is missing:
+        if use_cache is missing:
             kit.config.__dict__.pop("use_cache", None)
         else:
-            kit.config.use_cache = before
+            kit.config.use_cache = use_cache

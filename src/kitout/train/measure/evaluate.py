@@ -1,7 +1,7 @@
-"""What came of a run: base against adapter on the held-out part, with intervals and examples side by side.
+"""Evaluation of a run: base against adapter on the test split, with confidence intervals and examples side by side.
 
-Both are asked the same examples in one process, the base by wearing nothing. What `watch` measures during training is
-the same in small. It knows sets, kits and metrics, and nothing of the loop.
+Both answer the same examples in one process; the base answers with no adapter active. During training the same metrics
+are taken on the validation split. It knows datasets, kits and metrics, and nothing of the loop.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kitout.base import memory
-from kitout.data.encode.item import IGNORE_INDEX
 from kitout.evaluate.compare import ComparedExample, Comparison, beside, compare, pick_examples, select
 from kitout.evaluate.metrics.language import LossSums
 from kitout.evaluate.metrics.measure import Measure, Score
-from kitout.kit import Kit
 from kitout.train.config.schema import EvaluateConfig
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.predict import Predictions, ProgressFn, compute_metrics, generate_answers, predict
@@ -25,129 +23,130 @@ from kitout.train.setup.prepare import PreparedRun
 
 
 def validation_fn(run: PreparedRun, config: EvaluateConfig) -> Callable[[], dict[str, float]]:
-    """Measures every job's validation part: `eval_<metric>`, with several jobs `eval_<job>/<metric>` besides means."""
+    """Evaluates every job's validation split: `eval_<metric>`; with several jobs `eval_<job>/<metric>` and means."""
 
-    def watch() -> dict[str, float]:
-        found: dict[str, float] = {}
-        for job, held in zip(run.jobs, run.datasets, strict=True):
+    def evaluate_validation() -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for job in run.jobs:
             if not len(job.validation):
                 continue
-            measured = evaluate_examples(
-                run, job, held, job.validation, config.generate_examples, config.max_new_tokens
-            )
-            alone = len(run.jobs) == 1
-            found |= {
-                f"eval_{name}" if alone else f"eval_{job.name}/{name}": m.value for name, m in measured[0].items()
-            }
-        memory.reset_peak(run.kit.device)  # what training takes is counted by itself
-        return found if len(run.jobs) == 1 else found | _mean_over_jobs(found)
+            measures, _ = evaluate(
+                run, job, job.validation, job.name,
+                num_generated=config.generate_examples, max_new_tokens=config.max_new_tokens,
+            )  # fmt: skip
+            prefix = "eval_" if len(run.jobs) == 1 else f"eval_{job.name}/"
+            metrics |= {f"{prefix}{name}": measure.value for name, measure in measures.items()}
+        memory.reset_peak(run.kit.device)  # the peak that is logged is the training steps' own
+        return metrics if len(run.jobs) == 1 else metrics | _mean_over_jobs(metrics)
 
-    return watch
+    return evaluate_validation
 
 
 def metric_names(run: PreparedRun, config: EvaluateConfig) -> list[str]:
-    """The metrics that every measurement during training will tell, by which a best one may be chosen."""
-    found: set[str] = set()
-    for job, held in zip(run.jobs, run.datasets, strict=True):
-        items = list(job.validation)
-        if not items:
+    """The metrics that every evaluation during training will report, by which the best checkpoint may be chosen."""
+    names: set[str] = set()
+    for job, dataset in zip(run.jobs, run.datasets, strict=True):
+        examples = list(job.validation)
+        if not examples:
             continue
-        gold = reference_of(held)
-        seen = Predictions([LossSums(0.0, 1, 1)] * len(items), [gold(item) for item in items])
-        if held.answers is not None and config.generate_examples:
-            seen.likeliest_answers = [item.reference for item in items]
+        reference = dataset.reference_of
+        perfect = Predictions([LossSums(0.0, 1, 1)] * len(examples), [reference(example) for example in examples])
+        if dataset.answers is not None and config.generate_examples:
+            perfect.likeliest_answers = [example.reference for example in examples]
         elif job.objective.task == "generation" and config.generate_examples:
-            seen.texts = [item.reference for item in items if item.reference][: config.generate_examples]
-        names = held.label_names if held.objective == "token_classification" else ()
-        found |= compute_metrics(job.objective, items, seen, gold, names).keys()
-    return sorted(found)
+            references = [example.reference for example in examples if example.reference]
+            perfect.texts = references[: config.generate_examples]
+        names |= compute_metrics(job.objective, examples, perfect, reference, _label_names(dataset)).keys()
+    return sorted(names)
 
 
 def _mean_over_jobs(metrics: dict[str, float]) -> dict[str, float]:
-    """Over the jobs: what the best checkpoint of a joint run is chosen by."""
+    """Over the jobs: the best checkpoint of a joint run is chosen by these."""
     names = {key.rpartition("/")[2] for key in metrics}
-    held = {name: [v for key, v in metrics.items() if key.endswith(f"/{name}")] for name in names}
-    return {f"eval_{name}": sum(values) / len(values) for name, values in held.items()}
+    by_job = {name: [v for key, v in metrics.items() if key.endswith(f"/{name}")] for name in names}
+    return {f"eval_{name}": sum(values) / len(values) for name, values in by_job.items()}
 
 
-def evaluate_examples(
-    run: PreparedRun, job: Job, dataset: Datasets, items: Sequence[Any], num_generated: int, max_new_tokens: int | None,
-    adapter: str | None = "", on_progress: ProgressFn | None = None,
+def evaluate(
+    run: PreparedRun, job: Job, examples: Sequence[Any], adapter: str | None, *, num_generated: int,
+    max_new_tokens: int | None, on_progress: ProgressFn | None = None,
 ) -> tuple[dict[str, Measure], Predictions]:  # fmt: skip
-    """Metrics over items and what they come from. name: who is worn; "" the job's adapter, None the base."""
-    kit: Kit = run.kit
-    with kit.use(job.name if adapter == "" else adapter):
+    """The job's metrics over these examples, and the predictions behind them. adapter: the active one; None: the base.
+
+    num_generated: for how many of them an answer is generated (any number but 0: the closed set is scored over all).
+    """
+    kit = run.kit
+    dataset = next(dataset for other, dataset in zip(run.jobs, run.datasets, strict=True) if other is job)
+    with kit.use(adapter):
         closed = dataset.answers if num_generated else None
-        seen = predict(kit, job.objective, items, on_progress, closed)
+        predictions = predict(kit, job.objective, examples, on_progress, closed)
         if closed is None and job.objective.task == "generation" and num_generated:
-            answered = [item for item in items if item.reference][:num_generated]
+            answered = [example for example in examples if example.reference][:num_generated]
             if answered:
-                seen.texts = generate_answers(kit, run.tokenizer, answered, max_new_tokens, on_progress)
-    names = dataset.label_names if dataset.objective == "token_classification" else ()
-    return compute_metrics(job.objective, items, seen, reference_of(dataset), names), seen
+                predictions.texts = generate_answers(kit, run.tokenizer, answered, max_new_tokens, on_progress)
+    references = dataset.reference_of
+    return compute_metrics(job.objective, examples, predictions, references, _label_names(dataset)), predictions
 
 
-def reference_of(dataset: Datasets) -> Callable[[Any], Any]:
-    """What is true of an example, in the words its metrics take."""
-    if dataset.images is not None:
-        return lambda row: dataset.images.labels[row]
-    if dataset.objective == "token_classification":
-        return lambda item: [label for label in item.labels if label != IGNORE_INDEX]
-    return lambda item: item.label
+def _label_names(dataset: Datasets) -> Sequence[str]:
+    """For the metrics that read names (spans of tags); elsewhere a class is its number."""
+    return dataset.label_names if dataset.objective == "token_classification" else ()
 
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """What one job reached on its test part."""
+    """What one job reached on its test split."""
 
     scores: Mapping[str, Score]
-    """Metrics with their intervals, the headline first; without a comparison that one alone."""
+    """Metrics with their intervals, the headline first; without a comparison the headline alone."""
     comparison: Comparison | None
-    """Beside the base; None where the base's own head answers other labels."""
+    """Base vs. fine-tuned; None where the base's own head has other labels."""
     predictions: Sequence[int] = ()
-    """Of each test example the class it is given; empty where examples have no class."""
+    """The predicted class of each test example; empty where examples have no class."""
     references: Sequence[int] = ()
-    """The class it has."""
+    """The true class of each test example."""
     items: Sequence[Any] = ()
     """The test examples."""
 
 
 def evaluate_jobs(
-    run: PreparedRun, config: EvaluateConfig, tell_of: Callable[[str], ProgressFn] | None = None
+    run: PreparedRun, config: EvaluateConfig, progress_fn_of: Callable[[str], ProgressFn] | None = None
 ) -> dict[str, JobOutcome]:
-    """Every job that has a test part on it, beside the base, which is asked once where jobs ask it the same."""
-    found: dict[str, JobOutcome] = {}
-    asked: dict[Hashable, tuple[dict[str, Measure], Predictions]] = {}
-    for job, held in zip(run.jobs, run.datasets, strict=True):
-        items = list(held.test)[: config.max_test_examples]
-        if not items:
+    """Every job with a test split, against the base, which is run once for jobs that give it the same inputs."""
+    outcomes: dict[str, JobOutcome] = {}
+    base_results: dict[Hashable, tuple[dict[str, Measure], Predictions]] = {}
+    for job, dataset in zip(run.jobs, run.datasets, strict=True):
+        examples = list(dataset.test)[: config.max_test_examples]
+        if not examples:
             continue
-        tell = None if tell_of is None else tell_of(job.name)
-        tuned, said = evaluate_examples(
-            run, job, held, items, config.max_test_examples, config.max_new_tokens, "", tell
-        )
+        how: dict[str, Any] = {
+            "num_generated": config.max_test_examples,
+            "max_new_tokens": config.max_new_tokens,
+            "on_progress": None if progress_fn_of is None else progress_fn_of(job.name),
+        }
+        measures, predictions = evaluate(run, job, examples, job.name, **how)
         comparison: Comparison | None = None
-        if not held.label_names or len(held.label_names) == run.kit.config.num_labels:
-            question = _base_question(job, held)
-            if question not in asked:
-                asked[question] = evaluate_examples(
-                    run, job, held, items, config.max_test_examples, config.max_new_tokens, None, tell
-                )
-            before, heard = asked[question]
-            comparison = compare(before, tuned, _compared_examples(run, job, held, items, heard, said, config))
+        if not dataset.label_names or len(dataset.label_names) == run.kit.config.num_labels:
+            key = _base_inputs_key(job, dataset)
+            if key not in base_results:
+                base_results[key] = evaluate(run, job, examples, None, **how)
+            base_measures, base_predictions = base_results[key]
+            shown = _compared_examples(run, job, dataset, examples, base_predictions, predictions, config)
+            comparison = compare(base_measures, measures, shown)
             scores = {change.name: change.tuned for change in comparison.changes}
         else:
-            headline = next(iter(tuned))
-            scores = {headline: tuned[headline].score()}
+            headline = next(iter(measures))
+            scores = {headline: measures[headline].score()}
         classes: dict[str, Any] = {}
         if job.objective.task == "classification":
-            classes = {"predictions": said.predictions, "references": [reference_of(held)(item) for item in items]}
-        found[job.name] = JobOutcome(scores, comparison, **classes, items=items)
-    return found
+            references = [dataset.reference_of(example) for example in examples]
+            classes = {"predictions": predictions.predictions, "references": references}
+        outcomes[job.name] = JobOutcome(scores, comparison, **classes, items=examples)
+    return outcomes
 
 
-def _base_question(job: Job, dataset: Datasets) -> Hashable:
-    """Jobs with the same one get the same answers from the base: by data, and by what the model is shown of it."""
+def _base_inputs_key(job: Job, dataset: Datasets) -> Hashable:
+    """Jobs with the same key get the same answers from the base: same data, and images of the same size."""
     if dataset.images is not None:
         from kitout.train.objectives.image_classification import ImageClassification  # images need pillow
 
@@ -157,50 +156,42 @@ def _base_question(job: Job, dataset: Datasets) -> Hashable:
 
 
 def _compared_examples(
-    run: PreparedRun,
-    job: Job,
-    dataset: Datasets,
-    items: Sequence[Any],
-    base: Predictions,
-    tuned: Predictions,
+    run: PreparedRun, job: Job, dataset: Datasets, examples: Sequence[Any], base: Predictions, tuned: Predictions,
     config: EvaluateConfig,
-) -> tuple[ComparedExample, ...]:
-    most = config.show_examples
-    if dataset.images is not None or not most:
+) -> tuple[ComparedExample, ...]:  # fmt: skip
+    max_shown = config.show_examples
+    if dataset.images is not None or not max_shown:
         return ()
     if dataset.answers is not None:
-        return _compared_closed_answers(run, job, dataset.answers, items, base, tuned, config)
+        return _compared_closed_answers(run, job, dataset.answers, examples, base, tuned, config)
     if tuned.texts:
-        asked = [item for item in items if item.reference][: len(tuned.texts)]
-        prompts = [_decode(run, prompt_ids(item)) for item in asked]
-        return pick_examples(prompts, [item.reference for item in asked], base.texts, tuned.texts, most)
+        answered = [example for example in examples if example.reference][: len(tuned.texts)]
+        prompts = [_decode(run, prompt_ids(example)) for example in answered]
+        return pick_examples(prompts, [example.reference for example in answered], base.texts, tuned.texts, max_shown)
     if dataset.objective in ("causal_lm", "seq2seq_lm", "token_classification"):
         return ()
-    prompts = [_decode(run, item.input_ids) for item in items]
-    said = [[_prediction_text(dataset, guess) for guess in seen.predictions] for seen in (base, tuned)]
-    return pick_examples(prompts, [item.reference for item in items], said[0], said[1], most)
+    prompts = [_decode(run, example.input_ids) for example in examples]
+    base_texts, tuned_texts = (
+        [_prediction_text(dataset, prediction) for prediction in result.predictions] for result in (base, tuned)
+    )
+    return pick_examples(prompts, [example.reference for example in examples], base_texts, tuned_texts, max_shown)
 
 
 def _compared_closed_answers(
-    run: PreparedRun,
-    job: Job,
-    answers: ClosedAnswers,
-    items: Sequence[Any],
-    base_result: Predictions,
-    adapter_result: Predictions,
+    run: PreparedRun, job: Job, answers: ClosedAnswers, examples: Sequence[Any], base: Predictions, tuned: Predictions,
     config: EvaluateConfig,
-) -> tuple[ComparedExample, ...]:
-    """Of a closed set: examples are chosen by the likeliest answers, and what is written is shown and judged."""
-    references = [item.reference for item in items]
-    why = select(references, base_result.likeliest_answers, adapter_result.likeliest_answers, config.show_examples)
-    shown = [items[i] for i in why]
+) -> tuple[ComparedExample, ...]:  # fmt: skip
+    """Of a closed set: examples are picked by their likeliest answers; what is shown and judged is generated."""
+    references = [example.reference for example in examples]
+    reasons = select(references, base.likeliest_answers, tuned.likeliest_answers, config.show_examples)
+    shown = [examples[i] for i in reasons]
     with run.kit.use(None):
-        before = generate_answers(run.kit, run.tokenizer, shown, config.max_new_tokens)
+        base_texts = generate_answers(run.kit, run.tokenizer, shown, config.max_new_tokens)
     with run.kit.use(job.name):
-        after = generate_answers(run.kit, run.tokenizer, shown, config.max_new_tokens)
-    prompts = [_decode(run, prompt_ids(item)) for item in shown]
-    true = [item.reference for item in shown]
-    return beside(prompts, true, before, after, list(why.values()), answers.names)
+        tuned_texts = generate_answers(run.kit, run.tokenizer, shown, config.max_new_tokens)
+    prompts = [_decode(run, prompt_ids(example)) for example in shown]
+    shown_references = [example.reference for example in shown]
+    return beside(prompts, shown_references, base_texts, tuned_texts, list(reasons.values()), answers.names)
 
 
 def _decode(run: PreparedRun, ids: Sequence[int]) -> str:
@@ -208,10 +199,9 @@ def _decode(run: PreparedRun, ids: Sequence[int]) -> str:
 
 
 def _prediction_text(dataset: Datasets, prediction: Any) -> str:
+    names = dataset.label_names
     if isinstance(prediction, list):
-        return ", ".join(name for name, there in zip(dataset.label_names, prediction, strict=False) if there)
-    return (
-        dataset.label_names[prediction]
-        if dataset.label_names and isinstance(prediction, int) and prediction < len(dataset.label_names)
-        else f"{prediction:.4g}"
-    )
+        return ", ".join(name for name, is_set in zip(names, prediction, strict=False) if is_set)
+    if names and isinstance(prediction, int) and prediction < len(names):
+        return names[prediction]
+    return f"{prediction:.4g}"

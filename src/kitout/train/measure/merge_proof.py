@@ -1,7 +1,7 @@
-"""The proof that an adapter can be merged: merge it, ask again, unmerge it, and compare the base bit by bit.
+"""The proof that an adapter can be merged: merge it, predict again, unmerge it, and compare the base bit by bit.
 
-It is computed in float32 where the base is small enough, since merged weights of fewer bits are rounded once more and a
-close call may turn. The base's own numbers are put back afterwards. It knows prepared runs, and nothing of files.
+It is computed in float32 where the base is small enough: half-precision weights are rounded once more by a merge, which
+may turn a close answer. The base's own tensors are restored afterwards. It knows prepared runs, and nothing of files.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from kitout.train.config.schema import EvaluateConfig
 from kitout.train.measure.predict import choose_answers, generate_answers, predict
 from kitout.train.setup.prepare import PreparedRun
 
-FP32_MERGE_MAX_PARAMETERS = 1_000_000_000  # parameters of a base that is asked in float32
-PROOF_PROMPTS, PROOF_ANSWERS = 32, 6  # test examples asked for their label or value, and for a written answer
-TOLERANCE = 1e-3  # of two numbers: relative, and below 1 absolute
+FP32_MERGE_MAX_PARAMETERS = 1_000_000_000  # a larger base is merged in its own dtype
+PROOF_EXAMPLES, PROOF_ANSWERS = 32, 6  # test examples that are predicted, and that an answer is generated for
+TOLERANCE = 1e-3  # of two numbers: relative, or absolute where they are below 1
 
 
 @dataclass(frozen=True)
 class MergeProof:
-    """What came of merging one adapter."""
+    """The result of merging and unmerging one adapter."""
 
     dtype: str
-    """Of the base while it was merged."""
+    """Of the merged base."""
     asked: int
-    """Answers compared: labels, values, or written texts."""
+    """How many answers are compared: labels, values, or generated texts."""
     same: int
-    """Answers that are the same merged as with the active adapter."""
+    """How many are the same with the merged base as with the active adapter."""
     restored_bit_for_bit: bool
     """Whether the unmerged base is bit-identical to what it was."""
 
@@ -50,46 +50,46 @@ class MergeProof:
 
 def check_mergeable(run: PreparedRun) -> None:
     """ConfigError, before anything is trained, if an adapter of the run cannot be merged."""
-    faults = Errors(ConfigError, "evaluate.prove_merge")
+    errors = Errors(ConfigError, "evaluate.prove_merge")
     for job in run.jobs:
         try:
             run.kit.merge(job.name)
-        except NotMergeable as wrong:
-            faults.add(f"{job.name}: {wrong}; leave it out, or choose a method that merges (`kitout methods`)")
+        except NotMergeable as error:
+            errors.add(f"{job.name}: {error}; leave it out, or choose a method that merges (`kitout methods`)")
         else:
             run.kit.unmerge()
-    faults.raise_if_any()
+    errors.raise_if_any()
 
 
 def prove_merge(run: PreparedRun, job_index: int, config: EvaluateConfig) -> MergeProof:
-    """Of job `number`, on its test examples, or on those of another split where it has no test split."""
+    """Of one job, on its test examples, or on those of another split where it has no test split."""
     kit, name = run.kit, run.jobs[job_index].name
     with _in_float32(kit):
-        held = _weight_digests(kit)
+        digests = _weight_digests(kit)
         with kit.use(name):
-            before = _ask_model(run, job_index, config)
+            active = _answers(run, job_index, config)
         kit.merge(name)
         try:
-            after = _ask_model(run, job_index, config)
+            merged = _answers(run, job_index, config)
         finally:
             kit.unmerge()
-        restored = _weight_digests(kit) == held
-        same = sum(_equal_within_tolerance(b, a) for b, a in zip(before, after, strict=True))
-        return MergeProof(str(kit.dtype)[6:], len(before), same, restored)
+        is_restored = _weight_digests(kit) == digests
+        num_same = sum(_equal_within_tolerance(a, b) for a, b in zip(active, merged, strict=True))
+        return MergeProof(str(kit.dtype)[6:], len(active), num_same, is_restored)
 
 
-def _ask_model(run: PreparedRun, job_index: int, config: EvaluateConfig) -> list[Any]:
-    """What the kit answers as it is now: written texts and labels, or whatever the objective predicts."""
-    kit, job, held = run.kit, run.jobs[job_index], run.datasets[job_index]
-    items = list((held.test or held.validation or held.preview or held.train)[:PROOF_PROMPTS])
+def _answers(run: PreparedRun, job_index: int, config: EvaluateConfig) -> list[Any]:
+    """What the kit answers in its present state: generated texts and labels, or what the objective predicts."""
+    kit, job, dataset = run.kit, run.jobs[job_index], run.datasets[job_index]
+    examples = list((dataset.test or dataset.validation or dataset.preview or dataset.train)[:PROOF_EXAMPLES])
     if job.objective.task != "generation":
-        return predict(kit, job.objective, items).predictions
-    answered = [item for item in items if item.reference]
-    chosen = choose_answers(kit, held.answers, answered) if held.answers is not None else []
-    written = generate_answers(kit, run.tokenizer, answered[:PROOF_ANSWERS], config.max_new_tokens) if answered else []
-    if not answered:  # plain text has no answers: how well it is foreseen is compared
-        return [summed.loss for summed in predict(kit, job.objective, items).losses]
-    return [*written, *chosen]
+        return predict(kit, job.objective, examples).predictions
+    answered = [example for example in examples if example.reference]
+    if not answered:  # plain text has no answers: its losses are compared
+        return [sums.loss for sums in predict(kit, job.objective, examples).losses]
+    likeliest = choose_answers(kit, dataset.answers, answered) if dataset.answers is not None else []
+    generated = generate_answers(kit, run.tokenizer, answered[:PROOF_ANSWERS], config.max_new_tokens)
+    return [*generated, *likeliest]
 
 
 def _equal_within_tolerance(one: Any, other: Any) -> bool:
@@ -102,18 +102,18 @@ def _equal_within_tolerance(one: Any, other: Any) -> bool:
 
 def _weight_digests(kit: Kit) -> dict[str, tuple[str, bytes]]:
     """Dtype and hash of every tensor of the base: a second copy of a large base may not fit beside it."""
-    found = {}
+    digests = {}
     for key, value in kit.base.state_dict().items():
-        octets = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        found[key] = str(value.dtype), hashlib.blake2b(octets.numpy().data).digest()
-    return found
+        as_bytes = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digests[key] = str(value.dtype), hashlib.blake2b(as_bytes.numpy().data).digest()
+    return digests
 
 
 @contextmanager
 def _in_float32(kit: Kit) -> Iterator[None]:
-    """The kit in float32, where its base is small and of fewer bits; afterwards the very tensors it had before."""
-    small = sum(value.numel() for value in kit.base.parameters()) < FP32_MERGE_MAX_PARAMETERS
-    if not small or kit.dtype not in (torch.bfloat16, torch.float16):
+    """Casts the kit to float32 if its base is small and in half precision; restores the very tensors afterwards."""
+    is_small = sum(value.numel() for value in kit.base.parameters()) < FP32_MERGE_MAX_PARAMETERS
+    if not is_small or kit.dtype not in (torch.bfloat16, torch.float16):
         yield
         return
     values = [(value, value.data) for value in chain(kit.base.parameters(), kit.parameters())]
@@ -125,5 +125,5 @@ def _in_float32(kit: Kit) -> Iterator[None]:
     finally:
         for value, data in values:
             value.data = data
-        for module, held in buffers:
-            module._buffers.update(held)
+        for module, own_buffers in buffers:
+            module._buffers.update(own_buffers)

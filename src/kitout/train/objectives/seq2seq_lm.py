@@ -1,7 +1,8 @@
-"""Sequence to sequence: a target written after a source was read, by encoder-decoders.
+"""Sequence to sequence, for encoder-decoders: the encoder reads the source, the decoder predicts the target.
 
-The decoder reads the target moved by one place behind the model's own start token; every target token is learnt, its
-end included. The head is asked for the real positions alone (`lm_head_loss`). It knows items and a model's call.
+The decoder's input is the target shifted right behind the model's own start token; every target token is trained on,
+the end token included. The head sees real positions alone (`lm_head_loss`). It knows encoded examples and a model's
+call.
 """
 
 from __future__ import annotations
@@ -22,22 +23,25 @@ from kitout.train.objectives.objective import Batch, Losses
 
 
 class Seq2SeqLM:
-    """`prepare` finds the cheapest exact way to the loss."""
+    """Target tokens from a source and the target tokens before them."""
 
     task: Task = "generation"
+    head: HeadLoss
+    """How the loss is taken; over all logits until `choose_head_loss` has found a cheaper way."""
 
     def __init__(self, kit: Kit, pad_token_id: int) -> None:
         self.kit, self.pad_token_id = kit, pad_token_id
         self.decoder_start_id = kit.config.decoder_start_token_id
         if self.decoder_start_id is None:
-            raise ConfigError("the model's config names no decoder_start_token_id: it is no encoder-decoder to train")
+            raise ConfigError("the model's config has no decoder_start_token_id: it is not an encoder-decoder")
         self.head = HeadLoss(kit, "full")
 
     def choose_head_loss(self, names: Sequence[str], items: Sequence[EncodedExample]) -> None:
         """Finds the cheapest exact way to the loss on a few rows."""
         batch = self.collate(sorted(items, key=lambda item: item.length)[:2], None)
-        call = lambda: self.kit(**batch.inputs)  # noqa: E731
-        self.head = HeadLoss.choose(self.kit, list(names), call, batch.targets["places"], batch.targets["labels"])
+        run_model = lambda: self.kit(**batch.inputs)  # noqa: E731
+        targets = batch.targets
+        self.head = HeadLoss.choose(self.kit, list(names), run_model, targets["positions"], targets["labels"])
 
     @property
     def batch_key(self) -> Hashable:
@@ -52,28 +56,28 @@ class Seq2SeqLM:
     def collate(self, items: Sequence[EncodedExample], seeds: Sequence[int] | None) -> Batch:
         device = self.kit.device
         ids, mask = pad([item.input_ids for item in items], self.pad_token_id, "right", device)
-        read, there = pad(
+        decoder_ids, decoder_mask = pad(
             [(self.decoder_start_id, *item.target_ids[:-1]) for item in items], self.pad_token_id, "right", device
         )
         inputs: dict[str, Any] = {
-            "input_ids": ids, "attention_mask": mask, "decoder_input_ids": read, "decoder_attention_mask": there,
+            "input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder_ids,
+            "decoder_attention_mask": decoder_mask,
             "use_cache": False,
         }  # fmt: skip
-        gold = {
-            "places": there.flatten().nonzero().squeeze(1),
+        targets = {
+            "positions": decoder_mask.flatten().nonzero().squeeze(1),
             "labels": torch.tensor([t for item in items for t in item.target_ids], device=device),
             "owners": torch.tensor([i for i, item in enumerate(items) for _ in item.target_ids], device=device),
         }
-        tokens = sum(item.length for item in items)
-        return Batch(inputs, gold, len(items), tokens, ids.numel() + read.numel())
+        num_tokens = sum(item.length for item in items)
+        return Batch(inputs, targets, len(items), num_tokens, ids.numel() + decoder_ids.numel())
 
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
-        gold = batch.targets
-        owners = gold["owners"]
-        total, nll, right = self.head(lambda: model(**batch.inputs), gold["places"], gold["labels"], weights[owners])
+        positions, labels, owners = (batch.targets[name] for name in ("positions", "labels", "owners"))
+        total, nll, is_correct = self.head(lambda: model(**batch.inputs), positions, labels, weights[owners])
         zeros = torch.zeros(batch.num_examples, dtype=nll.dtype, device=nll.device)
-        sums = [zeros.index_add(0, owners, v.detach()) for v in (nll, right.to(nll.dtype), torch.ones_like(nll))]
+        sums = [zeros.index_add(0, owners, v.detach()) for v in (nll, is_correct.to(nll.dtype), torch.ones_like(nll))]
         return Losses(total, *sums)
 
     def predictions(self, model: Any, batch: Batch) -> list[Any]:
-        return []  # answers are written: kitout.evaluate.ask.generate
+        return []  # answers are generated: kitout.evaluate.ask.generate

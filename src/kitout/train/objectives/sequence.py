@@ -1,8 +1,8 @@
 """One answer per sequence: a class, a number, or any of several labels, from the model's own sequence logits.
 
 Cross-entropy, mean squared error, or binary cross-entropy over all labels. The loss is taken here and not by the model,
-whose own reads its config's number of labels, while an adapter's head may have another. It knows items and a model's
-call, no text and no adapter.
+whose own reads its config's number of labels, while an adapter's head may have another. It knows encoded examples and
+a model's call, no text and no adapter.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ SequenceTask = Literal["classification", "regression", "multilabel"]
 
 
 class SequenceClassification:
-    """task: by which the loss and the metrics are chosen. filler: the tokenizer's padding id.
+    """A class, a number or several labels per sequence."""
 
-    The filler matters here: transformers' decoders find the last token of a row by it.
-    """
+    task: Task
+    """Selects the loss and the metrics."""
+    pad_token_id: int
+    """The tokenizer's: transformers' decoders find the last token of a row by it."""
 
     def __init__(self, kit: Kit, task: SequenceTask, pad_token_id: int) -> None:
         self.kit, self.pad_token_id = kit, pad_token_id
-        self.task: Task = task
+        self.task = task
 
     @property
     def batch_key(self) -> Hashable:
@@ -46,15 +48,14 @@ class SequenceClassification:
 
     def collate(self, items: Sequence[EncodedExample], seeds: Sequence[int] | None) -> Batch:
         ids, mask = pad([item.input_ids for item in items], self.pad_token_id, "right", self.kit.device)
-        form = torch.long if self.task == "classification" else torch.promote_types(self.kit.dtype, torch.float32)
-        gold = torch.tensor([item.label for item in items], dtype=form, device=self.kit.device)
+        dtype = torch.long if self.task == "classification" else torch.promote_types(self.kit.dtype, torch.float32)
+        values = torch.tensor([item.label for item in items], dtype=dtype, device=self.kit.device)
         inputs = {"input_ids": ids, "attention_mask": mask}
-        return Batch(inputs, {"values": gold}, len(items), int(mask.sum()), ids.numel())
+        return Batch(inputs, {"values": values}, len(items), int(mask.sum()), ids.numel())
 
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
-        return sequence_losses(
-            self.task, at_least_float32(model(**batch.inputs).logits), batch.targets["values"], weights
-        )
+        logits = at_least_float32(model(**batch.inputs).logits)
+        return sequence_losses(self.task, logits, batch.targets["values"], weights)
 
     @torch.no_grad()
     def predictions(self, model: Any, batch: Batch) -> list[Any]:
@@ -64,14 +65,16 @@ class SequenceClassification:
 def sequence_losses(task: str, logits: Tensor, targets: Tensor, weights: Tensor) -> Losses:
     """logits [B, C] against classes [B], numbers [B] or 0/1 vectors [B, C]."""
     if task == "classification":
-        rows, right = F.cross_entropy(logits, targets, reduction="none"), logits.argmax(1) == targets
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        is_correct = logits.argmax(1) == targets
     elif task == "regression":
-        rows = F.mse_loss(logits.squeeze(1), targets, reduction="none")
-        right = torch.zeros_like(rows)
+        losses = F.mse_loss(logits.squeeze(1), targets, reduction="none")
+        is_correct = torch.zeros_like(losses)
     else:
-        rows = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
-        right = ((logits > 0) == (targets > 0.5)).all(1)
-    return Losses((weights * rows).sum(), rows.detach(), right.float(), torch.ones_like(rows), logits.detach())
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+        is_correct = ((logits > 0) == (targets > 0.5)).all(1)
+    total = (weights * losses).sum()
+    return Losses(total, losses.detach(), is_correct.float(), torch.ones_like(losses), logits.detach())
 
 
 def predictions_from_logits(task: str, logits: Tensor) -> list[Any]:

@@ -1,6 +1,7 @@
-"""One class per token: names, parts of speech; the first piece of a word carries its class, the others are ignored.
+"""One class per token, as for named entities or parts of speech.
 
-Cross-entropy over the marked tokens. It knows items and a model's call, no words and no adapter.
+The first token of a word has its class, the others are ignored. Cross-entropy over the tokens with a class. It knows
+encoded examples and a model's call, no words and no adapter.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from kitout.train.objectives.objective import Batch, Losses
 
 
 class TokenClassification:
-    """filler: the tokenizer's padding id."""
+    """A class for the first token of each word."""
 
     task: Task = "tokens"
+    pad_token_id: int
+    """The tokenizer's."""
 
     def __init__(self, kit: Kit, pad_token_id: int) -> None:
         self.kit, self.pad_token_id = kit, pad_token_id
@@ -40,22 +43,24 @@ class TokenClassification:
 
     def collate(self, items: Sequence[EncodedExample], seeds: Sequence[int] | None) -> Batch:
         ids, mask = pad([item.input_ids for item in items], self.pad_token_id, "right", self.kit.device)
-        gold = torch.full(ids.shape, IGNORE_INDEX)
+        labels = torch.full(ids.shape, IGNORE_INDEX)
         for i, item in enumerate(items):
-            gold[i, : len(item.labels)] = torch.tensor(item.labels)
+            labels[i, : len(item.labels)] = torch.tensor(item.labels)
         inputs = {"input_ids": ids, "attention_mask": mask}
-        return Batch(inputs, {"labels": gold.to(self.kit.device)}, len(items), int(mask.sum()), ids.numel())
+        return Batch(inputs, {"labels": labels.to(self.kit.device)}, len(items), int(mask.sum()), ids.numel())
 
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
-        gold = batch.targets["labels"]
+        labels = batch.targets["labels"]
         logits = at_least_float32(model(**batch.inputs).logits)
-        nll = F.cross_entropy(logits.transpose(1, 2), gold, ignore_index=IGNORE_INDEX, reduction="none")
-        there = gold != IGNORE_INDEX
-        right = (logits.argmax(2) == gold) & there
-        rows = nll.sum(1)
-        return Losses((weights * rows).sum(), rows.detach(), right.sum(1).float(), there.sum(1).float())
+        nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
+        is_target = labels != IGNORE_INDEX
+        is_correct = (logits.argmax(2) == labels) & is_target
+        losses = nll.sum(1)
+        total = (weights * losses).sum()
+        return Losses(total, losses.detach(), is_correct.sum(1).float(), is_target.sum(1).float())
 
     @torch.no_grad()
     def predictions(self, model: Any, batch: Batch) -> list[Any]:
-        best = model(**batch.inputs).logits.argmax(2)
-        return [row[there].tolist() for row, there in zip(best, batch.targets["labels"] != IGNORE_INDEX, strict=True)]
+        classes = model(**batch.inputs).logits.argmax(2)
+        is_target = batch.targets["labels"] != IGNORE_INDEX
+        return [row[mask].tolist() for row, mask in zip(classes, is_target, strict=True)]
