@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from kitout.base import memory
-from kitout.data.encode.item import IGNORE_INDEX
 from kitout.evaluate.compare import ComparedExample, Comparison, beside, compare, pick_examples, select
 from kitout.evaluate.metrics.language import LossSums
 from kitout.evaluate.metrics.measure import Measure, Score
@@ -50,7 +49,7 @@ def metric_names(run: PreparedRun, config: EvaluateConfig) -> list[str]:
         examples = list(job.validation)
         if not examples:
             continue
-        reference = reference_of(dataset)
+        reference = dataset.reference_of
         perfect = Predictions([LossSums(0.0, 1, 1)] * len(examples), [reference(example) for example in examples])
         if dataset.answers is not None and config.generate_examples:
             perfect.likeliest_answers = [example.reference for example in examples]
@@ -85,17 +84,8 @@ def evaluate(
             answered = [example for example in examples if example.reference][:num_generated]
             if answered:
                 predictions.texts = generate_answers(kit, run.tokenizer, answered, max_new_tokens, on_progress)
-    references = reference_of(dataset)
+    references = dataset.reference_of
     return compute_metrics(job.objective, examples, predictions, references, _label_names(dataset)), predictions
-
-
-def reference_of(dataset: Datasets) -> Callable[[Any], Any]:
-    """Gives an example's reference, in the form its metrics take."""
-    if dataset.images is not None:
-        return lambda row: dataset.images.labels[row]
-    if dataset.objective == "token_classification":
-        return lambda example: [label for label in example.labels if label != IGNORE_INDEX]
-    return lambda example: example.label
 
 
 def _label_names(dataset: Datasets) -> Sequence[str]:
@@ -149,7 +139,7 @@ def evaluate_jobs(
             scores = {headline: measures[headline].score()}
         classes: dict[str, Any] = {}
         if job.objective.task == "classification":
-            references = [reference_of(dataset)(example) for example in examples]
+            references = [dataset.reference_of(example) for example in examples]
             classes = {"predictions": predictions.predictions, "references": references}
         outcomes[job.name] = JobOutcome(scores, comparison, **classes, items=examples)
     return outcomes

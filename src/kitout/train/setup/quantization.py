@@ -1,7 +1,6 @@
 """Quantized bases: what transformers' loader takes for them, and what keeps 4-bit weights trainable.
 
-bitsandbytes on CPUs with AVX512-BF16 repacks a 4-bit weight in place when it first runs in eval mode: a layout without
-gradients. It knows models by their modules, no data and no adapter.
+It knows models by their modules, no data and no adapter.
 """
 
 from __future__ import annotations
@@ -44,7 +43,8 @@ def quantization_kwargs(quantization: str, dtype: torch.dtype) -> dict[str, Any]
 def keep_nf4_trainable(model: nn.Module) -> nn.Module:
     """Keeps 4-bit weights as bitsandbytes quantized them; to be called once, before the model runs (and is attached).
 
-    The layout for inference on CPUs has no gradients, gives no warning of it, and rounds the scales.
+    On CPUs with AVX512-BF16 bitsandbytes repacks them in place at their first use in eval mode. The repacked weights
+    have no gradient, of which it gives no sign, and their scales are rounded.
     """
     for module in model.modules():
         if getattr(module, BNB_CPU_FLAG, False):
