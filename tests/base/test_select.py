@@ -145,7 +145,7 @@ def test_parts_only_where_named(gpt2: Survey) -> None:
 
 def test_unknown_parts_say_what_to_write(gpt2: Survey) -> None:
     text = refused(gpt2, "attn.q attn.v")
-    assert "2 faults" in text
+    assert "2 errors" in text
     assert "fuses its projections (2 x attn.qkv)" in text
     assert "'attn.qkv'" in text
     assert "example_batch=batch" in text
@@ -185,7 +185,7 @@ def test_outside_the_blocks_only_with_all(llama: Survey) -> None:
     assert "model.norm" not in chosen(llama, "norm", "last:6")
     text = refused(llama, "nonsense lm_head attn.q", "0")
     assert "'lm_head' lies outside the blocks" in text
-    assert "2 faults" in text
+    assert "2 errors" in text
 
 
 # --- nothing is silent -----------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_outside_the_blocks_only_with_all(llama: Survey) -> None:
 
 def test_every_item_must_match(llama: Survey) -> None:
     text = refused(llama, "attn.q mlp.gatee qproj attn.z")
-    assert "3 faults" in text
+    assert "3 errors" in text
     assert "did you mean 'mlp.gate'" in text
     assert "did you mean 'q_proj'" in text
     assert "attn.q (6)" in text

@@ -76,7 +76,7 @@ def test_shortcuts_are_words_not_yaml_and_settings_win(tmp_path: Path) -> None:
     file.write_text("model: {name: m, dtype: float32}\ndata: d\nmethod: IA3\n")
     told = kitout(str(file), "--model", "1e-4", "--data", "[x", "train.lr=x", "--method", "SSF", "method.name=IIA3")
     assert told.exit_code == 1
-    assert "2 faults" in told.stderr
+    assert "2 errors" in told.stderr
     assert "no method 'IIA3': did you mean 'IA3'" in told.stderr
 
 

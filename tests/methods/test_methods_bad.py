@@ -67,7 +67,7 @@ BAD = [
     (lambda: PartialFineTuning(names="  "), "names", "empty"),
     (lambda: PartialFineTuning(last=1, targets="attn.q"), "targets", "attn.q"),
     (lambda: PartialFineTuning(part="norms", layers="last:1"), "layers", "last:1"),
-    (lambda: FullFineTuning(training=1), "rate", "1"),
+    (lambda: FullFineTuning(training=1), "training", "1"),
 ]
 
 

@@ -8,7 +8,6 @@ Encoder-decoders have three prefixes (encoder self, decoder self, cross), each w
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from kitout.base.select import select
 from kitout.base.site import Site
-from kitout.base.survey import Survey
+from kitout.base.survey import Survey, pyramid_key
 from kitout.delta import Delta, KeyValue
 from kitout.errors import ConfigError, TargetError
 from kitout.method import Method, TrainingDefaults, register
@@ -146,9 +145,9 @@ class PrefixTuning(Method):
                     f"{site.path} slides a window of {site.sliding_window} over the text and would drop a prefix of "
                     f"{self.length}: shorten it, or choose layers= that see everything"
                 )
-        lines = {_pyramid_key(s.tower) for s in chosen}
+        pyramids = {pyramid_key(s.tower) for s in chosen}
         for path, why in survey.kv_refusals.items():
-            if any(_pyramid_key(path).startswith(f"{line}.") for line in lines):
+            if any(pyramid_key(path).startswith(f"{pyramid}.") for pyramid in pyramids):
                 raise TargetError(f"PrefixTuning cannot reach {path}: {why}")
         return chosen
 
@@ -207,11 +206,6 @@ class PrefixTuning(Method):
         widths = {_encoder_name(s) if self.shared else s.key: s.d_in for s in sites}  # one per encoder
         first = sum(self.length * d + d * self.encoder + self.encoder for d in widths.values())
         return first + sum((self.encoder + 1) * 2 * s.d_out for s in sites)
-
-
-def _pyramid_key(path: str) -> str:
-    """Without indices: the stages of a pyramid are one line of blocks."""
-    return re.sub(r"\d+", "*", path)
 
 
 def _encoder_name(site: Site) -> str:

@@ -444,7 +444,7 @@ def test_all_faults_of_roles_at_once() -> None:
     with pytest.raises(TargetError) as refusal:
         find_sites(nameless(), {r"mixer\.first$": "attn.qvk", r"nowhere": "attn.q", r"(": "attn.q"})
     text = str(refusal.value)
-    assert "3 faults" in text
+    assert "3 errors" in text
     assert "did you mean 'attn.qkv'" in text
     assert "'nowhere' matches no module" in text
     assert "is not a regular expression" in text

@@ -247,7 +247,7 @@ def test_what_cannot_be_learnt_is_told(tokenizer: Make, example: Chat, words: st
 
 def test_faults_of_many_chats_are_told_together_with_their_places(tokenizer: Make) -> None:
     bad = [Chat((Turn({"role": "user", "content": "a"}),), location=f"x.jsonl:{i}") for i in range(7)]
-    with pytest.raises(DataError, match=r"(?s)6 faults.*x\.jsonl:0: there is no.*x\.jsonl:4.*and 2 more"):
+    with pytest.raises(DataError, match=r"(?s)6 errors.*x\.jsonl:0: there is no.*x\.jsonl:4.*and 2 more"):
         CausalEncoder(tokenizer("chatml"), 512)(bad)
 
 

@@ -229,7 +229,7 @@ def test_faulty_rows_are_told_together_and_counted() -> None:
     with pytest.raises(DataError) as told:
         read(*rows)
     words = str(told.value)
-    assert words.startswith("x.jsonl (read as label): 6 faults")
+    assert words.startswith("x.jsonl (read as label): 6 errors")
     assert [f"line {n}:" in words for n in (1, 3, 5, 7, 9, 11)] == [True] * 5 + [False]
     assert "and 3 more such rows" in words
 

@@ -127,7 +127,7 @@ def test_every_fault_of_a_set_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         build_image_set(items, ["cat", "dog"], "pets.csv")
     said = str(caught.value)
-    for part in ("pets.csv: 4 faults", "0.png is no image", "line 9: there is no file", "label is empty",
+    for part in ("pets.csv: 4 errors", "0.png is no image", "line 9: there is no file", "label is empty",
                  "label 'cta' is none of the given; did you mean 'cat'?"):  # fmt: skip
         assert part in said
 

@@ -79,7 +79,7 @@ def test_every_fault_at_once() -> None:
     with pytest.raises(ConfigError) as wrong:
         overrides.build_config(None, words)
     told = str(wrong.value)
-    for part in ("6 faults", "data=[1", "train.lr: expected a number", "did you mean 'train'", "data: must be said"):
+    for part in ("6 errors", "data=[1", "train.lr: expected a number", "did you mean 'train'", "data: must be said"):
         assert part in told
     assert "model.name.x.y: model.name is 'm', which holds no settings" in told
     assert "jobs.0.name: '0' is no number of an entry there is (none)" in told

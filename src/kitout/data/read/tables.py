@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from kitout.errors import Errors, KitoutError
+from kitout.errors import DataError as DataError  # for those that import it from here
+from kitout.errors import Errors
 
 MAX_SHOWN_ERRORS = 5  # faults of one kind told in full
 MAX_FIELD_CHARS = (
@@ -33,10 +34,6 @@ Row = tuple[int, dict[str, Any]]  # line, columns
 ColumnRequest = Mapping[str, tuple[str | None, Sequence[str]]]  # role -> the column asked for or None, its usual names
 _RowIterator: TypeAlias = Callable[[Path], Iterator[Row]]
 _ReaderT = TypeVar("_ReaderT")
-
-
-class DataError(KitoutError, ValueError):
-    """A data file that is missing, unreadable or not what can be learnt from."""
 
 
 def add_first(errors: Errors, messages: Sequence[str], noun: str) -> None:
