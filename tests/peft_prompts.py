@@ -1,7 +1,7 @@
-"""Prompts and prefixes as the real peft library makes them: the cases, their folders, and who wears them.
+"""Prompts and prefixes as the real peft library makes them: the cases, their folders, and kits that load them.
 
-Values are random everywhere, as after training. Every model is built twice from its seed: one wears peft, one wears a
-kit. PEFT is asked only where it is right itself (`Case.sides`); a prefix needs position_ids where padding is at left.
+Values are random everywhere, as after training. Every model is built twice from its seed: one for peft, one for kitout.
+PEFT is compared only where it is right itself (`Case.sides`); a prefix needs position_ids where padding is at left.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ CASES = {
 
 
 @torch.no_grad()
-def randomise(module: nn.Module, seed: int = 3) -> None:
+def randomize(module: nn.Module, seed: int = 3) -> None:
     draw = torch.Generator().manual_seed(seed)
     for p in module.parameters():
         if p.requires_grad:
@@ -109,12 +109,12 @@ def randomise(module: nn.Module, seed: int = 3) -> None:
 
 def saved_by_peft(case: Case, folder: Path) -> Any:
     model = peft.get_peft_model(case.base(), case.config()).eval()
-    randomise(model)
+    randomize(model)
     model.save_pretrained(folder)
     return model
 
 
-def worn(case: Case, folder: Path) -> kitout.Kit:
+def in_kitout(case: Case, folder: Path) -> kitout.Kit:
     kit = kitout.attach(case.base())
     kitout.load_peft(kit, folder, "a")
     kit.use("a")

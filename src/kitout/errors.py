@@ -1,7 +1,7 @@
-"""The errors kitout raises: one class per kind of fault, all of them `KitoutError`.
+"""The errors kitout raises: one class per kind of error, all of them `KitoutError`.
 
-Each message names the fault, the values found and what to write instead. Code that can meet several faults collects
-them with `Faults` and raises once. This module knows nothing of models, methods or files.
+Each message names the error, the values found and what to write instead. Code that can meet several errors collects
+them with `Errors` and raises once. This module knows nothing of models, methods or files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class InvalidAdapterName(KitoutError, ValueError):
 
 
 class UnknownAdapter(KitoutError, KeyError):
-    """A name no adapter carries."""
+    """A name that no adapter has."""
 
     def __str__(self) -> str:  # KeyError would print the repr of the message
         return str(self.args[0])
@@ -50,7 +50,7 @@ class MergeStateError(KitoutError, RuntimeError):
 
 
 class AlreadyAttached(KitoutError, RuntimeError):
-    """The model already wears a kit."""
+    """The model already has a kit attached."""
 
 
 class KitDetached(KitoutError, RuntimeError):
@@ -81,20 +81,38 @@ class WrongBase(FileError):
     """An adapter file made for another base model."""
 
 
+class DataError(KitoutError, ValueError):
+    """Data that cannot be read or trained on: a missing column, an empty label, an image that does not open."""
+
+
+class TrainingDiverged(KitoutError, ArithmeticError):
+    """A training run whose loss or gradients are no longer finite, or whose loss grew without return."""
+
+
+class PackingLeak(KitoutError, RuntimeError):
+    """A model in which an example of a packed row changes the loss of another example in that row."""
+
+
+class AssetError(KitoutError, RuntimeError):
+    """An asset that is unknown, not installed, damaged or could not be downloaded."""
+
+
 class Errors:
-    """Collects messages and raises them together, so that a user mends a file or a call once, not once per fault."""
+    """Collects messages and raises them together, so that a user corrects a file or a call once, not once per error."""
 
     def __init__(self, error: type[KitoutError], heading: str) -> None:
-        self.error, self.heading, self.messages = error, heading, []  # type: ignore[var-annotated]
+        self.error, self.heading = error, heading
+        self.messages: list[str] = []
 
     def add(self, message: str) -> None:
         self.messages.append(message)
 
     def raise_if_any(self) -> None:
+        """Raises the one message there is, or all of them as a list under the heading."""
         if len(self.messages) == 1:
             raise self.error(f"{self.heading}: {self.messages[0]}")
         if self.messages:
-            raise self.error("\n  - ".join([f"{self.heading}: {len(self.messages)} faults", *self.messages]))
+            raise self.error("\n  - ".join([f"{self.heading}: {len(self.messages)} errors", *self.messages]))
 
 
 def suggest(word: str, candidates: Iterable[str], max_shown: int = 8) -> str:

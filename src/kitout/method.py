@@ -1,4 +1,4 @@
-"""The Method: a frozen config that says where an adapter sits and builds its Deltas. All that a new method writes.
+"""The Method: a frozen config that says where an adapter sits and builds its Deltas: all that a new method defines.
 
 `register` makes it known to files, the command line and the law suite. It knows sites and Deltas, and nothing of kits,
 routes or files.
@@ -22,15 +22,14 @@ from kitout.errors import ConfigError, Errors
 
 @dataclass(frozen=True)
 class TrainingDefaults:
-    """How AdamW trains a method unless told otherwise, at the top of a short rise and a fall to zero.
-
-    lr: of what the method adds. decay: weight decay of its matrices; vectors, prompts and prefixes never decay
-    (`kitout.train.loop.optimizer`). head: lr of a fresh head that travels with it.
-    """
+    """How AdamW trains a method by default, with a short linear warmup and a decay of the learning rate to zero."""
 
     lr: float = 1e-3
+    """Peak learning rate of the adapter's parameters."""
     weight_decay: float = 0.0
+    """Of its matrices. Vectors, prompts and prefixes never decay (`kitout.train.loop.optimizer`)."""
     head_lr: float = 3e-3
+    """Peak learning rate of a newly initialized head that belongs to the adapter."""
 
 
 class Method(BaseModel):
@@ -38,19 +37,24 @@ class Method(BaseModel):
 
     targets: the selection language of `kitout.base.select`; None = the method's own default. layers: "all",
     "last:4", "0,3,5", "decoder/last:4".
-    """
+    """  # `kitout methods` shows what a class docstring says of each setting
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False, allow_inf_nan=False)
-    mergeable: ClassVar[bool] = True
-    starts_as_identity: ClassVar[bool] = True  # a fresh adapter leaves the outputs bit-identical (law 2)
-    trains_in_eval_mode: ClassVar[bool] = False  # trained with the base in eval mode: no dropout, no drop-path
-    training: ClassVar[TrainingDefaults] = (
-        TrainingDefaults()
-    )  # with default settings; ask `advised` where there is a config
 
+    mergeable: ClassVar[bool] = True
+    """Some weights of the base compute the same function."""
+    starts_as_identity: ClassVar[bool] = True
+    """A new adapter leaves the outputs bit-identical (law 2)."""
+    trains_in_eval_mode: ClassVar[bool] = False
+    """The base is in eval mode while it trains: no dropout, no drop-path."""
+    training: ClassVar[TrainingDefaults] = TrainingDefaults()
+    """With default settings. Where there is a config, call `training_defaults`."""
     default_targets: ClassVar[str] = "all-linear"
-    default_location: ClassVar[str] = ""  # where it sits by default, in words; empty: `default_targets` says it
-    limitations: ClassVar[str] = ""  # what rows, a Mix or strengths may not have of it, in words
+    """What `targets` selects when it is None."""
+    default_location: ClassVar[str] = ""
+    """For people: where it sits by default. Empty where `default_targets` says it."""
+    limitations: ClassVar[str] = ""
+    """For people: what it does not support with rows, in a Mix or at other strengths."""
 
     targets: str | None = None
     layers: str = "all"
@@ -59,14 +63,14 @@ class Method(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            faults = Errors(ConfigError, type(self).__name__)
+            errors = Errors(ConfigError, type(self).__name__)
             for e in error.errors():
-                where = ".".join(map(str, e["loc"])) or "settings"
-                faults.add(f"{where}={e['input']!r}: {e['msg']}" if e["loc"] else e["msg"])
-            faults.raise_if_any()
+                setting = ".".join(map(str, e["loc"]))
+                errors.add(f"{setting}={e['input']!r}: {e['msg']}" if setting else e["msg"])
+            errors.raise_if_any()
 
     def sites(self, survey: Survey) -> list[Site]:
-        """The chosen sites, in model order. Default: `targets` and `layers` through the selection language."""
+        """The selected sites, in model order. Default: `targets` and `layers` through the selection language."""
         return select(survey.sites, self.targets or self.default_targets, self.layers)
 
     def build_shared(self, sites: Sequence[Site]) -> nn.Module | None:
@@ -74,27 +78,27 @@ class Method(BaseModel):
         return None
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
-        """The fresh Delta of one site. When values come from a file, site.module has shapes and no values (meta)."""
+        """The new Delta of one site. When values come from a file, site.module has shapes and no values (meta)."""
         raise NotImplementedError
 
     def init_from_forward(
         self, deltas: Mapping[Site, Delta], key_values: Callable[[Tensor], Mapping[str, KeyValue]]
     ) -> None:
-        """Fresh values that need a forward of the base; most methods have none.
+        """Initial values that need a forward of the base; most methods have none.
 
-        past: token ids [1, T] -> by attention path the base's own keys and values of them, each [H_kv, T, d_h].
+        key_values: token ids [1, T] -> by attention path the base's own keys and values, each [H_kv, T, d_h].
         """
 
     def inference_form(self) -> Method:
-        """The config of the adapter whose Deltas are `settled`."""
+        """The config of the adapter whose Deltas are in their `inference_form`."""
         return self
 
     def num_parameters(self, sites: Sequence[Site]) -> int:
-        """Closed form of the number of trained values over these sites (checked against the tensors by law 7)."""
+        """Number of trainable parameters over these sites, in closed form (law 7 compares it with the tensors)."""
         raise NotImplementedError
 
     def training_defaults(self) -> TrainingDefaults:
-        """How to train it with these settings; most settings change nothing about that."""
+        """How to train it with these settings; most settings do not matter for that."""
         return self.training
 
     def non_default_settings(self) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def test_parts_of_a_fused_projection_only_by_role(gpt2: Survey) -> None:
 
 def test_unknown_channels_name_the_fix(gpt2: Survey) -> None:
     text = error_text(gpt2, "attn.q attn.v")
-    assert "2 faults" in text
+    assert "2 errors" in text
     assert "fuses its projections (2 x attn.qkv)" in text
     assert "'attn.qkv'" in text
     assert "example_batch=batch" in text
@@ -189,7 +189,7 @@ def test_sites_outside_the_blocks_only_with_all_layers(llama: Survey) -> None:
     assert "model.norm" not in selected_paths(llama, "norm", "last:6")
     text = error_text(llama, "nonsense lm_head attn.q", "0")
     assert "'lm_head' is outside the blocks" in text
-    assert "2 faults" in text
+    assert "2 errors" in text
 
 
 # --- every mistake is an error ---------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_sites_outside_the_blocks_only_with_all_layers(llama: Survey) -> None:
 
 def test_every_term_must_match(llama: Survey) -> None:
     text = error_text(llama, "attn.q mlp.gatee qproj attn.z")
-    assert "3 faults" in text
+    assert "3 errors" in text
     assert "did you mean 'mlp.gate'" in text
     assert "did you mean 'q_proj'" in text
     assert "attn.q (6)" in text

@@ -78,7 +78,7 @@ def test_shorthands_are_text_not_yaml_and_settings_win(tmp_path: Path) -> None:
         str(file), "--model", "1e-4", "--data", "[x", "train.lr=x", "--method", "SSF", "method.name=IIA3"
     )
     assert result.exit_code == 1
-    assert "2 faults" in result.stderr
+    assert "2 errors" in result.stderr
     assert "no method 'IIA3': did you mean 'IA3'" in result.stderr
 
 

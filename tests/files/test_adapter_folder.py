@@ -25,7 +25,7 @@ from zoo import ZOO, out
 BATCH = ZOO["llama"].batch(2, 0)
 
 
-def randomise(module: nn.Module, seed: int = 3) -> None:
+def randomize(module: nn.Module, seed: int = 3) -> None:
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, p in sorted(module.named_parameters()):
@@ -40,7 +40,7 @@ def with_adapter(method: kitout.Method | None = None, species: str = "llama", **
     """A kit whose adapter "a" looks trained."""
     kit = attached(species)
     kit.add("a", method or LoRA(rank=4, alpha=6), **how)
-    randomise(kit["a"])
+    randomize(kit["a"])
     return kit
 
 
@@ -171,9 +171,9 @@ def test_a_loaded_adapter_trains(tmp_path: Path) -> None:
     kit = attached()
     before = copy.deepcopy(kit.load(tmp_path / "a"))
     kit.use("a")
-    optimiser = torch.optim.SGD(kit.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(kit.parameters(), lr=1.0)
     out(kit(**BATCH)).square().mean().backward()
-    optimiser.step()
+    optimizer.step()
     assert all(not torch.equal(p, q) for p, q in zip(before.parameters(), kit["a"].parameters(), strict=True))
 
 
@@ -246,7 +246,7 @@ def test_a_saved_folder_replaces_an_adapter_folder_and_nothing_else(tmp_path: Pa
     kit.save("a", tmp_path / "empty")
     kit.save("a", tmp_path / "new" / "deeper" / "a")
     first = record_of(tmp_path / "empty")
-    randomise(kit["a"], seed=9)
+    randomize(kit["a"], seed=9)
     kit.save("a", tmp_path / "empty")
     assert record_of(tmp_path / "empty")["tensors"] != first["tensors"]
     (tmp_path / "empty" / "thesis.tex").write_text("dear")
@@ -256,7 +256,7 @@ def test_a_saved_folder_replaces_an_adapter_folder_and_nothing_else(tmp_path: Pa
         kit.save("a", tmp_path / "empty" / "thesis.tex")
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "x").write_text("")
-    with pytest.raises(FileError, match="is no adapter folder"):
+    with pytest.raises(FileError, match="is not an adapter folder"):
         kit.save("a", tmp_path / "else")
     assert (tmp_path / "empty" / "thesis.tex").read_text() == "dear"
     assert listed(tmp_path) == ["else", "empty", "new"]
@@ -266,7 +266,7 @@ def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
     kit = with_adapter()
     kit.save("a", tmp_path / "real")
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    randomise(kit["a"], seed=9)
+    randomize(kit["a"], seed=9)
     kit.save("a", tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert same_bits(attached().load(tmp_path / "real"), kit["a"])
@@ -279,7 +279,7 @@ def _fail(*_: Any, **__: Any) -> Any:
 BREAKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "while writing tensors": lambda m: m.setattr(adapter_folder, "write_tensors", _fail),
     "while writing the record": lambda m: m.setattr(adapter_folder.AdapterJson, "write", _fail),
-    "while renaming": lambda m: m.setattr(atomic, "_put", _fail),
+    "while renaming": lambda m: m.setattr(atomic, "_move_into_place", _fail),
 }
 
 
@@ -293,7 +293,7 @@ def test_a_save_that_fails_leaves_what_was_there(
     if replacing:
         kit.save("a", target)
     before = {p.name: p.read_bytes() for p in target.iterdir()} if replacing else None
-    randomise(kit["a"], seed=9)
+    randomize(kit["a"], seed=9)
     with monkeypatch.context() as patch:
         broken(patch)
         with pytest.raises(OSError, match="disk is full"):
@@ -325,13 +325,13 @@ def test_where_folders_cannot_be_exchanged_a_failed_second_rename_is_taken_back(
             kit.save("a", tmp_path / "a")
     assert listed(tmp_path) == ["a"]
     assert record_of(tmp_path / "a") == before
-    randomise(kit["a"], seed=9)
+    randomize(kit["a"], seed=9)
     kit.save("a", tmp_path / "a")
     assert listed(tmp_path) == ["a"]
     assert same_bits(attached().load(tmp_path / "a"), kit["a"])
 
 
-def test_values_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     kit = with_adapter()
     next(kit["a"].parameters()).data[0, 0] = torch.nan
     with pytest.raises(FileError, match="NaN or infinity in model/layers/0"):
@@ -339,10 +339,10 @@ def test_values_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-def test_a_note_that_json_cannot_hold(tmp_path: Path) -> None:
+def test_metadata_that_json_cannot_hold(tmp_path: Path) -> None:
     kit = with_adapter()
     for note in ({"x": object()}, {"x": float("nan")}, {"x": {1, 2}}):
-        with pytest.raises(FileError, match="note cannot be written"):
+        with pytest.raises(FileError, match="metadata cannot be written"):
             kit.save("a", tmp_path / "a", metadata=note)
     assert listed(tmp_path) == []
 
@@ -411,7 +411,7 @@ def test_heads_of_known_layers(make: Callable[[], nn.Module], tmp_path: Path) ->
 def test_a_head_like_the_base_own(tmp_path: Path) -> None:
     kit = attached("roberta")
     kit.add("a", LoRA(), heads={"classifier": copy.deepcopy(kit.base.classifier).requires_grad_(True)})
-    randomise(kit["a"])
+    randomize(kit["a"])
     kit.save("a", tmp_path / "a")
     assert record_of(tmp_path / "a")["heads"][0]["module"] == {"same_as_base": True}
     loaded = attached("roberta").load(tmp_path / "a")
@@ -420,7 +420,7 @@ def test_a_head_like_the_base_own(tmp_path: Path) -> None:
     assert all(p.requires_grad for p in loaded.parameters())
 
 
-def test_a_head_of_unknown_class_must_be_handed_in(tmp_path: Path) -> None:
+def test_a_head_of_unknown_class_must_be_passed(tmp_path: Path) -> None:
     kit = with_adapter(LoRA(), "bert", heads={"classifier": Homemade()})
     kit.save("a", tmp_path / "a")
     other = attached("bert")
@@ -484,7 +484,7 @@ def test_loading_while_another_thread_replaces_the_folder(tmp_path: Path) -> Non
 
     def save() -> None:
         while not stop.is_set():
-            randomise(writer["a"], seed=1)
+            randomize(writer["a"], seed=1)
             writer.save("a", tmp_path / "a")
 
     thread = threading.Thread(target=save)

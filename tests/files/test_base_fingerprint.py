@@ -16,7 +16,7 @@ from kitout.files.base_fingerprint import differences, fingerprint
 from zoo import ZOO, Specimen, randomise
 
 
-def taken(base: nn.Module) -> kitout.files.base_fingerprint.Fingerprint:
+def fingerprint_of(base: nn.Module) -> kitout.files.base_fingerprint.Fingerprint:
     return fingerprint(kitout.attach(base).state, [])
 
 
@@ -29,16 +29,16 @@ def test_copies_in_other_precisions_are_the_same_base(specimen: Specimen) -> Non
         specimen.build().half().bfloat16(),
         specimen.build().bfloat16().float(),
     ]
-    prints = [taken(c) for c in copies]
+    prints = [fingerprint_of(c) for c in copies]
     for one in prints:
         for other in prints:
             assert differences(one, other) == []
 
 
 def test_another_seed_is_another_base(specimen: Specimen) -> None:
-    faults = differences(taken(specimen.build()), taken(randomise(specimen.build(), seed=1)))
-    assert len(faults) == 1
-    assert faults[0].startswith("values: ")
+    messages = differences(fingerprint_of(specimen.build()), fingerprint_of(randomise(specimen.build(), seed=1)))
+    assert len(messages) == 1
+    assert messages[0].startswith("values: ")
 
 
 @pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
@@ -48,13 +48,13 @@ def test_a_light_fine_tune_is_another_base(size: float) -> None:
     with torch.no_grad():
         for p in tuned.parameters():
             p.add_(size * p.std() * torch.randn_like(p).sign())
-    found = taken(tuned)
-    assert differences(taken(ZOO["llama"].build()), found)
-    assert differences(taken(ZOO["llama"].build().bfloat16()), found)
+    found = fingerprint_of(tuned)
+    assert differences(fingerprint_of(ZOO["llama"].build()), found)
+    assert differences(fingerprint_of(ZOO["llama"].build().bfloat16()), found)
 
 
-def test_shapes_and_keys_are_told(specimen: Specimen) -> None:
-    whole = taken(specimen.build())
+def test_shapes_and_keys_are_reported(specimen: Specimen) -> None:
+    whole = fingerprint_of(specimen.build())
     key, *_ = whole.tensors
     less = {k: v for k, v in whole.tensors.items() if k != key}
     grown = whole.tensors | {key: whole.tensors[key].model_copy(update={"shape": [1, 2, 3]})}
@@ -88,7 +88,7 @@ def test_a_change_of_the_base_shows_at_once() -> None:
 
 
 def test_while_merged_it_is_that_of_the_unmerged_base() -> None:
-    before = taken(ZOO["bert"].build())
+    before = fingerprint_of(ZOO["bert"].build())
     kit = kitout.attach(ZOO["bert"].build())
     for name in ("early", "late"):
         kit.add(name, LoRA(targets="all-linear"), heads={"bert.pooler": nn.Linear(48, 48)})
@@ -101,14 +101,14 @@ def test_while_merged_it_is_that_of_the_unmerged_base() -> None:
         assert differences(before, fingerprint(kit.state, [])) == []
 
 
-def test_class_names_play_no_part() -> None:
+def test_class_names_do_not_count() -> None:
     base = ZOO["llama"].build()
     renamed = type("Other", (type(base),), {})
     base.__class__ = renamed
-    assert differences(taken(ZOO["llama"].build()), taken(base)) == []
+    assert differences(fingerprint_of(ZOO["llama"].build()), fingerprint_of(base)) == []
 
 
-def test_without_values_shapes_are_compared_and_it_is_said(tmp_path: Path) -> None:
+def test_without_values_shapes_are_compared_with_a_warning(tmp_path: Path) -> None:
     kit = kitout.attach(ZOO["llama"].build())
     kit.add("a", LoRA())
     kit.save("a", tmp_path / "a")

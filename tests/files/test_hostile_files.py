@@ -18,8 +18,7 @@ from torch import Tensor, nn
 import kitout
 from kitout import LoRA
 from kitout.errors import FileError
-from kitout.files import adapter_json as records
-from kitout.files import safetensors_reader as tensor_files
+from kitout.files import adapter_json, safetensors_reader
 from zoo import ZOO
 
 A0 = "model/layers/0/self_attn/q_proj.a"
@@ -137,16 +136,16 @@ def instead(name: str, make: Callable[[Path], Any]) -> Change:
 
 
 RECORDS: dict[str, tuple[Change, str]] = {
-    "empty": (text(""), "no valid json"),
+    "empty": (text(""), "not valid json"),
     "no object": (text("[1]"), "must hold a json object"),
-    "not utf-8": (text(b"\xff\xfe{}"), "no valid json"),
+    "not utf-8": (text(b"\xff\xfe{}"), "not valid json"),
     "nested": (text("[" * 200_000), "nested too deeply"),
     "nested objects": (text('{"a":' * 200_000), "nested too deeply"),
     "nested in a field": (text('{"format": 1, "note": ' + '{"a":' * 900 + "1" + "}" * 901), "adapter record"),
-    "huge number": (text('{"format": ' + "9" * 5000 + "}"), "no valid json"),
-    "NaN": (text('{"format": NaN}'), "NaN is no json"),
+    "huge number": (text('{"format": ' + "9" * 5000 + "}"), "not valid json"),
+    "NaN": (text('{"format": NaN}'), "NaN is not json"),
     "key twice": (text('{"format": 1, "format": 1}'), "twice"),
-    "infinite strength": (fields(lambda r: r.update(strength=1e999)), "no valid json"),
+    "infinite strength": (fields(lambda r: r.update(strength=1e999)), "not valid json"),
     "other format": (fields(lambda r: r.update(format=2)), "format 2"),
     "format of no number": (fields(lambda r: r.update(format="1")), "format"),
     "unknown field": (fields(lambda r: r.update(weights="http://x")), "weights"),
@@ -178,7 +177,7 @@ RECORDS: dict[str, tuple[Change, str]] = {
     ),
     "head of absurd width": (
         head({"Linear": {"in_features": 48, "out_features": 10**15, "bias": True}}),
-        "is no width",
+        "is not a width",
     ),
     "head of absurd depth": (
         head({"Sequential": [{"ReLU": {}}] * 1000}),
@@ -195,19 +194,19 @@ RECORDS: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 TENSORS: dict[str, tuple[Change, str]] = {
-    "empty file": (data(lambda b: b""), "cut off or no safetensors"),
+    "empty file": (data(lambda b: b""), "cut off or not a safetensors"),
     "cut in the header": (data(lambda b: b[:50]), "cut off"),
     "cut in the data": (data(lambda b: b[:-7]), "cut off or padded"),
     "padded": (data(lambda b: b + b"\0" * 64), "cut off or padded"),
     "a bit flipped": (data(lambda b: b[:-1] + bytes([b[-1] ^ 1]), sign=False), "damaged or exchanged"),
-    "header length absurd": (data(lambda b: b"\xff" * 8 + b[8:]), "no safetensors"),
+    "header length absurd": (data(lambda b: b"\xff" * 8 + b[8:]), "not a safetensors file"),
     "header no json": (data(lambda b: b[:8] + b"?" + b[9:]), "invalid JSON in header"),
-    "a pickle": (data(lambda b: b"PK\x03\x04" + b[4:]), "no safetensors"),
+    "a pickle": (data(lambda b: b"PK\x03\x04" + b[4:]), "not a safetensors file"),
     "overlapping": (header(lambda h: h[A0].update(data_offsets=[0, 768])), f"invalid offset for tensor `{A0}`"),
     "negative offsets": (header(lambda h: h[A0].update(data_offsets=[-768, 0])), "integer `-768`"),
     "absurd shape": (header(lambda h: h[A0].update(shape=[2**40, 2**40])), "overflow computing buffer size from shape"),
     "true for one": (header(lambda h: h[A0].update(shape=[True, 192])), "boolean `true`"),
-    "many dimensions": (header(lambda h: h[A0].update(shape=[1] * 900 + [192])), "no list of at most"),
+    "many dimensions": (header(lambda h: h[A0].update(shape=[1] * 900 + [192])), "more than 8 dimensions"),
     "unknown dtype": (header(lambda h: h[A0].update(dtype="PICKLE")), "`PICKLE`, expected one of"),
     "entry no object": (header(lambda h: h.update({A0: [1]})), "expected string or map"),
     "another dtype": (tensors(lambda t: t.update({A0: t[A0].half()})), "dtype torch.float16"),
@@ -227,13 +226,13 @@ FILES: dict[str, tuple[Change, str]] = {
     "no record": (lambda f: (f / "adapter.json").unlink(), "adapter.json is missing"),
     "no tensors": (lambda f: (f / "adapter.safetensors").unlink(), "adapter.safetensors is missing"),
     "record is a folder": (instead("adapter.json", Path.mkdir), "adapter.json"),
-    "tensors are a pipe": (instead("adapter.safetensors", os.mkfifo), "no regular file"),
-    "tensors are a device": (instead("adapter.safetensors", lambda p: p.symlink_to("/dev/zero")), "no regular file"),
-    "record is a device": (instead("adapter.json", lambda p: p.symlink_to("/dev/zero")), "no regular file"),
+    "tensors are a pipe": (instead("adapter.safetensors", os.mkfifo), "not a regular file"),
+    "tensors are a device": (instead("adapter.safetensors", lambda p: p.symlink_to("/dev/zero")), "not a regular file"),
+    "record is a device": (instead("adapter.json", lambda p: p.symlink_to("/dev/zero")), "not a regular file"),
     "tensors lead to a secret": (
-        instead("adapter.safetensors", lambda p: p.symlink_to("/etc/passwd")), "no safetensors file"
+        instead("adapter.safetensors", lambda p: p.symlink_to("/etc/passwd")), "not a safetensors file"
     ),
-    "record leads to a secret": (instead("adapter.json", lambda p: p.symlink_to("/etc/passwd")), "no valid json"),
+    "record leads to a secret": (instead("adapter.json", lambda p: p.symlink_to("/etc/passwd")), "not valid json"),
     "a loop": (instead("adapter.json", lambda p: p.symlink_to(p)), "adapter.json"),
 }  # fmt: skip
 
@@ -254,7 +253,7 @@ def test_the_untouched_folder_loads(folder: Path) -> None:
     kitout.attach(ZOO["llama"].build()).load(folder)
 
 
-def test_several_faults_are_told_at_once(folder: Path) -> None:
+def test_several_errors_are_reported_at_once(folder: Path) -> None:
     tensors(lambda t: (t.pop(A0), t.update({A0[:-1] + "b": torch.zeros(48, 5), "strange": torch.zeros(1)})))(folder)
     message = refused(folder)
     assert all(word in message for word in (f"'{A0}' is missing", "'strange'", "has shape [48, 5]"))
@@ -263,7 +262,7 @@ def test_several_faults_are_told_at_once(folder: Path) -> None:
     assert all(word in message for word in ("seed", "dtype", "more"))
 
 
-def test_a_name_that_is_no_name(folder: Path) -> None:
+def test_an_invalid_name(folder: Path) -> None:
     fields(lambda r: r.update(name="../../evil"))(folder)
     kit = kitout.attach(ZOO["llama"].build())
     with pytest.raises(FileError, match="cannot name an adapter"):
@@ -272,10 +271,10 @@ def test_a_name_that_is_no_name(folder: Path) -> None:
 
 
 def test_nothing_large_is_read_before_it_is_checked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "MOST_JSON", 100)
+    monkeypatch.setattr(adapter_json, "MAX_ADAPTER_JSON_BYTES", 100)
     assert "at most 100 are read" in refused(folder)
     monkeypatch.undo()
-    monkeypatch.setattr(tensor_files, "MOST_HEADER", 100)
+    monkeypatch.setattr(safetensors_reader, "MAX_HEADER_BYTES", 100)
     assert "at most 100 are read" in refused(folder)
 
 

@@ -98,7 +98,7 @@ def counterparts(theirs: nn.Module, site: Site, delta: Delta) -> list[tuple[nn.P
 
 @pytest.fixture(params=PAIRS, ids=lambda p: p.name)
 def both(request) -> tuple[Pair, kitout.Kit, nn.Module, list[tuple[nn.Parameter, nn.Parameter]]]:
-    """The pair, ours worn, theirs, and all counterparts, with the same random values on both sides."""
+    """The pair, kitout's kit with an active adapter, peft's model, all counterparts; with the same random values."""
     pair = request.param
     kit, theirs = kitout.attach(ZOO[pair.species].build()), wrapped(pair)
     adapter = kit.add("a", pair.method, seed=0).eval()

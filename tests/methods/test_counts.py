@@ -125,7 +125,7 @@ IN_FRONT: dict[str, list[tuple[Method, int]]] = {
 
 
 @pytest.mark.parametrize("shape", SLIM)
-def test_published_counts_of_what_lies_in_front(shape: str) -> None:
+def test_published_counts_of_virtual_tokens(shape: str) -> None:
     kit = kitout.attach(SLIM[shape]().eval())
     for i, (method, published) in enumerate(IN_FRONT[shape]):
         assert method.num_parameters(method.sites(kit.survey)) == published

@@ -304,8 +304,8 @@ def test_serial_adapters_with_nothing_to_add_are_the_base_bit_for_bit() -> None:
 # --- full and partial fine-tuning -------------------------------------------------------------------------------------
 
 
-def trained(model: nn.Module, parameters: list[nn.Parameter], batch, optimiser, steps: int = 2) -> None:
-    step = optimiser(parameters)
+def trained(model: nn.Module, parameters: list[nn.Parameter], batch, optimizer, steps: int = 2) -> None:
+    step = optimizer(parameters)
     for i in range(steps):
         step.zero_grad()
         logits = out(model(**batch))
@@ -320,9 +320,9 @@ OPTIMISERS = {
 }
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS.values(), ids=OPTIMISERS.keys())
+@pytest.mark.parametrize("optimizer", OPTIMISERS.values(), ids=OPTIMISERS.keys())
 @pytest.mark.parametrize("specimen", SPECIES.values(), ids=SPECIES.keys())
-def test_full_fine_tuning_is_ordinary_fine_tuning(specimen: Specimen, optimiser) -> None:
+def test_full_fine_tuning_is_ordinary_fine_tuning(specimen: Specimen, optimizer) -> None:
     """Two steps on a kit and two on the bare model give the same weights, whatever is tied or belongs to no leaf."""
     batch = specimen.batch(3, 0)
     bare, kit = specimen.build(), kitout.attach(specimen.build())
@@ -330,8 +330,8 @@ def test_full_fine_tuning_is_ordinary_fine_tuning(specimen: Specimen, optimiser)
     adapter = kit.add("a", FullFineTuning())
     kit.use("a")
     assert torch.equal(out(kit(**batch)), out(bare(**batch)))  # a learning rate of 0
-    trained(bare, list(bare.parameters()), batch, optimiser)
-    trained(kit, list(adapter.parameters()), batch, optimiser)
+    trained(bare, list(bare.parameters()), batch, optimizer)
+    trained(kit, list(adapter.parameters()), batch, optimizer)
     for key, value in kit.base.state_dict().items():
         assert torch.equal(value, base_before[key]), f"the base's {key} moved"
     kit.merge("a")
@@ -379,7 +379,7 @@ def test_tied_tables_are_one_trained_tensor_and_stay_tied(name: str) -> None:
     assert kit.num_parameters("a").total == sum(p.numel() for p in model.parameters())
     randomise_adapter(adapter, spread=0.05)
     with torch.no_grad(), kit.use("a"):
-        worn = out(kit(**specimen.batch(2, 0)))
+        active = out(kit(**specimen.batch(2, 0)))
     plain = kit.merged_copy("a")
     by_id: dict[int, set[str]] = {}
     for path, module in plain.named_modules():
@@ -388,7 +388,7 @@ def test_tied_tables_are_one_trained_tensor_and_stay_tied(name: str) -> None:
                 by_id.setdefault(id(p), set()).add(f"{path}.{n}")
     assert [names for names in by_id.values() if len(names) > 1] == shared
     with torch.no_grad():
-        torch.testing.assert_close(out(plain(**specimen.batch(2, 0))), worn, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(out(plain(**specimen.batch(2, 0))), active, atol=1e-5, rtol=1e-5)
     assert plain.config.tie_word_embeddings
 
 
@@ -398,13 +398,13 @@ def test_a_trained_head_of_a_tied_model_leaves_its_table_alone(tmp_path) -> None
         kit = kitout.attach(specimen.build())
         randomise_adapter(kit.add("a", PartialFineTuning(part="head")))
         with torch.no_grad(), kit.use("a"):
-            worn = out(kit(**specimen.batch(2, 0)))
+            active = out(kit(**specimen.batch(2, 0)))
         plain = kit.merged_copy("a")
         plain.save_pretrained(tmp_path / name)
         again = type(plain).from_pretrained(tmp_path / name).eval()
         with torch.no_grad():
             for model in (plain, again):
-                torch.testing.assert_close(out(model(**specimen.batch(2, 0))), worn, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(out(model(**specimen.batch(2, 0))), active, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "bart", "roberta", "falcon", "distilbert"])
@@ -415,13 +415,13 @@ def test_rows_may_each_have_their_own_full_copy(name: str) -> None:
     for i, adapter in enumerate((kit.add("a", FullFineTuning()), kit.add("b", PartialFineTuning(last=1)))):
         randomise_adapter(adapter, seed=i, spread=0.1)
     alone = {}
-    for worn in ("a", "b", None):
-        with kit.use(worn):
-            alone[worn] = out(kit(**batch))
+    for active in ("a", "b", None):
+        with kit.use(active):
+            alone[active] = out(kit(**batch))
     with kit.use(["a", None, "b", "a"]):
         mixed = out(kit(**batch))
-    for row, worn in enumerate(("a", None, "b", "a")):
-        torch.testing.assert_close(mixed[row], alone[worn][row], atol=1e-5, rtol=1e-5)
+    for row, active in enumerate(("a", None, "b", "a")):
+        torch.testing.assert_close(mixed[row], alone[active][row], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -437,7 +437,7 @@ def test_rows_with_bare_parameters_of_their_own_are_refused_by_name(name: str, n
         batch["decoder_input_ids"] = batch["input_ids"]
     kit.add("a", FullFineTuning(targets="*" if name != "mixtral" else "*experts"))
 
-    def run_by_row() -> None:  # refused at use where it can be told, else at the call
+    def run_by_row() -> None:  # refused at use where it can be reason, else at the call
         kit.use(["a", *[None] * (rows - 1)])
         kit(**batch)
 
@@ -459,14 +459,14 @@ def test_strength_and_mix_go_between_the_parameters() -> None:
             randomise_adapter(kit.add(n, FullFineTuning()), seed=i, spread=0.05)
         kit.strength("a", 0.3)
         with kit.use("a"):
-            worn = out(kit(**batch))
+            active = out(kit(**batch))
         torch.testing.assert_close(
             out(
                 kit.merged_copy(
                     "a",
                 )(**batch)
             ),
-            worn,
+            active,
             atol=1e-5,
             rtol=1e-5,
         )
@@ -493,8 +493,8 @@ def test_a_stack_over_a_full_copy_is_its_merge() -> None:
         randomise_adapter(kit.add(n, m), seed=i, spread=0.1)
     for order in (("f", "l"), ("l", "f"), ("b", "f", "s"), ("f", "s"), ("s", "b", "l"), ("l", "n"), ("s", "n")):
         with kit.use(kitout.Stack(*order)):
-            worn = out(kit(**batch))
-        torch.testing.assert_close(out(kit.merged_copy(*order)(**batch)), worn, atol=1e-5, rtol=1e-5)
+            active = out(kit(**batch))
+        torch.testing.assert_close(out(kit.merged_copy(*order)(**batch)), active, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bart", "opt", "gpt2"])
@@ -550,11 +550,11 @@ def test_a_copy_is_called_with_every_argument() -> None:
     bare, batch = Model(), {"ids": torch.randint(0, 9, (3, 4)), "offset": torch.tensor([[1], [5], [9]])}
     kit = kitout.attach(copy.deepcopy(bare), example_batch=batch)
     randomise_adapter(kit.add("a", FullFineTuning()))
-    worn = kit.merged_copy("a")(**batch)
+    active = kit.merged_copy("a")(**batch)
     with kit.use("a"):
-        torch.testing.assert_close(kit(**batch), worn)
+        torch.testing.assert_close(kit(**batch), active)
     with kit.use([None, "a", None]):
-        torch.testing.assert_close(kit(**batch), torch.stack([bare(**batch)[0], worn[1], bare(**batch)[2]]))
+        torch.testing.assert_close(kit(**batch), torch.stack([bare(**batch)[0], active[1], bare(**batch)[2]]))
 
 
 def test_partial_takes_exactly_what_it_says() -> None:
@@ -591,7 +591,7 @@ def test_what_no_forward_reads_is_not_trained() -> None:
     assert "mask_token" not in held  # only masked-image training reads it
 
 
-def test_what_the_model_keeps_from_training_stays_so() -> None:
+def test_non_trainable_parameters_stay_so() -> None:
     """A table of sines without a gradient; a model frozen as a whole says nothing about any of its parameters."""
 
     def held(model: nn.Module, method: Method) -> set[str]:
@@ -649,12 +649,12 @@ def test_full_fine_tuning_leaves_replaced_heads_to_their_replacement() -> None:
 
 
 def test_copies_cost_no_second_product() -> None:
-    """A whole batch that wears a copy runs the copy only."""
+    """A whole batch with an active copy runs the copy only."""
     kit = kitout.attach(ZOO["llama"].build())
     kit.add("a", FullFineTuning(targets="mlp.down"))
     kit.use("a")
     batch = ZOO["llama"].batch(2, 0)
-    with torch.profiler.profile() as worn, torch.no_grad():
+    with torch.profiler.profile() as active, torch.no_grad():
         kit(**batch)
     kit.use(None)
     with torch.profiler.profile() as base, torch.no_grad():
@@ -663,4 +663,4 @@ def test_copies_cost_no_second_product() -> None:
     def products(profile) -> int:
         return sum(e.count for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm"))
 
-    assert products(worn) == products(base) > 0
+    assert products(active) == products(base) > 0

@@ -52,7 +52,7 @@ BAD = [
     (lambda: Pfeiffer(std=0.0), "std", "0.0"),
     (lambda: Pfeiffer(std=NAN), "std", "nan"),
     (lambda: ParallelAdapter(width=0), "width", "0"),
-    (lambda: ParallelAdapter(scale="learnt"), "scale", "learnt"),
+    (lambda: ParallelAdapter(scale="trained"), "scale", "trained"),
     (lambda: ParallelAdapter(scale=NAN), "scale", "nan"),
     (lambda: ParallelAdapter(scale=0.0), "scale", "0.0"),  # its parameters would be dead
     (lambda: ParallelAdapter(dropout=1.0), "dropout", "1.0"),
@@ -67,7 +67,7 @@ BAD = [
     (lambda: PartialFineTuning(names="  "), "names", "empty"),
     (lambda: PartialFineTuning(last=1, targets="attn.q"), "targets", "attn.q"),
     (lambda: PartialFineTuning(part="norms", layers="last:1"), "layers", "last:1"),
-    (lambda: FullFineTuning(training=1), "rate", "1"),
+    (lambda: FullFineTuning(training=1), "training", "1"),
 ]
 
 
@@ -80,7 +80,7 @@ def test_bad_settings_are_named_with_their_value(make, setting, value) -> None:
     assert re.search(rf"(?<![\w.]){re.escape(value)}(?!\w)", text), text
 
 
-def test_several_bad_settings_are_told_at_once() -> None:
+def test_several_bad_settings_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         Houlsby(width=0, std=-1.0, activation="sine")
     assert all(word in str(caught.value) for word in ("width=0", "std=-1.0", "activation='sine'"))

@@ -129,8 +129,8 @@ METHODS = {
 }
 
 
-def worn(specimen: Specimen, method: Method) -> tuple[kitout.Kit, dict[tuple[str, int], dict[str, nn.Module]]]:
-    """A kit wearing the method with random values, and its deltas by block and role."""
+def active_kit(specimen: Specimen, method: Method) -> tuple[kitout.Kit, dict[tuple[str, int], dict[str, nn.Module]]]:
+    """A kit with the method active and random values, and its deltas by block and role."""
     kit = kitout.attach(specimen.build())
     adapter = kit.add("a", method, seed=0).eval()
     draw = torch.Generator().manual_seed(1)
@@ -158,7 +158,7 @@ def roles_of(specimen: Specimen, method: Method, tower: str) -> set[str]:
 @torch.no_grad()
 def test_a_model_equals_its_blocks_written_by_hand(name: str, method: Method) -> None:
     specimen = SPECIES[name]
-    kit, deltas = worn(specimen, method)
+    kit, deltas = active_kit(specimen, method)
     bare = specimen.build()
     for tower in {t for t, _ in deltas}:
         blocks = bare.get_submodule(tower)
@@ -192,7 +192,7 @@ def test_by_hand_without_adapters_is_the_model_itself() -> None:
 def test_adaptformer_reads_the_stream_before_the_norm(name: str) -> None:
     """Seen from outside: the branch's input is the tensor that the feed-forward's norm is given."""
     specimen = SPECIES[name]
-    kit, deltas = worn(specimen, AdaptFormer(width=4))
+    kit, deltas = active_kit(specimen, AdaptFormer(width=4))
     read: list[Tensor] = []
     given: list[Tensor] = []
     ((tower, layer), delta) = next(iter(deltas.items()))

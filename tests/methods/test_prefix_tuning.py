@@ -25,7 +25,7 @@ TOKENS = PrefixTuning(length=len(FRONT), init=FRONT)
 DECODERS = ("gpt2", "llama", "qwen3")  # learned positions; groups of queries; heads of another width than d / H
 
 
-def worn(name: str, method: PrefixTuning = TOKENS, attention: str = "") -> kitout.Kit:
+def active_kit(name: str, method: PrefixTuning = TOKENS, attention: str = "") -> kitout.Kit:
     kit = fresh_kit(ZOO[name])
     if attention:
         set_attention(kit.base, attention)
@@ -46,13 +46,13 @@ def flat(kit: kitout.Kit, name: str = "p") -> dict[str, Tensor]:
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_prefix_of_real_tokens_is_the_whole_text(name: str, padding: str, attention: str) -> None:
-    kit = worn(name, attention=attention)
+    kit = active_kit(name, attention=attention)
     assert_whole(kit, pristine(name), text(ZOO[name], padding))
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_prefix_of_real_tokens_generates_the_whole_text(name: str) -> None:
-    kit, bare = worn(name), pristine(name)
+    kit, bare = active_kit(name), pristine(name)
     for padding in ("none", "ones", "left"):
         batch = text(ZOO[name], padding)
         for how in ({}, {"num_beams": 3, "num_return_sequences": 2}, {"cache_implementation": "static"}):
@@ -65,12 +65,12 @@ def test_a_prefix_of_real_tokens_generates_the_whole_text(name: str) -> None:
 def test_a_prefix_of_real_tokens_in_a_loop_of_ones_own(name: str) -> None:
     for padding in PADDINGS:
         if padding != "right":
-            assert_decodes(worn(name), pristine(name), text(ZOO[name], padding))
+            assert_decodes(active_kit(name), pristine(name), text(ZOO[name], padding))
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_assisted_generation_is_greedy(name: str) -> None:
-    kit, batch = worn(name), text(ZOO[name], "ones")
+    kit, batch = active_kit(name), text(ZOO[name], "ones")
     one = {k: v[:1].repeat(1, 3) for k, v in batch.items()}  # repeats itself, so that there is something to look up
     how = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(kit.generate(**one, **how, prompt_lookup_num_tokens=3), kit.generate(**one, **how))
@@ -139,14 +139,14 @@ def test_padding_under_sdpa_never_hides_a_prefix(name: str) -> None:
     ("name", "heads", "width"), [("gpt2", 4, 12), ("llama", 2, 12), ("qwen3", 2, 16), ("vit", 4, 12)]
 )
 def test_a_flat_prefix_is_keys_and_values_by_head(name: str, heads: int, width: int) -> None:
-    kit = worn(name, PrefixTuning(length=7))
+    kit = active_kit(name, PrefixTuning(length=7))
     assert [tuple(p.shape) for p in flat(kit).values()] == [(7, 2, heads, width)] * ZOO[name].layers
     assert {id(p) for p in kit.parameters()} == {id(p) for p in flat(kit).values()}
 
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("name", ["qwen3", "vit", "bart"])
-def test_the_encoder_stays_out_of_the_file_unless_training_goes_on(name: str, shared: bool, tmp_path: Path) -> None:
+def test_the_encoder_is_saved_only_to_resume_training(name: str, shared: bool, tmp_path: Path) -> None:
     specimen, m = ZOO[name], 5
     kit, batch = fresh_kit(specimen), specimen.batch(2, 0)
     put_on(kit, PrefixTuning(length=m, encoder=6, shared=shared), "p")
@@ -164,11 +164,11 @@ def test_the_encoder_stays_out_of_the_file_unless_training_goes_on(name: str, sh
         assert torch.equal(run(back, batch), before)
         back.train()
         assert all(p.requires_grad for p in adapter.parameters())
-        optimiser = torch.optim.SGD(adapter.parameters(), lr=0.5)
+        optimizer = torch.optim.SGD(adapter.parameters(), lr=0.5)
         for _ in range(2):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             out(back(**batch)).square().mean().backward()
-            optimiser.step()
+            optimizer.step()
         back.eval()
         assert (run(back, batch) - before).abs().max() > 1e-4
 
@@ -177,7 +177,7 @@ def test_the_encoder_stays_out_of_the_file_unless_training_goes_on(name: str, sh
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "vit"])
-def test_strength_nought_is_the_base_bit_for_bit(name: str) -> None:
+def test_strength_zero_is_the_base_bit_for_bit(name: str) -> None:
     kit, batch = fresh_kit(ZOO[name]), ZOO[name].batch(2, 0)
     base = run(kit, batch)
     kit.add("p", PrefixTuning(length=4), seed=0)
@@ -197,7 +197,7 @@ def held_twice(kit: kitout.Kit, times: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("name", ["vit", "timm-vit"])
 def test_strength_two_is_every_key_twice(name: str) -> None:
-    kit, batch = worn(name, PrefixTuning(length=3)), ZOO[name].batch(2, 0)
+    kit, batch = active_kit(name, PrefixTuning(length=3)), ZOO[name].batch(2, 0)
     held_twice(kit, {"p": 2})
     kit.strength("p", 2.0)
     two = run(kit, batch)
@@ -208,7 +208,7 @@ def test_strength_two_is_every_key_twice(name: str) -> None:
 
 
 def test_a_mix_of_prefixes_is_their_keys_by_weight() -> None:
-    kit, batch = worn("vit", PrefixTuning(length=3)), ZOO["vit"].batch(2, 0)
+    kit, batch = active_kit("vit", PrefixTuning(length=3)), ZOO["vit"].batch(2, 0)
     kit.add("r", PrefixTuning(length=5), seed=1)
     held_twice(kit, {"p": 2, "r": 3})
     alone = run(kit, batch)
@@ -225,7 +225,7 @@ def test_a_mix_of_prefixes_is_their_keys_by_weight() -> None:
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_mix_over_text_ends_where_the_text_begins(name: str) -> None:
     """The bare model over a cache that holds p's keys twice and r's once, its text at the longer one's positions."""
-    kit, bare, batch = worn(name, PrefixTuning(length=3)), pristine(name), text(ZOO[name], "none")
+    kit, bare, batch = active_kit(name, PrefixTuning(length=3)), pristine(name), text(ZOO[name], "none")
     kit.add("r", PrefixTuning(length=5), seed=1)
     both = {p: torch.cat((flat(kit)[p],) * 2 + (flat(kit, "r")[p],)) for p in flat(kit)}
     cache = tf.DynamicCache()
@@ -238,8 +238,8 @@ def test_a_mix_over_text_ends_where_the_text_begins(name: str) -> None:
         assert_same(run(kit, batch), expected)
 
 
-def test_weights_below_nought_are_refused() -> None:
-    kit = worn("llama", PrefixTuning(length=3))
+def test_negative_weights_are_refused() -> None:
+    kit = active_kit("llama", PrefixTuning(length=3))
     with pytest.raises(RouteError, match=r"'p' has a prefix.*-1"):
         kit.strength("p", -1.0)
     with pytest.raises(RouteError, match=r"Mix weight of -0\.5 on a prefix"):
@@ -249,7 +249,7 @@ def test_weights_below_nought_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "bert", "vit"])
 def test_a_prefix_is_no_weight(name: str) -> None:
-    kit = worn(name, PrefixTuning(length=3))
+    kit = active_kit(name, PrefixTuning(length=3))
     for fold in (kit.merge, kit.merged_copy):
         with pytest.raises(NotMergeable) as error:
             fold("p")
@@ -261,7 +261,7 @@ def test_a_prefix_is_no_weight(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "reason"),
     [
         ("swin", "windows"),
         ("modernbert", "window"),
@@ -269,9 +269,9 @@ def test_a_prefix_is_no_weight(name: str) -> None:
         ("gptj", "writes its attention out"),
     ],
 )
-def test_attention_that_takes_no_keys_is_named(name: str, told: str) -> None:
+def test_attention_that_takes_no_keys_is_named(name: str, reason: str) -> None:
     kit = fresh_kit({**ZOO, **EXTRA}[name])
-    with pytest.raises(TargetError, match=told) as error:
+    with pytest.raises(TargetError, match=reason) as error:
         kit.add("p", PrefixTuning(length=8))
     assert any(f"{b.path}." in f"{error.value}" for b in kit.survey.blocks), error.value
     assert kit.names == []

@@ -24,7 +24,7 @@ PLACED = pytest.mark.parametrize("method", [TOKENS, AFTER], ids=["before", "afte
 DECODERS = pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "opt"])
 
 
-def worn(name: str, method: PromptTuning = TOKENS, attention: str = "") -> kitout.Kit:
+def active_kit(name: str, method: PromptTuning = TOKENS, attention: str = "") -> kitout.Kit:
     kit = fresh_kit({**ZOO, **EXTRA}[name])
     if attention:
         set_attention(kit.base, attention)
@@ -46,14 +46,14 @@ def rows(kit: kitout.Kit) -> Tensor:
 @pytest.mark.parametrize("padding", PADDINGS)
 @DECODERS
 def test_a_prompt_of_real_tokens_is_the_whole_text(name, padding, attention, method) -> None:
-    kit, specimen = worn(name, method, attention), {**ZOO, **EXTRA}[name]
+    kit, specimen = active_kit(name, method, attention), {**ZOO, **EXTRA}[name]
     assert_whole(kit, pristine(name), text(specimen, padding), after=method is AFTER)
 
 
 @PLACED
 @DECODERS
 def test_a_prompt_of_real_tokens_generates_the_whole_text(name, method) -> None:
-    kit, bare, specimen = worn(name, method), pristine(name), {**ZOO, **EXTRA}[name]
+    kit, bare, specimen = active_kit(name, method), pristine(name), {**ZOO, **EXTRA}[name]
     for padding in ("none", "ones", "left"):
         batch = text(specimen, padding)
         for how in ({}, {"num_beams": 3, "num_return_sequences": 2}):
@@ -67,7 +67,7 @@ def test_a_prompt_of_real_tokens_generates_the_whole_text(name, method) -> None:
 def test_a_prompt_of_real_tokens_in_a_loop_of_ones_own(name, method) -> None:
     for padding in ("none", "ones", "left"):
         batch = text({**ZOO, **EXTRA}[name], padding)
-        assert_decodes(worn(name, method), pristine(name), batch, after=method is AFTER, first=4)
+        assert_decodes(active_kit(name, method), pristine(name), batch, after=method is AFTER, first=4)
 
 
 @PLACED
@@ -84,14 +84,14 @@ def test_a_model_without_head_takes_one_too(name, method) -> None:
 def test_assisted_generation_is_greedy(name: str) -> None:
     batch = {k: v[:1].repeat(1, 3) for k, v in text(ZOO[name], "ones").items()}
     for method in (TOKENS, AFTER):
-        kit, how = worn(name, method), {"max_new_tokens": 8, "do_sample": False}
+        kit, how = active_kit(name, method), {"max_new_tokens": 8, "do_sample": False}
         assert torch.equal(kit.generate(**batch, **how, prompt_lookup_num_tokens=3), kit.generate(**batch, **how))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_the_loss_is_that_of_the_text_alone(name: str) -> None:
     """The whole text with -100 on the prompt, as long as the text's first token is not asked of the prompt's last."""
-    kit, bare, batch = worn(name), pristine(name), text(ZOO[name], "right")
+    kit, bare, batch = active_kit(name), pristine(name), text(ZOO[name], "right")
     labels = batch["input_ids"].masked_fill(~real(batch), -100)
     front = torch.tensor(FRONT).expand(3, -1)
     long = {"input_ids": torch.cat((front, batch["input_ids"]), 1)}
@@ -108,7 +108,7 @@ def test_the_loss_is_that_of_the_text_alone(name: str) -> None:
 @PLACED
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_stack_on_a_lora_is_the_whole_text_under_the_lora(name, method) -> None:
-    kit = worn(name, method)
+    kit = active_kit(name, method)
     put_on(kit, LoRA(rank=3, targets="all-linear"), "l")
     bare = kit.merged_copy("l")
     for route in (Stack("l", "p"), Stack("p", "l")):
@@ -120,7 +120,7 @@ def test_a_stack_on_a_lora_is_the_whole_text_under_the_lora(name, method) -> Non
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_stack_of_prompts_is_one_text_after_the_other(name: str) -> None:
-    kit, bare, more = worn(name), pristine(name), (50, 61, 72)
+    kit, bare, more = active_kit(name), pristine(name), (50, 61, 72)
     kit.add("q", PromptTuning(length=3, init=more))
     kit.add("prefix", kitout.PrefixTuning(length=3, init=more))
     for route, front in {
@@ -195,7 +195,7 @@ def test_an_encoder_is_fed_as_by_hand(padding, attention, method) -> None:
 
 @torch.no_grad()
 def test_the_first_token_is_still_what_a_head_reads() -> None:
-    bare, kit = pristine("bert"), worn("bert")
+    bare, kit = pristine("bert"), active_kit("bert")
     for padding in ("none", "right"):
         batch = text(ZOO["bert"], padding)
         made = kit(**batch).logits
@@ -230,13 +230,13 @@ def test_an_encoder_decoder_is_fed_as_by_hand(name: str, padding: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_a_prompt_is_one_matrix(name: str) -> None:
-    kit = worn(name, PromptTuning(length=6))
+    kit = active_kit(name, PromptTuning(length=6))
     assert [tuple(p.shape) for p in kit.parameters()] == [(6, 48)]
     assert kit.num_parameters("p").total == 6 * 48
 
 
 def test_it_starts_from_the_vocabulary_without_repeating_itself() -> None:
-    kit = worn("llama", PromptTuning(length=60))
+    kit = active_kit("llama", PromptTuning(length=60))
     table = kit.base.get_input_embeddings().weight
     where = (rows(kit)[:, None] == table).all(-1)
     assert where.sum(1).tolist() == [1] * 60
@@ -244,16 +244,16 @@ def test_it_starts_from_the_vocabulary_without_repeating_itself() -> None:
 
 
 def test_it_starts_from_noise_as_wide_as_the_table() -> None:
-    kit = worn("gpt2", PromptTuning(length=400, init="normal"))
+    kit = active_kit("gpt2", PromptTuning(length=400, init="normal"))
     assert rows(kit).std() == pytest.approx(kit.base.get_input_embeddings().weight.std().item(), rel=0.03)
     assert rows(kit).mean() == pytest.approx(0.0, abs=0.01)
 
 
 def test_it_starts_from_text_and_from_labels() -> None:
     table = pristine("llama").get_input_embeddings().weight
-    assert torch.equal(rows(worn("llama", PromptTuning(length=5, init=(7, 8)))), table[[7, 8, 7, 8, 7]])
-    assert torch.equal(rows(worn("llama", PromptTuning(length=2, init=(7, 8, 9)))), table[[7, 8]])
-    labels = rows(worn("llama", PromptTuning(length=4, init=((7, 8, 9), (5,)))))
+    assert torch.equal(rows(active_kit("llama", PromptTuning(length=5, init=(7, 8)))), table[[7, 8, 7, 8, 7]])
+    assert torch.equal(rows(active_kit("llama", PromptTuning(length=2, init=(7, 8, 9)))), table[[7, 8]])
+    labels = rows(active_kit("llama", PromptTuning(length=4, init=((7, 8, 9), (5,)))))
     torch.testing.assert_close(labels[0], (table[7] + table[8] + table[9]) / 3)
     assert torch.equal(labels[1], table[5])
     assert (labels[2:, None] == table).all(-1).any(1).all()
@@ -265,7 +265,7 @@ def test_it_starts_from_text_and_from_labels() -> None:
 def test_a_foreign_cache_has_no_first_token() -> None:
     batch = text(ZOO["llama"], "none")
     cache = pristine("llama")(**batch, use_cache=True).past_key_values
-    kit = worn("llama", AFTER)
+    kit = active_kit("llama", AFTER)
     with pytest.raises(RouteError, match="needs that token"):
         kit(input_ids=batch["input_ids"][:, -1:], past_key_values=cache)
     with pytest.raises(RouteError, match="give input_ids"):

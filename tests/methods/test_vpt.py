@@ -24,7 +24,7 @@ SPECIES = ("vit", "dinov2", "timm-vit")
 DEEP, SHALLOW = VPT(length=3, deep=True), VPT(length=4)
 
 
-def worn(name: str, method: VPT) -> kitout.Kit:
+def active_kit(name: str, method: VPT) -> kitout.Kit:
     kit = fresh_kit(ZOO[name])
     put_on(kit, method, "v")
     kit.use("v")
@@ -87,14 +87,14 @@ METHODS = {
 @torch.no_grad()
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 def test_visual_prompts_are_tokens_after_the_class_token(method: VPT) -> None:
-    kit, pixels = worn("vit", method), ZOO["vit"].batch(2, 0)["pixel_values"]
+    kit, pixels = active_kit("vit", method), ZOO["vit"].batch(2, 0)["pixel_values"]
     assert_same(run(kit, {"pixel_values": pixels}), by_hand(pixels, prompts(kit))[0])
 
 
 @torch.no_grad()
 def test_deep_prompts_that_a_shallow_one_would_have_made_change_nothing() -> None:
     """Each later block is given what stood in its slots anyway."""
-    kit, pixels = worn("vit", SHALLOW), ZOO["vit"].batch(1, 0)["pixel_values"]
+    kit, pixels = active_kit("vit", SHALLOW), ZOO["vit"].batch(1, 0)["pixel_values"]
     shallow = run(kit, {"pixel_values": pixels})
     (start,) = prompts(kit).values()
     _, streams = by_hand(pixels, {0: start})
@@ -107,7 +107,7 @@ def test_deep_prompts_that_a_shallow_one_would_have_made_change_nothing() -> Non
 
 @torch.no_grad()
 def test_a_stack_of_visual_prompts_is_all_their_tokens() -> None:
-    kit, pixels = worn("vit", SHALLOW), ZOO["vit"].batch(2, 0)["pixel_values"]
+    kit, pixels = active_kit("vit", SHALLOW), ZOO["vit"].batch(2, 0)["pixel_values"]
     put_on(kit, VPT(length=2), "w", seed=1)
     both = {0: torch.cat((prompts(kit)[0], prompts(kit, "w")[0]))}
     for route in (Stack("v", "w"), Stack("w", "v")):
@@ -167,7 +167,7 @@ def with_dropout() -> kitout.Kit:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_base_is_still_while_a_visual_prompt_trains(checkpointing: bool) -> None:
+def test_the_base_is_in_eval_mode_while_a_visual_prompt_trains(checkpointing: bool) -> None:
     kit, batch = with_dropout(), ZOO["vit"].batch(2, 0)
     if checkpointing:
         kit.gradient_checkpointing_enable()

@@ -67,7 +67,7 @@ SETTINGS = {
     "unknown setting": (lambda: LoRA(ranks=4), ["ranks"]),
     "unknown preset": (lambda: IA3(preset="papers"), ["papers", "paper"]),
     "dora and pissa": (lambda: LoRA(dora=True, init="pissa"), ["dora", "pissa"]),
-    "two faults": (lambda: LoRA(rank=0, dropout=2.0), ["rank", "dropout=2.0", "2 faults"]),
+    "two faults": (lambda: LoRA(rank=0, dropout=2.0), ["rank", "dropout=2.0", "2 errors"]),
     "width 0": (lambda: Houlsby(width=0), ["width=0"]),
     "negative spread": (lambda: SSF(std=-1.0), ["std"]),
     "partial of nothing": (lambda: PartialFineTuning(), ["last=k", "found nothing"]),

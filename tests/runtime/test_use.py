@@ -285,7 +285,7 @@ def test_unknown_names_are_all_told_at_once_with_what_there_is(kit: Kit, batch: 
     kit.use("a")
     with pytest.raises(UnknownAdapter) as error:
         kit.use(["scal", None, Stack("a", "zzz"), Mix({"bb": 1.0})])
-    for told in ("'scal'", "did you mean 'scale'", "'zzz'", "'bb'", "3 faults"):
+    for told in ("'scal'", "did you mean 'scale'", "'zzz'", "'bb'", "3 errors"):
         assert told in str(error.value)
     assert kit.active == "a"
     with pytest.raises(KeyError):

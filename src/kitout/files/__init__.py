@@ -1,5 +1,5 @@
-"""What is kept: adapters in files, and files of others.
+"""Adapters in files: kitout's own folders and those of Hugging Face PEFT.
 
-`store` writes and reads kitout's own folders, `peft` those of Hugging Face PEFT; both go through `rebuild`, which
-builds an adapter from named tensors, and `tensors`, which reads safetensors with suspicion. No pickle anywhere.
+`adapter_folder` writes and reads kitout's folders, `peft` those of PEFT. Both build an adapter from named tensors with
+`adapter_tensors` and read safetensors with `safetensors_reader`, which trusts no file. There is no pickle.
 """

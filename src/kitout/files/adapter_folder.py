@@ -1,8 +1,8 @@
-"""kitout's own adapter folder: adapter.safetensors and adapter.json, written whole or not at all, read with suspicion.
+"""kitout's own adapter folder: adapter.safetensors and adapter.json, written whole or not at all, read without trust.
 
 Tensors are named "<site>.<parameter>" (sites with "/" for "."), "@shared...." and "@head/<path>....". A load checks the
-record, the base, every site and every tensor before anything enters the kit. It knows no method and no architecture;
-what the record holds is in `record.py`, how an adapter is built again in `rebuild.py`.
+record, the base, every site and every tensor before anything is added to the kit. It knows no method and no
+architecture. The fields of the record are in `adapter_json.py`; `adapter_tensors.py` builds an adapter again.
 """
 
 from __future__ import annotations
@@ -53,28 +53,28 @@ def save_adapter(
 ) -> None:
     """Writes one adapter into a new or empty folder, or replaces an adapter folder in one step.
 
-    resume: keep what only training needs (a prefix's encoder), which is folded away otherwise.
-    note: anything json can hold, kept with the adapter; None keeps the note it was loaded with. Raises FileError where
-    the folder holds other files or a value is NaN or infinite.
+    keep_encoder: keep what only training needs (the encoder of a prefix), which is folded otherwise. metadata: anything
+    json can hold, kept with the adapter; None keeps what it was loaded with. Raises FileError where the folder holds
+    other files or a value is NaN or infinite.
     """
     adapter = state[name] if keep_encoder else state[name].inference_form()
     target = Path(folder)
     check_replaceable(target.expanduser(), FILES)
-    held = tensor_slots(adapter)
-    if bad := non_finite_names({n: s.tensor for n, s in held.items()}):
+    slots = tensor_slots(adapter)
+    if bad := non_finite_names({n: s.tensor for n, s in slots.items()}):
         raise FileError(f"{name!r} holds NaN or infinity in {', '.join(bad[:4])}: there is nothing worth saving in it")
-    dtype = _common_dtype(held)
-    if dtype == "mixed" and any(s.base is not None for s in held.values()):
-        raise FileError(f"{name!r} holds trained copies in several dtypes: bring them to one, kit[{name!r}].float()")
-    frozen = parameters_before_merge(state)
-    kept: dict[str, Tensor] = {}
-    for key, slot in held.items():
-        start = None if slot.base is None else frozen.get(id(slot.base), slot.base)
-        kept[key] = slot.tensor if start is None else float_steps.to_steps(slot.tensor, start)
+    dtype = _common_dtype(slots)
+    if dtype == "mixed" and any(s.base is not None for s in slots.values()):
+        raise FileError(f"{name!r} holds trained copies in several dtypes: convert them to one, kit[{name!r}].float()")
+    unmerged = parameters_before_merge(state)
+    tensors: dict[str, Tensor] = {}
+    for key, slot in slots.items():
+        frozen = None if slot.base is None else unmerged.get(id(slot.base), slot.base)
+        tensors[key] = slot.tensor if frozen is None else float_steps.to_steps(slot.tensor, frozen)
     head_paths = [path.replace("/", ".") for path in adapter.heads]
 
-    def fill(temp_path: Path) -> None:
-        size, digest = write_tensors(temp_path / TENSORS, kept, {"format": "pt"})
+    def write_into(temp_path: Path) -> None:
+        size, digest = write_tensors(temp_path / TENSORS, tensors, {"format": "pt"})
         record = AdapterJson(
             format=FORMAT,
             kitout=__version__,
@@ -93,7 +93,7 @@ def save_adapter(
         )
         record.write(temp_path / RECORD)
 
-    replace_folder(target, FILES, fill)
+    replace_folder(target, FILES, write_into)
 
 
 def load_adapter(
@@ -103,29 +103,29 @@ def load_adapter(
     name: str | None = None,
     heads: Mapping[str, nn.Module] | None = None,
 ) -> Adapter:
-    """Adds the adapter that a folder holds, trainable and not worn; name: default the one it was saved under.
+    """Adds the adapter that a folder holds, trainable and not active. name: by default the one it was saved under.
 
-    heads: modules for heads whose class a file cannot describe. Raises WrongBase, FileError, NameTaken, BadName and
-    leaves the kit as it was.
+    heads: modules for heads whose class a file cannot describe. Raises WrongBase, FileError, AdapterExists or
+    InvalidAdapterName and leaves the kit as it was.
     """
-    where = Path(folder).expanduser()
+    folder_path = Path(folder).expanduser()
     for _ in range(RETRIES):
-        before = _stamp(where)
+        stamp = _stamp(folder_path)
         try:
-            return _load_once(state, where, name, heads or {})
+            return _load_once(state, folder_path, name, heads or {})
         except FileError:
-            if _stamp(where) == before:  # else another process has replaced the folder between its two files
+            if _stamp(folder_path) == stamp:  # else another process has replaced the folder between its two files
                 raise
-    return _load_once(state, where, name, heads or {})
+    return _load_once(state, folder_path, name, heads or {})
 
 
 def _stamp(folder_path: Path) -> tuple[int, int] | None:
     """Changes when the folder's record is replaced."""
     try:
-        facts = (folder_path / RECORD).stat()
+        status = (folder_path / RECORD).stat()
     except OSError:
         return None
-    return facts.st_ino, facts.st_mtime_ns
+    return status.st_ino, status.st_mtime_ns
 
 
 def _load_once(state: KitState, folder_path: Path, name: str | None, heads: Mapping[str, nn.Module]) -> Adapter:
@@ -138,17 +138,17 @@ def _load_once(state: KitState, folder_path: Path, name: str | None, heads: Mapp
     with tensors.file:
         _check_base(state, folder_path, record)
         sites = _sites(state, folder_path, record, lambda: select_sites(state, method, [h.path for h in record.heads]))
-        adapter, held = _build_empty(state, folder_path, record, name or record.name, method, sites, heads)
-        _check_header(folder_path, record, tensors, held)
+        adapter, slots = _build_empty(state, folder_path, record, name or record.name, method, sites, heads)
+        _check_header(folder_path, record, tensors, slots)
         stored, digest = tensors.read()
-    values = _values(folder_path, record, held, stored, digest)
+    values = _values(folder_path, record, slots, stored, digest)
     adapter.seed, adapter.metadata = record.seed, dict(record.note)
-    fill_and_register(state, adapter, held, values, record.strength)
+    fill_and_register(state, adapter, slots, values, record.strength)
     return adapter
 
 
 def _check_name(state: KitState, folder_path: Path, record: AdapterJson, name: str | None) -> None:
-    """A bad name that the caller gave is the caller's fault, one that the file holds is the file's."""
+    """An invalid name is InvalidAdapterName where the caller gave it, FileError where it comes from the file."""
     try:
         check_name(state, record.name if name is None else name)
     except InvalidAdapterName as error:
@@ -161,13 +161,13 @@ def _check_name(state: KitState, folder_path: Path, record: AdapterJson, name: s
 
 def _existing_file(folder: Path, file: str) -> Path:
     if not (folder / file).exists():
-        held = sorted(p.name for p in folder.iterdir())[:6] if folder.is_dir() else []
+        files = sorted(p.name for p in folder.iterdir())[:6] if folder.is_dir() else []
         hint = (
-            f"it holds {', '.join(held)}" if held else "it is empty" if folder.is_dir() else "there is no such folder"
+            f"it holds {', '.join(files)}" if files else "it is empty" if folder.is_dir() else "there is no such folder"
         )
-        if "adapter_config.json" in held:
+        if "adapter_config.json" in files:
             hint += ". That is a folder of Hugging Face PEFT: kitout.load_peft(kit, folder, name)"
-        raise FileError(f"{folder} is no adapter folder ({file} is missing): {hint}")
+        raise FileError(f"{folder} is not an adapter folder ({file} is missing): {hint}")
     return folder / file
 
 
@@ -180,16 +180,16 @@ def _with_path(folder_path: Path, step: Any) -> Any:
 
 
 def _check_base(state: KitState, folder_path: Path, record: AdapterJson) -> None:
-    here = fingerprint(state, [s.path for s in record.sites], [h.path for h in record.heads])
-    if not (here.valued and record.base.valued):
-        which = "This base is" if not here.valued else f"The base {folder_path} was made for was"
+    current = fingerprint(state, [s.path for s in record.sites], [h.path for h in record.heads])
+    if not (current.valued and record.base.valued):
+        which = "This base is" if not current.valued else f"The base {folder_path} was made for was"
         warnings.warn(
             f"{which} on the meta device: bases compared by keys and shapes only, not by values", stacklevel=4
         )
-    faults = Errors(WrongBase, f"{folder_path} was made for another base")
-    for fault in differences(record.base, here):
-        faults.add(fault)
-    faults.raise_if_any()
+    errors = Errors(WrongBase, f"{folder_path} was made for another base")
+    for message in differences(record.base, current):
+        errors.add(message)
+    errors.raise_if_any()
 
 
 def _sites(state: KitState, folder_path: Path, record: AdapterJson, choose: Any) -> list[Site]:
@@ -197,14 +197,14 @@ def _sites(state: KitState, folder_path: Path, record: AdapterJson, choose: Any)
     sites: list[Site] = _with_path(folder_path, choose)
     check_sites(state, record.name, sites, [h.path for h in record.heads])
     old, new = {s.key: s for s in record.sites}, {s.key: SiteEntry.of(s) for s in sites}
-    faults = Errors(FileError, f"{folder_path}: its sites are not those that {record.method} finds in this model")
+    errors = Errors(FileError, f"{folder_path}: its sites are not those that {record.method} finds in this model")
     if len(old) != len(record.sites):
-        faults.add(f"it lists {len(record.sites)} sites, {len(old)} different ones")
+        errors.add(f"it lists {len(record.sites)} sites, {len(old)} different ones")
     for key in [*old, *(k for k in new if k not in old)]:
-        fault = _site_error(key, old.get(key), new.get(key))
-        if fault and len(faults.messages) < MAX_SITE_ERRORS:
-            faults.add(fault)
-    faults.raise_if_any()
+        message = _site_error(key, old.get(key), new.get(key))
+        if message and len(errors.messages) < MAX_SITE_ERRORS:
+            errors.add(message)
+    errors.raise_if_any()
     return sites
 
 
@@ -212,9 +212,9 @@ def _site_error(key: str, old: SiteEntry | None, new: SiteEntry | None) -> str |
     if old is None or new is None:
         return f"{key[:120]}: {'not in the file' if old is None else 'not found here'}"
     fields = ("path", "role", "port", "d_in", "d_out", "channels")
-    wrong = [f for f in fields if getattr(old, f) != getattr(new, f)]
-    told = [f"{f} was {str(getattr(old, f))[:60]}, here {str(getattr(new, f))[:60]}" for f in wrong]
-    return f"{key}: {'; '.join(told)}" if told else None
+    changed = [f for f in fields if getattr(old, f) != getattr(new, f)]
+    changes = [f"{f} was {str(getattr(old, f))[:60]}, here {str(getattr(new, f))[:60]}" for f in changed]
+    return f"{key}: {'; '.join(changes)}" if changes else None
 
 
 def _build_empty(
@@ -226,17 +226,17 @@ def _build_empty(
     sites: list[Site],
     head_modules: Mapping[str, nn.Module],
 ) -> tuple[Adapter, dict[str, TensorSlot]]:
-    faults = Errors(FileError, str(folder_path))
+    errors = Errors(FileError, str(folder_path))
     modules = {}
     for head in record.heads:
         try:
             head_site(state, head.path)
             modules[head.path] = build_from_spec(head, state.base, head_modules)
         except (FileError, TargetError) as error:
-            faults.add(str(error))
-    if strangers := [path for path in head_modules if path not in {h.path for h in record.heads}]:
-        faults.add(f"heads: the adapter has none at {', '.join(strangers)}")
-    faults.raise_if_any()
+            errors.add(str(error))
+    if unknown := [path for path in head_modules if path not in {h.path for h in record.heads}]:
+        errors.add(f"heads: the adapter has none at {', '.join(unknown)}")
+    errors.raise_if_any()
     try:
         return build_empty(state, name, method, sites, modules)
     except KitoutError as error:
@@ -246,47 +246,47 @@ def _build_empty(
 def _check_header(
     folder_path: Path, record: AdapterJson, tensors: SafetensorsFile, slots: Mapping[str, TensorSlot]
 ) -> None:
-    """The tensors' file promises exactly what this adapter needs: size, names, shapes, dtypes."""
-    faults = Errors(FileError, str(folder_path))
+    """The header of the tensors' file lists exactly what this adapter needs: size, names, shapes, dtypes."""
+    errors = Errors(FileError, str(folder_path))
     if tensors.size != record.tensors.bytes:
-        faults.add(f"{TENSORS} has {tensors.size:,} bytes, {RECORD} says {record.tensors.bytes:,}")
-    expected = None if record.dtype == "mixed" else getattr(torch, record.dtype)
-    found = {n: (e.dtype, e.shape) for n, e in tensors.entries.items()}
+        errors.add(f"{TENSORS} has {tensors.size:,} bytes, {RECORD} says {record.tensors.bytes:,}")
+    adapter_dtype = None if record.dtype == "mixed" else getattr(torch, record.dtype)
+    stored = {n: (e.dtype, e.shape) for n, e in tensors.entries.items()}
     for key, slot in slots.items():
-        if key not in found:
+        if key not in stored:
             continue
-        dtype, shape = found[key]
-        if slot.base is not None and expected is not None:  # kept as integer steps
-            wanted, found[key] = float_steps.steps_of(expected), (expected, shape)
+        dtype, shape = stored[key]
+        if slot.base is not None and adapter_dtype is not None:  # kept as integer steps
+            expected, stored[key] = float_steps.steps_of(adapter_dtype), (adapter_dtype, shape)
         else:
-            wanted = expected if expected is not None and dtype.is_floating_point else dtype
-        if dtype != wanted:
-            faults.add(f"tensor {key!r} has dtype {dtype}, {RECORD} says {record.dtype}: it must be {wanted}")
-    check_tensors(slots, found, faults)
+            expected = adapter_dtype if adapter_dtype is not None and dtype.is_floating_point else dtype
+        if dtype != expected:
+            errors.add(f"tensor {key!r} has dtype {dtype}, {RECORD} says {record.dtype}: it must be {expected}")
+    check_tensors(slots, stored, errors)
     if record.dtype == "mixed" and any(s.base is not None for s in slots.values()):
-        faults.add(f"{RECORD} says mixed dtypes, and trained copies have one")
+        errors.add(f"{RECORD} says mixed dtypes, and trained copies have one")
     count = sum(s.tensor.numel() for s in slots.values() if isinstance(s.tensor, nn.Parameter))
     if record.parameters != count:
-        faults.add(f"{RECORD} says {record.parameters:,} parameters, this adapter has {count:,}")
-    faults.raise_if_any()
+        errors.add(f"{RECORD} says {record.parameters:,} parameters, this adapter has {count:,}")
+    errors.raise_if_any()
 
 
 def _values(
     folder_path: Path, record: AdapterJson, slots: Mapping[str, TensorSlot], stored: dict[str, Tensor], digest: str
 ) -> dict[str, Tensor]:
-    faults = Errors(FileError, str(folder_path))
+    errors = Errors(FileError, str(folder_path))
     if digest != record.tensors.sha256:
-        faults.add(f"{TENSORS} is not the file {RECORD} was written with (sha256 {digest[:12]}..., not "
+        errors.add(f"{TENSORS} is not the file {RECORD} was written with (sha256 {digest[:12]}..., not "
                    f"{record.tensors.sha256[:12]}...): it was damaged or exchanged; copy the folder again")  # fmt: skip
-    faults.raise_if_any()
+    errors.raise_if_any()
     values = dict(stored)
     with torch.no_grad():
         for key, slot in slots.items():
             if slot.base is not None:
                 values[key] = float_steps.from_steps(stored[key], slot.base, getattr(torch, record.dtype))
     if bad := non_finite_names(values):
-        faults.add(f"NaN or infinity in {', '.join(bad[:4])}")
-    faults.raise_if_any()
+        errors.add(f"NaN or infinity in {', '.join(bad[:4])}")
+    errors.raise_if_any()
     return values
 
 

@@ -1,7 +1,7 @@
-"""adapter.json: what an adapter is, beside the tensors. Its fields, how they are written and how they are read back.
+"""adapter.json: what an adapter is, beside its tensors. Its fields, how they are written and how they are read.
 
-Everything a load needs is here, and every field is checked: unknown ones, wrong types and impossible values are all
-named in one FileError. It knows the schema alone; whether it fits a model is for `store` to find out.
+Everything that a load needs is here, and every field is checked: unknown fields, other types and impossible values are
+all named in one FileError. It knows the schema only; `adapter_folder.py` checks whether it fits a model.
 """
 
 from __future__ import annotations
@@ -30,59 +30,81 @@ class _StrictModel(BaseModel):
 
 
 class SiteEntry(_StrictModel):
-    """One site. channels: of a fused projection, as [first, last + 1] runs; None = all."""
+    """One site."""
 
     key: str
+    """Its name in tensor names."""
     path: str
+    """Of its module."""
     role: str
     port: str
     d_in: int
     d_out: int
     channels: list[list[int]] | None = None
+    """Its channels of a fused projection, as runs [first, last + 1]; None: all."""
 
     @classmethod
     def of(cls, site: Site) -> SiteEntry:
-        s = site
         return cls(
-            key=s.key, path=s.path, role=s.role, port=s.port, d_in=s.d_in, d_out=s.d_out, channels=runs(s.channels)
+            key=site.key,
+            path=site.path,
+            role=site.role,
+            port=site.port,
+            d_in=site.d_in,
+            d_out=site.d_out,
+            channels=runs(site.channels),
         )
 
 
 class HeadEntry(_StrictModel):
-    """A replaced module. module: how to build it again (see `heads.py`), None if its class is not among the known."""
+    """One head: a module of the base that the adapter replaces."""
 
     path: str
+    """Of the module in the base."""
     kind: str
+    """Full name of its class."""
     module: dict[str, Any] | None
+    """How to build it again (`head_spec.py`); None where its class is not among the known layers."""
 
 
 class TensorsEntry(_StrictModel):
-    """The tensors' file: its size and sha256."""
+    """The file of the tensors."""
 
     bytes: int = Field(ge=0)
+    """Its size."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Of all its bytes."""
 
 
 class AdapterJson(_StrictModel):
-    """One adapter. dtype: of its floating-point tensors, "mixed" if they differ. note: whatever the user wrote."""
+    """One adapter. The fields and their order are those of the file."""
 
     format: Literal[1]
+    """Version of this schema."""
     kitout: str
+    """Version of kitout that wrote it."""
     name: str
     method: str
+    """Class name of the method."""
     settings: dict[str, Any]
+    """Every setting of the method."""
     seed: int | None
+    """Of its initial values."""
     strength: float = Field(allow_inf_nan=False)
     dtype: Literal["float64", "float32", "float16", "bfloat16", "mixed"]
+    """Of its floating-point tensors; "mixed" where they differ."""
     parameters: int = Field(ge=0)
+    """Number of trainable parameters."""
     sites: list[SiteEntry]
     heads: list[HeadEntry]
     tensors: TensorsEntry
     base: Fingerprint
+    """Of the base it was made for."""
     note: dict[str, Any]
+    """The adapter's metadata: whatever the user wrote."""
 
     def write(self, path: Path) -> None:
-        """As readable json; raises FileError if the note holds what json cannot."""
+        """Writes readable json; raises FileError if the metadata holds what json cannot."""
         fields = self.model_dump(exclude_none=False)
         for site in fields["sites"]:
             if site["channels"] is None:
@@ -91,11 +113,13 @@ class AdapterJson(_StrictModel):
             # Long lists stay on one line each: the file is for people too.
             lines = [f"{json.dumps(k)}: {_to_json_lines(v)}" for k, v in fields.items()]
         except (TypeError, ValueError, RecursionError) as error:
-            raise FileError(f"note cannot be written as json: {error}; use strings, numbers, lists and dicts") from None
+            raise FileError(
+                f"metadata cannot be written as json: {error}; use strings, numbers, lists and dicts"
+            ) from None
         path.write_text("{\n  " + ",\n  ".join(lines) + "\n}\n", encoding="utf-8")
 
     def method_instance(self) -> Method:
-        """The method with its settings; raises FileError naming what is unknown."""
+        """The method with its settings; raises FileError that names what is unknown."""
         cls = REGISTRY.get(self.method)
         if cls is None:
             raise FileError(
@@ -136,10 +160,10 @@ def read_adapter_json(path: Path) -> AdapterJson:
     try:
         return AdapterJson.model_validate(fields)
     except ValidationError as error:
-        faults = Errors(FileError, f"{path} is no adapter record")
+        errors = Errors(FileError, f"{path} is not an adapter record")
         for e in error.errors(include_url=False, include_input=False)[:MAX_SHOWN_ERRORS]:
-            faults.add(f"{'.'.join(map(str, e['loc']))[:120]}: {e['msg'][:200]}")
-        faults.raise_if_any()
+            errors.add(f"{'.'.join(map(str, e['loc']))[:120]}: {e['msg'][:200]}")
+        errors.raise_if_any()
         raise
 
 
@@ -147,10 +171,10 @@ def runs(channels: tuple[int, ...] | None) -> list[list[int]] | None:
     """Sorted indices as [first, last + 1] runs: interleaved layouts have few runs and many channels."""
     if channels is None:
         return None
-    found: list[list[int]] = []
-    for c in channels:
-        if found and found[-1][1] == c:
-            found[-1][1] = c + 1
+    result: list[list[int]] = []
+    for channel in channels:
+        if result and result[-1][1] == channel:
+            result[-1][1] = channel + 1
         else:
-            found.append([c, c + 1])
-    return found
+            result.append([channel, channel + 1])
+    return result

@@ -1,8 +1,8 @@
-"""An adapter taken apart into named tensors, and built again from them without computing initial values.
+"""An adapter as named tensors, and built again from them without computing initial values.
 
-Building happens on the meta device, over copies of the sites' modules that have shapes and no values: no random
-numbers are drawn, no weight is decomposed, and nothing enters the kit until every tensor is in its place. Shared by
-every file format; it knows nothing of any of them.
+An adapter is built on the meta device, over copies of the sites' modules that have shapes and no values. No random
+numbers are drawn, no weight is decomposed, and nothing is added to the kit until every tensor is set. All file formats
+share it; it knows nothing of them.
 """
 
 from __future__ import annotations
@@ -30,14 +30,13 @@ _meta_copies: WeakKeyDictionary[KitState, dict[str, nn.Module]] = WeakKeyDiction
 
 @dataclass
 class TensorSlot:
-    """One tensor of an adapter. places: every dict and name it is held under (tied tensors have several).
-
-    base: the frozen tensor it started from, where the adapter holds a trained copy of it.
-    """
+    """One tensor of an adapter and where it is held."""
 
     tensor: Tensor
     base: Tensor | None = None
+    """The frozen tensor it started from, where the adapter holds a trained copy of it."""
     places: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+    """Every dict and name it is held under; tied tensors have several."""
 
     def set(self, value: Tensor) -> None:
         new = nn.Parameter(value, self.tensor.requires_grad) if isinstance(self.tensor, nn.Parameter) else value
@@ -46,9 +45,9 @@ class TensorSlot:
 
 
 def tensor_slots(adapter: Adapter) -> dict[str, TensorSlot]:
-    """Every parameter and lasting buffer of an adapter, each once, under the name it has in a file."""
-    named: dict[str, TensorSlot] = {}
-    seen: dict[int, TensorSlot] = {}
+    """Every parameter and persistent buffer of an adapter, each once, under the name it has in a file."""
+    slots: dict[str, TensorSlot] = {}
+    by_id: dict[int, TensorSlot] = {}
     parts: list[tuple[str, nn.Module, Mapping[str, Tensor]]] = []
     if adapter.shared is not None:
         parts.append((SHARED, adapter.shared, {}))
@@ -58,18 +57,17 @@ def tensor_slots(adapter: Adapter) -> dict[str, TensorSlot]:
     for path, head in adapter.heads.items():
         assert isinstance(head.module, nn.Module)
         parts.append((HEAD + path, head.module, {}))
-    for stem, top, bases in parts:
+    for prefix, top, bases in parts:
         for path, module in top.named_modules():
-            passing = module._non_persistent_buffers_set
             for owner in (module._parameters, module._buffers):
                 for name, tensor in owner.items():
-                    if tensor is None or name in passing:
+                    if tensor is None or name in module._non_persistent_buffers_set:
                         continue
-                    local = f"{path}.{name}" if path else name
-                    if id(tensor) not in seen:
-                        seen[id(tensor)] = named[f"{stem}.{local}"] = TensorSlot(tensor, bases.get(local))
-                    seen[id(tensor)].places.append((owner, name))
-    return named
+                    key = f"{path}.{name}" if path else name
+                    if id(tensor) not in by_id:
+                        by_id[id(tensor)] = slots[f"{prefix}.{key}"] = TensorSlot(tensor, bases.get(key))
+                    by_id[id(tensor)].places.append((owner, name))
+    return slots
 
 
 def build_empty(
@@ -77,34 +75,34 @@ def build_empty(
 ) -> tuple[Adapter, dict[str, TensorSlot]]:
     """The adapter with shapes and no values, and its slots."""
     with torch.device("meta"), torch.no_grad():
-        hollow = [site.replace(module=_meta_copy_of(state, site)) for site in sites]
-        shared = method.build_shared(hollow)
-        deltas = {site.key: method.build(site, shared) for site in hollow}
+        meta_sites = [site.replace(module=_meta_copy_of(state, site)) for site in sites]
+        shared = method.build_shared(meta_sites)
+        deltas = {site.key: method.build(site, shared) for site in meta_sites}
     adapter = Adapter(name, method, sites, deltas, shared, heads)
     return adapter, tensor_slots(adapter)
 
 
 def _meta_copy_of(state: KitState, site: Site) -> nn.Module:
-    """The site's module without values; made once per kit, so that loading many adapters does not repeat it."""
-    known = _meta_copies.setdefault(state, {})
-    if site.path not in known:
-        known[site.path] = blank_copy(site.module)
-    return known[site.path]
+    """The site's module without values, built once per kit, so that loading many adapters does not repeat it."""
+    copies = _meta_copies.setdefault(state, {})
+    if site.path not in copies:
+        copies[site.path] = blank_copy(site.module)
+    return copies[site.path]
 
 
 def device_of(state: KitState, adapter: Adapter) -> dict[str, torch.device]:
-    """Stem of a tensor's name -> the device it belongs on: where the module is that it acts on."""
-    anywhere = next(state.base.parameters()).device
-    devices = {SHARED: anywhere} | {HEAD + path: anywhere for path in adapter.heads}
+    """First part of a tensor's name -> the device of the module that it acts on."""
+    default = next(state.base.parameters()).device
+    devices = {SHARED: default} | {HEAD + path: default for path in adapter.heads}
     for site in adapter.sites:
-        devices[site.key] = next((p.device for p in site.module.parameters()), anywhere)
+        devices[site.key] = next((p.device for p in site.module.parameters()), default)
     return devices
 
 
 def check_tensors(
-    slots: Mapping[str, TensorSlot], stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], faults: Errors
+    slots: Mapping[str, TensorSlot], stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], errors: Errors
 ) -> None:
-    """Names the tensors that are missing, too many, of another shape or of another kind of number."""
+    """Adds an error for tensors that are missing, unexpected, of another shape or of another kind of dtype."""
     for verb, names in (
         ("is missing", [n for n in slots if n not in stored]),
         ("does not belong to this adapter", [n for n in stored if n not in slots]),
@@ -113,16 +111,16 @@ def check_tensors(
             shown = ", ".join(repr(n[:100]) for n in names[:4]) + (
                 f" and {len(names) - 4} more" if len(names) > 4 else ""
             )
-            faults.add(f"tensor {shown} {verb}")
+            errors.add(f"tensor {shown} {verb}")
     for name, slot in slots.items():
         if name not in stored:
             continue
         dtype, shape = stored[name]
         if shape != tuple(slot.tensor.shape):
-            faults.add(f"tensor {name!r} has shape {list(shape)}, here it must be {list(slot.tensor.shape)}")
-        alike = dtype.is_floating_point if slot.tensor.is_floating_point() else dtype == slot.tensor.dtype
-        if not alike:
-            faults.add(f"tensor {name!r} has dtype {dtype}, here it must be {slot.tensor.dtype}")
+            errors.add(f"tensor {name!r} has shape {list(shape)}, here it must be {list(slot.tensor.shape)}")
+        same_kind = dtype.is_floating_point if slot.tensor.is_floating_point() else dtype == slot.tensor.dtype
+        if not same_kind:
+            errors.add(f"tensor {name!r} has dtype {dtype}, here it must be {slot.tensor.dtype}")
 
 
 def non_finite_names(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -133,7 +131,7 @@ def non_finite_names(tensors: Mapping[str, Tensor]) -> list[str]:
 def fill_and_register(
     state: KitState, adapter: Adapter, slots: Mapping[str, TensorSlot], values: Mapping[str, Tensor], strength: float
 ) -> None:
-    """Fills the adapter's slots and adds it to the kit, as trainable as a fresh one and not worn."""
+    """Fills the adapter's slots and adds it to the kit, as trainable as a new one and not active."""
     devices = device_of(state, adapter)
     for name, slot in slots.items():
         slot.set(values[name].to(devices[name.partition(".")[0]]))

@@ -1,8 +1,8 @@
-"""Files and folders written whole or not at all: under another name beside the target, then put in its place.
+"""Files and folders written whole or not at all: under another name beside the target, then renamed to it.
 
-Whatever fails in between, the target is as it was and nothing else is left; a reader sees the old one or the new one.
-On Linux an existing folder is exchanged in one system call; elsewhere two renames are used, the first of which is
-taken back if the second fails. It knows nothing of what is in a file, and of a folder only the names of its files.
+Whatever fails in between, the target is as it was and nothing else is left. A reader sees the old one or the new one.
+On Linux an existing folder is exchanged in one system call. Elsewhere two renames are used, and the first is undone if
+the second fails. It knows nothing of what is in a file, and of a folder only the names of its files.
 """
 
 from __future__ import annotations
@@ -21,59 +21,59 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 
 
 def write_text(file: Path, text: str) -> Path:
-    """The text, in UTF-8, becomes the file."""
+    """Replaces the file with the text, in UTF-8."""
     return write_bytes(file, text.encode())
 
 
 def write_bytes(file: Path, data: bytes) -> Path:
-    """The bytes become the file. A kill leaves the former file, and maybe `.<name>.<pid>` beside it."""
-    fresh = file.with_name(f".{file.name}.{os.getpid()}")
+    """Replaces the file with the bytes. A killed process leaves the old file, and maybe `.<name>.<pid>` beside it."""
+    temp_path = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        fresh.write_bytes(data)
-        os.replace(fresh, file)
+        temp_path.write_bytes(data)
+        os.replace(temp_path, file)
     finally:
-        fresh.unlink(missing_ok=True)
+        temp_path.unlink(missing_ok=True)
     return file
 
 
 def replace_folder(target: Path, files: Collection[str], write_into: Callable[[Path], None]) -> None:
-    """`fill` writes into an empty folder, which then becomes `target`.
+    """`write_into` fills an empty folder, which then becomes `target`.
 
-    target may be new, empty, or hold nothing but `files` (it is replaced then); anything else is refused, because
-    replacing the folder would delete what is not ours.
+    target may be new, empty, or hold nothing but `files`, which are replaced. Anything else is refused, because
+    replacing the folder would delete files that are not kitout's.
     """
     target = target.expanduser().resolve()  # a link is followed: the folder it leads to is the one replaced
     check_replaceable(target, files)
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.parent / f".kitout-{uuid.uuid4().hex}"
+    temp_path = target.parent / f".kitout-{uuid.uuid4().hex}"
     try:
-        fresh.mkdir()
-        write_into(fresh)
-        for part in fresh.iterdir():
-            flush(part)
+        temp_path.mkdir()
+        write_into(temp_path)
+        for file in temp_path.iterdir():
+            flush(file)
         check_replaceable(target, files)  # writing may have taken a while
-        _move_into_place(fresh, target)
+        _move_into_place(temp_path, target)
         flush(target.parent)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(temp_path, ignore_errors=True)
 
 
 def check_replaceable(target: Path, files: Collection[str]) -> None:
-    """Raises FileError if `target` holds anything but the files that a folder of ours holds."""
+    """Raises FileError if `target` holds anything but these files."""
     if not target.exists():
         return
     if not target.is_dir():
         raise FileError(f"{target} is a file: name a new folder, an empty one, or an adapter folder to replace")
-    held = sorted(entry.name for entry in target.iterdir())
-    strange = [name for name in held if name not in files]
-    if strange:
-        shown = ", ".join(strange[:4]) + (", ..." if len(strange) > 4 else "")
-        what = "also holds" if set(files) <= set(held) else "is no adapter folder: it holds"
-        raise FileError(f"{target} {what} {shown}, which replacing it would delete: name another folder")
+    present = sorted(entry.name for entry in target.iterdir())
+    unexpected = [name for name in present if name not in files]
+    if unexpected:
+        shown = ", ".join(unexpected[:4]) + (", ..." if len(unexpected) > 4 else "")
+        reason = "also holds" if set(files) <= set(present) else "is not an adapter folder: it holds"
+        raise FileError(f"{target} {reason} {shown}, which replacing it would delete: name another folder")
 
 
 def _move_into_place(temp_path: Path, target: Path) -> None:
-    """fresh takes the place of target; what target was (if it was not empty) is left under fresh's name."""
+    """Renames temp_path to target. The old folder (if it was not empty) is left under the name of temp_path."""
     try:
         os.replace(temp_path, target)  # new, or an empty folder
         return
@@ -82,14 +82,14 @@ def _move_into_place(temp_path: Path, target: Path) -> None:
             raise
     if _exchange(temp_path, target):
         return
-    aside = temp_path.with_name(temp_path.name + "-old")
-    os.replace(target, aside)
+    old_path = temp_path.with_name(temp_path.name + "-old")
+    os.replace(target, old_path)
     try:
         os.replace(temp_path, target)
     except BaseException:
-        os.replace(aside, target)
+        os.replace(old_path, target)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old_path, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -104,9 +104,9 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def flush(path: Path) -> None:
-    """On the disk and not only in the system's memory, so that a power cut cannot empty what was renamed.
+    """Writes a file or folder to the disk, so that a power cut cannot empty what was renamed.
 
-    Some systems cannot flush a folder: there it is left to them.
+    Some systems cannot flush a folder: they do it when they choose.
     """
     try:
         handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what may be written

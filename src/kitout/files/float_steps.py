@@ -1,8 +1,8 @@
 """A trained copy of a frozen tensor kept as its difference, so that a file holds no base weights and loses no bit.
 
 Subtracting floats loses bits (1e-10 - 1 is -1), so the difference is counted in steps from one representable number to
-the next: an integer per value, zero where nothing was learnt, exact on the same base. On a copy of that base in another
-precision the same steps from the rounded start end within the same relative rounding. It knows tensors only.
+the next: an integer per value, zero where training changed nothing, exact on the same base. On a copy of that base in
+another precision, the same steps from the rounded start end within the same relative rounding. It knows tensors only.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ def steps_of(dtype: torch.dtype) -> torch.dtype:
 
 
 def to_steps(trained: Tensor, base: Tensor) -> Tensor:
-    """How many numbers lie between the start and the trained value, with sign; wraps around like the integers do."""
+    """Number of representable numbers from the start to the trained value, with sign; wraps around as integers do."""
     start = base.detach().to(trained.device, trained.dtype)
     return _order(trained.detach()) - _order(start)
 
 
 def from_steps(steps: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
-    """The trained values."""
+    """The trained values: `steps` representable numbers from the start."""
     order = _order(base.detach().to(steps.device, dtype)) + steps
     return _flip(order).view(dtype)
 
@@ -36,5 +36,5 @@ def _order(value: Tensor) -> Tensor:
 
 
 def _flip(bits: Tensor) -> Tensor:
-    """Negative floats grow downwards in their bits; its own inverse."""
+    """Reverses the order of negative floats, whose bits grow as their values fall. Its own inverse."""
     return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)

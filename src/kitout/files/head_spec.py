@@ -1,8 +1,8 @@
-"""Heads in files: how a replaced module is written down so that it can be built again without running foreign code.
+"""Heads in files: how a replaced module is described so that it can be built again without running foreign code.
 
-Three ways, in this order: a module of the known plain layers is described by its constructor's facts; one that equals
-the base's own module at that path in class, settings and shapes is "the base's"; for any other class the file keeps
-its tensors and the reader has to hand in the module. It knows nothing of adapters, tensors' values or folders.
+Three ways, in this order. A module of the known layers is described by its constructor's arguments. A module that
+equals the base's own at that path in class, settings and shapes is described as "the same as the base". For any other
+class the file keeps the tensors, and the reader passes the module. It knows nothing of adapters, values or folders.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kitout.files.adapter_json import HeadEntry
 MAX_WIDTH = 2**24
 MAX_LAYERS = 64
 
-# What each known layer is built from: argument -> how to read it off a module. Types are checked when read back.
+# What each known layer is built from: argument -> how to read it from a module. Types are checked when a file is read.
 Spec = dict[str, Callable[[Any], Any]]
 _width: Spec = {"in_features": lambda m: m.in_features, "out_features": lambda m: m.out_features}
 KNOWN_LAYERS: dict[type[nn.Module], Spec] = {
@@ -57,7 +57,7 @@ BY_NAME = {cls.__name__: cls for cls in KNOWN_LAYERS}
 
 
 def spec_of(path: str, head: nn.Module, base: nn.Module) -> HeadEntry:
-    """The record of one head."""
+    """The entry of one head in adapter.json."""
     kind = f"{type(head).__module__}.{type(head).__qualname__}"
     spec = _spec(head)
     if spec is None and _is_same_module(head, base.get_submodule(path)):
@@ -66,12 +66,12 @@ def spec_of(path: str, head: nn.Module, base: nn.Module) -> HeadEntry:
 
 
 def build_from_spec(record: HeadEntry, base: nn.Module, head_modules: Mapping[str, nn.Module]) -> nn.Module:
-    """The head's module, its values still to be filled; raises FileError if it cannot be told what it is."""
+    """The head's module, its values still to be filled; raises FileError if the entry does not describe one."""
     if record.path in head_modules:
         return head_modules[record.path]
     if record.module is None:
         raise FileError(
-            f"the head at {record.path!r} is a {record.kind[:120]}, which a file cannot describe: hand one in, "
+            f"the head at {record.path!r} is a {record.kind[:120]}, which a file cannot describe: pass one, "
             f"kit.load(folder, heads={{{record.path!r}: module}})"
         )
     if record.module == {"same_as_base": True}:
@@ -79,7 +79,7 @@ def build_from_spec(record: HeadEntry, base: nn.Module, head_modules: Mapping[st
     try:
         return _build(record.module, [MAX_LAYERS])
     except (TypeError, ValueError, KeyError, RuntimeError, RecursionError, AttributeError) as error:
-        raise FileError(f"the head at {record.path!r} is described wrongly: {str(error)[:200]}") from None
+        raise FileError(f"the head at {record.path!r} has an invalid description: {str(error)[:200]}") from None
 
 
 def blank_copy(module: nn.Module) -> nn.Module:
@@ -94,15 +94,15 @@ def blank_copy(module: nn.Module) -> nn.Module:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, taps aside."""
+    """The class of a module without those that kitout has put on it."""
     cls: type[nn.Module] = type(module)
-    while "kitout_base" in cls.__dict__:  # the model itself has two of ours, one on the other
+    while "kitout_base" in cls.__dict__:  # the model itself has two of them
         cls = cls.__dict__["kitout_base"]
     return cls
 
 
 def _empty_like(tensor: Any) -> Any:
-    """On the meta device; packed tensors of other classes stay what they are."""
+    """The tensor on the meta device; packed tensors of other classes are kept."""
     if tensor is None or type(tensor.data) is not torch.Tensor:
         return tensor
     empty = torch.empty_like(tensor, device="meta")
@@ -111,42 +111,40 @@ def _empty_like(tensor: Any) -> Any:
 
 def _spec(module: nn.Module) -> dict[str, Any] | None:
     if type(module) is nn.Sequential:
-        inner = [_spec(m) for m in module]
-        named = [name for name, _ in module.named_children()]
-        plain = named == [str(i) for i in range(len(named))]
-        return {"Sequential": inner} if plain and None not in inner else None
-    facts = KNOWN_LAYERS.get(type(module))
-    if facts is None or _is_customized(module):
+        layers = [_spec(m) for m in module]
+        names = [name for name, _ in module.named_children()]
+        is_numbered = names == [str(i) for i in range(len(names))]
+        return {"Sequential": layers} if is_numbered and None not in layers else None
+    arguments = KNOWN_LAYERS.get(type(module))
+    if arguments is None or _is_customized(module):
         return None
-    return {type(module).__name__: {name: read(module) for name, read in facts.items()}}
+    return {type(module).__name__: {name: read(module) for name, read in arguments.items()}}
 
 
 def _is_customized(module: nn.Module) -> bool:
-    """Parametrised (weight norm) or given its own forward: then it is not what its class says."""
+    """Parametrized (weight norm), hooked or with a forward of its own: then it is not what its class says."""
     return "forward" in module.__dict__ or "parametrizations" in module._modules or bool(module._forward_hooks)
 
 
 def _build(spec: Any, remaining: list[int]) -> nn.Module:
-    """A module from its description; `left` counts down so that a description cannot ask for millions of layers."""
+    """A module from its description. `remaining` counts down: no description may ask for millions of layers."""
     remaining[0] -= 1
     if remaining[0] < 0:
         raise ValueError(f"more than {MAX_LAYERS} layers")
     if not isinstance(spec, dict) or len(spec) != 1:
         raise ValueError("a layer is one name with its settings")
-    ((name, facts),) = spec.items()
+    ((name, arguments),) = spec.items()
     if name == "Sequential":
-        return nn.Sequential(*(_build(inner, remaining) for inner in facts))
-    cls = BY_NAME[name] if name in BY_NAME else _refuse_unknown(name)
-    if not isinstance(facts, dict) or set(facts) != set(KNOWN_LAYERS[cls]):
+        return nn.Sequential(*(_build(layer, remaining) for layer in arguments))
+    if name not in BY_NAME:
+        raise ValueError(f"{name[:40]!r} is none of {', '.join(BY_NAME)}, Sequential")
+    cls = BY_NAME[name]
+    if not isinstance(arguments, dict) or set(arguments) != set(KNOWN_LAYERS[cls]):
         raise ValueError(f"{name} needs exactly {', '.join(KNOWN_LAYERS[cls]) or 'no settings'}")
-    for value in facts.values():
+    for value in arguments.values():
         _check(value)
     with torch.device("meta"):
-        return cls(**facts)
-
-
-def _refuse_unknown(name: str) -> type[nn.Module]:
-    raise ValueError(f"{name[:40]!r} is none of {', '.join(BY_NAME)}, Sequential")
+        return cls(**arguments)
 
 
 def _check(value: Any) -> None:
@@ -154,9 +152,9 @@ def _check(value: Any) -> None:
         for v in value:
             _check(v)
     elif isinstance(value, int) and not -MAX_WIDTH < value < MAX_WIDTH:
-        raise ValueError(f"{value} is no width")
+        raise ValueError(f"{value} is not a width")
     elif not isinstance(value, (int, float, bool, str, type(None))):
-        raise ValueError(f"{type(value).__name__} is no setting")
+        raise ValueError(f"{type(value).__name__} is not a setting")
 
 
 def _is_same_module(head: nn.Module, base_module: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """The methods, one file each. Importing a method's file registers it: a new method adds one line here.
 
-No method knows another; what two of them share is a Delta in a file of its own (`lowrank.py`).
+No method knows another; what two of them share is a Delta in a file of its own, in `deltas/`.
 """
 
 from kitout.methods.adaptformer import AdaptFormer

@@ -1,8 +1,8 @@
 """BitFit: only the biases are trained.
 
 Ben Zaken et al. 2021 (arXiv 2106.10199), code benzakenelad/BitFit: every bias of the model (projections, norms,
-pooler), heads aside. Held as the difference from the frozen bias, so a fresh one is the identity. A model without any
-bias gets zero-initialised ones on every linear and norm inside its blocks (as r-three/t-few does).
+pooler), except heads. Held as the difference from the frozen bias, so a new one is the identity. A model without any
+bias gets zero-initialized ones on every linear and norm inside its blocks (as r-three/t-few does).
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class BitFit(Method):
     def sites(self, survey: Any) -> list[Site]:
         if self.targets is not None:
             return select(survey.sites, self.targets, self.layers)
-        within = select(survey.sites, "*", self.layers)
-        able = [s for s in within if s.kind in KINDS and s.role != "head" and s.channels is None]
-        biased = [s for s in able if bias(s.module) is not None]
+        selected = select(survey.sites, "*", self.layers)
+        candidates = [s for s in selected if s.kind in KINDS and s.role != "head" and s.channels is None]
+        biased = [s for s in candidates if bias(s.module) is not None]
         if biased and not self.everywhere:
             return biased
-        return [s for s in able if s.layer is not None or s in biased]
+        return [s for s in candidates if s.layer is not None or s in biased]
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         return ShiftDelta(site.d_out)

@@ -1,8 +1,8 @@
 """Full fine-tuning as an adapter: every parameter the model reads has a trained copy; the base stays as it is.
 
-Exactly ordinary fine-tuning (same function, same gradients), but worn, switched, mixed, routed by row, merged and saved
-(as a difference) like any other adapter. Rows of one batch cannot each have their own class or position tokens. It
-knows nothing of how copies are worn (`copies.py`).
+Exactly ordinary fine-tuning (same function, same gradients), but activated, switched, mixed, routed by row, merged and
+saved (as a difference) like any other adapter. Rows of one batch cannot each have their own class or position tokens.
+It knows nothing of how copies become active (`deltas/trained_copy.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Houlsby's serial adapters: a bottleneck at the end of every sublayer, and the norms trained along.
+"""Houlsby's serial adapters: a bottleneck at the end of every sublayer, and the norms trained too.
 
 Houlsby et al. 2019 (arXiv 1902.00751), figure 2; code google-research/adapter-bert (modeling.py: feedforward_adapter,
 and its collection of all layer norms): y' = y + up(gelu(down y)) on what a sublayer adds to the residual stream, before
@@ -29,7 +29,7 @@ class Houlsby(Method):
 
     A norm between projection and sum belongs to its sublayer, so the adapter comes after it. width: of the bottleneck.
     norms: every norm's gain and, where it has one, its shift are trained too, as factor and offset on its output.
-    activation: of the bottleneck. std: of the start.
+    activation: of the bottleneck. std: of the initial weights.
     """
 
     training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3)

@@ -1,7 +1,7 @@
 """(IA)^3: learned vectors that rescale keys, values and the feed-forward activations.
 
 Liu et al. 2022 (arXiv 2205.05638), eq. 1 and figure 1; code r-three/t-few (configs/ia3.json). K' = l_k * (W_k x),
-V' = l_v * (W_v x), FFN = W_2 (l_ff * act(W_1 x)), every l initialised to 1, also on cross-attention; never on q. The
+V' = l_v * (W_v x), FFN = W_2 (l_ff * act(W_1 x)), every l initialized to 1, also on cross-attention; never on q. The
 FFN vector sits on the input of the down projection, which is the same place for gated blocks.
 """
 

@@ -1,4 +1,4 @@
-"""LoRA and its kin: rsLoRA's scale, DoRA's magnitude, PiSSA's start; rank and alpha by role if wanted.
+"""LoRA and its variants: rsLoRA's scale, DoRA's magnitude, PiSSA's initialization; rank and alpha also by role.
 
 Hu et al. 2021 (arXiv 2106.09685), code microsoft/LoRA; Kalajdzievski 2023 (rsLoRA, arXiv 2312.03732: alpha / sqrt r);
 Meng et al. 2024 (PiSSA, arXiv 2404.02948). A ~ kaiming_uniform(a = sqrt 5), B = 0; an embedding's A = 0, B ~ N(0, 1).
@@ -28,11 +28,11 @@ ByRole = dict[str, int]
 
 @register
 class LoRA(Method):
-    """A low-rank change of chosen projections: y' = y + alpha / rank * B A dropout(x).
+    """A low-rank change of selected projections: y' = y + alpha / rank * B A dropout(x).
 
     rank, alpha: a number, or numbers by role as in {"attn.*": 8, "mlp.*": 16}. alpha None = 2 * rank. dropout: on x.
-    rslora: alpha / sqrt rank. dora: renormalise to a learned magnitude. init: "default", or "pissa" (A and B start as
-    the principal directions of W, whose product is taken off again, so a fresh adapter is the identity).
+    rslora: alpha / sqrt rank. dora: renormalize to a learned magnitude. init: "default", or "pissa" (A and B start as
+    the principal directions of W, whose product is subtracted again, so a new adapter is the identity).
     """
 
     training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3, weight_decay=0.01)
@@ -62,22 +62,26 @@ class LoRA(Method):
         return alpha
 
     @model_validator(mode="after")
-    def _check_start(self) -> LoRA:
+    def _check_init(self) -> LoRA:
         if self.dora and self.init == "pissa":
-            raise ValueError("dora=True starts from the whole weight and pissa from its principal part: choose one")
+            raise ValueError(
+                "dora=True starts from the whole weight and pissa from its principal directions: choose one"
+            )
         return self
 
-    def _check_place(self, site: Site) -> None:
+    def _check_site(self, site: Site) -> None:
         if site.role.startswith("sub.") or site.role == "block":
             raise TargetError(f"LoRA over {site.role} ({site.path}): it changes a projection; write mlp.down or attn.o")
         if site.port == "in" and (self.dora or self.init == "pissa"):
-            raise ConfigError(f"dora and pissa read the weight behind an output, and {site.path} is taken at its input")
+            raise ConfigError(
+                f"dora and pissa read the weight behind an output, and {site.path} is adapted at its input"
+            )
 
     def rank_at(self, site: Site) -> int:
         rank = value_for_role(self.rank, site, "rank")
-        widest = min(fan_in(site), site.d_out)
-        if rank > widest:
-            raise ConfigError(f"rank {rank} is more than {site.path} can hold: at most {widest} ({site.role})")
+        max_rank = min(fan_in(site), site.d_out)
+        if rank > max_rank:
+            raise ConfigError(f"rank {rank} is more than {site.path} can hold: at most {max_rank} ({site.role})")
         return int(rank)
 
     def scale_at(self, site: Site) -> float:
@@ -86,7 +90,7 @@ class LoRA(Method):
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
-        self._check_place(site)
+        self._check_site(site)
         rank, width = self.rank_at(site), fan_in(site)
         scale = self.scale_at(site)
         a, b = init_factors(site, rank, width)
@@ -108,10 +112,10 @@ def value_for_role(value: float | dict[str, int] | dict[str, float], site: Site,
     """A setting that may be given by role; the last pattern that matches wins."""
     if not isinstance(value, dict):
         return value
-    found = [v for pattern, v in value.items() if matches(site, pattern)]
-    if not found:
-        raise ConfigError(f"{description} {value} says nothing for {site.path} ({site.role}): add {site.role!r} or '*'")
-    return found[-1]
+    matching = [v for pattern, v in value.items() if matches(site, pattern)]
+    if not matching:
+        raise ConfigError(f"{description} {value} has no value for {site.path} ({site.role}): add {site.role!r} or '*'")
+    return matching[-1]
 
 
 def init_factors(site: Site, rank: int, width: int) -> tuple[Tensor, Tensor]:

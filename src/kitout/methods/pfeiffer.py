@@ -3,7 +3,7 @@
 Pfeiffer et al. 2020 (AdapterFusion, arXiv 2005.00247; code adapter-hub/adapters, config "seq_bn"). Post-norm blocks:
 y = LN(up(relu(down(LN(h + x)))) + h + x), with h the feed-forward's value, x the residual and LN the block's own frozen
 norm. Blocks whose stream carries the sum on: z + up(relu(down z)), z the block's output. Start N(0, .01), biases 0
-(the code: .02, which costs more than it gives: docs/methods.md).
+(the code: .02, which trains worse: docs/methods.md).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kitout.methods.deltas.bottleneck import Activation, Bottleneck, bottleneck_
 class Pfeiffer(Method):
     """One serial adapter per block. Which form a block needs is seen in its forward, not in its name.
 
-    width: of the bottleneck. activation: of the bottleneck. std: of the start.
+    width: of the bottleneck. activation: of the bottleneck. std: of the initial weights.
     """
 
     default_location: ClassVar[str] = "end of every block"
@@ -42,8 +42,8 @@ class Pfeiffer(Method):
         if self.targets is not None:
             return select(survey.sites, self.targets, self.layers)
         blocks = select(survey.sites, "block", self.layers)
-        posts = {(s.tower, s.layer): s for s in survey.sites if s.role == "sub.mlp" and s.post_norm is not None}
-        return [posts.get((b.tower, b.layer), b) for b in blocks]
+        post_norm = {(s.tower, s.layer): s for s in survey.sites if s.role == "sub.mlp" and s.post_norm is not None}
+        return [post_norm.get((b.tower, b.layer), b) for b in blocks]
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         return Bottleneck(

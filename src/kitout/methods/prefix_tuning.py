@@ -2,13 +2,12 @@
 
 Li & Liang 2021 (arXiv 2101.00190), eq. 3 and section 4.3: K' = [P_k; K], V' = [P_v; V], raw (no rotation, projection
 or norm), text positions shifted by m as after real tokens. Encoder: [P_k, P_v] of all layers = W2 tanh(W1 e + b1) + b2;
-laid out as k0, v0, k1, v1, ... (jxhe/unify petl/petl_factory.py, and PEFT); dropout on keys and values.
+in the order k0, v0, k1, v1, ... (jxhe/unify petl/petl_factory.py, and PEFT); dropout on keys and values.
 Encoder-decoders have three prefixes (encoder self, decoder self, cross), each with an encoder of its own.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal
 
@@ -19,26 +18,26 @@ from torch import Tensor, nn
 
 from kitout.base.select import select
 from kitout.base.site import Site
-from kitout.base.survey import Survey
+from kitout.base.survey import Survey, pyramid_key
 from kitout.delta import Delta, KeyValue
 from kitout.errors import ConfigError, TargetError
 from kitout.method import Method, TrainingDefaults, register
 
 ATTENTION_PLACES = ("encoder", "decoder", "cross")
 INIT_STD_FRACTION = (
-    0.1  # of the deviation that real keys and values have: at the whole of it noise drowns the text (docs/methods.md)
+    0.1  # of the deviation of real keys and values: with all of it noise hides the text (docs/methods.md)
 )
 
 
 class PrefixEncoder(nn.Module):
-    """embedding [m, d] -> [m, width] through one hidden layer; a part of the output at a time."""
+    """embedding [m, d] -> [m, width] through one hidden layer; computes a slice of the output at a time."""
 
     def __init__(self, length: int, d: int, hidden: int, width: int) -> None:
         super().__init__()
         self.embedding = nn.Parameter(torch.randn(length, d))
         self.first = nn.Linear(d, hidden)
         self.second = nn.Linear(hidden, width)
-        self.output_slices: dict[str, slice] = {}  # of the output, by site
+        self.output_slices: dict[str, slice] = {}  # by site key
 
     def forward(self, output_slice: slice) -> Tensor:
         return F.linear(
@@ -58,22 +57,20 @@ class PrefixDelta(Delta):
 
 
 class EncodedPrefixDelta(Delta):
-    """The same, computed by an encoder: its own, or `part` of one it shares and does not hold."""
+    """The same, computed by an encoder: its own, or a slice of one that is shared and belongs to the adapter."""
 
     def __init__(
         self, encoder: PrefixEncoder, output_slice: slice, num_kv_heads: int, dropout: float, owns_encoder: bool
     ) -> None:
         super().__init__()
         self.own = encoder if owns_encoder else None
-        self._encoder_and_slice: tuple[PrefixEncoder, slice] = (
-            encoder,
-            output_slice,
-        )  # in a tuple: its parameters are not always this Delta's
+        # In a tuple, which registers nothing: the encoder's parameters are not always this Delta's.
+        self._encoder_and_slice: tuple[PrefixEncoder, slice] = (encoder, output_slice)
         self.num_kv_heads, self.dropout, self.num_tokens = num_kv_heads, dropout, encoder.embedding.shape[0]
 
     def compute_prefix(self) -> Tensor:
-        encoder, part = self._encoder_and_slice
-        values: Tensor = encoder(part)
+        encoder, output_slice = self._encoder_and_slice
+        values: Tensor = encoder(output_slice)
         return values.view(self.num_tokens, 2, self.num_kv_heads, -1)
 
     def key_values(self) -> KeyValue:
@@ -94,9 +91,9 @@ class PrefixTuning(Method):
     """Trained keys and values that every attention sees before those of the text.
 
     length: how many. encoder: hidden width of the MLP that computes them, None = trained flat. shared: one encoder for
-    all layers (of each place), or one per layer. dropout: on keys and values. init: "random" (normal, of a tenth of the
-    standard deviation that the layer's own keys and values have) or the token ids of a text, whose first `length` keys
-    and values it starts from. places: any of "encoder decoder cross" that the model has.
+    all layers (of each place), or one per layer. dropout: on keys and values. init: "random" (normal, with a tenth of
+    the standard deviation of the layer's own keys and values) or the token ids of a text, whose first `length` keys and
+    values it starts from. places: any of "encoder decoder cross" that the model has.
     """
 
     default_location: ClassVar[str] = "every attention call"
@@ -114,8 +111,8 @@ class PrefixTuning(Method):
 
     @model_validator(mode="after")
     def _check_settings(self) -> PrefixTuning:
-        words = self.places.split()
-        if not words or set(words) - set(ATTENTION_PLACES):
+        places = self.places.split()
+        if not places or set(places) - set(ATTENTION_PLACES):
             raise ValueError(f"places={self.places!r}: write any of {' '.join(ATTENTION_PLACES)!r}")
         if self.targets is not None:
             raise ValueError("a prefix sits at attention calls: choose places= and layers=, not targets=")
@@ -136,21 +133,21 @@ class PrefixTuning(Method):
                 iter(survey.kv_refusals.items()), ("this model", survey.unproven_reason or "no attention was seen")
             )
             raise TargetError(f"PrefixTuning finds no attention to add to: {path}: {why}")
-        words = self.places.split()
-        chosen = [s for s in select(survey.kv_sites, "kv.*", self.layers) if place(s) in words]
-        if not chosen:
+        places = self.places.split()
+        sites = [s for s in select(survey.kv_sites, "kv.*", self.layers) if place(s) in places]
+        if not sites:
             raise TargetError(f"places={self.places!r}: this model has {sorted({place(s) for s in survey.kv_sites})}")
-        for site in chosen:
+        for site in sites:
             if 0 < site.sliding_window <= self.length:
                 raise TargetError(
-                    f"{site.path} slides a window of {site.sliding_window} over the text and would drop a prefix of "
-                    f"{self.length}: shorten it, or choose layers= that see everything"
+                    f"{site.path} has a sliding window of {site.sliding_window} and would drop a prefix of "
+                    f"{self.length}: shorten it, or choose layers= with full attention"
                 )
-        lines = {_pyramid_key(s.tower) for s in chosen}
+        pyramids = {pyramid_key(s.tower) for s in sites}
         for path, why in survey.kv_refusals.items():
-            if any(_pyramid_key(path).startswith(f"{line}.") for line in lines):
+            if any(pyramid_key(path).startswith(f"{pyramid}.") for pyramid in pyramids):
                 raise TargetError(f"PrefixTuning cannot reach {path}: {why}")
-        return chosen
+        return sites
 
     def build_shared(self, sites: Sequence[Site]) -> nn.Module | None:
         if self.encoder is None or not self.shared:
@@ -161,8 +158,10 @@ class PrefixTuning(Method):
         encoders = nn.ModuleDict()
         for name, group in groups.items():
             encoder = PrefixEncoder(self.length, group[0].d_in, self.encoder, sum(2 * s.d_out for s in group))
-            ends = torch.tensor([0] + [2 * s.d_out for s in group], device="cpu").cumsum(0).tolist()
-            encoder.output_slices = {s.key: slice(a, b) for s, a, b in zip(group, ends, ends[1:], strict=False)}
+            stop = 0
+            for site in group:
+                start, stop = stop, stop + 2 * site.d_out
+                encoder.output_slices[site.key] = slice(start, stop)
             encoders[name] = encoder
         return encoders
 
@@ -185,17 +184,17 @@ class PrefixTuning(Method):
     ) -> None:
         if self.init == "random":
             return
-        found = key_values(torch.tensor([self.init]))
-        missing = [s.path for s in deltas if s.path not in found]
+        by_path = key_values(torch.tensor([self.init]))
+        missing = [s.path for s in deltas if s.path not in by_path]
         if missing:
             raise ConfigError(f"init: a text has no keys and values at {missing[0]}; use places= to leave it out")
         for site, delta in deltas.items():
             assert isinstance(delta, PrefixDelta)
-            k, v = (t[:, : self.length].transpose(0, 1) for t in found[site.path])  # [m, H_kv, d_h]
+            k, v = (t[:, : self.length].transpose(0, 1) for t in by_path[site.path])  # [m, H_kv, d_h]
             delta.prefix.copy_(torch.stack((k, v), 1))
 
     def training_defaults(self) -> TrainingDefaults:
-        """Through an encoder, whose weights all keys and values share, the rate is 3e-4."""
+        """With an encoder, whose weights all keys and values share, the learning rate is 3e-4."""
         return self.training if self.encoder is None else TrainingDefaults(3e-4)
 
     def inference_form(self) -> PrefixTuning:
@@ -207,11 +206,6 @@ class PrefixTuning(Method):
         widths = {_encoder_name(s) if self.shared else s.key: s.d_in for s in sites}  # one per encoder
         first = sum(self.length * d + d * self.encoder + self.encoder for d in widths.values())
         return first + sum((self.encoder + 1) * 2 * s.d_out for s in sites)
-
-
-def _pyramid_key(path: str) -> str:
-    """Without indices: the stages of a pyramid are one line of blocks."""
-    return re.sub(r"\d+", "*", path)
 
 
 def _encoder_name(site: Site) -> str:

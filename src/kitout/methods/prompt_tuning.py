@@ -3,7 +3,7 @@
 Lester et al. 2021 (arXiv 2104.08691); code google-research/prompt-tuning (prompts.py): X' = [P; E(x)], P [p, d], after
 the token embedding and before positions, so text positions shift by p; encoder-decoders take it in the encoder. Starts
 from p of the first 5,000 rows of the vocabulary without replacement, from text, from class labels (mean of their
-tokens, filled up with vocabulary), or normal at the table's own scale.
+tokens, then rows of the vocabulary), or normal at the table's own scale.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kitout.delta import Delta
 from kitout.errors import ConfigError, TargetError
 from kitout.method import Method, TrainingDefaults, register
 
-MAX_SAMPLED_ROWS = 5000  # rows of the vocabulary to sample from: tokenizers number what is frequent first
+MAX_SAMPLED_ROWS = 5000  # rows of the vocabulary to sample from: tokenizers number frequent tokens first
 PromptInit = Literal["vocab", "normal"] | tuple[int, ...] | tuple[tuple[int, ...], ...]
 
 
@@ -32,11 +32,8 @@ class PromptDelta(Delta):
     def __init__(self, prompt: Tensor, after_first_token: bool, pooled_by_classifier: bool) -> None:
         super().__init__()
         self.prompt = nn.Parameter(prompt)
-        self.num_tokens, self.after_first_token, self.pooled_by_classifier = (
-            prompt.shape[0],
-            after_first_token,
-            pooled_by_classifier,
-        )
+        self.num_tokens = prompt.shape[0]
+        self.after_first_token, self.pooled_by_classifier = after_first_token, pooled_by_classifier
 
     def token_vectors(self) -> Tensor:
         return self.prompt
@@ -100,9 +97,8 @@ class PromptTuning(Method):
             return torch.empty(self.length, site.d_out)
         size = weight.shape[0]
         if self.init == "normal":
-            return (
-                torch.randn(self.length, site.d_out) * _embed_ids(site, torch.arange(min(size, MAX_SAMPLED_ROWS))).std()
-            )
+            rows = _embed_ids(site, torch.arange(min(size, MAX_SAMPLED_ROWS)))
+            return torch.randn(self.length, site.d_out) * rows.std()
         if self.init == "vocab":
             return _embed_ids(site, self._sample_rows(size, self.length))
         bad = [i for entry in self.init for i in (entry if isinstance(entry, tuple) else (entry,)) if not 0 <= i < size]
@@ -111,9 +107,9 @@ class PromptTuning(Method):
         if isinstance(self.init[0], int):
             ids = torch.tensor([self.init[i % len(self.init)] for i in range(self.length)])
             return _embed_ids(site, ids)
-        means = [_embed_ids(site, torch.tensor(label)).mean(0) for label in self.init][: self.length]
-        filled = _embed_ids(site, self._sample_rows(size, self.length - len(means)))
-        return torch.cat((torch.stack(means), filled))
+        label_means = [_embed_ids(site, torch.tensor(label)).mean(0) for label in self.init][: self.length]
+        sampled = _embed_ids(site, self._sample_rows(size, self.length - len(label_means)))
+        return torch.cat((torch.stack(label_means), sampled))
 
     @staticmethod
     def _sample_rows(size: int, n: int) -> Tensor:
@@ -124,23 +120,28 @@ class PromptTuning(Method):
 
 
 def _embed_ids(site: Site, ids: Tensor) -> Tensor:
-    """Rows as the model embeds them, with whatever scale its table applies."""
+    """Rows as the model embeds them, with the scale that its table applies."""
     rows: Tensor = site.module(ids.to(site.module.get_parameter("weight").device))
     return rows.detach().float().cpu()
 
 
 def _check_towers(survey: Survey, towers: Sequence[Tower]) -> None:
-    """A prompt in front of causal blocks is kept as their keys and values: every attention there must take such."""
+    """Raises TargetError where a prompt cannot run: causal blocks need it as keys and values of every attention."""
     if not towers:
         raise TargetError("this model has no such stack: choose stacks='encoder', 'decoder' or 'both'")
     for tower in towers:
-        inside = {p: why for p, why in survey.kv_refusals.items() if p.startswith(f"{tower.path}.")}
-        loose = [b.path for b in survey.blocks if b.tower == tower.path and not b.has_attention]
         if tower.causal is None:
-            raise TargetError(f"PromptTuning: the probe could not tell whether {tower.path} looks ahead")
-        owner = survey.model.get_submodule(tower.embedder or "")
-        if tower.causal and "inputs_embeds" not in inspect.signature(owner.forward).parameters:
-            raise TargetError(f"PromptTuning: {type(owner).__name__} takes no inputs_embeds to run a prompt by itself")
-        if tower.causal and (inside or loose):
-            path, why = next(iter(inside.items()), (loose[0] if loose else "", "it does not attend"))
+            raise TargetError(f"PromptTuning: the probe could not find out whether {tower.path} is causal")
+        if not tower.causal:
+            continue
+        embedder = survey.model.get_submodule(tower.embedder or "")
+        if "inputs_embeds" not in inspect.signature(embedder.forward).parameters:
+            raise TargetError(
+                f"PromptTuning: {type(embedder).__name__} takes no inputs_embeds to run a prompt by itself"
+            )
+        refusals = {path: why for path, why in survey.kv_refusals.items() if path.startswith(f"{tower.path}.")}
+        for block in survey.blocks:
+            if block.tower == tower.path and not block.has_attention:
+                refusals.setdefault(block.path, "it has no attention")
+        for path, why in refusals.items():
             raise TargetError(f"PromptTuning cannot reach {path}: {why}")

@@ -27,7 +27,8 @@ KINDS = ("linear", "conv", "norm")
 class SSF(Method):
     """y' = scale * y + shift at every linear, convolution and norm up to the last block, and at the final norm.
 
-    std: of the start around the identity (0.02 in the paper). targets: only these. Poolers and heads are left alone.
+    std: of the initial values around the identity (0.02 in the paper). targets: only these. Poolers and heads are not
+    adapted.
     """
 
     default_location: ClassVar[str] = "every linear, convolution and norm"
@@ -39,8 +40,8 @@ class SSF(Method):
     def sites(self, survey: Survey) -> list[Site]:
         if self.targets is not None:
             return select(survey.sites, self.targets, self.layers)
-        able = [s for s in select(survey.sites, "*", self.layers) if s.kind in KINDS and s.role != "head"]
-        return [s for s in able if s.kind == "norm" or not survey.runs_after_blocks(s)]
+        candidates = [s for s in select(survey.sites, "*", self.layers) if s.kind in KINDS and s.role != "head"]
+        return [s for s in candidates if s.kind == "norm" or not survey.runs_after_blocks(s)]
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         return ScaleShift(site.d_out, self.std)

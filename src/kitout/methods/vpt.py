@@ -1,4 +1,4 @@
-"""Visual prompt tuning: trained tokens among the patches, at the first block or anew at every block.
+"""Visual prompt tuning: trained tokens among the patches, at the first block or new ones at every block.
 
 Jia et al. 2022 (arXiv 2203.12119), eqs. 4-8; code KMnP/vpt (src/models/vit_prompt/vit.py). Z0 = [cls; P; patches] after
 positions were added; deep: before each later block the p slots are overwritten by that block's own P. Start: uniform in
@@ -26,7 +26,7 @@ from kitout.method import Method, TrainingDefaults, register
 
 
 class SharedVisualPrompts(nn.Module):
-    """What all blocks share: a projection [k -> d], the prompt itself, or both."""
+    """What all blocks have in common: a projection [k -> d], the prompt itself, or both."""
 
     def __init__(self, prompt: nn.Parameter | None, projection: nn.Linear | None) -> None:
         super().__init__()
@@ -39,17 +39,16 @@ class VisualPromptDelta(Delta):
     def __init__(self, prompt: nn.Parameter | None, shared: SharedVisualPrompts, length: int, dropout: float) -> None:
         super().__init__()
         self.prompt = prompt
-        self._shared: tuple[SharedVisualPrompts] = (
-            shared,
-        )  # in a tuple: its parameters are the adapter's, not this Delta's
+        # In a tuple, which registers nothing: its parameters are the adapter's, not this Delta's.
+        self._shared: tuple[SharedVisualPrompts] = (shared,)
         self.dropout, self.num_tokens, self.after_first_token = dropout, length, True
 
     def token_vectors(self) -> Tensor:
-        (common,) = self._shared
-        rows = common.prompt if self.prompt is None else self.prompt
+        (shared,) = self._shared
+        rows = shared.prompt if self.prompt is None else self.prompt
         assert rows is not None
-        if common.projection is not None:
-            rows = common.projection(rows)
+        if shared.projection is not None:
+            rows = shared.projection(rows)
         return F.dropout(rows, self.dropout) if self.dropout and self.training else rows
 
 
@@ -96,11 +95,11 @@ class VPT(Method):
             raise TargetError(f"VPT needs one sequence that all blocks attend over, and {why}")
         patch = next((s for s in survey.sites if s.role == "patch"), None)
         if patch is None:
-            raise TargetError("VPT starts at the scale of the patch embedding, and none was found: give roles=")
+            raise TargetError("VPT starts at the scale of the patch embedding, and none was found: pass roles=")
         tower = towers[0].path
         blocks = [s for s in select(survey.sites, "block", self.layers) if s.tower == tower]
-        values = patch.module.get_parameter("weight")[0].numel()  # per patch
-        sites = [s.replace(port="tokens", d_in=values) for s in blocks]
+        patch_size = patch.module.get_parameter("weight")[0].numel()  # values per patch
+        sites = [s.replace(port="tokens", d_in=patch_size) for s in blocks]
         return sites if self.deep else sites[:1]
 
     def build_shared(self, sites: Sequence[Site]) -> nn.Module | None:
@@ -118,9 +117,9 @@ class VPT(Method):
         return nn.Parameter(torch.empty(self.length, width).uniform_(-bound, bound))
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
-        common = shared if isinstance(shared, SharedVisualPrompts) else SharedVisualPrompts(None, None)
-        prompt = self._init_prompt(site) if common.prompt is None else None
-        return VisualPromptDelta(prompt, common, self.length, self.dropout)
+        shared = shared if isinstance(shared, SharedVisualPrompts) else SharedVisualPrompts(None, None)
+        prompt = self._init_prompt(site) if shared.prompt is None else None
+        return VisualPromptDelta(prompt, shared, self.length, self.dropout)
 
     def num_parameters(self, sites: Sequence[Site]) -> int:
         d, k = sites[0].d_out, self.projection

@@ -444,7 +444,7 @@ def test_all_errors_of_roles_at_once() -> None:
     with pytest.raises(TargetError) as error:
         find_sites(without_known_names(), {r"mixer\.first$": "attn.qvk", r"nowhere": "attn.q", r"(": "attn.q"})
     text = str(error.value)
-    assert "3 faults" in text
+    assert "3 errors" in text
     assert "did you mean 'attn.qkv'" in text
     assert "'nowhere' matches no module" in text
     assert "is not a regular expression" in text

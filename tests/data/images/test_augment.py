@@ -55,7 +55,7 @@ def test_each_change_alone(pixels: torch.Tensor, name: str) -> None:
 
 
 def test_settings_out_of_range_are_reported_together() -> None:
-    with pytest.raises(DataError, match=r"3 (faults|errors)"):
+    with pytest.raises(DataError, match=r"3 (errors|errors)"):
         Augment(min_crop=0.0, rotate=-1, color_jitter=2)
 
 

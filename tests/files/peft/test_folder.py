@@ -1,7 +1,7 @@
 """Folders of the real peft library, both ways: nothing missing, nothing unexpected, the same logits and gradients.
 
 Values are random everywhere, as after training; alpha differs from rank. Every model is built twice from its seed: one
-wears peft, one wears a kit.
+for peft, one for kitout.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings(
 SPECIES = ZOO | EXTRA
 
 
-def randomise(module: nn.Module, seed: int = 3) -> None:
+def randomize(module: nn.Module, seed: int = 3) -> None:
     """As if trained: no adapter value is left where it started."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -155,14 +155,14 @@ def case(request: pytest.FixtureRequest) -> Case:
 def saved_by_peft(case: Case, folder: Path) -> Any:
     """A peft model with random adapter values, and its folder."""
     model = peft.get_peft_model(case.base(), case.config).eval()
-    randomise(model)
+    randomize(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(folder)
     return model
 
 
-def worn(case: Case, folder: Path) -> kitout.Kit:
+def in_kitout(case: Case, folder: Path) -> kitout.Kit:
     kit = kitout.attach(case.base())
     kitout.load_peft(kit, folder, "a")
     kit.use("a")
@@ -171,7 +171,7 @@ def worn(case: Case, folder: Path) -> kitout.Kit:
 
 def test_a_folder_of_peft_computes_the_same_here(case: Case, tmp_path: Path) -> None:
     model = saved_by_peft(case, tmp_path)
-    kit = worn(case, tmp_path)
+    kit = in_kitout(case, tmp_path)
     with torch.no_grad():
         there, here, off = (out(m(**case.batch())) for m in (model, kit, case.base()))
     assert (there - off).abs().max() > 1e-2  # or the comparison would say nothing
@@ -186,8 +186,8 @@ def test_a_folder_of_peft_computes_the_same_here(case: Case, tmp_path: Path) -> 
 
 def test_a_folder_of_ours_computes_the_same_in_peft(case: Case, tmp_path: Path) -> None:
     saved_by_peft(case, tmp_path / "theirs")
-    kit = worn(case, tmp_path / "theirs")
-    randomise(kit["a"], seed=5)
+    kit = in_kitout(case, tmp_path / "theirs")
+    randomize(kit["a"], seed=5)
     kitout.save_peft(kit, "a", tmp_path / "ours")
     model, report = loaded_by_peft(case.base(), tmp_path / "ours")
     assert not report.missing_keys
@@ -211,7 +211,7 @@ def test_the_one_line_that_users_write(tmp_path: Path) -> None:
     case = CASES["llama"]
     kit = kitout.attach(case.base())
     kit.add("a", LoRA(rank=4, alpha=6))
-    randomise(kit["a"])
+    randomize(kit["a"])
     kit.use("a")
     kitout.save_peft(kit, "a", tmp_path / "ours")
     model = peft.PeftModel.from_pretrained(case.base(), tmp_path / "ours").eval()
@@ -220,7 +220,7 @@ def test_the_one_line_that_users_write(tmp_path: Path) -> None:
         assert model.generate(**case.batch(), max_new_tokens=2).shape[0] == 3
 
 
-def test_names_that_end_alike() -> None:
+def test_names_with_the_same_end() -> None:
     everything = ["a", "a.up", "b.up", "b.x.up", "b.x", "up"]
     assert target_modules_for(["a.up", "b.up", "b.x.up", "up"], everything)["target_modules"] == ["up"]
     assert target_modules_for(["a.up", "b.up"], everything)["target_modules"] == ["a.up", "b.up"]
@@ -234,7 +234,7 @@ def test_names_that_end_alike() -> None:
 def test_gradients_are_the_same(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     model = saved_by_peft(case, tmp_path)
-    kit = worn(case, tmp_path)
+    kit = in_kitout(case, tmp_path)
     for m in (model, kit):  # in fp64, where nothing but the formula can differ
         out(m.double()(**case.batch())).square().mean().backward()
     theirs = {
@@ -260,7 +260,7 @@ def test_gradients_are_the_same(name: str, tmp_path: Path) -> None:
 
 
 def exported(kit: kitout.Kit, species: str, folder: Path) -> tuple[Tensor, Tensor]:
-    """Logits of the worn adapter here, and in peft after going through a folder."""
+    """Logits of the active adapter in kitout, and in peft after it was saved and loaded."""
     specimen = SPECIES[species]
     kitout.save_peft(kit, "a", folder)
     model, report = loaded_by_peft(specimen.build(), folder)
@@ -289,12 +289,12 @@ def exported(kit: kitout.Kit, species: str, folder: Path) -> tuple[Tensor, Tenso
         ("vit", LoRA(rank=3, alpha=6, targets="patch attn.q"), 0.5),
     ],
 )
-def test_export_of_what_peft_has_no_word_for(
+def test_export_of_what_peft_has_no_setting_for(
     species: str, method: kitout.Method, strength: float, tmp_path: Path
 ) -> None:
     kit = kitout.attach(SPECIES[species].build())
     kit.add("a", method)
-    randomise(kit["a"])
+    randomize(kit["a"])
     kit.strength("a", strength)
     kit.use("a")
     here, there = exported(kit, species, tmp_path / "out")
@@ -320,7 +320,7 @@ def test_export_refuses_with_the_reason(
     kit = kitout.attach(SPECIES[species].build())
     kit.add("a", method)
     kit.strength("a", strength)
-    with pytest.raises(FileError, match="has no equal in PEFT") as caught:
+    with pytest.raises(FileError, match="has no equivalent in PEFT") as caught:
         kitout.save_peft(kit, "a", tmp_path / "out")
     assert reason in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -407,12 +407,12 @@ def test_all_of_them_at_once(folder: Path) -> None:
     [
         ({"peft_type": "VERA"}, "peft_type is 'VERA'"),
         ({"r": 5}, "do not fit rank 5"),
-        ({"r": "8"}, "r='8' is no number"),
+        ({"r": "8"}, "r='8' is not a number"),
         ({"lora_alpha": True}, "lora_alpha='True'"),
         ({"use_dora": True}, "magnitude"),
         ({"use_dora": "yes"}, "neither true nor false"),
         ({"rank_pattern": {"(a+)+$": 3}}, "more complicated"),
-        ({"rank_pattern": {"(": 3}}, "no regular expression"),
+        ({"rank_pattern": {"(": 3}}, "not a regular expression"),
         ({"rank_pattern": ["q"]}, "rank_pattern"),
         ({"modules_to_save": 3}, "modules_to_save"),
         ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "k_proj"),
@@ -448,7 +448,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
         (tensors(lambda t: t[f"{Q0}.lora_A.weight"].fill_(torch.nan)), "NaN"),
         (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "pickled"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), "holds no adapter_model.safetensors"),
-        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\xff" * 20), "no safetensors file"),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\xff" * 20), "not a safetensors file"),
         (lambda f: (f / "adapter_config.json").write_text("[" * 100_000), "nested too deeply"),
         (lambda f: (f / "adapter_config.json").unlink(), "holds no adapter_config.json"),
     ],
@@ -458,7 +458,7 @@ def test_tensors_that_do_not_fit(change: Callable[[Path], Any], said: str, folde
     assert said in refused(folder)
 
 
-def test_a_base_weight_stored_along_is_accepted_if_it_is_ours(folder: Path) -> None:
+def test_a_stored_base_weight_is_accepted_if_it_is_the_same_here(folder: Path) -> None:
     base = ZOO["llama"].build()
     tensors(lambda t: t.update({"base_model.model.lm_head.weight": base.lm_head.weight.detach().clone()}))(folder)
     kitout.load_peft(kitout.attach(base), folder, "a")

@@ -21,13 +21,13 @@ from peft_prompts import (
     LENGTHS,
     SPECIES,
     Case,
+    in_kitout,
     in_peft,
     logits,
     of_text,
-    randomise,
+    randomize,
     same,
     saved_by_peft,
-    worn,
 )
 from zoo import ZOO, out, padded
 
@@ -46,7 +46,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def test_a_folder_of_peft_computes_the_same_here(case: Case, tmp_path: Path) -> None:
     model = saved_by_peft(case, tmp_path)
-    kit = worn(case, tmp_path)
+    kit = in_kitout(case, tmp_path)
     with kit.use(None):
         off = logits(kit, case)
     assert (logits(kit, case) - off).abs().max() > 1e-2  # or the comparison would say nothing
@@ -59,26 +59,26 @@ def test_a_folder_of_peft_computes_the_same_here(case: Case, tmp_path: Path) -> 
 def test_our_folder_computes_the_same_in_peft_after_training_on(case: Case, tmp_path: Path) -> None:
     """Which PEFT cannot do itself: it refuses to load such an adapter for training."""
     saved_by_peft(case, tmp_path / "theirs")
-    kit = worn(case, tmp_path / "theirs")
+    kit = in_kitout(case, tmp_path / "theirs")
     batch = case.batch("right" if "right" in case.sides else "none")
     key = "decoder_input_ids" if case.task == "SEQ_2_SEQ_LM" else "input_ids"
     labels = torch.tensor([0, 1, 2]) if case.task == "SEQ_CLS" else batch[key]
-    optimiser = torch.optim.SGD(kit["a"].parameters(), lr=0.02)
+    optimizer = torch.optim.SGD(kit["a"].parameters(), lr=0.02)
     before = {n: p.detach().clone() for n, p in kit["a"].named_parameters()}
     losses = []
     for _ in range(3):
         loss = kit(**batch, labels=labels).loss
         losses.append(float(loss))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     assert len(set(losses)) == 3
     assert losses[-1] < losses[0]
     changed = [n for n, p in kit["a"].named_parameters() if not torch.equal(p, before[n])]
     assert changed == list(before)
     kitout.save_peft(kit, "a", tmp_path / "ours")
     same(case, kit, in_peft(case, tmp_path / "ours"))
-    back = worn(case, tmp_path / "ours")
+    back = in_kitout(case, tmp_path / "ours")
     for name, value in back["a"].state_dict().items():
         assert torch.equal(value, kit["a"].state_dict()[name]), name
 
@@ -86,7 +86,7 @@ def test_our_folder_computes_the_same_in_peft_after_training_on(case: Case, tmp_
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.task == "CAUSAL_LM" and n != "llama-zeros"])
 def test_the_tensors_are_the_same_bit_by_bit(name: str, tmp_path: Path) -> None:
     saved_by_peft(CASES[name], tmp_path / "theirs")
-    kit = worn(CASES[name], tmp_path / "theirs")
+    kit = in_kitout(CASES[name], tmp_path / "theirs")
     kitout.save_peft(kit, "a", tmp_path / "ours")
     theirs, ours = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("theirs", "ours"))
     assert list(theirs) == list(ours) == ["prompt_embeddings"]
@@ -99,7 +99,7 @@ def test_generated_tokens_are_the_same(name: str, beams: int, tmp_path: Path) ->
     """Padded at the left where PEFT is right then, which it is for prefixes."""
     case = CASES[name]
     model = saved_by_peft(case, tmp_path / "theirs")
-    kit = worn(case, tmp_path / "theirs")
+    kit = in_kitout(case, tmp_path / "theirs")
     batch = case.batch("left" if "left" in case.sides else "none")
     batch.pop("decoder_input_ids", None)
     how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": beams}
@@ -120,7 +120,7 @@ def test_generated_tokens_are_the_same(name: str, beams: int, tmp_path: Path) ->
 def test_gradients_are_the_same(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     model = saved_by_peft(case, tmp_path)
-    kit = worn(case, tmp_path)
+    kit = in_kitout(case, tmp_path)
     batch = case.batch("right")
     for m in (model, kit):  # in fp64, though some norms compute in fp32, prompts alone or with the text
         got = out(m.double()(**batch))
@@ -140,7 +140,7 @@ def test_token_types_are_those_of_peft(tmp_path: Path) -> None:
     """Prompts are of type 0, whatever the text is."""
     case = CASES["bert-prompt"]
     model = saved_by_peft(case, tmp_path)
-    kit = worn(case, tmp_path)
+    kit = in_kitout(case, tmp_path)
     batch = case.batch("right")
     batch["token_type_ids"] = batch["attention_mask"].clone()
     with torch.no_grad():
@@ -168,15 +168,15 @@ def test_what_is_trained_here_computes_the_same_in_peft(
     case = Case(species, kind, task, sides=("none", "right"))  # type: ignore[arg-type]
     kit = kitout.attach(case.base())
     kit.add("a", method, seed=0)
-    randomise(kit["a"])
+    randomize(kit["a"])
     kit.eval()
     kit.use("a")
     kitout.save_peft(kit, "a", tmp_path)
     same(case, kit, in_peft(case, tmp_path))
-    same(case, kit, worn(case, tmp_path))
+    same(case, kit, in_kitout(case, tmp_path))
 
 
-def test_a_head_goes_along_and_the_base_keeps_its_own(tmp_path: Path) -> None:
+def test_a_head_is_saved_too_and_the_base_keeps_its_own(tmp_path: Path) -> None:
     case = CASES["bert-prefix"]
     kit = kitout.attach(case.base())
     kit.add("a", PrefixTuning(length=3), heads={"classifier": nn.Linear(48, zoo.LABELS)})
@@ -195,7 +195,7 @@ def test_half_precision_is_read_as_fp32(tmp_path: Path) -> None:
     saved_by_peft(CASES["llama-prompt"], tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({"prompt_embeddings": load_file(file)["prompt_embeddings"].bfloat16()}, file)
-    kit = worn(CASES["llama-prompt"], tmp_path)
+    kit = in_kitout(CASES["llama-prompt"], tmp_path)
     assert [p.dtype for p in kit["a"].parameters()] == [torch.float32]
 
 

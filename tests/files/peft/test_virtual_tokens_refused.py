@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import kitout
 from kitout import PrefixTuning, PromptTuning
 from kitout.errors import FileError
-from peft_prompts import CASES, LENGTHS, Case, classifier, logits, peft, saved_by_peft, worn
+from peft_prompts import CASES, LENGTHS, Case, classifier, in_kitout, logits, peft, saved_by_peft
 from zoo import EXTRA, ZOO, out
 
 pytestmark = pytest.mark.filterwarnings(
@@ -49,7 +49,7 @@ def mean_pooled() -> nn.Module:
         (ZOO["t5"].build, PrefixTuning(places="encoder"), 1.0, "is in the decoder"),
         (ZOO["t5"].build, PromptTuning(stacks="both"), 1.0, "are the encoder's alone"),
         (ZOO["t5"].build, PromptTuning(stacks="decoder"), 1.0, "are the encoder's alone"),
-        (lambda: ZOO["llama"].build().model, PromptTuning(), 1.0, "LlamaModel is for none of them"),
+        (lambda: ZOO["llama"].build().model, PromptTuning(), 1.0, "LlamaModel has none of these tasks"),
     ],
 )  # fmt: skip
 def test_export_refuses_with_the_reason(
@@ -92,8 +92,8 @@ def tensors(edit: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
         ("llama-prompt", fields(task_type=None), "task_type is 'None'"),
         ("llama-prompt", fields(task_type="SEQ_CLS"), "LlamaForCausalLM is one of CAUSAL_LM"),
         ("llama-prompt", fields(num_virtual_tokens=None), "num_virtual_tokens is missing"),
-        ("llama-prompt", fields(num_virtual_tokens=0), "num_virtual_tokens=0 is no number of things"),
-        ("llama-prompt", fields(num_virtual_tokens="4"), "is no number"),
+        ("llama-prompt", fields(num_virtual_tokens=0), "num_virtual_tokens=0 must be at least 1"),
+        ("llama-prompt", fields(num_virtual_tokens="4"), "is not a number"),
         ("llama-prompt", fields(num_virtual_tokens=2**30), "1073741824 prompts here take"),
         ("llama-prompt", fields(num_transformer_submodules=2), "makes no sense for CAUSAL_LM"),
         ("llama-prompt", fields(token_dim=24), r"token_dim=24"),
@@ -127,7 +127,7 @@ def test_files_that_do_not_fit(name: str, spoil: Callable[[Path], Any], said: st
         ("gpt2-prompt", ZOO["bert"].build, "BertForSequenceClassification is one of SEQ_CLS"),
         ("t5-prefix", ZOO["llama"].build, "LlamaForCausalLM is one of CAUSAL_LM"),
         ("modernbert-prompt", mean_pooled, "classifier_pooling='mean'"),
-        ("llama-prompt", lambda: ZOO["llama"].build().model, "LlamaModel is for none of them"),
+        ("llama-prompt", lambda: ZOO["llama"].build().model, "LlamaModel has none of these tasks"),
         ("bert-prompt", classifier("gpt2"), "unexpected key"),
     ],
 )
@@ -182,7 +182,7 @@ def test_peft_itself_shares_a_prefix_between_the_layers_of_an_even_decoder(tmp_p
     """Of what its file holds for two layers only the first is read, for both; ours then train apart."""
     case = CASES["t5-prefix"]
     model = saved_by_peft(case, tmp_path)
-    kit = worn(case, tmp_path)
+    kit = in_kitout(case, tmp_path)
     assert len({p.detach().numpy().tobytes() for p in kit["a"].parameters()}) == 1
     before = logits(model, case)
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_left_padding_where_peft_itself_is_wrong(name: str, tmp_path: Path) -> N
     """A prompt goes before the pads there, and positions are not taken: another text for the same tokens."""
     case = CASES[name]
     model = saved_by_peft(case, tmp_path)
-    kit = worn(case, tmp_path)
+    kit = in_kitout(case, tmp_path)
     assert (logits(model, case, "left") - logits(model, case, "right")).abs().max() > 1e-2
     torch.testing.assert_close(logits(kit, case, "left"), logits(kit, case, "right"), rtol=1e-5, atol=1e-5)
 
@@ -204,7 +204,7 @@ def test_right_padding_where_peft_itself_is_wrong(tmp_path: Path) -> None:
     """A decoder's classifier finds the last token by its id; prompts come as embeddings, so PEFT's reads a pad."""
     case = CASES["llama-cls-prompt"]
     model = saved_by_peft(case, tmp_path)
-    kit = worn(case, tmp_path)
+    kit = in_kitout(case, tmp_path)
     batch = case.batch("right")
     with torch.no_grad():
         short = {k: v[1:2, : LENGTHS[1]] for k, v in batch.items()}

@@ -53,7 +53,7 @@ def test_a_batch_of_several_adapters_learns_as_each_alone(ranks: tuple[int, ...]
     found = {name: [value.grad.clone() for value in kit[name].parameters()] for name in "abc"}
     for name in "abc":
         kit[name].zero_grad()
-        own = [i for i, worn in enumerate(rows) if worn == name]
+        own = [i for i, active in enumerate(rows) if active == name]
         with kit.use(name):
             kit(**{key: value[own] for key, value in batch.items()}).logits.square().sum().backward()
         for joint, value in zip(found[name], kit[name].parameters(), strict=True):

@@ -79,7 +79,7 @@ def test_every_error_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         overrides.build_config(None, words)
     message = str(error.value)
-    for part in ("6 faults", "data=[1", "train.lr: expected a number", "did you mean 'train'", "data: is required"):
+    for part in ("6 errors", "data=[1", "train.lr: expected a number", "did you mean 'train'", "data: is required"):
         assert part in message
     assert "model.name.x.y: model.name is 'm', which holds no settings" in message
     assert "jobs.0.name: there is no entry '0' (there are none)" in message

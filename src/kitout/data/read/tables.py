@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from kitout.errors import Errors, KitoutError
+from kitout.errors import DataError as DataError  # for those that import it from here
+from kitout.errors import Errors
 
 MAX_SHOWN_ERRORS = 5  # errors of one kind shown in full
 MAX_FIELD_CHARS = 2**30  # of one csv field; Python's own limit of 131,072 is less than a long document
@@ -30,10 +31,6 @@ BINARY_SIGNATURES = {  # first bytes of files that are often taken for tables
 Row = tuple[int, dict[str, Any]]  # line, columns
 _RowIterator: TypeAlias = Callable[[Path], Iterator[Row]]
 _ReaderT = TypeVar("_ReaderT")
-
-
-class DataError(KitoutError, ValueError):
-    """Data that are missing, unreadable or cannot be trained on."""
 
 
 def add_first(errors: Errors, messages: Sequence[str], noun: str) -> None:

@@ -1,7 +1,7 @@
 """Hugging Face PEFT's adapter_config.json, read and written without importing peft.
 
-Fields fall in three kinds: those that are read, those that do not change the function, and all others, which must be
-empty: a field that is not known may change the function, and is named instead of ignored. Checked against peft 0.21.2
+There are three kinds of fields: those that are read, those that do not change the function, and all others, which must
+be empty. An unknown field may change the function, so it is an error and not ignored. Checked against peft 0.21.2
 (LoraConfig, IA3Config, PromptTuningConfig, PrefixTuningConfig). It knows module paths and numbers; neither tensors nor
 kits.
 """
@@ -22,8 +22,12 @@ READ = {
     "IA3": {"feedforward_modules"},
     **dict.fromkeys(PROMPT_TYPES, _SIZE_KEYS),
 }
-TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")  # in other tasks PEFT hands on the prompts' outputs among the text's
-# What was chosen, how it started, where it came from: the tensors of the file tell the rest.
+TASKS = (
+    "CAUSAL_LM",
+    "SEQ_2_SEQ_LM",
+    "SEQ_CLS",
+)  # in other tasks PEFT returns the outputs of the prompts with those of the text
+# What was selected, how it was initialized, where it came from: the tensors of the file hold the rest.
 HARMLESS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
@@ -31,28 +35,38 @@ HARMLESS = {
     "runtime_config", "qalora_group_size", "megatron_core", "init_weights", "prompt_tuning_init",
     "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "encoder_hidden_size", "prefix_projection",
 }  # fmt: skip
-MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that also change the base's weights
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that change weights of the base
 MAX_PATTERN_CHARS, MAX_QUANTIFIERS = 2000, 6
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What the config says about the function. rank, alpha: the default; *_pattern: regex on a module path -> value."""
+    """What the config of a LoRA or IA3 says about the function."""
 
     kind: str
+    """"LORA" or "IA3"."""
     rank: int = 8
+    """Where no pattern matches."""
     alpha: float = 8.0
+    """Where no pattern matches."""
     rank_pattern: dict[str, int] | None = None
+    """Regular expression on a module path -> rank."""
     alpha_pattern: dict[str, float] | None = None
+    """Regular expression on a module path -> alpha."""
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
     feedforward: str | tuple[str, ...] = ()
+    """IA3: modules whose input is scaled, by regular expression or by name."""
     modules_to_save: tuple[str, ...] = ()
+    """Modules that the adapter replaces (heads), by the end of their path."""
     targets: tuple[str, ...] = ()
+    """Modules with adapter tensors, by the end of their path; empty where the config has a regular expression."""
     exclude_modules: tuple[str, ...] = ()
     layers: frozenset[int] | None = None
+    """Indices of the blocks; None: all."""
     layers_pattern: tuple[str, ...] = ()
+    """Names of the module lists that hold the blocks."""
 
     def rank_at(self, path: str) -> int:
         return int(_by_pattern(self.rank_pattern, path, self.rank))
@@ -67,31 +81,36 @@ class PeftConfig:
         return any(path.endswith(end) for end in self.feedforward)
 
     def is_named(self, path: str) -> bool:
-        """The config lists this module by name (it may also choose by pattern, which is not evaluated here)."""
+        """The config lists this module by name (it may also select by pattern, which is not evaluated here)."""
         if not _ends(path, self.targets) or _ends(path, self.exclude_modules) or _inside(path, self.modules_to_save):
             return False
         if self.layers is None:
             return True
         patterns = [rf"(?:^|.*?\.){re.escape(p)}\.(\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
-        found = next((m for m in (re.match(p, path) for p in patterns) if m), None)
-        return found is not None and int(found[1]) in self.layers
+        match = next((m for m in (re.match(p, path) for p in patterns) if m), None)
+        return match is not None and int(match[1]) in self.layers
 
 
 @dataclass(frozen=True)
 class PeftPromptConfig:
-    """What the config says of a prompt or a prefix. stacks: how many PEFT counts, 2 for an encoder-decoder.
-
-    width, heads, layers: of what a position holds; None where it does not say.
-    """
+    """What the config says of a prompt or a prefix. A size is None where the config does not give it."""
 
     kind: str
+    """One of PROMPT_TYPES."""
     task: str
+    """One of TASKS."""
     length: int
+    """Number of virtual tokens."""
     num_submodules: int
+    """Stacks that PEFT counts: 2 for an encoder-decoder."""
     width: int | None
+    """Channels of a virtual token, or of the keys of one layer."""
     heads: int | None
+    """Of the keys and values."""
     layers: int | None
+    """That have keys and values."""
     modules_to_save: tuple[str, ...] = ()
+    """Modules that the adapter replaces (heads), by the end of their path."""
 
 
 def _by_pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
@@ -107,47 +126,47 @@ def _inside(path: str, names: Iterable[str]) -> bool:
     return any(f".{n}." in f".{path}." for n in names)
 
 
-def read_config(fields: dict[str, Any], faults: Errors) -> PeftConfig | PeftPromptConfig | None:
-    """The settings, or None where nothing can be made of them; every fault is added to `faults`."""
+def read_config(fields: dict[str, Any], errors: Errors) -> PeftConfig | PeftPromptConfig | None:
+    """The settings, or None where the type is unknown; every error is added to `errors`."""
     kind = str(fields.get("peft_type"))[:40].rpartition(".")[2]
     if kind not in READ:
-        faults.add(f"peft_type is {kind!r}; kitout reads {', '.join(READ)}")
+        errors.add(f"peft_type is {kind!r}; kitout reads {', '.join(READ)}")
         return None
     for key, value in fields.items():
         if key not in READ[kind] | HARMLESS and value not in (None, False, "", [], {}):
-            faults.add(f"{key[:60]}={str(value)[:60]} may change the function and is not supported")
-    check = _FieldReader(fields, faults)
-    return (_read_prompt_config if kind in PROMPT_TYPES else _read_weight_config)(fields, kind, check, faults)
+            errors.add(f"{key[:60]}={str(value)[:60]} may change the function and is not supported")
+    check = _FieldReader(fields, errors)
+    return (_read_prompt_config if kind in PROMPT_TYPES else _read_weight_config)(fields, kind, check, errors)
 
 
-def _read_prompt_config(fields: dict[str, Any], kind: str, check: _FieldReader, faults: Errors) -> PeftPromptConfig:
+def _read_prompt_config(fields: dict[str, Any], kind: str, check: _FieldReader, errors: Errors) -> PeftPromptConfig:
     task = str(fields.get("task_type"))[:40].rpartition(".")[2]
     if task not in TASKS:
-        faults.add(f"task_type is {task!r}; kitout reads {kind} for {', '.join(TASKS)}")
-    told = {key: check.size(key) for key in _SIZE_KEYS if fields.get(key) is not None}
-    if "num_virtual_tokens" not in told:
-        faults.add("num_virtual_tokens is missing: it says how many positions there are")
+        errors.add(f"task_type is {task!r}; kitout reads {kind} for {', '.join(TASKS)}")
+    sizes = {key: check.size(key) for key in _SIZE_KEYS if fields.get(key) is not None}
+    if "num_virtual_tokens" not in sizes:
+        errors.add("num_virtual_tokens is missing")
     return PeftPromptConfig(
         kind=kind,
         task=task,
-        length=told.get("num_virtual_tokens", 1),
-        num_submodules=told.get("num_transformer_submodules", 2 if task == "SEQ_2_SEQ_LM" else 1),
-        width=told.get("token_dim"),
-        heads=told.get("num_attention_heads"),
-        layers=told.get("num_layers"),
+        length=sizes.get("num_virtual_tokens", 1),
+        num_submodules=sizes.get("num_transformer_submodules", 2 if task == "SEQ_2_SEQ_LM" else 1),
+        width=sizes.get("token_dim"),
+        heads=sizes.get("num_attention_heads"),
+        layers=sizes.get("num_layers"),
         modules_to_save=check.names("modules_to_save"),
     )
 
 
-def _read_weight_config(fields: dict[str, Any], kind: str, check: _FieldReader, faults: Errors) -> PeftConfig:
+def _read_weight_config(fields: dict[str, Any], kind: str, check: _FieldReader, errors: Errors) -> PeftConfig:
     start = fields.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(MOVES_BASE):
-        faults.add(
+        errors.add(
             f"init_lora_weights={start[:40]!r} changed the base's weights when training began: save it in PEFT with "
             "path_initial_model_for_weight_conversion=..., which makes it a plain LoRA"
         )
     if (bias := fields.get("bias", "none")) != "none":
-        faults.add(f"bias={str(bias)[:40]!r} trains biases of the base as well; only 'none' is read")
+        errors.add(f"bias={str(bias)[:40]!r} trains biases of the base as well; only 'none' is read")
     layers = fields.get("layers_to_transform")
     targets = fields.get("target_modules")
     return PeftConfig(
@@ -169,71 +188,67 @@ def _read_weight_config(fields: dict[str, Any], kind: str, check: _FieldReader, 
 
 
 class _FieldReader:
-    """Fields of the expected type, or a fault and the default."""
+    """Reads fields of an expected type; another type adds an error and gives the default."""
 
-    def __init__(self, fields: dict[str, Any], faults: Errors) -> None:
-        self.fields, self.faults = fields, faults
+    def __init__(self, fields: dict[str, Any], errors: Errors) -> None:
+        self.fields, self.errors = fields, errors
 
     def number(self, key: str, default: Any, kind: type) -> Any:
         value: Any = self.fields.get(key, default)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or abs(value) >= 2**31
-            or kind(value) != value
-        ):
-            self.faults.add(f"{key}={str(value)[:40]!r} is no number, or none that fits")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or abs(value) >= 2**31 or kind(value) != value:
+            self.errors.add(f"{key}={str(value)[:40]!r} is not a number, or out of range")
             return default
         return kind(value)
 
     def size(self, key: str) -> int:
-        """A number of things, at least one."""
+        """A whole number, at least 1."""
         value: int = self.number(key, 1, int)
         if value < 1:
-            self.faults.add(f"{key}={value} is no number of things")
+            self.errors.add(f"{key}={value} must be at least 1")
         return max(1, value)
 
     def flag(self, key: str) -> bool:
         value = self.fields.get(key) or False
         if value is not True and value is not False:
-            self.faults.add(f"{key}={str(value)[:40]!r} is neither true nor false")
+            self.errors.add(f"{key}={str(value)[:40]!r} is neither true nor false")
         return value is True
 
     def names(self, key: str) -> tuple[str, ...]:
         value = self.fields.get(key) or []
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-            self.faults.add(f"{key} is no list of names")
+            self.errors.add(f"{key} is not a list of names")
             return ()
         return tuple(value)
 
     def pattern_or_names(self, key: str) -> str | tuple[str, ...]:
         value = self.fields.get(key)
-        return value if isinstance(value, str) and self._sound(key, value) else self.names(key)
+        return value if isinstance(value, str) and self._is_safe(key, value) else self.names(key)
 
     def patterns(self, key: str, kind: type) -> dict[str, Any]:
         value = self.fields.get(key) or {}
         if not isinstance(value, dict):
-            self.faults.add(f"{key} is no object of patterns and numbers")
+            self.errors.add(f"{key} is not an object of patterns and numbers")
             return {}
-        found = {}
+        numbers = {}
         for pattern, number in value.items():
             if isinstance(number, bool) or not isinstance(number, (int, kind)):
-                self.faults.add(f"{key}[{pattern[:60]!r}]={str(number)[:40]!r} is no number")
-            elif self._sound(key, pattern):
-                found[pattern] = number
-        return found
+                self.errors.add(f"{key}[{pattern[:60]!r}]={str(number)[:40]!r} is not a number")
+            elif self._is_safe(key, pattern):
+                numbers[pattern] = number
+        return numbers
 
-    def _sound(self, key: str, pattern: str) -> bool:
-        """A regular expression from a file must neither fail nor take forever: no repeated groups, few repeats."""
+    def _is_safe(self, key: str, pattern: str) -> bool:
+        """The regular expression compiles and cannot take forever: no repeated groups, few quantifiers."""
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError):
-            self.faults.add(f"{key}: {pattern[:60]!r} is no regular expression")
+            self.errors.add(f"{key}: {pattern[:60]!r} is not a regular expression")
             return False
-        repeats = len(re.findall(r"[*+{]", pattern))
-        if len(pattern) > MAX_PATTERN_CHARS or repeats > MAX_QUANTIFIERS or re.search(r"\)[*+{]", pattern):
-            self.faults.add(f"{key}: {pattern[:60]!r} is more complicated a pattern than is read from files")
+        num_quantifiers = len(re.findall(r"[*+{]", pattern))
+        if len(pattern) > MAX_PATTERN_CHARS or num_quantifiers > MAX_QUANTIFIERS or re.search(r"\)[*+{]", pattern):
+            self.errors.add(f"{key}: {pattern[:60]!r} is a more complicated pattern than is read from files")
             return False
         return True
 
@@ -241,15 +256,15 @@ class _FieldReader:
 def target_modules_for(
     paths: Collection[str], all_paths: Sequence[str], at_input: Collection[str] = ()
 ) -> dict[str, Any]:
-    """target_modules (and feedforward_modules) that choose exactly these paths among all module paths of the model.
+    """target_modules (and feedforward_modules) that select exactly these paths among all module paths of the model.
 
     Last names where they are enough ("q_proj"), else whole paths, else one regular expression.
     """
     for short in (True, False):
         names = sorted({p.rpartition(".")[2] if short else p for p in paths})
         ends = sorted({p.rpartition(".")[2] if short else p for p in at_input})
-        chosen = {p for p in all_paths if _ends(p, names)}
-        if chosen == set(paths) and {p for p in paths if any(p.endswith(e) for e in ends)} == set(at_input):
+        selected = {p for p in all_paths if _ends(p, names)}
+        if selected == set(paths) and {p for p in paths if any(p.endswith(e) for e in ends)} == set(at_input):
             return {"target_modules": names, "feedforward_modules": ends}
     either = ["|".join(re.escape(p) for p in sorted(group)) for group in (paths, at_input)]
     return {"target_modules": either[0], "feedforward_modules": either[1] or []}
@@ -258,9 +273,6 @@ def target_modules_for(
 def most_common_and_rest(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The value most paths have, and the others by path as PEFT's patterns are written."""
     every = list(values.values())
-    most = max(every, key=every.count)
-    return most, {_pattern(path): v for path, v in values.items() if v != most}
-
-
-def _pattern(path: str) -> str:
-    return path if re.fullmatch(r"[\w.]+", path) else re.escape(path)
+    most_common = max(every, key=every.count)
+    rest = {path: value for path, value in values.items() if value != most_common}
+    return most_common, {p if re.fullmatch(r"[\w.]+", p) else re.escape(p): value for p, value in rest.items()}

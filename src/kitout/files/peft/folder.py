@@ -1,9 +1,9 @@
 """Adapters of Hugging Face PEFT: `load_peft` and `save_peft`, without importing peft.
 
-LoRA, rsLoRA, DoRA, IA3, prompt and prefix tuning. A folder holds adapter_config.json and adapter_model.safetensors;
-keys are "base_model.model.<path>.lora_A.weight" and the like, "prompt_embeddings" for what lies in front of the text,
-and plain parameters for heads (modules_to_save). Which modules carry an adapter is told by the tensors. Such files do
-not say which base they were made for: paths and shapes are all that can be checked. Written after peft 0.21.2.
+LoRA, rsLoRA, DoRA, IA3, prompt and prefix tuning. A folder holds adapter_config.json and adapter_model.safetensors.
+Keys are "base_model.model.<path>.lora_A.weight" and the like, "prompt_embeddings" for virtual tokens, and plain
+parameters for heads (modules_to_save). The tensors decide which modules have an adapter. Such files do not say which
+base they were made for: only paths and shapes can be checked. Written after peft 0.21.2.
 """
 
 from __future__ import annotations
@@ -45,65 +45,60 @@ MAX_PEFT_JSON_BYTES = 4 * 2**20
 
 @torch.no_grad()
 def load_peft(state: KitState, folder: str | PathLike[str], name: str) -> Adapter:
-    """Adds an adapter that PEFT saved, trainable and not worn; its values are held in fp32 as PEFT holds them.
+    """Adds an adapter that PEFT saved, trainable and not active. Its values are held in fp32, as PEFT holds them.
 
-    Raises FileError, with every reason at once, where the file does not fit this model or asks for what kitout does
-    not do; the kit is as before then.
+    Raises FileError with every reason at once where the file does not fit this model or asks for something that kitout
+    does not support; then the kit is as before.
     """
     if state.merged_names:
         raise MergeStateError(f"{state.merged_text} merged into the base: unmerge() before loading {folder}")
     check_name(state, name)
-    where = Path(folder).expanduser()
-    faults = Errors(FileError, f"{where} cannot be loaded")
-    config = _read_json(where)
-    settings = read_config(config, faults)
-    faults.raise_if_any()
+    folder_path = Path(folder).expanduser()
+    errors = Errors(FileError, f"{folder_path} cannot be loaded")
+    config = _read_json(folder_path)
+    settings = read_config(config, errors)
+    errors.raise_if_any()
     assert settings is not None
-    tensors = open_tensors(where / WEIGHTS)
+    tensors = open_tensors(folder_path / WEIGHTS)
     with tensors.file:
         stored, _ = tensors.read()
     if bad := non_finite_names(stored):
-        faults.add(f"NaN or infinity in {', '.join(bad[:4])}")
+        errors.add(f"NaN or infinity in {', '.join(bad[:4])}")
     built = None
     try:
         if isinstance(settings, PeftPromptConfig):
-            found: PeftAdapter | None = read_virtual_tokens(state, settings, stored, faults)
+            peft_adapter: PeftAdapter | None = read_virtual_tokens(state, settings, stored, errors)
         else:
-            found = _read_weights(state, settings, stored, faults)
-        if found is not None and not faults.messages:
-            built = _build_empty(state, name, found)
+            peft_adapter = _read_weights(state, settings, stored, errors)
+        if peft_adapter is not None and not errors.messages:
+            built = _build_empty(state, name, peft_adapter)
     except KitoutError as error:
-        faults.add(str(error))
-    faults.raise_if_any()
+        errors.add(str(error))
+    errors.raise_if_any()
     assert built is not None
-    assert found is not None
-    adapter, held = built
-    values = dict(found.values)
-    for path, tensors_of in found.heads.items():
-        values |= {f"{HEAD}{path.replace('.', '/')}.{own}": value for own, value in tensors_of.items()}
-    # PEFT computes half-precision adapters in fp32; so do we.
+    assert peft_adapter is not None
+    adapter, slots = built
+    values = dict(peft_adapter.values)
+    for path, head in peft_adapter.heads.items():
+        values |= {f"{HEAD}{path.replace('.', '/')}.{parameter}": value for parameter, value in head.items()}
+    # PEFT computes half-precision adapters in fp32, and so does kitout.
     values = {k: v.float() if v.is_floating_point() and v.dtype.itemsize < 4 else v for k, v in values.items()}
-    check_tensors(held, {k: (v.dtype, tuple(v.shape)) for k, v in values.items()}, faults)
-    faults.raise_if_any()
-    fill_and_register(state, adapter, held, values, 1.0)
+    check_tensors(slots, {k: (v.dtype, tuple(v.shape)) for k, v in values.items()}, errors)
+    errors.raise_if_any()
+    fill_and_register(state, adapter, slots, values, 1.0)
     adapter.metadata = {"peft": {"base_model_name_or_path": config.get("base_model_name_or_path")}}
     return adapter
 
 
 def _read_json(folder_path: Path) -> dict[str, Any]:
     if not (folder_path / CONFIG).is_file():
-        hint = (
-            "kit.load(folder) reads it"
-            if (folder_path / "adapter.json").is_file()
-            else "there is nothing of PEFT in it"
-        )
+        hint = "kit.load(folder) reads it" if (folder_path / "adapter.json").is_file() else "it is not a folder of PEFT"
         raise FileError(f"{folder_path} holds no {CONFIG}: {hint}")
     if not (folder_path / WEIGHTS).is_file():
         if (folder_path / PICKLED).is_file():
             raise FileError(
-                f"{folder_path} holds its weights pickled ({PICKLED}), and reading a pickle runs whatever it "
-                "says. If you "
-                f"trust it, convert it: safetensors.torch.save_file(torch.load('{PICKLED}', weights_only=True), "
+                f"{folder_path} holds its weights pickled ({PICKLED}), and reading a pickle runs any code in it. "
+                f"If you trust it, convert it: safetensors.torch.save_file(torch.load('{PICKLED}', weights_only=True), "
                 f"'{WEIGHTS}')"
             )
         raise FileError(f"{folder_path} holds no {WEIGHTS}")
@@ -113,21 +108,23 @@ def _read_json(folder_path: Path) -> dict[str, Any]:
 
 
 def _read_weights(
-    state: KitState, settings: PeftConfig, stored: Mapping[str, Tensor], faults: Errors
+    state: KitState, settings: PeftConfig, stored: Mapping[str, Tensor], errors: Errors
 ) -> PeftAdapter | None:
-    """LoRA and IA3: what the modules carry, and a method that says as much; None where a fault was added."""
-    parts, heads = by_module(state, settings, stored, faults)
+    """LoRA and IA3: the tensors of each module and the method that matches them; None where an error was added."""
+    parts, heads = by_module(state, settings, stored, errors)
     missing = [p for p in adaptable_modules(state.survey) if settings.is_named(p) and p not in parts]
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        faults.add(f"target_modules also names {', '.join(missing[:4])}{more}, but the file has no tensors for them")
+        errors.add(f"target_modules also names {', '.join(missing[:4])}{more}, but the file has no tensors for them")
     if not parts:
-        faults.add("the file has no adapter tensors at all")
-    if faults.messages:
+        errors.add("the file has no adapter tensors at all")
+    if errors.messages:
         return None
-    facts = [{p: getattr(part, f) for p, part in parts.items()} for f in ("at_input", "rank", "alpha")]
-    method, sites = infer_method(state.survey, settings, *facts)
-    values = {f"{s.key}.{own}": value for s in sites for own, value in parts[s.path].values.items()}
+    at_input = {path: part.at_input for path, part in parts.items()}
+    ranks = {path: part.rank for path, part in parts.items()}
+    alphas = {path: part.alpha for path, part in parts.items()}
+    method, sites = infer_method(state.survey, settings, at_input, ranks, alphas)
+    values = {f"{s.key}.{parameter}": value for s in sites for parameter, value in parts[s.path].values.items()}
     return PeftAdapter(method, sites, values, heads)
 
 
@@ -141,30 +138,31 @@ def _build_empty(state: KitState, name: str, peft_adapter: PeftAdapter) -> tuple
 def save_peft(state: KitState, name: str, folder: str | PathLike[str]) -> None:
     """Writes an adapter as PEFT does, so that PeftModel.from_pretrained(base, folder) computes the same.
 
-    Strength is folded in; a PiSSA adapter becomes a plain LoRA of twice the rank; several LoRAs on channels of one
-    fused projection become one on the whole; the encoder of a prefix is folded. Raises FileError, with every reason at
-    once, for what PEFT cannot hold.
+    Strength is folded. A PiSSA adapter becomes a plain LoRA of twice the rank. Several LoRAs on channels of one fused
+    projection become one on the whole. The encoder of a prefix is folded. Raises FileError with every reason at once
+    for what PEFT cannot hold.
     """
     adapter = state[name].inference_form()
     target = Path(folder)
     check_replaceable(target.expanduser(), (CONFIG, WEIGHTS))
-    faults = Errors(FileError, f"{name!r} has no equal in PEFT")
-    front = isinstance(adapter.method, (PromptTuning, PrefixTuning))
-    tensors, told = write_virtual_tokens(state, adapter, faults) if front else _write_weights(state, adapter, faults)
-    faults.raise_if_any()
+    errors = Errors(FileError, f"{name!r} has no equivalent in PEFT")
+    has_virtual_tokens = isinstance(adapter.method, (PromptTuning, PrefixTuning))
+    write = write_virtual_tokens if has_virtual_tokens else _write_weights
+    tensors, own_fields = write(state, adapter, errors)
+    errors.raise_if_any()
     if bad := non_finite_names(tensors):
         raise FileError(f"{name!r} holds NaN or infinity in {', '.join(bad[:4])}: there is nothing worth saving in it")
-    config = {**_common_fields(state, adapter), **told}
+    config = {**_common_fields(state, adapter), **own_fields}
 
-    def fill(temp_path: Path) -> None:
+    def write_into(temp_path: Path) -> None:
         write_tensors(temp_path / WEIGHTS, tensors, {"format": "pt"})
         (temp_path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    replace_folder(target, (CONFIG, WEIGHTS), fill)
+    replace_folder(target, (CONFIG, WEIGHTS), write_into)
 
 
 def _common_fields(state: KitState, adapter: Adapter) -> dict[str, Any]:
-    """What adapter_config.json says of every method."""
+    """Fields of adapter_config.json that every method has."""
     config = getattr(state.base, "config", None)
     return {
         "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
@@ -174,24 +172,24 @@ def _common_fields(state: KitState, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _write_weights(state: KitState, adapter: Adapter, faults: Errors) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """LoRA and IA3: the tensors, and what the config says of them."""
-    parts = to_peft_tensors(adapter, faults)
-    saved = heads_of(state, adapter, faults)
-    if faults.messages:
+def _write_weights(state: KitState, adapter: Adapter, errors: Errors) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """LoRA and IA3: the tensors, and their fields of adapter_config.json."""
+    parts = to_peft_tensors(adapter, errors)
+    heads = heads_of(state, adapter, errors)
+    if errors.messages:
         return {}, {}
     tensors = {f"{PREFIX}{path}{end}": value for path, part in parts.items() for end, value in part.values.items()}
-    tensors |= {PREFIX + key: value for key, value in saved.items()}
-    everything = [path for path, _ in state.base.named_modules()]
-    where = target_modules_for(list(parts), everything, [p for p, part in parts.items() if part.at_input])
+    tensors |= {PREFIX + key: value for key, value in heads.items()}
+    all_paths = [path for path, _ in state.base.named_modules()]
+    targets = target_modules_for(list(parts), all_paths, [p for p, part in parts.items() if part.at_input])
     task = task_of(state.base)
-    told = {
-        "task_type": None if task == "SEQ_CLS" else task,  # which would claim heads on its own
-        "target_modules": where["target_modules"],
+    fields = {
+        "task_type": None if task == "SEQ_CLS" else task,  # PEFT would add heads for SEQ_CLS by itself
+        "target_modules": targets["target_modules"],
         "fan_in_fan_out": any(part.is_transposed for part in parts.values()),
     }
     if not isinstance(adapter.method, LoRA):
-        return tensors, {"peft_type": "IA3", "feedforward_modules": where["feedforward_modules"], **told}
+        return tensors, {"peft_type": "IA3", "feedforward_modules": targets["feedforward_modules"], **fields}
     rank, rank_pattern = most_common_and_rest({path: part.rank for path, part in parts.items()})
     alpha, alpha_pattern = most_common_and_rest({path: part.alpha for path, part in parts.items()})
     return tensors, {
@@ -205,5 +203,5 @@ def _write_weights(state: KitState, adapter: Adapter, faults: Errors) -> tuple[d
         "use_dora": adapter.method.dora,
         "bias": "none",
         "init_lora_weights": True,
-        **told,
+        **fields,
     }

@@ -1,7 +1,7 @@
-"""The method that says in kitout's words where a PEFT file sits and how large it is.
+"""The kitout method that selects the modules of a PEFT file and has its ranks and alphas.
 
-A selection is looked for that a person would write ("attn.q attn.v"), then one by module names, then by whole paths;
-likewise for ranks and alphas that differ. Whatever is found is checked site by site. It knows no tensors.
+Selections are tried in this order: by role, as a person would write ("attn.q attn.v"), by module names, by whole paths;
+likewise for ranks and alphas that differ. Each is checked site by site. It knows no tensors.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def infer_method(
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
 ) -> tuple[Method, list[Site]]:
-    """The method and its sites. inward: by module path, whether the module's input is meant. Raises FileError."""
-    whole = [s for s in adaptable_modules(survey).values() if s.path in at_input]
-    targets, layers = _selection(survey, whole, at_input)
+    """The method and its sites. at_input: by module path, whether its input is adapted. Raises FileError."""
+    modules = [s for s in adaptable_modules(survey).values() if s.path in at_input]
+    targets, layers = _selection(survey, modules, at_input)
     if settings.kind == "IA3":
         method: Method = IA3(targets=targets, layers=layers)
         return method, method.sites(survey)
     lora = LoRA(
-        rank=_by_term(whole, ranks, "rank"),
-        alpha=_by_term(whole, alphas, "alpha"),
+        rank=_by_term(modules, ranks, "rank"),
+        alpha=_by_term(modules, alphas, "alpha"),
         dropout=settings.dropout,
         rslora=settings.rslora,
         dora=settings.dora,
@@ -54,36 +54,36 @@ def infer_method(
 
 
 def _selection(survey: Survey, sites: Sequence[Site], at_input: Mapping[str, bool]) -> tuple[str, str]:
-    """targets and layers that choose exactly these sites."""
-    meant = {(s.path, "in" if at_input[s.path] else "out", None) for s in sites}
+    """targets and layers that select exactly these sites."""
+    requested = {(s.path, "in" if at_input[s.path] else "out", None) for s in sites}
     for targets, layers in _candidates(sites, at_input):
         try:
-            found = select(survey.sites, targets, layers)
+            selected = select(survey.sites, targets, layers)
         except TargetError:
             continue
-        if {(s.path, s.port, s.channels) for s in found} == meant:
+        if {(s.path, s.port, s.channels) for s in selected} == requested:
             return targets, layers
-    raise FileError(f"no selection chooses exactly the {len(sites)} modules of this file: {sites[0].path}, ...")
+    raise FileError(f"no selection matches exactly the {len(sites)} modules of this file: {sites[0].path}, ...")
 
 
 def _candidates(sites: Sequence[Site], at_input: Mapping[str, bool]) -> Iterator[tuple[str, str]]:
     numbers = sorted({s.layer for s in sites if s.layer is not None})
-    some = ",".join(map(str, numbers)) or "all"
-    for word in SITE_TERMS:
-        targets = " ".join(dict.fromkeys(("in:" if at_input[s.path] else "") + word(s) for s in sites))
+    layers = ",".join(map(str, numbers)) or "all"
+    for term in SITE_TERMS:
+        targets = " ".join(dict.fromkeys(("in:" if at_input[s.path] else "") + term(s) for s in sites))
         yield targets, "all"
-        yield targets, some
+        yield targets, layers
 
 
 def _by_term(sites: Sequence[Site], values: Mapping[str, Any], setting: str) -> Any:
-    """One number, or numbers by the shortest words that tell the sites apart."""
+    """One number, or numbers by the shortest terms that distinguish the sites."""
     if len(set(values.values())) == 1:
         return next(iter(values.values()))
-    for word in SITE_TERMS:
-        table = {word(s): values[s.path] for s in sites}
+    for term in SITE_TERMS:
+        table = {term(s): values[s.path] for s in sites}
         try:
             if all(value_for_role(table, s, setting) == values[s.path] for s in sites):
                 return table
         except ConfigError:
             continue
-    raise FileError(f"{setting} differs between modules whose paths end alike: no setting by name can tell them apart")
+    raise FileError(f"{setting} differs between modules whose paths end alike: no setting by name can distinguish them")

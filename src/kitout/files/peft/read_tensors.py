@@ -1,7 +1,7 @@
-"""Tensors of PEFT's files taken apart: what each module carries, in the terms of our Deltas, and the heads.
+"""Tensors of PEFT's files by module, under the names of kitout's Deltas, and the heads.
 
-Every stranger among the keys is named; a base weight that PEFT stored along (embeddings) must equal the one here. It
-knows LoRA's and IA3's parameters and nothing of folders or json; the way back is in `peft_export.py`.
+Every unknown key is an error; a base weight that PEFT also stored (embeddings) must equal that of this base. It knows
+the parameters of LoRA and IA3 and nothing of folders or json. `write_tensors.py` does the reverse.
 """
 
 from __future__ import annotations
@@ -38,77 +38,83 @@ CONV_CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass
 class PeftModuleTensors:
-    """What one module carries. values: by a Delta's own parameter names when read, by PEFT's key endings when written.
-
-    inward: on the module's input (IA3). transposed: the weight is stored [d_in, d_out].
-    """
+    """The adapter tensors of one module."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
+    """By the parameter names of a Delta when read, by PEFT's key endings when written."""
     rank: int = 0
+    """LoRA only."""
     alpha: float = 0.0
+    """LoRA only."""
     at_input: bool = False
+    """On the module's input (IA3)."""
     is_transposed: bool = False
+    """The module stores its weight as [d_in, d_out]."""
 
 
 @dataclass
 class PeftAdapter:
-    """What a file holds. values: by "<site>.<parameter>"; heads: by path and parameter name."""
+    """An adapter of a PEFT file in the terms of kitout."""
 
     method: Method
     sites: list[Site]
     values: dict[str, Tensor] = field(default_factory=dict)
+    """By "<site>.<parameter>"."""
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """By path, then by parameter name."""
 
 
 def adaptable_modules(survey: Survey) -> dict[str, Site]:
-    """The whole modules that a weight adapter can sit at, by path."""
-    able = (s for s in survey.sites if s.channels is None and s.role not in COMPOSITE_ROLES and s.port == "out")
-    return {s.path: s for s in able if s.kind in ("linear", "embedding", "conv")}
+    """The whole modules that LoRA or IA3 can sit at, by path."""
+    modules = (s for s in survey.sites if s.channels is None and s.role not in COMPOSITE_ROLES and s.port == "out")
+    return {s.path: s for s in modules if s.kind in ("linear", "embedding", "conv")}
 
 
 def by_module(
-    state: KitState, settings: PeftConfig, stored: Mapping[str, Tensor], faults: Errors
+    state: KitState, settings: PeftConfig, stored: Mapping[str, Tensor], errors: Errors
 ) -> tuple[dict[str, PeftModuleTensors], dict[str, dict[str, Tensor]]]:
     """The file's tensors as parts by module path, and as heads by path and parameter name."""
-    raw: dict[str, dict[str, Tensor]] = {}
+    by_path: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for key, value in stored.items():
         end = next((e for e in ENDS[settings.kind] if key.endswith(e)), None)
         if end is not None and key.startswith(PREFIX):
-            raw.setdefault(key[len(PREFIX) :].removesuffix(end), {})[ENDS[settings.kind][end]] = value
+            by_path.setdefault(key[len(PREFIX) :].removesuffix(end), {})[ENDS[settings.kind][end]] = value
         else:
             rest[key] = value
-    heads = head_tensors(state.base, settings.modules_to_save, PREFIX, rest, faults)
+    heads = head_tensors(state.base, settings.modules_to_save, PREFIX, rest, errors)
     sites = adaptable_modules(state.survey)
     parts = {}
-    for path, values in raw.items():
+    for path, values in by_path.items():
         if path not in sites:
-            faults.add(f"this model has no module {path[:120]!r} that could carry it; {suggest(path[:120], sites, 3)}")
+            errors.add(
+                f"this model has no module {path[:120]!r} that can have an adapter; {suggest(path[:120], sites, 3)}"
+            )
             continue
         read = _read_lora if settings.kind == "LORA" else _read_ia3
         part = read(sites[path], settings, values)
         if isinstance(part, str):
-            faults.add(f"{path}: {part}")
+            errors.add(f"{path}: {part}")
         else:
             parts[path] = part
     return parts, heads
 
 
 def head_tensors(
-    base: nn.Module, modules_to_save: tuple[str, ...], prefix: str, stored: Mapping[str, Tensor], faults: Errors
+    base: nn.Module, modules_to_save: tuple[str, ...], prefix: str, stored: Mapping[str, Tensor], errors: Errors
 ) -> dict[str, dict[str, Tensor]]:
-    """Tensors that are no adapter's, as heads by path and parameter name; the others must be the base's own."""
+    """Heads by path and parameter name; tensors that belong to no head must equal those of the base."""
     heads: dict[str, dict[str, Tensor]] = {}
     for key, value in stored.items():
         rest = key.removeprefix(prefix)
         if rest == key:
-            faults.add(f"unexpected key {key[:120]!r}: it does not start with {prefix!r}")
+            errors.add(f"unexpected key {key[:120]!r}: it does not start with {prefix!r}")
         elif (path := _head_path(base, modules_to_save, rest)) is not None:
             heads.setdefault(path, {})[rest[len(path) + 1 :]] = value
         elif reason := _unexpected(base, rest, value):
-            faults.add(reason)
+            errors.add(reason)
     for path in without_tensors(base, modules_to_save, heads):
-        faults.add(f"modules_to_save names {path}, and the file has no tensors for it")
+        errors.add(f"modules_to_save names {path}, and the file has no tensors for it")
     return heads
 
 
@@ -123,10 +129,10 @@ def _head_path(base: nn.Module, modules_to_save: tuple[str, ...], rest: str) -> 
 
 
 def without_tensors(base: nn.Module, modules_to_save: tuple[str, ...], heads: Collection[str]) -> list[str]:
-    """Modules with values whose paths end like an entry of `saved`, the outermost, that are not among `heads`."""
-    named = [p for p, m in base.named_modules() if p and p.endswith(modules_to_save) and m.state_dict()]
-    outer = [p for p in named if not any(p.startswith(f"{other}.") for other in named)]
-    return [p for p in outer if p not in heads]
+    """Outermost modules with values whose paths end like an entry of `modules_to_save` and that are not in `heads`."""
+    paths = [p for p, m in base.named_modules() if p and p.endswith(modules_to_save) and m.state_dict()]
+    outermost = [p for p in paths if not any(p.startswith(f"{other}.") for other in paths)]
+    return [p for p in outermost if p not in heads]
 
 
 def _submodule(base: nn.Module, path: str) -> nn.Module | None:
@@ -137,7 +143,7 @@ def _submodule(base: nn.Module, path: str) -> nn.Module | None:
 
 
 def _unexpected(base: nn.Module, rest: str, value: Tensor) -> str | None:
-    """None for a weight of the base that PEFT stored along and that is the same here; else what is wrong with it."""
+    """None for a weight of the base that PEFT also stored and that is the same here; else the error message."""
     path, _, name = rest.replace(".base_layer.", ".").rpartition(".")
     module = _submodule(base, path)
     own = None if module is None else module._parameters.get(name)
@@ -146,16 +152,14 @@ def _unexpected(base: nn.Module, rest: str, value: Tensor) -> str | None:
     if own.shape != value.shape:
         return f"{rest[:120]} has shape {list(value.shape)}, this base {list(own.shape)} (was the vocabulary resized?)"
     if not torch.allclose(own.float().cpu(), value.float(), rtol=2**-7, atol=1e-6):
-        return (
-            f"{rest[:120]} was changed from this base's own, which is no part of an adapter: list it in modules_to_save"
-        )
+        return f"{rest[:120]} differs from this base's own, which is not part of an adapter: list it in modules_to_save"
     return None
 
 
 def _read_lora(site: Site, settings: PeftConfig, values: dict[str, Tensor]) -> PeftModuleTensors | str:
-    wanted = {"a", "b", "magnitude"} if settings.dora else {"a", "b"}
-    if set(values) != wanted:
-        return f"has {', '.join(sorted(values))}, needs {', '.join(sorted(wanted))}"
+    needed = {"a", "b", "magnitude"} if settings.dora else {"a", "b"}
+    if set(values) != needed:
+        return f"has {', '.join(sorted(values))}, needs {', '.join(sorted(needed))}"
     if reason := why_peft_differs(site.module):
         return reason
     a, b = values["a"], values["b"]
@@ -166,33 +170,35 @@ def _read_lora(site: Site, settings: PeftConfig, values: dict[str, Tensor]) -> P
     scale = embed_scale(site.module)
     if scale != 1.0 and settings.dora:
         return f"DoRA over an embedding that multiplies its output by {scale:g} is not supported"
-    ours = {"a": a.reshape(rank, width), "b": b.reshape(site.d_out, rank) * scale}
+    parameters = {"a": a.reshape(rank, width), "b": b.reshape(site.d_out, rank) * scale}
     if settings.dora:
         if values["magnitude"].numel() != site.d_out:
             return f"magnitude has shape {list(values['magnitude'].shape)}, needs {site.d_out} values"
-        ours["magnitude"] = values["magnitude"].flatten()
-    return PeftModuleTensors(ours, rank, settings.alpha_at(site.path))
+        parameters["magnitude"] = values["magnitude"].flatten()
+    return PeftModuleTensors(parameters, rank, settings.alpha_at(site.path))
 
 
 def _read_ia3(site: Site, settings: PeftConfig, values: dict[str, Tensor]) -> PeftModuleTensors | str:
-    inward, scale = settings.at_input(site.path), values["scale"]
-    width = site.d_in if inward else site.d_out
+    at_input, scale = settings.at_input(site.path), values["scale"]
+    width = site.d_in if at_input else site.d_out
     if scale.numel() != width or max(scale.shape, default=0) != width:
-        return f"ia3_l has shape {list(scale.shape)}, its {'input' if inward else 'output'} has width {width}"
-    return PeftModuleTensors({"scale": scale.flatten()}, at_input=inward)
+        return f"ia3_l has shape {list(scale.shape)}, its {'input' if at_input else 'output'} has width {width}"
+    return PeftModuleTensors({"scale": scale.flatten()}, at_input=at_input)
 
 
 def why_peft_differs(module: nn.Module) -> str | None:
-    """Why PEFT's map over this module is another one than ours."""
+    """Why PEFT's LoRA over this module is another map than kitout's; None where it is the same."""
     if isinstance(module, CONV_CLASSES):
-        plain = module.groups == 1 and all(d == 1 for d in module.dilation) and module.padding_mode == "zeros"
-        return None if plain else "PEFT's LoRA over a grouped, dilated or specially padded convolution is another map"
+        is_plain = module.groups == 1 and all(d == 1 for d in module.dilation) and module.padding_mode == "zeros"
+        return (
+            None if is_plain else "PEFT's LoRA over a grouped, dilated or specially padded convolution is another map"
+        )
     if isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module):
         return None
     return f"PEFT has no LoRA over {type(module).__name__}"
 
 
 def embed_scale(module: nn.Module) -> float:
-    """What an embedding multiplies its output by; PEFT's change is multiplied along, ours is added after."""
+    """What an embedding multiplies its output by: PEFT multiplies its change as well, kitout adds it afterwards."""
     scale = getattr(module, "embed_scale", None) if isinstance(module, nn.Embedding) else None
     return 1.0 if scale is None else float(scale)

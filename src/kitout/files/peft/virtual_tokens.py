@@ -1,9 +1,9 @@
-"""Prompts and prefixes in PEFT's files: one tensor of what lies in front of the text, as our Deltas hold it, both ways.
+"""Prompts and prefixes in PEFT's files: one tensor of virtual tokens, read and written.
 
-A prompt is [p, d]; for an encoder-decoder PEFT keeps p rows more, which it never reads. A prefix is [m, 2 L H_kv d_h],
-keys and values of each layer in turn, of the decoder's self-attention alone where there is an encoder too; an encoder
-of the prefix (prefix_projection) is folded when PEFT saves, and when we do. PEFT's prompts before an encoder also stand
-in for the token that a classifier reads. It knows those two methods, and nothing of folders or json.
+A prompt is [p, d]; for an encoder-decoder PEFT keeps p more rows, which it never reads. A prefix is [m, 2 L H_kv d_h],
+keys and values of each layer in turn, of the decoder's self-attention only where there is an encoder too. An encoder of
+the prefix (prefix_projection) is folded when PEFT saves, and when kitout does. PEFT's prompts before an encoder also
+replace the token that a classifier reads. It knows these two methods, and nothing of folders or json.
 """
 
 from __future__ import annotations
@@ -25,59 +25,59 @@ from kitout.runtime.adapter import Adapter
 from kitout.runtime.state import KitState
 
 PROMPT_KEY, PREFIX = "prompt_embeddings", "base_model."
-ENCODER_DECODER_TASK = "SEQ_2_SEQ_LM"  # the task of an encoder and a decoder
+ENCODER_DECODER_TASK = "SEQ_2_SEQ_LM"
 HEADS = ("classifier", "score")  # what PEFT takes for the head of SEQ_CLS and insists on finding in the file
 
 
 def read_virtual_tokens(
-    state: KitState, settings: PeftPromptConfig, stored: Mapping[str, Tensor], faults: Errors
+    state: KitState, settings: PeftPromptConfig, stored: Mapping[str, Tensor], errors: Errors
 ) -> PeftAdapter:
-    """The method, its sites in this model and their values; values are missing where a fault was added."""
+    """The method, its sites in this model and their values; values are missing where an error was added."""
     task = task_of(state.base)
     if reason := _why_no_task(state, task):
-        faults.add(reason)
+        errors.add(reason)
     elif task != settings.task:
-        faults.add(f"it was made for a model of {settings.task}, and {_model_name(state)} is one of {task}")
-    prompt = settings.kind == "PROMPT_TUNING"
-    method = _prompt_method(state, settings, faults) if prompt else _prefix_method(state, settings)
-    front = PeftAdapter(method, method.sites(state.survey))
+        errors.add(f"it was made for a model of {settings.task}, and {_model_name(state)} is one of {task}")
+    is_prompt = settings.kind == "PROMPT_TUNING"
+    method = _prompt_method(state, settings, errors) if is_prompt else _prefix_method(state, settings)
+    peft_adapter = PeftAdapter(method, method.sites(state.survey))
     rest = {key: value for key, value in stored.items() if key != PROMPT_KEY}
-    front.heads = head_tensors(state.base, settings.modules_to_save, PREFIX, rest, faults)
-    able = ((1, 2) if prompt else (2,)) if settings.task == ENCODER_DECODER_TASK else (1,)
-    if settings.num_submodules not in able:
-        faults.add(
+    peft_adapter.heads = head_tensors(state.base, settings.modules_to_save, PREFIX, rest, errors)
+    allowed = ((1, 2) if is_prompt else (2,)) if settings.task == ENCODER_DECODER_TASK else (1,)
+    if settings.num_submodules not in allowed:
+        errors.add(
             f"num_transformer_submodules={settings.num_submodules} makes no sense for {settings.task} and "
             f"{settings.kind}"
         )
     if PROMPT_KEY not in stored:
-        faults.add(f"tensor {PROMPT_KEY!r} is missing")
-    elif prompt:
-        _read_prompt(front, settings, stored[PROMPT_KEY], faults)
+        errors.add(f"tensor {PROMPT_KEY!r} is missing")
+    elif is_prompt:
+        _read_prompt(peft_adapter, settings, stored[PROMPT_KEY], errors)
     else:
-        _read_prefix(state, front, settings, stored[PROMPT_KEY], faults)
-    return front
+        _read_prefix(state, peft_adapter, settings, stored[PROMPT_KEY], errors)
+    return peft_adapter
 
 
-def _prompt_method(state: KitState, settings: PeftPromptConfig, faults: Errors) -> PromptTuning:
+def _prompt_method(state: KitState, settings: PeftPromptConfig, errors: Errors) -> PromptTuning:
     if settings.task != "SEQ_CLS" or any(t.causal for t in state.survey.towers):
         return PromptTuning(length=settings.length)
-    if reason := _why_reads_more(state):
-        faults.add(reason)
+    if reason := _why_classifier_reads_more(state):
+        errors.add(reason)
     return PromptTuning(length=settings.length, pooled="prompt")
 
 
-def _read_prompt(peft_adapter: PeftAdapter, settings: PeftPromptConfig, value: Tensor, faults: Errors) -> None:
+def _read_prompt(peft_adapter: PeftAdapter, settings: PeftPromptConfig, value: Tensor, errors: Errors) -> None:
     site = peft_adapter.sites[0]
     if len(peft_adapter.sites) > 1:
-        faults.add(
+        errors.add(
             f"PEFT's prompts are in one stack, here they would be in {', '.join(s.tower for s in peft_adapter.sites)}"
         )
         return
-    wanted = (settings.length * settings.num_submodules, site.d_out)
-    if tuple(value.shape) != wanted or settings.width not in (None, site.d_out):
-        shape, told = list(value.shape), settings.width
-        faults.add(
-            f"{PROMPT_KEY} has shape {shape} (token_dim={told}), and {settings.length} prompts here take {list(wanted)}"
+    shape = (settings.length * settings.num_submodules, site.d_out)
+    if tuple(value.shape) != shape or settings.width not in (None, site.d_out):
+        errors.add(
+            f"{PROMPT_KEY} has shape {list(value.shape)} (token_dim={settings.width}), and {settings.length} prompts "
+            f"here take {list(shape)}"
         )
         return
     peft_adapter.values[f"{site.key}.prompt"] = value[: settings.length].clone()
@@ -89,20 +89,20 @@ def _prefix_method(state: KitState, settings: PeftPromptConfig) -> PrefixTuning:
 
 
 def _read_prefix(
-    state: KitState, peft_adapter: PeftAdapter, settings: PeftPromptConfig, value: Tensor, faults: Errors
+    state: KitState, peft_adapter: PeftAdapter, settings: PeftPromptConfig, value: Tensor, errors: Errors
 ) -> None:
     sites = peft_adapter.sites
     if reason := _why_prefix_differs(state, sites):
-        faults.add(reason)
+        errors.add(reason)
         return
     heads, width = sites[0].num_kv_heads, sites[0].d_out
     slots = settings.layers or len(sites)
-    fits = slots >= len(sites) if settings.num_submodules > 1 else slots == len(sites)
-    told = settings.heads in (None, heads) and settings.width in (None, width)
-    if not (fits and told and tuple(value.shape) == (settings.length, 2 * slots * width)):
-        said = f"{settings.layers} layers of {settings.heads} heads in {settings.width} channels"
-        faults.add(
-            f"{PROMPT_KEY} has shape {list(value.shape)} for {said}; {settings.length} positions here take "
+    layers_fit = slots >= len(sites) if settings.num_submodules > 1 else slots == len(sites)
+    widths_fit = settings.heads in (None, heads) and settings.width in (None, width)
+    if not (layers_fit and widths_fit and tuple(value.shape) == (settings.length, 2 * slots * width)):
+        sizes = f"{settings.layers} layers of {settings.heads} heads in {settings.width} channels"
+        errors.add(
+            f"{PROMPT_KEY} has shape {list(value.shape)} for {sizes}; {settings.length} positions here take "
             f"{[settings.length, 2 * len(sites) * width]}: {len(sites)} layers of {heads} heads in {width} channels"
         )
         return
@@ -112,19 +112,19 @@ def _read_prefix(
 
 
 def _slot(layer: int, num_submodules: int, slots: int) -> int:
-    """Which keys and values of the file a layer gets.
+    """Index of a layer's keys and values in the file.
 
-    For an encoder-decoder PEFT lays the file's twice in a row and deals out four tensors to each layer, two for itself
-    and two for the cross-attention, which are then dropped: the decoder's layers get every second of an odd number, and
-    the first half of an even number of layers shares its prefix with the second.
+    For an encoder-decoder PEFT repeats those of the file once and gives four tensors to each layer: two for itself and
+    two for the cross-attention, which are dropped. So the layers of the decoder get every second one of an odd number;
+    with an even number, the second half of the layers would get the same as the first.
     """
     return num_submodules * layer % slots
 
 
 def _why_no_task(state: KitState, task: str | None) -> str | None:
-    """Why PEFT has nothing to put in front of the text of such a model."""
+    """Why PEFT has no virtual tokens for such a model; None where it has."""
     if task not in TASKS:
-        return f"PEFT has prompts and prefixes for {', '.join(TASKS)}, and {_model_name(state)} is for none of them"
+        return f"PEFT has prompts and prefixes for {', '.join(TASKS)}, and {_model_name(state)} has none of these tasks"
     if task == "SEQ_CLS" and len(state.survey.towers) > 1:
         return (
             "PEFT's prompts and prefixes do not work in a classifier with encoder and decoder, as "
@@ -133,12 +133,12 @@ def _why_no_task(state: KitState, task: str | None) -> str | None:
     return None
 
 
-def _why_reads_more(state: KitState) -> str | None:
-    """Why the head of this encoder does not read its first token alone, so that PEFT's prompts would be more to it."""
+def _why_classifier_reads_more(state: KitState) -> str | None:
+    """Why the head of this encoder reads more than its first token, so that PEFT's prompts change what it reads."""
     config = getattr(state.base, "config", None)
     for name in ("classifier_pooling", "summary_type"):
-        if (how := getattr(config, name, None)) not in (None, "cls", "first"):
-            return f"{name}={how!r}: with PEFT this classifier reads the prompts' outputs as well, here it does not"
+        if (value := getattr(config, name, None)) not in (None, "cls", "first"):
+            return f"{name}={value!r}: with PEFT this classifier reads the prompts' outputs as well, here it does not"
     return None
 
 
@@ -150,26 +150,27 @@ def _model_name(state: KitState) -> str:
     return plain_class(state.base).__name__
 
 
-def write_virtual_tokens(state: KitState, adapter: Adapter, faults: Errors) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The file's tensors and what its config says beyond the common; adapter: settled."""
-    task, prompt = task_of(state.base), isinstance(adapter.method, PromptTuning)
+def write_virtual_tokens(state: KitState, adapter: Adapter, errors: Errors) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, and their fields of adapter_config.json. The adapter is in its inference form."""
+    task, is_prompt = task_of(state.base), isinstance(adapter.method, PromptTuning)
     if reason := _why_no_task(state, task):
-        faults.add(reason)
+        errors.add(reason)
     if adapter.strength != 1.0:
-        faults.add(f"strength {adapter.strength:g} has no equal in PEFT for what lies in front: set strength 1")
-    unlike = _why_prompt_differs if prompt else _why_prefix_unsaved
-    if reason := unlike(state, adapter):
-        faults.add(reason)
-    heads = heads_of(state, adapter, faults)
+        errors.add(f"strength {adapter.strength:g} has no equivalent in PEFT for virtual tokens: set strength 1")
+    why_differs = _why_prompt_differs if is_prompt else _why_prefix_unsaved
+    if reason := why_differs(state, adapter):
+        errors.add(reason)
+    heads = heads_of(state, adapter, errors)
     if task == "SEQ_CLS":
-        heads |= _own_heads(state, adapter, faults)
-    if faults.messages:
+        heads |= _own_heads(state, adapter, errors)
+    if errors.messages:
         return {}, {}
-    value, told = (
-        _write_prompt(state, adapter) if prompt else _write_prefix(adapter, 2 if task == ENCODER_DECODER_TASK else 1)
-    )
+    if is_prompt:
+        value, fields = _write_prompt(state, adapter)
+    else:
+        value, fields = _write_prefix(adapter, 2 if task == ENCODER_DECODER_TASK else 1)
     tensors = {PROMPT_KEY: value, **{PREFIX + key: value for key, value in heads.items()}}
-    return tensors, {"task_type": task, "num_virtual_tokens": len(value), "token_dim": adapter.sites[0].d_out, **told}
+    return tensors, {"task_type": task, "num_virtual_tokens": len(value), "token_dim": adapter.sites[0].d_out, **fields}
 
 
 def _write_prompt(state: KitState, adapter: Adapter) -> tuple[Tensor, dict[str, Any]]:
@@ -177,8 +178,8 @@ def _write_prompt(state: KitState, adapter: Adapter) -> tuple[Tensor, dict[str, 
     value: Any = adapter.delta(site).prompt
     return value, {
         "peft_type": "PROMPT_TUNING",
-        "num_transformer_submodules": 1,  # without the rows that PEFT would keep for a decoder and never read
-        "num_attention_heads": 1,  # read by nobody, but looked for in the model's config if it is not here
+        "num_transformer_submodules": 1,  # without the rows for a decoder, which PEFT never reads
+        "num_attention_heads": 1,  # never read, but looked for in the model's config if it is missing
         "num_layers": _tower(state, site).depth,  # likewise
         "prompt_tuning_init": "RANDOM",
     }
@@ -200,7 +201,7 @@ def _write_prefix(adapter: Adapter, num_submodules: int) -> tuple[Tensor, dict[s
 
 
 def _why_prefix_differs(state: KitState, sites: Sequence[Site]) -> str | None:
-    """Why these attentions are not what a prefix of PEFT sits at: every layer of one stack, all of one shape."""
+    """Why PEFT has no prefix at these attentions: it needs every layer of one stack, all of one shape."""
     towers, shapes = {s.tower for s in sites}, sorted({(s.num_kv_heads, s.d_out) for s in sites})
     if len(towers) > 1 or any(s.role != "kv.self" for s in sites):
         return (
@@ -247,14 +248,14 @@ def _why_prompt_differs(state: KitState, adapter: Adapter) -> str | None:
             "with PEFT an encoder's classifier reads the output of the first prompt, here that of the first token: "
             "train it with PromptTuning(pooled='prompt')"
         )
-    return _why_reads_more(state)
+    return _why_classifier_reads_more(state)
 
 
-def _own_heads(state: KitState, adapter: Adapter, faults: Errors) -> dict[str, Tensor]:
-    """The base's own heads, where the adapter brings none: PEFT does not load a classifier's prompts without."""
-    brought = [path.replace("/", ".") for path in adapter.heads]
+def _own_heads(state: KitState, adapter: Adapter, errors: Errors) -> dict[str, Tensor]:
+    """The base's own heads where the adapter has none: PEFT does not load the prompts of a classifier without them."""
+    adapter_heads = [path.replace("/", ".") for path in adapter.heads]
     base: nn.Module = state.base
-    paths = without_tensors(base, HEADS, brought)
+    paths = without_tensors(base, HEADS, adapter_heads)
     if paths and state.merged_names:
-        faults.add(f"{paths[0]} goes along, and {state.merged_text} merged into the base: unmerge() first")
+        errors.add(f"{paths[0]} is saved with it, and {state.merged_text} merged into the base: unmerge() first")
     return {f"{p}.{name}": value for p in paths for name, value in base.get_submodule(p).state_dict().items()}

@@ -1,7 +1,7 @@
-"""An adapter under the names PEFT's files have for its values; what PEFT has no place for is a fault with its reason.
+"""An adapter's tensors under PEFT's names; what PEFT cannot hold is an error with its reason.
 
-Strength is folded in, a started-from product (PiSSA) becomes more ranks, and parts of a fused projection become one map
-on the whole. It knows LoRA's and IA3's parameters and nothing of folders or json.
+Strength is folded, the subtracted start of PiSSA becomes more ranks, and channels of a fused projection become one map
+on the whole. It knows the parameters of LoRA and IA3 and nothing of folders or json.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from kitout.runtime.adapter import Adapter
 from kitout.runtime.state import KitState
 
 
-def to_peft_tensors(adapter: Adapter, faults: Errors) -> dict[str, PeftModuleTensors]:
-    """The adapter's values under PEFT's names, by module path."""
+def to_peft_tensors(adapter: Adapter, errors: Errors) -> dict[str, PeftModuleTensors]:
+    """The adapter's tensors by module path, under PEFT's key endings."""
     method = adapter.method
     if type(method) not in (LoRA, IA3):
-        faults.add(f"{type(method).__name__} is no method of PEFT's files; LoRA (with rslora, dora) and IA3 are")
+        errors.add(f"{type(method).__name__} cannot be written for PEFT; LoRA (with rslora, dora) and IA3 can")
         return {}
     by_path: dict[str, list[Site]] = {}
     for site in adapter.sites:
@@ -38,7 +38,7 @@ def to_peft_tensors(adapter: Adapter, faults: Errors) -> dict[str, PeftModuleTen
     for path, sites in by_path.items():
         part = _write_lora(adapter, sites) if isinstance(method, LoRA) else _write_ia3(adapter, sites)
         if isinstance(part, str):
-            faults.add(f"{path}: {part}")
+            errors.add(f"{path}: {part}")
         else:
             part.is_transposed = is_conv1d(sites[0].module)
             parts[path] = part
@@ -56,9 +56,9 @@ def _write_lora(adapter: Adapter, sites: Sequence[Site]) -> PeftModuleTensors | 
     extra = {}
     if isinstance(deltas[0], DoRADelta):
         if sites[0].channels is not None:
-            return "PEFT's DoRA renormalises every row of a fused projection, this one only some"
+            return "PEFT's DoRA renormalizes every row of a fused projection, this one only some"
         if strength != 1.0 or embed_scale(module) != 1.0:
-            return f"DoRA at strength {strength:g} or over a scaled embedding has no equal in PEFT: set strength 1"
+            return f"DoRA at strength {strength:g} or over a scaled embedding has no equivalent in PEFT: set strength 1"
         factors: tuple[Tensor, Tensor, float] = deltas[0].a, deltas[0].b, deltas[0].scale
         extra = {".lora_magnitude_vector": deltas[0].magnitude.view(_vector_shape(module, 1))}
     else:
@@ -76,9 +76,9 @@ def _write_lora(adapter: Adapter, sites: Sequence[Site]) -> PeftModuleTensors | 
 
 
 def _stack_factors(sites: Sequence[Site], deltas: Sequence[Any]) -> tuple[Tensor, Tensor, float]:
-    """One low-rank map for the whole module: ranks add up, each part writes its own channels, one scale for all."""
+    """A, B and scale of one low-rank map for the whole module: ranks add up, each site writes its own channels."""
     scale = deltas[0].scale
-    downs, ups = [], []
+    all_a, all_b = [], []
     for site, delta in zip(sites, deltas, strict=True):
         assert isinstance(delta, LowRankDelta)
         a, b = delta.factors()
@@ -87,13 +87,13 @@ def _stack_factors(sites: Sequence[Site], deltas: Sequence[Any]) -> tuple[Tensor
             whole = b.new_zeros(_num_outputs(site), b.shape[1])
             whole[site.channel_index] = b
             b = whole
-        downs.append(a)
-        ups.append(b)
-    return torch.cat(downs), torch.cat(ups, 1), scale
+        all_a.append(a)
+        all_b.append(b)
+    return torch.cat(all_a), torch.cat(all_b, 1), scale
 
 
 def _num_outputs(site: Site) -> int:
-    """Outputs of the whole module a fused part belongs to."""
+    """Number of outputs of the whole module that a site with channels belongs to."""
     weight = site.module._parameters["weight"]
     assert weight is not None
     return int(weight.shape[1] if is_conv1d(site.module) else weight.shape[0])
@@ -101,8 +101,8 @@ def _num_outputs(site: Site) -> int:
 
 def _write_ia3(adapter: Adapter, sites: Sequence[Site]) -> PeftModuleTensors | str:
     module, strength = sites[0].module, adapter.strength
-    inward = sites[0].port == "in"
-    if any((s.port == "in") != inward for s in sites):
+    at_input = sites[0].port == "in"
+    if any((s.port == "in") != at_input for s in sites):
         return "PEFT's IA3 scales a module's input or its output, this one both"
     if not (isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) or is_conv1d(module)):
         return f"PEFT has no IA3 over {type(module).__name__}"
@@ -116,25 +116,25 @@ def _write_ia3(adapter: Adapter, sites: Sequence[Site]) -> PeftModuleTensors | s
         else:
             total = value if total is None else total * value
     assert total is not None
-    shape = _vector_shape(module, 1) if isinstance(module, CONV_CLASSES) else (1, -1) if inward else (-1, 1)
-    return PeftModuleTensors({".ia3_l": total.reshape(shape)}, at_input=inward)
+    shape = _vector_shape(module, 1) if isinstance(module, CONV_CLASSES) else (1, -1) if at_input else (-1, 1)
+    return PeftModuleTensors({".ia3_l": total.reshape(shape)}, at_input=at_input)
 
 
 def _vector_shape(module: nn.Module, axis: int) -> tuple[int, ...]:
-    """The shape PEFT gives a vector over a convolution's channels, (1, n, 1, 1); (n,) elsewhere."""
+    """The shape of a vector over channels in PEFT: (1, n, 1, 1) for a convolution, else (n,)."""
     if not isinstance(module, CONV_CLASSES):
         return (-1,)
     return tuple(-1 if i == axis else 1 for i in range(module.weight.ndim))
 
 
 def _round_alpha(value: float) -> float:
-    """8 rather than 8.000000000000002, and 8 rather than 8.0: alpha went through a division and back."""
+    """8 instead of 8.000000000000002 or 8.0: alpha was divided by the rank and multiplied again."""
     rounded = float(f"{value:.12g}")
     return int(rounded) if rounded.is_integer() and abs(rounded) < 2**31 else rounded
 
 
 def task_of(model: Any) -> str | None:
-    """PEFT's task type of a model; None for those it has a class of its own for and we have not, and all others."""
+    """PEFT's task type of a model; None for tasks that kitout does not write."""
     if plain_class(model).__name__.endswith("ForSequenceClassification"):
         return "SEQ_CLS"
     if not callable(getattr(model, "can_generate", None)) or not model.can_generate():
@@ -142,22 +142,22 @@ def task_of(model: Any) -> str | None:
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
-def heads_of(state: KitState, adapter: Adapter, faults: Errors) -> dict[str, Tensor]:
-    """Head tensors under PEFT's keys. PEFT copies the base's own module and fills it, so it must be one like that."""
-    found: dict[str, Tensor] = {}
-    everything = [path for path, _ in state.base.named_modules()]
+def heads_of(state: KitState, adapter: Adapter, errors: Errors) -> dict[str, Tensor]:
+    """Head tensors under PEFT's keys. PEFT fills a copy of the base's module, so the head must be of that class."""
+    tensors: dict[str, Tensor] = {}
+    all_paths = [path for path, _ in state.base.named_modules()]
     for key, head in adapter.heads.items():
         path, module = key.replace("/", "."), head.module
         assert isinstance(module, nn.Module)
         own, values = state.base.get_submodule(path), module.state_dict()
-        also = [p for p in everything if p.endswith(path) and p.replace(".", "/") not in adapter.heads]
+        also = [p for p in all_paths if p.endswith(path) and p.replace(".", "/") not in adapter.heads]
         if plain_class(module) is not plain_class(own) or values.keys() != own.state_dict().keys():
-            faults.add(
+            errors.add(
                 f"head {path}: PEFT copies the base's {type(own).__name__}, and this is a {type(module).__name__}"
             )
         if adapter.strength != 1.0:
-            faults.add(f"head {path}: strength {adapter.strength:g} mixes two heads, which PEFT cannot: set strength 1")
+            errors.add(f"head {path}: strength {adapter.strength:g} mixes two heads, which PEFT cannot: set strength 1")
         if also:
-            faults.add(f"head {path}: PEFT would also replace {', '.join(also[:3])}, whose names end alike")
-        found |= {f"{path}.{name}": value for name, value in values.items()}
-    return found
+            errors.add(f"head {path}: PEFT would also replace {', '.join(also[:3])}, whose paths have the same end")
+        tensors |= {f"{path}.{name}": value for name, value in values.items()}
+    return tensors

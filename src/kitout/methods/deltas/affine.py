@@ -15,7 +15,7 @@ from kitout.delta import Delta
 
 
 class ScaleShift(Delta):
-    """y' = scale * y + shift. std: of the start, scale ~ N(1, std), shift ~ N(0, std). shifts: False = no shift."""
+    """y' = scale * y + shift. std: of the initial values, scale ~ N(1, std), shift ~ N(0, std)."""
 
     is_scale_shift = True
 

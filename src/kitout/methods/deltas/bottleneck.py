@@ -1,6 +1,6 @@
 """The bottleneck of adapters: y' = y + s * up(dropout(act(down(v)))), d -> b -> d, with a bias each.
 
-What v is tells serial, parallel and post-norm adapters apart. Over a bf16 base the values stay fp32 and the products
+Serial, parallel and post-norm adapters differ in what v is. Over a bf16 base the values stay fp32 and the products
 run in the base's dtype. It knows nothing of where it sits: that is each method's own file.
 """
 
@@ -40,9 +40,10 @@ BottleneckScale = Annotated[float | Literal["learned"], AfterValidator(_check_no
 class Bottleneck(Delta):
     """y' = y + scale * up(dropout(act(down(v)))).
 
-    reads: v is "y" (serial), "x" (parallel), or "norm": LN(x + y) with the frozen norm after this sublayer. scale: a
-    number, or "learned": one more value, which starts at 1. init: "zero" is LoRA's (down kaiming_uniform(a = sqrt 5),
-    up 0: the identity), "normal" N(0, std) and "truncated" the same within two std, for both; biases start at 0.
+    reads: v is "y" (serial), "x" (parallel), or "norm": LN(x + y) with the frozen norm after this sublayer.
+    scale: a number, or "learned": one more parameter, which starts at 1.
+    init: "zero" is LoRA's (down kaiming_uniform(a = sqrt 5), up 0: the identity), "normal" is N(0, std) and "truncated"
+    the same within two std, for both. Biases start at 0.
     """
 
     def __init__(
@@ -85,16 +86,16 @@ class Bottleneck(Delta):
 
 
 def bottleneck_size(d: int, width: int, scale: object = 1.0) -> int:
-    """Trained values of one bottleneck: 2 b d + b + d, and one for a learned scale."""
+    """Trainable parameters of one bottleneck: 2 b d + b + d, and one for a learned scale."""
     return 2 * width * d + width + d + (scale == "learned")
 
 
 def default_sites(method: Method, survey: Survey, roles: Sequence[str]) -> list[Site]:
-    """The method's sites; by default every block must have these sublayers, so that none goes without unnoticed."""
-    if method.targets is None and (lacking := survey.blocks_missing(*roles)):
-        shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+    """The method's sites. By default every block must have these sublayers, so that no block is left out silently."""
+    if method.targets is None and (blocks := survey.blocks_missing(*roles)):
+        shown = ", ".join(blocks[:3]) + (", ..." if len(blocks) > 3 else "")
         raise TargetError(
-            f"{type(method).__name__} sits at {' and '.join(roles)} of every block, and where these end was not seen "
-            f"in {shown}; write targets='sub.*' to take what was"
+            f"{type(method).__name__} sits at {' and '.join(roles)} of every block, and their ends were not seen in "
+            f"{shown}; write targets='sub.*' to use those that were"
         )
     return select(survey.sites, method.targets or method.default_targets, method.layers)

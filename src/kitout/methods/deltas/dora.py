@@ -1,7 +1,7 @@
-"""DoRA: the frozen weight plus a low-rank change, renormalised row by row to a learned magnitude.
+"""DoRA: the frozen weight plus a low-rank change, renormalized row by row to a learned magnitude.
 
 Liu et al. 2024 (arXiv 2402.09353), eq. 5 and 4.3: W' = m * (W + s B A) / ||W + s B A||, the norm over the input axis
-and held constant in the gradient; the bias is not scaled. m starts at ||W||, B at 0: a fresh one is the identity.
+and held constant in the gradient; the bias is not scaled. m starts at ||W||, B at 0: a new one is the identity.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class DoRADelta(Delta):
     """y' = b + m / ||W + s B A|| * (W x + s B A dropout(x))."""
 
     reads_weight = True
-    loraplus_parameters = ("b",)  # LoRA+
+    loraplus_parameters = ("b",)
 
     def __init__(self, a: Tensor, b: Tensor, magnitude: Tensor, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -30,11 +30,11 @@ class DoRADelta(Delta):
         dtype, bias = y.dtype, frozen.bias
         if x.is_floating_point():
             x = F.dropout(x.to(dtype), self.dropout, self.training)
-        low = self.scale * F.linear(frozen.apply_weight(x, self.a.to(dtype)), self.b.to(dtype))
+        change = self.scale * F.linear(frozen.apply_weight(x, self.a.to(dtype)), self.b.to(dtype))
         ratio = (self.magnitude / self.norm(frozen.weight)).to(dtype)
         if bias is None:
-            return ratio * (y + low)
-        return ratio * (y - bias + low) + bias
+            return ratio * (y + change)
+        return ratio * (y - bias + change) + bias
 
     @torch.no_grad()
     def norm(self, w: Tensor) -> Tensor:

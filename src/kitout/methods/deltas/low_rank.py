@@ -1,8 +1,8 @@
 """The low-rank map of LoRA: y' = y + scale * B A x, in one autograd node, and batched over rows.
 
 Hu et al. 2021 (arXiv 2106.09685), eq. 3; A [r, d_in], B [d_out, r]. Over a bf16 base the values stay fp32 and the
-products run in the base's dtype. It knows linear sites, and embeddings and convolutions through the frozen view's own
-map; nothing of ranks per role, of routes or of files.
+products run in the base's dtype. It knows linear sites, and embeddings and convolutions through the map of the frozen
+module. It knows nothing of ranks per role, of routes or of files.
 """
 
 from __future__ import annotations
@@ -23,9 +23,15 @@ GATHER_BYTES = 64 * 2**20  # most that one site may hold in gathered rows before
 
 
 class LowRankDelta(Delta):
-    """y' = y + scale * B A dropout(x)."""
+    """y' = y + scale * B A dropout(x), by the fastest product that the call allows.
 
-    loraplus_parameters = ("b",)  # LoRA+
+    Training over a plain linear: `fused_linear`, one autograd node with the frozen product.
+    One adapter elsewhere: `add_low_rank`, one autograd node where a gradient is needed.
+    Embeddings and convolutions: the module's own map with A for its weight, then B.
+    Rows of several adapters: `_add_trained_rows` in training, products with gathered factors otherwise.
+    """
+
+    loraplus_parameters = ("b",)
     a0: Tensor | None
     b0: Tensor | None
 
@@ -42,110 +48,130 @@ class LowRankDelta(Delta):
         self.a0, self.b0 = a.clone(), b.clone()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B of the whole change: [r, d_in], [d_out, r], twice the rank where anchored."""
+        """A and B of the whole change: [r, d_in], [d_out, r], of twice the rank where a start is subtracted."""
         if self.a0 is None or self.b0 is None:
             return self.a, self.b
         return torch.cat((self.a, self.a0)), torch.cat((self.b, -self.b0), 1)
 
+    @property
+    def drops_inputs(self) -> bool:
+        """Dropout is active."""
+        return self.dropout > 0 and self.training
+
     def forward(self, x: Tensor, y: Tensor, frozen: FrozenModule | None = None) -> Tensor:
-        return self._add_change(x, y, frozen, False)
+        return self._add_change(x, y, frozen, may_overwrite=False)
 
     def forward_(self, x: Tensor, y: Tensor, frozen: FrozenModule | None = None) -> Tensor:
-        return self._add_change(x, y, frozen, True)
+        return self._add_change(x, y, frozen, may_overwrite=True)
 
     def _add_change(self, x: Tensor, y: Tensor, frozen: FrozenModule | None, may_overwrite: bool) -> Tensor:
-        dtype = y.dtype
-        a, b = (t.to(dtype) for t in self.factors())
-        if self.dropout and self.training and x.is_floating_point():
-            x = F.dropout(x, self.dropout)
+        a, b = (factor.to(y.dtype) for factor in self.factors())
+        if x.is_floating_point():  # token ids are not
+            x = (F.dropout(x, self.dropout) if self.drops_inputs else x).to(y.dtype)
         if self.reads_weight:
             assert frozen is not None
-            x = x.to(dtype) if x.is_floating_point() else x
             return y + self.scale * F.linear(frozen.apply_weight(x, a), b)
-        return add_low_rank(x.to(dtype), y, a, b, self.scale, may_overwrite)
+        return add_low_rank(x, y, a, b, self.scale, may_overwrite)
 
     def fused_linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
         """Both products in one autograd node, whose backward adds into the base's own input gradient."""
-        plain = self.a0 is None and not (self.dropout and self.training) and x.dtype == w.dtype
-        if not (plain and torch.is_grad_enabled() and self.a.requires_grad) or torch.compiler.is_compiling():
+        if not (torch.is_grad_enabled() and self.a.requires_grad):
             return None
-        if torch.is_autocast_enabled(x.device.type) or torch._C._are_functorch_transforms_active():
+        if self.a0 is not None or self.drops_inputs or x.dtype != w.dtype:
+            return None
+        if _is_traced() or torch.is_autocast_enabled(x.device.type):
             return None
         y: Tensor = _LinearLowRank.apply(x, w, b, self.a, self.b, self.scale)
         return y
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        up, down = (t.to(w.dtype) for t in reversed(self.factors()))
+        up, down = (factor.to(w.dtype) for factor in reversed(self.factors()))
         return w + self.scale * (up @ down), b
 
     @classmethod
     def forward_rows(
         cls, deltas: Sequence[LowRankDelta], rows: Sequence[int], x: Tensor, y: Tensor, cache: dict[str, Any]
     ) -> Tensor | None:
-        """Gathered A and B of every row, kept until a value changes, and two batched products; runs in training."""
-        if any(d.reads_weight or (d.dropout and d.training) for d in deltas):
-            return None
-        if torch.compiler.is_compiling():
-            return None  # version counters are not for a graph to read
+        """In training one node over runs of rows; else two batched products with the factors of every row."""
+        if any(d.reads_weight or d.drops_inputs for d in deltas) or torch.compiler.is_compiling():
+            return None  # a compiled graph cannot read the version counters of the cache
         if torch.is_grad_enabled() and any(d.a.requires_grad for d in deltas):
-            return _forward_trained_rows(deltas, rows, x, y)
-        stamp = (y.dtype, y.device, *(_tensor_version(t) for d in deltas for t in (d.a, d.b)))
-        if cache.get("stamp") != stamp:
-            rank = max(d.factors()[0].shape[0] for d in deltas)
-            if len(rows) * rank * (x.shape[-1] + y.shape[-1]) * y.element_size() > GATHER_BYTES:
-                return None
-            cache["a"], cache["b"] = _gather_factors(deltas, rows, rank, y.dtype)
-            cache["stamp"] = stamp
+            return _add_trained_rows(deltas, rows, x, y)
+        if not _fill_cache(cache, deltas, rows, x.shape[-1], y):
+            return None
         x3 = x.to(y.dtype).reshape(x.shape[0], -1, x.shape[-1])
         y3 = y.reshape(y.shape[0], -1, y.shape[-1])
         return torch.baddbmm(y3, torch.bmm(x3, cache["a"]), cache["b"]).view(y.shape)
 
 
-def _forward_trained_rows(deltas: Sequence[LowRankDelta], rows: Sequence[int], x: Tensor, y: Tensor) -> Tensor | None:
-    """One node over all rows, where neighbours wear the same, so that there are few runs of them."""
+def _is_traced() -> bool:
+    """torch.compile, vmap and the like follow plain operations only: no autograd node of ours, nothing in place."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _add_trained_rows(deltas: Sequence[LowRankDelta], rows: Sequence[int], x: Tensor, y: Tensor) -> Tensor | None:
+    """One node over all rows, where neighbors have the same adapter, so that there are few runs of them."""
     runs = find_runs(rows)
-    plain = y.is_contiguous() and not y._is_view() and all(d.a0 is None for d in deltas)
-    if not plain or len(runs) > 2 * len(deltas) or torch._C._are_functorch_transforms_active():
+    if len(runs) > 2 * len(deltas) or any(d.a0 is not None for d in deltas):
         return None
-    ordered = [deltas[number] for number, _, _ in runs]
-    found: Tensor
-    alike = len({(d.a.shape[0], d.a.dtype) for d in deltas}) == 1
-    if alike and are_equal_runs(runs, len(rows)) and x.shape[0] == len(rows):
-        factors = [*(d.a for d in ordered), *(d.b for d in ordered)]
-        found = EqualRunsLowRank.apply(x.to(y.dtype), y, [d.scale for d in ordered], *factors)
+    if not y.is_contiguous() or y._is_view() or torch._C._are_functorch_transforms_active():
+        return None  # y cannot be overwritten
+    x = x.to(y.dtype)
+    result: Tensor
+    same_shape = len({(d.a.shape[0], d.a.dtype) for d in deltas}) == 1
+    if same_shape and are_equal_runs(runs, len(rows)) and x.shape[0] == len(rows):
+        ordered = [deltas[number] for number, _, _ in runs]
+        result = EqualRunsLowRank.apply(x, y, [d.scale for d in ordered], *_factors_of(ordered))
     else:
-        factors = [*(d.a for d in deltas), *(d.b for d in deltas)]
-        found = RunsLowRank.apply(x.to(y.dtype), y, runs, [d.scale for d in deltas], *factors)
-    return found
+        result = RunsLowRank.apply(x, y, runs, [d.scale for d in deltas], *_factors_of(deltas))
+    return result
+
+
+def _factors_of(deltas: Sequence[LowRankDelta]) -> list[Tensor]:
+    return [*(d.a for d in deltas), *(d.b for d in deltas)]
+
+
+def _fill_cache(
+    cache: dict[str, Any], deltas: Sequence[LowRankDelta], rows: Sequence[int], d_in: int, y: Tensor
+) -> bool:
+    """Puts the factors of every row into the cache, unless they are there; False if they would take too much memory."""
+    stamp = (y.dtype, y.device, *(_tensor_version(t) for d in deltas for t in (d.a, d.b)))
+    if cache.get("stamp") == stamp:
+        return True
+    rank = max(d.factors()[0].shape[0] for d in deltas)
+    if len(rows) * rank * (d_in + y.shape[-1]) * y.element_size() > GATHER_BYTES:
+        return False
+    cache["a"], cache["b"] = _gather_factors(deltas, rows, rank, y.dtype)
+    cache["stamp"] = stamp
+    return True
 
 
 def _tensor_version(t: Tensor) -> tuple[int, int]:
-    """What changes when a value is replaced or written to (writing to `t.data` goes unseen, as it does in autograd)."""
+    """Changes when a value is replaced or written to (writing to `t.data` goes unseen, as it does in autograd)."""
     return t.data_ptr(), 0 if t.is_inference() else t._version
 
 
 def _gather_factors(
     deltas: Sequence[LowRankDelta], rows: Sequence[int], rank: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Per row A^T [n, d_in, rank] and scale * B^T [n, rank, d_out]; zeros where a row wears nothing."""
+    """Per row A^T [n, d_in, rank] and scale * B^T [n, rank, d_out]; zeros for a row without an adapter."""
     with torch.inference_mode(False), torch.no_grad():
         pairs = [d.factors() for d in deltas]
         a = torch.stack([F.pad(p, (0, 0, 0, rank - p.shape[0])) for p, _ in pairs]).to(dtype)
         b = torch.stack([F.pad(d.scale * p, (0, rank - p.shape[1])) for d, (_, p) in zip(deltas, pairs, strict=True)])
         b = b.to(dtype)
-        nothing = torch.zeros_like(a[:1])
-        index = torch.tensor(rows, device=a.device) % (len(deltas) + 1)  # -1 is the last one: zeros
-        a = torch.cat((a, nothing)).transpose(1, 2).contiguous()
+        a = torch.cat((a, torch.zeros_like(a[:1]))).transpose(1, 2).contiguous()
         b = torch.cat((b, torch.zeros_like(b[:1]))).transpose(1, 2).contiguous()
+        index = torch.tensor(rows, device=a.device) % (len(deltas) + 1)  # -1 becomes the last one: zeros
         return a[index], b[index]
 
 
 def add_low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, may_overwrite: bool) -> Tensor:
-    """y + scale * (x a^T) b^T; y is overwritten if `own`. All of one dtype."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """y + scale * (x a^T) b^T, all of one dtype; may_overwrite: y."""
+    if _is_traced():
         return y + scale * F.linear(F.linear(x, a), b)
     may_overwrite = may_overwrite and not y._is_view() and y.is_contiguous()
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or a.requires_grad or b.requires_grad):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, a, b)):
         result: Tensor = _AddLowRank.apply(x, y, a, b, scale, may_overwrite)
         return result
     return _add_up_projection(_project_down(x, a), y, b, scale, may_overwrite)

@@ -1,7 +1,7 @@
 """Rows of one batch, each through its own low-rank map, while they are trained: one autograd node over all of them.
 
-Neighbouring rows of one map are a run, looked at in place: nothing is gathered, copied and put back, which would cost
-more than the thin products themselves. y' = y + scale * B A x, as in `lowrank`; it knows tensors and runs only.
+Neighboring rows of one map are a run and are read in place. Nothing is gathered, copied and put back, which would cost
+more than the thin products themselves. y' = y + scale * B A x, as in `low_rank.py`; it knows tensors and runs only.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ RowRun = tuple[int, int, int]  # map, first row, row after the last
 
 
 def find_runs(rows: Sequence[int]) -> list[RowRun]:
-    """Neighbours with the same map; rows without one (below 0) belong to none."""
-    found, at = [], 0
+    """Neighbors with the same map; rows without one (below 0) belong to none."""
+    runs, start = [], 0
     for number, same in groupby(rows):
-        size = len(list(same))
+        stop = start + len(list(same))
         if number >= 0:
-            found.append((number, at, at + size))
-        at += size
-    return found
+            runs.append((number, start, stop))
+        start = stop
+    return runs
 
 
 def are_equal_runs(runs: Sequence[RowRun], rows: int) -> bool:
-    """Whether all rows lie in runs of one size, each of another map: then the products are batched."""
+    """All rows are in runs of one size, each of another map: then the products are batched."""
     sizes = {stop - start for _, start, stop in runs}
     numbers = [number for number, _, _ in runs]
     return len(sizes) == 1 and len(set(numbers)) == len(numbers) and sum(b - a for _, a, b in runs) == rows
 
 
 class EqualRunsLowRank(torch.autograd.Function):
-    """x [B, ..., d_in], y [B, ..., d_out], of one dtype; y is overwritten. As many rows for each map, in their order.
+    """x [B, ..., d_in], y [B, ..., d_out], of one dtype; y is overwritten. Every map has as many rows, in map order.
 
     factors: every map's A, then every map's B, all of one rank.
     """
@@ -76,13 +76,13 @@ class RunsLowRank(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, runs: list[RowRun], scales: list[float], *factors: Tensor) -> Tensor:
         low = [factor.to(y.dtype) for factor in factors]
         count = len(scales)
-        held = []
+        hidden = []
         for number, start, stop in runs:
-            part = y[start:stop].view(-1, y.shape[-1])
+            y_run = y[start:stop].view(-1, y.shape[-1])
             h_t = low[number] @ _flatten_rows(x[start:stop]).t()
-            part.addmm_(h_t.t(), low[count + number].t(), alpha=scales[number])
-            held.append(h_t)
-        ctx.save_for_backward(x, *low, *held)
+            y_run.addmm_(h_t.t(), low[count + number].t(), alpha=scales[number])
+            hidden.append(h_t)
+        ctx.save_for_backward(x, *low, *hidden)
         ctx.runs, ctx.scales, ctx.dtypes = runs, scales, [factor.dtype for factor in factors]
         ctx.mark_dirty(y)
         return y
@@ -92,21 +92,21 @@ class RunsLowRank(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, *saved = ctx.saved_tensors
         count = len(ctx.scales)
-        low, held = saved[: 2 * count], saved[2 * count :]
+        low, hidden = saved[: 2 * count], saved[2 * count :]
         gx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         sums: list[Tensor | None] = [None] * (2 * count)
-        for (number, start, stop), h_t in zip(ctx.runs, held, strict=True):
+        for (number, start, stop), h_t in zip(ctx.runs, hidden, strict=True):
             g_run = _flatten_rows(g[start:stop])
             a, b, scale = low[number], low[count + number], ctx.scales[number]
             gh_t = (b.t() @ g_run.t()).mul_(scale)
             if gx is not None:
                 torch.mm(gh_t.t(), a, out=gx[start:stop].view(-1, x.shape[-1]))
-            for at, new in (
+            for index, grad in (
                 (number, gh_t @ _flatten_rows(x[start:stop])),
                 (count + number, (h_t @ g_run).mul_(scale).t()),
             ):
-                old = sums[at]
-                sums[at] = new if old is None else old + new
+                total = sums[index]
+                sums[index] = grad if total is None else total + grad
         grads = [None if s is None else s.to(dtype) for s, dtype in zip(sums, ctx.dtypes, strict=True)]
         return gx, g, None, None, *grads
 

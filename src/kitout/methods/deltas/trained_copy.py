@@ -1,8 +1,8 @@
 """Trained copies of a frozen module's own parameters: what full and partial fine-tuning are made of.
 
-The module itself runs with the copies in the place of its parameters, so every option, layout and buffer stays its own.
-At the port "param" it does so as a whole. Tied parameters are one copy. It knows nothing of how places are chosen
-(`Survey.parameters`) or how copies are worn.
+The module itself runs with the copies in place of its parameters, so all its options, layouts and buffers stay its own.
+At the port "param" it does so as a whole. Tied parameters have one copy. It knows nothing of how parameters are
+selected (`base/find/parameters.py`) or how copies become active (`runtime/modules/`).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from kitout.delta import Delta
 
 
 class TiedCopies(nn.Module):
-    """The copies an adapter has so far: a second use of one parameter takes the same copy. Registers nothing."""
+    """The copies that an adapter has so far, by parameter: tied parameters get the same copy. Registers nothing."""
 
     def __init__(self) -> None:
         super().__init__()
         self.copies: dict[str, nn.Parameter] = {}
 
     def copy(self, key: str, value: Tensor) -> nn.Parameter:
-        """A trainable copy of the value, the one there is already for this key."""
+        """The trainable copy for this key, made of the value if there is none yet."""
         return self.copies.setdefault(key, nn.Parameter(value.detach().clone()))
 
 
 class TrainedCopy(Delta):
-    """y' = the module on x with these copies for its parameters `site.names`, named as there (dots as slashes)."""
+    """y' = the module on x with copies of its parameters `site.parameter_names` (named so, dots as slashes)."""
 
     replaces_module = True
     reads_weight = True
@@ -42,28 +42,28 @@ class TrainedCopy(Delta):
             self.register_parameter(name.replace(".", "/"), ties.copy(key, site.module.get_parameter(name)))
 
     def parameter_values(self) -> dict[str, Tensor]:
-        """The copies by the names their module has for them."""
+        """The copies by the parameter names of the module."""
         return {name: self.get_parameter(name.replace(".", "/")) for name in self.parameter_names}
 
     def base_tensors(self, module: nn.Module) -> dict[str, Tensor]:
         return {name.replace(".", "/"): module.get_parameter(name) for name in self.parameter_names}
 
     def forward(self, x: Tensor, y: Tensor, frozen: FrozenModule | None = None) -> Tensor:
-        """x as the module takes it -> what it gives, in its own layout; y is not read."""
+        """x as the module takes it -> its output in its own layout; y is not read."""
         assert frozen is not None
-        new: Tensor = frozen(x, self.parameter_values())
-        return new
+        output: Tensor = frozen(x, self.parameter_values())
+        return output
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """w, b: the frozen ones, kept where there is no copy."""
-        own = self.parameter_values()
-        if "weight" in own:
-            w = as_matrix(own["weight"], self.is_transposed).to(w.dtype)
-        return w, own["bias"].to(w.dtype) if "bias" in own else b
+        """w and b are kept where there is no copy."""
+        copies = self.parameter_values()
+        if "weight" in copies:
+            w = as_matrix(copies["weight"], self.is_transposed).to(w.dtype)
+        return w, copies["bias"].to(w.dtype) if "bias" in copies else b
 
 
 def num_copied_values(sites: Sequence[Site]) -> int:
-    """Values in these parameters, tied ones once."""
+    """Number of values in these parameters, tied ones once."""
     pairs = (
         (key, s.module.get_parameter(name))
         for s in sites
