@@ -7,7 +7,6 @@ method and no architecture.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any, cast, overload
@@ -32,7 +31,7 @@ from kitout.runtime.hooks.boundary import block_class, model_class
 from kitout.runtime.hooks.class_swap import Hook, hook, restore_class, swap_class, unhook
 from kitout.runtime.merge.commit import merge, restore
 from kitout.runtime.merge.copy import plain_copy
-from kitout.runtime.routing.active import CompiledRoute, RouteActivation
+from kitout.runtime.routing.active import CompiledRoute
 from kitout.runtime.routing.handle import Activated
 from kitout.runtime.routing.route import Route, normalize_route
 from kitout.runtime.show import describe_kit
@@ -46,7 +45,7 @@ def attach(
 
     Freezes the model and changes nothing else. roles: regex on the module path -> role, where the finder needs help.
     example_batch: one batch as the model takes it, where a probe input cannot be made up from the model's config.
-    Raises NoBlocks, TargetError, AlreadyAttached.
+    Raises NoBlocksFound, TargetError, AlreadyAttached.
     """
     if not isinstance(model, nn.Module):
         raise KitoutError(f"attach() takes an nn.Module, found {type(model).__name__}")
@@ -71,7 +70,7 @@ class Kit(nn.Module):
         self.__dict__["state"] = state  # plain state: the base is not the kit's to register, train or save
         self.adapters = state.modules
         base.requires_grad_(False)
-        state.hooks[""] = hook("", base)  # below the boundary, which lays the route that a tap reads
+        state.hooks[""] = hook("", base)  # below the boundary, which installs the route that a hook reads
         swap_class(base, model_class, "_kitout", self)
         blocks = {b.path for b in survey.blocks if b.is_one_module}
         for path, module in list(base.named_modules()):
@@ -143,7 +142,8 @@ class Kit(nn.Module):
         """A new adapter, left trainable and not active. seed: of its initial values (None: the global generator).
 
         heads: modules that replace modules of the model, by path, while the adapter is active. dtype: of its values;
-        default fp32 over a floating base, whatever the base's own. Raises NameTaken, BadName, TargetError, MergeState.
+        default fp32 over a floating base, whatever the base's own. Raises AdapterExists, InvalidAdapterName,
+        TargetError, MergeStateError.
         """
         self.state.check_attached()
         adapter = build_adapter(self.state, name, method, seed, heads or {}, dtype)
@@ -206,16 +206,7 @@ class Kit(nn.Module):
         wanted = normalize_route(what)
         check_known(state, wanted)
         state.check_unmerged(f"use({what!r})")
-        choice = RouteActivation(wanted)
-        with state.active.lock:
-            state.active.make_sticky()
-            state.active.pending[threading.get_ident()] = choice
-            try:
-                state.active.install(state.compiled_route())
-            except RouteError:
-                del state.active.pending[threading.get_ident()]
-                raise
-        return Activated(self, state, choice)
+        return Activated(self, state, wanted)
 
     @property
     def active(self) -> Route:

@@ -79,6 +79,14 @@ def put_on(kit: Kit, method: Method, name: str = NAME, *, seed: int = 0) -> Adap
     return adapter
 
 
+def kit_with(specimen: str, **methods: Method) -> tuple[Kit, dict[str, Tensor]]:
+    """A kit of one's own with these adapters by name, and a batch of two for it."""
+    kit = fresh_kit({**ZOO, **EXTRA}[specimen])
+    for seed, (name, method) in enumerate(methods.items()):
+        put_on(kit, method, name, seed=seed)
+    return kit, ZOO[specimen].batch(2, 0)
+
+
 @contextmanager
 def added(kit: Kit, *cases: Case, fresh: bool = False) -> Iterator[list[str]]:
     """The cases as adapters of a shared kit, for the time of a test; their names. fresh: values as initialised."""

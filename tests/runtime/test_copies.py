@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import kitout
-from kitout import IA3, Kit, LoRA
-from laws.activate import put_on, run
-from zoo import ZOO, Specimen
+from kitout import IA3, FullFineTuning, Kit, LoRA
+from laws.activate import kit_with, put_on, run
+from zoo import ZOO, Specimen, out
 
 WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda o: pickle.loads(pickle.dumps(o))}
 ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
@@ -150,3 +150,16 @@ def test_hooks_of_others_see_what_is_worn() -> None:
         run(kit, batch)
     handle.remove()
     assert not torch.equal(*seen)
+
+
+def test_a_kit_copies_after_a_forward_of_full_fine_tuning() -> None:
+    kit, batch = kit_with("llama", f=FullFineTuning())
+    with kit.use("f"):
+        out(kit(**batch)).sum().backward()
+    assert torch.equal(run(copy.deepcopy(kit), batch), run(kit, batch))
+
+
+def test_another_model_of_the_swapped_class() -> None:
+    kit, batch = kit_with("llama", a=LoRA())
+    other = type(kit.base)(kit.config).eval()
+    assert torch.isfinite(out(other(**batch))).all()

@@ -10,7 +10,7 @@ from torch import nn
 
 import kitout
 from kitout import IA3, SSF, BitFit, FullFineTuning, Houlsby, Kit, LoRA, PartialFineTuning, errors
-from laws.activate import put_on, run
+from laws.activate import kit_with, put_on, run
 from zoo import ZOO
 
 LLAMA = ZOO["llama"]
@@ -249,3 +249,17 @@ def test_an_error_is_also_the_python_error_one_would_expect() -> None:
         assert issubclass(error, errors.KitoutError)
         assert issubclass(error, kind)
     assert str(errors.UnknownAdapter("plain words")) == "plain words"
+
+
+def test_a_detached_kit_refuses_everything() -> None:
+    kit, _ = kit_with("llama", a=LoRA())
+    kit.use("a")
+    kit.detach()
+    for action in (lambda: kit.use("a"), lambda: kit.add("b", LoRA()), lambda: kit.merge("a")):
+        with pytest.raises(errors.KitDetached):
+            action()
+
+
+def test_a_seed_is_a_number(kit: Kit) -> None:
+    with pytest.raises(errors.ConfigError, match="seed"):
+        kit.add("b", LoRA(), seed="x")  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """An adapter: the Deltas one Method built on one base, under one name, with the heads that travel with it.
 
 It is an ordinary nn.Module that holds its own parameters and nothing of the base. Grouped by module and port
-(`locals`), it is what routes are compiled from. It knows nothing of other adapters, of rows or of files.
+(`by_module`), it is what routes are compiled from. It knows nothing of other adapters, of rows or of files.
 """
 
 from __future__ import annotations
@@ -9,27 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from kitout.base.site import Site
 from kitout.delta import Delta
 from kitout.method import Method
+from kitout.runtime.head import Head
 from kitout.runtime.modules.module_adapter import InputRelay, ModuleAdapter, SiteDelta
-
-
-class Head(Delta):
-    """A module of the model replaced by another while the adapter is worn (classifier, value head)."""
-
-    replaces_module = True
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor, y: Tensor, frozen: Any = None) -> Tensor:
-        own = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype)
-        new: Tensor = self.module(x.to(own))  # fp32 values over a half base, the base's dtype outside
-        return new.to(x.dtype)
 
 
 class Adapter(nn.Module):
@@ -97,14 +83,14 @@ class Adapter(nn.Module):
         return new
 
     def delta(self, site: Site) -> Delta:
-        found = self.deltas[site.key]
-        assert isinstance(found, Delta)
-        return found
+        delta = self.deltas[site.key]
+        assert isinstance(delta, Delta)
+        return delta
 
     def head(self, site: Site) -> Delta:
-        found = self.heads[site.path.replace(".", "/")]
-        assert isinstance(found, Delta)
-        return found
+        delta = self.heads[site.path.replace(".", "/")]
+        assert isinstance(delta, Delta)
+        return delta
 
     @property
     def strength(self) -> float:
