@@ -126,8 +126,16 @@ def test_checkpointing_goes_through_under_both_names(kit: Kit) -> None:
 
 def test_the_table_shows_roles_and_adapters(kit: Kit) -> None:
     text = str(kit)
-    for told in ("attn.q", "0-1", "48 -> 24", "LoRA(rank=2)", "b.c-d", "%", f"{kit.num_parameters('a').trainable:,}"):
-        assert told in text
+    for text_part in (
+        "attn.q",
+        "0-1",
+        "48 -> 24",
+        "LoRA(rank=2)",
+        "b.c-d",
+        "%",
+        f"{kit.num_parameters('a').trainable:,}",
+    ):
+        assert text_part in text
     kit.merge("a")
     assert "merged" in str(kit)
 

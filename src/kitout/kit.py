@@ -53,7 +53,7 @@ def attach(
         raise AlreadyAttached("this is a kit: attach() takes the model itself")
     if "_kitout" in model.__dict__:
         raise AlreadyAttached("this model has a kit attached: use that one, or kit.detach() first")
-    attached = [path for path, m in model.named_modules() if "_kitout_tap" in m.__dict__ or "_kitout" in m.__dict__]
+    attached = [path for path, m in model.named_modules() if "_kitout_hook" in m.__dict__ or "_kitout" in m.__dict__]
     if attached:
         raise AlreadyAttached(
             f"{attached[0] or 'this module'} belongs to a model with a kit attached: kit.detach() first"
@@ -76,9 +76,9 @@ class Kit(nn.Module):
         for path, module in list(base.named_modules()):
             # besides blocks, whatever else activation checkpointing runs again: a stage of blocks
             if path in blocks or (path and hasattr(type(module), "gradient_checkpointing")):
-                module.__dict__["_kitout_live"] = state.active
+                module.__dict__["_kitout_active"] = state.active
                 state.hooks[path] = Hook(path, module)
-                swap_class(module, block_class, "_kitout_tap", state.hooks[path])
+                swap_class(module, block_class, "_kitout_hook", state.hooks[path])
         self.__dict__["forward"] = KitForward(base)
         self.training = state.modules.training = base.training
 
@@ -92,7 +92,7 @@ class Kit(nn.Module):
         for path in state.hooks:
             module = self.base.get_submodule(path)
             unhook(module)
-            module.__dict__.pop("_kitout_live", None)
+            module.__dict__.pop("_kitout_active", None)
         restore_class(self.base, "_kitout")
         state.before_attach.restore(self.base)
         state.hooks.clear()

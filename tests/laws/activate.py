@@ -1,7 +1,7 @@
 """What every law needs: one kit per species and process, adapters with no trivial value in them, and comparisons.
 
-The kits are shared between tests, so an adapter is put on with `worn` or `added`, which take it off again and check
-that the base still has its own bits. It knows the zoo and the kit's public surface, and no method.
+The kits are shared between tests, so an adapter is added with `activated` or `added`, which remove it again and
+check that the base still has its own bits. It knows the zoo and the kit's public surface, and no method.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def added(kit: Kit, *cases: Case, fresh: bool = False) -> Iterator[list[str]]:
 
 
 @contextmanager
-def worn(kit: Kit, case: Case, *, fresh: bool = False) -> Iterator[Adapter]:
-    """`added` and used."""
+def activated(kit: Kit, case: Case, *, fresh: bool = False) -> Iterator[Adapter]:
+    """`added`, and active."""
     with added(kit, case, fresh=fresh), kit.use(case.name):
         yield kit[case.name]
 

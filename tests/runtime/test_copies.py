@@ -89,7 +89,7 @@ def test_classes_keep_their_names_and_kin(specimen: Specimen) -> None:
     assert repr(kit.base) == repr(specimen.build())
 
 
-def test_two_models_of_a_class_do_not_share_what_they_wear(specimen: Specimen) -> None:
+def test_two_models_of_a_class_do_not_share_their_route(specimen: Specimen) -> None:
     batch = specimen.batch(2, 0)
     one, two = kitout.attach(specimen.build()), kitout.attach(specimen.build())
     put_on(one, LoRA(rank=2), "a")
@@ -139,7 +139,7 @@ def test_detach_leaves_classes_that_others_stacked_on_ours() -> None:
     assert all(module.__dict__["calls"] == 1 for module in chosen), "the other class no longer runs"
 
 
-def test_hooks_of_others_see_what_is_worn() -> None:
+def test_hooks_of_others_see_active_adapters() -> None:
     specimen = ZOO["llama"]
     kit, batch = kitout.attach(specimen.build()), specimen.batch(2, 0)
     put_on(kit, LoRA(rank=2), "a")

@@ -1,4 +1,4 @@
-"""Heads: modules of the model replaced while an adapter is worn; trained, counted, switched, routed and merged with it.
+"""Heads: modules replaced while an adapter is active; trained, counted, switched, routed and merged with it.
 
 A head is an ordinary module of the user's. The model's own module stays where it is and comes back untouched.
 """
@@ -45,7 +45,7 @@ def by_hand(kit: Kit, name: str, batch: dict[str, Tensor]) -> Tensor:
         return kit[name].heads["classifier"].module(pooled)
 
 
-def test_a_head_replaces_while_it_is_worn(kit: Kit, batch: dict[str, Tensor]) -> None:
+def test_a_head_replaces_while_it_is_active(kit: Kit, batch: dict[str, Tensor]) -> None:
     base, own = run(kit, batch), kit.base.classifier
     with kit.use("mood"):
         mood = run(kit, batch)
@@ -98,7 +98,7 @@ def test_heads_of_different_width_cannot_share_a_batch(kit: Kit, batch: dict[str
     run(kit, batch)
 
 
-def test_a_stack_wears_the_last_head(kit: Kit, batch: dict[str, Tensor]) -> None:
+def test_a_stack_uses_the_last_head(kit: Kit, batch: dict[str, Tensor]) -> None:
     with kit.use(Stack("topic", "plain", "mood")), torch.no_grad():
         pooled = kit.base.bert(**batch).pooler_output
         assert_same(run(kit, batch), kit["mood"].heads["classifier"].module(pooled), 1e-6)

@@ -1,6 +1,6 @@
-"""What is worn when: sticky, in a `with`, nested, left by an exception; by row, stacked, mixed, at another strength.
+"""Which route is active when: sticky, in a `with`, nested, left by an exception; by row, stacked, mixed.
 
-Formulas are checked against computations by hand at the sites, the rest against what one adapter alone gives.
+Everything is checked against what one adapter alone gives; formulas are in modules/test_terms.py.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_use_is_sticky(kit: Kit, batch: dict[str, Tensor], alone: dict[str | Non
     assert torch.equal(run(kit, batch), alone[None])
 
 
-def test_a_with_ends_with_what_was_worn_before(
+def test_a_with_ends_with_the_route_before_it(
     kit: Kit, batch: dict[str, Tensor], alone: dict[str | None, Tensor]
 ) -> None:
     kit.use("a")
@@ -107,7 +107,7 @@ def test_a_to_b_and_back_is_bit_identical(kit: Kit, batch: dict[str, Tensor], al
             assert torch.equal(value, alone[name])
 
 
-def test_rows_wear_what_the_list_says(kit: Kit, batch: dict[str, Tensor], alone: dict[str | None, Tensor]) -> None:
+def test_rows_have_what_the_list_says(kit: Kit, batch: dict[str, Tensor], alone: dict[str | None, Tensor]) -> None:
     rows = ["scale", None, "a"]
     with kit.use(rows):
         value = run(kit, batch)
@@ -138,19 +138,19 @@ def test_a_row_list_grows_with_beams(kit: Kit) -> None:
 # --- what is refused ------------------------------------------------------------------------------------------
 
 
-def test_unknown_names_are_all_told_at_once_with_what_there_is(kit: Kit, batch: dict[str, Tensor]) -> None:
+def test_unknown_names_are_all_reported_at_once_with_suggestions(kit: Kit, batch: dict[str, Tensor]) -> None:
     kit.use("a")
     with pytest.raises(UnknownAdapter) as error:
         kit.use(["scal", None, Stack("a", "zzz"), Mix({"bb": 1.0})])
-    for told in ("'scal'", "did you mean 'scale'", "'zzz'", "'bb'", "3 faults"):
-        assert told in str(error.value)
+    for text in ("'scal'", "did you mean 'scale'", "'zzz'", "'bb'", "3 faults"):
+        assert text in str(error.value)
     assert kit.active == "a"
     with pytest.raises(KeyError):
         kit["nobody"]
 
 
 @pytest.mark.parametrize(
-    ("what", "told"),
+    ("what", "text"),
     [
         (3, "cannot use 3"),
         ([], "empty list"),
@@ -159,8 +159,8 @@ def test_unknown_names_are_all_told_at_once_with_what_there_is(kit: Kit, batch: 
         ({"a": 1.0}, "Mix"),
     ],
 )
-def test_what_is_no_route_is_refused(kit: Kit, what: object, told: str) -> None:
-    with pytest.raises(RouteError, match=told):
+def test_a_value_that_is_no_route_is_refused(kit: Kit, what: object, text: str) -> None:
+    with pytest.raises(RouteError, match=text):
         kit.use(what)
     assert kit.active is None
 
@@ -200,7 +200,7 @@ def test_strength_is_a_finite_number(kit: Kit, value: float) -> None:
 # --- coming and going ---------------------------------------------------------------------------------------------
 
 
-def test_what_is_worn_cannot_be_removed(kit: Kit, batch: dict[str, Tensor]) -> None:
+def test_an_active_adapter_cannot_be_removed(kit: Kit, batch: dict[str, Tensor]) -> None:
     kit.use(["a", None, "b"])
     with pytest.raises(RouteError, match="active"):
         kit.remove("a")
@@ -231,7 +231,7 @@ def test_a_removed_adapter_leaves_nothing_behind(
         assert torch.equal(run(kit, batch), alone["a"]), "the same name, method and seed: the same adapter"
 
 
-def test_strength_changes_what_is_worn_already(kit: Kit, batch: dict[str, Tensor]) -> None:
+def test_strength_changes_the_active_route_at_once(kit: Kit, batch: dict[str, Tensor]) -> None:
     kit.use(["a", None, "b"])
     before = run(kit, batch)
     kit.strength("b", 0.0)
@@ -247,21 +247,21 @@ def test_new_values_are_seen_at_once_also_by_row(kit: Kit, batch: dict[str, Tens
         run(kit, batch)
         for p in kit["b"].parameters():
             p.mul_(2.0)
-        assert_last_wears_b(kit, batch)
+        assert_last_row_has_b(kit, batch)
         kit["b"].load_state_dict({n: 0.5 * v for n, v in kit["b"].state_dict().items()})
-        assert_last_wears_b(kit, batch)
+        assert_last_row_has_b(kit, batch)
         kit["b"].to(torch.float64)
-        assert_last_wears_b(kit, batch)
+        assert_last_row_has_b(kit, batch)
     with kit.use("b"):
         run_with_grad = out(kit(**batch))
     torch.optim.SGD(kit["b"].parameters(), lr=0.1).zero_grad()
     run_with_grad.square().mean().backward()
     torch.optim.SGD(kit["b"].parameters(), lr=0.1).step()
     with kit.use(["a", None, "b"]):
-        assert_last_wears_b(kit, batch)
+        assert_last_row_has_b(kit, batch)
 
 
-def assert_last_wears_b(kit: Kit, batch: dict[str, Tensor]) -> None:
+def assert_last_row_has_b(kit: Kit, batch: dict[str, Tensor]) -> None:
     value = run(kit, batch)
     with kit.use("b"):
         assert_same(value[2:], run(kit, rows_of(batch, 2)))

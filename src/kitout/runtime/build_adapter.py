@@ -183,7 +183,7 @@ def check_head(state: KitState, path: str, module: object) -> nn.Module:
     if any(m is module for m in state.base.modules()):
         raise TargetError(f"heads: {path!r} is given a module of the model itself: give a copy, copy.deepcopy(module)")
     for child in module.modules():
-        if "_kitout_tap" in child.__dict__:
+        if "_kitout_hook" in child.__dict__:
             unhook(child)
     return module.requires_grad_(True)
 

@@ -51,25 +51,25 @@ def piece() -> tuple[Kit, Piece, Tensor]:
 
 
 def down(kit: Kit, piece: Piece, x: Tensor) -> Tensor:
-    """What the down projection gives under what is worn, on the input it has in this model."""
-    seen: list[Tensor] = []
-    handle = piece.down.register_forward_hook(lambda _, __, y: seen.append(y.detach().clone()))
+    """What the down projection gives under the active route, on the input it has in this model."""
+    values_seen: list[Tensor] = []
+    handle = piece.down.register_forward_hook(lambda _, __, y: values_seen.append(y.detach().clone()))
     run(kit, {"x": x})
     handle.remove()
-    return seen[0]
+    return values_seen[0]
 
 
 def pieces(kit: Kit, piece: Piece, x: Tensor) -> dict[str, Tensor]:
     """The input and output of the down projection, and each adapter's own values there."""
-    seen: list[Tensor] = []
-    handle = piece.down.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    values_seen: list[Tensor] = []
+    handle = piece.down.register_forward_pre_hook(lambda _, args: values_seen.append(args[0].detach().clone()))
     with kit.use(None):
         y = down(kit, piece, x)
     handle.remove()
     key = "block/0/down"
     values = {f"{n}.{k}": v.detach() for n in kit.names for k, v in kit[n].named_parameters()}
     low = {n: (values[f"{n}.deltas.{key}.a"], values[f"{n}.deltas.{key}.b"]) for n in ("low", "lower")}
-    h = seen[0]
+    h = values_seen[0]
     return {
         "h": h,
         "y": y,

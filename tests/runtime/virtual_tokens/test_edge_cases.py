@@ -110,7 +110,7 @@ def test_a_stack_that_takes_no_vectors_is_refused_at_once() -> None:
         kit.add("x", PromptTuning(length=4))
 
 
-def test_what_is_worn_does_not_change_how_an_adapter_starts() -> None:
+def test_the_active_route_does_not_change_how_an_adapter_starts() -> None:
     kit = kit_of("llama", e=LoRA(targets="embed"), a=PromptTuning(length=3))
     untrivial(kit["e"])
     kit.use("e")

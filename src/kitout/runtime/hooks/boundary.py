@@ -59,7 +59,7 @@ def block_class(base: type[nn.Module]) -> type[nn.Module]:
     """The swapped class of a block: hooked, and it carries its route through activation checkpointing."""
     members: dict[str, Any] = {
         "swap": block_class,
-        "_kitout_live": None,
+        "_kitout_active": None,
         "frozen_forward": base.forward,
         "__call__": _bounded(base.__call__, _block_call),
         "forward": _bounded(base.forward, _block_forward),
@@ -186,7 +186,7 @@ def _finish_output(active: ActiveRoute, compiled: CompiledRoute, output: Any) ->
 
 
 def _block_call(block: Any, call: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    active: ActiveRoute | None = block._kitout_live
+    active: ActiveRoute | None = block._kitout_active
     checkpointed = active is not None and getattr(block, "gradient_checkpointing", False)
     if active is not None and checkpointed and active.prefilling:
         block.gradient_checkpointing = False  # a prompt is short, and its keys are wanted in this very graph
@@ -203,7 +203,7 @@ def _block_call(block: Any, call: ForwardFn, args: tuple[Any, ...], kwargs: dict
 
 def _block_forward(block: Any, frozen_forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     compiled: CompiledRoute | None = kwargs.pop(ROUTE, None)
-    active: ActiveRoute | None = block._kitout_live
+    active: ActiveRoute | None = block._kitout_active
     if active is None:
         return frozen_forward(block, *args, **kwargs)
     if compiled is None and _is_recomputing(active):
@@ -215,7 +215,7 @@ def _block_forward(block: Any, frozen_forward: ForwardFn, args: tuple[Any, ...],
 
 
 def _run_program(block: Any, frozen_forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    program = block._kitout_tap.program
+    program = block._kitout_hook.program
     if program is None:
         return frozen_forward(block, *args, **kwargs)
     return program(block, frozen_forward, args, kwargs)

@@ -50,12 +50,12 @@ def hooked_class(base: type[nn.Module]) -> type[nn.Module]:
 
     @wraps(frozen_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        program = self._kitout_tap.program
+        program = self._kitout_hook.program
         if program is None:
             return frozen_forward(self, *args, **kwargs)
         return program(self, frozen_forward, args, kwargs)
 
-    return same_named_subclass(base, {"forward": forward, "frozen_forward": frozen_forward, "_kitout_tap": NO_HOOK})
+    return same_named_subclass(base, {"forward": forward, "frozen_forward": frozen_forward, "_kitout_hook": NO_HOOK})
 
 
 def same_named_subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
@@ -112,16 +112,16 @@ def _unswapped(cls: type) -> type:
 
 def hook(path: str, module: nn.Module) -> Hook:
     """The module's hook, installed on first use."""
-    existing = module.__dict__.get("_kitout_tap")
+    existing = module.__dict__.get("_kitout_hook")
     if existing is None:
         existing = Hook(path, module)
-        swap_class(module, hooked_class, "_kitout_tap", existing)
+        swap_class(module, hooked_class, "_kitout_hook", existing)
     assert isinstance(existing, Hook)
     return existing
 
 
 def unhook(module: nn.Module) -> None:
-    restore_class(module, "_kitout_tap")
+    restore_class(module, "_kitout_hook")
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -43,7 +43,7 @@ def copy_unhooked(state: KitState) -> nn.Module:
         forget = [state.base.__dict__["_kitout"], state.active, *state.hooks.values()]
         copied: nn.Module = copy.deepcopy(state.base, {id(o): None for o in forget})
     for module in copied.modules():
-        for name in ("_kitout_tap", "_kitout_live", "_kitout"):
+        for name in ("_kitout_hook", "_kitout_active", "_kitout"):
             if name in module.__dict__:
                 restore_class(module, name)
     state.before_attach.restore(copied)

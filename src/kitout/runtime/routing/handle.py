@@ -25,25 +25,25 @@ class Activated(AbstractContextManager[T], Generic[T]):
         self._kit, self._state = kit, state
         self._activation = RouteActivation(route, ref(self))
         self._tokens: list[Any] = []
-        live = state.active
-        with live.lock:
+        active = state.active
+        with active.lock:
             state.compile(route)  # RouteError before anything changes
-            live.choose(self._activation)
-            live.install(state.compiled_route())
+            active.choose(self._activation)
+            active.install(state.compiled_route())
 
     def __enter__(self) -> T:
-        live = self._state.active
-        live.enter(self._activation)  # before the lock, which another thread's forward may hold for long
-        with live.lock:
-            self._tokens.append(live.context_choice.set(self._activation))
-            live.install(self._state.compiled_route())
+        active = self._state.active
+        active.enter(self._activation)  # before the lock, which another thread's forward may hold for long
+        with active.lock:
+            self._tokens.append(active.context_choice.set(self._activation))
+            active.install(self._state.compiled_route())
         return self._kit
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        live = self._state.active
-        with live.lock:
-            live.context_choice.reset(self._tokens.pop())
-            live.leave(self._activation)
-            live.install(self._state.compiled_route())
+        active = self._state.active
+        with active.lock:
+            active.context_choice.reset(self._tokens.pop())
+            active.leave(self._activation)
+            active.install(self._state.compiled_route())
