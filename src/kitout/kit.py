@@ -191,7 +191,7 @@ class Kit(nn.Module):
         if name is None:
             return count_all_parameters(self.base, self.adapters, only_trainable, exclude_embeddings)
         if only_trainable or exclude_embeddings:
-            raise ConfigError("num_parameters(name) has every figure of one adapter: leave the options out")
+            raise ConfigError("num_parameters(name) counts everything of one adapter: it takes no options")
         return count_parameters(self[name], self.base)
 
     # ---- the route ---------------------------------------------------------------------------------------------
@@ -203,14 +203,15 @@ class Kit(nn.Module):
         """
         state = self.state
         state.check_attached()
-        wanted = normalize_route(what)
-        check_known(state, wanted)
+        route = normalize_route(what)
+        check_known(state, route)
         state.check_unmerged(f"use({what!r})")
-        return Activated(self, state, wanted)
+        return Activated(self, state, route)
 
     @property
     def active(self) -> Route:
         """The route in force in this context; None while adapters are merged, whatever is active before and after."""
+        self.state.active.make_sticky()
         return self.state.route
 
     # ---- merging -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Building an adapter for a kit: the name, the places, the Deltas; every check before anything changes.
+"""Building an adapter for a kit: the name, the sites, the Deltas; every check before anything changes.
 
 It knows kits, sites and the Method interface, and nothing of routes or files.
 """
@@ -143,11 +143,11 @@ def check_known(state: KitState, requested: Route) -> None:
 
 
 def check_sites(state: KitState, name: str, sites: Sequence[Site], heads: Collection[str] = ()) -> None:
-    """TargetError for no site at all where no head takes their place, UnusedSite for one that never runs."""
+    """TargetError for no site at all without a head, UnusedSite for one that never runs."""
     duplicates = [key for key, n in Counter(s.key for s in sites).items() if n > 1]
     if duplicates:
         raise TargetError(
-            f"adapter {name!r} would sit twice at {', '.join(duplicates[:5])}: its targets name one place twice"
+            f"adapter {name!r} would sit twice at {', '.join(duplicates[:5])}: its targets select one site twice"
         )
     if not sites and not heads:
         raise TargetError(f"adapter {name!r} would have no site at all in this model; see print(kit) for the roles")
@@ -160,12 +160,12 @@ def check_sites(state: KitState, name: str, sites: Sequence[Site], heads: Collec
 
 
 def select_sites(state: KitState, method: Method, heads: Iterable[str]) -> list[Site]:
-    """Where the method goes, without what the adapter's own heads replace: it would have no effect there."""
+    """The sites of the method, without what the adapter's own heads replace: it would have no effect there."""
     return [s for s in method.sites(state.survey) if not any(f"{s.path}.".startswith(f"{h}.") for h in heads)]
 
 
 def head_site(state: KitState, path: str) -> Site:
-    """The place of a module that a head replaces."""
+    """The site of a module that a head replaces."""
     try:
         module = state.base.get_submodule(path)
     except AttributeError:

@@ -1,4 +1,4 @@
-"""Tokens among an image's own: put in at a block, overwritten at later ones, taken out after the last.
+"""Visual prompts among an image's tokens: inserted at a block, overwritten at later ones, dropped after the last.
 
 They come after the sequence's first token (the class token); blocks that attend over the whole sequence do not care
 where. Rows with fewer tokens than others, or whose tokens begin at a later block, have slots that nobody attends to.
