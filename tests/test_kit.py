@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import kitout
 from kitout import IA3, Kit, LoRA
-from laws.activate import assert_same, put_on, run
+from laws.activate import assert_same, kit_with, put_on, run
 from zoo import ZOO, out
 
 
@@ -126,8 +126,16 @@ def test_checkpointing_goes_through_under_both_names(kit: Kit) -> None:
 
 def test_the_table_shows_roles_and_adapters(kit: Kit) -> None:
     text = str(kit)
-    for told in ("attn.q", "0-1", "48 -> 24", "LoRA(rank=2)", "b.c-d", "%", f"{kit.num_parameters('a').trainable:,}"):
-        assert told in text
+    for text_part in (
+        "attn.q",
+        "0-1",
+        "48 -> 24",
+        "LoRA(rank=2)",
+        "b.c-d",
+        "%",
+        f"{kit.num_parameters('a').trainable:,}",
+    ):
+        assert text_part in text
     kit.merge("a")
     assert "merged" in str(kit)
 
@@ -203,3 +211,15 @@ def test_detach_gives_back_a_plain_model(kit: Kit) -> None:
     put_on(again, LoRA(rank=2), "a", seed=1)
     again.use("a")
     assert not torch.equal(run(model, batch), base)
+
+
+def test_the_models_own_mode_reaches_the_adapters() -> None:
+    kit, batch = kit_with("llama", a=LoRA(dropout=0.5))
+    kit.use("a")
+    kit.base.train()
+    assert kit.training
+    assert kit["a"].training
+    assert not torch.equal(run(kit, batch), run(kit, batch))
+    kit.base.eval()
+    assert not kit["a"].training
+    assert torch.equal(run(kit, batch), run(kit, batch))

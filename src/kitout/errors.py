@@ -65,14 +65,6 @@ class UnusedSite(KitoutError, RuntimeError):
     """A chosen site that never fires in the model's forward."""
 
 
-class TrainingDiverged(KitoutError, ArithmeticError):
-    """A loss or a gradient norm that is nan or infinite."""
-
-
-class PackingLeak(KitoutError, RuntimeError):
-    """A model on which packed examples attend to each other."""
-
-
 class FileError(KitoutError, ValueError):
     """An adapter folder that is missing, damaged, hostile or written for something else."""
 

@@ -7,7 +7,6 @@ method and no architecture.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any, cast, overload
@@ -32,7 +31,7 @@ from kitout.runtime.hooks.boundary import block_class, model_class
 from kitout.runtime.hooks.class_swap import Hook, hook, restore_class, swap_class, unhook
 from kitout.runtime.merge.commit import merge, restore
 from kitout.runtime.merge.copy import plain_copy
-from kitout.runtime.routing.active import CompiledRoute, RouteActivation
+from kitout.runtime.routing.active import CompiledRoute
 from kitout.runtime.routing.handle import Activated
 from kitout.runtime.routing.route import Route, normalize_route
 from kitout.runtime.show import describe_kit
@@ -46,7 +45,7 @@ def attach(
 
     Freezes the model and changes nothing else. roles: regex on the module path -> role, where the finder needs help.
     example_batch: one batch as the model takes it, where a probe input cannot be made up from the model's config.
-    Raises NoBlocks, TargetError, AlreadyAttached.
+    Raises NoBlocksFound, TargetError, AlreadyAttached.
     """
     if not isinstance(model, nn.Module):
         raise KitoutError(f"attach() takes an nn.Module, found {type(model).__name__}")
@@ -54,7 +53,7 @@ def attach(
         raise AlreadyAttached("this is a kit: attach() takes the model itself")
     if "_kitout" in model.__dict__:
         raise AlreadyAttached("this model has a kit attached: use that one, or kit.detach() first")
-    attached = [path for path, m in model.named_modules() if "_kitout_tap" in m.__dict__ or "_kitout" in m.__dict__]
+    attached = [path for path, m in model.named_modules() if "_kitout_hook" in m.__dict__ or "_kitout" in m.__dict__]
     if attached:
         raise AlreadyAttached(
             f"{attached[0] or 'this module'} belongs to a model with a kit attached: kit.detach() first"
@@ -71,15 +70,15 @@ class Kit(nn.Module):
         self.__dict__["state"] = state  # plain state: the base is not the kit's to register, train or save
         self.adapters = state.modules
         base.requires_grad_(False)
-        state.hooks[""] = hook("", base)  # below the boundary, which lays the route that a tap reads
+        state.hooks[""] = hook("", base)  # below the boundary, which installs the route that a hook reads
         swap_class(base, model_class, "_kitout", self)
         blocks = {b.path for b in survey.blocks if b.is_one_module}
         for path, module in list(base.named_modules()):
             # besides blocks, whatever else activation checkpointing runs again: a stage of blocks
             if path in blocks or (path and hasattr(type(module), "gradient_checkpointing")):
-                module.__dict__["_kitout_live"] = state.active
+                module.__dict__["_kitout_active"] = state.active
                 state.hooks[path] = Hook(path, module)
-                swap_class(module, block_class, "_kitout_tap", state.hooks[path])
+                swap_class(module, block_class, "_kitout_hook", state.hooks[path])
         self.__dict__["forward"] = KitForward(base)
         self.training = state.modules.training = base.training
 
@@ -93,7 +92,7 @@ class Kit(nn.Module):
         for path in state.hooks:
             module = self.base.get_submodule(path)
             unhook(module)
-            module.__dict__.pop("_kitout_live", None)
+            module.__dict__.pop("_kitout_active", None)
         restore_class(self.base, "_kitout")
         state.before_attach.restore(self.base)
         state.hooks.clear()
@@ -143,7 +142,8 @@ class Kit(nn.Module):
         """A new adapter, left trainable and not active. seed: of its initial values (None: the global generator).
 
         heads: modules that replace modules of the model, by path, while the adapter is active. dtype: of its values;
-        default fp32 over a floating base, whatever the base's own. Raises NameTaken, BadName, TargetError, MergeState.
+        default fp32 over a floating base, whatever the base's own. Raises AdapterExists, InvalidAdapterName,
+        TargetError, MergeStateError.
         """
         self.state.check_attached()
         adapter = build_adapter(self.state, name, method, seed, heads or {}, dtype)
@@ -191,7 +191,7 @@ class Kit(nn.Module):
         if name is None:
             return count_all_parameters(self.base, self.adapters, only_trainable, exclude_embeddings)
         if only_trainable or exclude_embeddings:
-            raise ConfigError("num_parameters(name) has every figure of one adapter: leave the options out")
+            raise ConfigError("num_parameters(name) counts everything of one adapter: it takes no options")
         return count_parameters(self[name], self.base)
 
     # ---- the route ---------------------------------------------------------------------------------------------
@@ -203,23 +203,15 @@ class Kit(nn.Module):
         """
         state = self.state
         state.check_attached()
-        wanted = normalize_route(what)
-        check_known(state, wanted)
+        route = normalize_route(what)
+        check_known(state, route)
         state.check_unmerged(f"use({what!r})")
-        choice = RouteActivation(wanted)
-        with state.active.lock:
-            state.active.make_sticky()
-            state.active.pending[threading.get_ident()] = choice
-            try:
-                state.active.install(state.compiled_route())
-            except RouteError:
-                del state.active.pending[threading.get_ident()]
-                raise
-        return Activated(self, state, choice)
+        return Activated(self, state, route)
 
     @property
     def active(self) -> Route:
         """The route in force in this context; None while adapters are merged, whatever is active before and after."""
+        self.state.active.make_sticky()
         return self.state.route
 
     # ---- merging -----------------------------------------------------------------------------------------------

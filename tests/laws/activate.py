@@ -1,7 +1,7 @@
 """What every law needs: one kit per species and process, adapters with no trivial value in them, and comparisons.
 
-The kits are shared between tests, so an adapter is put on with `worn` or `added`, which take it off again and check
-that the base still has its own bits. It knows the zoo and the kit's public surface, and no method.
+The kits are shared between tests, so an adapter is added with `activated` or `added`, which remove it again and
+check that the base still has its own bits. It knows the zoo and the kit's public surface, and no method.
 """
 
 from __future__ import annotations
@@ -79,6 +79,14 @@ def put_on(kit: Kit, method: Method, name: str = NAME, *, seed: int = 0) -> Adap
     return adapter
 
 
+def kit_with(specimen: str, **methods: Method) -> tuple[Kit, dict[str, Tensor]]:
+    """A kit of one's own with these adapters by name, and a batch of two for it."""
+    kit = fresh_kit({**ZOO, **EXTRA}[specimen])
+    for seed, (name, method) in enumerate(methods.items()):
+        put_on(kit, method, name, seed=seed)
+    return kit, ZOO[specimen].batch(2, 0)
+
+
 @contextmanager
 def added(kit: Kit, *cases: Case, fresh: bool = False) -> Iterator[list[str]]:
     """The cases as adapters of a shared kit, for the time of a test; their names. fresh: values as initialised."""
@@ -100,8 +108,8 @@ def added(kit: Kit, *cases: Case, fresh: bool = False) -> Iterator[list[str]]:
 
 
 @contextmanager
-def worn(kit: Kit, case: Case, *, fresh: bool = False) -> Iterator[Adapter]:
-    """`added` and used."""
+def activated(kit: Kit, case: Case, *, fresh: bool = False) -> Iterator[Adapter]:
+    """`added`, and active."""
     with added(kit, case, fresh=fresh), kit.use(case.name):
         yield kit[case.name]
 

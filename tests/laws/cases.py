@@ -1,6 +1,6 @@
 """What the laws are tested on: at least one case per registered method, and every setting of it once off its default.
 
-A new method adds its lines here and is tested by all the laws; `test_00_everyone.py` fails until it has. A case may be
+A new method adds its lines here and is tested by all the laws; `test_00_coverage.py` fails until it has. A case may be
 impossible on some species (no embedding in a vision model): `refused` says where, and the laws test that adding it
 there raises instead. KITOUT_LAWS=all tests the rarer models of the zoo as well. This module knows the methods' names
 and settings, nothing of how they work.
@@ -33,23 +33,26 @@ from zoo import EXTRA, ZOO, Specimen
 
 @dataclass(frozen=True)
 class Case:
-    """One method with one choice of settings.
-
-    refused: species where it has no place. rounds: its identity holds up to rounding (it renormalises, or takes off
-    again what it added) and not bit for bit. by_row: species where rows of one batch may wear it. mixes: it may be a
-    part of a Mix, with any weight. strengths: it may be worn at other strengths than 1. eager: species in which it may
-    be worn when they write their attention out. counts: species whose positions it takes from the mask.
-    """
+    """One method with one choice of settings."""
 
     name: str
+    """Its name among the cases."""
     method: Method
+    """The method with its settings."""
     refused: Callable[[Specimen], bool] = lambda specimen: False
+    """Species where it has no site."""
     rounds: bool = False
+    """Its identity holds up to rounding and not bit for bit: it normalizes, or subtracts again what it added."""
     by_row: Callable[[Specimen], bool] = lambda specimen: True
+    """Species where rows of one batch may have it."""
     mixes: bool = True
+    """It may be in a Mix, with any weight."""
     strengths: bool = True
+    """It may be active at other strengths than 1."""
     eager: Callable[[Specimen], bool] = lambda specimen: True
+    """Species where it may be active when they write their attention out."""
     counts: Callable[[Specimen], bool] = lambda specimen: False
+    """Species whose positions it takes from the mask."""
 
 
 SPECIES = {**ZOO, **(EXTRA if os.environ.get("KITOUT_LAWS") == "all" else {})}

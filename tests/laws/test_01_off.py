@@ -56,11 +56,11 @@ def test_off_is_the_base_and_detach_leaves_no_trace(specimen: Specimen, case: Ca
     assert list(model.state_dict()) == before["keys"]
     assert all(isinstance(m, before["classes"][n]) for n, m in model.named_modules())
     put_on(kit, case.method)
-    assert torch.equal(run(kit, batch), want), "an adapter that is not worn changes the outputs"
+    assert torch.equal(run(kit, batch), want), "an adapter that is not active changes the outputs"
     with kit.use("law"):
         loss_of(kit(**batch)).backward()
-        assert not torch.equal(run(kit, batch), want), "a worn adapter changes nothing"
-    assert torch.equal(run(kit, batch), want), "off after worn is not the base"
+        assert not torch.equal(run(kit, batch), want), "an active adapter changes nothing"
+    assert torch.equal(run(kit, batch), want), "off after an adapter is not the base"
     with kit.use("law"), kit.use(None):
         assert torch.equal(run(kit, batch), want)
     kit.use("law")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from laws.activate import assert_same, kit_of, run, worn
+from laws.activate import activated, assert_same, kit_of, run
 from laws.cases import CELLS, Case, name_of
 from zoo import Specimen
 
@@ -17,7 +17,7 @@ from zoo import Specimen
 def test_a_fresh_adapter_is_the_identity(specimen: Specimen, case: Case) -> None:
     kit, batch = kit_of(specimen), specimen.batch(2, 0)
     base = run(kit, batch)
-    with worn(kit, case, fresh=True):
+    with activated(kit, case, fresh=True):
         fresh = run(kit, batch)
         kit.train()
         training = run(kit, batch)

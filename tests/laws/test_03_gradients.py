@@ -1,6 +1,6 @@
 """Law 3: only an adapter's own parameters get gradients, none is structurally dead, two steps change every one.
 
-What mathematics makes inert (`wear.inert`) must be so and nothing else: the rule is tested in both directions.
+What mathematics makes inert (`activate.inert`) must be so and nothing else: the rule is tested in both directions.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 
 from kitout import LoRA
 from kitout.runtime.adapter import Adapter
-from laws.activate import gradients, inert, kit_of, loss_of, untrivial, worn
+from laws.activate import activated, gradients, inert, kit_of, loss_of, untrivial
 from laws.cases import CELLS, Case, name_of
 from zoo import Specimen
 
@@ -31,7 +31,7 @@ def inert_names(adapter: Adapter, specimen: Specimen) -> set[str]:
 @cells
 def test_two_steps_change_every_tensor_and_nothing_else(specimen: Specimen, case: Case) -> None:
     kit, batch = kit_of(specimen), specimen.batch(3, 0)
-    with worn(kit, case, fresh=True) as adapter:
+    with activated(kit, case, fresh=True) as adapter:
         kit.train()
         bystander = kit.add("bystander", LoRA(rank=2), seed=1)
         start = {n: p.detach().clone() for n, p in adapter.named_parameters()}
@@ -51,7 +51,7 @@ def test_two_steps_change_every_tensor_and_nothing_else(specimen: Specimen, case
 @cells
 def test_gradients_vanish_where_mathematics_says_so_and_nowhere_else(specimen: Specimen, case: Case) -> None:
     kit, batch = kit_of(specimen), specimen.batch(3, 0)
-    with worn(kit, case, fresh=True) as adapter:
+    with activated(kit, case, fresh=True) as adapter:
         untrivial(adapter)
         loss_of(kit(**batch)).backward()
         size = {n: g.abs().max().item() for n, g in gradients(adapter).items()}

@@ -1,6 +1,6 @@
 """Law 4: a routed row equals that row alone, for any mixture of all methods, in forward, backward and generate.
 
-Each species gets batches whose rows wear every case in turn, the base, a stack and a mix, with padding where it has
+Each species gets batches whose rows have every case in turn, the base, a stack and a mix, with padding where it has
 tokens; a row alone is the same row, padding included, in a batch of one. The gradients of an adapter are the sum of
 those of its rows alone.
 """
@@ -42,7 +42,7 @@ mixtures = pytest.mark.parametrize(("specimen", "group"), MIXTURES)
 talkers = pytest.mark.parametrize(("specimen", "group"), TALKERS)
 
 
-def rows_wearing(group: list[Case]) -> list[Entry]:
+def rows_with(group: list[Case]) -> list[Entry]:
     """Every name, the base, a name twice, and a stack and a mix of the first and the last that can be mixed."""
     names, mixed = [c.name for c in group], [c.name for c in group if c.mixes]
     rows: list[Entry] = [names[0], None, *names[1:], names[0]]
@@ -63,13 +63,13 @@ def uneven(specimen: Specimen, rows: int, side: str = "right") -> dict[str, Tens
 def test_each_row_is_as_it_would_be_alone(specimen: Specimen, group: list[Case], side: str) -> None:
     kit = kit_of(specimen)
     with added(kit, *group):
-        rows = rows_wearing(group)
+        rows = rows_with(group)
         batch = uneven(specimen, len(rows), side)
         with kit.use(rows):
             together = run(kit, batch)
         for i, entry in enumerate(rows):
             with kit.use(entry):
-                assert_same(together[i : i + 1], run(kit, rows_of(batch, i)), what=f"row {i} wearing {entry}")
+                assert_same(together[i : i + 1], run(kit, rows_of(batch, i)), what=f"row {i} with {entry}")
         assert_same(together[1:2], run(kit, rows_of(batch, 1)), what="the base row")
         with kit.use(rows[::-1]):
             assert_same(run(kit, rows_of(batch, *reversed(range(len(rows))))), together.flip(0), what="rows reversed")
@@ -79,7 +79,7 @@ def test_each_row_is_as_it_would_be_alone(specimen: Specimen, group: list[Case],
 def test_gradients_are_those_of_its_rows_alone(specimen: Specimen, group: list[Case]) -> None:
     kit = kit_of(specimen)
     with added(kit, *group) as names:
-        rows = rows_wearing(group)
+        rows = rows_with(group)
         batch = uneven(specimen, len(rows))
         with kit.use(rows):
             loss_of(kit(**batch)).backward()
@@ -111,7 +111,7 @@ SEARCHES = {
 def test_each_row_generates_as_it_would_alone(specimen: Specimen, group: list[Case], search: dict[str, Any]) -> None:
     kit = kit_of(specimen)
     with added(kit, *group):
-        rows = rows_wearing(group)
+        rows = rows_with(group)
         batch = prompts(specimen, len(rows))
         with kit.use(rows):
             together = generate(kit, batch, **search)
@@ -119,7 +119,7 @@ def test_each_row_generates_as_it_would_alone(specimen: Specimen, group: list[Ca
         for i, entry in enumerate(rows):
             with kit.use(entry):
                 alone = generate(kit, rows_of(batch, i), **search)
-            assert torch.equal(together[i * per_row : (i + 1) * per_row], alone), f"row {i} wearing {entry}"
+            assert torch.equal(together[i * per_row : (i + 1) * per_row], alone), f"row {i} with {entry}"
 
 
 def prompts(specimen: Specimen, rows: int) -> dict[str, Tensor]:

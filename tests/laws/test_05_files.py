@@ -15,7 +15,7 @@ from torch import nn
 import kitout
 from kitout import Kit
 from kitout.errors import WrongBase
-from laws.activate import fresh_model, kit_of, run, worn
+from laws.activate import activated, fresh_model, kit_of, run
 from laws.cases import CASES, CELLS, Case, name_of
 from zoo import Specimen, randomise
 
@@ -25,7 +25,7 @@ cells = pytest.mark.parametrize(("specimen", "case"), CELLS, ids=name_of)
 @cells
 def test_what_is_loaded_is_what_was_saved(specimen: Specimen, case: Case, tmp_path: Path) -> None:
     kit, batch = kit_of(specimen), specimen.batch(2, 0)
-    with worn(kit, case) as adapter:
+    with activated(kit, case) as adapter:
         strength = 0.5 if case.strengths else 1.0
         kit.strength(case.name, strength)
         want = run(kit, batch)
@@ -43,7 +43,7 @@ def test_what_is_loaded_is_what_was_saved(specimen: Specimen, case: Case, tmp_pa
 def test_another_base_is_refused(specimen: Specimen, tmp_path: Path) -> None:
     kit = kit_of(specimen)
     other: Kit = kitout.attach(randomise(fresh_model(specimen), seed=12345))
-    with worn(kit, CASES[0]):
+    with activated(kit, CASES[0]):
         kit.save(CASES[0].name, tmp_path / "a")
     with pytest.raises(WrongBase):
         other.load(tmp_path / "a")

@@ -1,7 +1,7 @@
 """Law 6: merged equals attached, unmerge restores the bits, and a merged model reloads with transformers alone.
 
 Where no weights give the same function, or where transformers could not bring them back, NotMergeable names a site and
-nothing changes; `wear` predicts where that is from the sites alone.
+nothing changes; `activate` predicts where that is from the sites alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 from kitout import Stack
 from kitout.errors import NotMergeable
-from laws.activate import added, assert_base_bits, assert_same, gains_keys, kit_of, run, unmergeable, worn
+from laws.activate import activated, added, assert_base_bits, assert_same, gains_keys, kit_of, run, unmergeable
 from laws.cases import CASES, CELLS, SPECIES, Case, name_of
 from zoo import Specimen
 
@@ -25,7 +25,7 @@ cells = pytest.mark.parametrize(("specimen", "case"), CELLS, ids=name_of)
 def test_merged_equals_attached_and_unmerge_restores_the_bits(specimen: Specimen, case: Case) -> None:
     kit, batch = kit_of(specimen), specimen.batch(2, 0)
     base = run(kit, batch)
-    with worn(kit, case) as adapter:
+    with activated(kit, case) as adapter:
         want = {}
         for strength in (1.0, 0.7) if case.strengths else (1.0,):
             kit.strength(case.name, strength)
@@ -52,7 +52,7 @@ def test_merged_equals_attached_and_unmerge_restores_the_bits(specimen: Specimen
 @cells
 def test_a_merged_model_reloads_with_transformers_alone(specimen: Specimen, case: Case, tmp_path: Path) -> None:
     kit, batch = kit_of(specimen), specimen.batch(2, 0)
-    with worn(kit, case) as adapter:
+    with activated(kit, case) as adapter:
         want = run(kit, batch)
         if unmergeable(adapter) or (gains_keys(adapter) and hasattr(kit.base, "save_pretrained")):
             with pytest.raises(NotMergeable) as error:
@@ -118,7 +118,7 @@ def test_merging_two_is_wearing_a_stack_in_that_order(specimen: Specimen, first:
 def test_merging_one_use_of_a_tied_table_leaves_the_other(specimen: Specimen) -> None:
     kit, batch = kit_of(specimen), specimen.batch(2, 0)
     case = next(c for c in CASES if c.name == "lora-head")
-    with worn(kit, case):
+    with activated(kit, case):
         want = run(kit, batch)
         plain = kit.merged_copy(case.name)
     table, head = plain.get_input_embeddings().weight, plain.get_output_embeddings().weight

@@ -7,7 +7,7 @@ import pytest
 import kitout
 from kitout import LoRA
 from kitout.errors import ConfigError
-from laws.activate import kit_of, worn
+from laws.activate import activated, kit_of
 from laws.cases import CELLS, Case, name_of
 from zoo import ZOO, Specimen
 
@@ -16,7 +16,7 @@ from zoo import ZOO, Specimen
 def test_the_count_is_the_closed_form_and_requires_grad(specimen: Specimen, case: Case) -> None:
     kit = kit_of(specimen)
     base = sum(p.numel() for p in kit.base.parameters())
-    with worn(kit, case) as adapter:
+    with activated(kit, case) as adapter:
         parameters = list(adapter.parameters())
         values = sum(p.numel() for p in parameters)
         assert values > 0

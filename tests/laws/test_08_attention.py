@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kitout import Kit
-from laws.activate import assert_same, kit_of, pristine, run, worn
+from laws.activate import activated, assert_same, kit_of, pristine, run
 from laws.cases import CELLS, Case, name_of
 from zoo import Specimen, padded
 
@@ -50,7 +50,7 @@ def real(specimen: Specimen, kit: Kit, batch: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize(("specimen", "case"), [c for c in CELLS if has_both(c[0]) and c[1].eager(c[0])], ids=name_of)
 def test_eager_and_sdpa_agree(specimen: Specimen, case: Case) -> None:
     eager, sdpa = kit_of(specimen, "eager"), kit_of(specimen, "sdpa")
-    with worn(eager, case), worn(sdpa, case):
+    with activated(eager, case), activated(sdpa, case):
         values = {}
         for what, batch in masks(specimen).items():
             values[what] = real(specimen, sdpa, batch)
@@ -63,7 +63,7 @@ def test_eager_and_sdpa_agree(specimen: Specimen, case: Case) -> None:
 def test_padding_changes_nothing_on_real_tokens(specimen: Specimen, case: Case, side: Literal["left", "right"]) -> None:
     kit = kit_of(specimen)
     batch = specimen.batch(len(LENGTHS), 0)
-    with worn(kit, case):
+    with activated(kit, case):
         together = real(specimen, kit, padded(batch, LENGTHS, side, specimen.pad_id))
         alone = [
             real(specimen, kit, {k: v[i : i + 1, : n if k != "decoder_input_ids" else None] for k, v in batch.items()})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kitout import Kit
-from laws.activate import assert_same, kit_of, run, worn
+from laws.activate import activated, assert_same, kit_of, run
 from laws.cases import CELLS, Case, name_of
 from zoo import FIRST_TOKEN, VOCAB, Specimen, padded
 
@@ -48,7 +48,7 @@ def loop(specimen: Specimen, kit: Kit, batch: dict[str, Tensor]) -> Tensor:
 def test_cached_generation_is_the_uncached_loop(specimen: Specimen, case: Case) -> None:
     kit, batch = kit_of(specimen), specimen.batch(3, 0)
     batch.pop("decoder_input_ids", None)
-    with worn(kit, case):
+    with activated(kit, case):
         together = generate(kit, batch)
         assert torch.equal(together, loop(specimen, kit, batch))
         assert torch.equal(together, generate(kit, batch, "static"))
@@ -64,7 +64,7 @@ def test_cached_generation_is_the_uncached_loop(specimen: Specimen, case: Case) 
 def test_a_token_never_changes_what_comes_before_it(specimen: Specimen, case: Case) -> None:
     kit, batch = kit_of(specimen), specimen.batch(2, 0)
     field = "input_ids" if specimen.kind == "decoder" else "decoder_input_ids"
-    with worn(kit, case):
+    with activated(kit, case):
         before = run(kit, batch)
         for t in range(1, batch[field].shape[1]):
             changed = {k: v.clone() for k, v in batch.items()}

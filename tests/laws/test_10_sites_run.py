@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import kitout
 from kitout import BitFit, LoRA
 from kitout.errors import UnusedSite
-from laws.activate import kit_of, run, worn
+from laws.activate import activated, kit_of, run
 from laws.cases import CELLS, Case, name_of
 from zoo import Specimen
 
@@ -21,7 +21,7 @@ from zoo import Specimen
 @pytest.mark.parametrize(("specimen", "case"), CELLS, ids=name_of)
 def test_every_delta_is_asked_in_one_forward(specimen: Specimen, case: Case) -> None:
     kit, batch = kit_of(specimen), specimen.batch(2, 0)
-    with worn(kit, case) as adapter:
+    with activated(kit, case) as adapter:
         asked: Counter[str] = Counter()
         for site in adapter.sites:
             delta = adapter.delta(site)

@@ -1,4 +1,4 @@
-"""Law 11: gradients are the same under activation checkpointing, whoever runs backward and whatever is worn by then.
+"""Law 11: gradients are the same under activation checkpointing, whoever runs backward and whatever is active by then.
 
 The route of a forward is that of its recomputation: after the `with` has ended, in another thread, and with a second
 forward under another adapter in between, gradients are right.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kitout import Kit, LoRA
 from kitout.runtime.adapter import Adapter
-from laws.activate import added, assert_same, gradients, kit_of, loss_of, untrivial, worn
+from laws.activate import activated, added, assert_same, gradients, kit_of, loss_of, untrivial
 from laws.cases import CELLS, Case, name_of
 from zoo import Specimen
 
@@ -81,7 +81,7 @@ cells = pytest.mark.parametrize(("specimen", "case"), [c for c in CELLS if check
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_without_recomputation(specimen: Specimen, case: Case, kind: str) -> None:
     kit, batch = kit_of(specimen), specimen.batch(2, 0)
-    with worn(kit, case) as adapter:
+    with activated(kit, case) as adapter:
         kit.train()
         step(kit, batch).backward()
         want = gradients(adapter)
@@ -168,7 +168,7 @@ def test_rows_are_recomputed_as_they_were(specimen: Specimen, kind: str) -> None
             assert_equal_gradients(kit[n], want[n])
 
 
-def test_after_a_backward_the_next_forward_may_wear_another(specimen: Specimen) -> None:
+def test_after_a_backward_the_next_forward_may_use_another(specimen: Specimen) -> None:
     """What one step leaves behind must not make the next one look ambiguous."""
     if not checkpoints(specimen):
         return

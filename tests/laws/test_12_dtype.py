@@ -1,7 +1,7 @@
 """Law 12: dtype and device follow the base.
 
 Adapters are fp32 over a bf16 base unless asked otherwise, and fp64 over an fp64 one; outputs have the base's dtype,
-whatever is worn, merged or routed by row, and moving the kit moves the base with it.
+whatever is active, merged or routed by row, and moving the kit moves the base with it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kitout
 from kitout import Kit, LoRA
-from laws.activate import assert_same, far, fresh_model, kit_of, loss_of, put_on, run, unmergeable, worn
+from laws.activate import activated, assert_same, far, fresh_model, kit_of, loss_of, put_on, run, unmergeable
 from laws.cases import CELLS, Case, experts, name_of
 from zoo import ZOO, Specimen
 
@@ -33,7 +33,7 @@ def test_outputs_keep_the_dtype_of_the_base(specimen: Specimen, case: Case, dtyp
     kit, batch = kitout.attach(fresh_model(specimen).to(dtype)), cast(plain, dtype)
     adapter = kit.add("law", case.method)
     assert {p.dtype for p in adapter.parameters()} == {torch.promote_types(dtype, torch.float32)}
-    with worn(kit_of(specimen), case) as exactly:
+    with activated(kit_of(specimen), case) as exactly:
         exact = run(kit_of(specimen), plain)
         adapter.load_state_dict(exactly.state_dict())
     with kit.use("law"):
@@ -69,7 +69,7 @@ def test_moving_the_kit_moves_base_and_adapters(specimen: Specimen, case: Case) 
     with kit.use("law"):
         value = run(kit, batch)
     assert value.dtype == torch.float64
-    with worn(kit_of(specimen), case):
+    with activated(kit_of(specimen), case):
         assert_same(value, run(kit_of(specimen), specimen.batch(3, 0)).double())
     if case.by_row(specimen):
         with kit.use(["law", None, "law"]):

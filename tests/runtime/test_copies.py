@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import kitout
-from kitout import IA3, Kit, LoRA
-from laws.activate import put_on, run
-from zoo import ZOO, Specimen
+from kitout import IA3, FullFineTuning, Kit, LoRA
+from laws.activate import kit_with, put_on, run
+from zoo import ZOO, Specimen, out
 
 WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda o: pickle.loads(pickle.dumps(o))}
 ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
@@ -89,7 +89,7 @@ def test_classes_keep_their_names_and_kin(specimen: Specimen) -> None:
     assert repr(kit.base) == repr(specimen.build())
 
 
-def test_two_models_of_a_class_do_not_share_what_they_wear(specimen: Specimen) -> None:
+def test_two_models_of_a_class_do_not_share_their_route(specimen: Specimen) -> None:
     batch = specimen.batch(2, 0)
     one, two = kitout.attach(specimen.build()), kitout.attach(specimen.build())
     put_on(one, LoRA(rank=2), "a")
@@ -139,7 +139,7 @@ def test_detach_leaves_classes_that_others_stacked_on_ours() -> None:
     assert all(module.__dict__["calls"] == 1 for module in chosen), "the other class no longer runs"
 
 
-def test_hooks_of_others_see_what_is_worn() -> None:
+def test_hooks_of_others_see_active_adapters() -> None:
     specimen = ZOO["llama"]
     kit, batch = kitout.attach(specimen.build()), specimen.batch(2, 0)
     put_on(kit, LoRA(rank=2), "a")
@@ -150,3 +150,16 @@ def test_hooks_of_others_see_what_is_worn() -> None:
         run(kit, batch)
     handle.remove()
     assert not torch.equal(*seen)
+
+
+def test_a_kit_copies_after_a_forward_of_full_fine_tuning() -> None:
+    kit, batch = kit_with("llama", f=FullFineTuning())
+    with kit.use("f"):
+        out(kit(**batch)).sum().backward()
+    assert torch.equal(run(copy.deepcopy(kit), batch), run(kit, batch))
+
+
+def test_another_model_of_the_swapped_class() -> None:
+    kit, batch = kit_with("llama", a=LoRA())
+    other = type(kit.base)(kit.config).eval()
+    assert torch.isfinite(out(other(**batch))).all()

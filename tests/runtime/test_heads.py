@@ -1,4 +1,4 @@
-"""Heads: modules of the model replaced while an adapter is worn; trained, counted, switched, routed and merged with it.
+"""Heads: modules replaced while an adapter is active; trained, counted, switched, routed and merged with it.
 
 A head is an ordinary module of the user's. The model's own module stays where it is and comes back untouched.
 """
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import kitout
-from kitout import Kit, LoRA, PartialFineTuning, Stack
-from kitout.errors import RouteError, TargetError
-from laws.activate import assert_same, put_on, run, untrivial
-from zoo import ZOO, rows_of
+from kitout import Kit, LoRA, Mix, PartialFineTuning, Stack
+from kitout.errors import NotMergeable, RouteError, TargetError
+from laws.activate import assert_same, kit_with, put_on, run, untrivial
+from zoo import ZOO, out, rows_of
 
 BERT = ZOO["bert"]
 D, LABELS = BERT.width, 3
@@ -45,7 +45,7 @@ def by_hand(kit: Kit, name: str, batch: dict[str, Tensor]) -> Tensor:
         return kit[name].heads["classifier"].module(pooled)
 
 
-def test_a_head_replaces_while_it_is_worn(kit: Kit, batch: dict[str, Tensor]) -> None:
+def test_a_head_replaces_while_it_is_active(kit: Kit, batch: dict[str, Tensor]) -> None:
     base, own = run(kit, batch), kit.base.classifier
     with kit.use("mood"):
         mood = run(kit, batch)
@@ -98,7 +98,7 @@ def test_heads_of_different_width_cannot_share_a_batch(kit: Kit, batch: dict[str
     run(kit, batch)
 
 
-def test_a_stack_wears_the_last_head(kit: Kit, batch: dict[str, Tensor]) -> None:
+def test_a_stack_uses_the_last_head(kit: Kit, batch: dict[str, Tensor]) -> None:
     with kit.use(Stack("topic", "plain", "mood")), torch.no_grad():
         pooled = kit.base.bert(**batch).pooler_output
         assert_same(run(kit, batch), kit["mood"].heads["classifier"].module(pooled), 1e-6)
@@ -166,3 +166,53 @@ def test_an_adapter_may_be_a_head_alone_and_keeps_its_running_statistics(tmp_pat
     assert loaded.heads["classifier"].module[0].num_batches_tracked == 1
     with kit.use("again"):
         assert torch.equal(run(kit, batch), want)
+
+
+def test_heads_blend_only_with_their_like() -> None:
+    kit, batch = kit_with("bert", a=LoRA())
+    kit.add("v", LoRA(rank=2), heads={"classifier": nn.Linear(kit.survey.towers[0].width, 1)})
+    with kit.use("v"):
+        assert run(kit, batch).shape[-1] == 1
+    for route, strength in (("v", 0.5), (Mix({"v": 0.5}), 1.0)):
+        kit.strength("v", strength)
+        with kit.use(route), pytest.raises(RouteError, match="another width"):
+            run(kit, batch)
+    kit.strength("v", 0.5)
+    with pytest.raises(NotMergeable, match="strength"):
+        kit.merge("v")
+
+
+def test_an_adapter_inside_another_ones_head_is_refused() -> None:
+    kit = kitout.attach(ZOO["roberta"].build())
+    width = kit.survey.towers[0].width
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(width, 5)
+
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return self.out(features[:, 0])
+
+    kit.add("a", LoRA(rank=2), heads={"classifier": First()})
+    kit.add("b", LoRA(rank=2, targets="classifier.dense"))
+    before = {k: v.clone() for k, v in kit.base.state_dict().items()}
+    with pytest.raises(RouteError, match="inside classifier"):
+        kit.use(Stack("a", "b"))
+    with pytest.raises(NotMergeable, match="inside classifier"):
+        kit.merge("a", "b")
+    assert not kit.merged
+    assert all(torch.equal(v, before[k]) for k, v in kit.base.state_dict().items())
+
+
+def test_heads_from_the_model_itself() -> None:
+    kit, batch = kit_with("bert", a=LoRA())
+    with pytest.raises(TargetError, match="give a copy"):
+        kit.add("b", LoRA(), heads={"classifier": kit.base.classifier})
+    with pytest.raises(TargetError, match="needs an nn"):
+        kit.add("b", LoRA(), heads={"classifier": 3})  # type: ignore[dict-item]
+    kit.add("first", LoRA(), heads={"classifier": copy.deepcopy(kit.base.classifier)})
+    kit.add("b", LoRA(), heads={"classifier": copy.deepcopy(kit.base.classifier)})
+    assert all(p.requires_grad for p in kit["b"].parameters())
+    kit.use("b")
+    out(kit(**batch)).sum().backward()

@@ -107,14 +107,14 @@ def test_an_exact_merge_is_refused(quantised: nn.Module, batch: dict[str, Tensor
     kit = kitout.attach(quantised)
     untrivial(kit.add("low", LoRA(rank=2, targets="all-linear"), seed=0))
     with kit.use("low"):
-        worn = run(kit, batch)
+        active = run(kit, batch)
     for merge in (kit.merge, kit.merged_copy):
         with pytest.raises(NotMergeable) as error:
             merge("low")
         assert "model.layers.0.self_attn.q_proj" in str(error.value)
         assert "plain floating-point" in str(error.value)
     with kit.use("low"):
-        assert torch.equal(run(kit, batch), worn)
+        assert torch.equal(run(kit, batch), active)
 
 
 def test_what_starts_from_the_weight_is_refused(quantised: nn.Module) -> None:

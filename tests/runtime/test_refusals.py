@@ -10,7 +10,7 @@ from torch import nn
 
 import kitout
 from kitout import IA3, SSF, BitFit, FullFineTuning, Houlsby, Kit, LoRA, PartialFineTuning, errors
-from laws.activate import put_on, run
+from laws.activate import kit_with, put_on, run
 from zoo import ZOO
 
 LLAMA = ZOO["llama"]
@@ -18,13 +18,13 @@ LLAMA = ZOO["llama"]
 
 @pytest.fixture
 def kit(tiny_llama: nn.Module) -> Iterator[Kit]:
-    """Whatever a test tries, the kit wears, holds and computes afterwards what it did before."""
+    """Whatever a test tries, the kit has and computes afterwards what it did before."""
     kit = kitout.attach(tiny_llama)
     put_on(kit, LoRA(rank=2), "a", seed=1)
     batch = LLAMA.batch(2, 0)
     base, state = run(kit, batch), {k: v.clone() for k, v in kit.base.state_dict().items()}
     with kit.use("a"):
-        worn = run(kit, batch)
+        active = run(kit, batch)
     yield kit
     assert kit.names == ["a"]
     assert kit.active is None
@@ -33,7 +33,7 @@ def kit(tiny_llama: nn.Module) -> Iterator[Kit]:
     assert torch.equal(run(kit, batch), base)
     assert all(torch.equal(v, state[k]) for k, v in kit.base.state_dict().items())
     with kit.use("a"):
-        assert torch.equal(run(kit, batch), worn)
+        assert torch.equal(run(kit, batch), active)
 
 
 PLACES = {
@@ -53,11 +53,11 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize(("method", "told"), PLACES.values(), ids=PLACES.keys())
-def test_places_that_do_not_exist(kit: Kit, method: Callable[[], kitout.Method], told: list[str]) -> None:
+@pytest.mark.parametrize(("method", "texts"), PLACES.values(), ids=PLACES.keys())
+def test_places_that_do_not_exist(kit: Kit, method: Callable[[], kitout.Method], texts: list[str]) -> None:
     with pytest.raises(errors.TargetError) as error:
         kit.add("new", method())
-    assert all(t in str(error.value) for t in told), str(error.value)
+    assert all(t in str(error.value) for t in texts), str(error.value)
 
 
 SETTINGS = {
@@ -76,11 +76,11 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("make", "told"), SETTINGS.values(), ids=SETTINGS.keys())
-def test_settings_out_of_range(make: Callable[[], kitout.Method], told: list[str]) -> None:
+@pytest.mark.parametrize(("make", "texts"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_settings_out_of_range(make: Callable[[], kitout.Method], texts: list[str]) -> None:
     with pytest.raises(errors.ConfigError) as error:
         make()
-    assert all(t in str(error.value) for t in told), str(error.value)
+    assert all(t in str(error.value) for t in texts), str(error.value)
 
 
 BUILT = {
@@ -90,11 +90,11 @@ BUILT = {
 }
 
 
-@pytest.mark.parametrize(("method", "told"), BUILT.values(), ids=BUILT.keys())
-def test_settings_this_model_cannot_hold(kit: Kit, method: Callable[[], kitout.Method], told: list[str]) -> None:
+@pytest.mark.parametrize(("method", "texts"), BUILT.values(), ids=BUILT.keys())
+def test_settings_this_model_cannot_hold(kit: Kit, method: Callable[[], kitout.Method], texts: list[str]) -> None:
     with pytest.raises((errors.ConfigError, errors.TargetError)) as error:
         kit.add("new", method())
-    assert all(t in str(error.value) for t in told), str(error.value)
+    assert all(t in str(error.value) for t in texts), str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -156,16 +156,16 @@ def test_merging_is_one_state(kit: Kit) -> None:
     kit.remove("b")
 
 
-def test_merging_while_worn_counts_once(kit: Kit) -> None:
+def test_merging_while_active_counts_once(kit: Kit) -> None:
     batch = LLAMA.batch(2, 0)
     with kit.use("a"):
-        worn = run(kit, batch)
+        active = run(kit, batch)
         kit.merge("a")
         merged = run(kit, batch)
-        assert (merged - worn).abs().max() <= 1e-5
+        assert (merged - active).abs().max() <= 1e-5
         assert kit.active is None
         kit.unmerge()
-        assert torch.equal(run(kit, batch), worn)
+        assert torch.equal(run(kit, batch), active)
 
 
 def test_training_while_merged_reaches_no_adapter(kit: Kit) -> None:
@@ -216,8 +216,8 @@ def test_attach_to_a_model_without_blocks_says_what_to_write() -> None:
     grads = [p.requires_grad for p in model.parameters()]
     with pytest.raises(errors.NoBlocksFound) as error:
         kitout.attach(model)
-    for told in ("[3 -> 4]", "[4 -> 5]", "roles=", "attn.qkv"):
-        assert told in str(error.value)
+    for texts in ("[3 -> 4]", "[4 -> 5]", "roles=", "attn.qkv"):
+        assert texts in str(error.value)
     assert [p.requires_grad for p in model.parameters()] == grads
     assert type(model) is nn.Sequential
 
@@ -225,8 +225,8 @@ def test_attach_to_a_model_without_blocks_says_what_to_write() -> None:
 def test_roles_that_match_nothing_or_are_none(tiny_llama: nn.Module) -> None:
     with pytest.raises(errors.TargetError) as error:
         kitout.attach(tiny_llama, roles={r"nothing$": "attn.q", r"q_proj$": "attn.queue", "(": "attn.q"})
-    for told in ("nothing$", "attn.queue", "did you mean", "not a regular expression"):
-        assert told in str(error.value)
+    for texts in ("nothing$", "attn.queue", "did you mean", "not a regular expression"):
+        assert texts in str(error.value)
     assert all(p.requires_grad for p in tiny_llama.parameters())
 
 
@@ -249,3 +249,17 @@ def test_an_error_is_also_the_python_error_one_would_expect() -> None:
         assert issubclass(error, errors.KitoutError)
         assert issubclass(error, kind)
     assert str(errors.UnknownAdapter("plain words")) == "plain words"
+
+
+def test_a_detached_kit_refuses_everything() -> None:
+    kit, _ = kit_with("llama", a=LoRA())
+    kit.use("a")
+    kit.detach()
+    for action in (lambda: kit.use("a"), lambda: kit.add("b", LoRA()), lambda: kit.merge("a")):
+        with pytest.raises(errors.KitDetached):
+            action()
+
+
+def test_a_seed_is_a_number(kit: Kit) -> None:
+    with pytest.raises(errors.ConfigError, match="seed"):
+        kit.add("b", LoRA(), seed="x")  # type: ignore[arg-type]

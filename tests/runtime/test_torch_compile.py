@@ -1,4 +1,4 @@
-"""torch.compile in one graph: nothing worn, an adapter, rows, a stack; equal logits and no graph break.
+"""torch.compile in one graph: no adapter, an adapter, rows, a stack; equal logits and no graph break.
 
 Without autograd and with it ("aot_eager" traces the backward too); a compiled model follows `use`.
 """

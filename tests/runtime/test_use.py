@@ -1,6 +1,6 @@
-"""What is worn when: sticky, in a `with`, nested, left by an exception; by row, stacked, mixed, at another strength.
+"""Which route is active when: sticky, in a `with`, nested, left by an exception; by row, stacked, mixed.
 
-Formulas are checked against computations by hand at the sites, the rest against what one adapter alone gives.
+Everything is checked against what one adapter alone gives; formulas are in modules/test_terms.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import kitout
 from kitout import IA3, BitFit, Kit, LoRA, Mix, Stack
 from kitout.errors import RouteError, UnknownAdapter
-from laws.activate import assert_same, put_on, run
+from laws.activate import assert_same, kit_with, put_on, run
 from zoo import ZOO, out, rows_of
 
 LLAMA = ZOO["llama"]
@@ -57,7 +57,7 @@ def test_use_is_sticky(kit: Kit, batch: dict[str, Tensor], alone: dict[str | Non
     assert torch.equal(run(kit, batch), alone[None])
 
 
-def test_a_with_ends_with_what_was_worn_before(
+def test_a_with_ends_with_the_route_before_it(
     kit: Kit, batch: dict[str, Tensor], alone: dict[str | None, Tensor]
 ) -> None:
     kit.use("a")
@@ -107,7 +107,7 @@ def test_a_to_b_and_back_is_bit_identical(kit: Kit, batch: dict[str, Tensor], al
             assert torch.equal(value, alone[name])
 
 
-def test_rows_wear_what_the_list_says(kit: Kit, batch: dict[str, Tensor], alone: dict[str | None, Tensor]) -> None:
+def test_rows_have_what_the_list_says(kit: Kit, batch: dict[str, Tensor], alone: dict[str | None, Tensor]) -> None:
     rows = ["scale", None, "a"]
     with kit.use(rows):
         value = run(kit, batch)
@@ -135,175 +135,32 @@ def test_a_row_list_grows_with_beams(kit: Kit) -> None:
     assert searched.shape[0] == 4
 
 
-# --- formulas, by hand --------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------------------
 
 
-class One(nn.Module):
-    """One attention block whose pieces a test can compute itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = nn.ModuleList([Piece()])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block[0](x)
-
-
-class Piece(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(4, 4) for _ in range(4))
-        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        x = x + self.o((q @ k.transpose(-1, -2) / 2).softmax(-1) @ v)
-        return x + self.down(self.up(x).tanh())
-
-
-ROLES = {"q$": "attn.q", "k$": "attn.k", "v$": "attn.v", "o$": "attn.o", "up$": "mlp.up", "down$": "mlp.down"}
-
-
-@pytest.fixture
-def piece() -> tuple[Kit, Piece, Tensor]:
-    torch.manual_seed(0)
-    model = One()
-    x = torch.randn(2, 3, 4)
-    kit = kitout.attach(model, roles=ROLES, example_batch={"x": x})
-    put_on(kit, LoRA(rank=2, alpha=3, targets="mlp.down"), "low", seed=1)
-    put_on(kit, LoRA(rank=1, alpha=2, targets="mlp.down"), "lower", seed=2)
-    put_on(kit, IA3(targets="in:mlp.down"), "scale", seed=3)
-    put_on(kit, BitFit(targets="mlp.down"), "shift", seed=4)
-    return kit, model.block[0], x
-
-
-def down(kit: Kit, piece: Piece, x: Tensor) -> Tensor:
-    """What the down projection gives under what is worn, on the input it has in this model."""
-    seen: list[Tensor] = []
-    handle = piece.down.register_forward_hook(lambda _, __, y: seen.append(y.detach().clone()))
-    run(kit, {"x": x})
-    handle.remove()
-    return seen[0]
-
-
-def pieces(kit: Kit, piece: Piece, x: Tensor) -> dict[str, Tensor]:
-    """The input and output of the down projection, and each adapter's own values there."""
-    seen: list[Tensor] = []
-    handle = piece.down.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
-    with kit.use(None):
-        y = down(kit, piece, x)
-    handle.remove()
-    key = "block/0/down"
-    values = {f"{n}.{k}": v.detach() for n in kit.names for k, v in kit[n].named_parameters()}
-    low = {n: (values[f"{n}.deltas.{key}.a"], values[f"{n}.deltas.{key}.b"]) for n in ("low", "lower")}
-    h = seen[0]
-    return {
-        "h": h,
-        "y": y,
-        "low": 1.5 * h @ low["low"][0].T @ low["low"][1].T,
-        "lower": 2.0 * h @ low["lower"][0].T @ low["lower"][1].T,
-        "scale": values[f"scale.deltas.{key}@in.scale"],
-        "shift": values[f"shift.deltas.{key}.shift"],
-        "w": piece.down.weight.detach(),
-        "b": piece.down.bias.detach(),
-    }
-
-
-def test_strength_is_y_plus_s_times_the_change(piece: tuple[Kit, Piece, Tensor]) -> None:
-    kit, _, _ = piece
-    p = pieces(*piece)
-    for s in (0.3, -1.0, 2.5, 0.0, 1.0):
-        for name in ("low", "scale", "shift"):
-            kit.strength(name, s)
-        with kit.use("low"):
-            assert_same(down(*piece), p["y"] + s * p["low"], 1e-6)
-        with kit.use("shift"):
-            assert_same(down(*piece), p["y"] + s * p["shift"], 1e-6)
-        with kit.use("scale"):  # an adapter of the input: x + s (scale x - x)
-            assert_same(down(*piece), (p["h"] + s * (p["scale"] * p["h"] - p["h"])) @ p["w"].T + p["b"], 1e-6)
-
-
-def test_a_mix_adds_weighted_changes(piece: tuple[Kit, Piece, Tensor]) -> None:
-    kit, _, _ = piece
-    p = pieces(*piece)
-    with kit.use(Mix({"low": 0.7, "shift": -0.3, "lower": 2.0})):
-        assert_same(down(*piece), p["y"] + 0.7 * p["low"] - 0.3 * p["shift"] + 2.0 * p["lower"], 1e-6)
-    with kit.use(Mix({"low": 1.0})):
-        mixed = down(*piece)
-    with kit.use("low"):
-        assert_same(mixed, down(*piece), 1e-6)
-    kit.strength("low", 0.5)
-    with kit.use(Mix({"low": 0.7})):
-        assert_same(down(*piece), p["y"] + 0.35 * p["low"], 1e-6)
-
-
-def test_a_mix_of_an_input_and_an_output_adapter(piece: tuple[Kit, Piece, Tensor]) -> None:
-    """At the input the scale acts with its weight; the others see the module's input as the mix leaves it or theirs."""
-    kit, _, _ = piece
-    p = pieces(*piece)
-    entered = p["h"] + 0.6 * (p["scale"] * p["h"] - p["h"])
-    with kit.use(Mix({"scale": 0.6, "shift": 0.5})):
-        assert_same(down(*piece), entered @ p["w"].T + p["b"] + 0.5 * p["shift"], 1e-6)
-
-
-def test_a_stack_applies_in_order(piece: tuple[Kit, Piece, Tensor]) -> None:
-    kit, _, _ = piece
-    p = pieces(*piece)
-    put_on(kit, IA3(targets="mlp.down"), "gain", seed=9)
-    gain = next(kit["gain"].parameters()).detach()
-    with kit.use(Stack("shift", "gain")):
-        assert_same(down(*piece), (p["y"] + p["shift"]) * gain, 1e-6)
-    with kit.use(Stack("gain", "shift")):
-        assert_same(down(*piece), p["y"] * gain + p["shift"], 1e-6)
-    with kit.use(Stack("low", "low")):
-        assert_same(down(*piece), p["y"] + 2 * p["low"], 1e-6)
-    with kit.use(Stack(None, "low")):
-        assert_same(down(*piece), p["y"] + p["low"], 1e-6)
-
-
-def test_an_input_adapter_stacked_last_comes_first(piece: tuple[Kit, Piece, Tensor]) -> None:
-    """It takes the module as the others have left it: its scale reaches their input, not the other way round."""
-    kit, _, _ = piece
-    p = pieces(*piece)
-    scaled = p["h"] * p["scale"]
-    low = p["low"] @ torch.zeros(4, 4) + 1.5 * scaled @ _factors(kit)
-    with kit.use(Stack("low", "scale")):
-        assert_same(down(*piece), scaled @ p["w"].T + p["b"] + low, 1e-6)
-    with kit.use(Stack("scale", "low")):
-        assert_same(down(*piece), scaled @ p["w"].T + p["b"] + p["low"], 1e-6)
-
-
-def _factors(kit: Kit) -> Tensor:
-    values = dict(kit["low"].named_parameters())
-    return (values["deltas.block/0/down.b"] @ values["deltas.block/0/down.a"]).detach().T
-
-
-# --- what cannot be worn ------------------------------------------------------------------------------------------
-
-
-def test_unknown_names_are_all_told_at_once_with_what_there_is(kit: Kit, batch: dict[str, Tensor]) -> None:
+def test_unknown_names_are_all_reported_at_once_with_suggestions(kit: Kit, batch: dict[str, Tensor]) -> None:
     kit.use("a")
     with pytest.raises(UnknownAdapter) as error:
         kit.use(["scal", None, Stack("a", "zzz"), Mix({"bb": 1.0})])
-    for told in ("'scal'", "did you mean 'scale'", "'zzz'", "'bb'", "3 errors"):
-        assert told in str(error.value)
+    for text in ("'scal'", "did you mean 'scale'", "'zzz'", "'bb'", "3 errors"):
+        assert text in str(error.value)
     assert kit.active == "a"
     with pytest.raises(KeyError):
         kit["nobody"]
 
 
 @pytest.mark.parametrize(
-    ("what", "told"),
+    ("what", "text"),
     [
-        (3, "cannot wear 3"),
+        (3, "cannot use 3"),
         ([], "empty list"),
-        (["a", 3], "cannot wear 3"),
-        ([["a"], None], "cannot wear"),
+        (["a", 3], "cannot use 3"),
+        ([["a"], None], "cannot use"),
         ({"a": 1.0}, "Mix"),
     ],
 )
-def test_what_is_no_route_is_refused(kit: Kit, what: object, told: str) -> None:
-    with pytest.raises(RouteError, match=told):
+def test_a_value_that_is_no_route_is_refused(kit: Kit, what: object, text: str) -> None:
+    with pytest.raises(RouteError, match=text):
         kit.use(what)
     assert kit.active is None
 
@@ -343,7 +200,7 @@ def test_strength_is_a_finite_number(kit: Kit, value: float) -> None:
 # --- coming and going ---------------------------------------------------------------------------------------------
 
 
-def test_what_is_worn_cannot_be_removed(kit: Kit, batch: dict[str, Tensor]) -> None:
+def test_an_active_adapter_cannot_be_removed(kit: Kit, batch: dict[str, Tensor]) -> None:
     kit.use(["a", None, "b"])
     with pytest.raises(RouteError, match="active"):
         kit.remove("a")
@@ -374,7 +231,7 @@ def test_a_removed_adapter_leaves_nothing_behind(
         assert torch.equal(run(kit, batch), alone["a"]), "the same name, method and seed: the same adapter"
 
 
-def test_strength_changes_what_is_worn_already(kit: Kit, batch: dict[str, Tensor]) -> None:
+def test_strength_changes_the_active_route_at_once(kit: Kit, batch: dict[str, Tensor]) -> None:
     kit.use(["a", None, "b"])
     before = run(kit, batch)
     kit.strength("b", 0.0)
@@ -390,21 +247,31 @@ def test_new_values_are_seen_at_once_also_by_row(kit: Kit, batch: dict[str, Tens
         run(kit, batch)
         for p in kit["b"].parameters():
             p.mul_(2.0)
-        assert_last_wears_b(kit, batch)
+        assert_last_row_has_b(kit, batch)
         kit["b"].load_state_dict({n: 0.5 * v for n, v in kit["b"].state_dict().items()})
-        assert_last_wears_b(kit, batch)
+        assert_last_row_has_b(kit, batch)
         kit["b"].to(torch.float64)
-        assert_last_wears_b(kit, batch)
+        assert_last_row_has_b(kit, batch)
     with kit.use("b"):
         run_with_grad = out(kit(**batch))
     torch.optim.SGD(kit["b"].parameters(), lr=0.1).zero_grad()
     run_with_grad.square().mean().backward()
     torch.optim.SGD(kit["b"].parameters(), lr=0.1).step()
     with kit.use(["a", None, "b"]):
-        assert_last_wears_b(kit, batch)
+        assert_last_row_has_b(kit, batch)
 
 
-def assert_last_wears_b(kit: Kit, batch: dict[str, Tensor]) -> None:
+def assert_last_row_has_b(kit: Kit, batch: dict[str, Tensor]) -> None:
     value = run(kit, batch)
     with kit.use("b"):
         assert_same(value[2:], run(kit, rows_of(batch, 2)))
+
+
+def test_remove_waits_for_every_with() -> None:
+    kit, _ = kit_with("llama", a=LoRA(), b=LoRA())
+    with kit.use("a"), kit.use("b"), pytest.raises(RouteError, match="active"):
+        kit.remove("a")
+    kit.remove("a")
+    handle = kit.use("b")
+    with handle, handle:
+        assert kit.active == "b"

@@ -1,7 +1,7 @@
 """An adapter: the Deltas one Method built on one base, under one name, with the heads that travel with it.
 
 It is an ordinary nn.Module that holds its own parameters and nothing of the base. Grouped by module and port
-(`locals`), it is what routes are compiled from. It knows nothing of other adapters, of rows or of files.
+(`by_module`), it is what routes are compiled from. It knows nothing of other adapters, of rows or of files.
 """
 
 from __future__ import annotations
@@ -9,35 +9,42 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from kitout.base.site import Site
 from kitout.delta import Delta
 from kitout.method import Method
+from kitout.runtime.head import Head
 from kitout.runtime.modules.module_adapter import InputRelay, ModuleAdapter, SiteDelta
 
 
-class Head(Delta):
-    """A module of the model replaced by another while the adapter is worn (classifier, value head)."""
-
-    replaces_module = True
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor, y: Tensor, frozen: Any = None) -> Tensor:
-        own = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype)
-        new: Tensor = self.module(x.to(own))  # fp32 values over a half base, the base's dtype outside
-        return new.to(x.dtype)
-
-
 class Adapter(nn.Module):
-    """One named adapter.
+    """One named adapter."""
 
-    method: its config. sites: where it sits, in model order. deltas: one per site, by `site.key`. shared: the module
-    all Deltas may use, or None. heads: replaced modules by their path (dots written as slashes).
-    """
+    name: str
+    """What it is called on its kit."""
+    method: Method
+    """Its config."""
+    sites: tuple[Site, ...]
+    """Where it sits, in model order."""
+    seed: int | None
+    """Of its initial values; None: the global generator, or unknown."""
+    metadata: dict[str, Any]
+    """What its file says about it, in its author's words."""
+    deltas: nn.ModuleDict
+    """One Delta per site, by `site.key`."""
+    shared: nn.Module | None
+    """The module all Deltas may use."""
+    heads: nn.ModuleDict
+    """`Head`s by the path of the module they replace, dots written as slashes."""
+    by_module: dict[str, ModuleAdapter]
+    """What it does at each module, by path."""
+    input_relays: dict[str, list[InputRelay]]
+    """Module path -> the relays that take its input."""
+    prefixes: dict[str, SiteDelta]
+    """Attention path -> its keys and values."""
+    prompts: dict[str, list[SiteDelta]]
+    """Tower -> tokens for its sequence, in block order."""
 
     def __init__(
         self,
@@ -50,37 +57,42 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.method, self.sites = name, method, tuple(sites)
-        self.seed: int | None = None
+        self.seed = None
         self._strength = 1.0
-        self.metadata: dict[str, Any] = {}  # what its file says about it, in its author's words
+        self.metadata = {}
         self.deltas = nn.ModuleDict(dict(deltas))
         self.shared = shared
         self.heads = nn.ModuleDict({path.replace(".", "/"): Head(m) for path, m in heads.items()})
-        self.by_module: dict[str, ModuleAdapter] = {}
-        self.input_relays: dict[str, list[InputRelay]] = {}  # module path -> sources its input has to be left in
-        self.prefixes: dict[str, SiteDelta] = {}  # attention path -> its keys and values
-        self.prompts: dict[str, list[SiteDelta]] = {}  # tower -> tokens for its sequence, in block order
+        self.by_module = {}
+        self.input_relays = {}
+        self.prefixes = {}
+        self.prompts = {}
 
     def group_by_module(self, head_sites: Sequence[Site]) -> None:
         """Groups the Deltas by the module they act on."""
-        ins: dict[str, list[SiteDelta]] = {}
-        outs: dict[str, list[SiteDelta]] = {}
-        params: dict[str, list[SiteDelta]] = {}
-        ports = {"in": ins, "param": params}
+        on_input: dict[str, list[SiteDelta]] = {}
+        on_output: dict[str, list[SiteDelta]] = {}
+        on_parameters: dict[str, list[SiteDelta]] = {}
+        ports = {"in": on_input, "param": on_parameters}
         for site, delta in [(s, self.delta(s)) for s in self.sites] + [(s, self.head(s)) for s in head_sites]:
-            source = None if site.input_from is None else InputRelay()
-            if source is not None and site.input_from is not None:
-                self.input_relays.setdefault(site.input_from, []).append(source)
-            part = SiteDelta(site, delta, source)
+            relay = None
+            if site.input_from is not None:
+                relay = InputRelay()
+                self.input_relays.setdefault(site.input_from, []).append(relay)
+            part = SiteDelta(site, delta, relay)
             if site.port == "kv":
                 self.prefixes[site.path] = part
             elif site.port == "tokens":
                 self.prompts.setdefault(site.tower, []).append(part)
             else:
-                ports.get(site.port, outs).setdefault(site.path, []).append(part)
-        for path in {**ins, **outs, **params}:
-            here = [tuple(port.get(path, ())) for port in (ins, outs, params)]
-            self.by_module[path] = ModuleAdapter(self.name, here[0], here[1], here[2])
+                ports.get(site.port, on_output).setdefault(site.path, []).append(part)
+        for path in {**on_input, **on_output, **on_parameters}:
+            self.by_module[path] = ModuleAdapter(
+                self.name,
+                tuple(on_input.get(path, ())),
+                tuple(on_output.get(path, ())),
+                tuple(on_parameters.get(path, ())),
+            )
 
     def prefixes_at(self, tower: str, role: str) -> list[SiteDelta]:
         """Its keys and values at the attentions of one kind in one stack."""
@@ -97,14 +109,14 @@ class Adapter(nn.Module):
         return new
 
     def delta(self, site: Site) -> Delta:
-        found = self.deltas[site.key]
-        assert isinstance(found, Delta)
-        return found
+        delta = self.deltas[site.key]
+        assert isinstance(delta, Delta)
+        return delta
 
     def head(self, site: Site) -> Delta:
-        found = self.heads[site.path.replace(".", "/")]
-        assert isinstance(found, Delta)
-        return found
+        delta = self.heads[site.path.replace(".", "/")]
+        assert isinstance(delta, Delta)
+        return delta
 
     @property
     def strength(self) -> float:
@@ -113,8 +125,8 @@ class Adapter(nn.Module):
     @strength.setter
     def strength(self, value: float) -> None:
         self._strength = value
-        for local in self.by_module.values():
-            local.strength = value
+        for module_adapter in self.by_module.values():
+            module_adapter.strength = value
 
     def extra_repr(self) -> str:
         settings = ", ".join(f"{k}={v!r}" for k, v in self.method.non_default_settings().items())

@@ -1,4 +1,4 @@
-"""The bare model as the kit found it: its forward's signature, and what attach changes and detach puts back.
+"""The base before attach: its forward's signature, and what attach changes and detach restores.
 
 It knows a model's parameters and modes, and nothing of adapters or routes.
 """

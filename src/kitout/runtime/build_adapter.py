@@ -1,4 +1,4 @@
-"""Building an adapter for a kit: the name, the places, the Deltas; every check before anything changes.
+"""Building an adapter for a kit: the name, the sites, the Deltas; every check before anything changes.
 
 It knows kits, sites and the Method interface, and nothing of routes or files.
 """
@@ -18,7 +18,6 @@ from kitout.base.eval_mode import eval_mode
 from kitout.base.site import Site
 from kitout.delta import Delta, KeyValue
 from kitout.errors import (
-    AdapterExists,
     ConfigError,
     Errors,
     InvalidAdapterName,
@@ -33,7 +32,7 @@ from kitout.method import Method
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.hooks.class_swap import unhook
 from kitout.runtime.routing.active import CompiledRoute
-from kitout.runtime.routing.compile import compile_route
+from kitout.runtime.routing.compile import RouteCompiler
 from kitout.runtime.routing.route import Route, adapter_names
 from kitout.runtime.state import KitState
 
@@ -48,7 +47,7 @@ def build_adapter(
     heads: Mapping[str, nn.Module],
     dtype: torch.dtype | None,
 ) -> Adapter:
-    """A fresh adapter for this kit, not yet one of its adapters."""
+    """A new adapter for this kit, not yet one of its adapters."""
     check_name(state, name)
     if not isinstance(method, Method):
         raise ConfigError(f"add() takes a method with its settings, such as LoRA(rank=8), found {method!r}")
@@ -76,7 +75,7 @@ def build_adapter(
 
 @contextmanager
 def _without_adapters(state: KitState) -> Iterator[None]:
-    """Nothing worn while initial values are read off the model's modules."""
+    """No adapter is active while initial values are read off the model's modules."""
     with state.active.lock:
         before = state.active.installed
         state.active.install(CompiledRoute(None))
@@ -90,22 +89,16 @@ def base_key_values(state: KitState, ids: Tensor) -> dict[str, KeyValue]:
     """The base's own keys and values of token ids [1, T], by attention path, each [H_kv, T, d_h]."""
     if not any(tower.embedder is not None for tower in state.survey.towers):
         raise ConfigError("init from a text: this model reads no tokens")
-    found: dict[str, KeyValue] = {}
-    live, base = state.active, state.base
+    key_values: dict[str, KeyValue] = {}
     ids = ids.to(state.device)
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if state.config.is_encoder_decoder else {})
     for site in state.survey.kv_sites:
         state.hook_at(site.path)
-    with live.lock, eval_mode(base, state.modules):
-        before = live.installed
-        live.prefilling += 1
-        try:
-            live.install(compile_route(None, {}, state.hooks, state.survey, live, found))
-            base(**inputs, use_cache=False)
-        finally:
-            live.install(before)
-            live.prefilling -= 1
-    return {path: (k[0], v[0]) for path, (k, v) in found.items()}
+    with state.active.lock, eval_mode(state.base, state.modules):
+        compiled = RouteCompiler({}, state.hooks, state.survey, state.active).compile(None, key_values)
+        with state.active.prefill(compiled):
+            state.base(**inputs, use_cache=False)
+    return {path: (k[0], v[0]) for path, (k, v) in key_values.items()}
 
 
 def _build_delta(method: Method, site: Site, shared: nn.Module | None) -> Delta:
@@ -118,14 +111,13 @@ def _build_delta(method: Method, site: Site, shared: nn.Module | None) -> Delta:
 
 
 def check_name(state: KitState, name: str) -> None:
-    """BadName or NameTaken."""
+    """InvalidAdapterName or AdapterExists."""
     if not isinstance(name, str) or not ADAPTER_NAME_PATTERN.fullmatch(name):
         raise InvalidAdapterName(
             f"{name!r} cannot name an adapter: use 1 to 128 letters, digits, '.', '_' or '-', "
             "the first a letter or digit"
         )
-    if name in state:
-        raise AdapterExists(f"an adapter called {name!r} exists: remove({name!r}) first, or choose another name")
+    state.check_free(name)
 
 
 def check_strength(adapter: Adapter, value: float) -> None:
@@ -143,55 +135,55 @@ def check_strength(adapter: Adapter, value: float) -> None:
 
 def check_known(state: KitState, requested: Route) -> None:
     """UnknownAdapter for every name in a route that no adapter carries, all in one."""
-    faults = Errors(UnknownAdapter, "use")
+    errors = Errors(UnknownAdapter, "use")
     for name in dict.fromkeys(adapter_names(requested)):
         if name not in state:
-            faults.add(f"no adapter is called {name!r}: {suggest(name, state.names)}")
-    faults.raise_if_any()
+            errors.add(f"no adapter is called {name!r}: {suggest(name, state.names)}")
+    errors.raise_if_any()
 
 
 def check_sites(state: KitState, name: str, sites: Sequence[Site], heads: Collection[str] = ()) -> None:
-    """TargetError for no site at all where no head takes their place, SilentSite for one that never runs."""
-    twice = [key for key, n in Counter(s.key for s in sites).items() if n > 1]
-    if twice:
+    """TargetError for no site at all without a head, UnusedSite for one that never runs."""
+    duplicates = [key for key, n in Counter(s.key for s in sites).items() if n > 1]
+    if duplicates:
         raise TargetError(
-            f"adapter {name!r} would sit twice at {', '.join(twice[:5])}: its targets name one place twice"
+            f"adapter {name!r} would sit twice at {', '.join(duplicates[:5])}: its targets select one site twice"
         )
     if not sites and not heads:
         raise TargetError(f"adapter {name!r} would have no site at all in this model; see print(kit) for the roles")
-    silent = [s.path for s in sites if s.path in state.survey.unused]
-    if silent:
+    unused = [s.path for s in sites if s.path in state.survey.unused]
+    if unused:
         raise UnusedSite(
-            f"adapter {name!r}: {', '.join(silent[:5])} never runs in this model's forward, so nothing placed there "
+            f"adapter {name!r}: {', '.join(unused[:5])} never runs in this model's forward, so nothing placed there "
             "would have an effect; choose other targets (see print(kit))"
         )
 
 
 def select_sites(state: KitState, method: Method, heads: Iterable[str]) -> list[Site]:
-    """Where the method goes, without what the adapter's own heads replace: it would have no effect there."""
+    """The sites of the method, without what the adapter's own heads replace: it would have no effect there."""
     return [s for s in method.sites(state.survey) if not any(f"{s.path}.".startswith(f"{h}.") for h in heads)]
 
 
 def head_site(state: KitState, path: str) -> Site:
-    """The place of a module that a head replaces."""
+    """The site of a module that a head replaces."""
     try:
         module = state.base.get_submodule(path)
     except AttributeError:
         module = state.base
     if module is state.base:
-        known = [p for p, _ in state.base.named_modules()]
-        raise TargetError(f"heads: the model has no module {path!r}: {suggest(path, known)}")
+        paths = [p for p, _ in state.base.named_modules()]
+        raise TargetError(f"heads: the model has no module {path!r}: {suggest(path, paths)}")
     return Site(path=path, role="head", d_in=0, d_out=0, kind="other", module=module, batch_relation="batch")
 
 
 def check_head(state: KitState, path: str, module: object) -> nn.Module:
-    """A head as the adapter takes it: trainable, and without the taps that a copy of the model's own module brings."""
+    """A head as the adapter takes it: trainable, and without the hooks that a copy of the model's own module brings."""
     if not isinstance(module, nn.Module):
         raise TargetError(f"heads: {path!r} needs an nn.Module, found {module!r}")
     if any(m is module for m in state.base.modules()):
         raise TargetError(f"heads: {path!r} is given a module of the model itself: give a copy, copy.deepcopy(module)")
     for child in module.modules():
-        if "_kitout_tap" in child.__dict__:
+        if "_kitout_hook" in child.__dict__:
             unhook(child)
     return module.requires_grad_(True)
 

@@ -25,7 +25,7 @@ class ParameterCount:
     percent: float
     """Trainable as a percentage of the base's parameters."""
     bytes: int
-    """Of all tensors as they are held."""
+    """Of all its tensors, in their dtype."""
     formula: int
     """The method's closed form of its parameters without heads."""
 

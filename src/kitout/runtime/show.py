@@ -32,9 +32,9 @@ def site_table(sites: Sequence[Site]) -> list[tuple[str, str, str, str]]:
         groups.setdefault((site.tower, site.role, site.d_in, site.d_out), []).append(site)
     towers = {t for t, *_ in groups}
     rows = []
-    for (tower, role, d_in, d_out), found in groups.items():
+    for (tower, role, d_in, d_out), members in groups.items():
         name = f"{role}  [{tower}]" if tower and len(towers - {""}) > 1 else role
-        rows.append((name, layers_text([s.layer for s in found]), f"{d_in} -> {d_out}", str(len(found))))
+        rows.append((name, layers_text([s.layer for s in members]), f"{d_in} -> {d_out}", str(len(members))))
     return rows
 
 

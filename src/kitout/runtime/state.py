@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from kitout.base.survey import Survey
-from kitout.errors import KitDetached, MergeStateError, RouteError, UnknownAdapter, suggest
+from kitout.errors import AdapterExists, KitDetached, MergeStateError, RouteError, UnknownAdapter, suggest
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.base_state import BaseState
 from kitout.runtime.hooks.class_swap import Hook, hook
 from kitout.runtime.merge.commit import Backup
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
 from kitout.runtime.routing.cache import RouteCache
-from kitout.runtime.routing.compile import compile_route
+from kitout.runtime.routing.compile import RouteCompiler
 from kitout.runtime.routing.route import Route, adapter_names
 from kitout.runtime.virtual_tokens.compile import modules_to_hook
 
@@ -79,13 +79,10 @@ class KitState:
         return self._adapters[name]
 
     def insert(self, adapter: Adapter) -> None:
-        """Takes in an adapter that was built for this base, under a name that is free."""
+        """Takes in an adapter that was built for this base. AdapterExists if another has taken its name since."""
         with self.active.lock:
-            for path in {
-                **adapter.by_module,
-                **adapter.input_relays,
-                **dict.fromkeys(modules_to_hook(adapter, self.survey)),
-            }:
+            self.check_free(adapter.name)
+            for path in [*adapter.by_module, *adapter.input_relays, *modules_to_hook(adapter, self.survey)]:
                 self.hook_at(path)
             self.modules[_key(adapter.name)] = adapter
             adapter.train(self.modules.training)
@@ -94,13 +91,11 @@ class KitState:
 
     def discard(self, name: str) -> None:
         """Forgets an adapter. RouteError while it is in use: here, in any `with`, or by the sticky route."""
-        adapter, live = self[name], self.active
-        live.make_sticky()
-        here = name in adapter_names(live.route) or name in adapter_names(live.sticky[-1].route)
-        if here or live.in_with_blocks[name] > 0:
-            raise RouteError(f"{name!r} is active: use(None) or another route before remove({name!r})")
-        with live.lock:
-            live.forget(name)
+        adapter = self[name]
+        with self.active.lock:
+            if self.active.is_used(name):
+                raise RouteError(f"{name!r} is active: use(None) or another route before remove({name!r})")
+            self.active.forget(name)
             del self.modules[_key(adapter.name)]
             del self._adapters[name]
             self.forget_routes(name)
@@ -114,12 +109,15 @@ class KitState:
 
     def compiled_route(self) -> CompiledRoute:
         """The compiled form of the route in force."""
-        wanted = self.route
-        bound = self._route_cache.get(wanted)
-        if bound is None:
-            bound = compile_route(wanted, self._adapters, self.hooks, self.survey, self.active)
-            self._route_cache.put(bound)
-        return bound
+        return self.compile(self.route)
+
+    def compile(self, route: Route) -> CompiledRoute:
+        """The compiled form of a route, kept for the next time. RouteError where adapters cannot be combined so."""
+        compiled = self._route_cache.get(route)
+        if compiled is None:
+            compiled = RouteCompiler(self._adapters, self.hooks, self.survey, self.active).compile(route)
+            self._route_cache.put(compiled)
+        return compiled
 
     def forget_routes(self, name: str) -> None:
         """Compiles the routes that name this adapter anew."""
@@ -128,18 +126,23 @@ class KitState:
             self.active.install(self.compiled_route())
 
     def hook_at(self, path: str) -> Hook:
-        """The tap of a module, installed on first use."""
+        """The hook of a module, installed on first use."""
         return self.hooks.setdefault(path, hook(path, self.base.get_submodule(path)))
 
     # ---- checks ------------------------------------------------------------------------------------------------
 
     def check_attached(self) -> None:
-        """Detached, if `detach` has been called."""
+        """KitDetached, if `detach` has been called."""
         if self.is_detached:
             raise KitDetached("this kit was detached from its model: attach(model) makes a new one")
 
+    def check_free(self, name: str) -> None:
+        """AdapterExists, if the name is taken."""
+        if name in self:
+            raise AdapterExists(f"an adapter called {name!r} exists: remove({name!r}) first, or choose another name")
+
     def check_unmerged(self, action: str) -> None:
-        """MergeState, if adapters are folded into the base now."""
+        """MergeStateError, if adapters are folded into the base now."""
         if self.merged_names:
             raise MergeStateError(f"{self.merged_text} merged into the base: unmerge() before {action}")
 
@@ -169,7 +172,9 @@ class KitState:
         type(self.base).__dict__.get("frozen_train", nn.Module.train)(self.base, training and not in_eval)
         for module in self.base.modules():
             if in_eval and getattr(module, "gradient_checkpointing", False):
-                module.training = training  # else its activations would not be recomputed; its parts stay in eval mode
+                module.training = (
+                    training  # else its activations would not be recomputed; its children stay in eval mode
+                )
 
     def refresh_base_mode(self) -> None:
         """The base's mode after what is trained has changed; left as it is where no method asks for eval mode."""

@@ -50,9 +50,9 @@ def test_a_trained_copy_of_it_merges() -> None:
         for p in kit["f"].parameters():
             p.add_(0.01 * torch.randn_like(p))
         with kit.use("f"):
-            worn = out(kit(**batch))
+            active = out(kit(**batch))
         kit.merge("f")
-        assert torch.allclose(out(kit(**batch)), worn, atol=1e-5)
+        assert torch.allclose(out(kit(**batch)), active, atol=1e-5)
 
 
 class Reflecting(nn.Module):
@@ -79,6 +79,6 @@ def test_a_convolution_that_pads_by_reflection() -> None:
         for p in kit["c"].parameters():
             p.normal_(0.0, 0.1)
         with kit.use("c"):
-            worn = kit(x)
+            active = kit(x)
         kit.merge("c")
-        assert torch.allclose(kit(x), worn, atol=1e-5)
+        assert torch.allclose(kit(x), active, atol=1e-5)

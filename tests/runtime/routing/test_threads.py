@@ -1,9 +1,10 @@
-"""One model, many threads and tasks: a `with` belongs to its own, whatever the others wear, also while generating."""
+"""One model, many threads and tasks: a `with` belongs to its own, a sticky choice to all, also while generating."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -29,13 +30,13 @@ def kit(tiny_llama: nn.Module) -> Kit:
 
 def together(*works: Callable[[], None]) -> None:
     """Runs all at once; the first exception of any is raised here."""
-    faults: list[BaseException] = []
+    errors: list[BaseException] = []
 
     def guarded(work: Callable[[], None]) -> None:
         try:
             work()
-        except BaseException as fault:
-            faults.append(fault)
+        except BaseException as error:
+            errors.append(error)
 
     threads = [threading.Thread(target=guarded, args=(w,)) for w in works]
     for t in threads:
@@ -43,8 +44,8 @@ def together(*works: Callable[[], None]) -> None:
     for t in threads:
         t.join(60)
     assert not any(t.is_alive() for t in threads), "a thread hangs"
-    if faults:
-        raise faults[0]
+    if errors:
+        raise errors[0]
 
 
 def alone(kit: Kit, batch: dict[str, Tensor]) -> dict[str | None, Tensor]:
@@ -55,7 +56,7 @@ def alone(kit: Kit, batch: dict[str, Tensor]) -> dict[str | None, Tensor]:
     return values
 
 
-def test_threads_wear_their_own(kit: Kit) -> None:
+def test_each_thread_has_its_own_route(kit: Kit) -> None:
     batch = ZOO["llama"].batch(2, 0)
     want = alone(kit, batch)
     gate = threading.Barrier(len(NAMES))
@@ -65,7 +66,7 @@ def test_threads_wear_their_own(kit: Kit) -> None:
             with kit.use(name):
                 gate.wait(30)
                 for _ in range(ROUNDS):
-                    assert torch.equal(run(kit, batch), want[name]), f"{name} wore something else"
+                    assert torch.equal(run(kit, batch), want[name]), f"{name}: something else was active"
                 gate.wait(30)
 
         return forward
@@ -102,23 +103,23 @@ def test_generating_beside_a_forward(kit: Kit) -> None:
     batch = ZOO["llama"].batch(2, 0)
     want = alone(kit, batch)
     with kit.use("a"):
-        said = kit.generate(**batch, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        tokens = kit.generate(**batch, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     gate = threading.Barrier(2)
 
-    def talk() -> None:
+    def generate() -> None:
         with kit.use("a"):
             gate.wait(30)
             for _ in range(3):
                 again = kit.generate(**batch, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-                assert torch.equal(again, said)
+                assert torch.equal(again, tokens)
 
-    def think() -> None:
+    def forward() -> None:
         with kit.use("b"):
             gate.wait(30)
             for _ in range(ROUNDS):
                 assert torch.equal(run(kit, batch), want["b"])
 
-    together(talk, think)
+    together(generate, forward)
 
 
 def test_training_in_one_thread_and_answering_in_another(kit: Kit) -> None:
@@ -128,13 +129,13 @@ def test_training_in_one_thread_and_answering_in_another(kit: Kit) -> None:
     gate = threading.Barrier(2)
 
     def train() -> None:
-        optimiser = torch.optim.SGD(kit["a"].parameters(), lr=0.01)
+        optimizer = torch.optim.SGD(kit["a"].parameters(), lr=0.01)
         with kit.use("a"):
             gate.wait(30)
             for _ in range(ROUNDS):
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 kit(**batch, labels=batch["input_ids"]).loss.backward()
-                optimiser.step()
+                optimizer.step()
 
     def answer() -> None:
         with kit.use("b"):
@@ -146,7 +147,7 @@ def test_training_in_one_thread_and_answering_in_another(kit: Kit) -> None:
     assert all(p.grad is None for n in ("b", "c") for p in kit[n].parameters())
 
 
-def test_tasks_wear_their_own(kit: Kit) -> None:
+def test_each_task_has_its_own_route(kit: Kit) -> None:
     batch = ZOO["llama"].batch(2, 0)
     want = alone(kit, batch)
 
@@ -173,6 +174,107 @@ def test_a_sticky_choice_reaches_threads_that_have_none(kit: Kit) -> None:
         assert torch.equal(run(kit, batch), want["c"])
 
     together(forward)
+
+
+def test_a_dropped_choice_holds_for_every_thread_at_once(kit: Kit) -> None:
+    kit.use("c")
+    start = time.monotonic()
+    together(lambda: assert_active(kit, "c"))
+    assert time.monotonic() - start < 30
+    assert not kit.state.active.pending, "nobody can enter it any more"
+
+
+def test_a_choice_whose_handle_is_kept_holds_for_every_thread(kit: Kit) -> None:
+    """What becomes of the handle does not decide for whom the choice holds."""
+    batch = ZOO["llama"].batch(2, 0)
+    want = alone(kit, batch)
+    handle = kit.use("b")
+
+    def forward() -> None:
+        assert torch.equal(run(kit, batch), want["b"])
+        assert kit.active == "b"
+
+    together(forward, forward)
+    with handle:
+        together(lambda: assert_active(kit, None))
+        assert kit.active == "b"
+    assert kit.active is None
+
+
+def test_the_last_choice_holds_in_whatever_order_they_are_settled(kit: Kit) -> None:
+    earlier = kit.use("a")
+    together(lambda: kit.use("b"))
+    together(lambda: assert_active(kit, "b"))
+    assert_active(kit, "b")
+    with earlier:
+        assert_active(kit, "a")
+    assert_active(kit, "b")
+
+
+def test_an_adapter_that_another_thread_has_just_chosen_is_not_removed(kit: Kit) -> None:
+    handles = [kit.use("a")]
+
+    def remove() -> None:
+        with pytest.raises(kitout.errors.RouteError, match="active"):
+            kit.remove("a")
+
+    together(remove)
+    assert "a" in kit
+    assert len(handles) == 1
+
+
+def test_a_with_is_never_seen_by_others(kit: Kit) -> None:
+    """Two threads over many rounds: neither the other's route nor its choice on the way into the `with`."""
+    rounds = 2000
+    batch = ZOO["llama"].batch(1, 0)
+    base = run(kit, batch)
+    done = threading.Event()
+
+    def enter() -> None:
+        try:
+            for i in range(rounds):
+                with kit.use(NAMES[1 + i % 3]):
+                    assert kit.active == NAMES[1 + i % 3]
+        finally:
+            done.set()
+
+    def look() -> None:
+        looks = 0
+        while not done.is_set() or looks < rounds:
+            assert kit.active is None
+            if looks % 50 == 0:
+                assert torch.equal(run(kit, batch), base)
+            looks += 1
+
+    together(enter, look)
+    assert kit.active is None
+
+
+def test_forwards_outside_of_every_with_run_the_base(kit: Kit) -> None:
+    batch = ZOO["llama"].batch(2, 0)
+    base = run(kit, batch)
+    stop = threading.Event()
+
+    def loop(name: str) -> Callable[[], None]:
+        def forward() -> None:
+            while not stop.is_set():
+                with kit.use(name):
+                    run(kit, batch)
+
+        return forward
+
+    def outside() -> None:
+        try:
+            for _ in range(60):
+                assert torch.equal(run(kit, batch), base)
+        finally:
+            stop.set()
+
+    together(loop("a"), loop("b"), loop("a"), outside)
+
+
+def assert_active(kit: Kit, name: str | None) -> None:
+    assert kit.active == name
 
 
 def test_two_threads_cannot_take_one_name(kit: Kit) -> None:

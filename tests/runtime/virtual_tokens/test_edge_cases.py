@@ -59,7 +59,7 @@ def test_a_prompt_after_the_first_token_of_padded_rows_in_a_static_cache() -> No
     for cache in (None, "static"):
         got = kit.generate(padded, attention_mask=mask, cache_implementation=cache, **settings)
         assert torch.equal(got[:, -5:], want)
-    with pytest.raises(RouteError, match="pads alone"):
+    with pytest.raises(RouteError, match="all padding"):
         kit.generate(padded, attention_mask=mask, prefill_chunk_size=3, **settings)
 
 
@@ -81,7 +81,7 @@ def test_a_cache_goes_on_under_the_route_it_was_filled_under() -> None:
             kit(input_ids=ids[:, :1], past_key_values=cache)
         with kit.use("b"), pytest.raises(RouteError, match=r"\[3, 3\].*\[5, 5\]"):
             kit(input_ids=ids[:, :1], past_key_values=cache)
-        with kit.use(None), pytest.raises(RouteError, match="none is worn"):
+        with kit.use(None), pytest.raises(RouteError, match="active route has none"):
             kit(input_ids=ids[:, :1], past_key_values=cache)
 
 
@@ -110,7 +110,7 @@ def test_a_stack_that_takes_no_vectors_is_refused_at_once() -> None:
         kit.add("x", PromptTuning(length=4))
 
 
-def test_what_is_worn_does_not_change_how_an_adapter_starts() -> None:
+def test_the_active_route_does_not_change_how_an_adapter_starts() -> None:
     kit = kit_of("llama", e=LoRA(targets="embed"), a=PromptTuning(length=3))
     untrivial(kit["e"])
     kit.use("e")

@@ -29,7 +29,7 @@ FRONTS = {
 }
 
 
-def worn(name: str, method: Method, attention: str = "") -> Kit:
+def kit_for(name: str, method: Method, attention: str = "") -> Kit:
     kit = fresh_kit(SPECIES[name])
     if attention:
         set_attention(kit.base, attention)
@@ -113,7 +113,7 @@ def test_each_row_generates_what_it_does_alone(name: str, cache: str | None) -> 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
 def test_text_fills_the_positions_to_the_last(name: str, front: str) -> None:
     """Rows are counted by their real tokens: the longest has as many as there is room for, pads come on top."""
-    kit, after = worn(name, FRONTS[front]), front == "after"
+    kit, after = kit_for(name, FRONTS[front]), front == "after"
     for columns in (LIMIT - 8, LIMIT):
         batch = long_batch([LIMIT - 8, 3], columns)
         made = kit(**batch).logits
@@ -126,7 +126,7 @@ def test_text_fills_the_positions_to_the_last(name: str, front: str) -> None:
 @pytest.mark.parametrize("front", FRONTS)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
 def test_positions_too_many_are_counted(name: str, front: str) -> None:
-    kit = worn(name, FRONTS[front])
+    kit = kit_for(name, FRONTS[front])
     for over in (1, 5):
         batches = [
             long_batch([LIMIT - 8 + over, 3], LIMIT),
@@ -145,7 +145,7 @@ def test_positions_too_many_are_counted(name: str, front: str) -> None:
 
 def test_a_widened_text_is_counted_too() -> None:
     for method in (FRONTS["before"], FRONTS["after"], FRONTS["prefix"]):
-        kit = worn("bert", method)
+        kit = kit_for("bert", method)
         run(kit, long_batch([LIMIT - 8, 3], LIMIT - 8))
         with pytest.raises(RouteError, match=r"2 positions too long.*shorten the text by 2"):
             kit(**long_batch([LIMIT - 6, 3], LIMIT - 6))
@@ -203,7 +203,7 @@ def test_relative_positions_count_back_from_the_text(padding: str) -> None:
 def test_a_kernel_without_masks_is_named(case: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, "flex_attention", lambda *_, **__: None)  # compiles for seconds
     name, front = case.split()
-    kit, batch = worn(name, FRONTS[front]), text(ZOO[name], "ones")
+    kit, batch = kit_for(name, FRONTS[front]), text(ZOO[name], "ones")
     before = run(kit, batch)
     with kit.use(None):
         base = run(kit, batch)

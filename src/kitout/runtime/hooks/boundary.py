@@ -1,21 +1,22 @@
 """The model boundary: where a route meets a call, and the block boundary: where recomputation finds it again.
 
-At the top of the model the context's route is resolved once, checked against the batch and laid on the taps; inside
-the graph only plain attributes are read. Blocks hand their route to activation checkpointing as one more keyword
-argument, so a recomputation wears what its forward wore. It knows nothing of adapters or methods.
+At the top of the model the context's route is resolved once, checked against the batch and installed on the hooks;
+inside the graph only plain attributes are read. Blocks hand their route to activation checkpointing as one more
+keyword argument, so a recomputation runs under the route of its forward. It knows nothing of adapters or methods.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, wraps
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kitout.errors import MergeStateError, RouteError
-from kitout.runtime.hooks.class_swap import same_named_subclass
+from kitout.runtime.hooks.class_swap import ForwardFn, same_named_subclass
 from kitout.runtime.hooks.fires import UnusedSiteCheck
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
 from kitout.runtime.state import KitState
@@ -24,169 +25,200 @@ from kitout.runtime.virtual_tokens.widen_sequence import trim_output
 ROUTE = "_kitout_route"  # the keyword a block's route travels under
 ENCODER = ("encoder_last_hidden_state", "encoder_hidden_states")
 
+# What runs in the place of a model's or block's own method: (module, the original method, args, kwargs) -> its output.
+Boundary = Callable[[Any, ForwardFn, tuple[Any, ...], dict[str, Any]], Any]
 
-class RouteSource(Protocol):
-    """What the boundary asks of a kit."""
 
-    state: KitState
+def _bounded(original: ForwardFn, boundary: Boundary) -> ForwardFn:
+    """A method that runs the boundary with the original; transformers reads the signature of a model's forward."""
 
-    def train(self, mode: bool = True) -> Any: ...
+    @wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return boundary(self, original, args, kwargs)
+
+    return method
 
 
 @cache
 def model_class(base: type[nn.Module]) -> type[nn.Module]:
     """The swapped class of the model itself."""
-    frozen_forward = base.forward
-    frozen_train = base.train
-    members: dict[str, Any] = {"swap": model_class, "_kitout": None, "frozen_train": frozen_train}
-
-    @wraps(frozen_forward)  # transformers reads the signature of a model's forward
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or self._kitout is None:
-            return frozen_forward(self, *args, **kwargs)  # the taps already hold the route `use` laid
-        state: KitState = self._kitout.state
-        _check_trainable(state, self)
-        live = state.active
-        if live.prefilling:
-            return frozen_forward(self, *args, **kwargs)
-        with live.lock:
-            live.make_sticky()
-            bound = state.compiled_route().for_new_forward()
-            if bound.num_rows is not None and live.depth == 0:
-                _check_rows(bound, self, args, kwargs, bool(live.generating))
-            live.install(bound)
-            _check_cache(live, bound, kwargs)
-            live.depth += 1
-            try:
-                with UnusedSiteCheck(state) if state.unproven else nullcontext():
-                    output = frozen_forward(self, *args, **kwargs)
-            finally:
-                live.depth -= 1
-                _finish(live, bound)
-            return _finish_output(live, bound, output)
-
-    def train(self: Any, mode: bool = True) -> Any:
-        if self._kitout is None:
-            return frozen_train(self, mode)
-        self._kitout.train(mode)  # the adapters' dropout follows the model's mode; trains this module in turn
-        return self
-
-    members["forward"], members["train"] = forward, train
-    frozen_generate = getattr(base, "generate", None)
-    if frozen_generate is not None:
-
-        @wraps(frozen_generate)
-        def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._kitout is None:
-                return frozen_generate(self, *args, **kwargs)
-            state: KitState = self._kitout.state
-            live = state.active
-            with live.lock:
-                live.make_sticky()
-                bound = state.compiled_route().for_new_forward()
-                if bound.num_rows is not None:
-                    _check_rows(bound, self, args, kwargs, False)
-                live.install(bound)  # an encoder may be called before the model's own forward is
-                live.generating += 1
-                counting, live.caller_gave_no_positions = (
-                    live.caller_gave_no_positions,
-                    kwargs.get("position_ids") is None,
-                )
-                try:
-                    return frozen_generate(self, *args, **kwargs)
-                finally:
-                    live.generating -= 1
-                    live.caller_gave_no_positions = counting
-                    _finish(live, bound)
-
-        members["generate"] = generate
+    members: dict[str, Any] = {
+        "swap": model_class,
+        "_kitout": None,
+        "frozen_train": base.train,
+        "forward": _bounded(base.forward, _model_forward),
+        "train": _model_train,
+    }
+    if hasattr(base, "generate"):
+        members["generate"] = _bounded(base.generate, _model_generate)
     return same_named_subclass(base, members)
 
 
 @cache
 def block_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The swapped class of a block: a tap that also carries its route through activation checkpointing."""
-    frozen_forward = base.forward
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        live: ActiveRoute | None = self._kitout_live
-        if live and live.prefilling and getattr(self, "gradient_checkpointing", False):
-            self.gradient_checkpointing = False  # a prompt is short, and its keys are wanted in this very graph
-            try:
-                return base.__call__(self, *args, **kwargs)
-            finally:
-                self.gradient_checkpointing = True
-        if live and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            known = live.depth or torch._C._current_graph_task_id() == -1  # else the route of some later forward
-            if known and live.installed.programs and getattr(self, "gradient_checkpointing", False):
-                kwargs[ROUTE] = live.installed
-        return base.__call__(self, *args, **kwargs)
-
-    @wraps(frozen_forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = kwargs.pop(ROUTE, None)
-        live: ActiveRoute | None = self._kitout_live
-        if live is None:
-            return frozen_forward(self, *args, **kwargs)
-        if bound is None and _is_recomputing(live):
-            bound = live.graphs.route_of_recomputation()
-        if bound is None or (live.depth and bound is live.installed):
-            return run(self, args, kwargs)
-        with live.restored(bound):
-            return run(self, args, kwargs)
-
-    def run(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        program = self._kitout_tap.program
-        if program is None:
-            return frozen_forward(self, *args, **kwargs)
-        return program(self, frozen_forward, args, kwargs)
-
-    members = {"__call__": call, "forward": forward, "frozen_forward": frozen_forward, "_kitout_live": None}
-    return same_named_subclass(base, {"swap": block_class, **members})
+    """The swapped class of a block: hooked, and it carries its route through activation checkpointing."""
+    members: dict[str, Any] = {
+        "swap": block_class,
+        "_kitout_active": None,
+        "frozen_forward": base.forward,
+        "__call__": _bounded(base.__call__, _block_call),
+        "forward": _bounded(base.forward, _block_forward),
+    }
+    return same_named_subclass(base, members)
 
 
-def _finish_output(active: ActiveRoute, compiled: CompiledRoute, output: Any) -> Any:
-    """The output as the caller knows it, and on record for recomputations."""
-    if compiled.forward_state.drop_image_tokens is not None:
-        output = compiled.forward_state.drop_image_tokens(output)
-    for (
-        tower
-    ) in compiled.forward_state.caller_columns:  # states of an encoder come back as wide as its decoder read them
-        output = trim_output(output, compiled.forward_state, tower, ENCODER)
-    if torch.is_grad_enabled():
-        active.graphs.record(output, compiled)
-    return output
+# ---- the model -------------------------------------------------------------------------------------------------------
 
 
-def _check_cache(active: ActiveRoute, compiled: CompiledRoute, kwargs: dict[str, Any]) -> None:
-    """RouteError where a cache was filled behind prompts or prefixes and nothing of the kind is worn now."""
-    cache = kwargs.get("past_key_values")
-    if (
-        compiled.forward_slot is None
-        and cache is not None
-        and any(active.cache_prefix_lengths.get(cache, ()))
-        and int(cache.get_seq_length())
-    ):
-        raise RouteError(
-            f"this cache was filled behind {max(active.cache_prefix_lengths[cache])} positions of a prompt or "
-            "prefix, and none is worn "
-            "now: go on under the route it was filled under, or with a fresh cache"
-        )
-
-
-def _check_trainable(state: KitState, model: nn.Module) -> None:
-    """Training while merged would train nothing: the adapter is no longer in the graph."""
+def _model_forward(model: Any, frozen_forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch.compiler.is_compiling() or model._kitout is None:
+        return frozen_forward(model, *args, **kwargs)  # the hooks already hold the route that `use` installed
+    state: KitState = model._kitout.state
     if state.merged_names and model.training and torch.is_grad_enabled():
         raise MergeStateError(
             f"{state.merged_text} merged into the base, so a training forward would reach no adapter: unmerge() "
             "first, or run under model.eval() or torch.no_grad()"
         )
+    active = state.active
+    if active.prefilling:
+        return frozen_forward(model, *args, **kwargs)
+    active.make_sticky()
+    with active.lock:
+        compiled = state.compiled_route().for_new_forward()
+        if compiled.num_rows is not None and active.depth == 0:
+            _check_rows(compiled, model, args, kwargs, bool(active.generating))
+        active.install(compiled)
+        _check_cache(active, compiled, kwargs)
+        active.depth += 1
+        try:
+            with UnusedSiteCheck(state) if state.unproven else nullcontext():
+                output = frozen_forward(model, *args, **kwargs)
+        finally:
+            active.depth -= 1
+            _reset_rows(active, compiled)
+        return _finish_output(active, compiled, output)
 
 
-def _finish(active: ActiveRoute, compiled: CompiledRoute) -> None:
+def _model_generate(model: Any, frozen_generate: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if model._kitout is None:
+        return frozen_generate(model, *args, **kwargs)
+    state: KitState = model._kitout.state
+    active = state.active
+    active.make_sticky()
+    with active.lock:
+        compiled = state.compiled_route().for_new_forward()
+        if compiled.num_rows is not None:
+            _check_rows(compiled, model, args, kwargs, False)
+        active.install(compiled)  # an encoder may be called before the model's own forward is
+        active.generating += 1
+        outer = active.caller_gave_no_positions
+        active.caller_gave_no_positions = kwargs.get("position_ids") is None
+        try:
+            return frozen_generate(model, *args, **kwargs)
+        finally:
+            active.generating -= 1
+            active.caller_gave_no_positions = outer
+            _reset_rows(active, compiled)
+
+
+def _model_train(model: Any, mode: bool = True) -> Any:
+    if model._kitout is None:
+        return type(model).frozen_train(model, mode)
+    model._kitout.train(mode)  # the adapters' dropout follows the model's mode; trains this module in turn
+    return model
+
+
+def _check_rows(
+    compiled: CompiledRoute, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], may_multiply: bool
+) -> None:
+    """The route names as many rows as the call has (inside generate, beams make it a multiple)."""
+    rows, batch = compiled.num_rows or 1, _batch_size(model, args, kwargs)
+    if batch != rows and not (may_multiply and batch % rows == 0):
+        raise RouteError(
+            f"the route names {rows} rows but this call has a batch of {batch}: use([...]) takes one entry per row, "
+            "in order, None for base rows"
+        )
+    if compiled.row_plan is not None:
+        compiled.row_plan.batch = batch
+
+
+def _reset_rows(active: ActiveRoute, compiled: CompiledRoute) -> None:
     """A call is over: whatever runs outside of one has the rows the route names."""
     if compiled.row_plan is not None and not (active.depth or active.generating):
         compiled.row_plan.batch = compiled.row_plan.size
+
+
+def _batch_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Rows of a call: dim 0 of its main input, else of the first tensor in it."""
+    main = kwargs.get(getattr(model, "main_input_name", "input_ids"))
+    for value in (main, *args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim > 1:
+            return value.shape[0]
+    raise RouteError("the route names rows, but this call has no tensor to count them by")
+
+
+def _check_cache(active: ActiveRoute, compiled: CompiledRoute, kwargs: dict[str, Any]) -> None:
+    """RouteError where a cache was filled behind prompts or prefixes and the route has none."""
+    cache = kwargs.get("past_key_values")
+    if compiled.forward_slot is not None or cache is None:
+        return
+    lengths = active.cache_prefix_lengths.get(cache, ())
+    if any(lengths) and int(cache.get_seq_length()):
+        raise RouteError(
+            f"this cache was filled behind {max(lengths)} virtual tokens, and the active route has none: continue "
+            "under the route it was filled under, or start a new cache"
+        )
+
+
+def _finish_output(active: ActiveRoute, compiled: CompiledRoute, output: Any) -> Any:
+    """The output as the caller knows it, and on record for recomputations."""
+    state = compiled.forward_state
+    if state.drop_image_tokens is not None:
+        output = state.drop_image_tokens(output)
+    for tower in state.caller_columns:  # states of an encoder come back as wide as its decoder read them
+        output = trim_output(output, state, tower, ENCODER)
+    if torch.is_grad_enabled():
+        active.graphs.record(output, compiled)
+    return output
+
+
+# ---- a block ---------------------------------------------------------------------------------------------------------
+
+
+def _block_call(block: Any, call: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    active: ActiveRoute | None = block._kitout_active
+    checkpointed = active is not None and getattr(block, "gradient_checkpointing", False)
+    if active is not None and checkpointed and active.prefilling:
+        block.gradient_checkpointing = False  # a prompt is short, and its keys are wanted in this very graph
+        try:
+            return call(block, *args, **kwargs)
+        finally:
+            block.gradient_checkpointing = True
+    if active and block.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        is_known = active.depth or torch._C._current_graph_task_id() == -1  # else the route of some later forward
+        if is_known and active.installed.programs and checkpointed:
+            kwargs[ROUTE] = active.installed
+    return call(block, *args, **kwargs)
+
+
+def _block_forward(block: Any, frozen_forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    compiled: CompiledRoute | None = kwargs.pop(ROUTE, None)
+    active: ActiveRoute | None = block._kitout_active
+    if active is None:
+        return frozen_forward(block, *args, **kwargs)
+    if compiled is None and _is_recomputing(active):
+        compiled = active.graphs.route_of_recomputation()
+    if compiled is None or (active.depth and compiled is active.installed):
+        return _run_program(block, frozen_forward, args, kwargs)
+    with active.restored(compiled):
+        return _run_program(block, frozen_forward, args, kwargs)
+
+
+def _run_program(block: Any, frozen_forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    program = block._kitout_hook.program
+    if program is None:
+        return frozen_forward(block, *args, **kwargs)
+    return program(block, frozen_forward, args, kwargs)
 
 
 def _is_recomputing(active: ActiveRoute) -> bool:
@@ -194,28 +226,3 @@ def _is_recomputing(active: ActiveRoute) -> bool:
     if torch.compiler.is_compiling() or active.depth:
         return False
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-def _check_rows(
-    compiled: CompiledRoute, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], multiples: bool
-) -> None:
-    """The route names as many rows as the call has (inside generate, beams make it a multiple)."""
-    rows, batch = compiled.num_rows or 1, _batch_size(model, args, kwargs)
-    if batch == rows or (multiples and batch % rows == 0):
-        if compiled.row_plan is not None:
-            compiled.row_plan.batch = batch
-        return
-    raise RouteError(
-        f"the route names {rows} rows but this call has a batch of {batch}: use([...]) takes one entry per row, in "
-        "order, None for base rows"
-    )
-
-
-def _batch_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Rows of a call: dim 0 of its main input, else of the first tensor in it."""
-    main = kwargs.get(getattr(model, "main_input_name", "input_ids"))
-    values = [main, *args, *kwargs.values()]
-    for value in values:
-        if isinstance(value, Tensor) and value.ndim > 1:
-            return value.shape[0]
-    raise RouteError("the route names rows, but this call has no tensor to count them by")

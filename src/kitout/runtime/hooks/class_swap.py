@@ -1,9 +1,9 @@
-"""The tap: how code comes to run at a frozen module without editing it.
+"""The hook: how code comes to run at a frozen module without editing it.
 
-A tapped module's class is swapped for a dynamic subclass that carries the same name, so `isinstance`, keys, hooks and
+A hooked module's class is swapped for a dynamic subclass of the same name, so `isinstance`, keys, torch's hooks and
 bits are those of the base; off, it costs one attribute read. The swapped forward reads one plain attribute (the
 program of the current route). It knows nothing of adapters or rows. FSDP2 swaps classes the same way and may stack
-its own on ours; `untap` removes only ours.
+its own on ours; `unhook` removes only ours.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ ClassSwap = Callable[[Any], type[nn.Module]]  # module class -> swapped subclass
 
 
 class Program(Protocol):
-    """What a tapped module does under the current route."""
+    """What a hooked module does under the current route."""
 
     def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
 
 class _NoHook:
-    """What a module of a swapped class finds that no kit has tapped: `type(model)(config)` makes such."""
+    """The hook of a module of a swapped class in no kit: `type(model)(config)` makes such."""
 
     program = None
 
@@ -34,7 +34,7 @@ NO_HOOK = _NoHook()
 
 
 class Hook:
-    """The mutable spot on a tapped module: `program` is None while nothing is worn there."""
+    """The mutable spot on a hooked module: `program` is None while no adapter is active there."""
 
     __slots__ = ("module", "path", "program")
 
@@ -50,12 +50,12 @@ def hooked_class(base: type[nn.Module]) -> type[nn.Module]:
 
     @wraps(frozen_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        program = self._kitout_tap.program
+        program = self._kitout_hook.program
         if program is None:
             return frozen_forward(self, *args, **kwargs)
         return program(self, frozen_forward, args, kwargs)
 
-    return same_named_subclass(base, {"forward": forward, "frozen_forward": frozen_forward, "_kitout_tap": NO_HOOK})
+    return same_named_subclass(base, {"forward": forward, "frozen_forward": frozen_forward, "_kitout_hook": NO_HOOK})
 
 
 def same_named_subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
@@ -76,7 +76,7 @@ def same_named_subclass(base: type[nn.Module], members: dict[str, Any]) -> type[
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class as it was before any tap."""
+    """The module's class as it was before any hook."""
     cls: type[nn.Module] = type(module).__dict__.get("kitout_root", type(module))
     return cls
 
@@ -111,17 +111,17 @@ def _unswapped(cls: type) -> type:
 
 
 def hook(path: str, module: nn.Module) -> Hook:
-    """The module's tap, installed on first use."""
-    existing = module.__dict__.get("_kitout_tap")
+    """The module's hook, installed on first use."""
+    existing = module.__dict__.get("_kitout_hook")
     if existing is None:
         existing = Hook(path, module)
-        swap_class(module, hooked_class, "_kitout_tap", existing)
+        swap_class(module, hooked_class, "_kitout_hook", existing)
     assert isinstance(existing, Hook)
     return existing
 
 
 def unhook(module: nn.Module) -> None:
-    restore_class(module, "_kitout_tap")
+    restore_class(module, "_kitout_hook")
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

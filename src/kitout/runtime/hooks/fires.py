@@ -1,6 +1,6 @@
-"""Proof by the first real forward, where attach could not run one: do the worn sites fire?
+"""Proof by the first real forward, where attach could not run one: do the active sites run?
 
-It knows taps and paths, and nothing of methods, rows or files.
+It knows hooks and paths, and nothing of methods, rows or files.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from kitout.runtime.state import KitState
 
 
 class UnusedSiteCheck(AbstractContextManager[None]):
-    """Records which worn sites fire in one forward and raises SilentSite for those that do not."""
+    """Records which active sites run in one forward, and raises UnusedSite for those that do not."""
 
     def __init__(self, state: KitState) -> None:
         self.state, self.called = state, set[str]()
         self.handles: list[Any] = []
 
     def __enter__(self) -> None:
-        for spot, _ in self.state.active.installed.programs:
-            if spot.path in self.state.unproven:
-                self.handles.append(spot.module.register_forward_pre_hook(self._record_call(spot.path)))
+        for hook, _ in self.state.active.installed.programs:
+            if hook.path in self.state.unproven:
+                self.handles.append(hook.module.register_forward_pre_hook(self._record_call(hook.path)))
 
     def _record_call(self, path: str) -> Callable[..., None]:
         return lambda *_: self.called.add(path)
@@ -32,14 +32,14 @@ class UnusedSiteCheck(AbstractContextManager[None]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for hook in self.handles:
-            hook.remove()
+        for handle in self.handles:
+            handle.remove()
         if kind is not None:
             return
         missed = [
-            spot.path
-            for spot, _ in self.state.active.installed.programs
-            if spot.path in self.state.unproven - self.called
+            hook.path
+            for hook, _ in self.state.active.installed.programs
+            if hook.path in self.state.unproven - self.called
         ]
         self.state.unproven -= self.called
         if missed:

@@ -24,12 +24,15 @@ class Backup:
     """A module's own Parameters, or the module itself where a head took its place."""
 
     owner: nn.Module
+    """The module that has the Parameters or the child."""
     parameters: dict[str, nn.Parameter | None]
+    """Its own Parameters, by name."""
     child: tuple[str, nn.Module] | None = None
+    """The name and the module that a head replaced."""
 
 
 def merge(base: nn.Module, adapters: Sequence[Adapter], used_paths: Container[str]) -> dict[str, Backup]:
-    """Folds the adapters in order into the base's weights; returns what `restore` needs. alive: paths that run."""
+    """Folds the adapters in order into the base's weights; returns what `restore` needs. used_paths: those that run."""
     return write_weights(base, fold_all(adapters), used_paths)
 
 
@@ -47,7 +50,7 @@ def restore(backups: dict[str, Backup]) -> None:
 def write_weights(base: nn.Module, folded: dict[str, FoldedWeights], used_paths: Container[str]) -> dict[str, Backup]:
     """Writes folded weights into a model (the base, or a plain copy of it); undone if a write is refused.
 
-    alive: paths of modules that run. Parameters that were tied stay so where every use of them came out the same.
+    used_paths: of modules that run. Parameters that were tied stay so where every use of them came out the same.
     """
     backups: dict[str, Backup] = {}
     ties = tied_parameters(base)
@@ -89,7 +92,7 @@ def tied_parameters(model: nn.Module) -> list[dict[tuple[str, str], nn.Parameter
         for name, p in module._parameters.items():
             if p is not None:
                 owners.setdefault(id(p), {})[path, name] = p
-    return [held for held in owners.values() if len(held) > 1]
+    return [tie for tie in owners.values() if len(tie) > 1]
 
 
 def _tie_again(

@@ -20,7 +20,7 @@ from kitout.runtime.state import KitState
 
 
 def plain_copy(state: KitState, names: Sequence[str], check_saveable: bool = True) -> nn.Module:
-    """A deep copy of the base without taps, the adapters folded in.
+    """A deep copy of the base without hooks, the adapters folded in.
 
     For a transformers model the copy must survive save_pretrained and from_pretrained: a parameter that its config
     cannot bring back raises NotMergeable, unless check_saveable is off.
@@ -43,7 +43,7 @@ def copy_unhooked(state: KitState) -> nn.Module:
         forget = [state.base.__dict__["_kitout"], state.active, *state.hooks.values()]
         copied: nn.Module = copy.deepcopy(state.base, {id(o): None for o in forget})
     for module in copied.modules():
-        for name in ("_kitout_tap", "_kitout_live", "_kitout"):
+        for name in ("_kitout_hook", "_kitout_active", "_kitout"):
             if name in module.__dict__:
                 restore_class(module, name)
     state.before_attach.restore(copied)
@@ -52,7 +52,7 @@ def copy_unhooked(state: KitState) -> nn.Module:
 
 def _tied_paths(model: nn.Module) -> set[str]:
     """Modules that share a parameter with another."""
-    return {path for held in tied_parameters(model) for path, _ in held}
+    return {path for tie in tied_parameters(model) for path, _ in tie}
 
 
 def _untie(model: nn.Module) -> None:
@@ -60,7 +60,7 @@ def _untie(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     if config is None or not getattr(config, "tie_word_embeddings", False):
         return
-    for owners in tied_parameters(model):  # what is still shared would be saved once, and not be found for the others
+    for owners in tied_parameters(model):  # what is still shared would be saved once, and be missing for the others
         for path, name in list(owners)[1:]:
             module = model.get_submodule(path)
             module._parameters[name] = nn.Parameter(owners[path, name].detach().clone(), requires_grad=False)
@@ -74,9 +74,9 @@ def _check_reloads(model: nn.Module, base: nn.Module) -> None:
         return
     before = set(base.state_dict())
     gained = sorted(set(model.state_dict()) - before)
-    faults = Errors(NotMergeable, "the merged model could not be saved and loaded again by transformers alone")
+    errors = Errors(NotMergeable, "the merged model could not be saved and loaded again by transformers alone")
     for key in gained:
-        faults.add(f"{key} would be new, and {type(config).__name__} cannot bring it back")
-    if faults.messages:
-        faults.add("merge in place with kit.merge(name), or pass check_saveable=False for a copy that stays in memory")
-    faults.raise_if_any()
+        errors.add(f"{key} would be new, and {type(config).__name__} cannot bring it back")
+    if errors.messages:
+        errors.add("merge in place with kit.merge(name), or pass check_saveable=False for a copy that stays in memory")
+    errors.raise_if_any()

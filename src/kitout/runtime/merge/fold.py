@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from kitout.base import weights
 from kitout.base.site import Site
 from kitout.errors import Errors, NotMergeable
-from kitout.runtime.adapter import Adapter, Head, conflict_with_head
+from kitout.runtime.adapter import Adapter, conflict_with_head
+from kitout.runtime.head import Head
 from kitout.runtime.modules.module_adapter import ModuleAdapter, SiteDelta
 
 WeightBias = tuple[Tensor, Tensor | None]
@@ -23,38 +24,42 @@ WeightBias = tuple[Tensor, Tensor | None]
 
 @dataclass
 class FoldedWeights:
-    """The new values of one module: w, b of a matrix, or parameters by name, or another module."""
+    """The new values of one module."""
 
     site: Site
+    """One of the sites there."""
     weight_bias: WeightBias | None = None
+    """Weight and bias of a matrix."""
     parameters: dict[str, Tensor] | None = None
+    """Parameters by name."""
     head: nn.Module | None = None
+    """The module that takes its place."""
 
 
 @torch.no_grad()
 def fold_all(adapters: Sequence[Adapter]) -> dict[str, FoldedWeights]:
-    """New weights for every module the adapters sit at; all faults collected, NotMergeable raised once."""
+    """New weights for every module the adapters sit at; all errors collected, NotMergeable raised once."""
     folded: dict[str, FoldedWeights] = {}
-    faults = Errors(NotMergeable, "cannot merge " + " then ".join(repr(a.name) for a in adapters))
-    if found := conflict_with_head(adapters):
-        faults.add(found)
+    errors = Errors(NotMergeable, "cannot merge " + " then ".join(repr(a.name) for a in adapters))
+    if conflict := conflict_with_head(adapters):
+        errors.add(conflict)
     for adapter in adapters:
         for part in [*adapter.prefixes.values(), *(p for each in adapter.prompts.values() for p in each)][:2]:
-            faults.add(f"{part.site.path} ({adapter.name}): positions added to a sequence are in no weight")
+            errors.add(f"{part.site.path} ({adapter.name}): virtual tokens cannot be merged into weights")
     for path in dict.fromkeys(p for a in adapters for p in a.by_module):
-        locals_ = [a.by_module[path] for a in adapters if path in a.by_module]
+        module_adapters = [a.by_module[path] for a in adapters if path in a.by_module]
         try:
-            folded[path] = _fold_module(locals_)
+            folded[path] = _fold_module(module_adapters)
         except NotMergeable as reason:
-            if len(faults.messages) < 8:
-                faults.add(f"{path} ({locals_[0].name}): {reason}")
-    faults.raise_if_any()
+            if len(errors.messages) < 8:
+                errors.add(f"{path} ({module_adapters[0].name}): {reason}")
+    errors.raise_if_any()
     return folded
 
 
 def _fold_module(module_adapters: Sequence[ModuleAdapter]) -> FoldedWeights:
     site = module_adapters[0].site
-    last = next((p for local in reversed(module_adapters) for p in reversed(local.on_output)), None)
+    last = next((p for module_adapter in reversed(module_adapters) for p in reversed(module_adapter.on_output)), None)
     if last is not None and isinstance(last.delta, Head):
         if module_adapters[-1].strength != 1.0:
             raise NotMergeable(f"a head at strength {module_adapters[-1].strength:g} is a blend of two modules")
@@ -67,13 +72,13 @@ def _fold_module(module_adapters: Sequence[ModuleAdapter]) -> FoldedWeights:
 def _fold_matrix(site: Site, module_adapters: Sequence[ModuleAdapter]) -> WeightBias:
     """Weight and bias of a linear, a convolution or a table, each adapter on what the one before has left."""
     if not all(
-        part.delta.replaces_module for local in module_adapters for part in local.on_output
+        part.delta.replaces_module for module_adapter in module_adapters for part in module_adapter.on_output
     ):  # a whole copy is exact anywhere
         weights.check_is_linear(site)
     w, b = weights.weight_matrix(site.module), weights.bias(site.module)
     pair = start = w.to(working_dtype(w)), None if b is None else b.to(working_dtype(w))
-    for local in module_adapters:
-        pair = fold_adapter(local, pair, start)
+    for module_adapter in module_adapters:
+        pair = fold_adapter(module_adapter, pair, start)
     return pair
 
 
@@ -96,15 +101,15 @@ def working_dtype(t: Tensor) -> torch.dtype:
 
 def _fold_out(part: SiteDelta, pair: WeightBias) -> WeightBias:
     w, b = pair
-    span = part.site.channel_index
-    if span is None:
+    channels = part.site.channel_index
+    if channels is None:
         return part.delta.fold(w, b)
-    new_w, new_b = part.delta.fold(w[span], None if b is None else b[span])
+    new_w, new_b = part.delta.fold(w[channels], None if b is None else b[channels])
     w = w.clone()
-    w[span] = new_w
+    w[channels] = new_w
     if new_b is not None:
         b = w.new_zeros(w.shape[0]) if b is None else b.clone()
-        b[span] = new_b
+        b[channels] = new_b
     return w, b
 
 
@@ -138,19 +143,24 @@ def blend(old: WeightBias, new: WeightBias, strength: float) -> WeightBias:
 def _fold_parameters(site: Site, module_adapters: Sequence[ModuleAdapter]) -> dict[str, Tensor]:
     """The parameters, by name, of a norm or of a module that is no matrix either."""
     own = [n for n, _ in site.module.named_parameters(recurse=False)]
-    held = [n for local in module_adapters for part in local.on_parameters for n in part.site.parameter_names]
-    parameters = {n: site.module.get_parameter(n) for n in (*own, *held)}
+    trained = [
+        n
+        for module_adapter in module_adapters
+        for part in module_adapter.on_parameters
+        for n in part.site.parameter_names
+    ]
+    parameters = {n: site.module.get_parameter(n) for n in (*own, *trained)}
     start = now = {n: p.to(working_dtype(p)) for n, p in parameters.items() if p.is_floating_point()}
-    for local in module_adapters:
-        if local.on_input:
+    for module_adapter in module_adapters:
+        if module_adapter.on_input:
             raise NotMergeable(
-                f"{type(local.on_input[0].delta).__name__} acts on the input of a module that is no linear"
+                f"{type(module_adapter.on_input[0].delta).__name__} acts on the input of a module that is no linear"
             )
         new = now
-        for part in (*local.on_output, *local.on_parameters):
+        for part in (*module_adapter.on_output, *module_adapter.on_parameters):
             new = _fold_values(part, start if part.delta.replaces_module else new)
-        if local.strength != 1.0:
-            new = {n: torch.lerp(now.get(n, torch.zeros_like(v)), v, local.strength) for n, v in new.items()}
+        if module_adapter.strength != 1.0:
+            new = {n: torch.lerp(now.get(n, torch.zeros_like(v)), v, module_adapter.strength) for n, v in new.items()}
         now = new
     return {n: v for n, v in now.items() if v is not start.get(n)}
 

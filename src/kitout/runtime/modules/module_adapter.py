@@ -1,4 +1,4 @@
-"""One adapter at one module: its Deltas there, applied in the layout each site asks for.
+"""One adapter at one module: its Deltas there, applied in the layout each site needs.
 
 Layout, channel subsets, tuple outputs, residual sources and strength are handled here and nowhere else, so that a
 Delta sees plain channels-last values. It knows nothing of rows, stacks or routes.
@@ -19,7 +19,7 @@ from kitout.errors import RouteError
 
 
 class InputRelay:
-    """Where a module's input waits for the site that reads it: written by one tap, taken by another, same forward."""
+    """Where a module's input waits for the site that reads it: written by one hook, read by another, same forward."""
 
     __slots__ = ("value",)
 
@@ -32,13 +32,17 @@ class SiteDelta:
     """One site's Delta with what it needs around it."""
 
     site: Site
+    """Where it sits."""
     delta: Delta
+    """What it does there."""
     relay: InputRelay | None = None
+    """Where its input comes from; None: the module's own input."""
     frozen: FrozenModule | None = field(init=False)
+    """The frozen module, for a Delta that reads its weight."""
 
     def __post_init__(self) -> None:
         self.frozen = FrozenModule(self.site) if self.delta.reads_weight else None
-        self.site.channel_index  # noqa: B018 - found now: cached_property takes a lock, which a compiled graph cannot
+        self.site.channel_index  # noqa: B018 - cached now: cached_property takes a lock, which a compiled graph cannot
 
     @property
     def is_direct(self) -> bool:
@@ -54,7 +58,7 @@ class SiteDelta:
         return self.relay.value
 
     def __call__(self, x: Tensor, y: Tensor, may_overwrite: bool, module_x: bool = True) -> Tensor:
-        """y at this site, after the Delta. own: y may be overwritten. module_x: x is still the module's own input."""
+        """y at this site, after the Delta. module_x: x is still the module's own input."""
         if module_x:
             x = self.input(x)
         if self.delta.replaces_module:  # the module's own call, in the module's own layout
@@ -82,16 +86,18 @@ class SiteDelta:
 
 @dataclass(eq=False)
 class ModuleAdapter:
-    """One adapter's parts at one module: `ins` act on its input, `outs` on its output, `params` on bare parameters.
-
-    strength: y + s (delta - y), likewise for a parameter.
-    """
+    """What one adapter does at one module."""
 
     name: str
+    """The adapter's."""
     on_input: tuple[SiteDelta, ...]
+    """What acts on the module's input."""
     on_output: tuple[SiteDelta, ...]
+    """What acts on its output."""
     on_parameters: tuple[SiteDelta, ...] = ()
+    """What replaces single parameters of it."""
     strength: float = 1.0
+    """y + strength * (delta - y), likewise for a parameter."""
 
     @property
     def site(self) -> Site:
@@ -109,7 +115,7 @@ class ModuleAdapter:
 
     @property
     def call_views(self) -> tuple[FrozenModule, ...]:
-        """Views that want to know the module's call before `leave`."""
+        """Views that need the module's call before `map_output`."""
         return tuple(p.frozen for p in self.on_output if p.delta.replaces_module and p.frozen is not None)
 
     def map_parameters(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -130,7 +136,7 @@ class ModuleAdapter:
         return self._blend(x, new)
 
     def map_output(self, x: Tensor, y: Tensor, may_overwrite: bool) -> Tensor:
-        """The module's output as this adapter changes it; x is the input as `enter` left it."""
+        """The module's output as this adapter changes it; x is what `map_input` gave."""
         if not self.on_output or self.strength == 0.0:
             return y
         may_overwrite = may_overwrite and self.strength == 1.0
@@ -151,6 +157,6 @@ def check_blendable(new: Tensor, old: Tensor) -> Tensor:
     if new.shape[1:] != old.shape[1:]:
         raise RouteError(
             f"a value of shape {list(new.shape)} cannot be blended with the base's {list(old.shape)}: a head of "
-            "another width is worn whole, at strength 1 and outside of Mix"
+            "another width is active at strength 1 and outside of Mix only"
         )
     return new

@@ -1,13 +1,14 @@
-"""Rows: one batch whose rows wear different things.
+"""Rows: one batch whose rows have different adapters.
 
-A plan says which row wears which distinct entry; the program of a module gives each entry's rows their own term. Rows
+A plan says which row has which distinct entry; the program of a module gives each entry's rows their own term. Rows
 whose Deltas have a batched form go through it together; the others are gathered, mapped and put back. It knows terms
 and indices, and nothing of names, methods or where modules sit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from kitout.delta import Delta
 from kitout.errors import RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, first_tensor, replace_first_tensor
 from kitout.runtime.modules.module_adapter import InputRelay
-from kitout.runtime.modules.programs import Single, Term, repack_output, unpack_output
+from kitout.runtime.modules.programs import repack_output, unpack_output
+from kitout.runtime.modules.terms import Single, Term
 
 
 class RowPlan:
-    """Which rows wear which entry, and the index tensors for every multiple of the batch a site may see."""
+    """Which row has which entry, and the index tensors for every multiple of the batch a site may see."""
 
     def __init__(self, entries: Sequence[int], num_distinct: int) -> None:
         self.entries, self.size, self.num_distinct = tuple(entries), len(entries), num_distinct
@@ -33,11 +35,10 @@ class RowPlan:
         """Row numbers of each distinct entry where dim 0 has `rows` values, a multiple of the batch, row-major."""
         key = rows, device
         if key not in self._index:
-            each = self.repeat_to(rows)
-            # Kept for later calls, which may record a graph: not to be made as inference tensors.
-            where = [[r for r, e in enumerate(each) if e == i] for i in range(self.num_distinct)]
-            with torch.inference_mode(False):
-                self._index[key] = tuple(torch.tensor(w, device=device) for w in where)
+            entries = self.repeat_to(rows)
+            rows_of = [[r for r, e in enumerate(entries) if e == i] for i in range(self.num_distinct)]
+            with torch.inference_mode(False):  # kept for later calls, which may record a graph
+                self._index[key] = tuple(torch.tensor(each, device=device) for each in rows_of)
         return self._index[key]
 
     def repeat_to(self, rows: int) -> tuple[int, ...]:
@@ -46,7 +47,7 @@ class RowPlan:
 
 
 class PerRow:
-    """One term per distinct entry of a batch; None where an entry wears nothing here.
+    """One term per distinct entry of a batch; None where an entry has nothing here.
 
     Rows whose Delta has a batched form go through it together; the others are gathered, mapped and put back.
     """
@@ -60,14 +61,8 @@ class PerRow:
         relays: Sequence[InputRelay],
         call_views: Sequence[FrozenModule] = (),
     ) -> None:
-        self.row_plan, self.terms, self.path, self.batch_relation, self.relays = (
-            row_plan,
-            tuple(terms),
-            path,
-            batch_relation,
-            tuple(relays),
-        )
-        self.call_views = tuple(call_views)
+        self.row_plan, self.terms, self.path, self.batch_relation = row_plan, tuple(terms), path, batch_relation
+        self.relays, self.call_views = tuple(relays), tuple(call_views)
         self.maps_input = any(t is not None and t.maps_input for t in terms)
         self.batched_delta = _batched_delta_of(self.terms)
 
@@ -82,8 +77,8 @@ class PerRow:
             fast = self.batched_delta(x, y, self.row_plan)
             if fast is not None:
                 return repack_output(fast, whole)
-            return repack_output(self._map_output(x, None, y, args, kwargs), whole)
-        memos = None
+            return repack_output(self._map_output(x, (), y, args, kwargs), whole)
+        memos: Sequence[Any] = ()
         if self.maps_input:
             entered, memos = self._map_input(x)
             args, kwargs = replace_first_tensor(args, kwargs, entered)
@@ -97,12 +92,12 @@ class PerRow:
         return value.expand(self.row_plan.batch, *value.shape[1:]) if value.shape[0] == 1 else value
 
     def _check(self, rows: int) -> None:
-        strays = self.batch_relation == "batch" and rows != self.row_plan.batch
-        if self.batch_relation == "none" or rows % self.row_plan.size or strays:
+        is_other = self.batch_relation == "batch" and rows != self.row_plan.batch
+        if self.batch_relation == "none" or rows % self.row_plan.size or is_other:
             raise RouteError(
                 f"{self.path} sees {rows} rows while the route names {self.row_plan.size}: its first dimension "
-                "does not "
-                "follow the batch, so rows cannot wear different adapters here; use one adapter for the whole batch"
+                "does not follow the batch, so rows cannot have different adapters here; use one adapter for the whole "
+                "batch"
             )
 
     def _map_input(self, x: Tensor) -> tuple[Tensor, list[Any]]:
@@ -115,29 +110,23 @@ class PerRow:
         return scatter(parts, index), memos
 
     def _map_output(
-        self, x: Tensor, memos: list[Any] | None, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, x: Tensor, memos: Sequence[Any], y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         parts = []
         index = self.row_plan.index(y.shape[0], y.device)
-        held = [s.value for s in self.relays]
         for i, (term, rows) in enumerate(zip(self.terms, index, strict=True)):
             part = y[rows]
             if term is not None:
-                for source, value in zip(self.relays, held, strict=True):
-                    source.value = None if value is None else value[rows]
-                for call in self.call_views:
-                    call.call_args, call.call_kwargs = _select_rows((args, kwargs), rows, x.shape[0])
-                memo = term.map_input(x[rows])[1] if memos is None else memos[i]
-                part = term.map_output(memo, part, True)
-                for call in self.call_views:
-                    call.clear_call()
+                with _relayed(self.relays, rows), _called_with(self.call_views, args, kwargs, rows, x.shape[0]):
+                    memo = memos[i] if self.maps_input else term.map_input(x[rows])[1]
+                    part = term.map_output(memo, part, True)
                 if not isinstance(part, Tensor):
                     raise RouteError(f"{self.path} gives several values, which a row cannot have of its own")
-                if part.shape[0] != len(rows):  # answered once for all of them
+                if part.shape[0] != len(rows):  # one answer for all of them
                     part = part.expand(len(rows), *part.shape[1:])
             parts.append(part)
-        for source in self.relays:
-            source.value = None
+        for relay in self.relays:
+            relay.value = None
         widths = {p.shape[1:] for p in parts}
         if len(widths) > 1:
             raise RouteError(
@@ -145,6 +134,36 @@ class PerRow:
                 "(heads of different width?): run them in separate batches"
             )
         return scatter(parts, index)
+
+
+@contextmanager
+def _relayed(relays: Sequence[InputRelay], rows: Tensor) -> Iterator[None]:
+    """The relays hold the values of these rows alone."""
+    if not relays:
+        yield
+        return
+    values = [relay.value for relay in relays]
+    try:
+        for relay, value in zip(relays, values, strict=True):
+            relay.value = None if value is None else value[rows]
+        yield
+    finally:
+        for relay, value in zip(relays, values, strict=True):
+            relay.value = value
+
+
+@contextmanager
+def _called_with(
+    views: Sequence[FrozenModule], args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor, batch: int
+) -> Iterator[None]:
+    """The views know the module's call, for these rows of the batch alone."""
+    try:
+        for view in views:
+            view.call_args, view.call_kwargs = _select_rows((args, kwargs), rows, batch)
+        yield
+    finally:
+        for view in views:
+            view.clear_call()
 
 
 def _select_rows(value: Any, rows: Tensor, n: int) -> Any:

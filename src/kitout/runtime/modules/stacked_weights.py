@@ -1,8 +1,8 @@
-"""The frozen module as the adapters below have left it: what a Delta that reads weights sees inside a stack.
+"""The frozen module as the adapters before it in a Stack left it: what a Delta that reads weights sees there.
 
-DoRA on top of another adapter renormalises the sum of the base's weight and that adapter's change, so that wearing the
-stack is merging it. Adapters below that have no form in weights change values only and are passed over. It knows no
-method: only terms and how merging folds them.
+DoRA on top of another adapter normalizes the sum of the base's weight and that adapter's change, so that using the
+Stack equals merging it. Adapters before it that have no form in weights change values only and are passed over. It
+knows no method: only terms and how merging folds them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kitout.base.weights import FrozenModule, bias, weight_matrix
 from kitout.errors import NotMergeable
 from kitout.runtime.merge.fold import WeightBias, blend, fold_adapter, working_dtype
 from kitout.runtime.modules.module_adapter import ModuleAdapter, SiteDelta
-from kitout.runtime.modules.programs import Single, Term, TermSequence, WeightedSum
+from kitout.runtime.modules.terms import Single, Term, TermSequence, WeightedSum
 
 
 class StackedFrozenModule(FrozenModule):

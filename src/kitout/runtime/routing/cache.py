@@ -12,16 +12,16 @@ MAX_CACHED_ROUTES = 32  # of rows, stacks and mixes, which a caller can make wit
 
 
 class RouteCache:
-    """Bounds by route, the last used last."""
+    """Compiled routes, the last used last."""
 
     def __init__(self) -> None:
         self._compiled: dict[Route, CompiledRoute] = {}
 
     def get(self, route: Route) -> CompiledRoute | None:
-        bound = self._compiled.pop(route, None)
-        if bound is not None:
-            self._compiled[route] = bound
-        return bound
+        compiled = self._compiled.pop(route, None)
+        if compiled is not None:
+            self._compiled[route] = compiled
+        return compiled
 
     def put(self, compiled: CompiledRoute) -> None:
         composed = [r for r in self._compiled if isinstance(r, (tuple, Stack, Mix))]
@@ -30,5 +30,5 @@ class RouteCache:
         self._compiled[compiled.route] = compiled
 
     def forget(self, name: str) -> None:
-        """Every route that wears this adapter."""
+        """Every route that names this adapter."""
         self._compiled = {r: b for r, b in self._compiled.items() if name not in adapter_names(r)}

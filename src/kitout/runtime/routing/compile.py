@@ -1,13 +1,12 @@
-"""Compiling a route into programs: which tap runs what.
+"""Compiling a route into programs: which hook runs what.
 
-It knows adapters only as `Local`s by module path, and nothing of methods, files or how a route is chosen.
+It knows adapters only as `ModuleAdapter`s by module path, and nothing of methods, files or how a route is chosen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 from kitout.base.survey import Survey
 from kitout.delta import KeyValue
@@ -15,171 +14,154 @@ from kitout.errors import RouteError
 from kitout.runtime.adapter import Adapter, conflict_with_head
 from kitout.runtime.hooks.class_swap import Hook, Program
 from kitout.runtime.modules.module_adapter import InputRelay, ModuleAdapter
-from kitout.runtime.modules.programs import (
-    DirectDelta,
-    RelayInput,
-    Single,
-    SwapParameters,
-    Term,
-    TermSequence,
-    WeightedSum,
-    WholeBatch,
-)
+from kitout.runtime.modules.programs import DirectDelta, RelayInput, SwapParameters, WholeBatch
 from kitout.runtime.modules.rows import PerRow, RowPlan
 from kitout.runtime.modules.stacked_weights import on_top_of
+from kitout.runtime.modules.terms import Single, Term, TermSequence, WeightedSum
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
 from kitout.runtime.routing.route import Mix, Route, RouteEntry, adapter_names
 from kitout.runtime.virtual_tokens.compile import VirtualTokenCompiler
 from kitout.runtime.virtual_tokens.forward_state import ForwardSlot
 
 
-def compile_route(
-    route: Route,
-    adapters: Mapping[str, Adapter],
-    hooks: Mapping[str, Hook],
-    survey: Survey,
-    active: ActiveRoute,
-    kv_recorder: dict[str, KeyValue] | None = None,
-) -> CompiledRoute:
-    """Programs for every module that the route's adapters sit at or read from.
+class RouteCompiler:
+    """Compiles routes for one model and the adapters it has now."""
 
-    record: takes the self-attentions' own keys and values, by path, at every forward under this route.
-    """
-    rows = {s.path: s.batch_relation for n in adapter_names(route) for s in adapters[n].sites}
-    bound = CompiledRoute(route, num_rows=len(route) if isinstance(route, tuple) else None)
-    worn = [adapters[n] for n in dict.fromkeys(adapter_names(route))]
-    programs: dict[str, Program] = {}
-    plan, entries = _plan_rows(route)
-    bound.row_plan = plan
-    for entry in entries:
-        _check_heads([adapters[n] for n in dict.fromkeys(adapter_names(entry))])
-    for path in dict.fromkeys(p for a in worn for p in a.by_module):
-        program = (
-            _program_for_batch(entries[0], adapters, path)
-            if plan is None
-            else _program_for_rows(plan, entries, adapters, path, rows.get(path, "batch"))
-        )
-        if program is not None:
-            programs[path] = program
-    notes: dict[str, list[InputRelay]] = {}
-    for adapter in worn:
-        for path, sources in adapter.input_relays.items():
-            notes.setdefault(path, []).extend(sources)
-    for path, sources in notes.items():
-        programs[path] = RelayInput(sources, programs.get(path))
-    if kv_recorder is not None or any(a.prefixes or a.prompts for a in worn):
-        bound.forward_slot = ForwardSlot()
-        compiled = partial(compile_route, adapters=adapters, hooks=hooks, survey=survey, active=active)
-        VirtualTokenCompiler(
-            programs,
-            entries,
-            adapters,
-            plan,
-            hooks,
-            survey,
-            bound.forward_slot,
-            active,
-            lambda e, keys: compiled(e, kv_recorder=keys),
-        ).add_programs(kv_recorder)
-    bound.programs = [(hooks[path], program) for path, program in programs.items()]
-    return bound
+    def __init__(
+        self, adapters: Mapping[str, Adapter], hooks: Mapping[str, Hook], survey: Survey, active: ActiveRoute
+    ) -> None:
+        self.adapters, self.hooks, self.survey, self.active = adapters, hooks, survey, active
 
+    def compile(self, route: Route, kv_recorder: dict[str, KeyValue] | None = None) -> CompiledRoute:
+        """Programs for every module that the route's adapters sit at or read from.
 
-def _check_heads(adapters: Sequence[Adapter]) -> None:
-    """RouteError where one adapter's head takes the place of a module in which another one sits."""
-    found = conflict_with_head(adapters)
-    if found:
-        raise RouteError(f"{found}; wear them one at a time")
+        kv_recorder: takes the self-attentions' own keys and values, by path, at every forward under this route.
+        """
+        adapters = [self.adapters[name] for name in dict.fromkeys(adapter_names(route))]
+        row_plan, entries = _plan_rows(route)
+        for entry in entries:
+            conflict = conflict_with_head([self.adapters[n] for n in dict.fromkeys(adapter_names(entry))])
+            if conflict:
+                raise RouteError(f"{conflict}; use them one at a time")
+        programs = self._module_programs(adapters, row_plan, entries)
+        compiled = CompiledRoute(route, num_rows=len(route) if isinstance(route, tuple) else None, row_plan=row_plan)
+        if kv_recorder is not None or any(a.prefixes or a.prompts for a in adapters):
+            compiled.forward_slot = ForwardSlot()
+            VirtualTokenCompiler(
+                programs,
+                entries,
+                self.adapters,
+                row_plan,
+                self.hooks,
+                self.survey,
+                compiled.forward_slot,
+                self.active,
+                self.compile,
+            ).add_programs(kv_recorder)
+        compiled.programs = [(self.hooks[path], program) for path, program in programs.items()]
+        return compiled
+
+    def _module_programs(
+        self, adapters: Sequence[Adapter], row_plan: RowPlan | None, entries: Sequence[RouteEntry]
+    ) -> dict[str, Program]:
+        """By path, in model order: what each module does, and which leave their input for another."""
+        batch_relation = {site.path: site.batch_relation for adapter in adapters for site in adapter.sites}
+        programs: dict[str, Program] = {}
+        for path in dict.fromkeys(path for adapter in adapters for path in adapter.by_module):
+            program = (
+                self._program_for_batch(entries[0], path)
+                if row_plan is None
+                else self._program_for_rows(row_plan, entries, path, batch_relation.get(path, "batch"))
+            )
+            if program is not None:
+                programs[path] = program
+        relays: dict[str, list[InputRelay]] = {}
+        for adapter in adapters:
+            for path, of_adapter in adapter.input_relays.items():
+                relays.setdefault(path, []).extend(of_adapter)
+        for path, of_module in relays.items():
+            programs[path] = RelayInput(of_module, programs.get(path))
+        return programs
+
+    def _module_adapters(self, entry: RouteEntry, path: str) -> list[ModuleAdapter]:
+        names = dict.fromkeys(adapter_names(entry))
+        return [self.adapters[name].by_module[path] for name in names if path in self.adapters[name].by_module]
+
+    def _term(self, entry: RouteEntry, path: str, stacked_on: Sequence[Term] = ()) -> Term | None:
+        """The entry's map at one module, or None where it has nothing there. stacked_on: the terms before it."""
+        if entry is None:
+            return None
+        if isinstance(entry, str):
+            module_adapter = self.adapters[entry].by_module.get(path)
+            # A copy: the strength is that of this moment, also when activations are recomputed after it has changed.
+            return None if module_adapter is None else Single(on_top_of(replace(module_adapter), stacked_on))
+        if isinstance(entry, Mix):
+            weighted = [(self._term(part, path, stacked_on), weight) for part, weight in entry.parts]
+            present = [(term, weight) for term, weight in weighted if term is not None]
+            return WeightedSum(present) if present else None
+        terms: list[Term] = []
+        for part in entry.parts:
+            term = self._term(part, path, [*stacked_on, *terms])
+            if term is not None:
+                terms.append(term)
+        return terms[0] if len(terms) == 1 else TermSequence(terms) if terms else None
+
+    def _program_for_batch(self, entry: RouteEntry, path: str) -> Program | None:
+        term = self._term(entry, path)
+        if term is None:
+            return None
+        module_adapters = self._module_adapters(entry, path)
+        parameters = _parameter_names(module_adapters)
+        if not any(m.on_input or m.on_output for m in module_adapters):
+            return SwapParameters(term, parameters)
+        program = _program_for_values(term, module_adapters)
+        return SwapParameters(term, parameters, program) if parameters else program
+
+    def _program_for_rows(
+        self, row_plan: RowPlan, entries: Sequence[RouteEntry], path: str, batch_relation: str
+    ) -> Program | None:
+        terms = [self._term(entry, path) for entry in entries]
+        if all(term is None for term in terms):
+            return None
+        module_adapters = list(dict.fromkeys(m for entry in entries for m in self._module_adapters(entry, path)))
+        whole_batch_only = sorted({m.name for m in module_adapters if m.on_parameters})
+        if whole_batch_only:
+            raise RouteError(
+                f"{', '.join(whole_batch_only)}: rows of one batch cannot each have their own "
+                f"{', '.join(_parameter_names(module_adapters))}, a parameter of {path or 'the model'} itself and of "
+                "no linear, norm or table; use one adapter for the whole batch"
+            )
+        relays = [relay for m in module_adapters for relay in m.relays]
+        call_views = [view for m in module_adapters for view in m.call_views]
+        return PerRow(row_plan, terms, path, batch_relation, relays, call_views)
 
 
 def _plan_rows(route: Route) -> tuple[RowPlan | None, list[RouteEntry]]:
-    """The distinct entries, and which row wears which; no plan where all rows wear the same."""
+    """The distinct entries, and which row has which; no plan where all rows have the same."""
     if not isinstance(route, tuple):
         return None, [route]
     distinct = list(dict.fromkeys(route))
     if len(distinct) == 1:
         return None, distinct
-    return RowPlan([distinct.index(e) for e in route], len(distinct)), distinct
+    return RowPlan([distinct.index(entry) for entry in route], len(distinct)), distinct
 
 
-def _module_adapters(entry: RouteEntry, adapters: Mapping[str, Adapter], path: str) -> Iterable[ModuleAdapter]:
-    for name in dict.fromkeys(adapter_names(entry)):
-        if path in adapters[name].by_module:
-            yield adapters[name].by_module[path]
-
-
-def _term(
-    entry: RouteEntry, adapters: Mapping[str, Adapter], path: str, stacked_on: Sequence[Term] = ()
-) -> Term | None:
-    """The entry's map at one module, or None where it has nothing there. below: what it is stacked on."""
-    if entry is None:
-        return None
-    if isinstance(entry, str):
-        local = adapters[entry].by_module.get(path)
-        # A copy: the strength is that of this moment, also when activations are recomputed after it has changed.
-        return None if local is None else Single(on_top_of(replace(local), stacked_on))
-    if isinstance(entry, Mix):
-        weighted = [(_term(part, adapters, path, stacked_on), w) for part, w in entry.parts]
-        present = [(t, w) for t, w in weighted if t is not None]
-        return WeightedSum(present) if present else None
-    terms: list[Term] = []
-    for part in entry.parts:
-        term = _term(part, adapters, path, [*stacked_on, *terms])
-        if term is not None:
-            terms.append(term)
-    return terms[0] if len(terms) == 1 else TermSequence(terms) if terms else None
-
-
-def _program_for_batch(entry: RouteEntry, adapters: Mapping[str, Adapter], path: str) -> Program | None:
-    term = _term(entry, adapters, path)
-    if term is None:
-        return None
-    locals_ = list(_module_adapters(entry, adapters, path))
-    names_held = dict.fromkeys(n for loc in locals_ for part in loc.on_parameters for n in part.site.parameter_names)
-    if not any(loc.on_input or loc.on_output for loc in locals_):
-        return SwapParameters(term, list(names_held))
-    program = _program_for_values(term, locals_)
-    return SwapParameters(term, list(names_held), program) if names_held else program
-
-
-def _program_for_values(term: Term, module_adapters: list[ModuleAdapter]) -> Program:
+def _program_for_values(term: Term, module_adapters: Sequence[ModuleAdapter]) -> Program:
     """The program of a module's input and output."""
     site = module_adapters[0].site
     if isinstance(term, Single):
-        local = term.module_adapter
-        part = local.on_output[0] if len(local.on_output) == 1 and not local.on_input else None
-        if part and part.is_direct and local.strength == 1.0 and site.kind == "linear":
+        single = term.module_adapter
+        part = single.on_output[0] if len(single.on_output) == 1 and not single.on_input else None
+        if part and part.is_direct and single.strength == 1.0 and site.kind == "linear":
             delta = part.delta
             if not (delta.reads_weight or delta.replaces_module):
                 return DirectDelta(delta)
-        return WholeBatch(term, local.replaces_module, site.kind == "linear", local.relays, local.call_views)
-    sources, calls = (
-        [s for loc in module_adapters for s in loc.relays],
-        [c for loc in module_adapters for c in loc.call_views],
-    )
-    return WholeBatch(term, False, site.kind == "linear", sources, calls)
+        return WholeBatch(term, single.replaces_module, site.kind == "linear", single.relays, single.call_views)
+    relays = [relay for m in module_adapters for relay in m.relays]
+    call_views = [view for m in module_adapters for view in m.call_views]
+    return WholeBatch(term, False, site.kind == "linear", relays, call_views)
 
 
-def _program_for_rows(
-    row_plan: RowPlan, entries: Iterable[RouteEntry], adapters: Mapping[str, Adapter], path: str, rows: str
-) -> Program | None:
-    entries = list(entries)
-    terms = [_term(e, adapters, path) for e in entries]
-    if all(t is None for t in terms):
-        return None
-    locals_ = dict.fromkeys(loc for e in entries for loc in _module_adapters(e, adapters, path))
-    held = sorted({loc.name for loc in locals_ if loc.on_parameters})
-    if held:
-        raise RouteError(
-            f"{', '.join(held)}: rows of one batch cannot each have their own {_parameter_names(locals_)}, a "
-            "parameter of "
-            f"{path or 'the model'} itself and of no linear, norm or table; use one adapter for the whole batch"
-        )
-    sources, calls = [s for loc in locals_ for s in loc.relays], [c for loc in locals_ for c in loc.call_views]
-    return PerRow(row_plan, terms, path, rows, sources, calls)
-
-
-def _parameter_names(module_adapters: Iterable[ModuleAdapter]) -> str:
-    return ", ".join(
-        dict.fromkeys(n for loc in module_adapters for part in loc.on_parameters for n in part.site.parameter_names)
-    )
+def _parameter_names(module_adapters: Iterable[ModuleAdapter]) -> list[str]:
+    names = (name for m in module_adapters for part in m.on_parameters for name in part.site.parameter_names)
+    return list(dict.fromkeys(names))

@@ -28,7 +28,7 @@ class _RecordedForward(Generic[T]):
 
 
 class PendingGraphs(Generic[T]):
-    """The graphs that may still be run backward."""
+    """The recorded graphs that may still be run backward."""
 
     def __init__(self) -> None:
         self._alive: WeakSet[_RecordedForward[T]] = WeakSet()

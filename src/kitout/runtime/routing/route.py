@@ -1,4 +1,4 @@
-"""Routes: what is worn, written down. `Stack`, `Mix`, rows and None, brought to one normal form.
+"""Routes: which adapters are active, as data. `Stack`, `Mix`, rows and None, brought to one normal form.
 
 A route is an entry for the whole batch or a tuple of entries, one per row; an entry is None, an adapter's name, a
 `Stack` of entries applied in order or a `Mix` of weighted entries. Pure data: it knows nothing of modules or tensors.
@@ -17,6 +17,7 @@ class Stack:
     """Adapters applied in order at every site: `Stack("medic", "legal")`."""
 
     parts: tuple[RouteEntry, ...]
+    """The entries, the one applied first at the front."""
 
     def __init__(self, *parts: RouteEntry) -> None:
         if not parts:
@@ -29,13 +30,16 @@ class Mix:
     """y + sum_i w_i (delta_i(x, y) - y) at every site: `Mix({"legal": 0.7, "medic": 0.3})`."""
 
     parts: tuple[tuple[RouteEntry, float], ...]
+    """The entries with their weights."""
 
     def __init__(self, weights: Mapping[str | Stack, float]) -> None:
         if not isinstance(weights, Mapping) or not weights:
             raise RouteError(f"Mix({weights!r}) has no weights: write Mix({{'legal': 0.7, 'medic': 0.3}})")
-        bad = {k: w for k, w in weights.items() if not isinstance(w, (int, float)) or w != w or abs(w) == float("inf")}
-        if bad:
-            raise RouteError(f"Mix weights must be finite numbers, found {bad}")
+        invalid = {
+            k: w for k, w in weights.items() if not isinstance(w, (int, float)) or w != w or abs(w) == float("inf")
+        }
+        if invalid:
+            raise RouteError(f"Mix weights must be finite numbers, found {invalid}")
         object.__setattr__(self, "parts", tuple((check_entry(k), float(w)) for k, w in weights.items()))
 
 
@@ -48,7 +52,7 @@ def check_entry(value: object) -> RouteEntry:
     if value is None or isinstance(value, (str, Stack, Mix)):
         return value
     raise RouteError(
-        f"cannot wear {value!r} ({type(value).__name__}): write a name, None, Stack('a', 'b'), Mix({{'a': 0.5}}), "
+        f"cannot use {value!r} ({type(value).__name__}): write a name, None, Stack('a', 'b'), Mix({{'a': 0.5}}), "
         "or a list with one of these per row of the batch"
     )
 

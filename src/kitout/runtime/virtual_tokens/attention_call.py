@@ -28,18 +28,22 @@ MASKED_KERNELS = ("eager", "sdpa")  # kernels that take a mask of any shape
 
 @dataclass
 class ExtraKeys:
-    """What one attention call gets. k, v [B or 1, H_kv, P, d_h]. keep [B or 1, 1, Tq or 1, P]: which of them a query
-    sees, None: all. log: of their weights, same shape, None: 0. bias: computes the relative bias
-    [B or 1, H, Tq, P]. hidden [B or 1, Tk]: the call's own keys that nobody sees. note: takes the call's own k and v.
-    """
+    """What one attention call gets, in front of its own keys."""
 
     k: Tensor | None = None
+    """[B or 1, H_kv, P, d_h]; None: no keys are added."""
     v: Tensor | None = None
+    """Likewise."""
     visible: Tensor | None = None
+    """[B or 1, 1, Tq or 1, P]: which of the added keys a query sees; None: all."""
     log_weight: Tensor | None = None
+    """[B or 1, 1, Tq or 1, P]: logarithm of the weight of each added key; None: 0."""
     relative_bias: Callable[[], Tensor] | None = None
+    """Computes the relative bias of the added keys [B or 1, H, Tq, P]; None: 0."""
     masked_own_keys: Tensor | None = None
+    """[B or 1, Tk]: the call's own keys that no query sees; None: none."""
     on_key_value: Callable[[Tensor, Tensor], None] | None = None
+    """Is given the call's own keys and values."""
 
     @property
     def length(self) -> int:
@@ -52,10 +56,18 @@ def extend_keys(
     """Keys, values and mask of the call with the extra ones in front. causal: what no mask would have meant."""
     if extra.on_key_value is not None:
         extra.on_key_value(k, v)
-    mask = _mask(extra, q, k, mask, causal)
+    causal = causal and mask is None and q.shape[-2] > 1
+    if mask is not None or causal or not _sees_everything(extra):
+        mask = explicit_mask(mask, q, k, causal)
+        mask = hide_own_keys(mask, extra.masked_own_keys)
+        mask = prepend_columns(mask, extra, q.dtype)
     if extra.k is None or extra.v is None:
         return k, v, mask
     return torch.cat((_match_heads(extra.k, k), k), 2), torch.cat((_match_heads(extra.v, v), v), 2), mask
+
+
+def _sees_everything(extra: ExtraKeys) -> bool:
+    return extra.visible is None and extra.log_weight is None and extra.masked_own_keys is None
 
 
 def _match_heads(new: Tensor, like: Tensor) -> Tensor:
@@ -66,35 +78,39 @@ def _match_heads(new: Tensor, like: Tensor) -> Tensor:
     return new.expand(like.shape[0], -1, -1, -1)
 
 
-def _mask(extra: ExtraKeys, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
-    queries, keys, length = q.shape[-2], k.shape[-2], extra.length
-    causal = causal and mask is None and queries > 1
-    if (
-        mask is None
-        and not causal
-        and extra.visible is None
-        and extra.log_weight is None
-        and extra.masked_own_keys is None
-    ):
-        return None
+def explicit_mask(mask: Tensor | None, q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """[B or 1, H or 1, Tq or 1, Tk]: the call's mask, or the one that its absence means."""
+    queries, keys = q.shape[-2], k.shape[-2]
     if mask is None:
         mask = torch.ones(1, 1, queries if causal else 1, keys, dtype=torch.bool, device=q.device)
         mask = mask.tril() if causal else mask
-    mask = mask[..., :keys]  # the whole of a static cache
-    if extra.masked_own_keys is not None:
-        hidden = extra.masked_own_keys[:, None, None, :]
-        mask = mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
-    if not length:
+    return mask[..., :keys]  # the whole of a static cache may be masked
+
+
+def hide_own_keys(mask: Tensor, masked_own_keys: Tensor | None) -> Tensor:
+    """[..., Tq, Tk] -> [..., Tq, Tk]: nobody sees these keys of the call [B or 1, Tk]."""
+    if masked_own_keys is None:
         return mask
-    keep, log = extra.visible, extra.log_weight
-    if mask.dtype == torch.bool and log is None:
-        added = torch.ones(1, 1, 1, length, dtype=torch.bool, device=q.device) if keep is None else keep
-        return _side_by_side(added, mask)
+    hidden = masked_own_keys[:, None, None, :]
+    return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+
+
+def prepend_columns(mask: Tensor, extra: ExtraKeys, dtype: torch.dtype) -> Tensor:
+    """[..., Tq, Tk] -> [..., Tq, P + Tk]: with columns for the added keys. dtype: of a mask that holds weights."""
+    if not extra.length:
+        return mask
+    shape = (1, 1, 1, extra.length)
+    if mask.dtype == torch.bool and extra.log_weight is None:
+        visible = torch.ones(shape, dtype=torch.bool, device=mask.device) if extra.visible is None else extra.visible
+        return _side_by_side(visible, mask)
     if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
-    added = torch.zeros(1, 1, 1, length, dtype=mask.dtype, device=q.device) if log is None else log.to(mask.dtype)
-    if keep is not None:
-        added = added.masked_fill(~keep, -torch.inf)  # below a query's own masked keys, where it sees nothing at all
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    log_weight = extra.log_weight
+    added = (
+        torch.zeros(shape, dtype=mask.dtype, device=mask.device) if log_weight is None else log_weight.to(mask.dtype)
+    )
+    if extra.visible is not None:  # -inf is less than a query's own masked keys have, where it sees nothing at all
+        added = added.masked_fill(~extra.visible, -torch.inf)
     return _side_by_side(added, mask)
 
 
@@ -169,8 +185,8 @@ def _check_window(extra: ExtraKeys, key: Tensor, window: int | None) -> None:
 @contextmanager
 def extra_keys_in(module: nn.Module, extra: ExtraKeys, path: str) -> Iterator[None]:
     """While this lasts, the module's attention call gets the extra keys and values."""
-    found = attention_interface(module)
-    if found is None:
+    interface = attention_interface(module)
+    if interface is None:
         mode = _SdpaMode(extra)
         with mode:
             yield
@@ -183,7 +199,7 @@ def extra_keys_in(module: nn.Module, extra: ExtraKeys, path: str) -> Iterator[No
                 f"{path}: the attention kernel {kernel!r} takes no mask for added keys: use "
                 "model.set_attn_implementation('sdpa') or 'eager'"
             )
-        real = found[INTERFACE].get_interface(kernel, found.get("eager_attention_forward"))
+        real = interface[INTERFACE].get_interface(kernel, interface.get("eager_attention_forward"))
         view = _ConfigView(config, extra, real)
         module.__dict__["config"] = view
         try:
@@ -193,5 +209,5 @@ def extra_keys_in(module: nn.Module, extra: ExtraKeys, path: str) -> Iterator[No
         calls = view.calls
     if not calls:
         raise RouteError(
-            f"{path} made no attention call that keys could be added to: its kernel is not one we can meet"
+            f"{path} made no attention call that keys could be added to: its kernel is none that kitout supports"
         )

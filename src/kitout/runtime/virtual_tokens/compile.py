@@ -1,8 +1,8 @@
-"""Compiling what lies in front of the text: prompts, prefixes and visual prompts of a route, stack by stack.
+"""Compiling the virtual tokens of a route: prompts, prefixes and visual prompts, stack by stack.
 
-Around the programs that `bind` has made it lays those of attentions, of the modules that own the stacks, of tables and
-of blocks. What each of them does is in `past.py`, `stage.py`, `lead.py`, `widen.py` and `slots.py`. It knows stacks as
-the probe has seen them, and no method.
+Around the programs of modules it puts those of attentions, of the modules that own the stacks, of tables and of blocks.
+What each of them does is in `prefix_kv.py`, `positions.py`, `prompt_prefill.py`, `widen_sequence.py` and
+`image_tokens.py`. It knows stacks as the probe has seen them, and no method.
 """
 
 from __future__ import annotations
@@ -30,13 +30,11 @@ from kitout.runtime.virtual_tokens.prompt_prefill import JoinPromptGraph, Prompt
 from kitout.runtime.virtual_tokens.widen_sequence import SequenceWidener, TrimOutput
 
 KeyValueRecorder = dict[str, KeyValue]
-CompileEntry = Callable[
-    [RouteEntry, KeyValueRecorder], CompiledRoute
-]  # an entry whose attentions' own keys and values are recorded
+CompileEntry = Callable[[RouteEntry, KeyValueRecorder], CompiledRoute]
 
 
 def modules_to_hook(adapter: Adapter, survey: Survey) -> Iterator[str]:
-    """Every module that an adapter's prompts and prefixes need tapped."""
+    """Every module that an adapter's prompts and prefixes need a hook at."""
     yield from adapter.prefixes
     for tower in survey.towers:
         prefixed = any(part.site.tower == tower.path for part in adapter.prefixes.values())
@@ -55,20 +53,29 @@ def modules_to_hook(adapter: Adapter, survey: Survey) -> Iterator[str]:
 
 @dataclass
 class VirtualTokenCompiler:
-    """What lies in front of one route's rows. compile: makes a route's programs with its keys recorded."""
+    """Compiles the virtual tokens of one route."""
 
     programs: dict[str, Program]
+    """The route's programs so far, by module path; more are added, around these."""
     entries: Sequence[RouteEntry]
+    """The route's distinct entries."""
     adapters: Mapping[str, Adapter]
+    """All adapters, by name."""
     row_plan: RowPlan | None
+    """Which row has which entry; None: one for the whole batch."""
     hooks: Container[str]
+    """Paths of modules with a hook."""
     survey: Survey
+    """The base's towers, blocks and sites."""
     forward_slot: ForwardSlot
+    """Where the programs find the state of the forward in progress."""
     active: ActiveRoute
+    """What is installed on the model."""
     compile_entry: CompileEntry
+    """Compiles an entry so that its attentions' own keys and values are recorded."""
 
     def add_programs(self, kv_recorder: KeyValueRecorder | None) -> None:
-        """Adds the programs. record: takes the attentions' own keys and values of every stack that is tapped."""
+        """Adds the programs. kv_recorder: takes the attentions' own keys and values where there is a hook."""
         across: SequenceWidener | None = None
         for tower in self.survey.towers:
             if tower.embedder is None:
@@ -88,20 +95,20 @@ class VirtualTokenCompiler:
     ) -> None:
         """The programs of a stack's attentions."""
         cross = self._layouts(tower, "prefix", "kv.cross")
-        pasts = {name: self.adapters[name].prefixes for e in self.entries for name in adapter_names(e)}
+        prefixes = {name: self.adapters[name].prefixes for e in self.entries for name in adapter_names(e)}
         for site in self.survey.kv_sites:
             if site.tower != tower.path:
                 continue
-            laid = cross if site.role == "kv.cross" else layouts
-            parts = [[pasts[i.name].get(site.path) for i in each.items] for each in laid]
-            reached = any(p is not None or i.is_prompt for each, ps in zip(laid, parts, strict=True)
+            site_layouts = cross if site.role == "kv.cross" else layouts
+            parts = [[prefixes[i.name].get(site.path) for i in each.items] for each in site_layouts]
+            reached = any(p is not None or i.is_prompt for each, ps in zip(site_layouts, parts, strict=True)
                           for i, p in zip(each.items, ps, strict=True))  # fmt: skip
-            noted = kv_recorder if site.path in self.hooks else None
+            recorder = kv_recorder if site.path in self.hooks else None
             hides = image_tokens is not None and site.layer is not None and image_tokens.hides_at(site.layer)
-            if reached or noted is not None or hides:
-                then = self.programs.get(site.path)
+            if reached or recorder is not None or hides:
+                inner = self.programs.get(site.path)
                 self.programs[site.path] = PrefixAttention(
-                    site, laid, parts, self.row_plan, self.forward_slot, then, noted, image_tokens
+                    site, site_layouts, parts, self.row_plan, self.forward_slot, inner, recorder, image_tokens
                 )
 
     # ---- text --------------------------------------------------------------------------------------------------
@@ -110,32 +117,34 @@ class VirtualTokenCompiler:
         self, tower: Tower, cross_widening: SequenceWidener | None, kv_recorder: KeyValueRecorder | None
     ) -> SequenceWidener | None:
         """The programs of a stack fed from a token table; its widening, if it has one and another stack reads it."""
-        tokens = self._layouts(tower, "prompt")
-        for each in tokens:
+        prompts = self._layouts(tower, "prompt")
+        for each in prompts:
             if len({i.after_first_token for i in each.items}) > 1:
-                raise RouteError("a Stack of prompts before the text and after its first token: choose one place")
-        prompted = any(each.items for each in tokens)
+                raise RouteError(
+                    "this Stack has prompts before the text and after its first token: choose one place for all"
+                )
+        prompted = any(each.items for each in prompts)
         own = self._layouts(tower, "prefix")
         if tower.causal:
-            own = [prefixes_then_prompts(past, each) for past, each in zip(own, tokens, strict=True)]
-        leads = widening = None
+            own = [prefixes_then_prompts(past, each) for past, each in zip(own, prompts, strict=True)]
+        prefill = widening = None
         if prompted and tower.causal:
-            leads = self._prefill(tower, tokens)
+            prefill = self._prefill(tower, prompts)
         elif prompted:
-            widening = self._widening(tower, tokens)
+            widening = self._widening(tower, prompts)
         self._add_attentions(tower, own, kv_recorder)
         assert tower.embedder is not None
         crossing = cross_widening if self._has_cross_attention(tower) else None
         if any(each.length for each in own) or prompted or crossing is not None:
             if tower.position_embedding:
-                self._check_table(tower, [max(a.length, b.length) for a, b in zip(own, tokens, strict=True)])
+                self._check_table(tower, [max(a.length, b.length) for a, b in zip(own, prompts, strict=True)])
                 self._wrap(tower.position_embedding, PositionEmbeddingProgram)
             if widening is not None:
                 self._wrap(tower.token_embedding, TokenEmbeddingProgram)
-            then = self.programs.get(tower.embedder)
+            inner = self.programs.get(tower.embedder)
             relative = any(s.relative_bias is not None for s in self.survey.kv_sites if s.tower == tower.path)
             self.programs[tower.embedder] = TextEntry(
-                tower, own, self.row_plan, self.forward_slot, self.active, leads, widening, crossing, then, relative
+                tower, own, self.row_plan, self.forward_slot, self.active, prefill, widening, crossing, inner, relative
             )
         return widening if widening is not None and widening.read_by_decoder else None
 
@@ -147,12 +156,11 @@ class VirtualTokenCompiler:
         if original_class(self.survey.model.get_submodule(tower.position_embedding)).forward is nn.Embedding.forward:
             return
         for entry, length in zip(self.entries, lengths, strict=True):
-            held = [n for n in adapter_names(entry) if tower.position_embedding in self.adapters[n].by_module]
-            if length and held:
+            conflicting = [n for n in adapter_names(entry) if tower.position_embedding in self.adapters[n].by_module]
+            if length and conflicting:
                 raise RouteError(
-                    f"{held[0]!r} changes {tower.position_embedding}, which counts positions for itself: it "
-                    "cannot be stacked "
-                    "with a prompt or a prefix, whose text has other positions"
+                    f"{conflicting[0]!r} changes {tower.position_embedding}, which counts positions for itself: it "
+                    "cannot be stacked with a prompt or a prefix, whose text has other positions"
                 )
 
     def _has_cross_attention(self, tower: Tower) -> bool:
@@ -173,47 +181,52 @@ class VirtualTokenCompiler:
         return widening
 
     def _prefill(self, tower: Tower, prompts: Sequence[TokenLayout]) -> PromptPrefill:
-        ahead: list[PromptEntry | None] = []
-        for entry, laid in zip(self.entries, prompts, strict=True):
-            if not laid.items:
-                ahead.append(None)
+        prompt_entries: list[PromptEntry | None] = []
+        for entry, layout in zip(self.entries, prompts, strict=True):
+            if not layout.items:
+                prompt_entries.append(None)
                 continue
             keys: KeyValueRecorder = {}
-            rest = _without(entry, {i.name for i in laid.items})
-            ahead.append(PromptEntry(self._parts(tower, laid), self.compile_entry(rest, keys), keys))
+            rest = _without(entry, {i.name for i in layout.items})
+            prompt_entries.append(PromptEntry(self._parts(tower, layout), self.compile_entry(rest, keys), keys))
         attentions = [s.path for s in self.survey.kv_sites if s.tower == tower.path and s.role == "kv.self"]
-        whole = [b.path for b in self.survey.blocks if b.tower == tower.path and b.is_one_module]
-        for first in whole[:1]:
+        blocks = [b.path for b in self.survey.blocks if b.tower == tower.path and b.is_one_module]
+        for first in blocks[:1]:
             self.programs[first] = JoinPromptGraph(attentions, self.forward_slot, self.programs.get(first))
         module = self.survey.model.get_submodule
-        blocks = [module(path) for path in whole]
         return PromptPrefill(
-            tower.path, module(tower.token_embedding), blocks, ahead, self.row_plan, self.forward_slot, self.active
+            tower.path,
+            module(tower.token_embedding),
+            [module(b) for b in blocks],
+            prompt_entries,
+            self.row_plan,
+            self.forward_slot,
+            self.active,
         )
 
     # ---- images ------------------------------------------------------------------------------------------------
 
     def _add_image_tower(self, tower: Tower, kv_recorder: KeyValueRecorder | None) -> None:
-        tokens = self._layouts(tower, "prompt")
-        slots = None
-        if any(each.items for each in tokens):
-            slots = ImageTokens(
-                [[self._image_token_group(tower, i.name, i.offset, i.num_tokens) for i in t.items] for t in tokens],
+        prompts = self._layouts(tower, "prompt")
+        image_tokens = None
+        if any(each.items for each in prompts):
+            image_tokens = ImageTokens(
+                [[self._image_token_group(tower, i.name, i.offset, i.num_tokens) for i in t.items] for t in prompts],
                 self.row_plan,
                 self.forward_slot,
             )
             blocks = [b for b in self.survey.blocks if b.tower == tower.path]
-            for path, why in self.survey.kv_refusals.items():
-                if path.startswith(f"{tower.path}.") and any(slots.hides_at(b.index) for b in blocks):
+            for path, reason in self.survey.kv_refusals.items():
+                if path.startswith(f"{tower.path}.") and any(image_tokens.hides_at(b.index) for b in blocks):
                     raise RouteError(
-                        f"rows with different numbers of visual prompts: {path} cannot leave any of them out: {why}"
+                        f"rows with different numbers of visual prompts: {path} cannot leave any of them out: {reason}"
                     )
             for block in blocks:
                 last = block is blocks[-1]
-                if slots.changes_at(block.index) or last:
-                    then = self.programs.get(block.path)
-                    self.programs[block.path] = ImageTokenBlock(slots, block.index, last, then)
-        self._add_attentions(tower, self._layouts(tower, "prefix"), kv_recorder, slots)
+                if image_tokens.changes_at(block.index) or last:
+                    inner = self.programs.get(block.path)
+                    self.programs[block.path] = ImageTokenBlock(image_tokens, block.index, last, inner)
+        self._add_attentions(tower, self._layouts(tower, "prefix"), kv_recorder, image_tokens)
 
     def _image_token_group(self, tower: Tower, name: str, offset: int, length: int) -> ImageTokenGroup:
         parts = {p.site.layer: p for p in self.adapters[name].prompts[tower.path] if p.site.layer is not None}

@@ -1,7 +1,8 @@
-"""What one forward in progress tells its programs: positions, tokens that wait to be put in, keys of prompts.
+"""What one forward in progress tells its programs: positions, pending rewrites, keys of prompts.
 
-Programs are compiled once per route and shared by all its forwards; what differs from forward to forward is in a Call,
-which travels with the route into recomputations. It knows tensors and module paths, and nothing of adapters.
+Programs are compiled once per route and shared by all its forwards. What differs from forward to forward is in a
+ForwardState, which travels with the route into recomputations. It knows tensors and module paths, and nothing of
+adapters.
 """
 
 from __future__ import annotations
@@ -17,32 +18,37 @@ from kitout.delta import KeyValue
 
 @dataclass(eq=False)
 class ForwardState:
-    """places: by stack, the position of each query among its row's text, [B or 1, T]. rewrite: by table path, what is
-    to be done to the table's next answer or question. leads: by attention path, keys and values of each entry's prompt.
-    leaves: the same cut off from their graph; latest: those of the stack that was run last. back: by stack, for every
-    column of the caller's the widened one, [B, T]; wide: how many those are. recorded: leads have a graph; cut: blocks
-    are recomputed in graphs of their own, which end at the leaves. slotted: takes an image's tokens out of an output.
-    """
+    """The state of one forward."""
 
     token_index: dict[str, Tensor] = field(default_factory=dict)
+    """Tower -> [B or 1, T]: the position of each query in its row's text, counted without virtual tokens."""
     pending_rewrites: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
+    """Path of a table -> what to do to its next output (token table) or input (position table)."""
     prompt_kv: dict[str, list[KeyValue | None]] = field(default_factory=dict)
+    """Path of an attention -> keys and values of each entry's prompt."""
     prompt_kv_leaves: dict[str, list[KeyValue | None]] = field(default_factory=dict)
-    caller_columns: dict[str, Tensor] = field(default_factory=dict)
-    widened_width: dict[str, int] = field(default_factory=dict)
+    """The same, detached from their graph where `has_graph`."""
     last_prompt_kv: dict[str, list[KeyValue | None]] = field(default_factory=dict)
+    """Of the tower that ran last: what goes with the cache it returns."""
+    caller_columns: dict[str, Tensor] = field(default_factory=dict)
+    """Tower -> [B, T]: the column of the widened sequence where each of the caller's columns went."""
+    widened_width: dict[str, int] = field(default_factory=dict)
+    """Tower -> the number of columns of the widened sequence."""
     drop_image_tokens: Callable[[Any], Any] | None = None
+    """Takes the added image tokens out of the model's output."""
     has_graph: bool = False
+    """The prompts' keys have a graph, and blocks will be recomputed."""
     reentrant: bool = False
+    """Blocks are recomputed in graphs of their own, which end at `prompt_kv_leaves`."""
 
 
 class ForwardSlot:
-    """The place where the programs of a route find the Call in progress."""
+    """The place where the programs of a route find the state of the forward in progress."""
 
     __slots__ = ("state",)
 
     def __init__(self) -> None:
         self.state = ForwardState()
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a forward in progress does not travel
+    def __reduce__(self) -> tuple[Any, ...]:  # a forward in progress is not copied
         return ForwardSlot, ()

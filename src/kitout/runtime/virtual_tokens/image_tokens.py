@@ -1,4 +1,4 @@
-"""Tokens among an image's own: put in at a block, overwritten at later ones, taken out after the last.
+"""Visual prompts among an image's tokens: inserted at a block, overwritten at later ones, dropped after the last.
 
 They come after the sequence's first token (the class token); blocks that attend over the whole sequence do not care
 where. Rows with fewer tokens than others, or whose tokens begin at a later block, have slots that nobody attends to.
@@ -27,19 +27,23 @@ FIRST_SLOT = 1  # the slots' first column
 
 @dataclass(frozen=True)
 class ImageTokenGroup:
-    """One adapter's slots in one entry. parts: by block. first: the block at which they begin."""
+    """One adapter's slots in one entry."""
 
     offset: int
+    """Of its first slot among all of the entry."""
     num_tokens: int
+    """How many slots it has."""
     by_block: dict[int, SiteDelta]
+    """What overwrites them, by the number of the block."""
 
     @property
     def first_block(self) -> int:
+        """The block at which they begin."""
         return min(self.by_block)
 
 
 class ImageTokens:
-    """The slots of one stack under one route. entries: what each entry holds."""
+    """The slots of one stack under one route. entries: the groups of each."""
 
     def __init__(
         self, entries: Sequence[Sequence[ImageTokenGroup]], row_plan: RowPlan | None, forward_slot: ForwardSlot
@@ -88,7 +92,7 @@ class ImageTokens:
             return output
         if "feature_maps" in output:
             raise RouteError(
-                "a backbone's feature maps are blocks' inner states, which visual prompts would be part of"
+                "a backbone's feature maps are inner states of its blocks, and would contain the visual prompts"
             )
         states = output.get("hidden_states")
         if isinstance(states, tuple):
@@ -106,9 +110,9 @@ class ImageTokens:
         columns = torch.zeros(len(self.entries), x.shape[1], dtype=torch.bool, device=x.device)
         columns[:, FIRST_SLOT : FIRST_SLOT + self.num_tokens] = True
         for row, each in zip(columns, self.entries, strict=True):
-            for held in each:
-                if held.first_block <= block:
-                    row[FIRST_SLOT + held.offset : FIRST_SLOT + held.offset + held.num_tokens] = False
+            for group in each:
+                if group.first_block <= block:
+                    row[FIRST_SLOT + group.offset : FIRST_SLOT + group.offset + group.num_tokens] = False
         if self.row_plan is None:
             return columns
         return columns[torch.tensor(self.row_plan.repeat_to(x.shape[0]), device=x.device)]
@@ -128,11 +132,11 @@ class ImageTokenBlock:
         out = forward(module, *args, **kwargs) if self.inner is None else self.inner(module, forward, args, kwargs)
         if not self.is_last:
             return out
-        y, whole = unpack_output(out)
-        return repack_output(self.image_tokens.drop(y), whole)
+        y, wrapping = unpack_output(out)
+        return repack_output(self.image_tokens.drop(y), wrapping)
 
     def _check(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """RouteError where the block is told of each token something that the new ones have not."""
+        """RouteError where the block gets something for each token that the new ones do not have."""
         if self.block != self.image_tokens.first_block or x.ndim != 3:
             return
         for value in (*args[1:], *kwargs.values()):

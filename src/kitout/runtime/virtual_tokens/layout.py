@@ -1,8 +1,8 @@
-"""Where prompts and prefixes of one entry of a route come to lie in front of a stack's text, and with what weight.
+"""Which positions the prompts and prefixes of one entry take before a stack's text, and with what weight.
 
-A Stack lays its parts one after the other, a Mix lays them over each other, each ending where the text begins. Weights
-are strengths and Mix shares multiplied; 0 takes a part out altogether. Pure counting: it knows adapters by the lengths
-they add and nothing of tensors, taps or calls.
+A Stack puts its parts one after the other, a Mix puts them over each other, each ending where the text begins.
+Weights are strengths and Mix weights multiplied; 0 leaves a part out. Pure counting: it knows adapters by the lengths
+they add, and nothing of tensors, hooks or calls.
 """
 
 from __future__ import annotations
@@ -18,22 +18,30 @@ from kitout.runtime.routing.route import Mix, RouteEntry, Stack
 
 @dataclass(frozen=True)
 class VirtualTokens:
-    """One adapter's positions. offset: of its first, from the start of all. tokens: a prompt, not a prefix."""
+    """One adapter's positions."""
 
     name: str
+    """The adapter's."""
     weight: float
+    """Of its keys in attention."""
     offset: int
+    """Of its first position, from the start of all virtual tokens."""
     num_tokens: int
+    """How many positions it takes."""
     is_prompt: bool
-    after_first_token: bool = False  # the first token of the text
+    """A prompt, not a prefix."""
+    after_first_token: bool = False
+    """After the first token of the text, not before it."""
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """length: positions in front of the text."""
+    """The virtual tokens of one entry."""
 
     length: int = 0
+    """Positions before the text."""
     items: tuple[VirtualTokens, ...] = ()
+    """What takes them, in order."""
 
     @property
     def prompts(self) -> tuple[VirtualTokens, ...]:
@@ -44,7 +52,7 @@ TokenKind = Literal["prefix", "prompt"]
 
 
 def prefixes_then_prompts(prefixes: TokenLayout, prompts: TokenLayout) -> TokenLayout:
-    """Prefixes, then prompts, then the text: a prompt is text to all else that is worn, wherever a Stack names it."""
+    """Prefixes, then prompts, then the text: a prompt is text to all other adapters, wherever a Stack names it."""
     moved = (replace(i, offset=i.offset + prefixes.length) for i in prompts.items)
     return TokenLayout(prefixes.length + prompts.length, (*prefixes.items, *moved))
 
@@ -76,9 +84,9 @@ def _layout_of_adapter(adapter: Adapter, tower: str, kind: TokenKind, role: str)
     prompts = adapter.prompts.get(tower, []) if kind == "prompt" else []
     prefixes = adapter.prefixes_at(tower, role) if kind == "prefix" else []
     if prompts and adapter.strength != 1.0:
-        raise RouteError(f"{adapter.name!r} has tokens in the sequence: they are there or not, at no strength between")
+        raise RouteError(f"{adapter.name!r} has tokens in the sequence: strength is 1, or use(None) for without")
     if prefixes and adapter.strength < 0:
-        raise RouteError(f"{adapter.name!r} has a prefix: its strength is a weight of attention, and not below 0")
+        raise RouteError(f"{adapter.name!r} has a prefix: its strength is a weight of attention, at least 0")
     if not (prompts or prefixes) or not adapter.strength:
         return TokenLayout()
     delta = (prompts or prefixes)[0].delta
@@ -89,15 +97,15 @@ def _layout_of_adapter(adapter: Adapter, tower: str, kind: TokenKind, role: str)
 
 
 def _overlay(parts: list[tuple[TokenLayout, float]]) -> TokenLayout:
-    parts = [(laid, weight) for laid, weight in parts if laid.items and weight]
-    length = max((laid.length for laid, _ in parts), default=0)
+    parts = [(layout, weight) for layout, weight in parts if layout.items and weight]
+    length = max((layout.length for layout, _ in parts), default=0)
     items: list[VirtualTokens] = []
-    for laid, weight in parts:
-        if laid.prompts:
-            named = ", ".join(repr(i.name) for i in laid.prompts)
-            raise RouteError(f"{named} in a Mix: tokens in the sequence cannot be there in part; use Stack")
+    for layout, weight in parts:
+        if layout.prompts:
+            names = ", ".join(repr(i.name) for i in layout.prompts)
+            raise RouteError(f"{names} in a Mix: tokens in the sequence have no weight; use Stack")
         if weight < 0:
-            raise RouteError(f"a Mix weight of {weight} on a prefix: it is a weight of attention, and not below 0")
-        shift = length - laid.length
-        items += [replace(i, offset=i.offset + shift, weight=i.weight * weight) for i in laid.items]
+            raise RouteError(f"a Mix weight of {weight} on a prefix: it is a weight of attention, at least 0")
+        shift = length - layout.length
+        items += [replace(i, offset=i.offset + shift, weight=i.weight * weight) for i in layout.items]
     return TokenLayout(length, tuple(items))

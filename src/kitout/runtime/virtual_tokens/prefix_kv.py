@@ -1,8 +1,8 @@
 """Prefixes at one attention: the keys and values of every row, put together for the call in progress.
 
-Rows with shorter prefixes than others, or none, have columns they do not see. Strengths and Mix shares become the
-logarithm of a weight on the scores. Keys of prompts (`lead.py`) come in here too. It knows parts, entries and rows;
-how a call is widened is in `attend.py`.
+Rows with shorter prefixes than others, or none, have columns they do not see. Strengths and Mix weights become the
+logarithm of a weight on the scores. Keys of prompts (`prompt_prefill.py`) come in here too. It knows items, entries
+and rows; how a call is extended is in `attention_call.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kitout.base.site import Site
@@ -21,7 +22,7 @@ from kitout.delta import KeyValue
 from kitout.errors import RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, Program, first_tensor
 from kitout.runtime.modules.module_adapter import SiteDelta
-from kitout.runtime.modules.rows import RowPlan
+from kitout.runtime.modules.rows import RowPlan, scatter
 from kitout.runtime.virtual_tokens.attention_call import ExtraKeys, extra_keys_in
 from kitout.runtime.virtual_tokens.forward_state import ForwardSlot
 from kitout.runtime.virtual_tokens.image_tokens import ImageTokens
@@ -29,20 +30,58 @@ from kitout.runtime.virtual_tokens.layout import TokenLayout
 
 
 @dataclass
-class RowKeys:
-    """Keys and values of one item for the rows of one entry, and their places. k, v [b or 1, H, P, d]."""
+class ItemKeys:
+    """Keys and values of one prefix or prompt in one entry."""
 
     k: Tensor
+    """[b or 1, H, P, d]."""
     v: Tensor
+    """Likewise."""
     log_weight: float
+    """Logarithm of the weight of all its keys."""
     offset: int
+    """Of its first position, from the start of all virtual tokens of the entry."""
     after_first_token: bool
+    """The text's first token does not see it."""
+
+    @property
+    def length(self) -> int:
+        return self.k.shape[2]
+
+
+@dataclass
+class RowKeys:
+    """Keys and values of the rows of one entry, with what belongs to each key."""
+
+    k: Tensor
+    """[b, H, P, d]."""
+    v: Tensor
+    """Likewise."""
+    visible: Tensor
+    """[b, 1, Tq or 1, P]: which queries see it."""
+    log_weight: Tensor
+    """[b, 1, 1, P]."""
+    distance: Tensor
+    """[b, P]: its position, counted from the text's first token (negative)."""
+
+    def pad_left(self, length: int) -> RowKeys:
+        """With keys that nobody sees before its own, up to a length."""
+        room = length - self.k.shape[2]
+        keys = [F.pad(t, (0, 0, room, 0)) for t in (self.k, self.v)]
+        return RowKeys(*keys, *(F.pad(t, (room, 0)) for t in (self.visible, self.log_weight, self.distance)))
+
+    @classmethod
+    def gather(cls, entries: Sequence[RowKeys], index: Sequence[Tensor]) -> RowKeys:
+        """All rows of a batch in order: those of entries[i] belong at index[i]."""
+        columns = zip(*(vars(e).values() for e in entries), strict=True)
+        return cls(*(scatter(column, index) for column in columns))
 
 
 class PrefixAttention:
-    """The program of an attention module. parts: by entry, each item's Part here, None where it has none.
+    """The program of an attention module.
 
-    record: takes the attention's own keys and values, under its path. slots: an image's tokens that some rows lack.
+    parts: by entry, each item's part here, None where it has none. kv_recorder: takes the attention's own keys and
+    values, under its path. image_tokens: the added image tokens, which some rows may lack.
     """
 
     def __init__(
@@ -56,13 +95,8 @@ class PrefixAttention:
         kv_recorder: dict[str, KeyValue] | None = None,
         image_tokens: ImageTokens | None = None,
     ) -> None:
-        self.site, self.layouts, self.row_plan, self.forward_slot, self.inner = (
-            site,
-            layouts,
-            row_plan,
-            forward_slot,
-            inner,
-        )
+        self.site, self.layouts, self.row_plan, self.forward_slot = site, layouts, row_plan, forward_slot
+        self.inner = inner
         self.parts, self.kv_recorder, self.image_tokens = parts, kv_recorder, image_tokens
         self.has_relative_bias = site.relative_bias is not None and site.role == "kv.self"
 
@@ -73,129 +107,121 @@ class PrefixAttention:
 
     def _extra(self, x: Tensor) -> ExtraKeys:
         """What this call gets, for x [B, T, d]."""
-        index = None if self.row_plan is None else self.row_plan.index(x.shape[0], x.device)
-        pieces = [self._row_keys(e) for e in range(len(self.layouts))]
-        longest = max(sum(p.k.shape[2] for p in each) for each in pieces)
-        if not longest:
+        items = [self._item_keys(e) for e in range(len(self.layouts))]
+        if not any(item.length for of_entry in items for item in of_entry):
             extra = ExtraKeys()
-        elif index is None:
-            extra = self._for_batch(pieces[0], self.layouts[0], x)
+        elif self.row_plan is None:
+            extra = self._for_batch(items[0], self.layouts[0], x)
         else:
-            extra = self._for_rows(pieces, index, longest, x)
+            extra = self._for_rows(items, self.row_plan.index(x.shape[0], x.device), x)
         if self.kv_recorder is not None:
             extra.on_key_value = self._record_key_value
-        if (
-            self.image_tokens is not None
-            and self.site.layer is not None
-            and self.image_tokens.hides_at(self.site.layer)
-        ):
-            extra.masked_own_keys = self.image_tokens.hidden_columns(x, self.site.layer)
+        layer = self.site.layer
+        if self.image_tokens is not None and layer is not None and self.image_tokens.hides_at(layer):
+            extra.masked_own_keys = self.image_tokens.hidden_columns(x, layer)
         return extra
 
     def _record_key_value(self, k: Tensor, v: Tensor) -> None:
         assert self.kv_recorder is not None
-        each = k.shape[1] // self.site.num_kv_heads  # repeated for groups of queries
-        self.kv_recorder[self.site.path] = k[:, ::each], v[:, ::each]
+        repeats = k.shape[1] // self.site.num_kv_heads  # for groups of queries
+        self.kv_recorder[self.site.path] = k[:, ::repeats], v[:, ::repeats]
 
-    def _row_keys(self, entry: int) -> list[RowKeys]:
-        call = self.forward_slot.state
-        leads = call.prompt_kv_leaves if call.reentrant and torch.is_grad_enabled() else call.prompt_kv
+    def _item_keys(self, entry: int) -> list[ItemKeys]:
+        state = self.forward_slot.state
+        prompt_kv = state.prompt_kv_leaves if state.reentrant and torch.is_grad_enabled() else state.prompt_kv
         result = []
         for item, part in zip(self.layouts[entry].items, self.parts[entry], strict=True):
-            if part is None and not item.is_prompt:
-                continue
             if part is not None:
                 k, v = (t.unsqueeze(0) for t in part.delta.key_values())
-            else:
-                lead = leads.get(self.site.path)
-                if lead is None:
+            elif item.is_prompt:
+                by_entry = prompt_kv.get(self.site.path)
+                if by_entry is None:
                     raise RouteError(f"{self.site.path}: {item.name!r} has no keys here yet: call the model as a whole")
-                pair = lead[entry]
+                pair = by_entry[entry]
                 assert pair is not None
-                k, v = pair
                 start = item.offset - self.layouts[entry].prompts[0].offset
-                k, v = k[:, :, start : start + item.num_tokens], v[:, :, start : start + item.num_tokens]
-            result.append(RowKeys(k, v, math.log(item.weight), item.offset, item.after_first_token))
+                k, v = (t[:, :, start : start + item.num_tokens] for t in pair)
+            else:
+                continue
+            result.append(ItemKeys(k, v, math.log(item.weight), item.offset, item.after_first_token))
         return result
 
-    def _for_batch(self, pieces: Sequence[RowKeys], layout: TokenLayout, x: Tensor) -> ExtraKeys:
-        k, v, log = pieces[0].k, pieces[0].v, None
-        if len(pieces) > 1:
-            k, v = torch.cat([p.k for p in pieces], 2), torch.cat([p.v for p in pieces], 2)
-        if any(p.log_weight for p in pieces):
-            log = torch.cat([torch.full((p.k.shape[2],), p.log_weight, device=x.device) for p in pieces])[
-                None, None, None
-            ]
-        bias = None
+    def _for_batch(self, items: Sequence[ItemKeys], layout: TokenLayout, x: Tensor) -> ExtraKeys:
+        k, v, log_weight = items[0].k, items[0].v, None
+        if len(items) > 1:
+            k, v = torch.cat([i.k for i in items], 2), torch.cat([i.v for i in items], 2)
+        if any(i.log_weight for i in items):
+            log_weight = torch.cat([torch.full((i.length,), i.log_weight, device=x.device) for i in items])
+            log_weight = log_weight[None, None, None]
+        relative_bias = None
         if self.has_relative_bias:
-            spots = torch.cat([torch.arange(p.k.shape[2], device=x.device) + p.offset for p in pieces])[None]
-            bias = partial(self._relative_bias, spots - layout.length)
-        return ExtraKeys(k, v, self._visible_to_queries(pieces), log, bias)
+            positions = torch.cat([torch.arange(i.length, device=x.device) + i.offset for i in items])[None]
+            relative_bias = partial(self._relative_bias, positions - layout.length)
+        return ExtraKeys(k, v, self._visible_to_queries(items), log_weight, relative_bias)
 
-    def _visible_to_queries(self, pieces: Sequence[RowKeys]) -> Tensor | None:
+    def _visible_to_queries(self, items: Sequence[ItemKeys]) -> Tensor | None:
         """The first token of the text does not see a prompt that comes after it."""
-        if not any(p.after_first_token for p in pieces):
+        if not any(i.after_first_token for i in items):
             return None
         past_first = self.forward_slot.state.token_index[self.site.tower][:, None, :, None] > 0  # [B or 1, 1, Tq, 1]
-        return torch.cat([past_first.expand(-1, -1, -1, p.k.shape[2]) | (not p.after_first_token) for p in pieces], -1)
+        return torch.cat([past_first.expand(-1, -1, -1, i.length) | (not i.after_first_token) for i in items], -1)
 
-    def _for_rows(
-        self, pieces: Sequence[Sequence[RowKeys]], index: Sequence[Tensor], longest: int, x: Tensor
-    ) -> ExtraKeys:
-        some = next(p for each in pieces for p in each)
-        heads, width = some.k.shape[1], some.k.shape[3]
-        dtype = some.k.dtype
-        extras: list[ExtraKeys] = []
-        distances = []
-        queries = (
-            self.forward_slot.state.token_index[self.site.tower].shape[1]
-            if any(p.after_first_token for e in pieces for p in e)
-            else 1
-        )
-        for laid, each, rows in zip(self.layouts, pieces, index, strict=True):
-            n, length = len(rows), sum(p.k.shape[2] for p in each)
-            room = longest - length
-            k = v = torch.zeros(n, heads, room, width, dtype=dtype, device=x.device)
-            k = torch.cat([k, *(p.k.to(dtype).expand(n, -1, -1, -1) for p in each)], 2)
-            v = torch.cat([v, *(p.v.to(dtype).expand(n, -1, -1, -1) for p in each)], 2)
-            keep = torch.zeros(n, 1, queries, room, dtype=torch.bool, device=x.device)
-            seen = [self._visible_of(p, rows, queries, x) for p in each]
-            keep = torch.cat([keep, *seen], -1)
-            logs = [torch.zeros(room), *(torch.full((p.k.shape[2],), p.log_weight) for p in each)]
-            log = torch.cat(logs).to(x.device).expand(n, 1, 1, -1)
-            spots = [torch.zeros(room), *(torch.arange(p.k.shape[2]) + p.offset - laid.length for p in each)]
-            distances.append(torch.cat(spots).long().to(x.device).expand(n, -1))
-            extras.append(ExtraKeys(k, v, keep, log))
-        order = torch.cat(tuple(index)).argsort()
-
-        def joined(name: str) -> Tensor:
-            return torch.cat([getattr(e, name) for e in extras]).index_select(0, order)
-
-        keep, log = joined("visible"), joined("log_weight")
-        uneven = (
-            any(p.after_first_token for e in pieces for p in e)
-            or len({sum(p.k.shape[2] for p in e) for e in pieces}) > 1
-        )
-        spots_of_rows = torch.cat(distances).index_select(0, order)
+    def _for_rows(self, items: Sequence[Sequence[ItemKeys]], index: Sequence[Tensor], x: Tensor) -> ExtraKeys:
+        lengths = [sum(i.length for i in of_entry) for of_entry in items]
+        of_all = [i for of_entry in items for i in of_entry]
+        entries = [
+            self._row_keys(of_entry, of_all[0], layout, rows, x).pad_left(max(lengths))
+            for of_entry, layout, rows in zip(items, self.layouts, index, strict=True)
+        ]
+        if any(i.after_first_token for i in of_all):  # of entries with no such item, all queries see the same
+            queries = max(e.visible.shape[2] for e in entries)
+            for e in entries:
+                e.visible = e.visible.expand(-1, -1, queries, -1)
+        rows = RowKeys.gather(entries, index)
+        is_uneven = any(i.after_first_token for i in of_all) or len(set(lengths)) > 1
         return ExtraKeys(
-            joined("k"),
-            joined("v"),
-            keep if uneven else None,
-            log if any(p.log_weight for each in pieces for p in each) else None,
-            partial(self._relative_bias, spots_of_rows) if self.has_relative_bias else None,
+            rows.k,
+            rows.v,
+            rows.visible if is_uneven else None,
+            rows.log_weight if any(i.log_weight for i in of_all) else None,
+            partial(self._relative_bias, rows.distance) if self.has_relative_bias else None,
         )
 
-    def _visible_of(self, row_keys: RowKeys, rows: Tensor, queries: int, x: Tensor) -> Tensor:
-        n, length = len(rows), row_keys.k.shape[2]
-        if not row_keys.after_first_token:
-            return torch.ones(n, 1, queries, length, dtype=torch.bool, device=x.device)
-        places = self.forward_slot.state.token_index[self.site.tower].expand(x.shape[0], -1)[rows]
-        return (places[:, None, :, None] > 0).expand(-1, -1, -1, length)
+    def _row_keys(
+        self, items: Sequence[ItemKeys], like: ItemKeys, layout: TokenLayout, rows: Tensor, x: Tensor
+    ) -> RowKeys:
+        """The items of one entry for its rows, one after the other. like: what an entry without any looks like."""
+        n, device = len(rows), x.device
+        none = torch.zeros(n, like.k.shape[1], 0, like.k.shape[3], dtype=like.k.dtype, device=device)
+        visible = [self._visible_to_rows(i, rows, x) for i in items]
+        queries = max((v.shape[2] for v in visible), default=1)
+        log_weight = [torch.full((i.length,), i.log_weight) for i in items]
+        positions = [torch.arange(i.length) + i.offset - layout.length for i in items]
+        return RowKeys(
+            torch.cat([none, *(i.k.to(none.dtype).expand(n, -1, -1, -1) for i in items)], 2),
+            torch.cat([none, *(i.v.to(none.dtype).expand(n, -1, -1, -1) for i in items)], 2),
+            torch.cat(
+                [
+                    torch.zeros(n, 1, queries, 0, dtype=torch.bool, device=device),
+                    *(v.expand(-1, -1, queries, -1) for v in visible),
+                ],
+                -1,
+            ),
+            torch.cat([torch.zeros(0), *log_weight]).to(device).expand(n, 1, 1, -1),
+            torch.cat([torch.zeros(0, dtype=torch.long), *positions]).to(device).expand(n, -1),
+        )
+
+    def _visible_to_rows(self, item: ItemKeys, rows: Tensor, x: Tensor) -> Tensor:
+        """[b, 1, Tq or 1, P]: which queries of these rows see an item."""
+        if not item.after_first_token:
+            return torch.ones(len(rows), 1, 1, item.length, dtype=torch.bool, device=x.device)
+        token_index = self.forward_slot.state.token_index[self.site.tower].expand(x.shape[0], -1)[rows]
+        return (token_index[:, None, :, None] > 0).expand(-1, -1, -1, item.length)
 
     def _relative_bias(self, key_positions: Tensor) -> Tensor:
-        """The relative bias of keys at `spots` [B or 1, P], counted from the text's first token (negative)."""
-        places = self.forward_slot.state.token_index[self.site.tower]
-        distance = key_positions[:, None, :] - places[:, :, None]  # [B or 1, Tq, P]
+        """The relative bias of keys at positions [B or 1, P], counted from the text's first token (negative)."""
+        token_index = self.forward_slot.state.token_index[self.site.tower]
+        distance = key_positions[:, None, :] - token_index[:, :, None]  # [B or 1, Tq, P]
         farthest = int(-distance.min())
         compute: Any = getattr(self.site.relative_bias, "compute_bias")  # noqa: B009 - nn.Module hides its type
         table = compute(1, farthest + 1, device=key_positions.device, past_seen_tokens=farthest)

@@ -1,6 +1,6 @@
-"""Widening a sequence by prompts, for stacks whose tokens look ahead: placeholders in, prompts over them, outputs back.
+"""Widening a sequence by prompts, before bidirectional blocks: placeholders in, prompts over them, outputs trimmed.
 
-A row of l pads, text and more pads becomes l pads, prompt, text and pads, so the first token stays where it was found
+A row of l pads, text and more pads becomes l pads, prompt, text and pads, so the first token stays where it was
 and rows with shorter prompts are padded at the right. The caller gets back the columns it sent. It knows calls by the
 names transformers gives their arguments.
 """
@@ -26,20 +26,22 @@ MASK_NAME, WIDENED_NAMES = "attention_mask", ("token_type_ids", "position_ids", 
 
 @dataclass(frozen=True)
 class ColumnMap:
-    """source [B, W]: the caller's column each new one comes from. prompt [B, W]: it is a prompt's, number slot.
-    pad [B, W]: it is nobody's. back [B, T]: where the caller's columns went; a pooled prompt's first is where the
-    text's first was.
-    """
+    """Where the columns of a widened sequence come from."""
 
     source: Tensor
+    """[B, W]: the caller's column that each new one comes from."""
     prompt: Tensor
+    """[B, W]: it is a column of a prompt."""
     slot: Tensor
+    """[B, W]: the number of a prompt's column in the prompt."""
     pad: Tensor
+    """[B, W]: it is padding."""
     caller_columns: Tensor
+    """[B, T]: where the caller's columns went; a pooled prompt's first is where the text's first was."""
 
 
 class SequenceWidener:
-    """The prompts of one stack. parts: by entry, in order. crossed: another stack reads what this one gives."""
+    """The prompts of one stack. parts: by entry, in order. read_by_decoder: another stack reads this one's output."""
 
     def __init__(
         self,
@@ -49,13 +51,8 @@ class SequenceWidener:
         row_plan: RowPlan | None,
         read_by_decoder: bool,
     ) -> None:
-        self.tower, self.table, self.parts, self.row_plan, self.read_by_decoder = (
-            tower,
-            table,
-            parts,
-            row_plan,
-            read_by_decoder,
-        )
+        self.tower, self.table, self.parts = tower, table, parts
+        self.row_plan, self.read_by_decoder = row_plan, read_by_decoder
         self.lengths = [sum(p.delta.num_tokens for p in each) for each in parts]
         self.max_length = max(self.lengths)
 
@@ -65,30 +62,28 @@ class SequenceWidener:
         text = ids if ids is not None else embeds
         assert text is not None
         mask = self._mask(call.get(MASK_NAME), text)
-        at = self._columns(mask)
+        columns = self._columns(mask)
         if ids is not None:
-            filler = getattr(getattr(module, "config", None), "pad_token_id", None) or 0
-            new = ids.gather(1, at.source).masked_fill(at.pad, filler)
+            pad_token_id = getattr(getattr(module, "config", None), "pad_token_id", None) or 0
+            new = ids.gather(1, columns.source).masked_fill(columns.pad, pad_token_id)
             first = ids.gather(1, (mask.cumsum(1) == 0).sum(1, keepdim=True).clamp_max(ids.shape[1] - 1))
-            call["input_ids"] = torch.where(at.prompt, first, new)  # an ordinary id, where models count those
-        call[MASK_NAME] = _map_columns(mask, at).masked_fill(at.prompt, 1).to(mask.dtype)
+            call["input_ids"] = torch.where(columns.prompt, first, new)  # an ordinary id, where models count those
+        call[MASK_NAME] = _map_columns(mask, columns).masked_fill(columns.prompt, 1).to(mask.dtype)
         for name in WIDENED_NAMES:
             if isinstance(call.get(name), Tensor):
-                call[name] = _map_columns(call[name].expand(text.shape[0], *call[name].shape[1:]), at)
+                call[name] = _map_columns(call[name].expand(text.shape[0], *call[name].shape[1:]), columns)
         if isinstance(call.get("position_ids"), Tensor):
-            call["position_ids"] = torch.where(at.prompt, at.slot, call["position_ids"])
+            call["position_ids"] = torch.where(columns.prompt, columns.slot, call["position_ids"])
 
         def overwrite(value: Tensor) -> Tensor:
-            return torch.where(at.prompt[..., None], self._vectors(at, value), value)
+            return torch.where(columns.prompt[..., None], self._vectors(columns, value), value)
 
         if embeds is None:
             forward_state.pending_rewrites[self.table] = overwrite
         else:
             call["inputs_embeds"] = overwrite(call["inputs_embeds"])
-        forward_state.caller_columns[self.tower], forward_state.widened_width[self.tower] = (
-            at.caller_columns,
-            at.source.shape[1],
-        )
+        forward_state.caller_columns[self.tower] = columns.caller_columns
+        forward_state.widened_width[self.tower] = columns.source.shape[1]
 
     def widen_mask(self, call: dict[str, Any], forward_state: ForwardState) -> None:
         """The mask of the states that another stack reads, if those have prompts in them."""
@@ -100,16 +95,14 @@ class SequenceWidener:
             raise RouteError(
                 f"the encoder's states have {states.shape[1]} tokens, and the prompt of {self.max_length} "
                 f"before {text} "
-                "would make more: give encoder_outputs of model.get_encoder() under this very route"
+                "would make more: pass encoder_outputs of model.get_encoder() under this very route"
             )
         narrow = torch.ones(states.shape[0], states.shape[1] - self.max_length, dtype=torch.long, device=states.device)
         narrow = self._mask(mask, narrow)
-        at = self._columns(narrow)
-        call["encoder_attention_mask"] = _map_columns(narrow, at).masked_fill(at.prompt, 1).to(narrow.dtype)
-        forward_state.caller_columns[self.tower], forward_state.widened_width[self.tower] = (
-            at.caller_columns,
-            at.source.shape[1],
-        )
+        columns = self._columns(narrow)
+        call["encoder_attention_mask"] = _map_columns(narrow, columns).masked_fill(columns.prompt, 1).to(narrow.dtype)
+        forward_state.caller_columns[self.tower] = columns.caller_columns
+        forward_state.widened_width[self.tower] = columns.source.shape[1]
 
     @staticmethod
     def _mask(mask: Any, text: Tensor) -> Tensor:
@@ -153,7 +146,7 @@ class SequenceWidener:
 
 
 def _map_columns(value: Tensor, columns: ColumnMap) -> Tensor:
-    """A value [B, T, ...] by new columns, zero where nobody's."""
+    """A value [B, T, ...] by new columns, zero in prompts and padding."""
     index = columns.source.reshape(*columns.source.shape, *(1,) * (value.ndim - 2))
     new = value.gather(1, index.expand(-1, -1, *value.shape[2:]))
     return new.masked_fill((columns.pad | columns.prompt).reshape(index.shape), 0)
@@ -169,21 +162,21 @@ class TrimOutput:
         out = forward(module, *args, **kwargs) if self.inner is None else self.inner(module, forward, args, kwargs)
         if isinstance(out, Mapping):
             return trim_output(out, self.forward_slot.state, self.tower)
-        y, whole = unpack_output(out)
-        return repack_output(trim_tensor(y, self.forward_slot.state, self.tower), whole)
+        y, wrapping = unpack_output(out)
+        return repack_output(trim_tensor(y, self.forward_slot.state, self.tower), wrapping)
 
 
 def trim_tensor(value: Tensor, forward_state: ForwardState, tower: str) -> Tensor:
     """[B, W, d] -> [B, T, d]; anything else as it is."""
-    back = forward_state.caller_columns.get(tower)
+    caller_columns = forward_state.caller_columns.get(tower)
     if (
-        back is None
+        caller_columns is None
         or value.ndim != 3
         or value.shape[1] != forward_state.widened_width[tower]
-        or value.shape[0] != back.shape[0]
+        or value.shape[0] != caller_columns.shape[0]
     ):
         return value
-    return value.gather(1, back[..., None].expand(-1, -1, value.shape[2]))
+    return value.gather(1, caller_columns[..., None].expand(-1, -1, value.shape[2]))
 
 
 def trim_output(

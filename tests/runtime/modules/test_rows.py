@@ -1,0 +1,44 @@
+"""Rows outside of the usual call: values replaced between calls, inference mode before training, an encoder alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kitout import IA3, LoRA
+from kitout.errors import RouteError
+from laws.activate import kit_with, run
+from zoo import out
+
+
+def test_gathered_rows_follow_replaced_values() -> None:
+    kit, batch = kit_with("llama", a=LoRA(), b=LoRA())
+    kit.eval()
+    route = ["a", "b"]
+    with kit.use(route):
+        run(kit, batch)
+    new = {k: torch.randn_like(v) for k, v in kit.state_dict().items()}
+    kit.load_state_dict(new, assign=True)
+    with kit.use(route):
+        rows = run(kit, batch)
+    with kit.use("a"):
+        alone = run(kit, {k: v[:1] for k, v in batch.items()})
+    assert torch.allclose(rows[:1], alone, atol=1e-4 * alone.abs().max().item())
+
+
+def test_rows_seen_first_under_inference_mode_can_be_trained() -> None:
+    kit, batch = kit_with("llama", a=LoRA(), i=IA3())
+    with kit.use(["a", "i"]):
+        with torch.inference_mode():
+            kit.base(**batch)
+        out(kit(**batch)).sum().backward()
+    assert all(p.grad is not None for p in kit["i"].parameters())
+
+
+def test_rows_outside_of_a_call_are_not_guessed() -> None:
+    kit, batch = kit_with("t5", a=LoRA(), b=LoRA())
+    ids = batch["input_ids"]
+    with kit.use(["a", "b"]):
+        kit.base.get_encoder()(ids)
+        with pytest.raises(RouteError, match="4 rows"):
+            kit.base.get_encoder()(torch.cat((ids, ids)))

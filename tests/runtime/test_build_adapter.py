@@ -1,0 +1,27 @@
+"""A new adapter: which sites it gets, and where a method has none."""
+
+from __future__ import annotations
+
+import pytest
+
+import kitout
+from kitout import IA3, LoRA
+from kitout.errors import ConfigError, TargetError
+from laws.activate import kit_with, run
+from zoo import ZOO
+
+
+def test_projections_that_share_an_input_share_a_site() -> None:
+    kit, batch = kit_with("gpt2", i=IA3(targets="in:attn.q in:attn.k"))
+    assert len(kit["i"].sites) == len(kit["i"].deltas) == 2
+    assert kit.num_parameters("i").trainable == sum(s.d_out for s in kit["i"].sites)
+    run(kit, batch)
+
+
+def test_lora_is_refused_at_inputs_and_sublayers() -> None:
+    kit = kitout.attach(ZOO["llama"].build())
+    with pytest.raises(ConfigError, match="taken at its input"):
+        kit.add("a", LoRA(dora=True, targets="in:attn.o"))
+    with pytest.raises(TargetError, match="changes a projection"):
+        kit.add("b", LoRA(targets="sub.mlp"))
+    assert kit.names == []
