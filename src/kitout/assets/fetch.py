@@ -19,16 +19,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kitout.errors import Errors, KitoutError
+from kitout.errors import AssetError, Errors
 
 if TYPE_CHECKING:
     from kitout.assets.catalog import Wheel
 
 LogFn = Callable[[str], None]
-
-
-class AssetError(KitoutError, RuntimeError):
-    """An asset that cannot be fetched, does not match its pin or does not unpack as expected."""
 
 
 def compute_sha256(path: Path) -> str:

