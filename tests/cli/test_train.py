@@ -55,7 +55,7 @@ def test_the_schema_is_json() -> None:
     [
         ([], "a run.yaml is required, or --model and --data"),
         (["nowhere.yaml"], "nowhere.yaml is not there"),
-        (["a.yaml", "b.yaml"], "one run.yaml at a time, found a.yaml, b.yaml"),
+        (["a.yaml", "b.yaml"], "one run.yaml at a time, not a.yaml, b.yaml"),
         (["--model", "m"], "data: is required"),
         (["--model", "m", "--data", "d", "trian.lr=1"], "did you mean 'train'?"),
         (["--model", "m", "--data", "d", "--method", "lora"], "did you mean 'LoRA'?"),

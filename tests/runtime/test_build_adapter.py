@@ -20,7 +20,7 @@ def test_projections_that_share_an_input_share_a_site() -> None:
 
 def test_lora_is_refused_at_inputs_and_sublayers() -> None:
     kit = kitout.attach(ZOO["llama"].build())
-    with pytest.raises(ConfigError, match="taken at its input"):
+    with pytest.raises(ConfigError, match="adapted at its input"):
         kit.add("a", LoRA(dora=True, targets="in:attn.o"))
     with pytest.raises(TargetError, match="changes a projection"):
         kit.add("b", LoRA(targets="sub.mlp"))

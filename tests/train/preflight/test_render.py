@@ -153,7 +153,7 @@ def test_it_fits_narrow_terminals() -> None:
 def test_saved(tmp_path: Path) -> None:
     save_pages([replace(PAGE, memory=None, time=float("nan"))], tmp_path)
     values = json.loads((tmp_path / "preflight.json").read_text())
-    assert values["facts"]["splits"][0]["num_examples"] == 59
+    assert values["facts"]["parts"][0]["examples"] == 59
     assert values["count"]["trainable"] == 1000
     assert values["memory"] is values["time"] is None
     assert values["example"] == [["User: hi\nBot: ", False], ["hello", True], ["\n", False]]
