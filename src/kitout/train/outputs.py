@@ -22,7 +22,6 @@ from kitout.evaluate.report import adapter_table, class_plots, html, model_card,
 from kitout.evaluate.report.adapter_table import AdapterRow
 from kitout.evaluate.report.summary import RunSummary
 from kitout.format import format_bytes, format_duration
-from kitout.train.closing import closing_text
 from kitout.train.config import yaml_file
 from kitout.train.config.schema import RunConfig
 from kitout.train.loop.trainer import JobTrainer
@@ -31,6 +30,7 @@ from kitout.train.measure.merge_proof import MergeProof
 from kitout.train.metrics_log import read_metrics
 from kitout.train.objectives.tasks import TASKS
 from kitout.train.preflight.cost_estimate import CostEstimate
+from kitout.train.results_text import results_text
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup import base_model, device
 from kitout.train.setup.prepare import PreparedRun
@@ -65,7 +65,7 @@ def write_outputs(
             f"{run_folder.path} cannot be written ({error}): the trained parameters are kept in its checkpoints; "
             "make room, and the same command finishes the run"
         ) from error
-    if text := closing_text(results):
+    if text := results_text(results):
         log(text)
     for name, comparison in comparisons.items():
         log(f"{name}: {comparison.verdict}" if len(comparisons) > 1 else comparison.verdict)

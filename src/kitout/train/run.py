@@ -30,7 +30,6 @@ from kitout.files.atomic import write_text
 from kitout.files.base_fingerprint import fingerprint
 from kitout.format import format_duration
 from kitout.train import checkpoints, run_folder
-from kitout.train.closing import closing_text
 from kitout.train.config import conflicts
 from kitout.train.config.schema import RunConfig
 from kitout.train.loop import distributed, fsdp
@@ -39,6 +38,7 @@ from kitout.train.measure.merge_proof import check_mergeable, prove_merge
 from kitout.train.preflight import render
 from kitout.train.preflight.collect import collect_pages, collect_statistics
 from kitout.train.preflight.cost_estimate import CostEstimate, estimate_cost
+from kitout.train.results_text import results_text
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup.base_model import Placement, choose_placement
 from kitout.train.setup.prepare import PreparedRun, prepare
@@ -125,7 +125,7 @@ def _resolve_placement(config: RunConfig, folder: RunFolder) -> Placement:
 def _show_finished(folder: RunFolder, log: LogFn) -> Result:
     """A run that is finished, from what it has written."""
     results = json.loads(folder.results.read_text(encoding="utf-8"))
-    if text := closing_text(results):
+    if text := results_text(results):
         log(text)
     log(folder.finished_message())
     return Result(folder.path, figures=results)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kitout.errors import MergeStateError, RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, same_named_subclass
-from kitout.runtime.hooks.fires import UnusedSiteCheck
+from kitout.runtime.hooks.unused_sites import UnusedSiteCheck
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
 from kitout.runtime.state import KitState
 from kitout.runtime.virtual_tokens.widen_sequence import trim_output

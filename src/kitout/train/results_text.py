@@ -25,7 +25,7 @@ MAX_CELL_CHARS = 160  # characters of a text in a cell
 MAX_METRICS = 4  # of each adapter; the report has all
 
 
-def closing_text(results: Mapping[str, Any]) -> str:
+def results_text(results: Mapping[str, Any]) -> str:
     """From results.json; several adapters have their tables one after the other. Empty if there is nothing to show."""
     parts: list[RenderableType] = []
     comparisons = results["comparisons"]
