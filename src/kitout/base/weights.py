@@ -1,13 +1,13 @@
 """The frozen module seen as a matrix: the one file that knows how weights are stored.
 
-Linear [out, in], Conv1D-like [in, out], convolutions [out, in, *kernel], embedding tables [V, d], norm gains stored as
-g or as 1 + g, channel subsets of fused projections, quantized storage. Everything else sees w [d_out, d_in] and
-b [d_out] | None. It knows nothing of adapters, routes or files.
+Linear [out, in], Conv1D-like [in, out], convolutions (`convolutions.py`), embedding tables [V, d], norm gains stored as
+g or as 1 + g, channel subsets of fused projections, quantized storage, computed weights (`parametrized.py`). Everything
+else sees w [d_out, d_in] and b [d_out] | None. It knows nothing of adapters, routes or files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,29 +17,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from kitout.base import convolutions, parametrized
 from kitout.base.site import Site
 from kitout.errors import NotMergeable
+
+Convolution = nn.modules.conv._ConvNd
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+PLAIN_FORWARDS = (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward, *(c.forward for c in CONVOLUTIONS))
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """True where the weight is stored [in, out] (transformers' Conv1D marks itself by `nf`)."""
-    return "nf" in module.__dict__ and "weight" in module._parameters
+    return "nf" in module.__dict__ and ("weight" in module._parameters or parametrized.is_computed(module))
 
 
 def is_plain_float(module: nn.Module) -> bool:
     """True where the weight is an ordinary floating-point tensor (not packed, quantized or a tensor subclass)."""
-    w = module._parameters.get("weight")
+    return _is_plain_float(parametrized.weight_or_bias(module, "weight"))
+
+
+def _is_plain_float(w: Tensor | None) -> bool:
     return w is not None and type(w.data) is Tensor and w.is_floating_point() and w.dtype.itemsize >= 2
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
     """The module's weight as a [d_out, d_in] view in its own dtype; raises NotMergeable for quantized storage."""
-    w = module._parameters.get("weight")
-    if w is None or not is_plain_float(module):
+    w = parametrized.weight_or_bias(module, "weight")
+    if w is None or not _is_plain_float(w):
         kind = type(w.data).__name__ if w is not None else "no parameter named weight"
         raise NotMergeable(f"{type(module).__name__} stores its weight as {kind}, not as plain floating-point values")
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        raise NotMergeable(f"{type(module).__name__} has no place for a change of its weight as a matrix")
+    if isinstance(module, Convolution):
+        return convolutions.kernel_to_matrix(module, w)
     return as_matrix(w, is_transposed(module))
 
 
@@ -55,26 +63,40 @@ def is_transposed(module: nn.Module) -> bool:
 
 def bias(module: nn.Module) -> Tensor | None:
     """The module's bias [d_out], or None."""
-    return module._parameters.get("bias")
+    return parametrized.weight_or_bias(module, "bias")
 
 
-def apply_weight(site: Site, x: Tensor, w: Tensor) -> Tensor:
+def apply_weight(site: Site, x: Tensor, w: Tensor, size: Sequence[int] | None = None) -> Tensor:
     """The site's own linear map with other weights: x as the module takes it, w [r, d_in] -> [..., r], channels last.
 
-    d_in is the width of the flattened weight: in * kernel for a convolution, the vocabulary for an embedding.
+    d_in is the width of the flattened weight: in / groups * kernel for a convolution, the vocabulary for an embedding.
+    size: of a convolution's output.
     """
     module = site.module
     if isinstance(module, nn.Embedding):
         return F.embedding(x, w.T, module.padding_idx)
     if site.kind == "conv":
-        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(module.kernel_size)]
-        kernel = w.view(w.shape[0], -1, *module.kernel_size)
-        if module.padding_mode != "zeros":
-            x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-            return conv(x, kernel, None, module.stride, 0, module.dilation, module.groups).movedim(1, -1)
-        return conv(x, kernel, None, module.stride, module.padding, module.dilation, module.groups).movedim(1, -1)
+        assert isinstance(module, Convolution)
+        return convolutions.convolve(module, x, w, size)
     return F.linear(x, w)
+
+
+def apply_low_rank(site: Site, x: Tensor, a: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """`apply_weight` for B A without forming the product where that saves work: a [r, d_in], b [d_out, r], y the
+    module's own output, channels last. In a grouped convolution every group has its own rows of B and all of A.
+    """
+    module, size = site.module, y.shape[1:-1]
+    if not (isinstance(module, Convolution) and module.groups > 1):
+        return F.linear(apply_weight(site, x, a, size), b)
+    index = site.channel_index
+    if index is not None:  # the groups divide the whole output
+        b = b.new_zeros(module.out_channels, b.shape[1]).index_put((torch.arange(module.out_channels)[index],), b)
+    if module.groups * a.shape[0] < module.out_channels:
+        h = apply_weight(site, x, a.repeat(module.groups, 1), size).unflatten(-1, (module.groups, -1))
+        change = torch.einsum("...gr,gor->...go", h, b.unflatten(0, (module.groups, -1))).flatten(-2)
+    else:
+        change = apply_weight(site, x, b @ a, size)
+    return change if index is None else change[..., index]
 
 
 @torch.no_grad()
@@ -83,15 +105,16 @@ def check_is_linear(site: Site) -> None:
     convolutions that standardize their kernel. Classes with a forward of their own are tried on random input.
     """
     module, forward = site.module, unhooked_forward(site.module)
-    if forward in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward):
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise NotMergeable(f"{type(module).__name__} shortens the rows it looks up to {module.max_norm:g} (max_norm)")
+    if forward in PLAIN_FORWARDS:
         return
     w = weight_matrix(module)
     generator = torch.Generator().manual_seed(0)
     if isinstance(module, nn.Embedding):
         x = torch.arange(min(8, module.num_embeddings))
-    elif site.kind == "conv":
-        channels, *kernel = module.get_parameter("weight").shape[1:]
-        x = torch.randn(2, channels * getattr(module, "groups", 1), *(4 * k for k in kernel), generator=generator)
+    elif isinstance(module, Convolution):
+        x = torch.randn(2, module.in_channels, *convolutions.smallest_input(module), generator=generator)
     else:
         x = torch.randn(2, w.shape[1], generator=generator)  # a sublayer's site may read something narrower
     x = x.to(w.device, w.dtype) if x.is_floating_point() else x.to(w.device)
@@ -106,15 +129,40 @@ def check_is_linear(site: Site) -> None:
 
 
 def fan_in(site: Site) -> int:
-    """Width of the flattened weight's input axis (see `apply_weight`)."""
+    """Width of the flattened weight's input axis (see `apply_weight`); at a module's input, that of its channels."""
     module = site.module
+    if site.port == "in":
+        return site.d_in
     if isinstance(module, nn.Embedding):
         return module.num_embeddings
-    if site.kind == "conv":
-        weight = module._parameters["weight"]
-        assert weight is not None
-        return weight[0].numel()
-    return site.d_in
+    return convolutions.matrix_width(module) if isinstance(module, Convolution) else site.d_in
+
+
+def scale_input(module: nn.Module, w: Tensor, scale: Tensor) -> Tensor:
+    """The matrix for which the module's input is multiplied by a factor per channel."""
+    if not isinstance(module, Convolution):
+        return w * scale
+    scale = scale.unflatten(0, (module.groups, 1, -1, 1))
+    return (convolutions.by_channel(module, w) * scale).view_as(w)
+
+
+def map_input(module: nn.Module, w: Tensor, matrix: Tensor) -> Tensor:
+    """The matrix for which the module's input, channel by channel, is multiplied by this square matrix."""
+    if not isinstance(module, Convolution):
+        return w @ matrix
+    if module.groups > 1:
+        raise NotMergeable(f"a map of all input channels has no place in a convolution of {module.groups} groups")
+    return torch.einsum("goik,ij->gojk", convolutions.by_channel(module, w), matrix).reshape(w.shape)
+
+
+def shift_input(module: nn.Module, w: Tensor, shift: Tensor) -> Tensor:
+    """What the bias gains where the module's input gains this shift per channel."""
+    if not isinstance(module, Convolution):
+        return w @ shift
+    if bool(shift.any()) and not convolutions.sees_every_channel_everywhere(module):
+        raise NotMergeable("a shift of the input is no bias at the edges, which are padded with zeros or cut")
+    shift = shift.unflatten(0, (module.groups, 1, -1, 1))
+    return (convolutions.by_channel(module, w) * shift).sum((2, 3)).flatten()
 
 
 @contextmanager
@@ -185,8 +233,8 @@ class FrozenModule:
         y: Tensor = unhooked_forward(self.site.post_norm)(self.site.post_norm, x)
         return y
 
-    def apply_weight(self, x: Tensor, w: Tensor) -> Tensor:
-        return apply_weight(self.site, x, w)
+    def apply_low_rank(self, x: Tensor, a: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        return apply_low_rank(self.site, x, a, b, y)
 
 
 def norm_gain_offset(module: nn.Module) -> float:
@@ -214,21 +262,26 @@ def norm_gain_offset(module: nn.Module) -> float:
     raise NotMergeable(f"{type(module).__name__} is neither gain * norm(x) nor (1 + gain) * norm(x)")
 
 
-def replace_weight(module: nn.Module, w: Tensor, b: Tensor | None) -> None:
-    """Give a linear, convolution or embedding new weights, [d_out, d_in] and [d_out] in fp32, cast to its dtype.
+def parameters_for_matrix(
+    module: nn.Module, new: tuple[Tensor, Tensor | None], old: tuple[Tensor, Tensor | None]
+) -> dict[str, Tensor]:
+    """The parameters, by dotted name, that give a linear, convolution or embedding this weight [d_out, d_in] and bias.
 
-    The Parameters are new objects: a tied partner keeps the old values, and the old ones can be restored bit-identical.
+    Only those that differ from the old ones. NotMergeable where the module has no place for them.
     """
-    old = module._parameters["weight"]
-    assert old is not None
+    w, b = new
+    values: dict[str, Tensor] = {}
     if isinstance(module, nn.Embedding):
         w, b = (w if b is None else w + b[:, None]), None
-    stored = w.T if isinstance(module, nn.Embedding) or is_conv1d(module) else w.view(old.shape)
-    module._parameters["weight"] = _new_parameter(stored, old)
-    if b is not None:
-        if "bias" not in module._parameters:
-            raise NotMergeable(f"{type(module).__name__} has no place for a bias")
-        module._parameters["bias"] = _new_parameter(b, old)
+    if not torch.equal(w, old[0]):
+        if isinstance(module, Convolution):
+            stored = convolutions.matrix_to_kernel(module, w)
+        else:
+            stored = w.T if is_transposed(module) else w.reshape(parametrized.weight_or_bias(module, "weight").shape)  # type: ignore[union-attr]
+        values |= parametrized.parameters_for(module, "weight", stored)
+    if b is not None and (old[1] is None or not torch.equal(b, old[1])):
+        values |= parametrized.parameters_for(module, "bias", b)
+    return values
 
 
 def fold_into_norm(
@@ -255,9 +308,12 @@ def replace_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
         owner, last = _owner_of(module, name)
         old = owner._parameters[last]
         if old is None:
-            old = next(p for p in owner._parameters.values() if p is not None)
+            old = next(owner.parameters())
         owner._parameters[last] = _new_parameter(value, old)
 
 
 def _new_parameter(value: Tensor, old: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(value.detach().to(old.device, old.dtype).contiguous(), requires_grad=False)
+    new = value.detach().to(old.device, old.dtype).contiguous()
+    if not (is_finite := new.isfinite()).all() and not (new.shape == old.shape and (is_finite | ~old.isfinite()).all()):
+        raise NotMergeable(f"the merged values are more than {old.dtype} can hold")
+    return nn.Parameter(new, requires_grad=False)
