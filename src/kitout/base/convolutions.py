@@ -49,6 +49,11 @@ def by_channel(module: nn.modules.conv._ConvNd, matrix: Tensor) -> Tensor:
     return rows.unflatten(2, (module.in_channels // module.groups, -1))
 
 
+def scale_channels(module: nn.modules.conv._ConvNd, matrix: Tensor, scale: Tensor) -> Tensor:
+    """The matrix for which every input channel is multiplied by a factor of its own."""
+    return (by_channel(module, matrix) * scale.unflatten(0, (module.groups, 1, -1, 1))).view_as(matrix)
+
+
 def convolve(module: nn.modules.conv._ConvNd, x: Tensor, matrix: Tensor, size: Sequence[int] | None = None) -> Tensor:
     """The module's own map with another kernel, given as a matrix, and no bias -> channels last.
 

@@ -7,23 +7,20 @@ else sees w [d_out, d_in] and b [d_out] | None. It knows nothing of adapters, ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from kitout.base import convolutions, parametrized
+from kitout.base import convolutions, own_forward, parametrized
+from kitout.base.own_forward import PLAIN_FORWARDS, owner_of, swapped_parameters, unhooked_forward
 from kitout.base.site import Site
-from kitout.errors import NotMergeable
+from kitout.errors import NotMergeable, TargetError
 
 Convolution = nn.modules.conv._ConvNd
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-PLAIN_FORWARDS = (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward, *(c.forward for c in CONVOLUTIONS))
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -81,17 +78,29 @@ def apply_weight(site: Site, x: Tensor, w: Tensor, size: Sequence[int] | None = 
     return F.linear(x, w)
 
 
-def apply_low_rank(site: Site, x: Tensor, a: Tensor, b: Tensor, y: Tensor) -> Tensor:
+def apply_low_rank(site: Site, x: Tensor, a: Tensor, b: Tensor, y: Tensor, by_own_forward: bool = False) -> Tensor:
     """`apply_weight` for B A without forming the product where that saves work: a [r, d_in], b [d_out, r], y the
     module's own output, channels last. In a grouped convolution every group has its own rows of B and all of A.
+
+    by_own_forward: of a convolution whose class has one of its own.
     """
     module, size = site.module, y.shape[1:-1]
-    if not (isinstance(module, Convolution) and module.groups > 1):
-        return F.linear(apply_weight(site, x, a, size), b)
+    if not isinstance(module, Convolution):
+        return F.linear(apply_weight(site, x, a), b)
+    if module.groups == 1 and not by_own_forward:
+        change = F.linear(apply_weight(site, x, a, size), b)
+        if change.shape[:-1] != y.shape[:-1]:
+            raise TargetError(
+                f"{site.path}: {type(module).__name__} pads or crops by a forward of its own and is not linear in its "
+                "weight, so a change of its weight cannot be added; choose a method that acts on outputs (IA3, SSF)"
+            )
+        return change
     index = site.channel_index
     if index is not None:  # the groups divide the whole output
         b = b.new_zeros(module.out_channels, b.shape[1]).index_put((torch.arange(module.out_channels)[index],), b)
-    if module.groups * a.shape[0] < module.out_channels:
+    if by_own_forward:
+        change = own_forward.run_with(module, x, b @ a).movedim(1, -1)
+    elif module.groups * a.shape[0] < module.out_channels:
         h = apply_weight(site, x, a.repeat(module.groups, 1), size).unflatten(-1, (module.groups, -1))
         change = torch.einsum("...gr,gor->...go", h, b.unflatten(0, (module.groups, -1))).flatten(-2)
     else:
@@ -110,17 +119,20 @@ def check_is_linear(site: Site) -> None:
     if forward in PLAIN_FORWARDS:
         return
     w = weight_matrix(module)
+    if isinstance(module, Convolution):
+        if not own_forward.is_linear(module):
+            raise NotMergeable(
+                f"{type(module).__name__} is not linear in its weight, so no weight gives the same function"
+            )
+        return
     generator = torch.Generator().manual_seed(0)
     if isinstance(module, nn.Embedding):
         x = torch.arange(min(8, module.num_embeddings))
-    elif isinstance(module, Convolution):
-        x = torch.randn(2, module.in_channels, *convolutions.smallest_input(module), generator=generator)
     else:
         x = torch.randn(2, w.shape[1], generator=generator)  # a sublayer's site may read something narrower
     x = x.to(w.device, w.dtype) if x.is_floating_point() else x.to(w.device)
     y, expected, b = forward(module, x), apply_weight(site, x, w), bias(module)
     expected = expected if b is None else expected + b
-    y = y.movedim(1, -1) if site.channels_first else y
     tolerance = 1e-4 if w.dtype.itemsize > 2 else 3e-2
     if y.shape != expected.shape or (y - expected).abs().max() > tolerance * expected.abs().max():
         raise NotMergeable(
@@ -142,8 +154,7 @@ def scale_input(module: nn.Module, w: Tensor, scale: Tensor) -> Tensor:
     """The matrix for which the module's input is multiplied by a factor per channel."""
     if not isinstance(module, Convolution):
         return w * scale
-    scale = scale.unflatten(0, (module.groups, 1, -1, 1))
-    return (convolutions.by_channel(module, w) * scale).view_as(w)
+    return convolutions.scale_channels(module, w, scale)
 
 
 def map_input(module: nn.Module, w: Tensor, matrix: Tensor) -> Tensor:
@@ -159,36 +170,11 @@ def shift_input(module: nn.Module, w: Tensor, shift: Tensor) -> Tensor:
     """What the bias gains where the module's input gains this shift per channel."""
     if not isinstance(module, Convolution):
         return w @ shift
-    if bool(shift.any()) and not convolutions.sees_every_channel_everywhere(module):
+    pads = unhooked_forward(module) not in PLAIN_FORWARDS or not convolutions.sees_every_channel_everywhere(module)
+    if pads and bool(shift.any()):
         raise NotMergeable("a shift of the input is no bias at the edges, which are padded with zeros or cut")
     shift = shift.unflatten(0, (module.groups, 1, -1, 1))
     return (convolutions.by_channel(module, w) * shift).sum((2, 3)).flatten()
-
-
-@contextmanager
-def swapped_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The module with other values for some of its parameters, restored afterwards. Names may be of its children's."""
-    owners = {name: _owner_of(module, name) for name in values}
-    originals = {name: owner._parameters[last] for name, (owner, last) in owners.items()}
-    try:
-        for name, (owner, last) in owners.items():
-            owner._parameters[last] = values[name]  # type: ignore[assignment]
-        yield
-    finally:
-        for name, (owner, last) in owners.items():
-            owner._parameters[last] = originals[name]
-
-
-def _owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that a dotted parameter name leads to, and the last part of the name."""
-    path, _, last = name.rpartition(".")
-    return module.get_submodule(path), last
-
-
-def unhooked_forward(module: nn.Module) -> Callable[..., Any]:
-    """The frozen module's own forward, without what kitout adds to its class; it takes the module first."""
-    forward: Callable[..., Any] = getattr(type(module), "frozen_forward", type(module).forward)
-    return forward
 
 
 @dataclass(eq=False)
@@ -201,6 +187,13 @@ class FrozenModule:
     """Arguments of the module's call in progress, for Deltas that replace the call."""
     call_kwargs: dict[str, Any] = field(default_factory=dict, init=False)
     """Keyword arguments of that call."""
+
+    by_own_forward: bool = field(default=False, init=False)
+    """A convolution that is linear, by a forward of its own."""
+
+    def __post_init__(self) -> None:
+        module = self.site.module
+        self.by_own_forward = isinstance(module, Convolution) and own_forward.is_linear(module)
 
     def clear_call(self) -> None:
         """Forget the call: it is over."""
@@ -234,7 +227,7 @@ class FrozenModule:
         return y
 
     def apply_low_rank(self, x: Tensor, a: Tensor, b: Tensor, y: Tensor) -> Tensor:
-        return apply_low_rank(self.site, x, a, b, y)
+        return apply_low_rank(self.site, x, a, b, y, self.by_own_forward)
 
 
 def norm_gain_offset(module: nn.Module) -> float:
@@ -305,7 +298,7 @@ def fold_into_norm(
 def replace_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Give a module new parameters, cast to the dtype of the old ones. Names may be of its children's."""
     for name, value in values.items():
-        owner, last = _owner_of(module, name)
+        owner, last = owner_of(module, name)
         old = owner._parameters[last]
         if old is None:
             old = next(owner.parameters())

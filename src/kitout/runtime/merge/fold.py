@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kitout.base import weights
+from kitout.base.own_forward import check_blends, swapped_parameters
 from kitout.base.site import Site
 from kitout.errors import Errors, NotMergeable
 from kitout.runtime.adapter import Adapter, conflict_with_head
@@ -115,10 +116,23 @@ def _fold_module(term: Term, module_adapters: Sequence[ModuleAdapter], changed: 
             return FoldedWeights({}, head=delta.module)
     if any(isinstance(part.delta, Head) for part in parts):
         raise NotMergeable("a head in a Mix, or before another adapter, is a blend of two modules")
-    with weights.swapped_parameters(site.module, changed):
+    with swapped_parameters(site.module, changed):
+        for part in _blended_copies(term):
+            check_blends(site.module, site.d_in, part.delta.parameter_values() or {})
         if site.kind in MATRICES:
             return FoldedWeights(_fold_matrix(site, term, module_adapters))
         return FoldedWeights(_fold_parameters(site, term, module_adapters))
+
+
+def _blended_copies(term: Term, is_mixed: bool = False) -> list[SiteDelta]:
+    """The parts that replace the module, but not as a whole."""
+    if isinstance(term, Single):
+        strength, parts = term.module_adapter.strength, term.module_adapter.on_output
+        return [p for p in parts if p.delta.replaces_module and (is_mixed or strength not in (0.0, 1.0))]
+    if isinstance(term, TermSequence):
+        return [part for inner in term.terms for part in _blended_copies(inner, is_mixed)]
+    assert isinstance(term, WeightedSum)
+    return [part for inner, _ in term.terms for part in _blended_copies(inner, True)]
 
 
 def _fold_matrix(site: Site, term: Term, module_adapters: Sequence[ModuleAdapter]) -> dict[str, Tensor]:
@@ -130,7 +144,7 @@ def _fold_matrix(site: Site, term: Term, module_adapters: Sequence[ModuleAdapter
     names = dict.fromkeys(n for m in module_adapters for part in m.on_parameters for n in part.site.parameter_names)
     own = {name: module.get_parameter(name) for name in names}
     swapped = term.map_parameters({name: p.to(working_dtype(p)) for name, p in own.items()})
-    with weights.swapped_parameters(module, swapped):
+    with swapped_parameters(module, swapped):
         w, b = weights.weight_matrix(module), weights.bias(module)
         start = w.to(working_dtype(w)), None if b is None else b.to(working_dtype(w))
         new = fold_term(term, start, start)

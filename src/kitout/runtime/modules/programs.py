@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kitout.base.weights import FrozenModule, swapped_parameters
+from kitout.base.own_forward import swapped_parameters
+from kitout.base.weights import FrozenModule
 from kitout.delta import Delta
 from kitout.runtime.hooks.class_swap import ForwardFn, first_tensor, replace_first_tensor
 from kitout.runtime.modules.module_adapter import InputRelay
