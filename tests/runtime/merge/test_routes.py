@@ -8,7 +8,7 @@ from torch import nn
 
 from kitout import IA3, SSF, BitFit, FullFineTuning, LoRA, Mix, PartialFineTuning, PrefixTuning, Stack
 from kitout.errors import NotMergeable, RouteError, UnknownAdapter
-from laws.activate import assert_same, kit_with, run
+from laws.activate import assert_same, kit_with, run, untrivial
 
 LINEARS = "attn.v attn.o mlp.down"
 METHODS = {
@@ -55,12 +55,12 @@ def test_merged_equals_active(name: str) -> None:
 
 def test_what_does_not_fold_is_named() -> None:
     kit, _ = kit_with("llama", **METHODS, prefix=PrefixTuning(length=3))
-    kit.add("head", LoRA(rank=2), heads={"lm_head": nn.Linear(48, 99, bias=False)})
+    kit.add("head", LoRA(rank=2), heads={"lm_head": nn.Sequential(nn.Linear(48, 99), nn.Tanh())})
     for entry, message in (
         (Mix({"lora": 0.5, "prefix": 0.5}), r"Mix\(\{'lora': 0.5, 'prefix': 0.5\}\).*virtual tokens"),
         (Stack("lora", "prefix"), "'lora' then 'prefix'.*virtual tokens"),
         (Mix({"ia3": 0.5, "dora": 0.5}), "attn.o.*DoRADelta depends on the weight itself"),
-        (Mix({"lora": 0.5, "head": 0.5}), "lm_head.*a head in a Mix"),
+        (Mix({"lora": 0.5, "head": 0.5}), "lm_head.*a head in part .* is a blend of two modules"),
     ):
         for merge in (kit.merge, kit.merged_copy):
             with pytest.raises(NotMergeable, match=f"(?s){message}"):
@@ -76,3 +76,24 @@ def test_the_names_of_a_merged_mix() -> None:
     kit, _ = kit_with("llama", **METHODS)
     kit.merge("norms", Mix({"lora": 0.7, Stack("dora", "bitfit"): 0.4}))
     assert kit.merged == ("norms", "lora", "dora", "bitfit")
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_heads_that_are_linears_in_part(has_bias: bool) -> None:
+    kit, batch = kit_with("bert", on_head=LoRA(rank=2, alpha=3, targets="head"))
+    for name in ("a", "b"):
+        head = nn.Linear(48, 5, bias=has_bias)
+        untrivial(kit.add(name, LoRA(rank=2, alpha=3), heads={"classifier": head}, seed=0))
+    for entry, strength in (
+        (Mix({"a": 0.6, "b": 0.3}), 1.0),
+        ("a", 0.7),
+        (Stack("a", "on_head"), 1.0),
+        (Stack("a", Mix({"b": 0.5, "on_head": 0.8})), 0.6),
+    ):
+        kit.strength("a", strength)
+        with kit.use(entry):
+            want = run(kit, batch)
+        kit.merge(entry)
+        assert_same(run(kit, batch), want, what=f"merged {entry}")
+        kit.unmerge()
+        assert_same(run(kit.merged_copy(entry), batch), want, what=f"a copy of {entry}")

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from kitout.base import weights
-from kitout.base.own_forward import check_blends, swapped_parameters
+from kitout.base.own_forward import check_blends, swapped_parameters, unhooked_forward
 from kitout.base.site import Site
 from kitout.errors import Errors, NotMergeable
 from kitout.runtime.adapter import Adapter, conflict_with_head
-from kitout.runtime.head import Head
+from kitout.runtime.head import BLENDED, Head
 from kitout.runtime.merge.mixed_inputs import fold_sum
 from kitout.runtime.merge.pairs import WeightBias, add_change, fold_adapter, working_dtype
 from kitout.runtime.modules.module_adapter import ModuleAdapter, SiteDelta
@@ -110,12 +110,12 @@ def _fold_module(term: Term, module_adapters: Sequence[ModuleAdapter], changed: 
         last = last.terms[-1]
     if isinstance(last, Single) and last.module_adapter.on_output:
         delta = last.module_adapter.on_output[-1].delta
-        if isinstance(delta, Head):
-            if last.module_adapter.strength != 1.0:
-                raise NotMergeable(f"a head at strength {last.module_adapter.strength:g} is a blend of two modules")
+        if isinstance(delta, Head) and last.module_adapter.strength == 1.0:
             return FoldedWeights({}, head=delta.module)
     if any(isinstance(part.delta, Head) for part in parts):
-        raise NotMergeable("a head in a Mix, or before another adapter, is a blend of two modules")
+        if unhooked_forward(site.module) is not nn.Linear.forward:
+            raise NotMergeable(BLENDED)
+        site = site.replace(kind="linear")
     with swapped_parameters(site.module, changed):
         for part in _blended_copies(term):
             check_blends(site.module, site.d_in, part.delta.parameter_values() or {})
