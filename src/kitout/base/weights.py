@@ -37,6 +37,11 @@ def _is_plain_float(w: Tensor | None) -> bool:
     return w is not None and type(w.data) is Tensor and w.is_floating_point() and w.dtype.itemsize >= 2
 
 
+def floating_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype of a module's first floating-point parameter; the default where it has none."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
+
+
 def weight_matrix(module: nn.Module) -> Tensor:
     """The module's weight as a [d_out, d_in] view in its own dtype; raises NotMergeable for quantized storage."""
     w = parametrized.weight_or_bias(module, "weight")

@@ -118,6 +118,11 @@ class Adapter(nn.Module):
         assert isinstance(delta, Delta)
         return delta
 
+    def heads_by_path(self) -> dict[str, nn.Module]:
+        """The modules that replace modules of the model, by their paths."""
+        heads = ((path.replace("/", "."), head) for path, head in self.heads.items())
+        return {path: head.module for path, head in heads if isinstance(head, Head)}
+
     @property
     def strength(self) -> float:
         return self._strength

@@ -53,6 +53,7 @@ def build_adapter(
         raise ConfigError(f"add() takes a method with its settings, such as LoRA(rank=8), found {method!r}")
     state.check_unmerged(f"adding {name!r}")
     head_sites = [head_site(state, path) for path in heads]
+    _check_heads_run(state, name, heads)
     heads = {path: check_head(state, path, module) for path, module in heads.items()}
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ConfigError(f"seed must be a whole number or None, found {seed!r}")
@@ -173,7 +174,8 @@ def head_site(state: KitState, path: str) -> Site:
     if module is state.base:
         paths = [p for p, _ in state.base.named_modules()]
         raise TargetError(f"heads: the model has no module {path!r}: {suggest(path, paths)}")
-    return Site(path=path, role="head", d_in=0, d_out=0, kind="other", module=module, batch_relation="batch")
+    own = [s.batch_relation for s in state.survey.sites if s.path == path and s.channels is None]
+    return Site(path=path, role="head", d_in=0, d_out=0, kind="other", module=module, batch_relation=[*own, "batch"][0])
 
 
 def check_head(state: KitState, path: str, module: object) -> nn.Module:
@@ -186,6 +188,16 @@ def check_head(state: KitState, path: str, module: object) -> nn.Module:
         if "_kitout_hook" in child.__dict__:
             unhook(child)
     return module.requires_grad_(True)
+
+
+def _check_heads_run(state: KitState, name: str, heads: Iterable[str]) -> None:
+    """UnusedSite for a head in place of a module that never runs (a table that only lends its values to others)."""
+    for path in heads:
+        if state.survey.proven and not any(f"{p}.".startswith(f"{path}.") for p in state.survey.execution_order):
+            raise UnusedSite(
+                f"adapter {name!r}: {path} never runs in this model's forward, so a head in its place would have no "
+                "effect; give the path of a module that runs (see print(kit))"
+            )
 
 
 def move_to_sites(state: KitState, adapter: Adapter) -> None:

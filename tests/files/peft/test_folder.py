@@ -144,6 +144,21 @@ CASES = {
     "vit-conv-ia3": Case("vit", ia3(target_modules=["projection", "k_proj"], feedforward_modules=[]), IA3),
     "vit-conv-in-ia3": Case("vit", ia3(target_modules=["projection"], feedforward_modules=["projection"]), IA3),
     "swin": Case("swin", lora(target_modules=["q_proj", "reduction"])),
+    "llama-embed-head": Case(
+        "llama", lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), heads=("model.embed_tokens",)
+    ),
+    "llama-tied-embed-head": Case(
+        "llama-tied", lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), heads=("model.embed_tokens",)
+    ),
+    "llama-tied-both-heads": Case(
+        "llama-tied", lora(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+        heads=("lm_head", "model.embed_tokens"),
+    ),
+    "gpt2-both-heads": Case(
+        "gpt2", lora(target_modules=["c_attn"], modules_to_save=["wte", "lm_head"], fan_in_fan_out=True),
+        heads=("lm_head", "transformer.wte"),
+    ),
+    "t5-embed-head": Case("t5", lora(target_modules=["q"], modules_to_save=["shared"]), heads=("shared",)),
 }  # fmt: skip
 
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from kitout.errors import MergeStateError, RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, same_named_subclass
+from kitout.runtime.hooks.token_tables import CHANGES_TABLES, is_resize_to_own_size, tables_change
 from kitout.runtime.hooks.unused_sites import UnusedSiteCheck
+from kitout.runtime.output_width import output_width_of
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
 from kitout.runtime.state import KitState
 from kitout.runtime.virtual_tokens.widen_sequence import trim_output
@@ -51,6 +53,9 @@ def model_class(base: type[nn.Module]) -> type[nn.Module]:
     }
     if hasattr(base, "generate"):
         members["generate"] = _bounded(base.generate, _model_generate)
+    for name in CHANGES_TABLES:
+        if hasattr(base, name):
+            members[name] = _bounded(getattr(base, name), _model_changes_tables)
     return same_named_subclass(base, members)
 
 
@@ -91,7 +96,11 @@ def _model_forward(model: Any, frozen_forward: ForwardFn, args: tuple[Any, ...],
         _check_cache(active, compiled, kwargs)
         active.depth += 1
         try:
-            with UnusedSiteCheck(state) if state.unproven else nullcontext():
+            width = compiled.output_width
+            with (
+                UnusedSiteCheck(state) if state.unproven else nullcontext(),
+                nullcontext() if width is None else output_width_of(width, kwargs.get("labels")),
+            ):
                 output = frozen_forward(model, *args, **kwargs)
         finally:
             active.depth -= 1
@@ -113,12 +122,23 @@ def _model_generate(model: Any, frozen_generate: ForwardFn, args: tuple[Any, ...
         active.generating += 1
         outer = active.caller_gave_no_positions
         active.caller_gave_no_positions = kwargs.get("position_ids") is None
+        width = compiled.output_width
         try:
-            return frozen_generate(model, *args, **kwargs)
+            with nullcontext() if width is None else output_width_of(width, None):
+                return frozen_generate(model, *args, **kwargs)
         finally:
             active.generating -= 1
             active.caller_gave_no_positions = outer
             _reset_rows(active, compiled)
+
+
+def _model_changes_tables(model: Any, change: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if model._kitout is None:
+        return change(model, *args, **kwargs)
+    if is_resize_to_own_size(model, change.__name__, args, kwargs):
+        return model.get_input_embeddings()
+    with tables_change(model._kitout.state, change.__name__):
+        return change(model, *args, **kwargs)
 
 
 def _model_train(model: Any, mode: bool = True) -> Any:

@@ -17,6 +17,7 @@ from kitout.errors import NotMergeable
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.merge.detached import copy_detached
 from kitout.runtime.merge.fold import FoldedWeights, fold_all
+from kitout.runtime.output_width import AttributesBefore, output_width, undo
 from kitout.runtime.routing.route import RouteEntry
 
 
@@ -30,6 +31,8 @@ class Backup:
     """Its own Parameters, by name."""
     child: tuple[str, nn.Module] | None = None
     """The name and the module that a head replaced."""
+    widths: AttributesBefore | None = None
+    """What the model said of its output's width, where the head has another."""
 
 
 def merge(
@@ -44,6 +47,7 @@ def restore(backups: dict[str, Backup]) -> None:
     for backup in backups.values():
         if backup.child is not None:
             setattr(backup.owner, *backup.child)
+            undo(backup.widths or [])
         else:
             for name in [n for n in backup.owner._parameters if n not in backup.parameters]:
                 del backup.owner._parameters[name]
@@ -57,6 +61,7 @@ def write_weights(base: nn.Module, folded: dict[str, FoldedWeights], used_paths:
     """
     backups: dict[str, Backup] = {}
     ties = tied_parameters(base)
+    width = output_width(base, {path: new.head for path, new in folded.items() if new.head is not None})
     try:
         for path, new in folded.items():
             module = base.get_submodule(path)
@@ -64,7 +69,10 @@ def write_weights(base: nn.Module, folded: dict[str, FoldedWeights], used_paths:
                 parent, _, leaf = path.rpartition(".")
                 owner = base.get_submodule(parent)
                 backups[path] = Backup(owner, {}, (leaf, module))
-                setattr(owner, leaf, copy_detached(new.head).requires_grad_(False))
+                if width is not None and width.path == path:
+                    backups[path].widths = width.write()
+                dtype = weights.floating_dtype(module, weights.floating_dtype(base, torch.float32))
+                setattr(owner, leaf, copy_detached(new.head).requires_grad_(False).to(dtype))
                 continue
             for home in {name.rpartition(".")[0] for name in ("", *new.parameters)}:
                 owner = module.get_submodule(home)

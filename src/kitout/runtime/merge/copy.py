@@ -6,8 +6,10 @@ taken out, and no method.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 from torch import nn
 
 from kitout.errors import Errors, NotMergeable
@@ -33,7 +35,7 @@ def plain_copy(state: KitState, entry: RouteEntry, check_saveable: bool = True) 
     if tied - _tied_paths(copied):
         _untie(copied)
     if check_saveable:
-        _check_reloads(copied, state.base)
+        _check_reloads(copied, state.base, has_heads=any(new.head is not None for new in folded.values()))
     return copied
 
 
@@ -68,7 +70,7 @@ def _untie(model: nn.Module) -> None:
     model.all_tied_weights_keys = {}  # type: ignore[assignment]
 
 
-def _check_reloads(model: nn.Module, base: nn.Module) -> None:
+def _check_reloads(model: nn.Module, base: nn.Module, has_heads: bool) -> None:
     config: Any = getattr(model, "config", None)
     if config is None or not callable(getattr(model, "save_pretrained", None)):
         return
@@ -77,6 +79,13 @@ def _check_reloads(model: nn.Module, base: nn.Module) -> None:
     errors = Errors(NotMergeable, "the merged model could not be saved and loaded again by transformers alone")
     for key in gained:
         errors.add(f"{key} would be new, and {type(config).__name__} cannot bring it back")
+    if has_heads and not errors.messages:
+        with torch.device("meta"):
+            twin = type(model)(copy.deepcopy(config)).state_dict()
+        for key, value in model.state_dict().items():
+            if key in twin and twin[key].shape != value.shape:
+                shapes = f"{list(value.shape)}, and the config makes it {list(twin[key].shape)}"
+                errors.add(f"{key} has the shape {shapes}")
     if errors.messages:
         errors.add("merge in place with kit.merge(name), or pass check_saveable=False for a copy that stays in memory")
     errors.raise_if_any()

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 from kitout.runtime.hooks.class_swap import Hook, Program
 from kitout.runtime.modules.rows import RowPlan
+from kitout.runtime.output_width import OutputWidth
 from kitout.runtime.routing.recompute import PendingGraphs
 from kitout.runtime.routing.route import Route, adapter_names
 from kitout.runtime.virtual_tokens.forward_state import ForwardSlot, ForwardState
@@ -39,6 +40,8 @@ class CompiledRoute:
     """The rows the route names; None: it fits any batch."""
     row_plan: RowPlan | None = None
     """Which row has which entry; None where all have the same."""
+    output_width: OutputWidth | None = None
+    """What its heads make of the width that the model's config says; None where it stays."""
     forward_slot: ForwardSlot | None = None
     """Where the programs find the state of the forward in progress; None where they need none."""
     forward_state: ForwardState = field(default_factory=ForwardState)

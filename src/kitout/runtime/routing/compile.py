@@ -18,6 +18,7 @@ from kitout.runtime.modules.programs import DirectDelta, RelayInput, SwapParamet
 from kitout.runtime.modules.rows import PerRow, RowPlan
 from kitout.runtime.modules.stacked_weights import on_top_of
 from kitout.runtime.modules.terms import Single, Term, build_term
+from kitout.runtime.output_width import output_width
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
 from kitout.runtime.routing.route import Route, RouteEntry, adapter_names
 from kitout.runtime.virtual_tokens.compile import VirtualTokenCompiler
@@ -45,6 +46,8 @@ class RouteCompiler:
                 raise RouteError(f"{conflict}; use them one at a time")
         programs = self._module_programs(adapters, row_plan, entries)
         compiled = CompiledRoute(route, num_rows=len(route) if isinstance(route, tuple) else None, row_plan=row_plan)
+        heads = {path: head for adapter in adapters for path, head in adapter.heads_by_path().items()}
+        compiled.output_width = output_width(self.survey.model, heads) if heads else None
         if kv_recorder is not None or any(a.prefixes or a.prompts for a in adapters):
             compiled.forward_slot = ForwardSlot()
             VirtualTokenCompiler(
