@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kitout.base import convolutions, own_forward, parametrized
-from kitout.base.own_forward import PLAIN_FORWARDS, owner_of, swapped_parameters, unhooked_forward
+from kitout.base.own_forward import AFFINE_FORWARDS, PLAIN_FORWARDS, owner_of, swapped_parameters, unhooked_forward
 from kitout.base.site import Site
 from kitout.errors import NotMergeable, TargetError
 
@@ -236,13 +236,15 @@ class FrozenModule:
 
 
 def norm_gain_offset(module: nn.Module) -> float:
-    """0.0 where a norm multiplies by its weight, 1.0 where by 1 + weight: measured, not assumed.
+    """0.0 where a norm multiplies by its weight, 1.0 where by 1 + weight: measured, not assumed. torch's own multiply.
 
     Raises NotMergeable where neither fits, or where the norm is not an elementwise gain at all.
     """
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 1:
         raise NotMergeable(f"{type(module).__name__} has no 1-D gain to merge into")
+    if unhooked_forward(module) in AFFINE_FORWARDS:
+        return 0.0
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, weight.numel(), generator=generator).to(weight.device, torch.float32)
     parameters = {n: p.detach().float() for n, p in module.named_parameters()}

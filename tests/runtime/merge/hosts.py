@@ -17,13 +17,13 @@ from kitout.runtime.adapter import Adapter
 class Host(nn.Module):
     """`patch`, then a block over its outputs, flattened to positions if it is a convolution."""
 
-    def __init__(self, patch: nn.Module) -> None:
+    def __init__(self, patch: nn.Module, norm: nn.Module) -> None:
         super().__init__()
-        self.patch = patch
+        self.patch, self.norm = patch, norm
         self.layers = nn.ModuleList([nn.ModuleDict({name: nn.Linear(8, 8) for name in "qkvo"})])
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.patch(pixels)
+        x = self.norm(self.patch(pixels))
         if isinstance(self.patch, nn.modules.conv._ConvNd):
             x = x.flatten(2).transpose(1, 2)
         for layer in self.layers:
@@ -31,14 +31,15 @@ class Host(nn.Module):
         return x
 
 
-def kit_over(patch: nn.Module, shape: tuple[int, ...]) -> tuple[Kit, Tensor]:
-    """A kit of such a host, with random parameters, and an input of this shape."""
+def kit_over(patch: nn.Module, shape: tuple[int, ...], norm: nn.Module | None = None) -> tuple[Kit, Tensor]:
+    """A kit of such a host, with random parameters, and an input of this shape. norm: behind the patch."""
+    norm = nn.Identity() if norm is None else norm
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in patch.parameters():
+        for parameter in [*patch.parameters(), *norm.parameters()]:
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
     x = torch.randn(shape, generator=draw)
-    return kitout.attach(Host(patch).eval(), example_batch={"pixels": x}), x
+    return kitout.attach(Host(patch, norm).eval(), example_batch={"pixels": x}), x
 
 
 @torch.no_grad()

@@ -113,6 +113,18 @@ def test_a_blend_of_trained_copies(patch: nn.Module, is_linear: bool) -> None:
                 kit.merge(entry)
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True)])
+def test_a_norm_of_images(norm: nn.Module) -> None:
+    kit, x = kit_over(nn.Conv2d(4, 8, 3), (2, 4, 6, 6), norm)
+    for name, method in {
+        "ssf": SSF(targets="*norm"),
+        "bitfit": BitFit(targets="*norm"),
+        "ia3": IA3(targets="*norm"),
+    }.items():
+        untrivial(kit, name, method)
+        assert_merges(kit, x, name)
+
+
 def test_a_table_that_limits_the_rows_it_looks_up() -> None:
     kit, batch = kit_with("bert")
     table = kit.base.get_input_embeddings()
