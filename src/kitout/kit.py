@@ -33,7 +33,7 @@ from kitout.runtime.merge.commit import merge, restore
 from kitout.runtime.merge.copy import plain_copy
 from kitout.runtime.routing.active import CompiledRoute
 from kitout.runtime.routing.handle import Activated
-from kitout.runtime.routing.route import Route, normalize_route
+from kitout.runtime.routing.route import Route, RouteEntry, Stack, adapter_names, normalize_route
 from kitout.runtime.show import describe_kit
 from kitout.runtime.state import KitState
 
@@ -153,7 +153,8 @@ class Kit(nn.Module):
     def remove(self, name: str) -> None:
         """Forgets an adapter. Refused while it is merged or active: here, in any `with`, or by the sticky route."""
         adapter = self[name]
-        self.state.check_unmerged("removing an adapter")
+        if name in self.state.merged_names:
+            self.state.check_unmerged(f"removing {name!r}")
         self.state.discard(adapter.name)
 
     def strength(self, name: str, value: float) -> None:
@@ -221,20 +222,23 @@ class Kit(nn.Module):
         """The adapters folded into the base now, in order; () if none."""
         return self.state.merged_names
 
-    def merge(self, *names: str) -> None:
+    def merge(self, *entries: RouteEntry) -> None:
         """Folds adapters, in this order, into the base's weights in place; `unmerge` puts the old bits back.
 
-        No route is in force until then, in any thread.
+        Names, or a `Stack` or `Mix` of them as in `use`. No route is in force until then, in any thread.
         """
         state = self.state
         state.check_attached()
         if state.merged_names:
             raise MergeStateError(f"{state.merged_text} merged already: unmerge() first")
-        adapters = [self[n] for n in names]
-        if not adapters:
+        entry = Stack(*entries) if entries else None
+        check_known(state, entry)
+        names = tuple(dict.fromkeys(adapter_names(entry)))
+        if not names:
             raise MergeStateError("merge() was given no adapter: merge('name')")
         with state.active.lock:
-            state.backups = merge(self.base, adapters, state.survey.used_paths)
+            adapters = {name: self[name] for name in names}
+            state.backups = merge(self.base, adapters, entry, state.survey.used_paths)
             state.merged_names = names
             state.active.install(state.compiled_route())
 
@@ -248,14 +252,17 @@ class Kit(nn.Module):
             state.backups, state.merged_names = {}, ()
             state.active.install(state.compiled_route())
 
-    def merged_copy(self, *names: str, check_saveable: bool = True) -> nn.Module:
+    def merged_copy(self, *entries: RouteEntry, check_saveable: bool = True) -> nn.Module:
         """An ordinary model with the adapters folded in and no trace of kitout; this kit and its base stay as they are.
 
+        entries: names in order, or a `Stack` or `Mix` of them; NotMergeable names what has no exact form in weights.
         check_saveable: raise NotMergeable where the copy would not survive save_pretrained; False for a copy that
         stays in memory, which may hold what its config cannot bring back.
         """
-        self.state.check_unmerged(f"merged_copy{names!r}")
-        return plain_copy(self.state, names, check_saveable)
+        self.state.check_unmerged(f"merged_copy({', '.join(map(repr, entries))})")
+        entry = Stack(*entries) if entries else None
+        check_known(self.state, entry)
+        return plain_copy(self.state, entry, check_saveable)
 
     # ---- files -------------------------------------------------------------------------------------------------
 

@@ -142,7 +142,7 @@ def test_merging_is_one_state(kit: Kit) -> None:
         lambda: kit.use("b"),
         lambda: kit.use(None),
         lambda: kit.add("c", LoRA()),
-        lambda: kit.remove("b"),
+        lambda: kit.remove("a"),
     ):
         with pytest.raises(errors.MergeStateError) as error:
             forbidden()

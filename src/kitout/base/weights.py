@@ -1,34 +1,39 @@
 """The frozen module seen as a matrix: the one file that knows how weights are stored.
 
-Linear [out, in], Conv1D-like [in, out], convolutions [out, in, *kernel], embedding tables [V, d], norm gains stored as
-g or as 1 + g, channel subsets of fused projections, quantized storage. Everything else sees w [d_out, d_in] and
-b [d_out] | None. It knows nothing of adapters, routes or files.
+Linear [out, in], Conv1D-like [in, out], convolutions (`convolutions.py`), embedding tables [V, d], norm gains stored as
+g or as 1 + g, channel subsets of fused projections, quantized storage, computed weights (`parametrized.py`). Everything
+else sees w [d_out, d_in] and b [d_out] | None. It knows nothing of adapters, routes or files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from kitout.base import convolutions, own_forward, parametrized
+from kitout.base.own_forward import AFFINE_FORWARDS, PLAIN_FORWARDS, owner_of, swapped_parameters, unhooked_forward
 from kitout.base.site import Site
-from kitout.errors import NotMergeable
+from kitout.errors import NotMergeable, TargetError
+
+Convolution = nn.modules.conv._ConvNd
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """True where the weight is stored [in, out] (transformers' Conv1D marks itself by `nf`)."""
-    return "nf" in module.__dict__ and "weight" in module._parameters
+    return "nf" in module.__dict__ and ("weight" in module._parameters or parametrized.is_computed(module))
 
 
 def is_plain_float(module: nn.Module) -> bool:
     """True where the weight is an ordinary floating-point tensor (not packed, quantized or a tensor subclass)."""
-    w = module._parameters.get("weight")
+    return _is_plain_float(parametrized.weight_or_bias(module, "weight"))
+
+
+def _is_plain_float(w: Tensor | None) -> bool:
     return w is not None and type(w.data) is Tensor and w.is_floating_point() and w.dtype.itemsize >= 2
 
 
@@ -39,12 +44,12 @@ def floating_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
 
 def weight_matrix(module: nn.Module) -> Tensor:
     """The module's weight as a [d_out, d_in] view in its own dtype; raises NotMergeable for quantized storage."""
-    w = module._parameters.get("weight")
-    if w is None or not is_plain_float(module):
+    w = parametrized.weight_or_bias(module, "weight")
+    if w is None or not _is_plain_float(w):
         kind = type(w.data).__name__ if w is not None else "no parameter named weight"
         raise NotMergeable(f"{type(module).__name__} stores its weight as {kind}, not as plain floating-point values")
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        raise NotMergeable(f"{type(module).__name__} has no place for a change of its weight as a matrix")
+    if isinstance(module, Convolution):
+        return convolutions.kernel_to_matrix(module, w)
     return as_matrix(w, is_transposed(module))
 
 
@@ -60,26 +65,52 @@ def is_transposed(module: nn.Module) -> bool:
 
 def bias(module: nn.Module) -> Tensor | None:
     """The module's bias [d_out], or None."""
-    return module._parameters.get("bias")
+    return parametrized.weight_or_bias(module, "bias")
 
 
-def apply_weight(site: Site, x: Tensor, w: Tensor) -> Tensor:
+def apply_weight(site: Site, x: Tensor, w: Tensor, size: Sequence[int] | None = None) -> Tensor:
     """The site's own linear map with other weights: x as the module takes it, w [r, d_in] -> [..., r], channels last.
 
-    d_in is the width of the flattened weight: in * kernel for a convolution, the vocabulary for an embedding.
+    d_in is the width of the flattened weight: in / groups * kernel for a convolution, the vocabulary for an embedding.
+    size: of a convolution's output.
     """
     module = site.module
     if isinstance(module, nn.Embedding):
         return F.embedding(x, w.T, module.padding_idx)
     if site.kind == "conv":
-        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(module.kernel_size)]
-        kernel = w.view(w.shape[0], -1, *module.kernel_size)
-        if module.padding_mode != "zeros":
-            x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-            return conv(x, kernel, None, module.stride, 0, module.dilation, module.groups).movedim(1, -1)
-        return conv(x, kernel, None, module.stride, module.padding, module.dilation, module.groups).movedim(1, -1)
+        assert isinstance(module, Convolution)
+        return convolutions.convolve(module, x, w, size)
     return F.linear(x, w)
+
+
+def apply_low_rank(site: Site, x: Tensor, a: Tensor, b: Tensor, y: Tensor, by_own_forward: bool = False) -> Tensor:
+    """`apply_weight` for B A without forming the product where that saves work: a [r, d_in], b [d_out, r], y the
+    module's own output, channels last. In a grouped convolution every group has its own rows of B and all of A.
+
+    by_own_forward: of a convolution whose class has one of its own.
+    """
+    module, size = site.module, y.shape[1:-1]
+    if not isinstance(module, Convolution):
+        return F.linear(apply_weight(site, x, a), b)
+    if module.groups == 1 and not by_own_forward:
+        change = F.linear(apply_weight(site, x, a, size), b)
+        if change.shape[:-1] != y.shape[:-1]:
+            raise TargetError(
+                f"{site.path}: {type(module).__name__} pads or crops by a forward of its own and is not linear in its "
+                "weight, so a change of its weight cannot be added; choose a method that acts on outputs (IA3, SSF)"
+            )
+        return change
+    index = site.channel_index
+    if index is not None:  # the groups divide the whole output
+        b = b.new_zeros(module.out_channels, b.shape[1]).index_put((torch.arange(module.out_channels)[index],), b)
+    if by_own_forward:
+        change = own_forward.run_with(module, x, b @ a).movedim(1, -1)
+    elif module.groups * a.shape[0] < module.out_channels:
+        h = apply_weight(site, x, a.repeat(module.groups, 1), size).unflatten(-1, (module.groups, -1))
+        change = torch.einsum("...gr,gor->...go", h, b.unflatten(0, (module.groups, -1))).flatten(-2)
+    else:
+        change = apply_weight(site, x, b @ a, size)
+    return change if index is None else change[..., index]
 
 
 @torch.no_grad()
@@ -88,21 +119,25 @@ def check_is_linear(site: Site) -> None:
     convolutions that standardize their kernel. Classes with a forward of their own are tried on random input.
     """
     module, forward = site.module, unhooked_forward(site.module)
-    if forward in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward):
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise NotMergeable(f"{type(module).__name__} shortens the rows it looks up to {module.max_norm:g} (max_norm)")
+    if forward in PLAIN_FORWARDS:
         return
     w = weight_matrix(module)
+    if isinstance(module, Convolution):
+        if not own_forward.is_linear(module):
+            raise NotMergeable(
+                f"{type(module).__name__} is not linear in its weight, so no weight gives the same function"
+            )
+        return
     generator = torch.Generator().manual_seed(0)
     if isinstance(module, nn.Embedding):
         x = torch.arange(min(8, module.num_embeddings))
-    elif site.kind == "conv":
-        channels, *kernel = module.get_parameter("weight").shape[1:]
-        x = torch.randn(2, channels * getattr(module, "groups", 1), *(4 * k for k in kernel), generator=generator)
     else:
         x = torch.randn(2, w.shape[1], generator=generator)  # a sublayer's site may read something narrower
     x = x.to(w.device, w.dtype) if x.is_floating_point() else x.to(w.device)
     y, expected, b = forward(module, x), apply_weight(site, x, w), bias(module)
     expected = expected if b is None else expected + b
-    y = y.movedim(1, -1) if site.channels_first else y
     tolerance = 1e-4 if w.dtype.itemsize > 2 else 3e-2
     if y.shape != expected.shape or (y - expected).abs().max() > tolerance * expected.abs().max():
         raise NotMergeable(
@@ -111,41 +146,40 @@ def check_is_linear(site: Site) -> None:
 
 
 def fan_in(site: Site) -> int:
-    """Width of the flattened weight's input axis (see `apply_weight`)."""
+    """Width of the flattened weight's input axis (see `apply_weight`); at a module's input, that of its channels."""
     module = site.module
+    if site.port == "in":
+        return site.d_in
     if isinstance(module, nn.Embedding):
         return module.num_embeddings
-    if site.kind == "conv":
-        weight = module._parameters["weight"]
-        assert weight is not None
-        return weight[0].numel()
-    return site.d_in
+    return convolutions.matrix_width(module) if isinstance(module, Convolution) else site.d_in
 
 
-@contextmanager
-def swapped_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The module with other values for some of its parameters, restored afterwards. Names may be of its children's."""
-    owners = {name: _owner_of(module, name) for name in values}
-    originals = {name: owner._parameters[last] for name, (owner, last) in owners.items()}
-    try:
-        for name, (owner, last) in owners.items():
-            owner._parameters[last] = values[name]  # type: ignore[assignment]
-        yield
-    finally:
-        for name, (owner, last) in owners.items():
-            owner._parameters[last] = originals[name]
+def scale_input(module: nn.Module, w: Tensor, scale: Tensor) -> Tensor:
+    """The matrix for which the module's input is multiplied by a factor per channel."""
+    if not isinstance(module, Convolution):
+        return w * scale
+    return convolutions.scale_channels(module, w, scale)
 
 
-def _owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that a dotted parameter name leads to, and the last part of the name."""
-    path, _, last = name.rpartition(".")
-    return module.get_submodule(path), last
+def map_input(module: nn.Module, w: Tensor, matrix: Tensor) -> Tensor:
+    """The matrix for which the module's input, channel by channel, is multiplied by this square matrix."""
+    if not isinstance(module, Convolution):
+        return w @ matrix
+    if module.groups > 1:
+        raise NotMergeable(f"a map of all input channels has no place in a convolution of {module.groups} groups")
+    return torch.einsum("goik,ij->gojk", convolutions.by_channel(module, w), matrix).reshape(w.shape)
 
 
-def unhooked_forward(module: nn.Module) -> Callable[..., Any]:
-    """The frozen module's own forward, without what kitout adds to its class; it takes the module first."""
-    forward: Callable[..., Any] = getattr(type(module), "frozen_forward", type(module).forward)
-    return forward
+def shift_input(module: nn.Module, w: Tensor, shift: Tensor) -> Tensor:
+    """What the bias gains where the module's input gains this shift per channel."""
+    if not isinstance(module, Convolution):
+        return w @ shift
+    pads = unhooked_forward(module) not in PLAIN_FORWARDS or not convolutions.sees_every_channel_everywhere(module)
+    if pads and bool(shift.any()):
+        raise NotMergeable("a shift of the input is no bias at the edges, which are padded with zeros or cut")
+    shift = shift.unflatten(0, (module.groups, 1, -1, 1))
+    return (convolutions.by_channel(module, w) * shift).sum((2, 3)).flatten()
 
 
 @dataclass(eq=False)
@@ -158,6 +192,13 @@ class FrozenModule:
     """Arguments of the module's call in progress, for Deltas that replace the call."""
     call_kwargs: dict[str, Any] = field(default_factory=dict, init=False)
     """Keyword arguments of that call."""
+
+    by_own_forward: bool = field(default=False, init=False)
+    """A convolution that is linear, by a forward of its own."""
+
+    def __post_init__(self) -> None:
+        module = self.site.module
+        self.by_own_forward = isinstance(module, Convolution) and own_forward.is_linear(module)
 
     def clear_call(self) -> None:
         """Forget the call: it is over."""
@@ -190,18 +231,20 @@ class FrozenModule:
         y: Tensor = unhooked_forward(self.site.post_norm)(self.site.post_norm, x)
         return y
 
-    def apply_weight(self, x: Tensor, w: Tensor) -> Tensor:
-        return apply_weight(self.site, x, w)
+    def apply_low_rank(self, x: Tensor, a: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        return apply_low_rank(self.site, x, a, b, y, self.by_own_forward)
 
 
 def norm_gain_offset(module: nn.Module) -> float:
-    """0.0 where a norm multiplies by its weight, 1.0 where by 1 + weight: measured, not assumed.
+    """0.0 where a norm multiplies by its weight, 1.0 where by 1 + weight: measured, not assumed. torch's own multiply.
 
     Raises NotMergeable where neither fits, or where the norm is not an elementwise gain at all.
     """
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 1:
         raise NotMergeable(f"{type(module).__name__} has no 1-D gain to merge into")
+    if unhooked_forward(module) in AFFINE_FORWARDS:
+        return 0.0
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, weight.numel(), generator=generator).to(weight.device, torch.float32)
     parameters = {n: p.detach().float() for n, p in module.named_parameters()}
@@ -219,21 +262,26 @@ def norm_gain_offset(module: nn.Module) -> float:
     raise NotMergeable(f"{type(module).__name__} is neither gain * norm(x) nor (1 + gain) * norm(x)")
 
 
-def replace_weight(module: nn.Module, w: Tensor, b: Tensor | None) -> None:
-    """Give a linear, convolution or embedding new weights, [d_out, d_in] and [d_out] in fp32, cast to its dtype.
+def parameters_for_matrix(
+    module: nn.Module, new: tuple[Tensor, Tensor | None], old: tuple[Tensor, Tensor | None]
+) -> dict[str, Tensor]:
+    """The parameters, by dotted name, that give a linear, convolution or embedding this weight [d_out, d_in] and bias.
 
-    The Parameters are new objects: a tied partner keeps the old values, and the old ones can be restored bit-identical.
+    Only those that differ from the old ones. NotMergeable where the module has no place for them.
     """
-    old = module._parameters["weight"]
-    assert old is not None
+    w, b = new
+    values: dict[str, Tensor] = {}
     if isinstance(module, nn.Embedding):
         w, b = (w if b is None else w + b[:, None]), None
-    stored = w.T if isinstance(module, nn.Embedding) or is_conv1d(module) else w.view(old.shape)
-    module._parameters["weight"] = _new_parameter(stored, old)
-    if b is not None:
-        if "bias" not in module._parameters:
-            raise NotMergeable(f"{type(module).__name__} has no place for a bias")
-        module._parameters["bias"] = _new_parameter(b, old)
+    if not torch.equal(w, old[0]):
+        if isinstance(module, Convolution):
+            stored = convolutions.matrix_to_kernel(module, w)
+        else:
+            stored = w.T if is_transposed(module) else w.reshape(parametrized.weight_or_bias(module, "weight").shape)  # type: ignore[union-attr]
+        values |= parametrized.parameters_for(module, "weight", stored)
+    if b is not None and (old[1] is None or not torch.equal(b, old[1])):
+        values |= parametrized.parameters_for(module, "bias", b)
+    return values
 
 
 def fold_into_norm(
@@ -257,12 +305,15 @@ def fold_into_norm(
 def replace_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Give a module new parameters, cast to the dtype of the old ones. Names may be of its children's."""
     for name, value in values.items():
-        owner, last = _owner_of(module, name)
+        owner, last = owner_of(module, name)
         old = owner._parameters[last]
         if old is None:
-            old = next(p for p in owner._parameters.values() if p is not None)
+            old = next(owner.parameters())
         owner._parameters[last] = _new_parameter(value, old)
 
 
 def _new_parameter(value: Tensor, old: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(value.detach().to(old.device, old.dtype).contiguous(), requires_grad=False)
+    new = value.detach().to(old.device, old.dtype).contiguous()
+    if not (is_finite := new.isfinite()).all() and not (new.shape == old.shape and (is_finite | ~old.isfinite()).all()):
+        raise NotMergeable(f"the merged values are more than {old.dtype} can hold")
+    return nn.Parameter(new, requires_grad=False)

@@ -98,7 +98,8 @@ class LoRA(Method):
             a, b = pissa_factors(frozen_weight(site), rank, scale)
         if self.dora:
             return DoRADelta(a, b, frozen_weight(site).norm(dim=1), scale, self.dropout)
-        delta = LowRankDelta(a, b, scale, self.dropout, uses_module_map=site.kind != "linear")
+        maps_channels = site.kind == "linear" or (site.kind == "conv" and site.port == "in")
+        delta = LowRankDelta(a, b, scale, self.dropout, uses_module_map=not maps_channels)
         if self.init == "pissa":
             delta.subtract_start(a, b)
         return delta

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kitout.base.weights import FrozenModule, floating_dtype
 from kitout.delta import Delta
+from kitout.errors import NotMergeable
 from kitout.runtime.hooks.class_swap import original_class
+
+BLENDED = (
+    "a head in part (a strength, a Mix, an adapter after it) is a blend of two modules, which only plain linears of "
+    "one shape can hold"
+)
 
 
 class Head(Delta):
@@ -40,3 +47,11 @@ class Head(Delta):
             return new.to(floating_dtype(replaced, new.dtype))
         new = self.module(x.to(floating_dtype(self.module, x.dtype)), *args, **kwargs)
         return new.to(x.dtype) if isinstance(new, Tensor) else new
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """For a blend with the module it replaces; a whole head takes that module's place."""
+        head = self.module
+        if type(head) is not nn.Linear or head.weight.shape != w.shape:
+            raise NotMergeable(BLENDED)
+        bias = None if head.bias is None else head.bias.to(w.dtype)
+        return head.weight.to(w.dtype), torch.zeros_like(b) if bias is None and b is not None else bias

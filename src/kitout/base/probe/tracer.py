@@ -34,12 +34,16 @@ class ForwardTracer(TorchFunctionMode):
     """Use as a context around one forward of `model`.
 
     cut_at: paths of projections whose outputs become gradient leaves. blocks: paths whose first input becomes one,
-    labeled "stream:" and the path.
+    labeled "stream:" and the path. leaves: paths of modules that count as leaves though they have parts (a linear
+    whose weight is parametrized).
     """
 
-    def __init__(self, model: nn.Module, cut_at: Iterable[str], blocks: Sequence[str]) -> None:
+    def __init__(
+        self, model: nn.Module, cut_at: Iterable[str], blocks: Sequence[str], leaves: Iterable[str] = ()
+    ) -> None:
         super().__init__()
         self.model, self.cut_at, self.blocks = model, set(cut_at), set(blocks)
+        self.leaf_paths = {*self.cut_at, *leaves}
         self.call_counts: Counter[str] = Counter()  # path -> number of calls, in the order of the first ones
         self.first_dims: dict[str, int] = {}  # path -> dim 0 of the value
         self.leaves: dict[str, list[Tensor]] = {}  # label -> the gradient leaves made for it
@@ -67,7 +71,7 @@ class ForwardTracer(TorchFunctionMode):
             if path in self.blocks:
                 self._hooks.append(module.register_forward_pre_hook(self._block_in(path), with_kwargs=True))
                 self._hooks.append(module.register_forward_hook(self._block_out(path), always_call=True))
-            elif next(module.children(), None) is None or path in self.cut_at:
+            elif next(module.children(), None) is None or path in self.leaf_paths:
                 self._hooks.append(module.register_forward_pre_hook(self._leaf_in(path), with_kwargs=True))
                 self._hooks.append(module.register_forward_hook(self._leaf_out(path)))
             elif any(path.startswith(f"{block}.") for block in self.blocks):

@@ -27,7 +27,7 @@ class LowRankDelta(Delta):
 
     Training over a plain linear: `fused_linear`, one autograd node with the frozen product.
     One adapter elsewhere: `add_low_rank`, one autograd node where a gradient is needed.
-    Embeddings and convolutions: the module's own map with A for its weight, then B.
+    Embeddings and convolutions: the module's own map with B A for its weight.
     Rows of several adapters: `_add_trained_rows` in training, products with gathered factors otherwise.
     """
 
@@ -70,7 +70,7 @@ class LowRankDelta(Delta):
             x = (F.dropout(x, self.dropout) if self.drops_inputs else x).to(y.dtype)
         if self.reads_weight:
             assert frozen is not None
-            return y + self.scale * F.linear(frozen.apply_weight(x, a), b)
+            return y + self.scale * frozen.apply_low_rank(x, a, b, y)
         return add_low_rank(x, y, a, b, self.scale, may_overwrite)
 
     def fused_linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:

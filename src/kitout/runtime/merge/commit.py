@@ -6,8 +6,7 @@ come back. It knows how weights are stored through `base.weights` alone.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +15,10 @@ from torch import nn
 from kitout.base import weights
 from kitout.errors import NotMergeable
 from kitout.runtime.adapter import Adapter
+from kitout.runtime.merge.detached import copy_detached
 from kitout.runtime.merge.fold import FoldedWeights, fold_all
 from kitout.runtime.output_width import AttributesBefore, output_width, undo
+from kitout.runtime.routing.route import RouteEntry
 
 
 @dataclass
@@ -34,9 +35,11 @@ class Backup:
     """What the model said of its output's width, where the head has another."""
 
 
-def merge(base: nn.Module, adapters: Sequence[Adapter], used_paths: Container[str]) -> dict[str, Backup]:
-    """Folds the adapters in order into the base's weights; returns what `restore` needs. used_paths: those that run."""
-    return write_weights(base, fold_all(adapters), used_paths)
+def merge(
+    base: nn.Module, adapters: Mapping[str, Adapter], entry: RouteEntry, used_paths: Container[str]
+) -> dict[str, Backup]:
+    """Folds an entry's adapters into the base's weights; returns what `restore` needs. used_paths: those that run."""
+    return write_weights(base, fold_all(adapters, entry), used_paths)
 
 
 def restore(backups: dict[str, Backup]) -> None:
@@ -69,28 +72,22 @@ def write_weights(base: nn.Module, folded: dict[str, FoldedWeights], used_paths:
                 if width is not None and width.path == path:
                     backups[path].widths = width.write()
                 dtype = weights.floating_dtype(module, weights.floating_dtype(base, torch.float32))
-                setattr(owner, leaf, copy.deepcopy(new.head).requires_grad_(False).to(dtype))
+                setattr(owner, leaf, copy_detached(new.head).requires_grad_(False).to(dtype))
                 continue
-            for home in {name.rpartition(".")[0] for name in ("", *(new.parameters or {}))}:
+            for home in {name.rpartition(".")[0] for name in ("", *new.parameters)}:
                 owner = module.get_submodule(home)
-                backups[f"{path}.{home}" if home else path] = Backup(owner, dict(owner._parameters))
-            _write(path, module, new)
+                home_path = ".".join(filter(None, (path, home)))
+                backups.setdefault(home_path, Backup(owner, dict(owner._parameters)))
+            try:
+                weights.replace_parameters(module, new.parameters)
+            except NotMergeable as reason:
+                raise NotMergeable(f"{path or 'the model'}: {reason}") from None
         for owners in ties:
             _tie_again(base, owners, used_paths, backups)
     except BaseException:
         restore(backups)
         raise
     return backups
-
-
-def _write(path: str, module: nn.Module, new: FoldedWeights) -> None:
-    try:
-        if new.parameters is not None:
-            weights.replace_parameters(module, new.parameters)
-        elif new.weight_bias is not None:
-            weights.replace_weight(module, *new.weight_bias)
-    except NotMergeable as reason:
-        raise NotMergeable(f"{path or 'the model'}: {reason}") from None
 
 
 def tied_parameters(model: nn.Module) -> list[dict[tuple[str, str], nn.Parameter]]:

@@ -7,7 +7,6 @@ taken out, and no method.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,18 +15,20 @@ from torch import nn
 from kitout.errors import Errors, NotMergeable
 from kitout.runtime.hooks.class_swap import restore_class
 from kitout.runtime.merge.commit import tied_parameters, write_weights
+from kitout.runtime.merge.detached import copy_detached
 from kitout.runtime.merge.fold import fold_all
+from kitout.runtime.routing.route import RouteEntry, adapter_names
 from kitout.runtime.state import KitState
 
 
-def plain_copy(state: KitState, names: Sequence[str], check_saveable: bool = True) -> nn.Module:
-    """A deep copy of the base without hooks, the adapters folded in.
+def plain_copy(state: KitState, entry: RouteEntry, check_saveable: bool = True) -> nn.Module:
+    """A deep copy of the base without hooks, the adapters folded in as the entry runs them.
 
     For a transformers model the copy must survive save_pretrained and from_pretrained: a parameter that its config
     cannot bring back raises NotMergeable, unless check_saveable is off.
     """
     with state.active.lock:
-        folded = fold_all([state[n] for n in names])
+        folded = fold_all({name: state[name] for name in adapter_names(entry)}, entry)
     copied = copy_unhooked(state)
     tied = _tied_paths(copied)
     write_weights(copied, folded, state.survey.used_paths)
@@ -42,7 +43,7 @@ def copy_unhooked(state: KitState) -> nn.Module:
     """The base as it was before attach, copied."""
     with state.active.lock:
         forget = [state.base.__dict__["_kitout"], state.active, *state.hooks.values()]
-        copied: nn.Module = copy.deepcopy(state.base, {id(o): None for o in forget})
+        copied = copy_detached(state.base, {id(o): None for o in forget})
     for module in copied.modules():
         for name in ("_kitout_hook", "_kitout_active", "_kitout"):
             if name in module.__dict__:

@@ -64,6 +64,7 @@ class SiteDelta:
         if self.delta.replaces_module:  # the module's own call, in the module's own layout
             return self._run(x, y, False)
         if self.site.channels_first:
+            x = x.movedim(1, -1) if self.site.port == "in" else x  # a convolution's output reads it as it is
             return self._run_on_channels(x, y.movedim(1, -1), False).movedim(-1, 1)
         return self._run_on_channels(x, y, may_overwrite)
 

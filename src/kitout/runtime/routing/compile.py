@@ -17,10 +17,10 @@ from kitout.runtime.modules.module_adapter import InputRelay, ModuleAdapter
 from kitout.runtime.modules.programs import DirectDelta, RelayInput, SwapParameters, WholeBatch
 from kitout.runtime.modules.rows import PerRow, RowPlan
 from kitout.runtime.modules.stacked_weights import on_top_of
-from kitout.runtime.modules.terms import Single, Term, TermSequence, WeightedSum
+from kitout.runtime.modules.terms import Single, Term, build_term
 from kitout.runtime.output_width import output_width
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
-from kitout.runtime.routing.route import Mix, Route, RouteEntry, adapter_names
+from kitout.runtime.routing.route import Route, RouteEntry, adapter_names
 from kitout.runtime.virtual_tokens.compile import VirtualTokenCompiler
 from kitout.runtime.virtual_tokens.forward_state import ForwardSlot
 
@@ -90,24 +90,15 @@ class RouteCompiler:
         names = dict.fromkeys(adapter_names(entry))
         return [self.adapters[name].by_module[path] for name in names if path in self.adapters[name].by_module]
 
-    def _term(self, entry: RouteEntry, path: str, stacked_on: Sequence[Term] = ()) -> Term | None:
-        """The entry's map at one module, or None where it has nothing there. stacked_on: the terms before it."""
-        if entry is None:
-            return None
-        if isinstance(entry, str):
-            module_adapter = self.adapters[entry].by_module.get(path)
+    def _term(self, entry: RouteEntry, path: str) -> Term | None:
+        """The entry's map at one module, or None where it has nothing there."""
+
+        def single(name: str, stacked_on: Sequence[Term]) -> Term | None:
+            module_adapter = self.adapters[name].by_module.get(path)
             # A copy: the strength is that of this moment, also when activations are recomputed after it has changed.
             return None if module_adapter is None else Single(on_top_of(replace(module_adapter), stacked_on))
-        if isinstance(entry, Mix):
-            weighted = [(self._term(part, path, stacked_on), weight) for part, weight in entry.parts]
-            present = [(term, weight) for term, weight in weighted if term is not None]
-            return WeightedSum(present) if present else None
-        terms: list[Term] = []
-        for part in entry.parts:
-            term = self._term(part, path, [*stacked_on, *terms])
-            if term is not None:
-                terms.append(term)
-        return terms[0] if len(terms) == 1 else TermSequence(terms) if terms else None
+
+        return build_term(entry, single)
 
     def _program_for_batch(self, entry: RouteEntry, path: str) -> Program | None:
         term = self._term(entry, path)
