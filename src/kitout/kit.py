@@ -275,13 +275,19 @@ class Kit(nn.Module):
         adapter_folder.save_adapter(self.state, name, folder, metadata=metadata, keep_encoder=keep_encoder)
 
     def load(
-        self, folder: str | PathLike[str], *, name: str | None = None, heads: Mapping[str, nn.Module] | None = None
+        self,
+        folder: str | PathLike[str],
+        *,
+        name: str | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
+        verify: bool = True,
     ) -> Adapter:
         """Adds the adapter a folder holds. Raises WrongBase or FileError and changes nothing if anything is off.
 
         heads: modules, by path, for heads whose class a file cannot describe; their values come from the folder.
+        verify: False loads a folder that was edited after it was saved, without comparing its digests.
         """
-        return adapter_folder.load_adapter(self.state, folder, name=name, heads=heads)
+        return adapter_folder.load_adapter(self.state, folder, name=name, heads=heads, verify=verify)
 
     # ---- being a module ----------------------------------------------------------------------------------------
 

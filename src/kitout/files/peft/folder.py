@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kitout.errors import Errors, FileError, KitoutError, MergeStateError
+from kitout.errors import Errors, FileError, KitoutError, MergeStateError, RouteError
 from kitout.files.adapter_tensors import (
     HEAD,
     TensorSlot,
@@ -34,6 +34,7 @@ from kitout.files.peft.read_tensors import PREFIX, PeftAdapter, adaptable_module
 from kitout.files.peft.virtual_tokens import read_virtual_tokens, write_virtual_tokens
 from kitout.files.peft.write_tensors import heads_of, task_of, to_peft_tensors
 from kitout.files.safetensors_reader import open_regular, open_tensors, parse_json, write_tensors
+from kitout.files.system_errors import as_file_error, as_path
 from kitout.methods import LoRA, PrefixTuning, PromptTuning
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.build_adapter import check_name, check_sites
@@ -50,18 +51,21 @@ def load_peft(state: KitState, folder: str | PathLike[str], name: str) -> Adapte
     Raises FileError with every reason at once where the file does not fit this model or asks for something that kitout
     does not support; then the kit is as before.
     """
+    state.check_attached()
     if state.merged_names:
         raise MergeStateError(f"{state.merged_text} merged into the base: unmerge() before loading {folder}")
     check_name(state, name)
-    folder_path = Path(folder).expanduser()
+    folder_path = as_path(folder)
     errors = Errors(FileError, f"{folder_path} cannot be loaded")
-    config = _read_json(folder_path)
+    with as_file_error("read", folder_path):
+        config = _read_json(folder_path)
     settings = read_config(config, errors)
     errors.raise_if_any()
     assert settings is not None
-    tensors = open_tensors(folder_path / WEIGHTS)
-    with tensors.file:
-        stored, _ = tensors.read()
+    with as_file_error("read", folder_path):
+        tensors = open_tensors(folder_path / WEIGHTS)
+        with tensors.file:
+            stored, _ = tensors.read()
     if bad := non_finite_names(stored):
         errors.add(f"NaN or infinity in {', '.join(bad[:4])}")
     built = None
@@ -85,14 +89,19 @@ def load_peft(state: KitState, folder: str | PathLike[str], name: str) -> Adapte
     values = {k: v.float() if v.is_floating_point() and v.dtype.itemsize < 4 else v for k, v in values.items()}
     check_tensors(slots, {k: (v.dtype, tuple(v.shape)) for k, v in values.items()}, errors)
     errors.raise_if_any()
-    fill_and_register(state, adapter, slots, values, 1.0)
+    try:
+        fill_and_register(state, adapter, slots, values, 1.0)
+    except RouteError as error:  # `use` could not activate it
+        errors.add(str(error))
+    errors.raise_if_any()
     adapter.metadata = {"peft": {"base_model_name_or_path": config.get("base_model_name_or_path")}}
     return adapter
 
 
 def _read_json(folder_path: Path) -> dict[str, Any]:
     if not (folder_path / CONFIG).is_file():
-        hint = "kit.load(folder) reads it" if (folder_path / "adapter.json").is_file() else "it is not a folder of PEFT"
+        hint = "it is not a folder of PEFT" if folder_path.is_dir() else "there is no such folder"
+        hint = "kit.load(folder) reads it" if (folder_path / "adapter.json").is_file() else hint
         raise FileError(f"{folder_path} holds no {CONFIG}: {hint}")
     if not (folder_path / WEIGHTS).is_file():
         if (folder_path / PICKLED).is_file():
@@ -143,8 +152,9 @@ def save_peft(state: KitState, name: str, folder: str | PathLike[str]) -> None:
     for what PEFT cannot hold.
     """
     adapter = state[name].inference_form()
-    target = Path(folder)
-    check_replaceable(target.expanduser(), (CONFIG, WEIGHTS))
+    target = as_path(folder)
+    with as_file_error("written", target):
+        check_replaceable(target, (CONFIG, WEIGHTS))
     errors = Errors(FileError, f"{name!r} has no equivalent in PEFT")
     has_virtual_tokens = isinstance(adapter.method, (PromptTuning, PrefixTuning))
     write = write_virtual_tokens if has_virtual_tokens else _write_weights
@@ -158,7 +168,8 @@ def save_peft(state: KitState, name: str, folder: str | PathLike[str]) -> None:
         write_tensors(temp_path / WEIGHTS, tensors, {"format": "pt"})
         (temp_path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    replace_folder(target, (CONFIG, WEIGHTS), write_into)
+    with as_file_error("written", target):
+        replace_folder(target, (CONFIG, WEIGHTS), write_into)
 
 
 def _common_fields(state: KitState, adapter: Adapter) -> dict[str, Any]:
