@@ -41,7 +41,7 @@ from kitout.files.atomic import check_replaceable, replace_folder
 from kitout.files.base_fingerprint import differences, fingerprint, parameters_before_merge
 from kitout.files.head_spec import build_from_spec, spec_of
 from kitout.files.safetensors_reader import SafetensorsFile, open_tensors, write_tensors
-from kitout.files.system_errors import as_file_error, as_path
+from kitout.files.system_errors import as_path, as_path_error
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.build_adapter import check_head, check_name, check_sites, head_site, select_sites
 from kitout.runtime.state import KitState
@@ -69,7 +69,7 @@ def save_adapter(
     """
     adapter = state[name] if keep_encoder else state[name].inference_form()
     target = as_path(folder)
-    with as_file_error("written", target):
+    with as_path_error("written", target):
         check_replaceable(target, FILES)
     slots = tensor_slots(adapter)
     if bad := non_finite_names({n: s.tensor for n, s in slots.items()}):
@@ -107,7 +107,7 @@ def save_adapter(
         )
         record.write(temp_path / RECORD)
 
-    with as_file_error("written", target):
+    with as_path_error("written", target):
         replace_folder(target, FILES, write_into)
 
 
@@ -130,12 +130,12 @@ def load_adapter(
     for _ in range(RETRIES):
         stamp = _stamp(folder_path)
         try:
-            with as_file_error("read", folder_path):
+            with as_path_error("read", folder_path):
                 return _load_once(state, folder_path, name, heads or {}, verify)
         except FileError:
             if _stamp(folder_path) == stamp:  # else another process has replaced the folder between its two files
                 raise
-    with as_file_error("read", folder_path):
+    with as_path_error("read", folder_path):
         return _load_once(state, folder_path, name, heads or {}, verify)
 
 

@@ -1,7 +1,7 @@
-"""What the system refuses on a path becomes a FileError that names the path, the reason and what to do.
+"""What the system refuses on a path becomes a PathError that names the path, the reason and what to do.
 
 Every way in and out of an adapter's folder goes through these two: `as_path` reads what a user gave as a path, and
-`as_file_error` runs the steps that touch the disk. It knows nothing of what a folder holds; `atomic.py` sees to it that
+`as_path_error` runs the steps that touch the disk. It knows nothing of what a folder holds; `atomic.py` sees to it that
 a step that fails leaves nothing behind.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from kitout.errors import FileError
+from kitout.errors import PathError
 
 ADVICE = {
     errno.ENOSPC: "free some space, or name a folder on another disk",
@@ -27,37 +28,46 @@ ADVICE = {
     errno.EPERM: "change its permissions, or name another folder",
     errno.ENAMETOOLONG: "use shorter names",
     errno.ENOTDIR: "a part of the path is a file: name another folder",
+    errno.EEXIST: "a part of the path is a file: name another folder",
+    errno.ENOENT: "no folder can be made there: name another",
     errno.ELOOP: "its links lead in a circle: name the folder itself",
 }
 
 
 def as_path(folder: str | PathLike[str]) -> Path:
-    """The path, `~` expanded. FileError for what no folder can be called."""
+    """The path, `~` expanded. PathError for what no folder can be called."""
     try:
         path = Path(folder).expanduser()
         os.fsencode(path)
     except TypeError:
-        raise FileError(f"a folder is given by its path, found {str(folder)[:80]!r}") from None
+        raise PathError(f"a folder is given by its path, found {str(folder)[:80]!r}") from None
     except RuntimeError as error:  # no such user, or no home
-        raise FileError(f"{str(folder)[:200]}: {str(error).rstrip('.')}: write the whole path") from None
+        raise PathError(f"{str(folder)[:200]}: {str(error).rstrip('.')}: write the whole path") from None
     except UnicodeError:
-        raise FileError(f"{str(folder)[:200]!r} holds characters that no path can have") from None
+        raise PathError(f"{str(folder)[:200]!r} holds characters that no path can have") from None
     if "\0" in str(path):
-        raise FileError(f"{str(folder)[:200]!r} holds a zero character, which no path can have")
+        raise PathError(f"{str(folder)[:200]!r} holds a zero character, which no path can have")
     return path
 
 
 @contextmanager
-def as_file_error(action: str, folder: Path) -> Iterator[None]:
-    """Whatever the system refuses inside is a FileError."""
+def as_path_error(action: str, folder: Path) -> Iterator[None]:
+    """Whatever the system refuses inside is a PathError."""
     try:
         yield
-    except OSError as error:
+    except PathError:
+        raise
+    except (OSError, SafetensorError) as raised:
+        error = os_error_of(raised) if isinstance(raised, SafetensorError) else raised
         reason = error.strerror or str(error)
         advice = f": {ADVICE[error.errno]}" if error.errno in ADVICE else ""
-        raise FileError(f"{_short(folder)} cannot be {action}: {reason}{advice}") from error
-    except SafetensorError as error:  # its writer has its own words for a full disk
-        raise FileError(f"{_short(folder)} cannot be {action}: {str(error)[:300]}") from error
+        raise PathError(f"{_short(folder)} cannot be {action}: {reason}{advice}") from raised
+
+
+def os_error_of(error: SafetensorError) -> OSError:
+    """The system's error that the writer of safetensors met: its number is only in the text, "... (os error 28)"."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]) if number else errno.EIO, str(error)[:300])
 
 
 def _short(folder: Path) -> str:

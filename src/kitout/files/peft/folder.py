@@ -34,7 +34,7 @@ from kitout.files.peft.read_tensors import PREFIX, PeftAdapter, adaptable_module
 from kitout.files.peft.virtual_tokens import read_virtual_tokens, write_virtual_tokens
 from kitout.files.peft.write_tensors import heads_of, task_of, to_peft_tensors
 from kitout.files.safetensors_reader import open_regular, open_tensors, parse_json, write_tensors
-from kitout.files.system_errors import as_file_error, as_path
+from kitout.files.system_errors import as_path, as_path_error
 from kitout.methods import LoRA, PrefixTuning, PromptTuning
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.build_adapter import check_name, check_sites
@@ -57,12 +57,12 @@ def load_peft(state: KitState, folder: str | PathLike[str], name: str) -> Adapte
     check_name(state, name)
     folder_path = as_path(folder)
     errors = Errors(FileError, f"{folder_path} cannot be loaded")
-    with as_file_error("read", folder_path):
+    with as_path_error("read", folder_path):
         config = _read_json(folder_path)
     settings = read_config(config, errors)
     errors.raise_if_any()
     assert settings is not None
-    with as_file_error("read", folder_path):
+    with as_path_error("read", folder_path):
         tensors = open_tensors(folder_path / WEIGHTS)
         with tensors.file:
             stored, _ = tensors.read()
@@ -153,7 +153,7 @@ def save_peft(state: KitState, name: str, folder: str | PathLike[str]) -> None:
     """
     adapter = state[name].inference_form()
     target = as_path(folder)
-    with as_file_error("written", target):
+    with as_path_error("written", target):
         check_replaceable(target, (CONFIG, WEIGHTS))
     errors = Errors(FileError, f"{name!r} has no equivalent in PEFT")
     has_virtual_tokens = isinstance(adapter.method, (PromptTuning, PrefixTuning))
@@ -168,7 +168,7 @@ def save_peft(state: KitState, name: str, folder: str | PathLike[str]) -> None:
         write_tensors(temp_path / WEIGHTS, tensors, {"format": "pt"})
         (temp_path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    with as_file_error("written", target):
+    with as_path_error("written", target):
         replace_folder(target, (CONFIG, WEIGHTS), write_into)
 
 
