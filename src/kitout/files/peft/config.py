@@ -22,11 +22,7 @@ READ = {
     "IA3": {"feedforward_modules"},
     **dict.fromkeys(PROMPT_TYPES, _SIZE_KEYS),
 }
-TASKS = (
-    "CAUSAL_LM",
-    "SEQ_2_SEQ_LM",
-    "SEQ_CLS",
-)  # in other tasks PEFT returns the outputs of the prompts with those of the text
+TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # What was selected, how it was initialized, where it came from: the tensors of the file hold the rest.
 HARMLESS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",

@@ -195,7 +195,7 @@ def _write_weights(state: KitState, adapter: Adapter, errors: Errors) -> tuple[d
     targets = target_modules_for(list(parts), all_paths, [p for p, part in parts.items() if part.at_input])
     task = task_of(state.base)
     fields = {
-        "task_type": None if task == "SEQ_CLS" else task,  # PEFT would add heads for SEQ_CLS by itself
+        "task_type": task if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else None,  # in others PEFT adds heads by itself
         "target_modules": targets["target_modules"],
         "fan_in_fan_out": any(part.is_transposed for part in parts.values()),
     }

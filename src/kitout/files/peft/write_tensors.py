@@ -6,6 +6,7 @@ on the whole. It knows the parameters of LoRA and IA3 and nothing of folders or 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,14 @@ from kitout.methods.deltas.dora import DoRADelta
 from kitout.methods.deltas.low_rank import LowRankDelta
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.state import KitState
+
+TASK_BY_CLASS_NAME = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+TEXT_INPUTS = ("input_ids", "attention_mask", "inputs_embeds")
+DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
 
 
 def to_peft_tensors(adapter: Adapter, errors: Errors) -> dict[str, PeftModuleTensors]:
@@ -134,12 +143,31 @@ def _round_alpha(value: float) -> float:
 
 
 def task_of(model: Any) -> str | None:
-    """PEFT's task type of a model; None for tasks that kitout does not write."""
-    if plain_class(model).__name__.endswith("ForSequenceClassification"):
-        return "SEQ_CLS"
-    if not callable(getattr(model, "can_generate", None)) or not model.can_generate():
-        return None
-    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    """PEFT's task type of a model; None where PEFT's class for that task cannot call it.
+
+    Each of these classes passes on the inputs of a text model by name, those that are not given as None. So it cannot
+    call a model of sound or images, which would hand `input_ids` on to a part that gets its own.
+    """
+    cls = plain_class(model)
+    task = next((task for end, task in TASK_BY_CLASS_NAME.items() if cls.__name__.endswith(end)), None)
+    if task is None:
+        generates = callable(getattr(model, "can_generate", None)) and model.can_generate()
+        task = "FEATURE_EXTRACTION"
+        if generates:
+            task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    passed = TEXT_INPUTS + (DECODER_INPUTS if task == "SEQ_2_SEQ_LM" else ())
+    takes_ids = "input_ids" in inspect.signature(cls.forward).parameters
+    return task if takes_ids and all(takes_argument(model, name) for name in passed) else None
+
+
+def takes_argument(model: Any, name: str) -> bool:
+    """The model's forward has this argument, or hands it on to what is below its head."""
+    parameters = inspect.signature(plain_class(model).forward).parameters
+    if name in parameters:
+        return True
+    below = getattr(model, "base_model", model)
+    hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return hands_on and below is not model and name in inspect.signature(plain_class(below).forward).parameters
 
 
 def heads_of(state: KitState, adapter: Adapter, errors: Errors) -> dict[str, Tensor]:
