@@ -266,9 +266,14 @@ def target_modules_for(
     return {"target_modules": either[0], "feedforward_modules": either[1] or []}
 
 
-def most_common_and_rest(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The value most paths have, and the others by path as PEFT's patterns are written."""
-    every = list(values.values())
-    most_common = max(every, key=every.count)
-    rest = {path: value for path, value in values.items() if value != most_common}
-    return most_common, {p if re.fullmatch(r"[\w.]+", p) else re.escape(p): value for p, value in rest.items()}
+def patterns_of(values: dict[str, Any], default: Any) -> dict[str, Any]:
+    """The values that differ from the default, by module path as PEFT's patterns are written.
+
+    A pattern also matches where it ends a longer path, unless it says that the path begins there.
+    """
+    patterns = {}
+    for path, value in values.items():
+        if value != default:
+            pattern = path if re.fullmatch(r"[\w.]+", path) else re.escape(path)
+            patterns["^" + pattern if any(p.endswith(f".{path}") for p in values) else pattern] = value
+    return patterns

@@ -28,11 +28,11 @@ from kitout.files.adapter_tensors import (
 )
 from kitout.files.atomic import check_replaceable, replace_folder
 from kitout.files.head_spec import blank_copy
-from kitout.files.peft.config import PeftConfig, PeftPromptConfig, most_common_and_rest, read_config, target_modules_for
+from kitout.files.peft.config import PeftConfig, PeftPromptConfig, patterns_of, read_config, target_modules_for
 from kitout.files.peft.infer_method import infer_method
 from kitout.files.peft.read_tensors import PREFIX, PeftAdapter, adaptable_modules, by_module
 from kitout.files.peft.virtual_tokens import read_virtual_tokens, write_virtual_tokens
-from kitout.files.peft.write_tensors import heads_of, task_of, to_peft_tensors
+from kitout.files.peft.write_tensors import heads_of, task_of, to_one_scale, to_peft_tensors, why_not_in_vllm
 from kitout.files.safetensors_reader import open_regular, open_tensors, parse_json, write_tensors
 from kitout.files.system_errors import as_path, as_path_error
 from kitout.methods import LoRA, PrefixTuning, PromptTuning
@@ -144,12 +144,13 @@ def _build_empty(state: KitState, name: str, peft_adapter: PeftAdapter) -> tuple
 
 
 @torch.no_grad()
-def save_peft(state: KitState, name: str, folder: str | PathLike[str]) -> None:
+def save_peft(state: KitState, name: str, folder: str | PathLike[str], *, for_vllm: bool = False) -> None:
     """Writes an adapter as PEFT does, so that PeftModel.from_pretrained(base, folder) computes the same.
 
     Strength is folded. A PiSSA adapter becomes a plain LoRA of twice the rank. Several LoRAs on channels of one fused
-    projection become one on the whole. The encoder of a prefix is folded. Raises FileError with every reason at once
-    for what PEFT cannot hold.
+    projection become one on the whole. Ranks and alphas by role are written with one scale for all. The encoder of a
+    prefix is folded. for_vllm: also refuse what vLLM does not read. Raises FileError with every reason at once for what
+    PEFT cannot hold.
     """
     adapter = state[name].inference_form()
     target = as_path(folder)
@@ -160,6 +161,11 @@ def save_peft(state: KitState, name: str, folder: str | PathLike[str]) -> None:
     write = write_virtual_tokens if has_virtual_tokens else _write_weights
     tensors, own_fields = write(state, adapter, errors)
     errors.raise_if_any()
+    if for_vllm:
+        errors = Errors(FileError, f"{name!r} cannot be read by vLLM")
+        for reason in why_not_in_vllm(adapter):
+            errors.add(reason)
+        errors.raise_if_any()
     if bad := non_finite_names(tensors):
         raise FileError(f"{name!r} holds NaN or infinity in {', '.join(bad[:4])}: there is nothing worth saving in it")
     config = {**_common_fields(state, adapter), **own_fields}
@@ -189,6 +195,7 @@ def _write_weights(state: KitState, adapter: Adapter, errors: Errors) -> tuple[d
     heads = heads_of(state, adapter, errors)
     if errors.messages:
         return {}, {}
+    rank, alpha = to_one_scale(parts, adapter.method.rslora) if isinstance(adapter.method, LoRA) else (0, 0.0)
     tensors = {f"{PREFIX}{path}{end}": value for path, part in parts.items() for end, value in part.values.items()}
     tensors |= {PREFIX + key: value for key, value in heads.items()}
     all_paths = [path for path, _ in state.base.named_modules()]
@@ -201,14 +208,12 @@ def _write_weights(state: KitState, adapter: Adapter, errors: Errors) -> tuple[d
     }
     if not isinstance(adapter.method, LoRA):
         return tensors, {"peft_type": "IA3", "feedforward_modules": targets["feedforward_modules"], **fields}
-    rank, rank_pattern = most_common_and_rest({path: part.rank for path, part in parts.items()})
-    alpha, alpha_pattern = most_common_and_rest({path: part.alpha for path, part in parts.items()})
     return tensors, {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
+        "rank_pattern": patterns_of({path: part.rank for path, part in parts.items()}, rank),
+        "alpha_pattern": patterns_of({path: part.alpha for path, part in parts.items()}, alpha),
         "lora_dropout": adapter.method.dropout,
         "use_rslora": adapter.method.rslora,
         "use_dora": adapter.method.dora,

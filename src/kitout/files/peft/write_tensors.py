@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,28 @@ def to_peft_tensors(adapter: Adapter, errors: Errors) -> dict[str, PeftModuleTen
             part.is_transposed = is_conv1d(sites[0].module)
             parts[path] = part
     return parts
+
+
+def to_one_scale(parts: Mapping[str, PeftModuleTensors], rslora: bool) -> tuple[int, float]:
+    """r and lora_alpha of the whole file. A module whose alpha / rank differs from that of most has its B rescaled.
+
+    Not every reader knows PEFT's patterns: versions of vLLM apply lora_alpha / r to every module. With one scale, ranks
+    may differ. r is the largest, for which such a reader makes room.
+    """
+
+    def root(rank: int) -> float:
+        return math.sqrt(rank) if rslora else rank
+
+    scales = [_round_alpha(part.alpha / root(part.rank)) for part in parts.values()]
+    scale = max(scales, key=scales.count)
+    for part, own in zip(parts.values(), scales, strict=True):
+        if own != scale:
+            ends = [end for end in part.values if end.startswith((".lora_B.", ".lora_embedding_B"))]
+            part.values |= {end: part.values[end] * (own / scale) for end in ends}
+            part.alpha = _round_alpha(scale * root(part.rank))
+    rank = max(part.rank for part in parts.values())
+    alphas = {part.rank: part.alpha for part in parts.values()}
+    return rank, alphas[rank]
 
 
 def _write_lora(adapter: Adapter, sites: Sequence[Site]) -> PeftModuleTensors | str:
@@ -134,6 +156,23 @@ def _vector_shape(module: nn.Module, axis: int) -> tuple[int, ...]:
     if not isinstance(module, CONV_CLASSES):
         return (-1,)
     return tuple(-1 if i == axis else 1 for i in range(module.weight.ndim))
+
+
+def why_not_in_vllm(adapter: Adapter) -> list[str]:
+    """What vLLM refuses or passes over when it loads such a folder: every reason. After vllm/lora/peft_helper.py."""
+    method = adapter.method
+    if not isinstance(method, LoRA):
+        return [f"it reads LoRA only, and this is {type(method).__name__}: serve kit.merged_copy({adapter.name!r})"]
+    reasons = ["it does not read DoRA (dora=True)"] if method.dora else []
+    if adapter.heads:
+        heads = ", ".join(path.replace("/", ".") for path in adapter.heads)
+        reasons.append(f"it reads no heads (modules_to_save): {heads}")
+    others = {
+        type(s.module).__name__: s.path
+        for s in adapter.sites
+        if not isinstance(s.module, (nn.Linear, nn.Embedding)) and not is_conv1d(s.module)
+    }
+    return reasons + [f"it has no LoRA over {kind} ({path})" for kind, path in others.items()]
 
 
 def _round_alpha(value: float) -> float:
