@@ -343,6 +343,6 @@ def load_peft(kit: Kit, folder: str | PathLike[str], name: str) -> Adapter:
 def save_peft(kit: Kit, name: str, folder: str | PathLike[str], *, for_vllm: bool = False) -> None:
     """Writes one adapter as a folder that Hugging Face PEFT loads; FileError where PEFT has no such adapter.
 
-    for_vllm: also refuse what vLLM would not read (DoRA, heads, methods other than LoRA).
+    for_vllm: also refuse what vLLM would not read (DoRA, heads, biases, methods other than LoRA).
     """
     peft_folder.save_peft(kit.state, name, folder, for_vllm=for_vllm)

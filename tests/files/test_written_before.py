@@ -66,5 +66,8 @@ def test_an_adapter_is_written_as_before(method: str, tmp_path: Path) -> None:
     assert (after / "adapter.safetensors").read_bytes() == (before / "adapter.safetensors").read_bytes()
     records = [json.loads((folder / "adapter.json").read_text()) for folder in (before, after)]
     assert [*records[0], "digest"] == list(records[1])
-    for key in records[0].keys() - {"kitout", "base"}:
+    for key in records[0].keys() - {"kitout", "base", "settings"}:
         assert records[0][key] == records[1][key]
+    settings = [record["settings"] for record in records]
+    added = {key: field.default for key, field in type(kit["a"].method).model_fields.items() if key not in settings[0]}
+    assert {**settings[0], **added} == settings[1]

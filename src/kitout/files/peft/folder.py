@@ -28,16 +28,17 @@ from kitout.files.adapter_tensors import (
 )
 from kitout.files.atomic import check_replaceable, replace_folder
 from kitout.files.head_spec import blank_copy
+from kitout.files.peft.biases import read_shifts, take_biases, write_biases
 from kitout.files.peft.config import PeftConfig, PeftPromptConfig, patterns_of, read_config, target_modules_for
 from kitout.files.peft.infer_method import infer_method
-from kitout.files.peft.read_tensors import PREFIX, PeftAdapter, adaptable_modules, by_module
+from kitout.files.peft.read_tensors import PREFIX, PeftAdapter, PeftModuleTensors, adaptable_modules, by_module
 from kitout.files.peft.virtual_tokens import read_virtual_tokens, write_virtual_tokens
 from kitout.files.peft.write_tensors import heads_of, task_of, to_one_scale, to_peft_tensors, why_not_in_vllm
 from kitout.files.safetensors_reader import open_regular, open_tensors, parse_json, write_tensors
 from kitout.files.system_errors import as_path, as_path_error
 from kitout.methods import LoRA, PrefixTuning, PromptTuning
 from kitout.runtime.adapter import Adapter
-from kitout.runtime.build_adapter import check_name, check_sites
+from kitout.runtime.build_adapter import check_name, check_sites, select_sites
 from kitout.runtime.state import KitState
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -120,7 +121,9 @@ def _read_weights(
     state: KitState, settings: PeftConfig, stored: Mapping[str, Tensor], errors: Errors
 ) -> PeftAdapter | None:
     """LoRA and IA3: the tensors of each module and the method that matches them; None where an error was added."""
-    parts, heads = by_module(state, settings, stored, errors)
+    rest = dict(stored)
+    biases = take_biases(settings, rest)
+    parts, heads = by_module(state, settings, rest, errors)
     missing = [p for p in adaptable_modules(state.survey) if settings.is_named(p) and p not in parts]
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
@@ -133,6 +136,10 @@ def _read_weights(
     ranks = {path: part.rank for path, part in parts.items()}
     alphas = {path: part.alpha for path, part in parts.items()}
     method, sites = infer_method(state.survey, settings, at_input, ranks, alphas)
+    if isinstance(method, LoRA) and method.bias != "none":
+        sites = select_sites(state, method, heads)
+        for path, shift in read_shifts(state, method, parts, biases, errors).items():
+            parts.setdefault(path, PeftModuleTensors()).values["shift"] = shift
     values = {f"{s.key}.{parameter}": value for s in sites for parameter, value in parts[s.path].values.items()}
     return PeftAdapter(method, sites, values, heads)
 
@@ -196,8 +203,11 @@ def _write_weights(state: KitState, adapter: Adapter, errors: Errors) -> tuple[d
     if errors.messages:
         return {}, {}
     rank, alpha = to_one_scale(parts, adapter.method.rslora) if isinstance(adapter.method, LoRA) else (0, 0.0)
+    biases, bias_fields = write_biases(state, adapter, parts, errors) if rank else ({}, {})
+    if errors.messages:
+        return {}, {}
     tensors = {f"{PREFIX}{path}{end}": value for path, part in parts.items() for end, value in part.values.items()}
-    tensors |= {PREFIX + key: value for key, value in heads.items()}
+    tensors |= {PREFIX + key: value for key, value in [*biases.items(), *heads.items()]}
     all_paths = [path for path, _ in state.base.named_modules()]
     targets = target_modules_for(list(parts), all_paths, [p for p, part in parts.items() if part.at_input])
     task = task_of(state.base)
@@ -217,7 +227,7 @@ def _write_weights(state: KitState, adapter: Adapter, errors: Errors) -> tuple[d
         "lora_dropout": adapter.method.dropout,
         "use_rslora": adapter.method.rslora,
         "use_dora": adapter.method.dora,
-        "bias": "none",
+        **bias_fields,
         "init_lora_weights": True,
         **fields,
     }

@@ -47,6 +47,7 @@ def infer_method(
         dropout=settings.dropout,
         rslora=settings.rslora,
         dora=settings.dora,
+        bias="lora_only" if settings.lora_bias and settings.bias == "none" else settings.bias,
         targets=targets,
         layers=layers,
     )

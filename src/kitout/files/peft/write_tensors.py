@@ -22,6 +22,7 @@ from kitout.files.peft.read_tensors import CONV_CLASSES, PeftModuleTensors, embe
 from kitout.methods import IA3, LoRA
 from kitout.methods.deltas.dora import DoRADelta
 from kitout.methods.deltas.low_rank import LowRankDelta
+from kitout.methods.lora import BIAS
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.state import KitState
 
@@ -42,6 +43,8 @@ def to_peft_tensors(adapter: Adapter, errors: Errors) -> dict[str, PeftModuleTen
         return {}
     by_path: dict[str, list[Site]] = {}
     for site in adapter.sites:
+        if site.parameter_names == BIAS:  # written by `biases.py`
+            continue
         by_path.setdefault(site.path, []).append(site)
     parts = {}
     for path, sites in by_path.items():
@@ -103,7 +106,18 @@ def _write_lora(adapter: Adapter, sites: Sequence[Site]) -> PeftModuleTensors | 
     else:
         kernel = module.weight.shape[1:] if isinstance(module, CONV_CLASSES) else a.shape[1:]
         values = {".lora_A.weight": a.reshape(rank, *kernel), ".lora_B.weight": b[(...,) + (None,) * (len(kernel) - 1)]}
-    return PeftModuleTensors({**values, **extra}, rank, _round_alpha(alpha))
+    return PeftModuleTensors({**values, **extra}, rank, _round_alpha(alpha), shift=_shift(adapter, sites))
+
+
+def _shift(adapter: Adapter, sites: Sequence[Site]) -> Tensor | None:
+    """What the sites of one module add to its bias, [d_out] of the whole module; None where they have none."""
+    whole: Tensor | None = None
+    for site in sites:
+        shift = adapter.delta(site)._parameters.get("shift")
+        if shift is not None:
+            whole = shift.new_zeros(_num_outputs(site)) if whole is None else whole
+            whole[slice(None) if site.channel_index is None else site.channel_index] += adapter.strength * shift
+    return whole
 
 
 def _stack_factors(sites: Sequence[Site], deltas: Sequence[Any]) -> tuple[Tensor, Tensor, float]:
@@ -164,6 +178,8 @@ def why_not_in_vllm(adapter: Adapter) -> list[str]:
     if not isinstance(method, LoRA):
         return [f"it reads LoRA only, and this is {type(method).__name__}: serve kit.merged_copy({adapter.name!r})"]
     reasons = ["it does not read DoRA (dora=True)"] if method.dora else []
+    if method.bias != "none":
+        reasons.append(f"it reads no trained biases (bias={method.bias!r})")
     if adapter.heads:
         heads = ", ".join(path.replace("/", ".") for path in adapter.heads)
         reasons.append(f"it reads no heads (modules_to_save): {heads}")
