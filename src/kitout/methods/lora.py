@@ -34,9 +34,10 @@ class LoRA(Method):
     """A low-rank change of selected projections: y' = y + alpha / rank * B A dropout(x).
 
     rank, alpha: a number, or numbers by role as in {"attn.*": 8, "mlp.*": 16}. alpha None = 2 * rank. dropout: on x.
-    rslora: alpha / sqrt rank. dora: renormalize to a learned magnitude. bias: "lora_only" also trains a bias of every
-    target (a new one where there is none), "all" every other bias of the model too. init: "default", or "pissa" (A and
-    B start as the principal directions of W, whose product is subtracted again, so a new adapter is the identity).
+    rslora: alpha / sqrt rank. dora: renormalize to a learned magnitude. bias: "lora_only" also trains the biases of the
+    targets, "all" every bias of the model. lora_bias: a bias on every target, also where there is none. init:
+    "default", or "pissa" (A and B start as the principal directions of W, whose product is subtracted again, so a new
+    adapter is the identity).
     """
 
     training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3, weight_decay=0.01)
@@ -48,6 +49,7 @@ class LoRA(Method):
     rslora: bool = False
     dora: bool = False
     bias: Literal["none", "lora_only", "all"] = "none"
+    lora_bias: bool = False
     init: Literal["default", "pissa"] = "default"
 
     @field_validator("rank")
@@ -89,6 +91,11 @@ class LoRA(Method):
         order = {site.path: i for i, site in reversed(list(enumerate(survey.sites)))}
         return sorted([*targets, *others], key=lambda site: order[site.path])
 
+    def _has_shift(self, site: Site) -> bool:
+        """A bias is trained at this target: one of an output, not of a row of a table."""
+        is_trained = self.lora_bias or (self.bias != "none" and bias(site.module) is not None)
+        return is_trained and site.port == "out" and site.kind in BIASED_KINDS
+
     def _check_site(self, site: Site) -> None:
         if site.role.startswith("sub.") or site.role == "block":
             raise TargetError(f"LoRA over {site.role} ({site.path}): it changes a projection; write mlp.down or attn.o")
@@ -118,7 +125,7 @@ class LoRA(Method):
         a, b = init_factors(site, rank, width)
         if self.init == "pissa":
             a, b = pissa_factors(frozen_weight(site), rank, scale)
-        is_shifted = self.bias != "none" and has_shift(site)
+        is_shifted = self._has_shift(site)
         if self.dora:
             dora = ShiftedDoRA if is_shifted else DoRADelta
             return dora(a, b, frozen_weight(site).norm(dim=1), scale, self.dropout)
@@ -131,13 +138,8 @@ class LoRA(Method):
     def num_parameters(self, sites: Sequence[Site]) -> int:
         targets = [s for s in sites if s.parameter_names != BIAS]
         pairs = sum(self.rank_at(s) * (fan_in(s) + s.d_out) for s in targets)
-        shifts = sum(s.d_out for s in sites if self.bias != "none" and has_shift(s))
+        shifts = sum(s.d_out for s in sites if s.parameter_names == BIAS or self._has_shift(s))
         return pairs + shifts + (sum(s.d_out for s in targets) if self.dora else 0)
-
-
-def has_shift(site: Site) -> bool:
-    """A trained bias of its own can be added at this site: to an output, but not to a row of a table."""
-    return site.port == "out" and site.kind in BIASED_KINDS
 
 
 def value_for_role(value: float | dict[str, int] | dict[str, float], site: Site, description: str) -> float:

@@ -44,7 +44,7 @@ def read_shifts(
     state: KitState, method: LoRA, parts: Mapping[str, PeftModuleTensors], biases: Mapping[str, Tensor], errors: Errors
 ) -> dict[str, Tensor]:
     """By module path what the adapter adds to each bias; a bias that no site holds must be that of the base."""
-    sites = {s.path: s for s in method.sites(state.survey) if s.path not in parts or parts[s.path].can_shift}
+    sites = {s.path: s for s in method.sites(state.survey) if s.path not in parts or parts[s.path].has_shift}
     shifts = {}
     for path, site in sites.items():
         shift = torch.zeros(site.d_out)
@@ -79,15 +79,13 @@ def write_biases(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by key without prefix, and the fields bias and lora_bias. `parts` get the biases of their B.
 
-    A new bias, where the base has none, is a bias of B, and then all are.
+    With lora_bias all that is added at a target is a bias of its B, also a change of the base's own.
     """
     method = adapter.method
     assert isinstance(method, LoRA)
-    if method.bias == "none":
+    if method.bias == "none" and not method.lora_bias:
         return {}, {"bias": "none"}
     unmerged = parameters_before_merge(state)
-    bare = [path for path, part in parts.items() if part.shift is not None and part.shift.any()
-            and _bias(state, path, unmerged) is None]  # fmt: skip
     tensors: dict[str, Tensor] = {}
     for site in adapter.sites:
         if site.parameter_names == BIAS:
@@ -97,17 +95,17 @@ def write_biases(
             tensors[site.path + END] = own.float() + adapter.strength * shift
     for path, part in parts.items():
         own = _bias(state, path, unmerged)
-        if not bare:
+        if not method.lora_bias:
             if own is not None and part.shift is not None:
                 tensors[f"{path}.base_layer{END}"] = own.float() + part.shift
         elif part.shift is None:
-            errors.add(f"{path}: new biases ({bare[0]}) need lora_bias=True in PEFT, which has none for an embedding")
+            errors.add(f"{path}: PEFT has no lora_bias over an embedding")
         elif method.dora:
-            errors.add(f"{path}: new biases ({bare[0]}) need lora_bias=True in PEFT, which has none with DoRA")
+            errors.add(f"{path}: PEFT has no lora_bias with DoRA")
         else:
             scale = part.alpha / (part.rank**0.5 if method.rslora else part.rank)
             part.values[".lora_B.bias"] = part.shift / scale
-    return tensors, {"bias": "none" if bare and method.bias == "lora_only" else method.bias, "lora_bias": bool(bare)}
+    return tensors, {"bias": method.bias, "lora_bias": method.lora_bias}
 
 
 def _bias(state: KitState, path: str, unmerged: Mapping[int, Tensor]) -> Tensor | None:

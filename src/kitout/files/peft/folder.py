@@ -136,7 +136,7 @@ def _read_weights(
     ranks = {path: part.rank for path, part in parts.items()}
     alphas = {path: part.alpha for path, part in parts.items()}
     method, sites = infer_method(state.survey, settings, at_input, ranks, alphas)
-    if isinstance(method, LoRA) and method.bias != "none":
+    if isinstance(method, LoRA) and (method.bias != "none" or method.lora_bias):
         sites = select_sites(state, method, heads)
         for path, shift in read_shifts(state, method, parts, biases, errors).items():
             parts.setdefault(path, PeftModuleTensors()).values["shift"] = shift

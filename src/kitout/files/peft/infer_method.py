@@ -47,7 +47,8 @@ def infer_method(
         dropout=settings.dropout,
         rslora=settings.rslora,
         dora=settings.dora,
-        bias="lora_only" if settings.lora_bias and settings.bias == "none" else settings.bias,
+        bias=settings.bias,
+        lora_bias=settings.lora_bias,
         targets=targets,
         layers=layers,
     )

@@ -55,8 +55,8 @@ class PeftModuleTensors:
     """Of B (lora_bias), when read."""
     shift: Tensor | None = None
     """What is added to the module's bias, when written; None where nothing can be."""
-    can_shift: bool = True
-    """The module can have a trained bias: it is no table."""
+    has_shift: bool = False
+    """The file trains a bias here."""
 
 
 @dataclass
@@ -187,8 +187,9 @@ def _read_lora(site: Site, settings: PeftConfig, values: dict[str, Tensor]) -> P
     bias = values.get("bias")
     if bias is not None and bias.shape != (site.d_out,):
         return f"the bias of B has shape {list(bias.shape)}, needs {site.d_out} values"
-    can_shift = not isinstance(site.module, nn.Embedding)
-    return PeftModuleTensors(parameters, rank, settings.alpha_at(site.path), bias=bias, can_shift=can_shift)
+    is_trained = settings.lora_bias or (settings.bias != "none" and site.module._parameters.get("bias") is not None)
+    has_shift = is_trained and not isinstance(site.module, nn.Embedding)
+    return PeftModuleTensors(parameters, rank, settings.alpha_at(site.path), bias=bias, has_shift=has_shift)
 
 
 def _read_ia3(site: Site, settings: PeftConfig, values: dict[str, Tensor]) -> PeftModuleTensors | str:

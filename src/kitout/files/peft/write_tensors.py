@@ -178,8 +178,8 @@ def why_not_in_vllm(adapter: Adapter) -> list[str]:
     if not isinstance(method, LoRA):
         return [f"it reads LoRA only, and this is {type(method).__name__}: serve kit.merged_copy({adapter.name!r})"]
     reasons = ["it does not read DoRA (dora=True)"] if method.dora else []
-    if method.bias != "none":
-        reasons.append(f"it reads no trained biases (bias={method.bias!r})")
+    if method.bias != "none" or method.lora_bias:
+        reasons.append(f"it reads no trained biases (bias={method.bias!r}, lora_bias={method.lora_bias})")
     if adapter.heads:
         heads = ", ".join(path.replace("/", ".") for path in adapter.heads)
         reasons.append(f"it reads no heads (modules_to_save): {heads}")
