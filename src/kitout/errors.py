@@ -69,6 +69,10 @@ class FileError(KitoutError, ValueError):
     """An adapter folder that is missing, damaged, hostile or written for something else."""
 
 
+class PathError(FileError, OSError):
+    """A path that the system refuses: not there, no permission, a full or read-only disk, a name that is too long."""
+
+
 class WrongBase(FileError):
     """An adapter file made for another base model."""
 

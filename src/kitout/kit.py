@@ -282,13 +282,19 @@ class Kit(nn.Module):
         adapter_folder.save_adapter(self.state, name, folder, metadata=metadata, keep_encoder=keep_encoder)
 
     def load(
-        self, folder: str | PathLike[str], *, name: str | None = None, heads: Mapping[str, nn.Module] | None = None
+        self,
+        folder: str | PathLike[str],
+        *,
+        name: str | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
+        verify: bool = True,
     ) -> Adapter:
         """Adds the adapter a folder holds. Raises WrongBase or FileError and changes nothing if anything is off.
 
         heads: modules, by path, for heads whose class a file cannot describe; their values come from the folder.
+        verify: False loads a folder that was edited after it was saved, without comparing its digests.
         """
-        return adapter_folder.load_adapter(self.state, folder, name=name, heads=heads)
+        return adapter_folder.load_adapter(self.state, folder, name=name, heads=heads, verify=verify)
 
     # ---- being a module ----------------------------------------------------------------------------------------
 
@@ -341,6 +347,9 @@ def load_peft(kit: Kit, folder: str | PathLike[str], name: str) -> Adapter:
     return peft_folder.load_peft(kit.state, folder, name)
 
 
-def save_peft(kit: Kit, name: str, folder: str | PathLike[str]) -> None:
-    """Writes one adapter as a folder that Hugging Face PEFT loads; ConfigError where PEFT has no such adapter."""
-    peft_folder.save_peft(kit.state, name, folder)
+def save_peft(kit: Kit, name: str, folder: str | PathLike[str], *, for_vllm: bool = False) -> None:
+    """Writes one adapter as a folder that Hugging Face PEFT loads; FileError where PEFT has no such adapter.
+
+    for_vllm: also refuse what vLLM would not read (DoRA, heads, biases, methods other than LoRA).
+    """
+    peft_folder.save_peft(kit.state, name, folder, for_vllm=for_vllm)

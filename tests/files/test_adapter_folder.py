@@ -296,7 +296,7 @@ def test_a_save_that_fails_leaves_what_was_there(
     randomize(kit["a"], seed=9)
     with monkeypatch.context() as patch:
         broken(patch)
-        with pytest.raises(OSError, match="disk is full"):
+        with pytest.raises(FileError, match="cannot be written: the disk is full"):
             kit.save("a", target)
     assert listed(tmp_path) == (["a"] if replacing else [])
     if before is not None:
@@ -321,7 +321,7 @@ def test_where_folders_cannot_be_exchanged_a_failed_second_rename_is_taken_back(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
-        with pytest.raises(OSError, match="disk is full"):
+        with pytest.raises(FileError, match="cannot be written: the disk is full"):
             kit.save("a", tmp_path / "a")
     assert listed(tmp_path) == ["a"]
     assert record_of(tmp_path / "a") == before

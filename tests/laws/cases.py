@@ -148,6 +148,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case("lora-dropout", LoRA(rank=2, dropout=0.3)),
     Case("rslora", LoRA(rank=4, alpha=3, rslora=True)),
+    Case("lora-biases", LoRA(rank=2, alpha=3, targets="attn.q", bias="all", lora_bias=True)),
     Case("dora", LoRA(rank=2, alpha=3, dora=True, targets="all-linear"), rounds=True),
     Case("dora-qv", LoRA(rank=2, alpha=3, dora=True), rounds=True),
     Case("pissa", LoRA(rank=3, alpha=5, init="pissa", targets="attn.q mlp.*"), rounds=True, refused=experts),

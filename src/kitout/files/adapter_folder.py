@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from kitout.base.site import Site
-from kitout.errors import Errors, FileError, InvalidAdapterName, KitoutError, MergeStateError, TargetError, WrongBase
+from kitout.errors import (
+    Errors,
+    FileError,
+    InvalidAdapterName,
+    KitoutError,
+    MergeStateError,
+    RouteError,
+    TargetError,
+    WrongBase,
+)
 from kitout.files import float_steps
 from kitout.files.adapter_json import FORMAT, RECORD, TENSORS, AdapterJson, SiteEntry, TensorsEntry, read_adapter_json
 from kitout.files.adapter_tensors import (
@@ -32,8 +41,9 @@ from kitout.files.atomic import check_replaceable, replace_folder
 from kitout.files.base_fingerprint import differences, fingerprint, parameters_before_merge
 from kitout.files.head_spec import build_from_spec, spec_of
 from kitout.files.safetensors_reader import SafetensorsFile, open_tensors, write_tensors
+from kitout.files.system_errors import as_path, as_path_error
 from kitout.runtime.adapter import Adapter
-from kitout.runtime.build_adapter import check_name, check_sites, head_site, select_sites
+from kitout.runtime.build_adapter import check_head, check_name, check_sites, head_site, select_sites
 from kitout.runtime.state import KitState
 from kitout.version import __version__
 
@@ -58,8 +68,9 @@ def save_adapter(
     other files or a value is NaN or infinite.
     """
     adapter = state[name] if keep_encoder else state[name].inference_form()
-    target = Path(folder)
-    check_replaceable(target.expanduser(), FILES)
+    target = as_path(folder)
+    with as_path_error("written", target):
+        check_replaceable(target, FILES)
     slots = tensor_slots(adapter)
     if bad := non_finite_names({n: s.tensor for n, s in slots.items()}):
         raise FileError(f"{name!r} holds NaN or infinity in {', '.join(bad[:4])}: there is nothing worth saving in it")
@@ -67,6 +78,9 @@ def save_adapter(
     if dtype == "mixed" and any(s.base is not None for s in slots.values()):
         raise FileError(f"{name!r} holds trained copies in several dtypes: convert them to one, kit[{name!r}].float()")
     unmerged = parameters_before_merge(state)
+    note = adapter.metadata if metadata is None else metadata
+    if not isinstance(note, Mapping) or not all(isinstance(key, str) for key in note):
+        raise FileError(f"metadata cannot be written as json: it is a dict with texts for keys, found {str(note)[:80]}")
     tensors: dict[str, Tensor] = {}
     for key, slot in slots.items():
         frozen = None if slot.base is None else unmerged.get(id(slot.base), slot.base)
@@ -89,11 +103,12 @@ def save_adapter(
             heads=[spec_of(path, _head(adapter, path), state.base) for path in head_paths],
             tensors=TensorsEntry(bytes=size, sha256=digest),
             base=fingerprint(state, [s.path for s in adapter.sites], head_paths),
-            note=dict(adapter.metadata if metadata is None else metadata),
+            note=dict(note),
         )
         record.write(temp_path / RECORD)
 
-    replace_folder(target, FILES, write_into)
+    with as_path_error("written", target):
+        replace_folder(target, FILES, write_into)
 
 
 def load_adapter(
@@ -102,21 +117,26 @@ def load_adapter(
     *,
     name: str | None = None,
     heads: Mapping[str, nn.Module] | None = None,
+    verify: bool = True,
 ) -> Adapter:
     """Adds the adapter that a folder holds, trainable and not active. name: by default the one it was saved under.
 
-    heads: modules for heads whose class a file cannot describe. Raises WrongBase, FileError, AdapterExists or
-    InvalidAdapterName and leaves the kit as it was.
+    heads: modules for heads whose class a file cannot describe. verify: False compares no digests, so that a folder
+    edited by hand loads; every other check stays. Raises WrongBase, FileError, AdapterExists or InvalidAdapterName and
+    leaves the kit as it was.
     """
-    folder_path = Path(folder).expanduser()
+    state.check_attached()
+    folder_path = as_path(folder)
     for _ in range(RETRIES):
         stamp = _stamp(folder_path)
         try:
-            return _load_once(state, folder_path, name, heads or {})
+            with as_path_error("read", folder_path):
+                return _load_once(state, folder_path, name, heads or {}, verify)
         except FileError:
             if _stamp(folder_path) == stamp:  # else another process has replaced the folder between its two files
                 raise
-    return _load_once(state, folder_path, name, heads or {})
+    with as_path_error("read", folder_path):
+        return _load_once(state, folder_path, name, heads or {}, verify)
 
 
 def _stamp(folder_path: Path) -> tuple[int, int] | None:
@@ -128,8 +148,10 @@ def _stamp(folder_path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _load_once(state: KitState, folder_path: Path, name: str | None, heads: Mapping[str, nn.Module]) -> Adapter:
-    record = read_adapter_json(_existing_file(folder_path, RECORD))
+def _load_once(
+    state: KitState, folder_path: Path, name: str | None, heads: Mapping[str, nn.Module], verify: bool
+) -> Adapter:
+    record = read_adapter_json(_existing_file(folder_path, RECORD), verify)
     if state.merged_names:
         raise MergeStateError(f"{state.merged_text} merged into the base: unmerge() before loading {folder_path}")
     _check_name(state, folder_path, record, name)
@@ -141,9 +163,9 @@ def _load_once(state: KitState, folder_path: Path, name: str | None, heads: Mapp
         adapter, slots = _build_empty(state, folder_path, record, name or record.name, method, sites, heads)
         _check_header(folder_path, record, tensors, slots)
         stored, digest = tensors.read()
-    values = _values(folder_path, record, slots, stored, digest)
+    values = _values(folder_path, record, slots, stored, digest if verify else record.tensors.sha256)
     adapter.seed, adapter.metadata = record.seed, dict(record.note)
-    fill_and_register(state, adapter, slots, values, record.strength)
+    _with_path(folder_path, lambda: fill_and_register(state, adapter, slots, values, record.strength))
     return adapter
 
 
@@ -162,9 +184,8 @@ def _check_name(state: KitState, folder_path: Path, record: AdapterJson, name: s
 def _existing_file(folder: Path, file: str) -> Path:
     if not (folder / file).exists():
         files = sorted(p.name for p in folder.iterdir())[:6] if folder.is_dir() else []
-        hint = (
-            f"it holds {', '.join(files)}" if files else "it is empty" if folder.is_dir() else "there is no such folder"
-        )
+        there = "it is a file: name the folder it lies in" if folder.is_file() else "there is no such folder"
+        hint = f"it holds {', '.join(files)}" if files else "it is empty" if folder.is_dir() else there
         if "adapter_config.json" in files:
             hint += ". That is a folder of Hugging Face PEFT: kitout.load_peft(kit, folder, name)"
         raise FileError(f"{folder} is not an adapter folder ({file} is missing): {hint}")
@@ -175,7 +196,7 @@ def _with_path(folder_path: Path, step: Any) -> Any:
     """Runs a step of reading and puts the folder before its message."""
     try:
         return step()
-    except (FileError, TargetError) as error:
+    except (FileError, TargetError, RouteError) as error:
         raise FileError(f"{folder_path}: {error}") from None
 
 
@@ -231,7 +252,7 @@ def _build_empty(
     for head in record.heads:
         try:
             head_site(state, head.path)
-            modules[head.path] = build_from_spec(head, state.base, head_modules)
+            modules[head.path] = check_head(state, head.path, build_from_spec(head, state.base, head_modules))
         except (FileError, TargetError) as error:
             errors.add(str(error))
     if unknown := [path for path in head_modules if path not in {h.path for h in record.heads}]:

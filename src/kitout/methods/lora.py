@@ -14,16 +14,19 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from kitout.base.select import matches
+from kitout.base.select import matches, select
 from kitout.base.site import Site
-from kitout.base.weights import fan_in, weight_matrix
+from kitout.base.survey import Survey
+from kitout.base.weights import bias, fan_in, weight_matrix
 from kitout.delta import Delta
 from kitout.errors import ConfigError, TargetError
 from kitout.method import Method, TrainingDefaults, register
 from kitout.methods.deltas.dora import DoRADelta
 from kitout.methods.deltas.low_rank import LowRankDelta
+from kitout.methods.deltas.shifted import BIASED_KINDS, ShiftDelta, ShiftedDoRA, ShiftedLowRank
 
 ByRole = dict[str, int]
+BIAS = ("bias",)  # parameter_names of a site where only a bias is trained
 
 
 @register
@@ -31,8 +34,10 @@ class LoRA(Method):
     """A low-rank change of selected projections: y' = y + alpha / rank * B A dropout(x).
 
     rank, alpha: a number, or numbers by role as in {"attn.*": 8, "mlp.*": 16}. alpha None = 2 * rank. dropout: on x.
-    rslora: alpha / sqrt rank. dora: renormalize to a learned magnitude. init: "default", or "pissa" (A and B start as
-    the principal directions of W, whose product is subtracted again, so a new adapter is the identity).
+    rslora: alpha / sqrt rank. dora: renormalize to a learned magnitude. bias: "lora_only" also trains the biases of the
+    targets, "all" every bias of the model. lora_bias: a bias on every target, also where there is none. init:
+    "default", or "pissa" (A and B start as the principal directions of W, whose product is subtracted again, so a new
+    adapter is the identity).
     """
 
     training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3, weight_decay=0.01)
@@ -43,6 +48,8 @@ class LoRA(Method):
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     rslora: bool = False
     dora: bool = False
+    bias: Literal["none", "lora_only", "all"] = "none"
+    lora_bias: bool = False
     init: Literal["default", "pissa"] = "default"
 
     @field_validator("rank")
@@ -69,6 +76,26 @@ class LoRA(Method):
             )
         return self
 
+    def sites(self, survey: Survey) -> list[Site]:
+        """The targets and, with bias="all", every other module with a bias that runs (PEFT leaves out no layer)."""
+        targets = super().sites(survey)
+        if self.bias != "all":
+            return targets
+        occupied = {site.path for site in targets if site.channels is None}
+        others = [
+            site.replace(parameter_names=BIAS)
+            for site in select(survey.sites, "*")
+            if site.kind in BIASED_KINDS and site.port == "out" and site.channels is None
+            if site.path in survey.used_paths - occupied and bias(site.module) is not None
+        ]
+        order = {site.path: i for i, site in reversed(list(enumerate(survey.sites)))}
+        return sorted([*targets, *others], key=lambda site: order[site.path])
+
+    def _has_shift(self, site: Site) -> bool:
+        """A bias is trained at this target: one of an output, not of a row of a table."""
+        is_trained = self.lora_bias or (self.bias != "none" and bias(site.module) is not None)
+        return is_trained and site.port == "out" and site.kind in BIASED_KINDS
+
     def _check_site(self, site: Site) -> None:
         if site.role.startswith("sub.") or site.role == "block":
             raise TargetError(f"LoRA over {site.role} ({site.path}): it changes a projection; write mlp.down or attn.o")
@@ -90,23 +117,30 @@ class LoRA(Method):
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
+        if site.parameter_names == BIAS:
+            return ShiftDelta(site.d_out)
         self._check_site(site)
         rank, width = self.rank_at(site), fan_in(site)
         scale = self.scale_at(site)
         a, b = init_factors(site, rank, width)
         if self.init == "pissa":
             a, b = pissa_factors(frozen_weight(site), rank, scale)
+        is_shifted = self._has_shift(site)
         if self.dora:
-            return DoRADelta(a, b, frozen_weight(site).norm(dim=1), scale, self.dropout)
+            dora = ShiftedDoRA if is_shifted else DoRADelta
+            return dora(a, b, frozen_weight(site).norm(dim=1), scale, self.dropout)
         maps_channels = site.kind == "linear" or (site.kind == "conv" and site.port == "in")
-        delta = LowRankDelta(a, b, scale, self.dropout, uses_module_map=not maps_channels)
+        low_rank = ShiftedLowRank if is_shifted else LowRankDelta
+        delta = low_rank(a, b, scale, self.dropout, uses_module_map=not maps_channels)
         if self.init == "pissa":
             delta.subtract_start(a, b)
         return delta
 
     def num_parameters(self, sites: Sequence[Site]) -> int:
-        pairs = sum(self.rank_at(s) * (fan_in(s) + s.d_out) for s in sites)
-        return pairs + (sum(s.d_out for s in sites) if self.dora else 0)
+        targets = [s for s in sites if s.parameter_names != BIAS]
+        pairs = sum(self.rank_at(s) * (fan_in(s) + s.d_out) for s in targets)
+        shifts = sum(s.d_out for s in sites if s.parameter_names == BIAS or self._has_shift(s))
+        return pairs + shifts + (sum(s.d_out for s in targets) if self.dora else 0)
 
 
 def value_for_role(value: float | dict[str, int] | dict[str, float], site: Site, description: str) -> float:

@@ -78,12 +78,17 @@ class KitState:
             raise UnknownAdapter(f"no adapter is called {name!r}: {suggest(name, self._adapters)}")
         return self._adapters[name]
 
-    def insert(self, adapter: Adapter) -> None:
-        """Takes in an adapter that was built for this base. AdapterExists if another has taken its name since."""
+    def insert(self, adapter: Adapter, check_usable: bool = False) -> None:
+        """Takes in an adapter that was built for this base. AdapterExists if another has taken its name since.
+
+        check_usable: RouteError, and nothing is taken in, where `use` could not activate it.
+        """
         with self.active.lock:
             self.check_free(adapter.name)
             for path in [*adapter.by_module, *adapter.input_relays, *modules_to_hook(adapter, self.survey)]:
                 self.hook_at(path)
+            if check_usable:
+                RouteCompiler({adapter.name: adapter}, self.hooks, self.survey, self.active).compile(adapter.name)
             self.modules[_key(adapter.name)] = adapter
             adapter.train(self.modules.training)
             self._adapters[adapter.name] = adapter

@@ -19,6 +19,7 @@ from kitout import PrefixTuning, PromptTuning
 from peft_prompts import (
     CASES,
     LENGTHS,
+    OF_TASKS,
     SPECIES,
     Case,
     in_kitout,
@@ -81,6 +82,23 @@ def test_our_folder_computes_the_same_in_peft_after_training_on(case: Case, tmp_
     back = in_kitout(case, tmp_path / "ours")
     for name, value in back["a"].state_dict().items():
         assert torch.equal(value, kit["a"].state_dict()[name]), name
+
+
+@pytest.mark.parametrize("name", OF_TASKS)
+def test_every_task_both_ways(name: str, tmp_path: Path) -> None:
+    """Hidden states, token labels and spans: those of the text, which PEFT returns after those of its prompts."""
+    case = OF_TASKS[name]
+    model = saved_by_peft(case, tmp_path / "theirs")
+    kit = in_kitout(case, tmp_path / "theirs")
+    with kit.use(None):
+        off = logits(kit, case)
+    assert (logits(kit, case) - off).abs().max() > 1e-2
+    same(case, kit, model)
+    cls = PromptTuning if case.kind == "prompt" else PrefixTuning
+    assert kit["a"].method == cls(length=4, **case.facts)
+    randomize(kit["a"], seed=5)
+    kitout.save_peft(kit, "a", tmp_path / "ours")
+    same(case, kit, in_peft(case, tmp_path / "ours"))
 
 
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.task == "CAUSAL_LM" and n != "llama-zeros"])

@@ -11,22 +11,19 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from kitout.errors import Errors
 
 PROMPT_TYPES = ("PROMPT_TUNING", "PREFIX_TUNING")
 _SIZE_KEYS = {"num_virtual_tokens", "num_transformer_submodules", "token_dim", "num_attention_heads", "num_layers"}
 READ = {
-    "LORA": {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias"},
+    "LORA": {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
+    | {"bias", "lora_bias"},
     "IA3": {"feedforward_modules"},
     **dict.fromkeys(PROMPT_TYPES, _SIZE_KEYS),
 }
-TASKS = (
-    "CAUSAL_LM",
-    "SEQ_2_SEQ_LM",
-    "SEQ_CLS",
-)  # in other tasks PEFT returns the outputs of the prompts with those of the text
+TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # What was selected, how it was initialized, where it came from: the tensors of the file hold the rest.
 HARMLESS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -36,6 +33,7 @@ HARMLESS = {
     "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "encoder_hidden_size", "prefix_projection",
 }  # fmt: skip
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that change weights of the base
+BIAS_VALUES = ("none", "lora_only", "all")
 MAX_PATTERN_CHARS, MAX_QUANTIFIERS = 2000, 6
 
 
@@ -56,6 +54,10 @@ class PeftConfig:
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Biases of the base that are trained: "none", "lora_only" (of the targets) or "all"."""
+    lora_bias: bool = False
+    """B has a bias."""
     feedforward: str | tuple[str, ...] = ()
     """IA3: modules whose input is scaled, by regular expression or by name."""
     modules_to_save: tuple[str, ...] = ()
@@ -165,8 +167,10 @@ def _read_weight_config(fields: dict[str, Any], kind: str, check: _FieldReader, 
             f"init_lora_weights={start[:40]!r} changed the base's weights when training began: save it in PEFT with "
             "path_initial_model_for_weight_conversion=..., which makes it a plain LoRA"
         )
-    if (bias := fields.get("bias", "none")) != "none":
-        errors.add(f"bias={str(bias)[:40]!r} trains biases of the base as well; only 'none' is read")
+    bias = fields.get("bias", "none")
+    if bias not in BIAS_VALUES:
+        errors.add(f"bias={str(bias)[:40]!r} is none of {', '.join(BIAS_VALUES)}")
+        bias = "none"
     layers = fields.get("layers_to_transform")
     targets = fields.get("target_modules")
     return PeftConfig(
@@ -178,6 +182,8 @@ def _read_weight_config(fields: dict[str, Any], kind: str, check: _FieldReader, 
         dropout=check.number("lora_dropout", 0.0, float),
         rslora=check.flag("use_rslora"),
         dora=check.flag("use_dora"),
+        bias=bias,
+        lora_bias=check.flag("lora_bias"),
         feedforward=check.pattern_or_names("feedforward_modules"),
         modules_to_save=check.names("modules_to_save"),
         targets=() if isinstance(targets, str) else check.names("target_modules"),
@@ -270,9 +276,14 @@ def target_modules_for(
     return {"target_modules": either[0], "feedforward_modules": either[1] or []}
 
 
-def most_common_and_rest(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The value most paths have, and the others by path as PEFT's patterns are written."""
-    every = list(values.values())
-    most_common = max(every, key=every.count)
-    rest = {path: value for path, value in values.items() if value != most_common}
-    return most_common, {p if re.fullmatch(r"[\w.]+", p) else re.escape(p): value for p, value in rest.items()}
+def patterns_of(values: dict[str, Any], default: Any) -> dict[str, Any]:
+    """The values that differ from the default, by module path as PEFT's patterns are written.
+
+    A pattern also matches where it ends a longer path, unless it says that the path begins there.
+    """
+    patterns = {}
+    for path, value in values.items():
+        if value != default:
+            pattern = path if re.fullmatch(r"[\w.]+", path) else re.escape(path)
+            patterns["^" + pattern if any(p.endswith(f".{path}") for p in values) else pattern] = value
+    return patterns

@@ -47,6 +47,8 @@ def infer_method(
         dropout=settings.dropout,
         rslora=settings.rslora,
         dora=settings.dora,
+        bias=settings.bias,
+        lora_bias=settings.lora_bias,
         targets=targets,
         layers=layers,
     )

@@ -3,7 +3,8 @@
 A prompt is [p, d]; for an encoder-decoder PEFT keeps p more rows, which it never reads. A prefix is [m, 2 L H_kv d_h],
 keys and values of each layer in turn, of the decoder's self-attention only where there is an encoder too. An encoder of
 the prefix (prefix_projection) is folded when PEFT saves, and when kitout does. PEFT's prompts before an encoder also
-replace the token that a classifier reads. It knows these two methods, and nothing of folders or json.
+replace the token that a classifier reads. Where PEFT returns outputs of its prompts too (hidden states, token labels),
+kitout returns those of the text. It knows these two methods, and nothing of folders or json.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from kitout.errors import Errors
 from kitout.files.head_spec import plain_class
 from kitout.files.peft.config import TASKS, PeftPromptConfig
 from kitout.files.peft.read_tensors import PeftAdapter, head_tensors, without_tensors
-from kitout.files.peft.write_tensors import heads_of, task_of
+from kitout.files.peft.write_tensors import heads_of, takes_argument, task_of
 from kitout.methods import PrefixTuning, PromptTuning
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.state import KitState
 
 PROMPT_KEY, PREFIX = "prompt_embeddings", "base_model."
 ENCODER_DECODER_TASK = "SEQ_2_SEQ_LM"
-HEADS = ("classifier", "score")  # what PEFT takes for the head of SEQ_CLS and insists on finding in the file
+# What PEFT takes for the head of a task and insists on finding in the file.
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 def read_virtual_tokens(
@@ -36,10 +38,12 @@ def read_virtual_tokens(
     task = task_of(state.base)
     if reason := _why_no_task(state, task):
         errors.add(reason)
-    elif task != settings.task:
+    elif settings.task not in (task, "FEATURE_EXTRACTION"):  # which PEFT runs on any model, as it is
         errors.add(f"it was made for a model of {settings.task}, and {_model_name(state)} is one of {task}")
     is_prompt = settings.kind == "PROMPT_TUNING"
-    method = _prompt_method(state, settings, errors) if is_prompt else _prefix_method(state, settings)
+    if not is_prompt and (reason := _why_no_cache_for(state, settings.task)):
+        errors.add(reason)
+    method = _prompt_method(state, settings, task, errors) if is_prompt else _prefix_method(state, settings)
     peft_adapter = PeftAdapter(method, method.sites(state.survey))
     rest = {key: value for key, value in stored.items() if key != PROMPT_KEY}
     peft_adapter.heads = head_tensors(state.base, settings.modules_to_save, PREFIX, rest, errors)
@@ -58,12 +62,12 @@ def read_virtual_tokens(
     return peft_adapter
 
 
-def _prompt_method(state: KitState, settings: PeftPromptConfig, errors: Errors) -> PromptTuning:
-    if settings.task != "SEQ_CLS" or any(t.causal for t in state.survey.towers):
+def _prompt_method(state: KitState, settings: PeftPromptConfig, task: str | None, errors: Errors) -> PromptTuning:
+    if any(t.causal for t in state.survey.towers):
         return PromptTuning(length=settings.length)
-    if reason := _why_classifier_reads_more(state):
+    if reason := _why_head_reads_more(state, task):
         errors.add(reason)
-    return PromptTuning(length=settings.length, pooled="prompt")
+    return PromptTuning(length=settings.length, pooled="prompt" if task == "SEQ_CLS" else "text")
 
 
 def _read_prompt(peft_adapter: PeftAdapter, settings: PeftPromptConfig, value: Tensor, errors: Errors) -> None:
@@ -133,13 +137,30 @@ def _why_no_task(state: KitState, task: str | None) -> str | None:
     return None
 
 
-def _why_classifier_reads_more(state: KitState) -> str | None:
-    """Why the head of this encoder reads more than its first token, so that PEFT's prompts change what it reads."""
+def _why_head_reads_more(state: KitState, task: str | None) -> str | None:
+    """Why the head of this encoder also reads outputs of PEFT's prompts and not of the text alone."""
+    headless = getattr(state.base, "base_model", state.base) is state.base
+    if task != "SEQ_CLS":
+        if headless or task != "FEATURE_EXTRACTION" or _model_name(state).endswith("MaskedLM"):
+            return None
+        return f"the head of {_model_name(state)} may read the first token, which is a prompt's output with PEFT"
     config = getattr(state.base, "config", None)
     for name in ("classifier_pooling", "summary_type"):
         if (value := getattr(config, name, None)) not in (None, "cls", "first"):
             return f"{name}={value!r}: with PEFT this classifier reads the prompts' outputs as well, here it does not"
     return None
+
+
+def _why_no_cache_for(state: KitState, task: str | None) -> str | None:
+    """Why PEFT has no prefix in this model: it comes as a cache, which others ignore or do not take.
+
+    An encoder-decoder needs a cache of four tensors for each layer, which only SEQ_2_SEQ_LM makes.
+    """
+    if len(state.survey.towers) > 1 and task != "SEQ_2_SEQ_LM":
+        return f"PEFT's prefix for {task} does not work in a model with encoder and decoder, as {_model_name(state)} is"
+    if takes_argument(state.base, "past_key_values"):
+        return None
+    return f"PEFT's prefix comes as a cache, and {_model_name(state)} takes no past_key_values"
 
 
 def _tower(state: KitState, site: Site) -> Tower:
@@ -161,8 +182,8 @@ def write_virtual_tokens(state: KitState, adapter: Adapter, errors: Errors) -> t
     if reason := why_differs(state, adapter):
         errors.add(reason)
     heads = heads_of(state, adapter, errors)
-    if task == "SEQ_CLS":
-        heads |= _own_heads(state, adapter, errors)
+    if task in HEADS:
+        heads |= _own_heads(state, adapter, HEADS[task], errors)
     if errors.messages:
         return {}, {}
     if is_prompt:
@@ -221,7 +242,7 @@ def _why_prefix_differs(state: KitState, sites: Sequence[Site]) -> str | None:
 def _why_prefix_unsaved(state: KitState, adapter: Adapter) -> str | None:
     """Why PEFT has no prefix like this one: its keys must also be as wide as the cache that PEFT puts them into."""
     site = adapter.sites[0]
-    if reason := _why_prefix_differs(state, adapter.sites):
+    if reason := _why_prefix_differs(state, adapter.sites) or _why_no_cache_for(state, task_of(state.base)):
         return reason
     queries = max((s.d_in for s in state.survey.sites if (s.tower, s.role) == (site.tower, "attn.o")), default=0)
     if queries > site.d_out and getattr(getattr(state.base, "config", None), "num_key_value_heads", None) is None:
@@ -241,21 +262,24 @@ def _why_prompt_differs(state: KitState, adapter: Adapter) -> str | None:
     tower = _tower(state, sites[0])
     if len(sites) > 1 or (tower.causal and len(state.survey.towers) > 1):
         return f"PEFT's prompts are the encoder's alone, these in {', '.join(s.tower for s in sites)}"
-    if tower.causal or task_of(state.base) != "SEQ_CLS":
+    if tower.causal or len(state.survey.towers) > 1:
         return None
-    if method.pooled == "text":
+    task = task_of(state.base)
+    if task != "SEQ_CLS" and method.pooled == "prompt":
+        return "pooled='prompt' is for classifiers of whole texts, and PEFT returns the text's own first output here"
+    if task == "SEQ_CLS" and method.pooled == "text":
         return (
             "with PEFT an encoder's classifier reads the output of the first prompt, here that of the first token: "
             "train it with PromptTuning(pooled='prompt')"
         )
-    return _why_classifier_reads_more(state)
+    return _why_head_reads_more(state, task)
 
 
-def _own_heads(state: KitState, adapter: Adapter, errors: Errors) -> dict[str, Tensor]:
+def _own_heads(state: KitState, adapter: Adapter, names: tuple[str, ...], errors: Errors) -> dict[str, Tensor]:
     """The base's own heads where the adapter has none: PEFT does not load the prompts of a classifier without them."""
     adapter_heads = [path.replace("/", ".") for path in adapter.heads]
     base: nn.Module = state.base
-    paths = without_tensors(base, HEADS, adapter_heads)
+    paths = without_tensors(base, names, adapter_heads)
     if paths and state.merged_names:
         errors.add(f"{paths[0]} is saved with it, and {state.merged_text} merged into the base: unmerge() first")
     return {f"{p}.{name}": value for p in paths for name, value in base.get_submodule(p).state_dict().items()}
