@@ -17,6 +17,7 @@ from torch import Tensor
 from kitout.base.eval_mode import eval_mode
 from kitout.base.probe.attention_sites import kv_sites
 from kitout.base.probe.dummy_batch import dummy_batch, with_extra_row
+from kitout.base.probe.media_modules import media_modules
 from kitout.base.probe.stack_inputs import complete_towers
 from kitout.base.probe.sublayers import sublayer_sites
 from kitout.base.probe.tracer import ForwardTracer
@@ -33,6 +34,7 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
     for it fails, the reason is in `unproven_reason`.
     """
     model = survey.model
+    survey = replace(survey, media=media_modules(survey))
     batch = dict(example_batch) if example_batch is not None else dummy_batch(model, 2)
     if batch is None:
         return replace(survey, unproven_reason="no dummy batch can be built for this model")

@@ -39,6 +39,8 @@ class CompiledRoute:
     """The rows the route names; None: it fits any batch."""
     row_plan: RowPlan | None = None
     """Which row has which entry; None where all have the same."""
+    media_plan: RowPlan | None = None
+    """The same for modules that see images or sounds beside a text; None where no program needs it."""
     forward_slot: ForwardSlot | None = None
     """Where the programs find the state of the forward in progress; None where they need none."""
     forward_state: ForwardState = field(default_factory=ForwardState)

@@ -63,6 +63,8 @@ class VirtualTokenCompiler:
     """All adapters, by name."""
     row_plan: RowPlan | None
     """Which row has which entry; None: one for the whole batch."""
+    media_plan: RowPlan | None
+    """The same for stacks that see images or sounds beside a text."""
     hooks: Container[str]
     """Paths of modules with a hook."""
     survey: Survey
@@ -82,6 +84,9 @@ class VirtualTokenCompiler:
                 self._add_image_tower(tower, kv_recorder)
             else:
                 across = self._add_text_tower(tower, across, kv_recorder) or across
+
+    def _row_plan(self, tower: Tower) -> RowPlan | None:
+        return self.media_plan if self.survey.is_media_tower(tower) else self.row_plan
 
     def _layouts(self, tower: Tower, kind: TokenKind, role: str = "kv.self") -> list[TokenLayout]:
         return [layout_of(e, self.adapters, tower.path, kind, role) for e in self.entries]
@@ -108,7 +113,14 @@ class VirtualTokenCompiler:
             if reached or recorder is not None or hides:
                 inner = self.programs.get(site.path)
                 self.programs[site.path] = PrefixAttention(
-                    site, site_layouts, parts, self.row_plan, self.forward_slot, inner, recorder, image_tokens
+                    site,
+                    site_layouts,
+                    parts,
+                    self._row_plan(tower),
+                    self.forward_slot,
+                    inner,
+                    recorder,
+                    image_tokens,
                 )
 
     # ---- text --------------------------------------------------------------------------------------------------
@@ -212,7 +224,7 @@ class VirtualTokenCompiler:
         if any(each.items for each in prompts):
             image_tokens = ImageTokens(
                 [[self._image_token_group(tower, i.name, i.offset, i.num_tokens) for i in t.items] for t in prompts],
-                self.row_plan,
+                self._row_plan(tower),
                 self.forward_slot,
             )
             blocks = [b for b in self.survey.blocks if b.tower == tower.path]
