@@ -38,6 +38,8 @@ class Tower:
     """Path of the learned position table; "" without one."""
     offset: int = 0
     """The row of the position table that is position 0."""
+    padding_leaks: bool = False
+    """Masked columns behind a text change it."""
 
 
 @dataclass(frozen=True)
