@@ -9,12 +9,14 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 
 import kitout
-from kitout import SSF, Kit, LoRA, Stack
+from kitout import SSF, Kit, LoRA, PrefixTuning, PromptTuning, Stack
 from kitout.errors import RouteError
 from laws.activate import assert_same, put_on, run
 from tiny_multimodal import MULTIMODAL, Multimodal, qwen2_vl_batch
+from zoo import image_batch, randomise, rows_of, text_batch
 
 multimodal = pytest.mark.parametrize("model", MULTIMODAL.values(), ids=MULTIMODAL.keys())
 SEARCH = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 3, "min_new_tokens": 3}
@@ -94,3 +96,44 @@ def test_each_row_generates_as_it_would_alone(model: Multimodal) -> None:
         assert torch.equal(together[i * per_row : (i + 1) * per_row], alone), f"row {i} with {entry}"
     with kit.use(rows), pytest.raises(RouteError, match="sees images"):
         kit.generate(**model.batch([2, 0]), **SEARCH)
+
+
+def test_a_tower_with_as_many_tokens_as_the_text_is_no_text() -> None:
+    """The sound has sixteen tokens, and so has the example's text: a prompt must not get among the sound."""
+    model = MULTIMODAL["qwen2-audio"]
+    example = model.batch([1, 1])
+    assert example["input_ids"].shape[1] == model.build().config.audio_config.max_source_positions
+    kit = kitout.attach(model.build(), example_batch=example)
+    put_on(kit, PromptTuning(length=3), "prompt")
+    put_on(kit, PrefixTuning(length=3), "prefix", seed=1)
+    assert list(kit["prompt"].prompts) == [f"{model.text_part}.layers"]
+    assert_as_alone(kit, model, [1, 1], ["prompt", "prefix"])
+
+
+def test_a_model_that_takes_no_text_alone_has_rows_where_texts_and_images_are_as_many() -> None:
+    text = {"vocab_size": 99, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+    vision = {**text, "image_size": 16, "patch_size": 8, "intermediate_size": 48}
+    vision.pop("vocab_size")
+    config = transformers.CLIPConfig(
+        text_config=text | {"intermediate_size": 48, "max_position_embeddings": 16, "eos_token_id": 2},
+        vision_config=vision,
+        projection_dim=32,
+    )
+    kit = kitout.attach(randomise(transformers.CLIPModel(config), 0))
+    put_on(kit, LoRA(rank=2, targets="all-linear"), "a")
+    put_on(kit, LoRA(rank=3), "b", seed=1)
+    batch = {**text_batch(3), **{k: v[:, :, :16, :16] for k, v in image_batch(3).items()}}
+    rows = ["a", None, "b"]
+
+    @torch.no_grad()
+    def both(some: dict[str, torch.Tensor]) -> torch.Tensor:
+        output = kit(**some)
+        return torch.cat((output.text_embeds, output.image_embeds), 1)
+
+    with kit.use(rows):
+        together = both(batch)
+        with pytest.raises(RouteError, match="pixel_values has 2 entries for 3 rows"):
+            kit(**batch | {"pixel_values": batch["pixel_values"][:2]})
+    for i, entry in enumerate(rows):
+        with kit.use(entry):
+            assert_same(together[i : i + 1], both(rows_of(batch, i)), what=f"row {i} with {entry}")

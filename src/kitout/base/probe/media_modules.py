@@ -1,13 +1,11 @@
 """media_modules: which modules of a model of text and images see the images, and therefore not the rows of a batch.
 
 One tiny forward of text alone runs everything that sees rows; what it leaves out sees images, videos or sounds. Where a
-model does not run on text alone, all that lies apart from the text's token table counts as the images' part. It knows
-no architecture.
+model does not run on text alone, all that lies apart from the token table's own stack counts as the images' part. It
+knows no architecture.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from kitout.base.eval_mode import eval_mode
 from kitout.base.probe.dummy_batch import text_batch
@@ -34,14 +32,19 @@ def media_modules(survey: Survey) -> frozenset[str]:
 
 
 def _apart_from_text(survey: Survey) -> frozenset[str]:
-    """Everything outside of the module that holds the token table, but for other tables and the head."""
-    model: Any = survey.model
-    table = model.get_input_embeddings()
-    own = next((path for path, m in survey.model.named_modules() if m is table), "")
-    text = own.rpartition(".")[0]
-    of_text = {s.path for s in survey.sites if s.role in ("embed", "head")}
-    return frozenset(
-        path
-        for path, _ in survey.model.named_modules()
-        if path not in of_text and not f"{path}.".startswith(f"{text}.")
-    )
+    """Everything but token tables, heads, and what the table's nearest stack shares with it and with no other stack."""
+    tables = [s.path for s in survey.sites if s.role == "embed"]
+    of_text = {*tables, *(s.path for s in survey.sites if s.role == "head")}
+    text: set[str] = set()
+    for table in tables:
+        shared = {t.path: _common(t.path.split("."), table.split(".")) for t in survey.towers}
+        nearest = max(shared, key=lambda path: (len(shared[path]), -path.count(".")), default="")
+        around = ".".join(shared.get(nearest, []))
+        alone = around and sum(f"{path}.".startswith(f"{around}.") for path in shared) == 1
+        text.add(f"{around if alone else nearest}.")
+    modules = (path for path, _ in survey.model.named_modules())
+    return frozenset(path for path in modules if path not in of_text and not f"{path}.".startswith(tuple(text)))
+
+
+def _common(a: list[str], b: list[str]) -> list[str]:
+    return [x for i, x in enumerate(a) if a[: i + 1] == b[: i + 1]]

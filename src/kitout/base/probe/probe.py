@@ -47,7 +47,7 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
             towers = complete_towers(survey, tracer)
             relations = _relations(survey, tracer, wider, batch)
             towers = [
-                replace(t, padding_leaks=padding_leaks(survey, t, batch))
+                replace(t, padding_leaks=padding_leaks(survey, t, batch, tracer.streams))
                 if t.embedder is not None and not t.causal
                 else t
                 for t in towers
@@ -100,7 +100,7 @@ def _relations(
         path: _batch_relation(dim, wider.first_dims.get(path, 0), batch) for path, dim in tracer.first_dims.items()
     }
     once = [s.path for s in survey.sites if s.kind != "embedding" and relations.get(s.path) == "one"]
-    return relations | dict.fromkeys(undivided(survey, once, batch), "none")
+    return relations | dict.fromkeys(undivided(survey, once, batch, tracer.streams), "none")
 
 
 def _batch_relation(first: int, second: int, batch: Mapping[str, Any]) -> BatchRelation:
