@@ -38,6 +38,8 @@ class Tower:
     """Path of the learned position table; "" without one."""
     offset: int = 0
     """The row of the position table that is position 0."""
+    padding_leaks: bool = False
+    """Masked columns behind a text change it."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class Survey:
     """Seen by the probe: one site per attention that keys and values can be added to."""
     kv_refusals: Mapping[str, str] = field(default_factory=dict)
     """Seen by the probe: path of every other attention -> why it has no such site."""
+    media: frozenset[str] = frozenset()
+    """Seen by the probe: paths of modules that a forward of text alone does not run: they see images or sounds."""
     unproven_reason: str = ""
     """Why no forward has confirmed the sites."""
 
@@ -101,6 +105,10 @@ class Survey:
             if site.path == path and site.channels is None:
                 return site
         raise TargetError(f"no site at {path!r}; {suggest(path, [s.path for s in self.sites])}")
+
+    def is_media_tower(self, tower: Tower) -> bool:
+        """Whether its blocks see images or sounds beside a text."""
+        return any(b.path in self.media for b in self.blocks if b.tower == tower.path)
 
     @property
     def used_paths(self) -> frozenset[str]:

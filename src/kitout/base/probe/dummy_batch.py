@@ -42,6 +42,18 @@ def dummy_batch(model: nn.Module, batch_size: int) -> dict[str, Any] | None:
     return batch or None
 
 
+def text_batch(model: nn.Module) -> dict[str, Any] | None:
+    """Keyword arguments for one forward of text alone; None for a model that takes nothing else, or no text."""
+    accepted = inspect.signature(model.forward).parameters
+    config = getattr(model, "config", None)
+    if "input_ids" not in accepted or not getattr(config, "sub_configs", None):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    names = [n for n in ("input_ids", "decoder_input_ids") if n in accepted]
+    batch: dict[str, Any] = {n: _random_ids(model, config, 1, generator) for n in names}
+    return batch | ({"use_cache": False} if "use_cache" in accepted else {})
+
+
 def with_extra_row(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch with its first row once more at the end."""
     num_rows = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim > 1), None)

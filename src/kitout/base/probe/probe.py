@@ -17,6 +17,8 @@ from torch import Tensor
 from kitout.base.eval_mode import eval_mode
 from kitout.base.probe.attention_sites import kv_sites
 from kitout.base.probe.dummy_batch import dummy_batch, with_extra_row
+from kitout.base.probe.media_modules import media_modules
+from kitout.base.probe.row_limits import padding_leaks, undivided
 from kitout.base.probe.stack_inputs import complete_towers
 from kitout.base.probe.sublayers import sublayer_sites
 from kitout.base.probe.tracer import ForwardTracer
@@ -33,6 +35,7 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
     for it fails, the reason is in `unproven_reason`.
     """
     model = survey.model
+    survey = replace(survey, media=media_modules(survey))
     batch = dict(example_batch) if example_batch is not None else dummy_batch(model, 2)
     if batch is None:
         return replace(survey, unproven_reason="no dummy batch can be built for this model")
@@ -42,13 +45,17 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
             wider = _trace_forward(survey, with_extra_row(batch))
             channels = _channels_by_operand(tracer)
             towers = complete_towers(survey, tracer)
+            relations = _relations(survey, tracer, wider, batch)
+            towers = [
+                replace(t, padding_leaks=padding_leaks(survey, t, batch, tracer.streams))
+                if t.embedder is not None and not t.causal
+                else t
+                for t in towers
+            ]
     except Exception as error:
         if example_batch is not None:
             raise
         return replace(survey, unproven_reason=f"a dummy batch failed: {type(error).__name__}: {str(error)[:200]}")
-    relations = {
-        path: _batch_relation(dim, wider.first_dims.get(path, 0), batch) for path, dim in tracer.first_dims.items()
-    }
     sites = [s.replace(batch_relation=relations.get(s.path, "unknown")) for s in survey.sites]
     sites = _split_fused(sites, channels)
     attentions, kv_refusals = kv_sites(survey, sites, tracer)
@@ -84,6 +91,17 @@ def _trace_forward(survey: Survey, batch: Mapping[str, Any]) -> ForwardTracer:
     with tracer:
         survey.model(**batch)
     return tracer
+
+
+def _relations(
+    survey: Survey, tracer: ForwardTracer, wider: ForwardTracer, batch: Mapping[str, Any]
+) -> dict[str, BatchRelation]:
+    """How dim 0 follows the batch, by path."""
+    relations = {
+        path: _batch_relation(dim, wider.first_dims.get(path, 0), batch) for path, dim in tracer.first_dims.items()
+    }
+    once = [s.path for s in survey.sites if s.kind != "embedding" and relations.get(s.path) == "one"]
+    return relations | dict.fromkeys(undivided(survey, once, batch, tracer.streams), "none")
 
 
 def _batch_relation(first: int, second: int, batch: Mapping[str, Any]) -> BatchRelation:

@@ -24,7 +24,8 @@ def complete_towers(survey: Survey, tracer: ForwardTracer) -> list[Tower]:
     for tower in survey.towers:
         if first_block := _first_attending_block(survey, tower, tracer):
             tower = replace(tower, causal=_is_causal(first_block, tracer))
-            tower = _with_inputs(tower, first_block, token_tables, tracer)
+            if not survey.is_media_tower(tower):  # images may have as many tokens as the text
+                tower = _with_inputs(tower, first_block, token_tables, tracer)
         towers.append(tower)
     return towers
 

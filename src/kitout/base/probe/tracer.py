@@ -55,6 +55,7 @@ class ForwardTracer(TorchFunctionMode):
         self.inputs_of: dict[str, set[ValueIdentity]] = {}  # of blocks and leaf modules
         self.outputs_of: dict[str, set[ValueIdentity]] = {}  # of leaf modules
         self.block_outputs: set[ValueIdentity] = set()
+        self.streams: dict[str, Tensor] = {}  # path of a block -> what it returned
         self._label: dict[int, str] = {}  # id of a gradient leaf -> its label
         self._emitters: dict[int, list[str]] = {}  # id of a tensor -> leaf modules that returned it
         self._receiver: dict[int, str] = {}  # id of a tensor -> first leaf module that took it
@@ -126,6 +127,7 @@ class ForwardTracer(TorchFunctionMode):
             first = out[0] if isinstance(out, (tuple, list)) and out else out
             if isinstance(first, Tensor):
                 self.block_outputs.add(self._identity(first))
+                self.streams[path] = first
 
         return hook
 

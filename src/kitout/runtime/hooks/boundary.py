@@ -19,9 +19,11 @@ from kitout.errors import MergeStateError, RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, same_named_subclass
 from kitout.runtime.hooks.token_tables import CHANGES_TABLES, is_resize_to_own_size, tables_change
 from kitout.runtime.hooks.unused_sites import UnusedSiteCheck
+from kitout.runtime.modules.media_rows import media_refusal
 from kitout.runtime.output_width import output_width_of
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
 from kitout.runtime.state import KitState
+from kitout.runtime.virtual_tokens.positions import arguments_by_name
 from kitout.runtime.virtual_tokens.widen_sequence import trim_output
 
 ROUTE = "_kitout_route"  # the keyword a block's route travels under
@@ -91,14 +93,15 @@ def _model_forward(model: Any, frozen_forward: ForwardFn, args: tuple[Any, ...],
     with active.lock:
         compiled = state.compiled_route().for_new_forward()
         if compiled.num_rows is not None and active.depth == 0:
-            _check_rows(compiled, model, args, kwargs, bool(active.generating))
+            _check_rows(compiled, model, args, kwargs, is_forward=True, may_multiply=active.generating > 0)
         active.install(compiled)
         _check_cache(active, compiled, kwargs)
         active.depth += 1
         try:
             width = compiled.output_width
             with (
-                UnusedSiteCheck(state) if state.unproven else nullcontext(),
+                # Inside generate an encoder may run before the model's forward does: the whole of it is checked.
+                UnusedSiteCheck(state) if state.unproven and not active.generating else nullcontext(),
                 nullcontext() if width is None else output_width_of(width, kwargs.get("labels")),
             ):
                 output = frozen_forward(model, *args, **kwargs)
@@ -117,14 +120,17 @@ def _model_generate(model: Any, frozen_generate: ForwardFn, args: tuple[Any, ...
     with active.lock:
         compiled = state.compiled_route().for_new_forward()
         if compiled.num_rows is not None:
-            _check_rows(compiled, model, args, kwargs, False)
+            _check_rows(compiled, model, args, kwargs, is_forward=False, may_multiply=False)
         active.install(compiled)  # an encoder may be called before the model's own forward is
         active.generating += 1
         outer = active.caller_gave_no_positions
         active.caller_gave_no_positions = kwargs.get("position_ids") is None
         width = compiled.output_width
         try:
-            with nullcontext() if width is None else output_width_of(width, None):
+            with (
+                UnusedSiteCheck(state) if state.unproven and active.generating == 1 else nullcontext(),
+                nullcontext() if width is None else output_width_of(width, None),
+            ):
                 return frozen_generate(model, *args, **kwargs)
         finally:
             active.generating -= 1
@@ -149,7 +155,13 @@ def _model_train(model: Any, mode: bool = True) -> Any:
 
 
 def _check_rows(
-    compiled: CompiledRoute, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], may_multiply: bool
+    compiled: CompiledRoute,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    is_forward: bool,
+    may_multiply: bool,
 ) -> None:
     """The route names as many rows as the call has (inside generate, beams make it a multiple)."""
     rows, batch = compiled.num_rows or 1, _batch_size(model, args, kwargs)
@@ -159,19 +171,29 @@ def _check_rows(
             "in order, None for base rows"
         )
     if compiled.row_plan is not None:
-        compiled.row_plan.batch = batch
+        compiled.row_plan.batch, compiled.row_plan.is_exact = batch, is_forward
+    if compiled.media_plan is not None:
+        call = arguments_by_name(type(model).forward, args, kwargs)
+        refusal, number = media_refusal(getattr(model, "config", None), call, batch)
+        compiled.media_plan.refusal, compiled.media_plan.batch = refusal, number or batch
 
 
 def _reset_rows(active: ActiveRoute, compiled: CompiledRoute) -> None:
-    """A call is over: whatever runs outside of one has the rows the route names."""
-    if compiled.row_plan is not None and not (active.depth or active.generating):
-        compiled.row_plan.batch = compiled.row_plan.size
+    """A call is over: whatever runs outside of one has the rows the route names, inside generate a multiple."""
+    if active.depth:
+        return
+    for plan in (compiled.row_plan, compiled.media_plan):
+        if plan is not None:
+            plan.is_exact = not active.generating
+            if not active.generating:
+                plan.batch, plan.refusal = plan.size, ""
 
 
 def _batch_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Rows of a call: dim 0 of its main input, else of the first tensor in it."""
+    """Rows of a call: dim 0 of its text, else of its main input, else of the first tensor in it."""
+    text = kwargs.get("input_ids")  # in a model whose main input is images as well: rows are texts
     main = kwargs.get(getattr(model, "main_input_name", "input_ids"))
-    for value in (main, *args, *kwargs.values()):
+    for value in (text, main, *args, *kwargs.values()):
         if isinstance(value, Tensor) and value.ndim > 1:
             return value.shape[0]
     raise RouteError("the route names rows, but this call has no tensor to count them by")

@@ -29,10 +29,13 @@ class RowPlan:
     def __init__(self, entries: Sequence[int], num_distinct: int) -> None:
         self.entries, self.size, self.num_distinct = tuple(entries), len(entries), num_distinct
         self.batch = self.size  # rows of the call in progress: beams make it a multiple
+        self.is_exact = True  # a site with one value per row has exactly these; False where beams begin on their own
+        self.refusal = ""  # why the call in progress cannot be dealt to rows
         self._index: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
 
     def index(self, rows: int, device: torch.device) -> tuple[Tensor, ...]:
         """Row numbers of each distinct entry where dim 0 has `rows` values, a multiple of the batch, row-major."""
+        self.check()
         key = rows, device
         if key not in self._index:
             entries = self.repeat_to(rows)
@@ -40,6 +43,15 @@ class RowPlan:
             with torch.inference_mode(False):  # kept for later calls, which may record a graph
                 self._index[key] = tuple(torch.tensor(each, device=device) for each in rows_of)
         return self._index[key]
+
+    def check(self, path: str = "this tower") -> None:
+        """RouteError where the call in progress cannot be dealt to rows."""
+        if self.refusal:
+            raise RouteError(
+                f"{path} sees images, videos or sounds, not rows, and which row each belongs to cannot be followed: "
+                f"{self.refusal}. Give every row one of one size, give all rows the same adapter here, or call the "
+                "rows apart"
+            )
 
     def repeat_to(self, rows: int) -> tuple[int, ...]:
         k = rows // self.size
@@ -92,8 +104,10 @@ class PerRow:
         return value.expand(self.row_plan.batch, *value.shape[1:]) if value.shape[0] == 1 else value
 
     def _check(self, rows: int) -> None:
-        is_other = self.batch_relation == "batch" and rows != self.row_plan.batch
-        if self.batch_relation == "none" or rows % self.row_plan.size or is_other:
+        plan = self.row_plan
+        plan.check(self.path)
+        is_other = self.batch_relation == "batch" and plan.is_exact and rows != plan.batch
+        if self.batch_relation == "none" or rows % plan.size or is_other:
             raise RouteError(
                 f"{self.path} sees {rows} rows while the route names {self.row_plan.size}: its first dimension "
                 "does not follow the batch, so rows cannot have different adapters here; use one adapter for the whole "

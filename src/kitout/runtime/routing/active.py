@@ -40,6 +40,8 @@ class CompiledRoute:
     """The rows the route names; None: it fits any batch."""
     row_plan: RowPlan | None = None
     """Which row has which entry; None where all have the same."""
+    media_plan: RowPlan | None = None
+    """The same for modules that see images or sounds beside a text; None where no program needs it."""
     output_width: OutputWidth | None = None
     """What its heads make of the width that the model's config says; None where it stays."""
     forward_slot: ForwardSlot | None = None

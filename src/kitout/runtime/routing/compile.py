@@ -6,7 +6,9 @@ It knows adapters only as `ModuleAdapter`s by module path, and nothing of method
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
+from typing import Any
 
 from kitout.base.survey import Survey
 from kitout.delta import KeyValue
@@ -20,7 +22,7 @@ from kitout.runtime.modules.stacked_weights import on_top_of
 from kitout.runtime.modules.terms import Single, Term, build_term
 from kitout.runtime.output_width import output_width
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
-from kitout.runtime.routing.route import Route, RouteEntry, adapter_names
+from kitout.runtime.routing.route import Mix, Route, RouteEntry, Stack, adapter_names
 from kitout.runtime.virtual_tokens.compile import VirtualTokenCompiler
 from kitout.runtime.virtual_tokens.forward_state import ForwardSlot
 
@@ -44,8 +46,10 @@ class RouteCompiler:
             conflict = conflict_with_head([self.adapters[n] for n in dict.fromkeys(adapter_names(entry))])
             if conflict:
                 raise RouteError(f"{conflict}; use them one at a time")
-        programs = self._module_programs(adapters, row_plan, entries)
-        compiled = CompiledRoute(route, num_rows=len(route) if isinstance(route, tuple) else None, row_plan=row_plan)
+        media_plan = None if row_plan is None or not self.survey.media else copy(row_plan)
+        programs = self._module_programs(adapters, row_plan, media_plan, entries)
+        num_rows = len(route) if isinstance(route, tuple) else None
+        compiled = CompiledRoute(route, num_rows=num_rows, row_plan=row_plan, media_plan=media_plan)
         heads = {path: head for adapter in adapters for path, head in adapter.heads_by_path().items()}
         compiled.output_width = output_width(self.survey.model, heads) if heads else None
         if kv_recorder is not None or any(a.prefixes or a.prompts for a in adapters):
@@ -55,6 +59,7 @@ class RouteCompiler:
                 entries,
                 self.adapters,
                 row_plan,
+                media_plan,
                 self.hooks,
                 self.survey,
                 compiled.forward_slot,
@@ -65,17 +70,23 @@ class RouteCompiler:
         return compiled
 
     def _module_programs(
-        self, adapters: Sequence[Adapter], row_plan: RowPlan | None, entries: Sequence[RouteEntry]
+        self,
+        adapters: Sequence[Adapter],
+        row_plan: RowPlan | None,
+        media_plan: RowPlan | None,
+        entries: Sequence[RouteEntry],
     ) -> dict[str, Program]:
         """By path, in model order: what each module does, and which leave their input for another."""
         batch_relation = {site.path: site.batch_relation for adapter in adapters for site in adapter.sites}
         programs: dict[str, Program] = {}
         for path in dict.fromkeys(path for adapter in adapters for path in adapter.by_module):
-            program = (
-                self._program_for_batch(entries[0], path)
-                if row_plan is None
-                else self._program_for_rows(row_plan, entries, path, batch_relation.get(path, "batch"))
-            )
+            relation, plan = batch_relation.get(path, "batch"), row_plan
+            if path in self.survey.media:  # a row may have several images
+                relation, plan = "multiple" if relation == "batch" else relation, media_plan
+            if plan is None or len({self._part_at(entry, path) for entry in entries}) == 1:
+                program = self._program_for_batch(entries[0], path)  # all rows have the same here
+            else:
+                program = self._program_for_rows(plan, entries, path, relation)
             if program is not None:
                 programs[path] = program
         relays: dict[str, list[InputRelay]] = {}
@@ -89,6 +100,19 @@ class RouteCompiler:
     def _module_adapters(self, entry: RouteEntry, path: str) -> list[ModuleAdapter]:
         names = dict.fromkeys(adapter_names(entry))
         return [self.adapters[name].by_module[path] for name in names if path in self.adapters[name].by_module]
+
+    def _part_at(self, entry: RouteEntry, path: str) -> RouteEntry:
+        """The entry without the adapters that have nothing at a module; equal parts act alike there."""
+        if entry is None or isinstance(entry, str):
+            return entry if entry is not None and path in self.adapters[entry].by_module else None
+        if isinstance(entry, Mix):
+            weights: dict[Any, float] = {}
+            for part, weight in entry.parts:
+                if (there := self._part_at(part, path)) is not None:
+                    weights[there] = weights.get(there, 0.0) + weight
+            return Mix(weights) if weights else None
+        parts = [there for part in entry.parts if (there := self._part_at(part, path)) is not None]
+        return parts[0] if len(parts) == 1 else Stack(*parts) if parts else None
 
     def _term(self, entry: RouteEntry, path: str) -> Term | None:
         """The entry's map at one module, or None where it has nothing there."""

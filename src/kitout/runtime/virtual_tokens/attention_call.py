@@ -51,14 +51,19 @@ class ExtraKeys:
 
 
 def extend_keys(
-    extra: ExtraKeys, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+    extra: ExtraKeys, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, is_added: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys, values and mask of the call with the extra ones in front. causal: what no mask would have meant."""
+    """Keys, values and mask of the call with the extra ones in front.
+
+    causal: what no mask would have meant. is_added: the kernel adds its mask to the scores, whatever its dtype.
+    """
     if extra.on_key_value is not None:
         extra.on_key_value(k, v)
     causal = causal and mask is None and q.shape[-2] > 1
     if mask is not None or causal or not _sees_everything(extra):
-        mask = explicit_mask(mask, q, k, causal)
+        is_new, mask = mask is None, explicit_mask(mask, q, k, causal)
+        if is_new and is_added:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
         mask = hide_own_keys(mask, extra.masked_own_keys)
         mask = prepend_columns(mask, extra, q.dtype)
     if extra.k is None or extra.v is None:
@@ -149,7 +154,7 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
         )
         heads = torch.broadcast_shapes(added.shape[:-1], position.shape[:-1])
         more["position_bias"] = torch.cat((added.expand(*heads, -1), position.expand(*heads, -1)), -1)
-    key, value, mask = extend_keys(extra, query, key, value, attention_mask, bool(causal))
+    key, value, mask = extend_keys(extra, query, key, value, attention_mask, bool(causal), kernel == "eager")
     return view.real(module, query, key, value, mask, **more)
 
 

@@ -24,7 +24,12 @@ from kitout.runtime.routing.route import RouteEntry, Stack, adapter_names
 from kitout.runtime.virtual_tokens.forward_state import ForwardSlot
 from kitout.runtime.virtual_tokens.image_tokens import ImageTokenBlock, ImageTokenGroup, ImageTokens
 from kitout.runtime.virtual_tokens.layout import TokenKind, TokenLayout, layout_of, prefixes_then_prompts
-from kitout.runtime.virtual_tokens.positions import PositionEmbeddingProgram, TextEntry, TokenEmbeddingProgram
+from kitout.runtime.virtual_tokens.positions import (
+    OwnPositions,
+    PositionEmbeddingProgram,
+    TextEntry,
+    TokenEmbeddingProgram,
+)
 from kitout.runtime.virtual_tokens.prefix_kv import PrefixAttention
 from kitout.runtime.virtual_tokens.prompt_prefill import JoinPromptGraph, PromptEntry, PromptPrefill
 from kitout.runtime.virtual_tokens.widen_sequence import SequenceWidener, TrimOutput
@@ -46,6 +51,7 @@ def modules_to_hook(adapter: Adapter, survey: Survey) -> Iterator[str]:
                 for p in (tower.embedder, tower.token_embedding, tower.position_embedding, tower.block_runner)
                 if p or p == tower.embedder
             )
+            yield from _blocks_without_attention(survey, tower)
         if tower.path in adapter.prompts:
             yield from (s.path for s in survey.kv_sites if s.tower == tower.path)
             yield from (b.path for b in survey.blocks if b.tower == tower.path and b.is_one_module)
@@ -63,6 +69,8 @@ class VirtualTokenCompiler:
     """All adapters, by name."""
     row_plan: RowPlan | None
     """Which row has which entry; None: one for the whole batch."""
+    media_plan: RowPlan | None
+    """The same for stacks that see images or sounds beside a text."""
     hooks: Container[str]
     """Paths of modules with a hook."""
     survey: Survey
@@ -82,6 +90,9 @@ class VirtualTokenCompiler:
                 self._add_image_tower(tower, kv_recorder)
             else:
                 across = self._add_text_tower(tower, across, kv_recorder) or across
+
+    def _row_plan(self, tower: Tower) -> RowPlan | None:
+        return self.media_plan if self.survey.is_media_tower(tower) else self.row_plan
 
     def _layouts(self, tower: Tower, kind: TokenKind, role: str = "kv.self") -> list[TokenLayout]:
         return [layout_of(e, self.adapters, tower.path, kind, role) for e in self.entries]
@@ -108,7 +119,14 @@ class VirtualTokenCompiler:
             if reached or recorder is not None or hides:
                 inner = self.programs.get(site.path)
                 self.programs[site.path] = PrefixAttention(
-                    site, site_layouts, parts, self.row_plan, self.forward_slot, inner, recorder, image_tokens
+                    site,
+                    site_layouts,
+                    parts,
+                    self._row_plan(tower),
+                    self.forward_slot,
+                    inner,
+                    recorder,
+                    image_tokens,
                 )
 
     # ---- text --------------------------------------------------------------------------------------------------
@@ -139,6 +157,8 @@ class VirtualTokenCompiler:
             if tower.position_embedding:
                 self._check_table(tower, [max(a.length, b.length) for a, b in zip(own, prompts, strict=True)])
                 self._wrap(tower.position_embedding, PositionEmbeddingProgram)
+            for path in _blocks_without_attention(self.survey, tower):
+                self.programs[path] = OwnPositions(tower.path, self.forward_slot, self.programs.get(path))
             if widening is not None:
                 self._wrap(tower.token_embedding, TokenEmbeddingProgram)
             inner = self.programs.get(tower.embedder)
@@ -175,6 +195,12 @@ class VirtualTokenCompiler:
         widening = SequenceWidener(
             tower.path, tower.token_embedding, [self._parts(tower, t) for t in prompts], self.row_plan, crossed
         )
+        if tower.padding_leaks and len(set(widening.lengths)) > 1:
+            raise RouteError(
+                f"rows with prompts of {sorted(set(widening.lengths))} tokens: the shorter ones get padding, which "
+                f"changes a text in {tower.path} although it is masked; give all rows prompts of one length, or call "
+                "them apart"
+            )
         if not crossed:
             end = tower.block_runner or [b.path for b in self.survey.blocks if b.tower == tower.path][-1]
             self.programs[end] = TrimOutput(tower.path, self.forward_slot, self.programs.get(end))
@@ -212,7 +238,7 @@ class VirtualTokenCompiler:
         if any(each.items for each in prompts):
             image_tokens = ImageTokens(
                 [[self._image_token_group(tower, i.name, i.offset, i.num_tokens) for i in t.items] for t in prompts],
-                self.row_plan,
+                self._row_plan(tower),
                 self.forward_slot,
             )
             blocks = [b for b in self.survey.blocks if b.tower == tower.path]
@@ -231,6 +257,10 @@ class VirtualTokenCompiler:
     def _image_token_group(self, tower: Tower, name: str, offset: int, length: int) -> ImageTokenGroup:
         parts = {p.site.layer: p for p in self.adapters[name].prompts[tower.path] if p.site.layer is not None}
         return ImageTokenGroup(offset, length, parts)
+
+
+def _blocks_without_attention(survey: Survey, tower: Tower) -> list[str]:
+    return [b.path for b in survey.blocks if b.tower == tower.path and b.is_one_module and not b.has_attention]
 
 
 def _without(entry: RouteEntry, excluded: set[str]) -> RouteEntry:

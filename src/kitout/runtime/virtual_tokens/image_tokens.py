@@ -115,6 +115,7 @@ class ImageTokens:
                     row[FIRST_SLOT + group.offset : FIRST_SLOT + group.offset + group.num_tokens] = False
         if self.row_plan is None:
             return columns
+        self.row_plan.check()
         return columns[torch.tensor(self.row_plan.repeat_to(x.shape[0]), device=x.device)]
 
 

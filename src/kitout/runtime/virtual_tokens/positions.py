@@ -160,6 +160,7 @@ class TextEntry:
             self.forward_slot.state.pending_rewrites[self.tower.position_embedding] = rewrite
         elif "position_ids" in _parameters(type(module).forward):
             call["position_ids"] = torch.where(is_moved[:, None], position_ids, own_position_ids)
+            self.forward_slot.state.own_positions[self.tower.path] = call["position_ids"], own_position_ids
         elif not self.is_relative and bool((is_moved[:, None] & (position_ids != own_position_ids)).any()):
             raise RouteError(
                 f"{type(module).__name__} counts its positions itself, where they cannot be shifted: text after a "
@@ -209,6 +210,24 @@ class PositionEmbeddingProgram:
             forward = partial(_call_rewritten, rewrite, forward)
         elif rewrite is not None:
             args, kwargs = replace_first_tensor(args, kwargs, rewrite(first_tensor(args, kwargs)))
+        return forward(module, *args, **kwargs) if self.inner is None else self.inner(module, forward, args, kwargs)
+
+
+class OwnPositions:
+    """The program of a block without attention: it sees no keys, so its text begins where it would begin alone.
+
+    A recurrence may start anew at position 0, and must not miss its start behind a prefix.
+    """
+
+    def __init__(self, tower: str, forward_slot: ForwardSlot, inner: Program | None) -> None:
+        self.tower, self.forward_slot, self.inner = tower, forward_slot, inner
+
+    def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        positions = self.forward_slot.state.own_positions.get(self.tower)
+        if positions is not None:
+            shifted, own = positions
+            args = tuple(own if value is shifted else value for value in args)
+            kwargs = {name: own if value is shifted else value for name, value in kwargs.items()}
         return forward(module, *args, **kwargs) if self.inner is None else self.inner(module, forward, args, kwargs)
 
 

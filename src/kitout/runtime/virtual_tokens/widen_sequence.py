@@ -76,6 +76,7 @@ class SequenceWidener:
             call["position_ids"] = torch.where(columns.prompt, columns.slot, call["position_ids"])
 
         def overwrite(value: Tensor) -> Tensor:
+            value = value.masked_fill(columns.pad[..., None], 0)  # where tables are read with their neighbors
             return torch.where(columns.prompt[..., None], self._vectors(columns, value), value)
 
         if embeds is None:
