@@ -217,7 +217,7 @@ class _JoinGraphs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, leaves: list[Tensor], *_values: Tensor) -> Tensor:
         ctx.leaves = leaves
-        return x.view_as(x)
+        return x.clone()  # no view: a block may write to its input
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
