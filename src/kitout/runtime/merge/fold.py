@@ -71,15 +71,34 @@ def _fold_module(module_adapters: Sequence[ModuleAdapter]) -> FoldedWeights:
 
 def _fold_matrix(site: Site, module_adapters: Sequence[ModuleAdapter]) -> WeightBias:
     """Weight and bias of a linear, a convolution or a table, each adapter on what the one before has left."""
-    if not all(
-        part.delta.replaces_module for module_adapter in module_adapters for part in module_adapter.on_output
-    ):  # a whole copy is exact anywhere
-        weights.check_is_linear(site)
+    copies = [part.delta.replaces_module for module_adapter in module_adapters for part in module_adapter.on_output]
+    scale = 1.0 if all(copies) else weights.linear_scale(site)  # a whole copy is exact anywhere
     w, b = weights.weight_matrix(site.module), weights.bias(site.module)
     pair = start = w.to(working_dtype(w)), None if b is None else b.to(working_dtype(w))
+    if scale != 1.0:
+        return _fold_scaled_table(site, module_adapters, pair[0], scale, any(copies))
     for module_adapter in module_adapters:
         pair = fold_adapter(module_adapter, pair, start)
     return pair
+
+
+def _fold_scaled_table(
+    site: Site, module_adapters: Sequence[ModuleAdapter], w: Tensor, scale: float, has_copies: bool
+) -> WeightBias:
+    """A table [d, V] whose module multiplies it by a scale: adapters act on the product, the weight takes its part."""
+    if has_copies:
+        raise NotMergeable(f"a table that is scaled by {scale:g} is replaced and changed at once")
+    pair: WeightBias = (scale * w, None)
+    for module_adapter in module_adapters:
+        pair = fold_adapter(module_adapter, pair, pair)
+    product = pair[0] if pair[1] is None else pair[0] + pair[1][:, None]
+    x = torch.arange(min(8, w.shape[1]), device=w.device)
+    y = (scale * w[:, x]).T
+    for module_adapter in module_adapters:
+        y = module_adapter.map_output(x, y, False)
+    if not torch.allclose(y, product[:, x].T, rtol=1e-4, atol=1e-5 * float(y.abs().max())):
+        raise NotMergeable(f"{type(site.module).__name__} scales by {scale:g} what this adapter takes without a scale")
+    return w + (product - scale * w) / scale, None
 
 
 def fold_adapter(module_adapter: ModuleAdapter, pair: WeightBias, start: WeightBias) -> WeightBias:
