@@ -38,6 +38,10 @@ class Tower:
     """Path of the learned position table; "" without one."""
     offset: int = 0
     """The row of the position table that is position 0."""
+    reads_ids: bool = False
+    """Its embedder looks token ids up in another table too, so that it cannot be run from vectors alone."""
+    takes_tokens: bool = True
+    """Its blocks take [batch, tokens, width], not an image as [batch, height, width, channels]."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class Survey:
     """Seen by the probe: one site per attention that keys and values can be added to."""
     kv_refusals: Mapping[str, str] = field(default_factory=dict)
     """Seen by the probe: path of every other attention -> why it has no such site."""
+    biased_attentions: frozenset[str] = frozenset()
+    """Seen by the probe: paths of attentions whose mask carries a bias by position."""
     unproven_reason: str = ""
     """Why no forward has confirmed the sites."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kitout.base.eval_mode import eval_mode
 from kitout.base.probe.attention_sites import kv_sites
-from kitout.base.probe.dummy_batch import dummy_batch, with_extra_row
+from kitout.base.probe.dummy_batch import dummy_batch, num_rows, with_more_rows
 from kitout.base.probe.stack_inputs import complete_towers
 from kitout.base.probe.sublayers import sublayer_sites
 from kitout.base.probe.tracer import ForwardTracer
@@ -39,17 +39,19 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
     try:
         with eval_mode(model, grad=True, freeze=True):
             tracer = _trace_forward(survey, batch)
-            wider = _trace_forward(survey, with_extra_row(batch))
+            wider_batch, more_rows = with_more_rows(batch)
+            wider = _trace_forward(survey, wider_batch)
             channels = _channels_by_operand(tracer)
             towers = complete_towers(survey, tracer)
     except Exception as error:
         if example_batch is not None:
             raise
         return replace(survey, unproven_reason=f"a dummy batch failed: {type(error).__name__}: {str(error)[:200]}")
-    relations = {
-        path: _batch_relation(dim, wider.first_dims.get(path, 0), batch) for path, dim in tracer.first_dims.items()
-    }
+    rows = num_rows(batch), more_rows
+    dims = tracer.first_dims
+    relations = {path: _batch_relation((dim, wider.first_dims.get(path, 0)), rows) for path, dim in dims.items()}
     sites = [s.replace(batch_relation=relations.get(s.path, "unknown")) for s in survey.sites]
+    sites = [_with_layout(s, tracer.output_shapes.get(s.path)) for s in sites]
     sites = _split_fused(sites, channels)
     attentions, kv_refusals = kv_sites(survey, sites, tracer)
     sites += [s.replace(batch_relation=relations.get(s.path, "unknown")) for s in sublayer_sites(survey, tracer)]
@@ -67,6 +69,7 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
         execution_order=tuple(tracer.call_counts),
         kv_sites=tuple(attentions),
         kv_refusals=kv_refusals,
+        biased_attentions=frozenset(call.path for call in tracer.attention_calls if call.has_mask_bias),
         unproven_reason="",
     )
 
@@ -85,16 +88,23 @@ def _trace_forward(survey: Survey, batch: Mapping[str, Any]) -> ForwardTracer:
     return tracer
 
 
-def _batch_relation(first: int, second: int, batch: Mapping[str, Any]) -> BatchRelation:
-    """first, second: dim 0 at the site for a batch of n and of n + 1 rows."""
-    n = next(v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim > 1)
-    if (first, second) == (n, n + 1):
+def _batch_relation(dims: tuple[int, int], rows: tuple[int, int]) -> BatchRelation:
+    """dims: dim 0 at the site for batches of so many rows."""
+    if dims == rows:
         return "batch"
-    if first == second == 1:
+    if dims == (1, 1):
         return "one"
-    if first * (n + 1) == second * n:
-        return "multiple"
-    return "none"
+    return "multiple" if dims[0] * rows[1] == dims[1] * rows[0] else "none"
+
+
+def _with_layout(site: Site, shape: torch.Size | None) -> Site:
+    """A norm or convolution with the layout that its output has shown: some classes move channels themselves."""
+    if site.kind not in ("norm", "conv") or shape is None or len(shape) < 3:
+        return site
+    is_first = shape[1] == site.d_out
+    if is_first == (shape[-1] == site.d_out) or is_first == site.channels_first:
+        return site  # both axes have this width, or it is as the class says
+    return site.replace(channels_first=is_first, kind="norm" if site.kind == "norm" else "other")
 
 
 def _channels_by_operand(tracer: ForwardTracer) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -110,7 +120,7 @@ def _channels_by_operand(tracer: ForwardTracer) -> dict[str, dict[str, tuple[int
 
 def _channels_reaching(t: Tensor, leaf: Tensor) -> tuple[int, ...]:
     """Output channels of `leaf` that a random functional of t depends on."""
-    if t.device.type == "meta":
+    if t.device.type == "meta" or not t.requires_grad:  # some models run a part of their blocks without gradients
         return ()
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(t.shape, generator=generator).to(t)

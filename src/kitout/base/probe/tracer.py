@@ -42,6 +42,7 @@ class ForwardTracer(TorchFunctionMode):
         self.model, self.cut_at, self.blocks = model, set(cut_at), set(blocks)
         self.call_counts: Counter[str] = Counter()  # path -> number of calls, in the order of the first ones
         self.first_dims: dict[str, int] = {}  # path -> dim 0 of the value
+        self.output_shapes: dict[str, torch.Size] = {}  # of modules that return one tensor, or one first
         self.leaves: dict[str, list[Tensor]] = {}  # label -> the gradient leaves made for it
         self.residual_sums: list[ResidualSum] = []
         self.attention_calls: list[AttentionCall] = []
@@ -144,6 +145,7 @@ class ForwardTracer(TorchFunctionMode):
             if path in self.cut_at and out.is_floating_point():
                 out = self._make_leaf(path, out)
             self._keep_alive.append(out)
+            self.output_shapes[path] = out.shape
             self._emitters.setdefault(id(out), []).append(path)
             self.outputs_of.setdefault(path, set()).add(self._identity(out))
             if out.ndim and out.shape[0] == 1:
@@ -158,6 +160,7 @@ class ForwardTracer(TorchFunctionMode):
             if isinstance(first, Tensor):
                 self.call_counts[path] += 1
                 self.first_dims[path] = first.shape[0] if first.ndim else 0
+                self.output_shapes[path] = first.shape
                 self._composite_of[self._identity(first)] = path
 
         return hook
