@@ -40,6 +40,8 @@ class Tower:
     """The row of the position table that is position 0."""
     reads_ids: bool = False
     """Its embedder looks token ids up in another table too, so that it cannot be run from vectors alone."""
+    reads_inputs_again: bool = False
+    """Its embedder reads ids or mask once more after the blocks (a pooling), in the columns it was called with."""
     takes_tokens: bool = True
     """Its blocks take [batch, tokens, width], not an image as [batch, height, width, channels]."""
 

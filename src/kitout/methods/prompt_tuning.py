@@ -132,6 +132,11 @@ def _check_towers(survey: Survey, towers: Sequence[Tower]) -> None:
     for tower in towers:
         if tower.causal is None:
             raise TargetError(f"PromptTuning: the probe could not find out whether {tower.path} is causal")
+        if not tower.causal and tower.reads_inputs_again:
+            raise TargetError(
+                f"PromptTuning: {tower.embedder or 'the model'} reads its ids or mask again after its blocks, where a "
+                "prompt has moved them; PrefixTuning moves nothing"
+            )
         if not tower.causal:
             continue
         runners = [survey.model.get_submodule(path) for path in (tower.embedder or "", tower.block_runner)]

@@ -225,3 +225,29 @@ def test_images_with_rows_and_columns_have_no_place_for_tokens() -> None:
     kit = kitout.attach(transformers.VitDetModel(config).eval())
     with pytest.raises(TargetError, match="keeps rows and columns"):
         kit.add("x", VPT(length=3))
+
+
+def mean_pooled_at_eos() -> nn.Module:
+    config = transformers.Aimv2TextConfig(**TEXT, projection_dim=48, eos_token_id=2)
+    return transformers.Aimv2TextModel(config).eval()
+
+
+def test_a_pooling_that_looks_its_token_up_in_the_ids_is_refused() -> None:
+    kit = kitout.attach(mean_pooled_at_eos())
+    assert not kit.survey.towers[0].causal
+    with pytest.raises(TargetError, match="reads its ids or mask again"):
+        kit.add("x", PromptTuning(length=P))
+
+
+def roformer() -> tuple[nn.Module, dict[str, Tensor]]:
+    config = transformers.RoFormerConfig(**TEXT, embedding_size=48)
+    return transformers.RoFormerForTokenClassification(config), text_batch(2)
+
+
+@torch.no_grad()
+def test_positions_looked_up_once_for_all_rows() -> None:
+    kit, batch = kit_with(roformer, PromptTuning(length=P))
+    with kit.use("x"):
+        assert out(kit(**batch)).shape == (2, 7, 2)
+    with kit.use(["x", None]), pytest.raises(RouteError, match="looked up once for all rows"):
+        kit(**batch)

@@ -82,7 +82,8 @@ def _parameters_run_elsewhere(site: Site, sites: list[Site], tracer: ForwardTrac
 
 def _trace_forward(survey: Survey, batch: Mapping[str, Any]) -> ForwardTracer:
     projections = [s.path for s in survey.sites if s.role.startswith(PROJECTIONS)]
-    tracer = ForwardTracer(survey.model, projections, [b.path for b in survey.blocks if b.is_one_module])
+    blocks = [b.path for b in survey.blocks if b.is_one_module]
+    tracer = ForwardTracer(survey.model, projections, blocks, batch.values())
     with tracer:
         survey.model(**batch)
     return tracer

@@ -25,6 +25,9 @@ def complete_towers(survey: Survey, tracer: ForwardTracer) -> list[Tower]:
         if first_block := _first_attending_block(survey, tower, tracer):
             tower = replace(tower, causal=_is_causal(first_block, tracer))
             tower = _with_inputs(tower, first_block, token_tables, tracer)
+            last_exit = max(n for b, n in tracer.last_exits.items() if b.startswith(f"{tower.path}."))
+            reads = [r for r in tracer.input_reads if tower.embedder in r.inside and r.num_exits >= last_exit]
+            tower = replace(tower, reads_inputs_again=bool(reads))
         towers.append(tower)
     return towers
 

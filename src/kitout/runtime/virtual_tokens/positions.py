@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from kitout.base.memory import is_out_of_memory
 from kitout.base.survey import Tower
-from kitout.errors import RouteError
+from kitout.errors import KitoutError, RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, Program, first_tensor, replace_first_tensor
 from kitout.runtime.modules.rows import RowPlan
 from kitout.runtime.routing.active import ActiveRoute
@@ -73,7 +74,15 @@ class TextEntry:
         self._set_positions(module, call, text)
         if self.prefill is not None:
             call = self.prefill.run(module, call, text.shape[0])
-        out = forward(module, **call) if self.inner is None else self.inner(module, forward, (), call)
+        try:
+            out = forward(module, **call) if self.inner is None else self.inner(module, forward, (), call)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if self.widening is None or isinstance(error, KitoutError) or is_out_of_memory(error):
+                raise
+            raise RouteError(
+                f"{type(module).__name__} does not run on a text that a prompt has made longer: {error}. Use "
+                "PrefixTuning, or the model without the inputs that this concerns"
+            ) from error
         if self.prefill is not None:
             self.prefill.remember(out)
         for cache in (call.get("past_key_values"), out.get("past_key_values") if isinstance(out, Mapping) else None):
@@ -165,6 +174,13 @@ class TextEntry:
             shifted = position_ids + self.tower.offset
 
             def rewrite(indices: Tensor) -> Tensor:
+                if indices.ndim == 1:  # one lookup for all rows
+                    if bool((shifted != shifted[:1]).any()) or not bool(is_moved.all()):
+                        raise RouteError(
+                            f"{self.tower.position_embedding} is looked up once for all rows, and here they have "
+                            "positions of their own: use one prompt or prefix for all rows, without padding at the left"
+                        )
+                    return shifted[0]
                 return torch.where(is_moved[:, None], shifted, indices.expand(len(shifted), -1))
 
             self.forward_slot.state.pending_rewrites[self.tower.position_embedding] = rewrite

@@ -17,8 +17,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from kitout.base.memory import is_out_of_memory
 from kitout.delta import KeyValue
-from kitout.errors import RouteError
+from kitout.errors import KitoutError, RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, Program, first_tensor, replace_first_tensor
 from kitout.runtime.modules.module_adapter import SiteDelta
 from kitout.runtime.modules.rows import RowPlan
@@ -153,7 +154,16 @@ class PromptPrefill:
             self.active.prefill(replace(entry.compiled, forward_state=ForwardState())),
             _without_layer_drop(module),
         ):
-            self._run(module, entry, self._inputs(module, call, entry, row_index, begun))
+            inputs = self._inputs(module, call, entry, row_index, begun)
+            try:
+                self._run(module, entry, inputs)
+            except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+                if isinstance(error, KitoutError) or is_out_of_memory(error):
+                    raise
+                raise RouteError(
+                    f"{type(self.runner or module).__name__} does not run a prompt by itself: {type(error).__name__}: "
+                    f"{error}. Use PrefixTuning here"
+                ) from error
         skip = 1 if entry.after_first_token else 0
         key_values = {path: (k[:, :, skip:], v[:, :, skip:]) for path, (k, v) in entry.key_values.items()}
         entry.key_values.clear()
