@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import kitout
 from kitout import SSF, BitFit, Houlsby
 from kitout.base.probe.dummy_batch import num_rows, with_more_rows
+from kitout.errors import ConfigError
 from zoo import IMAGE, out, randomise
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
@@ -35,6 +36,24 @@ def test_images_one_after_the_other_come_twice_with_their_rows(rows: int) -> Non
         "image_grid_thw": (2 * rows, 3),
         "position_ids": (3, 2 * rows, 6),
     }
+
+
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        (torch.ones(2, 6), "found Tensor"),
+        ({"input_ids": None}, "no tensor of rows: it holds input_ids"),
+        ({"input_ids": torch.ones(2, 6, dtype=torch.long), "weight": torch.ones(2)}, "not with its rows repeated"),
+    ],
+)
+def test_an_example_batch_that_is_none(batch: object, reason: str) -> None:
+    class TwoRows(Speech):
+        def forward(self, input_ids: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+            rows = torch.ones(2, 6) if input_ids is None else input_ids.float()
+            return super().forward(rows[..., None].expand(-1, -1, 12) * torch.ones(2, 1, 1))
+
+    with pytest.raises(ConfigError, match=reason):
+        kitout.attach(TwoRows(), example_batch=batch)
 
 
 def test_a_model_of_characters_has_no_vocabulary() -> None:

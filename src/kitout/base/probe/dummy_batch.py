@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kitout.errors import ConfigError
+
 NUM_TOKENS = 6
 
 
@@ -45,7 +47,10 @@ def dummy_batch(model: nn.Module, batch_size: int) -> dict[str, Any] | None:
 def num_rows(batch: Mapping[str, Any]) -> int:
     """Rows of a batch: those of its tokens, else of the first tensor in it."""
     named = (batch.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
-    return next(int(v.shape[0]) for v in (*named, *batch.values()) if isinstance(v, Tensor) and v.ndim > 1)
+    rows = next((int(v.shape[0]) for v in (*named, *batch.values()) if isinstance(v, Tensor) and v.ndim > 1), None)
+    if rows is None:
+        raise ConfigError(f"example_batch has no tensor of rows: it holds {', '.join(map(str, batch)) or 'nothing'}")
+    return rows
 
 
 def with_more_rows(batch: Mapping[str, Any]) -> tuple[dict[str, Any], int]:

@@ -22,6 +22,7 @@ from kitout.base.probe.sublayers import sublayer_sites
 from kitout.base.probe.tracer import ForwardTracer
 from kitout.base.site import BatchRelation, Site
 from kitout.base.survey import Survey
+from kitout.errors import ConfigError
 
 PROJECTIONS = ("attn.", "cross.", "mlp.")
 
@@ -33,6 +34,10 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
     for it fails, the reason is in `unproven_reason`.
     """
     model = survey.model
+    if example_batch is not None and not isinstance(example_batch, Mapping):
+        raise ConfigError(
+            f"example_batch is a dict of the model's keyword arguments, found {type(example_batch).__name__}"
+        )
     batch = dict(example_batch) if example_batch is not None else dummy_batch(model, 2)
     if batch is None:
         return replace(survey, unproven_reason="no dummy batch can be built for this model")
@@ -40,7 +45,7 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
         with eval_mode(model, grad=True, freeze=True):
             tracer = _trace_forward(survey, batch)
             wider_batch, more_rows = with_more_rows(batch)
-            wider = _trace_forward(survey, wider_batch)
+            wider = _trace_more_rows(survey, wider_batch)
             channels = _channels_by_operand(tracer)
             towers = complete_towers(survey, tracer)
     except Exception as error:
@@ -87,6 +92,16 @@ def _trace_forward(survey: Survey, batch: Mapping[str, Any]) -> ForwardTracer:
     with tracer:
         survey.model(**batch)
     return tracer
+
+
+def _trace_more_rows(survey: Survey, batch: Mapping[str, Any]) -> ForwardTracer:
+    try:
+        return _trace_forward(survey, batch)
+    except Exception as error:
+        raise ConfigError(
+            f"the model runs on this batch, and not with its rows repeated ({type(error).__name__}: {str(error)[:200]}): "
+            "give an example_batch of one or more whole rows, all values of one row after those of the row before"
+        ) from error
 
 
 def _batch_relation(dims: tuple[int, int], rows: tuple[int, int]) -> BatchRelation:
