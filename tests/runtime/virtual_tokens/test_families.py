@@ -19,7 +19,7 @@ from transformers import DynamicCache
 import kitout
 from kitout import VPT, PrefixTuning, PromptTuning
 from kitout.errors import RouteError, TargetError
-from zoo import EXTRA, IMAGE, VOCAB, out, randomise, text_batch
+from zoo import EXTRA, IMAGE, VOCAB, out, padded, randomise, text_batch
 
 P = 4
 TEXT = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
@@ -188,6 +188,38 @@ def test_a_prompt_is_what_the_base_computes_of_the_longer_text(build: Any, place
     with overwritten(kit.base.get_submodule(site.path), kit["x"].delta(site).token_vectors()):
         expected = out(kit(**longer))[:, P:]
     torch.testing.assert_close(active, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4", "falcon-mq"])
+@pytest.mark.parametrize(
+    "method", [PrefixTuning(length=P), PromptTuning(length=P), PromptTuning(length=P, place="after")]
+)
+def test_rows_generate_as_alone_and_without_a_cache(name: str, method: kitout.Method) -> None:
+    kit = kitout.attach(EXTRA[name].build())
+    kit.add("x", method, seed=0)
+    kit.add("y", method.model_copy(update={"length": 2}), seed=1)
+    batch = padded(text_batch(3, 1), [7, 5, 4], "left")
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with kit.use(["x", "y", None]):
+        together = kit.base.generate(**batch, **settings)[:, -4:]
+        assert torch.equal(kit.base.generate(**batch, **settings, use_cache=False)[:, -4:], together)
+    for row, entry in enumerate(["x", "y", None]):
+        ids = batch["input_ids"][row, batch["attention_mask"][row].bool()][None]
+        with kit.use(entry):
+            assert torch.equal(kit.base.generate(ids, **settings)[0, -4:], together[row])
+
+
+@torch.no_grad()
+def test_logits_of_some_tokens_are_those_of_all() -> None:
+    kit = kitout.attach(EXTRA["gemma4"].build())
+    kit.add("x", PromptTuning(length=P, place="after"), seed=0)
+    batch, kept = padded(text_batch(3, 1), [7, 5, 4], "left"), torch.tensor([3, 0, 5])
+    kit.use("x")
+    expected = out(kit(**batch))
+    torch.testing.assert_close(out(kit(**batch, logits_to_keep=2)), expected[:, -2:])
+    some, real = out(kit(**batch, logits_to_keep=kept)), batch["attention_mask"][:, kept].bool()
+    torch.testing.assert_close(some[real], expected[:, kept][real])
 
 
 def test_a_value_for_each_token_that_is_not_known_is_refused() -> None:
