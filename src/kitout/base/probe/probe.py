@@ -100,7 +100,8 @@ def _trace_more_rows(survey: Survey, batch: Mapping[str, Any]) -> ForwardTracer:
     except Exception as error:
         raise ConfigError(
             "the model runs on this batch, and not with its rows repeated "
-            f"({type(error).__name__}: {str(error)[:200]}): give an example_batch of one or more whole rows, all values of one row after those of the row before"
+            f"({type(error).__name__}: {str(error)[:200]}): give an example_batch of one or more whole rows, all "
+            "values of one row after those of the row before"
         ) from error
 
 
