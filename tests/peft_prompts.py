@@ -76,6 +76,9 @@ DECODER = {"places": "decoder"}
 CASES = {
     **{f"{s}-prompt": Case(s, "prompt") for s in ("llama", "qwen3", "gpt2", "gpt-neox", "gemma2", "phi3")},
     **{f"{s}-prefix": Case(s, "prefix", sides=EVERY) for s in ("llama", "qwen3", "gpt2", "gpt-neox", "gemma2", "phi3")},
+    "falcon-mq-prefix": Case("falcon-mq", "prefix", settings={"num_attention_heads": 1, "token_dim": 12}),
+    "gemma3n-prefix": Case("gemma3n", "prefix"),  # layers that attend to the keys of others see their prefix
+    "gemma4-prefix": Case("gemma4", "prefix"),
     "opt-prompt": Case("opt", "prompt", sides=EVERY),  # counts its positions from the mask
     "llama-projected": Case("llama", "prefix", settings={"prefix_projection": True, "encoder_hidden_size": 12}),
     "qwen3-projected": Case("qwen3", "prefix", settings={"prefix_projection": True}),

@@ -40,6 +40,12 @@ class Tower:
     """The row of the position table that is position 0."""
     padding_leaks: bool = False
     """Masked columns behind a text change it."""
+    reads_ids: bool = False
+    """Its embedder looks token ids up in another table too, so that it cannot be run from vectors alone."""
+    reads_inputs_again: bool = False
+    """Its embedder reads ids or mask once more after the blocks (a pooling), in the columns it was called with."""
+    takes_tokens: bool = True
+    """Its blocks take [batch, tokens, width], not an image as [batch, height, width, channels]."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,8 @@ class Survey:
     """Seen by the probe: path of every other attention -> why it has no such site."""
     media: frozenset[str] = frozenset()
     """Seen by the probe: paths of modules that a forward of text alone does not run: they see images or sounds."""
+    biased_attentions: frozenset[str] = frozenset()
+    """Seen by the probe: paths of attentions whose mask carries a bias by position."""
     unproven_reason: str = ""
     """Why no forward has confirmed the sites."""
 

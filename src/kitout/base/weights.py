@@ -114,22 +114,24 @@ def apply_low_rank(site: Site, x: Tensor, a: Tensor, b: Tensor, y: Tensor, by_ow
 
 
 @torch.no_grad()
-def check_is_linear(site: Site) -> None:
-    """NotMergeable where the module is not just its weight times its input: tables that scale what they look up,
-    convolutions that standardize their kernel. Classes with a forward of their own are tried on random input.
+def linear_scale(site: Site) -> float:
+    """What the module multiplies its weight's own product by: not 1 in tables that scale what they look up (Gemma).
+
+    NotMergeable where it does more than that, as a convolution that standardizes its kernel. Classes with a forward of
+    their own are tried on random input.
     """
     module, forward = site.module, unhooked_forward(site.module)
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise NotMergeable(f"{type(module).__name__} shortens the rows it looks up to {module.max_norm:g} (max_norm)")
     if forward in PLAIN_FORWARDS:
-        return
+        return 1.0
     w = weight_matrix(module)
     if isinstance(module, Convolution):
         if not own_forward.is_linear(module):
             raise NotMergeable(
                 f"{type(module).__name__} is not linear in its weight, so no weight gives the same function"
             )
-        return
+        return 1.0
     generator = torch.Generator().manual_seed(0)
     if isinstance(module, nn.Embedding):
         x = torch.arange(min(8, module.num_embeddings))
@@ -139,10 +141,16 @@ def check_is_linear(site: Site) -> None:
     y, expected, b = forward(module, x), apply_weight(site, x, w), bias(module)
     expected = expected if b is None else expected + b
     tolerance = 1e-4 if w.dtype.itemsize > 2 else 3e-2
-    if y.shape != expected.shape or (y - expected).abs().max() > tolerance * expected.abs().max():
+    scale = 1.0
+    if isinstance(module, nn.Embedding) and y.shape == expected.shape:
+        scale = float((y.double() * expected.double()).sum() / expected.double().square().sum().clamp_min(1e-300))
+        expected = scale * expected
+        scale = 1.0 if abs(scale - 1.0) < 1e-6 else scale
+    if y.shape != expected.shape or scale <= 0 or (y - expected).abs().max() > tolerance * expected.abs().max():
         raise NotMergeable(
             f"{type(module).__name__} does more than multiply by its weight, so no weight gives the same function"
         )
+    return scale
 
 
 def fan_in(site: Site) -> int:
@@ -247,12 +255,14 @@ def norm_gain_offset(module: nn.Module) -> float:
         return 0.0
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, weight.numel(), generator=generator).to(weight.device, torch.float32)
+    layout = _norm_layout(module, x)
     parameters = {n: p.detach().float() for n, p in module.named_parameters()}
     shift = parameters["bias"] if "bias" in parameters else torch.zeros_like(x[0])
 
     def run_with_gain(gain: Tensor) -> Tensor:
         with swapped_parameters(module, {**parameters, "weight": gain}):
-            return unhooked_forward(module)(module, x) - shift
+            y: Tensor = unhooked_forward(module)(module, x.view(layout))
+            return y.view(x.shape) - shift
 
     zero, one = run_with_gain(torch.zeros_like(x[0])), run_with_gain(torch.ones_like(x[0]))
     normalized = one - zero  # in both conventions
@@ -260,6 +270,21 @@ def norm_gain_offset(module: nn.Module) -> float:
         if torch.allclose(zero, offset * normalized, atol=1e-5):
             return offset
     raise NotMergeable(f"{type(module).__name__} is neither gain * norm(x) nor (1 + gain) * norm(x)")
+
+
+def _norm_layout(module: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """The shape in which the norm takes rows [n, d]: some classes want channels first, with positions after them."""
+    for positions in range(3):
+        layout = (*x.shape, *(1,) * positions)
+        try:
+            if (
+                unhooked_forward(module)(module, x.to(module.get_parameter("weight").dtype).view(layout)).shape
+                == layout
+            ):
+                return layout
+        except (RuntimeError, IndexError, ValueError):
+            continue
+    raise NotMergeable(f"{type(module).__name__} takes its values in a layout of its own")
 
 
 def parameters_for_matrix(

@@ -137,6 +137,12 @@ class PrefixTuning(Method):
         sites = [s for s in select(survey.kv_sites, "kv.*", self.layers) if place(s) in places]
         if not sites:
             raise TargetError(f"places={self.places!r}: this model has {sorted({place(s) for s in survey.kv_sites})}")
+        if all(s.shares_kv_of for s in sites):
+            raise TargetError(
+                f"layers={self.layers!r}: {sites[0].path} attends to the keys of {sites[0].shares_kv_of}, so its "
+                "prefix is the one there: choose layers= with that one"
+            )
+        sites = [s for s in sites if not s.shares_kv_of]  # they see the prefix of the layer whose keys they see
         for site in sites:
             if 0 < site.sliding_window <= self.length:
                 raise TargetError(

@@ -132,12 +132,19 @@ def _check_towers(survey: Survey, towers: Sequence[Tower]) -> None:
     for tower in towers:
         if tower.causal is None:
             raise TargetError(f"PromptTuning: the probe could not find out whether {tower.path} is causal")
+        if not tower.causal and tower.reads_inputs_again:
+            raise TargetError(
+                f"PromptTuning: {tower.embedder or 'the model'} reads its ids or mask again after its blocks, where a "
+                "prompt has moved them; PrefixTuning moves nothing"
+            )
         if not tower.causal:
             continue
-        embedder = survey.model.get_submodule(tower.embedder or "")
-        if "inputs_embeds" not in inspect.signature(embedder.forward).parameters:
+        runners = [survey.model.get_submodule(path) for path in (tower.embedder or "", tower.block_runner)]
+        takes = [set(inspect.signature(module.forward).parameters) for module in runners]
+        runs_vectors = "inputs_embeds" in takes[0] or {"inputs_embeds", "position_ids"} <= takes[1]
+        if not tower.reads_ids and not runs_vectors:
             raise TargetError(
-                f"PromptTuning: {type(embedder).__name__} takes no inputs_embeds to run a prompt by itself"
+                f"PromptTuning: {type(runners[0]).__name__} takes no inputs_embeds to run a prompt by itself"
             )
         refusals = {path: why for path, why in survey.kv_refusals.items() if path.startswith(f"{tower.path}.")}
         for block in survey.blocks:

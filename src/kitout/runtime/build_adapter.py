@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kitout.base.eval_mode import eval_mode
+from kitout.base.probe.dummy_batch import dummy_batch
 from kitout.base.site import Site
 from kitout.delta import Delta, KeyValue
 from kitout.errors import (
@@ -100,6 +101,17 @@ def base_key_values(state: KitState, ids: Tensor) -> dict[str, KeyValue]:
         with state.active.prefill(compiled):
             state.base(**inputs, use_cache=False)
     return {path: (k[0], v[0]) for path, (k, v) in key_values.items()}
+
+
+def cached_heads(state: KitState) -> int | None:
+    """Heads of the keys in the base's own cache, which may be repeated for its queries; None where there is none."""
+    batch = dummy_batch(state.base, 1)
+    if batch is None or "use_cache" not in batch:
+        return None
+    with state.active.lock, eval_mode(state.base, state.modules), state.active.prefill(CompiledRoute(None)):
+        cache = state.base(**{**batch, "use_cache": True}).get("past_key_values")
+    layers = getattr(cache, "layers", ())
+    return int(layers[0].keys.shape[1]) if layers else None
 
 
 def _build_delta(method: Method, site: Site, shared: nn.Module | None) -> Delta:

@@ -44,7 +44,7 @@ def mean_pooled() -> nn.Module:
         (ZOO["gpt2"].build, PromptTuning(place="after"), 1.0, "place='after'"),
         (ZOO["llama"].build, PrefixTuning(), 0.5, "strength 0.5"),
         (ZOO["llama"].build, PrefixTuning(layers="1"), 1.0, "in 1 of the 2"),
-        (EXTRA["falcon"].build, PrefixTuning(), 1.0, "keys of 24 channels for queries of 48"),  # caches 48
+        (EXTRA["falcon"].build, PrefixTuning(), 1.0, "keys of 2 heads, and PEFT's prefix .* cache: 4"),
         (ZOO["t5"].build, PrefixTuning(), 1.0, "places='decoder'"),
         (ZOO["t5"].build, PrefixTuning(places="encoder"), 1.0, "is in the decoder"),
         (ZOO["t5"].build, PromptTuning(stacks="both"), 1.0, "are the encoder's alone"),

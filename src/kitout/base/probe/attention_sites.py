@@ -42,6 +42,7 @@ def kv_sites(survey: Survey, sites: Sequence[Site], tracer: ForwardTracer) -> tu
     blocks = {b.path: b for b in survey.blocks if b.is_one_module}
     projections = {(s.path, s.role.rpartition(".")[2]): s for s in sites if s.role.startswith(("attn.", "cross."))}
     attentions: dict[str, Site] = {}
+    owners: dict[str, str] = {}  # projection of keys -> the first attention that reads them
     refusals: dict[str, str] = {}
     for call in tracer.attention_calls:
         if call.block not in blocks or call.path in attentions or call.path in refusals:
@@ -63,6 +64,7 @@ def kv_sites(survey: Survey, sites: Sequence[Site], tracer: ForwardTracer) -> tu
             port="kv",
             num_kv_heads=key.d_out // call.tensors["q"].shape[-1],
             sliding_window=_sliding_window(module),
+            shares_kv_of="" if (owner := owners.setdefault(key.path, call.path)) == call.path else owner,
             probe_std=None if call.tensors["k"].is_meta else _probe_std(call),
             batch_relation=key.batch_relation,
             kind="other",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kitout.base.probe.dummy_batch import num_rows
 from kitout.base.survey import Survey, Tower
 
 TOLERANCE, ROUNDINGS = 1e-4, 8  # of the largest value, or so many roundings of a coarser dtype
@@ -34,7 +35,7 @@ def undivided(
         groups.setdefault(path.rpartition(".")[2], []).append(path)
     if not groups:
         return set()
-    rows = next(v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim > 1)
+    rows = num_rows(batch)
 
     def expand(_module: nn.Module, _args: Any, out: Any) -> Any:
         return out.expand(rows, *out.shape[1:]) if isinstance(out, Tensor) and out.shape[:1] == (1,) else None

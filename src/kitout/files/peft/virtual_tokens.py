@@ -23,6 +23,7 @@ from kitout.files.peft.read_tensors import PeftAdapter, head_tensors, without_te
 from kitout.files.peft.write_tensors import heads_of, takes_argument, task_of
 from kitout.methods import PrefixTuning, PromptTuning
 from kitout.runtime.adapter import Adapter
+from kitout.runtime.build_adapter import cached_heads
 from kitout.runtime.state import KitState
 
 PROMPT_KEY, PREFIX = "prompt_embeddings", "base_model."
@@ -100,19 +101,21 @@ def _read_prefix(
         errors.add(reason)
         return
     heads, width = sites[0].num_kv_heads, sites[0].d_out
-    slots = settings.layers or len(sites)
-    layers_fit = slots >= len(sites) if settings.num_submodules > 1 else slots == len(sites)
+    layers = _tower(state, sites[0]).depth
+    slots = settings.layers or layers
+    layers_fit = slots >= layers if settings.num_submodules > 1 else slots == layers
     widths_fit = settings.heads in (None, heads) and settings.width in (None, width)
     if not (layers_fit and widths_fit and tuple(value.shape) == (settings.length, 2 * slots * width)):
         sizes = f"{settings.layers} layers of {settings.heads} heads in {settings.width} channels"
         errors.add(
             f"{PROMPT_KEY} has shape {list(value.shape)} for {sizes}; {settings.length} positions here take "
-            f"{[settings.length, 2 * len(sites) * width]}: {len(sites)} layers of {heads} heads in {width} channels"
+            f"{[settings.length, 2 * layers * width]}: {layers} layers of {heads} heads in {width} channels"
         )
         return
     parts = value.view(settings.length, slots, 2, heads, width // heads)
-    for layer, site in enumerate(sites):
-        peft_adapter.values[f"{site.key}.prefix"] = parts[:, _slot(layer, settings.num_submodules, slots)].clone()
+    for site in sites:
+        slot = _slot(site.layer or 0, settings.num_submodules, slots)
+        peft_adapter.values[f"{site.key}.prefix"] = parts[:, slot].clone()
 
 
 def _slot(layer: int, num_submodules: int, slots: int) -> int:
@@ -189,7 +192,7 @@ def write_virtual_tokens(state: KitState, adapter: Adapter, errors: Errors) -> t
     if is_prompt:
         value, fields = _write_prompt(state, adapter)
     else:
-        value, fields = _write_prefix(adapter, 2 if task == ENCODER_DECODER_TASK else 1)
+        value, fields = _write_prefix(state, adapter, 2 if task == ENCODER_DECODER_TASK else 1)
     tensors = {PROMPT_KEY: value, **{PREFIX + key: value for key, value in heads.items()}}
     return tensors, {"task_type": task, "num_virtual_tokens": len(value), "token_dim": adapter.sites[0].d_out, **fields}
 
@@ -206,11 +209,12 @@ def _write_prompt(state: KitState, adapter: Adapter) -> tuple[Tensor, dict[str, 
     }
 
 
-def _write_prefix(adapter: Adapter, num_submodules: int) -> tuple[Tensor, dict[str, Any]]:
-    values: list[Any] = [adapter.delta(s).prefix for s in adapter.sites]
-    slots = len(values) + (num_submodules - 1) * (1 - len(values) % 2)  # an odd number, so that no two layers share one
-    parts = values[0].new_zeros(len(values[0]), slots, *values[0].shape[1:])
-    for layer, value in enumerate(values):
+def _write_prefix(state: KitState, adapter: Adapter, num_submodules: int) -> tuple[Tensor, dict[str, Any]]:
+    values: dict[int, Any] = {site.layer or 0: adapter.delta(site).prefix for site in adapter.sites}
+    layers, like = _tower(state, adapter.sites[0]).depth, next(iter(values.values()))
+    slots = layers + (num_submodules - 1) * (1 - layers % 2)  # an odd number, so that no two layers share one
+    parts = like.new_zeros(len(like), slots, *like.shape[1:])
+    for layer, value in values.items():  # zeros where a layer reads the keys of another: PEFT does not read them either
         parts[:, _slot(layer, num_submodules, slots)] = value
     return parts.flatten(1), {
         "peft_type": "PREFIX_TUNING",
@@ -232,7 +236,8 @@ def _why_prefix_differs(state: KitState, sites: Sequence[Site]) -> str | None:
     tower = _tower(state, sites[0])
     if len(state.survey.towers) > 1 and not tower.causal:
         return f"PEFT's prefix is in the decoder, this one in {tower.path}"
-    if [s.layer for s in sites] != list(range(tower.depth)):
+    sharing = {s.layer for s in state.survey.kv_sites if s.tower == tower.path and s.shares_kv_of}
+    if [s.layer for s in sites] != [layer for layer in range(tower.depth) if layer not in sharing]:
         return f"PEFT's prefix is in every layer, this one in {len(sites)} of the {tower.depth} in {tower.path}"
     if len(shapes) > 1:
         return f"PEFT's prefix has one shape, and attentions here have {shapes} (heads, channels)"
@@ -246,10 +251,12 @@ def _why_prefix_unsaved(state: KitState, adapter: Adapter) -> str | None:
         return reason
     queries = max((s.d_in for s in state.survey.sites if (s.tower, s.role) == (site.tower, "attn.o")), default=0)
     if queries > site.d_out and getattr(getattr(state.base, "config", None), "num_key_value_heads", None) is None:
-        return (
-            f"{site.path} has keys of {site.d_out} channels for queries of {queries}; without num_key_value_heads in "
-            "the model's config there is no telling which of them its cache, and so PEFT's prefix, has"
-        )
+        heads = cached_heads(state)
+        if heads != site.num_kv_heads:
+            return (
+                f"{site.path} has keys of {site.num_kv_heads} heads, and PEFT's prefix those of the model's cache: "
+                f"{heads or 'its heads could not be counted'}"
+            )
     return None
 
 

@@ -139,16 +139,32 @@ def _fold_matrix(site: Site, term: Term, module_adapters: Sequence[ModuleAdapter
     """The new parameters of a linear, a convolution or a table."""
     module = site.module
     parts = [part for m in module_adapters for part in (*m.on_output, *m.on_input)]
-    if not all(part.delta.replaces_module for part in parts):  # a whole copy is exact anywhere
-        weights.check_is_linear(site)
+    copies = [part.delta.replaces_module for part in parts]
+    scale = 1.0 if all(copies) else weights.linear_scale(site)  # a whole copy is exact anywhere
     names = dict.fromkeys(n for m in module_adapters for part in m.on_parameters for n in part.site.parameter_names)
     own = {name: module.get_parameter(name) for name in names}
     swapped = term.map_parameters({name: p.to(working_dtype(p)) for name, p in own.items()})
     with swapped_parameters(module, swapped):
         w, b = weights.weight_matrix(module), weights.bias(module)
         start = w.to(working_dtype(w)), None if b is None else b.to(working_dtype(w))
-        new = fold_term(term, start, start)
+        if scale == 1.0:
+            new = fold_term(term, start, start)
+        else:
+            new = _fold_scaled_table(site, term, start[0], scale, any(copies)), None
         return swapped | weights.parameters_for_matrix(module, new, start)
+
+
+def _fold_scaled_table(site: Site, term: Term, w: Tensor, scale: float, has_copies: bool) -> Tensor:
+    """A table [d, V] whose module multiplies it by a scale: adapters act on the product, the weight takes its part."""
+    if has_copies:
+        raise NotMergeable(f"a table that is scaled by {scale:g} is replaced and changed at once")
+    w_folded, b_folded = fold_term(term, (scale * w, None), (scale * w, None))
+    product = w_folded if b_folded is None else w_folded + b_folded[:, None]
+    x = torch.arange(min(8, w.shape[1]), device=w.device)
+    y = term.map_output(term.map_input(x)[1], (scale * w[:, x]).T, False)
+    if not torch.allclose(y, product[:, x].T, rtol=1e-4, atol=1e-5 * float(y.abs().max())):
+        raise NotMergeable(f"{type(site.module).__name__} scales by {scale:g} what this adapter takes without a scale")
+    return w + (product - scale * w) / scale
 
 
 def fold_term(term: Term, pair: WeightBias, start: WeightBias, skips_unfoldable: bool = False) -> WeightBias:

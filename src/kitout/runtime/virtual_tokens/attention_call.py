@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,8 @@ def extend_keys(
     """
     if extra.on_key_value is not None:
         extra.on_key_value(k, v)
+    if extra.visible is not None and extra.visible.shape[-2] not in (1, q.shape[-2]):
+        extra = replace(extra, visible=_visible_to_some(extra.visible, q, k, mask))
     causal = causal and mask is None and q.shape[-2] > 1
     if mask is not None or causal or not _sees_everything(extra):
         is_new, mask = mask is None, explicit_mask(mask, q, k, causal)
@@ -69,6 +71,21 @@ def extend_keys(
     if extra.k is None or extra.v is None:
         return k, v, mask
     return torch.cat((_match_heads(extra.k, k), k), 2), torch.cat((_match_heads(extra.v, v), v), 2), mask
+
+
+def _visible_to_some(visible: Tensor, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """[B or 1, 1, T, P] -> [B, 1, Tq, P]: where a layer is given only the queries whose logits are kept (Gemma 4).
+
+    Which of the text they are is in the causal mask: a query's last visible key is its own.
+    """
+    queries, keys, tokens = q.shape[-2], k.shape[-2], visible.shape[-2]
+    if mask is None:
+        return visible[..., -queries:, :]
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    own = keys - 1 - seen[:, :1, :, :keys].flip(-1).long().argmax(-1)  # [B or 1, 1, Tq]
+    rows = max(visible.shape[0], own.shape[0])
+    index = (own - (keys - tokens)).clamp_min(0).expand(rows, -1, -1)[..., None].expand(-1, -1, -1, visible.shape[-1])
+    return visible.expand(rows, -1, -1, -1).gather(2, index)
 
 
 def _sees_everything(extra: ExtraKeys) -> bool:

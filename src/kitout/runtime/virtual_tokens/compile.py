@@ -27,8 +27,10 @@ from kitout.runtime.virtual_tokens.layout import TokenKind, TokenLayout, layout_
 from kitout.runtime.virtual_tokens.positions import (
     OwnPositions,
     PositionEmbeddingProgram,
+    PositionIdsProgram,
     TextEntry,
     TokenEmbeddingProgram,
+    parameter_names,
 )
 from kitout.runtime.virtual_tokens.prefix_kv import PrefixAttention
 from kitout.runtime.virtual_tokens.prompt_prefill import JoinPromptGraph, PromptEntry, PromptPrefill
@@ -41,6 +43,7 @@ CompileEntry = Callable[[RouteEntry, KeyValueRecorder], CompiledRoute]
 def modules_to_hook(adapter: Adapter, survey: Survey) -> Iterator[str]:
     """Every module that an adapter's prompts and prefixes need a hook at."""
     yield from adapter.prefixes
+    yield from (s.path for s in survey.kv_sites if s.shares_kv_of in adapter.prefixes)
     for tower in survey.towers:
         prefixed = any(part.site.tower == tower.path for part in adapter.prefixes.values())
         if not prefixed and not adapter.prompts:
@@ -111,7 +114,8 @@ class VirtualTokenCompiler:
             if site.tower != tower.path:
                 continue
             site_layouts = cross if site.role == "kv.cross" else layouts
-            parts = [[prefixes[i.name].get(site.path) for i in each.items] for each in site_layouts]
+            owner = site.shares_kv_of or site.path  # the attention whose keys, and so whose prefix, it sees
+            parts = [[prefixes[i.name].get(owner) for i in each.items] for each in site_layouts]
             reached = any(p is not None or i.is_prompt for each, ps in zip(site_layouts, parts, strict=True)
                           for i, p in zip(each.items, ps, strict=True))  # fmt: skip
             recorder = kv_recorder if site.path in self.hooks else None
@@ -147,7 +151,7 @@ class VirtualTokenCompiler:
             own = [prefixes_then_prompts(past, each) for past, each in zip(own, prompts, strict=True)]
         prefill = widening = None
         if prompted and tower.causal:
-            prefill = self._prefill(tower, prompts)
+            prefill = self._prefill(tower, prompts, own)
         elif prompted:
             widening = self._widening(tower, prompts)
         self._add_attentions(tower, own, kv_recorder)
@@ -161,14 +165,20 @@ class VirtualTokenCompiler:
                 self.programs[path] = OwnPositions(tower.path, self.forward_slot, self.programs.get(path))
             if widening is not None:
                 self._wrap(tower.token_embedding, TokenEmbeddingProgram)
+            passes_on = self._passes_positions_on(tower)
+            if passes_on and not tower.position_embedding:
+                self._wrap(tower.block_runner, PositionIdsProgram)
             inner = self.programs.get(tower.embedder)
             relative = any(s.relative_bias is not None for s in self.survey.kv_sites if s.tower == tower.path)
             self.programs[tower.embedder] = TextEntry(
-                tower, own, self.row_plan, self.forward_slot, self.active, prefill, widening, crossing, inner, relative
-            )
+                tower, own, self.row_plan, self.forward_slot, self.active, prefill, widening, crossing, inner,
+                relative, passes_on,
+            )  # fmt: skip
         return widening if widening is not None and widening.read_by_decoder else None
 
-    def _wrap(self, path: str, kind: type[TokenEmbeddingProgram | PositionEmbeddingProgram]) -> None:
+    def _wrap(
+        self, path: str, kind: type[TokenEmbeddingProgram | PositionEmbeddingProgram | PositionIdsProgram]
+    ) -> None:
         self.programs[path] = kind(path, self.forward_slot, self.programs.get(path))
 
     def _check_table(self, tower: Tower, lengths: Sequence[int]) -> None:
@@ -206,15 +216,17 @@ class VirtualTokenCompiler:
             self.programs[end] = TrimOutput(tower.path, self.forward_slot, self.programs.get(end))
         return widening
 
-    def _prefill(self, tower: Tower, prompts: Sequence[TokenLayout]) -> PromptPrefill:
+    def _prefill(self, tower: Tower, prompts: Sequence[TokenLayout], own: Sequence[TokenLayout]) -> PromptPrefill:
+        """own: by entry, prefixes and prompts together."""
         prompt_entries: list[PromptEntry | None] = []
-        for entry, layout in zip(self.entries, prompts, strict=True):
+        for entry, layout, whole in zip(self.entries, prompts, own, strict=True):
             if not layout.items:
                 prompt_entries.append(None)
                 continue
             keys: KeyValueRecorder = {}
             rest = _without(entry, {i.name for i in layout.items})
-            prompt_entries.append(PromptEntry(self._parts(tower, layout), self.compile_entry(rest, keys), keys))
+            start = whole.length - layout.length
+            prompt_entries.append(PromptEntry(self._parts(tower, layout), self.compile_entry(rest, keys), keys, start))
         attentions = [s.path for s in self.survey.kv_sites if s.tower == tower.path and s.role == "kv.self"]
         blocks = [b.path for b in self.survey.blocks if b.tower == tower.path and b.is_one_module]
         for first in blocks[:1]:
@@ -228,7 +240,16 @@ class VirtualTokenCompiler:
             self.row_plan,
             self.forward_slot,
             self.active,
+            module(tower.block_runner) if self._passes_positions_on(tower) else None,
+            tower.reads_ids,
         )
+
+    def _passes_positions_on(self, tower: Tower) -> bool:
+        """Whether a model of its own in the embedder runs the blocks, from vectors and positions (image and text)."""
+        if not tower.block_runner:
+            return False
+        runner = self.survey.model.get_submodule(tower.block_runner)
+        return {"inputs_embeds", "position_ids"} <= set(parameter_names(type(runner).forward))
 
     # ---- images ------------------------------------------------------------------------------------------------
 
