@@ -27,7 +27,7 @@ from kitout.runtime.adapter import Adapter
 from kitout.runtime.base_state import KitForward, disable_checkpointing, enable_checkpointing
 from kitout.runtime.build_adapter import build_adapter, check_known, check_strength
 from kitout.runtime.count import ParameterCount, count_all_parameters, count_parameters
-from kitout.runtime.hooks.boundary import block_class, model_class
+from kitout.runtime.hooks.boundary import block_class, deepcopy_module, model_class
 from kitout.runtime.hooks.class_swap import Hook, hook, restore_class, swap_class, unhook
 from kitout.runtime.merge.commit import merge, restore
 from kitout.runtime.merge.copy import plain_copy
@@ -322,6 +322,10 @@ class Kit(nn.Module):
 
     activation_checkpointing_enable = gradient_checkpointing_enable
     activation_checkpointing_disable = gradient_checkpointing_disable
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kit:
+        with self.state.active.lock:
+            return cast(Kit, deepcopy_module(self, memo))
 
     def __str__(self) -> str:
         return describe_kit(self.state)
