@@ -199,7 +199,8 @@ class Kit(nn.Module):
     def use(self, what: object) -> Activated[Kit]:
         """Activates a name, None, a Stack, a Mix, or a list with one of these per row, until the next `use`.
 
-        In a `with` statement the choice holds for this thread or task alone and ends with the block.
+        In a `with` statement the choice holds for this thread or task alone and ends with the block. Tasks created
+        inside, and asyncio.to_thread, have it too; a new threading.Thread or run_in_executor does not.
         """
         state = self.state
         state.check_attached()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import kitout
-from kitout import Kit, LoRA
+from kitout import Kit, LoRA, PrefixTuning, PromptTuning
 from laws.activate import assert_same, put_on, run
 from zoo import ZOO
 
@@ -271,6 +272,135 @@ def test_forwards_outside_of_every_with_run_the_base(kit: Kit) -> None:
             stop.set()
 
     together(loop("a"), loop("b"), loop("a"), outside)
+
+
+def test_beside_a_prompt_run_ahead(kit: Kit) -> None:
+    """A prompt's own forward is its thread's alone: others wait, and have their routes."""
+    batch = ZOO["llama"].batch(2, 0)
+    put_on(kit, PromptTuning(length=3), "prompt")
+    want = alone(kit, batch)
+    with kit.use("prompt"):
+        prompted = run(kit, batch)
+    inside, stop = threading.Event(), threading.Event()
+
+    def linger(*_: object) -> None:
+        inside.set()
+        time.sleep(0.005)
+
+    hook = kit.base.model.layers[0].register_forward_pre_hook(linger)
+
+    def ahead() -> None:
+        with kit.use("prompt"):
+            while not stop.is_set():
+                assert torch.equal(run(kit, batch), prompted)
+
+    def outside() -> None:
+        try:
+            assert inside.wait(30)
+            for _ in range(ROUNDS):
+                assert torch.equal(run(kit, batch), want[None])
+                with kit.use("b"):
+                    assert torch.equal(run(kit, batch), want["b"])
+        finally:
+            stop.set()
+
+    together(ahead, outside)
+    hook.remove()
+
+
+def test_beside_initial_values_read_off_a_text(kit: Kit) -> None:
+    batch = ZOO["llama"].batch(2, 0)
+    want = alone(kit, batch)
+    stop = threading.Event()
+
+    def add() -> None:
+        first = None
+        while not stop.is_set():
+            adapter = kit.add("read", PrefixTuning(length=3, init=(5, 6, 7)), seed=0)
+            value = torch.cat([p.detach().flatten() for p in adapter.parameters()])
+            first = value if first is None else first
+            assert torch.equal(value, first)
+            kit.remove("read")
+
+    def answer() -> None:
+        try:
+            for name in NAMES * ROUNDS:
+                with kit.use(name):
+                    assert torch.equal(run(kit, batch), want[name])
+        finally:
+            stop.set()
+
+    together(add, answer)
+
+
+def test_seeded_adapters_added_at_once(kit: Kit) -> None:
+    """Each has the values of its seed, whoever draws beside it."""
+    want = torch.cat([p.detach().flatten() for p in kit.add("alone", LoRA(rank=2), seed=3).parameters()])
+    gate = threading.Barrier(4)
+
+    def add(name: str) -> Callable[[], None]:
+        def work() -> None:
+            gate.wait(30)
+            for i in range(5):
+                adapter = kit.add(f"{name}{i}", LoRA(rank=2), seed=3)
+                assert torch.equal(torch.cat([p.detach().flatten() for p in adapter.parameters()]), want)
+
+        return work
+
+    together(*map(add, "wxyz"))
+
+
+@pytest.mark.parametrize("what", ["kit", "model"])
+def test_a_copy_while_another_thread_computes(kit: Kit, what: str) -> None:
+    batch = ZOO["llama"].batch(2, 0)
+    put_on(kit, PrefixTuning(length=3), "prefix")
+    with kit.use("prefix"):
+        want = run(kit, batch)
+    stop = threading.Event()
+
+    def compute() -> None:
+        with kit.use("prefix"):
+            while not stop.is_set():
+                kit(**batch)
+
+    def copied() -> None:
+        try:
+            for _ in range(5):
+                other = copy.deepcopy(kit if what == "kit" else kit.base)
+                kit_of_copy = other if isinstance(other, Kit) else other._kitout
+                with kit_of_copy.use("prefix"):
+                    assert torch.equal(run(other, batch), want)
+        finally:
+            stop.set()
+
+    together(compute, copied)
+
+
+def test_worker_threads_of_tasks(kit: Kit) -> None:
+    """to_thread takes the task's `with` along; an executor's thread has the sticky route."""
+    batch = ZOO["llama"].batch(2, 0)
+    want = alone(kit, batch)
+    kit.use("c")
+
+    async def serve(name: str | None) -> None:
+        loop = asyncio.get_running_loop()
+        with kit.use(name):
+            for _ in range(ROUNDS):
+                assert torch.equal(await asyncio.to_thread(run, kit, batch), want[name])
+                assert torch.equal(await loop.run_in_executor(None, run, kit, batch), want["c"])
+
+    async def every() -> None:
+        await asyncio.gather(*(serve(n) for n in NAMES))
+
+    asyncio.run(every())
+
+
+def test_continuous_batching_has_no_part_in_a_with(kit: Kit) -> None:
+    with kit.use("a"), pytest.raises(kitout.errors.RouteError, match="thread of its own"):
+        kit.base.init_continuous_batching()
+    kit.use("a")
+    with kit.use("a"):
+        kit.base.init_continuous_batching()
 
 
 def assert_active(kit: Kit, name: str | None) -> None:

@@ -53,6 +53,8 @@ def model_class(base: type[nn.Module]) -> type[nn.Module]:
     }
     if hasattr(base, "generate"):
         members["generate"] = _bounded(base.generate, _model_generate)
+    if hasattr(base, "init_continuous_batching"):
+        members["init_continuous_batching"] = _bounded(base.init_continuous_batching, _model_init_batching)
     return same_named_subclass(base, members)
 
 
@@ -123,6 +125,19 @@ def _model_generate(model: Any, frozen_generate: ForwardFn, args: tuple[Any, ...
             calls.generates -= 1
             calls.caller_gave_no_positions = outer
             _reset_rows(active, compiled)
+
+
+def _model_init_batching(model: Any, original: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Continuous batching, also by `generate_batch`, calls the model in a thread of its own."""
+    if model._kitout is not None:
+        active = model._kitout.state.active
+        active.make_sticky()
+        if active.route != active.sticky_route:
+            raise RouteError(
+                f"continuous batching runs in a thread of its own, where the `with` of {active.route!r} does not hold: "
+                f"call kit.use({active.route!r}) without a `with`, or generate()"
+            )
+    return original(model, *args, **kwargs)
 
 
 def _model_train(model: Any, mode: bool = True) -> Any:
