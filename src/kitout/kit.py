@@ -85,17 +85,18 @@ class Kit(nn.Module):
     def detach(self) -> nn.Module:
         """The model as it was before `attach`: classes, requires_grad and mode; returns it. The kit ends here."""
         state = self.state
-        if state.merged_names:
-            self.unmerge()
-        state.active.install(CompiledRoute(None))
-        state.is_detached = True
-        for path in state.hooks:
-            module = self.base.get_submodule(path)
-            unhook(module)
-            module.__dict__.pop("_kitout_active", None)
-        restore_class(self.base, "_kitout")
-        state.before_attach.restore(self.base)
-        state.hooks.clear()
+        with state.active.lock:
+            if state.merged_names:
+                self.unmerge()
+            state.active.install(CompiledRoute(None))
+            state.is_detached = True
+            for path in state.hooks:
+                module = self.base.get_submodule(path)
+                unhook(module)
+                module.__dict__.pop("_kitout_active", None)
+            restore_class(self.base, "_kitout")
+            state.before_attach.restore(self.base)
+            state.hooks.clear()
         return self.base
 
     @property
@@ -292,9 +293,10 @@ class Kit(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Kit:
-        self.state.check_unmerged("moving or casting it")
-        self.base._apply(fn, recurse)
-        super()._apply(fn, recurse)
+        with self.state.active.lock:
+            self.state.check_unmerged("moving or casting it")
+            self.base._apply(fn, recurse)
+            super()._apply(fn, recurse)
         return self
 
     @property

@@ -274,80 +274,60 @@ def test_forwards_outside_of_every_with_run_the_base(kit: Kit) -> None:
     together(loop("a"), loop("b"), loop("a"), outside)
 
 
-def test_beside_a_prompt_run_ahead(kit: Kit) -> None:
-    """A prompt's own forward is its thread's alone: others wait, and have their routes."""
+@pytest.mark.parametrize("what", ["prompt", "initial values"])
+def test_beside_a_part_of_the_model_run_ahead(kit: Kit, what: str) -> None:
+    """A prompt before its text, a text that initial values are read off: others wait, and have their own routes."""
     batch = ZOO["llama"].batch(2, 0)
     put_on(kit, PromptTuning(length=3), "prompt")
     want = alone(kit, batch)
-    with kit.use("prompt"):
-        prompted = run(kit, batch)
-    inside, stop = threading.Event(), threading.Event()
-
-    def linger(*_: object) -> None:
-        inside.set()
-        time.sleep(0.005)
-
-    hook = kit.base.model.layers[0].register_forward_pre_hook(linger)
+    entered = threading.Barrier(3)
+    inside, goes_on = pause_in(kit.base.model.layers[0])
 
     def ahead() -> None:
-        with kit.use("prompt"):
-            while not stop.is_set():
-                assert torch.equal(run(kit, batch), prompted)
+        entered.wait(30)
+        if what == "prompt":
+            with kit.use("prompt"):
+                run(kit, batch)
+        else:
+            kit.add("read", PrefixTuning(length=3, init=(5, 6, 7)), seed=0)
 
-    def outside() -> None:
-        try:
-            assert inside.wait(30)
-            for _ in range(ROUNDS):
-                assert torch.equal(run(kit, batch), want[None])
-                with kit.use("b"):
-                    assert torch.equal(run(kit, batch), want["b"])
-        finally:
-            stop.set()
-
-    together(ahead, outside)
-    hook.remove()
-
-
-def test_beside_initial_values_read_off_a_text(kit: Kit) -> None:
-    batch = ZOO["llama"].batch(2, 0)
-    want = alone(kit, batch)
-    stop = threading.Event()
-
-    def add() -> None:
-        first = None
-        while not stop.is_set():
-            adapter = kit.add("read", PrefixTuning(length=3, init=(5, 6, 7)), seed=0)
-            value = torch.cat([p.detach().flatten() for p in adapter.parameters()])
-            first = value if first is None else first
-            assert torch.equal(value, first)
-            kit.remove("read")
-
-    def answer() -> None:
-        try:
-            for name in NAMES * ROUNDS:
-                with kit.use(name):
-                    assert torch.equal(run(kit, batch), want[name])
-        finally:
-            stop.set()
-
-    together(add, answer)
-
-
-def test_seeded_adapters_added_at_once(kit: Kit) -> None:
-    """Each has the values of its seed, whoever draws beside it."""
-    want = torch.cat([p.detach().flatten() for p in kit.add("alone", LoRA(rank=2), seed=3).parameters()])
-    gate = threading.Barrier(4)
-
-    def add(name: str) -> Callable[[], None]:
+    def answer(name: str | None) -> Callable[[], None]:
         def work() -> None:
-            gate.wait(30)
-            for i in range(5):
-                adapter = kit.add(f"{name}{i}", LoRA(rank=2), seed=3)
-                assert torch.equal(torch.cat([p.detach().flatten() for p in adapter.parameters()]), want)
+            with kit.use(name):
+                entered.wait(30)
+                assert inside.wait(30)
+                threading.Timer(0.1, goes_on.set).start()
+                assert torch.equal(run(kit, batch), want[name])
 
         return work
 
-    together(*map(add, "wxyz"))
+    together(ahead, answer(None), answer("a"))
+
+
+def pause_in(module: nn.Module) -> tuple[threading.Event, threading.Event]:
+    """The next call of the module sets the first event and waits for the second."""
+    inside, goes_on = threading.Event(), threading.Event()
+
+    def pause(*_: object) -> None:
+        hook.remove()
+        inside.set()
+        goes_on.wait(30)
+
+    hook = module.register_forward_pre_hook(pause)
+    return inside, goes_on
+
+
+def test_a_seed_leaves_the_draws_of_others_alone(kit: Kit) -> None:
+    """An adapter that has to wait for the model does not put back the random state from before it waited."""
+    adding = threading.Thread(target=kit.add, args=("drawn", LoRA(rank=2)), kwargs={"seed": 3})
+    with kit.state.active.lock:
+        adding.start()
+        time.sleep(0.1)
+        drawn = torch.rand(3)
+    adding.join(30)
+    assert not torch.equal(torch.rand(3), drawn), "drawn twice"
+    adapters = kit["drawn"], kit.add("again", LoRA(rank=2), seed=3)
+    assert all(torch.equal(p, q) for p, q in zip(*(a.parameters() for a in adapters), strict=True))
 
 
 @pytest.mark.parametrize("what", ["kit", "model"])
@@ -356,24 +336,40 @@ def test_a_copy_while_another_thread_computes(kit: Kit, what: str) -> None:
     put_on(kit, PrefixTuning(length=3), "prefix")
     with kit.use("prefix"):
         want = run(kit, batch)
-    stop = threading.Event()
+    inside, goes_on = pause_in(kit.base.model.layers[0].self_attn.o_proj)
 
     def compute() -> None:
         with kit.use("prefix"):
-            while not stop.is_set():
-                kit(**batch)
+            kit(**batch)
 
     def copied() -> None:
-        try:
-            for _ in range(5):
-                other = copy.deepcopy(kit if what == "kit" else kit.base)
-                kit_of_copy = other if isinstance(other, Kit) else other._kitout
-                with kit_of_copy.use("prefix"):
-                    assert torch.equal(run(other, batch), want)
-        finally:
-            stop.set()
+        assert inside.wait(30)
+        threading.Timer(0.1, goes_on.set).start()
+        other = copy.deepcopy(kit if what == "kit" else kit.base)
+        kit_of_copy = other if isinstance(other, Kit) else other._kitout
+        with kit_of_copy.use("prefix"):
+            assert torch.equal(run(other, batch), want)
 
     together(compute, copied)
+
+
+def test_a_forward_that_another_thread_detaches(kit: Kit) -> None:
+    """The one in progress ends as it began; the one that waits says so."""
+    batch = ZOO["llama"].batch(2, 0)
+    with kit.use("a"):
+        want = run(kit, batch)
+    inside, goes_on = pause_in(kit.base.model.layers[0])
+
+    def forward() -> None:
+        with kit.use("a"):
+            assert torch.equal(run(kit, batch), want)
+
+    def detach() -> None:
+        assert inside.wait(30)
+        threading.Timer(0.1, goes_on.set).start()
+        kit.detach()
+
+    together(forward, detach)
 
 
 def test_worker_threads_of_tasks(kit: Kit) -> None:

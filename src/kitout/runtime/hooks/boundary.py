@@ -83,6 +83,7 @@ def _model_forward(model: Any, frozen_forward: ForwardFn, args: tuple[Any, ...],
         return frozen_forward(model, *args, **kwargs)
     active.make_sticky()
     with active.lock:
+        state.check_attached()  # another thread may have detached it while this one waited
         if state.merged_names and model.training and torch.is_grad_enabled():
             raise MergeStateError(
                 f"{state.merged_text} merged into the base, so a training forward would reach no adapter: unmerge() "
@@ -113,6 +114,7 @@ def _model_generate(model: Any, frozen_generate: ForwardFn, args: tuple[Any, ...
     gave_no_positions = kwargs.get("position_ids") is None
     active.make_sticky()
     with active.lock:
+        state.check_attached()
         compiled = state.compiled_route().for_new_forward(gave_no_positions)
         if compiled.num_rows is not None:
             _check_rows(compiled, model, args, kwargs, False)
