@@ -107,9 +107,9 @@ def test_a_compiled_model_follows_use() -> None:
             assert_same(run(compiled, batch), values[None], 1e-6)
 
 
-@pytest.mark.parametrize(
-    "method", [PromptTuning(length=3), pytest.param(PrefixTuning(length=4), marks=slow)], ids=["prompt", "prefix"]
-)
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@slow
+@pytest.mark.parametrize("method", [PromptTuning(length=3), PrefixTuning(length=4)], ids=["prompt", "prefix"])
 def test_virtual_tokens_are_one_graph(method: Method) -> None:
     """What a thread is doing, which prompts and positions depend on, is looked up by nothing in the graph."""
     kit, batch = kit_with("llama", a=method)
