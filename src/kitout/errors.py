@@ -57,6 +57,10 @@ class KitDetached(KitoutError, RuntimeError):
     """A kit used after its `detach`."""
 
 
+class ForkedModel(KitoutError, RuntimeError):
+    """A model used in a process that was forked while another thread was inside a call of it."""
+
+
 class NoBlocksFound(KitoutError, ValueError):
     """No stack of transformer blocks was found and no roles were given."""
 

@@ -27,7 +27,7 @@ from kitout.runtime.adapter import Adapter
 from kitout.runtime.base_state import KitForward, disable_checkpointing, enable_checkpointing
 from kitout.runtime.build_adapter import build_adapter, check_known, check_strength
 from kitout.runtime.count import ParameterCount, count_all_parameters, count_parameters
-from kitout.runtime.hooks.boundary import block_class, model_class
+from kitout.runtime.hooks.boundary import block_class, deepcopy_module, model_class
 from kitout.runtime.hooks.class_swap import Hook, hook, restore_class, swap_class, unhook
 from kitout.runtime.merge.commit import merge, restore
 from kitout.runtime.merge.copy import plain_copy
@@ -85,17 +85,18 @@ class Kit(nn.Module):
     def detach(self) -> nn.Module:
         """The model as it was before `attach`: classes, requires_grad and mode; returns it. The kit ends here."""
         state = self.state
-        if state.merged_names:
-            self.unmerge()
-        state.active.install(CompiledRoute(None))
-        state.is_detached = True
-        for path in state.hooks:
-            module = self.base.get_submodule(path)
-            unhook(module)
-            module.__dict__.pop("_kitout_active", None)
-        restore_class(self.base, "_kitout")
-        state.before_attach.restore(self.base)
-        state.hooks.clear()
+        with state.active.lock:
+            if state.merged_names:
+                self.unmerge()
+            state.active.install(CompiledRoute(None))
+            state.is_detached = True
+            for path in state.hooks:
+                module = self.base.get_submodule(path)
+                unhook(module)
+                module.__dict__.pop("_kitout_active", None)
+            restore_class(self.base, "_kitout")
+            state.before_attach.restore(self.base)
+            state.hooks.clear()
         return self.base
 
     @property
@@ -200,7 +201,8 @@ class Kit(nn.Module):
     def use(self, what: object) -> Activated[Kit]:
         """Activates a name, None, a Stack, a Mix, or a list with one of these per row, until the next `use`.
 
-        In a `with` statement the choice holds for this thread or task alone and ends with the block.
+        In a `with` statement the choice holds for this thread or task alone and ends with the block. Tasks created
+        inside, and asyncio.to_thread, have it too; a new threading.Thread or run_in_executor does not.
         """
         state = self.state
         state.check_attached()
@@ -304,9 +306,10 @@ class Kit(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Kit:
-        self.state.check_unmerged("moving or casting it")
-        self.base._apply(fn, recurse)
-        super()._apply(fn, recurse)
+        with self.state.active.lock:
+            self.state.check_unmerged("moving or casting it")
+            self.base._apply(fn, recurse)
+            super()._apply(fn, recurse)
         return self
 
     @property
@@ -335,6 +338,10 @@ class Kit(nn.Module):
 
     activation_checkpointing_enable = gradient_checkpointing_enable
     activation_checkpointing_disable = gradient_checkpointing_disable
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kit:
+        with self.state.active.lock:
+            return cast(Kit, deepcopy_module(self, memo))
 
     def __str__(self) -> str:
         return describe_kit(self.state)

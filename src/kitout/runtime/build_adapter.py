@@ -60,8 +60,9 @@ def build_adapter(
         raise ConfigError(f"seed must be a whole number or None, found {seed!r}")
     sites = select_sites(state, method, heads)
     check_sites(state, name, sites, heads)
-    # On CPU whatever the base's device, so that a seed means the same values everywhere.
-    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad(), _without_adapters(state):
+    # On CPU whatever the base's device, so that a seed means the same values everywhere. The lock comes first: else two
+    # threads that add adapters would draw from each other's seed.
+    with _without_adapters(state), torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
         if seed is not None:
             torch.manual_seed(seed)
         shared = method.build_shared(sites)

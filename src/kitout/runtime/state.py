@@ -109,8 +109,8 @@ class KitState:
 
     @property
     def route(self) -> Route:
-        """The route in force in this context; None while adapters are merged, whatever is active before and after."""
-        return None if self.merged_names else self.active.route
+        """The route in force in this context; None while adapters are merged, and after `detach`."""
+        return None if self.merged_names or self.is_detached else self.active.route
 
     def compiled_route(self) -> CompiledRoute:
         """The compiled form of the route in force."""

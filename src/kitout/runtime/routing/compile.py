@@ -40,6 +40,12 @@ class RouteCompiler:
 
         kv_recorder: takes the self-attentions' own keys and values, by path, at every forward under this route.
         """
+        removed = [name for name in adapter_names(route) if name not in self.adapters]
+        if removed:
+            raise RouteError(
+                f"{removed[0]!r} was removed after the `with` that this context took it from had ended: choose another "
+                "route in this task or thread, or await it inside the `with`"
+            )
         adapters = [self.adapters[name] for name in dict.fromkeys(adapter_names(route))]
         row_plan, entries = _plan_rows(route)
         for entry in entries:

@@ -38,6 +38,10 @@ class ForwardState:
     """Tower -> the number of columns of the widened sequence."""
     drop_image_tokens: Callable[[Any], Any] | None = None
     """Takes the added image tokens out of the model's output."""
+    is_prefill: bool = False
+    """Part of the model is run for its keys and values alone: it is no forward of the model."""
+    positions_from_generate: bool = False
+    """Position ids come from `generate`, which counts them from the mask, and not from a caller."""
     has_graph: bool = False
     """The prompts' keys have a graph, and blocks will be recomputed."""
     reentrant: bool = False

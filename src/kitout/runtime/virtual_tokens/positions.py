@@ -127,7 +127,8 @@ class TextEntry:
         else:
             token_index = steps
         self.forward_slot.state.token_index[self.tower.path] = token_index
-        if (given is not None and not self.active.positions_from_generate) or not (self._has_shift or self.widening):
+        are_the_callers = given is not None and not self.forward_slot.state.positions_from_generate
+        if are_the_callers or not (self._has_shift or self.widening):
             return
         if given is not None and not counted and not self.passes_on:
             raise RouteError(
