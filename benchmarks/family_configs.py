@@ -226,8 +226,7 @@ FAMILIES: list[Family] = [
     _one("moe", CAUSAL, "deepseek_v2", num_key_value_heads=4, head_dim=8, num_experts_per_tok=2),
     _one("moe", CAUSAL, "deepseek_v3", num_key_value_heads=4, head_dim=8, first_k_dense_replace=1),
     *_many("hybrid", CAUSAL, "lfm2 mamba"),
-    _one("hybrid", CAUSAL, "jamba", attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4,
-         use_mamba_kernels=False),
+    _one("hybrid", CAUSAL, "jamba", attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4),
     _one("hybrid", CAUSAL, "bamba", attn_layer_indices=[1], **SSM),
     _one("hybrid", CAUSAL, "falcon_h1", mamba_d_ssm=64, **SSM),
     _one("hybrid", CAUSAL, "granitemoehybrid", layer_types=["mamba", "attention"], **SSM),
@@ -238,10 +237,11 @@ FAMILIES: list[Family] = [
          linear_value_head_dim=8),
     _one("hybrid", CAUSAL, "recurrent_gemma", num_hidden_layers=3),
     *_many("encoder", SEQ, "bert roberta albert distilbert electra deberta deberta-v2 mpnet camembert"
-           " xlm-roberta modernbert convbert squeezebert ernie rembert roformer megatron-bert data2vec-text"
+           " xlm-roberta convbert squeezebert ernie rembert roformer megatron-bert data2vec-text"
            " nystromformer fnet ibert"),
     _one("encoder", SEQ, "funnel", block_sizes=[1, 1], num_decoder_layers=1, d_inner=48),
     _one("encoder", SEQ, "mobilebert", intra_bottleneck_size=32, true_hidden_size=32, num_feedforward_networks=2),
+    _one("encoder", SEQ, "modernbert", local_attention=64),
     _one("encoder", SEQ, "longformer", attention_window=[4, 4]),
     _one("encoder", SEQ, "big_bird", attention_type="original_full"),
     _one("encoder", SEQ, "xlnet", d_inner=48),

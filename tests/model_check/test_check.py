@@ -29,8 +29,11 @@ def outcomes(found: ModelCheck, method: str = "LoRA") -> dict[str, str]:
     return {column: found.cells[method, column].outcome for column in found.columns}
 
 
-@pytest.mark.parametrize("species", ["llama", "roberta", "timm-vit"])
-def test_a_model_that_keeps_the_laws(species: str) -> None:
+PADDING = {"llama": "right padding and left padding", "roberta": "right padding", "timm-vit": "no padding"}
+
+
+@pytest.mark.parametrize(("species", "padding"), PADDING.items(), ids=PADDING.keys())
+def test_a_model_that_keeps_the_laws(species: str, padding: str) -> None:
     found = kitout.check(model_of(species))
     assert found.ok, str(found)
     assert found.columns == list(COLUMNS)
@@ -39,6 +42,7 @@ def test_a_model_that_keeps_the_laws(species: str) -> None:
     assert {"IA3", "BitFit", "Houlsby", "ParallelAdapter", "PrefixTuning"} < set(found.methods)
     assert ("VPT" in found.methods) != ("PromptTuning" in found.methods)
     assert found.cells["Houlsby", "merge"].outcome == "not applicable"
+    assert found.notes[0] == f"rows: compared with {padding}", "what pools token 0 means nothing with left padding"
     measured = found.cells["LoRA", "rows"]
     assert measured.difference is not None
     assert measured.difference <= (measured.allowed or 0.0) < 1e-3
@@ -48,6 +52,15 @@ def test_an_encoder_decoder_is_compared_by_generate() -> None:
     found = kitout.check(model_of("t5"), [PromptTuning(length=2)], columns=["rows", "cache"])
     assert outcomes(found, "PromptTuning") == {"rows": "ok", "cache": "ok"}
     assert found.notes[-1] == "cache: compared by generate"
+
+
+def test_freezing_alone_may_change_a_product_and_is_not_held_against_a_method() -> None:
+    """torch folds x [B, T, D] into one product or not, by whether the matrix requires a gradient."""
+    model = model_of("bert")
+    pooler = model.bert.pooler
+    original = pooler.forward
+    pooler.forward = lambda x: original(x) + float(pooler.dense.weight.requires_grad)
+    assert kitout.check(model, LORA, columns=["effect"]).ok
 
 
 def test_the_table_names_methods_refusals_and_what_was_compared() -> None:
@@ -237,6 +250,19 @@ def test_a_site_where_nothing_is_applied_is_wrong_and_a_shift_of_keys_is_not(mon
     cell = kitout.check(model_of("bert"), [BitFit()], columns=["effect"]).cells["BitFit", "effect"]
     assert cell.outcome == "wrong"
     assert f"applied nowhere at {dead.replace('/', '.')}" in cell.message
+
+
+def test_an_output_that_a_call_before_changes_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counting(original: Any, *args: Any, **more: Any) -> Tensor:
+        calls.append(len(calls))
+        return original(*args, **more) + 1e-3 * len(calls)
+
+    patched(monkeypatch, LowRankDelta, "_add_change", counting)
+    cell = kitout.check(model_of("bert"), LORA, columns=["effect"]).cells["LoRA", "effect"]
+    assert cell.outcome == "wrong"
+    assert cell.message.startswith("the same call, after one of the base, differs by")
 
 
 def test_any_other_exception_is_an_error_with_its_type_and_place(monkeypatch: pytest.MonkeyPatch) -> None:

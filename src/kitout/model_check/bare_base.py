@@ -92,31 +92,33 @@ def measure_base(model: nn.Module, example_batch: Mapping[str, Any] | None) -> B
 def _independent_rows(
     model: nn.Module, plain: CheckBatch, fields: tuple[str, ...]
 ) -> tuple[list[tuple[str, CheckBatch, dict[str, float]]], str]:
+    """The batches on which a row alone is that row in the batch, with the outputs of which that holds."""
     kept: list[tuple[str, CheckBatch, dict[str, float]]] = []
     reason = ""
     for kind in ("right", "left", ""):
-        if kind == "" and kept:
-            break
         batch = padded_batch(model, plain, kind) if kind else plain
-        if batch is None:
+        if batch is None or (kept and not kind):
             continue
         try:
             together = outputs_of(model, batch)
             alone = [outputs_of(model, batch.rows(i)) for i in range(batch.num_rows)]
+            repadded = outputs_of(model, batch.with_other_padding())
         except Exception as error:  # padding or single rows are not what it takes
             reason = f"the base does not run on its rows: {type(error).__name__}: {str(error)[:200]}"
             continue
         noise = {
             name: max(
-                (difference(row_of(together, i, batch.num_rows)[name], own.get(name, torch.empty(0))))
+                difference(row_of(together, i, batch.num_rows)[name], own.get(name, torch.empty(0)))
                 for i, own in enumerate(alone)
             )
             for name in fields
         }
+        # a pooler of token 0 or a convolution may read what is padding, and means nothing there
+        meaningful = [name for name in fields if difference(repadded[name], together[name]) < UNRELATED]
         independent = {name: d for name, d in noise.items() if d < UNRELATED}
-        if independent:
-            kept.append((kind, batch, independent))
-        else:
+        if kept_here := {name: d for name, d in independent.items() if name in meaningful}:
+            kept.append((kind, batch, kept_here))
+        elif not independent:
             least = min(noise.values(), key=lambda d: math.inf if math.isnan(d) else d)
             reason = f"the base's own rows depend on each other: a row alone differs by {least:.0e}"
     return kept, "" if kept else reason

@@ -73,7 +73,8 @@ def check(
         if on_cell is not None:
             on_cell(label, column, cell)
 
-    with eval_mode(model, grad=True), _kept_tensors(model):
+    # frozen from the start: torch takes another path through a product of a matrix that requires a gradient
+    with eval_mode(model, grad=True, freeze=True), _kept_tensors(model):
         torch.manual_seed(seed)
         base = measure_base(model, example_batch)
         kit = attach(model, roles=roles, example_batch=example_batch)

@@ -52,6 +52,13 @@ class CheckBatch:
         mask = None if self.mask is None else self.mask[list(indices)]
         return CheckBatch(inputs, len(indices), mask)
 
+    def with_other_padding(self) -> CheckBatch:
+        """The same real tokens, with another token where there is padding."""
+        if self.mask is None:
+            return self
+        ids, real = self.inputs["input_ids"], self.mask.bool()
+        return CheckBatch({**self.inputs, "input_ids": ids.where(real, ids[real][0])}, self.num_rows, self.mask)
+
     def _rows_of(self, value: Any, indices: tuple[int, ...]) -> Any:
         """The share of each row, which may be several entries (patches of its image); or rows along dimension 1."""
         if not isinstance(value, Tensor) or not value.ndim:

@@ -104,7 +104,7 @@ def randomize(adapter: Adapter, seed: int) -> None:
 
 
 def check_effect(run: LawRun) -> CheckCell:
-    """The outputs change and stay finite, every parameter has a gradient, and off is the base bit for bit."""
+    """The outputs change, stay finite and come again, every parameter has a gradient, off is the base bit for bit."""
     kit, base = run.kit, run.base
     values = run.values(NAMES[0])
     change = largest_difference(values, base.values, base.fields)
@@ -115,6 +115,9 @@ def check_effect(run: LawRun) -> CheckCell:
     off = largest_difference(run.values(None), base.values, base.fields)
     if off > (0.0 if kit.device.type == "cpu" else base.tolerance):
         return CheckCell("wrong", f"use(None) is not the base: it differs by {off:.1e}", off, 0.0)
+    again = largest_difference(run.values(NAMES[0]), values, base.fields)
+    if not again <= base.tolerance:
+        return run.judge(again, base.tolerance, "the same call, after one of the base,")
     gradients = gradients_of(run, NAMES[0], base.plain, base.fields)
     largest = max((g.abs().max().item() for g in gradients.values() if g is not None and g.numel()), default=0.0)
     if not math.isfinite(largest):
