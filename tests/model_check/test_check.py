@@ -290,6 +290,20 @@ def test_rows_that_the_base_itself_mixes_are_not_compared(monkeypatch: pytest.Mo
     assert "rows: the base's own rows depend on each other: a row alone differs by" in str(found)
 
 
+def test_special_tokens_are_not_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model may choose the id that stands for an image, and is then asked for one."""
+    model = model_of("llama")
+    model.config.image_token_id = 42
+    with torch.no_grad():  # the likeliest token of all
+        model.lm_head = nn.Linear(48, model.config.vocab_size)
+        model.lm_head.bias[42] = 1e3
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"]), with_kwargs=True)
+    assert kitout.check(model, LORA, columns=["cache"]).ok
+    assert any(ids.shape[1] > 6 for ids in seen)
+    assert not any((ids[:, 6:] == 42).any() for ids in seen)
+
+
 def test_a_base_that_does_not_run_is_refused_with_what_to_write() -> None:
     model = model_of("bert")
     model.bert.pooler.forward = lambda x: x[:, 1000]

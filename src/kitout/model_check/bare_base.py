@@ -113,8 +113,13 @@ def _independent_rows(
             )
             for name in fields
         }
-        # a pooler of token 0 or a convolution may read what is padding, and means nothing there
-        meaningful = [name for name in fields if difference(repadded[name], together[name]) < UNRELATED]
+        # a convolution may read what is padding, and a pooler of token 0 takes a padding token for its query
+        meaningful = [
+            name
+            for name in fields
+            if difference(repadded[name], together[name]) < UNRELATED
+            and (kind != "left" or batch.has_tokens(together[name]))
+        ]
         independent = {name: d for name, d in noise.items() if d < UNRELATED}
         if kept_here := {name: d for name, d in independent.items() if name in meaningful}:
             kept.append((kind, batch, kept_here))
@@ -163,6 +168,7 @@ def generated(model: Any, batch: CheckBatch) -> tuple[Tensor, Tensor]:
     runs = [
         model.generate(
             **inputs,
+            bad_words_ids=_special_ids(model) or None,
             use_cache=use_cache,
             max_new_tokens=NEW_TOKENS,
             min_new_tokens=NEW_TOKENS,
@@ -178,6 +184,14 @@ def generated(model: Any, batch: CheckBatch) -> tuple[Tensor, Tensor]:
         steps += 1
     cached, uncached = (torch.stack(list(r.logits)[:steps], 1) for r in runs)
     return cached, uncached
+
+
+def _special_ids(model: Any) -> list[list[int]]:
+    """Ids that stand for something else than text (an image's place): chosen at random, a model takes them for one."""
+    text = model.config.get_text_config()
+    named = [*vars(model.config).items(), *vars(text).items()]
+    ids = {v for k, v in named if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
+    return [[i] for i in sorted(ids) if 0 <= i < getattr(text, "vocab_size", 0)]
 
 
 @torch.no_grad()

@@ -52,6 +52,10 @@ class CheckBatch:
         mask = None if self.mask is None else self.mask[list(indices)]
         return CheckBatch(inputs, len(indices), mask)
 
+    def has_tokens(self, value: Tensor) -> bool:
+        """The output has a value for each token; an encoder-decoder's are other tokens, none of them padding."""
+        return "decoder_input_ids" in self.inputs or self.mask is None or value.shape[:2] == self.mask.shape
+
     def with_other_padding(self) -> CheckBatch:
         """The same real tokens, with another token where there is padding."""
         if self.mask is None:
