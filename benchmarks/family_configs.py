@@ -81,6 +81,8 @@ def build(family: Family) -> nn.Module:
     for key, value in config.to_dict().items():
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 1  # generation asks for it
     cls = getattr(transformers, family.auto)
     model = cls.from_config(config, dtype=torch.float32) if family.auto.startswith("Auto") else cls(config)
     return randomize(model, family.name)

@@ -139,6 +139,9 @@ def _build_with_values(name: str, on_meta: nn.Module) -> nn.Module:
     if any(Path(name).glob("*.safetensors")):
         model: nn.Module = type(on_meta).from_pretrained(name, local_files_only=True)  # type: ignore[attr-defined]
         return model
+    text_config = config.get_text_config()
+    if getattr(text_config, "pad_token_id", 0) is None:
+        text_config.pad_token_id = 0  # some classifiers take no batch without one
     return _build_transformer(config)
 
 

@@ -168,7 +168,7 @@ def generated(model: Any, batch: CheckBatch) -> tuple[Tensor, Tensor]:
     runs = [
         model.generate(
             **inputs,
-            bad_words_ids=_special_ids(model) or None,
+            bad_words_ids=[[i] for i in batch.special_ids] or None,
             use_cache=use_cache,
             max_new_tokens=NEW_TOKENS,
             min_new_tokens=NEW_TOKENS,
@@ -184,14 +184,6 @@ def generated(model: Any, batch: CheckBatch) -> tuple[Tensor, Tensor]:
         steps += 1
     cached, uncached = (torch.stack(list(r.logits)[:steps], 1) for r in runs)
     return cached, uncached
-
-
-def _special_ids(model: Any) -> list[list[int]]:
-    """Ids that stand for something else than text (an image's place): chosen at random, a model takes them for one."""
-    text = model.config.get_text_config()
-    named = [*vars(model.config).items(), *vars(text).items()]
-    ids = {v for k, v in named if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
-    return [[i] for i in sorted(ids) if 0 <= i < getattr(text, "vocab_size", 0)]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,12 +45,14 @@ class CheckBatch:
     """Number of rows."""
     mask: Tensor | None = None
     """[rows, tokens], where there is padding whose outputs mean nothing."""
+    special_ids: tuple[int, ...] = ()
+    """Ids that stand for something else than text: an image, its parts."""
 
     def rows(self, *indices: int) -> CheckBatch:
         """These rows, in this order."""
         inputs = {name: self._rows_of(value, indices) for name, value in self.inputs.items()}
         mask = None if self.mask is None else self.mask[list(indices)]
-        return CheckBatch(inputs, len(indices), mask)
+        return replace(self, inputs=inputs, num_rows=len(indices), mask=mask)
 
     def has_tokens(self, value: Tensor) -> bool:
         """The output has a value for each token; an encoder-decoder's are other tokens, none of them padding."""
@@ -61,7 +63,7 @@ class CheckBatch:
         if self.mask is None:
             return self
         ids, real = self.inputs["input_ids"], self.mask.bool()
-        return CheckBatch({**self.inputs, "input_ids": ids.where(real, ids[real][0])}, self.num_rows, self.mask)
+        return replace(self, inputs={**self.inputs, "input_ids": ids.where(real, ids[real][0])})
 
     def _rows_of(self, value: Any, indices: tuple[int, ...]) -> Any:
         """The share of each row, which may be several entries (patches of its image); or rows along dimension 1."""
@@ -70,10 +72,36 @@ class CheckBatch:
         n = self.num_rows
         if value.shape[0] != n and value.ndim > 1 and value.shape[1] == n:
             return value[:, list(indices)]
-        if value.shape[0] % n or not value.shape[0]:
+        sizes = self._shares(value)
+        if sizes is None:
             return value
-        parts = value.chunk(n)
-        return torch.cat([parts[i] for i in indices])
+        parts = value.split(sizes)
+        chosen = torch.cat([parts[i] for i in indices])
+        return chosen if len(chosen) else None  # rows without any image
+
+    def _shares(self, value: Tensor) -> list[int] | None:
+        """How many of a tensor's entries belong to each row; None where that is not known.
+
+        Two images may stand in one row and none in another: entries then follow the places that a special id holds.
+        """
+        ids = self.inputs.get("input_ids")
+        follows_ids = isinstance(ids, Tensor) and value.shape[:2] != ids.shape[:2]
+        for special in self.special_ids if follows_ids else ():
+            places = torch.as_tensor(ids).eq(special).sum(1)
+            shares = places * len(value) / max(1, int(places.sum()))
+            if len(set(places.tolist())) > 1 and bool((shares == shares.round()).all()):
+                return [int(share) for share in shares]
+        equal, rest = divmod(len(value), self.num_rows)
+        return [equal] * self.num_rows if equal and not rest else None
+
+
+def special_ids(model: nn.Module) -> tuple[int, ...]:
+    """Ids that stand for something else than text (the place of an image), as the config names them."""
+    config: Any = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    named = [*vars(config).items(), *vars(text).items()] if config is not None else []
+    ids = {v for k, v in named if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
+    return tuple(sorted(i for i in ids if 0 <= i < getattr(text, "vocab_size", 0)))
 
 
 def plain_batch(model: nn.Module, example_batch: Mapping[str, Any] | None) -> CheckBatch:
@@ -85,7 +113,7 @@ def plain_batch(model: nn.Module, example_batch: Mapping[str, Any] | None) -> Ch
     num_rows = next((len(v) for v in tensors if isinstance(v, Tensor) and v.ndim > 1), None)
     if not num_rows:
         raise ConfigError(f"the example batch has no rows: its tensors are {', '.join(batch) or 'none'}")
-    return CheckBatch(batch, num_rows).rows(*(i % num_rows for i in range(NUM_ROWS)))
+    return CheckBatch(batch, num_rows, special_ids=special_ids(model)).rows(*(i % num_rows for i in range(NUM_ROWS)))
 
 
 def padded_batch(model: nn.Module, batch: CheckBatch, side: str) -> CheckBatch | None:
@@ -107,7 +135,7 @@ def padded_batch(model: nn.Module, batch: CheckBatch, side: str) -> CheckBatch |
         real = torch.cat((ids[row, : n - 1], ids[row, -1:]))
         place = slice(length - n, length) if side == "left" else slice(0, n)
         new[row, place], mask[row, place] = real, 1
-    return CheckBatch({**batch.inputs, "input_ids": new, "attention_mask": mask}, batch.num_rows, mask)
+    return replace(batch, inputs={**batch.inputs, "input_ids": new, "attention_mask": mask}, mask=mask)
 
 
 def outputs_of(call: Callable[..., Any], batch: CheckBatch) -> Values:
