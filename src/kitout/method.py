@@ -97,6 +97,10 @@ class Method(BaseModel):
         """Number of trainable parameters over these sites, in closed form (law 7 compares it with the tensors)."""
         raise NotImplementedError
 
+    def notes(self, sites: Sequence[Site]) -> list[str]:
+        """What became of the settings at these sites that nobody asked for, a line each; for tables."""
+        return []
+
     def training_defaults(self) -> TrainingDefaults:
         """How to train it with these settings; most settings do not matter for that."""
         return self.training

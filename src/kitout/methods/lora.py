@@ -14,16 +14,18 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from kitout.base.select import matches
+from kitout.base.select import COMPOSITE_ROLES, matches, names_a_group
 from kitout.base.site import Site
+from kitout.base.survey import Survey
 from kitout.base.weights import fan_in, weight_matrix
 from kitout.delta import Delta
-from kitout.errors import ConfigError, TargetError
+from kitout.errors import ConfigError, Errors, TargetError
 from kitout.method import Method, TrainingDefaults, register
 from kitout.methods.deltas.dora import DoRADelta
 from kitout.methods.deltas.low_rank import LowRankDelta
 
 ByRole = dict[str, int]
+PROJECTIONS_OF = {"sub.attn": ("attn.o",), "sub.cross": ("cross.o",), "sub.mlp": ("mlp.down",)}
 
 
 @register
@@ -32,7 +34,9 @@ class LoRA(Method):
 
     rank, alpha: a number, or numbers by role as in {"attn.*": 8, "mlp.*": 16}. alpha None = 2 * rank. dropout: on x.
     rslora: alpha / sqrt rank. dora: renormalize to a learned magnitude. init: "default", or "pissa" (A and B start as
-    the principal directions of W, whose product is subtracted again, so a new adapter is the identity).
+    the principal directions of W, whose product is subtracted again, so a new adapter is the identity). clip_rank: a
+    site too narrow for the rank takes the rank it can hold, at the same scale; False: the rank as it is, even above
+    the width, as PEFT has it.
     """
 
     training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3, weight_decay=0.01)
@@ -44,6 +48,7 @@ class LoRA(Method):
     rslora: bool = False
     dora: bool = False
     init: Literal["default", "pissa"] = "default"
+    clip_rank: bool = True
 
     @field_validator("rank")
     @classmethod
@@ -69,28 +74,63 @@ class LoRA(Method):
             )
         return self
 
-    def _check_site(self, site: Site) -> None:
-        if site.role.startswith("sub.") or site.role == "block":
-            raise TargetError(f"LoRA over {site.role} ({site.path}): it changes a projection; write mlp.down or attn.o")
+    def sites(self, survey: Survey) -> list[Site]:
+        """The selected sites. TargetError for a sublayer; ConfigError for a rank that no site named for it can hold."""
+        sites = super().sites(survey)
+        errors = Errors(TargetError, "LoRA")
+        for role in sorted({s.role for s in sites if s.role in COMPOSITE_ROLES}):
+            inside = [s for s in survey.sites if s.role in PROJECTIONS_OF.get(role, ()) and s.channels is None]
+            known = dict.fromkeys(s.role for s in inside)
+            hint = f"; write {' or '.join(known)}" if known else ""
+            example = next(s.path for s in sites if s.role == role)
+            errors.add(f"LoRA over {role} ({example}): it changes a projection, and this is what a sublayer adds{hint}")
+        errors.raise_if_any()
+        words = [w for w in (self.targets or self.default_targets).split() if not w.startswith("-")]
+        by_pattern: dict[str, list[Site]] = {}
+        for site in sites:
+            pattern = pattern_for(self.rank, site, "rank") if isinstance(self.rank, dict) else ""
+            by_pattern.setdefault(pattern, []).append(site)
+        for pattern, members in by_pattern.items():
+            named = not any(map(names_a_group, [pattern] if pattern else words))
+            if self.clip_rank and named and all(self.rank_at(s) < self._requested_rank(s) for s in members):
+                widest = max(members, key=max_rank)
+                raise ConfigError(
+                    f"rank {self._requested_rank(widest)} is more than {widest.path} can hold: at most "
+                    f"{max_rank(widest)} ({widest.role})"
+                )
+        return sites
+
+    def _requested_rank(self, site: Site) -> int:
+        return int(value_for_role(self.rank, site, "rank"))
+
+    def rank_at(self, site: Site) -> int:
+        """The rank of this site: the requested one, or less where the site is narrower."""
+        rank = self._requested_rank(site)
+        return min(rank, max_rank(site)) if self.clip_rank else rank
+
+    def scale_at(self, site: Site) -> float:
+        """The same where the rank was clipped."""
+        rank = self._requested_rank(site)
+        alpha = 2.0 * rank if self.alpha is None else value_for_role(self.alpha, site, "alpha")
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def notes(self, sites: Sequence[Site]) -> list[str]:
+        clipped = [s for s in sites if self.rank_at(s) < self._requested_rank(s)]
+        if not clipped:
+            return []
+        kinds: dict[tuple[str, int, int], list[str]] = {}
+        for site in clipped:
+            name = site.path.rpartition(".")[2]
+            kinds.setdefault((name, self._requested_rank(site), self.rank_at(site)), []).append(site.path)
+        shown = [f"{len(paths)} x {name} ({old} -> {new})" for (name, old, new), paths in kinds.items()]
+        more = f" and {len(shown) - 4} more kinds" if len(shown) > 4 else ""
+        return [f"rank clipped to what the site can hold: {', '.join(shown[:4])}{more}"]
+
+    def build(self, site: Site, shared: nn.Module | None) -> Delta:
         if site.port == "in" and (self.dora or self.init == "pissa"):
             raise ConfigError(
                 f"dora and pissa read the weight behind an output, and {site.path} is adapted at its input"
             )
-
-    def rank_at(self, site: Site) -> int:
-        rank = value_for_role(self.rank, site, "rank")
-        max_rank = min(fan_in(site), site.d_out)
-        if rank > max_rank:
-            raise ConfigError(f"rank {rank} is more than {site.path} can hold: at most {max_rank} ({site.role})")
-        return int(rank)
-
-    def scale_at(self, site: Site) -> float:
-        rank = self.rank_at(site)
-        alpha = 2.0 * rank if self.alpha is None else value_for_role(self.alpha, site, "alpha")
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
-
-    def build(self, site: Site, shared: nn.Module | None) -> Delta:
-        self._check_site(site)
         rank, width = self.rank_at(site), fan_in(site)
         scale = self.scale_at(site)
         a, b = init_factors(site, rank, width)
@@ -108,13 +148,23 @@ class LoRA(Method):
         return pairs + (sum(s.d_out for s in sites) if self.dora else 0)
 
 
+def max_rank(site: Site) -> int:
+    """The rank above which a low-rank map at this site has no more functions to offer."""
+    return min(fan_in(site), site.d_out)
+
+
 def value_for_role(value: float | dict[str, int] | dict[str, float], site: Site, description: str) -> float:
     """A setting that may be given by role; the last pattern that matches wins."""
-    if not isinstance(value, dict):
-        return value
-    matching = [v for pattern, v in value.items() if matches(site, pattern)]
+    return value[pattern_for(value, site, description)] if isinstance(value, dict) else value
+
+
+def pattern_for(values: dict[str, int] | dict[str, float], site: Site, description: str) -> str:
+    """The pattern whose value a site has."""
+    matching = [pattern for pattern in values if matches(site, pattern)]
     if not matching:
-        raise ConfigError(f"{description} {value} has no value for {site.path} ({site.role}): add {site.role!r} or '*'")
+        raise ConfigError(
+            f"{description} {values} has no value for {site.path} ({site.role}): add {site.role!r} or '*'"
+        )
     return matching[-1]
 
 

@@ -112,7 +112,7 @@ def _read_weights(
 ) -> PeftAdapter | None:
     """LoRA and IA3: the tensors of each module and the method that matches them; None where an error was added."""
     parts, heads = by_module(state, settings, stored, errors)
-    missing = [p for p in adaptable_modules(state.survey) if settings.is_named(p) and p not in parts]
+    missing = [p for p in adaptable_modules(state.survey) if settings.selects(p) and p not in parts]
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         errors.add(f"target_modules also names {', '.join(missing[:4])}{more}, but the file has no tensors for them")
