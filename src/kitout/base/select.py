@@ -235,9 +235,10 @@ def _no_match(term: TargetTerm, sites: Sequence[Site]) -> str:
         inside = f"{term.text.removesuffix(word)}{word}.*"
         return f"{term.text!r} is a module that holds others: {inside!r} means all inside it"
     linear = ["all-linear"] if any(map(_matcher("all-linear"), sites)) else []
-    ends = [".".join(site.path.split(".")[-n:]) for site in sites for n in (1, 2)]
+    ends = [".".join(site.path.split(".")[-n:]) for n in (1, 2) for site in sites]
+    names = dict.fromkeys(end for end in ends if not end[:1].isdigit())
     return (
-        f"{term.text!r} is not a role and matches no module path; {suggest(word, sorted({*ends, *counts, *linear}))}. "
+        f"{term.text!r} is not a role and matches no module path; {suggest(word, [*linear, *names, *counts])}. "
         f"Roles of this model: {_inventory(sites)}"
     )
 

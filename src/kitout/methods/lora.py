@@ -135,6 +135,8 @@ class LoRA(Method):
         scale = self.scale_at(site)
         a, b = init_factors(site, rank, width)
         if self.init == "pissa":
+            if rank > max_rank(site):
+                raise ConfigError(f"{site.path} has {max_rank(site)} principal directions: pissa has no rank {rank}")
             a, b = pissa_factors(frozen_weight(site), rank, scale)
         if self.dora:
             return DoRADelta(a, b, frozen_weight(site).norm(dim=1), scale, self.dropout)

@@ -139,9 +139,11 @@ class PrefixTuning(Method):
             raise TargetError(f"places={self.places!r}: this model has {sorted({place(s) for s in survey.kv_sites})}")
         for site in sites:
             if 0 < site.sliding_window <= self.length:
+                full = sorted({s.layer for s in sites if not s.sliding_window and s.layer is not None})
                 raise TargetError(
                     f"{site.path} has a sliding window of {site.sliding_window} and would drop a prefix of "
-                    f"{self.length}: shorten it, or choose layers= with full attention"
+                    f"{self.length}: shorten it"
+                    + (f", or choose layers={','.join(map(str, full))!r}, with full attention" if full else "")
                 )
         pyramids = {pyramid_key(s.tower) for s in sites}
         for path, why in survey.kv_refusals.items():

@@ -207,8 +207,8 @@ class _FieldReader:
     def _number(self, description: str, value: Any, default: Any, kind: type) -> Any:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not abs(value) < 2**31 or kind(value) != value:
-            shown = "a number of many digits" if isinstance(value, int) and is_number else repr(value)[:40]
-            self.errors.add(f"{description}={shown} is not {'a whole' if kind is int else 'a'} number, or out of range")
+            what = "a whole number" if kind is int else "a number"
+            self.errors.add(f"{description}={str(value)[:40]!r} is not {what}, or out of range")
             return default
         return kind(value)
 
@@ -292,4 +292,8 @@ def most_common_and_rest(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     every = list(values.values())
     most_common = max(every, key=every.count)
     rest = {path: value for path, value in values.items() if value != most_common}
-    return most_common, {p if re.fullmatch(r"[\w.]+", p) else re.escape(p): value for p, value in rest.items()}
+    return most_common, {
+        ("^" if any(other.endswith(f".{path}") for other in values) else "")  # PEFT compares the ends of paths
+        + (path if re.fullmatch(r"[\w.]+", path) else re.escape(path)): value
+        for path, value in rest.items()
+    }
