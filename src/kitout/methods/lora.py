@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import Tensor, nn
 
 from kitout.base.select import COMPOSITE_ROLES, matches, names_a_group
@@ -65,6 +65,12 @@ class LoRA(Method):
             if a <= 0:
                 raise ValueError(f"alpha must be above 0, found {a}")
         return alpha
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without clip_rank where it is the default: a file that does not need it is the one of earlier versions."""
+        settings: dict[str, Any] = dump(self)
+        return {key: value for key, value in settings.items() if key != "clip_rank" or not value}
 
     @model_validator(mode="after")
     def _check_init(self) -> LoRA:
@@ -127,6 +133,8 @@ class LoRA(Method):
         return [f"rank clipped to what the site can hold: {', '.join(shown[:4])}{more}"]
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
+        if site.role in COMPOSITE_ROLES:
+            raise TargetError(f"LoRA over {site.role} ({site.path}): it changes a projection")
         if site.port == "in" and (self.dora or self.init == "pissa"):
             raise ConfigError(
                 f"dora and pissa read the weight behind an output, and {site.path} is adapted at its input"
