@@ -137,6 +137,11 @@ def test_a_regular_expression_is_on_the_whole_path(llama: Survey) -> None:
     assert "more than 50" in error_text(llama, " ".join(["re:.*q_proj"] * 51))
 
 
+def test_a_regular_expression_without_its_prefix_is_recognized(llama: Survey) -> None:
+    assert r"write 're:.*\\.(q|v)_proj'" in error_text(llama, r".*\.(q|v)_proj")
+    assert "re:" not in error_text(llama, "(")
+
+
 # --- exclusions ------------------------------------------------------------------------------------------------------
 
 

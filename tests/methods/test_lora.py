@@ -53,6 +53,15 @@ def test_the_most_copied_target_list(species: str) -> None:
     assert kit["a"].sites == kit["b"].sites
 
 
+def test_a_list_of_words() -> None:
+    method = LoRA(targets=["q_proj", "v_proj"])
+    assert method == LoRA(targets="q_proj v_proj")
+    with pytest.raises(ConfigError, match="targets"):
+        LoRA(targets=["q_proj", 3])
+    with pytest.raises(ConfigError, match="more than 50"):
+        LoRA(rank={f"re:.*{i}": 4 for i in range(51)})
+
+
 def test_one_narrow_linear_takes_the_rank_it_can_hold(tmp_path: Path) -> None:
     kit = kitout.attach(mixture())
     kit.add("a", LoRA(rank=8, alpha=4, targets="all-linear"))

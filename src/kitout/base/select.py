@@ -227,6 +227,8 @@ def _no_match(term: TargetTerm, sites: Sequence[Site]) -> str:
                 f"and their channels are not known. Write {fused[0]!r} for the whole projection"
                 f"{'' if is_probed else hint}"
             )
+    if _is_regex_of(word, sites):
+        return f"{term.text!r} matches no path or glob; as a regular expression write {f're:{word}'!r}"
     if "," in word:
         return f"{term.text!r} matches no site: targets are separated by spaces, {' '.join(word.split(','))!r}"
     if _is_role(word) or re.fullmatch(rf"({'|'.join(GROUPS)})\.\w+", word):
@@ -241,6 +243,13 @@ def _no_match(term: TargetTerm, sites: Sequence[Site]) -> str:
         f"{term.text!r} is not a role and matches no module path; {suggest(word, [*linear, *names, *counts])}. "
         f"Roles of this model: {_inventory(sites)}"
     )
+
+
+def _is_regex_of(word: str, sites: Sequence[Site]) -> bool:
+    try:
+        return any(map(_matcher(f"re:{word}"), sites))
+    except TargetError:
+        return False
 
 
 def _wrong_layers(term: TargetTerm, sites: Sequence[Site]) -> str:

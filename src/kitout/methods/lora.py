@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import Tensor, nn
 
-from kitout.base.select import COMPOSITE_ROLES, matches, names_a_group
+from kitout.base.select import COMPOSITE_ROLES, MAX_PATTERNS, matches, names_a_group
 from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.base.weights import fan_in, weight_matrix
@@ -53,6 +53,7 @@ class LoRA(Method):
     @field_validator("rank")
     @classmethod
     def _check_rank(cls, rank: int | ByRole) -> int | ByRole:
+        _check_patterns(rank)
         for r in rank.values() if isinstance(rank, dict) else [rank]:
             if r <= 0:
                 raise ValueError(f"rank must be at least 1, found {r}")
@@ -61,6 +62,7 @@ class LoRA(Method):
     @field_validator("alpha")
     @classmethod
     def _check_alpha(cls, alpha: float | dict[str, float] | None) -> float | dict[str, float] | None:
+        _check_patterns(alpha)
         for a in alpha.values() if isinstance(alpha, dict) else [1.0 if alpha is None else alpha]:
             if a <= 0:
                 raise ValueError(f"alpha must be above 0, found {a}")
@@ -156,6 +158,12 @@ class LoRA(Method):
     def num_parameters(self, sites: Sequence[Site]) -> int:
         pairs = sum(self.rank_at(s) * (fan_in(s) + s.d_out) for s in sites)
         return pairs + (sum(s.d_out for s in sites) if self.dora else 0)
+
+
+def _check_patterns(value: object) -> None:
+    """A setting by role may come from a file, and every regular expression in it has its cost."""
+    if isinstance(value, dict) and sum(pattern.startswith("re:") for pattern in value) > MAX_PATTERNS:
+        raise ValueError(f"more than {MAX_PATTERNS} regular expressions")
 
 
 def max_rank(site: Site) -> int:

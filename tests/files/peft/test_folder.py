@@ -408,7 +408,7 @@ def test_all_of_them_at_once(folder: Path) -> None:
     [
         ({"peft_type": "VERA"}, "peft_type is 'VERA'"),
         ({"r": 5}, "do not fit rank 5"),
-        ({"r": "8"}, "r='8' is not a whole number"),
+        ({"r": "8"}, "r='8' is not a number"),
         ({"lora_alpha": True}, "lora_alpha='True'"),
         ({"use_dora": True}, "magnitude"),
         ({"use_dora": "yes"}, "neither true nor false"),

@@ -207,7 +207,7 @@ class _FieldReader:
     def _number(self, description: str, value: Any, default: Any, kind: type) -> Any:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not abs(value) < 2**31 or kind(value) != value:
-            what = "a whole number" if kind is int else "a number"
+            what = "a whole number" if kind is int and is_number else "a number"
             self.errors.add(f"{description}={str(value)[:40]!r} is not {what}, or out of range")
             return default
         return kind(value)
