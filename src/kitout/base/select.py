@@ -21,7 +21,7 @@ from kitout.errors import Errors, TargetError, suggest
 
 GROUPS = ("attn", "self", "cross", "mlp", "sub", "kv")
 SIMPLE_ROLES = tuple(role for role in ROLES if "." not in role)
-# Sites that are not leaf modules: a wildcard path never matches them.
+# Sites that are not leaf modules: a wildcard path never selects them.
 COMPOSITE_ROLES = ("block", "sub.attn", "sub.cross", "sub.mlp")
 
 
@@ -117,17 +117,20 @@ def _parse(targets: str, sites: Sequence[Site], errors: Errors) -> list[TargetTe
 
 
 def _matching_sites(term: TargetTerm, sites: Sequence[Site], selected: Collection[Site]) -> list[Site]:
-    """A path means modules; what is no leaf module (a sublayer, a block) only where no module has such a path.
+    """A path means modules, and what is no leaf module (a sublayer, a block) only where no module has such a path.
 
+    A glob or regular expression never selects the latter, and leaves them out with everything else of such a path.
     selected: what an exclusion can leave out; a path of a sublayer that is not among it is most likely a mistake.
     """
     matching = [site for site in sites if term.matches(site)]
     if _is_role(term.word):
         return matching
     modules = [site for site in matching if site.role not in COMPOSITE_ROLES]
-    if modules or not term.excludes:
-        return modules or matching
-    return [site for site in matching if any((s.path, s.role) == (site.path, site.role) for s in selected)]
+    if not term.excludes:
+        return modules if names_a_group(term.word) else modules or matching
+    keys = {(site.path, site.role) for site in selected}
+    composites = [s for s in matching if s.role in COMPOSITE_ROLES and (s.path, s.role) in keys]
+    return [*modules, *composites] if names_a_group(term.word) else modules or composites
 
 
 def _without(selected: Sequence[Site], excluded: Sequence[tuple[TargetTerm, Site]], errors: Errors) -> list[Site]:
@@ -179,16 +182,11 @@ def _matcher(word: str) -> Callable[[Site], bool]:
         )
     if word.startswith("re:"):
         pattern = PathPattern(word.removeprefix("re:"))
-        return lambda s: s.channels is None and s.role not in COMPOSITE_ROLES and bool(pattern.matches(s.path))
+        return lambda s: s.channels is None and bool(pattern.matches(s.path))
     if _is_role(word):
         roles, has_star = _roles_of(word) if "." in word else {word}, "*" in word
         return lambda s: s.role in roles and not (has_star and s.channels is not None)
-    has_wildcard = _has_wildcard(word)
-    return lambda s: (
-        s.channels is None
-        and not (has_wildcard and s.role in COMPOSITE_ROLES)
-        and (fnmatchcase(s.path, word) or fnmatchcase(s.path, f"*.{word}"))
-    )
+    return lambda s: s.channels is None and (fnmatchcase(s.path, word) or fnmatchcase(s.path, f"*.{word}"))
 
 
 def _is_role(word: str) -> bool:
