@@ -538,3 +538,18 @@ def test_loading_is_flat_in_the_number_loaded(tmp_path: Path) -> None:
     for i in range(40):
         kit.load(tmp_path / "a", name=f"n{i}")
     assert calls("many") <= 1.05 * few
+
+
+def test_a_folder_from_when_a_path_also_meant_the_sublayer_that_ends_there(tmp_path: Path) -> None:
+    kit = with_adapter(BitFit(targets="o_proj sub.attn"))
+    kit["a"].method = BitFit(targets="o_proj")  # what was written then
+    kit.save("a", tmp_path / "old")
+    kit.load(tmp_path / "old", name="b")
+    kit.save("b", tmp_path / "new")
+    kit.load(tmp_path / "new", name="c")
+    results = []
+    for name in "abc":
+        with torch.no_grad(), kit.use(name):
+            results.append(out(kit(**BATCH)))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])

@@ -140,7 +140,7 @@ CASES: tuple[Case, ...] = (
     Case("lora-head", LoRA(rank=2, alpha=3, targets="head attn.k")),
     Case("lora-embed", LoRA(rank=2, alpha=3, targets="embed mlp.up"), refused=no_table),
     Case("lora-patch", LoRA(rank=2, alpha=3, targets="patch mlp.up"), refused=text),
-    Case("lora-last", LoRA(rank=2, targets="attn.* mlp.*", layers="last:1"), refused=experts),
+    Case("lora-last", LoRA(rank=60, targets="attn.* mlp.*", layers="last:1", clip_rank=False), refused=experts),
     Case(
         "lora-roles",
         LoRA(rank={"attn.*": 2, "mlp.*": 4}, alpha={"*.*": 3, "mlp.*": 7}, targets="attn.* mlp.*"),

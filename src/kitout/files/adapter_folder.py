@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kitout.base.select import COMPOSITE_ROLES
 from kitout.base.site import Site
 from kitout.errors import (
+    ConfigError,
     Errors,
     FileError,
     InvalidAdapterName,
@@ -196,7 +198,7 @@ def _with_path(folder_path: Path, step: Any) -> Any:
     """Runs a step of reading and puts the folder before its message."""
     try:
         return step()
-    except (FileError, TargetError, RouteError) as error:
+    except (FileError, TargetError, ConfigError, RouteError) as error:
         raise FileError(f"{folder_path}: {error}") from None
 
 
@@ -216,6 +218,11 @@ def _check_base(state: KitState, folder_path: Path, record: AdapterJson) -> None
 def _sites(state: KitState, folder_path: Path, record: AdapterJson, choose: Any) -> list[Site]:
     """The method's sites in this model, which must be those of the record one by one."""
     sites: list[Site] = _with_path(folder_path, choose)
+    listed = {s.key for s in record.sites} - {s.key for s in sites}
+    if listed:  # before, a path meant the sublayer that ends there as well
+        paths = {s.path for s in sites}
+        twins = (s for s in state.survey.sites if s.role in COMPOSITE_ROLES and s.path in paths)
+        sites += [s for s in twins if s.key in listed]
     check_sites(state, record.name, sites, [h.path for h in record.heads])
     old, new = {s.key: s for s in record.sites}, {s.key: SiteEntry.of(s) for s in sites}
     errors = Errors(FileError, f"{folder_path}: its sites are not those that {record.method} finds in this model")

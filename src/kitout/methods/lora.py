@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import Tensor, nn
 
-from kitout.base.select import matches, select
+from kitout.base.select import COMPOSITE_ROLES, MAX_PATTERNS, matches, names_a_group, select
 from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.base.weights import bias, fan_in, weight_matrix
 from kitout.delta import Delta
-from kitout.errors import ConfigError, TargetError
+from kitout.errors import ConfigError, Errors, TargetError
 from kitout.method import Method, TrainingDefaults, register
 from kitout.methods.deltas.dora import DoRADelta
 from kitout.methods.deltas.low_rank import LowRankDelta
@@ -27,6 +27,7 @@ from kitout.methods.deltas.shifted import BIASED_KINDS, ShiftDelta, ShiftedDoRA,
 
 ByRole = dict[str, int]
 BIAS = ("bias",)  # parameter_names of a site where only a bias is trained
+PROJECTIONS_OF = {"sub.attn": ("attn.o",), "sub.cross": ("cross.o",), "sub.mlp": ("mlp.down",)}
 
 
 @register
@@ -37,7 +38,8 @@ class LoRA(Method):
     rslora: alpha / sqrt rank. dora: renormalize to a learned magnitude. bias: "lora_only" also trains the biases of the
     targets, "all" every bias of the model. lora_bias: a bias on every target, also where there is none. init:
     "default", or "pissa" (A and B start as the principal directions of W, whose product is subtracted again, so a new
-    adapter is the identity).
+    adapter is the identity). clip_rank: a site too narrow for the rank takes the rank it can hold, at the same scale;
+    False: the rank as it is, even above the width, as PEFT has it.
     """
 
     training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3, weight_decay=0.01)
@@ -51,10 +53,12 @@ class LoRA(Method):
     bias: Literal["none", "lora_only", "all"] = "none"
     lora_bias: bool = False
     init: Literal["default", "pissa"] = "default"
+    clip_rank: bool = True
 
     @field_validator("rank")
     @classmethod
     def _check_rank(cls, rank: int | ByRole) -> int | ByRole:
+        _check_patterns(rank)
         for r in rank.values() if isinstance(rank, dict) else [rank]:
             if r <= 0:
                 raise ValueError(f"rank must be at least 1, found {r}")
@@ -63,10 +67,17 @@ class LoRA(Method):
     @field_validator("alpha")
     @classmethod
     def _check_alpha(cls, alpha: float | dict[str, float] | None) -> float | dict[str, float] | None:
+        _check_patterns(alpha)
         for a in alpha.values() if isinstance(alpha, dict) else [1.0 if alpha is None else alpha]:
             if a <= 0:
                 raise ValueError(f"alpha must be above 0, found {a}")
         return alpha
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without clip_rank where it is the default: a file that does not need it is the one of earlier versions."""
+        settings: dict[str, Any] = dump(self)
+        return {key: value for key, value in settings.items() if key != "clip_rank" or not value}
 
     @model_validator(mode="after")
     def _check_init(self) -> LoRA:
@@ -77,10 +88,33 @@ class LoRA(Method):
         return self
 
     def sites(self, survey: Survey) -> list[Site]:
-        """The targets and, with bias="all", every other module with a bias that runs (PEFT leaves out no layer)."""
-        targets = super().sites(survey)
-        if self.bias != "all":
-            return targets
+        """The selected sites. TargetError for a sublayer; ConfigError for a rank that no site named for it can hold."""
+        sites = super().sites(survey)
+        errors = Errors(TargetError, "LoRA")
+        for role in sorted({s.role for s in sites if s.role in COMPOSITE_ROLES}):
+            inside = [s for s in survey.sites if s.role in PROJECTIONS_OF.get(role, ()) and s.channels is None]
+            known = dict.fromkeys(s.role for s in inside)
+            hint = f"; write {' or '.join(known)}" if known else ""
+            example = next(s.path for s in sites if s.role == role)
+            errors.add(f"LoRA over {role} ({example}): it changes a projection, and this is what a sublayer adds{hint}")
+        errors.raise_if_any()
+        words = [w for w in (self.targets or self.default_targets).split() if not w.startswith("-")]
+        by_pattern: dict[str, list[Site]] = {}
+        for site in sites:
+            pattern = pattern_for(self.rank, site, "rank") if isinstance(self.rank, dict) else ""
+            by_pattern.setdefault(pattern, []).append(site)
+        for pattern, members in by_pattern.items():
+            named = not any(map(names_a_group, [pattern] if pattern else words))
+            if self.clip_rank and named and all(self.rank_at(s) < self._requested_rank(s) for s in members):
+                widest = max(members, key=max_rank)
+                raise ConfigError(
+                    f"rank {self._requested_rank(widest)} is more than {widest.path} can hold: at most "
+                    f"{max_rank(widest)} ({widest.role})"
+                )
+        return sites if self.bias != "all" else self._with_other_biases(survey, sites)
+
+    def _with_other_biases(self, survey: Survey, targets: list[Site]) -> list[Site]:
+        """The targets and every other module with a bias that runs (PEFT leaves out no layer)."""
         occupied = {site.path for site in targets if site.channels is None}
         others = [
             site.replace(parameter_names=BIAS)
@@ -96,34 +130,47 @@ class LoRA(Method):
         is_trained = self.lora_bias or (self.bias != "none" and bias(site.module) is not None)
         return is_trained and site.port == "out" and site.kind in BIASED_KINDS
 
-    def _check_site(self, site: Site) -> None:
-        if site.role.startswith("sub.") or site.role == "block":
-            raise TargetError(f"LoRA over {site.role} ({site.path}): it changes a projection; write mlp.down or attn.o")
-        if site.port == "in" and (self.dora or self.init == "pissa"):
-            raise ConfigError(
-                f"dora and pissa read the weight behind an output, and {site.path} is adapted at its input"
-            )
+    def _requested_rank(self, site: Site) -> int:
+        return int(value_for_role(self.rank, site, "rank"))
 
     def rank_at(self, site: Site) -> int:
-        rank = value_for_role(self.rank, site, "rank")
-        max_rank = min(fan_in(site), site.d_out)
-        if rank > max_rank:
-            raise ConfigError(f"rank {rank} is more than {site.path} can hold: at most {max_rank} ({site.role})")
-        return int(rank)
+        """The rank of this site: the requested one, or less where the site is narrower."""
+        rank = self._requested_rank(site)
+        return min(rank, max_rank(site)) if self.clip_rank else rank
 
     def scale_at(self, site: Site) -> float:
-        rank = self.rank_at(site)
+        """The same where the rank was clipped."""
+        rank = self._requested_rank(site)
         alpha = 2.0 * rank if self.alpha is None else value_for_role(self.alpha, site, "alpha")
         return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def notes(self, sites: Sequence[Site]) -> list[str]:
+        clipped = [s for s in sites if s.parameter_names != BIAS and self.rank_at(s) < self._requested_rank(s)]
+        if not clipped:
+            return []
+        kinds: dict[tuple[str, int, int], list[str]] = {}
+        for site in clipped:
+            name = site.path.rpartition(".")[2]
+            kinds.setdefault((name, self._requested_rank(site), self.rank_at(site)), []).append(site.path)
+        shown = [f"{len(paths)} x {name} ({old} -> {new})" for (name, old, new), paths in kinds.items()]
+        more = f" and {len(shown) - 4} more kinds" if len(shown) > 4 else ""
+        return [f"rank clipped to what the site can hold: {', '.join(shown[:4])}{more}"]
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         if site.parameter_names == BIAS:
             return ShiftDelta(site.d_out)
-        self._check_site(site)
+        if site.role in COMPOSITE_ROLES:
+            raise TargetError(f"LoRA over {site.role} ({site.path}): it changes a projection")
+        if site.port == "in" and (self.dora or self.init == "pissa"):
+            raise ConfigError(
+                f"dora and pissa read the weight behind an output, and {site.path} is adapted at its input"
+            )
         rank, width = self.rank_at(site), fan_in(site)
         scale = self.scale_at(site)
         a, b = init_factors(site, rank, width)
         if self.init == "pissa":
+            if rank > max_rank(site):
+                raise ConfigError(f"{site.path} has {max_rank(site)} principal directions: pissa has no rank {rank}")
             a, b = pissa_factors(frozen_weight(site), rank, scale)
         is_shifted = self._has_shift(site)
         if self.dora:
@@ -143,13 +190,29 @@ class LoRA(Method):
         return pairs + shifts + (sum(s.d_out for s in targets) if self.dora else 0)
 
 
+def _check_patterns(value: object) -> None:
+    """A setting by role may come from a file, and every regular expression in it has its cost."""
+    if isinstance(value, dict) and sum(pattern.startswith("re:") for pattern in value) > MAX_PATTERNS:
+        raise ValueError(f"more than {MAX_PATTERNS} regular expressions")
+
+
+def max_rank(site: Site) -> int:
+    """The rank above which a low-rank map at this site has no more functions to offer."""
+    return min(fan_in(site), site.d_out)
+
+
 def value_for_role(value: float | dict[str, int] | dict[str, float], site: Site, description: str) -> float:
     """A setting that may be given by role; the last pattern that matches wins."""
-    if not isinstance(value, dict):
-        return value
-    matching = [v for pattern, v in value.items() if matches(site, pattern)]
+    return value[pattern_for(value, site, description)] if isinstance(value, dict) else value
+
+
+def pattern_for(values: dict[str, int] | dict[str, float], site: Site, description: str) -> str:
+    """The pattern whose value a site has."""
+    matching = [pattern for pattern in values if matches(site, pattern)]
     if not matching:
-        raise ConfigError(f"{description} {value} has no value for {site.path} ({site.role}): add {site.role!r} or '*'")
+        raise ConfigError(
+            f"{description} {values} has no value for {site.path} ({site.role}): add {site.role!r} or '*'"
+        )
     return matching[-1]
 
 

@@ -102,7 +102,10 @@ class VPT(Method):
             raise TargetError(f"VPT: {biased[0]} adds a bias by position, which tokens between the patches lack")
         patch = next((s for s in survey.sites if s.role == "patch"), None)
         if patch is None:
-            raise TargetError("VPT starts at the scale of the patch embedding, and none was found: pass roles=")
+            raise TargetError(
+                "VPT starts at the scale of the patch embedding, and none was found: name the module that cuts the "
+                "image, kitout.attach(model, roles={r'path$': 'patch'})"
+            )
         tower = towers[0].path
         blocks = [s for s in select(survey.sites, "block", self.layers) if s.tower == tower]
         patch_size = patch.module.get_parameter("weight")[0].numel()  # values per patch

@@ -67,4 +67,5 @@ def adapter_lines(state: KitState) -> list[str]:
         mark = "* " if name in adapter_names(state.route) else "  "
         text = f"{type(adapter.method).__name__}({settings})"
         rows.append((mark + name, text, f"{cost.trainable:,}", f"{cost.percent:.3f} %", str(len(adapter.sites))))
-    return align_columns(rows)
+    notes = [f"  {name}: {note}" for name in state.names for note in state[name].method.notes(state[name].sites)]
+    return [*align_columns(rows), *notes]

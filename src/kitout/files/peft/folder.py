@@ -124,7 +124,7 @@ def _read_weights(
     rest = dict(stored)
     biases = take_biases(settings, rest)
     parts, heads = by_module(state, settings, rest, errors)
-    missing = [p for p in adaptable_modules(state.survey) if settings.is_named(p) and p not in parts]
+    missing = [p for p in adaptable_modules(state.survey) if settings.selects(p) and p not in parts]
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         errors.add(f"target_modules also names {', '.join(missing[:4])}{more}, but the file has no tensors for them")

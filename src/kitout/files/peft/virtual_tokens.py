@@ -229,9 +229,10 @@ def _why_prefix_differs(state: KitState, sites: Sequence[Site]) -> str | None:
     """Why PEFT has no prefix at these attentions: it needs every layer of one stack, all of one shape."""
     towers, shapes = {s.tower for s in sites}, sorted({(s.num_kv_heads, s.d_out) for s in sites})
     if len(towers) > 1 or any(s.role != "kv.self" for s in sites):
+        place = "decoder" if any(t.causal for t in state.survey.towers) else "encoder"
         return (
             f"PEFT's prefix is in one stack's self-attention, this one at {len(sites)} places in "
-            f"{', '.join(sorted(towers))}: choose places='decoder' (or 'encoder' where there is no decoder)"
+            f"{', '.join(sorted(towers))}: choose places={place!r}"
         )
     tower = _tower(state, sites[0])
     if len(state.survey.towers) > 1 and not tower.causal:

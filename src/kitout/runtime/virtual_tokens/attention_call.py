@@ -219,7 +219,7 @@ def extra_keys_in(module: nn.Module, extra: ExtraKeys, path: str) -> Iterator[No
         if kernel not in MASKED_KERNELS:
             raise RouteError(
                 f"{path}: the attention kernel {kernel!r} takes no mask for added keys: use "
-                "model.set_attn_implementation('sdpa') or 'eager'"
+                "model.set_attn_implementation('eager'), or 'sdpa' where the model has it"
             )
         real = interface[INTERFACE].get_interface(kernel, interface.get("eager_attention_forward"))
         view = _ConfigView(config, extra, real)
