@@ -40,7 +40,7 @@ def select(sites: Sequence[Site], targets: str, layers: str = "all") -> list[Sit
 
     targets: words separated by spaces, each one of
         attn.q mlp.* norm embed head patch   roles; "attn." means self- and cross-attention, "self." and "cross." one
-        all-linear                           every linear inside the blocks, never a head
+        all-linear                           every linear inside the blocks, never a head or a router
         model.layers.*.self_attn.q_proj      a module path or glob; the end of a path ("q_proj") is enough
         in:mlp.down                          the same place, at the module's input
     A role with a wildcard, all-linear and paths select whole modules; "attn.q" also selects the q channels of a fused
@@ -81,11 +81,22 @@ def matches(site: Site, word: str) -> bool:
     return _matcher(word)(site.replace(channels=None))
 
 
+def named_matches(sites: Sequence[Site], targets: str) -> dict[str, list[Site]]:
+    """Word -> the sites it selects, for the words that name modules: by path or by a plain name, not by a pattern."""
+    words = (word.removeprefix("in:") for word in targets.split())
+    named = [w for w in words if w != "all-linear" and not _is_role(w) and re.fullmatch(r"\w[\w.]*", w)]
+    return {word: [site for site in sites if _matcher(word)(site)] for word in named}
+
+
 def _matcher(word: str) -> Callable[[Site], bool]:
     """The test on sites that one word (without "in:") stands for."""
     if word == "all-linear":
         return lambda s: (
-            s.kind == "linear" and s.layer is not None and s.channels is None and s.role not in COMPOSITE_ROLES
+            s.kind == "linear"
+            and s.layer is not None
+            and s.channels is None
+            and s.role not in COMPOSITE_ROLES
+            and not s.is_router
         )
     if _is_role(word):
         roles, has_star = _roles_of(word) if "." in word else {word}, "*" in word

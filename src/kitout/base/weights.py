@@ -26,17 +26,17 @@ def is_conv1d(module: nn.Module) -> bool:
     return "nf" in module.__dict__ and "weight" in module._parameters
 
 
-def is_plain_float(module: nn.Module) -> bool:
+def is_plain_float(module: nn.Module, name: str = "weight") -> bool:
     """True where the weight is an ordinary floating-point tensor (not packed, quantized or a tensor subclass)."""
-    w = module._parameters.get("weight")
+    w = module._parameters.get(name)
     return w is not None and type(w.data) is Tensor and w.is_floating_point() and w.dtype.itemsize >= 2
 
 
-def weight_matrix(module: nn.Module) -> Tensor:
+def weight_matrix(module: nn.Module, name: str = "weight") -> Tensor:
     """The module's weight as a [d_out, d_in] view in its own dtype; raises NotMergeable for quantized storage."""
-    w = module._parameters.get("weight")
-    if w is None or not is_plain_float(module):
-        kind = type(w.data).__name__ if w is not None else "no parameter named weight"
+    w = module._parameters.get(name)
+    if w is None or not is_plain_float(module, name):
+        kind = type(w.data).__name__ if w is not None else f"no parameter named {name}"
         raise NotMergeable(f"{type(module).__name__} stores its weight as {kind}, not as plain floating-point values")
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         raise NotMergeable(f"{type(module).__name__} has no place for a change of its weight as a matrix")
@@ -53,9 +53,20 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or is_conv1d(module)
 
 
-def bias(module: nn.Module) -> Tensor | None:
+def as_stored(module: nn.Module, w: Tensor, shape: torch.Size) -> Tensor:
+    """A [d_out, d_in] matrix in the module's own layout: the reverse of `as_matrix`."""
+    return w.T if is_transposed(module) else w.view(shape)
+
+
+def parameter_at(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter of a module or of a child of it by its dotted name; None where there is none now."""
+    owner, last = _owner_of(module, name)
+    return owner._parameters.get(last)
+
+
+def bias(module: nn.Module, name: str = "bias") -> Tensor | None:
     """The module's bias [d_out], or None."""
-    return module._parameters.get("bias")
+    return module._parameters.get(name)
 
 
 def apply_weight(site: Site, x: Tensor, w: Tensor) -> Tensor:
@@ -75,6 +86,37 @@ def apply_weight(site: Site, x: Tensor, w: Tensor) -> Tensor:
             return conv(x, kernel, None, module.stride, 0, module.dilation, module.groups).movedim(1, -1)
         return conv(x, kernel, None, module.stride, module.padding, module.dilation, module.groups).movedim(1, -1)
     return F.linear(x, w)
+
+
+@torch.no_grad()
+def is_matrix_product(module: nn.Module) -> bool:
+    """False where a linear's class has a forward of its own that is another map, which random input shows.
+
+    On the meta device only the shape of the result is compared. Quantized linears are not tried.
+    """
+    if unhooked_forward(module) in (nn.Linear.forward, Conv1D.forward) or not is_plain_float(module):
+        return True
+    w = as_matrix(module.get_parameter("weight"), is_transposed(module))
+    if w.ndim != 2:
+        return False
+    x = torch.randn(3, 5, w.shape[1], generator=torch.Generator().manual_seed(0)).to(w.device, w.dtype)
+    was_training, module.training = module.training, False
+    try:
+        y = unhooked_forward(module)(module, x.clone())
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+        return False
+    finally:
+        module.training = was_training
+    if not isinstance(y, Tensor) or y.shape != (3, 5, w.shape[0]):
+        return False
+    expected = F.linear(x, w, bias(module))
+    return y.is_meta or _are_close(y, expected)
+
+
+def _are_close(y: Tensor, expected: Tensor) -> bool:
+    """Equal up to the rounding of their dtype."""
+    tolerance = 1e-4 if expected.dtype.itemsize > 2 else 3e-2
+    return bool((y - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 @torch.no_grad()
@@ -98,8 +140,7 @@ def check_is_linear(site: Site) -> None:
     y, expected, b = forward(module, x), apply_weight(site, x, w), bias(module)
     expected = expected if b is None else expected + b
     y = y.movedim(1, -1) if site.channels_first else y
-    tolerance = 1e-4 if w.dtype.itemsize > 2 else 3e-2
-    if y.shape != expected.shape or (y - expected).abs().max() > tolerance * expected.abs().max():
+    if y.shape != expected.shape or not _are_close(y, expected):
         raise NotMergeable(
             f"{type(module).__name__} does more than multiply by its weight, so no weight gives the same function"
         )
@@ -160,12 +201,12 @@ class FrozenModule:
 
     @property
     def weight(self) -> Tensor:
-        w = weight_matrix(self.site.module)
+        w = weight_matrix(self.site.module, self.site.weight_name)
         return w if self.site.channel_index is None else w[self.site.channel_index]
 
     @property
     def bias(self) -> Tensor | None:
-        b = bias(self.site.module)
+        b = bias(self.site.module, self.site.bias_name)
         return b if b is None or self.site.channel_index is None else b[self.site.channel_index]
 
     def __call__(self, x: Tensor, values: Mapping[str, Tensor]) -> Any:
@@ -223,8 +264,7 @@ def replace_weight(module: nn.Module, w: Tensor, b: Tensor | None) -> None:
     assert old is not None
     if isinstance(module, nn.Embedding):
         w, b = (w if b is None else w + b[:, None]), None
-    stored = w.T if isinstance(module, nn.Embedding) or is_conv1d(module) else w.view(old.shape)
-    module._parameters["weight"] = _new_parameter(stored, old)
+    module._parameters["weight"] = _new_parameter(as_stored(module, w, old.shape), old)
     if b is not None:
         if "bias" not in module._parameters:
             raise NotMergeable(f"{type(module).__name__} has no place for a bias")

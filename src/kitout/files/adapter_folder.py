@@ -32,6 +32,7 @@ from kitout.files.atomic import check_replaceable, replace_folder
 from kitout.files.base_fingerprint import differences, fingerprint, parameters_before_merge
 from kitout.files.head_spec import build_from_spec, spec_of
 from kitout.files.safetensors_reader import SafetensorsFile, open_tensors, write_tensors
+from kitout.method import Method
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.build_adapter import check_name, check_sites, head_site, select_sites
 from kitout.runtime.state import KitState
@@ -137,12 +138,12 @@ def _load_once(state: KitState, folder_path: Path, name: str | None, heads: Mapp
     tensors = open_tensors(_existing_file(folder_path, TENSORS))
     with tensors.file:
         _check_base(state, folder_path, record)
-        sites = _sites(state, folder_path, record, lambda: select_sites(state, method, [h.path for h in record.heads]))
+        sites, left_out = _sites(state, folder_path, record, method)
         adapter, slots = _build_empty(state, folder_path, record, name or record.name, method, sites, heads)
         _check_header(folder_path, record, tensors, slots)
         stored, digest = tensors.read()
     values = _values(folder_path, record, slots, stored, digest)
-    adapter.seed, adapter.metadata = record.seed, dict(record.note)
+    adapter.seed, adapter.metadata, adapter.left_out = record.seed, dict(record.note), left_out
     fill_and_register(state, adapter, slots, values, record.strength)
     return adapter
 
@@ -192,10 +193,20 @@ def _check_base(state: KitState, folder_path: Path, record: AdapterJson) -> None
     errors.raise_if_any()
 
 
-def _sites(state: KitState, folder_path: Path, record: AdapterJson, choose: Any) -> list[Site]:
-    """The method's sites in this model, which must be those of the record one by one."""
-    sites: list[Site] = _with_path(folder_path, choose)
-    check_sites(state, record.name, sites, [h.path for h in record.heads])
+def _sites(
+    state: KitState, folder_path: Path, record: AdapterJson, method: Method
+) -> tuple[list[Site], dict[str, str]]:
+    """The method's sites in this model, which must be those of the record one by one, and what it leaves out.
+
+    A router that the method selected when the file was written (all-linear leaves it out now) is one of them.
+    """
+    heads = [h.path for h in record.heads]
+    sites, left_out = _with_path(folder_path, lambda: select_sites(state, method, heads, record.name))
+    recorded = {entry.key for entry in record.sites} - {s.key for s in sites}
+    routers = {s.key: s for s in state.survey.sites if s.is_router and s.key in recorded}
+    order = {s.key: i for i, s in enumerate(state.survey.sites)}
+    sites = sorted([*sites, *routers.values()], key=lambda s: order.get(s.key, 0)) if routers else sites
+    check_sites(record.name, sites, heads)
     old, new = {s.key: s for s in record.sites}, {s.key: SiteEntry.of(s) for s in sites}
     errors = Errors(FileError, f"{folder_path}: its sites are not those that {record.method} finds in this model")
     if len(old) != len(record.sites):
@@ -205,7 +216,7 @@ def _sites(state: KitState, folder_path: Path, record: AdapterJson, choose: Any)
         if message and len(errors.messages) < MAX_SITE_ERRORS:
             errors.add(message)
     errors.raise_if_any()
-    return sites
+    return sites, left_out
 
 
 def _site_error(key: str, old: SiteEntry | None, new: SiteEntry | None) -> str | None:

@@ -77,6 +77,9 @@ class LoRA(Method):
                 f"dora and pissa read the weight behind an output, and {site.path} is adapted at its input"
             )
 
+    def why_not_at_weight(self, site: Site) -> str:
+        return "dropout acts on an input: set dropout=0" if self.dropout else ""
+
     def rank_at(self, site: Site) -> int:
         rank = value_for_role(self.rank, site, "rank")
         max_rank = min(fan_in(site), site.d_out)
@@ -129,7 +132,7 @@ def init_factors(site: Site, rank: int, width: int) -> tuple[Tensor, Tensor]:
 
 def frozen_weight(site: Site) -> Tensor:
     """The site's rows of the frozen weight in fp32."""
-    w = weight_matrix(site.module).detach().float()
+    w = weight_matrix(site.module, site.weight_name).detach().float()
     return w if site.channel_index is None else w[site.channel_index]
 
 

@@ -17,6 +17,7 @@ from kitout.runtime.adapter import Adapter
 from kitout.runtime.base_state import BaseState
 from kitout.runtime.hooks.class_swap import Hook, hook
 from kitout.runtime.merge.commit import Backup
+from kitout.runtime.modules.fast_path import layers_around
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
 from kitout.runtime.routing.cache import RouteCache
 from kitout.runtime.routing.compile import RouteCompiler
@@ -82,7 +83,8 @@ class KitState:
         """Takes in an adapter that was built for this base. AdapterExists if another has taken its name since."""
         with self.active.lock:
             self.check_free(adapter.name)
-            for path in [*adapter.by_module, *adapter.input_relays, *modules_to_hook(adapter, self.survey)]:
+            paths = [*adapter.by_module, *adapter.input_relays, *modules_to_hook(adapter, self.survey)]
+            for path in [*paths, *layers_around(self.base, paths)]:
                 self.hook_at(path)
             self.modules[_key(adapter.name)] = adapter
             adapter.train(self.modules.training)

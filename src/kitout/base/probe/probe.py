@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from kitout.base.eval_mode import eval_mode
 from kitout.base.probe.attention_sites import kv_sites
+from kitout.base.probe.chosen_experts import trace_choice
 from kitout.base.probe.dummy_batch import dummy_batch, with_extra_row
+from kitout.base.probe.read_weights import read_by_another
 from kitout.base.probe.stack_inputs import complete_towers
 from kitout.base.probe.sublayers import sublayer_sites
 from kitout.base.probe.tracer import ForwardTracer
@@ -40,6 +43,7 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
         with eval_mode(model, grad=True, freeze=True):
             tracer = _trace_forward(survey, batch)
             wider = _trace_forward(survey, with_extra_row(batch))
+            choice = trace_choice(survey, batch, tracer, wider, _trace_forward)
             channels = _channels_by_operand(tracer)
             towers = complete_towers(survey, tracer)
     except Exception as error:
@@ -49,7 +53,9 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
     relations = {
         path: _batch_relation(dim, wider.first_dims.get(path, 0), batch) for path, dim in tracer.first_dims.items()
     }
+    relations |= choice.relations
     sites = [s.replace(batch_relation=relations.get(s.path, "unknown")) for s in survey.sites]
+    sites = [read_by_another(s, tracer, wider, partial(_batch_relation, batch=batch)) for s in sites]
     sites = _split_fused(sites, channels)
     attentions, kv_refusals = kv_sites(survey, sites, tracer)
     sites += [s.replace(batch_relation=relations.get(s.path, "unknown")) for s in sublayer_sites(survey, tracer)]
@@ -62,13 +68,21 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
         sites=tuple(sites),
         towers=tuple(towers),
         proven=True,
-        unused=frozenset(s.path for s in sites if s.path not in tracer.call_counts),
+        unused=frozenset(s.path for s in sites if not _runs(s, tracer) and s.path not in choice.unreached),
+        unreached=choice.unreached,
         unread_parameters=frozenset(name for name, p in named_parameters if id(p) not in tracer.read_parameters),
         execution_order=tuple(tracer.call_counts),
         kv_sites=tuple(attentions),
         kv_refusals=kv_refusals,
         unproven_reason="",
     )
+
+
+def _runs(site: Site, tracer: ForwardTracer) -> bool:
+    """Its module ran, or its weight was read by the module that multiplies by it."""
+    if site.reader is None:
+        return site.path in tracer.call_counts
+    return id(site.module._parameters.get(site.weight_name)) in tracer.read_parameters
 
 
 def _parameters_run_elsewhere(site: Site, sites: list[Site], tracer: ForwardTracer) -> bool:
@@ -78,7 +92,7 @@ def _parameters_run_elsewhere(site: Site, sites: list[Site], tracer: ForwardTrac
 
 
 def _trace_forward(survey: Survey, batch: Mapping[str, Any]) -> ForwardTracer:
-    projections = [s.path for s in survey.sites if s.role.startswith(PROJECTIONS)]
+    projections = [s.path for s in survey.sites if s.role.startswith(PROJECTIONS) and s.port == "out"]
     tracer = ForwardTracer(survey.model, projections, [b.path for b in survey.blocks if b.is_one_module])
     with tracer:
         survey.model(**batch)

@@ -42,16 +42,19 @@ class ForwardTracer(TorchFunctionMode):
         self.model, self.cut_at, self.blocks = model, set(cut_at), set(blocks)
         self.call_counts: Counter[str] = Counter()  # path -> number of calls, in the order of the first ones
         self.first_dims: dict[str, int] = {}  # path -> dim 0 of the value
+        self.output_dims: dict[str, tuple[int, ...]] = {}  # path of a module with parts -> shape of what it returned
         self.leaves: dict[str, list[Tensor]] = {}  # label -> the gradient leaves made for it
         self.residual_sums: list[ResidualSum] = []
         self.attention_calls: list[AttentionCall] = []
         self.lookups: list[EmbeddingLookup] = []
         self.block_entries: dict[str, BlockEntry] = {}
         self.read_parameters: set[int] = set()  # ids of the parameters that went into an operation
+        self.readers: dict[int, set[str]] = {}  # id of a parameter -> paths of the modules whose forward read it
         self.inputs_of: dict[str, set[ValueIdentity]] = {}  # of blocks and leaf modules
         self.outputs_of: dict[str, set[ValueIdentity]] = {}  # of leaf modules
         self.block_outputs: set[ValueIdentity] = set()
         self._label: dict[int, str] = {}  # id of a gradient leaf -> its label
+        self._path_of_weight = {id(w): path for path in self.cut_at if (w := _weight_of(model, path)) is not None}
         self._emitters: dict[int, list[str]] = {}  # id of a tensor -> leaf modules that returned it
         self._receiver: dict[int, str] = {}  # id of a tensor -> first leaf module that took it
         self._composite_of: dict[ValueIdentity, str] = {}  # value -> last module with parts that returned it
@@ -67,11 +70,13 @@ class ForwardTracer(TorchFunctionMode):
             if path in self.blocks:
                 self._hooks.append(module.register_forward_pre_hook(self._block_in(path), with_kwargs=True))
                 self._hooks.append(module.register_forward_hook(self._block_out(path), always_call=True))
-            elif next(module.children(), None) is None or path in self.cut_at:
+            elif path in self.cut_at or {name for name, _ in module.named_children()} <= {"parametrizations"}:
                 self._hooks.append(module.register_forward_pre_hook(self._leaf_in(path), with_kwargs=True))
                 self._hooks.append(module.register_forward_hook(self._leaf_out(path)))
             elif any(path.startswith(f"{block}.") for block in self.blocks):
                 self._hooks.append(module.register_forward_hook(self._composite_out(path)))
+            if next(module.children(), None) is not None:
+                self._hooks.append(module.register_forward_hook(self._shape_out(path)))
             self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
         super().__enter__()
         return self
@@ -152,6 +157,14 @@ class ForwardTracer(TorchFunctionMode):
 
         return hook
 
+    def _shape_out(self, path: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, out: Any) -> None:
+            first = out[0] if isinstance(out, (tuple, list)) and out else out
+            if isinstance(first, Tensor):
+                self.output_dims[path] = tuple(first.shape)
+
+        return hook
+
     def _composite_out(self, path: str) -> Any:
         def hook(_module: nn.Module, _args: Any, out: Any) -> None:
             first = out[0] if isinstance(out, (tuple, list)) and out else out
@@ -195,7 +208,14 @@ class ForwardTracer(TorchFunctionMode):
             self._record_product(a, b, out)
         if isinstance(out, (Tensor, tuple)):  # not where only a shape or a dtype is read
             values = [x for a in (*args, *kwargs.values()) for x in (a if isinstance(a, (tuple, list)) else (a,))]
-            self.read_parameters.update(id(x) for x in values if isinstance(x, nn.Parameter))
+            for x in values:
+                if isinstance(x, nn.Parameter):
+                    self.read_parameters.add(id(x))
+                    self.readers.setdefault(id(x), set()).add(self._open_modules[-1])
+        if func is F.linear and isinstance(out, Tensor):
+            path = self._path_of_weight.get(id(args[1] if len(args) > 1 else kwargs["weight"]))
+            if path is not None and path != self._open_modules[-1]:  # by another module than its own
+                return self._make_leaf(path, out)
         return out
 
     def _record_attention(self, q: Tensor, k: Tensor, v: Tensor, written_out: bool) -> AttentionCall:
@@ -260,6 +280,10 @@ class ForwardTracer(TorchFunctionMode):
                 labels.add(self._label[id(variable)])
             stack.extend(parent for parent, _ in node.next_functions)
         return frozenset(labels)
+
+
+def _weight_of(model: nn.Module, path: str) -> nn.Parameter | None:
+    return model.get_submodule(path)._parameters.get("weight")
 
 
 def _has_mask_bias(mask: Tensor | None) -> bool:

@@ -7,7 +7,7 @@ model and knows no method: only `Delta.fold`, and `base.weights` for how weights
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,8 @@ def fold_all(adapters: Sequence[Adapter]) -> dict[str, FoldedWeights]:
 
 def _fold_module(module_adapters: Sequence[ModuleAdapter]) -> FoldedWeights:
     site = module_adapters[0].site
+    if any(m.on_weights for m in module_adapters):
+        return FoldedWeights(site, parameters=_fold_read_weights(module_adapters))
     last = next((p for module_adapter in reversed(module_adapters) for p in reversed(module_adapter.on_output)), None)
     if last is not None and isinstance(last.delta, Head):
         if module_adapters[-1].strength != 1.0:
@@ -67,6 +69,25 @@ def _fold_module(module_adapters: Sequence[ModuleAdapter]) -> FoldedWeights:
     if site.kind in ("linear", "conv", "embedding"):
         return FoldedWeights(site, weight_bias=_fold_matrix(site, module_adapters))
     return FoldedWeights(site, parameters=_fold_parameters(site, module_adapters))
+
+
+def _fold_read_weights(module_adapters: Sequence[ModuleAdapter]) -> dict[str, Tensor]:
+    """The weights that a module multiplies by itself, by name, and whatever other parameters of it are trained."""
+    rest = [replace(m, on_weights=()) for m in module_adapters if m.on_output or m.on_input or m.on_parameters]
+    others = _fold_module(rest).parameters if rest else {}
+    if others is None:
+        raise NotMergeable(f"{type(rest[0].on_output[0].delta).__name__} acts on what is computed by weights read here")
+    start: dict[str, Tensor] = {}
+    for part in (p for m in module_adapters for p in m.on_weights):
+        weight = weights.weight_matrix(part.site.module, part.site.weight_name)
+        for name, own in zip(part.read_names, (part.site.weight_name, part.site.bias_name), strict=False):
+            parameter = part.site.module._parameters[own]
+            value = weight.new_zeros(weight.shape[0]) if parameter is None else parameter.detach()
+            start[name] = value.to(working_dtype(value))
+    now = start
+    for module_adapter in module_adapters:
+        now = module_adapter.map_weights(now)
+    return others | {name: value for name, value in now.items() if value is not start[name]}
 
 
 def _fold_matrix(site: Site, module_adapters: Sequence[ModuleAdapter]) -> WeightBias:
@@ -86,7 +107,7 @@ def fold_adapter(module_adapter: ModuleAdapter, pair: WeightBias, start: WeightB
     """One adapter on what is there. start: the frozen values, for a Delta that replaces the module."""
     new = pair
     for part in module_adapter.on_output:
-        new = _fold_out(part, start if part.delta.replaces_module else new)
+        new = part.fold(*(start if part.delta.replaces_module else new))
     pair = new = blend(
         pair, new, module_adapter.strength
     )  # as in forward: output and input are blended each on its own
@@ -97,20 +118,6 @@ def fold_adapter(module_adapter: ModuleAdapter, pair: WeightBias, start: WeightB
 
 def working_dtype(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
-
-
-def _fold_out(part: SiteDelta, pair: WeightBias) -> WeightBias:
-    w, b = pair
-    channels = part.site.channel_index
-    if channels is None:
-        return part.delta.fold(w, b)
-    new_w, new_b = part.delta.fold(w[channels], None if b is None else b[channels])
-    w = w.clone()
-    w[channels] = new_w
-    if new_b is not None:
-        b = w.new_zeros(w.shape[0]) if b is None else b.clone()
-        b[channels] = new_b
-    return w, b
 
 
 def _fold_in(part: SiteDelta, pair: WeightBias) -> WeightBias:

@@ -13,9 +13,10 @@ from kitout.delta import KeyValue
 from kitout.errors import RouteError
 from kitout.runtime.adapter import Adapter, conflict_with_head
 from kitout.runtime.hooks.class_swap import Hook, Program
+from kitout.runtime.modules.fast_path import WithoutFastPath, layers_around
 from kitout.runtime.modules.module_adapter import InputRelay, ModuleAdapter
 from kitout.runtime.modules.programs import DirectDelta, RelayInput, SwapParameters, WholeBatch
-from kitout.runtime.modules.rows import PerRow, RowPlan
+from kitout.runtime.modules.rows import PerRow, PerRowWeights, RowPlan
 from kitout.runtime.modules.stacked_weights import on_top_of
 from kitout.runtime.modules.terms import Single, Term, TermSequence, WeightedSum
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
@@ -58,6 +59,8 @@ class RouteCompiler:
                 self.active,
                 self.compile,
             ).add_programs(kv_recorder)
+        for path in layers_around(self.survey.model, programs):
+            programs[path] = WithoutFastPath(programs.get(path))
         compiled.programs = [(self.hooks[path], program) for path, program in programs.items()]
         return compiled
 
@@ -65,7 +68,8 @@ class RouteCompiler:
         self, adapters: Sequence[Adapter], row_plan: RowPlan | None, entries: Sequence[RouteEntry]
     ) -> dict[str, Program]:
         """By path, in model order: what each module does, and which leave their input for another."""
-        batch_relation = {site.path: site.batch_relation for adapter in adapters for site in adapter.sites}
+        sites = [site for adapter in adapters for site in adapter.sites]
+        batch_relation = {site.path: site.batch_relation for site in sites if site.reader is None}
         programs: dict[str, Program] = {}
         for path in dict.fromkeys(path for adapter in adapters for path in adapter.by_module):
             program = (
@@ -133,7 +137,13 @@ class RouteCompiler:
             )
         relays = [relay for m in module_adapters for relay in m.relays]
         call_views = [view for m in module_adapters for view in m.call_views]
-        return PerRow(row_plan, terms, path, batch_relation, relays, call_views)
+        per_row = PerRow(row_plan, terms, path, batch_relation, relays, call_views)
+        read = next((part.site for m in module_adapters for part in m.on_weights), None)
+        if read is None:
+            return per_row
+        inner = per_row if any(m.on_input or m.on_output for m in module_adapters) else None
+        names = _parameter_names(module_adapters)
+        return PerRowWeights(row_plan, terms, names, path, read.batch_relation, read.batch_axis, inner)
 
 
 def _plan_rows(route: Route) -> tuple[RowPlan | None, list[RouteEntry]]:
@@ -163,5 +173,6 @@ def _program_for_values(term: Term, module_adapters: Sequence[ModuleAdapter]) ->
 
 
 def _parameter_names(module_adapters: Iterable[ModuleAdapter]) -> list[str]:
-    names = (name for m in module_adapters for part in m.on_parameters for name in part.site.parameter_names)
+    names = [name for m in module_adapters for part in m.on_parameters for name in part.site.parameter_names]
+    names += [name for m in module_adapters for part in m.on_weights for name in part.read_names]
     return list(dict.fromkeys(names))
