@@ -15,8 +15,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 import kitout
-from kitout import IA3, SSF, BitFit, Kit, LoRA, Method, Stack
-from kitout.errors import FileError, UnusedSite
+from kitout import IA3, SSF, BitFit, FullFineTuning, Kit, LoRA, Method, Stack
+from kitout.errors import FileError, NotMergeable, RouteError, UnusedSite
 from zoo import EXTRA, D, randomise
 
 METHODS: dict[str, Method] = {
@@ -208,3 +208,13 @@ def test_peft_has_no_such_adapter(tmp_path: Path) -> None:
     kit.add("a", METHODS["lora"])
     with pytest.raises(FileError, match="PEFT wraps modules"):
         kitout.save_peft(kit, "a", tmp_path / "a")
+
+
+def test_a_weight_trained_whole_and_changed_by_another_is_refused() -> None:
+    kit, batch = attached("torch attention")
+    kit.add("lora", METHODS["lora"])
+    kit.add("full", FullFineTuning())
+    with pytest.raises(RouteError, match="one at a time"), kit.use(Stack("lora", "full")):
+        kit(**batch)
+    with pytest.raises(NotMergeable, match="merge one of them"):
+        kit.merge("full", "lora")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kitout.base.select import matches
 from kitout.base.site import Site
-from kitout.base.weights import fan_in, weight_matrix
+from kitout.base.weights import fan_in, is_matrix_product, weight_matrix
 from kitout.delta import Delta
 from kitout.errors import ConfigError, TargetError
 from kitout.method import Method, TrainingDefaults, register
@@ -72,6 +72,12 @@ class LoRA(Method):
     def _check_site(self, site: Site) -> None:
         if site.role.startswith("sub.") or site.role == "block":
             raise TargetError(f"LoRA over {site.role} ({site.path}): it changes a projection; write mlp.down or attn.o")
+        if site.kind == "other" and not is_matrix_product(site.module):
+            raise TargetError(
+                f"LoRA over {site.path}: a {type(site.module).__name__} does more than multiply by its weight, so a "
+                "low-rank change of its output is none of its weight; choose other targets, or train its parameters: "
+                f"PartialFineTuning(names={site.path + '.*'!r})"
+            )
         if site.port == "in" and (self.dora or self.init == "pissa"):
             raise ConfigError(
                 f"dora and pissa read the weight behind an output, and {site.path} is adapted at its input"

@@ -68,6 +68,14 @@ def test_all_linear_has_no_router(name: str) -> None:
     assert not {s.path for s in routers} & {s.path for s in kit.sites("all-linear")}
 
 
+@pytest.mark.parametrize("name", ["mixtral", "phimoe", "llama4"])
+def test_lora_over_a_router_that_returns_a_choice_is_refused(name: str) -> None:
+    kit = kitout.attach(MIXTURES[name]())
+    router = next(s.path for s in kit.survey.sites if s.is_router)
+    with pytest.raises(TargetError, match="does more than multiply by its weight"):
+        kit.add("a", LoRA(rank=2, targets=router))
+
+
 @pytest.mark.parametrize("name", ["mixtral", "phimoe", "gpt-oss"])
 def test_ia3_on_a_mixture_says_why_not_and_what_to_write(name: str) -> None:
     kit = kitout.attach(MIXTURES[name]())

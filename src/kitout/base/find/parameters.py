@@ -56,7 +56,7 @@ def _iter_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]
 
 
 def _is_leaf(site: Site) -> bool:
-    return site.role != "block" and not site.role.startswith("sub.")
+    return site.role != "block" and not site.role.startswith("sub.") and site.reader is None
 
 
 def _supports_rows(site: Site) -> bool:
@@ -68,7 +68,8 @@ def _supports_rows(site: Site) -> bool:
 
 def _reading_module(path: str, survey: Survey) -> str:
     """The module whose forward reads a parameter that no leaf's forward does: its own, unless that never runs."""
-    if path not in survey.unused:
+    never_called = survey.unused | {s.path for s in survey.sites if s.reader not in (None, s.path)}
+    if path not in never_called:
         return path
     in_a_block = any(path.startswith(f"{block.path}.") for block in survey.blocks)
     return path.rpartition(".")[0] if in_a_block else ""

@@ -6,6 +6,7 @@ model and knows no method: only `Delta.fold`, and `base.weights` for how weights
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -53,6 +54,9 @@ def fold_all(adapters: Sequence[Adapter]) -> dict[str, FoldedWeights]:
         except NotMergeable as reason:
             if len(errors.messages) < 8:
                 errors.add(f"{path} ({module_adapters[0].name}): {reason}")
+    names = [f"{path}.{name}".lstrip(".") for path, new in folded.items() for name in new.parameters or {}]
+    for name in (name for name, n in Counter(names).items() if n > 1):
+        errors.add(f"{name} is trained whole by one adapter and changed by another: merge one of them")
     errors.raise_if_any()
     return folded
 
@@ -77,6 +81,9 @@ def _fold_read_weights(module_adapters: Sequence[ModuleAdapter]) -> dict[str, Te
     others = _fold_module(rest).parameters if rest else {}
     if others is None:
         raise NotMergeable(f"{type(rest[0].on_output[0].delta).__name__} acts on what is computed by weights read here")
+    read = {name for m in module_adapters for p in m.on_weights for name in p.read_names}
+    if both := sorted(read & others.keys()):
+        raise NotMergeable(f"{both[0]} is trained whole by one adapter and changed by another: merge one of them")
     start: dict[str, Tensor] = {}
     for part in (p for m in module_adapters for p in m.on_weights):
         weight = weights.weight_matrix(part.site.module, part.site.weight_name)

@@ -44,6 +44,11 @@ class RouteCompiler:
             conflict = conflict_with_head([self.adapters[n] for n in dict.fromkeys(adapter_names(entry))])
             if conflict:
                 raise RouteError(f"{conflict}; use them one at a time")
+            if shared := _trained_and_read([self.adapters[n] for n in dict.fromkeys(adapter_names(entry))]):
+                raise RouteError(
+                    f"{shared} is trained whole by one of {', '.join(adapter_names(entry))} and changed by another: "
+                    "use them one at a time"
+                )
         programs = self._module_programs(adapters, row_plan, entries)
         compiled = CompiledRoute(route, num_rows=len(route) if isinstance(route, tuple) else None, row_plan=row_plan)
         if kv_recorder is not None or any(a.prefixes or a.prompts for a in adapters):
@@ -144,6 +149,14 @@ class RouteCompiler:
         inner = per_row if any(m.on_input or m.on_output for m in module_adapters) else None
         names = _parameter_names(module_adapters)
         return PerRowWeights(row_plan, terms, names, path, read.batch_relation, read.batch_axis, inner)
+
+
+def _trained_and_read(adapters: Sequence[Adapter]) -> str | None:
+    """A parameter that one adapter has its own copy of and another folds a change into; None if there is none."""
+    parts = [(path, m) for adapter in adapters for path, m in adapter.by_module.items()]
+    trained = {f"{path}.{n}".lstrip(".") for path, m in parts for p in m.on_parameters for n in p.site.parameter_names}
+    read = (f"{path}.{n}" for path, m in parts for p in m.on_weights for n in p.read_names)
+    return next((name for name in read if name in trained), None)
 
 
 def _plan_rows(route: Route) -> tuple[RowPlan | None, list[RouteEntry]]:
