@@ -39,7 +39,8 @@ def main() -> int:
         results = HERE / "RESULTS.md"
         by_name = sections(results.read_text(encoding="utf-8")) if results.exists() else {}
         by_name |= {name: section(name, lines, machine()) for name, lines in measured.items()}
-        results.write_text(HEAD + "\n".join(by_name[name] for name in NAMES if name in by_name), encoding="utf-8")
+        order = [*(name for name in NAMES if name in by_name), *(name for name in by_name if name not in NAMES)]
+        results.write_text(HEAD + "\n".join(by_name[name] for name in order), encoding="utf-8")
     return 0
 
 

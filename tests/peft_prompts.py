@@ -6,6 +6,7 @@ PEFT is compared only where it is right itself (`Case.sides`); a prefix needs po
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,16 +27,23 @@ LENGTHS = [7, 5, 4]  # of the rows of a padded batch
 Side = Literal["none", "right", "left"]
 
 
-def classifier(species: str) -> Callable[[], nn.Module]:
-    """The decoder of the zoo with a classifier in place of its head."""
+def with_head(species: str, ending: str) -> Callable[[], nn.Module]:
+    """The model of the zoo with another head, by the end of its class name; "Model": with none."""
 
     def build() -> nn.Module:
-        base = ZOO[species].build()
-        base.config.num_labels = zoo.LABELS
-        name = type(base).__name__.replace("LMHeadModel", "ForCausalLM").replace("CausalLM", "SequenceClassification")
-        return zoo.randomise(getattr(transformers, name)(base.config), seed=0)
+        base = SPECIES[species].build()
+        base.config.num_labels = 2 if ending == "ForQuestionAnswering" else zoo.LABELS
+        stem = re.sub("(For[A-Z]|LMHead)[A-Za-z]*$", "", type(base).__name__)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return zoo.randomise(getattr(transformers, stem + ending)(base.config), seed=0)
 
     return build
+
+
+def classifier(species: str) -> Callable[[], nn.Module]:
+    """The decoder of the zoo with a classifier in place of its head."""
+    return with_head(species, "ForSequenceClassification")
 
 
 @dataclass
@@ -68,6 +76,9 @@ DECODER = {"places": "decoder"}
 CASES = {
     **{f"{s}-prompt": Case(s, "prompt") for s in ("llama", "qwen3", "gpt2", "gpt-neox", "gemma2", "phi3")},
     **{f"{s}-prefix": Case(s, "prefix", sides=EVERY) for s in ("llama", "qwen3", "gpt2", "gpt-neox", "gemma2", "phi3")},
+    "falcon-mq-prefix": Case("falcon-mq", "prefix", settings={"num_attention_heads": 1, "token_dim": 12}),
+    "gemma3n-prefix": Case("gemma3n", "prefix"),  # layers that attend to the keys of others see their prefix
+    "gemma4-prefix": Case("gemma4", "prefix"),
     "opt-prompt": Case("opt", "prompt", sides=EVERY),  # counts its positions from the mask
     "llama-projected": Case("llama", "prefix", settings={"prefix_projection": True, "encoder_hidden_size": 12}),
     "qwen3-projected": Case("qwen3", "prefix", settings={"prefix_projection": True}),
@@ -97,6 +108,43 @@ CASES = {
     "bart-prefix": Case("bart", "prefix", "SEQ_2_SEQ_LM", {"num_layers": 3}, EVERY, DECODER),
     "bart-prefix-of-four": Case("bart", "prefix", "SEQ_2_SEQ_LM", {"num_layers": 4}, EVERY, DECODER),
 }  # fmt: skip
+
+
+def _of_task(species: str, kind: Literal["prompt", "prefix"], ending: str, task: str, **facts: Any) -> Case:
+    sizes = {"token_dim": 48, "num_layers": 3, "num_attention_heads": 4} if species == "distilbert" else {}
+    return Case(species, kind, task, sizes, build=with_head(species, ending), facts=facts)
+
+
+# The tasks without a loss over the text's next tokens or a class of it: hidden states, labels of tokens, spans.
+ENDINGS = {"Model": "FEATURE_EXTRACTION", "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS"}
+OF_TASKS = {
+    **{
+        f"{s}-{ending}-{kind}": _of_task(s, kind, ending, task)
+        for s in ("llama", "bert")
+        for ending, task in ENDINGS.items()
+        for kind in ("prompt", "prefix")
+    },
+    **{
+        f"{s}-{ending}-{kind}": _of_task(s, kind, ending, ENDINGS[ending])
+        for s, ending, kind in (
+            ("gpt2", "Model", "prompt"),
+            ("gpt2", "ForTokenClassification", "prefix"),
+            ("roberta", "Model", "prompt"),
+            ("roberta", "ForQuestionAnswering", "prefix"),
+            ("distilbert", "ForTokenClassification", "prompt"),
+            ("modernbert", "ForQuestionAnswering", "prompt"),
+        )
+    },
+    "t5-Model-prompt": _of_task("t5", "prompt", "Model", "FEATURE_EXTRACTION"),
+    "t5-EncoderModel-prompt": _of_task("t5", "prompt", "EncoderModel", "FEATURE_EXTRACTION"),
+    "bart-ForConditionalGeneration": _of_task("bart", "prompt", "ForConditionalGeneration", "FEATURE_EXTRACTION"),
+    "bert-ForMaskedLM-prompt": _of_task("bert", "prompt", "ForMaskedLM", "FEATURE_EXTRACTION"),
+    "bert-ForMaskedLM-prefix": _of_task("bert", "prefix", "ForMaskedLM", "FEATURE_EXTRACTION"),
+    "llama-ForCausalLM-prefix": _of_task("llama", "prefix", "ForCausalLM", "FEATURE_EXTRACTION"),
+    "bert-classifier-prompt": _of_task(
+        "bert", "prompt", "ForSequenceClassification", "FEATURE_EXTRACTION", pooled="prompt"
+    ),
+}
 
 
 @torch.no_grad()
@@ -130,12 +178,17 @@ def logits(model: Any, case: Case, side: Side = "none", positions: bool = False)
     """positions: given, which PEFT's prefix needs where padding is at the left."""
     batch = case.batch(side)
     given = {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)} if positions else {}
-    return of_text(out(model(**batch, **given)), batch, case)
+    if case.build is not None and "EncoderModel" in type(case.build()).__name__:
+        batch.pop("decoder_input_ids")
+    output = model(**batch, **given)
+    spans = hasattr(output, "start_logits")
+    got = torch.stack((output.start_logits, output.end_logits), -1) if spans else out(output)
+    return of_text(got, batch, case)
 
 
 def of_text(got: Tensor, batch: Mapping[str, Tensor], case: Case) -> Tensor:
-    """Of a language model the logits of real tokens: PEFT leaves those of prompts in front."""
-    if case.task != "CAUSAL_LM":
+    """Of what is by token the real tokens: PEFT leaves the outputs of prompts in front."""
+    if case.task in ("SEQ_CLS", "SEQ_2_SEQ_LM") or "decoder_input_ids" in batch or got.ndim == 2:
         return got
     return got[:, -batch["input_ids"].shape[1] :][batch["attention_mask"].bool()]
 

@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("demo",),
     ("train",),
     ("evaluate",),
+    ("model_check",),
     ("kit",),
     ("files",),
     ("runtime", "methods"),

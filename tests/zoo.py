@@ -192,6 +192,16 @@ _BERT_IDS = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}  # RoBERTa
 _TEXT = {"vocab_size": VOCAB, "hidden_size": D, "intermediate_size": FF, "num_attention_heads": HEADS}
 _DECODER = {**_TEXT, **_IDS, "num_hidden_layers": 2, "max_position_embeddings": 64}
 _GQA = {**_DECODER, "num_key_value_heads": 2}
+_GEMMA_N = {
+    **_GQA,
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 64,
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 8,
+}
 _GPT = {"vocab_size": VOCAB, "n_embd": D, "n_inner": FF, "n_head": HEADS, "n_layer": 2, "n_positions": 64, **_IDS}
 _ENCODER = {**_TEXT, "num_hidden_layers": 3, "max_position_embeddings": 64, "num_labels": LABELS}
 _VISION = {"image_size": IMAGE, "num_labels": LABELS}
@@ -352,6 +362,45 @@ EXTRA: dict[str, Specimen] = {
         _decoder(
             "gemma2",  # norms before and after each sublayer, gain 1 + w, logits capped
             _hf("Gemma2ForCausalLM", "Gemma2Config", **_GQA, head_dim=16, query_pre_attn_scalar=16, sliding_window=64),
+            tied=True,
+        ),
+        _decoder(
+            "gemma3",  # a token table that multiplies what it looks up
+            _hf("Gemma3ForCausalLM", "Gemma3TextConfig", **_GQA, head_dim=16, sliding_window=64),
+            tied=True,
+        ),
+        _decoder(
+            "gemma3n",  # the last two layers attend to the keys of others; a second table of token ids
+            _hf(
+                "Gemma3nForCausalLM",
+                "Gemma3nTextConfig",
+                **_GEMMA_N,
+                laurel_rank=4,
+                altup_num_inputs=2,
+                activation_sparsity_pattern=[0.0] * 4,
+            ),
+            layers=4,
+            tied=True,
+        ),
+        _decoder(
+            "gemma4",
+            _hf("Gemma4ForCausalLM", "Gemma4TextConfig", **_GEMMA_N, global_head_dim=16),
+            layers=4,
+            tied=True,
+        ),
+        _decoder(
+            "falcon-mq",  # one head of keys for all queries
+            _hf(
+                "FalconForCausalLM",
+                "FalconConfig",
+                vocab_size=VOCAB,
+                hidden_size=D,
+                num_hidden_layers=2,
+                num_attention_heads=HEADS,
+                multi_query=True,
+                new_decoder_architecture=False,
+                **_IDS,
+            ),
             tied=True,
         ),
         _decoder("olmo2", _hf("Olmo2ForCausalLM", "Olmo2Config", **_GQA)),  # norms after each sublayer only, q/k norms

@@ -10,6 +10,7 @@ import importlib
 PUBLIC_NAMES = {
     "__version__": "kitout.version",
     "attach": "kitout.kit",
+    "check": "kitout.model_check.check",
     "Kit": "kitout.kit",
     "load_peft": "kitout.kit",
     "save_peft": "kitout.kit",

@@ -22,6 +22,7 @@ from kitout.methods.prefix_tuning import PrefixTuning as PrefixTuning
 from kitout.methods.prompt_tuning import PromptTuning as PromptTuning
 from kitout.methods.ssf import SSF as SSF
 from kitout.methods.vpt import VPT as VPT
+from kitout.model_check.check import check as check
 from kitout.runtime.routing.route import Mix as Mix
 from kitout.runtime.routing.route import Stack as Stack
 from kitout.version import __version__ as __version__

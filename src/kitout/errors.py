@@ -57,6 +57,10 @@ class KitDetached(KitoutError, RuntimeError):
     """A kit used after its `detach`."""
 
 
+class ForkedModel(KitoutError, RuntimeError):
+    """A model used in a process that was forked while another thread was inside a call of it."""
+
+
 class NoBlocksFound(KitoutError, ValueError):
     """No stack of transformer blocks was found and no roles were given."""
 
@@ -67,6 +71,10 @@ class UnusedSite(KitoutError, RuntimeError):
 
 class FileError(KitoutError, ValueError):
     """An adapter folder that is missing, damaged, hostile or written for something else."""
+
+
+class PathError(FileError, OSError):
+    """A path that the system refuses: not there, no permission, a full or read-only disk, a name that is too long."""
 
 
 class WrongBase(FileError):

@@ -27,13 +27,13 @@ from kitout.runtime.adapter import Adapter
 from kitout.runtime.base_state import KitForward, disable_checkpointing, enable_checkpointing
 from kitout.runtime.build_adapter import build_adapter, check_known, check_strength
 from kitout.runtime.count import ParameterCount, count_all_parameters, count_parameters
-from kitout.runtime.hooks.boundary import block_class, model_class
+from kitout.runtime.hooks.boundary import block_class, deepcopy_module, model_class
 from kitout.runtime.hooks.class_swap import Hook, hook, restore_class, swap_class, unhook
 from kitout.runtime.merge.commit import merge, restore
 from kitout.runtime.merge.copy import plain_copy
 from kitout.runtime.routing.active import CompiledRoute
 from kitout.runtime.routing.handle import Activated
-from kitout.runtime.routing.route import Route, normalize_route
+from kitout.runtime.routing.route import Route, RouteEntry, Stack, adapter_names, normalize_route
 from kitout.runtime.show import describe_kit
 from kitout.runtime.state import KitState
 
@@ -85,17 +85,18 @@ class Kit(nn.Module):
     def detach(self) -> nn.Module:
         """The model as it was before `attach`: classes, requires_grad and mode; returns it. The kit ends here."""
         state = self.state
-        if state.merged_names:
-            self.unmerge()
-        state.active.install(CompiledRoute(None))
-        state.is_detached = True
-        for path in state.hooks:
-            module = self.base.get_submodule(path)
-            unhook(module)
-            module.__dict__.pop("_kitout_active", None)
-        restore_class(self.base, "_kitout")
-        state.before_attach.restore(self.base)
-        state.hooks.clear()
+        with state.active.lock:
+            if state.merged_names:
+                self.unmerge()
+            state.active.install(CompiledRoute(None))
+            state.is_detached = True
+            for path in state.hooks:
+                module = self.base.get_submodule(path)
+                unhook(module)
+                module.__dict__.pop("_kitout_active", None)
+            restore_class(self.base, "_kitout")
+            state.before_attach.restore(self.base)
+            state.hooks.clear()
         return self.base
 
     @property
@@ -154,7 +155,8 @@ class Kit(nn.Module):
     def remove(self, name: str) -> None:
         """Forgets an adapter. Refused while it is merged or active: here, in any `with`, or by the sticky route."""
         adapter = self[name]
-        self.state.check_unmerged("removing an adapter")
+        if name in self.state.merged_names:
+            self.state.check_unmerged(f"removing {name!r}")
         self.state.discard(adapter.name)
 
     def strength(self, name: str, value: float) -> None:
@@ -200,7 +202,8 @@ class Kit(nn.Module):
     def use(self, what: object) -> Activated[Kit]:
         """Activates a name, None, a Stack, a Mix, or a list with one of these per row, until the next `use`.
 
-        In a `with` statement the choice holds for this thread or task alone and ends with the block.
+        In a `with` statement the choice holds for this thread or task alone and ends with the block. Tasks created
+        inside, and asyncio.to_thread, have it too; a new threading.Thread or run_in_executor does not.
         """
         state = self.state
         state.check_attached()
@@ -222,20 +225,23 @@ class Kit(nn.Module):
         """The adapters folded into the base now, in order; () if none."""
         return self.state.merged_names
 
-    def merge(self, *names: str) -> None:
+    def merge(self, *entries: RouteEntry) -> None:
         """Folds adapters, in this order, into the base's weights in place; `unmerge` puts the old bits back.
 
-        No route is in force until then, in any thread.
+        Names, or a `Stack` or `Mix` of them as in `use`. No route is in force until then, in any thread.
         """
         state = self.state
         state.check_attached()
         if state.merged_names:
             raise MergeStateError(f"{state.merged_text} merged already: unmerge() first")
-        adapters = [self[n] for n in names]
-        if not adapters:
+        entry = Stack(*entries) if entries else None
+        check_known(state, entry)
+        names = tuple(dict.fromkeys(adapter_names(entry)))
+        if not names:
             raise MergeStateError("merge() was given no adapter: merge('name')")
         with state.active.lock:
-            state.backups = merge(self.base, adapters, state.survey.used_paths)
+            adapters = {name: self[name] for name in names}
+            state.backups = merge(self.base, adapters, entry, state.survey.used_paths)
             state.merged_names = names
             state.active.install(state.compiled_route())
 
@@ -249,14 +255,17 @@ class Kit(nn.Module):
             state.backups, state.merged_names = {}, ()
             state.active.install(state.compiled_route())
 
-    def merged_copy(self, *names: str, check_saveable: bool = True) -> nn.Module:
+    def merged_copy(self, *entries: RouteEntry, check_saveable: bool = True) -> nn.Module:
         """An ordinary model with the adapters folded in and no trace of kitout; this kit and its base stay as they are.
 
+        entries: names in order, or a `Stack` or `Mix` of them; NotMergeable names what has no exact form in weights.
         check_saveable: raise NotMergeable where the copy would not survive save_pretrained; False for a copy that
         stays in memory, which may hold what its config cannot bring back.
         """
-        self.state.check_unmerged(f"merged_copy{names!r}")
-        return plain_copy(self.state, names, check_saveable)
+        self.state.check_unmerged(f"merged_copy({', '.join(map(repr, entries))})")
+        entry = Stack(*entries) if entries else None
+        check_known(self.state, entry)
+        return plain_copy(self.state, entry, check_saveable)
 
     # ---- files -------------------------------------------------------------------------------------------------
 
@@ -276,13 +285,19 @@ class Kit(nn.Module):
         adapter_folder.save_adapter(self.state, name, folder, metadata=metadata, keep_encoder=keep_encoder)
 
     def load(
-        self, folder: str | PathLike[str], *, name: str | None = None, heads: Mapping[str, nn.Module] | None = None
+        self,
+        folder: str | PathLike[str],
+        *,
+        name: str | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
+        verify: bool = True,
     ) -> Adapter:
         """Adds the adapter a folder holds. Raises WrongBase or FileError and changes nothing if anything is off.
 
         heads: modules, by path, for heads whose class a file cannot describe; their values come from the folder.
+        verify: False loads a folder that was edited after it was saved, without comparing its digests.
         """
-        return adapter_folder.load_adapter(self.state, folder, name=name, heads=heads)
+        return adapter_folder.load_adapter(self.state, folder, name=name, heads=heads, verify=verify)
 
     # ---- being a module ----------------------------------------------------------------------------------------
 
@@ -292,9 +307,10 @@ class Kit(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Kit:
-        self.state.check_unmerged("moving or casting it")
-        self.base._apply(fn, recurse)
-        super()._apply(fn, recurse)
+        with self.state.active.lock:
+            self.state.check_unmerged("moving or casting it")
+            self.base._apply(fn, recurse)
+            super()._apply(fn, recurse)
         return self
 
     @property
@@ -324,6 +340,10 @@ class Kit(nn.Module):
     activation_checkpointing_enable = gradient_checkpointing_enable
     activation_checkpointing_disable = gradient_checkpointing_disable
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kit:
+        with self.state.active.lock:
+            return cast(Kit, deepcopy_module(self, memo))
+
     def __str__(self) -> str:
         return describe_kit(self.state)
 
@@ -335,6 +355,9 @@ def load_peft(kit: Kit, folder: str | PathLike[str], name: str) -> Adapter:
     return peft_folder.load_peft(kit.state, folder, name)
 
 
-def save_peft(kit: Kit, name: str, folder: str | PathLike[str]) -> None:
-    """Writes one adapter as a folder that Hugging Face PEFT loads; ConfigError where PEFT has no such adapter."""
-    peft_folder.save_peft(kit.state, name, folder)
+def save_peft(kit: Kit, name: str, folder: str | PathLike[str], *, for_vllm: bool = False) -> None:
+    """Writes one adapter as a folder that Hugging Face PEFT loads; FileError where PEFT has no such adapter.
+
+    for_vllm: also refuse what vLLM would not read (DoRA, heads, biases, methods other than LoRA).
+    """
+    peft_folder.save_peft(kit.state, name, folder, for_vllm=for_vllm)

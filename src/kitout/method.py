@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from torch import Tensor, nn
 
 from kitout.base.select import select
@@ -35,8 +35,8 @@ class TrainingDefaults:
 class Method(BaseModel):
     """A frozen, keyword-only, validated config: where an adapter sits and what its Deltas are.
 
-    targets: the selection language of `kitout.base.select`; None = the method's own default. layers: "all",
-    "last:4", "0,3,5", "decoder/last:4".
+    targets: the selection language of `kitout.base.select`, a text or a list of its words; None = the method's own
+    default. layers: "all", "last:4", "0,3,5", "decoder/last:4".
     """  # `kitout methods` shows what a class docstring says of each setting
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False, allow_inf_nan=False)
@@ -58,6 +58,14 @@ class Method(BaseModel):
 
     targets: str | None = None
     layers: str = "all"
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _join_words(cls, targets: object) -> object:
+        """A list of words, as PEFT's target_modules may be, is one selection."""
+        if isinstance(targets, (list, tuple)) and targets and all(isinstance(word, str) for word in targets):
+            return " ".join(targets)
+        return targets
 
     def __init__(self, **settings: Any) -> None:
         try:
@@ -104,6 +112,10 @@ class Method(BaseModel):
     def num_parameters(self, sites: Sequence[Site]) -> int:
         """Number of trainable parameters over these sites, in closed form (law 7 compares it with the tensors)."""
         raise NotImplementedError
+
+    def notes(self, sites: Sequence[Site]) -> list[str]:
+        """What became of the settings at these sites that nobody asked for, a line each; for tables."""
+        return []
 
     def training_defaults(self) -> TrainingDefaults:
         """How to train it with these settings; most settings do not matter for that."""

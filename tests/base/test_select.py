@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 import transformers as hf
 from torch import nn
 
+import kitout
 from kitout.base.find.find import find_sites
 from kitout.base.select import matches, select
 from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.errors import TargetError
+from zoo import ZOO
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 80}
 
@@ -121,6 +125,91 @@ def test_matches_reads_one_word(llama: Survey) -> None:
     assert not matches(site, "mlp.*")
 
 
+def test_a_regular_expression_is_on_the_whole_path(llama: Survey) -> None:
+    assert selected_paths(llama, r"re:.*\.[13]\..*(q|v)_proj") == selected_paths(llama, "attn.q attn.v", "1,3")
+    assert selected_paths(llama, r"re:^(?!.*[.]0[.]).*q_proj", "0-1") == ["model.layers.1.self_attn.q_proj"]
+    (site,) = select(llama.sites, r"in:re:model[.]layers[.]5[.].*down_proj")
+    assert site.port == "in"
+    text = error_text(llama, "re:q_proj re:( re:.{99999999}")
+    assert "3 errors" in text
+    assert "'re:q_proj' matches no module; a pattern has to match a whole path" in text
+    assert "not a regular expression" in text
+    assert "more than 50" in error_text(llama, " ".join(["re:.*q_proj"] * 51))
+
+
+def test_a_regular_expression_without_its_prefix_is_recognized(llama: Survey) -> None:
+    assert r"write 're:.*\\.(q|v)_proj'" in error_text(llama, r".*\.(q|v)_proj")
+    assert "re:" not in error_text(llama, "(")
+
+
+# --- exclusions ------------------------------------------------------------------------------------------------------
+
+
+def test_exclusions(llama: Survey) -> None:
+    assert last_names(selected_paths(llama, "all-linear -mlp.*")) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert last_names(selected_paths(llama, "-attn.* all-linear -gate_proj")) == {"up_proj", "down_proj"}
+    assert selected_paths(llama, "all-linear -lm_head") == selected_paths(llama, "all-linear")
+    assert selected_paths(llama, "attn.q -*.layers.0.* -re:.*[.]1[.].*", "0-2") == ["model.layers.2.self_attn.q_proj"]
+    assert selected_paths(llama, "* -norm -embed -head") == selected_paths(llama, "all-linear")
+
+
+def test_the_order_of_the_words_never_matters(llama: Survey, gpt2: Survey) -> None:
+    for survey, words in (
+        (llama, ["in:mlp.down", "mlp.down", "q_proj", "-re:.*[.]0[.].*", "attn.*", "-in:down_proj", "-v_proj"]),
+        (llama, ["in:mlp.down", "mlp.down", "in:down_proj"]),
+        (gpt2, ["in:attn.qkv", "in:c_attn", "attn.o"]),
+    ):
+        orders = [random.Random(seed).sample(words, len(words)) for seed in range(30)]
+        assert len({tuple(select(survey.sites, " ".join(order))) for order in orders}) == 1
+
+
+def test_an_exclusion_of_an_input_leaves_the_output(llama: Survey) -> None:
+    assert [s.port for s in select(llama.sites, "in:mlp.down mlp.down -in:mlp.down", "0")] == ["out"]
+    assert "nothing is left" in error_text(llama, "in:mlp.down mlp.down -down_proj")
+
+
+def test_exclusions_that_exclude_nothing_are_errors(llama: Survey) -> None:
+    text = error_text(llama, "all-linear -qproj -mlp -cross.q")
+    assert "3 errors" in text
+    assert "did you mean 'q_proj'" in text
+    assert "'-mlp.*' means all inside it" in text
+    assert "'-cross.q' matches no site" in text
+    assert "only exclusions" in error_text(llama, "-lm_head")
+    assert "write 'all-linear -lm_head'" in error_text(llama, "-lm_head")
+    assert "nothing is left" in error_text(llama, "mlp.gate -mlp.*")
+
+
+def test_suggestions_are_words_of_this_model(llama: Survey) -> None:
+    """A role that the family lacks, or an index, is no help."""
+    assert "cross" not in error_text(llama, "cros.q")
+    assert "patch" not in error_text(llama, "patc")
+    assert "'0" not in error_text(llama, "zzz")
+
+
+# --- paths of sublayers ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def proven() -> list[Site]:
+    """After a probe: the value that a sublayer ends with has the path of its last module."""
+    return list(kitout.attach(ZOO["llama"].build()).survey.sites)
+
+
+def test_a_path_means_the_module_and_not_the_sublayer_that_ends_there(proven: list[Site]) -> None:
+    assert {(s.path, s.role) for s in proven if s.path.endswith("o_proj")} > {
+        ("model.layers.0.self_attn.o_proj", "sub.attn")
+    }
+    for word in ("o_proj", "self_attn.o_proj", "model.layers.0.self_attn.o_proj", "re:.*o_proj", "*.o_proj"):
+        assert {s.role for s in select(proven, word)} == {"attn.o"}, word
+    assert {s.role for s in select(proven, "sub.attn")} == {"sub.attn"}
+    usual = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+    assert select(proven, usual) == select(proven, "all-linear")
+    assert [s.role for s in select(proven, "sub.* -o_proj", "0")] == ["sub.attn", "sub.mlp"]
+    assert [s.role for s in select(proven, "sub.* -sub.attn", "0")] == ["sub.mlp"]
+    assert [s.layer for s in select(proven, "sub.* -*.layers.0.*")] == [1, 1]
+    assert {s.role for s in select(proven, "* -norm -embed -head")} == {s.role for s in select(proven, "all-linear")}
+
+
 # --- fused projections -----------------------------------------------------------------------------------------------
 
 
@@ -145,6 +234,14 @@ def test_parts_of_a_fused_projection_only_by_role(gpt2: Survey) -> None:
     for word in ("attn.*", "all-linear", "c_attn", "*.c_attn", "attn.qkv"):
         assert all(s.channels is None for s in select(sites, word)), word
     assert [s.role for s in select(sites, "attn.*", "0")] == ["attn.qkv", "attn.o"]
+
+
+def test_exclusions_of_parts_and_of_the_whole(gpt2: Survey) -> None:
+    sites = with_fused_parts(gpt2)
+    assert [s.role for s in select(sites, "attn.q attn.v -attn.v", "0")] == ["attn.q"]
+    assert [s.role for s in select(sites, "attn.q attn.o -c_attn", "0")] == ["attn.o"]
+    assert "'-attn.q' is a part of transformer.h.0.attn.c_attn" in error_text(sites, "attn.* -attn.q")
+    assert [s.role for s in select(sites, "attn.* -attn.q -c_attn", "0")] == ["attn.o"]
 
 
 def test_unknown_channels_name_the_fix(gpt2: Survey) -> None:

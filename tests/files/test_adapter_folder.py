@@ -296,7 +296,7 @@ def test_a_save_that_fails_leaves_what_was_there(
     randomize(kit["a"], seed=9)
     with monkeypatch.context() as patch:
         broken(patch)
-        with pytest.raises(OSError, match="disk is full"):
+        with pytest.raises(FileError, match="cannot be written: the disk is full"):
             kit.save("a", target)
     assert listed(tmp_path) == (["a"] if replacing else [])
     if before is not None:
@@ -321,7 +321,7 @@ def test_where_folders_cannot_be_exchanged_a_failed_second_rename_is_taken_back(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
-        with pytest.raises(OSError, match="disk is full"):
+        with pytest.raises(FileError, match="cannot be written: the disk is full"):
             kit.save("a", tmp_path / "a")
     assert listed(tmp_path) == ["a"]
     assert record_of(tmp_path / "a") == before
@@ -538,3 +538,18 @@ def test_loading_is_flat_in_the_number_loaded(tmp_path: Path) -> None:
     for i in range(40):
         kit.load(tmp_path / "a", name=f"n{i}")
     assert calls("many") <= 1.05 * few
+
+
+def test_a_folder_from_when_a_path_also_meant_the_sublayer_that_ends_there(tmp_path: Path) -> None:
+    kit = with_adapter(BitFit(targets="o_proj sub.attn"))
+    kit["a"].method = BitFit(targets="o_proj")  # what was written then
+    kit.save("a", tmp_path / "old")
+    kit.load(tmp_path / "old", name="b")
+    kit.save("b", tmp_path / "new")
+    kit.load(tmp_path / "new", name="c")
+    results = []
+    for name in "abc":
+        with torch.no_grad(), kit.use(name):
+            results.append(out(kit(**BATCH)))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import kitout
-from kitout import LoRA
-from kitout.errors import FileError
+from kitout import LoRA, PrefixTuning, PromptTuning
+from kitout.errors import FileError, RouteError
 from kitout.files import adapter_json, safetensors_reader
+from kitout.runtime.routing.compile import RouteCompiler
 from zoo import ZOO
 
 A0 = "model/layers/0/self_attn/q_proj.a"
@@ -58,12 +59,14 @@ def refused(folder: Path) -> str:
     return message
 
 
-def fields(change: Callable[[dict[str, Any]], Any]) -> Change:
-    """A change of adapter.json."""
+def fields(change: Callable[[dict[str, Any]], Any], sign: bool = True) -> Change:
+    """A change of adapter.json. sign: with the digest of what it holds now: a forger can do that too."""
 
     def apply(folder: Path) -> None:
         record = json.loads((folder / "adapter.json").read_text())
         change(record)
+        if sign:
+            record["digest"] = adapter_json.digest_of({k: 0.0 if v == 1e999 else v for k, v in record.items()})
         (folder / "adapter.json").write_text(json.dumps(record))
 
     return apply
@@ -289,3 +292,82 @@ def test_no_memory_is_taken_for_what_the_header_only_claims(folder: Path, monkey
             pytest.skip("no sparse files here")
     fields(lambda r: r["tensors"].update(bytes=8 + len(head) + 2**40))(folder)
     assert "has shape [274877906944]" in refused(folder)
+
+
+# --- the digest of the record ----------------------------------------------------------------------------------------
+
+EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "strength": lambda r: r.update(strength=0.5),
+    "alpha": lambda r: r["settings"].update(alpha=3.0),
+    "dropout": lambda r: r["settings"].update(dropout=0.5),
+    "rslora": lambda r: r["settings"].update(rslora=True),
+    "seed": lambda r: r.update(seed=5),
+    "name": lambda r: r.update(name="other"),
+    "version": lambda r: r.update(kitout="9.9"),
+    "metadata": lambda r: r["note"].update(data="yours"),
+    "settings of a head": lambda r: r["heads"][0].update(kind="x.Y"),
+    "digest": lambda r: r.update(digest="0" * 64),
+    "digest emptied": lambda r: r.update(digest=None),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_an_edited_record_is_refused_unless_it_is_asked_for(edit: Callable[[Any], Any], folder: Path) -> None:
+    fields(edit, sign=False)(folder)
+    assert "edited or damaged after it was written" in refused(folder)
+    kit = kitout.attach(ZOO["llama"].build())
+    assert kit.load(folder, verify=False).name in kit
+
+
+def test_another_layout_of_the_same_record_is_the_same_record(folder: Path) -> None:
+    record = json.loads((folder / "adapter.json").read_text())
+    backwards = dict(reversed(record.items()))
+    (folder / "adapter.json").write_text(json.dumps(backwards, indent=7, ensure_ascii=False))
+    kitout.attach(ZOO["llama"].build()).load(folder)
+
+
+def test_edited_tensors_load_unverified(folder: Path) -> None:
+    data(lambda b: b[:-1] + bytes([b[-1] ^ 1]), sign=False)(folder)
+    assert "damaged or exchanged" in refused(folder)
+    kitout.attach(ZOO["llama"].build()).load(folder, verify=False)
+    data(lambda b: b[:-7], sign=False)(folder)  # every other check stays
+    with pytest.raises(FileError, match="cut off"):
+        kitout.attach(ZOO["llama"].build()).load(folder, verify=False)
+
+
+# --- what `use` would refuse -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "strength", "said"),
+    [
+        (PromptTuning(length=3), 0.5, "have no strength"),
+        (PrefixTuning(length=3), -0.5, "at least 0"),
+    ],
+)
+def test_a_strength_that_the_method_cannot_have(
+    method: kitout.Method, strength: float, said: str, tmp_path: Path
+) -> None:
+    kit = kitout.attach(ZOO["llama"].build())
+    kit.add("a", method)
+    kit.save("a", tmp_path / "a")
+    fields(lambda r: r.update(strength=strength))(tmp_path / "a")
+    assert said in refused(tmp_path / "a")
+
+
+def test_an_adapter_that_use_refuses_is_not_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the compiler of routes says."""
+
+    def compile_route(self: Any, route: Any, *_: Any) -> Any:
+        raise RouteError(f"{route!r} is not for this model")
+
+    monkeypatch.setattr(RouteCompiler, "compile", compile_route)
+    assert "'new' is not for this model" in refused(folder)
+
+
+@pytest.mark.parametrize("given", [lambda kit: kit.base.lm_head, lambda kit: "no module"])
+def test_a_head_that_add_would_refuse(given: Callable[[kitout.Kit], Any], folder: Path) -> None:
+    kit = kitout.attach(ZOO["llama"].build())
+    with pytest.raises(FileError, match="heads: 'lm_head' "):
+        kit.load(folder, heads={"lm_head": given(kit)})
+    assert kit.names == []

@@ -58,13 +58,16 @@ def test_every_folder_has_its_logits() -> None:
 
 @pytest.mark.parametrize("method", list(LOGITS))
 def test_an_adapter_is_written_as_before(method: str, tmp_path: Path) -> None:
-    """The same bytes of tensors, and the same adapter.json but for the version and the fingerprint of the base."""
+    """The same bytes of tensors, and the same adapter.json but for version, fingerprint of the base and digest."""
     kit = kitout.attach(ZOO["llama"].build())
     before, after = FOLDERS / f"kitout-{method}", tmp_path / "after"
     kit.load(before)
     kit.save("a", after)
     assert (after / "adapter.safetensors").read_bytes() == (before / "adapter.safetensors").read_bytes()
     records = [json.loads((folder / "adapter.json").read_text()) for folder in (before, after)]
-    assert list(records[0]) == list(records[1])
-    for key in records[0].keys() - {"kitout", "base"}:
+    assert [*records[0], "digest"] == list(records[1])
+    for key in records[0].keys() - {"kitout", "base", "settings"}:
         assert records[0][key] == records[1][key]
+    settings = [record["settings"] for record in records]
+    added = {key: field.default for key, field in type(kit["a"].method).model_fields.items() if key not in settings[0]}
+    assert {**settings[0], **added} == settings[1]

@@ -140,7 +140,7 @@ CASES: tuple[Case, ...] = (
     Case("lora-head", LoRA(rank=2, alpha=3, targets="head attn.k")),
     Case("lora-embed", LoRA(rank=2, alpha=3, targets="embed mlp.up"), refused=no_table),
     Case("lora-patch", LoRA(rank=2, alpha=3, targets="patch mlp.up"), refused=text),
-    Case("lora-last", LoRA(rank=2, targets="attn.* mlp.*", layers="last:1"), refused=experts),
+    Case("lora-last", LoRA(rank=60, targets="attn.* mlp.*", layers="last:1", clip_rank=False), refused=experts),
     Case(
         "lora-roles",
         LoRA(rank={"attn.*": 2, "mlp.*": 4}, alpha={"*.*": 3, "mlp.*": 7}, targets="attn.* mlp.*"),
@@ -148,6 +148,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case("lora-dropout", LoRA(rank=2, dropout=0.3)),
     Case("rslora", LoRA(rank=4, alpha=3, rslora=True)),
+    Case("lora-biases", LoRA(rank=2, alpha=3, targets="attn.q", bias="all", lora_bias=True)),
     Case("dora", LoRA(rank=2, alpha=3, dora=True, targets="all-linear"), rounds=True),
     Case("dora-qv", LoRA(rank=2, alpha=3, dora=True), rounds=True),
     Case("pissa", LoRA(rank=3, alpha=5, init="pissa", targets="attn.q mlp.*"), rounds=True, refused=experts),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from kitout import Stack
+from kitout import Mix, Stack
 from kitout.errors import NotMergeable
 from laws.activate import activated, added, assert_base_bits, assert_same, gains_keys, kit_of, run, unmergeable
 from laws.cases import CASES, CELLS, SPECIES, Case, name_of
@@ -112,6 +112,24 @@ def test_merging_two_is_wearing_a_stack_in_that_order(specimen: Specimen, first:
             assert_same(run(kit, batch), want, what=" then ".join(order))
             kit.unmerge()
             kit.strength(order[0], 1.0)
+
+
+MIXED = ("lora-all", "ia3-qkv", "bitfit-v", "lora-input", "partial-norms", "full-blocks", "ssf-v")
+
+
+@pytest.mark.parametrize("specimen", SPECIES.values(), ids=name_of)
+def test_merging_a_mix_is_using_it(specimen: Specimen) -> None:
+    kit, batch = kit_of(specimen), specimen.batch(2, 0)
+    with added(kit, *(c for c in CASES if c.name in MIXED and not c.refused(specimen))) as names:
+        names = [n for n in names if not unmergeable(kit[n])]
+        weights = dict(zip(names, (0.7, -0.4, 0.5, 0.3, 0.6, 0.2, 0.8), strict=False))
+        half = len(names) // 2
+        for entry in (Mix(weights), Mix({Stack(*names[:half]): 0.6, Stack(*names[half:]): 0.5})):
+            with kit.use(entry):
+                want = run(kit, batch)
+            kit.merge(entry)
+            assert_same(run(kit, batch), want, what=f"merged {entry}")
+            kit.unmerge()
 
 
 @pytest.mark.parametrize("specimen", [s for s in SPECIES.values() if s.tied], ids=name_of)

@@ -84,7 +84,7 @@ def test_settings_out_of_range(make: Callable[[], kitout.Method], texts: list[st
 
 
 BUILT = {
-    "a rank wider than a site": (lambda: LoRA(rank=25), ["rank 25", "v_proj", "at most 24"]),
+    "a rank wider than a site": (lambda: LoRA(rank=25, targets="attn.v"), ["rank 25", "v_proj", "at most 24"]),
     "a rank for no role here": (lambda: LoRA(rank={"mlp.*": 4}), ["rank", "attn.q"]),
     "fine-tuning an input": (lambda: FullFineTuning(targets="in:mlp.down"), ["in:mlp.down"]),
 }
@@ -142,7 +142,7 @@ def test_merging_is_one_state(kit: Kit) -> None:
         lambda: kit.use("b"),
         lambda: kit.use(None),
         lambda: kit.add("c", LoRA()),
-        lambda: kit.remove("b"),
+        lambda: kit.remove("a"),
     ):
         with pytest.raises(errors.MergeStateError) as error:
             forbidden()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import kitout
-from kitout import IA3, SSF, AdaptFormer, BitFit, Kit, LoRA, Mix, Stack
-from laws.activate import assert_same, put_on, run
+from kitout import IA3, SSF, AdaptFormer, BitFit, Kit, LoRA, Method, Mix, PrefixTuning, PromptTuning, Stack
+from laws.activate import assert_same, kit_with, put_on, run
 from zoo import ZOO, Specimen, out
 
 ROUTES: dict[str, Any] = {
@@ -105,6 +105,18 @@ def test_a_compiled_model_follows_use() -> None:
         assert_same(run(compiled, batch), values[name], 1e-6)
         with kit.use(None):
             assert_same(run(compiled, batch), values[None], 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@slow
+@pytest.mark.parametrize("method", [PromptTuning(length=3), PrefixTuning(length=4)], ids=["prompt", "prefix"])
+def test_virtual_tokens_are_one_graph(method: Method) -> None:
+    """What a thread is doing, which prompts and positions depend on, is looked up by nothing in the graph."""
+    kit, batch = kit_with("llama", a=method)
+    kit.use("a")
+    want = out(kit(**batch, use_cache=False))
+    compiled = torch.compile(kit.base, fullgraph=True, backend="eager")
+    assert_same(out(compiled(**batch, use_cache=False)), want, 1e-6)
 
 
 @slow

@@ -238,3 +238,20 @@ def test_a_head_rate_far_too_high_is_refused_and_patience_warns_of_nothing(
     assert result.figures["steps"] < 12
     transformers.logging.disable_propagation()
     assert "EarlyStopping" not in caplog.text
+
+
+def test_targets_and_a_rank_that_one_module_cannot_hold(models: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    method = {"name": "LoRA", "rank": 50, "targets": "all-linear -re:.*(key|query)"}
+    kitout.train(
+        {
+            "model": str(models["encoder"]),
+            "data": str(texts),
+            "method": method,
+            "output": {"folder": str(tmp_path / "o")},
+        },
+        dry_run=True,
+    )
+    text = " ".join((tmp_path / "o" / "preflight.txt").read_text().split())
+    assert "! rank clipped to what the site can hold: " in text
+    assert "x value (50 -> " in text
+    assert "attn.q" not in text

@@ -92,6 +92,8 @@ class Site:
     """Seen by the probe, attention only: how many keys its window holds; 0: no window."""
     relative_bias: nn.Module | None = field(default=None, compare=False, repr=False)
     """Seen by the probe, attention only: the attention whose `compute_bias` gives the relative position bias."""
+    shares_kv_of: str = ""
+    """Seen by the probe, attention only: path of the attention whose keys and values it attends to; "": its own."""
     post_norm: nn.Module | None = field(default=None, compare=False, repr=False)
     """Seen by the probe, sublayers only: the norm after its sum with the residual stream (post-norm blocks)."""
     module: nn.Module = field(compare=False, repr=False)

@@ -38,6 +38,14 @@ class Tower:
     """Path of the learned position table; "" without one."""
     offset: int = 0
     """The row of the position table that is position 0."""
+    padding_leaks: bool = False
+    """Masked columns behind a text change it."""
+    reads_ids: bool = False
+    """Its embedder looks token ids up in another table too, so that it cannot be run from vectors alone."""
+    reads_inputs_again: bool = False
+    """Its embedder reads ids or mask once more after the blocks (a pooling), in the columns it was called with."""
+    takes_tokens: bool = True
+    """Its blocks take [batch, tokens, width], not an image as [batch, height, width, channels]."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,10 @@ class Survey:
     """Seen by the probe: one site per attention that keys and values can be added to."""
     kv_refusals: Mapping[str, str] = field(default_factory=dict)
     """Seen by the probe: path of every other attention -> why it has no such site."""
+    media: frozenset[str] = frozenset()
+    """Seen by the probe: paths of modules that a forward of text alone does not run: they see images or sounds."""
+    biased_attentions: frozenset[str] = frozenset()
+    """Seen by the probe: paths of attentions whose mask carries a bias by position."""
     unproven_reason: str = ""
     """Why no forward has confirmed the sites."""
     fused_experts: tuple[str, ...] = ()
@@ -107,6 +119,10 @@ class Survey:
             if site.path == path and site.channels is None:
                 return site
         raise TargetError(f"no site at {path!r}; {suggest(path, [s.path for s in self.sites])}")
+
+    def is_media_tower(self, tower: Tower) -> bool:
+        """Whether its blocks see images or sounds beside a text."""
+        return any(b.path in self.media for b in self.blocks if b.tower == tower.path)
 
     @property
     def used_paths(self) -> frozenset[str]:

@@ -1,14 +1,13 @@
 """The frozen module seen as a matrix: the one file that knows how weights are stored.
 
-Linear [out, in], Conv1D-like [in, out], convolutions [out, in, *kernel], embedding tables [V, d], norm gains stored as
-g or as 1 + g, channel subsets of fused projections, quantized storage. Everything else sees w [d_out, d_in] and
+Linear [out, in], Conv1D-like [in, out], convolutions (`convolutions.py`), embedding tables [V, d], channel subsets of
+fused projections, quantized storage, computed weights (`parametrized.py`). Everything else sees w [d_out, d_in] and
 b [d_out] | None. It knows nothing of adapters, routes or files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,29 +16,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from kitout.base import convolutions, own_forward, parametrized
+from kitout.base.own_forward import (
+    HALF_TOLERANCE,
+    PLAIN_FORWARDS,
+    TOLERANCE,
+    owner_of,
+    swapped_parameters,
+    unhooked_forward,
+)
 from kitout.base.site import Site
-from kitout.errors import NotMergeable
+from kitout.errors import NotMergeable, TargetError
+
+Convolution = nn.modules.conv._ConvNd
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """True where the weight is stored [in, out] (transformers' Conv1D marks itself by `nf`)."""
-    return "nf" in module.__dict__ and "weight" in module._parameters
+    return "nf" in module.__dict__ and ("weight" in module._parameters or parametrized.is_computed(module))
 
 
 def is_plain_float(module: nn.Module, name: str = "weight") -> bool:
     """True where the weight is an ordinary floating-point tensor (not packed, quantized or a tensor subclass)."""
-    w = module._parameters.get(name)
+    return _is_plain_float(parametrized.weight_or_bias(module, name))
+
+
+def _is_plain_float(w: Tensor | None) -> bool:
     return w is not None and type(w.data) is Tensor and w.is_floating_point() and w.dtype.itemsize >= 2
+
+
+def floating_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype of a module's first floating-point parameter; the default where it has none."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
 
 
 def weight_matrix(module: nn.Module, name: str = "weight") -> Tensor:
     """The module's weight as a [d_out, d_in] view in its own dtype; raises NotMergeable for quantized storage."""
-    w = module._parameters.get(name)
-    if w is None or not is_plain_float(module, name):
+    w = parametrized.weight_or_bias(module, name)
+    if w is None or not _is_plain_float(w):
         kind = type(w.data).__name__ if w is not None else f"no parameter named {name}"
         raise NotMergeable(f"{type(module).__name__} stores its weight as {kind}, not as plain floating-point values")
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        raise NotMergeable(f"{type(module).__name__} has no place for a change of its weight as a matrix")
+    return to_matrix(module, w)
+
+
+def to_matrix(module: nn.Module, w: Tensor) -> Tensor:
+    """A weight in the module's own layout as a [d_out, d_in] view."""
+    if isinstance(module, Convolution):
+        return convolutions.kernel_to_matrix(module, w)
     return as_matrix(w, is_transposed(module))
 
 
@@ -54,38 +77,66 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def as_stored(module: nn.Module, w: Tensor, shape: torch.Size) -> Tensor:
-    """A [d_out, d_in] matrix in the module's own layout: the reverse of `as_matrix`."""
-    return w.T if is_transposed(module) else w.view(shape)
+    """A [d_out, d_in] matrix in the module's own layout: the reverse of `to_matrix`."""
+    if isinstance(module, Convolution):
+        return convolutions.matrix_to_kernel(module, w)
+    return w.T if is_transposed(module) else w.reshape(shape)
 
 
 def parameter_at(module: nn.Module, name: str) -> Tensor | None:
     """The parameter of a module or of a child of it by its dotted name; None where there is none now."""
-    owner, last = _owner_of(module, name)
+    owner, last = owner_of(module, name)
     return owner._parameters.get(last)
 
 
 def bias(module: nn.Module, name: str = "bias") -> Tensor | None:
     """The module's bias [d_out], or None."""
-    return module._parameters.get(name)
+    return parametrized.weight_or_bias(module, name)
 
 
-def apply_weight(site: Site, x: Tensor, w: Tensor) -> Tensor:
+def apply_weight(site: Site, x: Tensor, w: Tensor, size: Sequence[int] | None = None) -> Tensor:
     """The site's own linear map with other weights: x as the module takes it, w [r, d_in] -> [..., r], channels last.
 
-    d_in is the width of the flattened weight: in * kernel for a convolution, the vocabulary for an embedding.
+    d_in is the width of the flattened weight: in / groups * kernel for a convolution, the vocabulary for an embedding.
+    size: of a convolution's output.
     """
     module = site.module
     if isinstance(module, nn.Embedding):
         return F.embedding(x, w.T, module.padding_idx)
     if site.kind == "conv":
-        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(module.kernel_size)]
-        kernel = w.view(w.shape[0], -1, *module.kernel_size)
-        if module.padding_mode != "zeros":
-            x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-            return conv(x, kernel, None, module.stride, 0, module.dilation, module.groups).movedim(1, -1)
-        return conv(x, kernel, None, module.stride, module.padding, module.dilation, module.groups).movedim(1, -1)
+        assert isinstance(module, Convolution)
+        return convolutions.convolve(module, x, w, size)
     return F.linear(x, w)
+
+
+def apply_low_rank(site: Site, x: Tensor, a: Tensor, b: Tensor, y: Tensor, by_own_forward: bool = False) -> Tensor:
+    """`apply_weight` for B A without forming the product where that saves work: a [r, d_in], b [d_out, r], y the
+    module's own output, channels last. In a grouped convolution every group has its own rows of B and all of A.
+
+    by_own_forward: of a convolution whose class has one of its own.
+    """
+    module, size = site.module, y.shape[1:-1]
+    if not isinstance(module, Convolution):
+        return F.linear(apply_weight(site, x, a), b)
+    if module.groups == 1 and not by_own_forward:
+        change = F.linear(apply_weight(site, x, a, size), b)
+        if change.shape[:-1] != y.shape[:-1]:
+            raise TargetError(
+                f"{site.path}: {type(module).__name__} pads or crops by a forward of its own and is not linear in its "
+                "weight, so a change of its weight cannot be added; choose a method that acts on outputs (IA3, SSF)"
+            )
+        return change
+    index = site.channel_index
+    if index is not None:  # the groups divide the whole output
+        b = b.new_zeros(module.out_channels, b.shape[1]).index_put((torch.arange(module.out_channels)[index],), b)
+    if by_own_forward:
+        change = own_forward.run_with(module, x, b @ a).movedim(1, -1)
+    elif module.groups * a.shape[0] < module.out_channels:
+        h = apply_weight(site, x, a.repeat(module.groups, 1), size).unflatten(-1, (module.groups, -1))
+        change = torch.einsum("...gr,gor->...go", h, b.unflatten(0, (module.groups, -1))).flatten(-2)
+    else:
+        change = apply_weight(site, x, b @ a, size)
+    return change if index is None else change[..., index]
 
 
 @torch.no_grad()
@@ -96,7 +147,7 @@ def is_matrix_product(module: nn.Module) -> bool:
     """
     if unhooked_forward(module) in (nn.Linear.forward, Conv1D.forward) or not is_plain_float(module):
         return True
-    w = as_matrix(module.get_parameter("weight"), is_transposed(module))
+    w = weight_matrix(module)
     if w.ndim != 2:
         return False
     x = torch.randn(3, 5, w.shape[1], generator=torch.Generator().manual_seed(0)).to(w.device, w.dtype)
@@ -115,73 +166,84 @@ def is_matrix_product(module: nn.Module) -> bool:
 
 def _are_close(y: Tensor, expected: Tensor) -> bool:
     """Equal up to the rounding of their dtype."""
-    tolerance = 1e-4 if expected.dtype.itemsize > 2 else 3e-2
+    tolerance = TOLERANCE if expected.dtype.itemsize > 2 else HALF_TOLERANCE
     return bool((y - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 @torch.no_grad()
-def check_is_linear(site: Site) -> None:
-    """NotMergeable where the module is not just its weight times its input: tables that scale what they look up,
-    convolutions that standardize their kernel. Classes with a forward of their own are tried on random input.
+def linear_scale(site: Site) -> float:
+    """What the module multiplies its weight's own product by: not 1 in tables that scale what they look up (Gemma).
+
+    NotMergeable where it does more than that, as a convolution that standardizes its kernel. Classes with a forward of
+    their own are tried on random input.
     """
     module, forward = site.module, unhooked_forward(site.module)
-    if forward in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward):
-        return
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise NotMergeable(f"{type(module).__name__} shortens the rows it looks up to {module.max_norm:g} (max_norm)")
+    if forward in PLAIN_FORWARDS:
+        return 1.0
     w = weight_matrix(module)
+    if isinstance(module, Convolution):
+        if not own_forward.is_linear(module):
+            raise NotMergeable(
+                f"{type(module).__name__} is not linear in its weight, so no weight gives the same function"
+            )
+        return 1.0
     generator = torch.Generator().manual_seed(0)
     if isinstance(module, nn.Embedding):
         x = torch.arange(min(8, module.num_embeddings))
-    elif site.kind == "conv":
-        channels, *kernel = module.get_parameter("weight").shape[1:]
-        x = torch.randn(2, channels * getattr(module, "groups", 1), *(4 * k for k in kernel), generator=generator)
     else:
         x = torch.randn(2, w.shape[1], generator=generator)  # a sublayer's site may read something narrower
     x = x.to(w.device, w.dtype) if x.is_floating_point() else x.to(w.device)
     y, expected, b = forward(module, x), apply_weight(site, x, w), bias(module)
     expected = expected if b is None else expected + b
-    y = y.movedim(1, -1) if site.channels_first else y
-    if y.shape != expected.shape or not _are_close(y, expected):
+    scale = 1.0
+    if isinstance(module, nn.Embedding) and y.shape == expected.shape:
+        scale = float((y.double() * expected.double()).sum() / expected.double().square().sum().clamp_min(1e-300))
+        expected = scale * expected
+        scale = 1.0 if abs(scale - 1.0) < 1e-6 else scale
+    if y.shape != expected.shape or scale <= 0 or not _are_close(y, expected):
         raise NotMergeable(
             f"{type(module).__name__} does more than multiply by its weight, so no weight gives the same function"
         )
+    return scale
 
 
 def fan_in(site: Site) -> int:
-    """Width of the flattened weight's input axis (see `apply_weight`)."""
+    """Width of the flattened weight's input axis (see `apply_weight`); at a module's input, that of its channels."""
     module = site.module
+    if site.port == "in":
+        return site.d_in
     if isinstance(module, nn.Embedding):
         return module.num_embeddings
-    if site.kind == "conv":
-        weight = module._parameters["weight"]
-        assert weight is not None
-        return weight[0].numel()
-    return site.d_in
+    return convolutions.matrix_width(module) if isinstance(module, Convolution) else site.d_in
 
 
-@contextmanager
-def swapped_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The module with other values for some of its parameters, restored afterwards. Names may be of its children's."""
-    owners = {name: _owner_of(module, name) for name in values}
-    originals = {name: owner._parameters[last] for name, (owner, last) in owners.items()}
-    try:
-        for name, (owner, last) in owners.items():
-            owner._parameters[last] = values[name]  # type: ignore[assignment]
-        yield
-    finally:
-        for name, (owner, last) in owners.items():
-            owner._parameters[last] = originals[name]
+def scale_input(module: nn.Module, w: Tensor, scale: Tensor) -> Tensor:
+    """The matrix for which the module's input is multiplied by a factor per channel."""
+    if not isinstance(module, Convolution):
+        return w * scale
+    return convolutions.scale_channels(module, w, scale)
 
 
-def _owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that a dotted parameter name leads to, and the last part of the name."""
-    path, _, last = name.rpartition(".")
-    return module.get_submodule(path), last
+def map_input(module: nn.Module, w: Tensor, matrix: Tensor) -> Tensor:
+    """The matrix for which the module's input, channel by channel, is multiplied by this square matrix."""
+    if not isinstance(module, Convolution):
+        return w @ matrix
+    if module.groups > 1:
+        raise NotMergeable(f"a map of all input channels has no place in a convolution of {module.groups} groups")
+    return torch.einsum("goik,ij->gojk", convolutions.by_channel(module, w), matrix).reshape(w.shape)
 
 
-def unhooked_forward(module: nn.Module) -> Callable[..., Any]:
-    """The frozen module's own forward, without what kitout adds to its class; it takes the module first."""
-    forward: Callable[..., Any] = getattr(type(module), "frozen_forward", type(module).forward)
-    return forward
+def shift_input(module: nn.Module, w: Tensor, shift: Tensor) -> Tensor:
+    """What the bias gains where the module's input gains this shift per channel."""
+    if not isinstance(module, Convolution):
+        return w @ shift
+    pads = unhooked_forward(module) not in PLAIN_FORWARDS or not convolutions.sees_every_channel_everywhere(module)
+    if pads and bool(shift.any()):
+        raise NotMergeable("a shift of the input is no bias at the edges, which are padded with zeros or cut")
+    shift = shift.unflatten(0, (module.groups, 1, -1, 1))
+    return (convolutions.by_channel(module, w) * shift).sum((2, 3)).flatten()
 
 
 @dataclass(eq=False)
@@ -194,6 +256,13 @@ class FrozenModule:
     """Arguments of the module's call in progress, for Deltas that replace the call."""
     call_kwargs: dict[str, Any] = field(default_factory=dict, init=False)
     """Keyword arguments of that call."""
+
+    by_own_forward: bool = field(default=False, init=False)
+    """A convolution that is linear, by a forward of its own."""
+
+    def __post_init__(self) -> None:
+        module = self.site.module
+        self.by_own_forward = isinstance(module, Convolution) and own_forward.is_linear(module)
 
     def clear_call(self) -> None:
         """Forget the call: it is over."""
@@ -226,78 +295,41 @@ class FrozenModule:
         y: Tensor = unhooked_forward(self.site.post_norm)(self.site.post_norm, x)
         return y
 
-    def apply_weight(self, x: Tensor, w: Tensor) -> Tensor:
-        return apply_weight(self.site, x, w)
+    def apply_low_rank(self, x: Tensor, a: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        return apply_low_rank(self.site, x, a, b, y, self.by_own_forward)
 
 
-def norm_gain_offset(module: nn.Module) -> float:
-    """0.0 where a norm multiplies by its weight, 1.0 where by 1 + weight: measured, not assumed.
+def parameters_for_matrix(
+    module: nn.Module, new: tuple[Tensor, Tensor | None], old: tuple[Tensor, Tensor | None]
+) -> dict[str, Tensor]:
+    """The parameters, by dotted name, that give a linear, convolution or embedding this weight [d_out, d_in] and bias.
 
-    Raises NotMergeable where neither fits, or where the norm is not an elementwise gain at all.
+    Only those that differ from the old ones. NotMergeable where the module has no place for them.
     """
-    weight = module._parameters.get("weight")
-    if weight is None or weight.ndim != 1:
-        raise NotMergeable(f"{type(module).__name__} has no 1-D gain to merge into")
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, weight.numel(), generator=generator).to(weight.device, torch.float32)
-    parameters = {n: p.detach().float() for n, p in module.named_parameters()}
-    shift = parameters["bias"] if "bias" in parameters else torch.zeros_like(x[0])
-
-    def run_with_gain(gain: Tensor) -> Tensor:
-        with swapped_parameters(module, {**parameters, "weight": gain}):
-            return unhooked_forward(module)(module, x) - shift
-
-    zero, one = run_with_gain(torch.zeros_like(x[0])), run_with_gain(torch.ones_like(x[0]))
-    normalized = one - zero  # in both conventions
-    for offset in (0.0, 1.0):
-        if torch.allclose(zero, offset * normalized, atol=1e-5):
-            return offset
-    raise NotMergeable(f"{type(module).__name__} is neither gain * norm(x) nor (1 + gain) * norm(x)")
-
-
-def replace_weight(module: nn.Module, w: Tensor, b: Tensor | None) -> None:
-    """Give a linear, convolution or embedding new weights, [d_out, d_in] and [d_out] in fp32, cast to its dtype.
-
-    The Parameters are new objects: a tied partner keeps the old values, and the old ones can be restored bit-identical.
-    """
-    old = module._parameters["weight"]
-    assert old is not None
+    w, b = new
+    values: dict[str, Tensor] = {}
     if isinstance(module, nn.Embedding):
         w, b = (w if b is None else w + b[:, None]), None
-    module._parameters["weight"] = _new_parameter(as_stored(module, w, old.shape), old)
-    if b is not None:
-        if "bias" not in module._parameters:
-            raise NotMergeable(f"{type(module).__name__} has no place for a bias")
-        module._parameters["bias"] = _new_parameter(b, old)
-
-
-def fold_into_norm(
-    module: nn.Module, parameters: Mapping[str, Tensor], scale: Tensor, shift: Tensor | None
-) -> dict[str, Tensor]:
-    """A norm's parameters with y' = scale * y + shift merged in: its gain and, where it has or can hold one, its bias.
-
-    parameters: its current ones in working precision.
-    """
-    offset, new = norm_gain_offset(module), dict(parameters)
-    new["weight"] = (parameters["weight"] + offset) * scale - offset
-    if "bias" in parameters:
-        new["bias"] = parameters["bias"] * scale
-    if shift is not None and bool(shift.any()):
-        if "bias" not in module._parameters:
-            raise NotMergeable(f"{type(module).__name__} is a norm without a bias: it can take a scale, not a shift")
-        new["bias"] = shift if "bias" not in parameters else new["bias"] + shift
-    return new
+    if not torch.equal(w, old[0]):
+        stored = as_stored(module, w, parametrized.weight_or_bias(module, "weight").shape)  # type: ignore[union-attr]
+        values |= parametrized.parameters_for(module, "weight", stored)
+    if b is not None and (old[1] is None or not torch.equal(b, old[1])):
+        values |= parametrized.parameters_for(module, "bias", b)
+    return values
 
 
 def replace_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Give a module new parameters, cast to the dtype of the old ones. Names may be of its children's."""
     for name, value in values.items():
-        owner, last = _owner_of(module, name)
+        owner, last = owner_of(module, name)
         old = owner._parameters[last]
         if old is None:
-            old = next(p for p in owner._parameters.values() if p is not None)
+            old = next(owner.parameters())
         owner._parameters[last] = _new_parameter(value, old)
 
 
 def _new_parameter(value: Tensor, old: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(value.detach().to(old.device, old.dtype).contiguous(), requires_grad=False)
+    new = value.detach().to(old.device, old.dtype).contiguous()
+    if not (is_finite := new.isfinite()).all() and not (new.shape == old.shape and (is_finite | ~old.isfinite()).all()):
+        raise NotMergeable(f"the merged values are more than {old.dtype} can hold")
+    return nn.Parameter(new, requires_grad=False)

@@ -2,7 +2,8 @@
 
 It builds the model on the meta device from a folder with a config, a model type or a timm name, finds its sites and
 prints them by role, layer and width; then the towers, and the projections without a role. No forward runs, so the parts
-of a fused projection are not listed one by one (`kitout.attach` does that).
+of a fused projection are not listed one by one (`kitout.attach` does that). `--check` builds it with values and runs
+`kitout.check` on it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,10 +22,14 @@ from rich.table import Table
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+import kitout
+from kitout.base import memory
 from kitout.base.find.find import find_sites
 from kitout.base.survey import Block, Survey
 from kitout.cli.terminal import report_errors
 from kitout.errors import ConfigError, TargetError, suggest
+from kitout.format import format_bytes
+from kitout.model_check.result import CheckCell
 from kitout.runtime.left_out import fused_experts_text
 from kitout.runtime.show import align_columns, layers_text, site_table
 
@@ -38,14 +43,21 @@ def inspect(
         typer.Argument(metavar="MODEL", help="model folder, model type (llama) or timm name"),
     ],
     role: Annotated[list[str] | None, typer.Option(help="PATTERN=ROLE, as in attach(roles=...)")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="run every kind of method on a tiny batch: effect, rows, merge, save, cache")
+    ] = False,
 ) -> None:
     """Show where adapters can be placed in a model: sites by role, layer and width. Loads no weights.
+
+    With --check the model is built with values (the folder's, else random ones), every kind of method is tried on it,
+    and the exit status is 1 if one is wrong or fails.
 
     Example: kitout inspect llama
     """
     with report_errors():
+        roles = _parse_roles(role or [])
         model = build_on_meta(model_name)
-        survey = find_sites(model, _parse_roles(role or []))
+        survey = find_sites(model, roles)
     title = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
     console = Console()
     if console.is_terminal:
@@ -53,6 +65,16 @@ def inspect(
         typer.echo("\n".join(_tower_lines(survey)))
     else:
         typer.echo(f"{title}\n{render_text(survey)}")
+    if check:
+        with report_errors():
+            found = kitout.check(_build_with_values(model_name, model), roles=roles, on_cell=_show_cell)
+        typer.echo(str(found))
+        if not found.ok:
+            raise typer.Exit(1)
+
+
+def _show_cell(method: str, column: str, cell: CheckCell) -> None:
+    typer.echo(f"{method}, {column}: {cell.text}", err=True)
 
 
 def render_table(survey: Survey, title: str | None = None) -> Table:
@@ -107,6 +129,28 @@ def build_on_meta(name: str) -> nn.Module:
         return _build_transformer(config)
 
 
+def _build_with_values(name: str, on_meta: nn.Module) -> nn.Module:
+    """The model whose twin is on the meta device: a folder's own weights, else random ones by seed 0."""
+    num_bytes = 4 * sum(p.numel() for p in on_meta.parameters())
+    free = memory.available(torch.device("cpu"))
+    if free is not None and num_bytes > free // 2:
+        raise ConfigError(
+            f"{name!r} with values takes {format_bytes(num_bytes)}, and {format_bytes(free)} are free: check a smaller "
+            "config of the same type, from a folder with its config.json"
+        )
+    config = _load_config(name)
+    torch.manual_seed(0)
+    if config is None:
+        return _build_timm(name, with_values=True)
+    if any(Path(name).glob("*.safetensors")):
+        model: nn.Module = type(on_meta).from_pretrained(name, local_files_only=True)  # type: ignore[attr-defined]
+        return model
+    text_config = config.get_text_config()
+    if getattr(text_config, "pad_token_id", 0) is None:
+        text_config.pad_token_id = 0  # some classifiers take no batch without one
+    return _build_transformer(config)
+
+
 def _load_config(name: str) -> Any:
     """The config in a folder, or the default one of a model type; None if it is neither."""
     from transformers import CONFIG_MAPPING, AutoConfig
@@ -136,7 +180,7 @@ def _class_names(config: Any) -> Iterator[str]:
     return (f"{stem}{head}" for head in HEAD_SUFFIXES if head)
 
 
-def _build_timm(name: str) -> nn.Module:
+def _build_timm(name: str, with_values: bool = False) -> nn.Module:
     from transformers import CONFIG_MAPPING
 
     try:
@@ -151,7 +195,7 @@ def _build_timm(name: str) -> nn.Module:
         raise ConfigError(f"{name!r} is neither a folder nor a model type nor a timm model; {hint}")
     model: nn.Module
     try:
-        with on_meta():
+        with nullcontext() if with_values else on_meta():
             model = timm.create_model(name)
     except (NotImplementedError, RuntimeError):  # it needs more than shapes to be built
         model = timm.create_model(name)

@@ -16,8 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kitout.base.select import COMPOSITE_ROLES
 from kitout.base.site import Site
-from kitout.errors import Errors, FileError, InvalidAdapterName, KitoutError, MergeStateError, TargetError, WrongBase
+from kitout.errors import (
+    ConfigError,
+    Errors,
+    FileError,
+    InvalidAdapterName,
+    KitoutError,
+    MergeStateError,
+    RouteError,
+    TargetError,
+    WrongBase,
+)
 from kitout.files import float_steps
 from kitout.files.adapter_json import FORMAT, RECORD, TENSORS, AdapterJson, SiteEntry, TensorsEntry, read_adapter_json
 from kitout.files.adapter_tensors import (
@@ -32,9 +43,10 @@ from kitout.files.atomic import check_replaceable, replace_folder
 from kitout.files.base_fingerprint import differences, fingerprint, parameters_before_merge
 from kitout.files.head_spec import build_from_spec, spec_of
 from kitout.files.safetensors_reader import SafetensorsFile, open_tensors, write_tensors
+from kitout.files.system_errors import as_path, as_path_error
 from kitout.method import Method
 from kitout.runtime.adapter import Adapter
-from kitout.runtime.build_adapter import check_name, check_sites, head_site, select_sites
+from kitout.runtime.build_adapter import check_head, check_name, check_sites, head_site, select_sites
 from kitout.runtime.state import KitState
 from kitout.version import __version__
 
@@ -59,8 +71,9 @@ def save_adapter(
     other files or a value is NaN or infinite.
     """
     adapter = state[name] if keep_encoder else state[name].inference_form()
-    target = Path(folder)
-    check_replaceable(target.expanduser(), FILES)
+    target = as_path(folder)
+    with as_path_error("written", target):
+        check_replaceable(target, FILES)
     slots = tensor_slots(adapter)
     if bad := non_finite_names({n: s.tensor for n, s in slots.items()}):
         raise FileError(f"{name!r} holds NaN or infinity in {', '.join(bad[:4])}: there is nothing worth saving in it")
@@ -68,6 +81,9 @@ def save_adapter(
     if dtype == "mixed" and any(s.base is not None for s in slots.values()):
         raise FileError(f"{name!r} holds trained copies in several dtypes: convert them to one, kit[{name!r}].float()")
     unmerged = parameters_before_merge(state)
+    note = adapter.metadata if metadata is None else metadata
+    if not isinstance(note, Mapping) or not all(isinstance(key, str) for key in note):
+        raise FileError(f"metadata cannot be written as json: it is a dict with texts for keys, found {str(note)[:80]}")
     tensors: dict[str, Tensor] = {}
     for key, slot in slots.items():
         frozen = None if slot.base is None else unmerged.get(id(slot.base), slot.base)
@@ -90,11 +106,12 @@ def save_adapter(
             heads=[spec_of(path, _head(adapter, path), state.base) for path in head_paths],
             tensors=TensorsEntry(bytes=size, sha256=digest),
             base=fingerprint(state, [s.path for s in adapter.sites], head_paths),
-            note=dict(adapter.metadata if metadata is None else metadata),
+            note=dict(note),
         )
         record.write(temp_path / RECORD)
 
-    replace_folder(target, FILES, write_into)
+    with as_path_error("written", target):
+        replace_folder(target, FILES, write_into)
 
 
 def load_adapter(
@@ -103,21 +120,26 @@ def load_adapter(
     *,
     name: str | None = None,
     heads: Mapping[str, nn.Module] | None = None,
+    verify: bool = True,
 ) -> Adapter:
     """Adds the adapter that a folder holds, trainable and not active. name: by default the one it was saved under.
 
-    heads: modules for heads whose class a file cannot describe. Raises WrongBase, FileError, AdapterExists or
-    InvalidAdapterName and leaves the kit as it was.
+    heads: modules for heads whose class a file cannot describe. verify: False compares no digests, so that a folder
+    edited by hand loads; every other check stays. Raises WrongBase, FileError, AdapterExists or InvalidAdapterName and
+    leaves the kit as it was.
     """
-    folder_path = Path(folder).expanduser()
+    state.check_attached()
+    folder_path = as_path(folder)
     for _ in range(RETRIES):
         stamp = _stamp(folder_path)
         try:
-            return _load_once(state, folder_path, name, heads or {})
+            with as_path_error("read", folder_path):
+                return _load_once(state, folder_path, name, heads or {}, verify)
         except FileError:
             if _stamp(folder_path) == stamp:  # else another process has replaced the folder between its two files
                 raise
-    return _load_once(state, folder_path, name, heads or {})
+    with as_path_error("read", folder_path):
+        return _load_once(state, folder_path, name, heads or {}, verify)
 
 
 def _stamp(folder_path: Path) -> tuple[int, int] | None:
@@ -129,8 +151,10 @@ def _stamp(folder_path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _load_once(state: KitState, folder_path: Path, name: str | None, heads: Mapping[str, nn.Module]) -> Adapter:
-    record = read_adapter_json(_existing_file(folder_path, RECORD))
+def _load_once(
+    state: KitState, folder_path: Path, name: str | None, heads: Mapping[str, nn.Module], verify: bool
+) -> Adapter:
+    record = read_adapter_json(_existing_file(folder_path, RECORD), verify)
     if state.merged_names:
         raise MergeStateError(f"{state.merged_text} merged into the base: unmerge() before loading {folder_path}")
     _check_name(state, folder_path, record, name)
@@ -142,9 +166,9 @@ def _load_once(state: KitState, folder_path: Path, name: str | None, heads: Mapp
         adapter, slots = _build_empty(state, folder_path, record, name or record.name, method, sites, heads)
         _check_header(folder_path, record, tensors, slots)
         stored, digest = tensors.read()
-    values = _values(folder_path, record, slots, stored, digest)
+    values = _values(folder_path, record, slots, stored, digest if verify else record.tensors.sha256)
     adapter.seed, adapter.metadata, adapter.left_out = record.seed, dict(record.note), left_out
-    fill_and_register(state, adapter, slots, values, record.strength)
+    _with_path(folder_path, lambda: fill_and_register(state, adapter, slots, values, record.strength))
     return adapter
 
 
@@ -163,9 +187,8 @@ def _check_name(state: KitState, folder_path: Path, record: AdapterJson, name: s
 def _existing_file(folder: Path, file: str) -> Path:
     if not (folder / file).exists():
         files = sorted(p.name for p in folder.iterdir())[:6] if folder.is_dir() else []
-        hint = (
-            f"it holds {', '.join(files)}" if files else "it is empty" if folder.is_dir() else "there is no such folder"
-        )
+        there = "it is a file: name the folder it lies in" if folder.is_file() else "there is no such folder"
+        hint = f"it holds {', '.join(files)}" if files else "it is empty" if folder.is_dir() else there
         if "adapter_config.json" in files:
             hint += ". That is a folder of Hugging Face PEFT: kitout.load_peft(kit, folder, name)"
         raise FileError(f"{folder} is not an adapter folder ({file} is missing): {hint}")
@@ -176,7 +199,7 @@ def _with_path(folder_path: Path, step: Any) -> Any:
     """Runs a step of reading and puts the folder before its message."""
     try:
         return step()
-    except (FileError, TargetError) as error:
+    except (FileError, TargetError, ConfigError, RouteError) as error:
         raise FileError(f"{folder_path}: {error}") from None
 
 
@@ -198,14 +221,17 @@ def _sites(
 ) -> tuple[list[Site], dict[str, str]]:
     """The method's sites in this model, which must be those of the record one by one, and what it leaves out.
 
-    A router that the method selected when the file was written (all-linear leaves it out now) is one of them.
+    Two kinds were selected when older files were written: routers, which all-linear leaves out now, and the sublayers
+    that end at a path, which a path meant as well.
     """
     heads = [h.path for h in record.heads]
     sites, left_out = _with_path(folder_path, lambda: select_sites(state, method, heads, record.name))
-    recorded = {entry.key for entry in record.sites} - {s.key for s in sites}
-    routers = {s.key: s for s in state.survey.sites if s.is_router and s.key in recorded}
+    listed, paths = {entry.key for entry in record.sites} - {s.key for s in sites}, {s.path for s in sites}
+    twins = [s for s in state.survey.sites if s.key in listed and s.role in COMPOSITE_ROLES and s.path in paths]
+    routers = {s.key: s for s in state.survey.sites if s.is_router and s.key in listed}
     order = {s.key: i for i, s in enumerate(state.survey.sites)}
     sites = sorted([*sites, *routers.values()], key=lambda s: order.get(s.key, 0)) if routers else sites
+    sites = [*sites, *twins]
     check_sites(record.name, sites, heads)
     old, new = {s.key: s for s in record.sites}, {s.key: SiteEntry.of(s) for s in sites}
     errors = Errors(FileError, f"{folder_path}: its sites are not those that {record.method} finds in this model")
@@ -242,7 +268,7 @@ def _build_empty(
     for head in record.heads:
         try:
             head_site(state, head.path)
-            modules[head.path] = build_from_spec(head, state.base, head_modules)
+            modules[head.path] = check_head(state, head.path, build_from_spec(head, state.base, head_modules))
         except (FileError, TargetError) as error:
             errors.add(str(error))
     if unknown := [path for path in head_modules if path not in {h.path for h in record.heads}]:

@@ -1,12 +1,15 @@
 """adapter.json: what an adapter is, beside its tensors. Its fields, how they are written and how they are read.
 
 Everything that a load needs is here, and every field is checked: unknown fields, other types and impossible values are
-all named in one FileError. It knows the schema only; `adapter_folder.py` checks whether it fits a model.
+all named in one FileError. A digest over all fields shows whether one was edited. It knows the schema only;
+`adapter_folder.py` checks whether it fits a model.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,14 +105,18 @@ class AdapterJson(_StrictModel):
     """Of the base it was made for."""
     note: dict[str, Any]
     """The adapter's metadata: whatever the user wrote."""
+    digest: str | None = None
+    """`digest_of` all other fields; None in files that were written before there were digests."""
 
     def write(self, path: Path) -> None:
-        """Writes readable json; raises FileError if the metadata holds what json cannot."""
-        fields = self.model_dump(exclude_none=False)
+        """Writes readable json with its digest; raises FileError if the metadata holds what json cannot."""
+        fields = self.model_dump(exclude={"digest"})
         for site in fields["sites"]:
             if site["channels"] is None:
                 del site["channels"]
         try:
+            fields = json.loads(json.dumps(fields, allow_nan=False))  # as a reader gets them: keys are texts
+            fields["digest"] = digest_of(fields)
             # Long lists stay on one line each: the file is for people too.
             lines = [f"{json.dumps(k)}: {_to_json_lines(v)}" for k, v in fields.items()]
         except (TypeError, ValueError, RecursionError) as error:
@@ -146,8 +153,15 @@ def _to_json_lines(value: Any) -> str:
     return dump(value, allow_nan=False)
 
 
-def read_adapter_json(path: Path) -> AdapterJson:
-    """The record in a file, checked field by field."""
+def digest_of(fields: Mapping[str, Any]) -> str:
+    """sha256 of the fields of a record but `digest` itself, whatever their order and the spaces between them."""
+    values = {key: value for key, value in fields.items() if key != "digest"}
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_adapter_json(path: Path, verify: bool = True) -> AdapterJson:
+    """The record in a file, checked field by field. verify: FileError where it was edited after it was written."""
     file, _ = open_regular(path, MAX_ADAPTER_JSON_BYTES)
     with file:
         fields = parse_json(file.read(MAX_ADAPTER_JSON_BYTES + 1), path)
@@ -158,13 +172,19 @@ def read_adapter_json(path: Path) -> AdapterJson:
             f"{FORMAT}: install a newer one"
         )
     try:
-        return AdapterJson.model_validate(fields)
+        record = AdapterJson.model_validate(fields)
     except ValidationError as error:
         errors = Errors(FileError, f"{path} is not an adapter record")
         for e in error.errors(include_url=False, include_input=False)[:MAX_SHOWN_ERRORS]:
             errors.add(f"{'.'.join(map(str, e['loc']))[:120]}: {e['msg'][:200]}")
         errors.raise_if_any()
         raise
+    if verify and "digest" in fields and record.digest != digest_of(fields):
+        raise FileError(
+            f"{path} was edited or damaged after it was written: its fields are not those of its digest. Copy the "
+            "folder again, or load it as it is: kit.load(folder, verify=False)"
+        )
+    return record
 
 
 def runs(channels: tuple[int, ...] | None) -> list[list[int]] | None:

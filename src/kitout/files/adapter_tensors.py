@@ -20,7 +20,7 @@ from kitout.errors import Errors
 from kitout.files.head_spec import blank_copy
 from kitout.method import Method
 from kitout.runtime.adapter import Adapter
-from kitout.runtime.build_adapter import head_site
+from kitout.runtime.build_adapter import check_strength, head_site
 from kitout.runtime.state import KitState
 
 SHARED, HEAD = "@shared", "@head/"  # first parts of tensor names; those of a Delta start with its site's key
@@ -131,10 +131,14 @@ def non_finite_names(tensors: Mapping[str, Tensor]) -> list[str]:
 def fill_and_register(
     state: KitState, adapter: Adapter, slots: Mapping[str, TensorSlot], values: Mapping[str, Tensor], strength: float
 ) -> None:
-    """Fills the adapter's slots and adds it to the kit, as trainable as a new one and not active."""
+    """Fills the adapter's slots and adds it to the kit, as trainable as a new one and not active.
+
+    RouteError, with the kit as it was, where `use` could not activate it.
+    """
     devices = device_of(state, adapter)
     for name, slot in slots.items():
         slot.set(values[name].to(devices[name.partition(".")[0]]))
     adapter.group_by_module([head_site(state, path.replace("/", ".")) for path in adapter.heads])
+    check_strength(adapter, strength)
     adapter.strength = strength
-    state.insert(adapter)
+    state.insert(adapter, check_usable=True)

@@ -8,11 +8,13 @@ the second fails. It knows nothing of what is in a file, and of a folder only th
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import sys
 import uuid
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
 from kitout.errors import FileError
@@ -42,11 +44,12 @@ def replace_folder(target: Path, files: Collection[str], write_into: Callable[[P
     target may be new, empty, or hold nothing but `files`, which are replaced. Anything else is refused, because
     replacing the folder would delete files that are not kitout's.
     """
-    target = target.expanduser().resolve()  # a link is followed: the folder it leads to is the one replaced
+    target = _resolve(target.expanduser())  # a link is followed: the folder it leads to is the one replaced
     check_replaceable(target, files)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    new_parents = [p for p in target.parents if not p.exists()]  # the innermost first
     temp_path = target.parent / f".kitout-{uuid.uuid4().hex}"
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         temp_path.mkdir()
         write_into(temp_path)
         for file in temp_path.iterdir():
@@ -56,6 +59,16 @@ def replace_folder(target: Path, files: Collection[str], write_into: Callable[[P
         flush(target.parent)
     finally:
         shutil.rmtree(temp_path, ignore_errors=True)
+        for parent in new_parents:
+            with suppress(OSError):  # it is not empty: all went well, or another process uses it by now
+                parent.rmdir()
+
+
+def _resolve(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except RuntimeError:  # how Python before 3.13 says it
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
 
 
 def check_replaceable(target: Path, files: Collection[str]) -> None:

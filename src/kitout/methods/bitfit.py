@@ -10,33 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.base.weights import bias
 from kitout.delta import Delta
 from kitout.method import Method, TrainingDefaults, register
-
-KINDS = ("linear", "norm", "conv")
-
-
-class ShiftDelta(Delta):
-    """y' = y + shift."""
-
-    is_scale_shift = True
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.shift = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor, y: Tensor, frozen: Any = None) -> Tensor:
-        return y + self.shift.to(y.dtype)
-
-    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        shift = self.shift.to(w.dtype)
-        return w, shift if b is None else b + shift
+from kitout.methods.deltas.shifted import BIASED_KINDS, ShiftDelta
 
 
 @register
@@ -55,7 +36,7 @@ class BitFit(Method):
         if self.targets is not None:
             return select(survey.sites, self.targets, self.layers)
         selected = select(survey.sites, "*", self.layers)
-        candidates = [s for s in selected if s.kind in KINDS and s.role != "head" and s.channels is None]
+        candidates = [s for s in selected if s.kind in BIASED_KINDS and s.role != "head" and s.channels is None]
         biased = [s for s in candidates if bias(s.module, s.bias_name) is not None]
         if biased and not self.everywhere:
             return biased

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import Tensor, nn
 
-from kitout.base.select import matches
+from kitout.base.select import COMPOSITE_ROLES, MAX_PATTERNS, matches, names_a_group, select
 from kitout.base.site import Site
-from kitout.base.weights import fan_in, is_matrix_product, weight_matrix
+from kitout.base.survey import Survey
+from kitout.base.weights import bias, fan_in, is_matrix_product, weight_matrix
 from kitout.delta import Delta
-from kitout.errors import ConfigError, TargetError
+from kitout.errors import ConfigError, Errors, TargetError
 from kitout.method import Method, TrainingDefaults, register
 from kitout.methods.deltas.dora import DoRADelta
 from kitout.methods.deltas.low_rank import LowRankDelta
+from kitout.methods.deltas.shifted import BIASED_KINDS, ShiftDelta, ShiftedDoRA, ShiftedLowRank
 
 ByRole = dict[str, int]
+BIAS = ("bias",)  # parameter_names of a site where only a bias is trained
+PROJECTIONS_OF = {"sub.attn": ("attn.o",), "sub.cross": ("cross.o",), "sub.mlp": ("mlp.down",)}
 
 
 @register
@@ -31,8 +35,11 @@ class LoRA(Method):
     """A low-rank change of selected projections: y' = y + alpha / rank * B A dropout(x).
 
     rank, alpha: a number, or numbers by role as in {"attn.*": 8, "mlp.*": 16}. alpha None = 2 * rank. dropout: on x.
-    rslora: alpha / sqrt rank. dora: renormalize to a learned magnitude. init: "default", or "pissa" (A and B start as
-    the principal directions of W, whose product is subtracted again, so a new adapter is the identity).
+    rslora: alpha / sqrt rank. dora: renormalize to a learned magnitude. bias: "lora_only" also trains the biases of the
+    targets, "all" every bias of the model. lora_bias: a bias on every target, also where there is none. init:
+    "default", or "pissa" (A and B start as the principal directions of W, whose product is subtracted again, so a new
+    adapter is the identity). clip_rank: a site too narrow for the rank takes the rank it can hold, at the same scale;
+    False: the rank as it is, even above the width, as PEFT has it.
     """
 
     training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3, weight_decay=0.01)
@@ -43,11 +50,15 @@ class LoRA(Method):
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     rslora: bool = False
     dora: bool = False
+    bias: Literal["none", "lora_only", "all"] = "none"
+    lora_bias: bool = False
     init: Literal["default", "pissa"] = "default"
+    clip_rank: bool = True
 
     @field_validator("rank")
     @classmethod
     def _check_rank(cls, rank: int | ByRole) -> int | ByRole:
+        _check_patterns(rank)
         for r in rank.values() if isinstance(rank, dict) else [rank]:
             if r <= 0:
                 raise ValueError(f"rank must be at least 1, found {r}")
@@ -56,10 +67,17 @@ class LoRA(Method):
     @field_validator("alpha")
     @classmethod
     def _check_alpha(cls, alpha: float | dict[str, float] | None) -> float | dict[str, float] | None:
+        _check_patterns(alpha)
         for a in alpha.values() if isinstance(alpha, dict) else [1.0 if alpha is None else alpha]:
             if a <= 0:
                 raise ValueError(f"alpha must be above 0, found {a}")
         return alpha
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without clip_rank where it is the default: a file that does not need it is the one of earlier versions."""
+        settings: dict[str, Any] = dump(self)
+        return {key: value for key, value in settings.items() if key != "clip_rank" or not value}
 
     @model_validator(mode="after")
     def _check_init(self) -> LoRA:
@@ -69,61 +87,146 @@ class LoRA(Method):
             )
         return self
 
-    def _check_site(self, site: Site) -> None:
-        if site.role.startswith("sub.") or site.role == "block":
-            raise TargetError(f"LoRA over {site.role} ({site.path}): it changes a projection; write mlp.down or attn.o")
-        if site.kind == "other" and not is_matrix_product(site.module):
-            raise TargetError(
-                f"LoRA over {site.path}: a {type(site.module).__name__} does more than multiply by its weight, so a "
-                "low-rank change of its output is none of its weight; choose other targets, or train its parameters: "
-                f"PartialFineTuning(names={site.path + '.*'!r})"
-            )
+    def sites(self, survey: Survey) -> list[Site]:
+        """The selected sites. TargetError for a sublayer; ConfigError for a rank that no site named for it can hold."""
+        sites = super().sites(survey)
+        errors = Errors(TargetError, "LoRA")
+        for role in sorted({s.role for s in sites if s.role in COMPOSITE_ROLES}):
+            inside = [s for s in survey.sites if s.role in PROJECTIONS_OF.get(role, ()) and s.channels is None]
+            known = dict.fromkeys(s.role for s in inside)
+            hint = f"; write {' or '.join(known)}" if known else ""
+            example = next(s.path for s in sites if s.role == role)
+            errors.add(f"LoRA over {role} ({example}): it changes a projection, and this is what a sublayer adds{hint}")
+        for site in (s for s in sites if s.kind == "other" and s.role not in COMPOSITE_ROLES):
+            if not is_matrix_product(site.module):
+                errors.add(
+                    f"LoRA over {site.path}: a {type(site.module).__name__} does more than multiply by its weight, so "
+                    "a low-rank change of its output is none of its weight; choose other targets, or train its "
+                    f"parameters: PartialFineTuning(names={site.path + '.*'!r})"
+                )
+        errors.raise_if_any()
+        words = [w for w in (self.targets or self.default_targets).split() if not w.startswith("-")]
+        by_pattern: dict[str, list[Site]] = {}
+        for site in sites:
+            pattern = pattern_for(self.rank, site, "rank") if isinstance(self.rank, dict) else ""
+            by_pattern.setdefault(pattern, []).append(site)
+        for pattern, members in by_pattern.items():
+            named = not any(map(names_a_group, [pattern] if pattern else words))
+            if self.clip_rank and named and all(self.rank_at(s) < self._requested_rank(s) for s in members):
+                widest = max(members, key=max_rank)
+                raise ConfigError(
+                    f"rank {self._requested_rank(widest)} is more than {widest.path} can hold: at most "
+                    f"{max_rank(widest)} ({widest.role})"
+                )
+        return sites if self.bias != "all" else self._with_other_biases(survey, sites)
+
+    def _with_other_biases(self, survey: Survey, targets: list[Site]) -> list[Site]:
+        """The targets and every other module with a bias that runs (PEFT leaves out no layer)."""
+        occupied = {site.path for site in targets if site.channels is None}
+        others = [
+            site.replace(parameter_names=BIAS)
+            for site in select(survey.sites, "*")
+            if site.kind in BIASED_KINDS and site.port != "in" and site.channels is None
+            if site.path in survey.used_paths - occupied and bias(site.module, site.bias_name) is not None
+        ]
+        order = {site.path: i for i, site in reversed(list(enumerate(survey.sites)))}
+        return sorted([*targets, *others], key=lambda site: order[site.path])
+
+    def _has_shift(self, site: Site) -> bool:
+        """A bias is trained at this target: one of an output, not of a row of a table."""
+        is_trained = self.lora_bias or (self.bias != "none" and bias(site.module, site.bias_name) is not None)
+        return is_trained and site.port != "in" and site.kind in BIASED_KINDS
+
+    def why_not_at_weight(self, site: Site) -> str:
+        if site.parameter_names == BIAS:
+            return ""
+        if self.dropout:
+            return "dropout acts on an input: set dropout=0"
+        return "no bias is read with it: set lora_bias=False" if self.lora_bias and not site.bias_name else ""
+
+    def _requested_rank(self, site: Site) -> int:
+        return int(value_for_role(self.rank, site, "rank"))
+
+    def rank_at(self, site: Site) -> int:
+        """The rank of this site: the requested one, or less where the site is narrower."""
+        rank = self._requested_rank(site)
+        return min(rank, max_rank(site)) if self.clip_rank else rank
+
+    def scale_at(self, site: Site) -> float:
+        """The same where the rank was clipped."""
+        rank = self._requested_rank(site)
+        alpha = 2.0 * rank if self.alpha is None else value_for_role(self.alpha, site, "alpha")
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def notes(self, sites: Sequence[Site]) -> list[str]:
+        clipped = [s for s in sites if s.parameter_names != BIAS and self.rank_at(s) < self._requested_rank(s)]
+        if not clipped:
+            return []
+        kinds: dict[tuple[str, int, int], list[str]] = {}
+        for site in clipped:
+            name = site.path.rpartition(".")[2]
+            kinds.setdefault((name, self._requested_rank(site), self.rank_at(site)), []).append(site.path)
+        shown = [f"{len(paths)} x {name} ({old} -> {new})" for (name, old, new), paths in kinds.items()]
+        more = f" and {len(shown) - 4} more kinds" if len(shown) > 4 else ""
+        return [f"rank clipped to what the site can hold: {', '.join(shown[:4])}{more}"]
+
+    def build(self, site: Site, shared: nn.Module | None) -> Delta:
+        if site.parameter_names == BIAS:
+            return ShiftDelta(site.d_out)
+        if site.role in COMPOSITE_ROLES:
+            raise TargetError(f"LoRA over {site.role} ({site.path}): it changes a projection")
         if site.port == "in" and (self.dora or self.init == "pissa"):
             raise ConfigError(
                 f"dora and pissa read the weight behind an output, and {site.path} is adapted at its input"
             )
-
-    def why_not_at_weight(self, site: Site) -> str:
-        return "dropout acts on an input: set dropout=0" if self.dropout else ""
-
-    def rank_at(self, site: Site) -> int:
-        rank = value_for_role(self.rank, site, "rank")
-        max_rank = min(fan_in(site), site.d_out)
-        if rank > max_rank:
-            raise ConfigError(f"rank {rank} is more than {site.path} can hold: at most {max_rank} ({site.role})")
-        return int(rank)
-
-    def scale_at(self, site: Site) -> float:
-        rank = self.rank_at(site)
-        alpha = 2.0 * rank if self.alpha is None else value_for_role(self.alpha, site, "alpha")
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
-
-    def build(self, site: Site, shared: nn.Module | None) -> Delta:
-        self._check_site(site)
         rank, width = self.rank_at(site), fan_in(site)
         scale = self.scale_at(site)
         a, b = init_factors(site, rank, width)
         if self.init == "pissa":
+            if rank > max_rank(site):
+                raise ConfigError(f"{site.path} has {max_rank(site)} principal directions: pissa has no rank {rank}")
             a, b = pissa_factors(frozen_weight(site), rank, scale)
+        is_shifted = self._has_shift(site)
         if self.dora:
-            return DoRADelta(a, b, frozen_weight(site).norm(dim=1), scale, self.dropout)
-        delta = LowRankDelta(a, b, scale, self.dropout, uses_module_map=site.kind != "linear")
+            dora = ShiftedDoRA if is_shifted else DoRADelta
+            return dora(a, b, frozen_weight(site).norm(dim=1), scale, self.dropout)
+        maps_channels = site.kind == "linear" or (site.kind == "conv" and site.port == "in")
+        low_rank = ShiftedLowRank if is_shifted else LowRankDelta
+        delta = low_rank(a, b, scale, self.dropout, uses_module_map=not maps_channels)
         if self.init == "pissa":
             delta.subtract_start(a, b)
         return delta
 
     def num_parameters(self, sites: Sequence[Site]) -> int:
-        pairs = sum(self.rank_at(s) * (fan_in(s) + s.d_out) for s in sites)
-        return pairs + (sum(s.d_out for s in sites) if self.dora else 0)
+        targets = [s for s in sites if s.parameter_names != BIAS]
+        pairs = sum(self.rank_at(s) * (fan_in(s) + s.d_out) for s in targets)
+        shifts = sum(s.d_out for s in sites if s.parameter_names == BIAS or self._has_shift(s))
+        return pairs + shifts + (sum(s.d_out for s in targets) if self.dora else 0)
+
+
+def _check_patterns(value: object) -> None:
+    """A setting by role may come from a file, and every regular expression in it has its cost."""
+    if isinstance(value, dict) and sum(pattern.startswith("re:") for pattern in value) > MAX_PATTERNS:
+        raise ValueError(f"more than {MAX_PATTERNS} regular expressions")
+
+
+def max_rank(site: Site) -> int:
+    """The rank above which a low-rank map at this site has no more functions to offer."""
+    return min(fan_in(site), site.d_out)
 
 
 def value_for_role(value: float | dict[str, int] | dict[str, float], site: Site, description: str) -> float:
     """A setting that may be given by role; the last pattern that matches wins."""
-    if not isinstance(value, dict):
-        return value
-    matching = [v for pattern, v in value.items() if matches(site, pattern)]
+    return value[pattern_for(value, site, description)] if isinstance(value, dict) else value
+
+
+def pattern_for(values: dict[str, int] | dict[str, float], site: Site, description: str) -> str:
+    """The pattern whose value a site has."""
+    matching = [pattern for pattern in values if matches(site, pattern)]
     if not matching:
-        raise ConfigError(f"{description} {value} has no value for {site.path} ({site.role}): add {site.role!r} or '*'")
+        raise ConfigError(
+            f"{description} {values} has no value for {site.path} ({site.role}): add {site.role!r} or '*'"
+        )
     return matching[-1]
 
 

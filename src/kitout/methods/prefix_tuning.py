@@ -137,11 +137,19 @@ class PrefixTuning(Method):
         sites = [s for s in select(survey.kv_sites, "kv.*", self.layers) if place(s) in places]
         if not sites:
             raise TargetError(f"places={self.places!r}: this model has {sorted({place(s) for s in survey.kv_sites})}")
+        if all(s.shares_kv_of for s in sites):
+            raise TargetError(
+                f"layers={self.layers!r}: {sites[0].path} attends to the keys of {sites[0].shares_kv_of}, so its "
+                "prefix is the one there: choose layers= with that one"
+            )
+        sites = [s for s in sites if not s.shares_kv_of]  # they see the prefix of the layer whose keys they see
         for site in sites:
             if 0 < site.sliding_window <= self.length:
+                full = sorted({s.layer for s in sites if not s.sliding_window and s.layer is not None})
                 raise TargetError(
                     f"{site.path} has a sliding window of {site.sliding_window} and would drop a prefix of "
-                    f"{self.length}: shorten it, or choose layers= with full attention"
+                    f"{self.length}: shorten it"
+                    + (f", or choose layers={','.join(map(str, full))!r}, with full attention" if full else "")
                 )
         pyramids = {pyramid_key(s.tower) for s in sites}
         for path, why in survey.kv_refusals.items():

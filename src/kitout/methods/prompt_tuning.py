@@ -78,7 +78,11 @@ class PromptTuning(Method):
                 f"PromptTuning needs a stack fed from a token table: {survey.unproven_reason or 'none was seen'}"
             )
         if len(towers) > 1 and self.stacks != "both":
+            kinds = {t.causal: "decoder" if t.causal else "encoder" for t in towers if t.causal is not None}
             towers = [t for t in towers if t.causal == (self.stacks == "decoder")]
+            if not towers:
+                choices = " or ".join(f"stacks={kind!r}" for kind in (*sorted(kinds.values()), "both"))
+                raise TargetError(f"stacks={self.stacks!r}: this model has no {self.stacks} of tokens; write {choices}")
         _check_towers(survey, towers)
         if self.pooled == "prompt" and (len(survey.towers) > 1 or any(t.causal for t in towers)):
             raise TargetError(
@@ -127,17 +131,22 @@ def _embed_ids(site: Site, ids: Tensor) -> Tensor:
 
 def _check_towers(survey: Survey, towers: Sequence[Tower]) -> None:
     """Raises TargetError where a prompt cannot run: causal blocks need it as keys and values of every attention."""
-    if not towers:
-        raise TargetError("this model has no such stack: choose stacks='encoder', 'decoder' or 'both'")
     for tower in towers:
         if tower.causal is None:
             raise TargetError(f"PromptTuning: the probe could not find out whether {tower.path} is causal")
+        if not tower.causal and tower.reads_inputs_again:
+            raise TargetError(
+                f"PromptTuning: {tower.embedder or 'the model'} reads its ids or mask again after its blocks, where a "
+                "prompt has moved them; PrefixTuning moves nothing"
+            )
         if not tower.causal:
             continue
-        embedder = survey.model.get_submodule(tower.embedder or "")
-        if "inputs_embeds" not in inspect.signature(embedder.forward).parameters:
+        runners = [survey.model.get_submodule(path) for path in (tower.embedder or "", tower.block_runner)]
+        takes = [set(inspect.signature(module.forward).parameters) for module in runners]
+        runs_vectors = "inputs_embeds" in takes[0] or {"inputs_embeds", "position_ids"} <= takes[1]
+        if not tower.reads_ids and not runs_vectors:
             raise TargetError(
-                f"PromptTuning: {type(embedder).__name__} takes no inputs_embeds to run a prompt by itself"
+                f"PromptTuning: {type(runners[0]).__name__} takes no inputs_embeds to run a prompt by itself"
             )
         refusals = {path: why for path, why in survey.kv_refusals.items() if path.startswith(f"{tower.path}.")}
         for block in survey.blocks:

@@ -93,9 +93,19 @@ class VPT(Method):
         if len(towers) > 1 or windows:
             why = f"{windows[0]} attends within windows" if windows else f"{towers[1].path} is a stack of its own"
             raise TargetError(f"VPT needs one sequence that all blocks attend over, and {why}")
+        if not towers[0].takes_tokens:
+            raise TargetError(
+                f"VPT needs blocks of [batch, tokens, width], and {towers[0].path} keeps rows and columns"
+            )
+        biased = [path for path in sorted(survey.biased_attentions) if path.startswith(f"{towers[0].path}.")]
+        if biased:
+            raise TargetError(f"VPT: {biased[0]} adds a bias by position, which tokens between the patches lack")
         patch = next((s for s in survey.sites if s.role == "patch"), None)
         if patch is None:
-            raise TargetError("VPT starts at the scale of the patch embedding, and none was found: pass roles=")
+            raise TargetError(
+                "VPT starts at the scale of the patch embedding, and none was found: name the module that cuts the "
+                "image, kitout.attach(model, roles={r'path$': 'patch'})"
+            )
         tower = towers[0].path
         blocks = [s for s in select(survey.sites, "block", self.layers) if s.tower == tower]
         patch_size = patch.module.get_parameter("weight")[0].numel()  # values per patch

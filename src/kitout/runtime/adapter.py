@@ -124,6 +124,11 @@ class Adapter(nn.Module):
         assert isinstance(delta, Delta)
         return delta
 
+    def heads_by_path(self) -> dict[str, nn.Module]:
+        """The modules that replace modules of the model, by their paths."""
+        heads = ((path.replace("/", "."), head) for path, head in self.heads.items())
+        return {path: head.module for path, head in heads if isinstance(head, Head)}
+
     @property
     def strength(self) -> float:
         return self._strength
@@ -144,7 +149,16 @@ def conflict_with_head(adapters: Sequence[Adapter]) -> str | None:
     for adapter in adapters:
         for head in (path.replace("/", ".") for path in adapter.heads):
             for other in adapters:
-                inside = [p for p in other.by_module if p.startswith(f"{head}.") and other is not adapter]
+                paths = [p for p, m in other.by_module.items() if p != head or m.on_weights]
+                inside = [p for p in paths if f"{p}.".startswith(f"{head}.") and other is not adapter]
                 if inside:
                     return f"{other.name!r} sits at {inside[0]}, inside {head}, which {adapter.name!r} replaces"
     return None
+
+
+def trained_and_read(adapters: Sequence[Adapter]) -> str | None:
+    """A parameter that one adapter has its own copy of and another folds a change into; None if there is none."""
+    parts = [(path, m) for adapter in adapters for path, m in adapter.by_module.items()]
+    trained = {f"{path}.{n}".lstrip(".") for path, m in parts for p in m.on_parameters for n in p.site.parameter_names}
+    read = (f"{path}.{n}" for path, m in parts for p in m.on_weights for n in p.read_names)
+    return next((name for name in read if name in trained), None)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kitout.base.eval_mode import eval_mode
+from kitout.base.probe.dummy_batch import dummy_batch
 from kitout.base.site import Site
 from kitout.delta import Delta, KeyValue
 from kitout.errors import (
@@ -25,6 +26,7 @@ from kitout.errors import (
     RouteError,
     TargetError,
     UnknownAdapter,
+    UnusedSite,
     suggest,
 )
 from kitout.method import Method
@@ -53,13 +55,15 @@ def build_adapter(
         raise ConfigError(f"add() takes a method with its settings, such as LoRA(rank=8), found {method!r}")
     state.check_unmerged(f"adding {name!r}")
     head_sites = [head_site(state, path) for path in heads]
+    _check_heads_run(state, name, heads)
     heads = {path: check_head(state, path, module) for path, module in heads.items()}
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ConfigError(f"seed must be a whole number or None, found {seed!r}")
     sites, left_out = select_sites(state, method, heads, name)
     check_sites(name, sites, heads)
-    # On CPU whatever the base's device, so that a seed means the same values everywhere.
-    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad(), _without_adapters(state):
+    # On CPU whatever the base's device, so that a seed means the same values everywhere. The lock comes first: else two
+    # threads that add adapters would draw from each other's seed.
+    with _without_adapters(state), torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
         if seed is not None:
             torch.manual_seed(seed)
         shared = method.build_shared(sites)
@@ -99,6 +103,17 @@ def base_key_values(state: KitState, ids: Tensor) -> dict[str, KeyValue]:
         with state.active.prefill(compiled):
             state.base(**inputs, use_cache=False)
     return {path: (k[0], v[0]) for path, (k, v) in key_values.items()}
+
+
+def cached_heads(state: KitState) -> int | None:
+    """Heads of the keys in the base's own cache, which may be repeated for its queries; None where there is none."""
+    batch = dummy_batch(state.base, 1)
+    if batch is None or "use_cache" not in batch:
+        return None
+    with state.active.lock, eval_mode(state.base, state.modules), state.active.prefill(CompiledRoute(None)):
+        cache = state.base(**{**batch, "use_cache": True}).get("past_key_values")
+    layers = getattr(cache, "layers", ())
+    return int(layers[0].keys.shape[1]) if layers else None
 
 
 def _build_delta(method: Method, site: Site, shared: nn.Module | None) -> Delta:
@@ -176,7 +191,8 @@ def head_site(state: KitState, path: str) -> Site:
     if module is state.base:
         paths = [p for p, _ in state.base.named_modules()]
         raise TargetError(f"heads: the model has no module {path!r}: {suggest(path, paths)}")
-    return Site(path=path, role="head", d_in=0, d_out=0, kind="other", module=module, batch_relation="batch")
+    own = [s.batch_relation for s in state.survey.sites if s.path == path and s.channels is None]
+    return Site(path=path, role="head", d_in=0, d_out=0, kind="other", module=module, batch_relation=[*own, "batch"][0])
 
 
 def check_head(state: KitState, path: str, module: object) -> nn.Module:
@@ -189,6 +205,16 @@ def check_head(state: KitState, path: str, module: object) -> nn.Module:
         if "_kitout_hook" in child.__dict__:
             unhook(child)
     return module.requires_grad_(True)
+
+
+def _check_heads_run(state: KitState, name: str, heads: Iterable[str]) -> None:
+    """UnusedSite for a head in place of a module that never runs (a table that only lends its values to others)."""
+    for path in heads:
+        if state.survey.proven and not any(f"{p}.".startswith(f"{path}.") for p in state.survey.execution_order):
+            raise UnusedSite(
+                f"adapter {name!r}: {path} never runs in this model's forward, so a head in its place would have no "
+                "effect; give the path of a module that runs (see print(kit))"
+            )
 
 
 def move_to_sites(state: KitState, adapter: Adapter) -> None:

@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from kitout.base.parametrized import is_computed
 from kitout.base.select import named_matches
 from kitout.base.site import Site
 from kitout.base.survey import Survey
@@ -30,6 +31,8 @@ def why_left_out(survey: Survey, method: Method, site: Site) -> str:
         return ""
     if site.port != "weight":
         return f"has no input of its own: {site.reader} reads its weight"
+    if is_computed(site.module, site.weight_name) or is_computed(site.module, site.bias_name):
+        return f"is computed of other parameters, and {site.reader} reads its weight"
     if not is_plain_float(site.module, site.weight_name):
         return f"is quantized, and {site.reader} reads its weight"
     reason = method.why_not_at_weight(site)

@@ -70,4 +70,6 @@ def adapter_lines(state: KitState) -> list[str]:
         mark = "* " if name in adapter_names(state.route) else "  "
         text = f"{type(adapter.method).__name__}({settings})"
         rows.append((mark + name, text, f"{cost.trainable:,}", f"{cost.percent:.3f} %", str(len(adapter.sites))))
-    return [*align_columns(rows), *(f"left out of {name!r}: {text}" for name, text in left_out.items() if text)]
+    notes = [f"  {name}: {note}" for name in state.names for note in state[name].method.notes(state[name].sites)]
+    notes += [f"left out of {name!r}: {text}" for name, text in left_out.items() if text]
+    return [*align_columns(rows), *notes]

@@ -79,13 +79,18 @@ class KitState:
             raise UnknownAdapter(f"no adapter is called {name!r}: {suggest(name, self._adapters)}")
         return self._adapters[name]
 
-    def insert(self, adapter: Adapter) -> None:
-        """Takes in an adapter that was built for this base. AdapterExists if another has taken its name since."""
+    def insert(self, adapter: Adapter, check_usable: bool = False) -> None:
+        """Takes in an adapter that was built for this base. AdapterExists if another has taken its name since.
+
+        check_usable: RouteError, and nothing is taken in, where `use` could not activate it.
+        """
         with self.active.lock:
             self.check_free(adapter.name)
             paths = [*adapter.by_module, *adapter.input_relays, *modules_to_hook(adapter, self.survey)]
             for path in [*paths, *layers_around(self.base, paths)]:
                 self.hook_at(path)
+            if check_usable:
+                RouteCompiler({adapter.name: adapter}, self.hooks, self.survey, self.active).compile(adapter.name)
             self.modules[_key(adapter.name)] = adapter
             adapter.train(self.modules.training)
             self._adapters[adapter.name] = adapter
@@ -106,8 +111,8 @@ class KitState:
 
     @property
     def route(self) -> Route:
-        """The route in force in this context; None while adapters are merged, whatever is active before and after."""
-        return None if self.merged_names else self.active.route
+        """The route in force in this context; None while adapters are merged, and after `detach`."""
+        return None if self.merged_names or self.is_detached else self.active.route
 
     def compiled_route(self) -> CompiledRoute:
         """The compiled form of the route in force."""

@@ -8,10 +8,8 @@ the seed and the step, so no generator's state is needed. It knows no model and 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from kitout.errors import FileError
 from kitout.files.atomic import flush
+from kitout.files.system_errors import os_error_of
 
 PREFIX = "checkpoint-"
 TENSORS, PROGRESS, STATE = "state.safetensors", "progress.json", "trainer_state.json"
@@ -63,9 +62,8 @@ def save(
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
-    except SafetensorError as error:  # the system's error number is only in its message: "... (os error 28)"
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
+    except SafetensorError as error:
+        raise os_error_of(error) from error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ for peft, one for kitout.
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -144,6 +145,21 @@ CASES = {
     "vit-conv-ia3": Case("vit", ia3(target_modules=["projection", "k_proj"], feedforward_modules=[]), IA3),
     "vit-conv-in-ia3": Case("vit", ia3(target_modules=["projection"], feedforward_modules=["projection"]), IA3),
     "swin": Case("swin", lora(target_modules=["q_proj", "reduction"])),
+    "llama-embed-head": Case(
+        "llama", lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), heads=("model.embed_tokens",)
+    ),
+    "llama-tied-embed-head": Case(
+        "llama-tied", lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), heads=("model.embed_tokens",)
+    ),
+    "llama-tied-both-heads": Case(
+        "llama-tied", lora(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+        heads=("lm_head", "model.embed_tokens"),
+    ),
+    "gpt2-both-heads": Case(
+        "gpt2", lora(target_modules=["c_attn"], modules_to_save=["wte", "lm_head"], fan_in_fan_out=True),
+        heads=("lm_head", "transformer.wte"),
+    ),
+    "t5-embed-head": Case("t5", lora(target_modules=["q"], modules_to_save=["shared"]), heads=("shared",)),
 }  # fmt: skip
 
 
@@ -355,7 +371,6 @@ UNSUPPORTED = {
     "trainable_token_indices": [1, 2],
     "layer_replication": [[0, 1]],
     "megatron_config": {"a": 1},
-    "lora_bias": True,
     "alora_invocation_tokens": [3],
     "target_parameters": ["experts.w"],
     "use_bdlora": {"a": 1},
@@ -363,7 +378,7 @@ UNSUPPORTED = {
     "velora_config": {"a": 1},
     "monteclora_config": {"a": 1},
     "ensure_weight_tying": True,
-    "bias": "all",
+    "bias": "some",
     "init_lora_weights": "pissa_niter_4",
     "a_field_of_next_year": 1,
 }
@@ -410,8 +425,27 @@ def test_all_of_them_at_once(folder: Path) -> None:
         ({"r": "8"}, "r='8' is not a number"),
         ({"lora_alpha": True}, "lora_alpha='True'"),
         ({"use_dora": True}, "magnitude"),
+        ({"lora_bias": True}, "has a, b, needs a, b, bias"),
+        ({"lora_bias": "yes"}, "neither true nor false"),
         ({"use_dora": "yes"}, "neither true nor false"),
-        ({"rank_pattern": {"(a+)+$": 3}}, "more complicated"),
+        ({"rank_pattern": {r"(a)\1": 3}}, "not supported"),
+        ({"rank_pattern": {"((a?){900}){900}": 3}}, "more complicated"),
+        ({"rank_pattern": {"a" * 3000: 3}}, "3000 characters"),
+        ({"rank_pattern": {f"(a|b)*{i}": 3 for i in range(60)}}, "more than 50 regular expressions"),
+        ({"rank_pattern": {"q_proj": 3.5}}, "not a whole number"),
+        ({"alpha_pattern": {"q_proj": 10**400}}, "out of range"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "not a number"),
+        ({"lora_alpha": 10**400}, "out of range"),
+        ({"r": 4.5}, "not a whole number"),
+        ({"layers_to_transform": 3.5}, "layers_to_transform=3.5"),
+        ({"layers_to_transform": [0, "1"]}, "layers_to_transform=[0, '1']"),
+        ({"layers_to_transform": [[1]]}, "layers_to_transform"),
+        ({"layers_to_transform": True}, "layers_to_transform"),
+        ({"layers_to_transform": -1}, "layers_to_transform"),
+        ({"target_modules": r".*\.(q|k|v)_proj"}, "k_proj"),
+        ({"target_modules": "("}, "target_modules: '(' is not a regular expression"),
+        ({"exclude_modules": "("}, "exclude_modules: '(' is not a regular expression"),
+        ({"exclude_modules": 5}, "exclude_modules"),
         ({"rank_pattern": {"(": 3}}, "not a regular expression"),
         ({"rank_pattern": ["q"]}, "rank_pattern"),
         ({"modules_to_save": 3}, "modules_to_save"),
@@ -421,6 +455,15 @@ def test_all_of_them_at_once(folder: Path) -> None:
 def test_fields_that_make_no_sense(fields: dict[str, Any], said: str, folder: Path) -> None:
     edit(folder, **fields)
     assert said in refused(folder)
+
+
+@pytest.mark.parametrize("pattern", [".?" * 24 + "!", ".*" * 20 + "!", "(a+)+$", "(a|a)" * 40 + "!"])
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern", "exclude_modules"])
+def test_a_hostile_pattern_that_matches_nothing_takes_no_time(pattern: str, key: str, folder: Path) -> None:
+    edit(folder, **{key: pattern if key == "exclude_modules" else {pattern: 3}})
+    start = time.perf_counter()
+    kitout.load_peft(kitout.attach(ZOO["llama"].build()), folder, "a")
+    assert time.perf_counter() - start < 10
 
 
 def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import kitout
 from kitout import PrefixTuning, PromptTuning
 from kitout.errors import FileError
-from peft_prompts import CASES, LENGTHS, Case, classifier, in_kitout, logits, peft, saved_by_peft
+from peft_prompts import CASES, LENGTHS, Case, classifier, in_kitout, logits, peft, saved_by_peft, with_head
 from zoo import EXTRA, ZOO, out
 
 pytestmark = pytest.mark.filterwarnings(
@@ -44,12 +44,18 @@ def mean_pooled() -> nn.Module:
         (ZOO["gpt2"].build, PromptTuning(place="after"), 1.0, "place='after'"),
         (ZOO["llama"].build, PrefixTuning(), 0.5, "strength 0.5"),
         (ZOO["llama"].build, PrefixTuning(layers="1"), 1.0, "in 1 of the 2"),
-        (EXTRA["falcon"].build, PrefixTuning(), 1.0, "keys of 24 channels for queries of 48"),  # caches 48
+        (EXTRA["falcon"].build, PrefixTuning(), 1.0, "keys of 2 heads, and PEFT's prefix .* cache: 4"),
         (ZOO["t5"].build, PrefixTuning(), 1.0, "places='decoder'"),
         (ZOO["t5"].build, PrefixTuning(places="encoder"), 1.0, "is in the decoder"),
         (ZOO["t5"].build, PromptTuning(stacks="both"), 1.0, "are the encoder's alone"),
         (ZOO["t5"].build, PromptTuning(stacks="decoder"), 1.0, "are the encoder's alone"),
-        (lambda: ZOO["llama"].build().model, PromptTuning(), 1.0, "LlamaModel has none of these tasks"),
+        (ZOO["bert"].build, PromptTuning(pooled="text"), 1.0, "with PEFT an encoder's classifier reads"),
+        (with_head("bert", "Model"), PromptTuning(pooled="prompt"), 1.0, "is for classifiers of whole texts"),
+        (with_head("bert", "ForNextSentencePrediction"), PromptTuning(), 1.0, "may read the first token"),
+        (with_head("t5", "Model"), PrefixTuning(places="decoder"), 1.0, "does not work in a model with encoder and"),
+        (EXTRA["distilbert"].build, PrefixTuning(), 1.0, "takes no past_key_values"),  # PEFT refuses
+        (with_head("distilbert", "Model"), PrefixTuning(), 1.0, "takes no past_key_values"),  # PEFT ignores it
+        (with_head("bart", "ForSequenceClassification"), PromptTuning(), 1.0, "do not work in a classifier with"),
     ],
 )  # fmt: skip
 def test_export_refuses_with_the_reason(
@@ -88,7 +94,9 @@ def tensors(edit: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
         ("llama-prompt", fields(peft_type="P_TUNING"), "peft_type is 'P_TUNING'"),
         ("llama-prompt", fields(peft_type="MULTITASK_PROMPT_TUNING"), "kitout reads LORA, IA3, PROMPT_TUNING"),
         ("llama-prompt", fields(num_ranks=2), "num_ranks=2 may change the function"),
-        ("llama-prompt", fields(task_type="TOKEN_CLS"), "task_type is 'TOKEN_CLS'"),
+        ("llama-prompt", fields(task_type="TOKEN_CLS"), "LlamaForCausalLM is one of CAUSAL_LM"),
+        ("llama-prompt", fields(task_type="IMAGE_CLS"), "task_type is 'IMAGE_CLS'"),
+        ("t5-prefix", fields(task_type="FEATURE_EXTRACTION"), "does not work in a model with encoder and decoder"),
         ("llama-prompt", fields(task_type=None), "task_type is 'None'"),
         ("llama-prompt", fields(task_type="SEQ_CLS"), "LlamaForCausalLM is one of CAUSAL_LM"),
         ("llama-prompt", fields(num_virtual_tokens=None), "num_virtual_tokens is missing"),
@@ -127,7 +135,7 @@ def test_files_that_do_not_fit(name: str, spoil: Callable[[Path], Any], said: st
         ("gpt2-prompt", ZOO["bert"].build, "BertForSequenceClassification is one of SEQ_CLS"),
         ("t5-prefix", ZOO["llama"].build, "LlamaForCausalLM is one of CAUSAL_LM"),
         ("modernbert-prompt", mean_pooled, "classifier_pooling='mean'"),
-        ("llama-prompt", lambda: ZOO["llama"].build().model, "LlamaModel has none of these tasks"),
+        ("llama-prompt", lambda: ZOO["llama"].build().model, "LlamaModel is one of FEATURE_EXTRACTION"),
         ("bert-prompt", classifier("gpt2"), "unexpected key"),
     ],
 )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, BartConfig
 
 import kitout
-from kitout import FullFineTuning, LoRA
+from kitout import IA3, SSF, FullFineTuning, LoRA
 from kitout.errors import NotMergeable
-from zoo import out
+from zoo import EXTRA, out
 
 
 def scaled_bart() -> nn.Module:
@@ -31,12 +33,44 @@ def scaled_bart() -> nn.Module:
     return AutoModelForSeq2SeqLM.from_config(config).eval()
 
 
-def test_a_table_that_scales_is_refused_and_nothing_changes() -> None:
+@torch.no_grad()
+def perturb(kit: kitout.Kit, name: str) -> None:
+    for p in kit[name].parameters():
+        p.add_(0.1 * torch.randn_like(p))
+
+
+def gemma3() -> nn.Module:
+    return EXTRA["gemma3"].build()
+
+
+@pytest.mark.parametrize("build", [scaled_bart, gemma3])
+@pytest.mark.parametrize("method", [LoRA(rank=2, targets="embed"), IA3(targets="embed"), SSF(targets="embed")])
+def test_a_table_that_scales_merges(build: Callable[[], nn.Module], method: kitout.Method) -> None:
+    model = build()
+    kit = kitout.attach(model)
+    kit.add("e", method, seed=0)
+    perturb(kit, "e")
+    batch = {"input_ids": torch.arange(3, 9)[None]}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = torch.arange(3, 7)[None]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad(), kit.use("e"):
+        active = out(kit(**batch))
+    base = out(kit(**batch))
+    kit.merge("e")
+    assert not torch.allclose(active, base, atol=1e-3)
+    assert torch.allclose(out(kit(**batch)), active, atol=1e-4)
+    kit.unmerge()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_what_reads_a_table_without_its_scale_is_refused_and_nothing_changes() -> None:
     model = scaled_bart()
     kit = kitout.attach(model)
-    kit.add("e", LoRA(rank=2, targets="embed"))
+    kit.add("e", LoRA(rank=2, targets="embed", dora=True), seed=0)
+    perturb(kit, "e")
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(NotMergeable, match="does more than multiply by its weight"):
+    with pytest.raises(NotMergeable, match="scales by 4"):
         kit.merge("e")
     assert not kit.merged
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

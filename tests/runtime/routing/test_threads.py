@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import kitout
-from kitout import Kit, LoRA
+from kitout import Kit, LoRA, PrefixTuning, PromptTuning
 from laws.activate import assert_same, put_on, run
 from zoo import ZOO
 
@@ -271,6 +272,131 @@ def test_forwards_outside_of_every_with_run_the_base(kit: Kit) -> None:
             stop.set()
 
     together(loop("a"), loop("b"), loop("a"), outside)
+
+
+@pytest.mark.parametrize("what", ["prompt", "initial values"])
+def test_beside_a_part_of_the_model_run_ahead(kit: Kit, what: str) -> None:
+    """A prompt before its text, a text that initial values are read off: others wait, and have their own routes."""
+    batch = ZOO["llama"].batch(2, 0)
+    put_on(kit, PromptTuning(length=3), "prompt")
+    want = alone(kit, batch)
+    entered = threading.Barrier(3)
+    inside, goes_on = pause_in(kit.base.model.layers[0])
+
+    def ahead() -> None:
+        entered.wait(30)
+        if what == "prompt":
+            with kit.use("prompt"):
+                run(kit, batch)
+        else:
+            kit.add("read", PrefixTuning(length=3, init=(5, 6, 7)), seed=0)
+
+    def answer(name: str | None) -> Callable[[], None]:
+        def work() -> None:
+            with kit.use(name):
+                entered.wait(30)
+                assert inside.wait(30)
+                threading.Timer(0.1, goes_on.set).start()
+                assert torch.equal(run(kit, batch), want[name])
+
+        return work
+
+    together(ahead, answer(None), answer("a"))
+
+
+def pause_in(module: nn.Module) -> tuple[threading.Event, threading.Event]:
+    """The next call of the module sets the first event and waits for the second."""
+    inside, goes_on = threading.Event(), threading.Event()
+
+    def pause(*_: object) -> None:
+        hook.remove()
+        inside.set()
+        goes_on.wait(30)
+
+    hook = module.register_forward_pre_hook(pause)
+    return inside, goes_on
+
+
+def test_a_seed_leaves_the_draws_of_others_alone(kit: Kit) -> None:
+    """An adapter that has to wait for the model does not put back the random state from before it waited."""
+    adding = threading.Thread(target=kit.add, args=("drawn", LoRA(rank=2)), kwargs={"seed": 3})
+    with kit.state.active.lock:
+        adding.start()
+        time.sleep(0.1)
+        drawn = torch.rand(3)
+    adding.join(30)
+    assert not torch.equal(torch.rand(3), drawn), "drawn twice"
+    adapters = kit["drawn"], kit.add("again", LoRA(rank=2), seed=3)
+    assert all(torch.equal(p, q) for p, q in zip(*(a.parameters() for a in adapters), strict=True))
+
+
+@pytest.mark.parametrize("what", ["kit", "model"])
+def test_a_copy_while_another_thread_computes(kit: Kit, what: str) -> None:
+    batch = ZOO["llama"].batch(2, 0)
+    put_on(kit, PrefixTuning(length=3), "prefix")
+    with kit.use("prefix"):
+        want = run(kit, batch)
+    inside, goes_on = pause_in(kit.base.model.layers[0].self_attn.o_proj)
+
+    def compute() -> None:
+        with kit.use("prefix"):
+            kit(**batch)
+
+    def copied() -> None:
+        assert inside.wait(30)
+        threading.Timer(0.1, goes_on.set).start()
+        other = copy.deepcopy(kit if what == "kit" else kit.base)
+        kit_of_copy = other if isinstance(other, Kit) else other._kitout
+        with kit_of_copy.use("prefix"):
+            assert torch.equal(run(other, batch), want)
+
+    together(compute, copied)
+
+
+def test_a_forward_that_another_thread_detaches(kit: Kit) -> None:
+    """The one in progress ends as it began; the one that waits says so."""
+    batch = ZOO["llama"].batch(2, 0)
+    with kit.use("a"):
+        want = run(kit, batch)
+    inside, goes_on = pause_in(kit.base.model.layers[0])
+
+    def forward() -> None:
+        with kit.use("a"):
+            assert torch.equal(run(kit, batch), want)
+
+    def detach() -> None:
+        assert inside.wait(30)
+        threading.Timer(0.1, goes_on.set).start()
+        kit.detach()
+
+    together(forward, detach)
+
+
+def test_worker_threads_of_tasks(kit: Kit) -> None:
+    """to_thread takes the task's `with` along; an executor's thread has the sticky route."""
+    batch = ZOO["llama"].batch(2, 0)
+    want = alone(kit, batch)
+    kit.use("c")
+
+    async def serve(name: str | None) -> None:
+        loop = asyncio.get_running_loop()
+        with kit.use(name):
+            for _ in range(ROUNDS):
+                assert torch.equal(await asyncio.to_thread(run, kit, batch), want[name])
+                assert torch.equal(await loop.run_in_executor(None, run, kit, batch), want["c"])
+
+    async def every() -> None:
+        await asyncio.gather(*(serve(n) for n in NAMES))
+
+    asyncio.run(every())
+
+
+def test_continuous_batching_has_no_part_in_a_with(kit: Kit) -> None:
+    with kit.use("a"), pytest.raises(kitout.errors.RouteError, match="thread of its own"):
+        kit.base.init_continuous_batching()
+    kit.use("a")
+    with kit.use("a"):
+        kit.base.init_continuous_batching()
 
 
 def assert_active(kit: Kit, name: str | None) -> None:

@@ -1,5 +1,7 @@
 """Finds the stacks of blocks: the innermost module lists whose every element holds attention-like projections.
 
+Where nothing attends, blocks are those that mix positions by convolution (state-space models).
+
 Three shapes of list need more than that sentence, all decided by structure: a list of bare attentions inside a block
 (the block is the element around it), lists that run in parallel ("attentions", "ffns", "norms": element i of each is
 one block), and hybrid stacks of which only some blocks attend. It knows no roles beyond query, key and value.
@@ -33,7 +35,11 @@ class BlockCandidate:
 
 def find_blocks(tree: ModuleTree) -> list[BlockCandidate]:
     """The blocks of every stack, in module order."""
-    return _find_stacks(tree, include_convs=False) or _find_stacks(tree, include_convs=True)
+    return (
+        _find_stacks(tree, include_convs=False)
+        or _find_stacks(tree, include_convs=True)
+        or _find_attention_free_stacks(tree)
+    )
 
 
 def _find_stacks(tree: ModuleTree, include_convs: bool) -> list[BlockCandidate]:
@@ -52,6 +58,23 @@ def _find_stacks(tree: ModuleTree, include_convs: bool) -> list[BlockCandidate]:
     candidates = [*full, *hybrid]
     innermost = [path for path in candidates if not any(path in ancestors(other) for other in candidates)]
     return list(_join_parallel_lists(tree, {path: lists[path] for path in lists if path in innermost}, lists))
+
+
+def _find_attention_free_stacks(tree: ModuleTree) -> list[BlockCandidate]:
+    """Stacks of state-space blocks alone: each element has a norm, linears and a convolution over positions."""
+    mixing = {above for path in tree.conv_mixers for above in (path, *ancestors(path))}
+
+    def is_block(path: str) -> bool:
+        return path in mixing and _has_norm(tree, path) and any(not p.is_conv for p in tree.projections_in([path]))
+
+    lists = {path: elements for path in tree.modules if (elements := _list_elements(tree, path))}
+    lists = {path: elements for path, elements in lists.items() if all(map(is_block, elements))}
+    innermost = [path for path in lists if not any(path in ancestors(other) for other in lists)]
+    return [
+        BlockCandidate(path, int(name) if (name := element.rpartition(".")[2]).isdigit() else i, (element,), True)
+        for path in innermost
+        for i, element in enumerate(lists[path])
+    ]
 
 
 def _attending_modules(tree: ModuleTree, include_convs: bool) -> set[str]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from kitout.base.parametrized import is_computed
 from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.errors import Errors, TargetError
@@ -56,7 +57,13 @@ def _iter_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]
 
 
 def _is_leaf(site: Site) -> bool:
-    return site.role != "block" and not site.role.startswith("sub.") and site.reader is None
+    """Its parameters are read at its own call. A weight that is computed of others may be computed before it."""
+    is_part = site.role == "block" or site.role.startswith("sub.")
+    return not is_part and site.reader is None and not _is_computed(site.module)
+
+
+def _is_computed(module: nn.Module) -> bool:
+    return is_computed(module, "weight") or is_computed(module, "bias")
 
 
 def _supports_rows(site: Site) -> bool:
@@ -67,9 +74,11 @@ def _supports_rows(site: Site) -> bool:
 
 
 def _reading_module(path: str, survey: Survey) -> str:
-    """The module whose forward reads a parameter that no leaf's forward does: its own, unless that never runs."""
+    """The module whose forward reads a parameter that no leaf's forward does: its own, unless that never runs, or
+    not before the parameter is read.
+    """
     never_called = survey.unused | {s.path for s in survey.sites if s.reader not in (None, s.path)}
-    if path not in never_called:
+    if path not in never_called and not _is_computed(survey.model.get_submodule(path)):
         return path
     in_a_block = any(path.startswith(f"{block.path}.") for block in survey.blocks)
     return path.rpartition(".")[0] if in_a_block else ""

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from kitout.base.probe.trace_records import AttentionCall
 from kitout.base.probe.tracer import ForwardTracer
@@ -19,6 +20,7 @@ from kitout.base.site import Site
 from kitout.base.survey import Survey
 
 _interface_cache: dict[type[nn.Module], Mapping[str, Any] | None] = {}  # looked up at every attention call
+WRITTEN_OUT = "it writes its attention out instead of calling one"
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' name for it in every modeling file
 
 
@@ -42,6 +44,7 @@ def kv_sites(survey: Survey, sites: Sequence[Site], tracer: ForwardTracer) -> tu
     blocks = {b.path: b for b in survey.blocks if b.is_one_module}
     projections = {(s.path, s.role.rpartition(".")[2]): s for s in sites if s.role.startswith(("attn.", "cross."))}
     attentions: dict[str, Site] = {}
+    owners: dict[str, str] = {}  # projection of keys -> the first attention that reads them
     refusals: dict[str, str] = {}
     for call in tracer.attention_calls:
         if call.block not in blocks or call.path in attentions or call.path in refusals:
@@ -49,6 +52,8 @@ def kv_sites(survey: Survey, sites: Sequence[Site], tracer: ForwardTracer) -> tu
         key, value = (_feeding_projection(call, operand, projections) for operand in "kv")
         module = survey.model.get_submodule(call.path)
         reason = _refusal_reason(call, module, key, value)
+        if reason == WRITTEN_OUT and _has_another_kernel(survey.model, call.path):
+            reason += " (attn_implementation='sdpa' calls one)"
         if reason or key is None:
             refusals[call.path] = reason
             continue
@@ -63,6 +68,7 @@ def kv_sites(survey: Survey, sites: Sequence[Site], tracer: ForwardTracer) -> tu
             port="kv",
             num_kv_heads=key.d_out // call.tensors["q"].shape[-1],
             sliding_window=_sliding_window(module),
+            shares_kv_of="" if (owner := owners.setdefault(key.path, call.path)) == call.path else owner,
             probe_std=None if call.tensors["k"].is_meta else _probe_std(call),
             batch_relation=key.batch_relation,
             kind="other",
@@ -98,7 +104,7 @@ def _refusal_reason(call: AttentionCall, module: nn.Module, key: Site | None, va
     """Why no keys and values can be added here; "" if they can."""
     width, v = call.tensors["q"].shape[-1], call.tensors["v"]  # of q: k is transposed in a product
     if call.written_out and attention_interface(module) is None:
-        return "it writes its attention out instead of calling one (try attn_implementation='sdpa')"
+        return WRITTEN_OUT
     if v.ndim != 4:
         return f"its values are {list(v.shape)}, not [batch, heads, tokens, width]"
     if key is None or value is None or key.d_out != value.d_out or key.d_out % width or width != v.shape[-1]:
@@ -106,6 +112,13 @@ def _refusal_reason(call: AttentionCall, module: nn.Module, key: Site | None, va
     if key.batch_relation != "batch":
         return "it attends within windows, not over the whole sequence"
     return ""
+
+
+def _has_another_kernel(model: nn.Module, path: str) -> bool:
+    """The transformers model that this attention belongs to could run it by sdpa, and does not now."""
+    modules = [model, *(model.get_submodule(path[:i]) for i, c in enumerate(path) if c == ".")]
+    owners = [m for m in modules if isinstance(m, PreTrainedModel)]
+    return bool(owners) and owners[-1]._supports_sdpa and owners[-1].config._attn_implementation != "sdpa"
 
 
 def _sliding_window(module: nn.Module) -> int:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kitout.errors import ConfigError
+
 NUM_TOKENS = 6
 
 
@@ -44,19 +46,53 @@ def dummy_batch(model: nn.Module, batch_size: int) -> dict[str, Any] | None:
     return batch or None
 
 
-def with_extra_row(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch with its first row once more at the end."""
-    num_rows = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim > 1), None)
-    return {
-        k: torch.cat((v, v[:1])) if isinstance(v, Tensor) and v.ndim and v.shape[0] == num_rows else v
-        for k, v in batch.items()
-    }
+def text_batch(model: nn.Module) -> dict[str, Any] | None:
+    """Keyword arguments for one forward of text alone; None for a model that takes nothing else, or no text."""
+    accepted = inspect.signature(model.forward).parameters
+    config = getattr(model, "config", None)
+    if "input_ids" not in accepted or not getattr(config, "sub_configs", None):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    names = [n for n in ("input_ids", "decoder_input_ids") if n in accepted]
+    batch: dict[str, Any] = {n: _random_ids(model, config, 1, generator) for n in names}
+    return batch | ({"use_cache": False} if "use_cache" in accepted else {})
+
+
+def num_rows(batch: Mapping[str, Any]) -> int:
+    """Rows of a batch: those of its tokens, else of the first tensor in it."""
+    named = (batch.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+    rows = next((int(v.shape[0]) for v in (*named, *batch.values()) if isinstance(v, Tensor) and v.ndim > 1), None)
+    if rows is None:
+        raise ConfigError(f"example_batch has no tensor of rows: it holds {', '.join(map(str, batch)) or 'nothing'}")
+    return rows
+
+
+def with_more_rows(batch: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """The batch with more rows, and how many it has then.
+
+    Its first row once more; or every row once more where something has other rows than the text (patches of all images
+    one after the other, a list of images), which then comes twice as well.
+    """
+    rows = num_rows(batch)
+    tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.ndim]
+    if all(v.shape[0] == rows for v in tensors) and not any(isinstance(v, (list, tuple)) for v in batch.values()):
+        return {k: torch.cat((v, v[:1])) if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}, rows + 1
+    return {k: _twice(v, rows) for k, v in batch.items()}, 2 * rows
+
+
+def _twice(value: Any, rows: int) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [*value, *value]
+    if not isinstance(value, Tensor) or not value.ndim:
+        return value
+    has_axes = value.ndim == 3 and value.shape[0] != rows and value.shape[1] == rows  # positions [axes, batch, tokens]
+    return torch.cat((value, value), 1 if has_axes and not value.is_floating_point() else 0)
 
 
 def _random_ids(model: nn.Module, config: Any, batch_size: int, generator: torch.Generator) -> Tensor:
     """Ordinary ids with the end-of-sequence id last (some classifiers pool there), none of them special before it."""
     text_config = config.get_text_config()
-    vocab_size = int(text_config.vocab_size)
+    vocab_size = int(getattr(text_config, "vocab_size", 128))  # a model of characters has no vocabulary
     values = (getattr(text_config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
     pad, bos, eos = ({v} if isinstance(v, int) else set(v or ()) for v in values)  # none, one or a list of each
     ordinary = torch.tensor([i for i in range(min(vocab_size, 512)) if i not in pad | bos | eos])

@@ -18,13 +18,16 @@ from torch import Tensor
 from kitout.base.eval_mode import eval_mode
 from kitout.base.probe.attention_sites import kv_sites
 from kitout.base.probe.chosen_experts import trace_choice
-from kitout.base.probe.dummy_batch import dummy_batch, with_extra_row
+from kitout.base.probe.dummy_batch import dummy_batch, num_rows, with_more_rows
+from kitout.base.probe.media_modules import media_modules
 from kitout.base.probe.read_weights import read_by_another
+from kitout.base.probe.row_limits import padding_leaks, undivided
 from kitout.base.probe.stack_inputs import complete_towers
 from kitout.base.probe.sublayers import sublayer_sites
 from kitout.base.probe.tracer import ForwardTracer
 from kitout.base.site import BatchRelation, Site
 from kitout.base.survey import Survey
+from kitout.errors import ConfigError
 
 PROJECTIONS = ("attn.", "cross.", "mlp.")
 
@@ -36,26 +39,37 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
     for it fails, the reason is in `unproven_reason`.
     """
     model = survey.model
+    if example_batch is not None and not isinstance(example_batch, Mapping):
+        raise ConfigError(
+            f"example_batch is a dict of the model's keyword arguments, found {type(example_batch).__name__}"
+        )
+    survey = replace(survey, media=media_modules(survey))
     batch = dict(example_batch) if example_batch is not None else dummy_batch(model, 2)
     if batch is None:
         return replace(survey, unproven_reason="no dummy batch can be built for this model")
     try:
         with eval_mode(model, grad=True, freeze=True):
             tracer = _trace_forward(survey, batch)
-            wider = _trace_forward(survey, with_extra_row(batch))
+            wider_batch, more_rows = with_more_rows(batch)
+            rows = num_rows(batch), more_rows
+            wider = _trace_more_rows(survey, wider_batch)
             choice = trace_choice(survey, batch, tracer, wider, _trace_forward)
             channels = _channels_by_operand(tracer)
             towers = complete_towers(survey, tracer)
+            relations = _relations(survey, tracer, wider, batch, rows) | choice.relations
+            towers = [
+                replace(t, padding_leaks=padding_leaks(survey, t, batch, tracer.streams))
+                if t.embedder is not None and not t.causal
+                else t
+                for t in towers
+            ]
     except Exception as error:
         if example_batch is not None:
             raise
         return replace(survey, unproven_reason=f"a dummy batch failed: {type(error).__name__}: {str(error)[:200]}")
-    relations = {
-        path: _batch_relation(dim, wider.first_dims.get(path, 0), batch) for path, dim in tracer.first_dims.items()
-    }
-    relations |= choice.relations
     sites = [s.replace(batch_relation=relations.get(s.path, "unknown")) for s in survey.sites]
-    sites = [read_by_another(s, tracer, wider, partial(_batch_relation, batch=batch)) for s in sites]
+    sites = [_with_layout(s, tracer.output_shapes.get(s.path)) for s in sites]
+    sites = [read_by_another(s, tracer, wider, partial(_batch_relation, rows=rows)) for s in sites]
     sites = _split_fused(sites, channels)
     attentions, kv_refusals = kv_sites(survey, sites, tracer)
     sites += [s.replace(batch_relation=relations.get(s.path, "unknown")) for s in sublayer_sites(survey, tracer)]
@@ -74,6 +88,7 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
         execution_order=tuple(tracer.call_counts),
         kv_sites=tuple(attentions),
         kv_refusals=kv_refusals,
+        biased_attentions=frozenset(call.path for call in tracer.attention_calls if call.has_mask_bias),
         unproven_reason="",
     )
 
@@ -93,22 +108,52 @@ def _parameters_run_elsewhere(site: Site, sites: list[Site], tracer: ForwardTrac
 
 def _trace_forward(survey: Survey, batch: Mapping[str, Any]) -> ForwardTracer:
     projections = [s.path for s in survey.sites if s.role.startswith(PROJECTIONS) and s.port == "out"]
-    tracer = ForwardTracer(survey.model, projections, [b.path for b in survey.blocks if b.is_one_module])
+    blocks = [b.path for b in survey.blocks if b.is_one_module]
+    leaves = [s.path for s in survey.sites if s.reader is None]
+    tracer = ForwardTracer(survey.model, projections, blocks, leaves=leaves, inputs=batch.values())
     with tracer:
         survey.model(**batch)
     return tracer
 
 
-def _batch_relation(first: int, second: int, batch: Mapping[str, Any]) -> BatchRelation:
-    """first, second: dim 0 at the site for a batch of n and of n + 1 rows."""
-    n = next(v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim > 1)
-    if (first, second) == (n, n + 1):
+def _trace_more_rows(survey: Survey, batch: Mapping[str, Any]) -> ForwardTracer:
+    try:
+        return _trace_forward(survey, batch)
+    except Exception as error:
+        raise ConfigError(
+            "the model runs on this batch, and not with its rows repeated "
+            f"({type(error).__name__}: {str(error)[:200]}): give an example_batch of one or more whole rows, all "
+            "values of one row after those of the row before"
+        ) from error
+
+
+def _relations(
+    survey: Survey, tracer: ForwardTracer, wider: ForwardTracer, batch: Mapping[str, Any], rows: tuple[int, int]
+) -> dict[str, BatchRelation]:
+    """How dim 0 follows the batch, by path. rows: of the two forwards."""
+    dims = tracer.first_dims
+    relations = {path: _batch_relation((dim, wider.first_dims.get(path, 0)), rows) for path, dim in dims.items()}
+    once = [s.path for s in survey.sites if s.kind != "embedding" and relations.get(s.path) == "one"]
+    return relations | dict.fromkeys(undivided(survey, once, batch, tracer.streams), "none")
+
+
+def _batch_relation(dims: tuple[int, int], rows: tuple[int, int]) -> BatchRelation:
+    """dims: dim 0 at the site for batches of so many rows."""
+    if dims == rows:
         return "batch"
-    if first == second == 1:
+    if dims == (1, 1):
         return "one"
-    if first * (n + 1) == second * n:
-        return "multiple"
-    return "none"
+    return "multiple" if dims[0] * rows[1] == dims[1] * rows[0] else "none"
+
+
+def _with_layout(site: Site, shape: torch.Size | None) -> Site:
+    """A norm or convolution with the layout that its output has shown: some classes move channels themselves."""
+    if site.kind not in ("norm", "conv") or shape is None or len(shape) < 3:
+        return site
+    is_first = shape[1] == site.d_out
+    if is_first == (shape[-1] == site.d_out) or is_first == site.channels_first:
+        return site  # both axes have this width, or it is as the class says
+    return site.replace(channels_first=is_first, kind="norm" if site.kind == "norm" else "other")
 
 
 def _channels_by_operand(tracer: ForwardTracer) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -124,7 +169,7 @@ def _channels_by_operand(tracer: ForwardTracer) -> dict[str, dict[str, tuple[int
 
 def _channels_reaching(t: Tensor, leaf: Tensor) -> tuple[int, ...]:
     """Output channels of `leaf` that a random functional of t depends on."""
-    if t.device.type == "meta":
+    if t.device.type == "meta" or not t.requires_grad:  # some models run a part of their blocks without gradients
         return ()
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(t.shape, generator=generator).to(t)

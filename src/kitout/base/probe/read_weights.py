@@ -7,18 +7,18 @@ knows paths and traces, no architecture.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kitout.base.probe.tracer import ForwardTracer
 from kitout.base.site import BatchRelation, Site
 
 
 def read_by_another(
-    site: Site, tracer: ForwardTracer, wider: ForwardTracer, relate: Callable[[int, int], BatchRelation]
+    site: Site, tracer: ForwardTracer, wider: ForwardTracer, relate: Callable[[tuple[int, int]], BatchRelation]
 ) -> Site:
     """The site, at the port "weight" if one module around it reads its weight and its own forward never runs.
 
-    relate: dim 0 of a value for a batch of n and of n + 1 rows -> how it relates to the batch.
+    relate: dim 0 of a value for a batch and for one of more rows -> how it relates to the batch.
     """
     if site.reader is None:
         weight = site.module._parameters.get("weight")
@@ -31,9 +31,9 @@ def read_by_another(
         b = site.module._parameters.get("bias")
         site = site.replace(port="weight", reader=reader, bias_name="bias" if id(b) in tracer.read_parameters else "")
     assert site.reader is not None
-    first, second = (_dim(t.output_dims.get(site.reader, ()), site.batch_axis) for t in (tracer, wider))
-    return site.replace(batch_relation=relate(first, second) if first else "unknown")
+    first, second = (_dim(t.output_shapes.get(site.reader, ()), site.batch_axis) for t in (tracer, wider))
+    return site.replace(batch_relation=relate((first, second)) if first else "unknown")
 
 
-def _dim(shape: tuple[int, ...], axis: int) -> int:
+def _dim(shape: Sequence[int], axis: int) -> int:
     return shape[axis] if axis < len(shape) else 0

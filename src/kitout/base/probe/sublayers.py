@@ -57,6 +57,10 @@ def sublayer_sites(survey: Survey, tracer: ForwardTracer) -> list[Site]:
                 emitter = next((path for path, r in role_of.items() if r == role), None)
             if emitter is None or (block.path, role) in sites:
                 continue
+            shape = tracer.output_shapes.get(emitter, ())
+            channels_first = len(shape) > 2 and shape[1] == block.width != shape[-1]
+            if not channels_first and shape and shape[-1] != block.width:
+                continue  # reshaped before it is added
             sites[block.path, role] = Site(
                 path=emitter,
                 role=role,
@@ -66,6 +70,7 @@ def sublayer_sites(survey: Survey, tracer: ForwardTracer) -> list[Site]:
                 d_out=block.width,
                 input_from=reader,
                 kind="linear" if emitter in closing else "other",
+                channels_first=channels_first,
                 post_norm=_post_norm(survey, tracer, residual_sum),
                 module=survey.model.get_submodule(emitter),
             )

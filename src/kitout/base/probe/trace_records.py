@@ -67,6 +67,16 @@ class BlockEntry:
 
 
 @dataclass
+class InputRead:
+    """One operation outside the blocks on a value that the model was called with: its ids, its mask."""
+
+    inside: tuple[str, ...]
+    """Paths of the modules that were running, outermost first."""
+    num_exits: int
+    """Number of times that a block had been left before it."""
+
+
+@dataclass
 class AttentionCall:
     """One attention call and its operands "q", "k" and "v"."""
 

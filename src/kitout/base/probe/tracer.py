@@ -21,6 +21,7 @@ from kitout.base.probe.trace_records import (
     AttentionCall,
     BlockEntry,
     EmbeddingLookup,
+    InputRead,
     ResidualSum,
     SumOperand,
     ValueIdentity,
@@ -34,30 +35,45 @@ class ForwardTracer(TorchFunctionMode):
     """Use as a context around one forward of `model`.
 
     cut_at: paths of projections whose outputs become gradient leaves. blocks: paths whose first input becomes one,
-    labeled "stream:" and the path.
+    labeled "stream:" and the path. leaves: paths of modules that count as leaves though they have parts (a linear
+    whose weight is parametrized). inputs: what the model is called with.
     """
 
-    def __init__(self, model: nn.Module, cut_at: Iterable[str], blocks: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        cut_at: Iterable[str],
+        blocks: Sequence[str],
+        leaves: Iterable[str] = (),
+        inputs: Iterable[Any] = (),
+    ) -> None:
         super().__init__()
         self.model, self.cut_at, self.blocks = model, set(cut_at), set(blocks)
+        self.leaf_paths = {*self.cut_at, *leaves}
         self.call_counts: Counter[str] = Counter()  # path -> number of calls, in the order of the first ones
         self.first_dims: dict[str, int] = {}  # path -> dim 0 of the value
-        self.output_dims: dict[str, tuple[int, ...]] = {}  # path of a module with parts -> shape of what it returned
+        self.output_shapes: dict[str, torch.Size] = {}  # of modules that return one tensor, or one first
         self.leaves: dict[str, list[Tensor]] = {}  # label -> the gradient leaves made for it
         self.residual_sums: list[ResidualSum] = []
         self.attention_calls: list[AttentionCall] = []
         self.lookups: list[EmbeddingLookup] = []
         self.block_entries: dict[str, BlockEntry] = {}
+        self.last_exits: dict[str, int] = {}  # block -> number of exits from any block when it was last left
+        self.input_reads: list[InputRead] = []
         self.read_parameters: set[int] = set()  # ids of the parameters that went into an operation
         self.readers: dict[int, set[str]] = {}  # id of a parameter -> paths of the modules whose forward read it
         self.inputs_of: dict[str, set[ValueIdentity]] = {}  # of blocks and leaf modules
         self.outputs_of: dict[str, set[ValueIdentity]] = {}  # of leaf modules
         self.block_outputs: set[ValueIdentity] = set()
+        self.streams: dict[str, Tensor] = {}  # path of a block -> what it returned
         self._label: dict[int, str] = {}  # id of a gradient leaf -> its label
         self._path_of_weight = {id(w): path for path in self.cut_at if (w := _weight_of(model, path)) is not None}
         self._emitters: dict[int, list[str]] = {}  # id of a tensor -> leaf modules that returned it
         self._receiver: dict[int, str] = {}  # id of a tensor -> first leaf module that took it
         self._composite_of: dict[ValueIdentity, str] = {}  # value -> last module with parts that returned it
+        ids = [t for t in inputs if isinstance(t, Tensor) and t.ndim == 2 and not t.is_floating_point()]
+        self._inputs, self._num_ids = {id(t) for t in ids}, ids[0].numel() if ids else 0
+        self._num_exits = 0
         self._keep_alive: list[Any] = []  # an id is only unique while its tensor lives
         self._open_blocks: list[str] = []  # paths of the running blocks, outermost first
         self._open_modules: list[str] = []  # paths of all running modules, outermost first
@@ -70,7 +86,7 @@ class ForwardTracer(TorchFunctionMode):
             if path in self.blocks:
                 self._hooks.append(module.register_forward_pre_hook(self._block_in(path), with_kwargs=True))
                 self._hooks.append(module.register_forward_hook(self._block_out(path), always_call=True))
-            elif path in self.cut_at or {name for name, _ in module.named_children()} <= {"parametrizations"}:
+            elif next(module.children(), None) is None or path in self.leaf_paths:
                 self._hooks.append(module.register_forward_pre_hook(self._leaf_in(path), with_kwargs=True))
                 self._hooks.append(module.register_forward_hook(self._leaf_out(path)))
             elif any(path.startswith(f"{block}.") for block in self.blocks):
@@ -124,9 +140,12 @@ class ForwardTracer(TorchFunctionMode):
     def _block_out(self, path: str) -> Any:
         def hook(_module: nn.Module, _args: Any, out: Any) -> None:
             self._open_blocks.pop()
+            self._num_exits += 1
+            self.last_exits[path] = self._num_exits
             first = out[0] if isinstance(out, (tuple, list)) and out else out
             if isinstance(first, Tensor):
                 self.block_outputs.add(self._identity(first))
+                self.streams[path] = first
 
         return hook
 
@@ -149,6 +168,7 @@ class ForwardTracer(TorchFunctionMode):
             if path in self.cut_at and out.is_floating_point():
                 out = self._make_leaf(path, out)
             self._keep_alive.append(out)
+            self.output_shapes[path] = out.shape
             self._emitters.setdefault(id(out), []).append(path)
             self.outputs_of.setdefault(path, set()).add(self._identity(out))
             if out.ndim and out.shape[0] == 1:
@@ -161,7 +181,7 @@ class ForwardTracer(TorchFunctionMode):
         def hook(_module: nn.Module, _args: Any, out: Any) -> None:
             first = out[0] if isinstance(out, (tuple, list)) and out else out
             if isinstance(first, Tensor):
-                self.output_dims[path] = tuple(first.shape)
+                self.output_shapes[path] = first.shape
 
         return hook
 
@@ -206,17 +226,30 @@ class ForwardTracer(TorchFunctionMode):
         if func in PRODUCTS:
             a, b = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)][-2:]
             self._record_product(a, b, out)
+        if isinstance(out, Tensor) and not self._open_blocks and self._reads_input(args, kwargs):
+            self.input_reads.append(InputRead(tuple(self._open_modules), self._num_exits))
+            if out.numel() == self._num_ids:  # a mask made of ids, or of another dtype
+                self._keep_alive.append(out)
+                self._inputs.add(id(out))
         if isinstance(out, (Tensor, tuple)):  # not where only a shape or a dtype is read
-            values = [x for a in (*args, *kwargs.values()) for x in (a if isinstance(a, (tuple, list)) else (a,))]
-            for x in values:
-                if isinstance(x, nn.Parameter):
-                    self.read_parameters.add(id(x))
-                    self.readers.setdefault(id(x), set()).add(self._open_modules[-1])
+            self._record_parameters(args, kwargs)
         if func is F.linear and isinstance(out, Tensor):
             path = self._path_of_weight.get(id(args[1] if len(args) > 1 else kwargs["weight"]))
             if path is not None and path != self._open_modules[-1]:  # by another module than its own
                 return self._make_leaf(path, out)
         return out
+
+    def _record_parameters(self, args: Any, kwargs: Any) -> None:
+        for value in (*args, *kwargs.values()):
+            for x in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(x, nn.Parameter):
+                    self.read_parameters.add(id(x))
+                    self.readers.setdefault(id(x), set()).add(self._open_modules[-1])
+
+    def _reads_input(self, args: Any, kwargs: Any) -> bool:
+        """Whether an operation takes one of the model's own inputs, or a view of it."""
+        tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        return any(id(t if t._base is None else t._base) in self._inputs for t in tensors)
 
     def _record_attention(self, q: Tensor, k: Tensor, v: Tensor, written_out: bool) -> AttentionCall:
         tensors = {"q": q, "k": k, "v": v}

@@ -11,22 +11,21 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
-from kitout.errors import Errors
+from kitout.base.path_patterns import PathPattern
+from kitout.errors import Errors, TargetError
 
 PROMPT_TYPES = ("PROMPT_TUNING", "PREFIX_TUNING")
 _SIZE_KEYS = {"num_virtual_tokens", "num_transformer_submodules", "token_dim", "num_attention_heads", "num_layers"}
 READ = {
-    "LORA": {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias"},
+    "LORA": {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
+    | {"bias", "lora_bias"},
     "IA3": {"feedforward_modules"},
     **dict.fromkeys(PROMPT_TYPES, _SIZE_KEYS),
 }
-TASKS = (
-    "CAUSAL_LM",
-    "SEQ_2_SEQ_LM",
-    "SEQ_CLS",
-)  # in other tasks PEFT returns the outputs of the prompts with those of the text
+TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # What was selected, how it was initialized, where it came from: the tensors of the file hold the rest.
 HARMLESS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -36,7 +35,10 @@ HARMLESS = {
     "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "encoder_hidden_size", "prefix_projection",
 }  # fmt: skip
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that change weights of the base
-MAX_PATTERN_CHARS, MAX_QUANTIFIERS = 2000, 6
+BIAS_VALUES = ("none", "lora_only", "all")
+MAX_PATTERNS = 50  # regular expressions in one file that are more than names
+_pattern = lru_cache(maxsize=8192)(PathPattern)
+Modules = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,18 @@ class PeftConfig:
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
-    feedforward: str | tuple[str, ...] = ()
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Biases of the base that are trained: "none", "lora_only" (of the targets) or "all"."""
+    lora_bias: bool = False
+    """B has a bias."""
+    feedforward: Modules = ()
     """IA3: modules whose input is scaled, by regular expression or by name."""
     modules_to_save: tuple[str, ...] = ()
     """Modules that the adapter replaces (heads), by the end of their path."""
-    targets: tuple[str, ...] = ()
-    """Modules with adapter tensors, by the end of their path; empty where the config has a regular expression."""
-    exclude_modules: tuple[str, ...] = ()
+    targets: Modules = ()
+    """Modules with adapter tensors, by regular expression or by the end of their path."""
+    exclude_modules: Modules = ()
+    """Modules without, likewise."""
     layers: frozenset[int] | None = None
     """Indices of the blocks; None: all."""
     layers_pattern: tuple[str, ...] = ()
@@ -77,14 +84,14 @@ class PeftConfig:
     def at_input(self, path: str) -> bool:
         """IA3: the vector sits on the module's input. PEFT compares plain endings, without a dot."""
         if isinstance(self.feedforward, str):
-            return bool(re.fullmatch(self.feedforward, path))
+            return bool(_pattern(self.feedforward).matches(path))
         return any(path.endswith(end) for end in self.feedforward)
 
-    def is_named(self, path: str) -> bool:
-        """The config lists this module by name (it may also select by pattern, which is not evaluated here)."""
-        if not _ends(path, self.targets) or _ends(path, self.exclude_modules) or _inside(path, self.modules_to_save):
+    def selects(self, path: str) -> bool:
+        """PEFT would give this module an adapter, if it is of a kind that can have one."""
+        if not _means(path, self.targets) or _means(path, self.exclude_modules) or _inside(path, self.modules_to_save):
             return False
-        if self.layers is None:
+        if self.layers is None or isinstance(self.targets, str):  # PEFT refuses layers beside a pattern
             return True
         patterns = [rf"(?:^|.*?\.){re.escape(p)}\.(\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
         match = next((m for m in (re.match(p, path) for p in patterns) if m), None)
@@ -115,7 +122,11 @@ class PeftPromptConfig:
 
 def _by_pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
     """The first pattern that matches the end of the path wins, as in PEFT."""
-    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next((v for key, v in (patterns or {}).items() if _pattern(key, at_end=True).matches(path)), default)
+
+
+def _means(path: str, modules: Modules) -> bool:
+    return bool(_pattern(modules).matches(path)) if isinstance(modules, str) else _ends(path, modules)
 
 
 def _ends(path: str, names: Iterable[str]) -> bool:
@@ -165,10 +176,10 @@ def _read_weight_config(fields: dict[str, Any], kind: str, check: _FieldReader, 
             f"init_lora_weights={start[:40]!r} changed the base's weights when training began: save it in PEFT with "
             "path_initial_model_for_weight_conversion=..., which makes it a plain LoRA"
         )
-    if (bias := fields.get("bias", "none")) != "none":
-        errors.add(f"bias={str(bias)[:40]!r} trains biases of the base as well; only 'none' is read")
-    layers = fields.get("layers_to_transform")
-    targets = fields.get("target_modules")
+    bias = fields.get("bias", "none")
+    if bias not in BIAS_VALUES:
+        errors.add(f"bias={str(bias)[:40]!r} is none of {', '.join(BIAS_VALUES)}")
+        bias = "none"
     return PeftConfig(
         kind=kind,
         rank=check.number("r", 8, int),
@@ -178,11 +189,13 @@ def _read_weight_config(fields: dict[str, Any], kind: str, check: _FieldReader, 
         dropout=check.number("lora_dropout", 0.0, float),
         rslora=check.flag("use_rslora"),
         dora=check.flag("use_dora"),
+        bias=bias,
+        lora_bias=check.flag("lora_bias"),
         feedforward=check.pattern_or_names("feedforward_modules"),
         modules_to_save=check.names("modules_to_save"),
-        targets=() if isinstance(targets, str) else check.names("target_modules"),
-        exclude_modules=() if isinstance(fields.get("exclude_modules"), str) else check.names("exclude_modules"),
-        layers=None if layers in (None, []) else frozenset([layers] if isinstance(layers, int) else layers),
+        targets=check.pattern_or_names("target_modules"),
+        exclude_modules=check.pattern_or_names("exclude_modules"),
+        layers=check.indices("layers_to_transform"),
         layers_pattern=check.names("layers_pattern"),
     )
 
@@ -192,12 +205,16 @@ class _FieldReader:
 
     def __init__(self, fields: dict[str, Any], errors: Errors) -> None:
         self.fields, self.errors = fields, errors
+        self.num_patterns = 0
 
     def number(self, key: str, default: Any, kind: type) -> Any:
-        value: Any = self.fields.get(key, default)
+        return self._number(key, self.fields.get(key, default), default, kind)
+
+    def _number(self, description: str, value: Any, default: Any, kind: type) -> Any:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or abs(value) >= 2**31 or kind(value) != value:
-            self.errors.add(f"{key}={str(value)[:40]!r} is not a number, or out of range")
+        if not is_number or not abs(value) < 2**31 or kind(value) != value:
+            what = "a whole number" if kind is int and is_number else "a number"
+            self.errors.add(f"{description}={str(value)[:40]!r} is not {what}, or out of range")
             return default
         return kind(value)
 
@@ -222,35 +239,41 @@ class _FieldReader:
             return ()
         return tuple(value)
 
-    def pattern_or_names(self, key: str) -> str | tuple[str, ...]:
+    def indices(self, key: str) -> frozenset[int] | None:
+        """Whole numbers; None where there are none."""
         value = self.fields.get(key)
-        return value if isinstance(value, str) and self._is_safe(key, value) else self.names(key)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**31 for v in values):
+            self.errors.add(f"{key}={repr(value)[:40] if values else value} is not a list of indices of blocks")
+            return None
+        return frozenset(values) or None
+
+    def pattern_or_names(self, key: str) -> Modules:
+        value = self.fields.get(key)
+        if not isinstance(value, str):
+            return self.names(key)
+        return value if value and self._is_readable(key, value) else ()
 
     def patterns(self, key: str, kind: type) -> dict[str, Any]:
         value = self.fields.get(key) or {}
         if not isinstance(value, dict):
             self.errors.add(f"{key} is not an object of patterns and numbers")
             return {}
-        numbers = {}
-        for pattern, number in value.items():
-            if isinstance(number, bool) or not isinstance(number, (int, kind)):
-                self.errors.add(f"{key}[{pattern[:60]!r}]={str(number)[:40]!r} is not a number")
-            elif self._is_safe(key, pattern):
-                numbers[pattern] = number
-        return numbers
+        return {
+            pattern: self._number(f"{key}[{pattern[:60]!r}]", number, 1, kind)
+            for pattern, number in value.items()
+            if self._is_readable(key, pattern, at_end=True)
+        }
 
-    def _is_safe(self, key: str, pattern: str) -> bool:
-        """The regular expression compiles and cannot take forever: no repeated groups, few quantifiers."""
+    def _is_readable(self, key: str, pattern: str, at_end: bool = False) -> bool:
         try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError):
-            self.errors.add(f"{key}: {pattern[:60]!r} is not a regular expression")
+            self.num_patterns += _pattern(pattern, at_end=at_end).is_automaton
+        except TargetError as error:
+            self.errors.add(f"{key}: {error}")
             return False
-        num_quantifiers = len(re.findall(r"[*+{]", pattern))
-        if len(pattern) > MAX_PATTERN_CHARS or num_quantifiers > MAX_QUANTIFIERS or re.search(r"\)[*+{]", pattern):
-            self.errors.add(f"{key}: {pattern[:60]!r} is a more complicated pattern than is read from files")
-            return False
-        return True
+        if self.num_patterns == MAX_PATTERNS + 1:
+            self.errors.add(f"{key}: more than {MAX_PATTERNS} regular expressions in one file")
+        return self.num_patterns <= MAX_PATTERNS
 
 
 def target_modules_for(
@@ -270,9 +293,14 @@ def target_modules_for(
     return {"target_modules": either[0], "feedforward_modules": either[1] or []}
 
 
-def most_common_and_rest(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The value most paths have, and the others by path as PEFT's patterns are written."""
-    every = list(values.values())
-    most_common = max(every, key=every.count)
-    rest = {path: value for path, value in values.items() if value != most_common}
-    return most_common, {p if re.fullmatch(r"[\w.]+", p) else re.escape(p): value for p, value in rest.items()}
+def patterns_of(values: dict[str, Any], default: Any) -> dict[str, Any]:
+    """The values that differ from the default, by module path as PEFT's patterns are written.
+
+    A pattern also matches where it ends a longer path, unless it says that the path begins there.
+    """
+    patterns = {}
+    for path, value in values.items():
+        if value != default:
+            pattern = path if re.fullmatch(r"[\w.]+", path) else re.escape(path)
+            patterns["^" + pattern if any(p.endswith(f".{path}") for p in values) else pattern] = value
+    return patterns

@@ -1,12 +1,14 @@
 """The kitout method that selects the modules of a PEFT file and has its ranks and alphas.
 
-Selections are tried in this order: by role, as a person would write ("attn.q attn.v"), by module names, by whole paths;
-likewise for ranks and alphas that differ. Each is checked site by site. It knows no tensors.
+Selections are tried in this order: by role, as a person would write ("attn.q attn.v"), by module names, by whole paths,
+by one regular expression that lists the paths; likewise for ranks and alphas that differ. Each is checked site by site.
+It knows no tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kitout.base.select import select
@@ -17,7 +19,7 @@ from kitout.files.peft.config import PeftConfig
 from kitout.files.peft.read_tensors import adaptable_modules
 from kitout.method import Method
 from kitout.methods import IA3, LoRA
-from kitout.methods.lora import value_for_role
+from kitout.methods.lora import max_rank, value_for_role
 
 SiteTerm = Callable[[Site], str]
 SITE_TERMS: tuple[SiteTerm, ...] = (
@@ -47,6 +49,9 @@ def infer_method(
         dropout=settings.dropout,
         rslora=settings.rslora,
         dora=settings.dora,
+        bias=settings.bias,
+        lora_bias=settings.lora_bias,
+        clip_rank=all(ranks[s.path] <= max_rank(s) for s in modules),  # a file's own rank is kept
         targets=targets,
         layers=layers,
     )
@@ -77,6 +82,13 @@ def _candidates(sites: Sequence[Site], at_input: Mapping[str, bool]) -> Iterator
         targets = " ".join(dict.fromkeys(("in:" if at_input[s.path] else "") + term(s) for s in sites))
         yield targets, "all"
         yield targets, layers
+    ports = {"in:" if at_input[s.path] else "" for s in sites}
+    yield " ".join(f"{p}{_path_list(s for s in sites if at_input[s.path] == bool(p))}" for p in sorted(ports)), "all"
+
+
+def _path_list(sites: Iterable[Site]) -> str:
+    """One word that selects exactly these modules, whatever other paths end alike."""
+    return "re:" + "|".join(re.escape(s.path).replace(r"\ ", r"\x20") for s in sites)
 
 
 def _by_term(sites: Sequence[Site], values: Mapping[str, Any], setting: str) -> Any:
@@ -90,4 +102,4 @@ def _by_term(sites: Sequence[Site], values: Mapping[str, Any], setting: str) -> 
                 return table
         except ConfigError:
             continue
-    raise FileError(f"{setting} differs between modules whose paths end alike: no setting by name can distinguish them")
+    return {_path_list(s for s in sites if values[s.path] == value): value for value in dict.fromkeys(values.values())}

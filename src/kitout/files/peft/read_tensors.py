@@ -27,6 +27,7 @@ ENDS = {
     "LORA": {
         ".lora_A.weight": "a",
         ".lora_B.weight": "b",
+        ".lora_B.bias": "bias",
         ".lora_embedding_A": "a",
         ".lora_embedding_B": "b",
         ".lora_magnitude_vector": "magnitude",
@@ -51,6 +52,12 @@ class PeftModuleTensors:
     """On the module's input (IA3)."""
     is_transposed: bool = False
     """The module stores its weight as [d_in, d_out]."""
+    bias: Tensor | None = None
+    """Of B (lora_bias), when read."""
+    shift: Tensor | None = None
+    """What is added to the module's bias, when written; None where nothing can be."""
+    has_shift: bool = False
+    """The file trains a bias here."""
 
 
 @dataclass
@@ -174,6 +181,8 @@ def _unexpected(base: nn.Module, rest: str, value: Tensor) -> str | None:
 
 def _read_lora(site: Site, settings: PeftConfig, values: dict[str, Tensor]) -> PeftModuleTensors | str:
     needed = {"a", "b", "magnitude"} if settings.dora else {"a", "b"}
+    if settings.lora_bias:
+        needed |= {"bias"}
     if set(values) != needed:
         return f"has {', '.join(sorted(values))}, needs {', '.join(sorted(needed))}"
     if reason := why_peft_differs(site.module):
@@ -191,7 +200,12 @@ def _read_lora(site: Site, settings: PeftConfig, values: dict[str, Tensor]) -> P
         if values["magnitude"].numel() != site.d_out:
             return f"magnitude has shape {list(values['magnitude'].shape)}, needs {site.d_out} values"
         parameters["magnitude"] = values["magnitude"].flatten()
-    return PeftModuleTensors(parameters, rank, settings.alpha_at(site.path))
+    bias = values.get("bias")
+    if bias is not None and bias.shape != (site.d_out,):
+        return f"the bias of B has shape {list(bias.shape)}, needs {site.d_out} values"
+    is_trained = settings.lora_bias or (settings.bias != "none" and site.module._parameters.get("bias") is not None)
+    has_shift = is_trained and not isinstance(site.module, nn.Embedding)
+    return PeftModuleTensors(parameters, rank, settings.alpha_at(site.path), bias=bias, has_shift=has_shift)
 
 
 def _read_ia3(site: Site, settings: PeftConfig, values: dict[str, Tensor]) -> PeftModuleTensors | str:

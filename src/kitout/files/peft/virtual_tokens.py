@@ -3,7 +3,8 @@
 A prompt is [p, d]; for an encoder-decoder PEFT keeps p more rows, which it never reads. A prefix is [m, 2 L H_kv d_h],
 keys and values of each layer in turn, of the decoder's self-attention only where there is an encoder too. An encoder of
 the prefix (prefix_projection) is folded when PEFT saves, and when kitout does. PEFT's prompts before an encoder also
-replace the token that a classifier reads. It knows these two methods, and nothing of folders or json.
+replace the token that a classifier reads. Where PEFT returns outputs of its prompts too (hidden states, token labels),
+kitout returns those of the text. It knows these two methods, and nothing of folders or json.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from kitout.errors import Errors
 from kitout.files.head_spec import plain_class
 from kitout.files.peft.config import TASKS, PeftPromptConfig
 from kitout.files.peft.read_tensors import PeftAdapter, head_tensors, without_tensors
-from kitout.files.peft.write_tensors import heads_of, task_of
+from kitout.files.peft.write_tensors import heads_of, takes_argument, task_of
 from kitout.methods import PrefixTuning, PromptTuning
 from kitout.runtime.adapter import Adapter
+from kitout.runtime.build_adapter import cached_heads
 from kitout.runtime.state import KitState
 
 PROMPT_KEY, PREFIX = "prompt_embeddings", "base_model."
 ENCODER_DECODER_TASK = "SEQ_2_SEQ_LM"
-HEADS = ("classifier", "score")  # what PEFT takes for the head of SEQ_CLS and insists on finding in the file
+# What PEFT takes for the head of a task and insists on finding in the file.
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 def read_virtual_tokens(
@@ -36,10 +39,12 @@ def read_virtual_tokens(
     task = task_of(state.base)
     if reason := _why_no_task(state, task):
         errors.add(reason)
-    elif task != settings.task:
+    elif settings.task not in (task, "FEATURE_EXTRACTION"):  # which PEFT runs on any model, as it is
         errors.add(f"it was made for a model of {settings.task}, and {_model_name(state)} is one of {task}")
     is_prompt = settings.kind == "PROMPT_TUNING"
-    method = _prompt_method(state, settings, errors) if is_prompt else _prefix_method(state, settings)
+    if not is_prompt and (reason := _why_no_cache_for(state, settings.task)):
+        errors.add(reason)
+    method = _prompt_method(state, settings, task, errors) if is_prompt else _prefix_method(state, settings)
     peft_adapter = PeftAdapter(method, method.sites(state.survey))
     rest = {key: value for key, value in stored.items() if key != PROMPT_KEY}
     peft_adapter.heads = head_tensors(state.base, settings.modules_to_save, PREFIX, rest, errors)
@@ -58,12 +63,12 @@ def read_virtual_tokens(
     return peft_adapter
 
 
-def _prompt_method(state: KitState, settings: PeftPromptConfig, errors: Errors) -> PromptTuning:
-    if settings.task != "SEQ_CLS" or any(t.causal for t in state.survey.towers):
+def _prompt_method(state: KitState, settings: PeftPromptConfig, task: str | None, errors: Errors) -> PromptTuning:
+    if any(t.causal for t in state.survey.towers):
         return PromptTuning(length=settings.length)
-    if reason := _why_classifier_reads_more(state):
+    if reason := _why_head_reads_more(state, task):
         errors.add(reason)
-    return PromptTuning(length=settings.length, pooled="prompt")
+    return PromptTuning(length=settings.length, pooled="prompt" if task == "SEQ_CLS" else "text")
 
 
 def _read_prompt(peft_adapter: PeftAdapter, settings: PeftPromptConfig, value: Tensor, errors: Errors) -> None:
@@ -96,19 +101,21 @@ def _read_prefix(
         errors.add(reason)
         return
     heads, width = sites[0].num_kv_heads, sites[0].d_out
-    slots = settings.layers or len(sites)
-    layers_fit = slots >= len(sites) if settings.num_submodules > 1 else slots == len(sites)
+    layers = _tower(state, sites[0]).depth
+    slots = settings.layers or layers
+    layers_fit = slots >= layers if settings.num_submodules > 1 else slots == layers
     widths_fit = settings.heads in (None, heads) and settings.width in (None, width)
     if not (layers_fit and widths_fit and tuple(value.shape) == (settings.length, 2 * slots * width)):
         sizes = f"{settings.layers} layers of {settings.heads} heads in {settings.width} channels"
         errors.add(
             f"{PROMPT_KEY} has shape {list(value.shape)} for {sizes}; {settings.length} positions here take "
-            f"{[settings.length, 2 * len(sites) * width]}: {len(sites)} layers of {heads} heads in {width} channels"
+            f"{[settings.length, 2 * layers * width]}: {layers} layers of {heads} heads in {width} channels"
         )
         return
     parts = value.view(settings.length, slots, 2, heads, width // heads)
-    for layer, site in enumerate(sites):
-        peft_adapter.values[f"{site.key}.prefix"] = parts[:, _slot(layer, settings.num_submodules, slots)].clone()
+    for site in sites:
+        slot = _slot(site.layer or 0, settings.num_submodules, slots)
+        peft_adapter.values[f"{site.key}.prefix"] = parts[:, slot].clone()
 
 
 def _slot(layer: int, num_submodules: int, slots: int) -> int:
@@ -133,13 +140,30 @@ def _why_no_task(state: KitState, task: str | None) -> str | None:
     return None
 
 
-def _why_classifier_reads_more(state: KitState) -> str | None:
-    """Why the head of this encoder reads more than its first token, so that PEFT's prompts change what it reads."""
+def _why_head_reads_more(state: KitState, task: str | None) -> str | None:
+    """Why the head of this encoder also reads outputs of PEFT's prompts and not of the text alone."""
+    headless = getattr(state.base, "base_model", state.base) is state.base
+    if task != "SEQ_CLS":
+        if headless or task != "FEATURE_EXTRACTION" or _model_name(state).endswith("MaskedLM"):
+            return None
+        return f"the head of {_model_name(state)} may read the first token, which is a prompt's output with PEFT"
     config = getattr(state.base, "config", None)
     for name in ("classifier_pooling", "summary_type"):
         if (value := getattr(config, name, None)) not in (None, "cls", "first"):
             return f"{name}={value!r}: with PEFT this classifier reads the prompts' outputs as well, here it does not"
     return None
+
+
+def _why_no_cache_for(state: KitState, task: str | None) -> str | None:
+    """Why PEFT has no prefix in this model: it comes as a cache, which others ignore or do not take.
+
+    An encoder-decoder needs a cache of four tensors for each layer, which only SEQ_2_SEQ_LM makes.
+    """
+    if len(state.survey.towers) > 1 and task != "SEQ_2_SEQ_LM":
+        return f"PEFT's prefix for {task} does not work in a model with encoder and decoder, as {_model_name(state)} is"
+    if takes_argument(state.base, "past_key_values"):
+        return None
+    return f"PEFT's prefix comes as a cache, and {_model_name(state)} takes no past_key_values"
 
 
 def _tower(state: KitState, site: Site) -> Tower:
@@ -161,14 +185,14 @@ def write_virtual_tokens(state: KitState, adapter: Adapter, errors: Errors) -> t
     if reason := why_differs(state, adapter):
         errors.add(reason)
     heads = heads_of(state, adapter, errors)
-    if task == "SEQ_CLS":
-        heads |= _own_heads(state, adapter, errors)
+    if task in HEADS:
+        heads |= _own_heads(state, adapter, HEADS[task], errors)
     if errors.messages:
         return {}, {}
     if is_prompt:
         value, fields = _write_prompt(state, adapter)
     else:
-        value, fields = _write_prefix(adapter, 2 if task == ENCODER_DECODER_TASK else 1)
+        value, fields = _write_prefix(state, adapter, 2 if task == ENCODER_DECODER_TASK else 1)
     tensors = {PROMPT_KEY: value, **{PREFIX + key: value for key, value in heads.items()}}
     return tensors, {"task_type": task, "num_virtual_tokens": len(value), "token_dim": adapter.sites[0].d_out, **fields}
 
@@ -185,11 +209,12 @@ def _write_prompt(state: KitState, adapter: Adapter) -> tuple[Tensor, dict[str, 
     }
 
 
-def _write_prefix(adapter: Adapter, num_submodules: int) -> tuple[Tensor, dict[str, Any]]:
-    values: list[Any] = [adapter.delta(s).prefix for s in adapter.sites]
-    slots = len(values) + (num_submodules - 1) * (1 - len(values) % 2)  # an odd number, so that no two layers share one
-    parts = values[0].new_zeros(len(values[0]), slots, *values[0].shape[1:])
-    for layer, value in enumerate(values):
+def _write_prefix(state: KitState, adapter: Adapter, num_submodules: int) -> tuple[Tensor, dict[str, Any]]:
+    values: dict[int, Any] = {site.layer or 0: adapter.delta(site).prefix for site in adapter.sites}
+    layers, like = _tower(state, adapter.sites[0]).depth, next(iter(values.values()))
+    slots = layers + (num_submodules - 1) * (1 - layers % 2)  # an odd number, so that no two layers share one
+    parts = like.new_zeros(len(like), slots, *like.shape[1:])
+    for layer, value in values.items():  # zeros where a layer reads the keys of another: PEFT does not read them either
         parts[:, _slot(layer, num_submodules, slots)] = value
     return parts.flatten(1), {
         "peft_type": "PREFIX_TUNING",
@@ -204,14 +229,16 @@ def _why_prefix_differs(state: KitState, sites: Sequence[Site]) -> str | None:
     """Why PEFT has no prefix at these attentions: it needs every layer of one stack, all of one shape."""
     towers, shapes = {s.tower for s in sites}, sorted({(s.num_kv_heads, s.d_out) for s in sites})
     if len(towers) > 1 or any(s.role != "kv.self" for s in sites):
+        place = "decoder" if any(t.causal for t in state.survey.towers) else "encoder"
         return (
             f"PEFT's prefix is in one stack's self-attention, this one at {len(sites)} places in "
-            f"{', '.join(sorted(towers))}: choose places='decoder' (or 'encoder' where there is no decoder)"
+            f"{', '.join(sorted(towers))}: choose places={place!r}"
         )
     tower = _tower(state, sites[0])
     if len(state.survey.towers) > 1 and not tower.causal:
         return f"PEFT's prefix is in the decoder, this one in {tower.path}"
-    if [s.layer for s in sites] != list(range(tower.depth)):
+    sharing = {s.layer for s in state.survey.kv_sites if s.tower == tower.path and s.shares_kv_of}
+    if [s.layer for s in sites] != [layer for layer in range(tower.depth) if layer not in sharing]:
         return f"PEFT's prefix is in every layer, this one in {len(sites)} of the {tower.depth} in {tower.path}"
     if len(shapes) > 1:
         return f"PEFT's prefix has one shape, and attentions here have {shapes} (heads, channels)"
@@ -221,14 +248,16 @@ def _why_prefix_differs(state: KitState, sites: Sequence[Site]) -> str | None:
 def _why_prefix_unsaved(state: KitState, adapter: Adapter) -> str | None:
     """Why PEFT has no prefix like this one: its keys must also be as wide as the cache that PEFT puts them into."""
     site = adapter.sites[0]
-    if reason := _why_prefix_differs(state, adapter.sites):
+    if reason := _why_prefix_differs(state, adapter.sites) or _why_no_cache_for(state, task_of(state.base)):
         return reason
     queries = max((s.d_in for s in state.survey.sites if (s.tower, s.role) == (site.tower, "attn.o")), default=0)
     if queries > site.d_out and getattr(getattr(state.base, "config", None), "num_key_value_heads", None) is None:
-        return (
-            f"{site.path} has keys of {site.d_out} channels for queries of {queries}; without num_key_value_heads in "
-            "the model's config there is no telling which of them its cache, and so PEFT's prefix, has"
-        )
+        heads = cached_heads(state)
+        if heads != site.num_kv_heads:
+            return (
+                f"{site.path} has keys of {site.num_kv_heads} heads, and PEFT's prefix those of the model's cache: "
+                f"{heads or 'its heads could not be counted'}"
+            )
     return None
 
 
@@ -241,21 +270,24 @@ def _why_prompt_differs(state: KitState, adapter: Adapter) -> str | None:
     tower = _tower(state, sites[0])
     if len(sites) > 1 or (tower.causal and len(state.survey.towers) > 1):
         return f"PEFT's prompts are the encoder's alone, these in {', '.join(s.tower for s in sites)}"
-    if tower.causal or task_of(state.base) != "SEQ_CLS":
+    if tower.causal or len(state.survey.towers) > 1:
         return None
-    if method.pooled == "text":
+    task = task_of(state.base)
+    if task != "SEQ_CLS" and method.pooled == "prompt":
+        return "pooled='prompt' is for classifiers of whole texts, and PEFT returns the text's own first output here"
+    if task == "SEQ_CLS" and method.pooled == "text":
         return (
             "with PEFT an encoder's classifier reads the output of the first prompt, here that of the first token: "
             "train it with PromptTuning(pooled='prompt')"
         )
-    return _why_classifier_reads_more(state)
+    return _why_head_reads_more(state, task)
 
 
-def _own_heads(state: KitState, adapter: Adapter, errors: Errors) -> dict[str, Tensor]:
+def _own_heads(state: KitState, adapter: Adapter, names: tuple[str, ...], errors: Errors) -> dict[str, Tensor]:
     """The base's own heads where the adapter has none: PEFT does not load the prompts of a classifier without them."""
     adapter_heads = [path.replace("/", ".") for path in adapter.heads]
     base: nn.Module = state.base
-    paths = without_tensors(base, HEADS, adapter_heads)
+    paths = without_tensors(base, names, adapter_heads)
     if paths and state.merged_names:
         errors.add(f"{paths[0]} is saved with it, and {state.merged_text} merged into the base: unmerge() first")
     return {f"{p}.{name}": value for p in paths for name, value in base.get_submodule(p).state_dict().items()}

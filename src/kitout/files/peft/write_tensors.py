@@ -6,8 +6,9 @@ on the whole. It knows the parameters of LoRA and IA3 and nothing of folders or 
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +22,17 @@ from kitout.files.peft.read_tensors import CONV_CLASSES, PeftModuleTensors, embe
 from kitout.methods import IA3, LoRA
 from kitout.methods.deltas.dora import DoRADelta
 from kitout.methods.deltas.low_rank import LowRankDelta
+from kitout.methods.lora import BIAS
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.state import KitState
+
+TASK_BY_CLASS_NAME = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+TEXT_INPUTS = ("input_ids", "attention_mask", "inputs_embeds")
+DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
 
 
 def to_peft_tensors(adapter: Adapter, errors: Errors) -> dict[str, PeftModuleTensors]:
@@ -33,6 +43,8 @@ def to_peft_tensors(adapter: Adapter, errors: Errors) -> dict[str, PeftModuleTen
         return {}
     by_path: dict[str, list[Site]] = {}
     for site in adapter.sites:
+        if site.parameter_names == BIAS:  # written by `biases.py`
+            continue
         by_path.setdefault(site.path, []).append(site)
     parts = {}
     for path, sites in by_path.items():
@@ -46,6 +58,28 @@ def to_peft_tensors(adapter: Adapter, errors: Errors) -> dict[str, PeftModuleTen
             part.is_transposed = is_conv1d(sites[0].module)
             parts[path] = part
     return parts
+
+
+def to_one_scale(parts: Mapping[str, PeftModuleTensors], rslora: bool) -> tuple[int, float]:
+    """r and lora_alpha of the whole file. A module whose alpha / rank differs from that of most has its B rescaled.
+
+    Not every reader knows PEFT's patterns: versions of vLLM apply lora_alpha / r to every module. With one scale, ranks
+    may differ. r is the largest, for which such a reader makes room.
+    """
+
+    def root(rank: int) -> float:
+        return math.sqrt(rank) if rslora else rank
+
+    scales = [_round_alpha(part.alpha / root(part.rank)) for part in parts.values()]
+    scale = max(scales, key=scales.count)
+    for part, own in zip(parts.values(), scales, strict=True):
+        if own != scale:
+            ends = [end for end in part.values if end.startswith((".lora_B.", ".lora_embedding_B"))]
+            part.values |= {end: part.values[end] * (own / scale) for end in ends}
+            part.alpha = _round_alpha(scale * root(part.rank))
+    rank = max(part.rank for part in parts.values())
+    alphas = {part.rank: part.alpha for part in parts.values()}
+    return rank, alphas[rank]
 
 
 def _write_lora(adapter: Adapter, sites: Sequence[Site]) -> PeftModuleTensors | str:
@@ -75,7 +109,18 @@ def _write_lora(adapter: Adapter, sites: Sequence[Site]) -> PeftModuleTensors | 
     else:
         kernel = module.weight.shape[1:] if isinstance(module, CONV_CLASSES) else a.shape[1:]
         values = {".lora_A.weight": a.reshape(rank, *kernel), ".lora_B.weight": b[(...,) + (None,) * (len(kernel) - 1)]}
-    return PeftModuleTensors({**values, **extra}, rank, _round_alpha(alpha))
+    return PeftModuleTensors({**values, **extra}, rank, _round_alpha(alpha), shift=_shift(adapter, sites))
+
+
+def _shift(adapter: Adapter, sites: Sequence[Site]) -> Tensor | None:
+    """What the sites of one module add to its bias, [d_out] of the whole module; None where they have none."""
+    whole: Tensor | None = None
+    for site in sites:
+        shift = adapter.delta(site)._parameters.get("shift")
+        if shift is not None:
+            whole = shift.new_zeros(_num_outputs(site)) if whole is None else whole
+            whole[slice(None) if site.channel_index is None else site.channel_index] += adapter.strength * shift
+    return whole
 
 
 def _stack_factors(sites: Sequence[Site], deltas: Sequence[Any]) -> tuple[Tensor, Tensor, float]:
@@ -130,6 +175,25 @@ def _vector_shape(module: nn.Module, axis: int) -> tuple[int, ...]:
     return tuple(-1 if i == axis else 1 for i in range(module.weight.ndim))
 
 
+def why_not_in_vllm(adapter: Adapter) -> list[str]:
+    """What vLLM refuses or passes over when it loads such a folder: every reason. After vllm/lora/peft_helper.py."""
+    method = adapter.method
+    if not isinstance(method, LoRA):
+        return [f"it reads LoRA only, and this is {type(method).__name__}: serve kit.merged_copy({adapter.name!r})"]
+    reasons = ["it does not read DoRA (dora=True)"] if method.dora else []
+    if method.bias != "none" or method.lora_bias:
+        reasons.append(f"it reads no trained biases (bias={method.bias!r}, lora_bias={method.lora_bias})")
+    if adapter.heads:
+        heads = ", ".join(path.replace("/", ".") for path in adapter.heads)
+        reasons.append(f"it reads no heads (modules_to_save): {heads}")
+    others = {
+        type(s.module).__name__: s.path
+        for s in adapter.sites
+        if not isinstance(s.module, (nn.Linear, nn.Embedding)) and not is_conv1d(s.module)
+    }
+    return reasons + [f"it has no LoRA over {kind} ({path})" for kind, path in others.items()]
+
+
 def _round_alpha(value: float) -> float:
     """8 instead of 8.000000000000002 or 8.0: alpha was divided by the rank and multiplied again."""
     rounded = float(f"{value:.12g}")
@@ -137,12 +201,31 @@ def _round_alpha(value: float) -> float:
 
 
 def task_of(model: Any) -> str | None:
-    """PEFT's task type of a model; None for tasks that kitout does not write."""
-    if plain_class(model).__name__.endswith("ForSequenceClassification"):
-        return "SEQ_CLS"
-    if not callable(getattr(model, "can_generate", None)) or not model.can_generate():
-        return None
-    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    """PEFT's task type of a model; None where PEFT's class for that task cannot call it.
+
+    Each of these classes passes on the inputs of a text model by name, those that are not given as None. So it cannot
+    call a model of sound or images, which would hand `input_ids` on to a part that gets its own.
+    """
+    cls = plain_class(model)
+    task = next((task for end, task in TASK_BY_CLASS_NAME.items() if cls.__name__.endswith(end)), None)
+    if task is None:
+        generates = callable(getattr(model, "can_generate", None)) and model.can_generate()
+        task = "FEATURE_EXTRACTION"
+        if generates:
+            task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    passed = TEXT_INPUTS + (DECODER_INPUTS if task == "SEQ_2_SEQ_LM" else ())
+    takes_ids = "input_ids" in inspect.signature(cls.forward).parameters
+    return task if takes_ids and all(takes_argument(model, name) for name in passed) else None
+
+
+def takes_argument(model: Any, name: str) -> bool:
+    """The model's forward has this argument, or hands it on to what is below its head."""
+    parameters = inspect.signature(plain_class(model).forward).parameters
+    if name in parameters:
+        return True
+    below = getattr(model, "base_model", model)
+    hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return hands_on and below is not model and name in inspect.signature(plain_class(below).forward).parameters
 
 
 def heads_of(state: KitState, adapter: Adapter, errors: Errors) -> dict[str, Tensor]:

@@ -94,8 +94,9 @@ def default_sites(method: Method, survey: Survey, roles: Sequence[str]) -> list[
     """The method's sites. By default every block must have these sublayers, so that no block is left out silently."""
     if method.targets is None and (blocks := survey.blocks_missing(*roles)):
         shown = ", ".join(blocks[:3]) + (", ..." if len(blocks) > 3 else "")
+        was_seen = any(site.role in roles for site in survey.sites)
         raise TargetError(
             f"{type(method).__name__} sits at {' and '.join(roles)} of every block, and their ends were not seen in "
-            f"{shown}; write targets='sub.*' to use those that were"
+            f"{shown}" + (f"; write targets={method.default_targets!r} to use those that were" if was_seen else "")
         )
     return select(survey.sites, method.targets or method.default_targets, method.layers)

@@ -30,7 +30,7 @@ class DoRADelta(Delta):
         dtype, bias = y.dtype, frozen.bias
         if x.is_floating_point():
             x = F.dropout(x.to(dtype), self.dropout, self.training)
-        change = self.scale * F.linear(frozen.apply_weight(x, self.a.to(dtype)), self.b.to(dtype))
+        change = self.scale * frozen.apply_low_rank(x, self.a.to(dtype), self.b.to(dtype), y)
         ratio = (self.magnitude / self.norm(frozen.weight)).to(dtype)
         if bias is None:
             return ratio * (y + change)
@@ -46,4 +46,4 @@ class DoRADelta(Delta):
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         new = w + self.scale * (self.b.to(w.dtype) @ self.a.to(w.dtype))
-        return new * (self.magnitude.to(w.dtype) / new.detach().norm(dim=1))[:, None], b
+        return new * (self.magnitude.to(w.dtype) / new.detach().norm(dim=1).clamp_min(1e-12))[:, None], b

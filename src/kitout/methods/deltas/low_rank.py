@@ -27,7 +27,7 @@ class LowRankDelta(Delta):
 
     Training over a plain linear: `fused_linear`, one autograd node with the frozen product.
     One adapter elsewhere: `add_low_rank`, one autograd node where a gradient is needed.
-    Embeddings and convolutions: the module's own map with A for its weight, then B.
+    Embeddings and convolutions: the module's own map with B A for its weight.
     Rows of several adapters: `_add_trained_rows` in training, products with gathered factors otherwise.
     """
 
@@ -70,7 +70,7 @@ class LowRankDelta(Delta):
             x = (F.dropout(x, self.dropout) if self.drops_inputs else x).to(y.dtype)
         if self.reads_weight:
             assert frozen is not None
-            return y + self.scale * F.linear(frozen.apply_weight(x, a), b)
+            return y + self.scale * frozen.apply_low_rank(x, a, b, y)
         return add_low_rank(x, y, a, b, self.scale, may_overwrite)
 
     def fused_linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
@@ -187,7 +187,15 @@ def _add_up_projection(h_t: Tensor, y: Tensor, b: Tensor, scale: float, may_over
     if may_overwrite:
         y2.addmm_(h_t.t(), b.t(), alpha=scale)
         return y
-    return torch.addmm(y2, h_t.t(), b.t(), alpha=scale).view(y.shape)
+    return _own_tensor(torch.addmm(y2, h_t.t(), b.t(), alpha=scale), y.shape)
+
+
+def _own_tensor(y: Tensor, shape: torch.Size) -> Tensor:
+    """A fresh result in a shape, not as a view of it: models may write to what a projection returned, and autograd
+    lets nobody write to a view that was made inside a node. Nothing else holds the result, so the memory is shared.
+    """
+    result: Tensor = torch.ops.aten._unsafe_view(y, shape)
+    return result
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -220,7 +228,8 @@ class _LinearLowRank(torch.autograd.Function):
         h_t = _project_down(x, low_a)
         ctx.save_for_backward(x, h_t, w, low_a, low_b)
         ctx.scale, ctx.dtype = scale, a.dtype
-        return _add_up_projection(h_t, F.linear(x, w, bias), low_b, scale, True)
+        y = F.linear(x, w, bias)
+        return _own_tensor(_add_up_projection(h_t, y, low_b, scale, True), y.shape)
 
     @staticmethod
     @once_differentiable

@@ -1,4 +1,4 @@
-"""Proof by the first real forward, where attach could not run one: do the active sites run?
+"""Proof by the first real call, where attach could not run one: do the active sites run?
 
 It knows hooks and paths, and nothing of methods, rows or files.
 """
@@ -15,33 +15,38 @@ from kitout.runtime.routing.route import adapter_names
 from kitout.runtime.state import KitState
 
 NOT_IN_FORWARD = (
-    "did not run in the first forward; attach(model, example_batch=batch) with a batch that reaches every part of the "
+    "did not run in the first call; attach(model, example_batch=batch) with a batch that reaches every part of the "
     "model finds what runs"
 )
 
 
 class UnusedSiteCheck(AbstractContextManager[None]):
-    """Records which active sites run in one forward. What an adapter selected by a group and did not run is reported.
+    """Records which active sites run in one forward or generate. What an adapter selected by a group and did not run is
+    reported.
 
     Raises UnusedSite where nothing of an adapter ran, or nothing of what its targets name.
     """
 
     def __init__(self, state: KitState) -> None:
         self.state, self.called = state, set[str]()
-        self.handles: list[Any] = []
+        self.handles: dict[str, Any] = {}
 
     def __enter__(self) -> None:
         for hook, _ in self.state.active.installed.programs:
             if hook.path in self.state.unproven:
-                self.handles.append(hook.module.register_forward_pre_hook(self._record_call(hook.path)))
+                self.handles[hook.path] = hook.module.register_forward_pre_hook(self._record_call(hook.path))
 
     def _record_call(self, path: str) -> Callable[..., None]:
-        return lambda *_: self.called.add(path)
+        def record(*_: Any) -> None:
+            self.called.add(path)
+            self.handles[path].remove()  # once is enough, and a loop of generate may be compiled
+
+        return record
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self.handles:
+        for handle in self.handles.values():
             handle.remove()
         if kind is not None:
             return

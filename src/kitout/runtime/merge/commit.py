@@ -6,8 +6,7 @@ come back. It knows how weights are stored through `base.weights` alone.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,10 @@ from torch import nn
 from kitout.base import weights
 from kitout.errors import NotMergeable
 from kitout.runtime.adapter import Adapter
+from kitout.runtime.merge.detached import copy_detached
 from kitout.runtime.merge.fold import FoldedWeights, fold_all
+from kitout.runtime.output_width import AttributesBefore, output_width, undo
+from kitout.runtime.routing.route import RouteEntry
 
 
 @dataclass
@@ -29,11 +31,15 @@ class Backup:
     """Its own Parameters, by name."""
     child: tuple[str, nn.Module] | None = None
     """The name and the module that a head replaced."""
+    widths: AttributesBefore | None = None
+    """What the model said of its output's width, where the head has another."""
 
 
-def merge(base: nn.Module, adapters: Sequence[Adapter], used_paths: Container[str]) -> dict[str, Backup]:
-    """Folds the adapters in order into the base's weights; returns what `restore` needs. used_paths: those that run."""
-    return write_weights(base, fold_all(adapters), used_paths)
+def merge(
+    base: nn.Module, adapters: Mapping[str, Adapter], entry: RouteEntry, used_paths: Container[str]
+) -> dict[str, Backup]:
+    """Folds an entry's adapters into the base's weights; returns what `restore` needs. used_paths: those that run."""
+    return write_weights(base, fold_all(adapters, entry), used_paths)
 
 
 def restore(backups: dict[str, Backup]) -> None:
@@ -41,6 +47,7 @@ def restore(backups: dict[str, Backup]) -> None:
     for backup in backups.values():
         if backup.child is not None:
             setattr(backup.owner, *backup.child)
+            undo(backup.widths or [])
         else:
             for name in [n for n in backup.owner._parameters if n not in backup.parameters]:
                 del backup.owner._parameters[name]
@@ -54,6 +61,7 @@ def write_weights(base: nn.Module, folded: dict[str, FoldedWeights], used_paths:
     """
     backups: dict[str, Backup] = {}
     ties = tied_parameters(base)
+    width = output_width(base, {path: new.head for path, new in folded.items() if new.head is not None})
     try:
         for path, new in folded.items():
             module = base.get_submodule(path)
@@ -61,28 +69,25 @@ def write_weights(base: nn.Module, folded: dict[str, FoldedWeights], used_paths:
                 parent, _, leaf = path.rpartition(".")
                 owner = base.get_submodule(parent)
                 backups[path] = Backup(owner, {}, (leaf, module))
-                setattr(owner, leaf, copy.deepcopy(new.head).requires_grad_(False))
+                if width is not None and width.path == path:
+                    backups[path].widths = width.write()
+                dtype = weights.floating_dtype(module, weights.floating_dtype(base, torch.float32))
+                setattr(owner, leaf, copy_detached(new.head).requires_grad_(False).to(dtype))
                 continue
-            for home in {name.rpartition(".")[0] for name in ("", *(new.parameters or {}))}:
+            for home in {name.rpartition(".")[0] for name in ("", *new.parameters)}:
                 owner = module.get_submodule(home)
-                backups[f"{path}.{home}" if home else path] = Backup(owner, dict(owner._parameters))
-            _write(path, module, new)
+                home_path = ".".join(filter(None, (path, home)))
+                backups.setdefault(home_path, Backup(owner, dict(owner._parameters)))
+            try:
+                weights.replace_parameters(module, new.parameters)
+            except NotMergeable as reason:
+                raise NotMergeable(f"{path or 'the model'}: {reason}") from None
         for owners in ties:
             _tie_again(base, owners, used_paths, backups)
     except BaseException:
         restore(backups)
         raise
     return backups
-
-
-def _write(path: str, module: nn.Module, new: FoldedWeights) -> None:
-    try:
-        if new.parameters is not None:
-            weights.replace_parameters(module, new.parameters)
-        elif new.weight_bias is not None:
-            weights.replace_weight(module, *new.weight_bias)
-    except NotMergeable as reason:
-        raise NotMergeable(f"{path or 'the model'}: {reason}") from None
 
 
 def tied_parameters(model: nn.Module) -> list[dict[tuple[str, str], nn.Parameter]]:

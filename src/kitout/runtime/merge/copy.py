@@ -7,33 +7,35 @@ taken out, and no method.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from kitout.errors import Errors, NotMergeable
 from kitout.runtime.hooks.class_swap import restore_class
 from kitout.runtime.merge.commit import tied_parameters, write_weights
+from kitout.runtime.merge.detached import copy_detached
 from kitout.runtime.merge.fold import fold_all
+from kitout.runtime.routing.route import RouteEntry, adapter_names
 from kitout.runtime.state import KitState
 
 
-def plain_copy(state: KitState, names: Sequence[str], check_saveable: bool = True) -> nn.Module:
-    """A deep copy of the base without hooks, the adapters folded in.
+def plain_copy(state: KitState, entry: RouteEntry, check_saveable: bool = True) -> nn.Module:
+    """A deep copy of the base without hooks, the adapters folded in as the entry runs them.
 
     For a transformers model the copy must survive save_pretrained and from_pretrained: a parameter that its config
     cannot bring back raises NotMergeable, unless check_saveable is off.
     """
     with state.active.lock:
-        folded = fold_all([state[n] for n in names])
+        folded = fold_all({name: state[name] for name in adapter_names(entry)}, entry)
     copied = copy_unhooked(state)
     tied = _tied_paths(copied)
     write_weights(copied, folded, state.survey.used_paths)
     if tied - _tied_paths(copied):
         _untie(copied)
     if check_saveable:
-        _check_reloads(copied, state.base)
+        _check_reloads(copied, state.base, has_heads=any(new.head is not None for new in folded.values()))
     return copied
 
 
@@ -41,7 +43,7 @@ def copy_unhooked(state: KitState) -> nn.Module:
     """The base as it was before attach, copied."""
     with state.active.lock:
         forget = [state.base.__dict__["_kitout"], state.active, *state.hooks.values()]
-        copied: nn.Module = copy.deepcopy(state.base, {id(o): None for o in forget})
+        copied = copy_detached(state.base, {id(o): None for o in forget})
     for module in copied.modules():
         for name in ("_kitout_hook", "_kitout_active", "_kitout"):
             if name in module.__dict__:
@@ -68,7 +70,7 @@ def _untie(model: nn.Module) -> None:
     model.all_tied_weights_keys = {}  # type: ignore[assignment]
 
 
-def _check_reloads(model: nn.Module, base: nn.Module) -> None:
+def _check_reloads(model: nn.Module, base: nn.Module, has_heads: bool) -> None:
     config: Any = getattr(model, "config", None)
     if config is None or not callable(getattr(model, "save_pretrained", None)):
         return
@@ -77,6 +79,13 @@ def _check_reloads(model: nn.Module, base: nn.Module) -> None:
     errors = Errors(NotMergeable, "the merged model could not be saved and loaded again by transformers alone")
     for key in gained:
         errors.add(f"{key} would be new, and {type(config).__name__} cannot bring it back")
+    if has_heads and not errors.messages:
+        with torch.device("meta"):
+            twin = type(model)(copy.deepcopy(config)).state_dict()
+        for key, value in model.state_dict().items():
+            if key in twin and twin[key].shape != value.shape:
+                shapes = f"{list(value.shape)}, and the config makes it {list(twin[key].shape)}"
+                errors.add(f"{key} has the shape {shapes}")
     if errors.messages:
         errors.add("merge in place with kit.merge(name), or pass check_saveable=False for a copy that stays in memory")
     errors.raise_if_any()

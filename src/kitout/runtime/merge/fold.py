@@ -1,185 +1,263 @@
-"""Folding: adapters computed into the weights of the modules they sit at, each on what the one before has left.
+"""Folding: adapters computed into the weights of the modules they sit at, as a Stack or a Mix of them runs.
 
-In fp32 (fp64 for an fp64 base), in stack order, cast to the base's dtype once by whoever writes them. It changes no
-model and knows no method: only `Delta.fold`, and `base.weights` for how weights are stored.
+In fp32 (fp64 for an fp64 base), cast to the base's dtype once by whoever writes them. It changes no model and knows no
+method: only `Delta.fold`, the terms of a route, and `base.weights` for how weights are stored.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from kitout.base import weights
+from kitout.base.norm_gains import fold_into_norm
+from kitout.base.own_forward import check_blends, swapped_parameters, unhooked_forward
 from kitout.base.site import Site
 from kitout.errors import Errors, NotMergeable
-from kitout.runtime.adapter import Adapter, conflict_with_head
-from kitout.runtime.head import Head
+from kitout.runtime.adapter import Adapter, conflict_with_head, trained_and_read
+from kitout.runtime.head import BLENDED, Head
+from kitout.runtime.merge.mixed_inputs import fold_sum
+from kitout.runtime.merge.pairs import WeightBias, add_change, fold_adapter, working_dtype
 from kitout.runtime.modules.module_adapter import ModuleAdapter, SiteDelta
+from kitout.runtime.modules.terms import Single, Term, TermSequence, WeightedSum, build_term
+from kitout.runtime.routing.route import Mix, RouteEntry, Stack, adapter_names
 
-WeightBias = tuple[Tensor, Tensor | None]
+MATRICES = ("linear", "conv", "embedding")
+MOST_ERRORS = 8
 
 
 @dataclass
 class FoldedWeights:
     """The new values of one module."""
 
-    site: Site
-    """One of the sites there."""
-    weight_bias: WeightBias | None = None
-    """Weight and bias of a matrix."""
-    parameters: dict[str, Tensor] | None = None
-    """Parameters by name."""
+    parameters: dict[str, Tensor]
+    """Parameters by name; names may be of its children's."""
     head: nn.Module | None = None
     """The module that takes its place."""
 
 
 @torch.no_grad()
-def fold_all(adapters: Sequence[Adapter]) -> dict[str, FoldedWeights]:
-    """New weights for every module the adapters sit at; all errors collected, NotMergeable raised once."""
-    folded: dict[str, FoldedWeights] = {}
-    errors = Errors(NotMergeable, "cannot merge " + " then ".join(repr(a.name) for a in adapters))
+def fold_all(adapters_by_name: Mapping[str, Adapter], entry: RouteEntry) -> dict[str, FoldedWeights]:
+    """New weights for every module the entry's adapters sit at; all errors collected, NotMergeable raised once."""
+    adapters = [adapters_by_name[name] for name in dict.fromkeys(adapter_names(entry))]
+    errors = Errors(NotMergeable, f"cannot merge {_describe(entry)}")
     if conflict := conflict_with_head(adapters):
         errors.add(conflict)
+    if shared := trained_and_read(adapters):
+        errors.add(f"{shared} is trained whole by one adapter and changed by another: merge one of them")
     for adapter in adapters:
         for part in [*adapter.prefixes.values(), *(p for each in adapter.prompts.values() for p in each)][:2]:
             errors.add(f"{part.site.path} ({adapter.name}): virtual tokens cannot be merged into weights")
-    for path in dict.fromkeys(p for a in adapters for p in a.by_module):
-        module_adapters = [a.by_module[path] for a in adapters if path in a.by_module]
+        for name in _non_finite(adapter)[:2]:
+            errors.add(f"{adapter.name} holds NaN or infinity in {name}")
+    errors.raise_if_any()
+    folded: dict[str, FoldedWeights] = {}
+    of_parents: dict[str, Tensor] = {}  # by full name: what is changed from outside the module that holds it
+    paths = dict.fromkeys(path for adapter in adapters for path in adapter.by_module)
+    for path in sorted(paths, key=lambda p: any(_has_values(a.by_module[p]) for a in adapters if p in a.by_module)):
+        module_adapters = {a.name: a.by_module[path] for a in adapters if path in a.by_module}
+        singles = {name: Single(module_adapter) for name, module_adapter in module_adapters.items()}
+        term = build_term(entry, lambda name, _, singles=singles: singles.get(name))  # type: ignore[misc]
+        assert term is not None
+        inside = f"{path}." if path else ""
+        changed = {n.removeprefix(inside): v for n, v in of_parents.items() if n.startswith(inside)}
         try:
-            folded[path] = _fold_module(module_adapters)
+            new = folded[path] = _fold_module(term, list(module_adapters.values()), changed)
         except NotMergeable as reason:
-            if len(errors.messages) < 8:
-                errors.add(f"{path} ({module_adapters[0].name}): {reason}")
-    names = [f"{path}.{name}".lstrip(".") for path, new in folded.items() for name in new.parameters or {}]
-    for name in (name for name, n in Counter(names).items() if n > 1):
-        errors.add(f"{name} is trained whole by one adapter and changed by another: merge one of them")
+            if len(errors.messages) < MOST_ERRORS:
+                errors.add(f"{path} ({', '.join(module_adapters)}): {reason}")
+            continue
+        if not any(_has_values(m) for m in module_adapters.values()):
+            of_parents |= {inside + name: value for name, value in new.parameters.items()}
     errors.raise_if_any()
     return folded
 
 
-def _fold_module(module_adapters: Sequence[ModuleAdapter]) -> FoldedWeights:
-    site = module_adapters[0].site
+def _describe(entry: RouteEntry) -> str:
+    if isinstance(entry, Stack):
+        return " then ".join(map(_describe, entry.parts))
+    if isinstance(entry, Mix):
+        return "Mix({" + ", ".join(f"{_describe(part)}: {weight:g}" for part, weight in entry.parts) + "})"
+    return repr(entry)
+
+
+def _non_finite(adapter: Adapter) -> list[str]:
+    """Names of tensors with a value that is not finite, where a trained copy does not have it from the base."""
+    names = []
+    for site in adapter.sites:
+        delta = adapter.delta(site)
+        base = delta.base_tensors(site.module)
+        for name, value in [*delta.named_parameters(), *delta.named_buffers()]:
+            is_finite = value.isfinite()
+            if not is_finite.all() and not (name in base and (is_finite | ~base[name].isfinite()).all()):
+                names.append(f"{site.path} {name}")
+    for path, head in adapter.heads.items():
+        names += [f"{path.replace('/', '.')} {n}" for n, p in head.named_parameters() if not p.isfinite().all()]
+    return names
+
+
+def _has_values(module_adapter: ModuleAdapter) -> bool:
+    """It acts on what the module takes or gives, not only on its parameters."""
+    return bool(module_adapter.on_input or module_adapter.on_output)
+
+
+def _fold_module(term: Term, module_adapters: Sequence[ModuleAdapter], changed: Mapping[str, Tensor]) -> FoldedWeights:
+    """The module's new parameters. changed: those that are changed already, from outside the module."""
+    parts = [part for m in module_adapters for part in (*m.on_output, *m.on_input)]
+    site = parts[0].site if parts else module_adapters[0].site
+    last = term
+    while isinstance(last, TermSequence):
+        last = last.terms[-1]
+    if isinstance(last, Single) and last.module_adapter.on_output:
+        delta = last.module_adapter.on_output[-1].delta
+        if isinstance(delta, Head) and last.module_adapter.strength == 1.0:
+            return FoldedWeights({}, head=delta.module)
     if any(m.on_weights for m in module_adapters):
-        return FoldedWeights(site, parameters=_fold_read_weights(module_adapters))
-    last = next((p for module_adapter in reversed(module_adapters) for p in reversed(module_adapter.on_output)), None)
-    if last is not None and isinstance(last.delta, Head):
-        if module_adapters[-1].strength != 1.0:
-            raise NotMergeable(f"a head at strength {module_adapters[-1].strength:g} is a blend of two modules")
-        return FoldedWeights(site, head=last.delta.module)
-    if site.kind in ("linear", "conv", "embedding"):
-        return FoldedWeights(site, weight_bias=_fold_matrix(site, module_adapters))
-    return FoldedWeights(site, parameters=_fold_parameters(site, module_adapters))
+        return FoldedWeights(_fold_read_weights(term, module_adapters, changed))
+    if any(isinstance(part.delta, Head) for part in parts):
+        if unhooked_forward(site.module) is not nn.Linear.forward:
+            raise NotMergeable(BLENDED)
+        site = site.replace(kind="linear")
+    with swapped_parameters(site.module, changed):
+        for part in _blended_copies(term):
+            check_blends(site.module, site.d_in, part.delta.parameter_values() or {})
+        if site.kind in MATRICES:
+            return FoldedWeights(_fold_matrix(site, term, module_adapters))
+        return FoldedWeights(_fold_parameters(site, term, module_adapters))
 
 
-def _fold_read_weights(module_adapters: Sequence[ModuleAdapter]) -> dict[str, Tensor]:
-    """The weights that a module multiplies by itself, by name, and whatever other parameters of it are trained."""
-    rest = [replace(m, on_weights=()) for m in module_adapters if m.on_output or m.on_input or m.on_parameters]
-    others = _fold_module(rest).parameters if rest else {}
-    if others is None:
-        raise NotMergeable(f"{type(rest[0].on_output[0].delta).__name__} acts on what is computed by weights read here")
-    read = {name for m in module_adapters for p in m.on_weights for name in p.read_names}
-    if both := sorted(read & others.keys()):
-        raise NotMergeable(f"{both[0]} is trained whole by one adapter and changed by another: merge one of them")
+def _fold_read_weights(
+    term: Term, module_adapters: Sequence[ModuleAdapter], changed: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weights that a module multiplies by itself, by name, and whatever other parameters of it are changed."""
     start: dict[str, Tensor] = {}
-    for part in (p for m in module_adapters for p in m.on_weights):
-        weight = weights.weight_matrix(part.site.module, part.site.weight_name)
-        for name, own in zip(part.read_names, (part.site.weight_name, part.site.bias_name), strict=False):
-            parameter = part.site.module._parameters[own]
-            value = weight.new_zeros(weight.shape[0]) if parameter is None else parameter.detach()
-            start[name] = value.to(working_dtype(value))
-    now = start
-    for module_adapter in module_adapters:
-        now = module_adapter.map_weights(now)
-    return others | {name: value for name, value in now.items() if value is not start[name]}
+    for m in module_adapters:
+        for part in (*m.on_output, *m.on_input):
+            raise NotMergeable(f"{type(part.delta).__name__} acts on what is computed by weights that are read here")
+        for part in m.on_weights:
+            start |= part.read_values()
+        for part in m.on_parameters:
+            start |= {n: changed.get(n, part.site.module.get_parameter(n)) for n in part.site.parameter_names}
+    start = {name: value.detach().to(working_dtype(value)) for name, value in start.items()}
+    new = term.map_parameters(start)
+    return {name: value for name, value in new.items() if not torch.equal(value, start[name])}
 
 
-def _fold_matrix(site: Site, module_adapters: Sequence[ModuleAdapter]) -> WeightBias:
-    """Weight and bias of a linear, a convolution or a table, each adapter on what the one before has left."""
-    if not all(
-        part.delta.replaces_module for module_adapter in module_adapters for part in module_adapter.on_output
-    ):  # a whole copy is exact anywhere
-        weights.check_is_linear(site)
-    w, b = weights.weight_matrix(site.module), weights.bias(site.module)
-    pair = start = w.to(working_dtype(w)), None if b is None else b.to(working_dtype(w))
-    for module_adapter in module_adapters:
-        pair = fold_adapter(module_adapter, pair, start)
-    return pair
+def _blended_copies(term: Term, is_mixed: bool = False) -> list[SiteDelta]:
+    """The parts that replace the module, but not as a whole."""
+    if isinstance(term, Single):
+        strength, parts = term.module_adapter.strength, term.module_adapter.on_output
+        return [p for p in parts if p.delta.replaces_module and (is_mixed or strength not in (0.0, 1.0))]
+    if isinstance(term, TermSequence):
+        return [part for inner in term.terms for part in _blended_copies(inner, is_mixed)]
+    assert isinstance(term, WeightedSum)
+    return [part for inner, _ in term.terms for part in _blended_copies(inner, True)]
 
 
-def fold_adapter(module_adapter: ModuleAdapter, pair: WeightBias, start: WeightBias) -> WeightBias:
-    """One adapter on what is there. start: the frozen values, for a Delta that replaces the module."""
+def _fold_matrix(site: Site, term: Term, module_adapters: Sequence[ModuleAdapter]) -> dict[str, Tensor]:
+    """The new parameters of a linear, a convolution or a table."""
+    module = site.module
+    parts = [part for m in module_adapters for part in (*m.on_output, *m.on_input)]
+    copies = [part.delta.replaces_module for part in parts]
+    scale = 1.0 if all(copies) else weights.linear_scale(site)  # a whole copy is exact anywhere
+    names = dict.fromkeys(n for m in module_adapters for part in m.on_parameters for n in part.site.parameter_names)
+    own = {name: module.get_parameter(name) for name in names}
+    swapped = term.map_parameters({name: p.to(working_dtype(p)) for name, p in own.items()})
+    with swapped_parameters(module, swapped):
+        w, b = weights.weight_matrix(module), weights.bias(module)
+        start = w.to(working_dtype(w)), None if b is None else b.to(working_dtype(w))
+        if scale == 1.0:
+            new = fold_term(term, start, start)
+        else:
+            new = _fold_scaled_table(site, term, start[0], scale, any(copies)), None
+        return swapped | weights.parameters_for_matrix(module, new, start)
+
+
+def _fold_scaled_table(site: Site, term: Term, w: Tensor, scale: float, has_copies: bool) -> Tensor:
+    """A table [d, V] whose module multiplies it by a scale: adapters act on the product, the weight takes its part."""
+    if has_copies:
+        raise NotMergeable(f"a table that is scaled by {scale:g} is replaced and changed at once")
+    w_folded, b_folded = fold_term(term, (scale * w, None), (scale * w, None))
+    product = w_folded if b_folded is None else w_folded + b_folded[:, None]
+    x = torch.arange(min(8, w.shape[1]), device=w.device)
+    y = term.map_output(term.map_input(x)[1], (scale * w[:, x]).T, False)
+    if not torch.allclose(y, product[:, x].T, rtol=1e-4, atol=1e-5 * float(y.abs().max())):
+        raise NotMergeable(f"{type(site.module).__name__} scales by {scale:g} what this adapter takes without a scale")
+    return w + (product - scale * w) / scale
+
+
+def fold_term(term: Term, pair: WeightBias, start: WeightBias, skips_unfoldable: bool = False) -> WeightBias:
+    """One term on the weight and bias that are there. start: the frozen ones, for a Delta that replaces the module.
+
+    skips_unfoldable: adapters that have no form in weights leave them as they are.
+    """
+    if isinstance(term, Single):
+        try:
+            return fold_adapter(term.module_adapter, pair, start)
+        except NotMergeable:
+            if skips_unfoldable:
+                return pair
+            raise
+    if isinstance(term, TermSequence):
+        for inner in term.terms:
+            pair = fold_term(inner, pair, start, skips_unfoldable)
+        return pair
+    assert isinstance(term, WeightedSum)
+    if term.maps_input:
+        try:
+            return fold_sum(term, pair, start)
+        except NotMergeable:
+            if skips_unfoldable:
+                return pair
+            raise
     new = pair
-    for part in module_adapter.on_output:
-        new = part.fold(*(start if part.delta.replaces_module else new))
-    pair = new = blend(
-        pair, new, module_adapter.strength
-    )  # as in forward: output and input are blended each on its own
-    for part in module_adapter.on_input:
-        new = _fold_in(part, new)
-    return blend(pair, new, module_adapter.strength)
+    for inner, weight in term.terms:
+        new = add_change(new, pair, fold_term(inner, pair, start, skips_unfoldable), weight)
+    return new
 
 
-def working_dtype(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
-
-
-def _fold_in(part: SiteDelta, pair: WeightBias) -> WeightBias:
-    """x' = D x + t before W: W' = W D, b' = b + W t. D is diagonal where the delta is elementwise."""
-    w, b = pair
-    if part.site.kind != "linear":
-        raise NotMergeable(f"{type(part.delta).__name__} acts on the input of a {part.site.kind}, not of a linear")
-    if part.delta.is_scale_shift:
-        scale, shift = part.delta.fold(w.new_ones(w.shape[1], 1), None)
-        new = w * scale[:, 0]
-    else:
-        matrix, shift = part.delta.fold(torch.eye(w.shape[1], dtype=w.dtype, device=w.device), None)
-        new = w @ matrix
-    if shift is not None:
-        b = w @ shift if b is None else b + w @ shift
-    return new, b
-
-
-def blend(old: WeightBias, new: WeightBias, strength: float) -> WeightBias:
-    if strength == 1.0:
-        return new
-    w = old[0] + strength * (new[0] - old[0])
-    if old[1] is None and new[1] is None:
-        return w, None
-    zero = w.new_zeros(w.shape[0])
-    old_b, new_b = (zero if b is None else b for b in (old[1], new[1]))
-    return w, old_b + strength * (new_b - old_b)
-
-
-def _fold_parameters(site: Site, module_adapters: Sequence[ModuleAdapter]) -> dict[str, Tensor]:
+def _fold_parameters(site: Site, term: Term, module_adapters: Sequence[ModuleAdapter]) -> dict[str, Tensor]:
     """The parameters, by name, of a norm or of a module that is no matrix either."""
     own = [n for n, _ in site.module.named_parameters(recurse=False)]
-    trained = [
-        n
-        for module_adapter in module_adapters
-        for part in module_adapter.on_parameters
-        for n in part.site.parameter_names
-    ]
+    trained = [n for m in module_adapters for part in m.on_parameters for n in part.site.parameter_names]
     parameters = {n: site.module.get_parameter(n) for n in (*own, *trained)}
-    start = now = {n: p.to(working_dtype(p)) for n, p in parameters.items() if p.is_floating_point()}
-    for module_adapter in module_adapters:
-        if module_adapter.on_input:
-            raise NotMergeable(
-                f"{type(module_adapter.on_input[0].delta).__name__} acts on the input of a module that is no linear"
-            )
-        new = now
-        for part in (*module_adapter.on_output, *module_adapter.on_parameters):
-            new = _fold_values(part, start if part.delta.replaces_module else new)
-        if module_adapter.strength != 1.0:
-            new = {n: torch.lerp(now.get(n, torch.zeros_like(v)), v, module_adapter.strength) for n, v in new.items()}
-        now = new
+    start = {n: p.to(working_dtype(p)) for n, p in parameters.items() if p.is_floating_point()}
+    now = _fold_values(term, start, start)
     return {n: v for n, v in now.items() if v is not start.get(n)}
 
 
-def _fold_values(part: SiteDelta, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def _fold_values(term: Term, now: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by name, after one term."""
+    if isinstance(term, TermSequence):
+        for inner in term.terms:
+            now = _fold_values(inner, now, start)
+        return now
+    if isinstance(term, WeightedSum):
+        new = dict(now)
+        for inner, weight in term.terms:
+            for n, value in _fold_values(inner, now, start).items():
+                if value is not now.get(n):
+                    old = now.get(n, torch.zeros_like(value))
+                    new[n] = new.get(n, old) + weight * (value - old)
+        return new
+    assert isinstance(term, Single)
+    module_adapter = term.module_adapter
+    if module_adapter.on_input:
+        raise NotMergeable(
+            f"{type(module_adapter.on_input[0].delta).__name__} acts on the input of a module that is no linear"
+        )
+    new = now
+    for part in (*module_adapter.on_output, *module_adapter.on_parameters):
+        new = _fold_value(part, start if part.delta.replaces_module else new)
+    if module_adapter.strength != 1.0:
+        new = {n: torch.lerp(now.get(n, torch.zeros_like(v)), v, module_adapter.strength) for n, v in new.items()}
+    return new
+
+
+def _fold_value(part: SiteDelta, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parameters by name, after one Delta: whole values, or scale and shift folded into a norm."""
     site, delta = part.site, part.delta
     values = delta.parameter_values()
@@ -191,4 +269,4 @@ def _fold_values(part: SiteDelta, parameters: dict[str, Tensor]) -> dict[str, Te
         raise NotMergeable(f"{type(site.module).__name__} has no gain")
     one = torch.ones_like(parameters["weight"])
     scale, shift = delta.fold(one[:, None], None)
-    return weights.fold_into_norm(site.module, parameters, scale[:, 0], shift)
+    return fold_into_norm(site.module, parameters, scale[:, 0], shift)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kitout.base.site import Site
-from kitout.base.weights import FrozenModule, as_matrix, as_stored, bias, is_transposed
+from kitout.base.weights import FrozenModule, as_stored, bias, fan_in, to_matrix, weight_matrix
 from kitout.delta import Delta
 from kitout.errors import RouteError
 
@@ -70,6 +70,7 @@ class SiteDelta:
         if self.delta.replaces_module:  # the module's own call, in the module's own layout
             return self._run(x, y, False)
         if self.site.channels_first:
+            x = x.movedim(1, -1) if self.site.port == "in" else x  # a convolution's output reads it as it is
             return self._run_on_channels(x, y.movedim(1, -1), False).movedim(-1, 1)
         return self._run_on_channels(x, y, may_overwrite)
 
@@ -86,12 +87,19 @@ class SiteDelta:
             b[channels] = new_b
         return w, b
 
+    def read_values(self) -> dict[str, Tensor]:
+        """Port "weight": the reader's frozen parameters by `read_names`; zeros for a bias that it does not have."""
+        module = self.site.module
+        w, b = weight_matrix(module, self.site.weight_name), bias(module, self.site.bias_name)
+        values = (module.get_parameter(self.site.weight_name), w.new_zeros(w.shape[0]) if b is None else b)
+        return dict(zip(self.read_names, values, strict=False))
+
     def map_weight(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Port "weight": the reader's parameters after the Delta, folded in fp32 or better and cast back."""
         weight, *rest = self.read_names
         stored, b = parameters[weight], parameters[rest[0]] if rest else None
         dtype = torch.promote_types(stored.dtype, torch.float32)
-        w = as_matrix(stored.to(dtype), is_transposed(self.site.module))
+        w = to_matrix(self.site.module, stored.to(dtype))
         new_w, new_b = self.fold(w, None if b is None else b.to(dtype))
         new = {weight: as_stored(self.site.module, new_w, stored.shape).to(stored.dtype)}
         return new if b is None or new_b is None else {**new, rest[0]: new_b.to(b.dtype)}
@@ -188,11 +196,10 @@ class ModuleAdapter:
 
 
 def makes_bias(delta: Delta, site: Site) -> bool:
-    """The Delta gives a bias to a linear that has none: it is a shift by channel."""
-    if not delta.is_scale_shift:
-        return False
-    one = next(delta.parameters()).new_ones(site.d_out, 1)
-    return delta.fold(one, None)[1] is not None
+    """The Delta gives a bias to a linear that has none."""
+    width = 1 if delta.is_scale_shift else fan_in(site)
+    with torch.no_grad():
+        return delta.fold(next(delta.parameters()).new_ones(site.d_out, width), None)[1] is not None
 
 
 def check_blendable(new: Tensor, old: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kitout.base.weights import FrozenModule, parameter_at, swapped_parameters
+from kitout.base.own_forward import swapped_parameters
+from kitout.base.weights import FrozenModule, parameter_at
 from kitout.delta import Delta
 from kitout.runtime.hooks.class_swap import ForwardFn, first_tensor, replace_first_tensor
 from kitout.runtime.modules.module_adapter import InputRelay
@@ -52,9 +53,12 @@ class DirectDelta:
     def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else first_tensor(args, kwargs)
         if self.is_fusable and forward is nn.Linear.forward:
-            w, b = module._parameters["weight"], module._parameters["bias"]
-            # A sharded or quantized weight is of a class of its own.
-            fused = self.delta.fused_linear(x, w, b) if type(w) is nn.Parameter and not w.requires_grad else None
+            own = module._parameters
+            w = own.get("weight")
+            # A sharded or quantized weight is of a class of its own; a parametrized one is no parameter.
+            fused = None
+            if type(w) is nn.Parameter and not w.requires_grad and "bias" in own:
+                fused = self.delta.fused_linear(x, w, own["bias"])
             if fused is not None:
                 return fused
         return self.delta.forward_(x, forward(module, *args, **kwargs))

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kitout.base.weights import FrozenModule, swapped_parameters
+from kitout.base.own_forward import swapped_parameters
+from kitout.base.weights import FrozenModule
 from kitout.delta import Delta
 from kitout.errors import RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, first_tensor, replace_first_tensor
@@ -30,10 +31,13 @@ class RowPlan:
     def __init__(self, entries: Sequence[int], num_distinct: int) -> None:
         self.entries, self.size, self.num_distinct = tuple(entries), len(entries), num_distinct
         self.batch = self.size  # rows of the call in progress: beams make it a multiple
+        self.is_exact = True  # a site with one value per row has exactly these; False where beams begin on their own
+        self.refusal = ""  # why the call in progress cannot be dealt to rows
         self._index: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
 
     def index(self, rows: int, device: torch.device) -> tuple[Tensor, ...]:
         """Row numbers of each distinct entry where dim 0 has `rows` values, a multiple of the batch, row-major."""
+        self.check()
         key = rows, device
         if key not in self._index:
             entries = self.repeat_to(rows)
@@ -41,6 +45,15 @@ class RowPlan:
             with torch.inference_mode(False):  # kept for later calls, which may record a graph
                 self._index[key] = tuple(torch.tensor(each, device=device) for each in rows_of)
         return self._index[key]
+
+    def check(self, path: str = "this tower") -> None:
+        """RouteError where the call in progress cannot be dealt to rows."""
+        if self.refusal:
+            raise RouteError(
+                f"{path} sees images, videos or sounds, not rows, and which row each belongs to cannot be followed: "
+                f"{self.refusal}. Give every row one of one size, give all rows the same adapter here, or call the "
+                "rows apart"
+            )
 
     def repeat_to(self, rows: int) -> tuple[int, ...]:
         k = rows // self.size
@@ -187,7 +200,8 @@ class PerRowWeights:
 
 def check_rows(path: str, batch_relation: str, rows: int, row_plan: RowPlan) -> None:
     """RouteError where what a module sees does not follow the batch."""
-    is_other = batch_relation == "batch" and rows != row_plan.batch
+    row_plan.check(path)
+    is_other = batch_relation == "batch" and row_plan.is_exact and rows != row_plan.batch
     if batch_relation == "none" or rows % row_plan.size or is_other:
         raise RouteError(
             f"{path} sees {rows} rows while the route names {row_plan.size}: its first dimension "

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from kitout.base.site import Site
 from kitout.base.weights import FrozenModule, bias, weight_matrix
-from kitout.errors import NotMergeable
-from kitout.runtime.merge.fold import WeightBias, blend, fold_adapter, working_dtype
+from kitout.runtime.merge.fold import fold_term
+from kitout.runtime.merge.pairs import WeightBias, working_dtype
 from kitout.runtime.modules.module_adapter import ModuleAdapter, SiteDelta
-from kitout.runtime.modules.terms import Single, Term, TermSequence, WeightedSum
+from kitout.runtime.modules.terms import Term
 
 
 class StackedFrozenModule(FrozenModule):
@@ -43,32 +43,8 @@ class StackedFrozenModule(FrozenModule):
         start: WeightBias = w.to(working_dtype(w)), None if b is None else b.to(working_dtype(w))
         pair = start
         for term in self.stacked_on:
-            pair = _fold(term, pair, start)
+            pair = fold_term(term, pair, start, skips_unfoldable=True)
         return pair[0], None if pair[1] is None else pair[1].to(w.dtype)
-
-
-def _fold(term: Term, pair: WeightBias, start: WeightBias) -> WeightBias:
-    """The module's weight and bias with one term folded in, as far as it has a form in weights."""
-    if isinstance(term, Single):
-        try:
-            return fold_adapter(term.module_adapter, pair, start)
-        except NotMergeable:
-            return pair
-    if isinstance(term, TermSequence):
-        for inner in term.terms:
-            pair = _fold(inner, pair, start)
-        return pair
-    assert isinstance(term, WeightedSum)
-    old = new = pair
-    for inner, weight in term.terms:
-        w, b = blend(old, _fold(inner, old, start), weight)
-        shift = _subtract(b, old[1])
-        new = new[0] + (w - old[0]), new[1] if shift is None else shift if new[1] is None else new[1] + shift
-    return new
-
-
-def _subtract(new: Tensor | None, old: Tensor | None) -> Tensor | None:
-    return new if new is None or old is None else new - old
 
 
 def on_top_of(module_adapter: ModuleAdapter, stacked_on: Sequence[Term]) -> ModuleAdapter:

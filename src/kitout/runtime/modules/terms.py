@@ -1,18 +1,19 @@
 """Terms: the map a route makes of one module, built from the adapters there.
 
 A term is a single adapter, a sequence of terms or a weighted sum of them, with the two moments a module has:
-`map_input` before it runs and `map_output` after. It knows nothing of names, methods or where modules sit, nor of how
-a module is called: that is in `programs.py`.
+`map_input` before it runs and `map_output` after. It knows nothing of methods or where modules sit, nor of how a module
+is called: that is in `programs.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from kitout.runtime.modules.module_adapter import ModuleAdapter, check_blendable
+from kitout.runtime.routing.route import Mix, RouteEntry
 
 
 class Term(Protocol):
@@ -97,3 +98,26 @@ class WeightedSum:
             term_y = term.map_output(term_memo, y, False)
             new = new if term_y is y else new + w * (check_blendable(term_y, y) - y)
         return new
+
+
+def build_term(
+    entry: RouteEntry, single: Callable[[str, Sequence[Term]], Term | None], stacked_on: Sequence[Term] = ()
+) -> Term | None:
+    """An entry's map at one module, or None where it has nothing there.
+
+    single: a name's own term there, on top of the terms before it (stacked_on).
+    """
+    if entry is None:
+        return None
+    if isinstance(entry, str):
+        return single(entry, stacked_on)
+    if isinstance(entry, Mix):
+        weighted = [(build_term(part, single, stacked_on), weight) for part, weight in entry.parts]
+        present = [(term, weight) for term, weight in weighted if term is not None]
+        return WeightedSum(present) if present else None
+    terms: list[Term] = []
+    for part in entry.parts:
+        term = build_term(part, single, [*stacked_on, *terms])
+        if term is not None:
+            terms.append(term)
+    return terms[0] if len(terms) == 1 else TermSequence(terms) if terms else None

@@ -6,21 +6,24 @@ It knows adapters only as `ModuleAdapter`s by module path, and nothing of method
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
+from typing import Any
 
 from kitout.base.survey import Survey
 from kitout.delta import KeyValue
 from kitout.errors import RouteError
-from kitout.runtime.adapter import Adapter, conflict_with_head
+from kitout.runtime.adapter import Adapter, conflict_with_head, trained_and_read
 from kitout.runtime.hooks.class_swap import Hook, Program
 from kitout.runtime.modules.fast_path import WithoutFastPath, layers_around
 from kitout.runtime.modules.module_adapter import InputRelay, ModuleAdapter
 from kitout.runtime.modules.programs import DirectDelta, RelayInput, SwapParameters, WholeBatch
 from kitout.runtime.modules.rows import PerRow, PerRowWeights, RowPlan
 from kitout.runtime.modules.stacked_weights import on_top_of
-from kitout.runtime.modules.terms import Single, Term, TermSequence, WeightedSum
+from kitout.runtime.modules.terms import Single, Term, build_term
+from kitout.runtime.output_width import output_width
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
-from kitout.runtime.routing.route import Mix, Route, RouteEntry, adapter_names
+from kitout.runtime.routing.route import Mix, Route, RouteEntry, Stack, adapter_names
 from kitout.runtime.virtual_tokens.compile import VirtualTokenCompiler
 from kitout.runtime.virtual_tokens.forward_state import ForwardSlot
 
@@ -38,19 +41,29 @@ class RouteCompiler:
 
         kv_recorder: takes the self-attentions' own keys and values, by path, at every forward under this route.
         """
+        removed = [name for name in adapter_names(route) if name not in self.adapters]
+        if removed:
+            raise RouteError(
+                f"{removed[0]!r} was removed after the `with` that this context took it from had ended: choose another "
+                "route in this task or thread, or await it inside the `with`"
+            )
         adapters = [self.adapters[name] for name in dict.fromkeys(adapter_names(route))]
         row_plan, entries = _plan_rows(route)
         for entry in entries:
             conflict = conflict_with_head([self.adapters[n] for n in dict.fromkeys(adapter_names(entry))])
             if conflict:
                 raise RouteError(f"{conflict}; use them one at a time")
-            if shared := _trained_and_read([self.adapters[n] for n in dict.fromkeys(adapter_names(entry))]):
+            if shared := trained_and_read([self.adapters[n] for n in dict.fromkeys(adapter_names(entry))]):
                 raise RouteError(
                     f"{shared} is trained whole by one of {', '.join(adapter_names(entry))} and changed by another: "
                     "use them one at a time"
                 )
-        programs = self._module_programs(adapters, row_plan, entries)
-        compiled = CompiledRoute(route, num_rows=len(route) if isinstance(route, tuple) else None, row_plan=row_plan)
+        media_plan = None if row_plan is None or not self.survey.media else copy(row_plan)
+        programs = self._module_programs(adapters, row_plan, media_plan, entries)
+        num_rows = len(route) if isinstance(route, tuple) else None
+        compiled = CompiledRoute(route, num_rows=num_rows, row_plan=row_plan, media_plan=media_plan)
+        heads = {path: head for adapter in adapters for path, head in adapter.heads_by_path().items()}
+        compiled.output_width = output_width(self.survey.model, heads) if heads else None
         if kv_recorder is not None or any(a.prefixes or a.prompts for a in adapters):
             compiled.forward_slot = ForwardSlot()
             VirtualTokenCompiler(
@@ -58,6 +71,7 @@ class RouteCompiler:
                 entries,
                 self.adapters,
                 row_plan,
+                media_plan,
                 self.hooks,
                 self.survey,
                 compiled.forward_slot,
@@ -70,18 +84,22 @@ class RouteCompiler:
         return compiled
 
     def _module_programs(
-        self, adapters: Sequence[Adapter], row_plan: RowPlan | None, entries: Sequence[RouteEntry]
+        self,
+        adapters: Sequence[Adapter],
+        row_plan: RowPlan | None,
+        media_plan: RowPlan | None,
+        entries: Sequence[RouteEntry],
     ) -> dict[str, Program]:
         """By path, in model order: what each module does, and which leave their input for another."""
         sites = [site for adapter in adapters for site in adapter.sites]
         batch_relation = {site.path: site.batch_relation for site in sites if site.reader is None}
         programs: dict[str, Program] = {}
         for path in dict.fromkeys(path for adapter in adapters for path in adapter.by_module):
-            program = (
-                self._program_for_batch(entries[0], path)
-                if row_plan is None
-                else self._program_for_rows(row_plan, entries, path, batch_relation.get(path, "batch"))
-            )
+            plan = media_plan if path in self.survey.media else row_plan
+            if plan is None or len({self._part_at(entry, path) for entry in entries}) == 1:
+                program = self._program_for_batch(entries[0], path)  # all rows have the same here
+            else:
+                program = self._program_for_rows(plan, entries, path, batch_relation.get(path, "batch"))
             if program is not None:
                 programs[path] = program
         relays: dict[str, list[InputRelay]] = {}
@@ -96,24 +114,28 @@ class RouteCompiler:
         names = dict.fromkeys(adapter_names(entry))
         return [self.adapters[name].by_module[path] for name in names if path in self.adapters[name].by_module]
 
-    def _term(self, entry: RouteEntry, path: str, stacked_on: Sequence[Term] = ()) -> Term | None:
-        """The entry's map at one module, or None where it has nothing there. stacked_on: the terms before it."""
-        if entry is None:
-            return None
-        if isinstance(entry, str):
-            module_adapter = self.adapters[entry].by_module.get(path)
+    def _part_at(self, entry: RouteEntry, path: str) -> RouteEntry:
+        """The entry without the adapters that have nothing at a module; equal parts act alike there."""
+        if entry is None or isinstance(entry, str):
+            return entry if entry is not None and path in self.adapters[entry].by_module else None
+        if isinstance(entry, Mix):
+            weights: dict[Any, float] = {}
+            for part, weight in entry.parts:
+                if (there := self._part_at(part, path)) is not None:
+                    weights[there] = weights.get(there, 0.0) + weight
+            return Mix(weights) if weights else None
+        parts = [there for part in entry.parts if (there := self._part_at(part, path)) is not None]
+        return parts[0] if len(parts) == 1 else Stack(*parts) if parts else None
+
+    def _term(self, entry: RouteEntry, path: str) -> Term | None:
+        """The entry's map at one module, or None where it has nothing there."""
+
+        def single(name: str, stacked_on: Sequence[Term]) -> Term | None:
+            module_adapter = self.adapters[name].by_module.get(path)
             # A copy: the strength is that of this moment, also when activations are recomputed after it has changed.
             return None if module_adapter is None else Single(on_top_of(replace(module_adapter), stacked_on))
-        if isinstance(entry, Mix):
-            weighted = [(self._term(part, path, stacked_on), weight) for part, weight in entry.parts]
-            present = [(term, weight) for term, weight in weighted if term is not None]
-            return WeightedSum(present) if present else None
-        terms: list[Term] = []
-        for part in entry.parts:
-            term = self._term(part, path, [*stacked_on, *terms])
-            if term is not None:
-                terms.append(term)
-        return terms[0] if len(terms) == 1 else TermSequence(terms) if terms else None
+
+        return build_term(entry, single)
 
     def _program_for_batch(self, entry: RouteEntry, path: str) -> Program | None:
         term = self._term(entry, path)
@@ -142,21 +164,18 @@ class RouteCompiler:
             )
         relays = [relay for m in module_adapters for relay in m.relays]
         call_views = [view for m in module_adapters for view in m.call_views]
-        per_row = PerRow(row_plan, terms, path, batch_relation, relays, call_views)
+        per_row = PerRow(row_plan, terms, path, self._relation(path, batch_relation), relays, call_views)
         read = next((part.site for m in module_adapters for part in m.on_weights), None)
         if read is None:
             return per_row
         inner = per_row if any(m.on_input or m.on_output for m in module_adapters) else None
         names = _parameter_names(module_adapters)
-        return PerRowWeights(row_plan, terms, names, path, read.batch_relation, read.batch_axis, inner)
+        relation = self._relation(path, read.batch_relation)
+        return PerRowWeights(row_plan, terms, names, path, relation, read.batch_axis, inner)
 
-
-def _trained_and_read(adapters: Sequence[Adapter]) -> str | None:
-    """A parameter that one adapter has its own copy of and another folds a change into; None if there is none."""
-    parts = [(path, m) for adapter in adapters for path, m in adapter.by_module.items()]
-    trained = {f"{path}.{n}".lstrip(".") for path, m in parts for p in m.on_parameters for n in p.site.parameter_names}
-    read = (f"{path}.{n}" for path, m in parts for p in m.on_weights for n in p.read_names)
-    return next((name for name in read if name in trained), None)
+    def _relation(self, path: str, batch_relation: str) -> str:
+        """A row may have several images, which one value per row does not rule out."""
+        return "multiple" if batch_relation == "batch" and path in self.survey.media else batch_relation
 
 
 def _plan_rows(route: Route) -> tuple[RowPlan | None, list[RouteEntry]]:

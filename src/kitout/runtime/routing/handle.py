@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 from weakref import ref
 
-from kitout.runtime.routing.active import RouteActivation
+from kitout.runtime.routing.active import RouteActivation, WithBlock
 from kitout.runtime.routing.route import Route
 from kitout.runtime.state import KitState
 
@@ -24,7 +24,7 @@ class Activated(AbstractContextManager[T], Generic[T]):
     def __init__(self, kit: T, state: KitState, route: Route) -> None:
         self._kit, self._state = kit, state
         self._activation = RouteActivation(route, ref(self))
-        self._tokens: list[Any] = []
+        self._blocks: list[WithBlock] = []  # entered and not left, in any context
         active = state.active
         with active.lock:
             state.compile(route)  # RouteError before anything changes
@@ -33,17 +33,19 @@ class Activated(AbstractContextManager[T], Generic[T]):
 
     def __enter__(self) -> T:
         active = self._state.active
-        active.enter(self._activation)  # before the lock, which another thread's forward may hold for long
-        with active.lock:
-            self._tokens.append(active.context_choice.set(self._activation))
-            active.install(self._state.compiled_route())
+        self._blocks.append(active.enter(self._activation))  # before the lock, which a forward may hold for long
+        try:
+            with active.lock:
+                active.install(self._state.compiled_route())
+        except BaseException:  # such as Ctrl-C while it waits: no __exit__ follows
+            active.leave(self._blocks)
+            raise
         return self._kit
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         active = self._state.active
-        with active.lock:
-            active.context_choice.reset(self._tokens.pop())
-            active.leave(self._activation)
-            active.install(self._state.compiled_route())
+        if active.leave(self._blocks):
+            with active.lock:
+                active.install(self._state.compiled_route())

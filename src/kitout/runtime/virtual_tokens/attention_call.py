@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,19 +51,41 @@ class ExtraKeys:
 
 
 def extend_keys(
-    extra: ExtraKeys, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+    extra: ExtraKeys, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, is_added: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys, values and mask of the call with the extra ones in front. causal: what no mask would have meant."""
+    """Keys, values and mask of the call with the extra ones in front.
+
+    causal: what no mask would have meant. is_added: the kernel adds its mask to the scores, whatever its dtype.
+    """
     if extra.on_key_value is not None:
         extra.on_key_value(k, v)
+    if extra.visible is not None and extra.visible.shape[-2] not in (1, q.shape[-2]):
+        extra = replace(extra, visible=_visible_to_some(extra.visible, q, k, mask))
     causal = causal and mask is None and q.shape[-2] > 1
     if mask is not None or causal or not _sees_everything(extra):
-        mask = explicit_mask(mask, q, k, causal)
+        is_new, mask = mask is None, explicit_mask(mask, q, k, causal)
+        if is_new and is_added:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
         mask = hide_own_keys(mask, extra.masked_own_keys)
         mask = prepend_columns(mask, extra, q.dtype)
     if extra.k is None or extra.v is None:
         return k, v, mask
     return torch.cat((_match_heads(extra.k, k), k), 2), torch.cat((_match_heads(extra.v, v), v), 2), mask
+
+
+def _visible_to_some(visible: Tensor, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """[B or 1, 1, T, P] -> [B, 1, Tq, P]: where a layer is given only the queries whose logits are kept (Gemma 4).
+
+    Which of the text they are is in the causal mask: a query's last visible key is its own.
+    """
+    queries, keys, tokens = q.shape[-2], k.shape[-2], visible.shape[-2]
+    if mask is None:
+        return visible[..., -queries:, :]
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    own = keys - 1 - seen[:, :1, :, :keys].flip(-1).long().argmax(-1)  # [B or 1, 1, Tq]
+    rows = max(visible.shape[0], own.shape[0])
+    index = (own - (keys - tokens)).clamp_min(0).expand(rows, -1, -1)[..., None].expand(-1, -1, -1, visible.shape[-1])
+    return visible.expand(rows, -1, -1, -1).gather(2, index)
 
 
 def _sees_everything(extra: ExtraKeys) -> bool:
@@ -149,7 +171,7 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
         )
         heads = torch.broadcast_shapes(added.shape[:-1], position.shape[:-1])
         more["position_bias"] = torch.cat((added.expand(*heads, -1), position.expand(*heads, -1)), -1)
-    key, value, mask = extend_keys(extra, query, key, value, attention_mask, bool(causal))
+    key, value, mask = extend_keys(extra, query, key, value, attention_mask, bool(causal), kernel == "eager")
     return view.real(module, query, key, value, mask, **more)
 
 
@@ -197,7 +219,7 @@ def extra_keys_in(module: nn.Module, extra: ExtraKeys, path: str) -> Iterator[No
         if kernel not in MASKED_KERNELS:
             raise RouteError(
                 f"{path}: the attention kernel {kernel!r} takes no mask for added keys: use "
-                "model.set_attn_implementation('sdpa') or 'eager'"
+                "model.set_attn_implementation('eager'), or 'sdpa' where the model has it"
             )
         real = interface[INTERFACE].get_interface(kernel, interface.get("eager_attention_forward"))
         view = _ConfigView(config, extra, real)

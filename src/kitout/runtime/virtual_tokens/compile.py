@@ -24,7 +24,14 @@ from kitout.runtime.routing.route import RouteEntry, Stack, adapter_names
 from kitout.runtime.virtual_tokens.forward_state import ForwardSlot
 from kitout.runtime.virtual_tokens.image_tokens import ImageTokenBlock, ImageTokenGroup, ImageTokens
 from kitout.runtime.virtual_tokens.layout import TokenKind, TokenLayout, layout_of, prefixes_then_prompts
-from kitout.runtime.virtual_tokens.positions import PositionEmbeddingProgram, TextEntry, TokenEmbeddingProgram
+from kitout.runtime.virtual_tokens.positions import (
+    OwnPositions,
+    PositionEmbeddingProgram,
+    PositionIdsProgram,
+    TextEntry,
+    TokenEmbeddingProgram,
+    parameter_names,
+)
 from kitout.runtime.virtual_tokens.prefix_kv import PrefixAttention
 from kitout.runtime.virtual_tokens.prompt_prefill import JoinPromptGraph, PromptEntry, PromptPrefill
 from kitout.runtime.virtual_tokens.widen_sequence import SequenceWidener, TrimOutput
@@ -36,6 +43,7 @@ CompileEntry = Callable[[RouteEntry, KeyValueRecorder], CompiledRoute]
 def modules_to_hook(adapter: Adapter, survey: Survey) -> Iterator[str]:
     """Every module that an adapter's prompts and prefixes need a hook at."""
     yield from adapter.prefixes
+    yield from (s.path for s in survey.kv_sites if s.shares_kv_of in adapter.prefixes)
     for tower in survey.towers:
         prefixed = any(part.site.tower == tower.path for part in adapter.prefixes.values())
         if not prefixed and not adapter.prompts:
@@ -46,6 +54,7 @@ def modules_to_hook(adapter: Adapter, survey: Survey) -> Iterator[str]:
                 for p in (tower.embedder, tower.token_embedding, tower.position_embedding, tower.block_runner)
                 if p or p == tower.embedder
             )
+            yield from _blocks_without_attention(survey, tower)
         if tower.path in adapter.prompts:
             yield from (s.path for s in survey.kv_sites if s.tower == tower.path)
             yield from (b.path for b in survey.blocks if b.tower == tower.path and b.is_one_module)
@@ -63,6 +72,8 @@ class VirtualTokenCompiler:
     """All adapters, by name."""
     row_plan: RowPlan | None
     """Which row has which entry; None: one for the whole batch."""
+    media_plan: RowPlan | None
+    """The same for stacks that see images or sounds beside a text."""
     hooks: Container[str]
     """Paths of modules with a hook."""
     survey: Survey
@@ -83,6 +94,9 @@ class VirtualTokenCompiler:
             else:
                 across = self._add_text_tower(tower, across, kv_recorder) or across
 
+    def _row_plan(self, tower: Tower) -> RowPlan | None:
+        return self.media_plan if self.survey.is_media_tower(tower) else self.row_plan
+
     def _layouts(self, tower: Tower, kind: TokenKind, role: str = "kv.self") -> list[TokenLayout]:
         return [layout_of(e, self.adapters, tower.path, kind, role) for e in self.entries]
 
@@ -100,7 +114,8 @@ class VirtualTokenCompiler:
             if site.tower != tower.path:
                 continue
             site_layouts = cross if site.role == "kv.cross" else layouts
-            parts = [[prefixes[i.name].get(site.path) for i in each.items] for each in site_layouts]
+            owner = site.shares_kv_of or site.path  # the attention whose keys, and so whose prefix, it sees
+            parts = [[prefixes[i.name].get(owner) for i in each.items] for each in site_layouts]
             reached = any(p is not None or i.is_prompt for each, ps in zip(site_layouts, parts, strict=True)
                           for i, p in zip(each.items, ps, strict=True))  # fmt: skip
             recorder = kv_recorder if site.path in self.hooks else None
@@ -108,7 +123,14 @@ class VirtualTokenCompiler:
             if reached or recorder is not None or hides:
                 inner = self.programs.get(site.path)
                 self.programs[site.path] = PrefixAttention(
-                    site, site_layouts, parts, self.row_plan, self.forward_slot, inner, recorder, image_tokens
+                    site,
+                    site_layouts,
+                    parts,
+                    self._row_plan(tower),
+                    self.forward_slot,
+                    inner,
+                    recorder,
+                    image_tokens,
                 )
 
     # ---- text --------------------------------------------------------------------------------------------------
@@ -129,7 +151,7 @@ class VirtualTokenCompiler:
             own = [prefixes_then_prompts(past, each) for past, each in zip(own, prompts, strict=True)]
         prefill = widening = None
         if prompted and tower.causal:
-            prefill = self._prefill(tower, prompts)
+            prefill = self._prefill(tower, prompts, own)
         elif prompted:
             widening = self._widening(tower, prompts)
         self._add_attentions(tower, own, kv_recorder)
@@ -139,16 +161,24 @@ class VirtualTokenCompiler:
             if tower.position_embedding:
                 self._check_table(tower, [max(a.length, b.length) for a, b in zip(own, prompts, strict=True)])
                 self._wrap(tower.position_embedding, PositionEmbeddingProgram)
+            for path in _blocks_without_attention(self.survey, tower):
+                self.programs[path] = OwnPositions(tower.path, self.forward_slot, self.programs.get(path))
             if widening is not None:
                 self._wrap(tower.token_embedding, TokenEmbeddingProgram)
+            passes_on = self._passes_positions_on(tower)
+            if passes_on and not tower.position_embedding:
+                self._wrap(tower.block_runner, PositionIdsProgram)
             inner = self.programs.get(tower.embedder)
             relative = any(s.relative_bias is not None for s in self.survey.kv_sites if s.tower == tower.path)
             self.programs[tower.embedder] = TextEntry(
-                tower, own, self.row_plan, self.forward_slot, self.active, prefill, widening, crossing, inner, relative
-            )
+                tower, own, self.row_plan, self.forward_slot, self.active, prefill, widening, crossing, inner,
+                relative, passes_on,
+            )  # fmt: skip
         return widening if widening is not None and widening.read_by_decoder else None
 
-    def _wrap(self, path: str, kind: type[TokenEmbeddingProgram | PositionEmbeddingProgram]) -> None:
+    def _wrap(
+        self, path: str, kind: type[TokenEmbeddingProgram | PositionEmbeddingProgram | PositionIdsProgram]
+    ) -> None:
         self.programs[path] = kind(path, self.forward_slot, self.programs.get(path))
 
     def _check_table(self, tower: Tower, lengths: Sequence[int]) -> None:
@@ -175,20 +205,28 @@ class VirtualTokenCompiler:
         widening = SequenceWidener(
             tower.path, tower.token_embedding, [self._parts(tower, t) for t in prompts], self.row_plan, crossed
         )
+        if tower.padding_leaks and len(set(widening.lengths)) > 1:
+            raise RouteError(
+                f"rows with prompts of {sorted(set(widening.lengths))} tokens: the shorter ones get padding, which "
+                f"changes a text in {tower.path} although it is masked; give all rows prompts of one length, or call "
+                "them apart"
+            )
         if not crossed:
             end = tower.block_runner or [b.path for b in self.survey.blocks if b.tower == tower.path][-1]
             self.programs[end] = TrimOutput(tower.path, self.forward_slot, self.programs.get(end))
         return widening
 
-    def _prefill(self, tower: Tower, prompts: Sequence[TokenLayout]) -> PromptPrefill:
+    def _prefill(self, tower: Tower, prompts: Sequence[TokenLayout], own: Sequence[TokenLayout]) -> PromptPrefill:
+        """own: by entry, prefixes and prompts together."""
         prompt_entries: list[PromptEntry | None] = []
-        for entry, layout in zip(self.entries, prompts, strict=True):
+        for entry, layout, whole in zip(self.entries, prompts, own, strict=True):
             if not layout.items:
                 prompt_entries.append(None)
                 continue
             keys: KeyValueRecorder = {}
             rest = _without(entry, {i.name for i in layout.items})
-            prompt_entries.append(PromptEntry(self._parts(tower, layout), self.compile_entry(rest, keys), keys))
+            start = whole.length - layout.length
+            prompt_entries.append(PromptEntry(self._parts(tower, layout), self.compile_entry(rest, keys), keys, start))
         attentions = [s.path for s in self.survey.kv_sites if s.tower == tower.path and s.role == "kv.self"]
         blocks = [b.path for b in self.survey.blocks if b.tower == tower.path and b.is_one_module]
         for first in blocks[:1]:
@@ -202,7 +240,16 @@ class VirtualTokenCompiler:
             self.row_plan,
             self.forward_slot,
             self.active,
+            module(tower.block_runner) if self._passes_positions_on(tower) else None,
+            tower.reads_ids,
         )
+
+    def _passes_positions_on(self, tower: Tower) -> bool:
+        """Whether a model of its own in the embedder runs the blocks, from vectors and positions (image and text)."""
+        if not tower.block_runner:
+            return False
+        runner = self.survey.model.get_submodule(tower.block_runner)
+        return {"inputs_embeds", "position_ids"} <= set(parameter_names(type(runner).forward))
 
     # ---- images ------------------------------------------------------------------------------------------------
 
@@ -212,7 +259,7 @@ class VirtualTokenCompiler:
         if any(each.items for each in prompts):
             image_tokens = ImageTokens(
                 [[self._image_token_group(tower, i.name, i.offset, i.num_tokens) for i in t.items] for t in prompts],
-                self.row_plan,
+                self._row_plan(tower),
                 self.forward_slot,
             )
             blocks = [b for b in self.survey.blocks if b.tower == tower.path]
@@ -231,6 +278,10 @@ class VirtualTokenCompiler:
     def _image_token_group(self, tower: Tower, name: str, offset: int, length: int) -> ImageTokenGroup:
         parts = {p.site.layer: p for p in self.adapters[name].prompts[tower.path] if p.site.layer is not None}
         return ImageTokenGroup(offset, length, parts)
+
+
+def _blocks_without_attention(survey: Survey, tower: Tower) -> list[str]:
+    return [b.path for b in survey.blocks if b.tower == tower.path and b.is_one_module and not b.has_attention]
 
 
 def _without(entry: RouteEntry, excluded: set[str]) -> RouteEntry:

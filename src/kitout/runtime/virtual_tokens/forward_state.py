@@ -22,6 +22,8 @@ class ForwardState:
 
     token_index: dict[str, Tensor] = field(default_factory=dict)
     """Tower -> [B or 1, T]: the position of each query in its row's text, counted without virtual tokens."""
+    own_positions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Tower -> the position ids that its blocks are given, and those of the text without virtual tokens."""
     pending_rewrites: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
     """Path of a table -> what to do to its next output (token table) or input (position table)."""
     prompt_kv: dict[str, list[KeyValue | None]] = field(default_factory=dict)
@@ -36,6 +38,10 @@ class ForwardState:
     """Tower -> the number of columns of the widened sequence."""
     drop_image_tokens: Callable[[Any], Any] | None = None
     """Takes the added image tokens out of the model's output."""
+    is_prefill: bool = False
+    """Part of the model is run for its keys and values alone: it is no forward of the model."""
+    positions_from_generate: bool = False
+    """Position ids come from `generate`, which counts them from the mask, and not from a caller."""
     has_graph: bool = False
     """The prompts' keys have a graph, and blocks will be recomputed."""
     reentrant: bool = False

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kitout.errors import RouteError
+from kitout.base.memory import is_out_of_memory
+from kitout.errors import KitoutError, RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, Program, first_tensor, replace_first_tensor
 from kitout.runtime.modules.module_adapter import SiteDelta
 from kitout.runtime.modules.programs import repack_output, unpack_output
@@ -115,6 +116,7 @@ class ImageTokens:
                     row[FIRST_SLOT + group.offset : FIRST_SLOT + group.offset + group.num_tokens] = False
         if self.row_plan is None:
             return columns
+        self.row_plan.check()
         return columns[torch.tensor(self.row_plan.repeat_to(x.shape[0]), device=x.device)]
 
 
@@ -129,7 +131,16 @@ class ImageTokenBlock:
             x = first_tensor(args, kwargs)
             self._check(x, args, kwargs)
             args, kwargs = replace_first_tensor(args, kwargs, self.image_tokens.insert(x, self.block))
-        out = forward(module, *args, **kwargs) if self.inner is None else self.inner(module, forward, args, kwargs)
+        try:
+            out = forward(module, *args, **kwargs) if self.inner is None else self.inner(module, forward, args, kwargs)
+        except (RuntimeError, ValueError) as error:
+            first = self.block == self.image_tokens.first_block
+            if not first or isinstance(error, KitoutError) or is_out_of_memory(error):
+                raise
+            raise RouteError(
+                f"block {self.block} takes no tokens between those of its image: {error}. Visual prompts do not fit "
+                "this model"
+            ) from error
         if not self.is_last:
             return out
         y, wrapping = unpack_output(out)

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from kitout.base.memory import is_out_of_memory
 from kitout.base.survey import Tower
-from kitout.errors import RouteError
+from kitout.errors import KitoutError, RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, Program, first_tensor, replace_first_tensor
 from kitout.runtime.modules.rows import RowPlan
 from kitout.runtime.routing.active import ActiveRoute
@@ -33,7 +34,7 @@ class TextEntry:
 
     layouts: by entry, the virtual tokens its text sees as keys and values. widening: those that go into the sequence
     itself; cross_widening: likewise in the stack that this one reads. is_relative: positions are distances, which
-    attention computes.
+    attention computes. passes_on: the module that runs the blocks is given the position ids of the model around it.
     """
 
     def __init__(
@@ -48,9 +49,10 @@ class TextEntry:
         cross_widening: SequenceWidener | None = None,
         inner: Program | None = None,
         is_relative: bool = False,
+        passes_on: bool = False,
     ) -> None:
         self.tower, self.layouts, self.row_plan, self.forward_slot = tower, layouts, row_plan, forward_slot
-        self.active, self.is_relative = active, is_relative
+        self.active, self.is_relative, self.passes_on = active, is_relative, passes_on
         self.prefill, self.widening, self.cross_widening, self.inner = prefill, widening, cross_widening, inner
 
     def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -72,7 +74,15 @@ class TextEntry:
         self._set_positions(module, call, text)
         if self.prefill is not None:
             call = self.prefill.run(module, call, text.shape[0])
-        out = forward(module, **call) if self.inner is None else self.inner(module, forward, (), call)
+        try:
+            out = forward(module, **call) if self.inner is None else self.inner(module, forward, (), call)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if self.widening is None or isinstance(error, KitoutError) or is_out_of_memory(error):
+                raise
+            raise RouteError(
+                f"{type(module).__name__} does not run on a text that a prompt has made longer: {error}. Use "
+                "PrefixTuning, or the model without the inputs that this concerns"
+            ) from error
         if self.prefill is not None:
             self.prefill.remember(out)
         for cache in (call.get("past_key_values"), out.get("past_key_values") if isinstance(out, Mapping) else None):
@@ -117,9 +127,10 @@ class TextEntry:
         else:
             token_index = steps
         self.forward_slot.state.token_index[self.tower.path] = token_index
-        if (given is not None and not self.active.positions_from_generate) or not (self._has_shift or self.widening):
+        are_the_callers = given is not None and not self.forward_slot.state.positions_from_generate
+        if are_the_callers or not (self._has_shift or self.widening):
             return
-        if given is not None and not counted:
+        if given is not None and not counted and not self.passes_on:
             raise RouteError(
                 f"position_ids of shape {list(given.shape)}: a prompt or prefix shifts positions along one axis, "
                 "[batch, tokens], and this model has more"
@@ -132,6 +143,16 @@ class TextEntry:
         before = torch.where(token_index > 0, shifts.sum(-1, keepdim=True), shifts[:, :1])
         new = token_index + before
         self._check_limit(module, new, int(length + past))
+        if self.passes_on and not self.tower.position_embedding:
+
+            def shift(position_ids: Tensor | None) -> Tensor:
+                own = _own(position_ids, steps)
+                shifted = torch.where(moved[:, None], _shifted(position_ids, new, before, steps), own)
+                self.forward_slot.state.own_positions[self.tower.path] = shifted, own
+                return shifted
+
+            self.forward_slot.state.pending_rewrites[self.tower.block_runner] = shift
+            return
         self._pass_positions(module, call, new, moved, token_index if counted else steps)
 
     @property
@@ -155,11 +176,19 @@ class TextEntry:
             shifted = position_ids + self.tower.offset
 
             def rewrite(indices: Tensor) -> Tensor:
+                if indices.ndim == 1:  # one lookup for all rows
+                    if bool((shifted != shifted[:1]).any()) or not bool(is_moved.all()):
+                        raise RouteError(
+                            f"{self.tower.position_embedding} is looked up once for all rows, and here they have "
+                            "positions of their own: use one prompt or prefix for all rows, without padding at the left"
+                        )
+                    return shifted[0]
                 return torch.where(is_moved[:, None], shifted, indices.expand(len(shifted), -1))
 
             self.forward_slot.state.pending_rewrites[self.tower.position_embedding] = rewrite
-        elif "position_ids" in _parameters(type(module).forward):
+        elif "position_ids" in parameter_names(type(module).forward):
             call["position_ids"] = torch.where(is_moved[:, None], position_ids, own_position_ids)
+            self.forward_slot.state.own_positions[self.tower.path] = call["position_ids"], own_position_ids
         elif not self.is_relative and bool((is_moved[:, None] & (position_ids != own_position_ids)).any()):
             raise RouteError(
                 f"{type(module).__name__} counts its positions itself, where they cannot be shifted: text after a "
@@ -183,6 +212,34 @@ class TextEntry:
             f"of which up to {num_virtual} are virtual tokens, and "
             f"the model has {max_positions} (max_position_embeddings); shorten the text by {num_over}"
         )
+
+
+def _own(position_ids: Tensor | None, steps: Tensor) -> Tensor:
+    """The positions that a model gives to the one in it: none means one after the other."""
+    return steps if position_ids is None else position_ids
+
+
+def _shifted(position_ids: Tensor | None, new: Tensor, before: Tensor, steps: Tensor) -> Tensor:
+    """The same for rows with virtual tokens, [B, T] or [axes, B, T]. new: counted from the mask, with those before."""
+    if position_ids is None:
+        return new
+    start = position_ids - steps
+    counts_pads = bool((start == start[..., :1]).all())  # from the left edge, not from the mask
+    return start + new if counts_pads and position_ids.ndim == 2 else position_ids + before
+
+
+class PositionIdsProgram:
+    """The program of a module that is given positions by the model around it (several axes where there are images)."""
+
+    def __init__(self, path: str, forward_slot: ForwardSlot, inner: Program | None) -> None:
+        self.path, self.forward_slot, self.inner = path, forward_slot, inner
+
+    def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rewrite = self.forward_slot.state.pending_rewrites.pop(self.path, None)
+        if rewrite is not None:
+            call = arguments_by_name(forward, args, kwargs)
+            args, kwargs = (), {**call, "position_ids": rewrite(call.get("position_ids"))}
+        return forward(module, *args, **kwargs) if self.inner is None else self.inner(module, forward, args, kwargs)
 
 
 class TokenEmbeddingProgram:
@@ -212,6 +269,24 @@ class PositionEmbeddingProgram:
         return forward(module, *args, **kwargs) if self.inner is None else self.inner(module, forward, args, kwargs)
 
 
+class OwnPositions:
+    """The program of a block without attention: it sees no keys, so its text begins where it would begin alone.
+
+    A recurrence may start anew at position 0, and must not miss its start behind a prefix.
+    """
+
+    def __init__(self, tower: str, forward_slot: ForwardSlot, inner: Program | None) -> None:
+        self.tower, self.forward_slot, self.inner = tower, forward_slot, inner
+
+    def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        positions = self.forward_slot.state.own_positions.get(self.tower)
+        if positions is not None:
+            shifted, own = positions
+            args = tuple(own if value is shifted else value for value in args)
+            kwargs = {name: own if value is shifted else value for name, value in kwargs.items()}
+        return forward(module, *args, **kwargs) if self.inner is None else self.inner(module, forward, args, kwargs)
+
+
 def _call_rewritten(
     rewrite: Callable[[Tensor], Tensor], forward: ForwardFn, module: nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
@@ -234,11 +309,11 @@ class _RewriteIndices(TorchFunctionMode):
 
 def arguments_by_name(forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A call by the names of its parameters."""
-    return dict(zip(_parameters(forward), args, strict=False)) | kwargs
+    return dict(zip(parameter_names(forward), args, strict=False)) | kwargs
 
 
 @lru_cache(maxsize=256)
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 

@@ -17,8 +17,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from kitout.base.memory import is_out_of_memory
 from kitout.delta import KeyValue
-from kitout.errors import RouteError
+from kitout.errors import KitoutError, RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, Program, first_tensor, replace_first_tensor
 from kitout.runtime.modules.module_adapter import SiteDelta
 from kitout.runtime.modules.rows import RowPlan
@@ -38,6 +39,8 @@ class PromptEntry:
     """What they are run under: the entry without them, with recorders at the attentions."""
     key_values: dict[str, KeyValue]
     """What the recorders write to, by path."""
+    start: int = 0
+    """Position of the first of them: after the entry's prefixes."""
 
     @property
     def after_first_token(self) -> bool:
@@ -56,8 +59,11 @@ class PromptPrefill:
         row_plan: RowPlan | None,
         forward_slot: ForwardSlot,
         active: ActiveRoute,
+        runner: nn.Module | None = None,
+        reads_ids: bool = False,
     ) -> None:
         self.tower, self.table, self.blocks, self.entries = tower, table, blocks, entries
+        self.runner, self.reads_ids = runner, reads_ids
         self.row_plan, self.forward_slot, self.active = row_plan, forward_slot, active
         self._by_cache: WeakKeyDictionary[Any, PromptKeyValues] = WeakKeyDictionary()
 
@@ -148,11 +154,36 @@ class PromptPrefill:
             self.active.prefill(replace(entry.compiled, forward_state=ForwardState())),
             _without_layer_drop(module),
         ):
-            module(**self._inputs(module, call, entry, row_index, begun))
+            inputs = self._inputs(module, call, entry, row_index, begun)
+            try:
+                self._run(module, entry, inputs)
+            except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+                if isinstance(error, KitoutError) or is_out_of_memory(error):
+                    raise
+                raise RouteError(
+                    f"{type(self.runner or module).__name__} does not run a prompt by itself: {type(error).__name__}: "
+                    f"{error}. Use PrefixTuning here"
+                ) from error
         skip = 1 if entry.after_first_token else 0
         key_values = {path: (k[:, :, skip:], v[:, :, skip:]) for path, (k, v) in entry.key_values.items()}
         entry.key_values.clear()
         return key_values
+
+    def _run(self, module: nn.Module, entry: PromptEntry, inputs: dict[str, Any]) -> None:
+        """Runs the prompts through the module that embeds, or through the one in it that takes vectors."""
+        if self.reads_ids:
+            vectors = inputs.pop("inputs_embeds")
+            pad_token_id = getattr(getattr(module, "config", None), "pad_token_id", None) or 0
+            ids = torch.full(vectors.shape[:2], pad_token_id, dtype=torch.long, device=vectors.device)
+            with _looked_up(self.table, vectors):
+                module(input_ids=ids, **inputs)
+        elif self.runner is None:
+            module(**inputs)
+        else:
+            if entry.start:
+                positions = torch.arange(inputs["inputs_embeds"].shape[1], device=inputs["inputs_embeds"].device)
+                inputs["position_ids"] = positions[None] + entry.start
+            self.runner(**inputs)
 
     def _inputs(
         self, module: nn.Module, call: dict[str, Any], entry: PromptEntry, row_index: Tensor | None, begun: bool
@@ -194,6 +225,16 @@ class PromptPrefill:
 
 
 @contextmanager
+def _looked_up(table: nn.Module, vectors: Tensor) -> Iterator[None]:
+    """While this lasts, the token table returns these vectors."""
+    handle = table.register_forward_hook(lambda *_: vectors)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def _without_layer_drop(module: nn.Module) -> Iterator[None]:
     """Runs a stack with all of its blocks: the keys of every one are wanted."""
     training = module.training
@@ -217,7 +258,7 @@ class _JoinGraphs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, leaves: list[Tensor], *_values: Tensor) -> Tensor:
         ctx.leaves = leaves
-        return x.view_as(x)
+        return x.clone()  # no view: a block may write to its input
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

@@ -7,7 +7,8 @@ names transformers gives their arguments.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,14 @@ from kitout.runtime.modules.programs import repack_output, unpack_output
 from kitout.runtime.modules.rows import RowPlan
 from kitout.runtime.virtual_tokens.forward_state import ForwardSlot, ForwardState
 
-MASK_NAME, WIDENED_NAMES = "attention_mask", ("token_type_ids", "position_ids", "inputs_embeds")
+MASK_NAME = "attention_mask"
+WIDENED_NAMES = (
+    *("token_type_ids", "position_ids", "inputs_embeds", "bbox", "xpath_tags_seq", "xpath_subs_seq", "langs"),
+    *("task_type_ids", "global_attention_mask", "mm_token_type_ids"),
+)
+# Not of the stack's own input tokens, whatever their shape: of its output, of another stack, of images.
+OTHER_NAMES = re.compile(r"labels|\w+_labels|(start|end)_positions|(encoder|decoder|cross|visual|image|pixel|past)_\w+")
+ORDINARY = ("pad", "bos", "eos", "cls", "sep", "mask", "unk", "decoder_start")  # special ids that stand for no image
 
 
 @dataclass(frozen=True)
@@ -67,15 +75,22 @@ class SequenceWidener:
             pad_token_id = getattr(getattr(module, "config", None), "pad_token_id", None) or 0
             new = ids.gather(1, columns.source).masked_fill(columns.pad, pad_token_id)
             first = ids.gather(1, (mask.cumsum(1) == 0).sum(1, keepdim=True).clamp_max(ids.shape[1] - 1))
-            call["input_ids"] = torch.where(columns.prompt, first, new)  # an ordinary id, where models count those
+            call["input_ids"] = torch.where(columns.prompt, _ordinary(first, module), new)  # where models count those
         call[MASK_NAME] = _map_columns(mask, columns).masked_fill(columns.prompt, 1).to(mask.dtype)
         for name in WIDENED_NAMES:
             if isinstance(call.get(name), Tensor):
                 call[name] = _map_columns(call[name].expand(text.shape[0], *call[name].shape[1:]), columns)
+        self._check_others(call, text)
         if isinstance(call.get("position_ids"), Tensor):
             call["position_ids"] = torch.where(columns.prompt, columns.slot, call["position_ids"])
 
         def overwrite(value: Tensor) -> Tensor:
+            if value.shape[:2] != columns.prompt.shape:
+                raise RouteError(
+                    f"{self.table} was looked up at {list(value.shape[:2])}, and the text with its prompt is "
+                    f"{list(columns.prompt.shape)}: the model adds tokens of its own, among which a prompt has no place"
+                )
+            value = value.masked_fill(columns.pad[..., None], 0)  # where tables are read with their neighbors
             return torch.where(columns.prompt[..., None], self._vectors(columns, value), value)
 
         if embeds is None:
@@ -84,6 +99,16 @@ class SequenceWidener:
             call["inputs_embeds"] = overwrite(call["inputs_embeds"])
         forward_state.caller_columns[self.tower] = columns.caller_columns
         forward_state.widened_width[self.tower] = columns.source.shape[1]
+
+    def _check_others(self, call: dict[str, Any], text: Tensor) -> None:
+        """RouteError for what seems to have a value for each token, and is not known to."""
+        for name, value in call.items():
+            known = name in (MASK_NAME, "input_ids", *WIDENED_NAMES) or OTHER_NAMES.fullmatch(name)
+            if isinstance(value, Tensor) and value.ndim > 1 and value.shape[:2] == text.shape[:2] and not known:
+                raise RouteError(
+                    f"{name} of shape {list(value.shape)} has a value for each of {text.shape[1]} tokens, and none is "
+                    "known for those of a prompt: leave it out, or use PrefixTuning"
+                )
 
     def widen_mask(self, call: dict[str, Any], forward_state: ForwardState) -> None:
         """The mask of the states that another stack reads, if those have prompts in them."""
@@ -143,6 +168,26 @@ class SequenceWidener:
         entries = [0] * len(columns.slot) if self.row_plan is None else self.row_plan.repeat_to(len(columns.slot))
         owner = torch.tensor(entries, device=like.device)[:, None]
         return torch.stack(tables)[owner, columns.slot]
+
+
+def _ordinary(ids: Tensor, module: nn.Module) -> Tensor:
+    """These ids, but for those that stand for an image, sound and the like, which models count: an ordinary one."""
+    config = getattr(module, "config", None)
+    named = [(n, v) for c in _configs(config) for n, v in vars(c).items() if n.endswith(("_token_id", "_token_index"))]
+    special = {v: n.rpartition("_token_")[0] for n, v in named if isinstance(v, int)}
+    media = [v for v, name in special.items() if name not in ORDINARY]
+    if not media:
+        return ids
+    ordinary = next(i for i in range(len(special) + 1) if i not in special)
+    return ids.masked_fill(torch.isin(ids, torch.tensor(media, device=ids.device)), ordinary)
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A config and those in it."""
+    if config is not None:
+        yield config
+        for name in getattr(config, "sub_configs", ()):
+            yield from _configs(getattr(config, name, None))
 
 
 def _map_columns(value: Tensor, columns: ColumnMap) -> Tensor:
