@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("demo",),
     ("train",),
     ("evaluate",),
-    ("model_check",),
+    ("model_check", "peft_folders"),
     ("kit",),
     ("files",),
     ("runtime", "methods"),

@@ -5,8 +5,6 @@ from kitout import errors as errors
 from kitout.delta import Delta as Delta
 from kitout.kit import Kit as Kit
 from kitout.kit import attach as attach
-from kitout.kit import load_peft as load_peft
-from kitout.kit import save_peft as save_peft
 from kitout.method import Method as Method
 from kitout.method import register as register
 from kitout.methods.adaptformer import AdaptFormer as AdaptFormer
@@ -23,6 +21,8 @@ from kitout.methods.prompt_tuning import PromptTuning as PromptTuning
 from kitout.methods.ssf import SSF as SSF
 from kitout.methods.vpt import VPT as VPT
 from kitout.model_check.check import check as check
+from kitout.peft_folders import load_peft as load_peft
+from kitout.peft_folders import save_peft as save_peft
 from kitout.runtime.routing.route import Mix as Mix
 from kitout.runtime.routing.route import Stack as Stack
 from kitout.version import __version__ as __version__

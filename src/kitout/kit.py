@@ -21,7 +21,6 @@ from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.errors import AlreadyAttached, ConfigError, KitoutError, MergeStateError, RouteError
 from kitout.files import adapter_folder
-from kitout.files.peft import folder as peft_folder
 from kitout.method import Method
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.base_state import KitForward, disable_checkpointing, enable_checkpointing
@@ -348,16 +347,3 @@ class Kit(nn.Module):
         return describe_kit(self.state)
 
     __repr__ = __str__
-
-
-def load_peft(kit: Kit, folder: str | PathLike[str], name: str) -> Adapter:
-    """Adds an adapter that Hugging Face PEFT saved; FileError names every reason why a folder does not fit here."""
-    return peft_folder.load_peft(kit.state, folder, name)
-
-
-def save_peft(kit: Kit, name: str, folder: str | PathLike[str], *, for_vllm: bool = False) -> None:
-    """Writes one adapter as a folder that Hugging Face PEFT loads; FileError where PEFT has no such adapter.
-
-    for_vllm: also refuse what vLLM would not read (DoRA, heads, biases, methods other than LoRA).
-    """
-    peft_folder.save_peft(kit.state, name, folder, for_vllm=for_vllm)
