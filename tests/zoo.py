@@ -236,6 +236,9 @@ def _vision(name: str, build: Callable[[], nn.Module], **facts: Any) -> Specimen
     return Specimen(name, _make(name, build), kind="vision", **facts)
 
 
+_JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+_JAMBA |= {"num_experts": 4, "use_mamba_kernels": False, "mamba_d_state": 4, "mamba_dt_rank": 6}
+
 ZOO: dict[str, Specimen] = {
     s.name: s
     for s in (
@@ -460,6 +463,33 @@ EXTRA: dict[str, Specimen] = {
                 max_position_embeddings=64,
                 num_labels=LABELS,
             ),
+        ),
+        _vision(
+            "siglip",  # pools by torch's own attention, which multiplies by its parameters
+            _hf("SiglipVisionModel", "SiglipVisionConfig", **_VIT, intermediate_size=FF),
+        ),
+        _seq2seq(
+            "switch",  # experts as a list of modules, of which a few tokens choose a few
+            _hf(
+                "SwitchTransformersForConditionalGeneration",
+                "SwitchTransformersConfig",
+                vocab_size=VOCAB,
+                d_model=D,
+                d_kv=16,
+                d_ff=FF,
+                num_layers=2,
+                num_heads=HEADS,
+                num_sparse_encoder_layers=1,
+                num_sparse_decoder_layers=1,
+                num_experts=8,
+                decoder_start_token_id=0,
+            ),
+            positions="relative",
+            layers=4,
+        ),
+        _decoder(
+            "jamba",  # state-space layers, whose scan reads the weights of a linear and of a convolution
+            _hf("JambaForCausalLM", "JambaConfig", **_GQA, **_JAMBA),
         ),
         _decoder("gptj", _hf("GPTJForCausalLM", "GPTJConfig", **_GPT, rotary_dim=6)),  # parallel residual, no qkv bias
     )

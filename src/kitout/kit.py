@@ -142,7 +142,8 @@ class Kit(nn.Module):
         """A new adapter, left trainable and not active. seed: of its initial values (None: the global generator).
 
         heads: modules that replace modules of the model, by path, while the adapter is active. dtype: of its values;
-        default fp32 over a floating base, whatever the base's own. Raises AdapterExists, InvalidAdapterName,
+        default fp32 over a floating base, whatever the base's own. What a default or a group of `targets` selects and
+        never runs is left out: `adapter.left_out` and `print(kit)` list it. Raises AdapterExists, InvalidAdapterName,
         TargetError, MergeStateError.
         """
         self.state.check_attached()

@@ -81,6 +81,14 @@ class Method(BaseModel):
         """The selected sites, in model order. Default: `targets` and `layers` through the selection language."""
         return select(survey.sites, self.targets or self.default_targets, self.layers)
 
+    def why_not_at_weight(self, site: Site) -> str:
+        """Why this method cannot act at the port "weight"; "" where folding its Delta into what is read is exact.
+
+        No value passes at such a site: the weight and the bias are read by another module, and `Delta.fold` changes
+        them while that module runs.
+        """
+        return f"{type(self).__name__} acts on values"
+
     def build_shared(self, sites: Sequence[Site]) -> nn.Module | None:
         """One module per adapter that every Delta may use (a prefix encoder); None for most."""
         return None

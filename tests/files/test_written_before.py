@@ -69,5 +69,6 @@ def test_an_adapter_is_written_as_before(method: str, tmp_path: Path) -> None:
     for key in records[0].keys() - {"kitout", "base", "settings"}:
         assert records[0][key] == records[1][key]
     settings = [record["settings"] for record in records]
-    added = {key: field.default for key, field in type(kit["a"].method).model_fields.items() if key not in settings[0]}
+    fields = type(kit["a"].method).model_fields
+    added = {key: fields[key].default for key in settings[1].keys() - settings[0].keys()}
     assert {**settings[0], **added} == settings[1]

@@ -25,7 +25,7 @@ def test_every_delta_is_asked_in_one_forward(specimen: Specimen, case: Case) -> 
         asked: Counter[str] = Counter()
         for site in adapter.sites:
             delta = adapter.delta(site)
-            for way in ("forward", "forward_", "parameter_values", "key_values", "token_vectors"):
+            for way in ("forward", "forward_", "fold", "parameter_values", "key_values", "token_vectors"):
                 if hasattr(delta, way):
                     setattr(delta, way, counting(asked, site.key, getattr(delta, way)))
         run(kit, batch)
@@ -42,7 +42,7 @@ def counting(asked: Counter[str], key: str, call: Callable[..., Any]) -> Callabl
 
 def test_every_site_on_offer_is_a_module_that_runs(specimen: Specimen) -> None:
     kit, fired = kit_of(specimen), set[str]()
-    modules = {s.path: s.module for s in kit.survey.sites if s.path not in kit.survey.unused}
+    modules = {s.path: s.module for s in kit.survey.sites if s.path not in kit.survey.unused and s.reader is None}
     hooks = [m.register_forward_pre_hook(lambda *_, p=p: fired.add(p)) for p, m in modules.items()]
     try:
         run(kit, specimen.batch(2, 0))
@@ -53,13 +53,13 @@ def test_every_site_on_offer_is_a_module_that_runs(specimen: Specimen) -> None:
 
 
 class Block(nn.Module):
-    """torch's own attention calls its output projection's weight, never the module."""
+    """A linear that no forward calls, beside torch's own attention, which reads its output projection's weight."""
 
     def __init__(self, d: int) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(d, 2, batch_first=True)
         self.norm = nn.LayerNorm(d)
-        self.up, self.down = nn.Linear(d, 3 * d), nn.Linear(3 * d, d)
+        self.up, self.down, self.skipped = nn.Linear(d, 3 * d), nn.Linear(3 * d, d), nn.Linear(d, d)
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm(x)
@@ -78,13 +78,13 @@ class Tower(nn.Module):
         return x
 
 
-ROLES = {r"up$": "mlp.up", r"down$": "mlp.down", r"out_proj$": "attn.o"}
+ROLES = {r"up$": "mlp.up", r"down$": "mlp.down", r"skipped$": "attn.q", r"out_proj$": "attn.o"}
 
 
 def test_a_module_that_never_runs_is_refused_when_added() -> None:
     kit = kitout.attach(Tower(), roles=ROLES, example_batch={"x": torch.randn(2, 3, 8)})
-    with pytest.raises(UnusedSite, match="out_proj"):
-        kit.add("a", LoRA(rank=2, targets="attn.o"))
+    with pytest.raises(UnusedSite, match="skipped"):
+        kit.add("a", LoRA(rank=2, targets="skipped"))
     assert kit.names == []
     kit.add("a", LoRA(rank=2, targets="mlp.*"))
 
@@ -92,10 +92,10 @@ def test_a_module_that_never_runs_is_refused_when_added() -> None:
 def test_without_a_proof_the_first_forward_is_the_proof() -> None:
     kit = kitout.attach(Tower(), roles=ROLES)
     assert not kit.survey.proven
-    kit.add("silent", LoRA(rank=2, targets="attn.o"))
+    kit.add("silent", LoRA(rank=2, targets="skipped"))
     kit.add("heard", BitFit(targets="mlp.up"))
     x = torch.randn(2, 3, 8)
     with kit.use("heard"):
         kit(x)
-    with kit.use("silent"), pytest.raises(UnusedSite, match="out_proj"):
+    with kit.use("silent"), pytest.raises(UnusedSite, match="skipped"):
         kit(x)

@@ -49,7 +49,7 @@ def select(sites: Sequence[Site], targets: str, layers: str = "all") -> list[Sit
 
     targets: words separated by spaces, in any order, each one of
         attn.q mlp.* norm embed head patch   roles; "attn." means self- and cross-attention, "self." and "cross." one
-        all-linear                           every linear inside the blocks, never a head
+        all-linear                           every linear inside the blocks, never a head or a router
         model.layers.*.self_attn.q_proj      a module path or glob; the end of a path ("q_proj") is enough
         re:.*[.]1[.].*_proj                  a regular expression on the whole path, as PEFT's target_modules
         in:mlp.down                          the same place, at the module's input
@@ -149,7 +149,7 @@ def _without(selected: Sequence[Site], excluded: Sequence[tuple[TargetTerm, Site
                 continue
             if other.channels in (None, site.channels) or (same_role and site.port == "in"):
                 whole = True
-            elif site.channels is None and site.port == "out":
+            elif site.channels is None and site.port != "in":
                 part = term
         if not whole:
             remaining.append(site)
@@ -161,6 +161,13 @@ def _without(selected: Sequence[Site], excluded: Sequence[tuple[TargetTerm, Site
 def matches(site: Site, word: str) -> bool:
     """True if one word of the language selects this site or the whole module it is a part of: for settings by role."""
     return _matcher(word)(site.replace(channels=None))
+
+
+def named_matches(sites: Sequence[Site], targets: str) -> dict[str, list[Site]]:
+    """Word -> the sites it selects, for the words that name modules: by path or by a plain name, not by a pattern."""
+    words = (word.removeprefix("in:") for word in targets.split())
+    named = [w for w in words if w != "all-linear" and not _is_role(w) and re.fullmatch(r"\w[\w.]*", w)]
+    return {word: [site for site in sites if _matcher(word)(site)] for word in named}
 
 
 def names_a_group(word: str) -> bool:
@@ -178,7 +185,11 @@ def _matcher(word: str) -> Callable[[Site], bool]:
     """The test on sites that one word (without "-" and "in:") stands for."""
     if word == "all-linear":
         return lambda s: (
-            s.kind == "linear" and s.layer is not None and s.channels is None and s.role not in COMPOSITE_ROLES
+            s.kind == "linear"
+            and s.layer is not None
+            and s.channels is None
+            and s.role not in COMPOSITE_ROLES
+            and not s.is_router
         )
     if word.startswith("re:"):
         pattern = PathPattern(word.removeprefix("re:"))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-Port = Literal["out", "in", "kv", "tokens", "param"]
+Port = Literal["out", "in", "kv", "tokens", "param", "weight"]
 BatchRelation = Literal["batch", "multiple", "one", "none", "unknown"]
 Kind = Literal["linear", "embedding", "conv", "norm", "other"]
 
@@ -57,7 +57,14 @@ class Site:
     d_out: int
     """Width of the output; the number of `channels` where those are given."""
     port: Port = "out"
-    """Where the Delta acts: output, input, keys and values, token sequence, or a bare parameter of the module."""
+    """Where the Delta acts: output, input, keys and values, token sequence, a bare parameter of the module, or a weight
+    and bias that no module multiplies by: `reader` does, from the parameters ("weight")."""
+    reader: str | None = None
+    """Port "weight" (or "in" made of it): path of the module whose forward reads the weight."""
+    weight_name: str = "weight"
+    """The parameter of `module` that is the weight."""
+    bias_name: str = "bias"
+    """The parameter of `module` that is the bias; "" where a bias would not be read."""
     input_from: str | None = None
     """Seen by the probe: path of the module whose input the Delta gets as x; None: this module's own input."""
     channels: tuple[int, ...] | None = None
@@ -67,6 +74,10 @@ class Site:
     "multiple"), always 1 (a position table looked up once for all rows: "one") or unrelated ("none")."""
     kind: Kind = "linear"
     """Which map the module computes."""
+    batch_axis: int = 0
+    """Port "weight": the axis of the reader's first output that follows the batch."""
+    is_router: bool = False
+    """It chooses among the experts of a mixture: all-linear leaves it out."""
     channels_first: bool = False
     """The module's output is [B, C, ...] (convolution, BatchNorm): it is moved to channels-last for the Delta."""
     parameter_names: tuple[str, ...] = ()
@@ -93,7 +104,7 @@ class Site:
         """A name without dots, unique in a model: the adapter's module key and the stem of its tensors in a file."""
         shared = self.channels is not None or self.role.startswith("sub.")  # another site may have the same path
         last = self.role.split(".")[-1] if shared else ""
-        tail = last if self.port == "out" else self.port
+        tail = last if self.port in ("out", "weight") else self.port
         return self.path.replace(".", "/") + ("@" + tail if tail else "")
 
     @cached_property
@@ -105,6 +116,14 @@ class Site:
         if last - first + 1 == len(self.channels):
             return slice(first, last + 1)
         return torch.tensor(self.channels)
+
+    @cached_property
+    def read_names(self) -> tuple[str, str]:
+        """Port "weight": the names of weight and bias as `reader` has them; "" where a bias would not be read."""
+        assert self.reader is not None
+        inner = self.path[len(self.reader) :].lstrip(".")
+        weight, b = (f"{inner}.{name}" if inner and name else name for name in (self.weight_name, self.bias_name))
+        return weight, b
 
     def replace(self, **changes: Any) -> Site:
         """The same place with other fields, e.g. `site.replace(port="in", d_out=site.d_in)`."""

@@ -106,6 +106,12 @@ class Survey:
     """Seen by the probe: paths of attentions whose mask carries a bias by position."""
     unproven_reason: str = ""
     """Why no forward has confirmed the sites."""
+    fused_experts: tuple[str, ...] = ()
+    """Names of the parameters that hold the experts of a mixture, all of a block in one: no site is there."""
+    alternatives: tuple[tuple[str, ...], ...] = ()
+    """Lists of modules inside a block that are built alike, each as paths: experts of which the data chooses some."""
+    unreached: frozenset[str] = frozenset()
+    """Seen by the probe: paths of sites that the probe's data did not choose, in modules whose alternatives ran."""
 
     def by_path(self, path: str) -> Site:
         """The site of the whole module at a path, not of one part of a fused projection."""

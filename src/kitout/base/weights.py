@@ -1,8 +1,8 @@
 """The frozen module seen as a matrix: the one file that knows how weights are stored.
 
-Linear [out, in], Conv1D-like [in, out], convolutions (`convolutions.py`), embedding tables [V, d], norm gains stored as
-g or as 1 + g, channel subsets of fused projections, quantized storage, computed weights (`parametrized.py`). Everything
-else sees w [d_out, d_in] and b [d_out] | None. It knows nothing of adapters, routes or files.
+Linear [out, in], Conv1D-like [in, out], convolutions (`convolutions.py`), embedding tables [V, d], channel subsets of
+fused projections, quantized storage, computed weights (`parametrized.py`). Everything else sees w [d_out, d_in] and
+b [d_out] | None. It knows nothing of adapters, routes or files.
 """
 
 from __future__ import annotations
@@ -14,9 +14,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from kitout.base import convolutions, own_forward, parametrized
-from kitout.base.own_forward import AFFINE_FORWARDS, PLAIN_FORWARDS, owner_of, swapped_parameters, unhooked_forward
+from kitout.base.own_forward import (
+    HALF_TOLERANCE,
+    PLAIN_FORWARDS,
+    TOLERANCE,
+    owner_of,
+    swapped_parameters,
+    unhooked_forward,
+)
 from kitout.base.site import Site
 from kitout.errors import NotMergeable, TargetError
 
@@ -28,9 +36,9 @@ def is_conv1d(module: nn.Module) -> bool:
     return "nf" in module.__dict__ and ("weight" in module._parameters or parametrized.is_computed(module))
 
 
-def is_plain_float(module: nn.Module) -> bool:
+def is_plain_float(module: nn.Module, name: str = "weight") -> bool:
     """True where the weight is an ordinary floating-point tensor (not packed, quantized or a tensor subclass)."""
-    return _is_plain_float(parametrized.weight_or_bias(module, "weight"))
+    return _is_plain_float(parametrized.weight_or_bias(module, name))
 
 
 def _is_plain_float(w: Tensor | None) -> bool:
@@ -42,12 +50,17 @@ def floating_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
 
 
-def weight_matrix(module: nn.Module) -> Tensor:
+def weight_matrix(module: nn.Module, name: str = "weight") -> Tensor:
     """The module's weight as a [d_out, d_in] view in its own dtype; raises NotMergeable for quantized storage."""
-    w = parametrized.weight_or_bias(module, "weight")
+    w = parametrized.weight_or_bias(module, name)
     if w is None or not _is_plain_float(w):
-        kind = type(w.data).__name__ if w is not None else "no parameter named weight"
+        kind = type(w.data).__name__ if w is not None else f"no parameter named {name}"
         raise NotMergeable(f"{type(module).__name__} stores its weight as {kind}, not as plain floating-point values")
+    return to_matrix(module, w)
+
+
+def to_matrix(module: nn.Module, w: Tensor) -> Tensor:
+    """A weight in the module's own layout as a [d_out, d_in] view."""
     if isinstance(module, Convolution):
         return convolutions.kernel_to_matrix(module, w)
     return as_matrix(w, is_transposed(module))
@@ -63,9 +76,22 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or is_conv1d(module)
 
 
-def bias(module: nn.Module) -> Tensor | None:
+def as_stored(module: nn.Module, w: Tensor, shape: torch.Size) -> Tensor:
+    """A [d_out, d_in] matrix in the module's own layout: the reverse of `to_matrix`."""
+    if isinstance(module, Convolution):
+        return convolutions.matrix_to_kernel(module, w)
+    return w.T if is_transposed(module) else w.reshape(shape)
+
+
+def parameter_at(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter of a module or of a child of it by its dotted name; None where there is none now."""
+    owner, last = owner_of(module, name)
+    return owner._parameters.get(last)
+
+
+def bias(module: nn.Module, name: str = "bias") -> Tensor | None:
     """The module's bias [d_out], or None."""
-    return parametrized.weight_or_bias(module, "bias")
+    return parametrized.weight_or_bias(module, name)
 
 
 def apply_weight(site: Site, x: Tensor, w: Tensor, size: Sequence[int] | None = None) -> Tensor:
@@ -114,6 +140,37 @@ def apply_low_rank(site: Site, x: Tensor, a: Tensor, b: Tensor, y: Tensor, by_ow
 
 
 @torch.no_grad()
+def is_matrix_product(module: nn.Module) -> bool:
+    """False where a linear's class has a forward of its own that is another map, which random input shows.
+
+    On the meta device only the shape of the result is compared. Quantized linears are not tried.
+    """
+    if unhooked_forward(module) in (nn.Linear.forward, Conv1D.forward) or not is_plain_float(module):
+        return True
+    w = weight_matrix(module)
+    if w.ndim != 2:
+        return False
+    x = torch.randn(3, 5, w.shape[1], generator=torch.Generator().manual_seed(0)).to(w.device, w.dtype)
+    was_training, module.training = module.training, False
+    try:
+        y = unhooked_forward(module)(module, x.clone())
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+        return False
+    finally:
+        module.training = was_training
+    if not isinstance(y, Tensor) or y.shape != (3, 5, w.shape[0]):
+        return False
+    expected = F.linear(x, w, bias(module))
+    return y.is_meta or _are_close(y, expected)
+
+
+def _are_close(y: Tensor, expected: Tensor) -> bool:
+    """Equal up to the rounding of their dtype."""
+    tolerance = TOLERANCE if expected.dtype.itemsize > 2 else HALF_TOLERANCE
+    return bool((y - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+@torch.no_grad()
 def linear_scale(site: Site) -> float:
     """What the module multiplies its weight's own product by: not 1 in tables that scale what they look up (Gemma).
 
@@ -140,13 +197,12 @@ def linear_scale(site: Site) -> float:
     x = x.to(w.device, w.dtype) if x.is_floating_point() else x.to(w.device)
     y, expected, b = forward(module, x), apply_weight(site, x, w), bias(module)
     expected = expected if b is None else expected + b
-    tolerance = 1e-4 if w.dtype.itemsize > 2 else 3e-2
     scale = 1.0
     if isinstance(module, nn.Embedding) and y.shape == expected.shape:
         scale = float((y.double() * expected.double()).sum() / expected.double().square().sum().clamp_min(1e-300))
         expected = scale * expected
         scale = 1.0 if abs(scale - 1.0) < 1e-6 else scale
-    if y.shape != expected.shape or scale <= 0 or (y - expected).abs().max() > tolerance * expected.abs().max():
+    if y.shape != expected.shape or scale <= 0 or not _are_close(y, expected):
         raise NotMergeable(
             f"{type(module).__name__} does more than multiply by its weight, so no weight gives the same function"
         )
@@ -214,12 +270,12 @@ class FrozenModule:
 
     @property
     def weight(self) -> Tensor:
-        w = weight_matrix(self.site.module)
+        w = weight_matrix(self.site.module, self.site.weight_name)
         return w if self.site.channel_index is None else w[self.site.channel_index]
 
     @property
     def bias(self) -> Tensor | None:
-        b = bias(self.site.module)
+        b = bias(self.site.module, self.site.bias_name)
         return b if b is None or self.site.channel_index is None else b[self.site.channel_index]
 
     def __call__(self, x: Tensor, values: Mapping[str, Tensor]) -> Any:
@@ -243,50 +299,6 @@ class FrozenModule:
         return apply_low_rank(self.site, x, a, b, y, self.by_own_forward)
 
 
-def norm_gain_offset(module: nn.Module) -> float:
-    """0.0 where a norm multiplies by its weight, 1.0 where by 1 + weight: measured, not assumed. torch's own multiply.
-
-    Raises NotMergeable where neither fits, or where the norm is not an elementwise gain at all.
-    """
-    weight = module._parameters.get("weight")
-    if weight is None or weight.ndim != 1:
-        raise NotMergeable(f"{type(module).__name__} has no 1-D gain to merge into")
-    if unhooked_forward(module) in AFFINE_FORWARDS:
-        return 0.0
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, weight.numel(), generator=generator).to(weight.device, torch.float32)
-    layout = _norm_layout(module, x)
-    parameters = {n: p.detach().float() for n, p in module.named_parameters()}
-    shift = parameters["bias"] if "bias" in parameters else torch.zeros_like(x[0])
-
-    def run_with_gain(gain: Tensor) -> Tensor:
-        with swapped_parameters(module, {**parameters, "weight": gain}):
-            y: Tensor = unhooked_forward(module)(module, x.view(layout))
-            return y.view(x.shape) - shift
-
-    zero, one = run_with_gain(torch.zeros_like(x[0])), run_with_gain(torch.ones_like(x[0]))
-    normalized = one - zero  # in both conventions
-    for offset in (0.0, 1.0):
-        if torch.allclose(zero, offset * normalized, atol=1e-5):
-            return offset
-    raise NotMergeable(f"{type(module).__name__} is neither gain * norm(x) nor (1 + gain) * norm(x)")
-
-
-def _norm_layout(module: nn.Module, x: Tensor) -> tuple[int, ...]:
-    """The shape in which the norm takes rows [n, d]: some classes want channels first, with positions after them."""
-    for positions in range(3):
-        layout = (*x.shape, *(1,) * positions)
-        try:
-            if (
-                unhooked_forward(module)(module, x.to(module.get_parameter("weight").dtype).view(layout)).shape
-                == layout
-            ):
-                return layout
-        except (RuntimeError, IndexError, ValueError):
-            continue
-    raise NotMergeable(f"{type(module).__name__} takes its values in a layout of its own")
-
-
 def parameters_for_matrix(
     module: nn.Module, new: tuple[Tensor, Tensor | None], old: tuple[Tensor, Tensor | None]
 ) -> dict[str, Tensor]:
@@ -299,32 +311,11 @@ def parameters_for_matrix(
     if isinstance(module, nn.Embedding):
         w, b = (w if b is None else w + b[:, None]), None
     if not torch.equal(w, old[0]):
-        if isinstance(module, Convolution):
-            stored = convolutions.matrix_to_kernel(module, w)
-        else:
-            stored = w.T if is_transposed(module) else w.reshape(parametrized.weight_or_bias(module, "weight").shape)  # type: ignore[union-attr]
+        stored = as_stored(module, w, parametrized.weight_or_bias(module, "weight").shape)  # type: ignore[union-attr]
         values |= parametrized.parameters_for(module, "weight", stored)
     if b is not None and (old[1] is None or not torch.equal(b, old[1])):
         values |= parametrized.parameters_for(module, "bias", b)
     return values
-
-
-def fold_into_norm(
-    module: nn.Module, parameters: Mapping[str, Tensor], scale: Tensor, shift: Tensor | None
-) -> dict[str, Tensor]:
-    """A norm's parameters with y' = scale * y + shift merged in: its gain and, where it has or can hold one, its bias.
-
-    parameters: its current ones in working precision.
-    """
-    offset, new = norm_gain_offset(module), dict(parameters)
-    new["weight"] = (parameters["weight"] + offset) * scale - offset
-    if "bias" in parameters:
-        new["bias"] = parameters["bias"] * scale
-    if shift is not None and bool(shift.any()):
-        if "bias" not in module._parameters:
-            raise NotMergeable(f"{type(module).__name__} is a norm without a bias: it can take a scale, not a shift")
-        new["bias"] = shift if "bias" not in parameters else new["bias"] + shift
-    return new
 
 
 def replace_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -30,6 +30,7 @@ from kitout.cli.terminal import report_errors
 from kitout.errors import ConfigError, TargetError, suggest
 from kitout.format import format_bytes
 from kitout.model_check.result import CheckCell
+from kitout.runtime.left_out import fused_experts_text
 from kitout.runtime.show import align_columns, layers_text, site_table
 
 HEAD_SUFFIXES = ("ForCausalLM", "ForConditionalGeneration", "ForSequenceClassification", "ForImageClassification", "")
@@ -96,7 +97,12 @@ def _tower_lines(survey: Survey) -> list[str]:
     unlabeled = Counter(
         f"{re.sub(r'[0-9]+', '*', path)} [{d_in} -> {d_out}]" for path, d_in, d_out in survey.unlabeled_projections()
     )
-    return [*lines, *(f"no role: {projection} x{n}" for projection, n in unlabeled.items())]
+    experts = fused_experts_text(survey)
+    return [
+        *lines,
+        *(f"no role: {projection} x{n}" for projection, n in unlabeled.items()),
+        *([experts] if experts else []),
+    ]
 
 
 def _tower_gaps(survey: Survey, tower: str) -> str:

@@ -44,6 +44,7 @@ from kitout.files.base_fingerprint import differences, fingerprint, parameters_b
 from kitout.files.head_spec import build_from_spec, spec_of
 from kitout.files.safetensors_reader import SafetensorsFile, open_tensors, write_tensors
 from kitout.files.system_errors import as_path, as_path_error
+from kitout.method import Method
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.build_adapter import check_head, check_name, check_sites, head_site, select_sites
 from kitout.runtime.state import KitState
@@ -161,12 +162,12 @@ def _load_once(
     tensors = open_tensors(_existing_file(folder_path, TENSORS))
     with tensors.file:
         _check_base(state, folder_path, record)
-        sites = _sites(state, folder_path, record, lambda: select_sites(state, method, [h.path for h in record.heads]))
+        sites, left_out = _sites(state, folder_path, record, method)
         adapter, slots = _build_empty(state, folder_path, record, name or record.name, method, sites, heads)
         _check_header(folder_path, record, tensors, slots)
         stored, digest = tensors.read()
     values = _values(folder_path, record, slots, stored, digest if verify else record.tensors.sha256)
-    adapter.seed, adapter.metadata = record.seed, dict(record.note)
+    adapter.seed, adapter.metadata, adapter.left_out = record.seed, dict(record.note), left_out
     _with_path(folder_path, lambda: fill_and_register(state, adapter, slots, values, record.strength))
     return adapter
 
@@ -215,15 +216,23 @@ def _check_base(state: KitState, folder_path: Path, record: AdapterJson) -> None
     errors.raise_if_any()
 
 
-def _sites(state: KitState, folder_path: Path, record: AdapterJson, choose: Any) -> list[Site]:
-    """The method's sites in this model, which must be those of the record one by one."""
-    sites: list[Site] = _with_path(folder_path, choose)
-    listed = {s.key for s in record.sites} - {s.key for s in sites}
-    if listed:  # before, a path meant the sublayer that ends there as well
-        paths = {s.path for s in sites}
-        twins = (s for s in state.survey.sites if s.role in COMPOSITE_ROLES and s.path in paths)
-        sites += [s for s in twins if s.key in listed]
-    check_sites(state, record.name, sites, [h.path for h in record.heads])
+def _sites(
+    state: KitState, folder_path: Path, record: AdapterJson, method: Method
+) -> tuple[list[Site], dict[str, str]]:
+    """The method's sites in this model, which must be those of the record one by one, and what it leaves out.
+
+    Two kinds were selected when older files were written: routers, which all-linear leaves out now, and the sublayers
+    that end at a path, which a path meant as well.
+    """
+    heads = [h.path for h in record.heads]
+    sites, left_out = _with_path(folder_path, lambda: select_sites(state, method, heads, record.name))
+    listed, paths = {entry.key for entry in record.sites} - {s.key for s in sites}, {s.path for s in sites}
+    twins = [s for s in state.survey.sites if s.key in listed and s.role in COMPOSITE_ROLES and s.path in paths]
+    routers = {s.key: s for s in state.survey.sites if s.is_router and s.key in listed}
+    order = {s.key: i for i, s in enumerate(state.survey.sites)}
+    sites = sorted([*sites, *routers.values()], key=lambda s: order.get(s.key, 0)) if routers else sites
+    sites = [*sites, *twins]
+    check_sites(record.name, sites, heads)
     old, new = {s.key: s for s in record.sites}, {s.key: SiteEntry.of(s) for s in sites}
     errors = Errors(FileError, f"{folder_path}: its sites are not those that {record.method} finds in this model")
     if len(old) != len(record.sites):
@@ -233,7 +242,7 @@ def _sites(state: KitState, folder_path: Path, record: AdapterJson, choose: Any)
         if message and len(errors.messages) < MAX_SITE_ERRORS:
             errors.add(message)
     errors.raise_if_any()
-    return sites
+    return sites, left_out
 
 
 def _site_error(key: str, old: SiteEntry | None, new: SiteEntry | None) -> str | None:

@@ -37,10 +37,13 @@ class BitFit(Method):
             return select(survey.sites, self.targets, self.layers)
         selected = select(survey.sites, "*", self.layers)
         candidates = [s for s in selected if s.kind in BIASED_KINDS and s.role != "head" and s.channels is None]
-        biased = [s for s in candidates if bias(s.module) is not None]
+        biased = [s for s in candidates if bias(s.module, s.bias_name) is not None]
         if biased and not self.everywhere:
             return biased
         return [s for s in candidates if s.layer is not None or s in biased]
+
+    def why_not_at_weight(self, site: Site) -> str:
+        return "" if site.bias_name else "no bias is read with it"
 
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         return ShiftDelta(site.d_out)

@@ -53,6 +53,9 @@ class IA3(Method):
     def sites(self, survey: Any) -> list[Site]:
         return select(survey.sites, self.targets or PRESETS[self.preset], self.layers)
 
+    def why_not_at_weight(self, site: Site) -> str:
+        return ""
+
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         return ScaleDelta(site.d_out)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kitout.base.select import COMPOSITE_ROLES, MAX_PATTERNS, matches, names_a_group, select
 from kitout.base.site import Site
 from kitout.base.survey import Survey
-from kitout.base.weights import bias, fan_in, weight_matrix
+from kitout.base.weights import bias, fan_in, is_matrix_product, weight_matrix
 from kitout.delta import Delta
 from kitout.errors import ConfigError, Errors, TargetError
 from kitout.method import Method, TrainingDefaults, register
@@ -97,6 +97,13 @@ class LoRA(Method):
             hint = f"; write {' or '.join(known)}" if known else ""
             example = next(s.path for s in sites if s.role == role)
             errors.add(f"LoRA over {role} ({example}): it changes a projection, and this is what a sublayer adds{hint}")
+        for site in (s for s in sites if s.kind == "other" and s.role not in COMPOSITE_ROLES):
+            if not is_matrix_product(site.module):
+                errors.add(
+                    f"LoRA over {site.path}: a {type(site.module).__name__} does more than multiply by its weight, so "
+                    "a low-rank change of its output is none of its weight; choose other targets, or train its "
+                    f"parameters: PartialFineTuning(names={site.path + '.*'!r})"
+                )
         errors.raise_if_any()
         words = [w for w in (self.targets or self.default_targets).split() if not w.startswith("-")]
         by_pattern: dict[str, list[Site]] = {}
@@ -119,16 +126,23 @@ class LoRA(Method):
         others = [
             site.replace(parameter_names=BIAS)
             for site in select(survey.sites, "*")
-            if site.kind in BIASED_KINDS and site.port == "out" and site.channels is None
-            if site.path in survey.used_paths - occupied and bias(site.module) is not None
+            if site.kind in BIASED_KINDS and site.port != "in" and site.channels is None
+            if site.path in survey.used_paths - occupied and bias(site.module, site.bias_name) is not None
         ]
         order = {site.path: i for i, site in reversed(list(enumerate(survey.sites)))}
         return sorted([*targets, *others], key=lambda site: order[site.path])
 
     def _has_shift(self, site: Site) -> bool:
         """A bias is trained at this target: one of an output, not of a row of a table."""
-        is_trained = self.lora_bias or (self.bias != "none" and bias(site.module) is not None)
-        return is_trained and site.port == "out" and site.kind in BIASED_KINDS
+        is_trained = self.lora_bias or (self.bias != "none" and bias(site.module, site.bias_name) is not None)
+        return is_trained and site.port != "in" and site.kind in BIASED_KINDS
+
+    def why_not_at_weight(self, site: Site) -> str:
+        if site.parameter_names == BIAS:
+            return ""
+        if self.dropout:
+            return "dropout acts on an input: set dropout=0"
+        return "no bias is read with it: set lora_bias=False" if self.lora_bias and not site.bias_name else ""
 
     def _requested_rank(self, site: Site) -> int:
         return int(value_for_role(self.rank, site, "rank"))
@@ -227,7 +241,7 @@ def init_factors(site: Site, rank: int, width: int) -> tuple[Tensor, Tensor]:
 
 def frozen_weight(site: Site) -> Tensor:
     """The site's rows of the frozen weight in fp32."""
-    w = weight_matrix(site.module).detach().float()
+    w = weight_matrix(site.module, site.weight_name).detach().float()
     return w if site.channel_index is None else w[site.channel_index]
 
 

@@ -43,6 +43,9 @@ class SSF(Method):
         candidates = [s for s in select(survey.sites, "*", self.layers) if s.kind in KINDS and s.role != "head"]
         return [s for s in candidates if s.kind == "norm" or not survey.runs_after_blocks(s)]
 
+    def why_not_at_weight(self, site: Site) -> str:
+        return "" if site.bias_name else "no bias is read with it"
+
     def build(self, site: Site, shared: nn.Module | None) -> Delta:
         return ScaleShift(site.d_out, self.std)
 

@@ -31,6 +31,8 @@ class Adapter(nn.Module):
     """Of its initial values; None: the global generator, or unknown."""
     metadata: dict[str, Any]
     """What its file says about it, in its author's words."""
+    left_out: dict[str, str]
+    """Path -> why, of what its targets select and nothing placed there would have an effect."""
     deltas: nn.ModuleDict
     """One Delta per site, by `site.key`."""
     shared: nn.Module | None
@@ -60,6 +62,7 @@ class Adapter(nn.Module):
         self.seed = None
         self._strength = 1.0
         self.metadata = {}
+        self.left_out = {}
         self.deltas = nn.ModuleDict(dict(deltas))
         self.shared = shared
         self.heads = nn.ModuleDict({path.replace(".", "/"): Head(m) for path, m in heads.items()})
@@ -73,7 +76,8 @@ class Adapter(nn.Module):
         on_input: dict[str, list[SiteDelta]] = {}
         on_output: dict[str, list[SiteDelta]] = {}
         on_parameters: dict[str, list[SiteDelta]] = {}
-        ports = {"in": on_input, "param": on_parameters}
+        on_weights: dict[str, list[SiteDelta]] = {}
+        ports = {"in": on_input, "param": on_parameters, "weight": on_weights}
         for site, delta in [(s, self.delta(s)) for s in self.sites] + [(s, self.head(s)) for s in head_sites]:
             relay = None
             if site.input_from is not None:
@@ -85,13 +89,15 @@ class Adapter(nn.Module):
             elif site.port == "tokens":
                 self.prompts.setdefault(site.tower, []).append(part)
             else:
-                ports.get(site.port, on_output).setdefault(site.path, []).append(part)
-        for path in {**on_input, **on_output, **on_parameters}:
+                path = site.path if site.reader is None else site.reader
+                ports.get(site.port, on_output).setdefault(path, []).append(part)
+        for path in {**on_input, **on_output, **on_parameters, **on_weights}:
             self.by_module[path] = ModuleAdapter(
                 self.name,
                 tuple(on_input.get(path, ())),
                 tuple(on_output.get(path, ())),
                 tuple(on_parameters.get(path, ())),
+                tuple(on_weights.get(path, ())),
             )
 
     def prefixes_at(self, tower: str, role: str) -> list[SiteDelta]:
@@ -143,7 +149,16 @@ def conflict_with_head(adapters: Sequence[Adapter]) -> str | None:
     for adapter in adapters:
         for head in (path.replace("/", ".") for path in adapter.heads):
             for other in adapters:
-                inside = [p for p in other.by_module if p.startswith(f"{head}.") and other is not adapter]
+                paths = [p for p, m in other.by_module.items() if p != head or m.on_weights]
+                inside = [p for p in paths if f"{p}.".startswith(f"{head}.") and other is not adapter]
                 if inside:
                     return f"{other.name!r} sits at {inside[0]}, inside {head}, which {adapter.name!r} replaces"
     return None
+
+
+def trained_and_read(adapters: Sequence[Adapter]) -> str | None:
+    """A parameter that one adapter has its own copy of and another folds a change into; None if there is none."""
+    parts = [(path, m) for adapter in adapters for path, m in adapter.by_module.items()]
+    trained = {f"{path}.{n}".lstrip(".") for path, m in parts for p in m.on_parameters for n in p.site.parameter_names}
+    read = (f"{path}.{n}" for path, m in parts for p in m.on_weights for n in p.read_names)
+    return next((name for name in read if name in trained), None)

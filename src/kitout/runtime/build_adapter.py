@@ -32,6 +32,7 @@ from kitout.errors import (
 from kitout.method import Method
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.hooks.class_swap import unhook
+from kitout.runtime.left_out import experts_hint, leave_out
 from kitout.runtime.routing.active import CompiledRoute
 from kitout.runtime.routing.compile import RouteCompiler
 from kitout.runtime.routing.route import Route, adapter_names
@@ -58,8 +59,8 @@ def build_adapter(
     heads = {path: check_head(state, path, module) for path, module in heads.items()}
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ConfigError(f"seed must be a whole number or None, found {seed!r}")
-    sites = select_sites(state, method, heads)
-    check_sites(state, name, sites, heads)
+    sites, left_out = select_sites(state, method, heads, name)
+    check_sites(name, sites, heads)
     # On CPU whatever the base's device, so that a seed means the same values everywhere. The lock comes first: else two
     # threads that add adapters would draw from each other's seed.
     with _without_adapters(state), torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
@@ -69,7 +70,7 @@ def build_adapter(
         deltas = {site.key: _build_delta(method, site, shared) for site in sites}
         method.init_from_forward({site: deltas[site.key] for site in sites}, partial(base_key_values, state))
     adapter = Adapter(name, method, sites, deltas, shared, heads)
-    adapter.seed = seed
+    adapter.seed, adapter.left_out = seed, left_out
     adapter.to(dtype=dtype or torch.promote_types(state.dtype, torch.float32))
     move_to_sites(state, adapter)
     adapter.group_by_module(head_sites)
@@ -156,8 +157,8 @@ def check_known(state: KitState, requested: Route) -> None:
     errors.raise_if_any()
 
 
-def check_sites(state: KitState, name: str, sites: Sequence[Site], heads: Collection[str] = ()) -> None:
-    """TargetError for no site at all without a head, UnusedSite for one that never runs."""
+def check_sites(name: str, sites: Sequence[Site], heads: Collection[str] = ()) -> None:
+    """TargetError for no site at all without a head, or for one site twice."""
     duplicates = [key for key, n in Counter(s.key for s in sites).items() if n > 1]
     if duplicates:
         raise TargetError(
@@ -165,17 +166,20 @@ def check_sites(state: KitState, name: str, sites: Sequence[Site], heads: Collec
         )
     if not sites and not heads:
         raise TargetError(f"adapter {name!r} would have no site at all in this model; see print(kit) for the roles")
-    unused = [s.path for s in sites if s.path in state.survey.unused]
-    if unused:
-        raise UnusedSite(
-            f"adapter {name!r}: {', '.join(unused[:5])} never runs in this model's forward, so nothing placed there "
-            "would have an effect; choose other targets (see print(kit))"
-        )
 
 
-def select_sites(state: KitState, method: Method, heads: Iterable[str]) -> list[Site]:
-    """The sites of the method, without what the adapter's own heads replace: it would have no effect there."""
-    return [s for s in method.sites(state.survey) if not any(f"{s.path}.".startswith(f"{h}.") for h in heads)]
+def select_sites(state: KitState, method: Method, heads: Iterable[str], name: str) -> tuple[list[Site], dict[str, str]]:
+    """The sites of the method, and path -> why of those left out (`left_out.py`).
+
+    What the adapter's own heads replace is in neither: it would have no effect there.
+    """
+    try:
+        selected = method.sites(state.survey)
+    except TargetError as error:
+        hint = experts_hint(state.survey, str(error))
+        raise TargetError(f"{error}\n  {hint}") if hint else error from None
+    sites = [s for s in selected if not any(f"{s.path}.".startswith(f"{h}.") for h in heads)]
+    return leave_out(state.survey, method, sites, name)
 
 
 def head_site(state: KitState, path: str) -> Site:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from kitout.base.site import Site
 from kitout.runtime.count import count_parameters, num_base_parameters
+from kitout.runtime.left_out import fused_experts_text, left_out_text
 from kitout.runtime.routing.route import adapter_names
 from kitout.runtime.state import KitState
 
@@ -19,7 +20,8 @@ def describe_kit(state: KitState) -> str:
     if state.merged_names:
         head += f"; {'+'.join(state.merged_names)} merged into it"
     rows = [("role", "layers", "in -> out", "sites"), *site_table(state.survey.sites)]
-    lines = [head, *align_columns(rows), *adapter_lines(state)]
+    experts = fused_experts_text(state.survey)
+    lines = [head, *align_columns(rows), *([experts] if experts else []), *adapter_lines(state)]
     if state.survey.unused:
         lines.append(f"never runs in forward: {', '.join(sorted(state.survey.unused)[:8])}")
     return "\n".join(lines)
@@ -59,6 +61,7 @@ def align_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def adapter_lines(state: KitState) -> list[str]:
     if not state.names:
         return ["no adapters yet: kit.add(name, method)"]
+    left_out = {name: left_out_text(state[name].left_out) for name in state.names}
     rows = [("adapter", "method", "trainable", "of base", "sites")]
     for name in state.names:
         adapter = state[name]
@@ -68,4 +71,5 @@ def adapter_lines(state: KitState) -> list[str]:
         text = f"{type(adapter.method).__name__}({settings})"
         rows.append((mark + name, text, f"{cost.trainable:,}", f"{cost.percent:.3f} %", str(len(adapter.sites))))
     notes = [f"  {name}: {note}" for name in state.names for note in state[name].method.notes(state[name].sites)]
+    notes += [f"left out of {name!r}: {text}" for name, text in left_out.items() if text]
     return [*align_columns(rows), *notes]

@@ -17,6 +17,7 @@ from kitout.runtime.adapter import Adapter
 from kitout.runtime.base_state import BaseState
 from kitout.runtime.hooks.class_swap import Hook, hook
 from kitout.runtime.merge.commit import Backup
+from kitout.runtime.modules.fast_path import layers_around
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
 from kitout.runtime.routing.cache import RouteCache
 from kitout.runtime.routing.compile import RouteCompiler
@@ -85,7 +86,8 @@ class KitState:
         """
         with self.active.lock:
             self.check_free(adapter.name)
-            for path in [*adapter.by_module, *adapter.input_relays, *modules_to_hook(adapter, self.survey)]:
+            paths = [*adapter.by_module, *adapter.input_relays, *modules_to_hook(adapter, self.survey)]
+            for path in [*paths, *layers_around(self.base, paths)]:
                 self.hook_at(path)
             if check_usable:
                 RouteCompiler({adapter.name: adapter}, self.hooks, self.survey, self.active).compile(adapter.name)

@@ -292,8 +292,12 @@ def test_torchs_own_attention() -> None:
     assert roles["self_attn.out_proj"] == "attn.o"
     assert roles["multihead_attn.out_proj"] == "cross.o"
     assert (roles["linear1"], roles["linear2"]) == ("mlp.up", "mlp.down")
-    assert not paths_with_role(survey, "attn.qkv")
-    assert "self_attn" not in roles  # holds a bare parameter and a child: no leaf
+    whole = survey.by_path("decoder.layers.0.self_attn")
+    assert (whole.role, whole.port, whole.weight_name, whole.d_in, whole.d_out) == (
+        "attn.qkv", "weight", "in_proj_weight", 16, 48
+    )  # fmt: skip
+    keys = [s for s in survey.sites if s.role == "cross.k"]
+    assert [s.channels for s in keys] == [tuple(range(16, 32))] * 2
 
 
 # --- look-alikes that get no role ------------------------------------------------------------------------------------

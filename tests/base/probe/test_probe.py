@@ -131,12 +131,18 @@ def test_the_probe_leaves_no_trace() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-class TorchEncoder(nn.Module):
-    """Blocks on torch's own attention, whose out_proj is read as a weight and never called."""
+class SkippingLayer(nn.TransformerEncoderLayer):
+    """A block with a projection that no forward calls or reads."""
 
     def __init__(self) -> None:
+        super().__init__(16, 2, 32, batch_first=True)
+        self.skipped = nn.Linear(16, 16)
+
+
+class TorchEncoder(nn.Module):
+    def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(2))
+        self.layers = nn.ModuleList(SkippingLayer() for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -144,26 +150,32 @@ class TorchEncoder(nn.Module):
         return x
 
 
-def test_a_projection_that_never_runs_is_refused() -> None:
-    model = TorchEncoder()
-    roles = {r"out_proj$": "attn.o", r"linear1$": "mlp.up", r"linear2$": "mlp.down"}
-    kit = kitout.attach(model, roles=roles, example_batch={"x": torch.randn(2, 3, 16)})
-    with pytest.raises(UnusedSite, match="out_proj"):
-        kit.add("a", LoRA(targets="attn.o"))
+def test_a_projection_that_never_runs_is_refused_when_named_and_left_out_of_a_group() -> None:
+    kit = kitout.attach(TorchEncoder(), example_batch={"x": torch.randn(2, 3, 16)})
+    for targets in ("skipped", "layers.1.skipped", "skipped mlp.*", "*.skipped"):
+        with pytest.raises(UnusedSite, match="skipped"):
+            kit.add("a", LoRA(rank=2, targets=targets))
     assert kit.names == []
-    kit.add("b", LoRA(targets="mlp.*"))
+    adapter = kit.add("b", LoRA(rank=2, targets="all-linear"))
+    assert not any("skipped" in site.path for site in adapter.sites)
+    assert list(adapter.left_out) == ["layers.0.skipped", "layers.1.skipped"]
+    assert "left out of 'b': layers.*.skipped x2 (never runs" in str(kit)
 
 
 def test_without_proof_the_first_forward_checks() -> None:
-    model = TorchEncoder()
-    roles = {r"out_proj$": "attn.o", r"linear1$": "mlp.up"}
-    kit = kitout.attach(model, roles=roles)
+    kit = kitout.attach(TorchEncoder())
     assert not kit.survey.proven
     assert kit.survey.unproven_reason
-    kit.add("a", LoRA(targets="attn.o", rank=2))
+    kit.add("a", LoRA(targets="skipped", rank=2))
     kit.use("a")
-    with pytest.raises(UnusedSite, match="out_proj"):
+    with pytest.raises(UnusedSite, match="skipped"):
         kit(torch.randn(2, 3, 16))
+    kit.add("group", LoRA(targets="all-linear", rank=2))
+    kit.use("group")
+    with pytest.warns(UserWarning, match=r"layers\.\*\.skipped x2"):
+        kit(torch.randn(2, 3, 16))
+    kit(torch.randn(2, 3, 16))  # once
+    assert "left out of 'group': layers.*.skipped" in str(kit)
     kit.add("b", LoRA(targets="mlp.up", rank=2))
     kit.use("b")
     assert out(kit(torch.randn(2, 3, 16))).shape == (2, 3, 16)

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
 from kitout.base.find.block_stacks import BlockCandidate, find_blocks
+from kitout.base.find.experts import alternatives, fused_experts, routers
 from kitout.base.find.module_shapes import CHANNELS_FIRST_NORMS, LeafShape
 from kitout.base.find.module_tree import ModuleTree, Projection
 from kitout.base.find.roles_in_block import label_block
 from kitout.base.find.roles_outside import label_outside_blocks
+from kitout.base.find.torch_attention import torch_attention_sites
 from kitout.base.site import ROLES, Site
 from kitout.base.survey import Block, Survey, Tower
 from kitout.errors import Errors, NoBlocksFound, TargetError, suggest
@@ -36,13 +38,21 @@ def find_sites(model: nn.Module, roles: Mapping[str, str] | None = None) -> Surv
     location_of: dict[str, tuple[str, int]] = {}
     blocks = [_label_block(tree, candidate, role_of, location_of) for candidate in candidates]
     role_of |= label_outside_blocks(tree, location_of, [b.width for b in blocks])
+    inside, widths = {member for c in candidates for member in c.members}, {b.width for b in blocks}
+    experts, lists = fused_experts(tree, inside, widths), alternatives(tree, inside)
+    holders = dict.fromkeys(name.rpartition(".")[0] for name in experts)
+    free = [path for path in location_of if path not in role_of]
+    router_paths = set(routers(tree, holders, lists, free))
     role_of |= requested
+    sites = _make_sites(tree, role_of, location_of, blocks, router_paths)
     return Survey(
         model=model,
-        sites=tuple(_make_sites(tree, role_of, location_of, blocks)),
+        sites=tuple(torch_attention_sites(tree, sites, role_of)),
         towers=tuple(_make_towers(blocks)),
         blocks=tuple(blocks),
         non_trainable=frozenset(_non_trainable(model)),
+        fused_experts=tuple(experts),
+        alternatives=tuple(lists),
     )
 
 
@@ -98,7 +108,11 @@ def _label_block(
 
 
 def _make_sites(
-    tree: ModuleTree, role_of: Mapping[str, str], location_of: Mapping[str, tuple[str, int]], blocks: Iterable[Block]
+    tree: ModuleTree,
+    role_of: Mapping[str, str],
+    location_of: Mapping[str, tuple[str, int]],
+    blocks: Iterable[Block],
+    router_paths: Collection[str],
 ) -> Iterable[Site]:
     """One Site per leaf and one per block, in module order."""
     block_at = {b.path: b for b in blocks if b.is_one_module}
@@ -126,6 +140,7 @@ def _make_sites(
             d_out=leaf.d_out,
             kind=leaf.kind,
             channels_first=leaf.channels_first,
+            is_router=path in router_paths and path not in role_of,
             module=module,
         )
 

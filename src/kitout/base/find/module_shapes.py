@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D as Transposed
 
 from kitout.base.site import Kind
+from kitout.base.weights import is_matrix_product
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CHANNELS_FIRST_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
@@ -36,16 +37,17 @@ def linear_widths(module: nn.Module) -> tuple[int, int] | None:
     """(d_in, d_out) of a linear projection, None for anything else.
 
     Three forms exist: torch's linear and its subclasses (bitsandbytes), the transposed one storing [d_in, d_out], and
-    quantized linears that only state their features (GPTQ, AWQ, HQQ keep packed buffers instead of a weight).
+    quantized linears that only state their features (GPTQ, AWQ, HQQ keep packed buffers instead of a weight). One with
+    a forward of its own that is another map (block-diagonal, grouped, a router that returns a choice) is none of them.
     """
     if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
+        return (module.in_features, module.out_features) if is_matrix_product(module) else None
     if isinstance(module, Transposed):
         d_in, d_out = module.weight.shape
-        return int(d_in), int(d_out)
+        return (int(d_in), int(d_out)) if is_matrix_product(module) else None
     widths = module.__dict__.get("in_features"), module.__dict__.get("out_features")
     if isinstance(widths[0], int) and isinstance(widths[1], int) and not has_stacked_experts(module):
-        return widths[0], widths[1]
+        return (widths[0], widths[1]) if is_matrix_product(module) else None
     return None
 
 

@@ -58,7 +58,8 @@ def _iter_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]
 
 def _is_leaf(site: Site) -> bool:
     """Its parameters are read at its own call. A weight that is computed of others may be computed before it."""
-    return site.role != "block" and not site.role.startswith("sub.") and not _is_computed(site.module)
+    is_part = site.role == "block" or site.role.startswith("sub.")
+    return not is_part and site.reader is None and not _is_computed(site.module)
 
 
 def _is_computed(module: nn.Module) -> bool:
@@ -76,7 +77,8 @@ def _reading_module(path: str, survey: Survey) -> str:
     """The module whose forward reads a parameter that no leaf's forward does: its own, unless that never runs, or
     not before the parameter is read.
     """
-    if path not in survey.unused and not _is_computed(survey.model.get_submodule(path)):
+    never_called = survey.unused | {s.path for s in survey.sites if s.reader not in (None, s.path)}
+    if path not in never_called and not _is_computed(survey.model.get_submodule(path)):
         return path
     in_a_block = any(path.startswith(f"{block.path}.") for block in survey.blocks)
     return path.rpartition(".")[0] if in_a_block else ""

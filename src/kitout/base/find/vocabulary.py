@@ -50,6 +50,9 @@ DOWN = re.compile(
     r"down|down_?proj|w2|wo|fc2|fc_?out|w_?out|c_proj|linear2|lin2|(output|out)_?(proj|layer)?", re.IGNORECASE
 )
 
+# Beside experts: what chooses among them and has another number of outputs.
+ROUTER = re.compile(r"router|gating", re.IGNORECASE)
+
 # Outside the blocks.
 NOT_TOKENS = re.compile(r"pos|type|segment|time|rel|seg", re.IGNORECASE)
 PATCH = re.compile(r"patch(?!_?merg)", re.IGNORECASE)

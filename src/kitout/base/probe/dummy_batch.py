@@ -37,6 +37,8 @@ def dummy_batch(model: nn.Module, batch_size: int) -> dict[str, Any] | None:
         batch["pixel_values"] = _to_model(model, torch.randn(batch_size, *shape, generator=generator))
     if "input_ids" in accepted:
         batch["input_ids"] = _random_ids(model, config, batch_size, generator)
+    if "input_values" in accepted and (samples := _num_samples(config)) is not None:
+        batch["input_values"] = _to_model(model, torch.randn(batch_size, samples, generator=generator))
     if config.is_encoder_decoder and "decoder_input_ids" in accepted:
         batch["decoder_input_ids"] = _random_ids(model, config, batch_size, generator)
     if batch and "use_cache" in accepted:
@@ -108,6 +110,17 @@ def _image_shape(config: Any) -> tuple[int, int, int] | None:
         return None
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     return getattr(vision, "num_channels", 3), height, width
+
+
+def _num_samples(config: Any) -> int | None:
+    """Samples of sound that the model's convolutions cut into NUM_TOKENS frames; None where it has none."""
+    kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
+    if not isinstance(kernels, (list, tuple)) or not isinstance(strides, (list, tuple)):
+        return None
+    samples = NUM_TOKENS
+    for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
+        samples = (samples - 1) * stride + kernel
+    return samples
 
 
 def _declared_image_size(model: nn.Module) -> tuple[int, int, int] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from kitout.base.eval_mode import eval_mode
 from kitout.base.probe.attention_sites import kv_sites
+from kitout.base.probe.chosen_experts import trace_choice
 from kitout.base.probe.dummy_batch import dummy_batch, num_rows, with_more_rows
 from kitout.base.probe.media_modules import media_modules
+from kitout.base.probe.read_weights import read_by_another
 from kitout.base.probe.row_limits import padding_leaks, undivided
 from kitout.base.probe.stack_inputs import complete_towers
 from kitout.base.probe.sublayers import sublayer_sites
@@ -48,10 +51,12 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
         with eval_mode(model, grad=True, freeze=True):
             tracer = _trace_forward(survey, batch)
             wider_batch, more_rows = with_more_rows(batch)
+            rows = num_rows(batch), more_rows
             wider = _trace_more_rows(survey, wider_batch)
+            choice = trace_choice(survey, batch, tracer, wider, _trace_forward)
             channels = _channels_by_operand(tracer)
             towers = complete_towers(survey, tracer)
-            relations = _relations(survey, tracer, wider, batch, (num_rows(batch), more_rows))
+            relations = _relations(survey, tracer, wider, batch, rows) | choice.relations
             towers = [
                 replace(t, padding_leaks=padding_leaks(survey, t, batch, tracer.streams))
                 if t.embedder is not None and not t.causal
@@ -64,6 +69,7 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
         return replace(survey, unproven_reason=f"a dummy batch failed: {type(error).__name__}: {str(error)[:200]}")
     sites = [s.replace(batch_relation=relations.get(s.path, "unknown")) for s in survey.sites]
     sites = [_with_layout(s, tracer.output_shapes.get(s.path)) for s in sites]
+    sites = [read_by_another(s, tracer, wider, partial(_batch_relation, rows=rows)) for s in sites]
     sites = _split_fused(sites, channels)
     attentions, kv_refusals = kv_sites(survey, sites, tracer)
     sites += [s.replace(batch_relation=relations.get(s.path, "unknown")) for s in sublayer_sites(survey, tracer)]
@@ -76,7 +82,8 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
         sites=tuple(sites),
         towers=tuple(towers),
         proven=True,
-        unused=frozenset(s.path for s in sites if s.path not in tracer.call_counts),
+        unused=frozenset(s.path for s in sites if not _runs(s, tracer) and s.path not in choice.unreached),
+        unreached=choice.unreached,
         unread_parameters=frozenset(name for name, p in named_parameters if id(p) not in tracer.read_parameters),
         execution_order=tuple(tracer.call_counts),
         kv_sites=tuple(attentions),
@@ -86,6 +93,13 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
     )
 
 
+def _runs(site: Site, tracer: ForwardTracer) -> bool:
+    """Its module ran, or its weight was read by the module that multiplies by it."""
+    if site.reader is None:
+        return site.path in tracer.call_counts
+    return id(site.module._parameters.get(site.weight_name)) in tracer.read_parameters
+
+
 def _parameters_run_elsewhere(site: Site, sites: list[Site], tracer: ForwardTracer) -> bool:
     """True for a module that never runs because others that hold its very parameters do (T5's shared table)."""
     running = (p for s in sites if s.path in tracer.call_counts for p in s.module.parameters(recurse=False))
@@ -93,9 +107,9 @@ def _parameters_run_elsewhere(site: Site, sites: list[Site], tracer: ForwardTrac
 
 
 def _trace_forward(survey: Survey, batch: Mapping[str, Any]) -> ForwardTracer:
-    projections = [s.path for s in survey.sites if s.role.startswith(PROJECTIONS)]
+    projections = [s.path for s in survey.sites if s.role.startswith(PROJECTIONS) and s.port == "out"]
     blocks = [b.path for b in survey.blocks if b.is_one_module]
-    leaves = [s.path for s in survey.sites]
+    leaves = [s.path for s in survey.sites if s.reader is None]
     tracer = ForwardTracer(survey.model, projections, blocks, leaves=leaves, inputs=batch.values())
     with tracer:
         survey.model(**batch)

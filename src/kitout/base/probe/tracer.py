@@ -61,11 +61,13 @@ class ForwardTracer(TorchFunctionMode):
         self.last_exits: dict[str, int] = {}  # block -> number of exits from any block when it was last left
         self.input_reads: list[InputRead] = []
         self.read_parameters: set[int] = set()  # ids of the parameters that went into an operation
+        self.readers: dict[int, set[str]] = {}  # id of a parameter -> paths of the modules whose forward read it
         self.inputs_of: dict[str, set[ValueIdentity]] = {}  # of blocks and leaf modules
         self.outputs_of: dict[str, set[ValueIdentity]] = {}  # of leaf modules
         self.block_outputs: set[ValueIdentity] = set()
         self.streams: dict[str, Tensor] = {}  # path of a block -> what it returned
         self._label: dict[int, str] = {}  # id of a gradient leaf -> its label
+        self._path_of_weight = {id(w): path for path in self.cut_at if (w := _weight_of(model, path)) is not None}
         self._emitters: dict[int, list[str]] = {}  # id of a tensor -> leaf modules that returned it
         self._receiver: dict[int, str] = {}  # id of a tensor -> first leaf module that took it
         self._composite_of: dict[ValueIdentity, str] = {}  # value -> last module with parts that returned it
@@ -89,6 +91,8 @@ class ForwardTracer(TorchFunctionMode):
                 self._hooks.append(module.register_forward_hook(self._leaf_out(path)))
             elif any(path.startswith(f"{block}.") for block in self.blocks):
                 self._hooks.append(module.register_forward_hook(self._composite_out(path)))
+            if next(module.children(), None) is not None:
+                self._hooks.append(module.register_forward_hook(self._shape_out(path)))
             self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
         super().__enter__()
         return self
@@ -173,13 +177,20 @@ class ForwardTracer(TorchFunctionMode):
 
         return hook
 
+    def _shape_out(self, path: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, out: Any) -> None:
+            first = out[0] if isinstance(out, (tuple, list)) and out else out
+            if isinstance(first, Tensor):
+                self.output_shapes[path] = first.shape
+
+        return hook
+
     def _composite_out(self, path: str) -> Any:
         def hook(_module: nn.Module, _args: Any, out: Any) -> None:
             first = out[0] if isinstance(out, (tuple, list)) and out else out
             if isinstance(first, Tensor):
                 self.call_counts[path] += 1
                 self.first_dims[path] = first.shape[0] if first.ndim else 0
-                self.output_shapes[path] = first.shape
                 self._composite_of[self._identity(first)] = path
 
         return hook
@@ -221,9 +232,19 @@ class ForwardTracer(TorchFunctionMode):
                 self._keep_alive.append(out)
                 self._inputs.add(id(out))
         if isinstance(out, (Tensor, tuple)):  # not where only a shape or a dtype is read
-            values = [x for a in (*args, *kwargs.values()) for x in (a if isinstance(a, (tuple, list)) else (a,))]
-            self.read_parameters.update(id(x) for x in values if isinstance(x, nn.Parameter))
+            self._record_parameters(args, kwargs)
+        if func is F.linear and isinstance(out, Tensor):
+            path = self._path_of_weight.get(id(args[1] if len(args) > 1 else kwargs["weight"]))
+            if path is not None and path != self._open_modules[-1]:  # by another module than its own
+                return self._make_leaf(path, out)
         return out
+
+    def _record_parameters(self, args: Any, kwargs: Any) -> None:
+        for value in (*args, *kwargs.values()):
+            for x in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(x, nn.Parameter):
+                    self.read_parameters.add(id(x))
+                    self.readers.setdefault(id(x), set()).add(self._open_modules[-1])
 
     def _reads_input(self, args: Any, kwargs: Any) -> bool:
         """Whether an operation takes one of the model's own inputs, or a view of it."""
@@ -292,6 +313,10 @@ class ForwardTracer(TorchFunctionMode):
                 labels.add(self._label[id(variable)])
             stack.extend(parent for parent, _ in node.next_functions)
         return frozenset(labels)
+
+
+def _weight_of(model: nn.Module, path: str) -> nn.Parameter | None:
+    return model.get_submodule(path)._parameters.get("weight")
 
 
 def _has_mask_bias(mask: Tensor | None) -> bool:

@@ -39,6 +39,7 @@ from kitout.files.system_errors import as_path, as_path_error
 from kitout.methods import LoRA, PrefixTuning, PromptTuning
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.build_adapter import check_name, check_sites, select_sites
+from kitout.runtime.left_out import left_out_text, warn_left_out
 from kitout.runtime.state import KitState
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -74,7 +75,7 @@ def load_peft(state: KitState, folder: str | PathLike[str], name: str) -> Adapte
         if isinstance(settings, PeftPromptConfig):
             peft_adapter: PeftAdapter | None = read_virtual_tokens(state, settings, stored, errors)
         else:
-            peft_adapter = _read_weights(state, settings, stored, errors)
+            peft_adapter = _read_weights(state, settings, stored, errors, name)
         if peft_adapter is not None and not errors.messages:
             built = _build_empty(state, name, peft_adapter)
     except KitoutError as error:
@@ -90,11 +91,13 @@ def load_peft(state: KitState, folder: str | PathLike[str], name: str) -> Adapte
     values = {k: v.float() if v.is_floating_point() and v.dtype.itemsize < 4 else v for k, v in values.items()}
     check_tensors(slots, {k: (v.dtype, tuple(v.shape)) for k, v in values.items()}, errors)
     errors.raise_if_any()
+    adapter.left_out = peft_adapter.left_out
     try:
         fill_and_register(state, adapter, slots, values, 1.0)
     except RouteError as error:  # `use` could not activate it
         errors.add(str(error))
     errors.raise_if_any()
+    warn_left_out(name, adapter.left_out, stacklevel=4)
     adapter.metadata = {"peft": {"base_model_name_or_path": config.get("base_model_name_or_path")}}
     return adapter
 
@@ -118,17 +121,20 @@ def _read_json(folder_path: Path) -> dict[str, Any]:
 
 
 def _read_weights(
-    state: KitState, settings: PeftConfig, stored: Mapping[str, Tensor], errors: Errors
+    state: KitState, settings: PeftConfig, stored: Mapping[str, Tensor], errors: Errors, name: str
 ) -> PeftAdapter | None:
     """LoRA and IA3: the tensors of each module and the method that matches them; None where an error was added."""
     rest = dict(stored)
     biases = take_biases(settings, rest)
-    parts, heads = by_module(state, settings, rest, errors)
-    missing = [p for p in adaptable_modules(state.survey) if settings.selects(p) and p not in parts]
+    parts, heads, left_out = by_module(state, settings, rest, errors)
+    modules = [p for p in adaptable_modules(state.survey) if p not in state.survey.unused]
+    missing = [p for p in modules if settings.selects(p) and p not in parts]
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         errors.add(f"target_modules also names {', '.join(missing[:4])}{more}, but the file has no tensors for them")
-    if not parts:
+    if left_out and not parts:
+        errors.add(f"nothing in this file has an effect on this model, in PEFT neither: {left_out_text(left_out)}")
+    elif not parts:
         errors.add("the file has no adapter tensors at all")
     if errors.messages:
         return None
@@ -137,16 +143,16 @@ def _read_weights(
     alphas = {path: part.alpha for path, part in parts.items()}
     method, sites = infer_method(state.survey, settings, at_input, ranks, alphas)
     if isinstance(method, LoRA) and (method.bias != "none" or method.lora_bias):
-        sites = select_sites(state, method, heads)
-        for path, shift in read_shifts(state, method, parts, biases, errors).items():
+        sites, _ = select_sites(state, method, heads, name)
+        for path, shift in read_shifts(state, method, sites, parts, biases, errors).items():
             parts.setdefault(path, PeftModuleTensors()).values["shift"] = shift
     values = {f"{s.key}.{parameter}": value for s in sites for parameter, value in parts[s.path].values.items()}
-    return PeftAdapter(method, sites, values, heads)
+    return PeftAdapter(method, sites, values, heads, left_out)
 
 
 def _build_empty(state: KitState, name: str, peft_adapter: PeftAdapter) -> tuple[Adapter, dict[str, TensorSlot]]:
     modules = {path: blank_copy(state.base.get_submodule(path)).requires_grad_(True) for path in peft_adapter.heads}
-    check_sites(state, name, peft_adapter.sites)
+    check_sites(name, peft_adapter.sites)
     return build_empty(state, name, peft_adapter.method, peft_adapter.sites, modules)
 
 

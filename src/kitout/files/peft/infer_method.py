@@ -42,7 +42,7 @@ def infer_method(
     targets, layers = _selection(survey, modules, at_input)
     if settings.kind == "IA3":
         method: Method = IA3(targets=targets, layers=layers)
-        return method, method.sites(survey)
+        return method, _running(survey, method)
     lora = LoRA(
         rank=_by_term(modules, ranks, "rank"),
         alpha=_by_term(modules, alphas, "alpha"),
@@ -55,7 +55,11 @@ def infer_method(
         targets=targets,
         layers=layers,
     )
-    return lora, lora.sites(survey)
+    return lora, _running(survey, lora)
+
+
+def _running(survey: Survey, method: Method) -> list[Site]:
+    return [s for s in method.sites(survey) if s.path not in survey.unused]
 
 
 def _selection(survey: Survey, sites: Sequence[Site], at_input: Mapping[str, bool]) -> tuple[str, str]:
@@ -66,7 +70,7 @@ def _selection(survey: Survey, sites: Sequence[Site], at_input: Mapping[str, boo
             selected = select(survey.sites, targets, layers)
         except TargetError:
             continue
-        if {(s.path, s.port, s.channels) for s in selected} == requested:
+        if {(s.path, s.port, s.channels) for s in selected if s.path not in survey.unused} == requested:
             return targets, layers
     raise FileError(f"no selection matches exactly the {len(sites)} modules of this file: {sites[0].path}, ...")
 

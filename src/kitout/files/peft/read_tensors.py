@@ -19,6 +19,7 @@ from kitout.base.weights import fan_in, is_conv1d
 from kitout.errors import Errors, suggest
 from kitout.files.peft.config import PeftConfig
 from kitout.method import Method
+from kitout.runtime.left_out import NEVER_RUNS
 from kitout.runtime.state import KitState
 
 PREFIX = "base_model.model."
@@ -69,6 +70,8 @@ class PeftAdapter:
     """By "<site>.<parameter>"."""
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """By path, then by parameter name."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Path -> why, of modules whose values have no effect in PEFT either."""
 
 
 def adaptable_modules(survey: Survey) -> dict[str, Site]:
@@ -79,8 +82,10 @@ def adaptable_modules(survey: Survey) -> dict[str, Site]:
 
 def by_module(
     state: KitState, settings: PeftConfig, stored: Mapping[str, Tensor], errors: Errors
-) -> tuple[dict[str, PeftModuleTensors], dict[str, dict[str, Tensor]]]:
-    """The file's tensors as parts by module path, and as heads by path and parameter name."""
+) -> tuple[dict[str, PeftModuleTensors], dict[str, dict[str, Tensor]], dict[str, str]]:
+    """The file's tensors as parts by module path, and as heads by path and parameter name; and path -> why of what has
+    no effect: PEFT wraps modules, and these never run.
+    """
     by_path: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for key, value in stored.items():
@@ -91,8 +96,12 @@ def by_module(
             rest[key] = value
     heads = head_tensors(state.base, settings.modules_to_save, PREFIX, rest, errors)
     sites = adaptable_modules(state.survey)
-    parts = {}
+    inert = inert_modules(state.survey)
+    parts, left_out = {}, {}
     for path, values in by_path.items():
+        if path in inert:
+            left_out[path] = inert[path]
+            continue
         if path not in sites:
             errors.add(
                 f"this model has no module {path[:120]!r} that can have an adapter; {suggest(path[:120], sites, 3)}"
@@ -104,7 +113,14 @@ def by_module(
             errors.add(f"{path}: {part}")
         else:
             parts[path] = part
-    return parts, heads
+    return parts, heads, left_out
+
+
+def inert_modules(survey: Survey) -> dict[str, str]:
+    """Path -> why of the modules where an adapter of PEFT, which wraps the module, never runs."""
+    never = dict.fromkeys(survey.unused, NEVER_RUNS)
+    read = (s for s in survey.sites if s.reader not in (None, s.path))
+    return never | {s.path: f"PEFT has no effect there: {s.reader} reads its weight and never runs it" for s in read}
 
 
 def head_tensors(

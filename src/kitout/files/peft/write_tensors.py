@@ -48,6 +48,9 @@ def to_peft_tensors(adapter: Adapter, errors: Errors) -> dict[str, PeftModuleTen
         by_path.setdefault(site.path, []).append(site)
     parts = {}
     for path, sites in by_path.items():
+        if sites[0].reader is not None:
+            errors.add(f"{path}: PEFT wraps modules, and {sites[0].reader} reads this weight without running a module")
+            continue
         part = _write_lora(adapter, sites) if isinstance(method, LoRA) else _write_ia3(adapter, sites)
         if isinstance(part, str):
             errors.add(f"{path}: {part}")

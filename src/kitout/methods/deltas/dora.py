@@ -46,4 +46,4 @@ class DoRADelta(Delta):
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         new = w + self.scale * (self.b.to(w.dtype) @ self.a.to(w.dtype))
-        return new * (self.magnitude.to(w.dtype) / new.norm(dim=1).clamp_min(1e-12))[:, None], b
+        return new * (self.magnitude.to(w.dtype) / new.detach().norm(dim=1).clamp_min(1e-12))[:, None], b

@@ -10,12 +10,22 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
-from kitout.errors import UnusedSite
+from kitout.runtime.left_out import check_named, warn_left_out
+from kitout.runtime.routing.route import adapter_names
 from kitout.runtime.state import KitState
+
+NOT_IN_FORWARD = (
+    "did not run in the first call; attach(model, example_batch=batch) with a batch that reaches every part of the "
+    "model finds what runs"
+)
 
 
 class UnusedSiteCheck(AbstractContextManager[None]):
-    """Records which active sites run in one forward or generate, and raises UnusedSite for those that do not."""
+    """Records which active sites run in one forward or generate. What an adapter selected by a group and did not run is
+    reported.
+
+    Raises UnusedSite where nothing of an adapter ran, or nothing of what its targets name.
+    """
 
     def __init__(self, state: KitState) -> None:
         self.state, self.called = state, set[str]()
@@ -40,14 +50,22 @@ class UnusedSiteCheck(AbstractContextManager[None]):
             handle.remove()
         if kind is not None:
             return
-        missed = [
-            hook.path
-            for hook, _ in self.state.active.installed.programs
-            if hook.path in self.state.unproven - self.called
-        ]
+        active = {hook.path for hook, _ in self.state.active.installed.programs}
+        missed = (active & self.state.unproven) - self.called - self._alternatives()
         self.state.unproven -= self.called
-        if missed:
-            raise UnusedSite(
-                f"{', '.join(missed[:5])} did not run in this call: nothing placed there has an effect. Choose "
-                "other targets, or attach(model, example_batch=batch) with a batch that reaches every part of the model"
-            )
+        for name in dict.fromkeys(adapter_names(self.state.active.installed.route)):
+            adapter = self.state[name]
+            left_out = dict.fromkeys((s.path for s in adapter.sites if (s.reader or s.path) in missed), NOT_IN_FORWARD)
+            if left_out:
+                check_named(adapter.method, adapter.sites, left_out, name)
+                adapter.left_out |= left_out
+                warn_left_out(name, left_out, stacklevel=2)
+        self.state.unproven -= missed
+
+    def _alternatives(self) -> set[str]:
+        """Paths of sites in modules among which the data chooses, where another one of them ran: they are alive."""
+        chosen = [e for e in self.state.survey.alternatives if any(self._has_run(element) for element in e)]
+        return {p for p in self.state.unproven if any(p.startswith(f"{e}.") for elements in chosen for e in elements)}
+
+    def _has_run(self, path: str) -> bool:
+        return any(called.startswith(f"{path}.") for called in self.called)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from kitout.base import weights
+from kitout.base.norm_gains import fold_into_norm
 from kitout.base.own_forward import check_blends, swapped_parameters, unhooked_forward
 from kitout.base.site import Site
 from kitout.errors import Errors, NotMergeable
-from kitout.runtime.adapter import Adapter, conflict_with_head
+from kitout.runtime.adapter import Adapter, conflict_with_head, trained_and_read
 from kitout.runtime.head import BLENDED, Head
 from kitout.runtime.merge.mixed_inputs import fold_sum
 from kitout.runtime.merge.pairs import WeightBias, add_change, fold_adapter, working_dtype
@@ -45,6 +46,8 @@ def fold_all(adapters_by_name: Mapping[str, Adapter], entry: RouteEntry) -> dict
     errors = Errors(NotMergeable, f"cannot merge {_describe(entry)}")
     if conflict := conflict_with_head(adapters):
         errors.add(conflict)
+    if shared := trained_and_read(adapters):
+        errors.add(f"{shared} is trained whole by one adapter and changed by another: merge one of them")
     for adapter in adapters:
         for part in [*adapter.prefixes.values(), *(p for each in adapter.prompts.values() for p in each)][:2]:
             errors.add(f"{part.site.path} ({adapter.name}): virtual tokens cannot be merged into weights")
@@ -112,6 +115,8 @@ def _fold_module(term: Term, module_adapters: Sequence[ModuleAdapter], changed: 
         delta = last.module_adapter.on_output[-1].delta
         if isinstance(delta, Head) and last.module_adapter.strength == 1.0:
             return FoldedWeights({}, head=delta.module)
+    if any(m.on_weights for m in module_adapters):
+        return FoldedWeights(_fold_read_weights(term, module_adapters, changed))
     if any(isinstance(part.delta, Head) for part in parts):
         if unhooked_forward(site.module) is not nn.Linear.forward:
             raise NotMergeable(BLENDED)
@@ -122,6 +127,23 @@ def _fold_module(term: Term, module_adapters: Sequence[ModuleAdapter], changed: 
         if site.kind in MATRICES:
             return FoldedWeights(_fold_matrix(site, term, module_adapters))
         return FoldedWeights(_fold_parameters(site, term, module_adapters))
+
+
+def _fold_read_weights(
+    term: Term, module_adapters: Sequence[ModuleAdapter], changed: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weights that a module multiplies by itself, by name, and whatever other parameters of it are changed."""
+    start: dict[str, Tensor] = {}
+    for m in module_adapters:
+        for part in (*m.on_output, *m.on_input):
+            raise NotMergeable(f"{type(part.delta).__name__} acts on what is computed by weights that are read here")
+        for part in m.on_weights:
+            start |= part.read_values()
+        for part in m.on_parameters:
+            start |= {n: changed.get(n, part.site.module.get_parameter(n)) for n in part.site.parameter_names}
+    start = {name: value.detach().to(working_dtype(value)) for name, value in start.items()}
+    new = term.map_parameters(start)
+    return {name: value for name, value in new.items() if not torch.equal(value, start[name])}
 
 
 def _blended_copies(term: Term, is_mixed: bool = False) -> list[SiteDelta]:
@@ -247,4 +269,4 @@ def _fold_value(part: SiteDelta, parameters: dict[str, Tensor]) -> dict[str, Ten
         raise NotMergeable(f"{type(site.module).__name__} has no gain")
     one = torch.ones_like(parameters["weight"])
     scale, shift = delta.fold(one[:, None], None)
-    return weights.fold_into_norm(site.module, parameters, scale[:, 0], shift)
+    return fold_into_norm(site.module, parameters, scale[:, 0], shift)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kitout.errors import NotMergeable
-from kitout.runtime.merge.pairs import WeightBias, add_change, blend, fold_in, fold_out
+from kitout.runtime.merge.pairs import WeightBias, add_change, blend, fold_in
 from kitout.runtime.modules.module_adapter import ModuleAdapter, SiteDelta
 from kitout.runtime.modules.terms import Single, Term, TermSequence, WeightedSum
 
@@ -74,11 +74,11 @@ def _fold_outputs(module_adapter: ModuleAdapter, x: Input, y: WeightBias, start:
     new = y
     for part in module_adapter.on_output:
         if part.delta.replaces_module:
-            new = _compose(fold_out(part, start), x)
+            new = _compose(part.fold(*start), x)
             continue
         zero = torch.zeros_like(new[0]), None if new[1] is None else torch.zeros_like(new[1])
-        of_x, before = fold_out(part, zero), new
-        new = fold_out(part, before)
+        of_x, before = part.fold(*zero), new
+        new = part.fold(*before)
         if not part.delta.is_scale_shift:
             _check_affine(part, of_x, before, new)
             added = of_x[0], None
@@ -88,7 +88,7 @@ def _fold_outputs(module_adapter: ModuleAdapter, x: Input, y: WeightBias, start:
 
 def _check_affine(part: SiteDelta, at_zero: WeightBias, y: WeightBias, new: WeightBias) -> None:
     """NotMergeable where the Delta reads the weight itself, so that it is not the same map over another input."""
-    twice = fold_out(part, (2 * y[0], None if y[1] is None else 2 * y[1]))[0]
+    twice = part.fold(2 * y[0], None if y[1] is None else 2 * y[1])[0]
     if not (twice - 2 * new[0] + at_zero[0]).abs().max() <= TOLERANCE * new[0].abs().max():
         raise NotMergeable(
             f"{type(part.delta).__name__} depends on the weight itself, in a Mix with an adapter of the module's input"

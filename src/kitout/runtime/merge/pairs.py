@@ -26,26 +26,11 @@ def fold_adapter(module_adapter: ModuleAdapter, pair: WeightBias, start: WeightB
         return pair
     new = pair
     for part in module_adapter.on_output:
-        new = fold_out(part, start if part.delta.replaces_module else new)
+        new = part.fold(*(start if part.delta.replaces_module else new))
     pair = new = blend(pair, new, module_adapter.strength)
     for part in module_adapter.on_input:
         new = fold_in(part, new)
     return blend(pair, new, module_adapter.strength)
-
-
-def fold_out(part: SiteDelta, pair: WeightBias) -> WeightBias:
-    """One Delta of the module's output, or of some channels of it."""
-    w, b = pair
-    channels = part.site.channel_index
-    if channels is None:
-        return part.delta.fold(w, b)
-    new_w, new_b = part.delta.fold(w[channels], None if b is None else b[channels])
-    w = w.clone()
-    w[channels] = new_w
-    if new_b is not None:
-        b = w.new_zeros(w.shape[0]) if b is None else b.clone()
-        b[channels] = new_b
-    return w, b
 
 
 def fold_in(part: SiteDelta, pair: WeightBias) -> WeightBias:

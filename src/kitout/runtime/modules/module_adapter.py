@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kitout.base.site import Site
-from kitout.base.weights import FrozenModule
+from kitout.base.weights import FrozenModule, as_stored, bias, fan_in, to_matrix, weight_matrix
 from kitout.delta import Delta
 from kitout.errors import RouteError
 
@@ -39,10 +39,16 @@ class SiteDelta:
     """Where its input comes from; None: the module's own input."""
     frozen: FrozenModule | None = field(init=False)
     """The frozen module, for a Delta that reads its weight."""
+    read_names: tuple[str, ...] = field(init=False, default=())
+    """Port "weight": the parameters of the reader that it changes, weight first."""
 
     def __post_init__(self) -> None:
         self.frozen = FrozenModule(self.site) if self.delta.reads_weight else None
         self.site.channel_index  # noqa: B018 - cached now: cached_property takes a lock, which a compiled graph cannot
+        if self.site.port == "weight":
+            weight, b = self.site.read_names
+            has_bias = bias(self.site.module, self.site.bias_name) is not None
+            self.read_names = (weight, b) if b and (has_bias or makes_bias(self.delta, self.site)) else (weight,)
 
     @property
     def is_direct(self) -> bool:
@@ -67,6 +73,36 @@ class SiteDelta:
             x = x.movedim(1, -1) if self.site.port == "in" else x  # a convolution's output reads it as it is
             return self._run_on_channels(x, y.movedim(1, -1), False).movedim(-1, 1)
         return self._run_on_channels(x, y, may_overwrite)
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The module's whole weight [d_out, d_in] and bias after the Delta, which may change some channels of them."""
+        channels = self.site.channel_index
+        if channels is None:
+            return self.delta.fold(w, b)
+        new_w, new_b = self.delta.fold(w[channels], None if b is None else b[channels])
+        w = w.clone()
+        w[channels] = new_w
+        if new_b is not None:
+            b = w.new_zeros(w.shape[0]) if b is None else b.clone()
+            b[channels] = new_b
+        return w, b
+
+    def read_values(self) -> dict[str, Tensor]:
+        """Port "weight": the reader's frozen parameters by `read_names`; zeros for a bias that it does not have."""
+        module = self.site.module
+        w, b = weight_matrix(module, self.site.weight_name), bias(module, self.site.bias_name)
+        values = (module.get_parameter(self.site.weight_name), w.new_zeros(w.shape[0]) if b is None else b)
+        return dict(zip(self.read_names, values, strict=False))
+
+    def map_weight(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Port "weight": the reader's parameters after the Delta, folded in fp32 or better and cast back."""
+        weight, *rest = self.read_names
+        stored, b = parameters[weight], parameters[rest[0]] if rest else None
+        dtype = torch.promote_types(stored.dtype, torch.float32)
+        w = to_matrix(self.site.module, stored.to(dtype))
+        new_w, new_b = self.fold(w, None if b is None else b.to(dtype))
+        new = {weight: as_stored(self.site.module, new_w, stored.shape).to(stored.dtype)}
+        return new if b is None or new_b is None else {**new, rest[0]: new_b.to(b.dtype)}
 
     def _run_on_channels(self, x: Tensor, y: Tensor, may_overwrite: bool) -> Tensor:
         span = self.site.channel_index
@@ -97,13 +133,15 @@ class ModuleAdapter:
     """What acts on its output."""
     on_parameters: tuple[SiteDelta, ...] = ()
     """What replaces single parameters of it."""
+    on_weights: tuple[SiteDelta, ...] = ()
+    """What changes the weights that it multiplies by itself (port "weight")."""
     strength: float = 1.0
     """y + strength * (delta - y), likewise for a parameter."""
 
     @property
     def site(self) -> Site:
         """One of the sites here: they share a module."""
-        return (*self.on_output, *self.on_input, *self.on_parameters)[0].site
+        return (*self.on_output, *self.on_input, *self.on_parameters, *self.on_weights)[0].site
 
     @property
     def replaces_module(self) -> bool:
@@ -125,6 +163,13 @@ class ModuleAdapter:
         for part in self.on_parameters:
             for name, value in (part.delta.parameter_values() or {}).items():
                 new[name] = self._blend(new[name], value.to(new[name].dtype))
+        return self.map_weights(new)
+
+    def map_weights(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters with its changes of weights folded in."""
+        new = dict(parameters)
+        for part in self.on_weights:
+            new |= {name: self._blend(new[name], value) for name, value in part.map_weight(new).items()}
         return new
 
     def map_input(self, x: Tensor) -> Tensor:
@@ -148,6 +193,13 @@ class ModuleAdapter:
 
     def _blend(self, old: Tensor, new: Tensor) -> Tensor:
         return new if self.strength == 1.0 else old + self.strength * (check_blendable(new, old) - old)
+
+
+def makes_bias(delta: Delta, site: Site) -> bool:
+    """The Delta gives a bias to a linear that has none."""
+    width = 1 if delta.is_scale_shift else fan_in(site)
+    with torch.no_grad():
+        return delta.fold(next(delta.parameters()).new_ones(site.d_out, width), None)[1] is not None
 
 
 def check_blendable(new: Tensor, old: Tensor) -> Tensor:

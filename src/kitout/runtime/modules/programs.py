@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kitout.base.own_forward import swapped_parameters
-from kitout.base.weights import FrozenModule
+from kitout.base.weights import FrozenModule, parameter_at
 from kitout.delta import Delta
 from kitout.runtime.hooks.class_swap import ForwardFn, first_tensor, replace_first_tensor
 from kitout.runtime.modules.module_adapter import InputRelay
@@ -65,7 +65,7 @@ class DirectDelta:
 
 
 class SwapParameters:
-    """Runs a module with a term's own values for some of its parameters: for a whole batch only.
+    """Runs a module with a term's own values for some of its parameters, for a whole batch.
 
     names: of those parameters. inner: what else the module runs.
     """
@@ -74,9 +74,23 @@ class SwapParameters:
         self.term, self.names, self.inner = term, tuple(names), inner
 
     def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        now = {name: module.get_parameter(name) for name in self.names}
-        with swapped_parameters(module, self.term.map_parameters(now)):
+        with swapped_parameters(module, self.term.map_parameters(parameters_now(module, self.names))):
             return forward(module, *args, **kwargs) if self.inner is None else self.inner(module, forward, args, kwargs)
+
+
+def parameters_now(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """The module's parameters; zeros for a bias that it does not have, which only its weight in the same place has."""
+    values = {name: parameter_at(module, name) for name in names}
+    weight = next(value for value in values.values() if value is not None)
+    absent = {n: weight.new_zeros(_matching_weight(module, n).shape[0]) for n, value in values.items() if value is None}
+    return {n: absent[n] if value is None else value for n, value in values.items()}
+
+
+def _matching_weight(module: nn.Module, bias_name: str) -> Tensor:
+    """The weight beside a bias: "in_proj_bias" -> in_proj_weight, "out_proj.bias" -> out_proj.weight."""
+    weight = parameter_at(module, bias_name.removesuffix("bias") + "weight")
+    assert weight is not None
+    return weight
 
 
 class WholeBatch:

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kitout.base.own_forward import swapped_parameters
 from kitout.base.weights import FrozenModule
 from kitout.delta import Delta
 from kitout.errors import RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, first_tensor, replace_first_tensor
 from kitout.runtime.modules.module_adapter import InputRelay
-from kitout.runtime.modules.programs import repack_output, unpack_output
+from kitout.runtime.modules.programs import parameters_now, repack_output, unpack_output
 from kitout.runtime.modules.terms import Single, Term
 
 
@@ -104,15 +106,7 @@ class PerRow:
         return value.expand(self.row_plan.batch, *value.shape[1:]) if value.shape[0] == 1 else value
 
     def _check(self, rows: int) -> None:
-        plan = self.row_plan
-        plan.check(self.path)
-        is_other = self.batch_relation == "batch" and plan.is_exact and rows != plan.batch
-        if self.batch_relation == "none" or rows % plan.size or is_other:
-            raise RouteError(
-                f"{self.path} sees {rows} rows while the route names {self.row_plan.size}: its first dimension "
-                "does not follow the batch, so rows cannot have different adapters here; use one adapter for the whole "
-                "batch"
-            )
+        check_rows(self.path, self.batch_relation, rows, self.row_plan)
 
     def _map_input(self, x: Tensor) -> tuple[Tensor, list[Any]]:
         parts, memos = [], []
@@ -148,6 +142,72 @@ class PerRow:
                 "(heads of different width?): run them in separate batches"
             )
         return scatter(parts, index)
+
+
+class PerRowWeights:
+    """One term per distinct entry of a batch, each with weights of its own for a module that multiplies by them itself.
+
+    The module runs once per entry on the whole batch, because only it knows which of its arguments belong to rows; each
+    row is taken from the run of its entry. batch_axis: of the module's first output; of all others it is the first.
+    """
+
+    def __init__(
+        self,
+        row_plan: RowPlan,
+        terms: Sequence[Term | None],
+        names: Sequence[str],
+        path: str,
+        batch_relation: str,
+        batch_axis: int,
+        inner: PerRow | None = None,
+    ) -> None:
+        self.row_plan, self.terms, self.names, self.path = row_plan, tuple(terms), tuple(names), path
+        self.batch_relation, self.batch_axis, self.inner = batch_relation, batch_axis, inner
+
+    def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.inner is not None:
+            return self.inner(module, partial(self._run, forward), args, kwargs)
+        return self._run(forward, module, *args, **kwargs)
+
+    def _run(self, forward: ForwardFn, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if not isinstance(value, (Tensor, tuple, list, dict, str, int, float, torch.dtype, type(None))):
+                raise RouteError(
+                    f"{self.path} multiplies by weights of its own and is given a {type(value).__name__}, which may "
+                    "keep what it computes: rows cannot have different adapters here; use one adapter for the whole "
+                    "batch, or use_cache=False"
+                )
+        now = parameters_now(module, self.names)
+        outputs = []
+        for term in self.terms:
+            with swapped_parameters(module, {} if term is None else term.map_parameters(now)):
+                outputs.append(forward(module, *args, **kwargs))
+        return self._select(outputs, self.batch_axis)
+
+    def _select(self, values: Sequence[Any], axis: int) -> Any:
+        """Each row of the value that its entry gave."""
+        first = values[0]
+        if isinstance(first, tuple):
+            return tuple(self._select(same, 0 if i else axis) for i, same in enumerate(zip(*values, strict=True)))
+        if not isinstance(first, Tensor):
+            return first
+        rows = first.shape[axis] if axis < first.ndim else 0
+        check_rows(self.path, self.batch_relation if rows == self.row_plan.batch else "multiple", rows, self.row_plan)
+        index = self.row_plan.index(rows, first.device)
+        parts = [value.movedim(axis, 0)[own] for value, own in zip(values, index, strict=True)]
+        return scatter(parts, index).movedim(0, axis)
+
+
+def check_rows(path: str, batch_relation: str, rows: int, row_plan: RowPlan) -> None:
+    """RouteError where what a module sees does not follow the batch."""
+    row_plan.check(path)
+    is_other = batch_relation == "batch" and row_plan.is_exact and rows != row_plan.batch
+    if batch_relation == "none" or rows % row_plan.size or is_other:
+        raise RouteError(
+            f"{path} sees {rows} rows while the route names {row_plan.size}: its first dimension "
+            "does not follow the batch, so rows cannot have different adapters here; use one adapter for the whole "
+            "batch"
+        )
 
 
 @contextmanager

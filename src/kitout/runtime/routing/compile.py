@@ -13,11 +13,12 @@ from typing import Any
 from kitout.base.survey import Survey
 from kitout.delta import KeyValue
 from kitout.errors import RouteError
-from kitout.runtime.adapter import Adapter, conflict_with_head
+from kitout.runtime.adapter import Adapter, conflict_with_head, trained_and_read
 from kitout.runtime.hooks.class_swap import Hook, Program
+from kitout.runtime.modules.fast_path import WithoutFastPath, layers_around
 from kitout.runtime.modules.module_adapter import InputRelay, ModuleAdapter
 from kitout.runtime.modules.programs import DirectDelta, RelayInput, SwapParameters, WholeBatch
-from kitout.runtime.modules.rows import PerRow, RowPlan
+from kitout.runtime.modules.rows import PerRow, PerRowWeights, RowPlan
 from kitout.runtime.modules.stacked_weights import on_top_of
 from kitout.runtime.modules.terms import Single, Term, build_term
 from kitout.runtime.output_width import output_width
@@ -52,6 +53,11 @@ class RouteCompiler:
             conflict = conflict_with_head([self.adapters[n] for n in dict.fromkeys(adapter_names(entry))])
             if conflict:
                 raise RouteError(f"{conflict}; use them one at a time")
+            if shared := trained_and_read([self.adapters[n] for n in dict.fromkeys(adapter_names(entry))]):
+                raise RouteError(
+                    f"{shared} is trained whole by one of {', '.join(adapter_names(entry))} and changed by another: "
+                    "use them one at a time"
+                )
         media_plan = None if row_plan is None or not self.survey.media else copy(row_plan)
         programs = self._module_programs(adapters, row_plan, media_plan, entries)
         num_rows = len(route) if isinstance(route, tuple) else None
@@ -72,6 +78,8 @@ class RouteCompiler:
                 self.active,
                 self.compile,
             ).add_programs(kv_recorder)
+        for path in layers_around(self.survey.model, programs):
+            programs[path] = WithoutFastPath(programs.get(path))
         compiled.programs = [(self.hooks[path], program) for path, program in programs.items()]
         return compiled
 
@@ -83,16 +91,15 @@ class RouteCompiler:
         entries: Sequence[RouteEntry],
     ) -> dict[str, Program]:
         """By path, in model order: what each module does, and which leave their input for another."""
-        batch_relation = {site.path: site.batch_relation for adapter in adapters for site in adapter.sites}
+        sites = [site for adapter in adapters for site in adapter.sites]
+        batch_relation = {site.path: site.batch_relation for site in sites if site.reader is None}
         programs: dict[str, Program] = {}
         for path in dict.fromkeys(path for adapter in adapters for path in adapter.by_module):
-            relation, plan = batch_relation.get(path, "batch"), row_plan
-            if path in self.survey.media:  # a row may have several images
-                relation, plan = "multiple" if relation == "batch" else relation, media_plan
+            plan = media_plan if path in self.survey.media else row_plan
             if plan is None or len({self._part_at(entry, path) for entry in entries}) == 1:
                 program = self._program_for_batch(entries[0], path)  # all rows have the same here
             else:
-                program = self._program_for_rows(plan, entries, path, relation)
+                program = self._program_for_rows(plan, entries, path, batch_relation.get(path, "batch"))
             if program is not None:
                 programs[path] = program
         relays: dict[str, list[InputRelay]] = {}
@@ -157,7 +164,18 @@ class RouteCompiler:
             )
         relays = [relay for m in module_adapters for relay in m.relays]
         call_views = [view for m in module_adapters for view in m.call_views]
-        return PerRow(row_plan, terms, path, batch_relation, relays, call_views)
+        per_row = PerRow(row_plan, terms, path, self._relation(path, batch_relation), relays, call_views)
+        read = next((part.site for m in module_adapters for part in m.on_weights), None)
+        if read is None:
+            return per_row
+        inner = per_row if any(m.on_input or m.on_output for m in module_adapters) else None
+        names = _parameter_names(module_adapters)
+        relation = self._relation(path, read.batch_relation)
+        return PerRowWeights(row_plan, terms, names, path, relation, read.batch_axis, inner)
+
+    def _relation(self, path: str, batch_relation: str) -> str:
+        """A row may have several images, which one value per row does not rule out."""
+        return "multiple" if batch_relation == "batch" and path in self.survey.media else batch_relation
 
 
 def _plan_rows(route: Route) -> tuple[RowPlan | None, list[RouteEntry]]:
@@ -187,5 +205,6 @@ def _program_for_values(term: Term, module_adapters: Sequence[ModuleAdapter]) ->
 
 
 def _parameter_names(module_adapters: Iterable[ModuleAdapter]) -> list[str]:
-    names = (name for m in module_adapters for part in m.on_parameters for name in part.site.parameter_names)
+    names = [name for m in module_adapters for part in m.on_parameters for name in part.site.parameter_names]
+    names += [name for m in module_adapters for part in m.on_weights for name in part.read_names]
     return list(dict.fromkeys(names))

@@ -10,6 +10,8 @@ from typing import Any
 
 from kitout.data.encode.item import EncodedExample
 from kitout.data.statistics import DataStatistics, compute_statistics, render_spans
+from kitout.kit import Kit
+from kitout.runtime.left_out import fused_experts_text, left_out_text
 from kitout.runtime.show import site_table
 from kitout.train.config.schema import RunConfig
 from kitout.train.preflight.cost_estimate import CostEstimate
@@ -51,6 +53,7 @@ def collect_pages(
                 answer=_answer_text(dataset, example),
                 count=run.kit.num_parameters(job.name),
                 sites=site_table(run.kit[job.name].sites),
+                left_out=_left_out_lines(run.kit, job.name),
                 steps=len(job.batches),
                 memory=estimate.memory if is_last else None,
                 time=estimate.seconds if is_last else None,
@@ -58,6 +61,15 @@ def collect_pages(
             )
         )
     return pages
+
+
+def _left_out_lines(kit: Kit, name: str) -> list[str]:
+    """What the adapter does not reach: sites where it would have no effect, and experts fused into parameters."""
+    adapter = kit[name]
+    trains_parameters = any(site.port == "param" for site in adapter.sites)
+    experts = "" if trains_parameters else fused_experts_text(kit.survey)
+    sites = left_out_text(adapter.left_out)
+    return [line for line in (sites and f"left out: {sites}", experts) if line]
 
 
 def _settings_texts(run: PreparedRun, job_config: RunConfig, job_index: int, estimate: CostEstimate) -> dict[str, str]:

@@ -28,6 +28,7 @@ from kitout.train.run_folder import PREFLIGHT_FILES
 
 PAGE_WIDTH, MAX_BAR_WIDTH = 100, 32
 MAX_EXAMPLE_CHARS = 1400  # of the shown example
+MAX_NOTE_CHARS = 500  # of what the adapter does not reach
 MAX_SPANS = 40  # of the shown example
 MAX_LABELS = 12  # classes shown, the most frequent first
 TRAINED, MASKED, HEAD, DIM, WARN = "bold green", "dim", "bold", "dim", "yellow"
@@ -70,6 +71,8 @@ class PreflightPage:
     """Rows of role, layers, widths, number of sites (`runtime.show.site_table`)."""
     steps: int
     """Optimizer steps."""
+    left_out: Sequence[str] = ()
+    """What the adapter does not reach, a line each."""
     memory: int | None = None
     """Estimated peak in bytes; None: left out, since the page of the last job has it for all."""
     time: float | None = None
@@ -264,7 +267,8 @@ def _trained_table(page: PreflightPage) -> RenderableType:
         table.add_column(name, justify="right" if name == "sites" else "left")
     for row in page.sites:
         table.add_row(*(Text(cell) for cell in row))
-    return Group(*lines, table) if page.sites else Group(*lines)
+    notes = [Text(single_line(line, MAX_NOTE_CHARS), WARN) for line in page.left_out]
+    return Group(*lines, *([table] if page.sites else []), *notes)
 
 
 def _cost_table(page: PreflightPage) -> RenderableType:
