@@ -54,6 +54,8 @@ def _norm_layout(module: nn.Module, x: Tensor) -> tuple[int, ...]:
                 == layout
             ):
                 return layout
+        except TypeError as error:  # a gate, a condition: what it multiplies by is not its gain alone
+            raise NotMergeable(f"{type(module).__name__} takes more than its input: {str(error)[:120]}") from None
         except (RuntimeError, IndexError, ValueError):
             continue
     raise NotMergeable(f"{type(module).__name__} takes its values in a layout of its own")

@@ -93,7 +93,7 @@ class RunsLowRank(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         count = len(ctx.scales)
         low, hidden = saved[: 2 * count], saved[2 * count :]
-        gx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        gx = torch.zeros(x.shape, dtype=x.dtype, device=x.device) if ctx.needs_input_grad[0] else None
         sums: list[Tensor | None] = [None] * (2 * count)
         for (number, start, stop), h_t in zip(ctx.runs, hidden, strict=True):
             g_run = _flatten_rows(g[start:stop])

@@ -122,11 +122,16 @@ class PerRow:
     ) -> Tensor:
         parts = []
         index = self.row_plan.index(y.shape[0], y.device)
-        for i, (term, rows) in enumerate(zip(self.terms, index, strict=True)):
+        # A module may be given [rows, tokens, d] and answer with all tokens of all rows in one dimension.
+        index_of_x = index if x.shape[0] == y.shape[0] else self.row_plan.index(x.shape[0], x.device)
+        for i, (term, rows, rows_of_x) in enumerate(zip(self.terms, index, index_of_x, strict=True)):
             part = y[rows]
             if term is not None:
-                with _relayed(self.relays, rows), _called_with(self.call_views, args, kwargs, rows, x.shape[0]):
-                    memo = memos[i] if self.maps_input else term.map_input(x[rows])[1]
+                with (
+                    _relayed(self.relays, self.row_plan, i),
+                    _called_with(self.call_views, args, kwargs, rows_of_x, x.shape[0]),
+                ):
+                    memo = memos[i] if self.maps_input else term.map_input(x[rows_of_x])[1]
                     part = term.map_output(memo, part, True)
                 if not isinstance(part, Tensor):
                     raise RouteError(f"{self.path} gives several values, which a row cannot have of its own")
@@ -211,15 +216,15 @@ def check_rows(path: str, batch_relation: str, rows: int, row_plan: RowPlan) -> 
 
 
 @contextmanager
-def _relayed(relays: Sequence[InputRelay], rows: Tensor) -> Iterator[None]:
-    """The relays hold the values of these rows alone."""
+def _relayed(relays: Sequence[InputRelay], row_plan: RowPlan, entry: int) -> Iterator[None]:
+    """The relays hold the values of the rows of one distinct entry alone."""
     if not relays:
         yield
         return
     values = [relay.value for relay in relays]
     try:
         for relay, value in zip(relays, values, strict=True):
-            relay.value = None if value is None else value[rows]
+            relay.value = None if value is None else value[row_plan.index(value.shape[0], value.device)[entry]]
         yield
     finally:
         for relay, value in zip(relays, values, strict=True):
