@@ -15,8 +15,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 import kitout
-from kitout import IA3, SSF, BitFit, FullFineTuning, Kit, LoRA, Method, Stack
+from kitout import IA3, SSF, BitFit, FullFineTuning, Kit, LoRA, Method, Mix, Stack
 from kitout.errors import FileError, NotMergeable, RouteError, UnusedSite
+from kitout.runtime.routing.route import RouteEntry
 from zoo import EXTRA, D, randomise
 
 METHODS: dict[str, Method] = {
@@ -162,6 +163,69 @@ def test_a_stack_and_a_strength_merge() -> None:
         active = values(kit, batch)
     kit.merge("ssf", "lora", "dora")
     assert (values(kit, batch) - active).abs().max() < 1e-5 * active.abs().max()
+
+
+ROUTES: dict[str, RouteEntry] = {
+    "stack of shifts": Stack("lora_bias", "dora", "all"),
+    "mix": Mix({"lora": 0.5, "dora": 0.7}),
+    "mix of stacks": Mix({Stack("lora", "lora_bias"): 0.5, "all": -0.3}),
+    "mix below dora": Stack(Mix({"lora": 0.5, "ssf": 0.5}), "dora"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stacks_and_mixes_with_trained_biases_merge(name: str) -> None:
+    kit, batch = attached(name)
+    methods = {
+        "lora": METHODS["lora of q and v"],
+        "dora": METHODS["dora"],
+        "ssf": SSF(targets="attn.q mlp.up"),
+        "lora_bias": LoRA(rank=2, lora_bias=True, targets="all-linear"),
+        "all": LoRA(rank=2, bias="all", dropout=0.1, targets="mlp.*"),
+    }
+    for key, method in methods.items():
+        randomize(kit.add(key, method, seed=0))
+    with torch.no_grad():
+        for entry in ROUTES.values():
+            with kit.use(entry):
+                active = values(kit, batch)
+            merged = kit.merged_copy(entry, check_saveable=False)
+            assert (values(merged, batch) - active).abs().max() < 1e-5 * active.abs().max()
+        route = [*ROUTES.values()][:2]
+        with kit.use([*route, None, route[0]]):
+            together = values(kit, batch)
+        for i, entry in enumerate(route):
+            with kit.use(entry):
+                alone = values(kit, {key: value[i : i + 1] for key, value in batch.items()})
+            assert (together[i] - alone[0]).abs().max() < 2e-5 * together.abs().max()
+
+
+def test_an_attention_without_a_bias_takes_no_new_one() -> None:
+    """With one bias and not the others torch would take its fast path, and fail."""
+    kit, batch = attached("no bias")
+    adapter = kit.add("a", LoRA(rank=2, lora_bias=True, targets="all-linear"))
+    assert "no bias is read with it" in adapter.left_out["blocks.0.attention"]
+    assert "blocks.0.attention.out_proj" in {site.path for site in adapter.sites}
+    with torch.no_grad(), kit.use("a"):
+        values(kit, batch)
+
+
+def test_a_head_in_place_of_the_reader_is_used_alone() -> None:
+    kit, _ = attached("torch attention")
+    kit.add("lora", METHODS["lora"])
+    path = "blocks.0.attention"
+    kit.add("head", LoRA(rank=2, targets="mlp.*"), heads={path: nn.MultiheadAttention(16, 2, batch_first=True)})
+    with pytest.raises(RouteError, match="changes weights that blocks"):
+        kit.use(Stack("lora", "head"))
+    with pytest.raises(NotMergeable, match="changes weights that blocks"):
+        kit.merge("lora", "head")
+
+
+def test_computed_weights_are_not_read_from_parameters() -> None:
+    model = AttentionStack()
+    torch.nn.utils.parametrizations.weight_norm(model.blocks[0].attention, "in_proj_weight")
+    kit = kitout.attach(model, example_batch={"x": torch.randn(2, 5, 16)})
+    assert "blocks.0.attention" in kit.add("a", METHODS["lora"]).left_out
 
 
 def test_the_parts_of_the_input_projection_are_sites() -> None:

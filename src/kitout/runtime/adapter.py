@@ -151,6 +151,8 @@ def conflict_with_head(adapters: Sequence[Adapter]) -> str | None:
             for other in adapters:
                 paths = [p for p, m in other.by_module.items() if p != head or m.on_weights]
                 inside = [p for p in paths if f"{p}.".startswith(f"{head}.") and other is not adapter]
+                if head in inside:
+                    return f"{other.name!r} changes weights that {head} reads, and {adapter.name!r} replaces it"
                 if inside:
                     return f"{other.name!r} sits at {inside[0]}, inside {head}, which {adapter.name!r} replaces"
     return None

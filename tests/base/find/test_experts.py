@@ -138,7 +138,7 @@ def test_experts_that_the_probe_did_not_reach_are_alive() -> None:
     assert kit.survey.unreached
     adapter = kit.add("a", LoRA(rank=2, targets="all-linear"), seed=0)
     experts = [s for s in adapter.sites if ".experts." in s.path]
-    assert len(experts) == 2 * 2 * 8
+    assert len(experts) == 2 * 2 * 6
     assert {s.batch_relation for s in experts} == {"none"}  # rows do not follow the batch there
     with kit.use(["a", None]), pytest.raises(RouteError, match="does not follow the batch"):
         kit(**specimen.batch(2, 0))

@@ -108,6 +108,25 @@ def test_a_bias_that_nothing_here_can_hold(tmp_path: Path) -> None:
         kitout.load_peft(kitout.attach(ZOO["bert"].build()), tmp_path, "a")
 
 
+@torch.no_grad()
+def test_biases_that_torch_attention_reads(tmp_path: Path) -> None:
+    """PEFT trains them where they are, in_proj_bias too."""
+    specimen = EXTRA["siglip"]
+    batch = specimen.batch(2, 0)
+    model = peft.get_peft_model(specimen.build(), peft.LoraConfig(r=2, target_modules=["q_proj"], bias="all"))
+    for p in (p for p in model.parameters() if p.requires_grad):
+        p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.2)
+    expected = model(**batch).pooler_output
+    model.save_pretrained(tmp_path / "a")
+    kit = kitout.attach(specimen.build())
+    kitout.load_peft(kit, tmp_path / "a", "a")
+    kit.use("a")
+    assert (kit(**batch).pooler_output - expected).abs().max() < 1e-5 * expected.abs().max()
+    kitout.save_peft(kit, "a", tmp_path / "b")
+    again = peft.PeftModel.from_pretrained(specimen.build(), tmp_path / "b")(**batch).pooler_output
+    assert (again - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize(
     ("method", "said"),
     [

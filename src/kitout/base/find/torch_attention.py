@@ -47,7 +47,8 @@ def _input_sites(path: str, attention: nn.MultiheadAttention, output: Site, role
         port="weight",
         reader=path,
         weight_name="in_proj_weight",
-        bias_name="in_proj_bias",
+        # With a new bias and none elsewhere torch would take its fast path, which needs all of them.
+        bias_name="in_proj_bias" if attention.in_proj_bias is not None else "",
         batch_axis=0 if attention.batch_first else 1,
         module=attention,
     )
