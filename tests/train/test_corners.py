@@ -122,7 +122,9 @@ def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         conflicts.check_machine(config, has_cuda=False)
 
 
-@pytest.mark.parametrize(("begins", "message"), [(gzip.compress(b"{}\n", mtime=0), "gzip"), (b"\x80\x04\x95\xff", "pickle")])
+@pytest.mark.parametrize(
+    ("begins", "message"), [(gzip.compress(b"{}\n", mtime=0), "gzip"), (b"\x80\x04\x95\xff", "pickle")]
+)
 def test_a_file_of_another_kind_under_the_name_of_a_table(tmp_path: Path, begins: bytes, message: str) -> None:
     from kitout.data.read import tables
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kitout.base.eval_mode import eval_mode
 from kitout.base.probe.attention_sites import kv_sites
+from kitout.base.probe.cached_steps import keeps_state, readers_in_cached_steps
 from kitout.base.probe.chosen_experts import trace_choice
 from kitout.base.probe.dummy_batch import dummy_batch, num_rows, with_more_rows
 from kitout.base.probe.media_modules import media_modules
@@ -54,6 +55,7 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
             rows = num_rows(batch), more_rows
             wider = _trace_more_rows(survey, wider_batch)
             choice = trace_choice(survey, batch, tracer, wider, _trace_forward)
+            cached_readers = readers_in_cached_steps(survey, batch)
             channels = _channels_by_operand(tracer)
             towers = complete_towers(survey, tracer)
             relations = _relations(survey, tracer, wider, batch, rows) | choice.relations
@@ -69,7 +71,9 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
         return replace(survey, unproven_reason=f"a dummy batch failed: {type(error).__name__}: {str(error)[:200]}")
     sites = [s.replace(batch_relation=relations.get(s.path, "unknown")) for s in survey.sites]
     sites = [_with_layout(s, tracer.output_shapes.get(s.path)) for s in sites]
-    sites = [read_by_another(s, tracer, wider, partial(_batch_relation, rows=rows)) for s in sites]
+    sites = [read_by_another(s, tracer, wider, partial(_batch_relation, rows=rows), cached_readers) for s in sites]
+    states = {r for readers in cached_readers.values() for r in readers if keeps_state(model.get_submodule(r))}
+    sites = [s.replace(batch_relation="none") if s.reader in states else s for s in sites]
     sites = _split_fused(sites, channels)
     attentions, kv_refusals = kv_sites(survey, sites, tracer)
     sites += [s.replace(batch_relation=relations.get(s.path, "unknown")) for s in sublayer_sites(survey, tracer)]

@@ -7,23 +7,31 @@ knows paths and traces, no architecture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from kitout.base.probe.tracer import ForwardTracer
 from kitout.base.site import BatchRelation, Site
 
 
 def read_by_another(
-    site: Site, tracer: ForwardTracer, wider: ForwardTracer, relate: Callable[[tuple[int, int]], BatchRelation]
+    site: Site,
+    tracer: ForwardTracer,
+    wider: ForwardTracer,
+    relate: Callable[[tuple[int, int]], BatchRelation],
+    cached_readers: Mapping[str, set[str]],
 ) -> Site:
     """The site, at the port "weight" if one module around it reads its weight and its own forward never runs.
 
-    relate: dim 0 of a value for a batch and for one of more rows -> how it relates to the batch.
+    relate: dim 0 of a value for a batch and for one of more rows -> how it relates to the batch. cached_readers: by
+    path, who reads the weight in a step behind a cache, also where the site's own forward runs otherwise.
     """
     if site.reader is None:
         weight = site.module._parameters.get("weight")
         readers = tracer.readers.get(id(weight), set()) if weight is not None else set()
-        if site.kind not in ("linear", "conv") or site.path in tracer.call_counts or len(readers) != 1:
+        is_called = site.path in tracer.call_counts
+        if is_called:
+            readers = cached_readers.get(site.path, set())
+        if site.kind not in ("linear", "conv") or len(readers) != 1:
             return site
         (reader,) = readers
         if not reader or not site.path.startswith(f"{reader}."):

@@ -208,10 +208,13 @@ def check_rows(path: str, batch_relation: str, rows: int, row_plan: RowPlan) -> 
     row_plan.check(path)
     is_other = batch_relation == "batch" and row_plan.is_exact and rows != row_plan.batch
     if batch_relation == "none" or rows % row_plan.size or is_other:
+        reason = (
+            f"sees {rows} rows while the route names {row_plan.size}: its first dimension does not follow the batch"
+            if rows != row_plan.size
+            else "does not keep the rows of a batch apart, or keeps values of its last run"
+        )
         raise RouteError(
-            f"{path} sees {rows} rows while the route names {row_plan.size}: its first dimension "
-            "does not follow the batch, so rows cannot have different adapters here; use one adapter for the whole "
-            "batch"
+            f"{path} {reason}, so rows cannot have different adapters here; use one adapter for the whole batch"
         )
 
 
