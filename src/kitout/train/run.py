@@ -64,7 +64,7 @@ class Result:
 
 def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Result:
     """Trains what the config describes. dry_run: stops before the first step. log: gets the lines to print."""
-    from kitout.train.outputs import write_outputs
+    from kitout.train.outputs import save_adapters, write_outputs
 
     if importlib.util.find_spec("accelerate") is None:
         raise ConfigError("training needs accelerate, which is not installed\n  pip install 'kitout[train]'")
@@ -94,6 +94,10 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         with trainer.display:
             trainer.train(str(last_checkpoint) if last_checkpoint else None)
         best_step = trainer.load_best()
+        with fsdp.unsharded(prepared.kit):
+            if distributed.rank() == 0:
+                save_adapters(prepared, config, folder, log)
+            distributed.barrier()
         outcomes = evaluate_jobs(prepared, config.evaluate, lambda name: _progress_fn(name, log))
         proofs = {}
         if config.evaluate.prove_merge:

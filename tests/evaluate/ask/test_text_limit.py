@@ -30,16 +30,54 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], int | None]] = {
     "a table of a causal model": ("GPT2LMHeadModel", "GPT2Config", GPT, 16),
     "a table that checks itself": ("CLIPTextModel", "CLIPTextConfig", TEXT | {"eos_token_id": 2}, 16),
     "a table of quantized values": ("IBertForSequenceClassification", "IBertConfig", TEXT, 14),
-    "a table and windows": ("LongformerForSequenceClassification", "LongformerConfig", TEXT | {"attention_window": 4}, 14),
+    "a table and windows": (
+        "LongformerForSequenceClassification",
+        "LongformerConfig",
+        TEXT | {"attention_window": 4},
+        14,
+    ),
     "angles in a buffer": ("GPTJForCausalLM", "GPTJConfig", GPT | {"rotary_dim": 4}, 16),
     "sinusoids in an attribute": ("CTRLLMHeadModel", "CTRLConfig", GPT | {"dff": 40}, 16),
-    "a bias of fixed width": ("MptForCausalLM", "MptConfig", {"vocab_size": 99, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 16}, 16),
-    "a table beside parallel lists": ("XLMForSequenceClassification", "XLMConfig", {"vocab_size": 99, "emb_dim": 32, "n_heads": 4, "n_layers": 2, "max_position_embeddings": 16}, 16),
+    "a bias of fixed width": (
+        "MptForCausalLM",
+        "MptConfig",
+        {"vocab_size": 99, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 16},
+        16,
+    ),
+    "a table beside parallel lists": (
+        "XLMForSequenceClassification",
+        "XLMConfig",
+        {"vocab_size": 99, "emb_dim": 32, "n_heads": 4, "n_layers": 2, "max_position_embeddings": 16},
+        16,
+    ),
     "rotary": ("LlamaForCausalLM", "LlamaConfig", TEXT, None),
-    "relative": ("T5ForConditionalGeneration", "T5Config", {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}, None),
-    "an encoder and a decoder": ("BartForConditionalGeneration", "BartConfig", SEQ2SEQ | {"max_position_embeddings": 16}, 16),
-    "an encoder longer than its decoder": ("LEDForConditionalGeneration", "LEDConfig", SEQ2SEQ | {"max_encoder_position_embeddings": 24, "max_decoder_position_embeddings": 16, "attention_window": 4}, 24),
-}  # fmt: skip
+    "relative": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            "vocab_size": 99,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 40,
+            "num_layers": 1,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+        },
+        None,
+    ),
+    "an encoder and a decoder": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        SEQ2SEQ | {"max_position_embeddings": 16},
+        16,
+    ),
+    "an encoder longer than its decoder": (
+        "LEDForConditionalGeneration",
+        "LEDConfig",
+        SEQ2SEQ | {"max_encoder_position_embeddings": 24, "max_decoder_position_embeddings": 16, "attention_window": 4},
+        24,
+    ),
+}
 TARGETS = {"an encoder and a decoder": 16, "an encoder longer than its decoder": 16, "relative": None}
 METHODS = {"alone": None, "prefix": PrefixTuning(length=FRONT), "prompt": PromptTuning(length=FRONT, init="normal")}
 

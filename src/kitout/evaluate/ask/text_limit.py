@@ -7,6 +7,7 @@ and nothing of tokenizers, files or configs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,7 @@ from kitout.base.token_limit import (
     token_towers,
     trained_length,
 )
+from kitout.errors import ConfigError
 from kitout.kit import Kit
 from kitout.runtime.routing.route import Route, adapter_names
 
@@ -54,6 +56,22 @@ def max_tokens(kit: Kit, wanted: int, part: Part = "text") -> int:
         found = longest_that_runs(does_run, wanted, None if trained is None else trained - num_virtual)
     known[part, num_virtual] = found, None if found == wanted else found + 1
     return found
+
+
+def check_prompts(kit: Kit, prompts: Sequence[Sequence[int]], num_after: int = 0) -> None:
+    """ConfigError where a prompt, with so many tokens behind it, is longer than the model reads."""
+    longest = max(map(len, prompts), default=0) + num_after
+    limit = max_tokens(kit, longest) if longest else 0
+    if not limit or longest <= limit:
+        return
+    number = next(i for i, prompt in enumerate(prompts) if len(prompt) + num_after > limit)
+    behind = f" and {num_after} tokens of an answer behind it" if num_after else ""
+    num_virtual = num_virtual_tokens(kit)
+    beside = f" beside {num_virtual} virtual ones" if num_virtual else ""
+    raise ConfigError(
+        f"prompt number {number} has {len(prompts[number]):,} tokens{behind}, and the model reads {limit:,}{beside}: "
+        f"shorten it by {len(prompts[number]) + num_after - limit:,}"
+    )
 
 
 def position_table(kit: Kit, part: Part = "text") -> int | None:
