@@ -12,7 +12,7 @@ from torch import Tensor
 import kitout
 from kitout import IA3, Kit, PrefixTuning, PromptTuning
 from kitout.base import token_limit
-from kitout.errors import KitoutError
+from kitout.errors import KitoutError, RouteError
 from kitout.evaluate.ask.text_limit import max_tokens
 
 POSITIONS, WANTED, FRONT = 16, 40, 3
@@ -124,6 +124,14 @@ def test_the_limit_runs_and_one_more_token_does_not(family: str, method: str) ->
             assert target == (TARGETS[family] or WANTED)
         assert does_run(kit, 4, target)
         assert target == WANTED or not does_run(kit, 4, target + 1)
+
+
+def test_virtual_tokens_are_counted_by_the_table_and_not_by_the_config() -> None:
+    kit = kit_of("a table with an offset")
+    kit.add("front", METHODS["prefix"])  # type: ignore[arg-type]
+    kit.use("front")
+    with pytest.raises(RouteError, match=r"2 positions too long.*the model has 14; shorten the text by 2"):
+        kit(**token_limit.long_batch(kit.base, 13, None))  # type: ignore[arg-type]
 
 
 def test_what_was_found_is_found_again_without_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:

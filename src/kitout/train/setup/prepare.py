@@ -172,7 +172,7 @@ def _fit_datasets(
     changed = [
         i
         for i, (dataset, own) in enumerate(zip(datasets, lengths, strict=True))
-        if are_too_long(_encoded(dataset), own) or (dataset.preview and own != requested[i])
+        if own != requested[i] and (dataset.preview or are_too_long(_encoded(dataset), own))
     ]
     again = _load_all_datasets([job_configs[i] for i in changed], hf_config, tokenizer, [lengths[i] for i in changed])
     for i, dataset in zip(changed, again, strict=True):
