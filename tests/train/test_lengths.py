@@ -88,7 +88,7 @@ CASES = {
     "roberta": ("tags", {}, "30 tokens an example: the model has 30 positions", 30, "train"),
     "gpt2": ("closed", {}, "32 tokens an example: the model has 32 positions", 32, "test"),
     "opt": ("answer", {}, "32 tokens an example: the model has 32 positions", 32, "train"),
-    "ctrl": ("answer", {}, "32 tokens an example: the model runs on no more than 32", 32, "test"),
+    "ctrl": ("answer", {}, "32 tokens an example: the model runs on no more", 32, "test"),
     "bart": ("answer", {}, "32 tokens an example: the model has 32 positions", 45, "test"),
     "bert and a prompt": (
         "label", {"method": {"name": "PromptTuning", "length": 5, "init": "normal"}},
@@ -167,6 +167,19 @@ def test_a_tokenizer_with_more_entries_than_the_table(bases: dict[str, Path], tm
     expected = rf"'<new>' \({size}\).*resize_token_embeddings\({size + 1}\)"
     with pytest.raises(ConfigError, match=expected):
         run(tmp_path / "base", tmp_path, "answer", {})
+
+
+def test_an_error_in_measuring_during_training_saves_the_adapter_first(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "predict", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(bases["bert"], tmp_path, "label", {})
+    kit = kitout.attach(transformers.AutoModelForSequenceClassification.from_pretrained(bases["bert"]).eval())
+    adapter = kit.load(tmp_path / "out" / "adapter", name="mine")
+    assert all(value.abs().sum() for name, value in adapter.named_parameters() if "heads" not in name)
+    assert run(bases["bert"], tmp_path, "label", {}).comparisons["adapter"].changes
 
 
 def test_an_error_in_measuring_loses_no_adapter(

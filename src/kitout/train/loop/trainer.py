@@ -68,6 +68,8 @@ class JobTrainer(Trainer):  # type: ignore[misc]
     """By job: the module at which its frozen trunk is cut (`frozen_trunk.keep_features`)."""
     loss_sum_before: tuple[float, float]
     """Of all steps before this call: the loss summed up to the last log, and since then."""
+    is_evaluating: bool
+    """In `evaluate_fn`, or left by its error."""
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         _adjust_arguments(args, len(self.step_dataset), len(jobs))
         if any(job.settings.fsdp for job in jobs) and not is_sharded(kit):
             shard(kit)
-        self.cuts, self.loss_sum_before = {}, (0.0, 0.0)
+        self.cuts, self.loss_sum_before, self.is_evaluating = {}, (0.0, 0.0), False
         self.step_runner = StepRunner(kit, jobs, micro_batch_size or max(len(self.step_dataset[0]), 1))
         self.health = Health(kit, jobs, folder)
         with _restored_config(kit):
@@ -178,8 +180,10 @@ class JobTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The metrics of `evaluate_fn`, which are logged and given to the callbacks."""
+        self.is_evaluating = True  # and stays so after an error
         with eval_mode(self.kit.base, self.kit):
             metrics = self.evaluate_fn() if self.evaluate_fn is not None else {}
+        self.is_evaluating = False
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -101,8 +101,11 @@ def _fit(kit: Kit, name: str, requested: MaxLength, part: Part, longest: int, st
         )
     if fitting in (0, wanted):  # a model that runs on no text has another problem
         return requested
-    owner = f"the model has {table:,} positions" if table is not None else f"the model runs on no more than {fitting:,}"
-    return MaxLength(fitting, f"{owner}, of which {num_virtual} are virtual tokens" if num_virtual else owner, True)
+    if table is None:
+        beside = f" beside {num_virtual} virtual ones" if num_virtual else ""
+        return MaxLength(fitting, f"the model runs on no more{beside}", True)
+    of_which = f", of which {num_virtual} are virtual tokens" if num_virtual else ""
+    return MaxLength(fitting, f"the model has {table:,} positions{of_which}", True)
 
 
 def are_too_long(items: Sequence[EncodedExample], lengths: TextLengths) -> bool:
