@@ -54,7 +54,8 @@ def max_tokens(kit: Kit, wanted: int, part: Part = "text") -> int:
 
     with eval_mode(kit.base, kit):
         found = longest_that_runs(does_run, wanted, None if trained is None else trained - num_virtual)
-    known[part, num_virtual] = found, None if found == wanted else found + 1
+    if found:
+        known[part, num_virtual] = found, None if found == wanted else found + 1
     return found
 
 

@@ -80,14 +80,12 @@ def fit_lengths(
 
     items: all that are encoded so far. streams: more are to come.
     """
-    longest = {"text": [len(item.input_ids) for item in items], "target": [len(item.target_ids) for item in items]}
     with kit.use(name):
-        text = _fit(kit, name, requested.text, "text", max(longest["text"], default=0), streams)
+        text = _fit(kit, name, requested.text, "text", max((len(item.input_ids) for item in items), default=0), streams)
         if not kit.config.is_encoder_decoder:
             return TextLengths(text, text)
-        return TextLengths(
-            text, _fit(kit, name, requested.target, "target", max(longest["target"], default=0), streams)
-        )
+        longest_target = max((len(item.target_ids) for item in items), default=0)
+        return TextLengths(text, _fit(kit, name, requested.target, "target", longest_target, streams))
 
 
 def _fit(kit: Kit, name: str, requested: MaxLength, part: Part, longest: int, streams: bool) -> MaxLength:
