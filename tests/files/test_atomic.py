@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,3 +119,61 @@ def test_a_run_folder_that_cannot_be_written_keeps_no_owner(tmp_path: Path, monk
     assert [path.name for path in tmp_path.iterdir()] == [".run.lock"]
     with open_run_folder(run):
         pass
+
+
+HOLDER = """
+import sys, pathlib, time
+from kitout.files import atomic
+def write_into(folder):
+    (folder / "a").write_text("half")
+    print(folder.name, flush=True)
+    time.sleep(60)
+atomic.replace_folder(pathlib.Path(sys.argv[1]), ("a",), write_into)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks on folders")
+def test_what_a_killed_process_has_left_is_removed_and_a_live_ones_is_not(tmp_path: Path) -> None:
+    write = KINDS["folder"]
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "one")], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        left = tmp_path / other.stdout.readline().strip()
+        try:
+            write(tmp_path / "two", "new")
+            assert (left / "a").is_file(), "its writer lives"
+            (tmp_path / f".results.json.{other.pid}").touch()
+            (tmp_path / f".results.json.{os.getpid()}").touch()  # of a process that had our number before
+            (tmp_path / ".mine.json.1").touch()
+            atomic.remove_leftovers(tmp_path, lambda name: name == "results.json")
+            assert (tmp_path / f".results.json.{other.pid}").is_file()
+        finally:
+            other.kill()
+    assert left.is_dir()
+    atomic.remove_leftovers(tmp_path, lambda name: name == "results.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.json.1", "two"]
+
+
+@pytest.mark.parametrize("killed_at", ["first", "second"])
+def test_two_renames_that_a_kill_interrupted_are_finished_or_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
+) -> None:
+    """Where folders cannot be exchanged; the old one is never lost."""
+    write, target = KINDS["folder"], tmp_path / "one"
+    write(target, "old")
+    left = tmp_path / f".kitout-{'0' * 32}"
+    left.mkdir()
+    (left / "a").write_text("new")
+    old = tmp_path / f"{left.name}-old-one"
+    if killed_at == "first":
+        target.rename(old)
+    else:
+        left.rename(old)
+    write(tmp_path / "two", "x")
+    assert content(target) == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    write(target, "newer")
+    assert content(target) == "newer"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]

@@ -59,6 +59,41 @@ def train_out_of_memory() -> float:
     return far(results, references)
 
 
+def train_until_killed(config: dict[str, Any], at_operation: int, after_seconds: float = 0.0) -> int:
+    """A whole run that is killed before its n-th operation on a file of its folder, or after so many seconds.
+
+    The number of operations where it is killed by neither (0).
+    """
+    import signal
+    import sys
+    import threading
+
+    import kitout
+
+    folder, count = str(config["output"]["folder"]), 0
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_event(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if not writes and event not in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
+            return
+        if str(args[0]).startswith(folder):
+            count += 1
+            if count == at_operation:
+                kill()
+
+    sys.addaudithook(on_event)
+    if after_seconds:
+        timer = threading.Timer(after_seconds, kill)
+        timer.daemon = True
+        timer.start()
+    kitout.train(config, log=lambda _: None)
+    return count
+
+
 class SleepAfterStep(TrainerCallback):
     """Time to be killed in."""
 

@@ -75,9 +75,15 @@ def test_what_a_kill_left_incomplete_is_deleted_or_finished(tmp_path: Path) -> N
     (tmp_path / ".checkpoint-5.new").mkdir()
     (tmp_path / "checkpoint-3").rename(tmp_path / ".checkpoint-3.old")  # killed between the two renames
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / ".checkpoint-2.old")  # killed after both
-    (tmp_path / "checkpoint-5").mkdir()  # not ours
-    assert [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)] == [1, 2, 3, 4]
-    assert not list(tmp_path.glob(".*"))
+    (tmp_path / "checkpoint-1").rename(tmp_path / ".checkpoint-1.deleted")  # killed while it was deleted
+    for step, missing in ((4, checkpoints.TENSORS), (5, checkpoints.STATE)):  # as earlier versions deleted
+        shutil.copytree(tmp_path / "checkpoint-2", tmp_path / f"checkpoint-{step}", dirs_exist_ok=True)
+        (tmp_path / f"checkpoint-{step}" / missing).unlink()
+    (tmp_path / "checkpoint-6").mkdir()
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "model.safetensors").touch()  # not ours
+    assert [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)] == [2, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3", "checkpoint-7"]
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -108,6 +114,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, is_half: bool)
     _, again = small_run(tmp_path, steps=2)
     with pytest.raises(FileError, match=r"checkpoint-2 is damaged .*delete it"):
         again.train(str(last))
+    with pytest.warns(UserWarning, match="checkpoint-2 is damaged and not used"):
+        assert [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)] == [1]
+    assert last.is_dir()
 
 
 def test_other_data_or_another_adapter_is_refused(tmp_path: Path) -> None:
@@ -230,6 +239,15 @@ def test_losses_between_two_logs_survive_a_resume(tmp_path: Path) -> None:
     again.train(str(tmp_path / "cut" / "checkpoint-3"))
     assert losses(again) == losses(whole)
     assert again.step_runner.tokens == whole.step_runner.tokens
+    assert again.state.log_history[-1]["train_loss"] == whole.state.log_history[-1]["train_loss"]
+
+
+def test_the_mean_loss_of_a_run_that_was_killed_after_its_last_step_covers_all_steps(tmp_path: Path) -> None:
+    _, whole = small_run(tmp_path)
+    whole.train()
+    _, again = small_run(tmp_path)
+    again.train(str(tmp_path / "checkpoint-4"))
+    assert again.state.log_history[-1]["train_loss"] == whole.state.log_history[-1]["train_loss"] > 1
 
 
 def test_progress_is_plain_json(tmp_path: Path) -> None:

@@ -242,3 +242,29 @@ def test_the_owner_may_be_on_another_machine_or_unknown(tmp_path: Path) -> None:
             (tmp_path / OWNER_FILE).write_text(content)
             with pytest.raises(ConfigError, match=f"in use by {owner}"), open_run_folder(config(tmp_path)):
                 pass
+
+
+def test_what_a_killed_run_has_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
+    begin(tmp_path)
+    adapters = tmp_path / "adapter" / "one"
+    adapters.mkdir(parents=True)
+    kept = {tmp_path / "notes.txt", tmp_path / ".notes.txt.77", adapters / "adapter.json"}
+    dead = 2**22 + 1  # no process has such a number
+    left = {
+        *(tmp_path / f".{name}.{dead}" for name in ("run.yaml", "results.json", "metrics.jsonl", "confusion-a.png")),
+        *(tmp_path / f".{name}.{dead}" for name in ("report.html", "preflight.txt", ".run.owner")),
+        adapters / f".README.md.{dead}",
+        tmp_path / "checkpoints" / f".diverged.json.{dead}",
+    }
+    folders = {
+        tmp_path / f".kitout-{'1' * 32}", tmp_path / "adapter" / f".kitout-{'2' * 32}",
+        tmp_path / "checkpoints" / ".checkpoint-3.new", tmp_path / "checkpoints" / "checkpoint-4",
+    }  # fmt: skip
+    for folder in folders:
+        folder.mkdir(parents=True)
+    for file in (*kept, *left):
+        file.touch()
+    with open_run_folder(config(tmp_path)) as run:
+        assert run.resumes
+        assert not [path for path in (*left, *folders) if path.exists()]
+        assert all(path.exists() for path in kept)

@@ -81,11 +81,13 @@ class DataStatistics:
 
 
 def compute_statistics(
-    splits: Mapping[str, Sequence[EncodedExample]], label_names: Sequence[str] = (), closed: bool = False
-) -> DataStatistics:
+    splits: Mapping[str, Sequence[EncodedExample]], label_names: Sequence[str] = (), closed: bool = False,
+    at_model_limit: bool = False,
+) -> DataStatistics:  # fmt: skip
     """Of {"train": items, "validation": items, ...}; empty splits are left out, but train must not be empty.
 
     label_names: of the classes, in order. closed: the answers are labels, and short by nature.
+    at_model_limit: what was truncated is more than the model reads.
     Raises DataError if a split has no trained tokens.
     """
     if not splits.get("train"):
@@ -94,12 +96,12 @@ def compute_statistics(
     errors = Errors(DataError, "there is nothing to train on")
     for split in statistics:
         if split.num_without_targets == split.num_examples:
-            errors.add(_no_targets_message(split))
+            errors.add(_no_targets_message(split, at_model_limit))
     errors.raise_if_any()
     num_tokens = sum(split.num_tokens for split in statistics if split.trained_percent is not None)
     num_targets = sum(split.num_targets for split in statistics)
     percent = 100 * num_targets / num_tokens if num_tokens else None
-    warnings = (*_find_warnings(statistics, percent, closed), *_warn_same_answer(splits["train"]))
+    warnings = (*_find_warnings(statistics, percent, closed, at_model_limit), *_warn_same_answer(splits["train"]))
     return DataStatistics(statistics, percent, warnings)
 
 
@@ -154,13 +156,14 @@ def _count_labels(items: Sequence[EncodedExample], label_names: Sequence[str]) -
     return {name: counts[i] for i, name in enumerate(label_names)}
 
 
-def _no_targets_message(split: SplitStatistics) -> str:
+def _no_targets_message(split: SplitStatistics, at_model_limit: bool) -> str:
     """Why the split has no trained tokens, and what to do."""
     if split.num_truncated_targets:
         return (
             f"{split.name}: truncation took the answer of {split.num_truncated_targets:,} of "
             f"{split.num_examples:,} examples (the longest have {split.max_length:,} tokens left and lost "
-            f"{split.num_truncated_tokens:,} in all): choose a larger data.max_length"
+            f"{split.num_truncated_tokens:,} in all): "
+            + ("the model reads no more; shorten the texts" if at_model_limit else "choose a larger data.max_length")
         )
     return (
         f"{split.name}: none of the {split.num_tokens:,} tokens in {split.num_examples:,} examples is an answer "
@@ -169,8 +172,11 @@ def _no_targets_message(split: SplitStatistics) -> str:
     )
 
 
-def _find_warnings(splits: Sequence[SplitStatistics], trained_percent: float | None, closed: bool) -> list[str]:
+def _find_warnings(
+    splits: Sequence[SplitStatistics], trained_percent: float | None, closed: bool, at_model_limit: bool
+) -> list[str]:
     warnings = []
+    remedy = "the model reads no more" if at_model_limit else "a larger data.max_length keeps it"
     if trained_percent is not None and trained_percent < MIN_TRAINED_PERCENT and not closed:
         warnings.append(
             f"only {trained_percent:.2g} % of the tokens are trained on: long contexts with short answers cost much "
@@ -190,13 +196,12 @@ def _find_warnings(splits: Sequence[SplitStatistics], trained_percent: float | N
         if split.num_truncated_targets:
             warnings.append(
                 f"{split.name}: truncation cuts the answer of {split.num_truncated_targets:,} of "
-                f"{split.num_examples:,} examples: a larger data.max_length keeps it"
+                f"{split.num_examples:,} examples: {remedy}"
             )
         elif split.num_truncated > split.num_examples / 10:
             warnings.append(
                 f"{split.name}: truncation cuts the start of the context of {split.num_truncated:,} of "
-                f"{split.num_examples:,} examples ({split.num_truncated_tokens:,} tokens): a larger data.max_length "
-                "keeps it"
+                f"{split.num_examples:,} examples ({split.num_truncated_tokens:,} tokens): {remedy}"
             )
     return warnings + _find_class_warnings(splits[0])
 

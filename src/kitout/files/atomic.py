@@ -2,7 +2,8 @@
 
 Whatever fails in between, the target is as it was and nothing else is left. A reader sees the old one or the new one.
 On Linux an existing folder is exchanged in one system call. Elsewhere two renames are used, and the first is undone if
-the second fails. It knows nothing of what is in a file, and of a folder only the names of its files.
+the second fails. What a killed process has left is removed by the next one; a live process holds what it writes, and
+that is left alone. It knows nothing of what is in a file, and of a folder only the names of its files.
 """
 
 from __future__ import annotations
@@ -10,16 +11,23 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kitout.errors import FileError
 
+if sys.platform != "win32":
+    import fcntl
+
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
+# What `replace_folder` makes beside a target: the new folder, and the old one under the name of its target.
+TEMP_FOLDER = re.compile(r"\.kitout-[0-9a-f]{32}(?:-old-(?P<target>.+))?")
+TEMP_FILE = re.compile(r"\.(?P<file>.+)\.(?P<pid>[0-9]+)")  # what `write_bytes` makes beside a file
 
 
 def write_text(file: Path, text: str) -> Path:
@@ -47,21 +55,109 @@ def replace_folder(target: Path, files: Collection[str], write_into: Callable[[P
     target = _resolve(target.expanduser())  # a link is followed: the folder it leads to is the one replaced
     check_replaceable(target, files)
     new_parents = [p for p in target.parents if not p.exists()]  # the innermost first
-    temp_path = target.parent / f".kitout-{uuid.uuid4().hex}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temp_path.mkdir()
-        write_into(temp_path)
-        for file in temp_path.iterdir():
-            flush(file)
-        check_replaceable(target, files)  # writing may have taken a while
-        _move_into_place(temp_path, target)
-        flush(target.parent)
+        remove_leftovers(target.parent)
+        with _temp_folder(target.parent) as temp_path:
+            write_into(temp_path)
+            for file in temp_path.iterdir():
+                flush(file)
+            check_replaceable(target, files)  # writing may have taken a while
+            _move_into_place(temp_path, target)
+            flush(target.parent)
     finally:
-        shutil.rmtree(temp_path, ignore_errors=True)
         for parent in new_parents:
             with suppress(OSError):  # it is not empty: all went well, or another process uses it by now
                 parent.rmdir()
+
+
+@contextmanager
+def _temp_folder(parent: Path) -> Iterator[Path]:
+    """A new folder that this process holds until the block ends, when whatever has its name is deleted."""
+    path, handle = _new_held_folder(parent)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _new_held_folder(parent: Path) -> tuple[Path, int | None]:
+    while True:
+        path = parent / f".kitout-{uuid.uuid4().hex}"
+        path.mkdir()
+        with suppress(FileNotFoundError, BlockingIOError):  # another process took it for a leftover just now
+            handle = _hold(path)
+            if path.is_dir():
+                return path, handle
+
+
+def _hold(path: Path) -> int | None:
+    """A handle that marks a folder as in use until it is closed or the process ends; None where there is no such mark.
+
+    BlockingIOError where another process holds it.
+    """
+    if sys.platform == "win32":
+        return None
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if error.errno == errno.EWOULDBLOCK:
+            raise
+        return None  # a file system without locks
+    return handle
+
+
+def remove_leftovers(folder: Path, is_own_file: Callable[[str], bool] = lambda _name: False) -> None:
+    """Deletes what killed processes have left in a folder, and nothing that a live one is writing.
+
+    That is the folders of `replace_folder`, and what `write_bytes` left of the caller's own files. An old folder whose
+    successor never came to its place is moved back.
+    """
+    try:
+        paths = [path for path in folder.iterdir() if path.name.startswith(".")]
+    except OSError:  # not there, or not to be listed
+        return
+    for path in paths:
+        if (match := TEMP_FOLDER.fullmatch(path.name)) and path.is_dir() and not path.is_symlink():
+            with suppress(OSError):  # held by a live process, or removed by another one by now
+                _remove_folder(path, match["target"])
+            continue
+        match = TEMP_FILE.fullmatch(path.name)
+        if match and is_own_file(match["file"]) and not _is_alive(int(match["pid"])):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _remove_folder(path: Path, target: str | None) -> None:
+    handle = _hold(path)
+    if handle is None:
+        return
+    try:
+        if target is not None and not (path.parent / target).exists():
+            os.replace(path, path.parent / target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether another process has this number. One with our own was there before us: a container counts anew."""
+    if pid == os.getpid():
+        return False
+    if sys.platform == "win32":
+        return True  # there os.kill ends a process, whatever the signal
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def _resolve(path: Path) -> Path:
@@ -95,7 +191,7 @@ def _move_into_place(temp_path: Path, target: Path) -> None:
             raise
     if _exchange(temp_path, target):
         return
-    old_path = temp_path.with_name(temp_path.name + "-old")
+    old_path = temp_path.with_name(f"{temp_path.name}-old-{target.name}")
     os.replace(target, old_path)
     try:
         os.replace(temp_path, target)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,9 @@ from kitout.files.atomic import flush
 from kitout.files.system_errors import os_error_of
 
 PREFIX = "checkpoint-"
-TENSORS, PROGRESS, STATE = "state.safetensors", "progress.json", "trainer_state.json"
+TENSORS, PROGRESS, STATE = FILES = ("state.safetensors", "progress.json", "trainer_state.json")
+# Beside a checkpoint: one being written, one being replaced, one being deleted.
+NEW, OLD, DELETED = ".new", ".old", ".deleted"
 
 
 def save(
@@ -33,7 +37,7 @@ def save(
     progress: Mapping[str, Any], trainer_state: str,
 ) -> Path:  # fmt: skip
     """Writes `folder`/checkpoint-<step>, replacing one of that step. OSError: the earlier ones are untouched."""
-    final_path, new_path = folder / f"{PREFIX}{step}", folder / f".{PREFIX}{step}.new"
+    final_path, new_path = folder / f"{PREFIX}{step}", folder / f".{PREFIX}{step}{NEW}"
     shutil.rmtree(new_path, ignore_errors=True)
     try:
         new_path.mkdir(parents=True)
@@ -46,7 +50,7 @@ def save(
         for file in new_path.iterdir():
             flush(file)
         flush(new_path)
-        old_path = folder / f".{PREFIX}{step}.old"
+        old_path = folder / f".{PREFIX}{step}{OLD}"
         shutil.rmtree(old_path, ignore_errors=True)
         if final_path.exists():
             os.replace(final_path, old_path)
@@ -67,17 +71,48 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first; what a kill left incomplete is finished or deleted."""
+    """The whole checkpoints of a folder, oldest first; what a kill left incomplete is finished or deleted.
+
+    One with a damaged file does not count either, and is warned of.
+    """
     if not folder.is_dir():
         return []
-    for old_path in folder.glob(f".{PREFIX}*.old"):
-        final_path = folder / old_path.name[1:].removesuffix(".old")
+    _remove_leftovers(folder)
+    numbered = [path for path in folder.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
+    return [path for path in sorted(numbered, key=step_of) if _is_whole(path)]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether every file is there and reads to its end."""
+    if not all((path / name).is_file() for name in FILES):
+        return False
+    try:
+        read_progress(path)
+        with (path / TENSORS).open("rb") as file:
+            (header_size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(header_size))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        is_whole = (path / TENSORS).stat().st_size == 8 + header_size + max(ends, default=0)
+    except (FileError, OSError, ValueError, struct.error, OverflowError, MemoryError):
+        is_whole = False
+    if not is_whole:
+        warnings.warn(f"{path} is damaged and not used: delete it", stacklevel=3)
+    return is_whole
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for old_path in folder.glob(f".{PREFIX}*{OLD}"):
+        final_path = folder / old_path.name[1:].removesuffix(OLD)
         if not final_path.exists():  # killed between the two renames: the old one is complete
             os.replace(old_path, final_path)
-    for path in [*folder.glob(f".{PREFIX}*.new"), *folder.glob(f".{PREFIX}*.old")]:
+    leftovers = [path for suffix in (NEW, OLD, DELETED) for path in folder.glob(f".{PREFIX}*{suffix}")]
+    for path in folder.glob(f"{PREFIX}*"):
+        if path.is_dir() and path.name[len(PREFIX) :].isdigit():
+            names = {entry.name for entry in path.iterdir()}
+            if names < set(FILES):  # an earlier version deleted it file by file
+                leftovers.append(path)
+    for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
-    numbered = [path for path in folder.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
-    return sorted((path for path in numbered if (path / STATE).exists()), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -136,7 +171,9 @@ def _read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def prune(folder: Path, num_kept: int, best: int | None) -> None:
-    """Deletes all but the newest `num_kept` and the best."""
+    """Deletes all but the newest `num_kept` and the best. A kill in between leaves no half of one under its name."""
     for path in list_checkpoints(folder)[:-num_kept]:
         if step_of(path) != best:
-            shutil.rmtree(path, ignore_errors=True)
+            deleted_path = folder / f".{path.name}{DELETED}"
+            os.replace(path, deleted_path)
+            shutil.rmtree(deleted_path, ignore_errors=True)

@@ -1,7 +1,7 @@
 """What a run writes: adapters with their cards, results, plots and a report; then what to type next.
 
-The adapters come first and results.json last: its presence means that the run is finished. It knows folders and pages,
-and nothing of training.
+The adapters come first, before anything is measured, and results.json last: its presence means that the run is
+finished. It knows folders and pages, and nothing of training.
 """
 
 from __future__ import annotations
@@ -61,10 +61,7 @@ def write_outputs(
     try:
         _write_all(run, config, run_folder, results, comparisons, folders, outcomes, rows)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"{run_folder.path} cannot be written ({error}): the trained parameters are kept in its checkpoints; "
-            "make room, and the same command finishes the run"
-        ) from error
+        raise _not_written(run_folder, error) from error
     if text := results_text(results):
         log(text)
     for name, comparison in comparisons.items():
@@ -75,6 +72,24 @@ def write_outputs(
     return results
 
 
+def save_adapters(run: PreparedRun, config: RunConfig, run_folder: RunFolder, log: Callable[[str], None]) -> None:
+    """Saves what was trained before anything is measured: an error in measuring loses nothing."""
+    try:
+        for job, folder in adapter_folders(run, run_folder).items():
+            (folder / "README.md").unlink(missing_ok=True)  # of a run that was killed before it was finished
+            run.kit.save(job, folder, metadata={"trained by": "kitout train", "base": config.model.name})
+            log(f"saved    {folder}")
+    except (OSError, SafetensorError) as error:
+        raise _not_written(run_folder, error) from error
+
+
+def _not_written(run_folder: RunFolder, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{run_folder.path} cannot be written ({error}): the trained parameters are kept in its checkpoints; "
+        "make room, and the same command finishes the run"
+    )
+
+
 def _write_all(
     run: PreparedRun, config: RunConfig, run_folder: RunFolder, results: Mapping[str, Any],
     comparisons: Mapping[str, Comparison], folders: Mapping[str, Path], outcomes: Mapping[str, JobOutcome],
@@ -83,8 +98,6 @@ def _write_all(
     for job, folder in folders.items():
         own = {name: comparison for name, comparison in comparisons.items() if name == job}
         summary = _run_summary(run, config, results, own, {}, job)
-        (folder / "README.md").unlink(missing_ok=True)  # of a run that was killed right here
-        run.kit.save(job, folder, metadata={"trained by": "kitout train", "base": config.model.name})
         model_card.write_model_card(summary, folder)
     summary = replace(
         _run_summary(run, config, results, comparisons, _training_plots(run, run_folder), ", ".join(folders)),

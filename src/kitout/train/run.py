@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Result:
 
 def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Result:
     """Trains what the config describes. dry_run: stops before the first step. log: gets the lines to print."""
-    from kitout.train.outputs import write_outputs
+    from kitout.train.outputs import save_adapters, write_outputs
 
     if importlib.util.find_spec("accelerate") is None:
         raise ConfigError("training needs accelerate, which is not installed\n  pip install 'kitout[train]'")
@@ -91,9 +92,8 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         if dry_run:
             return Result(folder.path)
         memory.reset_peak(prepared.kit.device)
-        with trainer.display:
-            trainer.train(str(last_checkpoint) if last_checkpoint else None)
-        best_step = trainer.load_best()
+        save = partial(save_adapters, prepared, config, folder, log)
+        best_step = _train_and_save(trainer, last_checkpoint, prepared, save)
         outcomes = evaluate_jobs(prepared, config.evaluate, lambda name: _progress_fn(name, log))
         proofs = {}
         if config.evaluate.prove_merge:
@@ -106,6 +106,25 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         prepared.kit.detach()
         comparisons = {name: one.comparison for name, one in outcomes.items() if one.comparison is not None}
         return Result(folder.path, comparisons, results)
+
+
+def _train_and_save(
+    trainer: Any, last_checkpoint: Path | None, prepared: PreparedRun, save: Callable[[], None]
+) -> int | None:
+    """The step whose values are kept. Adapters are saved here, before anything is measured on them."""
+    try:
+        with trainer.display:
+            trainer.train(str(last_checkpoint) if last_checkpoint else None)
+    except Exception:
+        if trainer.is_evaluating and distributed.world_size() == 1:  # what is trained so far is not lost with it
+            save()
+        raise
+    best_step: int | None = trainer.load_best()
+    with fsdp.unsharded(prepared.kit):
+        if distributed.rank() == 0:
+            save()
+        distributed.barrier()
+    return best_step
 
 
 def _resolve_placement(config: RunConfig, folder: RunFolder) -> Placement:

@@ -20,7 +20,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kitout.errors import ConfigError, Errors
-from kitout.files.atomic import write_text
+from kitout.files.atomic import remove_leftovers, write_text
+from kitout.train import checkpoints
 from kitout.train.config import yaml_file
 from kitout.train.config.load import load
 from kitout.train.config.renamed_keys import translate
@@ -30,6 +31,7 @@ from kitout.train.metrics_log import METRICS_FILE, to_json_value
 RUN_FILE, RESULTS_FILE, ESTIMATE_FILE, RESOLVED_FILE = "run.yaml", "results.json", "estimate.json", "resolved.json"
 # The owner has a file of its own: some systems lock the bytes of the lock file.
 LOCK_FILE, OWNER_FILE = ".run.lock", ".run.owner"
+REPORT_FILE = "report.html"
 PREFLIGHT_FILES = ("preflight.json", "preflight.txt")
 HEADER = "# Written by `kitout train`: the settings of the run in this folder."
 
@@ -45,6 +47,8 @@ MAY_DIFFER = {
     *("evaluate.show_examples", "output.folder", "output.report_to"),
 }
 DRY_RUN_FILES = {RUN_FILE, ESTIMATE_FILE, RESOLVED_FILE, *PREFLIGHT_FILES}  # a folder of these alone holds no run yet
+# What a run writes file by file, besides plots: a kill may leave `.<name>.<pid>` of any of them.
+WRITTEN_FILES = {*DRY_RUN_FILES, RESULTS_FILE, METRICS_FILE, OWNER_FILE, REPORT_FILE, "README.md", "diverged.json"}
 ABSENT = object()
 
 
@@ -73,7 +77,7 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        return self.path / "report.html"
+        return self.path / REPORT_FILE
 
     @property
     def results(self) -> Path:
@@ -116,6 +120,7 @@ def open_run_folder(config: RunConfig) -> Iterator[RunFolder]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         with lock_folder(path):
+            _remove_leftovers(path)
             resumes = _is_same_run(path, config)
             write_text(path / RUN_FILE, f"{HEADER}\n{yaml_file.to_yaml(config.to_dict())}")
             yield RunFolder(path, resumes, (path / RESULTS_FILE).is_file())
@@ -123,6 +128,14 @@ def open_run_folder(config: RunConfig) -> Iterator[RunFolder]:
         raise ConfigError(
             f"output.folder={str(path)!r} cannot be written: {error.strerror} ({error.filename})"
         ) from error
+
+
+def _remove_leftovers(path: Path) -> None:
+    """What a killed run has left in its folder, which is locked: no live run writes here."""
+    adapter = path / "adapter"
+    for folder in (path, path / "checkpoints", adapter, *(entry for entry in adapter.glob("*") if entry.is_dir())):
+        remove_leftovers(folder, lambda name: name in WRITTEN_FILES or name.endswith(".png"))
+    checkpoints.list_checkpoints(path / "checkpoints")  # which finishes or deletes what is not whole
 
 
 @contextmanager

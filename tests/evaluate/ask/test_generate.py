@@ -210,3 +210,22 @@ def test_likelihoods_of_prompts_and_prefixes(method: Any) -> None:
     labels = [[7, 9, 11], [8], [7, 10]]
     expected = torch.tensor([[log_likelihood(kit, p, a) for a in labels] for p in PROMPTS])
     torch.testing.assert_close(label_likelihoods(kit, PROMPTS, labels, end_id=2), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [None, PrefixTuning(length=4), PromptTuning(length=4, init="normal")])
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+@torch.no_grad()
+def test_an_answer_ends_where_the_models_positions_do_alone_and_in_any_batch(name: str, method: Any) -> None:
+    kit, tokenizer = with_active_adapter(name, method)
+    kit.eval()
+    limit = 64 if method is None else 60
+    prompts = [[7 + i % 80 for i in range(length)] for length in (5, limit - 3, limit, limit - 3, limit - 12)]
+    expected = [generate_alone(kit, tokenizer, p, min(12, limit - len(p) + 1)) for p in prompts]
+    assert generate(kit, tokenizer, prompts, 12) == expected
+    assert generate(kit, tokenizer, prompts, 12, batch_size=1) == expected
+    message = rf"prompt number 1 has {limit + 2} tokens, and the model reads {limit}.*shorten it by 2"
+    with pytest.raises(ConfigError, match=message):
+        generate(kit, tokenizer, [[5, 6], [7] * (limit + 2)], 3)
+    label_likelihoods(kit, [[7] * (limit - 1)], [[8, 9], [10]], 2)
+    with pytest.raises(ConfigError, match=r"and 1 tokens of an answer behind it.*shorten it by 1"):
+        label_likelihoods(kit, [[7] * limit], [[8, 9], [10]], 2)

@@ -1,8 +1,8 @@
 """Greedy generation with the kit's active adapters: the same answer alone as in any batch.
 
 An answer ends before the first stop token and is cut here: what follows in a batch is padding, whose id may be a real
-token. Decoders take prompts padded on the left, encoders on the right, where their positions start. It knows no chat
-template and no metric.
+token. Decoders take prompts padded on the left, encoders on the right, where their positions start. An answer also ends
+where the model's positions do. It knows no chat template and no metric.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from kitout.base.eval_mode import eval_mode
 from kitout.data.padding import pad
 from kitout.errors import ConfigError
 from kitout.evaluate.ask.batches import ProgressFn, map_batches
+from kitout.evaluate.ask.text_limit import check_prompts, max_tokens
 from kitout.kit import Kit
 
 # Settings that start an answer or forbid tokens stay the model's own; sampling, search, penalties and lengths do not.
@@ -38,7 +39,8 @@ def generate(
 
     tokenizer: of the model, to decode; it is not changed. batch_size: halved while memory runs out. on_progress: is
     called with the number of prompts done and of all. stop_ids: ids that end an answer, besides those of the model's
-    generation config and of the tokenizer.
+    generation config and of the tokenizer. ConfigError for a prompt that is longer than the model reads; an answer that
+    does not fit behind its prompt is cut there.
     """
     if not kit.can_generate():
         raise ConfigError(f"{type(kit.base).__name__} cannot generate: load the model with its language-modeling head")
@@ -47,16 +49,37 @@ def generate(
     all_stop_ids = stop_token_ids(kit, tokenizer, stop_ids)
     pad_token_id = next(i for i in (tokenizer.pad_token_id, *sorted(all_stop_ids), 0) if i is not None)
     has_encoder = bool(kit.config.is_encoder_decoder)
+    room_by_length = _answer_rooms(kit, prompts, max_new_tokens)
 
     def ask(rows: list[Sequence[int]]) -> list[str]:
+        """Rows with less room for an answer than the others are generated apart: each is answered as if alone."""
+        texts: dict[int, str] = {}
+        for room in sorted({room_by_length[len(row)] for row in rows}):
+            alike = [i for i, row in enumerate(rows) if room_by_length[len(row)] == room]
+            texts |= zip(alike, ask_alike([rows[i] for i in alike], room), strict=True)
+        return [texts[i] for i in range(len(rows))]
+
+    def ask_alike(rows: list[Sequence[int]], room: int) -> list[str]:
         ids, mask = pad(rows, pad_token_id, "right" if has_encoder else "left", kit.device)
-        out = kit.generate(input_ids=ids, attention_mask=mask)
+        out = kit.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room)
         generated = out[:, 1 if has_encoder else ids.shape[1] :].tolist()
         answers = [_cut_at_stop(row, all_stop_ids) for row in generated]
         return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     with eval_mode(kit.base, kit), _greedy_config(kit.base, max_new_tokens, sorted(all_stop_ids), pad_token_id):
         return map_batches(prompts, batch_size, ask, on_progress)
+
+
+def _answer_rooms(kit: Kit, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> dict[int, int]:
+    """By length of a prompt: how many tokens its answer may have. The last one is written and not read."""
+    lengths = {len(prompt) for prompt in prompts if prompt}
+    check_prompts(kit, prompts)
+    if kit.config.is_encoder_decoder:
+        room = max(1, max_tokens(kit, max_new_tokens, "target") or max_new_tokens)
+        return dict.fromkeys(lengths, room)
+    longest = max(lengths, default=0) + max_new_tokens - 1
+    limit = max_tokens(kit, longest) or longest
+    return {length: max(1, min(max_new_tokens, limit - length + 1)) for length in lengths}
 
 
 def stop_token_ids(kit: Kit, tokenizer: Any, extra_ids: Sequence[int] = ()) -> set[int]:

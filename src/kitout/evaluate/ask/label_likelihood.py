@@ -17,6 +17,7 @@ from kitout.base.eval_mode import eval_mode
 from kitout.data.padding import pad
 from kitout.errors import ConfigError, Errors
 from kitout.evaluate.ask.batches import ProgressFn, map_batches
+from kitout.evaluate.ask.text_limit import check_prompts
 from kitout.kit import Kit
 from kitout.runtime.routing.route import adapter_names
 
@@ -32,12 +33,13 @@ def label_likelihoods(
     """Log-likelihood of each label (ids) after each prompt (ids), [prompts, labels], with the active adapters.
 
     end_id: the id that ends an answer. Where one label is a prefix of another ("1", "10"), it is appended to every
-    label: else the shorter would always win.
+    label: else the shorter would always win. ConfigError where a prompt and a label are longer than the model reads.
     """
     answers = [list(label) for label in labels]
     _check_labels(answers)
     if any(a is not b and b[: len(a)] == a for a in answers for b in answers):
         answers = [[*a, end_id] for a in answers]
+    check_prompts(kit, prompts, 0 if kit.config.is_encoder_decoder else max(map(len, answers)) - 1)
     ask = (
         _encoder_decoder_scorer(kit, answers, end_id)
         if kit.config.is_encoder_decoder

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from kitout.base.survey import Survey, Tower
+from kitout.base.token_limit import num_positions
 from kitout.delta import KeyValue
 from kitout.errors import RouteError
 from kitout.runtime.adapter import Adapter
@@ -172,7 +173,7 @@ class VirtualTokenCompiler:
             relative = any(s.relative_bias is not None for s in self.survey.kv_sites if s.tower == tower.path)
             self.programs[tower.embedder] = TextEntry(
                 tower, own, self.row_plan, self.forward_slot, self.active, prefill, widening, crossing, inner,
-                relative, passes_on,
+                relative, passes_on, num_positions(self.survey.model, tower),
             )  # fmt: skip
         return widening if widening is not None and widening.read_by_decoder else None
 

@@ -35,6 +35,7 @@ class TextEntry:
     layouts: by entry, the virtual tokens its text sees as keys and values. widening: those that go into the sequence
     itself; cross_widening: likewise in the stack that this one reads. is_relative: positions are distances, which
     attention computes. passes_on: the module that runs the blocks is given the position ids of the model around it.
+    num_positions: of the stack's table; None: as the config says.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class TextEntry:
         inner: Program | None = None,
         is_relative: bool = False,
         passes_on: bool = False,
+        num_positions: int | None = None,
     ) -> None:
+        self.num_positions = num_positions
         self.tower, self.layouts, self.row_plan, self.forward_slot = tower, layouts, row_plan, forward_slot
         self.active, self.is_relative, self.passes_on = active, is_relative, passes_on
         self.prefill, self.widening, self.cross_widening, self.inner = prefill, widening, cross_widening, inner
@@ -197,7 +200,9 @@ class TextEntry:
 
     def _check_limit(self, module: nn.Module, position_ids: Tensor, num_seen: int) -> None:
         """RouteError where a position is beyond those the model has."""
-        max_positions = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+        max_positions = self.num_positions
+        if max_positions is None:
+            max_positions = getattr(getattr(module, "config", None), "max_position_embeddings", None)
         max_virtual = max(layout.length for layout in self.layouts)
         if (
             not isinstance(max_positions, int)
@@ -210,7 +215,7 @@ class TextEntry:
         raise RouteError(
             f"prompt or prefix and text are {num_over} positions too long: {int(position_ids.max()) + 1} positions, "
             f"of which up to {num_virtual} are virtual tokens, and "
-            f"the model has {max_positions} (max_position_embeddings); shorten the text by {num_over}"
+            f"the model has {max_positions}; shorten the text by {num_over}"
         )
 
 

@@ -102,8 +102,9 @@ class DataConfig(ConfigSection):
     """Arguments of the chat template besides the turns: {"enable_thinking": false}."""
     labels: tuple[str, ...] | None = None
     """The closed set of labels, in order; default: those of the train split."""
-    max_length: int = Field(default=1024, gt=1)
-    """Tokens of one example at most; truncation takes the front of its context, never its answer, if that fits."""
+    max_length: int | None = Field(default=None, gt=1)
+    """Tokens of one example at most, and never more than the model reads; default: 1024, or the tokenizer's
+    `model_max_length` if that is less. Truncation takes the front of its context, never its answer, if that fits."""
     streaming: bool = False
     """Read the training set while training, never whole in memory; needs train.steps."""
     image_size: int | None = Field(default=None, gt=0)

@@ -66,6 +66,10 @@ class JobTrainer(Trainer):  # type: ignore[misc]
     """How many of the newest are kept, besides the best."""
     cuts: dict[str, str]
     """By job: the module at which its frozen trunk is cut (`frozen_trunk.keep_features`)."""
+    loss_sum_before: tuple[float, float]
+    """Of all steps before this call: the loss summed up to the last log, and since then."""
+    is_evaluating: bool
+    """In `evaluate_fn`, or left by its error."""
 
     def __init__(
         self,
@@ -87,13 +91,13 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         _adjust_arguments(args, len(self.step_dataset), len(jobs))
         if any(job.settings.fsdp for job in jobs) and not is_sharded(kit):
             shard(kit)
-        self.cuts = {}
+        self.cuts, self.loss_sum_before, self.is_evaluating = {}, (0.0, 0.0), False
         self.step_runner = StepRunner(kit, jobs, micro_batch_size or max(len(self.step_dataset[0]), 1))
         self.health = Health(kit, jobs, folder)
         with _restored_config(kit):
             super().__init__(
                 model=kit, args=args, train_dataset=self.step_dataset, eval_dataset=self.step_dataset,
-                callbacks=[SaveOnEvaluate(), *callbacks],
+                callbacks=[SaveOnEvaluate(), RestoreLossSum(self), *callbacks],
             )  # fmt: skip
         self.remove_callback(PrinterCallback)
         self.control: TrainerControl
@@ -170,12 +174,16 @@ class JobTrainer(Trainer):  # type: ignore[misc]
             logs |= {"tokens": tokens, "tokens_per_second": tokens / max(seconds, 1e-9), "seconds": seconds}
             logs |= {"processor_seconds": processor_seconds}
             logs |= {"memory": memory.peak(self.args.device)}
+        if "train_loss" in logs:  # of the whole run; Trainer's is of the steps since a resume
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The metrics of `evaluate_fn`, which are logged and given to the callbacks."""
+        self.is_evaluating = True  # and stays so after an error
         with eval_mode(self.kit.base, self.kit):
             metrics = self.evaluate_fn() if self.evaluate_fn is not None else {}
+        self.is_evaluating = False
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -185,6 +193,7 @@ class JobTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """One folder, complete or not there. A full disk costs this checkpoint and no earlier one."""
         counts = self.step_runner.state()  # by all processes
+        losses_since_log = distributed.all_gather([self._tr_loss.item()])
         if self.args.should_save:
             step = self.state.global_step
             for stateful in (*self.callback_handler.callbacks, self.control):
@@ -193,6 +202,7 @@ class JobTrainer(Trainer):  # type: ignore[misc]
             progress = {
                 "run": self.run_id,
                 **counts,
+                "loss_sum": [self._total_loss_scalar, losses_since_log],
                 "stopped": self.health.diverged,
                 "ended": self.control.should_training_stop and step < self.args.max_steps,
                 "scheduler": {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"},
@@ -230,6 +240,11 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         runner.restore(progress)
         runner.micro_batch_size = min(runner.micro_batch_size, requested)  # a run short of memory may resume with less
         self.health.diverged = progress["stopped"]
+        if "loss_sum" in progress:  # not in checkpoints of earlier versions
+            total, since_log = progress["loss_sum"]
+            is_same_number = len(since_log) == distributed.world_size()
+            own = distributed.my_slice(since_log) if is_same_number else since_log
+            self.loss_sum_before = total, sum(own) / len(own)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -262,6 +277,19 @@ class SaveOnEvaluate(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         control.should_save = control.should_save or control.should_evaluate
         return control
+
+
+class RestoreLossSum(TrainerCallback):  # type: ignore[misc]
+    """The mean loss that is logged at the end covers the steps before a resume too, to the bit."""
+
+    def __init__(self, trainer: JobTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        total, since_log = self.trainer.loss_sum_before
+        self.trainer._total_loss_scalar += total
+        self.trainer._tr_loss += since_log
+        self.trainer.loss_sum_before = 0.0, 0.0
 
 
 def _adjust_arguments(args: TrainingArguments, num_steps: int, num_jobs: int) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.evaluate.ask.generate import generate
 from kitout.evaluate.ask.label_likelihood import label_likelihoods
+from kitout.evaluate.ask.text_limit import max_tokens
 from kitout.evaluate.metrics.language import LossSums
 from kitout.evaluate.metrics.measure import Measure
 from kitout.evaluate.metrics.registry import compute_measures
@@ -171,13 +172,25 @@ def choose_answers(
     own = list(range(len(items))) if is_together else my_slice(range(len(items)))
     scores = label_likelihoods(
         kit,
-        [prompt_ids(items[i]) for i in own],
+        _shortened(kit, [prompt_ids(items[i]) for i in own], max(map(len, closed_answers.token_ids))),
         closed_answers.token_ids,
         closed_answers.end_token_id,
         on_progress=on_progress,
     )
     answers = [(i, closed_answers.names[best]) for i, best in zip(own, scores.argmax(dim=1).tolist(), strict=True)]
     return [name for _, name in sorted(answers if is_together else all_gather(answers))]
+
+
+def _shortened(kit: Kit, prompts: Sequence[Sequence[int]], num_after: int) -> list[Sequence[int]]:
+    """Prompts with room for the longest answer: an example's own may be shorter. What goes is what truncation takes
+    first: the front of the context, behind a first token that all prompts share.
+    """
+    if kit.config.is_encoder_decoder or not prompts:
+        return list(prompts)
+    longest = max(map(len, prompts)) + num_after
+    room = (max_tokens(kit, longest) or longest) - num_after
+    kept = 1 if len({prompt[0] for prompt in prompts}) == 1 else 0
+    return [p if len(p) <= room else (*p[:kept], *p[len(p) - room + kept :]) for p in prompts]
 
 
 def _default_max_new_tokens(items: Sequence[EncodedExample]) -> int:

@@ -39,6 +39,8 @@ class EncoderSettings:
     """Which turns of a chat are trained on."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """What the chat template takes besides the turns."""
+    max_target_length: int | None = None
+    """Tokens that a sequence-to-sequence model writes at most; None: as max_length."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ TASKS: dict[str, Task] = {
             "text2text-generation",
             "generation",
             lambda kit, settings: Seq2SeqLM(kit, _pad_token_id(settings)),
-            lambda s: generation.Seq2SeqEncoder(s.tokenizer, s.max_length),
+            lambda s: generation.Seq2SeqEncoder(s.tokenizer, s.max_length, s.max_target_length),
             lambda examples, is_encoder_decoder: _is_generation(examples) and is_encoder_decoder,
         ),
         Task(

@@ -31,8 +31,9 @@ def collect_statistics(run: PreparedRun) -> list[DataStatistics]:
             },
             dataset.label_names,
             dataset.answers is not None,
+            at_model_limit=bool(run.lengths) and run.lengths[i].at_model_limit,
         )
-        for dataset in run.datasets
+        for i, dataset in enumerate(run.datasets)
     ]
 
 
@@ -86,6 +87,8 @@ def _settings_texts(run: PreparedRun, job_config: RunConfig, job_index: int, est
         "objective": run.objective,
         "batch": f"{train.batch_size} examples a step, at most {micro_batch} in one forward; learning rate {lr:g}",
     }
+    if run.lengths:
+        texts["length"] = run.lengths[job_index].describe(kit.config.is_encoder_decoder)
     *reading_notes, split_note = dataset.reading_notes  # of each source, then of the split
     for number, note in enumerate(reading_notes, 1):
         texts[f"data {number}" if number > 1 else "data"] = note

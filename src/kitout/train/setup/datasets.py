@@ -23,6 +23,7 @@ from kitout.train.config.schema import DataConfig, SourceConfig
 from kitout.train.objectives.tasks import TASKS, EncodeFn, EncoderSettings, Task
 from kitout.train.setup.base_model import resolve_data
 from kitout.train.setup.closed_answers import ClosedAnswers, find_closed_answers
+from kitout.train.setup.lengths import TextLengths, requested_lengths
 
 PREVIEW_EXAMPLES = 1000  # examples of a stream that are counted beforehand
 
@@ -65,17 +66,22 @@ class Datasets:
         return TASKS[self.objective].reference_of(item, self.images)
 
 
-def load_datasets(config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool) -> Datasets:
+def load_datasets(
+    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths | None = None
+) -> Datasets:
     """The datasets of one job. tokenizer: None for images. is_encoder_decoder: of the model."""
     if tokenizer is None:
         return load_image_datasets(config)
-    return load_text_datasets(config, objective, tokenizer, is_encoder_decoder)
+    return load_text_datasets(config, objective, tokenizer, is_encoder_decoder, lengths)
 
 
-def load_text_datasets(config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool) -> Datasets:
-    """Texts of every objective. is_encoder_decoder: of the model."""
+def load_text_datasets(
+    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths | None = None
+) -> Datasets:
+    """Texts of every objective. is_encoder_decoder: of the model. lengths: None: by config and tokenizer alone."""
+    lengths = lengths or requested_lengths(config, tokenizer)
     if config.streaming:
-        return _load_streamed(config, objective, tokenizer, is_encoder_decoder)
+        return _load_streamed(config, objective, tokenizer, is_encoder_decoder, lengths)
     examples: dict[str, list[Example]] = {}
     notes: list[str] = []
     for k, source in enumerate(config.train):
@@ -90,7 +96,7 @@ def load_text_datasets(config: DataConfig, objective: str, tokenizer: Any, is_en
     splits = split_examples(examples, validation, test, config.seed, stratify=name != "regression")
     task = TASKS[name]
     label_names = tuple(config.labels or classification.label_set(splits.train)) if task.has_labels else ()
-    encode = _encoder(task, tokenizer, config, label_names)
+    encode = _encoder(task, tokenizer, config, label_names, lengths)
     by_source = [encode([e for e in splits.train if e.source_index == k]) for k in range(len(config.train))]
     if not all(by_source):
         empty = [source.path for source, encoded in zip(config.train, by_source, strict=True) if not encoded]
@@ -125,12 +131,17 @@ def infer_objective(examples: Sequence[Example], requested: str, is_encoder_deco
     return next(name for name, task in TASKS.items() if task.fits(examples, is_encoder_decoder))
 
 
-def _encoder(task: Task, tokenizer: Any, config: DataConfig, label_names: tuple[str, ...]) -> EncodeFn:
+def _encoder(
+    task: Task, tokenizer: Any, config: DataConfig, label_names: tuple[str, ...], lengths: TextLengths
+) -> EncodeFn:
     if task.build_encoder is None:
         raise ConfigError(f"objective={task.name} is for models that read images; this one reads text")
     return task.build_encoder(
-        EncoderSettings(tokenizer, config.max_length, label_names, config.train_on, config.chat_template_kwargs)
-    )
+        EncoderSettings(
+            tokenizer, lengths.text.tokens, label_names, config.train_on, config.chat_template_kwargs,
+            lengths.target.tokens,
+        )
+    )  # fmt: skip
 
 
 def _closed_answers(
@@ -159,7 +170,9 @@ def _reading_options(source: SourceConfig) -> tuple[str | None, dict[str, str] |
     return (None if source.format == "auto" else source.format), (source.columns or None), source.system_prompt
 
 
-def _load_streamed(config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool) -> Datasets:
+def _load_streamed(
+    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths
+) -> Datasets:
     """Train is read as it is trained on; validation and test come from its front, or from files of their own."""
     if len(config.train) > 1:
         raise ConfigError("data.streaming reads one source; join the files, or leave streaming out")
@@ -183,7 +196,7 @@ def _load_streamed(config: DataConfig, objective: str, tokenizer: Any, is_encode
     label_names = (config.labels or ()) if task.has_labels else ()
     if task.has_labels and not label_names:
         raise ConfigError("data.streaming: the labels are not known beforehand: write data.labels=[...]")
-    encode = _encoder(task, tokenizer, config, label_names)
+    encode = _encoder(task, tokenizer, config, label_names, lengths)
     validation, test = encode(held_out["validation"]), encode(held_out["test"])
     preview = encode(first_examples)
     notes = [*map(str, stream.readings), f"streamed; counted over the first {len(first_examples):,} examples"]

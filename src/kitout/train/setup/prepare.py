@@ -30,6 +30,14 @@ from kitout.train.setup.base_model import (
 )
 from kitout.train.setup.datasets import Datasets, load_datasets
 from kitout.train.setup.heads import build_heads
+from kitout.train.setup.lengths import (
+    TextLengths,
+    are_too_long,
+    check_vocabulary,
+    fit_lengths,
+    requested_lengths,
+    warn_of_lengths,
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,8 @@ class PreparedRun:
     """What the pre-flight warns of, besides the data."""
     from_pretrained_kwargs: Mapping[str, Any]
     """What the loader of the base takes besides its name."""
+    lengths: Sequence[TextLengths] = ()
+    """By job: how long its texts may be; empty for images."""
 
     @property
     def first_dataset(self) -> Datasets:
@@ -65,14 +75,22 @@ def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRu
     warnings = _check_learning_rates(job_configs)
     hf_config = load_config(config.model)
     tokenizer = None if _reads_images(config.objective, hf_config) else load_tokenizer(config.model)
-    datasets = _load_all_datasets(job_configs, hf_config, tokenizer)
+    lengths = [] if tokenizer is None else [requested_lengths(job.data, tokenizer) for job in job_configs]
+    datasets = _load_all_datasets(job_configs, hf_config, tokenizer, lengths)
     task = _common_task(job_configs, datasets)
     pad_token_id = None if task.reads_images else _choose_pad_token(hf_config, tokenizer)
     base = _load_base(config, task, placement or choose_placement(config.model), datasets, hf_config, pad_token_id)
     warnings += _warn_of_new_heads(base, datasets[0])
+    for job_config, dataset in zip(job_configs, datasets, strict=True):
+        _add_adapter(base, job_config, dataset)
+    if tokenizer is not None:
+        check_vocabulary(base.kit, tokenizer)
+        datasets, lengths = _fit_datasets(base.kit, job_configs, hf_config, tokenizer, datasets, lengths)
+        for job_config, dataset in zip(job_configs, datasets, strict=True):
+            warnings += warn_of_lengths(base.kit, job_config.output.name, _encoded(dataset), tokenizer)
     jobs = [
-        _build_job(base, job_config, task, dataset, pad_token_id)
-        for job_config, dataset in zip(job_configs, datasets, strict=True)
+        _build_job(base, job_config, task, dataset, pad_token_id, lengths[i].text.tokens if lengths else 0)
+        for i, (job_config, dataset) in enumerate(zip(job_configs, datasets, strict=True))
     ]
     for job in jobs:
         if isinstance(job.objective, LanguageObjective):
@@ -80,7 +98,15 @@ def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRu
             with base.kit.use(job.name):
                 job.objective.choose_head_loss([one.name for one in jobs], first_rows)
     return PreparedRun(
-        base.kit, jobs, datasets, tokenizer, task.name, base.dtype_reason, warnings, base.from_pretrained_kwargs
+        base.kit,
+        jobs,
+        datasets,
+        tokenizer,
+        task.name,
+        base.dtype_reason,
+        warnings,
+        base.from_pretrained_kwargs,
+        lengths,
     )
 
 
@@ -114,17 +140,44 @@ def _reads_images(objective: str, hf_config: Any) -> bool:
     return type(hf_config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
-def _load_all_datasets(job_configs: Sequence[RunConfig], hf_config: Any, tokenizer: Any) -> list[Datasets]:
+def _load_all_datasets(
+    job_configs: Sequence[RunConfig], hf_config: Any, tokenizer: Any, lengths: Sequence[TextLengths]
+) -> list[Datasets]:
     """The datasets of each job; jobs that read the same data share them, except streams, which are read on."""
     is_encoder_decoder = bool(getattr(hf_config, "is_encoder_decoder", False))
-    loaded: list[tuple[DataConfig, Datasets]] = []
-    for job in job_configs:
+    loaded: list[tuple[DataConfig, TextLengths | None, Datasets]] = []
+    for i, job in enumerate(job_configs):
         # what is applied after reading does not count
         reading = job.data.model_copy(update={"augment": AugmentConfig(), "image_size": None})
-        shared = [datasets for config, datasets in loaded if config == reading and not reading.streaming]
-        new = None if shared else load_datasets(job.data, job.objective, tokenizer, is_encoder_decoder)
-        loaded.append((reading, new or shared[0]))
-    return [datasets for _, datasets in loaded]
+        own = lengths[i] if lengths else None
+        shared = [one for config, other, one in loaded if (config, other) == (reading, own) and not reading.streaming]
+        new = None if shared else load_datasets(job.data, job.objective, tokenizer, is_encoder_decoder, own)
+        loaded.append((reading, own, new or shared[0]))
+    return [datasets for *_, datasets in loaded]
+
+
+def _encoded(dataset: Datasets) -> list[Any]:
+    """All examples of texts that are encoded so far."""
+    return [*(dataset.preview or dataset.train), *dataset.validation, *dataset.test]
+
+
+def _fit_datasets(
+    kit: Kit, job_configs: Sequence[RunConfig], hf_config: Any, tokenizer: Any, datasets: Sequence[Datasets],
+    requested: Sequence[TextLengths],
+) -> tuple[list[Datasets], list[TextLengths]]:  # fmt: skip
+    """The datasets and lengths of the jobs, encoded again where a text is longer than the model reads."""
+    fitted, lengths = list(datasets), []
+    for job, dataset, own in zip(job_configs, datasets, requested, strict=True):
+        lengths.append(fit_lengths(kit, job.output.name, own, _encoded(dataset), bool(dataset.preview)))
+    changed = [
+        i
+        for i, (dataset, own) in enumerate(zip(datasets, lengths, strict=True))
+        if own != requested[i] and (dataset.preview or are_too_long(_encoded(dataset), own))
+    ]
+    again = _load_all_datasets([job_configs[i] for i in changed], hf_config, tokenizer, [lengths[i] for i in changed])
+    for i, dataset in zip(changed, again, strict=True):
+        fitted[i] = dataset
+    return fitted, lengths
 
 
 def _common_task(job_configs: Sequence[RunConfig], datasets: Sequence[Datasets]) -> Task:
@@ -177,18 +230,24 @@ def _warn_of_new_heads(base: LoadedBase, dataset: Datasets) -> list[str]:
     return [f"the base has an untrained head for these labels: expect chance level before training{majority}"]
 
 
-def _build_job(base: LoadedBase, job_config: RunConfig, task: Task, dataset: Datasets, pad_token_id: int | None) -> Job:
-    """Adds the job's adapter to the kit, and plans what each of its steps trains on."""
-    name, train = job_config.output.name, job_config.train
+def _add_adapter(base: LoadedBase, job_config: RunConfig, dataset: Datasets) -> None:
+    train = job_config.train
     heads = build_heads(base.heads, base.new_heads, len(dataset.label_names) or 1, train.seed, train.head)
-    base.kit.add(name, job_config.method, seed=train.seed, heads=heads)
-    pack_width = job_config.data.max_length if train.packing else 0
+    base.kit.add(job_config.output.name, job_config.method, seed=train.seed, heads=heads)
+
+
+def _build_job(
+    base: LoadedBase, job_config: RunConfig, task: Task, dataset: Datasets, pad_token_id: int | None, max_length: int
+) -> Job:
+    """Plans what each of the job's steps trains on."""
+    train = job_config.train
+    pack_width = max_length if train.packing else 0
     settings = ObjectiveSettings(pad_token_id, pack_width, dataset.images)
     if task.reads_images:
         settings = ObjectiveSettings(images=dataset.images, pixels=_pixel_processor(job_config))
     objective = task.build_objective(base.kit, settings)
     batches = _plan_steps(dataset, objective, train)
-    return Job(name, objective, dataset.train, batches, train, dataset.validation)
+    return Job(job_config.output.name, objective, dataset.train, batches, train, dataset.validation)
 
 
 def _pixel_processor(job_config: RunConfig) -> Any:
