@@ -127,7 +127,9 @@ def from_spans(row_fields: RowFields) -> TaggedWords:
         spans = _parse_json(spans, "spans")
     if not isinstance(spans, list):
         raise DataError(f"'spans' is {_shorten(spans)}, expected a list (empty if there are none)")
-    return TaggedWords(*bio_tags(_required_text(row_fields, "text", strip=False), spans))
+    text = _required_text(row_fields, "text", strip=False)
+    words, tags, starts = bio_tags(text, spans)
+    return TaggedWords(words, tags, text=text, starts=starts)
 
 
 def from_text(row_fields: RowFields) -> Text:

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 from kitout.data.normalize import normalize_text
@@ -28,6 +29,8 @@ class Example(ABC):
     """Where it was read, for messages: "train.jsonl:12"."""
     source_index: int = field(default=0, compare=False)
     """Which source of a mixture it came from."""
+    remarks: tuple[str, ...] = field(default=(), compare=False)
+    """What was changed or assumed when it was read, for the pre-flight: one phrase each."""
 
     @abstractmethod
     def source_text(self) -> str:
@@ -39,7 +42,7 @@ class Example(ABC):
 
     @cached_property
     def exact_key(self) -> str:
-        """The same for the same content, wherever and whenever it was read."""
+        """The same for the same content, wherever and whenever it was read: by it exact copies are found."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
         return _hash(
             json.dumps([type(self).__name__, values], sort_keys=True, default=_to_json_value, ensure_ascii=False)
@@ -49,11 +52,6 @@ class Example(ABC):
     def input_key(self) -> str:
         """The same for inputs that differ only in case, width of letters and white space."""
         return _hash(normalize_text(self.source_text()))
-
-    @cached_property
-    def content_key(self) -> str:
-        """The same for examples whose input and answer are the same, compared as by `input_key`."""
-        return _hash(f"{self.input_key} {normalize_text(self.answer_text())}")
 
 
 @dataclass(frozen=True)
@@ -155,9 +153,19 @@ class TaggedWords(Example):
     """In order."""
     tags: tuple[str, ...]
     """One per word."""
+    text: str = field(default="", compare=False)
+    """The text that the words are of; empty where the data have words alone."""
+    starts: tuple[int, ...] = field(default=(), compare=False)
+    """The character of `text` at which each word begins."""
 
     def source_text(self) -> str:
         return " ".join(self.words)
+
+    def located_words(self) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """The text as a model reads it, and the characters of each word; words alone are joined by single spaces."""
+        starts = self.starts or tuple(accumulate((len(word) + 1 for word in self.words[:-1]), initial=0))
+        spans = tuple((start, start + len(word)) for start, word in zip(starts, self.words, strict=True))
+        return self.text or self.source_text(), spans
 
     def answer_text(self) -> str:
         return " ".join(self.tags)
