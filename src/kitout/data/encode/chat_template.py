@@ -71,12 +71,33 @@ class ChatTemplate:
     def end_tokens(self) -> re.Pattern[str]:
         """Tokens that can end a turn: the special ones, and those the template writes after a turn."""
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        after_turn = self.render(_probe_chat(_PROBE_WORD)).partition(_PROBE_WORD)[2]
         ends = {
             *self.span_tokenizer.special_tokens.values(),
-            *(token for token in added if token.strip() and token in after_turn),
+            *(token for token in added if token.strip() and token in self._after_turn),
         }
         return re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or r"(?!)")
+
+    @cached_property
+    def _after_turn(self) -> str:
+        """What the template writes after an assistant turn that ends the chat."""
+        return self.render(_probe_chat(_PROBE_WORD)).partition(_PROBE_WORD)[2]
+
+    def without_end_tokens(self, turns: Sequence[Turn]) -> tuple[Turn, ...]:
+        """The turns without the end tokens that the data have written behind an answer and the template writes too."""
+        written = [token.group() for token in self.end_tokens.finditer(self._after_turn)]
+        closed = []
+        for turn in turns:
+            content = turn.message.get("content")
+            if turn.role == "assistant" and isinstance(content, str):
+                while end := next((token for token in written if content.rstrip().endswith(token)), None):
+                    content = content.rstrip().removesuffix(end)
+                turn = (
+                    turn
+                    if content is turn.message["content"]
+                    else Turn({**turn.message, "content": content}, turn.train_on)
+                )
+            closed.append(turn)
+        return tuple(closed)
 
     def ends_with_end_token(self, text: str) -> bool:
         """White space after the last end token does not count."""

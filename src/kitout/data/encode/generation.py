@@ -14,6 +14,7 @@ from typing import Any
 from kitout.data.encode.assistant_spans import AssistantSpans
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.data.encode.spans_to_labels import SpannedText, SpanTokenizer
+from kitout.data.encode.template_coverage import check_without_template
 from kitout.data.examples.examples import Chat, Completion, Example, LabeledText, TaggedWords, Text
 from kitout.data.read.tables import DataError, add_first
 from kitout.errors import Errors
@@ -60,7 +61,8 @@ class CausalEncoder:
             prompt_end = len(example.prompt)
             text = example.prompt + example.completion
             spans = ((0 if self.assistant_spans.train_on == "all" else prompt_end, len(text)),)
-            answer = example.completion if example.prompt else ""  # without a prompt nothing can be generated from it
+            completion = self.span_tokenizer.without_end(example.completion)
+            answer = completion if example.prompt else ""  # without a prompt nothing can be generated from it
             return [SpannedText(text, spans, prompt_end, True, True, answer, example.location)]
         if isinstance(example, Text):
             return [SpannedText(example.text, ((0, len(example.text)),), 0, True, True, "", example.location)]
@@ -101,32 +103,40 @@ class Seq2SeqEncoder:
     """Of a target, in tokens; None: as max_length."""
 
     def __call__(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        encode_each(examples, self._check_example)
+        remarks = encode_each(examples, self._check_example)
         if not examples:
             return []
         _check_max_length(self.max_length)
-        end = SpanTokenizer(self.tokenizer).end_id
+        span_tokenizer = SpanTokenizer(self.tokenizer)
+        answers = [span_tokenizer.without_end(e.answer_text()) for e in examples]
         sources = self._encode_texts([e.source_text() for e in examples], self.max_length)
-        targets = self._encode_texts(
-            [e.answer_text() for e in examples], self.max_target_length or self.max_length, end
-        )
+        targets = self._encode_texts(answers, self.max_target_length or self.max_length, span_tokenizer.end_id)
         return [
             EncodedExample(
                 ids,
                 target_ids=target,
-                reference=e.answer_text(),
+                reference=answer,
                 num_truncated=cut + cut_targets,
                 num_truncated_targets=cut_targets,
                 location=e.location,
+                remarks=left_out + span_tokenizer.remarks_on_targets(target, answer),
             )
-            for e, (ids, cut), (target, cut_targets) in zip(examples, sources, targets, strict=True)
+            for e, left_out, answer, (ids, cut), (target, cut_targets) in zip(
+                examples, remarks, answers, sources, targets, strict=True
+            )
         ]
 
-    def _check_example(self, example: Example) -> None:
+    def _check_example(self, example: Example) -> tuple[str, ...]:
+        """Remarks on what of it is not read."""
         if not example.answer_text():
             raise DataError("it has no answer; sequence-to-sequence models need one")
         if isinstance(example, TaggedWords):
             raise DataError("it has tags; train token classification on them")
+        if not isinstance(example, Chat):
+            return ()
+        if example.tools:
+            raise DataError("it has tools, which sequence-to-sequence models have no place for; leave the column out")
+        return check_without_template(example)
 
     def _encode_texts(
         self, texts: list[str], max_length: int, end_id: int | None = None

@@ -11,7 +11,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, TypeAlias
@@ -92,6 +92,13 @@ class Chat(Example):
 
     def answer_text(self) -> str:
         return self.turns[self._last_answer_index()].text if self._last_answer_index() < len(self.turns) else ""
+
+    def with_system(self, text: str) -> Chat:
+        """With a system turn, unless there is one that says something."""
+        has_system = self.turns[0].role == "system"
+        if has_system and self.turns[0].text.strip():
+            return self
+        return replace(self, turns=(Turn({"role": "system", "content": text}), *self.turns[has_system:]))
 
     def _last_answer_index(self) -> int:
         return max((i for i, turn in enumerate(self.turns) if turn.role == "assistant"), default=len(self.turns))

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from kitout.data.examples import convert
 from kitout.data.examples.examples import Example
+from kitout.data.examples.system_prompt import with_system_prompt
 from kitout.data.read.tables import DataError, Row, add_first
 from kitout.errors import Errors, suggest
 
@@ -34,6 +35,9 @@ _METADATA_PATTERN = re.compile(
     r"(?i)(.*[_ ])?(id|idx|index|url|uri|source|title|date|time|timestamp|added|created|meta|metadata|lang|language"
     r"|dump|path|file|filename|name|author|licen[cs]e|subset|split|domain|count|length|len|tokens|score|hash|__.*)"
 )
+
+_DECIMAL_COMMA_PATTERN = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?")
+_THOUSANDS_PATTERN = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")  # 1,000: a comma may mean either
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,8 @@ class TableReading:
     """Columns that are not read."""
     system_prompt: str | None = None
     """A system turn for every example; with it, labeled texts become chats."""
+    has_decimal_commas: bool = False
+    """Whether the labels are numbers with decimal commas."""
 
     def to_example(self, row: Row) -> Example:
         """Raises DataError with the line and the reason."""
@@ -144,9 +150,11 @@ class TableReading:
                 late = ", ".join(map(repr, sorted(self._late_columns & cells.keys())))
                 raise DataError(f"it has the column {late}, which the first {HEAD_ROWS} rows do not have; add it there")
             row_fields = {role: cells.get(column) for role, column in self.columns.items()}
+            if self.has_decimal_commas:
+                row_fields["label"] = _with_decimal_point(row_fields["label"])
             example = self.format.to_example({role: _nan_to_none(value) for role, value in row_fields.items()})
             if self.system_prompt:
-                example = convert.with_system_prompt(example, self.system_prompt)
+                example = with_system_prompt(example, self.system_prompt)
         except DataError as error:
             raise DataError(f"line {line}: {self._name_columns(str(error))}") from error
         return replace(example, location=f"{self.source}:{line}")
@@ -179,7 +187,8 @@ class TableReading:
 
     def __str__(self) -> str:
         read = ", ".join(column if role == column else f"{role}={column}" for role, column in self.columns.items())
-        return f"{self.format.name} ({read})" + (
+        commas = ", numbers with a decimal comma" if self.has_decimal_commas else ""
+        return f"{self.format.name} ({read}{commas})" + (
             f"; not read: {', '.join(self.unused_columns)}" if self.unused_columns else ""
         )
 
@@ -212,7 +221,22 @@ def detect(
         raise DataError(_ambiguity_message(source, present, list(matches), candidates, format))
     (name, match), *_ = matches.items()
     unused = tuple(c for c in present if c not in match.values())
-    return TableReading(FORMATS[name], match, source, unused, system_prompt)
+    has_commas = name == "label" and _are_decimal_commas([row.get(match["label"]) for _, row in rows])
+    return TableReading(FORMATS[name], match, source, unused, system_prompt, has_commas)
+
+
+def _are_decimal_commas(labels: Sequence[Any]) -> bool:
+    """Whether all labels are numbers as text and some have a comma that cannot separate thousands."""
+    texts = [label.strip() for label in labels if isinstance(label, str) and label.strip()]
+    return (
+        any("," in text and not _THOUSANDS_PATTERN.fullmatch(text) for text in texts)
+        and all(_DECIMAL_COMMA_PATTERN.fullmatch(text) for text in texts)
+    )  # fmt: skip
+
+
+def _with_decimal_point(label: Any) -> Any:
+    is_number = isinstance(label, str) and _DECIMAL_COMMA_PATTERN.fullmatch(label.strip())
+    return label.replace(".", "").replace(",", ".") if is_number else label
 
 
 def _nan_to_none(value: Any) -> Any:

@@ -54,7 +54,11 @@ def collect_pages(
                 steps=len(job.batches),
                 memory=estimate.memory if is_last else None,
                 time=estimate.seconds if is_last else None,
-                warnings=[*run.kit[job.name].method.notes(run.kit[job.name].sites), *(run.warnings if is_last else ())],
+                warnings=[
+                    *run.kit[job.name].method.notes(run.kit[job.name].sites),
+                    *dataset.warnings,
+                    *(run.warnings if is_last else ()),
+                ],
             )
         )
     return pages

@@ -18,6 +18,7 @@ from kitout.data.examples.examples import Chat, Example, LabeledImage
 from kitout.data.read.sources import load_examples
 from kitout.data.split import TRAINABLE_SPLITS, split_examples, split_images
 from kitout.data.streaming import StreamedItems, open_stream
+from kitout.data.suspicions import warn_of_remarks
 from kitout.errors import ConfigError
 from kitout.train.config.schema import DataConfig, SourceConfig
 from kitout.train.objectives.tasks import TASKS, EncodeFn, EncoderSettings, Task
@@ -59,6 +60,8 @@ class Datasets:
     """The ImageSet that rows are of; None: texts."""
     answers: ClosedAnswers | None = None
     """Of a language model whose answers are a closed set."""
+    warnings: tuple[str, ...] = ()
+    """What was assumed or changed when the sources were read, one sentence each."""
 
     def reference_of(self, item: Any) -> Any:
         """The reference of an example, as the metrics of its task take it."""
@@ -84,6 +87,7 @@ def load_text_datasets(config: DataConfig, objective: str, tokenizer: Any, is_en
         notes += map(str, loaded.readings)
         for split, rows in loaded.splits.items():
             examples.setdefault(split, []).extend(replace(e, source_index=k) if k else e for e in rows)
+    warnings = [w for name, rows in examples.items() for w in warn_of_remarks(name or "data", rows)]
     trainable = [e for split in TRAINABLE_SPLITS for e in examples.get(split, ())]
     name = infer_objective(trainable, objective, is_encoder_decoder) if trainable else objective
     validation, test = _fractions(config)
@@ -113,6 +117,7 @@ def load_text_datasets(config: DataConfig, objective: str, tokenizer: Any, is_en
         digest([*train, *encoded_validation, *encoded_test]),
         is_chat=isinstance(splits.train[0], Chat),
         answers=_closed_answers(task, train, [*encoded_validation, *encoded_test], config),
+        warnings=tuple(warnings),
     )
 
 
@@ -198,6 +203,7 @@ def _load_streamed(config: DataConfig, objective: str, tokenizer: Any, is_encode
         preview=preview,
         is_chat=isinstance(first_examples[0], Chat),
         answers=_closed_answers(task, preview, [*validation, *test], config),
+        warnings=tuple(warn_of_remarks("data", first_examples)),
     )
 
 
