@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
-import jinja2
-
 from kitout.data.encode.spans_to_labels import SpanTokenizer
 from kitout.data.examples.examples import Chat, Turn
 from kitout.data.read.tables import DataError
@@ -51,8 +49,8 @@ class ChatTemplate:
         options = {"tools": list(tools) or None, "add_generation_prompt": add_generation_prompt, **self.template_kwargs}
         try:
             return str(self.tokenizer.apply_chat_template(self._messages(turns), tokenize=False, **options))
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:  # whatever a template stumbles over
-            raise DataError(f"the chat template fails: {str(error)[:200]}") from error
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise DataError(f"the chat template fails: {str(error)[:200] or type(error).__name__}") from error
 
     def tagged_spans(self, turns: Sequence[Turn], tools: Tools) -> list[tuple[int, int]] | None:
         """The characters between each {% generation %} and its end; None if the template has no such tag."""
