@@ -39,7 +39,7 @@ def doubled(levels: int) -> list[Any]:
 @pytest.mark.parametrize("name", PLACES)
 def test_shared_values_are_refused_wherever_they_stand(name: str) -> None:
     started = time.monotonic()
-    with pytest.raises(ConfigError, match="every alias.*more than 100,000 values") as error:
+    with pytest.raises(ConfigError, match=r"every alias.*more than 100,000 values") as error:
         load(place(MINIMAL, name, doubled(20)))
     assert len(str(error.value)) < 1000
     loop: list[Any] = []

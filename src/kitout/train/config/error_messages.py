@@ -73,7 +73,8 @@ def _messages_at(location: str, errors: Sequence[Any], section: type[BaseModel])
     if location == "objective" and value in tuple(RENAMED_OBJECTIVES):
         yield f"{location}: {value!r} is now {RENAMED_OBJECTIVES[value]!r}"
     else:
-        yield f"{location}: expected {' or '.join(dict.fromkeys(map(_expected, type_errors)))}, found {short_repr(value)}"
+        expected = " or ".join(dict.fromkeys(map(_expected, type_errors)))
+        yield f"{location}: expected {expected}, found {short_repr(value)}"
 
 
 def _validator_errors(location: str, message: str) -> Iterator[str]:
