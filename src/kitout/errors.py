@@ -115,10 +115,13 @@ class Errors:
             raise self.error("\n  - ".join([f"{self.heading}: {len(self.messages)} errors", *self.messages]))
 
 
+MAX_WORD_CHARS = 200  # of a word or candidate in a message: labels come from data
+
+
 def suggest(word: str, candidates: Iterable[str], max_shown: int = 8) -> str:
     """`did you mean ...` where something is close, else the first few known words."""
-    candidates = list(candidates)
-    close = difflib.get_close_matches(word, candidates, n=3, cutoff=0.6)
+    candidates = [candidate[:MAX_WORD_CHARS] for candidate in candidates]
+    close = difflib.get_close_matches(word[:MAX_WORD_CHARS], candidates, n=3, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(map(repr, close)) + "?"
     shown = ", ".join(map(repr, candidates[:max_shown]))

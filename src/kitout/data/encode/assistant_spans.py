@@ -96,7 +96,7 @@ class AssistantSpans:
         texts: list[SpannedText] = []
         while train_turns:
             prefix = RenderedChat(self.template, turns[: train_turns[-1] + 1], tools)
-            text, train_turns = self._last_turn_and_those_that_agree(prefix, train_turns, chat.location)
+            text, train_turns = self._last_turn_and_those_that_agree(prefix, train_turns, chat.location, turns)
             texts.append(replace(text, remarks=remarks))
         return texts[::-1]
 
@@ -123,13 +123,16 @@ class AssistantSpans:
         return selected
 
     def _last_turn_and_those_that_agree(
-        self, chat: RenderedChat, train_turns: list[int], location: str
+        self, chat: RenderedChat, train_turns: list[int], location: str, all_turns: Sequence[Turn]
     ) -> tuple[SpannedText, list[int]]:
-        """The chat with its last turn and every earlier one that is rendered as when it was last; and the others."""
+        """The chat with its last turn and every earlier one that is rendered as when it was last; and the others.
+
+        all_turns: of the whole chat, for a message.
+        """
         last = train_turns[-1]
         spans = {k: span for k in train_turns if (span := chat.span_of_turn(k)) is not None}
         if last not in spans:
-            raise DataError(self.template.inconsistency_message(chat.turns, chat.tools, last))
+            raise DataError(self.template.inconsistency_message(all_turns, chat.tools, last))
         start, end = spans[last]
         needs_end_token = not self.template.ends_with_end_token(chat.text[start:end])
         if needs_end_token:  # the template closes no turn: each needs the end token that is put after the text

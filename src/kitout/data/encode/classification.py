@@ -7,6 +7,7 @@ Encoders tokenize in batches and truncate the end of the text. It knows no file,
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, takewhile
@@ -18,8 +19,10 @@ from kitout.data.encode.spans_to_labels import SpanTokenizer
 from kitout.data.examples.examples import Example, LabeledText, TaggedWords, cell_to_text
 from kitout.data.read.tables import DataError
 from kitout.errors import suggest
+from kitout.format import short_repr
 
 WORDS_WITHOUT_TOKENS = "a word has no token of its own, so its tag is not trained on"
+WHOLE_NUMBER_PATTERN = re.compile(r"-?\d{1,300}")  # Python reads no more than 4,300 digits
 MAX_LABELS = 1000  # more different labels are probably the wrong column
 
 
@@ -32,11 +35,11 @@ def label_set(examples: Iterable[Example]) -> tuple[str, ...]:
         elif isinstance(example, LabeledText):
             labels.update(example.label if isinstance(example.label, tuple) else (cell_to_text(example.label),))
     if len(labels) > MAX_LABELS:
-        first = ", ".join(map(repr, sorted(labels)[:4]))
+        first = ", ".join(short_repr(label, 40) for label in sorted(labels)[:4])
         raise DataError(
             f"{len(labels)} different labels ({first}, ...), expected at most {MAX_LABELS}: is it the right column?"
         )
-    if all(label.lstrip("-").isdecimal() for label in labels):
+    if all(WHOLE_NUMBER_PATTERN.fullmatch(label) for label in labels):
         return tuple(sorted(labels, key=int))
     return tuple(sorted(labels, key=lambda label: (label != "O", label)))
 
@@ -222,16 +225,16 @@ def _to_number(example: Example) -> float:
     label = _require_label(example).label
     try:
         value = float(label)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
-        raise DataError(f"label {label!r} is not a finite number")
+        raise DataError(f"label {short_repr(label)} is not a finite number")
     return value
 
 
 def _label_id(label: str, label_ids: dict[str, int]) -> int:
     if label not in label_ids:
-        raise DataError(f"label {label!r} is not in the set; {suggest(label, label_ids)}")
+        raise DataError(f"label {short_repr(label)} is not in the set; {suggest(label, label_ids)}")
     return label_ids[label]
 
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from kitout.data.read.tables import DataError
+from kitout.format import short_repr
 
 _WORD_PATTERN = re.compile(r"\w+|[^\w\s]")
 
@@ -44,11 +45,13 @@ def _check_span(span: Any, text: str) -> tuple[int, int, str]:
     if isinstance(span, list | tuple) and len(span) == 3:
         span = dict(zip(("start", "end", "label"), span, strict=True))
     if not isinstance(span, Mapping):
-        raise DataError(f"a span is {span!r}, expected an object with start, end and label, or [start, end, label]")
+        raise DataError(
+            f"a span is {short_repr(span)}, expected an object with start, end and label, or [start, end, label]"
+        )
     start, end = span.get("start"), span.get("end")
     label = next((span[key] for key in ("label", "entity", "type", "tag") if span.get(key) is not None), None)
     if not isinstance(start, int) or not isinstance(end, int) or not 0 <= start < end <= len(text) or label is None:
-        raise DataError(f"a span is {dict(span)}; expected 0 <= start < end <= {len(text)} and a label")
+        raise DataError(f"a span is {short_repr(dict(span))}; expected 0 <= start < end <= {len(text)} and a label")
     if not text[start:end].strip():
-        raise DataError(f"the span {dict(span)} covers nothing but white space")
+        raise DataError(f"the span {short_repr(dict(span))} covers nothing but white space")
     return start, end, str(label)

@@ -6,7 +6,6 @@ value; the caller adds the line. Types and shapes decide, never the text itself.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -23,8 +22,10 @@ from kitout.data.examples.examples import (
     Turn,
     cell_to_text,
 )
+from kitout.data.read.json_text import parse_json
 from kitout.data.read.tables import DataError
 from kitout.errors import suggest
+from kitout.format import short_repr
 
 RowFields: TypeAlias = Mapping[str, Any]  # role -> value; roles that the row leaves empty are None
 
@@ -162,8 +163,8 @@ def _to_turn(message: Any, number: int) -> Turn:
     if not isinstance(message, Mapping):
         raise DataError(f"turn {number} is {_shorten(message)}, expected an object with role and content")
     role = message.get("role", message.get("from"))
-    if role not in ROLES:
-        raise DataError(f"turn {number} is by {role!r}; {suggest(str(role), ROLES)}")
+    if not isinstance(role, str) or role not in ROLES:
+        raise DataError(f"turn {number} is by {_shorten(role)}; {suggest(str(role)[:80], ROLES)}")
     content = message.get("content", message.get("value"))
     fields: dict[str, Any] = {
         key: value
@@ -172,9 +173,12 @@ def _to_turn(message: Any, number: int) -> Turn:
     }
     if role == "function_call":  # as sharegpt has one call, or a list of them
         fields["tool_calls"], content = _as_list(_parse_json(content, f"turn {number}")), None
-    elif "function_call" in fields:  # as OpenAI had it before tools
-        fields["tool_calls"] = [*(fields.get("tool_calls") or ()), fields.pop("function_call")]
-    calls = [_to_tool_call(call, number) for call in fields.pop("tool_calls", None) or ()]
+    calls = fields.pop("tool_calls", None) or []
+    if not isinstance(calls, list):
+        raise DataError(f"turn {number}: 'tool_calls' is {_shorten(calls)}, expected a list")
+    if "function_call" in fields:  # as OpenAI had it before tools
+        calls = [*calls, fields.pop("function_call")]
+    calls = [_to_tool_call(call, number) for call in calls]
     text = _content_text(content, number)
     has_reasoning = any(str(fields.get(key, "")).strip() for key in REASONING_KEYS)
     if not text.strip() and not calls and not has_reasoning and ROLES[role] != "system":
@@ -215,7 +219,7 @@ def _train_flag(message: Mapping[str, Any], number: int) -> bool | None:
         value = message.get(name)
         if value is not None:
             if value not in (0, 1):
-                raise DataError(f"turn {number}: {name!r} is {value!r}, expected true or false (1 or 0)")
+                raise DataError(f"turn {number}: {name!r} is {_shorten(value)}, expected true or false (1 or 0)")
             return bool(value)
     return None
 
@@ -252,6 +256,8 @@ def _letter_choices(choices: Any, answer: Any) -> tuple[list[str], Any]:
     if not isinstance(choices, list) or not choices:
         raise DataError(f"'choices' is {_shorten(choices)}, expected a list")
     texts = [cell_to_text(choice) for choice in choices]
+    if names and (not isinstance(names, list) or len(names) != len(texts)):
+        raise DataError(f"the names of the choices are {_shorten(names)}, expected one for each of the {len(texts)}")
     letters = [str(name) for name in names] if names else [chr(ord("A") + i) for i in range(len(texts))]
     lines = [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=False)]
     if isinstance(answer, int) and not isinstance(answer, bool) and not names:
@@ -263,7 +269,9 @@ def _letter_choices(choices: Any, answer: Any) -> tuple[list[str], Any]:
         return lines, texts[letters.index(str(answer))]
     elif isinstance(answer, str) and answer.strip() in map(str, range(len(texts))) and not names:
         return lines, texts[int(answer)]  # a table without types holds the number as text
-    raise DataError(f"'answer' is {answer!r}, none of the {len(texts)} choices, their letters or their numbers from 0")
+    raise DataError(
+        f"'answer' is {_shorten(answer)}, none of the {len(texts)} choices, their letters or their numbers from 0"
+    )
 
 
 def _to_label(value: Any) -> Label:
@@ -313,11 +321,10 @@ def _required_list(row_fields: RowFields, role: str) -> list[Any]:
 
 def _parse_json(text: Any, description: str) -> Any:
     try:
-        return json.loads(text) if isinstance(text, str) else text
-    except json.JSONDecodeError as error:
-        raise DataError(f"{description}: not JSON ({error.msg}, column {error.colno}): {_shorten(text)}") from error
+        return parse_json(text) if isinstance(text, str) else text
+    except DataError as error:
+        raise DataError(f"{description}: {error}: {_shorten(text)}") from error
 
 
 def _shorten(value: object) -> str:
-    text = "empty" if value is None or value == "" else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return "empty" if value is None or value == "" else short_repr(value, 60)

@@ -70,7 +70,7 @@ class Turn:
     @property
     def text(self) -> str:
         """The content, then the tool calls as JSON."""
-        calls = [json.dumps(call.get("function", call)) for call in self.message.get("tool_calls") or ()]
+        calls = [json.dumps(call.get("function", call), default=str) for call in self.message.get("tool_calls") or ()]
         return "\n".join(filter(None, [str(self.message.get("content") or ""), *calls]))
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from kitout.data.examples import convert
 from kitout.data.examples.examples import Example
 from kitout.data.examples.system_prompt import with_system_prompt
-from kitout.data.read.tables import DataError, Row, add_first
+from kitout.data.read.tables import MAX_MESSAGE_CHARS, DataError, Row, add_first
 from kitout.errors import Errors, suggest
 
 ColumnNames: TypeAlias = "Mapping[str, tuple[str, ...]]"  # role -> its usual column names, the first one present wins
@@ -156,7 +156,7 @@ class TableReading:
             if self.system_prompt:
                 example = with_system_prompt(example, self.system_prompt)
         except DataError as error:
-            raise DataError(f"line {line}: {self._name_columns(str(error))}") from error
+            raise DataError(f"line {line}: {self._name_columns(str(error))}"[:MAX_MESSAGE_CHARS]) from error
         return replace(example, location=f"{self.source}:{line}")
 
     @cached_property
@@ -165,14 +165,17 @@ class TableReading:
         usual = {name for role, names in self.format.roles.items() if role not in self.columns for name in names}
         return frozenset(usual - {*self.unused_columns, *self.columns.values()})
 
-    def to_examples(self, rows: Iterable[Row]) -> list[Example]:
-        """Every row as an example; all bad rows are reported together."""
+    def to_examples(self, rows: Iterable[Row], skipped: list[str] | None = None) -> list[Example]:
+        """Every row as an example; all bad rows are reported together, or listed in `skipped`."""
         examples, messages = [], []
         for row in rows:
             try:
                 examples.append(self.to_example(row))
             except DataError as error:
                 messages.append(str(error))
+        if skipped is not None:
+            skipped.extend(f"{self.source} {message}" for message in messages)
+            return examples
         errors = Errors(DataError, f"{self.source} (read as {self.format.name})")
         add_first(errors, messages, "rows")
         errors.raise_if_any()

@@ -15,7 +15,9 @@ from typing import Any
 
 from kitout.data.read.tables import DataError, Row
 
-_SOURCE_PATTERN = re.compile(r"(?P<name>[^:#]+)(:(?P<config>[^#]+))?(#((?P<first>\d+):)?(?P<last>\d+)|#(?P<split>.+))?")
+_SOURCE_PATTERN = re.compile(
+    r"(?P<name>[^:#]+)(:(?P<config>[^#]+))?(#((?P<first>\d{1,18}):)?(?P<last>\d{1,18})|#(?P<split>.+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,14 @@ class HubTable:
     split: str = ""
     """train, validation or test; "" if its name is none of them."""
 
-    def read_rows(self) -> list[Row]:
+    def read_rows(self, skipped: list[str] | None = None) -> list[Row]:
+        """skipped: of files that cannot be read in part; the library reads all or none."""
         rows = list(self.iter_rows())
         if not rows:
             raise DataError(f"{self.source} has no rows")
         return rows
 
-    def iter_rows(self) -> Iterator[Row]:
+    def iter_rows(self, skipped: list[str] | None = None) -> Iterator[Row]:
         for number, row in enumerate(self.data, start=1):
             yield number, {name: self._with_class_names(name, value) for name, value in row.items()}
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from kitout.format import short_repr
 from kitout.runtime.build_adapter import ADAPTER_NAME_PATTERN
 from kitout.train.config.method_field import MethodField, method_to_dict, parse_method
 from kitout.train.objectives.tasks import TASKS
@@ -23,9 +24,14 @@ else:  # pydantic reads the names from the table of tasks
     ObjectiveName = Literal[OBJECTIVES]
 
 
+MAX_WHOLE_NUMBER = 2**32 - 1
+
+
 def check_name(value: str) -> str:
     if not ADAPTER_NAME_PATTERN.fullmatch(value):
-        raise ValueError(f"{value!r}: use 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit")
+        raise ValueError(
+            f"{short_repr(value)}: use 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit"
+        )
     return value
 
 
@@ -36,6 +42,14 @@ class ConfigSection(BaseModel):
     """One section of the config: frozen, keyword only, nothing unknown."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*")
+    @classmethod
+    def _check_whole_numbers(cls, value: Any) -> Any:
+        """What reads them (torch, numpy, tokenizers) has numbers of 32 bits."""
+        if isinstance(value, int) and abs(value) > MAX_WHOLE_NUMBER:
+            raise ValueError(f"expected at most {MAX_WHOLE_NUMBER:,}, found {short_repr(value, 40)}")
+        return value
 
 
 class ModelConfig(ConfigSection):
@@ -106,7 +120,7 @@ class DataConfig(ConfigSection):
     """Tokens of one example at most; truncation takes the front of its context, never its answer, if that fits."""
     streaming: bool = False
     """Read the training set while training, never whole in memory; needs train.steps."""
-    image_size: int | None = Field(default=None, gt=0)
+    image_size: int | None = Field(default=None, gt=0, le=16384)
     """Pixels of a side, for images; default: the model's own."""
     augment: AugmentConfig = AugmentConfig()
     """Random changes to training images; validation and test images stay as they are."""
@@ -201,7 +215,7 @@ class TrainConfig(ConfigSection):
     """Checkpoints kept, besides the best."""
     fsdp: bool = False
     """With several processes: the frozen base is sharded over them (FSDP2), not copied."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Of the adapter's initial values, the order of examples and dropout."""
 
 

@@ -14,9 +14,13 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from kitout.errors import ConfigError
+from kitout.train.config.plain_values import check_size
+
+MAX_CHARS = 1_000_000  # of a text; the parser takes seconds for so many
 
 
 class _YamlConstructor(SafeConstructor):
@@ -53,7 +57,11 @@ def _yaml_parser() -> YAML:
 
 def parse_yaml(text: str, name: str) -> Any:
     """The value of a text. name: of the text in an error, which gives line and column."""
+    if len(text) > MAX_CHARS:
+        raise ConfigError(f"{name}: {len(text):,} characters, at most {MAX_CHARS:,} can be settings")
     try:
+        if "*" in text:  # aliases: `<<: *name` copies as it is read, so they are counted before
+            check_size(_yaml_parser().compose(text), name, _parts_of_node)
         return _yaml_parser().load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -65,6 +73,12 @@ def parse_yaml(text: str, name: str) -> Any:
         raise ConfigError(f"{name}: not YAML ({' '.join(str(error).split())})") from error
     except (RecursionError, ValueError) as error:
         raise ConfigError(f"{name}: not YAML that can be read ({str(error)[:200]})") from error
+
+
+def _parts_of_node(node: Any) -> list[Any]:
+    if isinstance(node, MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, SequenceNode) else []
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _label_kind(examples: Sequence[Example]) -> str:
     labels = [e.label for e in examples if isinstance(e, LabeledText)]
     try:
         values = [float(label) for label in labels]  # type: ignore[arg-type]  # a tuple is no number
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return "classification"
     # a table without types holds numbers as text; whole numbers are classes
     numbers = any(isinstance(label, float) for label in labels) or any(v % 1 for v in values if math.isfinite(v))
