@@ -279,10 +279,7 @@ def test_no_end_token_is_refused_before_any_data(tokenizer: Make) -> None:
         CausalEncoder(tok, 512)
 
 
-def test_a_switch_is_only_named_if_it_fits_every_answer_and_another_way_out_if_none_does(tokenizer: Make) -> None:
-    tok = tokenizer("switch")
-    with pytest.raises(DataError, match="no switch of the template fits all answers"):
-        CausalEncoder(tok, 512)([chat("a", "<think>\nhm</think>one", "b", "two")])
+def test_reasoning_that_the_prompt_opens_is_asked_for(tokenizer: Make) -> None:
     with pytest.raises(DataError, match="write the reasoning in front of each answer"):
         CausalEncoder(tokenizer("prompt_reasons"), 512)([ONE])
 
