@@ -146,7 +146,10 @@ def from_text(row_fields: RowFields) -> Text:
 
 
 def from_image(row_fields: RowFields) -> LabeledImage:
-    return LabeledImage(_required_text(row_fields, "image"), _required_text(row_fields, "label"))
+    image, label = row_fields.get("image"), _required_text(row_fields, "label")
+    if isinstance(image, bytes):
+        return LabeledImage("", label, image)
+    return LabeledImage(_required_text(row_fields, "image"), label)
 
 
 def one_turn_chat(prompt: str, answer: str, system_prompt: str = "") -> Chat:

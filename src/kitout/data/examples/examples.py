@@ -17,6 +17,7 @@ from itertools import accumulate
 from typing import Any, TypeAlias
 
 from kitout.data.normalize import normalize_text
+from kitout.errors import DataError
 
 Label: TypeAlias = "str | int | float | tuple[str, ...]"  # a class, a number, or the labels that apply
 
@@ -180,12 +181,14 @@ class TaggedWords(Example):
 
 @dataclass(frozen=True)
 class LabeledImage(Example):
-    """An image file and its class. Two are the same here if their paths are; `ImageSet` compares pixels."""
+    """An image and its class. Two are the same here if their paths are; `ImageSet` compares pixels."""
 
     path: str
     """As the data write it: relative to the file it was read from, or absolute."""
     label: str
     """The class."""
+    content: bytes = field(default=b"", compare=False, repr=False)
+    """The image file itself, where a table holds it; then it has no path."""
 
     def source_text(self) -> str:
         return self.path
@@ -198,6 +201,8 @@ def cell_to_text(value: object) -> str:
     """A value of a table as text: true and false as JSON writes them, whole floats without their .0."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, bytes):
+        raise DataError(f"a cell holds {len(value):,} bytes that are no UTF-8 text: name the column that has the text")
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 

@@ -141,6 +141,8 @@ class TableReading:
     """A system turn for every example; with it, labeled texts become chats."""
     has_decimal_commas: bool = False
     """Whether the labels are numbers with decimal commas."""
+    note: str = ""
+    """What was found out about the file itself, in words."""
 
     def to_example(self, row: Row) -> Example:
         """Raises DataError with the line and the reason."""
@@ -191,9 +193,8 @@ class TableReading:
     def __str__(self) -> str:
         read = ", ".join(column if role == column else f"{role}={column}" for role, column in self.columns.items())
         commas = ", numbers with a decimal comma" if self.has_decimal_commas else ""
-        return f"{self.format.name} ({read}{commas})" + (
-            f"; not read: {', '.join(self.unused_columns)}" if self.unused_columns else ""
-        )
+        unused = f"not read: {', '.join(self.unused_columns)}" if self.unused_columns else ""
+        return "; ".join(filter(None, (f"{self.format.name} ({read}{commas})", self.note, unused)))
 
 
 def detect(
@@ -202,11 +203,12 @@ def detect(
     format: str | None = None,  # noqa: A002 - the name of the setting
     columns: Mapping[str, str] | None = None,
     system_prompt: str | None = None,
+    note: str = "",
 ) -> TableReading:
     """How these rows are read.
 
-    format: a name of FORMATS, or "auto". columns: {role: column} for columns with unusual names. system_prompt: see
-    TableReading.
+    format: a name of FORMATS, or "auto". columns: {role: column} for columns with unusual names. system_prompt, note:
+    see TableReading.
     """
     present = list(dict.fromkeys(str(column) for _, row in rows for column in row))
     requested = dict(columns or {})
@@ -225,7 +227,7 @@ def detect(
     (name, match), *_ = matches.items()
     unused = tuple(c for c in present if c not in match.values())
     has_commas = name == "label" and _are_decimal_commas([row.get(match["label"]) for _, row in rows])
-    return TableReading(FORMATS[name], match, source, unused, system_prompt, has_commas)
+    return TableReading(FORMATS[name], match, source, unused, system_prompt, has_commas, note)
 
 
 def _are_decimal_commas(labels: Sequence[Any]) -> bool:

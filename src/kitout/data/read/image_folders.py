@@ -88,8 +88,8 @@ def _read_tables(source: str, columns: dict[str, str]) -> list[ImageRecord]:
         rows = table.read_rows()
         for example in detect(rows, table.source, "image", columns).to_examples(rows):
             assert isinstance(example, LabeledImage)
-            path = table.path.parent / example.path
-            records.append(ImageRecord(path, example.label, table.split, f"{example.location}: "))
+            image = example.content or table.path.parent / example.path
+            records.append(ImageRecord(image, example.label, table.split, f"{example.location}: "))
     return records
 
 

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 from kitout.data.examples.examples import Example
 from kitout.data.examples.formats import HEAD_ROWS, TableReading, detect
 from kitout.data.read import tables
+from kitout.data.read.csv_dialect import separator_note
 from kitout.data.read.hub import HubTable, open_hub_tables
 from kitout.data.read.tables import DataError, Row
 from kitout.errors import Errors
@@ -51,6 +52,11 @@ class FileTable:
     def source(self) -> str:
         """The name for messages and locations."""
         return self.path.name
+
+    @property
+    def note(self) -> str:
+        """What was found out about the file itself, in words."""
+        return separator_note(self.path)
 
     def read_rows(self, skipped: list[str] | None = None) -> list[Row]:
         """skipped: see `tables.read_rows`."""
@@ -100,7 +106,7 @@ def load_examples(
         skipped: list[str] | None = [] if skip_bad_rows else None
         try:
             rows = table.read_rows(skipped)
-            reading = detect(rows, table.source, format, columns, system_prompt)
+            reading = detect(rows, table.source, format, columns, system_prompt, table.note)
             readings.append(reading)
             examples = reading.to_examples(rows, skipped)
             check_few_skipped(skipped or (), len(examples), table.source)
@@ -144,7 +150,7 @@ def open_source(source: Source, streaming: bool = False) -> list[Table]:
 def detect_from_head(table: Table, **options: Any) -> TableReading:
     """How a table is read, by its first rows alone."""
     head = list(islice(table.iter_rows(), HEAD_ROWS))
-    return detect(_check_not_empty(head, table.source), table.source, **options)
+    return detect(_check_not_empty(head, table.source), table.source, note=table.note, **options)
 
 
 def split_named(name: str) -> str:

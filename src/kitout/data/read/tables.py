@@ -16,6 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from kitout.data.read.arrow_values import class_names_of_file, name_classes, plain_value
+from kitout.data.read.csv_dialect import find_separator
 from kitout.data.read.json_text import parse_json
 from kitout.errors import DataError as DataError  # for those that import it from here
 from kitout.errors import Errors
@@ -185,13 +187,16 @@ def _iter_json_list(path: Path) -> Iterator[_ReadRow]:
 def _iter_csv(path: Path) -> Iterator[_ReadRow]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         limit = csv.field_size_limit(MAX_ROW_CHARS)  # Python's own of 131,072 is less than a long document
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        reader = csv.DictReader(file, delimiter=find_separator(path), strict=True)
+        line = 1  # where the row begins that is read next
         try:
             names = list(reader.fieldnames or ())
             repeated = sorted({name for name in names if names.count(name) > 1})
             if repeated:
                 raise DataError(f"{path}: the header names {', '.join(map(repr, repeated))} more than once")
+            line = reader.line_num + 1
             for row in reader:
+                line = reader.line_num + 1
                 if None in row:
                     yield (
                         reader.line_num,
@@ -203,7 +208,10 @@ def _iter_csv(path: Path) -> Iterator[_ReadRow]:
                 else:
                     yield reader.line_num, row
         except csv.Error as error:
-            raise DataError(f"{path} line {reader.line_num + 1}: not a readable table ({error})") from error
+            raise DataError(
+                f"{path} line {line}: not a readable table ({error}); a field that begins with a quote ends with one, "
+                'and a quote inside it is doubled ("")'
+            ) from error
         finally:
             csv.field_size_limit(limit)
 
@@ -216,10 +224,13 @@ def _iter_parquet(path: Path) -> Iterator[_ReadRow]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
+            number, class_names = 0, class_names_of_file(file.schema_arrow.metadata)
             for batch in file.iter_batches(batch_size=1000):
                 for row in _rows_of_batch(batch):
                     number += 1
+                    if isinstance(row, dict):
+                        row = {name: plain_value(value) for name, value in row.items()}
+                        row |= {c: name_classes(names, row[c]) for c, names in class_names.items() if c in row}
                     yield number, row
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable parquet file: {str(error)[:200]}") from error
