@@ -224,6 +224,7 @@ def _run_summary(
     datasets = [dataset for job, dataset in zip(run.jobs, run.datasets, strict=True) if job.name in methods]
     reading_notes = [note for dataset in datasets for note in dataset.reading_notes]
     sources = [s.path for job in config.per_job() if job.output.name in methods for s in job.data.train]
+    languages = datasets[0].languages
     labels = dict.fromkeys(label for dataset in datasets for label in dataset.label_names)
     digests = results["data"] if len(jobs) == len(run.jobs) else {adapter: results["data"][adapter]}
     return RunSummary(
@@ -262,6 +263,8 @@ def _run_summary(
         hub_task=TASKS[run.objective].hub_task,
         base_path=base_model.resolve_model(config.model.name),
         from_pretrained_kwargs=run.from_pretrained_kwargs,
+        tokenizer_kwargs={"src_lang": languages.source, "tgt_lang": languages.target} if languages else {},
+        generate_kwargs=dict(languages.generation_settings) if languages else {},
         labels=tuple(labels),
         chat=run.first_dataset.is_chat and bool(run.tokenizer.chat_template),
         license=model_card.find_license(Path(base_model.resolve_model(config.model.name))),

@@ -13,6 +13,7 @@ from typing import Any
 
 from kitout.data.encode.assistant_spans import AssistantSpans
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
+from kitout.data.encode.languages import Languages
 from kitout.data.encode.spans_to_labels import SpannedText, SpanTokenizer
 from kitout.data.encode.template_coverage import check_without_template
 from kitout.data.examples.examples import Chat, Completion, Example, LabeledText, TaggedWords, Text
@@ -101,16 +102,21 @@ class Seq2SeqEncoder:
     """Of a source, in tokens."""
     max_target_length: int | None = None
     """Of a target, in tokens; None: as max_length."""
+    languages: Languages | None = None
+    """What the tokenizer writes into source and target; None: it has no languages."""
 
     def __call__(self, examples: Sequence[Example]) -> list[EncodedExample]:
         remarks = encode_each(examples, self._check_example)
         if not examples:
             return []
         _check_max_length(self.max_length)
+        if self.languages is not None:
+            self.languages.apply(self.tokenizer)
         span_tokenizer = SpanTokenizer(self.tokenizer)
+        has_end = span_tokenizer.end_id in self.tokenizer(text_target="")["input_ids"]
         answers = [span_tokenizer.without_end(e.answer_text()) for e in examples]
         sources = self._encode_texts([e.source_text() for e in examples], self.max_length)
-        targets = self._encode_texts(answers, self.max_target_length or self.max_length, span_tokenizer.end_id)
+        targets = self._encode_texts(answers, self.max_target_length or self.max_length, True, has_end)
         return [
             EncodedExample(
                 ids,
@@ -139,13 +145,18 @@ class Seq2SeqEncoder:
         return check_without_template(example)
 
     def _encode_texts(
-        self, texts: list[str], max_length: int, end_id: int | None = None
+        self, texts: list[str], max_length: int, are_targets: bool = False, has_end: bool = False
     ) -> list[tuple[tuple[int, ...], int]]:
-        """Ids of each text and how many were truncated; with `end_id` they end in it, or would if not truncated."""
+        """Ids of each text and how many were truncated; targets end in the end token, or would if not truncated.
+
+        has_end: whether the tokenizer ends targets itself, perhaps with a language code behind the end token.
+        """
         encoded = []
-        for ids in self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
-            full = [*ids, end_id] if end_id is not None and ids[-1:] != [end_id] else list(ids)
-            if len(full) > max_length and end_id is None and full[-1] in self.tokenizer.all_special_ids:
+        options = {"return_attention_mask": False, "verbose": False}
+        arguments = {"text_target": texts} if are_targets else {"text": texts}
+        for ids in self.tokenizer(**arguments, **options)["input_ids"]:
+            full = [*ids, self.tokenizer.eos_token_id] if are_targets and not has_end else list(ids)
+            if len(full) > max_length and not are_targets and full[-1] in self.tokenizer.all_special_ids:
                 short = [*full[: max_length - 1], full[-1]]  # a source keeps the end token of its encoder
             else:
                 short = full[:max_length]

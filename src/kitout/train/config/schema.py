@@ -114,6 +114,10 @@ class DataConfig(ConfigSection):
     """Which tokens are trained on: the assistant's turns, its last turn only, or every token."""
     chat_template_kwargs: dict[str, Any] = {}
     """Arguments of the chat template besides the turns: {"enable_thinking": false}."""
+    src_lang: str | None = None
+    """The language of sources, by the tokenizer's code (eng_Latn), for translation; default: the tokenizer's own."""
+    tgt_lang: str | None = None
+    """The language of targets (deu_Latn): its code is written into each target, and generation starts with it."""
     labels: tuple[str, ...] | None = None
     """The closed set of labels, in order; default: those of the train split."""
     max_length: int = Field(default=1024, gt=1)

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from kitout.data.encode import classification, generation
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
+from kitout.data.encode.languages import Languages
 from kitout.data.examples.examples import Example, LabeledText, TaggedWords
 from kitout.evaluate.metrics.registry import Task as MetricTask
 from kitout.kit import Kit
@@ -39,6 +40,8 @@ class EncoderSettings:
     """Which turns of a chat are trained on."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """What the chat template takes besides the turns."""
+    languages: Languages | None = None
+    """Of a sequence-to-sequence tokenizer that has languages."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ TASKS: dict[str, Task] = {
             "text2text-generation",
             "generation",
             lambda kit, settings: Seq2SeqLM(kit, _pad_token_id(settings)),
-            lambda s: generation.Seq2SeqEncoder(s.tokenizer, s.max_length),
+            lambda s: generation.Seq2SeqEncoder(s.tokenizer, s.max_length, languages=s.languages),
             lambda examples, is_encoder_decoder: _is_generation(examples) and is_encoder_decoder,
         ),
         Task(

@@ -78,6 +78,8 @@ def _settings_texts(run: PreparedRun, job_config: RunConfig, job_index: int, est
         "objective": run.objective,
         "batch": f"{train.batch_size} examples a step, at most {micro_batch} in one forward; learning rate {lr:g}",
     }
+    if dataset.languages is not None:
+        texts["languages"] = f"{dataset.languages.source} to {dataset.languages.target}"
     *reading_notes, split_note = dataset.reading_notes  # of each source, then of the split
     for number, note in enumerate(reading_notes, 1):
         texts[f"data {number}" if number > 1 else "data"] = note

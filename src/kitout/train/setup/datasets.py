@@ -14,6 +14,7 @@ from typing import Any
 
 from kitout.data.encode import classification
 from kitout.data.encode.item import EncodedExample, digest
+from kitout.data.encode.languages import Languages, find_languages
 from kitout.data.examples.examples import Chat, Example, LabeledImage
 from kitout.data.read.sources import load_examples
 from kitout.data.split import TRAINABLE_SPLITS, split_examples, split_images
@@ -62,6 +63,8 @@ class Datasets:
     """Of a language model whose answers are a closed set."""
     warnings: tuple[str, ...] = ()
     """What was assumed or changed when the sources were read, one sentence each."""
+    languages: Languages | None = None
+    """Of a sequence-to-sequence tokenizer that has languages."""
 
     def reference_of(self, item: Any) -> Any:
         """The reference of an example, as the metrics of its task take it."""
@@ -118,6 +121,7 @@ def load_text_datasets(config: DataConfig, objective: str, tokenizer: Any, is_en
         is_chat=isinstance(splits.train[0], Chat),
         answers=_closed_answers(task, train, [*encoded_validation, *encoded_test], config),
         warnings=tuple(warnings),
+        languages=_languages(task, tokenizer, config),
     )
 
 
@@ -134,8 +138,15 @@ def _encoder(task: Task, tokenizer: Any, config: DataConfig, label_names: tuple[
     if task.build_encoder is None:
         raise ConfigError(f"objective={task.name} is for models that read images; this one reads text")
     return task.build_encoder(
-        EncoderSettings(tokenizer, config.max_length, label_names, config.train_on, config.chat_template_kwargs)
-    )
+        EncoderSettings(
+            tokenizer, config.max_length, label_names, config.train_on, config.chat_template_kwargs,
+            _languages(task, tokenizer, config),
+        )
+    )  # fmt: skip
+
+
+def _languages(task: Task, tokenizer: Any, config: DataConfig) -> Languages | None:
+    return find_languages(tokenizer, config.src_lang, config.tgt_lang) if task.name == "seq2seq_lm" else None
 
 
 def _closed_answers(
@@ -204,6 +215,7 @@ def _load_streamed(config: DataConfig, objective: str, tokenizer: Any, is_encode
         is_chat=isinstance(first_examples[0], Chat),
         answers=_closed_answers(task, preview, [*validation, *test], config),
         warnings=tuple(warn_of_remarks("data", first_examples)),
+        languages=_languages(task, tokenizer, config),
     )
 
 

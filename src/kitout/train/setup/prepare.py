@@ -69,6 +69,7 @@ def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRu
     task = _common_task(job_configs, datasets)
     pad_token_id = None if task.reads_images else _choose_pad_token(hf_config, tokenizer)
     base = _load_base(config, task, placement or choose_placement(config.model), datasets, hf_config, pad_token_id)
+    _set_target_language(base, job_configs, datasets)
     warnings += _warn_of_new_heads(base, datasets[0])
     jobs = [
         _build_job(base, job_config, task, dataset, pad_token_id)
@@ -166,6 +167,25 @@ def _load_base(
         pad_token_id if is_missing else None,
         config.per_job()[0].data.image_size if task.reads_images else None,
     )
+
+
+def _set_target_language(base: LoadedBase, job_configs: Sequence[RunConfig], datasets: Sequence[Datasets]) -> None:
+    """The model starts to write in the language of the targets, in training, scoring and generation.
+
+    ConfigError for jobs of several target languages, as the model has one.
+    """
+    targets = {job.output.name: one.languages.target for job, one in zip(job_configs, datasets, strict=True)
+               if one.languages is not None}  # fmt: skip
+    if len(set(targets.values())) > 1:
+        names = ", ".join(f"{name}: {language}" for name, language in targets.items())
+        raise ConfigError(f"the jobs of one run write one language (data.tgt_lang); found {names}: split the run")
+    languages = datasets[0].languages
+    if languages is not None:
+        model: Any = base.kit.base
+        for name, value in languages.generation_settings.items():
+            setattr(model.generation_config, name, value)
+            if name == "decoder_start_token_id":  # else a code in front of the targets, which are trained on
+                model.config.decoder_start_token_id = value
 
 
 def _warn_of_new_heads(base: LoadedBase, dataset: Datasets) -> list[str]:
