@@ -70,6 +70,7 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         raise ConfigError("training needs accelerate, which is not installed\n  pip install 'kitout[train]'")
     conflicts.check_machine(config, torch.cuda.is_available())
     _join_processes(config)
+    config = run_folder.with_first_day(config, distributed.all_gather([run_folder.first_day(config)])[0])
     with _run_folder(config) as folder:
         if folder.is_finished:
             return _show_finished(folder, log)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ MAY_DIFFER = {
     *("evaluate.show_examples", "output.folder", "output.report_to"),
 }
 DRY_RUN_FILES = {RUN_FILE, ESTIMATE_FILE, RESOLVED_FILE, *PREFLIGHT_FILES}  # a folder of these alone holds no run yet
+TEMPLATE_DATE = "data.template_date"
 ABSENT = object()
 
 
@@ -106,6 +108,23 @@ class RunFolder:
             + (f" and {self.report.name}" if self.report.is_file() else "")
             + f"\nto run it again: choose another output.folder, or delete {self.path}"
         )
+
+
+def first_day(config: RunConfig) -> str:
+    """The day that chat templates take for today: the setting, what the folder's run has, or today."""
+    path = config.output.folder.expanduser() / RUN_FILE
+    day = config.data.template_date
+    if day is None and path.is_file() and _has_header(path):
+        try:
+            day = load(translate(yaml_file.read_yaml(path))).data.template_date
+        except ConfigError:  # damaged: reported when the folder is opened
+            day = None
+    return day or date.today().isoformat()
+
+
+def with_first_day(config: RunConfig, day: str) -> RunConfig:
+    """The config as run.yaml keeps it."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"template_date": day})})
 
 
 @contextmanager
@@ -202,6 +221,8 @@ def _is_same_run(path: Path, config: RunConfig) -> bool:
     errors = Errors(ConfigError, f"{path} holds a run of other settings (choose another output.folder, or delete it)")
     for name in dict.fromkeys([*new, *old]):
         old_value, new_value = old.get(name, ABSENT), new.get(name, ABSENT)
+        if name == TEMPLATE_DATE and old_value in (None, ABSENT):
+            continue  # of a version that did not keep it; the examples themselves are compared
         if old_value != new_value and name not in MAY_DIFFER:
             errors.add(f"{name}: {_value_text(old_value)} there, {_value_text(new_value)} requested")
     errors.raise_if_any()

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kitout.data.encode.template_date import fix_template_date
 from kitout.errors import ConfigError, Errors
 from kitout.kit import Kit
 from kitout.train.config.conflicts import find_conflicts
@@ -65,7 +66,9 @@ def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRu
     warnings = _check_learning_rates(job_configs)
     hf_config = load_config(config.model)
     tokenizer = None if _reads_images(config.objective, hf_config) else load_tokenizer(config.model)
+    date_warning = "" if tokenizer is None else _fix_template_date(tokenizer, job_configs)
     datasets = _load_all_datasets(job_configs, hf_config, tokenizer)
+    warnings += [date_warning] if date_warning and any(dataset.is_chat for dataset in datasets) else []
     task = _common_task(job_configs, datasets)
     pad_token_id = None if task.reads_images else _choose_pad_token(hf_config, tokenizer)
     base = _load_base(config, task, placement or choose_placement(config.model), datasets, hf_config, pad_token_id)
@@ -83,6 +86,14 @@ def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRu
     return PreparedRun(
         base.kit, jobs, datasets, tokenizer, task.name, base.dtype_reason, warnings, base.from_pretrained_kwargs
     )
+
+
+def _fix_template_date(tokenizer: Any, job_configs: Sequence[RunConfig]) -> str:
+    """Today, for the chat template of all jobs. A warning where the date cannot be fixed."""
+    days = sorted({job.data.template_date for job in job_configs if job.data.template_date is not None})
+    if len(days) > 1:
+        raise ConfigError(f"the jobs of one run have one chat template; found data.template_date={', '.join(days)}")
+    return fix_template_date(tokenizer, days[0]) if days else ""
 
 
 def _check_learning_rates(job_configs: Sequence[RunConfig]) -> list[str]:
