@@ -107,6 +107,16 @@ def test_other_keys_are_remarked_on_and_read_keys_are_not(tokenizer: Make) -> No
     assert "[Ada] hello" in texts[0]
 
 
+def test_what_a_template_drops_of_earlier_answers_is_remarked_on_where_all_is_one_text(tokenizer: Make) -> None:
+    last_only = body("{% if loop.last %}" + REASONS + "{% endif %}", CONTENT)
+    reasoned = {**ANSWER, "reasoning": "two"}
+    items, _ = encode(tokenizer, last_only, chat(USER, reasoned, USER, reasoned), train_on="all")
+    assert "drops a part of earlier answers" in items[0].remarks[0]
+    items, texts = encode(tokenizer, last_only, chat(USER, reasoned, USER, reasoned))
+    assert [(text.count("<think>"), item.remarks) for item, text in zip(items, texts, strict=True)] == [(1, ())] * 2
+    assert encode(tokenizer, last_only, chat(USER, reasoned), train_on="all")[0][0].remarks == ()
+
+
 def test_media_are_refused_even_where_a_template_marks_them(tokenizer: Make) -> None:
     with pytest.raises(DataError, match=r"leaves out 'images' of turn 1 \(user\), and only text can be trained on"):
         encode(tokenizer, body(CONTENT), chat({**USER, "images": ["a.png"]}, ANSWER))

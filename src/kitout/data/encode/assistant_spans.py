@@ -8,6 +8,7 @@ Kept by hand: transformers' mask of assistant tokens needs `{% generation %}`, w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,12 +17,15 @@ from typing import Any
 from kitout.data.encode.chat_template import ChatTemplate, Tools
 from kitout.data.encode.spans_to_labels import SpannedText, SpanTokenizer
 from kitout.data.encode.template_coverage import TemplateCoverage, check_without_template
+from kitout.data.examples.convert import REASONING_KEYS
 from kitout.data.examples.examples import Chat, Turn
 from kitout.data.read.tables import DataError
 from kitout.errors import suggest
 from kitout.format import common_prefix_length
 
 TRAIN_ON = ("assistant", "last", "all")
+SPOKEN_TEXTS = ("content", *REASONING_KEYS)
+LOST_LATER = "the chat template drops a part of earlier answers, which train_on=all does not train on (assistant does)"
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,9 @@ class AssistantSpans:
         train_turns = [k + len(turns) - len(chat.turns) for k in train_turns]  # a merged system turn moves all others
         if self.train_on == "all":
             whole = self._whole_chat(RenderedChat(self.template, turns, tools), train_turns, chat.location)
-            return [replace(whole, remarks=remarks)]
+            said = Counter(str(turns[k].message.get(key) or "").strip() for k in train_turns for key in SPOKEN_TEXTS)
+            lost = (LOST_LATER,) if any(whole.text.count(text) < times for text, times in said.items() if text) else ()
+            return [replace(whole, remarks=remarks + lost)]
         texts: list[SpannedText] = []
         while train_turns:
             prefix = RenderedChat(self.template, turns[: train_turns[-1] + 1], tools)

@@ -61,7 +61,7 @@ class TemplateCoverage:
                 self._check_call_of(turns, k)
         if len(tools) > 1:
             self._check_tools(turns, tools)
-        return tuple(remarks)
+        return tuple(dict.fromkeys(remarks))
 
     def _left_out(self, turns: Sequence[Turn], k: int, tools: Tools) -> list[tuple[str, str]]:
         """(key, what of it in words) of everything in turn k that does not change the rendering."""
