@@ -20,6 +20,8 @@ from ruamel.yaml.nodes import MappingNode, SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from kitout.errors import ConfigError
+from kitout.files.system_errors import as_path
+from kitout.format import short_repr
 from kitout.train.config.plain_values import check_size
 
 MAX_CHARS = 150_000  # of a text; the parser takes seconds for so many, and minutes for a megabyte
@@ -92,7 +94,12 @@ def _parts_of_node(node: Any) -> list[Any]:
 
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
-    if not file.is_file():
+    file = as_path(file)
+    try:
+        is_file = file.is_file()
+    except OSError as error:  # a name that is too long
+        raise ConfigError(f"{short_repr(str(file))} cannot be read: {error.strerror}") from error
+    if not is_file:
         others = sorted(p.name for p in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
         problem = "is a folder, not a file" if file.is_dir() else "is not there"
         raise ConfigError(f"{file} {problem}" + (f"; beside it: {', '.join(others[:8])}" if others else ""))
