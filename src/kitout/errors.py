@@ -7,7 +7,8 @@ them with `Errors` and raises once. This module knows nothing of models, methods
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 
 class KitoutError(Exception):
@@ -83,6 +84,13 @@ class WrongBase(FileError):
 
 class DataError(KitoutError, ValueError):
     """Data that cannot be read or trained on: a missing column, an empty label, an image that does not open."""
+
+
+class BadRows(DataError):
+    """Rows of data that cannot be read or trained on, while the others can."""
+
+    messages: Mapping[int, str] = MappingProxyType({})
+    """What is wrong, by the number of the example among those that were given; empty where rows are known by line."""
 
 
 class TrainingDiverged(KitoutError, ArithmeticError):

@@ -7,6 +7,7 @@ trainer and no data.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -20,8 +21,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kitout.errors import ConfigError, Errors
+from kitout.errors import ConfigError, Errors, KitoutError
 from kitout.files.atomic import write_text
+from kitout.files.system_errors import ADVICE, as_path
+from kitout.format import short_repr
 from kitout.train.config import yaml_file
 from kitout.train.config.load import load
 from kitout.train.config.renamed_keys import translate
@@ -47,6 +50,7 @@ MAY_DIFFER = {
 }
 DRY_RUN_FILES = {RUN_FILE, ESTIMATE_FILE, RESOLVED_FILE, *PREFLIGHT_FILES}  # a folder of these alone holds no run yet
 TEMPLATE_DATE = "data.template_date"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # a write raises them without a name
 ABSENT = object()
 
 
@@ -130,18 +134,28 @@ def with_first_day(config: RunConfig, day: str) -> RunConfig:
 @contextmanager
 def open_run_folder(config: RunConfig) -> Iterator[RunFolder]:
     """The run's folder, locked by this process (the main one); ConfigError if it is in use or another run's."""
-    path = config.output.folder.expanduser()
-    _check_folder(path)
+    path = as_path(config.output.folder)
     try:
+        _check_folder(path)
         path.mkdir(parents=True, exist_ok=True)
         with lock_folder(path):
             resumes = _is_same_run(path, config)
             write_text(path / RUN_FILE, f"{HEADER}\n{yaml_file.to_yaml(config.to_dict())}")
             yield RunFolder(path, resumes, (path / RESULTS_FILE).is_file())
-    except PermissionError as error:
+    except OSError as error:
+        if isinstance(error, KitoutError) or not (error.errno in FULL or _concerns(error, path)):
+            raise
+        name = f" ({error.filename})" if error.filename else ""
+        advice = f": {ADVICE[error.errno]}" if error.errno in ADVICE else ""
         raise ConfigError(
-            f"output.folder={str(path)!r} cannot be written: {error.strerror} ({error.filename})"
+            f"output.folder={short_repr(str(path))} cannot be written: {error.strerror or error}{name[:300]}{advice}"
         ) from error
+
+
+def _concerns(error: OSError, folder: Path) -> bool:
+    """Whether it is about a file in the folder, or a folder above it."""
+    name = str(error.filename or "")
+    return bool(name) and (name.startswith(str(folder)) or str(folder).startswith(name))
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from kitout.data.encode.languages import Languages
 from kitout.data.encode.spans_to_labels import SpannedText, SpanTokenizer
 from kitout.data.encode.template_coverage import check_without_template
 from kitout.data.examples.examples import Chat, Completion, Example, LabeledText, TaggedWords, Text
-from kitout.data.read.tables import DataError, add_first
-from kitout.errors import Errors
+from kitout.data.read.tables import MAX_MESSAGE_CHARS, DataError, add_first
+from kitout.errors import BadRows, Errors
 
 MIN_MAX_LENGTH = 8  # a shorter limit leaves no room for a prompt, an answer and their special tokens
 
@@ -191,16 +191,35 @@ def truncate(item: EncodedExample, max_length: int, keep_front: int) -> EncodedE
 
 def encode_each(examples: Sequence[Example], encode: Callable[[Example], Any]) -> list[Any]:
     """`encode` of each example; the examples it refuses are reported together, with their locations."""
-    encoded, refused = [], []
-    for example in examples:
+    encoded: list[Any] = []
+    refused: dict[int, str] = {}
+    for i, example in enumerate(examples):
         try:
             encoded.append(encode(example))
         except DataError as error:
-            refused.append(f"{example.location or 'an example'}: {error}")
-    errors = Errors(DataError, "these examples cannot be encoded")
-    add_first(errors, refused, "examples")
-    errors.raise_if_any()
+            refused[i] = f"{example.location or 'an example'}: {error}"[:MAX_MESSAGE_CHARS]
+    errors = Errors(BadRows, "these examples cannot be encoded")
+    add_first(errors, list(refused.values()), "examples")
+    try:
+        errors.raise_if_any()
+    except BadRows as error:
+        error.messages = refused
+        raise
     return encoded
+
+
+def encode_good(
+    encode: Callable[[Sequence[Example]], list[EncodedExample]], examples: Sequence[Example], skipped: list[str] | None
+) -> list[EncodedExample]:
+    """`encode` of the examples; those it refuses are left out and listed in `skipped`. None: they are an error."""
+    try:
+        return encode(examples)
+    except BadRows as error:
+        if skipped is None:
+            raise
+        for message in error.messages.values():
+            skipped.append(message)
+        return encode([example for i, example in enumerate(examples) if i not in error.messages])
 
 
 def _check_max_length(max_length: int) -> int:

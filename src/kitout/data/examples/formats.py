@@ -18,7 +18,7 @@ from kitout.data.examples import convert
 from kitout.data.examples.examples import Example
 from kitout.data.examples.system_prompt import with_system_prompt
 from kitout.data.read.tables import MAX_MESSAGE_CHARS, DataError, Row, add_first
-from kitout.errors import Errors, suggest
+from kitout.errors import BadRows, Errors, suggest
 
 ColumnNames: TypeAlias = "Mapping[str, tuple[str, ...]]"  # role -> its usual column names, the first one present wins
 
@@ -178,7 +178,7 @@ class TableReading:
         if skipped is not None:
             skipped.extend(f"{self.source} {message}" for message in messages)
             return examples
-        errors = Errors(DataError, f"{self.source} (read as {self.format.name})")
+        errors = Errors(BadRows, f"{self.source} (read as {self.format.name})")
         add_first(errors, messages, "rows")
         errors.raise_if_any()
         return examples

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitout.data.read.tables import DataError, add_first
-from kitout.errors import Errors, suggest
+from kitout.errors import BadRows, Errors, suggest
 
 try:
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -98,21 +98,31 @@ class ImageSet:
         return sha256.hexdigest()
 
 
-def build_image_set(records: Sequence[ImageRecord], label_names: Sequence[str] | None, description: str) -> ImageSet:
+def build_image_set(
+    records: Sequence[ImageRecord], label_names: Sequence[str] | None, description: str,
+    skipped: list[str] | None = None,
+) -> ImageSet:  # fmt: skip
     """The set of what a reader finds. label_names: all classes, in order; default: those of the records, sorted.
 
     description: the set in a few words, for messages. Raises DataError with all errors at once: images that do not
-    open, labels that are empty or unknown, too few images or classes.
+    open, labels that are empty or unknown, too few images or classes. skipped: gets a message for every image that does
+    not open, which is left out; None: they are errors.
     """
     errors = Errors(DataError, description)
     names = list(label_names) if label_names is not None else sorted({r.label for r in records if r.label})
-    hashes, unreadable = [], []
-    for record in records:
+    hashes, unreadable = {}, []
+    for i, record in enumerate(records):
         try:
-            hashes.append(hash_pixels(open_image(record.source)))
+            hashes[i] = hash_pixels(open_image(record.source))
         except DataError as error:
             unreadable.append(f"{record.location}{error}")
-    add_first(errors, unreadable, "images")
+    if skipped is not None:
+        skipped += unreadable
+        records = [records[i] for i in hashes]
+    else:
+        add_first(errors, unreadable, "images")
+        if unreadable:
+            errors.error = BadRows
     add_first(errors, [f"{r.location}the label is empty" for r in records if not r.label], "rows")
     unknown = [r for r in records if r.label and r.label not in names]
     messages = [f"{r.location}label {r.label!r} is not one of the given; {suggest(r.label, names)}" for r in unknown]
@@ -125,7 +135,7 @@ def build_image_set(records: Sequence[ImageRecord], label_names: Sequence[str] |
         tuple(names.index(r.label) for r in records),
         tuple(names),
         tuple(r.split for r in records),
-        tuple(hashes),
+        tuple(hashes.values()),
     )
 
 

@@ -21,7 +21,7 @@ from kitout.data.read import tables
 from kitout.data.read.csv_dialect import separator_note
 from kitout.data.read.hub import HubTable, open_hub_tables
 from kitout.data.read.tables import DataError, Row
-from kitout.errors import Errors
+from kitout.errors import BadRows, Errors
 
 Source: TypeAlias = "str | Path | Sequence[str | Path] | Mapping[str, str | Path | Sequence[str | Path]]"
 
@@ -102,6 +102,7 @@ def load_examples(
     readings = []
     all_skipped: list[str] = []
     errors = Errors(DataError, "the data cannot be read")
+    only_rows_are_bad = True
     for table in open_source(source):
         skipped: list[str] | None = [] if skip_bad_rows else None
         try:
@@ -114,6 +115,9 @@ def load_examples(
             all_skipped += skipped or ()
         except DataError as error:
             errors.add(str(error))
+            only_rows_are_bad &= isinstance(error, BadRows)
+    if only_rows_are_bad:
+        errors.error = BadRows
     errors.raise_if_any()
     sampled = {split: tuple(_sample(examples, limit, seed)) for split, examples in splits.items()}
     return LoadedExamples(sampled, tuple(readings), tuple(all_skipped))
@@ -147,9 +151,9 @@ def open_source(source: Source, streaming: bool = False) -> list[Table]:
     return [table for each in source for table in open_source(each, streaming)]
 
 
-def detect_from_head(table: Table, **options: Any) -> TableReading:
-    """How a table is read, by its first rows alone."""
-    head = list(islice(table.iter_rows(), HEAD_ROWS))
+def detect_from_head(table: Table, skipped: list[str] | None = None, **options: Any) -> TableReading:
+    """How a table is read, by its first rows alone. skipped: see `tables.read_rows`."""
+    head = list(islice(table.iter_rows(skipped), HEAD_ROWS))
     return detect(_check_not_empty(head, table.source), table.source, note=table.note, **options)
 
 

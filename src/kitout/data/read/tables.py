@@ -19,11 +19,12 @@ from typing import Any, TypeAlias
 from kitout.data.read.arrow_values import class_names_of_file, name_classes, plain_value
 from kitout.data.read.csv_dialect import find_separator
 from kitout.data.read.json_text import parse_json
+from kitout.errors import BadRows, Errors
 from kitout.errors import DataError as DataError  # for those that import it from here
-from kitout.errors import Errors
 from kitout.format import short_repr
 
 MAX_SHOWN_ERRORS = 5  # errors of one kind shown in full
+MAX_LISTED = 1000  # messages of rows that a stream leaves out
 MAX_MESSAGE_CHARS = 600  # of the message about one row
 # Of one row, a book of 3,000 pages: whoever compares, splits and tokenizes it would take minutes for much more.
 MAX_ROW_CHARS = 10_000_000
@@ -39,6 +40,14 @@ BINARY_SIGNATURES = {  # first bytes of files that are often taken for tables
 Row = tuple[int, dict[str, Any]]  # line, columns
 _ReadRow: TypeAlias = tuple[int, dict[str, Any] | str]  # line, columns or what is wrong with them
 _RowIterator: TypeAlias = Callable[[Path], Iterator[_ReadRow]]
+
+
+class StreamedMessages(list[str]):
+    """The first messages, each once: a stream meets a bad row again in every epoch."""
+
+    def append(self, message: str) -> None:
+        if len(self) < MAX_LISTED and message not in self:
+            super().append(message)
 
 
 def add_first(errors: Errors, messages: Sequence[str], noun: str) -> None:
@@ -60,7 +69,7 @@ def read_rows(path: Path, skipped: list[str] | None = None, start: int = 0, stop
     messages: list[str] = [] if skipped is None else skipped
     rows = list(islice(_read_good(path, messages), start, stop))
     if skipped is None:
-        errors = Errors(DataError, str(path))
+        errors = Errors(BadRows, str(path))
         add_first(errors, [message.removeprefix(f"{path.name} ") for message in messages], "lines")
         errors.raise_if_any()
     if not rows and not messages:
@@ -80,7 +89,7 @@ def iter_rows(path: Path, skipped: list[str] | None = None) -> Iterator[Row]:
             break
         yield row
     if skipped is None and messages:
-        raise DataError(f"{path}: {messages[0].removeprefix(f'{path.name} ')}")
+        raise BadRows(f"{path}: {messages[0].removeprefix(f'{path.name} ')}")
 
 
 def _read_good(path: Path, messages: list[str]) -> Iterator[Row]:

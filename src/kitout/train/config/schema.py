@@ -51,6 +51,9 @@ class DataConfig(ConfigSection):
     """The closed set of labels, in order; default: those of the train split."""
     max_length: int = Field(default=1024, gt=1)
     """Tokens of one example at most; truncation takes the front of its context, never its answer, if that fits."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """Rows that cannot be read or trained on: error reports them; skip leaves them out, counts them and lists their
+    lines in the pre-flight, the results and the report. More bad rows than good ones are an error all the same."""
     streaming: bool = False
     """Read the training set while training, never whole in memory; needs train.steps."""
     image_size: int | None = Field(default=None, gt=0, le=16384)

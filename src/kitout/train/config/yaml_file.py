@@ -7,7 +7,9 @@ Dates stay strings too. What is written here is read back as it was. It knows no
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,16 @@ from ruamel.yaml.nodes import MappingNode, SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from kitout.errors import ConfigError
+from kitout.files.system_errors import as_path
+from kitout.format import short_repr
 from kitout.train.config.plain_values import check_size
 
-MAX_CHARS = 1_000_000  # of a text; the parser takes seconds for so many
+MAX_CHARS = 150_000  # of a text; the parser takes seconds for so many, and minutes for a megabyte
+MAX_OPEN_BRACKETS = 200  # the parser looks far ahead for each
+
+
+BRACKET_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
+BRACKETS_PATTERN = re.compile(r"[\[\]{}]")
 
 
 class _YamlConstructor(SafeConstructor):
@@ -60,6 +69,8 @@ def parse_yaml(text: str, name: str) -> Any:
     if len(text) > MAX_CHARS:
         raise ConfigError(f"{name}: {len(text):,} characters, at most {MAX_CHARS:,} can be settings")
     try:
+        if max(accumulate(BRACKET_STEPS[c] for c in BRACKETS_PATTERN.findall(text)), default=0) > MAX_OPEN_BRACKETS:
+            raise ConfigError(f"{name}: more than {MAX_OPEN_BRACKETS} open brackets in each other")
         if "*" in text:  # aliases: `<<: *name` copies as it is read, so they are counted before
             check_size(_yaml_parser().compose(text), name, _parts_of_node)
         return _yaml_parser().load(text)
@@ -83,7 +94,12 @@ def _parts_of_node(node: Any) -> list[Any]:
 
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
-    if not file.is_file():
+    file = as_path(file)
+    try:
+        is_file = file.is_file()
+    except OSError as error:  # a name that is too long
+        raise ConfigError(f"{short_repr(str(file))} cannot be read: {error.strerror}") from error
+    if not is_file:
         others = sorted(p.name for p in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
         problem = "is a folder, not a file" if file.is_dir() else "is not there"
         raise ConfigError(f"{file} {problem}" + (f"; beside it: {', '.join(others[:8])}" if others else ""))

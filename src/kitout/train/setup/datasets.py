@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from kitout.data.encode import classification
+from kitout.data.encode.generation import encode_good
 from kitout.data.encode.item import EncodedExample, digest
 from kitout.data.encode.languages import Languages, find_languages
 from kitout.data.examples.examples import Chat, Example, LabeledImage
-from kitout.data.read.sources import load_examples
+from kitout.data.read.sources import check_few_skipped, load_examples
+from kitout.data.read.tables import StreamedMessages
 from kitout.data.split import TRAINABLE_SPLITS, split_examples, split_images
 from kitout.data.streaming import StreamedItems, open_stream
 from kitout.data.suspicions import warn_of_remarks
-from kitout.errors import ConfigError
+from kitout.errors import BadRows, ConfigError, DataError
 from kitout.train.config.schema import DataConfig, SourceConfig
 from kitout.train.objectives.tasks import TASKS, EncodeFn, EncoderSettings, Task
 from kitout.train.setup.base_model import resolve_data
@@ -65,6 +67,8 @@ class Datasets:
     """What was assumed or changed when the sources were read, one sentence each."""
     languages: Languages | None = None
     """Of a sequence-to-sequence tokenizer that has languages."""
+    skipped: Sequence[str] = ()
+    """Bad rows that were left out, a message with file and line each."""
 
     def reference_of(self, item: Any) -> Any:
         """The reference of an example, as the metrics of its task take it."""
@@ -73,9 +77,12 @@ class Datasets:
 
 def load_datasets(config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool) -> Datasets:
     """The datasets of one job. tokenizer: None for images. is_encoder_decoder: of the model."""
-    if tokenizer is None:
-        return load_image_datasets(config)
-    return load_text_datasets(config, objective, tokenizer, is_encoder_decoder)
+    try:
+        if tokenizer is None:
+            return load_image_datasets(config)
+        return load_text_datasets(config, objective, tokenizer, is_encoder_decoder)
+    except BadRows as error:
+        raise DataError(f"{error}\n  correct them, or leave them out: data.bad_rows=skip") from error
 
 
 def load_text_datasets(config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool) -> Datasets:
@@ -84,10 +91,13 @@ def load_text_datasets(config: DataConfig, objective: str, tokenizer: Any, is_en
         return _load_streamed(config, objective, tokenizer, is_encoder_decoder)
     examples: dict[str, list[Example]] = {}
     notes: list[str] = []
+    skipped: list[str] | None = [] if config.bad_rows == "skip" else None
     for k, source in enumerate(config.train):
         tables = _tables_to_read(source, config, is_first=k == 0)
-        loaded = load_examples(tables, *_reading_options(source), source.limit, config.seed)
+        loaded = load_examples(tables, *_reading_options(source), source.limit, config.seed, skipped is not None)
         notes += map(str, loaded.readings)
+        if skipped is not None:
+            skipped += loaded.skipped
         for split, rows in loaded.splits.items():
             examples.setdefault(split, []).extend(replace(e, source_index=k) if k else e for e in rows)
     warnings = [w for name, rows in examples.items() for w in warn_of_remarks(name or "data", rows)]
@@ -97,7 +107,7 @@ def load_text_datasets(config: DataConfig, objective: str, tokenizer: Any, is_en
     splits = split_examples(examples, validation, test, config.seed, stratify=name != "regression")
     task = TASKS[name]
     label_names = tuple(config.labels or classification.label_set(splits.train)) if task.has_labels else ()
-    encode = _encoder(task, tokenizer, config, label_names)
+    encode = _encoder(task, tokenizer, config, label_names, skipped)
     by_source = [encode([e for e in splits.train if e.source_index == k]) for k in range(len(config.train))]
     if not all(by_source):
         empty = [source.path for source, encoded in zip(config.train, by_source, strict=True) if not encoded]
@@ -107,6 +117,7 @@ def load_text_datasets(config: DataConfig, objective: str, tokenizer: Any, is_en
     ends = [0, *accumulate(map(len, by_source))]
     train = [item for encoded in by_source for item in encoded]
     encoded_validation, encoded_test = encode(list(splits.validation)), encode(list(splits.test))
+    check_few_skipped(skipped or (), len(train) + len(encoded_validation) + len(encoded_test), "the data")
     return Datasets(
         name,
         train,
@@ -122,6 +133,7 @@ def load_text_datasets(config: DataConfig, objective: str, tokenizer: Any, is_en
         answers=_closed_answers(task, train, [*encoded_validation, *encoded_test], config),
         warnings=tuple(warnings),
         languages=_languages(task, tokenizer, config),
+        skipped=tuple(skipped or ()),
     )
 
 
@@ -134,15 +146,18 @@ def infer_objective(examples: Sequence[Example], requested: str, is_encoder_deco
     return next(name for name, task in TASKS.items() if task.fits(examples, is_encoder_decoder))
 
 
-def _encoder(task: Task, tokenizer: Any, config: DataConfig, label_names: tuple[str, ...]) -> EncodeFn:
+def _encoder(
+    task: Task, tokenizer: Any, config: DataConfig, label_names: tuple[str, ...], skipped: list[str] | None
+) -> EncodeFn:
+    """skipped: gets a message for every example that is refused; None: they are errors."""
     if task.build_encoder is None:
         raise ConfigError(f"objective={task.name} is for models that read images; this one reads text")
-    return task.build_encoder(
-        EncoderSettings(
-            tokenizer, config.max_length, label_names, config.train_on, config.chat_template_kwargs,
-            _languages(task, tokenizer, config),
-        )
+    settings = EncoderSettings(
+        tokenizer, config.max_length, label_names, config.train_on, config.chat_template_kwargs,
+        _languages(task, tokenizer, config),
     )  # fmt: skip
+    encode = task.build_encoder(settings)
+    return lambda examples: encode_good(encode, examples, skipped)
 
 
 def _languages(task: Task, tokenizer: Any, config: DataConfig) -> Languages | None:
@@ -180,7 +195,9 @@ def _load_streamed(config: DataConfig, objective: str, tokenizer: Any, is_encode
     if len(config.train) > 1:
         raise ConfigError("data.streaming reads one source; join the files, or leave streaming out")
     (source,) = config.train
-    streams = open_stream(_tables_to_read(source, config, True), *_reading_options(source), config.seed)
+    skipped = StreamedMessages() if config.bad_rows == "skip" else None
+    tables = _tables_to_read(source, config, True)
+    streams = open_stream(tables, *_reading_options(source), config.seed, skipped=skipped)
     stream = streams.get("train") or streams[""]
     held_out: dict[str, list[Example]] = {}
     for split, value in _held_out(config).items():
@@ -199,7 +216,7 @@ def _load_streamed(config: DataConfig, objective: str, tokenizer: Any, is_encode
     label_names = (config.labels or ()) if task.has_labels else ()
     if task.has_labels and not label_names:
         raise ConfigError("data.streaming: the labels are not known beforehand: write data.labels=[...]")
-    encode = _encoder(task, tokenizer, config, label_names)
+    encode = _encoder(task, tokenizer, config, label_names, skipped)
     validation, test = encode(held_out["validation"]), encode(held_out["test"])
     preview = encode(first_examples)
     notes = [*map(str, stream.readings), f"streamed; counted over the first {len(first_examples):,} examples"]
@@ -216,6 +233,7 @@ def _load_streamed(config: DataConfig, objective: str, tokenizer: Any, is_encode
         answers=_closed_answers(task, preview, [*validation, *test], config),
         warnings=tuple(warn_of_remarks("data", first_examples)),
         languages=_languages(task, tokenizer, config),
+        skipped=() if skipped is None else skipped,
     )
 
 
@@ -237,7 +255,10 @@ def load_image_datasets(config: DataConfig) -> Datasets:
     path = Path(resolve_data(source.path))
     if (path / "images.npz").is_file():  # a built-in set is a folder with its license beside it
         path = path / "images.npz"
-    images = image_folders.load_images(path, source.columns.get("image"), source.columns.get("label"), config.labels)
+    skipped: list[str] | None = [] if config.bad_rows == "skip" else None
+    columns = (source.columns.get("image"), source.columns.get("label"))
+    images = image_folders.load_images(path, *columns, config.labels, skipped)
+    check_few_skipped(skipped or (), len(images), str(path))
     splits = split_images(images, *_fractions(config), config.seed, source.limit)
     ends = [0, *accumulate(map(len, (splits.train, splits.validation, splits.test)))]
     train, validation, test = (list(range(start, end)) for start, end in pairwise(ends))
@@ -252,4 +273,5 @@ def load_image_datasets(config: DataConfig) -> Datasets:
         reading_notes=(f"images: {splits}",),
         digest=used.digest,
         images=used,
+        skipped=tuple(skipped or ()),
     )
