@@ -28,6 +28,20 @@ def write(file: Path, columns: dict[str, Any], features: dict[str, Any] | None =
     return file
 
 
+def test_tool_calls_that_went_through_parquet(tmp_path: Path) -> None:
+    """Arrow gives every object the keys of all others, and null where they had none."""
+    calls = [{"function": {"name": "f", "arguments": arguments}} for arguments in ({"x": 1}, {"city": "Ulm"})]
+    chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}] for call in calls]
+    tools = [[{"function": {"name": "f", "parameters": {name: {"type": "t"}}}}] for name in ("x", "city")]
+    file = write(tmp_path / "x.parquet", {"messages": chats, "tools": tools})
+    assert read_rows(file)[0][1]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"x": 1, "city": None}
+    examples: Any = load_examples(file).splits[""]
+    for example, call, tool in zip(examples, calls, tools, strict=True):
+        (read,) = example.turns[1].message["tool_calls"]
+        assert read["function"] == call["function"]
+        assert [dict(one) for one in example.tools] == tool
+
+
 def png(color: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.full((4, 5, 3), color, dtype=np.uint8)).save(buffer, "PNG")
@@ -40,6 +54,8 @@ def test_bytes_are_text(tmp_path: Path) -> None:
     assert load_examples(file).splits[""] == (LabeledText("é", "x"), LabeledText("b", "y"))
     with pytest.raises(DataError, match="line 1: a cell holds 3 bytes that are no UTF-8 text"):
         load_examples(write(tmp_path / "y.parquet", {"text": [b"\xff\xfe\x00"], "label": ["a"]}))
+    with pytest.raises(DataError, match="bytes that are no UTF-8 text"):
+        load_examples(write(tmp_path / "z.parquet", {"text": ["a"], "label": [b"\xff\xfe\x00"]}))
 
 
 LIST_FEATURES: list[Any] = [

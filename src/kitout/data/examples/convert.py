@@ -288,7 +288,7 @@ def _to_label(value: Any) -> Label:
         raise DataError(f"'label' is {_shorten(value)}, expected a label")
     if isinstance(value, bool):
         return cell_to_text(value)
-    return value if isinstance(value, int | float) else str(value).strip()
+    return value if isinstance(value, int | float) else cell_to_text(value).strip()
 
 
 def _required_text(row_fields: RowFields, role: str, strip: bool = True) -> str:
