@@ -7,7 +7,8 @@ them with `Errors` and raises once. This module knows nothing of models, methods
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 
 class KitoutError(Exception):
@@ -85,6 +86,13 @@ class DataError(KitoutError, ValueError):
     """Data that cannot be read or trained on: a missing column, an empty label, an image that does not open."""
 
 
+class BadRows(DataError):
+    """Rows of data that cannot be read or trained on, while the others can."""
+
+    messages: Mapping[int, str] = MappingProxyType({})
+    """What is wrong, by the number of the example among those that were given; empty where rows are known by line."""
+
+
 class TrainingDiverged(KitoutError, ArithmeticError):
     """A training run whose loss or gradients are no longer finite, or whose loss grew without return."""
 
@@ -115,10 +123,13 @@ class Errors:
             raise self.error("\n  - ".join([f"{self.heading}: {len(self.messages)} errors", *self.messages]))
 
 
+MAX_WORD_CHARS = 200  # of a word or candidate in a message: labels come from data
+
+
 def suggest(word: str, candidates: Iterable[str], max_shown: int = 8) -> str:
     """`did you mean ...` where something is close, else the first few known words."""
-    candidates = list(candidates)
-    close = difflib.get_close_matches(word, candidates, n=3, cutoff=0.6)
+    candidates = [candidate[:MAX_WORD_CHARS] for candidate in candidates]
+    close = difflib.get_close_matches(word[:MAX_WORD_CHARS], candidates, n=3, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(map(repr, close)) + "?"
     shown = ", ".join(map(repr, candidates[:max_shown]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 import unicodedata
 from typing import Any
 
@@ -88,6 +89,24 @@ def single_line(text: str, max_chars: int = 80) -> str:
     """Escaped, white space collapsed to single blanks, at most max_chars characters."""
     flat = re.sub(r"\s+", " ", escape_terminal(text)).strip()
     return flat if len(flat) <= max_chars else flat[: max_chars - 1] + "…"
+
+
+class _BoundedRepr(reprlib.Repr):
+    """The start of a value, in little time however large it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxlist, self.maxtuple = 4, 12, 12, 12
+        self.maxstring = self.maxother = self.maxlong = 400
+
+
+_BOUNDED_REPR = _BoundedRepr()
+
+
+def short_repr(value: object, max_chars: int = 200) -> str:
+    """The value as Python writes it, its start if that is long: for a value from outside, in a message."""
+    text = _BOUNDED_REPR.repr(value)
+    return text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."
 
 
 def common_prefix_length(first: str, second: str) -> int:

@@ -18,6 +18,7 @@ from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.delta import Delta, KeyValue
 from kitout.errors import ConfigError, Errors
+from kitout.format import short_repr
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Method(BaseModel):
             errors = Errors(ConfigError, type(self).__name__)
             for e in error.errors():
                 setting = ".".join(map(str, e["loc"]))
-                errors.add(f"{setting}={e['input']!r}: {e['msg']}" if setting else e["msg"])
+                errors.add(f"{setting}={short_repr(e['input'])}: {e['msg']}" if setting else e["msg"])
             errors.raise_if_any()
 
     def sites(self, survey: Survey) -> list[Site]:

@@ -73,6 +73,28 @@ def test_near_duplicates_stay_together_and_duplicates_count_once() -> None:
     assert len(splits.train) + len(splits.validation) + len(splits.test) == 200
 
 
+ANSWERS = {
+    "case": ("paris is big", "Paris is big"),
+    "indentation": ("if x:\n    y = 1", "if x:\n  y = 1"),
+    "width": ("x²", "x2"),
+    "white space": (" a", "a"),
+}
+
+
+@pytest.mark.parametrize("answers", ANSWERS.values(), ids=ANSWERS)
+def test_only_exact_copies_are_removed(answers: tuple[str, str]) -> None:
+    """Half of a set that teaches case, indentation or signs would be taken for copies of the other half."""
+    chats = [one_turn_chat(f"write {i}", answer) for i in range(40) for answer in answers]
+    splits = split_examples({"": [*chats, *chats[:7]]}, validation=0.1, test=0.2)
+    assert splits.num_duplicates == 7
+    assert len(splits.train) + len(splits.validation) + len(splits.test) == 80
+    assert are_disjoint(splits)
+    assert splits.num_ambiguous == len(splits.train) // 2
+    inputs = [Text(text) for i in range(40) for text in (f"The {i}", f"the  {i}")]
+    near = split_examples({"": inputs}, validation=0.1, test=0.2)
+    assert (near.num_duplicates, near.num_ambiguous, are_disjoint(near)) == (0, 0, True)
+
+
 def test_named_splits_stay_and_train_loses_what_leaks() -> None:
     examples_by_split = {
         "train": [Text("a"), Text("B "), Text("c"), Text("d")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -90,6 +91,30 @@ def test_a_single_class_is_warned_of() -> None:
     assert any(
         "there is only one class" in w
         for w in compute_statistics({"train": [EncodedExample((1,), label=0)]}, ["a", "b"]).warnings
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "counts", "message"),
+    [
+        (("Spam", "ham", "spam"), (3, 3, 3), "differ by case or white space alone are different classes: 'Spam' and"),
+        (("a  b", "a b", "c"), (3, 3, 3), "'a  b' and 'a b'"),
+        (("0", "1", "inf"), (3, 3, 3), "'inf' is a class of its own"),
+        (("a", "b"), (5, 1), r"a label has one example \('b'\)"),
+    ],
+)
+def test_suspicious_labels_are_warned_of(names: tuple[str, ...], counts: tuple[int, ...], message: str) -> None:
+    items = [EncodedExample((1,), label=i) for i, count in enumerate(counts) for _ in range(count)]
+    (warning,) = compute_statistics({"train": items}, names).warnings
+    assert re.search(message, warning)
+
+
+def test_remarks_are_counted_once_with_the_place_of_the_first() -> None:
+    items = [item(8, 2), item(8, 2, remarks=("a word is lost",), location="x:2"), item(8, 2, remarks=("no", "no"))]
+    assert compute_statistics({"train": items, "test": items[1:2]}).warnings == (
+        "train: 1 of 3 examples: a word is lost (the first: x:2)",
+        "train: 1 of 3 examples: no",
+        "test: 1 of 1 examples: a word is lost (the first: x:2)",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -13,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from kitout.errors import ConfigError
+from kitout.errors import ConfigError, KitoutError
+from kitout.train import run_folder
 from kitout.train.config import yaml_file
 from kitout.train.config.load import load
 from kitout.train.config.schema import RunConfig
@@ -268,3 +270,30 @@ def test_what_a_killed_run_has_left_is_removed_at_the_next_start(tmp_path: Path)
         assert run.resumes
         assert not [path for path in (*left, *folders) if path.exists()]
         assert all(path.exists() for path in kept)
+
+
+def test_a_disk_that_is_full_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load({"model": "m", "data": "d", "output": {"folder": str(tmp_path / "out")}})
+
+    def full(file: Path, text: str) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_folder, "write_text", full)
+    message = "cannot be written: No space left on device: free some space"
+    with pytest.raises(ConfigError, match=message), run_folder.open_run_folder(config):
+        pass
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="No space left"), run_folder.open_run_folder(config):
+        full(tmp_path, "")  # by whatever else writes in a run
+    with pytest.raises(OSError, match="unreachable"), run_folder.open_run_folder(config):
+        raise OSError(errno.EHOSTUNREACH, "unreachable")  # not about the folder
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~no-such-user/x", "a\0b", f"a/{'y' * 300}/b"])
+def test_a_folder_that_no_system_can_have(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load({"model": "m", "data": "d", "output": {"folder": name}})
+    with pytest.raises(KitoutError) as error, run_folder.open_run_folder(config):
+        pass
+    assert len(str(error.value)) < 1200
+    assert not list(tmp_path.rglob("*.yaml"))

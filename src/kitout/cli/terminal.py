@@ -6,6 +6,7 @@ It knows the errors of kitout and no verb.
 from __future__ import annotations
 
 import io
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import typer
 
 from kitout.errors import KitoutError
 
-INTERRUPTED = 130  # exit status, as shells have it for Ctrl-C
+SIGNALED = 128  # exit status, as shells have it: 130 for Ctrl-C, 143 for SIGTERM
 
 
 @contextmanager
@@ -30,12 +31,13 @@ def report_errors() -> Iterator[None]:
 
 @contextmanager
 def report_interrupt() -> Iterator[None]:
-    """Ctrl-C during a run says how to resume it."""
+    """Ctrl-C or SIGTERM during a run says how to resume it."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT  # a run raises it with the signal's number
         typer.echo("\nstopped; the same command resumes from the last checkpoint", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(SIGNALED + number) from None
 
 
 def escape_unencodable() -> None:

@@ -1,8 +1,9 @@
 """Train, validation and test without leaks, for texts and images alike.
 
 Three functions say all that is known of an example: its input, what makes it a duplicate, and its stratum, whose
-proportion every split keeps. Duplicates count once and equal inputs stay in one split. Test is taken first, so it does
-not depend on how much is trained on. Splits that the data name are respected. It opens no file and no image.
+proportion every split keeps. Exact copies count once, and inputs that are nearly equal stay in one split. Test is taken
+first, so it does not depend on how much is trained on. Splits that the data name are respected. It opens no file and no
+image.
 """
 
 from __future__ import annotations
@@ -78,14 +79,17 @@ def split_examples(
     1, else a number. stratify: single labels keep their proportions; not for numbers of a regression.
     """
     keys = SplitKeys[Example](
-        lambda example: example.input_key, lambda example: example.content_key, _label if stratify else lambda _: ""
+        lambda example: example.input_key, lambda example: example.exact_key, _label if stratify else lambda _: ""
     )
     seeds = {name: f"{seed} {name}" for name in ("test", "validation")}
     splits = split_by(examples_by_split, keys, validation, test, seeds)
     train_answers, test_answers = ([e.answer_text() for e in split] for split in (splits.train, splits.test))
     answers = {*train_answers, *test_answers}
+    different_answers = {(e.input_key, answer) for e, answer in zip(splits.train, train_answers, strict=True)}
+    num_ambiguous = sum(count > 1 for count in Counter(key for key, _ in different_answers).values())
     is_closed = "" not in train_answers and len({*train_answers}) > 1 and len(answers) <= MAX_ANSWERS
-    return replace(splits, majority_accuracy=_majority_accuracy(train_answers, test_answers) if is_closed else None)
+    majority_accuracy = _majority_accuracy(train_answers, test_answers) if is_closed else None
+    return replace(splits, majority_accuracy=majority_accuracy, num_ambiguous=num_ambiguous)
 
 
 def split_images(
@@ -146,11 +150,7 @@ def split_by(
         num_examples = _count(validation, total, "validation")
         num_examples = min(num_examples, len(rest) // 3) if at_most_a_third else num_examples
         validation_examples, rest = _take_split(rest, num_examples, seeds, "validation", keys)
-    counts = Counter(map(keys.input_key, rest))
-    num_ambiguous = sum(count > 1 for count in counts.values())
-    return Splits(
-        tuple(rest), tuple(validation_examples), tuple(test_examples), num_duplicates, num_leaks, num_ambiguous
-    )
+    return Splits(tuple(rest), tuple(validation_examples), tuple(test_examples), num_duplicates, num_leaks)
 
 
 def _label(example: Example) -> str:

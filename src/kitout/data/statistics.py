@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.data.read.tables import DataError
+from kitout.data.suspicions import warn_of_labels, warn_of_remarks
 from kitout.errors import Errors
 from kitout.format import common_prefix_length
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 MAX_BINS = 12
-MAX_SINGLETON_LABELS = 10  # more labels with one example each are suspicious
 MIN_TRAINED_PERCENT, MAX_TRAINED_PERCENT = 5.0, 95.0  # outside of them a warning
 
 
@@ -101,7 +101,13 @@ def compute_statistics(
     num_tokens = sum(split.num_tokens for split in statistics if split.trained_percent is not None)
     num_targets = sum(split.num_targets for split in statistics)
     percent = 100 * num_targets / num_tokens if num_tokens else None
-    warnings = (*_find_warnings(statistics, percent, closed, at_model_limit), *_warn_same_answer(splits["train"]))
+    answers = Counter(item.reference for item in splits["train"]) if closed else {}
+    warnings = (
+        *_find_warnings(statistics, percent, closed, at_model_limit),
+        *_warn_same_answer(splits["train"]),
+        *warn_of_labels(statistics[0].label_counts or answers, statistics[0].trained_percent is None or closed),
+        *(warning for name, items in splits.items() for warning in warn_of_remarks(name, items)),
+    )
     return DataStatistics(statistics, percent, warnings)
 
 
@@ -221,12 +227,6 @@ def _find_class_warnings(train: SplitStatistics) -> list[str]:
     present = [name for name, count in train.label_counts.items() if count]
     if len(train.label_counts) > 1 and len(present) == 1:
         warnings.append(f"train: every example is {present[0]!r}: there is only one class")
-    num_singletons = sum(train.label_counts[name] == 1 for name in present)
-    if num_singletons > max(MAX_SINGLETON_LABELS, len(present) / 2):
-        warnings.append(
-            f"train: {num_singletons:,} of {len(present):,} labels have one example each: is the label in another "
-            "column?"
-        )
     return warnings
 
 

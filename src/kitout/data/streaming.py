@@ -20,6 +20,7 @@ from kitout.data.examples.examples import Example
 from kitout.data.examples.formats import TableReading
 from kitout.data.read.sources import Source, Table, detect_from_head, open_source
 from kitout.data.read.tables import DataError, Row
+from kitout.errors import BadRows
 
 BUFFER_ROWS = 10_000  # rows in memory; neighbors in the file come out up to about this far apart
 CHUNK_EXAMPLES = 256  # examples encoded at once
@@ -47,13 +48,15 @@ class Stream:
     """Examples left out at the start of the epoch."""
     held_out_keys: frozenset[str] = field(default=frozenset(), repr=False)
     """Input keys of the examples that every epoch leaves out."""
+    skipped: list[str] | None = field(default=None, repr=False, compare=False)
+    """Gets a message for every bad row, which is left out; None: bad rows are errors."""
 
     def __iter__(self) -> Iterator[Example]:
-        """Raises DataError at the first bad row, with its line."""
+        """Raises DataError at the first bad row, with its line, unless bad rows are left out."""
         rows = _shuffle(self._iter_rows(), self.buffer, random.Random(f"{self.seed} {self.epoch}"))
-        if not self.held_out_keys:  # rows that are skipped need not be made examples of
+        if not self.held_out_keys and self.skipped is None:  # rows that are skipped need not be made examples of
             return (self._to_example(row) for row in islice(rows, self.num_skipped, None))
-        kept = (e for e in map(self._to_example, rows) if e.input_key not in self.held_out_keys)
+        kept = (e for e in self._to_good_examples(rows) if e.input_key not in self.held_out_keys)
         return islice(kept, self.num_skipped, None)
 
     def skip(self, count: int) -> Stream:
@@ -70,9 +73,8 @@ class Stream:
         Less those that are held out already.
         """
         examples: dict[str, Example] = {}
-        rows = self._iter_rows()
-        while len(examples) < count and (row := next(rows, None)) is not None:
-            example = self._to_example(row)
+        good_examples = self._to_good_examples(self._iter_rows())
+        while len(examples) < count and (example := next(good_examples, None)) is not None:
             if example.input_key not in self.held_out_keys:
                 examples.setdefault(example.input_key, example)
         return list(examples.values())
@@ -83,15 +85,26 @@ class Stream:
 
     def _iter_rows(self) -> Iterator[_StreamRow]:
         for table, reading in zip(self.tables, self.readings, strict=True):
-            for row in table.iter_rows():
+            for row in table.iter_rows(self.skipped):
                 yield reading, row
+
+    def _to_good_examples(self, rows: Iterable[_StreamRow]) -> Iterator[Example]:
+        for row in rows:
+            try:
+                example = self._to_example(row)
+            except DataError as error:
+                if self.skipped is None:
+                    raise
+                self.skipped.append(str(error))
+            else:
+                yield example
 
     def _to_example(self, stream_row: _StreamRow) -> Example:
         reading, row = stream_row
         try:
             return reading.to_example(row)
         except DataError as error:
-            raise DataError(f"{reading.source} (read as {reading.format.name}): {error}") from error
+            raise BadRows(f"{reading.source} (read as {reading.format.name}): {error}") from error
 
 
 class StreamedItems(Sequence[EncodedExample]):
@@ -146,14 +159,21 @@ def open_stream(
     system_prompt: str | None = None,
     seed: int = 0,
     buffer: int = BUFFER_ROWS,
+    skipped: list[str] | None = None,
 ) -> dict[str, Stream]:
-    """The streams of a source by split, as `load_examples` has its examples; only the first rows are read now."""
+    """The streams of a source by split, as `load_examples` has its examples; only the first rows are read now.
+
+    skipped: see `Stream`.
+    """
     tables_by_split: dict[str, list[tuple[Table, TableReading]]] = {}
     for table in open_source(source, streaming=True):
-        reading = detect_from_head(table, format=format, columns=columns, system_prompt=system_prompt)
+        options = {"format": format, "columns": columns, "system_prompt": system_prompt}
+        reading = detect_from_head(table, skipped, **options)
         tables_by_split.setdefault(table.split, []).append((table, reading))
     return {
-        split: Stream(tuple(table for table, _ in pairs), tuple(reading for _, reading in pairs), seed, buffer)
+        split: Stream(
+            tuple(table for table, _ in pairs), tuple(reading for _, reading in pairs), seed, buffer, skipped=skipped
+        )
         for split, pairs in tables_by_split.items()
     }
 

@@ -29,6 +29,7 @@ from kitout.train.measure.evaluate import JobOutcome
 from kitout.train.measure.merge_proof import MergeProof
 from kitout.train.metrics_log import read_metrics
 from kitout.train.objectives.tasks import TASKS
+from kitout.train.preflight.collect import skipped_text
 from kitout.train.preflight.cost_estimate import CostEstimate
 from kitout.train.results_text import results_text
 from kitout.train.run_folder import RunFolder
@@ -135,6 +136,9 @@ def _results(
         "stopped": trainer.health.diverged,
         "trunk": trainer.cuts,
         "data": {job.name: one.digest for job, one in zip(run.jobs, run.datasets, strict=True)},
+        "skipped": {
+            job.name: list(one.skipped) for job, one in zip(run.jobs, run.datasets, strict=True) if one.skipped
+        },
         "majority": {job.name: one.majority_accuracy for job, one in zip(run.jobs, run.datasets, strict=True)},
         "trainable": {name: count.trainable for name, count in counts.items()},
         "percent": {name: count.percent for name, count in counts.items()},
@@ -237,6 +241,8 @@ def _run_summary(
     datasets = [dataset for job, dataset in zip(run.jobs, run.datasets, strict=True) if job.name in methods]
     reading_notes = [note for dataset in datasets for note in dataset.reading_notes]
     sources = [s.path for job in config.per_job() if job.output.name in methods for s in job.data.train]
+    languages = datasets[0].languages
+    skipped = [message for name in methods for message in results["skipped"].get(name, ())]
     labels = dict.fromkeys(label for dataset in datasets for label in dataset.label_names)
     digests = results["data"] if len(jobs) == len(run.jobs) else {adapter: results["data"][adapter]}
     return RunSummary(
@@ -245,7 +251,8 @@ def _run_summary(
         method="; ".join(methods.values()),
         adapter=adapter,
         comparisons=comparisons,
-        data={"sources": ", ".join(dict.fromkeys(sources)), "read as": "; ".join(reading_notes)},
+        data={"sources": ", ".join(dict.fromkeys(sources)), "read as": "; ".join(reading_notes)}
+        | ({"left out": skipped_text(list(dict.fromkeys(skipped)))} if skipped else {}),
         preflight={"objective": run.objective, "dtype": f"{results['machine']['dtype']} ({run.dtype_reason})"},
         estimates={
             "training time": (format_duration(estimate["seconds"]), format_duration(results["seconds"])),
@@ -275,6 +282,8 @@ def _run_summary(
         hub_task=TASKS[run.objective].hub_task,
         base_path=base_model.resolve_model(config.model.name),
         from_pretrained_kwargs=run.from_pretrained_kwargs,
+        tokenizer_kwargs={"src_lang": languages.source, "tgt_lang": languages.target} if languages else {},
+        generate_kwargs=dict(languages.generation_settings) if languages else {},
         labels=tuple(labels),
         chat=run.first_dataset.is_chat and bool(run.tokenizer.chat_template),
         license=model_card.find_license(Path(base_model.resolve_model(config.model.name))),

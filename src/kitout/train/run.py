@@ -33,7 +33,7 @@ from kitout.format import format_duration
 from kitout.train import checkpoints, run_folder
 from kitout.train.config import conflicts
 from kitout.train.config.schema import RunConfig
-from kitout.train.loop import distributed, fsdp
+from kitout.train.loop import distributed, fsdp, stop_on_signal
 from kitout.train.measure.evaluate import evaluate_jobs, metric_names, validation_fn
 from kitout.train.measure.merge_proof import check_mergeable, prove_merge
 from kitout.train.preflight import render
@@ -71,7 +71,8 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         raise ConfigError("training needs accelerate, which is not installed\n  pip install 'kitout[train]'")
     conflicts.check_machine(config, torch.cuda.is_available())
     _join_processes(config)
-    with _run_folder(config) as folder:
+    config = run_folder.with_first_day(config, distributed.all_gather([run_folder.first_day(config)])[0])
+    with stop_on_signal.interrupt_on_sigterm(), _run_folder(config) as folder:
         if folder.is_finished:
             return _show_finished(folder, log)
         prepared = prepare(config, _resolve_placement(config, folder))

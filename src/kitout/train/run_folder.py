@@ -7,6 +7,7 @@ trainer and no data.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -14,13 +15,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kitout.errors import ConfigError, Errors
+from kitout.errors import ConfigError, Errors, KitoutError
 from kitout.files.atomic import remove_leftovers, write_text
+from kitout.files.system_errors import ADVICE, as_path
+from kitout.format import short_repr
 from kitout.train import checkpoints
 from kitout.train.config import yaml_file
 from kitout.train.config.load import load
@@ -49,6 +53,8 @@ MAY_DIFFER = {
 DRY_RUN_FILES = {RUN_FILE, ESTIMATE_FILE, RESOLVED_FILE, *PREFLIGHT_FILES}  # a folder of these alone holds no run yet
 # What a run writes file by file, besides plots: a kill may leave `.<name>.<pid>` of any of them.
 WRITTEN_FILES = {*DRY_RUN_FILES, RESULTS_FILE, METRICS_FILE, OWNER_FILE, REPORT_FILE, "README.md", "diverged.json"}
+TEMPLATE_DATE = "data.template_date"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # a write raises them without a name
 ABSENT = object()
 
 
@@ -112,21 +118,42 @@ class RunFolder:
         )
 
 
+def first_day(config: RunConfig) -> str:
+    """The day that chat templates take for today: the setting, what the folder's run has, or today."""
+    path = config.output.folder.expanduser() / RUN_FILE
+    day = config.data.template_date
+    if day is None and path.is_file() and _has_header(path):
+        try:
+            day = load(translate(yaml_file.read_yaml(path))).data.template_date
+        except ConfigError:  # damaged: reported when the folder is opened
+            day = None
+    return day or date.today().isoformat()
+
+
+def with_first_day(config: RunConfig, day: str) -> RunConfig:
+    """The config as run.yaml keeps it."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"template_date": day})})
+
+
 @contextmanager
 def open_run_folder(config: RunConfig) -> Iterator[RunFolder]:
     """The run's folder, locked by this process (the main one); ConfigError if it is in use or another run's."""
-    path = config.output.folder.expanduser()
-    _check_folder(path)
+    path = as_path(config.output.folder)
     try:
+        _check_folder(path)
         path.mkdir(parents=True, exist_ok=True)
         with lock_folder(path):
             _remove_leftovers(path)
             resumes = _is_same_run(path, config)
             write_text(path / RUN_FILE, f"{HEADER}\n{yaml_file.to_yaml(config.to_dict())}")
             yield RunFolder(path, resumes, (path / RESULTS_FILE).is_file())
-    except PermissionError as error:
+    except OSError as error:
+        if isinstance(error, KitoutError) or not (error.errno in FULL or _concerns(error, path)):
+            raise
+        name = f" ({error.filename})" if error.filename else ""
+        advice = f": {ADVICE[error.errno]}" if error.errno in ADVICE else ""
         raise ConfigError(
-            f"output.folder={str(path)!r} cannot be written: {error.strerror} ({error.filename})"
+            f"output.folder={short_repr(str(path))} cannot be written: {error.strerror or error}{name[:300]}{advice}"
         ) from error
 
 
@@ -136,6 +163,12 @@ def _remove_leftovers(path: Path) -> None:
     for folder in (path, path / "checkpoints", adapter, *(entry for entry in adapter.glob("*") if entry.is_dir())):
         remove_leftovers(folder, lambda name: name in WRITTEN_FILES or name.endswith(".png"))
     checkpoints.list_checkpoints(path / "checkpoints")  # which finishes or deletes what is not whole
+
+
+def _concerns(error: OSError, folder: Path) -> bool:
+    """Whether it is about a file in the folder, or a folder above it."""
+    name = str(error.filename or "")
+    return bool(name) and (name.startswith(str(folder)) or str(folder).startswith(name))
 
 
 @contextmanager
@@ -215,6 +248,8 @@ def _is_same_run(path: Path, config: RunConfig) -> bool:
     errors = Errors(ConfigError, f"{path} holds a run of other settings (choose another output.folder, or delete it)")
     for name in dict.fromkeys([*new, *old]):
         old_value, new_value = old.get(name, ABSENT), new.get(name, ABSENT)
+        if name == TEMPLATE_DATE and old_value in (None, ABSENT):
+            continue  # of a version that did not keep it; the examples themselves are compared
         if old_value != new_value and name not in MAY_DIFFER:
             errors.add(f"{name}: {_value_text(old_value)} there, {_value_text(new_value)} requested")
     errors.raise_if_any()

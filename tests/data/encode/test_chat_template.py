@@ -277,3 +277,14 @@ def test_no_end_token_is_refused_before_any_data(tokenizer: Make) -> None:
     tok = tokenizer("chatml", eos_token=None)
     with pytest.raises(DataError, match="no end-of-text token"):
         CausalEncoder(tok, 512)
+
+
+def test_reasoning_that_the_prompt_opens_is_asked_for(tokenizer: Make) -> None:
+    with pytest.raises(DataError, match="write the reasoning in front of each answer"):
+        CausalEncoder(tokenizer("prompt_reasons"), 512)([ONE])
+
+
+def test_what_the_encoder_sets_itself_cannot_be_set(tokenizer: Make) -> None:
+    for name in ("add_generation_prompt", "tokenize", "tools", "chat_template"):
+        with pytest.raises(DataError, match=f"chat_template_kwargs sets {name}"):
+            CausalEncoder(tokenizer("chatml"), 512, template_kwargs={name: True})

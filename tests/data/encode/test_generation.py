@@ -132,6 +132,26 @@ def test_a_source_and_its_target_both_end(tokenizer: Make) -> None:
     assert [i.reference for i in items] == ["four", "A", "3"]
 
 
+def test_an_end_token_in_a_target_is_not_trained_on_twice(tokenizer: Make) -> None:
+    for kind in ("bytes", "suffixed"):
+        (item,) = Seq2SeqEncoder(tokenizer(kind=kind), 64)([Completion("two", "four</s>")])
+        assert item.target_ids == Seq2SeqEncoder(tokenizer(kind=kind), 64)([Completion("two", "four")])[0].target_ids
+        assert item.reference == "four"
+    (item,) = CausalEncoder(tokenizer(), 64)([Completion("two", "four</s>")])
+    assert (trained_tokens(item).count(1), item.reference) == (1, "four")
+
+
+def test_answers_with_unknown_characters_are_remarked_on(tokenizer: Make) -> None:
+    tok = tokenizer(kind="plain")
+    examples = [Completion("two", "{four}"), Completion("{two}", "four"), Completion("two", "four")]
+    for encoder in (CausalEncoder(tok, 64), Seq2SeqEncoder(tok, 64)):
+        remarks = [item.remarks for item in encoder(examples)]
+        assert remarks[1:] == [(), ()]
+        assert "the vocabulary lacks: <unk> is trained on in their place" in remarks[0][0]
+    one_for_all = tokenizer(kind="plain", unk_token="</s>")  # as GPT-2 has it: the end of an answer is not unknown
+    assert CausalEncoder(one_for_all, 64)([Completion("two", "four")])[0].remarks == ()
+
+
 def test_sources_and_targets_are_truncated_at_their_ends(tokenizer: Make) -> None:
     tok = tokenizer()
     whole = Seq2SeqEncoder(tok, 1000)([Completion("fox " * 30, "dog " * 30)])[0]

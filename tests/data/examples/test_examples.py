@@ -17,14 +17,22 @@ def test_the_exact_key_stays_the_same_in_every_version() -> None:
     assert LabeledText("é", ("x", "y"), "b").exact_key == "10934b13455f2e179ea6edb02dd25a27"
 
 
-def test_input_key_and_content_key() -> None:
+def test_near_copies_share_an_input_and_exact_copies_everything() -> None:
     one, other, third = (
         LabeledText("Hello  World", "x"),
         LabeledText("hello world ", "x"),
         LabeledText("hello world", "y"),
     )
     assert one.input_key == other.input_key == third.input_key
-    assert one.content_key == other.content_key != third.content_key
+    assert len({e.exact_key for e in (one, other, third)}) == 3
+
+
+def test_words_stand_where_the_text_has_them() -> None:
+    words, tags = ("Ada", "is", "!"), ("PER", "O", "O")
+    assert TaggedWords(words, tags).located_words() == ("Ada is !", ((0, 3), (4, 6), (7, 8)))
+    true = TaggedWords(words, tags, text="Ada  is!", starts=(0, 5, 7))
+    assert true.located_words() == ("Ada  is!", ((0, 3), (5, 7), (7, 8)))
+    assert true == TaggedWords(words, tags)
 
 
 def test_both_sides_as_text() -> None:

@@ -61,6 +61,34 @@ CHATS = [
         [("user", "Q\n1. a\n2. b"), ("assistant", "b")],
     ),
     ({"document": "D", "summary": "S", "id": 1}, [("user", "D\n\nSummarise this text."), ("assistant", "S")]),
+    (
+        {"question": "Q", "context": "C", "answers": {"text": [], "answer_start": []}},
+        [("user", "C\n\nQ"), ("assistant", "unanswerable")],
+    ),
+    ({"question": "Q", "choices": '["a", "b"]', "answer": "1"}, [("user", "Q\nA. a\nB. b"), ("assistant", "b")]),
+    (
+        {"question": "Q", "choices": '{"text": ["a", "b"], "label": ["A", "B"]}', "answer": "B"},
+        [("user", "Q\nA. a\nB. b"), ("assistant", "b")],
+    ),
+    ({"instruction": "Go on", "output": "    y = 1\n"}, [("user", "Go on"), ("assistant", "    y = 1")]),
+    ({"question": "Q", "answer": "\tx"}, [("user", "Q"), ("assistant", "\tx")]),
+    ({"document": "D", "summary": " S"}, [("user", "D\n\nSummarise this text."), ("assistant", " S")]),
+    (
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "ai", "value": "Ho"}]},
+        [("user", "Hi"), ("assistant", "Ho")],
+    ),
+    (
+        {"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "Hi"}]},
+        [("system", ""), ("user", "Hi")],
+    ),
+    (
+        {"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "Hi"}], "system": "Be kind"},
+        [("system", "Be kind"), ("user", "Hi")],
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": None}, {"type": "text", "text": "a"}]}]},
+        [("user", "a")],
+    ),
     ({"article": "D", "highlights": "S"}, [("user", "D\n\nSummarise this text."), ("assistant", "S")]),
 ]  # fmt: skip
 
@@ -116,6 +144,57 @@ def test_tools_and_calls_come_as_templates_take_them() -> None:
         (tool_call,) = example.turns[1].message["tool_calls"]
         assert tool_call["function"] == {"name": "f", "arguments": {"x": 1}}
         assert example.turns[1].message["content"] == ""
+
+
+def test_keys_that_parquet_fills_with_nulls_are_absent_again() -> None:
+    call = {"function": {"name": "f", "arguments": {"x": 1, "unit": None, "in": {"y": None, "z": [None, 2]}}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {}, "unit": None}}}}]
+    turns = [{"role": "user", "content": "a", "name": None}, {"role": "assistant", "tool_calls": [call]}]
+    example = read_one({"messages": turns, "tools": tools})
+    function = example.turns[1].message["tool_calls"][0]["function"]
+    assert function["arguments"] == {"x": 1, "in": {"z": [None, 2]}}
+    assert example.tools[0]["function"]["parameters"] == {"properties": {"x": {}}}
+    call["function"]["arguments"] = '{"x": null}'  # written by hand, it is what the model should write
+    example = read_one({"messages": turns})
+    assert example.turns[1].message["tool_calls"][0]["function"]["arguments"] == {"x": None}
+
+
+def test_tools_and_calls_in_every_shape() -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for tools in (tool, json.dumps(tool), [json.dumps(tool)], json.dumps([tool])):
+        assert read_one({"messages": turns, "tools": tools}).tools == (tool,)
+    assert read_one({"messages": turns, "tools": " "}).tools == ()
+    named = [{"name": name, "arguments": {"x": 1}} for name in ("f", "g")]
+    expected = [{"type": "function", "function": one} for one in named]
+    sharegpt = [{"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps(named)}]
+    assert read_one({"conversations": sharegpt}).turns[1].message["tool_calls"] == expected
+    legacy = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}
+    assert read_one({"messages": [turns[0], legacy]}).turns[1].message["tool_calls"] == expected[:1]
+
+
+def test_a_turn_with_reasoning_alone_is_a_turn() -> None:
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        example = read_one({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", key: "b"}]})
+        assert example.turns[1].message == {"role": "assistant", "content": "", key: "b"}
+
+
+def test_what_is_assumed_of_a_row_is_remarked_on() -> None:
+    question = {"question": "Q", "context": "C", "answers": {"text": []}}
+    assert "no answer is in the passage" in read_one(question).remarks[0]
+    examples = read({"text": "a", "label": "x "}, {"text": "b", "label": "x"})
+    assert [e.answer_text() for e in examples] == ["x", "x"]
+    assert [len(e.remarks) for e in examples] == [1, 0]
+    assert read_one({"text": "a", "label": "x "}, system_prompt="Judge.").remarks == examples[0].remarks
+
+
+def test_numbers_with_a_decimal_comma() -> None:
+    rows = [(i, {"text": "a", "label": label}) for i, label in enumerate(("3,5", "-1.000,25", " 4", "1,000"))]
+    reading = detect(rows, "x")
+    assert [e.answer_text() for e in reading.to_examples(rows)] == ["3.5", "-1000.25", "4", "1.000"]
+    assert str(reading) == "label (text, label, numbers with a decimal comma)"
+    for labels in (("1,000", "2,000"), ("3,5", "much"), ("3.5", "4")):
+        assert not detect([(1, {"text": "a", "label": label}) for label in labels], "x").has_decimal_commas
 
 
 def test_flags_of_turns() -> None:

@@ -8,19 +8,24 @@ Kept by hand: transformers' mask of assistant tokens needs `{% generation %}`, w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from kitout.data.encode.chat_template import ChatTemplate, Tools
 from kitout.data.encode.spans_to_labels import SpannedText, SpanTokenizer
+from kitout.data.encode.template_coverage import TemplateCoverage, check_without_template
+from kitout.data.examples.convert import REASONING_KEYS
 from kitout.data.examples.examples import Chat, Turn
 from kitout.data.read.tables import DataError
 from kitout.errors import suggest
 from kitout.format import common_prefix_length
 
 TRAIN_ON = ("assistant", "last", "all")
+SPOKEN_TEXTS = ("content", *REASONING_KEYS)
+LOST_LATER = "the chat template drops a part of earlier answers, which train_on=all does not train on (assistant does)"
 
 
 @dataclass(frozen=True)
@@ -78,21 +83,27 @@ class AssistantSpans:
             raise DataError(f"train_on is {train_on!r}; {suggest(train_on, TRAIN_ON)}")
         self.train_on = train_on
         self.template = ChatTemplate(span_tokenizer, template_kwargs)
+        self.coverage = TemplateCoverage(self.template)
 
     def find(self, chat: Chat) -> list[SpannedText]:
         """The chat as one text, or as several if the template renders earlier turns differently later."""
         train_turns = self._turns_to_train(chat)
         if not self.template.exists:
             return [self._join_lines(chat)]
-        turns, tools = self.template.fit_turns(chat)
+        turns, tools = self.template.fit_turns(replace(chat, turns=self.coverage.order_results(chat.turns)))
+        remarks = self.coverage.check(turns, tools)
+        turns = self.template.without_end_tokens(turns)
         train_turns = [k + len(turns) - len(chat.turns) for k in train_turns]  # a merged system turn moves all others
         if self.train_on == "all":
-            return [self._whole_chat(RenderedChat(self.template, turns, tools), train_turns, chat.location)]
+            whole = self._whole_chat(RenderedChat(self.template, turns, tools), train_turns, chat.location)
+            said = Counter(str(turns[k].message.get(key) or "").strip() for k in train_turns for key in SPOKEN_TEXTS)
+            lost = (LOST_LATER,) if any(whole.text.count(text) < times for text, times in said.items() if text) else ()
+            return [replace(whole, remarks=remarks + lost)]
         texts: list[SpannedText] = []
         while train_turns:
             prefix = RenderedChat(self.template, turns[: train_turns[-1] + 1], tools)
-            text, train_turns = self._last_turn_and_those_that_agree(prefix, train_turns, chat.location)
-            texts.append(text)
+            text, train_turns = self._last_turn_and_those_that_agree(prefix, train_turns, chat.location, turns)
+            texts.append(replace(text, remarks=remarks))
         return texts[::-1]
 
     def _turns_to_train(self, chat: Chat) -> list[int]:
@@ -118,13 +129,16 @@ class AssistantSpans:
         return selected
 
     def _last_turn_and_those_that_agree(
-        self, chat: RenderedChat, train_turns: list[int], location: str
+        self, chat: RenderedChat, train_turns: list[int], location: str, all_turns: Sequence[Turn]
     ) -> tuple[SpannedText, list[int]]:
-        """The chat with its last turn and every earlier one that is rendered as when it was last; and the others."""
+        """The chat with its last turn and every earlier one that is rendered as when it was last; and the others.
+
+        all_turns: of the whole chat, for a message.
+        """
         last = train_turns[-1]
         spans = {k: span for k in train_turns if (span := chat.span_of_turn(k)) is not None}
         if last not in spans:
-            raise DataError(self.template.inconsistency_message(chat.turns, chat.tools, last))
+            raise DataError(self.template.inconsistency_message(all_turns, chat.tools, last))
         start, end = spans[last]
         needs_end_token = not self.template.ends_with_end_token(chat.text[start:end])
         if needs_end_token:  # the template closes no turn: each needs the end token that is put after the text
@@ -198,7 +212,9 @@ class AssistantSpans:
                 "the tokenizer has no chat template, and only one question with one answer can do without "
                 f"(this has {' '.join(roles)}{' and tools' if chat.tools else ''}); set tokenizer.chat_template"
             )
-        prompt = "".join(f"{turn.text}\n" for turn in chat.turns if turn.role != "assistant")
-        text = prompt + chat.answer_text()
+        remarks = check_without_template(chat)
+        prompt = "".join(f"{turn.text}\n" for turn in chat.turns if turn.role != "assistant" and turn.text)
+        answer = self.template.span_tokenizer.without_end(chat.answer_text())
+        text = prompt + answer
         span = (0 if self.train_on == "all" else len(prompt), len(text))
-        return SpannedText(text, (span,), len(prompt), True, True, chat.answer_text(), chat.location)
+        return SpannedText(text, (span,), len(prompt), True, True, answer, chat.location, remarks)

@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
-import jinja2
-
 from kitout.data.encode.spans_to_labels import SpanTokenizer
 from kitout.data.examples.examples import Chat, Turn
 from kitout.data.read.tables import DataError
@@ -22,6 +20,13 @@ from kitout.format import common_prefix_length
 Tools: TypeAlias = Sequence[Mapping[str, Any]]
 
 REASONING_SWITCHES = ("enable_thinking", "thinking")  # what templates of reasoning models call it
+NO_REASONING = "<think>\n\n</think>\n\n"
+# What `render` sets itself: with another value of these, no turn would be found in the text.
+OWN_ARGUMENTS = (
+    *("messages", "conversation", "tools", "chat_template", "add_generation_prompt", "tokenize"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+)
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE_WORD, _OTHER_PROBE_WORD = "kingfisher", "nightingale"  # what two turns say that should render differently
 
@@ -38,6 +43,9 @@ class ChatTemplate:
         self.tokenizer = span_tokenizer.tokenizer
         self._content_is_parts = False  # contents as lists of parts, as templates for text and images take them
         self._feature_errors: dict[str, str] = {}  # role or feature -> why it is not supported, "" if it is
+        own = [name for name in self.template_kwargs if name in OWN_ARGUMENTS]
+        if own:
+            raise DataError(f"data.chat_template_kwargs sets {', '.join(own)}, which is set here: leave it out")
         if self.exists:
             self._check_assistant()
 
@@ -51,8 +59,8 @@ class ChatTemplate:
         options = {"tools": list(tools) or None, "add_generation_prompt": add_generation_prompt, **self.template_kwargs}
         try:
             return str(self.tokenizer.apply_chat_template(self._messages(turns), tokenize=False, **options))
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:  # whatever a template stumbles over
-            raise DataError(f"the chat template fails: {str(error)[:200]}") from error
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise DataError(f"the chat template fails: {str(error)[:200] or type(error).__name__}") from error
 
     def tagged_spans(self, turns: Sequence[Turn], tools: Tools) -> list[tuple[int, int]] | None:
         """The characters between each {% generation %} and its end; None if the template has no such tag."""
@@ -71,12 +79,33 @@ class ChatTemplate:
     def end_tokens(self) -> re.Pattern[str]:
         """Tokens that can end a turn: the special ones, and those the template writes after a turn."""
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        after_turn = self.render(_probe_chat(_PROBE_WORD)).partition(_PROBE_WORD)[2]
         ends = {
             *self.span_tokenizer.special_tokens.values(),
-            *(token for token in added if token.strip() and token in after_turn),
+            *(token for token in added if token.strip() and token in self._after_turn),
         }
         return re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or r"(?!)")
+
+    @cached_property
+    def _after_turn(self) -> str:
+        """What the template writes after an assistant turn that ends the chat."""
+        return self.render(_probe_chat(_PROBE_WORD)).partition(_PROBE_WORD)[2]
+
+    def without_end_tokens(self, turns: Sequence[Turn]) -> tuple[Turn, ...]:
+        """The turns without the end tokens that the data have written behind an answer and the template writes too."""
+        written = [token.group() for token in self.end_tokens.finditer(self._after_turn)]
+        closed = []
+        for turn in turns:
+            content = turn.message.get("content")
+            if turn.role == "assistant" and isinstance(content, str):
+                while end := next((token for token in written if content.rstrip().endswith(token)), None):
+                    content = content.rstrip().removesuffix(end)
+                turn = (
+                    turn
+                    if content is turn.message["content"]
+                    else Turn({**turn.message, "content": content}, turn.train_on)
+                )
+            closed.append(turn)
+        return tuple(closed)
 
     def ends_with_end_token(self, text: str) -> bool:
         """White space after the last end token does not count."""
@@ -106,7 +135,7 @@ class ChatTemplate:
     def inconsistency_message(self, turns: Sequence[Turn], tools: Tools, k: int) -> str:
         """Turn k is not what the generation prompt before it asks for: how they differ, and the way out.
 
-        If one of the usual switches makes both agree, the message names it.
+        If one of the usual switches makes both agree for every answer, the message names it. turns: of the whole chat.
         """
         prompt, answered = self.render(turns[:k], tools, add_generation_prompt=True), self.render(turns[: k + 1], tools)
         same = common_prefix_length(prompt, answered)
@@ -114,13 +143,28 @@ class ChatTemplate:
             f"the template asks for turn {k + 1} with {prompt[-60:]!r} but writes the answered turn as "
             f"{answered[max(0, same - 20) : same + 40]!r}: training would not match generation; "
         )
+        spoken = [j for j, turn in enumerate(turns) if turn.role == "assistant" and j > 0]
+        fits_some_turn = False
         for name, value in ((name, value) for name in REASONING_SWITCHES for value in (False, True)):
             other = ChatTemplate(self.span_tokenizer, {**self.template_kwargs, name: value})
-            if other.render(turns[: k + 1], tools).startswith(
-                other.render(turns[:k], tools, add_generation_prompt=True)
-            ):
-                return f"{problem}pass {name}={value} to it, here and wherever the model generates"
+            if other.keeps_its_prompt(turns, tools, k):
+                if all(other.keeps_its_prompt(turns, tools, j) for j in spoken):
+                    return f"{problem}pass {name}={value} to it, here and wherever the model generates"
+                fits_some_turn = True
+        if fits_some_turn:
+            return (
+                f"{problem}no switch of the template fits all answers of this chat, of which some have reasoning and "
+                'others have none: split the chat, or leave the others out of training ("train": false)'
+            )
+        reasoned = Turn({**turns[k].message, "content": f"{NO_REASONING}{turns[k].message.get('content') or ''}"})
+        if self.keeps_its_prompt([*turns[:k], reasoned], tools, k):
+            return f"{problem}write the reasoning in front of each answer ({NO_REASONING!r} where there is none)"
         return f"{problem}use a template that keeps its generation prompt (tokenizer.chat_template)"
+
+    def keeps_its_prompt(self, turns: Sequence[Turn], tools: Tools, k: int) -> bool:
+        """Whether turn k, when it is the last, begins with what a served model is asked for it with."""
+        answered = self.render(turns[: k + 1], tools)
+        return answered.startswith(self.render(turns[:k], tools, add_generation_prompt=True))
 
     def _check_assistant(self) -> None:
         error = self._ignores(_probe_chat(_PROBE_WORD))

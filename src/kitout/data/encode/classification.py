@@ -7,9 +7,10 @@ Encoders tokenize in batches and truncate the end of the text. It knows no file,
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 from kitout.data.encode.generation import encode_each
@@ -18,7 +19,10 @@ from kitout.data.encode.spans_to_labels import SpanTokenizer
 from kitout.data.examples.examples import Example, LabeledText, TaggedWords, cell_to_text
 from kitout.data.read.tables import DataError
 from kitout.errors import suggest
+from kitout.format import short_repr
 
+WORDS_WITHOUT_TOKENS = "a word has no token of its own, so its tag is not trained on"
+WHOLE_NUMBER_PATTERN = re.compile(r"-?\d{1,300}")  # Python reads no more than 4,300 digits
 MAX_LABELS = 1000  # more different labels are probably the wrong column
 
 
@@ -31,11 +35,11 @@ def label_set(examples: Iterable[Example]) -> tuple[str, ...]:
         elif isinstance(example, LabeledText):
             labels.update(example.label if isinstance(example.label, tuple) else (cell_to_text(example.label),))
     if len(labels) > MAX_LABELS:
-        first = ", ".join(map(repr, sorted(labels)[:4]))
+        first = ", ".join(short_repr(label, 40) for label in sorted(labels)[:4])
         raise DataError(
             f"{len(labels)} different labels ({first}, ...), expected at most {MAX_LABELS}: is it the right column?"
         )
-    if all(label.lstrip("-").isdecimal() for label in labels):
+    if all(WHOLE_NUMBER_PATTERN.fullmatch(label) for label in labels):
         return tuple(sorted(labels, key=int))
     return tuple(sorted(labels, key=lambda label: (label != "O", label)))
 
@@ -107,7 +111,11 @@ class RegressionEncoder(_LabelEncoder):
 
 @dataclass(frozen=True)
 class TokenClassEncoder:
-    """One of `labels` for every word: trained on the word's first token, the others are ignored."""
+    """One of `labels` for every word: trained on the word's first token, the others are ignored.
+
+    The text is tokenized as it stands, spaces included, and offsets say which token is whose: words handed over one by
+    one lose the spaces between them in byte-level vocabularies.
+    """
 
     tokenizer: Any
     """A fast tokenizer of transformers."""
@@ -121,34 +129,55 @@ class TokenClassEncoder:
 
     def __call__(self, examples: Sequence[Example]) -> list[EncodedExample]:
         label_ids = {label: i for i, label in enumerate(self.labels)}
-        SpanTokenizer(self.tokenizer)  # word_ids need a fast tokenizer
+        SpanTokenizer(self.tokenizer)  # offsets need a fast tokenizer
         tags = encode_each(examples, lambda e: [_label_id(tag, label_ids) for tag in _require_tags(e).tags])
         if not examples:
             return []
-        words = [list(e.words) for e in examples if isinstance(e, TaggedWords)]
-        options = {"is_split_into_words": True, "return_attention_mask": False, "verbose": False}
-        encoding = self.tokenizer(words, truncation=True, max_length=self.max_length, **options)
+        located = [e.located_words() for e in examples if isinstance(e, TaggedWords)]
+        short = self._tokenize([text for text, _ in located], truncation=True, max_length=self.max_length)
         encoded = []
-        for i, (example, tag_ids, ids) in enumerate(zip(examples, tags, encoding["input_ids"], strict=True)):
-            word_of_tokens = list(enumerate(encoding.word_ids(i)))
-            first_tokens = {word: token for token, word in reversed(word_of_tokens) if word is not None}
+        for i, (example, tag_ids, (text, words)) in enumerate(zip(examples, tags, located, strict=True)):
+            ids = short["input_ids"][i]
+            first_tokens = _first_tokens(words, short["offset_mapping"][i])
+            full_length, num_words = len(ids), len(first_tokens)
+            if len(ids) >= self.max_length:
+                full = self._tokenize([text])
+                full_length = len(full["input_ids"][0])
+                num_words = len(_first_tokens(words, full["offset_mapping"][0]))
             labels = [IGNORE_INDEX] * len(ids)
             for word, token in first_tokens.items():
                 labels[token] = tag_ids[word]
-            full_length = len(ids)
-            if len(ids) >= self.max_length:
-                full_length = len(self.tokenizer(words[i], **options)["input_ids"])
             encoded.append(
                 EncodedExample(
                     tuple(ids),
                     tuple(labels),
                     reference=example.answer_text(),
                     num_truncated=full_length - len(ids),
-                    num_truncated_targets=len(tag_ids) - len(first_tokens),
+                    num_truncated_targets=num_words - len(first_tokens),
                     location=example.location,
+                    remarks=(WORDS_WITHOUT_TOKENS,) if num_words < len(words) else (),
                 )
             )
         return encoded
+
+    def _tokenize(self, texts: list[str], **options: Any) -> Any:
+        return self.tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False, **options)
+
+
+def _first_tokens(words: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """Word -> its first token. A token of several words is that of the first of them that has none yet."""
+    first_tokens: dict[int, int] = {}
+    word = 0
+    for token, (start, end) in enumerate(offsets):
+        if start == end:  # a special token, or white space alone
+            continue
+        while word < len(words) and words[word][1] <= start:
+            word += 1
+        covered = takewhile(lambda i: words[i][0] < end, range(word, len(words)))  # noqa: B023 - used at once
+        owner = next((i for i in covered if i not in first_tokens), None)
+        if owner is not None:
+            first_tokens[owner] = token
+    return first_tokens
 
 
 def encode_texts(
@@ -196,16 +225,16 @@ def _to_number(example: Example) -> float:
     label = _require_label(example).label
     try:
         value = float(label)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
-        raise DataError(f"label {label!r} is not a finite number")
+        raise DataError(f"label {short_repr(label)} is not a finite number")
     return value
 
 
 def _label_id(label: str, label_ids: dict[str, int]) -> int:
     if label not in label_ids:
-        raise DataError(f"label {label!r} is not in the set; {suggest(label, label_ids)}")
+        raise DataError(f"label {short_repr(label)} is not in the set; {suggest(label, label_ids)}")
     return label_ids[label]
 
 

@@ -13,10 +13,12 @@ from typing import Any
 
 from kitout.data.encode.assistant_spans import AssistantSpans
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
+from kitout.data.encode.languages import Languages
 from kitout.data.encode.spans_to_labels import SpannedText, SpanTokenizer
+from kitout.data.encode.template_coverage import check_without_template
 from kitout.data.examples.examples import Chat, Completion, Example, LabeledText, TaggedWords, Text
-from kitout.data.read.tables import DataError, add_first
-from kitout.errors import Errors
+from kitout.data.read.tables import MAX_MESSAGE_CHARS, DataError, add_first
+from kitout.errors import BadRows, Errors
 
 MIN_MAX_LENGTH = 8  # a shorter limit leaves no room for a prompt, an answer and their special tokens
 
@@ -60,7 +62,8 @@ class CausalEncoder:
             prompt_end = len(example.prompt)
             text = example.prompt + example.completion
             spans = ((0 if self.assistant_spans.train_on == "all" else prompt_end, len(text)),)
-            answer = example.completion if example.prompt else ""  # without a prompt nothing can be generated from it
+            completion = self.span_tokenizer.without_end(example.completion)
+            answer = completion if example.prompt else ""  # without a prompt nothing can be generated from it
             return [SpannedText(text, spans, prompt_end, True, True, answer, example.location)]
         if isinstance(example, Text):
             return [SpannedText(example.text, ((0, len(example.text)),), 0, True, True, "", example.location)]
@@ -99,43 +102,61 @@ class Seq2SeqEncoder:
     """Of a source, in tokens."""
     max_target_length: int | None = None
     """Of a target, in tokens; None: as max_length."""
+    languages: Languages | None = None
+    """What the tokenizer writes into source and target; None: it has no languages."""
 
     def __call__(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        encode_each(examples, self._check_example)
+        remarks = encode_each(examples, self._check_example)
         if not examples:
             return []
         _check_max_length(self.max_length)
-        end = SpanTokenizer(self.tokenizer).end_id
+        if self.languages is not None:
+            self.languages.apply(self.tokenizer)
+        span_tokenizer = SpanTokenizer(self.tokenizer)
+        has_end = span_tokenizer.end_id in self.tokenizer(text_target="")["input_ids"]
+        answers = [span_tokenizer.without_end(e.answer_text()) for e in examples]
         sources = self._encode_texts([e.source_text() for e in examples], self.max_length)
-        targets = self._encode_texts(
-            [e.answer_text() for e in examples], self.max_target_length or self.max_length, end
-        )
+        targets = self._encode_texts(answers, self.max_target_length or self.max_length, True, has_end)
         return [
             EncodedExample(
                 ids,
                 target_ids=target,
-                reference=e.answer_text(),
+                reference=answer,
                 num_truncated=cut + cut_targets,
                 num_truncated_targets=cut_targets,
                 location=e.location,
+                remarks=left_out + span_tokenizer.remarks_on_targets(target, answer),
             )
-            for e, (ids, cut), (target, cut_targets) in zip(examples, sources, targets, strict=True)
+            for e, left_out, answer, (ids, cut), (target, cut_targets) in zip(
+                examples, remarks, answers, sources, targets, strict=True
+            )
         ]
 
-    def _check_example(self, example: Example) -> None:
+    def _check_example(self, example: Example) -> tuple[str, ...]:
+        """Remarks on what of it is not read."""
         if not example.answer_text():
             raise DataError("it has no answer; sequence-to-sequence models need one")
         if isinstance(example, TaggedWords):
             raise DataError("it has tags; train token classification on them")
+        if not isinstance(example, Chat):
+            return ()
+        if example.tools:
+            raise DataError("it has tools, which sequence-to-sequence models have no place for; leave the column out")
+        return check_without_template(example)
 
     def _encode_texts(
-        self, texts: list[str], max_length: int, end_id: int | None = None
+        self, texts: list[str], max_length: int, are_targets: bool = False, has_end: bool = False
     ) -> list[tuple[tuple[int, ...], int]]:
-        """Ids of each text and how many were truncated; with `end_id` they end in it, or would if not truncated."""
+        """Ids of each text and how many were truncated; targets end in the end token, or would if not truncated.
+
+        has_end: whether the tokenizer ends targets itself, perhaps with a language code behind the end token.
+        """
         encoded = []
-        for ids in self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
-            full = [*ids, end_id] if end_id is not None and ids[-1:] != [end_id] else list(ids)
-            if len(full) > max_length and end_id is None and full[-1] in self.tokenizer.all_special_ids:
+        options = {"return_attention_mask": False, "verbose": False}
+        arguments = {"text_target": texts} if are_targets else {"text": texts}
+        for ids in self.tokenizer(**arguments, **options)["input_ids"]:
+            full = [*ids, self.tokenizer.eos_token_id] if are_targets and not has_end else list(ids)
+            if len(full) > max_length and not are_targets and full[-1] in self.tokenizer.all_special_ids:
                 short = [*full[: max_length - 1], full[-1]]  # a source keeps the end token of its encoder
             else:
                 short = full[:max_length]
@@ -170,16 +191,35 @@ def truncate(item: EncodedExample, max_length: int, keep_front: int) -> EncodedE
 
 def encode_each(examples: Sequence[Example], encode: Callable[[Example], Any]) -> list[Any]:
     """`encode` of each example; the examples it refuses are reported together, with their locations."""
-    encoded, refused = [], []
-    for example in examples:
+    encoded: list[Any] = []
+    refused: dict[int, str] = {}
+    for i, example in enumerate(examples):
         try:
             encoded.append(encode(example))
         except DataError as error:
-            refused.append(f"{example.location or 'an example'}: {error}")
-    errors = Errors(DataError, "these examples cannot be encoded")
-    add_first(errors, refused, "examples")
-    errors.raise_if_any()
+            refused[i] = f"{example.location or 'an example'}: {error}"[:MAX_MESSAGE_CHARS]
+    errors = Errors(BadRows, "these examples cannot be encoded")
+    add_first(errors, list(refused.values()), "examples")
+    try:
+        errors.raise_if_any()
+    except BadRows as error:
+        error.messages = refused
+        raise
     return encoded
+
+
+def encode_good(
+    encode: Callable[[Sequence[Example]], list[EncodedExample]], examples: Sequence[Example], skipped: list[str] | None
+) -> list[EncodedExample]:
+    """`encode` of the examples; those it refuses are left out and listed in `skipped`. None: they are an error."""
+    try:
+        return encode(examples)
+    except BadRows as error:
+        if skipped is None:
+            raise
+        for message in error.messages.values():
+            skipped.append(message)
+        return encode([example for i, example in enumerate(examples) if i not in error.messages])
 
 
 def _check_max_length(max_length: int) -> int:

@@ -36,6 +36,8 @@ class EncodedExample:
     """Those of them that were to be trained on."""
     location: str = ""
     """Where it was read, for messages."""
+    remarks: tuple[str, ...] = ()
+    """What of the example the model does not see or is not trained on as the data have it: one phrase each."""
 
     @property
     def length(self) -> int:
@@ -51,7 +53,7 @@ class EncodedExample:
 
 
 def digest(examples: Iterable[EncodedExample]) -> str:
-    """A fingerprint of the examples in their order; where they were read does not count."""
+    """A fingerprint of the examples in their order; where they were read and remarks do not count."""
     sha256 = hashlib.sha256()
     for e in examples:
         content = (

@@ -15,6 +15,7 @@ from typing import Any
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.data.read.tables import DataError
 
+UNKNOWN_ANSWER = "its answer has characters that the vocabulary lacks: {} is trained on in their place"
 BATCH_SIZE = 1000  # texts whose offsets are in memory at once
 
 
@@ -36,6 +37,8 @@ class SpannedText:
     """The answer as text."""
     location: str = ""
     """Where it was read, for messages."""
+    remarks: tuple[str, ...] = ()
+    """What of the example is not in the text, for the pre-flight."""
 
 
 class SpanTokenizer:
@@ -56,6 +59,25 @@ class SpanTokenizer:
         if self.tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end-of-text token: no model can learn where to stop; set eos_token")
         return int(self.tokenizer.eos_token_id)
+
+    @cached_property
+    def _unknown_id(self) -> int | None:
+        """The token of what the vocabulary lacks; None where there is none, or where it is the end or start too."""
+        unknown = self.tokenizer.unk_token_id
+        return None if unknown in (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id) else unknown
+
+    def remarks_on_targets(self, target_ids: Sequence[int], text: str) -> tuple[str, ...]:
+        """What is wrong with the tokens of an answer: characters that the vocabulary does not have."""
+        if self._unknown_id is None or self._unknown_id not in target_ids or self.tokenizer.unk_token in text:
+            return ()
+        return (UNKNOWN_ANSWER.format(self.tokenizer.unk_token),)
+
+    def without_end(self, answer: str) -> str:
+        """The answer without the end token that the data may have written behind it: it is added anyway."""
+        end = self.tokenizer.eos_token
+        while end and answer.endswith(end):
+            answer = answer.removesuffix(end)
+        return answer
 
     @cached_property
     def start_ids(self) -> tuple[int, ...]:
@@ -139,4 +161,5 @@ class SpanTokenizer:
             prompt_length=prompt_length,
             reference=spanned.reference,
             location=spanned.location,
+            remarks=spanned.remarks + self.remarks_on_targets(labels, spanned.text),
         )

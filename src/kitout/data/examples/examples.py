@@ -11,11 +11,13 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 from kitout.data.normalize import normalize_text
+from kitout.errors import DataError
 
 Label: TypeAlias = "str | int | float | tuple[str, ...]"  # a class, a number, or the labels that apply
 
@@ -28,6 +30,8 @@ class Example(ABC):
     """Where it was read, for messages: "train.jsonl:12"."""
     source_index: int = field(default=0, compare=False)
     """Which source of a mixture it came from."""
+    remarks: tuple[str, ...] = field(default=(), compare=False)
+    """What was changed or assumed when it was read, for the pre-flight: one phrase each."""
 
     @abstractmethod
     def source_text(self) -> str:
@@ -39,7 +43,7 @@ class Example(ABC):
 
     @cached_property
     def exact_key(self) -> str:
-        """The same for the same content, wherever and whenever it was read."""
+        """The same for the same content, wherever and whenever it was read: by it exact copies are found."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
         return _hash(
             json.dumps([type(self).__name__, values], sort_keys=True, default=_to_json_value, ensure_ascii=False)
@@ -49,11 +53,6 @@ class Example(ABC):
     def input_key(self) -> str:
         """The same for inputs that differ only in case, width of letters and white space."""
         return _hash(normalize_text(self.source_text()))
-
-    @cached_property
-    def content_key(self) -> str:
-        """The same for examples whose input and answer are the same, compared as by `input_key`."""
-        return _hash(f"{self.input_key} {normalize_text(self.answer_text())}")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Turn:
     @property
     def text(self) -> str:
         """The content, then the tool calls as JSON."""
-        calls = [json.dumps(call.get("function", call)) for call in self.message.get("tool_calls") or ()]
+        calls = [json.dumps(call.get("function", call), default=str) for call in self.message.get("tool_calls") or ()]
         return "\n".join(filter(None, [str(self.message.get("content") or ""), *calls]))
 
 
@@ -94,6 +93,13 @@ class Chat(Example):
 
     def answer_text(self) -> str:
         return self.turns[self._last_answer_index()].text if self._last_answer_index() < len(self.turns) else ""
+
+    def with_system(self, text: str) -> Chat:
+        """With a system turn, unless there is one that says something."""
+        has_system = self.turns[0].role == "system"
+        if has_system and self.turns[0].text.strip():
+            return self
+        return replace(self, turns=(Turn({"role": "system", "content": text}), *self.turns[has_system:]))
 
     def _last_answer_index(self) -> int:
         return max((i for i, turn in enumerate(self.turns) if turn.role == "assistant"), default=len(self.turns))
@@ -155,9 +161,19 @@ class TaggedWords(Example):
     """In order."""
     tags: tuple[str, ...]
     """One per word."""
+    text: str = field(default="", compare=False)
+    """The text that the words are of; empty where the data have words alone."""
+    starts: tuple[int, ...] = field(default=(), compare=False)
+    """The character of `text` at which each word begins."""
 
     def source_text(self) -> str:
         return " ".join(self.words)
+
+    def located_words(self) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """The text as a model reads it, and the characters of each word; words alone are joined by single spaces."""
+        starts = self.starts or tuple(accumulate((len(word) + 1 for word in self.words[:-1]), initial=0))
+        spans = tuple((start, start + len(word)) for start, word in zip(starts, self.words, strict=True))
+        return self.text or self.source_text(), spans
 
     def answer_text(self) -> str:
         return " ".join(self.tags)
@@ -165,12 +181,14 @@ class TaggedWords(Example):
 
 @dataclass(frozen=True)
 class LabeledImage(Example):
-    """An image file and its class. Two are the same here if their paths are; `ImageSet` compares pixels."""
+    """An image and its class. Two are the same here if their paths are; `ImageSet` compares pixels."""
 
     path: str
     """As the data write it: relative to the file it was read from, or absolute."""
     label: str
     """The class."""
+    content: bytes = field(default=b"", compare=False, repr=False)
+    """The image file itself, where a table holds it; then it has no path."""
 
     def source_text(self) -> str:
         return self.path
@@ -183,6 +201,8 @@ def cell_to_text(value: object) -> str:
     """A value of a table as text: true and false as JSON writes them, whole floats without their .0."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, bytes):
+        raise DataError(f"a cell holds {len(value):,} bytes that are no UTF-8 text: name the column that has the text")
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 

@@ -16,8 +16,9 @@ from typing import Any, TypeAlias
 
 from kitout.data.examples import convert
 from kitout.data.examples.examples import Example
-from kitout.data.read.tables import DataError, Row, add_first
-from kitout.errors import Errors, suggest
+from kitout.data.examples.system_prompt import with_system_prompt
+from kitout.data.read.tables import MAX_MESSAGE_CHARS, DataError, Row, add_first
+from kitout.errors import BadRows, Errors, suggest
 
 ColumnNames: TypeAlias = "Mapping[str, tuple[str, ...]]"  # role -> its usual column names, the first one present wins
 
@@ -34,6 +35,9 @@ _METADATA_PATTERN = re.compile(
     r"(?i)(.*[_ ])?(id|idx|index|url|uri|source|title|date|time|timestamp|added|created|meta|metadata|lang|language"
     r"|dump|path|file|filename|name|author|licen[cs]e|subset|split|domain|count|length|len|tokens|score|hash|__.*)"
 )
+
+_DECIMAL_COMMA_PATTERN = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?")
+_THOUSANDS_PATTERN = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")  # 1,000: a comma may mean either
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,10 @@ class TableReading:
     """Columns that are not read."""
     system_prompt: str | None = None
     """A system turn for every example; with it, labeled texts become chats."""
+    has_decimal_commas: bool = False
+    """Whether the labels are numbers with decimal commas."""
+    note: str = ""
+    """What was found out about the file itself, in words."""
 
     def to_example(self, row: Row) -> Example:
         """Raises DataError with the line and the reason."""
@@ -144,11 +152,13 @@ class TableReading:
                 late = ", ".join(map(repr, sorted(self._late_columns & cells.keys())))
                 raise DataError(f"it has the column {late}, which the first {HEAD_ROWS} rows do not have; add it there")
             row_fields = {role: cells.get(column) for role, column in self.columns.items()}
+            if self.has_decimal_commas:
+                row_fields["label"] = _with_decimal_point(row_fields["label"])
             example = self.format.to_example({role: _nan_to_none(value) for role, value in row_fields.items()})
             if self.system_prompt:
-                example = convert.with_system_prompt(example, self.system_prompt)
+                example = with_system_prompt(example, self.system_prompt)
         except DataError as error:
-            raise DataError(f"line {line}: {self._name_columns(str(error))}") from error
+            raise DataError(f"line {line}: {self._name_columns(str(error))}"[:MAX_MESSAGE_CHARS]) from error
         return replace(example, location=f"{self.source}:{line}")
 
     @cached_property
@@ -157,15 +167,18 @@ class TableReading:
         usual = {name for role, names in self.format.roles.items() if role not in self.columns for name in names}
         return frozenset(usual - {*self.unused_columns, *self.columns.values()})
 
-    def to_examples(self, rows: Iterable[Row]) -> list[Example]:
-        """Every row as an example; all bad rows are reported together."""
+    def to_examples(self, rows: Iterable[Row], skipped: list[str] | None = None) -> list[Example]:
+        """Every row as an example; all bad rows are reported together, or listed in `skipped`."""
         examples, messages = [], []
         for row in rows:
             try:
                 examples.append(self.to_example(row))
             except DataError as error:
                 messages.append(str(error))
-        errors = Errors(DataError, f"{self.source} (read as {self.format.name})")
+        if skipped is not None:
+            skipped.extend(f"{self.source} {message}" for message in messages)
+            return examples
+        errors = Errors(BadRows, f"{self.source} (read as {self.format.name})")
         add_first(errors, messages, "rows")
         errors.raise_if_any()
         return examples
@@ -179,9 +192,9 @@ class TableReading:
 
     def __str__(self) -> str:
         read = ", ".join(column if role == column else f"{role}={column}" for role, column in self.columns.items())
-        return f"{self.format.name} ({read})" + (
-            f"; not read: {', '.join(self.unused_columns)}" if self.unused_columns else ""
-        )
+        commas = ", numbers with a decimal comma" if self.has_decimal_commas else ""
+        unused = f"not read: {', '.join(self.unused_columns)}" if self.unused_columns else ""
+        return "; ".join(filter(None, (f"{self.format.name} ({read}{commas})", self.note, unused)))
 
 
 def detect(
@@ -190,11 +203,12 @@ def detect(
     format: str | None = None,  # noqa: A002 - the name of the setting
     columns: Mapping[str, str] | None = None,
     system_prompt: str | None = None,
+    note: str = "",
 ) -> TableReading:
     """How these rows are read.
 
-    format: a name of FORMATS, or "auto". columns: {role: column} for columns with unusual names. system_prompt: see
-    TableReading.
+    format: a name of FORMATS, or "auto". columns: {role: column} for columns with unusual names. system_prompt, note:
+    see TableReading.
     """
     present = list(dict.fromkeys(str(column) for _, row in rows for column in row))
     requested = dict(columns or {})
@@ -212,7 +226,22 @@ def detect(
         raise DataError(_ambiguity_message(source, present, list(matches), candidates, format))
     (name, match), *_ = matches.items()
     unused = tuple(c for c in present if c not in match.values())
-    return TableReading(FORMATS[name], match, source, unused, system_prompt)
+    has_commas = name == "label" and _are_decimal_commas([row.get(match["label"]) for _, row in rows])
+    return TableReading(FORMATS[name], match, source, unused, system_prompt, has_commas, note)
+
+
+def _are_decimal_commas(labels: Sequence[Any]) -> bool:
+    """Whether all labels are numbers as text and some have a comma that cannot separate thousands."""
+    texts = [label.strip() for label in labels if isinstance(label, str) and label.strip()]
+    return (
+        any("," in text and not _THOUSANDS_PATTERN.fullmatch(text) for text in texts)
+        and all(_DECIMAL_COMMA_PATTERN.fullmatch(text) for text in texts)
+    )  # fmt: skip
+
+
+def _with_decimal_point(label: Any) -> Any:
+    is_number = isinstance(label, str) and _DECIMAL_COMMA_PATTERN.fullmatch(label.strip())
+    return label.replace(".", "").replace(",", ".") if is_number else label
 
 
 def _nan_to_none(value: Any) -> Any:

@@ -8,17 +8,18 @@ split.
 from __future__ import annotations
 
 import hashlib
+import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kitout.data.read.tables import DataError, add_first
-from kitout.errors import Errors, suggest
+from kitout.errors import BadRows, Errors, suggest
 
 try:
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -38,14 +39,15 @@ IMAGE_FORMATS = {
 IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 
 PixelArray: TypeAlias = NDArray[np.uint8]
+ImageSource: TypeAlias = Path | bytes | PixelArray
 
 
 @dataclass(frozen=True)
 class ImageRecord:
     """One image as a reader finds it."""
 
-    source: Path | PixelArray
-    """Its file or its pixels."""
+    source: ImageSource
+    """Its file, what is in the file, or its pixels."""
     label: str
     """The name of its class."""
     split: str = ""
@@ -58,8 +60,8 @@ class ImageRecord:
 class ImageSet:
     """Images and what is known of each; `open(i)` gives an RGB image."""
 
-    sources: tuple[Path | PixelArray, ...]
-    """The file or the pixels of each image."""
+    sources: tuple[ImageSource, ...]
+    """The file, its content or the pixels of each image."""
     labels: tuple[int, ...]
     """The class of each image, an index into label_names."""
     label_names: tuple[str, ...]
@@ -96,21 +98,31 @@ class ImageSet:
         return sha256.hexdigest()
 
 
-def build_image_set(records: Sequence[ImageRecord], label_names: Sequence[str] | None, description: str) -> ImageSet:
+def build_image_set(
+    records: Sequence[ImageRecord], label_names: Sequence[str] | None, description: str,
+    skipped: list[str] | None = None,
+) -> ImageSet:  # fmt: skip
     """The set of what a reader finds. label_names: all classes, in order; default: those of the records, sorted.
 
     description: the set in a few words, for messages. Raises DataError with all errors at once: images that do not
-    open, labels that are empty or unknown, too few images or classes.
+    open, labels that are empty or unknown, too few images or classes. skipped: gets a message for every image that does
+    not open, which is left out; None: they are errors.
     """
     errors = Errors(DataError, description)
     names = list(label_names) if label_names is not None else sorted({r.label for r in records if r.label})
-    hashes, unreadable = [], []
-    for record in records:
+    hashes, unreadable = {}, []
+    for i, record in enumerate(records):
         try:
-            hashes.append(hash_pixels(open_image(record.source)))
+            hashes[i] = hash_pixels(open_image(record.source))
         except DataError as error:
             unreadable.append(f"{record.location}{error}")
-    add_first(errors, unreadable, "images")
+    if skipped is not None:
+        skipped += unreadable
+        records = [records[i] for i in hashes]
+    else:
+        add_first(errors, unreadable, "images")
+        if unreadable:
+            errors.error = BadRows
     add_first(errors, [f"{r.location}the label is empty" for r in records if not r.label], "rows")
     unknown = [r for r in records if r.label and r.label not in names]
     messages = [f"{r.location}label {r.label!r} is not one of the given; {suggest(r.label, names)}" for r in unknown]
@@ -123,7 +135,7 @@ def build_image_set(records: Sequence[ImageRecord], label_names: Sequence[str] |
         tuple(names.index(r.label) for r in records),
         tuple(names),
         tuple(r.split for r in records),
-        tuple(hashes),
+        tuple(hashes.values()),
     )
 
 
@@ -147,33 +159,35 @@ def _find_set_errors(records: Sequence[ImageRecord], label_names: Sequence[str])
     return messages
 
 
-def open_image(source: Path | PixelArray) -> Image.Image:
+def open_image(source: ImageSource) -> Image.Image:
     """The image in RGB, rotated as its EXIF says. Raises DataError with the reason."""
-    if not isinstance(source, Path):
+    if isinstance(source, np.ndarray):
         return Image.fromarray(source).convert("RGB")
+    file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+    name = "it" if isinstance(source, bytes) else str(source)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(source, formats=list(IMAGE_FORMATS)) as image:
-                return _to_rgb(source, ImageOps.exif_transpose(image))
+            with Image.open(file, formats=list(IMAGE_FORMATS)) as image:
+                return _to_rgb(name, ImageOps.exif_transpose(image))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise DataError(
-                f"{source} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller, "
+                f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller, "
                 "or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
             ) from error
         except FileNotFoundError as error:
-            raise DataError(f"there is no file {source}") from error
+            raise DataError(f"there is no file {name}") from error
         except UnidentifiedImageError as error:
-            raise DataError(f"{source} is not an image that can be read ({', '.join(IMAGE_FORMATS)})") from error
+            raise DataError(f"{name} is not an image that can be read ({', '.join(IMAGE_FORMATS)})") from error
         except (OSError, ValueError, SyntaxError, EOFError) as error:  # PIL raises any of them for damaged files
-            raise DataError(f"{source} does not open: {str(error)[:120]}") from error
+            raise DataError(f"{name} does not open: {str(error)[:120]}") from error
 
 
-def _to_rgb(source: Path, image: Image.Image) -> Image.Image:
+def _to_rgb(name: str, image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise DataError(f"{source} has {image.mode} pixels, whose white is unknown: save it with 8 or 16 bits")
+        raise DataError(f"{name} has {image.mode} pixels, whose white is unknown: save it with 8 or 16 bits")
     if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
         rgba = image.convert("RGBA")
         paper = Image.new("RGBA", rgba.size, "white")  # transparent pixels count as white, not as their hidden colors

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from kitout.data.read.arrow_values import name_classes, plain_value
 from kitout.data.read.tables import DataError, Row
 
-_SOURCE_PATTERN = re.compile(r"(?P<name>[^:#]+)(:(?P<config>[^#]+))?(#((?P<first>\d+):)?(?P<last>\d+)|#(?P<split>.+))?")
+_SOURCE_PATTERN = re.compile(
+    r"(?P<name>[^:#]+)(:(?P<config>[^#]+))?(#((?P<first>\d{1,18}):)?(?P<last>\d{1,18})|#(?P<split>.+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -28,24 +31,20 @@ class HubTable:
     """The name for messages and locations."""
     split: str = ""
     """train, validation or test; "" if its name is none of them."""
+    note: str = ""
+    """As a table of a file has it; a data set of the hub says itself how it is read."""
 
-    def read_rows(self) -> list[Row]:
+    def read_rows(self, skipped: list[str] | None = None) -> list[Row]:
+        """skipped: of files that cannot be read in part; the library reads all or none."""
         rows = list(self.iter_rows())
         if not rows:
             raise DataError(f"{self.source} has no rows")
         return rows
 
-    def iter_rows(self) -> Iterator[Row]:
+    def iter_rows(self, skipped: list[str] | None = None) -> Iterator[Row]:
         for number, row in enumerate(self.data, start=1):
-            yield number, {name: self._with_class_names(name, value) for name, value in row.items()}
-
-    def _with_class_names(self, column: str, value: Any) -> Any:
-        names = self._class_names.get(column)
-        if names is None or value is None:
-            return value
-        if isinstance(value, list):
-            return [_class_name(names, each) for each in value]
-        return _class_name(names, value)
+            plain = {name: plain_value(value) for name, value in row.items()}
+            yield number, plain | {c: name_classes(names, plain[c]) for c, names in self._class_names.items()}
 
     @cached_property
     def _class_names(self) -> dict[str, list[str]]:
@@ -101,8 +100,3 @@ def _load_dataset(source: str, name: str, config: str | None, split: str | None,
 
 def _slice_rows(data: Any, start: int, stop: int | None) -> Any:
     return data if stop is None else data.skip(start).take(stop - start)
-
-
-def _class_name(names: Sequence[str] | Mapping[int, str], class_id: Any) -> Any:
-    """None for -1, which stands for a label that is kept secret."""
-    return names[class_id] if isinstance(class_id, int) and 0 <= class_id < len(names) else None

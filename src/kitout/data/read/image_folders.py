@@ -23,19 +23,21 @@ from kitout.errors import Errors
 
 
 def load_images(
-    source: Path | str, image: str | None = None, label: str | None = None, label_names: Sequence[str] | None = None
-) -> ImageSet:
+    source: Path | str, image: str | None = None, label: str | None = None, label_names: Sequence[str] | None = None,
+    skipped: list[str] | None = None,
+) -> ImageSet:  # fmt: skip
     """A folder of class folders (perhaps in train/, val/, test/), tables, or an .npz with `images` and `labels`.
 
-    image, label: the columns of a table, if not obvious. label_names: all classes, in order.
+    image, label: the columns of a table, if not obvious. label_names: all classes, in order. skipped: gets a message
+    for every bad image or row, which is left out; None: they are errors.
     """
     path = Path(source)
     if path.is_dir() and not _has_train_table(path):
-        return build_image_set(_read_class_folders(path), label_names, str(path))
+        return build_image_set(_read_class_folders(path), label_names, str(path), skipped)
     if path.suffix.lower() == ".npz":
         return from_arrays(*_read_npz(path), label_names=label_names, description=str(path))
     columns = {role: column for role, column in (("image", image), ("label", label)) if column is not None}
-    return build_image_set(_read_tables(str(source), columns), label_names, str(path))
+    return build_image_set(_read_tables(str(source), columns, skipped), label_names, str(path), skipped)
 
 
 def from_arrays(
@@ -74,22 +76,28 @@ def _read_npz(path: Path) -> tuple[Any, Any]:
             return arrays["images"], arrays["labels"]
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:  # pickled objects are a ValueError
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        MemoryError,
+        zipfile.BadZipFile,
+    ) as error:  # pickled objects are a ValueError
         raise DataError(f"{path} is not an .npz of plain arrays: {str(error)[:120]}") from error
 
 
-def _read_tables(source: str, columns: dict[str, str]) -> list[ImageRecord]:
+def _read_tables(source: str, columns: dict[str, str], skipped: list[str] | None) -> list[ImageRecord]:
     """The images that the tables of a source name; relative paths start at their table."""
     if not Path(source).exists() and Path(source.partition("#")[0]).suffix.lower() not in tables.READERS:
         raise DataError(f"there is no file or folder {source}; sets of the hub have to be saved as class folders first")
     records: list[ImageRecord] = []
     for table in open_source(source):
         assert isinstance(table, FileTable)  # the hub is not asked
-        rows = table.read_rows()
-        for example in detect(rows, table.source, "image", columns).to_examples(rows):
+        rows = table.read_rows(skipped)
+        for example in detect(rows, table.source, "image", columns).to_examples(rows, skipped):
             assert isinstance(example, LabeledImage)
-            path = table.path.parent / example.path
-            records.append(ImageRecord(path, example.label, table.split, f"{example.location}: "))
+            image = example.content or table.path.parent / example.path
+            records.append(ImageRecord(image, example.label, table.split, f"{example.location}: "))
     return records
 
 

@@ -18,9 +18,10 @@ from typing import Any, TypeAlias
 from kitout.data.examples.examples import Example
 from kitout.data.examples.formats import HEAD_ROWS, TableReading, detect
 from kitout.data.read import tables
+from kitout.data.read.csv_dialect import separator_note
 from kitout.data.read.hub import HubTable, open_hub_tables
 from kitout.data.read.tables import DataError, Row
-from kitout.errors import Errors
+from kitout.errors import BadRows, Errors
 
 Source: TypeAlias = "str | Path | Sequence[str | Path] | Mapping[str, str | Path | Sequence[str | Path]]"
 
@@ -31,7 +32,7 @@ SPLIT_NAMES = {
 }  # fmt: skip
 _SPLIT_PATTERN = re.compile(rf"(?i)({'|'.join(sorted(SPLIT_NAMES, key=len, reverse=True))})([-_. ].*)?")
 _HUB_NAME_PATTERN = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?(#.+)?")
-_SLICE_PATTERN = re.compile(r"(?P<name>.+)#((?P<first>\d+):)?(?P<last>\d+)")
+_SLICE_PATTERN = re.compile(r"(?P<name>.+)#((?P<first>\d{1,18}):)?(?P<last>\d{1,18})")
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,18 @@ class FileTable:
         """The name for messages and locations."""
         return self.path.name
 
-    def read_rows(self) -> list[Row]:
-        return _check_not_empty(tables.read_rows(self.path)[self.start : self.stop], str(self.path))
+    @property
+    def note(self) -> str:
+        """What was found out about the file itself, in words."""
+        return separator_note(self.path)
 
-    def iter_rows(self) -> Iterator[Row]:
-        return islice(tables.iter_rows(self.path), self.start, self.stop)
+    def read_rows(self, skipped: list[str] | None = None) -> list[Row]:
+        """skipped: see `tables.read_rows`."""
+        rows = tables.read_rows(self.path, skipped, self.start, self.stop)
+        return rows if skipped else _check_not_empty(rows, str(self.path))
+
+    def iter_rows(self, skipped: list[str] | None = None) -> Iterator[Row]:
+        return islice(tables.iter_rows(self.path, skipped), self.start, self.stop)
 
 
 Table: TypeAlias = FileTable | HubTable
@@ -70,6 +78,8 @@ class LoadedExamples:
     """By split; "" if the source names none."""
     readings: tuple[TableReading, ...]
     """How each table was read."""
+    skipped: tuple[str, ...] = ()
+    """What was left out, a message with file and line for each bad row."""
 
 
 def load_examples(
@@ -79,26 +89,48 @@ def load_examples(
     system_prompt: str | None = None,
     limit: int | None = None,
     seed: int = 0,
+    skip_bad_rows: bool = False,
 ) -> LoadedExamples:
     """Every example of a source. limit: at most so many of each split, sampled by the seed, in their order.
+
+    skip_bad_rows: bad rows are left out and listed; else they are errors, reported together.
 
     source: a path or hub name, a list of them, or {"train": ..., "validation": ..., "test": ...}. format, columns,
     system_prompt: see `formats.detect`.
     """
     splits: dict[str, list[Example]] = {}
     readings = []
+    all_skipped: list[str] = []
     errors = Errors(DataError, "the data cannot be read")
+    only_rows_are_bad = True
     for table in open_source(source):
+        skipped: list[str] | None = [] if skip_bad_rows else None
         try:
-            rows = table.read_rows()
-            reading = detect(rows, table.source, format, columns, system_prompt)
+            rows = table.read_rows(skipped)
+            reading = detect(rows, table.source, format, columns, system_prompt, table.note)
             readings.append(reading)
-            splits.setdefault(table.split, []).extend(reading.to_examples(rows))
+            examples = reading.to_examples(rows, skipped)
+            check_few_skipped(skipped or (), len(examples), table.source)
+            splits.setdefault(table.split, []).extend(examples)
+            all_skipped += skipped or ()
         except DataError as error:
             errors.add(str(error))
+            only_rows_are_bad &= isinstance(error, BadRows)
+    if only_rows_are_bad:
+        errors.error = BadRows
     errors.raise_if_any()
     sampled = {split: tuple(_sample(examples, limit, seed)) for split, examples in splits.items()}
-    return LoadedExamples(sampled, tuple(readings))
+    return LoadedExamples(sampled, tuple(readings), tuple(all_skipped))
+
+
+def check_few_skipped(skipped: Sequence[str], num_good: int, name: str) -> None:
+    """DataError if more rows are bad than good: then the format is not what they are read as."""
+    if len(skipped) > num_good:
+        errors = Errors(
+            DataError, f"{name}: {len(skipped):,} rows are bad and {num_good:,} are not, too many to leave out"
+        )
+        tables.add_first(errors, skipped, "rows")
+        errors.raise_if_any()
 
 
 def open_source(source: Source, streaming: bool = False) -> list[Table]:
@@ -119,10 +151,10 @@ def open_source(source: Source, streaming: bool = False) -> list[Table]:
     return [table for each in source for table in open_source(each, streaming)]
 
 
-def detect_from_head(table: Table, **options: Any) -> TableReading:
-    """How a table is read, by its first rows alone."""
-    head = list(islice(table.iter_rows(), HEAD_ROWS))
-    return detect(_check_not_empty(head, table.source), table.source, **options)
+def detect_from_head(table: Table, skipped: list[str] | None = None, **options: Any) -> TableReading:
+    """How a table is read, by its first rows alone. skipped: see `tables.read_rows`."""
+    head = list(islice(table.iter_rows(skipped), HEAD_ROWS))
+    return detect(_check_not_empty(head, table.source), table.source, note=table.note, **options)
 
 
 def split_named(name: str) -> str:
@@ -143,6 +175,16 @@ def _tables_of_split(split: str, candidates: list[Table]) -> list[Table]:
 
 
 def _find_tables(source: str, streaming: bool) -> list[Table]:
+    try:
+        return _find_tables_at(source, streaming)
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, no permission, no such home
+        if isinstance(error, DataError):
+            raise
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise DataError(f"{source[:200]!r} cannot be opened: {reason}") from error
+
+
+def _find_tables_at(source: str, streaming: bool) -> list[Table]:
     whole = Path(source).expanduser()
     sliced = None if whole.exists() else _SLICE_PATTERN.fullmatch(source)
     path = Path(sliced["name"]).expanduser() if sliced else whole

@@ -1,7 +1,8 @@
 """Rows from a file the user names, each with its line: .jsonl, .json (a list), .csv, .tsv, .parquet, .txt.
 
-All at once, with all errors reported together, or one after the other for files that do not fit into memory. It only
-reads files, runs nothing it reads, and knows no format of examples, no text and no image.
+All at once, with all errors reported together, or one after the other for files that do not fit into memory. Bad rows
+are errors, or left out and listed where the caller gives a list for them. It only reads files, runs nothing it reads,
+and knows no format of examples, no text and no image.
 """
 
 from __future__ import annotations
@@ -9,16 +10,24 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
+from kitout.data.read.arrow_values import class_names_of_file, name_classes, plain_value
+from kitout.data.read.csv_dialect import find_separator
+from kitout.data.read.json_text import parse_json
+from kitout.errors import BadRows, Errors
 from kitout.errors import DataError as DataError  # for those that import it from here
-from kitout.errors import Errors
+from kitout.format import short_repr
 
 MAX_SHOWN_ERRORS = 5  # errors of one kind shown in full
-MAX_FIELD_CHARS = 2**30  # of one csv field; Python's own limit of 131,072 is less than a long document
+MAX_LISTED = 1000  # messages of rows that a stream leaves out
+MAX_MESSAGE_CHARS = 600  # of the message about one row
+# Of one row, a book of 3,000 pages: whoever compares, splits and tokenizes it would take minutes for much more.
+MAX_ROW_CHARS = 10_000_000
 
 BINARY_SIGNATURES = {  # first bytes of files that are often taken for tables
     b"\x1f\x8b": "a gzip archive: unpack it first (gunzip)",
@@ -29,8 +38,16 @@ BINARY_SIGNATURES = {  # first bytes of files that are often taken for tables
 }
 
 Row = tuple[int, dict[str, Any]]  # line, columns
-_RowIterator: TypeAlias = Callable[[Path], Iterator[Row]]
-_ReaderT = TypeVar("_ReaderT")
+_ReadRow: TypeAlias = tuple[int, dict[str, Any] | str]  # line, columns or what is wrong with them
+_RowIterator: TypeAlias = Callable[[Path], Iterator[_ReadRow]]
+
+
+class StreamedMessages(list[str]):
+    """The first messages, each once: a stream meets a bad row again in every epoch."""
+
+    def append(self, message: str) -> None:
+        if len(self) < MAX_LISTED and message not in self:
+            super().append(message)
 
 
 def add_first(errors: Errors, messages: Sequence[str], noun: str) -> None:
@@ -44,41 +61,82 @@ def add_first(errors: Errors, messages: Sequence[str], noun: str) -> None:
         errors.add(f"and {len(messages) - MAX_SHOWN_ERRORS} more such {noun}")
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Every row of a file with its line (.json and .parquet: its number from 1)."""
-    read = _find_reader(path, READERS)
-    with _explain_binary(path):
-        rows = read(path)
-    if not rows:
+def read_rows(path: Path, skipped: list[str] | None = None, start: int = 0, stop: int | None = None) -> list[Row]:
+    """The rows of a file from start to stop, each with its line (.json and .parquet: its number from 1).
+
+    skipped: gets a message for every bad row, which is left out; None: bad rows are a DataError.
+    """
+    messages: list[str] = [] if skipped is None else skipped
+    rows = list(islice(_read_good(path, messages), start, stop))
+    if skipped is None:
+        errors = Errors(BadRows, str(path))
+        add_first(errors, [message.removeprefix(f"{path.name} ") for message in messages], "lines")
+        errors.raise_if_any()
+    if not rows and not messages:
         raise DataError(f"{path} has no rows")
     return rows
 
 
-def iter_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file one after the other, none kept. The first bad one raises."""
+def iter_rows(path: Path, skipped: list[str] | None = None) -> Iterator[Row]:
+    """The rows of a file one after the other, none kept. The first bad one raises, or is listed as in `read_rows`."""
     if path.suffix.lower() == ".json":
         raise DataError(
             f"{path}: a JSON list is read as a whole and cannot be streamed; write one object a line, .jsonl"
         )
-    read = _find_reader(path, STREAMING_READERS)
-    with _explain_binary(path):
-        yield from read(path)
+    messages: list[str] = [] if skipped is None else skipped
+    for row in _read_good(path, messages):
+        if skipped is None and messages:
+            break
+        yield row
+    if skipped is None and messages:
+        raise BadRows(f"{path}: {messages[0].removeprefix(f'{path.name} ')}")
 
 
-def _find_reader(path: Path, readers_by_suffix: Mapping[str, _ReaderT]) -> _ReaderT:
+def _read_good(path: Path, messages: list[str]) -> Iterator[Row]:
+    """The rows that can be read; a message for each other one."""
+    with _explain_system_errors(path):
+        read = _find_reader(path)
+        is_large = path.stat().st_size > MAX_ROW_CHARS
+        for line, row in read(path):
+            problem = row if isinstance(row, str) else _size_problem(row) if is_large else ""
+            if isinstance(row, str) or problem:
+                messages.append(f"{path.name} line {line}: {problem}"[:MAX_MESSAGE_CHARS])
+            else:
+                yield line, row
+
+
+def _size_problem(row: dict[str, Any]) -> str:
+    size = _count_chars(row)
+    if size <= MAX_ROW_CHARS:
+        return ""
+    return f"{size:,} characters in one row, at most {MAX_ROW_CHARS:,}: write it as several rows"
+
+
+def _count_chars(value: Any) -> int:
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict | list | tuple):
+        return sum(map(_count_chars, value.values() if isinstance(value, dict) else value))
+    return 0
+
+
+def _find_reader(path: Path) -> _RowIterator:
     if not path.is_file():
         others = sorted(p.name for p in path.parent.glob("*") if p.suffix in READERS) if path.parent.is_dir() else []
         raise DataError(f"there is no file {path}" + (f"; beside it: {', '.join(others[:8])}" if others else ""))
-    read = readers_by_suffix.get(path.suffix.lower())
+    read = READERS.get(path.suffix.lower())
     if read is None:
         raise DataError(f"{path}: unknown format {path.suffix or '(no ending)'}; use {', '.join(READERS)}")
     return read
 
 
 @contextmanager
-def _explain_binary(path: Path) -> Iterator[None]:
+def _explain_system_errors(path: Path) -> Iterator[None]:
+    """What the system or the decoder of text refuses, in words."""
     try:
         yield
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         with path.open("rb") as file:
             first_bytes = file.read(8)
@@ -88,43 +146,22 @@ def _explain_binary(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv -t UTF-8") from error
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    rows: list[Row] = []
-    messages: list[str] = []
-    for line, row in _parse_lines(path):
-        if isinstance(row, str):
-            messages.append(row)
-        else:
-            rows.append((line, row))
-    errors = Errors(DataError, str(path))
-    add_first(errors, messages, "lines")
-    errors.raise_if_any()
-    return rows
-
-
-def _iter_objects(path: Path) -> Iterator[Row]:
-    for line, row in _parse_lines(path):
-        if isinstance(row, str):
-            raise DataError(f"{path}: {row}")
-        yield line, row
-
-
-def _parse_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Each line's object, or the error message of the line."""
+def _iter_objects(path: Path) -> Iterator[_ReadRow]:
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         for line, text in enumerate(file, start=1):
+            if len(text) > MAX_ROW_CHARS:
+                yield line, f"{len(text):,} characters in one row, at most {MAX_ROW_CHARS:,}: write it as several rows"
+                continue
             if not text.strip():
                 continue
             try:
-                row = json.loads(text.rstrip("\r\n"))
+                row = parse_json(text.rstrip("\r\n"))
                 problem = "" if isinstance(row, dict) else f"a JSON {type(row).__name__}, expected an object"
                 if _has_broken_surrogate(text, row):
                     problem = "half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
-            except json.JSONDecodeError as error:
-                row, problem = None, f"not JSON ({error.msg}, column {error.colno})"
-            except RecursionError:
-                row, problem = None, "not JSON (nested too deep)"
-            yield line, f"line {line}: {problem}: {text.strip()[:60]!r}" if problem else row
+            except DataError as error:
+                row, problem = None, str(error)
+            yield line, f"{problem}: {text.strip()[:60]!r}" if problem else row
 
 
 def _has_broken_surrogate(text: str, row: Any) -> bool:
@@ -138,48 +175,57 @@ def _has_broken_surrogate(text: str, row: Any) -> bool:
     return False
 
 
-def _read_json(path: Path) -> list[Row]:
+def _iter_json_list(path: Path) -> Iterator[_ReadRow]:
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} line {error.lineno}: not JSON ({error.msg}); if one object per line: name it .jsonl"
-        ) from error
-    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        content = parse_json(text)
+    except DataError as error:
+        hint = "; if one object per line: name it .jsonl" if ": not JSON" in str(error) else ""
+        raise DataError(f"{path} {error}{hint}") from error
+    if not isinstance(content, list):
         raise DataError(f"{path} must hold a list of objects, found a {type(content).__name__}")
-    rows = list(enumerate(content, start=1))
-    broken = next((number for number, row in rows if _has_broken_surrogate(text, row)), None)
-    if broken is not None:
-        raise DataError(
-            f"{path} object {broken}: half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
-        )
-    return rows
+    for number, row in enumerate(content, start=1):
+        if not isinstance(row, dict):
+            yield number, f"a JSON {type(row).__name__}, expected an object: {short_repr(row, 60)}"
+        elif _has_broken_surrogate(text, row):
+            yield number, "half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
+        else:
+            yield number, row
 
 
-def _iter_csv(path: Path) -> Iterator[Row]:
+def _iter_csv(path: Path) -> Iterator[_ReadRow]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        limit = csv.field_size_limit(MAX_FIELD_CHARS)
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        limit = csv.field_size_limit(MAX_ROW_CHARS)  # Python's own of 131,072 is less than a long document
+        reader = csv.DictReader(file, delimiter=find_separator(path), strict=True)
+        line = 1  # where the row begins that is read next
         try:
             names = list(reader.fieldnames or ())
             repeated = sorted({name for name in names if names.count(name) > 1})
             if repeated:
                 raise DataError(f"{path}: the header names {', '.join(map(repr, repeated))} more than once")
+            line = reader.line_num + 1
             for row in reader:
+                line = reader.line_num + 1
                 if None in row:
-                    raise DataError(
-                        f"{path} line {reader.line_num}: more fields than the {len(names)} of the header; "
-                        'put fields that hold the separator in quotes ("...")'
+                    yield (
+                        reader.line_num,
+                        (
+                            f"more fields than the {len(names)} of the header; "
+                            'put fields that hold the separator in quotes ("...")'
+                        ),
                     )
-                yield reader.line_num, row
+                else:
+                    yield reader.line_num, row
         except csv.Error as error:
-            raise DataError(f"{path} line {reader.line_num}: not a readable table ({error})") from error
+            raise DataError(
+                f"{path} line {line}: not a readable table ({error}); a field that begins with a quote ends with one, "
+                'and a quote inside it is doubled ("")'
+            ) from error
         finally:
             csv.field_size_limit(limit)
 
 
-def _iter_parquet(path: Path) -> Iterator[Row]:
+def _iter_parquet(path: Path) -> Iterator[_ReadRow]:
     if importlib.util.find_spec("pyarrow") is None:
         raise DataError(f"{path}: reading parquet needs pyarrow, not installed here\n  pip install 'kitout[data]'")
     import pyarrow
@@ -187,37 +233,49 @@ def _iter_parquet(path: Path) -> Iterator[Row]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
+            number, class_names = 0, class_names_of_file(file.schema_arrow.metadata)
             for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
+                for row in _rows_of_batch(batch):
                     number += 1
+                    if isinstance(row, dict):
+                        row = {name: plain_value(value) for name, value in row.items()}
+                        row |= {c: name_classes(names, row[c]) for c, names in class_names.items() if c in row}
                     yield number, row
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable parquet file: {str(error)[:200]}") from error
 
 
-def _iter_text_lines(path: Path) -> Iterator[Row]:
+def _rows_of_batch(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """Python values; a message for a row with a value that Python has none for (no UTF-8, a date far away)."""
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, ArithmeticError):  # of any of the rows
+        for i in range(batch.num_rows):
+            row: dict[str, Any] = {}
+            problem = ""
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                try:
+                    row[name] = column[i].as_py()
+                except (ValueError, ArithmeticError) as error:
+                    problem = f"{name!r} is not readable ({str(error)[:120]})"
+            yield problem or row
+        return
+    yield from rows
+
+
+def _iter_text_lines(path: Path) -> Iterator[_ReadRow]:
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         for line, text in enumerate(file, start=1):
             if text.strip():
                 yield line, {"text": text.rstrip("\r\n")}
 
 
-def _read_whole(reader: _RowIterator) -> Callable[[Path], list[Row]]:
-    return lambda path: list(reader(path))
-
-
-STREAMING_READERS: dict[str, _RowIterator] = {
+READERS: dict[str, _RowIterator] = {
     ".jsonl": _iter_objects,
     ".ndjson": _iter_objects,
+    ".json": _iter_json_list,
     ".csv": _iter_csv,
     ".tsv": _iter_csv,
     ".parquet": _iter_parquet,
     ".txt": _iter_text_lines,
-}
-READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    **{ending: _read_whole(read) for ending, read in STREAMING_READERS.items() if ending not in (".jsonl", ".ndjson")},
 }

@@ -118,12 +118,11 @@ def _usage_section(s: RunSummary) -> str:
     """Code that runs as it is, once FOLDER is replaced."""
     loader, base, name = _loader_name(s), json.dumps(s.base_path or s.model), json.dumps(s.adapter)
     kwargs = s.from_pretrained_kwargs or ({"num_labels": len(s.labels)} if s.labels else {})
-    kwargs_text = "".join(f", {setting}={value!r}" for setting, value in kwargs.items())
     code = [
         "import kitout",
         f"from transformers import {loader}" + (", AutoTokenizer" if loader in GENERATING_LOADERS else ""),
         "",
-        f"model = {loader}.from_pretrained({base}{kwargs_text})",
+        f"model = {loader}.from_pretrained({base}{_arguments(kwargs)})",
         "kit = kitout.attach(model.eval())",
         f'kit.load("FOLDER", name={name})  # this folder',
         f"kit.use({name})  # kit.use(None): the base again, bit-identical",
@@ -139,10 +138,11 @@ def _usage_section(s: RunSummary) -> str:
             if s.chat
             else ['batch = tokenizer("a prompt of the kind it was trained on", return_tensors="pt")']
         )
+        options = f"max_new_tokens=64{_arguments(s.generate_kwargs)}"
         code += [
-            f"tokenizer = AutoTokenizer.from_pretrained({base})",
+            f"tokenizer = AutoTokenizer.from_pretrained({base}{_arguments(s.tokenizer_kwargs)})",
             *encode,
-            "print(tokenizer.decode(kit.generate(**batch, max_new_tokens=64)[0], skip_special_tokens=True))",
+            f"print(tokenizer.decode(kit.generate(**batch, {options})[0], skip_special_tokens=True))",
         ]
     else:
         code.append("# kit(**batch).logits: one number per label, in the order listed below")
@@ -151,6 +151,11 @@ def _usage_section(s: RunSummary) -> str:
         f"## How to use it\n\n{block}\nIt loads on this base only. Several adapters can be active at once, one per "
         "row of a batch. `kit.merged_copy(...)` merges one into an ordinary model, if its method can be merged.\n"
     )
+
+
+def _arguments(kwargs: FactTable) -> str:
+    """As further arguments of a call."""
+    return "".join(f", {setting}={value!r}" for setting, value in kwargs.items())
 
 
 def _facts_section(title: str, facts: FactTable) -> str:

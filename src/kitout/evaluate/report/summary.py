@@ -63,6 +63,10 @@ class RunSummary:
     """What the auto class is given; default: `model`."""
     chat: bool = False
     """Whether it was trained with the chat template."""
+    tokenizer_kwargs: FactTable = field(default_factory=dict)
+    """What the tokenizer takes besides its name: languages."""
+    generate_kwargs: FactTable = field(default_factory=dict)
+    """What `generate` takes to answer as in this run: the language it starts with."""
     from_pretrained_kwargs: FactTable = field(default_factory=dict)
     """Other arguments of the auto class."""
     labels: Sequence[str] = ()

@@ -73,6 +73,8 @@ def _training_conflicts(config: RunConfig) -> Iterator[str]:
     if train.packing and config.objective != "auto" and not TASKS[config.objective].packable:
         packable = ", ".join(name for name, task in TASKS.items() if task.packable)
         yield f"train.packing is for language models (objective={packable}), not for objective={config.objective}"
+    if (data.src_lang or data.tgt_lang) and config.objective not in ("auto", "seq2seq_lm"):
+        yield f"data.src_lang and data.tgt_lang are for objective=seq2seq_lm, not for objective={config.objective}"
     if train.micro_batch_size is not None and train.micro_batch_size > train.batch_size:
         yield (
             f"train.micro_batch_size={train.micro_batch_size} is more than the "

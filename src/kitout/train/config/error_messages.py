@@ -12,9 +12,10 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from kitout.errors import suggest
+from kitout.format import short_repr
 from kitout.train.config.renamed_keys import RENAMED_OBJECTIVES, new_key
 
-MAX_MESSAGE_CHARS = 600
+MAX_MESSAGE_CHARS, MAX_NAME_CHARS = 600, 80
 JOIN = "\n  - "  # between the errors of one validator
 
 EXPECTED = {  # by the beginning of pydantic's name for the error
@@ -72,7 +73,8 @@ def _messages_at(location: str, errors: Sequence[Any], section: type[BaseModel])
     if location == "objective" and value in tuple(RENAMED_OBJECTIVES):
         yield f"{location}: {value!r} is now {RENAMED_OBJECTIVES[value]!r}"
     else:
-        yield f"{location}: expected {' or '.join(dict.fromkeys(map(_expected, type_errors)))}, found {value!r}"
+        expected = " or ".join(dict.fromkeys(map(_expected, type_errors)))
+        yield f"{location}: expected {expected}, found {short_repr(value)}"
 
 
 def _validator_errors(location: str, message: str) -> Iterator[str]:
@@ -99,13 +101,13 @@ def _named_location(location: tuple[int | str, ...], model: type[BaseModel]) -> 
         if isinstance(part, int):
             names.append(str(part))
         elif section is not None:
-            names.append(part)
+            names.append(part[:MAX_NAME_CHARS])
             innermost = section
             field = section.model_fields.get(part)
             annotation = None if field is None else field.annotation
             section = next((cls for cls in _classes_in(annotation) if issubclass(cls, BaseModel)), None)
         elif get_origin(annotation) is dict:
-            names.append(part)
+            names.append(part[:MAX_NAME_CHARS])
     return ".".join(names), innermost
 
 

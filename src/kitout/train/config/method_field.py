@@ -14,6 +14,7 @@ from pydantic_core import CoreSchema
 
 from kitout import methods as _registering  # noqa: F401 - a run may name any method there is
 from kitout.errors import ConfigError, suggest
+from kitout.format import short_repr
 from kitout.method import REGISTRY, Method
 from kitout.train.config.error_messages import JOIN, explain
 
@@ -23,12 +24,14 @@ def parse_method(value: Any) -> Method:
     if isinstance(value, Method):
         return value
     if not isinstance(value, str | Mapping):
-        raise ValueError(f'write a method\'s name, or {{"name": "LoRA", "rank": 16}}; found {value!r}')
+        raise ValueError(f'write a method\'s name, or {{"name": "LoRA", "rank": 16}}; found {short_repr(value)}')
     settings = {"name": value} if isinstance(value, str) else {str(key): v for key, v in value.items()}
     name = settings.pop("name", "LoRA")
+    if not isinstance(name, str):
+        raise ValueError(f"name: expected the name of a method, found {short_repr(name)}")
     if name not in REGISTRY:
-        same = [known for known in REGISTRY if known.lower() == str(name).lower()]
-        raise ValueError(f"there is no method {name!r}: {suggest(same[0] if same else str(name), REGISTRY)}")
+        same = [known for known in REGISTRY if known.lower() == name.lower()]
+        raise ValueError(f"there is no method {short_repr(name)}: {suggest(same[0] if same else name, REGISTRY)}")
     known = REGISTRY[name].model_fields
     errors = [f"{key}: {name} has no such setting; {suggest(key, known)}" for key in settings if key not in known]
     try:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from kitout.errors import ConfigError, Errors
+from kitout.format import short_repr
 from kitout.train.config import yaml_file
 from kitout.train.config.load import load
+from kitout.train.config.plain_values import MAX_DEPTH
 from kitout.train.config.schema import RunConfig
 
 SETTING_NAME_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*", re.ASCII)
@@ -83,6 +85,8 @@ def apply_override(values: Mapping[str, Any], name: str, value: Any) -> dict[str
     result: dict[str, Any] = copy.deepcopy(dict(values))
     container: Any = result
     parts = name.split(".")
+    if len(parts) > MAX_DEPTH:
+        raise ConfigError(f"{name[:80]}...: a name of {len(parts):,} parts; no setting is so deep")
     for depth, (part, next_part) in enumerate(pairwise(parts), 1):
         location = ".".join(parts[:depth])
         inner = _get(container, part, name)
@@ -101,7 +105,7 @@ def _expand(shorthand: Any, location: str, name: str) -> dict[str, Any]:
         return {}
     key = SHORTHANDS.get(re.sub(r"\.\d+(?=\.|$)", ".*", location))
     if key is None:
-        raise ConfigError(f"{name}: {location} is {shorthand!r}, which holds no settings")
+        raise ConfigError(f"{name}: {location} is {short_repr(shorthand)}, which holds no settings")
     return {key: shorthand}
 
 
@@ -124,7 +128,7 @@ def _set(container: Any, key: str, value: Any, name: str) -> None:
 
 
 def _index(entries: list[Any], key: str, name: str) -> int:
-    if not key.isdigit() or int(key) >= len(entries):
+    if not key.isdigit() or len(key) > 9 or int(key) >= len(entries):
         known = f"0 to {len(entries) - 1}" if entries else "none"
-        raise ConfigError(f"{name}: there is no entry {key!r} (there are {known})")
+        raise ConfigError(f"{name}: there is no entry {short_repr(key)} (there are {known})")
     return int(key)

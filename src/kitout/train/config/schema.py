@@ -7,13 +7,18 @@ pre-flight.
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from kitout.runtime.build_adapter import ADAPTER_NAME_PATTERN
 from kitout.train.config.method_field import MethodField, method_to_dict, parse_method
+from kitout.train.config.sections import AdapterName as AdapterName  # for those that import them from here
+from kitout.train.config.sections import AugmentConfig as AugmentConfig
+from kitout.train.config.sections import ConfigSection as ConfigSection
+from kitout.train.config.sections import ModelConfig as ModelConfig
+from kitout.train.config.sections import SourceConfig as SourceConfig
 from kitout.train.objectives.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -21,70 +26,6 @@ if TYPE_CHECKING:
 else:  # pydantic reads the names from the table of tasks
     OBJECTIVES = ("auto", *TASKS)
     ObjectiveName = Literal[OBJECTIVES]
-
-
-def check_name(value: str) -> str:
-    if not ADAPTER_NAME_PATTERN.fullmatch(value):
-        raise ValueError(f"{value!r}: use 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit")
-    return value
-
-
-AdapterName: TypeAlias = Annotated[str, AfterValidator(check_name)]
-
-
-class ConfigSection(BaseModel):
-    """One section of the config: frozen, keyword only, nothing unknown."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class ModelConfig(ConfigSection):
-    """The frozen base."""
-
-    name: str
-    """A folder, a name on the Hugging Face hub, or a built-in model (`kitout assets list`)."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the frozen weights; auto: bfloat16 where the machine is faster in it, else float32; decided once for a run.
-    Adapters stay float32."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
-    """auto: the model's own choice; on a CPU with texts below 256 tokens plain (eager), which trains faster there."""
-    quantization: Literal["none", "nf4", "int8", "torchao-int8"] = "none"
-    """nf4 and int8: bitsandbytes; torchao-int8: weight only. LoRA and the activation methods train over them."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where it runs; auto: on a GPU if there is one."""
-
-
-class SourceConfig(ConfigSection):
-    """One set of examples, alone or in a mixture. Of one alone the number may be left out: `data.train.limit`."""
-
-    path: str
-    """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder, a built-in set (`kitout assets list`) or a name on
-    the hub (`owner/name:config`); `#500` behind it: its first 500 rows only."""
-    weight: float = Field(default=1.0, gt=0)
-    """Its weight in a mixture: 2 is sampled twice as often as 1, relative to its size."""
-    format: str = "auto"
-    """auto, or a format by name (`kitout train --help` lists them)."""
-    columns: dict[str, str] = {}
-    """Names of columns that are not recognized: {"text": "body", "label": "stars"}."""
-    system_prompt: str | None = None
-    """A system turn for every example; labelled texts become chats whose answer is the label, for language models."""
-    limit: int | None = Field(default=None, gt=0)
-    """At most so many examples of each split, sampled by the seed."""
-
-
-class AugmentConfig(ConfigSection):
-    """Random changes to training images, sampled each time by the seed; needs kornia."""
-
-    min_crop: float = Field(default=1.0, ge=0.01, le=1)
-    """The smallest fraction of an image's area that a random crop keeps; 1: no crop."""
-    horizontal_flip: bool = False
-    """Half of the images are flipped left to right; not for digits or letters."""
-    rotate: float = Field(default=0.0, ge=0, le=180)
-    """Degrees of rotation at most, either way."""
-    color_jitter: float = Field(default=0.0, ge=0, le=1)
-    """Largest change of brightness, contrast and saturation."""
 
 
 class DataConfig(ConfigSection):
@@ -100,14 +41,23 @@ class DataConfig(ConfigSection):
     """Which tokens are trained on: the assistant's turns, its last turn only, or every token."""
     chat_template_kwargs: dict[str, Any] = {}
     """Arguments of the chat template besides the turns: {"enable_thinking": false}."""
+    template_date: str | None = None
+    """The day (YYYY-MM-DD) that a chat template takes for today; default: the day on which the run starts first."""
+    src_lang: str | None = None
+    """The language of sources, by the tokenizer's code (eng_Latn), for translation; default: the tokenizer's own."""
+    tgt_lang: str | None = None
+    """The language of targets (deu_Latn): its code is written into each target, and generation starts with it."""
     labels: tuple[str, ...] | None = None
     """The closed set of labels, in order; default: those of the train split."""
     max_length: int | None = Field(default=None, gt=1)
     """Tokens of one example at most, and never more than the model reads; default: 1024, or the tokenizer's
     `model_max_length` if that is less. Truncation takes the front of its context, never its answer, if that fits."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """Rows that cannot be read or trained on: error reports them; skip leaves them out, counts them and lists their
+    lines in the pre-flight, the results and the report. More bad rows than good ones are an error all the same."""
     streaming: bool = False
     """Read the training set while training, never whole in memory; needs train.steps."""
-    image_size: int | None = Field(default=None, gt=0)
+    image_size: int | None = Field(default=None, gt=0, le=16384)
     """Pixels of a side, for images; default: the model's own."""
     augment: AugmentConfig = AugmentConfig()
     """Random changes to training images; validation and test images stay as they are."""
@@ -141,6 +91,14 @@ class DataConfig(ConfigSection):
         if value is not None and len(set(value)) < max(2, len(value)):
             raise ValueError(f"expected at least 2 labels, each once; found {', '.join(value)}")
         return value
+
+    @field_validator("template_date", mode="before")
+    @classmethod
+    def _check_date(cls, value: Any) -> Any:
+        try:
+            return value if value is None else date.fromisoformat(str(value)).isoformat()
+        except ValueError:
+            raise ValueError(f"expected a day as YYYY-MM-DD, found {str(value)[:40]!r}") from None
 
     @field_validator("validation", "test", mode="before")
     @classmethod
@@ -202,7 +160,7 @@ class TrainConfig(ConfigSection):
     """Checkpoints kept, besides the best."""
     fsdp: bool = False
     """With several processes: the frozen base is sharded over them (FSDP2), not copied."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Of the adapter's initial values, the order of examples and dropout."""
 
 

@@ -7,16 +7,29 @@ Dates stay strings too. What is written here is read back as it was. It knows no
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from kitout.errors import ConfigError
+from kitout.files.system_errors import as_path
+from kitout.format import short_repr
+from kitout.train.config.plain_values import check_size
+
+MAX_CHARS = 150_000  # of a text; the parser takes seconds for so many, and minutes for a megabyte
+MAX_OPEN_BRACKETS = 200  # the parser looks far ahead for each
+
+
+BRACKET_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
+BRACKETS_PATTERN = re.compile(r"[\[\]{}]")
 
 
 class _YamlConstructor(SafeConstructor):
@@ -53,7 +66,13 @@ def _yaml_parser() -> YAML:
 
 def parse_yaml(text: str, name: str) -> Any:
     """The value of a text. name: of the text in an error, which gives line and column."""
+    if len(text) > MAX_CHARS:
+        raise ConfigError(f"{name}: {len(text):,} characters, at most {MAX_CHARS:,} can be settings")
     try:
+        if max(accumulate(BRACKET_STEPS[c] for c in BRACKETS_PATTERN.findall(text)), default=0) > MAX_OPEN_BRACKETS:
+            raise ConfigError(f"{name}: more than {MAX_OPEN_BRACKETS} open brackets in each other")
+        if "*" in text:  # aliases: `<<: *name` copies as it is read, so they are counted before
+            check_size(_yaml_parser().compose(text), name, _parts_of_node)
         return _yaml_parser().load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -67,9 +86,20 @@ def parse_yaml(text: str, name: str) -> Any:
         raise ConfigError(f"{name}: not YAML that can be read ({str(error)[:200]})") from error
 
 
+def _parts_of_node(node: Any) -> list[Any]:
+    if isinstance(node, MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, SequenceNode) else []
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
-    if not file.is_file():
+    file = as_path(file)
+    try:
+        is_file = file.is_file()
+    except OSError as error:  # a name that is too long
+        raise ConfigError(f"{short_repr(str(file))} cannot be read: {error.strerror}") from error
+    if not is_file:
         others = sorted(p.name for p in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
         problem = "is a folder, not a file" if file.is_dir() else "is not there"
         raise ConfigError(f"{file} {problem}" + (f"; beside it: {', '.join(others[:8])}" if others else ""))

@@ -33,6 +33,7 @@ from kitout.train.loop.fsdp import is_sharded, shard
 from kitout.train.loop.health import Health
 from kitout.train.loop.jobs import Job, build_optimizer, build_scheduler
 from kitout.train.loop.step import StepRows, StepRunner
+from kitout.train.loop.stop_on_signal import StopOnSignal
 
 EvaluateFn = Callable[[], dict[str, float]]
 
@@ -92,12 +93,13 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         if any(job.settings.fsdp for job in jobs) and not is_sharded(kit):
             shard(kit)
         self.cuts, self.loss_sum_before, self.is_evaluating = {}, (0.0, 0.0), False
+        self.stop_on_signal = StopOnSignal()
         self.step_runner = StepRunner(kit, jobs, micro_batch_size or max(len(self.step_dataset[0]), 1))
         self.health = Health(kit, jobs, folder)
         with _restored_config(kit):
             super().__init__(
                 model=kit, args=args, train_dataset=self.step_dataset, eval_dataset=self.step_dataset,
-                callbacks=[SaveOnEvaluate(), RestoreLossSum(self), *callbacks],
+                callbacks=[SaveOnEvaluate(), RestoreLossSum(self), self.stop_on_signal, *callbacks],
             )  # fmt: skip
         self.remove_callback(PrinterCallback)
         self.control: TrainerControl
@@ -129,7 +131,7 @@ class JobTrainer(Trainer):  # type: ignore[misc]
             return None
         checkpointing, self.args.activation_checkpointing = self.args.activation_checkpointing, False
         try:  # Trainer would enable it again, in its own way
-            with training_mode(self.kit, names, bool(checkpointing)):
+            with training_mode(self.kit, names, bool(checkpointing)), self.stop_on_signal.watch():
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.args.activation_checkpointing = checkpointing

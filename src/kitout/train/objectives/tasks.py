@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from kitout.data.encode import classification, generation
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
+from kitout.data.encode.languages import Languages
 from kitout.data.examples.examples import Example, LabeledText, TaggedWords
 from kitout.evaluate.metrics.registry import Task as MetricTask
 from kitout.kit import Kit
@@ -41,6 +42,8 @@ class EncoderSettings:
     """What the chat template takes besides the turns."""
     max_target_length: int | None = None
     """Tokens that a sequence-to-sequence model writes at most; None: as max_length."""
+    languages: Languages | None = None
+    """Of a sequence-to-sequence tokenizer that has languages."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _label_kind(examples: Sequence[Example]) -> str:
     labels = [e.label for e in examples if isinstance(e, LabeledText)]
     try:
         values = [float(label) for label in labels]  # type: ignore[arg-type]  # a tuple is no number
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return "classification"
     # a table without types holds numbers as text; whole numbers are classes
     numbers = any(isinstance(label, float) for label in labels) or any(v % 1 for v in values if math.isfinite(v))
@@ -178,7 +181,7 @@ TASKS: dict[str, Task] = {
             "text2text-generation",
             "generation",
             lambda kit, settings: Seq2SeqLM(kit, _pad_token_id(settings)),
-            lambda s: generation.Seq2SeqEncoder(s.tokenizer, s.max_length, s.max_target_length),
+            lambda s: generation.Seq2SeqEncoder(s.tokenizer, s.max_length, s.max_target_length, s.languages),
             lambda examples, is_encoder_decoder: _is_generation(examples) and is_encoder_decoder,
         ),
         Task(

@@ -19,6 +19,8 @@ from kitout.train.preflight.render import PreflightPage
 from kitout.train.setup.datasets import Datasets
 from kitout.train.setup.prepare import PreparedRun
 
+MAX_SKIPPED, MAX_SKIPPED_CHARS = 12, 160  # messages of rows that were left out, all of which results.json holds
+
 
 def collect_statistics(run: PreparedRun) -> list[DataStatistics]:
     """Statistics of every job's data, over all of it. DataError where nothing can be trained on."""
@@ -58,7 +60,11 @@ def collect_pages(
                 steps=len(job.batches),
                 memory=estimate.memory if is_last else None,
                 time=estimate.seconds if is_last else None,
-                warnings=[*run.kit[job.name].method.notes(run.kit[job.name].sites), *(run.warnings if is_last else ())],
+                warnings=[
+                    *run.kit[job.name].method.notes(run.kit[job.name].sites),
+                    *dataset.warnings,
+                    *(run.warnings if is_last else ()),
+                ],
             )
         )
     return pages
@@ -89,15 +95,25 @@ def _settings_texts(run: PreparedRun, job_config: RunConfig, job_index: int, est
     }
     if run.lengths:
         texts["length"] = run.lengths[job_index].describe(kit.config.is_encoder_decoder)
+    if dataset.languages is not None:
+        texts["languages"] = f"{dataset.languages.source} to {dataset.languages.target}"
     *reading_notes, split_note = dataset.reading_notes  # of each source, then of the split
     for number, note in enumerate(reading_notes, 1):
         texts[f"data {number}" if number > 1 else "data"] = note
     texts["splits" if reading_notes else "data"] = split_note
+    if dataset.skipped:
+        texts["left out"] = skipped_text(dataset.skipped)
     if dataset.majority_accuracy and run.objective != "regression":
         texts["majority class"] = (
             f"always giving the majority class gets {100 * dataset.majority_accuracy:.1f} % of the test split right"
         )
     return texts
+
+
+def skipped_text(messages: Sequence[str]) -> str:
+    """How many bad rows were left out, and the first of them."""
+    shown = "; ".join(message[:MAX_SKIPPED_CHARS] for message in messages[:MAX_SKIPPED])
+    return f"{len(messages):,} bad rows (data.bad_rows=skip): {shown}" + ("; ..." if messages[MAX_SKIPPED:] else "")
 
 
 def _encoded(dataset: Datasets, items: Sequence[Any]) -> Sequence[EncodedExample]:

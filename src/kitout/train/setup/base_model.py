@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from kitout.errors import ConfigError
+from kitout.format import short_repr
 from kitout.kit import Kit, attach
 from kitout.train.config.schema import ModelConfig
 from kitout.train.objectives.tasks import Task
@@ -68,18 +69,26 @@ class LoadedBase:
 
 def resolve_model(name: str) -> str:
     """A folder, a built-in model's folder, or the name as the hub knows it."""
-    if Path(name).expanduser().is_dir():
-        return str(Path(name).expanduser())
-    return _asset_folder(name) or name
+    folder = _existing(name)
+    return str(folder) if folder is not None and folder.is_dir() else _asset_folder(name) or name
 
 
 def resolve_data(path: str) -> str:
     """A path as it is given, or the folder of a built-in set."""
-    if Path(path).expanduser().exists():
+    if _existing(path) is not None:
         return path
     name, slice_separator, rows = path.partition("#")
     folder = _asset_folder(name)
     return path if folder is None else folder + slice_separator + rows
+
+
+def _existing(text: str) -> Path | None:
+    """What a path names; None where there is nothing, or where no system can have anything of that name."""
+    try:
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, a zero character, no such home
+        return None
 
 
 def _asset_folder(name: str) -> str | None:
@@ -95,8 +104,10 @@ def load_config(config: ModelConfig) -> Any:
 
     try:
         return AutoConfig.from_pretrained(resolve_model(config.name), revision=config.revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name={config.name!r}: no model is there: {_short_message(error)}") from error
+    except Exception as error:  # whatever a damaged or hostile file makes of the loader
+        raise ConfigError(
+            f"model.name={short_repr(config.name)}: no model is there: {_short_message(error)}"
+        ) from error
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -105,9 +116,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(resolve_model(config.name), revision=config.revision)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # whatever a damaged or hostile file makes of the loader
         raise ConfigError(
-            f"model.name={config.name!r}: its tokenizer does not load: {_short_message(error)}"
+            f"model.name={short_repr(config.name)}: its tokenizer does not load: {_short_message(error)}"
         ) from error
 
 
@@ -157,9 +168,9 @@ def load_model(
     transformers_logging.disable_progress_bar()
     try:
         model, info = auto_model.from_pretrained(resolve_model(config.name), output_loading_info=True, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # whatever a damaged or hostile file makes of the loader
         raise ConfigError(
-            f"model.name={config.name!r} does not load for {task.name}: {_short_message(error)}"
+            f"model.name={short_repr(config.name)} does not load for {task.name}: {_short_message(error)}"
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -206,4 +217,4 @@ def _example_images(model: Any, size: int) -> dict[str, Any]:
 
 
 def _short_message(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]
+    return " ".join(str(error).split())[:400] or type(error).__name__

@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from kitout.data.encode import classification
+from kitout.data.encode.generation import encode_good
 from kitout.data.encode.item import EncodedExample, digest
+from kitout.data.encode.languages import Languages, find_languages
 from kitout.data.examples.examples import Chat, Example, LabeledImage
-from kitout.data.read.sources import load_examples
+from kitout.data.read.sources import check_few_skipped, load_examples
+from kitout.data.read.tables import StreamedMessages
 from kitout.data.split import TRAINABLE_SPLITS, split_examples, split_images
 from kitout.data.streaming import StreamedItems, open_stream
-from kitout.errors import ConfigError
+from kitout.data.suspicions import warn_of_remarks
+from kitout.errors import BadRows, ConfigError, DataError
 from kitout.train.config.schema import DataConfig, SourceConfig
 from kitout.train.objectives.tasks import TASKS, EncodeFn, EncoderSettings, Task
 from kitout.train.setup.base_model import resolve_data
@@ -60,6 +64,12 @@ class Datasets:
     """The ImageSet that rows are of; None: texts."""
     answers: ClosedAnswers | None = None
     """Of a language model whose answers are a closed set."""
+    warnings: tuple[str, ...] = ()
+    """What was assumed or changed when the sources were read, one sentence each."""
+    languages: Languages | None = None
+    """Of a sequence-to-sequence tokenizer that has languages."""
+    skipped: Sequence[str] = ()
+    """Bad rows that were left out, a message with file and line each."""
 
     def reference_of(self, item: Any) -> Any:
         """The reference of an example, as the metrics of its task take it."""
@@ -70,9 +80,12 @@ def load_datasets(
     config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths | None = None
 ) -> Datasets:
     """The datasets of one job. tokenizer: None for images. is_encoder_decoder: of the model."""
-    if tokenizer is None:
-        return load_image_datasets(config)
-    return load_text_datasets(config, objective, tokenizer, is_encoder_decoder, lengths)
+    try:
+        if tokenizer is None:
+            return load_image_datasets(config)
+        return load_text_datasets(config, objective, tokenizer, is_encoder_decoder, lengths)
+    except BadRows as error:
+        raise DataError(f"{error}\n  correct them, or leave them out: data.bad_rows=skip") from error
 
 
 def load_text_datasets(
@@ -84,19 +97,23 @@ def load_text_datasets(
         return _load_streamed(config, objective, tokenizer, is_encoder_decoder, lengths)
     examples: dict[str, list[Example]] = {}
     notes: list[str] = []
+    skipped: list[str] | None = [] if config.bad_rows == "skip" else None
     for k, source in enumerate(config.train):
         tables = _tables_to_read(source, config, is_first=k == 0)
-        loaded = load_examples(tables, *_reading_options(source), source.limit, config.seed)
+        loaded = load_examples(tables, *_reading_options(source), source.limit, config.seed, skipped is not None)
         notes += map(str, loaded.readings)
+        if skipped is not None:
+            skipped += loaded.skipped
         for split, rows in loaded.splits.items():
             examples.setdefault(split, []).extend(replace(e, source_index=k) if k else e for e in rows)
+    warnings = [w for name, rows in examples.items() for w in warn_of_remarks(name or "data", rows)]
     trainable = [e for split in TRAINABLE_SPLITS for e in examples.get(split, ())]
     name = infer_objective(trainable, objective, is_encoder_decoder) if trainable else objective
     validation, test = _fractions(config)
     splits = split_examples(examples, validation, test, config.seed, stratify=name != "regression")
     task = TASKS[name]
     label_names = tuple(config.labels or classification.label_set(splits.train)) if task.has_labels else ()
-    encode = _encoder(task, tokenizer, config, label_names, lengths)
+    encode = _encoder(task, tokenizer, config, label_names, lengths, skipped)
     by_source = [encode([e for e in splits.train if e.source_index == k]) for k in range(len(config.train))]
     if not all(by_source):
         empty = [source.path for source, encoded in zip(config.train, by_source, strict=True) if not encoded]
@@ -106,6 +123,7 @@ def load_text_datasets(
     ends = [0, *accumulate(map(len, by_source))]
     train = [item for encoded in by_source for item in encoded]
     encoded_validation, encoded_test = encode(list(splits.validation)), encode(list(splits.test))
+    check_few_skipped(skipped or (), len(train) + len(encoded_validation) + len(encoded_test), "the data")
     return Datasets(
         name,
         train,
@@ -119,6 +137,9 @@ def load_text_datasets(
         digest([*train, *encoded_validation, *encoded_test]),
         is_chat=isinstance(splits.train[0], Chat),
         answers=_closed_answers(task, train, [*encoded_validation, *encoded_test], config),
+        warnings=tuple(warnings),
+        languages=_languages(task, tokenizer, config),
+        skipped=tuple(skipped or ()),
     )
 
 
@@ -132,16 +153,26 @@ def infer_objective(examples: Sequence[Example], requested: str, is_encoder_deco
 
 
 def _encoder(
-    task: Task, tokenizer: Any, config: DataConfig, label_names: tuple[str, ...], lengths: TextLengths
+    task: Task,
+    tokenizer: Any,
+    config: DataConfig,
+    label_names: tuple[str, ...],
+    lengths: TextLengths,
+    skipped: list[str] | None,
 ) -> EncodeFn:
+    """skipped: gets a message for every example that is refused; None: they are errors."""
     if task.build_encoder is None:
         raise ConfigError(f"objective={task.name} is for models that read images; this one reads text")
-    return task.build_encoder(
-        EncoderSettings(
-            tokenizer, lengths.text.tokens, label_names, config.train_on, config.chat_template_kwargs,
-            lengths.target.tokens,
-        )
+    settings = EncoderSettings(
+        tokenizer, lengths.text.tokens, label_names, config.train_on, config.chat_template_kwargs,
+        lengths.target.tokens, _languages(task, tokenizer, config),
     )  # fmt: skip
+    encode = task.build_encoder(settings)
+    return lambda examples: encode_good(encode, examples, skipped)
+
+
+def _languages(task: Task, tokenizer: Any, config: DataConfig) -> Languages | None:
+    return find_languages(tokenizer, config.src_lang, config.tgt_lang) if task.name == "seq2seq_lm" else None
 
 
 def _closed_answers(
@@ -177,7 +208,9 @@ def _load_streamed(
     if len(config.train) > 1:
         raise ConfigError("data.streaming reads one source; join the files, or leave streaming out")
     (source,) = config.train
-    streams = open_stream(_tables_to_read(source, config, True), *_reading_options(source), config.seed)
+    skipped = StreamedMessages() if config.bad_rows == "skip" else None
+    tables = _tables_to_read(source, config, True)
+    streams = open_stream(tables, *_reading_options(source), config.seed, skipped=skipped)
     stream = streams.get("train") or streams[""]
     held_out: dict[str, list[Example]] = {}
     for split, value in _held_out(config).items():
@@ -196,7 +229,7 @@ def _load_streamed(
     label_names = (config.labels or ()) if task.has_labels else ()
     if task.has_labels and not label_names:
         raise ConfigError("data.streaming: the labels are not known beforehand: write data.labels=[...]")
-    encode = _encoder(task, tokenizer, config, label_names, lengths)
+    encode = _encoder(task, tokenizer, config, label_names, lengths, skipped)
     validation, test = encode(held_out["validation"]), encode(held_out["test"])
     preview = encode(first_examples)
     notes = [*map(str, stream.readings), f"streamed; counted over the first {len(first_examples):,} examples"]
@@ -211,6 +244,9 @@ def _load_streamed(
         preview=preview,
         is_chat=isinstance(first_examples[0], Chat),
         answers=_closed_answers(task, preview, [*validation, *test], config),
+        warnings=tuple(warn_of_remarks("data", first_examples)),
+        languages=_languages(task, tokenizer, config),
+        skipped=() if skipped is None else skipped,
     )
 
 
@@ -232,7 +268,10 @@ def load_image_datasets(config: DataConfig) -> Datasets:
     path = Path(resolve_data(source.path))
     if (path / "images.npz").is_file():  # a built-in set is a folder with its license beside it
         path = path / "images.npz"
-    images = image_folders.load_images(path, source.columns.get("image"), source.columns.get("label"), config.labels)
+    skipped: list[str] | None = [] if config.bad_rows == "skip" else None
+    columns = (source.columns.get("image"), source.columns.get("label"))
+    images = image_folders.load_images(path, *columns, config.labels, skipped)
+    check_few_skipped(skipped or (), len(images), str(path))
     splits = split_images(images, *_fractions(config), config.seed, source.limit)
     ends = [0, *accumulate(map(len, (splits.train, splits.validation, splits.test)))]
     train, validation, test = (list(range(start, end)) for start, end in pairwise(ends))
@@ -247,4 +286,5 @@ def load_image_datasets(config: DataConfig) -> Datasets:
         reading_notes=(f"images: {splits}",),
         digest=used.digest,
         images=used,
+        skipped=tuple(skipped or ()),
     )

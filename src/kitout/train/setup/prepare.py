@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kitout.data.encode.template_date import fix_template_date
 from kitout.errors import ConfigError, Errors
 from kitout.kit import Kit
 from kitout.train.config.conflicts import find_conflicts
@@ -75,11 +76,14 @@ def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRu
     warnings = _check_learning_rates(job_configs)
     hf_config = load_config(config.model)
     tokenizer = None if _reads_images(config.objective, hf_config) else load_tokenizer(config.model)
+    date_warning = "" if tokenizer is None else _fix_template_date(tokenizer, job_configs)
     lengths = [] if tokenizer is None else [requested_lengths(job.data, tokenizer) for job in job_configs]
     datasets = _load_all_datasets(job_configs, hf_config, tokenizer, lengths)
+    warnings += [date_warning] if date_warning and any(dataset.is_chat for dataset in datasets) else []
     task = _common_task(job_configs, datasets)
     pad_token_id = None if task.reads_images else _choose_pad_token(hf_config, tokenizer)
     base = _load_base(config, task, placement or choose_placement(config.model), datasets, hf_config, pad_token_id)
+    _set_target_language(base, job_configs, datasets)
     warnings += _warn_of_new_heads(base, datasets[0])
     for job_config, dataset in zip(job_configs, datasets, strict=True):
         _add_adapter(base, job_config, dataset)
@@ -108,6 +112,14 @@ def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRu
         base.from_pretrained_kwargs,
         lengths,
     )
+
+
+def _fix_template_date(tokenizer: Any, job_configs: Sequence[RunConfig]) -> str:
+    """Today, for the chat template of all jobs. A warning where the date cannot be fixed."""
+    days = sorted({job.data.template_date for job in job_configs if job.data.template_date is not None})
+    if len(days) > 1:
+        raise ConfigError(f"the jobs of one run have one chat template; found data.template_date={', '.join(days)}")
+    return fix_template_date(tokenizer, days[0]) if days else ""
 
 
 def _check_learning_rates(job_configs: Sequence[RunConfig]) -> list[str]:
@@ -219,6 +231,25 @@ def _load_base(
         pad_token_id if is_missing else None,
         config.per_job()[0].data.image_size if task.reads_images else None,
     )
+
+
+def _set_target_language(base: LoadedBase, job_configs: Sequence[RunConfig], datasets: Sequence[Datasets]) -> None:
+    """The model starts to write in the language of the targets, in training, scoring and generation.
+
+    ConfigError for jobs of several target languages, as the model has one.
+    """
+    targets = {job.output.name: one.languages.target for job, one in zip(job_configs, datasets, strict=True)
+               if one.languages is not None}  # fmt: skip
+    if len(set(targets.values())) > 1:
+        names = ", ".join(f"{name}: {language}" for name, language in targets.items())
+        raise ConfigError(f"the jobs of one run write one language (data.tgt_lang); found {names}: split the run")
+    languages = datasets[0].languages
+    if languages is not None:
+        model: Any = base.kit.base
+        for name, value in languages.generation_settings.items():
+            setattr(model.generation_config, name, value)
+            if name == "decoder_start_token_id":  # else a code in front of the targets, which are trained on
+                model.config.decoder_start_token_id = value
 
 
 def _warn_of_new_heads(base: LoadedBase, dataset: Datasets) -> list[str]:
