@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from kitout.train.results_text import results_text
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup.base_model import Placement, choose_placement
 from kitout.train.setup.prepare import PreparedRun, prepare
+from kitout.train.setup.schedule import fit_to_time, warn_of_few_steps
 from kitout.version import __version__
 
 LogFn = Callable[[str], None]
@@ -155,7 +156,7 @@ def _join_processes(config: RunConfig) -> None:
         from accelerate import PartialState
 
         PartialState(cpu=config.model.device == "cpu" or not torch.cuda.is_available())
-        batch_size = sum(job.train.batch_size for job in config.per_job())
+        batch_size = sum(job.train.batch_size or distributed.world_size() for job in config.per_job())
         if batch_size < distributed.world_size():
             raise ConfigError(
                 f"train.batch_size={batch_size} is fewer examples than the {distributed.world_size()} processes"
@@ -223,6 +224,15 @@ def _build_trainer(
         )
         if distributed.rank() == 0:
             write_text(folder.estimate, json.dumps(estimate.__dict__))
+    seconds = max(distributed.all_gather([estimate.seconds]))
+    jobs, schedules, fitting_seconds = fit_to_time(prepared.jobs, prepared.schedules, seconds)
+    prepared.jobs[:], prepared.schedules[:] = jobs, schedules
+    for job, schedule in zip(jobs, schedules, strict=True):
+        prepared.warnings.extend(warn_of_few_steps(job.name, schedule))
+    if fitting_seconds < seconds:
+        steps = StepDataset(jobs)
+        share = fitting_seconds / seconds
+        estimate = replace(estimate, seconds=estimate.seconds * share, tokens=round(estimate.tokens * share))
     cuts: dict[str, str] = {}
     if prepared.first_dataset.images is not None:
         from kitout.train.loop.frozen_trunk import keep_features  # images need pillow

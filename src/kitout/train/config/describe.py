@@ -34,8 +34,6 @@ SIGNS = ((Gt, ">", "gt"), (Ge, ">=", "ge"), (Lt, "<", "lt"), (Le, "<=", "le"))
 EXAMPLE_VALUES: dict[str, Any] = {
     "model.name": "smollm2-135m",
     "data.train": [{"path": "train.jsonl"}],
-    "train.epochs": 1.0,
-    "train.batch_size": 16,
     "output.folder": "runs/first",
 }
 

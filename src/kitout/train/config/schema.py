@@ -22,6 +22,8 @@ else:  # pydantic reads the names from the table of tasks
     OBJECTIVES = ("auto", *TASKS)
     ObjectiveName = Literal[OBJECTIVES]
 
+DEFAULT_BATCH_SIZE = 16  # a run whose length is chosen by a small train split has a smaller one
+
 
 def check_name(value: str) -> str:
     if not ADAPTER_NAME_PATTERN.fullmatch(value):
@@ -169,12 +171,14 @@ class TrainConfig(ConfigSection):
     """LoRA+: the learning rate of B over that of A (Hayou et al. 2024 use 16)."""
     weight_decay: float | None = Field(default=None, ge=0)
     """Weight decay, not of scales, shifts, biases and virtual tokens; default: the method's own."""
-    epochs: float = Field(default=1.0, gt=0)
-    """Passes over the train split; a fraction of one is fine."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the train split; a fraction of one is fine. Default, without steps: as many as the method needs for
+    enough optimizer steps, 1 to 10, and no more than an hour's where one pass is shorter (the pre-flight says why)."""
     steps: int | None = Field(default=None, gt=0)
     """Optimizer steps, instead of epochs."""
-    batch_size: int = Field(default=16, gt=0)
-    """Examples of one optimizer step, over all processes. The result depends on it."""
+    batch_size: int | None = Field(default=None, gt=0)
+    """Examples of one optimizer step, over all processes. The result depends on it. Default: 16; without epochs and
+    steps 8 or 4 where the train split is small."""
     micro_batch_size: int | None = Field(default=None, gt=0)
     """Examples of one forward; default: the whole batch on a GPU, on a CPU as many as keep it busy. It is halved when
     memory runs out. Changes cost, not the result."""

@@ -13,8 +13,9 @@ from typing import Any
 from kitout.errors import ConfigError, Errors
 from kitout.kit import Kit
 from kitout.train.config.conflicts import find_conflicts
-from kitout.train.config.schema import AugmentConfig, DataConfig, RunConfig, TrainConfig
-from kitout.train.loop.batch_plan import num_steps, plan_batches
+from kitout.train.config.schema import AugmentConfig, DataConfig, RunConfig
+from kitout.train.loop import distributed
+from kitout.train.loop.batch_plan import plan_batches
 from kitout.train.loop.jobs import Job
 from kitout.train.loop.optimizer import REFUSE_ABOVE, check_learning_rate
 from kitout.train.objectives.objective import LanguageObjective, Objective
@@ -30,6 +31,7 @@ from kitout.train.setup.base_model import (
 )
 from kitout.train.setup.datasets import Datasets, load_datasets
 from kitout.train.setup.heads import build_heads
+from kitout.train.setup.schedule import Schedule, choose_schedule
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class PreparedRun:
     """What the pre-flight warns of, besides the data."""
     from_pretrained_kwargs: Mapping[str, Any]
     """What the loader of the base takes besides its name."""
+    schedules: list[Schedule]
+    """How long each job trains, and why."""
+    new_heads: frozenset[str] = frozenset()
+    """Paths of the base's modules that its checkpoint does not hold: without an adapter they are random."""
 
     @property
     def first_dataset(self) -> Datasets:
@@ -70,9 +76,15 @@ def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRu
     pad_token_id = None if task.reads_images else _choose_pad_token(hf_config, tokenizer)
     base = _load_base(config, task, placement or choose_placement(config.model), datasets, hf_config, pad_token_id)
     warnings += _warn_of_new_heads(base, datasets[0])
+    schedules = [
+        choose_schedule(
+            None if dataset.preview else len(dataset.train), one.train, one.method, distributed.world_size()
+        )
+        for one, dataset in zip(job_configs, datasets, strict=True)
+    ]
     jobs = [
-        _build_job(base, job_config, task, dataset, pad_token_id)
-        for job_config, dataset in zip(job_configs, datasets, strict=True)
+        _build_job(base, job_config, task, dataset, pad_token_id, schedule)
+        for job_config, dataset, schedule in zip(job_configs, datasets, schedules, strict=True)
     ]
     for job in jobs:
         if isinstance(job.objective, LanguageObjective):
@@ -80,8 +92,9 @@ def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRu
             with base.kit.use(job.name):
                 job.objective.choose_head_loss([one.name for one in jobs], first_rows)
     return PreparedRun(
-        base.kit, jobs, datasets, tokenizer, task.name, base.dtype_reason, warnings, base.from_pretrained_kwargs
-    )
+        base.kit, jobs, datasets, tokenizer, task.name, base.dtype_reason, warnings, base.from_pretrained_kwargs,
+        schedules, base.new_heads,
+    )  # fmt: skip
 
 
 def _check_learning_rates(job_configs: Sequence[RunConfig]) -> list[str]:
@@ -177,9 +190,12 @@ def _warn_of_new_heads(base: LoadedBase, dataset: Datasets) -> list[str]:
     return [f"the base has an untrained head for these labels: expect chance level before training{majority}"]
 
 
-def _build_job(base: LoadedBase, job_config: RunConfig, task: Task, dataset: Datasets, pad_token_id: int | None) -> Job:
+def _build_job(
+    base: LoadedBase, job_config: RunConfig, task: Task, dataset: Datasets, pad_token_id: int | None,
+    schedule: Schedule,
+) -> Job:  # fmt: skip
     """Adds the job's adapter to the kit, and plans what each of its steps trains on."""
-    name, train = job_config.output.name, job_config.train
+    name, train = job_config.output.name, schedule.train
     heads = build_heads(base.heads, base.new_heads, len(dataset.label_names) or 1, train.seed, train.head)
     base.kit.add(name, job_config.method, seed=train.seed, heads=heads)
     pack_width = job_config.data.max_length if train.packing else 0
@@ -187,7 +203,7 @@ def _build_job(base: LoadedBase, job_config: RunConfig, task: Task, dataset: Dat
     if task.reads_images:
         settings = ObjectiveSettings(images=dataset.images, pixels=_pixel_processor(job_config))
     objective = task.build_objective(base.kit, settings)
-    batches = _plan_steps(dataset, objective, train)
+    batches = _plan_steps(dataset, objective, schedule)
     return Job(name, objective, dataset.train, batches, train, dataset.validation)
 
 
@@ -201,15 +217,13 @@ def _pixel_processor(job_config: RunConfig) -> Any:
     return PixelProcessor.from_pretrained(resolve_model(job_config.model.name), job_config.data.image_size, augment)
 
 
-def _plan_steps(dataset: Datasets, objective: Objective, settings: TrainConfig) -> list[list[int]]:
+def _plan_steps(dataset: Datasets, objective: Objective, schedule: Schedule) -> list[list[int]]:
+    size, steps, settings = schedule.batch_size, schedule.num_steps, schedule.train
     if dataset.preview:
-        assert settings.steps is not None
-        return [list(range(s * settings.batch_size, (s + 1) * settings.batch_size)) for s in range(settings.steps)]
-    sizes = [objective.num_tokens(item) for item in dataset.train]
-    steps = settings.steps or num_steps(len(sizes), settings.batch_size, settings.epochs)
+        return [list(range(s * size, (s + 1) * size)) for s in range(steps)]
     return plan_batches(
-        sizes,
-        settings.batch_size,
+        [objective.num_tokens(item) for item in dataset.train],
+        size,
         steps,
         settings.seed,
         settings.group_by_length,
