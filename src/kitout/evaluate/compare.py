@@ -1,8 +1,8 @@
-"""Base vs. fine-tuned on the same examples: each metric with both intervals and that of the difference, and answers.
+"""Fine-tuned vs. the base on the same examples: each metric with both intervals and that of the difference, and answers.
 
-The verdict says no more than the interval of the difference allows. Examples to show are selected by a rule: the first
-of each label in turn, then the first that changed between correct and incorrect, either way. It knows measures and
-texts, no model.
+Where the base has no trained head for the task, another baseline takes its place. The verdict says no more than the
+interval of the difference allows. Examples to show are selected by a rule: the first of each label in turn, then the
+first that changed between correct and incorrect, either way. It knows measures and texts, no model.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from kitout.evaluate.metrics.measure import Measure, Score, score_difference
 from kitout.evaluate.metrics.registry import TITLES
 from kitout.format import format_number
 
+BASE = "base"
 SHORT_ANSWER_WORDS = 4  # words; an answer to a longer reference is neither correct nor incorrect
 
 
@@ -34,6 +35,8 @@ class MetricChange:
     """Lower end of the difference's 95 % interval."""
     high: float
     """Upper end of it."""
+    baseline: str = BASE
+    """What `base` is of: the frozen base, or what is fair where that has an untrained head."""
 
     @property
     def title(self) -> str:
@@ -52,12 +55,14 @@ class MetricChange:
         """better by 26.5 points (22.1 to 31.0); 600 test examples"""
         unit = " points" if self.base.share else ""
         examples = f"{self.base.n:,} test example{'s' if self.base.n > 1 else ''}"
+        other = "" if self.baseline == BASE else f"the {self.baseline} "
         if self.is_better is None:
             low, high = self.format_value(self.low, sign=True), self.format_value(self.high, sign=True)
-            return f"no significant difference ({low} to {high}{unit}); {examples}"
+            difference = f"no significant difference {f'to {other}' if other else ''}"
+            return f"{difference}({low} to {high}{unit}); {examples}"
         interval = " to ".join(self.format_value(end) for end in sorted((abs(self.low), abs(self.high))))
-        direction = "better" if self.is_better else "worse"
-        return f"{direction} by {self.format_value(abs(self.difference))}{unit} ({interval}); {examples}"
+        direction = f"{'better' if self.is_better else 'worse'}{f' than {other}' if other else ' '}"
+        return f"{direction}by {self.format_value(abs(self.difference))}{unit} ({interval}); {examples}"
 
     def format_value(self, value: float, sign: bool = False) -> str:
         """A value of this metric as text; fractions in percent."""
@@ -92,19 +97,29 @@ class Comparison:
     """A few examples to show."""
 
     @property
+    def baseline(self) -> str:
+        """What the fine-tuned model is compared with."""
+        return self.changes[0].baseline
+
+    @property
     def verdict(self) -> str:
-        """The headline metric and how it changed."""
+        """The headline metric and how it compares."""
         first = self.changes[0]
         return f"{first.title}: {first.verdict}"
 
 
 def compare(
-    base: Mapping[str, Measure], tuned: Mapping[str, Measure], examples: Sequence[ComparedExample] = (), seed: int = 0
-) -> Comparison:
-    """Both from `compute_measures` over the same examples, in the same order."""
+    base: Mapping[str, Measure], tuned: Mapping[str, Measure], examples: Sequence[ComparedExample] = (), seed: int = 0,
+    baseline: str = BASE,
+) -> Comparison:  # fmt: skip
+    """Both from `compute_measures` over the same examples, in the same order. baseline: what `base` is of."""
     changes = tuple(
         MetricChange(
-            name, base[name].score(seed), tuned[name].score(seed), *score_difference(base[name], tuned[name], seed)
+            name,
+            base[name].score(seed),
+            tuned[name].score(seed),
+            *score_difference(base[name], tuned[name], seed),
+            baseline,
         )
         for name in tuned
         if name in base

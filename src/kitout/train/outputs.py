@@ -49,7 +49,7 @@ def write_outputs(
     log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Writes everything and returns what results.json holds."""
-    comparisons = {name: one.comparison for name, one in outcomes.items() if one.comparison is not None}
+    comparisons = {name: one.comparison for name, one in outcomes.items()}
     rows = _adapter_rows(run, trainer, outcomes)
     results = _results(run, trainer, estimate, best_step, comparisons)
     results["adapters"] = [asdict(row) for row in rows]

@@ -105,7 +105,7 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
                 results = write_outputs(prepared, config, folder, trainer, estimate, best_step, outcomes, proofs, log)
             distributed.barrier()
         prepared.kit.detach()
-        comparisons = {name: one.comparison for name, one in outcomes.items() if one.comparison is not None}
+        comparisons = {name: one.comparison for name, one in outcomes.items()}
         return Result(folder.path, comparisons, results)
 
 

@@ -98,12 +98,15 @@ def _results_section(comparison: Comparison) -> str:
         f"{change.format_value(change.high, sign=True)}) | {change.base.n:,} |"
         for change in comparison.changes
     ]
-    head = "| metric | base | fine-tuned | difference | test examples |\n|---|---|---|---|---|"
+    baseline = comparison.baseline
+    head = f"| metric | {baseline} | fine-tuned | difference | test examples |\n|---|---|---|---|---|"
     foot = (
         "On the test split, with 95 % confidence intervals. The interval of the difference is paired by example; where "
         "it contains 0, the difference is not significant."
     )
-    return "\n".join(["## Results: base vs. fine-tuned\n", f"{comparison.verdict}.\n", head, *rows, "", f"{foot}\n"])
+    return "\n".join(
+        [f"## Results: {baseline} vs. fine-tuned\n", f"{comparison.verdict}.\n", head, *rows, "", f"{foot}\n"]
+    )
 
 
 def _format_score(change: MetricChange, score: Score) -> str:

@@ -81,6 +81,11 @@ class RunSummary:
     """The run's task by the name that the hub gives it."""
 
     @property
+    def baselines(self) -> list[str]:
+        """What the adapters are compared with, each once."""
+        return list(dict.fromkeys(one.baseline for one in self.comparisons.values()))
+
+    @property
     def best(self) -> str:
         """Which adapter is best, and whose interval overlaps its own."""
         return verdict(self.adapters, self.same_test)

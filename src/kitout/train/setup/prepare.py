@@ -184,10 +184,9 @@ def _load_base(
 def _warn_of_new_heads(base: LoadedBase, dataset: Datasets) -> list[str]:
     if not (base.new_heads and dataset.label_names):
         return []
-    majority = (
-        f" (always the majority class: {100 * dataset.majority_accuracy:.1f} %)" if dataset.majority_accuracy else ""
-    )
-    return [f"the base has an untrained head for these labels: expect chance level before training{majority}"]
+    majority = f" ({100 * dataset.majority_accuracy:.1f} % of the test split)" if dataset.majority_accuracy else ""
+    instead = f"results are compared with always giving the most frequent one{majority} instead"
+    return [f"the base has an untrained head for these labels, at chance level: {instead}"]
 
 
 def _build_job(

@@ -109,7 +109,5 @@ def warn_of_few_steps(name: str, schedule: Schedule) -> list[str]:
     more = (
         "add examples, or raise train.epochs" if is_chosen else "leave train.epochs and train.steps out, or raise them"
     )
-    return [
-        f"{name}: {schedule.num_steps} optimizer steps are few: below {FEW_STEPS} most adapters have hardly learned; "
-        f"{more}"
-    ]
+    steps = f"{name}: {schedule.num_steps} optimizer steps are few"
+    return [f"{steps}: below {FEW_STEPS} most adapters have hardly learned; {more}"]
