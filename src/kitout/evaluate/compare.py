@@ -1,4 +1,4 @@
-"""Fine-tuned vs. the base on the same examples: each metric with both intervals and that of the difference, and answers.
+"""Fine-tuned vs. the base on the same examples: each metric with both intervals, that of the difference, and answers.
 
 Where the base has no trained head for the task, another baseline takes its place. The verdict says no more than the
 interval of the difference allows. Examples to show are selected by a rule: the first of each label in turn, then the

@@ -84,7 +84,11 @@ def _write_all(
         own = {name: comparison for name, comparison in comparisons.items() if name == job}
         summary = _run_summary(run, config, results, own, {}, job)
         (folder / "README.md").unlink(missing_ok=True)  # of a run that was killed right here
-        run.kit.save(job, folder, metadata={"trained by": "kitout train", "base": config.model.name})
+        note: dict[str, Any] = {"trained by": "kitout train", "base": config.model.name}
+        note |= {"data_sha256": summary.data_hash, "labels": list(summary.labels)}
+        if parent := run.parents.get(job):
+            note["from"] = parent.facts()
+        run.kit.save(job, folder, metadata=note)
         model_card.write_model_card(summary, folder)
     summary = replace(
         _run_summary(run, config, results, comparisons, _training_plots(run, run_folder), ", ".join(folders)),
@@ -226,13 +230,22 @@ def _run_summary(
     sources = [s.path for job in config.per_job() if job.output.name in methods for s in job.data.train]
     labels = dict.fromkeys(label for dataset in datasets for label in dataset.label_names)
     digests = results["data"] if len(jobs) == len(run.jobs) else {adapter: results["data"][adapter]}
+    continued = {
+        f"{'' if len(jobs) == 1 else f'{job.name}: '}{what}": value
+        for job in jobs
+        if (parent := run.parents.get(job.name))
+        for what, value in (
+            ("continues the adapter", f"{parent.folder} (sha256 {parent.digest})"),
+            ("sha256 of its examples", parent.data_digest),
+        )
+    }
     return RunSummary(
         title=f"{', '.join(methods.values())} on {config.model.name}",
         model=config.model.name,
         method="; ".join(methods.values()),
         adapter=adapter,
         comparisons=comparisons,
-        data={"sources": ", ".join(dict.fromkeys(sources)), "read as": "; ".join(reading_notes)},
+        data={"sources": ", ".join(dict.fromkeys(sources)), "read as": "; ".join(reading_notes), **continued},
         preflight={"objective": run.objective, "dtype": f"{results['machine']['dtype']} ({run.dtype_reason})"},
         estimates={
             "training time": (format_duration(estimate["seconds"]), format_duration(results["seconds"])),

@@ -41,6 +41,7 @@ from kitout.train.preflight.cost_estimate import CostEstimate, estimate_cost
 from kitout.train.results_text import results_text
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup.base_model import Placement, choose_placement
+from kitout.train.setup.parent import adopt_parents
 from kitout.train.setup.prepare import PreparedRun, prepare
 from kitout.train.setup.schedule import fit_to_time, warn_of_few_steps
 from kitout.version import __version__
@@ -69,6 +70,7 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
 
     if importlib.util.find_spec("accelerate") is None:
         raise ConfigError("training needs accelerate, which is not installed\n  pip install 'kitout[train]'")
+    config = adopt_parents(config)
     conflicts.check_machine(config, torch.cuda.is_available())
     _join_processes(config)
     with _run_folder(config) as folder:
@@ -196,12 +198,14 @@ def _check_best(prepared: PreparedRun, config: RunConfig) -> None:
 
 def run_signature(prepared: PreparedRun) -> str:
     """What a checkpoint depends on besides the settings, which the folder compares by name."""
-    parts = {
+    parts: dict[str, Any] = {
         "data": [one.digest for one in prepared.datasets],
         "model": fingerprint(prepared.kit.state, ()).model_dump_json(),
         "dtype": str(prepared.kit.dtype),
         "versions": [__version__, torch.__version__, transformers.__version__, sys.byteorder],
     }
+    if prepared.parents:
+        parts["from"] = {name: parent.digest for name, parent in prepared.parents.items()}
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -161,6 +161,12 @@ class DataConfig(ConfigSection):
 class TrainConfig(ConfigSection):
     """How it is trained."""
 
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    from_: str | None = Field(default=None, alias="from")
+    """An adapter folder (kitout's or PEFT's) whose values the run starts from, with the same method and sites and a new
+    optimizer; its card names the parent. Default: new values, by the seed."""
+
     lr: float | None = Field(default=None, gt=0)
     """Learning rate of AdamW; default: the method's own (`kitout methods`)."""
     head_lr: float | None = Field(default=None, gt=0)
@@ -325,10 +331,10 @@ class RunConfig(ConfigSection):
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, the way `load` reads them: what run.yaml holds."""
-        plain: dict[str, Any] = self.model_dump(mode="json", exclude={"method", "jobs"})
+        plain: dict[str, Any] = self.model_dump(mode="json", by_alias=True, exclude={"method", "jobs"})
         plain["method"] = method_to_dict(self.method)
         plain["jobs"] = [
-            job.model_dump(mode="json", exclude={"method"}, exclude_unset=True)
+            job.model_dump(mode="json", by_alias=True, exclude={"method"}, exclude_unset=True)
             | ({} if job.method is None else {"method": method_to_dict(job.method)})
             for job in self.jobs
         ]

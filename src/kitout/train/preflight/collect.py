@@ -72,6 +72,7 @@ def _settings_texts(run: PreparedRun, job_config: RunConfig, job_index: int, est
     texts |= {
         "model": f"{job_config.model.name}, {str(kit.dtype)[6:]} ({run.dtype_reason}), {kit.device.type}",
         "method": f"{type(method).__name__}({settings})" if settings else type(method).__name__,
+        **({"continues": str(parent.folder)} if (parent := run.parents.get(job.name)) else {}),
         "objective": run.objective,
         "schedule": schedule.reason,
         "batch": f"{schedule.batch_size} examples a step, at most {micro_batch} in one forward; learning rate {lr:g}",

@@ -7,7 +7,7 @@ before a model is loaded. It knows configs, data and kits, and nothing of screen
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kitout.errors import ConfigError, Errors
@@ -31,6 +31,7 @@ from kitout.train.setup.base_model import (
 )
 from kitout.train.setup.datasets import Datasets, load_datasets
 from kitout.train.setup.heads import build_heads
+from kitout.train.setup.parent import Parent, load_parent, read_parent
 from kitout.train.setup.schedule import Schedule, choose_schedule
 
 
@@ -58,6 +59,8 @@ class PreparedRun:
     """How long each job trains, and why."""
     new_heads: frozenset[str] = frozenset()
     """Paths of the base's modules that its checkpoint does not hold: without an adapter they are random."""
+    parents: Mapping[str, Parent] = field(default_factory=dict)
+    """By job: the adapter that it continues."""
 
     @property
     def first_dataset(self) -> Datasets:
@@ -68,6 +71,7 @@ class PreparedRun:
 def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRun:
     """The run that a config describes. placement: of the base; None: found here."""
     job_configs = config.per_job()
+    parents = {one.output.name: read_parent(one.train.from_) for one in job_configs if one.train.from_ is not None}
     warnings = _check_learning_rates(job_configs)
     hf_config = load_config(config.model)
     tokenizer = None if _reads_images(config.objective, hf_config) else load_tokenizer(config.model)
@@ -83,7 +87,7 @@ def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRu
         for one, dataset in zip(job_configs, datasets, strict=True)
     ]
     jobs = [
-        _build_job(base, job_config, task, dataset, pad_token_id, schedule)
+        _build_job(base, job_config, task, dataset, pad_token_id, schedule, parents.get(job_config.output.name))
         for job_config, dataset, schedule in zip(job_configs, datasets, schedules, strict=True)
     ]
     for job in jobs:
@@ -93,7 +97,7 @@ def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRu
                 job.objective.choose_head_loss([one.name for one in jobs], first_rows)
     return PreparedRun(
         base.kit, jobs, datasets, tokenizer, task.name, base.dtype_reason, warnings, base.from_pretrained_kwargs,
-        schedules, base.new_heads,
+        schedules, base.new_heads, parents,
     )  # fmt: skip
 
 
@@ -191,12 +195,15 @@ def _warn_of_new_heads(base: LoadedBase, dataset: Datasets) -> list[str]:
 
 def _build_job(
     base: LoadedBase, job_config: RunConfig, task: Task, dataset: Datasets, pad_token_id: int | None,
-    schedule: Schedule,
+    schedule: Schedule, parent: Parent | None,
 ) -> Job:  # fmt: skip
-    """Adds the job's adapter to the kit, and plans what each of its steps trains on."""
+    """Adds the job's adapter to the kit, new or as its parent left it, and plans what each of its steps trains on."""
     name, train = job_config.output.name, schedule.train
     heads = build_heads(base.heads, base.new_heads, len(dataset.label_names) or 1, train.seed, train.head)
-    base.kit.add(name, job_config.method, seed=train.seed, heads=heads)
+    if parent is None:
+        base.kit.add(name, job_config.method, seed=train.seed, heads=heads)
+    else:
+        load_parent(base.kit, name, parent, job_config.method, heads, dataset.label_names)
     pack_width = job_config.data.max_length if train.packing else 0
     settings = ObjectiveSettings(pad_token_id, pack_width, dataset.images)
     if task.reads_images:
