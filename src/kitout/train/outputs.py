@@ -21,6 +21,7 @@ from kitout.evaluate.compare import Comparison
 from kitout.evaluate.report import adapter_table, class_plots, html, model_card, plots
 from kitout.evaluate.report.adapter_table import AdapterRow
 from kitout.evaluate.report.summary import RunSummary
+from kitout.evaluate.report.thumbnails import Misclassified
 from kitout.format import format_bytes, format_duration
 from kitout.train.config import yaml_file
 from kitout.train.config.schema import RunConfig
@@ -54,6 +55,9 @@ def write_outputs(
     results = _results(run, trainer, estimate, best_step, comparisons)
     results["adapters"] = [asdict(row) for row in rows]
     results["predicted"] = {name: list(one.predictions) for name, one in outcomes.items() if one.references}
+    results["per_class"] = {
+        name: [asdict(score) for score in one.per_class] for name, one in outcomes.items() if one.per_class
+    }
     results["true"] = {name: list(one.references) for name, one in outcomes.items() if one.references}
     if proofs:
         results["merge"] = {name: asdict(proof) for name, proof in proofs.items()}
@@ -83,6 +87,7 @@ def _write_all(
     for job, folder in folders.items():
         own = {name: comparison for name, comparison in comparisons.items() if name == job}
         summary = _run_summary(run, config, results, own, {}, job)
+        summary = replace(summary, per_class={job: outcomes[job].per_class} if job in outcomes else {})
         (folder / "README.md").unlink(missing_ok=True)  # of a run that was killed right here
         note: dict[str, Any] = {"trained by": "kitout train", "base": config.model.name}
         note |= {"data_sha256": summary.data_hash, "labels": list(summary.labels)}
@@ -90,12 +95,15 @@ def _write_all(
             note["from"] = parent.facts()
         run.kit.save(job, folder, metadata=note)
         model_card.write_model_card(summary, folder)
+    misclassified = _misclassified(run, outcomes)
     summary = replace(
         _run_summary(run, config, results, comparisons, _training_plots(run, run_folder), ", ".join(folders)),
         adapters=rows if config.jobs and adapter_table.comparable(rows) else (),
         majority=run.first_dataset.majority_accuracy,
         same_test=_share_data(run),
-        result_plots=_result_plots(run, config, run_folder, outcomes, rows),
+        result_plots=_result_plots(run, config, run_folder, outcomes, rows, misclassified),
+        per_class={name: one.per_class for name, one in outcomes.items() if one.per_class},
+        misclassified=misclassified,
     )
     html.write_html(summary, run_folder.report)
     run_folder.write_results(results)
@@ -119,6 +127,7 @@ def _results(
     history = trainer.state.log_history
     last: dict[str, Any] = next((row for row in reversed(history) if "tokens" in row), {})  # of all processes
     tokens = int(last.get("tokens", runner.tokens))
+    unit = "tokens" if run.first_dataset.images is None else "images"
     return {
         "objective": run.objective,
         "steps": trainer.state.global_step,
@@ -134,8 +143,8 @@ def _results(
         },
         "seconds": runner.seconds,
         "processor_seconds": last.get("processor_seconds", runner.processor_seconds),
-        "tokens": tokens,
-        "tokens_per_second": tokens / max(runner.seconds, 1e-9),
+        unit: tokens,
+        f"{unit}_per_second": tokens / max(runner.seconds, 1e-9),
         "padding": runner.padded / max(1, runner.tokens) - 1,
         "micro_batch": runner.micro_batch_size,
         "memory": int(max((row["memory"] for row in history if "memory" in row), default=0)),
@@ -190,8 +199,9 @@ def _result_plots(
     run_folder: RunFolder,
     outcomes: Mapping[str, JobOutcome],
     rows: Sequence[AdapterRow],
+    misclassified: Mapping[str, Misclassified],
 ) -> dict[str, bytes]:
-    """PNGs of the results: the adapters compared if there are several, and each one's confusion matrix and errors."""
+    """PNGs of the results: the adapters compared if there are several, and each one's confusion matrix."""
     if not plots.has_matplotlib():
         return {}
     pngs = {}
@@ -205,16 +215,30 @@ def _result_plots(
             continue
         suffix = f"-{job.name}" if len(run.jobs) > 1 else ""
         pngs[f"confusion{suffix}"] = class_plots.confusion(job.name, outcome.predictions, outcome.references, names)
-        if dataset.images is not None:
-            misclassified = class_plots.misclassified(outcome.predictions, outcome.references)
-            shown = misclassified[: class_plots.SHOWN]
-            images = [dataset.images.open(outcome.items[i]) for i in shown]
-            references = [names[outcome.references[i]] for i in shown]
-            predictions = [names[outcome.predictions[i]] for i in shown]
-            pngs[f"errors{suffix}"] = class_plots.errors(job.name, images, references, predictions, len(misclassified))
+        if wrong := misclassified.get(job.name):
+            errors = class_plots.errors(job.name, wrong.images, wrong.true, wrong.predicted, wrong.total)
+            plots.write_png(run_folder.path / f"errors{suffix}.png", errors)  # the report has thumbnails
     for name, png in pngs.items():
         plots.write_png(run_folder.path / f"{name}.png", png)
     return pngs
+
+
+def _misclassified(run: PreparedRun, outcomes: Mapping[str, JobOutcome]) -> dict[str, Misclassified]:
+    """Of each classifier of images."""
+    found = {}
+    for job, dataset in zip(run.jobs, run.datasets, strict=True):
+        outcome, names = outcomes.get(job.name), dataset.label_names
+        if outcome is None or dataset.images is None:
+            continue
+        wrong = class_plots.misclassified(outcome.predictions, outcome.references)
+        shown = wrong[: class_plots.SHOWN]
+        found[job.name] = Misclassified(
+            [dataset.images.open(outcome.items[i]) for i in shown],
+            [names[outcome.references[i]] for i in shown],
+            [names[outcome.predictions[i]] for i in shown],
+            len(wrong),
+        )
+    return found
 
 
 def _run_summary(
@@ -222,7 +246,7 @@ def _run_summary(
     plots: Mapping[str, bytes], adapter: str,
 ) -> RunSummary:  # fmt: skip
     """adapter: the name of one, or several names in words for all of them."""
-    estimate = results["estimate"]
+    estimate, unit = results["estimate"], "images" if "images_per_second" in results else "tokens"
     jobs = [job for job in run.jobs if job.name == adapter] or run.jobs
     methods = {job.name: _method_text(run, job.name) for job in jobs}
     datasets = [dataset for job, dataset in zip(run.jobs, run.datasets, strict=True) if job.name in methods]
@@ -254,7 +278,7 @@ def _run_summary(
         cost={
             "training": format_duration(results["seconds"]),
             "processor time, all threads": format_duration(results["processor_seconds"]),
-            "tokens per second": results["tokens_per_second"],
+            f"{unit} per second": results[f"{unit}_per_second"],
             "peak memory": format_bytes(results["memory"]),
             "trainable parameters": sum(results["trainable"][job.name] for job in jobs),
             "% trainable": sum(results["percent"][job.name] for job in jobs),

@@ -22,6 +22,7 @@ from kitout.train.measure.merge_proof import MergeProof
 
 PAGE_WIDTH = 120
 MAX_CELL_CHARS = 160  # characters of a text in a cell
+MAX_CLASSES = 12  # with more, only the report shows them one by one
 MAX_METRICS = 4  # of each adapter; the report has all
 
 
@@ -35,6 +36,8 @@ def results_text(results: Mapping[str, Any]) -> str:
         if baseline != BASE:
             title = f"The adapter on its frozen base, against the {baseline}"
         parts.append(_metrics_table(results, name, changes, title if len(comparisons) == 1 else f"{title} {name}"))
+        if 0 < len(scores := results.get("per_class", {}).get(name, ())) <= MAX_CLASSES:
+            parts.append(_classes_table(scores))
         examples = results["examples"].get(name, ())
         if examples:
             parts.append(_answers_table(examples, baseline))
@@ -67,8 +70,21 @@ def _metrics_table(results: Mapping[str, Any], name: str, changes: Sequence[Mapp
     table.add_row("time to train", "", format_duration(results["seconds"]))
     if "processor_seconds" in results:  # a run of an earlier version has none
         table.add_row("  processor time, all threads", "", format_duration(results["processor_seconds"]))
-    table.add_row("  tokens per second", "", f"{results['tokens_per_second']:,.0f}")
+    unit = "images" if "images_per_second" in results else "tokens"
+    speed = results[f"{unit}_per_second"]
+    table.add_row(f"  {unit} per second", "", f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}")
     table.add_row("peak memory", "", format_bytes(results["memory"]))
+    return table
+
+
+def _classes_table(scores: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="Class by class, on the test split (%)", title_justify="left", header_style="bold")
+    for heading in ("class", "examples", "recall", "95 % interval", "precision", "F1"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    for one in scores:
+        interval = f"{format_value(one['low'], True)} to {format_value(one['high'], True)}" if one["n"] else ""
+        recall, precision, f1 = (format_value(one[name], True) for name in ("recall", "precision", "f1"))
+        table.add_row(Text(single_line(one["name"], 40)), f"{one['n']:,}", recall, interval, precision, f1)
     return table
 
 

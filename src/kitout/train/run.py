@@ -244,7 +244,8 @@ def _build_trainer(
         cuts, warnings_of_trunk = keep_features(prepared.kit, prepared.jobs)
         prepared.warnings.extend(warnings_of_trunk)
     args = _training_arguments(config, folder, len(steps), any(len(job.validation) for job in prepared.jobs))
-    display = ProgressDisplay(folder.path)
+    unit = "tokens" if prepared.first_dataset.images is None else "images"
+    display = ProgressDisplay(folder.path, unit=unit)
     callbacks: list[Any] = [display]
     if config.train.early_stopping_patience is not None:
         early_stopping: Any = EarlyStoppingCallback(config.train.early_stopping_patience)

@@ -15,6 +15,7 @@ from kitout.base import memory
 from kitout.evaluate.compare import BASE, ComparedExample, Comparison, beside, compare, pick_examples, select
 from kitout.evaluate.metrics.language import LossSums
 from kitout.evaluate.metrics.measure import Measure, Score
+from kitout.evaluate.metrics.per_class import ClassScore, class_scores
 from kitout.train.config.schema import EvaluateConfig
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.baseline import BASELINES, predict_constant
@@ -109,6 +110,8 @@ class JobOutcome:
     """The true class of each test example."""
     items: Sequence[Any] = ()
     """The test examples."""
+    per_class: Sequence[ClassScore] = ()
+    """Of every classification, closed answers of a language model included: its classes one by one."""
 
 
 def evaluate_jobs(
@@ -146,8 +149,22 @@ def evaluate_jobs(
         if job.objective.task == "classification":
             references = [dataset.reference_of(example) for example in examples]
             classes = {"predictions": predictions.predictions, "references": references}
-        outcomes[job.name] = JobOutcome(scores, comparison, **classes, items=examples)
+        outcomes[job.name] = JobOutcome(
+            scores, comparison, **classes, items=examples, per_class=_class_scores(task, dataset, examples, predictions)
+        )
     return outcomes
+
+
+def _class_scores(
+    task: str, dataset: Datasets, examples: Sequence[Any], predictions: Predictions
+) -> list[ClassScore]:  # fmt: skip
+    if predictions.likeliest_answers and dataset.answers is not None:
+        references = [example.reference for example in examples]
+        return class_scores("classification", predictions.likeliest_answers, references, dataset.answers.names)
+    if not dataset.label_names:
+        return []
+    references = [dataset.reference_of(example) for example in examples]
+    return class_scores(task, predictions.predictions, references, dataset.label_names)
 
 
 def _has_other_labels(run: PreparedRun, dataset: Datasets) -> bool:
