@@ -15,7 +15,7 @@ from kitout.evaluate.metrics.measure import Measure, Score, score_difference
 from kitout.evaluate.metrics.registry import TITLES
 from kitout.format import format_number
 
-BASE = "base"
+BASE, PROBE = "base", "linear probe"
 SHORT_ANSWER_WORDS = 4  # words; an answer to a longer reference is neither correct nor incorrect
 
 
@@ -95,6 +95,8 @@ class Comparison:
     """One per metric; the first is the headline."""
     examples: tuple[ComparedExample, ...] = ()
     """A few examples to show."""
+    probe: MetricChange | None = None
+    """The headline metric against a linear probe of the frozen features, where there is one."""
 
     @property
     def baseline(self) -> str:
@@ -105,15 +107,35 @@ class Comparison:
     def verdict(self) -> str:
         """The headline metric and how it compares."""
         first = self.changes[0]
-        return f"{first.title}: {first.verdict}"
+        probe = "" if self.probe is None else f"; {self.probe.verdict.partition(';')[0]}"
+        return f"{first.title}: {first.verdict}{probe}"
+
+    @property
+    def is_better(self) -> bool | None:
+        """Whether the fine-tuned model is better than its baseline, and not merely as good as a linear probe."""
+        first = self.changes[0].is_better
+        return None if first and self.probe is not None and not self.probe.is_better else first
 
 
 def compare(
     base: Mapping[str, Measure], tuned: Mapping[str, Measure], examples: Sequence[ComparedExample] = (), seed: int = 0,
-    baseline: str = BASE,
+    baseline: str = BASE, probe: Mapping[str, Measure] | None = None,
 ) -> Comparison:  # fmt: skip
-    """Both from `compute_measures` over the same examples, in the same order. baseline: what `base` is of."""
-    changes = tuple(
+    """All from `compute_measures` over the same examples, in the same order. baseline: what `base` is of.
+
+    probe: of a linear probe of the frozen features.
+    """
+    changes = _compare_measures(base, tuned, seed, baseline)
+    if not changes:
+        raise ValueError(f"base has {', '.join(base)}, fine-tuned {', '.join(tuned)}: no metric in common")
+    probes = _compare_measures(probe or {}, tuned, seed, PROBE)
+    return Comparison(changes, tuple(examples), probes[0] if probes else None)
+
+
+def _compare_measures(
+    base: Mapping[str, Measure], tuned: Mapping[str, Measure], seed: int, baseline: str
+) -> tuple[MetricChange, ...]:
+    return tuple(
         MetricChange(
             name,
             base[name].score(seed),
@@ -124,9 +146,6 @@ def compare(
         for name in tuned
         if name in base
     )
-    if not changes:
-        raise ValueError(f"base has {', '.join(base)}, fine-tuned {', '.join(tuned)}: no metric in common")
-    return Comparison(changes, tuple(examples))
 
 
 def pick_examples(

@@ -55,6 +55,7 @@ def write_outputs(
     results = _results(run, trainer, estimate, best_step, comparisons)
     results["adapters"] = [asdict(row) for row in rows]
     results["predicted"] = {name: list(one.predictions) for name, one in outcomes.items() if one.references}
+    results["probes"] = {name: asdict(one.probe) for name, one in comparisons.items() if one.probe is not None}
     results["per_class"] = {
         name: [asdict(score) for score in one.per_class] for name, one in outcomes.items() if one.per_class
     }

@@ -65,6 +65,8 @@ def _metrics_table(results: Mapping[str, Any], name: str, changes: Sequence[Mapp
             majority = results["majority"].get(name)
             if majority is not None and change["name"] == "accuracy" and baseline != "majority class":
                 table.add_row("  always the majority class", f"{format_value(majority, True)} %", "")
+    if probe := results.get("probes", {}).get(name):
+        table.add_row("  a linear probe of the frozen features", f"{_value_text(probe['base'])}", "")
     table.add_row("trainable parameters", "0", f"{results['trainable'][name]:,}")
     table.add_row("  of the base", "0 %", f"{results['percent'][name]:.2f} %")
     table.add_row("time to train", "", format_duration(results["seconds"]))

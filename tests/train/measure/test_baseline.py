@@ -66,7 +66,13 @@ def test_it_is_beaten_where_the_interval_excludes_it(tmp_path: Path) -> None:
     assert first.is_better
     assert first.low > 0
     assert "better than the majority class by" in text
-    assert "verdict good" in (tmp_path / "out" / "report.html").read_text()
+    comparison = result.comparisons["adapter"]
+    assert comparison.probe is not None  # colors are easy: a linear probe of frozen features finds them too
+    assert comparison.is_better == (True if comparison.probe.is_better else None)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert ('verdict good"' in page) == (comparison.is_better is True)
+    assert "linear probe" in page
+    assert "linear probe" in text
 
 
 def test_a_head_of_the_checkpoint_is_the_base(tmp_path: Path) -> None:

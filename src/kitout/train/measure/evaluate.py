@@ -19,6 +19,7 @@ from kitout.evaluate.metrics.per_class import ClassScore, class_scores
 from kitout.train.config.schema import EvaluateConfig
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.baseline import BASELINES, predict_constant
+from kitout.train.measure.linear_probe import predict_by_probe
 from kitout.train.measure.predict import Predictions, ProgressFn, compute_metrics, generate_answers, predict
 from kitout.train.setup.closed_answers import ClosedAnswers, prompt_ids
 from kitout.train.setup.datasets import Datasets
@@ -130,20 +131,23 @@ def evaluate_jobs(
             "on_progress": None if progress_fn_of is None else progress_fn_of(job.name),
         }
         measures, predictions = evaluate(run, job, examples, job.name, **how)
-        task, baseline = job.objective.task, BASE
+        task, baseline, probe = job.objective.task, BASE, None
         if task != "generation" and (run.new_heads or _has_other_labels(run, dataset)):
             base_predictions, baseline = predict_constant(task, dataset, examples), BASELINES[task]
             references_of = dataset.reference_of
             base_measures = compute_metrics(
                 job.objective, examples, base_predictions, references_of, _label_names(dataset)
             )
+            probed = predict_by_probe(run, job, dataset, examples) if task == "classification" else None
+            if probed is not None:
+                probe = compute_metrics(job.objective, examples, probed, references_of)
         else:
             key = _base_inputs_key(job, dataset)
             if key not in base_results:
                 base_results[key] = evaluate(run, job, examples, None, **how)
             base_measures, base_predictions = base_results[key]
         shown = _compared_examples(run, job, dataset, examples, base_predictions, predictions, config)
-        comparison = compare(base_measures, measures, shown, baseline=baseline)
+        comparison = compare(base_measures, measures, shown, baseline=baseline, probe=probe)
         scores = {change.name: change.tuned for change in comparison.changes}
         classes: dict[str, Any] = {}
         if job.objective.task == "classification":
