@@ -31,6 +31,8 @@ class TrainingDefaults:
     """Of its matrices. Vectors, prompts and prefixes never decay (`kitout.train.loop.optimizer`)."""
     head_lr: float = 3e-3
     """Peak learning rate of a newly initialized head that belongs to the adapter."""
+    min_steps: int = 100
+    """Optimizer steps that it needs at least: epochs are chosen by them where a run names neither epochs nor steps."""
 
 
 class Method(BaseModel):

@@ -67,7 +67,7 @@ def test_every_method_on_the_same_images(model: Path, data: Path, tmp_path: Path
                 assert min(plot.size) > 200
         assert re.search(rf"^{row['name']} +{row['trainable']:,} ", output, re.MULTILINE)
     assert (out / "comparison.png").is_file()
-    for text in ("95 % interval", "majority class", "best: ", "kit.load(", "train 24, "):
+    for text in ("95 % interval", "majority class", "one seed each", "kit.load(", "train 24, "):
         assert text in output
     page = (out / "report.html").read_text()
     for text in ("Adapters side by side", "always the majority class", 'alt="confusion-ssf"'):
@@ -78,7 +78,7 @@ def test_the_same_command_again_and_without_pictures(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plots, "has_matplotlib", lambda: False)
-    for expected in ("best: ", "finished: see results.json"):
+    for expected in ("one seed each", "finished: see results.json"):
         code, output = small_run(model, data, tmp_path, "--methods", "linear, bitfit")
         assert code == 0, output
         assert expected in output

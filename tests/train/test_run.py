@@ -184,7 +184,7 @@ def test_jobs_at_once_each_with_its_own(models: dict[str, Path], tmp_path: Path)
     page = (tmp_path / "both" / "report.html").read_text()
     assert "Adapters side by side" in page
     assert "the metrics are not comparable" in page
-    assert "best: " not in output
+    assert "one seed each" not in output
     assert {p.name for p in (tmp_path / "both" / "adapter").iterdir()} == {"first", "second"}
     alone, _ = run(
         models["decoder"], str(one), tmp_path / "one", method="LoRA", train={"batch_size": 4, "steps": 3, "seed": 1}

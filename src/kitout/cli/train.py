@@ -32,6 +32,7 @@ def train(
     model: Annotated[str | None, typer.Option(help="short for model.name=...")] = None,
     data: Annotated[str | None, typer.Option(help="short for data.train=...")] = None,
     method: Annotated[str | None, typer.Option(help="short for method=...; `kitout methods` lists them")] = None,
+    from_: Annotated[str | None, typer.Option("--from", help="short for train.from=...: continue an adapter")] = None,
     out: Annotated[Path | None, typer.Option(help="short for output.folder=...")] = None,
     prove_merge: Annotated[bool, typer.Option("--prove-merge", help="short for evaluate.prove_merge=true")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the pre-flight, train nothing")] = False,
@@ -52,7 +53,8 @@ def train(
 
             typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))
         else:
-            options = {"model.name": model, "data.train": data, "method": method, "output.folder": out}
+            options: dict[str, Any] = {"model.name": model, "data.train": data, "method": method, "output.folder": out}
+            options["train.from"] = from_
             shorthands: dict[str, Any] = {name: str(value) for name, value in options.items() if value is not None}
             _run_training(args or [], shorthands | ({"evaluate.prove_merge": True} if prove_merge else {}), dry_run)
 

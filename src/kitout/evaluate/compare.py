@@ -1,8 +1,8 @@
-"""Base vs. fine-tuned on the same examples: each metric with both intervals and that of the difference, and answers.
+"""Fine-tuned vs. the base on the same examples: each metric with both intervals, that of the difference, and answers.
 
-The verdict says no more than the interval of the difference allows. Examples to show are selected by a rule: the first
-of each label in turn, then the first that changed between correct and incorrect, either way. It knows measures and
-texts, no model.
+Where the base has no trained head for the task, another baseline takes its place. The verdict says no more than the
+interval of the difference allows. Examples to show are selected by a rule: the first of each label in turn, then the
+first that changed between correct and incorrect, either way. It knows measures and texts, no model.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from kitout.evaluate.metrics.measure import Measure, Score, score_difference
 from kitout.evaluate.metrics.registry import TITLES
 from kitout.format import format_number
 
+BASE, PROBE = "base", "linear probe"
 SHORT_ANSWER_WORDS = 4  # words; an answer to a longer reference is neither correct nor incorrect
 
 
@@ -34,6 +35,8 @@ class MetricChange:
     """Lower end of the difference's 95 % interval."""
     high: float
     """Upper end of it."""
+    baseline: str = BASE
+    """What `base` is of: the frozen base, or what is fair where that has an untrained head."""
 
     @property
     def title(self) -> str:
@@ -52,12 +55,14 @@ class MetricChange:
         """better by 26.5 points (22.1 to 31.0); 600 test examples"""
         unit = " points" if self.base.share else ""
         examples = f"{self.base.n:,} test example{'s' if self.base.n > 1 else ''}"
+        other = "" if self.baseline == BASE else f"the {self.baseline} "
         if self.is_better is None:
             low, high = self.format_value(self.low, sign=True), self.format_value(self.high, sign=True)
-            return f"no significant difference ({low} to {high}{unit}); {examples}"
+            difference = f"no significant difference {f'to {other}' if other else ''}"
+            return f"{difference}({low} to {high}{unit}); {examples}"
         interval = " to ".join(self.format_value(end) for end in sorted((abs(self.low), abs(self.high))))
-        direction = "better" if self.is_better else "worse"
-        return f"{direction} by {self.format_value(abs(self.difference))}{unit} ({interval}); {examples}"
+        direction = f"{'better' if self.is_better else 'worse'}{f' than {other}' if other else ' '}"
+        return f"{direction}by {self.format_value(abs(self.difference))}{unit} ({interval}); {examples}"
 
     def format_value(self, value: float, sign: bool = False) -> str:
         """A value of this metric as text; fractions in percent."""
@@ -90,28 +95,57 @@ class Comparison:
     """One per metric; the first is the headline."""
     examples: tuple[ComparedExample, ...] = ()
     """A few examples to show."""
+    probe: MetricChange | None = None
+    """The headline metric against a linear probe of the frozen features, where there is one."""
+
+    @property
+    def baseline(self) -> str:
+        """What the fine-tuned model is compared with."""
+        return self.changes[0].baseline
 
     @property
     def verdict(self) -> str:
-        """The headline metric and how it changed."""
+        """The headline metric and how it compares."""
         first = self.changes[0]
-        return f"{first.title}: {first.verdict}"
+        probe = "" if self.probe is None else f"; {self.probe.verdict.partition(';')[0]}"
+        return f"{first.title}: {first.verdict}{probe}"
+
+    @property
+    def is_better(self) -> bool | None:
+        """Whether the fine-tuned model is better than its baseline, and not merely as good as a linear probe."""
+        first = self.changes[0].is_better
+        return None if first and self.probe is not None and not self.probe.is_better else first
 
 
 def compare(
-    base: Mapping[str, Measure], tuned: Mapping[str, Measure], examples: Sequence[ComparedExample] = (), seed: int = 0
-) -> Comparison:
-    """Both from `compute_measures` over the same examples, in the same order."""
-    changes = tuple(
+    base: Mapping[str, Measure], tuned: Mapping[str, Measure], examples: Sequence[ComparedExample] = (), seed: int = 0,
+    baseline: str = BASE, probe: Mapping[str, Measure] | None = None,
+) -> Comparison:  # fmt: skip
+    """All from `compute_measures` over the same examples, in the same order. baseline: what `base` is of.
+
+    probe: of a linear probe of the frozen features.
+    """
+    changes = _compare_measures(base, tuned, seed, baseline)
+    if not changes:
+        raise ValueError(f"base has {', '.join(base)}, fine-tuned {', '.join(tuned)}: no metric in common")
+    probes = _compare_measures(probe or {}, tuned, seed, PROBE)
+    return Comparison(changes, tuple(examples), probes[0] if probes else None)
+
+
+def _compare_measures(
+    base: Mapping[str, Measure], tuned: Mapping[str, Measure], seed: int, baseline: str
+) -> tuple[MetricChange, ...]:
+    return tuple(
         MetricChange(
-            name, base[name].score(seed), tuned[name].score(seed), *score_difference(base[name], tuned[name], seed)
+            name,
+            base[name].score(seed),
+            tuned[name].score(seed),
+            *score_difference(base[name], tuned[name], seed),
+            baseline,
         )
         for name in tuned
         if name in base
     )
-    if not changes:
-        raise ValueError(f"base has {', '.join(base)}, fine-tuned {', '.join(tuned)}: no metric in common")
-    return Comparison(changes, tuple(examples))
 
 
 def pick_examples(

@@ -28,7 +28,7 @@ class BitFit(Method):
     """
 
     default_location: ClassVar[str] = "every bias"
-    training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3)
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3, min_steps=200)
 
     everywhere: bool = False
 

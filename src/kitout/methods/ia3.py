@@ -45,7 +45,7 @@ class IA3(Method):
     preset: "paper" (k, v, FFN) or "qkv" (q, k, v: another method under the same name in blogs).
     """
 
-    training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-2)
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-2, min_steps=200)
 
     preset: Literal["paper", "qkv"] = "paper"
     default_targets: ClassVar[str] = PRESETS["paper"]

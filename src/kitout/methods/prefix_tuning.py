@@ -98,7 +98,7 @@ class PrefixTuning(Method):
 
     default_location: ClassVar[str] = "every attention call"
     limitations: ClassVar[str] = "strength and Mix are weights of attention, not below 0"
-    training: ClassVar[TrainingDefaults] = TrainingDefaults(3e-2)
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(3e-2, min_steps=200)
     mergeable: ClassVar[bool] = False
     starts_as_identity: ClassVar[bool] = False
 

@@ -51,7 +51,7 @@ class PromptTuning(Method):
 
     default_location: ClassVar[str] = "token embedding"
     limitations: ClassVar[str] = "not in a Mix; no strength but on and off"
-    training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-2)
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-2, min_steps=200)
     mergeable: ClassVar[bool] = False
     starts_as_identity: ClassVar[bool] = False
 

@@ -32,7 +32,7 @@ class SSF(Method):
     """
 
     default_location: ClassVar[str] = "every linear, convolution and norm"
-    training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3)
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3, min_steps=200)
     starts_as_identity: ClassVar[bool] = False
 
     std: float = Field(default=0.02, ge=0.0)

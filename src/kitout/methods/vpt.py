@@ -63,7 +63,7 @@ class VPT(Method):
 
     default_location: ClassVar[str] = "first block; deep: every block"
     limitations: ClassVar[str] = "not in a Mix; no strength but on and off"
-    training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-2)
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-2, min_steps=200)
     mergeable: ClassVar[bool] = False
     starts_as_identity: ClassVar[bool] = False
     trains_in_eval_mode: ClassVar[bool] = True

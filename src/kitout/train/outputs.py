@@ -6,7 +6,6 @@ finished. It knows folders and pages, and nothing of training.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,12 +15,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from kitout.errors import ConfigError
 from kitout.evaluate.compare import Comparison
 from kitout.evaluate.report import adapter_table, class_plots, html, model_card, plots
 from kitout.evaluate.report.adapter_table import AdapterRow
 from kitout.evaluate.report.summary import RunSummary
+from kitout.evaluate.report.thumbnails import Misclassified
 from kitout.format import format_bytes, format_duration
+from kitout.train.adapter_folders import adapter_folders, data_hash, not_written_error
 from kitout.train.config import yaml_file
 from kitout.train.config.schema import RunConfig
 from kitout.train.loop.trainer import JobTrainer
@@ -50,11 +50,15 @@ def write_outputs(
     log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Writes everything and returns what results.json holds."""
-    comparisons = {name: one.comparison for name, one in outcomes.items() if one.comparison is not None}
+    comparisons = {name: one.comparison for name, one in outcomes.items()}
     rows = _adapter_rows(run, trainer, outcomes)
     results = _results(run, trainer, estimate, best_step, comparisons)
     results["adapters"] = [asdict(row) for row in rows]
     results["predicted"] = {name: list(one.predictions) for name, one in outcomes.items() if one.references}
+    results["probes"] = {name: asdict(one.probe) for name, one in comparisons.items() if one.probe is not None}
+    results["per_class"] = {
+        name: [asdict(score) for score in one.per_class] for name, one in outcomes.items() if one.per_class
+    }
     results["true"] = {name: list(one.references) for name, one in outcomes.items() if one.references}
     if proofs:
         results["merge"] = {name: asdict(proof) for name, proof in proofs.items()}
@@ -62,7 +66,7 @@ def write_outputs(
     try:
         _write_all(run, config, run_folder, results, comparisons, folders, outcomes, rows)
     except (OSError, SafetensorError) as error:
-        raise _not_written(run_folder, error) from error
+        raise not_written_error(run_folder, error) from error
     if text := results_text(results):
         log(text)
     for name, comparison in comparisons.items():
@@ -73,24 +77,6 @@ def write_outputs(
     return results
 
 
-def save_adapters(run: PreparedRun, config: RunConfig, run_folder: RunFolder, log: Callable[[str], None]) -> None:
-    """Saves what was trained before anything is measured: an error in measuring loses nothing."""
-    try:
-        for job, folder in adapter_folders(run, run_folder).items():
-            (folder / "README.md").unlink(missing_ok=True)  # of a run that was killed before it was finished
-            run.kit.save(job, folder, metadata={"trained by": "kitout train", "base": config.model.name})
-            log(f"saved    {folder}")
-    except (OSError, SafetensorError) as error:
-        raise _not_written(run_folder, error) from error
-
-
-def _not_written(run_folder: RunFolder, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"{run_folder.path} cannot be written ({error}): the trained parameters are kept in its checkpoints; "
-        "make room, and the same command finishes the run"
-    )
-
-
 def _write_all(
     run: PreparedRun, config: RunConfig, run_folder: RunFolder, results: Mapping[str, Any],
     comparisons: Mapping[str, Comparison], folders: Mapping[str, Path], outcomes: Mapping[str, JobOutcome],
@@ -99,22 +85,20 @@ def _write_all(
     for job, folder in folders.items():
         own = {name: comparison for name, comparison in comparisons.items() if name == job}
         summary = _run_summary(run, config, results, own, {}, job)
+        summary = replace(summary, per_class={job: outcomes[job].per_class} if job in outcomes else {})
         model_card.write_model_card(summary, folder)
+    misclassified = _misclassified(run, outcomes)
     summary = replace(
         _run_summary(run, config, results, comparisons, _training_plots(run, run_folder), ", ".join(folders)),
         adapters=rows if config.jobs and adapter_table.comparable(rows) else (),
         majority=run.first_dataset.majority_accuracy,
         same_test=_share_data(run),
-        result_plots=_result_plots(run, config, run_folder, outcomes, rows),
+        result_plots=_result_plots(run, config, run_folder, outcomes, rows, misclassified),
+        per_class={name: one.per_class for name, one in outcomes.items() if one.per_class},
+        misclassified=misclassified,
     )
     html.write_html(summary, run_folder.report)
     run_folder.write_results(results)
-
-
-def adapter_folders(run: PreparedRun, run_folder: RunFolder) -> dict[str, Path]:
-    """Where each adapter goes: `adapter` alone, below it by name if there are several."""
-    names = [job.name for job in run.jobs]
-    return {name: run_folder.adapter if len(names) == 1 else run_folder.adapter / name for name in names}
 
 
 def _results(
@@ -129,6 +113,7 @@ def _results(
     history = trainer.state.log_history
     last: dict[str, Any] = next((row for row in reversed(history) if "tokens" in row), {})  # of all processes
     tokens = int(last.get("tokens", runner.tokens))
+    unit = "tokens" if run.first_dataset.images is None else "images"
     return {
         "objective": run.objective,
         "steps": trainer.state.global_step,
@@ -147,8 +132,8 @@ def _results(
         },
         "seconds": runner.seconds,
         "processor_seconds": last.get("processor_seconds", runner.processor_seconds),
-        "tokens": tokens,
-        "tokens_per_second": tokens / max(runner.seconds, 1e-9),
+        unit: tokens,
+        f"{unit}_per_second": tokens / max(runner.seconds, 1e-9),
         "padding": runner.padded / max(1, runner.tokens) - 1,
         "micro_batch": runner.micro_batch_size,
         "memory": int(max((row["memory"] for row in history if "memory" in row), default=0)),
@@ -203,8 +188,9 @@ def _result_plots(
     run_folder: RunFolder,
     outcomes: Mapping[str, JobOutcome],
     rows: Sequence[AdapterRow],
+    misclassified: Mapping[str, Misclassified],
 ) -> dict[str, bytes]:
-    """PNGs of the results: the adapters compared if there are several, and each one's confusion matrix and errors."""
+    """PNGs of the results: the adapters compared if there are several, and each one's confusion matrix."""
     if not plots.has_matplotlib():
         return {}
     pngs = {}
@@ -218,16 +204,30 @@ def _result_plots(
             continue
         suffix = f"-{job.name}" if len(run.jobs) > 1 else ""
         pngs[f"confusion{suffix}"] = class_plots.confusion(job.name, outcome.predictions, outcome.references, names)
-        if dataset.images is not None:
-            misclassified = class_plots.misclassified(outcome.predictions, outcome.references)
-            shown = misclassified[: class_plots.SHOWN]
-            images = [dataset.images.open(outcome.items[i]) for i in shown]
-            references = [names[outcome.references[i]] for i in shown]
-            predictions = [names[outcome.predictions[i]] for i in shown]
-            pngs[f"errors{suffix}"] = class_plots.errors(job.name, images, references, predictions, len(misclassified))
+        if wrong := misclassified.get(job.name):
+            errors = class_plots.errors(job.name, wrong.images, wrong.true, wrong.predicted, wrong.total)
+            plots.write_png(run_folder.path / f"errors{suffix}.png", errors)  # the report has thumbnails
     for name, png in pngs.items():
         plots.write_png(run_folder.path / f"{name}.png", png)
     return pngs
+
+
+def _misclassified(run: PreparedRun, outcomes: Mapping[str, JobOutcome]) -> dict[str, Misclassified]:
+    """Of each classifier of images."""
+    found = {}
+    for job, dataset in zip(run.jobs, run.datasets, strict=True):
+        outcome, names = outcomes.get(job.name), dataset.label_names
+        if outcome is None or dataset.images is None:
+            continue
+        wrong = class_plots.misclassified(outcome.predictions, outcome.references)
+        shown = wrong[: class_plots.SHOWN]
+        found[job.name] = Misclassified(
+            [dataset.images.open(outcome.items[i]) for i in shown],
+            [names[outcome.references[i]] for i in shown],
+            [names[outcome.predictions[i]] for i in shown],
+            len(wrong),
+        )
+    return found
 
 
 def _run_summary(
@@ -235,7 +235,7 @@ def _run_summary(
     plots: Mapping[str, bytes], adapter: str,
 ) -> RunSummary:  # fmt: skip
     """adapter: the name of one, or several names in words for all of them."""
-    estimate = results["estimate"]
+    estimate, unit = results["estimate"], "images" if "images_per_second" in results else "tokens"
     jobs = [job for job in run.jobs if job.name == adapter] or run.jobs
     methods = {job.name: _method_text(run, job.name) for job in jobs}
     datasets = [dataset for job, dataset in zip(run.jobs, run.datasets, strict=True) if job.name in methods]
@@ -245,13 +245,22 @@ def _run_summary(
     skipped = [message for name in methods for message in results["skipped"].get(name, ())]
     labels = dict.fromkeys(label for dataset in datasets for label in dataset.label_names)
     digests = results["data"] if len(jobs) == len(run.jobs) else {adapter: results["data"][adapter]}
+    continued = {
+        f"{'' if len(jobs) == 1 else f'{job.name}: '}{what}": value
+        for job in jobs
+        if (parent := run.parents.get(job.name))
+        for what, value in (
+            ("continues the adapter", f"{parent.folder} (sha256 {parent.digest})"),
+            ("sha256 of its examples", parent.data_digest),
+        )
+    }
     return RunSummary(
         title=f"{', '.join(methods.values())} on {config.model.name}",
         model=config.model.name,
         method="; ".join(methods.values()),
         adapter=adapter,
         comparisons=comparisons,
-        data={"sources": ", ".join(dict.fromkeys(sources)), "read as": "; ".join(reading_notes)}
+        data={"sources": ", ".join(dict.fromkeys(sources)), "read as": "; ".join(reading_notes), **continued}
         | ({"left out": skipped_text(list(dict.fromkeys(skipped)))} if skipped else {}),
         preflight={"objective": run.objective, "dtype": f"{results['machine']['dtype']} ({run.dtype_reason})"},
         estimates={
@@ -261,7 +270,7 @@ def _run_summary(
         cost={
             "training": format_duration(results["seconds"]),
             "processor time, all threads": format_duration(results["processor_seconds"]),
-            "tokens per second": results["tokens_per_second"],
+            f"{unit} per second": results[f"{unit}_per_second"],
             "peak memory": format_bytes(results["memory"]),
             "trainable parameters": sum(results["trainable"][job.name] for job in jobs),
             "% trainable": sum(results["percent"][job.name] for job in jobs),
@@ -277,7 +286,7 @@ def _run_summary(
             "metrics.jsonl": "what was logged, step by step",
         },
         data_name=sources[0],
-        data_hash=hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
+        data_hash=data_hash(digests),
         loader=TASKS[run.objective].auto_model,
         hub_task=TASKS[run.objective].hub_task,
         base_path=base_model.resolve_model(config.model.name),

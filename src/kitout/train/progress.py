@@ -49,6 +49,8 @@ class ProgressState:
     """The metrics of the last evaluation, by name."""
     evaluation_step: int = 0
     """The step of that evaluation."""
+    unit: str = "tokens"
+    """What is counted of the work: tokens, or images."""
     evaluating: str = ""
     """What the panel says of an evaluation in progress."""
     batches: int = 0
@@ -95,12 +97,15 @@ def console_draws(console: Console) -> bool:
 
 @final
 class ProgressDisplay(TrainerCallback):  # type: ignore[misc]  # transformers is typed in part
-    """The callback, and a context manager, so that an error restores the terminal. folder: of the run."""
+    """The callback, and a context manager, so that an error restores the terminal. folder: of the run.
 
-    def __init__(self, folder: Path, console: Console | None = None) -> None:
+    unit: what the logged "tokens" are, for people.
+    """
+
+    def __init__(self, folder: Path, console: Console | None = None, unit: str = "tokens") -> None:
         self.console = console or Console(soft_wrap=True)
         self.metrics = MetricsLog(folder / METRICS_FILE)
-        self.progress_state = ProgressState()
+        self.progress_state = ProgressState(unit=unit)
         self._live: Live | None = None
         self._plain = not console_draws(self.console)
         self._last_line_part, self._last_line_at = -1, 0.0
@@ -126,7 +131,7 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]  # transformers is
         first_step, former = state.global_step, self.progress_state
         self.metrics.resume_at(first_step)
         self.progress_state = ProgressState(
-            first_step, state.max_steps, first_step,
+            first_step, state.max_steps, first_step, unit=former.unit,
             evaluation=former.evaluation, evaluation_step=former.evaluation_step,
         )  # fmt: skip
         if not self._plain:
@@ -245,7 +250,7 @@ def _value_texts(progress: ProgressState) -> list[tuple[str, str]]:
     tokens, per_second, memory = values.get("tokens"), values.get("tokens_per_second"), values.get("memory")
     if isinstance(tokens, int | float):
         speed = f" at {format_count(per_second)}/s" if isinstance(per_second, int | float) else ""
-        shown.append(("tokens", format_count(tokens) + speed))
+        shown.append((progress.unit, format_count(tokens) + speed))
     if isinstance(memory, int | float) and memory > 0:
         shown.append(("memory", format_bytes(memory)))
     shown.append(("time", format_duration(progress.elapsed)))

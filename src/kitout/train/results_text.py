@@ -15,13 +15,14 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kitout.evaluate.compare import format_value
+from kitout.evaluate.compare import BASE, format_value
 from kitout.evaluate.metrics.registry import TITLES
 from kitout.format import format_bytes, format_duration, single_line
 from kitout.train.measure.merge_proof import MergeProof
 
 PAGE_WIDTH = 120
 MAX_CELL_CHARS = 160  # characters of a text in a cell
+MAX_CLASSES = 12  # with more, only the report shows them one by one
 MAX_METRICS = 4  # of each adapter; the report has all
 
 
@@ -30,11 +31,16 @@ def results_text(results: Mapping[str, Any]) -> str:
     parts: list[RenderableType] = []
     comparisons = results["comparisons"]
     for name, changes in comparisons.items():
+        baseline = changes[0].get("baseline", BASE)  # a run of an earlier version has none
         title = "The same frozen base, without and with the adapter"
+        if baseline != BASE:
+            title = f"The adapter on its frozen base, against the {baseline}"
         parts.append(_metrics_table(results, name, changes, title if len(comparisons) == 1 else f"{title} {name}"))
+        if 0 < len(scores := results.get("per_class", {}).get(name, ())) <= MAX_CLASSES:
+            parts.append(_classes_table(scores))
         examples = results["examples"].get(name, ())
         if examples:
-            parts.append(_answers_table(examples))
+            parts.append(_answers_table(examples, baseline))
     for name, proof in results.get("merge", {}).items():
         parts.append(Text(f"{name}: {MergeProof(**proof)}" if len(comparisons) > 1 else str(MergeProof(**proof))))
     page = io.StringIO()
@@ -46,7 +52,8 @@ def results_text(results: Mapping[str, Any]) -> str:
 
 def _metrics_table(results: Mapping[str, Any], name: str, changes: Sequence[Mapping[str, Any]], title: str) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
-    for heading in ("", "base", "fine-tuned"):
+    baseline = changes[0].get("baseline", BASE)
+    for heading in ("", baseline, "fine-tuned"):
         table.add_column(heading, justify="right" if heading else "left")
     for number, change in enumerate(changes[:MAX_METRICS]):
         size = f" on {change['base']['n']:,} held-out examples" if number == 0 else ""
@@ -56,23 +63,38 @@ def _metrics_table(results: Mapping[str, Any], name: str, changes: Sequence[Mapp
         if number == 0:
             table.add_row("  95 % confidence interval", _interval_text(change["base"]), _interval_text(change["tuned"]))
             majority = results["majority"].get(name)
-            if majority is not None and change["name"] == "accuracy":
+            if majority is not None and change["name"] == "accuracy" and baseline != "majority class":
                 table.add_row("  always the majority class", f"{format_value(majority, True)} %", "")
+    if probe := results.get("probes", {}).get(name):
+        table.add_row("  a linear probe of the frozen features", f"{_value_text(probe['base'])}", "")
     table.add_row("trainable parameters", "0", f"{results['trainable'][name]:,}")
     table.add_row("  of the base", "0 %", f"{results['percent'][name]:.2f} %")
     table.add_row("time to train", "", format_duration(results["seconds"]))
     if "processor_seconds" in results:  # a run of an earlier version has none
         table.add_row("  processor time, all threads", "", format_duration(results["processor_seconds"]))
-    table.add_row("  tokens per second", "", f"{results['tokens_per_second']:,.0f}")
+    unit = "images" if "images_per_second" in results else "tokens"
+    speed = results[f"{unit}_per_second"]
+    table.add_row(f"  {unit} per second", "", f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}")
     table.add_row("peak memory", "", format_bytes(results["memory"]))
     return table
 
 
-def _answers_table(examples: Sequence[Mapping[str, Any]]) -> Table:
+def _classes_table(scores: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="Class by class, on the test split (%)", title_justify="left", header_style="bold")
+    for heading in ("class", "examples", "recall", "95 % interval", "precision", "F1"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    for one in scores:
+        interval = f"{format_value(one['low'], True)} to {format_value(one['high'], True)}" if one["n"] else ""
+        recall, precision, f1 = (format_value(one[name], True) for name in ("recall", "precision", "f1"))
+        table.add_row(Text(single_line(one["name"], 40)), f"{one['n']:,}", recall, interval, precision, f1)
+    return table
+
+
+def _answers_table(examples: Sequence[Mapping[str, Any]], baseline: str) -> Table:
     table = Table(
         title="Answers of both, on held-out examples selected by rule", title_justify="left", header_style="bold"
     )
-    for heading in ("prompt", "reference", "base", "fine-tuned"):
+    for heading in ("prompt", "reference", baseline, "fine-tuned"):
         table.add_column(heading, overflow="fold")
     prompts = _strip_common_lines([one["prompt"] for one in examples])
     for prompt, one in zip(prompts, examples, strict=True):

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,9 @@ from kitout.train.preflight.cost_estimate import CostEstimate, estimate_cost
 from kitout.train.results_text import results_text
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup.base_model import Placement, choose_placement
+from kitout.train.setup.parent import adopt_parents
 from kitout.train.setup.prepare import PreparedRun, prepare
+from kitout.train.setup.schedule import fit_to_time, warn_of_few_steps
 from kitout.version import __version__
 
 LogFn = Callable[[str], None]
@@ -65,10 +67,12 @@ class Result:
 
 def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Result:
     """Trains what the config describes. dry_run: stops before the first step. log: gets the lines to print."""
-    from kitout.train.outputs import save_adapters, write_outputs
+    from kitout.train.adapter_folders import save_adapters
+    from kitout.train.outputs import write_outputs
 
     if importlib.util.find_spec("accelerate") is None:
         raise ConfigError("training needs accelerate, which is not installed\n  pip install 'kitout[train]'")
+    config = adopt_parents(config)
     conflicts.check_machine(config, torch.cuda.is_available())
     _join_processes(config)
     config = run_folder.with_first_day(config, distributed.all_gather([run_folder.first_day(config)])[0])
@@ -105,7 +109,7 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
                 results = write_outputs(prepared, config, folder, trainer, estimate, best_step, outcomes, proofs, log)
             distributed.barrier()
         prepared.kit.detach()
-        comparisons = {name: one.comparison for name, one in outcomes.items() if one.comparison is not None}
+        comparisons = {name: one.comparison for name, one in outcomes.items()}
         return Result(folder.path, comparisons, results)
 
 
@@ -175,7 +179,7 @@ def _join_processes(config: RunConfig) -> None:
         from accelerate import PartialState
 
         PartialState(cpu=config.model.device == "cpu" or not torch.cuda.is_available())
-        batch_size = sum(job.train.batch_size for job in config.per_job())
+        batch_size = sum(job.train.batch_size or distributed.world_size() for job in config.per_job())
         if batch_size < distributed.world_size():
             raise ConfigError(
                 f"train.batch_size={batch_size} is fewer examples than the {distributed.world_size()} processes"
@@ -215,12 +219,14 @@ def _check_best(prepared: PreparedRun, config: RunConfig) -> None:
 
 def run_signature(prepared: PreparedRun) -> str:
     """What a checkpoint depends on besides the settings, which the folder compares by name."""
-    parts = {
+    parts: dict[str, Any] = {
         "data": [one.digest for one in prepared.datasets],
         "model": fingerprint(prepared.kit.state, ()).model_dump_json(),
         "dtype": str(prepared.kit.dtype),
         "versions": [__version__, torch.__version__, transformers.__version__, sys.byteorder],
     }
+    if prepared.parents:
+        parts["from"] = {name: parent.digest for name, parent in prepared.parents.items()}
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -243,6 +249,15 @@ def _build_trainer(
         )
         if distributed.rank() == 0:
             write_text(folder.estimate, json.dumps(estimate.__dict__))
+    seconds = max(distributed.all_gather([estimate.seconds]))
+    jobs, schedules, fitting_seconds = fit_to_time(prepared.jobs, prepared.schedules, seconds)
+    prepared.jobs[:], prepared.schedules[:] = jobs, schedules
+    for job, schedule in zip(jobs, schedules, strict=True):
+        prepared.warnings.extend(warn_of_few_steps(job.name, schedule))
+    if fitting_seconds < seconds:
+        steps = StepDataset(jobs)
+        share = fitting_seconds / seconds
+        estimate = replace(estimate, seconds=estimate.seconds * share, tokens=round(estimate.tokens * share))
     cuts: dict[str, str] = {}
     if prepared.first_dataset.images is not None:
         from kitout.train.loop.frozen_trunk import keep_features  # images need pillow
@@ -250,7 +265,8 @@ def _build_trainer(
         cuts, warnings_of_trunk = keep_features(prepared.kit, prepared.jobs)
         prepared.warnings.extend(warnings_of_trunk)
     args = _training_arguments(config, folder, len(steps), any(len(job.validation) for job in prepared.jobs))
-    display = ProgressDisplay(folder.path)
+    unit = "tokens" if prepared.first_dataset.images is None else "images"
+    display = ProgressDisplay(folder.path, unit=unit)
     callbacks: list[Any] = [display]
     if config.train.early_stopping_patience is not None:
         early_stopping: Any = EarlyStoppingCallback(config.train.early_stopping_patience)

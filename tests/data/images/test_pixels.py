@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from PIL import Image
 
 from kitout.data.images.augment import Augment
-from kitout.data.images.image_set import ImageSet
+from kitout.data.images.image_set import ImageSet, open_image
 from kitout.data.images.pixels import PixelProcessor, check_size
 from kitout.data.read.image_folders import load_images
 from kitout.data.read.tables import DataError
-from tiny_images import folder
+from tiny_images import folder, picture
 from zoo import ZOO
 
 NORMAL = {"do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "do_rescale": True}
@@ -81,9 +83,57 @@ def test_images_of_many_shapes_need_a_size_if_nothing_is_cropped(tmp_path: Path)
     images.open(0).resize((24, 60)).save(tmp_path / "images" / "red" / "tall.png")
     mixed = load_images(tmp_path / "images")
     model_path = model(tmp_path / "model", FREE)
-    with pytest.raises(DataError, match="set one, size=224"):
+    with pytest.raises(DataError, match=r"set one, data\.image_size=224"):
         PixelProcessor.from_pretrained(model_path)(mixed, range(len(mixed)))
     assert PixelProcessor.from_pretrained(model_path, size=32)(mixed, range(len(mixed))).shape == (7, 3, 32, 32)
+
+
+PROCESSORS = ["BeitImageProcessorPil", "BitImageProcessorPil", "CLIPImageProcessorPil", "ConvNextImageProcessorPil",
+              "DeiTImageProcessorPil", "EfficientNetImageProcessorPil", "LevitImageProcessorPil",
+              "MobileNetV2ImageProcessorPil", "MobileViTImageProcessorPil", "PoolFormerImageProcessorPil",
+              "SegformerImageProcessorPil", "SiglipImageProcessorPil", "ViTImageProcessorPil"]  # fmt: skip
+
+
+def unequal(root: Path, modes: tuple[str, ...]) -> ImageSet:
+    """Images of other modes and sizes, as people have them."""
+    for number, mode in enumerate(modes):
+        folder_path = root / "ab"[number % 2]
+        folder_path.mkdir(parents=True, exist_ok=True)
+        image = picture("red", number).resize((20 + 9 * number, 50 - 5 * number)).convert(mode)
+        image.save(folder_path / f"{number}.{'jpg' if mode == 'CMYK' else 'png'}")
+    return load_images(root)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_an_unequal_batch_is_read_as_the_processor_reads_each(tmp_path: Path, name: str) -> None:
+    mixed = unequal(tmp_path, ("RGB", "L", "CMYK", "P", "1", "LA", "RGBA"))
+    processor = getattr(transformers, name)()
+    batch = PixelProcessor(processor)(mixed, range(len(mixed)))
+    for i, pixels in enumerate(batch):
+        assert mixed.open(i).mode == "RGB"
+        assert torch.equal(pixels, processor(mixed.open(i), return_tensors="pt")["pixel_values"][0])
+
+
+def test_gray_and_cmyk_have_their_colors(tmp_path: Path) -> None:
+    Image.new("RGB", (30, 20), (200, 40, 10)).convert("CMYK").save(tmp_path / "c.tiff")
+    Image.new("L", (20, 30), 120).save(tmp_path / "g.png")
+    for name, color in (("c.tiff", (200, 40, 10)), ("g.png", (120, 120, 120))):
+        assert open_image(tmp_path / name).getpixel((3, 3)) == pytest.approx(color, abs=2)
+
+
+def test_a_model_of_one_channel_reads_gray(tmp_path: Path) -> None:
+    mixed = unequal(tmp_path / "images", ("RGB", "L", "CMYK", "P"))
+    config = transformers.ViTConfig(image_size=32, patch_size=8, num_channels=1)
+    config.save_pretrained(tmp_path / "model")
+    gray = SQUARE | {"image_mean": [0.5], "image_std": [0.5]}
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(gray))
+    assert PixelProcessor.from_pretrained(tmp_path / "model")(mixed, range(4)).shape == (4, 1, 32, 32)
+
+
+def test_a_processor_that_gives_no_images_is_refused(tmp_path: Path) -> None:
+    mixed = unequal(tmp_path, ("RGB", "L", "P", "1"))
+    with pytest.raises(DataError, match=r"Siglip2.*gives \[.*pixel_attention_mask, spatial_shapes"):
+        PixelProcessor(transformers.Siglip2ImageProcessorPil())(mixed, range(2))
 
 
 def test_a_folder_without_a_processor_is_named(tmp_path: Path) -> None:

@@ -21,11 +21,13 @@ from kitout.data.read.tables import DataError
 class PixelProcessor:
     """`processor(images, indices)` -> [len(indices), 3, H, W].
 
-    size: of the square the model sees; None: the processor's own.
+    size: of the square the model sees; None: the processor's own. channels: that the model reads, 3 or 1 (gray).
     """
 
-    def __init__(self, processor: Any, size: int | None = None, augment: Augment | None = None) -> None:
-        self.processor, self.size, self.augment = processor, size, augment
+    def __init__(
+        self, processor: Any, size: int | None = None, augment: Augment | None = None, channels: int = 3
+    ) -> None:
+        self.processor, self.size, self.augment, self.channels = processor, size, augment, channels
 
     @classmethod
     def from_pretrained(
@@ -46,7 +48,7 @@ class PixelProcessor:
             logging.set_verbosity(verbosity)
         if size is not None:
             check_size(size, getattr(config, "patch_size", 1))
-        return cls(processor, size, augment)
+        return cls(processor, size, augment, getattr(config, "num_channels", 3))
 
     def __call__(self, images: ImageSet, rows: Sequence[int], seed: int | None = None) -> Tensor:
         """The pixels of the images of these indices. seed: of the augmentation; None: without it."""
@@ -60,13 +62,23 @@ class PixelProcessor:
         return (pixels - mean) / std
 
     def _process(self, images: Sequence[Any], **options: Any) -> Tensor:
+        if self.channels == 1:
+            images = [image.convert("L") for image in images]
         try:
             batch = self.processor(list(images), return_tensors="pt", **self._size_options(), **options)
         except ValueError as error:
             if self.size is not None or len({image.size for image in images}) == 1:
                 raise
-            raise DataError(f"this processor leaves images at different sizes; set one, size=224: {error}") from error
+            raise DataError(
+                f"this processor leaves images at different sizes; set one, data.image_size=224: {error}"
+            ) from error
         pixels: Tensor = batch["pixel_values"]
+        if pixels.ndim != 4:
+            others = ", ".join(name for name in batch if name != "pixel_values")
+            raise DataError(
+                f"{type(self.processor).__name__} gives {list(pixels.shape[1:])} numbers per image and {others}, not "
+                "channels, height and width: models that read images so cannot be trained here; choose another"
+            )
         return pixels
 
     def _size_options(self) -> dict[str, Any]:

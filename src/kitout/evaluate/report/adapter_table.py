@@ -1,7 +1,7 @@
 """The adapters of one run side by side: the metric of each on the test split, and its cost.
 
-Plain values for the report and for results.json, and the same as lines of text. Adapters whose intervals overlap are
-named, so that nobody reads an order into noise. It knows no model, no training and no page.
+Plain values for the report and for results.json, and the same as lines of text. No adapter is named the best: one run
+of each says nothing of other seeds. It knows no model, no training and no page.
 """
 
 from __future__ import annotations
@@ -58,40 +58,31 @@ class AdapterRow:
         return f"{self.percent:.2f}" if self.percent < 99.995 else "100"
 
 
-def best(rows: Sequence[AdapterRow]) -> AdapterRow:
-    """The one with the best headline metric; of equal ones, that with the fewest trainable parameters."""
-
-    def rank(row: AdapterRow) -> tuple[float, int]:
-        assert row.score is not None
-        return (row.score.value if row.score.higher_is_better else -row.score.value), -row.trainable
-
-    return max((row for row in rows if row.score is not None), key=rank)
-
-
 def comparable(rows: Sequence[AdapterRow]) -> bool:
     """Whether all of them have the same metric."""
     return None not in [row.score for row in rows] and len({row.metric for row in rows}) == 1
 
 
-def verdict(rows: Sequence[AdapterRow], same_test: bool = True) -> str:
-    """Which adapter is best, and whose interval overlaps its own. same_test: all have the same test examples."""
+def caption(rows: Sequence[AdapterRow], same_test: bool = True) -> str:
+    """What the table shows, and what it does not. same_test: all have the same test examples.
+
+    It names no best adapter: intervals are over test examples, and another seed moves each result too.
+    """
     if not same_test:
         return "each adapter has its own test split: the metrics are not comparable"
-    top = best(rows)
-    assert top.score is not None
+    scores = [row.score for row in rows if row.score is not None]
     if len(rows) == 1:
-        return f"{top.name}: {top.title} {top.score_text}"
-    overlapping = [
-        row.name for row in rows
-        if row is not top and row.score is not None and row.score.low <= top.score.high
-        and top.score.low <= row.score.high
-    ]  # fmt: skip
-    caveat = f"; intervals overlap with {', '.join(overlapping)}: not significant on {top.score.n:,} test examples"
-    return f"best: {top.name}, {top.title} {top.score_text}{caveat if overlapping else ''}"
+        return f"{rows[0].name}: {rows[0].title} {rows[0].score_text}"
+    low, high = (format_value(choose(s.value for s in scores), scores[0].share) for choose in (min, max))
+    return (
+        f"{rows[0].title} {low} to {high} on {scores[0].n:,} test examples, one seed each: the intervals hold for "
+        "these examples, and another seed moves every result too. To compare methods, repeat them with other seeds "
+        "(train.seed)"
+    )
 
 
 def text(rows: Sequence[AdapterRow], majority: float | None, same_test: bool = True) -> str:
-    """The table as aligned lines, the verdict below. majority: accuracy of always predicting the majority class."""
+    """The table as aligned lines, the caption below. majority: accuracy of always predicting the majority class."""
     title = f"{rows[0].title}{' %' if rows[0].score and rows[0].score.share else ''}, 95 % interval"
     lines = [["adapter", "trainable", "%", title, "train s", "processor s", "s/example"]]
     for row in rows:
@@ -106,4 +97,4 @@ def text(rows: Sequence[AdapterRow], majority: float | None, same_test: bool = T
                   for k, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
         for line in lines
     ]  # fmt: skip
-    return "\n".join([*aligned, "", verdict(rows, same_test)])
+    return "\n".join([*aligned, "", caption(rows, same_test)])

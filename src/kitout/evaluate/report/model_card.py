@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 
 from kitout.evaluate.compare import Comparison, MetricChange
 from kitout.evaluate.metrics.measure import Score
+from kitout.evaluate.metrics.per_class import ClassScore
 from kitout.evaluate.report.summary import FactTable, RunSummary, format_fact
 from kitout.files.atomic import write_text
 
@@ -51,6 +53,7 @@ def render_model_card(summary: RunSummary) -> str:
         f"# {_escape_line(s.title)}\n",
         intro,
         _results_section(comparison) if comparison else "",
+        _classes_section(s.per_class.get(s.adapter, ())),
         _usage_section(s),
         _facts_section("Data", {**s.data, **hashed, **labels}),
         _facts_section("Training cost", s.cost),
@@ -98,12 +101,27 @@ def _results_section(comparison: Comparison) -> str:
         f"{change.format_value(change.high, sign=True)}) | {change.base.n:,} |"
         for change in comparison.changes
     ]
-    head = "| metric | base | fine-tuned | difference | test examples |\n|---|---|---|---|---|"
+    baseline = comparison.baseline
+    head = f"| metric | {baseline} | fine-tuned | difference | test examples |\n|---|---|---|---|---|"
     foot = (
         "On the test split, with 95 % confidence intervals. The interval of the difference is paired by example; where "
         "it contains 0, the difference is not significant."
     )
-    return "\n".join(["## Results: base vs. fine-tuned\n", f"{comparison.verdict}.\n", head, *rows, "", f"{foot}\n"])
+    return "\n".join(
+        [f"## Results: {baseline} vs. fine-tuned\n", f"{comparison.verdict}.\n", head, *rows, "", f"{foot}\n"]
+    )
+
+
+def _classes_section(scores: Sequence[ClassScore]) -> str:
+    if not scores:
+        return ""
+    rows = [
+        f"| {_escape_line(one.name)} | {one.n:,} | {100 * one.recall:.1f} | {100 * one.precision:.1f} "
+        f"| {100 * one.f1:.1f} |"
+        for one in scores
+    ]
+    head = "| class | test examples | recall (%) | precision (%) | F1 (%) |\n|---|---|---|---|---|"
+    return "\n".join(["## Class by class\n", head, *rows, ""])
 
 
 def _format_score(change: MetricChange, score: Score) -> str:

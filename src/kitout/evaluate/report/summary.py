@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from kitout.evaluate.compare import Comparison
-from kitout.evaluate.report.adapter_table import AdapterRow, verdict
+from kitout.evaluate.metrics.per_class import ClassScore
+from kitout.evaluate.report.adapter_table import AdapterRow, caption
+from kitout.evaluate.report.thumbnails import Misclassified
 from kitout.format import format_number
 
 FactTable: TypeAlias = Mapping[str, Any]  # name -> a text or a number
@@ -81,13 +83,22 @@ class RunSummary:
     """Whether all adapters have the same test examples."""
     result_plots: Mapping[str, bytes] = field(default_factory=dict)
     """Of results: title -> PNG."""
+    per_class: Mapping[str, Sequence[ClassScore]] = field(default_factory=dict)
+    """Of a classification, by adapter: its classes one by one."""
+    misclassified: Mapping[str, Misclassified] = field(default_factory=dict)
+    """Of a classification of images, by adapter."""
     hub_task: str = ""
     """The run's task by the name that the hub gives it."""
 
     @property
-    def best(self) -> str:
-        """Which adapter is best, and whose interval overlaps its own."""
-        return verdict(self.adapters, self.same_test)
+    def baselines(self) -> list[str]:
+        """What the adapters are compared with, each once."""
+        return list(dict.fromkeys(one.baseline for one in self.comparisons.values()))
+
+    @property
+    def adapters_caption(self) -> str:
+        """What the adapters side by side show, and what not."""
+        return caption(self.adapters, self.same_test)
 
 
 def format_fact(value: Any) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from kitout.errors import ConfigError, Errors
 from kitout.methods import VPT, PromptTuning
-from kitout.train.config.schema import RunConfig
+from kitout.train.config.schema import DEFAULT_BATCH_SIZE, RunConfig
 from kitout.train.objectives.tasks import TASKS
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}  # packages that serve; else the one of its name
@@ -23,7 +23,7 @@ def find_conflicts(config: RunConfig) -> list[str]:
 
 
 def _image_conflicts(config: RunConfig) -> Iterator[str]:
-    data, train = config.data, config.train
+    data, train, batch_size = config.data, config.train, config.train.batch_size or DEFAULT_BATCH_SIZE
     if config.objective != "auto" and not TASKS[config.objective].reads_images:
         set_by_user = {
             "data.augment": data.augment != type(data.augment)(),
@@ -34,9 +34,9 @@ def _image_conflicts(config: RunConfig) -> Iterator[str]:
             if is_set:
                 yield f"{name} is for images, not for objective={config.objective}: leave it out"
     if train.head == "batchnorm":
-        if train.batch_size < 2:
+        if batch_size < 2:
             yield "train.head=batchnorm has no variance over one image: choose train.batch_size=2 or more"
-        if train.micro_batch_size is not None and train.micro_batch_size < train.batch_size:
+        if train.micro_batch_size is not None and train.micro_batch_size < batch_size:
             yield (
                 f"train.head=batchnorm takes its statistics over a whole batch: leave train.micro_batch_size="
                 f"{train.micro_batch_size} out"
@@ -64,6 +64,7 @@ def _method_conflicts(config: RunConfig) -> Iterator[str]:
 
 def _training_conflicts(config: RunConfig) -> Iterator[str]:
     data, train, evaluate = config.data, config.train, config.evaluate
+    batch_size = train.batch_size or DEFAULT_BATCH_SIZE
     if config.model.dtype == "float16" and config.model.device == "cpu":
         yield "model.dtype=float16 overflows in training and is slow on a CPU: choose bfloat16, float32 or auto"
     if config.model.attention == "flash_attention_2" and config.model.device == "cpu":
@@ -75,10 +76,10 @@ def _training_conflicts(config: RunConfig) -> Iterator[str]:
         yield f"train.packing is for language models (objective={packable}), not for objective={config.objective}"
     if (data.src_lang or data.tgt_lang) and config.objective not in ("auto", "seq2seq_lm"):
         yield f"data.src_lang and data.tgt_lang are for objective=seq2seq_lm, not for objective={config.objective}"
-    if train.micro_batch_size is not None and train.micro_batch_size > train.batch_size:
+    if train.micro_batch_size is not None and train.micro_batch_size > batch_size:
         yield (
             f"train.micro_batch_size={train.micro_batch_size} is more than the "
-            f"train.batch_size={train.batch_size} it is a part of"
+            f"train.batch_size={batch_size} it is a part of"
         )
     if evaluate.prove_merge and train.fsdp:
         yield "evaluate.prove_merge needs the whole base in every process, and train.fsdp shards it: leave one out"

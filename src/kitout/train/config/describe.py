@@ -34,8 +34,6 @@ SIGNS = ((Gt, ">", "gt"), (Ge, ">=", "ge"), (Lt, "<", "lt"), (Le, "<=", "le"))
 EXAMPLE_VALUES: dict[str, Any] = {
     "model.name": "smollm2-135m",
     "data.train": [{"path": "train.jsonl"}],
-    "train.epochs": 1.0,
-    "train.batch_size": 16,
     "output.folder": "runs/first",
 }
 
@@ -90,7 +88,10 @@ def _setting_docs(section: type[BaseModel]) -> Iterator[SettingDoc]:
 def _setting_doc(name: str, info: FieldInfo) -> SettingDoc:
     default = "" if info.is_required() else default_text(info.get_default(call_default_factory=True))
     return SettingDoc(
-        name, type_text(info.annotation, info.metadata), default, " ".join((info.description or "").split())
+        info.alias or name,
+        type_text(info.annotation, info.metadata),
+        default,
+        " ".join((info.description or "").split()),
     )
 
 

@@ -61,7 +61,7 @@ def _messages_at(location: str, errors: Sequence[Any], section: type[BaseModel])
             yield f"{location}: is required"
         elif error["type"] == "extra_forbidden":
             renamed = new_key(location)
-            hint = suggest(location.rpartition(".")[2], section.model_fields)
+            hint = suggest(location.rpartition(".")[2], [f.alias or n for n, f in section.model_fields.items()])
             yield f"{location}: is now {renamed}" if renamed else f"{location}: there is no such setting; {hint}"
         elif error["type"] == "value_error":
             yield from _validator_errors(location, error["msg"].removeprefix("Value error, "))

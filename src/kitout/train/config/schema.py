@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from kitout.train.config.method_field import MethodField, method_to_dict, parse_method
 from kitout.train.config.sections import AdapterName as AdapterName  # for those that import them from here
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 else:  # pydantic reads the names from the table of tasks
     OBJECTIVES = ("auto", *TASKS)
     ObjectiveName = Literal[OBJECTIVES]
+
+DEFAULT_BATCH_SIZE = 16  # a run whose length is chosen by a small train split has a smaller one
 
 
 class DataConfig(ConfigSection):
@@ -118,6 +120,12 @@ class DataConfig(ConfigSection):
 class TrainConfig(ConfigSection):
     """How it is trained."""
 
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    from_: str | None = Field(default=None, alias="from")
+    """An adapter folder (kitout's or PEFT's) whose values the run starts from, with the same method and sites and a new
+    optimizer; its card names the parent. Default: new values, by the seed."""
+
     lr: float | None = Field(default=None, gt=0)
     """Learning rate of AdamW; default: the method's own (`kitout methods`)."""
     head_lr: float | None = Field(default=None, gt=0)
@@ -128,12 +136,14 @@ class TrainConfig(ConfigSection):
     """LoRA+: the learning rate of B over that of A (Hayou et al. 2024 use 16)."""
     weight_decay: float | None = Field(default=None, ge=0)
     """Weight decay, not of scales, shifts, biases and virtual tokens; default: the method's own."""
-    epochs: float = Field(default=1.0, gt=0)
-    """Passes over the train split; a fraction of one is fine."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the train split; a fraction of one is fine. Default, without steps: as many as the method needs for
+    enough optimizer steps, 1 to 10, and no more than an hour's where one pass is shorter (the pre-flight says why)."""
     steps: int | None = Field(default=None, gt=0)
     """Optimizer steps, instead of epochs."""
-    batch_size: int = Field(default=16, gt=0)
-    """Examples of one optimizer step, over all processes. The result depends on it."""
+    batch_size: int | None = Field(default=None, gt=0)
+    """Examples of one optimizer step, over all processes. The result depends on it. Default: 16; without epochs and
+    steps 8 or 4 where the train split is small."""
     micro_batch_size: int | None = Field(default=None, gt=0)
     """Examples of one forward; default: the whole batch on a GPU, on a CPU as many as keep it busy. It is halved when
     memory runs out. Changes cost, not the result."""
@@ -280,10 +290,10 @@ class RunConfig(ConfigSection):
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, the way `load` reads them: what run.yaml holds."""
-        plain: dict[str, Any] = self.model_dump(mode="json", exclude={"method", "jobs"})
+        plain: dict[str, Any] = self.model_dump(mode="json", by_alias=True, exclude={"method", "jobs"})
         plain["method"] = method_to_dict(self.method)
         plain["jobs"] = [
-            job.model_dump(mode="json", exclude={"method"}, exclude_unset=True)
+            job.model_dump(mode="json", by_alias=True, exclude={"method"}, exclude_unset=True)
             | ({} if job.method is None else {"method": method_to_dict(job.method)})
             for job in self.jobs
         ]

@@ -1,6 +1,7 @@
 """Evaluation of a run: base against adapter on the test split, with confidence intervals and examples side by side.
 
-Both answer the same examples in one process; the base answers with no adapter active. During training the same metrics
+Both answer the same examples in one process; the base answers with no adapter active. Where it has no trained head for
+the labels, it is not asked: a constant answer takes its place (`baseline`). During training the same metrics
 are taken on the validation split. It knows datasets, kits and metrics, and nothing of the loop.
 """
 
@@ -11,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from kitout.base import memory
-from kitout.evaluate.compare import ComparedExample, Comparison, beside, compare, pick_examples, select
+from kitout.evaluate.compare import BASE, ComparedExample, Comparison, beside, compare, pick_examples, select
 from kitout.evaluate.metrics.language import LossSums
 from kitout.evaluate.metrics.measure import Measure, Score
+from kitout.evaluate.metrics.per_class import ClassScore, class_scores
 from kitout.train.config.schema import EvaluateConfig
 from kitout.train.loop.jobs import Job
+from kitout.train.measure.baseline import BASELINES, predict_constant
+from kitout.train.measure.linear_probe import predict_by_probe
 from kitout.train.measure.predict import Predictions, ProgressFn, compute_metrics, generate_answers, predict
 from kitout.train.setup.closed_answers import ClosedAnswers, prompt_ids
 from kitout.train.setup.datasets import Datasets
@@ -98,15 +102,17 @@ class JobOutcome:
     """What one job reached on its test split."""
 
     scores: Mapping[str, Score]
-    """Metrics with their intervals, the headline first; without a comparison the headline alone."""
-    comparison: Comparison | None
-    """Base vs. fine-tuned; None where the base's own head has other labels."""
+    """Metrics with their intervals, the headline first."""
+    comparison: Comparison
+    """With the base, or with a constant answer where the base has no trained head for these labels."""
     predictions: Sequence[int] = ()
     """The predicted class of each test example; empty where examples have no class."""
     references: Sequence[int] = ()
     """The true class of each test example."""
     items: Sequence[Any] = ()
     """The test examples."""
+    per_class: Sequence[ClassScore] = ()
+    """Of every classification, closed answers of a language model included: its classes one by one."""
 
 
 def evaluate_jobs(
@@ -125,24 +131,49 @@ def evaluate_jobs(
             "on_progress": None if progress_fn_of is None else progress_fn_of(job.name),
         }
         measures, predictions = evaluate(run, job, examples, job.name, **how)
-        comparison: Comparison | None = None
-        if not dataset.label_names or len(dataset.label_names) == run.kit.config.num_labels:
+        task, baseline, probe = job.objective.task, BASE, None
+        if task != "generation" and (run.new_heads or _has_other_labels(run, dataset)):
+            base_predictions, baseline = predict_constant(task, dataset, examples), BASELINES[task]
+            references_of = dataset.reference_of
+            base_measures = compute_metrics(
+                job.objective, examples, base_predictions, references_of, _label_names(dataset)
+            )
+            probed = predict_by_probe(run, job, dataset, examples) if task == "classification" else None
+            if probed is not None:
+                probe = compute_metrics(job.objective, examples, probed, references_of)
+        else:
             key = _base_inputs_key(job, dataset)
             if key not in base_results:
                 base_results[key] = evaluate(run, job, examples, None, **how)
             base_measures, base_predictions = base_results[key]
-            shown = _compared_examples(run, job, dataset, examples, base_predictions, predictions, config)
-            comparison = compare(base_measures, measures, shown)
-            scores = {change.name: change.tuned for change in comparison.changes}
-        else:
-            headline = next(iter(measures))
-            scores = {headline: measures[headline].score()}
+        shown = _compared_examples(run, job, dataset, examples, base_predictions, predictions, config)
+        comparison = compare(base_measures, measures, shown, baseline=baseline, probe=probe)
+        scores = {change.name: change.tuned for change in comparison.changes}
         classes: dict[str, Any] = {}
         if job.objective.task == "classification":
             references = [dataset.reference_of(example) for example in examples]
             classes = {"predictions": predictions.predictions, "references": references}
-        outcomes[job.name] = JobOutcome(scores, comparison, **classes, items=examples)
+        outcomes[job.name] = JobOutcome(
+            scores, comparison, **classes, items=examples, per_class=_class_scores(task, dataset, examples, predictions)
+        )
     return outcomes
+
+
+def _class_scores(
+    task: str, dataset: Datasets, examples: Sequence[Any], predictions: Predictions
+) -> list[ClassScore]:  # fmt: skip
+    if predictions.likeliest_answers and dataset.answers is not None:
+        references = [example.reference for example in examples]
+        return class_scores("classification", predictions.likeliest_answers, references, dataset.answers.names)
+    if not dataset.label_names:
+        return []
+    references = [dataset.reference_of(example) for example in examples]
+    return class_scores(task, predictions.predictions, references, dataset.label_names)
+
+
+def _has_other_labels(run: PreparedRun, dataset: Datasets) -> bool:
+    """Whether the base's own head is of another number of labels than this job's."""
+    return bool(dataset.label_names) and len(dataset.label_names) != run.kit.config.num_labels
 
 
 def _base_inputs_key(job: Job, dataset: Datasets) -> Hashable:

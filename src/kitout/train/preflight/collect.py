@@ -85,13 +85,16 @@ def _settings_texts(run: PreparedRun, job_config: RunConfig, job_index: int, est
     lr = method.training_defaults().lr if train.lr is None else train.lr
     settings = ", ".join(f"{k}={v}" for k, v in method.non_default_settings().items())
     has_several_jobs = len(run.jobs) > 1
-    micro_batch = f"{estimate.micro} of all jobs" if has_several_jobs else f"{min(estimate.micro, train.batch_size)}"
+    schedule = run.schedules[job_index]
+    micro_batch = f"{estimate.micro} of all jobs" if has_several_jobs else f"{min(estimate.micro, schedule.batch_size)}"
     texts = {"job": job.name} if has_several_jobs else {}
     texts |= {
         "model": f"{job_config.model.name}, {str(kit.dtype)[6:]} ({run.dtype_reason}), {kit.device.type}",
         "method": f"{type(method).__name__}({settings})" if settings else type(method).__name__,
+        **({"continues": str(parent.folder)} if (parent := run.parents.get(job.name)) else {}),
         "objective": run.objective,
-        "batch": f"{train.batch_size} examples a step, at most {micro_batch} in one forward; learning rate {lr:g}",
+        "schedule": schedule.reason,
+        "batch": f"{schedule.batch_size} examples a step, at most {micro_batch} in one forward; learning rate {lr:g}",
     }
     if run.lengths:
         texts["length"] = run.lengths[job_index].describe(kit.config.is_encoder_decoder)

@@ -212,7 +212,10 @@ def _example_images(model: Any, size: int) -> dict[str, Any]:
     """A model may be built for far more pixels than a run shows it: to be tried on these takes less time and memory."""
     from kitout.train.objectives.image_classification import interpolation_kwargs  # images need pillow
 
-    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+    channels = getattr(model.config, "num_channels", 3)
+    pixels = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0)).to(
+        model.device, model.dtype
+    )
     return {"pixel_values": pixels} | interpolation_kwargs(model, pixels)
 
 

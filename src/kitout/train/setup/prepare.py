@@ -7,15 +7,16 @@ before a model is loaded. It knows configs, data and kits, and nothing of screen
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kitout.data.encode.template_date import fix_template_date
 from kitout.errors import ConfigError, Errors
 from kitout.kit import Kit
 from kitout.train.config.conflicts import find_conflicts
-from kitout.train.config.schema import AugmentConfig, DataConfig, RunConfig, TrainConfig
-from kitout.train.loop.batch_plan import num_steps, plan_batches
+from kitout.train.config.schema import AugmentConfig, DataConfig, RunConfig
+from kitout.train.loop import distributed
+from kitout.train.loop.batch_plan import plan_batches
 from kitout.train.loop.jobs import Job
 from kitout.train.loop.optimizer import REFUSE_ABOVE, check_learning_rate
 from kitout.train.objectives.objective import LanguageObjective, Objective
@@ -39,6 +40,8 @@ from kitout.train.setup.lengths import (
     requested_lengths,
     warn_of_lengths,
 )
+from kitout.train.setup.parent import Parent, load_parent, read_parent
+from kitout.train.setup.schedule import Schedule, choose_schedule
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,12 @@ class PreparedRun:
     """What the pre-flight warns of, besides the data."""
     from_pretrained_kwargs: Mapping[str, Any]
     """What the loader of the base takes besides its name."""
+    schedules: list[Schedule]
+    """How long each job trains, and why."""
+    new_heads: frozenset[str] = frozenset()
+    """Paths of the base's modules that its checkpoint does not hold: without an adapter they are random."""
+    parents: Mapping[str, Parent] = field(default_factory=dict)
+    """By job: the adapter that it continues."""
     lengths: Sequence[TextLengths] = ()
     """By job: how long its texts may be; empty for images."""
 
@@ -73,6 +82,7 @@ class PreparedRun:
 def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRun:
     """The run that a config describes. placement: of the base; None: found here."""
     job_configs = config.per_job()
+    parents = {one.output.name: read_parent(one.train.from_) for one in job_configs if one.train.from_ is not None}
     warnings = _check_learning_rates(job_configs)
     hf_config = load_config(config.model)
     tokenizer = None if _reads_images(config.objective, hf_config) else load_tokenizer(config.model)
@@ -86,15 +96,21 @@ def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRu
     _set_target_language(base, job_configs, datasets)
     warnings += _warn_of_new_heads(base, datasets[0])
     for job_config, dataset in zip(job_configs, datasets, strict=True):
-        _add_adapter(base, job_config, dataset)
+        _add_adapter(base, job_config, dataset, parents.get(job_config.output.name))
     if tokenizer is not None:
         check_vocabulary(base.kit, tokenizer)
         datasets, lengths = _fit_datasets(base.kit, job_configs, hf_config, tokenizer, datasets, lengths)
         for job_config, dataset in zip(job_configs, datasets, strict=True):
             warnings += warn_of_lengths(base.kit, job_config.output.name, _encoded(dataset), tokenizer)
+    schedules = [
+        choose_schedule(
+            None if dataset.preview else len(dataset.train), one.train, one.method, distributed.world_size()
+        )
+        for one, dataset in zip(job_configs, datasets, strict=True)
+    ]
     jobs = [
-        _build_job(base, job_config, task, dataset, pad_token_id, lengths[i].text.tokens if lengths else 0)
-        for i, (job_config, dataset) in enumerate(zip(job_configs, datasets, strict=True))
+        _build_job(base, job_config, task, dataset, pad_token_id, schedule, lengths[i].text.tokens if lengths else 0)
+        for i, (job_config, dataset, schedule) in enumerate(zip(job_configs, datasets, schedules, strict=True))
     ]
     for job in jobs:
         if isinstance(job.objective, LanguageObjective):
@@ -102,16 +118,9 @@ def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRu
             with base.kit.use(job.name):
                 job.objective.choose_head_loss([one.name for one in jobs], first_rows)
     return PreparedRun(
-        base.kit,
-        jobs,
-        datasets,
-        tokenizer,
-        task.name,
-        base.dtype_reason,
-        warnings,
-        base.from_pretrained_kwargs,
-        lengths,
-    )
+        base.kit, jobs, datasets, tokenizer, task.name, base.dtype_reason, warnings, base.from_pretrained_kwargs,
+        schedules, base.new_heads, parents, lengths,
+    )  # fmt: skip
 
 
 def _fix_template_date(tokenizer: Any, job_configs: Sequence[RunConfig]) -> str:
@@ -255,29 +264,33 @@ def _set_target_language(base: LoadedBase, job_configs: Sequence[RunConfig], dat
 def _warn_of_new_heads(base: LoadedBase, dataset: Datasets) -> list[str]:
     if not (base.new_heads and dataset.label_names):
         return []
-    majority = (
-        f" (always the majority class: {100 * dataset.majority_accuracy:.1f} %)" if dataset.majority_accuracy else ""
-    )
-    return [f"the base has an untrained head for these labels: expect chance level before training{majority}"]
+    majority = f" ({100 * dataset.majority_accuracy:.1f} % of the test split)" if dataset.majority_accuracy else ""
+    instead = f"results are compared with always giving the most frequent one{majority} instead"
+    return [f"the base has an untrained head for these labels, at chance level: {instead}"]
 
 
-def _add_adapter(base: LoadedBase, job_config: RunConfig, dataset: Datasets) -> None:
-    train = job_config.train
+def _add_adapter(base: LoadedBase, job_config: RunConfig, dataset: Datasets, parent: Parent | None) -> None:
+    """Adds the job's adapter to the kit, new or as its parent left it."""
+    name, train = job_config.output.name, job_config.train
     heads = build_heads(base.heads, base.new_heads, len(dataset.label_names) or 1, train.seed, train.head)
-    base.kit.add(job_config.output.name, job_config.method, seed=train.seed, heads=heads)
+    if parent is None:
+        base.kit.add(name, job_config.method, seed=train.seed, heads=heads)
+    else:
+        load_parent(base.kit, name, parent, job_config.method, heads, dataset.label_names)
 
 
 def _build_job(
-    base: LoadedBase, job_config: RunConfig, task: Task, dataset: Datasets, pad_token_id: int | None, max_length: int
-) -> Job:
+    base: LoadedBase, job_config: RunConfig, task: Task, dataset: Datasets, pad_token_id: int | None,
+    schedule: Schedule, max_length: int,
+) -> Job:  # fmt: skip
     """Plans what each of the job's steps trains on."""
-    train = job_config.train
+    train = schedule.train
     pack_width = max_length if train.packing else 0
     settings = ObjectiveSettings(pad_token_id, pack_width, dataset.images)
     if task.reads_images:
         settings = ObjectiveSettings(images=dataset.images, pixels=_pixel_processor(job_config))
     objective = task.build_objective(base.kit, settings)
-    batches = _plan_steps(dataset, objective, train)
+    batches = _plan_steps(dataset, objective, schedule)
     return Job(job_config.output.name, objective, dataset.train, batches, train, dataset.validation)
 
 
@@ -291,15 +304,13 @@ def _pixel_processor(job_config: RunConfig) -> Any:
     return PixelProcessor.from_pretrained(resolve_model(job_config.model.name), job_config.data.image_size, augment)
 
 
-def _plan_steps(dataset: Datasets, objective: Objective, settings: TrainConfig) -> list[list[int]]:
+def _plan_steps(dataset: Datasets, objective: Objective, schedule: Schedule) -> list[list[int]]:
+    size, steps, settings = schedule.batch_size, schedule.num_steps, schedule.train
     if dataset.preview:
-        assert settings.steps is not None
-        return [list(range(s * settings.batch_size, (s + 1) * settings.batch_size)) for s in range(settings.steps)]
-    sizes = [objective.num_tokens(item) for item in dataset.train]
-    steps = settings.steps or num_steps(len(sizes), settings.batch_size, settings.epochs)
+        return [list(range(s * size, (s + 1) * size)) for s in range(steps)]
     return plan_batches(
-        sizes,
-        settings.batch_size,
+        [objective.num_tokens(item) for item in dataset.train],
+        size,
         steps,
         settings.seed,
         settings.group_by_length,

@@ -1,0 +1,145 @@
+"""The adapter that a run continues (`train.from`): read, checked against the run, and put in a new adapter's place.
+
+Values go on; optimizer and schedule begin anew. Method and sites have to be the parent's own, so that what is trained
+is what was. A folder of kitout says its method, its labels and its data; a folder of PEFT says what its tensors show.
+It knows adapter folders and kits, no data and no loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kitout.errors import ConfigError, Errors, KitoutError
+from kitout.files.adapter_json import RECORD, read_adapter_json
+from kitout.kit import Kit
+from kitout.method import Method
+from kitout.peft_folders import load_peft
+from kitout.train.config.method_field import method_to_dict
+from kitout.train.config.schema import RunConfig
+
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+UNKNOWN_DATA = "not recorded"
+
+
+@dataclass(frozen=True)
+class Parent:
+    """An adapter in a folder that a job starts from."""
+
+    folder: Path
+    """Where it is."""
+    method: Method | None
+    """Its method with settings; None: of PEFT's folders, which say so only by their tensors."""
+    digest: str
+    """SHA-256 of its tensors."""
+    data_digest: str
+    """Of the examples it was trained on, as its card has it."""
+    labels: tuple[str, ...]
+    """Of its classifier, in order; empty where it has none or does not say."""
+
+    def facts(self) -> dict[str, str]:
+        """What the card of the new adapter and its metadata say of it."""
+        return {"adapter": str(self.folder), "sha256": self.digest, "data_sha256": self.data_digest}
+
+
+def read_parent(path: str) -> Parent:
+    """What a folder says of its adapter, before a model is loaded."""
+    folder = Path(path).expanduser()
+    try:
+        if (folder / PEFT_FILES[0]).is_file():
+            digest = hashlib.sha256((folder / PEFT_FILES[1]).read_bytes()).hexdigest()
+            return Parent(folder, None, digest, UNKNOWN_DATA, ())
+        if not (folder / RECORD).is_file():
+            inner = folder / "adapter"
+            hint = f"; write train.from={inner}" if (inner / RECORD).is_file() else ""
+            raise ConfigError(f"no adapter is there ({RECORD} or PEFT's {PEFT_FILES[0]}){hint}")
+        record = read_adapter_json(folder / RECORD)
+        note = record.note
+        labels = note.get("labels")
+        return Parent(
+            folder,
+            record.method_instance(),
+            record.tensors.sha256,
+            str(note.get("data_sha256", UNKNOWN_DATA)),
+            tuple(map(str, labels)) if isinstance(labels, list) and record.heads else (),
+        )
+    except (KitoutError, OSError) as error:
+        raise ConfigError(f"train.from={path}: {error}") from error
+
+
+def adopt_parents(config: RunConfig) -> RunConfig:
+    """The config with its parents' methods and labels where it names none. ConfigError for another method."""
+    errors = Errors(ConfigError, "train.from continues an adapter as it is")
+    is_method_set = "method" in config.model_fields_set
+    runs = []
+    for number, run in enumerate(config.per_job()):
+        if run.train.from_ is not None:
+            parent = read_parent(run.train.from_)
+            is_own = bool(config.jobs) and config.jobs[number].method is not None
+            if parent.method is not None and not (is_method_set or is_own):
+                run = run.model_copy(update={"method": parent.method})
+            elif parent.method is not None and run.method != parent.method:
+                errors.add(
+                    f"{parent.folder} was trained with method={method_to_dict(parent.method)}, found "
+                    f"{method_to_dict(run.method)}: leave method out, or train a new adapter"
+                )
+            if parent.labels and run.data.labels is None:
+                run = run.model_copy(update={"data": run.data.model_copy(update={"labels": parent.labels})})
+        runs.append(run)
+    errors.raise_if_any()
+    if not config.jobs:
+        return runs[0]
+    jobs = [
+        job if run.train.from_ is None else job.model_copy(update={"method": run.method, "data": run.data})
+        for job, run in zip(config.jobs, runs, strict=True)
+    ]
+    return config.model_copy(update={"jobs": tuple(jobs)})
+
+
+def load_parent(
+    kit: Kit, name: str, parent: Parent, method: Method, heads: Mapping[str, nn.Module], label_names: Sequence[str]
+) -> None:
+    """Adds the parent under this name, trainable and not active. heads: those that a new adapter would have."""
+    errors = Errors(ConfigError, f"train.from={parent.folder} does not fit this run")
+    try:
+        is_peft = parent.method is None
+        adapter = load_peft(kit, parent.folder, name) if is_peft else kit.load(parent.folder, name=name)
+    except KitoutError as error:
+        raise ConfigError(f"train.from={parent.folder}: {error}") from error
+    adapter.to(dtype=torch.promote_types(kit.dtype, torch.float32))
+    if type(adapter.method) is not type(method):
+        errors.add(f"it holds a {type(adapter.method).__name__}: write method={type(adapter.method).__name__}")
+    elif is_peft and (requested := method.non_default_settings()):
+        own = adapter.method.model_dump()
+        names = [key for key in requested if key not in ("targets", "layers") and own[key] != requested[key]]
+        if names:
+            found = ", ".join(f"{key}={own[key]}" for key in names)
+            errors.add(
+                f"it has {found}, found {', '.join(f'{key}={requested[key]}' for key in names)}: leave method out"
+            )
+        is_placed = bool({"targets", "layers"} & requested.keys())
+        if is_placed and {site.key for site in adapter.sites} != {site.key for site in method.sites(kit.survey)}:
+            errors.add("it sits at other sites than method.targets and method.layers select: leave both out")
+    if parent.labels and tuple(label_names) != parent.labels:
+        errors.add(f"its labels are {', '.join(parent.labels)}, those of this run {', '.join(label_names)}: write "
+                   f"data.labels=[{', '.join(parent.labels)}]")  # fmt: skip
+    own_heads = {path.replace("/", "."): head.module for path, head in adapter.heads.items()}
+    if shapes(own_heads) != shapes(heads):
+        errors.add(
+            f"its heads are {shapes(own_heads) or 'none'}, this run needs {shapes(heads) or 'none'}: the same labels "
+            "(data.labels) and train.head are needed"
+        )
+    errors.raise_if_any()
+
+
+def shapes(heads: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Every value of these modules by its name, with its shape."""
+    return {
+        f"{path}.{key}": list(value.shape) for path, head in heads.items() for key, value in head.state_dict().items()
+    }
