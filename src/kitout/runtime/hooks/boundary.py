@@ -118,6 +118,11 @@ def _model_forward(model: Any, frozen_forward: ForwardFn, args: tuple[Any, ...],
         return _finish_output(active, compiled, output)
 
 
+def run_backbone(model: Any, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The part of a model before its head, called as the whole model is: route, rows and recomputation included."""
+    return _model_forward(model, lambda _, *args, **kwargs: backbone(*args, **kwargs), args, kwargs)
+
+
 def _model_generate(model: Any, frozen_generate: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if model._kitout is None:
         return frozen_generate(model, *args, **kwargs)
