@@ -8,6 +8,7 @@ transformers model it is a PreTrainedModel whose whole interface is the base's. 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any, cast
 
@@ -107,7 +108,14 @@ class ModelInterface:
     def base_model(self) -> Any:
         """The base without its head: called, it runs under the route in force, as the kit itself does."""
         backbone: Any = getattr(self.base, "base_model")  # noqa: B009 - nn.Module's own types know no such name
-        return self if backbone is self.base else Backbone(self.base, backbone)
+        return self if backbone is self.base else Backbone(backbone, self._call_backbone)
+
+    def call_base(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's call."""
+        return self.base(*args, **kwargs)
+
+    def _call_backbone(self, *args: Any, **kwargs: Any) -> Any:
+        return run_backbone(self.base, getattr(self.base, "base_model"), args, kwargs)  # noqa: B009
 
     def get_output_embeddings(self) -> Any:
         """The base's output head. RouteError where an active adapter acts there, which its weight does not show."""
@@ -147,11 +155,11 @@ class ModelInterface:
 class Backbone:
     """A base without its head, under the route in force; every other attribute is the backbone's own."""
 
-    def __init__(self, base: nn.Module, module: nn.Module) -> None:
-        self._base, self._module = base, module
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        self._module, self._call = module, call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return run_backbone(self._base, self._module, args, kwargs)
+        return self._call(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -170,7 +178,7 @@ def interface_class(kit_class: Any, base_class: Any) -> Any:
 def _build_class(kit_class: Any, base_class: Any) -> Any:
     @wraps(base_class.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.base(*args, **kwargs)
+        return self.call_base(*args, **kwargs)
 
     def reduce(self: Any, _protocol: int) -> tuple[Any, ...]:
         return _new_kit, (kit_class, base_class), self.__dict__
