@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.optim import optimizer as torch_optimizer
 
 import kitout
 from interop.fixtures import ARGUMENTS, LabeledRows
@@ -66,7 +65,6 @@ def test_a_kit_called_under_an_optimizer_of_the_model_is_warned() -> None:
 @pytest.mark.parametrize("micro", [1, 4])
 def test_right_training_is_not_warned(call: str, micro: int) -> None:
     """Whichever runs the forward: at a learning rate of 0, with accumulation, beside another optimizer."""
-    hooks = len(torch_optimizer._global_optimizer_post_hooks)
     kit = kit_of()
     head = nn.Linear(2, 2)
     others = torch.optim.SGD(head.parameters(), lr=0.1)
@@ -75,7 +73,7 @@ def test_right_training_is_not_warned(call: str, micro: int) -> None:
         for _ in range(3):
             others.step()
         steps(kit if call == "kit" else kit.base, torch.optim.SGD(kit.parameters(), lr=0.0), micro=micro)
-    assert len(torch_optimizer._global_optimizer_post_hooks) == hooks
+    assert not kit.state.training_watch.is_open
 
 
 def test_values_that_something_else_moves_are_not_warned() -> None:
@@ -91,7 +89,6 @@ def test_values_that_something_else_moves_are_not_warned() -> None:
 
 @pytest.mark.parametrize("how", ["eval", "no_grad", "frozen", "off"])
 def test_what_does_not_train_is_not_watched(how: str) -> None:
-    hooks = len(torch_optimizer._global_optimizer_post_hooks)
     kit = kit_of()
     if how == "eval":
         kit.eval()
@@ -101,16 +98,16 @@ def test_what_does_not_train_is_not_watched(how: str) -> None:
         kit.use(None)
     with torch.set_grad_enabled(how != "no_grad"):
         kit(**ZOO["llama"].batch(2, 0))
-    assert len(torch_optimizer._global_optimizer_post_hooks) == hooks
+    assert not kit.state.training_watch.is_open
 
 
-def test_a_copy_is_watched_by_itself_and_the_hook_ends_with_its_kit() -> None:
-    hooks = len(torch_optimizer._global_optimizer_post_hooks)
+def test_a_copy_is_watched_by_itself_and_two_kits_at_once() -> None:
     kit = kit_of()
     kit(**ZOO["llama"].batch(2, 0))
     other = copy.deepcopy(kit)
     with pytest.warns(UserWarning, match=MESSAGE):
         steps(other, torch.optim.SGD(other.base.parameters(), lr=0.1))
-    del other
+    assert not other.state.training_watch.is_open
+    assert kit.state.training_watch.is_open
     steps(kit, torch.optim.SGD(kit.parameters(), lr=0.1), number=1)
-    assert len(torch_optimizer._global_optimizer_post_hooks) == hooks
+    assert not kit.state.training_watch.is_open

@@ -2,22 +2,25 @@
 are all frozen, in the place of the kit.
 
 A training forward notes its adapters, which costs one comparison from the second one on. Optimizer steps are seen by
-torch's own global hook, which is there only until it is known whether an optimizer holds them. A compiled optimizer is
-not watched. It knows no trainer.
+one hook for the process, torch's own global one, which does nothing while no adapter is open. It is never removed: that
+would break a step of another optimizer that is going through its hooks. It knows no trainer.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kitout.runtime.adapter import Adapter
+
+_open_watches: WeakSet[TrainingWatch] = WeakSet()  # with adapters of which it is not known yet
 
 
 class TrainingWatch:
@@ -29,7 +32,6 @@ class TrainingWatch:
         self._open: WeakSet[Adapter] = WeakSet()
         self._decided: WeakSet[Adapter] = WeakSet()
         self._sums: WeakKeyDictionary[Adapter, list[float]] = WeakKeyDictionary()
-        self._hook: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TrainingWatch, ()  # a copy of a kit is trained by another optimizer
@@ -39,22 +41,17 @@ class TrainingWatch:
         self.programs = programs
         trained = [a for a in adapters if a not in self._decided and any(p.requires_grad for p in a.parameters())]
         self._open.update(trained)
-        if trained and self._hook is None:
-            weak = ref(self)
-            handle: Any = None
+        if trained:
+            _register_hook()
+            _open_watches.add(self)
 
-            def after_step(optimizer: Optimizer, *_: Any) -> None:
-                if torch.compiler.is_compiling():
-                    return
-                watch = weak()
-                if watch is None:
-                    handle.remove()
-                else:
-                    watch._after_step(optimizer)
+    @property
+    def is_open(self) -> bool:
+        """Some adapter has been in a training forward, and no optimizer is known to hold it or not."""
+        return bool(self._open)
 
-            handle = self._hook = register_optimizer_step_post_hook(after_step)
-
-    def _after_step(self, optimizer: Optimizer) -> None:
+    def after_step(self, optimizer: Optimizer) -> None:
+        """An optimizer has made a step: adapters that it holds are trained, the others are given two steps."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for adapter in list(self._open):
             parameters = [p for p in adapter.parameters() if p.requires_grad]
@@ -76,5 +73,17 @@ class TrainingWatch:
                     stacklevel=3,
                 )
         if not self._open:
-            self._hook.remove()
-            self._hook = None
+            _open_watches.discard(self)
+
+
+@cache
+def _register_hook() -> None:
+    """Once for the process, at the first training forward."""
+    register_optimizer_step_post_hook(_after_any_step)
+
+
+def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
+    if torch.compiler.is_compiling():  # a compiled optimizer is not watched
+        return
+    for watch in list(_open_watches):
+        watch.after_step(optimizer)
