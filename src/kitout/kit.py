@@ -7,7 +7,7 @@ method and no architecture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import Any, cast, overload
 
@@ -315,6 +315,11 @@ class Kit(ModelInterface, nn.Module):
         nn.Module.train(self, mode)
         self.state.set_base_mode(mode)
         return self
+
+    def modules(self, *args: Any, **kwargs: Any) -> Iterator[nn.Module]:
+        """The adapters' modules, and the base's that hold no values: a walk that switches dropout off reaches those."""
+        yield from super().modules(*args, **kwargs)
+        yield from (m for m in self.base.modules(*args, **kwargs) if not (m._modules or m._parameters or m._buffers))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Kit:
         with self.state.active.lock:

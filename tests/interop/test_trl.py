@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import kitout
@@ -83,8 +84,6 @@ def test_reward(tmp_path: Path) -> None:
     species = "llama"
     config = ZOO[species].build().config
     config.num_labels, config.pad_token_id = 1, 0
-    import transformers
-
     torch.manual_seed(0)
     kit = kitout.attach(transformers.LlamaForSequenceClassification(config))
     kit.add("a", LoRA(rank=2), seed=1, heads={"score": nn.Linear(config.hidden_size, 1, bias=False)})
@@ -112,6 +111,34 @@ def test_dpo(method: Any, precompute: bool, tmp_path: Path) -> None:
     )  # fmt: skip
     check_training(trainer, kit, tmp_path)
     assert (first_loss(trainer) == pytest.approx(math.log(2), abs=1e-5)) == isinstance(method, LoRA)
+
+
+def test_switching_dropout_off_reaches_the_base(tmp_path: Path) -> None:
+    """DPOTrainer does by default: a policy in training mode would else differ from its reference at once."""
+    config = ZOO["gpt2"].build().config
+    config.resid_pdrop = config.attn_pdrop = config.embd_pdrop = 0.5
+    kit, plain = (kitout.attach(transformers.GPT2LMHeadModel(config)) for _ in range(2))
+    kit.add("a", LoRA(rank=2), seed=1)
+    kit.use("a")
+    trainer = trl.DPOTrainer(
+        kit, kitout.reference(kit), trl.DPOConfig(str(tmp_path), **settings()),
+        train_dataset=datasets.Dataset.from_dict(PAIRS), processing_class=tokenizer_of(ZOO["gpt2"]),
+    )  # fmt: skip
+    trainer.train()
+    assert first_loss(trainer) == pytest.approx(math.log(2), abs=1e-5)
+    trl.trainer.utils.disable_dropout_in_model(plain)
+    assert all(m.p == 0 for m in plain.base.modules() if isinstance(m, nn.Dropout))
+
+
+def test_kto(tmp_path: Path) -> None:
+    kit, labels = kit_of(), [True, False] * 4
+    trainer = trl.KTOTrainer(
+        kit, kitout.reference(kit), trl.KTOConfig(str(tmp_path), **settings()),
+        train_dataset=datasets.Dataset.from_dict({"prompt": TEXTS, "completion": [" yes"] * 8, "label": labels}),
+        processing_class=tokenizer_of(ZOO["llama"]),
+    )  # fmt: skip
+    check_training(trainer, kit, tmp_path)
+    assert first_loss(trainer) == pytest.approx(0.5, abs=1e-5)
 
 
 def test_dpo_against_an_earlier_adapter(tmp_path: Path) -> None:
