@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("demo",),
+    ("interop",),
     ("train",),
     ("evaluate",),
     ("model_check", "peft_folders"),

@@ -14,6 +14,7 @@ PUBLIC_NAMES = {
     "Kit": "kitout.kit",
     "load_peft": "kitout.peft_folders",
     "save_peft": "kitout.peft_folders",
+    "reference": "kitout.interop.reference",
     "Stack": "kitout.runtime.routing.route",
     "Mix": "kitout.runtime.routing.route",
     "Delta": "kitout.delta",

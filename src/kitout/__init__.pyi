@@ -3,6 +3,7 @@ from typing import Any
 
 from kitout import errors as errors
 from kitout.delta import Delta as Delta
+from kitout.interop.reference import reference as reference
 from kitout.kit import Kit as Kit
 from kitout.kit import attach as attach
 from kitout.method import Method as Method

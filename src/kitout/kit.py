@@ -7,7 +7,7 @@ method and no architecture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import Any, cast, overload
 
@@ -21,13 +21,15 @@ from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.errors import AlreadyAttached, ConfigError, KitoutError, MergeStateError, RouteError
 from kitout.files import adapter_folder
+from kitout.files.pretrained_folder import save_pretrained
 from kitout.method import Method
 from kitout.runtime.adapter import Adapter
-from kitout.runtime.base_state import KitForward, disable_checkpointing, enable_checkpointing
+from kitout.runtime.base_state import KitForward
 from kitout.runtime.build_adapter import build_adapter, check_known, check_strength
 from kitout.runtime.count import ParameterCount, count_all_parameters, count_parameters
+from kitout.runtime.delegation import ModelInterface, interface_class
 from kitout.runtime.hooks.boundary import block_class, deepcopy_module, model_class
-from kitout.runtime.hooks.class_swap import Hook, hook, restore_class, swap_class, unhook
+from kitout.runtime.hooks.class_swap import Hook, hook, original_class, restore_class, swap_class, unhook
 from kitout.runtime.merge.commit import merge, restore
 from kitout.runtime.merge.copy import plain_copy
 from kitout.runtime.routing.active import CompiledRoute
@@ -60,7 +62,7 @@ def attach(
     return Kit(model, prove_sites(find_sites(model, roles), example_batch))
 
 
-class Kit(nn.Module):
+class Kit(ModelInterface, nn.Module):
     """Named adapters on one frozen base. Made by `attach`; `parameters()` and `state_dict()` hold adapters only."""
 
     def __init__(self, base: nn.Module, survey: Survey) -> None:
@@ -80,6 +82,7 @@ class Kit(nn.Module):
                 swap_class(module, block_class, "_kitout_hook", state.hooks[path])
         self.__dict__["forward"] = KitForward(base)
         self.training = state.modules.training = base.training
+        self.__class__ = interface_class(type(self), original_class(base))
 
     def detach(self) -> nn.Module:
         """The model as it was before `attach`: classes, requires_grad and mode; returns it. The kit ends here."""
@@ -97,16 +100,6 @@ class Kit(nn.Module):
             state.before_attach.restore(self.base)
             state.hooks.clear()
         return self.base
-
-    @property
-    def state(self) -> KitState:
-        """What all the rest of kitout works on."""
-        return cast(KitState, self.__dict__["state"])
-
-    @property
-    def base(self) -> nn.Module:
-        """The frozen model."""
-        return self.state.base
 
     @property
     def survey(self) -> Survey:
@@ -283,6 +276,24 @@ class Kit(nn.Module):
         """
         adapter_folder.save_adapter(self.state, name, folder, metadata=metadata, keep_encoder=keep_encoder)
 
+    def save_pretrained(
+        self,
+        folder: str | PathLike[str],
+        *,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
+        """What Trainer and other clients call: an adapter folder of what is in use, and the kit's state to resume from.
+
+        Of one adapter that is active (else trainable): `folder` itself, which `load` reads; of several: a folder of
+        each one's name in it. Other files of the folder stay. state_dict: the state, where it is gathered already.
+        """
+        if not safe_serialization:
+            raise ConfigError("safe_serialization=False: kitout writes safetensors only")
+        if is_main_process:
+            save_pretrained(self.state, folder, self.state_dict() if state_dict is None else state_dict)
+
     def load(
         self,
         folder: str | PathLike[str],
@@ -302,42 +313,21 @@ class Kit(nn.Module):
 
     def train(self, mode: bool = True) -> Kit:
         """Training mode of base (its dropout) and adapters; `model.train()` and `model.eval()` do the same."""
-        super().train(mode).state.set_base_mode(mode)
+        nn.Module.train(self, mode)
+        self.state.set_base_mode(mode)
         return self
+
+    def modules(self, *args: Any, **kwargs: Any) -> Iterator[nn.Module]:
+        """The adapters' modules, and the base's that hold no values: a walk that switches dropout off reaches those."""
+        yield from super().modules(*args, **kwargs)
+        yield from (m for m in self.base.modules(*args, **kwargs) if not (m._modules or m._parameters or m._buffers))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Kit:
         with self.state.active.lock:
             self.state.check_unmerged("moving or casting it")
             self.base._apply(fn, recurse)
-            super()._apply(fn, recurse)
+            nn.Module._apply(self, fn, recurse)
         return self
-
-    @property
-    def config(self) -> Any:
-        return self.state.config
-
-    @property
-    def device(self) -> torch.device:
-        return self.state.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.state.dtype
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base.generate(*args, **kwargs)  # type: ignore[operator]
-
-    def can_generate(self) -> bool:
-        return bool(self.base.can_generate())  # type: ignore[operator]
-
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        enable_checkpointing(self.base, *args, **kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        disable_checkpointing(self.base)
-
-    activation_checkpointing_enable = gradient_checkpointing_enable
-    activation_checkpointing_disable = gradient_checkpointing_disable
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kit:
         with self.state.active.lock:

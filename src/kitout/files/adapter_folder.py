@@ -186,11 +186,20 @@ def _check_name(state: KitState, folder_path: Path, record: AdapterJson, name: s
 
 def _existing_file(folder: Path, file: str) -> Path:
     if not (folder / file).exists():
-        files = sorted(p.name for p in folder.iterdir())[:6] if folder.is_dir() else []
+        present = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        files, inside = present[:6], [name for name in present if (folder / name / RECORD).is_file()]
         there = "it is a file: name the folder it lies in" if folder.is_file() else "there is no such folder"
         hint = f"it holds {', '.join(files)}" if files else "it is empty" if folder.is_dir() else there
-        if "adapter_config.json" in files:
+        if inside:
+            hint += f". It holds the folders of several adapters: load one of them, {str(folder / inside[0])!r}"
+        elif "adapter_config.json" in present:
             hint += ". That is a folder of Hugging Face PEFT: kitout.load_peft(kit, folder, name)"
+        elif "model.safetensors" in present:
+            hint += (
+                ". If Trainer saved a kit there whose base is no transformers model, these are its values alone: add "
+                "the same adapters and kit.load_state_dict(safetensors.torch.load_file(folder / 'model.safetensors')), "
+                "then kit.save(name, folder)"
+            )
         raise FileError(f"{folder} is not an adapter folder ({file} is missing): {hint}")
     return folder / file
 

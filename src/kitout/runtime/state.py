@@ -22,6 +22,7 @@ from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
 from kitout.runtime.routing.cache import RouteCache
 from kitout.runtime.routing.compile import RouteCompiler
 from kitout.runtime.routing.route import Route, adapter_names
+from kitout.runtime.training_watch import TrainingWatch
 from kitout.runtime.virtual_tokens.compile import modules_to_hook
 
 
@@ -46,6 +47,8 @@ class KitState:
     """Paths of sites that no forward has been seen to run."""
     is_detached: bool
     """`Kit.detach` was called."""
+    training_watch: TrainingWatch
+    """Notices an adapter that no optimizer holds."""
 
     def __init__(self, base: nn.Module, survey: Survey) -> None:
         self.base, self.survey = base, survey
@@ -56,6 +59,7 @@ class KitState:
         self.backups = {}
         self.unproven = set() if survey.proven else {s.path for s in survey.sites}
         self.is_detached = False
+        self.training_watch = TrainingWatch()
         self.before_attach = BaseState.capture(base)
         self._adapters: dict[str, Adapter] = {}
         self._route_cache = RouteCache()

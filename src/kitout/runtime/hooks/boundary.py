@@ -23,6 +23,7 @@ from kitout.runtime.hooks.unused_sites import UnusedSiteCheck
 from kitout.runtime.modules.media_rows import media_refusal
 from kitout.runtime.output_width import output_width_of
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
+from kitout.runtime.routing.route import adapter_names
 from kitout.runtime.state import KitState
 from kitout.runtime.virtual_tokens.positions import arguments_by_name
 from kitout.runtime.virtual_tokens.widen_sequence import trim_output
@@ -99,6 +100,9 @@ def _model_forward(model: Any, frozen_forward: ForwardFn, args: tuple[Any, ...],
         compiled = state.compiled_route().for_new_forward(calls.positions_from_generate)
         if torch.is_grad_enabled() and not calls.forwards:
             _check_backward(active, compiled)
+            if state.modules.training and compiled.programs is not state.training_watch.programs:
+                adapters = [state[name] for name in dict.fromkeys(adapter_names(compiled.route))]
+                state.training_watch.note(compiled.programs, adapters)
         if compiled.num_rows is not None and calls.forwards == 0:
             _check_rows(compiled, model, args, kwargs, is_forward=True, may_multiply=calls.generates > 0)
         active.install(compiled)
@@ -116,6 +120,11 @@ def _model_forward(model: Any, frozen_forward: ForwardFn, args: tuple[Any, ...],
             calls.forwards -= 1
             _reset_rows(active, compiled)
         return _finish_output(active, compiled, output)
+
+
+def run_backbone(model: Any, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The part of a model before its head, called as the whole model is: route, rows and recomputation included."""
+    return _model_forward(model, lambda _, *args, **kwargs: backbone(*args, **kwargs), args, kwargs)
 
 
 def _model_generate(model: Any, frozen_generate: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
