@@ -21,7 +21,7 @@ from kitout.train.loop import distributed
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def _raise_interrupt(number: int, frame: FrameType | None) -> None:
+def _raise_interrupt(number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt(number)
 
 

@@ -6,7 +6,7 @@ leaks between them, and keep their weights. It knows examples, and nothing of ki
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -25,7 +25,9 @@ from kitout.train.config.schema import DataConfig, SourceConfig
 from kitout.train.objectives.tasks import TASKS, EncodeFn, EncoderSettings, Task
 from kitout.train.setup.base_model import resolve_data
 from kitout.train.setup.closed_answers import ClosedAnswers, find_closed_answers
+from kitout.train.setup.reading_progress import ReadingProgress
 
+ENCODE_CHUNK = 20_000  # examples between two reports
 PREVIEW_EXAMPLES = 1000  # examples of a stream that are counted beforehand
 
 
@@ -69,17 +71,21 @@ class Datasets:
         return TASKS[self.objective].reference_of(item, self.images)
 
 
-def load_datasets(config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool) -> Datasets:
+def load_datasets(
+    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, log: Callable[[str], None]
+) -> Datasets:
     """The datasets of one job. tokenizer: None for images. is_encoder_decoder: of the model."""
     try:
         if tokenizer is None:
             return load_image_datasets(config)
-        return load_text_datasets(config, objective, tokenizer, is_encoder_decoder)
+        return load_text_datasets(config, objective, tokenizer, is_encoder_decoder, ReadingProgress(log))
     except BadRows as error:
         raise DataError(f"{error}\n  correct them, or leave them out: data.bad_rows=skip") from error
 
 
-def load_text_datasets(config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool) -> Datasets:
+def load_text_datasets(
+    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, progress: ReadingProgress
+) -> Datasets:
     """Texts of every objective. is_encoder_decoder: of the model."""
     if config.streaming:
         return _load_streamed(config, objective, tokenizer, is_encoder_decoder)
@@ -88,7 +94,9 @@ def load_text_datasets(config: DataConfig, objective: str, tokenizer: Any, is_en
     skipped: list[str] | None = [] if config.bad_rows == "skip" else None
     for k, source in enumerate(config.train):
         tables = _tables_to_read(source, config, is_first=k == 0)
-        loaded = load_examples(tables, *_reading_options(source), source.limit, config.seed, skipped is not None)
+        loaded = load_examples(
+            tables, *_reading_options(source), source.limit, config.seed, skipped is not None, progress
+        )
         notes += map(str, loaded.readings)
         if skipped is not None:
             skipped += loaded.skipped
@@ -100,7 +108,7 @@ def load_text_datasets(config: DataConfig, objective: str, tokenizer: Any, is_en
     splits = split_examples(examples, validation, test, config.seed, stratify=name != "regression")
     task = TASKS[name]
     label_names = tuple(config.labels or classification.label_set(splits.train)) if task.has_labels else ()
-    encode = _encoder(task, tokenizer, config, label_names, skipped)
+    encode = _in_chunks(_encoder(task, tokenizer, config, label_names, skipped), progress)
     by_source = [encode([e for e in splits.train if e.source_index == k]) for k in range(len(config.train))]
     if not all(by_source):
         empty = [source.path for source, encoded in zip(config.train, by_source, strict=True) if not encoded]
@@ -147,6 +155,20 @@ def _encoder(
         EncoderSettings(tokenizer, config.max_length, label_names, config.train_on, config.chat_template_kwargs)
     )
     return lambda examples: encode_good(encode, examples, skipped)
+
+
+def _in_chunks(encode: EncodeFn, progress: ReadingProgress) -> EncodeFn:
+    """The same encoder, which reports how far it is."""
+
+    def encode_chunks(examples: Sequence[Example]) -> list[EncodedExample]:
+        encoded: list[EncodedExample] = []
+        for start in range(0, len(examples), ENCODE_CHUNK):
+            if start:
+                progress("encoding", start, len(examples))
+            encoded += encode(examples[start : start + ENCODE_CHUNK])
+        return encoded
+
+    return encode_chunks
 
 
 def _closed_answers(

@@ -6,7 +6,7 @@ before a model is loaded. It knows configs, data and kits, and nothing of screen
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +59,15 @@ class PreparedRun:
         return self.datasets[0]
 
 
-def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRun:
-    """The run that a config describes. placement: of the base; None: found here."""
+def prepare(
+    config: RunConfig, placement: Placement | None = None, log: Callable[[str], None] = lambda _line: None
+) -> PreparedRun:
+    """The run that a config describes. placement: of the base; None: found here. log: of the progress of large data."""
     job_configs = config.per_job()
     warnings = _check_learning_rates(job_configs)
     hf_config = load_config(config.model)
     tokenizer = None if _reads_images(config.objective, hf_config) else load_tokenizer(config.model)
-    datasets = _load_all_datasets(job_configs, hf_config, tokenizer)
+    datasets = _load_all_datasets(job_configs, hf_config, tokenizer, log)
     task = _common_task(job_configs, datasets)
     pad_token_id = None if task.reads_images else _choose_pad_token(hf_config, tokenizer)
     base = _load_base(config, task, placement or choose_placement(config.model), datasets, hf_config, pad_token_id)
@@ -114,7 +116,9 @@ def _reads_images(objective: str, hf_config: Any) -> bool:
     return type(hf_config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
-def _load_all_datasets(job_configs: Sequence[RunConfig], hf_config: Any, tokenizer: Any) -> list[Datasets]:
+def _load_all_datasets(
+    job_configs: Sequence[RunConfig], hf_config: Any, tokenizer: Any, log: Callable[[str], None]
+) -> list[Datasets]:
     """The datasets of each job; jobs that read the same data share them, except streams, which are read on."""
     is_encoder_decoder = bool(getattr(hf_config, "is_encoder_decoder", False))
     loaded: list[tuple[DataConfig, Datasets]] = []
@@ -122,7 +126,7 @@ def _load_all_datasets(job_configs: Sequence[RunConfig], hf_config: Any, tokeniz
         # what is applied after reading does not count
         reading = job.data.model_copy(update={"augment": AugmentConfig(), "image_size": None})
         shared = [datasets for config, datasets in loaded if config == reading and not reading.streaming]
-        new = None if shared else load_datasets(job.data, job.objective, tokenizer, is_encoder_decoder)
+        new = None if shared else load_datasets(job.data, job.objective, tokenizer, is_encoder_decoder, log)
         loaded.append((reading, new or shared[0]))
     return [datasets for _, datasets in loaded]
 
