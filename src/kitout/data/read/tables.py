@@ -23,6 +23,7 @@ from kitout.format import short_repr
 
 MAX_SHOWN_ERRORS = 5  # errors of one kind shown in full
 TICK_ROWS = 20_000
+ROW_NOUNS = {".json": "object", ".parquet": "row"}  # what their numbers count; else lines
 MAX_LISTED = 1000  # messages of rows that a stream leaves out
 MAX_MESSAGE_CHARS = 600  # of the message about one row
 # Of one row, a book of 1,200 pages: whoever compares, splits and tokenizes it would take minutes for much more.
@@ -108,11 +109,12 @@ def _read_good(path: Path, messages: list[str]) -> Iterator[Row]:
     """The rows that can be read; a message for each other one."""
     with _explain_system_errors(path):
         read = _find_reader(path)
+        noun = ROW_NOUNS.get(path.suffix.lower(), "line")
         is_large = path.stat().st_size > MAX_ROW_CHARS
         for line, row in read(path):
             problem = row if isinstance(row, str) else _size_problem(row) if is_large else ""
             if isinstance(row, str) or problem:
-                messages.append(f"{path.name} line {line}: {problem}"[:MAX_MESSAGE_CHARS])
+                messages.append(f"{path.name} {noun} {line}: {problem}"[:MAX_MESSAGE_CHARS])
             else:
                 yield line, row
 

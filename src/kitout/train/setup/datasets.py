@@ -72,8 +72,9 @@ class Datasets:
 
 
 def load_datasets(
-    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, log: Callable[[str], None]
-) -> Datasets:
+    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool,
+    log: Callable[[str], None] = lambda _line: None,
+) -> Datasets:  # fmt: skip
     """The datasets of one job. tokenizer: None for images. is_encoder_decoder: of the model."""
     try:
         if tokenizer is None:
@@ -84,8 +85,9 @@ def load_datasets(
 
 
 def load_text_datasets(
-    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, progress: ReadingProgress
-) -> Datasets:
+    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool,
+    progress: ReadingProgress | None = None,
+) -> Datasets:  # fmt: skip
     """Texts of every objective. is_encoder_decoder: of the model."""
     if config.streaming:
         return _load_streamed(config, objective, tokenizer, is_encoder_decoder)
@@ -157,13 +159,13 @@ def _encoder(
     return lambda examples: encode_good(encode, examples, skipped)
 
 
-def _in_chunks(encode: EncodeFn, progress: ReadingProgress) -> EncodeFn:
+def _in_chunks(encode: EncodeFn, progress: ReadingProgress | None) -> EncodeFn:
     """The same encoder, which reports how far it is."""
 
     def encode_chunks(examples: Sequence[Example]) -> list[EncodedExample]:
         encoded: list[EncodedExample] = []
         for start in range(0, len(examples), ENCODE_CHUNK):
-            if start:
+            if start and progress is not None:
                 progress("encoding", start, len(examples))
             encoded += encode(examples[start : start + ENCODE_CHUNK])
         return encoded
@@ -219,6 +221,8 @@ def _load_streamed(config: DataConfig, objective: str, tokenizer: Any, is_encode
             held_out[split] = stream.take_unique(int(value)) if not isinstance(value, str) else []
         stream = stream.excluding(held_out[split])
     first_examples = stream.take_unique(PREVIEW_EXAMPLES)
+    if not first_examples:
+        raise DataError(f"{source.path}: nothing is left to train on: every example is in validation or test")
     task = TASKS[infer_objective(first_examples, objective, is_encoder_decoder)]
     label_names = (config.labels or ()) if task.has_labels else ()
     if task.has_labels and not label_names:

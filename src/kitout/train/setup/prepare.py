@@ -31,6 +31,8 @@ from kitout.train.setup.base_model import (
 from kitout.train.setup.datasets import Datasets, load_datasets
 from kitout.train.setup.heads import build_heads
 
+MAX_PLANNED_EXAMPLES = 30_000_000  # rows of all steps, whose order is kept in memory
+
 
 @dataclass(frozen=True)
 class PreparedRun:
@@ -206,11 +208,15 @@ def _pixel_processor(job_config: RunConfig) -> Any:
 
 
 def _plan_steps(dataset: Datasets, objective: Objective, settings: TrainConfig) -> list[list[int]]:
+    steps = settings.steps or num_steps(len(dataset.train), settings.batch_size, settings.epochs)
+    if steps * settings.batch_size > MAX_PLANNED_EXAMPLES:
+        raise ConfigError(
+            f"{steps:,} steps of train.batch_size={settings.batch_size:,} are more than the {MAX_PLANNED_EXAMPLES:,} "
+            "examples that one run plans: choose fewer train.steps or train.epochs"
+        )
     if dataset.preview:
-        assert settings.steps is not None
-        return [list(range(s * settings.batch_size, (s + 1) * settings.batch_size)) for s in range(settings.steps)]
+        return [list(range(s * settings.batch_size, (s + 1) * settings.batch_size)) for s in range(steps)]
     sizes = [objective.num_tokens(item) for item in dataset.train]
-    steps = settings.steps or num_steps(len(sizes), settings.batch_size, settings.epochs)
     return plan_batches(
         sizes,
         settings.batch_size,
