@@ -101,7 +101,7 @@ def test_rows_of_other_tables(tmp_path: Path, name: str) -> None:
     skipped: list[str] = []
     assert [row["text"] for _, row in read_rows(tmp_path / name, skipped)] == ["a", "c"]
     assert len(skipped) == 1
-    number = 3 if name == "d.csv" else 2
-    assert skipped[0].startswith(f"{name} line {number}: ")
-    with pytest.raises(BadRows, match=f"line {number}: "):
+    place = "line 3" if name == "d.csv" else "row 2"
+    assert skipped[0].startswith(f"{name} {place}: ")
+    with pytest.raises(BadRows, match=f"{place}: "):
         read_rows(tmp_path / name)

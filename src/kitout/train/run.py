@@ -79,7 +79,7 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
     with stop_on_signal.interrupt_on_sigterm(), _run_folder(config) as folder:
         if folder.is_finished:
             return _show_finished(folder, log)
-        prepared = prepare(config, _resolve_placement(config, folder))
+        prepared = prepare(config, _resolve_placement(config, folder), log if distributed.rank() == 0 else _no_log)
         _check_best(prepared, config)
         if config.evaluate.prove_merge:
             check_mergeable(prepared)
@@ -130,6 +130,10 @@ def _train_and_save(
             save()
         distributed.barrier()
     return best_step
+
+
+def _no_log(line: str) -> None:
+    """The other processes are silent."""
 
 
 def _resolve_placement(config: RunConfig, folder: RunFolder) -> Placement:

@@ -337,3 +337,9 @@ def test_images_are_read_if_the_format_is_named() -> None:
     with pytest.raises(DataError, match="do not fit any known format"):
         detect([(1, row)], "a table")
     assert detect([(1, row | {"text": "words"})], "a table").format.name == "label"
+
+
+def test_a_message_shows_some_of_many_columns() -> None:
+    with pytest.raises(DataError, match=r"c39, \.\.\. \(5,000 in all\)") as error:
+        detect([(1, {f"c{i}": 1 for i in range(5000)})], "wide.csv")
+    assert len(str(error.value)) < 3000

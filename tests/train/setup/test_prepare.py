@@ -10,10 +10,12 @@ import pytest
 
 from kitout.data.examples.examples import Chat, Completion, Example, LabeledImage, LabeledText, TaggedWords, Text
 from kitout.errors import ConfigError
+from kitout.train.config.load import load
 from kitout.train.config.schema import DataConfig
 from kitout.train.objectives.tasks import TASKS
 from kitout.train.setup.datasets import infer_objective, load_text_datasets
-from tiny_models import tokenizer
+from kitout.train.setup.prepare import prepare
+from tiny_models import encoder, jsonl, reviews, tokenizer
 
 
 def labeled(*labels: Any) -> list[Example]:
@@ -79,3 +81,12 @@ def test_a_source_of_duplicates_is_an_error(tmp_path: Path) -> None:
     config = DataConfig.model_validate({"train": [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]})
     with pytest.raises(ConfigError, match=r"no training example is left of .*b\.jsonl"):
         load_text_datasets(config, "auto", tokenizer(), False)
+
+
+def test_steps_that_no_memory_can_plan(tmp_path: Path) -> None:
+    config = load(
+        {"model": str(encoder(tmp_path / "model")), "data": str(jsonl(tmp_path / "d.jsonl", reviews(40)))}
+        | {"train": {"steps": 10**8}}
+    )
+    with pytest.raises(ConfigError, match="more than the 30,000,000 examples that one run plans"):
+        prepare(config)

@@ -22,6 +22,7 @@ from kitout.errors import BadRows, Errors, suggest
 
 ColumnNames: TypeAlias = "Mapping[str, tuple[str, ...]]"  # role -> its usual column names, the first one present wins
 
+MAX_SHOWN_COLUMNS = 40
 HEAD_ROWS = 200  # rows of a stream that detection reads; later ones may leave columns out
 _SYSTEM: dict[str, tuple[str, ...]] = {"system": ("system", "system_prompt")}
 _TOOLS: dict[str, tuple[str, ...]] = {"tools": ("tools", "functions")}
@@ -244,6 +245,11 @@ def _with_decimal_point(label: Any) -> Any:
     return label.replace(".", "").replace(",", ".") if is_number else label
 
 
+def _shown(columns: Sequence[str]) -> str:
+    shown = ", ".join(column[:80] for column in columns[:MAX_SHOWN_COLUMNS])
+    return shown + (f", ... ({len(columns):,} in all)" if columns[MAX_SHOWN_COLUMNS:] else "")
+
+
 def _nan_to_none(value: Any) -> Any:
     """An empty cell of a numeric column comes as NaN."""
     return None if isinstance(value, float) and math.isnan(value) else value
@@ -256,7 +262,7 @@ def _candidate_formats(
     source: str,
 ) -> list[Format]:
     """The formats that are compatible with what was requested."""
-    errors = Errors(DataError, f"{source} (columns: {', '.join(present)})")
+    errors = Errors(DataError, f"{source} (columns: {_shown(present)})")
     if format is not None and format not in FORMATS:
         errors.add(f"there is no format {format!r}; {suggest(format, FORMATS, max_shown=len(FORMATS))}")
     detectable = [each for each in FORMATS.values() if not each.by_name_only]
@@ -288,7 +294,7 @@ def _match_columns(candidate: Format, columns: Mapping[str, str], present: Seque
 def _ambiguity_message(
     source: str, present: Sequence[str], matches: Sequence[str], candidates: Sequence[Format], requested: str | None
 ) -> str:
-    columns = f"{source} has the columns: {', '.join(present)}"
+    columns = f"{source} has the columns: {_shown(present)}"
     if matches:
         return f"{columns}\n  they can be read as {' or as '.join(matches)}\n  choose one, e.g. format={matches[0]!r}"
     likely = candidates[0] if requested else FORMATS["label"]

@@ -58,9 +58,9 @@ class FileTable:
         """What was found out about the file itself, in words."""
         return separator_note(self.path)
 
-    def read_rows(self, skipped: list[str] | None = None) -> list[Row]:
-        """skipped: see `tables.read_rows`."""
-        rows = tables.read_rows(self.path, skipped, self.start, self.stop)
+    def read_rows(self, skipped: list[str] | None = None, tick: tables.Tick | None = None) -> list[Row]:
+        """skipped, tick: see `tables.read_rows`."""
+        rows = tables.read_rows(self.path, skipped, self.start, self.stop, tick)
         return rows if skipped else _check_not_empty(rows, str(self.path))
 
     def iter_rows(self, skipped: list[str] | None = None) -> Iterator[Row]:
@@ -90,10 +90,12 @@ def load_examples(
     limit: int | None = None,
     seed: int = 0,
     skip_bad_rows: bool = False,
+    tick: tables.Tick | None = None,
 ) -> LoadedExamples:
     """Every example of a source. limit: at most so many of each split, sampled by the seed, in their order.
 
-    skip_bad_rows: bad rows are left out and listed; else they are errors, reported together.
+    skip_bad_rows: bad rows are left out and listed; else they are errors, reported together. tick: see
+    `tables.counted`.
 
     source: a path or hub name, a list of them, or {"train": ..., "validation": ..., "test": ...}. format, columns,
     system_prompt: see `formats.detect`.
@@ -106,10 +108,10 @@ def load_examples(
     for table in open_source(source):
         skipped: list[str] | None = [] if skip_bad_rows else None
         try:
-            rows = table.read_rows(skipped)
+            rows = table.read_rows(skipped, tick)
             reading = detect(rows, table.source, format, columns, system_prompt, table.note)
             readings.append(reading)
-            examples = reading.to_examples(rows, skipped)
+            examples = reading.to_examples(tables.counted(rows, tick, f"converting {table.source}"), skipped)
             check_few_skipped(skipped or (), len(examples), table.source)
             splits.setdefault(table.split, []).extend(examples)
             all_skipped += skipped or ()

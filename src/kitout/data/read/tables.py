@@ -10,11 +10,11 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from kitout.data.read.arrow_values import class_names_of_file, name_classes, plain_value
 from kitout.data.read.csv_dialect import find_separator
@@ -24,10 +24,12 @@ from kitout.errors import DataError as DataError  # for those that import it fro
 from kitout.format import short_repr
 
 MAX_SHOWN_ERRORS = 5  # errors of one kind shown in full
+TICK_ROWS = 20_000
+ROW_NOUNS = {".json": "object", ".parquet": "row"}  # what their numbers count; else lines
 MAX_LISTED = 1000  # messages of rows that a stream leaves out
 MAX_MESSAGE_CHARS = 600  # of the message about one row
-# Of one row, a book of 3,000 pages: whoever compares, splits and tokenizes it would take minutes for much more.
-MAX_ROW_CHARS = 10_000_000
+# Of one row, a book of 1,200 pages: whoever compares, splits and tokenizes it would take minutes for much more.
+MAX_ROW_CHARS = 4_000_000
 
 BINARY_SIGNATURES = {  # first bytes of files that are often taken for tables
     b"\x1f\x8b": "a gzip archive: unpack it first (gunzip)",
@@ -39,6 +41,8 @@ BINARY_SIGNATURES = {  # first bytes of files that are often taken for tables
 
 Row = tuple[int, dict[str, Any]]  # line, columns
 _ReadRow: TypeAlias = tuple[int, dict[str, Any] | str]  # line, columns or what is wrong with them
+Tick: TypeAlias = Callable[[str, int], None]  # what is being done, and with how many so far
+_T = TypeVar("_T")
 _RowIterator: TypeAlias = Callable[[Path], Iterator[_ReadRow]]
 
 
@@ -61,13 +65,24 @@ def add_first(errors: Errors, messages: Sequence[str], noun: str) -> None:
         errors.add(f"and {len(messages) - MAX_SHOWN_ERRORS} more such {noun}")
 
 
-def read_rows(path: Path, skipped: list[str] | None = None, start: int = 0, stop: int | None = None) -> list[Row]:
+def counted(items: Iterable[_T], tick: Tick | None, action: str) -> Iterator[_T]:
+    """The same, and `tick` is called with the action and their number now and then."""
+    for number, item in enumerate(items, start=1):
+        if tick is not None and number % TICK_ROWS == 0:
+            tick(action, number)
+        yield item
+
+
+def read_rows(
+    path: Path, skipped: list[str] | None = None, start: int = 0, stop: int | None = None, tick: Tick | None = None
+) -> list[Row]:
     """The rows of a file from start to stop, each with its line (.json and .parquet: its number from 1).
 
     skipped: gets a message for every bad row, which is left out; None: bad rows are a DataError.
+    tick: see `counted`.
     """
     messages: list[str] = [] if skipped is None else skipped
-    rows = list(islice(_read_good(path, messages), start, stop))
+    rows = list(counted(islice(_read_good(path, messages), start, stop), tick, f"reading {path.name}"))
     if skipped is None:
         errors = Errors(BadRows, str(path))
         add_first(errors, [message.removeprefix(f"{path.name} ") for message in messages], "lines")
@@ -96,11 +111,12 @@ def _read_good(path: Path, messages: list[str]) -> Iterator[Row]:
     """The rows that can be read; a message for each other one."""
     with _explain_system_errors(path):
         read = _find_reader(path)
+        noun = ROW_NOUNS.get(path.suffix.lower(), "line")
         is_large = path.stat().st_size > MAX_ROW_CHARS
         for line, row in read(path):
             problem = row if isinstance(row, str) else _size_problem(row) if is_large else ""
             if isinstance(row, str) or problem:
-                messages.append(f"{path.name} line {line}: {problem}"[:MAX_MESSAGE_CHARS])
+                messages.append(f"{path.name} {noun} {line}: {problem}"[:MAX_MESSAGE_CHARS])
             else:
                 yield line, row
 

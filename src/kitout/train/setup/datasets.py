@@ -6,7 +6,7 @@ leaks between them, and keep their weights. It knows examples, and nothing of ki
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -28,7 +28,9 @@ from kitout.train.objectives.tasks import TASKS, EncodeFn, EncoderSettings, Task
 from kitout.train.setup.base_model import resolve_data
 from kitout.train.setup.closed_answers import ClosedAnswers, find_closed_answers
 from kitout.train.setup.lengths import TextLengths, requested_lengths
+from kitout.train.setup.reading_progress import ReadingProgress
 
+ENCODE_CHUNK = 20_000  # examples between two reports
 PREVIEW_EXAMPLES = 1000  # examples of a stream that are counted beforehand
 
 
@@ -77,20 +79,22 @@ class Datasets:
 
 
 def load_datasets(
-    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths | None = None
-) -> Datasets:
+    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths | None = None,
+    log: Callable[[str], None] = lambda _line: None,
+) -> Datasets:  # fmt: skip
     """The datasets of one job. tokenizer: None for images. is_encoder_decoder: of the model."""
     try:
         if tokenizer is None:
             return load_image_datasets(config)
-        return load_text_datasets(config, objective, tokenizer, is_encoder_decoder, lengths)
+        return load_text_datasets(config, objective, tokenizer, is_encoder_decoder, lengths, ReadingProgress(log))
     except BadRows as error:
         raise DataError(f"{error}\n  correct them, or leave them out: data.bad_rows=skip") from error
 
 
 def load_text_datasets(
-    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths | None = None
-) -> Datasets:
+    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths | None = None,
+    progress: ReadingProgress | None = None,
+) -> Datasets:  # fmt: skip
     """Texts of every objective. is_encoder_decoder: of the model. lengths: None: by config and tokenizer alone."""
     lengths = lengths or requested_lengths(config, tokenizer)
     if config.streaming:
@@ -100,7 +104,9 @@ def load_text_datasets(
     skipped: list[str] | None = [] if config.bad_rows == "skip" else None
     for k, source in enumerate(config.train):
         tables = _tables_to_read(source, config, is_first=k == 0)
-        loaded = load_examples(tables, *_reading_options(source), source.limit, config.seed, skipped is not None)
+        loaded = load_examples(
+            tables, *_reading_options(source), source.limit, config.seed, skipped is not None, progress
+        )
         notes += map(str, loaded.readings)
         if skipped is not None:
             skipped += loaded.skipped
@@ -113,7 +119,7 @@ def load_text_datasets(
     splits = split_examples(examples, validation, test, config.seed, stratify=name != "regression")
     task = TASKS[name]
     label_names = tuple(config.labels or classification.label_set(splits.train)) if task.has_labels else ()
-    encode = _encoder(task, tokenizer, config, label_names, lengths, skipped)
+    encode = _in_chunks(_encoder(task, tokenizer, config, label_names, lengths, skipped), progress)
     by_source = [encode([e for e in splits.train if e.source_index == k]) for k in range(len(config.train))]
     if not all(by_source):
         empty = [source.path for source, encoded in zip(config.train, by_source, strict=True) if not encoded]
@@ -175,6 +181,20 @@ def _languages(task: Task, tokenizer: Any, config: DataConfig) -> Languages | No
     return find_languages(tokenizer, config.src_lang, config.tgt_lang) if task.name == "seq2seq_lm" else None
 
 
+def _in_chunks(encode: EncodeFn, progress: ReadingProgress | None) -> EncodeFn:
+    """The same encoder, which reports how far it is."""
+
+    def encode_chunks(examples: Sequence[Example]) -> list[EncodedExample]:
+        encoded: list[EncodedExample] = []
+        for start in range(0, len(examples), ENCODE_CHUNK):
+            if start and progress is not None:
+                progress("encoding", start, len(examples))
+            encoded += encode(examples[start : start + ENCODE_CHUNK])
+        return encoded
+
+    return encode_chunks
+
+
 def _closed_answers(
     task: Task, train: Sequence[EncodedExample], evaluated: Sequence[EncodedExample], config: DataConfig
 ) -> ClosedAnswers | None:
@@ -225,6 +245,8 @@ def _load_streamed(
             held_out[split] = stream.take_unique(int(value)) if not isinstance(value, str) else []
         stream = stream.excluding(held_out[split])
     first_examples = stream.take_unique(PREVIEW_EXAMPLES)
+    if not first_examples:
+        raise DataError(f"{source.path}: nothing is left to train on: every example is in validation or test")
     task = TASKS[infer_objective(first_examples, objective, is_encoder_decoder)]
     label_names = (config.labels or ()) if task.has_labels else ()
     if task.has_labels and not label_names:

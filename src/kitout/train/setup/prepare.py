@@ -6,7 +6,7 @@ before a model is loaded. It knows configs, data and kits, and nothing of screen
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,8 @@ from kitout.train.setup.lengths import (
 )
 from kitout.train.setup.parent import Parent, load_parent, read_parent
 from kitout.train.setup.schedule import Schedule, choose_schedule
+
+MAX_PLANNED_EXAMPLES = 30_000_000  # rows of all steps, whose order is kept in memory
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,10 @@ class PreparedRun:
         return self.datasets[0]
 
 
-def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRun:
-    """The run that a config describes. placement: of the base; None: found here."""
+def prepare(
+    config: RunConfig, placement: Placement | None = None, log: Callable[[str], None] = lambda _line: None
+) -> PreparedRun:
+    """The run that a config describes. placement: of the base; None: found here. log: of the progress of large data."""
     job_configs = config.per_job()
     parents = {one.output.name: read_parent(one.train.from_) for one in job_configs if one.train.from_ is not None}
     warnings = _check_learning_rates(job_configs)
@@ -88,7 +92,7 @@ def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRu
     tokenizer = None if _reads_images(config.objective, hf_config) else load_tokenizer(config.model)
     date_warning = "" if tokenizer is None else _fix_template_date(tokenizer, job_configs)
     lengths = [] if tokenizer is None else [requested_lengths(job.data, tokenizer) for job in job_configs]
-    datasets = _load_all_datasets(job_configs, hf_config, tokenizer, lengths)
+    datasets = _load_all_datasets(job_configs, hf_config, tokenizer, lengths, log)
     warnings += [date_warning] if date_warning and any(dataset.is_chat for dataset in datasets) else []
     task = _common_task(job_configs, datasets)
     pad_token_id = None if task.reads_images else _choose_pad_token(hf_config, tokenizer)
@@ -99,7 +103,7 @@ def prepare(config: RunConfig, placement: Placement | None = None) -> PreparedRu
         _add_adapter(base, job_config, dataset, parents.get(job_config.output.name))
     if tokenizer is not None:
         check_vocabulary(base.kit, tokenizer)
-        datasets, lengths = _fit_datasets(base.kit, job_configs, hf_config, tokenizer, datasets, lengths)
+        datasets, lengths = _fit_datasets(base.kit, job_configs, hf_config, tokenizer, datasets, lengths, log)
         for job_config, dataset in zip(job_configs, datasets, strict=True):
             warnings += warn_of_lengths(base.kit, job_config.output.name, _encoded(dataset), tokenizer)
     schedules = [
@@ -162,7 +166,11 @@ def _reads_images(objective: str, hf_config: Any) -> bool:
 
 
 def _load_all_datasets(
-    job_configs: Sequence[RunConfig], hf_config: Any, tokenizer: Any, lengths: Sequence[TextLengths]
+    job_configs: Sequence[RunConfig],
+    hf_config: Any,
+    tokenizer: Any,
+    lengths: Sequence[TextLengths],
+    log: Callable[[str], None],
 ) -> list[Datasets]:
     """The datasets of each job; jobs that read the same data share them, except streams, which are read on."""
     is_encoder_decoder = bool(getattr(hf_config, "is_encoder_decoder", False))
@@ -172,7 +180,7 @@ def _load_all_datasets(
         reading = job.data.model_copy(update={"augment": AugmentConfig(), "image_size": None})
         own = lengths[i] if lengths else None
         shared = [one for config, other, one in loaded if (config, other) == (reading, own) and not reading.streaming]
-        new = None if shared else load_datasets(job.data, job.objective, tokenizer, is_encoder_decoder, own)
+        new = None if shared else load_datasets(job.data, job.objective, tokenizer, is_encoder_decoder, own, log)
         loaded.append((reading, own, new or shared[0]))
     return [datasets for *_, datasets in loaded]
 
@@ -184,7 +192,7 @@ def _encoded(dataset: Datasets) -> list[Any]:
 
 def _fit_datasets(
     kit: Kit, job_configs: Sequence[RunConfig], hf_config: Any, tokenizer: Any, datasets: Sequence[Datasets],
-    requested: Sequence[TextLengths],
+    requested: Sequence[TextLengths], log: Callable[[str], None],
 ) -> tuple[list[Datasets], list[TextLengths]]:  # fmt: skip
     """The datasets and lengths of the jobs, encoded again where a text is longer than the model reads."""
     fitted, lengths = list(datasets), []
@@ -195,7 +203,9 @@ def _fit_datasets(
         for i, (dataset, own) in enumerate(zip(datasets, lengths, strict=True))
         if own != requested[i] and (dataset.preview or are_too_long(_encoded(dataset), own))
     ]
-    again = _load_all_datasets([job_configs[i] for i in changed], hf_config, tokenizer, [lengths[i] for i in changed])
+    again = _load_all_datasets(
+        [job_configs[i] for i in changed], hf_config, tokenizer, [lengths[i] for i in changed], log
+    )
     for i, dataset in zip(changed, again, strict=True):
         fitted[i] = dataset
     return fitted, lengths
@@ -306,6 +316,11 @@ def _pixel_processor(job_config: RunConfig) -> Any:
 
 def _plan_steps(dataset: Datasets, objective: Objective, schedule: Schedule) -> list[list[int]]:
     size, steps, settings = schedule.batch_size, schedule.num_steps, schedule.train
+    if steps * size > MAX_PLANNED_EXAMPLES:
+        raise ConfigError(
+            f"{steps:,} steps of train.batch_size={size:,} are more than the {MAX_PLANNED_EXAMPLES:,} "
+            "examples that one run plans: choose fewer train.steps or train.epochs"
+        )
     if dataset.preview:
         return [list(range(s * size, (s + 1) * size)) for s in range(steps)]
     return plan_batches(
