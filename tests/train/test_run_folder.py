@@ -87,7 +87,7 @@ def test_other_settings_are_named_with_both_values(tmp_path: Path) -> None:
     for line in (
         "method.name: LoRA there, IA3 requested",
         "train.lr: null there, 0.1",
-        "train.batch_size: 16 there, 8",
+        "train.batch_size: null there, 8",
     ):
         assert line in message
     assert load(yaml_file.read_yaml(tmp_path / RUN_FILE)) == config(tmp_path)  # nothing was written

@@ -29,7 +29,6 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], int | None]] = {
     "a table, counted from the mask": ("BioGptForCausalLM", "BioGptConfig", TEXT, 16),
     "a table of a causal model": ("GPT2LMHeadModel", "GPT2Config", GPT, 16),
     "a table that checks itself": ("CLIPTextModel", "CLIPTextConfig", TEXT | {"eos_token_id": 2}, 16),
-    "a table of quantized values": ("IBertForSequenceClassification", "IBertConfig", TEXT, 14),
     "a table and windows": (
         "LongformerForSequenceClassification",
         "LongformerConfig",

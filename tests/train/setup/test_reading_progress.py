@@ -24,13 +24,13 @@ def test_every_stage_prints_a_line_now_and_then(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(reading_progress, name, 0.0)
     data, lines = jsonl(tmp_path / "d.jsonl", reviews(50)), []
     config = DataConfig(train=str(data))
-    chunked = datasets.load_datasets(config, "classification", tokenizer(template=False), False, lines.append)
+    chunked = datasets.load_datasets(config, "classification", tokenizer(template=False), False, log=lines.append)
     for stage in ("reading d.jsonl: 10 rows", "converting d.jsonl: 10 rows", "encoding: 10 of 4"):
         assert any(line.startswith(stage) for line in lines)
     assert "data.streaming=true" in lines[-1]
     monkeypatch.undo()
     quiet: list[str] = []
-    whole = datasets.load_datasets(config, "classification", tokenizer(template=False), False, quiet.append)
+    whole = datasets.load_datasets(config, "classification", tokenizer(template=False), False, log=quiet.append)
     assert whole.digest == chunked.digest
     assert not quiet
 
@@ -58,4 +58,4 @@ def test_a_stream_of_which_nothing_is_left(tmp_path: Path) -> None:
     settings = {"streaming": True, "validation": 2, "test": 2, "labels": ("good", "bad")}
     config = DataConfig(train=str(data), **settings)
     with pytest.raises(DataError, match="nothing is left to train on"):
-        datasets.load_datasets(config, "classification", tokenizer(template=False), False, print)
+        datasets.load_datasets(config, "classification", tokenizer(template=False), False, log=print)
