@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from kitout.errors import ConfigError
 from kitout.evaluate.report import html, model_card, plots
 from kitout.evaluate.report.summary import RunSummary
 from kitout.files import atomic
@@ -114,7 +115,7 @@ def test_a_run_folder_that_cannot_be_written_keeps_no_owner(tmp_path: Path, monk
     run = load({"model": "m", "data": "d.jsonl", "output": {"folder": str(tmp_path)}})
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        with pytest.raises(OSError, match="No space"), open_run_folder(run):
+        with pytest.raises(ConfigError, match="No space"), open_run_folder(run):
             pass
     assert [path.name for path in tmp_path.iterdir()] == [".run.lock"]
     with open_run_folder(run):

@@ -52,11 +52,13 @@ class TrainingWatch:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer has made a step: adapters that it holds are trained, the others are given two steps."""
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        parameters_held = [p for group in optimizer.param_groups for p in group["params"]]
+        held = {id(p) for p in parameters_held}
+        moves_others = any(p.grad is not None for p in parameters_held)  # then it was not meant for these adapters
         for adapter in list(self._open):
             parameters = [p for p in adapter.parameters() if p.requires_grad]
             is_held = any(id(p) in held for p in parameters)
-            if not is_held and all(p.grad is None for p in parameters):
+            if not is_held and (moves_others or all(p.grad is None for p in parameters)):
                 continue  # this step was of something else
             sums = [] if is_held else [float(p.detach().double().sum()) for p in parameters]
             if not is_held and adapter not in self._sums:

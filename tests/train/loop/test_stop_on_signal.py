@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from kitout.train.loop.jobs import Job
 from kitout.train.progress import ProgressDisplay
 from tiny_models import decoder, jsonl, reviews
 from train.fixtures import add, causal, job, kit_of, loop_of, texts, values
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal: a shell lets its background processes ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class SendSignal(TrainerCallback):

@@ -67,7 +67,7 @@ class SiteDelta:
         """y at this site, after the Delta. module_x: x is still the module's own input."""
         if module_x:
             x = self.input(x)
-        if x.shape[:-1] != y.shape[:-1] and self.site.role.startswith("sub."):  # it flattens [rows, tokens] (experts)
+        if self.site.role.startswith("sub.") and y.ndim < x.ndim:  # it flattens [rows, tokens] (experts)
             x = x.reshape(*y.shape[:-1], x.shape[-1])
         if self.delta.replaces_module:  # the module's own call, in the module's own layout
             return self._run(x, y, False)
