@@ -36,7 +36,7 @@ def with_head(species: str, ending: str) -> Callable[[], nn.Module]:
         stem = re.sub("(For[A-Z]|LMHead)[A-Za-z]*$", "", type(base).__name__)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return zoo.randomise(getattr(transformers, stem + ending)(base.config), seed=0)
+            return zoo.randomize_model(getattr(transformers, stem + ending)(base.config), seed=0)
 
     return build
 

@@ -13,7 +13,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from zoo import randomise
+from zoo import randomize_model
 
 MEDIUM, START, END = 90, 92, 93  # ids that stand for a piece of a picture or sound, and its bounds
 Batch = dict[str, Tensor]
@@ -159,7 +159,7 @@ def _seeded(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     def seeded() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return randomise(build(), 0)
+            return randomize_model(build(), 0)
 
     return seeded
 

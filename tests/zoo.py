@@ -148,7 +148,7 @@ def tokenizer_of(specimen: Specimen) -> transformers.PreTrainedTokenizerFast:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def randomise(model: nn.Module, seed: int) -> nn.Module:
+def randomize_model(model: nn.Module, seed: int) -> nn.Module:
     """Every parameter at random: vectors around their initial value, matrices of unit gain; fp32, eval mode, seeded."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -169,7 +169,7 @@ def _make(name: str, build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     def build_seeded() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return randomise(build(), seed)
+            return randomize_model(build(), seed)
 
     return build_seeded
 

@@ -13,7 +13,7 @@ import kitout
 from kitout import LoRA
 from kitout.errors import WrongBase
 from kitout.files.base_fingerprint import differences, fingerprint
-from zoo import ZOO, Specimen, randomise
+from zoo import ZOO, Specimen, randomize_model
 
 
 def fingerprint_of(base: nn.Module) -> kitout.files.base_fingerprint.Fingerprint:
@@ -36,7 +36,7 @@ def test_copies_in_other_precisions_are_the_same_base(specimen: Specimen) -> Non
 
 
 def test_another_seed_is_another_base(specimen: Specimen) -> None:
-    messages = differences(fingerprint_of(specimen.build()), fingerprint_of(randomise(specimen.build(), seed=1)))
+    messages = differences(fingerprint_of(specimen.build()), fingerprint_of(randomize_model(specimen.build(), seed=1)))
     assert len(messages) == 1
     assert messages[0].startswith("values: ")
 

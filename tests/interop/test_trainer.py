@@ -18,7 +18,7 @@ from interop.fixtures import ARGUMENTS, LabeledRows, bits, checkpoint, same
 from kitout import IA3, Kit, LoRA, PrefixTuning
 from kitout.errors import ConfigError, FileError
 from laws.activate import run
-from zoo import VOCAB, ZOO, D, randomise
+from zoo import VOCAB, ZOO, D, randomize_model
 
 pytest.importorskip("accelerate")
 FAMILIES = ["llama", "gpt2", "bert", "t5", "bart", "vit"]
@@ -100,7 +100,7 @@ def test_question_answering_has_its_labels(tmp_path: Path) -> None:
     config = transformers.BertConfig(
         vocab_size=VOCAB, hidden_size=D, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80
     )
-    kit = kitout.attach(randomise(transformers.BertForQuestionAnswering(config), 0))
+    kit = kitout.attach(randomize_model(transformers.BertForQuestionAnswering(config), 0))
     kit.add("a", LoRA(rank=2), seed=1)
     kit.use("a")
     batch = ZOO["bert"].batch(4, 0)

@@ -17,7 +17,7 @@ from kitout import Kit
 from kitout.errors import WrongBase
 from laws.activate import activated, fresh_model, kit_of, run
 from laws.cases import CASES, CELLS, Case, name_of
-from zoo import Specimen, randomise
+from zoo import Specimen, randomize_model
 
 cells = pytest.mark.parametrize(("specimen", "case"), CELLS, ids=name_of)
 
@@ -42,7 +42,7 @@ def test_what_is_loaded_is_what_was_saved(specimen: Specimen, case: Case, tmp_pa
 
 def test_another_base_is_refused(specimen: Specimen, tmp_path: Path) -> None:
     kit = kit_of(specimen)
-    other: Kit = kitout.attach(randomise(fresh_model(specimen), seed=12345))
+    other: Kit = kitout.attach(randomize_model(fresh_model(specimen), seed=12345))
     with activated(kit, CASES[0]):
         kit.save(CASES[0].name, tmp_path / "a")
     with pytest.raises(WrongBase):

@@ -32,7 +32,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def randomised(module: nn.Module) -> nn.Module:
+def randomized(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for i, p in enumerate(module.double().parameters()):
             p.copy_(rand(*p.shape, seed=100 + i))
@@ -56,7 +56,7 @@ def gelu(t: Tensor) -> Tensor:
 @pytest.mark.parametrize(("activation", "act"), [("relu", relu), ("gelu", gelu)])
 @pytest.mark.parametrize("reads", ["x", "y"])
 def test_bottleneck(reads, activation, act, scale) -> None:
-    delta = randomised(Bottleneck(D, B, reads=reads, activation=activation, scale=scale))
+    delta = randomized(Bottleneck(D, B, reads=reads, activation=activation, scale=scale))
     v = X if reads == "x" else Y
     h = act(torch.einsum("btd,rd->btr", v, delta.down.weight) + delta.down.bias)
     s = delta.scale if scale == "learned" else scale
@@ -65,7 +65,7 @@ def test_bottleneck(reads, activation, act, scale) -> None:
 
 
 def test_dropout_lies_between_activation_and_up() -> None:
-    delta = randomised(Bottleneck(D, B, reads="x", dropout=0.5)).train()
+    delta = randomized(Bottleneck(D, B, reads="x", dropout=0.5)).train()
     with torch.no_grad():
         delta.up.weight.copy_(torch.eye(D, B))
         delta.up.bias.zero_()
@@ -78,7 +78,7 @@ def test_dropout_lies_between_activation_and_up() -> None:
 
 
 def test_affine_and_its_fold() -> None:
-    delta = randomised(ScaleShift(D))
+    delta = randomized(ScaleShift(D))
     torch.testing.assert_close(delta(X, Y), Y * delta.scale + delta.shift)
     w, b = rand(D, 7, seed=3), rand(D, seed=4)
     x = rand(2, 7, seed=5)
@@ -88,7 +88,7 @@ def test_affine_and_its_fold() -> None:
 
 
 def test_scale_and_its_fold() -> None:
-    delta = randomised(ScaleDelta(D))
+    delta = randomized(ScaleDelta(D))
     torch.testing.assert_close(delta(X, Y), Y * delta.scale)
     w, b, x = rand(D, 7, seed=3), rand(D, seed=4), rand(2, 7, seed=5)
     torch.testing.assert_close(F.linear(x, *delta.fold(w, b)), delta(x, F.linear(x, w, b)))

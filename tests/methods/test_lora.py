@@ -12,7 +12,7 @@ import transformers as hf
 import kitout
 from kitout import LoRA
 from kitout.errors import ConfigError, TargetError
-from zoo import ZOO, randomise
+from zoo import ZOO, randomize_model
 
 USUAL = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
 SIZES = {
@@ -33,7 +33,7 @@ EXPERTS = {
 def mixture() -> torch.nn.Module:
     """Its shared expert has a gate of width 1."""
     config = hf.Qwen2MoeConfig(**SIZES, intermediate_size=80, max_position_embeddings=64, **EXPERTS)
-    return randomise(hf.Qwen2MoeForCausalLM(config), seed=0)
+    return randomize_model(hf.Qwen2MoeForCausalLM(config), seed=0)
 
 
 def ranks(kit: kitout.Kit, name: str) -> dict[str, int]:

@@ -18,7 +18,7 @@ import kitout
 from kitout import IA3, SSF, BitFit, FullFineTuning, Kit, LoRA, Method, Mix, Stack
 from kitout.errors import FileError, NotMergeable, RouteError, UnusedSite
 from kitout.runtime.routing.route import RouteEntry
-from zoo import EXTRA, D, randomise
+from zoo import EXTRA, D, randomize_model
 
 METHODS: dict[str, Method] = {
     "lora": LoRA(rank=2, alpha=3, targets="all-linear"),
@@ -90,7 +90,7 @@ def attached(name: str) -> tuple[Kit, dict[str, Tensor]]:
     build, key, shape = MODELS[name]
     torch.manual_seed(0)
     batch = {key: torch.randn(4, *shape, generator=torch.Generator().manual_seed(1))}
-    return kitout.attach(randomise(build(), 5), example_batch=batch), batch
+    return kitout.attach(randomize_model(build(), 5), example_batch=batch), batch
 
 
 def values(kit: Kit | nn.Module, batch: dict[str, Tensor]) -> Tensor:

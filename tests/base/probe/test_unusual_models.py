@@ -13,7 +13,7 @@ import kitout
 from kitout import SSF, BitFit, Houlsby
 from kitout.base.probe.dummy_batch import num_rows, with_more_rows
 from kitout.errors import ConfigError
-from zoo import IMAGE, out, randomise
+from zoo import IMAGE, out, randomize_model
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
 
@@ -118,7 +118,7 @@ def speech() -> tuple[nn.Module, dict[str, Tensor]]:
 @pytest.mark.parametrize("build", [sam, speech])
 def test_layouts_are_those_that_values_have(build: Callable[[], tuple], method: kitout.Method) -> None:
     model, batch = build()
-    kit = kitout.attach(randomise(model, 0), example_batch=batch)
+    kit = kitout.attach(randomize_model(model, 0), example_batch=batch)
     kit.add("x", method, seed=0)
     for p in kit["x"].parameters():
         p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))

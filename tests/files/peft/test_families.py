@@ -131,7 +131,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 def built(family: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return zoo.randomise(FAMILIES[family][0](), seed=0)
+        return zoo.randomize_model(FAMILIES[family][0](), seed=0)
 
 
 def compared(model: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -73,7 +73,7 @@ def scaled_bart() -> nn.Module:
     sizes = {"d_model": 48, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 80, "decoder_ffn_dim": 80}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     config = BartConfig(vocab_size=99, max_position_embeddings=64, scale_embedding=True, **sizes, **heads)
-    return zoo.randomise(BartForConditionalGeneration(config), seed=0)
+    return zoo.randomize_model(BartForConditionalGeneration(config), seed=0)
 
 
 CASES = {

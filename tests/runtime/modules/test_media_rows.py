@@ -16,7 +16,7 @@ from kitout import SSF, Kit, LoRA, PrefixTuning, PromptTuning, Stack
 from kitout.errors import RouteError
 from laws.activate import assert_same, put_on, run
 from tiny_multimodal import MULTIMODAL, Multimodal, qwen2_vl_batch
-from zoo import image_batch, randomise, rows_of, text_batch
+from zoo import image_batch, randomize_model, rows_of, text_batch
 
 multimodal = pytest.mark.parametrize("model", MULTIMODAL.values(), ids=MULTIMODAL.keys())
 SEARCH = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 3, "min_new_tokens": 3}
@@ -119,7 +119,7 @@ def test_a_model_that_takes_no_text_alone_has_rows_where_texts_and_images_are_as
         vision_config=vision,
         projection_dim=32,
     )
-    kit = kitout.attach(randomise(transformers.CLIPModel(config), 0))
+    kit = kitout.attach(randomize_model(transformers.CLIPModel(config), 0))
     put_on(kit, LoRA(rank=2, targets="all-linear"), "a")
     put_on(kit, LoRA(rank=3), "b", seed=1)
     batch = {**text_batch(3), **{k: v[:, :, :16, :16] for k, v in image_batch(3).items()}}

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 import kitout
 from kitout import VPT, PrefixTuning, PromptTuning
 from kitout.errors import RouteError, TargetError
-from zoo import EXTRA, IMAGE, VOCAB, out, padded, randomise, text_batch
+from zoo import EXTRA, IMAGE, VOCAB, out, padded, randomize_model, text_batch
 
 P = 4
 TEXT = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
@@ -81,7 +81,7 @@ def layoutlm() -> tuple[nn.Module, dict[str, Tensor]]:
 
 def kit_with(build: Callable[[], tuple[nn.Module, dict[str, Tensor]]], method: kitout.Method) -> Any:
     model, batch = build()
-    model = randomise(model, 0)
+    model = randomize_model(model, 0)
     kit = kitout.attach(model, example_batch=batch)
     kit.add("x", method, seed=0)
     return kit, batch

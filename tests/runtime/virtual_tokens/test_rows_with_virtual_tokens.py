@@ -17,7 +17,7 @@ import kitout
 from kitout import Kit, LoRA, PrefixTuning, PromptTuning, Stack
 from kitout.errors import RouteError
 from laws.activate import assert_same, put_on, run
-from zoo import IMAGE, ZOO, padded, randomise, rows_of, text_batch
+from zoo import IMAGE, ZOO, padded, randomize_model, rows_of, text_batch
 
 TEXT = {"vocab_size": 99, "hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_hidden_layers": 2}
 ENCODER = {**TEXT, "max_position_embeddings": 64, "pad_token_id": 0}
@@ -26,7 +26,7 @@ ENCODER = {**TEXT, "max_position_embeddings": 64, "pad_token_id": 0}
 def made(model: str, config: str, **settings: object) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return randomise(getattr(hf, model)(getattr(hf, config)(**settings)), 0)
+        return randomize_model(getattr(hf, model)(getattr(hf, config)(**settings)), 0)
 
 
 def kit_with(model: nn.Module, **methods: object) -> Kit:
