@@ -111,3 +111,13 @@ def test_a_copy_is_watched_by_itself_and_two_kits_at_once() -> None:
     assert kit.state.training_watch.is_open
     steps(kit, torch.optim.SGD(kit.parameters(), lr=0.1), number=1)
     assert not kit.state.training_watch.is_open
+
+
+def test_an_optimizer_of_something_else_is_no_reason_to_warn() -> None:
+    """Gradients read for their own sake, while another model is trained in the same loop."""
+    kit, other = kit_of(), nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    for _ in range(4):
+        out(kit(**ZOO["llama"].batch(2, 0))).square().mean().backward()
+        other(torch.ones(1, 2)).sum().backward()
+        optimizer.step()

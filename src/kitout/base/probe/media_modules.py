@@ -15,12 +15,15 @@ from kitout.base.survey import Survey
 def media_modules(survey: Survey) -> frozenset[str]:
     """The paths; none in a model that takes text alone or no text."""
     model = survey.model
+    try:
+        batch = text_batch(model)
+    except Exception:
+        return _apart_from_text(survey)
+    if batch is None:
+        return frozenset()
     run: set[str] = set()
     hooks = [m.register_forward_pre_hook(lambda _m, _x, path=path: run.add(path)) for path, m in model.named_modules()]
     try:
-        batch = text_batch(model)
-        if batch is None:
-            return frozenset()
         with eval_mode(model):
             model(**batch)
     except Exception:
