@@ -316,7 +316,7 @@ def test_the_name_rule_itself(text: str, expected: bool) -> None:
 
 TEXTS = [
     *sorted(file for suffix in ("*.py", "*.pyi", "*.html") for file in ROOT.rglob(suffix)),
-    ROOT.parent / "README.md",
+    *sorted(ROOT.parent.glob("*.md")),
     *sorted((ROOT.parent / "docs").glob("*.md")),
 ]
 
