@@ -35,6 +35,7 @@ from kitout.train.results_text import results_text
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup import base_model, device
 from kitout.train.setup.prepare import PreparedRun
+from kitout.train.usage import base_record
 from kitout.version import __version__
 
 
@@ -288,6 +289,7 @@ def _run_summary(
         data_name=sources[0],
         data_hash=data_hash(digests),
         loader=TASKS[run.objective].auto_model,
+        hub_name=base.name if (base := base_record(run, config.model)).source == "hub" else "",
         hub_task=TASKS[run.objective].hub_task,
         base_path=base_model.resolve_model(config.model.name),
         from_pretrained_kwargs=run.from_pretrained_kwargs,

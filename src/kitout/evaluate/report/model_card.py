@@ -1,7 +1,7 @@
 """The model card: README.md of an adapter folder, for people and for the Hugging Face hub.
 
-The front matter is written by huggingface_hub. Names and numbers from anywhere are escaped, so that they stay text. The
-base's license is what its own folder states, never a guess. It knows `RunSummary` and no model.
+The front matter is `card_metadata`'s. Names and numbers from anywhere are escaped, so that they stay text. The base's
+license is what its own folder states, never a guess. It knows `RunSummary` and no model.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ruamel.yaml.error import YAMLError
 from kitout.evaluate.compare import Comparison, MetricChange
 from kitout.evaluate.metrics.measure import Score
 from kitout.evaluate.metrics.per_class import ClassScore
+from kitout.evaluate.report.card_metadata import UNKNOWN_LICENSE, render_front_matter
 from kitout.evaluate.report.summary import FactTable, RunSummary, format_fact
 from kitout.files.atomic import write_text
 
-UNKNOWN_LICENSE = "unknown: see the base"
 MAX_LICENSE_BYTES = 2**20  # of a file that is searched for a license
 LICENSE_PATTERNS = {  # how a license's own text begins
     "apache-2.0": r"apache license\s+version 2\.0",
@@ -49,7 +49,7 @@ def render_model_card(summary: RunSummary) -> str:
         f"weights of the base, which has its own license ({_escape_line(s.license) or UNKNOWN_LICENSE}).\n"
     )
     sections = [
-        f"---\n{_front_matter(s, comparison)}\n---\n",
+        f"---\n{render_front_matter(s, comparison)}\n---\n",
         f"# {_escape_line(s.title)}\n",
         intro,
         _results_section(comparison) if comparison else "",
@@ -62,34 +62,6 @@ def render_model_card(summary: RunSummary) -> str:
         _limitations_section(s, comparison),
     ]
     return "\n".join(section for section in sections if section)
-
-
-def _front_matter(s: RunSummary, comparison: Comparison | None) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
-
-    results = [
-        EvalResult(
-            task_type=s.hub_task or "other",
-            dataset_type=_slug(s.data_name),
-            dataset_name=s.data_name,
-            metric_type=change.name,
-            metric_name=change.title,
-            metric_value=round(change.tuned.value, 6),
-        )
-        for change in (comparison.changes if comparison and s.data_name else ())
-    ]
-    is_hub_license = re.fullmatch(r"[a-z0-9.+-]{1,40}", s.license)
-    method = re.match(r"\w+", s.method)
-    data = ModelCardData(
-        base_model=s.model if re.fullmatch(r"[\w.-]+/[\w.-]+", s.model) else None,
-        library_name="kitout",
-        license=s.license if is_hub_license else "other",
-        license_name=None if is_hub_license else UNKNOWN_LICENSE,
-        tags=["kitout", "adapter", *([method[0].lower()] if method else [])],
-        model_name=s.adapter if results else None,
-        eval_results=results or None,
-    )
-    return str(data.to_yaml())
 
 
 def _results_section(comparison: Comparison) -> str:
@@ -205,10 +177,6 @@ def _escape_line(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(str(text).split())).replace("\\<", "&lt;")
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name).strip("-").lower() or "data"
-
-
 def find_license(folder: Path | None) -> str:
     """What a model's folder states: in its README's front matter, its config, or a license text."""
     if folder is None or not folder.is_dir():
@@ -233,7 +201,9 @@ def _license_in_readme(file: Path) -> Any:
         fields = reader.load(front_matter[1])
     except YAMLError:
         return None
-    return fields.get("license") if isinstance(fields, dict) else None
+    if not isinstance(fields, dict):
+        return None
+    return fields.get("license_name" if fields.get("license") == "other" else "license")
 
 
 def _license_in_config(file: Path) -> Any:

@@ -87,6 +87,8 @@ class RunSummary:
     """Of a classification, by adapter: its classes one by one."""
     misclassified: Mapping[str, Misclassified] = field(default_factory=dict)
     """Of a classification of images, by adapter."""
+    hub_name: str = ""
+    """The base by its name on the hub; empty: it is built in or in a folder."""
     hub_task: str = ""
     """The run's task by the name that the hub gives it."""
 

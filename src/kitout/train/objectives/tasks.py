@@ -178,7 +178,7 @@ TASKS: dict[str, Task] = {
         Task(
             "seq2seq_lm",
             "AutoModelForSeq2SeqLM",
-            "text2text-generation",
+            "text-generation",
             "generation",
             lambda kit, settings: Seq2SeqLM(kit, _pad_token_id(settings)),
             lambda s: generation.Seq2SeqEncoder(s.tokenizer, s.max_length, s.max_target_length, s.languages),
