@@ -77,7 +77,9 @@ def test_the_core_alone_starts_and_says_what_to_install(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     ends = re.findall(r"^([\w /.-]+)\|(\d)\|(\w+)\|", done.stdout, flags=re.MULTILINE)
-    assert [(line.split()[0], status) for line, status, _ in ends] == [("--help", "0"), ("assets", "0"), ("train", "1")]
+    assert [(line.split()[0], status != "0") for line, status, _ in ends] == [
+        ("--help", False), ("assets", False), ("train", True)
+    ]  # fmt: skip
     assert {name for *_, name in ends} <= {"NoneType", "SystemExit"}
     assert "accelerate, which is not installed" in done.stdout
     assert f"install -e '{ROOT}[train]'" in done.stdout

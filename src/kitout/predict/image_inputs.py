@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from kitout.data.images.image_set import ImageSet, ImageSource, open_image, to_rgb
+from kitout.data.images.image_set import Image, ImageOps, ImageSet, ImageSource, open_image, to_rgb
 from kitout.data.images.pixels import PixelProcessor
 from kitout.data.read.tables import DataError
 from kitout.errors import Errors

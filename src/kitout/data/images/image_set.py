@@ -23,7 +23,9 @@ from kitout.errors import BadRows, Errors, suggest
 from kitout.install_hint import suggest_install
 
 try:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image as Image  # others take it from here, behind the message below
+    from PIL import ImageOps as ImageOps
+    from PIL import UnidentifiedImageError
 except ImportError as error:
     raise DataError(f"images need pillow, not installed here\n  {suggest_install(extra='data')}") from error
 
