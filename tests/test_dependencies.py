@@ -12,7 +12,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from kitout.assets.catalog import ASSETS
+from kitout.install_hint import suggest_install
 from project import EXTRAS, ROOT, requirements
 
 PACKAGE = ROOT / "src" / "kitout"
@@ -41,7 +44,7 @@ def test_importing_any_file_needs_the_core_alone() -> None:
     core = requirements()
     for path in PACKAGE.rglob("*.py"):
         needed = {package for package, at_import in third_party(path) if at_import}
-        assert needed <= core | ({"trl"} if path.name == "trl.py" else set()), path
+        assert needed <= core, path
 
 
 def test_the_readmes_line_brings_what_its_commands_need() -> None:
@@ -60,15 +63,23 @@ WITHOUT_EXTRAS = """
 import sys
 for name in {blocked!r}:
     sys.modules[name] = None  # neither found nor imported
+import importlib
 from typer.testing import CliRunner
 from kitout.cli import app
 for line in {lines!r}:
     result = CliRunner().invoke(app, line.split())
     print(line, result.exit_code, result.exception.__class__.__name__, result.output, sep="|", end="|\\n")
+from kitout.errors import KitoutError
+for module in ("kitout.interop.trl", "kitout.predict.image_inputs"):
+    try:
+        importlib.import_module(module)
+    except KitoutError as error:
+        print(error)
 """
 
 
-def test_the_core_alone_starts_and_says_what_to_install(tmp_path: Path) -> None:
+def test_the_core_alone_starts_and_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "a.csv").write_text("text,label\na,b\n")
     optional = sorted(requirements(*EXTRAS) - requirements())
     blocked = ["PIL", *(name.replace("-", "_") for name in optional)]
@@ -82,4 +93,6 @@ def test_the_core_alone_starts_and_says_what_to_install(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert {name for *_, name in ends} <= {"NoneType", "SystemExit"}
     assert "accelerate, which is not installed" in done.stdout
-    assert f"install -e '{ROOT}[train]'" in done.stdout
+    assert re.search(r"needs TRL: .*\n  .*install 'trl>=", done.stdout)
+    assert f"images need pillow, not installed here\n  {suggest_install(extra='data')}" in done.stdout
+    assert suggest_install(extra="train") in done.stdout
