@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import TypeVar, get_args, get_type_hints
 
 import pytest
 
 import kitout
 import kitout.methods
-from kitout.method import REGISTRY
+from kitout.method import REGISTRY, register
 
 PACKAGE = Path(kitout.__file__).parent
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,13 @@ def test_every_method_of_ours_is_a_public_name() -> None:
     ours = {name for name, method in REGISTRY.items() if method.__module__.startswith("kitout.")}
     assert ours == {name for name, module in kitout.PUBLIC_NAMES.items() if module.startswith("kitout.methods.")}
     assert ours == set(kitout.methods.__all__)
+
+
+def test_registering_keeps_the_class_for_editors() -> None:
+    """mypy looks through class decorators, pyright does not: LoRA was any Method to it, without a rank."""
+    types = get_type_hints(register)
+    assert types["return"] == types["cls"]
+    assert isinstance(get_args(types["cls"])[0], TypeVar)
 
 
 @pytest.mark.parametrize("name", REGISTRY)
