@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,13 @@ PACKAGES = {"PIL": "pillow", "google": "onnx", "ruamel": "ruamel-yaml", "annotat
 CHOSEN = {"timm", "torchao", "trl"}
 
 
-def third_party(path: Path) -> Iterator[tuple[str, bool]]:
-    """The packages a file imports, and whether importing the file is enough to need them."""
+@cache
+def imported() -> dict[Path, set[tuple[str, bool]]]:
+    """By file: the packages it imports, and whether importing the file is enough to need them."""
+    return {path: set(_imported(path)) for path in PACKAGE.rglob("*.py")}
+
+
+def _imported(path: Path) -> Iterator[tuple[str, bool]]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if not isinstance(node, ast.Import | ast.ImportFrom):
@@ -42,8 +48,8 @@ def third_party(path: Path) -> Iterator[tuple[str, bool]]:
 
 def test_importing_any_file_needs_the_core_alone() -> None:
     core = requirements()
-    for path in PACKAGE.rglob("*.py"):
-        needed = {package for package, at_import in third_party(path) if at_import}
+    for path, packages in imported().items():
+        needed = {package for package, at_import in packages if at_import}
         assert needed <= core, path
 
 
@@ -53,8 +59,8 @@ def test_the_readmes_line_brings_what_its_commands_need() -> None:
     )
     extras = re.findall(r"^pip install -e '\.\[([\w,]+)\]'", block, flags=re.MULTILINE)[0].split(",")
     brought = requirements(*extras)
-    imported = {package for path in PACKAGE.rglob("*.py") for package, _ in third_party(path)}
-    assert imported - CHOSEN - brought == {"datasets"}, "only data sets of the hub ask for more"
+    asked = {package for packages in imported().values() for package, _ in packages}
+    assert asked - CHOSEN - brought == {"datasets"}, "only data sets of the hub ask for more"
     assert {package for asset in ASSETS.values() for package in asset.needs} <= brought
     assert any(name in ASSETS for name in re.findall(r"--(?:model|data) ([\w-]+)", block)), "the example is built in"
 

@@ -109,10 +109,12 @@ def test_no_message_has_a_command_of_its_own() -> None:
 
 
 def test_every_extra_that_a_message_names_exists() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in SOURCES]
     calls = [
         node
-        for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for text in texts
+        if "suggest_install(" in text
+        for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "suggest_install"
     ]
     asked = {word.value.value for call in calls for word in call.keywords if isinstance(word.value, ast.Constant)}
