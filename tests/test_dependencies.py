@@ -62,7 +62,10 @@ def test_the_readmes_line_brings_what_its_commands_need() -> None:
     asked = {package for packages in imported().values() for package, _ in packages}
     assert asked - CHOSEN - brought == {"datasets"}, "only data sets of the hub ask for more"
     assert {package for asset in ASSETS.values() for package in asset.needs} <= brought
-    assert any(name in ASSETS for name in re.findall(r"--(?:model|data) ([\w-]+)", block)), "the example is built in"
+    names = re.findall(r"--(?:model|data) ([\w-]+)", block)
+    assert names
+    assert set(names) <= set(ASSETS), "pasted as it is: no placeholders"
+    assert "#" not in block, "zsh reads a comment as arguments"
 
 
 WITHOUT_EXTRAS = """
