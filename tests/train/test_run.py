@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,15 @@ def table(path: Path, rows: list[dict[str, Any]]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def assert_portable(adapter: Path, *roots: Path) -> None:
+    """Nothing that travels with an adapter says where things lay on this machine."""
+    for file in adapter.rglob("*"):
+        if file.suffix in (".json", ".md"):
+            text = file.read_text(encoding="utf-8")
+            for root in (*roots, Path(tempfile.gettempdir()), Path.home()):
+                assert str(root) not in text, f"{file.name} holds {root}"
 
 
 def instruction_rows(number: int) -> list[dict[str, str]]:
@@ -126,6 +136,10 @@ def test_every_objective_is_inferred_from_its_data(models: dict[str, Path], tmp_
     assert result.comparisons["adapter"].changes
     kit = _loaded(models[model], result.figures["objective"], out, rows)
     assert kit.names == ["mine"]
+    assert_portable(out / "adapter", tmp_path, models[model])
+    if name in ("text", "completions"):
+        kitout.save_peft(kit, "mine", tmp_path / "peft")
+        assert_portable(tmp_path / "peft", tmp_path, models[model])
 
 
 def _loaded(model: Path, objective: str, out: Path, rows: list[dict[str, Any]]) -> Any:
@@ -158,6 +172,7 @@ def test_images(models: dict[str, Path], colors: Path, tmp_path: Path) -> None:
     accuracy = next(c for c in result.comparisons["adapter"].changes if c.name == "accuracy")
     assert accuracy.tuned.value > 0.9
     assert {"confusion.png", "errors.png", "training.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert_portable(tmp_path / "out" / "adapter", tmp_path, models["vision"])
     right = [p == t for p, t in zip(*(result.figures[k]["adapter"] for k in ("predicted", "true")), strict=True)]
     assert sum(right) / len(right) == accuracy.tuned.value
     (row,) = result.figures["adapters"]

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from kitout.errors import ConfigError
+from kitout.files.portable_name import portable_name
 from kitout.train.config.schema import RunConfig
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup.prepare import PreparedRun
@@ -40,7 +41,7 @@ def adapter_folders(run: PreparedRun, run_folder: RunFolder) -> dict[str, Path]:
 def _note_of(run: PreparedRun, config: RunConfig, job: str) -> dict[str, Any]:
     """What adapter.json says of where the adapter comes from, for a run that continues it."""
     dataset = next(one for own, one in zip(run.jobs, run.datasets, strict=True) if own.name == job)
-    note: dict[str, Any] = {"trained by": "kitout train", "base": config.model.name}
+    note: dict[str, Any] = {"trained by": "kitout train", "base": portable_name(config.model.name)}
     note |= {"data_sha256": data_hash({job: dataset.digest}), "labels": list(dataset.label_names)}
     if parent := run.parents.get(job):
         note["from"] = parent.facts()

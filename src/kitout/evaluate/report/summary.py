@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from kitout.evaluate.compare import Comparison
 from kitout.evaluate.metrics.per_class import ClassScore
 from kitout.evaluate.report.adapter_table import AdapterRow, caption
+from kitout.evaluate.report.next_steps import NextSteps
 from kitout.evaluate.report.thumbnails import Misclassified
 from kitout.format import format_number
 
@@ -59,18 +60,10 @@ class RunSummary:
     """Of the base, as it states it."""
     task: str = ""
     """As in `metrics.registry.Task`."""
-    loader: str = ""
-    """The auto class of transformers that opens the base; default: by the task."""
-    base_path: str = ""
-    """What the auto class is given; default: `model`."""
-    chat: bool = False
-    """Whether it was trained with the chat template."""
-    tokenizer_kwargs: FactTable = field(default_factory=dict)
-    """What the tokenizer takes besides its name: languages."""
-    generate_kwargs: FactTable = field(default_factory=dict)
-    """What `generate` takes to answer as in this run: the language it starts with."""
-    from_pretrained_kwargs: FactTable = field(default_factory=dict)
-    """Other arguments of the auto class."""
+    next_steps: Mapping[str, NextSteps] = field(default_factory=dict)
+    """What one types next, by adapter."""
+    servers: Sequence[str] = ()
+    """Which well-known servers take the adapter, one sentence each."""
     labels: Sequence[str] = ()
     """Of a classifier, in order."""
     created: str = ""

@@ -29,6 +29,7 @@ from kitout.train.setup.base_model import resolve_data
 from kitout.train.setup.closed_answers import ClosedAnswers, find_closed_answers
 from kitout.train.setup.lengths import TextLengths, requested_lengths
 from kitout.train.setup.reading_progress import ReadingProgress
+from kitout.train.setup.sample_input import short_example
 
 ENCODE_CHUNK = 20_000  # examples between two reports
 PREVIEW_EXAMPLES = 1000  # examples of a stream that are counted beforehand
@@ -72,6 +73,8 @@ class Datasets:
     """Of a sequence-to-sequence tokenizer that has languages."""
     skipped: Sequence[str] = ()
     """Bad rows that were left out, a message with file and line each."""
+    sample: Example | None = None
+    """Of the test split, else of another: what the end of the run shows as an input; None: images."""
 
     def reference_of(self, item: Any) -> Any:
         """The reference of an example, as the metrics of its task take it."""
@@ -146,6 +149,7 @@ def load_text_datasets(
         warnings=tuple(warnings),
         languages=_languages(task, tokenizer, config),
         skipped=tuple(skipped or ()),
+        sample=short_example(splits.test or splits.validation or splits.train),
     )
 
 
@@ -269,6 +273,7 @@ def _load_streamed(
         warnings=tuple(warn_of_remarks("data", first_examples)),
         languages=_languages(task, tokenizer, config),
         skipped=() if skipped is None else skipped,
+        sample=short_example(held_out["test"] or held_out["validation"] or first_examples),
     )
 
 
