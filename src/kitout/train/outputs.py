@@ -6,29 +6,29 @@ finished. It knows folders and pages, and nothing of training.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from kitout.evaluate.compare import Comparison
-from kitout.evaluate.report import adapter_table, class_plots, html, model_card, plots
+from kitout.evaluate.report import adapter_table, html, model_card
 from kitout.evaluate.report.adapter_table import AdapterRow
 from kitout.evaluate.report.next_steps import NextSteps
-from kitout.evaluate.report.thumbnails import Misclassified
+from kitout.runtime.adapter import Adapter
 from kitout.train.adapter_folders import adapter_folders, not_written_error
 from kitout.train.config.schema import RunConfig
 from kitout.train.loop.trainer import JobTrainer
 from kitout.train.measure.evaluate import JobOutcome
 from kitout.train.measure.merge_proof import MergeProof
-from kitout.train.metrics_log import read_metrics
 from kitout.train.preflight.cost_estimate import CostEstimate
 from kitout.train.results_text import results_text
 from kitout.train.run_folder import RunFolder
-from kitout.train.run_summary import card_summary, method_text, next_steps, run_summary, sample_image
+from kitout.train.run_plots import predicted_images, report_charts, share_data, write_pngs
+from kitout.train.run_summary import card_summary, method_text, next_steps, run_summary
 from kitout.train.setup import device
 from kitout.train.setup.prepare import PreparedRun
 
@@ -54,6 +54,7 @@ def write_outputs(
     results["per_class"] = {
         name: [asdict(score) for score in one.per_class] for name, one in outcomes.items() if one.per_class
     }
+    results["confusion"] = {name: asdict(one.confusion) for name, one in outcomes.items() if one.confusion}
     results["true"] = {name: list(one.references) for name, one in outcomes.items() if one.references}
     if proofs:
         results["merge"] = {name: asdict(proof) for name, proof in proofs.items()}
@@ -67,7 +68,7 @@ def write_outputs(
     for name, comparison in comparisons.items():
         log(f"{name}: {comparison.verdict}" if len(comparisons) > 1 else comparison.verdict)
     if config.jobs and adapter_table.comparable(rows):
-        log(f"\n{adapter_table.text(rows, run.first_dataset.majority_accuracy, _share_data(run))}\n")
+        log(f"\n{adapter_table.text(rows, run.first_dataset.majority_accuracy, share_data(run))}\n")
     log(_end_text(run_folder, folders, next_steps(run, config, run_folder, run.jobs[0].name)))
     return results
 
@@ -77,26 +78,22 @@ def _write_all(
     comparisons: Mapping[str, Comparison], folders: Mapping[str, Path], outcomes: Mapping[str, JobOutcome],
     rows: Sequence[AdapterRow],
 ) -> None:  # fmt: skip
-    dataset = run.first_dataset
-    if dataset.images is not None and not (image_file := sample_image(run, 0, run_folder)).exists():
-        buffer = io.BytesIO()
-        dataset.images.open(next(iter(dataset.test or dataset.train))).save(buffer, "PNG")
-        plots.write_png(image_file, buffer.getvalue())
     for job, folder in folders.items():
         own = {name: comparison for name, comparison in comparisons.items() if name == job}
-        summary = run_summary(run, config, results, own, {}, job, run_folder)
+        summary = run_summary(run, config, results, own, job, run_folder)
         summary = replace(summary, per_class={job: outcomes[job].per_class} if job in outcomes else {})
         model_card.write_model_card(card_summary(summary, config), folder)
-    misclassified = _misclassified(run, outcomes)
+    first_images, misclassified = predicted_images(run, outcomes)
+    write_pngs(run, run_folder, outcomes, rows, misclassified, config.model.name)
     summary = replace(
-        run_summary(
-            run, config, results, comparisons, _training_plots(run, run_folder), ", ".join(folders), run_folder
-        ),
-        adapters=rows if config.jobs and adapter_table.comparable(rows) else (),
+        run_summary(run, config, results, comparisons, ", ".join(folders), run_folder),
+        adapters=rows,
         majority=run.first_dataset.majority_accuracy,
-        same_test=_share_data(run),
-        result_plots=_result_plots(run, config, run_folder, outcomes, rows, misclassified),
+        same_test=share_data(run),
+        charts=report_charts(run, run_folder),
         per_class={name: one.per_class for name, one in outcomes.items() if one.per_class},
+        confusions={name: one.confusion for name, one in outcomes.items() if one.confusion},
+        predicted_images=first_images,
         misclassified=misclassified,
     )
     html.write_html(summary, run_folder.report)
@@ -146,24 +143,6 @@ def _results(
     }
 
 
-def _training_plots(run: PreparedRun, run_folder: RunFolder) -> dict[str, bytes]:
-    """PNGs of the report, saved in the folder too; none where matplotlib is not installed."""
-    if not plots.has_matplotlib():
-        return {}
-    pngs = {}
-    rows = read_metrics(run_folder.metrics)
-    if rows:
-        pngs["training"] = plots.plot_training(rows)
-    if run.first_dataset.images is None:
-        splits = {"train": run.first_dataset.preview or run.first_dataset.train, "test": run.first_dataset.test}
-        pngs["lengths"] = plots.plot_lengths(
-            {name: [item.length for item in items] for name, items in splits.items() if items}
-        )
-    for name, png in pngs.items():
-        plots.write_png(run_folder.path / f"{name}.png", png)
-    return pngs
-
-
 def _adapter_rows(run: PreparedRun, trainer: JobTrainer, outcomes: Mapping[str, JobOutcome]) -> list[AdapterRow]:
     """Every adapter with its result and its cost. The metric is one that all have, where there is such a one."""
     first, *others = [one.scores for one in outcomes.values()] or [{}]
@@ -176,60 +155,17 @@ def _adapter_rows(run: PreparedRun, trainer: JobTrainer, outcomes: Mapping[str, 
         rows.append(AdapterRow(
             job.name, method_text(run, job.name), metric, outcome.scores[metric] if outcome else None,
             count.trainable, count.percent, sum(map(len, job.batches[:num_steps])), seconds, processor_seconds,
+            _training_bytes(run.kit[job.name], trainer.optimizer),
         ))  # fmt: skip
     return rows
 
 
-def _share_data(run: PreparedRun) -> bool:
-    return len({one.digest for one in run.datasets}) == 1
-
-
-def _result_plots(
-    run: PreparedRun,
-    config: RunConfig,
-    run_folder: RunFolder,
-    outcomes: Mapping[str, JobOutcome],
-    rows: Sequence[AdapterRow],
-    misclassified: Mapping[str, Misclassified],
-) -> dict[str, bytes]:
-    """PNGs of the results: the adapters compared if there are several, and each one's confusion matrix."""
-    if not plots.has_matplotlib():
-        return {}
-    pngs = {}
-    if len(rows) > 1 and _share_data(run) and adapter_table.comparable(rows):
-        pngs["comparison"] = class_plots.comparison(
-            rows, run.first_dataset.majority_accuracy, f"adapters of {config.model.name}"
-        )
-    for job, dataset in zip(run.jobs, run.datasets, strict=True):
-        outcome, names = outcomes.get(job.name), dataset.label_names
-        if outcome is None or not outcome.references or not names:
-            continue
-        suffix = f"-{job.name}" if len(run.jobs) > 1 else ""
-        pngs[f"confusion{suffix}"] = class_plots.confusion(job.name, outcome.predictions, outcome.references, names)
-        if wrong := misclassified.get(job.name):
-            errors = class_plots.errors(job.name, wrong.images, wrong.true, wrong.predicted, wrong.total)
-            plots.write_png(run_folder.path / f"errors{suffix}.png", errors)  # the report has thumbnails
-    for name, png in pngs.items():
-        plots.write_png(run_folder.path / f"{name}.png", png)
-    return pngs
-
-
-def _misclassified(run: PreparedRun, outcomes: Mapping[str, JobOutcome]) -> dict[str, Misclassified]:
-    """Of each classifier of images."""
-    found = {}
-    for job, dataset in zip(run.jobs, run.datasets, strict=True):
-        outcome, names = outcomes.get(job.name), dataset.label_names
-        if outcome is None or dataset.images is None:
-            continue
-        wrong = class_plots.misclassified(outcome.predictions, outcome.references)
-        shown = wrong[: class_plots.SHOWN]
-        found[job.name] = Misclassified(
-            [dataset.images.open(outcome.items[i]) for i in shown],
-            [names[outcome.references[i]] for i in shown],
-            [names[outcome.predictions[i]] for i in shown],
-            len(wrong),
-        )
-    return found
+def _training_bytes(adapter: Adapter, optimizer: Any) -> int:
+    """Parameters, gradients and the optimizer's state."""
+    trained = [value for value in adapter.parameters() if value.requires_grad]
+    states = [tensor for value in trained for tensor in optimizer.state.get(value, {}).values()]
+    tensors = [*trained, *trained, *(tensor for tensor in states if isinstance(tensor, Tensor) and tensor.dim())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _end_text(run_folder: RunFolder, folders: Mapping[str, Path], steps: NextSteps) -> str:

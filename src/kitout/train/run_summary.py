@@ -36,7 +36,7 @@ SAMPLE_IMAGE = "sample.png"  # a test image in the run's folder, where the data 
 
 def run_summary(
     run: PreparedRun, config: RunConfig, results: Mapping[str, Any], comparisons: Mapping[str, Comparison],
-    plots: Mapping[str, bytes], adapter: str, run_folder: RunFolder,
+    adapter: str, run_folder: RunFolder,
 ) -> RunSummary:  # fmt: skip
     """adapter: the name of one, or several names in words for all of them."""
     estimate, unit = results["estimate"], "images" if "images_per_second" in results else "tokens"
@@ -65,7 +65,11 @@ def run_summary(
         next_steps={job.name: next_steps(run, config, run_folder, job.name) for job in jobs},
         servers=() if run.tokenizer is None else _server_notes(run, jobs[0].name),
         comparisons=comparisons,
-        data={"sources": ", ".join(dict.fromkeys(sources)), "read as": "; ".join(reading_notes), **continued}
+        data={
+            "sources": ", ".join(dict.fromkeys(sources)),
+            "read as": "; ".join(dict.fromkeys(reading_notes)),
+            **continued,
+        }
         | ({"left out": skipped_text(list(dict.fromkeys(skipped)))} if skipped else {}),
         preflight={"objective": run.objective, "dtype": f"{results['machine']['dtype']} ({run.dtype_reason})"},
         estimates={
@@ -83,7 +87,6 @@ def run_summary(
         checked={name: str(MergeProof(**proof)) for name, proof in results.get("merge", {}).items() if name in methods},
         notes=[*run.warnings, *results["stopped"].values()],
         config=yaml_file.to_yaml(config.to_dict()),
-        plots=plots,
         files={
             "adapter/": "the adapter, with its model card",
             "results.json": "every metric",
