@@ -19,13 +19,16 @@ from kitout.files.portable_name import portable_name
 from kitout.train.config.schema import RunConfig
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup.prepare import PreparedRun
+from kitout.train.usage import usage_of
 
 
 def save_adapters(run: PreparedRun, config: RunConfig, run_folder: RunFolder, log: Callable[[str], None]) -> None:
     """Saves what was trained before anything is measured: an error in measuring loses nothing."""
+    names = [job.name for job in run.jobs]
     try:
         for job, folder in adapter_folders(run, run_folder).items():
             (folder / "README.md").unlink(missing_ok=True)  # of a run that was killed before it was finished
+            run.kit[job].usage = usage_of(run, config, names.index(job)).model_dump()
             run.kit.save(job, folder, metadata=_note_of(run, config, job))
             log(f"saved    {folder}")
     except (OSError, SafetensorError) as error:

@@ -43,7 +43,7 @@ def run_summary(
     jobs = [job for job in run.jobs if job.name == adapter] or run.jobs
     methods = {job.name: method_text(run, job.name) for job in jobs}
     datasets = [dataset for job, dataset in zip(run.jobs, run.datasets, strict=True) if job.name in methods]
-    reading_notes = [note for dataset in datasets for note in dataset.reading_notes]
+    reading_notes = dict.fromkeys(note for dataset in datasets for note in dataset.reading_notes)
     sources = [s.path for job in config.per_job() if job.output.name in methods for s in job.data.train]
     skipped = [message for name in methods for message in results["skipped"].get(name, ())]
     labels = dict.fromkeys(label for dataset in datasets for label in dataset.label_names)
@@ -67,7 +67,7 @@ def run_summary(
         comparisons=comparisons,
         data={
             "sources": ", ".join(dict.fromkeys(sources)),
-            "read as": "; ".join(dict.fromkeys(reading_notes)),
+            "read as": "; ".join(reading_notes),
             **continued,
         }
         | ({"left out": skipped_text(list(dict.fromkeys(skipped)))} if skipped else {}),
@@ -114,7 +114,8 @@ def next_steps(run: PreparedRun, config: RunConfig, run_folder: RunFolder, name:
     number = [job.name for job in run.jobs].index(name)
     dataset, job_config = run.datasets[number], config.per_job()[number]
     is_closed = dataset.answers is not None
-    sample = sample_input(dataset.sample, {}, is_closed or run.objective != "causal_lm")
+    columns = {} if dataset.reading is None else dataset.reading.columns
+    sample = sample_input(dataset.sample, columns, is_closed or run.objective != "causal_lm")
     if dataset.images is not None:
         sample = {"text": str(sample_image(run, number, run_folder)), "is_image": True}
     held_out = job_config.data.test
