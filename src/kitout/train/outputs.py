@@ -17,7 +17,6 @@ from torch import Tensor
 from kitout.evaluate.compare import Comparison
 from kitout.evaluate.report import adapter_table, html, model_card
 from kitout.evaluate.report.adapter_table import AdapterRow
-from kitout.evaluate.report.next_steps import NextSteps
 from kitout.runtime.adapter import Adapter
 from kitout.train.adapter_folders import adapter_folders, not_written_error
 from kitout.train.config.schema import RunConfig
@@ -25,7 +24,7 @@ from kitout.train.loop.trainer import JobTrainer
 from kitout.train.measure.evaluate import JobOutcome
 from kitout.train.measure.merge_proof import MergeProof
 from kitout.train.preflight.cost_estimate import CostEstimate
-from kitout.train.results_text import results_text
+from kitout.train.results_text import next_text, results_text
 from kitout.train.run_folder import RunFolder
 from kitout.train.run_plots import predicted_images, report_charts, share_data, write_pngs
 from kitout.train.run_summary import card_summary, method_text, next_steps, run_summary
@@ -58,6 +57,8 @@ def write_outputs(
     results["true"] = {name: list(one.references) for name, one in outcomes.items() if one.references}
     if proofs:
         results["merge"] = {name: asdict(proof) for name, proof in proofs.items()}
+    steps = next_steps(run, config, run_folder, run.jobs[0].name)
+    results["next"] = {"commands": steps.commands, "python": steps.python_lines}
     folders = adapter_folders(run, run_folder)
     try:
         _write_all(run, config, run_folder, results, comparisons, folders, outcomes, rows)
@@ -69,7 +70,8 @@ def write_outputs(
         log(f"{name}: {comparison.verdict}" if len(comparisons) > 1 else comparison.verdict)
     if config.jobs and adapter_table.comparable(rows):
         log(f"\n{adapter_table.text(rows, run.first_dataset.majority_accuracy, share_data(run))}\n")
-    log(_end_text(run_folder, folders, next_steps(run, config, run_folder, run.jobs[0].name)))
+    log("\n".join([f"report   {run_folder.report}", *(f"adapter  {folder}" for folder in folders.values()), ""]))
+    log(next_text(results))
     return results
 
 
@@ -166,18 +168,3 @@ def _training_bytes(adapter: Adapter, optimizer: Any) -> int:
     states = [tensor for value in trained for tensor in optimizer.state.get(value, {}).values()]
     tensors = [*trained, *trained, *(tensor for tensor in states if isinstance(tensor, Tensor) and tensor.dim())]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _end_text(run_folder: RunFolder, folders: Mapping[str, Path], steps: NextSteps) -> str:
-    """Where everything is, then what one types next."""
-    return "\n".join(
-        [
-            f"report   {run_folder.report}",
-            *(f"adapter  {one}" for one in folders.values()),
-            "",
-            "next:",
-            *(f"  {command}" for command in steps.commands),
-            "or in Python:",
-            *(f"  {line}" for line in steps.python_lines),
-        ]
-    )

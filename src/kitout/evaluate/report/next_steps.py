@@ -15,7 +15,7 @@ from typing import Any
 from kitout.format import escape_terminal
 
 MAX_CHARS = 100  # of an input that is shown
-NEW_TOKENS = 64  # that a text generator writes
+NEW_TOKENS = 64  # that go on from a text, which has no end of its own
 IN_DOUBLE_QUOTES = re.compile(r'[^"$`\\!%]*')  # what no shell acts on inside double quotes
 
 
@@ -62,7 +62,7 @@ class NextSteps:
         """Lines of Python that print one answer."""
         base = f", base={_python(self.base)}" if self.base else ""
         if self.messages:
-            call = f"p.chat({_python([dict(message) for message in self.messages])}, max_new_tokens={NEW_TOKENS})"
+            call = f"p.chat({_python([dict(message) for message in self.messages])})"
         elif self.writes:
             call = f"p.generate({_python(self.text)}, max_new_tokens={NEW_TOKENS})"
         else:
