@@ -119,7 +119,7 @@ def next_steps(run: PreparedRun, config: RunConfig, run_folder: RunFolder, name:
     if dataset.images is not None:
         sample = {"text": str(sample_image(run, number, run_folder)), "is_image": True}
     held_out = job_config.data.test
-    file = held_out if isinstance(held_out, str) else job_config.data.train[0].path
+    file = (held_out if isinstance(held_out, str) else job_config.data.train[0].path).partition("#")[0]
     return NextSteps(
         folder=str(adapter_folders(run, run_folder)[name]),
         **sample,
