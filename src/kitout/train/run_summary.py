@@ -123,7 +123,7 @@ def next_steps(run: PreparedRun, config: RunConfig, run_folder: RunFolder, name:
     return NextSteps(
         folder=str(adapter_folders(run, run_folder)[name]),
         **sample,
-        file=file if Path(file).expanduser().exists() else "",
+        file=file if Path(file).expanduser().exists() and not file.endswith(".npz") else "",  # arrays are for training
         writes=run.objective == "causal_lm" and not is_closed,
     )
 
