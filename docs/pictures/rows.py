@@ -30,9 +30,9 @@ STYLE = """
 
 
 def draw() -> str:
+    label = "One frozen base; each row of a batch has its own adapter"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        'aria-label="One frozen base; each row of a batch has its own adapter">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">',
         f"<style>{STYLE}</style>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="8" style="fill: var(--page)"/>',
         _text(20, 30, "one batch", "head"),

@@ -40,7 +40,7 @@ from kitout.train.measure.merge_proof import check_mergeable, prove_merge
 from kitout.train.preflight import render
 from kitout.train.preflight.collect import collect_pages, collect_statistics
 from kitout.train.preflight.cost_estimate import CostEstimate, estimate_cost
-from kitout.train.results_text import results_text
+from kitout.train.results_text import next_text, results_text
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup.base_model import Placement, choose_placement
 from kitout.train.setup.parent import adopt_parents
@@ -157,6 +157,8 @@ def _show_finished(folder: RunFolder, log: LogFn) -> Result:
     if text := results_text(results):
         log(text)
     log(folder.finished_message())
+    if text := next_text(results):
+        log(f"\n{text}")
     return Result(folder.path, figures=results)
 
 

@@ -30,7 +30,6 @@ LICENSE_PATTERNS = {  # how a license's own text begins
     "gpl-3.0": r"gnu general public license\s+version 3",
     "agpl-3.0": r"gnu affero general public license\s+version 3",
 }
-GENERATING_LOADERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 
 def write_model_card(summary: RunSummary, folder: Path) -> Path:
@@ -100,52 +99,22 @@ def _format_score(change: MetricChange, score: Score) -> str:
     return f"{change.format_value(score.value)} ({change.format_value(score.low)} to {change.format_value(score.high)})"
 
 
-def _loader_name(s: RunSummary) -> str:
-    return s.loader or "AutoModelForCausalLM"
-
-
 def _usage_section(s: RunSummary) -> str:
-    """Code that runs as it is, once FOLDER is replaced."""
-    loader, base, name = _loader_name(s), json.dumps(s.base_path or s.model), json.dumps(s.adapter)
-    kwargs = s.from_pretrained_kwargs or ({"num_labels": len(s.labels)} if s.labels else {})
-    code = [
-        "import kitout",
-        f"from transformers import {loader}" + (", AutoTokenizer" if loader in GENERATING_LOADERS else ""),
-        "",
-        f"model = {loader}.from_pretrained({base}{_arguments(kwargs)})",
-        "kit = kitout.attach(model.eval())",
-        f'kit.load("FOLDER", name={name})  # this folder',
-        f"kit.use({name})  # kit.use(None): the base again, bit-identical",
-        "",
-    ]
-    if loader in GENERATING_LOADERS:
-        encode = (
-            [
-                'messages = [{"role": "user", "content": "a prompt of the kind it was trained on"}]',
-                'options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}',
-                "batch = tokenizer.apply_chat_template(messages, **options)",
-            ]
-            if s.chat
-            else ['batch = tokenizer("a prompt of the kind it was trained on", return_tensors="pt")']
-        )
-        options = f"max_new_tokens=64{_arguments(s.generate_kwargs)}"
-        code += [
-            f"tokenizer = AutoTokenizer.from_pretrained({base}{_arguments(s.tokenizer_kwargs)})",
-            *encode,
-            f"print(tokenizer.decode(kit.generate(**batch, {options})[0], skip_special_tokens=True))",
-        ]
-    else:
-        code.append("# kit(**batch).logits: one number per label, in the order listed below")
-    block = _code_block("\n".join(code), "python")
+    """Code and commands that run as they are, once FOLDER (and BASE) are replaced."""
+    steps = s.next_steps.get(s.adapter)
+    if steps is None:
+        return ""
+    python, shell = _code_block("\n".join(steps.python_lines), "python"), _code_block("\n".join(steps.commands), "sh")
+    image = "; IMAGE: an image file" if steps.is_image else ""
+    base = f"; BASE: a folder with the base, **{_escape_line(s.model)}**" if steps.base else ""
+    servers = "".join(f"\n{_escape_line(note)}.\n" for note in s.servers)
     return (
-        f"## How to use it\n\n{block}\nIt loads on this base only. Several adapters can be active at once, one per "
-        "row of a batch. `kit.merged_copy(...)` merges one into an ordinary model, if its method can be merged.\n"
+        f"## How to use it\n\nFOLDER: where this file is{base}{image}; FILE: a table or a folder.\n\n"
+        f"{python}\n{shell}\n"
+        "It loads on this base only. `p.kit` is the base with its adapters: several can be active at once, one per row "
+        "of a batch, and `p.kit.merged_copy(...)` merges one into an ordinary model, if its method can be merged.\n"
+        f"{servers}"
     )
-
-
-def _arguments(kwargs: FactTable) -> str:
-    """As further arguments of a call."""
-    return "".join(f", {setting}={value!r}" for setting, value in kwargs.items())
 
 
 def _facts_section(title: str, facts: FactTable) -> str:

@@ -6,7 +6,7 @@ code of a model's folder is ever run. It knows model classes by task, and nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,6 @@ class LoadedModel:
     """On its device, frozen weights in their dtype."""
     new_heads: frozenset[str]
     """Paths of the modules that the checkpoint does not hold, or holds in another shape."""
-    from_pretrained_kwargs: Mapping[str, Any]
-    """What the loader takes besides the name, for others who load the same base."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,6 @@ class LoadedBase:
     """Those of them that the checkpoint does not hold."""
     dtype_reason: str
     """Why the weights have this dtype, in words."""
-    from_pretrained_kwargs: Mapping[str, Any]
-    """What the loader takes besides the name, for others who load the same base."""
 
 
 def resolve_model(name: str) -> str:
@@ -180,12 +176,8 @@ def load_model(
         keep_nf4_trainable(model)
     if pad_token_id is not None:
         model.config.get_text_config().pad_token_id = pad_token_id
-    reload_kwargs = {name: kwargs[name] for name in ("num_labels",) if name in kwargs}
-    reload_kwargs |= {"ignore_mismatched_sizes": True} if info["mismatched_keys"] else {}
-    reload_kwargs |= {} if config.revision is None else {"revision": config.revision}
-    reload_kwargs |= {} if pad_token_id is None else {"pad_token_id": pad_token_id}
     new_keys = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    return LoadedModel(model, frozenset(key.rpartition(".")[0] for key in new_keys), reload_kwargs)
+    return LoadedModel(model, frozenset(key.rpartition(".")[0] for key in new_keys))
 
 
 def attach_for_training(
@@ -205,7 +197,7 @@ def attach_for_training(
         base.set_attn_implementation("eager")
     kit.eval()
     heads = copy_heads(kit, loaded.new_heads, task.generates_text)
-    return LoadedBase(kit, heads, loaded.new_heads, placement.reason, loaded.from_pretrained_kwargs)
+    return LoadedBase(kit, heads, loaded.new_heads, placement.reason)
 
 
 def _example_images(model: Any, size: int) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from kitout.train.setup.base_model import resolve_data
 from kitout.train.setup.closed_answers import ClosedAnswers, find_closed_answers
 from kitout.train.setup.lengths import TextLengths, requested_lengths
 from kitout.train.setup.reading_progress import ReadingProgress
+from kitout.train.setup.sample_input import short_example
 
 ENCODE_CHUNK = 20_000  # examples between two reports
 PREVIEW_EXAMPLES = 1000  # examples of a stream that are counted beforehand
@@ -75,6 +76,8 @@ class Datasets:
     """Bad rows that were left out, a message with file and line each."""
     reading: TableReading | None = None
     """How the first source was read; None: images."""
+    sample: Example | None = None
+    """Of the test split, else of another: what the end of the run shows as an input; None: images."""
 
     def reference_of(self, item: Any) -> Any:
         """The reference of an example, as the metrics of its task take it."""
@@ -152,6 +155,7 @@ def load_text_datasets(
         languages=_languages(task, tokenizer, config),
         skipped=tuple(skipped or ()),
         reading=readings[0],
+        sample=short_example(splits.test or splits.validation or splits.train),
     )
 
 
@@ -276,6 +280,7 @@ def _load_streamed(
         languages=_languages(task, tokenizer, config),
         skipped=() if skipped is None else skipped,
         reading=stream.readings[0],
+        sample=short_example(held_out["test"] or held_out["validation"] or first_examples),
     )
 
 

@@ -65,8 +65,6 @@ class PreparedRun:
     """Why the base has its dtype, in words."""
     warnings: list[str]
     """What the pre-flight warns of, besides the data."""
-    from_pretrained_kwargs: Mapping[str, Any]
-    """What the loader of the base takes besides its name."""
     schedules: list[Schedule]
     """How long each job trains, and why."""
     new_heads: frozenset[str] = frozenset()
@@ -123,7 +121,7 @@ def prepare(
             with base.kit.use(job.name):
                 job.objective.choose_head_loss([one.name for one in jobs], first_rows)
     return PreparedRun(
-        base.kit, jobs, datasets, tokenizer, task.name, base.dtype_reason, warnings, base.from_pretrained_kwargs,
+        base.kit, jobs, datasets, tokenizer, task.name, base.dtype_reason, warnings,
         schedules, base.new_heads, parents, lengths,
     )  # fmt: skip
 
