@@ -58,7 +58,7 @@ def test_the_schema_is_json() -> None:
         (["a.yaml", "b.yaml"], "one run.yaml at a time, not a.yaml, b.yaml"),
         (["--model", "m"], "data: is required"),
         (["--model", "m", "--data", "d", "trian.lr=1"], "did you mean 'train'?"),
-        (["--model", "m", "--data", "d", "--method", "lora"], "did you mean 'LoRA'?"),
+        (["--model", "m", "--data", "d", "--method", "loar"], "did you mean 'LoRA'?"),
         (["--model", "m", "--data", "d", "model.dtype=float16", "model.device=cpu"], "float16 overflows"),
     ],
 )

@@ -18,13 +18,13 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from kitout.method import Method
 from kitout.train.config import yaml_file
+from kitout.train.config.method_field import AnyMethod
 from kitout.train.config.schema import AugmentConfig, JobConfig, RunConfig, SourceConfig
 
 WIDTH = 110
 TYPES: dict[Any, str] = {
-    str: "text", bool: "true | false", int: "whole number", float: "number", Path: "folder", Method: "method",
+    str: "text", bool: "true | false", int: "whole number", float: "number", Path: "folder", AnyMethod: "method",
     SourceConfig: "source", JobConfig: "job", AugmentConfig: "augmentation", Any: "value",
 }  # fmt: skip
 AUGMENTATION_TITLE = "augmentation"
@@ -98,7 +98,7 @@ def _setting_doc(name: str, info: FieldInfo) -> SettingDoc:
 def _section_model(annotation: Any) -> type[BaseModel] | None:
     """The section that a field holds, or holds several of."""
     inner = get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
-    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) and inner is not Method else None
+    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
 
 
 def _doc_text(section: type[BaseModel]) -> str:
@@ -127,6 +127,8 @@ def type_text(annotation: Any, limits: Any = ()) -> str:
 
 def default_text(value: Any) -> str:
     """A default as it would be written on one line of YAML."""
+    from kitout.method import Method
+
     if isinstance(value, Method):
         return type(value).__name__
     if isinstance(value, BaseModel):

@@ -10,17 +10,14 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from kitout.format import short_repr
-from kitout.runtime.build_adapter import ADAPTER_NAME_PATTERN
+from kitout.format import ADAPTER_NAME_PATTERN, ADAPTER_NAME_RULE, short_repr
 
 MAX_WHOLE_NUMBER = 2**32 - 1
 
 
 def check_name(value: str) -> str:
     if not ADAPTER_NAME_PATTERN.fullmatch(value):
-        raise ValueError(
-            f"{short_repr(value)}: use 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit"
-        )
+        raise ValueError(f"{short_repr(value)}: {ADAPTER_NAME_RULE}")
     return value
 
 
