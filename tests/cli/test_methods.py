@@ -14,7 +14,7 @@ from kitout import LoRA
 from kitout.cli import app, methods
 from kitout.cli.methods import method_info, parse_docstring
 from kitout.method import REGISTRY, Method
-from kitout.train.config.describe import type_text
+from kitout.train.config.type_text import type_text
 from laws.cases import CASES
 
 

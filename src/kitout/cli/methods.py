@@ -20,8 +20,8 @@ from kitout import methods as _register_all  # noqa: F401
 from kitout.cli.terminal import report_errors
 from kitout.format import align_columns
 from kitout.method import REGISTRY, Method
-from kitout.train.config.describe import type_text
 from kitout.train.config.method_field import find_method
+from kitout.train.config.type_text import type_text
 from kitout.train.loop.optimizer import refuse_above, warn_above
 
 METHOD_COLUMNS = ("method", "what it trains", "default location", "lr", "weight decay", "merges", "limitations")

@@ -136,6 +136,8 @@ def method_to_dict(method: Method) -> dict[str, Any]:
 class AnyMethod:
     """The type of a field that holds a Method: `parse_method` checks it, because the class itself would load torch."""
 
+    type_name = "method"
+
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.any_schema()

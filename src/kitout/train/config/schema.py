@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -207,6 +207,8 @@ class OutputConfig(ConfigSection):
 
 class JobConfig(ConfigSection):
     """One of several adapters trained at once on one base; settings that are left out are the run's."""
+
+    type_name: ClassVar[str] = "job"
 
     name: AdapterName
     """Of its adapter."""

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from kitout.data.encode import classification, generation
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.data.encode.languages import Languages
 from kitout.data.examples.examples import Example, LabeledText, TaggedWords
@@ -118,18 +117,37 @@ def _is_generation(examples: Sequence[Example]) -> bool:
     return not isinstance(examples[0], TaggedWords | LabeledText)
 
 
-def _sequence_task(name: SequenceTask, encoder: Callable[..., EncodeFn], has_labels: bool = True) -> Task:
+def _sequence_task(name: SequenceTask, encoder: str, has_labels: bool = True) -> Task:
     return Task(
         name,
         "AutoModelForSequenceClassification",
         "text-classification",
         name,
         lambda kit, settings: _sequence_classification(kit, name, settings),
-        lambda s: encoder(s.tokenizer, s.max_length, *([s.label_names] if has_labels else [])),
+        lambda s: _label_encoder(encoder)(s.tokenizer, s.max_length, *([s.label_names] if has_labels else [])),
         lambda examples, _: _label_kind(examples) == name,
         has_labels=has_labels,
         needs_pad_id=True,
     )
+
+
+def _label_encoder(name: str) -> Callable[..., EncodeFn]:
+    from kitout.data.encode import classification
+
+    encoder: Callable[..., EncodeFn] = getattr(classification, name)
+    return encoder
+
+
+def _causal_encoder(s: EncoderSettings) -> EncodeFn:
+    from kitout.data.encode.generation import CausalEncoder
+
+    return CausalEncoder(s.tokenizer, s.max_length, s.train_on, s.chat_template_kwargs)
+
+
+def _seq2seq_encoder(s: EncoderSettings) -> EncodeFn:
+    from kitout.data.encode.generation import Seq2SeqEncoder
+
+    return Seq2SeqEncoder(s.tokenizer, s.max_length, s.max_target_length, s.languages)
 
 
 def _causal_lm(kit: Kit, settings: ObjectiveSettings) -> Objective:
@@ -180,20 +198,20 @@ TASKS: dict[str, Task] = {
             "text-generation",
             "generation",
             _causal_lm,
-            lambda s: generation.CausalEncoder(s.tokenizer, s.max_length, s.train_on, s.chat_template_kwargs),
+            _causal_encoder,
             lambda examples, is_encoder_decoder: _is_generation(examples) and not is_encoder_decoder,
             packable=True,
         ),
-        _sequence_task("classification", classification.ClassEncoder),
-        _sequence_task("regression", classification.RegressionEncoder, has_labels=False),
-        _sequence_task("multilabel", classification.MultiLabelEncoder),
+        _sequence_task("classification", "ClassEncoder"),
+        _sequence_task("regression", "RegressionEncoder", has_labels=False),
+        _sequence_task("multilabel", "MultiLabelEncoder"),
         Task(
             "token_classification",
             "AutoModelForTokenClassification",
             "token-classification",
             "tokens",
             _token_classification,
-            lambda s: classification.TokenClassEncoder(s.tokenizer, s.max_length, s.label_names),
+            lambda s: _label_encoder("TokenClassEncoder")(s.tokenizer, s.max_length, s.label_names),
             lambda examples, _: isinstance(examples[0], TaggedWords),
             _token_classes,
             has_labels=True,
@@ -205,7 +223,7 @@ TASKS: dict[str, Task] = {
             "text2text-generation",
             "generation",
             _seq2seq_lm,
-            lambda s: generation.Seq2SeqEncoder(s.tokenizer, s.max_length, s.max_target_length, s.languages),
+            _seq2seq_encoder,
             lambda examples, is_encoder_decoder: _is_generation(examples) and is_encoder_decoder,
         ),
         Task(
