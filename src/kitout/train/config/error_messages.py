@@ -65,11 +65,7 @@ def _messages_at(
         elif error["type"] == "extra_forbidden":
             renamed = new_key(location)
             known = [f.alias or n for n, f in section.model_fields.items()]
-            hint = (
-                key_hint(location)
-                or _same_key_elsewhere(location, model)
-                or suggest(location.rpartition(".")[2], known)
-            )
+            hint = hint_for_key(location, model) or suggest(location.rpartition(".")[2], known)
             yield f"{location}: is now {renamed}" if renamed else f"{location}: there is no such setting; {hint}"
         elif error["type"] == "value_error":
             yield from _validator_errors(location, error["msg"].removeprefix("Value error, "))
@@ -83,6 +79,11 @@ def _messages_at(
     else:
         expected = " or ".join(dict.fromkeys(map(_expected, type_errors)))
         yield f"{location}: expected {expected}, found {short_repr(value)}"
+
+
+def hint_for_key(location: str, model: type[BaseModel]) -> str | None:
+    """What to write instead of a key that is another library's, or another section's; None for any other key."""
+    return key_hint(location) or _same_key_elsewhere(location, model)
 
 
 def _same_key_elsewhere(location: str, model: type[BaseModel]) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kitout.data.encode.template_date import fix_template_date
-from kitout.errors import ConfigError, Errors
+from kitout.errors import ConfigError, Errors, KitoutError
 from kitout.kit import Kit
 from kitout.train.config.conflicts import find_conflicts
 from kitout.train.config.schema import AugmentConfig, DataConfig, RunConfig
@@ -28,9 +28,9 @@ from kitout.train.setup.base_model import (
     load_base,
     load_config,
     load_tokenizer,
-    resolve_model,
 )
 from kitout.train.setup.datasets import Datasets, load_datasets
+from kitout.train.setup.find_inputs import fetch_inputs, find_inputs, raise_together, resolve_model
 from kitout.train.setup.heads import build_heads
 from kitout.train.setup.lengths import (
     TextLengths,
@@ -88,14 +88,16 @@ def prepare(
     job_configs = config.per_job()
     parents = {one.output.name: read_parent(one.train.from_) for one in job_configs if one.train.from_ is not None}
     warnings = _check_learning_rates(job_configs)
-    hf_config = load_config(config.model)
+    hf_config = _find_base(config, log)
     tokenizer = None if _reads_images(config.objective, hf_config) else load_tokenizer(config.model)
     date_warning = "" if tokenizer is None else _fix_template_date(tokenizer, job_configs)
     lengths = [] if tokenizer is None else [requested_lengths(job.data, tokenizer) for job in job_configs]
+    log(f"reading {', '.join(dict.fromkeys(source.path for job in job_configs for source in job.data.train))} ...")
     datasets = _load_all_datasets(job_configs, hf_config, tokenizer, lengths, log)
     warnings += [date_warning] if date_warning and any(dataset.is_chat for dataset in datasets) else []
     task = _common_task(job_configs, datasets)
     pad_token_id = None if task.reads_images else _choose_pad_token(hf_config, tokenizer)
+    log(f"loading {config.model.name} ...")
     base = _load_base(config, task, placement or choose_placement(config.model), datasets, hf_config, pad_token_id)
     _set_target_language(base, job_configs, datasets)
     warnings += _warn_of_new_heads(base, datasets[0])
@@ -125,6 +127,20 @@ def prepare(
         base.kit, jobs, datasets, tokenizer, task.name, base.dtype_reason, warnings, base.from_pretrained_kwargs,
         schedules, base.new_heads, parents, lengths,
     )  # fmt: skip
+
+
+def _find_base(config: RunConfig, log: Callable[[str], None]) -> Any:
+    """The config of the base; a name of a model and names of data that are nothing are one error."""
+    errors = list(find_inputs(config).errors)
+    hf_config = None
+    if not any(isinstance(error, ConfigError) for error in errors):
+        try:
+            fetch_inputs(config, log)
+            hf_config = load_config(config.model)
+        except KitoutError as error:
+            errors.insert(0, error)
+    raise_together(errors)
+    return hf_config
 
 
 def _fix_template_date(tokenizer: Any, job_configs: Sequence[RunConfig]) -> str:
