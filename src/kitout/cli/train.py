@@ -73,7 +73,7 @@ def _run_training(args: list[str], shorthands: dict[str, Any], dry_run: bool) ->
     if len(files) > 1:
         raise ConfigError(f"one run.yaml at a time, not {', '.join(files)}; write a setting as name=value")
     settings: list[overrides.Override | str] = [*shorthands.items(), *filter(overrides.is_override, args)]
-    config = overrides.build_config(Path(files[0]) if files else None, settings)
+    config = overrides.build_config(Path(files[0]) if files else None, settings, typer.echo)
     from kitout.train.start import start
 
     start(config, dry_run=dry_run, log=typer.echo)

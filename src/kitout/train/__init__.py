@@ -46,7 +46,7 @@ class _CallableModule(ModuleType):
             values = dict(config)
         else:
             values = {} if config is None else read_yaml(Path(config))
-        return start(load(values | sections), dry_run=dry_run, log=log)
+        return start(load(values | sections, log), dry_run=dry_run, log=log)
 
 
 sys.modules[__name__].__class__ = _CallableModule

@@ -15,7 +15,6 @@ from kitout.train.setup.find_inputs import check_inputs
 if TYPE_CHECKING:
     from kitout.train.run import Result
 
-LOADING = "loading torch and transformers ..."
 RESULTS_FILE = "results.json"  # of a run that is finished, which needs neither its base nor its data any more
 
 
@@ -24,7 +23,7 @@ def start(config: RunConfig, *, dry_run: bool = False, log: Callable[[str], None
     if not (config.output.folder.expanduser() / RESULTS_FILE).is_file():
         check_inputs(config)
     if "transformers" not in sys.modules:
-        log(LOADING)
+        log("loading transformers ...")
     from kitout.train.run import run
 
     return run(config, dry_run=dry_run, log=log)

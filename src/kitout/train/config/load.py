@@ -6,7 +6,8 @@ has settings of its own to check, an error is found before torch is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,17 +22,27 @@ from kitout.train.config.schema import WITHOUT_METHODS, RunConfig
 MAX_MESSAGES = 20  # of one config
 
 
-def load(values: Mapping[str, Any]) -> RunConfig:
-    """A checked config from plain values (YAML, JSON, a form). ConfigError names every error at once."""
-    check_size(values, "the run's config")
-    if _has_method_names_alone(values):
-        _validate({"method": DEFAULT_METHOD, **values}, WITHOUT_METHODS)
+def load(values: Mapping[str, Any], log: Callable[[str], None] | None = None) -> RunConfig:
+    """A checked config from plain values (YAML, JSON, a form). ConfigError names every error at once.
+
+    log: gets a line before torch is loaded, if it is not yet.
+    """
+    check(values)
+    if log is not None and "torch" not in sys.modules:
+        log("loading torch ...")
     config = _validate(values)
     errors = Errors(ConfigError, "the run's config")
     for conflict in dict.fromkeys(conflict for run in config.per_job() for conflict in find_conflicts(run)):
         errors.add(conflict)
     errors.raise_if_any()
     return config
+
+
+def check(values: Mapping[str, Any]) -> None:
+    """ConfigError for what can be found out without the methods; nothing is checked where they have settings."""
+    check_size(values, "the run's config")
+    if has_method_names_alone(values):
+        _validate({"method": DEFAULT_METHOD, **values}, WITHOUT_METHODS)
 
 
 def _validate(values: Mapping[str, Any], context: object = None) -> RunConfig:
@@ -48,7 +59,7 @@ def _validate(values: Mapping[str, Any], context: object = None) -> RunConfig:
         raise
 
 
-def _has_method_names_alone(values: Mapping[str, Any]) -> bool:
+def has_method_names_alone(values: Mapping[str, Any]) -> bool:
     """Every method of the run and its jobs is left out or a name that is known: nothing of it can be wrong."""
     jobs = values.get("jobs")
     runs = [values, *(jobs if isinstance(jobs, list | tuple) else ())]
