@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("demo",),
-    ("interop",),
+    ("interop", "predict"),
     ("train",),
     ("evaluate",),
     ("model_check", "peft_folders"),

@@ -6,20 +6,20 @@ code of a model's folder is ever run. It knows model classes by task, and nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from kitout.errors import ConfigError
+from kitout.errors import ConfigError, KitoutError
 from kitout.format import short_repr
 from kitout.kit import Kit, attach
-from kitout.train.config.schema import ModelConfig
+from kitout.train.config.schema import ModelConfig, RunConfig
 from kitout.train.objectives.tasks import Task
 from kitout.train.setup import device
-from kitout.train.setup.find_inputs import near_builtin, resolve_model
+from kitout.train.setup.find_inputs import fetch_inputs, find_inputs, near_builtin, raise_together, resolve_model
 from kitout.train.setup.heads import copy_heads
 from kitout.train.setup.quantization import keep_nf4_trainable, quantization_kwargs
 
@@ -78,6 +78,20 @@ def load_config(config: ModelConfig) -> Any:
             f"model.name={short_repr(config.name)}: no model is there: {_short_message(error)}"
             f"{near_builtin(config.name, 'model')}"
         ) from error
+
+
+def find_base(config: RunConfig, log: Callable[[str], None]) -> Any:
+    """The config of the base; a name of a model and names of data that are nothing are one error."""
+    errors = list(find_inputs(config).errors)
+    hf_config = None
+    if not any(isinstance(error, ConfigError) for error in errors):
+        try:
+            fetch_inputs(config, log)
+            hf_config = load_config(config.model)
+        except KitoutError as error:
+            errors.insert(0, error)
+    raise_together(errors)
+    return hf_config
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kitout.data.encode.languages import Languages
 from kitout.data.encode.template_date import fix_template_date
-from kitout.errors import ConfigError, Errors, KitoutError
+from kitout.errors import ConfigError, Errors
 from kitout.kit import Kit
 from kitout.train.config.conflicts import find_conflicts
 from kitout.train.config.schema import AugmentConfig, DataConfig, RunConfig
@@ -25,12 +26,12 @@ from kitout.train.setup.base_model import (
     LoadedBase,
     Placement,
     choose_placement,
+    find_base,
     load_base,
-    load_config,
     load_tokenizer,
 )
 from kitout.train.setup.datasets import Datasets, load_datasets
-from kitout.train.setup.find_inputs import fetch_inputs, find_inputs, raise_together, resolve_model
+from kitout.train.setup.find_inputs import resolve_model
 from kitout.train.setup.heads import build_heads
 from kitout.train.setup.lengths import (
     TextLengths,
@@ -88,7 +89,7 @@ def prepare(
     job_configs = config.per_job()
     parents = {one.output.name: read_parent(one.train.from_) for one in job_configs if one.train.from_ is not None}
     warnings = _check_learning_rates(job_configs)
-    hf_config = _find_base(config, log)
+    hf_config = find_base(config, log)
     tokenizer = None if _reads_images(config.objective, hf_config) else load_tokenizer(config.model)
     date_warning = "" if tokenizer is None else _fix_template_date(tokenizer, job_configs)
     lengths = [] if tokenizer is None else [requested_lengths(job.data, tokenizer) for job in job_configs]
@@ -96,10 +97,10 @@ def prepare(
     datasets = _load_all_datasets(job_configs, hf_config, tokenizer, lengths, log)
     warnings += [date_warning] if date_warning and any(dataset.is_chat for dataset in datasets) else []
     task = _common_task(job_configs, datasets)
-    pad_token_id = None if task.reads_images else _choose_pad_token(hf_config, tokenizer)
+    pad_token_id = None if task.reads_images else choose_pad_token(hf_config, tokenizer)
     log(f"loading {config.model.name} ...")
     base = _load_base(config, task, placement or choose_placement(config.model), datasets, hf_config, pad_token_id)
-    _set_target_language(base, job_configs, datasets)
+    _set_language_of_targets(base, job_configs, datasets)
     warnings += _warn_of_new_heads(base, datasets[0])
     for job_config, dataset in zip(job_configs, datasets, strict=True):
         _add_adapter(base, job_config, dataset, parents.get(job_config.output.name))
@@ -127,20 +128,6 @@ def prepare(
         base.kit, jobs, datasets, tokenizer, task.name, base.dtype_reason, warnings, base.from_pretrained_kwargs,
         schedules, base.new_heads, parents, lengths,
     )  # fmt: skip
-
-
-def _find_base(config: RunConfig, log: Callable[[str], None]) -> Any:
-    """The config of the base; a name of a model and names of data that are nothing are one error."""
-    errors = list(find_inputs(config).errors)
-    hf_config = None
-    if not any(isinstance(error, ConfigError) for error in errors):
-        try:
-            fetch_inputs(config, log)
-            hf_config = load_config(config.model)
-        except KitoutError as error:
-            errors.insert(0, error)
-    raise_together(errors)
-    return hf_config
 
 
 def _fix_template_date(tokenizer: Any, job_configs: Sequence[RunConfig]) -> str:
@@ -241,7 +228,7 @@ def _common_task(job_configs: Sequence[RunConfig], datasets: Sequence[Datasets])
     return TASKS[name]
 
 
-def _choose_pad_token(hf_config: Any, tokenizer: Any) -> int:
+def choose_pad_token(hf_config: Any, tokenizer: Any) -> int:
     """The id rows are padded with. Decoders find a row's last token by it, so texts should not hold it."""
     configured = hf_config.get_text_config().pad_token_id
     candidates = (configured, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
@@ -268,7 +255,7 @@ def _load_base(
     )
 
 
-def _set_target_language(base: LoadedBase, job_configs: Sequence[RunConfig], datasets: Sequence[Datasets]) -> None:
+def _set_language_of_targets(base: LoadedBase, job_configs: Sequence[RunConfig], datasets: Sequence[Datasets]) -> None:
     """The model starts to write in the language of the targets, in training, scoring and generation.
 
     ConfigError for jobs of several target languages, as the model has one.
@@ -280,11 +267,16 @@ def _set_target_language(base: LoadedBase, job_configs: Sequence[RunConfig], dat
         raise ConfigError(f"the jobs of one run write one language (data.tgt_lang); found {names}: split the run")
     languages = datasets[0].languages
     if languages is not None:
-        model: Any = base.kit.base
-        for name, value in languages.generation_settings.items():
-            setattr(model.generation_config, name, value)
-            if name == "decoder_start_token_id":  # else a code in front of the targets, which are trained on
-                model.config.decoder_start_token_id = value
+        set_target_language(base.kit, languages)
+
+
+def set_target_language(kit: Kit, languages: Languages) -> None:
+    """The model starts what it writes with the code of that language."""
+    model: Any = kit.base
+    for name, value in languages.generation_settings.items():
+        setattr(model.generation_config, name, value)
+        if name == "decoder_start_token_id":  # else a code in front of the targets, which are trained on
+            model.config.decoder_start_token_id = value
 
 
 def _warn_of_new_heads(base: LoadedBase, dataset: Datasets) -> list[str]:
