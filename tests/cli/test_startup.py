@@ -59,6 +59,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["train", "{folder}/broken.yaml"], "broken.yaml, line"),
         (["train", "{folder}/jobs.yaml"], "bogus: there is no such setting"),
         (["train", "--model", "m", "--data", "d", "train.learning_rate=1"], "write train.lr"),
+        (["train", "--model", "m", "--data", "d", "=1", "train.epochs=x"], "2 errors"),
+        (["train", "--model", "m", "--data", "d", "--lr", "1"], "write train.lr"),
         (["train", "--model", "m", "--data", "d", "--method", "LORA", "train.lr=x"], "expected a number"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
