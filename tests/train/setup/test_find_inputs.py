@@ -10,7 +10,7 @@ import pytest
 import kitout
 from kitout.errors import ConfigError, DataError, KitoutError
 from kitout.train.config.load import load
-from kitout.train.setup.find_inputs import check_inputs, find_inputs
+from kitout.train.setup.find_inputs import check_inputs, find_inputs, hint_of_names
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +90,8 @@ def test_from_python_and_as_the_loader_says(monkeypatch: pytest.MonkeyPatch) -> 
     for model, said in (("adapter", "no model is there: name its base"), ("owner/name", "no model is there: 404")):
         with pytest.raises(ConfigError, match=rf"(?s)2 errors.*{said}.*there is no file nope.csv"):
             kitout.train(model=model, data="nope.csv", log=lambda _line: None)
+
+
+def test_a_set_that_the_hub_does_not_have_may_be_built_in() -> None:
+    assert "'tweets'" in hint_of_names(load({"model": "m", "data": "data/tweet"}).data)
+    assert not hint_of_names(load({"model": "m", "data": ["tweets#3", "reviews.csv", "owner/x"]}).data)

@@ -17,7 +17,7 @@ from kitout.data.read.sources import could_be_on_hub, without_slice
 from kitout.data.read.tables import READERS
 from kitout.errors import ConfigError, DataError, Errors, KitoutError
 from kitout.format import short_repr
-from kitout.train.config.schema import RunConfig
+from kitout.train.config.schema import DataConfig, RunConfig
 
 CLOSE, MIN_PREFIX = 0.8, 5
 FILE_SUFFIXES = (*READERS, ".npz", ".xlsx", ".xls", ".zip", ".gz")  # of what is no name on the hub
@@ -163,6 +163,12 @@ def near_builtin(name: str, kind: str) -> str:
     close = close or [one for one in known if len(stem) >= MIN_PREFIX and one.startswith(stem)][:2]
     names = " or ".join(repr(known[one]) for one in close)
     return f"; did you mean the built-in {names}? (`kitout assets list`)" if close else ""
+
+
+def hint_of_names(config: DataConfig) -> str:
+    """What may be meant by a source that is nothing here, whatever the hub said of it; "" for none."""
+    missing = (one.path for one in config.train if not (_builtin(one.path) or _existing(without_slice(one.path))))
+    return next(filter(None, (near_builtin(path, "data") for path in missing)), "")
 
 
 def _of_kind(kind: str) -> list[str]:
