@@ -26,7 +26,7 @@ from kitout.train.objectives.tasks import TASKS
 from kitout.train.portable_texts import portable_summary
 from kitout.train.preflight.collect import skipped_text
 from kitout.train.run_folder import RunFolder
-from kitout.train.setup import base_model
+from kitout.train.setup.find_inputs import resolve_model
 from kitout.train.setup.prepare import PreparedRun
 from kitout.train.setup.sample_input import sample_input
 from kitout.train.usage import base_record
@@ -100,7 +100,7 @@ def run_summary(
         hub_name=base.name if base.source == "hub" else "",
         hub_task=TASKS[run.objective].hub_task,
         labels=tuple(labels),
-        license=model_card.find_license(Path(base_model.resolve_model(config.model.name))),
+        license=model_card.find_license(Path(resolve_model(config.model.name))),
         created=f"{datetime.now(timezone.utc):%Y-%m-%d} by kitout {__version__}",
     )
 

@@ -26,8 +26,8 @@ from kitout.data.suspicions import warn_of_remarks
 from kitout.errors import BadRows, ConfigError, DataError
 from kitout.train.config.schema import DataConfig, SourceConfig
 from kitout.train.objectives.tasks import TASKS, EncodeFn, EncoderSettings, Task
-from kitout.train.setup.base_model import resolve_data
 from kitout.train.setup.closed_answers import ClosedAnswers, find_closed_answers
+from kitout.train.setup.find_inputs import hint_of_names, resolve_data
 from kitout.train.setup.lengths import TextLengths, requested_lengths
 from kitout.train.setup.reading_progress import ReadingProgress
 from kitout.train.setup.sample_input import short_example
@@ -95,6 +95,10 @@ def load_datasets(
         return load_text_datasets(config, objective, tokenizer, is_encoder_decoder, lengths, ReadingProgress(log))
     except BadRows as error:
         raise DataError(f"{error}\n  correct them, or leave them out: data.bad_rows=skip") from error
+    except DataError as error:
+        if hint := hint_of_names(config):
+            raise DataError(f"{error}{hint}") from error
+        raise
 
 
 def load_text_datasets(
