@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "kitout needs Python 3.10 or newer; '$(PYTHON)' is older. Try: make PYTHON=python3.12"; exit 1; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PY) -c 'import torch; torch.ones(1)' >/dev/null 2>&1 || $(PIP) install -c constraints.txt $(TORCH)
-	$(PIP) install -q -c constraints.txt -e '.[dev,demo]'
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	$(PIP) install -q -c constraints.txt --no-deps timm
 	@touch $@
 

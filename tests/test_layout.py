@@ -41,7 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("method",),
     ("delta",),
     ("data", "assets", "base"),
-    ("errors", "format", "version"),
+    ("errors", "format", "install_hint", "version"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that use kitout as its users do, through the public names.

@@ -30,6 +30,7 @@ from kitout.evaluate.compare import Comparison
 from kitout.files.atomic import write_text
 from kitout.files.base_fingerprint import fingerprint
 from kitout.format import format_duration
+from kitout.install_hint import suggest_install
 from kitout.train import checkpoints, run_folder
 from kitout.train.config import conflicts
 from kitout.train.config.schema import RunConfig
@@ -71,7 +72,7 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
     from kitout.train.outputs import write_outputs
 
     if importlib.util.find_spec("accelerate") is None:
-        raise ConfigError("training needs accelerate, which is not installed\n  pip install 'kitout[train]'")
+        raise ConfigError(f"training needs accelerate, which is not installed\n  {suggest_install(extra='train')}")
     config = adopt_parents(config)
     conflicts.check_machine(config, torch.cuda.is_available())
     _join_processes(config)

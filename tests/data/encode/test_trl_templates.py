@@ -28,7 +28,7 @@ _SPEC = importlib.util.find_spec("trl")  # found, not imported: it takes seconds
 FOLDER = Path(str(_SPEC.origin)).parent / "chat_templates" if _SPEC is not None else None
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja")) if FOLDER is not None else []
 
-pytestmark = pytest.mark.skipif(FOLDER is None, reason="TRL is not installed: pip install 'kitout[dev]'")
+pytestmark = pytest.mark.skipif(FOLDER is None, reason="TRL is not installed: make setup")
 
 SPECIAL = re.compile(
     r"<[|｜][^<>\s{}'\"]{1,40}[|｜]>|<(?:start|end)_of_turn>|<end_of_utterance>|<\|[a-z_]+>|<[a-z_]+\|>"

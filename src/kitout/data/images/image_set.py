@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from kitout.data.read.tables import DataError, add_first
 from kitout.errors import BadRows, Errors, suggest
+from kitout.install_hint import suggest_install
 
 try:
     from PIL import Image, ImageOps, UnidentifiedImageError
 except ImportError as error:
-    raise DataError("images need pillow, not installed here\n  pip install 'kitout[data]'") from error
+    raise DataError(f"images need pillow, not installed here\n  {suggest_install(extra='data')}") from error
 
 # Formats that only decode pixels: no EPS, which starts Ghostscript, and no container of commands.
 IMAGE_FORMATS = {

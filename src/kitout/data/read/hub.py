@@ -15,6 +15,7 @@ from typing import Any
 
 from kitout.data.read.arrow_values import name_classes, plain_value
 from kitout.data.read.tables import DataError, Row, Tick, counted
+from kitout.install_hint import suggest_install
 
 _SOURCE_PATTERN = re.compile(
     r"(?P<name>[^:#]+)(:(?P<config>[^#]+))?(#((?P<first>\d{1,18}):)?(?P<last>\d{1,18})|#(?P<split>.+))?"
@@ -66,7 +67,7 @@ def open_hub_tables(source: str, split_named: Callable[[str], str], streaming: b
     if importlib.util.find_spec("datasets") is None:
         raise DataError(
             f"there is no file or folder {source}, and data sets of the hub need the datasets library, "
-            "not installed here\n  pip install 'kitout[hub]'"
+            f"not installed here\n  {suggest_install(extra='hub')}"
         )
     dataset = _load_dataset(source, match["name"], match["config"], match["split"], streaming)
     if match["split"]:

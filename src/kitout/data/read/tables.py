@@ -22,6 +22,7 @@ from kitout.data.read.json_text import parse_json
 from kitout.errors import BadRows, Errors
 from kitout.errors import DataError as DataError  # for those that import it from here
 from kitout.format import short_repr
+from kitout.install_hint import suggest_install
 
 MAX_SHOWN_ERRORS = 5  # errors of one kind shown in full
 TICK_ROWS = 20_000
@@ -243,7 +244,7 @@ def _iter_csv(path: Path) -> Iterator[_ReadRow]:
 
 def _iter_parquet(path: Path) -> Iterator[_ReadRow]:
     if importlib.util.find_spec("pyarrow") is None:
-        raise DataError(f"{path}: reading parquet needs pyarrow, not installed here\n  pip install 'kitout[data]'")
+        raise DataError(f"{path}: reading parquet needs pyarrow, not installed here\n  {suggest_install(extra='data')}")
     import pyarrow
     import pyarrow.parquet
 

@@ -19,6 +19,7 @@ import numpy as np
 from kitout.errors import ConfigError
 from kitout.evaluate.metrics.registry import TITLES
 from kitout.files.atomic import write_bytes
+from kitout.install_hint import suggest_install
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")  # of Okabe and Ito
 DPI = 130  # per inch
@@ -36,7 +37,7 @@ def has_matplotlib() -> bool:
 def new_figure(width: float, height: float) -> Any:
     """An empty figure without a window."""
     if not has_matplotlib():
-        raise ConfigError("plots need matplotlib, which is not installed\n  pip install 'kitout[eval]'")
+        raise ConfigError(f"plots need matplotlib, which is not installed\n  {suggest_install(extra='eval')}")
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
