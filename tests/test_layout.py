@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("demo",),
-    ("compare",),
+    ("compare", "doctor"),
     ("interop",),
     ("train",),
     ("evaluate",),

@@ -31,7 +31,7 @@ def suggest_install(*packages: str, extra: str = "") -> str:
 
 def _extra_requirement(extra: str) -> list[str]:
     """What pip is given to add an extra to this installation."""
-    checkout = _find_checkout()
+    checkout = find_checkout()
     if checkout is not None:
         folder = "." if checkout.samefile(".") else str(checkout)
         return ["-e", f"{folder}[{extra}]"]
@@ -46,7 +46,7 @@ def _extra_requirement(extra: str) -> list[str]:
     return [f"{DISTRIBUTION}[{extra}]"]  # pip takes the extra from the installed version, where there is an index too
 
 
-def _find_checkout() -> Path | None:
+def find_checkout() -> Path | None:
     """The clone that this file lies in; None: it lies in site-packages."""
     root = PACKAGE.parent.parent
     try:
