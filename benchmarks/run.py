@@ -21,6 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *NAMES], help="which (default: all)")
     parser.add_argument("--write", action="store_true", help="keep the table in RESULTS.md")
+    parser.add_argument("--label", default="", help="of another kind of machine: the section gets it in its title")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
 
@@ -38,7 +39,8 @@ def main() -> int:
     if options.write:
         results = HERE / "RESULTS.md"
         by_name = sections(results.read_text(encoding="utf-8")) if results.exists() else {}
-        by_name |= {name: section(name, lines, machine()) for name, lines in measured.items()}
+        label = f", {options.label}" if options.label else ""
+        by_name |= {name + label: section(name + label, lines, machine()) for name, lines in measured.items()}
         order = [*(name for name in NAMES if name in by_name), *(name for name in by_name if name not in NAMES)]
         results.write_text(HEAD + "\n".join(by_name[name] for name in order), encoding="utf-8")
     return 0

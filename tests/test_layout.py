@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("demo",),
     ("compare", "doctor"),
-    ("interop",),
+    ("interop", "predict"),
     ("train",),
     ("evaluate",),
     ("model_check", "peft_folders"),

@@ -12,6 +12,7 @@ PUBLIC_NAMES = {
     "attach": "kitout.kit",
     "check": "kitout.model_check.check",
     "Kit": "kitout.kit",
+    "load": "kitout.predict.load",
     "load_peft": "kitout.peft_folders",
     "save_peft": "kitout.peft_folders",
     "reference": "kitout.interop.reference",

@@ -24,6 +24,7 @@ from kitout.methods.vpt import VPT as VPT
 from kitout.model_check.check import check as check
 from kitout.peft_folders import load_peft as load_peft
 from kitout.peft_folders import save_peft as save_peft
+from kitout.predict.load import load as load
 from kitout.runtime.routing.route import Mix as Mix
 from kitout.runtime.routing.route import Stack as Stack
 from kitout.version import __version__ as __version__

@@ -44,6 +44,7 @@ from kitout.files.base_fingerprint import differences, fingerprint, parameters_b
 from kitout.files.head_spec import build_from_spec, spec_of
 from kitout.files.safetensors_reader import SafetensorsFile, open_tensors, write_tensors
 from kitout.files.system_errors import as_path, as_path_error
+from kitout.files.usage_record import UsageRecord
 from kitout.method import Method
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.build_adapter import check_head, check_name, check_sites, head_site, select_sites
@@ -107,6 +108,7 @@ def save_adapter(
             tensors=TensorsEntry(bytes=size, sha256=digest),
             base=fingerprint(state, [s.path for s in adapter.sites], head_paths),
             note=dict(note),
+            usage=None if adapter.usage is None else UsageRecord.model_validate(adapter.usage),
         )
         record.write(temp_path / RECORD)
 
@@ -168,6 +170,7 @@ def _load_once(
         stored, digest = tensors.read()
     values = _values(folder_path, record, slots, stored, digest if verify else record.tensors.sha256)
     adapter.seed, adapter.metadata, adapter.left_out = record.seed, dict(record.note), left_out
+    adapter.usage = None if record.usage is None else record.usage.model_dump()
     _with_path(folder_path, lambda: fill_and_register(state, adapter, slots, values, record.strength))
     return adapter
 
@@ -320,19 +323,16 @@ def _check_header(
 def _values(
     folder_path: Path, record: AdapterJson, slots: Mapping[str, TensorSlot], stored: dict[str, Tensor], digest: str
 ) -> dict[str, Tensor]:
-    errors = Errors(FileError, str(folder_path))
     if digest != record.tensors.sha256:
-        errors.add(f"{TENSORS} is not the file {RECORD} was written with (sha256 {digest[:12]}..., not "
-                   f"{record.tensors.sha256[:12]}...): it was damaged or exchanged; copy the folder again")  # fmt: skip
-    errors.raise_if_any()
+        raise FileError(f"{folder_path}: {TENSORS} is not the file {RECORD} was written with (sha256 {digest[:12]}..., "
+            f"not {record.tensors.sha256[:12]}...): it was damaged or exchanged; copy the folder again")  # fmt: skip
     values = dict(stored)
     with torch.no_grad():
         for key, slot in slots.items():
             if slot.base is not None:
                 values[key] = float_steps.from_steps(stored[key], slot.base, getattr(torch, record.dtype))
     if bad := non_finite_names(values):
-        errors.add(f"NaN or infinity in {', '.join(bad[:4])}")
-    errors.raise_if_any()
+        raise FileError(f"{folder_path}: NaN or infinity in {', '.join(bad[:4])}")
     return values
 
 

@@ -20,6 +20,7 @@ from kitout.base.site import Site
 from kitout.errors import Errors, FileError, suggest
 from kitout.files.base_fingerprint import Fingerprint
 from kitout.files.safetensors_reader import open_regular, parse_json
+from kitout.files.usage_record import UsageRecord
 from kitout.method import REGISTRY, Method
 
 FORMAT: Literal[1] = 1
@@ -105,6 +106,8 @@ class AdapterJson(_StrictModel):
     """Of the base it was made for."""
     note: dict[str, Any]
     """The adapter's metadata: whatever the user wrote."""
+    usage: UsageRecord | None = None
+    """How it is used: task, labels, preprocessing, base; None where the adapter was made without a task."""
     digest: str | None = None
     """`digest_of` all other fields; None in files that were written before there were digests."""
 
@@ -114,6 +117,8 @@ class AdapterJson(_StrictModel):
         for site in fields["sites"]:
             if site["channels"] is None:
                 del site["channels"]
+        if fields["usage"] is None:
+            del fields["usage"]
         try:
             fields = json.loads(json.dumps(fields, allow_nan=False))  # as a reader gets them: keys are texts
             fields["digest"] = digest_of(fields)

@@ -31,6 +31,8 @@ class Adapter(nn.Module):
     """Of its initial values; None: the global generator, or unknown."""
     metadata: dict[str, Any]
     """What its file says about it, in its author's words."""
+    usage: dict[str, Any] | None
+    """How it is used, as `files.usage_record` describes it; None where it was made without a task."""
     left_out: dict[str, str]
     """Path -> why, of what its targets select and nothing placed there would have an effect."""
     deltas: nn.ModuleDict
@@ -62,6 +64,7 @@ class Adapter(nn.Module):
         self.seed = None
         self._strength = 1.0
         self.metadata = {}
+        self.usage = None
         self.left_out = {}
         self.deltas = nn.ModuleDict(dict(deltas))
         self.shared = shared
@@ -112,6 +115,7 @@ class Adapter(nn.Module):
         deltas = {site.key: self.delta(site).inference_form() for site in self.sites}
         new = Adapter(self.name, method, self.sites, deltas, None, {})
         new.heads, new.seed, new.metadata, new._strength = self.heads, self.seed, self.metadata, self._strength
+        new.usage = self.usage
         return new
 
     def delta(self, site: Site) -> Delta:

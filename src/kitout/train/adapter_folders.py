@@ -15,16 +15,20 @@ from typing import Any
 from safetensors import SafetensorError
 
 from kitout.errors import ConfigError
+from kitout.files.portable_name import portable_name
 from kitout.train.config.schema import RunConfig
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup.prepare import PreparedRun
+from kitout.train.usage import usage_of
 
 
 def save_adapters(run: PreparedRun, config: RunConfig, run_folder: RunFolder, log: Callable[[str], None]) -> None:
     """Saves what was trained before anything is measured: an error in measuring loses nothing."""
+    names = [job.name for job in run.jobs]
     try:
         for job, folder in adapter_folders(run, run_folder).items():
             (folder / "README.md").unlink(missing_ok=True)  # of a run that was killed before it was finished
+            run.kit[job].usage = usage_of(run, config, names.index(job)).model_dump()
             run.kit.save(job, folder, metadata=_note_of(run, config, job))
             log(f"saved    {folder}")
     except (OSError, SafetensorError) as error:
@@ -40,7 +44,7 @@ def adapter_folders(run: PreparedRun, run_folder: RunFolder) -> dict[str, Path]:
 def _note_of(run: PreparedRun, config: RunConfig, job: str) -> dict[str, Any]:
     """What adapter.json says of where the adapter comes from, for a run that continues it."""
     dataset = next(one for own, one in zip(run.jobs, run.datasets, strict=True) if own.name == job)
-    note: dict[str, Any] = {"trained by": "kitout train", "base": config.model.name}
+    note: dict[str, Any] = {"trained by": "kitout train", "base": portable_name(config.model.name)}
     note |= {"data_sha256": data_hash({job: dataset.digest}), "labels": list(dataset.label_names)}
     if parent := run.parents.get(job):
         note["from"] = parent.facts()

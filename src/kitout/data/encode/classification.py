@@ -160,6 +160,12 @@ class TokenClassEncoder:
             )
         return encoded
 
+    def first_tokens(self, example: TaggedWords) -> dict[int, int]:
+        """Word -> the token whose class is the word's; words behind the limit, and those without a token, have none."""
+        text, words = example.located_words()
+        encoding = self._tokenize([text], truncation=True, max_length=self.max_length)
+        return _first_tokens(words, encoding["offset_mapping"][0])
+
     def _tokenize(self, texts: list[str], **options: Any) -> Any:
         return self.tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False, **options)
 

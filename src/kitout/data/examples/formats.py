@@ -51,6 +51,9 @@ class Format:
     """Roles that a table must have."""
     to_example: Callable[[convert.RowFields], Example]
     """One row, by role, as an example."""
+    answer: str = ""
+    """The role that is predicted; "" where it is part of the input's own column, or nothing is. The first required role
+    is the input that a plain text stands for."""
     optional: ColumnNames = field(default_factory=dict)
     """Roles that a table may have."""
     by_name_only: bool = False
@@ -77,20 +80,33 @@ FORMATS = {
                 "response": ("response", "output", "answer", "target"),
             },
             convert.from_instruction,
+            "response",
             {"context": ("input", "context"), **_SYSTEM},
         ),
-        Format("messages", {"messages": ("messages", "dialog", "chat")}, convert.from_messages, {**_TOOLS, **_SYSTEM}),
+        Format(
+            "messages",
+            {"messages": ("messages", "dialog", "chat")},
+            convert.from_messages,
+            optional={**_TOOLS, **_SYSTEM},
+        ),
         Format(
             "sharegpt",
             {"conversations": ("conversations", "conversation")},
             convert.from_sharegpt,
-            {**_TOOLS, **_SYSTEM},
+            optional={**_TOOLS, **_SYSTEM},
         ),
-        Format("completion", {"prompt": ("prompt",), "completion": ("completion",)}, convert.from_completion, _TOOLS),
+        Format(
+            "completion",
+            {"prompt": ("prompt",), "completion": ("completion",)},
+            convert.from_completion,
+            "completion",
+            _TOOLS,
+        ),
         Format(
             "question",
             {"question": ("question", "problem"), "answer": ("answer", "answers", "solution", "response", "output")},
             convert.from_question,
+            "answer",
             {"context": ("context", "passage", "paragraph", "article", "body"), "choices": ("choices", "options"),
              **_SYSTEM},
         ),
@@ -98,20 +114,23 @@ FORMATS = {
             "summary",
             {"document": ("document", "article", "dialogue", "text"), "summary": ("summary", "highlights")},
             convert.from_summary,
+            "summary",
             _SYSTEM,
         ),
         Format(
             "label",
             {"text": _TEXTS, "label": _LABELS},
             convert.from_label,
+            "label",
             {"second": ("sentence2", "hypothesis", "text2", "question2", "text_pair", "second")},
         ),
         Format(
             "tokens",
             {"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags", "labels", "pos_tags")},
             convert.from_tokens,
+            "tags",
         ),
-        Format("spans", {"text": ("text", "sentence"), "spans": ("spans", "entities")}, convert.from_spans),
+        Format("spans", {"text": ("text", "sentence"), "spans": ("spans", "entities")}, convert.from_spans, "spans"),
         Format("text", {"text": ("text", "content")}, convert.from_text),
         Format(
             "image",
@@ -120,6 +139,7 @@ FORMATS = {
                 "label": ("label", "labels", "class", "category", "target", "species", "digit"),
             },
             convert.from_image,
+            "label",
             by_name_only=True,
         ),
     )

@@ -170,7 +170,7 @@ def open_image(source: ImageSource) -> Image.Image:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(file, formats=list(IMAGE_FORMATS)) as image:
-                return _to_rgb(name, ImageOps.exif_transpose(image))
+                return to_rgb(name, ImageOps.exif_transpose(image))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise DataError(
                 f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller, "
@@ -184,7 +184,8 @@ def open_image(source: ImageSource) -> Image.Image:
             raise DataError(f"{name} does not open: {str(error)[:120]}") from error
 
 
-def _to_rgb(name: str, image: Image.Image) -> Image.Image:
+def to_rgb(name: str, image: Image.Image) -> Image.Image:
+    """8 bits of red, green and blue; transparent pixels are white. name: for messages."""
     if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):

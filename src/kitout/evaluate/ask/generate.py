@@ -7,7 +7,7 @@ where the model's positions do. It knows no chat template and no metric.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,12 +34,14 @@ def generate(
     on_progress: ProgressFn | None = None,
     *,
     stop_ids: Sequence[int] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """One answer per prompt, in order, without special tokens and surrounding white space.
 
     tokenizer: of the model, to decode; it is not changed. batch_size: halved while memory runs out. on_progress: is
     called with the number of prompts done and of all. stop_ids: ids that end an answer, besides those of the model's
-    generation config and of the tokenizer. ConfigError for a prompt that is longer than the model reads; an answer that
+    generation config and of the tokenizer. options: of sampling and streaming, as the model's own `generate` takes
+    them. ConfigError for a prompt that is longer than the model reads; an answer that
     does not fit behind its prompt is cut there.
     """
     if not kit.can_generate():
@@ -61,7 +63,7 @@ def generate(
 
     def ask_alike(rows: list[Sequence[int]], room: int) -> list[str]:
         ids, mask = pad(rows, pad_token_id, "right" if has_encoder else "left", kit.device)
-        out = kit.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room)
+        out = kit.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, **(options or {}))
         generated = out[:, 1 if has_encoder else ids.shape[1] :].tolist()
         answers = [_cut_at_stop(row, all_stop_ids) for row in generated]
         return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]

@@ -69,7 +69,7 @@ def predict(
         predictions = predict(kit, objective, items, on_progress)
         predictions.likeliest_answers = choose_answers(kit, closed_answers, items, on_progress)
         return predictions
-    batches = _plan_batches(objective, items, my_slice(range(len(items))))
+    batches = plan_forwards(objective, items, my_slice(range(len(items))))
     results: list[tuple[int, LossSums, Any]] = []
     done = 0
     for rows in batches:
@@ -87,13 +87,17 @@ def predict(
     return Predictions(losses, likeliest_answers=[closed_answers.names[k] for k in predicted])
 
 
-def _plan_batches(objective: Objective, items: Sequence[Any], rows: Sequence[int]) -> list[list[int]]:
-    """Of like lengths, the longest first, so that a lack of memory shows early."""
+def plan_forwards(
+    objective: Objective, items: Sequence[Any], rows: Sequence[int], max_rows: int | None = None
+) -> list[list[int]]:
+    """Batches of like lengths, the longest first, so that a lack of memory shows early. max_rows: of one batch."""
     order = sorted(rows, key=lambda i: -objective.num_tokens(items[i]))
     batches: list[list[int]] = []
     start = 0
     while start < len(order):
-        size = max(1, min(MAX_BATCH_ROWS, MAX_BATCH_TOKENS // max(1, objective.num_tokens(items[order[start]]))))
+        size = max(
+            1, min(max_rows or MAX_BATCH_ROWS, MAX_BATCH_TOKENS // max(1, objective.num_tokens(items[order[start]])))
+        )
         batches.append(order[start : start + size])
         start += size
     return batches
@@ -159,7 +163,7 @@ def generate_answers(
     texts: list[tuple[int, str]] = []
     if own:
         prompts = [prompt_ids(items[i]) for i in own]
-        longest = max_new_tokens or _default_max_new_tokens(items)
+        longest = max_new_tokens or default_max_new_tokens(items)
         texts = list(zip(own, generate(kit, tokenizer, prompts, longest, on_progress=on_progress), strict=True))
     return [text for _, text in sorted(texts if is_together else all_gather(texts))]
 
@@ -170,15 +174,18 @@ def choose_answers(
     """The likeliest answer of the closed set to each example's prompt, with the active adapter."""
     is_together = is_sharded(kit)
     own = list(range(len(items))) if is_together else my_slice(range(len(items)))
-    scores = label_likelihoods(
-        kit,
-        _shortened(kit, [prompt_ids(items[i]) for i in own], max(map(len, closed_answers.token_ids))),
-        closed_answers.token_ids,
-        closed_answers.end_token_id,
-        on_progress=on_progress,
-    )
+    scores = answer_likelihoods(kit, closed_answers, [prompt_ids(items[i]) for i in own], on_progress)
     answers = [(i, closed_answers.names[best]) for i, best in zip(own, scores.argmax(dim=1).tolist(), strict=True)]
     return [name for _, name in sorted(answers if is_together else all_gather(answers))]
+
+
+def answer_likelihoods(
+    kit: Kit, closed_answers: ClosedAnswers, prompts: Sequence[Sequence[int]], on_progress: ProgressFn | None = None
+) -> torch.Tensor:  # fmt: skip
+    """Log-likelihood of each answer of the closed set after each prompt, [prompts, answers]."""
+    shortened = _shortened(kit, prompts, max(map(len, closed_answers.token_ids)))
+    answers, end = closed_answers.token_ids, closed_answers.end_token_id
+    return label_likelihoods(kit, shortened, answers, end, on_progress=on_progress)
 
 
 def _shortened(kit: Kit, prompts: Sequence[Sequence[int]], num_after: int) -> list[Sequence[int]]:
@@ -193,7 +200,7 @@ def _shortened(kit: Kit, prompts: Sequence[Sequence[int]], num_after: int) -> li
     return [p if len(p) <= room else (*p[:kept], *p[len(p) - room + kept :]) for p in prompts]
 
 
-def _default_max_new_tokens(items: Sequence[EncodedExample]) -> int:
+def default_max_new_tokens(items: Sequence[EncodedExample]) -> int:
     """Twice the longest reference, within bounds: a base may answer in a whole sentence."""
     longest = max(len(item.input_ids) - item.prompt_length if item.labels else len(item.target_ids) for item in items)
     return min(MAX_ANSWER_TOKENS, max(MIN_ANSWER_TOKENS, 2 * longest))

@@ -83,14 +83,15 @@ class ImageClassification:
         return Batch(inputs, {"values": classes}, len(items), len(items), len(items))
 
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
-        logits = at_least_float32(self._logits(model, batch))
+        logits = at_least_float32(self.logits(model, batch))
         return sequence_losses(self.task, logits, batch.targets["values"], weights)
 
     @torch.no_grad()
     def predictions(self, model: Any, batch: Batch) -> list[Any]:
-        return predictions_from_logits(self.task, self._logits(model, batch).float())
+        return predictions_from_logits(self.task, self.logits(model, batch).float())
 
-    def _logits(self, model: Any, batch: Batch) -> Tensor:
+    def logits(self, model: Any, batch: Batch) -> Tensor:
+        """[B, C]."""
         if "rows" in batch.inputs:
             assert self.cached_logits_fn is not None
             return self.cached_logits_fn(model, batch.inputs["rows"])

@@ -80,6 +80,19 @@ class Objective(Protocol):
 
 
 @runtime_checkable
+class LabelObjective(Protocol):
+    """An objective over a closed set of labels, or over numbers: its predictions are read off logits."""
+
+    def collate(self, items: Sequence[Any], seeds: Sequence[int] | None) -> Batch:
+        """As `Objective.collate`."""
+        ...
+
+    def logits(self, model: Any, batch: Batch) -> Tensor:
+        """[B, C], or [B, T, C] of tokens."""
+        ...
+
+
+@runtime_checkable
 class LanguageObjective(Protocol):
     """An objective over the vocabulary, which looks for the cheapest exact way to its loss before training."""
 

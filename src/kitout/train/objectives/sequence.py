@@ -54,12 +54,17 @@ class SequenceClassification:
         return Batch(inputs, {"values": values}, len(items), int(mask.sum()), ids.numel())
 
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
-        logits = at_least_float32(model(**batch.inputs).logits)
+        logits = at_least_float32(self.logits(model, batch))
         return sequence_losses(self.task, logits, batch.targets["values"], weights)
 
     @torch.no_grad()
     def predictions(self, model: Any, batch: Batch) -> list[Any]:
-        return predictions_from_logits(self.task, model(**batch.inputs).logits.float())
+        return predictions_from_logits(self.task, self.logits(model, batch).float())
+
+    def logits(self, model: Any, batch: Batch) -> Tensor:
+        """[B, C], or [B, 1] of a regression."""
+        logits: Tensor = model(**batch.inputs).logits
+        return logits
 
 
 def sequence_losses(task: str, logits: Tensor, targets: Tensor, weights: Tensor) -> Losses:

@@ -51,7 +51,7 @@ class TokenClassification:
 
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
         labels = batch.targets["labels"]
-        logits = at_least_float32(model(**batch.inputs).logits)
+        logits = at_least_float32(self.logits(model, batch))
         nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
         is_target = labels != IGNORE_INDEX
         is_correct = (logits.argmax(2) == labels) & is_target
@@ -61,6 +61,11 @@ class TokenClassification:
 
     @torch.no_grad()
     def predictions(self, model: Any, batch: Batch) -> list[Any]:
-        classes = model(**batch.inputs).logits.argmax(2)
+        classes = self.logits(model, batch).argmax(2)
         is_target = batch.targets["labels"] != IGNORE_INDEX
         return [row[mask].tolist() for row, mask in zip(classes, is_target, strict=True)]
+
+    def logits(self, model: Any, batch: Batch) -> Tensor:
+        """[B, T, C]."""
+        logits: Tensor = model(**batch.inputs).logits
+        return logits

@@ -18,6 +18,7 @@ from kitout.data.encode.generation import encode_good
 from kitout.data.encode.item import EncodedExample, digest
 from kitout.data.encode.languages import Languages, find_languages
 from kitout.data.examples.examples import Chat, Example, LabeledImage
+from kitout.data.examples.formats import TableReading
 from kitout.data.read.sources import check_few_skipped, load_examples
 from kitout.data.read.tables import StreamedMessages
 from kitout.data.split import TRAINABLE_SPLITS, split_examples, split_images
@@ -75,6 +76,8 @@ class Datasets:
     """Of a sequence-to-sequence tokenizer that has languages."""
     skipped: Sequence[str] = ()
     """Bad rows that were left out, a message with file and line each."""
+    reading: TableReading | None = None
+    """How the first source was read; None: images."""
 
     def reference_of(self, item: Any) -> Any:
         """The reference of an example, as the metrics of its task take it."""
@@ -104,6 +107,7 @@ def load_text_datasets(
         return _load_streamed(config, objective, tokenizer, is_encoder_decoder, lengths)
     examples: dict[str, list[Example]] = {}
     notes: list[str] = []
+    readings: list[TableReading] = []
     skipped: list[str] | None = [] if config.bad_rows == "skip" else None
     for k, source in enumerate(config.train):
         tables = _tables_to_read(source, config, is_first=k == 0)
@@ -111,6 +115,7 @@ def load_text_datasets(
             tables, *_reading_options(source), source.limit, config.seed, skipped is not None, progress
         )
         notes += map(str, loaded.readings)
+        readings += loaded.readings
         if skipped is not None:
             skipped += loaded.skipped
         for split, rows in loaded.splits.items():
@@ -150,6 +155,7 @@ def load_text_datasets(
         languages=_languages(task, tokenizer, config),
         skipped=tuple(skipped or ()),
         test_digest=_content_digest(splits.test),
+        reading=readings[0],
     )
 
 
@@ -279,6 +285,7 @@ def _load_streamed(
         languages=_languages(task, tokenizer, config),
         skipped=() if skipped is None else skipped,
         test_digest=_content_digest(held_out["test"]),
+        reading=stream.readings[0],
     )
 
 

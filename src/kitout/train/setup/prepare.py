@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kitout.data.encode.languages import Languages
 from kitout.data.encode.template_date import fix_template_date
 from kitout.errors import ConfigError, Errors
 from kitout.kit import Kit
@@ -95,9 +96,9 @@ def prepare(
     datasets = _load_all_datasets(job_configs, hf_config, tokenizer, lengths, log)
     warnings += [date_warning] if date_warning and any(dataset.is_chat for dataset in datasets) else []
     task = _common_task(job_configs, datasets)
-    pad_token_id = None if task.reads_images else _choose_pad_token(hf_config, tokenizer)
+    pad_token_id = None if task.reads_images else choose_pad_token(hf_config, tokenizer)
     base = _load_base(config, task, placement or choose_placement(config.model), datasets, hf_config, pad_token_id)
-    _set_target_language(base, job_configs, datasets)
+    _set_language_of_targets(base, job_configs, datasets)
     warnings += _warn_of_new_heads(base, datasets[0])
     for job_config, dataset in zip(job_configs, datasets, strict=True):
         _add_adapter(base, job_config, dataset, parents.get(job_config.output.name))
@@ -225,7 +226,7 @@ def _common_task(job_configs: Sequence[RunConfig], datasets: Sequence[Datasets])
     return TASKS[name]
 
 
-def _choose_pad_token(hf_config: Any, tokenizer: Any) -> int:
+def choose_pad_token(hf_config: Any, tokenizer: Any) -> int:
     """The id rows are padded with. Decoders find a row's last token by it, so texts should not hold it."""
     configured = hf_config.get_text_config().pad_token_id
     candidates = (configured, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
@@ -252,7 +253,7 @@ def _load_base(
     )
 
 
-def _set_target_language(base: LoadedBase, job_configs: Sequence[RunConfig], datasets: Sequence[Datasets]) -> None:
+def _set_language_of_targets(base: LoadedBase, job_configs: Sequence[RunConfig], datasets: Sequence[Datasets]) -> None:
     """The model starts to write in the language of the targets, in training, scoring and generation.
 
     ConfigError for jobs of several target languages, as the model has one.
@@ -264,11 +265,16 @@ def _set_target_language(base: LoadedBase, job_configs: Sequence[RunConfig], dat
         raise ConfigError(f"the jobs of one run write one language (data.tgt_lang); found {names}: split the run")
     languages = datasets[0].languages
     if languages is not None:
-        model: Any = base.kit.base
-        for name, value in languages.generation_settings.items():
-            setattr(model.generation_config, name, value)
-            if name == "decoder_start_token_id":  # else a code in front of the targets, which are trained on
-                model.config.decoder_start_token_id = value
+        set_target_language(base.kit, languages)
+
+
+def set_target_language(kit: Kit, languages: Languages) -> None:
+    """The model starts what it writes with the code of that language."""
+    model: Any = kit.base
+    for name, value in languages.generation_settings.items():
+        setattr(model.generation_config, name, value)
+        if name == "decoder_start_token_id":  # else a code in front of the targets, which are trained on
+            model.config.decoder_start_token_id = value
 
 
 def _warn_of_new_heads(base: LoadedBase, dataset: Datasets) -> list[str]:

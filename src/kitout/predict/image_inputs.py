@@ -1,0 +1,66 @@
+"""Inputs of an image task: paths, files in memory, PIL images or arrays, as a set that the model's processor reads.
+
+Every image is opened once before anything is computed, and all that do not open are named together. It knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from kitout.data.images.image_set import ImageSet, ImageSource, open_image, to_rgb
+from kitout.data.images.pixels import PixelProcessor
+from kitout.data.read.tables import DataError
+from kitout.errors import Errors
+from kitout.files.usage_record import ImagesRecord
+from kitout.format import short_repr
+
+
+def image_sources(inputs: Sequence[Any]) -> list[ImageSource]:
+    """What an ImageSet opens, one per input. DataError names every input that is no image."""
+    errors = Errors(DataError, "images")
+    sources: list[ImageSource] = []
+    for number, value in enumerate(inputs, start=1):
+        try:
+            sources.append(_source(value))
+            open_image(sources[-1])
+        except DataError as error:
+            errors.add(f"input {number}: {error}")
+    errors.raise_if_any()
+    return sources
+
+
+def image_set(sources: Sequence[ImageSource]) -> ImageSet:
+    """The set of these images; their class is not known."""
+    n = len(sources)
+    return ImageSet(tuple(sources), (0,) * n, ("",), ("",) * n, ("",) * n)
+
+
+def pixel_processor(base: str, record: ImagesRecord | None) -> PixelProcessor:
+    """The base's image processor with the settings that the training images went through."""
+    processor = PixelProcessor.from_pretrained(base, None if record is None else record.size)
+    if record is not None:
+        processor.processor = type(processor.processor)(**record.processor)
+    return processor
+
+
+def _source(value: Any) -> ImageSource:
+    if isinstance(value, str | PathLike):
+        path = Path(value).expanduser()
+        if path.is_dir():
+            raise DataError(f"{path} is a folder: give the images in it, sorted(Path({str(path)!r}).iterdir())")
+        return path
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, Image.Image):
+        return np.asarray(to_rgb("it", ImageOps.exif_transpose(value)))
+    if isinstance(value, np.ndarray):
+        if value.dtype != np.uint8 or value.ndim not in (2, 3):
+            raise DataError(f"an array of {value.dtype} {list(value.shape)}; expected bytes, [H, W] or [H, W, 3]")
+        return value
+    raise DataError(f"found {short_repr(value)}, expected a path, a PIL image, an array or the bytes of a file")

@@ -1,0 +1,115 @@
+"""Adapter folders before any model is loaded: which adapters a path names, and what each says of base and task.
+
+kitout's own folders, Hugging Face PEFT's, and run folders of `kitout train`, which hold one adapter or several. It
+knows files, and neither models nor tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from kitout.errors import Errors, FileError, KitoutError
+from kitout.files.adapter_json import RECORD, read_adapter_json
+from kitout.files.system_errors import as_path
+from kitout.files.usage_record import UsageRecord
+from kitout.train.run_folder import RUN_FILE
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_TASKS = {
+    "CAUSAL_LM": "causal_lm", "SEQ_2_SEQ_LM": "seq2seq_lm", "SEQ_CLS": "classification",
+    "TOKEN_CLS": "token_classification",
+}  # fmt: skip
+MAX_PEFT_CONFIG_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter folder, before any model is loaded."""
+
+    folder: Path
+    """kitout's own or PEFT's."""
+    name: str
+    """Under which it is loaded."""
+    usage: UsageRecord | None = None
+    """What the folder says of its use."""
+    base: str | None = None
+    """The name of its base, where no usage says it."""
+    task: str | None = None
+    """Its task, where no usage says it."""
+    is_peft: bool = False
+    """Hugging Face PEFT's folder."""
+
+
+def read_folders(folders: Sequence[str | PathLike[str]], verify: bool) -> list[SavedAdapter]:
+    """Every adapter of these folders. KitoutError names all that cannot be read."""
+    errors = Errors(FileError, "adapters")
+    saved: list[SavedAdapter] = []
+    for folder in folders:
+        try:
+            for path in adapters_in(as_path(folder)):
+                saved.append(_read_folder(path, [one.name for one in saved], verify))
+        except KitoutError as error:
+            errors.add(str(error))
+    errors.raise_if_any()
+    return saved
+
+
+def adapters_in(folder: Path) -> list[Path]:
+    """The adapter folders that a path names: itself, or those of a run folder of `kitout train`."""
+    if _is_adapter(folder):
+        return [folder]
+    inner = folder / "adapter"
+    if _is_adapter(inner):
+        return [inner]
+    for container in (inner, folder):
+        if container.is_dir() and (found := sorted(p for p in container.iterdir() if p.is_dir() and _is_adapter(p))):
+            return found
+    if (folder / RUN_FILE).is_file():
+        raise FileError(f"{folder} is a run without an adapter: it is not finished; the same `kitout train` resumes it")
+    there = (
+        "it is a file" if folder.is_file() else "there is no such folder" if not folder.exists() else _listing(folder)
+    )
+    raise FileError(f"{folder} holds no adapter ({RECORD}, or {PEFT_CONFIG} of PEFT): {there}")
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    return f"it holds {', '.join(names[:6])}" if names else "it is empty"
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / RECORD).is_file() or (folder / PEFT_CONFIG).is_file()
+
+
+def _read_folder(folder: Path, taken: Sequence[str], verify: bool) -> SavedAdapter:
+    if (folder / RECORD).is_file():
+        record = read_adapter_json(folder / RECORD, verify)
+        base = record.note.get("base")
+        return SavedAdapter(
+            folder, _free_name(record.name, folder, taken), record.usage, base if isinstance(base, str) else None
+        )
+    file = folder / PEFT_CONFIG
+    if file.stat().st_size > MAX_PEFT_CONFIG_BYTES:
+        raise FileError(f"{file} has {file.stat().st_size:,} bytes; a PEFT config has a few thousand")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        base, task = fields.get("base_model_name_or_path"), str(fields.get("task_type"))
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise FileError(f"{file} is no PEFT config: {str(error)[:200]}") from None
+    return SavedAdapter(
+        folder, _free_name(folder.name, folder, taken), None, base if isinstance(base, str) else None,
+        PEFT_TASKS.get(task), True,
+    )  # fmt: skip
+
+
+def _free_name(name: str, folder: Path, taken: Sequence[str]) -> str:
+    """The adapter's own name; with its run's name before it where another one has it."""
+    if name not in taken:
+        return name
+    run = folder.resolve().parent.name
+    candidates = (f"{run}-{name}", *(f"{name}-{number}" for number in range(2, len(taken) + 3)))
+    return next(each for each in candidates if each not in taken)
