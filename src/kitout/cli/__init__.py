@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kitout.cli import assets, compare, demo, doctor, inspect, methods, train
+from kitout.cli import assets, compare, demo, doctor, export, inspect, merge, methods, train
 from kitout.version import __version__
 
 HELP = """Parameter-efficient fine-tuning: train small adapters on a frozen transformer.
@@ -38,7 +38,9 @@ app.add_typer(assets.app, name="assets")
 app.add_typer(demo.app, name="demo", help=demo.HELP)
 app.command("compare")(compare.compare)
 app.command("doctor")(doctor.doctor)
+app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
+app.command("merge")(merge.merge)
 app.command("methods")(methods.methods)
 app.command("train", context_settings=train.CONTEXT_SETTINGS)(train.train)
 
