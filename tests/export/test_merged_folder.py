@@ -118,6 +118,16 @@ def test_a_folder_that_is_not_empty_is_refused_before_anything_is_loaded(tmp_pat
         merge_to_folder([], tmp_path / "new")
 
 
+def test_a_run_of_several_adapters_and_one_given_twice(bases: dict[str, Path], tmp_path: Path) -> None:
+    """A stack of alternatives is hardly meant."""
+    run = [saved(tmp_path / "run" / "adapter" / name, bases["decoder"], "causal_lm", LoRA()) for name in ("a", "b")]
+    with pytest.raises(ConfigError, match="holds several adapters: name the one to merge") as raised:
+        merge_to_folder([tmp_path / "run", run[1]], tmp_path / "out", base=bases["decoder"], task="causal_lm")
+    assert str(run[1]) in str(raised.value)
+    with pytest.raises(ConfigError, match="is given twice"):
+        merge_to_folder([run[1], run[1]], tmp_path / "out", base=bases["decoder"], task="causal_lm")
+
+
 @pytest.fixture
 def adapter(bases: dict[str, Path], tmp_path: Path) -> Path:
     return saved(tmp_path / "adapter", bases["decoder"], "causal_lm", LoRA())

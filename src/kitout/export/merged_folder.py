@@ -19,15 +19,17 @@ import torch
 from torch import nn
 
 from kitout.base.eval_mode import eval_mode
-from kitout.errors import ConfigError, FileError, NotMergeable
+from kitout.errors import ConfigError, Errors, FileError, NotMergeable
 from kitout.export.new_folder import check_new_folder, folder_bytes, write_new_folder
 from kitout.export.output_difference import OutputDifference, output_difference
 from kitout.export.sample_batch import image_batch, logits_of, text_batch
 from kitout.export.stored_dtype import stored_dtype
+from kitout.files.system_errors import as_path
 from kitout.files.usage_record import UsageRecord
 from kitout.format import format_bytes, short_repr
 from kitout.predict.load import load
 from kitout.predict.predictor import Predictor
+from kitout.predict.saved_adapters import adapters_in
 from kitout.runtime.routing.route import Stack
 from kitout.train.objectives.tasks import TASKS, Task
 
@@ -110,13 +112,28 @@ def merge_to_folder(
     written then.
     """
     path = check_new_folder(out)
-    if not folders:
-        raise ConfigError("nothing to merge: give adapter folders")
+    check_one_each(folders)
     log("loading the base and the adapters")
     if dtype is None:
         dtype = stored_dtype(folders, base, device, verify)
     predictor = load(*folders, base=base, tokenizer=tokenizer, task=task, device=device, dtype=dtype, verify=verify)
     return write_merged(predictor, path, log)
+
+
+def check_one_each(folders: Sequence[str | PathLike[str]]) -> None:
+    """ConfigError for what is no list of adapters: an empty one, one of them twice, a run that holds several."""
+    if not folders:
+        raise ConfigError("nothing to merge: give adapter folders")
+    errors, seen = Errors(ConfigError, "cannot merge"), set()
+    for folder in map(as_path, folders):
+        found = adapters_in(folder)
+        if len(found) > 1:
+            each = ", ".join(map(str, found))
+            errors.add(f"{folder} holds several adapters: name the one to merge, or those to stack in order: {each}")
+        if found[0].resolve() in seen:
+            errors.add(f"{folder} is given twice")
+        seen.add(found[0].resolve())
+    errors.raise_if_any()
 
 
 def write_merged(predictor: Predictor, path: Path, log: LogFn = lambda _line: None) -> MergedFolder:
