@@ -14,7 +14,7 @@ from torch import nn
 
 import kitout
 from export.saved_adapters import saved
-from kitout import IA3, LoRA, Method, PrefixTuning, Stack
+from kitout import IA3, AdaptFormer, LoRA, Method, PrefixTuning, Stack
 from kitout.errors import ConfigError, FileError, NotMergeable, PathError
 from kitout.export import merge_to_folder, merged_folder, new_folder
 from kitout.export.output_difference import OutputDifference
@@ -105,6 +105,26 @@ def test_what_does_not_merge_says_what_to_do(bases: dict[str, Path], tmp_path: P
         merge_to_folder([adapter], tmp_path / "out", base=bases["decoder"], task="causal_lm")
     assert "kitout export" in str(raised.value)
     assert not (tmp_path / "out").exists()
+    bottleneck = saved(tmp_path / "other", bases["decoder"], "causal_lm", AdaptFormer())
+    with pytest.raises(NotMergeable, match="Bottleneck is not a linear map") as raised:
+        merge_to_folder([bottleneck], tmp_path / "out", base=bases["decoder"], task="causal_lm")
+    assert "kitout predict" in str(raised.value)
+    assert "kitout export" not in str(raised.value), "PEFT has no such method"
+
+
+def test_of_several_heads_the_last_one_is_said(bases: dict[str, Path], tmp_path: Path) -> None:
+    folders = [
+        saved(tmp_path / name, bases["encoder"], "classification", method, head="classifier", classes=n)
+        for name, method, n in (("a", LoRA(), 3), ("b", IA3(), 2))
+    ]
+    result = merge_to_folder(folders, tmp_path / "out", base=bases["encoder"], task="classification")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").num_labels == 2
+    assert any("the head of adapter is not in it" in note for note in result.notes)
+
+
+def test_a_device_that_is_none(bases: dict[str, Path], tmp_path: Path, adapter: Path) -> None:
+    with pytest.raises(ConfigError):
+        merge_to_folder([adapter], tmp_path / "out", base=bases["decoder"], task="causal_lm", device="tpu")
 
 
 def test_a_folder_that_is_not_empty_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

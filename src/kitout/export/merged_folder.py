@@ -8,6 +8,7 @@ and leaves nothing. Several adapters act as a Stack in the order given.
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from kitout.base.eval_mode import eval_mode
-from kitout.errors import ConfigError, Errors, FileError, NotMergeable
+from kitout.errors import ConfigError, Errors, FileError, KitoutError, NotMergeable
 from kitout.export.new_folder import check_new_folder, folder_bytes, write_new_folder
 from kitout.export.output_difference import OutputDifference, output_difference
 from kitout.export.sample_batch import image_batch, logits_of, text_batch
@@ -27,6 +28,7 @@ from kitout.export.stored_dtype import stored_dtype
 from kitout.files.system_errors import as_path
 from kitout.files.usage_record import UsageRecord
 from kitout.format import format_bytes, short_repr
+from kitout.peft_folders import save_peft
 from kitout.predict.load import load
 from kitout.predict.predictor import Predictor
 from kitout.predict.saved_adapters import adapters_in
@@ -234,12 +236,15 @@ def _labels_in_config(config: Any, usage: UsageRecord, task: Task) -> Iterator[N
 
 
 def _instead(predictor: Predictor) -> str:
-    """What to do with adapters that do not merge."""
-    several = " one by one (those that merge)" if len(predictor.names) > 1 else ""
-    return (
-        "use the adapter beside its base: kitout.load(FOLDER), `kitout predict`; or write it for another library: "
-        f"`kitout export FOLDER --to peft`{several}"
-    )
+    """What to do with adapters that do not merge: what is possible with these."""
+    advice = "use the adapter beside its base: kitout.load(FOLDER), `kitout predict FOLDER`"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in predictor.names:
+                save_peft(predictor.kit, name, Path(folder) / name)
+    except KitoutError:
+        return advice
+    return f"{advice}; or write it for PEFT: `kitout export FOLDER --to peft`"
 
 
 def _save_model(model: Any, folder: Path) -> None:
@@ -267,7 +272,11 @@ def _save_preprocessing(predictor: Predictor, task: Task, config: Any, folder: P
 
 
 def _notes(predictor: Predictor, usage: UsageRecord) -> Iterator[str]:
-    text, images = usage.text, usage.images
+    kit, text, images = predictor.kit, usage.text, usage.images
+    with_heads = [name for name in kit.names if kit[name].heads]
+    if len(with_heads) > 1:
+        *others, last = with_heads
+        yield f"its outputs are those of the head of {last}; the head of {', '.join(others)} is not in it"
     if text is not None and text.system_prompt:
         yield f"trained with the system prompt {short_repr(text.system_prompt, 80)}: put it in front of every chat"
     if text is not None and text.chat_template_kwargs:
@@ -275,6 +284,6 @@ def _notes(predictor: Predictor, usage: UsageRecord) -> Iterator[str]:
     if text is not None and text.format and text.format not in ("messages", "sharegpt", "label"):
         yield f"trained on rows of the format {text.format!r}: prompts are made as `kitout predict` makes them"
     if images is not None and images.size is not None:
-        kwargs = image_batch(predictor.kit, predictor.preprocessing.pixels.standalone())
+        kwargs = image_batch(kit, predictor.preprocessing.pixels.standalone())
         if arguments := [f"{name}=True" for name in kwargs if name != "pixel_values"]:
             yield f"images of {images.size} pixels: call the model with {', '.join(arguments)}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 
-import torch
 from torch import nn
 
 from kitout.predict.load import find_base
@@ -32,8 +31,8 @@ def stored_dtype(
         return None
     revision = usage.base.revision if usage is not None and usage.base.name == name else None
     stored = str(base_model.load_config(ModelConfig(name=name, revision=revision)).dtype).removeprefix("torch.")
-    used = device.default_device() if on_device == "auto" else torch.device(on_device)
-    if stored == "float16" and used.type == "cpu":
+    used = device.default_device().type if on_device == "auto" else on_device
+    if stored == "float16" and used == "cpu":
         stored = ""  # overflows there
     if stored in WRITABLE:
         return stored
