@@ -24,8 +24,9 @@ def compare(
 ) -> None:
     """Compare finished runs: metrics on the test split with intervals, trainable parameters, time and memory.
 
-    Only metrics that all runs have; it says where the test data differ. Runs that differ in train.seed alone become one
-    row with their number. No run is named the best.
+    Only metrics that all runs have; it says where the test data differ.
+    Runs that differ in train.seed alone become one row with their number.
+    No run is named the best.
 
     Example: kitout compare runs/lora runs/adaptformer --out table.csv
     """

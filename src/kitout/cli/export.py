@@ -28,8 +28,8 @@ def export(
 ) -> None:
     """Write an adapter in the format of another library, which loads it again where it is installed.
 
-    Both are compared on a batch before the folder appears, and the largest difference is printed. What the format
-    cannot hold is refused, with the reason.
+    Both are compared on a batch before the folder appears, and the largest
+    difference is printed. What the format cannot hold is refused.
 
     Example: kitout export runs/reviews/adapter --to peft --out reviews-peft
     """

@@ -27,8 +27,9 @@ def merge(
 ) -> None:
     """Merge adapters into their base and write a plain transformers folder, which needs no kitout.
 
-    Several adapters act one after the other, in the order given. The folder is loaded by transformers alone and
-    compared with the kit on a batch before it appears; the largest difference is printed.
+    Several adapters act one after the other, in the order given.
+    Before the folder appears, transformers alone loads it and it is compared
+    with the kit on a batch; the largest difference is printed.
 
     Example: kitout merge runs/reviews/adapter --out merged
     """
