@@ -22,7 +22,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="write the table as CSV too")] = None,
 ) -> None:
-    """Compare finished runs: metrics on the test split with intervals, trainable parameters, time and memory.
+    """Compare finished runs: metrics on the test split with intervals, trainable parameters, time, memory.
 
     Only metrics that all runs have; it says where the test data differ.
     Runs that differ in train.seed alone become one row with their number.

@@ -26,12 +26,12 @@ import kitout
 from kitout.base import memory
 from kitout.base.find.find import find_sites
 from kitout.base.survey import Block, Survey
-from kitout.cli.terminal import report_errors
+from kitout.cli.terminal import announce_loading, report_errors
 from kitout.errors import ConfigError, TargetError, suggest
-from kitout.format import format_bytes
+from kitout.format import align_columns, format_bytes
 from kitout.model_check.result import CheckCell
 from kitout.runtime.left_out import fused_experts_text
-from kitout.runtime.show import align_columns, layers_text, site_table
+from kitout.runtime.show import layers_text, site_table
 
 HEAD_SUFFIXES = ("ForCausalLM", "ForConditionalGeneration", "ForSequenceClassification", "ForImageClassification", "")
 COLUMNS = ("role", "layers", "in -> out", "sites")
@@ -56,6 +56,7 @@ def inspect(
     """
     with report_errors():
         roles = _parse_roles(role or [])
+        announce_loading()
         model = build_on_meta(model_name)
         survey = find_sites(model, roles)
     title = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"

@@ -33,6 +33,7 @@ from kitout.train.config.yaml_file import read_yaml
 from kitout.train.objectives.tasks import TASKS, Task
 from kitout.train.run_folder import RUN_FILE
 from kitout.train.setup import base_model, lengths
+from kitout.train.setup.find_inputs import resolve_model
 from kitout.train.setup.prepare import choose_pad_token, set_target_language
 
 
@@ -124,7 +125,7 @@ def _assemble(
     def pixels(usage: UsageRecord) -> Any:
         from kitout.predict.image_inputs import pixel_processor  # images need pillow
 
-        return pixel_processor(base_model.resolve_model(config.name), usage.images)
+        return pixel_processor(resolve_model(config.name), usage.images)
 
     return Predictor(kit, tokenizer, usages, pad_token_id, pixels if task.reads_images else None)
 

@@ -33,7 +33,8 @@ from kitout.train.preflight.collect import skipped_text
 from kitout.train.preflight.cost_estimate import CostEstimate
 from kitout.train.results_text import results_text
 from kitout.train.run_folder import RunFolder
-from kitout.train.setup import base_model, device
+from kitout.train.setup import device
+from kitout.train.setup.find_inputs import resolve_model
 from kitout.train.setup.prepare import PreparedRun
 from kitout.version import __version__
 
@@ -290,13 +291,13 @@ def _run_summary(
         data_hash=data_hash(digests),
         loader=TASKS[run.objective].auto_model,
         hub_task=TASKS[run.objective].hub_task,
-        base_path=base_model.resolve_model(config.model.name),
+        base_path=resolve_model(config.model.name),
         from_pretrained_kwargs=run.from_pretrained_kwargs,
         tokenizer_kwargs={"src_lang": languages.source, "tgt_lang": languages.target} if languages else {},
         generate_kwargs=dict(languages.generation_settings) if languages else {},
         labels=tuple(labels),
         chat=run.first_dataset.is_chat and bool(run.tokenizer.chat_template),
-        license=model_card.find_license(Path(base_model.resolve_model(config.model.name))),
+        license=model_card.find_license(Path(resolve_model(config.model.name))),
         created=f"{datetime.now(timezone.utc):%Y-%m-%d} by kitout {__version__}",
     )
 
@@ -312,7 +313,7 @@ def _usage_text(run: PreparedRun, config: RunConfig, run_folder: RunFolder, fold
     name, folder = next(iter(folders.items()))
     loader = TASKS[run.objective].auto_model
     settings = "".join(f", {setting}={value!r}" for setting, value in run.from_pretrained_kwargs.items())
-    model = json.dumps(base_model.resolve_model(config.model.name)) + settings
+    model = json.dumps(resolve_model(config.model.name)) + settings
     adapter = json.dumps(name)
     return "\n".join(
         [

@@ -89,6 +89,9 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         signature = run_signature(prepared)  # of the whole base
         if config.train.fsdp:
             fsdp.shard(prepared.kit)
+        main_log = log if distributed.rank() == 0 else _no_log
+        if last_checkpoint is None:
+            main_log("trying the longest and the usual step, for their time and memory ...")
         trainer, estimate = _build_trainer(prepared, config, folder, last_checkpoint, signature)
         if distributed.rank() == 0:
             pages = collect_pages(prepared, config, statistics, estimate)
@@ -107,6 +110,7 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         results: dict[str, Any] = {}
         with fsdp.unsharded(prepared.kit):
             if distributed.rank() == 0:
+                log("writing the report ...")
                 results = write_outputs(prepared, config, folder, trainer, estimate, best_step, outcomes, proofs, log)
             distributed.barrier()
         prepared.kit.detach()

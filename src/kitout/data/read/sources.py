@@ -159,6 +159,17 @@ def detect_from_head(table: Table, skipped: list[str] | None = None, **options: 
     return detect(_check_not_empty(head, table.source), table.source, note=table.note, **options)
 
 
+def could_be_on_hub(source: str) -> bool:
+    """Whether a name has the form of one on the hub: `owner/name`, or an old one without an owner."""
+    return _HUB_NAME_PATTERN.fullmatch(source) is not None
+
+
+def without_slice(source: str) -> str:
+    """`path#500` -> `path`."""
+    sliced = _SLICE_PATTERN.fullmatch(source)
+    return sliced["name"] if sliced else source
+
+
 def split_named(name: str) -> str:
     """dev, validation_matched, train-00000-of-00002 -> the split; "" for any other name."""
     match = _SPLIT_PATTERN.fullmatch(name)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 from kitout.errors import ConfigError, Errors
 from kitout.install_hint import suggest_install
-from kitout.methods import VPT, PromptTuning
 from kitout.train.config.schema import DEFAULT_BATCH_SIZE, RunConfig
 from kitout.train.objectives.tasks import TASKS
 
@@ -45,6 +44,8 @@ def _image_conflicts(config: RunConfig) -> Iterator[str]:
 
 
 def _method_conflicts(config: RunConfig) -> Iterator[str]:
+    from kitout.methods import VPT, PromptTuning  # with torch: a config that has its method has loaded it
+
     name, task = type(config.method).__name__, TASKS.get(config.objective)
     if isinstance(config.method, VPT) and task is not None and not task.reads_images:
         yield (

@@ -6,20 +6,20 @@ code of a model's folder is ever run. It knows model classes by task, and nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from kitout.errors import ConfigError
+from kitout.errors import ConfigError, KitoutError
 from kitout.format import short_repr
 from kitout.kit import Kit, attach
-from kitout.train.config.schema import ModelConfig
+from kitout.train.config.schema import ModelConfig, RunConfig
 from kitout.train.objectives.tasks import Task
 from kitout.train.setup import device
+from kitout.train.setup.find_inputs import fetch_inputs, find_inputs, near_builtin, raise_together, resolve_model
 from kitout.train.setup.heads import copy_heads
 from kitout.train.setup.quantization import keep_nf4_trainable, quantization_kwargs
 
@@ -67,37 +67,6 @@ class LoadedBase:
     """What the loader takes besides the name, for others who load the same base."""
 
 
-def resolve_model(name: str) -> str:
-    """A folder, a built-in model's folder, or the name as the hub knows it."""
-    folder = _existing(name)
-    return str(folder) if folder is not None and folder.is_dir() else _asset_folder(name) or name
-
-
-def resolve_data(path: str) -> str:
-    """A path as it is given, or the folder of a built-in set."""
-    if _existing(path) is not None:
-        return path
-    name, slice_separator, rows = path.partition("#")
-    folder = _asset_folder(name)
-    return path if folder is None else folder + slice_separator + rows
-
-
-def _existing(text: str) -> Path | None:
-    """What a path names; None where there is nothing, or where no system can have anything of that name."""
-    try:
-        path = Path(text).expanduser()
-        return path if path.exists() else None
-    except (OSError, RuntimeError, ValueError):  # too long, a zero character, no such home
-        return None
-
-
-def _asset_folder(name: str) -> str | None:
-    from kitout.assets import store
-    from kitout.assets.catalog import ASSETS
-
-    return str(store.fetch_asset(name, lambda _line: None)) if name in ASSETS else None
-
-
 def load_config(config: ModelConfig) -> Any:
     """The model's own config; ConfigError with the loader's message where there is none."""
     from transformers import AutoConfig
@@ -107,7 +76,22 @@ def load_config(config: ModelConfig) -> Any:
     except Exception as error:  # whatever a damaged or hostile file makes of the loader
         raise ConfigError(
             f"model.name={short_repr(config.name)}: no model is there: {_short_message(error)}"
+            f"{near_builtin(config.name, 'model')}"
         ) from error
+
+
+def find_base(config: RunConfig, log: Callable[[str], None]) -> Any:
+    """The config of the base; a name of a model and names of data that are nothing are one error."""
+    errors = list(find_inputs(config).errors)
+    hf_config = None
+    if not any(isinstance(error, ConfigError) for error in errors):
+        try:
+            fetch_inputs(config, log)
+            hf_config = load_config(config.model)
+        except KitoutError as error:
+            errors.insert(0, error)
+    raise_together(errors)
+    return hf_config
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

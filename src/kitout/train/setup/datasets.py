@@ -27,8 +27,8 @@ from kitout.data.suspicions import warn_of_remarks
 from kitout.errors import BadRows, ConfigError, DataError
 from kitout.train.config.schema import DataConfig, SourceConfig
 from kitout.train.objectives.tasks import TASKS, EncodeFn, EncoderSettings, Task
-from kitout.train.setup.base_model import resolve_data
 from kitout.train.setup.closed_answers import ClosedAnswers, find_closed_answers
+from kitout.train.setup.find_inputs import resolve_data
 from kitout.train.setup.lengths import TextLengths, requested_lengths
 from kitout.train.setup.reading_progress import ReadingProgress
 

@@ -26,12 +26,12 @@ from kitout.train.setup.base_model import (
     LoadedBase,
     Placement,
     choose_placement,
+    find_base,
     load_base,
-    load_config,
     load_tokenizer,
-    resolve_model,
 )
 from kitout.train.setup.datasets import Datasets, load_datasets
+from kitout.train.setup.find_inputs import resolve_model
 from kitout.train.setup.heads import build_heads
 from kitout.train.setup.lengths import (
     TextLengths,
@@ -89,14 +89,16 @@ def prepare(
     job_configs = config.per_job()
     parents = {one.output.name: read_parent(one.train.from_) for one in job_configs if one.train.from_ is not None}
     warnings = _check_learning_rates(job_configs)
-    hf_config = load_config(config.model)
+    hf_config = find_base(config, log)
     tokenizer = None if _reads_images(config.objective, hf_config) else load_tokenizer(config.model)
     date_warning = "" if tokenizer is None else _fix_template_date(tokenizer, job_configs)
     lengths = [] if tokenizer is None else [requested_lengths(job.data, tokenizer) for job in job_configs]
+    log(f"reading {', '.join(dict.fromkeys(source.path for job in job_configs for source in job.data.train))} ...")
     datasets = _load_all_datasets(job_configs, hf_config, tokenizer, lengths, log)
     warnings += [date_warning] if date_warning and any(dataset.is_chat for dataset in datasets) else []
     task = _common_task(job_configs, datasets)
     pad_token_id = None if task.reads_images else choose_pad_token(hf_config, tokenizer)
+    log(f"loading {config.model.name} ...")
     base = _load_base(config, task, placement or choose_placement(config.model), datasets, hf_config, pad_token_id)
     _set_language_of_targets(base, job_configs, datasets)
     warnings += _warn_of_new_heads(base, datasets[0])
