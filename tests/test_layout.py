@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("demo",),
+    ("compare", "doctor", "export"),
     ("interop", "predict"),
     ("train",),
     ("evaluate",),

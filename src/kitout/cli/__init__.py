@@ -7,10 +7,12 @@ loads neither torch nor transformers. This file knows the verbs' names and first
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from kitout.version import __version__
 
 HELP = """Parameter-efficient fine-tuning: train small adapters on a frozen transformer.
 
@@ -20,8 +22,12 @@ Start with `kitout demo text`, then `kitout train --model MODEL --data FILE.csv 
 VERBS = {
     "assets": "List, fetch and locate the built-in models and data sets, for example: kitout assets get smollm2-135m "
     "tweets",
+    "compare": "Compare finished runs: metrics on the test split with intervals, trainable parameters, time, memory.",
     "demo": "Fine-tune and evaluate on a built-in model and data, in minutes: text (the default) or vision.",
+    "doctor": "Show versions, device, speed of dtypes, memory, cache and optional parts, and say what is wrong.",
+    "export": "Write an adapter in the format of another library, which loads it again where it is installed.",
     "inspect": "Show where adapters can be placed in a model: sites by role, layer and width. Loads no weights.",
+    "merge": "Merge adapters into their base and write a plain transformers folder, which needs no kitout.",
     "methods": "List the methods: what each trains, where, its learning rate and weight decay, whether it merges.",
     "train": "Train an adapter on your data, evaluate it against the base, write a report.",
 }  # fmt: skip
@@ -55,8 +61,18 @@ def load_verb(name: str) -> Any:
 app = typer.Typer(name="kitout", cls=VerbGroup, no_args_is_help=True)
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"kitout {__version__}")
+        raise typer.Exit
+
+
 @app.callback(help=HELP)
-def _start() -> None:
+def _start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """What all verbs have in common."""
 
 

@@ -59,7 +59,7 @@ def load(
     if isinstance(base, nn.Module):
         return _on_model(saved, base, tokenizer, task_name, verify)
     usage = next((one.usage for one in saved if one.usage is not None), None)
-    name = _find_base(saved, base)
+    name = find_base(saved, base)
     config = _model_config(name, usage, device, dtype)
     hf_config = base_model.load_config(config)
     used_task = TASKS[task_name or _default_task(hf_config)]
@@ -161,7 +161,7 @@ def _default_task(hf_config: Any) -> str:
 # ---- the base --------------------------------------------------------------------------------------------------
 
 
-def _find_base(saved: Sequence[SavedAdapter], base: str | PathLike[str] | None) -> str:
+def find_base(saved: Sequence[SavedAdapter], base: str | PathLike[str] | None) -> str:
     """What loads the base: as given, else as the first adapter says."""
     if base is not None:
         return str(base)

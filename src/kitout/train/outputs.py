@@ -122,6 +122,7 @@ def _results(
         "stopped": trainer.health.diverged,
         "trunk": trainer.cuts,
         "data": {job.name: one.digest for job, one in zip(run.jobs, run.datasets, strict=True)},
+        "test_data": {job.name: one.test_digest for job, one in zip(run.jobs, run.datasets, strict=True)},
         "skipped": {
             job.name: list(one.skipped) for job, one in zip(run.jobs, run.datasets, strict=True) if one.skipped
         },

@@ -6,6 +6,7 @@ leaks between them, and keep their weights. It knows examples, and nothing of ki
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -60,6 +61,8 @@ class Datasets:
     """How each source was read, then how all of them were split, in words."""
     digest: str = ""
     """A fingerprint of all examples."""
+    test_digest: str = ""
+    """A fingerprint of the test split as the data have it, whatever the tokenizer; empty without a test split."""
     preview: Sequence[Any] = ()
     """Of a stream: the examples that the pre-flight counts."""
     is_chat: bool = False
@@ -158,9 +161,15 @@ def load_text_datasets(
         warnings=tuple(warnings),
         languages=_languages(task, tokenizer, config),
         skipped=tuple(skipped or ()),
+        test_digest=_content_digest(splits.test),
         reading=readings[0],
         sample=short_example(splits.test or splits.validation or splits.train),
     )
+
+
+def _content_digest(examples: Sequence[Example]) -> str:
+    keys = "".join(example.exact_key for example in examples)
+    return hashlib.sha256(keys.encode()).hexdigest() if keys else ""
 
 
 def infer_objective(examples: Sequence[Example], requested: str, is_encoder_decoder: bool) -> str:
@@ -283,6 +292,7 @@ def _load_streamed(
         warnings=tuple(warn_of_remarks("data", first_examples)),
         languages=_languages(task, tokenizer, config),
         skipped=() if skipped is None else skipped,
+        test_digest=_content_digest(held_out["test"]),
         reading=stream.readings[0],
         sample=short_example(held_out["test"] or held_out["validation"] or first_examples),
     )
@@ -325,4 +335,5 @@ def load_image_datasets(config: DataConfig) -> Datasets:
         digest=used.digest,
         images=used,
         skipped=tuple(skipped or ()),
+        test_digest=images.subset(splits.test).digest if splits.test else "",
     )
