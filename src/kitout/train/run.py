@@ -44,7 +44,7 @@ from kitout.train.results_text import next_text, results_text
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup.base_model import Placement, choose_placement
 from kitout.train.setup.parent import adopt_parents
-from kitout.train.setup.prepare import PreparedRun, prepare
+from kitout.train.setup.prepare import SAMPLED_STEPS, PreparedRun, prepare
 from kitout.train.setup.schedule import fit_to_time, warn_of_few_steps
 from kitout.version import __version__
 
@@ -80,7 +80,8 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
     with stop_on_signal.interrupt_on_sigterm(), _run_folder(config) as folder:
         if folder.is_finished:
             return _show_finished(folder, log)
-        prepared = prepare(config, _resolve_placement(config, folder), log if distributed.rank() == 0 else _no_log)
+        own_log = log if distributed.rank() == 0 else _no_log
+        prepared = prepare(config, _resolve_placement(config, folder), own_log, samples=dry_run)
         _check_best(prepared, config)
         if config.evaluate.prove_merge:
             check_mergeable(prepared)
@@ -254,10 +255,15 @@ def _build_trainer(
     if last_checkpoint is not None and folder.estimate.is_file():
         estimate = CostEstimate(**json.loads(folder.estimate.read_text(encoding="utf-8")))
     else:
-        planned = [steps[i] for i in range(min(len(steps), 64) if prepared.first_dataset.preview else len(steps))]
+        first = prepared.first_dataset
+        num_tried = 64 if first.preview else SAMPLED_STEPS if first.sampled_of else len(steps)
+        planned = [steps[i] for i in range(min(len(steps), num_tried))]
         estimate = estimate_cost(
             prepared.kit, prepared.jobs, planned, config.train.micro_batch_size, config.train.activation_checkpointing
         )
+        if len(planned) < len(steps):
+            factor = len(steps) / len(planned)
+            estimate = replace(estimate, seconds=estimate.seconds * factor, tokens=round(estimate.tokens * factor))
         if distributed.rank() == 0:
             write_text(folder.estimate, json.dumps(estimate.__dict__))
     seconds = max(distributed.all_gather([estimate.seconds]))

@@ -153,5 +153,19 @@ def test_the_mask_is_what_each_turn_adds_or_refused(name: str) -> None:
         assert "tags" in right
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_answer_beside_its_calls_is_rendered_or_refused(name: str) -> None:
+    """Llama 3.1 and 3.2 and Muse Glimmer write the calls alone."""
+    example = chat(("user", "first"), answer("ponderous", tool_calls=[CALL]), RESULT, answer("two"), tools=TOOLS)
+    encoder, message, text = CausalEncoder(tokenizer(name), 8192), "", ""
+    try:
+        text = "".join(tokenizer(name).decode(item.input_ids) for item in encoder([example]))
+    except DataError as error:
+        message = str(error)
+    assert re.search(REFUSED, message) or all(word in text for word in ("ponderous", "Ulm", "rain"))
+    if name.startswith(("llama3_1", "llama3_2", "muse_glimmer")):
+        assert "leaves out 'content' of turn 2" in message
+
+
 def test_the_templates_are_there() -> None:
     assert len(NAMES) >= 40

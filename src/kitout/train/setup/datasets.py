@@ -19,6 +19,7 @@ from kitout.data.encode.item import EncodedExample, digest
 from kitout.data.encode.languages import Languages, find_languages
 from kitout.data.examples.examples import Chat, Example, LabeledImage
 from kitout.data.examples.formats import TableReading
+from kitout.data.read.row_sample import MAX_IMAGES, RowSample
 from kitout.data.read.sources import check_few_skipped, load_examples
 from kitout.data.read.tables import StreamedMessages
 from kitout.data.split import TRAINABLE_SPLITS, split_examples, split_images
@@ -81,6 +82,8 @@ class Datasets:
     """How the first source was read; None: images."""
     sample: Example | None = None
     """Of the test split, else of another: what the end of the run shows as an input; None: images."""
+    sampled_of: int | None = None
+    """About how many examples there are to train on, where train is a sample of them (of a dry run)."""
 
     def reference_of(self, item: Any) -> Any:
         """The reference of an example, as the metrics of its task take it."""
@@ -89,13 +92,17 @@ class Datasets:
 
 def load_datasets(
     config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths | None = None,
-    log: Callable[[str], None] = lambda _line: None,
+    log: Callable[[str], None] = lambda _line: None, sample: RowSample | None = None,
 ) -> Datasets:  # fmt: skip
-    """The datasets of one job. tokenizer: None for images. is_encoder_decoder: of the model."""
+    """The datasets of one job. tokenizer: None for images. is_encoder_decoder: of the model.
+
+    sample: draws the examples that a dry run looks at; None: all.
+    """
     try:
         if tokenizer is None:
-            return load_image_datasets(config)
-        return load_text_datasets(config, objective, tokenizer, is_encoder_decoder, lengths, ReadingProgress(log))
+            return load_image_datasets(config, sample)
+        progress = ReadingProgress(log)
+        return load_text_datasets(config, objective, tokenizer, is_encoder_decoder, lengths, progress, sample)
     except BadRows as error:
         raise DataError(f"{error}\n  correct them, or leave them out: data.bad_rows=skip") from error
     except DataError as error:
@@ -106,7 +113,7 @@ def load_datasets(
 
 def load_text_datasets(
     config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths | None = None,
-    progress: ReadingProgress | None = None,
+    progress: ReadingProgress | None = None, sample: RowSample | None = None,
 ) -> Datasets:  # fmt: skip
     """Texts of every objective. is_encoder_decoder: of the model. lengths: None: by config and tokenizer alone."""
     lengths = lengths or requested_lengths(config, tokenizer)
@@ -116,13 +123,17 @@ def load_text_datasets(
     notes: list[str] = []
     readings: list[TableReading] = []
     skipped: list[str] | None = [] if config.bad_rows == "skip" else None
+    scales: list[float] = []  # of each source: examples for each one that is read
     for k, source in enumerate(config.train):
         tables = _tables_to_read(source, config, is_first=k == 0)
         loaded = load_examples(
-            tables, *_reading_options(source), source.limit, config.seed, skipped is not None, progress
+            tables, *_reading_options(source), source.limit, config.seed, skipped is not None, progress, sample
         )
-        notes += map(str, loaded.readings)
+        notes += (*map(str, loaded.readings), *loaded.sample_notes)
         readings += loaded.readings
+        scales.append(next((loaded.scales[split] for split in TRAINABLE_SPLITS if split in loaded.scales), 1.0))
+        if progress is not None and source.limit is None:
+            progress.check_estimate(loaded.memory, loaded.sample_notes)
         if skipped is not None:
             skipped += loaded.skipped
         for split, rows in loaded.splits.items():
@@ -133,7 +144,9 @@ def load_text_datasets(
     validation, test = _fractions(config)
     splits = split_examples(examples, validation, test, config.seed, stratify=name != "regression")
     task = TASKS[name]
-    label_names = tuple(config.labels or classification.label_set(splits.train)) if task.has_labels else ()
+    # of a sample the train split may lack a rare class that another split has
+    labeled = splits.train if max(scales) == 1 else (*splits.train, *splits.validation, *splits.test)
+    label_names = tuple(config.labels or classification.label_set(labeled)) if task.has_labels else ()
     encode = _in_chunks(_encoder(task, tokenizer, config, label_names, lengths, skipped), progress)
     by_source = [encode([e for e in splits.train if e.source_index == k]) for k in range(len(config.train))]
     if not all(by_source):
@@ -143,6 +156,7 @@ def load_text_datasets(
         )
     ends = [0, *accumulate(map(len, by_source))]
     train = [item for encoded in by_source for item in encoded]
+    num_examples = round(sum(len(encoded) * scale for encoded, scale in zip(by_source, scales, strict=True)))
     encoded_validation, encoded_test = encode(list(splits.validation)), encode(list(splits.test))
     check_few_skipped(skipped or (), len(train) + len(encoded_validation) + len(encoded_test), "the data")
     return Datasets(
@@ -152,7 +166,7 @@ def load_text_datasets(
         encoded_test,
         label_names,
         tuple(range(start, end) for start, end in pairwise(ends)),
-        tuple(source.weight for source in config.train),
+        tuple(source.weight * scale for source, scale in zip(config.train, scales, strict=True)),
         splits.majority_accuracy,
         (*notes, str(splits)),
         digest([*train, *encoded_validation, *encoded_test]),
@@ -164,6 +178,7 @@ def load_text_datasets(
         test_digest=_content_digest(splits.test),
         reading=readings[0],
         sample=short_example(splits.test or splits.validation or splits.train),
+        sampled_of=num_examples if num_examples > len(train) else None,
     )
 
 
@@ -298,8 +313,8 @@ def _load_streamed(
     )
 
 
-def load_image_datasets(config: DataConfig) -> Datasets:
-    """Images to classes; examples are rows of one set, whose splits share no image."""
+def load_image_datasets(config: DataConfig, sample: RowSample | None = None) -> Datasets:
+    """Images to classes; examples are rows of one set, whose splits share no image. sample: see `load_datasets`."""
     from kitout.data.read import image_folders
 
     if len(config.train) > 1:
@@ -317,13 +332,16 @@ def load_image_datasets(config: DataConfig) -> Datasets:
     if (path / "images.npz").is_file():  # a built-in set is a folder with its license beside it
         path = path / "images.npz"
     skipped: list[str] | None = [] if config.bad_rows == "skip" else None
+    sample = None if sample is None else RowSample(MAX_IMAGES)
     columns = (source.columns.get("image"), source.columns.get("label"))
-    images = image_folders.load_images(path, *columns, config.labels, skipped)
+    images = image_folders.load_images(path, *columns, config.labels, skipped, sample)
     check_few_skipped(skipped or (), len(images), str(path))
     splits = split_images(images, *_fractions(config), config.seed, source.limit)
     ends = [0, *accumulate(map(len, (splits.train, splits.validation, splits.test)))]
     train, validation, test = (list(range(start, end)) for start, end in pairwise(ends))
     used = images.subset([*splits.train, *splits.validation, *splits.test])
+    num_examples = round(len(train) * (sample.scale if sample is not None else 1))
+    num_examples = min(num_examples, source.limit or num_examples)
     return Datasets(
         "image_classification",
         train,
@@ -331,9 +349,10 @@ def load_image_datasets(config: DataConfig) -> Datasets:
         test,
         images.label_names,
         majority_accuracy=splits.majority_accuracy,
-        reading_notes=(f"images: {splits}",),
+        reading_notes=(*((f"images: {sample.note}",) if sample and sample.note else ()), f"images: {splits}"),
         digest=used.digest,
         images=used,
         skipped=tuple(skipped or ()),
         test_digest=images.subset(splits.test).digest if splits.test else "",
+        sampled_of=num_examples if num_examples > len(train) else None,
     )
