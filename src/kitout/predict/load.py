@@ -34,7 +34,6 @@ from kitout.train.objectives.tasks import TASKS, Task
 from kitout.train.run_folder import RUN_FILE
 from kitout.train.setup import base_model, lengths
 from kitout.train.setup.find_inputs import resolve_model
-from kitout.train.setup.prepare import choose_pad_token, set_target_language
 
 
 def load(
@@ -64,7 +63,7 @@ def load(
     hf_config = base_model.load_config(config)
     used_task = TASKS[task_name or _default_task(hf_config)]
     own_tokenizer = None if used_task.reads_images else (tokenizer or base_model.load_tokenizer(config))
-    pad_token_id = None if own_tokenizer is None else choose_pad_token(hf_config, own_tokenizer)
+    pad_token_id = None if own_tokenizer is None else base_model.choose_pad_token(hf_config, own_tokenizer)
     labels = tuple(usage.labels) if usage is not None else tuple(hf_config.id2label.values())
     labels = () if used_task.generates_text else labels
     image_size = usage.images.size if usage is not None and usage.images is not None else None
@@ -91,7 +90,7 @@ def _on_model(
     if task.reads_images and isinstance(tokenizer, str | PathLike):
         config = ModelConfig(name=str(tokenizer))
     tokenizer = None if task.reads_images else tokenizer
-    pad_token_id = None if tokenizer is None else choose_pad_token(hf_config, tokenizer)
+    pad_token_id = None if tokenizer is None else base_model.choose_pad_token(hf_config, tokenizer)
     return _assemble(kit, saved, task, tokenizer, pad_token_id, config, verify)
 
 
@@ -120,7 +119,7 @@ def _assemble(
     if task.name == "seq2seq_lm" and first.text is not None:
         languages = find_languages(tokenizer, first.text.src_lang, first.text.tgt_lang)
         if languages is not None:
-            set_target_language(kit, languages)
+            base_model.set_target_language(kit, languages)
 
     def pixels(usage: UsageRecord) -> Any:
         from kitout.predict.image_inputs import pixel_processor  # images need pillow

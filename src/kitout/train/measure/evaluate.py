@@ -23,7 +23,7 @@ from kitout.train.measure.baseline import BASELINES, predict_constant
 from kitout.train.measure.linear_probe import predict_by_probe
 from kitout.train.measure.predict import Predictions, ProgressFn, compute_metrics, generate_answers, predict
 from kitout.train.setup.closed_answers import ClosedAnswers, prompt_ids
-from kitout.train.setup.datasets import Datasets
+from kitout.train.setup.job_datasets import Datasets
 from kitout.train.setup.prepare import PreparedRun
 
 

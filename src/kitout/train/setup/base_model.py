@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kitout.data.encode.languages import Languages
 from kitout.errors import ConfigError, KitoutError
 from kitout.format import short_repr
 from kitout.kit import Kit, attach
@@ -162,6 +163,22 @@ def load_model(
         model.config.get_text_config().pad_token_id = pad_token_id
     new_keys = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     return LoadedModel(model, frozenset(key.rpartition(".")[0] for key in new_keys))
+
+
+def choose_pad_token(hf_config: Any, tokenizer: Any) -> int:
+    """The id rows are padded with. Decoders find a row's last token by it, so texts should not hold it."""
+    configured = hf_config.get_text_config().pad_token_id
+    candidates = (configured, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
+    return next(int(i) for i in candidates if i is not None)
+
+
+def set_target_language(kit: Kit, languages: Languages) -> None:
+    """The model starts what it writes with the code of that language."""
+    model: Any = kit.base
+    for name, value in languages.generation_settings.items():
+        setattr(model.generation_config, name, value)
+        if name == "decoder_start_token_id":  # else a code in front of the targets, which are trained on
+            model.config.decoder_start_token_id = value
 
 
 def attach_for_training(

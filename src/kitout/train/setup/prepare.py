@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kitout.data.encode.languages import Languages
 from kitout.data.encode.template_date import fix_template_date
 from kitout.data.read.row_sample import RowSample
 from kitout.errors import ConfigError, Errors
@@ -26,14 +25,17 @@ from kitout.train.objectives.tasks import TASKS, ObjectiveSettings, Task
 from kitout.train.setup.base_model import (
     LoadedBase,
     Placement,
+    choose_pad_token,
     choose_placement,
     find_base,
     load_base,
     load_tokenizer,
+    set_target_language,
 )
-from kitout.train.setup.datasets import Datasets, load_datasets
+from kitout.train.setup.datasets import load_datasets
 from kitout.train.setup.find_inputs import resolve_model
 from kitout.train.setup.heads import build_heads
+from kitout.train.setup.job_datasets import Datasets
 from kitout.train.setup.lengths import (
     TextLengths,
     are_too_long,
@@ -240,13 +242,6 @@ def _common_task(job_configs: Sequence[RunConfig], datasets: Sequence[Datasets])
     return TASKS[name]
 
 
-def choose_pad_token(hf_config: Any, tokenizer: Any) -> int:
-    """The id rows are padded with. Decoders find a row's last token by it, so texts should not hold it."""
-    configured = hf_config.get_text_config().pad_token_id
-    candidates = (configured, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
-    return next(int(i) for i in candidates if i is not None)
-
-
 def _load_base(
     config: RunConfig, task: Task, placement: Placement, datasets: Sequence[Datasets], hf_config: Any,
     pad_token_id: int | None,
@@ -280,15 +275,6 @@ def _set_language_of_targets(base: LoadedBase, job_configs: Sequence[RunConfig],
     languages = datasets[0].languages
     if languages is not None:
         set_target_language(base.kit, languages)
-
-
-def set_target_language(kit: Kit, languages: Languages) -> None:
-    """The model starts what it writes with the code of that language."""
-    model: Any = kit.base
-    for name, value in languages.generation_settings.items():
-        setattr(model.generation_config, name, value)
-        if name == "decoder_start_token_id":  # else a code in front of the targets, which are trained on
-            model.config.decoder_start_token_id = value
 
 
 def _warn_of_new_heads(base: LoadedBase, dataset: Datasets) -> list[str]:
