@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from kitout.cli import assets, demo, inspect, methods, train
+from kitout.cli import assets, demo, inspect, methods, predict, train
 
 HELP = """Parameter-efficient fine-tuning: train small adapters on a frozen transformer.
 
@@ -18,6 +18,7 @@ app.add_typer(assets.app, name="assets")
 app.add_typer(demo.app, name="demo", help=demo.HELP)
 app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
+app.command("predict")(predict.predict)
 app.command("train", context_settings=train.CONTEXT_SETTINGS)(train.train)
 
 

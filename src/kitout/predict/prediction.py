@@ -55,6 +55,12 @@ class Prediction:
         return self.text or ""
 
 
+def from_dict(values: Mapping[str, Any]) -> Prediction:
+    """Of what `to_dict` gives."""
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return Prediction(**fields)
+
+
 def class_prediction(logits: Tensor, labels: Sequence[str], num_truncated: int = 0) -> Prediction:
     """logits [C] of labels that exclude each other."""
     shares = logits.double().softmax(0).tolist()

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from kitout.errors import Errors, FileError, KitoutError
+from kitout.errors import ConfigError, Errors, FileError, KitoutError
 from kitout.files.adapter_json import RECORD, read_adapter_json
 from kitout.files.system_errors import as_path
 from kitout.files.usage_record import UsageRecord
+from kitout.train.objectives.tasks import TASKS
 from kitout.train.run_folder import RUN_FILE
 
 PEFT_CONFIG = "adapter_config.json"
@@ -56,6 +57,24 @@ def read_folders(folders: Sequence[str | PathLike[str]], verify: bool) -> list[S
             errors.add(str(error))
     errors.raise_if_any()
     return saved
+
+
+def one_adapter(folder: str | PathLike[str], verify: bool = True) -> SavedAdapter:
+    """The only adapter that a path names. FileError where there are several."""
+    saved = read_folders([folder], verify)
+    if len(saved) > 1:
+        names = ", ".join(one.name for one in saved)
+        raise FileError(f"{folder} holds the adapters {names}: name one, {saved[0].folder}")
+    return saved[0]
+
+
+def check_writes(saved: Sequence[SavedAdapter], task: str | None = None) -> None:
+    """ConfigError where an adapter is no language model's. task: of those that do not say it."""
+    for one in saved:
+        task = (one.task if one.usage is None else one.usage.task) or task
+        if task in TASKS and not TASKS[task].generates_text:
+            text = "image.png" if TASKS[task].reads_images else "'a text'"
+            raise ConfigError(f"{one.name} is for {task} and writes no text: kitout predict {one.folder} {text}")
 
 
 def adapters_in(folder: Path) -> list[Path]:
