@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from kitout.cli import assets, demo, inspect, methods, predict, train
+from kitout.cli import assets, chat, demo, inspect, methods, predict, train
 
 HELP = """Parameter-efficient fine-tuning: train small adapters on a frozen transformer.
 
@@ -19,6 +19,7 @@ app.add_typer(demo.app, name="demo", help=demo.HELP)
 app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
 app.command("predict")(predict.predict)
+app.command("chat")(chat.chat)
 app.command("train", context_settings=train.CONTEXT_SETTINGS)(train.train)
 
 
