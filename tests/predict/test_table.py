@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from typer.testing import CliRunner, Result
 
 import kitout
@@ -67,6 +69,7 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kitout, "load", cached)
 
 
+LOADING: dict[str, Any] = {"base": None, "task": None, "device": "auto", "dtype": None}  # as the verb says it
 KNOWN: dict[str, Predictor] = {}
 
 
@@ -369,3 +372,21 @@ def test_the_command_itself(adapter: Path, tmp_path: Path) -> None:
     )
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["text"] for row in rows] == ["a great day", "awful"]
+
+
+def test_a_folder_of_peft_with_a_head(tmp_path: Path) -> None:
+    """It has its own number of classes, and no names for them: that is said."""
+    peft = pytest.importorskip("peft")
+    model = encoder(tmp_path / "model")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(model, num_labels=3)
+    tuned = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"]))
+    tuned.save_pretrained(tmp_path / "adapter")
+    result = predict(tmp_path / "adapter", "a great day", "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    assert "holds no label names" in result.stderr
+    ids = kitout.load(tmp_path / "adapter", **{**LOADING, "dtype": "float32"}).tokenizer(
+        "a great day", return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = tuned.eval()(**ids).logits.softmax(-1)[0].tolist()
+    assert list(json.loads(result.stdout)["probabilities"].values()) == pytest.approx(expected, abs=1e-5)

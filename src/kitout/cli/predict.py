@@ -91,6 +91,9 @@ def _run(
 
     predictor = kitout.load(saved.folder, **loading)
     rows = rows or open_input(source, predictor.usage, columns, sys.stdin)
+    if usage is None and predictor.usage.labels:
+        labels = ", ".join(predictor.usage.labels[:4])
+        typer.echo(f"note: {saved.name} holds no label names; these are the model's own: {labels}, ...", err=True)
     table = TablePredictor(predictor, batch_size, "skip" if skip_bad else "error", probabilities)
     if output is None:
         _print_predictions(table, rows)
@@ -224,8 +227,14 @@ def _report_stop(out: str | None) -> Iterator[None]:
     """Ctrl-C and SIGTERM say how to go on."""
     import signal
 
+    from kitout.errors import PathError
+
     try:
         yield
+    except PathError:
+        if out is not None:
+            typer.echo("what is done is kept: the same command goes on where it was", err=True)
+        raise
     except KeyboardInterrupt as error:
         resumes = "; the same command goes on where it was" if out is not None else ""
         typer.echo(f"\nstopped{resumes}", err=True)

@@ -65,6 +65,9 @@ def load(
     own_tokenizer = None if used_task.reads_images else (tokenizer or base_model.load_tokenizer(config))
     pad_token_id = None if own_tokenizer is None else choose_pad_token(hf_config, own_tokenizer)
     labels = tuple(usage.labels) if usage is not None else tuple(hf_config.id2label.values())
+    num_labels = next((one.num_labels for one in saved if one.num_labels is not None), None)
+    if usage is None and num_labels is not None and num_labels != len(labels):
+        labels = tuple(f"LABEL_{i}" for i in range(num_labels))  # as transformers calls labels without a name
     labels = () if used_task.generates_text else labels
     image_size = usage.images.size if usage is not None and usage.images is not None else None
     is_missing = used_task.needs_pad_id and hf_config.get_text_config().pad_token_id is None

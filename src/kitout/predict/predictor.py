@@ -244,6 +244,11 @@ class Predictor:
 
     def _prediction(self, preprocessing: Preprocessing, logits: torch.Tensor, value: Any, item: Any) -> Prediction:
         labels, texts = preprocessing.usage.labels, preprocessing.texts
+        if preprocessing.task.has_labels and len(labels) != logits.shape[-1]:
+            raise ConfigError(
+                f"the adapter has {logits.shape[-1]} outputs and {len(labels)} label names: its folder does not say "
+                "what they mean; train it again, or name them in predictor.usages"
+            )
         num_truncated = 0 if texts is None else item.num_truncated
         if preprocessing.task.metric_task == "tokens":
             assert texts is not None, "tokens are of texts"
