@@ -13,10 +13,11 @@ import transformers
 import kitout
 from kitout.data.encode.prompts import PromptEncoder
 from kitout.errors import BadRows, ConfigError
-from kitout.files.usage_record import UsageRecord
+from kitout.files.usage_record import BaseRecord, TextRecord, UsageRecord
 from kitout.predict.answer_stream import THREAD, AnswerStream, generation_options
 from kitout.predict.predictor import Predictor
-from kitout.predict.text_inputs import cut_front
+from kitout.predict.text_inputs import TextInputs, cut_front
+from kitout.train.objectives.tasks import TASKS
 from tiny_models import both, decoder, tokenizer
 
 
@@ -130,6 +131,18 @@ def test_prompts_are_truncated_as_in_training(tmp_path: Path) -> None:
         short = Predictor(p.kit, p.tokenizer, {"": usage.model_copy(update={"text": text})}, 0)
         assert short("cat " * 50).num_truncated > 20
         assert short("cat").num_truncated == 0
+
+
+def test_entities_come_as_characters_where_training_had_them_so() -> None:
+    base = BaseRecord(name="x", source="hub")
+    text = TextRecord(tokenizer="", format="spans", columns={"text": "note", "spans": "entities"}, max_length=20)
+    labels = ["B-PER", "I-PER"]  # a set without O
+    usage = UsageRecord(task="token_classification", labels=labels, base=base, text=text)
+    inputs = TextInputs(TASKS["token_classification"], usage, tokenizer(template=False))
+    example = inputs.to_example({"note": "So Ada Byron came."})
+    assert inputs([{"note": "So Ada Byron came."}])
+    found = inputs.spans(example, ["O", "B-PER", "I-PER", None, "O"])
+    assert found == ({"start": 3, "end": 12, "label": "PER", "text": "Ada Byron"},)
 
 
 def test_every_bad_input_is_named(predictor: Predictor) -> None:

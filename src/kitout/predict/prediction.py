@@ -30,6 +30,8 @@ class Prediction:
     """The words that were tagged."""
     tags: tuple[str | None, ...] | None = None
     """One per word; None for a word that the model did not see, because the text was too long or it has no token."""
+    spans: tuple[Mapping[str, Any], ...] | None = None
+    """The entities of a text as characters (start, end, label, text), where the training data had them so."""
     text: str | None = None
     """What the model wrote."""
     num_truncated: int = 0

@@ -252,8 +252,9 @@ class Predictor:
         num_truncated = 0 if texts is None else item.num_truncated
         if preprocessing.task.metric_task == "tokens":
             assert texts is not None, "tokens are of texts"
-            words, tags = texts.tagged(texts.to_example(value), logits.argmax(1).tolist())
-            return Prediction(words=words, tags=tags, num_truncated=num_truncated)
+            example = texts.to_example(value)
+            words, tags = texts.tagged(example, logits.argmax(1).tolist())
+            return Prediction(words=words, tags=tags, spans=texts.spans(example, tags), num_truncated=num_truncated)
         return PREDICTIONS[preprocessing.task.metric_task](logits, labels, num_truncated)
 
     # ---- texts -------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from kitout.data.examples.system_prompt import with_system_prompt
 from kitout.data.read.json_text import parse_json
 from kitout.data.read.tables import DataError, add_first
 from kitout.errors import BadRows, Errors, suggest
+from kitout.evaluate.metrics.entities import entity_spans
 from kitout.files.usage_record import TextRecord, UsageRecord
 from kitout.format import short_repr
 from kitout.train.objectives.tasks import TASKS, EncoderSettings, Task
@@ -113,6 +114,15 @@ class TextInputs:
         tokens = self.encode.first_tokens(example)
         tags = [self.usage.labels[classes[tokens[i]]] if i in tokens else None for i in range(len(example.words))]
         return example.words, tuple(tags)
+
+    def spans(self, example: Example, tags: Sequence[str | None]) -> tuple[dict[str, Any], ...] | None:
+        """The entities that the tags make, in characters of the text; None where training had words and tags."""
+        if self.format.name != "spans" or not isinstance(example, TaggedWords):
+            return None
+        text, words = example.located_words()
+        entities = sorted(entity_spans([tag or "O" for tag in tags]), key=lambda entity: entity[1])
+        places = [(words[first][0], words[last][1], label) for label, first, last in entities]
+        return tuple({"start": a, "end": b, "label": label, "text": text[a:b]} for a, b, label in places)
 
     def _prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
         """Of a causal model: all before the answer."""
