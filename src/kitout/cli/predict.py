@@ -83,7 +83,7 @@ def _run(
     usage = saved.usage
     rows = None if usage is None else open_input(source, usage, columns, sys.stdin)  # wrong inputs before any model
     output = None if out is None else OutputFile(out, overwrite)
-    if output is not None and rows is not None and same_file(output.path, rows.path):
+    if output is not None and same_file(output.path, source):
         raise ConfigError(f"--out {out} is the input itself: name another file")
     typer.echo(f"loading {saved.name} and its base ...", err=True)
     import kitout

@@ -8,7 +8,6 @@ however often it was stopped. At the end it becomes .jsonl, .csv, .tsv or .parqu
 from __future__ import annotations
 
 import csv
-import errno
 import hashlib
 import importlib.util
 import json
@@ -21,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kitout.errors import ConfigError, DataError, Errors, FileError
+from kitout.errors import ConfigError, Errors, FileError
 from kitout.files.atomic import write_text
 from kitout.files.system_errors import as_path, as_path_error
 
@@ -258,11 +257,9 @@ def _common_type(first: Any, second: Any) -> Any:
         return pyarrow.string()
 
 
-def same_file(one: Path, other: Path | None) -> bool:
-    """Whether both paths lead to one file that exists."""
+def same_file(path: Path, source: str) -> bool:
+    """Whether a source that a user names is this file; a text is none."""
     try:
-        return other is not None and other.exists() and one.exists() and one.samefile(other)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
-            return False
-        raise DataError(f"{one} cannot be read: {error.strerror}") from error
+        return path.exists() and path.samefile(Path(source).expanduser())
+    except (OSError, RuntimeError, ValueError):  # there is no such file, or no file can be called so
+        return False
