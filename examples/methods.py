@@ -17,8 +17,8 @@ def main(folder: Path) -> None:
         model="dinov2-small",
         data={"train": {"path": "mnist-5k", "limit": 400}, "image_size": 56},
         jobs=[
-            {"output": {"name": "vpt-deep"}, "method": {"name": "VPT", "deep": True}},
-            {"output": {"name": "adaptformer"}, "method": "AdaptFormer"},
+            {"name": "vpt-deep", "method": {"name": "VPT", "deep": True}},
+            {"name": "adaptformer", "method": "AdaptFormer"},
         ],
         output={"folder": str(folder / "run")},
     )

@@ -11,6 +11,7 @@ from kitout.cli import app
 
 VERBS = (
     "assets",
+    "chat",
     "compare",
     "demo",
     "demo text",
@@ -20,6 +21,7 @@ VERBS = (
     "merge",
     "inspect",
     "methods",
+    "predict",
     "train",
 )
 REFUSED = re.compile(
@@ -35,7 +37,7 @@ def help_of(verb: str) -> str:
 
 def test_the_first_page_lists_every_verb() -> None:
     page = help_of("")
-    for verb in ("assets", "compare", "demo", "doctor", "export", "inspect", "merge", "methods", "train"):
+    for verb in (verb for verb in VERBS if " " not in verb):
         assert re.search(rf"\b{verb}  +[A-Z]", page), verb
     assert not REFUSED.search(page)
 
@@ -51,3 +53,10 @@ def test_a_verb_has_an_example(verb: str) -> None:
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "train"])
 def test_only_words_of_the_field(verb: str) -> None:
     assert not REFUSED.findall(help_of(verb))
+
+
+@pytest.mark.parametrize("verb", ["chat", "predict"])
+def test_it_fits_a_terminal_of_80_columns(verb: str) -> None:
+    result = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert f"kitout {verb} runs/" in result.stdout

@@ -22,6 +22,7 @@ Start with `kitout demo text`, then `kitout train --model MODEL --data FILE.csv 
 VERBS = {
     "assets": "List, fetch and locate the built-in models and data sets, for example: kitout assets get smollm2-135m "
     "tweets",
+    "chat": "Chat with adapters, or with a model. /help lists what else a line can say.",
     "compare": "Compare finished runs: metrics on the test split with intervals, trainable parameters, time, memory.",
     "demo": "Fine-tune and evaluate on a built-in model and data, in minutes: text (the default) or vision.",
     "doctor": "Show versions, device, speed of dtypes, memory, cache and optional parts, and say what is wrong.",
@@ -29,6 +30,7 @@ VERBS = {
     "inspect": "Show where adapters can be placed in a model: sites by role, layer and width. Loads no weights.",
     "merge": "Merge adapters into their base and write a plain transformers folder, which needs no kitout.",
     "methods": "List the methods: what each trains, where, its learning rate and weight decay, whether it merges.",
+    "predict": "Predict with an adapter: columns are added to a table, a text gets a line.",
     "train": "Train an adapter on your data, evaluate it against the base, write a report.",
 }  # fmt: skip
 

@@ -121,7 +121,7 @@ def _read_class_folders(root: Path) -> list[ImageRecord]:
 
 def _read_classes(root: Path, split: str, errors: Errors) -> list[ImageRecord]:
     """root/class/**/image.png; the first folder names the class."""
-    misplaced = _list_images(root, "*")
+    misplaced = list_images(root, "*")
     if misplaced:
         errors.add(f"{len(misplaced)} images are in {root} itself ({misplaced[0].name}): move each to its class folder")
     folders = _list_folders(root)
@@ -129,7 +129,7 @@ def _read_classes(root: Path, split: str, errors: Errors) -> list[ImageRecord]:
         errors.add(f"{root} has no class folders; expected {root}/CLASS/image.png, or a table of paths and labels")
     records = []
     for folder in folders:
-        images = _list_images(folder, "**/*")
+        images = list_images(folder, "**/*")
         if not images:
             errors.add(f"class folder {folder} has no images ({' '.join(IMAGE_SUFFIXES)})")
         records += [ImageRecord(image, folder.name, split) for image in images]
@@ -140,7 +140,8 @@ def _list_folders(root: Path) -> list[Path]:
     return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _list_images(root: Path, pattern: str) -> list[Path]:
+def list_images(root: Path, pattern: str) -> list[Path]:
+    """Files that are images by their ending, sorted."""
     return sorted(
         p
         for p in root.glob(pattern)
