@@ -32,6 +32,8 @@ class Delta(nn.Module):
     """`forward` does not read y, so the base's product can be skipped where it is active for a whole batch."""
     is_scale_shift: ClassVar[bool] = False
     """y' = scale * y + shift, so it also folds into the gain of a norm or into an input axis."""
+    adds_linear_map: ClassVar[bool] = False
+    """y' = y + a linear map of x + a constant: what it adds does not depend on y."""
     loraplus_parameters: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters that may have a higher learning rate than the rest (LoRA+: the B of B A)."""
 

@@ -31,6 +31,7 @@ class LowRankDelta(Delta):
     Rows of several adapters: `_add_trained_rows` in training, products with gathered factors otherwise.
     """
 
+    adds_linear_map = True
     loraplus_parameters = ("b",)
     a0: Tensor | None
     b0: Tensor | None
