@@ -52,6 +52,14 @@ class Delta(nn.Module):
         """
         return None
 
+    @classmethod
+    def join(cls, addends: Sequence[tuple[Any, float]]) -> Delta | None:
+        """y + sum_i w_i (delta_i(x, y) - y) as one Delta: several of this class, all at one site, with their weights.
+
+        Optional, for a class that only adds to y. It reads their values at each call: they may be in training.
+        """
+        return None
+
     def token_vectors(self) -> Tensor:
         """Port "tokens": the vectors [num_tokens, d] that this site adds to the sequence."""
         raise NotImplementedError

@@ -23,6 +23,7 @@ ROUTES: dict[str, Any] = {
     "rows of one kind": ["lora", "low", "lora"],
     "stack": Stack("lora", "bias", "ia3"),
     "mix": Mix({"lora": 0.4, "ia3": 0.2}),
+    "mix of one kind": Mix({"lora": 0.4, "low": -0.2}),
     "mix of several runs": Mix({"ia3": 0.4, "ssf": 0.2}),
     "dora": "dora",
     "parallel": "parallel",

@@ -15,6 +15,7 @@ from kitout.errors import RouteError
 from kitout.runtime.adapter import Adapter, conflict_with_head, trained_and_read
 from kitout.runtime.hooks.class_swap import Hook, Program
 from kitout.runtime.modules.fast_path import WithoutFastPath, layers_around
+from kitout.runtime.modules.fused import fuse
 from kitout.runtime.modules.module_adapter import InputRelay, ModuleAdapter
 from kitout.runtime.modules.programs import DirectDelta, RelayInput, SwapParameters, WholeBatch
 from kitout.runtime.modules.rows import PerRow, PerRowWeights, RowPlan
@@ -123,7 +124,8 @@ class RouteCompiler:
             # A copy: the strength is that of this moment, also when activations are recomputed after it has changed.
             return Single(on_top_of(replace(self.adapters[name].by_module[path]), stacked_on))
 
-        return build_term(entry, single)
+        term = build_term(entry, single)
+        return None if term is None else fuse(term)
 
     def _program_for_batch(self, entry: RouteEntry, path: str) -> Program | None:
         term = self._term(entry, path)
