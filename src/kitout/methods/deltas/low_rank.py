@@ -125,10 +125,9 @@ class LowRankSum(Delta):
         """A [sum of ranks, d_in], B [d_out, sum of ranks] and the scale of their product."""
         pairs = [delta.factors() for delta, _ in self.addends]
         scales = [weight * delta.scale for delta, weight in self.addends]
-        ups = [b for _, b in pairs]
-        if len(set(scales)) > 1:
-            ups, scales = [s * b for s, b in zip(scales, ups, strict=True)], [1.0]
-        return torch.cat([a for a, _ in pairs]), torch.cat(ups, 1), scales[0]
+        largest = max(scales, key=abs) or 1.0  # one part at least, and mostly all, need no product with a scale
+        ups = [b if scale == largest else b * (scale / largest) for scale, (_, b) in zip(scales, pairs, strict=True)]
+        return torch.cat([a for a, _ in pairs]), torch.cat(ups, 1), largest
 
     @property
     def drops_inputs(self) -> bool:
