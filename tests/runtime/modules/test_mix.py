@@ -176,8 +176,11 @@ def test_parameters_of_a_module_itself_and_its_output() -> None:
             values[each] = run(kit, {"x": x})
     f = values[None]
     assert_same(values[entry], f + 0.5 * (values["full"] - f) - 0.7 * (values["gain"] - f), 1e-6)
+    kit.merge(entry)
+    assert_same(run(kit, {"x": x}), values[entry], 1e-6)
+    kit.unmerge()
     with pytest.raises(NotMergeable, match="trained whole, in a Mix with an adapter"):
-        kit.merge(entry)
+        kit.merge(Stack("gain", entry))
 
 
 @pytest.mark.parametrize("specimen", ["llama", "vit"])

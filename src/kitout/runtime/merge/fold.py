@@ -21,7 +21,7 @@ from kitout.runtime.adapter import Adapter, conflict_with_head, trained_and_read
 from kitout.runtime.head import BLENDED, Head
 from kitout.runtime.merge.pairs import WeightBias, add_change, fold_adapter, working_dtype
 from kitout.runtime.modules.module_adapter import ModuleAdapter, SiteDelta
-from kitout.runtime.modules.terms import Single, Term, TermSequence, WeightedSum, build_term
+from kitout.runtime.modules.terms import Single, SumOfRuns, Term, TermSequence, WeightedSum, build_term
 from kitout.runtime.routing.route import Mix, RouteEntry, Stack, adapter_names, simplify
 
 MATRICES = ("linear", "conv", "embedding")
@@ -166,18 +166,39 @@ def _fold_matrix(site: Site, term: Term, module_adapters: Sequence[ModuleAdapter
     copies = [part.delta.replaces_module for part in parts]
     scale = 1.0 if all(copies) else weights.linear_scale(site)  # a whole copy is exact anywhere
     names = dict.fromkeys(n for m in module_adapters for part in m.on_parameters for n in part.site.parameter_names)
-    own = {name: module.get_parameter(name) for name in names}
-    swapped, *others = term.map_parameters({name: p.to(working_dtype(p)) for name, p in own.items()})
-    if any(not torch.equal(other[name], swapped[name]) for other in others for name in names):
-        raise NotMergeable(f"{', '.join(names)} trained whole, in a Mix with an adapter that changes what it gives")
+    own = {name: (p := module.get_parameter(name)).to(working_dtype(p)) for name in names}
+    if own and isinstance(term, SumOfRuns) and scale == 1.0:
+        new = start = _matrix_with(module, {})
+        for inner, weight in term.terms:
+            with_own = _matrix_with(module, _same_in_all_runs(inner, own))
+            new = add_change(new, start, fold_term(inner, with_own, with_own), weight)
+        return weights.parameters_for_matrix(module, new, start)
+    swapped = _same_in_all_runs(term, own)
+    start = _matrix_with(module, swapped)
     with swapped_parameters(module, swapped):
-        w, b = weights.weight_matrix(module), weights.bias(module)
-        start = w.to(working_dtype(w)), None if b is None else b.to(working_dtype(w))
         if scale == 1.0:
             new = fold_term(term, start, start)
         else:
             new = _fold_scaled_table(site, term, start[0], scale, any(copies)), None
         return swapped | weights.parameters_for_matrix(module, new, start)
+
+
+def _same_in_all_runs(term: Term, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The module's own parameters under a term; NotMergeable where its runs have different ones."""
+    first, *others = term.map_parameters(own)
+    if any(not torch.equal(other[name], first[name]) for other in others for name in own):
+        raise NotMergeable(
+            f"{', '.join(own)} trained whole, in a Mix with an adapter that changes what the module gives: no one "
+            "weight is what both have in a Stack; merge the Mix by itself"
+        )
+    return first
+
+
+def _matrix_with(module: nn.Module, values: Mapping[str, Tensor]) -> WeightBias:
+    """The module's weight [d_out, d_in] and bias where it has these values for its parameters."""
+    with swapped_parameters(module, values):
+        w, b = weights.weight_matrix(module), weights.bias(module)
+        return w.to(working_dtype(w)), None if b is None else b.to(working_dtype(w))
 
 
 def _fold_scaled_table(site: Site, term: Term, w: Tensor, scale: float, has_copies: bool) -> Tensor:
