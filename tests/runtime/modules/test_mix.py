@@ -109,11 +109,18 @@ def test_the_law_at_one_module_and_its_runs(one_module: tuple[Kit, str], entry: 
     kit, path = one_module
     module = kit.base.get_submodule(path)
     x = torch.randn(2, 3, module.in_features, dtype=torch.float64)
-    with torch.no_grad(), kit.use(entry), Runs(module.weight) as counted:
+    with kit.use(entry), Runs(module.weight) as counted:
         got = module(x)
     assert counted.number == runs
-    with torch.no_grad():
-        assert_same(got, as_defined(kit, path, entry, lambda x: type(module).frozen_forward(module, x))(x), 1e-12)
+    want = as_defined(kit, path, entry, lambda x: type(module).frozen_forward(module, x))(x)
+    assert_same(got, want, 1e-12)
+    parameters = [p for name in kit.names for p in kit[name].parameters()]
+    of_got, of_want = (torch.autograd.grad(y.square().sum(), parameters, allow_unused=True) for y in (got, want))
+    assert any(gradient is not None for gradient in of_want)
+    for gradient, expected in zip(of_got, of_want, strict=True):
+        assert (gradient is None) == (expected is None)
+        if gradient is not None:
+            assert_same(gradient, expected, 1e-12)
 
 
 def test_a_module_that_is_not_affine_runs_for_each_input() -> None:
