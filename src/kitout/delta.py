@@ -71,6 +71,18 @@ class Delta(nn.Module):
         """
         raise NotImplementedError
 
+    def combine(self, x: Tensor, y: Tensor, values: Sequence[Tensor]) -> Tensor:
+        """Port "parts": what the module gives, [..., d_out], of what it gives as each part leaves it.
+
+        x: the site's input. y: what the frozen module gives. values: the same as part i leaves the module; y itself
+        where the part has nothing there.
+        """
+        raise NotImplementedError
+
+    def mixing_weights(self) -> Tensor | None:
+        """Port "parts": w [parts], where `combine` is y + sum_i w_i (values_i - y) and w depends on no input."""
+        return None
+
     def inference_form(self) -> Delta:
         """The same map without what only training needs (an encoder of its values). Itself where there is nothing."""
         return self

@@ -80,7 +80,8 @@ class Adapter(nn.Module):
         on_output: dict[str, list[SiteDelta]] = {}
         on_parameters: dict[str, list[SiteDelta]] = {}
         on_weights: dict[str, list[SiteDelta]] = {}
-        ports = {"in": on_input, "param": on_parameters, "weight": on_weights}
+        on_parts: dict[str, list[SiteDelta]] = {}
+        ports = {"in": on_input, "param": on_parameters, "weight": on_weights, "parts": on_parts}
         for site, delta in [(s, self.delta(s)) for s in self.sites] + [(s, self.head(s)) for s in head_sites]:
             relay = None
             if site.input_from is not None:
@@ -94,13 +95,14 @@ class Adapter(nn.Module):
             else:
                 path = site.path if site.reader is None else site.reader
                 ports.get(site.port, on_output).setdefault(path, []).append(part)
-        for path in {**on_input, **on_output, **on_parameters, **on_weights}:
+        for path in {**on_input, **on_output, **on_parameters, **on_weights, **on_parts}:
             self.by_module[path] = ModuleAdapter(
                 self.name,
                 tuple(on_input.get(path, ())),
                 tuple(on_output.get(path, ())),
                 tuple(on_parameters.get(path, ())),
                 tuple(on_weights.get(path, ())),
+                tuple(on_parts.get(path, ())),
             )
 
     def prefixes_at(self, tower: str, role: str) -> list[SiteDelta]:

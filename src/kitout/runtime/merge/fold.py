@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,16 @@ from kitout.base import weights
 from kitout.base.norm_gains import fold_into_norm
 from kitout.base.own_forward import check_blends, swapped_parameters, unhooked_forward
 from kitout.base.site import Site
+from kitout.base.survey import Survey
 from kitout.errors import Errors, NotMergeable
+from kitout.route import Average, Mix, RouteEntry, Stack, adapter_names, simplify
 from kitout.runtime.adapter import Adapter, conflict_with_head, trained_and_read
 from kitout.runtime.head import BLENDED, Head
 from kitout.runtime.merge.pairs import WeightBias, add_change, fold_adapter, working_dtype
+from kitout.runtime.modules.composed import ComposedTerm
 from kitout.runtime.modules.module_adapter import ModuleAdapter, SiteDelta
 from kitout.runtime.modules.terms import Single, SumOfRuns, Term, TermSequence, WeightedSum, build_term
-from kitout.runtime.routing.route import Mix, RouteEntry, Stack, adapter_names, simplify
+from kitout.runtime.routing.expand import expand
 
 MATRICES = ("linear", "conv", "embedding")
 MOST_ERRORS = 8
@@ -39,10 +43,19 @@ class FoldedWeights:
 
 
 @torch.no_grad()
-def fold_all(adapters_by_name: Mapping[str, Adapter], entry: RouteEntry) -> dict[str, FoldedWeights]:
-    """New weights for every module the entry's adapters sit at; all errors collected, NotMergeable raised once."""
-    adapters = [adapters_by_name[name] for name in dict.fromkeys(adapter_names(simplify(entry)))]
-    errors = Errors(NotMergeable, f"cannot merge {_describe(entry)}")
+def fold_all(
+    adapters_by_name: Mapping[str, Adapter], entry: RouteEntry, survey: Survey | None = None
+) -> dict[str, FoldedWeights]:
+    """New weights for every module the entry's adapters sit at; all errors collected, NotMergeable raised once.
+
+    survey: the model's, which an `Only` counts its layers by.
+    """
+    described = _describe(entry)
+    expanded, adapters_by_name = expand(entry, adapters_by_name, survey)
+    assert not isinstance(expanded, (tuple, Average))
+    entry = simplify(expanded)
+    adapters = [adapters_by_name[name] for name in dict.fromkeys(adapter_names(entry))]
+    errors = Errors(NotMergeable, f"cannot merge {described}")
     if conflict := conflict_with_head(adapters):
         errors.add(conflict)
     if shared := trained_and_read(adapters):
@@ -53,7 +66,6 @@ def fold_all(adapters_by_name: Mapping[str, Adapter], entry: RouteEntry) -> dict
         for name in _non_finite(adapter)[:2]:
             errors.add(f"{adapter.name} holds NaN or infinity in {name}")
     errors.raise_if_any()
-    entry = simplify(entry)
     folded: dict[str, FoldedWeights] = {}
     of_parents: dict[str, Tensor] = {}  # by full name: what is changed from outside the module that holds it
     paths = dict.fromkeys(path for adapter in adapters for path in adapter.by_module)
@@ -61,12 +73,12 @@ def fold_all(adapters_by_name: Mapping[str, Adapter], entry: RouteEntry) -> dict
         module_adapters = {a.name: a.by_module[path] for a in adapters if path in a.by_module}
         singles = {name: Single(module_adapter) for name, module_adapter in module_adapters.items()}
         there = simplify(entry, singles.__contains__)
-        term = build_term(there, lambda name, _, singles=singles: singles[name])  # type: ignore[misc]
-        if term is None:
-            continue  # its changes cancel here
         inside = f"{path}." if path else ""
         changed = {n.removeprefix(inside): v for n, v in of_parents.items() if n.startswith(inside)}
         try:
+            term = build_term(there, partial(_single_of, singles), partial(_fixed_sum, module_adapters))
+            if term is None:
+                continue  # its changes cancel here
             new = folded[path] = _fold_module(term, list(module_adapters.values()), changed)
         except NotMergeable as reason:
             if len(errors.messages) < MOST_ERRORS:
@@ -76,6 +88,16 @@ def fold_all(adapters_by_name: Mapping[str, Adapter], entry: RouteEntry) -> dict
             of_parents |= {inside + name: value for name, value in new.parameters.items()}
     errors.raise_if_any()
     return folded
+
+
+def _single_of(singles: Mapping[str, Single], name: str, _: Sequence[Term]) -> Term:
+    return singles[name]
+
+
+def _fixed_sum(
+    module_adapters: Mapping[str, ModuleAdapter], name: str, parts: Sequence[Term | None], _: Sequence[Term]
+) -> Term:
+    return ComposedTerm(module_adapters[name], parts).as_weighted_sum()
 
 
 def _describe(entry: RouteEntry) -> str:
@@ -230,6 +252,13 @@ def fold_term(term: Term, pair: WeightBias, start: WeightBias, skips_unfoldable:
         for inner in term.terms:
             pair = fold_term(inner, pair, start, skips_unfoldable)
         return pair
+    if isinstance(term, ComposedTerm):
+        try:
+            return fold_term(term.as_weighted_sum(), pair, start, skips_unfoldable)
+        except NotMergeable:
+            if skips_unfoldable:
+                return pair
+            raise
     assert isinstance(term, WeightedSum)
     new = pair
     for inner, weight in term.terms:

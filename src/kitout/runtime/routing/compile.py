@@ -12,8 +12,10 @@ from dataclasses import replace
 from kitout.base.survey import Survey
 from kitout.delta import KeyValue
 from kitout.errors import RouteError
+from kitout.route import Average, Route, RouteEntry, adapter_names, check_entry, simplify
 from kitout.runtime.adapter import Adapter, conflict_with_head, trained_and_read
 from kitout.runtime.hooks.class_swap import Hook, Program
+from kitout.runtime.modules.composed import ComposedTerm
 from kitout.runtime.modules.fast_path import WithoutFastPath, layers_around
 from kitout.runtime.modules.fused import fuse
 from kitout.runtime.modules.module_adapter import InputRelay, ModuleAdapter
@@ -23,7 +25,7 @@ from kitout.runtime.modules.stacked_weights import on_top_of
 from kitout.runtime.modules.terms import Single, Term, build_term
 from kitout.runtime.output_width import output_width
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
-from kitout.runtime.routing.route import Route, RouteEntry, adapter_names, simplify
+from kitout.runtime.routing.expand import expand
 from kitout.runtime.virtual_tokens.compile import VirtualTokenCompiler
 from kitout.runtime.virtual_tokens.forward_state import ForwardSlot
 
@@ -47,6 +49,17 @@ class RouteCompiler:
                 f"{removed[0]!r} was removed after the `with` that this context took it from had ended: choose another "
                 "route in this task or thread, or await it inside the `with`"
             )
+        expanded, adapters = expand(route, self.adapters, self.survey)
+        average = expanded if isinstance(expanded, Average) else None
+        if isinstance(expanded, Average):
+            expanded = tuple(part for part, _ in expanded.parts)
+        compiler = RouteCompiler(adapters, self.hooks, self.survey, self.active)
+        compiled = compiler.compile_expanded(expanded, kv_recorder)
+        compiled.route, compiled.average = route, average
+        return compiled
+
+    def compile_expanded(self, route: Route, kv_recorder: dict[str, KeyValue] | None = None) -> CompiledRoute:
+        """The same for a route whose compositions are taken apart."""
         row_plan, entries = _plan_rows(route)
         simplified = [simplify(entry) for entry in entries]
         names = dict.fromkeys(name for entry in simplified for name in adapter_names(entry))
@@ -78,7 +91,7 @@ class RouteCompiler:
                 self.survey,
                 compiled.forward_slot,
                 self.active,
-                self.compile,
+                self.compile_expanded,
             ).add_programs(kv_recorder)
         for path in layers_around(self.survey.model, programs):
             programs[path] = WithoutFastPath(programs.get(path))
@@ -124,7 +137,11 @@ class RouteCompiler:
             # A copy: the strength is that of this moment, also when activations are recomputed after it has changed.
             return Single(on_top_of(replace(self.adapters[name].by_module[path]), stacked_on))
 
-        term = build_term(entry, single)
+        def combined(name: str, parts: Sequence[Term | None], _: Sequence[Term]) -> Term:
+            fused = [None if part is None else fuse(part) for part in parts]
+            return ComposedTerm(replace(self.adapters[name].by_module[path]), fused)
+
+        term = build_term(entry, single, combined)
         return None if term is None else fuse(term)
 
     def _program_for_batch(self, entry: RouteEntry, path: str) -> Program | None:
@@ -172,7 +189,7 @@ class RouteCompiler:
 def _plan_rows(route: Route) -> tuple[RowPlan | None, list[RouteEntry]]:
     """The distinct entries, and which row has which; no plan where all rows have the same."""
     if not isinstance(route, tuple):
-        return None, [route]
+        return None, [check_entry(route)]
     distinct = list(dict.fromkeys(route))
     if len(distinct) == 1:
         return None, distinct

@@ -16,12 +16,12 @@ from kitout.base.survey import Survey, Tower
 from kitout.base.token_limit import num_positions
 from kitout.delta import KeyValue
 from kitout.errors import RouteError
+from kitout.route import RouteEntry, Stack, adapter_names
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.hooks.class_swap import Program, original_class
 from kitout.runtime.modules.module_adapter import SiteDelta
 from kitout.runtime.modules.rows import RowPlan
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
-from kitout.runtime.routing.route import RouteEntry, Stack, adapter_names
 from kitout.runtime.virtual_tokens.forward_state import ForwardSlot
 from kitout.runtime.virtual_tokens.image_tokens import ImageTokenBlock, ImageTokenGroup, ImageTokens
 from kitout.runtime.virtual_tokens.layout import TokenKind, TokenLayout, layout_of, prefixes_then_prompts

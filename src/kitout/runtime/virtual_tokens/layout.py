@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kitout.errors import RouteError
+from kitout.route import Mix, RouteEntry, Stack
 from kitout.runtime.adapter import Adapter
-from kitout.runtime.routing.route import Mix, RouteEntry, Stack
 
 
 @dataclass(frozen=True)
