@@ -26,6 +26,8 @@ PUBLIC_NAMES = {
     "AdaptFormer": "kitout.methods.adaptformer",
     "BitFit": "kitout.methods.bitfit",
     "Composition": "kitout.methods.compositions.composition",
+    "Fusion": "kitout.methods.compositions.fusion",
+    "Gated": "kitout.methods.compositions.gated",
     "FullFineTuning": "kitout.methods.full_finetuning",
     "Houlsby": "kitout.methods.houlsby",
     "IA3": "kitout.methods.ia3",

@@ -9,6 +9,8 @@ from kitout.method import register as register
 from kitout.methods.adaptformer import AdaptFormer as AdaptFormer
 from kitout.methods.bitfit import BitFit as BitFit
 from kitout.methods.compositions.composition import Composition as Composition
+from kitout.methods.compositions.fusion import Fusion as Fusion
+from kitout.methods.compositions.gated import Gated as Gated
 from kitout.methods.compositions.mam import MAM as MAM
 from kitout.methods.compositions.mixture import Mixture as Mixture
 from kitout.methods.full_finetuning import FullFineTuning as FullFineTuning

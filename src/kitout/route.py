@@ -1,8 +1,8 @@
 """Routes: which adapters are active, as data: names, `Stack`, `Mix`, `Only`, `Average`, rows and None.
 
 A route is an entry for the whole batch, a tuple of entries, one per row, or an `Average` of entries. An entry is None,
-an adapter's name, a `Stack` applied in order, a weighted `Mix`, or `Only` some layers of one. A composition (`methods/compositions/`) holds a
-route, so files have them as json. Pure data: it knows nothing of modules or tensors.
+an adapter's name, a `Stack` applied in order, a weighted `Mix`, or `Only` some layers of one. A composition
+(`methods/compositions/`) holds a route, so files have them as json. Pure data: it knows nothing of modules or tensors.
 """
 
 from __future__ import annotations

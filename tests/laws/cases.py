@@ -21,6 +21,8 @@ from kitout import (
     BitFit,
     Composition,
     FullFineTuning,
+    Fusion,
+    Gated,
     Houlsby,
     LoRA,
     Method,
@@ -262,6 +264,8 @@ CASES: tuple[Case, ...] = (
         parts=PARTS,
         species=SOME,
     ),
+    Case("fusion", Fusion(of=NAMES, dropout=0.1, penalty=0.1), parts=PARTS, species=SOME),
+    Case("gated", Gated(of=NAMES), parts=PARTS, species=SOME),
     Case("mixture-sites", Mixture(of=NAMES, per="site"), parts=PARTS, species=SOME[:1]),
 )
 

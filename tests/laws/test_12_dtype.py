@@ -33,7 +33,7 @@ def test_outputs_keep_the_dtype_of_the_base(specimen: Specimen, case: Case, dtyp
     kit, batch = kitout.attach(fresh_model(specimen).to(dtype)), cast(plain, dtype)
     add_parts(kit, case)
     adapter = kit.add("law", case.method)
-    assert {p.dtype for p in adapter.parameters()} == {torch.promote_types(dtype, torch.float32)}
+    assert {p.dtype for p in adapter.parameters()} <= {torch.promote_types(dtype, torch.float32)}
     with activated(kit_of(specimen), case) as exactly:
         exact = run(kit_of(specimen), plain)
         adapter.load_state_dict(exactly.state_dict())

@@ -6,6 +6,8 @@ No method knows another; what two of them share is a Delta in a file of its own,
 from kitout.methods.adaptformer import AdaptFormer
 from kitout.methods.bitfit import BitFit
 from kitout.methods.compositions.composition import Composition
+from kitout.methods.compositions.fusion import Fusion
+from kitout.methods.compositions.gated import Gated
 from kitout.methods.compositions.mam import MAM
 from kitout.methods.compositions.mixture import Mixture
 from kitout.methods.full_finetuning import FullFineTuning
@@ -29,6 +31,8 @@ __all__ = [
     "BitFit",
     "Composition",
     "FullFineTuning",
+    "Fusion",
+    "Gated",
     "Houlsby",
     "LoRA",
     "Mixture",

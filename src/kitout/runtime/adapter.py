@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from kitout.base.site import Site
 from kitout.delta import Delta
@@ -125,6 +126,10 @@ class Adapter(nn.Module):
         assert isinstance(delta, Delta)
         return delta
 
+    def site_deltas(self) -> list[tuple[Site, Delta]]:
+        """Its sites with their Deltas, without heads."""
+        return [(site, self.delta(site)) for site in self.sites]
+
     def head(self, site: Site) -> Delta:
         delta = self.heads[site.path.replace(".", "/")]
         assert isinstance(delta, Delta)
@@ -134,6 +139,11 @@ class Adapter(nn.Module):
         """The modules that replace modules of the model, by their paths."""
         heads = ((path.replace("/", "."), head) for path, head in self.heads.items())
         return {path: head.module for path, head in heads if isinstance(head, Head)}
+
+    def penalty(self) -> Tensor | None:
+        """What its Deltas add to a loss (`Delta.penalty`); None for nothing. `kitout.train` adds it by itself."""
+        penalties = [penalty for site in self.sites if (penalty := self.delta(site).penalty()) is not None]
+        return torch.stack(penalties).sum() if penalties else None
 
     @property
     def strength(self) -> float:

@@ -10,11 +10,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from pydantic import field_validator, model_validator
+from torch import Tensor
 
 from kitout.base.site import Site
 from kitout.base.survey import Survey
+from kitout.base.weights import FrozenModule
+from kitout.delta import Delta
 from kitout.errors import RouteError
 from kitout.method import Method
+
+
+class CombiningDelta(Delta):
+    """A Delta at the port "parts"."""
+
+    def forward(self, x: Tensor, y: Tensor, frozen: FrozenModule | None = None) -> Tensor:
+        """y: without what its parts make of it, there is nothing to combine."""
+        return y
 
 
 class CombinedParts(Method):
@@ -55,8 +66,11 @@ def in_model_order(survey: Survey, sites: Iterable[Site]) -> list[Site]:
     return sorted(sites, key=lambda site: order.get(site.path, len(order)))
 
 
-def whole_modules(survey: Survey, parts: Mapping[str, Sequence[Site]]) -> list[Site]:
-    """One site for each module that any part acts on: its whole output, or its parameters where parts change those."""
+def whole_modules(survey: Survey, parts: Mapping[str, Sequence[Site]], reads_input: bool = False) -> list[Site]:
+    """One site for each module that any part acts on: its whole output, or its parameters where parts change those.
+
+    reads_input: the composition reads what the sites' own inputs are.
+    """
     found: dict[str, Site] = {}
     for site in (site for sites in parts.values() for site in sites):
         path = site.path if site.reader is None else site.reader
@@ -70,7 +84,7 @@ def whole_modules(survey: Survey, parts: Mapping[str, Sequence[Site]]) -> list[S
             port="parts",
             channels=None,
             reader=None,
-            input_from=None,
+            input_from=whole.input_from if reads_input else None,
             parameter_names=(),
         )
     return in_model_order(survey, found.values())

@@ -19,10 +19,10 @@ from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.delta import Delta
 from kitout.method import TrainingDefaults, register
-from kitout.methods.compositions.combined import CombinedParts, whole_modules
+from kitout.methods.compositions.combined import CombinedParts, CombiningDelta, whole_modules
 
 
-class MixtureDelta(Delta):
+class MixtureDelta(CombiningDelta):
     """y + sum_i w_i (values_i - y); w is its own, or one of those that the adapter holds for several sites."""
 
     def __init__(self, weights: nn.ParameterDict, group: str, softmax: bool, owns_weights: bool) -> None:
@@ -36,7 +36,10 @@ class MixtureDelta(Delta):
         weights, group = self._weights_and_group
         return weights[group].softmax(0) if self.softmax else weights[group]
 
-    def combine(self, x: Tensor, y: Tensor, values: Sequence[Tensor]) -> Tensor:
+    def part_weights(self, x: Tensor, y: Tensor, values: Sequence[Tensor], real: Tensor | None = None) -> Tensor:
+        return self.mixing_weights()
+
+    def combine(self, x: Tensor, y: Tensor, values: Sequence[Tensor], real: Tensor | None = None) -> Tensor:
         new = y
         for weight, value in zip(self.mixing_weights().unbind(), values, strict=True):
             new = new if value is y else new + weight * (value - y)

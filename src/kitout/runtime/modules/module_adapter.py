@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from kitout.base.site import Site
 from kitout.base.weights import FrozenModule, as_stored, bias, fan_in, to_matrix, weight_matrix
 from kitout.delta import Delta
 from kitout.errors import RouteError
+from kitout.runtime.modules.real_positions import RealPositions
 
 
 class InputRelay:
@@ -25,6 +27,12 @@ class InputRelay:
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
+
+
+class Relay(Protocol):
+    """A value that one hook leaves for others; None while there is none. Rows see their own part of it."""
+
+    value: Tensor | None
 
 
 @dataclass(eq=False)
@@ -37,6 +45,8 @@ class SiteDelta:
     """What it does there."""
     relay: InputRelay | None = None
     """Where its input comes from; None: the module's own input."""
+    real_positions: RealPositions | None = None
+    """Which positions are real, for a Delta that averages over them; None where it is not to average."""
     frozen: FrozenModule | None = field(init=False)
     """The frozen module, for a Delta that reads its weight."""
     read_names: tuple[str, ...] = field(init=False, default=())
@@ -112,6 +122,9 @@ class SiteDelta:
         if self.site.role.startswith("sub.") and y.ndim < x.ndim:  # it flattens [rows, tokens] (experts)
             x = x.reshape(*y.shape[:-1], x.shape[-1])
         channels = self.site.channel_index
+        if self.real_positions is not None:
+            assert channels is None
+            return self.delta.combine(x, y, values, self.real_positions.of(y, self.site.path))
         if self.site.channels_first:
             y, *values = (value.movedim(1, -1) for value in (y, *values))
         if channels is None:
@@ -171,8 +184,9 @@ class ModuleAdapter:
         return self.strength == 1.0 and any(p.delta.replaces_module for p in self.on_output)
 
     @property
-    def relays(self) -> tuple[InputRelay, ...]:
-        return tuple(p.relay for p in (*self.on_parts, *self.on_output) if p.relay is not None)
+    def relays(self) -> tuple[Relay, ...]:
+        relays: list[Relay] = [p.relay for p in (*self.on_parts, *self.on_output) if p.relay is not None]
+        return (*relays, *(p.real_positions for p in self.on_parts if p.real_positions is not None))
 
     @property
     def call_views(self) -> tuple[FrozenModule, ...]:
