@@ -10,6 +10,7 @@ import importlib
 PUBLIC_NAMES = {
     "__version__": "kitout.version",
     "attach": "kitout.kit",
+    "attention": "kitout.evaluate.part_weights",
     "check": "kitout.model_check.check",
     "Kit": "kitout.kit",
     "load": "kitout.predict.load",

@@ -1,6 +1,7 @@
 # The types of the public names, for type checkers and editors; tests/test_public_names.py keeps it equal to the table.
 from kitout import errors as errors
 from kitout.delta import Delta as Delta
+from kitout.evaluate.part_weights import attention as attention
 from kitout.interop.reference import reference as reference
 from kitout.kit import Kit as Kit
 from kitout.kit import attach as attach

@@ -227,6 +227,29 @@ def plot_lengths(token_counts: Mapping[str, Sequence[int]], max_length: int | No
     return to_png(figure)
 
 
+def plot_part_weights(parts: Sequence[str], layers: Sequence[str], weights: Any) -> bytes:
+    """Weights [parts, layers, rows, positions] of a composition as maps of layers and positions, one for each part.
+
+    Averaged over rows. `kitout.attention` gives all three.
+    """
+    values = np.asarray(weights, dtype=float)
+    if values.ndim != 4 or values.shape[:2] != (len(parts), len(layers)) or not values.size:
+        raise ConfigError(f"weights are [parts, layers, rows, positions], found {list(values.shape)}")
+    means = np.nanmean(values, axis=2)
+    figure = new_figure(1.2 + 3.0 * len(parts), 1.2 + 0.22 * len(layers))
+    axes = figure.subplots(1, len(parts), squeeze=False, sharey=True)[0]
+    limits = {"vmin": min(0.0, float(np.nanmin(means))), "vmax": max(1.0, float(np.nanmax(means)))}
+    for ax, name, of_part in zip(axes, parts, means, strict=True):
+        drawn = ax.imshow(of_part, aspect="auto", origin="lower", cmap="cividis", **limits)
+        ax.set_title(name, fontsize=10)
+        ax.set_xlabel("position", fontsize=9)
+        ax.set_yticks(range(len(layers)), layers, fontsize=8)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_ylabel("layer", fontsize=9)
+    figure.colorbar(drawn, ax=list(axes), label="weight")
+    return to_png(figure)
+
+
 def bin_width(max_value: int) -> int:
     """A round width of about thirty bins."""
     power = 10 ** max(0, math.floor(math.log10(max(1, max_value / 30))))
