@@ -96,6 +96,25 @@ def test_an_average_generates_token_by_token() -> None:
             kit(**batch, labels=batch["input_ids"])
 
 
+def test_an_average_generates_with_an_encoder() -> None:
+    kit, batch = kit_with("t5", a=LoRA(rank=2, targets="attn.*"), b=IA3(), p=PrefixTuning(length=2))
+    ids, mask = batch["input_ids"], torch.ones_like(batch["input_ids"])
+    mask[0, 4:] = 0
+    kit.base.generation_config.eos_token_id = None
+    start = kit.base.config.decoder_start_token_id
+    tokens = torch.full((2, 1), 0 if start is None else start)
+    for _ in range(4):
+        call = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": tokens}
+        step = averaged(kit, call, "probabilities")[:, -1]
+        tokens = torch.cat((tokens, step.argmax(-1, keepdim=True)), 1)
+    how = {"attention_mask": mask, "max_new_tokens": 4, "min_new_tokens": 4}
+    with torch.no_grad(), kit.use(Average({"a": 0.7, Stack("b", "p"): 0.3})):
+        assert torch.equal(kit.generate(ids, **how), tokens)
+        assert torch.equal(kit.generate(input_ids=ids, **how), tokens)
+        likeliest = kit.generate(ids, do_sample=True, top_k=1, num_return_sequences=2, **how)
+        assert torch.equal(likeliest, tokens.repeat_interleave(2, 0))
+
+
 def test_what_is_no_average() -> None:
     for weights, of in (({"a": 0.5}, "logits"), ({"a": 1.5, "b": -0.5}, "probabilities"), ({"a": 1.0}, "votes")):
         with pytest.raises(RouteError):

@@ -24,7 +24,7 @@ from kitout.runtime.hooks.unused_sites import UnusedSiteCheck
 from kitout.runtime.modules.media_rows import media_refusal
 from kitout.runtime.output_width import output_width_of
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
-from kitout.runtime.routing.average import average_output, check_generation, repeat_call
+from kitout.runtime.routing.average import average_output, check_generation, encode_copies, repeat_call
 from kitout.runtime.state import KitState
 from kitout.runtime.virtual_tokens.positions import arguments_by_name
 from kitout.runtime.virtual_tokens.widen_sequence import trim_output
@@ -145,6 +145,8 @@ def _model_generate(model: Any, frozen_generate: ForwardFn, args: tuple[Any, ...
         compiled = state.compiled_route().for_new_forward(gave_no_positions)
         if compiled.average is not None:
             check_generation(model, args, kwargs)
+            if compiled.row_plan is not None:
+                compiled.row_plan.is_exact = False  # the encoder's are all copies of the rows
         elif compiled.num_rows is not None:
             _check_rows(compiled, model, args, kwargs, is_forward=False, may_multiply=False)
         active.install(compiled)  # an encoder may be called before the model's own forward is
@@ -156,6 +158,8 @@ def _model_generate(model: Any, frozen_generate: ForwardFn, args: tuple[Any, ...
                 UnusedSiteCheck(state) if state.unproven and calls.generates == 1 else nullcontext(),
                 nullcontext() if width is None else output_width_of(width, None),
             ):
+                if compiled.average is not None:
+                    args, kwargs = encode_copies(compiled.average, model, args, kwargs)
                 return frozen_generate(model, *args, **kwargs)
         finally:
             calls.generates -= 1

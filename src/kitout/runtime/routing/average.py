@@ -93,11 +93,6 @@ def _average(average: Average, values: Tensor, config: Any) -> Tensor:
 
 def check_generation(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """RouteError where `generate` would keep several sequences per row, or not run the model row by row."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise RouteError(
-            "generate() of an encoder-decoder runs its encoder apart, once per row, and an Average needs it once per "
-            "entry: average its forward, or generate under each entry"
-        )
     given = [value for value in args if type(value).__name__ == "GenerationConfig"]
     configs = (kwargs.get("generation_config"), *given, getattr(model, "generation_config", None))
     config = next((value for value in configs if value is not None), None)
@@ -108,3 +103,37 @@ def check_generation(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
                 f"generate({name}={value!r}) under an Average: the copies of a row would follow sequences of their "
                 "own; decode greedily, or sample (do_sample=True)"
             )
+
+
+def encode_copies(
+    average: Average, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `generate` with what the encoder gives for all copies of its rows.
+
+    `generate` runs an encoder by itself and once per row. It takes states that are given, and repeats those of a row
+    for several sequences, after which copies still lie one after the other.
+    """
+    if not getattr(model.config, "is_encoder_decoder", False) or kwargs.get("encoder_outputs") is not None:
+        return args, kwargs
+    inputs, *rest = args or (kwargs.get("inputs"),)
+    encoder = model.get_encoder()
+    main = getattr(encoder, "main_input_name", "input_ids")
+    inputs = kwargs.get(main) if inputs is None else inputs
+    if not isinstance(inputs, Tensor):
+        raise RouteError(f"generate() under an Average needs its {main}: it runs the encoder once per entry")
+    n, batch = len(average.parts), inputs.shape[0]
+    mask = kwargs.get("attention_mask")
+    if (
+        mask is None
+        and main == "input_ids"
+        and (pad := getattr(model.generation_config, "pad_token_id", None)) is not None
+    ):
+        mask = (inputs != pad).long()  # as generate makes it
+    call = {main: _repeat(inputs, n, batch)}
+    if mask is not None:
+        call["attention_mask"] = _repeat(mask, n, batch)
+    new = {name: value for name, value in kwargs.items() if name not in ("inputs", main)}
+    if mask is not None:
+        new["attention_mask"] = mask
+    new["encoder_outputs"] = encoder(**call, return_dict=True)
+    return (inputs, *rest), new
