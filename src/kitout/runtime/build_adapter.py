@@ -39,7 +39,7 @@ from kitout.runtime.routing.active import CompiledRoute
 from kitout.runtime.routing.compile import RouteCompiler
 from kitout.runtime.state import KitState
 
-NOT_COMBINED = "its parts do not all act on what this gives, so none does"
+NOT_COMBINED = "it combines nothing here, so none of its parts acts"
 
 
 def build_adapter(
@@ -175,18 +175,23 @@ def select_sites(state: KitState, method: Method, heads: Iterable[str], name: st
     parts = method.part_names()
     try:
         if parts:
-            sites_of = {part: sites_of_part(state, part) for part in parts}
+            sites_of = {part: _outside(heads, sites_of_part(state, part)) for part in parts}
             selected = method.sites_over_parts(state.survey, sites_of)
         else:
             selected = method.sites(state.survey)
     except TargetError as error:
         hint = experts_hint(state.survey, str(error))
         raise TargetError(f"{error}\n  {hint}") if hint else error from None
-    sites = [s for s in selected if not any(f"{s.path}.".startswith(f"{h}.") for h in heads)]
+    sites = _outside(heads, selected)
     if parts and sites:  # theirs run, or they would not be sites of the parts
         of_parts = dict.fromkeys(s.reader or s.path for each in sites_of.values() for s in each)
         return sites, {path: NOT_COMBINED for path in of_parts if all(s.path != path for s in sites)}
     return leave_out(state.survey, method, sites, name)
+
+
+def _outside(heads: Iterable[str], sites: Iterable[Site]) -> list[Site]:
+    """The sites that are not in what these heads replace."""
+    return [s for s in sites if not any(f"{s.path}.".startswith(f"{h}.") for h in heads)]
 
 
 def head_site(state: KitState, path: str) -> Site:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from kitout import IA3, FullFineTuning, LoRA, Mix, Mixture, PartialFineTuning, PrefixTuning
+from kitout import IA3, FullFineTuning, Gated, LoRA, Mix, Mixture, PartialFineTuning, PrefixTuning
 from kitout.errors import ConfigError, RouteError
-from laws.activate import assert_same, fresh_kit, kit_with, loss_of, put_on, run
+from laws.activate import assert_same, fresh_kit, kit_with, loss_of, put_on, run, untrivial
 from zoo import ZOO
 
 WEIGHTS = {"a": 0.5, "b": -0.3, "c": 0.4, "d": 0.7}
@@ -68,6 +69,28 @@ def test_training_it_moves_its_own_weights_alone(tmp_path: Path) -> None:
     assert not any(p.requires_grad for name in "ab" for p in other[name].parameters())
     with other.use("m"):
         assert torch.equal(run(other, batch), value)
+
+
+def test_heads_are_weighed_too_and_its_own_replaces_them(tmp_path: Path) -> None:
+    kit, batch = kit_with("bert")
+    shape = kit.base.classifier.weight.shape
+    for seed, (name, method) in enumerate({"a": LoRA(rank=2), "b": IA3()}.items()):
+        untrivial(kit.add(name, method, heads={"classifier": nn.Linear(*shape[::-1])}), seed)
+    kit.add("m", Mixture(of=("a", "b"), init=(0.7, 0.2)))
+    with kit.use(Mix({"a": 0.7, "b": 0.2})):
+        want = run(kit, batch)
+    with kit.use("m"):
+        assert_same(run(kit, batch), want)
+    adapter = kit.add("own", Gated(of=("a", "b")), heads={"classifier": nn.Linear(shape[1], 3)})
+    assert not adapter.left_out
+    with kit.use("own"):
+        want = run(kit, batch)
+    assert want.shape[-1] == 3
+    kit.save("own", tmp_path / "own")
+    other = fresh_kit(ZOO["bert"])
+    other.load(tmp_path / "own")
+    with other.use("own"):
+        assert torch.equal(run(other, batch), want)
 
 
 def test_what_it_cannot_weigh_is_refused() -> None:
