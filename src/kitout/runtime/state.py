@@ -125,7 +125,8 @@ class KitState:
         for name in names:
             if name not in found:
                 found[name] = None
-                found |= dict.fromkeys(self.names_with_parts(self[name].method.part_names()))
+                if name in self:  # else it was removed, while the route of some context still names it
+                    found |= dict.fromkeys(self.names_with_parts(self[name].method.part_names()))
         return list(found)
 
     def _compositions_of(self, name: str) -> list[str]:
