@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from kitout.errors import ConfigError, Errors
 from kitout.files.adapter_tensors import tensor_slots
@@ -49,11 +50,11 @@ def average_parameters(
             errors.add(f"{adapter.name!r} has the strength {adapter.strength:g}: a mean takes it at 1")
     errors.raise_if_any()
     slots = [tensor_slots(adapter) for adapter in adapters]
-    values = {}
+    values: dict[str, Tensor] = {}
     for key, slot in slots[0].items():
         if slot.tensor.is_floating_point():
-            pairs = zip(slots, weights, strict=True)
-            values[key] = sum((w / sum(weights)) * each[key].tensor.detach() for each, w in pairs)
+            stacked = torch.stack([w / sum(weights) * s[key].tensor for s, w in zip(slots, weights, strict=True)])
+            values[key] = stacked.sum(0)
         else:
             values[key] = slot.tensor.detach().clone()
     note = {"how": "parameters", "weights": {a.name: w for a, w in zip(adapters, weights, strict=True)}}

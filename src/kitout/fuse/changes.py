@@ -99,7 +99,8 @@ class Places:
     def _look_up(self, name: str) -> Place:
         site = self.matrices.get(name)
         if site is not None:
-            scale = linear_scale(site) if is_plain_float(site.module, site.weight_name) else 1.0
+            is_called = site.port == "out" and is_plain_float(site.module, site.weight_name)
+            scale = linear_scale(site) if is_called else 1.0
             return Place(name, site.path, site.role, "matrices", site, scale)
         path, _, last = name.rpartition(".")
         leaf = self._leaves.get(path)

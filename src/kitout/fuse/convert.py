@@ -6,13 +6,15 @@ What is lost is measured and bounded by `max_residual`, before anything is added
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kitout.base.eval_mode import eval_mode
+from kitout.base.site import Site
+from kitout.delta import KeyValue
 from kitout.errors import ConfigError, RouteError, UnknownAdapter, suggest
 from kitout.fuse.arithmetic import combined_changes, fuse
 from kitout.fuse.build_lora import check_plain
@@ -73,7 +75,7 @@ def convert(
     def check(residual: Residual) -> None:
         if residual.total > max_residual:
             asked = sum(residual.asked.values())
-            rank = _rank_that_holds(state, adapter, residual, max_residual, asked) if isinstance(to, LoRA) else None
+            rank = _rank_that_holds(state, adapter, max_residual, asked) if isinstance(to, LoRA) else None
             would_do = f"LoRA(rank={rank}) would do" if rank is not None else "no rank would do: too much is left out"
             shares = ", ".join(f"{role} {share:.2g}" for role, share in sorted(residual.by_role.items()))
             raise ConfigError(
@@ -84,9 +86,7 @@ def convert(
     return fuse(state, name, [adapter], [1.0], rule_of("sum"), RuleOptions(), 1.0, 0, to, parse_drop(drop), note, check)
 
 
-def _rank_that_holds(
-    state: KitState, adapter: Adapter, residual: Residual, max_residual: float, asked: float
-) -> int | None:
+def _rank_that_holds(state: KitState, adapter: Adapter, max_residual: float, asked: float) -> int | None:
     """The smallest rank, the same at every site, at which no more than this is lost."""
     places = Places(state.survey)
     spectra: list[Tensor] = []
@@ -134,14 +134,16 @@ def _prompt_to_prefix(new: NewAdapter, adapter: Adapter, to: PrefixTuning) -> Fu
     return FusedAdapter(new.register(method, sites, values), new.residual, new.dropped)
 
 
-def _key_values(state: KitState, adapter: Adapter, sites: list, towers: list[str]) -> Iterator[tuple[str, Tensor]]:
+def _key_values(
+    state: KitState, adapter: Adapter, sites: Sequence[Site], towers: list[str]
+) -> Iterator[tuple[str, Tensor]]:
     """The prefix of each attention, [T, 2, H_kv, d_h], by the name it has in a file."""
-    found = {}
+    found: dict[str, KeyValue] = {}
     with state.active.lock, eval_mode(state.base, state.modules):
         route = RouteCompiler({adapter.name: adapter}, state.hooks, state.survey, state.active).compile(adapter.name)
-        for path, program in route.programs.items():
+        for hook, program in route.programs:
             if isinstance(program, TextEntry) and program.tower.path in towers and program.prefill is not None:
-                found |= program.prefill.run_alone(state.base.get_submodule(path))
+                found |= program.prefill.run_alone(state.base.get_submodule(hook.path))
     if missing := [site.path for site in sites if site.path not in found]:
         raise RouteError(f"{adapter.name!r} computes no keys at {', '.join(missing[:4])}: choose layers= and places=")
     if beyond := found.keys() - {site.path for site in sites}:

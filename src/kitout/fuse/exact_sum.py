@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,7 +156,7 @@ def _as_lora(new: NewAdapter, total: FactorSum) -> FusedAdapter | None:
         ranks[site.path] = max(ranks.get(site.path, 1), a.shape[0])
         new.residual.add(site.path, site.role, max(square, 0.0), 0.0)
     beyond_targets = any(key not in factors for key in total.shifted)
-    bias = {"lora_bias": True} if total.shifts else {}
+    bias: dict[str, Any] = {"lora_bias": True} if total.shifts else {}
     bias |= {"bias": "all"} if beyond_targets else {}
     method = with_ranks(new.state, LoRA(targets=words[0], layers=words[1], **bias), sites, ranks)
     all_sites = selected(new.state, method, new.heads)

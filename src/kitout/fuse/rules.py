@@ -105,11 +105,11 @@ def check_rule(
 # ---- linear: coefficients ------------------------------------------------------------------------------------------
 
 
-def _sum(weights: Sequence[float], gram: Tensor | None) -> list[float]:
+def _sum(weights: Sequence[float], _gram: Tensor | None) -> list[float]:
     return list(weights)
 
 
-def _mean(weights: Sequence[float], gram: Tensor | None) -> list[float]:
+def _mean(weights: Sequence[float], _gram: Tensor | None) -> list[float]:
     return [w / sum(weights) for w in weights]
 
 
@@ -183,11 +183,11 @@ def _trim(changes: Sequence[Tensor], density: float) -> list[Tensor]:
     return [change * largest(change.abs(), number_kept(density, change.numel())) for change in changes]
 
 
-def _magnitude(changes: Sequence[Tensor], weights: Sequence[float], options: RuleOptions, draw: Draw) -> Tensor:
+def _magnitude(changes: Sequence[Tensor], weights: Sequence[float], options: RuleOptions, _draw: Draw) -> Tensor:
     return _weighted_sum(_trim(changes, options.density), weights)
 
 
-def _ties(changes: Sequence[Tensor], weights: Sequence[float], options: RuleOptions, draw: Draw) -> Tensor:
+def _ties(changes: Sequence[Tensor], weights: Sequence[float], options: RuleOptions, _draw: Draw) -> Tensor:
     return elect(_trim(changes, options.density), weights)
 
 
@@ -209,14 +209,14 @@ def _della(changes: Sequence[Tensor], weights: Sequence[float], options: RuleOpt
     dropped = []
     for i, change in enumerate(changes):
         columns = change.shape[-1]
-        rank = change.abs().argsort(-1, stable=True).argsort(-1).to(change.dtype)  # 0 for the smallest
+        rank = change.abs().argsort(stable=True, dim=-1).argsort(dim=-1).to(change.dtype)  # 0 for the smallest
         spread = 2 * rank / (columns - 1) - 1 if columns > 1 else torch.zeros_like(change)
         p = options.density + options.epsilon * spread
         dropped.append(change * (draw(i, change.shape).to(change.device) < p) / p)
     return elect(dropped, weights)
 
 
-def _breadcrumbs(changes: Sequence[Tensor], weights: Sequence[float], options: RuleOptions, draw: Draw) -> Tensor:
+def _breadcrumbs(changes: Sequence[Tensor], weights: Sequence[float], options: RuleOptions, _draw: Draw) -> Tensor:
     """Without the largest, which are outliers, and without the smallest, until the share stays."""
     kept = []
     for change in changes:
@@ -227,7 +227,7 @@ def _breadcrumbs(changes: Sequence[Tensor], weights: Sequence[float], options: R
     return _weighted_sum(kept, weights)
 
 
-def _sce(changes: Sequence[Tensor], weights: Sequence[float], options: RuleOptions, draw: Draw) -> Tensor:
+def _sce(changes: Sequence[Tensor], _weights: Sequence[float], options: RuleOptions, _draw: Draw) -> Tensor:
     """Select by variance over the adapters, calculate weights from the energies, erase the minority of signs."""
     mean = _weighted_sum(changes, [1 / len(changes)] * len(changes))
     variance = torch.zeros_like(mean)

@@ -6,9 +6,11 @@ sites and no others. Every candidate is tried on the model. It knows the selecti
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from kitout.base.select import word_for
 from kitout.base.site import Site
 from kitout.errors import KitoutError, TargetError
 from kitout.method import Method
@@ -25,18 +27,30 @@ def selected(state: KitState, method: Method, heads: Iterable[str] = ()) -> list
 
 
 def words_for(
-    state: KitState, sites: Sequence[Site], like: Sequence[Method], heads: Iterable[str] = ()
+    state: KitState,
+    sites: Sequence[Site],
+    like: Sequence[Method],
+    heads: Iterable[str] = (),
+    make: Callable[[str, str], Method] = lambda targets, layers: LoRA(rank=1, targets=targets, layers=layers),
 ) -> tuple[str, str] | None:
-    """targets and layers that select exactly these sites; None where no words do. like: whose words are tried first."""
+    """targets and layers that select exactly these sites; None where no words do.
+
+    like: whose words are tried first. make: the method that has them.
+    """
     wanted = {site.key for site in sites}
     roles = " ".join(dict.fromkeys(_word(site, site.role) for site in sites))
     layers = sorted({site.layer for site in sites if site.layer is not None})
+    patterns: list[str] = []
     candidates = [(m.targets or m.default_targets, m.layers) for m in like]
     candidates += [(roles, "all"), (roles, ",".join(map(str, layers)) or "all")]
-    candidates.append((" ".join(_word(site, site.path) for site in sites), "all"))
+    candidates.append((" ".join(dict.fromkeys(_word(site, word_for(site.path)) for site in sites)), "all"))
+    for port in dict.fromkeys(_word(site, "") for site in sites):  # where one path is the end of another
+        paths = dict.fromkeys(re.escape(site.path) for site in sites if _word(site, "") == port)
+        patterns.append(f"{port}re:{'|'.join(paths)}")
+    candidates.append((" ".join(patterns), "all"))
     for targets, chosen in dict.fromkeys(candidates):
         try:
-            found = selected(state, LoRA(rank=1, targets=targets, layers=chosen), heads)
+            found = selected(state, make(targets, chosen), heads)
         except KitoutError:
             continue
         if {site.key for site in found} == wanted:
