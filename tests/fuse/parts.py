@@ -10,14 +10,14 @@ from torch import Tensor
 import kitout
 from kitout import Kit, Method
 from kitout.runtime.merge.fold import fold_all
-from zoo import ZOO
+from zoo import EXTRA, ZOO
 
 Weights = dict[str, Tensor]
 
 
 def kit_of(species: str, methods: Mapping[str, Method], dtype: torch.dtype = torch.float64) -> Kit:
     """A kit of the zoo with these adapters, all values moved off their start."""
-    kit = kitout.attach(ZOO[species].build().to(dtype).eval())
+    kit = kitout.attach({**ZOO, **EXTRA}[species].build().to(dtype).eval())
     for name, method in methods.items():
         add(kit, name, method)
     return kit
