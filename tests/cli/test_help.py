@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from kitout.cli import app
 
-VERBS = ("assets", "demo", "demo text", "demo vision", "inspect", "methods", "train")
+VERBS = ("assets", "combine", "convert", "extract", "demo", "demo text", "demo vision", "inspect", "methods", "train")
 REFUSED = re.compile(
     r"(?i)\b(worn|wears?|wearing|told|laid|beneath|faulty|learnt|gist|filler|commonest|parted|embedded)\b"
 )
@@ -23,7 +23,7 @@ def help_of(verb: str) -> str:
 
 def test_the_first_page_lists_every_verb() -> None:
     page = help_of("")
-    for verb in ("assets", "demo", "inspect", "methods", "train"):
+    for verb in ("assets", "combine", "convert", "demo", "extract", "inspect", "methods", "train"):
         assert re.search(rf"\b{verb}  +[A-Z]", page), verb
     assert not REFUSED.search(page)
 

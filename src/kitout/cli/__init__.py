@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from kitout.cli import assets, demo, inspect, methods, train
+from kitout.cli import assets, combine, convert, demo, extract, inspect, methods, train
 
 HELP = """Parameter-efficient fine-tuning: train small adapters on a frozen transformer.
 
@@ -16,6 +16,9 @@ Start with `kitout demo text`, then `kitout train --model MODEL --data FILE.csv 
 app = typer.Typer(name="kitout", help=HELP, no_args_is_help=True)
 app.add_typer(assets.app, name="assets")
 app.add_typer(demo.app, name="demo", help=demo.HELP)
+app.command("combine")(combine.combine)
+app.command("convert")(convert.convert)
+app.command("extract")(extract.extract)
 app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
 app.command("train", context_settings=train.CONTEXT_SETTINGS)(train.train)

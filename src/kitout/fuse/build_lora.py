@@ -24,6 +24,8 @@ def check_plain(to: LoRA) -> None:
     """ConfigError for a form of LoRA that is no sum."""
     if to.dora or to.init != "default":
         raise ConfigError(f"to={to!r}: the result is a plain LoRA, without dora and init")
+    if to.targets is None and to.layers != "all":
+        raise ConfigError(f"to: layers={to.layers!r} belongs to targets=; without both it sits where something changes")
     if any(word.startswith("in:") for word in (to.targets or "").split()):
         raise ConfigError(f"to: targets={to.targets!r}: the result acts on outputs; leave out 'in:'")
 
