@@ -137,6 +137,26 @@ def test_combine_applies_the_rule_to_every_matrix(how: str) -> None:
     assert fused.residual.total <= 1e-6
 
 
+@pytest.mark.parametrize("how", [*RULES])
+def test_at_full_density_one_adapter_alone_is_itself(how: str) -> None:
+    torch.manual_seed(0)
+    kit = kitout.attach(Square().eval(), example_batch={"x": torch.randn(1, 4, 3)})
+    for name in "ab":
+        adapter = kit.add(name, LoRA(rank=3, targets="q v"))
+        for delta in adapter.deltas.values():
+            delta.get_parameter("b").data.normal_()
+    options = {"density": 1.0} if RULES[how].density is not None else {}
+    options |= {"breadcrumbs": {"gamma": 0.0}, "della": {"density": 0.5, "epsilon": 0.0}}.get(how, {})
+    kitout.combine(kit, "c", {"a": 1.0, "b": 0.0}, how=how, **options)
+    found, wanted = (kit.merged_copy(name).get_submodule("layers.0.q").weight for name in "ca")
+    start = kit.base.get_submodule("layers.0.q").weight
+    if how == "della":  # each value stays with probability 1/2 and is doubled
+        kept = found != start
+        assert torch.allclose(found[kept] - start[kept], 2 * (wanted - start)[kept], atol=1e-6)
+    else:
+        assert torch.allclose(found, wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("how", "weights", "options", "match"),
     [

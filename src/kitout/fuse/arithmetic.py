@@ -67,6 +67,9 @@ def combine(
         return average_parameters(state, name, adapters, values)
     rule = rule_of(how)
     adapters, values = _check_request(state, name, weights)
+    if rule.name != "slerp" and any(values):  # what has no weight has no say in signs or means either
+        adapters = [a for a, w in zip(adapters, values, strict=True) if w]
+        values = [w for w in values if w]
     options = check_rule(rule, values, density, gamma, epsilon)
     if isinstance(lam, bool) or not isinstance(lam, (int, float)) or not math.isfinite(lam):
         raise ConfigError(f"lam is a factor on the result, a finite number, found {lam!r}")
@@ -74,9 +77,6 @@ def combine(
         raise ConfigError(f"to={to!r}: write 'exact', 'dense', LoRA(rank=8) or LoRA(energy=0.99)")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConfigError(f"seed is a whole number, found {seed!r}")
-    if rule.name != "slerp" and any(values):  # what has no weight has no say in signs or means either
-        adapters = [a for a, w in zip(adapters, values, strict=True) if w]
-        values = [w for w in values if w]
     note = {"how": how, "weights": dict(weights), "lam": lam, "seed": seed}
     note |= {k: v for k, v in (("density", density), ("gamma", gamma), ("epsilon", epsilon)) if v is not None}
     return fuse(state, name, adapters, values, rule, options, lam, seed, to, parse_drop(drop), note)

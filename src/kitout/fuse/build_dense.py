@@ -24,7 +24,14 @@ class DenseBuilder:
 
     def __init__(self, new: NewAdapter) -> None:
         self.new = new
-        self.sites = parameter_sites(new.state.survey)
+        try:
+            self.sites = parameter_sites(new.state.survey)
+        except TargetError as error:  # a quantized base
+            first = str(error).splitlines()[1:2] or [str(error)]
+            raise ConfigError(
+                f"{new.name!r} would be dense, and this base takes no trained copies ({first[0].strip(' -')}): write "
+                "to=LoRA(rank=...)"
+            ) from None
         self.homes = {_full_name(site, name): site for site in self.sites for name in site.parameter_names}
         self.changes: dict[str, tuple[Place, Tensor]] = {}
 

@@ -68,7 +68,7 @@ def with_ranks(state: KitState, method: LoRA, sites: Sequence[Site], ranks: Mapp
     choices: list[int | dict[str, int]] = [] if method.energy is not None else [method.rank]
     if len(set(ranks.values())) == 1:
         choices.append(next(iter(ranks.values())))
-    roles = sorted({site.role for site in targets}, key=lambda role: role.startswith("cross."))
+    roles = sorted(dict.fromkeys(site.role for site in targets), key=lambda role: role.startswith("cross."))
     choices.append({role: max(ranks[s.path] for s in targets if s.role == role) for role in roles})
     choices.append({path: ranks[path] for path in sorted(ranks, key=len)})  # the last that matches wins
     for rank in choices:
