@@ -63,3 +63,14 @@ def test_targets_inside_a_fused_projection() -> None:
     assert distance(change(kit, {"c": 1}), change(kit, {"q": 1})) <= 1e-9
     with pytest.raises(ValueError, match=r"c_attn\.weight"):
         kitout.convert(kit, "qkv", "d", to=LoRA(rank=3, targets="attn.q"))
+
+
+def test_a_table_that_does_more_than_look_up_is_no_matrix() -> None:
+    kit = kit_of("bart", {"full": FullFineTuning(), "lora": LoRA(rank=2)})
+    weights = {"full": 0.7, "lora": -0.4}
+    fused = kitout.combine(kit, "c", weights)
+    assert distance(change(kit, {"c": 1}), change(kit, weights)) <= 1e-9
+    kit.remove("c")
+    fused = kitout.combine(kit, "c", weights, to=LoRA(rank=48), drop="biases norms other")
+    assert "other" in fused.dropped.values()
+    assert abs(fused.residual.total - distance(change(kit, {"c": 1}), change(kit, weights))) <= 1e-9

@@ -100,7 +100,10 @@ class Places:
         site = self.matrices.get(name)
         if site is not None:
             is_called = site.port == "out" and is_plain_float(site.module, site.weight_name)
-            scale = linear_scale(site) if is_called else 1.0
+            try:
+                scale = linear_scale(site) if is_called else 1.0
+            except NotMergeable:  # a table that does more than look up: a parameter, and no matrix of a linear map
+                return Place(name, site.path, site.role, "other")
             return Place(name, site.path, site.role, "matrices", site, scale)
         path, _, last = name.rpartition(".")
         leaf = self._leaves.get(path)
@@ -187,7 +190,7 @@ def product_changes(module_adapter: ModuleAdapter, places: Places) -> dict[str, 
     for part in parts:
         change = part.delta.low_rank_change()
         name = weight_name(part.site)
-        if change is None or (change.a is not None and name not in places.matrices):
+        if change is None or (change.a is not None and places[name].site is None):
             return None
         if change.a is not None and change.b is not None:
             a, b = _in_working_dtype(change.a), _in_working_dtype(change.b)
@@ -213,7 +216,13 @@ def _add_input(changes: dict[str, Change], part: SiteDelta, strength: float, pla
     if change is None or change.a is None or change.b is None or change.shift is not None:
         return False
     whole = places.matrices.get(name)
-    if whole is None or whole.kind != "linear" or not is_plain_float(whole.module) or places[name].scale != 1.0:
+    if (
+        whole is None
+        or places[name].site is None
+        or whole.kind != "linear"
+        or not is_plain_float(whole.module)
+        or places[name].scale != 1.0
+    ):
         return False
     a, b = _in_working_dtype(change.a), strength * _in_working_dtype(change.b)
     w = weight_matrix(whole.module)

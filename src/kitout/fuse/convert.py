@@ -146,7 +146,8 @@ def _key_values(
                 found |= program.prefill.run_alone(state.base.get_submodule(hook.path))
     if missing := [site.path for site in sites if site.path not in found]:
         raise RouteError(f"{adapter.name!r} computes no keys at {', '.join(missing[:4])}: choose layers= and places=")
-    if beyond := found.keys() - {site.path for site in sites}:
+    shared = {site.path for site in state.survey.kv_sites if site.shares_kv_of}  # they see the prefix of another
+    if beyond := found.keys() - {site.path for site in sites} - shared:
         raise ConfigError(f"to: the prefix leaves out {', '.join(sorted(beyond)[:4])}, where the prompt has keys")
     for site in sites:
         k, v = found[site.path]

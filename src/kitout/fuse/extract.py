@@ -71,9 +71,10 @@ def extract(
         if value is None or value.shape != old.shape:
             new.dropped[parameter] = "not in tuned" if value is None else "another shape"
             continue
-        if parameter not in wanted and id(old) in seen:
-            continue  # tied: compared already
-        seen.add(id(old))
+        pair = old.data_ptr(), value.data_ptr()
+        if parameter not in wanted and pair in seen:
+            continue  # tied in both: compared already
+        seen.add(pair)
         change = difference(new.places, parameter, value, old)
         square = float(change.double().square().sum())
         changed = changed or (parameter in wanted and square > 0)
