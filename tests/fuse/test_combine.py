@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import nn
 import kitout
 from fuse.parts import add, change, distance, kit_of
 from kitout import IA3, SSF, BitFit, FullFineTuning, Houlsby, Kit, LoRA, PrefixTuning
+from kitout.files.usage_record import BaseRecord, TextRecord, UsageRecord
+from kitout.fuse.result import common_usage
 from zoo import ZOO, out
 
 METHODS = {
@@ -207,3 +210,25 @@ def test_the_head_of_one_source_goes_along() -> None:
         kitout.combine(kit, "d", {"a": 1.0, "b": 1.0})
     kitout.combine(kit, "d", {"a": 1.0, "b": 1.0}, drop="heads")
     assert not kit["d"].heads_by_path()
+
+
+def test_the_usage_is_what_the_sources_share() -> None:
+    base = BaseRecord(name="org/model", source="hub")
+    text = TextRecord(
+        tokenizer="t",
+        max_length=64,
+        system_prompt="Be kind.",
+        answers=["a", "b"],
+        answer_tokens=[[1], [2]],
+        end_token=3,
+    )
+    one = UsageRecord(task="causal_lm", base=base, text=text).model_dump()
+    other = copy.deepcopy(one) | {"text": one["text"] | {"answers": ["c", "b"], "max_length": 128}}
+    assert common_usage([one, copy.deepcopy(one)]) == one
+    shared = UsageRecord.model_validate(common_usage([one, other]))
+    assert shared.text is not None
+    assert (shared.text.answers, shared.text.answer_tokens, shared.text.end_token) == ([], [], None)
+    assert (shared.text.system_prompt, shared.text.max_length) == ("Be kind.", 128)
+    assert common_usage([one, None]) is None
+    assert common_usage([one, one | {"task": "classification"}]) is None
+    assert common_usage([]) is None

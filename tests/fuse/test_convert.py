@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -103,6 +105,19 @@ def test_an_adapter_out_of_a_checkpoint() -> None:
     batch = ZOO["llama"].batch(2, 0)
     with torch.no_grad(), kit.use("found"):
         assert (out(kit(**batch)) - out(tuned(**batch))).abs().max() <= 1e-3
+
+
+def test_a_checkpoint_in_a_folder(tmp_path: Path) -> None:
+    kit = kit_of("llama-tied", {"lora": LoRA(rank=2), "table": LoRA(rank=2, targets="embed attn.q")}, torch.float32)
+    kit.merged_copy("lora").save_pretrained(tmp_path / "lora")
+    assert kitout.extract(kit, tmp_path / "lora", "found", rank=2).residual.total <= 1e-4
+    untied = kit.merged_copy("table")
+    fused = kitout.extract(kit, untied, "part", rank=2)
+    assert list(fused.dropped) == ["model.embed_tokens.weight"]
+    whole = kitout.extract(kit, untied, "whole", rank=2, targets="attn.q embed")
+    assert whole.residual.total <= 1e-4
+    with pytest.raises(ConfigError, match="does not load"):
+        kitout.extract(kit, tmp_path / "nowhere", "new")
 
 
 def test_what_differs_outside_the_targets_counts() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kitout.base.site import Site
 from kitout.errors import ConfigError, Errors
 from kitout.files.adapter_tensors import HEAD, build_empty, fill_and_register, tensor_slots
+from kitout.files.usage_record import TextRecord
 from kitout.fuse.changes import Change, Place, Places, ProductChange
 from kitout.fuse.residual import Residual
 from kitout.fuse.truncate import inner_product
@@ -30,6 +31,7 @@ DROPPABLE = {
     "other": "class tokens, positions, other gains, stacked experts",
     "heads": "heads that replace modules of the model",
 }
+ANSWERS = {"answers", "answer_tokens", "end_token"}
 ROUNDING = 1e-14  # a square this small, of the squares it is the sum of, is rounding
 
 
@@ -122,10 +124,36 @@ class NewAdapter:
                 values[name] = values[name].to(self.dtype).contiguous()
             slot.tensor.requires_grad_(slot.tensor.is_floating_point() and isinstance(slot.tensor, nn.Parameter))
         adapter.metadata = {"fused": self.note}
-        usages = [source.usage for source in self.sources]
-        adapter.usage = copy.deepcopy(usages[0]) if usages and all(u == usages[0] for u in usages) else None
+        adapter.usage = common_usage([source.usage for source in self.sources])
         fill_and_register(self.state, adapter, slots, values, 1.0)
         return adapter
+
+
+def common_usage(usages: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """How a fused adapter is used: as its sources, without the settings of texts in which they differ.
+
+    None where a source does not say it, or task, labels, base, tokenizer or images are not the same.
+    """
+    first = usages[0] if usages else None
+    if first is None:
+        return None
+    texts: list[dict[str, Any]] = []
+    for usage in usages:
+        text = None if usage is None else usage["text"]
+        if usage is None or any(usage[key] != first[key] for key in ("task", "labels", "base", "images")):
+            return None
+        if (text is None) != (first["text"] is None) or (text and text["tokenizer"] != first["text"]["tokenizer"]):
+            return None
+        texts += [text] if text else []
+    common = copy.deepcopy(first)
+    if texts:
+        defaults = {key: field.get_default() for key, field in TextRecord.model_fields.items()}
+        differing = {key for key in defaults if any(text[key] != texts[0][key] for text in texts)}
+        if differing & ANSWERS:
+            differing |= ANSWERS  # they belong together
+        common["text"] |= {key: defaults[key] for key in differing}
+        common["text"]["max_length"] = max(text["max_length"] for text in texts)
+    return common
 
 
 def parse_drop(drop: str | None) -> frozenset[str]:
