@@ -58,7 +58,7 @@ def test_large_matrices_are_sketched(monkeypatch: pytest.MonkeyPatch) -> None:
     decay = torch.arange(1, 65).float() ** -1.5
     matrix = (torch.randn(80, 64, generator=draw) * decay) @ torch.randn(64, 90, generator=draw)
     exact = torch.linalg.svdvals(matrix.double()).square()
-    monkeypatch.setattr(truncate, "LARGEST_FULL_SVD", 16)
+    monkeypatch.setattr(truncate, "LARGEST_FULL_SVD", {"rank": 16, "energy": 16})
     state = torch.random.get_rng_state()
     cut = truncate_matrix(matrix, 8, None)
     assert torch.equal(state, torch.random.get_rng_state())

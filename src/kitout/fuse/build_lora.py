@@ -17,13 +17,19 @@ from kitout.fuse.residual import FusedAdapter
 from kitout.fuse.result import ROUNDING, Combined, NewAdapter
 from kitout.fuse.targets import selected, with_ranks, words_for
 from kitout.fuse.truncate import Truncated, truncate_matrix, truncate_product
+from kitout.method import Method
 from kitout.methods.lora import BIAS, LoRA
+
+
+def as_written(to: Method) -> str:
+    """The config as it was written, for messages."""
+    return f"{type(to).__name__}({', '.join(f'{k}={v!r}' for k, v in to.model_dump(exclude_unset=True).items())})"
 
 
 def check_plain(to: LoRA) -> None:
     """ConfigError for a form of LoRA that is no sum."""
     if to.dora or to.init != "default":
-        raise ConfigError(f"to={to!r}: the result is a plain LoRA, without dora and init")
+        raise ConfigError(f"to={as_written(to)}: the result is a plain LoRA, without dora and init")
     if to.targets is None and to.layers != "all":
         raise ConfigError(f"to: layers={to.layers!r} belongs to targets=; without both it sits where something changes")
     if any(word.startswith("in:") for word in (to.targets or "").split()):

@@ -17,7 +17,7 @@ from kitout.base.site import Site
 from kitout.delta import KeyValue
 from kitout.errors import ConfigError, RouteError, UnknownAdapter, suggest
 from kitout.fuse.arithmetic import combined_changes, fuse
-from kitout.fuse.build_lora import check_plain
+from kitout.fuse.build_lora import as_written, check_plain
 from kitout.fuse.changes import Places, ProductChange
 from kitout.fuse.residual import FusedAdapter, Residual
 from kitout.fuse.result import NewAdapter, parse_drop
@@ -77,9 +77,10 @@ def convert(
             asked = sum(residual.asked.values())
             rank = _rank_that_holds(state, adapter, max_residual, asked) if isinstance(to, LoRA) else None
             would_do = f"LoRA(rank={rank}) would do" if rank is not None else "no rank would do: too much is left out"
+            form = "trained copies" if isinstance(to, str) else as_written(to)
             shares = ", ".join(f"{role} {share:.2g}" for role, share in sorted(residual.by_role.items()))
             raise ConfigError(
-                f"{source!r} as {to!r} loses {residual.total:.3g} of its change (by role: {shares}), more than "
+                f"{source!r} as {form} loses {residual.total:.3g} of its change (by role: {shares}), more than "
                 f"max_residual={max_residual:g}; {would_do}, or allow more with max_residual="
             )
 
@@ -125,7 +126,7 @@ def _prompt_to_prefix(new: NewAdapter, adapter: Adapter, to: PrefixTuning) -> Fu
     length = parts[0].delta.num_tokens
     if to.encoder is not None or ("length" in to.model_fields_set and to.length != length):
         raise ConfigError(
-            f"to={to!r}: the prompt has {length} tokens, so write PrefixTuning() without length and encoder"
+            f"to={as_written(to)}: the prompt has {length} tokens, so write PrefixTuning() without length and encoder"
         )
     method = to.model_copy(update={"length": length, "init": "random"})
     sites = selected(state, method)

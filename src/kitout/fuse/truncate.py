@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LARGEST_FULL_SVD = 1024  # shorter side of a matrix above which the SVD is randomized
+# Shorter side of a matrix above which the SVD is randomized. A share of the energy may need most of the spectrum.
+LARGEST_FULL_SVD = {"rank": 256, "energy": 1024}
 OVERSAMPLING, POWER_ITERATIONS = 8, 4
 
 
@@ -60,7 +61,9 @@ def truncate_matrix(matrix: Tensor, rank: int | None, energy: float | None) -> T
     """A dense matrix [d_out, d_in], cut like a product; what it leaves is measured."""
     least = min(matrix.shape)
     total = float(matrix.double().square().sum())
-    if least <= LARGEST_FULL_SVD or (rank is not None and rank + OVERSAMPLING > least // 2):
+    if least <= LARGEST_FULL_SVD["energy" if rank is None else "rank"] or (
+        rank is not None and rank + OVERSAMPLING > least // 2
+    ):
         u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
     else:
         q = (16 if rank is None else rank) + OVERSAMPLING
@@ -79,7 +82,7 @@ def truncate_matrix(matrix: Tensor, rank: int | None, energy: float | None) -> T
 
 def singular_squares(matrix: Tensor) -> Tensor:
     """Squares of the singular values of a dense matrix, the largest first."""
-    if min(matrix.shape) <= LARGEST_FULL_SVD:
+    if min(matrix.shape) <= LARGEST_FULL_SVD["energy"]:
         return torch.linalg.svdvals(matrix.double()).square().cpu()
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     return torch.linalg.eigvalsh(wide @ wide.T).flip(0).clamp_min(0).double().cpu()
