@@ -18,7 +18,7 @@ PIP   := $(PY) -m pip --disable-pip-version-check --no-input
 STAMP := $(VENV)/.kitout-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow demo demo-vision bench lint format types clean
+.PHONY: help setup test test-slow package demo demo-vision bench lint format types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "kitout needs Python 3.10 or newer; '$(PYTHON)' is older. Try: make PYTHON=python3.12"; exit 1; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PY) -c 'import torch; torch.ones(1)' >/dev/null 2>&1 || $(PIP) install -c constraints.txt $(TORCH)
-	$(PIP) install -q -c constraints.txt -e '.[dev,demo]'
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	$(PIP) install -q -c constraints.txt --no-deps timm
 	@touch $@
 
@@ -43,6 +43,11 @@ test: lint types  ## set up, lint, type-check and run the tests
 
 test-slow: $(STAMP)  ## the tests marked slow or assets (downloads models and data once)
 	$(PY) -m pytest -n 2 -q -m 'slow or assets' $(ARGS)
+
+# Slow tests, so `make test` leaves them out: a strict type check from the installed wheel is half of their time.
+package: $(STAMP)  ## build wheel and sdist into dist/, install both and check them
+	$(PY) -m pytest -q -m slow tests/test_package.py
+	$(PY) -m build --no-isolation
 
 # Threads that spin while they wait (OpenMP's habit) halve the demo's speed on a machine that has other work.
 demo: $(STAMP)  ## train an adapter on a real small model, evaluate it, prove its merge; MODEL=... DATA=... choose others

@@ -1,7 +1,7 @@
 """Runs every benchmark and prints one table; --write keeps it in benchmarks/RESULTS.md. Needs the `bench` extra.
 
-`python benchmarks/run.py [NAME ...] [--write] [--threads 2]`, NAME: attaching, combine, idle, many, train_step,
-training, virtual_tokens. Each file says what it does.
+`python benchmarks/run.py [NAME ...] [--write] [--threads 2]`, NAME: attaching, combine, compose, idle, many,
+train_step, training, virtual_tokens. Each file says what it does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-NAMES = ("attaching", "combine", "idle", "many", "train_step", "training", "virtual_tokens")
+NAMES = ("attaching", "combine", "compose", "idle", "many", "train_step", "training", "virtual_tokens")
 
 
 def main() -> int:
@@ -49,8 +49,8 @@ def main() -> int:
 HEAD = """# Benchmarks: the last runs
 
 `make bench ARGS='--write'`, or `ARGS='idle --write'` for one section, which leaves the others as they are.
-Random values: SmolLM2-135M's shape for train_step, virtual_tokens and idle, a 29.5 M Llama for loading and decoding;
-`training` has SmolLM2's real weights and real data.
+Random values: SmolLM2-135M's shape for train_step, virtual_tokens and idle, a 29.5 M Llama for compose, loading and
+decoding; `training` has SmolLM2's real weights and real data.
 Cases of a row ran interleaved in one process on a shared machine; ratios are best round over best round.
 
 """

@@ -205,9 +205,9 @@ def case(which: str, name: str, tuning: Tuning | None = None) -> tuple[Case, Clo
 
 
 def fastest_tuning(name: str) -> tuple[Tuning, str]:
-    """TRL's fastest settings here, each at its better of two rounds, and the figures of all."""
+    """TRL's fastest settings here, by a round of each, and the figures of all."""
     cases = {str(tuning): case("TRL tuned", name, tuning) for tuning in TUNINGS}
-    clocked = in_turn({tuning: one[0] for tuning, one in cases.items()}, 2)
+    clocked = in_turn({tuning: one[0] for tuning, one in cases.items()}, 1)
     rates = {str(tuning): cases[str(tuning)][2] / clocked.best(str(tuning)) for tuning in TUNINGS}
     best = max(TUNINGS, key=lambda tuning: rates[str(tuning)])
     return best, "TRL tuned, tokens/s: " + ", ".join(f"{tuning} {rate:.0f}" for tuning, rate in rates.items())

@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("demo",),
+    ("compare", "doctor", "export"),
     ("interop", "predict"),
     ("train",),
     ("evaluate",),
@@ -41,7 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("method",),
     ("delta",),
     ("data", "assets", "base"),
-    ("errors", "format", "version"),
+    ("errors", "format", "install_hint", "version"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that use kitout as its users do, through the public names.
@@ -317,7 +318,7 @@ def test_the_name_rule_itself(text: str, expected: bool) -> None:
 
 TEXTS = [
     *sorted(file for suffix in ("*.py", "*.pyi", "*.html") for file in ROOT.rglob(suffix)),
-    ROOT.parent / "README.md",
+    *sorted(ROOT.parent.glob("*.md")),
     *sorted((ROOT.parent / "docs").glob("*.md")),
 ]
 

@@ -1,6 +1,4 @@
 # The types of the public names, for type checkers and editors; tests/test_public_names.py keeps it equal to the table.
-from typing import Any
-
 from kitout import errors as errors
 from kitout.delta import Delta as Delta
 from kitout.fuse.arithmetic import combine as combine
@@ -30,6 +28,7 @@ from kitout.peft_folders import save_peft as save_peft
 from kitout.predict.load import load as load
 from kitout.runtime.routing.route import Mix as Mix
 from kitout.runtime.routing.route import Stack as Stack
+from kitout.train import _CallableModule
 from kitout.version import __version__ as __version__
 
-train: Any
+train: _CallableModule

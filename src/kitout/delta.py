@@ -43,6 +43,8 @@ class Delta(nn.Module):
     """`forward` does not read y, so the base's product can be skipped where it is active for a whole batch."""
     is_scale_shift: ClassVar[bool] = False
     """y' = scale * y + shift, so it also folds into the gain of a norm or into an input axis."""
+    adds_linear_map: ClassVar[bool] = False
+    """y' = y + a linear map of x + a constant: what it adds does not depend on y."""
     loraplus_parameters: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters that may have a higher learning rate than the rest (LoRA+: the B of B A)."""
 
@@ -58,6 +60,14 @@ class Delta(nn.Module):
         """y' of a plain frozen linear with weight w and bias b: module and delta in one autograd node.
 
         Optional, for training. None where the frozen output and then `forward_` are as good.
+        """
+        return None
+
+    @classmethod
+    def join(cls, addends: Sequence[tuple[Any, float]]) -> Delta | None:
+        """y + sum_i w_i (delta_i(x, y) - y) as one Delta: several of this class, all at one site, with their weights.
+
+        Optional, for a class that only adds to y. It reads their values at each call: they may be in training.
         """
         return None
 

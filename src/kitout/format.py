@@ -1,4 +1,4 @@
-"""Numbers and untrusted text for the screen: counts, sizes, durations; text that cannot act on a terminal.
+"""Numbers and untrusted text for the screen: counts, sizes, durations, columns; text that cannot act on a terminal.
 
 Data come from anywhere. Escape sequences, control characters and characters that change the direction of writing are
 made visible, never obeyed. It knows no console and no run.
@@ -10,9 +10,13 @@ import math
 import re
 import reprlib
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 ALLOWED_CONTROLS = "\n\t"
+# Of what people name themselves and files are named after: an adapter.
+ADAPTER_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+ADAPTER_NAME_RULE = "use 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit"
 
 
 def format_count(value: float) -> str:
@@ -115,3 +119,9 @@ def common_prefix_length(first: str, second: str) -> int:
     if first[:shorter] == second[:shorter]:
         return shorter
     return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+
+
+def align_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as aligned text."""
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -8,6 +8,7 @@ method and no architecture.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from os import PathLike
 from typing import Any, cast, overload
 
@@ -37,6 +38,7 @@ from kitout.runtime.routing.handle import Activated
 from kitout.runtime.routing.route import Route, RouteEntry, Stack, adapter_names, normalize_route
 from kitout.runtime.show import describe_kit
 from kitout.runtime.state import KitState
+from kitout.runtime.untrained_loss import explain_backward
 
 
 def attach(
@@ -80,7 +82,7 @@ class Kit(ModelInterface, nn.Module):
                 module.__dict__["_kitout_active"] = state.active
                 state.hooks[path] = Hook(path, module)
                 swap_class(module, block_class, "_kitout_hook", state.hooks[path])
-        self.__dict__["forward"] = KitForward(base)
+        self.__dict__["forward"] = KitForward(base, partial(explain_backward, state))
         self.training = state.modules.training = base.training
         self.__class__ = interface_class(type(self), original_class(base))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from torch import Tensor, nn
@@ -130,9 +130,10 @@ class Method(BaseModel):
 
 
 REGISTRY: dict[str, type[Method]] = {}
+MethodT = TypeVar("MethodT", bound=Method)
 
 
-def register(cls: type[Method]) -> type[Method]:
+def register(cls: type[MethodT]) -> type[MethodT]:
     """Class decorator: makes a Method known to files, CLI and the law suite under its class name."""
     REGISTRY[cls.__name__] = cls
     return cls

@@ -9,7 +9,24 @@ from typer.testing import CliRunner
 
 from kitout.cli import app
 
-VERBS = ("assets", "combine", "convert", "extract", "demo", "demo text", "demo vision", "inspect", "methods", "train")
+VERBS = (
+    "assets",
+    "chat",
+    "combine",
+    "compare",
+    "convert",
+    "demo",
+    "demo text",
+    "demo vision",
+    "doctor",
+    "export",
+    "extract",
+    "merge",
+    "inspect",
+    "methods",
+    "predict",
+    "train",
+)
 REFUSED = re.compile(
     r"(?i)\b(worn|wears?|wearing|told|laid|beneath|faulty|learnt|gist|filler|commonest|parted|embedded)\b"
 )
@@ -23,7 +40,7 @@ def help_of(verb: str) -> str:
 
 def test_the_first_page_lists_every_verb() -> None:
     page = help_of("")
-    for verb in ("assets", "combine", "convert", "demo", "extract", "inspect", "methods", "train"):
+    for verb in (verb for verb in VERBS if " " not in verb):
         assert re.search(rf"\b{verb}  +[A-Z]", page), verb
     assert not REFUSED.search(page)
 
@@ -39,3 +56,10 @@ def test_a_verb_has_an_example(verb: str) -> None:
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "train"])
 def test_only_words_of_the_field(verb: str) -> None:
     assert not REFUSED.findall(help_of(verb))
+
+
+@pytest.mark.parametrize("verb", ["chat", "predict"])
+def test_it_fits_a_terminal_of_80_columns(verb: str) -> None:
+    result = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert f"kitout {verb} runs/" in result.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 from kitout import LoRA
 from kitout.cli import app, inspect
+from kitout.install_hint import suggest_install
 from kitout.methods.deltas.low_rank import LowRankDelta
 from kitout.model_check import check as model_check
 from laws.activate import fresh_model
@@ -43,3 +45,10 @@ def test_a_model_that_does_not_fit_into_memory_is_refused(monkeypatch: pytest.Mo
     result = CliRunner().invoke(app, ["inspect", "bert", "--check"])
     assert result.exit_code == 1
     assert "check a smaller config of the same type" in result.stderr
+
+
+def test_without_timm_an_unknown_name_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    result = CliRunner().invoke(app, ["inspect", "no_such_model"])
+    assert result.exit_code == 1
+    assert suggest_install("timm") in result.stderr

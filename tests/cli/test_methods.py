@@ -14,7 +14,7 @@ from kitout import LoRA
 from kitout.cli import app, methods
 from kitout.cli.methods import method_info, parse_docstring
 from kitout.method import REGISTRY, Method
-from kitout.train.config.describe import type_text
+from kitout.train.config.type_text import type_text
 from laws.cases import CASES
 
 
@@ -75,7 +75,11 @@ def test_json_is_what_the_code_says() -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("loar", "did you mean LoRA?"), ("Prefix", "did you mean PrefixTuning?"), ("xyz", "known: AdaptFormer, BitFit")],
+    [
+        ("loar", "did you mean 'LoRA'?"),
+        ("Prefix", "did you mean 'PrefixTuning'?"),
+        ("xyz", "known: AdaptFormer, BitFit"),
+    ],
 )
 def test_an_unknown_name_is_an_error_with_a_suggestion(name: str, hint: str) -> None:
     result = kitout_methods(name)

@@ -57,8 +57,12 @@ def test_the_schema_is_json() -> None:
         (["nowhere.yaml"], "nowhere.yaml is not there"),
         (["a.yaml", "b.yaml"], "one run.yaml at a time, not a.yaml, b.yaml"),
         (["--model", "m"], "data: is required"),
+        (["--model", "m", "--data", "d", "--lr", "1e-4"], "there is no option --lr; write train.lr"),
+        (["--model", "m", "--data", "d", "--batch-size=8"], "no option --batch-size; write train.batch_size"),
+        (["--model", "m", "--data", "d", "--train.lr=1"], "no option --train.lr; write a setting as train.lr=1"),
+        (["--modle", "m", "--seed", "1"], "2 errors\n  - there is no option --modle; did you mean --model?"),
         (["--model", "m", "--data", "d", "trian.lr=1"], "did you mean 'train'?"),
-        (["--model", "m", "--data", "d", "--method", "lora"], "did you mean 'LoRA'?"),
+        (["--model", "m", "--data", "d", "--method", "loar"], "did you mean 'LoRA'?"),
         (["--model", "m", "--data", "d", "model.dtype=float16", "model.device=cpu"], "float16 overflows"),
     ],
 )

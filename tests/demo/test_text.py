@@ -85,7 +85,7 @@ def test_it_trains_evaluates_merges_and_saves(model: Path, rows: Path, tmp_path:
     assert results["processor_seconds"] > 0
     assert len(results["examples"]["demo"]) == 6
     for text in (
-        "base", "fine-tuned", "95 % confidence interval", "majority class", "merged into the weights", "kit.load(",
+        "base", "fine-tuned", "95 % confidence interval", "majority class", "merged into the weights", "kitout.load(",
         "processor time", str(out / "adapter"), str(out / "report.html"), "kitout demo text --data",
     ):  # fmt: skip
         assert text in output

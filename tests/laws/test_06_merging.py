@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kitout import Mix, Stack
+from kitout import Kit, Mix, Stack
 from kitout.errors import NotMergeable
+from kitout.runtime.merge.fold import fold_all
 from laws.activate import activated, added, assert_base_bits, assert_same, gains_keys, kit_of, run, unmergeable
 from laws.cases import CASES, CELLS, SPECIES, Case, name_of
 from zoo import Specimen
@@ -130,6 +131,28 @@ def test_merging_a_mix_is_using_it(specimen: Specimen) -> None:
             kit.merge(entry)
             assert_same(run(kit, batch), want, what=f"merged {entry}")
             kit.unmerge()
+        assert_arithmetic(kit, weights)
+
+
+def assert_arithmetic(kit: Kit, weights: dict[str, float]) -> None:
+    """A merged Mix is base + sum_i w_i (merged_i - base), parameter by parameter."""
+    adapters = {name: kit[name] for name in weights}
+    mixed = fold_all(adapters, Mix(weights))
+    changes: dict[tuple[str, str], Tensor] = {}
+    for name, weight in weights.items():
+        for path, folded in fold_all(adapters, name).items():
+            for key, value in folded.parameters.items():
+                change = weight * (value - base_value(kit, path, key))
+                changes[path, key] = changes.get((path, key), 0.0) + change
+    assert {(path, key) for path, folded in mixed.items() for key in folded.parameters} == set(changes)
+    for (path, key), change in changes.items():
+        assert_same(mixed[path].parameters[key], base_value(kit, path, key) + change, what=f"{path} {key}")
+
+
+def base_value(kit: Kit, path: str, key: str) -> Tensor | float:
+    owner, _, name = f"{path}.{key}".strip(".").rpartition(".")
+    value = kit.base.get_submodule(owner)._parameters.get(name)  # no parameter: a bias that the module lacks
+    return 0.0 if value is None else value.detach()
 
 
 @pytest.mark.parametrize("specimen", [s for s in SPECIES.values() if s.tied], ids=name_of)

@@ -23,6 +23,8 @@ ROUTES: dict[str, Any] = {
     "rows of one kind": ["lora", "low", "lora"],
     "stack": Stack("lora", "bias", "ia3"),
     "mix": Mix({"lora": 0.4, "ia3": 0.2}),
+    "mix of one kind": Mix({"lora": 0.4, "low": -0.2}),
+    "mix of several runs": Mix({"ia3": 0.4, "ssf": 0.2}),
     "dora": "dora",
     "parallel": "parallel",
     "ssf": "ssf",
@@ -72,7 +74,10 @@ def test_one_graph_and_the_same_logits(specimen: Specimen, route: Any) -> None:
 
 @pytest.mark.parametrize(
     "route",
-    [pytest.param(r, marks=[] if isinstance(r, list) else [slow]) for r in ("lora", ["lora", None, "ia3"], "dora")],
+    [
+        pytest.param(r, marks=[] if isinstance(r, list) else [slow])
+        for r in ("lora", ["lora", None, "ia3"], "dora", Stack("lora", "low"))
+    ],
     ids=str,
 )
 def test_gradients_of_the_compiled_model(route: Any) -> None:

@@ -46,12 +46,13 @@ def run(model: Path, data: Any, out: Path, **more: Any) -> Any:
     return kitout.train(settings, log=lambda _: None)
 
 
-def run_card(folder: Path) -> Any:
-    """Runs the card's own lines and returns the kit they make."""
+def run_card(folder: Path, base: Path) -> Any:
+    """Runs the card's own lines and returns the kit they make. base: where the card asks for it."""
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {}
-    exec(compile(code.replace('"FOLDER"', repr(str(folder))), str(folder), "exec"), names)
-    return names["kit"]
+    code = code.replace('"FOLDER"', repr(str(folder))).replace('"BASE"', repr(str(base)))
+    exec(compile(code, str(folder), "exec"), names)
+    return names["p"].kit
 
 
 def test_a_decoder_without_a_padding_id_classifies_and_its_card_shows_how(tmp_path: Path, texts: Path) -> None:
@@ -65,7 +66,7 @@ def test_a_decoder_without_a_padding_id_classifies_and_its_card_shows_how(tmp_pa
     words.save_pretrained(tmp_path / "base")
     result = run(tmp_path / "base", str(texts), tmp_path / "out", objective="classification")
     assert result.comparisons["adapter"].changes
-    kit = run_card(tmp_path / "out" / "adapter")
+    kit = run_card(tmp_path / "out" / "adapter", tmp_path / "base")
     assert kit(input_ids=torch.tensor([[5, 6, 7], [8, 9, 1]])).logits.shape == (2, 2)
 
 
@@ -83,7 +84,7 @@ def test_a_checkpoint_with_other_labels_and_jobs_with_their_own(
     assert "| bad, good |" in cards["one"]
     assert "| a, b, c |" in cards["two"]
     assert "texts.jsonl" not in cards["two"].split("## Settings")[0]
-    kit = run_card(tmp_path / "out" / "adapter" / "two")
+    kit = run_card(tmp_path / "out" / "adapter" / "two", tmp_path / "base")
     assert kit(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3)
 
 
@@ -205,7 +206,7 @@ def test_a_disk_that_is_full_at_the_end_is_reported_and_the_same_call_finishes(
     assert not (tmp_path / "out" / "results.json").exists()
     monkeypatch.undo()
     assert run(models["decoder"], str(qa), tmp_path / "out").comparisons
-    run_card(tmp_path / "out" / "adapter")
+    run_card(tmp_path / "out" / "adapter", models["decoder"])
     names = {path.name for path in (tmp_path / "out").rglob(".*")}
     assert names == {".run.lock"}
 

@@ -37,9 +37,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(model: Path, images: Path, out: Path, **more: Any) -> dict[str, Any]:
+    """dtype and micro-batch are set: by default a timing and the free memory choose them, which a busy machine changes
+    between two runs that are compared (loss 6e-3 apart between the dtypes, 3e-3 between micro-batches in bfloat16)."""
     own = {"train": str(images), "test": 12, "validation": 0, **more.pop("data", {})}
-    train = {"batch_size": 8, "steps": 12, "lr": 1e-2, "head_lr": 1e-2, **more.pop("train", {})}
-    return {"model": str(model), "data": own, "train": train, "output": {"folder": str(out)}, **more}
+    train = {"batch_size": 8, "steps": 12, "lr": 1e-2, "head_lr": 1e-2, "micro_batch_size": 8}
+    train |= more.pop("train", {})
+    return {
+        "model": {"name": str(model), "dtype": "float32"},
+        "data": own,
+        "train": train,
+        "output": {"folder": str(out)},
+        **more,
+    }
 
 
 def losses(out: Path) -> list[float]:

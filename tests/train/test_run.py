@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -51,6 +54,29 @@ def table(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def assert_portable(adapter: Path, *roots: Path) -> None:
+    """Nothing that travels with an adapter says where things lay on this machine."""
+    for file in adapter.rglob("*"):
+        if file.suffix in (".json", ".md"):
+            text = file.read_text(encoding="utf-8")
+            for root in (*roots, Path(tempfile.gettempdir()), Path.home()):
+                assert str(root) not in text, f"{file.name} holds {root}"
+
+
+def assert_lines_run(output: str, adapter: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The lines of Python that a run ends with, and those of its card, print an answer."""
+    printed = output.partition("or in Python:\n")[2]
+    card = re.search(r"```python\n(.*?)```", (adapter / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert card
+    in_card = card[1].replace("FOLDER", str(adapter)).replace("BASE", str(model))
+    shown = []
+    for code in (textwrap.dedent(printed), in_card):
+        capsys.readouterr()
+        exec(code, {})
+        shown.append(capsys.readouterr().out)
+    assert all(shown)
+
+
 def instruction_rows(number: int) -> list[dict[str, str]]:
     return [{"instruction": "good or bad?", "input": r["text"], "output": r["label"]} for r in reviews(number)]
 
@@ -84,6 +110,7 @@ def test_instructions_from_a_file_to_a_tested_adapter(models: dict[str, Path], t
     assert kit.num_parameters("mine").total == figures["trainable"]["adapter"]
     again, text = run(models["decoder"], str(data), out, train={"epochs": 2.0, "steps": None, "lr": 1e-2})
     assert "finished" in text
+    assert text[text.index("next:") :] == output[output.index("next:") :]
     assert again.figures["steps"] == figures["steps"]
 
 
@@ -118,14 +145,21 @@ INFERRED = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_is_inferred_from_its_data(models: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_every_objective_is_inferred_from_its_data(
+    models: dict[str, Path], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, rows = OBJECTIVES[name]
     out = tmp_path / "out"
-    result, _ = run(models[model], str(jsonl(tmp_path / "d.jsonl", rows)), out, train={"steps": 3}, method="LoRA")
+    result, output = run(models[model], str(jsonl(tmp_path / "d.jsonl", rows)), out, train={"steps": 3}, method="LoRA")
     assert result.figures["objective"] == INFERRED.get(name, name)
     assert result.comparisons["adapter"].changes
     kit = _loaded(models[model], result.figures["objective"], out, rows)
     assert kit.names == ["mine"]
+    assert_portable(out / "adapter", tmp_path, models[model])
+    assert_lines_run(output, out / "adapter", models[model], capsys)
+    if name in ("text", "completions"):
+        kitout.save_peft(kit, "mine", tmp_path / "peft")
+        assert_portable(tmp_path / "peft", tmp_path, models[model])
 
 
 def _loaded(model: Path, objective: str, out: Path, rows: list[dict[str, Any]]) -> Any:
@@ -158,6 +192,7 @@ def test_images(models: dict[str, Path], colors: Path, tmp_path: Path) -> None:
     accuracy = next(c for c in result.comparisons["adapter"].changes if c.name == "accuracy")
     assert accuracy.tuned.value > 0.9
     assert {"confusion.png", "errors.png", "training.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert_portable(tmp_path / "out" / "adapter", tmp_path, models["vision"])
     right = [p == t for p, t in zip(*(result.figures[k]["adapter"] for k in ("predicted", "true")), strict=True)]
     assert sum(right) / len(right) == accuracy.tuned.value
     (row,) = result.figures["adapters"]

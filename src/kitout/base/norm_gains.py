@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kitout.base.own_forward import AFFINE_FORWARDS, swapped_parameters, unhooked_forward
+from kitout.base.own_forward import has_affine_forward, swapped_parameters, unhooked_forward
 from kitout.errors import NotMergeable
 
 
@@ -23,7 +23,7 @@ def norm_gain_offset(module: nn.Module) -> float:
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 1:
         raise NotMergeable(f"{type(module).__name__} has no 1-D gain to merge into")
-    if unhooked_forward(module) in AFFINE_FORWARDS:
+    if has_affine_forward(module):
         return 0.0
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, weight.numel(), generator=generator).to(weight.device, torch.float32)

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from kitout.base import convolutions
+from kitout.base.loaded_classes import transposed_linear
 from kitout.errors import NotMergeable
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-PLAIN_FORWARDS = (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward, *(c.forward for c in CONVOLUTIONS))
+PLAIN_FORWARDS = (nn.Embedding.forward, *(c.forward for c in CONVOLUTIONS))
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-AFFINE_FORWARDS = (*PLAIN_FORWARDS, *(norm.forward for norm in NORMS))
+NORM_FORWARDS = tuple(norm.forward for norm in NORMS)
 TOLERANCE, HALF_TOLERANCE = 1e-4, 3e-2  # in single precision, and below it
 
 
@@ -50,13 +50,29 @@ def unhooked_forward(module: nn.Module) -> Callable[..., Any]:
     return forward
 
 
+def has_plain_linear_forward(module: nn.Module) -> bool:
+    """Its class computes what torch's linear or transformers' transposed one computes."""
+    transposed = transposed_linear()
+    return unhooked_forward(module) in (nn.Linear.forward, *([transposed.forward] if transposed else []))
+
+
+def has_plain_forward(module: nn.Module) -> bool:
+    """A linear, an embedding or a convolution whose class has no forward of its own."""
+    return has_plain_linear_forward(module) or unhooked_forward(module) in PLAIN_FORWARDS
+
+
+def has_affine_forward(module: nn.Module) -> bool:
+    """The same, and norms: affine in all their parameters."""
+    return has_plain_forward(module) or unhooked_forward(module) in NORM_FORWARDS
+
+
 @torch.no_grad()
 def is_linear(module: nn.modules.conv._ConvNd) -> bool:
     """True where a convolution whose class has a forward of its own (it pads, crops, flips) is linear in its weight,
     by output and by input channel, and adds its bias at the end: tried on random values.
     """
     kernel = module._parameters.get("weight")
-    if unhooked_forward(module) in PLAIN_FORWARDS or kernel is None or kernel.is_meta:
+    if has_plain_forward(module) or kernel is None or kernel.is_meta:
         return False
     generator = torch.Generator().manual_seed(0)
 
@@ -96,7 +112,7 @@ def check_blends(module: nn.Module, width: int, values: Mapping[str, Tensor]) ->
     """
     if isinstance(module, nn.Embedding) and module.max_norm is None:
         return  # what is looked up may be scaled or shifted in many ways, and it stays linear in the table
-    if unhooked_forward(module) in AFFINE_FORWARDS and not isinstance(module, nn.Embedding):
+    if has_affine_forward(module) and not isinstance(module, nn.Embedding):
         return
     old = {name: module.get_parameter(name).detach() for name in values}
     new = {name: value.to(old[name].dtype) for name, value in values.items()}

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from kitout.base import convolutions, own_forward, parametrized
 from kitout.base.own_forward import (
     HALF_TOLERANCE,
-    PLAIN_FORWARDS,
     TOLERANCE,
+    has_plain_forward,
+    has_plain_linear_forward,
     owner_of,
     swapped_parameters,
     unhooked_forward,
@@ -145,7 +145,7 @@ def is_matrix_product(module: nn.Module) -> bool:
 
     On the meta device only the shape of the result is compared. Quantized linears are not tried.
     """
-    if unhooked_forward(module) in (nn.Linear.forward, Conv1D.forward) or not is_plain_float(module):
+    if has_plain_linear_forward(module) or not is_plain_float(module):
         return True
     w = weight_matrix(module)
     if w.ndim != 2:
@@ -177,10 +177,10 @@ def linear_scale(site: Site) -> float:
     NotMergeable where it does more than that, as a convolution that standardizes its kernel. Classes with a forward of
     their own are tried on random input.
     """
-    module, forward = site.module, unhooked_forward(site.module)
+    module = site.module
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise NotMergeable(f"{type(module).__name__} shortens the rows it looks up to {module.max_norm:g} (max_norm)")
-    if forward in PLAIN_FORWARDS:
+    if has_plain_forward(module):
         return 1.0
     w = weight_matrix(module)
     if isinstance(module, Convolution):
@@ -196,7 +196,7 @@ def linear_scale(site: Site) -> float:
         x = torch.randn(2, w.shape[1], generator=generator)  # a sublayer's site may read something narrower
     x = x.to(w.device, w.dtype) if x.is_floating_point() else x.to(w.device)
     try:
-        y = forward(module, x)
+        y = unhooked_forward(module)(module, x)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:  # it takes something else
         raise NotMergeable(
             f"{type(module).__name__} does more than multiply by its weight, so no weight gives the same function "
@@ -246,7 +246,7 @@ def shift_input(module: nn.Module, w: Tensor, shift: Tensor) -> Tensor:
     """What the bias gains where the module's input gains this shift per channel."""
     if not isinstance(module, Convolution):
         return w @ shift
-    pads = unhooked_forward(module) not in PLAIN_FORWARDS or not convolutions.sees_every_channel_everywhere(module)
+    pads = not has_plain_forward(module) or not convolutions.sees_every_channel_everywhere(module)
     if pads and bool(shift.any()):
         raise NotMergeable("a shift of the input is no bias at the edges, which are padded with zeros or cut")
     shift = shift.unflatten(0, (module.groups, 1, -1, 1))

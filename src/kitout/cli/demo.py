@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from kitout.cli.terminal import report_errors, report_interrupt
+from kitout.cli.terminal import announce_loading, report_errors, report_interrupt
 
 HELP = """Fine-tune and evaluate on a built-in model and data, in minutes: text (the default) or vision.
 
@@ -47,6 +47,7 @@ def text_demo(
     if context.invoked_subcommand:
         return
     with report_errors(), report_interrupt():
+        announce_loading()
         from kitout.demo.text import TextDemo, demo
 
         demo(
@@ -80,6 +81,7 @@ def vision_demo(
     Example: kitout demo vision --data FOLDER_OF_CLASS_FOLDERS --methods linear,lora
     """
     with report_errors(), report_interrupt():
+        announce_loading()
         from kitout.demo.vision import VisionDemo, demo
 
         names = tuple(name.strip() for name in methods.split(",") if name.strip())

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,12 +27,13 @@ import kitout
 from kitout.base import memory
 from kitout.base.find.find import find_sites
 from kitout.base.survey import Block, Survey
-from kitout.cli.terminal import report_errors
+from kitout.cli.terminal import announce_loading, report_errors
 from kitout.errors import ConfigError, TargetError, suggest
-from kitout.format import format_bytes
+from kitout.format import align_columns, format_bytes
+from kitout.install_hint import suggest_install
 from kitout.model_check.result import CheckCell
 from kitout.runtime.left_out import fused_experts_text
-from kitout.runtime.show import align_columns, layers_text, site_table
+from kitout.runtime.show import layers_text, site_table
 
 HEAD_SUFFIXES = ("ForCausalLM", "ForConditionalGeneration", "ForSequenceClassification", "ForImageClassification", "")
 COLUMNS = ("role", "layers", "in -> out", "sites")
@@ -56,6 +58,7 @@ def inspect(
     """
     with report_errors():
         roles = _parse_roles(role or [])
+        announce_loading()
         model = build_on_meta(model_name)
         survey = find_sites(model, roles)
     title = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
@@ -187,8 +190,9 @@ def _build_timm(name: str, with_values: bool = False) -> nn.Module:
         import timm
     except (ImportError, RuntimeError) as error:  # absent, or its torchvision does not fit this torch
         hint = suggest(name, list(CONFIG_MAPPING.keys()))
+        fix = f"\n  {suggest_install('timm')}" if find_spec("timm") is None else ""
         raise ConfigError(
-            f"{name!r} is neither a folder nor a model type ({hint}), and timm does not import: {error}"
+            f"{name!r} is neither a folder nor a model type ({hint}), and timm does not import: {error}{fix}"
         ) from error
     if not timm.is_model(name):
         hint = suggest(name, [*CONFIG_MAPPING.keys(), *timm.list_models()])

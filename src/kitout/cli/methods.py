@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from difflib import get_close_matches
 from typing import Annotated, Any
 
 import typer
@@ -18,9 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from kitout import methods as _register_all  # noqa: F401
+from kitout.cli.terminal import report_errors
+from kitout.format import align_columns
 from kitout.method import REGISTRY, Method
-from kitout.runtime.show import align_columns
-from kitout.train.config.describe import type_text
+from kitout.train.config.method_field import find_method
+from kitout.train.config.type_text import type_text
 from kitout.train.loop.optimizer import refuse_above, warn_above
 
 METHOD_COLUMNS = ("method", "what it trains", "default location", "lr", "weight decay", "merges", "limitations")
@@ -35,11 +36,9 @@ def methods(
 
     Example: kitout methods LoRA
     """
-    known = {key.lower(): key for key in REGISTRY}
-    if name is not None and name.lower() not in known:
-        typer.echo(f"error: there is no method {name!r}: {_suggest_method(name, known)}", err=True)
-        raise typer.Exit(1)
-    names = list(REGISTRY) if name is None else [known[name.lower()]]
+    with report_errors():
+        method, implied = (None, {}) if name is None else find_method(name)
+    names = list(REGISTRY) if method is None else [method.__name__]
     pages = [method_info(REGISTRY[key]) for key in names]
     if as_json:
         typer.echo(json.dumps(pages if name is None else pages[0], indent=2))
@@ -50,18 +49,13 @@ def methods(
             "matrices only. `kitout methods NAME` shows the settings."
         )
     else:
+        if implied:
+            typer.echo(f"{name} is {names[0]} with {', '.join(f'{key}={_to_text(v)}' for key, v in implied.items())}")
         typer.echo("\n".join(_page_header(pages[0], REGISTRY[names[0]])))
         _print_table(
             SETTING_COLUMNS,
             [(s["name"], _to_text(s["default"]), s["type"], s["description"]) for s in pages[0]["settings"]],
         )
-
-
-def _suggest_method(name: str, known: dict[str, str]) -> str:
-    """The closest names, in any case: `loar`, `prefix`."""
-    lower = name.lower()
-    close = [key for key in known if lower in key] or get_close_matches(lower, known, n=3)
-    return f"did you mean {' or '.join(known[key] for key in close)}?" if close else f"known: {', '.join(REGISTRY)}"
 
 
 def method_info(method: type[Method]) -> dict[str, Any]:

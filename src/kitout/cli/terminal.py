@@ -40,6 +40,12 @@ def report_interrupt() -> Iterator[None]:
         raise typer.Exit(SIGNALED + number) from None
 
 
+def announce_loading() -> None:
+    """A line before what takes seconds to import, on the stream of errors: output may be read by programs."""
+    if "transformers" not in sys.modules:
+        typer.echo("loading torch and transformers ...", err=True)
+
+
 def escape_unencodable() -> None:
     """Data may hold characters that the terminal's encoding lacks: they are shown as escapes, never an error."""
     for stream in (sys.stdout, sys.stderr):

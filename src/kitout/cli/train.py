@@ -7,6 +7,7 @@ config's own schema. An interrupted run resumes from its last checkpoint when th
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +20,10 @@ kitout train --model smollm2-135m --data tweets --out runs/first train.steps=40
 kitout train --model MODEL --data reviews.csv --method IA3 objective=classification train.epochs=3 --dry-run
 kitout train --example > run.yaml; kitout train run.yaml method.rank=16 train.lr=5e-4 data.validation=dev.jsonl"""
 
-# The verb prints its own help: typer's own, then every setting.
-CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": []}
+OPTIONS = ("--model", "--data", "--method", "--from", "--out", "--prove-merge", "--dry-run", "--example", "--help",
+           "--json-schema")  # fmt: skip
+# The verb prints its own help: typer's own, then every setting. It says itself what to write for an unknown option.
+CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": [], "ignore_unknown_options": True}
 
 
 def train(
@@ -63,16 +66,34 @@ def _run_training(args: list[str], shorthands: dict[str, Any], dry_run: bool) ->
     from kitout.errors import ConfigError
     from kitout.train.config import overrides
 
+    _refuse_options([arg for arg in args if arg.startswith("-")])
     files = [arg for arg in args if not overrides.is_override(arg)]
     if not args and not shorthands:
         raise ConfigError(f"a run.yaml is required, or --model and --data\n{_indent(EXAMPLES)}")
     if len(files) > 1:
         raise ConfigError(f"one run.yaml at a time, not {', '.join(files)}; write a setting as name=value")
     settings: list[overrides.Override | str] = [*shorthands.items(), *filter(overrides.is_override, args)]
-    config = overrides.build_config(Path(files[0]) if files else None, settings)
-    from kitout.train.run import run  # torch and transformers: only once the config is valid
+    config = overrides.build_config(Path(files[0]) if files else None, settings, typer.echo)
+    from kitout.train.start import start
 
-    run(config, dry_run=dry_run, log=typer.echo)
+    start(config, dry_run=dry_run, log=typer.echo)
+
+
+def _refuse_options(options: list[str]) -> None:
+    """`--lr 1e-4` -> write train.lr=..., for every unknown option."""
+    from kitout.errors import ConfigError, Errors
+    from kitout.train.config.error_messages import hint_for_key
+    from kitout.train.config.schema import RunConfig
+
+    errors = Errors(ConfigError, "options")
+    for option in options:
+        name, _, value = option.partition("=")
+        key = name.lstrip("-").replace("-", "_")
+        hint = get_close_matches(name, OPTIONS, n=1, cutoff=0.8)
+        advice = f"did you mean {hint[0]}?" if hint else hint_for_key(key, RunConfig) if "." not in key else None
+        advice = advice or f"write a setting as {key}={value or 'VALUE'}, without dashes"
+        errors.add(f"there is no option {name}; {advice}")
+    errors.raise_if_any()
 
 
 def _print_help(context: typer.Context) -> None:

@@ -15,6 +15,7 @@ from kitout.errors import ConfigError, Errors, suggest
 from kitout.method import Method
 from kitout.methods import SSF, VPT, AdaptFormer, BitFit, FullFineTuning, LoRA, PartialFineTuning
 from kitout.train.config.load import load
+from kitout.train.config.method_field import fold_name
 from kitout.train.config.schema import JobConfig, RunConfig, TrainConfig
 from kitout.train.run import LogFn, Result, run
 
@@ -72,7 +73,9 @@ class VisionDemo:
 def preset(options: VisionDemo) -> RunConfig:
     """The run that the options describe."""
     errors = Errors(ConfigError, "--methods")
-    for name in options.methods:
+    known = {fold_name(name): name for name in JOBS}  # LoRA, VPT_deep
+    methods = [known.get(fold_name(name), name) for name in options.methods]
+    for name in methods:
         if name not in JOBS:
             errors.add(f"{name!r}; {suggest(name, JOBS)}")
     errors.raise_if_any()
@@ -99,7 +102,7 @@ def preset(options: VisionDemo) -> RunConfig:
             },
             "evaluate": {"max_test_examples": options.test},
             "output": {"folder": str(options.out)},
-            "jobs": [job for name, job in JOBS.items() if not options.methods or name in options.methods],
+            "jobs": [job for name, job in JOBS.items() if not methods or name in methods],
         }
     )
 

@@ -19,17 +19,17 @@ def portable_name(name_or_path: str) -> str:
     text = str(name_or_path).strip()
     if cached := HUB_CACHE.search(text):
         return "/".join(part for part in cached.groups() if part)
-    if not text or (HUB_NAME.fullmatch(text) and not _is_folder(text)):
+    if not text or (HUB_NAME.fullmatch(text) and not _exists(text)):
         return text
-    if not _is_folder(text) and ("\\" in text or PureWindowsPath(text).drive):
+    if not _exists(text) and ("\\" in text or PureWindowsPath(text).drive):
         return PureWindowsPath(text).name
     path = Path(text)
     return path.name if path.name not in ("", "..", "~") else _resolved(path).name
 
 
-def _is_folder(text: str) -> bool:
+def _exists(text: str) -> bool:
     try:
-        return Path(text).expanduser().is_dir()
+        return Path(text).expanduser().exists()
     except (OSError, RuntimeError, ValueError):  # too long, a zero character, no such home
         return False
 

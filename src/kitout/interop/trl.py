@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import trl
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
-
 from kitout.errors import ConfigError, Errors
+from kitout.install_hint import suggest_install
 from kitout.interop.reference import Reference, reference
 from kitout.kit import Kit
+
+try:
+    import trl
+    from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+except ImportError as error:
+    raise ConfigError(f"kitout.interop.trl needs TRL: {error}\n  {suggest_install('trl>=1.16')}") from error
 
 
 class _SharedBase:

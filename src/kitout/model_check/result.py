@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kitout.format import single_line
-from kitout.runtime.show import align_columns
+from kitout.format import align_columns, single_line
 
 Outcome = Literal["ok", "refused", "wrong", "error", "not applicable"]
 Column = Literal["effect", "rows", "merge", "save", "cache"]

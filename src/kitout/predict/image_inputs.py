@@ -11,27 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from kitout.data.images.image_set import ImageSet, ImageSource, open_image, to_rgb
+from kitout.data.images.image_set import Image, ImageOps, ImageSet, ImageSource, open_image, to_rgb
 from kitout.data.images.pixels import PixelProcessor
 from kitout.data.read.tables import DataError
-from kitout.errors import Errors
 from kitout.files.usage_record import ImagesRecord
 from kitout.format import short_repr
+from kitout.predict.text_inputs import raise_bad_inputs
 
 
 def image_sources(inputs: Sequence[Any]) -> list[ImageSource]:
     """What an ImageSet opens, one per input. DataError names every input that is no image."""
-    errors = Errors(DataError, "images")
     sources: list[ImageSource] = []
-    for number, value in enumerate(inputs, start=1):
+    refused: dict[int, str] = {}
+    for index, value in enumerate(inputs):
         try:
             sources.append(_source(value))
             open_image(sources[-1])
         except DataError as error:
-            errors.add(f"input {number}: {error}")
-    errors.raise_if_any()
+            refused[index] = f"input {index + 1}: {error}"
+    raise_bad_inputs(refused)
     return sources
 
 

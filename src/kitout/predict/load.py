@@ -7,6 +7,7 @@ as they were. No path of another machine is ever tried, and no code of a model's
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from os import PathLike
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from kitout.data.encode.languages import find_languages
 from kitout.data.encode.template_date import fix_template_date
 from kitout.data.encode.tokenizer_digest import template_digest, tokenizer_digest
 from kitout.errors import ConfigError, FileError, suggest
@@ -33,7 +33,7 @@ from kitout.train.config.yaml_file import read_yaml
 from kitout.train.objectives.tasks import TASKS, Task
 from kitout.train.run_folder import RUN_FILE
 from kitout.train.setup import base_model, lengths
-from kitout.train.setup.prepare import choose_pad_token, set_target_language
+from kitout.train.setup.find_inputs import resolve_model
 
 
 def load(
@@ -58,13 +58,16 @@ def load(
     if isinstance(base, nn.Module):
         return _on_model(saved, base, tokenizer, task_name, verify)
     usage = next((one.usage for one in saved if one.usage is not None), None)
-    name = _find_base(saved, base)
+    name = find_base(saved, base)
     config = _model_config(name, usage, device, dtype)
     hf_config = base_model.load_config(config)
     used_task = TASKS[task_name or _default_task(hf_config)]
     own_tokenizer = None if used_task.reads_images else (tokenizer or base_model.load_tokenizer(config))
-    pad_token_id = None if own_tokenizer is None else choose_pad_token(hf_config, own_tokenizer)
+    pad_token_id = None if own_tokenizer is None else base_model.choose_pad_token(hf_config, own_tokenizer)
     labels = tuple(usage.labels) if usage is not None else tuple(hf_config.id2label.values())
+    num_labels = next((one.num_labels for one in saved if one.num_labels is not None), None)
+    if usage is None and num_labels is not None and num_labels != len(labels):
+        labels = tuple(f"LABEL_{i}" for i in range(num_labels))  # as transformers calls labels without a name
     labels = () if used_task.generates_text else labels
     image_size = usage.images.size if usage is not None and usage.images is not None else None
     is_missing = used_task.needs_pad_id and hf_config.get_text_config().pad_token_id is None
@@ -90,7 +93,7 @@ def _on_model(
     if task.reads_images and isinstance(tokenizer, str | PathLike):
         config = ModelConfig(name=str(tokenizer))
     tokenizer = None if task.reads_images else tokenizer
-    pad_token_id = None if tokenizer is None else choose_pad_token(hf_config, tokenizer)
+    pad_token_id = None if tokenizer is None else base_model.choose_pad_token(hf_config, tokenizer)
     return _assemble(kit, saved, task, tokenizer, pad_token_id, config, verify)
 
 
@@ -99,6 +102,7 @@ def _assemble(
     verify: bool,
 ) -> Predictor:  # fmt: skip
     """Loads the adapters and checks that texts are cut as they were in training."""
+    chat_template = None if tokenizer is None else tokenizer.chat_template
     day = next((s.usage.text.template_date for s in saved if s.usage is not None and s.usage.text is not None), None)
     if tokenizer is not None and day is not None:
         fix_template_date(tokenizer, day)
@@ -111,22 +115,17 @@ def _assemble(
         kit.use(one.name)
         usages[one.name] = one.usage or _made_up_usage(kit, task, tokenizer, config, one.name)
         if verify and tokenizer is not None and one.usage is not None and one.usage.text is not None:
-            _check_tokenizer(one, one.usage.text, tokenizer, config.name)
+            _check_tokenizer(one, one.usage.text, tokenizer, chat_template, config.name)
     kit.use(saved[0].name if saved else None)
     if not saved:
         usages[""] = _made_up_usage(kit, task, tokenizer, config, None)
-    first = next(iter(usages.values()))
-    if task.name == "seq2seq_lm" and first.text is not None:
-        languages = find_languages(tokenizer, first.text.src_lang, first.text.tgt_lang)
-        if languages is not None:
-            set_target_language(kit, languages)
 
     def pixels(usage: UsageRecord) -> Any:
         from kitout.predict.image_inputs import pixel_processor  # images need pillow
 
-        return pixel_processor(base_model.resolve_model(config.name), usage.images)
+        return pixel_processor(resolve_model(config.name), usage.images)
 
-    return Predictor(kit, tokenizer, usages, pad_token_id, pixels if task.reads_images else None)
+    return Predictor(kit, tokenizer, usages, pad_token_id, pixels if task.reads_images else None, chat_template)
 
 
 # ---- the task ------------------------------------------------------------------------------------------------------
@@ -148,7 +147,7 @@ def _task_of(saved: Sequence[SavedAdapter], task: str | None) -> str | None:
     if not names and task is None and any(not one.is_peft for one in saved):
         raise ConfigError(
             f"{saved[0].folder} does not say what it is for (it was not made by `kitout train`): give task=, one of "
-            f"{', '.join(TASKS)}"
+            f"{', '.join(TASKS)} (on the command line: --task TASK)"
         )
     return task or next(iter(names), None)
 
@@ -160,7 +159,7 @@ def _default_task(hf_config: Any) -> str:
 # ---- the base --------------------------------------------------------------------------------------------------
 
 
-def _find_base(saved: Sequence[SavedAdapter], base: str | PathLike[str] | None) -> str:
+def find_base(saved: Sequence[SavedAdapter], base: str | PathLike[str] | None) -> str:
     """What loads the base: as given, else as the first adapter says."""
     if base is not None:
         return str(base)
@@ -239,13 +238,18 @@ def _labels_of(kit: Kit, name: str | None) -> list[str]:
     return named
 
 
-def _check_tokenizer(saved: SavedAdapter, text: TextRecord, tokenizer: Any, base: str) -> None:
+def _check_tokenizer(saved: SavedAdapter, text: TextRecord, tokenizer: Any, chat_template: Any, base: str) -> None:
+    """chat_template: the tokenizer's own, without a day."""
     if tokenizer_digest(tokenizer) != text.tokenizer:
         raise FileError(
             f"{saved.folder}: the tokenizer of {base} is not the one it was trained with, so every text would be cut "
             "differently: load the base with its own tokenizer, or kitout.load(..., verify=False)"
         )
-    if template_digest(tokenizer) != text.chat_template and text.chat_template is not None:
+    dated = copy.copy(tokenizer)
+    dated.chat_template = chat_template
+    if text.template_date is not None:
+        fix_template_date(dated, text.template_date)
+    if template_digest(dated) != text.chat_template and text.chat_template is not None:
         warnings.warn(
             f"{saved.folder}: the chat template of {base} has changed since training: prompts are rendered differently",
             stacklevel=4,

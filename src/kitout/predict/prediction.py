@@ -30,6 +30,8 @@ class Prediction:
     """The words that were tagged."""
     tags: tuple[str | None, ...] | None = None
     """One per word; None for a word that the model did not see, because the text was too long or it has no token."""
+    spans: tuple[Mapping[str, Any], ...] | None = None
+    """The entities of a text as characters (start, end, label, text), where the training data had them so."""
     text: str | None = None
     """What the model wrote."""
     num_truncated: int = 0
@@ -53,6 +55,12 @@ class Prediction:
             pairs = zip(self.words, self.tags, strict=True)
             return " ".join(word if tag in ("O", None) else f"{word}/{tag}" for word, tag in pairs)
         return self.text or ""
+
+
+def from_dict(values: Mapping[str, Any]) -> Prediction:
+    """Of what `to_dict` gives."""
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return Prediction(**fields)
 
 
 def class_prediction(logits: Tensor, labels: Sequence[str], num_truncated: int = 0) -> Prediction:

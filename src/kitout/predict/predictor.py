@@ -7,11 +7,10 @@ adapter folder: `load` does.
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from queue import SimpleQueue
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -19,19 +18,21 @@ from torch import nn
 
 from kitout.base.eval_mode import eval_mode
 from kitout.data.encode.languages import Languages, find_languages
-from kitout.data.encode.prompts import PromptEncoder
-from kitout.data.examples.examples import Turn
-from kitout.errors import ConfigError
-from kitout.evaluate.ask.generate import generate
-from kitout.evaluate.ask.text_limit import max_tokens
+from kitout.data.encode.template_date import fix_template_date
+from kitout.errors import ConfigError, KitoutError
+from kitout.evaluate.ask.generate import generate, stop_token_ids
+from kitout.evaluate.ask.text_limit import check_prompts, max_tokens
 from kitout.files.usage_record import UsageRecord
+from kitout.format import short_repr
 from kitout.kit import Kit
+from kitout.predict.answer_stream import AnswerStream, generation_options
 from kitout.predict.prediction import PREDICTIONS, Prediction, class_prediction
-from kitout.predict.text_inputs import ANSWER, TextInputs, chat_of
+from kitout.predict.text_inputs import TextInputs, chat_of, cut_front
 from kitout.runtime.routing.route import adapter_names
 from kitout.train.measure.predict import ProgressFn, answer_likelihoods, plan_forwards
 from kitout.train.objectives.objective import LabelObjective, Objective
 from kitout.train.objectives.tasks import TASKS, ObjectiveSettings, Task
+from kitout.train.setup.base_model import set_target_language
 from kitout.train.setup.closed_answers import ClosedAnswers
 
 DEFAULT_NEW_TOKENS = 256  # of an answer, where training says nothing
@@ -53,6 +54,8 @@ class Preprocessing:
     """Of texts."""
     pixels: Any = None
     """The PixelProcessor of images."""
+    languages: Languages | None = None
+    """Of a sequence-to-sequence tokenizer that has them."""
 
     @property
     def answers(self) -> ClosedAnswers | None:
@@ -76,15 +79,18 @@ class Predictor:
     """`predictor(inputs)` -> a Prediction, or a list of them for a list of inputs.
 
     kit: the base with its adapters. tokenizer: None for images. usages: by adapter name; "": of the base itself.
+    chat_template: the tokenizer's before it was set to the day of an adapter. Several threads may call it: they take
+    turns.
     """
 
     def __init__(
         self, kit: Kit, tokenizer: Any, usages: Mapping[str, UsageRecord], pad_token_id: int | None = None,
-        pixels: Callable[[UsageRecord], Any] | None = None,
+        pixels: Callable[[UsageRecord], Any] | None = None, chat_template: Any = None,
     ) -> None:  # fmt: skip
         self.kit, self.tokenizer, self.usages = kit, tokenizer, dict(usages)
-        self._pad_token_id, self._pixels = pad_token_id, pixels
+        self._pad_token_id, self._pixels, self._chat_template = pad_token_id, pixels, chat_template
         self._preprocessing: dict[str, Preprocessing] = {}
+        self._lock = threading.Lock()  # languages, generation settings and modes of the model are everybody's
 
     @property
     def model(self) -> nn.Module:
@@ -127,42 +133,46 @@ class Predictor:
             return prediction
         if inputs and all(isinstance(each, Mapping) and {"role", "content"} <= each.keys() for each in inputs):
             raise ConfigError("these are messages of one chat: use predictor.chat(messages)")
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
+        if not inputs:
+            return []
         preprocessing = self.preprocessing
-        with eval_mode(self.kit.base, self.kit), torch.no_grad():
+        with self._lock, eval_mode(self.kit.base, self.kit), torch.no_grad():
+            self._set_languages(preprocessing)
             if preprocessing.task.generates_text:
                 return self._write(preprocessing, inputs, batch_size, on_progress)
             return self._read_labels(preprocessing, inputs, batch_size, on_progress)
 
     def chat(
         self, messages: Any, *, max_new_tokens: int | None = None, stream: bool = False,
-        tools: Sequence[Any] | None = None, **sampling: Any,
+        tools: Sequence[Any] | None = None, seed: int | None = None, **sampling: Any,
     ) -> Any:  # fmt: skip
         """The answer to a chat: messages as {"role": ..., "content": ...}, or a text for a single question.
 
         stream: gives an iterator of pieces of text, whose sum is the answer. sampling: temperature, top_p, top_k, ...
-        as transformers takes them; without them the answer is the likeliest, token by token.
+        as transformers takes them; without them, or with temperature=0, the answer is the likeliest, token by token.
+        seed: of sampling; None: drawn from torch's random numbers. ConfigError for a chat longer than the model reads.
         """
         preprocessing = self._writing("chat")
-        text = preprocessing.usage.text
-        chat = chat_of(messages, tools, text)
-        if preprocessing.task.packable:
-            prompt = self._prompts.encode_chat(chat)
-        else:
-            assert preprocessing.texts is not None, "it writes"
-            (item,) = preprocessing.texts.encode(
-                [replace(chat, turns=(*chat.turns, Turn({"role": "assistant", "content": ANSWER})))]
-            )
-            prompt = item.input_ids
-        return self._generate(prompt, max_new_tokens, stream, sampling)
+        chat = chat_of(messages, tools, preprocessing.usage.text)
+        with self._lock:
+            self._set_languages(preprocessing)
+            prompt = preprocessing.texts.encode_chat(chat)
+        return self._generate(preprocessing, prompt, max_new_tokens, stream, seed, sampling)
 
     def generate(
-        self, prompt: str, *, max_new_tokens: int | None = None, stream: bool = False, **sampling: Any
+        self, prompt: str, *, max_new_tokens: int | None = None, stream: bool = False, seed: int | None = None,
+        **sampling: Any,
     ) -> Any:  # fmt: skip
         """Raw text continued (a decoder), or the output for it (an encoder-decoder). Options: see `chat`."""
         preprocessing = self._writing("generate")
-        if preprocessing.task.packable:
-            return self._generate(self._prompts.encode_text(prompt), max_new_tokens, stream, sampling)
-        return self._generate(tuple(self.tokenizer(prompt)["input_ids"]), max_new_tokens, stream, sampling)
+        if not isinstance(prompt, str):
+            raise ConfigError(f"found {short_repr(prompt)}, expected text; messages go to predictor.chat")
+        with self._lock:
+            self._set_languages(preprocessing)
+            ids = preprocessing.texts.encode_raw(prompt)
+        return self._generate(preprocessing, ids, max_new_tokens, stream, seed, sampling)
 
     def __repr__(self) -> str:
         usage = self.usage
@@ -194,8 +204,24 @@ class Predictor:
         languages: Languages | None = None
         if task.name == "seq2seq_lm" and usage.text is not None:
             languages = find_languages(self.tokenizer, usage.text.src_lang, usage.text.tgt_lang)
-        texts = TextInputs(task, usage, self.tokenizer, languages)
-        return Preprocessing(usage, task, self.kit, self._pad_token_id, texts)
+        texts = TextInputs(task, usage, self._tokenizer_of(usage), languages)
+        return Preprocessing(usage, task, self.kit, self._pad_token_id, texts, languages=languages)
+
+    def _tokenizer_of(self, usage: UsageRecord) -> Any:
+        """With a chat template that prints the day on which this adapter was trained."""
+        day = None if usage.text is None else usage.text.template_date
+        if day is None or self._chat_template is None:
+            return self.tokenizer
+        tokenizer = copy.copy(self.tokenizer)
+        tokenizer.chat_template = self._chat_template
+        fix_template_date(tokenizer, day)
+        return tokenizer
+
+    def _set_languages(self, preprocessing: Preprocessing) -> None:
+        """Adapters on one base may translate into different languages."""
+        if preprocessing.languages is not None:
+            preprocessing.languages.apply(self.tokenizer)
+            set_target_language(self.kit, preprocessing.languages)
 
     # ---- labels and numbers ------------------------------------------------------------------------------------
 
@@ -218,11 +244,17 @@ class Predictor:
 
     def _prediction(self, preprocessing: Preprocessing, logits: torch.Tensor, value: Any, item: Any) -> Prediction:
         labels, texts = preprocessing.usage.labels, preprocessing.texts
+        if preprocessing.task.has_labels and len(labels) != logits.shape[-1]:
+            raise ConfigError(
+                f"the adapter has {logits.shape[-1]} outputs and {len(labels)} label names: its folder does not say "
+                "what they mean; train it again, or name them in predictor.usages"
+            )
         num_truncated = 0 if texts is None else item.num_truncated
         if preprocessing.task.metric_task == "tokens":
             assert texts is not None, "tokens are of texts"
-            words, tags = texts.tagged(texts.to_example(value), logits.argmax(1).tolist())
-            return Prediction(words=words, tags=tags, num_truncated=num_truncated)
+            example = texts.to_example(value)
+            words, tags = texts.tagged(example, logits.argmax(1).tolist())
+            return Prediction(words=words, tags=tags, spans=texts.spans(example, tags), num_truncated=num_truncated)
         return PREDICTIONS[preprocessing.task.metric_task](logits, labels, num_truncated)
 
     # ---- texts -------------------------------------------------------------------------------------------------
@@ -231,37 +263,37 @@ class Predictor:
         self, preprocessing: Preprocessing, inputs: Sequence[Any], batch_size: int | None,
         on_progress: ProgressFn | None,
     ) -> list[Prediction]:  # fmt: skip
-        assert preprocessing.texts is not None, "it writes"
-        prompts = [item.input_ids for item in preprocessing.texts(inputs)]
-        if not prompts:
-            return []
-        answers, num_new = preprocessing.answers, self._new_tokens(preprocessing.usage)
-        fitted = [self._fit(prompt, max(map(len, answers.token_ids)) if answers else 1) for prompt in prompts]
-        cut = [len(prompt) - len(kept) for prompt, kept in zip(prompts, fitted, strict=True)]
-        if answers is not None:
-            scores = answer_likelihoods(self.kit, answers, fitted, on_progress)
-            return [class_prediction(row, answers.names, n) for row, n in zip(scores, cut, strict=True)]
+        texts, answers = preprocessing.texts, preprocessing.answers
+        assert texts is not None, "it writes"
+        num_after = max(map(len, answers.token_ids)) if answers else 0
+        items = texts(inputs, num_after)
+        prompts = [self._fit(item.input_ids, max(1, num_after), texts.special_ids) for item in items]
+        cut = [
+            item.num_truncated + len(item.input_ids) - len(prompt) for item, prompt in zip(items, prompts, strict=True)
+        ]
         options: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
-        texts = generate(self.kit, self.tokenizer, fitted, num_new, on_progress=on_progress, **options)
-        return [Prediction(text=text, num_truncated=n) for text, n in zip(texts, cut, strict=True)]
+        if answers is not None:
+            scores = answer_likelihoods(self.kit, answers, prompts, on_progress, **options)
+            return [class_prediction(row, answers.names, n) for row, n in zip(scores, cut, strict=True)]
+        written = generate(
+            self.kit, self.tokenizer, prompts, self._new_tokens(preprocessing.usage), on_progress=on_progress,
+            stop_ids=texts.stop_ids, **options,
+        )  # fmt: skip
+        return [Prediction(text=text, num_truncated=n) for text, n in zip(written, cut, strict=True)]
 
-    def _fit(self, prompt: Sequence[int], num_after: int) -> tuple[int, ...]:
-        """A prompt that is longer than the model reads loses its front, as in training, behind its first token."""
+    def _fit(self, prompt: Sequence[int], num_after: int, special_ids: frozenset[int]) -> tuple[int, ...]:
+        """A prompt that is longer than the model reads loses its front, as in training, behind a start token."""
+        if self.kit.config.is_encoder_decoder:
+            return tuple(prompt)  # truncated when it was encoded, at its end
         wanted = len(prompt) + num_after
-        room = (max_tokens(self.kit, wanted) or wanted) - num_after
-        return tuple(prompt) if len(prompt) <= room else (*prompt[:1], *prompt[len(prompt) - room + 1 :])
+        return cut_front(prompt, (max_tokens(self.kit, wanted) or wanted) - num_after, special_ids)
 
-    @cached_property
-    def _prompts(self) -> PromptEncoder:
-        text = self.usage.text
-        return PromptEncoder(self.tokenizer, text.chat_template_kwargs if text is not None else None)
-
-    def _writing(self, verb: str) -> Preprocessing:
+    def _writing(self, verb: str) -> Any:
         preprocessing = self.preprocessing
         if not preprocessing.task.generates_text:
             raise ConfigError(
                 f"{preprocessing.usage.task} does not write: predictor.{verb} is for language models; call "
-                "predictor(inputs) instead"
+                "predictor(inputs) instead (on the command line: kitout predict)"
             )
         return preprocessing
 
@@ -269,47 +301,44 @@ class Predictor:
         return (usage.text.max_new_tokens if usage.text is not None else None) or DEFAULT_NEW_TOKENS
 
     def _generate(
-        self, prompt: Sequence[int], max_new_tokens: int | None, stream: bool, sampling: dict[str, Any]
-    ) -> Any:
-        longest = max_new_tokens or DEFAULT_NEW_TOKENS
-        options = ({"do_sample": True} | sampling) if sampling else {}
-        if stream:
-            return self._stream(prompt, longest, options)
-        (text,) = generate(self.kit, self.tokenizer, [prompt], longest, options=options)
-        return text
-
-    def _stream(self, prompt: Sequence[int], max_new_tokens: int, options: dict[str, Any]) -> Iterator[str]:
-        """Pieces of the answer as they are written. Generation ends with the iterator."""
-        from transformers import StoppingCriteriaList, TextStreamer
-
-        pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
-        is_abandoned = threading.Event()
-
-        class Pieces(TextStreamer):  # type: ignore[misc]  # transformers is not typed
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                if text:
-                    pieces.put(text)
-
-        streamer = Pieces(self.tokenizer, skip_prompt=not self.kit.config.is_encoder_decoder, skip_special_tokens=True)
-        stop = StoppingCriteriaList([lambda ids, _scores, **_: torch.full((len(ids),), is_abandoned.is_set())])
-        options = {**options, "streamer": streamer, "stopping_criteria": stop}
+        self, preprocessing: Preprocessing, prompt: Sequence[int], max_new_tokens: int | None, stream: bool,
+        seed: int | None, sampling: dict[str, Any],
+    ) -> Any:  # fmt: skip
+        """An answer, or a stream of it. In a chat it may be longer than in training, and is not shorter."""
+        texts = preprocessing.texts
+        assert texts is not None, "it writes"
+        longest = max_new_tokens
+        if longest is None:
+            longest = max(DEFAULT_NEW_TOKENS, self._new_tokens(preprocessing.usage))
+        if longest < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        options = generation_options(sampling)
+        if seed is None and options.get("do_sample"):
+            seed = int(torch.randint(2**62, ()))  # the next answer is another one, and both follow torch.manual_seed
         route = self.kit.active
+        check_prompts(self.kit, [prompt])
 
-        def write() -> None:
-            try:
-                with self.kit.use(route if route is None or not isinstance(route, tuple) else list(route)):
-                    generate(self.kit, self.tokenizer, [prompt], max_new_tokens, options=options)
-                pieces.put(None)
-            except BaseException as error:  # raised where the pieces are read
-                pieces.put(error)
+        def write(streaming: dict[str, Any]) -> list[str]:
+            with self._lock, torch.random.fork_rng(enabled=seed is not None):
+                if seed is not None:
+                    torch.manual_seed(seed)
+                self._set_languages(preprocessing)
+                try:
+                    return generate(
+                        self.kit, self.tokenizer, [prompt], longest, stop_ids=texts.stop_ids,
+                        options={**options, **streaming},
+                    )  # fmt: skip
+                except (ValueError, TypeError) as error:
+                    if not sampling or isinstance(error, KitoutError):
+                        raise
+                    raise ConfigError(f"the model does not generate with {short_repr(sampling)}: {error}") from error
 
-        thread = threading.Thread(target=write, daemon=True)
-        thread.start()
-        try:
-            while (piece := pieces.get()) is not None:
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
-        finally:
-            is_abandoned.set()
-            thread.join()
+        if not stream:
+            return write({})[0]
+
+        def write_elsewhere(streaming: dict[str, Any]) -> list[str]:
+            with self.kit.use(list(route) if isinstance(route, tuple) else route):
+                return write(streaming)
+
+        stop_ids = stop_token_ids(self.kit, self.tokenizer, texts.stop_ids)
+        return AnswerStream(self.tokenizer, stop_ids, write_elsewhere)

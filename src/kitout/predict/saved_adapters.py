@@ -7,15 +7,19 @@ knows files, and neither models nor tokenizers.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from kitout.errors import Errors, FileError, KitoutError
+from safetensors import SafetensorError, safe_open
+
+from kitout.errors import ConfigError, Errors, FileError, KitoutError
 from kitout.files.adapter_json import RECORD, read_adapter_json
 from kitout.files.system_errors import as_path
 from kitout.files.usage_record import UsageRecord
+from kitout.train.objectives.tasks import TASKS
 from kitout.train.run_folder import RUN_FILE
 
 PEFT_CONFIG = "adapter_config.json"
@@ -24,6 +28,8 @@ PEFT_TASKS = {
     "TOKEN_CLS": "token_classification",
 }  # fmt: skip
 MAX_PEFT_CONFIG_BYTES = 2**20
+PEFT_TENSORS = "adapter_model.safetensors"
+PEFT_OWN = re.compile(r"lora_|ia3_|prompt_embeddings")  # tensors of PEFT's methods
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class SavedAdapter:
     """Its task, where no usage says it."""
     is_peft: bool = False
     """Hugging Face PEFT's folder."""
+    num_labels: int | None = None
+    """Outputs of the head that it holds, where no usage names them."""
 
 
 def read_folders(folders: Sequence[str | PathLike[str]], verify: bool) -> list[SavedAdapter]:
@@ -56,6 +64,24 @@ def read_folders(folders: Sequence[str | PathLike[str]], verify: bool) -> list[S
             errors.add(str(error))
     errors.raise_if_any()
     return saved
+
+
+def one_adapter(folder: str | PathLike[str], verify: bool = True) -> SavedAdapter:
+    """The only adapter that a path names. FileError where there are several."""
+    saved = read_folders([folder], verify)
+    if len(saved) > 1:
+        names = ", ".join(one.name for one in saved)
+        raise FileError(f"{folder} holds the adapters {names}: name one, {saved[0].folder}")
+    return saved[0]
+
+
+def check_writes(saved: Sequence[SavedAdapter], task: str | None = None) -> None:
+    """ConfigError where an adapter is no language model's. task: of those that do not say it."""
+    for one in saved:
+        task = (one.task if one.usage is None else one.usage.task) or task
+        if task in TASKS and not TASKS[task].generates_text:
+            text = "image.png" if TASKS[task].reads_images else "'a text'"
+            raise ConfigError(f"{one.name} is for {task} and writes no text: kitout predict {one.folder} {text}")
 
 
 def adapters_in(folder: Path) -> list[Path]:
@@ -102,8 +128,19 @@ def _read_folder(folder: Path, taken: Sequence[str], verify: bool) -> SavedAdapt
         raise FileError(f"{file} is no PEFT config: {str(error)[:200]}") from None
     return SavedAdapter(
         folder, _free_name(folder.name, folder, taken), None, base if isinstance(base, str) else None,
-        PEFT_TASKS.get(task), True,
+        PEFT_TASKS.get(task), True, _num_labels(folder / PEFT_TENSORS) if task.endswith("_CLS") else None,
     )  # fmt: skip
+
+
+def _num_labels(file: Path) -> int | None:
+    """Rows of the narrowest matrix that is no part of the method: the last one of the head."""
+    try:
+        with safe_open(file, "numpy") as tensors:
+            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError):
+        return None  # said by whoever loads it
+    heads = [s[0] for name, s in shapes.items() if len(s) == 2 and not PEFT_OWN.search(name)]
+    return min(heads, default=None)
 
 
 def _free_name(name: str, folder: Path, taken: Sequence[str]) -> str:

@@ -5,7 +5,6 @@ It knows kits, sites and the Method interface, and nothing of routes or files.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from kitout.errors import (
     UnusedSite,
     suggest,
 )
+from kitout.format import ADAPTER_NAME_PATTERN, ADAPTER_NAME_RULE
 from kitout.method import Method
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.hooks.class_swap import unhook
@@ -37,8 +37,6 @@ from kitout.runtime.routing.active import CompiledRoute
 from kitout.runtime.routing.compile import RouteCompiler
 from kitout.runtime.routing.route import Route, adapter_names
 from kitout.runtime.state import KitState
-
-ADAPTER_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def build_adapter(
@@ -128,10 +126,7 @@ def _build_delta(method: Method, site: Site, shared: nn.Module | None) -> Delta:
 def check_name(state: KitState, name: str) -> None:
     """InvalidAdapterName or AdapterExists."""
     if not isinstance(name, str) or not ADAPTER_NAME_PATTERN.fullmatch(name):
-        raise InvalidAdapterName(
-            f"{name!r} cannot name an adapter: use 1 to 128 letters, digits, '.', '_' or '-', "
-            "the first a letter or digit"
-        )
+        raise InvalidAdapterName(f"{name!r} cannot name an adapter: {ADAPTER_NAME_RULE}")
     state.check_free(name)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kitout.base.site import Site
+from kitout.format import align_columns
 from kitout.runtime.count import count_parameters, num_base_parameters
 from kitout.runtime.left_out import fused_experts_text, left_out_text
 from kitout.runtime.routing.route import adapter_names
@@ -50,12 +51,6 @@ def layers_text(layers: Sequence[int | None]) -> str:
         else:
             runs.append([i, i])
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs) or "-"
-
-
-def align_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows as aligned text."""
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def adapter_lines(state: KitState) -> list[str]:

@@ -38,7 +38,7 @@ class _CallableModule(ModuleType):
         from kitout.train.config.load import load
         from kitout.train.config.schema import RunConfig
         from kitout.train.config.yaml_file import read_yaml
-        from kitout.train.run import run
+        from kitout.train.start import start
 
         if isinstance(config, RunConfig):
             values = config.to_dict()
@@ -46,7 +46,7 @@ class _CallableModule(ModuleType):
             values = dict(config)
         else:
             values = {} if config is None else read_yaml(Path(config))
-        return run(load(values | sections), dry_run=dry_run, log=log)
+        return start(load(values | sections, log), dry_run=dry_run, log=log)
 
 
 sys.modules[__name__].__class__ = _CallableModule

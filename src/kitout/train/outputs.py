@@ -6,36 +6,30 @@ finished. It knows folders and pages, and nothing of training.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from kitout.evaluate.compare import Comparison
-from kitout.evaluate.report import adapter_table, class_plots, html, model_card, plots
+from kitout.evaluate.report import adapter_table, html, model_card
 from kitout.evaluate.report.adapter_table import AdapterRow
-from kitout.evaluate.report.summary import RunSummary
-from kitout.evaluate.report.thumbnails import Misclassified
-from kitout.format import format_bytes, format_duration
-from kitout.train.adapter_folders import adapter_folders, data_hash, not_written_error
-from kitout.train.config import yaml_file
+from kitout.runtime.adapter import Adapter
+from kitout.train.adapter_folders import adapter_folders, not_written_error
 from kitout.train.config.schema import RunConfig
 from kitout.train.loop.trainer import JobTrainer
 from kitout.train.measure.evaluate import JobOutcome
 from kitout.train.measure.merge_proof import MergeProof
-from kitout.train.metrics_log import read_metrics
-from kitout.train.objectives.tasks import TASKS
-from kitout.train.preflight.collect import skipped_text
 from kitout.train.preflight.cost_estimate import CostEstimate
-from kitout.train.results_text import results_text
+from kitout.train.results_text import next_text, results_text
 from kitout.train.run_folder import RunFolder
-from kitout.train.setup import base_model, device
+from kitout.train.run_plots import predicted_images, report_charts, share_data, write_pngs
+from kitout.train.run_summary import card_summary, method_text, next_steps, run_summary
+from kitout.train.setup import device
 from kitout.train.setup.prepare import PreparedRun
-from kitout.version import __version__
 
 
 def write_outputs(
@@ -59,9 +53,12 @@ def write_outputs(
     results["per_class"] = {
         name: [asdict(score) for score in one.per_class] for name, one in outcomes.items() if one.per_class
     }
+    results["confusion"] = {name: asdict(one.confusion) for name, one in outcomes.items() if one.confusion}
     results["true"] = {name: list(one.references) for name, one in outcomes.items() if one.references}
     if proofs:
         results["merge"] = {name: asdict(proof) for name, proof in proofs.items()}
+    steps = next_steps(run, config, run_folder, run.jobs[0].name)
+    results["next"] = {"commands": steps.commands, "python": steps.python_lines}
     folders = adapter_folders(run, run_folder)
     try:
         _write_all(run, config, run_folder, results, comparisons, folders, outcomes, rows)
@@ -72,8 +69,9 @@ def write_outputs(
     for name, comparison in comparisons.items():
         log(f"{name}: {comparison.verdict}" if len(comparisons) > 1 else comparison.verdict)
     if config.jobs and adapter_table.comparable(rows):
-        log(f"\n{adapter_table.text(rows, run.first_dataset.majority_accuracy, _share_data(run))}\n")
-    log(_usage_text(run, config, run_folder, folders))
+        log(f"\n{adapter_table.text(rows, run.first_dataset.majority_accuracy, share_data(run))}\n")
+    log("\n".join([f"report   {run_folder.report}", *(f"adapter  {folder}" for folder in folders.values()), ""]))
+    log(next_text(results))
     return results
 
 
@@ -84,17 +82,20 @@ def _write_all(
 ) -> None:  # fmt: skip
     for job, folder in folders.items():
         own = {name: comparison for name, comparison in comparisons.items() if name == job}
-        summary = _run_summary(run, config, results, own, {}, job)
+        summary = run_summary(run, config, results, own, job, run_folder)
         summary = replace(summary, per_class={job: outcomes[job].per_class} if job in outcomes else {})
-        model_card.write_model_card(summary, folder)
-    misclassified = _misclassified(run, outcomes)
+        model_card.write_model_card(card_summary(summary, config), folder)
+    first_images, misclassified = predicted_images(run, outcomes)
+    write_pngs(run, run_folder, outcomes, rows, misclassified, config.model.name)
     summary = replace(
-        _run_summary(run, config, results, comparisons, _training_plots(run, run_folder), ", ".join(folders)),
-        adapters=rows if config.jobs and adapter_table.comparable(rows) else (),
+        run_summary(run, config, results, comparisons, ", ".join(folders), run_folder),
+        adapters=rows,
         majority=run.first_dataset.majority_accuracy,
-        same_test=_share_data(run),
-        result_plots=_result_plots(run, config, run_folder, outcomes, rows, misclassified),
+        same_test=share_data(run),
+        charts=report_charts(run, run_folder),
         per_class={name: one.per_class for name, one in outcomes.items() if one.per_class},
+        confusions={name: one.confusion for name, one in outcomes.items() if one.confusion},
+        predicted_images=first_images,
         misclassified=misclassified,
     )
     html.write_html(summary, run_folder.report)
@@ -121,6 +122,7 @@ def _results(
         "stopped": trainer.health.diverged,
         "trunk": trainer.cuts,
         "data": {job.name: one.digest for job, one in zip(run.jobs, run.datasets, strict=True)},
+        "test_data": {job.name: one.test_digest for job, one in zip(run.jobs, run.datasets, strict=True)},
         "skipped": {
             job.name: list(one.skipped) for job, one in zip(run.jobs, run.datasets, strict=True) if one.skipped
         },
@@ -144,24 +146,6 @@ def _results(
     }
 
 
-def _training_plots(run: PreparedRun, run_folder: RunFolder) -> dict[str, bytes]:
-    """PNGs of the report, saved in the folder too; none where matplotlib is not installed."""
-    if not plots.has_matplotlib():
-        return {}
-    pngs = {}
-    rows = read_metrics(run_folder.metrics)
-    if rows:
-        pngs["training"] = plots.plot_training(rows)
-    if run.first_dataset.images is None:
-        splits = {"train": run.first_dataset.preview or run.first_dataset.train, "test": run.first_dataset.test}
-        pngs["lengths"] = plots.plot_lengths(
-            {name: [item.length for item in items] for name, items in splits.items() if items}
-        )
-    for name, png in pngs.items():
-        plots.write_png(run_folder.path / f"{name}.png", png)
-    return pngs
-
-
 def _adapter_rows(run: PreparedRun, trainer: JobTrainer, outcomes: Mapping[str, JobOutcome]) -> list[AdapterRow]:
     """Every adapter with its result and its cost. The metric is one that all have, where there is such a one."""
     first, *others = [one.scores for one in outcomes.values()] or [{}]
@@ -172,156 +156,16 @@ def _adapter_rows(run: PreparedRun, trainer: JobTrainer, outcomes: Mapping[str, 
         num_steps = min(trainer.state.global_step, len(job.batches))
         metric = next(iter(shared or outcome.scores)) if outcome else ""
         rows.append(AdapterRow(
-            job.name, _method_text(run, job.name), metric, outcome.scores[metric] if outcome else None,
+            job.name, method_text(run, job.name), metric, outcome.scores[metric] if outcome else None,
             count.trainable, count.percent, sum(map(len, job.batches[:num_steps])), seconds, processor_seconds,
+            _training_bytes(run.kit[job.name], trainer.optimizer),
         ))  # fmt: skip
     return rows
 
 
-def _share_data(run: PreparedRun) -> bool:
-    return len({one.digest for one in run.datasets}) == 1
-
-
-def _result_plots(
-    run: PreparedRun,
-    config: RunConfig,
-    run_folder: RunFolder,
-    outcomes: Mapping[str, JobOutcome],
-    rows: Sequence[AdapterRow],
-    misclassified: Mapping[str, Misclassified],
-) -> dict[str, bytes]:
-    """PNGs of the results: the adapters compared if there are several, and each one's confusion matrix."""
-    if not plots.has_matplotlib():
-        return {}
-    pngs = {}
-    if len(rows) > 1 and _share_data(run) and adapter_table.comparable(rows):
-        pngs["comparison"] = class_plots.comparison(
-            rows, run.first_dataset.majority_accuracy, f"adapters of {config.model.name}"
-        )
-    for job, dataset in zip(run.jobs, run.datasets, strict=True):
-        outcome, names = outcomes.get(job.name), dataset.label_names
-        if outcome is None or not outcome.references or not names:
-            continue
-        suffix = f"-{job.name}" if len(run.jobs) > 1 else ""
-        pngs[f"confusion{suffix}"] = class_plots.confusion(job.name, outcome.predictions, outcome.references, names)
-        if wrong := misclassified.get(job.name):
-            errors = class_plots.errors(job.name, wrong.images, wrong.true, wrong.predicted, wrong.total)
-            plots.write_png(run_folder.path / f"errors{suffix}.png", errors)  # the report has thumbnails
-    for name, png in pngs.items():
-        plots.write_png(run_folder.path / f"{name}.png", png)
-    return pngs
-
-
-def _misclassified(run: PreparedRun, outcomes: Mapping[str, JobOutcome]) -> dict[str, Misclassified]:
-    """Of each classifier of images."""
-    found = {}
-    for job, dataset in zip(run.jobs, run.datasets, strict=True):
-        outcome, names = outcomes.get(job.name), dataset.label_names
-        if outcome is None or dataset.images is None:
-            continue
-        wrong = class_plots.misclassified(outcome.predictions, outcome.references)
-        shown = wrong[: class_plots.SHOWN]
-        found[job.name] = Misclassified(
-            [dataset.images.open(outcome.items[i]) for i in shown],
-            [names[outcome.references[i]] for i in shown],
-            [names[outcome.predictions[i]] for i in shown],
-            len(wrong),
-        )
-    return found
-
-
-def _run_summary(
-    run: PreparedRun, config: RunConfig, results: Mapping[str, Any], comparisons: Mapping[str, Comparison],
-    plots: Mapping[str, bytes], adapter: str,
-) -> RunSummary:  # fmt: skip
-    """adapter: the name of one, or several names in words for all of them."""
-    estimate, unit = results["estimate"], "images" if "images_per_second" in results else "tokens"
-    jobs = [job for job in run.jobs if job.name == adapter] or run.jobs
-    methods = {job.name: _method_text(run, job.name) for job in jobs}
-    datasets = [dataset for job, dataset in zip(run.jobs, run.datasets, strict=True) if job.name in methods]
-    reading_notes = [note for dataset in datasets for note in dataset.reading_notes]
-    sources = [s.path for job in config.per_job() if job.output.name in methods for s in job.data.train]
-    languages = datasets[0].languages
-    skipped = [message for name in methods for message in results["skipped"].get(name, ())]
-    labels = dict.fromkeys(label for dataset in datasets for label in dataset.label_names)
-    digests = results["data"] if len(jobs) == len(run.jobs) else {adapter: results["data"][adapter]}
-    continued = {
-        f"{'' if len(jobs) == 1 else f'{job.name}: '}{what}": value
-        for job in jobs
-        if (parent := run.parents.get(job.name))
-        for what, value in (
-            ("continues the adapter", f"{parent.folder} (sha256 {parent.digest})"),
-            ("sha256 of its examples", parent.data_digest),
-        )
-    }
-    return RunSummary(
-        title=f"{', '.join(methods.values())} on {config.model.name}",
-        model=config.model.name,
-        method="; ".join(methods.values()),
-        adapter=adapter,
-        comparisons=comparisons,
-        data={"sources": ", ".join(dict.fromkeys(sources)), "read as": "; ".join(reading_notes), **continued}
-        | ({"left out": skipped_text(list(dict.fromkeys(skipped)))} if skipped else {}),
-        preflight={"objective": run.objective, "dtype": f"{results['machine']['dtype']} ({run.dtype_reason})"},
-        estimates={
-            "training time": (format_duration(estimate["seconds"]), format_duration(results["seconds"])),
-            "peak memory": (format_bytes(estimate["memory"]), format_bytes(results["memory"])),
-        },
-        cost={
-            "training": format_duration(results["seconds"]),
-            "processor time, all threads": format_duration(results["processor_seconds"]),
-            f"{unit} per second": results[f"{unit}_per_second"],
-            "peak memory": format_bytes(results["memory"]),
-            "trainable parameters": sum(results["trainable"][job.name] for job in jobs),
-            "% trainable": sum(results["percent"][job.name] for job in jobs),
-        },
-        checked={name: str(MergeProof(**proof)) for name, proof in results.get("merge", {}).items() if name in methods},
-        notes=[*run.warnings, *results["stopped"].values()],
-        config=yaml_file.to_yaml(config.to_dict()),
-        plots=plots,
-        files={
-            "adapter/": "the adapter, with its model card",
-            "results.json": "every metric",
-            "run.yaml": "the settings",
-            "metrics.jsonl": "what was logged, step by step",
-        },
-        data_name=sources[0],
-        data_hash=data_hash(digests),
-        loader=TASKS[run.objective].auto_model,
-        hub_task=TASKS[run.objective].hub_task,
-        base_path=base_model.resolve_model(config.model.name),
-        from_pretrained_kwargs=run.from_pretrained_kwargs,
-        tokenizer_kwargs={"src_lang": languages.source, "tgt_lang": languages.target} if languages else {},
-        generate_kwargs=dict(languages.generation_settings) if languages else {},
-        labels=tuple(labels),
-        chat=run.first_dataset.is_chat and bool(run.tokenizer.chat_template),
-        license=model_card.find_license(Path(base_model.resolve_model(config.model.name))),
-        created=f"{datetime.now(timezone.utc):%Y-%m-%d} by kitout {__version__}",
-    )
-
-
-def _method_text(run: PreparedRun, name: str) -> str:
-    method = run.kit[name].method
-    settings = ", ".join(f"{k}={v}" for k, v in method.non_default_settings().items())
-    return f"{type(method).__name__}({settings})" if settings else type(method).__name__
-
-
-def _usage_text(run: PreparedRun, config: RunConfig, run_folder: RunFolder, folders: Mapping[str, Path]) -> str:
-    """Where everything is, and lines that run as they stand."""
-    name, folder = next(iter(folders.items()))
-    loader = TASKS[run.objective].auto_model
-    settings = "".join(f", {setting}={value!r}" for setting, value in run.from_pretrained_kwargs.items())
-    model = json.dumps(base_model.resolve_model(config.model.name)) + settings
-    adapter = json.dumps(name)
-    return "\n".join(
-        [
-            f"report   {run_folder.report}",
-            *(f"adapter  {one}" for one in folders.values()),
-            "",
-            "use it:",
-            "  import kitout",
-            f"  from transformers import {loader}",
-            f"  kit = kitout.attach({loader}.from_pretrained({model}).eval())",
-            f"  kit.load({json.dumps(str(folder))}, name={adapter}); kit.use({adapter})",
-        ]
-    )
+def _training_bytes(adapter: Adapter, optimizer: Any) -> int:
+    """Parameters, gradients and the optimizer's state."""
+    trained = [value for value in adapter.parameters() if value.requires_grad]
+    states = [tensor for value in trained for tensor in optimizer.state.get(value, {}).values()]
+    tensors = [*trained, *trained, *(tensor for tensor in states if isinstance(tensor, Tensor) and tensor.dim())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

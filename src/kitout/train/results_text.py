@@ -50,6 +50,16 @@ def results_text(results: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in page.getvalue().rstrip("\n").split("\n"))
 
 
+def next_text(results: Mapping[str, Any]) -> str:
+    """What one types next, from results.json; empty for a run of an earlier version."""
+    steps = results.get("next")
+    if not steps:
+        return ""
+    return "\n".join(
+        ["next:", *(f"  {one}" for one in steps["commands"]), "or in Python:", *(f"  {one}" for one in steps["python"])]
+    )
+
+
 def _metrics_table(results: Mapping[str, Any], name: str, changes: Sequence[Mapping[str, Any]], title: str) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
     baseline = changes[0].get("baseline", BASE)

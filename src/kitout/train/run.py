@@ -30,6 +30,7 @@ from kitout.evaluate.compare import Comparison
 from kitout.files.atomic import write_text
 from kitout.files.base_fingerprint import fingerprint
 from kitout.format import format_duration
+from kitout.install_hint import suggest_install
 from kitout.train import checkpoints, run_folder
 from kitout.train.config import conflicts
 from kitout.train.config.schema import RunConfig
@@ -39,11 +40,11 @@ from kitout.train.measure.merge_proof import check_mergeable, prove_merge
 from kitout.train.preflight import render
 from kitout.train.preflight.collect import collect_pages, collect_statistics
 from kitout.train.preflight.cost_estimate import CostEstimate, estimate_cost
-from kitout.train.results_text import results_text
+from kitout.train.results_text import next_text, results_text
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup.base_model import Placement, choose_placement
 from kitout.train.setup.parent import adopt_parents
-from kitout.train.setup.prepare import PreparedRun, prepare
+from kitout.train.setup.prepare import SAMPLED_STEPS, PreparedRun, prepare
 from kitout.train.setup.schedule import fit_to_time, warn_of_few_steps
 from kitout.version import __version__
 
@@ -71,7 +72,7 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
     from kitout.train.outputs import write_outputs
 
     if importlib.util.find_spec("accelerate") is None:
-        raise ConfigError("training needs accelerate, which is not installed\n  pip install 'kitout[train]'")
+        raise ConfigError(f"training needs accelerate, which is not installed\n  {suggest_install(extra='train')}")
     config = adopt_parents(config)
     conflicts.check_machine(config, torch.cuda.is_available())
     _join_processes(config)
@@ -79,7 +80,8 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
     with stop_on_signal.interrupt_on_sigterm(), _run_folder(config) as folder:
         if folder.is_finished:
             return _show_finished(folder, log)
-        prepared = prepare(config, _resolve_placement(config, folder), log if distributed.rank() == 0 else _no_log)
+        own_log = log if distributed.rank() == 0 else _no_log
+        prepared = prepare(config, _resolve_placement(config, folder), own_log, samples=dry_run)
         _check_best(prepared, config)
         if config.evaluate.prove_merge:
             check_mergeable(prepared)
@@ -88,6 +90,9 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         signature = run_signature(prepared)  # of the whole base
         if config.train.fsdp:
             fsdp.shard(prepared.kit)
+        main_log = log if distributed.rank() == 0 else _no_log
+        if last_checkpoint is None:
+            main_log("trying the longest and the usual step, for their time and memory ...")
         trainer, estimate = _build_trainer(prepared, config, folder, last_checkpoint, signature)
         if distributed.rank() == 0:
             pages = collect_pages(prepared, config, statistics, estimate)
@@ -106,6 +111,7 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         results: dict[str, Any] = {}
         with fsdp.unsharded(prepared.kit):
             if distributed.rank() == 0:
+                log("writing the report ...")
                 results = write_outputs(prepared, config, folder, trainer, estimate, best_step, outcomes, proofs, log)
             distributed.barrier()
         prepared.kit.detach()
@@ -156,6 +162,8 @@ def _show_finished(folder: RunFolder, log: LogFn) -> Result:
     if text := results_text(results):
         log(text)
     log(folder.finished_message())
+    if text := next_text(results):
+        log(f"\n{text}")
     return Result(folder.path, figures=results)
 
 
@@ -247,10 +255,15 @@ def _build_trainer(
     if last_checkpoint is not None and folder.estimate.is_file():
         estimate = CostEstimate(**json.loads(folder.estimate.read_text(encoding="utf-8")))
     else:
-        planned = [steps[i] for i in range(min(len(steps), 64) if prepared.first_dataset.preview else len(steps))]
+        first = prepared.first_dataset
+        num_tried = 64 if first.preview else SAMPLED_STEPS if first.sampled_of else len(steps)
+        planned = [steps[i] for i in range(min(len(steps), num_tried))]
         estimate = estimate_cost(
             prepared.kit, prepared.jobs, planned, config.train.micro_batch_size, config.train.activation_checkpointing
         )
+        if len(planned) < len(steps):
+            factor = len(steps) / len(planned)
+            estimate = replace(estimate, seconds=estimate.seconds * factor, tokens=round(estimate.tokens * factor))
         if distributed.rank() == 0:
             write_text(folder.estimate, json.dumps(estimate.__dict__))
     seconds = max(distributed.all_gather([estimate.seconds]))

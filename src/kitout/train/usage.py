@@ -18,7 +18,7 @@ from kitout.files.usage_record import BaseRecord, ImagesRecord, TextRecord, Usag
 from kitout.train.config.schema import ModelConfig, RunConfig
 from kitout.train.measure.predict import default_max_new_tokens
 from kitout.train.objectives.tasks import TASKS
-from kitout.train.setup.datasets import Datasets
+from kitout.train.setup.job_datasets import Datasets
 from kitout.train.setup.prepare import PreparedRun
 
 PRIVATE_SETTINGS = ("name_or_path", "processor_class", "image_processor_type")  # of a processor: not how it works

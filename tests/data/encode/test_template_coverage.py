@@ -24,6 +24,9 @@ NAMES = "{% if m['name'] %}{{ '[' + m['name'] + '] ' }}{% endif %}"
 ALL_CALLS = "{% for c in m['tool_calls'] or [] %}{{ c['function'] | tojson }}{% endfor %}"
 FIRST_CALL = "{% if m['tool_calls'] %}{{ m['tool_calls'][0]['function'] | tojson }}{% endif %}"
 CALL_NAMES = "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] }}{% endfor %}"
+CALL_NAMES_AND_ARGUMENTS = (
+    "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] ~ c['function']['arguments'] }}{% endfor %}"
+)
 CALLS_OR_CONTENT = "{% if m['tool_calls'] %}" + ALL_CALLS + "{% else %}" + CONTENT + "{% endif %}"
 # As gpt-oss has it: a result is written under the name of the newest call.
 NEWEST_CALL = (
@@ -105,6 +108,23 @@ def test_other_keys_are_remarked_on_and_read_keys_are_not(tokenizer: Make) -> No
     items, texts = encode(tokenizer, body(NAMES, CONTENT), examples[0])
     assert items[0].remarks == ("the chat template leaves out 'mood' of user turns",)
     assert "[Ada] hello" in texts[0]
+
+
+def test_what_data_add_to_a_call_is_rendered_or_remarked_on(tokenizer: Make) -> None:
+    noted = {**call("add", x=1), "note": "aloud"}
+    noted["function"] = {**noted["function"], "strict": True}
+    example = chat(USER, {"role": "assistant", "content": "", "tool_calls": [noted]})
+    (item,), _ = encode(tokenizer, body(CONTENT, CALL_NAMES_AND_ARGUMENTS), example)
+    assert item.remarks == (
+        "the chat template leaves out 'note' of calls of assistant turns",
+        "the chat template leaves out 'strict' of calls of assistant turns",
+    )
+    whole = body(CONTENT, "{% for c in m['tool_calls'] or [] %}{{ c | tojson }}{% endfor %}")
+    (item,), (text,) = encode(tokenizer, whole, example)
+    assert "aloud" in text
+    assert not item.remarks
+    plain = chat(USER, {"role": "assistant", "content": "", "tool_calls": [call("add", x=1)]})
+    assert not encode(tokenizer, body(CONTENT, CALL_NAMES_AND_ARGUMENTS), plain)[0][0].remarks
 
 
 def test_what_a_template_drops_of_earlier_answers_is_remarked_on_where_all_is_one_text(tokenizer: Make) -> None:

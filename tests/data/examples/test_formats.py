@@ -245,7 +245,7 @@ def test_no_match_lists_columns_formats_and_the_line_to_write() -> None:
     message = str(error.value)
     assert "x.jsonl has the columns: headline, kind" in message
     assert all(each.name in message for each in FORMATS.values() if not each.by_name_only)
-    assert "format='label', columns={'text': 'headline', 'label': 'kind'}" in message
+    assert "data.train.columns.text=headline data.train.columns.label=kind" in message
     assert read_one({"headline": "a", "kind": "b"}, columns={"text": "headline", "label": "kind"}) == LabeledText(
         "a", "b"
     )

@@ -7,6 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from kitout.evaluate.metrics.confusion import Confusion
 from kitout.evaluate.metrics.measure import Score
 from kitout.evaluate.report import adapter_table, class_plots
 from kitout.evaluate.report.adapter_table import AdapterRow
@@ -14,11 +15,10 @@ from kitout.evaluate.report.adapter_table import AdapterRow
 
 def row(name: str, value: float, trainable: int, half: float = 0.02, metric: str = "accuracy") -> AdapterRow:
     score = Score(value, value - half, value + half, 100, metric != "loss", metric != "loss")
-    return AdapterRow(name, "LoRA(rank=8)", metric, score, trainable, 1.234, 48, 12.0, 20.0)
+    return AdapterRow(name, "LoRA(rank=8)", metric, score, trainable, 1.234, 48, 12.0, 20.0, 2048)
 
 
-def test_confusion_counts_and_the_order_of_errors() -> None:
-    assert class_plots.counts([0, 1, 1, 0], [0, 1, 0, 0], 2).tolist() == [[2, 1], [0, 1]]
+def test_the_order_of_errors() -> None:
     truth = [0] * 6 + [1] * 4
     predictions = [1 - t if i in (3, 5, 7, 9) else t for i, t in enumerate(truth)]
     assert class_plots.misclassified(predictions, truth) == [3, 7, 5, 9]
@@ -28,7 +28,7 @@ def test_plots_of_a_perfect_adapter_and_of_many_classes() -> None:
     names = [f"a class with a long name {i}" for i in range(30)]
     truth = list(range(30))
     plots = [
-        class_plots.confusion("x", truth, truth, names),
+        class_plots.confusion("x", Confusion(tuple(names), tuple(tuple(int(i == k) for k in truth) for i in truth))),
         class_plots.errors("x", [], [], [], 0),
         class_plots.errors("x", [np.zeros((8, 8, 3), np.uint8)] * 3, names[:3], names[3:6], 40),
         class_plots.comparison([row("a", 0.5, 0), row("b", 1.0, 9000)], 0.1, "two"),
@@ -54,7 +54,7 @@ def test_the_table_as_text() -> None:
     assert "accuracy %, 95 % interval" in lines[0]
     assert "155,146" in lines[1]
     assert "93.6 (91.6 to 95.6)" in lines[1]
-    assert lines[1].endswith("0.250")
+    assert lines[1].endswith("0.250  2.0 KiB")
     assert lines[3].startswith("majority class")
     assert lines[-1].startswith("accuracy 50.0 to 93.6")
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
 import kitout
 import zoo
@@ -234,6 +234,20 @@ def test_the_one_line_that_users_write(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(out(model(**case.batch())), out(kit(**case.batch())), rtol=1e-5, atol=1e-5)
         assert model.generate(**case.batch(), max_new_tokens=2).shape[0] == 3
+
+
+def test_no_file_says_where_the_base_lay(tmp_path: Path) -> None:
+    ZOO["llama"].build().save_pretrained(tmp_path / "tiny")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny")
+    kit = kitout.attach(base)
+    kit.add("mine", LoRA(rank=2))
+    kitout.save_peft(kit, "mine", tmp_path / "peft")
+    config = tmp_path / "peft" / "adapter_config.json"
+    assert json.loads(config.read_text())["base_model_name_or_path"] == "tiny"
+    config.write_text(config.read_text().replace('"tiny"', json.dumps(str(tmp_path / "tiny"))))  # as others write it
+    kitout.load_peft(kit, tmp_path / "peft", "theirs")
+    kit.save("theirs", tmp_path / "own")
+    assert str(tmp_path) not in (tmp_path / "own" / "adapter.json").read_text()
 
 
 def test_names_with_the_same_end() -> None:

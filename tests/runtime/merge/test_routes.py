@@ -25,6 +25,8 @@ METHODS = {
 ENTRIES = (
     Mix({"lora": 0.7, "dora": 0.4}),
     Mix({"lora": 0.7, "ia3": 0.4}),
+    Mix({"lora-in": 0.7, "dora": 0.4, "ssf": 0.3}),
+    Stack("lora-in", Mix({"dora": 0.7, "ia3": 0.3}), "full"),
     Mix({"ia3": -0.3, "both": 1.2, "ssf": 0.5}),
     Mix({"lora-in": 0.6, "both": 0.5, "bitfit": 0.9}),
     Mix({"full": 0.5, "norms": 0.3, "lora": 0.2}),
@@ -59,7 +61,6 @@ def test_what_does_not_fold_is_named() -> None:
     for entry, message in (
         (Mix({"lora": 0.5, "prefix": 0.5}), r"Mix\(\{'lora': 0.5, 'prefix': 0.5\}\).*virtual tokens"),
         (Stack("lora", "prefix"), "'lora' then 'prefix'.*virtual tokens"),
-        (Mix({"ia3": 0.5, "dora": 0.5}), "attn.o.*DoRADelta depends on the weight itself"),
         (Mix({"lora": 0.5, "head": 0.5}), "lm_head.*a head in part .* is a blend of two modules"),
     ):
         for merge in (kit.merge, kit.merged_copy):

@@ -111,12 +111,16 @@ def test_a_mix_adds_weighted_changes(piece: tuple[Kit, Piece, Tensor]) -> None:
 
 
 def test_a_mix_of_an_input_and_an_output_adapter(piece: tuple[Kit, Piece, Tensor]) -> None:
-    """At the input the scale acts with its weight; the others see the module's input as the mix leaves it or theirs."""
+    """Each is the module as that adapter leaves it, whatever the other does."""
     kit, _, _ = piece
+    put_on(kit, IA3(targets="mlp.down"), "gain", seed=9)
+    gain = next(kit["gain"].parameters()).detach()
     p = pieces(*piece)
-    entered = p["h"] + 0.6 * (p["scale"] * p["h"] - p["h"])
+    scaled = (p["scale"] * p["h"]) @ p["w"].T + p["b"]
     with kit.use(Mix({"scale": 0.6, "shift": 0.5})):
-        assert_same(down(*piece), entered @ p["w"].T + p["b"] + 0.5 * p["shift"], 1e-6)
+        assert_same(down(*piece), p["y"] + 0.6 * (scaled - p["y"]) + 0.5 * p["shift"], 1e-6)
+    with kit.use(Mix({"scale": 0.6, "gain": 0.5})):
+        assert_same(down(*piece), p["y"] + 0.6 * (scaled - p["y"]) + 0.5 * (gain * p["y"] - p["y"]), 1e-6)
 
 
 def test_a_stack_applies_in_order(piece: tuple[Kit, Piece, Tensor]) -> None:

@@ -75,7 +75,7 @@ def test_a_dump_loads_as_the_same_run(name: str) -> None:
         ),
         ({"data": {"train": {"path": "x", "columns": {"text": 3}}}}, "data.train.0.columns.text: expected a text"),
         ({"data": {"train": "x", "labels": ["a", "a"]}}, "data.labels: expected at least 2 labels, each once"),
-        ({"method": "lora"}, "method: there is no method 'lora': did you mean 'LoRA'?"),
+        ({"method": "loar"}, "method: there is no method 'loar': did you mean 'LoRA'?"),
         ({"method": 3}, "method: write a method's name"),
         ({"method": None}, "method: write a method's name"),
         ({"method": {"name": "LoRA", "rnk": 3}}, "method.rnk: LoRA has no such setting; did you mean 'rank'?"),

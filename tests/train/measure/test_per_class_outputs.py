@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
 import pytest
 
 import kitout
-from kitout.train import outputs
+from kitout.evaluate.report import plots
 from tiny_images import folder as pictures
 from tiny_models import decoder, encoder, jsonl, reviews, vision
 
@@ -38,6 +39,19 @@ def test_every_classification_has_them(tmp_path: Path, kind: str) -> None:
     scores = {one["name"]: one for one in results["per_class"]["adapter"]}
     assert scores.keys() <= {"good", "bad", "all", "W"}
     assert scores
+    if kind == "several labels":
+        assert results["confusion"] == {}
+    else:
+        matrix = results["confusion"]["adapter"]
+        assert set(matrix["names"]) <= {"good", "bad", "O", "W"}
+        assert "Which class is taken for which" in page
+        assert kind == "tags" or sum(map(sum, matrix["counts"])) == 12
+        assert (tmp_path / "out" / "confusion.png").is_file() == plots.has_matplotlib()
+    (row,) = results["adapters"]
+    assert (row["trainable"], row["seconds"] > 0) == (results["trainable"]["adapter"], True)
+    assert row["memory"] == 16 * row["trainable"]  # fp32: the values, their gradients, two moments
+    for line in text[text.index("next:") :].splitlines()[1:]:
+        assert line.strip().removeprefix("or in Python:") in html.unescape(page)
     for place in (page, text, (tmp_path / "out" / "adapter" / "README.md").read_text()):
         assert "lass by class" in place
     if kind == "classes":
@@ -50,12 +64,13 @@ def test_every_classification_has_them(tmp_path: Path, kind: str) -> None:
 def test_images_have_thumbnails_without_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(outputs.plots, "has_matplotlib", lambda: False)
+    monkeypatch.setattr(plots, "has_matplotlib", lambda: False)
     results, page, text = run(vision(tmp_path / "m"), pictures(tmp_path / "d", each=12), tmp_path / "out")
     wrong = sum(a != b for a, b in zip(results["true"]["adapter"], results["predicted"]["adapter"], strict=True))
     assert wrong
-    assert page.count('src="data:image/jpeg;base64,') == min(wrong, 24)
+    assert page.count('src="data:image/jpeg;base64,') == min(wrong, 24) + 12  # and the first ones, right or wrong
     assert "Misclassified images" in page
+    assert "<svg" in page
     assert "tokens_per_second" not in results
     assert results["images"] == 8
     assert results["images_per_second"] > 0

@@ -62,11 +62,13 @@ def test_values_go_on_and_the_card_names_the_parent(tmp_path: Path, kind: str) -
     records = [json.loads((tmp_path / name / "adapter" / "adapter.json").read_text()) for name in ("one", "two")]
     assert records[0]["settings"] == records[1]["settings"]
     assert records[1]["note"]["from"] == {
-        "adapter": str(tmp_path / "one" / "adapter"), "sha256": records[0]["tensors"]["sha256"],
+        "adapter": "one", "sha256": records[0]["tensors"]["sha256"],
         "data_sha256": records[0]["note"]["data_sha256"],
     }  # fmt: skip
     card = (tmp_path / "two" / "adapter" / "README.md").read_text()
-    assert records[0]["tensors"]["sha256"] in card
+    assert f"| continues the adapter | one (sha256 {records[0]['tensors']['sha256']}) |" in card
+    assert str(tmp_path) not in card
+    assert str(tmp_path) not in json.dumps(records)
     assert all(record["note"]["data_sha256"] in card for record in records)
     assert records[0]["note"]["data_sha256"] != records[1]["note"]["data_sha256"]
     assert "continues" in json.loads((result.folder / "preflight.json").read_text())["settings"]

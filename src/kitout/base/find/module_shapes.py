@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D as Transposed
 
+from kitout.base.loaded_classes import transposed_linear
 from kitout.base.site import Kind
 from kitout.base.weights import is_matrix_product
 
@@ -42,8 +42,8 @@ def linear_widths(module: nn.Module) -> tuple[int, int] | None:
     """
     if isinstance(module, nn.Linear):
         return (module.in_features, module.out_features) if is_matrix_product(module) else None
-    if isinstance(module, Transposed):
-        d_in, d_out = module.weight.shape
+    if isinstance(module, transposed_linear()):
+        d_in, d_out = module.get_parameter("weight").shape
         return (int(d_in), int(d_out)) if is_matrix_product(module) else None
     widths = module.__dict__.get("in_features"), module.__dict__.get("out_features")
     if isinstance(widths[0], int) and isinstance(widths[1], int) and not has_stacked_experts(module):

@@ -8,12 +8,13 @@ but their widths and paths.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from kitout.base.find.module_tree import ModuleTree
 from kitout.base.find.vocabulary import EMBEDS, HEAD, NOT_TOKENS, PATCH
+from kitout.base.loaded_classes import pretrained_model
 
 
 def label_outside_blocks(tree: ModuleTree, inside: Collection[str], widths: Collection[int]) -> dict[str, str]:
@@ -28,21 +29,21 @@ def label_outside_blocks(tree: ModuleTree, inside: Collection[str], widths: Coll
 def _declared_embeddings(tree: ModuleTree, which: str) -> list[nn.Module]:
     """Input or output embeddings as each transformers model in the tree (a composite holds several) names them."""
     tables = []
-    for module in tree.modules.values():
-        if isinstance(module, PreTrainedModel):
-            try:
-                table = module.get_input_embeddings() if which == "in" else module.get_output_embeddings()
-            except (NotImplementedError, AttributeError):  # a model without one; some raise on access
-                continue
-            if isinstance(table, nn.Module):
-                tables.append(table)
+    models: list[Any] = [module for module in tree.modules.values() if isinstance(module, pretrained_model())]
+    for model in models:
+        try:
+            table = model.get_input_embeddings() if which == "in" else model.get_output_embeddings()
+        except (NotImplementedError, AttributeError):  # a model without one; some raise on access
+            continue
+        if isinstance(table, nn.Module):
+            tables.append(table)
     return tables
 
 
 def _find_token_tables(tree: ModuleTree, free: Iterable[str]) -> list[str]:
     """Declared token tables and those shaped like them; where nothing is declared, the table with the most rows."""
     tables = {p: tree.modules[p] for p in free if tree.leaves[p].kind == "embedding"}
-    if isinstance(tree.modules[""], PreTrainedModel):
+    if isinstance(tree.modules[""], pretrained_model()):
         declared = _declared_embeddings(tree, "in")
         shapes = {tree.leaves[p] for p, m in tables.items() if any(m is table for table in declared)}
     else:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
+from kitout.base.loaded_classes import pretrained_model
 from kitout.base.probe.trace_records import AttentionCall
 from kitout.base.probe.tracer import ForwardTracer
 from kitout.base.site import Site
@@ -28,10 +28,11 @@ def attention_interface(module: nn.Module) -> Mapping[str, Any] | None:
     """The globals of the module's own forward, if that calls transformers' attention interface; else None."""
     if getattr(getattr(module, "config", None), "_attn_implementation", None) is None:
         return None
-    return _interface_globals(type(module))
+    return interface_globals(type(module))
 
 
-def _interface_globals(cls: type[nn.Module]) -> Mapping[str, Any] | None:
+def interface_globals(cls: type[nn.Module]) -> Mapping[str, Any] | None:
+    """The globals of a class's forward, if that calls the interface; else None."""
     if cls not in _interface_cache:
         forward = inspect.unwrap(cls.forward)
         uses_interface = INTERFACE in forward.__code__.co_names and INTERFACE in forward.__globals__
@@ -117,7 +118,7 @@ def _refusal_reason(call: AttentionCall, module: nn.Module, key: Site | None, va
 def _has_another_kernel(model: nn.Module, path: str) -> bool:
     """The transformers model that this attention belongs to could run it by sdpa, and does not now."""
     modules = [model, *(model.get_submodule(path[:i]) for i, c in enumerate(path) if c == ".")]
-    owners = [m for m in modules if isinstance(m, PreTrainedModel)]
+    owners: list[Any] = [m for m in modules if isinstance(m, pretrained_model())]
     return bool(owners) and owners[-1]._supports_sdpa and owners[-1].config._attn_implementation != "sdpa"
 
 

@@ -90,6 +90,12 @@ class ChatTemplate:
         """What the template writes after an assistant turn that ends the chat."""
         return self.render(_probe_chat(_PROBE_WORD)).partition(_PROBE_WORD)[2]
 
+    @cached_property
+    def end_tokens_of_turn(self) -> tuple[str, ...]:
+        """The tokens that end an answer: those that the template writes right behind it."""
+        first = self.end_tokens.search(self._after_turn)
+        return (first.group(),) if first is not None and not self._after_turn[: first.start()].strip() else ()
+
     def without_end_tokens(self, turns: Sequence[Turn]) -> tuple[Turn, ...]:
         """The turns without the end tokens that the data have written behind an answer and the template writes too."""
         written = [token.group() for token in self.end_tokens.finditer(self._after_turn)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from kitout.data.encode.assistant_spans import AssistantSpans
@@ -22,6 +23,12 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
         self.span_tokenizer = SpanTokenizer(tokenizer)
         self.spans = AssistantSpans(self.span_tokenizer, template_kwargs=template_kwargs)
+
+    @cached_property
+    def turn_end_ids(self) -> tuple[int, ...]:
+        """The special tokens that the chat template writes after an answer, which end it where it is generated."""
+        written = self.spans.template.end_tokens_of_turn if self.spans.template.exists else ()
+        return tuple(int(self.span_tokenizer.tokenizer.convert_tokens_to_ids(token)) for token in written)
 
     def encode_chat(self, chat: Chat) -> tuple[int, ...]:
         """Of the turns so far; the assistant is to answer the last one."""

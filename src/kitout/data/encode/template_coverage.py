@@ -69,7 +69,8 @@ class TemplateCoverage:
         calls = message.get("tool_calls") or ()
         is_indented = turns[k].role == "assistant" and str(message.get("content") or "")[:1].isspace()
         keys = tuple(key for key in message if not _is_empty(message[key]))
-        shape = (turns[k].role, turns[k - 1].role if k else "", keys, len(calls), bool(tools), is_indented)
+        call_keys = tuple((*call, *call["function"]) for call in calls)
+        shape = (turns[k].role, turns[k - 1].role if k else "", keys, call_keys, bool(tools), is_indented)
         if shape not in self._known:
             answer = next((i for i in range(k, len(turns)) if turns[i].role == "assistant"), len(turns) - 1)
             self._known[shape] = list(self._probe_turn(turns[: answer + 1], k, tools, is_indented))
@@ -92,6 +93,9 @@ class TemplateCoverage:
                 for what, variants in _vary_calls(value):
                     if not differ(key, *variants):
                         yield key, what
+                for what, variants in _vary_other_keys(value):
+                    if not differ(key, *variants):
+                        yield "", what
             elif not (differ(key, *_WORDS) if isinstance(value, str) else differ(key, value, None)):
                 yield key, repr(key)
         if is_indented and not differ("content", _WORDS[0], f"    {_WORDS[0]}"):
@@ -233,6 +237,18 @@ def _vary_calls(calls: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[
         if function.get("arguments"):
             given = [{**function, "arguments": {word: word}} for word in _WORDS]
             yield f"the arguments of {which}", [_replace_call(calls, i, one) for one in given]
+
+
+def _vary_other_keys(calls: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[list[Mapping[str, Any]]]]]:
+    """For what data add to a call or to its function: what it is in words, and the calls with and without it."""
+    for i, call in enumerate(calls):
+        function = call["function"]
+        for key in (key for key in call if key not in ("id", "type", "function") and not _is_empty(call[key])):
+            bare = {name: value for name, value in call.items() if name != key}
+            yield f"{key!r} of calls", [list(calls), [bare if n == i else one for n, one in enumerate(calls)]]
+        for key in (key for key in function if key not in ("name", "arguments") and not _is_empty(function[key])):
+            bare = {name: value for name, value in function.items() if name != key}
+            yield f"{key!r} of calls", [list(calls), _replace_call(calls, i, bare)]
 
 
 def _replace_call(calls: Sequence[Mapping[str, Any]], i: int, function: Mapping[str, Any]) -> list[Mapping[str, Any]]:

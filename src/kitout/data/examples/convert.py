@@ -214,7 +214,10 @@ def _to_tool_call(call: Any, number: int) -> dict[str, Any]:
     if isinstance(arguments, str):
         arguments = _parse_json(arguments or "{}", f"turn {number}, the arguments of {function['name']}")
     ids = {"id": call["id"]} if call.get("id") is not None else {}
-    return {**ids, "type": "function", "function": {**function, "arguments": arguments}}
+    others = {} if "function" not in call else _without_nulls(
+        {key: value for key, value in call.items() if key not in ("id", "type", "function")}
+    )  # fmt: skip
+    return {**ids, "type": "function", "function": {**function, "arguments": arguments}, **others}
 
 
 def _train_flag(message: Mapping[str, Any], number: int) -> bool | None:

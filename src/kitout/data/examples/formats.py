@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from kitout.data.examples import convert
+from kitout.data.examples.column_hints import naming_line
 from kitout.data.examples.examples import Example
 from kitout.data.examples.system_prompt import with_system_prompt
 from kitout.data.read.tables import MAX_MESSAGE_CHARS, DataError, Row, add_first
@@ -244,7 +245,7 @@ def detect(
     elif len(matches) > 1:
         matches.pop("text", None)
     if len(matches) != 1:
-        raise DataError(_ambiguity_message(source, present, list(matches), candidates, format))
+        raise DataError(_ambiguity_message(source, rows, present, list(matches), candidates, format))
     (name, match), *_ = matches.items()
     unused = tuple(c for c in present if c not in match.values())
     has_commas = name == "label" and _are_decimal_commas([row.get(match["label"]) for _, row in rows])
@@ -312,20 +313,20 @@ def _match_columns(candidate: Format, columns: Mapping[str, str], present: Seque
 
 
 def _ambiguity_message(
-    source: str, present: Sequence[str], matches: Sequence[str], candidates: Sequence[Format], requested: str | None
-) -> str:
+    source: str, rows: Sequence[Row], present: Sequence[str], matches: Sequence[str], candidates: Sequence[Format],
+    requested: str | None,
+) -> str:  # fmt: skip
     columns = f"{source} has the columns: {_shown(present)}"
     if matches:
-        return f"{columns}\n  they can be read as {' or as '.join(matches)}\n  choose one, e.g. format={matches[0]!r}"
-    likely = candidates[0] if requested else FORMATS["label"]
-    spare = [*present, *likely.required][: len(likely.required)]
-    example = ", ".join(f"{role!r}: {column!r}" for role, column in zip(likely.required, spare, strict=False))
+        return (
+            f"{columns}\n  they can be read as {' or as '.join(matches)}\n  choose one, e.g. "
+            f"data.train.format={matches[0]}"
+        )
+    roles = tuple(candidates[0].required) if requested else None
     reading = f"the format {requested}" if requested else "any known format"
-    return (
-        f"{columns}\n  they do not fit {reading}; required are\n    "
-        + "\n    ".join(map(str, candidates))
-        + f"\n  name them, e.g. format={likely.name!r}, columns={{{example}}}"
-    )
+    line = naming_line([row for _, row in rows], present, roles, requested or "")
+    required = "\n    ".join(map(str, candidates))
+    return f"{columns}\n  they do not fit {reading}; {line}\n  required are\n    {required}"
 
 
 def to_examples(rows: Sequence[Row], source: str, **options: Any) -> list[Example]:

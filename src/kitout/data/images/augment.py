@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kitout.data.read.tables import DataError
 from kitout.errors import Errors
+from kitout.install_hint import suggest_install
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Augment:
                 errors.add(f"{name} is {getattr(self, name)!r}, expected {low:g} to {high:g}")
         errors.raise_if_any()
         if importlib.util.find_spec("kornia") is None:
-            raise DataError("augmentation needs kornia, not installed here\n  pip install 'kitout[data]'")
+            raise DataError(f"augmentation needs kornia, not installed here\n  {suggest_install(extra='data')}")
 
     def __call__(self, pixels: Tensor, seed: int) -> Tensor:
         """pixels [B, 3, H, W] from 0 to 1, before normalization; the same shape."""

@@ -18,13 +18,17 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from kitout.data.read.row_sample import RowSample
 from kitout.data.read.tables import DataError, add_first
 from kitout.errors import BadRows, Errors, suggest
+from kitout.install_hint import suggest_install
 
 try:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image as Image  # others take it from here, behind the message below
+    from PIL import ImageOps as ImageOps
+    from PIL import UnidentifiedImageError
 except ImportError as error:
-    raise DataError("images need pillow, not installed here\n  pip install 'kitout[data]'") from error
+    raise DataError(f"images need pillow, not installed here\n  {suggest_install(extra='data')}") from error
 
 # Formats that only decode pixels: no EPS, which starts Ghostscript, and no container of commands.
 IMAGE_FORMATS = {
@@ -100,16 +104,19 @@ class ImageSet:
 
 def build_image_set(
     records: Sequence[ImageRecord], label_names: Sequence[str] | None, description: str,
-    skipped: list[str] | None = None,
+    skipped: list[str] | None = None, sample: RowSample | None = None,
 ) -> ImageSet:  # fmt: skip
     """The set of what a reader finds. label_names: all classes, in order; default: those of the records, sorted.
 
     description: the set in a few words, for messages. Raises DataError with all errors at once: images that do not
     open, labels that are empty or unknown, too few images or classes. skipped: gets a message for every image that does
-    not open, which is left out; None: they are errors.
+    not open, which is left out; None: they are errors. sample: draws those that are opened, as it takes long.
     """
     errors = Errors(DataError, description)
     names = list(label_names) if label_names is not None else sorted({r.label for r in records if r.label})
+    set_errors = _find_set_errors(records, names) if sample is not None else None
+    if sample is not None:
+        records = sample.draw(records)
     hashes, unreadable = {}, []
     for i, record in enumerate(records):
         try:
@@ -127,7 +134,7 @@ def build_image_set(
     unknown = [r for r in records if r.label and r.label not in names]
     messages = [f"{r.location}label {r.label!r} is not one of the given; {suggest(r.label, names)}" for r in unknown]
     add_first(errors, messages, "labels")
-    for message in _find_set_errors(records, names):
+    for message in _find_set_errors(records, names) if set_errors is None else set_errors:
         errors.add(message)
     errors.raise_if_any()
     return ImageSet(

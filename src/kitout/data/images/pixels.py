@@ -61,6 +61,11 @@ class PixelProcessor:
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.processor.image_mean, self.processor.image_std))
         return (pixels - mean) / std
 
+    def standalone(self) -> Any:
+        """An image processor of transformers that does by itself what this one does for images in RGB."""
+        settings = {k: v for k, v in self.processor.to_dict().items() if k not in ("image_processor_type", "backend")}
+        return type(self.processor)(**{**settings, **self._size_options()})
+
     def _process(self, images: Sequence[Any], **options: Any) -> Tensor:
         if self.channels == 1:
             images = [image.convert("L") for image in images]

@@ -14,7 +14,9 @@ from functools import cached_property
 from typing import Any
 
 from kitout.data.read.arrow_values import name_classes, plain_value
+from kitout.data.read.row_sample import RowSample
 from kitout.data.read.tables import DataError, Row, Tick, counted
+from kitout.install_hint import suggest_install
 
 _SOURCE_PATTERN = re.compile(
     r"(?P<name>[^:#]+)(:(?P<config>[^#]+))?(#((?P<first>\d{1,18}):)?(?P<last>\d{1,18})|#(?P<split>.+))?"
@@ -34,9 +36,12 @@ class HubTable:
     note: str = ""
     """As a table of a file has it; a data set of the hub says itself how it is read."""
 
-    def read_rows(self, skipped: list[str] | None = None, tick: Tick | None = None) -> list[Row]:
-        """skipped: of files that cannot be read in part; the library reads all or none. tick: see `tables.counted`."""
-        rows = list(counted(self.iter_rows(), tick, f"reading {self.source}"))
+    def read_rows(
+        self, skipped: list[str] | None = None, tick: Tick | None = None, sample: RowSample | None = None
+    ) -> list[Row]:
+        """skipped: of files that cannot be read in part; the library reads all or none. tick, sample: see `tables`."""
+        read = counted(self.iter_rows(), tick, f"reading {self.source}")
+        rows = list(read) if sample is None else sample.draw(read)
         if not rows:
             raise DataError(f"{self.source} has no rows")
         return rows
@@ -66,7 +71,7 @@ def open_hub_tables(source: str, split_named: Callable[[str], str], streaming: b
     if importlib.util.find_spec("datasets") is None:
         raise DataError(
             f"there is no file or folder {source}, and data sets of the hub need the datasets library, "
-            "not installed here\n  pip install 'kitout[hub]'"
+            f"not installed here\n  {suggest_install(extra='hub')}"
         )
     dataset = _load_dataset(source, match["name"], match["config"], match["split"], streaming)
     if match["split"]:

@@ -17,6 +17,7 @@ from kitout.data.examples.examples import LabeledImage
 from kitout.data.examples.formats import detect
 from kitout.data.images.image_set import IMAGE_SUFFIXES, ImageRecord, ImageSet, PixelArray, build_image_set
 from kitout.data.read import tables
+from kitout.data.read.row_sample import RowSample
 from kitout.data.read.sources import SPLIT_NAMES, FileTable, open_source, split_named
 from kitout.data.read.tables import DataError
 from kitout.errors import Errors
@@ -24,25 +25,26 @@ from kitout.errors import Errors
 
 def load_images(
     source: Path | str, image: str | None = None, label: str | None = None, label_names: Sequence[str] | None = None,
-    skipped: list[str] | None = None,
+    skipped: list[str] | None = None, sample: RowSample | None = None,
 ) -> ImageSet:  # fmt: skip
     """A folder of class folders (perhaps in train/, val/, test/), tables, or an .npz with `images` and `labels`.
 
     image, label: the columns of a table, if not obvious. label_names: all classes, in order. skipped: gets a message
-    for every bad image or row, which is left out; None: they are errors.
+    for every bad image or row, which is left out; None: they are errors. sample: draws those that are opened.
     """
     path = Path(source)
     if path.is_dir() and not _has_train_table(path):
-        return build_image_set(_read_class_folders(path), label_names, str(path), skipped)
+        return build_image_set(_read_class_folders(path), label_names, str(path), skipped, sample)
     if path.suffix.lower() == ".npz":
-        return from_arrays(*_read_npz(path), label_names=label_names, description=str(path))
+        return from_arrays(*_read_npz(path), label_names=label_names, description=str(path), sample=sample)
     columns = {role: column for role, column in (("image", image), ("label", label)) if column is not None}
-    return build_image_set(_read_tables(str(source), columns, skipped), label_names, str(path), skipped)
+    return build_image_set(_read_tables(str(source), columns, skipped), label_names, str(path), skipped, sample)
 
 
 def from_arrays(
-    images: Any, labels: Sequence[Any], label_names: Sequence[str] | None = None, description: str = "the arrays"
-) -> ImageSet:
+    images: Any, labels: Sequence[Any], label_names: Sequence[str] | None = None, description: str = "the arrays",
+    sample: RowSample | None = None,
+) -> ImageSet:  # fmt: skip
     """images [N, H, W] or [N, H, W, 3]: uint8, or floats from 0 to 1. labels: N names or whole numbers."""
     pixels, label_array = np.asarray(images), np.asarray(labels)
     errors = Errors(DataError, description)
@@ -65,6 +67,7 @@ def from_arrays(
         [ImageRecord(row, str(name), location=f"row {i}: ") for i, (row, name) in enumerate(rows)],
         label_names,
         description,
+        sample=sample,
     )
 
 
@@ -118,7 +121,7 @@ def _read_class_folders(root: Path) -> list[ImageRecord]:
 
 def _read_classes(root: Path, split: str, errors: Errors) -> list[ImageRecord]:
     """root/class/**/image.png; the first folder names the class."""
-    misplaced = _list_images(root, "*")
+    misplaced = list_images(root, "*")
     if misplaced:
         errors.add(f"{len(misplaced)} images are in {root} itself ({misplaced[0].name}): move each to its class folder")
     folders = _list_folders(root)
@@ -126,7 +129,7 @@ def _read_classes(root: Path, split: str, errors: Errors) -> list[ImageRecord]:
         errors.add(f"{root} has no class folders; expected {root}/CLASS/image.png, or a table of paths and labels")
     records = []
     for folder in folders:
-        images = _list_images(folder, "**/*")
+        images = list_images(folder, "**/*")
         if not images:
             errors.add(f"class folder {folder} has no images ({' '.join(IMAGE_SUFFIXES)})")
         records += [ImageRecord(image, folder.name, split) for image in images]
@@ -137,7 +140,8 @@ def _list_folders(root: Path) -> list[Path]:
     return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _list_images(root: Path, pattern: str) -> list[Path]:
+def list_images(root: Path, pattern: str) -> list[Path]:
+    """Files that are images by their ending, sorted."""
     return sorted(
         p
         for p in root.glob(pattern)

@@ -7,10 +7,11 @@ own and knows no token.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +21,7 @@ from kitout.data.examples.formats import HEAD_ROWS, TableReading, detect
 from kitout.data.read import tables
 from kitout.data.read.csv_dialect import separator_note
 from kitout.data.read.hub import HubTable, open_hub_tables
+from kitout.data.read.row_sample import RowSample, size_in_memory
 from kitout.data.read.tables import DataError, Row
 from kitout.errors import BadRows, Errors
 
@@ -58,9 +60,11 @@ class FileTable:
         """What was found out about the file itself, in words."""
         return separator_note(self.path)
 
-    def read_rows(self, skipped: list[str] | None = None, tick: tables.Tick | None = None) -> list[Row]:
-        """skipped, tick: see `tables.read_rows`."""
-        rows = tables.read_rows(self.path, skipped, self.start, self.stop, tick)
+    def read_rows(
+        self, skipped: list[str] | None = None, tick: tables.Tick | None = None, sample: RowSample | None = None
+    ) -> list[Row]:
+        """skipped, tick, sample: see `tables.read_rows`."""
+        rows = tables.read_rows(self.path, skipped, self.start, self.stop, tick, sample)
         return rows if skipped else _check_not_empty(rows, str(self.path))
 
     def iter_rows(self, skipped: list[str] | None = None) -> Iterator[Row]:
@@ -80,6 +84,12 @@ class LoadedExamples:
     """How each table was read."""
     skipped: tuple[str, ...] = ()
     """What was left out, a message with file and line for each bad row."""
+    scales: Mapping[str, float] = field(default_factory=dict)
+    """By split: examples of the source for each one here, 1 where all are."""
+    sample_notes: tuple[str, ...] = ()
+    """For each table of which a sample was taken: what of, in words."""
+    memory: float = 0.0
+    """About the bytes that the rows of all of them take, where they were sampled."""
 
 
 def load_examples(
@@ -91,11 +101,12 @@ def load_examples(
     seed: int = 0,
     skip_bad_rows: bool = False,
     tick: tables.Tick | None = None,
+    sample: RowSample | None = None,
 ) -> LoadedExamples:
     """Every example of a source. limit: at most so many of each split, sampled by the seed, in their order.
 
     skip_bad_rows: bad rows are left out and listed; else they are errors, reported together. tick: see
-    `tables.counted`.
+    `tables.counted`. sample: draws the rows of each table that become examples; None: all do.
 
     source: a path or hub name, a list of them, or {"train": ..., "validation": ..., "test": ...}. format, columns,
     system_prompt: see `formats.detect`.
@@ -105,15 +116,23 @@ def load_examples(
     all_skipped: list[str] = []
     errors = Errors(DataError, "the data cannot be read")
     only_rows_are_bad = True
+    totals: dict[str, float] = {}
+    notes: list[str] = []
+    memory = 0.0
     for table in open_source(source):
         skipped: list[str] | None = [] if skip_bad_rows else None
         try:
-            rows = table.read_rows(skipped, tick)
+            rows = table.read_rows(skipped, tick, sample)
+            scale = 1.0 if sample is None else sample.scale
+            if sample is not None and sample.note:
+                notes.append(f"{table.source}: {sample.note}")
+                memory += scale * sum(map(size_in_memory, rows))
             reading = detect(rows, table.source, format, columns, system_prompt, table.note)
             readings.append(reading)
             examples = reading.to_examples(tables.counted(rows, tick, f"converting {table.source}"), skipped)
             check_few_skipped(skipped or (), len(examples), table.source)
             splits.setdefault(table.split, []).extend(examples)
+            totals[table.split] = totals.get(table.split, 0.0) + scale * len(examples)
             all_skipped += skipped or ()
         except DataError as error:
             errors.add(str(error))
@@ -122,7 +141,11 @@ def load_examples(
         errors.error = BadRows
     errors.raise_if_any()
     sampled = {split: tuple(_sample(examples, limit, seed)) for split, examples in splits.items()}
-    return LoadedExamples(sampled, tuple(readings), tuple(all_skipped))
+    scales = {
+        split: min(totals[split], math.inf if limit is None else limit) / max(1, len(examples))
+        for split, examples in sampled.items()
+    }
+    return LoadedExamples(sampled, tuple(readings), tuple(all_skipped), scales, tuple(notes), memory)
 
 
 def check_few_skipped(skipped: Sequence[str], num_good: int, name: str) -> None:
@@ -157,6 +180,17 @@ def detect_from_head(table: Table, skipped: list[str] | None = None, **options: 
     """How a table is read, by its first rows alone. skipped: see `tables.read_rows`."""
     head = list(islice(table.iter_rows(skipped), HEAD_ROWS))
     return detect(_check_not_empty(head, table.source), table.source, note=table.note, **options)
+
+
+def could_be_on_hub(source: str) -> bool:
+    """Whether a name has the form of one on the hub: `owner/name`, or an old one without an owner."""
+    return _HUB_NAME_PATTERN.fullmatch(source) is not None
+
+
+def without_slice(source: str) -> str:
+    """`path#500` -> `path`."""
+    sliced = _SLICE_PATTERN.fullmatch(source)
+    return sliced["name"] if sliced else source
 
 
 def split_named(name: str) -> str:

@@ -19,9 +19,11 @@ from typing import Any, TypeAlias, TypeVar
 from kitout.data.read.arrow_values import class_names_of_file, name_classes, plain_value
 from kitout.data.read.csv_dialect import find_separator
 from kitout.data.read.json_text import parse_json
+from kitout.data.read.row_sample import RowSample, count_chars
 from kitout.errors import BadRows, Errors
 from kitout.errors import DataError as DataError  # for those that import it from here
 from kitout.format import short_repr
+from kitout.install_hint import suggest_install
 
 MAX_SHOWN_ERRORS = 5  # errors of one kind shown in full
 TICK_ROWS = 20_000
@@ -74,15 +76,17 @@ def counted(items: Iterable[_T], tick: Tick | None, action: str) -> Iterator[_T]
 
 
 def read_rows(
-    path: Path, skipped: list[str] | None = None, start: int = 0, stop: int | None = None, tick: Tick | None = None
-) -> list[Row]:
+    path: Path, skipped: list[str] | None = None, start: int = 0, stop: int | None = None, tick: Tick | None = None,
+    sample: RowSample | None = None,
+) -> list[Row]:  # fmt: skip
     """The rows of a file from start to stop, each with its line (.json and .parquet: its number from 1).
 
     skipped: gets a message for every bad row, which is left out; None: bad rows are a DataError.
-    tick: see `counted`.
+    tick: see `counted`. sample: draws those that are kept; None: all are.
     """
     messages: list[str] = [] if skipped is None else skipped
-    rows = list(counted(islice(_read_good(path, messages), start, stop), tick, f"reading {path.name}"))
+    read = counted(islice(_read_good(path, messages), start, stop), tick, f"reading {path.name}")
+    rows = list(read) if sample is None else sample.draw(read)
     if skipped is None:
         errors = Errors(BadRows, str(path))
         add_first(errors, [message.removeprefix(f"{path.name} ") for message in messages], "lines")
@@ -122,18 +126,10 @@ def _read_good(path: Path, messages: list[str]) -> Iterator[Row]:
 
 
 def _size_problem(row: dict[str, Any]) -> str:
-    size = _count_chars(row)
+    size = count_chars(row)
     if size <= MAX_ROW_CHARS:
         return ""
     return f"{size:,} characters in one row, at most {MAX_ROW_CHARS:,}: write it as several rows"
-
-
-def _count_chars(value: Any) -> int:
-    if isinstance(value, str | bytes):
-        return len(value)
-    if isinstance(value, dict | list | tuple):
-        return sum(map(_count_chars, value.values() if isinstance(value, dict) else value))
-    return 0
 
 
 def _find_reader(path: Path) -> _RowIterator:
@@ -243,7 +239,7 @@ def _iter_csv(path: Path) -> Iterator[_ReadRow]:
 
 def _iter_parquet(path: Path) -> Iterator[_ReadRow]:
     if importlib.util.find_spec("pyarrow") is None:
-        raise DataError(f"{path}: reading parquet needs pyarrow, not installed here\n  pip install 'kitout[data]'")
+        raise DataError(f"{path}: reading parquet needs pyarrow, not installed here\n  {suggest_install(extra='data')}")
     import pyarrow
     import pyarrow.parquet
 

@@ -21,6 +21,7 @@ from kitout.data.normalize import normalize_text
 from kitout.errors import ConfigError
 from kitout.evaluate.metrics.classification import class_metrics
 from kitout.evaluate.metrics.measure import Measure, from_sums, mean, proportion
+from kitout.install_hint import suggest_install
 
 MAX_LABELS = 50  # distinct references that still count as labels
 MIN_REPEATS = 3  # occurrences of each of them, on average
@@ -97,7 +98,7 @@ def _extra_metrics(
     missing = [name for name in requested if find_spec(EXTRA_METRICS[name]) is None]
     if missing:
         packages = " and ".join(sorted({EXTRA_METRICS[name].replace("_", "-") for name in missing}))
-        message = f"{', '.join(missing)}: {packages} not installed\n  pip install 'kitout[eval]'"
+        message = f"{', '.join(missing)}: {packages} not installed\n  {suggest_install(extra='eval')}"
         if is_required:
             raise ConfigError(message)
         if on_warning:

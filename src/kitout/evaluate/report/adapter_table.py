@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from kitout.evaluate.compare import format_value
 from kitout.evaluate.metrics.measure import Score
 from kitout.evaluate.metrics.registry import TITLES
+from kitout.format import format_bytes
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class AdapterRow:
     """Wall time of its forward and backward passes."""
     processor_seconds: float
     """Processor time of the same, summed over all threads."""
+    memory: int
+    """Bytes that it takes in training besides the base: parameters, gradients and the optimizer's state."""
 
     @property
     def title(self) -> str:
@@ -84,13 +87,13 @@ def caption(rows: Sequence[AdapterRow], same_test: bool = True) -> str:
 def text(rows: Sequence[AdapterRow], majority: float | None, same_test: bool = True) -> str:
     """The table as aligned lines, the caption below. majority: accuracy of always predicting the majority class."""
     title = f"{rows[0].title}{' %' if rows[0].score and rows[0].score.share else ''}, 95 % interval"
-    lines = [["adapter", "trainable", "%", title, "train s", "processor s", "s/example"]]
+    lines = [["adapter", "trainable", "%", title, "train s", "processor s", "s/example", "memory"]]
     for row in rows:
         per_example = f"{row.seconds / max(1, row.examples):.3f}"
-        cost = [f"{row.seconds:.0f}", f"{row.processor_seconds:.0f}", per_example]
+        cost = [f"{row.seconds:.0f}", f"{row.processor_seconds:.0f}", per_example, format_bytes(row.memory)]
         lines.append([row.name, f"{row.trainable:,}", row.percent_text, row.score_text, *cost])
     if same_test and majority is not None and rows[0].metric == "accuracy":
-        lines.append(["majority class", "0", "0", f"{100 * majority:.1f}", "", "", ""])
+        lines.append(["majority class", "0", "0", f"{100 * majority:.1f}", "", "", "", ""])
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     aligned = [
         "  ".join(cell.ljust(width) if k in (0, 3) else cell.rjust(width)

@@ -7,11 +7,12 @@ follows from a rule. It knows no model, no method and no file.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from kitout.evaluate.metrics.confusion import Confusion
 from kitout.evaluate.report.adapter_table import AdapterRow
 from kitout.evaluate.report.plots import COLORS, new_figure, to_png
 
@@ -56,16 +57,9 @@ def comparison(rows: Sequence[AdapterRow], majority: float | None, heading: str)
     return to_png(figure)
 
 
-def counts(predictions: Sequence[int], truth: Sequence[int], classes: int) -> Any:
-    """Numbers of examples, [true class, predicted class]."""
-    table = np.zeros((classes, classes), dtype=int)
-    np.add.at(table, (np.asarray(truth, dtype=int), np.asarray(predictions, dtype=int)), 1)
-    return table
-
-
-def confusion(title: str, predictions: Sequence[int], truth: Sequence[int], names: Sequence[str]) -> bytes:
+def confusion(title: str, matrix: Confusion) -> bytes:
     """The confusion matrix: fractions of each true class as shades, numbers of examples in the cells."""
-    table = counts(predictions, truth, len(names))
+    table, names = np.array(matrix.counts), matrix.names
     fractions = table / np.maximum(1, table.sum(axis=1, keepdims=True))
     side = min(14.0, max(5.0, 0.55 * len(names) + 1.5))
     figure = new_figure(side + 1, side)
@@ -80,23 +74,27 @@ def confusion(title: str, predictions: Sequence[int], truth: Sequence[int], name
         rotation = 0 if max(map(len, labels)) <= 3 else 45
         axes.set_xticks(range(len(names)), labels, rotation=rotation, ha="right" if rotation else "center")
         axes.set_yticks(range(len(names)), labels)
-    num_correct = int(np.trace(table))
     axes.set(
         xlabel="predicted", ylabel="true",
-        title=f"{title}: {100 * num_correct / max(1, len(truth)):.1f} % of {len(truth):,} correct",
+        title=f"{title}: {100 * matrix.correct / max(1, matrix.total):.1f} % of {matrix.total:,} correct",
     )  # fmt: skip
     figure.colorbar(heatmap, ax=axes, label="% of the true class", shrink=0.8)
     return to_png(figure)
 
 
-def misclassified(predictions: Sequence[int], truth: Sequence[int]) -> list[int]:
-    """The first misclassified examples, class by class in turn, because a test set may be sorted by class."""
+def in_turn(classes: Mapping[int, int]) -> list[int]:
+    """Examples (their class by index) class by class in turn, because a test set may be sorted by class."""
     by_class: dict[int, list[int]] = {}
-    for i, (predicted, true) in enumerate(zip(predictions, truth, strict=True)):
-        if predicted != true:
-            by_class.setdefault(true, []).append(i)
+    for i, true in classes.items():
+        by_class.setdefault(true, []).append(i)
     rounds = max(map(len, by_class.values()), default=0)
     return [indices[k] for k in range(rounds) for _, indices in sorted(by_class.items()) if k < len(indices)]
+
+
+def misclassified(predictions: Sequence[int], truth: Sequence[int]) -> list[int]:
+    """The misclassified examples, class by class in turn."""
+    pairs = enumerate(zip(predictions, truth, strict=True))
+    return in_turn({i: true for i, (predicted, true) in pairs if predicted != true})
 
 
 def errors(title: str, images: Sequence[Any], true: Sequence[str], predicted: Sequence[str], total: int) -> bytes:

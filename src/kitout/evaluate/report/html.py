@@ -1,7 +1,8 @@
 """report.html: what a run did, in one file that opens anywhere and asks nothing of any other machine.
 
-Style and plots are inside the file. There is no script, and a policy in the page forbids scripts and requests. Every
-text is escaped, because data are written by strangers. It knows `RunSummary` and no model.
+Style, charts and images are inside the file; its colors follow light and dark mode. There is no script, and a policy in
+the page forbids scripts and requests. Every text is escaped, because data are written by strangers. It knows
+`RunSummary` and no model.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from kitout.evaluate.report.summary import RunSummary, format_fact
 from kitout.files.atomic import write_text
+from kitout.format import format_bytes
 
 
 def render_html(summary: RunSummary) -> str:
@@ -31,15 +33,9 @@ def _load_template() -> Any:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"fact": format_fact, "base64": _to_base64, "is_wide": _is_wide}
+    environment.filters |= {"fact": format_fact, "base64": _to_base64, "bytes": format_bytes}
     return environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
 
 
-def _to_base64(png_bytes: bytes) -> str:
-    return base64.b64encode(png_bytes).decode()
-
-
-def _is_wide(png_bytes: bytes) -> bool:
-    """Whether a PNG is too wide to be read on a phone: there it is scrolled sideways."""
-    width, height = (int.from_bytes(png_bytes[at : at + 4], "big") for at in (16, 20))
-    return width > 2.2 * height
+def _to_base64(image: bytes) -> str:
+    return base64.b64encode(image).decode()

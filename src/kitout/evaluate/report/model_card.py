@@ -1,7 +1,7 @@
 """The model card: README.md of an adapter folder, for people and for the Hugging Face hub.
 
-The front matter is written by huggingface_hub. Names and numbers from anywhere are escaped, so that they stay text. The
-base's license is what its own folder states, never a guess. It knows `RunSummary` and no model.
+The front matter is `card_metadata`'s. Names and numbers from anywhere are escaped, so that they stay text. The base's
+license is what its own folder states, never a guess. It knows `RunSummary` and no model.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ruamel.yaml.error import YAMLError
 from kitout.evaluate.compare import Comparison, MetricChange
 from kitout.evaluate.metrics.measure import Score
 from kitout.evaluate.metrics.per_class import ClassScore
+from kitout.evaluate.report.card_metadata import UNKNOWN_LICENSE, render_front_matter
 from kitout.evaluate.report.summary import FactTable, RunSummary, format_fact
 from kitout.files.atomic import write_text
 
-UNKNOWN_LICENSE = "unknown: see the base"
 MAX_LICENSE_BYTES = 2**20  # of a file that is searched for a license
 LICENSE_PATTERNS = {  # how a license's own text begins
     "apache-2.0": r"apache license\s+version 2\.0",
@@ -30,7 +30,6 @@ LICENSE_PATTERNS = {  # how a license's own text begins
     "gpl-3.0": r"gnu general public license\s+version 3",
     "agpl-3.0": r"gnu affero general public license\s+version 3",
 }
-GENERATING_LOADERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 
 def write_model_card(summary: RunSummary, folder: Path) -> Path:
@@ -49,7 +48,7 @@ def render_model_card(summary: RunSummary) -> str:
         f"weights of the base, which has its own license ({_escape_line(s.license) or UNKNOWN_LICENSE}).\n"
     )
     sections = [
-        f"---\n{_front_matter(s, comparison)}\n---\n",
+        f"---\n{render_front_matter(s, comparison)}\n---\n",
         f"# {_escape_line(s.title)}\n",
         intro,
         _results_section(comparison) if comparison else "",
@@ -62,34 +61,6 @@ def render_model_card(summary: RunSummary) -> str:
         _limitations_section(s, comparison),
     ]
     return "\n".join(section for section in sections if section)
-
-
-def _front_matter(s: RunSummary, comparison: Comparison | None) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
-
-    results = [
-        EvalResult(
-            task_type=s.hub_task or "other",
-            dataset_type=_slug(s.data_name),
-            dataset_name=s.data_name,
-            metric_type=change.name,
-            metric_name=change.title,
-            metric_value=round(change.tuned.value, 6),
-        )
-        for change in (comparison.changes if comparison and s.data_name else ())
-    ]
-    is_hub_license = re.fullmatch(r"[a-z0-9.+-]{1,40}", s.license)
-    method = re.match(r"\w+", s.method)
-    data = ModelCardData(
-        base_model=s.model if re.fullmatch(r"[\w.-]+/[\w.-]+", s.model) else None,
-        library_name="kitout",
-        license=s.license if is_hub_license else "other",
-        license_name=None if is_hub_license else UNKNOWN_LICENSE,
-        tags=["kitout", "adapter", *([method[0].lower()] if method else [])],
-        model_name=s.adapter if results else None,
-        eval_results=results or None,
-    )
-    return str(data.to_yaml())
 
 
 def _results_section(comparison: Comparison) -> str:
@@ -128,52 +99,22 @@ def _format_score(change: MetricChange, score: Score) -> str:
     return f"{change.format_value(score.value)} ({change.format_value(score.low)} to {change.format_value(score.high)})"
 
 
-def _loader_name(s: RunSummary) -> str:
-    return s.loader or "AutoModelForCausalLM"
-
-
 def _usage_section(s: RunSummary) -> str:
-    """Code that runs as it is, once FOLDER is replaced."""
-    loader, base, name = _loader_name(s), json.dumps(s.base_path or s.model), json.dumps(s.adapter)
-    kwargs = s.from_pretrained_kwargs or ({"num_labels": len(s.labels)} if s.labels else {})
-    code = [
-        "import kitout",
-        f"from transformers import {loader}" + (", AutoTokenizer" if loader in GENERATING_LOADERS else ""),
-        "",
-        f"model = {loader}.from_pretrained({base}{_arguments(kwargs)})",
-        "kit = kitout.attach(model.eval())",
-        f'kit.load("FOLDER", name={name})  # this folder',
-        f"kit.use({name})  # kit.use(None): the base again, bit-identical",
-        "",
-    ]
-    if loader in GENERATING_LOADERS:
-        encode = (
-            [
-                'messages = [{"role": "user", "content": "a prompt of the kind it was trained on"}]',
-                'options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}',
-                "batch = tokenizer.apply_chat_template(messages, **options)",
-            ]
-            if s.chat
-            else ['batch = tokenizer("a prompt of the kind it was trained on", return_tensors="pt")']
-        )
-        options = f"max_new_tokens=64{_arguments(s.generate_kwargs)}"
-        code += [
-            f"tokenizer = AutoTokenizer.from_pretrained({base}{_arguments(s.tokenizer_kwargs)})",
-            *encode,
-            f"print(tokenizer.decode(kit.generate(**batch, {options})[0], skip_special_tokens=True))",
-        ]
-    else:
-        code.append("# kit(**batch).logits: one number per label, in the order listed below")
-    block = _code_block("\n".join(code), "python")
+    """Code and commands that run as they are, once FOLDER (and BASE) are replaced."""
+    steps = s.next_steps.get(s.adapter)
+    if steps is None:
+        return ""
+    python, shell = _code_block("\n".join(steps.python_lines), "python"), _code_block("\n".join(steps.commands), "sh")
+    image = "; IMAGE: an image file" if steps.is_image else ""
+    base = f"; BASE: a folder with the base, **{_escape_line(s.model)}**" if steps.base else ""
+    servers = "".join(f"\n{_escape_line(note)}.\n" for note in s.servers)
     return (
-        f"## How to use it\n\n{block}\nIt loads on this base only. Several adapters can be active at once, one per "
-        "row of a batch. `kit.merged_copy(...)` merges one into an ordinary model, if its method can be merged.\n"
+        f"## How to use it\n\nFOLDER: where this file is{base}{image}; FILE: a table or a folder.\n\n"
+        f"{python}\n{shell}\n"
+        "It loads on this base only. `p.kit` is the base with its adapters: several can be active at once, one per row "
+        "of a batch, and `p.kit.merged_copy(...)` merges one into an ordinary model, if its method can be merged.\n"
+        f"{servers}"
     )
-
-
-def _arguments(kwargs: FactTable) -> str:
-    """As further arguments of a call."""
-    return "".join(f", {setting}={value!r}" for setting, value in kwargs.items())
 
 
 def _facts_section(title: str, facts: FactTable) -> str:
@@ -205,10 +146,6 @@ def _escape_line(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(str(text).split())).replace("\\<", "&lt;")
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name).strip("-").lower() or "data"
-
-
 def find_license(folder: Path | None) -> str:
     """What a model's folder states: in its README's front matter, its config, or a license text."""
     if folder is None or not folder.is_dir():
@@ -233,7 +170,9 @@ def _license_in_readme(file: Path) -> Any:
         fields = reader.load(front_matter[1])
     except YAMLError:
         return None
-    return fields.get("license") if isinstance(fields, dict) else None
+    if not isinstance(fields, dict):
+        return None
+    return fields.get("license_name" if fields.get("license") == "other" else "license")
 
 
 def _license_in_config(file: Path) -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 from kitout.errors import ConfigError
 from kitout.evaluate.metrics.registry import TITLES
 from kitout.files.atomic import write_bytes
+from kitout.install_hint import suggest_install
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")  # of Okabe and Ito
 DPI = 130  # per inch
@@ -36,7 +37,7 @@ def has_matplotlib() -> bool:
 def new_figure(width: float, height: float) -> Any:
     """An empty figure without a window."""
     if not has_matplotlib():
-        raise ConfigError("plots need matplotlib, which is not installed\n  pip install 'kitout[eval]'")
+        raise ConfigError(f"plots need matplotlib, which is not installed\n  {suggest_install(extra='eval')}")
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -70,7 +71,7 @@ def plot_training(rows: Sequence[MetricsRow]) -> bytes:
     rows: as metrics.jsonl has them: step, loss, eval_loss, eval_accuracy, eval_accuracy_low, ...; of several adapters
     "name/loss" and "eval_name/loss" (or "name/eval_loss"), whose means are not drawn.
     """
-    training, validation = map(_drop_means, collect_series(rows))
+    training, validation = map(drop_means, collect_series(rows))
     metrics = [name for name in dict.fromkeys(metric for _, metric in validation) if name != "loss"][:MAX_PANELS]
     losses = {job: series for (job, metric), series in training.items() if metric == "loss"}
     jobs = list(dict.fromkeys([*losses, *(job for job, _ in validation)]))
@@ -85,9 +86,9 @@ def plot_training(rows: Sequence[MetricsRow]) -> bytes:
             if (job, name) in validation:
                 _plot_metric(ax, validation[job, name], color, job)
     axes[0].set(title="loss", xlabel="step")
-    _fit_axis(
-        axes[0], list(losses.values()), [series for (_, metric), series in validation.items() if metric == "loss"]
-    )
+    validation_losses = [series for (_, metric), series in validation.items() if metric == "loss"]
+    if limits := loss_limits(list(losses.values()), validation_losses):
+        axes[0].set_ylim(*limits)
     for ax, name in zip(axes[1:], metrics, strict=False):
         ax.set(title=TITLES.get(name, name.replace("_", " ")) + " (validation)", xlabel="step")
     steps = [step for series in [*losses.values(), *validation.values()] for step in series.steps]
@@ -124,7 +125,7 @@ def collect_series(
     return training, validation
 
 
-def _drop_means(series: dict[tuple[str, str], MetricSeries]) -> dict[tuple[str, str], MetricSeries]:
+def drop_means(series: dict[tuple[str, str], MetricSeries]) -> dict[tuple[str, str], MetricSeries]:
     """Without the means over several adapters: each of these has its own series."""
     per_job = {metric for job, metric in series if job}
     return {(job, metric): one for (job, metric), one in series.items() if job or metric not in per_job}
@@ -174,15 +175,21 @@ def _plot_metric(ax: Any, series: MetricSeries, color: str, job: str) -> None:
         ax.legend(frameon=False, fontsize=8)
 
 
-def _fit_axis(ax: Any, train_series: Sequence[MetricSeries], eval_series: Sequence[MetricSeries]) -> None:
-    """The upper limit follows the smoothed loss: the first few steps may be far above all others."""
+def loss_limits(
+    train_series: Sequence[MetricSeries], eval_series: Sequence[MetricSeries]
+) -> tuple[float, float] | None:  # fmt: skip
+    """What to show: the upper end follows the smoothed loss, because the first few steps may be far above all others.
+
+    None without a loss.
+    """
     highest = [max(smooth(series.values)) for series in train_series if series.values] + [
         max(series.values) for series in eval_series if series.values
     ]
     lowest = [min(series.values) for series in [*train_series, *eval_series] if series.values]
-    if highest:
-        margin = 0.08 * (max(highest) - min(lowest)) or 0.1
-        ax.set_ylim(min(lowest) - margin, max(highest) + 2 * margin)
+    if not highest:
+        return None
+    margin = 0.08 * (max(highest) - min(lowest)) or 0.1
+    return min(lowest) - margin, max(highest) + 2 * margin
 
 
 def _style_axis(ax: Any, is_used: bool) -> None:
@@ -205,7 +212,7 @@ def plot_lengths(token_counts: Mapping[str, Sequence[int]], max_length: int | No
     figure = new_figure(6.2, 3.0)
     ax = figure.subplots()
     longest = max(max(values) for values in splits.values())
-    bins = np.arange(0, longest + 2 * _bin_width(longest), _bin_width(longest))
+    bins = np.arange(0, longest + 2 * bin_width(longest), bin_width(longest))
     for i, (name, values) in enumerate(splits.items()):
         percent = np.full(len(values), 100 / len(values))
         label = f"{name}: {len(values):,} examples, {sum(values):,} tokens"
@@ -220,7 +227,7 @@ def plot_lengths(token_counts: Mapping[str, Sequence[int]], max_length: int | No
     return to_png(figure)
 
 
-def _bin_width(max_value: int) -> int:
+def bin_width(max_value: int) -> int:
     """A round width of about thirty bins."""
     power = 10 ** max(0, math.floor(math.log10(max(1, max_value / 30))))
     return next(w * power for w in (1, 2, 5, 10) if w * power * 30 >= max_value)

@@ -11,9 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from kitout.evaluate.compare import Comparison
+from kitout.evaluate.metrics.confusion import Confusion
 from kitout.evaluate.metrics.per_class import ClassScore
-from kitout.evaluate.report.adapter_table import AdapterRow, caption
-from kitout.evaluate.report.thumbnails import Misclassified
+from kitout.evaluate.report.adapter_table import AdapterRow, caption, comparable
+from kitout.evaluate.report.charts import Chart
+from kitout.evaluate.report.next_steps import NextSteps
+from kitout.evaluate.report.run_charts import adapters_chart
+from kitout.evaluate.report.thumbnails import PredictedImages
 from kitout.format import format_number
 
 FactTable: TypeAlias = Mapping[str, Any]  # name -> a text or a number
@@ -47,8 +51,8 @@ class RunSummary:
     """Warnings and caveats, one sentence each."""
     config: str = ""
     """The run's YAML."""
-    plots: Mapping[str, bytes] = field(default_factory=dict)
-    """Of training: title -> PNG."""
+    charts: Sequence[Chart] = ()
+    """Of training and of the data."""
     files: Mapping[str, str] = field(default_factory=dict)
     """File name -> what it contains."""
     data_name: str = ""
@@ -59,34 +63,30 @@ class RunSummary:
     """Of the base, as it states it."""
     task: str = ""
     """As in `metrics.registry.Task`."""
-    loader: str = ""
-    """The auto class of transformers that opens the base; default: by the task."""
-    base_path: str = ""
-    """What the auto class is given; default: `model`."""
-    chat: bool = False
-    """Whether it was trained with the chat template."""
-    tokenizer_kwargs: FactTable = field(default_factory=dict)
-    """What the tokenizer takes besides its name: languages."""
-    generate_kwargs: FactTable = field(default_factory=dict)
-    """What `generate` takes to answer as in this run: the language it starts with."""
-    from_pretrained_kwargs: FactTable = field(default_factory=dict)
-    """Other arguments of the auto class."""
+    next_steps: Mapping[str, NextSteps] = field(default_factory=dict)
+    """What one types next, by adapter."""
+    servers: Sequence[str] = ()
+    """Which well-known servers take the adapter, one sentence each."""
     labels: Sequence[str] = ()
     """Of a classifier, in order."""
     created: str = ""
     """The date, and the version of kitout."""
     adapters: Sequence[AdapterRow] = ()
-    """The adapters side by side, if there are several."""
+    """Every adapter with its result and its cost."""
     majority: float | None = None
     """Accuracy of always predicting the majority class."""
     same_test: bool = True
     """Whether all adapters have the same test examples."""
-    result_plots: Mapping[str, bytes] = field(default_factory=dict)
-    """Of results: title -> PNG."""
     per_class: Mapping[str, Sequence[ClassScore]] = field(default_factory=dict)
     """Of a classification, by adapter: its classes one by one."""
-    misclassified: Mapping[str, Misclassified] = field(default_factory=dict)
-    """Of a classification of images, by adapter."""
+    predicted_images: Mapping[str, PredictedImages] = field(default_factory=dict)
+    """Of a classification of images, by adapter: test images, right and wrong."""
+    misclassified: Mapping[str, PredictedImages] = field(default_factory=dict)
+    """Of the same, those that are wrong."""
+    confusions: Mapping[str, Confusion] = field(default_factory=dict)
+    """Of a classification with one class per example, or of tagged words, by adapter."""
+    hub_name: str = ""
+    """The base by its name on the hub; empty: it is built in or in a folder."""
     hub_task: str = ""
     """The run's task by the name that the hub gives it."""
 
@@ -99,6 +99,16 @@ class RunSummary:
     def adapters_caption(self) -> str:
         """What the adapters side by side show, and what not."""
         return caption(self.adapters, self.same_test)
+
+    @property
+    def are_comparable(self) -> bool:
+        """Whether several adapters have one metric, and may stand in one chart."""
+        return len(self.adapters) > 1 and comparable(self.adapters)
+
+    @property
+    def adapters_chart(self) -> Chart | None:
+        """The adapters by their size, on the same test examples."""
+        return adapters_chart(self.adapters) if self.are_comparable and self.same_test else None
 
 
 def format_fact(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""Misclassified images of a classifier as small pictures for the report.
+"""Test images of a classifier as small pictures for the report, with what was predicted.
 
-Which ones are shown follows from a rule (`class_plots.misclassified`): the first of each class in turn. They need
-pillow, which images need anyway, and no matplotlib. It knows images and names, no model and no page.
+Which ones are shown follows from a rule (`class_plots.in_turn`): the first of each class in turn. They need pillow,
+which images need anyway, and no matplotlib. It knows images and names, no model and no page.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ JPEG_QUALITY = 85
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """One misclassified image."""
+    """One image."""
 
     jpeg: bytes
     """The image, made smaller."""
@@ -28,8 +28,8 @@ class Thumbnail:
 
 
 @dataclass(frozen=True)
-class Misclassified:
-    """The misclassified test images of one adapter."""
+class PredictedImages:
+    """Test images of one adapter: all of them, or the misclassified ones."""
 
     images: Sequence[Any]
     """Those that are shown, as pillow has them."""

@@ -34,6 +34,7 @@ from kitout.files.peft.infer_method import infer_method
 from kitout.files.peft.read_tensors import PREFIX, PeftAdapter, PeftModuleTensors, adaptable_modules, by_module
 from kitout.files.peft.virtual_tokens import read_virtual_tokens, write_virtual_tokens
 from kitout.files.peft.write_tensors import heads_of, task_of, to_one_scale, to_peft_tensors, why_not_in_vllm
+from kitout.files.portable_name import portable_name
 from kitout.files.safetensors_reader import open_regular, open_tensors, parse_json, write_tensors
 from kitout.files.system_errors import as_path, as_path_error
 from kitout.methods import LoRA, PrefixTuning, PromptTuning
@@ -98,7 +99,8 @@ def load_peft(state: KitState, folder: str | PathLike[str], name: str) -> Adapte
         errors.add(str(error))
     errors.raise_if_any()
     warn_left_out(name, adapter.left_out, stacklevel=4)
-    adapter.metadata = {"peft": {"base_model_name_or_path": config.get("base_model_name_or_path")}}
+    base_name = config.get("base_model_name_or_path")  # often a path of whoever trained it
+    adapter.metadata = {"peft": {"base_model_name_or_path": base_name and portable_name(str(base_name))}}
     return adapter
 
 
@@ -193,9 +195,9 @@ def save_peft(state: KitState, name: str, folder: str | PathLike[str], *, for_vl
 
 def _common_fields(state: KitState, adapter: Adapter) -> dict[str, Any]:
     """Fields of adapter_config.json that every method has."""
-    config = getattr(state.base, "config", None)
+    base_name = getattr(getattr(state.base, "config", None), "_name_or_path", None)
     return {
-        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
+        "base_model_name_or_path": portable_name(base_name) if base_name else None,
         "revision": None,
         "inference_mode": True,
         "modules_to_save": [path.replace("/", ".") for path in adapter.heads] or None,

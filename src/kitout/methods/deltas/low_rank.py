@@ -31,6 +31,7 @@ class LowRankDelta(Delta):
     Rows of several adapters: `_add_trained_rows` in training, products with gathered factors otherwise.
     """
 
+    adds_linear_map = True
     loraplus_parameters = ("b",)
     a0: Tensor | None
     b0: Tensor | None
@@ -59,27 +60,25 @@ class LowRankDelta(Delta):
         return self.dropout > 0 and self.training
 
     def forward(self, x: Tensor, y: Tensor, frozen: FrozenModule | None = None) -> Tensor:
-        return self._add_change(x, y, frozen, may_overwrite=False)
+        return self.add_change(x, y, frozen, may_overwrite=False)
 
     def forward_(self, x: Tensor, y: Tensor, frozen: FrozenModule | None = None) -> Tensor:
-        return self._add_change(x, y, frozen, may_overwrite=True)
+        return self.add_change(x, y, frozen, may_overwrite=True)
 
-    def _add_change(self, x: Tensor, y: Tensor, frozen: FrozenModule | None, may_overwrite: bool) -> Tensor:
-        a, b = (factor.to(y.dtype) for factor in self.factors())
-        if x.is_floating_point():  # token ids are not
-            x = (F.dropout(x, self.dropout) if self.drops_inputs else x).to(y.dtype)
-        if self.reads_weight:
-            assert frozen is not None
-            return y + self.scale * frozen.apply_low_rank(x, a, b, y)
-        return add_low_rank(x, y, a, b, self.scale, may_overwrite)
+    def add_change(
+        self, x: Tensor, y: Tensor, frozen: FrozenModule | None, may_overwrite: bool, weight: float = 1.0
+    ) -> Tensor:
+        """y + weight * scale * B A dropout(x); may_overwrite: y."""
+        if x.is_floating_point() and self.drops_inputs:  # token ids have no dropout
+            x = F.dropout(x, self.dropout)
+        a, b = self.factors()
+        return _add_product(x, y, a, b, weight * self.scale, frozen if self.reads_weight else None, may_overwrite)
 
     def fused_linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
         """Both products in one autograd node, whose backward adds into the base's own input gradient."""
         if not (torch.is_grad_enabled() and self.a.requires_grad):
             return None
-        if self.a0 is not None or self.drops_inputs or x.dtype != w.dtype:
-            return None
-        if _is_traced() or torch.is_autocast_enabled(x.device.type):
+        if self.a0 is not None or self.drops_inputs or not _is_fusable(x, w):
             return None
         y: Tensor = _LinearLowRank.apply(x, w, b, self.a, self.b, self.scale)
         return y
@@ -91,6 +90,10 @@ class LowRankDelta(Delta):
     def low_rank_change(self) -> LowRankChange | None:
         a, b = self.factors()
         return LowRankChange(a, self.scale * b, None)
+
+    @classmethod
+    def join(cls, addends: Sequence[tuple[LowRankDelta, float]]) -> Delta | None:
+        return LowRankSum(addends) if cls is LowRankDelta else None
 
     @classmethod
     def forward_rows(
@@ -106,6 +109,79 @@ class LowRankDelta(Delta):
         x3 = x.to(y.dtype).reshape(x.shape[0], -1, x.shape[-1])
         y3 = y.reshape(y.shape[0], -1, y.shape[-1])
         return torch.baddbmm(y3, torch.bmm(x3, cache["a"]), cache["b"]).view(y.shape)
+
+
+class LowRankSum(Delta):
+    """y' = y + sum_i w_i scale_i B_i A_i x as one product: every A stacked, every w_i scale_i B_i side by side.
+
+    The factors are put together at each call: a small copy, which no way to change a value can make stale and through
+    which gradients reach every part. Parts whose dropout is active are added one by one, each with its own.
+    """
+
+    adds_linear_map = True
+
+    def __init__(self, addends: Sequence[tuple[LowRankDelta, float]]) -> None:
+        super().__init__()
+        self.addends = tuple(addends)  # a tuple: their values stay those of their adapters
+        self.reads_weight = addends[0][0].reads_weight
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A [sum of ranks, d_in], B [d_out, sum of ranks] and the scale of their product."""
+        pairs = [delta.factors() for delta, _ in self.addends]
+        scales = [weight * delta.scale for delta, weight in self.addends]
+        largest = max(scales, key=abs) or 1.0  # one part at least, and mostly all, need no product with a scale
+        ups = [b if scale == largest else b * (scale / largest) for scale, (_, b) in zip(scales, pairs, strict=True)]
+        return torch.cat([a for a, _ in pairs]), torch.cat(ups, 1), largest
+
+    @property
+    def drops_inputs(self) -> bool:
+        """Dropout is active in one of them."""
+        return any(delta.drops_inputs for delta, _ in self.addends)
+
+    def forward(self, x: Tensor, y: Tensor, frozen: FrozenModule | None = None) -> Tensor:
+        return self._add_change(x, y, frozen, may_overwrite=False)
+
+    def forward_(self, x: Tensor, y: Tensor, frozen: FrozenModule | None = None) -> Tensor:
+        return self._add_change(x, y, frozen, may_overwrite=True)
+
+    def _add_change(self, x: Tensor, y: Tensor, frozen: FrozenModule | None, may_overwrite: bool) -> Tensor:
+        if self.drops_inputs:
+            for delta, weight in self.addends:
+                y = delta.add_change(x, y, frozen, may_overwrite, weight)
+                may_overwrite = True
+            return y
+        a, b, scale = self.factors()
+        return _add_product(x, y, a, b, scale, frozen if self.reads_weight else None, may_overwrite)
+
+    def fused_linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
+        if not (torch.is_grad_enabled() and any(delta.a.requires_grad for delta, _ in self.addends)):
+            return None
+        if self.drops_inputs or not _is_fusable(x, w):
+            return None
+        low_a, low_b, scale = self.factors()
+        y: Tensor = _LinearLowRank.apply(x, w, b, low_a, low_b, scale)
+        return y
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        up, down, scale = self.factors()
+        return w + scale * (down.to(w.dtype) @ up.to(w.dtype)), b
+
+
+def _add_product(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, frozen: FrozenModule | None, may_overwrite: bool
+) -> Tensor:
+    """y + scale * B A x, in the dtype of y. frozen: where A acts as the module's own map does."""
+    a, b = a.to(y.dtype), b.to(y.dtype)
+    if x.is_floating_point():  # token ids are not
+        x = x.to(y.dtype)
+    if frozen is not None:
+        return y + scale * frozen.apply_low_rank(x, a, b, y)
+    return add_low_rank(x, y, a, b, scale, may_overwrite)
+
+
+def _is_fusable(x: Tensor, w: Tensor) -> bool:
+    """Module and change may be one autograd node."""
+    return x.dtype == w.dtype and not _is_traced() and not torch.is_autocast_enabled(x.device.type)
 
 
 def _is_traced() -> bool:

@@ -25,6 +25,7 @@ class ShiftDelta(Delta):
     """y' = y + shift."""
 
     is_scale_shift = True
+    adds_linear_map = True
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -19,11 +19,10 @@ from kitout.base.site import Site
 from kitout.errors import Errors, NotMergeable
 from kitout.runtime.adapter import Adapter, conflict_with_head, trained_and_read
 from kitout.runtime.head import BLENDED, Head
-from kitout.runtime.merge.mixed_inputs import fold_sum
 from kitout.runtime.merge.pairs import WeightBias, add_change, fold_adapter, working_dtype
 from kitout.runtime.modules.module_adapter import ModuleAdapter, SiteDelta
-from kitout.runtime.modules.terms import Single, Term, TermSequence, WeightedSum, build_term
-from kitout.runtime.routing.route import Mix, RouteEntry, Stack, adapter_names
+from kitout.runtime.modules.terms import Single, SumOfRuns, Term, TermSequence, WeightedSum, build_term
+from kitout.runtime.routing.route import Mix, RouteEntry, Stack, adapter_names, simplify
 
 MATRICES = ("linear", "conv", "embedding")
 MOST_ERRORS = 8
@@ -42,7 +41,7 @@ class FoldedWeights:
 @torch.no_grad()
 def fold_all(adapters_by_name: Mapping[str, Adapter], entry: RouteEntry) -> dict[str, FoldedWeights]:
     """New weights for every module the entry's adapters sit at; all errors collected, NotMergeable raised once."""
-    adapters = [adapters_by_name[name] for name in dict.fromkeys(adapter_names(entry))]
+    adapters = [adapters_by_name[name] for name in dict.fromkeys(adapter_names(simplify(entry)))]
     errors = Errors(NotMergeable, f"cannot merge {_describe(entry)}")
     check_foldable(adapters, errors)
     errors.raise_if_any()
@@ -78,7 +77,7 @@ class ModuleFolder:
     """The modules they sit at; those whose parameters are changed from outside come after what changes them."""
 
     def __init__(self, adapters: Sequence[Adapter], entry: RouteEntry) -> None:
-        self.adapters, self.entry = adapters, entry
+        self.adapters, self.entry = adapters, simplify(entry)
         paths = dict.fromkeys(path for adapter in adapters for path in adapter.by_module)
         self.paths = sorted(paths, key=lambda p: any(_has_values(a.by_module[p]) for a in adapters if p in a.by_module))
         self._of_parents: dict[str, Tensor] = {}  # by full name: what is changed from outside the module that holds it
@@ -92,8 +91,10 @@ class ModuleFolder:
         """The module's new weights; NotMergeable where there are none."""
         module_adapters = self.module_adapters(path)
         singles = {name: Single(module_adapter) for name, module_adapter in module_adapters.items()}
-        term = build_term(self.entry, lambda name, _: singles.get(name))
-        assert term is not None
+        there = simplify(self.entry, singles.__contains__)
+        term = build_term(there, lambda name, _: singles[name])
+        if term is None:
+            return FoldedWeights({})  # its changes cancel here
         inside = f"{path}." if path else ""
         changed = {n.removeprefix(inside): v for n, v in self._of_parents.items() if n.startswith(inside)}
         new = _fold_module(term, list(module_adapters.values()), changed)
@@ -168,7 +169,7 @@ def _fold_read_weights(
         for part in m.on_parameters:
             start |= {n: changed.get(n, part.site.module.get_parameter(n)) for n in part.site.parameter_names}
     start = {name: value.detach().to(working_dtype(value)) for name, value in start.items()}
-    new = term.map_parameters(start)
+    new = term.map_weights(term.map_parameters(start)[0])
     return {name: value for name, value in new.items() if not torch.equal(value, start[name])}
 
 
@@ -190,16 +191,39 @@ def _fold_matrix(site: Site, term: Term, module_adapters: Sequence[ModuleAdapter
     copies = [part.delta.replaces_module for part in parts]
     scale = 1.0 if all(copies) else weights.linear_scale(site)  # a whole copy is exact anywhere
     names = dict.fromkeys(n for m in module_adapters for part in m.on_parameters for n in part.site.parameter_names)
-    own = {name: module.get_parameter(name) for name in names}
-    swapped = term.map_parameters({name: p.to(working_dtype(p)) for name, p in own.items()})
+    own = {name: (p := module.get_parameter(name)).to(working_dtype(p)) for name in names}
+    if own and isinstance(term, SumOfRuns) and scale == 1.0:
+        new = start = _matrix_with(module, {})
+        for inner, weight in term.terms:
+            with_own = _matrix_with(module, _same_in_all_runs(inner, own))
+            new = add_change(new, start, fold_term(inner, with_own, with_own), weight)
+        return weights.parameters_for_matrix(module, new, start)
+    swapped = _same_in_all_runs(term, own)
+    start = _matrix_with(module, swapped)
     with swapped_parameters(module, swapped):
-        w, b = weights.weight_matrix(module), weights.bias(module)
-        start = w.to(working_dtype(w)), None if b is None else b.to(working_dtype(w))
         if scale == 1.0:
             new = fold_term(term, start, start)
         else:
             new = _fold_scaled_table(site, term, start[0], scale, any(copies)), None
         return swapped | weights.parameters_for_matrix(module, new, start)
+
+
+def _same_in_all_runs(term: Term, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The module's own parameters under a term; NotMergeable where its runs have different ones."""
+    first, *others = term.map_parameters(own)
+    if any(not torch.equal(other[name], first[name]) for other in others for name in own):
+        raise NotMergeable(
+            f"{', '.join(own)} trained whole, in a Mix with an adapter that changes what the module gives: no one "
+            "weight is what both have in a Stack; merge the Mix by itself"
+        )
+    return first
+
+
+def _matrix_with(module: nn.Module, values: Mapping[str, Tensor]) -> WeightBias:
+    """The module's weight [d_out, d_in] and bias where it has these values for its parameters."""
+    with swapped_parameters(module, values):
+        w, b = weights.weight_matrix(module), weights.bias(module)
+        return w.to(working_dtype(w)), None if b is None else b.to(working_dtype(w))
 
 
 def _fold_scaled_table(site: Site, term: Term, w: Tensor, scale: float, has_copies: bool) -> Tensor:
@@ -209,7 +233,7 @@ def _fold_scaled_table(site: Site, term: Term, w: Tensor, scale: float, has_copi
     w_folded, b_folded = fold_term(term, (scale * w, None), (scale * w, None))
     product = w_folded if b_folded is None else w_folded + b_folded[:, None]
     x = torch.arange(min(8, w.shape[1]), device=w.device)
-    y = term.map_output(term.map_input(x)[1], (scale * w[:, x]).T, False)
+    y = term.map_output(term.map_input(x)[1], [(scale * w[:, x]).T], False)
     if not torch.allclose(y, product[:, x].T, rtol=1e-4, atol=1e-5 * float(y.abs().max())):
         raise NotMergeable(f"{type(site.module).__name__} scales by {scale:g} what this adapter takes without a scale")
     return w + (product - scale * w) / scale
@@ -232,13 +256,6 @@ def fold_term(term: Term, pair: WeightBias, start: WeightBias, skips_unfoldable:
             pair = fold_term(inner, pair, start, skips_unfoldable)
         return pair
     assert isinstance(term, WeightedSum)
-    if term.maps_input:
-        try:
-            return fold_sum(term, pair, start)
-        except NotMergeable:
-            if skips_unfoldable:
-                return pair
-            raise
     new = pair
     for inner, weight in term.terms:
         new = add_change(new, pair, fold_term(inner, pair, start, skips_unfoldable), weight)

@@ -160,15 +160,15 @@ class ModuleAdapter:
         return tuple(p.frozen for p in self.on_output if p.delta.replaces_module and p.frozen is not None)
 
     def map_parameters(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The module's parameters as this adapter changes them."""
+        """The module's own parameters as this adapter changes them."""
         new = dict(parameters)
         for part in self.on_parameters:
             for name, value in (part.delta.parameter_values() or {}).items():
                 new[name] = self._blend(new[name], value.to(new[name].dtype))
-        return self.map_weights(new)
+        return new
 
     def map_weights(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters with its changes of weights folded in."""
+        """The parameters that the module multiplies by, with this adapter's changes of weights folded in."""
         new = dict(parameters)
         for part in self.on_weights:
             new |= {name: self._blend(new[name], value) for name, value in part.map_weight(new).items()}

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kitout.base.own_forward import swapped_parameters
 from kitout.base.weights import FrozenModule, parameter_at
 from kitout.delta import Delta
-from kitout.runtime.hooks.class_swap import ForwardFn, first_tensor, replace_first_tensor
+from kitout.errors import RouteError
+from kitout.runtime.hooks.class_swap import ForwardFn, first_tensor, original_class, replace_first_tensor
 from kitout.runtime.modules.module_adapter import InputRelay
 from kitout.runtime.modules.terms import Term
 
@@ -67,14 +69,20 @@ class DirectDelta:
 class SwapParameters:
     """Runs a module with a term's own values for some of its parameters, for a whole batch.
 
-    names: of those parameters. inner: what else the module runs.
+    names: of its own parameters, where they are the same in all runs. weight_names: of what it multiplies by. inner:
+    what else the module runs.
     """
 
-    def __init__(self, term: Term, names: Sequence[str], inner: Any = None) -> None:
-        self.term, self.names, self.inner = term, tuple(names), inner
+    def __init__(self, term: Term, names: Sequence[str], weight_names: Sequence[str], inner: Any = None) -> None:
+        self.term, self.names, self.weight_names, self.inner = term, tuple(names), tuple(weight_names), inner
 
     def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with swapped_parameters(module, self.term.map_parameters(parameters_now(module, self.names))):
+        values: dict[str, Tensor] = {}
+        if self.names:
+            values |= self.term.map_parameters(parameters_now(module, self.names))[0]
+        if self.weight_names:
+            values |= self.term.map_weights(parameters_now(module, self.weight_names))
+        with swapped_parameters(module, values):
             return forward(module, *args, **kwargs) if self.inner is None else self.inner(module, forward, args, kwargs)
 
 
@@ -93,8 +101,21 @@ def _matching_weight(module: nn.Module, bias_name: str) -> Tensor:
     return weight
 
 
+def check_no_state(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], consequence: str) -> None:
+    """RouteError where a module that is to run several times is given something that may keep what it computes."""
+    for value in (*args, *kwargs.values()):
+        if not isinstance(value, (Tensor, tuple, list, dict, str, int, float, torch.dtype, type(None))):
+            raise RouteError(
+                f"{original_class(module).__name__} is given a {type(value).__name__}, which may keep what it "
+                f"computes: {consequence}, or use_cache=False"
+            )
+
+
 class WholeBatch:
-    """One term for the whole batch. call_views: views that need the module's call."""
+    """One term for the whole batch. call_views: views that need the module's call.
+
+    names: of the module's own parameters, where they differ between its runs.
+    """
 
     def __init__(
         self,
@@ -103,26 +124,51 @@ class WholeBatch:
         may_overwrite: bool,
         relays: Sequence[InputRelay],
         call_views: Sequence[FrozenModule] = (),
+        names: Sequence[str] = (),
     ) -> None:
         self.term, self.replaces_module, self.may_overwrite = term, replaces_module, may_overwrite
-        self.relays, self.call_views = tuple(relays), tuple(call_views)
+        self.relays, self.call_views, self.names = tuple(relays), tuple(call_views), tuple(names)
 
     def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = first_tensor(args, kwargs)
-        new_x, memo = self.term.map_input(x)
+        inputs, memo = self.term.map_input(x)
         for view in self.call_views:
             view.call_args, view.call_kwargs = args, kwargs
         if self.replaces_module:
-            out = self.term.map_output(memo, new_x, False)
+            out = self.term.map_output(memo, inputs, False)
             for view in self.call_views:
                 view.clear_call()
             return out
-        if new_x is not x:
-            args, kwargs = replace_first_tensor(args, kwargs, new_x)
-        y, wrapping = unpack_output(forward(module, *args, **kwargs))
-        y = self.term.map_output(memo, y, self.may_overwrite)
+        if len(inputs) == 1:
+            if inputs[0] is not x:
+                args, kwargs = replace_first_tensor(args, kwargs, inputs[0])
+            y, wrapping = unpack_output(forward(module, *args, **kwargs))
+            ys = [y]
+        else:
+            ys, wrapping = self._run_for_each(module, forward, args, kwargs, inputs)
+        y = self.term.map_output(memo, ys, self.may_overwrite)
         for relay in self.relays:
             relay.value = None
         for view in self.call_views:
             view.clear_call()
         return repack_output(y, wrapping)
+
+    def _run_for_each(
+        self,
+        module: nn.Module,
+        forward: ForwardFn,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        inputs: Sequence[Tensor],
+    ) -> tuple[list[Tensor], Any]:
+        """The module's output for each input; whatever else it gives is that of the first run."""
+        check_no_state(module, args, kwargs, "a Mix here runs it more than once; use its adapters in a Stack")
+        values: list[dict[str, Tensor]] = [{}] * len(inputs)
+        if self.names:
+            values = self.term.map_parameters(parameters_now(module, self.names))
+        outputs = []
+        for new_x, of_run in zip(inputs, values, strict=True):
+            new_args, new_kwargs = replace_first_tensor(args, kwargs, new_x)
+            with swapped_parameters(module, of_run):
+                outputs.append(unpack_output(forward(module, *new_args, **new_kwargs)))
+        return [y for y, _ in outputs], outputs[0][1]

@@ -21,7 +21,7 @@ from kitout.delta import Delta
 from kitout.errors import RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, first_tensor, replace_first_tensor
 from kitout.runtime.modules.module_adapter import InputRelay
-from kitout.runtime.modules.programs import parameters_now, repack_output, unpack_output
+from kitout.runtime.modules.programs import check_no_state, parameters_now, repack_output, unpack_output
 from kitout.runtime.modules.terms import Single, Term
 
 
@@ -78,6 +78,7 @@ class PerRow:
         self.row_plan, self.terms, self.path, self.batch_relation = row_plan, tuple(terms), path, batch_relation
         self.relays, self.call_views = tuple(relays), tuple(call_views)
         self.maps_input = any(t is not None and t.maps_input for t in terms)
+        self.num_runs = max(t.num_runs for t in terms if t is not None)
         self.batched_delta = _batched_delta_of(self.terms)
 
     def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -91,15 +92,16 @@ class PerRow:
             fast = self.batched_delta(x, y, self.row_plan)
             if fast is not None:
                 return repack_output(fast, whole)
-            return repack_output(self._map_output(x, (), y, args, kwargs), whole)
-        memos: Sequence[Any] = ()
-        if self.maps_input:
-            entered, memos = self._map_input(x)
+            return repack_output(self._map_output(x, (), [y], args, kwargs), whole)
+        inputs, memos = self._map_input(x) if self.maps_input else ([x], ())
+        if len(inputs) > 1:
+            check_no_state(module, args, kwargs, "a Mix in a row runs it more than once; use its adapters in a Stack")
+        outputs = []
+        for entered in inputs:
             args, kwargs = replace_first_tensor(args, kwargs, entered)
-        y, whole = unpack_output(forward(module, *args, **kwargs))
-        if self.batch_relation == "one":
-            y = self._for_each_row(y)
-        return repack_output(self._map_output(x, memos, y, args, kwargs), whole)
+            outputs.append(unpack_output(forward(module, *args, **kwargs)))
+        ys = [self._for_each_row(y) if self.batch_relation == "one" else y for y, _ in outputs]
+        return repack_output(self._map_output(x, memos, ys, args, kwargs), outputs[0][1])
 
     def _for_each_row(self, value: Tensor) -> Tensor:
         """What a position table is asked, or answers, once for all rows."""
@@ -108,19 +110,20 @@ class PerRow:
     def _check(self, rows: int) -> None:
         check_rows(self.path, self.batch_relation, rows, self.row_plan)
 
-    def _map_input(self, x: Tensor) -> tuple[Tensor, list[Any]]:
-        parts, memos = [], []
+    def _map_input(self, x: Tensor) -> tuple[list[Tensor], list[Any]]:
+        """The inputs of all rows, run by run: rows whose term needs fewer runs than others repeat their last."""
+        mapped = []
         index = self.row_plan.index(x.shape[0], x.device)
         for term, rows in zip(self.terms, index, strict=True):
-            part, memo = (x[rows], None) if term is None else term.map_input(x[rows])
-            parts.append(part)
-            memos.append(memo)
-        return scatter(parts, index), memos
+            mapped.append(([x[rows]], None) if term is None else term.map_input(x[rows]))
+        runs = [scatter([inputs[min(i, len(inputs) - 1)] for inputs, _ in mapped], index) for i in range(self.num_runs)]
+        return runs, [memo for _, memo in mapped]
 
     def _map_output(
-        self, x: Tensor, memos: Sequence[Any], y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, x: Tensor, memos: Sequence[Any], ys: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         parts = []
+        y = ys[0]
         index = self.row_plan.index(y.shape[0], y.device)
         # A module may be given [rows, tokens, d] and answer with all tokens of all rows in one dimension.
         index_of_x = index if x.shape[0] == y.shape[0] else self.row_plan.index(x.shape[0], x.device)
@@ -132,7 +135,7 @@ class PerRow:
                     _called_with(self.call_views, args, kwargs, rows_of_x, x.shape[0]),
                 ):
                     memo = memos[i] if self.maps_input else term.map_input(x[rows_of_x])[1]
-                    part = term.map_output(memo, part, True)
+                    part = term.map_output(memo, [part, *(y[rows] for y in ys[1 : term.num_runs])], True)
                 if not isinstance(part, Tensor):
                     raise RouteError(f"{self.path} gives several values, which a row cannot have of its own")
                 if part.shape[0] != len(rows):  # one answer for all of them
@@ -175,17 +178,12 @@ class PerRowWeights:
         return self._run(forward, module, *args, **kwargs)
 
     def _run(self, forward: ForwardFn, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        for value in (*args, *kwargs.values()):
-            if not isinstance(value, (Tensor, tuple, list, dict, str, int, float, torch.dtype, type(None))):
-                raise RouteError(
-                    f"{self.path} multiplies by weights of its own and is given a {type(value).__name__}, which may "
-                    "keep what it computes: rows cannot have different adapters here; use one adapter for the whole "
-                    "batch, or use_cache=False"
-                )
+        consequence = "rows cannot have different adapters where it multiplies by weights of its own; use one adapter "
+        check_no_state(module, args, kwargs, f"{consequence}for the whole batch")
         now = parameters_now(module, self.names)
         outputs = []
         for term in self.terms:
-            with swapped_parameters(module, {} if term is None else term.map_parameters(now)):
+            with swapped_parameters(module, {} if term is None else term.map_weights(now)):
                 outputs.append(forward(module, *args, **kwargs))
         return self._select(outputs, self.batch_axis)
 

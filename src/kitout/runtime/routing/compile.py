@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import Any
 
 from kitout.base.survey import Survey
 from kitout.delta import KeyValue
@@ -16,6 +15,7 @@ from kitout.errors import RouteError
 from kitout.runtime.adapter import Adapter, conflict_with_head, trained_and_read
 from kitout.runtime.hooks.class_swap import Hook, Program
 from kitout.runtime.modules.fast_path import WithoutFastPath, layers_around
+from kitout.runtime.modules.fused import fuse
 from kitout.runtime.modules.module_adapter import InputRelay, ModuleAdapter
 from kitout.runtime.modules.programs import DirectDelta, RelayInput, SwapParameters, WholeBatch
 from kitout.runtime.modules.rows import PerRow, PerRowWeights, RowPlan
@@ -23,7 +23,7 @@ from kitout.runtime.modules.stacked_weights import on_top_of
 from kitout.runtime.modules.terms import Single, Term, build_term
 from kitout.runtime.output_width import output_width
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
-from kitout.runtime.routing.route import Mix, Route, RouteEntry, Stack, adapter_names
+from kitout.runtime.routing.route import Route, RouteEntry, adapter_names, simplify
 from kitout.runtime.virtual_tokens.compile import VirtualTokenCompiler
 from kitout.runtime.virtual_tokens.forward_state import ForwardSlot
 
@@ -47,9 +47,11 @@ class RouteCompiler:
                 f"{removed[0]!r} was removed after the `with` that this context took it from had ended: choose another "
                 "route in this task or thread, or await it inside the `with`"
             )
-        adapters = [self.adapters[name] for name in dict.fromkeys(adapter_names(route))]
         row_plan, entries = _plan_rows(route)
-        for entry in entries:
+        simplified = [simplify(entry) for entry in entries]
+        names = dict.fromkeys(name for entry in simplified for name in adapter_names(entry))
+        adapters = [self.adapters[name] for name in names]
+        for entry in simplified:
             conflict = conflict_with_head([self.adapters[n] for n in dict.fromkeys(adapter_names(entry))])
             if conflict:
                 raise RouteError(f"{conflict}; use them one at a time")
@@ -59,7 +61,7 @@ class RouteCompiler:
                     "use them one at a time"
                 )
         media_plan = None if row_plan is None or not self.survey.media else copy(row_plan)
-        programs = self._module_programs(adapters, row_plan, media_plan, entries)
+        programs = self._module_programs(adapters, row_plan, media_plan, simplified)
         num_rows = len(route) if isinstance(route, tuple) else None
         compiled = CompiledRoute(route, num_rows=num_rows, row_plan=row_plan, media_plan=media_plan)
         heads = {path: head for adapter in adapters for path, head in adapter.heads_by_path().items()}
@@ -96,10 +98,12 @@ class RouteCompiler:
         programs: dict[str, Program] = {}
         for path in dict.fromkeys(path for adapter in adapters for path in adapter.by_module):
             plan = media_plan if path in self.survey.media else row_plan
-            if plan is None or len({self._part_at(entry, path) for entry in entries}) == 1:
-                program = self._program_for_batch(entries[0], path)  # all rows have the same here
+            acting = {adapter.name for adapter in adapters if path in adapter.by_module}
+            there = [simplify(entry, acting.__contains__) for entry in entries]
+            if plan is None or len(set(there)) == 1:
+                program = self._program_for_batch(there[0], path)  # all rows have the same here
             else:
-                program = self._program_for_rows(plan, entries, path, batch_relation.get(path, "batch"))
+                program = self._program_for_rows(plan, there, path, batch_relation.get(path, "batch"))
             if program is not None:
                 programs[path] = program
         relays: dict[str, list[InputRelay]] = {}
@@ -111,42 +115,29 @@ class RouteCompiler:
         return programs
 
     def _module_adapters(self, entry: RouteEntry, path: str) -> list[ModuleAdapter]:
-        names = dict.fromkeys(adapter_names(entry))
-        return [self.adapters[name].by_module[path] for name in names if path in self.adapters[name].by_module]
-
-    def _part_at(self, entry: RouteEntry, path: str) -> RouteEntry:
-        """The entry without the adapters that have nothing at a module; equal parts act alike there."""
-        if entry is None or isinstance(entry, str):
-            return entry if entry is not None and path in self.adapters[entry].by_module else None
-        if isinstance(entry, Mix):
-            weights: dict[Any, float] = {}
-            for part, weight in entry.parts:
-                if (there := self._part_at(part, path)) is not None:
-                    weights[there] = weights.get(there, 0.0) + weight
-            return Mix(weights) if weights else None
-        parts = [there for part in entry.parts if (there := self._part_at(part, path)) is not None]
-        return parts[0] if len(parts) == 1 else Stack(*parts) if parts else None
+        return [self.adapters[name].by_module[path] for name in dict.fromkeys(adapter_names(entry))]
 
     def _term(self, entry: RouteEntry, path: str) -> Term | None:
         """The entry's map at one module, or None where it has nothing there."""
 
         def single(name: str, stacked_on: Sequence[Term]) -> Term | None:
-            module_adapter = self.adapters[name].by_module.get(path)
             # A copy: the strength is that of this moment, also when activations are recomputed after it has changed.
-            return None if module_adapter is None else Single(on_top_of(replace(module_adapter), stacked_on))
+            return Single(on_top_of(replace(self.adapters[name].by_module[path]), stacked_on))
 
-        return build_term(entry, single)
+        term = build_term(entry, single)
+        return None if term is None else fuse(term)
 
     def _program_for_batch(self, entry: RouteEntry, path: str) -> Program | None:
         term = self._term(entry, path)
         if term is None:
             return None
         module_adapters = self._module_adapters(entry, path)
-        parameters = _parameter_names(module_adapters)
+        own, read = _own_names(module_adapters), _read_names(module_adapters)
         if not any(m.on_input or m.on_output for m in module_adapters):
-            return SwapParameters(term, parameters)
-        program = _program_for_values(term, module_adapters)
-        return SwapParameters(term, parameters, program) if parameters else program
+            return SwapParameters(term, own, read)
+        by_run = own if term.num_runs > 1 else []
+        program = _program_for_values(term, module_adapters, by_run)
+        return SwapParameters(term, [] if by_run else own, read, program) if read or (own and not by_run) else program
 
     def _program_for_rows(
         self, row_plan: RowPlan, entries: Sequence[RouteEntry], path: str, batch_relation: str
@@ -159,7 +150,7 @@ class RouteCompiler:
         if whole_batch_only:
             raise RouteError(
                 f"{', '.join(whole_batch_only)}: rows of one batch cannot each have their own "
-                f"{', '.join(_parameter_names(module_adapters))}, a parameter of {path or 'the model'} itself and of "
+                f"{', '.join(_own_names(module_adapters))}, a parameter of {path or 'the model'} itself and of "
                 "no linear, norm or table; use one adapter for the whole batch"
             )
         relays = [relay for m in module_adapters for relay in m.relays]
@@ -169,8 +160,8 @@ class RouteCompiler:
         if read is None:
             return per_row
         inner = per_row if any(m.on_input or m.on_output for m in module_adapters) else None
-        names = _parameter_names(module_adapters)
         relation = self._relation(path, read.batch_relation)
+        names = _read_names(module_adapters)
         return PerRowWeights(row_plan, terms, names, path, relation, read.batch_axis, inner)
 
     def _relation(self, path: str, batch_relation: str) -> str:
@@ -188,8 +179,8 @@ def _plan_rows(route: Route) -> tuple[RowPlan | None, list[RouteEntry]]:
     return RowPlan([distinct.index(entry) for entry in route], len(distinct)), distinct
 
 
-def _program_for_values(term: Term, module_adapters: Sequence[ModuleAdapter]) -> Program:
-    """The program of a module's input and output."""
+def _program_for_values(term: Term, module_adapters: Sequence[ModuleAdapter], names: Sequence[str]) -> Program:
+    """The program of a module's input and output. names: of its own parameters that differ between its runs."""
     site = module_adapters[0].site
     if isinstance(term, Single):
         single = term.module_adapter
@@ -201,10 +192,13 @@ def _program_for_values(term: Term, module_adapters: Sequence[ModuleAdapter]) ->
         return WholeBatch(term, single.replaces_module, site.kind == "linear", single.relays, single.call_views)
     relays = [relay for m in module_adapters for relay in m.relays]
     call_views = [view for m in module_adapters for view in m.call_views]
-    return WholeBatch(term, False, site.kind == "linear", relays, call_views)
+    return WholeBatch(term, False, site.kind == "linear", relays, call_views, names)
 
 
-def _parameter_names(module_adapters: Iterable[ModuleAdapter]) -> list[str]:
-    names = [name for m in module_adapters for part in m.on_parameters for name in part.site.parameter_names]
-    names += [name for m in module_adapters for part in m.on_weights for name in part.read_names]
+def _own_names(module_adapters: Iterable[ModuleAdapter]) -> list[str]:
+    names = (name for m in module_adapters for part in m.on_parameters for name in part.site.parameter_names)
     return list(dict.fromkeys(names))
+
+
+def _read_names(module_adapters: Iterable[ModuleAdapter]) -> list[str]:
+    return list(dict.fromkeys(name for m in module_adapters for part in m.on_weights for name in part.read_names))

@@ -6,8 +6,9 @@ A route is an entry for the whole batch or a tuple of entries, one per row; an e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kitout.errors import RouteError
 
@@ -27,7 +28,10 @@ class Stack:
 
 @dataclass(frozen=True, init=False)
 class Mix:
-    """y + sum_i w_i (delta_i(x, y) - y) at every site: `Mix({"legal": 0.7, "medic": 0.3})`."""
+    """Weighted entries: `Mix({"legal": 0.7, "medic": 0.3})`.
+
+    At every module f(x) + sum_i w_i (f_i(x) - f(x)), f_i being the module f as entry i leaves it.
+    """
 
     parts: tuple[tuple[RouteEntry, float], ...]
     """The entries with their weights."""
@@ -64,6 +68,30 @@ def normalize_route(value: object) -> Route:
             raise RouteError("an empty list of rows: give one entry per row of the batch, None for base rows")
         return tuple(check_entry(v) for v in value)
     return check_entry(value)
+
+
+def simplify(entry: RouteEntry, acts: Callable[[str], bool] | None = None) -> RouteEntry:
+    """The shortest entry that computes the same, of those names alone that act (at some module, say).
+
+    A Stack in a Stack and a Mix in a Mix are taken apart, equal parts of a Mix are added up, weights of 0 are dropped,
+    and what has one part left, of weight 1, is that part.
+    """
+    if entry is None or isinstance(entry, str):
+        return entry if entry is None or acts is None or acts(entry) else None
+    if isinstance(entry, Stack):
+        parts: list[RouteEntry] = []
+        for part in (simplify(part, acts) for part in entry.parts):
+            parts += part.parts if isinstance(part, Stack) else [part] * (part is not None)
+        return parts[0] if len(parts) == 1 else Stack(*parts) if parts else None
+    weights: dict[Any, float] = {}
+    for part, weight in ((simplify(part, acts), weight) for part, weight in entry.parts if weight):
+        inner = part.parts if isinstance(part, Mix) else [(part, 1.0)] * (part is not None)
+        for each, inner_weight in inner:
+            weights[each] = weights.get(each, 0.0) + weight * inner_weight
+    weights = {part: weight for part, weight in weights.items() if weight}
+    if list(weights.values()) == [1.0]:
+        return next(iter(weights))
+    return Mix(weights) if weights else None
 
 
 def adapter_names(value: Route) -> Iterator[str]:

@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface
 
-from kitout.base.probe.attention_sites import INTERFACE, attention_interface
+from kitout.base.probe.attention_sites import INTERFACE, attention_interface, interface_globals
 from kitout.errors import RouteError
 
 ATTENTION_NAME = "kitout"  # of our function in transformers' attention interface
@@ -175,7 +174,11 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     return view.real(module, query, key, value, mask, **more)
 
 
-AttentionInterface.register(ATTENTION_NAME, _attention)
+def register_attention(module: nn.Module) -> None:
+    """Makes our function known to the attention interface that this module asks; not while a graph is traced."""
+    interface = interface_globals(type(module))
+    if interface is not None:
+        interface[INTERFACE].register(ATTENTION_NAME, _attention)
 
 
 class _SdpaMode(TorchFunctionMode):

@@ -23,7 +23,7 @@ from kitout.errors import RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, Program, first_tensor
 from kitout.runtime.modules.module_adapter import SiteDelta
 from kitout.runtime.modules.rows import RowPlan, scatter
-from kitout.runtime.virtual_tokens.attention_call import ExtraKeys, extra_keys_in
+from kitout.runtime.virtual_tokens.attention_call import ExtraKeys, extra_keys_in, register_attention
 from kitout.runtime.virtual_tokens.forward_state import ForwardSlot
 from kitout.runtime.virtual_tokens.image_tokens import ImageTokens
 from kitout.runtime.virtual_tokens.layout import TokenLayout
@@ -97,6 +97,7 @@ class PrefixAttention:
     ) -> None:
         self.site, self.layouts, self.row_plan, self.forward_slot = site, layouts, row_plan, forward_slot
         self.inner = inner
+        register_attention(site.module)
         self.parts, self.kv_recorder, self.image_tokens = parts, kv_recorder, image_tokens
         self.has_relative_bias = site.relative_bias is not None and site.role == "kv.self"
 

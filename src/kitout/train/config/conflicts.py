@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Iterator
 
 from kitout.errors import ConfigError, Errors
-from kitout.methods import VPT, PromptTuning
+from kitout.install_hint import suggest_install
 from kitout.train.config.schema import DEFAULT_BATCH_SIZE, RunConfig
 from kitout.train.objectives.tasks import TASKS
 
@@ -44,6 +44,8 @@ def _image_conflicts(config: RunConfig) -> Iterator[str]:
 
 
 def _method_conflicts(config: RunConfig) -> Iterator[str]:
+    from kitout.methods import VPT, PromptTuning  # with torch: a config that has its method has loaded it
+
     name, task = type(config.method).__name__, TASKS.get(config.objective)
     if isinstance(config.method, VPT) and task is not None and not task.reads_images:
         yield (
@@ -104,7 +106,7 @@ def check_machine(config: RunConfig, has_cuda: bool) -> None:
     errors = Errors(ConfigError, "the run's config on this machine")
     for tracker in config.output.report_to:
         if not any(importlib.util.find_spec(name) for name in TRACKERS.get(tracker, (tracker,))):
-            errors.add(f"output.report_to={tracker}: it is not installed: pip install {tracker}, or leave it out")
+            errors.add(f"output.report_to={tracker}: it is not installed: {suggest_install(tracker)}, or leave it out")
     if config.model.device == "cuda" and not has_cuda:
         errors.add("model.device=cuda, but torch sees no GPU here: choose cpu or auto")
     elif config.model.device == "auto" and not has_cuda:

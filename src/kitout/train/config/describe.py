@@ -8,27 +8,19 @@ from __future__ import annotations
 import inspect
 import json
 import textwrap
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from kitout.method import Method
 from kitout.train.config import yaml_file
 from kitout.train.config.schema import AugmentConfig, JobConfig, RunConfig, SourceConfig
+from kitout.train.config.type_text import type_text
 
 WIDTH = 110
-TYPES: dict[Any, str] = {
-    str: "text", bool: "true | false", int: "whole number", float: "number", Path: "folder", Method: "method",
-    SourceConfig: "source", JobConfig: "job", AugmentConfig: "augmentation", Any: "value",
-}  # fmt: skip
-AUGMENTATION_TITLE = "augmentation"
-SIGNS = ((Gt, ">", "gt"), (Ge, ">=", "ge"), (Lt, "<", "lt"), (Le, "<=", "le"))
 
 # What the example sets; every other setting is a comment with its default.
 EXAMPLE_VALUES: dict[str, Any] = {
@@ -98,35 +90,17 @@ def _setting_doc(name: str, info: FieldInfo) -> SettingDoc:
 def _section_model(annotation: Any) -> type[BaseModel] | None:
     """The section that a field holds, or holds several of."""
     inner = get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
-    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) and inner is not Method else None
+    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
 
 
 def _doc_text(section: type[BaseModel]) -> str:
     return " ".join((inspect.getdoc(section) or "").split())
 
 
-def type_text(annotation: Any, limits: Any = ()) -> str:
-    """A type in words, with the limits that pydantic holds beside it: `whole number >= 1`."""
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return type_text(inner[0], limits)
-    if origin is Literal:
-        text = " | ".join(map(str, inner))
-    elif origin in (Union, types.UnionType):
-        shown = [one for one in inner if one is not type(None) and not (one is int and float in inner)]
-        text = " | ".join(dict.fromkeys(map(type_text, shown)))
-    elif origin is tuple:
-        text = f"list of {type_text(inner[0])}"
-    elif origin is dict:
-        text = f"settings (name: {type_text(inner[1])})"
-    else:
-        text = TYPES.get(annotation, "settings")
-    bounds = [f"{sign} {getattr(one, name):g}" for one in limits for cls, sign, name in SIGNS if isinstance(one, cls)]
-    return f"{text} {', '.join(bounds)}" if bounds else text
-
-
 def default_text(value: Any) -> str:
     """A default as it would be written on one line of YAML."""
+    from kitout.method import Method
+
     if isinstance(value, Method):
         return type(value).__name__
     if isinstance(value, BaseModel):
@@ -198,7 +172,7 @@ def _setting_lines(setting: SettingDoc, indent: str, given: Any) -> Iterator[str
         yield from (f"{indent}  - {name}: {value}" for one in given for name, value in one.items())
     elif given is not None:
         yield f"{indent}{setting.name}: {given}"
-    elif setting.kind == AUGMENTATION_TITLE:
+    elif setting.kind == AugmentConfig.type_name:
         yield f"{indent}{setting.name}:"
     else:
         yield f"{indent}#{setting.name}: {setting.default}"

@@ -13,9 +13,10 @@ from pydantic import BaseModel, ValidationError
 
 from kitout.errors import suggest
 from kitout.format import short_repr
+from kitout.train.config.foreign_keys import key_hint
 from kitout.train.config.renamed_keys import RENAMED_OBJECTIVES, new_key
 
-MAX_MESSAGE_CHARS, MAX_NAME_CHARS = 600, 80
+MAX_MESSAGE_CHARS, MAX_NAME_CHARS, MAX_PLACES = 600, 80, 3
 JOIN = "\n  - "  # between the errors of one validator
 
 EXPECTED = {  # by the beginning of pydantic's name for the error
@@ -48,12 +49,14 @@ def explain(validation_error: ValidationError, model: type[BaseModel]) -> list[s
     messages = (
         message
         for location, errors in by_location.items()
-        for message in _messages_at(location, errors, sections[location])
+        for message in _messages_at(location, errors, sections[location], model)
     )
     return [message[:MAX_MESSAGE_CHARS] for message in messages]
 
 
-def _messages_at(location: str, errors: Sequence[Any], section: type[BaseModel]) -> Iterator[str]:
+def _messages_at(
+    location: str, errors: Sequence[Any], section: type[BaseModel], model: type[BaseModel]
+) -> Iterator[str]:
     """The messages of one setting. Errors of a type are one message: the value may be of any of several types."""
     type_errors = []
     for error in errors:
@@ -61,7 +64,8 @@ def _messages_at(location: str, errors: Sequence[Any], section: type[BaseModel])
             yield f"{location}: is required"
         elif error["type"] == "extra_forbidden":
             renamed = new_key(location)
-            hint = suggest(location.rpartition(".")[2], [f.alias or n for n, f in section.model_fields.items()])
+            known = [f.alias or n for n, f in section.model_fields.items()]
+            hint = hint_for_key(location, model) or suggest(location.rpartition(".")[2], known)
             yield f"{location}: is now {renamed}" if renamed else f"{location}: there is no such setting; {hint}"
         elif error["type"] == "value_error":
             yield from _validator_errors(location, error["msg"].removeprefix("Value error, "))
@@ -75,6 +79,24 @@ def _messages_at(location: str, errors: Sequence[Any], section: type[BaseModel])
     else:
         expected = " or ".join(dict.fromkeys(map(_expected, type_errors)))
         yield f"{location}: expected {expected}, found {short_repr(value)}"
+
+
+def hint_for_key(location: str, model: type[BaseModel]) -> str | None:
+    """What to write instead of a key that is another library's, or another section's; None for any other key."""
+    return key_hint(location) or _same_key_elsewhere(location, model)
+
+
+def _same_key_elsewhere(location: str, model: type[BaseModel]) -> str | None:
+    """A key of another section, written in the wrong one: `train.max_length` -> "write data.max_length"."""
+    key = location.rpartition(".")[2]
+    found = [
+        f"{name}.{key}"
+        for name, field in model.model_fields.items()
+        for section in _classes_in(field.annotation)
+        if issubclass(section, BaseModel) and key in {f.alias or n for n, f in section.model_fields.items()}
+    ]
+    found = [setting for setting in found if not setting.startswith("jobs.")]
+    return f"write {' or '.join(found)}" if 1 <= len(found) <= MAX_PLACES else None
 
 
 def _validator_errors(location: str, message: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from kitout.errors import ConfigError, Errors
 from kitout.format import short_repr
 from kitout.train.config import yaml_file
-from kitout.train.config.load import load
+from kitout.train.config.load import check, has_method_names_alone, load
 from kitout.train.config.plain_values import MAX_DEPTH
 from kitout.train.config.schema import RunConfig
 
@@ -58,8 +58,13 @@ def parse_override(text: str) -> Override:
         return name, value
 
 
-def build_config(file: Path | None, overrides: Iterable[Override | str]) -> RunConfig:
-    """The run that a file (None: none) and overrides describe; the later wins. ConfigError names every error."""
+def build_config(
+    file: Path | None, overrides: Iterable[Override | str], log: Callable[[str], None] | None = None
+) -> RunConfig:
+    """The run that a file (None: none) and overrides describe; the later wins. ConfigError names every error.
+
+    log: as `load` has it.
+    """
     values = yaml_file.read_yaml(file) if file is not None else {}
     errors = Errors(ConfigError, "the run's config")
     for override in overrides:
@@ -68,16 +73,17 @@ def build_config(file: Path | None, overrides: Iterable[Override | str]) -> RunC
             values = apply_override(values, name, value)
         except ConfigError as error:
             errors.add(str(error))
+    if not errors.messages:
+        return load(values, log)
     try:
-        config = load(values)
+        # What is wrong already is reported without torch, if the methods have no settings that need it.
+        check(values) if has_method_names_alone(values) else load(values)
     except ConfigError as error:
-        if not errors.messages:
-            raise
         _, *messages = str(error).split("\n  - ")
         for message in messages or [str(error)]:
             errors.add(message)
     errors.raise_if_any()
-    return config
+    raise AssertionError  # there is at least one
 
 
 def apply_override(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from kitout.train.config.method_field import MethodField, method_to_dict, parse_method
+from kitout.train.config.method_field import DEFAULT_METHOD, MethodField, method_to_dict, parse_method
 from kitout.train.config.sections import AdapterName as AdapterName  # for those that import them from here
 from kitout.train.config.sections import AugmentConfig as AugmentConfig
 from kitout.train.config.sections import ConfigSection as ConfigSection
@@ -27,6 +27,7 @@ else:  # pydantic reads the names from the table of tasks
     OBJECTIVES = ("auto", *TASKS)
     ObjectiveName = Literal[OBJECTIVES]
 
+WITHOUT_METHODS = object()  # a context of validation: all but the methods, which would load torch
 DEFAULT_BATCH_SIZE = 16  # a run whose length is chosen by a small train split has a smaller one
 
 
@@ -207,6 +208,8 @@ class OutputConfig(ConfigSection):
 class JobConfig(ConfigSection):
     """One of several adapters trained at once on one base; settings that are left out are the run's."""
 
+    type_name: ClassVar[str] = "job"
+
     name: AdapterName
     """Of its adapter."""
     method: MethodField | None = None
@@ -218,8 +221,8 @@ class JobConfig(ConfigSection):
 
     @field_validator("method", mode="before")
     @classmethod
-    def _parse_method(cls, value: Any) -> Any:
-        return None if value is None else parse_method(value)
+    def _parse_method(cls, value: Any, info: ValidationInfo) -> Any:
+        return value if value is None or info.context is WITHOUT_METHODS else parse_method(value)
 
     @field_validator("data", mode="before")
     @classmethod
@@ -232,7 +235,7 @@ class RunConfig(ConfigSection):
 
     model: ModelConfig
     """The frozen base, or its name alone."""
-    method: MethodField = Field(default_factory=lambda: parse_method("LoRA"))
+    method: MethodField = Field(default_factory=lambda: parse_method(DEFAULT_METHOD))
     """What is trained: a name, or a name and settings (`kitout methods` lists them)."""
     data: DataConfig
     """What is trained on, or its path alone."""
@@ -256,8 +259,8 @@ class RunConfig(ConfigSection):
 
     @field_validator("method", mode="before")
     @classmethod
-    def _parse_method(cls, value: Any) -> Any:
-        return parse_method(value)
+    def _parse_method(cls, value: Any, info: ValidationInfo) -> Any:
+        return value if info.context is WITHOUT_METHODS else parse_method(value)
 
     @field_validator("train", "evaluate", "output", mode="before")
     @classmethod

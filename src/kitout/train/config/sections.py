@@ -6,21 +6,18 @@ no other section; `schema` puts them together.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from kitout.format import short_repr
-from kitout.runtime.build_adapter import ADAPTER_NAME_PATTERN
+from kitout.format import ADAPTER_NAME_PATTERN, ADAPTER_NAME_RULE, short_repr
 
 MAX_WHOLE_NUMBER = 2**32 - 1
 
 
 def check_name(value: str) -> str:
     if not ADAPTER_NAME_PATTERN.fullmatch(value):
-        raise ValueError(
-            f"{short_repr(value)}: use 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit"
-        )
+        raise ValueError(f"{short_repr(value)}: {ADAPTER_NAME_RULE}")
     return value
 
 
@@ -31,6 +28,9 @@ class ConfigSection(BaseModel):
     """One section of the config: frozen, keyword only, nothing unknown."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    type_name: ClassVar[str] = "settings"
+    """What a setting of this type is called in words."""
 
     @field_validator("*")
     @classmethod
@@ -62,6 +62,8 @@ class ModelConfig(ConfigSection):
 class SourceConfig(ConfigSection):
     """One set of examples, alone or in a mixture. Of one alone the number may be left out: `data.train.limit`."""
 
+    type_name: ClassVar[str] = "source"
+
     path: str
     """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder, a built-in set (`kitout assets list`) or a name on
     the hub (`owner/name:config`); `#500` behind it: its first 500 rows only."""
@@ -79,6 +81,8 @@ class SourceConfig(ConfigSection):
 
 class AugmentConfig(ConfigSection):
     """Random changes to training images, sampled each time by the seed; needs kornia."""
+
+    type_name: ClassVar[str] = "augmentation"
 
     min_crop: float = Field(default=1.0, ge=0.01, le=1)
     """The smallest fraction of an image's area that a random crop keeps; 1: no crop."""

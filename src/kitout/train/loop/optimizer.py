@@ -8,13 +8,15 @@ A group's rate is the method's default unless the config has one; heads have the
 from __future__ import annotations
 
 import math
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from kitout.errors import ConfigError, Errors
 from kitout.method import Method, TrainingDefaults
-from kitout.runtime.adapter import Adapter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kitout.runtime.adapter import Adapter
 
 WARN_ABOVE, REFUSE_ABOVE, WARN_BELOW = 10, 300, 1 / 100  # times the method's default rate
 NO_DECAY_PORTS = ("tokens", "kv")  # ports whose values are inputs, not maps: pulling them to zero means nothing

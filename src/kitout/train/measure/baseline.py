@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kitout.evaluate.metrics.language import LossSums
 from kitout.train.measure.predict import Predictions
-from kitout.train.setup.datasets import Datasets
+from kitout.train.setup.job_datasets import Datasets
 
 BASELINES = {  # by the task of the metrics: what is always given
     "classification": "majority class",

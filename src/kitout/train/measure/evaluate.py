@@ -13,6 +13,7 @@ from typing import Any
 
 from kitout.base import memory
 from kitout.evaluate.compare import BASE, ComparedExample, Comparison, beside, compare, pick_examples, select
+from kitout.evaluate.metrics.confusion import Confusion, confusion_matrix
 from kitout.evaluate.metrics.language import LossSums
 from kitout.evaluate.metrics.measure import Measure, Score
 from kitout.evaluate.metrics.per_class import ClassScore, class_scores
@@ -22,7 +23,7 @@ from kitout.train.measure.baseline import BASELINES, predict_constant
 from kitout.train.measure.linear_probe import predict_by_probe
 from kitout.train.measure.predict import Predictions, ProgressFn, compute_metrics, generate_answers, predict
 from kitout.train.setup.closed_answers import ClosedAnswers, prompt_ids
-from kitout.train.setup.datasets import Datasets
+from kitout.train.setup.job_datasets import Datasets
 from kitout.train.setup.prepare import PreparedRun
 
 
@@ -113,6 +114,8 @@ class JobOutcome:
     """The test examples."""
     per_class: Sequence[ClassScore] = ()
     """Of every classification, closed answers of a language model included: its classes one by one."""
+    confusion: Confusion | None = None
+    """Of the same, where each example (or tagged word) has one class."""
 
 
 def evaluate_jobs(
@@ -153,22 +156,26 @@ def evaluate_jobs(
         if job.objective.task == "classification":
             references = [dataset.reference_of(example) for example in examples]
             classes = {"predictions": predictions.predictions, "references": references}
+        per_class, confusion = _by_class(task, dataset, examples, predictions)
         outcomes[job.name] = JobOutcome(
-            scores, comparison, **classes, items=examples, per_class=_class_scores(task, dataset, examples, predictions)
+            scores, comparison, **classes, items=examples, per_class=per_class, confusion=confusion
         )
     return outcomes
 
 
-def _class_scores(
+def _by_class(
     task: str, dataset: Datasets, examples: Sequence[Any], predictions: Predictions
-) -> list[ClassScore]:  # fmt: skip
+) -> tuple[list[ClassScore], Confusion | None]:  # fmt: skip
+    """Scores class by class and the confusion matrix, of whatever has classes."""
     if predictions.likeliest_answers and dataset.answers is not None:
         references = [example.reference for example in examples]
-        return class_scores("classification", predictions.likeliest_answers, references, dataset.answers.names)
-    if not dataset.label_names:
-        return []
-    references = [dataset.reference_of(example) for example in examples]
-    return class_scores(task, predictions.predictions, references, dataset.label_names)
+        counted = ("classification", predictions.likeliest_answers, references, dataset.answers.names)
+    elif dataset.label_names:
+        references = [dataset.reference_of(example) for example in examples]
+        counted = (task, predictions.predictions, references, dataset.label_names)
+    else:
+        return [], None
+    return class_scores(*counted), confusion_matrix(*counted)
 
 
 def _has_other_labels(run: PreparedRun, dataset: Datasets) -> bool:

@@ -19,7 +19,7 @@ from kitout.evaluate.metrics.language import LossSums
 from kitout.train.loop import distributed
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.predict import Predictions
-from kitout.train.setup.datasets import Datasets
+from kitout.train.setup.job_datasets import Datasets
 from kitout.train.setup.prepare import PreparedRun
 
 MAX_TRAIN = 2000  # examples of the train split whose features are taken

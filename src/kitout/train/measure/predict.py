@@ -180,12 +180,16 @@ def choose_answers(
 
 
 def answer_likelihoods(
-    kit: Kit, closed_answers: ClosedAnswers, prompts: Sequence[Sequence[int]], on_progress: ProgressFn | None = None
-) -> torch.Tensor:  # fmt: skip
+    kit: Kit,
+    closed_answers: ClosedAnswers,
+    prompts: Sequence[Sequence[int]],
+    on_progress: ProgressFn | None = None,
+    batch_size: int = 32,
+) -> torch.Tensor:
     """Log-likelihood of each answer of the closed set after each prompt, [prompts, answers]."""
     shortened = _shortened(kit, prompts, max(map(len, closed_answers.token_ids)))
     answers, end = closed_answers.token_ids, closed_answers.end_token_id
-    return label_likelihoods(kit, shortened, answers, end, on_progress=on_progress)
+    return label_likelihoods(kit, shortened, answers, end, batch_size, on_progress)
 
 
 def _shortened(kit: Kit, prompts: Sequence[Sequence[int]], num_after: int) -> list[Sequence[int]]:

@@ -2,6 +2,7 @@
 
 A new objective is one file and one entry. The config's list of objectives, the data's encoders, the class that loads
 the base, the metrics and the model card take theirs from here. It knows how each objective is built, and no config.
+It loads no torch: a config is checked by this table, and an objective is imported when a job is built.
 """
 
 from __future__ import annotations
@@ -9,19 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from kitout.data.encode import classification, generation
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.data.encode.languages import Languages
 from kitout.data.examples.examples import Example, LabeledText, TaggedWords
-from kitout.evaluate.metrics.registry import Task as MetricTask
-from kitout.kit import Kit
-from kitout.train.objectives.causal_lm import CausalLM
-from kitout.train.objectives.objective import Objective
-from kitout.train.objectives.seq2seq_lm import Seq2SeqLM
-from kitout.train.objectives.sequence import SequenceClassification, SequenceTask
-from kitout.train.objectives.token_classification import TokenClassification
+
+if TYPE_CHECKING:
+    from kitout.evaluate.metrics.registry import Task as MetricTask
+    from kitout.kit import Kit
+    from kitout.train.objectives.objective import Objective
+    from kitout.train.objectives.sequence import SequenceTask
 
 EncodeFn: TypeAlias = Callable[[Sequence[Example]], list[EncodedExample]]
 
@@ -118,18 +117,61 @@ def _is_generation(examples: Sequence[Example]) -> bool:
     return not isinstance(examples[0], TaggedWords | LabeledText)
 
 
-def _sequence_task(name: SequenceTask, encoder: Callable[..., EncodeFn], has_labels: bool = True) -> Task:
+def _sequence_task(name: SequenceTask, encoder: str, has_labels: bool = True) -> Task:
     return Task(
         name,
         "AutoModelForSequenceClassification",
         "text-classification",
         name,
-        lambda kit, settings: SequenceClassification(kit, name, _pad_token_id(settings)),
-        lambda s: encoder(s.tokenizer, s.max_length, *([s.label_names] if has_labels else [])),
+        lambda kit, settings: _sequence_classification(kit, name, settings),
+        lambda s: _label_encoder(encoder)(s.tokenizer, s.max_length, *([s.label_names] if has_labels else [])),
         lambda examples, _: _label_kind(examples) == name,
         has_labels=has_labels,
         needs_pad_id=True,
     )
+
+
+def _label_encoder(name: str) -> Callable[..., EncodeFn]:
+    from kitout.data.encode import classification
+
+    encoder: Callable[..., EncodeFn] = getattr(classification, name)
+    return encoder
+
+
+def _causal_encoder(s: EncoderSettings) -> EncodeFn:
+    from kitout.data.encode.generation import CausalEncoder
+
+    return CausalEncoder(s.tokenizer, s.max_length, s.train_on, s.chat_template_kwargs)
+
+
+def _seq2seq_encoder(s: EncoderSettings) -> EncodeFn:
+    from kitout.data.encode.generation import Seq2SeqEncoder
+
+    return Seq2SeqEncoder(s.tokenizer, s.max_length, s.max_target_length, s.languages)
+
+
+def _causal_lm(kit: Kit, settings: ObjectiveSettings) -> Objective:
+    from kitout.train.objectives.causal_lm import CausalLM
+
+    return CausalLM(kit, settings.pack_width)
+
+
+def _seq2seq_lm(kit: Kit, settings: ObjectiveSettings) -> Objective:
+    from kitout.train.objectives.seq2seq_lm import Seq2SeqLM
+
+    return Seq2SeqLM(kit, _pad_token_id(settings))
+
+
+def _sequence_classification(kit: Kit, name: SequenceTask, settings: ObjectiveSettings) -> Objective:
+    from kitout.train.objectives.sequence import SequenceClassification
+
+    return SequenceClassification(kit, name, _pad_token_id(settings))
+
+
+def _token_classification(kit: Kit, settings: ObjectiveSettings) -> Objective:
+    from kitout.train.objectives.token_classification import TokenClassification
+
+    return TokenClassification(kit, _pad_token_id(settings))
 
 
 def _image_classification(kit: Kit, settings: ObjectiveSettings) -> Objective:
@@ -155,21 +197,21 @@ TASKS: dict[str, Task] = {
             "AutoModelForCausalLM",
             "text-generation",
             "generation",
-            lambda kit, settings: CausalLM(kit, settings.pack_width),
-            lambda s: generation.CausalEncoder(s.tokenizer, s.max_length, s.train_on, s.chat_template_kwargs),
+            _causal_lm,
+            _causal_encoder,
             lambda examples, is_encoder_decoder: _is_generation(examples) and not is_encoder_decoder,
             packable=True,
         ),
-        _sequence_task("classification", classification.ClassEncoder),
-        _sequence_task("regression", classification.RegressionEncoder, has_labels=False),
-        _sequence_task("multilabel", classification.MultiLabelEncoder),
+        _sequence_task("classification", "ClassEncoder"),
+        _sequence_task("regression", "RegressionEncoder", has_labels=False),
+        _sequence_task("multilabel", "MultiLabelEncoder"),
         Task(
             "token_classification",
             "AutoModelForTokenClassification",
             "token-classification",
             "tokens",
-            lambda kit, settings: TokenClassification(kit, _pad_token_id(settings)),
-            lambda s: classification.TokenClassEncoder(s.tokenizer, s.max_length, s.label_names),
+            _token_classification,
+            lambda s: _label_encoder("TokenClassEncoder")(s.tokenizer, s.max_length, s.label_names),
             lambda examples, _: isinstance(examples[0], TaggedWords),
             _token_classes,
             has_labels=True,
@@ -178,10 +220,10 @@ TASKS: dict[str, Task] = {
         Task(
             "seq2seq_lm",
             "AutoModelForSeq2SeqLM",
-            "text2text-generation",
+            "text-generation",
             "generation",
-            lambda kit, settings: Seq2SeqLM(kit, _pad_token_id(settings)),
-            lambda s: generation.Seq2SeqEncoder(s.tokenizer, s.max_length, s.max_target_length, s.languages),
+            _seq2seq_lm,
+            _seq2seq_encoder,
             lambda examples, is_encoder_decoder: _is_generation(examples) and is_encoder_decoder,
         ),
         Task(

@@ -16,7 +16,7 @@ from kitout.runtime.show import site_table
 from kitout.train.config.schema import RunConfig
 from kitout.train.preflight.cost_estimate import CostEstimate
 from kitout.train.preflight.render import PreflightPage
-from kitout.train.setup.datasets import Datasets
+from kitout.train.setup.job_datasets import Datasets
 from kitout.train.setup.prepare import PreparedRun
 
 MAX_SKIPPED, MAX_SKIPPED_CHARS = 12, 160  # messages of rows that were left out, all of which results.json holds

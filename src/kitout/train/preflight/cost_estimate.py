@@ -54,7 +54,8 @@ def estimate_cost(
     """Runs two steps forward and backward and leaves no gradient behind."""
     costs = [_padded_tokens(jobs, rows) for rows in steps]
     largest = max(range(len(steps)), key=costs.__getitem__)
-    median = min(range(len(steps)), key=lambda i: abs(costs[i] - statistics.median(costs)))
+    median_cost = statistics.median(costs)
+    median = min(range(len(steps)), key=lambda i: abs(costs[i] - median_cost))
     names = [job.name for job in jobs]
     num_trained = sum(value.numel() for name in names for value in kit[name].parameters())
     kit.train_only(*names)

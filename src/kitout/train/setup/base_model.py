@@ -6,20 +6,21 @@ code of a model's folder is ever run. It knows model classes by task, and nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from kitout.errors import ConfigError
+from kitout.data.encode.languages import Languages
+from kitout.errors import ConfigError, KitoutError
 from kitout.format import short_repr
 from kitout.kit import Kit, attach
-from kitout.train.config.schema import ModelConfig
+from kitout.train.config.schema import ModelConfig, RunConfig
 from kitout.train.objectives.tasks import Task
 from kitout.train.setup import device
+from kitout.train.setup.find_inputs import fetch_inputs, find_inputs, near_builtin, raise_together, resolve_model
 from kitout.train.setup.heads import copy_heads
 from kitout.train.setup.quantization import keep_nf4_trainable, quantization_kwargs
 
@@ -47,8 +48,6 @@ class LoadedModel:
     """On its device, frozen weights in their dtype."""
     new_heads: frozenset[str]
     """Paths of the modules that the checkpoint does not hold, or holds in another shape."""
-    from_pretrained_kwargs: Mapping[str, Any]
-    """What the loader takes besides the name, for others who load the same base."""
 
 
 @dataclass(frozen=True)
@@ -63,39 +62,6 @@ class LoadedBase:
     """Those of them that the checkpoint does not hold."""
     dtype_reason: str
     """Why the weights have this dtype, in words."""
-    from_pretrained_kwargs: Mapping[str, Any]
-    """What the loader takes besides the name, for others who load the same base."""
-
-
-def resolve_model(name: str) -> str:
-    """A folder, a built-in model's folder, or the name as the hub knows it."""
-    folder = _existing(name)
-    return str(folder) if folder is not None and folder.is_dir() else _asset_folder(name) or name
-
-
-def resolve_data(path: str) -> str:
-    """A path as it is given, or the folder of a built-in set."""
-    if _existing(path) is not None:
-        return path
-    name, slice_separator, rows = path.partition("#")
-    folder = _asset_folder(name)
-    return path if folder is None else folder + slice_separator + rows
-
-
-def _existing(text: str) -> Path | None:
-    """What a path names; None where there is nothing, or where no system can have anything of that name."""
-    try:
-        path = Path(text).expanduser()
-        return path if path.exists() else None
-    except (OSError, RuntimeError, ValueError):  # too long, a zero character, no such home
-        return None
-
-
-def _asset_folder(name: str) -> str | None:
-    from kitout.assets import store
-    from kitout.assets.catalog import ASSETS
-
-    return str(store.fetch_asset(name, lambda _line: None)) if name in ASSETS else None
 
 
 def load_config(config: ModelConfig) -> Any:
@@ -107,7 +73,22 @@ def load_config(config: ModelConfig) -> Any:
     except Exception as error:  # whatever a damaged or hostile file makes of the loader
         raise ConfigError(
             f"model.name={short_repr(config.name)}: no model is there: {_short_message(error)}"
+            f"{near_builtin(config.name, 'model')}"
         ) from error
+
+
+def find_base(config: RunConfig, log: Callable[[str], None]) -> Any:
+    """The config of the base; a name of a model and names of data that are nothing are one error."""
+    errors = list(find_inputs(config).errors)
+    hf_config = None
+    if not any(isinstance(error, ConfigError) for error in errors):
+        try:
+            fetch_inputs(config, log)
+            hf_config = load_config(config.model)
+        except KitoutError as error:
+            errors.insert(0, error)
+    raise_together(errors)
+    return hf_config
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -180,12 +161,24 @@ def load_model(
         keep_nf4_trainable(model)
     if pad_token_id is not None:
         model.config.get_text_config().pad_token_id = pad_token_id
-    reload_kwargs = {name: kwargs[name] for name in ("num_labels",) if name in kwargs}
-    reload_kwargs |= {"ignore_mismatched_sizes": True} if info["mismatched_keys"] else {}
-    reload_kwargs |= {} if config.revision is None else {"revision": config.revision}
-    reload_kwargs |= {} if pad_token_id is None else {"pad_token_id": pad_token_id}
     new_keys = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    return LoadedModel(model, frozenset(key.rpartition(".")[0] for key in new_keys), reload_kwargs)
+    return LoadedModel(model, frozenset(key.rpartition(".")[0] for key in new_keys))
+
+
+def choose_pad_token(hf_config: Any, tokenizer: Any) -> int:
+    """The id rows are padded with. Decoders find a row's last token by it, so texts should not hold it."""
+    configured = hf_config.get_text_config().pad_token_id
+    candidates = (configured, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
+    return next(int(i) for i in candidates if i is not None)
+
+
+def set_target_language(kit: Kit, languages: Languages) -> None:
+    """The model starts what it writes with the code of that language."""
+    model: Any = kit.base
+    for name, value in languages.generation_settings.items():
+        setattr(model.generation_config, name, value)
+        if name == "decoder_start_token_id":  # else a code in front of the targets, which are trained on
+            model.config.decoder_start_token_id = value
 
 
 def attach_for_training(
@@ -205,7 +198,7 @@ def attach_for_training(
         base.set_attn_implementation("eager")
     kit.eval()
     heads = copy_heads(kit, loaded.new_heads, task.generates_text)
-    return LoadedBase(kit, heads, loaded.new_heads, placement.reason, loaded.from_pretrained_kwargs)
+    return LoadedBase(kit, heads, loaded.new_heads, placement.reason)
 
 
 def _example_images(model: Any, size: int) -> dict[str, Any]:

@@ -6,8 +6,9 @@ leaks between them, and keep their weights. It knows examples, and nothing of ki
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from kitout.data.encode.item import EncodedExample, digest
 from kitout.data.encode.languages import Languages, find_languages
 from kitout.data.examples.examples import Chat, Example, LabeledImage
 from kitout.data.examples.formats import TableReading
+from kitout.data.read.row_sample import MAX_IMAGES, RowSample
 from kitout.data.read.sources import check_few_skipped, load_examples
 from kitout.data.read.tables import StreamedMessages
 from kitout.data.split import TRAINABLE_SPLITS, split_examples, split_images
@@ -26,77 +28,41 @@ from kitout.data.suspicions import warn_of_remarks
 from kitout.errors import BadRows, ConfigError, DataError
 from kitout.train.config.schema import DataConfig, SourceConfig
 from kitout.train.objectives.tasks import TASKS, EncodeFn, EncoderSettings, Task
-from kitout.train.setup.base_model import resolve_data
 from kitout.train.setup.closed_answers import ClosedAnswers, find_closed_answers
+from kitout.train.setup.find_inputs import hint_of_names, resolve_data
+from kitout.train.setup.job_datasets import Datasets
 from kitout.train.setup.lengths import TextLengths, requested_lengths
 from kitout.train.setup.reading_progress import ReadingProgress
+from kitout.train.setup.sample_input import short_example
 
 ENCODE_CHUNK = 20_000  # examples between two reports
 PREVIEW_EXAMPLES = 1000  # examples of a stream that are counted beforehand
 
 
-@dataclass(frozen=True)
-class Datasets:
-    """The splits of one job, encoded. An example of images is a row of `images`."""
-
-    objective: str
-    """As the table of tasks names it."""
-    train: Sequence[Any]
-    """What is trained on."""
-    validation: Sequence[Any]
-    """What is measured during training."""
-    test: Sequence[Any]
-    """What is measured once, at the end."""
-    label_names: tuple[str, ...] = ()
-    """The closed set of labels, in order."""
-    mixture_ranges: tuple[range, ...] = ()
-    """Which examples of train came from which source."""
-    mixture_weights: tuple[float, ...] = ()
-    """The weight of each source."""
-    majority_accuracy: float | None = None
-    """The fraction of test that always giving the majority class gets right; None without a closed set."""
-    reading_notes: tuple[str, ...] = ()
-    """How each source was read, then how all of them were split, in words."""
-    digest: str = ""
-    """A fingerprint of all examples."""
-    preview: Sequence[Any] = ()
-    """Of a stream: the examples that the pre-flight counts."""
-    is_chat: bool = False
-    """Whether the examples are chats."""
-    images: Any = None
-    """The ImageSet that rows are of; None: texts."""
-    answers: ClosedAnswers | None = None
-    """Of a language model whose answers are a closed set."""
-    warnings: tuple[str, ...] = ()
-    """What was assumed or changed when the sources were read, one sentence each."""
-    languages: Languages | None = None
-    """Of a sequence-to-sequence tokenizer that has languages."""
-    skipped: Sequence[str] = ()
-    """Bad rows that were left out, a message with file and line each."""
-    reading: TableReading | None = None
-    """How the first source was read; None: images."""
-
-    def reference_of(self, item: Any) -> Any:
-        """The reference of an example, as the metrics of its task take it."""
-        return TASKS[self.objective].reference_of(item, self.images)
-
-
 def load_datasets(
     config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths | None = None,
-    log: Callable[[str], None] = lambda _line: None,
+    log: Callable[[str], None] = lambda _line: None, sample: RowSample | None = None,
 ) -> Datasets:  # fmt: skip
-    """The datasets of one job. tokenizer: None for images. is_encoder_decoder: of the model."""
+    """The datasets of one job. tokenizer: None for images. is_encoder_decoder: of the model.
+
+    sample: draws the examples that a dry run looks at; None: all.
+    """
     try:
         if tokenizer is None:
-            return load_image_datasets(config)
-        return load_text_datasets(config, objective, tokenizer, is_encoder_decoder, lengths, ReadingProgress(log))
+            return load_image_datasets(config, sample)
+        progress = ReadingProgress(log)
+        return load_text_datasets(config, objective, tokenizer, is_encoder_decoder, lengths, progress, sample)
     except BadRows as error:
         raise DataError(f"{error}\n  correct them, or leave them out: data.bad_rows=skip") from error
+    except DataError as error:
+        if hint := hint_of_names(config):
+            raise DataError(f"{error}{hint}") from error
+        raise
 
 
 def load_text_datasets(
     config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths | None = None,
-    progress: ReadingProgress | None = None,
+    progress: ReadingProgress | None = None, sample: RowSample | None = None,
 ) -> Datasets:  # fmt: skip
     """Texts of every objective. is_encoder_decoder: of the model. lengths: None: by config and tokenizer alone."""
     lengths = lengths or requested_lengths(config, tokenizer)
@@ -106,13 +72,17 @@ def load_text_datasets(
     notes: list[str] = []
     readings: list[TableReading] = []
     skipped: list[str] | None = [] if config.bad_rows == "skip" else None
+    scales: list[float] = []  # of each source: examples for each one that is read
     for k, source in enumerate(config.train):
         tables = _tables_to_read(source, config, is_first=k == 0)
         loaded = load_examples(
-            tables, *_reading_options(source), source.limit, config.seed, skipped is not None, progress
+            tables, *_reading_options(source), source.limit, config.seed, skipped is not None, progress, sample
         )
-        notes += map(str, loaded.readings)
+        notes += (*map(str, loaded.readings), *loaded.sample_notes)
         readings += loaded.readings
+        scales.append(next((loaded.scales[split] for split in TRAINABLE_SPLITS if split in loaded.scales), 1.0))
+        if progress is not None and source.limit is None:
+            progress.check_estimate(loaded.memory, loaded.sample_notes)
         if skipped is not None:
             skipped += loaded.skipped
         for split, rows in loaded.splits.items():
@@ -123,7 +93,9 @@ def load_text_datasets(
     validation, test = _fractions(config)
     splits = split_examples(examples, validation, test, config.seed, stratify=name != "regression")
     task = TASKS[name]
-    label_names = tuple(config.labels or classification.label_set(splits.train)) if task.has_labels else ()
+    # of a sample the train split may lack a rare class that another split has
+    labeled = splits.train if max(scales) == 1 else (*splits.train, *splits.validation, *splits.test)
+    label_names = tuple(config.labels or classification.label_set(labeled)) if task.has_labels else ()
     encode = _in_chunks(_encoder(task, tokenizer, config, label_names, lengths, skipped), progress)
     by_source = [encode([e for e in splits.train if e.source_index == k]) for k in range(len(config.train))]
     if not all(by_source):
@@ -133,6 +105,7 @@ def load_text_datasets(
         )
     ends = [0, *accumulate(map(len, by_source))]
     train = [item for encoded in by_source for item in encoded]
+    num_examples = round(sum(len(encoded) * scale for encoded, scale in zip(by_source, scales, strict=True)))
     encoded_validation, encoded_test = encode(list(splits.validation)), encode(list(splits.test))
     check_few_skipped(skipped or (), len(train) + len(encoded_validation) + len(encoded_test), "the data")
     return Datasets(
@@ -142,7 +115,7 @@ def load_text_datasets(
         encoded_test,
         label_names,
         tuple(range(start, end) for start, end in pairwise(ends)),
-        tuple(source.weight for source in config.train),
+        tuple(source.weight * scale for source, scale in zip(config.train, scales, strict=True)),
         splits.majority_accuracy,
         (*notes, str(splits)),
         digest([*train, *encoded_validation, *encoded_test]),
@@ -151,8 +124,16 @@ def load_text_datasets(
         warnings=tuple(warnings),
         languages=_languages(task, tokenizer, config),
         skipped=tuple(skipped or ()),
+        test_digest=_content_digest(splits.test),
         reading=readings[0],
+        sample=short_example(splits.test or splits.validation or splits.train),
+        sampled_of=num_examples if num_examples > len(train) else None,
     )
+
+
+def _content_digest(examples: Sequence[Example]) -> str:
+    keys = "".join(example.exact_key for example in examples)
+    return hashlib.sha256(keys.encode()).hexdigest() if keys else ""
 
 
 def infer_objective(examples: Sequence[Example], requested: str, is_encoder_decoder: bool) -> str:
@@ -275,12 +256,14 @@ def _load_streamed(
         warnings=tuple(warn_of_remarks("data", first_examples)),
         languages=_languages(task, tokenizer, config),
         skipped=() if skipped is None else skipped,
+        test_digest=_content_digest(held_out["test"]),
         reading=stream.readings[0],
+        sample=short_example(held_out["test"] or held_out["validation"] or first_examples),
     )
 
 
-def load_image_datasets(config: DataConfig) -> Datasets:
-    """Images to classes; examples are rows of one set, whose splits share no image."""
+def load_image_datasets(config: DataConfig, sample: RowSample | None = None) -> Datasets:
+    """Images to classes; examples are rows of one set, whose splits share no image. sample: see `load_datasets`."""
     from kitout.data.read import image_folders
 
     if len(config.train) > 1:
@@ -298,13 +281,16 @@ def load_image_datasets(config: DataConfig) -> Datasets:
     if (path / "images.npz").is_file():  # a built-in set is a folder with its license beside it
         path = path / "images.npz"
     skipped: list[str] | None = [] if config.bad_rows == "skip" else None
+    sample = None if sample is None else RowSample(MAX_IMAGES)
     columns = (source.columns.get("image"), source.columns.get("label"))
-    images = image_folders.load_images(path, *columns, config.labels, skipped)
+    images = image_folders.load_images(path, *columns, config.labels, skipped, sample)
     check_few_skipped(skipped or (), len(images), str(path))
     splits = split_images(images, *_fractions(config), config.seed, source.limit)
     ends = [0, *accumulate(map(len, (splits.train, splits.validation, splits.test)))]
     train, validation, test = (list(range(start, end)) for start, end in pairwise(ends))
     used = images.subset([*splits.train, *splits.validation, *splits.test])
+    num_examples = round(len(train) * (sample.scale if sample is not None else 1))
+    num_examples = min(num_examples, source.limit or num_examples)
     return Datasets(
         "image_classification",
         train,
@@ -312,8 +298,10 @@ def load_image_datasets(config: DataConfig) -> Datasets:
         test,
         images.label_names,
         majority_accuracy=splits.majority_accuracy,
-        reading_notes=(f"images: {splits}",),
+        reading_notes=(*((f"images: {sample.note}",) if sample and sample.note else ()), f"images: {splits}"),
         digest=used.digest,
         images=used,
         skipped=tuple(skipped or ()),
+        test_digest=images.subset(splits.test).digest if splits.test else "",
+        sampled_of=num_examples if num_examples > len(train) else None,
     )

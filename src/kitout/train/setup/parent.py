@@ -18,6 +18,7 @@ from torch import nn
 
 from kitout.errors import ConfigError, Errors, KitoutError
 from kitout.files.adapter_json import RECORD, read_adapter_json
+from kitout.files.portable_name import portable_name
 from kitout.kit import Kit
 from kitout.method import Method
 from kitout.peft_folders import load_peft
@@ -43,9 +44,15 @@ class Parent:
     labels: tuple[str, ...]
     """Of its classifier, in order; empty where it has none or does not say."""
 
+    @property
+    def portable_name(self) -> str:
+        """Its name without a path of this machine: of a run's own folder the run's name."""
+        folder = self.folder.expanduser().absolute()
+        return portable_name(str(folder.parent if folder.name == "adapter" else folder))
+
     def facts(self) -> dict[str, str]:
         """What the card of the new adapter and its metadata say of it."""
-        return {"adapter": str(self.folder), "sha256": self.digest, "data_sha256": self.data_digest}
+        return {"adapter": self.portable_name, "sha256": self.digest, "data_sha256": self.data_digest}
 
 
 def read_parent(path: str) -> Parent:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kitout.data.encode.languages import Languages
 from kitout.data.encode.template_date import fix_template_date
+from kitout.data.read.row_sample import RowSample
 from kitout.errors import ConfigError, Errors
 from kitout.kit import Kit
 from kitout.train.config.conflicts import find_conflicts
@@ -25,14 +25,17 @@ from kitout.train.objectives.tasks import TASKS, ObjectiveSettings, Task
 from kitout.train.setup.base_model import (
     LoadedBase,
     Placement,
+    choose_pad_token,
     choose_placement,
+    find_base,
     load_base,
-    load_config,
     load_tokenizer,
-    resolve_model,
+    set_target_language,
 )
-from kitout.train.setup.datasets import Datasets, load_datasets
+from kitout.train.setup.datasets import load_datasets
+from kitout.train.setup.find_inputs import resolve_model
 from kitout.train.setup.heads import build_heads
+from kitout.train.setup.job_datasets import Datasets
 from kitout.train.setup.lengths import (
     TextLengths,
     are_too_long,
@@ -45,6 +48,7 @@ from kitout.train.setup.parent import Parent, load_parent, read_parent
 from kitout.train.setup.schedule import Schedule, choose_schedule
 
 MAX_PLANNED_EXAMPLES = 30_000_000  # rows of all steps, whose order is kept in memory
+SAMPLED_STEPS = 1_000  # planned of a dry run over a sample, and then again
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,6 @@ class PreparedRun:
     """Why the base has its dtype, in words."""
     warnings: list[str]
     """What the pre-flight warns of, besides the data."""
-    from_pretrained_kwargs: Mapping[str, Any]
-    """What the loader of the base takes besides its name."""
     schedules: list[Schedule]
     """How long each job trains, and why."""
     new_heads: frozenset[str] = frozenset()
@@ -83,20 +85,26 @@ class PreparedRun:
 
 
 def prepare(
-    config: RunConfig, placement: Placement | None = None, log: Callable[[str], None] = lambda _line: None
-) -> PreparedRun:
-    """The run that a config describes. placement: of the base; None: found here. log: of the progress of large data."""
+    config: RunConfig, placement: Placement | None = None, log: Callable[[str], None] = lambda _line: None,
+    samples: bool = False,
+) -> PreparedRun:  # fmt: skip
+    """The run that a config describes. placement: of the base; None: found here. log: of the progress of large data.
+
+    samples: of large data take a sample, for a dry run.
+    """
     job_configs = config.per_job()
     parents = {one.output.name: read_parent(one.train.from_) for one in job_configs if one.train.from_ is not None}
     warnings = _check_learning_rates(job_configs)
-    hf_config = load_config(config.model)
+    hf_config = find_base(config, log)
     tokenizer = None if _reads_images(config.objective, hf_config) else load_tokenizer(config.model)
     date_warning = "" if tokenizer is None else _fix_template_date(tokenizer, job_configs)
     lengths = [] if tokenizer is None else [requested_lengths(job.data, tokenizer) for job in job_configs]
-    datasets = _load_all_datasets(job_configs, hf_config, tokenizer, lengths, log)
+    log(f"reading {', '.join(dict.fromkeys(source.path for job in job_configs for source in job.data.train))} ...")
+    datasets = _load_all_datasets(job_configs, hf_config, tokenizer, lengths, log, samples)
     warnings += [date_warning] if date_warning and any(dataset.is_chat for dataset in datasets) else []
     task = _common_task(job_configs, datasets)
     pad_token_id = None if task.reads_images else choose_pad_token(hf_config, tokenizer)
+    log(f"loading {config.model.name} ...")
     base = _load_base(config, task, placement or choose_placement(config.model), datasets, hf_config, pad_token_id)
     _set_language_of_targets(base, job_configs, datasets)
     warnings += _warn_of_new_heads(base, datasets[0])
@@ -104,12 +112,15 @@ def prepare(
         _add_adapter(base, job_config, dataset, parents.get(job_config.output.name))
     if tokenizer is not None:
         check_vocabulary(base.kit, tokenizer)
-        datasets, lengths = _fit_datasets(base.kit, job_configs, hf_config, tokenizer, datasets, lengths, log)
+        datasets, lengths = _fit_datasets(base.kit, job_configs, hf_config, tokenizer, datasets, lengths, log, samples)
         for job_config, dataset in zip(job_configs, datasets, strict=True):
             warnings += warn_of_lengths(base.kit, job_config.output.name, _encoded(dataset), tokenizer)
     schedules = [
         choose_schedule(
-            None if dataset.preview else len(dataset.train), one.train, one.method, distributed.world_size()
+            None if dataset.preview else dataset.sampled_of or len(dataset.train),
+            one.train,
+            one.method,
+            distributed.world_size(),
         )
         for one, dataset in zip(job_configs, datasets, strict=True)
     ]
@@ -123,7 +134,7 @@ def prepare(
             with base.kit.use(job.name):
                 job.objective.choose_head_loss([one.name for one in jobs], first_rows)
     return PreparedRun(
-        base.kit, jobs, datasets, tokenizer, task.name, base.dtype_reason, warnings, base.from_pretrained_kwargs,
+        base.kit, jobs, datasets, tokenizer, task.name, base.dtype_reason, warnings,
         schedules, base.new_heads, parents, lengths,
     )  # fmt: skip
 
@@ -172,6 +183,7 @@ def _load_all_datasets(
     tokenizer: Any,
     lengths: Sequence[TextLengths],
     log: Callable[[str], None],
+    samples: bool,
 ) -> list[Datasets]:
     """The datasets of each job; jobs that read the same data share them, except streams, which are read on."""
     is_encoder_decoder = bool(getattr(hf_config, "is_encoder_decoder", False))
@@ -181,8 +193,11 @@ def _load_all_datasets(
         reading = job.data.model_copy(update={"augment": AugmentConfig(), "image_size": None})
         own = lengths[i] if lengths else None
         shared = [one for config, other, one in loaded if (config, other) == (reading, own) and not reading.streaming]
-        new = None if shared else load_datasets(job.data, job.objective, tokenizer, is_encoder_decoder, own, log)
-        loaded.append((reading, own, new or shared[0]))
+        sample = RowSample() if samples else None
+        new = shared[0] if shared else load_datasets(
+            job.data, job.objective, tokenizer, is_encoder_decoder, own, log, sample
+        )  # fmt: skip
+        loaded.append((reading, own, new))
     return [datasets for *_, datasets in loaded]
 
 
@@ -193,19 +208,20 @@ def _encoded(dataset: Datasets) -> list[Any]:
 
 def _fit_datasets(
     kit: Kit, job_configs: Sequence[RunConfig], hf_config: Any, tokenizer: Any, datasets: Sequence[Datasets],
-    requested: Sequence[TextLengths], log: Callable[[str], None],
+    requested: Sequence[TextLengths], log: Callable[[str], None], samples: bool,
 ) -> tuple[list[Datasets], list[TextLengths]]:  # fmt: skip
     """The datasets and lengths of the jobs, encoded again where a text is longer than the model reads."""
     fitted, lengths = list(datasets), []
     for job, dataset, own in zip(job_configs, datasets, requested, strict=True):
-        lengths.append(fit_lengths(kit, job.output.name, own, _encoded(dataset), bool(dataset.preview)))
+        more_come = bool(dataset.preview) or dataset.sampled_of is not None
+        lengths.append(fit_lengths(kit, job.output.name, own, _encoded(dataset), more_come))
     changed = [
         i
         for i, (dataset, own) in enumerate(zip(datasets, lengths, strict=True))
         if own != requested[i] and (dataset.preview or are_too_long(_encoded(dataset), own))
     ]
     again = _load_all_datasets(
-        [job_configs[i] for i in changed], hf_config, tokenizer, [lengths[i] for i in changed], log
+        [job_configs[i] for i in changed], hf_config, tokenizer, [lengths[i] for i in changed], log, samples
     )
     for i, dataset in zip(changed, again, strict=True):
         fitted[i] = dataset
@@ -224,13 +240,6 @@ def _common_task(job_configs: Sequence[RunConfig], datasets: Sequence[Datasets])
             errors.add(conflict)
     errors.raise_if_any()
     return TASKS[name]
-
-
-def choose_pad_token(hf_config: Any, tokenizer: Any) -> int:
-    """The id rows are padded with. Decoders find a row's last token by it, so texts should not hold it."""
-    configured = hf_config.get_text_config().pad_token_id
-    candidates = (configured, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
-    return next(int(i) for i in candidates if i is not None)
 
 
 def _load_base(
@@ -266,15 +275,6 @@ def _set_language_of_targets(base: LoadedBase, job_configs: Sequence[RunConfig],
     languages = datasets[0].languages
     if languages is not None:
         set_target_language(base.kit, languages)
-
-
-def set_target_language(kit: Kit, languages: Languages) -> None:
-    """The model starts what it writes with the code of that language."""
-    model: Any = kit.base
-    for name, value in languages.generation_settings.items():
-        setattr(model.generation_config, name, value)
-        if name == "decoder_start_token_id":  # else a code in front of the targets, which are trained on
-            model.config.decoder_start_token_id = value
 
 
 def _warn_of_new_heads(base: LoadedBase, dataset: Datasets) -> list[str]:
@@ -329,12 +329,13 @@ def _plan_steps(dataset: Datasets, objective: Objective, schedule: Schedule) -> 
         )
     if dataset.preview:
         return [list(range(s * size, (s + 1) * size)) for s in range(steps)]
-    return plan_batches(
+    plan = plan_batches(
         [objective.num_tokens(item) for item in dataset.train],
         size,
-        steps,
+        steps if dataset.sampled_of is None else min(steps, SAMPLED_STEPS),
         settings.seed,
         settings.group_by_length,
         dataset.mixture_ranges or None,
         dataset.mixture_weights or None,
     )
+    return plan if len(plan) == steps else [plan[step % len(plan)] for step in range(steps)]

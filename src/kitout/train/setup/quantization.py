@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from kitout.errors import ConfigError
+from kitout.install_hint import suggest_install
 
 BNB_CPU_FLAG = "support_avx512bf16_for_cpu"  # on bitsandbytes' 4-bit linears
 
@@ -24,7 +25,7 @@ def quantization_kwargs(quantization: str, dtype: torch.dtype) -> dict[str, Any]
     library = "torchao" if quantization.startswith("torchao") else "bitsandbytes"
     if importlib.util.find_spec(library) is None:
         raise ConfigError(
-            f"model.quantization={quantization} needs {library}, which is not installed: pip install {library}"
+            f"model.quantization={quantization} needs {library}, which is not installed\n  {suggest_install(library)}"
         )
     if library == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig

@@ -7,7 +7,7 @@ read, with what to write instead. It knows no format and no tokenizer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -41,6 +41,15 @@ class ReadingProgress:
         amount = f"{done:,} of {total:,}" if total else f"{done:,} rows"
         hint = f" ({ADVICE})" if seconds > HINT_SECONDS else ""
         self.log(f"{action}: {amount}, {format_duration(seconds)}{hint}")
+
+    def check_estimate(self, num_bytes: float, notes: Sequence[str]) -> None:
+        """As while all rows are read, for rows of which a sample is read: a run keeps them all."""
+        available = memory.available(torch.device("cpu"))
+        if available is not None and num_bytes > MIN_GROWTH_BYTES and available < (1 + MEMORY_GROWTH) * num_bytes:
+            raise DataError(
+                f"{'; '.join(notes)}: too large to be held in memory: all rows take about {format_bytes(num_bytes)}, "
+                f"training on them about {MEMORY_GROWTH:g} times more, and {format_bytes(available)} are left; {ADVICE}"
+            )
 
     def _check_memory(self, action: str, done: int) -> None:
         growth = memory.current(torch.device("cpu")) - self._start_bytes

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import kitout
-from kitout.cli.fused import finish, logits, name_for, result_form
+from kitout.cli.fusion.fused import finish, logits, name_for, result_form
 from kitout.cli.terminal import report_errors
 from kitout.errors import ConfigError
 

@@ -13,7 +13,7 @@ import typer
 from torch import Tensor
 
 import kitout
-from kitout.cli.fused import finish, logits, name_for, result_form
+from kitout.cli.fusion.fused import finish, logits, name_for, result_form
 from kitout.cli.terminal import report_errors
 from kitout.errors import ConfigError
 from kitout.kit import Kit

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 import kitout
 from kitout import IA3, LoRA, PromptTuning
-from kitout.cli import app, fused
+from kitout.cli import app
+from kitout.cli.fusion import fused
 from tiny_models import decoder
 
 pytest.importorskip("accelerate")

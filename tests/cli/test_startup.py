@@ -1,0 +1,105 @@
+"""What each start loads: help and errors of a config come without torch, methods with torch alone, all in a moment.
+
+A fresh process each, because what is imported once stays imported.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kitout.cli import VERBS, load_verb
+
+HEAVY = ("torch", "transformers", "numpy", "pandas", "pyarrow", "datasets", "matplotlib", "PIL", "peft", "accelerate")
+WITHOUT_TORCH_SECONDS = 0.5
+MORE_THAN_TORCH_SECONDS = 0.8  # 0.4 on an idle machine
+TORCH_ALONE = "import time, torch; print(time.process_time())"
+START = """
+import contextlib, io, json, sys, time
+from kitout.cli import main
+for args in json.loads(sys.argv[1]):
+    sys.argv, output = ["kitout", *args], io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), contextlib.suppress(SystemExit):
+        main()
+    loaded = [name for name in {heavy} if name in sys.modules]
+    print(json.dumps([output.getvalue(), time.process_time(), loaded]))
+"""
+
+
+def start(*commands: list[str]) -> list[tuple[str, float, set[str]]]:
+    """By command, of one process: what is printed, CPU seconds so far, and the heavy packages loaded so far."""
+    code = START.format(heavy=HEAVY)
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)], capture_output=True, text=True, check=True
+    )
+    return [(text, seconds, set(loaded)) for text, seconds, loaded in map(json.loads, done.stdout.splitlines())]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("startup")
+    (folder / "broken.yaml").write_text("model: [x\n")
+    (folder / "jobs.yaml").write_text(
+        "model: m\ndata: d\nmethod: {name: vpt_deep}\nbogus: 1\njobs: [{name: a}, {name: b, method: ia3}]\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--help"], "train"),
+        (["tran"], "Did you mean"),
+        (["demo", "text", "--help"], "LoRA"),
+        (["train", "nowhere.yaml"], "nowhere.yaml is not there"),
+        (["train", "{folder}/broken.yaml"], "broken.yaml, line"),
+        (["train", "{folder}/jobs.yaml"], "bogus: there is no such setting"),
+        (["train", "--model", "m", "--data", "d", "train.learning_rate=1"], "write train.lr"),
+        (["train", "--model", "m", "--data", "d", "=1", "train.epochs=x"], "2 errors"),
+        (["train", "--model", "m", "--data", "d", "--lr", "1"], "write train.lr"),
+        (["train", "--model", "m", "--data", "d", "--method", "LORA", "train.lr=x"], "expected a number"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_without_torch(args: list[str], text: str, folder: Path) -> None:
+    ((output, seconds, loaded),) = start([arg.format(folder=folder) for arg in args])
+    assert text in output
+    assert not loaded
+    assert seconds < WITHOUT_TORCH_SECONDS
+
+
+def test_with_torch_alone() -> None:
+    run = ["train", "--model", "m", "--data", "d"]
+    commands = {
+        "PrefixTuning": ["methods"],
+        "rank": ["methods", "lora"],
+        "train.lr": ["train", "--help"],
+        "model:": ["train", "--example"],
+        "method.rank": [*run, "method.rank=0"],
+        "there is no method": [*run, "method=nothing", "train.lr=x"],
+        "train.micro_batch_size=99": [*run, "train.micro_batch_size=99"],
+    }
+    started = start(*commands.values())
+    assert [text for text, (output, *_) in zip(commands, started, strict=True) if text not in output] == []
+    assert started[-1][2] <= {"torch", "numpy"}
+    done = subprocess.run([sys.executable, "-c", TORCH_ALONE], capture_output=True, text=True, check=True)
+    assert started[0][1] < float(done.stdout) + MORE_THAN_TORCH_SECONDS
+
+
+def test_public_names_load_no_transformers() -> None:
+    code = (
+        "import sys, kitout; [getattr(kitout, name) for name in kitout.__all__]; "
+        "kitout.attach; print('transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_first_line_of_a_verb_is_its_own(verb: str) -> None:
+    own = load_verb(verb).help
+    assert " ".join(own.split()).startswith(VERBS[verb])
