@@ -1,6 +1,9 @@
 # The types of the public names, for type checkers and editors; tests/test_public_names.py keeps it equal to the table.
 from kitout import errors as errors
 from kitout.delta import Delta as Delta
+from kitout.fuse.arithmetic import combine as combine
+from kitout.fuse.convert import convert as convert
+from kitout.fuse.extract import extract as extract
 from kitout.interop.reference import reference as reference
 from kitout.kit import Kit as Kit
 from kitout.kit import attach as attach
