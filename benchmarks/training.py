@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -241,12 +241,14 @@ def share_of_peak(tokens_a_second: float, rows: int) -> str:
     return f"{share:.2f} of the {str(chosen).removeprefix('torch.')} product peak (GFLOP/s: {figures})"
 
 
-def run(rounds: int = 3) -> list[Line]:
-    lines = []
+def run(rounds: int = 3) -> Iterator[Line]:
     for name in SETS:
         tuning, tried = fastest_tuning(name)
-        lines += speed(name, tuning, tried, rounds) + peak_memory(name, tuning)
-    return lines if SETS != ALL_SETS else lines + curves() + at_once(rounds)
+        yield from speed(name, tuning, tried, rounds)
+        yield from peak_memory(name, tuning)
+    if SETS == ALL_SETS:
+        yield from curves()
+        yield from at_once(rounds)
 
 
 def speed(name: str, tuning: Tuning, tried: str, rounds: int) -> list[Line]:
