@@ -225,6 +225,21 @@ def test_a_base_that_is_not_found_and_another_base(models: dict[str, Path], tmp_
         kitout.load(tmp_path / "other")
 
 
+def test_a_dtype_or_a_device_that_is_none(models: dict[str, Path]) -> None:
+    for wrong in ("int3", torch.float64, 16):
+        found = str(wrong).removeprefix("torch.")
+        with pytest.raises(ConfigError, match=f"dtype: expected 'auto', .* or 'float16', found '{found}'") as raised:
+            kitout.load(base=models["decoder"], dtype=wrong)
+        assert "pydantic" not in str(raised.value)
+    with pytest.raises(ConfigError, match=r"device: expected 'auto', 'cpu' or 'cuda', found 'tpu'"):
+        kitout.load(base=models["decoder"], device="tpu")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(models["decoder"], dtype=torch.float32)
+    for dtype, words in (("int3", "expected 'auto'"), ("bfloat16", "base is a model already, and not in bfloat16")):
+        with pytest.raises(ConfigError, match=words):
+            kitout.load(base=model, dtype=dtype)
+    assert kitout.load(base=model, dtype="float32").kit.base is model
+
+
 def test_an_adapter_without_a_task(models: dict[str, Path], tmp_path: Path) -> None:
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(models["decoder"])
     kit = kitout.attach(model.eval())
