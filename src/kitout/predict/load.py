@@ -79,7 +79,9 @@ def load(
     placement = base_model.choose_placement(config)
     loaded = base_model.load_model(config, used_task, placement, labels, pad_token_id if is_missing else None)
     kit = base_model.attach_for_training(loaded, config, used_task, placement, 0, image_size).kit
-    return _assemble(kit, saved, used_task, own_tokenizer, pad_token_id, config, verify)
+    predictor = _assemble(kit, saved, used_task, own_tokenizer, pad_token_id, config, verify)
+    predictor.untrained_heads = loaded.new_heads
+    return predictor
 
 
 def _on_model(
