@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from kitout.base.own_forward import PLAIN_FORWARDS, unhooked_forward
+from kitout.base.own_forward import has_plain_forward
 from kitout.runtime.modules.module_adapter import ModuleAdapter, check_blendable
 from kitout.runtime.routing.route import Mix, RouteEntry
 
@@ -243,7 +243,7 @@ def _weighted_sum(terms: Sequence[tuple[Term, float]], stacked_on: Sequence[Term
 
 def _is_affine(module_adapter: ModuleAdapter, stacked_on: Sequence[Term]) -> bool:
     """The module, as the terms before have left it, is affine in its input."""
-    if unhooked_forward(module_adapter.site.module) not in PLAIN_FORWARDS:
+    if not has_plain_forward(module_adapter.site.module):
         return False
     parts = [p for t in stacked_on for m in t.module_adapters for p in (*m.on_input, *m.on_output)]
     return all(p.delta.adds_linear_map or p.delta.is_scale_shift for p in parts)
