@@ -11,6 +11,11 @@ from kitout.method import Method as Method
 from kitout.method import register as register
 from kitout.methods.adaptformer import AdaptFormer as AdaptFormer
 from kitout.methods.bitfit import BitFit as BitFit
+from kitout.methods.compositions.composition import Composition as Composition
+from kitout.methods.compositions.fusion import Fusion as Fusion
+from kitout.methods.compositions.gated import Gated as Gated
+from kitout.methods.compositions.mam import MAM as MAM
+from kitout.methods.compositions.mixture import Mixture as Mixture
 from kitout.methods.full_finetuning import FullFineTuning as FullFineTuning
 from kitout.methods.houlsby import Houlsby as Houlsby
 from kitout.methods.ia3 import IA3 as IA3
@@ -26,8 +31,10 @@ from kitout.model_check.check import check as check
 from kitout.peft_folders import load_peft as load_peft
 from kitout.peft_folders import save_peft as save_peft
 from kitout.predict.load import load as load
-from kitout.runtime.routing.route import Mix as Mix
-from kitout.runtime.routing.route import Stack as Stack
+from kitout.route import Average as Average
+from kitout.route import Mix as Mix
+from kitout.route import Only as Only
+from kitout.route import Stack as Stack
 from kitout.train import _CallableModule
 from kitout.version import __version__ as __version__
 

@@ -45,6 +45,9 @@ class Delta(nn.Module):
     """y' = scale * y + shift, so it also folds into the gain of a norm or into an input axis."""
     adds_linear_map: ClassVar[bool] = False
     """y' = y + a linear map of x + a constant: what it adds does not depend on y."""
+    averages_positions: ClassVar[bool] = False
+    """Port "parts": where every position sees all others, `combine` is given which positions are real, [rows, tokens],
+    1 or 0. None where a position sees those before it alone: an average would show it what comes after."""
     loraplus_parameters: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters that may have a higher learning rate than the rest (LoRA+: the B of B A)."""
 
@@ -81,6 +84,26 @@ class Delta(nn.Module):
         Keys are as the attention call takes them: no rotation, projection or norm comes after.
         """
         raise NotImplementedError
+
+    def combine(self, x: Tensor, y: Tensor, values: Sequence[Tensor], real: Tensor | None = None) -> Tensor:
+        """Port "parts": what the module gives, [..., d_out], of what it gives as each part leaves it.
+
+        x: the site's input. y: what the frozen module gives. values: the same as part i leaves the module; y itself
+        where the part has nothing there. real: for `averages_positions`.
+        """
+        raise NotImplementedError
+
+    def part_weights(self, x: Tensor, y: Tensor, values: Sequence[Tensor], real: Tensor | None = None) -> Tensor:
+        """Port "parts": the weight that `combine` gives each part, [..., parts], with fewer axes where it is one."""
+        raise NotImplementedError
+
+    def mixing_weights(self) -> Tensor | None:
+        """Port "parts": w [parts], where `combine` is y + sum_i w_i (values_i - y) and w depends on no input."""
+        return None
+
+    def penalty(self) -> Tensor | None:
+        """What training adds to the loss for this Delta's values, once per step; None for nothing."""
+        return None
 
     def inference_form(self) -> Delta:
         """The same map without what only training needs (an encoder of its values). Itself where there is nothing."""

@@ -24,6 +24,7 @@ from kitout.errors import AlreadyAttached, ConfigError, KitoutError, MergeStateE
 from kitout.files import adapter_folder
 from kitout.files.pretrained_folder import save_pretrained
 from kitout.method import Method
+from kitout.route import Route, RouteEntry, Stack, adapter_names, normalize_route
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.base_state import KitForward
 from kitout.runtime.build_adapter import build_adapter, check_known, check_strength
@@ -35,7 +36,6 @@ from kitout.runtime.merge.commit import merge, restore
 from kitout.runtime.merge.copy import plain_copy
 from kitout.runtime.routing.active import CompiledRoute
 from kitout.runtime.routing.handle import Activated
-from kitout.runtime.routing.route import Route, RouteEntry, Stack, adapter_names, normalize_route
 from kitout.runtime.show import describe_kit
 from kitout.runtime.state import KitState
 from kitout.runtime.untrained_loss import explain_backward
@@ -234,8 +234,8 @@ class Kit(ModelInterface, nn.Module):
         if not names:
             raise MergeStateError("merge() was given no adapter: merge('name')")
         with state.active.lock:
-            adapters = {name: self[name] for name in names}
-            state.backups = merge(self.base, adapters, entry, state.survey.used_paths)
+            adapters = {name: self[name] for name in self.names}
+            state.backups = merge(self.base, adapters, entry, state.survey)
             state.merged_names = names
             state.active.install(state.compiled_route())
 

@@ -19,6 +19,7 @@ from kitout.base.survey import Survey
 from kitout.delta import Delta, KeyValue
 from kitout.errors import ConfigError, Errors
 from kitout.format import short_repr
+from kitout.route import Route
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Method(BaseModel):
     """For people: where it sits by default. Empty where `default_targets` says it."""
     limitations: ClassVar[str] = ""
     """For people: what it does not support with rows, in a Mix or at other strengths."""
+    parts_may_have_tokens: ClassVar[bool] = True
+    """The adapters that it composes may have virtual tokens."""
 
     targets: str | None = None
     layers: str = "all"
@@ -83,6 +86,18 @@ class Method(BaseModel):
     def sites(self, survey: Survey) -> list[Site]:
         """The selected sites, in model order. Default: `targets` and `layers` through the selection language."""
         return select(survey.sites, self.targets or self.default_targets, self.layers)
+
+    def part_names(self) -> tuple[str, ...]:
+        """The adapters that it composes, by their names on the kit; () for all but compositions."""
+        return ()
+
+    def fixed_route(self) -> Route:
+        """The route that the adapter stands for; None for all but a route under a name."""
+        return None
+
+    def sites_over_parts(self, survey: Survey, parts: Mapping[str, Sequence[Site]]) -> list[Site]:
+        """A composition's sites (port "parts"), given those of its parts by their names; instead of `sites`."""
+        return []
 
     def why_not_at_weight(self, site: Site) -> str:
         """Why this method cannot act at the port "weight"; "" where folding its Delta into what is read is exact.

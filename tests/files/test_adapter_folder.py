@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import kitout
-from kitout import IA3, VPT, BitFit, FullFineTuning, LoRA, PartialFineTuning
+from kitout import IA3, MAM, VPT, BitFit, FullFineTuning, LoRA, PartialFineTuning
 from kitout.errors import AdapterExists, FileError, MergeStateError, UnknownAdapter, WrongBase
 from kitout.files import adapter_folder, atomic
 from kitout.method import registered_methods
@@ -58,7 +58,12 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 
 OPTIONS = [
-    *(pytest.param(cls(), id=cls.__name__) for cls in registered_methods() if cls not in (PartialFineTuning, VPT)),
+    *(
+        pytest.param(cls(), id=cls.__name__)
+        for cls in registered_methods()
+        if cls not in (PartialFineTuning, VPT) and ".compositions." not in cls.__module__
+    ),
+    pytest.param(MAM(prefix=4, width=3), id="MAM"),
     pytest.param(LoRA(rank={"attn.*": 4, "mlp.*": 2}, alpha=3, targets="attn.q mlp.up"), id="rank by role"),
     pytest.param(LoRA(dora=True, rank=4), id="dora"),
     pytest.param(LoRA(init="pissa", rank=4), id="pissa"),

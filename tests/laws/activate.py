@@ -72,6 +72,13 @@ def untrivial(adapter: Adapter, seed: int = 0) -> None:
             parameter.add_(noise, alpha=0.1 if parameter.ndim < 2 else 0.05)
 
 
+def add_parts(kit: Kit, case: Case) -> None:
+    """The adapters that a case composes, with untrivial values, where the kit does not have them yet."""
+    for name, method in case.parts:
+        if name not in kit:
+            untrivial(kit.add(name, method, seed=0))
+
+
 def put_on(kit: Kit, method: Method, name: str = NAME, *, seed: int = 0) -> Adapter:
     """A new adapter with untrivial values; the caller owns the kit."""
     adapter = kit.add(name, method, seed=seed)
@@ -93,6 +100,7 @@ def added(kit: Kit, *cases: Case, fresh: bool = False) -> Iterator[list[str]]:
     assert kit.names == [], "a test left its adapter on a shared kit"
     try:
         for case in cases:
+            add_parts(kit, case)
             adapter = kit.add(case.name, case.method, seed=0)
             if not fresh:
                 untrivial(adapter)
@@ -102,7 +110,7 @@ def added(kit: Kit, *cases: Case, fresh: bool = False) -> Iterator[list[str]]:
             kit.unmerge()
         kit.use(None)
         kit.eval()
-        for name in kit.names:
+        for name in reversed(kit.names):  # a part after what it is a part of
             kit.remove(name)
     assert_base_bits(kit)
 

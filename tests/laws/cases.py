@@ -14,19 +14,26 @@ from dataclasses import dataclass
 
 from kitout import (
     IA3,
+    MAM,
     SSF,
     VPT,
     AdaptFormer,
     BitFit,
+    Composition,
     FullFineTuning,
+    Fusion,
+    Gated,
     Houlsby,
     LoRA,
     Method,
+    Mix,
+    Mixture,
     ParallelAdapter,
     PartialFineTuning,
     Pfeiffer,
     PrefixTuning,
     PromptTuning,
+    Stack,
 )
 from zoo import EXTRA, ZOO, Specimen
 
@@ -53,6 +60,15 @@ class Case:
     """Species where it may be active when they write their attention out."""
     counts: Callable[[Specimen], bool] = lambda specimen: False
     """Species whose positions it takes from the mask."""
+    parts: tuple[tuple[str, Method], ...] = ()
+    """The adapters that it composes, by name."""
+    trains: bool = True
+    """It has values of its own."""
+    species: tuple[str, ...] = ()
+    """It is tried on these alone, () for all: what a composition adds is the same everywhere."""
+
+    def is_tried_on(self, specimen: Specimen) -> bool:
+        return not self.species or specimen.name in self.species
 
 
 SPECIES = {**ZOO, **(EXTRA if os.environ.get("KITOUT_LAWS") == "all" else {})}
@@ -132,6 +148,14 @@ def no_sequence(specimen: Specimen) -> bool:
     """No image, or one whose tokens attend within windows."""
     return specimen.is_text or specimen.name == "swin"
 
+
+SOME = ("llama", "bert", "vit")  # a decoder, an encoder, one of images
+PARTS: tuple[tuple[str, Method], ...] = (
+    ("part-low", LoRA(rank=3, alpha=5)),
+    ("part-gain", IA3(targets="attn.v in:mlp.down")),
+    ("part-input", LoRA(rank=2, targets="in:attn.o attn.v mlp.up")),
+)
+NAMES = tuple(name for name, _ in PARTS)
 
 CASES: tuple[Case, ...] = (
     Case("lora", LoRA(rank=3, alpha=5)),
@@ -219,10 +243,36 @@ CASES: tuple[Case, ...] = (
         )
     ),
     Case("partial-names", PartialFineTuning(names="*.1.*"), by_row=not_relative, refused=one_block),
+    Case(
+        "mam",
+        MAM(prefix=5, width=6, scale="learned"),
+        refused=closed,
+        mixes=False,
+        eager=in_interface,
+        counts=talks,
+        species=SOME,
+    ),
+    Case(
+        "composition",
+        Composition(route=Stack("part-low", Mix({"part-gain": 0.6, "part-input": -0.4}))),
+        parts=PARTS,
+        trains=False,
+        species=SOME,
+    ),
+    Case(
+        "mixture",
+        Mixture(of=NAMES, per="layer", init=(0.5, 0.3, 0.2), softmax=True),
+        parts=PARTS,
+        species=SOME,
+    ),
+    Case("fusion", Fusion(of=NAMES, dropout=0.1, penalty=0.1), parts=PARTS, species=SOME),
+    Case("gated", Gated(of=NAMES), parts=PARTS, species=SOME),
+    Case("mixture-sites", Mixture(of=NAMES, per="site"), parts=PARTS, species=SOME[:1]),
 )
 
-CELLS = [(s, c) for s in SPECIES.values() for c in CASES if not c.refused(s)]
-REFUSED = [(s, c) for s in SPECIES.values() for c in CASES if c.refused(s)]
+CELLS = [(s, c) for s in SPECIES.values() for c in CASES if c.is_tried_on(s) and not c.refused(s)]
+TRAINED = [(s, c) for s, c in CELLS if c.trains]
+REFUSED = [(s, c) for s in SPECIES.values() for c in CASES if c.is_tried_on(s) and c.refused(s)]
 
 
 def name_of(value: object) -> str | None:

@@ -11,12 +11,12 @@ import torch
 from kitout import LoRA
 from kitout.runtime.adapter import Adapter
 from laws.activate import activated, gradients, inert, kit_of, loss_of, untrivial
-from laws.cases import CELLS, Case, name_of
+from laws.cases import TRAINED, Case, name_of
 from zoo import Specimen
 
 NOTHING = 1e-6  # of the largest gradient: what rounding leaves of a zero
 
-cells = pytest.mark.parametrize(("specimen", "case"), CELLS, ids=name_of)
+cells = pytest.mark.parametrize(("specimen", "case"), TRAINED, ids=name_of)
 
 
 def inert_names(adapter: Adapter, specimen: Specimen) -> set[str]:

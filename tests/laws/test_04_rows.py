@@ -24,7 +24,7 @@ Entry = str | Stack | Mix | None
 
 def groups(specimen: Specimen) -> list[list[Case]]:
     """The cases in batches that mix unlike methods: every n-th, so that neighbours in the table part."""
-    cases = [c for c in CASES if not c.refused(specimen) and c.by_row(specimen)]
+    cases = [c for c in CASES if c.is_tried_on(specimen) and not c.refused(specimen) and c.by_row(specimen)]
     n = -(-len(cases) // ROWS)
     return [cases[i::n] for i in range(n)]
 
@@ -88,9 +88,9 @@ def test_gradients_are_those_of_its_rows_alone(specimen: Specimen, group: list[C
         for i, entry in enumerate(rows):
             with kit.use(entry):
                 output = kit(**rows_of(batch, i))
-                if entry is not None:
-                    loss_of(output).backward()
-        for name in names:
+                if (loss := loss_of(output)).requires_grad:
+                    loss.backward()
+        for name in (case.name for case in group if case.trains):
             alone = gradients(kit[name])
             scale = max(g.abs().max().item() for g in alone.values())
             for n, gradient in alone.items():

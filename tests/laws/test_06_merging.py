@@ -93,7 +93,7 @@ PAIRS = [
     (s, a, b)
     for s in SPECIES.values()
     for a, b in zip(CASES, CASES[1:] + CASES[:1], strict=True)
-    if a.method.mergeable and b.method.mergeable and not a.refused(s) and not b.refused(s)
+    if a.method.mergeable and b.method.mergeable and all(c.is_tried_on(s) and not c.refused(s) for c in (a, b))
 ]
 
 

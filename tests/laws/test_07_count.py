@@ -8,11 +8,11 @@ import kitout
 from kitout import LoRA
 from kitout.errors import ConfigError
 from laws.activate import activated, kit_of
-from laws.cases import CELLS, Case, name_of
+from laws.cases import TRAINED, Case, name_of
 from zoo import ZOO, Specimen
 
 
-@pytest.mark.parametrize(("specimen", "case"), CELLS, ids=name_of)
+@pytest.mark.parametrize(("specimen", "case"), TRAINED, ids=name_of)
 def test_the_count_is_the_closed_form_and_requires_grad(specimen: Specimen, case: Case) -> None:
     kit = kit_of(specimen)
     base = sum(p.numel() for p in kit.base.parameters())

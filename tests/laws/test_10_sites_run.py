@@ -25,7 +25,7 @@ def test_every_delta_is_asked_in_one_forward(specimen: Specimen, case: Case) -> 
         asked: Counter[str] = Counter()
         for site in adapter.sites:
             delta = adapter.delta(site)
-            for way in ("forward", "forward_", "fold", "parameter_values", "key_values", "token_vectors"):
+            for way in ("forward", "forward_", "fold", "parameter_values", "key_values", "token_vectors", "combine"):
                 if hasattr(delta, way):
                     setattr(delta, way, counting(asked, site.key, getattr(delta, way)))
         run(kit, batch)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import kitout
 from kitout import IA3, SSF, BitFit, FullFineTuning, Kit, LoRA, Method, Mix, Stack
 from kitout.errors import FileError, NotMergeable, RouteError, UnusedSite
-from kitout.runtime.routing.route import RouteEntry
+from kitout.route import RouteEntry
 from zoo import EXTRA, D, randomize_model
 
 METHODS: dict[str, Method] = {

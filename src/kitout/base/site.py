@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-Port = Literal["out", "in", "kv", "tokens", "param", "weight"]
+Port = Literal["out", "in", "kv", "tokens", "param", "weight", "parts"]
 BatchRelation = Literal["batch", "multiple", "one", "none", "unknown"]
 Kind = Literal["linear", "embedding", "conv", "norm", "other"]
 
@@ -58,7 +58,8 @@ class Site:
     """Width of the output; the number of `channels` where those are given."""
     port: Port = "out"
     """Where the Delta acts: output, input, keys and values, token sequence, a bare parameter of the module, or a weight
-    and bias that no module multiplies by: `reader` does, from the parameters ("weight")."""
+    and bias that no module multiplies by: `reader` does, from the parameters ("weight"). "parts": the output, as each
+    of several adapters leaves it."""
     reader: str | None = None
     """Port "weight" (or "in" made of it): path of the module whose forward reads the weight."""
     weight_name: str = "weight"
@@ -104,7 +105,7 @@ class Site:
         """A name without dots, unique in a model: the adapter's module key and the stem of its tensors in a file."""
         shared = self.channels is not None or self.role.startswith("sub.")  # another site may have the same path
         last = self.role.split(".")[-1] if shared else ""
-        tail = last if self.port in ("out", "weight") else self.port
+        tail = last if self.port in ("out", "weight", "parts") else self.port
         return self.path.replace(".", "/") + ("@" + tail if tail else "")
 
     @cached_property

@@ -32,7 +32,7 @@ from kitout.peft_folders import save_peft
 from kitout.predict.load import load
 from kitout.predict.predictor import Predictor
 from kitout.predict.saved_adapters import adapters_in
-from kitout.runtime.routing.route import Stack
+from kitout.route import Stack
 from kitout.train.objectives.tasks import TASKS, Task
 
 # What a classifier's config calls its loss, from which transformers' pipelines also choose softmax or sigmoid.

@@ -7,8 +7,7 @@ architecture. The fields of the record are in `adapter_json.py`; `adapter_tensor
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kitout.base.select import COMPOSITE_ROLES
 from kitout.base.site import Site
 from kitout.errors import (
     ConfigError,
@@ -27,7 +25,6 @@ from kitout.errors import (
     MergeStateError,
     RouteError,
     TargetError,
-    WrongBase,
 )
 from kitout.files import float_steps
 from kitout.files.adapter_json import FORMAT, RECORD, TENSORS, AdapterJson, SiteEntry, TensorsEntry, read_adapter_json
@@ -37,22 +34,32 @@ from kitout.files.adapter_tensors import (
     check_tensors,
     fill_and_register,
     non_finite_names,
+    stored_tensors,
     tensor_slots,
 )
 from kitout.files.atomic import check_replaceable, replace_folder
-from kitout.files.base_fingerprint import differences, fingerprint, parameters_before_merge
+from kitout.files.base_fingerprint import fingerprint
 from kitout.files.head_spec import build_from_spec, spec_of
+from kitout.files.model_fit import check_base, find_sites_of
+from kitout.files.part_folders import (
+    PARTS,
+    check_parts_replaceable,
+    discard_parts,
+    load_parts,
+    part_digests,
+    part_names,
+)
 from kitout.files.safetensors_reader import SafetensorsFile, open_tensors, write_tensors
 from kitout.files.system_errors import as_path, as_path_error
 from kitout.files.usage_record import UsageRecord
 from kitout.method import Method
 from kitout.runtime.adapter import Adapter
-from kitout.runtime.build_adapter import check_head, check_name, check_sites, head_site, select_sites
+from kitout.runtime.build_adapter import check_head, check_name, head_site
+from kitout.runtime.parts import check_parts
 from kitout.runtime.state import KitState
 from kitout.version import __version__
 
 FILES = (RECORD, TENSORS)
-MAX_SITE_ERRORS = 6
 RETRIES = 5  # while a folder is replaced under a reader
 
 
@@ -67,32 +74,46 @@ def save_adapter(
 ) -> None:
     """Writes one adapter into a new or empty folder, or replaces an adapter folder in one step.
 
-    keep_encoder: keep what only training needs (the encoder of a prefix), which is folded otherwise. metadata: anything
-    json can hold, kept with the adapter; None keeps what it was loaded with. Raises FileError where the folder holds
-    other files or a value is NaN or infinite.
+    The parts of a composition go with it, into the folder parts/. keep_encoder: keep what only training needs (the
+    encoder of a prefix), which is folded otherwise. metadata: anything json can hold, kept with the adapter; None keeps
+    what it was loaded with. Raises FileError where the folder holds other files or a value is NaN or infinite.
     """
-    adapter = state[name] if keep_encoder else state[name].inference_form()
     target = as_path(folder)
     with as_path_error("written", target):
-        check_replaceable(target, FILES)
+        check_replaceable(target, FILES, [PARTS])
+        check_parts_replaceable(target, FILES)
+    writers = {part: _writer(state, part, None, keep_encoder) for part in part_names(state, state[name])}
+    write = _writer(state, name, metadata, keep_encoder)
+
+    def write_into(temp_path: Path) -> None:
+        write(temp_path)
+        for part, write_part in writers.items():
+            (temp_path / PARTS / part).mkdir(parents=True)
+            write_part(temp_path / PARTS / part)
+
+    with as_path_error("written", target):
+        replace_folder(target, FILES, write_into, [PARTS])
+
+
+def _writer(
+    state: KitState, name: str, metadata: Mapping[str, Any] | None, keep_encoder: bool
+) -> Callable[[Path], None]:
+    """Checks one adapter; the function writes its two files into a folder."""
+    adapter = state[name] if keep_encoder else state[name].inference_form()
     slots = tensor_slots(adapter)
     if bad := non_finite_names({n: s.tensor for n, s in slots.items()}):
         raise FileError(f"{name!r} holds NaN or infinity in {', '.join(bad[:4])}: there is nothing worth saving in it")
     dtype = _common_dtype(slots)
     if dtype == "mixed" and any(s.base is not None for s in slots.values()):
         raise FileError(f"{name!r} holds trained copies in several dtypes: convert them to one, kit[{name!r}].float()")
-    unmerged = parameters_before_merge(state)
     note = adapter.metadata if metadata is None else metadata
     if not isinstance(note, Mapping) or not all(isinstance(key, str) for key in note):
         raise FileError(f"metadata cannot be written as json: it is a dict with texts for keys, found {str(note)[:80]}")
-    tensors: dict[str, Tensor] = {}
-    for key, slot in slots.items():
-        frozen = None if slot.base is None else unmerged.get(id(slot.base), slot.base)
-        tensors[key] = slot.tensor if frozen is None else float_steps.to_steps(slot.tensor, frozen)
+    tensors, parts = stored_tensors(state, adapter), part_digests(state, adapter, keep_encoder)
     head_paths = [path.replace("/", ".") for path in adapter.heads]
 
-    def write_into(temp_path: Path) -> None:
-        size, digest = write_tensors(temp_path / TENSORS, tensors, {"format": "pt"})
+    def write(folder: Path) -> None:
+        size, digest = write_tensors(folder / TENSORS, tensors, {"format": "pt"})
         record = AdapterJson(
             format=FORMAT,
             kitout=__version__,
@@ -109,11 +130,11 @@ def save_adapter(
             base=fingerprint(state, [s.path for s in adapter.sites], head_paths),
             note=dict(note),
             usage=None if adapter.usage is None else UsageRecord.model_validate(adapter.usage),
+            parts=parts,
         )
-        record.write(temp_path / RECORD)
+        record.write(folder / RECORD)
 
-    with as_path_error("written", target):
-        replace_folder(target, FILES, write_into)
+    return write
 
 
 def load_adapter(
@@ -154,18 +175,48 @@ def _stamp(folder_path: Path) -> tuple[int, int] | None:
 
 
 def _load_once(
-    state: KitState, folder_path: Path, name: str | None, heads: Mapping[str, nn.Module], verify: bool
+    state: KitState,
+    folder_path: Path,
+    name: str | None,
+    heads: Mapping[str, nn.Module],
+    verify: bool,
+    chain: tuple[str, ...] = (),
 ) -> Adapter:
+    """chain: the compositions that this adapter is loaded for."""
     record = read_adapter_json(_existing_file(folder_path, RECORD), verify)
     if state.merged_names:
         raise MergeStateError(f"{state.merged_text} merged into the base: unmerge() before loading {folder_path}")
     _check_name(state, folder_path, record, name)
     method = _with_path(folder_path, record.method_instance)
+    chain = (*chain, name or record.name)
+
+    def load_part(path: Path, part: str, chain: tuple[str, ...]) -> Adapter:
+        return _load_once(state, path, part, {}, verify, chain)
+
+    added = load_parts(state, folder_path, record, method.part_names(), load_part, chain, verify)
+    try:
+        check_parts(state, chain[-1], method)
+        return _load_checked(state, folder_path, record, method, chain[-1], heads, verify)
+    except BaseException:
+        discard_parts(state, added)
+        raise
+
+
+def _load_checked(
+    state: KitState,
+    folder_path: Path,
+    record: AdapterJson,
+    method: Method,
+    name: str,
+    heads: Mapping[str, nn.Module],
+    verify: bool,
+) -> Adapter:
+    """The adapter of a record whose parts the kit has."""
     tensors = open_tensors(_existing_file(folder_path, TENSORS))
     with tensors.file:
-        _check_base(state, folder_path, record)
-        sites, left_out = _sites(state, folder_path, record, method)
-        adapter, slots = _build_empty(state, folder_path, record, name or record.name, method, sites, heads)
+        check_base(state, folder_path, record)
+        sites, left_out = _with_path(folder_path, lambda: find_sites_of(state, record, method))
+        adapter, slots = _build_empty(state, folder_path, record, name, method, sites, heads)
         _check_header(folder_path, record, tensors, slots)
         stored, digest = tensors.read()
     values = _values(folder_path, record, slots, stored, digest if verify else record.tensors.sha256)
@@ -213,57 +264,6 @@ def _with_path(folder_path: Path, step: Any) -> Any:
         return step()
     except (FileError, TargetError, ConfigError, RouteError) as error:
         raise FileError(f"{folder_path}: {error}") from None
-
-
-def _check_base(state: KitState, folder_path: Path, record: AdapterJson) -> None:
-    current = fingerprint(state, [s.path for s in record.sites], [h.path for h in record.heads])
-    if not (current.valued and record.base.valued):
-        which = "This base is" if not current.valued else f"The base {folder_path} was made for was"
-        warnings.warn(
-            f"{which} on the meta device: bases compared by keys and shapes only, not by values", stacklevel=4
-        )
-    errors = Errors(WrongBase, f"{folder_path} was made for another base")
-    for message in differences(record.base, current):
-        errors.add(message)
-    errors.raise_if_any()
-
-
-def _sites(
-    state: KitState, folder_path: Path, record: AdapterJson, method: Method
-) -> tuple[list[Site], dict[str, str]]:
-    """The method's sites in this model, which must be those of the record one by one, and what it leaves out.
-
-    Two kinds were selected when older files were written: routers, which all-linear leaves out now, and the sublayers
-    that end at a path, which a path meant as well.
-    """
-    heads = [h.path for h in record.heads]
-    sites, left_out = _with_path(folder_path, lambda: select_sites(state, method, heads, record.name))
-    listed, paths = {entry.key for entry in record.sites} - {s.key for s in sites}, {s.path for s in sites}
-    twins = [s for s in state.survey.sites if s.key in listed and s.role in COMPOSITE_ROLES and s.path in paths]
-    routers = {s.key: s for s in state.survey.sites if s.is_router and s.key in listed}
-    order = {s.key: i for i, s in enumerate(state.survey.sites)}
-    sites = sorted([*sites, *routers.values()], key=lambda s: order.get(s.key, 0)) if routers else sites
-    sites = [*sites, *twins]
-    check_sites(record.name, sites, heads)
-    old, new = {s.key: s for s in record.sites}, {s.key: SiteEntry.of(s) for s in sites}
-    errors = Errors(FileError, f"{folder_path}: its sites are not those that {record.method} finds in this model")
-    if len(old) != len(record.sites):
-        errors.add(f"it lists {len(record.sites)} sites, {len(old)} different ones")
-    for key in [*old, *(k for k in new if k not in old)]:
-        message = _site_error(key, old.get(key), new.get(key))
-        if message and len(errors.messages) < MAX_SITE_ERRORS:
-            errors.add(message)
-    errors.raise_if_any()
-    return sites, left_out
-
-
-def _site_error(key: str, old: SiteEntry | None, new: SiteEntry | None) -> str | None:
-    if old is None or new is None:
-        return f"{key[:120]}: {'not in the file' if old is None else 'not found here'}"
-    fields = ("path", "role", "port", "d_in", "d_out", "channels")
-    changed = [f for f in fields if getattr(old, f) != getattr(new, f)]
-    changes = [f"{f} was {str(getattr(old, f))[:60]}, here {str(getattr(new, f))[:60]}" for f in changed]
-    return f"{key}: {'; '.join(changes)}" if changes else None
 
 
 def _build_empty(

@@ -108,6 +108,8 @@ class AdapterJson(_StrictModel):
     """The adapter's metadata: whatever the user wrote."""
     usage: UsageRecord | None = None
     """How it is used: task, labels, preprocessing, base; None where the adapter was made without a task."""
+    parts: dict[str, str] | None = None
+    """A composition's parts, with digests of what they compute (`part_folders.py`); None for any other adapter."""
     digest: str | None = None
     """`digest_of` all other fields; None in files that were written before there were digests."""
 
@@ -117,8 +119,9 @@ class AdapterJson(_StrictModel):
         for site in fields["sites"]:
             if site["channels"] is None:
                 del site["channels"]
-        if fields["usage"] is None:
-            del fields["usage"]
+        for name in ("usage", "parts"):
+            if fields[name] is None:
+                del fields[name]
         try:
             fields = json.loads(json.dumps(fields, allow_nan=False))  # as a reader gets them: keys are texts
             fields["digest"] = digest_of(fields)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from kitout.base.site import Site
 from kitout.errors import Errors
+from kitout.files import float_steps
+from kitout.files.base_fingerprint import parameters_before_merge
 from kitout.files.head_spec import blank_copy
 from kitout.method import Method
 from kitout.runtime.adapter import Adapter
@@ -68,6 +70,16 @@ def tensor_slots(adapter: Adapter) -> dict[str, TensorSlot]:
                         by_id[id(tensor)] = slots[f"{prefix}.{key}"] = TensorSlot(tensor, bases.get(key))
                     by_id[id(tensor)].places.append((owner, name))
     return slots
+
+
+def stored_tensors(state: KitState, adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's tensors as kitout's own file has them: trained copies as their steps from the base."""
+    unmerged = parameters_before_merge(state)
+    tensors: dict[str, Tensor] = {}
+    for key, slot in tensor_slots(adapter).items():
+        frozen = None if slot.base is None else unmerged.get(id(slot.base), slot.base)
+        tensors[key] = slot.tensor if frozen is None else float_steps.to_steps(slot.tensor, frozen)
+    return tensors
 
 
 def build_empty(

@@ -46,23 +46,25 @@ def write_bytes(file: Path, data: bytes) -> Path:
     return file
 
 
-def replace_folder(target: Path, files: Collection[str], write_into: Callable[[Path], None]) -> None:
+def replace_folder(
+    target: Path, files: Collection[str], write_into: Callable[[Path], None], optional: Collection[str] = ()
+) -> None:
     """`write_into` fills an empty folder, which then becomes `target`.
 
-    target may be new, empty, or hold nothing but `files`, which are replaced. Anything else is refused, because
-    replacing the folder would delete files that are not kitout's.
+    target may be new, empty, or hold nothing but `files` and `optional` ones, which are replaced. Anything else is
+    refused, because replacing the folder would delete files that are not kitout's.
     """
     target = _resolve(target.expanduser())  # a link is followed: the folder it leads to is the one replaced
-    check_replaceable(target, files)
+    check_replaceable(target, files, optional)
     new_parents = [p for p in target.parents if not p.exists()]  # the innermost first
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target.parent)
         with _temp_folder(target.parent) as temp_path:
             write_into(temp_path)
-            for file in temp_path.iterdir():
+            for file in temp_path.rglob("*"):
                 flush(file)
-            check_replaceable(target, files)  # writing may have taken a while
+            check_replaceable(target, files, optional)  # writing may have taken a while
             _move_into_place(temp_path, target)
             flush(target.parent)
     finally:
@@ -167,14 +169,14 @@ def _resolve(path: Path) -> Path:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
 
 
-def check_replaceable(target: Path, files: Collection[str]) -> None:
-    """Raises FileError if `target` holds anything but these files."""
+def check_replaceable(target: Path, files: Collection[str], optional: Collection[str] = ()) -> None:
+    """Raises FileError if `target` holds anything but these files. optional: those that not every such folder has."""
     if not target.exists():
         return
     if not target.is_dir():
         raise FileError(f"{target} is a file: name a new folder, an empty one, or an adapter folder to replace")
     present = sorted(entry.name for entry in target.iterdir())
-    unexpected = [name for name in present if name not in files]
+    unexpected = [name for name in present if name not in files and name not in optional]
     if unexpected:
         shown = ", ".join(unexpected[:4]) + (", ..." if len(unexpected) > 4 else "")
         reason = "also holds" if set(files) <= set(present) else "is not an adapter folder: it holds"

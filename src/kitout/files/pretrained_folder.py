@@ -17,9 +17,10 @@ from torch import Tensor
 
 from kitout.errors import ConfigError
 from kitout.files.adapter_folder import FILES, save_adapter
+from kitout.files.part_folders import PARTS
 from kitout.files.safetensors_reader import write_tensors
 from kitout.files.system_errors import as_path, as_path_error
-from kitout.runtime.routing.route import adapter_names
+from kitout.route import adapter_names
 from kitout.runtime.state import KitState
 
 STATE = "model.safetensors"
@@ -56,6 +57,10 @@ def _save_into(state: KitState, name: str, target: Path) -> None:
         temp_path = target / f".kitout-{uuid.uuid4().hex}"
         try:
             save_adapter(state, name, temp_path)
+            for part in (temp_path / PARTS).glob("*"):
+                (target / PARTS).mkdir(exist_ok=True)
+                shutil.rmtree(target / PARTS / part.name, ignore_errors=True)
+                os.replace(part, target / PARTS / part.name)
             for file in reversed(FILES):
                 os.replace(temp_path / file, target / file)
         finally:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from kitout.errors import ConfigError
 from kitout.kit import Kit
+from kitout.route import adapter_names, normalize_route
 from kitout.runtime.delegation import ModelInterface, interface_class
 from kitout.runtime.hooks.class_swap import original_class
-from kitout.runtime.routing.route import adapter_names, normalize_route
 
 
 def reference(kit: Kit, route: object = None) -> Reference:
@@ -26,7 +26,7 @@ def reference(kit: Kit, route: object = None) -> Reference:
     route: an adapter (or a Stack or Mix) that the reference runs under instead, such as the one that training began
     from under another name. ConfigError where its values are trained: a reference must not move.
     """
-    names = adapter_names(normalize_route(route))
+    names = kit.state.names_with_parts(adapter_names(normalize_route(route)))
     moving = [name for name in names if any(p.requires_grad for p in kit[name].parameters())]
     if moving:
         raise ConfigError(
@@ -44,9 +44,8 @@ class Reference(ModelInterface, nn.Module):
         self.__dict__["kit"], self.__dict__["state"] = kit, kit.state  # the kit is not the view's to register
         self.route = route
         self._modules["model"] = kit.base
-        self._modules["adapters"] = nn.ModuleDict(
-            {f"@{n}".replace(".", "%2E"): kit[n] for n in adapter_names(normalize_route(route))}
-        )
+        names = kit.state.names_with_parts(adapter_names(normalize_route(route)))
+        self._modules["adapters"] = nn.ModuleDict({f"@{n}".replace(".", "%2E"): kit[n] for n in names})
         self.training = False
         self.__class__ = interface_class(type(self), original_class(kit.base))
 

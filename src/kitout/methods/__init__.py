@@ -5,6 +5,11 @@ No method knows another; what two of them share is a Delta in a file of its own,
 
 from kitout.methods.adaptformer import AdaptFormer
 from kitout.methods.bitfit import BitFit
+from kitout.methods.compositions.composition import Composition
+from kitout.methods.compositions.fusion import Fusion
+from kitout.methods.compositions.gated import Gated
+from kitout.methods.compositions.mam import MAM
+from kitout.methods.compositions.mixture import Mixture
 from kitout.methods.full_finetuning import FullFineTuning
 from kitout.methods.houlsby import Houlsby
 from kitout.methods.ia3 import IA3
@@ -19,13 +24,18 @@ from kitout.methods.vpt import VPT
 
 __all__ = [
     "IA3",
+    "MAM",
     "SSF",
     "VPT",
     "AdaptFormer",
     "BitFit",
+    "Composition",
     "FullFineTuning",
+    "Fusion",
+    "Gated",
     "Houlsby",
     "LoRA",
+    "Mixture",
     "ParallelAdapter",
     "PartialFineTuning",
     "Pfeiffer",

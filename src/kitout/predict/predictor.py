@@ -28,7 +28,7 @@ from kitout.kit import Kit
 from kitout.predict.answer_stream import AnswerStream, generation_options
 from kitout.predict.prediction import PREDICTIONS, Prediction, class_prediction
 from kitout.predict.text_inputs import TextInputs, chat_of, cut_front
-from kitout.runtime.routing.route import adapter_names
+from kitout.route import adapter_names
 from kitout.train.measure.predict import ProgressFn, answer_likelihoods, plan_forwards
 from kitout.train.objectives.objective import LabelObjective, Objective
 from kitout.train.objectives.tasks import TASKS, ObjectiveSettings, Task

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from kitout.base.site import Site
 from kitout.delta import Delta
@@ -80,7 +81,8 @@ class Adapter(nn.Module):
         on_output: dict[str, list[SiteDelta]] = {}
         on_parameters: dict[str, list[SiteDelta]] = {}
         on_weights: dict[str, list[SiteDelta]] = {}
-        ports = {"in": on_input, "param": on_parameters, "weight": on_weights}
+        on_parts: dict[str, list[SiteDelta]] = {}
+        ports = {"in": on_input, "param": on_parameters, "weight": on_weights, "parts": on_parts}
         for site, delta in [(s, self.delta(s)) for s in self.sites] + [(s, self.head(s)) for s in head_sites]:
             relay = None
             if site.input_from is not None:
@@ -94,13 +96,14 @@ class Adapter(nn.Module):
             else:
                 path = site.path if site.reader is None else site.reader
                 ports.get(site.port, on_output).setdefault(path, []).append(part)
-        for path in {**on_input, **on_output, **on_parameters, **on_weights}:
+        for path in {**on_input, **on_output, **on_parameters, **on_weights, **on_parts}:
             self.by_module[path] = ModuleAdapter(
                 self.name,
                 tuple(on_input.get(path, ())),
                 tuple(on_output.get(path, ())),
                 tuple(on_parameters.get(path, ())),
                 tuple(on_weights.get(path, ())),
+                tuple(on_parts.get(path, ())),
             )
 
     def prefixes_at(self, tower: str, role: str) -> list[SiteDelta]:
@@ -123,6 +126,10 @@ class Adapter(nn.Module):
         assert isinstance(delta, Delta)
         return delta
 
+    def site_deltas(self) -> list[tuple[Site, Delta]]:
+        """Its sites with their Deltas, without heads."""
+        return [(site, self.delta(site)) for site in self.sites]
+
     def head(self, site: Site) -> Delta:
         delta = self.heads[site.path.replace(".", "/")]
         assert isinstance(delta, Delta)
@@ -132,6 +139,11 @@ class Adapter(nn.Module):
         """The modules that replace modules of the model, by their paths."""
         heads = ((path.replace("/", "."), head) for path, head in self.heads.items())
         return {path: head.module for path, head in heads if isinstance(head, Head)}
+
+    def penalty(self) -> Tensor | None:
+        """What its Deltas add to a loss (`Delta.penalty`); None for nothing. `kitout.train` adds it by itself."""
+        penalties = [penalty for site in self.sites if (penalty := self.delta(site).penalty()) is not None]
+        return torch.stack(penalties).sum() if penalties else None
 
     @property
     def strength(self) -> float:

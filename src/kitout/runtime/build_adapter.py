@@ -30,13 +30,16 @@ from kitout.errors import (
 )
 from kitout.format import ADAPTER_NAME_PATTERN, ADAPTER_NAME_RULE
 from kitout.method import Method
+from kitout.route import Route, adapter_names
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.hooks.class_swap import unhook
 from kitout.runtime.left_out import experts_hint, leave_out
+from kitout.runtime.parts import check_parts, sites_of_part
 from kitout.runtime.routing.active import CompiledRoute
 from kitout.runtime.routing.compile import RouteCompiler
-from kitout.runtime.routing.route import Route, adapter_names
 from kitout.runtime.state import KitState
+
+NOT_COMBINED = "its parts do not all act on what this gives, so none does"
 
 
 def build_adapter(
@@ -51,6 +54,7 @@ def build_adapter(
     check_name(state, name)
     if not isinstance(method, Method):
         raise ConfigError(f"add() takes a method with its settings, such as LoRA(rank=8), found {method!r}")
+    check_parts(state, name, method)
     state.check_unmerged(f"adding {name!r}")
     head_sites = [head_site(state, path) for path in heads]
     _check_heads_run(state, name, heads)
@@ -58,7 +62,7 @@ def build_adapter(
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ConfigError(f"seed must be a whole number or None, found {seed!r}")
     sites, left_out = select_sites(state, method, heads, name)
-    check_sites(name, sites, heads)
+    check_sites(name, sites, heads, method)
     # On CPU whatever the base's device, so that a seed means the same values everywhere. The lock comes first: else two
     # threads that add adapters would draw from each other's seed.
     with _without_adapters(state), torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
@@ -152,14 +156,14 @@ def check_known(state: KitState, requested: Route) -> None:
     errors.raise_if_any()
 
 
-def check_sites(name: str, sites: Sequence[Site], heads: Collection[str] = ()) -> None:
-    """TargetError for no site at all without a head, or for one site twice."""
+def check_sites(name: str, sites: Sequence[Site], heads: Collection[str], method: Method) -> None:
+    """TargetError for no site at all without a head or a route of its own, or for one site twice."""
     duplicates = [key for key, n in Counter(s.key for s in sites).items() if n > 1]
     if duplicates:
         raise TargetError(
             f"adapter {name!r} would sit twice at {', '.join(duplicates[:5])}: its targets select one site twice"
         )
-    if not sites and not heads:
+    if not sites and not heads and method.fixed_route() is None:
         raise TargetError(f"adapter {name!r} would have no site at all in this model; see print(kit) for the roles")
 
 
@@ -168,12 +172,20 @@ def select_sites(state: KitState, method: Method, heads: Iterable[str], name: st
 
     What the adapter's own heads replace is in neither: it would have no effect there.
     """
+    parts = method.part_names()
     try:
-        selected = method.sites(state.survey)
+        if parts:
+            sites_of = {part: sites_of_part(state, part) for part in parts}
+            selected = method.sites_over_parts(state.survey, sites_of)
+        else:
+            selected = method.sites(state.survey)
     except TargetError as error:
         hint = experts_hint(state.survey, str(error))
         raise TargetError(f"{error}\n  {hint}") if hint else error from None
     sites = [s for s in selected if not any(f"{s.path}.".startswith(f"{h}.") for h in heads)]
+    if parts and sites:  # theirs run, or they would not be sites of the parts
+        of_parts = dict.fromkeys(s.reader or s.path for each in sites_of.values() for s in each)
+        return sites, {path: NOT_COMBINED for path in of_parts if all(s.path != path for s in sites)}
     return leave_out(state.survey, method, sites, name)
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from kitout.errors import RouteError
+from kitout.route import adapter_names
 from kitout.runtime.base_state import disable_checkpointing, enable_checkpointing
 from kitout.runtime.hooks.boundary import run_backbone
-from kitout.runtime.routing.route import adapter_names
 from kitout.runtime.state import KitState
 
 
@@ -121,7 +121,8 @@ class ModelInterface:
         """The base's output head. RouteError where an active adapter acts there, which its weight does not show."""
         head: Any = getattr(self.base, "get_output_embeddings")()  # noqa: B009
         path = next((path for path, module in self.base.named_modules() if module is head), None)
-        names = [n for n in dict.fromkeys(adapter_names(self.state.route)) if path in self.state[n].by_module]
+        active = self.state.names_with_parts(adapter_names(self.state.route))
+        names = [n for n in active if path in self.state[n].by_module]
         if names:
             raise RouteError(
                 f"the active adapter {names[0]!r} acts at the output head {path}, and this caller reads the weight of "

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from kitout.base.site import Site
 from kitout.format import align_columns
+from kitout.route import adapter_names
 from kitout.runtime.count import count_parameters, num_base_parameters
 from kitout.runtime.left_out import fused_experts_text, left_out_text
-from kitout.runtime.routing.route import adapter_names
 from kitout.runtime.state import KitState
 
 

@@ -6,6 +6,7 @@ see. It knows no files, no methods, and no forward of its own.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from kitout.base.survey import Survey
 from kitout.errors import AdapterExists, KitDetached, MergeStateError, RouteError, UnknownAdapter, suggest
+from kitout.route import Route, adapter_names
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.base_state import BaseState
 from kitout.runtime.hooks.class_swap import Hook, hook
@@ -21,7 +23,6 @@ from kitout.runtime.modules.fast_path import layers_around
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
 from kitout.runtime.routing.cache import RouteCache
 from kitout.runtime.routing.compile import RouteCompiler
-from kitout.runtime.routing.route import Route, adapter_names
 from kitout.runtime.training_watch import TrainingWatch
 from kitout.runtime.virtual_tokens.compile import modules_to_hook
 
@@ -86,6 +87,8 @@ class KitState:
     def insert(self, adapter: Adapter, check_usable: bool = False) -> None:
         """Takes in an adapter that was built for this base. AdapterExists if another has taken its name since.
 
+        The parts of a composition are frozen.
+
         check_usable: RouteError, and nothing is taken in, where `use` could not activate it.
         """
         with self.active.lock:
@@ -94,7 +97,10 @@ class KitState:
             for path in [*paths, *layers_around(self.base, paths)]:
                 self.hook_at(path)
             if check_usable:
-                RouteCompiler({adapter.name: adapter}, self.hooks, self.survey, self.active).compile(adapter.name)
+                adapters = {**self._adapters, adapter.name: adapter}
+                RouteCompiler(adapters, self.hooks, self.survey, self.active).compile(adapter.name)
+            for part in adapter.method.part_names():
+                self[part].requires_grad_(False)
             self.modules[_key(adapter.name)] = adapter
             adapter.train(self.modules.training)
             self._adapters[adapter.name] = adapter
@@ -103,6 +109,8 @@ class KitState:
     def discard(self, name: str) -> None:
         """Forgets an adapter. RouteError while it is in use: here, in any `with`, or by the sticky route."""
         adapter = self[name]
+        if whole := self._compositions_of(name):
+            raise RouteError(f"{name!r} is a part of {', '.join(map(repr, whole))}: remove({whole[-1]!r}) first")
         with self.active.lock:
             if self.active.is_used(name):
                 raise RouteError(f"{name!r} is active: use(None) or another route before remove({name!r})")
@@ -110,6 +118,19 @@ class KitState:
             del self.modules[_key(adapter.name)]
             del self._adapters[name]
             self.forget_routes(name)
+
+    def names_with_parts(self, names: Iterable[str]) -> list[str]:
+        """These adapters and the parts of the compositions among them, each once."""
+        found: dict[str, None] = {}
+        for name in names:
+            if name not in found:
+                found[name] = None
+                found |= dict.fromkeys(self.names_with_parts(self[name].method.part_names()))
+        return list(found)
+
+    def _compositions_of(self, name: str) -> list[str]:
+        """The adapters that this one is a part of, those of other compositions last."""
+        return [each for each in self._adapters if each != name and name in self.names_with_parts([each])]
 
     # ---- the route ---------------------------------------------------------------------------------------------
 
@@ -132,8 +153,9 @@ class KitState:
 
     def forget_routes(self, name: str) -> None:
         """Compiles the routes that name this adapter anew."""
-        self._route_cache.forget(name)
-        if name in adapter_names(self.active.installed.route):
+        for each in (name, *self._compositions_of(name)):
+            self._route_cache.forget(each)
+        if name in self.names_with_parts(adapter_names(self.active.installed.route)):
             self.active.install(self.compiled_route())
 
     def hook_at(self, path: str) -> Hook:

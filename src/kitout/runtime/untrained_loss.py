@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kitout.errors import RouteError
-from kitout.runtime.routing.route import adapter_names
+from kitout.route import adapter_names
 from kitout.runtime.state import KitState
 
 
@@ -34,7 +34,7 @@ def _why_nothing_is_trained(state: KitState) -> str:
     """Empty where an adapter is active that requires a gradient."""
     if not state.names:
         return "this kit has no adapter: kit.add('name', LoRA(rank=8)) and kit.use('name') before training"
-    active = list(dict.fromkeys(adapter_names(state.route)))
+    active = state.names_with_parts(adapter_names(state.route))
     if not active:
         return (
             f"no adapter is active, so this loss reaches none of {', '.join(map(repr, state.names))}: "

@@ -26,7 +26,7 @@ from kitout import (
     Stack,
 )
 from kitout.errors import NotMergeable, RouteError
-from kitout.runtime.routing.route import RouteEntry, simplify
+from kitout.route import RouteEntry, simplify
 from laws.activate import assert_same, kit_with, put_on, run
 from zoo import ZOO, rows_of
 

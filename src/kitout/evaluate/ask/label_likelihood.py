@@ -19,7 +19,7 @@ from kitout.errors import ConfigError, Errors
 from kitout.evaluate.ask.batches import ProgressFn, map_batches
 from kitout.evaluate.ask.text_limit import check_prompts
 from kitout.kit import Kit
-from kitout.runtime.routing.route import adapter_names
+from kitout.route import adapter_names
 
 
 def label_likelihoods(
@@ -89,7 +89,8 @@ def _decoder_scorer(kit: Kit, answers: list[list[int]], pad_token_id: int) -> An
 
 def _has_virtual_tokens(kit: Kit) -> bool:
     """Whether a prompt or prefix is active."""
-    return any(site.port in ("tokens", "kv") for name in adapter_names(kit.active) for site in kit[name].sites)
+    names = kit.state.names_with_parts(adapter_names(kit.active))
+    return any(site.port in ("tokens", "kv") for name in names for site in kit[name].sites)
 
 
 def _can_crop(cache: Any) -> bool:

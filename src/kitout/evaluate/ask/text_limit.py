@@ -25,7 +25,7 @@ from kitout.base.token_limit import (
 )
 from kitout.errors import ConfigError
 from kitout.kit import Kit
-from kitout.runtime.routing.route import Route, adapter_names
+from kitout.route import Route, adapter_names
 
 Part = Literal["text", "target"]
 # By model, part and virtual tokens: the longest text that ran, and the shortest that did not.
@@ -88,7 +88,7 @@ def num_virtual_tokens(kit: Kit, part: Part = "text") -> int:
         return 0
 
     def of_entry(entry: Route) -> int:
-        adapters = [kit[name] for name in dict.fromkeys(adapter_names(entry))]
+        adapters = [kit[name] for name in kit.state.names_with_parts(adapter_names(entry))]
         parts = [p for a in adapters for p in (a.prompts.get(tower.path), a.prefixes_at(tower.path, "kv.self")) if p]
         return sum(max(part.delta.num_tokens for part in each) for each in parts)
 

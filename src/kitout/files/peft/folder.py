@@ -154,7 +154,7 @@ def _read_weights(
 
 def _build_empty(state: KitState, name: str, peft_adapter: PeftAdapter) -> tuple[Adapter, dict[str, TensorSlot]]:
     modules = {path: blank_copy(state.base.get_submodule(path)).requires_grad_(True) for path in peft_adapter.heads}
-    check_sites(name, peft_adapter.sites)
+    check_sites(name, peft_adapter.sites, modules, peft_adapter.method)
     return build_empty(state, name, peft_adapter.method, peft_adapter.sites, modules)
 
 

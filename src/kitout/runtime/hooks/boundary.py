@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from kitout.errors import MergeStateError, RouteError
+from kitout.route import adapter_names
 from kitout.runtime.hooks.class_swap import ForwardFn, same_named_subclass
 from kitout.runtime.hooks.token_tables import CHANGES_TABLES, is_resize_to_own_size, tables_change
 from kitout.runtime.hooks.unused_sites import UnusedSiteCheck
 from kitout.runtime.modules.media_rows import media_refusal
 from kitout.runtime.output_width import output_width_of
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
-from kitout.runtime.routing.route import adapter_names
+from kitout.runtime.routing.average import average_output, check_generation, repeat_call
 from kitout.runtime.state import KitState
 from kitout.runtime.virtual_tokens.positions import arguments_by_name
 from kitout.runtime.virtual_tokens.widen_sequence import trim_output
@@ -101,10 +102,13 @@ def _model_forward(model: Any, frozen_forward: ForwardFn, args: tuple[Any, ...],
         if torch.is_grad_enabled() and not calls.forwards:
             _check_backward(active, compiled)
             if state.modules.training and compiled.programs is not state.training_watch.programs:
-                adapters = [state[name] for name in dict.fromkeys(adapter_names(compiled.route))]
+                adapters = [state[name] for name in state.names_with_parts(adapter_names(compiled.route))]
                 state.training_watch.note(compiled.programs, adapters)
         if compiled.num_rows is not None and calls.forwards == 0:
-            _check_rows(compiled, model, args, kwargs, is_forward=True, may_multiply=calls.generates > 0)
+            if compiled.average is not None:
+                args, kwargs = repeat_call(compiled.average, args, kwargs, _batch_size(model, args, kwargs))
+            may_multiply = calls.generates > 0 or compiled.average is not None
+            _check_rows(compiled, model, args, kwargs, is_forward=True, may_multiply=may_multiply)
         active.install(compiled)
         calls.forwards += 1
         try:
@@ -116,6 +120,8 @@ def _model_forward(model: Any, frozen_forward: ForwardFn, args: tuple[Any, ...],
                 nullcontext() if width is None else output_width_of(width, kwargs.get("labels")),
             ):
                 output = frozen_forward(model, *args, **kwargs)
+            if compiled.average is not None and calls.forwards == 1:
+                output = average_output(compiled.average, output, getattr(model, "config", None))
         finally:
             calls.forwards -= 1
             _reset_rows(active, compiled)
@@ -137,7 +143,9 @@ def _model_generate(model: Any, frozen_generate: ForwardFn, args: tuple[Any, ...
     with active.lock:
         state.check_attached()
         compiled = state.compiled_route().for_new_forward(gave_no_positions)
-        if compiled.num_rows is not None:
+        if compiled.average is not None:
+            check_generation(model, args, kwargs)
+        elif compiled.num_rows is not None:
             _check_rows(compiled, model, args, kwargs, is_forward=False, may_multiply=False)
         active.install(compiled)  # an encoder may be called before the model's own forward is
         calls.generates += 1

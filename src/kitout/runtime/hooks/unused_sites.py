@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
+from kitout.route import adapter_names
 from kitout.runtime.left_out import check_named, warn_left_out
-from kitout.runtime.routing.route import adapter_names
 from kitout.runtime.state import KitState
 
 NOT_IN_FORWARD = (
@@ -53,7 +53,7 @@ class UnusedSiteCheck(AbstractContextManager[None]):
         active = {hook.path for hook, _ in self.state.active.installed.programs}
         missed = (active & self.state.unproven) - self.called - self._alternatives()
         self.state.unproven -= self.called
-        for name in dict.fromkeys(adapter_names(self.state.active.installed.route)):
+        for name in self.state.names_with_parts(adapter_names(self.state.active.installed.route)):
             adapter = self.state[name]
             left_out = dict.fromkeys((s.path for s in adapter.sites if (s.reader or s.path) in missed), NOT_IN_FORWARD)
             if left_out:

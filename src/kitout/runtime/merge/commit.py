@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from kitout.base import weights
+from kitout.base.survey import Survey
 from kitout.errors import NotMergeable
+from kitout.route import RouteEntry
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.merge.detached import copy_detached
 from kitout.runtime.merge.fold import FoldedWeights, fold_all
 from kitout.runtime.output_width import AttributesBefore, output_width, undo
-from kitout.runtime.routing.route import RouteEntry
 
 
 @dataclass
@@ -35,11 +36,9 @@ class Backup:
     """What the model said of its output's width, where the head has another."""
 
 
-def merge(
-    base: nn.Module, adapters: Mapping[str, Adapter], entry: RouteEntry, used_paths: Container[str]
-) -> dict[str, Backup]:
-    """Folds an entry's adapters into the base's weights; returns what `restore` needs. used_paths: those that run."""
-    return write_weights(base, fold_all(adapters, entry), used_paths)
+def merge(base: nn.Module, adapters: Mapping[str, Adapter], entry: RouteEntry, survey: Survey) -> dict[str, Backup]:
+    """Folds an entry's adapters into the base's weights; returns what `restore` needs."""
+    return write_weights(base, fold_all(adapters, entry, survey), survey.used_paths)
 
 
 def restore(backups: dict[str, Backup]) -> None:

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from kitout.errors import Errors, NotMergeable
+from kitout.route import RouteEntry
 from kitout.runtime.hooks.class_swap import restore_class
 from kitout.runtime.merge.commit import tied_parameters, write_weights
 from kitout.runtime.merge.detached import copy_detached
 from kitout.runtime.merge.fold import fold_all
-from kitout.runtime.routing.route import RouteEntry, adapter_names
 from kitout.runtime.state import KitState
 
 
@@ -28,7 +28,7 @@ def plain_copy(state: KitState, entry: RouteEntry, check_saveable: bool = True) 
     cannot bring back raises NotMergeable, unless check_saveable is off.
     """
     with state.active.lock:
-        folded = fold_all({name: state[name] for name in adapter_names(entry)}, entry)
+        folded = fold_all({name: state[name] for name in state.names}, entry, state.survey)
     copied = copy_unhooked(state)
     tied = _tied_paths(copied)
     write_weights(copied, folded, state.survey.used_paths)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,16 @@ from kitout.base import weights
 from kitout.base.norm_gains import fold_into_norm
 from kitout.base.own_forward import check_blends, swapped_parameters, unhooked_forward
 from kitout.base.site import Site
+from kitout.base.survey import Survey
 from kitout.errors import Errors, NotMergeable
+from kitout.route import Average, Mix, RouteEntry, Stack, adapter_names, simplify
 from kitout.runtime.adapter import Adapter, conflict_with_head, trained_and_read
 from kitout.runtime.head import BLENDED, Head
 from kitout.runtime.merge.pairs import WeightBias, add_change, fold_adapter, working_dtype
+from kitout.runtime.modules.composed import ComposedTerm
 from kitout.runtime.modules.module_adapter import ModuleAdapter, SiteDelta
 from kitout.runtime.modules.terms import Single, SumOfRuns, Term, TermSequence, WeightedSum, build_term
-from kitout.runtime.routing.route import Mix, RouteEntry, Stack, adapter_names, simplify
+from kitout.runtime.routing.expand import expand
 
 MATRICES = ("linear", "conv", "embedding")
 MOST_ERRORS = 8
@@ -39,10 +43,19 @@ class FoldedWeights:
 
 
 @torch.no_grad()
-def fold_all(adapters_by_name: Mapping[str, Adapter], entry: RouteEntry) -> dict[str, FoldedWeights]:
-    """New weights for every module the entry's adapters sit at; all errors collected, NotMergeable raised once."""
-    adapters = [adapters_by_name[name] for name in dict.fromkeys(adapter_names(simplify(entry)))]
-    errors = Errors(NotMergeable, f"cannot merge {_describe(entry)}")
+def fold_all(
+    adapters_by_name: Mapping[str, Adapter], entry: RouteEntry, survey: Survey | None = None
+) -> dict[str, FoldedWeights]:
+    """New weights for every module the entry's adapters sit at; all errors collected, NotMergeable raised once.
+
+    survey: the model's, which an `Only` counts its layers by.
+    """
+    described = _describe(entry)
+    expanded, adapters_by_name = expand(entry, adapters_by_name, survey)
+    assert not isinstance(expanded, (tuple, Average))
+    entry = simplify(expanded)
+    adapters = [adapters_by_name[name] for name in dict.fromkeys(adapter_names(entry))]
+    errors = Errors(NotMergeable, f"cannot merge {described}")
     check_foldable(adapters, errors)
     errors.raise_if_any()
     folder = ModuleFolder(adapters, entry)
@@ -92,7 +105,7 @@ class ModuleFolder:
         module_adapters = self.module_adapters(path)
         singles = {name: Single(module_adapter) for name, module_adapter in module_adapters.items()}
         there = simplify(self.entry, singles.__contains__)
-        term = build_term(there, lambda name, _: singles[name])
+        term = build_term(there, partial(_single_of, singles), partial(_fixed_sum, module_adapters))
         if term is None:
             return FoldedWeights({})  # its changes cancel here
         inside = f"{path}." if path else ""
@@ -101,6 +114,16 @@ class ModuleFolder:
         if not any(_has_values(m) for m in module_adapters.values()):
             self._of_parents |= {inside + name: value for name, value in new.parameters.items()}
         return new
+
+
+def _single_of(singles: Mapping[str, Single], name: str, _: Sequence[Term]) -> Term:
+    return singles[name]
+
+
+def _fixed_sum(
+    module_adapters: Mapping[str, ModuleAdapter], name: str, parts: Sequence[Term | None], _: Sequence[Term]
+) -> Term:
+    return ComposedTerm(module_adapters[name], parts).as_weighted_sum()
 
 
 def _describe(entry: RouteEntry) -> str:
@@ -255,6 +278,13 @@ def fold_term(term: Term, pair: WeightBias, start: WeightBias, skips_unfoldable:
         for inner in term.terms:
             pair = fold_term(inner, pair, start, skips_unfoldable)
         return pair
+    if isinstance(term, ComposedTerm):
+        try:
+            return fold_term(term.as_weighted_sum(), pair, start, skips_unfoldable)
+        except NotMergeable:
+            if skips_unfoldable:
+                return pair
+            raise
     assert isinstance(term, WeightedSum)
     new = pair
     for inner, weight in term.terms:

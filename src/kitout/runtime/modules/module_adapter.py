@@ -6,8 +6,9 @@ Delta sees plain channels-last values. It knows nothing of rows, stacks or route
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from kitout.base.site import Site
 from kitout.base.weights import FrozenModule, as_stored, bias, fan_in, to_matrix, weight_matrix
 from kitout.delta import Delta
 from kitout.errors import RouteError
+from kitout.runtime.modules.real_positions import RealPositions
 
 
 class InputRelay:
@@ -25,6 +27,12 @@ class InputRelay:
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
+
+
+class Relay(Protocol):
+    """A value that one hook leaves for others; None while there is none. Rows see their own part of it."""
+
+    value: Tensor | None
 
 
 @dataclass(eq=False)
@@ -37,6 +45,8 @@ class SiteDelta:
     """What it does there."""
     relay: InputRelay | None = None
     """Where its input comes from; None: the module's own input."""
+    real_positions: RealPositions | None = None
+    """Which positions are real, for a Delta that averages over them; None where it is not to average."""
     frozen: FrozenModule | None = field(init=False)
     """The frozen module, for a Delta that reads its weight."""
     read_names: tuple[str, ...] = field(init=False, default=())
@@ -106,6 +116,27 @@ class SiteDelta:
         new = {weight: as_stored(self.site.module, new_w, stored.shape).to(stored.dtype)}
         return new if b is None or new_b is None else {**new, rest[0]: new_b.to(b.dtype)}
 
+    def combine(self, x: Tensor, y: Tensor, values: Sequence[Tensor], new: Tensor) -> Tensor:
+        """`new`, with what the Delta makes of y and of the parts' values in the channels of this site."""
+        x = self.input(x)
+        if self.site.role.startswith("sub.") and y.ndim < x.ndim:  # it flattens [rows, tokens] (experts)
+            x = x.reshape(*y.shape[:-1], x.shape[-1])
+        channels = self.site.channel_index
+        if self.real_positions is not None:
+            assert channels is None
+            return self.delta.combine(x, y, values, self.real_positions.of(y, self.site.path))
+        if self.site.channels_first:
+            y, *values = (value.movedim(1, -1) for value in (y, *values))
+        if channels is None:
+            combined = self.delta.combine(x, y, values)
+            return combined.movedim(-1, 1) if self.site.channels_first else combined
+        if isinstance(channels, slice):
+            combined = self.delta.combine(x, y[..., channels], [value[..., channels] for value in values])
+            return torch.cat((new[..., : channels.start], combined, new[..., channels.stop :]), -1)
+        index = channels.to(y.device)
+        own = [value.index_select(-1, index) for value in (y, *values)]
+        return new.index_copy(-1, index, self.delta.combine(x, own[0], own[1:]))
+
     def _run_on_channels(self, x: Tensor, y: Tensor, may_overwrite: bool) -> Tensor:
         span = self.site.channel_index
         if span is None:
@@ -137,13 +168,15 @@ class ModuleAdapter:
     """What replaces single parameters of it."""
     on_weights: tuple[SiteDelta, ...] = ()
     """What changes the weights that it multiplies by itself (port "weight")."""
+    on_parts: tuple[SiteDelta, ...] = ()
+    """What combines its output as other adapters leave it (port "parts")."""
     strength: float = 1.0
     """y + strength * (delta - y), likewise for a parameter."""
 
     @property
     def site(self) -> Site:
         """One of the sites here: they share a module."""
-        return (*self.on_output, *self.on_input, *self.on_parameters, *self.on_weights)[0].site
+        return (*self.on_parts, *self.on_output, *self.on_input, *self.on_parameters, *self.on_weights)[0].site
 
     @property
     def replaces_module(self) -> bool:
@@ -151,8 +184,9 @@ class ModuleAdapter:
         return self.strength == 1.0 and any(p.delta.replaces_module for p in self.on_output)
 
     @property
-    def relays(self) -> tuple[InputRelay, ...]:
-        return tuple(p.relay for p in self.on_output if p.relay is not None)
+    def relays(self) -> tuple[Relay, ...]:
+        relays: list[Relay] = [p.relay for p in (*self.on_parts, *self.on_output) if p.relay is not None]
+        return (*relays, *(p.real_positions for p in self.on_parts if p.real_positions is not None))
 
     @property
     def call_views(self) -> tuple[FrozenModule, ...]:
@@ -191,6 +225,15 @@ class ModuleAdapter:
         new = y
         for part in self.on_output:
             new = part(x, new, may_overwrite or new is not y)
+        return self._blend(y, new)
+
+    def combine(self, x: Tensor, y: Tensor, values: Sequence[Tensor]) -> Tensor:
+        """The module's output of what each part of a composition makes of it; x is the module's own input."""
+        if self.strength == 0.0:
+            return y
+        new = y
+        for part in self.on_parts:
+            new = part.combine(x, y, values, new)
         return self._blend(y, new)
 
     def _blend(self, old: Tensor, new: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from kitout.base.weights import FrozenModule, parameter_at
 from kitout.delta import Delta
 from kitout.errors import RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, first_tensor, original_class, replace_first_tensor
-from kitout.runtime.modules.module_adapter import InputRelay
+from kitout.runtime.modules.module_adapter import Relay
 from kitout.runtime.modules.terms import Term
 
 
@@ -35,7 +35,7 @@ def repack_output(y: Tensor, wrapping: Any) -> Any:
 class RelayInput:
     """The program of a module whose input other sites read. inner: its own program."""
 
-    def __init__(self, relays: Sequence[InputRelay], inner: Any = None) -> None:
+    def __init__(self, relays: Sequence[Relay], inner: Any = None) -> None:
         self.relays, self.inner = tuple(relays), inner
 
     def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -122,7 +122,7 @@ class WholeBatch:
         term: Term,
         replaces_module: bool,
         may_overwrite: bool,
-        relays: Sequence[InputRelay],
+        relays: Sequence[Relay],
         call_views: Sequence[FrozenModule] = (),
         names: Sequence[str] = (),
     ) -> None:

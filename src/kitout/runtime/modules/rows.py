@@ -20,7 +20,7 @@ from kitout.base.weights import FrozenModule
 from kitout.delta import Delta
 from kitout.errors import RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, first_tensor, replace_first_tensor
-from kitout.runtime.modules.module_adapter import InputRelay
+from kitout.runtime.modules.module_adapter import Relay
 from kitout.runtime.modules.programs import check_no_state, parameters_now, repack_output, unpack_output
 from kitout.runtime.modules.terms import Single, Term
 
@@ -72,7 +72,7 @@ class PerRow:
         terms: Sequence[Term | None],
         path: str,
         batch_relation: str,
-        relays: Sequence[InputRelay],
+        relays: Sequence[Relay],
         call_views: Sequence[FrozenModule] = (),
     ) -> None:
         self.row_plan, self.terms, self.path, self.batch_relation = row_plan, tuple(terms), path, batch_relation
@@ -217,7 +217,7 @@ def check_rows(path: str, batch_relation: str, rows: int, row_plan: RowPlan) -> 
 
 
 @contextmanager
-def _relayed(relays: Sequence[InputRelay], row_plan: RowPlan, entry: int) -> Iterator[None]:
+def _relayed(relays: Sequence[Relay], row_plan: RowPlan, entry: int) -> Iterator[None]:
     """The relays hold the values of the rows of one distinct entry alone."""
     if not relays:
         yield

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from kitout.base.own_forward import has_plain_forward
+from kitout.route import Combined, Mix, RouteEntry, Stack
 from kitout.runtime.modules.module_adapter import ModuleAdapter, check_blendable
-from kitout.runtime.routing.route import Mix, RouteEntry
 
 ROUNDING = 1e-12  # a sum of weights this close to 1 is 1
 
@@ -124,10 +124,10 @@ class WeightedSum:
         self.module_adapters = tuple(m for t, _ in terms for m in t.module_adapters)
 
     def map_parameters(self, parameters: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        return [_blend_parameters(parameters, [(term.map_parameters(parameters)[0], w) for term, w in self.terms])]
+        return [blend_parameters(parameters, [(term.map_parameters(parameters)[0], w) for term, w in self.terms])]
 
     def map_weights(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return _blend_parameters(parameters, [(term.map_weights(parameters), w) for term, w in self.terms])
+        return blend_parameters(parameters, [(term.map_weights(parameters), w) for term, w in self.terms])
 
     def map_input(self, x: Tensor) -> tuple[list[Tensor], Any]:
         mapped = [(term.map_input(x), w) for term, w in self.terms]
@@ -196,36 +196,45 @@ def _blend(old: Tensor, values: Sequence[tuple[Tensor, float]]) -> Tensor:
     return new
 
 
-def _blend_parameters(
+def blend_parameters(
     old: Mapping[str, Tensor], values: Sequence[tuple[Mapping[str, Tensor], float]]
 ) -> dict[str, Tensor]:
     return {name: value + sum(w * (new[name] - value) for new, w in values) for name, value in old.items()}
 
 
+SingleTerm = Callable[[str, Sequence[Term]], Term | None]
+CombinedTerm = Callable[[str, Sequence[Term | None], Sequence[Term]], Term]
+
+
 def build_term(
-    entry: RouteEntry, single: Callable[[str, Sequence[Term]], Term | None], stacked_on: Sequence[Term] = ()
+    entry: RouteEntry, single: SingleTerm, combined: CombinedTerm, stacked_on: Sequence[Term] = ()
 ) -> Term | None:
     """An entry's map at one module, or None where it has nothing there. The entry is simplified (`route.simplify`).
 
-    single: a name's own term there, on top of the terms before it (stacked_on).
+    single: a name's own term there, on top of the terms before it (stacked_on). combined: that of a composition, given
+    those of its parts.
     """
     if entry is None:
         return None
     if isinstance(entry, str):
         return single(entry, stacked_on)
+    if isinstance(entry, Combined):
+        parts = [build_term(part, single, combined, stacked_on) for part in entry.parts]
+        return combined(entry.name, parts, stacked_on)
     if isinstance(entry, Mix):
-        weighted = [(build_term(part, single, stacked_on), weight) for part, weight in entry.parts]
+        weighted = [(build_term(part, single, combined, stacked_on), weight) for part, weight in entry.parts]
         present = [(term, weight) for term, weight in weighted if term is not None]
-        return _weighted_sum(present, stacked_on) if present else None
+        return weighted_sum(present, stacked_on) if present else None
+    assert isinstance(entry, Stack)
     terms: list[Term] = []
     for part in entry.parts:
-        term = build_term(part, single, [*stacked_on, *terms])
+        term = build_term(part, single, combined, [*stacked_on, *terms])
         if term is not None:
             terms.append(term)
     return terms[0] if len(terms) == 1 else TermSequence(terms) if terms else None
 
 
-def _weighted_sum(terms: Sequence[tuple[Term, float]], stacked_on: Sequence[Term]) -> WeightedSum:
+def weighted_sum(terms: Sequence[tuple[Term, float]], stacked_on: Sequence[Term] = ()) -> WeightedSum:
     """With one run where one run is exact.
 
     Inputs may be blended before a map that is affine, and what does not read the output may be added to any.

@@ -21,12 +21,12 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 
 from kitout.errors import ForkedModel
+from kitout.route import Average, Route, adapter_names
 from kitout.runtime.hooks.class_swap import Hook, Program
 from kitout.runtime.modules.rows import RowPlan
 from kitout.runtime.output_width import OutputWidth
 from kitout.runtime.routing.calls import CallsInProgress
 from kitout.runtime.routing.recompute import PendingGraphs
-from kitout.runtime.routing.route import Route, adapter_names
 from kitout.runtime.virtual_tokens.forward_state import ForwardSlot, ForwardState
 
 MAX_STICKY = 256  # sticky choices that are remembered, should the later ones be entered by a `with` after all
@@ -44,6 +44,8 @@ class CompiledRoute:
     """What each hook runs."""
     num_rows: int | None = None
     """The rows the route names; None: it fits any batch."""
+    average: Average | None = None
+    """How the outputs of its rows, which are then copies of every row of the call, are averaged."""
     row_plan: RowPlan | None = None
     """Which row has which entry; None where all have the same."""
     media_plan: RowPlan | None = None

@@ -5,8 +5,8 @@ It knows routes and their compiled form, and nothing of adapters or tensors.
 
 from __future__ import annotations
 
+from kitout.route import Average, Mix, Only, Route, Stack, adapter_names
 from kitout.runtime.routing.active import CompiledRoute
-from kitout.runtime.routing.route import Mix, Route, Stack, adapter_names
 
 MAX_CACHED_ROUTES = 32  # of rows, stacks and mixes, which a caller can make without end
 
@@ -24,7 +24,7 @@ class RouteCache:
         return compiled
 
     def put(self, compiled: CompiledRoute) -> None:
-        composed = [r for r in self._compiled if isinstance(r, (tuple, Stack, Mix))]
+        composed = [r for r in self._compiled if isinstance(r, (tuple, Stack, Mix, Only, Average))]
         for old in composed[: max(0, len(composed) + 1 - MAX_CACHED_ROUTES)]:
             del self._compiled[old]
         self._compiled[compiled.route] = compiled

@@ -9,23 +9,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 
-from kitout.base.survey import Survey
+from kitout.base.survey import Survey, Tower
 from kitout.delta import KeyValue
 from kitout.errors import RouteError
+from kitout.route import Average, Route, RouteEntry, adapter_names, check_entry, simplify
 from kitout.runtime.adapter import Adapter, conflict_with_head, trained_and_read
-from kitout.runtime.hooks.class_swap import Hook, Program
+from kitout.runtime.hooks.class_swap import Hook, Program, original_class
+from kitout.runtime.modules.composed import ComposedTerm
 from kitout.runtime.modules.fast_path import WithoutFastPath, layers_around
 from kitout.runtime.modules.fused import fuse
-from kitout.runtime.modules.module_adapter import InputRelay, ModuleAdapter
+from kitout.runtime.modules.module_adapter import InputRelay, ModuleAdapter, SiteDelta
 from kitout.runtime.modules.programs import DirectDelta, RelayInput, SwapParameters, WholeBatch
+from kitout.runtime.modules.real_positions import RealPositions, RecordRealPositions, averaging_towers, is_averaging
 from kitout.runtime.modules.rows import PerRow, PerRowWeights, RowPlan
 from kitout.runtime.modules.stacked_weights import on_top_of
 from kitout.runtime.modules.terms import Single, Term, build_term
 from kitout.runtime.output_width import output_width
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
-from kitout.runtime.routing.route import Route, RouteEntry, adapter_names, simplify
+from kitout.runtime.routing.expand import expand
 from kitout.runtime.virtual_tokens.compile import VirtualTokenCompiler
 from kitout.runtime.virtual_tokens.forward_state import ForwardSlot
+from kitout.runtime.virtual_tokens.positions import parameter_names
 
 
 class RouteCompiler:
@@ -47,6 +51,17 @@ class RouteCompiler:
                 f"{removed[0]!r} was removed after the `with` that this context took it from had ended: choose another "
                 "route in this task or thread, or await it inside the `with`"
             )
+        expanded, adapters = expand(route, self.adapters, self.survey)
+        average = expanded if isinstance(expanded, Average) else None
+        if isinstance(expanded, Average):
+            expanded = tuple(part for part, _ in expanded.parts)
+        compiler = RouteCompiler(adapters, self.hooks, self.survey, self.active)
+        compiled = compiler.compile_expanded(expanded, kv_recorder)
+        compiled.route, compiled.average = route, average
+        return compiled
+
+    def compile_expanded(self, route: Route, kv_recorder: dict[str, KeyValue] | None = None) -> CompiledRoute:
+        """The same for a route whose compositions are taken apart."""
         row_plan, entries = _plan_rows(route)
         simplified = [simplify(entry) for entry in entries]
         names = dict.fromkeys(name for entry in simplified for name in adapter_names(entry))
@@ -60,14 +75,25 @@ class RouteCompiler:
                     f"{shared} is trained whole by one of {', '.join(adapter_names(entry))} and changed by another: "
                     "use them one at a time"
                 )
+        self.slot = slot = ForwardSlot()
+        averaging = self._averaging_towers(adapters)
         media_plan = None if row_plan is None or not self.survey.media else copy(row_plan)
         programs = self._module_programs(adapters, row_plan, media_plan, simplified)
+        for tower in averaging.values():
+            if tower.embedder is not None:
+                owner = self.survey.model.get_submodule(tower.embedder)
+                arguments = parameter_names(original_class(owner).forward)
+                place = arguments.index("attention_mask") if "attention_mask" in arguments else None
+                inner = programs.get(tower.embedder)
+                programs[tower.embedder] = RecordRealPositions(tower.path, slot, place, inner)
         num_rows = len(route) if isinstance(route, tuple) else None
         compiled = CompiledRoute(route, num_rows=num_rows, row_plan=row_plan, media_plan=media_plan)
         heads = {path: head for adapter in adapters for path, head in adapter.heads_by_path().items()}
         compiled.output_width = output_width(self.survey.model, heads) if heads else None
+        if averaging:
+            compiled.forward_slot = slot
         if kv_recorder is not None or any(a.prefixes or a.prompts for a in adapters):
-            compiled.forward_slot = ForwardSlot()
+            compiled.forward_slot = slot
             VirtualTokenCompiler(
                 programs,
                 entries,
@@ -78,7 +104,7 @@ class RouteCompiler:
                 self.survey,
                 compiled.forward_slot,
                 self.active,
-                self.compile,
+                self.compile_expanded,
             ).add_programs(kv_recorder)
         for path in layers_around(self.survey.model, programs):
             programs[path] = WithoutFastPath(programs.get(path))
@@ -124,8 +150,30 @@ class RouteCompiler:
             # A copy: the strength is that of this moment, also when activations are recomputed after it has changed.
             return Single(on_top_of(replace(self.adapters[name].by_module[path]), stacked_on))
 
-        term = build_term(entry, single)
+        def combined(name: str, parts: Sequence[Term | None], _: Sequence[Term]) -> Term:
+            fused = [None if part is None else fuse(part) for part in parts]
+            own = replace(self.adapters[name].by_module[path])
+            own.on_parts = tuple(map(self._with_real_positions, own.on_parts))
+            return ComposedTerm(own, fused)
+
+        term = build_term(entry, single, combined)
         return None if term is None else fuse(term)
+
+    def _averaging_towers(self, adapters: Iterable[Adapter]) -> dict[str, Tower]:
+        """The stacks where something is averaged over real positions, by path."""
+        return {
+            tower.path: tower for adapter in adapters for tower in averaging_towers(self.survey, adapter.site_deltas())
+        }
+
+    def _with_real_positions(self, part: SiteDelta) -> SiteDelta:
+        site = part.site
+        if not part.delta.averages_positions or site.layer is None or not is_averaging(self.survey, site.tower):
+            return part
+        if site.batch_relation == "multiple":
+            raise RouteError(f"{site.path} does not keep the positions of one row together: Gated has no average there")
+        part = copy(part)
+        part.real_positions = RealPositions(self.slot, site.tower)
+        return part
 
     def _program_for_batch(self, entry: RouteEntry, path: str) -> Program | None:
         term = self._term(entry, path)
@@ -153,7 +201,8 @@ class RouteCompiler:
                 f"{', '.join(_own_names(module_adapters))}, a parameter of {path or 'the model'} itself and of "
                 "no linear, norm or table; use one adapter for the whole batch"
             )
-        relays = [relay for m in module_adapters for relay in m.relays]
+        of_terms = [m for term in terms if term is not None for m in term.module_adapters]
+        relays = list(dict.fromkeys(relay for m in of_terms for relay in m.relays))
         call_views = [view for m in module_adapters for view in m.call_views]
         per_row = PerRow(row_plan, terms, path, self._relation(path, batch_relation), relays, call_views)
         read = next((part.site for m in module_adapters for part in m.on_weights), None)
@@ -172,7 +221,7 @@ class RouteCompiler:
 def _plan_rows(route: Route) -> tuple[RowPlan | None, list[RouteEntry]]:
     """The distinct entries, and which row has which; no plan where all rows have the same."""
     if not isinstance(route, tuple):
-        return None, [route]
+        return None, [check_entry(route)]
     distinct = list(dict.fromkeys(route))
     if len(distinct) == 1:
         return None, distinct
@@ -190,7 +239,7 @@ def _program_for_values(term: Term, module_adapters: Sequence[ModuleAdapter], na
             if not (delta.reads_weight or delta.replaces_module):
                 return DirectDelta(delta)
         return WholeBatch(term, single.replaces_module, site.kind == "linear", single.relays, single.call_views)
-    relays = [relay for m in module_adapters for relay in m.relays]
+    relays = list(dict.fromkeys(relay for m in term.module_adapters for relay in m.relays))
     call_views = [view for m in module_adapters for view in m.call_views]
     return WholeBatch(term, False, site.kind == "linear", relays, call_views, names)
 

@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Generic, TypeVar
 from weakref import ref
 
+from kitout.route import Route
 from kitout.runtime.routing.active import RouteActivation, WithBlock
-from kitout.runtime.routing.route import Route
 from kitout.runtime.state import KitState
 
 T = TypeVar("T")

@@ -16,12 +16,13 @@ from kitout.base.survey import Survey, Tower
 from kitout.base.token_limit import num_positions
 from kitout.delta import KeyValue
 from kitout.errors import RouteError
+from kitout.route import RouteEntry, Stack, adapter_names
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.hooks.class_swap import Program, original_class
 from kitout.runtime.modules.module_adapter import SiteDelta
+from kitout.runtime.modules.real_positions import averaging_towers
 from kitout.runtime.modules.rows import RowPlan
 from kitout.runtime.routing.active import ActiveRoute, CompiledRoute
-from kitout.runtime.routing.route import RouteEntry, Stack, adapter_names
 from kitout.runtime.virtual_tokens.forward_state import ForwardSlot
 from kitout.runtime.virtual_tokens.image_tokens import ImageTokenBlock, ImageTokenGroup, ImageTokens
 from kitout.runtime.virtual_tokens.layout import TokenKind, TokenLayout, layout_of, prefixes_then_prompts
@@ -42,7 +43,8 @@ CompileEntry = Callable[[RouteEntry, KeyValueRecorder], CompiledRoute]
 
 
 def modules_to_hook(adapter: Adapter, survey: Survey) -> Iterator[str]:
-    """Every module that an adapter's prompts and prefixes need a hook at."""
+    """Every module that an adapter's prompts and prefixes, or its averages over positions, need a hook at."""
+    yield from (tower.embedder or "" for tower in averaging_towers(survey, adapter.site_deltas()))
     yield from adapter.prefixes
     yield from (s.path for s in survey.kv_sites if s.shares_kv_of in adapter.prefixes)
     for tower in survey.towers:

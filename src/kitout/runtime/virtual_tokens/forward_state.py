@@ -24,6 +24,8 @@ class ForwardState:
     """Tower -> [B or 1, T]: the position of each query in its row's text, counted without virtual tokens."""
     own_positions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Tower -> the position ids that its blocks are given, and those of the text without virtual tokens."""
+    real_positions: dict[str, Tensor] = field(default_factory=dict)
+    """Tower -> [B, T]: 1 or true where a position of its sequence is no padding; none where all are real."""
     pending_rewrites: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
     """Path of a table -> what to do to its next output (token table) or input (position table)."""
     prompt_kv: dict[str, list[KeyValue | None]] = field(default_factory=dict)

@@ -63,7 +63,7 @@ def names_a_method(name: str) -> bool:
 
 @cache
 def _own_names() -> frozenset[str]:
-    files = (fold_name(file.stem) for file in METHODS_FOLDER.glob("*.py") if not file.stem.startswith("_"))
+    files = (fold_name(file.stem) for file in METHODS_FOLDER.rglob("*.py") if not file.stem.startswith("_"))
     return frozenset([*files, *map(fold_name, VARIANTS)])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,13 +142,14 @@ class StepRunner:
             is_last = micro_batch is micro_batches[-1]
             with contextlib.nullcontext() if is_last else no_sync(model):
                 losses, batch = self._forward(model, micro_batch, num_targets, step)
-                backward(losses.total)
+                total = losses.total + self._penalty(micro_batch, rows)
+                backward(total)
             for clock, seconds in enumerate(watch.elapsed()):
                 for j, _ in micro_batch.rows:
                     self.job_seconds[j][clock] += seconds / len(micro_batch.rows)
             if micro_batch.is_padding:
                 continue
-            result.total += losses.total.detach()
+            result.total += total.detach()
             result.tokens += batch.num_tokens
             result.padded += batch.num_padded_tokens
             by_row = zip(micro_batch.rows, losses.per_example.tolist(), losses.num_targets.tolist(), strict=True)
@@ -196,6 +198,18 @@ class StepRunner:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), self.kit.use(route):
             torch.manual_seed(combine_seeds(jobs[0].settings.seed, step, micro_batch.number, distributed.rank()))
             return objective.losses(model, batch, weights), batch
+
+    def _penalty(self, micro_batch: MicroBatch, rows: StepRows) -> Tensor | float:
+        """A micro-batch's share of what the jobs' adapters add to their losses, once per step (`Delta.penalty`)."""
+        total: Tensor | float = 0.0
+        if micro_batch.is_padding:
+            return total
+        here, everywhere = (Counter(j for j, _ in each) for each in (micro_batch.rows, rows))
+        for j, count in here.items():
+            penalty = self.kit[self.jobs[j].name].penalty()
+            if penalty is not None:
+                total = total + penalty * (distributed.world_size() * count / everywhere[j])
+        return total
 
     def pop_losses(self) -> dict[str, float]:
         """Each job's loss per target since the last call, over all processes; a job without a target is left out."""
