@@ -25,7 +25,7 @@ PACKAGES = {"PIL": "pillow", "google": "onnx", "ruamel": "ruamel-yaml", "annotat
     "pydantic_core": "pydantic", "typing_extensions": "pydantic"
 }  # fmt: skip
 # Imported by those who have them, each behind a message or by the name of its module.
-CHOSEN = {"timm", "torchao", "trl"}
+CHOSEN = {"peft", "timm", "torchao", "trl"}
 
 
 @cache

@@ -103,7 +103,9 @@ def test_the_analyst_gets_answers_to_a_file(journey: list[str]) -> None:
             logits = kit(**tokenizer(row["text"], return_tensors="pt")).logits
             shares = logits.float().softmax(-1)[0]
         assert row["label"] == ["bad", "good"][int(shares.argmax())]
-        assert float(row["probability"]) == pytest.approx(float(shares.max()), abs=1e-4 if dtype == torch.float32 else 1e-2)
+        assert float(row["probability"]) == pytest.approx(
+            float(shares.max()), abs=1e-4 if dtype == torch.float32 else 1e-2
+        )
     assert any(label in journey[1] for label in ("good", "bad"))
 
 

@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("interop", "predict"),
     ("train",),
     ("evaluate",),
+    ("fuse",),
     ("model_check", "peft_folders"),
     ("kit",),
     ("files",),

@@ -2,6 +2,9 @@
 from kitout import errors as errors
 from kitout.delta import Delta as Delta
 from kitout.evaluate.part_weights import attention as attention
+from kitout.fuse.arithmetic import combine as combine
+from kitout.fuse.convert import convert as convert
+from kitout.fuse.extract import extract as extract
 from kitout.interop.reference import reference as reference
 from kitout.kit import Kit as Kit
 from kitout.kit import attach as attach

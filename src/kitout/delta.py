@@ -7,7 +7,7 @@ of names, batches, other adapters or files; this module knows no method and no m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,6 +15,17 @@ from kitout.base.weights import FrozenModule
 from kitout.errors import NotMergeable
 
 KeyValue = tuple[Tensor, Tensor]  # keys, values
+
+
+class LowRankChange(NamedTuple):
+    """A fold as a product and a shift: w + b a, bias + shift. None: that part is not changed."""
+
+    a: Tensor | None
+    """[r, d_in]."""
+    b: Tensor | None
+    """[d_out, r], any scale of the product in it."""
+    shift: Tensor | None
+    """[d_out]."""
 
 
 class Delta(nn.Module):
@@ -104,6 +115,10 @@ class Delta(nn.Module):
         Raises NotMergeable where no weights give the same function. Never writes to w or b.
         """
         raise NotMergeable(f"{type(self).__name__} is not a linear map: no weights give the same function")
+
+    def low_rank_change(self) -> LowRankChange | None:
+        """What `fold` adds, as factors, in which arithmetic stays; None where it is no product of low rank."""
+        return None
 
     def parameter_values(self) -> dict[str, Tensor] | None:
         """Whole parameters by name, for a trained copy of a module that is neither a matrix nor a norm."""

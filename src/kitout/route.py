@@ -91,7 +91,7 @@ class Average:
 
 
 @dataclass(frozen=True)
-class Combined:
+class Composed:
     """An adapter that makes something of what its parts make of each module (a learned mixture, say).
 
     Not for users, who write its name: compiling a route puts it in the name's place.
@@ -103,13 +103,13 @@ class Combined:
     """Its parts, in its own order; None where one has nothing."""
 
 
-RouteEntry = str | Stack | Mix | Only | Combined | None
+RouteEntry = str | Stack | Mix | Only | Composed | None
 Route = RouteEntry | Average | tuple[RouteEntry, ...]
 
 
 def check_entry(value: object) -> RouteEntry:
     """One entry, or a RouteError that says what an entry can be."""
-    if value is None or isinstance(value, (str, Stack, Mix, Only, Combined)):
+    if value is None or isinstance(value, (str, Stack, Mix, Only, Composed)):
         return value
     if isinstance(value, Average):
         raise RouteError(f"{value!r} averages whole outputs: it is a route by itself, and no entry or row of another")
@@ -144,11 +144,11 @@ def simplify(entry: RouteEntry, acts: Callable[[str], bool] | None = None) -> Ro
     if isinstance(entry, Only):
         remaining = simplify(entry.entry, acts)
         return None if remaining is None else Only(remaining, entry.layers)
-    if isinstance(entry, Combined):
+    if isinstance(entry, Composed):
         if acts is not None and not acts(entry.name):
             return None
         found = tuple(simplify(part, acts) for part in entry.parts)
-        return entry.name if all(part is None for part in found) else Combined(entry.name, found)
+        return entry.name if all(part is None for part in found) else Composed(entry.name, found)
     assert isinstance(entry, Mix)
     weights: dict[Any, float] = {}
     for part, weight in ((simplify(part, acts), weight) for part, weight in entry.parts if weight):
@@ -173,7 +173,7 @@ def adapter_names(value: Route) -> Iterator[str]:
             yield from adapter_names(part)
     elif isinstance(value, Only):
         yield from adapter_names(value.entry)
-    elif isinstance(value, Combined):
+    elif isinstance(value, Composed):
         yield value.name
         for part in value.parts:
             yield from adapter_names(part)

@@ -203,7 +203,7 @@ def test_what_sees_other_positions_is_wrong_with_a_cache(monkeypatch: pytest.Mon
     def with_mean(original: Any, delta: LowRankDelta, x: Tensor, y: Tensor, *rest: Any, **more: Any) -> Tensor:
         return original(delta, x, y, *rest, **more) + x.mean()
 
-    patched(monkeypatch, LowRankDelta, "_add_change", with_mean)
+    patched(monkeypatch, LowRankDelta, "add_change", with_mean)
     found = kitout.check(model_of("llama"), LORA, columns=["cache"])
     assert outcomes(found) == {"cache": "wrong"}
 
@@ -219,7 +219,7 @@ CHANGES = {  # of what a LoRA adds -> what its cell says
 
 @pytest.mark.parametrize(("message", "change"), CHANGES.items(), ids=["nothing", "nan", "cut"])
 def test_an_effect_that_is_none(monkeypatch: pytest.MonkeyPatch, change: Any, message: str) -> None:
-    patched(monkeypatch, LowRankDelta, "_add_change", change)
+    patched(monkeypatch, LowRankDelta, "add_change", change)
     monkeypatch.setattr(LowRankDelta, "fused_linear", lambda *args: None)
     found = kitout.check(model_of("bert"), LORA, columns=["effect"])
     assert outcomes(found) == {"effect": "wrong"}
@@ -259,7 +259,7 @@ def test_an_output_that_a_call_before_changes_is_wrong(monkeypatch: pytest.Monke
         calls.append(len(calls))
         return original(*args, **more) + 1e-3 * len(calls)
 
-    patched(monkeypatch, LowRankDelta, "_add_change", counting)
+    patched(monkeypatch, LowRankDelta, "add_change", counting)
     cell = kitout.check(model_of("bert"), LORA, columns=["effect"]).cells["LoRA", "effect"]
     assert cell.outcome == "wrong"
     assert cell.message.startswith("the same call, after one of the base, differs by")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +64,24 @@ def train(model: Path, data: Any, out: Path, **more: Any) -> dict[str, Any]:
     return dict(kitout.train(settings, log=lambda _line: None).figures)
 
 
+@pytest.fixture(scope="module")
+def run_of(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """Task -> the figures of its run and the run's folder; each is trained once, when it is first asked for."""
+
+    @functools.cache
+    def run(name: str) -> tuple[dict[str, Any], Path]:
+        model, rows = TASKS[name]
+        root = tmp_path_factory.mktemp("run")
+        return train(models[model], str(jsonl(root / "d.jsonl", rows)), root / "out"), root / "out"
+
+    return run
+
+
 @pytest.fixture(scope="module", params=TASKS)
-def trained(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def trained(request: pytest.FixtureRequest, run_of: Callable[[str], Any]) -> Any:
     """One run per task, its rows, its figures and the adapter loaded again."""
-    model, rows = TASKS[request.param]
-    root = tmp_path_factory.mktemp("run")
-    figures = train(models[model], str(jsonl(root / "d.jsonl", rows)), root / "out")
-    return request.param, rows, figures, kitout.load(root / "out" / "adapter"), root / "out"
+    figures, out = run_of(request.param)
+    return request.param, TASKS[request.param][1], figures, kitout.load(out / "adapter"), out
 
 
 def test_a_text_and_a_row_and_a_list(trained: Any) -> None:
@@ -131,26 +144,25 @@ def test_predictions_are_those_of_the_run(trained: Any) -> None:
         assert [labels.index(p.label) for p in predictions] == report
 
 
-def test_equal_to_the_kit_by_hand(models: dict[str, Path], tmp_path: Path) -> None:
+def test_equal_to_the_kit_by_hand(models: dict[str, Path], run_of: Callable[[str], Any]) -> None:
     rows = TASKS["classification"][1]
-    train(models["encoder"], str(jsonl(tmp_path / "d.jsonl", rows)), tmp_path / "out")
-    predictor = kitout.load(tmp_path / "out")  # the run folder is taken too
+    _, out = run_of("classification")
+    predictor = kitout.load(out)  # the run folder is taken too
     model = transformers.AutoModelForSequenceClassification.from_pretrained(models["encoder"], num_labels=2)
     kit = kitout.attach(model.eval())
-    kit.load(tmp_path / "out" / "adapter", name="mine")
+    kit.load(out / "adapter", name="mine")
     kit.use("mine")
     batch = predictor.tokenizer(rows[0]["text"], return_tensors="pt")
     with torch.no_grad():
         by_hand = kit(**batch).logits.softmax(-1)[0].tolist()
     assert list(predictor(rows[0]["text"]).probabilities.values()) == pytest.approx(by_hand, abs=1e-6)
-    predictor.use(None)
-    assert predictor(rows[0]["text"]).label in ("good", "bad")
+    predictor.use(None)  # the checkpoint holds no classifier: its answers would be random
+    with pytest.raises(ConfigError, match="the base has no trained classifier"):
+        predictor(rows[0]["text"])
 
 
-def test_chat_and_generate(models: dict[str, Path], tmp_path: Path) -> None:
-    rows = TASKS["messages"][1]
-    train(models["decoder"], str(jsonl(tmp_path / "d.jsonl", rows)), tmp_path / "out")
-    p = kitout.load(tmp_path / "out" / "adapter")
+def test_chat_and_generate(run_of: Callable[[str], Any]) -> None:
+    p = kitout.load(run_of("messages")[1] / "adapter")
     answer = p.chat([{"role": "user", "content": "the cat"}], max_new_tokens=6)
     assert "".join(p.chat("the cat", max_new_tokens=6, stream=True)).strip() == answer
     assert p("the cat").text.startswith(answer[:2])
@@ -204,12 +216,12 @@ def test_no_path_of_the_training_machine(trained: Any, models: dict[str, Path]) 
     assert str(out) not in text
 
 
-def test_a_base_that_is_not_found_and_another_base(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_base_that_is_not_found_and_another_base(
+    models: dict[str, Path], run_of: Callable[[str], Any], tmp_path: Path
+) -> None:
     import shutil
 
-    rows = TASKS["classification"][1]
-    train(models["encoder"], str(jsonl(tmp_path / "d.jsonl", rows)), tmp_path / "out")
-    shutil.copytree(tmp_path / "out" / "adapter", tmp_path / "alone")  # away from its run.yaml
+    shutil.copytree(run_of("classification")[1] / "adapter", tmp_path / "alone")  # away from its run.yaml
     with pytest.raises(ConfigError, match="base='FOLDER'"):
         kitout.load(tmp_path / "alone")
     assert kitout.load(tmp_path / "alone", base=models["encoder"])("the cat").label in ("good", "bad")
@@ -223,6 +235,21 @@ def test_a_base_that_is_not_found_and_another_base(models: dict[str, Path], tmp_
         kitout.load(tmp_path / "alone", base=tmp_path / "other")
     with pytest.raises(FileError, match="holds no adapter"):
         kitout.load(tmp_path / "other")
+
+
+def test_a_dtype_or_a_device_that_is_none(models: dict[str, Path]) -> None:
+    for wrong in ("int3", torch.float64, 16):
+        found = str(wrong).removeprefix("torch.")
+        with pytest.raises(ConfigError, match=f"dtype: expected 'auto', .* or 'float16', found '{found}'") as raised:
+            kitout.load(base=models["decoder"], dtype=wrong)
+        assert "pydantic" not in str(raised.value)
+    with pytest.raises(ConfigError, match=r"device: expected 'auto', 'cpu' or 'cuda', found 'tpu'"):
+        kitout.load(base=models["decoder"], device="tpu")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(models["decoder"], dtype=torch.float32)
+    for dtype, words in (("int3", "expected 'auto'"), ("bfloat16", "base is a model already, and not in bfloat16")):
+        with pytest.raises(ConfigError, match=words):
+            kitout.load(base=model, dtype=dtype)
+    assert kitout.load(base=model, dtype="float32").kit.base is model
 
 
 def test_an_adapter_without_a_task(models: dict[str, Path], tmp_path: Path) -> None:

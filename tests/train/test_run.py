@@ -81,7 +81,9 @@ def instruction_rows(number: int) -> list[dict[str, str]]:
     return [{"instruction": "good or bad?", "input": r["text"], "output": r["label"]} for r in reviews(number)]
 
 
-def test_instructions_from_a_file_to_a_tested_adapter(models: dict[str, Path], tmp_path: Path) -> None:
+def test_instructions_from_a_file_to_a_tested_adapter(
+    models: dict[str, Path], tmp_path: Path, drawn_plots: None
+) -> None:
     data = jsonl(tmp_path / "train.jsonl", instruction_rows(80))
     out = tmp_path / "out"
     result, output = run(models["decoder"], str(data), out, train={"epochs": 2.0, "steps": None, "lr": 1e-2})
@@ -185,7 +187,7 @@ def colors(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_images(models: dict[str, Path], colors: Path, tmp_path: Path) -> None:
+def test_images(models: dict[str, Path], colors: Path, tmp_path: Path, drawn_plots: None) -> None:
     data = {"train": str(colors), "test": 8, "validation": 4}
     result, _ = run(models["vision"], data, tmp_path / "out", train={"steps": 8, "lr": 5e-3})
     assert result.figures["objective"] == "image_classification"
@@ -199,7 +201,7 @@ def test_images(models: dict[str, Path], colors: Path, tmp_path: Path) -> None:
     assert (row["metric"], row["score"]["value"], row["examples"]) == ("accuracy", accuracy.tuned.value, 64)
 
 
-def test_jobs_at_once_each_with_its_own(models: dict[str, Path], tmp_path: Path) -> None:
+def test_jobs_at_once_each_with_its_own(models: dict[str, Path], tmp_path: Path, drawn_plots: None) -> None:
     one, two = (
         jsonl(tmp_path / "one.jsonl", instruction_rows(40)),
         jsonl(tmp_path / "two.jsonl", instruction_rows(60)[::-1]),

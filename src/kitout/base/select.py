@@ -176,6 +176,11 @@ def names_a_group(word: str) -> bool:
     return word == "all-linear" or word.startswith("re:") or _has_wildcard(word)
 
 
+def word_for(path: str) -> str:
+    """A word that selects the module at this path, also where the path reads like a role ("head", "norm")."""
+    return path if path and not _is_role(path) else f"re:{re.escape(path)}"
+
+
 def _has_wildcard(word: str) -> bool:
     return any(c in word for c in "*?[")
 

@@ -195,7 +195,14 @@ def linear_scale(site: Site) -> float:
     else:
         x = torch.randn(2, w.shape[1], generator=generator)  # a sublayer's site may read something narrower
     x = x.to(w.device, w.dtype) if x.is_floating_point() else x.to(w.device)
-    y, expected, b = unhooked_forward(module)(module, x), apply_weight(site, x, w), bias(module)
+    try:
+        y = unhooked_forward(module)(module, x)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:  # it takes something else
+        raise NotMergeable(
+            f"{type(module).__name__} does more than multiply by its weight, so no weight gives the same function "
+            f"({type(error).__name__} on plain input)"
+        ) from None
+    expected, b = apply_weight(site, x, w), bias(module)
     expected = expected if b is None else expected + b
     scale = 1.0
     if isinstance(module, nn.Embedding) and y.shape == expected.shape:

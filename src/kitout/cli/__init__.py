@@ -23,16 +23,22 @@ VERBS = {
     "assets": "List, fetch and locate the built-in models and data sets, for example: kitout assets get smollm2-135m "
     "tweets",
     "chat": "Chat with adapters, or with a model. /help lists what else a line can say.",
+    "combine": "Make one adapter of several: a weighted sum, or one of ten other rules.",
     "compare": "Compare finished runs: metrics on the test split with intervals, trainable parameters, time, memory.",
+    "convert": "Write an adapter in another form: as LoRA of a rank, as trained copies, a prompt as a prefix.",
     "demo": "Fine-tune and evaluate on a built-in model and data, in minutes: text (the default) or vision.",
     "doctor": "Show versions, device, speed of dtypes, memory, cache and optional parts, and say what is wrong.",
     "export": "Write an adapter in the format of another library, which loads it again where it is installed.",
+    "extract": "Write the difference of a fine-tuned model from its base as a LoRA.",
     "inspect": "Show where adapters can be placed in a model: sites by role, layer and width. Loads no weights.",
     "merge": "Merge adapters into their base and write a plain transformers folder, which needs no kitout.",
     "methods": "List the methods: what each trains, where, its learning rate and weight decay, whether it merges.",
     "predict": "Predict with an adapter: columns are added to a table, a text gets a line.",
     "train": "Train an adapter on your data, evaluate it against the base, write a report.",
 }  # fmt: skip
+
+FOLDERS = {"combine": "fusion.", "convert": "fusion.", "extract": "fusion."}
+"""Verb -> the folder of its file, where it is not cli/ itself."""
 
 
 class VerbGroup(TyperGroup):
@@ -50,7 +56,7 @@ class VerbGroup(TyperGroup):
 
 def load_verb(name: str) -> Any:
     """The command of a verb, from its file."""
-    module = vars(importlib.import_module(f"kitout.cli.{name}"))
+    module = vars(importlib.import_module(f"kitout.cli.{FOLDERS.get(name, '')}{name}"))
     verb = module.get("app")
     if verb is None:
         verb = typer.Typer(add_completion=False)

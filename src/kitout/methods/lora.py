@@ -39,7 +39,8 @@ class LoRA(Method):
     targets, "all" every bias of the model. lora_bias: a bias on every target, also where there is none. init:
     "default", or "pissa" (A and B start as the principal directions of W, whose product is subtracted again, so a new
     adapter is the identity). clip_rank: a site too narrow for the rank takes the rank it can hold, at the same scale;
-    False: the rank as it is, even above the width, as PEFT has it.
+    False: the rank as it is, even above the width, as PEFT has it. energy: in place of a rank, for `kitout.combine` and
+    `kitout.convert` only: the share of the squared singular values that each site keeps.
     """
 
     training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3, weight_decay=0.01)
@@ -54,6 +55,7 @@ class LoRA(Method):
     lora_bias: bool = False
     init: Literal["default", "pissa"] = "default"
     clip_rank: bool = True
+    energy: float | None = Field(default=None, gt=0.0, le=1.0)
 
     @field_validator("rank")
     @classmethod
@@ -75,12 +77,15 @@ class LoRA(Method):
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without clip_rank where it is the default: a file that does not need it is the one of earlier versions."""
+        """Without clip_rank and energy at their defaults: a file that needs neither is the one of earlier versions."""
         settings: dict[str, Any] = dump(self)
-        return {key: value for key, value in settings.items() if key != "clip_rank" or not value}
+        defaults = {"clip_rank": True, "energy": None}
+        return {key: value for key, value in settings.items() if key not in defaults or value != defaults[key]}
 
     @model_validator(mode="after")
-    def _check_init(self) -> LoRA:
+    def _check_settings(self) -> LoRA:
+        if self.energy is not None and "rank" in self.model_fields_set:
+            raise ValueError("energy chooses a rank for each site: give rank or energy, not both")
         if self.dora and self.init == "pissa":
             raise ValueError(
                 "dora=True starts from the whole weight and pissa from its principal directions: choose one"
@@ -89,6 +94,11 @@ class LoRA(Method):
 
     def sites(self, survey: Survey) -> list[Site]:
         """The selected sites. TargetError for a sublayer; ConfigError for a rank that no site named for it can hold."""
+        if self.energy is not None:
+            raise ConfigError(
+                f"energy={self.energy:g} chooses ranks for a change that exists, in kitout.combine and kitout.convert; "
+                "a new adapter takes rank="
+            )
         sites = super().sites(survey)
         errors = Errors(TargetError, "LoRA")
         for role in sorted({s.role for s in sites if s.role in COMPOSITE_ROLES}):
@@ -132,7 +142,7 @@ class LoRA(Method):
         order = {site.path: i for i, site in reversed(list(enumerate(survey.sites)))}
         return sorted([*targets, *others], key=lambda site: order[site.path])
 
-    def _has_shift(self, site: Site) -> bool:
+    def trains_bias_at(self, site: Site) -> bool:
         """A bias is trained at this target: one of an output, not of a row of a table."""
         is_trained = self.lora_bias or (self.bias != "none" and bias(site.module, site.bias_name) is not None)
         return is_trained and site.port != "in" and site.kind in BIASED_KINDS
@@ -186,7 +196,7 @@ class LoRA(Method):
             if rank > max_rank(site):
                 raise ConfigError(f"{site.path} has {max_rank(site)} principal directions: pissa has no rank {rank}")
             a, b = pissa_factors(frozen_weight(site), rank, scale)
-        is_shifted = self._has_shift(site)
+        is_shifted = self.trains_bias_at(site)
         if self.dora:
             dora = ShiftedDoRA if is_shifted else DoRADelta
             return dora(a, b, frozen_weight(site).norm(dim=1), scale, self.dropout)
@@ -200,7 +210,7 @@ class LoRA(Method):
     def num_parameters(self, sites: Sequence[Site]) -> int:
         targets = [s for s in sites if s.parameter_names != BIAS]
         pairs = sum(self.rank_at(s) * (fan_in(s) + s.d_out) for s in targets)
-        shifts = sum(s.d_out for s in sites if s.parameter_names == BIAS or self._has_shift(s))
+        shifts = sum(s.d_out for s in sites if s.parameter_names == BIAS or self.trains_bias_at(s))
         return pairs + shifts + (sum(s.d_out for s in targets) if self.dora else 0)
 
 

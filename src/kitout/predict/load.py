@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from kitout.data.encode.template_date import fix_template_date
@@ -28,6 +29,7 @@ from kitout.kit import Kit, attach
 from kitout.peft_folders import load_peft
 from kitout.predict.predictor import Predictor
 from kitout.predict.saved_adapters import SavedAdapter, read_folders
+from kitout.train.config.error_messages import explain
 from kitout.train.config.schema import ModelConfig
 from kitout.train.config.yaml_file import read_yaml
 from kitout.train.objectives.tasks import TASKS, Task
@@ -56,6 +58,9 @@ def load(
     saved = read_folders(folders, verify)
     task_name = _task_of(saved, task)
     if isinstance(base, nn.Module):
+        requested = _model_config("model", None, device, dtype).dtype
+        if requested not in ("auto", str(next(base.parameters()).dtype).removeprefix("torch.")):
+            raise ConfigError(f"base is a model already, and not in {requested}: leave out dtype=, or convert it first")
         return _on_model(saved, base, tokenizer, task_name, verify)
     usage = next((one.usage for one in saved if one.usage is not None), None)
     name = find_base(saved, base)
@@ -74,7 +79,9 @@ def load(
     placement = base_model.choose_placement(config)
     loaded = base_model.load_model(config, used_task, placement, labels, pad_token_id if is_missing else None)
     kit = base_model.attach_for_training(loaded, config, used_task, placement, 0, image_size).kit
-    return _assemble(kit, saved, used_task, own_tokenizer, pad_token_id, config, verify)
+    predictor = _assemble(kit, saved, used_task, own_tokenizer, pad_token_id, config, verify)
+    predictor.untrained_heads = loaded.new_heads
+    return predictor
 
 
 def _on_model(
@@ -209,8 +216,9 @@ def _model_config(name: str, usage: UsageRecord | None, device: str, dtype: str 
         }
     try:
         return ModelConfig(**fields)
-    except ValueError as error:
-        raise ConfigError(f"the base cannot be loaded so: {str(error)[:400]}") from error
+    except ValidationError as error:
+        problems = "; ".join(explain(error, ModelConfig))
+        raise ConfigError(f"the base cannot be loaded so: {problems}") from error
 
 
 def _made_up_usage(kit: Kit, task: Task, tokenizer: Any, config: ModelConfig, name: str | None) -> UsageRecord:

@@ -90,6 +90,7 @@ class Predictor:
         self.kit, self.tokenizer, self.usages = kit, tokenizer, dict(usages)
         self._pad_token_id, self._pixels, self._chat_template = pad_token_id, pixels, chat_template
         self._preprocessing: dict[str, Preprocessing] = {}
+        self.untrained_heads: frozenset[str] = frozenset()  # modules of the base that its checkpoint does not hold
         self._lock = threading.Lock()  # languages, generation settings and modes of the model are everybody's
 
     @property
@@ -138,6 +139,8 @@ class Predictor:
         if not inputs:
             return []
         preprocessing = self.preprocessing
+        if self.kit.active is None and (untrained := sorted(self.untrained_heads)):
+            raise ConfigError(f"the base has no trained {', '.join(untrained)}: use an adapter, {self.names}")
         with self._lock, eval_mode(self.kit.base, self.kit), torch.no_grad():
             self._set_languages(preprocessing)
             if preprocessing.task.generates_text:

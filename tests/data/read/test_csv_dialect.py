@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kitout.data.examples.examples import LabeledText
+from kitout.data.read import tables
 from kitout.data.read.csv_dialect import find_separator
 from kitout.data.read.sources import load_examples
 from kitout.data.read.tables import DataError
@@ -59,4 +60,11 @@ def test_a_quote_that_does_not_close_names_the_line_where_its_row_begins(
 ) -> None:
     (tmp_path / "x.csv").write_text(content)
     with pytest.raises(DataError, match=rf"x\.csv line {line}: not a readable table .* begins with a quote"):
+        load_examples(tmp_path / "x.csv")
+
+
+def test_a_quote_that_takes_in_more_than_a_field_may_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "MAX_ROW_CHARS", 20)
+    (tmp_path / "x.csv").write_text('text,label\na,1\n"b,2\n' + "c,3\n" * 20)
+    with pytest.raises(DataError, match=r"x\.csv lines 3 to 8: a field of more than 20 .* begins with a quote"):
         load_examples(tmp_path / "x.csv")

@@ -229,12 +229,18 @@ def _iter_csv(path: Path) -> Iterator[_ReadRow]:
                 else:
                     yield reader.line_num, row
         except csv.Error as error:
-            raise DataError(
-                f"{path} line {line}: not a readable table ({error}); a field that begins with a quote ends with one, "
-                'and a quote inside it is doubled ("")'
-            ) from error
+            raise DataError(f"{path} {_csv_problem(str(error), line, reader.reader.line_num)}") from error
         finally:
             csv.field_size_limit(limit)
+
+
+def _csv_problem(message: str, first: int, last: int) -> str:
+    """What is wrong with the row of these lines. A field over the limit may be one whose quote does not close."""
+    quotes = 'a field that begins with a quote ends with one, and a quote inside it is doubled ("")'
+    if "field limit" not in message:
+        return f"line {first}: not a readable table ({message}); {quotes}"
+    problem = f"a field of more than {MAX_ROW_CHARS:,} characters: write it as several rows"
+    return f"line {first}: {problem}" if first == last else f"lines {first} to {last}: {problem}; if unmeant: {quotes}"
 
 
 def _iter_parquet(path: Path) -> Iterator[_ReadRow]:

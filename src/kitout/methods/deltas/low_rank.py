@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kitout.base.weights import FrozenModule
-from kitout.delta import Delta
+from kitout.delta import Delta, LowRankChange
 from kitout.methods.deltas.low_rank_rows import EqualRunsLowRank, RunsLowRank, are_equal_runs, find_runs
 
 GATHER_BYTES = 64 * 2**20  # most that one site may hold in gathered rows before the caller loops instead
@@ -86,6 +86,10 @@ class LowRankDelta(Delta):
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         up, down = (factor.to(w.dtype) for factor in reversed(self.factors()))
         return w + self.scale * (up @ down), b
+
+    def low_rank_change(self) -> LowRankChange | None:
+        a, b = self.factors()
+        return LowRankChange(a, self.scale * b, None)
 
     @classmethod
     def join(cls, addends: Sequence[tuple[LowRankDelta, float]]) -> Delta | None:

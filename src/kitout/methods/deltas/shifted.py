@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kitout.base.weights import FrozenModule
-from kitout.delta import Delta
+from kitout.delta import Delta, LowRankChange
 from kitout.methods.deltas.dora import DoRADelta
 from kitout.methods.deltas.low_rank import LowRankDelta
 
@@ -38,6 +38,9 @@ class ShiftDelta(Delta):
         shift = self.shift.to(w.dtype)
         return w, shift if b is None else b + shift
 
+    def low_rank_change(self) -> LowRankChange | None:
+        return LowRankChange(None, None, self.shift)
+
 
 class ShiftedDelta(Delta):
     """y' = what the class after it computes, + shift. That class has the factors `a` and `b`."""
@@ -60,6 +63,10 @@ class ShiftedDelta(Delta):
         w, b = super().fold(w, b)
         shift = self.shift.to(w.dtype)
         return w, shift if b is None else b + shift
+
+    def low_rank_change(self) -> LowRankChange | None:
+        change = super().low_rank_change()
+        return None if change is None else change._replace(shift=self.shift)
 
     @classmethod
     def forward_rows(

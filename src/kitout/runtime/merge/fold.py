@@ -56,6 +56,22 @@ def fold_all(
     entry = simplify(expanded)
     adapters = [adapters_by_name[name] for name in dict.fromkeys(adapter_names(entry))]
     errors = Errors(NotMergeable, f"cannot merge {described}")
+    check_foldable(adapters, errors)
+    errors.raise_if_any()
+    folder = ModuleFolder(adapters, entry)
+    folded: dict[str, FoldedWeights] = {}
+    for path in folder.paths:
+        try:
+            folded[path] = folder.fold(path)
+        except NotMergeable as reason:
+            if len(errors.messages) < MOST_ERRORS:
+                errors.add(f"{path} ({', '.join(folder.module_adapters(path))}): {reason}")
+    errors.raise_if_any()
+    return folded
+
+
+def check_foldable(adapters: Sequence[Adapter], errors: Errors) -> None:
+    """Adds an error for what no module's weights can hold: conflicts, virtual tokens, values that are not finite."""
     if conflict := conflict_with_head(adapters):
         errors.add(conflict)
     if shared := trained_and_read(adapters):
@@ -65,29 +81,39 @@ def fold_all(
             errors.add(f"{part.site.path} ({adapter.name}): virtual tokens cannot be merged into weights")
         for name in _non_finite(adapter)[:2]:
             errors.add(f"{adapter.name} holds NaN or infinity in {name}")
-    errors.raise_if_any()
-    folded: dict[str, FoldedWeights] = {}
-    of_parents: dict[str, Tensor] = {}  # by full name: what is changed from outside the module that holds it
-    paths = dict.fromkeys(path for adapter in adapters for path in adapter.by_module)
-    for path in sorted(paths, key=lambda p: any(_has_values(a.by_module[p]) for a in adapters if p in a.by_module)):
-        module_adapters = {a.name: a.by_module[path] for a in adapters if path in a.by_module}
+
+
+class ModuleFolder:
+    """Folds an entry's adapters one module at a time, in the order of `paths`."""
+
+    paths: list[str]
+    """The modules they sit at; those whose parameters are changed from outside come after what changes them."""
+
+    def __init__(self, adapters: Sequence[Adapter], entry: RouteEntry) -> None:
+        self.adapters, self.entry = adapters, simplify(entry)
+        paths = dict.fromkeys(path for adapter in adapters for path in adapter.by_module)
+        self.paths = sorted(paths, key=lambda p: any(_has_values(a.by_module[p]) for a in adapters if p in a.by_module))
+        self._of_parents: dict[str, Tensor] = {}  # by full name: what is changed from outside the module that holds it
+
+    def module_adapters(self, path: str) -> dict[str, ModuleAdapter]:
+        """What the adapters do at one module, by name."""
+        return {a.name: a.by_module[path] for a in self.adapters if path in a.by_module}
+
+    @torch.no_grad()
+    def fold(self, path: str) -> FoldedWeights:
+        """The module's new weights; NotMergeable where there are none."""
+        module_adapters = self.module_adapters(path)
         singles = {name: Single(module_adapter) for name, module_adapter in module_adapters.items()}
-        there = simplify(entry, singles.__contains__)
+        there = simplify(self.entry, singles.__contains__)
+        term = build_term(there, partial(_single_of, singles), partial(_fixed_sum, module_adapters))
+        if term is None:
+            return FoldedWeights({})  # its changes cancel here
         inside = f"{path}." if path else ""
-        changed = {n.removeprefix(inside): v for n, v in of_parents.items() if n.startswith(inside)}
-        try:
-            term = build_term(there, partial(_single_of, singles), partial(_fixed_sum, module_adapters))
-            if term is None:
-                continue  # its changes cancel here
-            new = folded[path] = _fold_module(term, list(module_adapters.values()), changed)
-        except NotMergeable as reason:
-            if len(errors.messages) < MOST_ERRORS:
-                errors.add(f"{path} ({', '.join(module_adapters)}): {reason}")
-            continue
+        changed = {n.removeprefix(inside): v for n, v in self._of_parents.items() if n.startswith(inside)}
+        new = _fold_module(term, list(module_adapters.values()), changed)
         if not any(_has_values(m) for m in module_adapters.values()):
-            of_parents |= {inside + name: value for name, value in new.parameters.items()}
-    errors.raise_if_any()
-    return folded
+            self._of_parents |= {inside + name: value for name, value in new.parameters.items()}
+        return new
 
 
 def _single_of(singles: Mapping[str, Single], name: str, _: Sequence[Term]) -> Term:

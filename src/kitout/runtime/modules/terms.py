@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from kitout.base.own_forward import PLAIN_FORWARDS, unhooked_forward
-from kitout.route import Combined, Mix, RouteEntry, Stack
+from kitout.base.own_forward import has_plain_forward
+from kitout.route import Composed, Mix, RouteEntry, Stack
 from kitout.runtime.modules.module_adapter import ModuleAdapter, check_blendable
 
 ROUNDING = 1e-12  # a sum of weights this close to 1 is 1
@@ -218,7 +218,7 @@ def build_term(
         return None
     if isinstance(entry, str):
         return single(entry, stacked_on)
-    if isinstance(entry, Combined):
+    if isinstance(entry, Composed):
         parts = [build_term(part, single, combined, stacked_on) for part in entry.parts]
         return combined(entry.name, parts, stacked_on)
     if isinstance(entry, Mix):
@@ -252,7 +252,7 @@ def weighted_sum(terms: Sequence[tuple[Term, float]], stacked_on: Sequence[Term]
 
 def _is_affine(module_adapter: ModuleAdapter, stacked_on: Sequence[Term]) -> bool:
     """The module, as the terms before have left it, is affine in its input."""
-    if unhooked_forward(module_adapter.site.module) not in PLAIN_FORWARDS:
+    if not has_plain_forward(module_adapter.site.module):
         return False
     parts = [p for t in stacked_on for m in t.module_adapters for p in (*m.on_input, *m.on_output)]
     return all(p.delta.adds_linear_map or p.delta.is_scale_shift for p in parts)

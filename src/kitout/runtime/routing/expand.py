@@ -1,6 +1,6 @@
 """Names of compositions taken apart: what a route means in terms of the adapters that act.
 
-A route under a name becomes that route; an adapter that combines others becomes a `Combined` of them; `Only` becomes
+A route under a name becomes that route; an adapter that combines others becomes a `Composed` of them; `Only` becomes
 adapters that are at some layers alone. Compiling and merging both begin here, so that neither has to know what a name
 stands for. It knows routes and adapters, and nothing of tensors.
 """
@@ -15,7 +15,7 @@ from kitout.base.layers import layer_filter
 from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.errors import Errors, RouteError
-from kitout.route import Average, Combined, Mix, Only, Route, RouteEntry, Stack, adapter_names, check_entry
+from kitout.route import Average, Composed, Mix, Only, Route, RouteEntry, Stack, adapter_names, check_entry
 from kitout.runtime.adapter import Adapter
 
 
@@ -67,7 +67,7 @@ class _Expander:
         if route is not None:
             return self._route_of(adapter, self.entry(check_entry(route)))
         parts = adapter.method.part_names()
-        return Combined(entry, tuple(map(self.entry, parts))) if parts else entry
+        return Composed(entry, tuple(map(self.entry, parts))) if parts else entry
 
     def _route_of(self, adapter: Adapter, route: RouteEntry) -> RouteEntry:
         if adapter.heads:  # its own, over those of its parts
@@ -113,8 +113,8 @@ def _renamed(entry: RouteEntry, names: Mapping[str, str]) -> RouteEntry:
         return Stack(*(_renamed(part, names) for part in entry.parts))
     if isinstance(entry, Mix):
         return _mix([(_renamed(part, names), weight) for part, weight in entry.parts])
-    if isinstance(entry, Combined):
-        return Combined(names[entry.name], tuple(_renamed(part, names) for part in entry.parts))
+    if isinstance(entry, Composed):
+        return Composed(names[entry.name], tuple(_renamed(part, names) for part in entry.parts))
     return names[entry] if isinstance(entry, str) else entry
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kitout.errors import RouteError
-from kitout.route import Combined, Mix, RouteEntry, Stack
+from kitout.route import Composed, Mix, RouteEntry, Stack
 from kitout.runtime.adapter import Adapter
 
 
@@ -64,7 +64,7 @@ def layout_of(
 
     RouteError for tokens in a Mix or at a strength, and for negative weights.
     """
-    if entry is None or isinstance(entry, Combined):  # whose parts have no tokens
+    if entry is None or isinstance(entry, Composed):  # whose parts have no tokens
         return TokenLayout()
     if isinstance(entry, str):
         return _layout_of_adapter(adapters[entry], tower, kind, role)

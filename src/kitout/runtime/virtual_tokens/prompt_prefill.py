@@ -98,6 +98,12 @@ class PromptPrefill:
             self._by_cache[cache] = prompt_kv
         return call
 
+    def run_alone(self, module: nn.Module) -> dict[str, KeyValue]:
+        """The keys and values of the only entry's prompts alone, by attention path, each [1, H_kv, T, d_h]."""
+        (entry,) = self.entries
+        assert entry is not None
+        return self._prefill(module, {}, entry, None, False)
+
     def remember(self, output: Any) -> None:
         """The cache that the model made itself goes with these keys as well."""
         cache = output.get("past_key_values") if isinstance(output, Mapping) else None

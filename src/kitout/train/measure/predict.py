@@ -164,8 +164,17 @@ def generate_answers(
     if own:
         prompts = [prompt_ids(items[i]) for i in own]
         longest = max_new_tokens or default_max_new_tokens(items)
-        texts = list(zip(own, generate(kit, tokenizer, prompts, longest, on_progress=on_progress), strict=True))
+        stop_ids = _trained_ends(tokenizer, items)
+        answers = generate(kit, tokenizer, prompts, longest, on_progress=on_progress, stop_ids=stop_ids)
+        texts = list(zip(own, answers, strict=True))
     return [text for _, text in sorted(texts if is_together else all_gather(texts))]
+
+
+def _trained_ends(tokenizer: Any, items: Sequence[EncodedExample]) -> list[int]:
+    """The special tokens in which trained answers end: a chat template may end a turn with one of its own."""
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    last = {(item.target_ids or item.labels)[-1] for item in items if item.target_ids or item.labels}
+    return sorted(last & special)
 
 
 def choose_answers(

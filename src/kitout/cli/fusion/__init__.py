@@ -1,0 +1,1 @@
+"""The verbs that make one adapter of others: combine, convert, extract."""
