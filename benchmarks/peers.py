@@ -95,10 +95,14 @@ def peft_kinds() -> str:
     return refusal(lambda: model.add_adapter("b", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)))
 
 
+@torch.no_grad()
 def kitout_kinds() -> str:
-    kit = kitout.attach(build())
+    """Each, stacked and mixed, all in one batch."""
+    kit = kitout.attach(build()).eval()
     for name, method in {"a": kitout.LoRA(), "b": kitout.PrefixTuning(length=3), "c": kitout.Houlsby()}.items():
         kit.add(name, method, seed=0)
+    with kit.use(["b", kitout.Stack("a", "c"), kitout.Mix({"a": 0.5, "c": 0.5})]):
+        kit(BATCH)
     return f"{len(kit.names)} kinds on one base, switched, stacked, mixed"
 
 
@@ -198,13 +202,15 @@ def kitout_other_base() -> str:
 
 
 def peft_typo() -> str:
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "vproj"], layers_to_transform=[0, 99])
-    return refusal(lambda: get_peft_model(build(), config))
+    target = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "vproj"])
+    layer = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], layers_to_transform=[0, 99])
+    return "; ".join(refusal(lambda config=config: get_peft_model(build(), config)) for config in (target, layer))
 
 
 def kitout_typo() -> str:
-    kit = kitout.attach(build())
-    return refusal(lambda: kit.add("a", kitout.LoRA(targets="attn.q vproj", layers=[0, 99])))
+    kit, lora = kitout.attach(build()), kitout.LoRA
+    methods = (lambda: lora(targets="attn.q vproj"), lambda: lora(targets="attn.q", layers="0,99"))
+    return "; ".join(refusal(lambda method=method: kit.add("a", method())) for method in methods)
 
 
 def peft_frozen() -> str:
