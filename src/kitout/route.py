@@ -69,7 +69,7 @@ class Average:
     """Outputs averaged: every row runs under each entry, and the model's outputs are averaged by weight.
 
     of: "probabilities" (the logits are then their logarithms) or "logits". The weights sum to 1. A route by itself: it
-    is no entry of another, and rows are not averaged apart.
+    is no entry of another, and rows are not averaged apart. With one entry left it is that entry, logits included.
     """
 
     parts: tuple[tuple[RouteEntry, float], ...]
@@ -215,4 +215,9 @@ def route_from_json(value: Any) -> Any:
 
 def _weights_from_json(value: Any) -> Any:
     pairs = isinstance(value, Sequence) and all(isinstance(p, Sequence) and len(p) == 2 for p in value)
-    return {route_from_json(part): weight for part, weight in value} if pairs else value
+    if not pairs:
+        return value
+    entries = [check_entry(route_from_json(part)) for part, _ in value]
+    if twice := sorted({repr(entry) for entry in entries if entries.count(entry) > 1}):
+        raise RouteError(f"{', '.join(twice)} stands twice among the weights: give each entry one")
+    return dict(zip(entries, (weight for _, weight in value), strict=True))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kitout
-from kitout import IA3, Composition, Fusion, Gated, LoRA, Mixture
+from kitout import IA3, BitFit, Composition, Fusion, Gated, LoRA, Method, Mixture
 from kitout.errors import ConfigError
 from kitout.evaluate.report.plots import plot_part_weights
 from laws.activate import assert_same, kit_with, put_on, run
@@ -38,6 +38,19 @@ def test_weights_by_part_layer_and_position(species: str) -> None:
     kit.eval()
     with kit.use("f"):
         run(kit, batch)
+
+
+@pytest.mark.parametrize(("species", "method"), [("t5", LoRA(rank=2)), ("vit", BitFit())])
+def test_sites_of_one_layer_with_different_numbers_of_positions(species: str, method: Method) -> None:
+    """Cross-attention has positions of two texts; what is in no block may lie before and behind the class token."""
+    kit, batch = kit_with(species, a=method, b=method)
+    put_on(kit, Mixture(of=("a", "b"), init=(0.7, -0.2)), "m")
+    found = kitout.attention(kit, "m", batch)
+    some = found.weights[:, :, :, 0]
+    assert some.isfinite().all()
+    assert_same(
+        some[0] - some[1], (kit["m"].shared[next(iter(kit["m"].shared))] @ torch.tensor([1.0, -1.0])).expand_as(some[0])
+    )
 
 
 def test_what_has_no_weights_is_refused() -> None:

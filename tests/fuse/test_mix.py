@@ -10,7 +10,7 @@ import torch
 import kitout
 from fuse.parts import kit_of
 from kitout import IA3, BitFit, FullFineTuning, Kit, LoRA, Mix
-from kitout.errors import KitoutError
+from kitout.errors import NotMergeable
 from zoo import ZOO, out
 
 METHODS = {
@@ -34,9 +34,14 @@ def test_a_mix_is_the_arithmetic(kits: dict[str, Kit], species: str, pair: tuple
     kit = kits.setdefault(species, kits.get(species) or kit_of(species, METHODS))
     batch = {k: v.double() if v.is_floating_point() else v for k, v in ZOO[species].batch(2, 0).items()}
     weights = {pair[0]: 0.7, pair[1]: -0.4}
+    refusal = ""
     try:
         kitout.combine(kit, "c", weights, to="dense")
-    except KitoutError:
+    except NotMergeable as error:
+        refusal = str(error)
+    if refusal:
+        assert "bitfit" in pair, refusal
+        assert "bias" in refusal
         pytest.skip("a new bias")
     with torch.no_grad():
         with kit.use("c"):

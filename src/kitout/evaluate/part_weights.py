@@ -30,15 +30,17 @@ class PartWeights:
     layers: tuple[str, ...]
     """The blocks, by number (with the stack's path where there are several), and "outside" for what is in none."""
     weights: Tensor
-    """[parts, layers, rows, positions], averaged over the sites of a layer; NaN where a layer has fewer positions."""
+    """[parts, layers, rows, positions], averaged over the sites of a layer that have such a position; NaN where none
+    has. A weight without positions counts at all of its layer's."""
     by_site: dict[str, Tensor]
-    """Path of a site -> [rows, positions, parts]. A value without positions (a pooled one) has one."""
+    """Key of a site -> [rows, positions, parts]. A value without positions (a pooled one) has one."""
 
 
 def attention(kit: Kit, name: str, batch: Mapping[str, Any] | Tensor) -> PartWeights:
     """The weights that a composition gives its parts on one batch: `kitout.attention(kit, "both", batch)`.
 
-    Runs in eval mode and without gradients. ConfigError for an adapter without weights by part.
+    Runs in eval mode and without gradients. ConfigError for an adapter without weights by part, or without values that
+    it weighs (its parts change parameters alone).
     """
     adapter = kit[name]
     parts = adapter.method.part_names()
@@ -64,13 +66,19 @@ def attention(kit: Kit, name: str, batch: Mapping[str, Any] | Tensor) -> PartWei
         label = OUTSIDE if site.layer is None else f"{site.tower}/{site.layer}" if len(towers) > 1 else str(site.layer)
         if site.key in recorded:
             by_layer.setdefault(label, []).append(recorded[site.key])
+    if not recorded:
+        raise ConfigError(
+            f"{name!r} weighs parameters of its parts, which are the same for every input: see kit[{name!r}]"
+        )
     labels = sorted(by_layer, key=lambda label: label == OUTSIDE)
     rows, positions = (max(value.shape[i] for value in recorded.values()) for i in (0, 1))
     weights = torch.full((len(parts), len(labels), rows, positions), float("nan"))
     for number, label in enumerate(labels):
-        longest = max(by_layer[label], key=lambda value: value.shape[1])
-        mean = torch.stack([value.expand(longest.shape) for value in by_layer[label]]).mean(0)
-        weights[:, number, : mean.shape[0], : mean.shape[1]] = mean.movedim(-1, 0)
+        most = tuple(max(value.shape[i] for value in by_layer[label]) for i in (0, 1))
+        each = torch.full((len(by_layer[label]), *most, len(parts)), float("nan"))
+        for value, own in zip(by_layer[label], each, strict=True):
+            own[: value.shape[0], : most[1] if value.shape[1] == 1 else value.shape[1]] = value
+        weights[:, number, : most[0], : most[1]] = each.nanmean(0).movedim(-1, 0)
     return PartWeights(parts, tuple(labels), weights, recorded)
 
 

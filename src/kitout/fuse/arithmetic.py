@@ -220,6 +220,12 @@ def _check_request(state: KitState, name: str, weights: Mapping[str, float]) -> 
 def _check_foldable(adapters: Sequence[Adapter]) -> None:
     errors = Errors(NotMergeable, "these changes are no sum of weights")
     for adapter in adapters:
+        if parts := adapter.method.part_names():
+            errors.add(
+                f"{adapter.name!r} is made of other adapters: combine those ({', '.join(parts)}), or merge it, "
+                f"kit.merged_copy({adapter.name!r})"
+            )
+            continue
         if not adapter.method.mergeable:
             kind = type(adapter.method).__name__
             errors.add(

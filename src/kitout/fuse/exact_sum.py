@@ -1,4 +1,5 @@
-"""A weighted sum of LoRAs as one LoRA of the summed rank: factors side by side, nothing decomposed, nothing lost.
+"""A weighted sum of LoRAs as one LoRA of the summed rank: factors side by side, nothing lost. Nothing is
+decomposed, unless the sum is above the full rank of a module, which then is its rank.
 
 Sites keep their channels and ports where all adapters agree on them; where they do not (one acts on a module's input,
 another on its output), each change is first brought to the whole module's output. Biases that LoRAs train are summed.

@@ -136,9 +136,9 @@ class Adapter(nn.Module):
         return delta
 
     def heads_by_path(self) -> dict[str, nn.Module]:
-        """The modules that replace modules of the model, by their paths."""
+        """The modules that replace modules of the model where it acts, by their paths."""
         heads = ((path.replace("/", "."), head) for path, head in self.heads.items())
-        return {path: head.module for path, head in heads if isinstance(head, Head)}
+        return {path: head.module for path, head in heads if isinstance(head, Head) and path in self.by_module}
 
     def penalty(self) -> Tensor | None:
         """What its Deltas add to a loss (`Delta.penalty`); None for nothing. `kitout.train` adds it by itself."""
@@ -163,7 +163,7 @@ class Adapter(nn.Module):
 def conflict_with_head(adapters: Sequence[Adapter]) -> str | None:
     """Where one adapter sits inside a module that another one's head replaces, so that it would never run; or None."""
     for adapter in adapters:
-        for head in (path.replace("/", ".") for path in adapter.heads):
+        for head in adapter.heads_by_path():
             for other in adapters:
                 paths = [p for p, m in other.by_module.items() if p != head or m.on_weights]
                 inside = [p for p in paths if f"{p}.".startswith(f"{head}.") and other is not adapter]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import transformers
 
+import kitout
 from kitout import IA3, Average, Composition, LoRA, Mix, Mixture, Only, PrefixTuning, PromptTuning, Stack
-from kitout.errors import RouteError
+from kitout.errors import KitoutError, RouteError
 from kitout.route import route_from_json, route_to_json
 from laws.activate import assert_same, kit_with, run
+from zoo import ZOO
 
 
 def test_only_is_the_adapter_of_these_layers() -> None:
@@ -127,3 +132,36 @@ def test_what_is_no_average() -> None:
             kit.use(route())
     for route in (half, Only(Mix({"a": 0.5}), "0"), Stack("a", Mix({Stack("b"): 2.0}))):
         assert route_from_json(route_to_json(route)) == route
+
+
+def test_a_name_for_a_named_average_has_no_strength_either() -> None:
+    kit, batch = kit_with("llama", a=LoRA(rank=2), b=LoRA(rank=2))
+    kit.add("average", Composition(route=Average({"a": 0.5, "b": 0.5})))
+    kit.add("outer", Composition(route="average"))
+    with kit.use("outer"):
+        run(kit, batch)
+    kit.strength("outer", 0.0)
+    with pytest.raises(RouteError, match="no strength"):
+        kit.use("outer")
+
+
+def test_a_head_that_an_only_leaves_out_does_not_set_the_width_of_a_loss() -> None:
+    model: Any = ZOO["bert"].build()
+    config = model.config
+    config.num_labels = 3
+    torch.manual_seed(0)
+    kit = kitout.attach(transformers.BertForSequenceClassification(config)).eval()
+    kit.add("a", LoRA(rank=2), heads={"classifier": torch.nn.Linear(config.hidden_size, 7)}, seed=0)
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    with kit.use(Only("a", layers="last:1")):
+        out = kit(input_ids=ids, labels=torch.tensor([0, 1]))
+    assert out.logits.shape == (2, 3)
+    assert out.loss.isfinite()
+    with kit.use("a"):
+        assert kit(input_ids=ids, labels=torch.tensor([0, 6])).logits.shape == (2, 7)
+
+
+def test_an_entry_of_json_that_is_none_or_stands_twice() -> None:
+    for value in ({"mix": [[{"bad": 1}, 0.5]]}, {"average": [[["a"], 0.5]]}, {"mix": [["a", 0.5], ["a", 0.1]]}):
+        with pytest.raises(KitoutError):
+            Composition(route=value)

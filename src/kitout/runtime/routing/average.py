@@ -7,6 +7,7 @@ number of rows. It knows calls and outputs, and nothing of adapters or modules.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -129,7 +130,10 @@ def encode_copies(
         and (pad := getattr(model.generation_config, "pad_token_id", None)) is not None
     ):
         mask = (inputs != pad).long()  # as generate makes it
-    call = {main: _repeat(inputs, n, batch)}
+    own = set(inspect.signature(encoder.forward).parameters)  # boxes, pixels, ...: what generate would hand to it
+    others = {k: v for k, v in kwargs.items() if k in own and k not in ("inputs", main, "attention_mask", "use_cache")}
+    call = {name: _repeat(value, n, batch) for name, value in others.items()}
+    call[main] = _repeat(inputs, n, batch)
     if mask is not None:
         call["attention_mask"] = _repeat(mask, n, batch)
     new = {name: value for name, value in kwargs.items() if name not in ("inputs", main)}

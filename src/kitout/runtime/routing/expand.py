@@ -49,9 +49,11 @@ class _Expander:
         """The route that a name stands for; None for an adapter of its own."""
         adapter = self.adapters[name]
         route = adapter.method.fixed_route()
+        if isinstance(route, str):
+            route = self.fixed_route(route) or route
         if isinstance(route, Average) and (adapter.strength != 1.0 or adapter.heads):
             raise RouteError(f"{name!r} averages outputs: it has no strength and no heads of its own")
-        return self.fixed_route(route) or route if isinstance(route, str) else route
+        return route
 
     def entry(self, entry: RouteEntry) -> RouteEntry:
         if isinstance(entry, Stack):
