@@ -169,3 +169,16 @@ import timm
     run(Path("page.md"), page, namespace)
     assert namespace["text"].startswith("Hello")
     assert not (tmp_path / "HuggingFaceTB/SmolLM2-135M").exists()
+
+
+def test_troubleshooting_quotes_messages_that_exist() -> None:
+    """A part of each quoted message, between its dots, stands in the sources as it is."""
+    source = re.sub(r'"\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    first_cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert first_cells
+    for cell in first_cells:
+        for quoted in re.findall(r"`([^`]+)`", cell):
+            pieces = [piece for piece in re.split(r"\s*\.\.\.\s*", quoted) if len(piece) > 8]
+            if "element 0" not in quoted:  # torch's own
+                assert any(piece in source for piece in pieces), quoted

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kitout.files.portable_name import portable_name
+from kitout.files.portable_name import name_without_folder, portable_name
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,13 @@ def test_a_folder_is_known_by_its_name_also_where_it_looks_like_a_name_of_the_hu
 def test_the_name_of_a_portable_name_is_itself(tmp_path: Path) -> None:
     once = portable_name(str(tmp_path / "tiny"))
     assert portable_name(once) == once == "tiny"
+
+
+def test_a_folder_is_no_name_of_the_hub_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "minilm").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("org/name", "gpt2"):
+        assert name_without_folder(name) == name
+    assert name_without_folder("/root/.cache/huggingface/hub/models--org--name/snapshots/0123abcd") == "org/name"
+    for path in ("models/minilm", str(tmp_path / "models" / "minilm"), "../elsewhere/minilm", "models"):
+        assert name_without_folder(path) is None

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 from typer.testing import CliRunner, Result
 
 import kitout
 from kitout.cli import app
 from kitout.data.read.sources import load_examples
-from kitout.errors import ConfigError, KitoutError
+from kitout.errors import ConfigError, KitoutError, PathError
 from kitout.predict.conversation import Conversation, Piece
 from kitout.predict.predictor import Predictor
 from tiny_models import both, decoder, encoder
@@ -168,7 +169,7 @@ def test_an_encoder_decoder_answers_each_line_alone(tmp_path: Path) -> None:
     assert len(conversation.examples()) == sum(2 for text in said[:1] if text)
 
 
-def chat(*args: object, lines: str = "") -> Result:
+def chat(*args: object, lines: str | bytes = "") -> Result:
     return CliRunner().invoke(app, ["chat", *map(str, args)], input=lines)
 
 
@@ -187,6 +188,36 @@ def test_piped_lines(folder: Path, predictor: Predictor, tmp_path: Path, monkeyp
     assert result.exit_code == 1
     assert "there is no adapter 'nobody'" in result.stderr
     assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 2  # what was there stays
+
+
+def test_what_is_kept_survives_a_full_disk_another_chat_and_bytes_that_are_no_text(
+    folder: Path, predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kitout, "load", lambda *_, **__: predictor)
+    file, arguments = tmp_path / "s.jsonl", (folder / "first", "--max-new-tokens", 3)
+    calls = []
+
+    def full(self: Conversation, *args: object) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise PathError("No space left on device")
+        write(self, *args)  # type: ignore[arg-type]
+
+    write = Conversation.save
+    monkeypatch.setattr(Conversation, "save", full)
+    result = chat(*arguments, "--save", file, lines="one\ntwo\nthree\n")
+    assert result.exit_code == 1
+    assert result.stderr.count("No space left on device") == 1
+    (row,) = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {"one", "two"} <= {turn["content"] for turn in row["messages"]}  # said while the disk was full, too
+    assert len(calls) == 3
+    with FileLock(tmp_path / ".s.jsonl.lock"):
+        assert "another chat is writing it" in chat(*arguments, "--save", file, lines="x\n").output
+    result = chat(*arguments, lines=b"hi \xff\nthe cat\n")
+    assert "no UTF-8 text" in result.stderr
+    assert result.stdout.strip() == predictor.chat("the cat", max_new_tokens=3)
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    assert "it is no UTF-8 text" in chat(*arguments, "--save", tmp_path / "bytes", lines="x\n").output
 
 
 def test_text_of_a_model_cannot_act_on_the_terminal(

@@ -16,8 +16,10 @@ from PIL import Image
 
 import kitout
 from kitout.errors import ConfigError, DataError, FileError, WrongBase
+from kitout.predict.load import find_base
 from kitout.predict.prediction import Prediction
 from kitout.predict.predictor import Predictor
+from kitout.predict.saved_adapters import SavedAdapter, read_folders
 from tiny_models import both, decoder, encoder, jsonl, reviews, vision
 
 pytest.importorskip("accelerate")
@@ -263,6 +265,18 @@ def test_an_adapter_without_a_task(models: dict[str, Path], tmp_path: Path) -> N
         kitout.load(tmp_path / "a", base=models["decoder"])
     p = kitout.load(tmp_path / "a", base=models["decoder"], task="causal_lm")
     assert isinstance(p.chat("the cat", max_new_tokens=3), str)
+    model = transformers.AutoModelForCausalLM.from_pretrained(models["decoder"])
+    model.config._name_or_path = "org/tiny"  # as from the hub
+    kit = kitout.attach(model.eval())
+    kit.add("plain", kitout.LoRA(), seed=0)
+    kit.save("plain", tmp_path / "named")
+    kit.detach()
+    assert find_base([SavedAdapter(tmp_path, "plain", base="org/tiny")], None) == "org/tiny"
+    assert read_folders([tmp_path / "named"], True)[0].base == "org/tiny"
+    with pytest.raises(ConfigError, match="does not say which base"):
+        kitout.load(tmp_path / "a", task="causal_lm")
+    with pytest.raises(ConfigError, match="a local folder named 'llama', which is not found"):
+        find_base([SavedAdapter(tmp_path, "x", base="/home/someone/models/llama", is_peft=True)], None)
     both_of_them = kitout.load(
         tmp_path / "a", tmp_path / "b", base=models["decoder"], task="causal_lm", dtype="float32"
     )

@@ -73,7 +73,7 @@ LOADING: dict[str, Any] = {"base": None, "task": None, "device": "auto", "dtype"
 KNOWN: dict[str, Predictor] = {}
 
 
-def predict(*args: object, text: str | None = None) -> Result:
+def predict(*args: object, text: str | bytes | None = None) -> Result:
     return CliRunner().invoke(app, ["predict", *map(str, args)], input=text)
 
 
@@ -296,6 +296,36 @@ def test_inputs_that_are_refused(adapter: Path, tmp_path: Path, monkeypatch: pyt
     result = predict(adapter, str(tmp_path) if source == "FOLDER" else source)
     assert result.exit_code == 1
     assert REFUSED[source] in result.output
+
+
+def test_a_slash_does_not_make_a_text_a_file(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text in ("yes/no", "24/7", "and/or is fine"):
+        assert predict(adapter, text).exit_code == 0
+    (tmp_path / "data").mkdir()
+    assert "there is no file or folder data/new" in predict(adapter, "data/new").output
+
+
+def test_columns_are_of_tables(adapter: Path, tmp_path: Path) -> None:
+    for source in ("hello", "-", tmp_path):
+        result = predict(adapter, source, "--column", "text=body")
+        assert result.exit_code == 1
+        assert "is no table" in result.output
+
+
+def test_bytes_that_are_no_text_are_a_bad_row(adapter: Path) -> None:
+    for rows, expected in (("error", 1), ("skip", 0)):
+        result = predict(adapter, "-", "--bad-rows", rows, text=b"the cat\n\xff\xfe dog\nthe dog\n")
+        assert result.exit_code == expected, result.output
+        assert "stdin line 2" in result.output
+        assert "no UTF-8" in result.output
+
+
+def test_right_answers_that_cannot_be_read_are_counted(adapter: Path, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "t.jsonl", [{"body": "the cat", "topic": "good"}, {"body": "the dog", "topic": {"no": 1}}])
+    output = predict(adapter, file, "--out", tmp_path / "out.jsonl").output
+    assert "on 1 row" in output or "1 row" in output
+    assert "1 rows have a right answer that cannot be read" in output
 
 
 def test_outputs_that_are_refused(adapter: Path, tmp_path: Path) -> None:

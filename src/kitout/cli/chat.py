@@ -9,13 +9,15 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kitout.cli.terminal import SIGNALED, report_errors
+from kitout.cli.terminal import SIGNALED, read_any_bytes, report_errors
+from kitout.errors import ConfigError, DataError, KitoutError
+from kitout.format import escape_terminal
 
 if TYPE_CHECKING:
     from kitout.predict.conversation import Conversation, Piece
@@ -44,8 +46,7 @@ def chat(
     Example: kitout chat runs/a/adapter runs/b/adapter --temperature 0.7
     """
     with report_errors():
-        from kitout.errors import ConfigError
-
+        read_any_bytes()
         if not adapters and model is None:
             raise ConfigError("name an adapter folder, or --model MODEL to chat with a model alone")
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -54,7 +55,8 @@ def chat(
             options["max_new_tokens"] = max_new_tokens
         loading = {"base": model, "task": task, "device": device, "dtype": dtype}
         conversation = _open(adapters or [], loading, options)
-        _Screen(conversation, save).run()
+        with _locked(save):
+            _Screen(conversation, save).run()
 
 
 def _open(adapters: list[Path], loading: dict[str, Any], options: dict[str, Any]) -> Conversation:
@@ -82,7 +84,6 @@ class _Screen:
 
     def run(self) -> None:
         """Until the last line, /quit, Ctrl-D or a second Ctrl-C."""
-        from kitout.errors import KitoutError
         from kitout.train.loop.stop_on_signal import interrupt_on_sigterm
 
         for remark in self.conversation.remarks:
@@ -99,8 +100,7 @@ class _Screen:
                     self._show(self.conversation.say(line))
                     was_stopped = False
                 except KitoutError as error:
-                    self.has_failed = True
-                    typer.echo(f"error: {error}", err=True)
+                    self._report(error)
                 except KeyboardInterrupt as stopped:
                     number = stopped.args[0] if stopped.args else signal.SIGINT
                     if was_stopped or number != signal.SIGINT:
@@ -114,7 +114,10 @@ class _Screen:
 
     def _read_line(self) -> str | None:
         if not self.is_typed:
-            return sys.stdin.readline() or None
+            line = sys.stdin.readline()
+            if any("\udc80" <= char <= "\udcff" for char in line):
+                raise DataError("a line holds bytes that are no UTF-8 text")
+            return line or None
         with suppress(ImportError):  # not on Windows
             import readline as _history  # noqa: F401 - input() then has arrows and a history
         try:
@@ -124,8 +127,6 @@ class _Screen:
             return None
 
     def _show(self, pieces: Iterator[Piece]) -> None:
-        from kitout.format import escape_terminal
-
         is_open = False
         try:
             for piece in pieces:
@@ -151,14 +152,46 @@ class _Screen:
                 typer.echo()
 
     def _note(self, text: str) -> None:
-        from kitout.format import escape_terminal
-
         if text:
             typer.echo(escape_terminal(text), err=not self.is_typed)
 
     def _keep(self) -> None:
+        """Writes what was said. A full disk is said, and the chat goes on: it can be saved elsewhere with /save."""
         if self.save and self.conversation.examples():
-            self.conversation.save(self.save, self._before)
+            try:
+                self.conversation.save(self.save, self._before)
+            except KitoutError as error:
+                self._report(error)
+
+    def _report(self, error: Exception) -> None:
+        self.has_failed = True
+        typer.echo(f"error: {escape_terminal(str(error))}", err=True)
+
+
+@contextmanager
+def _locked(file: str | None) -> Iterator[None]:
+    """Two chats that keep one file would each write over what the other has said."""
+    if file is None:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    from kitout.files.system_errors import as_path, as_path_error
+
+    path = as_path(file)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    with as_path_error("written", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise ConfigError(f"--save {file}: another chat is writing it; name another file") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        with suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _read(file: str) -> str:
@@ -170,5 +203,8 @@ def _read(file: str) -> str:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             return ""
-        before = path.read_text(encoding="utf-8")
+        try:
+            before = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"--save {file}: it is no UTF-8 text, so no chat that can be continued") from error
     return before if before.endswith("\n") or not before else before + "\n"

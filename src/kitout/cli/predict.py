@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kitout.cli.terminal import SIGNALED, report_errors
+from kitout.cli.terminal import SIGNALED, read_any_bytes, report_errors
 
 if TYPE_CHECKING:
     from kitout.predict.input_rows import InputRows
@@ -75,10 +75,12 @@ def _run(
     probabilities: bool, overwrite: bool, loading: dict[str, Any],
 ) -> None:  # fmt: skip
     from kitout.errors import ConfigError, DataError
+    from kitout.format import escape_terminal
     from kitout.predict.open_input import open_input
     from kitout.predict.output_file import OutputFile, same_file
     from kitout.predict.saved_adapters import one_adapter
 
+    read_any_bytes()
     saved = one_adapter(adapter)
     usage = saved.usage
     rows = None if usage is None else open_input(source, usage, columns, sys.stdin)  # wrong inputs before any model
@@ -93,7 +95,8 @@ def _run(
     rows = rows or open_input(source, predictor.usage, columns, sys.stdin)
     if usage is None and predictor.usage.labels:
         labels = ", ".join(predictor.usage.labels[:4])
-        typer.echo(f"note: {saved.name} holds no label names; these are the model's own: {labels}, ...", err=True)
+        note = f"note: {saved.name} holds no label names; these are the model's own: {escape_terminal(labels)}, ..."
+        typer.echo(note, err=True)
     table = TablePredictor(predictor, batch_size, "skip" if skip_bad else "error", probabilities)
     if output is None:
         _print_predictions(table, rows)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import typer
 
 from kitout.errors import KitoutError
+from kitout.format import escape_terminal
 
 SIGNALED = 128  # exit status, as shells have it: 130 for Ctrl-C, 143 for SIGTERM
 
@@ -25,7 +26,7 @@ def report_errors() -> Iterator[None]:
     try:
         yield
     except KitoutError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {escape_terminal(str(error))}", err=True)
         raise typer.Exit(1) from error
 
 
@@ -44,6 +45,12 @@ def announce_loading() -> None:
     """A line before what takes seconds to import, on the stream of errors: output may be read by programs."""
     if "transformers" not in sys.modules:
         typer.echo("loading torch and transformers ...", err=True)
+
+
+def read_any_bytes() -> None:
+    """Lines of stdin are UTF-8; bytes that are not are marked (surrogateescape), not an error of the whole stream."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def escape_unencodable() -> None:

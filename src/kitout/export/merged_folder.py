@@ -29,6 +29,7 @@ from kitout.files.system_errors import as_path
 from kitout.files.usage_record import UsageRecord
 from kitout.format import format_bytes, short_repr
 from kitout.peft_folders import save_peft
+from kitout.predict.answer_stream import SAMPLING
 from kitout.predict.load import load
 from kitout.predict.predictor import Predictor
 from kitout.predict.saved_adapters import adapters_in
@@ -46,7 +47,6 @@ PIPELINE_INPUTS = {
     "token-classification": "Anna lives in Paris",
     "text-generation": "Once upon a time",
 }
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 LogFn = Callable[[str], None]
 
 

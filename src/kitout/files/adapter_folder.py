@@ -49,6 +49,7 @@ from kitout.files.part_folders import (
     part_digests,
     part_names,
 )
+from kitout.files.portable_name import name_of_model
 from kitout.files.safetensors_reader import SafetensorsFile, open_tensors, write_tensors
 from kitout.files.system_errors import as_path, as_path_error
 from kitout.files.usage_record import UsageRecord
@@ -129,6 +130,7 @@ def _writer(
             tensors=TensorsEntry(bytes=size, sha256=digest),
             base=fingerprint(state, [s.path for s in adapter.sites], head_paths),
             note=dict(note),
+            base_name=name_of_model(state.base) if adapter.usage is None else None,
             usage=None if adapter.usage is None else UsageRecord.model_validate(adapter.usage),
             parts=parts,
         )

@@ -106,6 +106,9 @@ class AdapterJson(_StrictModel):
     """Of the base it was made for."""
     note: dict[str, Any]
     """The adapter's metadata: whatever the user wrote."""
+    base_name: str | None = None
+    """The base by its name on the hub or among the built-in models; None where it was a folder, or where `usage` says
+    it."""
     usage: UsageRecord | None = None
     """How it is used: task, labels, preprocessing, base; None where the adapter was made without a task."""
     parts: dict[str, str] | None = None
@@ -119,7 +122,7 @@ class AdapterJson(_StrictModel):
         for site in fields["sites"]:
             if site["channels"] is None:
                 del site["channels"]
-        for name in ("usage", "parts"):
+        for name in ("base_name", "usage", "parts"):
             if fields[name] is None:
                 del fields[name]
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 HUB_CACHE = re.compile(r"(?:^|[\\/])models--([^\\/]+?)(?:--([^\\/]+))?[\\/]snapshots[\\/][^\\/]+[\\/]*$")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
@@ -25,6 +26,19 @@ def portable_name(name_or_path: str) -> str:
         return PureWindowsPath(text).name
     path = Path(text)
     return path.name if path.name not in ("", "..", "~") else _resolved(path).name
+
+
+def name_of_model(model: Any) -> str | None:
+    """The name under which a loaded model is found elsewhere; None where nothing says it, or it was a folder."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name_without_folder(name) if isinstance(name, str) and name else None
+
+
+def name_without_folder(name_or_path: str) -> str | None:
+    """The name under which the hub, or the list of built-in models, has it; None for a folder of this machine."""
+    text = str(name_or_path).strip()
+    is_name = HUB_CACHE.search(text) or (HUB_NAME.fullmatch(text) and not _exists(text))
+    return portable_name(text) if is_name else None
 
 
 def _exists(text: str) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kitout.data.examples.examples import Example
-from kitout.data.examples.formats import FORMATS, Format
+from kitout.data.examples.formats import FORMATS, Format, nan_to_none
 from kitout.data.read import tables
 from kitout.errors import DataError, Errors, suggest
 from kitout.files.usage_record import UsageRecord
@@ -27,6 +27,7 @@ TEXT_COLUMNS = (
     "text", "sentence", "body", "content", "message", "review", "comment", "tweet", "prompt", "instruction", "question",
     "input", "description",
 )  # fmt: skip
+NOT_UTF8 = "it holds bytes that are no UTF-8 text"
 EMPTY = "the line is empty"
 
 
@@ -99,7 +100,10 @@ class InputRows:
                 yield InputRow(shown, {self.main_column: shown}, path)
 
     def reference(self, columns: Mapping[str, Any]) -> Any:
-        """What the row itself says is right: a label, several, a number, tags or a text; None where it says nothing."""
+        """What the row itself says is right: a label, several, a number, tags or a text; None where it says nothing.
+
+        DataError where it says something that cannot be read.
+        """
         if self.reads_images and self.path is not None and not self._columns:
             folder = Path(str(columns.get(self.main_column, ""))).parent.parts
             return next((name for name in reversed(folder) if name in self.usage.labels), None)
@@ -112,8 +116,8 @@ class InputRows:
         try:
             example = self.format.to_example({role: columns.get(name) for role, name in self._columns.items()})
             return _reference_of(example, TASKS[self.usage.task].metric_task)
-        except (DataError, ValueError):
-            return None
+        except ValueError as error:  # a word where a number is expected
+            raise DataError(str(error)) from error
 
     @property
     def has_references(self) -> bool:
@@ -128,8 +132,11 @@ class InputRows:
         empty: list[InputRow] = []
         for number, line in enumerate(self.lines, start=1):
             text = line.rstrip("\r\n")
-            row = InputRow(f"{self.name} line {number}", {self.main_column: text}, text, "" if text.strip() else EMPTY)
-            if row.problem:  # at the end they are no inputs
+            problem = "" if text.strip() else EMPTY
+            if any("\udc80" <= char <= "\udcff" for char in text):  # how a stream marks bytes that it cannot decode
+                text, problem = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), NOT_UTF8
+            row = InputRow(f"{self.name} line {number}", {self.main_column: text}, text, problem)
+            if problem == EMPTY:  # at the end they are no inputs
                 empty.append(row)
                 continue
             yield from empty
@@ -170,7 +177,7 @@ class InputRows:
 
     def _value(self, columns: Mapping[str, Any]) -> Any:
         roles = {role: column for role, column in self._columns.items() if role != self.format.answer}
-        cells = {role: _nan_to_none(columns.get(column)) for role, column in roles.items()}
+        cells = {role: nan_to_none(columns.get(column)) for role, column in roles.items()}
         main = cells.get(self.main_role)
         if self.reads_images:
             if isinstance(main, bytes):
@@ -274,10 +281,6 @@ def _reference_of(example: Example, metric_task: str) -> Any:
     if metric_task == "tokens":
         return list(getattr(example, "tags"))  # noqa: B009
     return example.answer_text()
-
-
-def _nan_to_none(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _shown(value: Any) -> str:

@@ -22,7 +22,7 @@ from kitout.data.encode.template_date import fix_template_date
 from kitout.data.encode.tokenizer_digest import template_digest, tokenizer_digest
 from kitout.errors import ConfigError, FileError, suggest
 from kitout.evaluate.ask.text_limit import max_tokens
-from kitout.files.portable_name import portable_name
+from kitout.files.portable_name import HUB_NAME, portable_name
 from kitout.files.usage_record import BaseRecord, TextRecord, UsageRecord
 from kitout.format import short_repr
 from kitout.kit import Kit, attach
@@ -176,15 +176,24 @@ def find_base(saved: Sequence[SavedAdapter], base: str | PathLike[str] | None) -
     record = first.usage.base if first.usage is not None else None
     name = record.name if record is not None else first.base
     if record is not None and record.source != "folder":
+        if not HUB_NAME.fullmatch(record.name):
+            raise FileError(
+                f"{first.folder}: its base is called {short_repr(record.name)}, which is no name of a model"
+            )
         return record.name
     run_files = [parent / RUN_FILE for parent in first.folder.resolve().parents[:2]]
     for file in run_files:
         path = _model_of_run(file)
         if path is not None and (Path(path).expanduser().exists() or record is None):
             return path
-    if record is None and name:
+    if record is None and name and (HUB_NAME.fullmatch(name) or Path(name).expanduser().is_dir()):
         return name
-    called = f" named {name!r}" if name else ""
+    if not name:
+        raise ConfigError(
+            f"{first.folder} does not say which base it was trained on: say it, base='MODEL' (on the command line: "
+            "--model MODEL)"
+        )
+    called = f" named {portable_name(name)!r}"
     raise ConfigError(
         f"{first.folder} was trained on a local folder{called}, which is not found from here: say where it is, "
         "base='FOLDER' (on the command line: --model FOLDER)"

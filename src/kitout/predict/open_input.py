@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TextIO
 
 from kitout.data.read import tables
-from kitout.errors import DataError
+from kitout.errors import ConfigError, DataError
 from kitout.files.usage_record import UsageRecord
+from kitout.format import short_repr
 from kitout.predict.input_rows import InputRows, images_in
 from kitout.train.objectives.tasks import TASKS
 
@@ -23,6 +24,7 @@ MAX_NAME_CHARS = 200
 def open_input(source: str, usage: UsageRecord, column_names: Mapping[str, str], stdin: TextIO) -> InputRows:
     """What a user names, before anything is loaded. DataError where it is not what this adapter reads."""
     task = TASKS[usage.task]
+    _check_columns(source, column_names)
     if source == STDIN:
         if task.reads_images:
             raise DataError("this adapter reads images: give an image, a folder of images, or a table of their paths")
@@ -31,9 +33,9 @@ def open_input(source: str, usage: UsageRecord, column_names: Mapping[str, str],
     suffix = Path(source[-MAX_NAME_CHARS:]).suffix.lower()
     is_image = suffix in _image_suffixes()
     if path is None:
-        looks_like_file = suffix in tables.READERS or is_image or (not any(map(str.isspace, source)) and "/" in source)
+        looks_like_file = suffix in tables.READERS or is_image or _names_a_place(source)
         if task.reads_images or looks_like_file:
-            reads = "" if not task.reads_images else ", and this adapter reads images, not texts"
+            reads = ", and this adapter reads images, not texts" if task.reads_images else ""
             raise DataError(f"there is no file or folder {source[:MAX_NAME_CHARS]}{reads}")
         if not source.strip():
             raise DataError("the text is empty: give a text, a file or - for lines of stdin")
@@ -56,6 +58,20 @@ def open_input(source: str, usage: UsageRecord, column_names: Mapping[str, str],
     rows = InputRows(usage, path.name, path, column_names=column_names)
     rows.num_rows = _count_rows(path) if suffix in tables.READERS else 1
     return rows
+
+
+def _check_columns(source: str, column_names: Mapping[str, str]) -> None:
+    path = None if source == STDIN else _existing(source)
+    if column_names and (path is None or path.is_dir()):
+        raise ConfigError(f"--column says what the columns of a table hold, and {short_repr(source)} is no table")
+
+
+def _names_a_place(source: str) -> bool:
+    """It is written as a path is, or the folder is there: "24/7" and "yes/no" are texts, "a/b/c" is a path."""
+    if any(map(str.isspace, source)) or "/" not in source:
+        return False
+    is_path = source.count("/") > 1 or source.startswith(("/", "./", "../", "~"))
+    return is_path or _existing(source.rpartition("/")[0]) is not None
 
 
 def _existing(source: str) -> Path | None:

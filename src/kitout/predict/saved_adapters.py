@@ -114,7 +114,7 @@ def _is_adapter(folder: Path) -> bool:
 def _read_folder(folder: Path, taken: Sequence[str], verify: bool) -> SavedAdapter:
     if (folder / RECORD).is_file():
         record = read_adapter_json(folder / RECORD, verify)
-        base = record.note.get("base")
+        base = record.base_name or record.note.get("base")
         return SavedAdapter(
             folder, _free_name(record.name, folder, taken), record.usage, base if isinstance(base, str) else None
         )

@@ -7,19 +7,20 @@ A bad row is left out or an error; nothing is kept but the chunk at hand. It kno
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from kitout.data.examples.formats import nan_to_none
 from kitout.data.read.tables import add_first
 from kitout.errors import BadRows, DataError, Errors
 from kitout.evaluate.compare import format_value
 from kitout.evaluate.metrics.interval import wilson_interval
 from kitout.evaluate.metrics.measure import Score
 from kitout.evaluate.metrics.registry import TITLES, compute_measures
+from kitout.files.base_fingerprint import fingerprint
 from kitout.files.usage_record import UsageRecord
 from kitout.predict.input_rows import InputRow, InputRows
 from kitout.predict.output_file import MAX_LISTED, OutputFile, OutputProgress, to_json
@@ -73,6 +74,8 @@ class TablePredictor:
         kit = self.predictor.kit
         return {
             "adapter": adapter,
+            "base": hashlib.sha256(fingerprint(kit.state, ()).model_dump_json().encode()).hexdigest(),
+            "task": self.predictor.usage.task,
             "batch_size": self.batch_size,
             "probabilities": self.with_probabilities,
             "device": kit.device.type,
@@ -154,7 +157,7 @@ class TablePredictor:
                 name = next(name for name in row.columns if name in taken)
                 problems[i] = f"it has the column {name!r}, which the first rows do not have: add it there"
             elif i in predictions:
-                columns = {name: _nan_to_none(value) for name, value in row.columns.items()}
+                columns = {name: nan_to_none(value) for name, value in row.columns.items()}
                 values = self._values(predictions[i])
                 rows.append(columns | {progress.names.get(name, name): value for name, value in values.items()})
                 progress.num_truncated += predictions[i].num_truncated > 0
@@ -194,12 +197,16 @@ class Scorer:
     def __init__(self, rows: InputRows, names: Mapping[str, str]) -> None:
         self.rows, self.names, self.usage = rows, names, rows.usage
         self.task = "classification" if _closed(self.usage) else TASKS[self.usage.task].metric_task
-        self.num_rows = self.num_correct = self.num_unknown = 0
+        self.num_rows = self.num_correct = self.num_unknown = self.num_unreadable = 0
         self.pairs: list[tuple[Any, Any]] = []
 
     def add(self, columns: Mapping[str, Any], predicted: Mapping[str, Any]) -> None:
         """columns: the user's own, perhaps beside the predicted ones."""
-        reference = self.rows.reference(columns)
+        try:
+            reference = self.rows.reference(columns)
+        except DataError:
+            self.num_unreadable += 1
+            return
         if reference is None:
             return
         if self.task == "classification":
@@ -213,6 +220,12 @@ class Scorer:
 
     def text(self) -> str:
         """In words; "" where no row has said anything."""
+        score = self._score()
+        if not self.num_unreadable:
+            return score
+        return f"{score or 'no score'}; {self.num_unreadable:,} rows have a right answer that cannot be read"
+
+    def _score(self) -> str:
         if self.task == "classification":
             if not self.num_rows:
                 return ""
@@ -271,10 +284,6 @@ def _without_number(message: str) -> str:
     """The place of the row stands before it: "input 3: 'text' is empty" -> "'text' is empty"."""
     start, colon, rest = message.partition(": ")
     return rest if colon and start.startswith("input ") else message
-
-
-def _nan_to_none(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _score_text(title: str, score: Score) -> str:

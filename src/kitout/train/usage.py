@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from kitout.assets.catalog import ASSETS
+from kitout.assets.store import asset_folder
 from kitout.data.encode.tokenizer_digest import template_digest, tokenizer_digest
-from kitout.files.portable_name import portable_name
+from kitout.files.portable_name import name_without_folder, portable_name
 from kitout.files.usage_record import BaseRecord, ImagesRecord, TextRecord, UsageRecord
 from kitout.train.config.schema import ModelConfig, RunConfig
 from kitout.train.measure.predict import default_max_new_tokens
@@ -38,17 +39,27 @@ def usage_of(run: PreparedRun, config: RunConfig, number: int) -> UsageRecord:
 
 def base_record(run: PreparedRun, config: ModelConfig) -> BaseRecord:
     """The base of all jobs, as it was loaded."""
-    name = portable_name(config.name)
+    name, source = _name_and_source(config.name)
     attention = str(getattr(run.kit.base.config, "_attn_implementation", None))
     known = get_args(ModelConfig.model_fields["attention"].annotation)
     return BaseRecord(
         name=name,
-        source="built-in" if name in ASSETS else "folder" if Path(config.name).expanduser().is_dir() else "hub",
+        source=source,
         revision=config.revision,
         dtype=str(run.kit.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # checked by the record
         attention=attention if attention in known else "auto",
         quantization=config.quantization,
     )
+
+
+def _name_and_source(name_or_path: str) -> tuple[str, Literal["hub", "built-in", "folder"]]:
+    """A folder is one whatever it is called, but for those of the built-in models themselves."""
+    name = name_without_folder(name_or_path)
+    if name is not None:
+        return name, "built-in" if name in ASSETS else "hub"
+    path = Path(name_or_path).expanduser().resolve()
+    is_asset = path.name in ASSETS and path == asset_folder(path.name).resolve()
+    return portable_name(name_or_path), "built-in" if is_asset else "folder"
 
 
 def _text_record(run: PreparedRun, job: RunConfig, number: int, dataset: Datasets) -> TextRecord:

@@ -48,6 +48,16 @@ def test_long_rows_and_slow_reading_are_bounded(monkeypatch: pytest.MonkeyPatch)
     assert sample.note == "counted over a sample of 50 of the first 60 rows (reading took long)"
 
 
+def test_a_sample_of_long_rows_is_drawn_from_the_whole_table_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("MAX_CHARS", 1_000), ("MIN_ROWS", 5)):
+        monkeypatch.setattr(row_sample, name, value)
+    sample = RowSample(max_rows=500)
+    drawn = sample.draw(sorted_by_class())  # all of them have a place, about fifty fit
+    assert len(drawn) < 100
+    assert {row["label"] for row in drawn} == {"good", "bad"}
+    assert drawn == sample.draw(sorted_by_class())
+
+
 @pytest.mark.parametrize("split", ["one table", "tables of their own"])
 def test_a_dry_run_reckons_with_all_rows(tmp_path: Path, split: str) -> None:
     data = jsonl(tmp_path / "d.jsonl", sorted_by_class())

@@ -176,7 +176,7 @@ class TableReading:
             row_fields = {role: cells.get(column) for role, column in self.columns.items()}
             if self.has_decimal_commas:
                 row_fields["label"] = _with_decimal_point(row_fields["label"])
-            example = self.format.to_example({role: _nan_to_none(value) for role, value in row_fields.items()})
+            example = self.format.to_example({role: nan_to_none(value) for role, value in row_fields.items()})
             if self.system_prompt:
                 example = with_system_prompt(example, self.system_prompt)
         except DataError as error:
@@ -271,7 +271,7 @@ def _shown(columns: Sequence[str]) -> str:
     return shown + (f", ... ({len(columns):,} in all)" if columns[MAX_SHOWN_COLUMNS:] else "")
 
 
-def _nan_to_none(value: Any) -> Any:
+def nan_to_none(value: Any) -> Any:
     """An empty cell of a numeric column comes as NaN."""
     return None if isinstance(value, float) and math.isnan(value) else value
 

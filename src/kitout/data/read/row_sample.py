@@ -48,7 +48,9 @@ class RowSample:
             if self.num_rows % _CLOCK_ROWS == 0 and number > self.max_rows and time.monotonic() > self.deadline:
                 self.is_whole = False
                 break
-        drawn = drawn[: _num_fitting(drawn)] if self.num_rows > MIN_ROWS else drawn
+        if self.num_rows > MIN_ROWS:
+            rng.shuffle(drawn)  # a place says how early its row came
+            drawn = drawn[: _num_fitting(drawn)]
         self.num_drawn = len(drawn)
         return [row for _, row in sorted(drawn, key=lambda pair: pair[0])]
 
@@ -84,7 +86,7 @@ def count_chars(value: Any) -> int:
 
 
 def _num_fitting(drawn: list[tuple[int, _T]]) -> int:
-    """How many of them have MAX_CHARS characters together. Any part of the places is a sample as well."""
+    """How many of them, from the first on, have MAX_CHARS characters together."""
     total = 0
     for count, (_, row) in enumerate(drawn):
         total += count_chars(row)
