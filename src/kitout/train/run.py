@@ -29,6 +29,7 @@ from kitout.errors import ConfigError, suggest
 from kitout.evaluate.compare import Comparison
 from kitout.files.atomic import write_text
 from kitout.files.base_fingerprint import fingerprint
+from kitout.files.part_folders import content_digest
 from kitout.format import format_duration
 from kitout.install_hint import suggest_install
 from kitout.train import checkpoints, run_folder
@@ -239,6 +240,9 @@ def run_signature(prepared: PreparedRun) -> str:
     }
     if prepared.parents:
         parts["from"] = {name: parent.digest for name, parent in prepared.parents.items()}
+    if prepared.parts:
+        state = prepared.kit.state
+        parts["adapters"] = {name: content_digest(state, state[name], keep_encoder=True) for name in prepared.parts}
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
