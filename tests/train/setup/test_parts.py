@@ -104,7 +104,7 @@ def test_another_part_under_the_name_is_another_run(tmp_path: Path, texts: Any) 
     kit.load(adapters["a"], name="a").strength = 0.5
     shutil.rmtree(adapters["a"])
     kit.save("a", adapters["a"])
-    with pytest.raises(KitoutError, match="model, the data|changed|differ"):
+    with pytest.raises(KitoutError, match="belongs to another run"):
         run(model, data, out, COMPOSITIONS[0], adapters, save_steps=1)
 
 
