@@ -19,7 +19,7 @@ from kitout.evaluate.ask.label_likelihood import label_likelihoods
 from kitout.evaluate.ask.text_limit import max_tokens
 from kitout.evaluate.metrics.language import LossSums
 from kitout.evaluate.metrics.measure import Measure
-from kitout.evaluate.metrics.registry import compute_measures
+from kitout.evaluate.metrics.registry import Task, compute_measures
 from kitout.kit import Kit
 from kitout.train.loop.distributed import all_gather, my_slice
 from kitout.train.loop.fsdp import is_sharded
@@ -220,17 +220,17 @@ def default_max_new_tokens(items: Sequence[EncodedExample]) -> int:
 
 
 def compute_metrics(
-    objective: Objective,
+    task: Task,
     items: Sequence[Any],
     predictions: Predictions,
     reference_of: Callable[[Any], Any],
     label_names: Sequence[str] = (),
 ) -> dict[str, Measure]:
-    """The metrics of the objective's task over these predictions; for texts loss and token accuracy as well."""
+    """The metrics of an objective's task over these predictions; for texts loss and token accuracy as well."""
     language = compute_measures("language", predictions.losses)
-    if objective.task != "generation":
+    if task != "generation":
         references = [reference_of(item) for item in items]
-        measures = compute_measures(objective.task, predictions.predictions, references, names=label_names or None)
+        measures = compute_measures(task, predictions.predictions, references, names=label_names or None)
         return measures | {"loss": language["loss"]}
     if predictions.likeliest_answers:
         references = [item.reference for item in items]
