@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from kitout.evaluate.metrics.generation import closed_labels, label_named, normalize_answer
 from kitout.evaluate.metrics.measure import Measure, Score, score_difference
+from kitout.evaluate.metrics.measure import format_value as format_value
 from kitout.evaluate.metrics.registry import TITLES
-from kitout.format import format_number
+from kitout.evaluate.significance.power import SmallestDifference, smallest_of_measures, smallest_text
 
 BASE, PROBE = "base", "linear probe"
 SHORT_ANSWER_WORDS = 4  # words; an answer to a longer reference is neither correct nor incorrect
@@ -37,6 +38,8 @@ class MetricChange:
     """Upper end of it."""
     baseline: str = BASE
     """What `base` is of: the frozen base, or what is fair where that has an untrained head."""
+    smallest: SmallestDifference | None = None
+    """The smallest difference that these examples can show with a power of 80 %."""
 
     @property
     def title(self) -> str:
@@ -111,6 +114,11 @@ class Comparison:
         return f"{first.title}: {first.verdict}{probe}"
 
     @property
+    def smallest_text(self) -> str:
+        """The smallest difference that these examples can show, by metric; empty where it is not known."""
+        return smallest_text([(one.title, one.smallest) for one in self.changes if one.smallest is not None])
+
+    @property
     def is_better(self) -> bool | None:
         """Whether the fine-tuned model is better than its baseline, and not merely as good as a linear probe."""
         first = self.changes[0].is_better
@@ -135,17 +143,15 @@ def compare(
 def _compare_measures(
     base: Mapping[str, Measure], tuned: Mapping[str, Measure], seed: int, baseline: str
 ) -> tuple[MetricChange, ...]:
-    return tuple(
-        MetricChange(
-            name,
-            base[name].score(seed),
-            tuned[name].score(seed),
-            *score_difference(base[name], tuned[name], seed),
-            baseline,
-        )
-        for name in tuned
-        if name in base
-    )
+    changes = []
+    for name in tuned:
+        if name in base:
+            before, after = base[name], tuned[name]
+            difference, low, high = score_difference(before, after, seed)
+            smallest = smallest_of_measures(before, after, (low, high))
+            scores = before.score(seed), after.score(seed)
+            changes.append(MetricChange(name, *scores, difference, low, high, baseline, smallest))
+    return tuple(changes)
 
 
 def pick_examples(
@@ -218,9 +224,3 @@ def _order_changed(correct: Sequence[tuple[bool, bool]], differs: Sequence[bool]
 def _is_correct(answer: str, reference: str, labels: Sequence[str]) -> bool:
     """As `generation_metrics` counts it: the reference itself or, where that is a label, the only label it names."""
     return normalize_answer(answer) == reference or label_named(normalize_answer(answer), labels) == reference
-
-
-def format_value(value: float, share: bool, sign: bool = False) -> str:
-    """A fraction of 0.265 as 26.5; else four significant digits."""
-    text = f"{100 * value:{'+' if sign else ''}.1f}" if share else format_number(value, sign)
-    return text if any(c in "123456789" for c in text) else text.lstrip("+-")

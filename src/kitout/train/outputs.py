@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from kitout.evaluate.compare import Comparison
+from kitout.evaluate.metrics.measure import score_difference
 from kitout.evaluate.report import adapter_table, html, model_card
 from kitout.evaluate.report.adapter_table import AdapterRow
+from kitout.evaluate.significance.power import SmallestDifference, smallest_of_measures
 from kitout.runtime.adapter import Adapter
 from kitout.train.adapter_folders import adapter_folders, not_written_error
 from kitout.train.config.schema import RunConfig
@@ -48,6 +51,9 @@ def write_outputs(
     rows = _adapter_rows(run, trainer, outcomes)
     results = _results(run, trainer, estimate, best_step, comparisons)
     results["adapters"] = [asdict(row) for row in rows]
+    smallest = _smallest_between(run, rows, outcomes)
+    if smallest is not None:
+        results["smallest_between_adapters"] = asdict(smallest)
     results["predicted"] = {name: list(one.predictions) for name, one in outcomes.items() if one.references}
     results["probes"] = {name: asdict(one.probe) for name, one in comparisons.items() if one.probe is not None}
     results["per_class"] = {
@@ -61,7 +67,7 @@ def write_outputs(
     results["next"] = {"commands": steps.commands, "python": steps.python_lines}
     folders = adapter_folders(run, run_folder)
     try:
-        _write_all(run, config, run_folder, results, comparisons, folders, outcomes, rows)
+        _write_all(run, config, run_folder, results, comparisons, folders, outcomes, rows, smallest)
     except (OSError, SafetensorError) as error:
         raise not_written_error(run_folder, error) from error
     if text := results_text(results):
@@ -69,7 +75,7 @@ def write_outputs(
     for name, comparison in comparisons.items():
         log(f"{name}: {comparison.verdict}" if len(comparisons) > 1 else comparison.verdict)
     if config.jobs and adapter_table.comparable(rows):
-        log(f"\n{adapter_table.text(rows, run.first_dataset.majority_accuracy, share_data(run))}\n")
+        log(f"\n{adapter_table.text(rows, run.first_dataset.majority_accuracy, share_data(run), smallest)}\n")
     log("\n".join([f"report   {run_folder.report}", *(f"adapter  {folder}" for folder in folders.values()), ""]))
     log(next_text(results))
     return results
@@ -78,7 +84,7 @@ def write_outputs(
 def _write_all(
     run: PreparedRun, config: RunConfig, run_folder: RunFolder, results: Mapping[str, Any],
     comparisons: Mapping[str, Comparison], folders: Mapping[str, Path], outcomes: Mapping[str, JobOutcome],
-    rows: Sequence[AdapterRow],
+    rows: Sequence[AdapterRow], smallest: SmallestDifference | None,
 ) -> None:  # fmt: skip
     for job, folder in folders.items():
         own = {name: comparison for name, comparison in comparisons.items() if name == job}
@@ -92,6 +98,7 @@ def _write_all(
         adapters=rows,
         majority=run.first_dataset.majority_accuracy,
         same_test=share_data(run),
+        smallest=smallest,
         charts=report_charts(run, run_folder),
         per_class={name: one.per_class for name, one in outcomes.items() if one.per_class},
         confusions={name: one.confusion for name, one in outcomes.items() if one.confusion},
@@ -161,6 +168,19 @@ def _adapter_rows(run: PreparedRun, trainer: JobTrainer, outcomes: Mapping[str, 
             _training_bytes(run.kit[job.name], trainer.optimizer),
         ))  # fmt: skip
     return rows
+
+
+def _smallest_between(
+    run: PreparedRun, rows: Sequence[AdapterRow], outcomes: Mapping[str, JobOutcome]
+) -> SmallestDifference | None:  # fmt: skip
+    """What the test split can show of any two adapters, in their common metric; None where they have none."""
+    if len(outcomes) < 2 or not adapter_table.comparable(rows) or not share_data(run):
+        return None
+    found = []
+    for one, other in combinations([outcome.measures[rows[0].metric] for outcome in outcomes.values()], 2):
+        _, low, high = score_difference(one, other)
+        found.append(smallest_of_measures(one, other, (low, high)))
+    return max(found, key=lambda smallest: smallest.value)
 
 
 def _training_bytes(adapter: Adapter, optimizer: Any) -> int:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from kitout.evaluate.compare import BASE, format_value
 from kitout.evaluate.metrics.registry import TITLES
+from kitout.evaluate.significance.power import SmallestDifference, smallest_text
 from kitout.format import format_bytes, format_duration, single_line
 from kitout.train.measure.merge_proof import MergeProof
 
@@ -36,6 +37,8 @@ def results_text(results: Mapping[str, Any]) -> str:
         if baseline != BASE:
             title = f"The adapter on its frozen base, against the {baseline}"
         parts.append(_metrics_table(results, name, changes, title if len(comparisons) == 1 else f"{title} {name}"))
+        if smallest := _smallest(changes[:MAX_METRICS]):
+            parts.append(Text(smallest))
         if 0 < len(scores := results.get("per_class", {}).get(name, ())) <= MAX_CLASSES:
             parts.append(_classes_table(scores))
         examples = results["examples"].get(name, ())
@@ -87,6 +90,14 @@ def _metrics_table(results: Mapping[str, Any], name: str, changes: Sequence[Mapp
     table.add_row(f"  {unit} per second", "", f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}")
     table.add_row("peak memory", "", format_bytes(results["memory"]))
     return table
+
+
+def _smallest(changes: Sequence[Mapping[str, Any]]) -> str:
+    """The line below the metrics; empty for a run of an earlier version, which has no such values."""
+    known = [one for one in changes if one.get("smallest") and one["smallest"]["value"] is not None]
+    return smallest_text(
+        [(TITLES.get(one["name"], one["name"]), SmallestDifference(**one["smallest"])) for one in known]
+    )
 
 
 def _classes_table(scores: Sequence[Mapping[str, Any]]) -> Table:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kitout.errors import ConfigError, Errors
 from kitout.evaluate.metrics.interval import Weights
 from kitout.evaluate.metrics.measure import Measure, from_sums, nan_mean, proportion, safe_divide
+from kitout.evaluate.metrics.ratio import Ratio
 
 MAX_SHOWN_ERRORS = 3  # reported one by one
 
@@ -60,13 +61,14 @@ def multilabel_metrics(
             "needs a 0 or 1 for each label, in the same order"
         )
     sums = np.concatenate([predicted * actual, predicted, actual], axis=1)
+    micro_ratio = Ratio(2 * (predicted * actual).sum(axis=1), (predicted + actual).sum(axis=1))
 
     def micro(totals: NDArray[np.float64]) -> float:
         hits, num_predicted, num_actual = np.split(totals, 3)
         return safe_divide(2 * hits.sum(), num_predicted.sum() + num_actual.sum())
 
     return {
-        "micro_f1": from_sums(sums, micro),
+        "micro_f1": from_sums(sums, micro, ratio=micro_ratio),
         "macro_f1": from_sums(sums, lambda totals: _macro_f1(*np.split(totals, 3))),
         "exact_match": proportion((predicted == actual).all(axis=1)),
     }

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kitout.errors import ConfigError, Errors
 from kitout.evaluate.metrics.measure import Measure, from_sums, nan_mean, safe_divide
+from kitout.evaluate.metrics.ratio import Ratio
 
 MAX_SHOWN_ERRORS = 3  # reported one by one
 
@@ -28,7 +29,10 @@ def tag_metrics(predictions: Sequence[Sequence[str]], references: Sequence[Seque
     correct = [
         [sum(a == b for a, b in zip(predicted, actual, strict=True)), len(actual)] for predicted, actual in pairs
     ]
-    accuracy = from_sums(np.array(correct, dtype=np.float64), lambda totals: safe_divide(totals[0], totals[1]))
+    counts = np.array(correct, dtype=np.float64)
+    accuracy = from_sums(
+        counts, lambda totals: safe_divide(totals[0], totals[1]), ratio=Ratio(counts[:, 0], counts[:, 1])
+    )
     if any(tag.startswith(("B-", "I-")) for tags in references for tag in tags):
         return {**_entity_metrics(pairs), "token_accuracy": accuracy}
     return {"macro_f1": _macro_f1(pairs), "token_accuracy": accuracy}
@@ -41,10 +45,17 @@ def _entity_metrics(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> dic
         rows.append([len(predicted & actual), len(predicted), len(actual)])
     sums = np.array(rows, dtype=np.float64)
     return {
-        "f1": from_sums(sums, lambda totals: safe_divide(2 * totals[0], totals[1] + totals[2])),
-        "precision": from_sums(sums, lambda totals: safe_divide(totals[0], totals[1])),
-        "recall": from_sums(sums, lambda totals: safe_divide(totals[0], totals[2])),
-    }
+        "f1": from_sums(
+            sums, lambda totals: safe_divide(2 * totals[0], totals[1] + totals[2]),
+            ratio=Ratio(2 * sums[:, 0], sums[:, 1] + sums[:, 2]),
+        ),
+        "precision": from_sums(
+            sums, lambda totals: safe_divide(totals[0], totals[1]), ratio=Ratio(sums[:, 0], sums[:, 1])
+        ),
+        "recall": from_sums(
+            sums, lambda totals: safe_divide(totals[0], totals[2]), ratio=Ratio(sums[:, 0], sums[:, 2])
+        ),
+    }  # fmt: skip
 
 
 def entity_spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:

@@ -1,9 +1,10 @@
 """95 % confidence intervals: of a proportion, of any metric, and of a difference.
 
 A proportion of correct answers has Wilson's interval (1927), which holds near 0 and 1 and for few examples; the
-difference of two proportions over the same examples has Newcombe's (1998). Everything else is bootstrapped: examples
-are resampled with replacement and the metric is computed again. It knows no metric. Written by hand: scipy has Wilson's
-interval, but none for the paired difference.
+difference of two proportions over the same examples has Newcombe's (1998). Other ratios of sums have files of their own
+(`studentized`, `bounded`). Everything else is bootstrapped: examples, or whole groups, are resampled with replacement
+and the metric is computed again. It knows no metric. Written by hand: scipy has Wilson's interval, but none for the
+paired difference.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from numpy.typing import NDArray
 
 Z95 = 1.959964
 NUM_RESAMPLES = 1000
+BATCH_VALUES = 500_000  # counts of resamples that are held at a time
 
 Weights: TypeAlias = NDArray[np.float64]  # of each example: all 1, or its count in a resample
 WeightedMetric: TypeAlias = Callable[[Weights], float]
 
 
-def wilson_interval(num_correct: int, total: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a proportion."""
+def wilson_interval(num_correct: float, total: float, quantile: float = Z95) -> tuple[float, float]:
+    """The 95 % confidence interval of a proportion. quantile: of t, where its variance is estimated."""
     if not 0 <= num_correct <= total or total == 0:
         raise ValueError(f"{num_correct} of {total} is not a proportion")
-    p, z2 = num_correct / total, Z95**2 / total
-    center, half_width = p + z2 / 2, Z95 * math.sqrt(p * (1 - p) / total + z2 / (4 * total))
+    p, z2 = num_correct / total, quantile**2 / total
+    center, half_width = p + z2 / 2, quantile * math.sqrt(p * (1 - p) / total + z2 / (4 * total))
     return max(0.0, (center - half_width) / (1 + z2)), min(1.0, (center + half_width) / (1 + z2))
 
 
@@ -37,34 +39,54 @@ def newcombe_interval(before: NDArray[Any], after: NDArray[Any]) -> tuple[float,
     if len(before) != len(after):
         raise ValueError(f"{len(before)} and {len(after)} examples cannot be compared one by one")
     total, num_before, num_after = len(before), int(before.sum()), int(after.sum())
-    low_before, high_before = wilson_interval(num_before, total)
-    low_after, high_after = wilson_interval(num_after, total)
     p, q = num_before / total, num_after / total
     spread = math.sqrt(num_before * (total - num_before) * num_after * (total - num_after))
     both, neither = int((before & after).sum()), int((~before & ~after).sum())
     only_before, only_after = num_before - both, num_after - both
     phi = (both * neither - only_before * only_after) / spread if spread else 0.0
-    below = _half_width(q - low_after, high_before - p, phi)
-    above = _half_width(high_after - q, p - low_before, phi)
+    return combine_intervals(p, wilson_interval(num_before, total), q, wilson_interval(num_after, total), phi)
+
+
+def combine_intervals(
+    p: float, of_p: tuple[float, float], q: float, of_q: tuple[float, float], phi: float
+) -> tuple[float, float]:  # fmt: skip
+    """Newcombe's interval of q - p, from an interval of each. phi: correlation of the two over the examples."""
+    below = _half_width(q - of_q[0], of_p[1] - p, phi)
+    above = _half_width(of_q[1] - q, p - of_p[0], phi)
     return max(-1.0, q - p - below), min(1.0, q - p + above)
 
 
 def _half_width(a: float, b: float, phi: float) -> float:
-    """phi: correlation of the two answers over the examples."""
     return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
 
 
 def bootstrap_interval(
-    metric: WeightedMetric, n: int, seed: int = 0, num_resamples: int = NUM_RESAMPLES
-) -> tuple[float, float]:
-    """The 2.5th and 97.5th percentile of a metric over resamples of n examples with replacement."""
-    values = np.array([metric(weights) for weights in resample(n, seed, num_resamples)])
+    metric: WeightedMetric, n: int, seed: int = 0, num_resamples: int = NUM_RESAMPLES,
+    groups: NDArray[np.intp] | None = None,
+) -> tuple[float, float]:  # fmt: skip
+    """The 2.5th and 97.5th percentile of a metric over resamples of n examples with replacement.
+
+    groups: the group of each example, from 0; whole groups are resampled.
+    """
+    if groups is None:
+        values = [metric(weights) for weights in resample(n, seed, num_resamples)]
+    else:
+        values = [metric(weights[groups]) for weights in resample(int(groups.max()) + 1, seed, num_resamples)]
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
 def resample(n: int, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> Iterator[Weights]:
     """How often each of n examples is in each resample; equal for equal seeds, so that two models share them."""
+    for weights in resample_batches(n, seed, num_resamples):
+        yield from weights
+
+
+def resample_batches(n: int, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> Iterator[Weights]:
+    """The same resamples, many at a time: [resamples, n]."""
     rng = np.random.default_rng(seed)
-    for _ in range(num_resamples):
-        yield np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64)
+    size = max(1, BATCH_VALUES // n)
+    for start in range(0, num_resamples, size):
+        rows = min(size, num_resamples - start)
+        drawn = rng.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kitout.data.encode.item import IGNORE_INDEX
 from kitout.errors import ConfigError
 from kitout.evaluate.metrics.measure import Measure, from_sums, safe_divide
+from kitout.evaluate.metrics.ratio import Ratio
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,17 @@ def language_metrics(examples: Sequence[LossSums]) -> dict[str, Measure]:
         return safe_divide(totals[0], totals[2])
 
     return {
-        "loss": from_sums(sums, loss, higher_is_better=False, is_fraction=False),
-        "perplexity": from_sums(sums, lambda totals: _exp(loss(totals)), higher_is_better=False, is_fraction=False),
-        "token_accuracy": from_sums(sums, lambda totals: safe_divide(totals[1], totals[2])),
-    }
+        "loss": from_sums(
+            sums, loss, higher_is_better=False, is_fraction=False, ratio=Ratio(sums[:, 0], sums[:, 2])
+        ),
+        "perplexity": from_sums(
+            sums, lambda totals: _exp(loss(totals)), higher_is_better=False, is_fraction=False,
+            ratio=Ratio(sums[:, 0], sums[:, 2], "exp"),
+        ),
+        "token_accuracy": from_sums(
+            sums, lambda totals: safe_divide(totals[1], totals[2]), ratio=Ratio(sums[:, 1], sums[:, 2])
+        ),
+    }  # fmt: skip
 
 
 def _exp(loss: float) -> float:

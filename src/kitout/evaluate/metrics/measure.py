@@ -7,19 +7,23 @@ the same examples give the interval of their difference, on the same resamples. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kitout.evaluate.metrics.bounded import bounded_difference_interval, bounded_interval
 from kitout.evaluate.metrics.interval import (
     WeightedMetric,
     bootstrap_interval,
     newcombe_interval,
     wilson_interval,
 )
+from kitout.evaluate.metrics.ratio import Groups, Ratio, standard_error
+from kitout.evaluate.metrics.studentized import ratio_difference_interval, ratio_interval
+from kitout.format import format_number
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,18 @@ class Measure:
     """Between 0 and 1, printed in percent."""
     correct: NDArray[np.bool_] | None = None
     """Which examples are correct, if the metric is the fraction of these."""
+    ratio: Ratio | None = None
+    """The metric as a ratio of two sums over the examples, if it is one."""
+    groups: Groups | None = None
+    """The group of each example, from 0, where examples of a group are not independent (questions about one text)."""
 
     @property
     def value(self) -> float:
         return float(self.value_fn(np.ones(self.n)))
+
+    def grouped(self, groups: Sequence[Hashable] | NDArray[Any]) -> Measure:
+        """The same metric with examples in groups, by any values. ValueError for fewer than two groups."""
+        return replace(self, groups=number_groups(groups, self.n))
 
     def score(self, seed: int = 0) -> Score:
         """The value with its interval."""
@@ -66,33 +78,80 @@ class Measure:
         return Score(value, low, high, self.n, self.higher_is_better, self.is_fraction)
 
     def _interval(self, value: float, seed: int) -> tuple[float, float]:
-        if self.correct is not None:
+        if self.correct is not None and self.groups is None:
             return wilson_interval(int(self.correct.sum()), self.n)
+        if self.ratio is not None:
+            return (
+                bounded_interval(self.ratio, self.groups)
+                if self.is_fraction
+                else ratio_interval(self.ratio, self.groups, seed)
+            )
         if self.is_fraction and value in (0.0, 1.0):  # all resamples are equal: an interval of width 0
-            return wilson_interval(round(value * self.n), self.n)
-        return bootstrap_interval(self.value_fn, self.n, seed)
+            units = self.n if self.groups is None else int(self.groups.max()) + 1
+            return wilson_interval(round(value * units), units)
+        return bootstrap_interval(self.value_fn, self.n, seed, groups=self.groups)
+
+
+def number_groups(groups: Sequence[Hashable] | NDArray[Any], n: int) -> Groups:
+    """Groups by any values -> the number of each example's group, in the order in which they come."""
+    if len(groups) != n:
+        raise ValueError(f"{len(groups)} groups for {n} examples: expected the group of each example")
+    numbers: dict[Hashable, int] = {}
+    values = groups.tolist() if isinstance(groups, np.ndarray) else groups
+    found = np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.intp)
+    if len(numbers) < 2:
+        raise ValueError(f"all {n} examples are of one group ({next(iter(numbers), None)!r}): at least 2 are needed")
+    return found
 
 
 def score_difference(base: Measure, tuned: Measure, seed: int = 0) -> tuple[float, float, float]:
-    """tuned minus base, and its 95 % interval, paired by example."""
+    """tuned minus base, and its 95 % interval, paired by example; by whole groups where the measures have them."""
+    groups = _common_groups(base, tuned)
+    value = tuned.value - base.value
+    if groups is None and base.correct is not None and tuned.correct is not None:
+        return value, *newcombe_interval(base.correct, tuned.correct)
+    if base.ratio is not None and tuned.ratio is not None:
+        if base.is_fraction and tuned.is_fraction:
+            return value, *bounded_difference_interval(base.ratio, tuned.ratio, groups, seed)
+        return value, *ratio_difference_interval(base.ratio, tuned.ratio, groups, seed)
+    interval = bootstrap_interval(
+        lambda weights: tuned.value_fn(weights) - base.value_fn(weights), base.n, seed, groups=groups
+    )
+    return value, *interval
+
+
+def difference_error(base: Measure, tuned: Measure) -> float | None:
+    """The standard error of tuned minus base, paired by example or group; None where the metric is no ratio of sums."""
+    groups = _common_groups(base, tuned)
+    if base.ratio is None or tuned.ratio is None:
+        return None
+    return standard_error(tuned.ratio.by_group(groups).influence() - base.ratio.by_group(groups).influence())
+
+
+def _common_groups(base: Measure, tuned: Measure) -> Groups | None:
     if base.n != tuned.n:
         raise ValueError(f"{base.n} and {tuned.n} examples cannot be compared one by one")
-    value = tuned.value - base.value
-    if base.correct is not None and tuned.correct is not None:
-        return value, *newcombe_interval(base.correct, tuned.correct)
-    return value, *bootstrap_interval(lambda weights: tuned.value_fn(weights) - base.value_fn(weights), base.n, seed)
+    if base.groups is None and tuned.groups is None:
+        return None
+    if base.groups is None or tuned.groups is None or (base.groups != tuned.groups).any():
+        raise ValueError("the two have different groups of examples: give both the same")
+    return base.groups
 
 
 def proportion(correct: NDArray[np.bool_]) -> Measure:
     """The fraction of correct examples."""
-    return Measure(lambda weights: float(weights @ correct) / float(weights.sum()), len(correct), correct=correct)
+    ratio = Ratio(np.asarray(correct, dtype=np.float64), np.ones(len(correct)))
+    return Measure(
+        lambda weights: float(weights @ correct) / float(weights.sum()), len(correct), correct=correct, ratio=ratio
+    )
 
 
 def mean(values: NDArray[np.float64], *, higher_is_better: bool = True, is_fraction: bool = True) -> Measure:
     """The mean of one number per example."""
     return Measure(
-        lambda weights: float(weights @ values) / float(weights.sum()), len(values), higher_is_better, is_fraction
-    )
+        lambda weights: float(weights @ values) / float(weights.sum()), len(values), higher_is_better, is_fraction,
+        ratio=Ratio(np.asarray(values, dtype=np.float64), np.ones(len(values))),
+    )  # fmt: skip
 
 
 def from_sums(
@@ -101,9 +160,15 @@ def from_sums(
     *,
     higher_is_better: bool = True,
     is_fraction: bool = True,
+    ratio: Ratio | None = None,
 ) -> Measure:
-    """A metric of sums over the examples: sums is [n, k], the formula takes the k totals."""
-    return Measure(lambda weights: float(formula(weights @ sums)), len(sums), higher_is_better, is_fraction)
+    """A metric of sums over the examples: sums is [n, k], the formula takes the k totals.
+
+    ratio: the same metric as one, where it is: it then has the interval of a ratio.
+    """
+    return Measure(
+        lambda weights: float(formula(weights @ sums)), len(sums), higher_is_better, is_fraction, ratio=ratio
+    )
 
 
 def safe_divide(numerator: float, denominator: float) -> float:
@@ -120,3 +185,9 @@ def nan_mean(values: NDArray[np.float64]) -> float:
 def safe_sqrt(value: float) -> float:
     """The square root; 0 for a value that rounding moved below 0."""
     return math.sqrt(max(0.0, value))
+
+
+def format_value(value: float, share: bool, sign: bool = False) -> str:
+    """A fraction of 0.265 as 26.5; else four significant digits."""
+    text = f"{100 * value:{'+' if sign else ''}.1f}" if share else format_number(value, sign)
+    return text if any(c in "123456789" for c in text) else text.lstrip("+-")

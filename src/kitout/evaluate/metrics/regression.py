@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kitout.errors import ConfigError
 from kitout.evaluate.metrics.interval import Weights
 from kitout.evaluate.metrics.measure import Measure, from_sums, mean, safe_divide, safe_sqrt
+from kitout.evaluate.metrics.ratio import Ratio
 
 
 def regression_metrics(predictions: Sequence[float], references: Sequence[float]) -> dict[str, Measure]:
@@ -27,6 +28,7 @@ def regression_metrics(predictions: Sequence[float], references: Sequence[float]
             lambda totals: safe_sqrt(safe_divide(totals[0], totals[1])),
             higher_is_better=False,
             is_fraction=False,
+            ratio=Ratio(errors**2, np.ones_like(errors), "sqrt"),
         ),
         "pearson": Measure(lambda weights: _correlation(predicted, actual, weights), len(predicted), is_fraction=False),
         "spearman": _spearman(predicted, actual),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from kitout.evaluate.compare import format_value
 from kitout.evaluate.metrics.measure import Score
 from kitout.evaluate.metrics.registry import TITLES
+from kitout.evaluate.significance.power import SmallestDifference, smallest_text
 from kitout.format import format_bytes
 
 
@@ -66,8 +67,11 @@ def comparable(rows: Sequence[AdapterRow]) -> bool:
     return None not in [row.score for row in rows] and len({row.metric for row in rows}) == 1
 
 
-def caption(rows: Sequence[AdapterRow], same_test: bool = True) -> str:
-    """What the table shows, and what it does not. same_test: all have the same test examples.
+def caption(
+    rows: Sequence[AdapterRow], same_test: bool = True, smallest: SmallestDifference | None = None
+) -> str:  # fmt: skip
+    """What the table shows, and what it does not. same_test: all have the same test examples. smallest: what these can
+    show of any two adapters.
 
     It names no best adapter: intervals are over test examples, and another seed moves each result too.
     """
@@ -80,11 +84,14 @@ def caption(rows: Sequence[AdapterRow], same_test: bool = True) -> str:
     return (
         f"{rows[0].title} {low} to {high} on {scores[0].n:,} test examples, one seed each: the intervals hold for "
         "these examples, and another seed moves every result too. To compare methods, repeat them with other seeds "
-        "(train.seed)"
+        f"(train.seed){f'; {smallest_text([(rows[0].title, smallest)])}' if smallest else ''}"
     )
 
 
-def text(rows: Sequence[AdapterRow], majority: float | None, same_test: bool = True) -> str:
+def text(
+    rows: Sequence[AdapterRow], majority: float | None, same_test: bool = True,
+    smallest: SmallestDifference | None = None,
+) -> str:  # fmt: skip
     """The table as aligned lines, the caption below. majority: accuracy of always predicting the majority class."""
     title = f"{rows[0].title}{' %' if rows[0].score and rows[0].score.share else ''}, 95 % interval"
     lines = [["adapter", "trainable", "%", title, "train s", "processor s", "s/example", "memory"]]
@@ -100,4 +107,4 @@ def text(rows: Sequence[AdapterRow], majority: float | None, same_test: bool = T
                   for k, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
         for line in lines
     ]  # fmt: skip
-    return "\n".join([*aligned, "", caption(rows, same_test)])
+    return "\n".join([*aligned, "", caption(rows, same_test, smallest)])

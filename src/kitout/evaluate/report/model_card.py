@@ -78,6 +78,8 @@ def _results_section(comparison: Comparison) -> str:
         "On the test split, with 95 % confidence intervals. The interval of the difference is paired by example; where "
         "it contains 0, the difference is not significant."
     )
+    if comparison.smallest_text:
+        foot += f" {comparison.smallest_text[:1].upper()}{comparison.smallest_text[1:]}."
     return "\n".join(
         [f"## Results: {baseline} vs. fine-tuned\n", f"{comparison.verdict}.\n", head, *rows, "", f"{foot}\n"]
     )

@@ -18,6 +18,7 @@ from kitout.evaluate.report.charts import Chart
 from kitout.evaluate.report.next_steps import NextSteps
 from kitout.evaluate.report.run_charts import adapters_chart
 from kitout.evaluate.report.thumbnails import PredictedImages
+from kitout.evaluate.significance.power import SmallestDifference
 from kitout.format import format_number
 
 FactTable: TypeAlias = Mapping[str, Any]  # name -> a text or a number
@@ -77,6 +78,8 @@ class RunSummary:
     """Accuracy of always predicting the majority class."""
     same_test: bool = True
     """Whether all adapters have the same test examples."""
+    smallest: SmallestDifference | None = None
+    """What the test examples can show of any two adapters."""
     per_class: Mapping[str, Sequence[ClassScore]] = field(default_factory=dict)
     """Of a classification, by adapter: its classes one by one."""
     predicted_images: Mapping[str, PredictedImages] = field(default_factory=dict)
@@ -98,7 +101,7 @@ class RunSummary:
     @property
     def adapters_caption(self) -> str:
         """What the adapters side by side show, and what not."""
-        return caption(self.adapters, self.same_test)
+        return caption(self.adapters, self.same_test, self.smallest)
 
     @property
     def are_comparable(self) -> bool:

@@ -8,7 +8,7 @@ are taken on the validation split. It knows datasets, kits and metrics, and noth
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kitout.base import memory
@@ -116,6 +116,8 @@ class JobOutcome:
     """Of every classification, closed answers of a language model included: its classes one by one."""
     confusion: Confusion | None = None
     """Of the same, where each example (or tagged word) has one class."""
+    measures: Mapping[str, Measure] = field(default_factory=dict)
+    """The adapter's metrics, which can be compared with those of another over the same examples."""
 
 
 def evaluate_jobs(
@@ -158,7 +160,7 @@ def evaluate_jobs(
             classes = {"predictions": predictions.predictions, "references": references}
         per_class, confusion = _by_class(task, dataset, examples, predictions)
         outcomes[job.name] = JobOutcome(
-            scores, comparison, **classes, items=examples, per_class=per_class, confusion=confusion
+            scores, comparison, **classes, items=examples, per_class=per_class, confusion=confusion, measures=measures
         )
     return outcomes
 

@@ -1,0 +1,79 @@
+"""The smallest difference that a test set can show: found in 80 % of cases at the 5 % level.
+
+It is (z of 0.975 + z of 0.8) = 2.8 standard errors of the difference (Miller 2024, "Adding Error Bars to Evals"); of
+shares of correct examples 2.8 sqrt(discordant / n), where on the discordant share of examples just one of the two is
+correct. Over seeds the quantiles are those of t. It knows errors and numbers of examples, and no method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kitout.evaluate.metrics.distributions import t_quantile
+from kitout.evaluate.metrics.interval import Z95
+from kitout.evaluate.metrics.measure import Measure, difference_error, format_value
+
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class SmallestDifference:
+    """What a comparison on given examples is able to find. (The names are keys of results.json.)"""
+
+    value: float
+    """The difference that is found with a power of 80 %."""
+    n: int
+    """Number of examples."""
+    share: bool = True
+    """A fraction, printed in points."""
+
+    @property
+    def amount(self) -> str:
+        """4.8 points"""
+        return f"{format_value(self.value, self.share)}{' points' if self.share else ''}"
+
+    @property
+    def text(self) -> str:
+        """4.8 points on 1,000 test examples"""
+        return f"{self.amount} on {self.n:,} test example{'s' if self.n > 1 else ''}"
+
+
+def smallest_text(found: Sequence[tuple[str, SmallestDifference]]) -> str:
+    """One line for below a table. found: the name of each metric, and its difference, all of the same examples."""
+    if not found:
+        return ""
+    n = found[0][1].n
+    listed = ", ".join(f"{name} {one.amount}" for name, one in found)
+    return (
+        f"smallest difference that {n:,} test example{'s' if n > 1 else ''} can show (80 % power): {listed}; a smaller "
+        "one is often missed"
+    )
+
+
+def smallest_difference(
+    error: float, n: int, *, share: bool = True, degrees: float = math.inf
+) -> SmallestDifference:  # fmt: skip
+    """From the standard error of a difference. degrees: of freedom of t, where the error is over seeds."""
+    return SmallestDifference((t_quantile(0.975, degrees) + t_quantile(POWER, degrees)) * error, n, share)
+
+
+def smallest_share_difference(discordant: float, n: int) -> SmallestDifference:
+    """Of shares of correct examples, paired. discordant: the share of n examples on which just one is correct.
+
+    Where there is none it is as if there were one example: agreement on few examples is not certain.
+    """
+    return smallest_difference(math.sqrt(max(discordant, 1 / n) / n), n)
+
+
+def smallest_of_measures(base: Measure, tuned: Measure, interval: tuple[float, float]) -> SmallestDifference:
+    """That of two measures over the same examples (or groups). interval: of their difference, by `score_difference`; it
+    serves where the metric is no ratio of sums.
+    """
+    if base.correct is not None and tuned.correct is not None and base.groups is None:
+        return smallest_share_difference(float((base.correct != tuned.correct).mean()), base.n)
+    error = difference_error(base, tuned)
+    if error is None:
+        error = (interval[1] - interval[0]) / (2 * Z95)
+    return smallest_difference(error, base.n, share=base.is_fraction)
