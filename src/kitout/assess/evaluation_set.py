@@ -165,7 +165,9 @@ class ExampleSet:
     @property
     def digest(self) -> str:
         closed = self.dataset.answers
-        return _digest([self.kind, self.dataset.digest, self.dataset.label_names, None if closed is None else closed.names])
+        return _digest(
+            [self.kind, self.dataset.digest, self.dataset.label_names, None if closed is None else closed.names]
+        )
 
     def __len__(self) -> int:
         return len(self.dataset.test)

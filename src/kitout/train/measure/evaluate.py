@@ -140,9 +140,7 @@ def evaluate_jobs(
         if task != "generation" and (run.new_heads or _has_other_labels(run, dataset)):
             base_predictions, baseline = predict_constant(task, dataset, examples), BASELINES[task]
             references_of = dataset.reference_of
-            base_measures = compute_metrics(
-                task, examples, base_predictions, references_of, _label_names(dataset)
-            )
+            base_measures = compute_metrics(task, examples, base_predictions, references_of, _label_names(dataset))
             probed = predict_by_probe(run, job, dataset, examples) if task == "classification" else None
             if probed is not None:
                 probe = compute_metrics(job.objective.task, examples, probed, references_of)

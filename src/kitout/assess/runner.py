@@ -1,0 +1,275 @@
+"""`kitout.assess.run`: base and adapters on the same sets of examples, in one run.
+
+Everything that is asked for is checked and read first, and all faults are reported together; then each set is asked of
+the base (once, its answers are kept) and of every adapter. Weights, modes and random state are left as they were. It
+knows sets and scores, and nothing of folders and screens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from kitout.assess.base_answers import base_answers
+from kitout.assess.cost import AdapterCost, measure_cost
+from kitout.assess.evaluation_set import Asked, EvaluationSet, ExampleSet, read_set
+from kitout.assess.forgetting import SetChange, forgetting_line, set_changes
+from kitout.assess.suites import check_suite, suite_sets
+from kitout.errors import ConfigError, Errors, KitoutError, UnknownAdapter, suggest
+from kitout.evaluate.ask.batches import ProgressFn
+from kitout.evaluate.compare import BASE, MetricChange, compare
+from kitout.evaluate.metrics.measure import Measure
+from kitout.evaluate.metrics.registry import TITLES
+from kitout.files.usage_record import UsageRecord
+from kitout.format import align_columns
+from kitout.kit import Kit
+from kitout.route import Route, adapter_names
+from kitout.train.config.schema import ModelConfig, SourceConfig
+from kitout.train.setup.base_model import choose_pad_token, load_tokenizer
+
+LogFn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class SetOutcome:
+    """One set of examples."""
+
+    name: str
+    """As the source names it."""
+    kind: str
+    """choice, text, or the name of a task."""
+    n: int
+    """Examples."""
+    baseline: str
+    """What adapters are compared with: the base, or a constant answer where the base has no trained head."""
+    measures: Mapping[str, Mapping[str, Measure]]
+    """By adapter (and by the baseline's name): every metric, which gives its value and interval."""
+    changes: Mapping[str, tuple[MetricChange, ...]]
+    """By adapter: every metric against the baseline."""
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What was measured. `print(assessment)` is a table; `to_dict()` is what json holds."""
+
+    sets: tuple[SetOutcome, ...]
+    """Those of the sources, in their order."""
+    suite: str = "none"
+    """The suite of forgetting."""
+    suite_sets: tuple[SetOutcome, ...] = ()
+    """Those of the suite."""
+    forgetting: Mapping[str, tuple[SetChange, ...]] = field(default_factory=dict)
+    """By adapter, set by set."""
+    costs: Mapping[str, AdapterCost] = field(default_factory=dict)
+    """By adapter, and of the base; empty if it was not measured."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "sets": [_set_to_dict(one) for one in self.sets],
+            "suite": self.suite,
+            "suite_sets": [_set_to_dict(one) for one in self.suite_sets],
+            "forgetting": {
+                adapter: {
+                    "summary": forgetting_line(changes),
+                    "sets": {
+                        one.name: {
+                            "metric": one.change.name, "difference": one.change.difference, "low": one.change.low,
+                            "high": one.change.high, "p_value": one.p_value, "adjusted": one.adjusted,
+                            "kl": one.divergence, "verdict": one.verdict,
+                        }
+                        for one in changes
+                    },
+                }
+                for adapter, changes in self.forgetting.items()
+            },
+            "costs": {name: asdict(cost) for name, cost in self.costs.items()},
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        parts = [_set_table(one) for one in self.sets]
+        for adapter, changes in self.forgetting.items():
+            rows: list[tuple[str, ...]] = [("set", "metric", "base", adapter, "change (95 %)", "p (Holm)", "KL", "")]
+            for one in changes:
+                change, kl = one.change, "" if one.divergence is None else f"{one.divergence:.4f}"
+                interval = f"{change.format_value(change.low, True)} to {change.format_value(change.high, True)}"
+                rows.append(
+                    (
+                        one.name, change.title, change.format_value(change.base.value),
+                        change.format_value(change.tuned.value),
+                        f"{change.format_value(change.difference, True)} ({interval})", f"{one.adjusted:.2g}", kl,
+                        one.verdict,
+                    )
+                )  # fmt: skip
+            lines = [f"forgetting of {adapter}, {self.suite} suite", *align_columns(rows), forgetting_line(changes)]
+            parts.append("\n".join(lines))
+        if self.costs:
+            of_cost = [AdapterCost.HEAD, *(cost.row(name) for name, cost in self.costs.items())]
+            parts.append("\n".join(["cost", *align_columns(of_cost)]))
+        return "\n\n".join(parts)
+
+
+def run(
+    kit: Kit,
+    adapters: Sequence[str] | Mapping[str, Route] | None = None,
+    sources: Sequence[str | Mapping[str, Any] | SourceConfig] = (),
+    *,
+    suite: str = "none",
+    cost: bool = False,
+    tokenizer: Any = None,
+    seed: int = 0,
+    max_new_tokens: int | None = None,
+    keep_base: bool = True,
+    log: LogFn = lambda _line: None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Assessment:
+    """Base and adapters on every source and on a suite of forgetting.
+
+    adapters: names, all of the kit's by default; or name -> route, {"both": Stack("a", "b")}. sources: as `data.train`
+    of a run takes them, a path alone or path with format, columns, limit; rows with question, choices and answer are
+    scored by the likelihood of each choice, plain texts by bits per byte, all else as in training. suite: none, quick
+    or full. cost: time what each costs. tokenizer: of a base that does not say where its own is. seed: of samples and
+    intervals. keep_base: False asks the base anew and keeps nothing. log: gets a line about each set. on_progress:
+    (set, examples done, examples in all). Raises UnknownAdapter, or ConfigError with every fault of sources and suite.
+    """
+    kit.state.check_attached()
+    if kit.merged:
+        raise ConfigError(f"{', '.join(kit.merged)} merged into the base: kit.unmerge() before measuring against it")
+    routes = _routes(kit, adapters)
+    usage = _usage(kit, routes)
+    own_tokenizer = tokenizer or _own_tokenizer(kit)
+    asked = Asked(kit, own_tokenizer, choose_pad_token(kit.config, own_tokenizer), max_new_tokens)
+    sets, forgotten = _read_all(kit, sources, suite, own_tokenizer, usage, seed, log)
+    before = kit.active
+    outcomes = []
+    try:
+        for what in (*sets, *forgotten):
+            log(f"measuring {what.name} ({what.kind}, {len(what):,} examples) ...")
+            outcomes.append(_ask(asked, what, routes, seed, keep_base, on_progress))
+        costs = measure_cost(kit, routes) if cost else {}
+    finally:
+        kit.use(before)
+    of_sources, of_suite = tuple(outcomes[: len(sets)]), tuple(outcomes[len(sets) :])
+    forgetting = {}
+    if of_suite:
+        for name in routes:
+            forgetting[name] = set_changes(
+                {one.name: one.measures[BASE] for one in of_suite},
+                {one.name: one.measures[name] for one in of_suite},
+                {one.name: one.changes[name] for one in of_suite},
+            )
+    return Assessment(of_sources, suite, of_suite, forgetting, costs)
+
+
+def _routes(kit: Kit, adapters: Sequence[str] | Mapping[str, Route] | None) -> dict[str, Route]:
+    if isinstance(adapters, str):
+        raise ConfigError(f"adapters is a list of names, found {adapters!r}: write [{adapters!r}]")
+    names = list(kit.names) if adapters is None else adapters
+    routes: dict[str, Route] = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
+    errors = Errors(UnknownAdapter, "assess")
+    for name, route in routes.items():
+        if name == BASE:
+            errors.add(f"{BASE!r} is what adapters are compared with: call {route!r} something else")
+        for each in adapter_names(route):
+            if each not in kit.state:
+                errors.add(f"no adapter is called {each!r}: {suggest(str(each), kit.names)}")
+    errors.raise_if_any()
+    return routes
+
+
+def _usage(kit: Kit, routes: Mapping[str, Route]) -> UsageRecord | None:
+    """How the adapters were trained, by the first that says so."""
+    for name in dict.fromkeys(each for route in routes.values() for each in adapter_names(route)):
+        if (usage := kit[name].usage) is not None:
+            return UsageRecord.model_validate(usage)
+    return None
+
+
+def _own_tokenizer(kit: Kit) -> Any:
+    name = str(getattr(kit.config, "_name_or_path", "") or "")
+    if not name:
+        raise ConfigError("the base does not say where its tokenizer is: give tokenizer=...")
+    return load_tokenizer(ModelConfig(name=name))
+
+
+def _read_all(
+    kit: Kit, sources: Sequence[Any], suite: str, tokenizer: Any, usage: UsageRecord | None, seed: int, log: LogFn
+) -> tuple[list[EvaluationSet], list[EvaluationSet]]:
+    errors, sets = Errors(ConfigError, "what to measure on"), []
+    is_encoder_decoder = bool(getattr(kit.config, "is_encoder_decoder", False))
+    for source in sources:
+        try:
+            config = source if isinstance(source, SourceConfig) else SourceConfig.model_validate(
+                {"path": str(source)} if not isinstance(source, Mapping) else source
+            )  # fmt: skip
+            sets.append(read_set(config, tokenizer, is_encoder_decoder, usage, seed))
+        except (KitoutError, ValueError, OSError) as error:
+            errors.add(f"{source}: {error}")
+    forgotten: list[EvaluationSet] = []
+    try:
+        check_suite(suite)
+        if suite != "none" and (is_encoder_decoder or (usage is not None and usage.labels)):
+            raise ConfigError(f"suite={suite!r} asks a decoder that writes text, and this is none: write suite='none'")
+        forgotten = suite_sets(suite, tokenizer, seed, log) if not errors.messages else []
+    except KitoutError as error:
+        errors.add(str(error))
+    if not sources and suite == "none" and not errors.messages:
+        errors.add("nothing is given: name a source, or a suite (quick)")
+    errors.raise_if_any()
+    return sets, forgotten
+
+
+def _ask(
+    asked: Asked, what: EvaluationSet, routes: Mapping[str, Route], seed: int, keep_base: bool,
+    on_progress: Callable[[str, int, int], None] | None,
+) -> SetOutcome:  # fmt: skip
+    report: ProgressFn | None = None if on_progress is None else lambda done, total: on_progress(what.name, done, total)
+    heads = any(asked.kit[name].heads for route in routes.values() for name in adapter_names(route))
+    baseline = BASE
+    if isinstance(what, ExampleSet) and what.dataset.label_names and heads:
+        baseline, of_base = what.constant_name, what.constant()  # the base has no trained head for these labels
+    else:
+        of_base = base_answers(asked, what, report, keep_base)
+    measures = {baseline: what.measures(of_base)}
+    answers = what.ask(asked, list(routes.values()), report) if routes else []  # type: ignore[arg-type]
+    measures |= {name: what.measures(one) for name, one in zip(routes, answers, strict=True)}
+    changes = {
+        name: compare(measures[baseline], measures[name], seed=seed, baseline=baseline).changes for name in routes
+    }
+    return SetOutcome(what.name, what.kind, len(what), baseline, measures, changes)
+
+
+def _set_to_dict(one: SetOutcome) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "kind": one.kind,
+        "n": one.n,
+        "baseline": one.baseline,
+        "scores": {
+            name: {metric: asdict(measure.score()) for metric, measure in measures.items()}
+            for name, measures in one.measures.items()
+        },
+        "differences": {
+            name: {c.name: {"difference": c.difference, "low": c.low, "high": c.high} for c in changes}
+            for name, changes in one.changes.items()
+        },
+    }
+
+
+def _set_table(one: SetOutcome) -> str:
+    names = list(dict.fromkeys(metric for measures in one.measures.values() for metric in measures))
+    rows: list[tuple[str, ...]] = [("", *(TITLES.get(name, name) for name in names))]
+    for adapter, measures in one.measures.items():
+        cells = []
+        for name in names:
+            if name not in measures:
+                cells.append("")
+                continue
+            score = measures[name].score()
+            value = MetricChange(name, score, score, 0.0, 0.0, 0.0)
+            low, high = value.format_value(score.low), value.format_value(score.high)
+            cells.append(f"{value.format_value(score.value)} ({low} to {high})")
+        rows.append((adapter, *cells))
+    verdicts = [f"{name}: {changes[0].title} {changes[0].verdict}" for name, changes in one.changes.items() if changes]
+    return "\n".join([f"{one.name}: {one.kind}, {one.n:,} examples", *align_columns(rows), *verdicts])
