@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kitout.errors import ConfigError, Errors
 from kitout.fuse.build_lora import LoRABuilder
-from kitout.fuse.changes import Places, base_parameters, difference, weight_name
+from kitout.fuse.changes import Places, base_parameters, difference, square_of, weight_name
 from kitout.fuse.residual import FusedAdapter
 from kitout.fuse.result import DROPPABLE, Combined, NewAdapter
 from kitout.fuse.targets import selected
@@ -76,7 +76,7 @@ def extract(
             continue  # tied in both: compared already
         seen.add(pair)
         change = difference(new.places, parameter, value, old)
-        square = float(change.double().square().sum())
+        square = square_of(change)
         changed = changed or (parameter in wanted and square > 0)
         builder.take(new.places[parameter], Combined(change, square))
     if not changed:
