@@ -120,6 +120,12 @@ def load_parts(
     return added
 
 
+def are_same(state: KitState, name: str, other: str) -> bool:
+    """Two adapters of a kit compute the same, in the form that files have without encoders."""
+    first, second = (content_digest(state, _form(state, each, False), False) for each in (name, other))
+    return first == second
+
+
 def _is_same(state: KitState, name: str, digest: str) -> bool:
     return digest in (content_digest(state, _form(state, name, keep), keep) for keep in (False, True))
 
