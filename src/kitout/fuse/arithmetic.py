@@ -58,7 +58,13 @@ def combine(
     depend on it, the adapter's name and the parameter alone.
     to: "exact" (LoRAs added up give a LoRA of the summed rank, all else is dense), "dense" (FullFineTuning of the
     touched modules), LoRA(rank=8) or LoRA(energy=0.99). drop: "biases norms other heads", any of them: what the result
-    may leave out; it counts in the residual. The adapters stay as they are, at their strengths.
+    may leave out; it counts in the residual. The adapters stay as they are, at their strengths. A composition counts as
+    what it is made of: LoRAs in a Stack, a Mix, an Only or a Mixture stay in their factors.
+
+    Raises UnknownAdapter; AdapterExists or InvalidAdapterName for the name; MergeStateError while adapters are merged;
+    ConfigError for options that the rule or the form does not have, heads that would be added up, and changes that the
+    form cannot hold; NotMergeable for an adapter, or a part of a composition, that no weights of the base can hold,
+    with what to write instead. Then nothing is added to the kit.
     """
     state = kit.state
     if how == "parameters":

@@ -50,7 +50,9 @@ def convert(
     to: LoRA(rank=8) or LoRA(energy=0.99) for any adapter that folds into weights; "dense" for trained copies;
     PrefixTuning() for a prompt before causal blocks, of the prompt's length. max_residual: ConfigError, naming a rank
     that would do, where more than this share of the change (its norm) is lost. drop: "biases norms other", what a LoRA
-    may leave out; it counts in the residual.
+    may leave out; it counts in the residual. A composition is converted as the one change that it makes.
+
+    Raises what `combine` raises; RouteError where the prefix is to sit where a prompt has no keys.
     """
     state = kit.state
     state.check_attached()

@@ -40,6 +40,10 @@ def extract(
     tuned: the same architecture fine-tuned: a model, its parameters by name, or a folder that the base's class loads.
     rank: of every site, 32 if there is no energy; energy: the share of the squared singular values that each site
     keeps. The residual is over all parameters: what differs outside the targets counts, and `dropped` lists it.
+
+    Raises AdapterExists or InvalidAdapterName for the name; MergeStateError while adapters are merged; TargetError for
+    targets that select nothing; ConfigError where rank and energy are given, `tuned` does not load or is no copy of
+    this base with parameters of the same shapes, or nothing differs at the targets. Then nothing is added to the kit.
     """
     state = kit.state
     state.check_attached()
