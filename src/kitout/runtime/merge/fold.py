@@ -26,7 +26,7 @@ from kitout.runtime.merge.pairs import WeightBias, add_change, fold_adapter, wor
 from kitout.runtime.modules.composed import ComposedTerm
 from kitout.runtime.modules.module_adapter import ModuleAdapter, SiteDelta
 from kitout.runtime.modules.terms import Single, SumOfRuns, Term, TermSequence, WeightedSum, build_term
-from kitout.runtime.routing.expand import expand
+from kitout.runtime.routing.expand import averaging_names, expand
 
 MATRICES = ("linear", "conv", "embedding")
 MOST_ERRORS = 8
@@ -51,6 +51,8 @@ def fold_all(
     survey: the model's, which an `Only` counts its layers by.
     """
     described = _describe(entry)
+    if averaging := averaging_names(entry, adapters_by_name):
+        raise NotMergeable(f"cannot merge {described}: {averaging[0]!r} averages whole outputs, which no weights give")
     expanded, adapters_by_name = expand(entry, adapters_by_name, survey)
     assert not isinstance(expanded, (tuple, Average))
     entry = simplify(expanded)
