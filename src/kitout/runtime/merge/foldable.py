@@ -13,13 +13,18 @@ from kitout.base.survey import Survey
 from kitout.errors import Errors, NotMergeable
 from kitout.route import Average, Mix, RouteEntry, Stack, adapter_names, simplify
 from kitout.runtime.adapter import Adapter, conflict_with_head, trained_and_read
-from kitout.runtime.routing.expand import expand
+from kitout.runtime.routing.expand import averaging_names, expand
 
 
 def expand_foldable(
     entry: RouteEntry, adapters_by_name: Mapping[str, Adapter], survey: Survey | None
 ) -> tuple[RouteEntry, list[Adapter]]:
     """The simplified entry with every composition taken apart, and the adapters in it. NotMergeable for an Average."""
+    averaging = averaging_names(entry, adapters_by_name)
+    if averaging and not isinstance(entry, str):
+        raise NotMergeable(
+            f"cannot merge {describe(entry)}: {averaging[0]!r} averages whole outputs, which no weights give"
+        )
     expanded, adapters_by_name = expand(entry, adapters_by_name, survey)
     if isinstance(expanded, Average):
         weights: dict[Any, float] = dict(expanded.parts)
