@@ -18,6 +18,7 @@ from kitout.evaluate.report.charts import Chart
 from kitout.evaluate.report.next_steps import NextSteps
 from kitout.evaluate.report.run_charts import adapters_chart
 from kitout.evaluate.report.thumbnails import PredictedImages
+from kitout.evaluate.significance.by_method import MetricByMethod
 from kitout.evaluate.significance.power import SmallestDifference
 from kitout.format import format_number
 
@@ -80,6 +81,10 @@ class RunSummary:
     """Whether all adapters have the same test examples."""
     smallest: SmallestDifference | None = None
     """What the test examples can show of any two adapters."""
+    by_method: Sequence[MetricByMethod] = ()
+    """Of a run with several seeds: each metric with its means over seeds, and the methods against each other."""
+    method_name: str = ""
+    """Of one adapter of such a run: the method that it is one seed of."""
     per_class: Mapping[str, Sequence[ClassScore]] = field(default_factory=dict)
     """Of a classification, by adapter: its classes one by one."""
     predicted_images: Mapping[str, PredictedImages] = field(default_factory=dict)
@@ -101,7 +106,7 @@ class RunSummary:
     @property
     def adapters_caption(self) -> str:
         """What the adapters side by side show, and what not."""
-        return caption(self.adapters, self.same_test, self.smallest)
+        return caption(self.adapters, self.same_test, self.smallest, bool(self.by_method))
 
     @property
     def are_comparable(self) -> bool:

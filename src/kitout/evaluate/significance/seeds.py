@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,13 @@ class MethodDifference:
         if self.adjusted is None or self.adjusted > LEVEL:
             return None
         return (self.difference > 0) == self.higher_is_better
+
+    def reversed(self) -> MethodDifference:
+        """`other` against `name`."""
+        return replace(
+            self, name=self.other, other=self.name, difference=-self.difference, low=-self.high, high=-self.low,
+            num_seeds=self.num_seeds[::-1],
+        )  # fmt: skip
 
     @property
     def smallest(self) -> SmallestDifference:
