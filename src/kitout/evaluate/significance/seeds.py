@@ -96,9 +96,7 @@ class MethodDifference:
         pairs = f" after Holm over {self.num_pairs} pairs" if self.num_pairs > 1 else ""
         if self.is_better is None:
             return f"no significant difference to {self.other}{pairs} ({low} to {high}{unit}); {size}"
-        interval = " to ".join(
-            format_value(end, self.share) for end in sorted((self.low, self.high), key=lambda end: abs(end))
-        )
+        interval = " to ".join(format_value(end, self.share) for end in sorted((abs(self.low), abs(self.high))))
         amount = f"{format_value(abs(self.difference), self.share)}{unit}"
         return f"{'better' if self.is_better else 'worse'} than {self.other} by {amount} ({interval}){pairs}; {size}"
 
