@@ -44,6 +44,9 @@ def results_text(results: Mapping[str, Any]) -> str:
         examples = results["examples"].get(name, ())
         if examples:
             parts.append(_answers_table(examples, baseline))
+    for name, forgotten in results.get("forgetting", {}).items():
+        of = f" ({name})" if len(results["forgetting"]) > 1 else ""
+        parts.append(Text(f"forgetting{of}: {forgotten['summary']}"))
     for name, proof in results.get("merge", {}).items():
         parts.append(Text(f"{name}: {MergeProof(**proof)}" if len(comparisons) > 1 else str(MergeProof(**proof))))
     page = io.StringIO()
