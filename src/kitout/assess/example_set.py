@@ -26,7 +26,7 @@ from kitout.files.usage_record import TextRecord, UsageRecord
 from kitout.route import RouteEntry
 from kitout.train.config.schema import DataConfig, SourceConfig
 from kitout.train.measure.baseline import BASELINES, predict_constant
-from kitout.train.measure.predict import Predictions, compute_metrics, generate_answers, predict
+from kitout.train.measure.predict import Predictions, compute_metrics, generate_answers_under, predict
 from kitout.train.objectives.tasks import TASKS, ObjectiveSettings
 from kitout.train.setup.closed_answers import ClosedAnswers, find_closed_answers
 from kitout.train.setup.datasets import build_encoder, infer_objective
@@ -70,14 +70,15 @@ class ExampleSet:
         found = []
         for route in routes:
             with asked.kit.use(route):
-                predictions = predict(asked.kit, objective, items, on_progress, closed)
-                if closed is None and TASKS[self.kind].generates_text:
-                    answered = [item for item in items if item.reference]
-                    predictions.texts = generate_answers(
-                        asked.kit, asked.tokenizer, answered, asked.max_new_tokens, on_progress
-                    )
-            found.append(asdict(predictions))
-        return found
+                found.append(predict(asked.kit, objective, items, on_progress, closed))
+        if closed is None and TASKS[self.kind].generates_text:
+            answered = [item for item in items if item.reference]
+            texts = generate_answers_under(
+                asked.kit, asked.tokenizer, answered, routes, asked.max_new_tokens, on_progress
+            )
+            for predictions, of_route in zip(found, texts, strict=True):
+                predictions.texts = of_route
+        return [asdict(predictions) for predictions in found]
 
     def constant(self) -> tuple[str, Any] | None:
         task = TASKS[self.kind].metric_task
