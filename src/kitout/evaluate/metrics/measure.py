@@ -38,6 +38,8 @@ class Score:
     """False for a loss or an error."""
     share: bool = True
     """A fraction between 0 and 1, printed in percent. (The name is a key of results.json.)"""
+    note: str = ""
+    """What was measured by what, where that depends on the data: "by character". Reports show it behind the name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,8 @@ class Measure:
     """Between 0 and 1, printed in percent."""
     correct: NDArray[np.bool_] | None = None
     """Which examples are correct, if the metric is the fraction of these."""
+    note: str = ""
+    """As in `Score`."""
 
     @property
     def value(self) -> float:
@@ -63,7 +67,7 @@ class Measure:
         """The value with its interval."""
         value = self.value
         low, high = self._interval(value, seed)
-        return Score(value, low, high, self.n, self.higher_is_better, self.is_fraction)
+        return Score(value, low, high, self.n, self.higher_is_better, self.is_fraction, self.note)
 
     def _interval(self, value: float, seed: int) -> tuple[float, float]:
         if self.correct is not None:
