@@ -86,7 +86,9 @@ def test_nothing_is_left_changed(model: Path, tmp_path: Path) -> None:
     assert kit.active == "a"
     assert modes == [module.training for module in kit.modules()]
     assert all(torch.equal(value, kit.base.state_dict()[name]) for name, value in before.items())
-    assert run(kit, None, sources_of(tmp_path), tokenizer=predictor.tokenizer).to_dict()["sets"] == first.to_dict()["sets"]
+    assert (
+        run(kit, None, sources_of(tmp_path), tokenizer=predictor.tokenizer).to_dict()["sets"] == first.to_dict()["sets"]
+    )
     assert first.costs["a"].merged_prefill is not None
     assert first.costs["base"].parameters == 0
 
@@ -127,13 +129,18 @@ def test_a_classifier_is_compared_with_the_majority(tmp_path: Path) -> None:
         log=lambda _: None,
     )
     predictor = kitout.load(tmp_path / "run" / "adapter", base=str(model))
-    found = run(predictor.kit, None, [str(jsonl(tmp_path / "new.jsonl", reviews(30, 3)))], tokenizer=predictor.tokenizer)
+    found = run(
+        predictor.kit, None, [str(jsonl(tmp_path / "new.jsonl", reviews(30, 3)))], tokenizer=predictor.tokenizer
+    )
     (one,) = found.sets
     assert (one.kind, one.baseline) == ("classification", "majority class")
     assert one.measures["majority class"]["accuracy"].value >= 0.5
     labels = [row["label"] for row in reviews(30, 3)]
     predicted = [prediction.label for prediction in predictor([row["text"] for row in reviews(30, 3)])]
-    assert one.measures["adapter"]["accuracy"].value == compute_measures("classification", predicted, labels)["accuracy"].value
+    assert (
+        one.measures["adapter"]["accuracy"].value
+        == compute_measures("classification", predicted, labels)["accuracy"].value
+    )
 
 
 def test_faults_are_reported_together(model: Path, tmp_path: Path) -> None:

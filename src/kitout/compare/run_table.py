@@ -22,7 +22,7 @@ from kitout.compare.render import TableColumn, render
 from kitout.errors import ConfigError
 from kitout.evaluate.compare import BASE, format_value
 from kitout.evaluate.metrics.measure import Score
-from kitout.evaluate.metrics.registry import TITLES
+from kitout.evaluate.metrics.registry import metric_title
 from kitout.files.atomic import write_text
 from kitout.files.system_errors import as_path, as_path_error
 from kitout.format import format_bytes, format_duration, single_line
@@ -64,7 +64,7 @@ class RunRow:
         if len(scores) < 2:
             return scores[0] if scores else None
         values, first = [score.value for score in scores], scores[0]
-        return Score(fmean(values), min(values), max(values), first.n, first.higher_is_better, first.share)
+        return replace(first, value=fmean(values), low=min(values), high=max(values))
 
     def score_text(self, metric: str) -> str:
         """93.6 (91.9 to 95.0), or 93.1 (3 seeds: 92.0 to 94.2); fractions in percent."""
@@ -242,7 +242,7 @@ def _left_out(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> str:
         for metric in run.scores:
             if metric not in metrics:
                 owners.setdefault(metric, []).append(run.label)
-    return "; ".join(f"{TITLES.get(metric, metric)} ({', '.join(labels)})" for metric, labels in owners.items())
+    return "; ".join(f"{metric_title(metric)} ({', '.join(labels)})" for metric, labels in owners.items())
 
 
 def _score_values(score: Score, num_seeds: int) -> dict[str, Any]:
@@ -316,7 +316,7 @@ def _score_text(score: Score | None, range_of: str = "") -> str:
 
 def _metric_title(rows: Sequence[RunRow], metric: str) -> str:
     score = next((score for row in rows if (score := row.score(metric)) is not None), None)
-    return TITLES.get(metric, metric) + (" %" if score is not None and score.share else "")
+    return metric_title(metric, score.note if score else "") + (" %" if score is not None and score.share else "")
 
 
 def _seconds_text(row: RunRow) -> str:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from kitout.evaluate.ask.batches import ProgressFn
 from kitout.evaluate.ask.choices import PLAIN, ChoicePrompt, ChoiceQuestion, choice_likelihoods
-from kitout.evaluate.metrics.choices import ChoiceSums
+from kitout.evaluate.metrics.choice_accuracy import ChoiceSums
 from kitout.evaluate.metrics.measure import Measure
 from kitout.evaluate.metrics.registry import compute_measures
 from kitout.evaluate.sets.evaluation_set import Asked, digest_of

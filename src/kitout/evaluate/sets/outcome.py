@@ -13,7 +13,7 @@ from typing import Any
 from kitout.evaluate.ask.batches import ProgressFn
 from kitout.evaluate.compare import BASE, MetricChange, compare
 from kitout.evaluate.metrics.measure import Measure
-from kitout.evaluate.metrics.registry import TITLES
+from kitout.evaluate.metrics.registry import metric_title
 from kitout.evaluate.sets.base_answers import base_answers
 from kitout.evaluate.sets.evaluation_set import Asked, EvaluationSet
 from kitout.evaluate.sets.forgetting import SetChange, set_changes
@@ -59,7 +59,7 @@ class SetOutcome:
 
     def __str__(self) -> str:
         names = list(dict.fromkeys(metric for measures in self.measures.values() for metric in measures))
-        rows: list[tuple[str, ...]] = [("", *(TITLES.get(name, name) for name in names))]
+        rows: list[tuple[str, ...]] = [("", *(metric_title(name) for name in names))]
         for adapter, measures in self.measures.items():
             cells = []
             for name in names:
