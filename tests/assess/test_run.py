@@ -167,8 +167,14 @@ def test_the_verb_writes_what_it_prints(model: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
     assert "--task" in result.output
-    for name in "ab":
-        predictor.kit.save(name, tmp_path / name, metadata={})
+    result = CliRunner().invoke(app, [*command, "--task", "causal_lm", "--cost"])
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert [one["n"] for one in written["sets"]] == [5, 5]
+    assert set(written["costs"]) == {"base", "a", "b"}
+    assert (tmp_path / "out" / "results.txt").read_text(encoding="utf-8").strip() in result.stdout
     result = CliRunner().invoke(app, ["eval", "--model", str(model), "--data", sources[0], "--json"])
     assert result.exit_code == 0, result.output
-    assert "acc" in result.output
+    assert json.loads(result.stdout)["sets"][0]["scores"]["base"]["acc"]["n"] == 6
+    for wrong in (["eval"], ["eval", str(tmp_path / "a"), "--data", sources[0], "--out", sources[1]]):
+        assert CliRunner().invoke(app, wrong).exit_code == 1

@@ -13,6 +13,7 @@ from typing import Any
 
 from kitout.assess.cost import AdapterCost, measure_cost
 from kitout.assess.example_set import read_set
+from kitout.base.eval_mode import eval_mode
 from kitout.errors import ConfigError, Errors, KitoutError, RouteError, UnknownAdapter, suggest
 from kitout.evaluate.compare import BASE
 from kitout.evaluate.sets.evaluation_set import Asked, EvaluationSet
@@ -100,10 +101,11 @@ def run(
     before = kit.active
     outcomes = []
     try:
-        for what in (*sets, *forgotten):
-            log(f"measuring {what.name} ({what.kind}, {len(what):,} examples) ...")
-            outcomes.append(measure_set(asked, what, routes, seed, keep_base, on_progress))
-        costs = measure_cost(kit, routes) if cost else {}
+        with eval_mode(kit.base, kit):
+            for what in (*sets, *forgotten):
+                log(f"measuring {what.name} ({what.kind}, {len(what):,} examples) ...")
+                outcomes.append(measure_set(asked, what, routes, seed, keep_base, on_progress))
+            costs = measure_cost(kit, routes) if cost else {}
     finally:
         kit.use(before)
     of_sources, of_suite = tuple(outcomes[: len(sets)]), tuple(outcomes[len(sets) :])

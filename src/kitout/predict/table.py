@@ -17,7 +17,7 @@ from kitout.data.examples.formats import nan_to_none
 from kitout.data.read.tables import add_first
 from kitout.errors import BadRows, DataError, Errors
 from kitout.evaluate.compare import format_value
-from kitout.evaluate.metrics.interval import wilson_interval
+from kitout.evaluate.intervals.resampled import wilson_interval
 from kitout.evaluate.metrics.measure import Score
 from kitout.evaluate.metrics.registry import compute_measures, metric_title
 from kitout.files.base_fingerprint import fingerprint

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitout.errors import ConfigError, Errors
-from kitout.evaluate.metrics.interval import Weights
+from kitout.evaluate.intervals.ratio import Ratio
+from kitout.evaluate.intervals.resampled import Weights
 from kitout.evaluate.metrics.measure import Measure, from_sums, nan_mean, proportion, safe_divide, safe_sqrt
-from kitout.evaluate.metrics.ratio import Ratio
 
 MAX_SHOWN_ERRORS = 3  # reported one by one
 

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kitout.evaluate.metrics.bounded import bounded_difference_interval, bounded_interval
-from kitout.evaluate.metrics.interval import (
+from kitout.evaluate.intervals.bounded import bounded_difference_interval, bounded_interval
+from kitout.evaluate.intervals.ratio import Groups, Ratio, standard_error
+from kitout.evaluate.intervals.resampled import (
     WeightedMetric,
     bootstrap_interval,
     newcombe_interval,
     wilson_interval,
 )
-from kitout.evaluate.metrics.ratio import Groups, Ratio, standard_error
-from kitout.evaluate.metrics.studentized import ratio_difference_interval, ratio_interval
+from kitout.evaluate.intervals.studentized import ratio_difference_interval, ratio_interval
 from kitout.format import format_number
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from kitout.evaluate.metrics.interval import Z95
+from kitout.evaluate.intervals.resampled import Z95
 from kitout.evaluate.metrics.measure import Measure, difference_error, score_difference
 
 

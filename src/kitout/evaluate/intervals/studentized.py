@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from kitout.evaluate.metrics.distributions import t_quantile
-from kitout.evaluate.metrics.interval import NUM_RESAMPLES, resample_batches
-from kitout.evaluate.metrics.ratio import Groups, Ratio, Values, standard_error
+from kitout.evaluate.intervals.distributions import t_quantile
+from kitout.evaluate.intervals.ratio import Groups, Ratio, Values, standard_error
+from kitout.evaluate.intervals.resampled import NUM_RESAMPLES, resample_batches
 
 LEAST_ERROR = 0.2  # of the whole set's standard error: a resample of nearly equal values says nothing
 
