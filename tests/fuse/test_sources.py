@@ -109,6 +109,16 @@ def test_a_part_that_occurs_twice_has_its_rank_once(kit: Kit) -> None:
     assert max(rank.values()) == 2 * 3 + 2 + 2 * 2  # a at q and v, b at all of q, k and v, bias at q and v
 
 
+def test_what_cancels_inside_takes_no_part(kit: Kit) -> None:
+    add(kit, "twin", Composition(route=Mix({"a": 0.0, "b": 0.0})))
+    kitout.combine(kit, "c", {"twin": 1.0, "a": 0.5})
+    assert kit["c"].method.rank == 3
+    assert distance(change(kit, {"c": 1}), change(kit, {"a": 0.5})) <= 1e-12
+    kit.remove("c")
+    with pytest.raises(ConfigError, match="would change nothing"):
+        kitout.combine(kit, "c", {"twin": 1.0})
+
+
 @pytest.mark.parametrize("name", ["mixture", "nested", "blend"])
 def test_less_itself_it_is_the_base(kit: Kit, name: str) -> None:
     add(kit, "twin", Composition(route=name))
