@@ -99,7 +99,11 @@ def test_a_composition_alone_is_that_composition(kit: Kit, name: str) -> None:
     assert (logits(kit, "c") - want).abs().max() <= 1e-9
     with torch.no_grad():
         merged = out(kit.merged_copy(name, check_saveable=False)(**ZOO["gpt2"].batch(2, 0)))
+        kit.merge(name)
+        in_place = out(kit(**ZOO["gpt2"].batch(2, 0)))
+        kit.unmerge()
     assert (merged - want).abs().max() <= 1e-9
+    assert (in_place - want).abs().max() <= 1e-9
 
 
 def test_a_part_that_occurs_twice_has_its_rank_once(kit: Kit) -> None:
