@@ -21,8 +21,10 @@ from kitout.compare.finished_runs import FinishedRun, read_runs
 from kitout.compare.render import TableColumn, render
 from kitout.errors import ConfigError
 from kitout.evaluate.compare import BASE, format_value
+from kitout.evaluate.intervals.resampled import Z95
 from kitout.evaluate.metrics.measure import Score
 from kitout.evaluate.metrics.registry import metric_title
+from kitout.evaluate.significance.power import smallest_difference, smallest_text
 from kitout.files.atomic import write_text
 from kitout.files.system_errors import as_path, as_path_error
 from kitout.format import format_bytes, format_duration, single_line
@@ -222,6 +224,10 @@ def _notes(
             "intervals: 95 %, over the test examples. Of one seed: another seed moves every result too, so no row is "
             "named the best; repeat each with other seeds (train.seed=1, ...), and they become one row"
         )
+    if smallest := _smallest_difference(rows, metrics):
+        notes.append(
+            f"{smallest}. Rows are not paired by example here: where two runs err on the same examples, it is less"
+        )
     if grouped := [row for row in rows if len(row.runs) > 1]:
         notes.append(
             "several seeds: the mean, and the lowest to the highest; "
@@ -233,6 +239,16 @@ def _notes(
         notes.append(f"memory is of the whole run where several adapters were trained together: {', '.join(together)}")
     notes += [f"{run.label}: {run.stopped}" for run in runs if run.stopped]
     return [single_line(note, 2000) for note in notes]
+
+
+def _smallest_difference(rows: Sequence[RunRow], metrics: Sequence[str]) -> str:
+    """What one test set can show of any two rows of one seed, in the headline metric, from their intervals."""
+    scores = [score for row in rows if metrics and len(row.runs) == 1 and (score := row.score(metrics[0]))]
+    errors = sorted((score.high - score.low) / (2 * Z95) for score in scores)[-2:]
+    if len({row.test for row in rows if row.test}) != 1 or len(errors) < 2 or not math.isfinite(errors[-1]):
+        return ""
+    found = smallest_difference(math.hypot(*errors), scores[0].n, share=scores[0].share)
+    return smallest_text([(metric_title(metrics[0]), found)]).partition(";")[0]
 
 
 def _left_out(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
@@ -23,6 +24,7 @@ def t_p_value(t: float, degrees: float) -> float:
     return incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))
 
 
+@lru_cache(maxsize=256)
 def t_quantile(probability: float, degrees: float) -> float:
     """The t with P(T <= t) = probability, which is at least 0.5; infinite degrees give the normal quantile."""
     if not 0.5 <= probability < 1 or degrees < 1:
@@ -42,6 +44,7 @@ def chi2_tail(value: float, degrees: int) -> float:
     return min(1.0, total)
 
 
+@lru_cache(maxsize=64)
 def range_quantile(probability: float, num_groups: int) -> float:
     """The quantile of the range of `num_groups` standard normal values."""
     if num_groups < 2:

@@ -86,7 +86,7 @@ class Measure:
             return wilson_interval(int(self.correct.sum()), self.n)
         if self.ratio is not None:
             return (
-                bounded_interval(self.ratio, self.groups)
+                bounded_interval(self.ratio, self.groups, seed)
                 if self.is_fraction
                 else ratio_interval(self.ratio, self.groups, seed)
             )
