@@ -143,7 +143,7 @@ class Kit(ModelInterface, nn.Module):
         """
         self.state.check_attached()
         adapter = build_adapter(self.state, name, method, seed, heads or {}, dtype)
-        self.state.insert(adapter)
+        self.state.insert(adapter, check_usable=bool(adapter.method.part_names()))
         return adapter
 
     def remove(self, name: str) -> None:
