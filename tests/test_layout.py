@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("demo",),
     ("compare", "doctor", "export"),
-    ("interop", "predict"),
+    ("assess", "interop", "predict"),
     ("train",),
     ("evaluate",),
     ("fuse",),

@@ -48,7 +48,7 @@ PUBLIC_NAMES = {
 }
 """Name -> the module it is defined in. A new method adds one line."""
 
-PUBLIC_MODULES = ("errors", "train")
+PUBLIC_MODULES = ("assess", "errors", "train")
 """Submodules that are public by themselves; `kitout.train` can also be called."""
 
 __all__ = [*PUBLIC_NAMES, *PUBLIC_MODULES]  # noqa: PLE0604 - the table is the list

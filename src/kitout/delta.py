@@ -6,7 +6,7 @@ of names, batches, other adapters or files; this module knows no method and no m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from kitout.base.weights import FrozenModule
 from kitout.errors import NotMergeable
 
 KeyValue = tuple[Tensor, Tensor]  # keys, values
+PartWeight = float | Callable[[], Tensor]  # of a part: fixed, or a trained one as it is now
 
 
 class LowRankChange(NamedTuple):
@@ -48,6 +49,8 @@ class Delta(nn.Module):
     averages_positions: ClassVar[bool] = False
     """Port "parts": where every position sees all others, `combine` is given which positions are real, [rows, tokens],
     1 or 0. None where a position sees those before it alone: an average would show it what comes after."""
+    is_watched: bool = False
+    """Port "parts": `combine` is to be called with every part's value, though its parts could be joined."""
     loraplus_parameters: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters that may have a higher learning rate than the rest (LoRA+: the B of B A)."""
 
@@ -67,10 +70,11 @@ class Delta(nn.Module):
         return None
 
     @classmethod
-    def join(cls, addends: Sequence[tuple[Any, float]]) -> Delta | None:
+    def join(cls, addends: Sequence[tuple[Any, PartWeight]]) -> Delta | None:
         """y + sum_i w_i (delta_i(x, y) - y) as one Delta: several of this class, all at one site, with their weights.
 
-        Optional, for a class that only adds to y. It reads their values at each call: they may be in training.
+        Optional, for a class that only adds to y. It reads their values, and weights that are functions, at each call:
+        they may be in training.
         """
         return None
 

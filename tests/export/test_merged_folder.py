@@ -14,7 +14,7 @@ from torch import nn
 
 import kitout
 from export.saved_adapters import saved
-from kitout import IA3, AdaptFormer, LoRA, Method, PrefixTuning, Stack
+from kitout import IA3, AdaptFormer, Composition, LoRA, Method, Mix, PrefixTuning, Stack
 from kitout.errors import ConfigError, FileError, NotMergeable, PathError
 from kitout.export import merge_to_folder, merged_folder, new_folder
 from kitout.export.output_difference import OutputDifference
@@ -56,6 +56,33 @@ def test_the_folder_computes_what_the_kit_does(bases: dict[str, Path], tmp_path:
     assert ("generation_config.json" in files) is (task in ("causal_lm", "seq2seq_lm"))
     for file in (tmp_path / "out").glob("*.json"):
         assert str(tmp_path.parent) not in file.read_text(), "no path of this machine"
+
+
+def test_a_composition_is_one_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Its parts come along in its folder; they are no adapters of the caller, but what they say of their use counts."""
+    for seed, (name, head, classes) in enumerate((("first", "", 0), ("second", "classifier", 5))):
+        saved(tmp_path / name, bases["encoder"], "classification", LoRA(), seed, head=head, classes=classes)
+    predictor = kitout.load(tmp_path / "second", base=bases["encoder"], task="classification", dtype="float32")
+    usage = predictor.usage.model_copy(update={"labels": list("vwxyz")})
+    kit = predictor.kit
+    for name in ("first", "second"):
+        kit.load(tmp_path / name, name=name).usage = usage.model_dump()
+    kit.add("both", Composition(route=Stack("first", Mix({"first": -0.5}), "second")))
+    kit.save("both", tmp_path / "both")
+    again = kitout.load(tmp_path / "both", base=bases["encoder"])
+    assert (again.loaded, again.names) == (["both"], ["both", "first", "second"])
+    assert again("Good").label in "vwxyz"
+    result = merge_to_folder([tmp_path / "both"], tmp_path / "out", base=bases["encoder"])
+    assert result.adapters == ("both",)
+    assert result.difference.largest < 1e-5
+    assert result.difference.effect > 1e-3
+    assert not result.notes
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert list(loaded.config.label2id) == list("vwxyz")
+    kit["first"].usage = None
+    kit.save("both", tmp_path / "unknown")
+    with pytest.raises(ConfigError, match="does not say what it is for"):
+        kitout.load(tmp_path / "unknown", base=bases["encoder"])
 
 
 def test_several_adapters_are_a_stack_in_the_order_given(bases: dict[str, Path], tmp_path: Path) -> None:

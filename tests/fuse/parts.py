@@ -37,7 +37,7 @@ def change(kit: Kit, weights: Mapping[str, float]) -> Weights:
     parameters = dict(kit.base.named_parameters(remove_duplicate=False))
     total: Weights = {}
     for name, weight in weights.items():
-        for path, folded in fold_all({name: kit[name]}, name).items():
+        for path, folded in fold_all({each: kit[each] for each in kit.names}, name, kit.state.survey).items():
             for key, value in folded.parameters.items():
                 full = f"{path}.{key}" if path else key
                 old = parameters.get(full)

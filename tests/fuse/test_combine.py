@@ -13,8 +13,7 @@ from torch import nn
 
 import kitout
 from fuse.parts import add, change, distance, kit_of
-from kitout import IA3, SSF, BitFit, Composition, FullFineTuning, Houlsby, Kit, LoRA, Mixture, PrefixTuning, Stack
-from kitout.errors import NotMergeable
+from kitout import IA3, SSF, BitFit, FullFineTuning, Houlsby, Kit, LoRA, PrefixTuning
 from kitout.files.usage_record import BaseRecord, TextRecord, UsageRecord
 from kitout.fuse.result import common_usage
 from zoo import ZOO, out
@@ -233,16 +232,3 @@ def test_the_usage_is_what_the_sources_share() -> None:
     assert common_usage([one, None]) is None
     assert common_usage([one, one | {"task": "classification"}]) is None
     assert common_usage([]) is None
-
-
-def test_what_is_made_of_other_adapters_is_refused() -> None:
-    """Its own modules hold nothing: its parts do."""
-    kit = kit_of("gpt2", {"a": LoRA(rank=2), "b": LoRA(rank=2)})
-    kit.add("both", Composition(route=Stack("a", "b")))
-    kit.add("mixture", Mixture(of=("a", "b")))
-    for name in ("both", "mixture"):
-        with pytest.raises(NotMergeable, match="made of other adapters: combine those"):
-            kitout.combine(kit, "new", {"a": 1.0, name: 1.0})
-        with pytest.raises(NotMergeable, match="made of other adapters"):
-            kitout.convert(kit, name, "new", to=LoRA(rank=4))
-    assert "new" not in kit.names

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import kitout
-from kitout import Kit, Method
+from kitout import Average, Kit, Method
 from kitout.base.site import Site
 from kitout.runtime.adapter import Adapter
 from laws.cases import Case
@@ -91,7 +91,7 @@ def kit_with(specimen: str, **methods: Method) -> tuple[Kit, dict[str, Tensor]]:
     kit = fresh_kit({**ZOO, **EXTRA}[specimen])
     for seed, (name, method) in enumerate(methods.items()):
         put_on(kit, method, name, seed=seed)
-    return kit, ZOO[specimen].batch(2, 0)
+    return kit, {**ZOO, **EXTRA}[specimen].batch(2, 0)
 
 
 @contextmanager
@@ -176,8 +176,11 @@ def inert(site: Site, parameter: str, specimen: Specimen) -> bool:
 def unmergeable(adapter: Adapter) -> set[str]:
     """Paths of sites where no weights give the same function.
 
-    All of a method that says so, shifts on norms that have no place for a bias, tables that scale what they look up.
+    All of a method that says so, shifts on norms that have no place for a bias, tables that scale what they look up. An
+    Average has no site: its name.
     """
+    if isinstance(adapter.method.fixed_route(), Average):
+        return {adapter.name}
     if not adapter.method.mergeable:
         return {site.path for site in adapter.sites}
     shifted = {

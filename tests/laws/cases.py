@@ -2,8 +2,9 @@
 
 A new method adds its lines here and is tested by all the laws; `test_00_coverage.py` fails until it has. A case may be
 impossible on some species (no embedding in a vision model): `refused` says where, and the laws test that adding it
-there raises instead. KITOUT_LAWS=all tests the rarer models of the zoo as well. This module knows the methods' names
-and settings, nothing of how they work.
+there raises instead. What composes others is the same machinery everywhere, so the laws that cost most try each
+composition on some species and on each species some (`COSTLY`). KITOUT_LAWS=all tests the rarer models of the zoo as
+well. This module knows the methods' names and settings, nothing of how they work.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from kitout import (
     SSF,
     VPT,
     AdaptFormer,
+    Average,
     BitFit,
     Composition,
     FullFineTuning,
@@ -28,6 +30,7 @@ from kitout import (
     Method,
     Mix,
     Mixture,
+    Only,
     ParallelAdapter,
     PartialFineTuning,
     Pfeiffer,
@@ -64,11 +67,13 @@ class Case:
     """The adapters that it composes, by name."""
     trains: bool = True
     """It has values of its own."""
-    species: tuple[str, ...] = ()
-    """It is tried on these alone, () for all: what a composition adds is the same everywhere."""
+    composes: bool = False
+    """It is a composition of other methods."""
+    only_on: str = ""
+    """The one species that it is tried on; empty for all."""
 
     def is_tried_on(self, specimen: Specimen) -> bool:
-        return not self.species or specimen.name in self.species
+        return self.only_on in ("", specimen.name)
 
 
 SPECIES = {**ZOO, **(EXTRA if os.environ.get("KITOUT_LAWS") == "all" else {})}
@@ -250,28 +255,50 @@ CASES: tuple[Case, ...] = (
         mixes=False,
         eager=in_interface,
         counts=talks,
-        species=SOME,
+        composes=True,
+    ),
+    *(
+        Case(name, Composition(route=route), parts=PARTS, refused=experts, trains=False, composes=True)
+        for name, route in (
+            ("composition", Stack("part-low", Mix({"part-gain": 0.6, "part-input": -0.4}))),
+            ("only", Stack(Only("part-input", layers="last:1"), Only("part-low", layers="0"))),
+        )
     ),
     Case(
-        "composition",
-        Composition(route=Stack("part-low", Mix({"part-gain": 0.6, "part-input": -0.4}))),
+        "average",
+        Composition(route=Average({"part-low": 0.4, "part-gain": 0.6}, of="logits")),
         parts=PARTS,
+        refused=experts,
+        by_row=lambda specimen: False,
+        mixes=False,
+        strengths=False,
         trains=False,
-        species=SOME,
+        composes=True,
     ),
-    Case(
-        "mixture",
-        Mixture(of=NAMES, per="layer", init=(0.5, 0.3, 0.2), softmax=True),
-        parts=PARTS,
-        species=SOME,
+    *(
+        Case(name, method, parts=PARTS, refused=experts, composes=True)
+        for name, method in (
+            ("mixture", Mixture(of=NAMES, per="layer", init=(0.5, 0.3, 0.2), softmax=True)),
+            ("fusion", Fusion(of=NAMES, dropout=0.1, penalty=0.1)),
+            ("gated", Gated(of=NAMES)),
+        )
     ),
-    Case("fusion", Fusion(of=NAMES, dropout=0.1, penalty=0.1), parts=PARTS, species=SOME),
-    Case("gated", Gated(of=NAMES), parts=PARTS, species=SOME),
-    Case("mixture-sites", Mixture(of=NAMES, per="site"), parts=PARTS, species=SOME[:1]),
+    Case("mixture-sites", Mixture(of=NAMES, per="site"), parts=PARTS, composes=True, only_on="llama"),
 )
 
-CELLS = [(s, c) for s in SPECIES.values() for c in CASES if c.is_tried_on(s) and not c.refused(s)]
+Cell = tuple[Specimen, Case]
+
+
+def _costly(cells: list[Cell]) -> list[Cell]:
+    """The cells without most of the compositions: all of those on `SOME`, on the others one after the other."""
+    composing = {s.name: [c for o, c in cells if o is s and c.composes] for s, _ in cells if s.name not in SOME}
+    turn = {name: cases[i % len(cases)] for i, (name, cases) in enumerate(composing.items()) if cases}
+    return [(s, c) for s, c in cells if not c.composes or s.name in SOME or c is turn[s.name]]
+
+
+CELLS: list[Cell] = [(s, c) for s in SPECIES.values() for c in CASES if c.is_tried_on(s) and not c.refused(s)]
 TRAINED = [(s, c) for s, c in CELLS if c.trains]
+COSTLY = _costly(CELLS)
 REFUSED = [(s, c) for s in SPECIES.values() for c in CASES if c.is_tried_on(s) and c.refused(s)]
 
 

@@ -7,6 +7,7 @@ those of its rows alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,24 +16,30 @@ from torch import Tensor
 
 from kitout import Kit, Mix, Stack
 from laws.activate import added, assert_same, gradients, kit_of, loss_of, run
-from laws.cases import CASES, SPECIES, Case
+from laws.cases import CELLS, COSTLY, SPECIES, Case, Cell
 from zoo import FIRST_TOKEN, Specimen, padded, rows_of
 
 ROWS = 5  # cases per batch: few enough to see which one is wrong
 Entry = str | Stack | Mix | None
 
 
-def groups(specimen: Specimen) -> list[list[Case]]:
+def groups(specimen: Specimen, cells: Sequence[Cell]) -> list[list[Case]]:
     """The cases in batches that mix unlike methods: every n-th, so that neighbours in the table part."""
-    cases = [c for c in CASES if c.is_tried_on(specimen) and not c.refused(specimen) and c.by_row(specimen)]
+    cases = [c for s, c in cells if s is specimen and c.by_row(specimen)]
     n = -(-len(cases) // ROWS)
     return [cases[i::n] for i in range(n)]
 
 
-MIXTURES = [
-    pytest.param(s, g, id=f"{s.name}-{'+'.join(c.name for c in g)}") for s in SPECIES.values() for g in groups(s)
-]
-TALKERS = [p for p in MIXTURES if p.values[0].generates]
+def mixtures_of(cells: Sequence[Cell]) -> list[Any]:
+    return [
+        pytest.param(s, g, id=f"{s.name}-{'+'.join(c.name for c in g)}")
+        for s in SPECIES.values()
+        for g in groups(s, cells)
+    ]
+
+
+MIXTURES = mixtures_of(CELLS)
+TALKERS = [p for p in mixtures_of(COSTLY) if p.values[0].generates]
 SIDES = [  # pictures have no padding: once is enough
     pytest.param(*p.values, side, id=f"{side}-{p.id}")
     for p in MIXTURES

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from kitout import Kit
 from laws.activate import activated, assert_same, kit_of, pristine, run
-from laws.cases import CELLS, Case, name_of
+from laws.cases import COSTLY, Case, name_of
 from zoo import Specimen, padded
 
 LENGTHS = [7, 4, 5]
-PADDED = [(*c, "right") for c in CELLS if c[0].is_text]
-PADDED += [(*c, "left") for c in CELLS if c[0].left_pads or c[1].counts(c[0])]
+PADDED = [(*c, "right") for c in COSTLY if c[0].is_text]
+PADDED += [(*c, "left") for c in COSTLY if c[0].left_pads or c[1].counts(c[0])]
 
 
 def has_both(specimen: Specimen) -> bool:
@@ -47,7 +47,7 @@ def real(specimen: Specimen, kit: Kit, batch: dict[str, Tensor]) -> Tensor:
     return value[mask.bool()]
 
 
-@pytest.mark.parametrize(("specimen", "case"), [c for c in CELLS if has_both(c[0]) and c[1].eager(c[0])], ids=name_of)
+@pytest.mark.parametrize(("specimen", "case"), [c for c in COSTLY if has_both(c[0]) and c[1].eager(c[0])], ids=name_of)
 def test_eager_and_sdpa_agree(specimen: Specimen, case: Case) -> None:
     eager, sdpa = kit_of(specimen, "eager"), kit_of(specimen, "sdpa")
     with activated(eager, case), activated(sdpa, case):

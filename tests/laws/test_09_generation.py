@@ -12,13 +12,13 @@ from torch import Tensor
 
 from kitout import Kit
 from laws.activate import activated, assert_same, kit_of, run
-from laws.cases import CELLS, Case, name_of
+from laws.cases import COSTLY, Case, name_of
 from zoo import FIRST_TOKEN, VOCAB, Specimen, padded
 
 NEW = 5
-talking = pytest.mark.parametrize(("specimen", "case"), [c for c in CELLS if c[0].generates], ids=name_of)
+talking = pytest.mark.parametrize(("specimen", "case"), [c for c in COSTLY if c[0].generates], ids=name_of)
 causal = pytest.mark.parametrize(
-    ("specimen", "case"), [c for c in CELLS if c[0].kind in ("decoder", "encoder-decoder")], ids=name_of
+    ("specimen", "case"), [c for c in COSTLY if c[0].kind in ("decoder", "encoder-decoder")], ids=name_of
 )
 
 

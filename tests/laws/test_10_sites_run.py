@@ -17,6 +17,10 @@ from laws.activate import activated, kit_of, run
 from laws.cases import CELLS, Case, name_of
 from zoo import Specimen
 
+WAYS = (
+    "forward", "forward_", "fold", "parameter_values", "key_values", "token_vectors", "combine", "mixing_weights",
+)  # fmt: skip
+
 
 @pytest.mark.parametrize(("specimen", "case"), CELLS, ids=name_of)
 def test_every_delta_is_asked_in_one_forward(specimen: Specimen, case: Case) -> None:
@@ -25,7 +29,7 @@ def test_every_delta_is_asked_in_one_forward(specimen: Specimen, case: Case) -> 
         asked: Counter[str] = Counter()
         for site in adapter.sites:
             delta = adapter.delta(site)
-            for way in ("forward", "forward_", "fold", "parameter_values", "key_values", "token_vectors", "combine"):
+            for way in WAYS:
                 if hasattr(delta, way):
                     setattr(delta, way, counting(asked, site.key, getattr(delta, way)))
         run(kit, batch)

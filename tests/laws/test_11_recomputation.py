@@ -17,7 +17,7 @@ from torch import Tensor
 from kitout import Kit, LoRA
 from kitout.runtime.adapter import Adapter
 from laws.activate import activated, added, assert_same, gradients, kit_of, loss_of, untrivial
-from laws.cases import TRAINED, Case, name_of
+from laws.cases import COSTLY, Case, name_of
 from zoo import Specimen
 
 KINDS = ("reentrant", "non-reentrant")
@@ -74,7 +74,9 @@ def assert_equal_gradients(adapter: Adapter, want: dict[str, Tensor]) -> None:
         assert_same(gradient / scale, want[name] / scale, what=f"gradient of {name}")
 
 
-cells = pytest.mark.parametrize(("specimen", "case"), [c for c in TRAINED if checkpoints(c[0])], ids=name_of)
+cells = pytest.mark.parametrize(
+    ("specimen", "case"), [c for c in COSTLY if c[1].trains and checkpoints(c[0])], ids=name_of
+)
 
 
 @cells

@@ -13,14 +13,14 @@ from torch import Tensor
 import kitout
 from kitout import Kit, LoRA
 from laws.activate import activated, add_parts, assert_same, far, fresh_model, kit_of, loss_of, put_on, run, unmergeable
-from laws.cases import CELLS, Case, experts, name_of
+from laws.cases import COSTLY, Case, experts, name_of
 from zoo import ZOO, Specimen
 
-cells = pytest.mark.parametrize(("specimen", "case"), [c for c in CELLS if not experts(c[0])], ids=name_of)
+cells = pytest.mark.parametrize(("specimen", "case"), [c for c in COSTLY if not experts(c[0])], ids=name_of)
 # torch has no grouped product in fp64, which is how transformers computes experts
 DTYPES = {torch.bfloat16: 0.2, torch.float64: 1e-4}  # how far from the fp32 outputs
 
-TYPED = [(*cell, d) for d in DTYPES for cell in CELLS if not (experts(cell[0]) and d is torch.float64)]
+TYPED = [(*cell, d) for d in DTYPES for cell in COSTLY if not (experts(cell[0]) and d is torch.float64)]
 
 
 def cast(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ VERBS = {
     "convert": "Write an adapter in another form: as LoRA of a rank, as trained copies, a prompt as a prefix.",
     "demo": "Fine-tune and evaluate on a built-in model and data, in minutes: text (the default) or vision.",
     "doctor": "Show versions, device, speed of dtypes, memory, cache and optional parts, and say what is wrong.",
+    "eval": "Measure adapters against their base: quality on your data, forgetting, cost, each with intervals.",
     "export": "Write an adapter in the format of another library, which loads it again where it is installed.",
     "extract": "Write the difference of a fine-tuned model from its base as a LoRA.",
     "inspect": "Show where adapters can be placed in a model: sites by role, layer and width. Loads no weights.",

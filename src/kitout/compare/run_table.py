@@ -21,9 +21,9 @@ from kitout.compare.finished_runs import FinishedRun, read_runs
 from kitout.compare.render import TableColumn, render
 from kitout.errors import ConfigError
 from kitout.evaluate.compare import BASE, format_value
-from kitout.evaluate.metrics.interval import Z95
+from kitout.evaluate.intervals.resampled import Z95
 from kitout.evaluate.metrics.measure import Score
-from kitout.evaluate.metrics.registry import TITLES
+from kitout.evaluate.metrics.registry import metric_title
 from kitout.evaluate.significance.power import smallest_difference, smallest_text
 from kitout.files.atomic import write_text
 from kitout.files.system_errors import as_path, as_path_error
@@ -66,7 +66,7 @@ class RunRow:
         if len(scores) < 2:
             return scores[0] if scores else None
         values, first = [score.value for score in scores], scores[0]
-        return Score(fmean(values), min(values), max(values), first.n, first.higher_is_better, first.share)
+        return replace(first, value=fmean(values), low=min(values), high=max(values))
 
     def score_text(self, metric: str) -> str:
         """93.6 (91.9 to 95.0), or 93.1 (3 seeds: 92.0 to 94.2); fractions in percent."""
@@ -248,7 +248,7 @@ def _smallest_difference(rows: Sequence[RunRow], metrics: Sequence[str]) -> str:
     if len({row.test for row in rows if row.test}) != 1 or len(errors) < 2 or not math.isfinite(errors[-1]):
         return ""
     found = smallest_difference(math.hypot(*errors), scores[0].n, share=scores[0].share)
-    return smallest_text([(TITLES.get(metrics[0], metrics[0]), found)]).partition(";")[0]
+    return smallest_text([(metric_title(metrics[0]), found)]).partition(";")[0]
 
 
 def _left_out(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> str:
@@ -258,7 +258,7 @@ def _left_out(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> str:
         for metric in run.scores:
             if metric not in metrics:
                 owners.setdefault(metric, []).append(run.label)
-    return "; ".join(f"{TITLES.get(metric, metric)} ({', '.join(labels)})" for metric, labels in owners.items())
+    return "; ".join(f"{metric_title(metric)} ({', '.join(labels)})" for metric, labels in owners.items())
 
 
 def _score_values(score: Score, num_seeds: int) -> dict[str, Any]:
@@ -332,7 +332,7 @@ def _score_text(score: Score | None, range_of: str = "") -> str:
 
 def _metric_title(rows: Sequence[RunRow], metric: str) -> str:
     score = next((score for row in rows if (score := row.score(metric)) is not None), None)
-    return TITLES.get(metric, metric) + (" %" if score is not None and score.share else "")
+    return metric_title(metric, score.note if score else "") + (" %" if score is not None and score.share else "")
 
 
 def _seconds_text(row: RunRow) -> str:

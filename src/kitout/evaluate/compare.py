@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from kitout.evaluate.metrics.generation import closed_labels, label_named, normalize_answer
 from kitout.evaluate.metrics.measure import Measure, Score, score_difference
 from kitout.evaluate.metrics.measure import format_value as format_value
-from kitout.evaluate.metrics.registry import TITLES
+from kitout.evaluate.metrics.registry import metric_title
 from kitout.evaluate.significance.power import SmallestDifference, smallest_of_measures, smallest_text
 
 BASE, PROBE = "base", "linear probe"
@@ -44,7 +44,7 @@ class MetricChange:
     @property
     def title(self) -> str:
         """The metric's name for readers."""
-        return TITLES.get(self.name, self.name)
+        return metric_title(self.name, self.tuned.note)
 
     @property
     def is_better(self) -> bool | None:

@@ -51,15 +51,20 @@ def attention(kit: Kit, name: str, batch: Mapping[str, Any] | Tensor) -> PartWei
         )
     recorded: dict[str, Tensor] = {}
     state = kit.state
-    with state.active.lock, eval_mode(kit.base, kit), kit.use(name):
+    with state.active.lock, eval_mode(kit.base, kit):
         deltas = adapter.site_deltas()
         try:
             for site, delta in deltas:
                 delta.__dict__["combine"] = _recorded(delta, site.key, recorded)
-            kit(batch) if isinstance(batch, Tensor) else kit(**batch)
+                delta.is_watched = True
+            state.forget_routes(name)  # they are compiled anew, with every value that it combines
+            with kit.use(name):
+                kit(batch) if isinstance(batch, Tensor) else kit(**batch)
         finally:
             for _, delta in deltas:
                 delta.__dict__.pop("combine", None)
+                delta.is_watched = False
+            state.forget_routes(name)
     towers = {site.tower for site, _ in deltas if site.layer is not None}
     by_layer: dict[str, list[Tensor]] = {}
     for site, _ in deltas:

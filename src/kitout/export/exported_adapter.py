@@ -86,10 +86,10 @@ def export_adapter(
     if dtype is None:
         dtype = stored_dtype([folder], base, device, verify)
     predictor = load(folder, base=base, tokenizer=tokenizer, task=task, device=device, dtype=dtype, verify=verify)
-    if len(predictor.names) > 1:
+    if len(predictor.loaded) > 1:
         raise ConfigError(
-            f"{folder} holds several adapters ({', '.join(predictor.names)}): export them one by one, for example "
-            f"{Path(folder) / 'adapter' / predictor.names[0]}"
+            f"{folder} holds several adapters ({', '.join(predictor.loaded)}): export them one by one, for example "
+            f"{Path(folder) / 'adapter' / predictor.loaded[0]}"
         )
     return write_exported(predictor, path, FORMATS[to], log)
 
@@ -99,7 +99,7 @@ def write_exported(
 ) -> ExportedAdapter:
     """The one adapter of a predictor, in a format, into a new or empty folder."""
     kit = predictor.kit
-    (name,) = predictor.names
+    (name,) = predictor.loaded
     is_installed = importlib.util.find_spec(adapter_format.package) is not None
     found: list[OutputDifference] = []
 
@@ -135,6 +135,6 @@ def _compare(predictor: Predictor, adapter_format: AdapterFormat, folder: Path) 
     with eval_mode(kit.base, kit, other):
         with kit.use(None):
             base = logits_of(kit, batch)
-        with kit.use(predictor.names[0]):
+        with kit.use(predictor.loaded[0]):
             expected = logits_of(kit, batch)
         return output_difference(expected, logits_of(other, batch), base, kit.dtype)

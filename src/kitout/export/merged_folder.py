@@ -140,7 +140,7 @@ def check_one_each(folders: Sequence[str | PathLike[str]]) -> None:
 
 def write_merged(predictor: Predictor, path: Path, log: LogFn = lambda _line: None) -> MergedFolder:
     """The adapters of a predictor, merged in their order into a new or empty folder."""
-    kit, names = predictor.kit, tuple(predictor.names)
+    kit, names = predictor.kit, tuple(predictor.loaded)
     usage = _usage_of_outputs(predictor)
     used_task = TASKS[usage.task]
     log(f"merging {' then '.join(names)}")
@@ -199,7 +199,7 @@ def compare_with_folder(predictor: Predictor, task: Task, folder: Path) -> Outpu
     with eval_mode(kit.base, kit, loaded):
         with kit.use(None):
             base = logits_of(kit, inputs)
-        with kit.use(Stack(*kit.names) if len(kit.names) > 1 else kit.names[0]):
+        with kit.use(Stack(*predictor.loaded)):
             expected = logits_of(kit, inputs)
         return output_difference(expected, logits_of(loaded, others), base, kit.dtype)
 
@@ -212,9 +212,14 @@ def _bad_keys(info: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
 
 def _usage_of_outputs(predictor: Predictor) -> UsageRecord:
     """Of the adapter whose head gives the outputs: the last one that has one."""
+    with_heads = _with_heads(predictor)
+    return predictor.usages[with_heads[-1] if with_heads else predictor.loaded[0]]
+
+
+def _with_heads(predictor: Predictor) -> list[str]:
+    """The adapters that have a head, or a part that has one."""
     kit = predictor.kit
-    named = [name for name in reversed(kit.names) if kit[name].heads] or list(kit.names)
-    return predictor.usages[named[0]]
+    return [name for name in predictor.loaded if any(kit[each].heads for each in kit.state.names_with_parts([name]))]
 
 
 @contextmanager
@@ -240,7 +245,7 @@ def _instead(predictor: Predictor) -> str:
     advice = "use the adapter beside its base: kitout.load(FOLDER), `kitout predict FOLDER`"
     try:
         with tempfile.TemporaryDirectory() as folder:
-            for name in predictor.names:
+            for name in predictor.loaded:
                 save_peft(predictor.kit, name, Path(folder) / name)
     except KitoutError:
         return advice
@@ -273,7 +278,7 @@ def _save_preprocessing(predictor: Predictor, task: Task, config: Any, folder: P
 
 def _notes(predictor: Predictor, usage: UsageRecord) -> Iterator[str]:
     kit, text, images = predictor.kit, usage.text, usage.images
-    with_heads = [name for name in kit.names if kit[name].heads]
+    with_heads = _with_heads(predictor)
     if len(with_heads) > 1:
         *others, last = with_heads
         yield f"its outputs are those of the head of {last}; the head of {', '.join(others)} is not in it"

@@ -2,7 +2,8 @@
 
 A part is an adapter folder like any. The composition's record has the digest of each of its own parts, over what the
 part computes (method, settings, strength, tensors, its own parts), not over how it was written. A load takes a part
-from the kit where that is the same, from the folder where the kit has none, and refuses another one under its name.
+from the kit where that is the same, from the folder where the kit has none, and refuses another one under its name. It
+knows folders and digests, and neither how an adapter is written nor what a composition makes of its parts.
 """
 
 from __future__ import annotations
@@ -118,6 +119,12 @@ def load_parts(
         discard_parts(state, added)
         raise
     return added
+
+
+def are_same(state: KitState, name: str, other: str) -> bool:
+    """Two adapters of a kit compute the same, in the form that files have without encoders."""
+    first, second = (content_digest(state, _form(state, each, False), False) for each in (name, other))
+    return first == second
 
 
 def _is_same(state: KitState, name: str, digest: str) -> bool:

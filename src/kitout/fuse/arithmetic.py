@@ -15,21 +15,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kitout.errors import ConfigError, Errors, NotMergeable, UnknownAdapter, suggest
+from kitout.errors import ConfigError, Errors, UnknownAdapter, suggest
 from kitout.fuse.average import average_parameters
 from kitout.fuse.build_dense import DenseBuilder
 from kitout.fuse.build_lora import LoRABuilder
-from kitout.fuse.changes import Change, Place, Places, ProductChange, read_changes
+from kitout.fuse.changes import Change, Place, Places, ProductChange, add_scaled, as_dense, square_of
 from kitout.fuse.exact_sum import are_low_rank, exact_sum
 from kitout.fuse.residual import FusedAdapter, Residual
 from kitout.fuse.result import Combined, NewAdapter, heads_of, parse_drop
 from kitout.fuse.rules import Draw, Rule, RuleOptions, check_rule, rule_of
+from kitout.fuse.sources import Source, read_changes, sources_of
 from kitout.fuse.truncate import inner_product
 from kitout.kit import Kit
 from kitout.methods.lora import LoRA
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.build_adapter import check_name
-from kitout.runtime.merge.fold import check_foldable
 from kitout.runtime.state import KitState
 
 To = Literal["exact", "dense"] | LoRA
@@ -58,7 +58,13 @@ def combine(
     depend on it, the adapter's name and the parameter alone.
     to: "exact" (LoRAs added up give a LoRA of the summed rank, all else is dense), "dense" (FullFineTuning of the
     touched modules), LoRA(rank=8) or LoRA(energy=0.99). drop: "biases norms other heads", any of them: what the result
-    may leave out; it counts in the residual. The adapters stay as they are, at their strengths.
+    may leave out; it counts in the residual. The adapters stay as they are, at their strengths. A composition counts as
+    what it is made of: LoRAs in a Stack, a Mix, an Only or a Mixture stay in their factors.
+
+    Raises UnknownAdapter; AdapterExists or InvalidAdapterName for the name; MergeStateError while adapters are merged;
+    ConfigError for options that the rule or the form does not have, heads that would be added up, and changes that the
+    form cannot hold; NotMergeable for an adapter, or a part of a composition, that no weights of the base can hold,
+    with what to write instead. Then nothing is added to the kit.
     """
     state = kit.state
     if how == "parameters":
@@ -97,18 +103,18 @@ def fuse(
     check: Callable[[Residual], None] | None = None,
 ) -> FusedAdapter:
     """What `combine` does once everything it was given has been checked. check: raises where too much is missing."""
-    _check_foldable(adapters)
-    heads = heads_of(zip(adapters, (lam * w for w in weights), strict=True), drop)
-    new = NewAdapter(state, Places(state.survey), name, adapters, drop, note, heads, check)
-    if to == "exact" and rule.coefficients is not None and are_low_rank(adapters):
+    sources = sources_of(state, adapters)
+    heads = heads_of(zip(sources, (lam * w for w in weights), strict=True), drop)
+    new = NewAdapter(state, Places(state.survey), name, sources, drop, note, heads, check)
+    if to == "exact" and rule.coefficients is not None and are_low_rank(sources):
         by_place = _coefficients_by_place(new, rule, weights) if rule.reads_angles else {}
         common = [] if rule.reads_angles else rule.coefficients(weights, None)
         fused = exact_sum(new, lambda place: [lam * c for c in by_place.get(place, common)])
         if fused is not None:
             return fused
-        new = NewAdapter(state, new.places, name, adapters, drop, note, heads, check)
+        new = NewAdapter(state, new.places, name, sources, drop, note, heads, check)
     builder = LoRABuilder(new, to) if isinstance(to, LoRA) else DenseBuilder(new)
-    for place, combined in combined_changes(state, new.places, adapters, weights, rule, options, lam, seed):
+    for place, combined in combined_changes(state, new.places, sources, weights, rule, options, lam, seed):
         builder.take(place, combined)
     return builder.finish()
 
@@ -116,27 +122,27 @@ def fuse(
 def combined_changes(
     state: KitState,
     places: Places,
-    adapters: Sequence[Adapter],
+    sources: Sequence[Source],
     weights: Sequence[float],
     rule: Rule,
     options: RuleOptions,
     lam: float,
     seed: int,
 ) -> Iterator[tuple[Place, Combined]]:
-    """Every place that the adapters change, with the one change that the rule makes of theirs."""
-    for place, changes in read_changes(state, places, adapters):
+    """Every place that the sources change, with the one change that the rule makes of theirs."""
+    for place, changes in read_changes(state, places, sources):
         if rule.coefficients is not None:
             gram = _gram(changes) if rule.reads_angles else None
             yield place, _linear(changes, [lam * c for c in rule.coefficients(weights, gram)])
             continue
         assert rule.elementwise is not None
-        like = next(_dense(change) for change in changes if change is not None)
+        like = next(as_dense(change) for change in changes if change is not None)
         shape = like.shape if like.ndim == 2 else (-1, like.shape[-1]) if like.ndim > 2 else (1, -1)
         matrices = [
-            torch.zeros_like(like).reshape(shape) if change is None else _dense(change).reshape(shape)
+            torch.zeros_like(like).reshape(shape) if change is None else as_dense(change).reshape(shape)
             for change in changes
         ]
-        draw = _draws(seed, [adapter.name for adapter in adapters], place.name)
+        draw = _draws(seed, [source.name for source in sources], place.name)
         change = lam * rule.elementwise(matrices, weights, options, draw)
         parts = sum(float((w * m).double().square().sum()) for m, w in zip(matrices, weights, strict=True))
         yield place, Combined(change.reshape(like.shape), lam**2 * parts)
@@ -145,17 +151,11 @@ def combined_changes(
 def _linear(changes: Sequence[Change | None], coefficients: Sequence[float]) -> Combined:
     """A weighted sum, in the factors where all have them."""
     present = [(change, c) for change, c in zip(changes, coefficients, strict=True) if change is not None]
-    products = [(change, c) for change, c in present if isinstance(change, ProductChange)]
-    parts = sum(c**2 * _square(change) for change, c in present)
-    if len(products) == len(present):
-        a = torch.cat([p.a for p, _ in products])
-        b = torch.cat([c * p.b for p, c in products], 1)
-        return Combined(ProductChange(a, b), parts)
-    total: Tensor | None = None
+    total: Change | None = None
     for change, c in present:
-        total = c * _dense(change) if total is None else total + c * _dense(change)
+        total = add_scaled(total, change, c)
     assert total is not None
-    return Combined(total, parts)
+    return Combined(total, sum(c**2 * square_of(change) for change, c in present))
 
 
 def _gram(changes: Sequence[Change | None]) -> Tensor:
@@ -168,19 +168,9 @@ def _gram(changes: Sequence[Change | None]) -> Tensor:
             if isinstance(first, ProductChange) and isinstance(second, ProductChange):
                 value = inner_product(first.a, first.b, second.a, second.b)
             else:
-                value = float((_dense(first).double() * _dense(second).double()).sum())
+                value = float((as_dense(first).double() * as_dense(second).double()).sum())
             gram[i, j] = gram[j, i] = value
     return gram
-
-
-def _square(change: Change) -> float:
-    if isinstance(change, ProductChange):
-        return max(0.0, inner_product(change.a, change.b, change.a, change.b))
-    return float(change.double().square().sum())
-
-
-def _dense(change: Change) -> Tensor:
-    return change.dense if isinstance(change, ProductChange) else change
 
 
 def _draws(seed: int, names: Sequence[str], place: str) -> Draw:
@@ -215,26 +205,6 @@ def _check_request(state: KitState, name: str, weights: Mapping[str, float]) -> 
     if invalid := {k: w for k, w in weights.items() if k not in numbers or not math.isfinite(w)}:
         raise ConfigError(f"weights are finite numbers, found {invalid}")
     return [state[each] for each in weights], [float(w) for w in weights.values()]
-
-
-def _check_foldable(adapters: Sequence[Adapter]) -> None:
-    errors = Errors(NotMergeable, "these changes are no sum of weights")
-    for adapter in adapters:
-        if parts := adapter.method.part_names():
-            errors.add(
-                f"{adapter.name!r} is made of other adapters: combine those ({', '.join(parts)}), or merge it, "
-                f"kit.merged_copy({adapter.name!r})"
-            )
-            continue
-        if not adapter.method.mergeable:
-            kind = type(adapter.method).__name__
-            errors.add(
-                f"{adapter.name!r} is a {kind}, which no weights of the base can hold; how='parameters' averages "
-                "adapters of one config"
-            )
-            continue
-        check_foldable([adapter], errors)
-    errors.raise_if_any()
 
 
 def _check_parameters_options(to: To, *others: object) -> None:

@@ -16,6 +16,7 @@ from kitout.files.adapter_tensors import tensor_slots
 from kitout.fuse.changes import Places
 from kitout.fuse.residual import FusedAdapter
 from kitout.fuse.result import NewAdapter
+from kitout.fuse.sources import Source
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.state import KitState
 
@@ -58,5 +59,6 @@ def average_parameters(
         else:
             values[key] = slot.tensor.detach().clone()
     note = {"how": "parameters", "weights": {a.name: w for a, w in zip(adapters, weights, strict=True)}}
-    new = NewAdapter(state, Places(state.survey), name, adapters, note=note)
+    sources = [Source(adapter, adapter.name, [adapter]) for adapter in adapters]
+    new = NewAdapter(state, Places(state.survey), name, sources, note=note)
     return FusedAdapter(new.register(first.method, first.sites, values), new.residual, new.dropped)

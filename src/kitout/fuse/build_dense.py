@@ -12,7 +12,7 @@ from torch import Tensor
 from kitout.base.find.parameters import parameter_sites
 from kitout.base.site import Site
 from kitout.errors import ConfigError, TargetError
-from kitout.fuse.changes import Place, ProductChange, base_parameters
+from kitout.fuse.changes import Place, as_dense, base_parameters, square_of
 from kitout.fuse.residual import FusedAdapter
 from kitout.fuse.result import Combined, NewAdapter
 from kitout.fuse.targets import selected, words_for
@@ -40,9 +40,7 @@ class DenseBuilder:
         if place.name not in self.homes:
             self.new.leave_out(place, square)
             return
-        change = combined.change
-        matrix = change.dense if isinstance(change, ProductChange) else change
-        stored = place.to_stored(matrix)
+        stored = place.to_stored(as_dense(combined.change))
         self.changes[place.name] = place, stored if square else torch.zeros_like(stored)
 
     def finish(self) -> FusedAdapter:
@@ -83,8 +81,8 @@ class DenseBuilder:
                 value = old.clone() if change is None else (old + change.to(old.device)).to(new.dtype)
                 values[f"{site.key}.{name.replace('.', '/')}"] = value
                 if change is not None:
-                    missing = (change.to(old.device) - (value - old)).double().square().sum()
-                    new.residual.add(place.path, place.role, float(change.double().square().sum()), float(missing))
+                    missing = square_of(change.to(old.device) - (value - old))
+                    new.residual.add(place.path, place.role, square_of(change), missing)
         return values
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kitout.base.site import Site
 from kitout.base.weights import fan_in
 from kitout.errors import ConfigError
-from kitout.fuse.changes import Change, Place, ProductChange, bias_name, weight_name
+from kitout.fuse.changes import Change, Place, ProductChange, as_dense, bias_name, square_of, weight_name
 from kitout.fuse.residual import FusedAdapter
 from kitout.fuse.result import ROUNDING, Combined, NewAdapter
 from kitout.fuse.targets import selected, with_ranks, words_for
@@ -79,7 +79,7 @@ class LoRABuilder:
         rank = None if self.to.energy is not None else self.to.rank_at(site)
         if isinstance(change, ProductChange):
             cut = truncate_product(change.a, change.b, rank, self.to.energy, ROUNDING * parts)
-        elif float(change.double().square().sum()) <= ROUNDING * parts:
+        elif square_of(change) <= ROUNDING * parts:
             cut = Truncated(change.new_zeros(1, change.shape[1]), change.new_zeros(change.shape[0], 1), 0.0, 0.0)
         else:
             cut = truncate_matrix(change, rank, self.to.energy)
@@ -111,7 +111,9 @@ class LoRABuilder:
         """The config that has these sites and ranks, and all of its sites."""
         new, to = self.new, self.to
         if self.chosen is None:
-            words = words_for(new.state, list(self.sites.values()), [s.method for s in new.sources], new.heads)
+            words = words_for(
+                new.state, list(self.sites.values()), [m for source in new.sources for m in source.methods], new.heads
+            )
             if words is None:
                 raise ConfigError(f"no targets select exactly {', '.join(s.path for s in self.sites.values())[:200]}")
             to = LoRA(**{**to.model_dump(exclude_unset=True), "targets": words[0], "layers": words[1]})
@@ -165,8 +167,8 @@ def _rows(change: Change, site: Site) -> Change:
 
 def _other_rows(change: Change, sites: list[Site]) -> float:
     """Square of the norm of the rows that are no site's."""
-    matrix = change.dense if isinstance(change, ProductChange) else change
+    matrix = as_dense(change)
     rest = torch.ones(matrix.shape[0], dtype=torch.bool)
     for site in sites:
         rest[site.channel_index] = False
-    return float(matrix[rest].double().square().sum())
+    return square_of(matrix[rest])

@@ -1,13 +1,13 @@
-"""What adapters change of the base, tensor by tensor: as products where they are low rank, dense where they fold.
+"""Changes of the base's tensors: products of factors where they are low rank, dense ones elsewhere.
 
 A place is one parameter of the base (or a bias that it lacks). Changes of matrices are in the form [d_out, d_in], times
-the scale that a table may have; others as they are stored. One module is read at a time, in fp32 or better. It knows
-`Delta.low_rank_change`, `Delta.fold` and sites, no method and no rule.
+the scale that a table may have; others as they are stored. It knows `Delta.low_rank_change` and sites, and neither
+methods and rules nor how adapters are composed (`sources.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from kitout.base.select import COMPOSITE_ROLES
 from kitout.base.site import Site
 from kitout.base.survey import Survey
-from kitout.base.weights import as_stored, is_plain_float, linear_scale, parameter_at, to_matrix, weight_matrix
+from kitout.base.weights import as_stored, is_plain_float, linear_scale, to_matrix, weight_matrix
 from kitout.errors import NotMergeable
-from kitout.runtime.adapter import Adapter
-from kitout.runtime.merge.fold import MATRICES, ModuleFolder
+from kitout.fuse.truncate import inner_product
+from kitout.runtime.merge.fold import MATRICES
 from kitout.runtime.merge.pairs import working_dtype
 from kitout.runtime.modules.module_adapter import ModuleAdapter, SiteDelta
-from kitout.runtime.state import KitState
 
 
 @dataclass
@@ -34,12 +33,33 @@ class ProductChange:
     b: Tensor
     """[d_out, r]."""
 
-    @property
-    def dense(self) -> Tensor:
-        return self.b @ self.a
-
 
 Change = ProductChange | Tensor
+
+
+def as_dense(change: Change) -> Tensor:
+    """The change as one tensor."""
+    return change.b @ change.a if isinstance(change, ProductChange) else change
+
+
+def square_of(change: Change) -> float:
+    """Its squared norm; a product is not formed."""
+    if isinstance(change, ProductChange):
+        return max(0.0, inner_product(change.a, change.b, change.a, change.b))
+    return float(change.double().square().sum())
+
+
+def add_scaled(before: Change | None, change: Change, weight: float) -> Change:
+    """before + weight * change, in the factors where both have them. None: nothing yet."""
+    if isinstance(change, ProductChange):
+        change = ProductChange(change.a, change.b if weight == 1.0 else weight * change.b)
+        if before is None:
+            return change
+        if isinstance(before, ProductChange):
+            return ProductChange(torch.cat((before.a, change.a)), torch.cat((before.b, change.b), 1))
+        return before + as_dense(change)
+    change = change if weight == 1.0 else weight * change
+    return change if before is None else as_dense(before) + change
 
 
 @dataclass(frozen=True)
@@ -122,64 +142,6 @@ def bias_name(site: Site) -> str:
     return f"{site.path}.{site.bias_name or 'bias'}"
 
 
-@torch.no_grad()
-def read_changes(
-    state: KitState, places: Places, adapters: Sequence[Adapter]
-) -> Iterator[tuple[Place, list[Change | None]]]:
-    """Every place that any of the adapters changes, with the change of each (None: it does not). Heads are left out."""
-    folders = [ModuleFolder([adapter], adapter.name) for adapter in adapters]
-    by_path = dict.fromkeys(path for folder in folders for path in folder.paths)
-    # What changes parameters of other modules comes first, and is kept until those modules had their turn.
-    from_outside = [p for p in by_path if any(_acts_on_parameters_alone(a.by_module.get(p)) for a in adapters)]
-    kept: dict[str, list[Change | None]] = {}
-    for path in [*from_outside, *(p for p in by_path if p not in from_outside)]:
-        here: dict[str, list[Change | None]] = {}
-        for i, (adapter, folder) in enumerate(zip(adapters, folders, strict=True)):
-            if path not in adapter.by_module:
-                continue
-            changes = product_changes(adapter.by_module[path], places)
-            if changes is None:
-                changes = _folded(state, folder, path, places)
-            for name, change in changes.items():
-                here.setdefault(name, [None] * len(adapters))[i] = change
-        if path in from_outside:
-            for name, by_adapter in here.items():
-                _overlay(kept.setdefault(name, [None] * len(adapters)), by_adapter)
-            continue
-        for name, by_adapter in here.items():
-            merged = kept.pop(name, [None] * len(adapters))
-            _overlay(merged, by_adapter)
-            yield places[name], merged
-    for name in list(kept):
-        yield places[name], kept.pop(name)
-
-
-def _overlay(into: list[Change | None], later: Sequence[Change | None]) -> None:
-    for i, change in enumerate(later):
-        if change is not None:
-            into[i] = change
-
-
-def _acts_on_parameters_alone(module_adapter: ModuleAdapter | None) -> bool:
-    return module_adapter is not None and not (module_adapter.on_input or module_adapter.on_output)
-
-
-def _folded(state: KitState, folder: ModuleFolder, path: str, places: Places) -> dict[str, Change]:
-    """The differences of the module's folded parameters from the frozen ones."""
-    try:
-        new = folder.fold(path)
-    except NotMergeable as reason:
-        raise NotMergeable(f"{path} ({', '.join(folder.module_adapters(path))}): {reason}") from None
-    module, inside = state.base.get_submodule(path), f"{path}." if path else ""
-    changes: dict[str, Change] = {}
-    for name, value in new.parameters.items():
-        old = parameter_at(module, name)
-        dtype = working_dtype(value)
-        difference = value.to(dtype) if old is None else value.to(dtype) - old.to(dtype)
-        changes[inside + name] = places[inside + name].from_stored(difference)
-    return changes
-
-
 def product_changes(module_adapter: ModuleAdapter, places: Places) -> dict[str, Change] | None:
     """The changes of a module by one adapter whose Deltas there are all low rank; None where they are not."""
     parts = [*module_adapter.on_output, *module_adapter.on_weights]
@@ -194,14 +156,14 @@ def product_changes(module_adapter: ModuleAdapter, places: Places) -> dict[str, 
             return None
         if change.a is not None and change.b is not None:
             a, b = _in_working_dtype(change.a), _in_working_dtype(change.b)
-            _add_product(changes, name, a, strength * whole_rows(part.site, b, places.matrices[name]))
+            product = ProductChange(a, strength * whole_rows(part.site, b, places.matrices[name]))
+            changes[name] = add_scaled(changes.get(name), product, 1.0)
         if change.shift is not None:
             if part.site.kind == "norm":
                 return None
             d_out = places.matrices[name].d_out if name in places.matrices else part.site.d_out
             shift = strength * _whole(part.site, _in_working_dtype(change.shift), d_out)
-            before = changes.get(bias_name(part.site))
-            changes[bias_name(part.site)] = shift if before is None else _as_tensor(before) + shift
+            changes[bias_name(part.site)] = add_scaled(changes.get(bias_name(part.site)), shift, 1.0)
     for part in module_adapter.on_input:
         if not _add_input(changes, part, strength, places):
             return None
@@ -230,15 +192,8 @@ def _add_input(changes: dict[str, Change], part: SiteDelta, strength: float, pla
     before = changes.get(name)
     if isinstance(before, ProductChange):
         up = up + before.b @ (before.a @ b)
-    _add_product(changes, name, a, up)
+    changes[name] = add_scaled(before, ProductChange(a, up), 1.0)
     return True
-
-
-def _add_product(changes: dict[str, Change], name: str, a: Tensor, b: Tensor) -> None:
-    before = changes.get(name)
-    if isinstance(before, ProductChange):
-        a, b = torch.cat((before.a, a)), torch.cat((before.b, b), 1)
-    changes[name] = ProductChange(a, b)
 
 
 def whole_rows(site: Site, b: Tensor, whole: Site) -> Tensor:
@@ -256,10 +211,6 @@ def _whole(site: Site, rows: Tensor, d_out: int) -> Tensor:
 
 def _in_working_dtype(t: Tensor) -> Tensor:
     return t.detach().to(working_dtype(t))
-
-
-def _as_tensor(change: Change) -> Tensor:
-    return change.dense if isinstance(change, ProductChange) else change
 
 
 def difference(places: Places, name: str, new: Tensor, old: Tensor) -> Tensor:

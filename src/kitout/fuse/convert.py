@@ -22,6 +22,7 @@ from kitout.fuse.changes import Places, ProductChange
 from kitout.fuse.residual import FusedAdapter, Residual
 from kitout.fuse.result import NewAdapter, parse_drop
 from kitout.fuse.rules import RuleOptions, rule_of
+from kitout.fuse.sources import Source, sources_of
 from kitout.fuse.targets import selected
 from kitout.fuse.truncate import product_squares, rank_for, singular_squares
 from kitout.kit import Kit
@@ -49,7 +50,9 @@ def convert(
     to: LoRA(rank=8) or LoRA(energy=0.99) for any adapter that folds into weights; "dense" for trained copies;
     PrefixTuning() for a prompt before causal blocks, of the prompt's length. max_residual: ConfigError, naming a rank
     that would do, where more than this share of the change (its norm) is lost. drop: "biases norms other", what a LoRA
-    may leave out; it counts in the residual.
+    may leave out; it counts in the residual. A composition is converted as the one change that it makes.
+
+    Raises what `combine` raises; RouteError where the prefix is to sit where a prompt has no keys.
     """
     state = kit.state
     state.check_attached()
@@ -62,7 +65,9 @@ def convert(
     adapter = state[source]
     note = {"how": "convert", "weights": {source: 1.0}}
     if isinstance(to, PrefixTuning):
-        return _prompt_to_prefix(NewAdapter(state, Places(state.survey), name, [adapter], note=note), adapter, to)
+        return _prompt_to_prefix(
+            NewAdapter(state, Places(state.survey), name, [Source(adapter, source, [adapter])], note=note), adapter, to
+        )
     if adapter.prompts and not adapter.by_module:
         raise ConfigError(
             f"{source!r} is a prompt: it converts to=PrefixTuning() before causal blocks, and to no weights"
@@ -92,7 +97,9 @@ def _rank_that_holds(state: KitState, adapter: Adapter, max_residual: float, ask
     places = Places(state.survey)
     spectra: list[Tensor] = []
     held = 0.0
-    for place, combined in combined_changes(state, places, [adapter], [1.0], rule_of("sum"), RuleOptions(), 1.0, 0):
+    for place, combined in combined_changes(
+        state, places, sources_of(state, [adapter]), [1.0], rule_of("sum"), RuleOptions(), 1.0, 0
+    ):
         if place.site is None or not combined.square:
             continue
         change = combined.change

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from kitout.base.site import Site
 from kitout.fuse.build_lora import lora_values
-from kitout.fuse.changes import Change, ProductChange, bias_name, product_changes, weight_name
+from kitout.fuse.changes import Change, ProductChange, bias_name, square_of, weight_name
 from kitout.fuse.residual import FusedAdapter
 from kitout.fuse.result import NewAdapter
+from kitout.fuse.sources import Source
 from kitout.fuse.targets import selected, with_ranks, words_for
 from kitout.fuse.truncate import truncate_product
 from kitout.methods.lora import BIAS, LoRA, max_rank
-from kitout.runtime.adapter import Adapter
 from kitout.runtime.merge.pairs import working_dtype
-from kitout.runtime.modules.module_adapter import SiteDelta
+from kitout.runtime.modules.module_adapter import ModuleAdapter, SiteDelta
 
 Coefficients = Callable[[str], Sequence[float]]
 """Name of a weight or bias -> one coefficient per adapter."""
@@ -58,14 +58,21 @@ class FactorSum:
         self.shifts[bias_name(site)] = shift if before is None else before + shift
 
 
-def are_low_rank(adapters: Sequence[Adapter]) -> bool:
-    """Each is a sum of products (and biases of theirs): LoRA without DoRA, whatever its scale and start."""
-    for adapter in adapters:
-        parts = _parts(adapter)
-        changes = [part.delta.low_rank_change() for part in parts]
-        if any(change is None for change in changes) or not any(c and c.a is not None for c in changes):
-            return False
-        if any(m.on_parameters for m in adapter.by_module.values()):
+def are_low_rank(sources: Sequence[Source]) -> bool:
+    """Each is a sum of products (and biases of theirs): LoRA without DoRA, whatever its scale and start, and
+    compositions in which such adapters add up.
+    """
+    for source in sources:
+        has_product = False
+        for path in _paths(source):
+            addends = source.addends(path)
+            if addends is None or any(m.on_parameters for m in addends):
+                return False
+            changes = [part.delta.low_rank_change() for m in addends for part in _parts(m)]
+            if any(change is None for change in changes):
+                return False
+            has_product = has_product or any(c is not None and c.a is not None for c in changes)
+        if not has_product:
             return False
     return True
 
@@ -75,21 +82,18 @@ def exact_sum(new: NewAdapter, coefficients: Coefficients) -> FusedAdapter | Non
     """The sum of the sources as one LoRA; None where no LoRA is that sum."""
     total = FactorSum()
     mixed = _mixed_modules(new.sources)
-    for i, adapter in enumerate(new.sources):
-        heads = adapter.heads_by_path()
-        for path, module_adapter in adapter.by_module.items():
-            if path in heads:
-                continue
-            parts = [*module_adapter.on_output, *module_adapter.on_weights, *module_adapter.on_input]
-            if any(weight_name(part.site) in mixed for part in parts):
-                whole = product_changes(module_adapter, new.places)
+    for i, source in enumerate(new.sources):
+        for path in _paths(source):
+            addends = source.addends(path) or {}
+            if any(weight_name(part.site) in mixed for m in addends for part in _parts(m)):
+                whole = source.products(path, new.places)
                 if whole is None or not _add_whole(total, new, whole, i, coefficients):
                     return None
                 continue
-            for part in parts:
+            for part, factor in ((part, w * m.strength) for m, w in addends.items() if w for part in _parts(m)):
                 change = part.delta.low_rank_change()
                 assert change is not None
-                site, factor = part.site, module_adapter.strength
+                site = part.site
                 if change.a is not None and change.b is not None:
                     weight = factor * coefficients(weight_name(site))[i]
                     dtype = working_dtype(change.a)
@@ -101,18 +105,20 @@ def exact_sum(new: NewAdapter, coefficients: Coefficients) -> FusedAdapter | Non
     return _as_lora(new, total)
 
 
-def _parts(adapter: Adapter) -> list[SiteDelta]:
-    modules = adapter.by_module.values()
-    heads = adapter.heads_by_path()
-    return [p for m in modules for p in (*m.on_output, *m.on_weights, *m.on_input) if p.site.path not in heads]
+def _paths(source: Source) -> list[str]:
+    """The modules that it acts at, without those that heads replace."""
+    return [path for path in source.folder.paths if path not in source.head_paths]
 
 
-def _mixed_modules(adapters: Sequence[Adapter]) -> set[str]:
+def _parts(m: ModuleAdapter) -> tuple[SiteDelta, ...]:
+    return *m.on_output, *m.on_weights, *m.on_input
+
+
+def _mixed_modules(sources: Sequence[Source]) -> set[str]:
     """Weights at which changes meet that are not at one and the same site, nor at disjoint channels."""
     by_weight: dict[str, dict[str, Site]] = {}
-    for adapter in adapters:
-        for part in _parts(adapter):
-            by_weight.setdefault(weight_name(part.site), {})[part.site.key] = part.site
+    for part in (p for s in sources for path in _paths(s) for m in s.addends(path) or () for p in _parts(m)):
+        by_weight.setdefault(weight_name(part.site), {})[part.site.key] = part.site
     mixed = set()
     for name, sites in by_weight.items():
         channels = [site.channels for site in sites.values()]
@@ -141,7 +147,7 @@ def _as_lora(new: NewAdapter, total: FactorSum) -> FusedAdapter | None:
     sites = list(total.sites.values())
     order = {site.key: i for i, site in enumerate(new.state.survey.sites)}
     sites.sort(key=lambda site: order.get(site.key, order.get(site.path.replace(".", "/"), 0)))
-    words = words_for(new.state, sites, [source.method for source in new.sources], new.heads)
+    words = words_for(new.state, sites, [m for source in new.sources for m in source.methods], new.heads)
     if words is None:
         return None
     factors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -149,13 +155,13 @@ def _as_lora(new: NewAdapter, total: FactorSum) -> FusedAdapter | None:
     for site in sites:
         products = total.factors[site.key]
         a, b = torch.cat([p.a for p in products]), torch.cat([p.b for p in products], 1)
-        square = float(((b.double().T @ b.double()) * (a.double() @ a.double().T)).sum())
+        square = square_of(ProductChange(a, b))
         if a.shape[0] > max_rank(site):
             cut = truncate_product(a, b, max_rank(site), None)
             a, b = cut.a, cut.b
         factors[site.key] = a, b
         ranks[site.path] = max(ranks.get(site.path, 1), a.shape[0])
-        new.residual.add(site.path, site.role, max(square, 0.0), 0.0)
+        new.residual.add(site.path, site.role, square, 0.0)
     beyond_targets = any(key not in factors for key in total.shifted)
     bias: dict[str, Any] = {"lora_bias": True} if total.shifts else {}
     bias |= {"bias": "all"} if beyond_targets else {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kitout.errors import ConfigError, Errors
 from kitout.fuse.build_lora import LoRABuilder
-from kitout.fuse.changes import Places, base_parameters, difference, weight_name
+from kitout.fuse.changes import Places, base_parameters, difference, square_of, weight_name
 from kitout.fuse.residual import FusedAdapter
 from kitout.fuse.result import DROPPABLE, Combined, NewAdapter
 from kitout.fuse.targets import selected
@@ -40,6 +40,10 @@ def extract(
     tuned: the same architecture fine-tuned: a model, its parameters by name, or a folder that the base's class loads.
     rank: of every site, 32 if there is no energy; energy: the share of the squared singular values that each site
     keeps. The residual is over all parameters: what differs outside the targets counts, and `dropped` lists it.
+
+    Raises AdapterExists or InvalidAdapterName for the name; MergeStateError while adapters are merged; TargetError for
+    targets that select nothing; ConfigError where rank and energy are given, `tuned` does not load or is no copy of
+    this base with parameters of the same shapes, or nothing differs at the targets. Then nothing is added to the kit.
     """
     state = kit.state
     state.check_attached()
@@ -76,7 +80,7 @@ def extract(
             continue  # tied in both: compared already
         seen.add(pair)
         change = difference(new.places, parameter, value, old)
-        square = float(change.double().square().sum())
+        square = square_of(change)
         changed = changed or (parameter in wanted and square > 0)
         builder.take(new.places[parameter], Combined(change, square))
     if not changed:

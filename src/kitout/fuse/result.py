@@ -18,9 +18,9 @@ from kitout.base.site import Site
 from kitout.errors import ConfigError, Errors
 from kitout.files.adapter_tensors import HEAD, build_empty, fill_and_register, tensor_slots
 from kitout.files.usage_record import TextRecord
-from kitout.fuse.changes import Change, Place, Places, ProductChange
+from kitout.fuse.changes import Change, Place, Places, square_of
 from kitout.fuse.residual import Residual
-from kitout.fuse.truncate import inner_product
+from kitout.fuse.sources import Source
 from kitout.method import Method
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.state import KitState
@@ -47,11 +47,7 @@ class Combined:
     @property
     def square(self) -> float:
         """Its squared norm, 0 where nothing is left but rounding."""
-        change = self.change
-        if isinstance(change, ProductChange):
-            square = inner_product(change.a, change.b, change.a, change.b)
-        else:
-            square = float(change.double().square().sum())
+        square = square_of(self.change)
         return square if square > ROUNDING * self.parts else 0.0
 
 
@@ -65,14 +61,14 @@ class NewAdapter:
     """The base's."""
     name: str
     """The new adapter's."""
-    sources: Sequence[Adapter]
+    sources: Sequence[Source]
     """What it is made of; empty for an extraction."""
     drop: frozenset[str] = frozenset()
     """What may be left out."""
     note: dict[str, Any] = field(default_factory=dict)
     """How it was made, for its metadata."""
     heads: dict[str, Adapter] = field(default_factory=dict)
-    """Path of a head -> the source that has it."""
+    """Path of a head -> the adapter that has it, a source or a part of one."""
     check: Callable[[Residual], None] | None = None
     """Raises where too much is missing, before the kit is changed."""
     residual: Residual = field(default_factory=Residual)
@@ -124,7 +120,7 @@ class NewAdapter:
                 values[name] = values[name].to(self.dtype).contiguous()
             slot.tensor.requires_grad_(slot.tensor.is_floating_point() and isinstance(slot.tensor, nn.Parameter))
         adapter.metadata = {"fused": self.note}
-        adapter.usage = common_usage([source.usage for source in self.sources])
+        adapter.usage = common_usage([usage for source in self.sources for usage in source.usages])
         fill_and_register(self.state, adapter, slots, values, 1.0)
         return adapter
 
@@ -165,20 +161,31 @@ def parse_drop(drop: str | None) -> frozenset[str]:
     return frozenset(words)
 
 
-def heads_of(adapters: Iterable[tuple[Adapter, float]], drop: frozenset[str]) -> dict[str, Adapter]:
+def heads_of(sources: Iterable[tuple[Source, float]], drop: frozenset[str]) -> dict[str, Adapter]:
     """The heads that a sum takes over: those of one source at weight 1. A sum of several heads is no head."""
     if "heads" in drop:
         return {}
-    owners: dict[str, list[tuple[Adapter, float]]] = {}
-    for adapter, weight in adapters:
-        for path in adapter.heads_by_path():
-            owners.setdefault(path, []).append((adapter, weight))
+    owners: dict[str, list[tuple[Source, float]]] = {}
+    for source, weight in sources:
+        for path in source.head_paths:
+            owners.setdefault(path, []).append((source, weight))
     errors = Errors(ConfigError, "heads cannot be added")
+    heads: dict[str, Adapter] = {}
     for path, having in owners.items():
-        if len(having) > 1 or having[0][1] != 1.0 or having[0][0].strength != 1.0:
-            shown = ", ".join(f"{adapter.name!r} at {weight:g}" for adapter, weight in having)
+        source, weight = having[0]
+        head = source.head_at(path)
+        if len(having) > 1 or weight != 1.0 or head is None:
+            shown = ", ".join(f"{source.name!r} at {weight:g}" for source, weight in having)
+            inside = f" (which blends or changes a head of {_with_head(source, path)})" if head is None else ""
             errors.add(
-                f"{path} is replaced by {shown}: one source at weight 1 may bring its head; drop='heads' leaves all out"
+                f"{path} is replaced by {shown}{inside}: one source at weight 1 may bring its head; drop='heads' "
+                "leaves all out"
             )
+        else:
+            heads[path] = head
     errors.raise_if_any()
-    return {path: having[0][0] for path, having in owners.items()}
+    return heads
+
+
+def _with_head(source: Source, path: str) -> str:
+    return ", ".join(repr(adapter.name) for adapter in source.adapters if path in adapter.heads_by_path())

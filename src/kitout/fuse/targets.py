@@ -1,7 +1,8 @@
 """Words for a given set of sites: the `targets`, `layers` and `rank` of a LoRA that sits exactly there.
 
 An adapter's sites are found again from its config when it is loaded, so a fused adapter needs words that select its
-sites and no others. Every candidate is tried on the model. It knows the selection language and LoRA's settings.
+sites and no others. Every candidate is tried on the model. It knows the selection language and LoRA's settings, and
+nothing of what an adapter changes there.
 """
 
 from __future__ import annotations

@@ -31,11 +31,6 @@ class Truncated:
     """Square of the norm of what is left out."""
 
 
-def squared_norm(a: Tensor, b: Tensor) -> float:
-    """Of the product b a, [d_out, R] and [R, d_in], not formed, and without the cancellation of a Gram matrix."""
-    return float(_core(a, b)[1].square().sum())
-
-
 def inner_product(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor) -> float:
     """Of two products b a and b2 a2."""
     a, b, a2, b2 = a.double(), b.double(), a2.double(), b2.double()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from kitout.data.encode.template_date import fix_template_date
 from kitout.data.encode.tokenizer_digest import template_digest, tokenizer_digest
 from kitout.errors import ConfigError, FileError, suggest
 from kitout.evaluate.ask.text_limit import max_tokens
+from kitout.files.part_folders import are_same
 from kitout.files.portable_name import HUB_NAME, portable_name
 from kitout.files.usage_record import BaseRecord, TextRecord, UsageRecord
 from kitout.format import short_repr
 from kitout.kit import Kit, attach
 from kitout.peft_folders import load_peft
 from kitout.predict.predictor import Predictor
-from kitout.predict.saved_adapters import SavedAdapter, read_folders
+from kitout.predict.saved_adapters import SavedAdapter, free_name, read_folders
 from kitout.train.config.error_messages import explain
 from kitout.train.config.schema import ModelConfig
 from kitout.train.config.yaml_file import read_yaml
@@ -115,15 +117,12 @@ def _assemble(
         fix_template_date(tokenizer, day)
     usages: dict[str, UsageRecord] = {}
     for one in saved:
-        if one.is_peft:
-            load_peft(kit, one.folder, one.name)
-        else:
-            kit.load(one.folder, name=one.name, verify=verify)
-        kit.use(one.name)
-        usages[one.name] = one.usage or _made_up_usage(kit, task, tokenizer, config, one.name)
+        name = _load_one(kit, one, [*usages, *(each.name for each in saved)], verify)
+        kit.use(name)
+        usages[name] = one.usage or _made_up_usage(kit, task, tokenizer, config, name)
         if verify and tokenizer is not None and one.usage is not None and one.usage.text is not None:
             _check_tokenizer(one, one.usage.text, tokenizer, chat_template, config.name)
-    kit.use(saved[0].name if saved else None)
+    kit.use(next(iter(usages), None))
     if not saved:
         usages[""] = _made_up_usage(kit, task, tokenizer, config, None)
 
@@ -133,6 +132,22 @@ def _assemble(
         return pixel_processor(resolve_model(config.name), usage.images)
 
     return Predictor(kit, tokenizer, usages, pad_token_id, pixels if task.reads_images else None, chat_template)
+
+
+def _load_one(kit: Kit, one: SavedAdapter, taken: Sequence[str], verify: bool) -> str:
+    """Loads an adapter. Its name: another one where a composition has brought a part of that name that is not it."""
+    if one.name not in kit:
+        if one.is_peft:
+            load_peft(kit, one.folder, one.name)
+        else:
+            kit.load(one.folder, name=one.name, verify=verify)
+        return one.name
+    name = free_name(one.name, one.folder, [*taken, *kit.names])
+    _load_one(kit, replace(one, name=name), taken, verify)
+    if are_same(kit.state, name, one.name):
+        kit.remove(name)
+        return one.name
+    return name
 
 
 # ---- the task ------------------------------------------------------------------------------------------------------
@@ -249,7 +264,8 @@ def _made_up_usage(kit: Kit, task: Task, tokenizer: Any, config: ModelConfig, na
 def _labels_of(kit: Kit, name: str | None) -> list[str]:
     """The names of the config where they are as many as the head has outputs, else numbers."""
     named = [str(label) for label in kit.config.id2label.values()]
-    heads = [] if name is None else [m for m in kit[name].heads.modules() if isinstance(m, nn.Linear)]
+    having = [] if name is None else [n for n in kit.state.names_with_parts([name]) if kit[n].heads]
+    heads = [m for each in having[:1] for m in kit[each].heads.modules() if isinstance(m, nn.Linear)]
     if heads and heads[-1].out_features != len(named):
         return [str(number) for number in range(heads[-1].out_features)]
     return named

@@ -79,8 +79,8 @@ class Predictor:
     """`predictor(inputs)` -> a Prediction, or a list of them for a list of inputs.
 
     kit: the base with its adapters. tokenizer: None for images. usages: by adapter name; "": of the base itself.
-    chat_template: the tokenizer's before it was set to the day of an adapter. Several threads may call it: they take
-    turns.
+    loaded: the adapters that were asked for, without the parts of compositions. chat_template: the tokenizer's before
+    it was set to the day of an adapter. Several threads may call it: they take turns.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class Predictor:
     ) -> None:  # fmt: skip
         self.kit, self.tokenizer, self.usages = kit, tokenizer, dict(usages)
         self._pad_token_id, self._pixels, self._chat_template = pad_token_id, pixels, chat_template
+        self.loaded = [name for name in self.usages if name]
         self._preprocessing: dict[str, Preprocessing] = {}
         self.untrained_heads: frozenset[str] = frozenset()  # modules of the base that its checkpoint does not hold
         self._lock = threading.Lock()  # languages, generation settings and modes of the model are everybody's
@@ -100,8 +101,8 @@ class Predictor:
 
     @property
     def names(self) -> list[str]:
-        """The adapters, in the order in which they were loaded."""
-        return list(self.kit.names)
+        """The adapters in the order in which they were loaded; parts that compositions brought along come last."""
+        return list(dict.fromkeys(name for name in [*self.loaded, *self.kit.names] if name in self.kit))
 
     @property
     def usage(self) -> UsageRecord:

@@ -16,9 +16,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from kitout.errors import ConfigError, Errors, FileError, KitoutError
-from kitout.files.adapter_json import RECORD, read_adapter_json
+from kitout.files.adapter_json import RECORD, AdapterJson, read_adapter_json
+from kitout.files.part_folders import PARTS
 from kitout.files.system_errors import as_path
 from kitout.files.usage_record import UsageRecord
+from kitout.fuse.result import common_usage
 from kitout.train.objectives.tasks import TASKS
 from kitout.train.run_folder import RUN_FILE
 
@@ -115,8 +117,9 @@ def _read_folder(folder: Path, taken: Sequence[str], verify: bool) -> SavedAdapt
     if (folder / RECORD).is_file():
         record = read_adapter_json(folder / RECORD, verify)
         base = record.base_name or record.note.get("base")
+        usage = record.usage or _usage_of_parts(folder, record, verify)
         return SavedAdapter(
-            folder, _free_name(record.name, folder, taken), record.usage, base if isinstance(base, str) else None
+            folder, free_name(record.name, folder, taken), usage, base if isinstance(base, str) else None
         )
     file = folder / PEFT_CONFIG
     if file.stat().st_size > MAX_PEFT_CONFIG_BYTES:
@@ -127,9 +130,20 @@ def _read_folder(folder: Path, taken: Sequence[str], verify: bool) -> SavedAdapt
     except (ValueError, RecursionError, AttributeError) as error:
         raise FileError(f"{file} is no PEFT config: {str(error)[:200]}") from None
     return SavedAdapter(
-        folder, _free_name(folder.name, folder, taken), None, base if isinstance(base, str) else None,
+        folder, free_name(folder.name, folder, taken), None, base if isinstance(base, str) else None,
         PEFT_TASKS.get(task), True, _num_labels(folder / PEFT_TENSORS) if task.endswith("_CLS") else None,
     )  # fmt: skip
+
+
+def _usage_of_parts(folder: Path, record: AdapterJson, verify: bool) -> UsageRecord | None:
+    """What all parts of a composition say that says nothing itself; its parts lie in it, or beside it in another's."""
+    root = folder / PARTS if (folder / PARTS).is_dir() else folder.parent
+    files = [root / name / RECORD for name in record.parts or {}]
+    if not files or not all(file.is_file() for file in files):
+        return None  # said by whoever loads it
+    usages = [(r := read_adapter_json(f, verify)).usage or _usage_of_parts(f.parent, r, verify) for f in files]
+    common = common_usage([None if usage is None else usage.model_dump() for usage in usages])
+    return None if common is None else UsageRecord.model_validate(common)
 
 
 def _num_labels(file: Path) -> int | None:
@@ -143,7 +157,7 @@ def _num_labels(file: Path) -> int | None:
     return min(heads, default=None)
 
 
-def _free_name(name: str, folder: Path, taken: Sequence[str]) -> str:
+def free_name(name: str, folder: Path, taken: Sequence[str]) -> str:
     """The adapter's own name; with its run's name before it where another one has it."""
     if name not in taken:
         return name

@@ -29,6 +29,7 @@ from kitout.errors import ConfigError, suggest
 from kitout.evaluate.compare import Comparison
 from kitout.files.atomic import write_text
 from kitout.files.base_fingerprint import fingerprint
+from kitout.files.part_folders import content_digest
 from kitout.format import format_duration
 from kitout.install_hint import suggest_install
 from kitout.train import checkpoints, run_folder
@@ -36,6 +37,7 @@ from kitout.train.config import conflicts
 from kitout.train.config.schema import RunConfig
 from kitout.train.loop import distributed, fsdp, stop_on_signal
 from kitout.train.measure.evaluate import evaluate_jobs, metric_names, validation_fn
+from kitout.train.measure.forgetting import check_forgetting, measure_forgetting
 from kitout.train.measure.merge_proof import check_mergeable, prove_merge
 from kitout.train.preflight import render
 from kitout.train.preflight.collect import collect_pages, collect_statistics
@@ -83,6 +85,7 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         own_log = log if distributed.rank() == 0 else _no_log
         prepared = prepare(config, _resolve_placement(config, folder), own_log, samples=dry_run)
         _check_best(prepared, config)
+        check_forgetting(prepared, config.evaluate)
         if config.evaluate.prove_merge:
             check_mergeable(prepared)
         statistics = collect_statistics(prepared)
@@ -108,11 +111,14 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         proofs = {}
         if config.evaluate.prove_merge:
             proofs = {job.name: prove_merge(prepared, k, config.evaluate) for k, job in enumerate(prepared.jobs)}
+        forgetting = measure_forgetting(prepared, config.evaluate, config.train.seed, main_log)
         results: dict[str, Any] = {}
         with fsdp.unsharded(prepared.kit):
             if distributed.rank() == 0:
                 log("writing the report ...")
-                results = write_outputs(prepared, config, folder, trainer, estimate, best_step, outcomes, proofs, log)
+                results = write_outputs(
+                    prepared, config, folder, trainer, estimate, best_step, outcomes, proofs, forgetting, log
+                )
             distributed.barrier()
         prepared.kit.detach()
         comparisons = {name: one.comparison for name, one in outcomes.items()}
@@ -239,6 +245,9 @@ def run_signature(prepared: PreparedRun) -> str:
     }
     if prepared.parents:
         parts["from"] = {name: parent.digest for name, parent in prepared.parents.items()}
+    if prepared.parts:
+        state = prepared.kit.state
+        parts["adapters"] = {name: content_digest(state, state[name], keep_encoder=True) for name in prepared.parts}
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -58,6 +58,12 @@ def run_summary(
             ("sha256 of its examples", parent.data_digest),
         )
     }
+    continued |= {
+        f"made of {name}": f"{run.parts[name].portable_name} (sha256 {run.parts[name].digest})"
+        for job in jobs
+        for name in run.kit[job.name].method.part_names()
+        if name in run.parts
+    }
     base = base_record(run, config.model)
     return RunSummary(
         title=f"{', '.join(methods.values())} on {config.model.name}",

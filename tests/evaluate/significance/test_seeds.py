@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kitout.errors import ConfigError
-from kitout.evaluate.metrics.interval import newcombe_interval
+from kitout.evaluate.intervals.resampled import newcombe_interval
 from kitout.evaluate.significance.seeds import MethodDifference, compare_methods
 
 Scores = NDArray[np.float64]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kitout import IA3, BitFit, Kit, LoRA, Mix, Stack
+import kitout
+from kitout import IA3, BitFit, Composition, Kit, LoRA, Mix, Mixture, Only, Stack
 from kitout.methods.deltas.low_rank import LowRankDelta, LowRankSum
 from kitout.runtime.modules.programs import DirectDelta
 from kitout.runtime.routing import compile as compiling
@@ -84,6 +85,74 @@ def test_where_all_are_loras_one_delta_runs() -> None:
                 assert type(program) is DirectDelta
                 assert type(program.delta) is LowRankSum
     assert run(kit, batch).isfinite().all()
+
+
+MIXTURES = {
+    "model": Mixture(of=("a", "b", "pissa"), init=(0.7, -0.4, 0.3)),
+    "layer": Mixture(of=("embed", "a"), per="layer", softmax=True, init=(0.3, 0.7)),
+    "site": Mixture(of=("shifted", "dropped"), per="site"),  # not all are plain LoRAs
+    "route": Composition(route=Stack("a", Mix({"b": 0.5}))),
+    "nested": Mixture(of=("model", "route", "b"), per="layer", init=(0.5, 1.2, -0.3)),
+    "only": Composition(route=Only("model", layers="last:1")),
+    "scaled": Mixture(of=("a", "gain")),
+}
+OF_MIXTURES = (
+    *(name for name in MIXTURES if name != "route"),  # which trains nothing
+    Mix({"model": 0.5, "a": 0.2, "layer": 0.4}),
+    Stack("layer", "gain", Mix({"nested": 0.5, "dropped": 0.2})),
+)
+
+
+@pytest.mark.parametrize("specimen", ["llama", "gpt2"])
+def test_a_mixture_and_the_gradients_of_its_weights(specimen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kit, batch = exact_kit(specimen, **METHODS, **MIXTURES)
+    for name in MIXTURES:
+        kit[name].requires_grad_(True)  # parts, too
+    kit.strength("model", 0.8)
+    kit.strength("b", 0.6)
+    seen = []
+    for is_fused in (True, False):
+        if not is_fused:
+            unfused(kit, monkeypatch)
+        for entry in OF_MIXTURES:
+            kit.zero_grad()
+            with kit.use(entry):
+                value = run(kit, batch)
+                loss_of(kit(**batch)).backward()
+            seen.append((value, {n: {k: p.grad for k, p in kit[n].named_parameters()} for n in MIXTURES}))
+    moved = set()
+    for i, entry in enumerate(OF_MIXTURES):
+        (value, grads), (want, want_grads) = seen[i], seen[i + len(OF_MIXTURES)]
+        assert_same(value, want, 1e-12, str(entry))
+        for name in MIXTURES:
+            for key, gradient in want_grads[name].items():
+                assert (grads[name][key] is None) == (gradient is None)
+                if gradient is not None:
+                    assert_same(grads[name][key], gradient, 1e-9, f"{name} {key} in {entry}")
+                    moved.add(name)
+    assert moved == {name for name, method in MIXTURES.items() if isinstance(method, Mixture)}
+
+
+def test_a_mixture_of_loras_is_one_delta_and_is_never_stale() -> None:
+    kit, batch = exact_kit("llama", a=METHODS["a"], dropped=METHODS["dropped"], m=Mixture(of=("a", "dropped")))
+    with kit.use("m"):
+        programs = [site.module._kitout_hook.program for site in kit["a"].sites]
+        assert {type(program) for program in programs} == {DirectDelta}
+        assert {type(program.delta) for program in programs} == {LowRankSum}
+        for weights in ((0.7, -0.4), (0.2, 0.9)):
+            with torch.no_grad():
+                next(kit["m"].parameters()).copy_(torch.tensor(weights, dtype=torch.float64))
+            with kit.use(Mix(dict(zip(("a", "dropped"), weights, strict=True)))):
+                want = run(kit, batch)
+            assert_same(run(kit, batch), want, 1e-12)
+        kit.train()  # each part with its own dropout, and gradients all the same
+        loss_of(kit(**batch)).backward()
+        assert all(p.grad is not None and p.grad.all() for p in kit["m"].parameters())
+        kit.eval()
+        found = kitout.attention(kit, "m", batch)
+        assert_same(found.weights[:, 0, 0, 0].double(), torch.tensor(weights).double(), 1e-7)
+        assert_same(run(kit, batch), want, 1e-12)
+        assert type(kit["a"].sites[0].module._kitout_hook.program) is DirectDelta
 
 
 CHANGES: dict[str, Callable[[Kit], object]] = {

@@ -10,7 +10,7 @@ import transformers
 
 import kitout
 from kitout import IA3, Average, Composition, LoRA, Mix, Mixture, Only, PrefixTuning, PromptTuning, Stack
-from kitout.errors import KitoutError, RouteError
+from kitout.errors import KitoutError, NotMergeable, RouteError
 from kitout.route import route_from_json, route_to_json
 from laws.activate import assert_same, kit_with, run
 from zoo import ZOO
@@ -99,6 +99,25 @@ def test_an_average_generates_token_by_token() -> None:
             kit.generate(ids, num_beams=2, **how)
         with pytest.raises(RouteError, match="no loss"):
             kit(**batch, labels=batch["input_ids"])
+
+
+def test_an_average_has_masks_by_kind_of_attention_in_a_static_cache() -> None:
+    kit, batch = kit_with("qwen3", a=LoRA(rank=2), b=IA3())
+    how = {"max_new_tokens": 4, "min_new_tokens": 4, **batch}
+    with kit.use(Average({"a": 0.7, "b": 0.3})):
+        assert torch.equal(kit.generate(**how, cache_implementation="static"), kit.generate(**how))
+
+
+def test_an_average_merges_with_nothing() -> None:
+    kit, batch = kit_with("llama", a=LoRA(rank=2), b=IA3())
+    kit.add("m", Composition(route=Average({"a": 0.7, "b": 0.3})))
+    kit.add("deep", Composition(route="m"))
+    for merge in (kit.merge, kit.merged_copy):
+        with pytest.raises(NotMergeable, match="'deep' averages whole outputs"):
+            merge("deep")
+    for route in (Stack("deep", "a"), ["deep", None]):
+        with pytest.raises(RouteError, match="'deep' averages whole outputs"), kit.use(route):
+            run(kit, batch)
 
 
 def test_an_average_generates_with_an_encoder() -> None:

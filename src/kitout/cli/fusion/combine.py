@@ -50,10 +50,11 @@ def combine(
     with report_errors():
         folders, weights = zip(*map(parse_weight, adapters), strict=True)
         form = result_form(to, rank, energy, lora_bias)
-        kit = kitout.load(*folders, base=model, task=task, device=device, dtype="float32").kit
-        if len(kit.names) != len(folders):
-            raise ConfigError(f"one weight belongs to one adapter, and these folders hold {', '.join(kit.names)}")
-        by_name = dict(zip(kit.names, weights, strict=True))
+        predictor = kitout.load(*folders, base=model, task=task, device=device, dtype="float32")
+        kit, names = predictor.kit, predictor.loaded
+        if len(names) != len(folders):
+            raise ConfigError(f"one weight belongs to one adapter, and these folders hold {', '.join(names)}")
+        by_name = dict(zip(names, weights, strict=True))
         options: dict[str, Any] = {
             "density": density,
             "lam": lam,
@@ -66,9 +67,9 @@ def combine(
 
         def expected(kit: Kit) -> Tensor:
             """The sources in a Mix where the result is their sum; else the same combination, not cut."""
-            mergeable = all(kit[name].method.mergeable for name in by_name)
+            has_heads = any(kit[name].heads for name in kit.names if name != fused.name)
             total = sum(by_name.values()) if how == "mean" else 1.0
-            if how in ("sum", "mean") and mergeable and not any(kit[name].heads for name in by_name):
+            if how in ("sum", "mean") and not has_heads:
                 return logits(kit, kitout.Mix({name: lam * w / total for name, w in by_name.items()}))
             if isinstance(form, str):
                 return logits(kit, fused.name)

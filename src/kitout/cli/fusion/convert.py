@@ -39,9 +39,10 @@ def convert(
     """
     with report_errors():
         form = result_form(to, rank, energy, lora_bias)
-        kit = kitout.load(adapter, base=model, task=task, device=device, dtype="float32").kit
-        if len(kit.names) != 1:
-            raise ConfigError(f"{adapter} holds {', '.join(kit.names)}: name the folder of one of them")
-        (source,) = kit.names
+        predictor = kitout.load(adapter, base=model, task=task, device=device, dtype="float32")
+        kit, names = predictor.kit, predictor.loaded
+        if len(names) != 1:
+            raise ConfigError(f"{adapter} holds {', '.join(names)}: name the folder of one of them")
+        (source,) = names
         fused = kitout.convert(kit, source, name_for(out, kit), to=form, max_residual=max_residual, drop=drop)
         finish(kit, fused, out, lambda kit: logits(kit, source))

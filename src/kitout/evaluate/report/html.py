@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kitout.evaluate.report.summary import RunSummary, format_fact
+from kitout.evaluate.sets.forgetting import forgetting_line, forgetting_rows
 from kitout.files.atomic import write_text
 from kitout.format import format_bytes
 
@@ -33,7 +34,10 @@ def _load_template() -> Any:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"fact": format_fact, "base64": _to_base64, "bytes": format_bytes}
+    environment.filters |= {
+        "fact": format_fact, "base64": _to_base64, "bytes": format_bytes,
+        "forgetting_rows": forgetting_rows, "forgetting_line": forgetting_line,
+    }  # fmt: skip
     return environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
 
 

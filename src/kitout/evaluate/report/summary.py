@@ -18,6 +18,7 @@ from kitout.evaluate.report.charts import Chart
 from kitout.evaluate.report.next_steps import NextSteps
 from kitout.evaluate.report.run_charts import adapters_chart
 from kitout.evaluate.report.thumbnails import PredictedImages
+from kitout.evaluate.sets.forgetting import SetChange
 from kitout.evaluate.significance.power import SmallestDifference
 from kitout.format import format_number
 
@@ -80,6 +81,8 @@ class RunSummary:
     """Whether all adapters have the same test examples."""
     smallest: SmallestDifference | None = None
     """What the test examples can show of any two adapters."""
+    forgetting: Mapping[str, Sequence[SetChange]] = field(default_factory=dict)
+    """What each adapter changed on sets that it was not trained for."""
     per_class: Mapping[str, Sequence[ClassScore]] = field(default_factory=dict)
     """Of a classification, by adapter: its classes one by one."""
     predicted_images: Mapping[str, PredictedImages] = field(default_factory=dict)

@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kitout.evaluate.metrics.distributions import t_quantile
-from kitout.evaluate.metrics.interval import Z95
+from kitout.evaluate.intervals.distributions import t_quantile
+from kitout.evaluate.intervals.resampled import Z95
 from kitout.evaluate.metrics.measure import Measure, difference_error, format_value
 
 POWER = 0.8

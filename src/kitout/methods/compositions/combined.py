@@ -1,4 +1,4 @@
-"""What the learned compositions share: the names of their parts, and where a module is that parts act on.
+"""What compositions share: no targets of their own; the learned ones: their parts, and the modules that parts act on.
 
 A part sees the frozen module and none of the others, so what a composition combines is one value per part at each
 module. It knows sites, and nothing of how a composition weighs its parts.
@@ -28,15 +28,26 @@ class CombiningDelta(Delta):
         return y
 
 
-class CombinedParts(Method):
+class MadeOfAdapters(Method):
+    """A method that is made of other adapters of its kit."""
+
+    starts_as_identity: ClassVar[bool] = False
+    default_location: ClassVar[str] = "where its adapters are"
+
+    @model_validator(mode="after")
+    def _check_no_targets(self) -> MadeOfAdapters:
+        if self.targets is not None or self.layers != "all":
+            raise ValueError("its adapters say where they are: it takes neither targets nor layers")
+        return self
+
+
+class CombinedParts(MadeOfAdapters):
     """A composition with values of its own.
 
     of: the adapters that it is made of, by their names on the kit.
     """
 
     parts_may_have_tokens: ClassVar[bool] = False
-    starts_as_identity: ClassVar[bool] = False
-    default_location: ClassVar[str] = "where its adapters are"
 
     of: tuple[str, ...] = ()
 
@@ -46,12 +57,6 @@ class CombinedParts(Method):
         if len(set(of)) < len(of):
             raise ValueError("it names an adapter twice")
         return of
-
-    @model_validator(mode="after")
-    def _check_no_targets(self) -> CombinedParts:
-        if self.targets is not None or self.layers != "all":
-            raise ValueError("its adapters say where they are: it takes neither targets nor layers")
-        return self
 
     def part_names(self) -> tuple[str, ...]:
         return self.of

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, PlainSerializer, model_validator
+from pydantic import BeforeValidator, PlainSerializer
 
 from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.errors import RouteError
-from kitout.method import Method, TrainingDefaults, register
+from kitout.method import TrainingDefaults, register
+from kitout.methods.compositions.combined import MadeOfAdapters
 from kitout.route import Route, adapter_names, normalize_route, route_from_json, route_to_json
 
 
@@ -31,24 +32,16 @@ def _as_entry(value: object) -> object:
 
 
 @register
-class Composition(Method):
+class Composition(MadeOfAdapters):
     """A route under a name: its adapters as one, applied as the route says.
 
     route: a name, a Stack, Mix, Only or Average of adapters that the kit has.
     """
 
     training: ClassVar[TrainingDefaults] = TrainingDefaults()
-    default_location: ClassVar[str] = "where its adapters are"
     limitations: ClassVar[str] = "what its adapters have: tokens have no strength and are in no Mix"
-    starts_as_identity: ClassVar[bool] = False
 
     route: Annotated[Any, BeforeValidator(_as_entry), PlainSerializer(route_to_json)] = None
-
-    @model_validator(mode="after")
-    def _check_no_targets(self) -> Composition:
-        if self.targets is not None or self.layers != "all":
-            raise ValueError("its adapters say where they are: it takes neither targets nor layers")
-        return self
 
     def part_names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(adapter_names(self.route)))

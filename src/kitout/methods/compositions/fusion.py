@@ -3,7 +3,8 @@
 AdapterFusion (Pfeiffer et al. 2020, arXiv 2005.00247; code Adapter-Hub/adapters), for adapters of any method: a_i =
 f_i(x) - f(x), q = W_q f(x) + b, k_i = W_k a_i, p = softmax_i(dropout(q k_i)), y' = y + sum_i p_i W_v a_i. W_q and W_k
 start at N(0, 0.02), W_v at the identity, from which a penalty keeps it: penalty * |I - W_v|^2. The paper's bias on the
-keys is left out: it adds the same to every score of a position, which the softmax takes off again.
+keys is left out: it adds the same to every score of a position, which the softmax takes off again. It knows values of
+parts, and neither their methods nor how a penalty joins a loss.
 """
 
 from __future__ import annotations

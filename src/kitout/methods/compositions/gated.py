@@ -2,8 +2,10 @@
 
 After UniPELT (Mao et al. 2021, arXiv 2110.07577; code morningmoni/UniPELT), for adapters of any method: y' = y + sum_i
 g_i (f_i(x) - y), g_i = sigmoid(w_i x + b_i). In stacks where every position sees all others, g_i is averaged over the
-real positions of a row (UniPELT averages padding too). Where a position sees those before it alone, each position has
-its own gate: an average would show it what comes after, and change while a cache grows.
+real positions of a row, or of a window of it (UniPELT averages padding too). Where a position sees those before it
+alone, or a module is given positions of several rows, each position has its own gate: an average would show it what
+comes after, and change while a cache grows. It knows values of parts, and neither their methods nor how real positions
+are found.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 y' = y + sum_i w_i (f_i(x) - y), as a Mix. Per layer this is the concatenation of LoRA Soups (Prabhakar et al. 2024,
 arXiv 2410.13025: CAT), here for adapters of any method; with softmax the weights stay positive and sum to 1. It starts
-as the Mix with its initial weights, and merges as one.
+as the Mix with its initial weights, and merges as one. It knows its weights, and neither its parts' methods nor how
+their products are joined.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kitout.base.weights import FrozenModule
-from kitout.delta import Delta, LowRankChange
+from kitout.delta import Delta, LowRankChange, PartWeight
 from kitout.methods.deltas.low_rank_rows import EqualRunsLowRank, RunsLowRank, are_equal_runs, find_runs
 
 GATHER_BYTES = 64 * 2**20  # most that one site may hold in gathered rows before the caller loops instead
@@ -66,12 +66,14 @@ class LowRankDelta(Delta):
         return self.add_change(x, y, frozen, may_overwrite=True)
 
     def add_change(
-        self, x: Tensor, y: Tensor, frozen: FrozenModule | None, may_overwrite: bool, weight: float = 1.0
+        self, x: Tensor, y: Tensor, frozen: FrozenModule | None, may_overwrite: bool, weight: PartWeight = 1.0
     ) -> Tensor:
         """y + weight * scale * B A dropout(x); may_overwrite: y."""
         if x.is_floating_point() and self.drops_inputs:  # token ids have no dropout
             x = F.dropout(x, self.dropout)
         a, b = self.factors()
+        if callable(weight):  # through B, where gradients reach it
+            b, weight = b * weight(), 1.0
         return _add_product(x, y, a, b, weight * self.scale, frozen if self.reads_weight else None, may_overwrite)
 
     def fused_linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
@@ -92,7 +94,7 @@ class LowRankDelta(Delta):
         return LowRankChange(a, self.scale * b, None)
 
     @classmethod
-    def join(cls, addends: Sequence[tuple[LowRankDelta, float]]) -> Delta | None:
+    def join(cls, addends: Sequence[tuple[LowRankDelta, PartWeight]]) -> Delta | None:
         return LowRankSum(addends) if cls is LowRankDelta else None
 
     @classmethod
@@ -120,7 +122,7 @@ class LowRankSum(Delta):
 
     adds_linear_map = True
 
-    def __init__(self, addends: Sequence[tuple[LowRankDelta, float]]) -> None:
+    def __init__(self, addends: Sequence[tuple[LowRankDelta, PartWeight]]) -> None:
         super().__init__()
         self.addends = tuple(addends)  # a tuple: their values stay those of their adapters
         self.reads_weight = addends[0][0].reads_weight
@@ -128,9 +130,14 @@ class LowRankSum(Delta):
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """A [sum of ranks, d_in], B [d_out, sum of ranks] and the scale of their product."""
         pairs = [delta.factors() for delta, _ in self.addends]
-        scales = [weight * delta.scale for delta, weight in self.addends]
-        largest = max(scales, key=abs) or 1.0  # one part at least, and mostly all, need no product with a scale
-        ups = [b if scale == largest else b * (scale / largest) for scale, (_, b) in zip(scales, pairs, strict=True)]
+        fixed = [weight * delta.scale for delta, weight in self.addends if not callable(weight)]
+        largest = max(fixed, key=abs, default=1.0) or 1.0  # one part at least, and mostly all, need no product with it
+        ups = []
+        for (delta, weight), (_, b) in zip(self.addends, pairs, strict=True):
+            if callable(weight):
+                ups.append(b * (weight() * (delta.scale / largest)))
+            else:
+                ups.append(b if weight * delta.scale == largest else b * (weight * delta.scale / largest))
         return torch.cat([a for a, _ in pairs]), torch.cat(ups, 1), largest
 
     @property
@@ -154,9 +161,8 @@ class LowRankSum(Delta):
         return _add_product(x, y, a, b, scale, frozen if self.reads_weight else None, may_overwrite)
 
     def fused_linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
-        if not (torch.is_grad_enabled() and any(delta.a.requires_grad for delta, _ in self.addends)):
-            return None
-        if self.drops_inputs or not _is_fusable(x, w):
+        has_trained = any(delta.a.requires_grad or callable(weight) for delta, weight in self.addends)
+        if not (torch.is_grad_enabled() and has_trained) or self.drops_inputs or not _is_fusable(x, w):
             return None
         low_a, low_b, scale = self.factors()
         y: Tensor = _LinearLowRank.apply(x, w, b, low_a, low_b, scale)

@@ -19,14 +19,14 @@ from kitout.base.own_forward import check_blends, swapped_parameters, unhooked_f
 from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.errors import Errors, NotMergeable
-from kitout.route import Average, Mix, RouteEntry, Stack, adapter_names, simplify
-from kitout.runtime.adapter import Adapter, conflict_with_head, trained_and_read
+from kitout.route import RouteEntry, simplify
+from kitout.runtime.adapter import Adapter
 from kitout.runtime.head import BLENDED, Head
+from kitout.runtime.merge.foldable import check_foldable, describe, expand_foldable
 from kitout.runtime.merge.pairs import WeightBias, add_change, fold_adapter, working_dtype
 from kitout.runtime.modules.composed import ComposedTerm
 from kitout.runtime.modules.module_adapter import ModuleAdapter, SiteDelta
 from kitout.runtime.modules.terms import Single, SumOfRuns, Term, TermSequence, WeightedSum, build_term
-from kitout.runtime.routing.expand import expand
 
 MATRICES = ("linear", "conv", "embedding")
 MOST_ERRORS = 8
@@ -50,11 +50,8 @@ def fold_all(
 
     survey: the model's, which an `Only` counts its layers by.
     """
-    described = _describe(entry)
-    expanded, adapters_by_name = expand(entry, adapters_by_name, survey)
-    assert not isinstance(expanded, (tuple, Average))
-    entry = simplify(expanded)
-    adapters = [adapters_by_name[name] for name in dict.fromkeys(adapter_names(entry))]
+    described = describe(entry)
+    entry, adapters = expand_foldable(simplify(entry), adapters_by_name, survey)
     errors = Errors(NotMergeable, f"cannot merge {described}")
     check_foldable(adapters, errors)
     errors.raise_if_any()
@@ -68,19 +65,6 @@ def fold_all(
                 errors.add(f"{path} ({', '.join(folder.module_adapters(path))}): {reason}")
     errors.raise_if_any()
     return folded
-
-
-def check_foldable(adapters: Sequence[Adapter], errors: Errors) -> None:
-    """Adds an error for what no module's weights can hold: conflicts, virtual tokens, values that are not finite."""
-    if conflict := conflict_with_head(adapters):
-        errors.add(conflict)
-    if shared := trained_and_read(adapters):
-        errors.add(f"{shared} is trained whole by one adapter and changed by another: merge one of them")
-    for adapter in adapters:
-        for part in [*adapter.prefixes.values(), *(p for each in adapter.prompts.values() for p in each)][:2]:
-            errors.add(f"{part.site.path} ({adapter.name}): virtual tokens cannot be merged into weights")
-        for name in _non_finite(adapter)[:2]:
-            errors.add(f"{adapter.name} holds NaN or infinity in {name}")
 
 
 class ModuleFolder:
@@ -99,21 +83,38 @@ class ModuleFolder:
         """What the adapters do at one module, by name."""
         return {a.name: a.by_module[path] for a in self.adapters if path in a.by_module}
 
+    def acts_on_values(self, path: str) -> bool:
+        """Something there acts on what the module takes or gives, not only on parameters (which may be others')."""
+        return any(map(_has_values, self.module_adapters(path).values()))
+
+    def replacing_head(self, path: str) -> nn.Module | None:
+        """The head that, as it is, takes the module's place; None where there is none."""
+        term = self._term(path)
+        return None if term is None else _replacing_head(term)
+
     @torch.no_grad()
     def fold(self, path: str) -> FoldedWeights:
         """The module's new weights; NotMergeable where there are none."""
+        term = self._term(path)
+        if term is None:
+            return FoldedWeights({})  # its changes cancel here
+        changed = self.changed_from_outside(path)
+        new = _fold_module(term, list(self.module_adapters(path).values()), changed)
+        if not self.acts_on_values(path):
+            inside = f"{path}." if path else ""
+            self._of_parents |= {inside + name: value for name, value in new.parameters.items()}
+        return new
+
+    def changed_from_outside(self, path: str) -> dict[str, Tensor]:
+        """What folds of other modules, so far, have made of this one's parameters."""
+        inside = f"{path}." if path else ""
+        return {n.removeprefix(inside): v for n, v in self._of_parents.items() if n.startswith(inside)}
+
+    def _term(self, path: str) -> Term | None:
         module_adapters = self.module_adapters(path)
         singles = {name: Single(module_adapter) for name, module_adapter in module_adapters.items()}
         there = simplify(self.entry, singles.__contains__)
-        term = build_term(there, partial(_single_of, singles), partial(_fixed_sum, module_adapters))
-        if term is None:
-            return FoldedWeights({})  # its changes cancel here
-        inside = f"{path}." if path else ""
-        changed = {n.removeprefix(inside): v for n, v in self._of_parents.items() if n.startswith(inside)}
-        new = _fold_module(term, list(module_adapters.values()), changed)
-        if not any(_has_values(m) for m in module_adapters.values()):
-            self._of_parents |= {inside + name: value for name, value in new.parameters.items()}
-        return new
+        return build_term(there, partial(_single_of, singles), partial(_fixed_sum, module_adapters))
 
 
 def _single_of(singles: Mapping[str, Single], name: str, _: Sequence[Term]) -> Term:
@@ -126,29 +127,6 @@ def _fixed_sum(
     return ComposedTerm(module_adapters[name], parts).as_weighted_sum()
 
 
-def _describe(entry: RouteEntry) -> str:
-    if isinstance(entry, Stack):
-        return " then ".join(map(_describe, entry.parts))
-    if isinstance(entry, Mix):
-        return "Mix({" + ", ".join(f"{_describe(part)}: {weight:g}" for part, weight in entry.parts) + "})"
-    return repr(entry)
-
-
-def _non_finite(adapter: Adapter) -> list[str]:
-    """Names of tensors with a value that is not finite, where a trained copy does not have it from the base."""
-    names = []
-    for site in adapter.sites:
-        delta = adapter.delta(site)
-        base = delta.base_tensors(site.module)
-        for name, value in [*delta.named_parameters(), *delta.named_buffers()]:
-            is_finite = value.isfinite()
-            if not is_finite.all() and not (name in base and (is_finite | ~base[name].isfinite()).all()):
-                names.append(f"{site.path} {name}")
-    for path, head in adapter.heads.items():
-        names += [f"{path.replace('/', '.')} {n}" for n, p in head.named_parameters() if not p.isfinite().all()]
-    return names
-
-
 def _has_values(module_adapter: ModuleAdapter) -> bool:
     """It acts on what the module takes or gives, not only on its parameters."""
     return bool(module_adapter.on_input or module_adapter.on_output)
@@ -158,13 +136,8 @@ def _fold_module(term: Term, module_adapters: Sequence[ModuleAdapter], changed: 
     """The module's new parameters. changed: those that are changed already, from outside the module."""
     parts = [part for m in module_adapters for part in (*m.on_output, *m.on_input)]
     site = parts[0].site if parts else module_adapters[0].site
-    last = term
-    while isinstance(last, TermSequence):
-        last = last.terms[-1]
-    if isinstance(last, Single) and last.module_adapter.on_output:
-        delta = last.module_adapter.on_output[-1].delta
-        if isinstance(delta, Head) and last.module_adapter.strength == 1.0:
-            return FoldedWeights({}, head=delta.module)
+    if (head := _replacing_head(term)) is not None:
+        return FoldedWeights({}, head=head)
     if any(m.on_weights for m in module_adapters):
         return FoldedWeights(_fold_read_weights(term, module_adapters, changed))
     if any(isinstance(part.delta, Head) for part in parts):
@@ -177,6 +150,16 @@ def _fold_module(term: Term, module_adapters: Sequence[ModuleAdapter], changed: 
         if site.kind in MATRICES:
             return FoldedWeights(_fold_matrix(site, term, module_adapters))
         return FoldedWeights(_fold_parameters(site, term, module_adapters))
+
+
+def _replacing_head(term: Term) -> nn.Module | None:
+    """What acts last, if it is a head at strength 1: nothing of the module remains."""
+    while isinstance(term, TermSequence):
+        term = term.terms[-1]
+    if not isinstance(term, Single) or term.module_adapter.strength != 1.0 or not term.module_adapter.on_output:
+        return None
+    delta = term.module_adapter.on_output[-1].delta
+    return delta.module if isinstance(delta, Head) else None
 
 
 def _fold_read_weights(

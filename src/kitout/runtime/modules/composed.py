@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from kitout.delta import Delta, PartWeight
 from kitout.errors import NotMergeable
 from kitout.runtime.modules.module_adapter import ModuleAdapter, check_blendable
 from kitout.runtime.modules.terms import (
@@ -78,12 +80,27 @@ class ComposedTerm:
         weights = mixing_weights(self.own)
         return [(part, w) for part, w in zip(self.parts, weights, strict=True) if part is not None]
 
+    def weight_functions(self) -> list[PartWeight] | None:
+        """The weight of each part as it is now, strength included, where that is all there is to it; None elsewhere."""
+        if len(self.own.on_parts) != 1 or self.own.on_output:
+            return None
+        delta = self.own.on_parts[0].delta
+        if delta.is_watched or delta.mixing_weights() is None:
+            return None
+        return [partial(_weight_now, self.own.strength, delta, i) for i in range(len(self.parts))]
+
     def as_weighted_sum(self) -> Term:
         """The same map as a Mix of its parts with fixed weights. NotMergeable where it has none."""
         terms: list[Term] = [weighted_sum(self._weighted())] if self.present else []
         if self.own.on_output:
             terms.append(Single(replace(self.own, on_parts=())))
         return terms[0] if len(terms) == 1 else TermSequence(terms)
+
+
+def _weight_now(strength: float, delta: Delta, i: int) -> Tensor:
+    weights = delta.mixing_weights()
+    assert weights is not None
+    return weights[i] if strength == 1.0 else strength * weights[i]
 
 
 def mixing_weights(own: ModuleAdapter) -> Sequence[Any]:

@@ -1,8 +1,8 @@
-"""Neighboring terms joined where their Deltas can be one: the LoRA parts of a Mix, or neighbors in a Stack.
+"""Neighboring terms joined where their Deltas can be one: LoRA parts of a Mix or a Mixture, or neighbors in a Stack.
 
 What adds to a module's output and reads only its input adds up in any order. So such adapters, each with its weight and
-strength, become one Delta per site (`Delta.join`), which reads their values at every call. It knows terms and
-`Delta.join`, and nothing of what a joined Delta computes.
+strength, become one Delta per site (`Delta.join`), which reads their values, and weights that are trained, at every
+call. It knows terms and `Delta.join`, and nothing of what a joined Delta computes.
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 
+from torch import Tensor
+
+from kitout.delta import PartWeight
+from kitout.runtime.modules.composed import ComposedTerm
 from kitout.runtime.modules.module_adapter import ModuleAdapter, SiteDelta
 from kitout.runtime.modules.terms import Single, SumOfRuns, Term, TermSequence, WeightedSum
 
-Addends = list[tuple[SiteDelta, float]]
+Addends = list[tuple[SiteDelta, PartWeight]]
 
 
 class Joined(Single):
@@ -46,6 +51,9 @@ def fuse(term: Term) -> Term:
                 return joined
             weighted = [(joined, 1.0), *rest]
         return SumOfRuns(weighted) if isinstance(term, SumOfRuns) else WeightedSum(weighted)
+    if isinstance(term, ComposedTerm) and (weights := term.weight_functions()) is not None:
+        parts = [(part, weight) for part, weight in zip(term.parts, weights, strict=True) if part is not None]
+        return _join(parts) or term  # its parts are as short as they can be
     return term
 
 
@@ -62,14 +70,14 @@ def _addends(term: Term) -> Addends:
     return [(part, m.strength) for part in m.on_output] if can_join else []
 
 
-def _join(weighted: Sequence[tuple[Term, float]]) -> Joined | None:
+def _join(weighted: Sequence[tuple[Term, PartWeight]]) -> Joined | None:
     """One adapter for all of these; None where one of them cannot join, or all weights are 0."""
     addends: Addends = []
     for term, weight in weighted:
         of_term = _addends(term)
         if not of_term:
             return None
-        addends += [(part, weight * strength) for part, strength in of_term]
+        addends += [(part, _product(weight, strength)) for part, strength in of_term]
     by_site: dict[object, Addends] = {}
     for part, weight in addends:
         if weight:
@@ -86,3 +94,16 @@ def _join(weighted: Sequence[tuple[Term, float]]) -> Joined | None:
         return None
     first = weighted[0][0].module_adapters[0]
     return Joined(replace(first, on_output=tuple(parts), strength=1.0), addends)
+
+
+def _product(first: PartWeight, second: PartWeight) -> PartWeight:
+    """Of two weights; a function where one of them is."""
+    if callable(first) or callable(second):
+        return partial(_product_now, first, second)
+    return first * second
+
+
+def _product_now(first: PartWeight, second: PartWeight) -> Tensor:
+    product = (first() if callable(first) else first) * (second() if callable(second) else second)
+    assert isinstance(product, Tensor)
+    return product

@@ -122,11 +122,12 @@ class SiteDelta:
         if self.site.role.startswith("sub.") and y.ndim < x.ndim:  # it flattens [rows, tokens] (experts)
             x = x.reshape(*y.shape[:-1], x.shape[-1])
         channels = self.site.channel_index
-        if self.real_positions is not None:
-            assert channels is None
-            return self.delta.combine(x, y, values, self.real_positions.of(y, self.site.path))
         if self.site.channels_first:
             y, *values = (value.movedim(1, -1) for value in (y, *values))
+        if self.real_positions is not None:
+            assert channels is None
+            combined = self.delta.combine(x, y, values, self.real_positions.of(y, self.site.path))
+            return combined.movedim(-1, 1) if self.site.channels_first else combined
         if channels is None:
             combined = self.delta.combine(x, y, values)
             return combined.movedim(-1, 1) if self.site.channels_first else combined

@@ -19,15 +19,25 @@ from kitout.runtime.hooks.class_swap import ForwardFn
 from kitout.runtime.virtual_tokens.forward_state import ForwardSlot, ForwardState
 
 
-def is_averaging(survey: Survey, tower: str) -> bool:
-    """Every position of a stack sees all others: encoders of text, and stacks of images."""
-    return any(t.path == tower and (t.embedder is None or t.causal is False) for t in survey.towers)
+def averaging_tower(survey: Survey, site: Site, delta: Delta) -> Tower | None:
+    """The stack over whose positions a Delta averages at a site; None where each position is for itself.
+
+    Every position of the stack sees all others (encoders of text, stacks of images), and the value keeps those of a row
+    together: not experts, which are given tokens of any row. Windows of an image do, each for itself; a text has a mask
+    of its rows and none of its windows.
+    """
+    if not delta.averages_positions or site.layer is None or site.batch_relation in ("one", "none"):
+        return None
+    for tower in survey.towers:
+        if tower.path == site.tower and (tower.embedder is None or tower.causal is False):
+            return None if tower.embedder is not None and site.batch_relation == "multiple" else tower
+    return None
 
 
 def averaging_towers(survey: Survey, deltas: Iterable[tuple[Site, Delta]]) -> list[Tower]:
     """The stacks where one of these Deltas averages over positions."""
-    named = {site.tower for site, delta in deltas if delta.averages_positions and site.layer is not None}
-    return [tower for tower in survey.towers if tower.path in named and is_averaging(survey, tower.path)]
+    found = [averaging_tower(survey, site, delta) for site, delta in deltas]
+    return list({tower.path: tower for tower in found if tower is not None}.values())
 
 
 class RealPositions:
@@ -47,13 +57,11 @@ class RealPositions:
     def value(self, mask: Tensor | None) -> None:
         self._of_rows = None if mask is None else (self.slot.state, mask)
 
-    def of(self, y: Tensor, path: str) -> Tensor:
-        """[rows, tokens], 1 or 0, for a value [rows, ..., tokens, d]."""
+    def of(self, y: Tensor, path: str) -> Tensor | None:
+        """[rows, tokens], 1 or 0, for a value [rows, ..., tokens, d]; None for [positions, d], each for itself."""
         mask = self.value
         if y.ndim < 3:
-            raise RouteError(
-                f"{path} gives {list(y.shape)}, which does not keep rows apart: there is no average over those of one"
-            )
+            return None
         if mask is None:
             return y.new_ones(y.shape[:-1])
         if mask.shape != y.shape[:-1]:

@@ -40,6 +40,8 @@ def repeat_call(
 
 def _repeat(value: Any, n: int, batch: int, name: str = "") -> Any:
     """n copies, one after the other. What is one for all rows, or has no rows (positions of a cache), stays."""
+    if type(value) is dict:  # a mask for each kind of attention, as generate makes them for a static cache
+        return {key: _repeat(each, n, batch, name) for key, each in value.items()}
     if not isinstance(value, Tensor) or value.ndim < 2:
         return value
     if name == "position_ids" and value.ndim == 3:  # [axes, batch, tokens]

@@ -20,7 +20,7 @@ from kitout.runtime.modules.fast_path import WithoutFastPath, layers_around
 from kitout.runtime.modules.fused import fuse
 from kitout.runtime.modules.module_adapter import InputRelay, ModuleAdapter, SiteDelta
 from kitout.runtime.modules.programs import DirectDelta, RelayInput, SwapParameters, WholeBatch
-from kitout.runtime.modules.real_positions import RealPositions, RecordRealPositions, averaging_towers, is_averaging
+from kitout.runtime.modules.real_positions import RealPositions, RecordRealPositions, averaging_tower, averaging_towers
 from kitout.runtime.modules.rows import PerRow, PerRowWeights, RowPlan
 from kitout.runtime.modules.stacked_weights import on_top_of
 from kitout.runtime.modules.terms import Single, Term, build_term
@@ -166,13 +166,11 @@ class RouteCompiler:
         }
 
     def _with_real_positions(self, part: SiteDelta) -> SiteDelta:
-        site = part.site
-        if not part.delta.averages_positions or site.layer is None or not is_averaging(self.survey, site.tower):
+        tower = averaging_tower(self.survey, part.site, part.delta)
+        if tower is None:
             return part
-        if site.batch_relation == "multiple":
-            raise RouteError(f"{site.path} does not keep the positions of one row together: Gated has no average there")
         part = copy(part)
-        part.real_positions = RealPositions(self.slot, site.tower)
+        part.real_positions = RealPositions(self.slot, tower.path)
         return part
 
     def _program_for_batch(self, entry: RouteEntry, path: str) -> Program | None:

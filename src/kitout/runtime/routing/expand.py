@@ -38,6 +38,13 @@ def expand(route: Route, adapters: Mapping[str, Adapter], survey: Survey | None)
     return new, {**adapters, **expander.views}
 
 
+def averaging_names(entry: RouteEntry, adapters: Mapping[str, Adapter]) -> list[str]:
+    """The names in an entry that stand for an Average, which is no entry of another and has no weights."""
+    expander = _Expander(adapters, None)
+    names = dict.fromkeys(adapter_names(entry))
+    return [name for name in names if name in adapters and isinstance(expander.fixed_route(name), Average)]
+
+
 class _Expander:
     """Takes entries apart, and collects the adapters that this makes: others' parts under names of their own."""
 
@@ -66,6 +73,10 @@ class _Expander:
             return entry
         adapter = self.adapters[entry]
         route = adapter.method.fixed_route()
+        if isinstance(self.fixed_route(entry), Average):
+            raise RouteError(
+                f"{entry!r} averages whole outputs: it is a route by itself, and no entry or row of another"
+            )
         if route is not None:
             return self._route_of(adapter, self.entry(check_entry(route)))
         parts = adapter.method.part_names()

@@ -266,6 +266,8 @@ class VirtualTokenCompiler:
                 self.forward_slot,
             )
             blocks = [b for b in self.survey.blocks if b.tower == tower.path]
+            acting = [self.adapters[name] for entry in self.entries for name in adapter_names(entry)]
+            averages = any(tower in averaging_towers(self.survey, a.site_deltas()) for a in acting)
             for path, reason in self.survey.kv_refusals.items():
                 if path.startswith(f"{tower.path}.") and any(image_tokens.hides_at(b.index) for b in blocks):
                     raise RouteError(
@@ -273,9 +275,10 @@ class VirtualTokenCompiler:
                     )
             for block in blocks:
                 last = block is blocks[-1]
-                if image_tokens.changes_at(block.index) or last:
+                own_mask = tower.path if averages and image_tokens.hides_at(block.index) else None
+                if image_tokens.changes_at(block.index) or last or own_mask is not None:
                     inner = self.programs.get(block.path)
-                    self.programs[block.path] = ImageTokenBlock(image_tokens, block.index, last, inner)
+                    self.programs[block.path] = ImageTokenBlock(image_tokens, block.index, last, inner, own_mask)
         self._add_attentions(tower, self._layouts(tower, "prefix"), kv_recorder, image_tokens)
 
     def _image_token_group(self, tower: Tower, name: str, offset: int, length: int) -> ImageTokenGroup:

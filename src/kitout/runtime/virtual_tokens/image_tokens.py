@@ -121,16 +121,27 @@ class ImageTokens:
 
 
 class ImageTokenBlock:
-    """The program of a block with slots. last: the block that ends the stack."""
+    """The program of a block with slots.
 
-    def __init__(self, image_tokens: ImageTokens, block: int, is_last: bool, inner: Program | None) -> None:
+    last: the block that ends the stack. averaging: path of the stack, where something in it averages over positions.
+    """
+
+    def __init__(
+        self, image_tokens: ImageTokens, block: int, is_last: bool, inner: Program | None, averaging: str | None = None
+    ) -> None:
         self.image_tokens, self.block, self.is_last, self.inner = image_tokens, block, is_last, inner
+        self.averaging = averaging
 
     def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.image_tokens.changes_at(self.block):
             x = first_tensor(args, kwargs)
             self._check(x, args, kwargs)
             args, kwargs = replace_first_tensor(args, kwargs, self.image_tokens.insert(x, self.block))
+        real = self.image_tokens.forward_slot.state.real_positions
+        if self.averaging is not None:
+            x = first_tensor(args, kwargs)
+            hidden = self.image_tokens.hidden_columns(x, self.block)
+            real[self.averaging] = ~hidden.expand(x.shape[0], -1)
         try:
             out = forward(module, *args, **kwargs) if self.inner is None else self.inner(module, forward, args, kwargs)
         except (RuntimeError, ValueError) as error:
@@ -141,6 +152,9 @@ class ImageTokenBlock:
                 f"block {self.block} takes no tokens between those of its image: {error}. Visual prompts do not fit "
                 "this model"
             ) from error
+        finally:
+            if self.averaging is not None:
+                real.pop(self.averaging, None)
         if not self.is_last:
             return out
         y, wrapping = unpack_output(out)

@@ -22,6 +22,17 @@ def find_conflicts(config: RunConfig) -> list[str]:
     return [*_method_conflicts(config), *_training_conflicts(config), *_image_conflicts(config)]
 
 
+def find_unused(config: RunConfig) -> Iterator[str]:
+    """Of a run with all its jobs: what none of them takes."""
+    used = {part for run in config.per_job() for part in run.method.part_names()}
+    unused = [name for name in config.model.adapters if name not in used]
+    if unused and not any(run.train.from_ for run in config.per_job()):
+        yield (
+            f"model.adapters names {', '.join(unused)}, and no method is made of it: write a composition, "
+            f"method={{name: Mixture, of: [{', '.join(config.model.adapters)}]}}, or leave it out"
+        )
+
+
 def _image_conflicts(config: RunConfig) -> Iterator[str]:
     data, train, batch_size = config.data, config.train, config.train.batch_size or DEFAULT_BATCH_SIZE
     if config.objective != "auto" and not TASKS[config.objective].reads_images:
@@ -47,6 +58,15 @@ def _method_conflicts(config: RunConfig) -> Iterator[str]:
     from kitout.methods import VPT, PromptTuning  # with torch: a config that has its method has loaded it
 
     name, task = type(config.method).__name__, TASKS.get(config.objective)
+    missing = [part for part in config.method.part_names() if part not in config.model.adapters]
+    if missing and config.train.from_ is None:  # whose folder has its parts
+        folders = ", ".join(f"{part}: runs/{part}/adapter" for part in missing)
+        yield (
+            f"method={name} is made of {', '.join(missing)}, which model.adapters does not name: write the folders of "
+            f"these adapters, model.adapters={{{folders}}}"
+        )
+    if config.output.name in config.model.adapters:
+        yield (f"output.name={config.output.name} is also the name of one of model.adapters: choose another for one")
     if isinstance(config.method, VPT) and task is not None and not task.reads_images:
         yield (
             f"method={name} puts virtual tokens among an image's patches; with objective={config.objective} choose "

@@ -57,6 +57,9 @@ class ModelConfig(ConfigSection):
     """nf4 and int8: bitsandbytes; torchao-int8: weight only. LoRA and the activation methods train over them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where it runs; auto: on a GPU if there is one."""
+    adapters: dict[AdapterName, str] = {}
+    """Adapter folders (kitout's or PEFT's) that stay frozen, by the names under which a composition (Mixture, Fusion,
+    Gated) names what it is made of: {"a": "runs/a/adapter", "b": "runs/b/adapter"}."""
 
 
 class SourceConfig(ConfigSection):

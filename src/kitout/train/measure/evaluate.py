@@ -61,7 +61,7 @@ def metric_names(run: PreparedRun, config: EvaluateConfig) -> list[str]:
         elif job.objective.task == "generation" and config.generate_examples:
             references = [example.reference for example in examples if example.reference]
             perfect.texts = references[: config.generate_examples]
-        names |= compute_metrics(job.objective, examples, perfect, reference, _label_names(dataset)).keys()
+        names |= compute_metrics(job.objective.task, examples, perfect, reference, _label_names(dataset)).keys()
     return sorted(names)
 
 
@@ -90,7 +90,7 @@ def evaluate(
             if answered:
                 predictions.texts = generate_answers(kit, run.tokenizer, answered, max_new_tokens, on_progress)
     references = dataset.reference_of
-    return compute_metrics(job.objective, examples, predictions, references, _label_names(dataset)), predictions
+    return compute_metrics(job.objective.task, examples, predictions, references, _label_names(dataset)), predictions
 
 
 def _label_names(dataset: Datasets) -> Sequence[str]:
@@ -140,12 +140,10 @@ def evaluate_jobs(
         if task != "generation" and (run.new_heads or _has_other_labels(run, dataset)):
             base_predictions, baseline = predict_constant(task, dataset, examples), BASELINES[task]
             references_of = dataset.reference_of
-            base_measures = compute_metrics(
-                job.objective, examples, base_predictions, references_of, _label_names(dataset)
-            )
+            base_measures = compute_metrics(task, examples, base_predictions, references_of, _label_names(dataset))
             probed = predict_by_probe(run, job, dataset, examples) if task == "classification" else None
             if probed is not None:
-                probe = compute_metrics(job.objective, examples, probed, references_of)
+                probe = compute_metrics(job.objective.task, examples, probed, references_of)
         else:
             key = _base_inputs_key(job, dataset)
             if key not in base_results:

@@ -87,11 +87,13 @@ def _settings_texts(run: PreparedRun, job_config: RunConfig, job_index: int, est
     has_several_jobs = len(run.jobs) > 1
     schedule = run.schedules[job_index]
     micro_batch = f"{estimate.micro} of all jobs" if has_several_jobs else f"{min(estimate.micro, schedule.batch_size)}"
+    made_of = [f"{name} ({run.parts[name].folder})" for name in method.part_names() if name in run.parts]
     texts = {"job": job.name} if has_several_jobs else {}
     texts |= {
         "model": f"{job_config.model.name}, {str(kit.dtype)[6:]} ({run.dtype_reason}), {kit.device.type}",
         "method": f"{type(method).__name__}({settings})" if settings else type(method).__name__,
         **({"continues": str(parent.folder)} if (parent := run.parents.get(job.name)) else {}),
+        **({"made of": ", ".join(made_of)} if made_of else {}),
         "objective": run.objective,
         "schedule": schedule.reason,
         "batch": f"{schedule.batch_size} examples a step, at most {micro_batch} in one forward; learning rate {lr:g}",

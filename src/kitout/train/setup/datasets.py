@@ -96,7 +96,7 @@ def load_text_datasets(
     # of a sample the train split may lack a rare class that another split has
     labeled = splits.train if max(scales) == 1 else (*splits.train, *splits.validation, *splits.test)
     label_names = tuple(config.labels or classification.label_set(labeled)) if task.has_labels else ()
-    encode = _in_chunks(_encoder(task, tokenizer, config, label_names, lengths, skipped), progress)
+    encode = _in_chunks(build_encoder(task, tokenizer, config, label_names, lengths, skipped), progress)
     by_source = [encode([e for e in splits.train if e.source_index == k]) for k in range(len(config.train))]
     if not all(by_source):
         empty = [source.path for source, encoded in zip(config.train, by_source, strict=True) if not encoded]
@@ -145,7 +145,7 @@ def infer_objective(examples: Sequence[Example], requested: str, is_encoder_deco
     return next(name for name, task in TASKS.items() if task.fits(examples, is_encoder_decoder))
 
 
-def _encoder(
+def build_encoder(
     task: Task,
     tokenizer: Any,
     config: DataConfig,
@@ -153,7 +153,7 @@ def _encoder(
     lengths: TextLengths,
     skipped: list[str] | None,
 ) -> EncodeFn:
-    """skipped: gets a message for every example that is refused; None: they are errors."""
+    """Examples to items. skipped: gets a message for every example that is refused; None: they are errors."""
     if task.build_encoder is None:
         raise ConfigError(f"objective={task.name} is for models that read images; this one reads text")
     settings = EncoderSettings(
@@ -238,7 +238,7 @@ def _load_streamed(
     label_names = (config.labels or ()) if task.has_labels else ()
     if task.has_labels and not label_names:
         raise ConfigError("data.streaming: the labels are not known beforehand: write data.labels=[...]")
-    encode = _encoder(task, tokenizer, config, label_names, lengths, skipped)
+    encode = build_encoder(task, tokenizer, config, label_names, lengths, skipped)
     validation, test = encode(held_out["validation"]), encode(held_out["test"])
     preview = encode(first_examples)
     notes = [*map(str, stream.readings), f"streamed; counted over the first {len(first_examples):,} examples"]

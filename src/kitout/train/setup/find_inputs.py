@@ -42,13 +42,15 @@ def find_inputs(config: RunConfig) -> FoundInputs:
     model = config.model.name
     paths = list(dict.fromkeys(path for job in config.per_job() for path in _paths_of(job)))
     errors: dict[str, list[KitoutError]] = {f"model {model}": [*_model_errors(model)]}
+    adapters = [error for name, path in config.model.adapters.items() for error in _adapter_errors(name, path)]
     errors |= {path: [*_data_errors(path)] for path in paths}
     assets = [name for name in (_builtin(one) for one in (model, *paths)) if name is not None]
     in_doubt = any(
         not found and _builtin(name) is None and _existing(without_slice(name)) is None
         for (found, name) in zip(errors.values(), (model, *paths), strict=True)
     )
-    return FoundInputs(tuple(error for found in errors.values() for error in found), in_doubt, tuple(assets))
+    found_errors = [*adapters, *(error for found in errors.values() for error in found)]
+    return FoundInputs(tuple(found_errors), in_doubt, tuple(assets))
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -136,6 +138,17 @@ def _model_errors(name: str) -> list[ConfigError]:
     if could_be_on_hub(name) and not (hint and "/" not in name):
         return []
     return [ConfigError(f"{heading}: no model is there{hint or _beside(name, _is_model_folder)}")]
+
+
+def _adapter_errors(name: str, path: str) -> list[ConfigError]:
+    heading = f"model.adapters.{name}={short_repr(path)}: no adapter is there"
+    folder = _existing(path)
+    if folder is not None and any((folder / file).is_file() for file in ADAPTER_FILES):
+        return []
+    inner = None if folder is None else folder / "adapter"
+    if inner is not None and any((inner / file).is_file() for file in ADAPTER_FILES):
+        return [ConfigError(f"{heading}; write model.adapters.{name}={inner}")]
+    return [ConfigError(f"{heading}{'' if folder is None else ': the folder has no ' + ADAPTER_FILES[0]}")]
 
 
 def _data_errors(name: str) -> list[DataError]:

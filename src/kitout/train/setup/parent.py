@@ -1,8 +1,9 @@
-"""The adapter that a run continues (`train.from`): read, checked against the run, and put in a new adapter's place.
+"""Adapters that a run takes from folders: the one it continues (`train.from`), and the parts of a composition.
 
-Values go on; optimizer and schedule begin anew. Method and sites have to be the parent's own, so that what is trained
-is what was. A folder of kitout says its method, its labels and its data; a folder of PEFT says what its tensors show.
-It knows adapter folders and kits, no data and no loop.
+Of the one that it continues values go on; optimizer and schedule begin anew. Method and sites have to be the parent's
+own, so that what is trained is what was. Parts (`model.adapters`) stay as they are. A folder of kitout says its method,
+its labels and its data; a folder of PEFT says what its tensors show. It knows adapter folders and kits, no data and no
+loop.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from kitout.files.portable_name import portable_name
 from kitout.kit import Kit
 from kitout.method import Method
 from kitout.peft_folders import load_peft
+from kitout.runtime.adapter import Adapter
 from kitout.train.config.method_field import method_to_dict
 from kitout.train.config.schema import RunConfig
 
@@ -55,8 +57,8 @@ class Parent:
         return {"adapter": self.portable_name, "sha256": self.digest, "data_sha256": self.data_digest}
 
 
-def read_parent(path: str) -> Parent:
-    """What a folder says of its adapter, before a model is loaded."""
+def read_parent(path: str, setting: str = "train.from") -> Parent:
+    """What a folder says of its adapter, before a model is loaded. setting: what names the folder, for errors."""
     folder = Path(path).expanduser()
     try:
         if (folder / PEFT_FILES[0]).is_file():
@@ -64,7 +66,7 @@ def read_parent(path: str) -> Parent:
             return Parent(folder, None, digest, UNKNOWN_DATA, ())
         if not (folder / RECORD).is_file():
             inner = folder / "adapter"
-            hint = f"; write train.from={inner}" if (inner / RECORD).is_file() else ""
+            hint = f"; write {setting}={inner}" if (inner / RECORD).is_file() else ""
             raise ConfigError(f"no adapter is there ({RECORD} or PEFT's {PEFT_FILES[0]}){hint}")
         record = read_adapter_json(folder / RECORD)
         note = record.note
@@ -77,7 +79,32 @@ def read_parent(path: str) -> Parent:
             tuple(map(str, labels)) if isinstance(labels, list) and record.heads else (),
         )
     except (KitoutError, OSError) as error:
-        raise ConfigError(f"train.from={path}: {error}") from error
+        raise ConfigError(f"{setting}={path}: {error}") from error
+
+
+def read_parts(adapters: Mapping[str, str]) -> dict[str, Parent]:
+    """What the folders of `model.adapters` say. ConfigError names all that cannot be read."""
+    errors, parts = Errors(ConfigError, "adapters of a composition"), {}
+    for name, path in adapters.items():
+        try:
+            parts[name] = read_parent(path, f"model.adapters.{name}")
+        except ConfigError as error:
+            errors.add(str(error))
+    errors.raise_if_any()
+    return parts
+
+
+def load_parts(kit: Kit, parts: Mapping[str, Parent]) -> None:
+    """Adds adapters under these names, frozen. ConfigError names all that do not fit the base."""
+    errors = Errors(ConfigError, "adapters of a composition")
+    for name, part in parts.items():
+        try:
+            adapter = _load(kit, name, part)
+        except KitoutError as error:
+            errors.add(f"model.adapters.{name}={part.folder}: {error}")
+            continue
+        adapter.requires_grad_(False)
+    errors.raise_if_any()
 
 
 def adopt_parents(config: RunConfig) -> RunConfig:
@@ -114,12 +141,11 @@ def load_parent(
 ) -> None:
     """Adds the parent under this name, trainable and not active. heads: those that a new adapter would have."""
     errors = Errors(ConfigError, f"train.from={parent.folder} does not fit this run")
+    is_peft = parent.method is None
     try:
-        is_peft = parent.method is None
-        adapter = load_peft(kit, parent.folder, name) if is_peft else kit.load(parent.folder, name=name)
+        adapter = _load(kit, name, parent)
     except KitoutError as error:
         raise ConfigError(f"train.from={parent.folder}: {error}") from error
-    adapter.to(dtype=torch.promote_types(kit.dtype, torch.float32))
     if type(adapter.method) is not type(method):
         errors.add(f"it holds a {type(adapter.method).__name__}: write method={type(adapter.method).__name__}")
     elif is_peft and (requested := method.non_default_settings()):
@@ -143,6 +169,13 @@ def load_parent(
             "(data.labels) and train.head are needed"
         )
     errors.raise_if_any()
+
+
+def _load(kit: Kit, name: str, parent: Parent) -> Adapter:
+    """The adapter of a folder, in the dtype in which a run keeps adapters."""
+    adapter = load_peft(kit, parent.folder, name) if parent.method is None else kit.load(parent.folder, name=name)
+    adapter.to(dtype=torch.promote_types(kit.dtype, torch.float32))
+    return adapter
 
 
 def shapes(heads: Mapping[str, Any]) -> dict[str, list[int]]:

@@ -44,7 +44,7 @@ from kitout.train.setup.lengths import (
     requested_lengths,
     warn_of_lengths,
 )
-from kitout.train.setup.parent import Parent, load_parent, read_parent
+from kitout.train.setup.parent import Parent, load_parent, load_parts, read_parent, read_parts
 from kitout.train.setup.schedule import Schedule, choose_schedule
 
 MAX_PLANNED_EXAMPLES = 30_000_000  # rows of all steps, whose order is kept in memory
@@ -77,6 +77,8 @@ class PreparedRun:
     """By job: the adapter that it continues."""
     lengths: Sequence[TextLengths] = ()
     """By job: how long its texts may be; empty for images."""
+    parts: Mapping[str, Parent] = field(default_factory=dict)
+    """By name: the frozen adapters that compositions are made of."""
 
     @property
     def first_dataset(self) -> Datasets:
@@ -95,6 +97,7 @@ def prepare(
     job_configs = config.per_job()
     parents = {one.output.name: read_parent(one.train.from_) for one in job_configs if one.train.from_ is not None}
     warnings = _check_learning_rates(job_configs)
+    parts = read_parts(config.model.adapters)
     hf_config = find_base(config, log)
     tokenizer = None if _reads_images(config.objective, hf_config) else load_tokenizer(config.model)
     date_warning = "" if tokenizer is None else _fix_template_date(tokenizer, job_configs)
@@ -108,6 +111,7 @@ def prepare(
     base = _load_base(config, task, placement or choose_placement(config.model), datasets, hf_config, pad_token_id)
     _set_language_of_targets(base, job_configs, datasets)
     warnings += _warn_of_new_heads(base, datasets[0])
+    load_parts(base.kit, parts)
     for job_config, dataset in zip(job_configs, datasets, strict=True):
         _add_adapter(base, job_config, dataset, parents.get(job_config.output.name))
     if tokenizer is not None:
@@ -135,7 +139,7 @@ def prepare(
                 job.objective.choose_head_loss([one.name for one in jobs], first_rows)
     return PreparedRun(
         base.kit, jobs, datasets, tokenizer, task.name, base.dtype_reason, warnings,
-        schedules, base.new_heads, parents, lengths,
+        schedules, base.new_heads, parents, lengths, parts,
     )  # fmt: skip
 
 

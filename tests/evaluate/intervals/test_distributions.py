@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from kitout.evaluate.metrics.distributions import chi2_tail, range_quantile, t_p_value, t_quantile
+from kitout.evaluate.intervals.distributions import chi2_tail, range_quantile, t_p_value, t_quantile
 
 needs_scipy = pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="scipy is not installed")
 

@@ -7,10 +7,10 @@ Pagano 2015 have it for surveys). They hold near 0 and 1, where resampling is to
 
 from __future__ import annotations
 
-from kitout.evaluate.metrics.distributions import t_quantile
-from kitout.evaluate.metrics.interval import combine_intervals, wilson_interval
-from kitout.evaluate.metrics.ratio import Groups, Ratio, standard_error
-from kitout.evaluate.metrics.studentized import ratio_difference_interval, ratio_interval
+from kitout.evaluate.intervals.distributions import t_quantile
+from kitout.evaluate.intervals.ratio import Groups, Ratio, standard_error
+from kitout.evaluate.intervals.resampled import combine_intervals, wilson_interval
+from kitout.evaluate.intervals.studentized import ratio_difference_interval, ratio_interval
 
 
 def bounded_interval(ratio: Ratio, groups: Groups | None = None, seed: int = 0) -> tuple[float, float]:

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kitout.evaluate.metrics.bounded import bounded_interval
-from kitout.evaluate.metrics.interval import bootstrap_interval, resample, resample_batches
+from kitout.evaluate.intervals.bounded import bounded_interval
+from kitout.evaluate.intervals.ratio import Ratio
+from kitout.evaluate.intervals.resampled import bootstrap_interval, resample, resample_batches
+from kitout.evaluate.intervals.studentized import ratio_difference_interval, ratio_interval
 from kitout.evaluate.metrics.measure import Measure, mean, proportion, score_difference
-from kitout.evaluate.metrics.ratio import Ratio
 from kitout.evaluate.metrics.registry import compute_measures
-from kitout.evaluate.metrics.studentized import ratio_difference_interval, ratio_interval
 
 SETS, RESAMPLES = 300, 200
 Interval = tuple[float, float]

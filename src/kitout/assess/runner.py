@@ -1,0 +1,176 @@
+"""`kitout.assess.run`: base and adapters on the same sets of examples, in one run.
+
+Everything that is asked for is checked and read first, and all faults are reported together; then each set is asked of
+the base (once, its answers are kept) and of every adapter. Weights, modes and random state are left as they were. It
+knows sets and scores, and nothing of folders and screens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from kitout.assess.cost import AdapterCost, measure_cost
+from kitout.assess.example_set import read_set
+from kitout.base.eval_mode import eval_mode
+from kitout.errors import ConfigError, Errors, KitoutError, RouteError, UnknownAdapter, suggest
+from kitout.evaluate.compare import BASE
+from kitout.evaluate.sets.evaluation_set import Asked, EvaluationSet
+from kitout.evaluate.sets.forgetting import SetChange, forgetting_table, forgetting_to_dict
+from kitout.evaluate.sets.outcome import SetOutcome, SetProgressFn, forgetting_of, measure_set
+from kitout.evaluate.sets.suites import check_suite, suite_sets
+from kitout.files.usage_record import UsageRecord
+from kitout.format import align_columns
+from kitout.kit import Kit
+from kitout.route import Route, RouteEntry, adapter_names, check_entry, normalize_route
+from kitout.train.config.schema import ModelConfig, SourceConfig
+from kitout.train.setup.base_model import choose_pad_token, load_tokenizer
+
+LogFn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What was measured. `print(assessment)` is a table; `to_dict()` is what json holds."""
+
+    sets: tuple[SetOutcome, ...]
+    """Those of the sources, in their order."""
+    suite: str = "none"
+    """The suite of forgetting."""
+    suite_sets: tuple[SetOutcome, ...] = ()
+    """Those of the suite."""
+    forgetting: Mapping[str, tuple[SetChange, ...]] = field(default_factory=dict)
+    """By adapter, set by set."""
+    costs: Mapping[str, AdapterCost] = field(default_factory=dict)
+    """By adapter, and of the base; empty if it was not measured."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "sets": [one.to_dict() for one in self.sets],
+            "suite": self.suite,
+            "suite_sets": [one.to_dict() for one in self.suite_sets],
+            "forgetting": {name: forgetting_to_dict(changes) for name, changes in self.forgetting.items()},
+            "costs": {name: asdict(cost) for name, cost in self.costs.items()},
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        parts = [str(one) for one in self.sets]
+        parts += [
+            f"forgetting of {name}, {self.suite} suite\n{forgetting_table(changes)}"
+            for name, changes in self.forgetting.items()
+        ]
+        if self.costs:
+            of_cost = [AdapterCost.HEAD, *(cost.row(name) for name, cost in self.costs.items())]
+            parts.append("\n".join(["cost", *align_columns(of_cost)]))
+        return "\n\n".join(parts)
+
+
+def run(
+    kit: Kit,
+    adapters: Sequence[str] | Mapping[str, Route] | None = None,
+    sources: Sequence[str | Mapping[str, Any] | SourceConfig] = (),
+    *,
+    suite: str = "none",
+    cost: bool = False,
+    tokenizer: Any = None,
+    seed: int = 0,
+    max_new_tokens: int | None = None,
+    keep_base: bool = True,
+    log: LogFn = lambda _line: None,
+    on_progress: SetProgressFn | None = None,
+) -> Assessment:
+    """Base and adapters on every source and on a suite of forgetting.
+
+    adapters: names, all of the kit's by default; or name -> route, {"both": Stack("a", "b")}. sources: as `data.train`
+    of a run takes them, a path alone or path with format, columns, limit; rows with question, choices and answer are
+    scored by the likelihood of each choice, plain texts by bits per byte, all else as in training. suite: none, quick
+    or full. cost: time what each costs. tokenizer: of a base that does not say where its own is. seed: of samples and
+    intervals. keep_base: False asks the base anew and keeps nothing. log: gets a line about each set. on_progress:
+    (set, examples done, examples in all). Raises UnknownAdapter, or ConfigError with every fault of sources and suite.
+    """
+    kit.state.check_attached()
+    if kit.merged:
+        raise ConfigError(f"{', '.join(kit.merged)} merged into the base: kit.unmerge() before measuring against it")
+    routes = _routes(kit, adapters)
+    usage = _usage(kit, routes)
+    own_tokenizer = tokenizer or _own_tokenizer(kit)
+    asked = Asked(kit, own_tokenizer, choose_pad_token(kit.config, own_tokenizer), max_new_tokens)
+    sets, forgotten = _read_all(kit, sources, suite, own_tokenizer, usage, seed, log)
+    before = kit.active
+    outcomes = []
+    try:
+        with eval_mode(kit.base, kit):
+            for what in (*sets, *forgotten):
+                log(f"measuring {what.name} ({what.kind}, {len(what):,} examples) ...")
+                outcomes.append(measure_set(asked, what, routes, seed, keep_base, on_progress))
+            costs = measure_cost(kit, routes) if cost else {}
+    finally:
+        kit.use(before)
+    of_sources, of_suite = tuple(outcomes[: len(sets)]), tuple(outcomes[len(sets) :])
+    forgetting = {name: forgetting_of(list(of_suite), name) for name in routes} if of_suite else {}
+    return Assessment(of_sources, suite, of_suite, forgetting, costs)
+
+
+def _routes(kit: Kit, adapters: Sequence[str] | Mapping[str, Route] | None) -> dict[str, RouteEntry]:
+    if isinstance(adapters, str):
+        raise ConfigError(f"adapters is a list of names, found {adapters!r}: write [{adapters!r}]")
+    names = list(kit.names) if adapters is None else adapters
+    given: dict[str, Route] = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
+    errors, routes = Errors(UnknownAdapter, "assess"), {}
+    for name, route in given.items():
+        try:
+            routes[name] = check_entry(normalize_route(route))
+        except RouteError as error:
+            errors.add(f"{name}: {error}")
+            continue
+        if name == BASE:
+            errors.add(f"{BASE!r} is what adapters are compared with: call {route!r} something else")
+        for each in adapter_names(route):
+            if each not in kit.state:
+                errors.add(f"no adapter is called {each!r}: {suggest(str(each), kit.names)}")
+    errors.raise_if_any()
+    return routes
+
+
+def _usage(kit: Kit, routes: Mapping[str, RouteEntry]) -> UsageRecord | None:
+    """How the adapters were trained, by the first that says so."""
+    for name in dict.fromkeys(each for route in routes.values() for each in adapter_names(route)):
+        if (usage := kit[name].usage) is not None:
+            return UsageRecord.model_validate(usage)
+    return None
+
+
+def _own_tokenizer(kit: Kit) -> Any:
+    name = str(getattr(kit.config, "_name_or_path", "") or "")
+    if not name:
+        raise ConfigError("the base does not say where its tokenizer is: give tokenizer=...")
+    return load_tokenizer(ModelConfig(name=name))
+
+
+def _read_all(
+    kit: Kit, sources: Sequence[Any], suite: str, tokenizer: Any, usage: UsageRecord | None, seed: int, log: LogFn
+) -> tuple[list[EvaluationSet], list[EvaluationSet]]:
+    errors, sets = Errors(ConfigError, "what to measure on"), []
+    is_encoder_decoder = bool(getattr(kit.config, "is_encoder_decoder", False))
+    for source in sources:
+        try:
+            config = source if isinstance(source, SourceConfig) else SourceConfig.model_validate(
+                {"path": str(source)} if not isinstance(source, Mapping) else source
+            )  # fmt: skip
+            sets.append(read_set(config, tokenizer, is_encoder_decoder, usage, seed))
+        except (KitoutError, ValueError, OSError) as error:
+            errors.add(f"{source}: {error}")
+    forgotten: list[EvaluationSet] = []
+    try:
+        check_suite(suite)
+        if suite != "none" and (is_encoder_decoder or (usage is not None and usage.labels)):
+            raise ConfigError(f"suite={suite!r} asks a decoder that writes text, and this is none: write suite='none'")
+        forgotten = suite_sets(suite, tokenizer, seed, log) if not errors.messages else []
+    except KitoutError as error:
+        errors.add(str(error))
+    if not sources and suite == "none" and not errors.messages:
+        errors.add("nothing is given: name a source, or a suite (quick)")
+    errors.raise_if_any()
+    return sets, forgotten
