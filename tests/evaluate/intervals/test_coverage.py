@@ -179,9 +179,9 @@ def test_a_thousand_resamples_of_a_thousand_examples_take_no_longer_than_percent
     def seconds(run: Callable[[], object]) -> float:
         times = []
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         return min(times)
 
     assert seconds(measure.score) < 1.5 * seconds(lambda: bootstrap_interval(measure.value_fn, 1000))
