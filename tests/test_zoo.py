@@ -7,7 +7,6 @@ Deterministic, rows independent of each other, nothing at its initial value, qui
 from __future__ import annotations
 
 import socket
-import time
 
 import pytest
 import torch
@@ -52,11 +51,8 @@ def test_nothing_is_at_its_initial_value(any_specimen: Specimen) -> None:
         assert not (value == 1).any(), f"{name} has ones"
 
 
-def test_is_small_quick_and_in_eval_mode(any_specimen: Specimen) -> None:
-    any_specimen.build()  # the first build of a family imports its module
-    start = time.process_time()
+def test_is_small_and_in_eval_mode(any_specimen: Specimen) -> None:
     model = any_specimen.build()
-    assert time.process_time() - start < 1
     assert sum(p.numel() for p in model.parameters()) < 200_000
     assert not any(module.training for module in model.modules())
 

@@ -34,11 +34,11 @@ from kitout.runtime.hooks.boundary import block_class, deepcopy_module, model_cl
 from kitout.runtime.hooks.class_swap import Hook, hook, original_class, restore_class, swap_class, unhook
 from kitout.runtime.merge.commit import merge, restore
 from kitout.runtime.merge.copy import plain_copy
+from kitout.runtime.penalty import active_penalty, finish_loss
 from kitout.runtime.routing.active import CompiledRoute
 from kitout.runtime.routing.handle import Activated
 from kitout.runtime.show import describe_kit
 from kitout.runtime.state import KitState
-from kitout.runtime.untrained_loss import explain_backward
 
 
 def attach(
@@ -82,7 +82,7 @@ class Kit(ModelInterface, nn.Module):
                 module.__dict__["_kitout_active"] = state.active
                 state.hooks[path] = Hook(path, module)
                 swap_class(module, block_class, "_kitout_hook", state.hooks[path])
-        self.__dict__["forward"] = KitForward(base, partial(explain_backward, state))
+        self.__dict__["forward"] = KitForward(base, partial(finish_loss, state))
         self.training = state.modules.training = base.training
         self.__class__ = interface_class(type(self), original_class(base))
 
@@ -143,7 +143,7 @@ class Kit(ModelInterface, nn.Module):
         """
         self.state.check_attached()
         adapter = build_adapter(self.state, name, method, seed, heads or {}, dtype)
-        self.state.insert(adapter)
+        self.state.insert(adapter, check_usable=bool(adapter.method.part_names()))
         return adapter
 
     def remove(self, name: str) -> None:
@@ -170,6 +170,10 @@ class Kit(ModelInterface, nn.Module):
         for adapter in self.state.adapters:
             adapter.requires_grad_(adapter in selected)
         self.state.refresh_base_mode()
+
+    def penalty(self) -> Tensor | None:
+        """What the active adapters add to a loss that is made of logits; None for nothing. One of labels has it."""
+        return active_penalty(self.state)
 
     @overload
     def num_parameters(self, name: str) -> ParameterCount: ...

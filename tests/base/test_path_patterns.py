@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
 
 from kitout.base.path_patterns import MAX_PATTERN_CHARS, PathPattern
 from kitout.errors import TargetError
+from work import at_most
 
 PATHS = [
     f"{root}layers.{i}.{name}"
@@ -64,11 +64,10 @@ def test_at_the_end_of_a_path_as_in_peft(key: str) -> None:
     ],
 )
 def test_a_hostile_pattern_ends(pattern: str) -> None:
-    start = time.perf_counter()
-    for at_end in (False, True):
-        own = PathPattern(pattern, at_end=at_end)
-        assert not any(own.matches("a" * 60 + f".{i}" * 3) for i in range(40))
-    assert time.perf_counter() - start < 10
+    with at_most(2_000_000):
+        for at_end in (False, True):
+            own = PathPattern(pattern, at_end=at_end)
+            assert not any(own.matches("a" * 60 + f".{i}" * 3) for i in range(40))
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,10 @@ def test_a_row_has_metrics_with_intervals_and_cost(tmp_path: Path) -> None:
     notes = " ".join(table.notes)
     assert "left out, because not every run has it: loss (one)" in notes
     assert "no row is named the best" in notes
+    # both intervals are 5 points wide on either side: 2.8 sqrt(2) 5 / 1.96
+    assert (
+        "smallest difference that 100 test examples can show (80 % power): accuracy 10.1 points. Rows are not" in notes
+    )
 
 
 def test_the_baseline_that_all_have_is_a_row(tmp_path: Path) -> None:
@@ -47,6 +51,15 @@ def test_it_fits_the_terminal(tmp_path: Path, width: int) -> None:
     assert max(map(len, text.split("\n"))) <= width
     assert "x/second" in text
     assert width < 80 or "51.0 (46.0 to 56.0)" in text
+
+
+def test_rows_of_different_test_sets_have_no_smallest_difference(tmp_path: Path) -> None:
+    runs = [
+        finished(tmp_path / name, {"accuracy": 0.5}, test_data={"adapter": name}, method=method)
+        for name, method in (("a", "LoRA"), ("b", "IA3"))
+    ]
+    assert "smallest difference" not in " ".join(compare_runs(runs).notes)
+    assert "smallest difference" not in " ".join(compare_runs(runs[:1]).notes)
 
 
 def test_seeds_of_one_configuration_are_one_row_that_says_how_many(tmp_path: Path) -> None:

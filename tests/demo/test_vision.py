@@ -16,7 +16,7 @@ from kitout.cli.demo import app
 from kitout.data.read.image_folders import load_images
 from kitout.data.split import split_images
 from kitout.demo.vision import JOBS, VisionDemo, preset
-from kitout.evaluate.metrics.interval import wilson_interval
+from kitout.evaluate.intervals.resampled import wilson_interval
 from kitout.evaluate.report import plots
 from tiny_images import folder as image_folder
 from tiny_vision import folder as model_folder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
@@ -117,3 +119,27 @@ def test_examples_are_the_first_of_each_label_and_the_first_that_changed() -> No
 )  # fmt: skip
 def test_format_value(value: float, share: bool, sign: bool, expected: str) -> None:
     assert format_value(value, share, sign) == expected
+
+
+def test_what_the_examples_can_show_stands_with_the_verdict() -> None:
+    base, tuned = correctness([1] * 264 + [0] * 336, [1] * 240 + [0] * 24 + [1] * 183 + [0] * 153)
+    comparison = compare(base, tuned)
+    smallest = comparison.changes[0].smallest
+    assert smallest is not None
+    assert smallest.value == pytest.approx(2.8016 * ((24 + 183) / 600 / 600) ** 0.5, rel=1e-4)
+    assert comparison.smallest_text.startswith(
+        "smallest difference that 600 test examples can show (80 % power): accuracy 6.7 points, macro-F1 "
+    )
+    values = asdict(comparison.changes[0])["smallest"]
+    assert values == {"value": smallest.value, "n": 600, "share": True}
+
+
+@pytest.mark.parametrize("loss", [float("inf"), float("nan"), 1e300])
+def test_a_loss_that_is_not_finite_has_no_verdict(loss: float) -> None:
+    """A run that diverged: neither better nor worse, and no warning."""
+    fine = [LossSums(10.0 + i % 5, 10, 3) for i in range(20)]
+    broken = [*fine[:-1], LossSums(loss, 10, 3)]
+    both = [compute_measures("language", one) for one in (fine, broken)]
+    change, same = (compare(base, both[1]).changes[0] for base in both)
+    assert change.verdict == "no verdict: a value is not finite; 20 test examples"
+    assert (change.is_better, same.is_better) == (None, None)

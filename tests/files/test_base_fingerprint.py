@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kitout
 from kitout import LoRA
 from kitout.errors import WrongBase
-from kitout.files.base_fingerprint import differences, fingerprint
+from kitout.files.base_fingerprint import SAMPLES, differences, fingerprint
+from laws.activate import fresh_kit
 from zoo import ZOO, Specimen, randomize_model
 
 
@@ -21,15 +23,14 @@ def fingerprint_of(base: nn.Module) -> kitout.files.base_fingerprint.Fingerprint
 
 
 def test_copies_in_other_precisions_are_the_same_base(specimen: Specimen) -> None:
-    copies = [
-        specimen.build(),
-        specimen.build().double(),
-        specimen.build().bfloat16(),
-        specimen.build().half(),
-        specimen.build().half().bfloat16(),
-        specimen.build().bfloat16().float(),
-    ]
-    prints = [fingerprint_of(c) for c in copies]
+    kits = [fresh_kit(specimen) for _ in range(6)]
+    half, brain = torch.half, torch.bfloat16
+    for kit, dtypes in zip(
+        kits, ((), (torch.double,), (brain,), (half,), (half, brain), (brain, torch.float)), strict=True
+    ):
+        for dtype in dtypes:
+            kit.base.to(dtype)
+    prints = [fingerprint(kit.state, []) for kit in kits]
     for one in prints:
         for other in prints:
             assert differences(one, other) == []
@@ -123,16 +124,31 @@ def test_without_values_shapes_are_compared_with_a_warning(tmp_path: Path) -> No
         other.load(tmp_path / "a")
 
 
+class CountWork(TorchDispatchMode):
+    """Counts operations, and the values that each of them makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.values, self.most = 0, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        made = result.numel() if isinstance(result, torch.Tensor) and not func.is_view else 0
+        self.operations, self.values, self.most = self.operations + 1, self.values + made, max(self.most, made)
+        return result
+
+
 def test_it_is_cheap() -> None:
-    """A base of 300 tensors, the number that 135M-parameter models have; generous, for a shared machine."""
+    """A base of 300 tensors, the number that 135M-parameter models have: a few values of each, read once."""
     kit = kitout.attach(ZOO["llama"].build())
     many = nn.ModuleList(nn.Linear(64, 64) for _ in range(150))
     kit.base.register_module("many", many)
-    start = time.process_time()
-    fingerprint(kit.state, [])
-    first = time.process_time() - start
-    start = time.process_time()
-    for _ in range(10):
+    tensors = len(kit.base.state_dict())
+    with CountWork() as first:
         fingerprint(kit.state, [])
-    assert first < 0.15
-    assert (time.process_time() - start) / 10 < first / 3
+    assert tensors < first.operations < 6 * tensors
+    assert first.values <= 6 * SAMPLES * tensors
+    assert first.most <= SAMPLES * tensors  # all that was sampled, in one piece
+    with CountWork() as again:
+        fingerprint(kit.state, [])
+    assert again.operations == 0

@@ -13,7 +13,7 @@ from torch import nn
 
 import kitout
 from fuse.parts import add, change, distance, kit_of
-from kitout import IA3, SSF, BitFit, FullFineTuning, Houlsby, Kit, LoRA, PrefixTuning
+from kitout import IA3, SSF, BitFit, Composition, FullFineTuning, Houlsby, Kit, LoRA, Mixture, PrefixTuning
 from kitout.files.usage_record import BaseRecord, TextRecord, UsageRecord
 from kitout.fuse.result import common_usage
 from zoo import ZOO, out
@@ -198,6 +198,12 @@ def test_how_parameters_averages_what_does_not_fold() -> None:
     add(kit, "longer", PrefixTuning(length=4))
     with pytest.raises(ValueError, match="length=3 and 4"):
         kitout.combine(kit, "c", {"a": 1.0, "longer": 1.0}, how="parameters")
+    for name in ("m", "n"):  # whose parts do not fold
+        add(kit, name, Mixture(of=("h", "g")))
+    kitout.combine(kit, "c", {"m": 1.0, "n": 1.0}, how="parameters")
+    kit.add("route", Composition(route="a"))
+    with pytest.raises(ValueError, match="'route': a route has no parameters"):
+        kitout.combine(kit, "d", {"a": 1.0, "route": 1.0}, how="parameters")
 
 
 def test_the_head_of_one_source_goes_along() -> None:

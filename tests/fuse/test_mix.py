@@ -1,4 +1,4 @@
-"""A Mix of adapters that fold runs as their arithmetic says: base + sum of w_i (fold_i - base), at every module."""
+"""A Mix of adapters that fold is what `kitout.combine` makes of them; the arithmetic itself: `test_all_pairs.py`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def kits() -> dict[str, Kit]:
     return {}
 
 
-@pytest.mark.parametrize("species", ["gpt2", "bert", "vit"])
+@pytest.mark.parametrize("species", ["gpt2"])
 @pytest.mark.parametrize("pair", list(itertools.combinations(METHODS, 2)), ids="-".join)
 def test_a_mix_is_the_arithmetic(kits: dict[str, Kit], species: str, pair: tuple[str, str]) -> None:
     kit = kits.setdefault(species, kits.get(species) or kit_of(species, METHODS))

@@ -99,7 +99,11 @@ def test_a_composition_alone_is_that_composition(kit: Kit, name: str) -> None:
     assert (logits(kit, "c") - want).abs().max() <= 1e-9
     with torch.no_grad():
         merged = out(kit.merged_copy(name, check_saveable=False)(**ZOO["gpt2"].batch(2, 0)))
+        kit.merge(name)
+        in_place = out(kit(**ZOO["gpt2"].batch(2, 0)))
+        kit.unmerge()
     assert (merged - want).abs().max() <= 1e-9
+    assert (in_place - want).abs().max() <= 1e-9
 
 
 def test_a_part_that_occurs_twice_has_its_rank_once(kit: Kit) -> None:
@@ -107,6 +111,16 @@ def test_a_part_that_occurs_twice_has_its_rank_once(kit: Kit) -> None:
     rank = kit["c"].method.rank
     assert isinstance(rank, dict)
     assert max(rank.values()) == 2 * 3 + 2 + 2 * 2  # a at q and v, b at all of q, k and v, bias at q and v
+
+
+def test_what_cancels_inside_takes_no_part(kit: Kit) -> None:
+    add(kit, "twin", Composition(route=Mix({"a": 0.0, "b": 0.0})))
+    kitout.combine(kit, "c", {"twin": 1.0, "a": 0.5})
+    assert kit["c"].method.rank == 3
+    assert distance(change(kit, {"c": 1}), change(kit, {"a": 0.5})) <= 1e-12
+    kit.remove("c")
+    with pytest.raises(ConfigError, match="would change nothing"):
+        kitout.combine(kit, "c", {"twin": 1.0})
 
 
 @pytest.mark.parametrize("name", ["mixture", "nested", "blend"])

@@ -104,6 +104,9 @@ def test_instructions_from_a_file_to_a_tested_adapter(
     assert figures["memory"] > 0
     assert figures["estimate"]["memory"] > 0
     assert {change["name"] for change in figures["comparisons"]["adapter"]} == changes.keys()
+    assert figures["comparisons"]["adapter"][0]["smallest"].keys() == {"value", "n", "share"}
+    for text in (output, (out / "report.html").read_text(), (out / "adapter" / "README.md").read_text()):
+        assert "mallest difference that 8 test examples can show (80 % power)" in text
     assert figures["examples"]["adapter"][0].keys() >= {"prompt", "base", "tuned"}
 
     model = transformers.AutoModelForCausalLM.from_pretrained(models["decoder"])  # as the card says

@@ -21,7 +21,7 @@ from kitout.errors import KitoutError
 from kitout.evaluate.compare import BASE
 from kitout.format import format_bytes, format_count
 from kitout.kit import Kit
-from kitout.route import Route, adapter_names, check_entry
+from kitout.route import RouteEntry, adapter_names
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 16, 3
 
@@ -55,18 +55,18 @@ class AdapterCost:
         )  # fmt: skip
 
 
-def measure_cost(kit: Kit, routes: Mapping[str, Route]) -> dict[str, AdapterCost]:
+def measure_cost(kit: Kit, routes: Mapping[str, RouteEntry]) -> dict[str, AdapterCost]:
     """Of the base and of each route, interleaved. The kit is left without a merged adapter, and with none active."""
     ids = torch.randint(1, 100, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0)).to(kit.device)
     decodes = isinstance(kit.base, GenerationMixin) and not kit.config.is_encoder_decoder
-    cases: dict[str, Route] = {BASE: None, **routes}
+    cases: dict[str, RouteEntry] = {BASE: None, **routes}
     with eval_mode(kit.base, kit), torch.no_grad():
         times = _time({name: partial(kit.use, route) for name, route in cases.items()}, kit, ids, decodes)
         merged: dict[str, tuple[float, float | None]] = {}
         for name, route in routes.items():
             try:
                 kit.use(None)
-                kit.merge(check_entry(route))
+                kit.merge(route)
             except KitoutError:
                 continue
             try:

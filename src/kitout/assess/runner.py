@@ -11,42 +11,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kitout.assess.base_answers import base_answers
 from kitout.assess.cost import AdapterCost, measure_cost
-from kitout.assess.evaluation_set import Asked, EvaluationSet, ExampleSet, read_set
-from kitout.assess.forgetting import SetChange, forgetting_line, set_changes
-from kitout.assess.suites import check_suite, suite_sets
-from kitout.errors import ConfigError, Errors, KitoutError, UnknownAdapter, suggest
-from kitout.evaluate.ask.batches import ProgressFn
-from kitout.evaluate.compare import BASE, MetricChange, compare
-from kitout.evaluate.metrics.measure import Measure
-from kitout.evaluate.metrics.registry import TITLES
+from kitout.assess.example_set import read_set
+from kitout.base.eval_mode import eval_mode
+from kitout.errors import ConfigError, Errors, KitoutError, RouteError, UnknownAdapter, suggest
+from kitout.evaluate.compare import BASE
+from kitout.evaluate.sets.evaluation_set import Asked, EvaluationSet
+from kitout.evaluate.sets.forgetting import SetChange, forgetting_table, forgetting_to_dict
+from kitout.evaluate.sets.outcome import SetOutcome, SetProgressFn, forgetting_of, measure_set
+from kitout.evaluate.sets.suites import check_suite, suite_sets
 from kitout.files.usage_record import UsageRecord
 from kitout.format import align_columns
 from kitout.kit import Kit
-from kitout.route import Route, adapter_names
+from kitout.route import Route, RouteEntry, adapter_names, check_entry, normalize_route
 from kitout.train.config.schema import ModelConfig, SourceConfig
 from kitout.train.setup.base_model import choose_pad_token, load_tokenizer
 
 LogFn = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class SetOutcome:
-    """One set of examples."""
-
-    name: str
-    """As the source names it."""
-    kind: str
-    """choice, text, or the name of a task."""
-    n: int
-    """Examples."""
-    baseline: str
-    """What adapters are compared with: the base, or a constant answer where the base has no trained head."""
-    measures: Mapping[str, Mapping[str, Measure]]
-    """By adapter (and by the baseline's name): every metric, which gives its value and interval."""
-    changes: Mapping[str, tuple[MetricChange, ...]]
-    """By adapter: every metric against the baseline."""
 
 
 @dataclass(frozen=True)
@@ -67,43 +48,19 @@ class Assessment:
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {
-            "sets": [_set_to_dict(one) for one in self.sets],
+            "sets": [one.to_dict() for one in self.sets],
             "suite": self.suite,
-            "suite_sets": [_set_to_dict(one) for one in self.suite_sets],
-            "forgetting": {
-                adapter: {
-                    "summary": forgetting_line(changes),
-                    "sets": {
-                        one.name: {
-                            "metric": one.change.name, "difference": one.change.difference, "low": one.change.low,
-                            "high": one.change.high, "p_value": one.p_value, "adjusted": one.adjusted,
-                            "kl": one.divergence, "verdict": one.verdict,
-                        }
-                        for one in changes
-                    },
-                }
-                for adapter, changes in self.forgetting.items()
-            },
+            "suite_sets": [one.to_dict() for one in self.suite_sets],
+            "forgetting": {name: forgetting_to_dict(changes) for name, changes in self.forgetting.items()},
             "costs": {name: asdict(cost) for name, cost in self.costs.items()},
         }  # fmt: skip
 
     def __str__(self) -> str:
-        parts = [_set_table(one) for one in self.sets]
-        for adapter, changes in self.forgetting.items():
-            rows: list[tuple[str, ...]] = [("set", "metric", "base", adapter, "change (95 %)", "p (Holm)", "KL", "")]
-            for one in changes:
-                change, kl = one.change, "" if one.divergence is None else f"{one.divergence:.4f}"
-                interval = f"{change.format_value(change.low, True)} to {change.format_value(change.high, True)}"
-                rows.append(
-                    (
-                        one.name, change.title, change.format_value(change.base.value),
-                        change.format_value(change.tuned.value),
-                        f"{change.format_value(change.difference, True)} ({interval})", f"{one.adjusted:.2g}", kl,
-                        one.verdict,
-                    )
-                )  # fmt: skip
-            lines = [f"forgetting of {adapter}, {self.suite} suite", *align_columns(rows), forgetting_line(changes)]
-            parts.append("\n".join(lines))
+        parts = [str(one) for one in self.sets]
+        parts += [
+            f"forgetting of {name}, {self.suite} suite\n{forgetting_table(changes)}"
+            for name, changes in self.forgetting.items()
+        ]
         if self.costs:
             of_cost = [AdapterCost.HEAD, *(cost.row(name) for name, cost in self.costs.items())]
             parts.append("\n".join(["cost", *align_columns(of_cost)]))
@@ -122,7 +79,7 @@ def run(
     max_new_tokens: int | None = None,
     keep_base: bool = True,
     log: LogFn = lambda _line: None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: SetProgressFn | None = None,
 ) -> Assessment:
     """Base and adapters on every source and on a suite of forgetting.
 
@@ -144,31 +101,30 @@ def run(
     before = kit.active
     outcomes = []
     try:
-        for what in (*sets, *forgotten):
-            log(f"measuring {what.name} ({what.kind}, {len(what):,} examples) ...")
-            outcomes.append(_ask(asked, what, routes, seed, keep_base, on_progress))
-        costs = measure_cost(kit, routes) if cost else {}
+        with eval_mode(kit.base, kit):
+            for what in (*sets, *forgotten):
+                log(f"measuring {what.name} ({what.kind}, {len(what):,} examples) ...")
+                outcomes.append(measure_set(asked, what, routes, seed, keep_base, on_progress))
+            costs = measure_cost(kit, routes) if cost else {}
     finally:
         kit.use(before)
     of_sources, of_suite = tuple(outcomes[: len(sets)]), tuple(outcomes[len(sets) :])
-    forgetting = {}
-    if of_suite:
-        for name in routes:
-            forgetting[name] = set_changes(
-                {one.name: one.measures[BASE] for one in of_suite},
-                {one.name: one.measures[name] for one in of_suite},
-                {one.name: one.changes[name] for one in of_suite},
-            )
+    forgetting = {name: forgetting_of(list(of_suite), name) for name in routes} if of_suite else {}
     return Assessment(of_sources, suite, of_suite, forgetting, costs)
 
 
-def _routes(kit: Kit, adapters: Sequence[str] | Mapping[str, Route] | None) -> dict[str, Route]:
+def _routes(kit: Kit, adapters: Sequence[str] | Mapping[str, Route] | None) -> dict[str, RouteEntry]:
     if isinstance(adapters, str):
         raise ConfigError(f"adapters is a list of names, found {adapters!r}: write [{adapters!r}]")
     names = list(kit.names) if adapters is None else adapters
-    routes: dict[str, Route] = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
-    errors = Errors(UnknownAdapter, "assess")
-    for name, route in routes.items():
+    given: dict[str, Route] = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
+    errors, routes = Errors(UnknownAdapter, "assess"), {}
+    for name, route in given.items():
+        try:
+            routes[name] = check_entry(normalize_route(route))
+        except RouteError as error:
+            errors.add(f"{name}: {error}")
+            continue
         if name == BASE:
             errors.add(f"{BASE!r} is what adapters are compared with: call {route!r} something else")
         for each in adapter_names(route):
@@ -178,7 +134,7 @@ def _routes(kit: Kit, adapters: Sequence[str] | Mapping[str, Route] | None) -> d
     return routes
 
 
-def _usage(kit: Kit, routes: Mapping[str, Route]) -> UsageRecord | None:
+def _usage(kit: Kit, routes: Mapping[str, RouteEntry]) -> UsageRecord | None:
     """How the adapters were trained, by the first that says so."""
     for name in dict.fromkeys(each for route in routes.values() for each in adapter_names(route)):
         if (usage := kit[name].usage) is not None:
@@ -218,58 +174,3 @@ def _read_all(
         errors.add("nothing is given: name a source, or a suite (quick)")
     errors.raise_if_any()
     return sets, forgotten
-
-
-def _ask(
-    asked: Asked, what: EvaluationSet, routes: Mapping[str, Route], seed: int, keep_base: bool,
-    on_progress: Callable[[str, int, int], None] | None,
-) -> SetOutcome:  # fmt: skip
-    report: ProgressFn | None = None if on_progress is None else lambda done, total: on_progress(what.name, done, total)
-    heads = any(asked.kit[name].heads for route in routes.values() for name in adapter_names(route))
-    baseline = BASE
-    if isinstance(what, ExampleSet) and what.dataset.label_names and heads:
-        baseline, of_base = what.constant_name, what.constant()  # the base has no trained head for these labels
-    else:
-        of_base = base_answers(asked, what, report, keep_base)
-    measures = {baseline: what.measures(of_base)}
-    answers = what.ask(asked, list(routes.values()), report) if routes else []  # type: ignore[arg-type]
-    measures |= {name: what.measures(one) for name, one in zip(routes, answers, strict=True)}
-    changes = {
-        name: compare(measures[baseline], measures[name], seed=seed, baseline=baseline).changes for name in routes
-    }
-    return SetOutcome(what.name, what.kind, len(what), baseline, measures, changes)
-
-
-def _set_to_dict(one: SetOutcome) -> dict[str, Any]:
-    return {
-        "name": one.name,
-        "kind": one.kind,
-        "n": one.n,
-        "baseline": one.baseline,
-        "scores": {
-            name: {metric: asdict(measure.score()) for metric, measure in measures.items()}
-            for name, measures in one.measures.items()
-        },
-        "differences": {
-            name: {c.name: {"difference": c.difference, "low": c.low, "high": c.high} for c in changes}
-            for name, changes in one.changes.items()
-        },
-    }
-
-
-def _set_table(one: SetOutcome) -> str:
-    names = list(dict.fromkeys(metric for measures in one.measures.values() for metric in measures))
-    rows: list[tuple[str, ...]] = [("", *(TITLES.get(name, name) for name in names))]
-    for adapter, measures in one.measures.items():
-        cells = []
-        for name in names:
-            if name not in measures:
-                cells.append("")
-                continue
-            score = measures[name].score()
-            value = MetricChange(name, score, score, 0.0, 0.0, 0.0)
-            low, high = value.format_value(score.low), value.format_value(score.high)
-            cells.append(f"{value.format_value(score.value)} ({low} to {high})")
-        rows.append((adapter, *cells))
-    verdicts = [f"{name}: {changes[0].title} {changes[0].verdict}" for name, changes in one.changes.items() if changes]
-    return "\n".join([f"{one.name}: {one.kind}, {one.n:,} examples", *align_columns(rows), *verdicts])

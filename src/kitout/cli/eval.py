@@ -36,6 +36,7 @@ def eval(  # noqa: A001 - the verb
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     seed: Annotated[int, typer.Option(help="of samples and intervals")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="ask the base anew, and keep none of its answers")] = False,
+    task: Annotated[str | None, typer.Option(help="what adapters that were made without a task are for")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="of the base; default: as in training")] = None,
 ) -> None:
@@ -57,7 +58,7 @@ def eval(  # noqa: A001 - the verb
         from kitout.assess import run
 
         typer.echo("loading the base ...", err=True)
-        predictor = kitout.load(*(adapters or ()), base=model, device=device, dtype=dtype)
+        predictor = kitout.load(*(adapters or ()), base=model, task=task, device=device, dtype=dtype)
         sources: list[Any] = [{"path": path, **({} if limit is None else {"limit": limit})} for path in data or ()]
         assessment = run(
             predictor.kit,

@@ -227,7 +227,11 @@ def _score(values: Mapping[str, Any]) -> Score:
     """results.json has null for what is not finite."""
     numbers = {key: math.nan if values[key] is None else float(values[key]) for key in ("value", "low", "high")}
     return Score(
-        **numbers, n=int(values["n"]), higher_is_better=bool(values["higher_is_better"]), share=bool(values["share"])
+        **numbers,
+        n=int(values["n"]),
+        higher_is_better=bool(values["higher_is_better"]),
+        share=bool(values["share"]),
+        note=str(values.get("note", "")),  # a run of an earlier version has none
     )
 
 

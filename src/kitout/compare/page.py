@@ -16,9 +16,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from kitout.compare.run_row import RunRow
-from kitout.compare.run_table import RunTable, metric_title, table_columns
+from kitout.compare.run_table import RunTable, column_title, table_columns
 from kitout.errors import ConfigError
-from kitout.evaluate.metrics.registry import TITLES
+from kitout.evaluate.metrics.registry import metric_title
 from kitout.evaluate.report.charts import Chart, Series
 from kitout.evaluate.report.html import template
 from kitout.evaluate.report.rank_diagram import RankDiagram
@@ -47,7 +47,7 @@ def write_folder(table: RunTable, folder: str | PathLike[str]) -> None:
 def render_page(table: RunTable) -> str:
     """report.html: nothing of it lies in other files, and no script is in it."""
     rankings = [
-        SimpleNamespace(name=_with_test(table, TITLES.get(one.metric, one.metric), one.test), pairs=one.ranking.pairs)
+        SimpleNamespace(name=_with_test(table, metric_title(one.metric), one.test), pairs=one.ranking.pairs)
         for one in table.rankings
         if one.ranking is not None
     ]
@@ -57,7 +57,7 @@ def render_page(table: RunTable) -> str:
     page = template(files(__package__).joinpath("compare.html").read_text(encoding="utf-8"))
     return str(page.render(
         title=f"{num_methods} method{'s' * (num_methods > 1)} on {num_tests} test set{'s' * (num_tests > 1)}",
-        columns=table_columns(table), scores=[metric_title(table.rows, metric) for metric in table.metrics],
+        columns=table_columns(table), scores=[column_title(table.rows, metric) for metric in table.metrics],
         notes=table.notes, charts=charts, rankings=rankings,
     ))  # fmt: skip
 
@@ -68,7 +68,7 @@ def _charts(table: RunTable) -> list[Chart]:
         rows = [row for row in table.rows if row.test == test]
         for metric in table.metrics[:1]:
             shown = [row for row in rows if (score := row.score(metric)) is not None and math.isfinite(score.value)]
-            title = _with_test(table, metric_title(shown, metric), test)
+            title = _with_test(table, column_title(shown, metric), test)
             if len(shown) > 1:
                 charts.append(Chart(
                     title=f"{title}, by size; bars: lowest to highest seed, of one seed the 95 % interval",

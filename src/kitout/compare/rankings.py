@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from kitout.compare.run_row import RunRow
-from kitout.evaluate.metrics.registry import TITLES
+from kitout.evaluate.metrics.registry import metric_title
 from kitout.evaluate.significance.by_method import rank_scores
 from kitout.evaluate.significance.many import MethodRanking
 from kitout.evaluate.significance.seeds import MIN_SEEDS
@@ -43,7 +43,7 @@ class MetricRanking:
     def caption(self) -> str:
         """What the letters say, and what not."""
         texts = ("" if self.ranking is None else self.ranking.caption, self.note)
-        return f"{TITLES.get(self.metric, self.metric)}: {'; '.join(text for text in texts if text)}"
+        return f"{metric_title(self.metric)}: {'; '.join(text for text in texts if text)}"
 
 
 def rank_rows(rows: Sequence[RunRow], metrics: Sequence[str]) -> tuple[MetricRanking, ...]:

@@ -6,7 +6,7 @@ It knows finished runs, and no other row.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from kitout.compare.finished_runs import FinishedRun
@@ -53,7 +53,7 @@ class RunRow:
         if len(scores) < 2:
             return scores[0] if scores else None
         values, first = [score.value for score in scores], scores[0]
-        return Score(fmean(values), min(values), max(values), first.n, first.higher_is_better, first.share)
+        return replace(first, value=fmean(values), low=min(values), high=max(values))
 
     def score_text(self, metric: str) -> str:
         """93.6 (91.9 to 95.0), or 93.1 (3 seeds: 92.0 to 94.2); fractions in percent."""

@@ -23,7 +23,7 @@ from kitout.compare.table_notes import table_notes
 from kitout.errors import ConfigError
 from kitout.evaluate.compare import BASE, format_value
 from kitout.evaluate.metrics.measure import Score
-from kitout.evaluate.metrics.registry import TITLES
+from kitout.evaluate.metrics.registry import metric_title
 from kitout.evaluate.significance.tasks import TaskRanking
 from kitout.files.atomic import write_text
 from kitout.files.system_errors import as_path, as_path_error
@@ -224,9 +224,9 @@ def table_columns(table: RunTable) -> list[TableColumn]:
     metrics: list[list[TableColumn]] = []
     for metric in table.metrics:
         last_cell = [score_text(base.base_scores.get(metric))] if base else []
-        metrics.append([TableColumn(metric_title(rows, metric), [row.score_text(metric) for row in rows] + last_cell)])
+        metrics.append([TableColumn(column_title(rows, metric), [row.score_text(metric) for row in rows] + last_cell)])
         if letters := table.letters(metric):
-            title = "group" if metric == table.metrics[0] else f"group by {TITLES.get(metric, metric)}"
+            title = "group" if metric == table.metrics[0] else f"group by {metric_title(metric)}"
             metrics[-1].append(TableColumn(title, [letters.get(row.label, "") for row in rows]))
     columns += [
         *(metrics[0] if metrics else ()),
@@ -253,10 +253,10 @@ def _common_baseline(table: RunTable) -> FinishedRun | None:
     return runs[0] if table.same_test and len(distinct) == 1 else None
 
 
-def metric_title(rows: Sequence[RunRow], metric: str) -> str:
+def column_title(rows: Sequence[RunRow], metric: str) -> str:
     """accuracy %"""
     score = next((score for row in rows if (score := row.score(metric)) is not None), None)
-    return TITLES.get(metric, metric) + (" %" if score is not None and score.share else "")
+    return metric_title(metric, score.note if score else "") + (" %" if score is not None and score.share else "")
 
 
 def _seconds_text(row: RunRow) -> str:

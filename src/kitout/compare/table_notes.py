@@ -5,12 +5,15 @@ It knows rows and rankings, and puts sentences together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from kitout.compare.finished_runs import FinishedRun
 from kitout.compare.rankings import MetricRanking
 from kitout.compare.run_row import RunRow
-from kitout.evaluate.metrics.registry import TITLES
+from kitout.evaluate.intervals.resampled import Z95
+from kitout.evaluate.metrics.registry import metric_title
+from kitout.evaluate.significance.power import smallest_difference, smallest_text
 from kitout.evaluate.significance.tasks import TaskRanking
 from kitout.format import single_line
 
@@ -22,20 +25,7 @@ def table_notes(
     rankings: Sequence[MetricRanking], tasks: TaskRanking | None,
 ) -> list[str]:  # fmt: skip
     """One sentence each."""
-    notes = []
-    if same_test is not True:
-        letters = dict.fromkeys(row.test for row in rows if row.test)
-        members = "; ".join(f"{a}: {', '.join(row.label for row in rows if row.test == a)}" for a in letters)
-        if same_test is None:
-            notes.append(
-                f"the test examples may differ: an earlier version of kitout did not record which they are ({members})"
-            )
-        else:
-            notes.append(
-                f"measured on different test examples, so the metrics of one letter are not comparable with those of "
-                f"another, and there is no verdict between them ({members}). For one test set: the same data, "
-                "data.test and data.seed, or a file as data.test"
-            )
+    notes = _test_set_notes(rows, same_test)
     if untested := [run.label for run in runs if not run.scores]:
         notes.append(f"without a test split, and so without metrics: {', '.join(untested)}")
     if left_out := _left_out(runs, metrics):
@@ -53,6 +43,10 @@ def table_notes(
             "intervals: 95 %, over the test examples. Of one seed: another seed moves every result too, so no row is "
             "named the best; train with several (train.seeds=[0,1,2]), and they become one row"
         )
+    if not rankings and (smallest := _smallest_difference(rows, metrics)):
+        notes.append(
+            f"{smallest}. Rows are not paired by example here: where two runs err on the same examples, it is less"
+        )
     if grouped := [row for row in rows if len(row.runs) > 1]:
         notes.append(
             "several seeds: the mean, and the lowest to the highest; "
@@ -66,6 +60,32 @@ def table_notes(
     return [single_line(note, MAX_NOTE_CHARS) for note in notes]
 
 
+def _test_set_notes(rows: Sequence[RunRow], same_test: bool | None) -> list[str]:
+    """Which rows are of which test set, where there are several."""
+    if same_test is True:
+        return []
+    letters = dict.fromkeys(row.test for row in rows if row.test)
+    members = "; ".join(f"{a}: {', '.join(row.label for row in rows if row.test == a)}" for a in letters)
+    if same_test is None:
+        return [f"the test examples may differ: an earlier version of kitout did not record which they are ({members})"]
+    text = (
+        f"measured on different test examples, so the metrics of one letter are not comparable with those of another, "
+        f"and there is no verdict between them ({members}). For one test set: the same data, data.test and data.seed, "
+        "or a file as data.test"
+    )
+    return [text]
+
+
+def _smallest_difference(rows: Sequence[RunRow], metrics: Sequence[str]) -> str:
+    """What one test set can show of any two rows of one seed, in the headline metric, from their intervals."""
+    scores = [score for row in rows if metrics and len(row.runs) == 1 and (score := row.score(metrics[0]))]
+    errors = sorted((score.high - score.low) / (2 * Z95) for score in scores)[-2:]
+    if len({row.test for row in rows if row.test}) != 1 or len(errors) < 2 or not math.isfinite(errors[-1]):
+        return ""
+    found = smallest_difference(math.hypot(*errors), scores[0].n, share=scores[0].share)
+    return smallest_text([(metric_title(metrics[0]), found)]).partition(";")[0]
+
+
 def _left_out(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> str:
     """accuracy (a, b): a metric, and the runs that have it."""
     owners: dict[str, list[str]] = {}
@@ -73,4 +93,4 @@ def _left_out(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> str:
         for metric in run.scores:
             if metric not in metrics:
                 owners.setdefault(metric, []).append(run.label)
-    return "; ".join(f"{TITLES.get(metric, metric)} ({', '.join(labels)})" for metric, labels in owners.items())
+    return "; ".join(f"{metric_title(metric)} ({', '.join(labels)})" for metric, labels in owners.items())

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from kitout.errors import FileError
+from kitout.evaluate.intervals.ratio import Ratio, Values
 from kitout.evaluate.metrics.measure import Measure
-from kitout.evaluate.metrics.ratio import Ratio, Values
 from kitout.files.atomic import write_bytes
 
 Shape = Literal["identity", "exp", "sqrt"]
@@ -39,13 +39,17 @@ class ExampleScores:
     """A fraction, printed in percent."""
     is_correct: bool = False
     """Whether each example is right or wrong, 1 or 0."""
+    note: str = ""
+    """How it was measured, where that is not the usual way."""
 
     @classmethod
     def of(cls, measure: Measure) -> ExampleScores | None:
         """None for a metric that is no ratio of sums."""
         if measure.ratio is None:
             return None
-        return cls(measure.ratio, measure.higher_is_better, measure.is_fraction, measure.correct is not None)
+        return cls(
+            measure.ratio, measure.higher_is_better, measure.is_fraction, measure.correct is not None, measure.note
+        )
 
     @property
     def n(self) -> int:
@@ -80,7 +84,7 @@ class ExampleScores:
             return float(ratio.apply(np.array([float(weights @ ratio.numerators) / total if total else 0.0]))[0])
 
         correct = ratio.numerators == 1 if self.is_correct else None
-        return Measure(value, self.n, self.higher_is_better, self.share, correct, ratio)
+        return Measure(value, self.n, self.higher_is_better, self.share, correct, ratio, note=self.note)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +120,7 @@ def save_scores(file: Path, scores: Mapping[str, AdapterScores]) -> None:
                     tensors[f"{name}/{DENOMINATORS}"] = ratio.denominators.astype(np.float64)
                 facts[adapter][part][metric] = {
                     "higher_is_better": own.higher_is_better, "share": own.share, "shape": ratio.shape,
+                    "note": own.note,
                 }  # fmt: skip
     write_bytes(file, save(tensors, {METADATA: json.dumps(facts)}))
 
@@ -149,4 +154,6 @@ def _read(tensors: Mapping[str, Any], name: str, fact: Mapping[str, Any]) -> Exa
     if numerators.ndim != 1 or numerators.shape != denominators.shape or fact["shape"] not in get_args(Shape):
         raise ValueError(f"{name}: {numerators.shape} and {denominators.shape}, {fact['shape']}")
     ratio = Ratio(numerators, denominators, fact["shape"])
-    return ExampleScores(ratio, bool(fact["higher_is_better"]), bool(fact["share"]), stored.dtype == np.bool_)
+    return ExampleScores(
+        ratio, bool(fact["higher_is_better"]), bool(fact["share"]), stored.dtype == np.bool_, str(fact["note"])
+    )

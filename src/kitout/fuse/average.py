@@ -33,7 +33,9 @@ def average_parameters(
     if abs(sum(weights)) < 1e-8:
         raise ConfigError(f"how='parameters' divides by the sum of the weights, and {list(weights)} add up to 0")
     errors = Errors(ConfigError, "how='parameters' averages adapters of one config")
-    if all(adapter.method.mergeable for adapter in adapters):
+    if routes := [repr(adapter.name) for adapter in adapters if adapter.method.fixed_route() is not None]:
+        raise ConfigError(f"{', '.join(routes)}: a route has no parameters to average; name the adapters in it")
+    if all(state[each].method.mergeable for each in state.names_with_parts(adapter.name for adapter in adapters)):
         kind = type(first.method).__name__
         errors.add(f"{kind} folds into weights: how='mean' averages what the adapters do, not their parameters")
     for other in adapters[1:]:

@@ -60,11 +60,12 @@ class FactorSum:
 
 def are_low_rank(sources: Sequence[Source]) -> bool:
     """Each is a sum of products (and biases of theirs): LoRA without DoRA, whatever its scale and start, and
-    compositions in which such adapters add up.
+    compositions in which such adapters add up, or cancel.
     """
+    has_products = []
     for source in sources:
-        has_product = False
-        for path in _paths(source):
+        paths, has_product = _paths(source), False
+        for path in paths:
             addends = source.addends(path)
             if addends is None or any(m.on_parameters for m in addends):
                 return False
@@ -72,9 +73,10 @@ def are_low_rank(sources: Sequence[Source]) -> bool:
             if any(change is None for change in changes):
                 return False
             has_product = has_product or any(c is not None and c.a is not None for c in changes)
-        if not has_product:
+        if paths and not has_product:
             return False
-    return True
+        has_products.append(has_product)
+    return any(has_products)
 
 
 @torch.no_grad()

@@ -112,7 +112,8 @@ def source_of(state: KitState, adapter: Adapter) -> Source:
     try:
         return Source(adapter, *expand_foldable(adapter.name, by_name, state.survey))
     except RouteError as reason:
-        raise NotMergeable(f"{adapter.name!r}: {reason}") from None
+        message = str(reason)
+        raise NotMergeable(message if repr(adapter.name) in message else f"{adapter.name!r}: {message}") from None
 
 
 def sources_of(state: KitState, adapters: Sequence[Adapter]) -> list[Source]:

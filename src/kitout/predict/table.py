@@ -17,9 +17,9 @@ from kitout.data.examples.formats import nan_to_none
 from kitout.data.read.tables import add_first
 from kitout.errors import BadRows, DataError, Errors
 from kitout.evaluate.compare import format_value
-from kitout.evaluate.metrics.interval import wilson_interval
+from kitout.evaluate.intervals.resampled import wilson_interval
 from kitout.evaluate.metrics.measure import Score
-from kitout.evaluate.metrics.registry import TITLES, compute_measures
+from kitout.evaluate.metrics.registry import compute_measures, metric_title
 from kitout.files.base_fingerprint import fingerprint
 from kitout.files.usage_record import UsageRecord
 from kitout.predict.input_rows import InputRow, InputRows
@@ -237,7 +237,7 @@ class Scorer:
         predictions, references = zip(*self.pairs, strict=True)
         measures = compute_measures(self.task, list(predictions), list(references))
         name = next(iter(measures))
-        return _score_text(TITLES.get(name, name), measures[name].score())
+        return _score_text(metric_title(name, measures[name].note), measures[name].score())
 
     def _pair(self, reference: Any, predicted: Mapping[str, Any]) -> tuple[Any, Any] | None:
         """A prediction and its reference, as the metric takes them."""

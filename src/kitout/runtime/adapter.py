@@ -141,7 +141,7 @@ class Adapter(nn.Module):
         return {path: head.module for path, head in heads if isinstance(head, Head) and path in self.by_module}
 
     def penalty(self) -> Tensor | None:
-        """What its Deltas add to a loss (`Delta.penalty`); None for nothing. `kitout.train` adds it by itself."""
+        """What its Deltas add to a loss (`Delta.penalty`); None for nothing. See `Kit.penalty`."""
         penalties = [penalty for site in self.sites if (penalty := self.delta(site).penalty()) is not None]
         return torch.stack(penalties).sum() if penalties else None
 

@@ -6,7 +6,7 @@ It knows a model's parameters and modes, and nothing of adapters or routes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -15,12 +15,12 @@ from torch import nn
 class KitForward:
     """`kit.forward`: the base's call with the base's signature (transformers.Trainer reads it to choose columns)."""
 
-    def __init__(self, base: nn.Module, finish: Callable[[Any], Any]) -> None:
-        self._base, self._finish = base, finish  # what is done with the output
+    def __init__(self, base: nn.Module, finish: Callable[[Any, Mapping[str, Any]], Any]) -> None:
+        self._base, self._finish = base, finish  # what is done with the output, by the keyword arguments
         self.__signature__ = inspect.signature(base.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._finish(self._base(*args, **kwargs))
+        return self._finish(self._base(*args, **kwargs), kwargs)
 
 
 class BaseState:

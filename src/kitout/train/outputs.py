@@ -19,6 +19,7 @@ from kitout.evaluate.compare import Comparison
 from kitout.evaluate.metrics.measure import score_difference
 from kitout.evaluate.report import adapter_table, html, model_card
 from kitout.evaluate.report.adapter_table import AdapterRow
+from kitout.evaluate.sets.forgetting import SetChange, forgetting_to_dict
 from kitout.evaluate.significance.by_method import MetricByMethod
 from kitout.evaluate.significance.power import SmallestDifference, smallest_of_measures
 from kitout.runtime.adapter import Adapter
@@ -47,6 +48,7 @@ def write_outputs(
     best_step: int | None,
     outcomes: Mapping[str, JobOutcome],
     proofs: Mapping[str, MergeProof],
+    forgetting: Mapping[str, Sequence[SetChange]],
     log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Writes everything and returns what results.json holds."""
@@ -70,13 +72,17 @@ def write_outputs(
     results["true"] = {name: list(one.references) for name, one in outcomes.items() if one.references}
     if proofs:
         results["merge"] = {name: asdict(proof) for name, proof in proofs.items()}
+    if forgetting:
+        results["forgetting"] = {name: forgetting_to_dict(changes) for name, changes in forgetting.items()}
     steps = next_steps(run, config, run_folder, run.jobs[0].name)
     results["next"] = {"commands": steps.commands, "python": steps.python_lines}
     folders = adapter_folders(run, run_folder)
     try:
         if outcomes:
             write_scores(run, outcomes, run_folder.scores)
-        _write_all(run, config, run_folder, results, comparisons, folders, outcomes, rows, smallest, by_method)
+        _write_all(
+            run, config, run_folder, results, comparisons, folders, outcomes, rows, smallest, forgetting, by_method
+        )
     except (OSError, SafetensorError) as error:
         raise not_written_error(run_folder, error) from error
     if text := results_text(results):
@@ -94,15 +100,19 @@ def write_outputs(
 def _write_all(
     run: PreparedRun, config: RunConfig, run_folder: RunFolder, results: Mapping[str, Any],
     comparisons: Mapping[str, Comparison], folders: Mapping[str, Path], outcomes: Mapping[str, JobOutcome],
-    rows: Sequence[AdapterRow], smallest: SmallestDifference | None, by_method: Sequence[MetricByMethod],
+    rows: Sequence[AdapterRow], smallest: SmallestDifference | None, forgetting: Mapping[str, Sequence[SetChange]],
+    by_method: Sequence[MetricByMethod],
 ) -> None:  # fmt: skip
     for job, folder in folders.items():
         own = {name: comparison for name, comparison in comparisons.items() if name == job}
         summary = run_summary(run, config, results, own, job, run_folder)
         summary = replace(
-            summary, per_class={job: outcomes[job].per_class} if job in outcomes else {}, by_method=by_method,
+            summary,
+            per_class={job: outcomes[job].per_class} if job in outcomes else {},
+            by_method=by_method,
             method_name=job_of(run.seeds, job),
-        )  # fmt: skip
+            forgetting={name: changes for name, changes in forgetting.items() if name == job},
+        )
         model_card.write_model_card(card_summary(summary, config), folder)
     first_images, misclassified = predicted_images(run, outcomes)
     write_pngs(run, run_folder, outcomes, rows, misclassified, config.model.name)
@@ -113,6 +123,7 @@ def _write_all(
         same_test=share_data(run),
         smallest=smallest,
         by_method=by_method,
+        forgetting=forgetting,
         charts=report_charts(run, run_folder),
         per_class={name: one.per_class for name, one in outcomes.items() if one.per_class},
         confusions={name: one.confusion for name, one in outcomes.items() if one.confusion},

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kitout.evaluate.compare import BASE, format_value
-from kitout.evaluate.metrics.registry import TITLES
+from kitout.evaluate.metrics.registry import metric_title
 from kitout.evaluate.significance.power import SmallestDifference, smallest_text
 from kitout.format import format_bytes, format_duration, single_line
 from kitout.train.config.seeds import repeated_adapters
@@ -49,6 +49,9 @@ def results_text(results: Mapping[str, Any]) -> str:
         examples = results["examples"].get(name, ())
         if examples:
             parts.append(_answers_table(examples, baseline))
+    for name, forgotten in results.get("forgetting", {}).items():
+        of = f" ({name})" if len(results["forgetting"]) > 1 else ""
+        parts.append(Text(f"forgetting{of}: {forgotten['summary']}"))
     for name, proof in results.get("merge", {}).items():
         proof_text = str(MergeProof(**proof))
         parts.append(Text(f"{name}: {proof_text}" if len(results["comparisons"]) > 1 else proof_text))
@@ -79,7 +82,9 @@ def _metrics_table(results: Mapping[str, Any], name: str, changes: Sequence[Mapp
     for number, change in enumerate(changes[:MAX_METRICS]):
         size = f" on {change['base']['n']:,} held-out examples" if number == 0 else ""
         table.add_row(
-            TITLES.get(change["name"], change["name"]) + size, _value_text(change["base"]), _value_text(change["tuned"])
+            metric_title(change["name"], change["tuned"].get("note", "")) + size,
+            _value_text(change["base"]),
+            _value_text(change["tuned"]),
         )
         if number == 0:
             table.add_row("  95 % confidence interval", _interval_text(change["base"]), _interval_text(change["tuned"]))
@@ -103,9 +108,7 @@ def _metrics_table(results: Mapping[str, Any], name: str, changes: Sequence[Mapp
 def _smallest(changes: Sequence[Mapping[str, Any]]) -> str:
     """The line below the metrics; empty for a run of an earlier version, which has no such values."""
     known = [one for one in changes if one.get("smallest") and one["smallest"]["value"] is not None]
-    return smallest_text(
-        [(TITLES.get(one["name"], one["name"]), SmallestDifference(**one["smallest"])) for one in known]
-    )
+    return smallest_text([(metric_title(one["name"]), SmallestDifference(**one["smallest"])) for one in known])
 
 
 def _classes_table(scores: Sequence[Mapping[str, Any]]) -> Table:

@@ -38,6 +38,7 @@ from kitout.train.config.schema import RunConfig
 from kitout.train.config.seeds import repeated_adapters
 from kitout.train.loop import distributed, fsdp, stop_on_signal
 from kitout.train.measure.evaluate import evaluate_jobs, metric_names, validation_fn
+from kitout.train.measure.forgetting import check_forgetting, measure_forgetting
 from kitout.train.measure.merge_proof import check_mergeable, prove_merge
 from kitout.train.preflight import render
 from kitout.train.preflight.collect import collect_pages, collect_statistics
@@ -85,6 +86,7 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         own_log = log if distributed.rank() == 0 else _no_log
         prepared = prepare(config, _resolve_placement(config, folder), own_log, samples=dry_run)
         _check_best(prepared, config)
+        check_forgetting(prepared, config.evaluate)
         if config.evaluate.prove_merge:
             check_mergeable(prepared)
         statistics = collect_statistics(prepared)
@@ -110,11 +112,14 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         proofs = {}
         if config.evaluate.prove_merge:
             proofs = {job.name: prove_merge(prepared, k, config.evaluate) for k, job in enumerate(prepared.jobs)}
+        forgetting = measure_forgetting(prepared, config.evaluate, config.train.seed, main_log)
         results: dict[str, Any] = {}
         with fsdp.unsharded(prepared.kit):
             if distributed.rank() == 0:
                 log("writing the report ...")
-                results = write_outputs(prepared, config, folder, trainer, estimate, best_step, outcomes, proofs, log)
+                results = write_outputs(
+                    prepared, config, folder, trainer, estimate, best_step, outcomes, proofs, forgetting, log
+                )
             distributed.barrier()
         prepared.kit.detach()
         comparisons = {name: one.comparison for name, one in outcomes.items()}

@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import kitout
-from kitout import IA3, Kit, LoRA, PrefixTuning, PromptTuning
+from kitout import IA3, Average, Composition, Kit, LoRA, Mix, PrefixTuning, PromptTuning
 from kitout.errors import ConfigError
-from kitout.evaluate.ask.generate import generate, stop_token_ids
+from kitout.evaluate.ask.generate import generate, generate_under, stop_token_ids
 from kitout.evaluate.ask.label_likelihood import label_likelihoods
 from zoo import EXTRA, ZOO, tokenizer_of
 
@@ -229,3 +229,41 @@ def test_an_answer_ends_where_the_models_positions_do_alone_and_in_any_batch(nam
     label_likelihoods(kit, [[7] * (limit - 1)], [[8, 9], [10]], 2)
     with pytest.raises(ConfigError, match=r"and 1 tokens of an answer behind it.*shorten it by 1"):
         label_likelihoods(kit, [[7] * limit], [[8, 9], [10]], 2)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "opt"])
+def test_routes_answer_together_as_one_after_the_other(name: str) -> None:
+    kit, tokenizer = with_active_adapter(name)
+    methods = {"scales": IA3(), "prompt": PromptTuning(length=3), "prefix": PrefixTuning(length=2)}
+    for number, (adapter, method) in enumerate(methods.items()):
+        kit.add(adapter, method, seed=number)
+        with torch.no_grad():
+            for value in kit[adapter].parameters():
+                value.add_(torch.randn_like(value), alpha=0.5)
+    routes: list[Any] = ["a", None, Mix({"a": 0.5, "scales": 1.0}), *methods]
+    expected = []
+    for route in routes:
+        with kit.use(route):
+            expected.append(generate(kit, tokenizer, PROMPTS, 8))
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    handle = kit.base.register_forward_pre_hook(count)
+    found = generate_under(kit, tokenizer, PROMPTS, 8, routes, batch_size=30)
+    handle.remove()
+    assert found == expected
+    assert calls <= 8, "all routes are rows of one batch"
+    assert kit.active == "a"
+
+
+def test_routes_that_take_no_rows_run_one_after_the_other() -> None:
+    kit, tokenizer = with_active_adapter("llama")
+    kit.add("b", IA3())
+    kit.add("both", Composition(route=Average({"a": 0.5, "b": 0.5})))
+    found = generate_under(kit, tokenizer, PROMPTS, 4, ["both", "a"])
+    for route, texts in zip(("both", "a"), found, strict=True):
+        with kit.use(route):
+            assert texts == generate(kit, tokenizer, PROMPTS, 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from kitout.evaluate.metrics.interval import wilson_interval
+from kitout.evaluate.intervals.resampled import wilson_interval
 from kitout.evaluate.metrics.per_class import ClassScore, class_scores
 
 NAMES = ("a", "b", "c")

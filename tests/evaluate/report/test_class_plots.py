@@ -11,6 +11,7 @@ from kitout.evaluate.metrics.confusion import Confusion
 from kitout.evaluate.metrics.measure import Score
 from kitout.evaluate.report import adapter_table, class_plots
 from kitout.evaluate.report.adapter_table import AdapterRow
+from kitout.evaluate.significance.power import smallest_share_difference
 
 
 def row(name: str, value: float, trainable: int, half: float = 0.02, metric: str = "accuracy") -> AdapterRow:
@@ -45,6 +46,11 @@ def test_one_seed_gives_no_order() -> None:
     assert said.startswith("accuracy 50.0 to 99.0 on 100 test examples, one seed each")
     assert "best" not in adapter_table.text(rows, 0.1)
     assert "other seeds" in said
+    smallest = smallest_share_difference(0.3, 100)
+    assert "smallest difference" not in said
+    assert "smallest difference that 100 test examples can show (80 % power): accuracy 15.3 points" in (
+        adapter_table.text(rows, 0.1, smallest=smallest)
+    )
     assert adapter_table.caption(rows[:1]) == "a: accuracy 50.0 (48.0 to 52.0)"
 
 

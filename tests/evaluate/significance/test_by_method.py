@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kitout.evaluate.example_scores import ExampleScores
-from kitout.evaluate.metrics.ratio import Ratio
+from kitout.evaluate.intervals.ratio import Ratio
 from kitout.evaluate.significance.by_method import SeedScore, compare_by_method, rank_scores
 from kitout.evaluate.significance.many import rank_methods
 

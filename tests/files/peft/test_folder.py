@@ -7,7 +7,6 @@ for peft, one for kitout.
 from __future__ import annotations
 
 import json
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ import zoo
 from kitout import IA3, BitFit, LoRA
 from kitout.errors import FileError
 from kitout.files.peft.config import target_modules_for
+from work import at_most
 from zoo import EXTRA, ZOO, out
 
 peft = pytest.importorskip("peft")
@@ -475,9 +475,9 @@ def test_fields_that_make_no_sense(fields: dict[str, Any], said: str, folder: Pa
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern", "exclude_modules"])
 def test_a_hostile_pattern_that_matches_nothing_takes_no_time(pattern: str, key: str, folder: Path) -> None:
     edit(folder, **{key: pattern if key == "exclude_modules" else {pattern: 3}})
-    start = time.perf_counter()
-    kitout.load_peft(kitout.attach(ZOO["llama"].build()), folder, "a")
-    assert time.perf_counter() - start < 10
+    kit = kitout.attach(ZOO["llama"].build())
+    with at_most(300_000):
+        kitout.load_peft(kit, folder, "a")
 
 
 def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kitout import IA3, Composition, LoRA, Mix, PrefixTuning, Stack
+import kitout
+from kitout import IA3, Composition, LoRA, Mix, Only, PrefixTuning, Stack
 from kitout.errors import AdapterExists, ConfigError, FileError, KitoutError, RouteError
 from laws.activate import assert_same, fresh_kit, kit_with, put_on, run
 from zoo import ZOO
@@ -116,3 +117,11 @@ def test_another_part_of_that_name_is_refused_and_nothing_changes(tmp_path: Path
         file.unlink()
     with pytest.raises(KitoutError, match="its part 'b' is missing"):
         other.load(tmp_path / "both")
+
+
+def test_a_route_that_cannot_be_used_is_refused_when_it_is_named() -> None:
+    kit = kitout.attach(ZOO["llama"].build())
+    kit.add("a", LoRA())
+    with pytest.raises(RouteError, match="no layer 7"):
+        kit.add("late", Composition(route=Only("a", layers="7")))
+    assert kit.names == ["a"]

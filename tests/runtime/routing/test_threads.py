@@ -179,9 +179,7 @@ def test_a_sticky_choice_reaches_threads_that_have_none(kit: Kit) -> None:
 
 def test_a_dropped_choice_holds_for_every_thread_at_once(kit: Kit) -> None:
     kit.use("c")
-    start = time.monotonic()
     together(lambda: assert_active(kit, "c"))
-    assert time.monotonic() - start < 30
     assert not kit.state.active.pending, "nobody can enter it any more"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 from kitout.errors import ConfigError
 from kitout.train.config import overrides, yaml_file
 from kitout.train.config.load import load
+from work import at_most
 
 MINIMAL: dict[str, Any] = {"model": "m", "data": "d.jsonl"}
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 30))
@@ -38,15 +38,13 @@ def doubled(levels: int) -> list[Any]:
 
 @pytest.mark.parametrize("name", PLACES)
 def test_shared_values_are_refused_wherever_they_stand(name: str) -> None:
-    started = time.monotonic()
-    with pytest.raises(ConfigError, match=r"every alias.*more than 100,000 values") as error:
+    with at_most(2_000_000), pytest.raises(ConfigError, match=r"every alias.*more than 100,000 values") as error:
         load(place(MINIMAL, name, doubled(20)))
     assert len(str(error.value)) < 1000
     loop: list[Any] = []
     loop.append(loop)
     with pytest.raises(ConfigError, match="refers to itself"):
         load(place(MINIMAL, name, loop))
-    assert time.monotonic() - started < 2
 
 
 @pytest.mark.parametrize(
@@ -66,10 +64,8 @@ def test_shared_values_are_refused_wherever_they_stand(name: str) -> None:
 def test_a_file_that_stands_for_more_than_it_holds(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text)
-    started = time.monotonic()
-    with pytest.raises(ConfigError, match=message) as error:
+    with at_most(5_000_000), pytest.raises(ConfigError, match=message) as error:
         overrides.build_config(file, [])
-    assert time.monotonic() - started < 5
     assert len(str(error.value)) < 1500
     if "*" in text:
         with pytest.raises(ConfigError, match=message):

@@ -1,11 +1,12 @@
 """A function over many prompts: batches of similar lengths, the longest first, smaller ones where memory runs out.
 
-It knows no tokenizer, no model and no task: what is computed, and in which mode, is up to the caller.
+A batch ends at a number of prompts, or of tokens with their padding. It knows no tokenizer, no model and no task: what
+is computed, and in which mode, is up to the caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import TypeVar
 
 import torch
@@ -13,17 +14,24 @@ import torch
 from kitout.base.memory import is_out_of_memory
 from kitout.errors import ConfigError, Errors
 
+MIN_RATIO, ENOUGH_TOKENS = 0.75, 256
 ProgressFn = Callable[[int, int], None]  # done, total
+P = TypeVar("P", bound=Sized)
 T = TypeVar("T")
 
 
 def map_batches(
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[P],
     batch_size: int,
-    ask: Callable[[list[Sequence[int]]], Sequence[T]],
+    ask: Callable[[list[P]], Sequence[T]],
     on_progress: ProgressFn | None,
+    max_tokens: int | None = None,
 ) -> list[T]:
-    """`ask` over batches of prompts, one result per prompt, in the order of the prompts."""
+    """`ask` over batches of prompts, one result per prompt, in the order of the prompts.
+
+    A prompt is whatever has a length in tokens. max_tokens: of a batch, its padding included; one prompt may have more.
+    Such a batch also ends where prompts get much shorter (`num_alike`).
+    """
     errors = Errors(ConfigError, "prompts")
     if batch_size < 1:
         errors.add(f"batch_size is {batch_size}, expected at least 1")
@@ -37,6 +45,8 @@ def map_batches(
         if on_progress:
             on_progress(len(results), len(order))
         batch = order[len(results) : len(results) + batch_size]
+        if max_tokens is not None:
+            batch = batch[: num_alike([len(prompts[i]) for i in batch], max_tokens)]
         batch_results = _try_batch(ask, [prompts[i] for i in batch])
         if batch_results is None:
             batch_size = max(1, len(batch) // 2)
@@ -47,7 +57,20 @@ def map_batches(
     return [results[i] for i in range(len(prompts))]
 
 
-def _try_batch(ask: Callable[[list[Sequence[int]]], Sequence[T]], rows: list[Sequence[int]]) -> Sequence[T] | None:
+def num_alike(lengths: Sequence[int], max_tokens: int) -> int:
+    """How many of these, the longest first, go together: within max_tokens with padding, but always one.
+
+    Once there are ENOUGH_TOKENS, the next one is shorter than MIN_RATIO of the first only in a batch of its own.
+    """
+    longest = lengths[0]
+    for number, length in enumerate(lengths):
+        is_uneven = number * longest >= ENOUGH_TOKENS and length < MIN_RATIO * longest
+        if number and ((number + 1) * longest > max_tokens or is_uneven):
+            return number
+    return len(lengths)
+
+
+def _try_batch(ask: Callable[[list[P]], Sequence[T]], rows: list[P]) -> Sequence[T] | None:
     """None if memory ran out on more than one row; the memory of the failed batch is freed before the next try."""
     try:
         return ask(rows)

@@ -8,15 +8,16 @@ where the model's positions do. It knows no chat template and no metric.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from kitout.base.eval_mode import eval_mode
 from kitout.data.padding import pad
-from kitout.errors import ConfigError
+from kitout.errors import ConfigError, RouteError
 from kitout.evaluate.ask.batches import ProgressFn, map_batches
 from kitout.evaluate.ask.text_limit import check_prompts, max_tokens
 from kitout.kit import Kit
+from kitout.route import RouteEntry
 
 # Settings that start an answer or forbid tokens stay the model's own; sampling, search, penalties and lengths do not.
 KEPT_GENERATION_SETTINGS = (
@@ -44,6 +45,50 @@ def generate(
     them. ConfigError for a prompt that is longer than the model reads; an answer that
     does not fit behind its prompt is cut there.
     """
+    (texts,) = _generate(kit, tokenizer, prompts, max_new_tokens, None, batch_size, on_progress, stop_ids, options)
+    return texts
+
+
+def generate_under(
+    kit: Kit,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    routes: Sequence[RouteEntry],
+    batch_size: int = 16,
+    on_progress: ProgressFn | None = None,
+    *,
+    stop_ids: Sequence[int] = (),
+) -> list[list[str]]:
+    """By route the answers that `generate` gives under it, all routes as rows of the same batches.
+
+    Decoding is bound by reading the base's weights, so eight adapters together take little longer than one. batch_size:
+    rows of a batch. Everything else as `generate`. Where a model or an adapter takes no rows, one route runs after the
+    other.
+    """
+    if len(routes) > 1 and _takes_rows(kit, routes):
+        return _generate(kit, tokenizer, prompts, max_new_tokens, routes, batch_size, on_progress, stop_ids, None)
+    found = []
+    for route in routes:
+        with kit.use(route):
+            found.append(generate(kit, tokenizer, prompts, max_new_tokens, batch_size, on_progress, stop_ids=stop_ids))
+    return found
+
+
+def _takes_rows(kit: Kit, routes: Sequence[RouteEntry]) -> bool:
+    try:
+        with kit.use(tuple(routes)):
+            return True
+    except RouteError:
+        return False
+
+
+def _generate(
+    kit: Kit, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+    routes: Sequence[RouteEntry] | None, batch_size: int, on_progress: ProgressFn | None, stop_ids: Sequence[int],
+    options: Mapping[str, Any] | None,
+) -> list[list[str]]:  # fmt: skip
+    """By route the answers to all prompts. routes: None: what is active, alone."""
     if not kit.can_generate():
         raise ConfigError(f"{type(kit.base).__name__} cannot generate: load the model with its language-modeling head")
     if max_new_tokens < 1:
@@ -51,25 +96,45 @@ def generate(
     all_stop_ids = stop_token_ids(kit, tokenizer, stop_ids)
     pad_token_id = next(i for i in (tokenizer.pad_token_id, *sorted(all_stop_ids), 0) if i is not None)
     has_encoder = bool(kit.config.is_encoder_decoder)
-    room_by_length = _answer_rooms(kit, prompts, max_new_tokens)
+    num_routes = 1 if routes is None else len(routes)
+    room_by_length = _common_rooms(kit, prompts, max_new_tokens, routes)
 
-    def ask(rows: list[Sequence[int]]) -> list[str]:
+    def ask(rows: list[Sequence[int]]) -> list[list[str]]:
         """Rows with less room for an answer than the others are generated apart: each is answered as if alone."""
-        texts: dict[int, str] = {}
+        texts: dict[int, list[str]] = {}
         for room in sorted({room_by_length[len(row)] for row in rows}):
             alike = [i for i, row in enumerate(rows) if room_by_length[len(row)] == room]
             texts |= zip(alike, ask_alike([rows[i] for i in alike], room), strict=True)
         return [texts[i] for i in range(len(rows))]
 
-    def ask_alike(rows: list[Sequence[int]], room: int) -> list[str]:
-        ids, mask = pad(rows, pad_token_id, "right" if has_encoder else "left", kit.device)
-        out = kit.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, **(options or {}))
+    def ask_alike(rows: list[Sequence[int]], room: int) -> list[list[str]]:
+        """By prompt its answer under each route."""
+        ids, mask = pad([*rows] * num_routes, pad_token_id, "right" if has_encoder else "left", kit.device)
+        by_row = None if routes is None else tuple(route for route in routes for _ in rows)
+        with nullcontext() if by_row is None else kit.use(by_row):
+            out = kit.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, **(options or {}))
         generated = out[:, 1 if has_encoder else ids.shape[1] :].tolist()
         answers = [_cut_at_stop(row, all_stop_ids) for row in generated]
-        return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        return [texts[i :: len(rows)] for i in range(len(rows))]
 
     with eval_mode(kit.base, kit), _greedy_config(kit.base, max_new_tokens, sorted(all_stop_ids), pad_token_id):
-        return map_batches(prompts, batch_size, ask, on_progress)
+        found = map_batches(prompts, max(1, batch_size // num_routes), ask, on_progress)
+    return [[answers[k] for answers in found] for k in range(num_routes)]
+
+
+def _common_rooms(
+    kit: Kit, prompts: Sequence[Sequence[int]], max_new_tokens: int, routes: Sequence[RouteEntry] | None
+) -> dict[int, int]:
+    """`_answer_rooms` under every route: virtual tokens of any of them take room from all."""
+    if routes is None:
+        return _answer_rooms(kit, prompts, max_new_tokens)
+    rooms: dict[int, int] = {}
+    for route in dict.fromkeys(routes):
+        with kit.use(route):
+            for length, room in _answer_rooms(kit, prompts, max_new_tokens).items():
+                rooms[length] = min(room, rooms.get(length, room))
+    return rooms
 
 
 def _answer_rooms(kit: Kit, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> dict[int, int]:

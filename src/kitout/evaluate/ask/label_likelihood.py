@@ -17,9 +17,8 @@ from kitout.base.eval_mode import eval_mode
 from kitout.data.padding import pad
 from kitout.errors import ConfigError, Errors
 from kitout.evaluate.ask.batches import ProgressFn, map_batches
-from kitout.evaluate.ask.text_limit import check_prompts
+from kitout.evaluate.ask.text_limit import check_prompts, has_virtual_tokens
 from kitout.kit import Kit
-from kitout.route import adapter_names
 
 
 def label_likelihoods(
@@ -63,7 +62,7 @@ def _check_labels(answers: Sequence[Sequence[int]]) -> None:
 def _decoder_scorer(kit: Kit, answers: list[list[int]], pad_token_id: int) -> Any:
     parameters = inspect.signature(kit.base.forward).parameters
     # virtual tokens shift the positions of the text, unless the caller passes position ids
-    with_position_ids = "position_ids" in parameters and not _has_virtual_tokens(kit)
+    with_position_ids = "position_ids" in parameters and not has_virtual_tokens(kit)
 
     def ask(prompts: list[Sequence[int]]) -> list[Tensor]:
         ids, mask = pad(prompts, pad_token_id, "left", kit.device)
@@ -85,12 +84,6 @@ def _decoder_scorer(kit: Kit, answers: list[list[int]], pad_token_id: int) -> An
         return list(torch.stack(columns, dim=1).cpu())
 
     return ask
-
-
-def _has_virtual_tokens(kit: Kit) -> bool:
-    """Whether a prompt or prefix is active."""
-    names = kit.state.names_with_parts(adapter_names(kit.active))
-    return any(site.port in ("tokens", "kv") for name in names for site in kit[name].sites)
 
 
 def _can_crop(cache: Any) -> bool:

@@ -8,7 +8,8 @@ and nothing of tokenizers, files or configs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from contextlib import nullcontext
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -28,6 +29,8 @@ from kitout.kit import Kit
 from kitout.route import Route, adapter_names
 
 Part = Literal["text", "target"]
+DEFAULT_WINDOW = 2048  # tokens, where neither config nor tokenizer names a length; lm-eval's
+UNLIMITED = 10**29  # transformers writes 1e30 for a tokenizer without a length
 # By model, part and virtual tokens: the longest text that ran, and the shortest that did not.
 _TRIED: WeakKeyDictionary[nn.Module, dict[tuple[Part, int], tuple[int, int | None]]] = WeakKeyDictionary()
 
@@ -79,6 +82,28 @@ def position_table(kit: Kit, part: Part = "text") -> int | None:
     """Positions of the table that the text's tower looks up; None where it has none."""
     tower = token_towers(kit.survey)[part == "target"]
     return None if tower is None else num_positions(kit.survey.model, tower)
+
+
+def has_virtual_tokens(kit: Kit) -> bool:
+    """Whether a prompt or prefix is active."""
+    names = kit.state.names_with_parts(adapter_names(kit.active))
+    return any(site.port in ("tokens", "kv") for name in names for site in kit[name].sites)
+
+
+def window_tokens(kit: Kit, tokenizer: Any, routes: Sequence[Route] | None, wanted: int) -> int:
+    """Tokens, up to `wanted`, that the model reads at once under every one of these routes. None: as it is now.
+
+    What the model was trained on, by its config, else by its tokenizer, else 2048 (lm-eval's order), less what virtual
+    tokens take where its positions end. One number for all, so that base and adapters are asked the same.
+    """
+    own = trained_length(kit.base)
+    if own is None:
+        own = tokenizer.model_max_length if tokenizer.model_max_length < UNLIMITED else DEFAULT_WINDOW
+    limit = min(wanted, own)
+    for route in (None,) if routes is None else routes:
+        with nullcontext() if routes is None else kit.use(route):
+            limit = min(limit, max_tokens(kit, limit) or limit)
+    return limit
 
 
 def num_virtual_tokens(kit: Kit, part: Part = "text") -> int:

@@ -1,8 +1,8 @@
 """Metrics of labels: one class per example, or any number of labels.
 
-Of classes: accuracy, macro-F1 and balanced accuracy. Of several labels: micro-F1, macro-F1 and exact match. F1 is
-2 hits / (predicted + actual); macro-F1 is its mean over the labels that occur in the references or the predictions, as
-scikit-learn has it. It knows no text and no model.
+Of classes: accuracy, macro-F1, balanced accuracy and Matthews' correlation (of any number of classes, Gorodkin 2004).
+Of several labels: micro-F1, macro-F1 and exact match. F1 is 2 hits / (predicted + actual); macro-F1 is its mean over
+the labels that occur in the references or the predictions, as scikit-learn has it. It knows no text and no model.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitout.errors import ConfigError, Errors
-from kitout.evaluate.metrics.interval import Weights
-from kitout.evaluate.metrics.measure import Measure, from_sums, nan_mean, proportion, safe_divide
-from kitout.evaluate.metrics.ratio import Ratio
+from kitout.evaluate.intervals.ratio import Ratio
+from kitout.evaluate.intervals.resampled import Weights
+from kitout.evaluate.metrics.measure import Measure, from_sums, nan_mean, proportion, safe_divide, safe_sqrt
 
 MAX_SHOWN_ERRORS = 3  # reported one by one
 
@@ -46,8 +46,22 @@ def class_metrics(predictions: NDArray[np.intp], references: NDArray[np.intp], n
     def balanced(weights: Weights) -> float:
         return nan_mean(_divide(total(references, weights * correct), total(references, weights)))
 
+    shifted = predictions + 1  # no class is one of its own, which no reference has
+
+    def matthews(weights: Weights) -> float:
+        predicted = np.bincount(shifted, weights=weights, minlength=num_classes + 1)
+        actual, number = total(references, weights), weights.sum()
+        covariance = number * (weights @ correct) - actual @ predicted[1:]
+        spread = (number**2 - predicted @ predicted) * (number**2 - actual @ actual)
+        return safe_divide(float(covariance), safe_sqrt(float(spread)))
+
     n = len(references)
-    return {"accuracy": proportion(correct), "macro_f1": Measure(macro, n), "balanced_accuracy": Measure(balanced, n)}
+    return {
+        "accuracy": proportion(correct),
+        "macro_f1": Measure(macro, n),
+        "balanced_accuracy": Measure(balanced, n),
+        "mcc": Measure(matthews, n, is_fraction=False),
+    }
 
 
 def multilabel_metrics(

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitout.errors import ConfigError, Errors
+from kitout.evaluate.intervals.ratio import Ratio
 from kitout.evaluate.metrics.measure import Measure, from_sums, nan_mean, safe_divide
-from kitout.evaluate.metrics.ratio import Ratio
 
 MAX_SHOWN_ERRORS = 3  # reported one by one
 

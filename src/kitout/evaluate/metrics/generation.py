@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -21,9 +23,11 @@ from kitout.data.normalize import normalize_text
 from kitout.errors import ConfigError
 from kitout.evaluate.metrics.classification import class_metrics
 from kitout.evaluate.metrics.measure import Measure, from_sums, mean, proportion
+from kitout.evaluate.metrics.scripts import bleu_tokenizer, lacks_spaces, split_units
 from kitout.install_hint import suggest_install
 
 MAX_LABELS = 50  # distinct references that still count as labels
+CLOSED_METRICS = ("accuracy", "macro_f1")  # of labels that a language model writes, unless others are requested
 MIN_REPEATS = 3  # occurrences of each of them, on average
 EXTRA_METRICS = {"rouge_l": "rouge_score", "chrf": "sacrebleu", "bleu": "sacrebleu"}  # metric -> the package it needs
 
@@ -35,9 +39,13 @@ def normalize_answer(text: str) -> str:
     return normalize_text(text, fold_unicode=False, words_only=True)
 
 
-def token_f1(prediction: str, reference: str) -> float:
-    """2 common words / (words of both), after `normalize_answer`; a word counts as often as it occurs."""
-    predicted, actual = Counter(normalize_answer(prediction).split()), Counter(normalize_answer(reference).split())
+def token_f1(prediction: str, reference: str, by_character: bool | None = None) -> float:
+    """2 common words / (words of both), after `normalize_answer`; a word counts as often as it occurs.
+
+    by_character: characters in place of words, as `split_units` has them; None: where the reference lacks spaces.
+    """
+    split = split_units if (lacks_spaces([reference])[0] if by_character is None else by_character) else str.split
+    predicted, actual = Counter(split(normalize_answer(prediction))), Counter(split(normalize_answer(reference)))
     total = predicted.total() + actual.total()
     return 2 * (predicted & actual).total() / total if total else 1.0
 
@@ -79,9 +87,11 @@ def generation_metrics(
             np.array([ids[r] for r in actual], dtype=np.intp),
             len(ids),
         )
-        measures.pop("balanced_accuracy")
+        measures = {name: m for name, m in measures.items() if name in CLOSED_METRICS or name in (only or ())}
     exact_match = proportion(np.array([p == r for p, r in zip(predicted, actual, strict=True)]))
-    f1 = mean(np.array([token_f1(p, r) for p, r in zip(predictions, references, strict=True)]))
+    by_character = lacks_spaces(references)
+    f1 = mean(np.array([token_f1(*row) for row in zip(predictions, references, by_character, strict=True)]))
+    f1 = replace(f1, note=_unit_note(by_character))
     # the headline of free answers is token F1: hardly any of them match exactly
     measures |= {"exact_match": exact_match, "token_f1": f1} if labels else {"token_f1": f1, "exact_match": exact_match}
     requested = [name for name in EXTRA_METRICS if (name in only if only is not None else not labels)]
@@ -114,10 +124,28 @@ class _WordTokenizer:
         return re.findall(r"[^\W_]+", text.lower())
 
 
+class _CharacterTokenizer:
+    """The units of texts without spaces."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return split_units(text.lower())
+
+
+def _unit_note(by_character: Sequence[bool]) -> str:
+    """What the report says of the units of F1 and ROUGE."""
+    number, total = sum(by_character), len(by_character)
+    if not number:
+        return ""
+    return "by character" if number == total else f"{number:,} of {total:,} by character"
+
+
 def _rouge(predictions: Sequence[str], references: Sequence[str]) -> Measure:
-    scorer = import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_WordTokenizer())
-    scores = [scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predictions, references, strict=True)]
-    return mean(np.array(scores, dtype=np.float64))
+    make = partial(import_module("rouge_score.rouge_scorer").RougeScorer, ["rougeL"])
+    scorers = [make(tokenizer=_WordTokenizer()), make(tokenizer=_CharacterTokenizer())]
+    by_character = lacks_spaces(references)
+    rows = zip(predictions, references, by_character, strict=True)
+    scores = [scorers[chars].score(r, p)["rougeL"].fmeasure for p, r, chars in rows]
+    return replace(mean(np.array(scores, dtype=np.float64)), note=_unit_note(by_character))
 
 
 def _chrf(predictions: Sequence[str], references: Sequence[str]) -> Measure:
@@ -125,8 +153,12 @@ def _chrf(predictions: Sequence[str], references: Sequence[str]) -> Measure:
 
 
 def _bleu(predictions: Sequence[str], references: Sequence[str]) -> Measure:
-    metric = import_module("sacrebleu.metrics").BLEU(force=True)  # force: no advice on tokenized text
-    return _sacrebleu(metric, predictions, references)
+    tokenizer = bleu_tokenizer(references)
+    metric = import_module("sacrebleu.metrics").BLEU(
+        force=True, tokenize=tokenizer
+    )  # force: no advice on tokenized text
+    measure = _sacrebleu(metric, predictions, references)
+    return measure if tokenizer == "13a" else replace(measure, note=f"tokenizer {tokenizer}")
 
 
 def _sacrebleu(metric: Any, predictions: Sequence[str], references: Sequence[str]) -> Measure:

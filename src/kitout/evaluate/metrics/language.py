@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from kitout.data.encode.item import IGNORE_INDEX
 from kitout.errors import ConfigError
+from kitout.evaluate.intervals.ratio import Ratio
 from kitout.evaluate.metrics.measure import Measure, from_sums, safe_divide
-from kitout.evaluate.metrics.ratio import Ratio
 
 
 @dataclass(frozen=True)

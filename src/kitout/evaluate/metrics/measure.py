@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kitout.evaluate.metrics.bounded import bounded_difference_interval, bounded_interval
-from kitout.evaluate.metrics.interval import (
+from kitout.evaluate.intervals.bounded import bounded_difference_interval, bounded_interval
+from kitout.evaluate.intervals.ratio import Groups, Ratio, standard_error
+from kitout.evaluate.intervals.resampled import (
     WeightedMetric,
     bootstrap_interval,
     newcombe_interval,
     wilson_interval,
 )
-from kitout.evaluate.metrics.ratio import Groups, Ratio, standard_error
-from kitout.evaluate.metrics.studentized import ratio_difference_interval, ratio_interval
+from kitout.evaluate.intervals.studentized import ratio_difference_interval, ratio_interval
 from kitout.format import format_number
 
 
@@ -42,6 +42,8 @@ class Score:
     """False for a loss or an error."""
     share: bool = True
     """A fraction between 0 and 1, printed in percent. (The name is a key of results.json.)"""
+    note: str = ""
+    """What was measured by what, where that depends on the data: "by character". Reports show it behind the name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +64,8 @@ class Measure:
     """The metric as a ratio of two sums over the examples, if it is one."""
     groups: Groups | None = None
     """The group of each example, from 0, where examples of a group are not independent (questions about one text)."""
+    note: str = ""
+    """As in `Score`."""
 
     @property
     def value(self) -> float:
@@ -75,14 +79,14 @@ class Measure:
         """The value with its interval."""
         value = self.value
         low, high = self._interval(value, seed)
-        return Score(value, low, high, self.n, self.higher_is_better, self.is_fraction)
+        return Score(value, low, high, self.n, self.higher_is_better, self.is_fraction, self.note)
 
     def _interval(self, value: float, seed: int) -> tuple[float, float]:
         if self.correct is not None and self.groups is None:
             return wilson_interval(int(self.correct.sum()), self.n)
         if self.ratio is not None:
             return (
-                bounded_interval(self.ratio, self.groups)
+                bounded_interval(self.ratio, self.groups, seed)
                 if self.is_fraction
                 else ratio_interval(self.ratio, self.groups, seed)
             )
@@ -120,6 +124,7 @@ def score_difference(base: Measure, tuned: Measure, seed: int = 0) -> tuple[floa
     return value, *interval
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of losses that are not finite it is not finite either
 def difference_error(base: Measure, tuned: Measure) -> float | None:
     """The standard error of tuned minus base, paired by example or group; None where the metric is no ratio of sums."""
     groups = _common_groups(base, tuned)

@@ -11,8 +11,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kitout.evaluate.intervals.resampled import wilson_interval
 from kitout.evaluate.metrics.entities import entity_spans
-from kitout.evaluate.metrics.interval import wilson_interval
 from kitout.evaluate.metrics.measure import safe_divide
 
 

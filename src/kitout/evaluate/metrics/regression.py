@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitout.errors import ConfigError
-from kitout.evaluate.metrics.interval import Weights
+from kitout.evaluate.intervals.ratio import Ratio
+from kitout.evaluate.intervals.resampled import Weights
 from kitout.evaluate.metrics.measure import Measure, from_sums, mean, safe_divide, safe_sqrt
-from kitout.evaluate.metrics.ratio import Ratio
 
 
 def regression_metrics(predictions: Sequence[float], references: Sequence[float]) -> dict[str, Measure]:

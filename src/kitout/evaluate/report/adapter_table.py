@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from kitout.evaluate.compare import format_value
 from kitout.evaluate.metrics.measure import Score
-from kitout.evaluate.metrics.registry import TITLES
+from kitout.evaluate.metrics.registry import metric_title
 from kitout.evaluate.significance.power import SmallestDifference, smallest_text
 from kitout.format import format_bytes
 
@@ -44,7 +44,7 @@ class AdapterRow:
     @property
     def title(self) -> str:
         """The metric's name for readers."""
-        return TITLES.get(self.metric, self.metric)
+        return metric_title(self.metric, self.score.note if self.score else "")
 
     @property
     def score_text(self) -> str:

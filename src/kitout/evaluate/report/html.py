@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kitout.evaluate.report.summary import RunSummary, format_fact
+from kitout.evaluate.sets.forgetting import forgetting_line, forgetting_rows
 from kitout.files.atomic import write_text
 from kitout.format import format_bytes
 
@@ -38,7 +39,10 @@ def template(text: str) -> Any:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"fact": format_fact, "base64": _to_base64, "bytes": format_bytes}
+    environment.filters |= {
+        "fact": format_fact, "base64": _to_base64, "bytes": format_bytes,
+        "forgetting_rows": forgetting_rows, "forgetting_line": forgetting_line,
+    }  # fmt: skip
     environment.globals["style"] = _report_text().partition("<style>")[2].partition("</style>")[0]
     return environment.from_string(text)
 

@@ -20,6 +20,7 @@ from kitout.evaluate.metrics.measure import Score
 from kitout.evaluate.metrics.per_class import ClassScore
 from kitout.evaluate.report.card_metadata import UNKNOWN_LICENSE, render_front_matter
 from kitout.evaluate.report.summary import FactTable, RunSummary, format_fact
+from kitout.evaluate.sets.forgetting import SetChange, forgetting_line, forgetting_rows
 from kitout.files.atomic import write_text
 
 MAX_LICENSE_BYTES = 2**20  # of a file that is searched for a license
@@ -54,6 +55,7 @@ def render_model_card(summary: RunSummary) -> str:
         _results_section(comparison) if comparison else "",
         _seeds_section(s),
         _classes_section(s.per_class.get(s.adapter, ())),
+        _forgetting_section(s.forgetting.get(s.adapter, ())),
         _usage_section(s),
         _facts_section("Data", {**s.data, **hashed, **labels}),
         _facts_section("Training cost", s.cost),
@@ -103,6 +105,15 @@ def _seeds_section(s: RunSummary) -> str:
     )
 
 
+def _forgetting_section(changes: Sequence[SetChange]) -> str:
+    if not changes:
+        return ""
+    head, *rows = forgetting_rows(changes)
+    lines = [head, ("---",) * len(head), *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"## Forgetting\n\nOn sets that it was not trained for: {forgetting_line(changes)}.\n\n{table}\n"
+
+
 def _classes_section(scores: Sequence[ClassScore]) -> str:
     if not scores:
         return ""
@@ -147,7 +158,8 @@ def _facts_section(title: str, facts: FactTable) -> str:
 def _limitations_section(s: RunSummary, comparison: Comparison | None) -> str:
     evaluated = (
         f"It was evaluated on {comparison.changes[0].base.n:,} test examples like those it was trained on, and on "
-        "nothing else: its effect on other tasks and on other data is not known."
+        f"{'the sets of forgetting above' if s.forgetting else 'nothing else'}: its effect on other tasks and on "
+        "other data is not known."
         if comparison
         else "It was not evaluated on a test split."
     )

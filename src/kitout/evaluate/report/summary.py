@@ -18,6 +18,7 @@ from kitout.evaluate.report.charts import Chart
 from kitout.evaluate.report.next_steps import NextSteps
 from kitout.evaluate.report.run_charts import adapters_chart
 from kitout.evaluate.report.thumbnails import PredictedImages
+from kitout.evaluate.sets.forgetting import SetChange
 from kitout.evaluate.significance.by_method import MetricByMethod
 from kitout.evaluate.significance.power import SmallestDifference
 from kitout.format import format_number
@@ -85,6 +86,8 @@ class RunSummary:
     """Of a run with several seeds: each metric with its means over seeds, and the methods against each other."""
     method_name: str = ""
     """Of one adapter of such a run: the method that it is one seed of."""
+    forgetting: Mapping[str, Sequence[SetChange]] = field(default_factory=dict)
+    """What each adapter changed on sets that it was not trained for."""
     per_class: Mapping[str, Sequence[ClassScore]] = field(default_factory=dict)
     """Of a classification, by adapter: its classes one by one."""
     predicted_images: Mapping[str, PredictedImages] = field(default_factory=dict)

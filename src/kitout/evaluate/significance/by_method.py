@@ -15,7 +15,7 @@ import numpy as np
 
 from kitout.evaluate.example_scores import ExampleScores
 from kitout.evaluate.metrics.measure import format_value
-from kitout.evaluate.metrics.registry import TITLES
+from kitout.evaluate.metrics.registry import metric_title
 from kitout.evaluate.significance.many import MethodRanking, rank_methods
 from kitout.evaluate.significance.seeds import MIN_SEEDS
 
@@ -70,7 +70,7 @@ class MetricByMethod:
     @property
     def title(self) -> str:
         """The metric's name for readers."""
-        return TITLES.get(self.metric, self.metric) + (" %" if self.share else "")
+        return metric_title(self.metric) + (" %" if self.share else "")
 
     @property
     def letters(self) -> dict[str, str]:

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kitout.errors import ConfigError
-from kitout.evaluate.metrics.distributions import t_p_value, t_quantile
+from kitout.evaluate.intervals.distributions import t_p_value, t_quantile
+from kitout.evaluate.intervals.ratio import Groups, Ratio, standard_error
 from kitout.evaluate.metrics.measure import Measure, format_value, mean, number_groups, proportion, score_difference
-from kitout.evaluate.metrics.ratio import Groups, Ratio, standard_error
 from kitout.evaluate.significance.power import SmallestDifference, smallest_difference
 
 MIN_SEEDS = 3  # of each method, for a verdict

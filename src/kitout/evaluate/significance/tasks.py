@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitout.errors import ConfigError
-from kitout.evaluate.metrics.distributions import chi2_tail, range_quantile
+from kitout.evaluate.intervals.distributions import chi2_tail, range_quantile
 from kitout.evaluate.significance.seeds import LEVEL
 
 MIN_TASKS = 5

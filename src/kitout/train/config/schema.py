@@ -202,6 +202,9 @@ class EvaluateConfig(ConfigSection):
     """Test examples shown side by side."""
     best_metric: str | None = None
     """The metric by which the best checkpoint is kept; default: the loss on the validation split."""
+    forgetting: Literal["none", "quick", "full"] = "none"
+    """After training: what the adapter made a language model forget, on built-in sets of knowledge, English and chat
+    (quick: 200 questions of each and 300 texts; full: all of them)."""
     prove_merge: bool = False
     """After training: merge the adapter, run test examples again, unmerge it, and compare the base bit by bit."""
 

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
-from kitout.evaluate.ask.generate import generate
+from kitout.evaluate.ask.generate import generate, generate_under
 from kitout.evaluate.ask.label_likelihood import label_likelihoods
 from kitout.evaluate.ask.text_limit import max_tokens
 from kitout.evaluate.metrics.language import LossSums
 from kitout.evaluate.metrics.measure import Measure
 from kitout.evaluate.metrics.registry import Task, compute_measures
 from kitout.kit import Kit
+from kitout.route import RouteEntry
 from kitout.train.loop.distributed import all_gather, my_slice
 from kitout.train.loop.fsdp import is_sharded
 from kitout.train.objectives.causal_lm import CausalLM
@@ -145,6 +146,20 @@ def _losses_and_answers(
     first = logits[[rows.index(row) for row in range(batch.num_examples)]]
     tokens = torch.tensor([ids[0] for ids in closed_answers.token_ids], device=logits.device)
     return Losses(nll.sum(), *sums), first[:, tokens].argmax(dim=1).tolist()
+
+
+def generate_answers_under(
+    kit: Kit,
+    tokenizer: Any,
+    items: Sequence[EncodedExample],
+    routes: Sequence[RouteEntry],
+    max_new_tokens: int | None,
+    on_progress: ProgressFn | None = None,
+) -> list[list[str]]:
+    """By route what `generate_answers` gives in one process, all routes as rows of the same batches."""
+    prompts, longest = [prompt_ids(item) for item in items], max_new_tokens or default_max_new_tokens(items)
+    stop_ids = _trained_ends(tokenizer, items)
+    return generate_under(kit, tokenizer, prompts, longest, routes, on_progress=on_progress, stop_ids=stop_ids)
 
 
 def generate_answers(

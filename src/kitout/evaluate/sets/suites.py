@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kitout.assess.evaluation_set import ChoiceSet, EvaluationSet, TextSet, read_set, sample
 from kitout.assets.store import fetch_asset
 from kitout.data.encode.chat_template import ChatTemplate
 from kitout.data.encode.spans_to_labels import SpanTokenizer
-from kitout.data.examples.examples import Turn
-from kitout.data.read.sources import load_examples
+from kitout.data.examples.examples import Example, Turn
+from kitout.data.read.sources import load_examples, open_source
 from kitout.errors import ConfigError, suggest
-from kitout.evaluate.ask.choices import CHAT
-from kitout.train.config.schema import SourceConfig
+from kitout.evaluate.ask.choices import CHAT, read_choices
+from kitout.evaluate.sets.choice_set import ChoiceSet
+from kitout.evaluate.sets.evaluation_set import EvaluationSet, sample
+from kitout.evaluate.sets.text_set import TextSet
 
 SUITES = ("none", "quick", "full")
 CHOICES = ("obqa", "csqa", "siqa", "piqa", "mmlu-tiny")
@@ -42,16 +43,14 @@ def suite_sets(suite: str, tokenizer: Any, seed: int, log: Callable[[str], None]
     template = ChatTemplate(SpanTokenizer(tokenizer))
     sets: list[EvaluationSet] = []
     for name in CHOICES:
-        questions = read_set(_source(name, NUM_QUESTIONS if is_quick else None), tokenizer, False, None, seed)
-        assert isinstance(questions, ChoiceSet)
-        sets.append(questions)
+        rows = [values for table in open_source(str(fetch_asset(name, log))) for _, values in table.read_rows()]
+        questions = sample(read_choices(rows, name), NUM_QUESTIONS if is_quick else None, seed)
+        sets.append(ChoiceSet(name, tuple(questions)))
         if not is_quick and template.exists:
-            sets.append(ChoiceSet(f"{name} (chat template)", questions.questions, CHAT))
-    texts = read_set(_source(TEXTS, NUM_TEXTS if is_quick else None), tokenizer, False, None, seed)
-    assert isinstance(texts, TextSet)
-    sets.append(TextSet(texts.name, texts.texts, divergence=True))
-    examples = [e for split in load_examples(str(fetch_asset(PROMPTS, log))).splits.values() for e in split]
-    prompts = dict.fromkeys(example.source_text() for example in examples)
+            sets.append(ChoiceSet(f"{name} (chat template)", tuple(questions), CHAT))
+    texts = [text for example in _examples(TEXTS, log) if (text := example.source_text())]
+    sets.append(TextSet(TEXTS, tuple(sample(texts, NUM_TEXTS if is_quick else None, seed)), divergence=True))
+    prompts = dict.fromkeys(example.source_text() for example in _examples(PROMPTS, log))
     turns = sample(list(prompts), NUM_PROMPTS if is_quick else None, seed)
     if template.exists:
         turns = [template.render([Turn({"role": "user", "content": one})], add_generation_prompt=True) for one in turns]
@@ -60,5 +59,5 @@ def suite_sets(suite: str, tokenizer: Any, seed: int, log: Callable[[str], None]
     return sets
 
 
-def _source(name: str, limit: int | None) -> SourceConfig:
-    return SourceConfig(path=name, limit=limit)
+def _examples(name: str, log: Callable[[str], None]) -> list[Example]:
+    return [one for split in load_examples(str(fetch_asset(name, log))).splits.values() for one in split]

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import transformers
 
-from kitout.assess.evaluation_set import Asked, EvaluationSet
 from kitout.assets.store import cache_dir
 from kitout.data.encode.tokenizer_digest import template_digest, tokenizer_digest
 from kitout.evaluate.ask.batches import ProgressFn
+from kitout.evaluate.sets.evaluation_set import Asked, EvaluationSet
 from kitout.files.atomic import write_text
 from kitout.files.base_fingerprint import fingerprint
 from kitout.version import __version__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kitout.evaluate.metrics.interval import bootstrap_interval, newcombe_interval, resample, wilson_interval
+from kitout.evaluate.intervals.resampled import bootstrap_interval, newcombe_interval, resample, wilson_interval
 from kitout.evaluate.metrics.measure import Measure, mean, proportion, score_difference
 
 

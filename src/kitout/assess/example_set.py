@@ -1,17 +1,14 @@
-"""What is measured on: a source of rows, read as questions with choices, as plain texts, or as examples of a task.
+"""A source of rows as a set to measure on: questions with choices, plain texts, or examples of a task.
 
-Each kind asks a kit, keeps its answers as plain values, and makes metrics of them. Questions and texts are read as
-lm-evaluation-harness reads them; examples as `kitout train` reads its test split. It knows no adapter and no report.
+Examples are read as `kitout train` reads its test split, by the adapters' own record of how they were trained. It knows
+no adapter and no report.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from kitout.data.encode import classification
 from kitout.data.encode.item import EncodedExample, digest
@@ -19,18 +16,17 @@ from kitout.data.examples.examples import Example
 from kitout.data.read.sources import Table, detect_from_head, load_examples, open_source
 from kitout.errors import DataError
 from kitout.evaluate.ask.batches import ProgressFn
-from kitout.evaluate.ask.choices import PLAIN, ChoicePrompt, ChoiceQuestion, choice_likelihoods, read_choices
-from kitout.evaluate.ask.text_likelihood import text_likelihoods
-from kitout.evaluate.metrics.choices import ChoiceSums
+from kitout.evaluate.ask.choices import read_choices
 from kitout.evaluate.metrics.language import LossSums
 from kitout.evaluate.metrics.measure import Measure
-from kitout.evaluate.metrics.registry import compute_measures
-from kitout.evaluate.metrics.texts import TextSums
+from kitout.evaluate.sets.choice_set import ChoiceSet
+from kitout.evaluate.sets.evaluation_set import Asked, EvaluationSet, digest_of, sample
+from kitout.evaluate.sets.text_set import TextSet
 from kitout.files.usage_record import TextRecord, UsageRecord
-from kitout.kit import Kit
+from kitout.route import RouteEntry
 from kitout.train.config.schema import DataConfig, SourceConfig
 from kitout.train.measure.baseline import BASELINES, predict_constant
-from kitout.train.measure.predict import Predictions, compute_metrics, generate_answers, predict
+from kitout.train.measure.predict import Predictions, compute_metrics, generate_answers_under, predict
 from kitout.train.objectives.tasks import TASKS, ObjectiveSettings
 from kitout.train.setup.closed_answers import ClosedAnswers, find_closed_answers
 from kitout.train.setup.datasets import build_encoder, infer_objective
@@ -43,110 +39,6 @@ CHOICE_ROLES = ("question", "choices", "answer")
 LANGUAGE_TASKS = ("causal_lm", "seq2seq_lm")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is asked, and how."""
-
-    kit: Kit
-    """The base with its adapters."""
-    tokenizer: Any
-    """The model's own."""
-    pad_token_id: int
-    """The id rows are padded with."""
-    max_new_tokens: int | None = None
-    """Of a generated answer; None: by the references."""
-
-
-class EvaluationSet(Protocol):
-    """One set of examples; `answers` of a model are plain values, which json can hold."""
-
-    @property
-    def name(self) -> str:
-        """As the source names it."""
-        ...
-
-    @property
-    def kind(self) -> str:
-        """choice, text, or the name of a task."""
-        ...
-
-    @property
-    def digest(self) -> str:
-        """Of everything that its answers depend on, besides the model."""
-        ...
-
-    def __len__(self) -> int:
-        """Examples."""
-        ...
-
-    def ask(self, asked: Asked, names: Sequence[str | None], on_progress: ProgressFn | None) -> list[Any]:
-        """The answers of each: adapters, and None for the base."""
-        ...
-
-    def measures(self, answers: Any) -> dict[str, Measure]:
-        """The metrics of one model's answers, the headline first."""
-        ...
-
-
-@dataclass(frozen=True)
-class ChoiceSet:
-    """Questions with choices."""
-
-    name: str
-    """As the source names it."""
-    questions: tuple[ChoiceQuestion, ...]
-    """In order."""
-    prompt: ChoicePrompt = PLAIN
-    """How they are put."""
-    kind: ClassVar[str] = "choice"
-
-    @property
-    def digest(self) -> str:
-        return _digest([asdict(self.prompt), [asdict(question) for question in self.questions]])
-
-    def __len__(self) -> int:
-        return len(self.questions)
-
-    def ask(self, asked: Asked, names: Sequence[str | None], on_progress: ProgressFn | None) -> list[Any]:
-        found = choice_likelihoods(
-            asked.kit, asked.tokenizer, self.questions, names, prompt=self.prompt, on_progress=on_progress
-        )
-        return [[[list(row.log_likelihoods), list(row.num_characters)] for row in rows] for rows in found]
-
-    def measures(self, answers: Any) -> dict[str, Measure]:
-        rows = [ChoiceSums(tuple(values), tuple(lengths)) for values, lengths in answers]
-        return compute_measures("choice", rows, [question.answer for question in self.questions])
-
-
-@dataclass(frozen=True)
-class TextSet:
-    """Plain texts. divergence: how far predictions moved from the base's is measured too."""
-
-    name: str
-    """As the source names it."""
-    texts: tuple[str, ...]
-    """In order."""
-    divergence: bool = False
-    """Whether KL(base || adapter) is measured as well."""
-    kind: ClassVar[str] = "text"
-
-    @property
-    def digest(self) -> str:
-        return _digest([self.divergence, list(self.texts)])
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def ask(self, asked: Asked, names: Sequence[str | None], on_progress: ProgressFn | None) -> list[Any]:
-        found = text_likelihoods(
-            asked.kit, asked.tokenizer, self.texts, names, divergence=self.divergence, on_progress=on_progress
-        )
-        return [[[t.nll, t.num_tokens, t.num_bytes, t.divergence] for t in texts] for texts in found]
-
-    def measures(self, answers: Any) -> dict[str, Measure]:
-        return compute_measures("text", [TextSums(*values) for values in answers])
 
 
 @dataclass(frozen=True)
@@ -165,36 +57,34 @@ class ExampleSet:
     @property
     def digest(self) -> str:
         closed = self.dataset.answers
-        return _digest(
+        return digest_of(
             [self.kind, self.dataset.digest, self.dataset.label_names, None if closed is None else closed.names]
         )
 
     def __len__(self) -> int:
         return len(self.dataset.test)
 
-    def ask(self, asked: Asked, names: Sequence[str | None], on_progress: ProgressFn | None) -> list[Any]:
+    def ask(self, asked: Asked, routes: Sequence[RouteEntry], on_progress: ProgressFn | None) -> list[Any]:
         objective = TASKS[self.kind].build_objective(asked.kit, ObjectiveSettings(asked.pad_token_id))
         items, closed = self.dataset.test, self.dataset.answers
         found = []
-        for name in names:
-            with asked.kit.use(name):
-                predictions = predict(asked.kit, objective, items, on_progress, closed)
-                if closed is None and TASKS[self.kind].generates_text:
-                    answered = [item for item in items if item.reference]
-                    predictions.texts = generate_answers(
-                        asked.kit, asked.tokenizer, answered, asked.max_new_tokens, on_progress
-                    )
-            found.append(asdict(predictions))
-        return found
+        for route in routes:
+            with asked.kit.use(route):
+                found.append(predict(asked.kit, objective, items, on_progress, closed))
+        if closed is None and TASKS[self.kind].generates_text:
+            answered = [item for item in items if item.reference]
+            texts = generate_answers_under(
+                asked.kit, asked.tokenizer, answered, routes, asked.max_new_tokens, on_progress
+            )
+            for predictions, of_route in zip(found, texts, strict=True):
+                predictions.texts = of_route
+        return [asdict(predictions) for predictions in found]
 
-    def constant(self) -> Any:
-        """The same answer to every example: in place of a base whose head is untrained."""
-        return asdict(predict_constant(TASKS[self.kind].metric_task, self.dataset, self.dataset.test))
-
-    @property
-    def constant_name(self) -> str:
-        """What `constant` is called."""
-        return BASELINES[TASKS[self.kind].metric_task]
+    def constant(self) -> tuple[str, Any] | None:
+        task = TASKS[self.kind].metric_task
+        if not self.dataset.label_names:
+            return None
+        return BASELINES[task], asdict(predict_constant(task, self.dataset, self.dataset.test))
 
     def measures(self, answers: Any) -> dict[str, Measure]:
         losses = [LossSums(**sums) for sums in answers["losses"]]
@@ -238,13 +128,6 @@ def read_set(
     return ExampleSet(source.path, _encode(examples, tokenizer, is_encoder_decoder, usage))
 
 
-def sample(items: Sequence[T], number: int | None, seed: int) -> list[T]:
-    """So many items, drawn by the seed, in their order."""
-    if number is None or number >= len(items):
-        return list(items)
-    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), number))]
-
-
 def _is_plain_text(table: Table, source: SourceConfig) -> bool:
     return detect_from_head(table, columns=source.columns or None).format.name == "text"
 
@@ -280,12 +163,7 @@ def _encode(
 
 def _closed_answers(items: Sequence[EncodedExample], record: TextRecord | None) -> ClosedAnswers | None:
     """The closed set that the adapters were trained on, if all answers here are in it; else that of these examples."""
-    if record is not None and record.answers and record.end_token is not None:
-        if all(item.reference in record.answers for item in items):
-            return ClosedAnswers(tuple(record.answers), tuple(map(tuple, record.answer_tokens)), record.end_token)
-        return None
+    known = () if record is None or record.end_token is None else tuple(record.answers)
+    if record is not None and record.end_token is not None and all(item.reference in known for item in items):
+        return ClosedAnswers(known, tuple(map(tuple, record.answer_tokens)), record.end_token)
     return find_closed_answers(items, ())
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=False, default=str).encode()).hexdigest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
@@ -17,12 +18,15 @@ TINY = 1e-300
 
 
 def t_p_value(t: float, degrees: float) -> float:
-    """Two-sided: how often |T| is at least |t|."""
+    """Two-sided: how often |T| is at least |t|. degrees: infinite for the normal distribution."""
     if math.isinf(t):
         return 0.0
+    if math.isinf(degrees):
+        return math.erfc(abs(t) / math.sqrt(2))
     return incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))
 
 
+@lru_cache(maxsize=256)
 def t_quantile(probability: float, degrees: float) -> float:
     """The t with P(T <= t) = probability, which is at least 0.5; infinite degrees give the normal quantile."""
     if not 0.5 <= probability < 1 or degrees < 1:
@@ -42,6 +46,7 @@ def chi2_tail(value: float, degrees: int) -> float:
     return min(1.0, total)
 
 
+@lru_cache(maxsize=64)
 def range_quantile(probability: float, num_groups: int) -> float:
     """The quantile of the range of `num_groups` standard normal values."""
     if num_groups < 2:

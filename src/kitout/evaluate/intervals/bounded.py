@@ -7,15 +7,25 @@ Pagano 2015 have it for surveys). They hold near 0 and 1, where resampling is to
 
 from __future__ import annotations
 
-from kitout.evaluate.metrics.distributions import t_quantile
-from kitout.evaluate.metrics.interval import combine_intervals, wilson_interval
-from kitout.evaluate.metrics.ratio import Groups, Ratio, standard_error
-from kitout.evaluate.metrics.studentized import ratio_difference_interval
+from kitout.evaluate.intervals.distributions import t_quantile
+from kitout.evaluate.intervals.ratio import Groups, Ratio, standard_error
+from kitout.evaluate.intervals.resampled import combine_intervals, wilson_interval
+from kitout.evaluate.intervals.studentized import ratio_difference_interval, ratio_interval
 
 
-def bounded_interval(ratio: Ratio, groups: Groups | None = None) -> tuple[float, float]:
-    """Of one ratio. Where all examples (or groups) are equal, each counts as one."""
+def bounded_interval(ratio: Ratio, groups: Groups | None = None, seed: int = 0) -> tuple[float, float]:
+    """Of one ratio. Groups differ in size and in how much they agree: then each end is the farther of Wilson's and the
+    studentized bootstrap's.
+    """
+    if groups is None:
+        return _wilson(ratio)
     units = ratio.by_group(groups)
+    (low, high), (below, above) = _wilson(units), ratio_interval(units, None, seed)
+    return max(0.0, min(low, below)), min(1.0, max(high, above))
+
+
+def _wilson(units: Ratio) -> tuple[float, float]:
+    """With the effective number. Where all examples (or groups) are equal, each counts as one."""
     n, value = len(units.numerators), min(1.0, max(0.0, units.quotient))
     if n < 2:
         return 0.0, 1.0
@@ -40,6 +50,6 @@ def bounded_difference_interval(
         return 0.0, 0.0
     spread = float(a @ a) * float(b @ b)
     phi = float(a @ b) / spread**0.5 if spread else 0.0
-    low, high = combine_intervals(p, bounded_interval(first), q, bounded_interval(second), phi)
+    low, high = combine_intervals(p, _wilson(first), q, _wilson(second), phi)
     below, above = ratio_difference_interval(first, second, None, seed)
     return max(-1.0, min(low, below)), min(1.0, max(high, above))

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kitout.evaluate.compare import MetricChange
 from kitout.evaluate.metrics.measure import Measure
 from kitout.evaluate.significance.many import holm
 from kitout.evaluate.significance.paired import paired_p_value
 from kitout.evaluate.significance.seeds import LEVEL
+from kitout.format import align_columns
 
 SHARE_MARGIN, BITS_MARGIN = 0.02, 0.02
 
@@ -62,3 +64,51 @@ def forgetting_line(changes: Sequence[SetChange]) -> str:
     words = ("lost", "gained", "kept", "not distinguishable")
     by_word = {word: [one.name for one in changes if one.verdict == word] for word in words}
     return "; ".join(f"{word} on {', '.join(names)}" for word, names in by_word.items() if names)
+
+
+def forgetting_to_dict(changes: Sequence[SetChange]) -> dict[str, Any]:
+    """Plain values, as results.json has them."""
+    return {
+        "summary": forgetting_line(changes),
+        "sets": {
+            one.name: {
+                "metric": one.change.name,
+                "base": one.change.base.value,
+                "difference": one.change.difference,
+                "low": one.change.low,
+                "high": one.change.high,
+                "n": one.change.base.n,
+                "p_value": one.p_value,
+                "adjusted": one.adjusted,
+                "kl": one.divergence,
+                "verdict": one.verdict,
+            }
+            for one in changes
+        },
+    }
+
+
+def forgetting_rows(changes: Sequence[SetChange]) -> list[tuple[str, ...]]:
+    """A table, its head first."""
+    rows: list[tuple[str, ...]] = [("set", "metric", "base", "adapter", "change (95 %)", "p (Holm)", "KL", "")]
+    for one in changes:
+        change, kl = one.change, "" if one.divergence is None else f"{one.divergence:.4f}"
+        interval = f"{change.format_value(change.low, True)} to {change.format_value(change.high, True)}"
+        rows.append(
+            (
+                f"{one.name} ({change.base.n:,})",
+                change.title,
+                change.format_value(change.base.value),
+                change.format_value(change.tuned.value),
+                f"{change.format_value(change.difference, True)} ({interval})",
+                f"{one.adjusted:.2g}",
+                kl,
+                one.verdict,
+            )
+        )
+    return rows
+
+
+def forgetting_table(changes: Sequence[SetChange]) -> str:
+    """The same as aligned lines, with one line that says it in words."""
+    return "\n".join([*align_columns(forgetting_rows(changes)), forgetting_line(changes)])

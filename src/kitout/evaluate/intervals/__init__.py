@@ -1,0 +1,1 @@
+"""Intervals: of proportions, means, ratios and any metric over resamples; quantiles of distributions."""

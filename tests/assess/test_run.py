@@ -1,0 +1,199 @@
+"""`kitout.assess.run` and `kitout eval`: base and adapters on the same sets, and nothing is left changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import kitout
+from kitout import IA3, LoRA, Mix, PrefixTuning, Stack
+from kitout.assess import run
+from kitout.cli import app
+from kitout.errors import ConfigError, UnknownAdapter
+from kitout.evaluate.metrics.registry import compute_measures
+from tiny_models import decoder, encoder, jsonl, reviews
+
+QUESTIONS = [
+    {"question": f"what is {word}?", "choices": ["good", "bad tree", "cat"], "answer": i % 3}
+    for i, word in enumerate(["the cat", "a tree", "good", "awful", "today", "again"])
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KITOUT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return decoder(tmp_path_factory.mktemp("assess") / "m")
+
+
+def adapted(model: Path, **methods: Any) -> Any:
+    """The predictor of a base with untrained adapters that change what it says."""
+    predictor = kitout.load(base=str(model))
+    for number, (name, method) in enumerate(methods.items()):
+        predictor.kit.add(name, method, seed=number)
+        with torch.no_grad():
+            for value in predictor.kit[name].parameters():
+                value.add_(torch.randn_like(value), alpha=0.3)
+    return predictor
+
+
+def sources_of(tmp_path: Path) -> list[str]:
+    rows = [{"instruction": "good or bad?", "input": r["text"], "output": r["label"]} for r in reviews(24)]
+    return [
+        str(jsonl(tmp_path / "questions.jsonl", QUESTIONS)),
+        str(jsonl(tmp_path / "texts.jsonl", [{"text": r["text"]} for r in reviews(10)])),
+        str(jsonl(tmp_path / "instructions.jsonl", rows)),
+    ]
+
+
+def test_every_kind_of_source_is_measured_for_base_adapters_and_routes(model: Path, tmp_path: Path) -> None:
+    predictor = adapted(model, a=LoRA(), b=IA3(), c=PrefixTuning(length=3))
+    kit, routes = predictor.kit, {"a": "a", "c": "c", "both": Stack("a", "b"), "mix": Mix({"a": 0.5, "b": 0.5})}
+    found = run(kit, routes, sources_of(tmp_path), tokenizer=predictor.tokenizer)
+    assert [one.kind for one in found.sets] == ["choice", "text", "causal_lm"]
+    assert [one.n for one in found.sets] == [6, 10, 24]
+    for one, headline in zip(found.sets, ("acc", "bits_per_byte", "accuracy"), strict=True):
+        assert list(one.measures) == ["base", *routes]
+        assert all(next(iter(measures)) == headline for measures in one.measures.values())
+    alone = run(kit, ["a"], sources_of(tmp_path), tokenizer=predictor.tokenizer, keep_base=False)
+    for one, other in zip(found.sets, alone.sets, strict=True):
+        for name in ("base", "a"):
+            for metric, measure in other.measures[name].items():
+                assert measure.value == pytest.approx(one.measures[name][metric].value, abs=1e-5)
+    text = str(found)
+    assert "acc_norm" in text or "normalized" in text
+    assert json.loads(json.dumps(found.to_dict()))["sets"][1]["scores"]["a"]["bits_per_byte"]["n"] == 10
+
+
+def test_nothing_is_left_changed(model: Path, tmp_path: Path) -> None:
+    predictor = adapted(model, a=LoRA(dropout=0.5))
+    kit = predictor.kit.train()
+    kit.use("a")
+    before = {name: value.clone() for name, value in kit.base.state_dict().items()}
+    modes = [module.training for module in kit.modules()]
+    state = torch.random.get_rng_state()
+    first = run(kit, None, sources_of(tmp_path), tokenizer=predictor.tokenizer, cost=True)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert kit.active == "a"
+    assert modes == [module.training for module in kit.modules()]
+    assert all(torch.equal(value, kit.base.state_dict()[name]) for name, value in before.items())
+    assert (
+        run(kit, None, sources_of(tmp_path), tokenizer=predictor.tokenizer).to_dict()["sets"] == first.to_dict()["sets"]
+    )
+    assert first.costs["a"].merged_prefill is not None
+    assert first.costs["base"].parameters == 0
+
+
+def test_the_base_is_asked_once(model: Path, tmp_path: Path, cache: Path) -> None:
+    predictor = adapted(model, a=LoRA())
+    asked: list[Any] = []
+    predictor.kit.base.register_forward_pre_hook(lambda *_: asked.append(predictor.kit.active))
+    sources = sources_of(tmp_path)
+    first = run(predictor.kit, ["a"], sources, tokenizer=predictor.tokenizer)
+    with_base = len(asked)
+    second = run(predictor.kit, ["a"], sources, tokenizer=predictor.tokenizer)
+    assert len(asked) - with_base < with_base
+    assert None not in asked[with_base:]
+    assert first.to_dict() == second.to_dict()
+    for file in (cache / "base-answers").iterdir():
+        file.write_text("{broken", encoding="utf-8")
+    assert run(predictor.kit, ["a"], sources, tokenizer=predictor.tokenizer).to_dict() == first.to_dict()
+    with torch.no_grad():
+        predictor.kit.detach().lm_head.weight[0] += 1.0
+    other = kitout.attach(predictor.model).eval()
+    other.add("a", LoRA(), seed=0)
+    asked.clear()
+    run(other, ["a"], sources[:1], tokenizer=predictor.tokenizer)
+    assert None in asked, "another base has other answers"
+
+
+def test_a_classifier_is_compared_with_the_majority(tmp_path: Path) -> None:
+    model = encoder(tmp_path / "m")
+    data = jsonl(tmp_path / "a.jsonl", reviews(60))
+    kitout.train(
+        {
+            "model": str(model),
+            "data": {"train": str(data), "test": 8, "validation": 0},
+            "train": {"steps": 2, "batch_size": 4},
+            "output": {"folder": str(tmp_path / "run")},
+        },
+        log=lambda _: None,
+    )
+    predictor = kitout.load(tmp_path / "run" / "adapter", base=str(model))
+    found = run(
+        predictor.kit, None, [str(jsonl(tmp_path / "new.jsonl", reviews(30, 3)))], tokenizer=predictor.tokenizer
+    )
+    (one,) = found.sets
+    assert (one.kind, one.baseline) == ("classification", "majority class")
+    assert one.measures["majority class"]["accuracy"].value >= 0.5
+    labels = [row["label"] for row in reviews(30, 3)]
+    predicted = [prediction.label for prediction in predictor([row["text"] for row in reviews(30, 3)])]
+    assert (
+        one.measures["adapter"]["accuracy"].value
+        == compute_measures("classification", predicted, labels)["accuracy"].value
+    )
+
+
+def test_other_answers_than_those_of_training_are_a_closed_set_too(model: Path, tmp_path: Path) -> None:
+    rows = [{"instruction": "good or bad?", "input": r["text"], "output": r["label"]} for r in reviews(40)]
+    kitout.train(
+        {
+            "model": str(model),
+            "data": {"train": str(jsonl(tmp_path / "a.jsonl", rows)), "test": 0, "validation": 0},
+            "train": {"steps": 1, "batch_size": 4},
+            "output": {"folder": str(tmp_path / "run")},
+        },
+        log=lambda _: None,
+    )
+    predictor = kitout.load(tmp_path / "run" / "adapter", base=str(model))
+    assert predictor.usage.text.answers
+    other = [{**row, "output": "cat" if row["output"] == "good" else "tree"} for row in rows[:20]]
+    sources = [str(tmp_path / "a.jsonl"), str(jsonl(tmp_path / "b.jsonl", other))]
+    found = run(predictor.kit, None, sources, tokenizer=predictor.tokenizer)
+    assert ["accuracy" in one.measures["adapter"] for one in found.sets] == [True, True]
+
+
+def test_faults_are_reported_together(model: Path, tmp_path: Path) -> None:
+    predictor = adapted(model, a=LoRA())
+    bad = jsonl(tmp_path / "bad.jsonl", [{"question": "q", "choices": ["a", "b"], "answer": 7}])
+    with pytest.raises(ConfigError) as error:
+        run(predictor.kit, ["a"], [str(tmp_path / "no.jsonl"), str(bad)], suite="quickk", tokenizer=predictor.tokenizer)
+    assert "no.jsonl" in str(error.value)
+    assert "answer 7" in str(error.value)
+    assert "'quick'" in str(error.value)
+    with pytest.raises(UnknownAdapter, match="'b'"):
+        run(predictor.kit, ["b"], [str(bad)], tokenizer=predictor.tokenizer)
+    with pytest.raises(ConfigError, match="name a source, or a suite"):
+        run(predictor.kit, ["a"], tokenizer=predictor.tokenizer)
+
+
+def test_the_verb_writes_what_it_prints(model: Path, tmp_path: Path) -> None:
+    predictor = adapted(model, a=LoRA(), b=IA3())
+    for name in "ab":
+        predictor.kit.save(name, tmp_path / name)
+    sources = sources_of(tmp_path)
+    command = ["eval", str(tmp_path / "a"), str(tmp_path / "b"), "--model", str(model), "--data", sources[0]]
+    command += ["--data", sources[1], "--limit", "5", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert "--task" in result.output
+    result = CliRunner().invoke(app, [*command, "--task", "causal_lm", "--cost"])
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert [one["n"] for one in written["sets"]] == [5, 5]
+    assert set(written["costs"]) == {"base", "a", "b"}
+    assert (tmp_path / "out" / "results.txt").read_text(encoding="utf-8").strip() in result.stdout
+    result = CliRunner().invoke(app, ["eval", "--model", str(model), "--data", sources[0], "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["sets"][0]["scores"]["base"]["acc"]["n"] == 6
+    for wrong in (["eval"], ["eval", str(tmp_path / "a"), "--data", sources[0], "--out", sources[1]]):
+        assert CliRunner().invoke(app, wrong).exit_code == 1
