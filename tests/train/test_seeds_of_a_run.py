@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import kitout
+from kitout.compare import compare_runs
 from kitout.evaluate.example_scores import load_scores
 from kitout.evaluate.metrics.measure import score_difference
 from tiny_models import decoder, encoder, jsonl, reviews
@@ -89,6 +90,15 @@ def test_every_number_can_be_had_again_from_the_scores(finished: tuple[Path, str
             found = score_difference(base.measure, tuned.measure)
             assert found == pytest.approx([change[key] for key in ("difference", "low", "high")], abs=1e-9)
     assert "accuracy" in scores["ia3-s0"].tuned
+
+
+def test_compare_sees_two_methods(finished: tuple[Path, str]) -> None:
+    table = compare_runs([finished[0]])
+    assert [(row.label, row.seeds) for row in table.rows] == [("run/lora", (0, 1, 2)), ("run/ia3", (0, 1, 2))]
+    headline = json.loads((finished[0] / "results.json").read_text())["seeds"]["metrics"][0]
+    ranking = table.to_dict()["rankings"][0]
+    assert ranking["letters"] == headline["ranking"]["letters"]
+    assert [pair["p_value"] for pair in ranking["pairs"]] == [pair["p_value"] for pair in headline["ranking"]["pairs"]]
 
 
 @pytest.mark.slow

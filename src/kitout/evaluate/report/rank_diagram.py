@@ -1,4 +1,4 @@
-"""The critical-difference diagram (Demsar 2006): methods by their mean ranks, bars over those that are equal.
+"""The critical-difference diagram (Demsar 2006) of a page: mean ranks, and bars over methods that do not differ.
 
 A row per method, so that long names have room on a phone; the bars stand beside the rows. As SVG in the page's own
 colors, every text escaped. It knows a ranking over tasks, and no page.
