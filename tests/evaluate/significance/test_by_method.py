@@ -84,5 +84,8 @@ def test_what_cannot_be_tested_is_said() -> None:
         None,
         "not in the ranking: b has values that are not finite",
     )
+    unknown = [SeedScore(f"b-s{k}", k, np.nan, np.nan, np.nan, np.nan) for k in range(3)]
+    found = compare_by_method("loss", {"b": unknown}, {"b": broken}, share=False, baseline="base")
+    assert found.text.count("not finite") == 7
     fewer = [ExampleScores(Ratio(np.ones(5), np.ones(5))) for _ in range(3)]
     assert rank_scores({"a": shares(0.5), "b": fewer})[1] == "no verdict: 200, 5 examples have this metric"

@@ -7,6 +7,7 @@ methods are, all are set side by side without a verdict. It knows scores by meth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -84,10 +85,12 @@ class MetricByMethod:
 
     def format_value(self, value: float, sign: bool = False) -> str:
         """A value of this metric as text; fractions in percent."""
-        return format_value(value, self.share, sign)
+        return format_value(value, self.share, sign) if math.isfinite(value) else "not finite"
 
     def difference_text(self, one: SeedScore) -> str:
         """+12.1 (8.0 to 16.2)"""
+        if not math.isfinite(one.difference):
+            return "not finite"
         ends = " to ".join(self.format_value(end, sign=True) for end in (one.low, one.high))
         return f"{self.format_value(one.difference, sign=True)} ({ends})"
 
