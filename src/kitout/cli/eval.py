@@ -29,6 +29,7 @@ def eval(  # noqa: A001 - the verb
     suite: Annotated[str, typer.Option(metavar="none|quick|full", help="measure forgetting on built-in sets")] = "none",
     model: Annotated[str | None, typer.Option(help="the base: a folder or name; default: as the adapters say")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="examples of each source, sampled by the seed")] = None,
+    group: Annotated[str | None, typer.Option(metavar="COLUMN", help="rows with one value here count as one")] = None,
     cost: Annotated[bool, typer.Option("--cost", help="time base and adapters, prefill and decoding apart")] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help=f"write {RESULTS} and {TABLE} into this folder")
@@ -62,11 +63,14 @@ def eval(  # noqa: A001 - the verb
         sources: list[Any] = [{"path": path, **({} if limit is None else {"limit": limit})} for path in data or ()]
         assessment = run(
             predictor.kit,
-            None,
+            predictor.loaded,
             sources,
             suite=suite,
             cost=cost,
             tokenizer=predictor.tokenizer,
+            pixels=predictor.preprocessing.pixels,
+            usages=predictor.usages,
+            group=group,
             seed=seed,
             keep_base=not fresh,
             log=lambda line: typer.echo(line, err=True),

@@ -82,7 +82,15 @@ def measure_set(
     on_progress: SetProgressFn | None = None,
 ) -> SetOutcome:  # fmt: skip
     """One set, of the base and under every route. keep_base: the base's answers are kept, and taken if they are."""
-    report: ProgressFn | None = None if on_progress is None else lambda done, total: on_progress(what.name, done, total)
+    report: ProgressFn | None = (
+        None
+        if on_progress is None
+        else lambda done, total: on_progress(
+            what.name,
+            len(what) * done // max(1, total),
+            len(what),  # one text may be several windows
+        )
+    )
     has_heads = any(asked.kit[name].heads for route in routes.values() for name in adapter_names(route))
     constant = what.constant() if has_heads else None
     baseline, of_base = constant or (BASE, base_answers(asked, what, report, keep_base))

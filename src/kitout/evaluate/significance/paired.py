@@ -1,13 +1,14 @@
 """The p-value of one difference, paired by example: two models on the same test set.
 
 Shares of correct examples by McNemar's exact test (1947), over the examples on which just one of the two is correct;
-ratios of sums (losses, bits per byte) by the normal distribution of their difference. It knows measures, and no model.
+ratios of sums (losses, bits per byte) by the t distribution of their difference. It knows measures, and no model.
 """
 
 from __future__ import annotations
 
 import math
 
+from kitout.evaluate.intervals.distributions import t_p_value
 from kitout.evaluate.intervals.resampled import Z95
 from kitout.evaluate.metrics.measure import Measure, difference_error, score_difference
 
@@ -23,7 +24,8 @@ def paired_p_value(base: Measure, tuned: Measure, seed: int = 0) -> float:
         error = (high - low) / (2 * Z95)
     if not error:
         return float(difference == 0)
-    return math.erfc(abs(difference) / error / math.sqrt(2))
+    units = base.n if base.groups is None else int(base.groups.max()) + 1
+    return t_p_value(difference / error, units - 1) if units > 1 else 1.0
 
 
 def mcnemar_p_value(only_first: int, only_second: int) -> float:
