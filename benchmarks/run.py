@@ -1,6 +1,6 @@
 """Runs every benchmark and prints one table; --write keeps it in benchmarks/RESULTS.md. Needs the `bench` extra.
 
-`python benchmarks/run.py [NAME ...] [--write] [--threads 2]`, NAME: attaching, combine, compose, idle, many,
+`python benchmarks/run.py [NAME ...] [--write] [--threads 2]`, NAME: assess, attaching, combine, compose, idle, many,
 train_step, training, virtual_tokens. Each file says what it does.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-NAMES = ("attaching", "combine", "compose", "idle", "many", "train_step", "training", "virtual_tokens")
+NAMES = ("assess", "attaching", "combine", "compose", "idle", "many", "train_step", "training", "virtual_tokens")
 
 
 def main() -> int:

@@ -145,6 +145,25 @@ def test_a_classifier_is_compared_with_the_majority(tmp_path: Path) -> None:
     )
 
 
+def test_other_answers_than_those_of_training_are_a_closed_set_too(model: Path, tmp_path: Path) -> None:
+    rows = [{"instruction": "good or bad?", "input": r["text"], "output": r["label"]} for r in reviews(40)]
+    kitout.train(
+        {
+            "model": str(model),
+            "data": {"train": str(jsonl(tmp_path / "a.jsonl", rows)), "test": 0, "validation": 0},
+            "train": {"steps": 1, "batch_size": 4},
+            "output": {"folder": str(tmp_path / "run")},
+        },
+        log=lambda _: None,
+    )
+    predictor = kitout.load(tmp_path / "run" / "adapter", base=str(model))
+    assert predictor.usage.text.answers
+    other = [{**row, "output": "cat" if row["output"] == "good" else "tree"} for row in rows[:20]]
+    sources = [str(tmp_path / "a.jsonl"), str(jsonl(tmp_path / "b.jsonl", other))]
+    found = run(predictor.kit, None, sources, tokenizer=predictor.tokenizer)
+    assert ["accuracy" in one.measures["adapter"] for one in found.sets] == [True, True]
+
+
 def test_faults_are_reported_together(model: Path, tmp_path: Path) -> None:
     predictor = adapted(model, a=LoRA())
     bad = jsonl(tmp_path / "bad.jsonl", [{"question": "q", "choices": ["a", "b"], "answer": 7}])

@@ -132,3 +132,14 @@ def test_what_the_examples_can_show_stands_with_the_verdict() -> None:
     )
     values = asdict(comparison.changes[0])["smallest"]
     assert values == {"value": smallest.value, "n": 600, "share": True}
+
+
+@pytest.mark.parametrize("loss", [float("inf"), float("nan"), 1e300])
+def test_a_loss_that_is_not_finite_has_no_verdict(loss: float) -> None:
+    """A run that diverged: neither better nor worse, and no warning."""
+    fine = [LossSums(10.0 + i % 5, 10, 3) for i in range(20)]
+    broken = [*fine[:-1], LossSums(loss, 10, 3)]
+    both = [compute_measures("language", one) for one in (fine, broken)]
+    change, same = (compare(base, both[1]).changes[0] for base in both)
+    assert change.verdict == "no verdict: a value is not finite; 20 test examples"
+    assert (change.is_better, same.is_better) == (None, None)

@@ -20,6 +20,7 @@ from kitout import IA3, MAM, VPT, BitFit, FullFineTuning, LoRA, PartialFineTunin
 from kitout.errors import AdapterExists, FileError, MergeStateError, UnknownAdapter, WrongBase
 from kitout.files import adapter_folder, atomic
 from kitout.method import registered_methods
+from laws.activate import fresh_kit
 from zoo import ZOO, out
 
 BATCH = ZOO["llama"].batch(2, 0)
@@ -33,7 +34,7 @@ def randomize(module: nn.Module, seed: int = 3) -> None:
 
 
 def attached(species: str = "llama") -> kitout.Kit:
-    return kitout.attach(ZOO[species].build())
+    return fresh_kit(ZOO[species])
 
 
 def with_adapter(method: kitout.Method | None = None, species: str = "llama", **how: Any) -> kitout.Kit:

@@ -14,6 +14,7 @@ import kitout
 from kitout import LoRA
 from kitout.errors import WrongBase
 from kitout.files.base_fingerprint import SAMPLES, differences, fingerprint
+from laws.activate import fresh_kit
 from zoo import ZOO, Specimen, randomize_model
 
 
@@ -22,15 +23,14 @@ def fingerprint_of(base: nn.Module) -> kitout.files.base_fingerprint.Fingerprint
 
 
 def test_copies_in_other_precisions_are_the_same_base(specimen: Specimen) -> None:
-    copies = [
-        specimen.build(),
-        specimen.build().double(),
-        specimen.build().bfloat16(),
-        specimen.build().half(),
-        specimen.build().half().bfloat16(),
-        specimen.build().bfloat16().float(),
-    ]
-    prints = [fingerprint_of(c) for c in copies]
+    kits = [fresh_kit(specimen) for _ in range(6)]
+    half, brain = torch.half, torch.bfloat16
+    for kit, dtypes in zip(
+        kits, ((), (torch.double,), (brain,), (half,), (half, brain), (brain, torch.float)), strict=True
+    ):
+        for dtype in dtypes:
+            kit.base.to(dtype)
+    prints = [fingerprint(kit.state, []) for kit in kits]
     for one in prints:
         for other in prints:
             assert differences(one, other) == []

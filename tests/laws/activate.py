@@ -38,9 +38,14 @@ def fresh_model(specimen: Specimen) -> nn.Module:
     return copy.deepcopy(pristine(specimen.name))
 
 
-def fresh_kit(specimen: Specimen) -> Kit:
-    """A kit of one's own, for a test that spoils it."""
-    return kitout.attach(fresh_model(specimen))
+@cache
+def _attached(name: str, dtype: torch.dtype) -> Kit:
+    return kitout.attach(copy.deepcopy(pristine(name)).to(dtype))
+
+
+def fresh_kit(specimen: Specimen, dtype: torch.dtype = torch.float32) -> Kit:
+    """A kit of one's own, for a test that spoils it: a copy of one that is attached once per process."""
+    return copy.deepcopy(_attached(specimen.name, dtype))
 
 
 @cache

@@ -6,6 +6,8 @@ classes, keys, bits, hooks, modes and the very attribute names of each module ar
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,7 +15,8 @@ import torch
 from torch import nn
 
 import kitout
-from laws.activate import add_parts, fresh_model, loss_of, put_on, run
+from kitout import Kit, LoRA
+from laws.activate import add_parts, fresh_model, loss_of, pristine, put_on, run
 from laws.cases import CELLS, Case, name_of
 from zoo import Specimen
 
@@ -44,17 +47,46 @@ def unusual(model: nn.Module) -> nn.Module:
     return model
 
 
-@cells
-def test_off_is_the_base_and_detach_leaves_no_trace(specimen: Specimen, case: Case) -> None:
-    model, batch = unusual(fresh_model(specimen)), specimen.batch(2, 0)
-    before, bits = trace(model), {k: v.clone() for k, v in model.state_dict().items()}
+@cache
+def attached(specimen: Specimen) -> tuple[Kit, dict[str, Any]]:
+    """A kit on an unusual model, attached once per process: copy it. The trace of the model before."""
+    model = unusual(fresh_model(specimen))
+    before = trace(model)
     rng = torch.random.get_rng_state()
-    want = run(model, batch)
     kit = kitout.attach(model)
     assert torch.equal(torch.random.get_rng_state(), rng), "attach drew random numbers"
     assert trace(model)["modes"] == before["modes"]
     assert list(model.state_dict()) == before["keys"]
     assert all(isinstance(m, before["classes"][n]) for n, m in model.named_modules())
+    return kit, before
+
+
+def copy_of_attached(specimen: Specimen) -> tuple[Kit, dict[str, Any]]:
+    """The same in a copy, whose tensors are others."""
+    original, before = attached(specimen)
+    kit = copy.deepcopy(original)
+    parameters = dict(kit.base.named_parameters(remove_duplicate=False))
+    buffers = {n: id(b) for n, b in kit.base.named_buffers(remove_duplicate=False)}
+    grads = {n: (id(parameters[n]), *rest) for n, (_, *rest) in before["grads"].items()}
+    return kit, {**before, "grads": grads, "buffers": buffers}
+
+
+def test_detach_gives_back_the_very_model(specimen: Specimen) -> None:
+    model = unusual(fresh_model(specimen))
+    before = trace(model)
+    kit = kitout.attach(model)
+    put_on(kit, LoRA(rank=2))
+    kit.use("law")
+    assert kit.detach() is model
+    assert trace(model) == before
+
+
+@cells
+def test_off_is_the_base_and_detach_leaves_no_trace(specimen: Specimen, case: Case) -> None:
+    plain, batch = pristine(specimen.name), specimen.batch(2, 0)
+    bits, want = plain.state_dict(), run(plain, batch)
+    kit, before = copy_of_attached(specimen)
+    model = kit.base
     add_parts(kit, case)
     put_on(kit, case.method)
     assert torch.equal(run(kit, batch), want), "an adapter that is not active changes the outputs"

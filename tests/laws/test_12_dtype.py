@@ -12,7 +12,19 @@ from torch import Tensor
 
 import kitout
 from kitout import Kit, LoRA
-from laws.activate import activated, add_parts, assert_same, far, fresh_model, kit_of, loss_of, put_on, run, unmergeable
+from laws.activate import (
+    activated,
+    add_parts,
+    assert_same,
+    far,
+    fresh_kit,
+    fresh_model,
+    kit_of,
+    loss_of,
+    put_on,
+    run,
+    unmergeable,
+)
 from laws.cases import COSTLY, Case, experts, name_of
 from zoo import ZOO, Specimen
 
@@ -30,7 +42,7 @@ def cast(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("specimen", "case", "dtype"), TYPED, ids=lambda v: name_of(v) or str(v))
 def test_outputs_keep_the_dtype_of_the_base(specimen: Specimen, case: Case, dtype: torch.dtype) -> None:
     plain = specimen.batch(3, 0)
-    kit, batch = kitout.attach(fresh_model(specimen).to(dtype)), cast(plain, dtype)
+    kit, batch = fresh_kit(specimen, dtype), cast(plain, dtype)
     add_parts(kit, case)
     adapter = kit.add("law", case.method)
     assert {p.dtype for p in adapter.parameters()} <= {torch.promote_types(dtype, torch.float32)}
@@ -61,7 +73,7 @@ def test_outputs_keep_the_dtype_of_the_base(specimen: Specimen, case: Case, dtyp
 
 @cells
 def test_moving_the_kit_moves_base_and_adapters(specimen: Specimen, case: Case) -> None:
-    kit = kitout.attach(fresh_model(specimen))
+    kit = fresh_kit(specimen)
     add_parts(kit, case)
     put_on(kit, case.method)
     assert kit.to(torch.float64) is kit

@@ -132,8 +132,7 @@ def encode_examples(
 
 def _closed_answers(items: Sequence[EncodedExample], record: TextRecord | None) -> ClosedAnswers | None:
     """The closed set that the adapters were trained on, if all answers here are in it; else that of these examples."""
-    if record is not None and record.answers and record.end_token is not None:
-        if all(item.reference in record.answers for item in items):
-            return ClosedAnswers(tuple(record.answers), tuple(map(tuple, record.answer_tokens)), record.end_token)
-        return None
+    known = () if record is None or record.end_token is None else tuple(record.answers)
+    if record is not None and record.end_token is not None and all(item.reference in known for item in items):
+        return ClosedAnswers(known, tuple(map(tuple, record.answer_tokens)), record.end_token)
     return find_closed_answers(items, ())

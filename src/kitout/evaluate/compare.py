@@ -7,6 +7,7 @@ first that changed between correct and incorrect, either way. It knows measures 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ class MetricChange:
     @property
     def is_better(self) -> bool | None:
         """Whether the fine-tuned model is better; None if the difference is not significant."""
-        if self.low <= 0 <= self.high:
+        if not (self.low > 0 or self.high < 0):  # values that are not finite have no verdict
             return None
         return (self.low > 0) == self.base.higher_is_better
 
@@ -59,6 +60,8 @@ class MetricChange:
         unit = " points" if self.base.share else ""
         examples = f"{self.base.n:,} test example{'s' if self.base.n > 1 else ''}"
         other = "" if self.baseline == BASE else f"the {self.baseline} "
+        if not math.isfinite(self.low + self.high):
+            return f"no verdict: a value is not finite; {examples}"
         if self.is_better is None:
             low, high = self.format_value(self.low, sign=True), self.format_value(self.high, sign=True)
             difference = f"no significant difference {f'to {other}' if other else ''}"

@@ -1,7 +1,7 @@
 """What the active adapters add to a loss (`Delta.penalty`), and the losses that it joins by itself.
 
-A model called with labels computes its own loss, which whoever trains it takes from the output: there the penalty
-joins, in a training forward. A loss that is made of logits is out of sight, and takes `kit.penalty()`. It knows routes,
+A model called with labels computes its own loss, which a trainer takes from the output: there the penalty joins,
+in a training forward. A loss that is made of logits is out of sight, and takes `kit.penalty()`. It knows routes,
 adapters and outputs, and no trainer but for the number of targets that transformers' divides a loss by.
 """
 

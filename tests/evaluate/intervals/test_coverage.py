@@ -5,7 +5,6 @@ Each case draws sets whose true value is known. Seeds are fixed, so the counts a
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -18,6 +17,7 @@ from kitout.evaluate.intervals.resampled import bootstrap_interval, resample, re
 from kitout.evaluate.intervals.studentized import ratio_difference_interval, ratio_interval
 from kitout.evaluate.metrics.measure import Measure, mean, proportion, score_difference
 from kitout.evaluate.metrics.registry import compute_measures
+from work import at_most
 
 SETS, RESAMPLES = 300, 200
 Interval = tuple[float, float]
@@ -172,16 +172,9 @@ def test_the_same_seed_gives_the_same_interval_and_batches_the_same_resamples() 
     assert (next(resample(50, 3)) == np.bincount(rng.integers(0, 50, 50), minlength=50)).all()
 
 
-def test_a_thousand_resamples_of_a_thousand_examples_take_no_longer_than_percentiles() -> None:
-    values = np.random.default_rng(9).lognormal(size=1000)
-    measure = mean(values, is_fraction=False)
-
-    def seconds(run: Callable[[], object]) -> float:
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    assert seconds(measure.score) < 1.5 * seconds(lambda: bootstrap_interval(measure.value_fn, 1000))
+def test_a_thousand_resamples_of_a_thousand_examples_are_a_few_products() -> None:
+    """Percentiles run Python for each resample."""
+    measure = mean(np.random.default_rng(9).lognormal(size=1000), is_fraction=False)
+    measure.score()
+    with at_most(lines=1000):
+        measure.score()

@@ -1,4 +1,4 @@
-"""Paired p-values equal the exact binomial test (scipy's, where it is), and the t test of a difference of ratios."""
+"""p-values of one paired difference, against the textbook."""
 
 from __future__ import annotations
 
@@ -9,8 +9,47 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from kitout.evaluate.metrics.measure import mean, proportion
+from kitout.evaluate.metrics.measure import from_sums, mean, proportion
 from kitout.evaluate.significance.paired import mcnemar_p_value, paired_p_value
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "expected"),
+    [(0, 0, 1.0), (5, 5, 1.0), (0, 6, 2 / 64), (1, 9, 22 / 1024), (3000, 3000, 1.0)],
+)
+def test_mcnemar_is_the_binomial(only_first: int, only_second: int, expected: float) -> None:
+    assert mcnemar_p_value(only_first, only_second) == pytest.approx(expected, abs=1e-9)
+    assert mcnemar_p_value(only_second, only_first) == pytest.approx(expected, abs=1e-9)
+
+
+def test_equal_models_differ_in_one_case_of_twenty() -> None:
+    rng, false_alarms = np.random.default_rng(0), {"share": 0, "mean": 0, "groups": 0}
+    for _ in range(400):
+        common = rng.normal(size=200)
+        rows = [common + rng.normal(size=200) for _ in range(2)]
+        groups = np.repeat(np.arange(20), 10)
+        of_groups = [np.repeat(rng.normal(size=20), 10) + row for row in rows]
+        false_alarms["share"] += paired_p_value(*(proportion(row > 0) for row in rows)) <= 0.05
+        false_alarms["mean"] += paired_p_value(*(mean(row, is_fraction=False) for row in rows)) <= 0.05
+        grouped = [mean(row, is_fraction=False).grouped(groups) for row in of_groups]
+        false_alarms["groups"] += paired_p_value(*grouped) <= 0.05
+    assert all(count <= 0.075 * 400 for count in false_alarms.values()), false_alarms
+    assert min(false_alarms.values()) >= 0.01 * 400
+
+
+def test_without_a_difference_there_is_nothing_to_find() -> None:
+    values = np.arange(6.0)
+    assert paired_p_value(mean(values, is_fraction=False), mean(values, is_fraction=False)) == 1.0
+    assert paired_p_value(mean(values, is_fraction=False), mean(values + 1, is_fraction=False)) == 0.0
+
+
+def test_a_ratio_of_sums_is_normal() -> None:
+    rng = np.random.default_rng(1)
+    sums = [np.stack([rng.gamma(2.0, 1.0, 400), np.full(400, 2.0)], 1) for _ in range(2)]
+    one, other = (from_sums(s, lambda t: float(t[0] / t[1]), is_fraction=False) for s in sums)
+    p = paired_p_value(one, other)
+    assert 0 < p <= 1
+    assert math.isfinite(p)
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (0, 1), (3, 0), (5, 5), (7, 12), (40, 21), (600, 700), (3000, 2800)])

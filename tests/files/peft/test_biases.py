@@ -14,6 +14,7 @@ from torch import nn
 import kitout
 from kitout import LoRA
 from kitout.errors import FileError
+from laws.activate import fresh_kit
 from zoo import EXTRA, ZOO, out
 
 peft = pytest.importorskip("peft")
@@ -76,7 +77,7 @@ def test_both_ways(species: str, settings: dict[str, Any], tmp_path: Path) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(tmp_path / "theirs")
-    kit = kitout.attach(SPECIES[species].build())
+    kit = fresh_kit(SPECIES[species])
     kitout.load_peft(kit, tmp_path / "theirs", "a")
     kit.use("a")
     same(kit, model, species)
@@ -89,7 +90,7 @@ def test_both_ways(species: str, settings: dict[str, Any], tmp_path: Path) -> No
     kitout.save_peft(kit, "a", tmp_path / "ours")
     same(kit, in_peft(species, tmp_path / "ours"), species)
     kit.save("a", tmp_path / "kept")
-    back = kitout.attach(SPECIES[species].build())
+    back = fresh_kit(SPECIES[species])
     kitout.load_peft(back, tmp_path / "ours", "peft")
     back.load(tmp_path / "kept", name="kept")
     for name in ("peft", "kept"):
@@ -118,7 +119,7 @@ def test_biases_that_torch_attention_reads(tmp_path: Path) -> None:
         p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.2)
     expected = model(**batch).pooler_output
     model.save_pretrained(tmp_path / "a")
-    kit = kitout.attach(specimen.build())
+    kit = fresh_kit(specimen)
     kitout.load_peft(kit, tmp_path / "a", "a")
     kit.use("a")
     assert (kit(**batch).pooler_output - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -18,9 +18,11 @@ TINY = 1e-300
 
 
 def t_p_value(t: float, degrees: float) -> float:
-    """Two-sided: how often |T| is at least |t|."""
+    """Two-sided: how often |T| is at least |t|. degrees: infinite for the normal distribution."""
     if math.isinf(t):
         return 0.0
+    if math.isinf(degrees):
+        return math.erfc(abs(t) / math.sqrt(2))
     return incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))
 
 

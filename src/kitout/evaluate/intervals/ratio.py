@@ -66,6 +66,7 @@ class Ratio:
             np.add.at(total, groups, values)
         return Ratio(sums[0], sums[1], self.shape)
 
+    @np.errstate(over="ignore", invalid="ignore")  # of a loss that is not finite it is not finite either
     def influence(self) -> Values:
         """How far each example moves the value, linearized; their sum is 0."""
         total = float(self.denominators.sum())
@@ -73,6 +74,7 @@ class Ratio:
         return self.residuals * slope / total if total else np.zeros_like(self.numerators)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def standard_error(influence: Values) -> float:
     """Of a value, or of a difference of values, from what each example (or group) adds to it."""
     n = len(influence)

@@ -3,7 +3,7 @@
 A resample's distance from the value is divided by that resample's own standard error, and the interval follows from the
 quantiles of these quotients (Efron and Tibshirani 1993, 12.5). That helps where values are skewed, and harms where
 they are not: differences that are mostly 0, or have heavy tails. So each end is the farther of this and Student's.
-Simulated in tests/evaluate/metrics/test_coverage.py. It knows no metric by name.
+Simulated in tests/evaluate/intervals/test_coverage.py. It knows no metric by name.
 """
 
 from __future__ import annotations
@@ -36,11 +36,14 @@ def ratio_difference_interval(
     return _interval([(-1.0, before.by_group(groups)), (1.0, after.by_group(groups))], seed, num_resamples)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # values that are not finite give ends that are not
 def _interval(terms: Sequence[tuple[float, Ratio]], seed: int, num_resamples: int) -> tuple[float, float]:
     """Of the sum of sign * ratio. Equal examples have an interval of width 0."""
     value = sum(sign * float(ratio.apply(np.array([ratio.quotient]))[0]) for sign, ratio in terms)
     influence = np.sum([sign * ratio.influence() for sign, ratio in terms], axis=0)
     n, error = len(influence), math.sqrt(float(influence @ influence))
+    if not math.isfinite(error):
+        return math.nan, math.nan
     if n < 2 or not error > 1e-12 * max(abs(ratio.quotient) for _, ratio in terms):
         return value, value
     distances, errors = (np.concatenate(p) for p in zip(*_resampled(terms, seed, num_resamples), strict=True))

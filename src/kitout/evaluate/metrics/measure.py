@@ -124,6 +124,7 @@ def score_difference(base: Measure, tuned: Measure, seed: int = 0) -> tuple[floa
     return value, *interval
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of losses that are not finite it is not finite either
 def difference_error(base: Measure, tuned: Measure) -> float | None:
     """The standard error of tuned minus base, paired by example or group; None where the metric is no ratio of sums."""
     groups = _common_groups(base, tuned)

@@ -1,7 +1,8 @@
 """The p-value of one difference, paired by example: two models on the same test set.
 
 Shares of correct examples by McNemar's exact test (1947), over the examples on which just one of the two is correct;
-ratios of sums (losses, bits per byte) by the t distribution of their difference. It knows measures, and no model.
+ratios of sums (losses, bits per byte) by the t distribution of their difference, with one degree of freedom less
+than there are examples or, where they have them, groups. It knows measures, and no model.
 """
 
 from __future__ import annotations

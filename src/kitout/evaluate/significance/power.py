@@ -42,6 +42,7 @@ class SmallestDifference:
 
 def smallest_text(found: Sequence[tuple[str, SmallestDifference]]) -> str:
     """One line for below a table. found: the name of each metric, and its difference, all of the same examples."""
+    found = [(name, one) for name, one in found if math.isfinite(one.value) and one.value > 0]
     if not found:
         return ""
     n = found[0][1].n
@@ -76,4 +77,6 @@ def smallest_of_measures(base: Measure, tuned: Measure, interval: tuple[float, f
     error = difference_error(base, tuned)
     if error is None:
         error = (interval[1] - interval[0]) / (2 * Z95)
+    if base.is_fraction:  # agreement is not certain: as if one more example (or group) differed
+        error = math.hypot(error, 1 / (base.n if base.groups is None else int(base.groups.max()) + 1))
     return smallest_difference(error, base.n, share=base.is_fraction)
