@@ -1,4 +1,4 @@
-"""How a source is read as a set: its columns, its split, its groups; what a model cannot be asked is said beforehand."""
+"""How a source is read as a set: its columns, split and groups; what a model cannot be asked is said beforehand."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_columns_of_questions_are_renamed_and_a_csv_holds_choices_as_json(tmp_pa
     assert len(read(reader(), f"{tmp_path / 'a.jsonl'}#1:4", limit=2)) == 2
     with pytest.raises(ConfigError, match="'answers' is no column of questions with choices; did you mean 'answer'"):
         read(reader(), tmp_path / "b.jsonl", columns=columns | {"answers": "gold"})
-    with pytest.raises(ConfigError, match="no column 'optoins'.*did you mean 'options'"):
+    with pytest.raises(ConfigError, match=r"no column 'optoins'.*did you mean 'options'"):
         read(reader(), tmp_path / "b.jsonl", format="choice", columns=columns | {"choices": "optoins"})
 
 

@@ -199,9 +199,7 @@ def test_the_same_source_is_measured_once(model: Path, tmp_path: Path) -> None:
     assert any("measured once" in line for line in lines)
 
 
-def test_a_suite_gives_a_line_of_forgetting(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_suite_gives_a_line_of_forgetting(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_tiny_suites(tmp_path / "sets", monkeypatch)
     predictor = adapted(model, a=LoRA(), b=IA3())
     progress: list[tuple[str, int, int]] = []
@@ -213,8 +211,8 @@ def test_a_suite_gives_a_line_of_forgetting(
     assert "forgetting of b, quick suite" in str(found)
     assert found.to_dict()["forgetting"]["a"]["sets"]["wiki"]["kl"] > 0
     assert {(done <= total, total) for name, done, total in progress if name == "wiki"} == {(True, 3)}
+    t5 = kitout.load(base=str(both(tmp_path / "t5")))
     with pytest.raises(ConfigError, match="and this is none"):
-        t5 = kitout.load(base=str(both(tmp_path / "t5")))
         run(t5.kit, None, suite="quick", tokenizer=t5.tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""What a change from the base is called: lost, gained, kept, or not distinguishable; Holm over the sets of an adapter."""
+"""What a change from the base is called: lost, gained, kept or not distinguishable; Holm over an adapter's sets."""
 
 from __future__ import annotations
 

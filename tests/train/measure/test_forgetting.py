@@ -59,7 +59,7 @@ def test_a_run_tells_what_its_adapter_forgot_and_tells_it_again(
 def test_what_cannot_be_measured_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_tiny_suites(tmp_path / "sets", monkeypatch)
     settings = config(tmp_path, encoder(tmp_path / "e"), labels=True)
-    with pytest.raises(ConfigError, match="asks a language model .* objective=classification: leave it out"):
+    with pytest.raises(ConfigError, match=r"asks a language model .* objective=classification: leave it out"):
         kitout.train(settings, log=lambda _: None)
 
     def offline(name: str, log: object) -> Path:

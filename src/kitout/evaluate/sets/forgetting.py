@@ -1,8 +1,8 @@
 """What an adapter made the model forget: set by set the change from the base, and one word for each.
 
 lost or gained: the change is significant after Holm's correction over the sets of one adapter. kept: its interval lies
-within a margin of no change (2 points of accuracy, 0.02 bits per byte), on at least 183 questions. Anything else is not distinguishable: the set
-is too small to say. It knows scores, and neither sets nor models.
+within a margin of no change (2 points of accuracy, on at least 183 questions; 0.02 bits per byte). Anything else is not
+distinguishable: the set is too small to say. It knows scores, and neither sets nor models.
 """
 
 from __future__ import annotations

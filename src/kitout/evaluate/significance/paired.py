@@ -23,10 +23,12 @@ def paired_p_value(base: Measure, tuned: Measure, seed: int = 0) -> float:
     if error is None:
         _, low, high = score_difference(base, tuned, seed)
         error = (high - low) / (2 * Z95)
+    units = base.n if base.groups is None else int(base.groups.max()) + 1
+    if units < 2:  # one example shows nothing
+        return 1.0
     if not error:
         return float(difference == 0)
-    units = base.n if base.groups is None else int(base.groups.max()) + 1
-    return t_p_value(difference / error, units - 1) if units > 1 else 1.0
+    return t_p_value(difference / error, units - 1)
 
 
 def mcnemar_p_value(only_first: int, only_second: int) -> float:
