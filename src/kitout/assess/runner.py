@@ -16,6 +16,7 @@ from transformers import GenerationMixin
 
 from kitout.assess.cost import AdapterCost, measure_cost
 from kitout.assess.read_set import SetReader
+from kitout.assess.spectrum import Spectrum, measure_spectrum
 from kitout.base.eval_mode import eval_mode
 from kitout.errors import ConfigError, Errors, KitoutError, RouteError, UnknownAdapter, suggest
 from kitout.evaluate.compare import BASE
@@ -50,6 +51,8 @@ class Assessment:
     """By adapter, set by set."""
     costs: Mapping[str, AdapterCost] = field(default_factory=dict)
     """By adapter, and of the base; empty if it was not measured."""
+    spectra: Mapping[str, Spectrum] = field(default_factory=dict)
+    """By adapter its intruder dimensions; empty if they were not counted."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -59,6 +62,7 @@ class Assessment:
             "suite_sets": [one.to_dict() for one in self.suite_sets],
             "forgetting": {name: forgetting_to_dict(changes) for name, changes in self.forgetting.items()},
             "costs": {name: asdict(cost) for name, cost in self.costs.items()},
+            "spectra": {name: spectrum.to_dict() for name, spectrum in self.spectra.items()},
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -70,6 +74,7 @@ class Assessment:
         if self.costs:
             of_cost = [self.costs[BASE].head(), *(cost.row(name) for name, cost in self.costs.items())]
             parts.append("\n".join(["cost", *align_columns(of_cost)]))
+        parts += [f"intruder dimensions of {name}\n{spectrum}" for name, spectrum in self.spectra.items()]
         return "\n\n".join(parts)
 
 
@@ -80,6 +85,7 @@ def run(
     *,
     suite: str = "none",
     cost: bool = False,
+    spectrum: bool = False,
     group: str | None = None,
     tokenizer: Any = None,
     pixels: Any = None,
@@ -95,11 +101,12 @@ def run(
     adapters: names, all of the kit's by default; or name -> route, {"both": Stack("a", "b")}. sources: as `data.train`
     of a run takes them, a path alone or path with format, columns, limit; rows with question, choices and answer are
     scored by the likelihood of each choice, plain texts by bits per byte, all else as in training. suite: none, quick
-    or full. cost: time what each costs. group: a column, of sources of rows; rows with the same value there (questions
-    about one text) are resampled as a whole; a source's own `group` goes first. tokenizer, pixels (a PixelProcessor):
-    of a base that does not say where its own is. usages: how adapters are used that do not say it themselves, by name,
-    "" for the base (those of a Predictor). seed: of samples and intervals. keep_base: False asks the base anew and
-    keeps nothing. log: gets a line about each set. on_progress: (set, examples done, examples in all).
+    or full. cost: time what each costs. spectrum: count intruder dimensions (`assess.spectrum`). group: a column, of
+    sources of rows; rows with the same value there (questions about one text) are resampled as a whole; a source's own
+    `group` goes first. tokenizer, pixels (a PixelProcessor): of a base that does not say where its own is. usages: how
+    adapters are used that do not say it themselves, by name, "" for the base (those of a Predictor). seed: of samples
+    and intervals. keep_base: False asks the base anew and keeps nothing. log: gets a line about each set. on_progress:
+    (set, examples done, examples in all).
     Raises UnknownAdapter, or ConfigError with every fault of sources and suite.
     """
     kit.state.check_attached()
@@ -116,7 +123,7 @@ def run(
     pad_token_id = None if own_tokenizer is None else choose_pad_token(kit.config, own_tokenizer)
     asked = Asked(kit, own_tokenizer, pad_token_id, max_new_tokens)
     reader = SetReader(kit, own_tokenizer, usage, _writes_text(kit, usage), pixels, seed)
-    sets, forgotten = _read_all(reader, sources, group, suite, log)
+    sets, forgotten = _read_all(reader, sources, group, suite, spectrum or cost, log)
     before = kit.active
     outcomes = []
     try:
@@ -127,11 +134,12 @@ def run(
             if cost:
                 log("measuring the cost ...")
             costs = measure_cost(kit, routes) if cost else {}
+            spectra = measure_spectrum(kit, routes, log) if spectrum else {}
     finally:
         kit.use(before)
     of_sources, of_suite = tuple(outcomes[: len(sets)]), tuple(outcomes[len(sets) :])
     forgetting = {name: forgetting_of(list(of_suite), name) for name in routes} if of_suite else {}
-    return Assessment(of_sources, suite, of_suite, forgetting, costs)
+    return Assessment(of_sources, suite, of_suite, forgetting, costs, spectra)
 
 
 def _routes(kit: Kit, adapters: Sequence[str] | Mapping[str, Route] | None) -> dict[str, RouteEntry]:
@@ -194,7 +202,7 @@ def _own_pixels(kit: Kit, usage: UsageRecord | None) -> Any:
 
 
 def _read_all(
-    reader: SetReader, sources: Sequence[Any], group: str | None, suite: str, log: LogFn
+    reader: SetReader, sources: Sequence[Any], group: str | None, suite: str, has_more: bool, log: LogFn
 ) -> tuple[list[EvaluationSet], list[EvaluationSet]]:
     errors, sets = Errors(ConfigError, "what to measure on"), []
     read: list[Any] = []
@@ -221,7 +229,7 @@ def _read_all(
         forgotten = suite_sets(suite, reader.tokenizer, reader.seed, log) if not errors.messages else []
     except KitoutError as error:
         errors.add(str(error))
-    if not sources and suite == "none" and not errors.messages:
+    if not (sources or has_more) and suite == "none" and not errors.messages:
         errors.add("nothing is given: name a source, or a suite (quick)")
     errors.raise_if_any()
     return sets, forgotten

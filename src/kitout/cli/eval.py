@@ -31,6 +31,7 @@ def eval(  # noqa: A001 - the verb
     limit: Annotated[int | None, typer.Option(min=1, help="examples of each source, sampled by the seed")] = None,
     group: Annotated[str | None, typer.Option(metavar="COLUMN", help="rows with one value here count as one")] = None,
     cost: Annotated[bool, typer.Option("--cost", help="time base and adapters, prefill and decoding apart")] = False,
+    spectrum: Annotated[bool, typer.Option("--spectrum", help="count intruder dimensions of the weights")] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help=f"write {RESULTS} and {TABLE} into this folder")
     ] = None,
@@ -67,6 +68,7 @@ def eval(  # noqa: A001 - the verb
             sources,
             suite=suite,
             cost=cost,
+            spectrum=spectrum,
             tokenizer=predictor.tokenizer,
             pixels=predictor.preprocessing.pixels,
             usages=predictor.usages,
