@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from transformers import GenerationMixin
 
 from kitout.assess.cost import AdapterCost, measure_cost
+from kitout.assess.harness import HarnessOutcome, measure_tasks, read_tasks
 from kitout.assess.read_set import SetReader
 from kitout.assess.spectrum import Spectrum, measure_spectrum
 from kitout.base.eval_mode import eval_mode
@@ -53,6 +55,8 @@ class Assessment:
     """By adapter, and of the base; empty if it was not measured."""
     spectra: Mapping[str, Spectrum] = field(default_factory=dict)
     """By adapter its intruder dimensions; empty if they were not counted."""
+    harness: tuple[HarnessOutcome, ...] = ()
+    """Tasks of lm-evaluation-harness."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -62,11 +66,12 @@ class Assessment:
             "suite_sets": [one.to_dict() for one in self.suite_sets],
             "forgetting": {name: forgetting_to_dict(changes) for name, changes in self.forgetting.items()},
             "costs": {name: asdict(cost) for name, cost in self.costs.items()},
+            "harness": [one.to_dict() for one in self.harness],
             "spectra": {name: spectrum.to_dict() for name, spectrum in self.spectra.items()},
         }  # fmt: skip
 
     def __str__(self) -> str:
-        parts = [str(one) for one in self.sets]
+        parts = [str(one) for one in (*self.sets, *self.harness)]
         parts += [
             f"forgetting of {name}, {self.suite} suite\n{forgetting_table(changes)}"
             for name, changes in self.forgetting.items()
@@ -86,6 +91,8 @@ def run(
     suite: str = "none",
     cost: bool = False,
     spectrum: bool = False,
+    harness: Sequence[str | Path] = (),
+    allow_code: bool = False,
     group: str | None = None,
     tokenizer: Any = None,
     pixels: Any = None,
@@ -101,11 +108,12 @@ def run(
     adapters: names, all of the kit's by default; or name -> route, {"both": Stack("a", "b")}. sources: as `data.train`
     of a run takes them, a path alone or path with format, columns, limit; rows with question, choices and answer are
     scored by the likelihood of each choice, plain texts by bits per byte, all else as in training. suite: none, quick
-    or full. cost: time what each costs. spectrum: count intruder dimensions (`assess.spectrum`). group: a column, of
-    sources of rows; rows with the same value there (questions about one text) are resampled as a whole; a source's own
-    `group` goes first. tokenizer, pixels (a PixelProcessor): of a base that does not say where its own is. usages: how
-    adapters are used that do not say it themselves, by name, "" for the base (those of a Predictor). seed: of samples
-    and intervals. keep_base: False asks the base anew and keeps nothing. log: gets a line about each set. on_progress:
+    or full. cost: time what each costs. spectrum: count intruder dimensions (`assess.spectrum`). harness: YAML files of
+    tasks of lm-evaluation-harness. allow_code: they may run Python of their own. group: a column, of sources of rows;
+    rows with the same value there (questions about one text) are resampled as a whole; a source's own `group` goes
+    first. tokenizer, pixels (a PixelProcessor): of a base that does not say where its own is. usages: how adapters are
+    used that do not say it themselves, by name, "" for the base (those of a Predictor). seed: of samples and
+    intervals. keep_base: False asks the base anew and keeps nothing. log: gets a line about each set. on_progress:
     (set, examples done, examples in all).
     Raises UnknownAdapter, or ConfigError with every fault of sources and suite.
     """
@@ -123,7 +131,15 @@ def run(
     pad_token_id = None if own_tokenizer is None else choose_pad_token(kit.config, own_tokenizer)
     asked = Asked(kit, own_tokenizer, pad_token_id, max_new_tokens)
     reader = SetReader(kit, own_tokenizer, usage, _writes_text(kit, usage), pixels, seed)
-    sets, forgotten = _read_all(reader, sources, group, suite, spectrum or cost, log)
+    errors = Errors(ConfigError, "what to measure on")
+    tasks: list[dict[str, Any]] = []
+    try:
+        tasks = read_tasks(harness, allow_code)
+        if tasks and not reader.writes_text:
+            raise ConfigError("harness asks a language model, and this model answers with labels")
+    except ConfigError as error:
+        errors.add(str(error))
+    sets, forgotten = _read_all(reader, sources, group, suite, bool(spectrum or cost or harness), errors, log)
     before = kit.active
     outcomes = []
     try:
@@ -135,11 +151,12 @@ def run(
                 log("measuring the cost ...")
             costs = measure_cost(kit, routes) if cost else {}
             spectra = measure_spectrum(kit, routes, log) if spectrum else {}
+            of_harness = measure_tasks(kit, own_tokenizer, tasks, routes, seed, allow_code, log)
     finally:
         kit.use(before)
     of_sources, of_suite = tuple(outcomes[: len(sets)]), tuple(outcomes[len(sets) :])
     forgetting = {name: forgetting_of(list(of_suite), name) for name in routes} if of_suite else {}
-    return Assessment(of_sources, suite, of_suite, forgetting, costs, spectra)
+    return Assessment(of_sources, suite, of_suite, forgetting, costs, spectra, tuple(of_harness))
 
 
 def _routes(kit: Kit, adapters: Sequence[str] | Mapping[str, Route] | None) -> dict[str, RouteEntry]:
@@ -202,9 +219,15 @@ def _own_pixels(kit: Kit, usage: UsageRecord | None) -> Any:
 
 
 def _read_all(
-    reader: SetReader, sources: Sequence[Any], group: str | None, suite: str, has_more: bool, log: LogFn
+    reader: SetReader,
+    sources: Sequence[Any],
+    group: str | None,
+    suite: str,
+    has_more: bool,
+    errors: Errors,
+    log: LogFn,
 ) -> tuple[list[EvaluationSet], list[EvaluationSet]]:
-    errors, sets = Errors(ConfigError, "what to measure on"), []
+    sets: list[EvaluationSet] = []
     read: list[Any] = []
     for source in sources:
         if source in read:

@@ -32,6 +32,11 @@ def eval(  # noqa: A001 - the verb
     group: Annotated[str | None, typer.Option(metavar="COLUMN", help="rows with one value here count as one")] = None,
     cost: Annotated[bool, typer.Option("--cost", help="time base and adapters, prefill and decoding apart")] = False,
     spectrum: Annotated[bool, typer.Option("--spectrum", help="count intruder dimensions of the weights")] = False,
+    harness: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="TASK.yaml", help="a task of lm-evaluation-harness; may be given again"),
+    ] = None,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="tasks may run Python of their own")] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help=f"write {RESULTS} and {TABLE} into this folder")
     ] = None,
@@ -69,6 +74,8 @@ def eval(  # noqa: A001 - the verb
             suite=suite,
             cost=cost,
             spectrum=spectrum,
+            harness=harness or (),
+            allow_code=allow_code,
             tokenizer=predictor.tokenizer,
             pixels=predictor.preprocessing.pixels,
             usages=predictor.usages,
