@@ -246,6 +246,12 @@ def test_the_verb_writes_what_it_prints(model: Path, tmp_path: Path) -> None:
     written = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert [one["n"] for one in written["sets"]] == [5, 5]
     assert set(written["costs"]) == {"base", "a", "b"}
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "a, b against the base" in page
+    assert page.count("<table") == 3
+    assert "@media print" in page
+    assert 'src="http' not in page
+    assert "<script" not in page
     assert (tmp_path / "out" / "results.txt").read_text(encoding="utf-8").strip() in result.stdout
     result = CliRunner().invoke(app, ["eval", "--model", str(model), "--data", sources[0], "--json"])
     assert result.exit_code == 0, result.output

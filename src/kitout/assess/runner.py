@@ -8,26 +8,24 @@ knows sets and scores, and nothing of folders and screens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from transformers import GenerationMixin
 
-from kitout.assess.cost import AdapterCost, measure_cost
-from kitout.assess.harness import HarnessOutcome, measure_tasks, read_tasks
+from kitout.assess.assessment import Assessment
+from kitout.assess.cost import measure_cost
+from kitout.assess.harness import measure_tasks, read_tasks
 from kitout.assess.read_set import SetReader
-from kitout.assess.spectrum import Spectrum, measure_spectrum
+from kitout.assess.spectrum import measure_spectrum
 from kitout.base.eval_mode import eval_mode
 from kitout.errors import ConfigError, Errors, KitoutError, RouteError, UnknownAdapter, suggest
 from kitout.evaluate.compare import BASE
 from kitout.evaluate.sets.evaluation_set import Asked, EvaluationSet
-from kitout.evaluate.sets.forgetting import SetChange, forgetting_table, forgetting_to_dict
-from kitout.evaluate.sets.outcome import SetOutcome, SetProgressFn, forgetting_of, measure_set
+from kitout.evaluate.sets.outcome import SetProgressFn, forgetting_of, measure_set
 from kitout.evaluate.sets.suites import check_suite, suite_sets
 from kitout.files.usage_record import UsageRecord
-from kitout.format import align_columns
 from kitout.kit import Kit
 from kitout.route import Route, RouteEntry, adapter_names, check_entry, normalize_route
 from kitout.train.config.error_messages import explain
@@ -37,50 +35,6 @@ from kitout.train.setup.base_model import choose_pad_token, load_tokenizer
 from kitout.train.setup.find_inputs import resolve_model
 
 LogFn = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Assessment:
-    """What was measured. `print(assessment)` is a table; `to_dict()` is what json holds."""
-
-    sets: tuple[SetOutcome, ...]
-    """Those of the sources, in their order."""
-    suite: str = "none"
-    """The suite of forgetting."""
-    suite_sets: tuple[SetOutcome, ...] = ()
-    """Those of the suite."""
-    forgetting: Mapping[str, tuple[SetChange, ...]] = field(default_factory=dict)
-    """By adapter, set by set."""
-    costs: Mapping[str, AdapterCost] = field(default_factory=dict)
-    """By adapter, and of the base; empty if it was not measured."""
-    spectra: Mapping[str, Spectrum] = field(default_factory=dict)
-    """By adapter its intruder dimensions; empty if they were not counted."""
-    harness: tuple[HarnessOutcome, ...] = ()
-    """Tasks of lm-evaluation-harness."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "sets": [one.to_dict() for one in self.sets],
-            "suite": self.suite,
-            "suite_sets": [one.to_dict() for one in self.suite_sets],
-            "forgetting": {name: forgetting_to_dict(changes) for name, changes in self.forgetting.items()},
-            "costs": {name: asdict(cost) for name, cost in self.costs.items()},
-            "harness": [one.to_dict() for one in self.harness],
-            "spectra": {name: spectrum.to_dict() for name, spectrum in self.spectra.items()},
-        }  # fmt: skip
-
-    def __str__(self) -> str:
-        parts = [str(one) for one in (*self.sets, *self.harness)]
-        parts += [
-            f"forgetting of {name}, {self.suite} suite\n{forgetting_table(changes)}"
-            for name, changes in self.forgetting.items()
-        ]
-        if self.costs:
-            of_cost = [self.costs[BASE].head(), *(cost.row(name) for name, cost in self.costs.items())]
-            parts.append("\n".join(["cost", *align_columns(of_cost)]))
-        parts += [f"intruder dimensions of {name}\n{spectrum}" for name, spectrum in self.spectra.items()]
-        return "\n\n".join(parts)
 
 
 def run(

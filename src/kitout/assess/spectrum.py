@@ -16,7 +16,6 @@ from torch import Tensor
 
 from kitout.base.weights import weight_matrix
 from kitout.errors import Errors, NotMergeable, RouteError
-from kitout.format import align_columns
 from kitout.fuse.changes import Places, as_dense
 from kitout.fuse.sources import Source, read_changes
 from kitout.kit import Kit
@@ -50,12 +49,16 @@ class Spectrum:
         roles = {role: {"matrices": n, "intruders": found} for role, (n, found) in self.by_role.items()}
         return {"total": self.total, "by_role": roles, "matrices": dict(self.matrices), "refused": self.refused}
 
-    def __str__(self) -> str:
+    def rows(self) -> list[tuple[str, ...]]:
+        """A table by role, its head first; empty where there is none."""
+        rows = [(role, str(n), f"{found} ({found / n:.1f} each)") for role, (n, found) in self.by_role.items()]
+        return [] if self.refused else [("role", "matrices", f"intruders among the first {FIRST}"), *rows]
+
+    def line(self) -> str:
+        """The same in one sentence."""
         if self.refused:
             return f"it has no form in weights: {self.refused}"
-        rows = [("role", "matrices", f"intruders among the first {FIRST}")]
-        rows += [(role, str(n), f"{found} ({found / n:.1f} each)") for role, (n, found) in self.by_role.items()]
-        return "\n".join([*align_columns(rows), f"{self.total} intruder dimensions in {len(self.matrices)} matrices"])
+        return f"{self.total} intruder dimensions in {len(self.matrices)} matrices"
 
 
 @torch.no_grad()

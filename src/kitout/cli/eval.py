@@ -15,7 +15,7 @@ import typer
 from kitout.cli.terminal import report_errors
 
 LINE_SECONDS = 30.0  # between lines of progress
-RESULTS, TABLE = "results.json", "results.txt"
+RESULTS, TABLE, PAGE = "results.json", "results.txt", "report.html"
 
 
 def eval(  # noqa: A001 - the verb
@@ -38,7 +38,7 @@ def eval(  # noqa: A001 - the verb
     ] = None,
     allow_code: Annotated[bool, typer.Option("--allow-code", help="tasks may run Python of their own")] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help=f"write {RESULTS} and {TABLE} into this folder")
+        Path | None, typer.Option(metavar="DIR", help=f"write {RESULTS}, {TABLE} and {PAGE} into this folder")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     seed: Annotated[int, typer.Option(help="of samples and intervals")] = 0,
@@ -92,9 +92,10 @@ def eval(  # noqa: A001 - the verb
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / RESULTS, f"{results}\n")
             write_text(out / TABLE, f"{assessment}\n")
+            write_text(out / PAGE, assessment.to_html())
         typer.echo(results if as_json else str(assessment))
         if out is not None:
-            typer.echo(f"written: {out / RESULTS}, {out / TABLE}", err=True)
+            typer.echo(f"written: {out / RESULTS}, {out / TABLE}, {out / PAGE}", err=True)
 
 
 class _Progress:
