@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 import kitout
 from kitout import IA3, LoRA, Mix, PrefixTuning, Stack
 from kitout.assess import run
+from kitout.assess.cost import measure_cost
 from kitout.cli import app
 from kitout.errors import ConfigError, UnknownAdapter
 from kitout.evaluate.metrics.registry import compute_measures
-from tiny_models import decoder, encoder, jsonl, reviews
+from tiny_models import both, decoder, encoder, jsonl, reviews, vision
+from tiny_suites import use_tiny_suites
 
 QUESTIONS = [
     {"question": f"what is {word}?", "choices": ["good", "bad tree", "cat"], "answer": i % 3}
@@ -176,6 +178,59 @@ def test_faults_are_reported_together(model: Path, tmp_path: Path) -> None:
         run(predictor.kit, ["a"], tokenizer=predictor.tokenizer)
 
 
+def test_adapters_with_other_answers_are_assessed_apart(model: Path, tmp_path: Path) -> None:
+    predictor = adapted(model, a=LoRA(), b=LoRA(), c=LoRA())
+    base = {"name": "m", "source": "folder"}
+    for name, task, labels in (("a", "classification", ["x", "y"]), ("b", "classification", ["y", "x"])):
+        predictor.kit[name].usage = {"task": task, "labels": labels, "base": base}
+    predictor.kit["c"].usage = {"task": "causal_lm", "base": base}
+    with pytest.raises(ConfigError) as error:
+        run(predictor.kit, None, sources_of(tmp_path), tokenizer=predictor.tokenizer)
+    assert "'b' and 'a' have other labels: assess them apart" in str(error.value)
+    assert "'c' is for causal_lm, 'a' for classification" in str(error.value)
+    assert len(run(predictor.kit, ["c"], sources_of(tmp_path), tokenizer=predictor.tokenizer).sets) == 3
+
+
+def test_the_same_source_is_measured_once(model: Path, tmp_path: Path) -> None:
+    predictor, lines = adapted(model), []
+    source = sources_of(tmp_path)[1]
+    found = run(predictor.kit, None, [source, source], tokenizer=predictor.tokenizer, log=lines.append)
+    assert len(found.sets) == 1
+    assert any("measured once" in line for line in lines)
+
+
+def test_a_suite_gives_a_line_of_forgetting(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tiny_suites(tmp_path / "sets", monkeypatch)
+    predictor = adapted(model, a=LoRA(), b=IA3())
+    progress: list[tuple[str, int, int]] = []
+    found = run(
+        predictor.kit, None, suite="quick", tokenizer=predictor.tokenizer, on_progress=lambda *a: progress.append(a)
+    )
+    assert list(found.forgetting) == ["a", "b"]
+    assert [one.name for one in found.forgetting["a"]] == [one.name for one in found.suite_sets]
+    assert "forgetting of b, quick suite" in str(found)
+    assert found.to_dict()["forgetting"]["a"]["sets"]["wiki"]["kl"] > 0
+    assert {(done <= total, total) for name, done, total in progress if name == "wiki"} == {(True, 3)}
+    t5 = kitout.load(base=str(both(tmp_path / "t5")))
+    with pytest.raises(ConfigError, match="and this is none"):
+        run(t5.kit, None, suite="quick", tokenizer=t5.tokenizer)
+
+
+@pytest.mark.parametrize("build", [both, encoder, vision])
+def test_the_cost_of_any_model_is_measured(build: Any, tmp_path: Path) -> None:
+    model = build(tmp_path / "m")
+    task = {both: "seq2seq_lm", encoder: "classification", vision: "image_classification"}[build]
+    kit = kitout.load(base=str(model), task=task).kit
+    kit.add("a", LoRA(), seed=0)
+    found = measure_cost(kit, {"a": "a"})
+    assert list(found) == ["base", "a"]
+    assert found["a"].prefill is not None
+    assert found["a"].merged_prefill is not None
+    assert (found["a"].decoding is None) == (build is not both)
+    assert found["a"].unit == ("image" if build is vision else "token")
+    assert f"prefill ms/{found['a'].unit}" in found["base"].head()
+
+
 def test_the_verb_writes_what_it_prints(model: Path, tmp_path: Path) -> None:
     predictor = adapted(model, a=LoRA(), b=IA3())
     for name in "ab":
@@ -191,6 +246,12 @@ def test_the_verb_writes_what_it_prints(model: Path, tmp_path: Path) -> None:
     written = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert [one["n"] for one in written["sets"]] == [5, 5]
     assert set(written["costs"]) == {"base", "a", "b"}
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "a, b against the base" in page
+    assert page.count("<table") == 3
+    assert "@media print" in page
+    assert 'src="http' not in page
+    assert "<script" not in page
     assert (tmp_path / "out" / "results.txt").read_text(encoding="utf-8").strip() in result.stdout
     result = CliRunner().invoke(app, ["eval", "--model", str(model), "--data", sources[0], "--json"])
     assert result.exit_code == 0, result.output

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kitout.assess.runner import Assessment as Assessment
+    from kitout.assess.assessment import Assessment as Assessment
     from kitout.assess.runner import run as run
 
 __all__ = ["Assessment", "run"]

@@ -1,29 +1,33 @@
 """What an adapter costs to run: trainable parameters, bytes of its file, milliseconds per token with and without it.
 
-Prefill (a prompt of 128 tokens) and decoding (one token after another) are timed apart, base and adapters in turn in
-one process, and each with the best of a few rounds; merged where the adapter merges. What training took stands in the
-run's own results. It knows kits, and no data.
+Prefill (a prompt of 128 tokens, or of as many as the model reads; else an image) and decoding (one token after another)
+are timed apart, base and adapters in turn in one process, each with the best of a few rounds; merged where the adapter
+merges. What training took stands in the run's own results. It knows kits, and no data.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from transformers import GenerationMixin
 
 from kitout.base.eval_mode import eval_mode
+from kitout.base.probe.dummy_batch import dummy_batch
+from kitout.base.token_limit import long_batch
 from kitout.errors import KitoutError
+from kitout.evaluate.ask.text_limit import max_tokens
 from kitout.evaluate.compare import BASE
 from kitout.format import format_bytes, format_count
 from kitout.kit import Kit
 from kitout.route import RouteEntry, adapter_names
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 16, 3
+Times = tuple[float | None, float | None]  # prefill, decoding
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,20 @@ class AdapterCost:
     """Of the adapter and its parts."""
     bytes: int
     """Of their values."""
-    prefill: float
-    """Milliseconds per token of a prompt."""
+    prefill: float | None
+    """Milliseconds per token of a prompt, or per image; None: it is not known what the model reads."""
     decoding: float | None
     """Milliseconds per token that is written; None: it writes no text."""
     merged_prefill: float | None = None
     """The same after merging; None: it does not merge."""
     merged_decoding: float | None = None
     """The same after merging."""
+    unit: str = "token"
+    """What a prefill is counted by: token, or image."""
+
+    def head(self) -> tuple[str, ...]:
+        """Of a table of rows."""
+        return tuple(title.replace("prefill ms/token", f"prefill ms/{self.unit}") for title in self.HEAD)
 
     def row(self, name: str) -> tuple[str, ...]:
         """For a table."""
@@ -57,20 +67,21 @@ class AdapterCost:
 
 def measure_cost(kit: Kit, routes: Mapping[str, RouteEntry]) -> dict[str, AdapterCost]:
     """Of the base and of each route, interleaved. The kit is left without a merged adapter, and with none active."""
-    ids = torch.randint(1, 100, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0)).to(kit.device)
-    decodes = isinstance(kit.base, GenerationMixin) and not kit.config.is_encoder_decoder
     cases: dict[str, RouteEntry] = {BASE: None, **routes}
+    times: dict[str, Times] = dict.fromkeys(cases, (None, None))
+    merged: dict[str, Times] = {}
     with eval_mode(kit.base, kit), torch.no_grad():
-        times = _time({name: partial(kit.use, route) for name, route in cases.items()}, kit, ids, decodes)
-        merged: dict[str, tuple[float, float | None]] = {}
-        for name, route in routes.items():
+        batch, tokens = _batch(kit, list(cases.values()))
+        if batch is not None:
+            times = _time({name: partial(kit.use, route) for name, route in cases.items()}, kit, batch, tokens)
+        for name, route in routes.items() if batch is not None else ():
             try:
                 kit.use(None)
                 kit.merge(route)
             except KitoutError:
                 continue
             try:
-                merged |= _time({name: lambda: None}, kit, ids, decodes)
+                merged |= _time({name: lambda: None}, kit, batch, tokens)
             finally:
                 kit.unmerge()
     costs = {}
@@ -82,27 +93,53 @@ def measure_cost(kit: Kit, routes: Mapping[str, RouteEntry]) -> dict[str, Adapte
             sum(p.numel() * p.element_size() for p in tensors),
             *times[name],
             *merged.get(name, (None, None)),
+            unit="token" if tokens > 1 else "image",
         )
     return costs
 
 
+def _batch(kit: Kit, routes: Sequence[RouteEntry]) -> tuple[Any, int]:
+    """What is read, and its tokens: a prompt that leaves room to write under every route; else one image."""
+    wanted = PROMPT_TOKENS + NEW_TOKENS + 1
+    for route in routes:
+        with kit.use(route):
+            wanted = min(wanted, max_tokens(kit, wanted) or wanted)
+    tokens = max(2, wanted - NEW_TOKENS - 1)
+    batch = long_batch(kit.base, tokens, None)
+    return (dummy_batch(kit.base, 1), 1) if batch is None else (batch, tokens)
+
+
 def _time(
-    cases: Mapping[str, Callable[[], object]], kit: Kit, ids: torch.Tensor, decodes: bool
-) -> dict[str, tuple[float, float | None]]:
+    cases: Mapping[str, Callable[[], object]], kit: Kit, batch: Mapping[str, Any], tokens: int
+) -> dict[str, Times]:
     """Milliseconds per token: the best round of each."""
     best: dict[str, list[float]] = {name: [] for name in cases}
     decoding: dict[str, list[float]] = {name: [] for name in cases}
+    decodes = isinstance(kit.base, GenerationMixin) and kit.base.can_generate() and "input_ids" in batch
+    prompt = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
     for _ in range(ROUNDS):
         for name, activate in cases.items():
             activate()
-            start = time.perf_counter()
-            kit(input_ids=ids)
-            best[name].append((time.perf_counter() - start) * 1e3 / PROMPT_TOKENS)
+            best[name].append(_seconds(kit, lambda: kit(**batch)) * 1e3 / tokens)
             if decodes:
-                seconds = []
-                for number in (1, 1 + NEW_TOKENS):
-                    start = time.perf_counter()
-                    kit.generate(ids, max_new_tokens=number, min_new_tokens=number, do_sample=False, pad_token_id=0)
-                    seconds.append(time.perf_counter() - start)
-                decoding[name].append((seconds[1] - seconds[0]) * 1e3 / NEW_TOKENS)
+                one, many = (
+                    _seconds(
+                        kit, partial(kit.generate, **prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False,
+                                     num_beams=1, pad_token_id=0),
+                    )
+                    for n in (1, 1 + NEW_TOKENS)
+                )  # fmt: skip
+                decoding[name].append(max(0.0, many - one) * 1e3 / NEW_TOKENS)
     return {name: (min(best[name]), min(decoding[name]) if decodes else None) for name in cases}
+
+
+def _seconds(kit: Kit, call: Callable[[], object]) -> float:
+    """Of one call, with what it has left to the device."""
+    is_cuda = kit.device.type == "cuda"
+    if is_cuda:
+        torch.cuda.synchronize(kit.device)
+    start = time.perf_counter()
+    call()
+    if is_cuda:
+        torch.cuda.synchronize(kit.device)
+    return time.perf_counter() - start

@@ -8,63 +8,33 @@ knows sets and scores, and nothing of folders and screens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from kitout.assess.cost import AdapterCost, measure_cost
-from kitout.assess.example_set import read_set
+from pydantic import ValidationError
+from transformers import GenerationMixin
+
+from kitout.assess.assessment import Assessment
+from kitout.assess.cost import measure_cost
+from kitout.assess.harness import measure_tasks, read_tasks
+from kitout.assess.read_set import SetReader
+from kitout.assess.spectrum import measure_spectrum
 from kitout.base.eval_mode import eval_mode
 from kitout.errors import ConfigError, Errors, KitoutError, RouteError, UnknownAdapter, suggest
 from kitout.evaluate.compare import BASE
 from kitout.evaluate.sets.evaluation_set import Asked, EvaluationSet
-from kitout.evaluate.sets.forgetting import SetChange, forgetting_table, forgetting_to_dict
-from kitout.evaluate.sets.outcome import SetOutcome, SetProgressFn, forgetting_of, measure_set
+from kitout.evaluate.sets.outcome import SetProgressFn, forgetting_of, measure_set
 from kitout.evaluate.sets.suites import check_suite, suite_sets
 from kitout.files.usage_record import UsageRecord
-from kitout.format import align_columns
 from kitout.kit import Kit
 from kitout.route import Route, RouteEntry, adapter_names, check_entry, normalize_route
+from kitout.train.config.error_messages import explain
 from kitout.train.config.schema import ModelConfig, SourceConfig
+from kitout.train.objectives.tasks import TASKS
 from kitout.train.setup.base_model import choose_pad_token, load_tokenizer
+from kitout.train.setup.find_inputs import resolve_model
 
 LogFn = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Assessment:
-    """What was measured. `print(assessment)` is a table; `to_dict()` is what json holds."""
-
-    sets: tuple[SetOutcome, ...]
-    """Those of the sources, in their order."""
-    suite: str = "none"
-    """The suite of forgetting."""
-    suite_sets: tuple[SetOutcome, ...] = ()
-    """Those of the suite."""
-    forgetting: Mapping[str, tuple[SetChange, ...]] = field(default_factory=dict)
-    """By adapter, set by set."""
-    costs: Mapping[str, AdapterCost] = field(default_factory=dict)
-    """By adapter, and of the base; empty if it was not measured."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "sets": [one.to_dict() for one in self.sets],
-            "suite": self.suite,
-            "suite_sets": [one.to_dict() for one in self.suite_sets],
-            "forgetting": {name: forgetting_to_dict(changes) for name, changes in self.forgetting.items()},
-            "costs": {name: asdict(cost) for name, cost in self.costs.items()},
-        }  # fmt: skip
-
-    def __str__(self) -> str:
-        parts = [str(one) for one in self.sets]
-        parts += [
-            f"forgetting of {name}, {self.suite} suite\n{forgetting_table(changes)}"
-            for name, changes in self.forgetting.items()
-        ]
-        if self.costs:
-            of_cost = [AdapterCost.HEAD, *(cost.row(name) for name, cost in self.costs.items())]
-            parts.append("\n".join(["cost", *align_columns(of_cost)]))
-        return "\n\n".join(parts)
 
 
 def run(
@@ -74,7 +44,13 @@ def run(
     *,
     suite: str = "none",
     cost: bool = False,
+    spectrum: bool = False,
+    harness: Sequence[str | Path] = (),
+    allow_code: bool = False,
+    group: str | None = None,
     tokenizer: Any = None,
+    pixels: Any = None,
+    usages: Mapping[str, UsageRecord] | None = None,
     seed: int = 0,
     max_new_tokens: int | None = None,
     keep_base: bool = True,
@@ -86,18 +62,38 @@ def run(
     adapters: names, all of the kit's by default; or name -> route, {"both": Stack("a", "b")}. sources: as `data.train`
     of a run takes them, a path alone or path with format, columns, limit; rows with question, choices and answer are
     scored by the likelihood of each choice, plain texts by bits per byte, all else as in training. suite: none, quick
-    or full. cost: time what each costs. tokenizer: of a base that does not say where its own is. seed: of samples and
+    or full. cost: time what each costs. spectrum: count intruder dimensions (`assess.spectrum`). harness: YAML files of
+    tasks of lm-evaluation-harness. allow_code: they may run Python of their own. group: a column, of sources of rows;
+    rows with the same value there (questions about one text) are resampled as a whole; a source's own `group` goes
+    first. tokenizer, pixels (a PixelProcessor): of a base that does not say where its own is. usages: how adapters are
+    used that do not say it themselves, by name, "" for the base (those of a Predictor). seed: of samples and
     intervals. keep_base: False asks the base anew and keeps nothing. log: gets a line about each set. on_progress:
-    (set, examples done, examples in all). Raises UnknownAdapter, or ConfigError with every fault of sources and suite.
+    (set, examples done, examples in all).
+    Raises UnknownAdapter, or ConfigError with every fault of sources and suite.
     """
     kit.state.check_attached()
     if kit.merged:
         raise ConfigError(f"{', '.join(kit.merged)} merged into the base: kit.unmerge() before measuring against it")
     routes = _routes(kit, adapters)
-    usage = _usage(kit, routes)
-    own_tokenizer = tokenizer or _own_tokenizer(kit)
-    asked = Asked(kit, own_tokenizer, choose_pad_token(kit.config, own_tokenizer), max_new_tokens)
-    sets, forgotten = _read_all(kit, sources, suite, own_tokenizer, usage, seed, log)
+    usage = _usage(kit, routes, usages or {})
+    reads_images = TASKS[usage.task].reads_images if usage is not None else kit.base.main_input_name == "pixel_values"
+    own_tokenizer = (
+        None if reads_images else (tokenizer or load_tokenizer(ModelConfig(name=_own_name(kit, "tokenizer"))))
+    )
+    if reads_images and pixels is None:
+        pixels = _own_pixels(kit, usage)
+    pad_token_id = None if own_tokenizer is None else choose_pad_token(kit.config, own_tokenizer)
+    asked = Asked(kit, own_tokenizer, pad_token_id, max_new_tokens)
+    reader = SetReader(kit, own_tokenizer, usage, _writes_text(kit, usage), pixels, seed)
+    errors = Errors(ConfigError, "what to measure on")
+    tasks: list[dict[str, Any]] = []
+    try:
+        tasks = read_tasks(harness, allow_code)
+        if tasks and not reader.writes_text:
+            raise ConfigError("harness asks a language model, and this model answers with labels")
+    except ConfigError as error:
+        errors.add(str(error))
+    sets, forgotten = _read_all(reader, sources, group, suite, bool(spectrum or cost or harness), errors, log)
     before = kit.active
     outcomes = []
     try:
@@ -105,12 +101,16 @@ def run(
             for what in (*sets, *forgotten):
                 log(f"measuring {what.name} ({what.kind}, {len(what):,} examples) ...")
                 outcomes.append(measure_set(asked, what, routes, seed, keep_base, on_progress))
+            if cost:
+                log("measuring the cost ...")
             costs = measure_cost(kit, routes) if cost else {}
+            spectra = measure_spectrum(kit, routes, log) if spectrum else {}
+            of_harness = measure_tasks(kit, own_tokenizer, tasks, routes, seed, allow_code, log)
     finally:
         kit.use(before)
     of_sources, of_suite = tuple(outcomes[: len(sets)]), tuple(outcomes[len(sets) :])
     forgetting = {name: forgetting_of(list(of_suite), name) for name in routes} if of_suite else {}
-    return Assessment(of_sources, suite, of_suite, forgetting, costs)
+    return Assessment(of_sources, suite, of_suite, forgetting, costs, spectra, tuple(of_harness))
 
 
 def _routes(kit: Kit, adapters: Sequence[str] | Mapping[str, Route] | None) -> dict[str, RouteEntry]:
@@ -134,43 +134,79 @@ def _routes(kit: Kit, adapters: Sequence[str] | Mapping[str, Route] | None) -> d
     return routes
 
 
-def _usage(kit: Kit, routes: Mapping[str, RouteEntry]) -> UsageRecord | None:
-    """How the adapters were trained, by the first that says so."""
-    for name in dict.fromkeys(each for route in routes.values() for each in adapter_names(route)):
-        if (usage := kit[name].usage) is not None:
-            return UsageRecord.model_validate(usage)
-    return None
+def _usage(kit: Kit, routes: Mapping[str, RouteEntry], others: Mapping[str, UsageRecord]) -> UsageRecord | None:
+    """How the adapters were trained, as the first one says; ConfigError where another has other answers."""
+    names = dict.fromkeys(each for route in routes.values() for each in adapter_names(route))
+    stated = {name: UsageRecord.model_validate(own) for name in names if (own := kit[name].usage) is not None}
+    if not stated:
+        return next((others[name] for name in [*names, ""] if name in others), None)
+    first, *_ = stated
+    errors = Errors(ConfigError, f"measured together with {first!r}")
+    for name, one in stated.items():
+        if one.task != stated[first].task:
+            errors.add(f"{name!r} is for {one.task}, {first!r} for {stated[first].task}: assess them apart")
+        elif one.labels != stated[first].labels:
+            errors.add(f"{name!r} and {first!r} have other labels: assess them apart")
+    errors.raise_if_any()
+    return stated[first]
 
 
-def _own_tokenizer(kit: Kit) -> Any:
+def _writes_text(kit: Kit, usage: UsageRecord | None) -> bool:
+    if usage is not None:
+        return TASKS[usage.task].generates_text
+    return isinstance(kit.base, GenerationMixin) and bool(kit.base.can_generate())
+
+
+def _own_name(kit: Kit, what: str) -> str:
     name = str(getattr(kit.config, "_name_or_path", "") or "")
     if not name:
-        raise ConfigError("the base does not say where its tokenizer is: give tokenizer=...")
-    return load_tokenizer(ModelConfig(name=name))
+        raise ConfigError(f"the base does not say where its {what} is: give {what}=...")
+    return name
+
+
+def _own_pixels(kit: Kit, usage: UsageRecord | None) -> Any:
+    from kitout.data.images.pixels import PixelProcessor  # images need pillow
+
+    record = None if usage is None else usage.images
+    options: dict[str, Any] = {} if record is None else {"size": record.size, "settings": record.processor}
+    return PixelProcessor.from_pretrained(resolve_model(_own_name(kit, "pixels")), **options)
 
 
 def _read_all(
-    kit: Kit, sources: Sequence[Any], suite: str, tokenizer: Any, usage: UsageRecord | None, seed: int, log: LogFn
+    reader: SetReader,
+    sources: Sequence[Any],
+    group: str | None,
+    suite: str,
+    has_more: bool,
+    errors: Errors,
+    log: LogFn,
 ) -> tuple[list[EvaluationSet], list[EvaluationSet]]:
-    errors, sets = Errors(ConfigError, "what to measure on"), []
-    is_encoder_decoder = bool(getattr(kit.config, "is_encoder_decoder", False))
+    sets: list[EvaluationSet] = []
+    read: list[Any] = []
     for source in sources:
+        if source in read:
+            log(f"{source} is given twice, and measured once")
+            continue
+        read.append(source)
+        given = dict(source) if isinstance(source, Mapping) else {"path": str(source)}
+        path = source.path if isinstance(source, SourceConfig) else given.get("path", given)
         try:
-            config = source if isinstance(source, SourceConfig) else SourceConfig.model_validate(
-                {"path": str(source)} if not isinstance(source, Mapping) else source
-            )  # fmt: skip
-            sets.append(read_set(config, tokenizer, is_encoder_decoder, usage, seed))
+            own_group = given.pop("group", group)
+            config = source if isinstance(source, SourceConfig) else SourceConfig.model_validate(given)
+            sets.append(reader.read(config, own_group))
+        except ValidationError as error:
+            errors.add(f"{path}: {'; '.join(explain(error, SourceConfig))}")
         except (KitoutError, ValueError, OSError) as error:
-            errors.add(f"{source}: {error}")
+            errors.add(f"{path}: {error}")
     forgotten: list[EvaluationSet] = []
     try:
         check_suite(suite)
-        if suite != "none" and (is_encoder_decoder or (usage is not None and usage.labels)):
+        if suite != "none" and (not reader.writes_text or reader.kit.config.is_encoder_decoder):
             raise ConfigError(f"suite={suite!r} asks a decoder that writes text, and this is none: write suite='none'")
-        forgotten = suite_sets(suite, tokenizer, seed, log) if not errors.messages else []
+        forgotten = suite_sets(suite, reader.tokenizer, reader.seed, log) if not errors.messages else []
     except KitoutError as error:
         errors.add(str(error))
-    if not sources and suite == "none" and not errors.messages:
+    if not (sources or has_more) and suite == "none" and not errors.messages:
         errors.add("nothing is given: name a source, or a suite (quick)")
     errors.raise_if_any()
     return sets, forgotten

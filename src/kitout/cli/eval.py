@@ -15,7 +15,7 @@ import typer
 from kitout.cli.terminal import report_errors
 
 LINE_SECONDS = 30.0  # between lines of progress
-RESULTS, TABLE = "results.json", "results.txt"
+RESULTS, TABLE, PAGE = "results.json", "results.txt", "report.html"
 
 
 def eval(  # noqa: A001 - the verb
@@ -29,9 +29,16 @@ def eval(  # noqa: A001 - the verb
     suite: Annotated[str, typer.Option(metavar="none|quick|full", help="measure forgetting on built-in sets")] = "none",
     model: Annotated[str | None, typer.Option(help="the base: a folder or name; default: as the adapters say")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="examples of each source, sampled by the seed")] = None,
+    group: Annotated[str | None, typer.Option(metavar="COLUMN", help="rows with one value here count as one")] = None,
     cost: Annotated[bool, typer.Option("--cost", help="time base and adapters, prefill and decoding apart")] = False,
+    spectrum: Annotated[bool, typer.Option("--spectrum", help="count intruder dimensions of the weights")] = False,
+    harness: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="TASK.yaml", help="a task of lm-evaluation-harness; may be given again"),
+    ] = None,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="tasks may run Python of their own")] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help=f"write {RESULTS} and {TABLE} into this folder")
+        Path | None, typer.Option(metavar="DIR", help=f"write {RESULTS}, {TABLE} and {PAGE} into this folder")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     seed: Annotated[int, typer.Option(help="of samples and intervals")] = 0,
@@ -62,11 +69,17 @@ def eval(  # noqa: A001 - the verb
         sources: list[Any] = [{"path": path, **({} if limit is None else {"limit": limit})} for path in data or ()]
         assessment = run(
             predictor.kit,
-            None,
+            predictor.loaded,
             sources,
             suite=suite,
             cost=cost,
+            spectrum=spectrum,
+            harness=harness or (),
+            allow_code=allow_code,
             tokenizer=predictor.tokenizer,
+            pixels=predictor.preprocessing.pixels,
+            usages=predictor.usages,
+            group=group,
             seed=seed,
             keep_base=not fresh,
             log=lambda line: typer.echo(line, err=True),
@@ -79,9 +92,10 @@ def eval(  # noqa: A001 - the verb
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / RESULTS, f"{results}\n")
             write_text(out / TABLE, f"{assessment}\n")
+            write_text(out / PAGE, assessment.to_html())
         typer.echo(results if as_json else str(assessment))
         if out is not None:
-            typer.echo(f"written: {out / RESULTS}, {out / TABLE}", err=True)
+            typer.echo(f"written: {out / RESULTS}, {out / TABLE}, {out / PAGE}", err=True)
 
 
 class _Progress:

@@ -42,10 +42,9 @@ def image_set(sources: Sequence[ImageSource]) -> ImageSet:
 
 def pixel_processor(base: str, record: ImagesRecord | None) -> PixelProcessor:
     """The base's image processor with the settings that the training images went through."""
-    processor = PixelProcessor.from_pretrained(base, None if record is None else record.size)
-    if record is not None:
-        processor.processor = type(processor.processor)(**record.processor)
-    return processor
+    if record is None:
+        return PixelProcessor.from_pretrained(base)
+    return PixelProcessor.from_pretrained(base, record.size, settings=record.processor)
 
 
 def _source(value: Any) -> ImageSource:

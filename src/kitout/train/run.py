@@ -86,7 +86,7 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         own_log = log if distributed.rank() == 0 else _no_log
         prepared = prepare(config, _resolve_placement(config, folder), own_log, samples=dry_run)
         _check_best(prepared, config)
-        check_forgetting(prepared, config.evaluate)
+        check_forgetting(prepared, config.evaluate, own_log)
         if config.evaluate.prove_merge:
             check_mergeable(prepared)
         statistics = collect_statistics(prepared)
@@ -112,7 +112,9 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         proofs = {}
         if config.evaluate.prove_merge:
             proofs = {job.name: prove_merge(prepared, k, config.evaluate) for k, job in enumerate(prepared.jobs)}
-        forgetting = measure_forgetting(prepared, config.evaluate, config.train.seed, main_log)
+        forgetting = measure_forgetting(
+            prepared, config.evaluate, config.train.seed, main_log, lambda name: _progress_fn(name, log)
+        )
         results: dict[str, Any] = {}
         with fsdp.unsharded(prepared.kit):
             if distributed.rank() == 0:

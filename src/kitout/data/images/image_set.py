@@ -104,17 +104,18 @@ class ImageSet:
 
 def build_image_set(
     records: Sequence[ImageRecord], label_names: Sequence[str] | None, description: str,
-    skipped: list[str] | None = None, sample: RowSample | None = None,
+    skipped: list[str] | None = None, sample: RowSample | None = None, to_train: bool = True,
 ) -> ImageSet:  # fmt: skip
     """The set of what a reader finds. label_names: all classes, in order; default: those of the records, sorted.
 
     description: the set in a few words, for messages. Raises DataError with all errors at once: images that do not
     open, labels that are empty or unknown, too few images or classes. skipped: gets a message for every image that does
     not open, which is left out; None: they are errors. sample: draws those that are opened, as it takes long.
+    to_train: False: for measuring any number of images and classes will do.
     """
     errors = Errors(DataError, description)
     names = list(label_names) if label_names is not None else sorted({r.label for r in records if r.label})
-    set_errors = _find_set_errors(records, names) if sample is not None else None
+    set_errors = _find_set_errors(records, names, to_train) if sample is not None else None
     if sample is not None:
         records = sample.draw(records)
     hashes, unreadable = {}, []
@@ -134,7 +135,7 @@ def build_image_set(
     unknown = [r for r in records if r.label and r.label not in names]
     messages = [f"{r.location}label {r.label!r} is not one of the given; {suggest(r.label, names)}" for r in unknown]
     add_first(errors, messages, "labels")
-    for message in _find_set_errors(records, names) if set_errors is None else set_errors:
+    for message in _find_set_errors(records, names, to_train) if set_errors is None else set_errors:
         errors.add(message)
     errors.raise_if_any()
     return ImageSet(
@@ -146,11 +147,13 @@ def build_image_set(
     )
 
 
-def _find_set_errors(records: Sequence[ImageRecord], label_names: Sequence[str]) -> list[str]:
+def _find_set_errors(records: Sequence[ImageRecord], label_names: Sequence[str], to_train: bool) -> list[str]:
     """Why the set as a whole cannot be classified."""
     messages = []
     if not records:
         return ["it has no images"]
+    if not to_train:
+        return []
     if len(set(label_names)) < len(label_names):
         messages.append(f"the given labels repeat: {', '.join(label_names)}; name each once")
     if len(label_names) < 2:

@@ -6,7 +6,7 @@ It knows how a processor writes its sizes, and nothing of labels, kits or traini
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,13 @@ class PixelProcessor:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path, size: int | None = None, augment: Augment | None = None
-    ) -> PixelProcessor:
-        """The processor of a model folder or name; size must be a multiple of the model's patches."""
+        cls, model: str | Path, size: int | None = None, augment: Augment | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> PixelProcessor:  # fmt: skip
+        """The processor of a model folder or name; size must be a multiple of the model's patches.
+
+        settings: of the processor, in place of the model's.
+        """
         from transformers import AutoConfig, AutoImageProcessor
         from transformers.utils import logging
 
@@ -48,6 +52,8 @@ class PixelProcessor:
             logging.set_verbosity(verbosity)
         if size is not None:
             check_size(size, getattr(config, "patch_size", 1))
+        if settings is not None:
+            processor = type(processor)(**settings)
         return cls(processor, size, augment, getattr(config, "num_channels", 3))
 
     def __call__(self, images: ImageSet, rows: Sequence[int], seed: int | None = None) -> Tensor:

@@ -25,25 +25,29 @@ from kitout.errors import Errors
 
 def load_images(
     source: Path | str, image: str | None = None, label: str | None = None, label_names: Sequence[str] | None = None,
-    skipped: list[str] | None = None, sample: RowSample | None = None,
+    skipped: list[str] | None = None, sample: RowSample | None = None, to_train: bool = True,
 ) -> ImageSet:  # fmt: skip
     """A folder of class folders (perhaps in train/, val/, test/), tables, or an .npz with `images` and `labels`.
 
     image, label: the columns of a table, if not obvious. label_names: all classes, in order. skipped: gets a message
     for every bad image or row, which is left out; None: they are errors. sample: draws those that are opened.
+    to_train: False: any number of images will do.
     """
     path = Path(source)
     if path.is_dir() and not _has_train_table(path):
-        return build_image_set(_read_class_folders(path), label_names, str(path), skipped, sample)
+        return build_image_set(_read_class_folders(path), label_names, str(path), skipped, sample, to_train)
     if path.suffix.lower() == ".npz":
-        return from_arrays(*_read_npz(path), label_names=label_names, description=str(path), sample=sample)
+        return from_arrays(
+            *_read_npz(path), label_names=label_names, description=str(path), sample=sample, to_train=to_train
+        )
     columns = {role: column for role, column in (("image", image), ("label", label)) if column is not None}
-    return build_image_set(_read_tables(str(source), columns, skipped), label_names, str(path), skipped, sample)
+    records = _read_tables(str(source), columns, skipped)
+    return build_image_set(records, label_names, str(path), skipped, sample, to_train)
 
 
 def from_arrays(
     images: Any, labels: Sequence[Any], label_names: Sequence[str] | None = None, description: str = "the arrays",
-    sample: RowSample | None = None,
+    sample: RowSample | None = None, to_train: bool = True,
 ) -> ImageSet:  # fmt: skip
     """images [N, H, W] or [N, H, W, 3]: uint8, or floats from 0 to 1. labels: N names or whole numbers."""
     pixels, label_array = np.asarray(images), np.asarray(labels)
@@ -68,6 +72,7 @@ def from_arrays(
         label_names,
         description,
         sample=sample,
+        to_train=to_train,
     )
 
 

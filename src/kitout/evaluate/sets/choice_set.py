@@ -14,7 +14,7 @@ from kitout.evaluate.ask.choices import PLAIN, ChoicePrompt, ChoiceQuestion, cho
 from kitout.evaluate.metrics.choice_accuracy import ChoiceSums
 from kitout.evaluate.metrics.measure import Measure
 from kitout.evaluate.metrics.registry import compute_measures
-from kitout.evaluate.sets.evaluation_set import Asked, digest_of
+from kitout.evaluate.sets.evaluation_set import Asked, digest_of, grouped
 from kitout.route import RouteEntry
 
 
@@ -28,6 +28,8 @@ class ChoiceSet:
     """In order."""
     prompt: ChoicePrompt = PLAIN
     """How they are put."""
+    groups: tuple[str, ...] = ()
+    """Of each, where several are about one thing; empty: every one stands for itself."""
     kind: ClassVar[str] = "choice"
 
     @property
@@ -48,4 +50,5 @@ class ChoiceSet:
 
     def measures(self, answers: Any) -> dict[str, Measure]:
         rows = [ChoiceSums(tuple(values), tuple(lengths)) for values, lengths in answers]
-        return compute_measures("choice", rows, [question.answer for question in self.questions])
+        measures = compute_measures("choice", rows, [question.answer for question in self.questions])
+        return grouped(measures, self.groups)

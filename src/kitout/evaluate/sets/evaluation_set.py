@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 from kitout.evaluate.ask.batches import ProgressFn
 from kitout.evaluate.metrics.measure import Measure
+from kitout.evaluate.sets.base_digest import digest_of_values
 from kitout.kit import Kit
 from kitout.route import RouteEntry
 
@@ -28,11 +30,16 @@ class Asked:
     kit: Kit
     """The base with its adapters."""
     tokenizer: Any
-    """The model's own."""
-    pad_token_id: int
-    """The id rows are padded with."""
+    """The model's own; None: it reads images."""
+    pad_token_id: int | None
+    """The id rows are padded with; None: of images."""
     max_new_tokens: int | None = None
     """Of a generated answer; None: by the references."""
+
+    @cached_property
+    def base_digest(self) -> str | None:
+        """Of the base's values, read once; None where they cannot be read."""
+        return digest_of_values(self.kit.base)
 
 
 class EvaluationSet(Protocol):
@@ -46,6 +53,11 @@ class EvaluationSet(Protocol):
     @property
     def kind(self) -> str:
         """choice, text, or the name of a task."""
+        ...
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Of each example, where examples of a group are not independent; empty: every one stands for itself."""
         ...
 
     @property
@@ -68,6 +80,11 @@ class EvaluationSet(Protocol):
     def measures(self, answers: Any) -> dict[str, Measure]:
         """The metrics of one model's answers, the headline first."""
         ...
+
+
+def grouped(measures: Mapping[str, Measure], groups: Sequence[str]) -> dict[str, Measure]:
+    """The measures with their examples in groups; as they are where there are none."""
+    return {name: measure.grouped(groups) if groups else measure for name, measure in measures.items()}
 
 
 def sample(items: Sequence[T], number: int | None, seed: int) -> list[T]:

@@ -57,7 +57,13 @@ class SetOutcome:
             },
         }
 
-    def __str__(self) -> str:
+    @property
+    def title(self) -> str:
+        """What it is of."""
+        return f"{self.name}: {self.kind}, {self.n:,} examples"
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A table of every metric with its interval, its head first."""
         names = list(dict.fromkeys(metric for measures in self.measures.values() for metric in measures))
         rows: list[tuple[str, ...]] = [("", *(metric_title(name) for name in names))]
         for adapter, measures in self.measures.items():
@@ -71,10 +77,14 @@ class SetOutcome:
                 low, high = value.format_value(score.low), value.format_value(score.high)
                 cells.append(f"{value.format_value(score.value)} ({low} to {high})")
             rows.append((adapter, *cells))
-        verdicts = [
-            f"{name}: {changes[0].title} {changes[0].verdict}" for name, changes in self.changes.items() if changes
-        ]
-        return "\n".join([f"{self.name}: {self.kind}, {self.n:,} examples", *align_columns(rows), *verdicts])
+        return rows
+
+    def verdicts(self) -> list[str]:
+        """A sentence for each adapter: its headline metric against the baseline."""
+        return [f"{name}: {changes[0].title} {changes[0].verdict}" for name, changes in self.changes.items() if changes]
+
+    def __str__(self) -> str:
+        return "\n".join([self.title, *align_columns(self.rows()), *self.verdicts()])
 
 
 def measure_set(
@@ -82,7 +92,15 @@ def measure_set(
     on_progress: SetProgressFn | None = None,
 ) -> SetOutcome:  # fmt: skip
     """One set, of the base and under every route. keep_base: the base's answers are kept, and taken if they are."""
-    report: ProgressFn | None = None if on_progress is None else lambda done, total: on_progress(what.name, done, total)
+    report: ProgressFn | None = (
+        None
+        if on_progress is None
+        else lambda done, total: on_progress(
+            what.name,
+            len(what) * done // max(1, total),
+            len(what),  # one text may be several windows
+        )
+    )
     has_heads = any(asked.kit[name].heads for route in routes.values() for name in adapter_names(route))
     constant = what.constant() if has_heads else None
     baseline, of_base = constant or (BASE, base_answers(asked, what, report, keep_base))

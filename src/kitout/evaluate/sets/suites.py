@@ -32,13 +32,18 @@ def check_suite(suite: str) -> None:
         raise ConfigError(f"suite={suite!r}: {suggest(suite, SUITES)}")
 
 
+def fetch_suite(suite: str, log: Callable[[str], None]) -> None:
+    """Its built-in data, where they are not here yet. log: gets a line about each."""
+    check_suite(suite)
+    for name in (*CHOICES, TEXTS, PROMPTS) if suite != "none" else ():
+        fetch_asset(name, log)
+
+
 def suite_sets(suite: str, tokenizer: Any, seed: int, log: Callable[[str], None]) -> list[EvaluationSet]:
     """Its sets; built-in data that are not here yet are fetched. log: gets a line about each."""
-    check_suite(suite)
+    fetch_suite(suite, log)
     if suite == "none":
         return []
-    for name in (*CHOICES, TEXTS, PROMPTS):
-        fetch_asset(name, log)
     is_quick = suite == "quick"
     template = ChatTemplate(SpanTokenizer(tokenizer))
     sets: list[EvaluationSet] = []

@@ -14,7 +14,7 @@ from kitout.evaluate.ask.text_likelihood import text_likelihoods
 from kitout.evaluate.metrics.measure import Measure
 from kitout.evaluate.metrics.registry import compute_measures
 from kitout.evaluate.metrics.texts import TextSums
-from kitout.evaluate.sets.evaluation_set import Asked, digest_of
+from kitout.evaluate.sets.evaluation_set import Asked, digest_of, grouped
 from kitout.route import RouteEntry
 
 
@@ -28,6 +28,8 @@ class TextSet:
     """In order."""
     divergence: bool = False
     """Whether KL(base || adapter) is measured as well."""
+    groups: tuple[str, ...] = ()
+    """Of each, where several are about one thing; empty: every one stands for itself."""
     kind: ClassVar[str] = "text"
 
     @property
@@ -47,4 +49,4 @@ class TextSet:
         return None  # a language model has its head
 
     def measures(self, answers: Any) -> dict[str, Measure]:
-        return compute_measures("text", [TextSums(*values) for values in answers])
+        return grouped(compute_measures("text", [TextSums(*values) for values in answers]), self.groups)

@@ -1,8 +1,8 @@
 """The p-value of one difference, paired by example: two models on the same test set.
 
 Shares of correct examples by McNemar's exact test (1947), over the examples on which just one of the two is correct;
-ratios of sums (losses, bits per byte) by the normal distribution of their difference; groups of examples by t with one
-degree of freedom less than there are groups. It knows measures, and no model.
+ratios of sums (losses, bits per byte) by the t distribution of their difference, with one degree of freedom less
+than there are examples or, where they have them, groups. It knows measures, and no model.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ def paired_p_value(base: Measure, tuned: Measure, seed: int = 0) -> float:
     if error is None:
         _, low, high = score_difference(base, tuned, seed)
         error = (high - low) / (2 * Z95)
+    units = base.n if base.groups is None else int(base.groups.max()) + 1
+    if units < 2:  # one example shows nothing
+        return 1.0
     if not error:
         return float(difference == 0)
-    degrees = math.inf if base.groups is None else int(base.groups.max())  # of the groups, minus 1
-    return t_p_value(difference / error, degrees)
+    return t_p_value(difference / error, units - 1)
 
 
 def mcnemar_p_value(only_first: int, only_second: int) -> float:

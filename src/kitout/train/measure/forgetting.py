@@ -7,31 +7,38 @@ and no report.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from kitout.errors import ConfigError
+from kitout.evaluate.ask.batches import ProgressFn
 from kitout.evaluate.sets.evaluation_set import Asked
 from kitout.evaluate.sets.forgetting import SetChange
-from kitout.evaluate.sets.outcome import SetProgressFn, forgetting_of, measure_set
-from kitout.evaluate.sets.suites import suite_sets
+from kitout.evaluate.sets.outcome import forgetting_of, measure_set
+from kitout.evaluate.sets.suites import fetch_suite, suite_sets
 from kitout.train.config.schema import EvaluateConfig
+from kitout.train.loop.fsdp import is_sharded
 from kitout.train.setup.base_model import choose_pad_token
 from kitout.train.setup.prepare import PreparedRun
 
 
-def check_forgetting(run: PreparedRun, config: EvaluateConfig) -> None:
-    """ConfigError where the model is no decoder that writes text: nothing can be asked of it."""
+def check_forgetting(run: PreparedRun, config: EvaluateConfig, log: Callable[[str], None]) -> None:
+    """Before training: ConfigError where the model is no decoder that writes text; missing data are fetched."""
     if config.forgetting != "none" and run.objective != "causal_lm":
         raise ConfigError(
             f"evaluate.forgetting={config.forgetting} asks a language model (objective=causal_lm), and this run has "
             f"objective={run.objective}: leave it out"
         )
+    fetch_suite(config.forgetting, log)
 
 
 def measure_forgetting(
     run: PreparedRun, config: EvaluateConfig, seed: int, log: Callable[[str], None],
-    on_progress: SetProgressFn | None = None,
+    progress_of: Callable[[str], ProgressFn],
 ) -> dict[str, tuple[SetChange, ...]]:  # fmt: skip
-    """By job: what its adapter changed on each set. Empty where it is not asked for."""
+    """By job: what its adapter changed on each set. Empty where it is not asked for.
+
+    progress_of: makes what reports the progress on a set.
+    """
     if config.forgetting == "none":
         return {}
     asked = Asked(run.kit, run.tokenizer, choose_pad_token(run.kit.config, run.tokenizer))
@@ -39,5 +46,12 @@ def measure_forgetting(
     outcomes = []
     for what in suite_sets(config.forgetting, run.tokenizer, seed, log):
         log(f"measuring forgetting on {what.name}, {len(what):,} examples ...")
-        outcomes.append(measure_set(asked, what, routes, seed, on_progress=on_progress))
+        report = partial(_report, progress_of(what.name))
+        # processes that share a sharded base run each forward together, whatever one of them has kept
+        keep = not is_sharded(run.kit)
+        outcomes.append(measure_set(asked, what, routes, seed, keep, report))
     return {name: forgetting_of(outcomes, name) for name in routes}
+
+
+def _report(progress: ProgressFn, _name: str, done: int, total: int) -> None:
+    progress(done, total)

@@ -1,0 +1,165 @@
+"""A source of rows as a set to measure on: questions with choices, plain texts, images, or examples of a task.
+
+Of a source with splits only the one that is measured is read; columns are those of the source, else those that the
+adapters were trained on. What the model cannot be asked is refused here, before anything is measured. It asks nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kitout.assess.example_set import ExampleSet, encode_examples
+from kitout.data.examples.formats import detect
+from kitout.data.read.sources import Table, open_source
+from kitout.errors import ConfigError, DataError, Errors, suggest
+from kitout.evaluate.ask.choices import read_choices
+from kitout.evaluate.sets.choice_set import ChoiceSet
+from kitout.evaluate.sets.evaluation_set import EvaluationSet, sample
+from kitout.evaluate.sets.text_set import TextSet
+from kitout.files.usage_record import UsageRecord
+from kitout.kit import Kit
+from kitout.train.config.schema import SourceConfig
+from kitout.train.setup.find_inputs import resolve_data
+from kitout.train.setup.job_datasets import Datasets
+
+SPLIT_ORDER = ("test", "validation", "", "train")  # which of a source's splits is measured on: the first there is
+CHOICE_ROLES = ("question", "choices", "answer")
+
+
+@dataclass(frozen=True)
+class SetReader:
+    """Reads sources for one model."""
+
+    kit: Kit
+    """The base with its adapters."""
+    tokenizer: Any
+    """The model's own; None: it reads images."""
+    usage: UsageRecord | None
+    """How the adapters were trained: task, labels, preprocessing."""
+    writes_text: bool
+    """Whether it is a language model: else it gives labels or numbers."""
+    pixels: Any = None
+    """The PixelProcessor of a model that reads images."""
+    seed: int = 0
+    """Of samples."""
+
+    def read(self, source: SourceConfig, group: str | None = None) -> EvaluationSet:
+        """One source. group: the column whose values say which rows are about one thing.
+
+        source.limit: so many examples, sampled by the seed. ConfigError or DataError where it cannot be measured on.
+        """
+        if self.pixels is not None:
+            return self._read_images(source, group)
+        tables = _tables_of_split(open_source(resolve_data(source.path)))
+        rows = [(table, table.read_rows()) for table in tables]
+        first = rows[0][1][0][1]
+        groups = _groups([values for _, of_table in rows for _, values in of_table], group)
+        if source.format == "choice" or (
+            source.format == "auto"
+            and self.writes_text
+            and {source.columns.get(role, role) for role in CHOICE_ROLES} <= set(first)
+        ):
+            return self._read_choices(source, [values for _, of_table in rows for _, values in of_table], groups)
+        record = None if self.usage is None else self.usage.text
+        columns, format_name = source.columns, None if source.format == "auto" else source.format
+        if record is not None and not columns and set(record.columns.values()) <= set(first):
+            columns, format_name = record.columns, format_name or record.format
+        system_prompt = source.system_prompt or (None if record is None else record.system_prompt)
+        examples, formats = [], set()
+        for table, of_table in rows:
+            read = [(line, {name: v for name, v in values.items() if name != group}) for line, values in of_table]
+            reading = detect(read, table.source, format_name, columns or None, None, table.note)
+            if reading.format.name != "text":
+                reading = replace(reading, system_prompt=system_prompt)
+            formats.add(reading.format.name)
+            examples += reading.to_examples(read)
+        examples, groups = _sampled(examples, groups, source.limit, self.seed)
+        if formats == {"text"} and self.writes_text:
+            if self.kit.config.is_encoder_decoder:
+                raise ConfigError("plain texts have no likelihood under an encoder-decoder: give inputs and answers")
+            return TextSet(source.path, tuple(example.source_text() for example in examples), groups=groups)
+        dataset = encode_examples(examples, self.kit, self.tokenizer, self.usage, self.writes_text)
+        return ExampleSet(source.path, dataset, groups)
+
+    def _read_choices(
+        self, source: SourceConfig, rows: Sequence[Mapping[str, Any]], groups: tuple[str, ...]
+    ) -> ChoiceSet:
+        errors = Errors(ConfigError, "columns")
+        for role, column in source.columns.items():
+            if role not in CHOICE_ROLES:
+                errors.add(f"{role!r} is no column of questions with choices; {suggest(role, CHOICE_ROLES)}")
+            elif column not in rows[0]:
+                errors.add(f"there is no column {column!r} (for {role!r}); {suggest(column, map(str, rows[0]))}")
+        if not self.writes_text:
+            errors.add("choices are scored by a language model, and this model answers with labels")
+        errors.raise_if_any()
+        named = [dict(row) | {role: row.get(column) for role, column in source.columns.items()} for row in rows]
+        questions = read_choices([row | {"choices": _as_list(row.get("choices"))} for row in named], "its rows")
+        sampled, groups = _sampled(questions, groups, source.limit, self.seed)
+        return ChoiceSet(source.path, tuple(sampled), groups=groups)
+
+    def _read_images(self, source: SourceConfig, group: str | None) -> ExampleSet:
+        from kitout.data.read.image_folders import load_images  # images need pillow
+
+        if group is not None:
+            raise ConfigError(f"images are not read in groups: leave out group={group!r}")
+        if source.format not in ("auto", "image"):
+            raise ConfigError(f"format={source.format}: this model reads images")
+        path = Path(resolve_data(source.path))
+        if (path / "images.npz").is_file():  # a built-in set is a folder with its license beside it
+            path = path / "images.npz"
+        labels = list(self.usage.labels) if self.usage is not None else list(self.kit.config.id2label.values())
+        columns = (source.columns.get("image"), source.columns.get("label"))
+        images = load_images(path, *columns, labels or None, to_train=False)
+        split = next(name for name in SPLIT_ORDER if name in images.splits)
+        rows = [i for i, of_image in enumerate(images.splits) if of_image == split]
+        measured = images.subset(sample(rows, source.limit, self.seed))
+        indices = list(range(len(measured)))
+        dataset = Datasets(
+            "image_classification", indices, [], indices, measured.label_names, digest=measured.digest, images=measured
+        )
+        return ExampleSet(source.path, dataset, pixels=self.pixels)
+
+
+def _tables_of_split(tables: Sequence[Table]) -> list[Table]:
+    """Of the split that is measured on."""
+    splits = {table.split for table in tables}
+    split = next(name for name in SPLIT_ORDER if name in splits)
+    return [replace(table, split=split) for table in tables if table.split == split]
+
+
+def _groups(rows: Sequence[Mapping[str, Any]], group: str | None) -> tuple[str, ...]:
+    """The group of every row; empty where none are asked for."""
+    if group is None:
+        return ()
+    missing = next((number for number, row in enumerate(rows) if row.get(group) is None), None)
+    if missing is not None:
+        raise DataError(f"row {missing + 1} has no group: {group!r}; {suggest(group, map(str, rows[missing]))}")
+    groups = tuple(str(row[group]) for row in rows)
+    if len(set(groups)) < 2:
+        raise DataError(f"all rows have the group {groups[0]!r} ({group}): at least two groups are needed")
+    return groups
+
+
+def _sampled(
+    items: Sequence[Any], groups: tuple[str, ...], limit: int | None, seed: int
+) -> tuple[list[Any], tuple[str, ...]]:
+    chosen = sample(range(len(items)), limit, seed)
+    kept = tuple(groups[i] for i in chosen) if groups else ()
+    if kept and len(set(kept)) < 2:
+        raise DataError(f"the {len(kept)} sampled rows are of one group: choose a larger limit")
+    return [items[i] for i in chosen], kept
+
+
+def _as_list(choices: Any) -> Any:
+    """A cell of a csv holds a list as JSON."""
+    if isinstance(choices, str) and choices.lstrip().startswith("["):
+        try:
+            return json.loads(choices)
+        except ValueError:
+            return choices
+    return choices

@@ -1,0 +1,72 @@
+"""`evaluate.forgetting` of a run: in results.json, card and report, once, and refused before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kitout
+from kitout.errors import AssetError, ConfigError
+from kitout.evaluate.sets import suites
+from tiny_models import decoder, encoder, jsonl, reviews
+from tiny_suites import use_tiny_suites
+
+
+def config(tmp_path: Path, model: Path, **data: Any) -> dict[str, Any]:
+    rows = [{"instruction": "good or bad?", "input": r["text"], "output": r["label"]} for r in reviews(40)]
+    file = jsonl(tmp_path / "rows.jsonl", rows if not data else reviews(40))
+    return {
+        "model": str(model),
+        "data": {"train": str(file), "test": 8, "validation": 0},
+        "train": {"steps": 3, "batch_size": 4},
+        "evaluate": {"forgetting": "quick"},
+        "output": {"folder": str(tmp_path / "run")},
+    }
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KITOUT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_run_tells_what_its_adapter_forgot_and_tells_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tiny_suites(tmp_path / "sets", monkeypatch)
+    settings, lines = config(tmp_path, decoder(tmp_path / "m")), []
+    kitout.train(settings, log=lines.append)
+    run = tmp_path / "run"
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    (forgotten,) = results["forgetting"].values()
+    assert list(forgotten["sets"]) == [*suites.CHOICES, "wiki", "chat prompts (chat template)"]
+    assert forgotten["sets"]["wiki"]["kl"] > 0
+    for page in (run / "adapter" / "README.md", run / "report.html"):
+        text = page.read_text(encoding="utf-8")
+        assert "forgetting" in text.lower(), page
+        assert forgotten["summary"][1:] in text, page
+    assert any("evaluating wiki: 0 of 3 examples" in line for line in lines)
+    assert any("measuring forgetting on obqa, 4 examples" in line for line in lines)
+    monkeypatch.setattr(suites, "fetch_asset", None)  # a finished run asks nothing
+    again: list[str] = []
+    kitout.train(settings, log=again.append)
+    assert any(f"forgetting: {forgotten['summary']}" in str(line) for line in again)
+
+
+def test_what_cannot_be_measured_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tiny_suites(tmp_path / "sets", monkeypatch)
+    settings = config(tmp_path, encoder(tmp_path / "e"), labels=True)
+    with pytest.raises(ConfigError, match=r"asks a language model .* objective=classification: leave it out"):
+        kitout.train(settings, log=lambda _: None)
+
+    def offline(name: str, log: object) -> Path:
+        raise AssetError(f"{name} could not be downloaded")
+
+    monkeypatch.setattr(suites, "fetch_asset", offline)
+    settings = config(tmp_path, decoder(tmp_path / "m")) | {"output": {"folder": str(tmp_path / "other")}}
+    with pytest.raises(AssetError, match="obqa"):
+        kitout.train(settings, log=lambda _: None)
+    assert not (tmp_path / "other" / "adapter").exists()
