@@ -1,8 +1,8 @@
 """Every method on three tasks, three seeds: quality, forgetting and cost (docs/results/first.md, from one command).
 
 `python studies/first.py [--parts minilm dinov2 smollm2] [--methods LoRA ...] [--folder runs/first]`. A part is a model
-with its task, each method one run of `kitout train` with `train.seeds`, at kitout's own learning rates; what is finished
-is not run again, and the page marks what was not run. It knows kitout by its public names and `kitout compare`.
+with its task, each method one run of `kitout train` with `train.seeds`, at kitout's own learning rates; what is
+finished is not run again, and the page marks what was not run. It knows kitout by its public names alone.
 """
 
 from __future__ import annotations

@@ -9,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -37,6 +35,7 @@ from kitout.train.config import conflicts
 from kitout.train.config.schema import RunConfig
 from kitout.train.config.seeds import repeated_adapters
 from kitout.train.loop import distributed, fsdp, stop_on_signal
+from kitout.train.loop.training_arguments import training_arguments
 from kitout.train.measure.evaluate import evaluate_jobs, metric_names, validation_fn
 from kitout.train.measure.forgetting import check_forgetting, measure_forgetting
 from kitout.train.measure.merge_proof import check_mergeable, prove_merge
@@ -52,8 +51,6 @@ from kitout.train.setup.schedule import fit_to_time, warn_of_few_steps
 from kitout.version import __version__
 
 LogFn = Callable[[str], None]
-MAX_LOGS = 2000
-NUM_EVALUATIONS, NUM_CHECKPOINTS = 5, 10  # of a run, by default
 NUM_PROGRESS_LINES = 4  # of one evaluation
 
 
@@ -294,7 +291,7 @@ def _build_trainer(
 
         cuts, warnings_of_trunk = keep_features(prepared.kit, prepared.jobs)
         prepared.warnings.extend(warnings_of_trunk)
-    args = _training_arguments(config, folder, len(steps), any(len(job.validation) for job in prepared.jobs))
+    args = training_arguments(config, folder, len(steps), any(len(job.validation) for job in prepared.jobs))
     unit = "tokens" if prepared.first_dataset.images is None else "images"
     display = ProgressDisplay(folder.path, unit=unit)
     callbacks: list[Any] = [display]
@@ -315,38 +312,3 @@ def _build_trainer(
     )
     trainer.display, trainer.cuts = display, cuts
     return trainer, estimate
-
-
-def _training_arguments(config: RunConfig, folder: RunFolder, num_steps: int, has_validation: bool) -> Any:
-    from transformers import TrainingArguments
-
-    eval_steps = config.evaluate.steps
-    if eval_steps is None:
-        eval_steps = math.ceil(num_steps / NUM_EVALUATIONS)
-    evaluates = has_validation and eval_steps > 0
-    best_metric = config.evaluate.best_metric or "loss"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return TrainingArguments(
-            output_dir=str(folder.checkpoints),
-            max_steps=num_steps,
-            per_device_train_batch_size=1,
-            report_to=list(config.output.report_to) or "none",
-            logging_steps=math.ceil(num_steps / MAX_LOGS),
-            logging_nan_inf_filter=False,
-            disable_tqdm=True,
-            log_level="error",
-            eval_strategy="steps" if evaluates else "no",
-            eval_steps=eval_steps if evaluates else None,
-            save_strategy="steps",
-            save_steps=config.train.save_steps or math.ceil(num_steps / NUM_CHECKPOINTS),
-            metric_for_best_model=f"eval_{best_metric}" if evaluates else None,
-            greater_is_better=best_metric not in ("loss", "perplexity", "mae", "rmse") if evaluates else None,
-            remove_unused_columns=False,
-            label_names=[],
-            use_cpu=not torch.cuda.is_available() or config.model.device == "cpu",
-            activation_checkpointing=config.train.activation_checkpointing,
-            seed=config.train.seed,
-            run_name=folder.path.name,
-            ddp_find_unused_parameters=len(config.per_job()) > 1,
-        )
