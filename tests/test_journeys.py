@@ -124,7 +124,9 @@ def test_the_engineer_gets_a_chat_and_a_merged_folder(journey: list[str]) -> Non
 def test_the_researcher_gets_a_table_and_predictions(journey: list[str]) -> None:
     assert "vpt-deep" in journey[1]
     assert "adaptformer" in journey[1]
+    first, second = (Path(folder, "report.html").read_bytes() for folder in ("comparison", "comparison-again"))
+    assert first == second
     with Path("answers.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    predictor = kitout.load("runs/methods/adapter/adaptformer")
+    predictor = kitout.load("runs/methods/adapter/adaptformer-s0")
     assert [row["label"] for row in rows] == [p.label for p in predictor(["new-photos/1.png", "new-photos/2.png"])]

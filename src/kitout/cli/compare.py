@@ -1,4 +1,4 @@
-"""`kitout compare RUN RUN...`: finished runs in one table, each with its metrics, intervals and cost.
+"""`kitout compare RUN RUN...`: finished runs in one table, each with its metrics, intervals and cost; ranked by seeds.
 
 Only options and printing here; `kitout.compare` does the work.
 """
@@ -20,22 +20,25 @@ def compare(
         bool, typer.Option("--each-seed", help="a row for every run, also where only the seed differs")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="write the table as CSV too")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR|FILE.csv", help="write a report with pictures, CSV and JSON; or the table as CSV"),
+    ] = None,
 ) -> None:
     """Compare finished runs: metrics on the test split with intervals, trainable parameters, time, memory.
 
     Only metrics that all runs have; it says where the test data differ.
-    Runs that differ in train.seed alone become one row with their number.
-    No run is named the best.
+    Runs that differ in train.seed alone become one row, and so do the seeds of train.seeds.
+    From three seeds rows have a group: two that share a letter do not differ significantly.
 
-    Example: kitout compare runs/lora runs/adaptformer --out table.csv
+    Example: kitout compare runs/methods --out comparison
     """
     with report_errors():
-        from kitout.compare import compare_runs, write_csv
+        from kitout.compare import compare_runs, write_csv, write_folder
 
         table = compare_runs(runs, group_seeds=not each_seed)
         if out is not None:
-            write_csv(table, out)
+            (write_csv if out.suffix.lower() == ".csv" else write_folder)(table, out)
         typer.echo(json.dumps(table.to_dict(), indent=2, ensure_ascii=False) if as_json else str(table))
         if out is not None:
             typer.echo(f"written: {out}", err=True)

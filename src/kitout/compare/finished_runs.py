@@ -13,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from kitout.errors import ConfigError, Errors
+from kitout.errors import ConfigError, Errors, FileError
 from kitout.evaluate.compare import BASE
+from kitout.evaluate.example_scores import AdapterScores, ExampleScores, load_scores
 from kitout.evaluate.metrics.measure import Score
 from kitout.files.adapter_json import RECORD
 from kitout.files.system_errors import as_path
@@ -25,10 +27,12 @@ from kitout.train.config import yaml_file
 from kitout.train.config.load import load
 from kitout.train.config.renamed_keys import translate
 from kitout.train.config.schema import RunConfig
-from kitout.train.run_folder import MAY_DIFFER, RESULTS_FILE, RUN_FILE, flatten
+from kitout.train.config.seeds import job_of
+from kitout.train.run_folder import MAY_DIFFER, RESULTS_FILE, RUN_FILE, SCORES_FILE, flatten
 
 # Of one method, run twice: they may differ, and it is the same configuration with another seed.
 NOT_OF_THE_CONFIG = {*MAY_DIFFER, "train.seed", "output.name", "data.template_date", "jobs"}
+CHOICE_METRICS = {"acc", "acc_norm", "accuracy"}  # of sets whose answers are choices
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,14 @@ class FinishedRun:
     """Of the frozen base."""
     stopped: str
     """Why training stopped early because it diverged; else empty."""
+    method_label: str
+    """The label without the seed, where the run trained one job with several."""
+    recipe: str
+    """The same for runs that differ in seed and data alone; empty where the config cannot be read."""
+    test_scores: Mapping[str, ExampleScores]
+    """What the metrics are made of, example by example; empty in runs of earlier versions."""
+    forgetting: float | None
+    """Accuracy lost on choice sets, the mean over these; None where that was not measured."""
 
 
 def read_runs(folders: Sequence[str | PathLike[str]]) -> list[FinishedRun]:
@@ -98,6 +110,8 @@ def read_runs(folders: Sequence[str | PathLike[str]]) -> list[FinishedRun]:
             runs += _read_run(path)
         except _CannotRead as error:
             errors.add(f"{path / RESULTS_FILE} {error}")
+        except FileError as error:
+            errors.add(str(error))
     errors.raise_if_any()
     return _with_labels(runs)
 
@@ -148,8 +162,9 @@ def _read_run(path: Path) -> list[FinishedRun]:
             "is not one that this version of kitout writes (no trainable, comparisons and data): train again"
         )
     configs = _configs_of(path)
+    scores = load_scores(path / SCORES_FILE) if (path / SCORES_FILE).is_file() else {}
     try:
-        return [_adapter_of(path, results, name, configs.get(name)) for name in results["trainable"]]
+        return [_adapter_of(path, results, name, configs.get(name), scores.get(name)) for name in results["trainable"]]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise _CannotRead(f"is damaged: {type(error).__name__} {short_repr(str(error), 80)}") from error
 
@@ -163,7 +178,9 @@ def _configs_of(path: Path) -> dict[str, RunConfig]:
     return {one.output.name: one for one in config.per_job()}
 
 
-def _adapter_of(path: Path, results: Mapping[str, Any], name: str, config: RunConfig | None) -> FinishedRun:
+def _adapter_of(
+    path: Path, results: Mapping[str, Any], name: str, config: RunConfig | None, kept: AdapterScores | None
+) -> FinishedRun:  # fmt: skip
     row: Mapping[str, Any] = next((row for row in results.get("adapters") or () if row["name"] == name), {})
     num_adapters = len(results["trainable"])
     changes = results["comparisons"].get(name, ())
@@ -192,7 +209,18 @@ def _adapter_of(path: Path, results: Mapping[str, Any], name: str, config: RunCo
         device=str(machine.get("device", "")),
         dtype=str(machine.get("dtype", "")),
         stopped=str((results.get("stopped") or {}).get(name, "")),
+        method_label=job_of((results.get("seeds") or {}).get("adapters", {}), name),
+        recipe="" if config is None else _config_key(config, without="data."),
+        test_scores={} if kept is None else kept.tuned,
+        forgetting=_accuracy_lost((results.get("forgetting") or {}).get(name)),
     )
+
+
+def _accuracy_lost(section: Mapping[str, Any] | None) -> float | None:
+    """The mean over sets of choices of base minus adapter; None without such a set."""
+    sets = [] if section is None else section["sets"].values()
+    lost = [-float(one["difference"]) for one in sets if one["metric"] in CHOICE_METRICS]
+    return fmean(lost) if lost else None
 
 
 def _score(values: Mapping[str, Any]) -> Score:
@@ -212,10 +240,12 @@ def _method_text(config: RunConfig) -> str:
     return type(config.method).__name__ + (f"({settings})" if settings else "")
 
 
-def _config_key(config: RunConfig) -> str:
+def _config_key(config: RunConfig, without: str = "") -> str:
+    """without: the beginning of settings that do not count."""
     settings = config.to_dict()
     settings["method"] = {"name": type(config.method).__name__, **config.method.model_dump(mode="json")}
     flat = {key: value for key, value in flatten(settings).items() if key not in NOT_OF_THE_CONFIG}
+    flat = {key: value for key, value in flat.items() if not (without and key.startswith(without))}
     return json.dumps(flat, sort_keys=True, default=str)
 
 
@@ -223,9 +253,11 @@ def _with_labels(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
     """Runs by the last part of their folder, by the whole of it where two share that; several adapters with names."""
     folders = list(dict.fromkeys(run.folder for run in runs))
     counts = Counter(folder.resolve().name for folder in folders)
+    methods = {folder: {run.method_label for run in runs if run.folder == folder} for folder in folders}
     labels = []
     for run in runs:
         name = run.folder.resolve().name
         folder = name if name and counts[name] == 1 else str(run.folder)
-        labels.append(f"{folder}/{run.adapter}" if run.num_adapters > 1 else folder)
-    return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
+        label = f"{folder}/{run.adapter}" if run.num_adapters > 1 else folder
+        labels.append((label, f"{folder}/{run.method_label}" if len(methods[run.folder]) > 1 else folder))
+    return [replace(run, label=a, method_label=b) for run, (a, b) in zip(runs, labels, strict=True)]

@@ -1,76 +1,36 @@
 """One table of finished runs: metrics that all of them have, with intervals, and what each run cost.
 
 Runs of one configuration that differ in the seed alone become one row: the mean, and the lowest and highest of n seeds.
-Nothing is named the best: intervals are over test examples, and one seed says nothing of others. Where the test data
-differ the table says so. It opens no file.
+Nothing is named the best that was not shown to be: rows with three seeds and more are ranked as groups, and one seed
+says nothing of others. Where the test data differ the table says so. It opens no file.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
-from statistics import fmean
 from typing import Any
 
 from kitout.compare.finished_runs import FinishedRun, read_runs
+from kitout.compare.rankings import MetricRanking, rank_rows, rank_tasks
 from kitout.compare.render import TableColumn, render
+from kitout.compare.run_row import RunRow, score_text
+from kitout.compare.table_notes import table_notes
 from kitout.errors import ConfigError
 from kitout.evaluate.compare import BASE, format_value
-from kitout.evaluate.intervals.resampled import Z95
 from kitout.evaluate.metrics.measure import Score
 from kitout.evaluate.metrics.registry import metric_title
-from kitout.evaluate.significance.power import smallest_difference, smallest_text
+from kitout.evaluate.significance.tasks import TaskRanking
 from kitout.files.atomic import write_text
 from kitout.files.system_errors import as_path, as_path_error
 from kitout.format import format_bytes, format_duration, single_line
 from kitout.train.metrics_log import to_json_value
 
 MAX_LABEL, MAX_METHOD, MAX_MODEL, MAX_DEVICE = 28, 30, 30, 30  # characters of a line in a cell
-
-
-@dataclass(frozen=True)
-class RunRow:
-    """One run, or several of one configuration with different seeds."""
-
-    label: str
-    """What the table calls it."""
-    runs: tuple[FinishedRun, ...]
-    """The runs behind it; several: only their seeds differ."""
-    test: str
-    """A letter: rows of the same letter were measured on the same test examples; empty without a test split."""
-
-    @property
-    def seeds(self) -> tuple[int | None, ...]:
-        """The seeds of its runs; None where a run does not say."""
-        return tuple(run.seed for run in self.runs)
-
-    @property
-    def seconds(self) -> float | None:
-        """Of training, the mean over its runs; None where that is not kept."""
-        known = [run.seconds for run in self.runs if run.seconds is not None]
-        return fmean(known) if len(known) == len(self.runs) else None
-
-    @property
-    def memory(self) -> int:
-        """The highest peak of its runs, in bytes."""
-        return max(run.memory for run in self.runs)
-
-    def score(self, metric: str) -> Score | None:
-        """One run: the score with its interval over test examples. Several: the mean, from lowest to highest seed."""
-        scores = [run.scores[metric] for run in self.runs if metric in run.scores]
-        if len(scores) < 2:
-            return scores[0] if scores else None
-        values, first = [score.value for score in scores], scores[0]
-        return replace(first, value=fmean(values), low=min(values), high=max(values))
-
-    def score_text(self, metric: str) -> str:
-        """93.6 (91.9 to 95.0), or 93.1 (3 seeds: 92.0 to 94.2); fractions in percent."""
-        return _score_text(self.score(metric), f"{len(self.runs)} seeds: " if len(self.runs) > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -85,13 +45,17 @@ class RunTable:
     """Whether all were measured on the same test examples; None where earlier versions did not record it."""
     notes: tuple[str, ...]
     """What to know before numbers of two rows are compared."""
+    rankings: tuple[MetricRanking, ...] = ()
+    """The rows against each other, by test set and metric."""
+    tasks: TaskRanking | None = None
+    """Methods over test sets, where there are five or more."""
 
     def __str__(self) -> str:
         return self.to_text()
 
     def to_text(self, width: int | None = None) -> str:
         """The table and its notes for a terminal of this width; None: this one's."""
-        return render(_columns(self), self.notes, width)
+        return render(table_columns(self), self.notes, width)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: every row with its runs, and the notes."""
@@ -104,23 +68,42 @@ class RunTable:
                     for metric in self.metrics if (score := row.score(metric)) is not None
                 },
                 "trainable": row.runs[0].trainable, "percent": row.runs[0].percent,
-                "seconds": row.seconds, "memory": row.memory,
+                "seconds": row.seconds, "memory": row.memory, "forgetting": row.forgetting,
                 "runs": [_run_values(run) for run in row.runs],
             }
             for row in self.rows
         ]  # fmt: skip
-        return to_json_value(
-            {"metrics": list(self.metrics), "same_test": self.same_test, "rows": rows, "notes": list(self.notes)}
-        )
+        rankings = [
+            {"test": one.test, "metric": one.metric, "note": one.note,
+             **({} if one.ranking is None else asdict(one.ranking))}
+            for one in self.rankings
+        ]  # fmt: skip
+        return to_json_value({
+            "metrics": list(self.metrics), "same_test": self.same_test, "rows": rows, "rankings": rankings,
+            "tasks": None if self.tasks is None else asdict(self.tasks), "notes": list(self.notes),
+        })  # fmt: skip
 
-    def to_csv(self) -> str:
-        """One line per row: metrics as fractions with the ends of their intervals, seconds, bytes."""
+    def letters(self, metric: str) -> dict[str, str]:
+        """Of each row: two of one test set that share a letter do not differ significantly in this metric."""
+        found: dict[str, str] = {}
+        for one in self.rankings:
+            if one.metric == metric:
+                found |= one.letters
+        return found
+
+    def to_csv(self, groups: bool = False) -> str:
+        """One line per row: metrics as fractions with the ends of their intervals, seconds, bytes.
+
+        groups: with the letters of each metric and the mean accuracy lost on choice sets, in columns at the end.
+        """
         ends = ("", "_low", "_high")
         names = [f"{metric}{end}" for metric in self.metrics for end in ends]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         cost = ["trainable", "percent", "seconds", "memory_bytes", "device", "dtype"]
-        writer.writerow(["run", "model", "method", "seeds", "test", *names, *cost])
+        letters = {metric: self.letters(metric) for metric in self.metrics} if groups else {}
+        more = [*(f"{metric}_group" for metric in letters), "forgetting"] if groups else []
+        writer.writerow(["run", "model", "method", "seeds", "test", *names, *cost, *more])
         for row in self.rows:
             first = row.runs[0]
             values: list[float | str] = []
@@ -130,7 +113,10 @@ class RunTable:
             seeds = " ".join(str(seed) for seed in row.seeds if seed is not None)
             seconds = "" if row.seconds is None else row.seconds
             own = [first.trainable, first.percent, seconds, row.memory, first.device, first.dtype]
-            writer.writerow([row.label, first.model, first.method, seeds, row.test, *values, *own])
+            ends_of_row = [own_letters.get(row.label, "") for own_letters in letters.values()]
+            if groups:
+                ends_of_row.append("" if row.forgetting is None else str(row.forgetting))
+            writer.writerow([row.label, first.model, first.method, seeds, row.test, *values, *own, *ends_of_row])
         return text.getvalue()
 
 
@@ -167,11 +153,14 @@ def build_table(runs: Sequence[FinishedRun], *, group_seeds: bool = True) -> Run
     rows = []
     for indices in groups.values():
         members = tuple(runs[i] for i in indices)
-        label = members[0].label if len(members) == 1 else _group_label([run.label for run in members])
+        labels = list(dict.fromkeys(run.method_label for run in members))
+        label = members[0].label if len(members) == 1 else _group_label(labels)
         rows.append(RunRow(label, members, letters[indices[0]]))
     tested = [run for run in runs if run.scores]
     metrics = tuple(m for m in (tested[0].scores if tested else ()) if all(m in run.scores for run in tested))
-    return RunTable(tuple(rows), metrics, same_test, tuple(_notes(rows, runs, metrics, same_test)))
+    rankings, tasks = rank_rows(rows, metrics), rank_tasks(rows)
+    notes = table_notes(rows, runs, metrics, same_test, rankings, tasks)
+    return RunTable(tuple(rows), metrics, same_test, tuple(notes), rankings, tasks)
 
 
 def _group_label(labels: Sequence[str]) -> str:
@@ -199,68 +188,6 @@ def _letter(index: int) -> str:
     return chr(ord("A") + index) if index < 26 else f"T{index + 1}"
 
 
-def _notes(
-    rows: Sequence[RunRow], runs: Sequence[FinishedRun], metrics: Sequence[str], same_test: bool | None
-) -> list[str]:
-    notes = []
-    if same_test is not True:
-        letters = dict.fromkeys(row.test for row in rows if row.test)
-        members = "; ".join(f"{a}: {', '.join(row.label for row in rows if row.test == a)}" for a in letters)
-        if same_test is None:
-            notes.append(
-                f"the test examples may differ: an earlier version of kitout did not record which they are ({members})"
-            )
-        else:
-            notes.append(
-                f"measured on different test examples, so the metrics of one letter are not comparable with those of "
-                f"another ({members}). For one test set: the same data, data.test and data.seed, or a file as data.test"
-            )
-    if untested := [run.label for run in runs if not run.scores]:
-        notes.append(f"without a test split, and so without metrics: {', '.join(untested)}")
-    if left_out := _left_out(runs, metrics):
-        notes.append(f"left out, because not every run has it: {left_out}")
-    if any(len(row.runs) == 1 and row.runs[0].scores for row in rows):
-        notes.append(
-            "intervals: 95 %, over the test examples. Of one seed: another seed moves every result too, so no row is "
-            "named the best; repeat each with other seeds (train.seed=1, ...), and they become one row"
-        )
-    if smallest := _smallest_difference(rows, metrics):
-        notes.append(
-            f"{smallest}. Rows are not paired by example here: where two runs err on the same examples, it is less"
-        )
-    if grouped := [row for row in rows if len(row.runs) > 1]:
-        notes.append(
-            "several seeds: the mean, and the lowest to the highest; "
-            + "; ".join(f"{row.label}: seeds {', '.join(map(str, row.seeds))}" for row in grouped)
-        )
-    if len({(run.device, run.dtype) for run in runs}) > 1:
-        notes.append("seconds and memory are of different devices or dtypes, and not comparable: see the columns")
-    if together := [row.label for row in rows if row.runs[0].num_adapters > 1]:
-        notes.append(f"memory is of the whole run where several adapters were trained together: {', '.join(together)}")
-    notes += [f"{run.label}: {run.stopped}" for run in runs if run.stopped]
-    return [single_line(note, 2000) for note in notes]
-
-
-def _smallest_difference(rows: Sequence[RunRow], metrics: Sequence[str]) -> str:
-    """What one test set can show of any two rows of one seed, in the headline metric, from their intervals."""
-    scores = [score for row in rows if metrics and len(row.runs) == 1 and (score := row.score(metrics[0]))]
-    errors = sorted((score.high - score.low) / (2 * Z95) for score in scores)[-2:]
-    if len({row.test for row in rows if row.test}) != 1 or len(errors) < 2 or not math.isfinite(errors[-1]):
-        return ""
-    found = smallest_difference(math.hypot(*errors), scores[0].n, share=scores[0].share)
-    return smallest_text([(metric_title(metrics[0]), found)]).partition(";")[0]
-
-
-def _left_out(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> str:
-    """accuracy (a, b): a metric, and the runs that have it."""
-    owners: dict[str, list[str]] = {}
-    for run in runs:
-        for metric in run.scores:
-            if metric not in metrics:
-                owners.setdefault(metric, []).append(run.label)
-    return "; ".join(f"{metric_title(metric)} ({', '.join(labels)})" for metric, labels in owners.items())
-
-
 def _score_values(score: Score, num_seeds: int) -> dict[str, Any]:
     over = "test examples" if num_seeds == 1 else "seeds"
     return {
@@ -281,8 +208,8 @@ def _run_values(run: FinishedRun) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _columns(table: RunTable) -> list[TableColumn]:
-    """The headline beside the cost; other metrics behind."""
+def table_columns(table: RunTable) -> list[TableColumn]:
+    """What is printed: the headline beside the cost; other metrics behind."""
     rows, base = table.rows, _common_baseline(table)
     firsts = [row.runs[0] for row in rows]
     last = ["" if base is None else base.baseline if base.baseline != BASE else "the base alone"]
@@ -294,15 +221,15 @@ def _columns(table: RunTable) -> list[TableColumn]:
         columns.insert(1, TableColumn("base", [single_line(run.model, 200) for run in firsts], most=MAX_MODEL))
     if table.same_test is not True:
         columns.append(TableColumn("test set", [row.test for row in rows]))
-    metrics = [
-        TableColumn(
-            _metric_title(rows, metric),
-            [row.score_text(metric) for row in rows] + ([_score_text(base.base_scores.get(metric))] if base else []),
-        )
-        for metric in table.metrics
-    ]
+    metrics: list[list[TableColumn]] = []
+    for metric in table.metrics:
+        last_cell = [score_text(base.base_scores.get(metric))] if base else []
+        metrics.append([TableColumn(column_title(rows, metric), [row.score_text(metric) for row in rows] + last_cell)])
+        if letters := table.letters(metric):
+            title = "group" if metric == table.metrics[0] else f"group by {metric_title(metric)}"
+            metrics[-1].append(TableColumn(title, [letters.get(row.label, "") for row in rows]))
     columns += [
-        *metrics[:1],
+        *(metrics[0] if metrics else ()),
         TableColumn("trainable", [f"{run.trainable:,}" for run in firsts], right=True),
         TableColumn("%", [f"{run.percent:.2f}" if run.percent < 99.995 else "100" for run in firsts], right=True),
         TableColumn("time", [_seconds_text(row) for row in rows], right=True),
@@ -311,7 +238,10 @@ def _columns(table: RunTable) -> list[TableColumn]:
     if len({(run.device, run.dtype) for run in firsts}) > 1:
         devices = [single_line(f"{run.device}, {run.dtype}", 80) for run in firsts]
         columns.append(TableColumn("device", devices, most=MAX_DEVICE))
-    columns += metrics[1:]
+    if any(row.forgetting is not None for row in rows):
+        lost = ["" if row.forgetting is None else format_value(row.forgetting, share=True) for row in rows]
+        columns.append(TableColumn("forgotten", lost, right=True))
+    columns += [column for pair in metrics[1:] for column in pair]
     height = len(rows) + (base is not None)
     return [replace(column, cells=[*column.cells, *[""] * height][:height]) for column in columns]
 
@@ -323,14 +253,8 @@ def _common_baseline(table: RunTable) -> FinishedRun | None:
     return runs[0] if table.same_test and len(distinct) == 1 else None
 
 
-def _score_text(score: Score | None, range_of: str = "") -> str:
-    if score is None or math.isnan(score.value):
-        return "" if score is None else "not finite"
-    value, low, high = (format_value(v, score.share) for v in (score.value, score.low, score.high))
-    return f"{value} ({range_of}{low} to {high})"
-
-
-def _metric_title(rows: Sequence[RunRow], metric: str) -> str:
+def column_title(rows: Sequence[RunRow], metric: str) -> str:
+    """accuracy %"""
     score = next((score for row in rows if (score := row.score(metric)) is not None), None)
     return metric_title(metric, score.note if score else "") + (" %" if score is not None and score.share else "")
 

@@ -20,13 +20,16 @@ from kitout.evaluate.metrics.measure import score_difference
 from kitout.evaluate.report import adapter_table, html, model_card
 from kitout.evaluate.report.adapter_table import AdapterRow
 from kitout.evaluate.sets.forgetting import SetChange, forgetting_to_dict
+from kitout.evaluate.significance.by_method import MetricByMethod
 from kitout.evaluate.significance.power import SmallestDifference, smallest_of_measures
 from kitout.runtime.adapter import Adapter
 from kitout.train.adapter_folders import adapter_folders, not_written_error
 from kitout.train.config.schema import RunConfig
+from kitout.train.config.seeds import job_of
 from kitout.train.loop.trainer import JobTrainer
 from kitout.train.measure.evaluate import JobOutcome
 from kitout.train.measure.merge_proof import MergeProof
+from kitout.train.measure.seed_results import metrics_by_method, write_scores
 from kitout.train.preflight.cost_estimate import CostEstimate
 from kitout.train.results_text import next_text, results_text
 from kitout.train.run_folder import RunFolder
@@ -53,7 +56,11 @@ def write_outputs(
     rows = _adapter_rows(run, trainer, outcomes)
     results = _results(run, trainer, estimate, best_step, comparisons)
     results["adapters"] = [asdict(row) for row in rows]
-    smallest = _smallest_between(run, rows, outcomes)
+    by_method = metrics_by_method(run, outcomes)
+    if by_method:
+        metrics = [asdict(one) for one in by_method]
+        results["seeds"] = {"adapters": run.seeds, "metrics": metrics, "text": by_method[0].text}
+    smallest = None if run.seeds else _smallest_between(run, rows, outcomes)
     if smallest is not None:
         results["smallest_between_adapters"] = asdict(smallest)
     results["predicted"] = {name: list(one.predictions) for name, one in outcomes.items() if one.references}
@@ -71,15 +78,20 @@ def write_outputs(
     results["next"] = {"commands": steps.commands, "python": steps.python_lines}
     folders = adapter_folders(run, run_folder)
     try:
-        _write_all(run, config, run_folder, results, comparisons, folders, outcomes, rows, smallest, forgetting)
+        if outcomes:
+            write_scores(run, outcomes, run_folder.scores)
+        _write_all(
+            run, config, run_folder, results, comparisons, folders, outcomes, rows, smallest, forgetting, by_method
+        )
     except (OSError, SafetensorError) as error:
         raise not_written_error(run_folder, error) from error
     if text := results_text(results):
         log(text)
     for name, comparison in comparisons.items():
         log(f"{name}: {comparison.verdict}" if len(comparisons) > 1 else comparison.verdict)
-    if config.jobs and adapter_table.comparable(rows):
-        log(f"\n{adapter_table.text(rows, run.first_dataset.majority_accuracy, share_data(run), smallest)}\n")
+    if len(run.jobs) > 1 and adapter_table.comparable(rows):
+        majority = run.first_dataset.majority_accuracy
+        log(f"\n{adapter_table.text(rows, majority, share_data(run), smallest, has_seeds=bool(by_method))}\n")
     log("\n".join([f"report   {run_folder.report}", *(f"adapter  {folder}" for folder in folders.values()), ""]))
     log(next_text(results))
     return results
@@ -89,6 +101,7 @@ def _write_all(
     run: PreparedRun, config: RunConfig, run_folder: RunFolder, results: Mapping[str, Any],
     comparisons: Mapping[str, Comparison], folders: Mapping[str, Path], outcomes: Mapping[str, JobOutcome],
     rows: Sequence[AdapterRow], smallest: SmallestDifference | None, forgetting: Mapping[str, Sequence[SetChange]],
+    by_method: Sequence[MetricByMethod],
 ) -> None:  # fmt: skip
     for job, folder in folders.items():
         own = {name: comparison for name, comparison in comparisons.items() if name == job}
@@ -96,6 +109,8 @@ def _write_all(
         summary = replace(
             summary,
             per_class={job: outcomes[job].per_class} if job in outcomes else {},
+            by_method=by_method,
+            method_name=job_of(run.seeds, job),
             forgetting={name: changes for name, changes in forgetting.items() if name == job},
         )
         model_card.write_model_card(card_summary(summary, config), folder)
@@ -107,6 +122,7 @@ def _write_all(
         majority=run.first_dataset.majority_accuracy,
         same_test=share_data(run),
         smallest=smallest,
+        by_method=by_method,
         forgetting=forgetting,
         charts=report_charts(run, run_folder),
         per_class={name: one.per_class for name, one in outcomes.items() if one.per_class},

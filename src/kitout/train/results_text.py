@@ -19,6 +19,7 @@ from kitout.evaluate.compare import BASE, format_value
 from kitout.evaluate.metrics.registry import metric_title
 from kitout.evaluate.significance.power import SmallestDifference, smallest_text
 from kitout.format import format_bytes, format_duration, single_line
+from kitout.train.config.seeds import repeated_adapters
 from kitout.train.measure.merge_proof import MergeProof
 
 PAGE_WIDTH = 120
@@ -30,13 +31,17 @@ MAX_METRICS = 4  # of each adapter; the report has all
 def results_text(results: Mapping[str, Any]) -> str:
     """From results.json; several adapters have their tables one after the other. Empty if there is nothing to show."""
     parts: list[RenderableType] = []
-    comparisons = results["comparisons"]
+    seeds = results.get("seeds", {})
+    repeated = repeated_adapters(seeds.get("adapters", {}))
+    comparisons = {name: changes for name, changes in results["comparisons"].items() if name not in repeated}
     for name, changes in comparisons.items():
         baseline = changes[0].get("baseline", BASE)  # a run of an earlier version has none
         title = "The same frozen base, without and with the adapter"
         if baseline != BASE:
             title = f"The adapter on its frozen base, against the {baseline}"
-        parts.append(_metrics_table(results, name, changes, title if len(comparisons) == 1 else f"{title} {name}"))
+        parts.append(
+            _metrics_table(results, name, changes, title if len(results["comparisons"]) == 1 else f"{title} {name}")
+        )
         if smallest := _smallest(changes[:MAX_METRICS]):
             parts.append(Text(smallest))
         if 0 < len(scores := results.get("per_class", {}).get(name, ())) <= MAX_CLASSES:
@@ -48,7 +53,10 @@ def results_text(results: Mapping[str, Any]) -> str:
         of = f" ({name})" if len(results["forgetting"]) > 1 else ""
         parts.append(Text(f"forgetting{of}: {forgotten['summary']}"))
     for name, proof in results.get("merge", {}).items():
-        parts.append(Text(f"{name}: {MergeProof(**proof)}" if len(comparisons) > 1 else str(MergeProof(**proof))))
+        proof_text = str(MergeProof(**proof))
+        parts.append(Text(f"{name}: {proof_text}" if len(results["comparisons"]) > 1 else proof_text))
+    if seeds:
+        parts.append(Text(f"\n{seeds['text']}"))
     page = io.StringIO()
     console = Console(file=page, width=PAGE_WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
     for part in parts:

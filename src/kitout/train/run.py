@@ -35,6 +35,7 @@ from kitout.install_hint import suggest_install
 from kitout.train import checkpoints, run_folder
 from kitout.train.config import conflicts
 from kitout.train.config.schema import RunConfig
+from kitout.train.config.seeds import repeated_adapters
 from kitout.train.loop import distributed, fsdp, stop_on_signal
 from kitout.train.measure.evaluate import evaluate_jobs, metric_names, validation_fn
 from kitout.train.measure.forgetting import check_forgetting, measure_forgetting
@@ -281,7 +282,8 @@ def _build_trainer(
     jobs, schedules, fitting_seconds = fit_to_time(prepared.jobs, prepared.schedules, seconds)
     prepared.jobs[:], prepared.schedules[:] = jobs, schedules
     for job, schedule in zip(jobs, schedules, strict=True):
-        prepared.warnings.extend(warn_of_few_steps(job.name, schedule))
+        if job.name not in repeated_adapters(prepared.seeds):
+            prepared.warnings.extend(warn_of_few_steps(job.name, schedule))
     if fitting_seconds < seconds:
         steps = StepDataset(jobs)
         share = fitting_seconds / seconds
@@ -346,5 +348,5 @@ def _training_arguments(config: RunConfig, folder: RunFolder, num_steps: int, ha
             activation_checkpointing=config.train.activation_checkpointing,
             seed=config.train.seed,
             run_name=folder.path.name,
-            ddp_find_unused_parameters=len(config.jobs) > 1,
+            ddp_find_unused_parameters=len(config.per_job()) > 1,
         )

@@ -33,6 +33,7 @@ from kitout.train.config.schema import RunConfig
 from kitout.train.metrics_log import METRICS_FILE, to_json_value
 
 RUN_FILE, RESULTS_FILE, ESTIMATE_FILE, RESOLVED_FILE = "run.yaml", "results.json", "estimate.json", "resolved.json"
+SCORES_FILE = "scores.safetensors"
 # The owner has a file of its own: some systems lock the bytes of the lock file.
 LOCK_FILE, OWNER_FILE = ".run.lock", ".run.owner"
 REPORT_FILE = "report.html"
@@ -52,7 +53,16 @@ MAY_DIFFER = {
 }
 DRY_RUN_FILES = {RUN_FILE, ESTIMATE_FILE, RESOLVED_FILE, *PREFLIGHT_FILES}  # a folder of these alone holds no run yet
 # What a run writes file by file, besides plots: a kill may leave `.<name>.<pid>` of any of them.
-WRITTEN_FILES = {*DRY_RUN_FILES, RESULTS_FILE, METRICS_FILE, OWNER_FILE, REPORT_FILE, "README.md", "diverged.json"}
+WRITTEN_FILES = {
+    *DRY_RUN_FILES,
+    RESULTS_FILE,
+    METRICS_FILE,
+    OWNER_FILE,
+    REPORT_FILE,
+    SCORES_FILE,
+    "README.md",
+    "diverged.json",
+}
 TEMPLATE_DATE = "data.template_date"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # a write raises them without a name
 ABSENT = object()
@@ -88,6 +98,10 @@ class RunFolder:
     @property
     def results(self) -> Path:
         return self.path / RESULTS_FILE
+
+    @property
+    def scores(self) -> Path:
+        return self.path / SCORES_FILE
 
     @property
     def estimate(self) -> Path:

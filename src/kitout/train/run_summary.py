@@ -66,9 +66,9 @@ def run_summary(
     }
     base = base_record(run, config.model)
     return RunSummary(
-        title=f"{', '.join(methods.values())} on {config.model.name}",
+        title=f"{', '.join(dict.fromkeys(methods.values()))} on {config.model.name}",
         model=config.model.name,
-        method="; ".join(methods.values()),
+        method="; ".join(dict.fromkeys(methods.values())),
         adapter=adapter,
         next_steps={job.name: next_steps(run, config, run_folder, job.name) for job in jobs},
         servers=() if run.tokenizer is None else _server_notes(run, jobs[0].name),
@@ -98,6 +98,7 @@ def run_summary(
         files={
             "adapter/": "the adapter, with its model card",
             "results.json": "every metric",
+            **({"scores.safetensors": "what the metrics are made of, example by example"} if comparisons else {}),
             "run.yaml": "the settings",
             "metrics.jsonl": "what was logged, step by step",
         },

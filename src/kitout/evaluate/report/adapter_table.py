@@ -68,10 +68,11 @@ def comparable(rows: Sequence[AdapterRow]) -> bool:
 
 
 def caption(
-    rows: Sequence[AdapterRow], same_test: bool = True, smallest: SmallestDifference | None = None
+    rows: Sequence[AdapterRow], same_test: bool = True, smallest: SmallestDifference | None = None,
+    has_seeds: bool = False,
 ) -> str:  # fmt: skip
     """What the table shows, and what it does not. same_test: all have the same test examples. smallest: what these can
-    show of any two adapters.
+    show of any two adapters. has_seeds: several adapters are one method, and another table has the verdicts.
 
     It names no best adapter: intervals are over test examples, and another seed moves each result too.
     """
@@ -81,6 +82,8 @@ def caption(
     if len(rows) == 1:
         return f"{rows[0].name}: {rows[0].title} {rows[0].score_text}"
     low, high = (format_value(choose(s.value for s in scores), scores[0].share) for choose in (min, max))
+    if has_seeds:
+        return f"{rows[0].title} {low} to {high} on {scores[0].n:,} test examples, one seed each"
     return (
         f"{rows[0].title} {low} to {high} on {scores[0].n:,} test examples, one seed each: the intervals hold for "
         "these examples, and another seed moves every result too. To compare methods, repeat them with other seeds "
@@ -90,7 +93,7 @@ def caption(
 
 def text(
     rows: Sequence[AdapterRow], majority: float | None, same_test: bool = True,
-    smallest: SmallestDifference | None = None,
+    smallest: SmallestDifference | None = None, has_seeds: bool = False,
 ) -> str:  # fmt: skip
     """The table as aligned lines, the caption below. majority: accuracy of always predicting the majority class."""
     title = f"{rows[0].title}{' %' if rows[0].score and rows[0].score.share else ''}, 95 % interval"
@@ -107,4 +110,4 @@ def text(
                   for k, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
         for line in lines
     ]  # fmt: skip
-    return "\n".join([*aligned, "", caption(rows, same_test, smallest)])
+    return "\n".join([*aligned, "", caption(rows, same_test, smallest, has_seeds)])

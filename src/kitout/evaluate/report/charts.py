@@ -57,6 +57,8 @@ class Chart:
     """What is in it."""
     is_log: bool = False
     """Whether x is in powers of ten."""
+    is_whole: bool = True
+    """Whether x, if it is not, has ticks at whole numbers alone."""
     y_limits: tuple[float, float] | None = None
     """What y shows; None: all there is."""
 
@@ -92,11 +94,14 @@ class Chart:
         if self.is_log:  # whole powers of ten, at least two
             x_ticks = [10.0**k for k in range(math.floor(x_low), math.ceil(x_high) + 1)]
         else:
-            x_ticks = _ticks(x_low, x_high, whole=True)
+            x_ticks = _ticks(x_low, x_high, whole=self.is_whole)
         parts = [
             f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="{escape(self.title)}">',
             *(_y_tick(place_y(y), _short(y)) for y in _ticks(y_low, y_high)),
-            *(_text(place_x(x), HEIGHT - BOTTOM + 15, _short(x)) for x in x_ticks),
+            *(
+                _text(place_x(x), HEIGHT - BOTTOM + 15, _short(x), "middle" if place_x(x) < WIDTH - 16 else "end")
+                for x in x_ticks
+            ),
             _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, escape(self.x_label)),
             *(_draw(one, place_x, place_y) for one in self.series),
             "</svg>",

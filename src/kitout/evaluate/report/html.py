@@ -31,6 +31,11 @@ def write_html(summary: RunSummary, file: Path) -> Path:
 
 @cache
 def _load_template() -> Any:
+    return template(_report_text())
+
+
+def template(text: str) -> Any:
+    """A page of one's own from its text, where `style` is the style of the report."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -38,7 +43,12 @@ def _load_template() -> Any:
         "fact": format_fact, "base64": _to_base64, "bytes": format_bytes,
         "forgetting_rows": forgetting_rows, "forgetting_line": forgetting_line,
     }  # fmt: skip
-    return environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
+    environment.globals["style"] = _report_text().partition("<style>")[2].partition("</style>")[0]
+    return environment.from_string(text)
+
+
+def _report_text() -> str:
+    return files(__package__).joinpath("report.html").read_text(encoding="utf-8")
 
 
 def _to_base64(image: bytes) -> str:

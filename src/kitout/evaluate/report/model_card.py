@@ -53,6 +53,7 @@ def render_model_card(summary: RunSummary) -> str:
         f"# {_escape_line(s.title)}\n",
         intro,
         _results_section(comparison) if comparison else "",
+        _seeds_section(s),
         _classes_section(s.per_class.get(s.adapter, ())),
         _forgetting_section(s.forgetting.get(s.adapter, ())),
         _usage_section(s),
@@ -84,6 +85,23 @@ def _results_section(comparison: Comparison) -> str:
         foot += f" {comparison.smallest_text[:1].upper()}{comparison.smallest_text[1:]}."
     return "\n".join(
         [f"## Results: {baseline} vs. fine-tuned\n", f"{comparison.verdict}.\n", head, *rows, "", f"{foot}\n"]
+    )
+
+
+def _seeds_section(s: RunSummary) -> str:
+    """The adapter among the seeds of its method, and the method among others."""
+    rows, verdicts = [], []
+    for one in s.by_method:
+        for method in one.methods:
+            if method.name == s.method_name and len(method.seeds) > 1:
+                values = ", ".join(f"{one.format_value(own.value)} (seed {own.seed})" for own in method.seeds)
+                rows.append(f"| {one.title} | {one.format_value(method.mean)} | {values} |")
+                verdicts += [f"- {one.title}: {_escape_line(text)}" for text in one.verdicts_of(method.name)]
+    if not rows:
+        return ""
+    head = f"## Over seeds\n\nThis adapter is one seed of {_escape_line(s.method_name)}.\n"
+    return "\n".join(
+        [head, "| metric | mean | each seed |\n|---|---|---|", *rows, "", *verdicts, *([""] * bool(verdicts))]
     )
 
 

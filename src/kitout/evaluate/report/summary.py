@@ -19,6 +19,7 @@ from kitout.evaluate.report.next_steps import NextSteps
 from kitout.evaluate.report.run_charts import adapters_chart
 from kitout.evaluate.report.thumbnails import PredictedImages
 from kitout.evaluate.sets.forgetting import SetChange
+from kitout.evaluate.significance.by_method import MetricByMethod
 from kitout.evaluate.significance.power import SmallestDifference
 from kitout.format import format_number
 
@@ -81,6 +82,10 @@ class RunSummary:
     """Whether all adapters have the same test examples."""
     smallest: SmallestDifference | None = None
     """What the test examples can show of any two adapters."""
+    by_method: Sequence[MetricByMethod] = ()
+    """Of a run with several seeds: each metric with its means over seeds, and the methods against each other."""
+    method_name: str = ""
+    """Of one adapter of such a run: the method that it is one seed of."""
     forgetting: Mapping[str, Sequence[SetChange]] = field(default_factory=dict)
     """What each adapter changed on sets that it was not trained for."""
     per_class: Mapping[str, Sequence[ClassScore]] = field(default_factory=dict)
@@ -104,7 +109,7 @@ class RunSummary:
     @property
     def adapters_caption(self) -> str:
         """What the adapters side by side show, and what not."""
-        return caption(self.adapters, self.same_test, self.smallest)
+        return caption(self.adapters, self.same_test, self.smallest, bool(self.by_method))
 
     @property
     def are_comparable(self) -> bool:

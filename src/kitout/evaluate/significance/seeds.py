@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,13 @@ class MethodDifference:
             return None
         return (self.difference > 0) == self.higher_is_better
 
+    def reversed(self) -> MethodDifference:
+        """`other` against `name`."""
+        return replace(
+            self, name=self.other, other=self.name, difference=-self.difference, low=-self.high, high=-self.low,
+            num_seeds=self.num_seeds[::-1],
+        )  # fmt: skip
+
     @property
     def smallest(self) -> SmallestDifference:
         """The smallest difference that these seeds and examples can show for this pair alone."""
@@ -89,9 +96,7 @@ class MethodDifference:
         pairs = f" after Holm over {self.num_pairs} pairs" if self.num_pairs > 1 else ""
         if self.is_better is None:
             return f"no significant difference to {self.other}{pairs} ({low} to {high}{unit}); {size}"
-        interval = " to ".join(
-            format_value(end, self.share) for end in sorted((self.low, self.high), key=lambda end: abs(end))
-        )
+        interval = " to ".join(format_value(end, self.share) for end in sorted((abs(self.low), abs(self.high))))
         amount = f"{format_value(abs(self.difference), self.share)}{unit}"
         return f"{'better' if self.is_better else 'worse'} than {self.other} by {amount} ({interval}){pairs}; {size}"
 

@@ -7,6 +7,7 @@ pre-flight.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
@@ -19,6 +20,8 @@ from kitout.train.config.sections import AugmentConfig as AugmentConfig
 from kitout.train.config.sections import ConfigSection as ConfigSection
 from kitout.train.config.sections import ModelConfig as ModelConfig
 from kitout.train.config.sections import SourceConfig as SourceConfig
+from kitout.train.config.sections import check_name
+from kitout.train.config.seeds import Seeds, adapter_name
 from kitout.train.objectives.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -173,6 +176,15 @@ class TrainConfig(ConfigSection):
     """With several processes: the frozen base is sharded over them (FSDP2), not copied."""
     seed: int = Field(default=0, ge=0)
     """Of the adapter's initial values, the order of examples and dropout."""
+    seeds: Seeds = ()
+    """Instead of seed: everything is trained once with each of these, together, as adapters NAME-s0, NAME-s1, ...
+    Results, report and cards then have means over seeds and, from 3 seeds, verdicts between methods."""
+
+    @model_validator(mode="after")
+    def _check_one_kind_of_seed(self) -> TrainConfig:
+        if self.seeds and "seed" in self.model_fields_set:
+            raise ValueError(f"seeds: takes the place of seed, found seed={self.seed} too: leave one of them out")
+        return self
 
 
 class EvaluateConfig(ConfigSection):
@@ -273,14 +285,33 @@ class RunConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _check_job_names(self) -> RunConfig:
-        names = [job.name for job in self.jobs]
+        names = [run.output.name for run in self.per_job()]
         if len(set(names)) < len(names):
             raise ValueError(f"two jobs share a name: {sorted(n for n in set(names) if names.count(n) > 1)}")
+        for name in names:
+            check_name(name)  # with its seed it may have become too long
         return self
 
     def per_job(self) -> tuple[RunConfig, ...]:
-        """Each job as a run of its own; the run itself where there are no jobs."""
+        """Each adapter as a run of its own: every job once per seed; the run itself where there are neither."""
+        return tuple(one for run in self.without_seeds() for one in run._per_seed())
+
+    def without_seeds(self) -> tuple[RunConfig, ...]:
+        """Each job as a run of its own, whose train.seeds are still together."""
         return tuple(self._run_of_job(job) for job in self.jobs) or (self,)
+
+    def seeds_by_job(self) -> dict[str, dict[str, int]]:
+        """Of jobs with train.seeds: job -> adapter -> its seed. (A key of results.json.)"""
+        runs = [run for run in self.without_seeds() if run.train.seeds]
+        return {run.output.name: {one.output.name: one.train.seed for one in run._per_seed()} for run in runs}
+
+    def _per_seed(self) -> Iterator[RunConfig]:
+        if not self.train.seeds:
+            yield self
+        for seed in self.train.seeds:
+            train = self.train.model_copy(update={"seed": seed, "seeds": ()})
+            output = self.output.model_copy(update={"name": adapter_name(self.output.name, seed)})
+            yield self.model_copy(update={"train": train, "output": output})
 
     def _run_of_job(self, job: JobConfig) -> RunConfig:
         """Settings that the job leaves out are the run's."""
@@ -289,14 +320,17 @@ class RunConfig(ConfigSection):
             changes["method"] = job.method
         for name, section, own in (("data", self.data, job.data), ("train", self.train, job.train)):
             if own is not None:
-                changes[name] = section.model_copy(
-                    update={field: getattr(own, field) for field in own.model_fields_set}
-                )
+                update = {field: getattr(own, field) for field in own.model_fields_set}
+                if "seed" in update:
+                    update["seeds"] = ()  # one seed of the job's own, whatever seeds the run has
+                changes[name] = section.model_copy(update=update)
         return self.model_copy(update=changes)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, the way `load` reads them: what run.yaml holds."""
         plain: dict[str, Any] = self.model_dump(mode="json", by_alias=True, exclude={"method", "jobs"})
+        if self.train.seeds:
+            del plain["train"]["seed"]  # seeds take its place
         plain["method"] = method_to_dict(self.method)
         plain["jobs"] = [
             job.model_dump(mode="json", by_alias=True, exclude={"method"}, exclude_unset=True)

@@ -18,6 +18,7 @@ from kitout.evaluate.metrics.language import LossSums
 from kitout.evaluate.metrics.measure import Measure, Score
 from kitout.evaluate.metrics.per_class import ClassScore, class_scores
 from kitout.train.config.schema import EvaluateConfig
+from kitout.train.config.seeds import job_of
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.baseline import BASELINES, predict_constant
 from kitout.train.measure.linear_probe import predict_by_probe
@@ -118,6 +119,8 @@ class JobOutcome:
     """Of the same, where each example (or tagged word) has one class."""
     measures: Mapping[str, Measure] = field(default_factory=dict)
     """The adapter's metrics, which can be compared with those of another over the same examples."""
+    base_measures: Mapping[str, Measure] = field(default_factory=dict)
+    """Those of what it is compared with, over the same examples."""
 
 
 def evaluate_jobs(
@@ -145,7 +148,7 @@ def evaluate_jobs(
             if probed is not None:
                 probe = compute_metrics(job.objective.task, examples, probed, references_of)
         else:
-            key = _base_inputs_key(job, dataset)
+            key = _base_inputs_key(run, job, dataset)
             if key not in base_results:
                 base_results[key] = evaluate(run, job, examples, None, **how)
             base_measures, base_predictions = base_results[key]
@@ -158,8 +161,9 @@ def evaluate_jobs(
             classes = {"predictions": predictions.predictions, "references": references}
         per_class, confusion = _by_class(task, dataset, examples, predictions)
         outcomes[job.name] = JobOutcome(
-            scores, comparison, **classes, items=examples, per_class=per_class, confusion=confusion, measures=measures
-        )
+            scores, comparison, **classes, items=examples, per_class=per_class, confusion=confusion, measures=measures,
+            base_measures=base_measures,
+        )  # fmt: skip
     return outcomes
 
 
@@ -183,14 +187,14 @@ def _has_other_labels(run: PreparedRun, dataset: Datasets) -> bool:
     return bool(dataset.label_names) and len(dataset.label_names) != run.kit.config.num_labels
 
 
-def _base_inputs_key(job: Job, dataset: Datasets) -> Hashable:
+def _base_inputs_key(run: PreparedRun, job: Job, dataset: Datasets) -> Hashable:
     """Jobs with the same key get the same answers from the base: same data, and images of the same size."""
     if dataset.images is not None:
         from kitout.train.objectives.image_classification import ImageClassification  # images need pillow
 
         assert isinstance(job.objective, ImageClassification)
         return id(dataset), job.objective.pixels.size
-    return id(dataset), job.name
+    return id(dataset), job_of(run.seeds, job.name)
 
 
 def _compared_examples(

@@ -14,6 +14,7 @@ from kitout.kit import Kit
 from kitout.runtime.left_out import fused_experts_text, left_out_text
 from kitout.runtime.show import site_table
 from kitout.train.config.schema import RunConfig
+from kitout.train.config.seeds import job_of, repeated_adapters
 from kitout.train.preflight.cost_estimate import CostEstimate
 from kitout.train.preflight.render import PreflightPage
 from kitout.train.setup.job_datasets import Datasets
@@ -42,10 +43,12 @@ def collect_statistics(run: PreparedRun) -> list[DataStatistics]:
 def collect_pages(
     run: PreparedRun, config: RunConfig, statistics: Sequence[DataStatistics], estimate: CostEstimate
 ) -> list[PreflightPage]:
-    """One page per job; memory and time are of all of them together."""
+    """One page per job, whatever its seeds; memory and time are of all of them together."""
     pages = []
-    for k, (job, job_config) in enumerate(zip(run.jobs, config.per_job(), strict=True)):
-        dataset, is_last = run.datasets[k], k == len(run.jobs) - 1
+    repeated, configs = repeated_adapters(run.seeds), config.per_job()
+    shown = [k for k, job in enumerate(run.jobs) if job.name not in repeated]
+    for k in shown:
+        job, job_config, dataset, is_last = run.jobs[k], configs[k], run.datasets[k], k == shown[-1]
         examples = _encoded(dataset, dataset.preview or dataset.train)
         example = next((item for item in examples if item.num_targets), None)
         pages.append(
@@ -88,7 +91,10 @@ def _settings_texts(run: PreparedRun, job_config: RunConfig, job_index: int, est
     schedule = run.schedules[job_index]
     micro_batch = f"{estimate.micro} of all jobs" if has_several_jobs else f"{min(estimate.micro, schedule.batch_size)}"
     made_of = [f"{name} ({run.parts[name].folder})" for name in method.part_names() if name in run.parts]
-    texts = {"job": job.name} if has_several_jobs else {}
+    name = job_of(run.seeds, job.name)
+    seeds = [f"{adapter} (seed {seed})" for adapter, seed in run.seeds.get(name, {}).items()]
+    texts = {"job": name} if has_several_jobs else {}
+    texts |= {"adapters": ", ".join(seeds)} if seeds else {}
     texts |= {
         "model": f"{job_config.model.name}, {str(kit.dtype)[6:]} ({run.dtype_reason}), {kit.device.type}",
         "method": f"{type(method).__name__}({settings})" if settings else type(method).__name__,

@@ -112,7 +112,7 @@ def adopt_parents(config: RunConfig) -> RunConfig:
     errors = Errors(ConfigError, "train.from continues an adapter as it is")
     is_method_set = "method" in config.model_fields_set
     runs = []
-    for number, run in enumerate(config.per_job()):
+    for number, run in enumerate(config.without_seeds()):
         if run.train.from_ is not None:
             parent = read_parent(run.train.from_)
             is_own = bool(config.jobs) and config.jobs[number].method is not None

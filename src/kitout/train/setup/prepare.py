@@ -16,6 +16,7 @@ from kitout.errors import ConfigError, Errors
 from kitout.kit import Kit
 from kitout.train.config.conflicts import find_conflicts
 from kitout.train.config.schema import AugmentConfig, DataConfig, RunConfig
+from kitout.train.config.seeds import SeedsByJob, repeated_adapters
 from kitout.train.loop import distributed
 from kitout.train.loop.batch_plan import plan_batches
 from kitout.train.loop.jobs import Job
@@ -79,6 +80,8 @@ class PreparedRun:
     """By job: how long its texts may be; empty for images."""
     parts: Mapping[str, Parent] = field(default_factory=dict)
     """By name: the frozen adapters that compositions are made of."""
+    seeds: SeedsByJob = field(default_factory=dict)
+    """The adapters that are one job with several seeds."""
 
     @property
     def first_dataset(self) -> Datasets:
@@ -96,7 +99,7 @@ def prepare(
     """
     job_configs = config.per_job()
     parents = {one.output.name: read_parent(one.train.from_) for one in job_configs if one.train.from_ is not None}
-    warnings = _check_learning_rates(job_configs)
+    warnings = _check_learning_rates(config.without_seeds())
     parts = read_parts(config.model.adapters)
     hf_config = find_base(config, log)
     tokenizer = None if _reads_images(config.objective, hf_config) else load_tokenizer(config.model)
@@ -118,7 +121,8 @@ def prepare(
         check_vocabulary(base.kit, tokenizer)
         datasets, lengths = _fit_datasets(base.kit, job_configs, hf_config, tokenizer, datasets, lengths, log, samples)
         for job_config, dataset in zip(job_configs, datasets, strict=True):
-            warnings += warn_of_lengths(base.kit, job_config.output.name, _encoded(dataset), tokenizer)
+            if job_config.output.name not in repeated_adapters(config.seeds_by_job()):
+                warnings += warn_of_lengths(base.kit, job_config.output.name, _encoded(dataset), tokenizer)
     schedules = [
         choose_schedule(
             None if dataset.preview else dataset.sampled_of or len(dataset.train),
@@ -139,7 +143,7 @@ def prepare(
                 job.objective.choose_head_loss([one.name for one in jobs], first_rows)
     return PreparedRun(
         base.kit, jobs, datasets, tokenizer, task.name, base.dtype_reason, warnings,
-        schedules, base.new_heads, parents, lengths, parts,
+        schedules, base.new_heads, parents, lengths, parts, config.seeds_by_job(),
     )  # fmt: skip
 
 

@@ -1,0 +1,91 @@
+"""Methods with seeds: means, differences to the base, and a verdict from three seeds of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from kitout.evaluate.example_scores import ExampleScores
+from kitout.evaluate.intervals.ratio import Ratio
+from kitout.evaluate.significance.by_method import SeedScore, compare_by_method, rank_scores
+from kitout.evaluate.significance.many import rank_methods
+
+N = 200
+
+
+def shares(rate: float, seeds: int = 3, start: int = 0) -> list[ExampleScores]:
+    drawn = [np.random.default_rng(start + s).random(N) < rate for s in range(seeds)]
+    return [ExampleScores(Ratio(one.astype(float), np.ones(N)), is_correct=True) for one in drawn]
+
+
+def seeds_of(scores: Sequence[ExampleScores]) -> list[SeedScore]:
+    return [SeedScore(f"x-s{k}", k, one.measure.value, 0.1, -0.05, 0.25) for k, one in enumerate(scores)]
+
+
+def test_methods_with_three_seeds_have_a_verdict() -> None:
+    scores = {"good": shares(0.9), "also": shares(0.88, start=9), "bad": shares(0.5, start=30)}
+    found = compare_by_method(
+        "accuracy", {k: seeds_of(v) for k, v in scores.items()}, scores, share=True, baseline="base"
+    )
+    assert found.ranking is not None
+    assert found.letters["good"] == found.letters["also"] == "a"
+    assert found.letters["bad"] == "b"
+    assert found.methods[0].mean == pytest.approx(np.mean([one.measure.value for one in scores["good"]]))
+    assert "Holm over 3 pairs" in found.caption
+    (verdict,) = [text for text in found.verdicts_of("bad") if "good" in text]
+    assert verdict.startswith("worse than good by ")
+    table = found.text
+    assert "mean accuracy %" in table
+    assert "+10.0 (-5.0 to +25.0)" in table
+    expected = rank_methods({k: [one.ratio.numerators for one in v] for k, v in scores.items()})
+    assert expected == found.ranking
+
+
+def test_fewer_seeds_have_no_verdict_and_are_said() -> None:
+    two, _ = rank_scores({"a": shares(0.9, 2), "b": shares(0.5, 2)})
+    assert two is not None
+    assert not two.has_verdict
+    assert two.pairs[0].is_better is None
+    ranking, note = rank_scores({"a": shares(0.9), "b": shares(0.5), "c": shares(0.6, 1)})
+    assert ranking is not None
+    assert ranking.names == ("a", "b")
+    assert note == "not in the ranking: c has fewer than 3 seeds"
+
+
+def test_a_loss_per_token_and_an_f1_are_ranked_too() -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 20, N).astype(float)
+    losses = {
+        name: [ExampleScores(Ratio(tokens * rng.gamma(4, size, N), tokens), False, False) for _ in range(3)]
+        for name, size in (("low", 0.2), ("high", 0.5))
+    }
+    ranking, _ = rank_scores(losses)
+    assert ranking is not None
+    assert ranking.names == ("low", "high")
+    assert ranking.letters == ("a", "b")
+    assert ranking.means[0] == pytest.approx(np.mean([one.measure.value for one in losses["low"]]))
+    f1 = {
+        name: [ExampleScores(Ratio(2 * hits, rng.integers(2, 5, N) + 2.0)) for hits in rng.random((3, N)) * size]
+        for name, size in (("good", 2), ("bad", 0.5))
+    }
+    ranking, _ = rank_scores(f1)
+    assert ranking is not None
+    assert ranking.pairs[0].share
+    assert "points" in ranking.pairs[0].verdict
+
+
+def test_what_cannot_be_tested_is_said() -> None:
+    assert rank_scores({"a": shares(0.5)}) == (None, "")
+    assert "no mean over examples" in rank_scores({"a": [], "b": []})[1]
+    broken = [ExampleScores(Ratio(np.full(N, np.nan), np.ones(N))) for _ in range(3)]
+    assert rank_scores({"a": shares(0.5), "b": broken}) == (
+        None,
+        "not in the ranking: b has values that are not finite",
+    )
+    unknown = [SeedScore(f"b-s{k}", k, np.nan, np.nan, np.nan, np.nan) for k in range(3)]
+    found = compare_by_method("loss", {"b": unknown}, {"b": broken}, share=False, baseline="base")
+    assert found.text.count("not finite") == 7
+    fewer = [ExampleScores(Ratio(np.ones(5), np.ones(5))) for _ in range(3)]
+    assert rank_scores({"a": shares(0.5), "b": fewer})[1] == "no verdict: 200, 5 examples have this metric"
