@@ -15,11 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import kitout
 from kitout.assets.store import fetch_asset
 from kitout.data.normalize import normalize_text
+from kitout.evaluate.metrics.measure import Score, mean, proportion
 from kitout.evaluate.significance.many import compare_pairs
 from kitout.files.atomic import write_text
 
@@ -156,6 +158,11 @@ def logits_apart(predictor: Any, prompts: Sequence[str], first: object, second: 
     return float((logits[0] - logits[1]).abs().max())
 
 
+def percent(score: Score) -> str:
+    """62.0 (56.9 to 66.8)"""
+    return f"{100 * score.value:.1f} ({100 * score.low:.1f} to {100 * score.high:.1f})"
+
+
 def write_page(folders: Sequence[Path]) -> None:
     """docs/compose.md between its two marks, and docs/results/compose.csv, from what every seed has found."""
     found = [json.loads((folder / CORRECT).read_text(encoding="utf-8")) for folder in folders]
@@ -182,10 +189,16 @@ def write_page(folders: Sequence[Path]) -> None:
             f"{found[0]['parameters'][name]:,}" if name in found[0]["parameters"] else "",
         ]
         for task in TASKS:
-            shares = [100 * sum(one["correct"][task][name]) / len(one["correct"][task][name]) for one in found]
-            each = f" ({', '.join(f'{share:.1f}' for share in shares)})" if len(set(shares)) > 1 else ""
-            row += [f"{sum(shares) / len(shares):.1f}{each}", differences.get((task, name), "")]
+            score = mean(np.mean([one["correct"][task][name] for one in found], axis=0)).score()
+            row += [percent(score), differences.get((task, name), "")]
         lines.append(f"| {' | '.join(row)} |")
+    constant = ["always the most frequent answer", ""]
+    for task in TASKS:
+        file = folders[0].parent / "data" / f"{task}-test.jsonl"
+        answers = [json.loads(line)["response"] for line in file.read_text(encoding="utf-8").splitlines()]
+        most = max(set(answers), key=answers.count)
+        constant += [percent(proportion(np.array([answer == most for answer in answers])).score()), ""]
+    lines.append(f"| {' | '.join(constant)} |")
     apart = max(one["sum and Stack apart"] for one in found)
     lines += ["", f"The sum of both (`combine(how='sum')`) is the Stack: logits at most {apart:.0e} apart."]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
