@@ -61,7 +61,7 @@ WITHOUT_WEIGHTS = {
         "'fusion' is a Fusion, which weighs its parts anew.*a Mix or a Mixture of 'a', 'd",
     ),
     "gated": (Gated(of=("a", "b")), "'gated' is a Gated, which weighs its parts anew for every input"),
-    "average": (Composition(route=Average({"a": 0.5, "b": 0.5})), "averages the outputs.*write a Mix of .*'a': 0.5"),
+    "average": (Composition(route=Average({"a": 0.5, "b": 0.5})), "averages whole outputs.*write a Mix of .*'a': 0.5"),
     "tokens": (Composition(route=Stack("a", "prefix")), "'tokens' has the part 'prefix', a PrefixTuning.*names: 'a'"),
     "inner": (Composition(route=Stack("a", "fusion")), "'inner': 'fusion' is a Fusion"),
 }

@@ -38,7 +38,7 @@ COMPOSITIONS = {
 WITHOUT_WEIGHTS = {
     "fusion": "a Fusion, which weighs its parts anew.*Mixture of 'a', 'b'",
     "gated": "a Gated, which weighs its parts anew",
-    "average": "averages the outputs of whole models.*write a Mix of",
+    "average": "averages whole outputs.*write a Mix of",
     "tokens": "virtual tokens|the part 'prompt', a PromptTuning",
 }
 

@@ -23,13 +23,14 @@ def expand_foldable(
     averaging = averaging_names(entry, adapters_by_name)
     if averaging and not isinstance(entry, str):
         raise NotMergeable(
-            f"cannot merge {describe(entry)}: {averaging[0]!r} averages whole outputs, which no weights give"
+            f"cannot merge {describe(entry)}: {averaging[0]!r} averages whole outputs, which no weights of one model "
+            "compute"
         )
     expanded, adapters_by_name = expand(entry, adapters_by_name, survey)
     if isinstance(expanded, Average):
         weights: dict[Any, float] = dict(expanded.parts)
         raise NotMergeable(
-            f"{describe(entry)} averages the outputs of whole models, which no weights of one compute: write a Mix of "
+            f"{describe(entry)} averages whole outputs, which no weights of one model compute: write a Mix of "
             f"what it averages, {describe(Mix(weights))}"
         )
     assert not isinstance(expanded, tuple)
@@ -43,8 +44,10 @@ def check_foldable(adapters: Sequence[Adapter], errors: Errors) -> None:
     """
     for adapter in adapters:
         if (parts := adapter.method.part_names()) and not adapter.method.mergeable:
+            where = f" at {adapter.sites[0].path}" if adapter.sites else ""
             errors.add(
-                f"{adapter.name!r} is a {type(adapter.method).__name__}, which weighs its parts anew for every input: "
+                f"{adapter.name!r} is a {type(adapter.method).__name__}, which weighs its parts anew for every "
+                f"input{where}: "
                 f"no weights give the same function; write a Mix or a Mixture of {', '.join(map(repr, parts))}"
             )
     if conflict := conflict_with_head(adapters):
