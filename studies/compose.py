@@ -2,7 +2,7 @@
 
 `python studies/compose.py [--seeds 0 1 2] [--parts train stage-two evaluate page] [--folder runs/compose]`. SmolLM2
 learns the sentiment of tweets and yes-or-no questions on privacy policies, each as an instruction, 1,280 examples each.
-Every step is kept in the folder: a killed run goes on where it stopped. It knows kitout by its public names alone.
+Every step is kept in the folder: a killed run goes on where it stopped. It knows no way of training of its own.
 """
 
 from __future__ import annotations

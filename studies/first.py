@@ -2,7 +2,7 @@
 
 `python studies/first.py [--parts minilm dinov2 smollm2] [--methods LoRA ...] [--folder runs/first]`. A part is a model
 with its task, each method one run of `kitout train` with `train.seeds`, at kitout's own learning rates; what is
-finished is not run again, and the page marks what was not run. It knows kitout by its public names alone.
+finished is not run again, and the page marks what was not run. It trains nothing by itself.
 """
 
 from __future__ import annotations

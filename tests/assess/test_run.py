@@ -256,5 +256,9 @@ def test_the_verb_writes_what_it_prints(model: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["eval", "--model", str(model), "--data", sources[0], "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["sets"][0]["scores"]["base"]["acc"]["n"] == 6
-    for wrong in (["eval"], ["eval", str(tmp_path / "a"), "--data", sources[0], "--out", sources[1]]):
-        assert CliRunner().invoke(app, wrong).exit_code == 1
+    for folder, message in ((sources[1], "is a file"), (f"{sources[1]}/below", "cannot be made")):
+        wrong = CliRunner().invoke(app, ["eval", str(tmp_path / "a"), "--data", sources[0], "--out", folder])
+        assert wrong.exit_code == 1
+        assert message in " ".join(wrong.output.split())
+        assert "loading the base" not in wrong.output
+    assert CliRunner().invoke(app, ["eval"]).exit_code == 1

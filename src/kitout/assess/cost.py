@@ -1,4 +1,4 @@
-"""What an adapter costs to run: trainable parameters, bytes of its file, milliseconds per token with and without it.
+"""What an adapter costs to run: its parameters, their bytes, and milliseconds per token with and without it.
 
 Prefill (a prompt of 128 tokens, or of as many as the model reads; else an image) and decoding (one token after another)
 are timed apart, base and adapters in turn in one process, each with the best of a few rounds; merged where the adapter

@@ -59,8 +59,13 @@ def eval(  # noqa: A001 - the verb
 
         if not adapters and model is None:
             raise ConfigError("name adapter folders, or a model: kitout eval --model MODEL --data FILE")
-        if out is not None and out.exists() and not out.is_dir():
-            raise ConfigError(f"--out {out} is a file: name a folder")
+        if out is not None:
+            if out.exists() and not out.is_dir():
+                raise ConfigError(f"--out {out} is a file: name a folder")
+            try:
+                out.mkdir(parents=True, exist_ok=True)  # before what takes long
+            except OSError as error:
+                raise ConfigError(f"--out {out} cannot be made ({error.strerror}): name another folder") from None
         import kitout
         from kitout.assess import run
 
@@ -86,15 +91,13 @@ def eval(  # noqa: A001 - the verb
             on_progress=_Progress(),
         )
         results = json.dumps(assessment.to_dict(), indent=2, ensure_ascii=False)
+        typer.echo(results if as_json else str(assessment))  # first: a full disk loses nothing that was measured
         if out is not None:
             from kitout.files.atomic import write_text
 
-            out.mkdir(parents=True, exist_ok=True)
             write_text(out / RESULTS, f"{results}\n")
             write_text(out / TABLE, f"{assessment}\n")
             write_text(out / PAGE, assessment.to_html())
-        typer.echo(results if as_json else str(assessment))
-        if out is not None:
             typer.echo(f"written: {out / RESULTS}, {out / TABLE}, {out / PAGE}", err=True)
 
 

@@ -35,7 +35,7 @@ def _load_template() -> Any:
 
 
 def template(text: str) -> Any:
-    """A page of one's own from its text, where `style` is the style of the report."""
+    """A page of one's own from its text, where `head` and `style` are the report's: its policy forbids scripts."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -43,7 +43,9 @@ def template(text: str) -> Any:
         "fact": format_fact, "base64": _to_base64, "bytes": format_bytes,
         "forgetting_rows": forgetting_rows, "forgetting_line": forgetting_line,
     }  # fmt: skip
-    environment.globals["style"] = _report_text().partition("<style>")[2].partition("</style>")[0]
+    report = _report_text()
+    environment.globals["head"] = report.partition("<title>")[0]
+    environment.globals["style"] = report.partition("<style>")[2].partition("</style>")[0]
     return environment.from_string(text)
 
 

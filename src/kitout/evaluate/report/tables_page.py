@@ -11,6 +11,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from kitout.evaluate.report.html import template
+
 
 @dataclass(frozen=True)
 class TableSection:
@@ -26,19 +28,9 @@ class TableSection:
 
 def render_tables(title: str, sections: Sequence[TableSection]) -> str:
     """The page."""
-    return str(_load_template().render(title=title, sections=sections, style=_style()))
+    return str(_load_template().render(title=title, sections=sections))
 
 
 @cache
 def _load_template() -> Any:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(files(__package__).joinpath("assessment.html").read_text(encoding="utf-8"))
-
-
-@cache
-def _style() -> str:
-    """That of a run's report, which holds it once for both."""
-    page = files(__package__).joinpath("report.html").read_text(encoding="utf-8")
-    return page.partition("<style>")[2].partition("</style>")[0]
+    return template(files(__package__).joinpath("assessment.html").read_text(encoding="utf-8"))

@@ -93,7 +93,7 @@ def forgetting_to_dict(changes: Sequence[SetChange]) -> dict[str, Any]:
 
 def forgetting_rows(changes: Sequence[SetChange]) -> list[tuple[str, ...]]:
     """A table, its head first."""
-    rows: list[tuple[str, ...]] = [("set", "metric", "base", "adapter", "change (95 %)", "p (Holm)", "KL", "")]
+    rows: list[tuple[str, ...]] = [("set", "metric", "base", "adapter", "change (95 %)", "p (Holm)", "KL", "verdict")]
     for one in changes:
         change, kl = one.change, "" if one.divergence is None else format_number(one.divergence)
         interval = f"{change.format_value(change.low, True)} to {change.format_value(change.high, True)}"
