@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kitout.assess.cost import AdapterCost
+from kitout.assess.cost import AdapterCost, cost_notes
 from kitout.assess.harness import HarnessOutcome
 from kitout.assess.spectrum import Spectrum
 from kitout.evaluate.compare import BASE
@@ -58,7 +58,7 @@ class Assessment:
             found.append(TableSection(title, forgetting_rows(changes), [forgetting_line(changes)]))
         if self.costs:
             rows = [self.costs[BASE].head(), *(cost.row(name) for name, cost in self.costs.items())]
-            found.append(TableSection("cost", rows))
+            found.append(TableSection("cost", rows, cost_notes(self.costs)))
         for name, one in self.spectra.items():
             found.append(TableSection(f"intruder dimensions of {name}", one.rows(), [one.line()]))
         return found

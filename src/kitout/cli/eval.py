@@ -85,6 +85,7 @@ def eval(  # noqa: A001 - the verb
             pixels=predictor.preprocessing.pixels,
             usages=predictor.usages,
             group=group,
+            folders=predictor.folders,
             seed=seed,
             keep_base=not fresh,
             log=lambda line: typer.echo(line, err=True),
