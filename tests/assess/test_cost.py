@@ -1,4 +1,4 @@
-"""What training an adapter took and what its files take (`kitout eval --cost`): its own share, or why it is not known."""
+"""What training an adapter took and what its files take (`kitout eval --cost`): its own share, or why it is blank."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """What metrics are made of, example by example, kept in one file: every test can be done again without a model.
 
 Of each metric that is a ratio of two sums over the examples (a share of correct ones, a mean, a loss per token, an F1)
-the file has both summands of each example; of others (macro-F1, BLEU) nothing. Written as safetensors with one JSON in
-the metadata, the same bytes for the same scores. It knows measures and files, and neither runs nor seeds.
+the file has both summands of each example, and the example's group where it has one; of others (macro-F1, BLEU)
+nothing. Written as safetensors with one JSON in the metadata, the same bytes for the same scores. It knows measures and
+files, and neither runs nor seeds.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from kitout.errors import FileError
-from kitout.evaluate.intervals.ratio import Ratio, Values
-from kitout.evaluate.metrics.measure import Measure
+from kitout.evaluate.intervals.ratio import Groups, Ratio, Values
+from kitout.evaluate.metrics.measure import Measure, number_groups
 from kitout.files.atomic import write_bytes
 
 Shape = Literal["identity", "exp", "sqrt"]
 METADATA = "kitout.scores"
-TUNED, BASE, DENOMINATORS = "tuned", "base", "denominators"  # parts of the names of tensors
+TUNED, BASE, DENOMINATORS, GROUPS = "tuned", "base", "denominators", "groups"  # parts of the names of tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,8 @@ class ExampleScores:
     """Whether each example is right or wrong, 1 or 0."""
     note: str = ""
     """How it was measured, where that is not the usual way."""
+    groups: Groups | None = None
+    """[n]: the group of each example, from 0; None: each stands for itself."""
 
     @classmethod
     def of(cls, measure: Measure) -> ExampleScores | None:
@@ -48,8 +51,9 @@ class ExampleScores:
         if measure.ratio is None:
             return None
         return cls(
-            measure.ratio, measure.higher_is_better, measure.is_fraction, measure.correct is not None, measure.note
-        )
+            measure.ratio, measure.higher_is_better, measure.is_fraction, measure.correct is not None, measure.note,
+            measure.groups,
+        )  # fmt: skip
 
     @property
     def n(self) -> int:
@@ -84,7 +88,7 @@ class ExampleScores:
             return float(ratio.apply(np.array([float(weights @ ratio.numerators) / total if total else 0.0]))[0])
 
         correct = ratio.numerators == 1 if self.is_correct else None
-        return Measure(value, self.n, self.higher_is_better, self.share, correct, ratio, note=self.note)
+        return Measure(value, self.n, self.higher_is_better, self.share, correct, ratio, self.groups, self.note)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +122,8 @@ def save_scores(file: Path, scores: Mapping[str, AdapterScores]) -> None:
                 tensors[name] = ratio.numerators.astype(bool if own.is_correct else np.float64)
                 if not (ratio.denominators == 1).all():
                     tensors[f"{name}/{DENOMINATORS}"] = ratio.denominators.astype(np.float64)
+                if own.groups is not None:
+                    tensors[f"{name}/{GROUPS}"] = own.groups.astype(np.int64)
                 facts[adapter][part][metric] = {
                     "higher_is_better": own.higher_is_better, "share": own.share, "shape": ratio.shape,
                     "note": own.note,
@@ -153,7 +159,8 @@ def _read(tensors: Mapping[str, Any], name: str, fact: Mapping[str, Any]) -> Exa
     denominators = tensors.get(f"{name}/{DENOMINATORS}", np.ones(len(numerators))).astype(np.float64)
     if numerators.ndim != 1 or numerators.shape != denominators.shape or fact["shape"] not in get_args(Shape):
         raise ValueError(f"{name}: {numerators.shape} and {denominators.shape}, {fact['shape']}")
-    ratio = Ratio(numerators, denominators, fact["shape"])
+    ratio, groups = Ratio(numerators, denominators, fact["shape"]), tensors.get(f"{name}/{GROUPS}")
     return ExampleScores(
-        ratio, bool(fact["higher_is_better"]), bool(fact["share"]), stored.dtype == np.bool_, str(fact["note"])
-    )
+        ratio, bool(fact["higher_is_better"]), bool(fact["share"]), stored.dtype == np.bool_, str(fact["note"]),
+        None if groups is None else number_groups(groups, len(numerators)),
+    )  # fmt: skip

@@ -36,7 +36,7 @@ from kitout.train.config.schema import RunConfig
 from kitout.train.config.seeds import repeated_adapters
 from kitout.train.loop import distributed, fsdp, stop_on_signal
 from kitout.train.loop.training_arguments import training_arguments
-from kitout.train.measure.evaluate import evaluate_jobs, metric_names, validation_fn
+from kitout.train.measure.evaluate import check_groups, evaluate_jobs, metric_names, validation_fn
 from kitout.train.measure.forgetting import check_forgetting, measure_forgetting
 from kitout.train.measure.merge_proof import check_mergeable, prove_merge
 from kitout.train.preflight import render
@@ -83,6 +83,7 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         own_log = log if distributed.rank() == 0 else _no_log
         prepared = prepare(config, _resolve_placement(config, folder), own_log, samples=dry_run)
         _check_best(prepared, config)
+        check_groups(prepared, config.evaluate)
         check_forgetting(prepared, config.evaluate, own_log)
         if config.evaluate.prove_merge:
             check_mergeable(prepared)

@@ -38,6 +38,8 @@ class EncodedExample:
     """Where it was read, for messages."""
     remarks: tuple[str, ...] = ()
     """What of the example the model does not see or is not trained on as the data have it: one phrase each."""
+    group: str = ""
+    """As in `Example`."""
 
     @property
     def length(self) -> int:
@@ -53,7 +55,7 @@ class EncodedExample:
 
 
 def digest(examples: Iterable[EncodedExample]) -> str:
-    """A fingerprint of the examples in their order; where they were read and remarks do not count."""
+    """A fingerprint of the examples in their order; where they were read, remarks and groups do not count."""
     sha256 = hashlib.sha256()
     for e in examples:
         content = (

@@ -82,9 +82,19 @@ class EvaluationSet(Protocol):
         ...
 
 
-def grouped(measures: Mapping[str, Measure], groups: Sequence[str]) -> dict[str, Measure]:
-    """The measures with their examples in groups; as they are where there are none."""
-    return {name: measure.grouped(groups) if groups else measure for name, measure in measures.items()}
+def grouped(
+    measures: Mapping[str, Measure], groups: Sequence[str], answered: Sequence[str] = ()
+) -> dict[str, Measure]:  # fmt: skip
+    """The measures with their examples in groups; as they are where there are none.
+
+    answered: the groups of those examples alone that an answer was generated for, the first of them.
+    """
+    if not groups:
+        return dict(measures)
+    return {
+        name: measure.grouped(groups if measure.n == len(groups) else answered[: measure.n])
+        for name, measure in measures.items()
+    }
 
 
 def sample(items: Sequence[T], number: int | None, seed: int) -> list[T]:

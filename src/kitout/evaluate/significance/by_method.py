@@ -152,9 +152,15 @@ def rank_scores(scores: Mapping[str, Sequence[ExampleScores]]) -> tuple[MethodRa
     every = [one for own in ranked.values() for one in own]
     if len({one.n for one in every}) > 1:
         return None, f"no verdict: {', '.join(sorted({f'{one.n:,}' for one in every}))} examples have this metric"
+    groups = [one.groups for one in every if one.groups is not None]
+    if any((own != groups[0]).any() for own in groups):
+        return None, "no verdict: the same examples are in different groups"
     is_mean, first = all(one.is_mean for one in every), every[0]
     table = {name: np.stack([one.per_example for one in own]) for name, own in ranked.items()}
-    ranking = rank_methods(table, higher_is_better=first.higher_is_better, share=first.share and is_mean)
+    ranking = rank_methods(
+        table, groups=groups[0] if groups else None, higher_is_better=first.higher_is_better,
+        share=first.share and is_mean,
+    )  # fmt: skip
     if first.share and not is_mean:  # linearized scores may lie outside 0 and 1; their means do not
         ranking = replace(
             ranking, pairs=tuple(replace(pair, share=True) for pair in ranking.pairs),

@@ -19,7 +19,8 @@ TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}  # packages that ser
 
 def find_conflicts(config: RunConfig) -> list[str]:
     """Of one run (not of its jobs). Called again once "auto" is resolved, it may find more."""
-    return [*_method_conflicts(config), *_training_conflicts(config), *_image_conflicts(config)]
+    found = _method_conflicts(config), _training_conflicts(config), _image_conflicts(config), _group_conflicts(config)
+    return [conflict for some in found for conflict in some]
 
 
 def find_unused(config: RunConfig) -> Iterator[str]:
@@ -82,6 +83,14 @@ def _method_conflicts(config: RunConfig) -> Iterator[str]:
                 f"train.packing puts several examples in one row, where method={name} has one place for its virtual "
                 "tokens"
             )
+
+
+def _group_conflicts(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if data.group is not None and data.streaming:
+        yield f"data.group={data.group} keeps groups in one split, which a stream cannot: leave data.streaming out"
+    if data.group is not None and config.objective in TASKS and TASKS[config.objective].reads_images:
+        yield f"data.group={data.group} is for rows of text, and images are not read in groups: leave it out"
 
 
 def _training_conflicts(config: RunConfig) -> Iterator[str]:
