@@ -14,9 +14,17 @@ from kitout.assess.harness import HarnessOutcome
 from kitout.assess.spectrum import Spectrum
 from kitout.evaluate.compare import BASE
 from kitout.evaluate.report.tables_page import TableSection, render_tables
-from kitout.evaluate.sets.forgetting import SetChange, forgetting_line, forgetting_rows, forgetting_to_dict
+from kitout.evaluate.sets.forgetting import (
+    SMALLEST,
+    SetChange,
+    forgetting_line,
+    forgetting_rows,
+    forgetting_to_dict,
+)
 from kitout.evaluate.sets.outcome import SetOutcome
 from kitout.format import align_columns
+
+SMALLEST_LINE = f"{SMALLEST}: the difference that a set shows in 80 % of cases; a smaller one is often missed"
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Assessment:
         found = [TableSection(one.title, one.rows(), one.verdicts()) for one in (*self.sets, *self.harness)]
         for name, changes in self.forgetting.items():
             title = f"forgetting of {name}, {self.suite} suite"
-            found.append(TableSection(title, forgetting_rows(changes), [forgetting_line(changes)]))
+            found.append(TableSection(title, forgetting_rows(changes), [forgetting_line(changes), SMALLEST_LINE]))
         if self.costs:
             rows = [self.costs[BASE].head(), *(cost.row(name) for name, cost in self.costs.items())]
             found.append(TableSection("cost", rows, cost_notes(self.costs)))

@@ -1,9 +1,9 @@
 """What metrics are made of, example by example, kept in one file: every test can be done again without a model.
 
 Of each metric that is a ratio of two sums over the examples (a share of correct ones, a mean, a loss per token, an F1)
-the file has both summands of each example, and the example's group where it has one; of others (macro-F1, BLEU)
-nothing. Written as safetensors with one JSON in the metadata, the same bytes for the same scores. It knows measures and
-files, and neither runs nor seeds.
+the file has both summands of each example, and the example's group where it has one. Of means of such ratios (macro-F1)
+it has linearized values, of others (BLEU) nothing. Written as safetensors with one JSON in the metadata, the same bytes
+for the same scores. It knows measures and files, and neither runs nor seeds.
 """
 
 from __future__ import annotations
@@ -44,10 +44,19 @@ class ExampleScores:
     """How it was measured, where that is not the usual way."""
     groups: Groups | None = None
     """[n]: the group of each example, from 0; None: each stands for itself."""
+    is_linearized: bool = False
+    """Whether the examples' values are those of a linearization: of macro-F1 and balanced accuracy. Their mean is the
+    metric and their spread its standard error; a single one is no score, and may lie outside 0 and 1."""
 
     @classmethod
     def of(cls, measure: Measure) -> ExampleScores | None:
-        """None for a metric that is no ratio of sums."""
+        """None for a metric that is no ratio of sums, and no mean of such ratios."""
+        if measure.ratio is None and measure.influence_fn is not None:
+            values = measure.value + measure.n * measure.influence_fn()
+            return cls(
+                Ratio(values, np.ones(measure.n)), measure.higher_is_better, measure.is_fraction, note=measure.note,
+                groups=measure.groups, is_linearized=True,
+            )  # fmt: skip
         if measure.ratio is None:
             return None
         return cls(
@@ -80,7 +89,7 @@ class ExampleScores:
 
     @property
     def measure(self) -> Measure:
-        """The metric again, with its intervals."""
+        """The metric again, with its intervals; of a linearized one with those of a mean."""
         ratio = self.ratio
 
         def value(weights: Values) -> float:
@@ -126,7 +135,7 @@ def save_scores(file: Path, scores: Mapping[str, AdapterScores]) -> None:
                     tensors[f"{name}/{GROUPS}"] = own.groups.astype(np.int64)
                 facts[adapter][part][metric] = {
                     "higher_is_better": own.higher_is_better, "share": own.share, "shape": ratio.shape,
-                    "note": own.note,
+                    "note": own.note, **({"linearized": True} if own.is_linearized else {}),
                 }  # fmt: skip
     write_bytes(file, save(tensors, {METADATA: json.dumps(facts)}))
 
@@ -162,5 +171,5 @@ def _read(tensors: Mapping[str, Any], name: str, fact: Mapping[str, Any]) -> Exa
     ratio, groups = Ratio(numerators, denominators, fact["shape"]), tensors.get(f"{name}/{GROUPS}")
     return ExampleScores(
         ratio, bool(fact["higher_is_better"]), bool(fact["share"]), stored.dtype == np.bool_, str(fact["note"]),
-        None if groups is None else number_groups(groups, len(numerators)),
+        None if groups is None else number_groups(groups, len(numerators)), bool(fact.get("linearized", False)),
     )  # fmt: skip

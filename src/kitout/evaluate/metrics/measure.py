@@ -73,6 +73,8 @@ class Measure:
     """The group of each example, from 0, where examples of a group are not independent (questions about one text)."""
     note: str = ""
     """As in `Score`."""
+    influence_fn: Callable[[], NDArray[np.float64]] | None = None
+    """[n]: how far each example moves the value, linearized, where the metric is a mean of such ratios (macro-F1)."""
 
     @property
     def value(self) -> float:

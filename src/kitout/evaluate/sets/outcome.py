@@ -17,6 +17,7 @@ from kitout.evaluate.metrics.registry import metric_title
 from kitout.evaluate.sets.base_answers import base_answers
 from kitout.evaluate.sets.evaluation_set import Asked, EvaluationSet
 from kitout.evaluate.sets.forgetting import SetChange, set_changes
+from kitout.evaluate.significance.power import smallest_lines
 from kitout.format import align_columns
 from kitout.route import RouteEntry, adapter_names
 
@@ -52,7 +53,15 @@ class SetOutcome:
                 for name, measures in self.measures.items()
             },
             "differences": {
-                name: {c.name: {"difference": c.difference, "low": c.low, "high": c.high} for c in changes}
+                name: {
+                    c.name: {
+                        "difference": c.difference,
+                        "low": c.low,
+                        "high": c.high,
+                        "smallest": None if c.smallest is None else c.smallest.value,
+                    }
+                    for c in changes
+                }
                 for name, changes in self.changes.items()
             },
         }
@@ -65,7 +74,10 @@ class SetOutcome:
     def rows(self) -> list[tuple[str, ...]]:
         """A table of every metric with its interval, its head first."""
         names = list(dict.fromkeys(metric for measures in self.measures.values() for metric in measures))
-        rows: list[tuple[str, ...]] = [("", *(metric_title(name) for name in names))]
+        notes = {
+            metric: one.note for measures in self.measures.values() for metric, one in measures.items() if one.note
+        }
+        rows: list[tuple[str, ...]] = [("", *(metric_title(name, notes.get(name, "")) for name in names))]
         for adapter, measures in self.measures.items():
             cells = []
             for name in names:
@@ -80,8 +92,11 @@ class SetOutcome:
         return rows
 
     def verdicts(self) -> list[str]:
-        """A sentence for each adapter: its headline metric against the baseline."""
-        return [f"{name}: {changes[0].title} {changes[0].verdict}" for name, changes in self.changes.items() if changes]
+        """A sentence for each adapter: its headline metric against the baseline; and what the examples can show."""
+        said = [f"{name}: {changes[0].title} {changes[0].verdict}" for name, changes in self.changes.items() if changes]
+        return [*said, *smallest_lines([
+            (c.title, c.smallest) for changes in self.changes.values() for c in changes if c.smallest is not None
+        ])]  # fmt: skip
 
     def __str__(self) -> str:
         return "\n".join([self.title, *align_columns(self.rows()), *self.verdicts()])
