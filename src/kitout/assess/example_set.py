@@ -55,6 +55,10 @@ class ExampleSet:
         answers = None if closed is None else asdict(closed)
         return digest_of([self.kind, self.dataset.digest, self.dataset.label_names, answers, pixels])
 
+    @property
+    def shares_batches(self) -> bool:
+        return self.dataset.answers is None and TASKS[self.kind].generates_text
+
     def __len__(self) -> int:
         return len(self.dataset.test)
 

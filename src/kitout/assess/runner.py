@@ -55,6 +55,7 @@ def run(
     seed: int = 0,
     max_new_tokens: int | None = None,
     keep_base: bool = True,
+    keep_in: str | Path | None = None,
     log: LogFn = lambda _line: None,
     on_progress: SetProgressFn | None = None,
 ) -> Assessment:
@@ -69,8 +70,9 @@ def run(
     column, of sources of rows; rows with the same value there (questions about one text) are resampled as a whole; a
     source's own `group` goes first. tokenizer, pixels (a PixelProcessor): of a base that does not say where its own is.
     usages: how adapters are used that do not say it themselves, by name, "" for the base (those of a Predictor). seed:
-    of samples and intervals. keep_base: False asks the base anew and keeps nothing. log: gets a line about each set.
-    on_progress: (set, examples done, examples in all).
+    of samples and intervals. keep_base: False asks the base anew and keeps nothing. keep_in: a folder for the answers
+    of each adapter to each set, written as soon as they are known; the same call takes them from there. log: gets a
+    line about each set. on_progress: (set, examples done, examples in all).
     Raises UnknownAdapter, or ConfigError with every fault of sources and suite.
     """
     kit.state.check_attached()
@@ -96,13 +98,14 @@ def run(
     except ConfigError as error:
         errors.add(str(error))
     sets, forgotten = _read_all(reader, sources, group, suite, bool(spectrum or cost or harness), errors, log)
+    folder = None if keep_in is None else Path(keep_in)
     before = kit.active
     outcomes = []
     try:
         with eval_mode(kit.base, kit):
             for what in (*sets, *forgotten):
                 log(f"measuring {what.name} ({what.kind}, {len(what):,} examples) ...")
-                outcomes.append(measure_set(asked, what, routes, seed, keep_base, on_progress))
+                outcomes.append(measure_set(asked, what, routes, seed, keep_base, on_progress, folder, log))
             if cost:
                 log("measuring the cost ...")
             costs = measure_cost(kit, routes, {k: Path(v) for k, v in (folders or {}).items()}) if cost else {}

@@ -65,6 +65,11 @@ class EvaluationSet(Protocol):
         """Of everything that its answers depend on, besides the model."""
         ...
 
+    @property
+    def shares_batches(self) -> bool:
+        """Whether several routes are asked in the same batches, which is faster than one after the other."""
+        ...
+
     def __len__(self) -> int:
         """Examples."""
         ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from kitout.evaluate.ask.batches import ProgressFn
@@ -17,6 +18,7 @@ from kitout.evaluate.metrics.registry import metric_title
 from kitout.evaluate.sets.base_answers import base_answers
 from kitout.evaluate.sets.evaluation_set import Asked, EvaluationSet
 from kitout.evaluate.sets.forgetting import SetChange, set_changes
+from kitout.evaluate.sets.kept_answers import route_answers
 from kitout.evaluate.significance.power import smallest_lines
 from kitout.format import align_columns
 from kitout.route import RouteEntry, adapter_names
@@ -104,9 +106,14 @@ class SetOutcome:
 
 def measure_set(
     asked: Asked, what: EvaluationSet, routes: Mapping[str, RouteEntry], seed: int = 0, keep_base: bool = True,
-    on_progress: SetProgressFn | None = None,
+    on_progress: SetProgressFn | None = None, folder: Path | None = None,
+    log: Callable[[str], None] = lambda _line: None,
 ) -> SetOutcome:  # fmt: skip
-    """One set, of the base and under every route. keep_base: the base's answers are kept, and taken if they are."""
+    """One set, of the base and under every route. keep_base: the base's answers are kept, and taken if they are.
+
+    folder: where the answers under each route are kept, and taken from if they are; None: nowhere. log: gets a line
+    about those that are.
+    """
     report: ProgressFn | None = (
         None
         if on_progress is None
@@ -120,7 +127,7 @@ def measure_set(
     constant = what.constant() if has_heads else None
     baseline, of_base = constant or (BASE, base_answers(asked, what, report, keep_base))
     measures = {baseline: what.measures(of_base)}
-    answers = what.ask(asked, list(routes.values()), report) if routes else []
+    answers = route_answers(asked, what, routes, folder, report, log)
     measures |= {name: what.measures(one) for name, one in zip(routes, answers, strict=True)}
     changes = {
         name: compare(measures[baseline], measures[name], seed=seed, baseline=baseline).changes for name in routes
