@@ -133,7 +133,8 @@ class Health:
             adapter = self.kit[job.name]
             if not adapter.heads:  # with heads the base may not even have an answer for as many classes
                 is_alone = job.objective.batch_key is None or not can_share_forward(adapter)
-                groups.setdefault(job.name if is_alone else (job.objective.batch_key,), []).append(job)
+                key = (job.objective.batch_key, job.objective.rows)
+                groups.setdefault(job.name if is_alone else key, []).append(job)
         return [job for group in groups.values() for job in self._same_as_base(group)]
 
     def _same_as_base(self, jobs: Sequence[Job]) -> list[Job]:
@@ -142,7 +143,7 @@ class Health:
         weights = torch.ones(batch.num_examples, device=self.kit.device)
         names = [job.name for job in jobs]
         with eval_mode(self.kit.base, self.kit):
-            with self.kit.use(names if len(names) > 1 else names[0]):
+            with self.kit.use([n for n in names for _ in range(objective.rows)] if len(names) > 1 else names[0]):
                 tuned = objective.losses(self.kit, batch, weights).per_example
             with self.kit.use(None):
                 base = objective.losses(self.kit, batch, weights).per_example
