@@ -11,7 +11,7 @@ import torch
 import kitout
 from kitout import Kit, LoRA, PrefixTuning
 from kitout.errors import ConfigError
-from kitout.evaluate.ask import token_likelihood
+from kitout.evaluate.ask import joined_rows, token_likelihood
 from kitout.evaluate.ask.divergence import logit_divergence
 from kitout.evaluate.ask.harness_tokens import encode_text, rolling_windows, start_token_id
 from kitout.evaluate.ask.text_likelihood import text_likelihoods
@@ -55,7 +55,7 @@ def test_likelihood_and_divergence_are_those_of_plain_forwards(
 ) -> None:
     kit, tokenizer = build(species)
     kit.eval()
-    monkeypatch.setattr(token_likelihood, "JOINED_TOKENS", 10**6 if joined else 0)
+    monkeypatch.setenv(joined_rows.VARIABLE, "1000000" if joined else "0")
     limit = 62  # the prefix takes two of 64 positions, and all are asked the same
     results = text_likelihoods(kit, tokenizer, TEXTS, ["b", None, "a"], divergence=True)
     for name, sums in zip(("b", None, "a"), results, strict=True):
