@@ -179,6 +179,14 @@ def train_with_limited_files(folder: Path) -> list[int]:
     return [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(folder)]
 
 
+def train_whole(config: dict[str, Any]) -> int:
+    """A run from its config to its report, in all processes of the group; their number."""
+    import kitout
+
+    kitout.train(config, log=lambda _: None)
+    return distributed.world_size()
+
+
 class InterruptAfter(TrainerCallback):
     """As a kill would: what is not saved is lost."""
 
