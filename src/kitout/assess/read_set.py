@@ -85,7 +85,8 @@ class SetReader:
                 raise ConfigError("plain texts have no likelihood under an encoder-decoder: give inputs and answers")
             return TextSet(source.path, tuple(example.source_text() for example in examples), groups=groups)
         dataset = encode_examples(examples, self.kit, self.tokenizer, self.usage, self.writes_text)
-        return ExampleSet(source.path, dataset, groups)
+        # a chat may be several items, so these say their group themselves
+        return ExampleSet(source.path, dataset, tuple(item.group for item in dataset.test) if groups else ())
 
     def _read_choices(
         self, source: SourceConfig, rows: Sequence[Mapping[str, Any]], groups: tuple[str, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -110,6 +111,33 @@ def test_how_a_metric_was_measured_is_in_the_table() -> None:
     )  # fmt: skip
     assert found.title == "ROUGE-L (by character) %"
     assert "mean ROUGE-L (by character) %" in found.text
+
+
+def test_groups_decide_how_sure_a_verdict_is() -> None:
+    groups = np.repeat(np.arange(10), N // 10)
+    rng = np.random.default_rng(0)
+
+    def by_group(rate: float) -> list[ExampleScores]:
+        """Whole passages are right or wrong."""
+        passages = rng.random(10) < rate
+        own = np.repeat(passages, N // 10).astype(float)
+        return [ExampleScores(Ratio(own, np.ones(N)), is_correct=True, groups=groups) for _ in range(3)]
+
+    scores = {"a": by_group(0.7), "b": by_group(0.5)}
+    ranking, _ = rank_scores(scores)
+    without, _ = rank_scores({k: [replace(one, groups=None) for one in own] for k, own in scores.items()})
+    assert ranking is not None
+    assert without is not None
+    assert ranking.pairs[0].example_error > 3 * without.pairs[0].example_error
+    assert f"{N} test examples in 10 groups" in ranking.pairs[0].verdict
+    known, _ = rank_scores({"a": scores["a"], "b": [replace(one, groups=None) for one in scores["b"]]})
+    assert known is not None
+    assert known.pairs[0].num_groups == 10, "groups are facts of the data: one run that knows them is enough"
+    other = [replace(one, groups=np.arange(N) % 10) for one in scores["b"]]
+    assert rank_scores({"a": scores["a"], "b": other}) == (
+        None,
+        "no verdict: the same examples are in different groups",
+    )
 
 
 def test_what_cannot_be_tested_is_said() -> None:
