@@ -92,17 +92,18 @@ def plan_forwards(
     objective: Objective, items: Sequence[Any], rows: Sequence[int], max_rows: int | None = None
 ) -> list[list[int]]:
     """Batches of like lengths, the longest first, so that a lack of memory shows early. max_rows: examples of one."""
-    order = sorted(rows, key=lambda i: -objective.num_tokens(items[i]))
+    lengths = [objective.num_tokens(items[i]) for i in rows]
+    plan = plan_lengths(lengths, max_rows or MAX_BATCH_ROWS // objective.rows)
+    return [[rows[i] for i in batch] for batch in plan]
+
+
+def plan_lengths(lengths: Sequence[int], max_rows: int = MAX_BATCH_ROWS) -> list[list[int]]:
+    """The same of rows of these many tokens."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
     start = 0
     while start < len(order):
-        size = max(
-            1,
-            min(
-                max_rows or MAX_BATCH_ROWS // objective.rows,
-                MAX_BATCH_TOKENS // max(1, objective.num_tokens(items[order[start]])),
-            ),
-        )
+        size = max(1, min(max_rows, MAX_BATCH_TOKENS // max(1, lengths[order[start]])))
         batches.append(order[start : start + size])
         start += size
     return batches

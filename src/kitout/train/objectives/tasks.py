@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from kitout.train.objectives.objective import Objective
     from kitout.train.objectives.sequence import SequenceTask
 
+LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+
 EncodeFn: TypeAlias = Callable[[Sequence[Example]], list[EncodedExample]]
 
 
@@ -99,8 +101,13 @@ class Task:
 
     @property
     def generates_text(self) -> bool:
-        """It trains a language model: answers are written, and the base has no classification head."""
+        """Answers are written, and measured as texts."""
         return self.metric_task == "generation"
+
+    @property
+    def is_language_model(self) -> bool:
+        """Its base has an output head over the vocabulary, and no classification head."""
+        return self.auto_model in LANGUAGE_MODELS
 
 
 def _label_kind(examples: Sequence[Example]) -> str:
