@@ -42,10 +42,8 @@ STRIPPED_LABEL_REMARK = "white space around the label is left out"
 
 def from_instruction(row_fields: RowFields) -> Chat:
     """An instruction, perhaps with a context, as alpaca and dolly have them."""
-    instruction = required_text(row_fields, "instruction")
-    context = optional_text(row_fields, "context")
     return one_turn_chat(
-        f"{instruction}\n\n{context}" if context else instruction,
+        instruction_text(row_fields, "instruction"),
         answer_text(row_fields, "response"),
         optional_text(row_fields, "system"),
     )
@@ -79,8 +77,7 @@ def from_completion(row_fields: RowFields) -> Chat | Completion:
 
 def from_question(row_fields: RowFields) -> Chat:
     """A question, perhaps about a passage, perhaps with choices. Of several answers the first is taken."""
-    question = required_text(row_fields, "question")
-    answer = row_fields.get("answer")
+    question, answer = question_text(row_fields), row_fields.get("answer")
     if isinstance(answer, Mapping):  # as SQuAD has it: {"text": [...], "answer_start": [...]}
         answer = answer.get("text")
     passage = optional_text(row_fields, "context")
@@ -90,13 +87,11 @@ def from_question(row_fields: RowFields) -> Chat:
             answer, remarks = [UNANSWERABLE], (UNANSWERABLE_REMARK,)
         answer = answer[0] if answer else None
     if row_fields.get("choices") is not None:
-        choices, answer = _letter_choices(row_fields["choices"], answer)
-        question = "\n".join([question, *choices])
+        answer = _chosen_text(row_fields["choices"], answer)
     if isinstance(answer, bool):
         answer = "yes" if answer else "no"
     answer = answer_text({"answer": answer}, "answer")
-    prompt = f"{passage}\n\n{question}" if passage else question
-    return replace(one_turn_chat(prompt, answer, optional_text(row_fields, "system")), remarks=remarks)
+    return replace(one_turn_chat(question, answer, optional_text(row_fields, "system")), remarks=remarks)
 
 
 def from_summary(row_fields: RowFields) -> Chat:
@@ -149,14 +144,29 @@ def from_image(row_fields: RowFields) -> LabeledImage:
     return LabeledImage(required_text(row_fields, "image"), label)
 
 
+def instruction_text(row_fields: RowFields, role: str) -> str:
+    """What is asked, with its context behind it."""
+    instruction, context = required_text(row_fields, role), optional_text(row_fields, "context")
+    return f"{instruction}\n\n{context}" if context else instruction
+
+
+def question_text(row_fields: RowFields) -> str:
+    """The question behind its passage, with its choices as lettered lines."""
+    question, passage = required_text(row_fields, "question"), optional_text(row_fields, "context")
+    if row_fields.get("choices") is not None:
+        texts, letters, _ = _read_choices(row_fields["choices"])
+        question = "\n".join([question, *(f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True))])
+    return f"{passage}\n\n{question}" if passage else question
+
+
 def one_turn_chat(prompt: str, answer: str, system_prompt: str = "") -> Chat:
     """One question and its answer as a chat."""
     turns = [("system", system_prompt), ("user", prompt), ("assistant", answer)]
     return Chat(tuple(Turn({"role": role, "content": text}) for role, text in turns if role != "system" or text))
 
 
-def _letter_choices(choices: Any, answer: Any) -> tuple[list[str], Any]:
-    """The choices as lettered lines, and the text of the correct one. answer: its index, its letter, or its text."""
+def _read_choices(choices: Any) -> tuple[list[str], list[str], bool]:
+    """The text of each choice, its letter, and whether the data name the letters."""
     names: Sequence[Any] | None = None
     if isinstance(choices, str) and choices.lstrip().startswith(("[", "{")):
         choices = parse_cell(choices, "choices")
@@ -170,16 +180,21 @@ def _letter_choices(choices: Any, answer: Any) -> tuple[list[str], Any]:
             f"the names of the choices are {shorten_cell(names)}, expected one for each of the {len(texts)}"
         )
     letters = [str(name) for name in names] if names else [chr(ord("A") + i) for i in range(len(texts))]
-    lines = [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=False)]
+    return texts, letters, bool(names)
+
+
+def _chosen_text(choices: Any, answer: Any) -> str:
+    """The text of the correct choice. answer: its index, its letter, or its text."""
+    texts, letters, names = _read_choices(choices)
     if isinstance(answer, int) and not isinstance(answer, bool) and not names:
         if 0 <= answer < len(texts):
-            return lines, texts[answer]
+            return texts[answer]
     elif str(answer) in texts:
-        return lines, str(answer)
+        return str(answer)
     elif str(answer) in letters:
-        return lines, texts[letters.index(str(answer))]
+        return texts[letters.index(str(answer))]
     elif isinstance(answer, str) and answer.strip() in map(str, range(len(texts))) and not names:
-        return lines, texts[int(answer)]  # a table without types holds the number as text
+        return texts[int(answer)]  # a table without types holds the number as text
     raise DataError(
         f"'answer' is {shorten_cell(answer)}, none of the {len(texts)} choices, their letters or their numbers from 0"
     )
