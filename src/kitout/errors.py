@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 
 class KitoutError(Exception):
@@ -91,6 +92,15 @@ class BadRows(DataError):
 
     messages: Mapping[int, str] = MappingProxyType({})
     """What is wrong, by the number of the example among those that were given; empty where rows are known by line."""
+
+
+class UnusableFormat(DataError):
+    """A table whose examples are of a kind that the caller cannot use, such as preference pairs for plain training."""
+
+    def __init__(self, message: str, reading: Any = None) -> None:
+        super().__init__(message)
+        self.reading = reading
+        """How the table is read (a `TableReading`)."""
 
 
 class TrainingDiverged(KitoutError, ArithmeticError):

@@ -97,7 +97,7 @@ def _refuse_options(options: list[str]) -> None:
 
 
 def _print_help(context: typer.Context) -> None:
-    from kitout.data.examples.formats import FORMATS
+    from kitout.data.examples.format_table import FORMATS
     from kitout.train.config.describe import sections
 
     typer.echo(context.get_help())
