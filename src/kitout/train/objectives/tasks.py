@@ -89,6 +89,8 @@ class Task:
     """The model finds a row's last token by its config's padding id."""
     packable: bool = False
     """Several examples may share a row."""
+    kinds: tuple[str, ...] = ("training",)
+    """The kinds of tables that it reads (`kitout.data.examples.formats.KINDS`)."""
     build_heads: Callable[[Kit, int], dict[str, nn.Module]] | None = None
     """(kit, seed) -> the heads of a new adapter, by path; None: a classifier, where the base has one."""
     used_as: str = ""
