@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from kitout.align.config.schema import StageRun
 from kitout.align.objectives.scored_answers import AnswerScorer
 from kitout.base.eval_mode import eval_mode
 from kitout.data.encode.item import EncodedExample
@@ -22,7 +23,10 @@ from kitout.files.atomic import write_bytes
 from kitout.kit import Kit
 from kitout.train.loop import distributed
 from kitout.train.measure.predict import ProgressFn, plan_lengths
+from kitout.train.setup.parent import load_parts
+from kitout.train.setup.prepare import PreparedRun
 
+REFERENCE = "reference"  # its name on the kit, where it is an adapter
 REFERENCE_FILE = "reference.safetensors"
 LOG_PROBS, LENGTHS, KEY = "log_probs", "lengths", "key"
 
@@ -64,6 +68,15 @@ def reference_scores(
         if distributed.rank() == 0:
             _write(folder / REFERENCE_FILE, key, scores)
     return dict(zip(distinct, scores, strict=True))
+
+
+def load_reference(config: StageRun, prepared: PreparedRun) -> str | None:
+    """The frozen reference, added to the kit from where the policy starts; None: the base is it, or there is none."""
+    parent = prepared.parents.get(prepared.jobs[0].name)
+    if parent is None or not config.has_reference:
+        return None
+    load_parts(prepared.kit, {REFERENCE: parent})
+    return REFERENCE
 
 
 def _write(file: Path, key: str, scores: Sequence[Tensor]) -> None:

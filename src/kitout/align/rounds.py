@@ -8,6 +8,7 @@ order of this work; sampling, rewards, advantages and losses are the modules' be
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,17 +45,26 @@ class RoundPlan:
     """By round, indices of prompts."""
     samples: int
     """Answers to each."""
-    steps: Sequence[Sequence[int]]
-    """By step of one round, indices of its answers."""
+    batches: Sequence[Sequence[int]]
+    """By step of the run, indices of the answers of its round."""
 
     @property
-    def num_steps(self) -> int:
-        """Of all rounds."""
-        return len(self.prompts) * len(self.steps)
+    def steps_per_round(self) -> int:
+        """Optimizer steps on the same answers."""
+        return len(self.batches) // len(self.prompts)
 
-    def batches(self) -> list[Sequence[int]]:
-        """By step of the run, indices of the answers of its round."""
-        return [rows for _ in self.prompts for rows in self.steps]
+
+def plan_steps(num_rounds: int, answers: int, passes: int, parts: int, seed: int) -> list[list[int]]:
+    """Of every step its answers: each pass over a round is shuffled by the seed and cut into so many parts."""
+    rng = random.Random(seed)
+    steps = []
+    for _ in range(num_rounds * passes):
+        order = list(range(answers))
+        if parts > 1:
+            rng.shuffle(order)
+        size = answers // parts
+        steps += [sorted(order[start : start + size]) for start in range(0, size * parts, size)]
+    return steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +99,7 @@ class Rounds:
         self.kit, self.tokenizer, self.roles, self.prompts, self.plan = kit, tokenizer, roles, prompts, plan
         self.loss, self.sampling, self.rewards, self.scorer, self.seed = loss, sampling, rewards, scorer, seed
         self.log, self.answers, self.last, self.on_round = log, [], {}, None
+        self._explained = math.nan
         target = loss.kl_target if isinstance(loss, PPOLoss) else None
         self.kl_state = None
         if isinstance(loss, PPOLoss) and target is not None:
@@ -102,7 +113,7 @@ class Rounds:
     # ---- what the loop calls -------------------------------------------------------------------------------------
 
     def before_step(self, step: int) -> None:
-        number, within = divmod(step, len(self.plan.steps))
+        number, within = divmod(step, self.plan.steps_per_round)
         if within:
             return
         with eval_mode(self.kit.base, self.kit):
@@ -127,7 +138,7 @@ class Rounds:
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.answers[:] = [
             SampledAnswer(
-                _row(tuple(ids), prompt_length, is_trained), **{name: tensors.get(f"{i}.{name}") for name in TENSORS}
+                answer_row(tuple(ids), prompt_length, is_trained), **{name: tensors.get(f"{i}.{name}") for name in TENSORS}
             )
             for i, (ids, prompt_length, is_trained) in enumerate(values["rows"])
         ]
@@ -160,16 +171,17 @@ class Rounds:
             weights = [float(answer.advantages.mean()) for answer in self.answers]
             write_completions(self.log, completion_lines(step + 1, rollouts, answers, values, weights))
 
-    def _weigh(
-        self, rollouts: Sequence[Rollout], answers: AnswerBatch, values: RewardValues
-    ) -> list[SampledAnswer]:
+    def _weigh(self, rollouts: Sequence[Rollout], answers: AnswerBatch, values: RewardValues) -> list[SampledAnswer]:
         """The answers with everything that the losses need of them."""
         loss, rows = self.loss, list(answers.encoded)
         if isinstance(loss, GRPOLoss) and loss.mask_truncated:
-            rows = [row if r.ended else _row(row.input_ids, row.prompt_length, False) for row, r in zip(rows, rollouts, strict=True)]
+            rows = [
+                row if r.ended else answer_row(row.input_ids, row.prompt_length, False)
+                for row, r in zip(rows, rollouts, strict=True)
+            ]
         scores = estimates.score_tensor(values.totals)
         reference = score_rows(self.kit, self.scorer, rows, self.roles.reference) if self.beta > 0 else None
-        repeats = len(self.plan.steps) > 1 or not isinstance(loss, GRPOLoss)
+        repeats = self.plan.steps_per_round > 1 or not isinstance(loss, GRPOLoss)
         old = score_rows(self.kit, self.scorer, rows, self.roles.policy) if repeats else None
         if isinstance(loss, PPOLoss):
             return self._weigh_tokens(rollouts, rows, scores, old, reference)
@@ -180,10 +192,9 @@ class Rounds:
             weights = estimates.rloo_advantages(scores, self.plan.samples, kl=kl, beta=self.beta)
         else:
             weights = estimates.group_advantages(scores, self.plan.samples, loss.scale)
-        old = old if len(self.plan.steps) > 1 else None
+        old = old if self.plan.steps_per_round > 1 else None
         return [
-            SampledAnswer(row, weights[i : i + 1].float(), _at(old, i), _at(reference, i))
-            for i, row in enumerate(rows)
+            SampledAnswer(row, weights[i : i + 1].float(), _at(old, i), _at(reference, i)) for i, row in enumerate(rows)
         ]
 
     def _weigh_tokens(
@@ -193,7 +204,7 @@ class Rounds:
         """PPO: an advantage and a return for every token. Answers without a score are left untrained."""
         loss = self.loss
         assert isinstance(loss, PPOLoss) and old is not None and self.roles.value is not None, "a stage of kind ppo"
-        rows = [row if not math.isnan(s) else _row(row.input_ids, row.prompt_length, False)
+        rows = [row if not math.isnan(s) else answer_row(row.input_ids, row.prompt_length, False)
                 for row, s in zip(rows, scores.tolist(), strict=True)]  # fmt: skip
         has_end = torch.tensor([one.ended for one in rollouts])
         scores = estimates.scores_without_end(scores, has_end, penalty=loss.missing_end_penalty or 0.0).nan_to_num(0.0)
@@ -212,9 +223,7 @@ class Rounds:
         self._explained = estimates.explained_variance(flat_values, returns)
         weights, kept = estimates.whiten(flat).float().split(counts), returns.float().split(counts)
         references = [None] * len(rows) if reference is None else list(flat_reference.split(counts))
-        return [
-            SampledAnswer(row, weights[i], old[i], references[i], values[i], kept[i]) for i, row in enumerate(rows)
-        ]
+        return [SampledAnswer(row, weights[i], old[i], references[i], values[i], kept[i]) for i, row in enumerate(rows)]
 
     def _values(self, rows: Sequence[EncodedExample]) -> list[Tensor]:
         """What the value adapter says before every token of each answer."""
@@ -254,7 +263,7 @@ class Rounds:
         return metrics
 
 
-def _row(ids: tuple[int, ...], prompt_length: int, is_trained: bool) -> EncodedExample:
+def answer_row(ids: tuple[int, ...], prompt_length: int, is_trained: bool = True) -> EncodedExample:
     """Prompt and answer; one that is not trained on has no target."""
     labels = (IGNORE_INDEX,) * prompt_length + ids[prompt_length:]
     return EncodedExample(ids, labels if is_trained else (IGNORE_INDEX,) * len(ids), prompt_length=prompt_length)

@@ -128,5 +128,3 @@ def validation_metrics(run: PreparedRun, job: Job) -> dict[str, float]:
 def rows_of(items: Sequence[EncodedPair | EncodedUnpaired]) -> list[EncodedExample]:
     """Every row that a model reads."""
     return [row for item in items for row in item.rows]
-
-

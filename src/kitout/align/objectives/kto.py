@@ -64,7 +64,9 @@ class KTOObjective:
     def before_step(self, model: Any, items: Sequence[EncodedUnpaired], step: int) -> None:
         """Takes z over all items of the step."""
         rows = [self.mismatched[item.answer] for item in items if item.answer in self.mismatched]
-        ratios = [self._log_ratios(model, [rows[i] for i in some]) for some in plan_lengths([row.length for row in rows])]
+        ratios = [
+            self._log_ratios(model, [rows[i] for i in some]) for some in plan_lengths([row.length for row in rows])
+        ]
         self.z = kto_reference_point(torch.cat(ratios)).item() if ratios else 0.0
 
     def _log_ratios(self, model: Any, rows: Sequence[EncodedExample]) -> Tensor:
