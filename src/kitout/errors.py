@@ -111,6 +111,10 @@ class PackingLeak(KitoutError, RuntimeError):
     """A model in which an example of a packed row changes the loss of another example in that row."""
 
 
+class RewardError(KitoutError, ValueError):
+    """A reward that cannot be opened, or that gives something else than one finite number or None per answer."""
+
+
 class AssetError(KitoutError, RuntimeError):
     """An asset that is unknown, not installed, damaged or could not be downloaded."""
 

@@ -1,15 +1,18 @@
-"""Greedy generation with the kit's active adapters: the same answer alone as in any batch.
+"""Generation with the kit's active adapters: the same answer alone as in any batch.
 
-An answer ends before the first stop token and is cut here: what follows in a batch is padding, whose id may be a real
-token. Decoders take prompts padded on the left, encoders on the right, where their positions start. An answer also ends
-where the model's positions do. It knows no chat template and no metric.
+A text ends before the first stop token and is cut here: what follows in a batch is padding, whose id may be a real
+token. Greedy unless the caller's options draw tokens: whoever samples has the same lengths, ends and padding. Decoders
+take prompts padded on the left, encoders on the right, where their positions start. An answer also ends where the
+model's positions do. It knows no chat template and no metric.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from kitout.base.eval_mode import eval_mode
 from kitout.data.padding import pad
@@ -66,7 +69,7 @@ def generate_under(
     rows of a batch. Everything else as `generate`. Where a model or an adapter takes no rows, one route runs after the
     other.
     """
-    if len(routes) > 1 and _takes_rows(kit, routes):
+    if len(routes) > 1 and takes_rows(kit, routes):
         return _generate(kit, tokenizer, prompts, max_new_tokens, routes, batch_size, on_progress, stop_ids, None)
     found = []
     for route in routes:
@@ -75,7 +78,8 @@ def generate_under(
     return found
 
 
-def _takes_rows(kit: Kit, routes: Sequence[RouteEntry]) -> bool:
+def takes_rows(kit: Kit, routes: Sequence[RouteEntry]) -> bool:
+    """Whether rows of one batch can have these routes."""
     try:
         with kit.use(tuple(routes)):
             return True
@@ -89,38 +93,104 @@ def _generate(
     options: Mapping[str, Any] | None,
 ) -> list[list[str]]:  # fmt: skip
     """By route the answers to all prompts. routes: None: what is active, alone."""
+    decoding = plan_decoding(kit, tokenizer, prompts, max_new_tokens, routes, stop_ids)
+    num_routes = 1 if routes is None else len(routes)
+
+    def ask(rows: list[Sequence[int]]) -> list[list[str]]:
+        """By prompt its answer under each route."""
+        by_row = None if routes is None else [route for route in routes for _ in rows]
+        answers = answer_ids(kit, [*rows] * num_routes, by_row, decoding, lambda _: options or {})
+        texts = decode_answers(tokenizer, answers, decoding.stop_ids)
+        return [texts[i :: len(rows)] for i in range(len(rows))]
+
+    with decoding.active(kit):
+        found = map_batches(prompts, max(1, batch_size // num_routes), ask, on_progress)
+    return [[answers[k] for answers in found] for k in range(num_routes)]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What is fixed for all rows of one generation."""
+
+    stop_ids: frozenset[int]
+    """Any of these ends an answer."""
+    pad_token_id: int
+    """What fills rows up; perhaps the id of a real token."""
+    max_new_tokens: int
+    """Tokens of an answer at most."""
+    rooms: Mapping[int, int]
+    """By length of a prompt: how many tokens its answer may have."""
+
+    @contextmanager
+    def active(self, kit: Kit, kept: Sequence[str] = KEPT_GENERATION_SETTINGS) -> Iterator[None]:
+        """Eval mode, and a generation config in place of the model's, with what `kept` names of it.
+
+        transformers takes from the config whatever a call does not set, so a config of its own leaves nothing open.
+        """
+        from transformers import GenerationConfig
+
+        model: Any = kit.base
+        original = model.generation_config
+        with eval_mode(kit.base, kit):
+            model.generation_config = GenerationConfig(
+                **{name: getattr(original, name) for name in kept},
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=sorted(self.stop_ids) or None,
+                pad_token_id=self.pad_token_id,
+            )
+            try:
+                yield
+            finally:
+                model.generation_config = original
+
+
+def plan_decoding(
+    kit: Kit, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+    routes: Sequence[RouteEntry] | None, stop_ids: Sequence[int],
+) -> Decoding:  # fmt: skip
+    """ConfigError for a model that cannot generate, no new token, or a prompt that is longer than the model reads.
+
+    routes: all that take part; None: what is active, alone. stop_ids: besides those of model and tokenizer.
+    """
     if not kit.can_generate():
         raise ConfigError(f"{type(kit.base).__name__} cannot generate: load the model with its language-modeling head")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-    all_stop_ids = stop_token_ids(kit, tokenizer, stop_ids)
-    pad_token_id = next(i for i in (tokenizer.pad_token_id, *sorted(all_stop_ids), 0) if i is not None)
+    ends = frozenset(stop_token_ids(kit, tokenizer, stop_ids))
+    pad_token_id = next(i for i in (tokenizer.pad_token_id, *sorted(ends), 0) if i is not None)
+    return Decoding(ends, pad_token_id, max_new_tokens, _common_rooms(kit, prompts, max_new_tokens, routes))
+
+
+def answer_ids(
+    kit: Kit, rows: Sequence[Sequence[int]], by_row: Sequence[RouteEntry] | None, decoding: Decoding,
+    options_for: Callable[[list[int]], Mapping[str, Any]],
+) -> list[list[int]]:  # fmt: skip
+    """By row the ids of its answer, the token that ended it included; nothing that follows in a batch.
+
+    by_row: the route of each row; None: what is active. options_for: what `generate` is given besides, for the rows of
+    these numbers: rows with less room for an answer than the others are generated apart, so each is answered as if
+    alone. To be called inside `decoding.active`.
+    """
     has_encoder = bool(kit.config.is_encoder_decoder)
-    num_routes = 1 if routes is None else len(routes)
-    room_by_length = _common_rooms(kit, prompts, max_new_tokens, routes)
-
-    def ask(rows: list[Sequence[int]]) -> list[list[str]]:
-        """Rows with less room for an answer than the others are generated apart: each is answered as if alone."""
-        texts: dict[int, list[str]] = {}
-        for room in sorted({room_by_length[len(row)] for row in rows}):
-            alike = [i for i, row in enumerate(rows) if room_by_length[len(row)] == room]
-            texts |= zip(alike, ask_alike([rows[i] for i in alike], room), strict=True)
-        return [texts[i] for i in range(len(rows))]
-
-    def ask_alike(rows: list[Sequence[int]], room: int) -> list[list[str]]:
-        """By prompt its answer under each route."""
-        ids, mask = pad([*rows] * num_routes, pad_token_id, "right" if has_encoder else "left", kit.device)
-        by_row = None if routes is None else tuple(route for route in routes for _ in rows)
-        with nullcontext() if by_row is None else kit.use(by_row):
-            out = kit.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, **(options or {}))
+    answers: dict[int, list[int]] = {}
+    for room in sorted({decoding.rooms[len(row)] for row in rows}):
+        alike = [i for i, row in enumerate(rows) if decoding.rooms[len(row)] == room]
+        side: Literal["left", "right"] = "right" if has_encoder else "left"
+        ids, mask = pad([rows[i] for i in alike], decoding.pad_token_id, side, kit.device)
+        entries = () if by_row is None else tuple(by_row[i] for i in alike)
+        with nullcontext() if not entries else kit.use(entries if len(set(entries)) > 1 else entries[0]):
+            out = kit.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, **options_for(alike))
         generated = out[:, 1 if has_encoder else ids.shape[1] :].tolist()
-        answers = [_cut_at_stop(row, all_stop_ids) for row in generated]
-        texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
-        return [texts[i :: len(rows)] for i in range(len(rows))]
+        answers |= zip(alike, (_cut_after_stop(row, decoding.stop_ids) for row in generated), strict=True)
+    return [answers[i] for i in range(len(rows))]
 
-    with eval_mode(kit.base, kit), _greedy_config(kit.base, max_new_tokens, sorted(all_stop_ids), pad_token_id):
-        found = map_batches(prompts, max(1, batch_size // num_routes), ask, on_progress)
-    return [[answers[k] for answers in found] for k in range(num_routes)]
+
+def decode_answers(tokenizer: Any, answers: Sequence[Sequence[int]], stop_ids: AbstractSet[int]) -> list[str]:
+    """As text, without the token that ended it, special tokens and surrounding white space."""
+    ids = [answer[:-1] if answer and answer[-1] in stop_ids else answer for answer in answers]
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def _common_rooms(
@@ -157,25 +227,5 @@ def stop_token_ids(kit: Kit, tokenizer: Any, extra_ids: Sequence[int] = ()) -> s
     return {int(i) for i in (*eos_ids, tokenizer.eos_token_id, *extra_ids) if i is not None}
 
 
-@contextmanager
-def _greedy_config(model: Any, max_new_tokens: int, eos_token_ids: list[int], pad_token_id: int) -> Iterator[None]:
-    """Replaces the model's generation config: transformers takes from it whatever a call does not set."""
-    from transformers import GenerationConfig
-
-    original = model.generation_config
-    model.generation_config = GenerationConfig(
-        **{name: getattr(original, name) for name in KEPT_GENERATION_SETTINGS},
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=eos_token_ids or None,
-        pad_token_id=pad_token_id,
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = original
-
-
-def _cut_at_stop(row: list[int], stop_ids: set[int]) -> list[int]:
-    return row[: next((i for i, token in enumerate(row) if token in stop_ids), len(row))]
+def _cut_after_stop(row: list[int], stop_ids: AbstractSet[int]) -> list[int]:
+    return row[: next((i + 1 for i, token in enumerate(row) if token in stop_ids), len(row))]
