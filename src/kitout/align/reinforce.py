@@ -70,8 +70,7 @@ class Reinforcement:
         assert isinstance(policy.objective, PolicyObjective), "the task's own"
         self.rounds = Rounds(
             prepared.kit, prepared.tokenizer, Roles(policy.name, self.reference, self.value), policy.examples,
-            self.plan, loss, self.sampling, self.rewards, policy.objective.scorer, seed,
-            MetricsLog(folder.path / COMPLETIONS_FILE),
+            self.plan, loss, self.sampling, self.rewards, seed, MetricsLog(folder.path / COMPLETIONS_FILE),
         )  # fmt: skip
         self.jobs = self._jobs(policy)
 

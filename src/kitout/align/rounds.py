@@ -1,15 +1,15 @@
 """Rounds of reinforcement: prompts are answered by the policy, judged, scored and weighed; then steps train on them.
 
 A round is a function of the seed, its number and the values of the adapters: the same run writes the same answers, and a
-resume in the middle of a round takes it from the checkpoint. Everything is kept as plain tensors by answer. It knows the
-order of this work; sampling, rewards, advantages and losses are the modules' beside it.
+resume in the middle of a round takes it from the checkpoint. It knows the order of this work; sampling, rewards, roles,
+advantages and losses are the modules' beside it.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,15 +21,14 @@ from kitout.align.config.losses import GRPOLoss, PPOLoss, RLOOLoss
 from kitout.align.losses import advantages as estimates
 from kitout.align.losses.divergence import AdaptiveKL, k1
 from kitout.align.objectives.policy import SampledAnswer
-from kitout.align.objectives.scored_answers import AnswerScorer
-from kitout.align.reference import score_rows
 from kitout.align.rewards.reward import AnswerBatch, RewardValues, WeightedRewards
+from kitout.align.roles import Answer, roles
 from kitout.align.rollout import Rollout, SamplingSettings, sample_answers
-from kitout.align.scalar_head import scalars
 from kitout.base.eval_mode import eval_mode
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample, EncodedPrompt
 from kitout.errors import ConfigError
 from kitout.kit import Kit
+from kitout.route import RouteEntry
 from kitout.train.measure.predict import plan_lengths
 from kitout.train.metrics_log import MetricsLog
 from kitout.train.objectives.answer_rows import collate_rows
@@ -60,14 +59,13 @@ def plan_steps(num_rounds: int, answers: int, passes: int, parts: int, seed: int
     steps = []
     for _ in range(num_rounds * passes):
         order = list(range(answers))
-        if parts > 1:
-            rng.shuffle(order)
+        rng.shuffle(order)
         size = answers // parts
         steps += [sorted(order[start : start + size]) for start in range(0, size * parts, size)]
     return steps
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Roles:
     """Who takes part, each by the name of its adapter."""
 
@@ -83,27 +81,24 @@ class Rounds:
     """The `StepData` of a run of reinforcement: fills `answers`, which all its jobs train on."""
 
     answers: list[Any]
-    """SampledAnswer of the round in progress."""
+    """SampledAnswer of the round in progress, the longest first."""
     kl_state: AdaptiveKL | None
     """Steers beta to a target; None: beta stays as it is set."""
     last: dict[str, float]
     """Metrics of the last round."""
-    on_round: Callable[[int, Mapping[str, float]], None] | None
-    """Called after each round with its step and metrics."""
 
     def __init__(
-        self, kit: Kit, tokenizer: Any, roles: Roles, prompts: Sequence[EncodedPrompt], plan: RoundPlan,
-        loss: GRPOLoss | RLOOLoss | PPOLoss, sampling: SamplingSettings, rewards: WeightedRewards, scorer: AnswerScorer,
-        seed: int, log: MetricsLog | None = None,
+        self, kit: Kit, tokenizer: Any, who: Roles, prompts: Sequence[EncodedPrompt], plan: RoundPlan,
+        loss: GRPOLoss | RLOOLoss | PPOLoss, sampling: SamplingSettings, rewards: WeightedRewards, seed: int,
+        log: MetricsLog,
     ) -> None:  # fmt: skip
-        self.kit, self.tokenizer, self.roles, self.prompts, self.plan = kit, tokenizer, roles, prompts, plan
-        self.loss, self.sampling, self.rewards, self.scorer, self.seed = loss, sampling, rewards, scorer, seed
-        self.log, self.answers, self.last, self.on_round = log, [], {}, None
+        self.kit, self.tokenizer, self.who, self.prompts, self.plan = kit, tokenizer, who, prompts, plan
+        self.loss, self.sampling, self.rewards, self.seed, self.log = loss, sampling, rewards, seed, log
+        self.answers, self.last, self.kl_state = [], {}, None
+        self._kl: float | None = None
         self._explained = math.nan
-        target = loss.kl_target if isinstance(loss, PPOLoss) else None
-        self.kl_state = None
-        if isinstance(loss, PPOLoss) and target is not None:
-            self.kl_state = AdaptiveKL(loss.beta, target, loss.kl_horizon)
+        if isinstance(loss, PPOLoss) and loss.kl_target is not None:
+            self.kl_state = AdaptiveKL(loss.beta, loss.kl_target, loss.kl_horizon)
 
     @property
     def beta(self) -> float:
@@ -114,33 +109,26 @@ class Rounds:
 
     def before_step(self, step: int) -> None:
         number, within = divmod(step, self.plan.steps_per_round)
-        if within:
-            return
-        with eval_mode(self.kit.base, self.kit):
-            self._make_round(number, step)
-        if self.on_round is not None:
-            self.on_round(step, self.last)
+        if not within:
+            with eval_mode(self.kit.base, self.kit):
+                self._make_round(number, step)
 
     def metrics(self) -> dict[str, float]:
         return dict(self.last)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        tensors = {
-            f"{i}.{name}": value
-            for i, answer in enumerate(self.answers)
-            for name in TENSORS
-            if (value := getattr(answer, name)) is not None
-        }
-        rows = [(list(a.row.input_ids), a.row.prompt_length, a.row.num_targets > 0) for a in self.answers]
-        kl_state = None if self.kl_state is None else self.kl_state.beta
-        return {"rows": rows, "metrics": self.last, "beta": kl_state}, tensors
+        named = [(f"{i}.{name}", getattr(a, name)) for i, a in enumerate(self.answers) for name in TENSORS]
+        rows = [(a.row.input_ids, a.row.prompt_length, a.row.location, a.row.num_targets > 0) for a in self.answers]
+        values = {"rows": rows, "metrics": self.last, "beta": None if self.kl_state is None else self.kl_state.beta}
+        return values, {name: value for name, value in named if value is not None}
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.answers[:] = [
             SampledAnswer(
-                answer_row(tuple(ids), prompt_length, is_trained), **{name: tensors.get(f"{i}.{name}") for name in TENSORS}
+                answer_row(tuple(ids), prompt_length, location, is_trained),
+                **{name: tensors.get(f"{i}.{name}") for name in TENSORS},
             )
-            for i, (ids, prompt_length, is_trained) in enumerate(values["rows"])
+            for i, (ids, prompt_length, location, is_trained) in enumerate(values["rows"])
         ]
         self.last = values["metrics"]
         if self.kl_state is not None:
@@ -149,9 +137,8 @@ class Rounds:
     # ---- one round -----------------------------------------------------------------------------------------------
 
     def _make_round(self, number: int, step: int) -> None:
-        indices = self.plan.prompts[number]
-        prompts = [self.prompts[i] for i in indices]
-        with self.kit.use(self.roles.policy):
+        prompts = [self.prompts[i] for i in self.plan.prompts[number]]
+        with self.kit.use(self.who.policy):
             rollouts = sample_answers(
                 self.kit, self.tokenizer, [prompt.input_ids for prompt in prompts], self.sampling,
                 seed=self.seed, step=number, samples=self.plan.samples,
@@ -165,81 +152,92 @@ class Rounds:
                 f"step {step + 1}: no reward source judged any of the {len(values.totals)} answers (all None): look at "
                 f"what {', '.join(values.names)} returns"
             )
-        self.answers[:] = self._weigh(rollouts, answers, values)
+        weighed = self._weigh(rollouts, answers, values)
         self.last = self._round_metrics(rollouts, values)
-        if self.log is not None:
-            weights = [float(answer.advantages.mean()) for answer in self.answers]
-            write_completions(self.log, completion_lines(step + 1, rollouts, answers, values, weights))
+        weights = [float(one.advantages.mean()) if len(one.advantages) else None for one in weighed]
+        write_completions(self.log, completion_lines(step + 1, rollouts, answers, values, weights))
+        self.answers[:] = sorted(weighed, key=lambda answer: -answer.length)
 
-    def _weigh(self, rollouts: Sequence[Rollout], answers: AnswerBatch, values: RewardValues) -> list[SampledAnswer]:
+    def _weigh(
+        self, rollouts: Sequence[Rollout], answers: AnswerBatch, values: RewardValues
+    ) -> list[SampledAnswer]:  # fmt: skip
         """The answers with everything that the losses need of them."""
-        loss, rows = self.loss, list(answers.encoded)
-        if isinstance(loss, GRPOLoss) and loss.mask_truncated:
-            rows = [
-                row if r.ended else answer_row(row.input_ids, row.prompt_length, False)
-                for row, r in zip(rows, rollouts, strict=True)
-            ]
-        scores = estimates.score_tensor(values.totals)
-        reference = score_rows(self.kit, self.scorer, rows, self.roles.reference) if self.beta > 0 else None
-        repeats = self.plan.steps_per_round > 1 or not isinstance(loss, GRPOLoss)
-        old = score_rows(self.kit, self.scorer, rows, self.roles.policy) if repeats else None
+        loss, scores = self.loss, estimates.score_tensor(values.totals)
+        is_left_out = [False] * len(rollouts)
         if isinstance(loss, PPOLoss):
-            return self._weigh_tokens(rollouts, rows, scores, old, reference)
+            is_left_out = scores.isnan().tolist()
+        elif isinstance(loss, GRPOLoss) and loss.mask_truncated:
+            is_left_out = [not one.ended for one in rollouts]
+        rows = [
+            answer_row(row.input_ids, row.prompt_length, row.location, not left_out)
+            for row, left_out in zip(answers.encoded, is_left_out, strict=True)
+        ]
+        repeats = self.plan.steps_per_round > 1
+        wanted: dict[RouteEntry, Answer] = {}
+        if repeats or not isinstance(loss, GRPOLoss):
+            wanted[self.who.policy] = "tokens"
+        if self.beta > 0:
+            wanted[self.who.reference] = "tokens"
+        if self.who.value is not None:
+            wanted[self.who.value] = "all"
+        said = self._ask(rows, wanted)
+        old, reference = said.get(self.who.policy), said.get(self.who.reference)
+        self._kl = _mean_kl(old, reference)
+        if isinstance(loss, PPOLoss):
+            assert old is not None and self.who.value is not None, "a stage of kind ppo"  # noqa: PT018
+            return self._weigh_tokens(rollouts, rows, scores, old, reference, said[self.who.value])
         if isinstance(loss, RLOOLoss):
             kl = None
-            if reference is not None and old is not None:
+            if old is not None and reference is not None:
                 kl = torch.stack([k1(o, q).sum() for o, q in zip(old, reference, strict=True)])
             weights = estimates.rloo_advantages(scores, self.plan.samples, kl=kl, beta=self.beta)
         else:
             weights = estimates.group_advantages(scores, self.plan.samples, loss.scale)
-        old = old if self.plan.steps_per_round > 1 else None
         return [
-            SampledAnswer(row, weights[i : i + 1].float(), _at(old, i), _at(reference, i)) for i, row in enumerate(rows)
+            SampledAnswer(row, weights[i : i + 1].float(), _at(old if repeats else None, i), _at(reference, i))
+            for i, row in enumerate(rows)
         ]
 
     def _weigh_tokens(
-        self, rollouts: Sequence[Rollout], rows: Sequence[EncodedExample], scores: Tensor,
-        old: list[Tensor] | None, reference: list[Tensor] | None,
+        self, rollouts: Sequence[Rollout], rows: Sequence[EncodedExample], scores: Tensor, old: Sequence[Tensor],
+        reference: Sequence[Tensor] | None, values: Sequence[Tensor],
     ) -> list[SampledAnswer]:  # fmt: skip
-        """PPO: an advantage and a return for every token. Answers without a score are left untrained."""
+        """PPO: an advantage and a return for every token."""
         loss = self.loss
-        assert isinstance(loss, PPOLoss) and old is not None and self.roles.value is not None, "a stage of kind ppo"
-        rows = [row if not math.isnan(s) else answer_row(row.input_ids, row.prompt_length, False)
-                for row, s in zip(rows, scores.tolist(), strict=True)]  # fmt: skip
+        assert isinstance(loss, PPOLoss), "which weighs tokens"
         has_end = torch.tensor([one.ended for one in rollouts])
-        scores = estimates.scores_without_end(scores, has_end, penalty=loss.missing_end_penalty or 0.0).nan_to_num(0.0)
+        scores = estimates.scores_without_end(scores, has_end, penalty=loss.missing_end_penalty or 0.0)
         if loss.whiten_rewards:
-            scores = estimates.whiten(scores, shift_mean=False)
+            scores = torch.where(scores.isnan(), scores, estimates.whiten(scores, ~scores.isnan(), shift_mean=False))
         counts = [row.num_targets for row in rows]
-        old = [one[:count] for one, count in zip(old, counts, strict=True)]
-        values = self._values(rows)
         owners = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts))
-        flat_old, flat_values = torch.cat(old), torch.cat(values)
-        flat_reference = flat_old if reference is None else torch.cat(
-            [one[:count] for one, count in zip(reference, counts, strict=True)]
-        )  # fmt: skip
-        rewards = estimates.token_rewards(scores, flat_old, flat_reference, owners, len(rows), beta=self.beta)
-        flat, returns = estimates.gae(rewards, flat_values, owners, len(rows), gamma=loss.gamma, lam=loss.lambda_)
+        flat_old, flat_values = torch.cat(list(old)), torch.cat(list(values))
+        flat_reference = flat_old if reference is None else torch.cat(list(reference))
+        rewards = estimates.token_rewards(
+            scores.nan_to_num(0.0), flat_old, flat_reference, owners, len(rows), beta=self.beta
+        )
+        weights, returns = estimates.gae(rewards, flat_values, owners, len(rows), gamma=loss.gamma, lam=loss.lambda_)
         self._explained = estimates.explained_variance(flat_values, returns)
-        weights, kept = estimates.whiten(flat).float().split(counts), returns.float().split(counts)
-        references = [None] * len(rows) if reference is None else list(flat_reference.split(counts))
-        return [SampledAnswer(row, weights[i], old[i], references[i], values[i], kept[i]) for i, row in enumerate(rows)]
+        weights_of, returns_of = estimates.whiten(weights).float().split(counts), returns.float().split(counts)
+        return [
+            SampledAnswer(row, weights_of[i], old[i], _at(reference, i), values[i], returns_of[i])
+            for i, row in enumerate(rows)
+        ]
 
-    def _values(self, rows: Sequence[EncodedExample]) -> list[Tensor]:
-        """What the value adapter says before every token of each answer."""
-        found: list[tuple[int, Tensor]] = []
-        with self.kit.use(self.roles.value):
-            for indices in plan_lengths([row.length for row in rows]):
-                batch = collate_rows([rows[i] for i in indices], self.kit.device)
-                values = scalars(lambda inputs=batch.inputs: self.kit(**inputs), self.kit)  # type: ignore[misc]
-                counts = [rows[i].num_targets for i in indices]
-                at_targets = values.reshape(-1)[batch.targets["positions"]].float().cpu()
-                found += zip(indices, at_targets.split(counts), strict=True)
-        return [values for _, values in sorted(found, key=lambda pair: pair[0])]
+    def _ask(
+        self, rows: Sequence[EncodedExample], wanted: Mapping[RouteEntry, Answer]
+    ) -> dict[RouteEntry, list[Tensor]]:  # fmt: skip
+        """What each role says of every token of each answer, [T] of float32."""
+        found: dict[RouteEntry, dict[int, Tensor]] = {role: {} for role in wanted}
+        for indices in plan_lengths([row.length for row in rows]) if wanted else ():
+            batch = collate_rows([rows[i] for i in indices], self.kit.device)
+            counts = [rows[i].num_targets for i in indices]
+            for role, values in roles(self.kit, batch, wanted, temperature=self.sampling.temperature).items():
+                found[role] |= zip(indices, values.float().cpu().split(counts), strict=True)
+        return {role: [by_row[i] for i in range(len(rows))] for role, by_row in found.items()}
 
     def _round_metrics(self, rollouts: Sequence[Rollout], values: RewardValues) -> dict[str, float]:
         judged = [total for total in values.totals if total is not None]
-        lengths = [len(one.answer_ids) for one in rollouts]
         metrics = {"reward": math.fsum(judged) / len(judged)}
         if len(values.names) > 1:
             metrics |= {f"reward_{name}": value for name, value in values.means().items()}
@@ -247,27 +245,36 @@ class Rounds:
             spread = estimates.has_spread(estimates.score_tensor(values.totals), self.plan.samples)
             metrics["groups_without_spread"] = 1.0 - spread.float().mean().item()
         metrics |= {
-            "answer_tokens": sum(lengths) / len(lengths),
+            "answer_tokens": sum(len(one.answer_ids) for one in rollouts) / len(rollouts),
             "ended": sum(one.ended for one in rollouts) / len(rollouts),
             "unjudged": 1.0 - len(judged) / len(rollouts),
         }
-        with_reference = [a for a in self.answers if a.reference is not None and a.old is not None]
-        if with_reference:
-            kl = sum(float(k1(a.old, a.reference).sum()) for a in with_reference) / len(with_reference)
-            metrics["kl_to_reference"] = kl
+        if self._kl is not None:
+            metrics["kl_to_reference"] = self._kl
             if self.kl_state is not None:
-                self.kl_state = self.kl_state.update(kl, len(with_reference))
+                self.kl_state = self.kl_state.update(self._kl, len(rollouts))
                 metrics["beta"] = self.kl_state.beta
         if isinstance(self.loss, PPOLoss):
             metrics["explained_variance"] = self._explained
         return metrics
 
 
-def answer_row(ids: tuple[int, ...], prompt_length: int, is_trained: bool = True) -> EncodedExample:
+def answer_row(
+    ids: tuple[int, ...], prompt_length: int, location: str = "", is_trained: bool = True
+) -> EncodedExample:  # fmt: skip
     """Prompt and answer; one that is not trained on has no target."""
     labels = (IGNORE_INDEX,) * prompt_length + ids[prompt_length:]
-    return EncodedExample(ids, labels if is_trained else (IGNORE_INDEX,) * len(ids), prompt_length=prompt_length)
+    if not is_trained:
+        labels = (IGNORE_INDEX,) * len(ids)
+    return EncodedExample(ids, labels, prompt_length=prompt_length, location=location)
 
 
 def _at(values: Sequence[Tensor] | None, index: int) -> Tensor | None:
     return None if values is None else values[index]
+
+
+def _mean_kl(old: Sequence[Tensor] | None, reference: Sequence[Tensor] | None) -> float | None:
+    """Nats per answer by k1, of the policy that wrote them; None where one of both is not known."""
+    if old is None or reference is None:
+        return None
+    return sum(float(k1(o, q).sum()) for o, q in zip(old, reference, strict=True)) / len(old)

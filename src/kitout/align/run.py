@@ -26,8 +26,8 @@ from kitout.base import memory
 from kitout.errors import ConfigError
 from kitout.files.part_folders import content_digest
 from kitout.train import checkpoints, run_folder
-from kitout.train.config import conflicts
 from kitout.train.adapter_folders import save_adapters
+from kitout.train.config import conflicts
 from kitout.train.config.schema import RunConfig
 from kitout.train.loop import distributed, stop_on_signal
 from kitout.train.loop.jobs import Job
@@ -52,10 +52,10 @@ from kitout.train.run import (
 )
 from kitout.train.run import run as train_run
 from kitout.train.run_folder import RunFolder
-from kitout.train.start import RESULTS_FILE
 from kitout.train.setup.base_model import load_config
 from kitout.train.setup.parent import adopt_parents
 from kitout.train.setup.prepare import PreparedRun, prepare
+from kitout.train.start import RESULTS_FILE
 
 LogFn = Callable[[str], None]
 
@@ -124,7 +124,9 @@ def _run_prepared(
     if dry_run:
         return Result(folder.path)
     memory.reset_peak(prepared.kit.device)
-    best_step = train_and_save(trainer, last_checkpoint, prepared, partial(save_adapters, prepared, config, folder, log))
+    best_step = train_and_save(
+        trainer, last_checkpoint, prepared, partial(save_adapters, prepared, config, folder, log)
+    )
     outcomes: dict[str, JobOutcome] = work.measure()
     forgetting = {} if work.is_reward_model else measure_forgetting(
         prepared, config.evaluate, config.train.seed, main_log, lambda name: progress_fn(name, log)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kitout.align.rewards.reward import AnswerBatch, RewardValues, WeightedRewards
-from kitout.align.rollout import Rollout, SamplingSettings, greedy_answers
+from kitout.align.rollout import Rollout, SamplingSettings, sample_answers
 from kitout.data.encode.item import EncodedPrompt
 from kitout.evaluate.ask.batches import ProgressFn
 from kitout.evaluate.compare import BASE, ComparedExample, compare
@@ -41,7 +41,8 @@ def judge(
     """adapter: whose answers; None: the base's."""
     with run.kit.use(adapter):
         ids = [prompt.input_ids for prompt in prompts]
-        rollouts = greedy_answers(run.kit, run.tokenizer, ids, sampling.max_new_tokens, on_progress=on_progress)
+        greedy = SamplingSettings(top_k=1, max_new_tokens=sampling.max_new_tokens)
+        rollouts = sample_answers(run.kit, run.tokenizer, ids, greedy, seed=0, step=0, on_progress=on_progress)
     answers = AnswerBatch.of(
         rollouts, [p.prompt for p in prompts], [p.row for p in prompts], [p.location for p in prompts]
     )

@@ -19,7 +19,7 @@ from kitout.align.losses import reinforcement
 from kitout.align.losses.divergence import k1
 from kitout.align.objectives.scored_answers import AnswerScorer
 from kitout.data.by_row import sum_by_row
-from kitout.data.encode.item import EncodedExample
+from kitout.data.encode.item import EncodedExample, EncodedPrompt
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
 from kitout.train.objectives.objective import Batch, Losses
@@ -65,8 +65,9 @@ class PolicyObjective:
         self.kit, self.loss, self.max_new_tokens = kit, loss, max_new_tokens
         self.scorer = AnswerScorer(kit, temperature)
 
-    def choose_head_loss(self, names: Sequence[str], items: Sequence[SampledAnswer]) -> None:
-        self.scorer.choose(names, [item.row for item in items])
+    def choose_head_loss(self, names: Sequence[str], items: Sequence[EncodedPrompt]) -> None:
+        """On prompts, as there are no answers yet: the end of a prompt is as good as one."""
+        self.scorer.choose(names, [EncodedExample(item.input_ids, item.input_ids) for item in items])
 
     @property
     def batch_key(self) -> Hashable:
