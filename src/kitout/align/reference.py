@@ -1,4 +1,4 @@
-"""Log-probabilities computed once, without gradient: of the reference over a data set, kept beside the run; of rollouts.
+"""The reference of a stage: its log-probabilities over a data set, computed once and kept beside the run.
 
 The reference is the base, or a frozen adapter. It is never in a training step's graph: its values are read by row. The
 file `reference.safetensors` holds them under a key of data, base and adapter, so a resumed run does not compute them

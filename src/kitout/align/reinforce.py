@@ -17,7 +17,7 @@ import torch
 from kitout.align.completions_log import COMPLETIONS_FILE
 from kitout.align.config.losses import GRPOLoss, PPOLoss, RLOOLoss
 from kitout.align.config.schema import StageRun
-from kitout.align.measure.prompts import judge, measure_policy, reward_measure
+from kitout.align.measure.prompts import REWARD, judge, measure_policy, reward_measure
 from kitout.align.objectives.policy import PolicyObjective, SampledAnswer
 from kitout.align.objectives.value import ValueObjective
 from kitout.align.reference import load_reference
@@ -33,6 +33,7 @@ from kitout.base import memory
 from kitout.data.encode.item import EncodedPrompt
 from kitout.errors import ConfigError
 from kitout.files.atomic import write_text
+from kitout.train.checkpoints import step_of
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.evaluate import JobOutcome
 from kitout.train.metrics_log import MetricsLog, to_json_value
@@ -128,6 +129,11 @@ class Reinforcement:
 
     # ---- the order of the run ---------------------------------------------------------------------------------------
 
+    @property
+    def metric_names(self) -> list[str]:
+        """What an evaluation during training reports."""
+        return [REWARD]
+
     def prepare(self, signature: str) -> None:
         """Nothing: the reference scores answers when they are there."""
 
@@ -138,6 +144,7 @@ class Reinforcement:
             self.prepared.kit, self.jobs, planned, len(self.plan.batches), self.config, self.folder, last_checkpoint
         )
         self.rounds.answers[:] = []
+        self.rounds.log.resume_at(0 if last_checkpoint is None else step_of(last_checkpoint))
         trainer = new_trainer(
             self.prepared.kit, self.jobs, self.config, self.folder, estimate, signature, self._validate,
             step_data=self.rounds,

@@ -1,8 +1,8 @@
 """Rounds of reinforcement: prompts are answered by the policy, judged, scored and weighed; then steps train on them.
 
-A round is a function of the seed, its number and the values of the adapters: the same run writes the same answers, and a
-resume in the middle of a round takes it from the checkpoint. It knows the order of this work; sampling, rewards, roles,
-advantages and losses are the modules' beside it.
+A round is a function of the seed, its number and the values of the adapters: the same run writes the same answers, and
+a resume in the middle of a round takes it from the checkpoint. It knows the order of this work; sampling, rewards,
+roles, advantages and losses are the modules' beside it.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class Rounds:
         old, reference = said.get(self.who.policy), said.get(self.who.reference)
         self._kl = _mean_kl(old, reference)
         if isinstance(loss, PPOLoss):
-            assert old is not None and self.who.value is not None, "a stage of kind ppo"  # noqa: PT018
+            assert old is not None, "ppo asks the policy"
             return self._weigh_tokens(rollouts, rows, scores, old, reference, said[self.who.value])
         if isinstance(loss, RLOOLoss):
             kl = None

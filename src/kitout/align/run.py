@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from kitout.align.config.schema import AlignConfig, StageRun, with_default_lr
-from kitout.align.measure.pairs import measure_answers, rows_of, validation_metrics
+from kitout.align.measure.pairs import AUC, LOSS, PAIR_ACCURACY, measure_answers, rows_of, validation_metrics
+from kitout.align.measure.prompts import REWARD
 from kitout.align.objectives.kto import KTOObjective, mismatched_rows
 from kitout.align.objectives.preference import PreferenceObjective
 from kitout.align.reference import load_reference, reference_scores
@@ -95,6 +96,8 @@ def run_stage(config: StageRun, *, dry_run: bool = False, log: LogFn = print) ->
             return show_finished(folder, log)
         main_log = log if distributed.rank() == 0 else no_log
         check_decoder(config)
+        if config.of_kind.takes_reward:
+            config = by_reward(config)
         given = with_gym_data(config, folder.path)
         prepared = prepare(given, resolve_placement(config, folder), main_log, samples=dry_run, task=task_of(config))
         if config.of_kind.takes_reward:
@@ -107,7 +110,7 @@ def run_stage(config: StageRun, *, dry_run: bool = False, log: LogFn = print) ->
 def _run_prepared(
     work: Any, config: StageRun, prepared: PreparedRun, folder: RunFolder, dry_run: bool, log: LogFn, main_log: LogFn
 ) -> Result:
-    check_best(prepared, config)
+    check_best(prepared, config, work.metric_names)
     check_forgetting(prepared, config.evaluate, main_log)
     statistics = collect_statistics(prepared)
     last_checkpoint = next(reversed(checkpoints.list_checkpoints(folder.checkpoints)), None)
@@ -178,6 +181,11 @@ class OfflineStage:
     def build_trainer(self, last_checkpoint: Path | None, signature: str) -> tuple[Any, CostEstimate]:
         return build_trainer(self.prepared, self.config, self.folder, last_checkpoint, signature, self._validate)
 
+    @property
+    def metric_names(self) -> list[str]:
+        """What an evaluation during training reports."""
+        return [LOSS, AUC if isinstance(self.job.objective, KTOObjective) else PAIR_ACCURACY]
+
     def _validate(self) -> dict[str, float]:
         if not len(self.job.validation):
             return {}
@@ -206,6 +214,17 @@ def adopted(config: StageRun) -> StageRun:
     found = adopt_parents(config)
     assert isinstance(found, StageRun), "adopt_parents copies what it gets"
     return found
+
+
+def by_reward(config: StageRun) -> StageRun:
+    """The best checkpoint is the one with the highest reward. ConfigError for several processes."""
+    if distributed.world_size() > 1:
+        raise ConfigError(
+            f"kind={config.kind}: answers are sampled by one process, found {distributed.world_size()}: start it "
+            "without torchrun"
+        )
+    evaluate = config.evaluate.model_copy(update={"best_metric": config.evaluate.best_metric or REWARD})
+    return config.model_copy(update={"evaluate": evaluate})
 
 
 def check_decoder(config: RunConfig) -> None:

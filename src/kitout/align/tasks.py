@@ -63,7 +63,8 @@ def _objective_builder(stage: StageRun) -> Callable[[Kit, ObjectiveSettings], Ob
             return KTOObjective(kit, loss)
         from kitout.align.objectives.policy import PolicyObjective
 
-        assert loss is not None and stage.rollout is not None, "of a stage that samples answers"
+        assert loss is not None
+        assert stage.rollout is not None, "of a stage that samples answers"
         return PolicyObjective(kit, loss, stage.rollout.max_new_tokens, stage.rollout.temperature)
 
     return build

@@ -226,8 +226,8 @@ def opened_run_folder(config: RunConfig) -> Iterator[RunFolder]:
         yield RunFolder(path, (path / run_folder.RUN_FILE).is_file(), (path / run_folder.RESULTS_FILE).is_file())
 
 
-def check_best(prepared: PreparedRun, config: RunConfig) -> None:
-    """ConfigError if the best checkpoint is chosen by a metric that is not evaluated."""
+def check_best(prepared: PreparedRun, config: RunConfig, names: Sequence[str] | None = None) -> None:
+    """ConfigError if the best checkpoint is chosen by a metric that is not evaluated. names: those that are."""
     settings = {
         "evaluate.best_metric": config.evaluate.best_metric,
         "train.early_stopping_patience": config.train.early_stopping_patience,
@@ -237,7 +237,7 @@ def check_best(prepared: PreparedRun, config: RunConfig) -> None:
         return
     if not any(len(job.validation) for job in prepared.jobs):
         raise ConfigError(f"{used[0]} waits for evaluations, and the validation split is empty")
-    names, best = metric_names(prepared, config.evaluate), config.evaluate.best_metric
+    names, best = names or metric_names(prepared, config.evaluate), config.evaluate.best_metric
     if best is not None and best not in names:
         raise ConfigError(f"evaluate.best_metric={best} is not evaluated here: {suggest(best, names)}")
 

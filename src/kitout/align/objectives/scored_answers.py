@@ -1,8 +1,8 @@
 """Answers and their log-probabilities: what preference losses, KTO and reinforcement have in common.
 
-A row is a prompt with its answer; the answer's tokens, its end token included, are scored. A reference's log-probabilities
-are computed once, without gradient, and kept by row (`kitout.align.reference`). It knows rows and the output head, and no
-loss and no reward.
+A row is a prompt with its answer; the answer's tokens, its end token included, are scored. A reference's
+log-probabilities are computed once, without gradient, and kept by row (`kitout.align.reference`). It knows rows and the
+output head, and no loss and no reward.
 """
 
 from __future__ import annotations
