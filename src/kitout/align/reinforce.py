@@ -145,8 +145,11 @@ class Reinforcement:
         )
         self.rounds.answers[:] = []
         self.rounds.log.resume_at(0 if last_checkpoint is None else step_of(last_checkpoint))
+        evaluate = self.config.evaluate
+        by_reward = evaluate.model_copy(update={"best_metric": evaluate.best_metric or REWARD})
+        config = self.config.model_copy(update={"evaluate": by_reward})
         trainer = new_trainer(
-            self.prepared.kit, self.jobs, self.config, self.folder, estimate, signature, self._validate,
+            self.prepared.kit, self.jobs, config, self.folder, estimate, signature, self._validate,
             step_data=self.rounds,
         )  # fmt: skip
         return trainer, estimate

@@ -17,7 +17,6 @@ import torch
 
 from kitout.align.config.schema import AlignConfig, StageRun, with_default_lr
 from kitout.align.measure.pairs import AUC, LOSS, PAIR_ACCURACY, measure_answers, rows_of, validation_metrics
-from kitout.align.measure.prompts import REWARD
 from kitout.align.objectives.kto import KTOObjective, mismatched_rows
 from kitout.align.objectives.preference import PreferenceObjective
 from kitout.align.reference import load_reference, reference_scores
@@ -97,7 +96,7 @@ def run_stage(config: StageRun, *, dry_run: bool = False, log: LogFn = print) ->
         main_log = log if distributed.rank() == 0 else no_log
         check_decoder(config)
         if config.of_kind.takes_reward:
-            config = by_reward(config)
+            check_one_process(config)
         given = with_gym_data(config, folder.path)
         prepared = prepare(given, resolve_placement(config, folder), main_log, samples=dry_run, task=task_of(config))
         if config.of_kind.takes_reward:
@@ -216,15 +215,13 @@ def adopted(config: StageRun) -> StageRun:
     return found
 
 
-def by_reward(config: StageRun) -> StageRun:
-    """The best checkpoint is the one with the highest reward. ConfigError for several processes."""
+def check_one_process(config: StageRun) -> None:
+    """ConfigError for several."""
     if distributed.world_size() > 1:
         raise ConfigError(
             f"kind={config.kind}: answers are sampled by one process, found {distributed.world_size()}: start it "
             "without torchrun"
         )
-    evaluate = config.evaluate.model_copy(update={"best_metric": config.evaluate.best_metric or REWARD})
-    return config.model_copy(update={"evaluate": evaluate})
 
 
 def check_decoder(config: RunConfig) -> None:

@@ -78,7 +78,7 @@ def measure_policy(
         base, tuned = (mean(np.array(values), is_fraction=False) for values in both)
     shown = [
         ComparedExample(
-            _text(run, prompts[i]), _expected(prompts[i]), before.rollouts[i].text[:MAX_TEXT],
+            _text(prompts[i]), _expected(prompts[i]), before.rollouts[i].text[:MAX_TEXT],
             after.rollouts[i].text[:MAX_TEXT], why="first of the test split",
         )
         for i in judged[: config.show_examples]
@@ -88,7 +88,7 @@ def measure_policy(
     return JobOutcome(scores, comparison, items=prompts, measures={REWARD: tuned}, base_measures={REWARD: base})
 
 
-def _text(run: PreparedRun, prompt: EncodedPrompt) -> str:
+def _text(prompt: EncodedPrompt) -> str:
     if isinstance(prompt.prompt, str):
         return prompt.prompt
     return str(prompt.prompt[-1].get("content", "")) if prompt.prompt else ""
