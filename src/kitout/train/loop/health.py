@@ -20,7 +20,7 @@ from kitout.errors import TrainingDiverged, UnusedSite
 from kitout.files.atomic import write_text
 from kitout.kit import Kit
 from kitout.train.loop import distributed
-from kitout.train.loop.jobs import Job, can_share_forward, clip_grad_norm
+from kitout.train.loop.jobs import Job, clip_grad_norm, forward_key
 
 EFFECT_DEADLINE_STEPS = 16  # after the warmup; by then an adapter has to change the model's output
 
@@ -132,15 +132,14 @@ class Health:
         for job in jobs:
             adapter = self.kit[job.name]
             if not adapter.heads:  # with heads the base may not even have an answer for as many classes
-                is_alone = job.objective.batch_key is None or not can_share_forward(adapter)
-                key = (job.objective.batch_key, job.objective.rows)
-                groups.setdefault(job.name if is_alone else key, []).append(job)
+                key = forward_key(job, adapter)
+                groups.setdefault(job.name if key is None else (key,), []).append(job)
         return [job for group in groups.values() for job in self._same_as_base(group)]
 
     def _same_as_base(self, jobs: Sequence[Job]) -> list[Job]:
         objective = jobs[0].objective
         batch = objective.collate([job.examples[job.batches[0][-1]] for job in jobs], None)
-        weights = torch.ones(batch.num_examples, device=self.kit.device)
+        weights = torch.ones(len(jobs), device=self.kit.device)
         names = [job.name for job in jobs]
         with eval_mode(self.kit.base, self.kit):
             with self.kit.use([n for n in names for _ in range(objective.rows)] if len(names) > 1 else names[0]):
