@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kitout.train.objectives.objective import Objective
     from kitout.train.objectives.sequence import SequenceTask
 
-EncodeFn: TypeAlias = Callable[[Sequence[Example]], list[EncodedExample]]
+EncodeFn: TypeAlias = Callable[[Sequence[Example]], list[Any]]  # items of its task
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class EncoderSettings:
     """Tokens that a sequence-to-sequence model writes at most; None: as max_length."""
     languages: Languages | None = None
     """Of a sequence-to-sequence tokenizer that has languages."""
+    dropped: list[str] = field(default_factory=list)
+    """Gets a message for every example of alignment that does not fit and is left out."""
 
 
 @dataclass(frozen=True)
