@@ -97,10 +97,12 @@ class BadRows(DataError):
 class UnusableFormat(DataError):
     """A table whose examples are of a kind that the caller cannot use, such as preference pairs for plain training."""
 
-    def __init__(self, message: str, reading: Any = None) -> None:
+    def __init__(self, message: str, reading: Any = None, row: Mapping[str, Any] = MappingProxyType({})) -> None:
         super().__init__(message)
         self.reading = reading
         """How the table is read (a `TableReading`)."""
+        self.row = row
+        """Its first row."""
 
 
 class TrainingDiverged(KitoutError, ArithmeticError):

@@ -73,7 +73,7 @@ class SetReader:
         examples, formats = [], set()
         for table, of_table in rows:
             read = [(line, {name: v for name, v in values.items() if name != group}) for line, values in of_table]
-            reading = detect(read, table.source, format_name, columns or None, None, table.note)
+            reading = detect(read, table.source, format_name, columns or None, None, table.note, ("training",))
             if reading.format.name != "text":
                 reading = replace(reading, system_prompt=system_prompt)
             formats.add(reading.format.name)

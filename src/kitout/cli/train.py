@@ -116,7 +116,12 @@ def _print_help(context: typer.Context) -> None:
         typer.echo()
     typer.echo("Data formats, detected by the columns (or set by data.train.format):")
     for data_format in FORMATS.values():
-        typer.echo(_indent(str(data_format)))
+        if data_format.kind == "training":
+            typer.echo(_indent(str(data_format)))
+    typer.echo("\nFormats that `kitout align` reads:")
+    for data_format in FORMATS.values():
+        if data_format.kind != "training":
+            typer.echo(_indent(str(data_format)))
     typer.echo(f"\nExamples:\n{_indent(EXAMPLES)}")
 
 

@@ -27,7 +27,7 @@ CHUNK_EXAMPLES = 256  # examples encoded at once
 BUFFERED_ITEMS = 4096  # items kept behind the newest one
 
 _StreamRow: TypeAlias = "tuple[TableReading, Row]"
-EncodeFn: TypeAlias = Callable[[Sequence[Example]], list[EncodedExample]]
+EncodeFn: TypeAlias = Callable[[Sequence[Example]], list[Any]]
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,18 @@ SEVERAL_TEXTS = (
 class AnswerRows:
     """Prompts with their answers as rows of tokens, at most `max_length` long; what does not fit is in `dropped`.
 
-    template_kwargs: for the chat template.
+    template_kwargs: for the chat template. dropped: gets a message for every example that does not fit.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, template_kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        template_kwargs: Mapping[str, Any] | None = None,
+        dropped: list[str] | None = None,
+    ) -> None:
         self.causal = CausalEncoder(tokenizer, max_length, "last", template_kwargs)
-        self.dropped: list[str] = []
+        self.dropped = [] if dropped is None else dropped
 
     def encode(self, examples: Sequence[Example], sides: Sequence[Sequence[SpannedText]]) -> list[list[EncodedExample]]:
         """The rows of each example, truncated alike; none where they do not fit."""
@@ -67,10 +73,16 @@ class AnswerRows:
 
 
 class PairEncoder:
-    """Preference pairs; both answers lose the same tokens of the prompt. max_length: of each row, in tokens."""
+    """Preference pairs; both answers lose the same tokens of the prompt. Arguments: see `AnswerRows`."""
 
-    def __init__(self, tokenizer: Any, max_length: int, template_kwargs: Mapping[str, Any] | None = None) -> None:
-        self.rows = AnswerRows(tokenizer, max_length, template_kwargs)
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        template_kwargs: Mapping[str, Any] | None = None,
+        dropped: list[str] | None = None,
+    ) -> None:
+        self.rows = AnswerRows(tokenizer, max_length, template_kwargs, dropped)
 
     @property
     def dropped(self) -> list[str]:
@@ -98,10 +110,16 @@ class PairEncoder:
 
 
 class UnpairedEncoder:
-    """Answers that are wanted or not. max_length: of a row, in tokens."""
+    """Answers that are wanted or not. Arguments: see `AnswerRows`."""
 
-    def __init__(self, tokenizer: Any, max_length: int, template_kwargs: Mapping[str, Any] | None = None) -> None:
-        self.rows = AnswerRows(tokenizer, max_length, template_kwargs)
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        template_kwargs: Mapping[str, Any] | None = None,
+        dropped: list[str] | None = None,
+    ) -> None:
+        self.rows = AnswerRows(tokenizer, max_length, template_kwargs, dropped)
 
     @property
     def dropped(self) -> list[str]:
@@ -132,8 +150,8 @@ class RolloutPromptEncoder:
     """For the chat template."""
     overlong: Literal["cut", "drop"] = "cut"
     """What happens to a prompt without room for its answer: its front is cut, or it is left out."""
-    dropped: list[str] = field(default_factory=list, init=False)
-    """Where each prompt was read that is left out, and why."""
+    dropped: list[str] = field(default_factory=list)
+    """Gets a message for every prompt that is left out."""
 
     def __post_init__(self) -> None:
         self.prompts = PromptEncoder(self.tokenizer, self.template_kwargs)

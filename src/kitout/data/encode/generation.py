@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from kitout.data.encode.assistant_spans import AssistantSpans
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
@@ -20,6 +20,8 @@ from kitout.data.examples.examples import Chat, Completion, Example, LabeledText
 from kitout.data.examples.preferences import PREFERENCE_KINDS
 from kitout.data.read.tables import MAX_MESSAGE_CHARS, DataError, add_first
 from kitout.errors import BadRows, Errors
+
+T = TypeVar("T")
 
 MIN_MAX_LENGTH = 8  # a shorter limit leaves no room for a prompt, an answer and their special tokens
 
@@ -218,8 +220,8 @@ def raise_refused(refused: dict[int, str]) -> None:
 
 
 def encode_good(
-    encode: Callable[[Sequence[Example]], list[EncodedExample]], examples: Sequence[Example], skipped: list[str] | None
-) -> list[EncodedExample]:
+    encode: Callable[[Sequence[Example]], list[T]], examples: Sequence[Example], skipped: list[str] | None
+) -> list[T]:
     """`encode` of the examples; those it refuses are left out and listed in `skipped`. None: they are an error."""
     try:
         return encode(examples)

@@ -33,10 +33,8 @@ _TEXTS = (
 _PASSAGES = ("context", "passage", "paragraph", "article", "body")
 _PROMPTS = ("prompt", "question", "instruction", "problem", "query", "input")
 _CONTEXT: dict[str, tuple[str, ...]] = {"context": ("input", "context")}
-_CHOSEN, _REJECTED = (
-    ("chosen", "chosen_response", "response_chosen"),
-    ("rejected", "rejected_response", "response_rejected"),
-)
+_CHOSEN = ("chosen", "chosen_response", "response_chosen")
+_REJECTED = ("rejected", "rejected_response", "response_rejected")
 _COMPLETIONS = ("completion", "response", "answer", "output")
 _WANTED = ("label", "desirable", "is_desirable", "feedback")
 _MARGIN: dict[str, tuple[str, ...]] = {"margin": ("margin",)}

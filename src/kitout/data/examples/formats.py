@@ -148,7 +148,9 @@ def detect(
     reading = TableReading(FORMATS[name], match, source, unused, system_prompt, has_commas, note)
     if kinds is not None and reading.format.kind not in kinds:
         needed = " or ".join(KINDS[kind] for kind in kinds)
-        raise UnusableFormat(f"{source} has {KINDS[reading.format.kind]} ({reading}); needed are {needed}", reading)
+        raise UnusableFormat(
+            f"{source} has {KINDS[reading.format.kind]} ({reading}); needed are {needed}", reading, rows[0][1]
+        )
     return reading
 
 

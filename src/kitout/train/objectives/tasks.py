@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
-EncodeFn: TypeAlias = Callable[[Sequence[Example]], list[EncodedExample]]
+EncodeFn: TypeAlias = Callable[[Sequence[Example]], list[Any]]  # items of its task
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class EncoderSettings:
     """Tokens that a sequence-to-sequence model writes at most; None: as max_length."""
     languages: Languages | None = None
     """Of a sequence-to-sequence tokenizer that has languages."""
+    dropped: list[str] = field(default_factory=list)
+    """Gets a message for every example of alignment that does not fit and is left out."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from kitout.data.encode import classification
+from kitout.data.encode.answers import dropped_text
 from kitout.data.encode.generation import encode_good
 from kitout.data.encode.item import EncodedExample, digest
 from kitout.data.encode.languages import Languages, find_languages
+from kitout.data.examples.alignment_hint import refuse_for_training
 from kitout.data.examples.examples import Chat, Example, LabeledImage
 from kitout.data.examples.formats import TableReading
 from kitout.data.read.row_sample import MAX_IMAGES, RowSample
@@ -25,17 +27,18 @@ from kitout.data.read.tables import StreamedMessages
 from kitout.data.split import TRAINABLE_SPLITS, split_examples, split_images
 from kitout.data.streaming import StreamedItems, open_stream
 from kitout.data.suspicions import warn_of_remarks
-from kitout.errors import BadRows, ConfigError, DataError
+from kitout.errors import BadRows, ConfigError, DataError, UnusableFormat
 from kitout.train.config.schema import DataConfig, SourceConfig
 from kitout.train.objectives.tasks import TASKS, EncodeFn, EncoderSettings, Task
 from kitout.train.setup.closed_answers import ClosedAnswers, find_closed_answers
 from kitout.train.setup.find_inputs import hint_of_names, resolve_data
-from kitout.train.setup.job_datasets import Datasets
+from kitout.train.setup.job_datasets import Datasets, messages_by_split
 from kitout.train.setup.lengths import TextLengths, requested_lengths
 from kitout.train.setup.reading_progress import ReadingProgress
 from kitout.train.setup.sample_input import short_example
 
 ENCODE_CHUNK = 20_000  # examples between two reports
+TRAINING = ("training",)  # the kind of examples that plain training takes
 PREVIEW_EXAMPLES = 1000  # examples of a stream that are counted beforehand
 
 
@@ -55,6 +58,9 @@ def load_datasets(
             return load_image_datasets(config, sample)
         progress = ReadingProgress(log)
         return load_text_datasets(config, objective, tokenizer, is_encoder_decoder, lengths, progress, sample)
+    except UnusableFormat as error:
+        source = next((one.path for one in config.train), "")
+        raise (refuse_for_training(error, source) if _kinds(objective) == TRAINING else error) from error
     except BadRows as error:
         raise DataError(f"{error}\n  correct them, or leave them out: data.bad_rows=skip") from error
     except DataError as error:
@@ -65,11 +71,16 @@ def load_datasets(
 
 def load_text_datasets(
     config: DataConfig, objective: str | Task, tokenizer: Any, is_encoder_decoder: bool,
-    lengths: TextLengths | None = None,
-    progress: ReadingProgress | None = None, sample: RowSample | None = None,
+    lengths: TextLengths | None = None, progress: ReadingProgress | None = None, sample: RowSample | None = None,
 ) -> Datasets:  # fmt: skip
     """Texts of every objective. is_encoder_decoder: of the model. lengths: None: by config and tokenizer alone."""
     lengths = lengths or requested_lengths(config, tokenizer)
+    kinds = _kinds(objective)
+    if config.streaming and kinds != TRAINING:
+        raise ConfigError(
+            "data.streaming: alignment reads its data whole (a prompt stays in one split, and the reference is asked "
+            "about every example once); leave streaming out, or take a part: data.train.limit"
+        )
     if config.streaming:
         return _load_streamed(config, objective, tokenizer, is_encoder_decoder, lengths)
     examples: dict[str, list[Example]] = {}
@@ -80,8 +91,9 @@ def load_text_datasets(
     for k, source in enumerate(config.train):
         tables = _tables_to_read(source, config, is_first=k == 0)
         loaded = load_examples(
-            tables, *_reading_options(source), source.limit, config.seed, skipped is not None, progress, sample
-        )
+            tables, *_reading_options(source), source.limit, config.seed, skipped is not None, progress, sample,
+            kinds,
+        )  # fmt: skip
         notes += (*map(str, loaded.readings), *loaded.sample_notes)
         readings += loaded.readings
         scales.append(next((loaded.scales[split] for split in TRAINABLE_SPLITS if split in loaded.scales), 1.0))
@@ -99,17 +111,23 @@ def load_text_datasets(
     # of a sample the train split may lack a rare class that another split has
     labeled = splits.train if max(scales) == 1 else (*splits.train, *splits.validation, *splits.test)
     label_names = tuple(config.labels or classification.label_set(labeled)) if task.has_labels else ()
-    encode = _in_chunks(build_encoder(task, tokenizer, config, label_names, lengths, skipped), progress)
+    dropped: list[str] = []
+    encode = _in_chunks(build_encoder(task, tokenizer, config, label_names, lengths, skipped, dropped), progress)
     by_source = [encode([e for e in splits.train if e.source_index == k]) for k in range(len(config.train))]
     if not all(by_source):
         empty = [source.path for source, encoded in zip(config.train, by_source, strict=True) if not encoded]
         raise ConfigError(
             f"no training example is left of {', '.join(empty)}: all are in the validation or test split, or duplicates"
+            + (f"; {dropped_text(dropped)}" if dropped else "")
         )
+    ends_of_dropped = [len(dropped)]
     ends = [0, *accumulate(map(len, by_source))]
     train = [item for encoded in by_source for item in encoded]
     num_examples = round(sum(len(encoded) * scale for encoded, scale in zip(by_source, scales, strict=True)))
-    encoded_validation, encoded_test = encode(list(splits.validation)), encode(list(splits.test))
+    encoded_validation = encode(list(splits.validation))
+    ends_of_dropped.append(len(dropped))
+    encoded_test = encode(list(splits.test))
+    ends_of_dropped.append(len(dropped))
     check_few_skipped(skipped or (), len(train) + len(encoded_validation) + len(encoded_test), "the data")
     return Datasets(
         task,
@@ -127,6 +145,7 @@ def load_text_datasets(
         warnings=tuple(warnings),
         languages=_languages(task, tokenizer, config),
         skipped=tuple(skipped or ()),
+        dropped=messages_by_split(dropped, ends_of_dropped),
         test_digest=_content_digest(splits.test),
         reading=readings[0],
         sample=short_example(splits.test or splits.validation or splits.train),
@@ -137,6 +156,11 @@ def load_text_datasets(
 def _content_digest(examples: Sequence[Example]) -> str:
     keys = "".join(example.exact_key for example in examples)
     return hashlib.sha256(keys.encode()).hexdigest() if keys else ""
+
+
+def _kinds(objective: str | Task) -> tuple[str, ...]:
+    """Of tables that this task reads."""
+    return objective.kinds if isinstance(objective, Task) else TRAINING
 
 
 def infer_task(examples: Sequence[Example], requested: str | Task, is_encoder_decoder: bool) -> Task:
@@ -157,13 +181,18 @@ def build_encoder(
     label_names: tuple[str, ...],
     lengths: TextLengths,
     skipped: list[str] | None,
+    dropped: list[str] | None = None,
 ) -> EncodeFn:
-    """Examples to items. skipped: gets a message for every example that is refused; None: they are errors."""
+    """Examples to items. skipped: gets a message for every example that is refused; None: they are errors.
+
+    dropped: see `EncoderSettings`.
+    """
     if task.build_encoder is None:
         raise ConfigError(f"objective={task.name} is for models that read images; this one reads text")
     settings = EncoderSettings(
         tokenizer, lengths.text.tokens, label_names, config.train_on, config.chat_template_kwargs,
         lengths.target.tokens, _languages(task, tokenizer, config),
+        [] if dropped is None else dropped,
     )  # fmt: skip
     encode = task.build_encoder(settings)
     return lambda examples: encode_good(encode, examples, skipped)
@@ -222,7 +251,7 @@ def _load_streamed(
     (source,) = config.train
     skipped = StreamedMessages() if config.bad_rows == "skip" else None
     tables = _tables_to_read(source, config, True)
-    streams = open_stream(tables, *_reading_options(source), config.seed, skipped=skipped)
+    streams = open_stream(tables, *_reading_options(source), config.seed, skipped=skipped, kinds=TRAINING)
     stream = streams.get("train") or streams[""]
     held_out: dict[str, list[Example]] = {}
     for split, value in _held_out(config).items():
