@@ -126,7 +126,8 @@ class Rounds:
         self.answers[:] = [
             SampledAnswer(
                 answer_row(tuple(ids), prompt_length, location, is_trained),
-                **{name: tensors.get(f"{i}.{name}") for name in TENSORS},
+                tensors[f"{i}.advantages"],
+                **{name: tensors.get(f"{i}.{name}") for name in TENSORS[1:]},
             )
             for i, (ids, prompt_length, location, is_trained) in enumerate(values["rows"])
         ]

@@ -89,7 +89,8 @@ def run_stage(config: StageRun, *, dry_run: bool = False, log: LogFn = print) ->
     config = with_default_lr(adopted(config))
     conflicts.check_machine(config, torch.cuda.is_available())
     join_processes(config)
-    config = run_folder.with_first_day(config, distributed.all_gather([run_folder.first_day(config)])[0])
+    day = distributed.all_gather([run_folder.first_day(config)])[0]
+    config = config.model_copy(update={"data": config.data.model_copy(update={"template_date": day})})
     with stop_on_signal.interrupt_on_sigterm(), opened_run_folder(config) as folder:
         if folder.is_finished:
             return show_finished(folder, log)
