@@ -18,7 +18,7 @@ from tiny_models import decoder, jsonl
 
 pytest.importorskip("accelerate")
 
-WORDS = "a b c d e f g h good bad".split()
+WORDS = ["a", "b", "c", "d", "e", "f", "g", "h", "good", "bad"]
 SMALL = {"batch_size": 4, "steps": 4, "lr": 1e-2}
 
 
@@ -80,7 +80,9 @@ def test_every_kind_trains_and_is_measured(kind: str, model: Path, tmp_path: Pat
     assert (tmp_path / "run" / "adapter" / "adapter.safetensors").is_file()
     assert (tmp_path / "run" / "report.html").is_file()
     assert result.comparisons
-    assert all(torch.isfinite(value).all() for value in load_file(tmp_path / "run/adapter/adapter.safetensors").values())
+    assert all(
+        torch.isfinite(value).all() for value in load_file(tmp_path / "run/adapter/adapter.safetensors").values()
+    )
     logged = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
     assert logged
     if kind in ("grpo", "rloo", "ppo"):
