@@ -153,7 +153,7 @@ class EncodedPrompt:
 AnyItem: TypeAlias = EncodedExample | EncodedPair | EncodedUnpaired | EncodedPrompt
 
 
-def rows_of(items: Iterable[AnyItem]) -> list[EncodedExample]:
+def model_rows(items: Iterable[AnyItem]) -> list[EncodedExample]:
     """Every row that a model reads of these items; of a prompt what its answer goes on from."""
     rows: list[EncodedExample] = []
     for item in items:

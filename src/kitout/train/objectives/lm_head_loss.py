@@ -88,8 +88,9 @@ class HeadLoss:
     ) -> tuple[Tensor, Tensor]:
         """The log-probability of each label [N] with its gradient, and the entropy in nats there [N] without one.
 
-        positions [N]: those that predict a target, in the flattened [B * T]; labels [N]. temperature: logits are divided
-        by it. Both results are float32, or float64 where the model is. No logits are kept for the backward where the mode is "chunked".
+        positions [N]: those that predict a target, in the flattened [B * T]; labels [N]. temperature: logits are
+        divided by it. Both results are float32, or float64 where the model is. No logits are kept for the backward
+        where the mode is "chunked".
         """
         if self.head is None or self.mode != "chunked":
             return log_prob_terms(_cooled(self.logits(run_model, positions), temperature), labels)

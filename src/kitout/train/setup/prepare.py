@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kitout.data.encode.item import rows_of
+from kitout.data.encode.item import model_rows
 from kitout.data.encode.template_date import fix_template_date
 from kitout.data.read.row_sample import RowSample
 from kitout.errors import ConfigError, Errors
@@ -201,7 +201,7 @@ def _load_all_datasets(
 
 def _encoded(dataset: Datasets) -> list[Any]:
     """All rows of texts that are encoded so far."""
-    return rows_of([*(dataset.preview or dataset.train), *dataset.validation, *dataset.test])
+    return model_rows([*(dataset.preview or dataset.train), *dataset.validation, *dataset.test])
 
 
 def _fit_datasets(
