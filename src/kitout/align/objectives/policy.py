@@ -16,9 +16,7 @@ from torch import Tensor
 
 from kitout.align.config.losses import GRPOLoss, PPOLoss, RLOOLoss
 from kitout.align.losses import reinforcement
-from kitout.align.losses.divergence import k1
 from kitout.align.objectives.scored_answers import AnswerScorer
-from kitout.data.by_row import sum_by_row
 from kitout.data.encode.item import EncodedExample, EncodedPrompt
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
@@ -106,8 +104,6 @@ class PolicyObjective:
         else:
             function = reinforcement.rloo_loss if isinstance(loss, RLOOLoss) else reinforcement.ppo_policy_loss
             losses, metrics = function(*given, **how)
-            if reference is not None:
-                metrics["kl"] = sum_by_row(k1(log_probs.detach(), reference), owners, num_rows)
         targets = torch.bincount(owners, minlength=num_rows).to(losses.dtype)
         return Losses((weights * losses).sum(), losses.detach(), torch.zeros_like(losses), targets, metrics=metrics)
 
