@@ -110,7 +110,9 @@ class Health:
             return
         running = [job for job in self.jobs if job.name not in self.diverged]
         unmoved = [job for job in running if not self._has_moved(job)]
-        without_effect = unmoved + self._without_visible_effect([job for job in running if job not in unmoved])
+        moved = [job for job in running if job not in unmoved]
+        # of an answer's ratio to itself no loss shows whether the model has changed
+        without_effect = unmoved + (self._without_visible_effect(moved) if self.has_fixed_data else [])
         self._effect_due_step *= 2
         warmup = max((round(job.settings.warmup_ratio * len(job.batches)) for job in without_effect), default=0)
         if unmoved or (without_effect and step >= min(last, warmup + EFFECT_DEADLINE_STEPS)):

@@ -183,7 +183,8 @@ class JobTrainer(Trainer):  # type: ignore[misc]
             logs |= {"tokens": tokens, "tokens_per_second": tokens / max(seconds, 1e-9), "seconds": seconds}
             logs |= {"processor_seconds": processor_seconds}
             logs |= {"memory": memory.peak(self.args.device)}
-            metrics = self.step_runner.pop_metrics() | ({} if self.step_data is None else self.step_data.metrics())
+            logs |= {} if self.step_data is None else self.step_data.metrics()
+            metrics = self.step_runner.pop_metrics()
             if taken := metrics.keys() & {*logs, "epoch", "step"}:
                 raise ValueError(f"an objective measures {', '.join(sorted(taken))}: a log has its own of that name")
             logs |= metrics
