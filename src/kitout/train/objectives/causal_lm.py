@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kitout.data.by_row import sum_by_row
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.data.padding import pad
 from kitout.errors import ConfigError, PackingLeak
@@ -92,7 +93,8 @@ class CausalLM:
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
         positions, labels, owners = (batch.targets[name] for name in ("positions", "labels", "owners"))
         total, nll, is_correct = self.head(lambda: model(**batch.inputs), positions, labels, weights[owners])
-        sums = [_sum_by_owner(v, owners, batch.num_examples) for v in (nll, is_correct.float(), torch.ones_like(nll))]
+        terms = (nll.detach(), is_correct.float(), torch.ones_like(nll))
+        sums = [sum_by_row(each, owners, batch.num_examples) for each in terms]
         return Losses(total, *sums)
 
     def predictions(self, model: Any, batch: Batch) -> list[Any]:
@@ -139,10 +141,6 @@ class CausalLM:
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
-
-
-def _sum_by_owner(values: Tensor, owners: Tensor, num_examples: int) -> Tensor:
-    return torch.zeros(num_examples, dtype=values.dtype, device=values.device).index_add_(0, owners, values.detach())
 
 
 def _pack(items: Sequence[EncodedExample], width: int) -> list[list[int]]:
