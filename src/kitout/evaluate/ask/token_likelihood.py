@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kitout.data.by_row import sum_by_row
 from kitout.data.padding import pad
 from kitout.errors import ConfigError, RouteError
 from kitout.evaluate.ask.batches import num_alike
@@ -90,10 +91,9 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def sum_by_row(values_M: Tensor, rows_M: Tensor, num_rows: int) -> list[float]:
+def row_totals(values_M: Tensor, rows_M: Tensor, num_rows: int) -> list[float]:
     """Sums in float64."""
-    sums = torch.zeros(num_rows, dtype=torch.float64)
-    return sums.index_add_(0, rows_M.cpu(), values_M.cpu().double()).tolist()
+    return sum_by_row(values_M.cpu().double(), rows_M.cpu(), num_rows).tolist()
 
 
 class TokenScorer:
@@ -214,7 +214,7 @@ class TokenScorer:
                 cache=_selected(cache, index, len(items)),
             )
             scored = _scored(out.logits, [0] * len(group), [answer[1:] for answer in answers], 0)
-            for pair, value in zip(group, sum_by_row(scored.log_probs(), scored.rows, len(group)), strict=True):
+            for pair, value in zip(group, row_totals(scored.log_probs(), scored.rows, len(group)), strict=True):
                 scores[pair] += value
             del out, scored
         return [[scores[i, k] for k in range(len(item.answers))] for i, item in enumerate(items)]
@@ -227,7 +227,7 @@ class TokenScorer:
             rest = order[len(scores) :]
             batch = rest[: num_alike([len(rows[i][1]) for i in rest], self.batch_tokens)]
             scored = self.row_logits([rows[i][0] for i in batch], [rows[i][1] for i in batch])
-            scores |= zip(batch, sum_by_row(scored.log_probs(), scored.rows, len(batch)), strict=True)
+            scores |= zip(batch, row_totals(scored.log_probs(), scored.rows, len(batch)), strict=True)
             del scored
         return (scores[i] for i in range(len(rows)))
 

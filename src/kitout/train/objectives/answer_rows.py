@@ -58,8 +58,3 @@ def position_ids(lengths: Sequence[Sequence[int]], width: int, device: torch.dev
         positions = [t for n in row for t in range(n)]
         rows.append(positions + list(range(width - len(positions))))
     return torch.tensor(rows, device=device)
-
-
-def sum_by_owner(values: Tensor, owners: Tensor, num_rows: int) -> Tensor:
-    """[N] values to their sums by row, [num_rows], with their gradient; 0 for a row without a target."""
-    return torch.zeros(num_rows, dtype=values.dtype, device=values.device).index_add(0, owners, values)
