@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kitout import Kit
+from kitout.data.by_row import sum_by_row
 from kitout.data.encode.item import EncodedExample
 from kitout.evaluate.metrics.registry import Task
 from kitout.train.loop.jobs import Job
-from kitout.train.objectives.answer_rows import collate_rows, sum_by_owner
+from kitout.train.objectives.answer_rows import collate_rows
 from kitout.train.objectives.lm_head_loss import HeadLoss
 from kitout.train.objectives.objective import Batch, Losses
 from train.fixtures import job, texts
@@ -54,10 +55,10 @@ class Pairs:
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
         positions, labels, owners = (batch.targets[name] for name in ("positions", "labels", "owners"))
         log_probs, entropy = self.head.log_probs(lambda: model(**batch.inputs), positions, labels)
-        sums = sum_by_owner(log_probs, owners, batch.num_examples)
+        sums = sum_by_row(log_probs, owners, batch.num_examples)
         margins = sums[::2] - sums[1::2]
         losses = F.softplus(-self.scale * margins)
-        means = sum_by_owner(entropy, owners, batch.num_examples)[::2]
+        means = sum_by_row(entropy, owners, batch.num_examples)[::2]
         wins = torch.where(margins > 0, margins, torch.nan).detach()  # of some examples only
         metrics = {"margin": margins.detach(), "chosen_entropy": means, "wins": wins}
         ones = torch.ones_like(losses)

@@ -13,9 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kitout
 from kitout import Kit, LoRA, PartialFineTuning
+from kitout.data.by_row import sum_by_row
 from kitout.data.encode.item import EncodedExample
 from kitout.train.objectives import chunked_cross_entropy as chunked
-from kitout.train.objectives.answer_rows import collate_rows, sum_by_owner
+from kitout.train.objectives.answer_rows import collate_rows
 from kitout.train.objectives.chunked_cross_entropy import chunked_log_probs, log_prob_terms
 from kitout.train.objectives.lm_head_loss import HeadLoss
 from train.fixtures import LargestTensor, add, far, kit_of, texts
@@ -95,7 +96,7 @@ def answers(kit: Kit, head: HeadLoss, items: list[EncodedExample]) -> dict[str, 
     positions, labels, owners = (batch.targets[name] for name in ("positions", "labels", "owners"))
     with kit.use("low"):
         log_probs, entropy = head.log_probs(lambda: kit(**batch.inputs), positions, labels)
-    sums = sum_by_owner(log_probs, owners, len(items))
+    sums = sum_by_row(log_probs, owners, len(items))
     F.softplus(sums[1::2] - sums[::2]).mean().backward()
     grads = {key: value.grad for key, value in kit["low"].named_parameters()}
     return {"log_probs": log_probs.detach(), "entropy": entropy, **grads}  # type: ignore[dict-item]
@@ -178,7 +179,7 @@ def test_rows_are_collated_in_order_and_a_first_token_is_no_target() -> None:
     }  # fmt: skip
     assert (batch.num_examples, batch.num_tokens, batch.num_padded_tokens) == (2, 6, 8)
     values = torch.tensor([1.0, 2.0, 5.0], requires_grad=True)
-    sums = sum_by_owner(values, batch.targets["owners"], 3)
+    sums = sum_by_row(values, batch.targets["owners"], 3)
     (sums * torch.tensor([2.0, 3.0, 7.0])).sum().backward()
     assert sums.tolist() == [3, 5, 0]
     assert values.grad is not None
