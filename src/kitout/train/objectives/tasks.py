@@ -17,11 +17,14 @@ from kitout.data.encode.languages import Languages
 from kitout.data.examples.examples import Example, LabeledText, TaggedWords
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from kitout.evaluate.metrics.registry import Task as MetricTask
     from kitout.kit import Kit
     from kitout.train.objectives.objective import Objective
     from kitout.train.objectives.sequence import SequenceTask
 
+TRAINING = ("training",)  # the kind of examples that plain training takes
 EncodeFn: TypeAlias = Callable[[Sequence[Example]], list[Any]]  # items of its task
 
 
@@ -87,6 +90,12 @@ class Task:
     """The model finds a row's last token by its config's padding id."""
     packable: bool = False
     """Several examples may share a row."""
+    build_heads: Callable[[Kit, int], dict[str, nn.Module]] | None = None
+    """(kit, seed) -> the heads of a new adapter, by path; None: a classifier, where the base has one."""
+    kinds: tuple[str, ...] = TRAINING
+    """Which kinds of examples it takes (`KINDS` of `data.examples.format_table`)."""
+    used_as: str = ""
+    """The task that its adapters are used for, where that is another one; empty: its own."""
 
     @property
     def reads_images(self) -> bool:

@@ -7,7 +7,7 @@ leaks between them, and keep their weights. It knows examples, and nothing of ki
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -19,8 +19,9 @@ from kitout.data.encode.generation import encode_good
 from kitout.data.encode.item import EncodedExample, digest
 from kitout.data.encode.languages import Languages, find_languages
 from kitout.data.examples.alignment_hint import refuse_for_training
-from kitout.data.examples.examples import Chat, Example, LabeledImage
+from kitout.data.examples.examples import Example, LabeledImage
 from kitout.data.examples.formats import TableReading
+from kitout.data.examples.preferences import is_chat
 from kitout.data.read.row_sample import MAX_IMAGES, RowSample
 from kitout.data.read.sources import check_few_skipped, load_examples
 from kitout.data.read.tables import StreamedMessages
@@ -29,7 +30,7 @@ from kitout.data.streaming import StreamedItems, open_stream
 from kitout.data.suspicions import warn_of_remarks
 from kitout.errors import BadRows, ConfigError, DataError, UnusableFormat
 from kitout.train.config.schema import DataConfig, SourceConfig
-from kitout.train.objectives.tasks import TASKS, EncodeFn, EncoderSettings, Task
+from kitout.train.objectives.tasks import TASKS, TRAINING, EncodeFn, EncoderSettings, Task
 from kitout.train.setup.closed_answers import ClosedAnswers, find_closed_answers
 from kitout.train.setup.find_inputs import hint_of_names, resolve_data
 from kitout.train.setup.job_datasets import Datasets, messages_by_split
@@ -38,28 +39,31 @@ from kitout.train.setup.reading_progress import ReadingProgress
 from kitout.train.setup.sample_input import short_example
 
 ENCODE_CHUNK = 20_000  # examples between two reports
-TRAINING = ("training",)  # the kind of examples that plain training takes
 PREVIEW_EXAMPLES = 1000  # examples of a stream that are counted beforehand
 
 
 def load_datasets(
-    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths | None = None,
+    config: DataConfig, objective: str | Task, tokenizer: Any, is_encoder_decoder: bool,
+    lengths: TextLengths | None = None,
     log: Callable[[str], None] = lambda _line: None, sample: RowSample | None = None,
-    kinds: Collection[str] = TRAINING,
 ) -> Datasets:  # fmt: skip
-    """The datasets of one job. tokenizer: None for images. is_encoder_decoder: of the model.
+    """The datasets of one job. objective: by name, "auto", or a task of another table. tokenizer: None for images.
 
-    sample: draws the examples that a dry run looks at; None: all. kinds: of examples that the job can use (see
-    `formats.detect`); alignment has its own.
+    is_encoder_decoder: of the model.
+
+    sample: draws the examples that a dry run looks at; None: all.
     """
     try:
         if tokenizer is None:
             return load_image_datasets(config, sample)
         progress = ReadingProgress(log)
-        return load_text_datasets(config, objective, tokenizer, is_encoder_decoder, lengths, progress, sample, kinds)
+        return load_text_datasets(config, objective, tokenizer, is_encoder_decoder, lengths, progress, sample)
     except UnusableFormat as error:
-        source = next((one.path for one in config.train), "")
-        raise (refuse_for_training(error, source) if kinds == TRAINING else error) from error
+        if _kinds(objective) != TRAINING:
+            raise
+        paths = [source.path for source in config.train]
+        path = next((path for path in paths if Path(path).name == error.reading.source), paths[0])
+        raise refuse_for_training(error, path) from error
     except BadRows as error:
         raise DataError(f"{error}\n  correct them, or leave them out: data.bad_rows=skip") from error
     except DataError as error:
@@ -69,11 +73,13 @@ def load_datasets(
 
 
 def load_text_datasets(
-    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths | None = None,
-    progress: ReadingProgress | None = None, sample: RowSample | None = None, kinds: Collection[str] = TRAINING,
+    config: DataConfig, objective: str | Task, tokenizer: Any, is_encoder_decoder: bool,
+    lengths: TextLengths | None = None,
+    progress: ReadingProgress | None = None, sample: RowSample | None = None,
 ) -> Datasets:  # fmt: skip
     """Texts of every objective. is_encoder_decoder: of the model. lengths: None: by config and tokenizer alone."""
     lengths = lengths or requested_lengths(config, tokenizer)
+    kinds = _kinds(objective)
     if config.streaming and kinds != TRAINING:
         raise ConfigError(
             "data.streaming: alignment reads its data whole (a prompt stays in one split, and the reference is asked "
@@ -103,10 +109,9 @@ def load_text_datasets(
             examples.setdefault(split, []).extend(replace(e, source_index=k) if k else e for e in rows)
     warnings = [w for name, rows in examples.items() for w in warn_of_remarks(name or "data", rows)]
     trainable = [e for split in TRAINABLE_SPLITS for e in examples.get(split, ())]
-    name = infer_objective(trainable, objective, is_encoder_decoder) if trainable else objective
+    task = infer_task(trainable, objective, is_encoder_decoder)
     validation, test = _fractions(config)
-    splits = split_examples(examples, validation, test, config.seed, stratify=name != "regression")
-    task = TASKS[name]
+    splits = split_examples(examples, validation, test, config.seed, stratify=task.name != "regression")
     # of a sample the train split may lack a rare class that another split has
     labeled = splits.train if max(scales) == 1 else (*splits.train, *splits.validation, *splits.test)
     label_names = tuple(config.labels or classification.label_set(labeled)) if task.has_labels else ()
@@ -129,7 +134,7 @@ def load_text_datasets(
     ends_of_dropped.append(len(dropped))
     check_few_skipped(skipped or (), len(train) + len(encoded_validation) + len(encoded_test), "the data")
     return Datasets(
-        name,
+        task,
         train,
         encoded_validation,
         encoded_test,
@@ -139,7 +144,7 @@ def load_text_datasets(
         splits.majority_accuracy,
         (*notes, str(splits)),
         digest([*train, *encoded_validation, *encoded_test]),
-        is_chat=isinstance(splits.train[0], Chat),
+        is_chat=is_chat(splits.train[0]),
         answers=_closed_answers(task, train, [*encoded_validation, *encoded_test], config),
         warnings=tuple(warnings),
         languages=_languages(task, tokenizer, config),
@@ -157,13 +162,20 @@ def _content_digest(examples: Sequence[Example]) -> str:
     return hashlib.sha256(keys.encode()).hexdigest() if keys else ""
 
 
-def infer_objective(examples: Sequence[Example], requested: str, is_encoder_decoder: bool) -> str:
-    """The objective of these examples, where `auto` is requested."""
-    if isinstance(examples[0], LabeledImage):
+def _kinds(requested: str | Task) -> tuple[str, ...]:
+    """Of the examples that the task takes; by name alone it is one of plain training."""
+    return requested.kinds if isinstance(requested, Task) else TRAINING
+
+
+def infer_task(examples: Sequence[Example], requested: str | Task, is_encoder_decoder: bool) -> Task:
+    """The task of these examples: the requested one, or by what they are where that is "auto"."""
+    if examples and isinstance(examples[0], LabeledImage):
         raise ConfigError("data.train.format=image is for models that read images; this one reads text")
-    if requested != "auto":
+    if isinstance(requested, Task):
         return requested
-    return next(name for name, task in TASKS.items() if task.fits(examples, is_encoder_decoder))
+    if requested != "auto":
+        return TASKS[requested]
+    return next(task for task in TASKS.values() if task.fits(examples, is_encoder_decoder))
 
 
 def build_encoder(
@@ -211,7 +223,8 @@ def _in_chunks(encode: EncodeFn, progress: ReadingProgress | None) -> EncodeFn:
 def _closed_answers(
     task: Task, train: Sequence[EncodedExample], evaluated: Sequence[EncodedExample], config: DataConfig
 ) -> ClosedAnswers | None:
-    return find_closed_answers(train, evaluated, config.labels) if task.generates_text else None
+    is_answered = task.generates_text and task.kinds == TRAINING
+    return find_closed_answers(train, evaluated, config.labels) if is_answered else None
 
 
 def _held_out(config: DataConfig) -> dict[str, str | float]:
@@ -235,7 +248,7 @@ def _reading_options(source: SourceConfig) -> tuple[str | None, dict[str, str] |
 
 
 def _load_streamed(
-    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths
+    config: DataConfig, objective: str | Task, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths
 ) -> Datasets:
     """Train is read as it is trained on; validation and test come from its front, or from files of their own."""
     if len(config.train) > 1:
@@ -260,7 +273,7 @@ def _load_streamed(
     first_examples = stream.take_unique(PREVIEW_EXAMPLES)
     if not first_examples:
         raise DataError(f"{source.path}: nothing is left to train on: every example is in validation or test")
-    task = TASKS[infer_objective(first_examples, objective, is_encoder_decoder)]
+    task = infer_task(first_examples, objective, is_encoder_decoder)
     label_names = (config.labels or ()) if task.has_labels else ()
     if task.has_labels and not label_names:
         raise ConfigError("data.streaming: the labels are not known beforehand: write data.labels=[...]")
@@ -269,7 +282,7 @@ def _load_streamed(
     preview = encode(first_examples)
     notes = [*map(str, stream.readings), f"streamed; counted over the first {len(first_examples):,} examples"]
     return Datasets(
-        task.name,
+        task,
         StreamedItems(stream, encode),
         validation,
         test,
@@ -277,7 +290,7 @@ def _load_streamed(
         reading_notes=tuple(notes),
         digest=digest([*preview, *validation, *test]),
         preview=preview,
-        is_chat=isinstance(first_examples[0], Chat),
+        is_chat=is_chat(first_examples[0]),
         answers=_closed_answers(task, preview, [*validation, *test], config),
         warnings=tuple(warn_of_remarks("data", first_examples)),
         languages=_languages(task, tokenizer, config),
@@ -318,7 +331,7 @@ def load_image_datasets(config: DataConfig, sample: RowSample | None = None) -> 
     num_examples = round(len(train) * (sample.scale if sample is not None else 1))
     num_examples = min(num_examples, source.limit or num_examples)
     return Datasets(
-        "image_classification",
+        TASKS["image_classification"],
         train,
         validation,
         test,
