@@ -23,7 +23,6 @@ from kitout.align.reference import load_reference, reference_scores
 from kitout.align.reinforce import Reinforcement, with_gym_data
 from kitout.align.tasks import task_of
 from kitout.base import memory
-from kitout.data.encode.item import model_rows
 from kitout.errors import ConfigError
 from kitout.files.part_folders import content_digest
 from kitout.train import checkpoints, run_folder
@@ -172,7 +171,8 @@ class OfflineStage:
         if not (isinstance(objective, PreferenceObjective | KTOObjective) and self.config.has_reference):
             return
         dataset = self.prepared.first_dataset
-        rows = [*model_rows([*dataset.train, *dataset.validation, *dataset.test]), *extra]
+        items = (*dataset.train, *dataset.validation, *dataset.test)
+        rows = [*(row for item in items for row in item.rows), *extra]
         self.log(f"computing the reference's log-probabilities of {len(set(rows)):,} answers, once ...")
         objective.reference = reference_scores(
             self.prepared.kit, objective.scorer, rows, self.reference, self.folder.path,

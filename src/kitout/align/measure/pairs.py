@@ -19,7 +19,7 @@ from kitout.align.objectives.preference import PreferenceObjective
 from kitout.align.objectives.reward import RewardObjective
 from kitout.align.objectives.scored_answers import AnswerScorer
 from kitout.align.reference import score_rows
-from kitout.data.encode.item import EncodedPair, EncodedUnpaired, model_rows
+from kitout.data.encode.item import EncodedPair, EncodedUnpaired
 from kitout.evaluate.compare import BASE, compare
 from kitout.evaluate.metrics.measure import Measure, proportion
 from kitout.train.config.schema import EvaluateConfig
@@ -86,7 +86,7 @@ def likelihood_measures(
     on_progress: ProgressFn | None = None,
 ) -> dict[str, Measure]:  # fmt: skip
     """How well the likelihood of answers tells better from worse. adapter: under which; None: the base."""
-    rows = model_rows(items)
+    rows = [row for item in items for row in item.rows]
     means = np.array([one.mean().item() for one in score_rows(run.kit, scorer, rows, adapter, on_progress)])
     if isinstance(items[0], EncodedPair):
         chosen, rejected = means.reshape(-1, 2).T

@@ -16,7 +16,7 @@ from kitout.data.encode.item import EncodedExample, EncodedPair, EncodedPrompt, 
 from kitout.data.encode.prompts import PromptEncoder
 from kitout.data.encode.spans_to_labels import SpannedText
 from kitout.data.examples.examples import Chat, Completion, Example
-from kitout.data.examples.preferences import PreferencePair, Prompt, UnpairedAnswer
+from kitout.data.examples.preferences import PreferencePair, Prompt, UnpairedAnswer, unpair
 from kitout.data.read.tables import DataError
 
 SAME_TOKENS = "the chosen and the rejected answer have the same tokens: such a pair says nothing"
@@ -110,7 +110,7 @@ class PairEncoder:
 
 
 class UnpairedEncoder:
-    """Answers that are wanted or not. Arguments: see `AnswerRows`."""
+    """Answers that are wanted or not, and pairs as two of them. Arguments: see `AnswerRows`."""
 
     def __init__(
         self,
@@ -127,13 +127,21 @@ class UnpairedEncoder:
         return self.rows.dropped
 
     def __call__(self, examples: Sequence[Example]) -> list[EncodedUnpaired]:
-        """The answers that fit. BadRows for other examples."""
-        encoded = self.rows.encode(examples, encode_each(examples, self._to_spans))
-        return [EncodedUnpaired(rows[0], _unpaired(e).is_desirable) for e, rows in zip(examples, encoded, strict=True)
-                if rows]  # fmt: skip
+        """The answers that fit; both of a pair, as TRL unpairs them. BadRows for other examples."""
+        encoded = encode_each(examples, self._to_spans)
+        judged = [(example, *one) for example, of_example in zip(examples, encoded, strict=True) for one in of_example]
+        rows = self.rows.encode([example for example, *_ in judged], [[text] for _, text, _ in judged])
+        return [
+            EncodedUnpaired(row, is_desirable)
+            for (_, _, is_desirable), rows_of_answer in zip(judged, rows, strict=True)
+            for row in rows_of_answer
+        ]
 
-    def _to_spans(self, example: Example) -> list[SpannedText]:
-        return [self.rows.to_spans(replace(_unpaired(example).answer, location=example.location))]
+    def _to_spans(self, example: Example) -> list[tuple[SpannedText, bool]]:
+        if not isinstance(example, PreferencePair | UnpairedAnswer):
+            raise DataError(f"it is a {type(example).__name__}, expected an answer with a label")
+        answers = unpair([example]) if isinstance(example, PreferencePair) else [example]
+        return [(self.rows.to_spans(replace(one.answer, location=one.location)), one.is_desirable) for one in answers]
 
 
 @dataclass
@@ -213,10 +221,4 @@ def _cut_front(row: EncodedExample, cut: int, kept_front: int) -> EncodedExample
 def _pair(example: Example) -> PreferencePair:
     if not isinstance(example, PreferencePair):
         raise DataError(f"it is a {type(example).__name__}, expected a pair of answers")
-    return example
-
-
-def _unpaired(example: Example) -> UnpairedAnswer:
-    if not isinstance(example, UnpairedAnswer):
-        raise DataError(f"it is a {type(example).__name__}, expected an answer with a label")
     return example

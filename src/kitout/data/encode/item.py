@@ -153,19 +153,6 @@ class EncodedPrompt:
 AnyItem: TypeAlias = EncodedExample | EncodedPair | EncodedUnpaired | EncodedPrompt
 
 
-def model_rows(items: Iterable[AnyItem]) -> list[EncodedExample]:
-    """Every row that a model reads of these items; of a prompt what its answer goes on from."""
-    rows: list[EncodedExample] = []
-    for item in items:
-        if isinstance(item, EncodedPair | EncodedUnpaired):
-            rows += item.rows
-        elif isinstance(item, EncodedPrompt):
-            rows.append(EncodedExample(item.input_ids, prompt_length=item.length, location=item.location))
-        else:
-            rows.append(item)
-    return rows
-
-
 def digest(items: Iterable[AnyItem]) -> str:
     """A fingerprint of the items in their order; where they were read and remarks do not count."""
     sha256 = hashlib.sha256()

@@ -71,6 +71,15 @@ class Prompt(Example):
 PREFERENCE_KINDS = (PreferencePair, UnpairedAnswer, Prompt)  # what alignment reads and `kitout train` does not
 
 
+def is_chat(example: Example) -> bool:
+    """Whether the chat template writes it."""
+    if isinstance(example, PreferencePair):
+        return isinstance(example.chosen, Chat)
+    if isinstance(example, UnpairedAnswer):
+        return isinstance(example.answer, Chat)
+    return isinstance(example.prompt if isinstance(example, Prompt) else example, Chat)
+
+
 def answer_start(chat: Chat) -> int:
     """The turn with which the answer begins."""
     flagged = (i for i, turn in enumerate(chat.turns) if turn.train_on)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kitout.train.objectives.sequence import SequenceTask
 
 LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
-
+TRAINING = ("training",)  # the kind of examples that plain training takes
 EncodeFn: TypeAlias = Callable[[Sequence[Example]], list[Any]]  # items of its task
 
 
@@ -91,10 +91,10 @@ class Task:
     """The model finds a row's last token by its config's padding id."""
     packable: bool = False
     """Several examples may share a row."""
-    kinds: tuple[str, ...] = ("training",)
-    """The kinds of tables that it reads (`kitout.data.examples.formats.KINDS`)."""
     build_heads: Callable[[Kit, int], dict[str, nn.Module]] | None = None
     """(kit, seed) -> the heads of a new adapter, by path; None: a classifier, where the base has one."""
+    kinds: tuple[str, ...] = TRAINING
+    """Which kinds of examples it takes (`KINDS` of `data.examples.format_table`)."""
     used_as: str = ""
     """The task that its adapters are used for, where that is another one; empty: its own."""
 

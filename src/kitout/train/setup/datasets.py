@@ -19,8 +19,9 @@ from kitout.data.encode.generation import encode_good
 from kitout.data.encode.item import EncodedExample, digest
 from kitout.data.encode.languages import Languages, find_languages
 from kitout.data.examples.alignment_hint import refuse_for_training
-from kitout.data.examples.examples import Chat, Example, LabeledImage
+from kitout.data.examples.examples import Example, LabeledImage
 from kitout.data.examples.formats import TableReading
+from kitout.data.examples.preferences import is_chat
 from kitout.data.read.row_sample import MAX_IMAGES, RowSample
 from kitout.data.read.sources import check_few_skipped, load_examples
 from kitout.data.read.tables import StreamedMessages
@@ -29,7 +30,7 @@ from kitout.data.streaming import StreamedItems, open_stream
 from kitout.data.suspicions import warn_of_remarks
 from kitout.errors import BadRows, ConfigError, DataError, UnusableFormat
 from kitout.train.config.schema import DataConfig, SourceConfig
-from kitout.train.objectives.tasks import TASKS, EncodeFn, EncoderSettings, Task
+from kitout.train.objectives.tasks import TASKS, TRAINING, EncodeFn, EncoderSettings, Task
 from kitout.train.setup.closed_answers import ClosedAnswers, find_closed_answers
 from kitout.train.setup.find_inputs import hint_of_names, resolve_data
 from kitout.train.setup.job_datasets import Datasets, messages_by_split
@@ -38,7 +39,6 @@ from kitout.train.setup.reading_progress import ReadingProgress
 from kitout.train.setup.sample_input import short_example
 
 ENCODE_CHUNK = 20_000  # examples between two reports
-TRAINING = ("training",)  # the kind of examples that plain training takes
 PREVIEW_EXAMPLES = 1000  # examples of a stream that are counted beforehand
 
 
@@ -59,8 +59,11 @@ def load_datasets(
         progress = ReadingProgress(log)
         return load_text_datasets(config, objective, tokenizer, is_encoder_decoder, lengths, progress, sample)
     except UnusableFormat as error:
-        source = next((one.path for one in config.train), "")
-        raise (refuse_for_training(error, source) if _kinds(objective) == TRAINING else error) from error
+        if _kinds(objective) != TRAINING:
+            raise
+        paths = [source.path for source in config.train]
+        path = next((path for path in paths if Path(path).name == error.reading.source), paths[0])
+        raise refuse_for_training(error, path) from error
     except BadRows as error:
         raise DataError(f"{error}\n  correct them, or leave them out: data.bad_rows=skip") from error
     except DataError as error:
@@ -140,7 +143,7 @@ def load_text_datasets(
         splits.majority_accuracy,
         (*notes, str(splits)),
         digest([*train, *encoded_validation, *encoded_test]),
-        is_chat=isinstance(splits.train[0], Chat),
+        is_chat=is_chat(splits.train[0]),
         answers=_closed_answers(task, train, [*encoded_validation, *encoded_test], config),
         warnings=tuple(warnings),
         languages=_languages(task, tokenizer, config),
@@ -158,9 +161,9 @@ def _content_digest(examples: Sequence[Example]) -> str:
     return hashlib.sha256(keys.encode()).hexdigest() if keys else ""
 
 
-def _kinds(objective: str | Task) -> tuple[str, ...]:
-    """Of tables that this task reads."""
-    return objective.kinds if isinstance(objective, Task) else TRAINING
+def _kinds(requested: str | Task) -> tuple[str, ...]:
+    """Of the examples that the task takes; by name alone it is one of plain training."""
+    return requested.kinds if isinstance(requested, Task) else TRAINING
 
 
 def infer_task(examples: Sequence[Example], requested: str | Task, is_encoder_decoder: bool) -> Task:
@@ -219,7 +222,8 @@ def _in_chunks(encode: EncodeFn, progress: ReadingProgress | None) -> EncodeFn:
 def _closed_answers(
     task: Task, train: Sequence[EncodedExample], evaluated: Sequence[EncodedExample], config: DataConfig
 ) -> ClosedAnswers | None:
-    return find_closed_answers(train, evaluated, config.labels) if task.generates_text else None
+    is_answered = task.generates_text and task.kinds == TRAINING
+    return find_closed_answers(train, evaluated, config.labels) if is_answered else None
 
 
 def _held_out(config: DataConfig) -> dict[str, str | float]:
@@ -285,7 +289,7 @@ def _load_streamed(
         reading_notes=tuple(notes),
         digest=digest([*preview, *validation, *test]),
         preview=preview,
-        is_chat=isinstance(first_examples[0], Chat),
+        is_chat=is_chat(first_examples[0]),
         answers=_closed_answers(task, preview, [*validation, *test], config),
         warnings=tuple(warn_of_remarks("data", first_examples)),
         languages=_languages(task, tokenizer, config),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kitout.data.encode.item import model_rows
+from kitout.data.answer_statistics import rows_of
 from kitout.data.encode.template_date import fix_template_date
 from kitout.data.read.row_sample import RowSample
 from kitout.errors import ConfigError, Errors
@@ -200,8 +200,9 @@ def _load_all_datasets(
 
 
 def _encoded(dataset: Datasets) -> list[Any]:
-    """All rows of texts that are encoded so far."""
-    return model_rows([*(dataset.preview or dataset.train), *dataset.validation, *dataset.test])
+    """All texts that are encoded so far: an example of alignment may have several."""
+    items = (*(dataset.preview or dataset.train), *dataset.validation, *dataset.test)
+    return [row for item in items for row in rows_of(item)]
 
 
 def _fit_datasets(
