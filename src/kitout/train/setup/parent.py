@@ -29,6 +29,7 @@ from kitout.train.config.schema import RunConfig
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 UNKNOWN_DATA = "not recorded"
+WITHOUT_HEADS = "without-heads"  # a name on the kit for a moment
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Parent:
     """Of the examples it was trained on, as its card has it."""
     labels: tuple[str, ...]
     """Of its classifier, in order; empty where it has none or does not say."""
+    has_heads: bool = False
+    """Whether it holds heads of its own."""
 
     @property
     def portable_name(self) -> str:
@@ -77,6 +80,7 @@ def read_parent(path: str, setting: str = "train.from") -> Parent:
             record.tensors.sha256,
             str(note.get("data_sha256", UNKNOWN_DATA)),
             tuple(map(str, labels)) if isinstance(labels, list) and record.heads else (),
+            bool(record.heads),
         )
     except (KitoutError, OSError) as error:
         raise ConfigError(f"{setting}={path}: {error}") from error
@@ -169,6 +173,21 @@ def load_parent(
             "(data.labels) and train.head are needed"
         )
     errors.raise_if_any()
+
+
+def load_with_new_heads(kit: Kit, name: str, parent: Parent, method: Method, heads: Mapping[str, nn.Module]) -> None:
+    """`load_parent` of an adapter that may be without these heads: then they are new, and all else goes on.
+
+    A reward model so begins as the adapter that was trained on answers.
+    """
+    if parent.has_heads:
+        load_parent(kit, name, parent, method, heads, ())
+        return
+    load_parent(kit, WITHOUT_HEADS, parent, method, {}, ())
+    before = kit[WITHOUT_HEADS]
+    adapter = kit.add(name, before.method, heads=heads, dtype=torch.promote_types(kit.dtype, torch.float32))
+    adapter.load_state_dict({**adapter.state_dict(), **before.state_dict()})
+    kit.remove(WITHOUT_HEADS)
 
 
 def _load(kit: Kit, name: str, parent: Parent) -> Adapter:
