@@ -141,9 +141,16 @@ def adopt_parents(config: RunConfig) -> RunConfig:
 
 
 def load_parent(
-    kit: Kit, name: str, parent: Parent, method: Method, heads: Mapping[str, nn.Module], label_names: Sequence[str]
-) -> None:
-    """Adds the parent under this name, trainable and not active. heads: those that a new adapter would have."""
+    kit: Kit, name: str, parent: Parent, method: Method, heads: Mapping[str, nn.Module], label_names: Sequence[str],
+    may_lack_heads: bool = False,
+) -> None:  # fmt: skip
+    """Adds the parent under this name, trainable and not active. heads: those that a new adapter would have.
+
+    may_lack_heads: a parent without any takes these.
+    """
+    if may_lack_heads and not parent.has_heads:
+        _load_without_heads(kit, name, parent, method, heads)
+        return
     errors = Errors(ConfigError, f"train.from={parent.folder} does not fit this run")
     is_peft = parent.method is None
     try:
@@ -175,14 +182,8 @@ def load_parent(
     errors.raise_if_any()
 
 
-def load_with_new_heads(kit: Kit, name: str, parent: Parent, method: Method, heads: Mapping[str, nn.Module]) -> None:
-    """`load_parent` of an adapter that may be without these heads: then they are new, and all else goes on.
-
-    A reward model so begins as the adapter that was trained on answers.
-    """
-    if parent.has_heads:
-        load_parent(kit, name, parent, method, heads, ())
-        return
+def _load_without_heads(kit: Kit, name: str, parent: Parent, method: Method, heads: Mapping[str, nn.Module]) -> None:
+    """The heads are new, and all else goes on: a reward model begins as the adapter that was trained on answers."""
     load_parent(kit, WITHOUT_HEADS, parent, method, {}, ())
     before = kit[WITHOUT_HEADS]
     adapter = kit.add(name, before.method, heads=heads, dtype=torch.promote_types(kit.dtype, torch.float32))

@@ -45,7 +45,7 @@ from kitout.train.setup.lengths import (
     requested_lengths,
     warn_of_lengths,
 )
-from kitout.train.setup.parent import Parent, load_parent, load_parts, load_with_new_heads, read_parent, read_parts
+from kitout.train.setup.parent import Parent, load_parent, load_parts, read_parent, read_parts
 from kitout.train.setup.schedule import Schedule, check_learning_rates, choose_schedule
 
 MAX_PLANNED_EXAMPLES = 30_000_000  # rows of all steps, whose order is kept in memory
@@ -298,12 +298,10 @@ def _add_adapter(base: LoadedBase, job_config: RunConfig, task: Task, dataset: D
     heads = build_heads(base.heads, base.new_heads, len(dataset.label_names) or 1, train.seed, train.head)
     if task.build_heads is not None:
         heads = task.build_heads(base.kit, train.seed)
-    if parent is not None and task.build_heads is not None:
-        load_with_new_heads(base.kit, name, parent, job_config.method, heads)
-    elif parent is None:
+    if parent is None:
         base.kit.add(name, job_config.method, seed=train.seed, heads=heads)
     else:
-        load_parent(base.kit, name, parent, job_config.method, heads, dataset.label_names)
+        load_parent(base.kit, name, parent, job_config.method, heads, dataset.label_names, task.build_heads is not None)
 
 
 def _build_job(
