@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,9 +104,8 @@ def doc_text(section: type[BaseModel]) -> str:
 
 def default_text(value: Any) -> str:
     """A default as it would be written on one line of YAML."""
-    from kitout.method import Method
-
-    if isinstance(value, Method):
+    methods = sys.modules.get("kitout.method")  # where it is not loaded, with torch, no value is a method
+    if methods is not None and isinstance(value, methods.Method):
         return type(value).__name__
     if isinstance(value, BaseModel):
         return ""
