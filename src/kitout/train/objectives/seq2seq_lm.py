@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kitout.data.by_row import sum_by_row
 from kitout.data.encode.item import EncodedExample
 from kitout.data.padding import pad
 from kitout.errors import ConfigError
@@ -26,6 +27,7 @@ class Seq2SeqLM:
     """Target tokens from a source and the target tokens before them."""
 
     task: Task = "generation"
+    rows: int = 1
     head: HeadLoss
     """How the loss is taken; over all logits until `choose_head_loss` has found a cheaper way."""
 
@@ -75,8 +77,8 @@ class Seq2SeqLM:
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
         positions, labels, owners = (batch.targets[name] for name in ("positions", "labels", "owners"))
         total, nll, is_correct = self.head(lambda: model(**batch.inputs), positions, labels, weights[owners])
-        zeros = torch.zeros(batch.num_examples, dtype=nll.dtype, device=nll.device)
-        sums = [zeros.index_add(0, owners, v.detach()) for v in (nll, is_correct.to(nll.dtype), torch.ones_like(nll))]
+        each = (nll, is_correct.to(nll.dtype), torch.ones_like(nll))
+        sums = [sum_by_row(value, owners, batch.num_examples) for value in each]
         return Losses(total, *sums)
 
     def predictions(self, model: Any, batch: Batch) -> list[Any]:
