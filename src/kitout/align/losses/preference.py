@@ -1,8 +1,8 @@
 """Losses of preferences: reward (Bradley-Terry), DPO and its kin, ORPO, SimPO, KTO.
 
 Each takes one number per answer, made from log-probabilities of tokens by `sequence_log_ratios` or `mean_by_row`, and
-returns each item's loss [B] with its gradient and a dict of metrics [B] without. An item counts as one target: the loop
-takes the weighted sum, so micro-batches of any size and order give the same loss.
+returns each item's loss [B] with its gradient and a dict of metrics [B] without (nan: it has none). An item counts as
+one target: the loop takes the weighted sum, so micro-batches of any size and order give the same loss.
 It knows no reference model: its log-probabilities are given.
 """
 
@@ -159,16 +159,19 @@ def kto_loss(
     """w_d (1 - sigmoid(beta (k - z))) of a desirable answer, w_u (1 - sigmoid(beta (z - k))) of an undesirable one.
 
     log_ratios: [B], `sequence_log_ratios` k of each answer. is_desirable: [B] of bool. z: `kto_reference_point`
-    (Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7). Metrics: reward (beta k), margin (beta (k - z), its sign
-    changed where the answer is undesirable), accuracy (margin above 0), kl (z).
+    (Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7). Metrics: chosen_reward of a desirable answer and rejected_reward
+    of an undesirable one (beta k; nan for the other kind), margin (beta (k - z), its sign changed where the answer is
+    undesirable), accuracy (margin above 0), kl (z).
     """
     _check_above_0(beta=beta)
     log_ratios = at_least_float32(log_ratios)
     z = torch.as_tensor(z, dtype=log_ratios.dtype, device=log_ratios.device).detach()
     margins = beta * torch.where(is_desirable, log_ratios - z, z - log_ratios)
     weights = torch.where(is_desirable, margins.new_tensor(desirable_weight), margins.new_tensor(undesirable_weight))
+    rewards = beta * log_ratios.detach()
     metrics = {
-        "reward": beta * log_ratios.detach(),
+        "chosen_reward": rewards.masked_fill(~is_desirable, math.nan),
+        "rejected_reward": rewards.masked_fill(is_desirable, math.nan),
         "margin": margins.detach(),
         "accuracy": (margins.detach() > 0).to(margins.dtype),
         "kl": z.expand_as(margins),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kitout.align.losses.divergence import k3, log_ratio, ratio
 from kitout.align.losses.preference import ItemLosses
-from kitout.data.by_row import mean_by_row, sum_by_row
+from kitout.data.by_row import count_by_row, mean_by_row, sum_by_row
 from kitout.errors import ConfigError
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32
 
@@ -68,7 +68,7 @@ def grpo_loss(
     terms, rho, is_clipped = _clipped_terms(
         log_ratio(log_probs, old_log_probs.detach()), advantages[owners], clip, clip_high
     )
-    metrics = _token_metrics(rho, is_clipped, entropy, owners, rows)
+    metrics = _token_means(owners, rows, ratio=rho, clip_fraction=is_clipped, entropy=entropy)
     if reference is not None:
         kl = k3(log_probs, reference)
         if correct_kl:
@@ -98,9 +98,7 @@ def rloo_loss(
     sequence_log_ratios = sum_by_row(log_ratio(log_probs, old_log_probs.detach()), owners, rows)
     losses, rho, is_clipped = _clipped_terms(sequence_log_ratios, advantages, clip, clip_high)
     metrics = {"ratio": rho.detach(), "clip_fraction": is_clipped}
-    if entropy is not None:
-        metrics["entropy"] = mean_by_row(entropy.detach(), owners, rows)
-    return losses, metrics
+    return losses, metrics | _token_means(owners, rows, entropy=entropy)
 
 
 def ppo_policy_loss(
@@ -120,7 +118,8 @@ def ppo_policy_loss(
     arXiv:1707.06347, eq. 7). Metrics: ratio, clip_fraction, entropy, means over tokens.
     """
     terms, rho, is_clipped = _clipped_terms(log_ratio(log_probs, old_log_probs.detach()), advantages, clip, clip_high)
-    return sum_by_row(terms, owners, rows), _token_metrics(rho, is_clipped, entropy, owners, rows)
+    metrics = _token_means(owners, rows, ratio=rho, clip_fraction=is_clipped, entropy=entropy)
+    return sum_by_row(terms, owners, rows), metrics
 
 
 def ppo_value_loss(
@@ -138,9 +137,8 @@ def ppo_value_loss(
     clipped = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
     errors, clipped_errors = (values - returns).square(), (clipped - returns).square()
     is_clipped = (clipped_errors > errors).to(errors.dtype)
-    metrics = {"value_clip_fraction": is_clipped, "value": values.detach()}
     losses = sum_by_row(0.5 * torch.maximum(errors, clipped_errors), owners, rows)
-    return losses, {name: mean_by_row(each, owners, rows) for name, each in metrics.items()}
+    return losses, _token_means(owners, rows, value_clip_fraction=is_clipped, value=values)
 
 
 def _clipped_terms(
@@ -156,13 +154,14 @@ def _clipped_terms(
     return terms, rho, is_clipped.to(rho.dtype)
 
 
-def _token_metrics(
-    rho: Tensor, is_clipped: Tensor, entropy: Tensor | None, owners: Tensor, rows: int
-) -> dict[str, Tensor]:
-    values = {"ratio": rho.detach(), "clip_fraction": is_clipped}
-    if entropy is not None:
-        values["entropy"] = entropy.detach()
-    return {name: mean_by_row(each, owners, rows) for name, each in values.items()}
+def _token_means(owners: Tensor, rows: int, **values: Tensor | None) -> dict[str, Tensor]:
+    """[rows] each, of values [N] that are given; nan for an answer without tokens."""
+    is_empty = count_by_row(owners, rows) == 0
+    return {
+        name: mean_by_row(each.detach(), owners, rows).masked_fill(is_empty, math.nan)
+        for name, each in values.items()
+        if each is not None
+    }
 
 
 def _check_clip(*clips: float) -> None:

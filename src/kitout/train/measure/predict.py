@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from kitout.data.by_row import sum_by_row
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.evaluate.ask.generate import generate, generate_under
 from kitout.evaluate.ask.label_likelihood import label_likelihoods
@@ -145,8 +146,8 @@ def _losses_and_answers(
     logits = at_least_float32(objective.head.logits(lambda: kit(**batch.inputs), positions))
     nll = F.cross_entropy(logits, labels, reduction="none")
     is_correct = (logits.argmax(dim=-1) == labels).to(nll.dtype)
-    zeros = torch.zeros(batch.num_examples, dtype=nll.dtype, device=nll.device)
-    sums = [zeros.index_add(0, owners, value) for value in (nll, is_correct, torch.ones_like(nll))]
+    each = (nll, is_correct, torch.ones_like(nll))
+    sums = [sum_by_row(value, owners, batch.num_examples) for value in each]
     rows = owners.tolist()
     first = logits[[rows.index(row) for row in range(batch.num_examples)]]
     tokens = torch.tensor([ids[0] for ids in closed_answers.token_ids], device=logits.device)
