@@ -139,7 +139,7 @@ def sample_answers(
             return {"logits_processor": [TokenDraws(uniforms, settings)]}
 
         by_row = None if distinct is None else [row.route for row in chunk]
-        return answer_ids(kit, [row.prompt for row in chunk], by_row, decoding, draw_for)
+        return answer_ids(kit, [row.prompt for row in chunk], by_row, decoding, draw_for, share_prompts=True)
 
     answers: dict[int, list[int]] = {}
     with decoding.active(kit, kept=()):

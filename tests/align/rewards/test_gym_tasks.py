@@ -44,7 +44,7 @@ def test_right_and_wrong_answers(gym: Any) -> None:
 def test_an_answer_that_the_task_cannot_read_is_wrong(gym: Any) -> None:
     rows = gym_rows("gym:prime_factorization", 1, seed=0)
     with pytest.warns(
-        RuntimeWarning, match="gym:prime_factorization cannot read an answer and it counts as wrong: Value"
+        RuntimeWarning, match="gym:prime_factorization cannot read some answers, which count as wrong: ValueError"
     ):
         assert open_gym_reward("gym:prime_factorization").score(batch(rows, ["no idea"])) == [0.0]
 

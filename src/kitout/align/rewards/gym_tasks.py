@@ -50,10 +50,10 @@ class GymReward:
         try:
             return float(self.dataset.score_answer(answers.completions[index], dict(row)))
         except Exception as error:  # of any kind, by what a model wrote
+            kind = type(error).__name__  # without its text, so that Python shows each warning once
             warnings.warn(
-                f"{self.name} cannot read an answer and it counts as wrong: {type(error).__name__}: {error}",
-                RuntimeWarning, stacklevel=2,
-            )  # fmt: skip
+                f"{self.name} cannot read some answers, which count as wrong: {kind}", RuntimeWarning, stacklevel=2
+            )
             return 0.0
 
 

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from kitout.base.eval_mode import eval_mode
 from kitout.data.padding import pad
 from kitout.errors import ConfigError, RouteError
 from kitout.evaluate.ask.batches import ProgressFn, map_batches
+from kitout.evaluate.ask.cache_rows import can_select_rows, can_share_prompts, select_rows
 from kitout.evaluate.ask.text_limit import check_prompts, max_tokens
 from kitout.kit import Kit
 from kitout.route import RouteEntry
@@ -165,13 +169,14 @@ def plan_decoding(
 
 def answer_ids(
     kit: Kit, rows: Sequence[Sequence[int]], by_row: Sequence[RouteEntry] | None, decoding: Decoding,
-    options_for: Callable[[list[int]], Mapping[str, Any]],
+    options_for: Callable[[list[int]], Mapping[str, Any]], share_prompts: bool = False,
 ) -> list[list[int]]:  # fmt: skip
     """By row the ids of its answer, the token that ended it included; nothing that follows in a batch.
 
     by_row: the route of each row; None: what is active. options_for: what `generate` is given besides, for the rows of
     these numbers: rows with less room for an answer than the others are generated apart, so each is answered as if
-    alone. To be called inside `decoding.active`.
+    alone. share_prompts: equal prompts under one route are computed once, where their cache can be selected by row.
+    To be called inside `decoding.active`.
     """
     has_encoder = bool(kit.config.is_encoder_decoder)
     answers: dict[int, list[int]] = {}
@@ -179,12 +184,48 @@ def answer_ids(
         alike = [i for i, row in enumerate(rows) if decoding.rooms[len(row)] == room]
         side: Literal["left", "right"] = "right" if has_encoder else "left"
         ids, mask = pad([rows[i] for i in alike], decoding.pad_token_id, side, kit.device)
-        entries = () if by_row is None else tuple(by_row[i] for i in alike)
-        with nullcontext() if not entries else kit.use(entries if len(set(entries)) > 1 else entries[0]):
-            out = kit.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, **options_for(alike))
+        entries = None if by_row is None else [by_row[i] for i in alike]
+        cache = (
+            _shared_cache(kit, [rows[i] for i in alike], entries, ids, mask)
+            if share_prompts and not has_encoder
+            else {}
+        )
+        with _active(kit, entries):
+            out = kit.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, **cache, **options_for(alike))
         generated = out[:, 1 if has_encoder else ids.shape[1] :].tolist()
         answers |= zip(alike, (_cut_after_stop(row, decoding.stop_ids) for row in generated), strict=True)
     return [answers[i] for i in range(len(rows))]
+
+
+def _active(kit: Kit, entries: Sequence[RouteEntry] | None) -> AbstractContextManager[Any]:
+    """The routes of a batch's rows: one for all where it is the same. None: what is active."""
+    if entries is None:
+        return nullcontext()
+    return kit.use(tuple(entries) if len(set(entries)) > 1 else entries[0])
+
+
+def _shared_cache(
+    kit: Kit, rows: Sequence[Sequence[int]], entries: Sequence[RouteEntry] | None, ids: Tensor, mask: Tensor
+) -> dict[str, Any]:
+    """`past_key_values` of all but the last column, each distinct row computed once; empty where that is not possible.
+
+    The last column is left to the rows, since it is computed for each row that draws its own first token from it.
+    """
+    keys = [(tuple(row), None if entries is None else entries[i]) for i, row in enumerate(rows)]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    first = [keys.index(key) for key in numbers]
+    routes = [kit.active] if entries is None else list(dict.fromkeys(entries))
+    has_rows = isinstance(kit.active, tuple) if entries is None else False
+    if 2 * len(first) > len(rows) or min(map(len, rows)) < 2 or has_rows or not can_share_prompts(kit, routes):
+        return {}
+    with _active(kit, None if entries is None else [entries[i] for i in first]):
+        out = kit.generate(
+            input_ids=ids[first, :-1], attention_mask=mask[first, :-1], max_new_tokens=1, return_dict_in_generate=True
+        )
+    if not can_select_rows(out.past_key_values):
+        return {}
+    index = torch.tensor([numbers[key] for key in keys], device=ids.device)
+    return {"past_key_values": select_rows(out.past_key_values, index, len(first))}
 
 
 def decode_answers(tokenizer: Any, answers: Sequence[Sequence[int]], stop_ids: AbstractSet[int]) -> list[str]:
