@@ -121,7 +121,7 @@ def load_text_datasets(
         empty = [source.path for source, encoded in zip(config.train, by_source, strict=True) if not encoded]
         raise ConfigError(
             f"no training example is left of {', '.join(empty)}: all are in the validation or test split, or duplicates"
-            + (f"; {dropped_text(dropped)}" if dropped else "")
+            + (f"; {dropped_text(dropped)} (data.max_length={lengths.text.tokens})" if dropped else "")
         )
     ends_of_dropped = [len(dropped)]
     ends = [0, *accumulate(map(len, by_source))]
