@@ -12,6 +12,7 @@ from kitout.align.config.kinds import KINDS
 from kitout.align.config.losses import PPOLoss
 from kitout.align.config.schema import GYM, AlignConfig, RewardSource, StageConfig
 from kitout.align.config.unfit_settings import find_unfit
+from kitout.data.examples.format_table import FORMATS
 from kitout.train.config.method_field import method_to_dict
 
 SOURCES = "a stage of kind reward before it, its folder, module:function or gym:NAME"
@@ -185,10 +186,11 @@ def _loss_conflicts(stage: StageConfig, at: str) -> Iterator[str]:
 def _data_conflicts(stage: StageConfig, at: str) -> Iterator[str]:
     wanted = stage.of_kind.data_format
     for number, one in enumerate(stage.data.train):
-        if wanted != "auto" and one.format not in ("auto", wanted):
+        fitting = [name for name, each in FORMATS.items() if each.kind == wanted]
+        if wanted != "auto" and one.format not in ("auto", *fitting):
             yield (
-                f"{at}data.train.{number}.format={one.format}: a {stage.kind} stage reads the format {wanted}: leave "
-                "it out"
+                f"{at}data.train.{number}.format={one.format}: a {stage.kind} stage reads the format "
+                f"{' or '.join(fitting)}: leave it out"
             )
         if one.path.startswith(GYM) and wanted not in ("auto", "prompts"):
             yield (
