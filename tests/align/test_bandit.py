@@ -51,7 +51,9 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_reinforcement_finds_the_rewarded_token(name: str, model: Path, tmp_path: Path) -> None:
-    data = jsonl(tmp_path / "prompts.jsonl", [{"prompt": "b a " + " ".join("ab" * (i % 3))} for i in range(24)])
+    data = jsonl(
+        tmp_path / "prompts.jsonl", [{"prompt": " ".join("ab"[int(bit)] for bit in f"{i:05b}")} for i in range(32)]
+    )
     settings: dict[str, Any] = {"rollout": {"prompts": 4, "samples": 8, "max_new_tokens": 1}} | KINDS[name]
     steps = {"ppo": 120, "dr_grpo": 80}.get(name, 40)
     result = kitout.align(

@@ -92,7 +92,8 @@ class KTOObjective:
     def predictions(self, model: Any, batch: Batch) -> list[Any]:
         """The reward of each answer, beta times its log-ratio."""
         _, metrics = self._losses_of_answers(model, batch)
-        rewards: list[Any] = metrics["reward"].tolist()
+        chosen, rejected = metrics["chosen_reward"], metrics["rejected_reward"]
+        rewards: list[Any] = torch.where(chosen.isnan(), rejected, chosen).tolist()
         return rewards
 
 
