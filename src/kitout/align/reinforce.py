@@ -27,7 +27,7 @@ from kitout.align.rewards.open_rewards import open_rewards
 from kitout.align.rewards.reward import Reward, WeightedRewards
 from kitout.align.rewards.specs import RewardSpec, parse_rewards
 from kitout.align.rollout import SamplingSettings
-from kitout.align.rounds import Roles, RoundPlan, Rounds, answer_row, plan_steps
+from kitout.align.rounds import Roles, RoundPlan, Rounds, answer_row
 from kitout.align.scalar_head import head_path, scalar_head
 from kitout.base import memory
 from kitout.data.encode.item import EncodedPrompt
@@ -62,11 +62,8 @@ class Reinforcement:
         rollout, loss = config.rollout, self.loss
         self.sampling = SamplingSettings(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
         policy, seed = prepared.jobs[0], config.train.seed
-        steps = plan_steps(
-            len(policy.batches), rollout.prompts * rollout.samples, self.num_passes,
-            loss.minibatches if isinstance(loss, PPOLoss) else 1, seed,
-        )  # fmt: skip
-        self.plan = RoundPlan(policy.batches, rollout.samples, steps)
+        parts = loss.minibatches if isinstance(loss, PPOLoss) else 1
+        self.plan = RoundPlan.of(policy.batches, rollout.samples, self.num_passes, parts, config.train.steps, seed)
         self.value = self._add_value() if isinstance(loss, PPOLoss) else None
         assert isinstance(policy.objective, PolicyObjective), "the task's own"
         self.rounds = Rounds(

@@ -47,22 +47,29 @@ class RoundPlan:
     batches: Sequence[Sequence[int]]
     """By step of the run, indices of the answers of its round."""
 
-    @property
-    def steps_per_round(self) -> int:
-        """Optimizer steps on the same answers."""
-        return len(self.batches) // len(self.prompts)
+    steps_per_round: int
+    """Optimizer steps on the same answers."""
 
+    @classmethod
+    def of(
+        cls, prompts: Sequence[Sequence[int]], samples: int, passes: int, parts: int, steps: int | None, seed: int
+    ) -> RoundPlan:  # fmt: skip
+        """Each pass over a round is shuffled by the seed and cut into so many parts, one for a step.
 
-def plan_steps(num_rounds: int, answers: int, passes: int, parts: int, seed: int) -> list[list[int]]:
-    """Of every step its answers: each pass over a round is shuffled by the seed and cut into so many parts."""
-    rng = random.Random(seed)
-    steps = []
-    for _ in range(num_rounds * passes):
-        order = list(range(answers))
-        rng.shuffle(order)
-        size = answers // parts
-        steps += [sorted(order[start : start + size]) for start in range(0, size * parts, size)]
-    return steps
+        steps: of the run at most; None: of all these prompts.
+        """
+        rng = random.Random(seed)
+        per_round = passes * parts
+        steps = len(prompts) * per_round if steps is None else min(steps, len(prompts) * per_round)
+        rounds = prompts[: math.ceil(steps / per_round)]
+        batches: list[list[int]] = []
+        for of_round in rounds:
+            for _ in range(passes):
+                order = list(range(len(of_round) * samples))
+                rng.shuffle(order)
+                size = len(order) // parts
+                batches += [sorted(order[start : start + size]) for start in range(0, size * parts, size)]
+        return cls(rounds, samples, batches[:steps], per_round)
 
 
 @dataclass(frozen=True)
