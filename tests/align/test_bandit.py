@@ -1,4 +1,4 @@
-"""A two-token bandit: one prompt, answers of one token, one of which is rewarded. Every kind of reinforcement finds it."""
+"""A two-token bandit: answers of one token, one of which is rewarded; every kind of reinforcement finds it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        eos_token_id=2, bos_token_id=None, pad_token_id=None, max_position_embeddings=32,
+        initializer_range=1.0, eos_token_id=2, bos_token_id=None, pad_token_id=None, max_position_embeddings=32,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
