@@ -71,13 +71,13 @@ def test_the_schema_is_json() -> None:
 def test_one_stage_by_options(started: list[AlignConfig]) -> None:
     result = kitout_align(
         "ppo", "--model", "m", "--data", "q.jsonl", "--from", "a/adapter", "--reward", "r/adapter", "--reward", "x:f",
-        "--out", "runs/1", "loss.beta=0.2", "rollout.prompts=4", "train.steps=3",
+        "--out", "runs/1", "reward.1.weight=3", "loss.beta=0.2", "rollout.prompts=4", "train.steps=3",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     (config,) = started
     (stage,) = config.stages
     assert (stage.kind, stage.from_, stage.data.train[0].path) == ("ppo", "a/adapter", "q.jsonl")
-    assert [one.source for one in stage.reward] == ["r/adapter", "x:f"]
+    assert [(one.source, one.weight) for one in stage.reward] == [("r/adapter", 1), ("x:f", 3)]
     assert config.output.folder == Path("runs/1")
     assert stage.loss is not None
     assert stage.loss.model_dump()["beta"] == 0.2

@@ -59,7 +59,7 @@ def method_conflicts(config: AlignConfig) -> Iterator[str]:
 def find_remarks(config: AlignConfig) -> Iterator[str]:
     """What is allowed and may not be meant."""
     for number, stage in enumerate(config.stages):
-        at = f"stages.{number}."
+        at = f"stages.{number}." if len(config.stages) > 1 else ""
         if stage.of_kind.reference == "by beta" and not stage.has_reference:
             yield f"{at}loss.beta=0: the reference is off, no KL is computed"
         if stage.rollout is not None and (stage.rollout.top_k or stage.rollout.top_p < 1):
