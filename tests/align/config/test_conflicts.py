@@ -46,7 +46,10 @@ def errors(*stages: dict[str, Any], **top: Any) -> list[str]:
                 "write stages.2.from=sft"
             ),
         ),
-        ([SFT, DPO | {"reward": "x"}], "stages.1.reward: a dpo stage takes none (grpo, rloo, ppo do): leave it out"),
+        (
+            [SFT, DPO | {"reward": "x"}],
+            "stages.1.reward: a stage of kind dpo takes none (grpo, rloo, ppo do): leave it out",
+        ),
         (
             [SFT, REWARD, PPO | {"reward": None}],
             "stages.2.reward: a ppo stage needs what scores its answers: write stages.2.reward=reward",

@@ -94,7 +94,7 @@ def _reward_conflicts(config: AlignConfig, number: int, at: str) -> Iterator[str
     stage = config.stages[number]
     if not stage.of_kind.takes_reward:
         if stage.reward:
-            yield f"{at}reward: a {stage.kind} stage takes none ({SAMPLING} do): leave it out"
+            yield f"{at}reward: a stage of kind {stage.kind} takes none ({SAMPLING} do): leave it out"
         return
     if not stage.reward:
         known = [one.name for one in config.stages[:number] if not one.of_kind.writes_text]
