@@ -64,7 +64,7 @@ def test_remarks_are_printed_and_wrong_names_stop(calls: list[AlignConfig], fold
     lines: list[str] = []
     settings: dict[str, Any] = {"model": "base", "data": "d.jsonl", "log": lines.append}
     kitout.align(stage="grpo", reward="old", **settings)
-    assert "note: stages.0.loss.beta=0: the reference is off, no KL is computed" in lines
+    assert "note: loss.beta=0: the reference is off, no KL is computed" in lines
     with pytest.raises(ConfigError, match="there is no kind 'dop': did you mean 'dpo'"):
         kitout.align(stage="dop", **settings)
     with pytest.raises(ConfigError, match="from='nowhere': no adapter is there"):

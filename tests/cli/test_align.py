@@ -71,13 +71,13 @@ def test_the_schema_is_json() -> None:
 def test_one_stage_by_options(started: list[AlignConfig]) -> None:
     result = kitout_align(
         "ppo", "--model", "m", "--data", "q.jsonl", "--from", "a/adapter", "--reward", "r/adapter", "--reward", "x:f",
-        "--out", "runs/1", "loss.beta=0.2", "rollout.prompts=4", "train.steps=3",
+        "--out", "runs/1", "reward.1.weight=3", "loss.beta=0.2", "rollout.prompts=4", "train.steps=3",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     (config,) = started
     (stage,) = config.stages
     assert (stage.kind, stage.from_, stage.data.train[0].path) == ("ppo", "a/adapter", "q.jsonl")
-    assert [one.source for one in stage.reward] == ["r/adapter", "x:f"]
+    assert [(one.source, one.weight) for one in stage.reward] == [("r/adapter", 1), ("x:f", 3)]
     assert config.output.folder == Path("runs/1")
     assert stage.loss is not None
     assert stage.loss.model_dump()["beta"] == 0.2
@@ -113,7 +113,7 @@ def test_stages_of_a_file_by_name_or_number(started: list[AlignConfig], tmp_path
         (["dpo", "--model", "m", "--data", "d", "--lr", "1"], "there is no option --lr; write train.lr"),
         (["dpo", "--modle", "m"], "there is no option --modle; did you mean --model?"),
         (["dpo", "--model", "m", "--data", "d", "loss.bta=1"], "loss.bta: there is no such setting; did you mean"),
-        (["dpo", "--model", "m", "--data", "d", "--reward", "x"], "a dpo stage takes none (grpo, rloo, ppo do)"),
+        (["dpo", "--model", "m", "--data", "d", "--reward", "x"], "a stage of kind dpo takes none (grpo, rloo, ppo do)"),
         (["grpo", "--model", "m", "--data", "d"], "a grpo stage needs what scores its answers: a stage of kind"),
         (["grpo", "--model", "m", "--data", "gym:a"], "needs what scores its answers: write reward=gym:a"),
         (["dpo", "--model", "m", "--data", "d", "--method", "loar"], "did you mean 'LoRA'?"),

@@ -46,7 +46,10 @@ def errors(*stages: dict[str, Any], **top: Any) -> list[str]:
                 "write stages.2.from=sft"
             ),
         ),
-        ([SFT, DPO | {"reward": "x"}], "stages.1.reward: a dpo stage takes none (grpo, rloo, ppo do): leave it out"),
+        (
+            [SFT, DPO | {"reward": "x"}],
+            "stages.1.reward: a stage of kind dpo takes none (grpo, rloo, ppo do): leave it out",
+        ),
         (
             [SFT, REWARD, PPO | {"reward": None}],
             "stages.2.reward: a ppo stage needs what scores its answers: write stages.2.reward=reward",
@@ -147,6 +150,10 @@ def errors(*stages: dict[str, Any], **top: Any) -> list[str]:
             ),
         ),
         (
+            [GRPO | {"train": {"micro_batch_size": 99}}],
+            "train.micro_batch_size=99 is more than the rollout.prompts=8 it is a part of",
+        ),
+        (
             [SFT | {"train": {"micro_batch_size": 99}}, DPO],
             "stage sft: train.micro_batch_size=99 is more than the train.batch_size=16 it is a part of",
         ),
@@ -191,10 +198,18 @@ def test_every_conflict_is_reported_at_once() -> None:
 def test_remarks() -> None:
     config = load_align({"model": "m", **GRPO, "rollout": {"top_k": 50}})
     assert list(find_remarks(config)) == [
-        "stages.0.loss.beta=0: the reference is off, no KL is computed",
+        "loss.beta=0: the reference is off, no KL is computed",
         (
-            "stages.0.rollout: answers are sampled from a part of the distribution that is trained, which biases "
+            "rollout: answers are sampled from a part of the distribution that is trained, which biases "
             "their ratios: top_p=1 and top_k=0 sample from all of it"
         ),
     ]
     assert list(find_remarks(load_align({"model": "m", **GRPO, "loss": {"beta": 0.04}}))) == []
+
+
+def test_adapters_that_no_stage_is_made_of() -> None:
+    adapters = {"name": "m", "adapters": {"a": "x", "b": "y"}}
+    mixture = {"name": "Mixture", "of": ["a", "b"]}
+    (found,) = errors(SFT, DPO, model=adapters)
+    assert found.startswith("model.adapters names a, b, and no method is made of it")
+    load_align({"model": adapters, "stages": [SFT | {"method": mixture}, DPO]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,3 +81,22 @@ def test_other_names_lead_to_settings_that_exist() -> None:
     shown = {name for kind in KINDS for name in names(kind)} | {"kind", "stages"}
     settings: list[Any] = [setting.split(" ")[0].split("=")[0] for setting in ELSEWHERE]
     assert [one for one in settings if one not in shown and one != "method.dropout"] == []
+
+
+def test_the_page_has_every_setting_as_it_is() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "align.md").read_text(encoding="utf-8")
+    for kind in KINDS:
+        docs = {section.name: section.settings for section in describe.kind_sections(kind)}
+        for number, setting in enumerate(docs.get("loss", ())):
+            values = setting.kind.replace("|", "or")
+            row = f"| `{setting.name}` | {values} | {setting.default} | {setting.text} |"
+            assert (f"\n| {kind} {row}" if number == 0 else f"\n|  {row}") in page, f"{kind}: {row}"
+    for setting in docs["rollout"]:
+        default = "8" if setting.name == "samples" else setting.default
+        assert f"| `{setting.name}` | {setting.kind} | {default} | {setting.text} |" in page
+
+
+def test_the_stages_of_the_page_are_a_run() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "align.md").read_text(encoding="utf-8")
+    text = page.split("```yaml\n")[1].split("```")[0]
+    assert [stage.kind for stage in load_align(yaml_file.parse_yaml(text, "page")).stages] == ["sft", "reward", "ppo"]

@@ -60,7 +60,7 @@ def method_conflicts(config: AlignConfig) -> Iterator[str]:
 def find_remarks(config: AlignConfig) -> Iterator[str]:
     """What is allowed and may not be meant."""
     for number, stage in enumerate(config.stages):
-        at = f"stages.{number}."
+        at = f"stages.{number}." if len(config.stages) > 1 else ""
         if stage.of_kind.reference == "by beta" and not stage.has_reference:
             yield f"{at}loss.beta=0: the reference is off, no KL is computed"
         if stage.rollout is not None and (stage.rollout.top_k or stage.rollout.top_p < 1):
@@ -95,7 +95,7 @@ def _reward_conflicts(config: AlignConfig, number: int, at: str) -> Iterator[str
     stage = config.stages[number]
     if not stage.of_kind.takes_reward:
         if stage.reward:
-            yield f"{at}reward: a {stage.kind} stage takes none ({SAMPLING} do): leave it out"
+            yield f"{at}reward: a stage of kind {stage.kind} takes none ({SAMPLING} do): leave it out"
         return
     if not stage.reward:
         known = [one.name for one in config.stages[:number] if not one.of_kind.writes_text]

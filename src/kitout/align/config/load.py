@@ -24,8 +24,10 @@ HEADING = "the run's config"
 SHORTHANDS = overrides.SHORTHANDS | {
     "output": "folder",
     "reward": "source",
+    "reward.*": "source",
     **{f"stages.*.{name}": key for name, key in overrides.SHORTHANDS.items() if name.partition(".")[0] != "jobs"},
     "stages.*.reward": "source",
+    "stages.*.reward.*": "source",
 }
 OF_A_RUN = {"objective", "jobs"}  # what the run.yaml of a stage's own folder holds besides
 
@@ -104,7 +106,11 @@ def _conflicts(config: AlignConfig, context: object) -> Iterable[str]:
     yield from find_conflicts(config)
     if context is None:
         yield from method_conflicts(config)
-    for stage, run in zip(config.stages, config.runs(context), strict=True):
-        heading = f"stage {stage.name}: " if len(config.stages) > 1 else ""
-        of_run = conflicts.find_conflicts(run) if context is None else conflicts.conflicts_without_method(run)
-        yield from (heading + conflict for conflict in of_run)
+    runs = list(config.runs(context))
+    for run in runs:
+        heading = f"stage {run.output.name}: " if len(runs) > 1 else ""
+        for conflict in conflicts.find_conflicts(run) if context is None else conflicts.conflicts_without_method(run):
+            named = conflict if run.rollout is None else conflict.replace("train.batch_size=", "rollout.prompts=")
+            yield heading + named
+    if context is None:  # adapters that no stage is made of
+        yield from set.intersection(*(set(conflicts.find_unused(run)) for run in runs))

@@ -103,7 +103,8 @@ class KTOLoss(LossSettings):
     beta: float = Field(default=0.1, gt=0)
     """How strongly the policy is held to its reference; 0.1 as in the paper."""
     desirable_weight: float = Field(default=1.0, ge=0)
-    """Weight of desirable answers; with few of them raise it so that both kinds weigh 1 to 1.33 times each other."""
+    """Weight of desirable answers; the paper has all of them weigh 1 to 1.33 times all undesirable ones, so raise it
+    where they are few."""
     undesirable_weight: float = Field(default=1.0, ge=0)
     """Weight of undesirable answers."""
 
@@ -112,7 +113,7 @@ class SampledLoss(LossSettings):
     """What the losses on sampled answers share."""
 
     clip: float = Field(default=0.2, gt=0, lt=1)
-    """The ratio of new to old probability counts up to 1 - clip and 1 + clip; 0.2 as in PPO's paper."""
+    """The ratio of new to old probability counts between 1 - clip and 1 + clip only; 0.2 as in PPO's paper."""
 
 
 class GRPOLoss(SampledLoss):
@@ -156,11 +157,11 @@ class PPOLoss(SampledLoss):
     value_clip: float = Field(default=0.2, gt=0)
     """A value moves at most so far from its old one; 0.2 as clip."""
     value_coefficient: float = Field(default=0.1, ge=0)
-    """Weight of the value's loss beside the policy's; 0.1 as for language models elsewhere."""
+    """Weight of the value's loss beside the policy's; 0.1 as TRL had it."""
     gamma: float = Field(default=1.0, gt=0, le=1)
     """Discount per token; 1: an answer's end counts in full for its first token."""
     lambda_: float = Field(default=0.95, ge=0, le=1, alias="lambda")
-    """Of the generalized advantage estimate: 0 trusts the values, 1 the rewards; 0.95 as in its paper."""
+    """Of the generalized advantage estimate: 0 trusts the values, 1 the rewards; 0.95 is usual."""
     beta: float = Field(default=0.05, ge=0)
     """Weight of the KL to the reference (k1), which is part of every token's reward; 0: no reference."""
     kl_target: float | None = Field(default=None, gt=0)
