@@ -21,7 +21,7 @@ from torch import Tensor
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.errors import ConfigError, Errors, TrainingDiverged
 from kitout.evaluate.ask.batches import ProgressFn, map_batches
-from kitout.evaluate.ask.generate import answer_ids, decode_answers, plan_decoding, takes_rows
+from kitout.evaluate.ask.decoding import answer_ids, decode_answers, plan_decoding, takes_rows
 from kitout.kit import Kit
 from kitout.route import RouteEntry
 from kitout.train.loop.step import combine_seeds
