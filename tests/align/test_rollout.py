@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from typing import Any
@@ -174,6 +175,7 @@ def test_an_answer_ends_with_its_end_token_or_at_the_limit() -> None:
         assert row.input_ids == rollout.input_ids
         assert row.labels == (IGNORE_INDEX,) * row.prompt_length + rollout.answer_ids
         assert row.num_targets == len(answer)
+        assert Rollout.from_values(json.loads(json.dumps(rollout.to_values()))) == rollout
     assert {r.ended for r in rollouts} == {True, False}
     lengths = {len(r.answer_ids) for r in rollouts if r.ended}
     assert min(lengths) == 1  # an end token alone is an answer

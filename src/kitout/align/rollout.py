@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.errors import ConfigError, Errors, TrainingDiverged
 from kitout.evaluate.ask.batches import ProgressFn, map_batches
-from kitout.evaluate.ask.generate import answer_ids, decode_answers, plan_decoding, takes_rows
+from kitout.evaluate.ask.decoding import answer_ids, decode_answers, plan_decoding, takes_rows
 from kitout.kit import Kit
 from kitout.route import RouteEntry
 from kitout.train.loop.step import combine_seeds
@@ -76,6 +76,15 @@ class Rollout:
     def answer_ids(self) -> tuple[int, ...]:
         """The drawn tokens, the end token included."""
         return self.input_ids[self.prompt_length :]
+
+    def to_values(self) -> dict[str, Any]:
+        """As plain values, for a checkpoint in the middle of a round of answers."""
+        return asdict(self)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Rollout:
+        """What `to_values` gave, also after JSON."""
+        return cls(**{**values, "input_ids": tuple(values["input_ids"])})
 
     def encode(self, location: str = "") -> EncodedExample:
         """As a row of training, with every drawn token as a target and nothing else."""

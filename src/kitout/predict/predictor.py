@@ -20,7 +20,8 @@ from kitout.base.eval_mode import eval_mode
 from kitout.data.encode.languages import Languages, find_languages
 from kitout.data.encode.template_date import fix_template_date
 from kitout.errors import ConfigError, KitoutError
-from kitout.evaluate.ask.generate import generate, stop_token_ids
+from kitout.evaluate.ask.decoding import stop_token_ids
+from kitout.evaluate.ask.generate import generate
 from kitout.evaluate.ask.text_limit import check_prompts, max_tokens
 from kitout.files.usage_record import UsageRecord
 from kitout.format import short_repr

@@ -65,7 +65,8 @@ def open_gym_reward(text: str) -> GymReward:
 def gym_rows(text: str, size: int, seed: int) -> list[dict[str, Any]]:
     """`size` prompts of the task, the same for a seed: the entry's columns, and its question as `prompt`.
 
-    text: `gym:NAME`. Test prompts take another seed than those trained on.
+    text: `gym:NAME`. Read as a table they are of the format `prompts`, whose rows keep all columns for the reward. Test
+    prompts take another seed than those trained on.
     """
     if size < 1:
         raise ConfigError(f"{text}: size is {size}, expected at least 1 prompt")
