@@ -277,6 +277,21 @@ def test_plain_training_names_the_line_to_write(
         )
 
 
+@pytest.mark.parametrize(
+    ("row", "options", "expected"),
+    [
+        (PAIR, {}, ("instruction", {"instruction": "prompt"})),
+        ({"chosen": [user("a"), bot("b")], "rejected": [user("a"), bot("c")]}, {}, ("messages", {})),
+        (PAIR, {"format": "raw_preference"}, ("completion", {"prompt": "prompt"})),
+        ({"question": "a", "body": "b", "answer": "c"}, {"format": "prompts"},
+         ("question", {"question": "question", "context": "body"})),
+        ({"prompt": "a", "output": "b"}, {}, ("instruction", {"instruction": "prompt", "response": "output"})),
+    ],
+)  # fmt: skip
+def test_a_model_is_asked_as_its_prompts_are_put(row: dict[str, Any], options: dict[str, Any], expected: Any) -> None:
+    assert detect([(1, row)], "x", **options).as_asked() == expected
+
+
 def test_keys_and_splits_go_by_the_prompt() -> None:
     rows = [{"prompt": f"Say {i // 4}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(200)]
     pairs = to_examples(list(enumerate(rows, 1)), "x")

@@ -95,6 +95,23 @@ class TableReading:
         errors.raise_if_any()
         return examples
 
+    def as_asked(self) -> tuple[str, dict[str, str]]:
+        """The format of plain training and its columns by which a model that was trained on the table is asked.
+
+        Of preference data: of their prompts.
+        """
+        name, columns = self.format.name, dict(self.columns)
+        if self.format.kind == "training":
+            return name, columns
+        roles = {"prompt": "prompt"} if name.startswith("raw_") else {"prompt": "instruction"}
+        roles |= {"question": "question", "choices": "choices", "context": "context", "system": "system"}
+        asked = {roles[role]: column for role, column in columns.items() if role in roles}
+        if "instruction" in asked:
+            return "instruction", asked
+        if "question" in asked:
+            return "question", asked
+        return ("completion", asked) if name.startswith("raw_") else ("messages", {})
+
     def _name_columns(self, message: str) -> str:
         """'response' is empty -> 'output' is empty: the user knows the column, not the role."""
         for role, column in self.columns.items():
