@@ -72,10 +72,11 @@ def _objective_builder(stage: StageRun) -> Callable[[Kit, ObjectiveSettings], Ob
 
 def _encoder_builder(stage: StageRun) -> Callable[[EncoderSettings], Any]:
     def build(settings: EncoderSettings) -> Any:
-        given = settings.tokenizer, settings.max_length
+        given, dropped = (settings.tokenizer, settings.max_length), settings.dropped
         if stage.rollout is not None:
-            return RolloutPromptEncoder(*given, stage.rollout.max_new_tokens, settings.chat_template_kwargs)
+            new_tokens = stage.rollout.max_new_tokens
+            return RolloutPromptEncoder(*given, new_tokens, settings.chat_template_kwargs, dropped=dropped)
         encoder = UnpairedEncoder if isinstance(stage.loss, KTOLoss) else PairEncoder
-        return encoder(*given, settings.chat_template_kwargs)
+        return encoder(*given, settings.chat_template_kwargs, dropped)
 
     return build
