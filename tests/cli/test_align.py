@@ -113,7 +113,7 @@ def test_stages_of_a_file_by_name_or_number(started: list[AlignConfig], tmp_path
         (["dpo", "--model", "m", "--data", "d", "--lr", "1"], "there is no option --lr; write train.lr"),
         (["dpo", "--modle", "m"], "there is no option --modle; did you mean --model?"),
         (["dpo", "--model", "m", "--data", "d", "loss.bta=1"], "loss.bta: there is no such setting; did you mean"),
-        (["dpo", "--model", "m", "--data", "d", "--reward", "x"], "a stage of kind dpo takes none (grpo, rloo, ppo do)"),
+        (["dpo", "--model", "m", "--data", "d", "--reward", "x"], "kind dpo takes none (grpo, rloo, ppo do)"),
         (["grpo", "--model", "m", "--data", "d"], "a grpo stage needs what scores its answers: a stage of kind"),
         (["grpo", "--model", "m", "--data", "gym:a"], "needs what scores its answers: write reward=gym:a"),
         (["dpo", "--model", "m", "--data", "d", "--method", "loar"], "did you mean 'LoRA'?"),
