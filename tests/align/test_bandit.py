@@ -59,7 +59,8 @@ def test_every_kind_of_reinforcement_finds_the_rewarded_token(name: str, model: 
     result = kitout.align(
         model={"name": str(model), "dtype": "float32"}, method={"name": "LoRA", "rank": 4, "targets": "all-linear"},
         data={"train": {"path": str(data), "format": "raw_prompts"}, "validation": 0, "test": 6},
-        reward="align.test_bandit:is_a", train={"steps": steps, "lr": 5e-3 if name == "ppo" else 2e-2, "lr_schedule": "constant"},
+        reward="align.test_bandit:is_a",
+        train={"steps": steps, "lr": 5e-3 if name == "ppo" else 2e-2, "lr_schedule": "constant"},
         output={"folder": str(tmp_path / "run")}, log=lambda _line: None, **settings,
     )  # fmt: skip
     kit = kitout.load(tmp_path / "run" / "adapter").kit

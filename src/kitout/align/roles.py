@@ -72,7 +72,11 @@ def roles(
             except RouteError:  # what these adapters train cannot differ by row
                 if how == "joint":
                     raise
-        return {role: value for one in wanted.items() for role, value in _run(kit, path, dict([one]), rows, temperature).items()}
+        return {
+            role: value
+            for one in wanted.items()
+            for role, value in _run(kit, path, dict([one]), rows, temperature).items()
+        }
 
 
 def _check_wanted(kit: Kit, wanted: Mapping[RouteEntry, Answer], how: How) -> None:
@@ -188,7 +192,10 @@ def _run(
             count = len(with_frozen_head)
             with kit.state.active.restored(kit.state.compile(None)):
                 found = _log_probs(
-                    run_head, torch.cat([*with_frozen_head.values()]), rows.labels.repeat(count), head.out_features,
+                    run_head,
+                    torch.cat([*with_frozen_head.values()]),
+                    rows.labels.repeat(count),
+                    head.out_features,
                     temperature,
                 )
             answers.update(zip(with_frozen_head, found.reshape(count, len(rows.labels)), strict=True))

@@ -36,7 +36,7 @@ def task_of(stage: StageRun) -> Task:
         lambda _examples, _is_encoder_decoder: False,
         build_heads=_scalar_heads if is_reward else None,
         used_as=REWARD if is_reward else "causal_lm",
-        kinds=(stage.of_kind.data_format,),
+        kinds=stage.of_kind.reads,
     )
 
 

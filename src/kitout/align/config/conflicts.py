@@ -186,7 +186,7 @@ def _loss_conflicts(stage: StageConfig, at: str) -> Iterator[str]:
 def _data_conflicts(stage: StageConfig, at: str) -> Iterator[str]:
     wanted = stage.of_kind.data_format
     for number, one in enumerate(stage.data.train):
-        fitting = [name for name, each in FORMATS.items() if each.kind == wanted]
+        fitting = [name for name, each in FORMATS.items() if each.kind in stage.of_kind.reads]
         if wanted != "auto" and one.format not in ("auto", *fitting):
             yield (
                 f"{at}data.train.{number}.format={one.format}: a {stage.kind} stage reads the format "

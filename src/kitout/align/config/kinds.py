@@ -49,6 +49,11 @@ class Kind:
     """What it trains is a language model; False: a scalar head."""
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """The kinds of tables that it reads: of single answers a pair has two."""
+        return ("unpaired", "preference") if self.data_format == "unpaired" else (self.data_format,)
+
+    @property
     def takes_reward(self) -> bool:
         """It samples answers, which something has to score."""
         return self.samples > 0

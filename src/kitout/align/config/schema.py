@@ -209,10 +209,6 @@ class StageConfig(StageLoss):
         train: dict[str, Any] = {"from_": None if self.from_ is None else align.adapter_of(self.from_)}
         if self.rollout is not None:
             train["batch_size"] = self.rollout.prompts
-        sources = [
-            one.model_copy(update={"format": self.of_kind.data_format}) if one.format == "auto" else one
-            for one in self.data.train
-        ]
         rewards = [one.model_copy(update={"source": align.adapter_of(one.source)}) for one in self.reward]
         method = DEFAULT_METHOD if context is WITHOUT_METHODS else align.method_of(self)
         values: dict[str, Any] = {
@@ -222,7 +218,7 @@ class StageConfig(StageLoss):
             "reward": rewards,
             "model": align.model,
             **({} if method is None else {"method": method}),
-            "data": self.data.model_copy(update={"train": tuple(sources)}),
+            "data": self.data,
             "train": self.train.model_copy(update=train),
             "evaluate": self.evaluate,
             "output": {"folder": align.folder_of(self.name), "name": self.name, "report_to": align.output.report_to},
