@@ -18,7 +18,7 @@ import torch
 from kitout.align.config.schema import AlignConfig, StageRun, with_default_lr
 from kitout.align.measure.pairs import AUC, LOSS, PAIR_ACCURACY, measure_answers, validation_metrics
 from kitout.align.objectives.kto import KTOObjective, mismatched_rows
-from kitout.align.objectives.preference import PreferenceObjective
+from kitout.align.objectives.preference_objective import PreferenceObjective
 from kitout.align.reference import load_reference, reference_scores
 from kitout.align.reinforce import Reinforcement, with_gym_data
 from kitout.align.tasks import task_of

@@ -50,11 +50,11 @@ def _objective_builder(stage: StageRun) -> Callable[[Kit, ObjectiveSettings], Ob
     def build(kit: Kit, _settings: ObjectiveSettings) -> Objective:
         loss = stage.loss
         if isinstance(loss, RewardLoss):
-            from kitout.align.objectives.reward import RewardObjective
+            from kitout.align.objectives.reward_objective import RewardObjective
 
             return RewardObjective(kit, loss)
         if isinstance(loss, DPOLoss | ORPOLoss | SimPOLoss):
-            from kitout.align.objectives.preference import PreferenceObjective
+            from kitout.align.objectives.preference_objective import PreferenceObjective
 
             return PreferenceObjective(kit, loss)
         if isinstance(loss, KTOLoss):

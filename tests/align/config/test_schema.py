@@ -93,7 +93,6 @@ def test_a_stage_is_a_run_whose_own_file_is_the_stage_again(kind: str) -> None:
     assert run.method == IA3()
     assert run.kind == kind
     assert run.loss == config.stages[2].loss
-    assert run.data.train[0].format == KINDS[kind].data_format
     if KINDS[kind].takes_reward:
         assert run.train.batch_size == 3
         assert [reward.source for reward in run.reward] == [str(Path("runs/x/taste/adapter"))]

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitout.align.objectives.kto import KTOObjective
-from kitout.align.objectives.preference import PreferenceObjective
-from kitout.align.objectives.reward import RewardObjective
+from kitout.align.objectives.preference_objective import PreferenceObjective
+from kitout.align.objectives.reward_objective import RewardObjective
 from kitout.align.objectives.scored_answers import AnswerScorer
 from kitout.align.reference import score_rows
 from kitout.data.encode.item import EncodedPair, EncodedUnpaired
