@@ -1,0 +1,1 @@
+"""RLHF: preference losses, reward models and reinforcement on one frozen base."""
