@@ -28,7 +28,13 @@ from kitout.train.objectives.objective import Objective
 from zoo import EXTRA, FIRST_TOKEN, VOCAB, ZOO
 
 ALL = {**ZOO, **EXTRA}
-OWN_SETTINGS = ("evaluate_fn", "callbacks", "run_id", "num_checkpoints")  # of JobTrainer; others are Trainer's
+OWN_SETTINGS = (
+    "evaluate_fn",
+    "callbacks",
+    "run_id",
+    "num_checkpoints",
+    "step_data",
+)  # of JobTrainer; others are Trainer's
 
 
 def kit_of(species: str, attention: str = "", dtype: torch.dtype = torch.float32) -> Kit:

@@ -26,7 +26,7 @@ from kitout.train.measure.baseline import BASELINES, predict_constant
 from kitout.train.measure.predict import Predictions, compute_metrics, generate_answers_under, predict
 from kitout.train.objectives.tasks import TASKS, ObjectiveSettings
 from kitout.train.setup.closed_answers import ClosedAnswers, find_closed_answers
-from kitout.train.setup.datasets import build_encoder, infer_objective
+from kitout.train.setup.datasets import build_encoder, infer_task
 from kitout.train.setup.job_datasets import Datasets
 from kitout.train.setup.lengths import requested_lengths
 
@@ -112,7 +112,7 @@ def encode_examples(
             }
         )
     is_encoder_decoder = bool(getattr(kit.config, "is_encoder_decoder", False))
-    task = TASKS[infer_objective(examples, "auto" if usage is None else usage.task, is_encoder_decoder)]
+    task = infer_task(examples, "auto" if usage is None else usage.task, is_encoder_decoder)
     if task.generates_text != writes_text:
         found, has = ("texts to write", "labels") if task.generates_text else ("labels", "text")
         hint = "" if task.generates_text else "; with a system_prompt a labeled text becomes a chat that it answers"
@@ -125,7 +125,7 @@ def encode_examples(
     if not items:
         raise DataError("there is nothing to measure on")
     return Datasets(
-        task.name, items, [], items, labels, digest=digest(items),
+        task, items, [], items, labels, digest=digest(items),
         answers=_closed_answers(items, record) if task.generates_text else None,
     )  # fmt: skip
 

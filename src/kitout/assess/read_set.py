@@ -23,6 +23,7 @@ from kitout.evaluate.sets.text_set import TextSet
 from kitout.files.usage_record import UsageRecord
 from kitout.kit import Kit
 from kitout.train.config.schema import SourceConfig
+from kitout.train.objectives.tasks import TASKS
 from kitout.train.setup.find_inputs import resolve_data
 from kitout.train.setup.job_datasets import Datasets
 
@@ -120,7 +121,13 @@ class SetReader:
         measured = images.subset(sample(rows, source.limit, self.seed))
         indices = list(range(len(measured)))
         dataset = Datasets(
-            "image_classification", indices, [], indices, measured.label_names, digest=measured.digest, images=measured
+            TASKS["image_classification"],
+            indices,
+            [],
+            indices,
+            measured.label_names,
+            digest=measured.digest,
+            images=measured,
         )
         return ExampleSet(source.path, dataset, pixels=self.pixels)
 

@@ -34,9 +34,12 @@ NEW, OLD, DELETED = ".new", ".old", ".deleted"
 
 def save(
     folder: Path, step: int, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
-    progress: Mapping[str, Any], trainer_state: str,
+    progress: Mapping[str, Any], trainer_state: str, step_data: Mapping[str, Tensor] | None = None,
 ) -> Path:  # fmt: skip
-    """Writes `folder`/checkpoint-<step>, replacing one of that step. OSError: the earlier ones are untouched."""
+    """Writes `folder`/checkpoint-<step>, replacing one of that step. OSError: the earlier ones are untouched.
+
+    step_data: what the next steps train on, where no file holds it (`read_step_data`).
+    """
     final_path, new_path = folder / f"{PREFIX}{step}", folder / f".{PREFIX}{step}{NEW}"
     shutil.rmtree(new_path, ignore_errors=True)
     try:
@@ -44,6 +47,7 @@ def save(
         tensors = {f"value.{name}": value.detach().cpu().contiguous() for name, value in values.items()}
         for number, state in optimizer.state_dict()["state"].items():
             tensors |= {f"state.{number}.{key}": value.cpu().contiguous() for key, value in state.items()}
+        tensors |= {f"data.{name}": value.cpu().contiguous() for name, value in (step_data or {}).items()}
         _save_tensors(tensors, new_path / TENSORS)
         (new_path / PROGRESS).write_text(json.dumps(dict(progress)), encoding="utf-8")
         (new_path / STATE).write_text(trainer_state, encoding="utf-8")
@@ -150,6 +154,11 @@ def load_values(path: Path, values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in values.items():
             value.copy_(tensors[name])
+
+
+def read_step_data(path: Path) -> dict[str, Tensor]:
+    """What `save` had as step_data."""
+    return _read_tensors(path, "data.")
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:

@@ -22,7 +22,6 @@ from kitout.train.adapter_folders import adapter_folders, data_hash
 from kitout.train.config import yaml_file
 from kitout.train.config.schema import RunConfig
 from kitout.train.measure.merge_proof import MergeProof
-from kitout.train.objectives.tasks import TASKS
 from kitout.train.portable_texts import portable_summary
 from kitout.train.preflight.collect import skipped_text
 from kitout.train.run_folder import RunFolder
@@ -105,7 +104,7 @@ def run_summary(
         data_name=sources[0],
         data_hash=data_hash(digests),
         hub_name=base.name if base.source == "hub" else "",
-        hub_task=TASKS[run.objective].hub_task,
+        hub_task=run.task.hub_task,
         labels=tuple(labels),
         license=model_card.find_license(Path(resolve_model(config.model.name))),
         created=f"{datetime.now(timezone.utc):%Y-%m-%d} by kitout {__version__}",

@@ -18,7 +18,6 @@ from kitout.files.portable_name import name_without_folder, portable_name
 from kitout.files.usage_record import BaseRecord, ImagesRecord, TextRecord, UsageRecord
 from kitout.train.config.schema import ModelConfig, RunConfig
 from kitout.train.measure.predict import default_max_new_tokens
-from kitout.train.objectives.tasks import TASKS
 from kitout.train.setup.job_datasets import Datasets
 from kitout.train.setup.prepare import PreparedRun
 
@@ -29,7 +28,7 @@ def usage_of(run: PreparedRun, config: RunConfig, number: int) -> UsageRecord:
     """Of one job of a run."""
     dataset, job = run.datasets[number], config.per_job()[number]
     return UsageRecord(
-        task=run.objective,
+        task=run.task.used_as or run.objective,
         labels=list(dataset.label_names),
         base=base_record(run, config.model),
         text=None if run.tokenizer is None else _text_record(run, job, number, dataset),
@@ -74,7 +73,7 @@ def _text_record(run: PreparedRun, job: RunConfig, number: int, dataset: Dataset
         chat_template_kwargs=json.loads(json.dumps(data.chat_template_kwargs)),
         template_date=data.template_date,
         max_length=lengths.text.tokens,
-        max_new_tokens=_max_new_tokens(job, dataset) if TASKS[run.objective].generates_text else None,
+        max_new_tokens=_max_new_tokens(job, dataset) if run.task.generates_text else None,
         src_lang=None if languages is None else languages.source,
         tgt_lang=None if languages is None else languages.target,
         answers=[] if answers is None else list(answers.names),

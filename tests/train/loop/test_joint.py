@@ -142,6 +142,7 @@ def poisoned_at(one: Job, step: int) -> Job:
 
     class Poisoned:
         batch_key = None
+        rows = objective.rows
         task = objective.task
         num_tokens, num_targets, collate = objective.num_tokens, objective.num_targets, objective.collate
         num_steps = 0

@@ -13,7 +13,7 @@ from kitout.errors import ConfigError
 from kitout.train.config.load import load
 from kitout.train.config.schema import DataConfig
 from kitout.train.objectives.tasks import TASKS
-from kitout.train.setup.datasets import infer_objective, load_text_datasets
+from kitout.train.setup.datasets import infer_task, load_text_datasets
 from kitout.train.setup.prepare import prepare
 from tiny_models import encoder, jsonl, reviews, tokenizer
 
@@ -39,17 +39,17 @@ def labeled(*labels: Any) -> list[Example]:
     ],
 )
 def test_the_data_decide_the_objective(examples: list[Example], objectives: tuple[str, str]) -> None:
-    assert tuple(infer_objective(examples, "auto", is_encoder_decoder) for is_encoder_decoder in (False, True)) == (
+    assert tuple(infer_task(examples, "auto", is_encoder_decoder).name for is_encoder_decoder in (False, True)) == (
         objectives
     )
     fitting = [name for name, task in TASKS.items() if task.fits(examples, False)]
     assert fitting == [objectives[0]]  # no two objectives want the same examples
-    assert infer_objective(examples, "regression", False) == "regression"
+    assert infer_task(examples, "regression", False).name == "regression"
 
 
 def test_images_are_for_models_that_read_images() -> None:
     with pytest.raises(ConfigError, match="for models that read images"):
-        infer_objective([LabeledImage("a.png", "a")], "auto", False)
+        infer_task([LabeledImage("a.png", "a")], "auto", False)
 
 
 def test_each_entry_bears_its_own_name() -> None:

@@ -26,17 +26,22 @@ EFFECT_DEADLINE_STEPS = 16  # after the warmup; by then an adapter has to change
 
 
 class Health:
-    """Checks the jobs of one run and clips their gradients."""
+    """Checks the jobs of one run and clips their gradients.
+
+    has_fixed_data: False where examples are made while training: the first of them may teach nothing, as answers that
+    all have the same reward, so the checks wait for the first step with a gradient.
+    """
 
     diverged: dict[str, str]
     """Jobs that stopped because they diverged, and the message."""
 
-    def __init__(self, kit: Kit, jobs: Sequence[Job], folder: Path) -> None:
-        self.kit, self.jobs, self.folder = kit, list(jobs), folder
+    def __init__(self, kit: Kit, jobs: Sequence[Job], folder: Path, has_fixed_data: bool = True) -> None:
+        self.kit, self.jobs, self.folder, self.has_fixed_data = kit, list(jobs), folder, has_fixed_data
+        self._awaits_gradient = False
         self.diverged = {}
         self._start_values: dict[str, Tensor] = {}  # empty before the first step and once every effect has shown
         self._divergences: list[dict[str, Any]] = []
-        self._effect_due_step = 2
+        self._effect_due_step = 0
 
     def trained_parameters(self, job: Job) -> list[tuple[str, nn.Parameter]]:
         return [(name, value) for name, value in self.kit[job.name].named_parameters() if value.requires_grad]
@@ -44,8 +49,8 @@ class Health:
     def clip(self, step: int) -> float:
         """Clips each job's gradients by its own norm; the largest norm. TrainingDiverged when no job is left."""
         norms = [0.0]
-        if step == 0:
-            self._check_gradients()
+        if step == 0 or self._awaits_gradient:
+            self._check_gradients(step)
         for job in self.jobs:
             if step >= len(job.batches):
                 continue
@@ -77,17 +82,21 @@ class Health:
         if len(self.jobs) > 1:
             warnings.warn(f"{self.diverged[job.name]}; the other jobs continue", RuntimeWarning, stacklevel=2)
 
-    def _check_gradients(self) -> None:
+    def _check_gradients(self, step: int) -> None:
         """After the first backward every trained tensor has a gradient, and not all of a job's are zero."""
         trained = [(job.name, name, value) for job in self.jobs for name, value in self.trained_parameters(job)]
         without = [f"{job}: {name}" for job, name, value in trained if value.grad is None]
         nonzero = {job for job, _, value in trained if value.grad is not None and bool((value.grad != 0).any())}
+        self._awaits_gradient = not self.has_fixed_data and not without and len(nonzero) < len(self.jobs)
+        if self._awaits_gradient:
+            return
         without += [f"{job.name}: all of them are zero" for job in self.jobs if not without and job.name not in nonzero]
         if without:
             raise UnusedSite(
                 f"{len(without)} trained tensors have no gradient after the first step, so they would never be "
                 f"trained: {', '.join(without[:5])}; choose other targets, or leave these out"
             )
+        self._effect_due_step = step + 2
         self._start_values = {f"{job}/{name}": value.detach().clone() for job, name, value in trained}
 
     @torch.no_grad()
@@ -124,7 +133,8 @@ class Health:
             adapter = self.kit[job.name]
             if not adapter.heads:  # with heads the base may not even have an answer for as many classes
                 is_alone = job.objective.batch_key is None or not can_share_forward(adapter)
-                groups.setdefault(job.name if is_alone else (job.objective.batch_key,), []).append(job)
+                key = (job.objective.batch_key, job.objective.rows)
+                groups.setdefault(job.name if is_alone else key, []).append(job)
         return [job for group in groups.values() for job in self._same_as_base(group)]
 
     def _same_as_base(self, jobs: Sequence[Job]) -> list[Job]:
@@ -133,7 +143,7 @@ class Health:
         weights = torch.ones(batch.num_examples, device=self.kit.device)
         names = [job.name for job in jobs]
         with eval_mode(self.kit.base, self.kit):
-            with self.kit.use(names if len(names) > 1 else names[0]):
+            with self.kit.use([n for n in names for _ in range(objective.rows)] if len(names) > 1 else names[0]):
                 tuned = objective.losses(self.kit, batch, weights).per_example
             with self.kit.use(None):
                 base = objective.losses(self.kit, batch, weights).per_example

@@ -188,12 +188,12 @@ class StepRunner:
     ) -> tuple[Losses, Batch]:
         device = self.kit.device
         jobs = [self.jobs[j] for j, _ in micro_batch.rows]
+        objective = jobs[0].objective
         scale = 0.0 if micro_batch.is_padding else float(distributed.world_size())  # gradients are averaged over these
         weights = torch.tensor([scale / max(1, num_targets[j]) for j, _ in micro_batch.rows], device=device)
-        names = [job.name for job in jobs]
+        names = [job.name for job in jobs for _ in range(objective.rows)]
         route: Any = names if len(set(names)) > 1 else names[0]
         seeds = [combine_seeds(self.jobs[j].settings.seed, step, i) for j, i in micro_batch.rows]
-        objective = jobs[0].objective
         batch = objective.collate([self.jobs[j].examples[i] for j, i in micro_batch.rows], seeds)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), self.kit.use(route):
             torch.manual_seed(combine_seeds(jobs[0].settings.seed, step, micro_batch.number, distributed.rank()))
@@ -244,12 +244,16 @@ class StepRunner:
 
 
 def _forward_group(kit: Kit, job: Job, index: int) -> Hashable:
-    """Jobs of one group may share a forward: same form of batch, no dropout, heads of the same shapes."""
+    """Jobs of one group may share a forward: same form of batch and rows, no dropout, heads of the same shapes."""
     key = job.objective.batch_key
     if key is None or not can_share_forward(kit[job.name]):
         return index
     heads = kit[job.name].heads
-    return key, tuple((path, tuple(tuple(v.shape) for v in head.parameters())) for path, head in heads.items())
+    return (
+        key,
+        job.objective.rows,
+        tuple((path, tuple(tuple(v.shape) for v in head.parameters())) for path, head in heads.items()),
+    )
 
 
 def combine_seeds(*seeds: int) -> int:

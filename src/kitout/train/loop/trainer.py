@@ -33,6 +33,7 @@ from kitout.train.loop.fsdp import is_sharded, shard
 from kitout.train.loop.health import Health
 from kitout.train.loop.jobs import Job, build_optimizer, build_scheduler
 from kitout.train.loop.step import StepRows, StepRunner
+from kitout.train.loop.step_data import StepData
 from kitout.train.loop.stop_on_signal import StopOnSignal
 
 EvaluateFn = Callable[[], dict[str, float]]
@@ -71,6 +72,8 @@ class JobTrainer(Trainer):  # type: ignore[misc]
     """Of all steps before this call: the loss summed up to the last log, and since then."""
     is_evaluating: bool
     """In `evaluate_fn`, or left by its error."""
+    step_data: StepData | None
+    """Makes the examples while training; None: the jobs have them."""
 
     def __init__(
         self,
@@ -84,9 +87,11 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         callbacks: Sequence[TrainerCallback] = (),
         micro_batch_size: int | None = None,
         num_checkpoints: int = 2,
+        step_data: StepData | None = None,
     ) -> None:
         self.kit, self.jobs, self.folder = kit, list(jobs), folder
         self.run_id, self.evaluate_fn, self.num_checkpoints = run_id, evaluate_fn, num_checkpoints
+        self.step_data = step_data
         self.step_dataset = StepDataset(jobs)
         args.device  # noqa: B018 - reading it joins the other processes
         _adjust_arguments(args, len(self.step_dataset), len(jobs))
@@ -95,7 +100,7 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         self.cuts, self.loss_sum_before, self.is_evaluating = {}, (0.0, 0.0), False
         self.stop_on_signal = StopOnSignal()
         self.step_runner = StepRunner(kit, jobs, micro_batch_size or max(len(self.step_dataset[0]), 1))
-        self.health = Health(kit, jobs, folder)
+        self.health = Health(kit, jobs, folder, has_fixed_data=step_data is None)
         with _restored_config(kit):
             super().__init__(
                 model=kit, args=args, train_dataset=self.step_dataset, eval_dataset=self.step_dataset,
@@ -149,6 +154,8 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         if not rows:  # every job that had steps left has diverged
             self.control.should_training_stop = True
             return torch.zeros((), device=self.args.device)
+        if self.step_data is not None:
+            self.step_data.before_step(self.state.global_step)
         accelerator = self.accelerator
         return self.step_runner.step(model, rows, self.state.global_step, accelerator.backward, accelerator.no_sync)
 
@@ -176,6 +183,7 @@ class JobTrainer(Trainer):  # type: ignore[misc]
             logs |= {"tokens": tokens, "tokens_per_second": tokens / max(seconds, 1e-9), "seconds": seconds}
             logs |= {"processor_seconds": processor_seconds}
             logs |= {"memory": memory.peak(self.args.device)}
+            logs |= {} if self.step_data is None else self.step_data.metrics()
         if "train_loss" in logs:  # of the whole run; Trainer's is of the steps since a resume
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
@@ -210,8 +218,13 @@ class JobTrainer(Trainer):  # type: ignore[misc]
                 "scheduler": {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"},
             }
             trainer_state = json.dumps(asdict(self.state))
+            step_data: dict[str, Tensor] = {}
+            if self.step_data is not None:
+                progress["step_data"], step_data = self.step_data.state()
             try:
-                checkpoints.save(self.folder, step, self.trained_tensors(), self.optimizer, progress, trainer_state)
+                checkpoints.save(
+                    self.folder, step, self.trained_tensors(), self.optimizer, progress, trainer_state, step_data
+                )
                 checkpoints.prune(self.folder, self.num_checkpoints, self.state.best_global_step)
             except OSError as error:
                 reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
@@ -242,6 +255,8 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         runner.restore(progress)
         runner.micro_batch_size = min(runner.micro_batch_size, requested)  # a run short of memory may resume with less
         self.health.diverged = progress["stopped"]
+        if self.step_data is not None:
+            self.step_data.restore(progress["step_data"], checkpoints.read_step_data(path))
         if "loss_sum" in progress:  # not in checkpoints of earlier versions
             total, since_log = progress["loss_sum"]
             is_same_number = len(since_log) == distributed.world_size()

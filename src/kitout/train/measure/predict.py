@@ -91,13 +91,17 @@ def predict(
 def plan_forwards(
     objective: Objective, items: Sequence[Any], rows: Sequence[int], max_rows: int | None = None
 ) -> list[list[int]]:
-    """Batches of like lengths, the longest first, so that a lack of memory shows early. max_rows: of one batch."""
+    """Batches of like lengths, the longest first, so that a lack of memory shows early. max_rows: examples of one."""
     order = sorted(rows, key=lambda i: -objective.num_tokens(items[i]))
     batches: list[list[int]] = []
     start = 0
     while start < len(order):
         size = max(
-            1, min(max_rows or MAX_BATCH_ROWS, MAX_BATCH_TOKENS // max(1, objective.num_tokens(items[order[start]])))
+            1,
+            min(
+                max_rows or MAX_BATCH_ROWS // objective.rows,
+                MAX_BATCH_TOKENS // max(1, objective.num_tokens(items[order[start]])),
+            ),
         )
         batches.append(order[start : start + size])
         start += size

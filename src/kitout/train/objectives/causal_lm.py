@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
-from kitout.data.padding import pad
 from kitout.errors import ConfigError, PackingLeak
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
+from kitout.train.objectives.answer_rows import collate_rows, position_ids, sum_by_owner
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32
 from kitout.train.objectives.lm_head_loss import HeadLoss
 from kitout.train.objectives.objective import Batch, Losses
@@ -31,6 +31,7 @@ class CausalLM:
     """Next-token prediction, with or without packing."""
 
     task: Task = "generation"
+    rows: int = 1
     pack_width: int
     """Tokens of a row that several examples share; 0: no packing."""
     head: HeadLoss
@@ -64,35 +65,13 @@ class CausalLM:
         return sum(label != IGNORE_INDEX for label in item.labels[1:])
 
     def collate(self, items: Sequence[EncodedExample], seeds: Sequence[int] | None) -> Batch:
-        device = self.kit.device
-        rows = _pack(items, self.pack_width) if self.pack_width else [[i] for i in range(len(items))]
-        ids, mask = pad([[t for i in row for t in items[i].input_ids] for row in rows], 0, "right", device)
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        if self.pack_width:
-            del inputs["attention_mask"]  # with one, transformers makes no block mask from the position ids
-            inputs["position_ids"] = _position_ids(
-                [[len(items[i].input_ids) for i in row] for row in rows], ids.shape[1], device
-            )
-        positions, labels, owners = [], [], []
-        for r, row in enumerate(rows):
-            start = r * ids.shape[1]
-            for i in row:
-                for t, label in enumerate(items[i].labels):
-                    if t and label != IGNORE_INDEX:
-                        positions.append(start + t - 1)
-                        labels.append(label)
-                        owners.append(i)
-                start += len(items[i].input_ids)
-        targets = {
-            name: torch.tensor(values, dtype=torch.long, device=device)
-            for name, values in (("positions", positions), ("labels", labels), ("owners", owners))
-        }
-        return Batch(inputs, targets, len(items), sum(len(item.input_ids) for item in items), ids.numel())
+        packed = _pack(items, self.pack_width) if self.pack_width else None
+        return collate_rows(items, self.kit.device, packed)
 
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
         positions, labels, owners = (batch.targets[name] for name in ("positions", "labels", "owners"))
         total, nll, is_correct = self.head(lambda: model(**batch.inputs), positions, labels, weights[owners])
-        sums = [_sum_by_owner(v, owners, batch.num_examples) for v in (nll, is_correct.float(), torch.ones_like(nll))]
+        sums = [sum_by_owner(v, owners, batch.num_examples) for v in (nll, is_correct.float(), torch.ones_like(nll))]
         return Losses(total, *sums)
 
     def predictions(self, model: Any, batch: Batch) -> list[Any]:
@@ -132,17 +111,13 @@ class CausalLM:
     def _logits_of_packed(self, items: Sequence[EncodedExample]) -> Tensor:
         """Of one packed row, in this order."""
         ids = torch.tensor([[t for item in items for t in item.input_ids]], device=self.kit.device)
-        position_ids = _position_ids([[len(item.input_ids) for item in items]], ids.shape[1], self.kit.device)
-        logits: Tensor = self.kit(input_ids=ids, position_ids=position_ids, use_cache=False).logits[0]
+        positions = position_ids([[len(item.input_ids) for item in items]], ids.shape[1], self.kit.device)
+        logits: Tensor = self.kit(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
         return at_least_float32(logits)
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
-
-
-def _sum_by_owner(values: Tensor, owners: Tensor, num_examples: int) -> Tensor:
-    return torch.zeros(num_examples, dtype=values.dtype, device=values.device).index_add_(0, owners, values.detach())
 
 
 def _pack(items: Sequence[EncodedExample], width: int) -> list[list[int]]:
@@ -160,12 +135,3 @@ def _pack(items: Sequence[EncodedExample], width: int) -> list[list[int]]:
             rows.append([i])
             free_tokens.append(width - size)
     return rows
-
-
-def _position_ids(lengths: Sequence[Sequence[int]], width: int, device: torch.device) -> Tensor:
-    """[B, T]: from 0 in every example, and from 0 again in the padding, as if it were one more example."""
-    rows = []
-    for row in lengths:
-        positions = [t for n in row for t in range(n)]
-        rows.append(positions + list(range(width - len(positions))))
-    return torch.tensor(rows, device=device)

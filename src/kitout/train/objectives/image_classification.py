@@ -47,6 +47,7 @@ class ImageClassification:
     """A class per image."""
 
     task: Task = "classification"
+    rows: int = 1
     images: ImageSet
     """All splits together."""
     pixels: PixelProcessor

@@ -1,4 +1,4 @@
-"""The loss of a language model, with its output head run at the target positions alone.
+"""The loss or log-probabilities of a language model, with its output head run at the target positions alone.
 
 There are three modes; the first that is exact on this model and its adapters is taken: "chunked" (a frozen linear head
 and nothing after it), "selected" (the head sees the target positions only), "full" (all logits). Whether anything
@@ -8,16 +8,22 @@ logits on real rows. It knows the head, and no model, no data and no adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kitout.kit import Kit
-from kitout.train.objectives.chunked_cross_entropy import chunked_cross_entropy, cross_entropy_terms
+from kitout.train.objectives.chunked_cross_entropy import (
+    chunked_cross_entropy,
+    chunked_log_probs,
+    cross_entropy_terms,
+    log_prob_terms,
+)
 
+Terms = TypeVar("Terms", bound=tuple[Tensor, ...])
 HeadLossMode = Literal["chunked", "selected", "full"]
 # Of the loss; the modes differ by rounding.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -36,23 +42,32 @@ class HeadLoss:
         self.mode, self.head = mode, output_head(kit)
 
     @classmethod
-    def choose(cls, kit: Kit, names: list[str], run_model: Any, positions: Tensor, labels: Tensor) -> HeadLoss:
-        """The first mode with the loss of all logits. run_model() calls the model and returns its output."""
+    def choose(
+        cls, kit: Kit, names: list[str], run_model: Any, positions: Tensor, labels: Tensor, log_probs: bool = False
+    ) -> HeadLoss:
+        """The first mode with the loss of all logits. run_model() calls the model and returns its output.
+
+        log_probs: what `log_probs` gives is compared too, at every position (their mean difference).
+        """
         full = cls(kit, "full")
         if full.head is None:
             return full
         weights = torch.full((len(labels),), 1.0 / len(labels), device=labels.device)
         with torch.no_grad():
-            expected = full(run_model, positions, labels, weights)[0].item()
+            expected, expected_nll, _ = full(run_model, positions, labels, weights)
+            tolerance = TOLERANCE.get(kit.dtype, 1e-4) * (1 + abs(expected.item()))
             may_chunk = _head_is_frozen(kit, names, full.head) and _nothing_after_head(run_model, full.head)
             modes: list[HeadLossMode] = ["chunked", "selected"] if may_chunk else ["selected"]
             for mode in modes:
                 candidate = cls(kit, mode)
                 try:
-                    loss = candidate(run_model, positions, labels, weights)[0].item()
+                    difference = abs(candidate(run_model, positions, labels, weights)[0].item() - expected.item())
+                    if log_probs and difference <= tolerance:
+                        found = candidate.log_probs(run_model, positions, labels)[0]
+                        difference = (found + expected_nll).abs().mean().item()
                 except (RuntimeError, ValueError, IndexError):  # more follows the head than this mode allows for
                     continue
-                if abs(loss - expected) <= TOLERANCE.get(kit.dtype, 1e-4) * (1 + abs(expected)):
+                if difference <= tolerance:
                     return candidate
         return full
 
@@ -63,15 +78,21 @@ class HeadLoss:
 
         positions [N]: those that predict a target, in the flattened [B * T]; labels, weights [N].
         """
-        if self.head is None or self.mode == "full":
-            logits = run_model().logits
-            return cross_entropy_terms(logits.reshape(-1, logits.shape[-1])[positions], labels, weights)
-        if self.mode == "selected":
-            with _select_positions(self.head, positions):
-                return cross_entropy_terms(run_model().logits.reshape(len(positions), -1), labels, weights)
-        with _loss_in_head(self.head, positions, labels, weights) as losses:
-            run_model()
-        return losses[0]
+        if self.head is None or self.mode != "chunked":
+            return cross_entropy_terms(self.logits(run_model, positions), labels, weights)
+        function = lambda h, weight, bias: chunked_cross_entropy(h, weight, bias, labels, weights)  # noqa: E731
+        return _terms_in_head(self.head, run_model, positions, function)
+
+    def log_probs(self, run_model: Any, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-probability of each label [N] with its gradient, and the entropy in nats there [N] without one.
+
+        positions [N]: those that predict a target, in the flattened [B * T]; labels [N]. Both results are float32, or
+        float64 where the model is. No logits are kept for the backward where the mode is "chunked".
+        """
+        if self.head is None or self.mode != "chunked":
+            return log_prob_terms(self.logits(run_model, positions), labels)
+        function = lambda h, weight, bias: chunked_log_probs(h, weight, bias, labels)  # noqa: E731
+        return _terms_in_head(self.head, run_model, positions, function)
 
     def logits(self, run_model: Any, positions: Tensor) -> Tensor:
         """The logits at these positions, [N, V]."""
@@ -130,25 +151,25 @@ def _select_positions(head: nn.Module, positions: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-@contextmanager
-def _loss_in_head(
-    head: nn.Linear, positions: Tensor, labels: Tensor, weights: Tensor
-) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """The loss is taken within the head's forward, where a sharded weight is whole; the head returns zeros.
+def _terms_in_head(
+    head: nn.Linear, run_model: Any, positions: Tensor, function: Callable[[Tensor, Tensor, Tensor | None], Terms]
+) -> Terms:
+    """function(h [N, d], weight, bias) within the head's forward, where a sharded weight is whole.
 
-    The zeros depend on the loss, so that DistributedDataParallel, which follows the graph from the output, sees which
-    parameters are used.
+    The head returns zeros. They depend on the terms, so that DistributedDataParallel, which follows the graph from the
+    output, sees which parameters are used.
     """
-    losses: list[tuple[Tensor, Tensor, Tensor]] = []
+    terms: list[Terms] = []
 
     def forward(*args: Tensor) -> Tensor:
         weight, bias = _plain_weight(head.weight), None if head.bias is None else _plain_weight(head.bias)
-        losses.append(chunked_cross_entropy(_hidden_at(args, positions), weight, bias, labels, weights))
+        terms.append(function(_hidden_at(args, positions), weight, bias))
         zeros = torch.zeros(1, 1, head.out_features, dtype=args[0].dtype, device=args[0].device)
-        return zeros + (0.0 * losses[-1][0]).to(zeros.dtype)
+        return zeros + (0.0 * terms[-1][0].sum()).to(zeros.dtype)
 
     with replaced_forward(head, forward):
-        yield losses
+        run_model()
+    return terms[0]
 
 
 @contextmanager

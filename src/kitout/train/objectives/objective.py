@@ -7,8 +7,8 @@ processes come to the same normalization.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -46,12 +46,16 @@ class Losses:
     """[B]: terms."""
     logits: Tensor | None = None
     """[B, C], where an example has one answer, which is read off it: so an evaluation runs the model once."""
+    metrics: Mapping[str, Tensor] | None = field(default=None, kw_only=True)
+    """[B] each, without gradient, by a name without "/": values of each example whose means a run logs, as its margin.
+    nan: this example has no such value, and is left out of the mean."""
 
 
 class Objective(Protocol):
     """One kind of loss over one kind of example."""
 
     task: Task  # what `kitout.evaluate.metrics.registry` scores predictions by
+    rows: int  # of the model's batch that one example takes, next to each other; 1, or 2 for a pair
 
     @property
     def batch_key(self) -> Hashable:
@@ -67,7 +71,7 @@ class Objective(Protocol):
         ...
 
     def collate(self, items: Sequence[Any], seeds: Sequence[int] | None) -> Batch:
-        """Examples as one batch. seeds: one per example, for random augmentation; None: no augmentation."""
+        """Examples as one batch of `rows` rows each. seeds: one per example, for random augmentation; None: none."""
         ...
 
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
@@ -98,4 +102,17 @@ class LanguageObjective(Protocol):
 
     def choose_head_loss(self, names: Sequence[str], items: Sequence[Any]) -> None:
         """names: adapters of the run. items: a few examples to try the ways on."""
+        ...
+
+
+@runtime_checkable
+class StepObjective(Protocol):
+    """An objective whose losses need something of the whole step before its first micro-batch, as KTO's baseline."""
+
+    def before_step(self, model: Any, items: Sequence[Any], step: int) -> None:
+        """Called once per optimizer step. items: all of the step, in every process the same.
+
+        The job's adapter is active and in training mode, no gradient is recorded, and random draws follow from the seed
+        and the step. It cuts the items into forwards itself.
+        """
         ...

@@ -18,6 +18,7 @@ from kitout.data.padding import pad
 from kitout.errors import ConfigError
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
+from kitout.train.objectives.answer_rows import sum_by_owner
 from kitout.train.objectives.lm_head_loss import HeadLoss
 from kitout.train.objectives.objective import Batch, Losses
 
@@ -26,6 +27,7 @@ class Seq2SeqLM:
     """Target tokens from a source and the target tokens before them."""
 
     task: Task = "generation"
+    rows: int = 1
     head: HeadLoss
     """How the loss is taken; over all logits until `choose_head_loss` has found a cheaper way."""
 
@@ -75,8 +77,8 @@ class Seq2SeqLM:
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
         positions, labels, owners = (batch.targets[name] for name in ("positions", "labels", "owners"))
         total, nll, is_correct = self.head(lambda: model(**batch.inputs), positions, labels, weights[owners])
-        zeros = torch.zeros(batch.num_examples, dtype=nll.dtype, device=nll.device)
-        sums = [zeros.index_add(0, owners, v.detach()) for v in (nll, is_correct.to(nll.dtype), torch.ones_like(nll))]
+        each = (nll, is_correct.to(nll.dtype), torch.ones_like(nll))
+        sums = [sum_by_owner(value, owners, batch.num_examples) for value in each]
         return Losses(total, *sums)
 
     def predictions(self, model: Any, batch: Batch) -> list[Any]:

@@ -29,6 +29,7 @@ class SequenceClassification:
 
     task: Task
     """Selects the loss and the metrics."""
+    rows: int = 1
     pad_token_id: int
     """The tokenizer's: transformers' decoders find the last token of a row by it."""
 

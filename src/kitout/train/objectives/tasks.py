@@ -17,6 +17,8 @@ from kitout.data.encode.languages import Languages
 from kitout.data.examples.examples import Example, LabeledText, TaggedWords
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from kitout.evaluate.metrics.registry import Task as MetricTask
     from kitout.kit import Kit
     from kitout.train.objectives.objective import Objective
@@ -85,6 +87,10 @@ class Task:
     """The model finds a row's last token by its config's padding id."""
     packable: bool = False
     """Several examples may share a row."""
+    build_heads: Callable[[Kit, int], dict[str, nn.Module]] | None = None
+    """(kit, seed) -> the heads of a new adapter, by path; None: a classifier, where the base has one."""
+    used_as: str = ""
+    """The task that its adapters are used for, where that is another one; empty: its own."""
 
     @property
     def reads_images(self) -> bool:

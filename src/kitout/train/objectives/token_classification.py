@@ -25,6 +25,7 @@ class TokenClassification:
     """A class for the first token of each word."""
 
     task: Task = "tokens"
+    rows: int = 1
     pad_token_id: int
     """The tokenizer's."""
 

@@ -40,10 +40,13 @@ PREVIEW_EXAMPLES = 1000  # examples of a stream that are counted beforehand
 
 
 def load_datasets(
-    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths | None = None,
+    config: DataConfig, objective: str | Task, tokenizer: Any, is_encoder_decoder: bool,
+    lengths: TextLengths | None = None,
     log: Callable[[str], None] = lambda _line: None, sample: RowSample | None = None,
 ) -> Datasets:  # fmt: skip
-    """The datasets of one job. tokenizer: None for images. is_encoder_decoder: of the model.
+    """The datasets of one job. objective: by name, "auto", or a task of another table. tokenizer: None for images.
+
+    is_encoder_decoder: of the model.
 
     sample: draws the examples that a dry run looks at; None: all.
     """
@@ -61,7 +64,8 @@ def load_datasets(
 
 
 def load_text_datasets(
-    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths | None = None,
+    config: DataConfig, objective: str | Task, tokenizer: Any, is_encoder_decoder: bool,
+    lengths: TextLengths | None = None,
     progress: ReadingProgress | None = None, sample: RowSample | None = None,
 ) -> Datasets:  # fmt: skip
     """Texts of every objective. is_encoder_decoder: of the model. lengths: None: by config and tokenizer alone."""
@@ -89,10 +93,9 @@ def load_text_datasets(
             examples.setdefault(split, []).extend(replace(e, source_index=k) if k else e for e in rows)
     warnings = [w for name, rows in examples.items() for w in warn_of_remarks(name or "data", rows)]
     trainable = [e for split in TRAINABLE_SPLITS for e in examples.get(split, ())]
-    name = infer_objective(trainable, objective, is_encoder_decoder) if trainable else objective
+    task = infer_task(trainable, objective, is_encoder_decoder)
     validation, test = _fractions(config)
-    splits = split_examples(examples, validation, test, config.seed, stratify=name != "regression")
-    task = TASKS[name]
+    splits = split_examples(examples, validation, test, config.seed, stratify=task.name != "regression")
     # of a sample the train split may lack a rare class that another split has
     labeled = splits.train if max(scales) == 1 else (*splits.train, *splits.validation, *splits.test)
     label_names = tuple(config.labels or classification.label_set(labeled)) if task.has_labels else ()
@@ -109,7 +112,7 @@ def load_text_datasets(
     encoded_validation, encoded_test = encode(list(splits.validation)), encode(list(splits.test))
     check_few_skipped(skipped or (), len(train) + len(encoded_validation) + len(encoded_test), "the data")
     return Datasets(
-        name,
+        task,
         train,
         encoded_validation,
         encoded_test,
@@ -136,13 +139,15 @@ def _content_digest(examples: Sequence[Example]) -> str:
     return hashlib.sha256(keys.encode()).hexdigest() if keys else ""
 
 
-def infer_objective(examples: Sequence[Example], requested: str, is_encoder_decoder: bool) -> str:
-    """The objective of these examples, where `auto` is requested."""
-    if isinstance(examples[0], LabeledImage):
+def infer_task(examples: Sequence[Example], requested: str | Task, is_encoder_decoder: bool) -> Task:
+    """The task of these examples: the requested one, or by what they are where that is "auto"."""
+    if examples and isinstance(examples[0], LabeledImage):
         raise ConfigError("data.train.format=image is for models that read images; this one reads text")
-    if requested != "auto":
+    if isinstance(requested, Task):
         return requested
-    return next(name for name, task in TASKS.items() if task.fits(examples, is_encoder_decoder))
+    if requested != "auto":
+        return TASKS[requested]
+    return next(task for task in TASKS.values() if task.fits(examples, is_encoder_decoder))
 
 
 def build_encoder(
@@ -209,7 +214,7 @@ def _reading_options(source: SourceConfig) -> tuple[str | None, dict[str, str] |
 
 
 def _load_streamed(
-    config: DataConfig, objective: str, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths
+    config: DataConfig, objective: str | Task, tokenizer: Any, is_encoder_decoder: bool, lengths: TextLengths
 ) -> Datasets:
     """Train is read as it is trained on; validation and test come from its front, or from files of their own."""
     if len(config.train) > 1:
@@ -234,7 +239,7 @@ def _load_streamed(
     first_examples = stream.take_unique(PREVIEW_EXAMPLES)
     if not first_examples:
         raise DataError(f"{source.path}: nothing is left to train on: every example is in validation or test")
-    task = TASKS[infer_objective(first_examples, objective, is_encoder_decoder)]
+    task = infer_task(first_examples, objective, is_encoder_decoder)
     label_names = (config.labels or ()) if task.has_labels else ()
     if task.has_labels and not label_names:
         raise ConfigError("data.streaming: the labels are not known beforehand: write data.labels=[...]")
@@ -243,7 +248,7 @@ def _load_streamed(
     preview = encode(first_examples)
     notes = [*map(str, stream.readings), f"streamed; counted over the first {len(first_examples):,} examples"]
     return Datasets(
-        task.name,
+        task,
         StreamedItems(stream, encode),
         validation,
         test,
@@ -292,7 +297,7 @@ def load_image_datasets(config: DataConfig, sample: RowSample | None = None) -> 
     num_examples = round(len(train) * (sample.scale if sample is not None else 1))
     num_examples = min(num_examples, source.limit or num_examples)
     return Datasets(
-        "image_classification",
+        TASKS["image_classification"],
         train,
         validation,
         test,

@@ -12,7 +12,7 @@ from typing import Any
 from kitout.data.encode.languages import Languages
 from kitout.data.examples.examples import Example
 from kitout.data.examples.formats import TableReading
-from kitout.train.objectives.tasks import TASKS
+from kitout.train.objectives.tasks import Task
 from kitout.train.setup.closed_answers import ClosedAnswers
 
 
@@ -20,8 +20,8 @@ from kitout.train.setup.closed_answers import ClosedAnswers
 class Datasets:
     """The splits of one job, encoded. An example of images is a row of `images`."""
 
-    objective: str
-    """As the table of tasks names it."""
+    task: Task
+    """What is trained: its entry in a table of tasks."""
     train: Sequence[Any]
     """What is trained on."""
     validation: Sequence[Any]
@@ -63,6 +63,11 @@ class Datasets:
     sampled_of: int | None = None
     """About how many examples there are to train on, where train is a sample of them (of a dry run)."""
 
+    @property
+    def objective(self) -> str:
+        """The name of the task."""
+        return self.task.name
+
     def reference_of(self, item: Any) -> Any:
         """The reference of an example, as the metrics of its task take it."""
-        return TASKS[self.objective].reference_of(item, self.images)
+        return self.task.reference_of(item, self.images)

@@ -20,7 +20,6 @@ from kitout.train.config.seeds import SeedsByJob, repeated_adapters
 from kitout.train.loop import distributed
 from kitout.train.loop.batch_plan import plan_batches
 from kitout.train.loop.jobs import Job
-from kitout.train.loop.optimizer import REFUSE_ABOVE, check_learning_rate
 from kitout.train.objectives.objective import LanguageObjective, Objective
 from kitout.train.objectives.tasks import TASKS, ObjectiveSettings, Task
 from kitout.train.setup.base_model import (
@@ -46,7 +45,7 @@ from kitout.train.setup.lengths import (
     warn_of_lengths,
 )
 from kitout.train.setup.parent import Parent, load_parent, load_parts, read_parent, read_parts
-from kitout.train.setup.schedule import Schedule, choose_schedule
+from kitout.train.setup.schedule import Schedule, check_learning_rates, choose_schedule
 
 MAX_PLANNED_EXAMPLES = 30_000_000  # rows of all steps, whose order is kept in memory
 SAMPLED_STEPS = 1_000  # planned of a dry run over a sample, and then again
@@ -64,8 +63,8 @@ class PreparedRun:
     """Of each job, in the same order."""
     tokenizer: Any
     """The model's own; None for images."""
-    objective: str
-    """Of all jobs, as the table of tasks names it."""
+    task: Task
+    """Of all jobs."""
     dtype_reason: str
     """Why the base has its dtype, in words."""
     warnings: list[str]
@@ -84,6 +83,11 @@ class PreparedRun:
     """The adapters that are one job with several seeds."""
 
     @property
+    def objective(self) -> str:
+        """The name of the task."""
+        return self.task.name
+
+    @property
     def first_dataset(self) -> Datasets:
         """Of the first job."""
         return self.datasets[0]
@@ -91,22 +95,23 @@ class PreparedRun:
 
 def prepare(
     config: RunConfig, placement: Placement | None = None, log: Callable[[str], None] = lambda _line: None,
-    samples: bool = False,
+    samples: bool = False, task: Task | None = None,
 ) -> PreparedRun:  # fmt: skip
     """The run that a config describes. placement: of the base; None: found here. log: of the progress of large data.
 
-    samples: of large data take a sample, for a dry run.
+    samples: of large data take a sample, for a dry run. task: of another table; None: by the config's objective.
     """
     job_configs = config.per_job()
     parents = {one.output.name: read_parent(one.train.from_) for one in job_configs if one.train.from_ is not None}
-    warnings = _check_learning_rates(config.without_seeds())
+    warnings = check_learning_rates(config.without_seeds())
     parts = read_parts(config.model.adapters)
     hf_config = find_base(config, log)
-    tokenizer = None if _reads_images(config.objective, hf_config) else load_tokenizer(config.model)
+    requested = task or config.objective
+    tokenizer = None if _reads_images(requested, hf_config) else load_tokenizer(config.model)
     date_warning = "" if tokenizer is None else _fix_template_date(tokenizer, job_configs)
     lengths = [] if tokenizer is None else [requested_lengths(job.data, tokenizer) for job in job_configs]
     log(f"reading {', '.join(dict.fromkeys(source.path for job in job_configs for source in job.data.train))} ...")
-    datasets = _load_all_datasets(job_configs, hf_config, tokenizer, lengths, log, samples)
+    datasets = _load_all_datasets(job_configs, requested, hf_config, tokenizer, lengths, log, samples)
     warnings += [date_warning] if date_warning and any(dataset.is_chat for dataset in datasets) else []
     task = _common_task(job_configs, datasets)
     pad_token_id = None if task.reads_images else choose_pad_token(hf_config, tokenizer)
@@ -116,10 +121,12 @@ def prepare(
     warnings += _warn_of_new_heads(base, datasets[0])
     load_parts(base.kit, parts)
     for job_config, dataset in zip(job_configs, datasets, strict=True):
-        _add_adapter(base, job_config, dataset, parents.get(job_config.output.name))
+        _add_adapter(base, job_config, task, dataset, parents.get(job_config.output.name))
     if tokenizer is not None:
         check_vocabulary(base.kit, tokenizer)
-        datasets, lengths = _fit_datasets(base.kit, job_configs, hf_config, tokenizer, datasets, lengths, log, samples)
+        datasets, lengths = _fit_datasets(
+            base.kit, job_configs, requested, hf_config, tokenizer, datasets, lengths, log, samples
+        )
         for job_config, dataset in zip(job_configs, datasets, strict=True):
             if job_config.output.name not in repeated_adapters(config.seeds_by_job()):
                 warnings += warn_of_lengths(base.kit, job_config.output.name, _encoded(dataset), tokenizer)
@@ -142,7 +149,7 @@ def prepare(
             with base.kit.use(job.name):
                 job.objective.choose_head_loss([one.name for one in jobs], first_rows)
     return PreparedRun(
-        base.kit, jobs, datasets, tokenizer, task.name, base.dtype_reason, warnings,
+        base.kit, jobs, datasets, tokenizer, task, base.dtype_reason, warnings,
         schedules, base.new_heads, parents, lengths, parts, config.seeds_by_job(),
     )  # fmt: skip
 
@@ -155,31 +162,12 @@ def _fix_template_date(tokenizer: Any, job_configs: Sequence[RunConfig]) -> str:
     return fix_template_date(tokenizer, days[0]) if days else ""
 
 
-def _check_learning_rates(job_configs: Sequence[RunConfig]) -> list[str]:
-    """Warnings; ConfigError for rates with which nothing can be trained."""
-    errors = Errors(ConfigError, "learning rates")
-    warnings = []
-    for job in job_configs:
-        try:
-            warning = None if job.train.lr is None else check_learning_rate(job.method, job.train.lr)
-        except ConfigError as error:
-            errors.add(f"{job.output.name}: {error}")
-            continue
-        warnings += [f"{job.output.name}: {warning}"] if warning else []
-        head_lr, default = job.train.head_lr, job.method.training_defaults().head_lr
-        if head_lr is not None and head_lr >= REFUSE_ABOVE * default:
-            errors.add(
-                f"{job.output.name}: head_lr={head_lr:g} is {head_lr / default:,.0f} times the default of "
-                f"{default:g}: leave it out"
-            )
-    errors.raise_if_any()
-    return warnings
-
-
-def _reads_images(objective: str, hf_config: Any) -> bool:
+def _reads_images(requested: str | Task, hf_config: Any) -> bool:
     """Whether the model reads images: by the requested objective, else by the class of its config."""
-    if objective != "auto":
-        return TASKS[objective].reads_images
+    if isinstance(requested, Task):
+        return requested.reads_images
+    if requested != "auto":
+        return TASKS[requested].reads_images
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
     return type(hf_config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
@@ -187,6 +175,7 @@ def _reads_images(objective: str, hf_config: Any) -> bool:
 
 def _load_all_datasets(
     job_configs: Sequence[RunConfig],
+    requested: str | Task,
     hf_config: Any,
     tokenizer: Any,
     lengths: Sequence[TextLengths],
@@ -203,7 +192,7 @@ def _load_all_datasets(
         shared = [one for config, other, one in loaded if (config, other) == (reading, own) and not reading.streaming]
         sample = RowSample() if samples else None
         new = shared[0] if shared else load_datasets(
-            job.data, job.objective, tokenizer, is_encoder_decoder, own, log, sample
+            job.data, requested, tokenizer, is_encoder_decoder, own, log, sample
         )  # fmt: skip
         loaded.append((reading, own, new))
     return [datasets for *_, datasets in loaded]
@@ -215,21 +204,27 @@ def _encoded(dataset: Datasets) -> list[Any]:
 
 
 def _fit_datasets(
-    kit: Kit, job_configs: Sequence[RunConfig], hf_config: Any, tokenizer: Any, datasets: Sequence[Datasets],
-    requested: Sequence[TextLengths], log: Callable[[str], None], samples: bool,
+    kit: Kit, job_configs: Sequence[RunConfig], requested: str | Task, hf_config: Any, tokenizer: Any,
+    datasets: Sequence[Datasets], before: Sequence[TextLengths], log: Callable[[str], None], samples: bool,
 ) -> tuple[list[Datasets], list[TextLengths]]:  # fmt: skip
     """The datasets and lengths of the jobs, encoded again where a text is longer than the model reads."""
     fitted, lengths = list(datasets), []
-    for job, dataset, own in zip(job_configs, datasets, requested, strict=True):
+    for job, dataset, own in zip(job_configs, datasets, before, strict=True):
         more_come = bool(dataset.preview) or dataset.sampled_of is not None
         lengths.append(fit_lengths(kit, job.output.name, own, _encoded(dataset), more_come))
     changed = [
         i
         for i, (dataset, own) in enumerate(zip(datasets, lengths, strict=True))
-        if own != requested[i] and (dataset.preview or are_too_long(_encoded(dataset), own))
+        if own != before[i] and (dataset.preview or are_too_long(_encoded(dataset), own))
     ]
     again = _load_all_datasets(
-        [job_configs[i] for i in changed], hf_config, tokenizer, [lengths[i] for i in changed], log, samples
+        [job_configs[i] for i in changed],
+        requested,
+        hf_config,
+        tokenizer,
+        [lengths[i] for i in changed],
+        log,
+        samples,
     )
     for i, dataset in zip(changed, again, strict=True):
         fitted[i] = dataset
@@ -238,16 +233,18 @@ def _fit_datasets(
 
 def _common_task(job_configs: Sequence[RunConfig], datasets: Sequence[Datasets]) -> Task:
     """The one task of all jobs; ConfigError where it conflicts with a setting."""
-    names = {dataset.objective for dataset in datasets}
-    if len(names) > 1:
-        raise ConfigError(f"the jobs of one run share one objective; found {', '.join(sorted(names))}: split the run")
-    (name,) = names
+    tasks = {dataset.objective: dataset.task for dataset in datasets}
+    if len(tasks) > 1:
+        raise ConfigError(f"the jobs of one run share one objective; found {', '.join(sorted(tasks))}: split the run")
+    ((name, task),) = tasks.items()
+    if name not in TASKS:  # of another table, whose own config is checked there
+        return task
     errors = Errors(ConfigError, f"objective={name}, by the data and the model")
     for job in job_configs:
         for conflict in find_conflicts(job.model_copy(update={"objective": name})):
             errors.add(conflict)
     errors.raise_if_any()
-    return TASKS[name]
+    return task
 
 
 def _load_base(
@@ -293,10 +290,12 @@ def _warn_of_new_heads(base: LoadedBase, dataset: Datasets) -> list[str]:
     return [f"the base has an untrained head for these labels, at chance level: {instead}"]
 
 
-def _add_adapter(base: LoadedBase, job_config: RunConfig, dataset: Datasets, parent: Parent | None) -> None:
+def _add_adapter(base: LoadedBase, job_config: RunConfig, task: Task, dataset: Datasets, parent: Parent | None) -> None:
     """Adds the job's adapter to the kit, new or as its parent left it."""
     name, train = job_config.output.name, job_config.train
     heads = build_heads(base.heads, base.new_heads, len(dataset.label_names) or 1, train.seed, train.head)
+    if task.build_heads is not None:
+        heads = task.build_heads(base.kit, train.seed)
     if parent is None:
         base.kit.add(name, job_config.method, seed=train.seed, heads=heads)
     else:

@@ -1,4 +1,5 @@
-"""How long a run is: epochs and batch where the config names neither epochs nor steps, chosen by the data.
+"""How long a run is: epochs and batch where the config names neither epochs nor steps, chosen by the data; and
+whether the learning rates are such that anything is learned.
 
 A small set seen once is a handful of optimizer steps, after which an adapter is where it began. So it is seen until
 its method has the steps that it needs, MAX_EPOCHS times at most, in smaller batches where it is small. What a config
@@ -11,11 +12,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from kitout.errors import ConfigError, Errors
 from kitout.format import format_duration
 from kitout.method import Method
-from kitout.train.config.schema import DEFAULT_BATCH_SIZE, TrainConfig
+from kitout.train.config.schema import DEFAULT_BATCH_SIZE, RunConfig, TrainConfig
 from kitout.train.loop.batch_plan import num_steps
 from kitout.train.loop.jobs import Job
+from kitout.train.loop.optimizer import REFUSE_ABOVE, check_learning_rate
 
 MAX_EPOCHS = 10
 BATCH_SIZES = (DEFAULT_BATCH_SIZE, 8, 4)
@@ -111,3 +114,24 @@ def warn_of_few_steps(name: str, schedule: Schedule) -> list[str]:
     )
     steps = f"{name}: {schedule.num_steps} optimizer steps are few"
     return [f"{steps}: below {FEW_STEPS} most adapters have hardly learned; {more}"]
+
+
+def check_learning_rates(job_configs: Sequence[RunConfig]) -> list[str]:
+    """Warnings; ConfigError for rates with which nothing can be trained."""
+    errors = Errors(ConfigError, "learning rates")
+    warnings = []
+    for job in job_configs:
+        try:
+            warning = None if job.train.lr is None else check_learning_rate(job.method, job.train.lr)
+        except ConfigError as error:
+            errors.add(f"{job.output.name}: {error}")
+            continue
+        warnings += [f"{job.output.name}: {warning}"] if warning else []
+        head_lr, default = job.train.head_lr, job.method.training_defaults().head_lr
+        if head_lr is not None and head_lr >= REFUSE_ABOVE * default:
+            errors.add(
+                f"{job.output.name}: head_lr={head_lr:g} is {head_lr / default:,.0f} times the default of "
+                f"{default:g}: leave it out"
+            )
+    errors.raise_if_any()
+    return warnings
