@@ -129,7 +129,7 @@ def _nothing_after_head(run_model: Any, head: nn.Linear) -> bool:
         outputs.append((PROBE_SPREAD * torch.randn(size, generator=generator, device=h.device)).to(h.dtype))
         return outputs[-1]
 
-    with _replaced_forward(head, forward):
+    with replaced_forward(head, forward):
         logits = run_model().logits
     if len(outputs) != 1 or logits.shape != outputs[0].shape:
         return False
@@ -167,13 +167,13 @@ def _terms_in_head(
         zeros = torch.zeros(1, 1, head.out_features, dtype=args[0].dtype, device=args[0].device)
         return zeros + (0.0 * terms[-1][0].sum()).to(zeros.dtype)
 
-    with _replaced_forward(head, forward):
+    with replaced_forward(head, forward):
         run_model()
     return terms[0]
 
 
 @contextmanager
-def _replaced_forward(head: nn.Module, forward: Any) -> Iterator[None]:
+def replaced_forward(head: nn.Module, forward: Any) -> Iterator[None]:
     """Replaces the head's forward meanwhile."""
     own_forward = head.__dict__.get("forward")
     head.__dict__["forward"] = forward
