@@ -21,10 +21,10 @@ from kitout.align.measure.prompts import REWARD, judge, measure_policy, reward_m
 from kitout.align.objectives.policy import PolicyObjective, SampledAnswer
 from kitout.align.objectives.value import ValueObjective
 from kitout.align.reference import load_reference
-from kitout.align.rewards.adapter_reward import AdapterReward
 from kitout.align.rewards.gym_tasks import gym_rows
 from kitout.align.rewards.open_rewards import open_rewards
 from kitout.align.rewards.reward import Reward, WeightedRewards
+from kitout.align.rewards.reward_model import load_reward_model
 from kitout.align.rewards.specs import RewardSpec, parse_rewards
 from kitout.align.rollout import SamplingSettings
 from kitout.align.rounds import Roles, RoundPlan, Rounds, answer_row
@@ -93,8 +93,7 @@ class Reinforcement:
         def open_model(spec: RewardSpec) -> Reward:
             name = f"reward-{len(loaded)}"
             loaded[spec.text] = name
-            load_parts(kit, {name: read_parent(spec.text, "reward")})
-            return AdapterReward(spec.name, kit, name)
+            return load_reward_model(kit, Path(spec.text).expanduser(), name, spec.name)
 
         weights = {one.source: one.weight for one in self.config.reward}
         rewards = open_rewards(parse_rewards(weights), open_model)
