@@ -122,7 +122,10 @@ def errors(*stages: dict[str, Any], **top: Any) -> list[str]:
         ),
         (
             [DPO | {"data": {"train": {"path": "p", "format": "chat"}}}],
-            "stages.0.data.train.0.format=chat: a dpo stage reads the format preference or raw_preference: leave it out",
+            (
+                "stages.0.data.train.0.format=chat: a dpo stage reads the format preference or raw_preference: leave "
+                "it out"
+            ),
         ),
         (
             [DPO | {"data": "gym:chain_sum"}],
