@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("demo",),
     ("compare", "doctor", "export"),
+    ("align",),
     ("assess", "interop", "predict"),
     ("train",),
     ("evaluate",),

@@ -1,6 +1,7 @@
 # The types of the public names, for type checkers and editors; tests/test_public_names.py keeps it equal to the table.
 from kitout import assess as assess
 from kitout import errors as errors
+from kitout.align import _AlignModule
 from kitout.delta import Delta as Delta
 from kitout.evaluate.part_weights import attention as attention
 from kitout.fuse.arithmetic import combine as combine
@@ -40,4 +41,5 @@ from kitout.route import Stack as Stack
 from kitout.train import _CallableModule
 from kitout.version import __version__ as __version__
 
+align: _AlignModule
 train: _CallableModule

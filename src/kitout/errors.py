@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 
 class KitoutError(Exception):
@@ -93,12 +94,27 @@ class BadRows(DataError):
     """What is wrong, by the number of the example among those that were given; empty where rows are known by line."""
 
 
+class UnusableFormat(DataError):
+    """A table whose examples are of a kind that the caller cannot use, such as preference pairs for plain training."""
+
+    def __init__(self, message: str, reading: Any = None, row: Mapping[str, Any] = MappingProxyType({})) -> None:
+        super().__init__(message)
+        self.reading = reading
+        """How the table is read (a `TableReading`)."""
+        self.row = row
+        """Its first row."""
+
+
 class TrainingDiverged(KitoutError, ArithmeticError):
     """A training run whose loss or gradients are no longer finite, or whose loss grew without return."""
 
 
 class PackingLeak(KitoutError, RuntimeError):
     """A model in which an example of a packed row changes the loss of another example in that row."""
+
+
+class RewardError(KitoutError, ValueError):
+    """A reward that cannot be opened, or that gives something else than one finite number or None per answer."""
 
 
 class AssetError(KitoutError, RuntimeError):

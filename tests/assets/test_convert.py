@@ -78,6 +78,14 @@ def test_incorrect_answers_become_pairs(raw: Path, out: Path) -> None:
     assert [(row["chosen"], row["rejected"]) for row in lines(out / "pairs.jsonl")] == [("him", "it"), ("him", "that")]
 
 
+def test_pairs_of_equal_answers_are_left_out(raw: Path, out: Path) -> None:
+    row = {"article_sent": "A long one.", "correct_sent": "Right.", "incorrect_sent": "Wrong."}
+    put(raw / "x.jsonl", row, row | {"incorrect_sent": "Right. "})
+    sets.convert_factual_pairs(raw, out)
+    (pair,) = lines(out / "pairs.jsonl")
+    assert (pair["chosen"], pair["rejected"]) == ("Right.", "Wrong.")
+
+
 def test_chat_takes_the_first_two_lines(raw: Path, out: Path) -> None:
     (raw / "a.yml").write_text("conversations:\n- - hi\n  - hello\n  - hey\n- - alone\n- - 2 + 2\n  - 4\n")
     sets.convert_chat(raw, out)

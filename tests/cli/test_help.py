@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from kitout.cli import app
 
 VERBS = (
+    "align",
     "assets",
     "chat",
     "combine",
@@ -53,7 +54,7 @@ def test_a_verb_has_an_example(verb: str) -> None:
     assert re.search(r"(?i)example", page)
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "train"])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("align", "train")])
 def test_only_words_of_the_field(verb: str) -> None:
     assert not REFUSED.findall(help_of(verb))
 

@@ -46,6 +46,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "jobs.yaml").write_text(
         "model: m\ndata: d\nmethod: {name: vpt_deep}\nbogus: 1\njobs: [{name: a}, {name: b, method: ia3}]\n"
     )
+    (folder / "stages.yaml").write_text(
+        "model: m\noutput: {name: x}\nbogus: 1\nstages: [{kind: sft, lr: 1, data: d, loss: {beta: 1}}, {kind: dop, "
+        "data: d}, {kind: dpo, data: d, loss: {beta: 0, bta: 1}}, {kind: ppo, data: d, rollout: {samples: 0}, "
+        "reward: 3}]\n"
+    )
+    (folder / "conflicts.yaml").write_text(
+        "model: m\nstages: [{kind: sft, data: d, from: dpo}, {kind: dpo, data: d, reward: x, train: {packing: true}}, "
+        "{kind: grpo, data: d, rollout: {samples: 1}}]\n"
+    )
     return folder
 
 
@@ -68,6 +77,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_without_torch(args: list[str], text: str, folder: Path) -> None:
     ((output, modules, loaded),) = start([arg.format(folder=folder) for arg in args])
     assert text in output
+    assert not loaded
+    assert modules < WITHOUT_TORCH_MODULES
+
+
+def test_align_without_torch(folder: Path) -> None:
+    """In one process: a module that any of them loads stays loaded."""
+    commands = {
+        "stages.0.loss.beta": ["align"],
+        "loss.kl_target": ["align", "ppo", "--help"],
+        "kind: ppo": ["align", "--example"],
+        "nowhere.yaml is not there": ["align", "nowhere.yaml"],
+        "did you mean 'dpo'": ["align", "dop"],
+        "9 errors": ["align", "{folder}/stages.yaml"],
+        "5 errors": ["align", "{folder}/conflicts.yaml"],
+        "loss.beta: expected more": ["align", "dpo", "--model", "m", "--data", "d", "loss.beta=0", "method=IA3"],
+        "needs what scores its answers": ["align", "grpo", "--model", "m", "--data", "d"],
+        "write loss.beta": ["align", "dpo", "--model", "m", "--data", "d", "--beta", "1"],
+    }
+    started = start(*([arg.format(folder=folder) for arg in args] for args in commands.values()))
+    assert [text for text, (output, *_) in zip(commands, started, strict=True) if text not in output] == []
+    _, modules, loaded = started[-1]
     assert not loaded
     assert modules < WITHOUT_TORCH_MODULES
 

@@ -22,7 +22,7 @@ def kitout_train(*args: str) -> Result:
 
 
 def test_help_explains_every_setting_and_format() -> None:
-    from kitout.data.examples.formats import FORMATS
+    from kitout.data.examples.format_table import FORMATS
 
     result = kitout_train("--help")
     assert result.exit_code == 0

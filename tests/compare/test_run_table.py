@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from compare.run_folders import finished
+from kitout.align.config.load import load_align
 from kitout.compare import compare_runs, write_csv
 from kitout.errors import ConfigError, PathError
+from kitout.train.config import yaml_file
+from kitout.train.run_folder import HEADER
 
 BOTH = {"accuracy": 0.8, "loss": 0.4}
 
@@ -185,3 +188,14 @@ def test_csv_has_a_line_per_row(tmp_path: Path) -> None:
         write_csv(table, tmp_path / "table.txt")
     with pytest.raises(PathError, match="cannot be written"):
         write_csv(table, tmp_path / "new" / "table.csv" / "x.csv")
+
+
+def test_stages_of_an_alignment_are_runs_whose_losses_differ(tmp_path: Path) -> None:
+    """Their run.yaml holds more than a run's; one loss with two seeds is one row, two losses are two."""
+    runs = []
+    for name, beta, seed in (("a", 0.1, 0), ("b", 0.1, 1), ("c", 0.5, 0)):
+        stage = {"kind": "dpo", "data": "d", "loss": {"beta": beta}, "name": "adapter", "train": {"seed": seed}}
+        (run,) = load_align({"model": "tiny", "output": str(tmp_path / name), "stages": [stage]}).runs()
+        runs.append(finished(tmp_path / name, {"accuracy": 0.8}))
+        (tmp_path / name / "run.yaml").write_text(f"{HEADER}\n{yaml_file.to_yaml(run.to_dict())}", encoding="utf-8")
+    assert [len(row.runs) for row in compare_runs(runs).rows] == [2, 1]

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from kitout.assets import store
+from kitout.data.encode.answers import PairEncoder
 from kitout.data.encode.generation import CausalEncoder
 from kitout.data.encode.item import IGNORE_INDEX, digest
 from kitout.data.read.sources import load_examples
@@ -50,6 +51,21 @@ def test_the_prompt_is_the_tokenizers_own(smollm: Any) -> None:
         turns = [dict(turn.message) for turn in example.turns[:-1]]  # type: ignore[attr-defined]
         whole = smollm.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         assert list(item.input_ids[: item.prompt_length]) == whole
+
+
+@pytest.mark.parametrize(("name", "num_pairs"), [("nq-pairs", 4149), ("piqa-pairs", 1500), ("factual-pairs", 368)])
+def test_every_pair_of_the_built_in_sets_is_read(smollm: Any, name: str, num_pairs: int) -> None:
+    (pairs,) = load_examples(folder(name)).splits.values()
+    encoder = PairEncoder(smollm, 512)
+    items = encoder(pairs[:400])
+    assert (len(pairs), len(items), encoder.dropped) == (num_pairs, min(400, num_pairs), [])
+    for item in items:
+        prompts = [row.input_ids[: row.prompt_length] for row in item.rows]
+        assert prompts[0] == prompts[1]
+        assert all(row.input_ids[-1] == smollm.eos_token_id == row.labels[-1] for row in item.rows)
+    splits = split_examples({"": pairs}, seed=3)
+    inputs = [{e.input_key for e in split} for split in (splits.train, splits.validation, splits.test)]
+    assert not inputs[0] & inputs[2] | inputs[1] & inputs[2] | inputs[0] & inputs[1]
 
 
 @pytest.mark.parametrize("name", ["tweets", "20newsgroups", "reuters-r8", "boolq"])

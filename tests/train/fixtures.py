@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import TrainingArguments
 
 import kitout
@@ -135,3 +137,19 @@ def far(results: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> floa
 
 def losses(loop: JobTrainer) -> list[float]:
     return [row["loss"] for row in loop.state.log_history if "loss" in row]
+
+
+class LargestTensor(TorchDispatchMode):
+    """The size of the largest tensor that forward and backward allocate; parameters do not count."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.max_size = 0
+        self.parameters = {value.untyped_storage().data_ptr() for value in model.parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.parameters:
+                self.max_size = max(self.max_size, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return output

@@ -36,6 +36,7 @@ from kitout.train.loop import distributed, fsdp
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.predict import predict
 from train.fixtures import add, causal, far, gradients, job, kit_of, loop_of, losses, texts, values
+from train.pairs import Pairs, PairsWithBaseline, pair_job
 
 torch.set_num_threads(1)
 RunSummary = dict[str, Any]
@@ -196,6 +197,22 @@ class InterruptAfter(TrainerCallback):
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+def train_pairs_in_group(folder: Path, is_sharded: bool) -> RunSummary:
+    """Jobs of pairs in all processes of the group, with values of the whole step and of each example."""
+    PartialState(cpu=True)
+    kit = kit_of("llama", dtype=torch.float64)
+    fsdp_on = is_sharded and distributed.world_size() > 1
+    objectives = {"low": PairsWithBaseline(kit), "shift": Pairs(kit)}
+    for name, method in {"low": LoRA(rank=2, targets="all-linear"), "shift": BitFit()}.items():
+        add(kit, name, method, seed=1)
+    jobs = [pair_job(kit, name, one, steps=4, batch=3, fsdp=fsdp_on) for name, one in objectives.items()]
+    loop = loop_of(kit, jobs, folder, micro=1, logging_steps=2)
+    loop.train()
+    weights = {f"{one.name}/{key}": value.tolist() for one in jobs for key, value in values(kit, one.name).items()}
+    logged = [{key: row[key] for key in ("loss", "low/margin", "shift/wins")} for row in loop.state.log_history[:2]]
+    return {"weights": weights, "logged": logged, "baselines": [call[2] for call in objectives["low"].calls]}
 
 
 def train_in_group(folder: Path, kind: str, stop: int | None = None) -> RunSummary:

@@ -210,6 +210,23 @@ def test_every_job_has_a_row(tmp_path: Path) -> None:
     assert re.search(r"medic +0\.25\b", output)
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_an_objective_measures_is_displayed_by_its_name(tmp_path: Path, terminal: bool) -> None:
+    progress = ProgressDisplay(tmp_path, console(terminal=terminal, width=200))
+    state = TrainerState(max_steps=9)
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    logs = {
+        "loss": 1.0, "epoch": 0.5, "reward_margin": 0.25, "entropy": float("inf"), "low/entropy": 1.5, "other": object()
+    }  # fmt: skip
+    with progress:
+        progress.on_train_begin(arguments, state, TrainerControl())
+        progress.on_log(arguments, state, TrainerControl(), logs)
+    output = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown(progress))
+    assert re.search(r"loss 1 +reward margin 0\.25 +entropy not finite +time", output)
+    assert "epoch" not in output
+    assert not terminal or re.search(r"low +1\.5\b", output)
+
+
 def test_other_processes_are_silent(tmp_path: Path) -> None:
     progress = ProgressDisplay(tmp_path / "run", console(terminal=True))
     state = TrainerState(max_steps=3, is_world_process_zero=False)

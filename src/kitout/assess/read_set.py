@@ -73,8 +73,9 @@ class SetReader:
         examples, formats = [], set()
         for table, of_table in rows:
             reading = detect_grouped(
-                of_table, table.source, group, format=format_name, columns=columns or None, note=table.note
-            )
+                of_table, table.source, group, format=format_name, columns=columns or None, note=table.note,
+                kinds=("training",),
+            )  # fmt: skip
             if reading.format.name != "text":
                 reading = replace(reading, system_prompt=system_prompt)
             formats.add(reading.format.name)

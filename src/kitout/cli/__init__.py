@@ -20,6 +20,7 @@ Start with `kitout demo text`, then `kitout train --model MODEL --data FILE.csv 
 
 # Verb -> the first line of its help; `cli/VERB.py` holds a Typer `app`, or a function of the verb's name.
 VERBS = {
+    "align": "Train on preferences and rewards: reward models, DPO, ORPO, SimPO, KTO, GRPO, RLOO, PPO.",
     "assets": "List, fetch and locate the built-in models and data sets, for example: kitout assets get smollm2-135m "
     "tweets",
     "chat": "Chat with adapters, or with a model. /help lists what else a line can say.",

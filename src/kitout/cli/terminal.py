@@ -1,6 +1,6 @@
 """How every verb meets the terminal: an error is one line and an exit status; any text can be printed.
 
-It knows the errors of kitout and no verb.
+It knows the errors of kitout, how settings and unknown options are shown, and no verb.
 """
 
 from __future__ import annotations
@@ -8,13 +8,19 @@ from __future__ import annotations
 import io
 import signal
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kitout.errors import KitoutError
+from kitout.errors import ConfigError, Errors, KitoutError
 from kitout.format import escape_terminal
+
+if TYPE_CHECKING:
+    from kitout.train.config.describe import SectionDoc
 
 SIGNALED = 128  # exit status, as shells have it: 130 for Ctrl-C, 143 for SIGTERM
 
@@ -58,3 +64,42 @@ def escape_unencodable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def refuse_options(args: Iterable[str], options: Sequence[str], schema: Any) -> None:
+    """`--lr 1e-4` -> write train.lr=..., for every unknown option. schema: of the settings that may be meant."""
+    from kitout.train.config.error_messages import hint_for_key
+
+    errors = Errors(ConfigError, "options")
+    for option in args:
+        name, _, value = option.partition("=")
+        key = name.lstrip("-").replace("-", "_")
+        hint = get_close_matches(name, options, n=1, cutoff=0.8)
+        advice = f"did you mean {hint[0]}?" if hint else hint_for_key(key, schema) if "." not in key else None
+        advice = advice or f"write a setting as {key}={value or 'VALUE'}, without dashes"
+        errors.add(f"there is no option {name}; {advice}")
+    errors.raise_if_any()
+
+
+def print_settings(sections: Iterable[SectionDoc]) -> None:
+    """Every setting with its type, default and text, by section."""
+    typer.secho("Settings", bold=True, nl=False)
+    typer.echo(", as name=value here or as sections of a run.yaml:\n")
+    for section in sections:
+        typer.echo(indent(section.text, 0))
+        for setting in section.settings:
+            default = f" = {setting.default}" if setting.default else ", required"
+            typer.secho(
+                f"  {section.name}.{setting.name}" if section.name else f"  {setting.name}", bold=True, nl=False
+            )
+            typer.echo(f"  {setting.kind}{default}")
+            if setting.text:
+                typer.echo(indent(setting.text, 6))
+        typer.echo()
+
+
+def indent(text: str, num_spaces: int = 2) -> str:
+    """Wrapped to the page width; several lines (commands) stay as they are."""
+    lines = text.split("\n")
+    wrapped = lines if len(lines) > 1 else textwrap.wrap(text, 100)
+    return textwrap.indent("\n".join(wrapped), " " * num_spaces)

@@ -7,13 +7,12 @@ config's own schema. An interrupted run resumes from its last checkpoint when th
 from __future__ import annotations
 
 import json
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kitout.cli.terminal import report_errors, report_interrupt
+from kitout.cli.terminal import indent, print_settings, refuse_options, report_errors, report_interrupt
 
 EXAMPLES = """\
 kitout train --model smollm2-135m --data tweets --out runs/first train.steps=40
@@ -65,11 +64,12 @@ def train(
 def _run_training(args: list[str], shorthands: dict[str, Any], dry_run: bool) -> None:
     from kitout.errors import ConfigError
     from kitout.train.config import overrides
+    from kitout.train.config.schema import RunConfig
 
-    _refuse_options([arg for arg in args if arg.startswith("-")])
+    refuse_options([arg for arg in args if arg.startswith("-")], OPTIONS, RunConfig)
     files = [arg for arg in args if not overrides.is_override(arg)]
     if not args and not shorthands:
-        raise ConfigError(f"a run.yaml is required, or --model and --data\n{_indent(EXAMPLES)}")
+        raise ConfigError(f"a run.yaml is required, or --model and --data\n{indent(EXAMPLES)}")
     if len(files) > 1:
         raise ConfigError(f"one run.yaml at a time, not {', '.join(files)}; write a setting as name=value")
     settings: list[overrides.Override | str] = [*shorthands.items(), *filter(overrides.is_override, args)]
@@ -79,51 +79,18 @@ def _run_training(args: list[str], shorthands: dict[str, Any], dry_run: bool) ->
     start(config, dry_run=dry_run, log=typer.echo)
 
 
-def _refuse_options(options: list[str]) -> None:
-    """`--lr 1e-4` -> write train.lr=..., for every unknown option."""
-    from kitout.errors import ConfigError, Errors
-    from kitout.train.config.error_messages import hint_for_key
-    from kitout.train.config.schema import RunConfig
-
-    errors = Errors(ConfigError, "options")
-    for option in options:
-        name, _, value = option.partition("=")
-        key = name.lstrip("-").replace("-", "_")
-        hint = get_close_matches(name, OPTIONS, n=1, cutoff=0.8)
-        advice = f"did you mean {hint[0]}?" if hint else hint_for_key(key, RunConfig) if "." not in key else None
-        advice = advice or f"write a setting as {key}={value or 'VALUE'}, without dashes"
-        errors.add(f"there is no option {name}; {advice}")
-    errors.raise_if_any()
-
-
 def _print_help(context: typer.Context) -> None:
-    from kitout.data.examples.formats import FORMATS
+    from kitout.data.examples.format_table import FORMATS
     from kitout.train.config.describe import sections
 
     typer.echo(context.get_help())
-    typer.secho("Settings", bold=True, nl=False)
-    typer.echo(", as name=value here or as sections of a run.yaml:\n")
-    for section in sections():
-        typer.echo(_indent(section.text, 0))
-        for setting in section.settings:
-            default = f" = {setting.default}" if setting.default else ", required"
-            typer.secho(
-                f"  {section.name}.{setting.name}" if section.name else f"  {setting.name}", bold=True, nl=False
-            )
-            typer.echo(f"  {setting.kind}{default}")
-            if setting.text:
-                typer.echo(_indent(setting.text, 6))
-        typer.echo()
+    print_settings(sections())
     typer.echo("Data formats, detected by the columns (or set by data.train.format):")
     for data_format in FORMATS.values():
-        typer.echo(_indent(str(data_format)))
-    typer.echo(f"\nExamples:\n{_indent(EXAMPLES)}")
-
-
-def _indent(text: str, num_spaces: int = 2) -> str:
-    """Wrapped to the page width; several lines (commands) stay as they are."""
-    import textwrap
-
-    lines = text.split("\n")
-    wrapped = lines if len(lines) > 1 else textwrap.wrap(text, 100)
-    return textwrap.indent("\n".join(wrapped), " " * num_spaces)
+        if data_format.kind == "training":
+            typer.echo(indent(str(data_format)))
+    typer.echo("\nFormats that `kitout align` reads:")
+    for data_format in FORMATS.values():
+        if data_format.kind != "training":
+            typer.echo(indent(str(data_format)))
+    typer.echo(f"\nExamples:\n{indent(EXAMPLES)}")

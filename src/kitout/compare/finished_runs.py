@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from kitout.align.config.schema import StageRun
 from kitout.errors import ConfigError, Errors, FileError
 from kitout.evaluate.compare import BASE
 from kitout.evaluate.example_scores import AdapterScores, ExampleScores, load_scores
@@ -24,7 +25,7 @@ from kitout.files.adapter_json import RECORD
 from kitout.files.system_errors import as_path
 from kitout.format import short_repr
 from kitout.train.config import yaml_file
-from kitout.train.config.load import load
+from kitout.train.config.load import load_as
 from kitout.train.config.renamed_keys import translate
 from kitout.train.config.schema import RunConfig
 from kitout.train.config.seeds import job_of
@@ -172,7 +173,8 @@ def _read_run(path: Path) -> list[FinishedRun]:
 def _configs_of(path: Path) -> dict[str, RunConfig]:
     """The config of each adapter, by name; none where run.yaml is not there or of another version."""
     try:
-        config = load(translate(yaml_file.read_yaml(path / RUN_FILE)))
+        values = translate(yaml_file.read_yaml(path / RUN_FILE))
+        config = load_as(values, StageRun if "kind" in values else RunConfig)
     except ConfigError:
         return {}
     return {one.output.name: one for one in config.per_job()}

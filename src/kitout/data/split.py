@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from kitout.data.examples.examples import Example, LabeledText
+from kitout.data.examples.preferences import PREFERENCE_KINDS, UnpairedAnswer
 from kitout.data.read.tables import DataError
 from kitout.data.split_groups import find_units, sample_units
 
@@ -97,7 +98,8 @@ def split_examples(
     answers = {*train_answers, *test_answers}
     different_answers = {(e.input_key, answer) for e, answer in zip(splits.train, train_answers, strict=True)}
     num_ambiguous = sum(count > 1 for count in Counter(key for key, _ in different_answers).values())
-    is_closed = "" not in train_answers and len({*train_answers}) > 1 and len(answers) <= MAX_ANSWERS
+    has_one_answer = not any(isinstance(example, PREFERENCE_KINDS) for example in splits.train[:1])
+    is_closed = has_one_answer and "" not in train_answers and len({*train_answers}) > 1 and len(answers) <= MAX_ANSWERS
     majority_accuracy = _majority_accuracy(train_answers, test_answers) if is_closed else None
     return replace(splits, majority_accuracy=majority_accuracy, num_ambiguous=num_ambiguous)
 
@@ -165,7 +167,9 @@ def split_by(
 
 
 def _label(example: Example) -> str:
-    """Single labels that are names or whole numbers are classes."""
+    """Single labels that are names or whole numbers are classes; answers are wanted or not."""
+    if isinstance(example, UnpairedAnswer):
+        return str(example.is_desirable)
     return example.answer_text() if isinstance(example, LabeledText) and isinstance(example.label, str | int) else ""
 
 

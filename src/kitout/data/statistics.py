@@ -8,10 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
+from kitout.data.answer_statistics import (
+    AnswerLengths,
+    answer_lengths,
+    find_answer_errors,
+    find_answer_warnings,
+    label_counts,
+    rows_of,
+)
+from kitout.data.encode.item import IGNORE_INDEX, AnyItem, EncodedExample, EncodedPrompt
 from kitout.data.read.tables import DataError
 from kitout.data.suspicions import warn_of_labels, warn_of_remarks
 from kitout.errors import Errors
@@ -59,6 +67,8 @@ class SplitStatistics:
     """Examples (or tokens) of each class."""
     value_range: tuple[float, float, float] | None
     """Minimum, mean and maximum of regression values."""
+    num_dropped: int = 0
+    """Examples that were left out because they do not fit; not counted above."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,8 @@ class DataStatistics:
     """Trained tokens of all splits as a percentage of their tokens; None where examples have values."""
     warnings: tuple[str, ...]
     """What looks wrong, one sentence each."""
+    answers: tuple[AnswerLengths, ...] = ()
+    """Of preference data: the answers of the train split by what they are."""
 
     def __getitem__(self, name: str) -> SplitStatistics:
         return next(split for split in self.splits if split.name == name)
@@ -81,42 +93,54 @@ class DataStatistics:
 
 
 def compute_statistics(
-    splits: Mapping[str, Sequence[EncodedExample]], label_names: Sequence[str] = (), closed: bool = False,
-    at_model_limit: bool = False,
+    splits: Mapping[str, Sequence[AnyItem]], label_names: Sequence[str] = (), closed: bool = False,
+    at_model_limit: bool = False, num_dropped: Mapping[str, int] | None = None,
 ) -> DataStatistics:  # fmt: skip
     """Of {"train": items, "validation": items, ...}; empty splits are left out, but train must not be empty.
 
     label_names: of the classes, in order. closed: the answers are labels, and short by nature.
-    at_model_limit: what was truncated is more than the model reads.
-    Raises DataError if a split has no trained tokens.
+    at_model_limit: what was truncated is more than the model reads. num_dropped: by split, examples that were left out.
+    Of pairs and judged answers the lengths are those of each answer with its prompt.
+    Raises DataError if a split has no trained tokens, or judged answers are all alike.
     """
     if not splits.get("train"):
         raise DataError("the train split has no examples")
-    statistics = tuple(_compute_split(name, items, label_names) for name, items in splits.items() if len(items))
+    dropped = num_dropped or {}
+    statistics = tuple(
+        replace(_compute_split(name, items, label_names), num_dropped=dropped.get(name, 0))
+        for name, items in splits.items()
+        if len(items)
+    )
     errors = Errors(DataError, "there is nothing to train on")
     for split in statistics:
         if split.num_without_targets == split.num_examples:
             errors.add(_no_targets_message(split, at_model_limit))
+    for message in find_answer_errors(splits["train"]):
+        errors.add(message)
     errors.raise_if_any()
     num_tokens = sum(split.num_tokens for split in statistics if split.trained_percent is not None)
     num_targets = sum(split.num_targets for split in statistics)
     percent = 100 * num_targets / num_tokens if num_tokens else None
-    answers = Counter(item.reference for item in splits["train"]) if closed else {}
+    plain = [item for item in splits["train"] if isinstance(item, EncodedExample)]
+    answers = Counter(item.reference for item in plain) if closed else {}
     warnings = (
         *_find_warnings(statistics, percent, closed, at_model_limit),
-        *_warn_same_answer(splits["train"]),
+        *_warn_same_answer(plain),
+        *find_answer_warnings(splits),
         *warn_of_labels(statistics[0].label_counts or answers, statistics[0].trained_percent is None or closed),
         *(warning for name, items in splits.items() for warning in warn_of_remarks(name, items)),
     )
-    return DataStatistics(statistics, percent, warnings)
+    return DataStatistics(statistics, percent, warnings, answer_lengths(splits["train"], _compute_histogram))
 
 
-def _compute_split(name: str, items: Sequence[EncodedExample], label_names: Sequence[str]) -> SplitStatistics:
-    lengths = sorted(item.length for item in items)
-    longest = max(items, key=lambda item: item.length)
-    has_values = items[0].label is not None
-    num_tokens, num_targets = sum(lengths), 0 if has_values else sum(item.num_targets for item in items)
-    values = [float(item.label) for item in items if isinstance(item.label, float)] if not label_names else []
+def _compute_split(name: str, items: Sequence[AnyItem], label_names: Sequence[str]) -> SplitStatistics:
+    rows = [row for item in items for row in rows_of(item)]
+    lengths = sorted(row.length for row in rows)
+    longest = max(rows, key=lambda row: row.length)
+    are_prompts = isinstance(items[0], EncodedPrompt)
+    has_values = rows[0].label is not None or are_prompts
+    num_tokens, num_targets = sum(lengths), 0 if has_values else sum(row.num_targets for row in rows)
+    values = [float(row.label) for row in rows if isinstance(row.label, float)] if not label_names else []
     return SplitStatistics(
         name=name,
         num_examples=len(items),
@@ -124,21 +148,20 @@ def _compute_split(name: str, items: Sequence[EncodedExample], label_names: Sequ
         num_targets=num_targets,
         trained_percent=None if has_values or not num_tokens else 100 * num_targets / num_tokens,
         quantiles=tuple(lengths[round(q * (len(lengths) - 1))] for q in QUANTILES),
-        histogram=_compute_histogram(lengths),
+        histogram=_compute_histogram(lengths, lengths[0], lengths[-1]),
         max_length=longest.length,
         longest_location=longest.location,
-        num_truncated=sum(item.num_truncated > 0 for item in items),
-        num_truncated_tokens=sum(item.num_truncated for item in items),
-        num_truncated_targets=sum(item.num_truncated_targets > 0 for item in items),
-        num_without_targets=sum(item.num_targets == 0 for item in items),
-        label_counts=_count_labels(items, label_names),
+        num_truncated=sum(any(row.num_truncated for row in rows_of(item)) for item in items),
+        num_truncated_tokens=sum(row.num_truncated for row in rows),
+        num_truncated_targets=sum(row.num_truncated_targets > 0 for row in rows),
+        num_without_targets=0 if are_prompts else sum(item.num_targets == 0 for item in items),
+        label_counts=_count_labels(rows, label_names) or label_counts(items),
         value_range=(min(values), sum(values) / len(values), max(values)) if values else None,
     )
 
 
-def _compute_histogram(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
-    """Bins of equal, round width over the lengths there are (sorted): at most MAX_BINS."""
-    shortest, longest = lengths[0], lengths[-1]
+def _compute_histogram(lengths: Sequence[int], shortest: int, longest: int) -> tuple[tuple[int, int, int], ...]:
+    """Bins of equal, round width from the shortest to the longest length: at most MAX_BINS."""
     if longest == 0:
         return ()
     width = next(w for power in range(9) for w in (10**power, 2 * 10**power, 5 * 10**power)

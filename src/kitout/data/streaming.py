@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeAlias, overload
@@ -27,7 +27,7 @@ CHUNK_EXAMPLES = 256  # examples encoded at once
 BUFFERED_ITEMS = 4096  # items kept behind the newest one
 
 _StreamRow: TypeAlias = "tuple[TableReading, Row]"
-EncodeFn: TypeAlias = Callable[[Sequence[Example]], list[EncodedExample]]
+EncodeFn: TypeAlias = Callable[[Sequence[Example]], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -160,14 +160,15 @@ def open_stream(
     seed: int = 0,
     buffer: int = BUFFER_ROWS,
     skipped: list[str] | None = None,
+    kinds: Collection[str] | None = None,
 ) -> dict[str, Stream]:
     """The streams of a source by split, as `load_examples` has its examples; only the first rows are read now.
 
-    skipped: see `Stream`.
+    skipped: see `Stream`. kinds: see `formats.detect`.
     """
     tables_by_split: dict[str, list[tuple[Table, TableReading]]] = {}
     for table in open_source(source, streaming=True):
-        options = {"format": format, "columns": columns, "system_prompt": system_prompt}
+        options = {"format": format, "columns": columns, "system_prompt": system_prompt, "kinds": kinds}
         reading = detect_from_head(table, skipped, **options)
         tables_by_split.setdefault(table.split, []).append((table, reading))
     return {

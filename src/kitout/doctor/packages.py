@@ -25,6 +25,7 @@ PARTS = {
     "data": "images, augmentation, parquet",
     "eval": "plots of the report, metrics of generated answers",
     "hub": "data sets by their name on the hub",
+    "align": "tasks of reasoning-gym as prompts and rewards",
 }
 # Packages of others that kitout works with and never needs.
 PEERS = {

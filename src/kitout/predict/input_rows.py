@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from kitout.data.examples.examples import Example
-from kitout.data.examples.formats import FORMATS, Format, nan_to_none
+from kitout.data.examples.format_table import FORMATS, Format
+from kitout.data.examples.formats import nan_to_none
 from kitout.data.read import tables
 from kitout.errors import DataError, Errors, suggest
 from kitout.files.usage_record import UsageRecord

@@ -11,7 +11,6 @@ import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -21,7 +20,8 @@ from kitout.base.eval_mode import eval_mode
 from kitout.data.encode.languages import Languages, find_languages
 from kitout.data.encode.template_date import fix_template_date
 from kitout.errors import ConfigError, KitoutError
-from kitout.evaluate.ask.generate import generate, stop_token_ids
+from kitout.evaluate.ask.decoding import stop_token_ids
+from kitout.evaluate.ask.generate import generate
 from kitout.evaluate.ask.text_limit import check_prompts, max_tokens
 from kitout.files.usage_record import UsageRecord
 from kitout.format import short_repr
@@ -91,7 +91,7 @@ class Predictor:
         self.kit, self.tokenizer, self.usages = kit, tokenizer, dict(usages)
         self._pad_token_id, self._pixels, self._chat_template = pad_token_id, pixels, chat_template
         self.loaded = [name for name in self.usages if name]
-        self.folders: dict[str, Path] = {}  # of each adapter that was loaded from one
+        self.folders: dict[str, Any] = {}  # of each adapter that was loaded from one: its Path
         self._preprocessing: dict[str, Preprocessing] = {}
         self.untrained_heads: frozenset[str] = frozenset()  # modules of the base that its checkpoint does not hold
         self._lock = threading.Lock()  # languages, generation settings and modes of the model are everybody's

@@ -19,7 +19,7 @@ from kitout.data.encode.languages import Languages
 from kitout.data.encode.prompts import PromptEncoder
 from kitout.data.encode.spans_to_labels import SpanTokenizer
 from kitout.data.examples.examples import Chat, Completion, Example, TaggedWords, Text, Turn
-from kitout.data.examples.formats import FORMATS, Format
+from kitout.data.examples.format_table import FORMATS, Format
 from kitout.data.examples.system_prompt import with_system_prompt
 from kitout.data.read.json_text import parse_json
 from kitout.data.read.tables import DataError, add_first

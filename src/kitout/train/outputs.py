@@ -52,12 +52,15 @@ def write_outputs(
     proofs: Mapping[str, MergeProof],
     forgetting: Mapping[str, Sequence[SetChange]],
     log: Callable[[str], None],
+    details: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes everything and returns what results.json holds."""
+    """Writes everything and returns what results.json holds. details: of an alignment stage."""
     comparisons = {name: one.comparison for name, one in outcomes.items()}
     rows = _adapter_rows(run, trainer, outcomes)
     results = _results(run, trainer, estimate, best_step, comparisons)
     results["adapters"] = [asdict(row) for row in rows]
+    if details is not None:
+        results["align"] = dict(details)
     by_method = metrics_by_method(run, outcomes)
     if by_method:
         metrics = [asdict(one) for one in by_method]
@@ -185,7 +188,9 @@ def _adapter_rows(run: PreparedRun, trainer: JobTrainer, outcomes: Mapping[str, 
     first, *others = [one.scores for one in outcomes.values()] or [{}]
     shared = [metric for metric in first if all(metric in scores for scores in others)]
     rows = []
-    for job, (seconds, processor_seconds) in zip(run.jobs, trainer.step_runner.job_seconds, strict=True):
+    seconds_of = {job.name: spent for job, spent in zip(trainer.jobs, trainer.step_runner.job_seconds, strict=True)}
+    for job in run.jobs:
+        seconds, processor_seconds = seconds_of[job.name]
         outcome, count = outcomes.get(job.name), run.kit.num_parameters(job.name)
         num_steps = min(trainer.state.global_step, len(job.batches))
         metric = next(iter(shared or outcome.scores)) if outcome else ""

@@ -28,6 +28,9 @@ PLAIN_LINES = 20  # of a run, besides first, last and evaluations ...
 MAX_SILENT_SECONDS = 300.0  # ... and one at least in this time
 FRAMES_PER_SECOND = 4  # on a terminal
 EVAL_PREFIX = "eval_"
+UNNAMED_VALUES = {"step", "epoch", "seconds", "processor_seconds", "total_flos", "saved"}  # not displayed
+NAMED_VALUES = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad norm"}  # and how
+COST_VALUES = {"tokens", "tokens_per_second", "memory"}  # displayed together
 HIDDEN_SUFFIXES = ("runtime", "_per_second", "model_preparation_time")  # endings of what Trainer adds to an evaluation
 
 
@@ -242,11 +245,15 @@ def _value_texts(progress: ProgressState) -> list[tuple[str, str]]:
     """(name, text) of each value that is displayed of training."""
     values = progress.values
     shown: list[tuple[str, str]] = []
-    for name, key in (("loss", "loss"), ("lr", "learning_rate"), ("grad norm", "grad_norm")):
+    for key, name in NAMED_VALUES.items():
         if isinstance(values.get(key), int | float):
             shown.append((name, format_number(values[key])))
         elif key in values:
             shown.append((name, "not finite"))
+    for key, value in values.items():  # what an objective measures
+        is_known = key in UNNAMED_VALUES | NAMED_VALUES.keys() | COST_VALUES or key.startswith("train_")
+        if not is_known and "/" not in key and isinstance(value, int | float | None):
+            shown.append((key.replace("_", " "), format_number(value)))
     tokens, per_second, memory = values.get("tokens"), values.get("tokens_per_second"), values.get("memory")
     if isinstance(tokens, int | float):
         speed = f" at {format_count(per_second)}/s" if isinstance(per_second, int | float) else ""

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,11 +30,15 @@ from kitout.files.base_fingerprint import fingerprint
 from kitout.files.part_folders import content_digest
 from kitout.format import format_duration
 from kitout.install_hint import suggest_install
+from kitout.kit import Kit
 from kitout.train import checkpoints, run_folder
 from kitout.train.config import conflicts
 from kitout.train.config.schema import RunConfig
 from kitout.train.config.seeds import repeated_adapters
 from kitout.train.loop import distributed, fsdp, stop_on_signal
+from kitout.train.loop.jobs import Job
+from kitout.train.loop.step import StepRows
+from kitout.train.loop.step_data import StepData
 from kitout.train.loop.training_arguments import training_arguments
 from kitout.train.measure.evaluate import check_groups, evaluate_jobs, metric_names, validation_fn
 from kitout.train.measure.forgetting import check_forgetting, measure_forgetting
@@ -51,6 +55,7 @@ from kitout.train.setup.schedule import fit_to_time, warn_of_few_steps
 from kitout.version import __version__
 
 LogFn = Callable[[str], None]
+EvaluateFn = Callable[[], dict[str, float]]
 NUM_PROGRESS_LINES = 4  # of one evaluation
 
 
@@ -75,14 +80,14 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         raise ConfigError(f"training needs accelerate, which is not installed\n  {suggest_install(extra='train')}")
     config = adopt_parents(config)
     conflicts.check_machine(config, torch.cuda.is_available())
-    _join_processes(config)
+    join_processes(config)
     config = run_folder.with_first_day(config, distributed.all_gather([run_folder.first_day(config)])[0])
-    with stop_on_signal.interrupt_on_sigterm(), _run_folder(config) as folder:
+    with stop_on_signal.interrupt_on_sigterm(), opened_run_folder(config) as folder:
         if folder.is_finished:
-            return _show_finished(folder, log)
-        own_log = log if distributed.rank() == 0 else _no_log
-        prepared = prepare(config, _resolve_placement(config, folder), own_log, samples=dry_run)
-        _check_best(prepared, config)
+            return show_finished(folder, log)
+        own_log = log if distributed.rank() == 0 else no_log
+        prepared = prepare(config, resolve_placement(config, folder), own_log, samples=dry_run)
+        check_best(prepared, config)
         check_groups(prepared, config.evaluate)
         check_forgetting(prepared, config.evaluate, own_log)
         if config.evaluate.prove_merge:
@@ -92,10 +97,12 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         signature = run_signature(prepared)  # of the whole base
         if config.train.fsdp:
             fsdp.shard(prepared.kit)
-        main_log = log if distributed.rank() == 0 else _no_log
+        main_log = log if distributed.rank() == 0 else no_log
         if last_checkpoint is None:
             main_log("trying the longest and the usual step, for their time and memory ...")
-        trainer, estimate = _build_trainer(prepared, config, folder, last_checkpoint, signature)
+        trainer, estimate = build_trainer(
+            prepared, config, folder, last_checkpoint, signature, validation_fn(prepared, config.evaluate)
+        )
         if distributed.rank() == 0:
             pages = collect_pages(prepared, config, statistics, estimate)
             for page in pages:
@@ -105,13 +112,13 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
             return Result(folder.path)
         memory.reset_peak(prepared.kit.device)
         save = partial(save_adapters, prepared, config, folder, log)
-        best_step = _train_and_save(trainer, last_checkpoint, prepared, save)
-        outcomes = evaluate_jobs(prepared, config.evaluate, lambda name: _progress_fn(name, log))
+        best_step = train_and_save(trainer, last_checkpoint, prepared, save)
+        outcomes = evaluate_jobs(prepared, config.evaluate, lambda name: progress_fn(name, log))
         proofs = {}
         if config.evaluate.prove_merge:
             proofs = {job.name: prove_merge(prepared, k, config.evaluate) for k, job in enumerate(prepared.jobs)}
         forgetting = measure_forgetting(
-            prepared, config.evaluate, config.train.seed, main_log, lambda name: _progress_fn(name, log)
+            prepared, config.evaluate, config.train.seed, main_log, lambda name: progress_fn(name, log)
         )
         results: dict[str, Any] = {}
         with fsdp.unsharded(prepared.kit):
@@ -126,7 +133,7 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         return Result(folder.path, comparisons, results)
 
 
-def _train_and_save(
+def train_and_save(
     trainer: Any, last_checkpoint: Path | None, prepared: PreparedRun, save: Callable[[], None]
 ) -> int | None:
     """The step whose values are kept. Adapters are saved here, before anything is measured on them."""
@@ -145,11 +152,11 @@ def _train_and_save(
     return best_step
 
 
-def _no_log(line: str) -> None:
+def no_log(line: str) -> None:
     """The other processes are silent."""
 
 
-def _resolve_placement(config: RunConfig, folder: RunFolder) -> Placement:
+def resolve_placement(config: RunConfig, folder: RunFolder) -> Placement:
     """Device and dtype of the base. The dtype that `auto` found at the first start holds for the whole run."""
     placement = choose_placement(config.model)
     if config.model.dtype != "auto":
@@ -163,7 +170,7 @@ def _resolve_placement(config: RunConfig, folder: RunFolder) -> Placement:
     return Placement(placement.device, getattr(torch, resolved["dtype"]), resolved.get("dtype_reason", ""))
 
 
-def _show_finished(folder: RunFolder, log: LogFn) -> Result:
+def show_finished(folder: RunFolder, log: LogFn) -> Result:
     """A run that is finished, from what it has written."""
     results = json.loads(folder.results.read_text(encoding="utf-8"))
     if text := results_text(results):
@@ -174,7 +181,7 @@ def _show_finished(folder: RunFolder, log: LogFn) -> Result:
     return Result(folder.path, figures=results)
 
 
-def _progress_fn(name: str, log: LogFn) -> Callable[[int, int], None]:
+def progress_fn(name: str, log: LogFn) -> Callable[[int, int], None]:
     """A line when an evaluation of many examples begins and at each fourth of it: it may take as long as training."""
     start, last_fourth = time.monotonic(), -1
 
@@ -188,7 +195,7 @@ def _progress_fn(name: str, log: LogFn) -> Callable[[int, int], None]:
     return report
 
 
-def _join_processes(config: RunConfig) -> None:
+def join_processes(config: RunConfig) -> None:
     """Several processes (torchrun, accelerate launch) find each other before any of them works."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if any(job.train.head == "batchnorm" for job in config.per_job()):
@@ -208,7 +215,7 @@ def _join_processes(config: RunConfig) -> None:
 
 
 @contextmanager
-def _run_folder(config: RunConfig) -> Iterator[RunFolder]:
+def opened_run_folder(config: RunConfig) -> Iterator[RunFolder]:
     """The main process opens and locks it; the others wait until it has."""
     if distributed.rank() == 0:
         with run_folder.open_run_folder(config) as folder:
@@ -220,8 +227,8 @@ def _run_folder(config: RunConfig) -> Iterator[RunFolder]:
         yield RunFolder(path, (path / run_folder.RUN_FILE).is_file(), (path / run_folder.RESULTS_FILE).is_file())
 
 
-def _check_best(prepared: PreparedRun, config: RunConfig) -> None:
-    """ConfigError if the best checkpoint is chosen by a metric that is not evaluated."""
+def check_best(prepared: PreparedRun, config: RunConfig, names: Sequence[str] | None = None) -> None:
+    """ConfigError if the best checkpoint is chosen by a metric that is not evaluated. names: those that are."""
     settings = {
         "evaluate.best_metric": config.evaluate.best_metric,
         "train.early_stopping_patience": config.train.early_stopping_patience,
@@ -231,7 +238,7 @@ def _check_best(prepared: PreparedRun, config: RunConfig) -> None:
         return
     if not any(len(job.validation) for job in prepared.jobs):
         raise ConfigError(f"{used[0]} waits for evaluations, and the validation split is empty")
-    names, best = metric_names(prepared, config.evaluate), config.evaluate.best_metric
+    names, best = names or metric_names(prepared, config.evaluate), config.evaluate.best_metric
     if best is not None and best not in names:
         raise ConfigError(f"evaluate.best_metric={best} is not evaluated here: {suggest(best, names)}")
 
@@ -252,30 +259,18 @@ def run_signature(prepared: PreparedRun) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _build_trainer(
-    prepared: PreparedRun, config: RunConfig, folder: RunFolder, last_checkpoint: Path | None, run_id: str
-) -> tuple[Any, CostEstimate]:
+def build_trainer(
+    prepared: PreparedRun, config: RunConfig, folder: RunFolder, last_checkpoint: Path | None, run_id: str,
+    evaluate_fn: EvaluateFn,
+) -> tuple[Any, CostEstimate]:  # fmt: skip
     """The trainer, and what it will take: tried now, or as it was before the run was stopped."""
-    from transformers import EarlyStoppingCallback
-
-    from kitout.train.loop.trainer import JobTrainer, StepDataset
-    from kitout.train.progress import ProgressDisplay
+    from kitout.train.loop.trainer import StepDataset
 
     steps = StepDataset(prepared.jobs)
-    if last_checkpoint is not None and folder.estimate.is_file():
-        estimate = CostEstimate(**json.loads(folder.estimate.read_text(encoding="utf-8")))
-    else:
-        first = prepared.first_dataset
-        num_tried = 64 if first.preview else SAMPLED_STEPS if first.sampled_of else len(steps)
-        planned = [steps[i] for i in range(min(len(steps), num_tried))]
-        estimate = estimate_cost(
-            prepared.kit, prepared.jobs, planned, config.train.micro_batch_size, config.train.activation_checkpointing
-        )
-        if len(planned) < len(steps):
-            factor = len(steps) / len(planned)
-            estimate = replace(estimate, seconds=estimate.seconds * factor, tokens=round(estimate.tokens * factor))
-        if distributed.rank() == 0:
-            write_text(folder.estimate, json.dumps(estimate.__dict__))
+    first = prepared.first_dataset
+    num_tried = 64 if first.preview else SAMPLED_STEPS if first.sampled_of else len(steps)
+    planned = [steps[i] for i in range(min(len(steps), num_tried))]
+    estimate = find_estimate(prepared.kit, prepared.jobs, planned, len(steps), config, folder, last_checkpoint)
     seconds = max(distributed.all_gather([estimate.seconds]))
     jobs, schedules, fitting_seconds = fit_to_time(prepared.jobs, prepared.schedules, seconds)
     prepared.jobs[:], prepared.schedules[:] = jobs, schedules
@@ -283,7 +278,6 @@ def _build_trainer(
         if job.name not in repeated_adapters(prepared.seeds):
             prepared.warnings.extend(warn_of_few_steps(job.name, schedule))
     if fitting_seconds < seconds:
-        steps = StepDataset(jobs)
         share = fitting_seconds / seconds
         estimate = replace(estimate, seconds=estimate.seconds * share, tokens=round(estimate.tokens * share))
     cuts: dict[str, str] = {}
@@ -292,8 +286,40 @@ def _build_trainer(
 
         cuts, warnings_of_trunk = keep_features(prepared.kit, prepared.jobs)
         prepared.warnings.extend(warnings_of_trunk)
-    args = training_arguments(config, folder, len(steps), any(len(job.validation) for job in prepared.jobs))
     unit = "tokens" if prepared.first_dataset.images is None else "images"
+    trainer = new_trainer(prepared.kit, prepared.jobs, config, folder, estimate, run_id, evaluate_fn, unit=unit)
+    trainer.cuts = cuts
+    return trainer, estimate
+
+
+def find_estimate(
+    kit: Kit, jobs: Sequence[Job], planned: Sequence[StepRows], num_steps: int, config: RunConfig, folder: RunFolder,
+    last_checkpoint: Path | None,
+) -> CostEstimate:  # fmt: skip
+    """What num_steps steps will take, by some of them that are tried now; of a resumed run as it was found first."""
+    if last_checkpoint is not None and folder.estimate.is_file():
+        return CostEstimate(**json.loads(folder.estimate.read_text(encoding="utf-8")))
+    train = config.train
+    estimate = estimate_cost(kit, jobs, planned, train.micro_batch_size, train.activation_checkpointing)
+    if len(planned) < num_steps:
+        factor = num_steps / len(planned)
+        estimate = replace(estimate, seconds=estimate.seconds * factor, tokens=round(estimate.tokens * factor))
+    if distributed.rank() == 0:
+        write_text(folder.estimate, json.dumps(estimate.__dict__))
+    return estimate
+
+
+def new_trainer(
+    kit: Kit, jobs: Sequence[Job], config: RunConfig, folder: RunFolder, estimate: CostEstimate, run_id: str,
+    evaluate_fn: EvaluateFn, *, unit: str = "tokens", step_data: StepData | None = None,
+) -> Any:  # fmt: skip
+    """The loop over these jobs, with its display (`trainer.display`, a context), early stopping and checkpoints."""
+    from transformers import EarlyStoppingCallback
+
+    from kitout.train.loop.trainer import JobTrainer, StepDataset
+    from kitout.train.progress import ProgressDisplay
+
+    args = training_arguments(config, folder, len(StepDataset(jobs)), any(len(job.validation) for job in jobs))
     display = ProgressDisplay(folder.path, unit=unit)
     callbacks: list[Any] = [display]
     if config.train.early_stopping_patience is not None:
@@ -301,15 +327,16 @@ def _build_trainer(
         early_stopping.on_train_begin = lambda *_, **__: None  # warns that no best is kept, which JobTrainer does
         callbacks.append(early_stopping)
     trainer = JobTrainer(
-        prepared.kit,
-        prepared.jobs,
+        kit,
+        jobs,
         folder.checkpoints,
         args,
         run_id=run_id,
-        evaluate_fn=validation_fn(prepared, config.evaluate),
+        evaluate_fn=evaluate_fn,
         callbacks=callbacks,
         micro_batch_size=min(estimate.micro, config.train.micro_batch_size or estimate.micro),
         num_checkpoints=config.train.keep_checkpoints,
+        step_data=step_data,
     )
-    trainer.display, trainer.cuts = display, cuts
-    return trainer, estimate
+    trainer.display = display
+    return trainer

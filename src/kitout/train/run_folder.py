@@ -27,7 +27,7 @@ from kitout.files.system_errors import ADVICE, as_path
 from kitout.format import short_repr
 from kitout.train import checkpoints
 from kitout.train.config import yaml_file
-from kitout.train.config.load import load
+from kitout.train.config.load import load_as
 from kitout.train.config.renamed_keys import translate
 from kitout.train.config.schema import RunConfig
 from kitout.train.metrics_log import METRICS_FILE, to_json_value
@@ -138,7 +138,7 @@ def first_day(config: RunConfig) -> str:
     day = config.data.template_date
     if day is None and path.is_file() and _has_header(path):
         try:
-            day = load(translate(yaml_file.read_yaml(path))).data.template_date
+            day = load_as(translate(yaml_file.read_yaml(path)), type(config)).data.template_date
         except ConfigError:  # damaged: reported when the folder is opened
             day = None
     return day or date.today().isoformat()
@@ -252,7 +252,7 @@ def _is_same_run(path: Path, config: RunConfig) -> bool:
     if all(str(file) in DRY_RUN_FILES or _is_own_file(file.name) for file in files):
         return False
     try:
-        old = _flat_settings(load(translate(yaml_file.read_yaml(path / RUN_FILE))))
+        old = _flat_settings(load_as(translate(yaml_file.read_yaml(path / RUN_FILE)), type(config)))
     except ConfigError as error:
         raise ConfigError(
             f"the run in {path} cannot be read, it is damaged or of another version (choose another output.folder, or "

@@ -10,6 +10,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kitout.data.answer_statistics import rows_of
 from kitout.evaluate.report import adapter_table, class_plots, plots
 from kitout.evaluate.report.adapter_table import AdapterRow
 from kitout.evaluate.report.charts import Chart
@@ -41,7 +42,7 @@ def _token_counts(run: PreparedRun) -> dict[str, list[int]]:
     if dataset.images is not None:
         return {}
     splits = {"train": dataset.preview or dataset.train, "test": dataset.test}
-    return {name: [item.length for item in items] for name, items in splits.items() if items}
+    return {name: [row.length for item in items for row in rows_of(item)] for name, items in splits.items() if items}
 
 
 def predicted_images(

@@ -64,11 +64,12 @@ def _name_and_source(name_or_path: str) -> tuple[str, Literal["hub", "built-in",
 def _text_record(run: PreparedRun, job: RunConfig, number: int, dataset: Datasets) -> TextRecord:
     data, reading, answers, languages = job.data, dataset.reading, dataset.answers, dataset.languages
     lengths = run.lengths[number]
+    asked_format, columns = (None, {}) if reading is None else reading.as_asked()
     return TextRecord(
         tokenizer=tokenizer_digest(run.tokenizer),
         chat_template=template_digest(run.tokenizer),
-        format=None if reading is None else reading.format.name,
-        columns={} if reading is None else dict(reading.columns),
+        format=asked_format,
+        columns=columns,
         system_prompt=None if reading is None else reading.system_prompt,
         chat_template_kwargs=json.loads(json.dumps(data.chat_template_kwargs)),
         template_date=data.template_date,

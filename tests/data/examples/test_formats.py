@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from kitout.data.examples.examples import Chat, Completion, Example, LabeledImage, LabeledText, TaggedWords, Text
-from kitout.data.examples.formats import FORMATS, HEAD_ROWS, detect, to_examples
+from kitout.data.examples.format_table import FORMATS
+from kitout.data.examples.formats import HEAD_ROWS, detect, to_examples
 from kitout.data.read.tables import DataError
 
 

@@ -207,7 +207,7 @@ def test_a_parameter_of_the_model_itself_cannot_differ_by_row_and_is_scored_apar
 def test_where_rows_of_a_cache_cannot_be_selected_whole_rows_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     kit, tokenizer = build("llama")
     expected = flat(choice_likelihoods(kit, tokenizer, QUESTIONS, NAMES))
-    monkeypatch.setattr(token_likelihood, "_can_select", lambda cache: False)
+    monkeypatch.setattr(token_likelihood, "can_select_rows", lambda cache: False)
     assert flat(choice_likelihoods(kit, tokenizer, QUESTIONS, NAMES)) == pytest.approx(expected, abs=1e-8)
 
 

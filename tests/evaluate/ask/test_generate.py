@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 import kitout
 from kitout import IA3, Average, Composition, Kit, LoRA, Mix, PrefixTuning, PromptTuning
 from kitout.errors import ConfigError
-from kitout.evaluate.ask.generate import generate, generate_under, stop_token_ids
+from kitout.evaluate.ask.decoding import stop_token_ids
+from kitout.evaluate.ask.generate import generate, generate_under
 from kitout.evaluate.ask.label_likelihood import label_likelihoods
 from zoo import EXTRA, ZOO, tokenizer_of
 

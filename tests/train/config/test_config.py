@@ -58,6 +58,7 @@ def test_a_dump_loads_as_the_same_run(name: str) -> None:
     ("values", "words"),
     [
         ({"trian": {}}, "trian: there is no such setting; did you mean 'train'?"),
+        ({"stages": []}, "stages: there is no such setting; stages are trained by `kitout align`"),
         ({"train": {"lr": "fast"}}, "train.lr: expected a number, found 'fast'"),
         ({"train": {"lr": 0}}, "train.lr: expected more than 0, found 0"),
         ({"train": {"warmup_ratio": 1}}, "train.warmup_ratio: expected less than 1, found 1"),

@@ -55,6 +55,11 @@ def test_what_looks_like_an_override() -> None:
          {"data": {"train": ["d", {"path": "e", "limit": 9}]}}),
         ({"jobs": [{"name": "a", "data": "d"}]}, "jobs.0.data.test", 0,
          {"jobs": [{"name": "a", "data": {"train": "d", "test": 0}}]}),
+        ({"jobs": [{"name": "a"}, {"name": "b", "data": "d"}]}, "jobs.b.data.test", 0,
+         {"jobs": [{"name": "a"}, {"name": "b", "data": {"train": "d", "test": 0}}]}),
+        ({"jobs": [{"name": "1"}, {"name": "0"}]}, "jobs.0.x", 3, {"jobs": [{"name": "1", "x": 3}, {"name": "0"}]}),
+        ({"stages": [{"kind": "sft"}, {"kind": "dpo"}]}, "stages.dpo.loss.beta", 3,
+         {"stages": [{"kind": "sft"}, {"kind": "dpo", "loss": {"beta": 3}}]}),
     ],
 )  # fmt: skip
 def test_apply(values: dict[str, Any], name: str, value: Any, result: dict[str, Any]) -> None:
@@ -90,6 +95,11 @@ def test_a_list_needs_a_number() -> None:
         overrides.apply_override({"data": {"train": ["a", "b"]}}, "data.train.limit", 3)
     with pytest.raises(ConfigError, match=r"there is no entry '2' \(there are 0 to 1\)"):
         overrides.apply_override({"data": {"train": ["a", "b"]}}, "data.train.2.limit", 3)
+    jobs = {"jobs": [{"name": "a"}, {"name": "b"}, {"name": "b"}]}
+    with pytest.raises(ConfigError, match=r"jobs is a list of 3; .* jobs\.0, or by name \(a, b, b\)"):
+        overrides.apply_override(jobs, "jobs.c.x", 3)
+    with pytest.raises(ConfigError, match=r"no entry 'b' \(there are 0 to 2: a, b, b\)"):
+        overrides.apply_override(jobs, "jobs.b.x", 3)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,19 @@ def test_a_sharded_base_equals_the_whole_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_pairs_in_two_processes_equal_one(tmp_path: Path, is_sharded: bool) -> None:
+    (reference,) = run_in_processes(runs.train_pairs_in_group, tmp_path / "one", is_sharded)
+    first, second = run_in_processes(runs.train_pairs_in_group, tmp_path / "two", is_sharded, processes=2)
+    assert first == second
+    weights = [{key: torch.tensor(value) for key, value in run["weights"].items()} for run in (first, reference)]
+    assert far(*weights) <= 1e-6
+    assert first["baselines"] == pytest.approx(reference["baselines"], abs=1e-6)
+    for row, expected in zip(first["logged"], reference["logged"], strict=True):
+        assert row == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.slow
 def test_resuming_two_processes_is_exact(tmp_path: Path) -> None:
     whole = run_in_processes(runs.train_in_group, tmp_path / "whole", "joint", processes=2)
     run_in_processes(runs.train_in_group, tmp_path / "cut", "joint", 5, processes=2)

@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kitout
@@ -17,7 +15,7 @@ from kitout import IA3, LoRA, PartialFineTuning
 from kitout.train.objectives import chunked_cross_entropy as chunked
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32, chunked_cross_entropy
 from kitout.train.objectives.lm_head_loss import HeadLoss
-from train.fixtures import add, causal, far, gradients, job, kit_of, texts
+from train.fixtures import LargestTensor, add, causal, far, gradients, job, kit_of, texts
 from zoo import VOCAB, D
 
 
@@ -124,22 +122,6 @@ def assert_equals_full(kit: Any, objective: Any, items: Any) -> None:
     objective.head = HeadLoss(kit, "full")
     full = gradients(kit, [one], micro=6)
     assert far(chosen_mode, full) <= 2e-6
-
-
-class LargestTensor(TorchDispatchMode):
-    """The size of the largest tensor that forward and backward allocate; parameters do not count."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.max_size = 0
-        self.parameters = {value.untyped_storage().data_ptr() for value in model.parameters()}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.parameters:
-                self.max_size = max(self.max_size, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return output
 
 
 def test_no_tensor_as_large_as_the_logits_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
+from kitout.data.encode.item import IGNORE_INDEX, EncodedExample, EncodedPair
 from kitout.data.statistics import compute_statistics
 from kitout.runtime.count import ParameterCount
 from kitout.train.preflight.render import MAX_BAR_WIDTH, PreflightPage, bar, page_text, print_page, save_pages
@@ -164,3 +164,24 @@ def test_bars() -> None:
     assert [bar(n, 1000).rstrip() for n in (0, 1)] == ["", "▏"]
     assert bar(1000, 1000) == "█" * MAX_BAR_WIDTH
     assert all(len(bar(n, 1000)) == MAX_BAR_WIDTH for n in range(0, 1001, 7))
+
+
+def test_pairs_show_both_answers_and_their_lengths(tmp_path: Path) -> None:
+    pairs = [EncodedPair(item(5, n), item(5, 2 * n)) for n in range(1, 9)]
+    facts = compute_statistics({"train": pairs}, num_dropped={"train": 2})
+    page = replace(PAGE, facts=facts, rejected=[("User: hi\nBot: ", False), ("go away", True)])
+    text = page_text(page)
+    for title in ("chosen answers of the train split, in tokens", "rejected answers of the train split, in tokens",
+                  "one example: the chosen answer", "its rejected answer"):  # fmt: skip
+        assert title in text
+    assert "Bot: «hello»" in text
+    assert "Bot: «go away»" in text
+    assert "dropped" in text
+    save_pages([page, PAGE], tmp_path)
+    with_pairs, plain = json.loads((tmp_path / "preflight.json").read_text())
+    assert [of_name["name"] for of_name in with_pairs["facts"]["answers"]] == ["chosen", "rejected"]
+    assert with_pairs["facts"]["parts"][0]["num_dropped"] == 2
+    assert with_pairs["rejected"][1] == ["go away", True]
+    assert "answers" not in plain["facts"]  # other pages have the keys they had
+    assert "rejected" not in plain
+    assert "num_dropped" not in plain["facts"]["parts"][0]

@@ -17,8 +17,8 @@ from typing import Any
 from kitout.data.encode.chat_template import ChatTemplate, Tools
 from kitout.data.encode.spans_to_labels import SpannedText, SpanTokenizer
 from kitout.data.encode.template_coverage import TemplateCoverage, check_without_template
-from kitout.data.examples.convert import REASONING_KEYS
 from kitout.data.examples.examples import Chat, Turn
+from kitout.data.examples.turns import REASONING_KEYS
 from kitout.data.read.tables import DataError
 from kitout.errors import suggest
 from kitout.format import common_prefix_length

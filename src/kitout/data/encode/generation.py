@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from kitout.data.encode.assistant_spans import AssistantSpans
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
@@ -17,8 +17,11 @@ from kitout.data.encode.languages import Languages
 from kitout.data.encode.spans_to_labels import SpannedText, SpanTokenizer
 from kitout.data.encode.template_coverage import check_without_template
 from kitout.data.examples.examples import Chat, Completion, Example, LabeledText, TaggedWords, Text
+from kitout.data.examples.preferences import PREFERENCE_KINDS
 from kitout.data.read.tables import MAX_MESSAGE_CHARS, DataError, add_first
 from kitout.errors import BadRows, Errors
+
+T = TypeVar("T")
 
 MIN_MAX_LENGTH = 8  # a shorter limit leaves no room for a prompt, an answer and their special tokens
 
@@ -44,7 +47,7 @@ class CausalEncoder:
         self.assistant_spans = AssistantSpans(self.span_tokenizer, train_on, template_kwargs)
 
     def __call__(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        texts_of_examples = encode_each(examples, self._to_spans)
+        texts_of_examples = encode_each(examples, self.to_spans)
         texts = [text for some in texts_of_examples for text in some]
         owners = [e for e, some in zip(examples, texts_of_examples, strict=True) for _ in some]
         encoded: list[EncodedExample] = []
@@ -53,10 +56,11 @@ class CausalEncoder:
             if isinstance(owner, Text):
                 encoded += self._split_blocks(untruncated)
             else:
-                encoded.append(truncate(untruncated, self.max_length, self._num_front_tokens(untruncated)))
+                encoded.append(truncate(untruncated, self.max_length, self.num_front_tokens(untruncated)))
         return encoded
 
-    def _to_spans(self, example: Example) -> list[SpannedText]:
+    def to_spans(self, example: Example) -> list[SpannedText]:
+        """An example as texts with trained spans: one, or several of a chat (see `assistant_spans`)."""
         if isinstance(example, Chat):
             return self.assistant_spans.find(example)
         if isinstance(example, Completion):
@@ -68,10 +72,12 @@ class CausalEncoder:
             return [SpannedText(text, spans, prompt_end, True, True, answer, example.location)]
         if isinstance(example, Text):
             return [SpannedText(example.text, ((0, len(example.text)),), 0, True, True, "", example.location)]
+        if isinstance(example, PREFERENCE_KINDS):
+            raise DataError(f"a {type(example).__name__} is for alignment (`kitout align`), not for plain training")
         kind = "a labeled text" if isinstance(example, LabeledText) else "a tagged text"
         raise DataError(f"{kind} has no answer in words for a causal model; give an instruction, or train a classifier")
 
-    def _num_front_tokens(self, item: EncodedExample) -> int:
+    def num_front_tokens(self, item: EncodedExample) -> int:
         """Tokens that stay at the front whatever is truncated: the start of the text, where models look first."""
         ids = item.input_ids
         return 1 if ids and ids[0] in self.span_tokenizer.special_tokens and item.prompt_length else 0
@@ -200,6 +206,12 @@ def encode_each(examples: Sequence[Example], encode: Callable[[Example], Any]) -
             encoded.append(encode(example))
         except DataError as error:
             refused[i] = f"{example.location or 'an example'}: {error}"[:MAX_MESSAGE_CHARS]
+    raise_refused(refused)
+    return encoded
+
+
+def raise_refused(refused: dict[int, str]) -> None:
+    """BadRows with all messages, if there are any. refused: by the number of the example."""
     errors = Errors(BadRows, "these examples cannot be encoded")
     add_first(errors, list(refused.values()), "examples")
     try:
@@ -207,12 +219,11 @@ def encode_each(examples: Sequence[Example], encode: Callable[[Example], Any]) -
     except BadRows as error:
         error.messages = refused
         raise
-    return encoded
 
 
 def encode_good(
-    encode: Callable[[Sequence[Example]], list[EncodedExample]], examples: Sequence[Example], skipped: list[str] | None
-) -> list[EncodedExample]:
+    encode: Callable[[Sequence[Example]], list[T]], examples: Sequence[Example], skipped: list[str] | None
+) -> list[T]:
     """`encode` of the examples; those it refuses are left out and listed in `skipped`. None: they are an error."""
     try:
         return encode(examples)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kitout.data.encode.chat_template import REASONING_SWITCHES, ChatTemplate, Tools
-from kitout.data.examples.convert import REASONING_KEYS
 from kitout.data.examples.examples import Chat, Turn
+from kitout.data.examples.turns import REASONING_KEYS
 from kitout.data.read.tables import DataError
 from kitout.format import common_prefix_length
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
@@ -46,15 +46,16 @@ class Example(ABC):
     @cached_property
     def exact_key(self) -> str:
         """The same for the same content, wherever and whenever it was read: by it exact copies are found."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
-        return _hash(
-            json.dumps([type(self).__name__, values], sort_keys=True, default=_to_json_value, ensure_ascii=False)
-        )
+        return _hash(json.dumps(self.key_content(), sort_keys=True, default=_to_json_value, ensure_ascii=False))
 
     @cached_property
     def input_key(self) -> str:
         """The same for inputs that differ only in case, width of letters and white space."""
         return _hash(normalize_text(self.source_text()))
+
+    def key_content(self) -> list[Any]:
+        """Its kind, and the values that decide whether two examples are the same."""
+        return [type(self).__name__, {f.name: getattr(self, f.name) for f in fields(self) if f.compare}]
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,10 @@ class Chat(Example):
 
     def source_text(self) -> str:
         """All before the last assistant turn; with roles if that is more than one turn besides the system prompt."""
-        before = self.turns[: self._last_answer_index()]
-        num_turns = sum(t.role != "system" for t in before)
-        lines = [t.text if t.role == "system" or num_turns == 1 else f"{t.role}: {t.text}" for t in before]
-        return "\n".join(lines)
+        return turns_text(self.turns[: self.last_answer_index()])
 
     def answer_text(self) -> str:
-        return self.turns[self._last_answer_index()].text if self._last_answer_index() < len(self.turns) else ""
+        return self.turns[self.last_answer_index()].text if self.last_answer_index() < len(self.turns) else ""
 
     def with_system(self, text: str) -> Chat:
         """With a system turn, unless there is one that says something."""
@@ -103,7 +101,8 @@ class Chat(Example):
             return self
         return replace(self, turns=(Turn({"role": "system", "content": text}), *self.turns[has_system:]))
 
-    def _last_answer_index(self) -> int:
+    def last_answer_index(self) -> int:
+        """Of the last assistant turn; the number of turns if there is none."""
         return max((i for i, turn in enumerate(self.turns) if turn.role == "assistant"), default=len(self.turns))
 
 
@@ -199,6 +198,12 @@ class LabeledImage(Example):
         return self.label
 
 
+def turns_text(turns: Sequence[Turn]) -> str:
+    """Turns as one text; with roles if there is more than one besides the system prompt."""
+    num_turns = sum(t.role != "system" for t in turns)
+    return "\n".join(t.text if t.role == "system" or num_turns == 1 else f"{t.role}: {t.text}" for t in turns)
+
+
 def cell_to_text(value: object) -> str:
     """A value of a table as text: true and false as JSON writes them, whole floats without their .0."""
     if isinstance(value, bool):
@@ -215,4 +220,6 @@ def _hash(text: str) -> str:
 def _to_json_value(value: object) -> object:
     if isinstance(value, Turn):
         return [dict(value.message), value.train_on]
+    if isinstance(value, Example):
+        return value.key_content()
     return dict(value) if isinstance(value, Mapping) else str(value)

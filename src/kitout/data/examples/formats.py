@@ -1,36 +1,29 @@
 """Which format a table has, detected from its columns, and its rows as examples.
 
-A format is the roles of its columns, their usual names, and the function that makes an example of them (`convert`); the
-table below is all there is to it. If several formats fit, or none, the error names the columns and the line to write.
-It knows no file, no tokenizer and no model.
+The formats stand in `format_table`. If several fit, or none, the error names the columns and the line to write. Pairs
+of answers are detected where no other format fits; judged answers and prompts only for a caller who asks for them. It
+knows no file, no tokenizer and no model.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
-from kitout.data.examples import convert
 from kitout.data.examples.column_hints import naming_line
 from kitout.data.examples.examples import Example, cell_to_text
+from kitout.data.examples.format_table import FORMATS, KINDS, Format
+from kitout.data.examples.preferences import Prompt
 from kitout.data.examples.system_prompt import with_system_prompt
 from kitout.data.read.tables import MAX_MESSAGE_CHARS, DataError, Row, add_first
-from kitout.errors import BadRows, Errors, suggest
-
-ColumnNames: TypeAlias = "Mapping[str, tuple[str, ...]]"  # role -> its usual column names, the first one present wins
+from kitout.errors import BadRows, Errors, UnusableFormat, suggest
 
 MAX_SHOWN_COLUMNS = 40
 HEAD_ROWS = 200  # rows of a stream that detection reads; later ones may leave columns out
-_SYSTEM: dict[str, tuple[str, ...]] = {"system": ("system", "system_prompt")}
-_TOOLS: dict[str, tuple[str, ...]] = {"tools": ("tools", "functions")}
-_LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "topic", "score")
-_TEXTS = (
-    "text", "sentence", "sentence1", "premise", "text1", "question1", "tweet", "review", "comment", "content", "body",
-)  # fmt: skip
 
 # Metadata columns. With any other column beside it, `text` alone is not taken as plain text.
 _METADATA_PATTERN = re.compile(
@@ -40,111 +33,6 @@ _METADATA_PATTERN = re.compile(
 
 _DECIMAL_COMMA_PATTERN = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?")
 _THOUSANDS_PATTERN = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")  # 1,000: a comma may mean either
-
-
-@dataclass(frozen=True)
-class Format:
-    """Columns by role, and what makes an example of them."""
-
-    name: str
-    """As `format=` names it."""
-    required: ColumnNames
-    """Roles that a table must have."""
-    to_example: Callable[[convert.RowFields], Example]
-    """One row, by role, as an example."""
-    answer: str = ""
-    """The role that is predicted; "" where it is part of the input's own column, or nothing is. The first required role
-    is the input that a plain text stands for."""
-    optional: ColumnNames = field(default_factory=dict)
-    """Roles that a table may have."""
-    by_name_only: bool = False
-    """Never detected, only taken when named: tables of texts may have the same columns beside their own."""
-
-    @property
-    def roles(self) -> ColumnNames:
-        """Required and optional ones."""
-        return {**self.required, **self.optional}
-
-    def __str__(self) -> str:
-        optional = f"; optional {', '.join(self.optional)}" if self.optional else ""
-        required = ["/".join(names[:3]) + ("/..." if len(names) > 3 else "") for names in self.required.values()]
-        return f"{self.name}: {' and '.join(required)}{optional}"
-
-
-FORMATS = {
-    each.name: each
-    for each in (
-        Format(
-            "instruction",
-            {
-                "instruction": ("instruction", "prompt", "input", "query", "source"),
-                "response": ("response", "output", "answer", "target"),
-            },
-            convert.from_instruction,
-            "response",
-            {"context": ("input", "context"), **_SYSTEM},
-        ),
-        Format(
-            "messages",
-            {"messages": ("messages", "dialog", "chat")},
-            convert.from_messages,
-            optional={**_TOOLS, **_SYSTEM},
-        ),
-        Format(
-            "sharegpt",
-            {"conversations": ("conversations", "conversation")},
-            convert.from_sharegpt,
-            optional={**_TOOLS, **_SYSTEM},
-        ),
-        Format(
-            "completion",
-            {"prompt": ("prompt",), "completion": ("completion",)},
-            convert.from_completion,
-            "completion",
-            _TOOLS,
-        ),
-        Format(
-            "question",
-            {"question": ("question", "problem"), "answer": ("answer", "answers", "solution", "response", "output")},
-            convert.from_question,
-            "answer",
-            {"context": ("context", "passage", "paragraph", "article", "body"), "choices": ("choices", "options"),
-             **_SYSTEM},
-        ),
-        Format(
-            "summary",
-            {"document": ("document", "article", "dialogue", "text"), "summary": ("summary", "highlights")},
-            convert.from_summary,
-            "summary",
-            _SYSTEM,
-        ),
-        Format(
-            "label",
-            {"text": _TEXTS, "label": _LABELS},
-            convert.from_label,
-            "label",
-            {"second": ("sentence2", "hypothesis", "text2", "question2", "text_pair", "second")},
-        ),
-        Format(
-            "tokens",
-            {"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags", "labels", "pos_tags")},
-            convert.from_tokens,
-            "tags",
-        ),
-        Format("spans", {"text": ("text", "sentence"), "spans": ("spans", "entities")}, convert.from_spans, "spans"),
-        Format("text", {"text": ("text", "content")}, convert.from_text),
-        Format(
-            "image",
-            {
-                "image": ("image", "path", "file", "filename", "file_name", "filepath", "image_path", "img"),
-                "label": ("label", "labels", "class", "category", "target", "species", "digit"),
-            },
-            convert.from_image,
-            "label",
-            by_name_only=True,
-        ),
-    )
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -183,6 +71,8 @@ class TableReading:
                 example = with_system_prompt(example, self.system_prompt)
             if self.group is not None:
                 example = replace(example, group=_group_of(cells, self.group))
+            if isinstance(example, Prompt) and self.format.keeps_row:
+                example = replace(example, row=dict(cells))
         except DataError as error:
             raise DataError(f"line {line}: {self._name_columns(str(error))}"[:MAX_MESSAGE_CHARS]) from error
         return replace(example, location=f"{self.source}:{line}")
@@ -209,6 +99,23 @@ class TableReading:
         errors.raise_if_any()
         return examples
 
+    def as_asked(self) -> tuple[str, dict[str, str]]:
+        """The format of plain training and its columns by which a model that was trained on the table is asked.
+
+        Of preference data: of their prompts.
+        """
+        name, columns = self.format.name, dict(self.columns)
+        if self.format.kind == "training":
+            return name, columns
+        roles = {"prompt": "prompt"} if name.startswith("raw_") else {"prompt": "instruction"}
+        roles |= {"question": "question", "choices": "choices", "context": "context", "system": "system"}
+        asked = {roles[role]: column for role, column in columns.items() if role in roles}
+        if "instruction" in asked:
+            return "instruction", asked
+        if "question" in asked:
+            return "question", asked
+        return ("completion", asked) if name.startswith("raw_") else ("messages", {})
+
     def _name_columns(self, message: str) -> str:
         """'response' is empty -> 'output' is empty: the user knows the column, not the role."""
         for role, column in self.columns.items():
@@ -219,7 +126,8 @@ class TableReading:
     def __str__(self) -> str:
         read = ", ".join(column if role == column else f"{role}={column}" for role, column in self.columns.items())
         commas = ", numbers with a decimal comma" if self.has_decimal_commas else ""
-        unused = f"not read: {', '.join(self.unused_columns)}" if self.unused_columns else ""
+        verb = "kept for rewards" if self.format.keeps_row else "not read"
+        unused = f"{verb}: {', '.join(self.unused_columns)}" if self.unused_columns else ""
         return "; ".join(filter(None, (f"{self.format.name} ({read}{commas})", self.note, unused)))
 
 
@@ -230,17 +138,22 @@ def detect(
     columns: Mapping[str, str] | None = None,
     system_prompt: str | None = None,
     note: str = "",
+    kinds: Collection[str] | None = None,
 ) -> TableReading:
     """How these rows are read.
 
     format: a name of FORMATS, or "auto". columns: {role: column} for columns with unusual names. system_prompt, note:
-    see TableReading.
+    see TableReading. kinds: of KINDS, which the caller can use: UnusableFormat for a table of another kind; None: all,
+    of which judged answers and prompts must be named.
     """
     present = list(dict.fromkeys(str(column) for _, row in rows for column in row))
     requested = dict(columns or {})
     format = None if format == "auto" else format  # noqa: A001
-    candidates = _candidate_formats(format, requested, present, source)
+    candidates = _candidate_formats(format, requested, present, source, kinds)
     matches = {each.name: match for each in candidates if (match := _match_columns(each, requested, present))}
+    matches = {name: match for name, match in matches.items() if FORMATS[name].variant_of not in matches}
+    if kinds is None or "training" in kinds:  # whoever trains on such a table goes on to do so
+        matches = _without(matches, "preference") if len(matches) > 1 and format is None else matches
     plain_text = matches.get("text")
     if plain_text is not None and format is None and not requested:
         others = [c for c in present if c not in plain_text.values() and not _METADATA_PATTERN.fullmatch(c)]
@@ -253,7 +166,17 @@ def detect(
     (name, match), *_ = matches.items()
     unused = tuple(c for c in present if c not in match.values())
     has_commas = name == "label" and _are_decimal_commas([row.get(match["label"]) for _, row in rows])
-    return TableReading(FORMATS[name], match, source, unused, system_prompt, has_commas, note)
+    reading = TableReading(FORMATS[name], match, source, unused, system_prompt, has_commas, note)
+    if kinds is not None and reading.format.kind not in kinds:
+        needed = " or ".join(KINDS[kind] for kind in kinds)
+        raise UnusableFormat(
+            f"{source} has {KINDS[reading.format.kind]} ({reading}); needed are {needed}", reading, rows[0][1]
+        )
+    return reading
+
+
+def _without(matches: Mapping[str, dict[str, str]], name: str) -> dict[str, dict[str, str]]:
+    return {other: match for other, match in matches.items() if other != name}
 
 
 def _group_of(cells: Mapping[str, Any], column: str) -> str:
@@ -293,13 +216,14 @@ def _candidate_formats(
     columns: Mapping[str, str],
     present: Sequence[str],
     source: str,
+    kinds: Collection[str] | None,
 ) -> list[Format]:
     """The formats that are compatible with what was requested."""
     errors = Errors(DataError, f"{source} (columns: {shown(present)})")
     if format is not None and format not in FORMATS:
         errors.add(f"there is no format {format!r}; {suggest(format, FORMATS, max_shown=len(FORMATS))}")
-    detectable = [each for each in FORMATS.values() if not each.by_name_only]
-    candidates = [FORMATS[format]] if format in FORMATS else detectable
+    candidates = [each for each in FORMATS.values() if format is not None and format in (each.name, each.variant_of)]
+    candidates = candidates or [each for each in FORMATS.values() if _is_candidate(each, kinds)]
     roles = {role for each in candidates for role in each.roles}
     for role, column in columns.items():
         if role not in roles:
@@ -309,6 +233,14 @@ def _candidate_formats(
             errors.add(f"there is no column {column!r} (requested as {role!r}); {suggest(column, present)}")
     errors.raise_if_any()
     return [each for each in candidates if set(columns) <= set(each.roles)]
+
+
+def _is_candidate(each: Format, kinds: Collection[str] | None) -> bool:
+    """Whether it may be detected. Pairs are where they cannot be used too: an error can then say what they are for."""
+    if kinds is None or each.detected != "if_wanted":
+        wanted = kinds is None or each.kind in kinds or ("training" in kinds and each.kind == "preference")
+        return each.detected == "always" and wanted
+    return each.kind in kinds
 
 
 def _match_columns(candidate: Format, columns: Mapping[str, str], present: Sequence[str]) -> dict[str, str] | None:
@@ -334,6 +266,8 @@ def _ambiguity_message(
             f"{columns}\n  they can be read as {' or as '.join(matches)}\n  choose one, e.g. "
             f"data.train.format={matches[0]}"
         )
+    if requested is None and candidates[0].kind != "training":
+        requested = candidates[0].name
     roles = tuple(candidates[0].required) if requested else None
     reading = f"the format {requested}" if requested else "any known format"
     line = naming_line([row for _, row in rows], present, roles, requested or "")

@@ -32,11 +32,12 @@ def detect_grouped(
         )
     try:
         reading = formats.detect(rows, source, columns=columns, **options)
-    except DataError:
-        if group in (columns or {}).values():
-            raise
+    except DataError as error:
         others = [(line, {name: value for name, value in row.items() if name != group}) for line, row in rows]
-        reading = formats.detect(others, source, columns=columns, **options)
+        try:
+            reading = formats.detect(others, source, columns=columns, **options)
+        except DataError:
+            raise error from None
     unused = tuple(column for column in reading.unused_columns if column != group)
     note = "; ".join(filter(None, (reading.note, f"in groups of one {group}")))
     return replace(reading, unused_columns=unused, note=note, group=group)

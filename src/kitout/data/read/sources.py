@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from kitout.data.read.csv_dialect import separator_note
 from kitout.data.read.hub import HubTable, open_hub_tables
 from kitout.data.read.row_sample import RowSample, size_in_memory
 from kitout.data.read.tables import DataError, Row
-from kitout.errors import BadRows, Errors
+from kitout.errors import BadRows, Errors, UnusableFormat
 
 Source: TypeAlias = "str | Path | Sequence[str | Path] | Mapping[str, str | Path | Sequence[str | Path]]"
 
@@ -103,6 +103,7 @@ def load_examples(
     skip_bad_rows: bool = False,
     tick: tables.Tick | None = None,
     sample: RowSample | None = None,
+    kinds: Collection[str] | None = None,
     group: str | None = None,
 ) -> LoadedExamples:
     """Every example of a source. limit: at most so many of each split, sampled by the seed, in their order.
@@ -111,7 +112,7 @@ def load_examples(
     `tables.counted`. sample: draws the rows of each table that become examples; None: all do.
 
     source: a path or hub name, a list of them, or {"train": ..., "validation": ..., "test": ...}. format, columns,
-    system_prompt: see `formats.detect`. group: see `row_groups.detect_grouped`.
+    system_prompt, kinds: see `formats.detect`. group: see `row_groups.detect_grouped`.
     """
     splits: dict[str, list[Example]] = {}
     readings = []
@@ -130,14 +131,17 @@ def load_examples(
                 notes.append(f"{table.source}: {sample.note}")
                 memory += scale * sum(map(size_in_memory, rows))
             reading = detect_grouped(
-                rows, table.source, group, format=format, columns=columns, system_prompt=system_prompt, note=table.note
-            )
+                rows, table.source, group, format=format, columns=columns, system_prompt=system_prompt,
+                note=table.note, kinds=kinds,
+            )  # fmt: skip
             readings.append(reading)
             examples = reading.to_examples(tables.counted(rows, tick, f"converting {table.source}"), skipped)
             check_few_skipped(skipped or (), len(examples), table.source)
             splits.setdefault(table.split, []).extend(examples)
             totals[table.split] = totals.get(table.split, 0.0) + scale * len(examples)
             all_skipped += skipped or ()
+        except UnusableFormat:
+            raise  # of the whole source, whatever is wrong with its rows
         except DataError as error:
             errors.add(str(error))
             only_rows_are_bad &= isinstance(error, BadRows)

@@ -18,7 +18,7 @@ from kitout.evaluate.ask.batches import ProgressFn, map_batches
 from kitout.evaluate.ask.divergence import token_divergence
 from kitout.evaluate.ask.harness_tokens import encode_text, rolling_windows, start_token_id
 from kitout.evaluate.ask.text_limit import window_tokens
-from kitout.evaluate.ask.token_likelihood import Prompted, ScoredLogits, TokenScorer, sum_by_row
+from kitout.evaluate.ask.token_likelihood import Prompted, ScoredLogits, TokenScorer, row_totals
 from kitout.evaluate.metrics.texts import TextSums
 from kitout.kit import Kit
 from kitout.route import RouteEntry
@@ -68,13 +68,13 @@ def text_likelihoods(
         def run(routes: Sequence[RouteEntry]) -> list[list[tuple[float, float]]]:
             rows = [(route, item) for route in routes for item in batch]
             scored = scorer.row_logits([route for route, _ in rows], [item for _, item in rows])
-            log_likelihoods = sum_by_row(scored.log_probs(), scored.rows, len(rows))
+            log_likelihoods = row_totals(scored.log_probs(), scored.rows, len(rows))
             moved = [0.0] * len(rows)
             if divergence:
                 parts = scored.parts(len(routes))
                 base[:] = [part for part, route in zip(parts, routes, strict=True) if route is None] or base
                 values = torch.cat([token_divergence(base[0], part) for part in parts])
-                moved = sum_by_row(values, scored.rows, len(rows))
+                moved = row_totals(values, scored.rows, len(rows))
             pairs = list(zip(log_likelihoods, moved, strict=True))
             return [pairs[k * len(batch) : (k + 1) * len(batch)] for k in range(len(routes))]
 

@@ -8,7 +8,6 @@ no metrics.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -18,13 +17,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kitout.data.by_row import sum_by_row
 from kitout.data.padding import pad
 from kitout.errors import ConfigError, RouteError
 from kitout.evaluate.ask import joined_rows
 from kitout.evaluate.ask.batches import num_alike
+from kitout.evaluate.ask.cache_rows import can_select_rows, can_share_prompts, select_rows
 from kitout.evaluate.ask.text_limit import has_virtual_tokens
 from kitout.kit import Kit
-from kitout.route import RouteEntry, adapter_names
+from kitout.route import RouteEntry
 
 BATCH_TOKENS = 2048  # of one forward, its padding included
 BATCH_LOGIT_BYTES = 512 * 2**20  # of one forward, in float32: a large vocabulary makes batches smaller
@@ -88,10 +89,9 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def sum_by_row(values_M: Tensor, rows_M: Tensor, num_rows: int) -> list[float]:
+def row_totals(values_M: Tensor, rows_M: Tensor, num_rows: int) -> list[float]:
     """Sums in float64."""
-    sums = torch.zeros(num_rows, dtype=torch.float64)
-    return sums.index_add_(0, rows_M.cpu(), values_M.cpu().double()).tolist()
+    return sum_by_row(values_M.cpu().double(), rows_M.cpu(), num_rows).tolist()
 
 
 class TokenScorer:
@@ -171,7 +171,8 @@ class TokenScorer:
     def answer_scores(self, routes: Sequence[RouteEntry], items: Sequence[Prompted]) -> list[list[list[float]]]:
         """Log-likelihoods by route, item and answer, in one batch with a row for each route and item."""
         rows = [(route, item) for route in routes for item in items]
-        shared = [i for i, (_, item) in enumerate(rows) if len(item.answers) > 1] if self._may_share(routes) else []
+        may_share = self.can_select_cache and can_share_prompts(self.kit, routes)
+        shared = [i for i, (_, item) in enumerate(rows) if may_share and len(item.answers) > 1]
         scores: dict[int, list[float]] = {}
         if shared:
             found = self._prefilled([rows[i] for i in shared])
@@ -182,12 +183,6 @@ class TokenScorer:
         scores |= {i: [next(values) for _ in rows[i][1].answers] for i in alone}
         return [[scores[k * len(items) + i] for i in range(len(items))] for k in range(len(routes))]
 
-    def _may_share(self, routes: Sequence[RouteEntry]) -> bool:
-        """Whether a prompt's cache may be selected anew: not behind virtual tokens that come after a first token."""
-        names = self.kit.state.names_with_parts(name for route in routes for name in adapter_names(route))
-        prompts = [part for name in names for parts in self.kit[name].prompts.values() for part in parts]
-        return self.can_select_cache and not any(part.delta.after_first_token for part in prompts)
-
     def _prefilled(self, rows: Sequence[tuple[RouteEntry, Prompted]]) -> list[list[float]] | None:
         """The scores of all answers of each row; None where the cache's rows cannot be selected."""
         device = self.kit.device
@@ -197,7 +192,7 @@ class TokenScorer:
         cached = any(len(answer) > 1 for item in items for answer in item.answers)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         out = self._forward(routes, ids, mask, ids.shape[1] - 1, positions, use_cache=cached)
-        if cached and not _can_select(out.get("past_key_values")):
+        if cached and not can_select_rows(out.get("past_key_values")):
             self.can_select_cache = False
             return None
         cache, logits_BV = out.get("past_key_values"), out.logits[:, -1]
@@ -223,10 +218,10 @@ class TokenScorer:
                 torch.cat((mask[index], new_mask), 1),
                 0,
                 lengths[index, None] + steps,
-                cache=_selected(cache, index, len(items)),
+                cache=select_rows(cache, index, len(items)),
             )
             scored = _scored(out.logits, [0] * len(group), [answer[1:] for answer in answers], 0)
-            for pair, value in zip(group, sum_by_row(scored.log_probs(), scored.rows, len(group)), strict=True):
+            for pair, value in zip(group, row_totals(scored.log_probs(), scored.rows, len(group)), strict=True):
                 scores[pair] += value
             del out, scored
         return [[scores[i, k] for k in range(len(item.answers))] for i, item in enumerate(items)]
@@ -239,7 +234,7 @@ class TokenScorer:
             rest = order[len(scores) :]
             batch = rest[: num_alike([len(rows[i][1]) for i in rest], self.batch_tokens)]
             scored = self.row_logits([rows[i][0] for i in batch], [rows[i][1] for i in batch])
-            scores |= zip(batch, sum_by_row(scored.log_probs(), scored.rows, len(batch)), strict=True)
+            scores |= zip(batch, row_totals(scored.log_probs(), scored.rows, len(batch)), strict=True)
             del scored
         return (scores[i] for i in range(len(rows)))
 
@@ -314,22 +309,3 @@ def _groups(pairs: Sequence[T], length: Callable[[T], int], num_cached: int, max
         number = num_alike(lengths, min(max_tokens, CACHE_TOKENS * lengths[0] // (num_cached + lengths[0])))
         yield pairs[:number]
         pairs = pairs[number:]
-
-
-def _can_select(cache: Any) -> bool:
-    """Whether rows of a cache can be selected and go on with tokens of another number: recurrent states cannot."""
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    layers = getattr(cache, "layers", ())
-    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-
-
-def _selected(cache: Any, index: Tensor, num_rows: int) -> Any:
-    """A cache of these rows; the given one stays as it is. Under an Average it has several copies of all rows."""
-    new = copy.copy(cache)
-    new.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in new.layers:
-        if layer.get_seq_length():
-            starts = range(0, layer.keys.shape[0], num_rows)
-            layer.reorder_cache(torch.cat([index + start for start in starts]))
-    return new

@@ -1,4 +1,4 @@
-"""Rows of one batch, each through its own low-rank map, while they are trained: one autograd node over all of them.
+"""Rows of one batch, each through its own low-rank map; while they are trained, one autograd node over all of them.
 
 Neighboring rows of one map are a run and are read in place. Nothing is gathered, copied and put back, which would cost
 more than the thin products themselves. y' = y + scale * B A x, as in `low_rank.py`; it knows tensors and runs only.
@@ -33,6 +33,15 @@ def are_equal_runs(runs: Sequence[RowRun], rows: int) -> bool:
     sizes = {stop - start for _, start, stop in runs}
     numbers = [number for number, _, _ in runs]
     return len(sizes) == 1 and len(set(numbers)) == len(numbers) and sum(b - a for _, a, b in runs) == rows
+
+
+def add_to_runs(x: Tensor, y: Tensor, runs: Sequence[RowRun], maps: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """y, overwritten and without a gradient: the rows of each run plus their map's scale * B A x. maps: A, B, scale."""
+    for number, start, stop in runs:
+        a, b, scale = maps[number]
+        h_t = a.to(y.dtype) @ _flatten_rows(x[start:stop]).t()
+        y[start:stop].view(-1, y.shape[-1]).addmm_(h_t.t(), b.to(y.dtype).t(), alpha=scale)
+    return y
 
 
 class EqualRunsLowRank(torch.autograd.Function):

@@ -19,8 +19,12 @@ TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}  # packages that ser
 
 def find_conflicts(config: RunConfig) -> list[str]:
     """Of one run (not of its jobs). Called again once "auto" is resolved, it may find more."""
-    found = _method_conflicts(config), _training_conflicts(config), _image_conflicts(config), _group_conflicts(config)
-    return [conflict for some in found for conflict in some]
+    return [*_method_conflicts(config), *conflicts_without_method(config)]
+
+
+def conflicts_without_method(config: RunConfig) -> list[str]:
+    """Those that need no method, and so no torch."""
+    return [*_training_conflicts(config), *_image_conflicts(config), *_group_conflicts(config)]
 
 
 def find_unused(config: RunConfig) -> Iterator[str]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -17,7 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from kitout.train.config import yaml_file
-from kitout.train.config.schema import AugmentConfig, JobConfig, RunConfig, SourceConfig
+from kitout.train.config.schema import AugmentConfig, RunConfig
 from kitout.train.config.type_text import type_text
 
 WIDTH = 110
@@ -28,6 +29,7 @@ EXAMPLE_VALUES: dict[str, Any] = {
     "data.train": [{"path": "train.jsonl"}],
     "output.folder": "runs/first",
 }
+WRITTEN_LATER = ("method", "objective", "jobs")  # settings of no section that follow one
 
 
 @dataclass(frozen=True)
@@ -56,28 +58,28 @@ class SectionDoc:
     """In order."""
 
 
-def sections() -> tuple[SectionDoc, ...]:
-    """The sections of a run, in order; a section within a section after it."""
-    docs: list[SectionDoc] = []
-    top_level: list[SettingDoc] = []
-    for name, info in RunConfig.model_fields.items():
-        inner = _section_model(info.annotation)
-        if inner is None or inner is JobConfig:
-            top_level.append(_setting_doc(name, info))
+def sections(schema: type[BaseModel] = RunConfig) -> tuple[SectionDoc, ...]:
+    """The sections of a config, in order; a section within a section after it."""
+    fields = [
+        (info.alias or name, info, *_section_model(info.annotation)) for name, info in schema.model_fields.items()
+    ]
+    alone = tuple(setting_doc(name, info) for name, info, inner, number in fields if inner is None or number)
+    inside = (section_docs(name + number, inner) for name, _, inner, number in fields if inner is not None)
+    return (SectionDoc("", doc_text(schema), alone), *(doc for docs in inside for doc in docs))
+
+
+def section_docs(name: str, section: type[BaseModel]) -> Iterator[SectionDoc]:
+    """A section with all its settings, then the sections in it."""
+    fields = section.model_fields.items()
+    yield SectionDoc(name, doc_text(section), tuple(setting_doc(field, info) for field, info in fields))
+    for field, info in fields:
+        inner, number = _section_model(info.annotation)
         if inner is not None:
-            repeated = ".0" if inner is JobConfig else ""
-            docs.append(SectionDoc(name + repeated, _doc_text(inner), tuple(_setting_docs(inner))))
-        if name == "data":
-            docs.append(SectionDoc("data.train.0", _doc_text(SourceConfig), tuple(_setting_docs(SourceConfig))))
-            docs.append(SectionDoc("data.augment", _doc_text(AugmentConfig), tuple(_setting_docs(AugmentConfig))))
-    return (SectionDoc("", _doc_text(RunConfig), tuple(top_level)), *docs)
+            yield from section_docs(f"{name}.{info.alias or field}{number}", inner)
 
 
-def _setting_docs(section: type[BaseModel]) -> Iterator[SettingDoc]:
-    return (_setting_doc(name, info) for name, info in section.model_fields.items())
-
-
-def _setting_doc(name: str, info: FieldInfo) -> SettingDoc:
+def setting_doc(name: str, info: FieldInfo) -> SettingDoc:
+    """A field in words."""
     default = "" if info.is_required() else default_text(info.get_default(call_default_factory=True))
     return SettingDoc(
         info.alias or name,
@@ -87,21 +89,23 @@ def _setting_doc(name: str, info: FieldInfo) -> SettingDoc:
     )
 
 
-def _section_model(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, or holds several of."""
-    inner = get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
-    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+def _section_model(annotation: Any) -> tuple[type[BaseModel] | None, str]:
+    """The section that a field holds, or holds several of, and how its name goes on: ".0" for one of several."""
+    is_list = get_origin(annotation) is tuple
+    inner = get_args(annotation)[0] if is_list else annotation
+    is_section = isinstance(inner, type) and issubclass(inner, BaseModel)
+    return (inner, ".0" * is_list) if is_section else (None, "")
 
 
-def _doc_text(section: type[BaseModel]) -> str:
+def doc_text(section: type[BaseModel]) -> str:
+    """What a section is about, on one line."""
     return " ".join((inspect.getdoc(section) or "").split())
 
 
 def default_text(value: Any) -> str:
     """A default as it would be written on one line of YAML."""
-    from kitout.method import Method
-
-    if isinstance(value, Method):
+    methods = sys.modules.get("kitout.method")  # where it is not loaded, with torch, no value is a method
+    if methods is not None and isinstance(value, methods.Method):
         return type(value).__name__
     if isinstance(value, BaseModel):
         return ""
@@ -112,15 +116,22 @@ def default_text(value: Any) -> str:
     return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
-def example_yaml() -> str:
-    """A run.yaml to begin with: what most runs set, and every other setting as a comment with its default."""
-    lines = [
-        "# A run of kitout:  kitout train run.yaml",
-        "# Text follows '# '; a setting after '#' has its default: remove the '#' to change it.",
-    ]
-    for section in sections():
+def example_yaml(
+    docs: tuple[SectionDoc, ...] = (),
+    values: Mapping[str, Any] = EXAMPLE_VALUES,
+    first_lines: Sequence[str] = ("# A run of kitout:  kitout train run.yaml",),
+) -> str:
+    """A run.yaml to begin with: what most runs set, and every other setting as a comment with its default.
+
+    docs: of another config than a run's. values: what it sets, by dotted name.
+    """
+    lines = ["# Text follows '# '; a setting after '#' has its default: remove the '#' to change it."]
+    lines = [first_lines[0], *lines, *first_lines[1:]]
+    for section in docs or sections():
         if section.name == "":
             top_level = section.settings
+            for setting in (one for one in top_level if one.name not in WRITTEN_LATER):
+                lines += ["", *_setting_lines(setting, "", values.get(setting.name))]
         elif section.name == "data.train.0":
             source = section  # written within data
         elif section.name == "data.augment":  # written within data, as it is the last that is
@@ -134,13 +145,14 @@ def example_yaml() -> str:
                 "#  - name: first",
             ]
         else:
-            lines += ["", *_comment_lines(section.text, ""), f"{section.name}:", *_section_lines(section)]
+            lines += ["", *_comment_lines(section.text, ""), f"{section.name}:", *_section_lines(section, values)]
             if section.name == "model":
                 lines += _method_lines(next(s for s in top_level if s.name == "method"))
         if section.name == "data.train.0":
-            at = next(i for i, line in enumerate(lines) if line == "    - path: train.jsonl")
+            at = lines.index(f"    - path: {values['data.train'][0]['path']}")
             lines[at + 1 : at + 1] = list(_comment_out(source.settings[1:], "      "))
-            lines += ["", *_setting_lines(next(s for s in top_level if s.name == "objective"), "", None)]
+            objective = (one for one in top_level if one.name == "objective")
+            lines += [line for one in objective for line in ("", *_setting_lines(one, "", None))]
     return "\n".join(lines) + "\n"
 
 
@@ -154,9 +166,9 @@ def _method_lines(method: SettingDoc) -> Iterator[str]:
     yield from (f"  #{name}: {default_text(getattr(defaults, name))}" for name in LoRA.model_fields if name != "rank")
 
 
-def _section_lines(section: SectionDoc) -> Iterator[str]:
+def _section_lines(section: SectionDoc, values: Mapping[str, Any]) -> Iterator[str]:
     for setting in section.settings:
-        yield from _setting_lines(setting, "  ", EXAMPLE_VALUES.get(f"{section.name}.{setting.name}"))
+        yield from _setting_lines(setting, "  ", values.get(f"{section.name}.{setting.name}"))
 
 
 def _comment_out(settings: tuple[SettingDoc, ...], indent: str) -> Iterator[str]:

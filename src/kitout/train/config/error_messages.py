@@ -15,6 +15,7 @@ from kitout.errors import suggest
 from kitout.format import short_repr
 from kitout.train.config.foreign_keys import key_hint
 from kitout.train.config.renamed_keys import RENAMED_OBJECTIVES, new_key
+from kitout.train.config.sections import ConfigSection
 
 MAX_MESSAGE_CHARS, MAX_NAME_CHARS, MAX_PLACES = 600, 80, 3
 JOIN = "\n  - "  # between the errors of one validator
@@ -83,20 +84,44 @@ def _messages_at(
 
 def hint_for_key(location: str, model: type[BaseModel]) -> str | None:
     """What to write instead of a key that is another library's, or another section's; None for any other key."""
-    return key_hint(location) or _same_key_elsewhere(location, model)
+    own = model.foreign_keys if issubclass(model, ConfigSection) else {}
+    advice = key_hint(location, own) or _same_key_elsewhere(location, model)
+    return advice and _in_an_entry(advice, model)
 
 
 def _same_key_elsewhere(location: str, model: type[BaseModel]) -> str | None:
     """A key of another section, written in the wrong one: `train.max_length` -> "write data.max_length"."""
     key = location.rpartition(".")[2]
-    found = [
-        f"{name}.{key}"
-        for name, field in model.model_fields.items()
-        for section in _classes_in(field.annotation)
-        if issubclass(section, BaseModel) and key in {f.alias or n for n, f in section.model_fields.items()}
-    ]
-    found = [setting for setting in found if not setting.startswith("jobs.")]
-    return f"write {' or '.join(found)}" if 1 <= len(found) <= MAX_PLACES else None
+    found = [f"{name}.{key}" for name, section in _sections_of(model) if key in _keys(section)]
+    group, number, *_ = [*location.split("."), "", ""]
+    for name, entry in _sections_of(model, of_entries=True):
+        if name == group and number.isdigit():  # within one entry of a list of sections
+            found += [f"{group}.{number}.{inner}.{key}" for inner, one in _sections_of(entry) if key in _keys(one)]
+            found += [f"{group}.{number}.{key}"] if key in _keys(entry) else []
+    if not found and "." not in location:
+        found = [key for _, entry in _sections_of(model, of_entries=True) if key in _keys(entry)]
+    return f"write {' or '.join(dict.fromkeys(found))}" if 1 <= len(found) <= MAX_PLACES else None
+
+
+def _in_an_entry(advice: str, model: type[BaseModel]) -> str:
+    """Advice about a setting that only the entries of a list have: "write train.lr" -> "write stages.0.train.lr"."""
+    first = advice.removeprefix("write ").split(".")[0].split(" ")[0].split("=")[0]
+    if not advice.startswith("write ") or first in _keys(model):
+        return advice
+    groups = [name for name, entry in _sections_of(model, of_entries=True) if first in _keys(entry)]
+    return advice.replace("write ", f"write {groups[0]}.0.", 1) if groups else advice
+
+
+def _sections_of(model: type[BaseModel], of_entries: bool = False) -> Iterator[tuple[str, type[BaseModel]]]:
+    """The sections that a config holds by the names of their fields; of_entries: those that it holds lists of."""
+    for name, field in model.model_fields.items():
+        if (get_origin(field.annotation) is tuple) == of_entries:
+            classes = (cls for cls in _classes_in(field.annotation) if issubclass(cls, BaseModel))
+            yield from ((field.alias or name, cls) for cls in classes)
+
+
+def _keys(section: type[BaseModel]) -> set[str]:
+    return {field.alias or name for name, field in section.model_fields.items()}
 
 
 def _validator_errors(location: str, message: str) -> Iterator[str]:

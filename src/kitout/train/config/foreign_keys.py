@@ -7,7 +7,7 @@ silently. Keys are compared without case, hyphens and underscores. It knows name
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Mapping
 
 # What to write -> what it is called elsewhere, or where it is written by mistake. Text behind a blank is for people.
 ELSEWHERE_BY_SETTING = {
@@ -99,19 +99,32 @@ def fold_key(key: str) -> str:
     return re.sub(r"[-_ ]", "", key).lower()
 
 
-_ADVICE = {
-    fold_key(name): f"write {setting}" for setting, names in ELSEWHERE_BY_SETTING.items() for name in names.split()
-} | {fold_key(name): f"leave it out: {reason}" for reason, names in LEAVE_OUT.items() for name in names.split()}
+def advice_by_key(by_setting: Mapping[str, str], leave_out: Mapping[str, str]) -> dict[str, str]:
+    """Folded key -> what to say of it, from two tables as those above."""
+    written = {fold_key(name): f"write {setting}" for setting, names in by_setting.items() for name in names.split()}
+    return written | {
+        fold_key(name): f"leave it out: {reason}" for reason, names in leave_out.items() for name in names.split()
+    }
 
 
-def key_hint(location: str) -> str | None:
-    """`train.learning_rate` -> "write train.lr", below the same job; None for a key that means nothing elsewhere."""
-    job, key = re.fullmatch(r"(jobs\.\d+\.)?(.*)", location, re.DOTALL).groups(default="")  # type: ignore[union-attr]
-    advice = _ADVICE.get(fold_key(key.rpartition(".")[2][:80]))
+_ADVICE = advice_by_key(ELSEWHERE_BY_SETTING, LEAVE_OUT)
+_IN_ENTRY = re.compile(r"((?:jobs|stages)\.\d+\.)?(.*)", re.DOTALL)  # the entry of a list that a setting belongs to
+_OF_THE_WHOLE = ("write model", "write output", "write stages", "leave")  # advice that belongs to no entry
+
+
+def key_hint(location: str, own: Mapping[str, str] | None = None) -> str | None:
+    """`train.learning_rate` -> "write train.lr", below the same job; None for a key that means nothing elsewhere.
+
+    own: what the config adds to the table, or has in place of it.
+    """
+    entry, key = _IN_ENTRY.fullmatch(location).groups(default="")  # type: ignore[union-attr]  # it matches any text
+    folded = fold_key(key.rpartition(".")[2][:80])
+    advice = (own or {}).get(folded) or _ADVICE.get(folded)
     if advice is None or advice.split(" ")[:2] == ["write", key]:
         return None
-    of_job = job and advice.startswith(("write method", "write data", "write train"))
-    return advice.replace("write ", f"write {job}", 1) if of_job else advice
+    only_of_jobs = ("write evaluate", "write objective") if entry.startswith("jobs") else ()
+    is_of_entry = entry and not advice.startswith((*_OF_THE_WHOLE, *only_of_jobs))
+    return advice.replace("write ", f"write {entry}", 1) if is_of_entry else advice
 
 
 def method_hint(key: str, known: Container[str]) -> str | None:

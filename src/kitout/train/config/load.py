@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -17,9 +17,12 @@ from kitout.train.config.conflicts import find_conflicts, find_unused
 from kitout.train.config.error_messages import explain
 from kitout.train.config.method_field import DEFAULT_METHOD, names_a_method
 from kitout.train.config.plain_values import check_size
-from kitout.train.config.schema import WITHOUT_METHODS, RunConfig
+from kitout.train.config.schema import WITHOUT_METHODS, ConfigSection, RunConfig
 
 MAX_MESSAGES = 20  # of one config
+
+Schema = TypeVar("Schema", bound=ConfigSection)
+Run = TypeVar("Run", bound=RunConfig)
 
 
 def load(values: Mapping[str, Any], log: Callable[[str], None] | None = None) -> RunConfig:
@@ -28,9 +31,14 @@ def load(values: Mapping[str, Any], log: Callable[[str], None] | None = None) ->
     log: gets a line before torch is loaded, if it is not yet.
     """
     check(values)
-    if log is not None and "torch" not in sys.modules:
-        log("loading torch ...")
-    config = _validate(values)
+    announce_torch(log)
+    return load_as(values, RunConfig)
+
+
+def load_as(values: Mapping[str, Any], schema: type[Run]) -> Run:
+    """The same as a class that holds more than a run has; torch is loaded without a word."""
+    check_size(values, "the run's config")
+    config = validate(values, schema)
     errors = Errors(ConfigError, "the run's config")
     for conflict in dict.fromkeys(conflict for run in config.per_job() for conflict in find_conflicts(run)):
         errors.add(conflict)
@@ -40,19 +48,26 @@ def load(values: Mapping[str, Any], log: Callable[[str], None] | None = None) ->
     return config
 
 
+def announce_torch(log: Callable[[str], None] | None) -> None:
+    """A line before torch is loaded, if it is not yet."""
+    if log is not None and "torch" not in sys.modules:
+        log("loading torch ...")
+
+
 def check(values: Mapping[str, Any]) -> None:
     """ConfigError for what can be found out without the methods; nothing is checked where they have settings."""
     check_size(values, "the run's config")
     if has_method_names_alone(values):
-        _validate({"method": DEFAULT_METHOD, **values}, WITHOUT_METHODS)
+        validate({"method": DEFAULT_METHOD, **values}, RunConfig, WITHOUT_METHODS)
 
 
-def _validate(values: Mapping[str, Any], context: object = None) -> RunConfig:
+def validate(values: Mapping[str, Any], schema: type[Schema], context: object = None) -> Schema:
+    """Plain values by a schema; ConfigError names every error at once, in words."""
     errors = Errors(ConfigError, "the run's config")
     try:
-        return RunConfig.model_validate(dict(values), context=context)
+        return schema.model_validate(dict(values), context=context)
     except ValidationError as error:
-        messages = explain(error, RunConfig)
+        messages = explain(error, schema)
         for message in messages[:MAX_MESSAGES]:
             errors.add(message)
         if len(messages) > MAX_MESSAGES:
@@ -62,9 +77,9 @@ def _validate(values: Mapping[str, Any], context: object = None) -> RunConfig:
 
 
 def has_method_names_alone(values: Mapping[str, Any]) -> bool:
-    """Every method of the run and its jobs is left out or a name that is known: nothing of it can be wrong."""
-    jobs = values.get("jobs")
-    runs = [values, *(jobs if isinstance(jobs, list | tuple) else ())]
+    """Every method of the run, its jobs and its stages is left out or a known name: nothing of it can be wrong."""
+    entries = [values.get(group) for group in ("jobs", "stages")]
+    runs = [values, *(one for group in entries if isinstance(group, list | tuple) for one in group)]
     found = [run.get("method", DEFAULT_METHOD) for run in runs if isinstance(run, Mapping)]
     names = [one["name"] if isinstance(one, Mapping) and list(one) == ["name"] else one for one in found]
     return all(isinstance(name, str) and names_a_method(name) for name in names)

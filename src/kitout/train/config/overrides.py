@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kitout.errors import ConfigError, Errors
 from kitout.format import short_repr
@@ -37,6 +37,7 @@ SHORTHANDS = {
 }
 
 Override = tuple[str, Any]  # dotted name, plain value
+Config = TypeVar("Config")
 
 
 def is_override(text: str) -> bool:
@@ -66,15 +67,26 @@ def build_config(
     log: as `load` has it.
     """
     values = yaml_file.read_yaml(file) if file is not None else {}
+    return build(values, overrides, lambda values: load(values, log), check, SHORTHANDS)
+
+
+def build(
+    values: Mapping[str, Any],
+    overrides: Iterable[Override | str],
+    load: Callable[[Mapping[str, Any]], Config],
+    check: Callable[[Mapping[str, Any]], None],
+    shorthands: Mapping[str, str],
+) -> Config:
+    """The same of any config. load, check: as those of a run. shorthands: as SHORTHANDS."""
     errors = Errors(ConfigError, "the run's config")
     for override in overrides:
         try:
             name, value = parse_override(override) if isinstance(override, str) else override
-            values = apply_override(values, name, value)
+            values = apply_override(values, name, value, shorthands)
         except ConfigError as error:
             errors.add(str(error))
     if not errors.messages:
-        return load(values, log)
+        return load(values)
     try:
         # What is wrong already is reported without torch, if the methods have no settings that need it.
         check(values) if has_method_names_alone(values) else load(values)
@@ -86,40 +98,51 @@ def build_config(
     raise AssertionError  # there is at least one
 
 
-def apply_override(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
-    """A copy of plain values with one more."""
+def apply_override(
+    values: Mapping[str, Any], name: str, value: Any, shorthands: Mapping[str, str] = SHORTHANDS
+) -> dict[str, Any]:
+    """A copy of plain values with one more. An entry of a list is named by its number, or by the name it has."""
     result: dict[str, Any] = copy.deepcopy(dict(values))
     container: Any = result
     parts = name.split(".")
     if len(parts) > MAX_DEPTH:
         raise ConfigError(f"{name[:80]}...: a name of {len(parts):,} parts; no setting is so deep")
-    for depth, (part, next_part) in enumerate(pairwise(parts), 1):
-        location = ".".join(parts[:depth])
+    location = ""
+    for part, next_part in pairwise(parts):
+        number = str(_index(container, part, name)) if isinstance(container, list) else part
+        location = f"{location}.{number}" if location else number
         inner = _get(container, part, name)
         if not isinstance(inner, dict | list):
-            inner = _expand(inner, location, name)
-        elif isinstance(inner, list) and not next_part.isdigit():
-            inner = _single_entry(inner, location, name)
+            inner = _expand(inner, location, name, shorthands)
+        elif isinstance(inner, list) and not next_part.isdigit() and next_part not in _entry_names(inner):
+            inner = _single_entry(inner, location, name, shorthands)
         _set(container, part, inner, name)
         container = inner
     _set(container, parts[-1], value, name)
     return result
 
 
-def _expand(shorthand: Any, location: str, name: str) -> dict[str, Any]:
+def _expand(shorthand: Any, location: str, name: str, shorthands: Mapping[str, str]) -> dict[str, Any]:
     if shorthand is None:
         return {}
-    key = SHORTHANDS.get(re.sub(r"\.\d+(?=\.|$)", ".*", location))
+    key = shorthands.get(re.sub(r"\.\d+(?=\.|$)", ".*", location))
     if key is None:
         raise ConfigError(f"{name}: {location} is {short_repr(shorthand)}, which holds no settings")
     return {key: shorthand}
 
 
-def _single_entry(entries: list[Any], location: str, name: str) -> Any:
+def _single_entry(entries: list[Any], location: str, name: str, shorthands: Mapping[str, str]) -> Any:
     """The one entry of a list, whose number may be left out: data.train.limit=100."""
     if len(entries) == 1 and isinstance(entries[0], str | dict):
-        return entries[0] if isinstance(entries[0], dict) else _expand(entries[0], f"{location}.0", name)
-    raise ConfigError(f"{name}: {location} is a list of {len(entries)}; choose one, for example {location}.0")
+        return entries[0] if isinstance(entries[0], dict) else _expand(entries[0], f"{location}.0", name, shorthands)
+    known = ", ".join(filter(None, _entry_names(entries)))
+    hint = f"{location}.0" + (f", or by name ({known})" if known else "")
+    raise ConfigError(f"{name}: {location} is a list of {len(entries)}; choose one, for example {hint}")
+
+
+def _entry_names(entries: list[Any]) -> list[str]:
+    """By entry its name, or the kind that names it; "" where it has none."""
+    return [str(one.get("name") or one.get("kind") or "") if isinstance(one, dict) else "" for one in entries]
 
 
 def _get(container: Any, key: str, name: str) -> Any:
@@ -134,7 +157,11 @@ def _set(container: Any, key: str, value: Any, name: str) -> None:
 
 
 def _index(entries: list[Any], key: str, name: str) -> int:
+    names = _entry_names(entries)
+    if not key.isdigit() and names.count(key) == 1:
+        return names.index(key)
     if not key.isdigit() or len(key) > 9 or int(key) >= len(entries):
         known = f"0 to {len(entries) - 1}" if entries else "none"
+        known += f": {', '.join(names)}" if any(names) else ""
         raise ConfigError(f"{name}: there is no entry {short_repr(key)} (there are {known})")
     return int(key)

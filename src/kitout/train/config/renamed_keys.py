@@ -45,7 +45,7 @@ RENAMED_OBJECTIVES = {
 
 def new_key(location: str) -> str | None:
     """`jobs.1.train.batch` -> `jobs.1.train.batch_size`; None for a setting that never had another name."""
-    job, key = re.fullmatch(r"(jobs\.\d+\.)?(.*)", location, re.DOTALL).groups(default="")  # type: ignore[union-attr]
+    job, key = re.fullmatch(r"((?:jobs|stages)\.\d+\.)?(.*)", location, re.DOTALL).groups("")  # type: ignore[union-attr]
     new = RENAMED_KEYS.get(re.sub(r"\.\d+\.", ".*.", key))
     if new is None:
         return None

@@ -7,9 +7,10 @@ pre-flight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -250,6 +251,10 @@ class JobConfig(ConfigSection):
 
 class RunConfig(ConfigSection):
     """Everything a run depends on. `method`: a Method, a name, or {"name": "LoRA", "rank": 16}."""
+
+    foreign_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
+        dict.fromkeys(("kind", "stages", "loss", "rollout", "reward"), "stages are trained by `kitout align`")
+    )
 
     model: ModelConfig
     """The frozen base, or its name alone."""

@@ -6,6 +6,8 @@ no other section; `schema` puts them together.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
@@ -31,6 +33,8 @@ class ConfigSection(BaseModel):
 
     type_name: ClassVar[str] = "settings"
     """What a setting of this type is called in words."""
+    foreign_keys: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """What else its settings are called elsewhere -> what to say of it, besides the table of `foreign_keys`."""
 
     @field_validator("*")
     @classmethod

@@ -20,7 +20,7 @@ from kitout.errors import TrainingDiverged, UnusedSite
 from kitout.files.atomic import write_text
 from kitout.kit import Kit
 from kitout.train.loop import distributed
-from kitout.train.loop.jobs import Job, can_share_forward, clip_grad_norm
+from kitout.train.loop.jobs import Job, clip_grad_norm, forward_key
 
 EFFECT_DEADLINE_STEPS = 16  # after the warmup; by then an adapter has to change the model's output
 
@@ -110,7 +110,9 @@ class Health:
             return
         running = [job for job in self.jobs if job.name not in self.diverged]
         unmoved = [job for job in running if not self._has_moved(job)]
-        without_effect = unmoved + self._without_visible_effect([job for job in running if job not in unmoved])
+        moved = [job for job in running if job not in unmoved]
+        # of an answer's ratio to itself no loss shows whether the model has changed
+        without_effect = unmoved + (self._without_visible_effect(moved) if self.has_fixed_data else [])
         self._effect_due_step *= 2
         warmup = max((round(job.settings.warmup_ratio * len(job.batches)) for job in without_effect), default=0)
         if unmoved or (without_effect and step >= min(last, warmup + EFFECT_DEADLINE_STEPS)):
@@ -132,15 +134,14 @@ class Health:
         for job in jobs:
             adapter = self.kit[job.name]
             if not adapter.heads:  # with heads the base may not even have an answer for as many classes
-                is_alone = job.objective.batch_key is None or not can_share_forward(adapter)
-                key = (job.objective.batch_key, job.objective.rows)
-                groups.setdefault(job.name if is_alone else key, []).append(job)
+                key = forward_key(job, adapter)
+                groups.setdefault(job.name if key is None else (key,), []).append(job)
         return [job for group in groups.values() for job in self._same_as_base(group)]
 
     def _same_as_base(self, jobs: Sequence[Job]) -> list[Job]:
         objective = jobs[0].objective
         batch = objective.collate([job.examples[job.batches[0][-1]] for job in jobs], None)
-        weights = torch.ones(batch.num_examples, device=self.kit.device)
+        weights = torch.ones(len(jobs), device=self.kit.device)
         names = [job.name for job in jobs]
         with eval_mode(self.kit.base, self.kit):
             with self.kit.use([n for n in names for _ in range(objective.rows)] if len(names) > 1 else names[0]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kitout.runtime.adapter import Adapter
 from kitout.train.config.schema import TrainConfig
 from kitout.train.loop.optimizer import parameter_groups
-from kitout.train.objectives.objective import Objective
+from kitout.train.objectives.objective import Objective, StepObjective
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,15 @@ def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> float
     return float(norm)
 
 
-def can_share_forward(adapter: Adapter) -> bool:
-    """Whether its rows may share a forward with others without a change: it has no dropout."""
+def forward_key(job: Job, adapter: Adapter) -> Hashable | None:
+    """Jobs with the same key may share a forward without a change to either; None: with no other.
+
+    They have the same form of batch and as many rows per example. Alone: dropout, and an objective that keeps something
+    of its own step.
+    """
+    objective = job.objective
     has_dropout = any(module.p for module in adapter.modules() if isinstance(module, nn.Dropout))
-    return not has_dropout and not adapter.method.model_dump().get("dropout", 0.0)
+    has_dropout = has_dropout or bool(adapter.method.model_dump().get("dropout", 0.0))
+    if objective.batch_key is None or has_dropout or isinstance(objective, StepObjective):
+        return None
+    return objective.batch_key, objective.rows

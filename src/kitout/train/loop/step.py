@@ -11,7 +11,7 @@ import contextlib
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from kitout.base import memory
 from kitout.kit import Kit
-from kitout.train.loop import distributed
-from kitout.train.loop.jobs import Job, can_share_forward
-from kitout.train.objectives.objective import Batch, Losses
+from kitout.train.loop import distributed, metric_sums
+from kitout.train.loop.jobs import Job, forward_key
+from kitout.train.loop.metric_sums import MetricSums
+from kitout.train.objectives.objective import Batch, Losses, StepObjective
 
 StepRows = list[tuple[int, int]]  # (index of the job, index of its example)
 Backward = Callable[[Tensor], Any]
@@ -50,6 +51,8 @@ class StepResult:
     """The sum of the jobs' mean losses."""
     sums: list[list[float]]
     """Per job [summed loss, number of targets]."""
+    metrics: MetricSums
+    """Per job, of what its objective measures of each example."""
     tokens: int = 0
     """Tokens without padding."""
     padded: int = 0
@@ -86,6 +89,8 @@ class StepRunner:
     """By job; jobs of the same group share forwards."""
     sums: list[list[float]]
     """Per job [summed loss, number of targets] since the last `pop_losses`; of this process."""
+    metrics: MetricSums
+    """What the objectives measured of each example since the last `pop_metrics`; of this process."""
     tokens: int
     """Tokens without padding since the run began; of this process."""
     padded: int
@@ -103,6 +108,7 @@ class StepRunner:
         self.micro_batch_size = min(distributed.all_gather([micro_batch_size]))
         self.groups = [_forward_group(kit, job, number) for number, job in enumerate(jobs)]
         self.sums = [[0.0, 0.0] for _ in jobs]
+        self.metrics = [{} for _ in jobs]
         self.tokens = self.padded = 0
         self.seconds = self.processor_seconds = 0.0
         self.job_seconds = [[0.0, 0.0] for _ in jobs]
@@ -110,6 +116,7 @@ class StepRunner:
     def step(self, model: nn.Module, rows: StepRows, step: int, backward: Backward, no_sync: NoSync) -> Tensor:
         """The mean of the jobs' losses; gradients are left in the parameters, which had none."""
         watch = Stopwatch()
+        self._before_step(model, rows, step)
         while True:
             try:
                 result = self._run_once(model, rows, step, backward, no_sync)
@@ -132,11 +139,32 @@ class StepRunner:
         self.processor_seconds += processor
         return result.total / len({j for j, _ in rows})
 
+    def _before_step(self, model: nn.Module, rows: StepRows, step: int) -> None:
+        """Lets the objectives that ask for it see their job's whole step, in every process alike."""
+        for j in dict.fromkeys(j for j, _ in rows):
+            job = self.jobs[j]
+            if not isinstance(job.objective, StepObjective):
+                continue
+            watch = Stopwatch()
+            with self._route(job.name, combine_seeds(job.settings.seed, step)), torch.no_grad():
+                job.objective.before_step(model, [job.examples[i] for of_job, i in rows if of_job == j], step)
+            for clock, seconds in enumerate(watch.elapsed()):
+                self.job_seconds[j][clock] += seconds
+
+    @contextlib.contextmanager
+    def _route(self, route: Any, seed: int) -> Iterator[None]:
+        """These adapters are active, and random draws follow from the seed; afterwards all is as before."""
+        device = self.kit.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), self.kit.use(route):
+            torch.manual_seed(seed)
+            yield
+
     def _run_once(self, model: nn.Module, rows: StepRows, step: int, backward: Backward, no_sync: NoSync) -> StepResult:
         """Forward and backward of this process's micro-batches; nothing but the jobs' clocks is counted yet."""
         num_targets = {j: self.jobs[j].num_targets(step) for j in {j for j, _ in rows}}
         micro_batches = self._micro_batches_of_process(rows)
-        result = StepResult(torch.zeros((), device=self.kit.device), [[0.0, 0.0] for _ in self.jobs])
+        zero = torch.zeros((), device=self.kit.device)
+        result = StepResult(zero, [[0.0, 0.0] for _ in self.jobs], [{} for _ in self.jobs])
         for micro_batch in micro_batches:
             watch = Stopwatch()
             is_last = micro_batch is micro_batches[-1]
@@ -156,12 +184,14 @@ class StepRunner:
             for (j, _), loss, targets in by_row:
                 result.sums[j][0] += loss
                 result.sums[j][1] += targets
+            metric_sums.add_examples(result.metrics, [j for j, _ in micro_batch.rows], losses.metrics or {})
         return result
 
     def _count(self, result: StepResult) -> None:
         for counted, (loss, targets) in zip(self.sums, result.sums, strict=True):
             counted[0] += loss
             counted[1] += targets
+        metric_sums.add_sums(self.metrics, result.metrics)
         self.tokens += result.tokens
         self.padded += result.padded
 
@@ -195,8 +225,8 @@ class StepRunner:
         route: Any = names if len(set(names)) > 1 else names[0]
         seeds = [combine_seeds(self.jobs[j].settings.seed, step, i) for j, i in micro_batch.rows]
         batch = objective.collate([self.jobs[j].examples[i] for j, i in micro_batch.rows], seeds)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), self.kit.use(route):
-            torch.manual_seed(combine_seeds(jobs[0].settings.seed, step, micro_batch.number, distributed.rank()))
+        seed = combine_seeds(jobs[0].settings.seed, step, micro_batch.number, distributed.rank())
+        with self._route(route, seed):
             return objective.losses(model, batch, weights), batch
 
     def _penalty(self, micro_batch: MicroBatch, rows: StepRows) -> Tensor | float:
@@ -222,9 +252,21 @@ class StepRunner:
                 losses[job.name] = loss / targets
         return losses
 
+    def pop_metrics(self) -> dict[str, float]:
+        """Each metric's mean per example since the last call, over all processes; "<job>/<name>" if several jobs."""
+        per_process = distributed.all_gather([self.metrics])
+        self.metrics = [{} for _ in self.jobs]
+        total = metric_sums.total(per_process, len(self.jobs))
+        prefixes = [f"{job.name}/" if len(self.jobs) > 1 else "" for job in self.jobs]
+        return {
+            f"{prefix}{name}": value / count
+            for prefix, of_job in zip(prefixes, total, strict=True)
+            for name, (value, count) in of_job.items()
+        }
+
     def state(self) -> dict[str, Any]:
         """For a checkpoint. `counts` has every process's own, so all processes have to call it."""
-        own = {"sums": self.sums, **{name: getattr(self, name) for name in PER_PROCESS_COUNTS}}
+        own = {"sums": self.sums, "metrics": self.metrics, **{name: getattr(self, name) for name in PER_PROCESS_COUNTS}}
         return {
             "micro": self.micro_batch_size,
             "halved": self.num_halvings,
@@ -239,14 +281,16 @@ class StepRunner:
         self.job_seconds = state.get("spent", self.job_seconds)  # not in checkpoints of earlier versions
         counts = distributed.my_slice(state["counts"])
         self.sums = [[sum(own["sums"][j][k] for own in counts) for k in (0, 1)] for j in range(len(self.jobs))]
+        per_process = [own["metrics"] for own in counts if "metrics" in own]  # not in those of earlier versions
+        self.metrics = metric_sums.total(per_process, len(self.jobs))
         for name in PER_PROCESS_COUNTS:
             setattr(self, name, sum(own.get(name, 0) for own in counts))
 
 
 def _forward_group(kit: Kit, job: Job, index: int) -> Hashable:
-    """Jobs of one group may share a forward: same form of batch and rows, no dropout, heads of the same shapes."""
-    key = job.objective.batch_key
-    if key is None or not can_share_forward(kit[job.name]):
+    """Jobs of one group may share a forward: the same key, and heads of the same shapes."""
+    key = forward_key(job, kit[job.name])
+    if key is None:
         return index
     heads = kit[job.name].heads
     return (

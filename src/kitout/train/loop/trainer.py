@@ -172,7 +172,7 @@ class JobTrainer(Trainer):  # type: ignore[misc]
     # ---- logs and evaluation ------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Losses are per target token since the last log; counts are of all processes since the run began."""
+        """Losses are per target token and metrics per example since the last log; counts of the run, all processes."""
         if "loss" in logs:
             losses = self.step_runner.pop_losses()
             counts = distributed.all_gather([(self.step_runner.tokens, self.step_runner.processor_seconds)])
@@ -184,6 +184,10 @@ class JobTrainer(Trainer):  # type: ignore[misc]
             logs |= {"processor_seconds": processor_seconds}
             logs |= {"memory": memory.peak(self.args.device)}
             logs |= {} if self.step_data is None else self.step_data.metrics()
+            metrics = self.step_runner.pop_metrics()
+            if taken := metrics.keys() & {*logs, "epoch", "step"}:
+                raise ValueError(f"an objective measures {', '.join(sorted(taken))}: a log has its own of that name")
+            logs |= metrics
         if "train_loss" in logs:  # of the whole run; Trainer's is of the steps since a resume
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)

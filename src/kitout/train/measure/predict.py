@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from kitout.data.by_row import sum_by_row
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.evaluate.ask.generate import generate, generate_under
 from kitout.evaluate.ask.label_likelihood import label_likelihoods
@@ -92,17 +93,18 @@ def plan_forwards(
     objective: Objective, items: Sequence[Any], rows: Sequence[int], max_rows: int | None = None
 ) -> list[list[int]]:
     """Batches of like lengths, the longest first, so that a lack of memory shows early. max_rows: examples of one."""
-    order = sorted(rows, key=lambda i: -objective.num_tokens(items[i]))
+    lengths = [objective.num_tokens(items[i]) for i in rows]
+    plan = plan_lengths(lengths, max_rows or MAX_BATCH_ROWS // objective.rows)
+    return [[rows[i] for i in batch] for batch in plan]
+
+
+def plan_lengths(lengths: Sequence[int], max_rows: int = MAX_BATCH_ROWS) -> list[list[int]]:
+    """The same of rows of these many tokens."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
     start = 0
     while start < len(order):
-        size = max(
-            1,
-            min(
-                max_rows or MAX_BATCH_ROWS // objective.rows,
-                MAX_BATCH_TOKENS // max(1, objective.num_tokens(items[order[start]])),
-            ),
-        )
+        size = max(1, min(max_rows, MAX_BATCH_TOKENS // max(1, lengths[order[start]])))
         batches.append(order[start : start + size])
         start += size
     return batches
@@ -144,8 +146,8 @@ def _losses_and_answers(
     logits = at_least_float32(objective.head.logits(lambda: kit(**batch.inputs), positions))
     nll = F.cross_entropy(logits, labels, reduction="none")
     is_correct = (logits.argmax(dim=-1) == labels).to(nll.dtype)
-    zeros = torch.zeros(batch.num_examples, dtype=nll.dtype, device=nll.device)
-    sums = [zeros.index_add(0, owners, value) for value in (nll, is_correct, torch.ones_like(nll))]
+    each = (nll, is_correct, torch.ones_like(nll))
+    sums = [sum_by_row(value, owners, batch.num_examples) for value in each]
     rows = owners.tolist()
     first = logits[[rows.index(row) for row in range(batch.num_examples)]]
     tokens = torch.tensor([ids[0] for ids in closed_answers.token_ids], device=logits.device)

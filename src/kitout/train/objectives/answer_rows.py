@@ -24,7 +24,8 @@ def collate_rows(
     """One row per example, in their order, padded on the right. packed: by row the indices of the examples it holds.
 
     Targets, [N] each over the tokens with a label, example by example: `positions` in the flattened [B * T] (of the
-    token before), `labels`, `owners` (the index of the example). A row's first token is predicted by nothing.
+    token before), `labels`, `owners` (the index of the example). A row's first token is predicted by nothing. The batch
+    counts these examples, so an objective whose items are pairs has two per item.
     """
     groups = [[i] for i in range(len(rows))] if packed is None else packed
     ids, mask = pad([[t for i in group for t in rows[i].input_ids] for group in groups], 0, "right", device)
@@ -57,8 +58,3 @@ def position_ids(lengths: Sequence[Sequence[int]], width: int, device: torch.dev
         positions = [t for n in row for t in range(n)]
         rows.append(positions + list(range(width - len(positions))))
     return torch.tensor(rows, device=device)
-
-
-def sum_by_owner(values: Tensor, owners: Tensor, num_rows: int) -> Tensor:
-    """[N] values to their sums by row, [num_rows], with their gradient; 0 for a row without a target."""
-    return torch.zeros(num_rows, dtype=values.dtype, device=values.device).index_add(0, owners, values)

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kitout.data.by_row import sum_by_row
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.errors import ConfigError, PackingLeak
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
-from kitout.train.objectives.answer_rows import collate_rows, position_ids, sum_by_owner
+from kitout.train.objectives.answer_rows import collate_rows, position_ids
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32
 from kitout.train.objectives.lm_head_loss import HeadLoss
 from kitout.train.objectives.objective import Batch, Losses
@@ -71,7 +72,8 @@ class CausalLM:
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
         positions, labels, owners = (batch.targets[name] for name in ("positions", "labels", "owners"))
         total, nll, is_correct = self.head(lambda: model(**batch.inputs), positions, labels, weights[owners])
-        sums = [sum_by_owner(v, owners, batch.num_examples) for v in (nll, is_correct.float(), torch.ones_like(nll))]
+        terms = (nll.detach(), is_correct.float(), torch.ones_like(nll))
+        sums = [sum_by_row(each, owners, batch.num_examples) for each in terms]
         return Losses(total, *sums)
 
     def predictions(self, model: Any, batch: Batch) -> list[Any]:

@@ -83,15 +83,20 @@ class HeadLoss:
         function = lambda h, weight, bias: chunked_cross_entropy(h, weight, bias, labels, weights)  # noqa: E731
         return _terms_in_head(self.head, run_model, positions, function)
 
-    def log_probs(self, run_model: Any, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def log_probs(
+        self, run_model: Any, positions: Tensor, labels: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """The log-probability of each label [N] with its gradient, and the entropy in nats there [N] without one.
 
-        positions [N]: those that predict a target, in the flattened [B * T]; labels [N]. Both results are float32, or
-        float64 where the model is. No logits are kept for the backward where the mode is "chunked".
+        positions [N]: those that predict a target, in the flattened [B * T]; labels [N]. temperature: logits are
+        divided by it. Both results are float32, or float64 where the model is. No logits are kept for the backward
+        where the mode is "chunked".
         """
         if self.head is None or self.mode != "chunked":
-            return log_prob_terms(self.logits(run_model, positions), labels)
-        function = lambda h, weight, bias: chunked_log_probs(h, weight, bias, labels)  # noqa: E731
+            return log_prob_terms(_cooled(self.logits(run_model, positions), temperature), labels)
+        function = lambda h, weight, bias: chunked_log_probs(  # noqa: E731
+            _cooled(h, temperature), weight, None if bias is None else _cooled(bias, temperature), labels
+        )
         return _terms_in_head(self.head, run_model, positions, function)
 
     def logits(self, run_model: Any, positions: Tensor) -> Tensor:
@@ -102,6 +107,11 @@ class HeadLoss:
         with _select_positions(self.head, positions):
             logits = run_model().logits
         return logits.reshape(len(positions), -1)
+
+
+def _cooled(values: Tensor, temperature: float) -> Tensor:
+    """Divided by the temperature; at 1 the same bits."""
+    return values if temperature == 1.0 else values / temperature
 
 
 def output_head(kit: Kit) -> nn.Linear | None:
@@ -129,7 +139,7 @@ def _nothing_after_head(run_model: Any, head: nn.Linear) -> bool:
         outputs.append((PROBE_SPREAD * torch.randn(size, generator=generator, device=h.device)).to(h.dtype))
         return outputs[-1]
 
-    with _replaced_forward(head, forward):
+    with replaced_forward(head, forward):
         logits = run_model().logits
     if len(outputs) != 1 or logits.shape != outputs[0].shape:
         return False
@@ -167,13 +177,13 @@ def _terms_in_head(
         zeros = torch.zeros(1, 1, head.out_features, dtype=args[0].dtype, device=args[0].device)
         return zeros + (0.0 * terms[-1][0].sum()).to(zeros.dtype)
 
-    with _replaced_forward(head, forward):
+    with replaced_forward(head, forward):
         run_model()
     return terms[0]
 
 
 @contextmanager
-def _replaced_forward(head: nn.Module, forward: Any) -> Iterator[None]:
+def replaced_forward(head: nn.Module, forward: Any) -> Iterator[None]:
     """Replaces the head's forward meanwhile."""
     own_forward = head.__dict__.get("forward")
     head.__dict__["forward"] = forward

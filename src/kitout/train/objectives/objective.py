@@ -47,8 +47,8 @@ class Losses:
     logits: Tensor | None = None
     """[B, C], where an example has one answer, which is read off it: so an evaluation runs the model once."""
     metrics: Mapping[str, Tensor] | None = field(default=None, kw_only=True)
-    """[B] each, without gradient, by a name without "/": values of each example whose means a run logs, as its margin.
-    nan: this example has no such value, and is left out of the mean."""
+    """By name (without "/" or "eval_") [B]: values of each example, without gradient, whose means a run logs. nan: the
+    example has no such value, and is left out of the mean."""
 
 
 class Objective(Protocol):

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kitout.data.by_row import sum_by_row
 from kitout.data.encode.item import EncodedExample
 from kitout.data.padding import pad
 from kitout.errors import ConfigError
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
-from kitout.train.objectives.answer_rows import sum_by_owner
 from kitout.train.objectives.lm_head_loss import HeadLoss
 from kitout.train.objectives.objective import Batch, Losses
 
@@ -78,7 +78,7 @@ class Seq2SeqLM:
         positions, labels, owners = (batch.targets[name] for name in ("positions", "labels", "owners"))
         total, nll, is_correct = self.head(lambda: model(**batch.inputs), positions, labels, weights[owners])
         each = (nll, is_correct.to(nll.dtype), torch.ones_like(nll))
-        sums = [sum_by_owner(value, owners, batch.num_examples) for value in each]
+        sums = [sum_by_row(value, owners, batch.num_examples) for value in each]
         return Losses(total, *sums)
 
     def predictions(self, model: Any, batch: Batch) -> list[Any]:

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from kitout.train.objectives.objective import Objective
     from kitout.train.objectives.sequence import SequenceTask
 
-EncodeFn: TypeAlias = Callable[[Sequence[Example]], list[EncodedExample]]
+LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+TRAINING = ("training",)  # the kind of examples that plain training takes
+EncodeFn: TypeAlias = Callable[[Sequence[Example]], list[Any]]  # items of its task
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class EncoderSettings:
     """Tokens that a sequence-to-sequence model writes at most; None: as max_length."""
     languages: Languages | None = None
     """Of a sequence-to-sequence tokenizer that has languages."""
+    dropped: list[str] = field(default_factory=list)
+    """Gets a message for every example of alignment that does not fit and is left out."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class Task:
     """Several examples may share a row."""
     build_heads: Callable[[Kit, int], dict[str, nn.Module]] | None = None
     """(kit, seed) -> the heads of a new adapter, by path; None: a classifier, where the base has one."""
+    kinds: tuple[str, ...] = TRAINING
+    """Which kinds of examples it takes (`KINDS` of `data.examples.format_table`)."""
     used_as: str = ""
     """The task that its adapters are used for, where that is another one; empty: its own."""
 
@@ -99,8 +105,13 @@ class Task:
 
     @property
     def generates_text(self) -> bool:
-        """It trains a language model: answers are written, and the base has no classification head."""
+        """Answers are written, and measured as texts."""
         return self.metric_task == "generation"
+
+    @property
+    def is_language_model(self) -> bool:
+        """Its base has an output head over the vocabulary, and no classification head."""
+        return self.auto_model in LANGUAGE_MODELS
 
 
 def _label_kind(examples: Sequence[Example]) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kitout.data.encode.item import EncodedExample
+from kitout.data.answer_statistics import label_name, rows_of
+from kitout.data.encode.answers import dropped_text
+from kitout.data.encode.item import AnyItem, EncodedExample, EncodedPrompt, EncodedUnpaired
 from kitout.data.statistics import DataStatistics, compute_statistics, render_spans
 from kitout.kit import Kit
 from kitout.runtime.left_out import fused_experts_text, left_out_text
@@ -35,6 +37,7 @@ def collect_statistics(run: PreparedRun) -> list[DataStatistics]:
             dataset.label_names,
             dataset.answers is not None,
             at_model_limit=bool(run.lengths) and run.lengths[i].at_model_limit,
+            num_dropped={split: len(messages) for split, messages in dataset.dropped.items()},
         )
         for i, dataset in enumerate(run.datasets)
     ]
@@ -50,12 +53,16 @@ def collect_pages(
     for k in shown:
         job, job_config, dataset, is_last = run.jobs[k], configs[k], run.datasets[k], k == shown[-1]
         examples = _encoded(dataset, dataset.preview or dataset.train)
-        example = next((item for item in examples if item.num_targets), None)
+        example = next((item for item in examples if item.num_targets or isinstance(item, EncodedPrompt)), None)
+        spans = (
+            [render_spans(row, run.tokenizer) if row.input_ids else [] for row in rows_of(example)] if example else []
+        )
         pages.append(
             PreflightPage(
                 settings=_settings_texts(run, job_config, k, estimate),
                 facts=statistics[k],
-                example=render_spans(example, run.tokenizer) if example is not None and example.input_ids else [],
+                example=spans[0] if spans else [],
+                rejected=spans[1] if len(spans) > 1 else (),
                 answer=_answer_text(dataset, example),
                 count=run.kit.num_parameters(job.name),
                 sites=site_table(run.kit[job.name].sites),
@@ -114,6 +121,8 @@ def _settings_texts(run: PreparedRun, job_config: RunConfig, job_index: int, est
     texts["splits" if reading_notes else "data"] = split_note
     if dataset.skipped:
         texts["left out"] = skipped_text(dataset.skipped)
+    if dropped := [message for messages in dataset.dropped.values() for message in messages]:
+        texts["dropped"] = dropped_text(dropped)
     if dataset.majority_accuracy and run.objective != "regression":
         texts["majority class"] = (
             f"always giving the majority class gets {100 * dataset.majority_accuracy:.1f} % of the test split right"
@@ -127,15 +136,17 @@ def skipped_text(messages: Sequence[str]) -> str:
     return f"{len(messages):,} bad rows (data.bad_rows=skip): {shown}" + ("; ..." if messages[MAX_SKIPPED:] else "")
 
 
-def _encoded(dataset: Datasets, items: Sequence[Any]) -> Sequence[EncodedExample]:
+def _encoded(dataset: Datasets, items: Sequence[Any]) -> Sequence[AnyItem]:
     """Rows of images as examples with a label and without tokens."""
     if dataset.images is None:
         return items
     return [EncodedExample((), label=int(dataset.images.labels[row]), location=f"image {row}") for row in items]
 
 
-def _answer_text(dataset: Datasets, item: EncodedExample | None) -> str:
-    if item is None or item.label is None:
+def _answer_text(dataset: Datasets, item: AnyItem | None) -> str:
+    if isinstance(item, EncodedUnpaired):
+        return label_name(item)
+    if not isinstance(item, EncodedExample) or item.label is None:
         return ""
     if isinstance(item.label, tuple):
         applies = zip(dataset.label_names, item.label, strict=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,8 @@ class PreflightPage:
     """Estimated seconds of training; None: likewise."""
     warnings: Sequence[str] = ()
     """Besides those of the data."""
+    rejected: Sequence[tuple[str, bool]] = ()
+    """Of a pair, whose chosen answer is the example: spans of its rejected answer."""
 
 
 def print_page(page: PreflightPage, console: Console | None = None) -> None:
@@ -98,11 +100,18 @@ def save_pages(pages: Sequence[PreflightPage], folder: Path) -> None:
     for page in pages:
         fields = asdict(page)
         facts = {STATISTICS_KEYS.get(name, name): value for name, value in fields["facts"].items()}
-        facts["parts"] = [{STATISTICS_KEYS.get(k, k): v for k, v in split.items()} for split in facts["parts"]]
-        values.append(to_json_value(fields | {"facts": facts}))
+        facts["parts"] = [_without_empty({STATISTICS_KEYS.get(k, k): v for k, v in split.items()}, "num_dropped")
+                          for split in facts["parts"]]  # fmt: skip
+        facts = _without_empty(facts, "answers")
+        values.append(to_json_value(_without_empty(fields, "rejected") | {"facts": facts}))
     content = json.dumps(values[0] if len(values) == 1 else values, indent=2, ensure_ascii=False)
     write_text(folder / json_file, content + "\n")
     write_text(folder / text_file, "\n".join(map(page_text, pages)))
+
+
+def _without_empty(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Without a field that only some data have, where it is empty."""
+    return {key: value for key, value in fields.items() if key != name or value}
 
 
 def page_text(page: PreflightPage) -> str:
@@ -118,9 +127,14 @@ def render(page: PreflightPage, color: bool) -> RenderableType:
     parts: list[RenderableType] = [_settings_table(page)]
     for title, body in (
         ("data", _data_table(page.facts)),
-        ("lengths of the train split, in tokens", _histogram(page.facts.train)),
+        ("lengths of the train split, in tokens", _histogram(page.facts.train.histogram)),
+        *(
+            (f"{of_name.name} answers of the train split, in tokens", _histogram(of_name.histogram))
+            for of_name in page.facts.answers
+        ),
         ("labels of the train split", _labels_table(page.facts.train)),
-        ("one example", _render_example(page, color)),
+        ("one example: the chosen answer" if page.rejected else "one example", _render_example(page, color)),
+        ("its rejected answer", _render_example(replace(page, example=page.rejected, answer=""), color)),
         ("what is trained", _trained_table(page)),
         ("estimated cost", _cost_table(page)),
         ("warnings", _warnings_table([*page.warnings, *page.facts.warnings])),
@@ -147,7 +161,9 @@ def _grid(*right: int, columns: int = 2) -> Table:
 def _data_table(statistics: DataStatistics) -> RenderableType:
     table = Table(box=None, padding=(0, 3, 0, 0), header_style=DIM, show_edge=False)
     has_tokens = any(split.num_tokens for split in statistics.splits)
+    has_dropped = any(split.num_dropped for split in statistics.splits)
     names = ["", "examples", *(["tokens", "trained", "median", "90 %", "longest", "truncated"] if has_tokens else [])]
+    names += ["dropped"] if has_dropped else []
     for number, name in enumerate(names):
         table.add_column(name, justify="right" if number else "left")
     for split in statistics.splits:
@@ -162,19 +178,20 @@ def _data_table(statistics: DataStatistics) -> RenderableType:
             f"{split.max_length:,}",
             f"{split.num_truncated:,}",
         ]
-        table.add_row(Text(single_line(split.name)), f"{split.num_examples:,}", *(cells if has_tokens else []))
+        cells = (cells if has_tokens else []) + ([f"{split.num_dropped:,}"] if has_dropped else [])
+        table.add_row(Text(single_line(split.name)), f"{split.num_examples:,}", *cells)
     longest = max(statistics.splits, key=lambda split: split.max_length)
     if not has_tokens or not longest.longest_location:
         return table
     return Group(table, Text(f"the longest: {single_line(longest.longest_location)}", DIM))
 
 
-def _histogram(split: SplitStatistics) -> RenderableType | None:
-    if not split.histogram:
+def _histogram(histogram: Sequence[tuple[int, int, int]]) -> RenderableType | None:
+    if not histogram:
         return None
     table = _grid(0, 2, columns=3)
-    max_count = max(count for *_, count in split.histogram)
-    for low, high, count in split.histogram:
+    max_count = max(count for *_, count in histogram)
+    for low, high, count in histogram:
         label = f"{low:,}" if low == high else f"{low:,}-{high:,}"
         table.add_row(Text(label, DIM), Text(bar(count, max_count), "cyan"), Text(f"{count:,}" if count else "", DIM))
     return table

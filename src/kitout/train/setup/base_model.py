@@ -138,7 +138,7 @@ def load_model(
 
     kwargs: dict[str, Any] = {"dtype": placement.dtype, "revision": config.revision}
     kwargs |= quantization_kwargs(config.quantization, placement.dtype)
-    if not task.generates_text:
+    if not task.is_language_model:
         kwargs |= {"num_labels": max(1, len(label_names)), "ignore_mismatched_sizes": True}
         if label_names:
             kwargs |= {"id2label": dict(enumerate(label_names))}
@@ -197,7 +197,7 @@ def attach_for_training(
     elif placement.device.type == "cpu" and 0 < median_tokens < EAGER_BELOW_TOKENS:
         base.set_attn_implementation("eager")
     kit.eval()
-    heads = copy_heads(kit, loaded.new_heads, task.generates_text)
+    heads = copy_heads(kit, loaded.new_heads, task.is_language_model)
     return LoadedBase(kit, heads, loaded.new_heads, placement.reason)
 
 

@@ -14,23 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from kitout.data.encode import classification
+from kitout.data.encode.answers import dropped_text
 from kitout.data.encode.generation import encode_good
 from kitout.data.encode.item import EncodedExample, digest
 from kitout.data.encode.languages import Languages, find_languages
-from kitout.data.examples.examples import Chat, Example, LabeledImage
+from kitout.data.examples.alignment_hint import refuse_for_training
+from kitout.data.examples.examples import Example, LabeledImage
 from kitout.data.examples.formats import TableReading
+from kitout.data.examples.preferences import is_chat
 from kitout.data.read.row_sample import MAX_IMAGES, RowSample
 from kitout.data.read.sources import check_few_skipped, load_examples
 from kitout.data.read.tables import StreamedMessages
 from kitout.data.split import TRAINABLE_SPLITS, split_examples, split_images
 from kitout.data.streaming import StreamedItems, open_stream
 from kitout.data.suspicions import warn_of_remarks
-from kitout.errors import BadRows, ConfigError, DataError
+from kitout.errors import BadRows, ConfigError, DataError, UnusableFormat
 from kitout.train.config.schema import DataConfig, SourceConfig
-from kitout.train.objectives.tasks import TASKS, EncodeFn, EncoderSettings, Task
+from kitout.train.objectives.tasks import TASKS, TRAINING, EncodeFn, EncoderSettings, Task
 from kitout.train.setup.closed_answers import ClosedAnswers, find_closed_answers
 from kitout.train.setup.find_inputs import hint_of_names, resolve_data
-from kitout.train.setup.job_datasets import Datasets
+from kitout.train.setup.job_datasets import Datasets, messages_by_split
 from kitout.train.setup.lengths import TextLengths, requested_lengths
 from kitout.train.setup.reading_progress import ReadingProgress
 from kitout.train.setup.sample_input import short_example
@@ -55,6 +58,12 @@ def load_datasets(
             return load_image_datasets(config, sample)
         progress = ReadingProgress(log)
         return load_text_datasets(config, objective, tokenizer, is_encoder_decoder, lengths, progress, sample)
+    except UnusableFormat as error:
+        if _kinds(objective) != TRAINING:
+            raise
+        paths = [source.path for source in config.train]
+        path = next((path for path in paths if Path(path).name == error.reading.source), paths[0])
+        raise refuse_for_training(error, path) from error
     except BadRows as error:
         raise DataError(f"{error}\n  correct them, or leave them out: data.bad_rows=skip") from error
     except DataError as error:
@@ -65,11 +74,16 @@ def load_datasets(
 
 def load_text_datasets(
     config: DataConfig, objective: str | Task, tokenizer: Any, is_encoder_decoder: bool,
-    lengths: TextLengths | None = None,
-    progress: ReadingProgress | None = None, sample: RowSample | None = None,
+    lengths: TextLengths | None = None, progress: ReadingProgress | None = None, sample: RowSample | None = None,
 ) -> Datasets:  # fmt: skip
     """Texts of every objective. is_encoder_decoder: of the model. lengths: None: by config and tokenizer alone."""
     lengths = lengths or requested_lengths(config, tokenizer)
+    kinds = _kinds(objective)
+    if config.streaming and kinds != TRAINING:
+        raise ConfigError(
+            "data.streaming: alignment reads its data whole (a prompt stays in one split, and the reference is asked "
+            "about every example once); leave streaming out, or take a part: data.train.limit"
+        )
     if config.streaming:
         return _load_streamed(config, objective, tokenizer, is_encoder_decoder, lengths)
     examples: dict[str, list[Example]] = {}
@@ -80,15 +94,9 @@ def load_text_datasets(
     for k, source in enumerate(config.train):
         tables = _tables_to_read(source, config, is_first=k == 0)
         loaded = load_examples(
-            tables,
-            *_reading_options(source),
-            source.limit,
-            config.seed,
-            skipped is not None,
-            progress,
-            sample,
-            config.group,
-        )
+            tables, *_reading_options(source), source.limit, config.seed, skipped is not None, progress, sample,
+            kinds, config.group,
+        )  # fmt: skip
         notes += (*map(str, loaded.readings), *loaded.sample_notes)
         readings += loaded.readings
         scales.append(next((loaded.scales[split] for split in TRAINABLE_SPLITS if split in loaded.scales), 1.0))
@@ -106,17 +114,23 @@ def load_text_datasets(
     # of a sample the train split may lack a rare class that another split has
     labeled = splits.train if max(scales) == 1 else (*splits.train, *splits.validation, *splits.test)
     label_names = tuple(config.labels or classification.label_set(labeled)) if task.has_labels else ()
-    encode = _in_chunks(build_encoder(task, tokenizer, config, label_names, lengths, skipped), progress)
+    dropped: list[str] = []
+    encode = _in_chunks(build_encoder(task, tokenizer, config, label_names, lengths, skipped, dropped), progress)
     by_source = [encode([e for e in splits.train if e.source_index == k]) for k in range(len(config.train))]
     if not all(by_source):
         empty = [source.path for source, encoded in zip(config.train, by_source, strict=True) if not encoded]
         raise ConfigError(
             f"no training example is left of {', '.join(empty)}: all are in the validation or test split, or duplicates"
+            + (f"; {dropped_text(dropped)} (data.max_length={lengths.text.tokens})" if dropped else "")
         )
+    ends_of_dropped = [len(dropped)]
     ends = [0, *accumulate(map(len, by_source))]
     train = [item for encoded in by_source for item in encoded]
     num_examples = round(sum(len(encoded) * scale for encoded, scale in zip(by_source, scales, strict=True)))
-    encoded_validation, encoded_test = encode(list(splits.validation)), encode(list(splits.test))
+    encoded_validation = encode(list(splits.validation))
+    ends_of_dropped.append(len(dropped))
+    encoded_test = encode(list(splits.test))
+    ends_of_dropped.append(len(dropped))
     check_few_skipped(skipped or (), len(train) + len(encoded_validation) + len(encoded_test), "the data")
     return Datasets(
         task,
@@ -129,11 +143,12 @@ def load_text_datasets(
         splits.majority_accuracy,
         (*notes, str(splits)),
         digest([*train, *encoded_validation, *encoded_test]),
-        is_chat=isinstance(splits.train[0], Chat),
+        is_chat=is_chat(splits.train[0]),
         answers=_closed_answers(task, train, [*encoded_validation, *encoded_test], config),
         warnings=tuple(warnings),
         languages=_languages(task, tokenizer, config),
         skipped=tuple(skipped or ()),
+        dropped=messages_by_split(dropped, ends_of_dropped),
         test_digest=_content_digest(splits.test),
         reading=readings[0],
         sample=short_example(splits.test or splits.validation or splits.train),
@@ -144,6 +159,11 @@ def load_text_datasets(
 def _content_digest(examples: Sequence[Example]) -> str:
     keys = "".join(example.exact_key for example in examples)
     return hashlib.sha256(keys.encode()).hexdigest() if keys else ""
+
+
+def _kinds(requested: str | Task) -> tuple[str, ...]:
+    """Of the examples that the task takes; by name alone it is one of plain training."""
+    return requested.kinds if isinstance(requested, Task) else TRAINING
 
 
 def infer_task(examples: Sequence[Example], requested: str | Task, is_encoder_decoder: bool) -> Task:
@@ -164,13 +184,18 @@ def build_encoder(
     label_names: tuple[str, ...],
     lengths: TextLengths,
     skipped: list[str] | None,
+    dropped: list[str] | None = None,
 ) -> EncodeFn:
-    """Examples to items. skipped: gets a message for every example that is refused; None: they are errors."""
+    """Examples to items. skipped: gets a message for every example that is refused; None: they are errors.
+
+    dropped: see `EncoderSettings`.
+    """
     if task.build_encoder is None:
         raise ConfigError(f"objective={task.name} is for models that read images; this one reads text")
     settings = EncoderSettings(
         tokenizer, lengths.text.tokens, label_names, config.train_on, config.chat_template_kwargs,
         lengths.target.tokens, _languages(task, tokenizer, config),
+        [] if dropped is None else dropped,
     )  # fmt: skip
     encode = task.build_encoder(settings)
     return lambda examples: encode_good(encode, examples, skipped)
@@ -197,7 +222,8 @@ def _in_chunks(encode: EncodeFn, progress: ReadingProgress | None) -> EncodeFn:
 def _closed_answers(
     task: Task, train: Sequence[EncodedExample], evaluated: Sequence[EncodedExample], config: DataConfig
 ) -> ClosedAnswers | None:
-    return find_closed_answers(train, evaluated, config.labels) if task.generates_text else None
+    is_answered = task.generates_text and task.kinds == TRAINING
+    return find_closed_answers(train, evaluated, config.labels) if is_answered else None
 
 
 def _held_out(config: DataConfig) -> dict[str, str | float]:
@@ -229,7 +255,7 @@ def _load_streamed(
     (source,) = config.train
     skipped = StreamedMessages() if config.bad_rows == "skip" else None
     tables = _tables_to_read(source, config, True)
-    streams = open_stream(tables, *_reading_options(source), config.seed, skipped=skipped)
+    streams = open_stream(tables, *_reading_options(source), config.seed, skipped=skipped, kinds=TRAINING)
     stream = streams.get("train") or streams[""]
     held_out: dict[str, list[Example]] = {}
     for split, value in _held_out(config).items():
@@ -263,7 +289,7 @@ def _load_streamed(
         reading_notes=tuple(notes),
         digest=digest([*preview, *validation, *test]),
         preview=preview,
-        is_chat=isinstance(first_examples[0], Chat),
+        is_chat=is_chat(first_examples[0]),
         answers=_closed_answers(task, preview, [*validation, *test], config),
         warnings=tuple(warn_of_remarks("data", first_examples)),
         languages=_languages(task, tokenizer, config),

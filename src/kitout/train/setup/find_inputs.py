@@ -42,7 +42,11 @@ def find_inputs(config: RunConfig) -> FoundInputs:
     model = config.model.name
     paths = list(dict.fromkeys(path for job in config.per_job() for path in _paths_of(job)))
     errors: dict[str, list[KitoutError]] = {f"model {model}": [*_model_errors(model)]}
-    adapters = [error for name, path in config.model.adapters.items() for error in _adapter_errors(name, path)]
+    adapters = [
+        error
+        for name, path in config.model.adapters.items()
+        for error in adapter_errors(f"model.adapters.{name}", path)
+    ]
     errors |= {path: [*_data_errors(path)] for path in paths}
     assets = [name for name in (_builtin(one) for one in (model, *paths)) if name is not None]
     in_doubt = any(
@@ -140,14 +144,15 @@ def _model_errors(name: str) -> list[ConfigError]:
     return [ConfigError(f"{heading}: no model is there{hint or _beside(name, _is_model_folder)}")]
 
 
-def _adapter_errors(name: str, path: str) -> list[ConfigError]:
-    heading = f"model.adapters.{name}={short_repr(path)}: no adapter is there"
+def adapter_errors(setting: str, path: str) -> list[ConfigError]:
+    """What is wrong with a setting that names an adapter folder."""
+    heading = f"{setting}={short_repr(path)}: no adapter is there"
     folder = _existing(path)
     if folder is not None and any((folder / file).is_file() for file in ADAPTER_FILES):
         return []
     inner = None if folder is None else folder / "adapter"
     if inner is not None and any((inner / file).is_file() for file in ADAPTER_FILES):
-        return [ConfigError(f"{heading}; write model.adapters.{name}={inner}")]
+        return [ConfigError(f"{heading}; write {setting}={inner}")]
     return [ConfigError(f"{heading}{'' if folder is None else ': the folder has no ' + ADAPTER_FILES[0]}")]
 
 

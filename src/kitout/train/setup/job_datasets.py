@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from kitout.data.encode.languages import Languages
@@ -56,6 +57,8 @@ class Datasets:
     """Of a sequence-to-sequence tokenizer that has languages."""
     skipped: Sequence[str] = ()
     """Bad rows that were left out, a message with file and line each."""
+    dropped: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By split: examples of alignment that do not fit and were left out, a message with file and line each."""
     reading: TableReading | None = None
     """How the first source was read; None: images."""
     sample: Example | None = None
@@ -71,3 +74,9 @@ class Datasets:
     def reference_of(self, item: Any) -> Any:
         """The reference of an example, as the metrics of its task take it."""
         return self.task.reference_of(item, self.images)
+
+
+def messages_by_split(messages: Sequence[str], ends: Sequence[int]) -> dict[str, tuple[str, ...]]:
+    """Messages that came while train, validation and test were encoded. ends: how many there were after each."""
+    splits = zip(("train", "validation", "test"), pairwise([0, *ends]), strict=True)
+    return {name: tuple(messages[start:end]) for name, (start, end) in splits if end > start}

@@ -29,6 +29,7 @@ from kitout.train.config.schema import RunConfig
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 UNKNOWN_DATA = "not recorded"
+WITHOUT_HEADS = "without-heads"  # a name on the kit for a moment
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Parent:
     """Of the examples it was trained on, as its card has it."""
     labels: tuple[str, ...]
     """Of its classifier, in order; empty where it has none or does not say."""
+    has_heads: bool = False
+    """Whether it holds heads of its own."""
 
     @property
     def portable_name(self) -> str:
@@ -77,6 +80,7 @@ def read_parent(path: str, setting: str = "train.from") -> Parent:
             record.tensors.sha256,
             str(note.get("data_sha256", UNKNOWN_DATA)),
             tuple(map(str, labels)) if isinstance(labels, list) and record.heads else (),
+            bool(record.heads),
         )
     except (KitoutError, OSError) as error:
         raise ConfigError(f"{setting}={path}: {error}") from error
@@ -137,9 +141,16 @@ def adopt_parents(config: RunConfig) -> RunConfig:
 
 
 def load_parent(
-    kit: Kit, name: str, parent: Parent, method: Method, heads: Mapping[str, nn.Module], label_names: Sequence[str]
-) -> None:
-    """Adds the parent under this name, trainable and not active. heads: those that a new adapter would have."""
+    kit: Kit, name: str, parent: Parent, method: Method, heads: Mapping[str, nn.Module], label_names: Sequence[str],
+    may_lack_heads: bool = False,
+) -> None:  # fmt: skip
+    """Adds the parent under this name, trainable and not active. heads: those that a new adapter would have.
+
+    may_lack_heads: a parent without any takes these.
+    """
+    if may_lack_heads and not parent.has_heads:
+        _load_without_heads(kit, name, parent, method, heads)
+        return
     errors = Errors(ConfigError, f"train.from={parent.folder} does not fit this run")
     is_peft = parent.method is None
     try:
@@ -169,6 +180,15 @@ def load_parent(
             "(data.labels) and train.head are needed"
         )
     errors.raise_if_any()
+
+
+def _load_without_heads(kit: Kit, name: str, parent: Parent, method: Method, heads: Mapping[str, nn.Module]) -> None:
+    """The heads are new, and all else goes on: a reward model begins as the adapter that was trained on answers."""
+    load_parent(kit, WITHOUT_HEADS, parent, method, {}, ())
+    before = kit[WITHOUT_HEADS]
+    adapter = kit.add(name, before.method, heads=heads, dtype=torch.promote_types(kit.dtype, torch.float32))
+    adapter.load_state_dict({**adapter.state_dict(), **before.state_dict()})
+    kit.remove(WITHOUT_HEADS)
 
 
 def _load(kit: Kit, name: str, parent: Parent) -> Adapter:

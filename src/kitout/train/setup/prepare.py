@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kitout.data.answer_statistics import rows_of
 from kitout.data.encode.template_date import fix_template_date
 from kitout.data.read.row_sample import RowSample
 from kitout.errors import ConfigError, Errors
@@ -199,8 +200,9 @@ def _load_all_datasets(
 
 
 def _encoded(dataset: Datasets) -> list[Any]:
-    """All examples of texts that are encoded so far."""
-    return [*(dataset.preview or dataset.train), *dataset.validation, *dataset.test]
+    """All texts that are encoded so far: an example of alignment may have several."""
+    items = (*(dataset.preview or dataset.train), *dataset.validation, *dataset.test)
+    return [row for item in items for row in rows_of(item)]
 
 
 def _fit_datasets(
@@ -299,7 +301,7 @@ def _add_adapter(base: LoadedBase, job_config: RunConfig, task: Task, dataset: D
     if parent is None:
         base.kit.add(name, job_config.method, seed=train.seed, heads=heads)
     else:
-        load_parent(base.kit, name, parent, job_config.method, heads, dataset.label_names)
+        load_parent(base.kit, name, parent, job_config.method, heads, dataset.label_names, task.build_heads is not None)
 
 
 def _build_job(

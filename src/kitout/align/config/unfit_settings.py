@@ -1,0 +1,70 @@
+"""Settings of `kitout train` that make no sense in a stage, by kind: one table for errors and for --help.
+
+A setting is unfit where its value is not the default. It knows names and reasons, and no stage of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kitout.align.config.kinds import KINDS
+from kitout.align.config.schema import StageConfig
+
+NO_TEXT = "a stage trains a language model on texts: leave it out"
+PAIRS = "the whole answers are compared: leave it out"
+NO_WORDS = "a reward adapter has a scalar head and writes no text: leave it out"
+READ_WHOLE = "{data} are read whole, so that what a reference says of them is computed once: leave it out"
+OF_ALL = {
+    "train.from": "what a stage starts from is its own setting: write {at}from={value}",
+    "train.seeds": "stages follow on one adapter each: write {at}train.seed, and run the file once more with another "
+    "output.folder for each seed",
+    **dict.fromkeys(
+        ("data.labels", "data.src_lang", "data.tgt_lang", "data.image_size", "data.augment", "train.head",
+         "train.trunk"),
+        NO_TEXT,
+    ),
+}  # fmt: skip
+OF_ANSWERS = {  # of all but sft
+    "data.streaming": READ_WHOLE,
+    "data.train_on": PAIRS,
+    "train.packing": "an answer is scored in a row of its own: leave it out",
+    "train.fsdp": "all roles need the whole base in one process: leave it out",
+}
+OF_SAMPLING = {
+    "data.train_on": "the sampled answers are trained on: leave it out",
+    "train.batch_size": "a step takes as many prompts as a rollout: write {at}rollout.prompts={value}",
+    "train.group_by_length": "prompts are taken in the order sampled by the seed: leave it out",
+    "evaluate.max_new_tokens": "answers are as long in evaluations as in training: write {at}rollout.max_new_tokens="
+    "{value}",
+}
+OF_SCALAR_HEADS = {
+    "evaluate.generate_examples": NO_WORDS,
+    "evaluate.max_new_tokens": NO_WORDS,
+    "evaluate.forgetting": NO_WORDS,
+    "evaluate.prove_merge": "merging keeps the base's own head, not the scalar one: leave it out",
+}
+
+
+def unfit_settings(kind: str) -> dict[str, str]:
+    """Dotted name -> why a stage of this kind has no such setting."""
+    entry = KINDS[kind]
+    unfit = dict(OF_ALL)
+    if entry.loss is not None:
+        unfit |= OF_ANSWERS
+    if entry.takes_reward:
+        unfit |= OF_SAMPLING
+    if not entry.writes_text:
+        unfit |= OF_SCALAR_HEADS
+    return unfit
+
+
+def find_unfit(stage: StageConfig, at: str) -> Iterator[str]:
+    """What a stage sets and its kind has not. at: what its settings' names begin with."""
+    for setting, reason in unfit_settings(stage.kind).items():
+        section_name, name = setting.split(".")
+        section = getattr(stage, section_name)
+        field = "from_" if name == "from" else name
+        value = getattr(section, field)
+        if value != type(section).model_fields[field].get_default(call_default_factory=True):
+            data = {"unpaired": "answers", "prompts": "prompts"}.get(stage.of_kind.data_format, "pairs")
+            yield f"{at}{setting}: {reason.format(at=at, value=value, data=data)}"

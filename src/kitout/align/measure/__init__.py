@@ -1,0 +1,1 @@
+"""What a stage reached on data it was not trained on."""

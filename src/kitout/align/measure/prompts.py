@@ -1,0 +1,100 @@
+"""Held-out prompts: the reward of the policy's answers, and of those of what it started from.
+
+Both answer greedily, so the figure has no luck in it, and the same sources judge. It knows rewards and metrics, and
+nothing of pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kitout.align.rewards.reward import AnswerBatch, RewardValues, WeightedRewards
+from kitout.align.rollout import Rollout, SamplingSettings, sample_answers
+from kitout.data.encode.item import EncodedPrompt
+from kitout.evaluate.ask.batches import ProgressFn
+from kitout.evaluate.compare import BASE, ComparedExample, compare
+from kitout.evaluate.metrics.measure import Measure, mean, proportion
+from kitout.train.config.schema import EvaluateConfig
+from kitout.train.measure.evaluate import JobOutcome
+from kitout.train.setup.prepare import PreparedRun
+
+REWARD, MAX_TEXT = "reward", 2000
+
+
+@dataclass(frozen=True)
+class JudgedAnswers:
+    """Greedy answers to prompts, and their rewards."""
+
+    rollouts: Sequence[Rollout]
+    """One per prompt."""
+    values: RewardValues
+    """Of each."""
+
+
+def judge(
+    run: PreparedRun, prompts: Sequence[EncodedPrompt], adapter: str | None, sampling: SamplingSettings,
+    rewards: WeightedRewards, on_progress: ProgressFn | None = None,
+) -> JudgedAnswers:  # fmt: skip
+    """adapter: whose answers; None: the base's."""
+    with run.kit.use(adapter):
+        ids = [prompt.input_ids for prompt in prompts]
+        greedy = SamplingSettings(top_k=1, max_new_tokens=sampling.max_new_tokens)
+        rollouts = sample_answers(run.kit, run.tokenizer, ids, greedy, seed=0, step=0, on_progress=on_progress)
+    answers = AnswerBatch.of(
+        rollouts, [p.prompt for p in prompts], [p.row for p in prompts], [p.location for p in prompts]
+    )
+    return JudgedAnswers(rollouts, rewards.score(answers))
+
+
+def reward_measure(values: Sequence[float]) -> Measure:
+    """The mean; a share where every reward is 0 or 1."""
+    array = np.array(values, dtype=np.float64)
+    if set(array.tolist()) <= {0.0, 1.0}:
+        return proportion(array == 1.0)
+    return mean(array, is_fraction=False)
+
+
+def measure_policy(
+    run: PreparedRun, name: str, prompts: Sequence[EncodedPrompt], config: EvaluateConfig, start: str | None,
+    sampling: SamplingSettings, rewards: WeightedRewards, on_progress: ProgressFn | None = None,
+) -> JobOutcome | None:  # fmt: skip
+    """The policy against what it started from, on its test split. start: an adapter; None: the base.
+
+    Prompts of which one of the two answers has no reward are left out of both; None where none is left.
+    """
+    prompts = list(prompts)[: config.max_test_examples]
+    before, after = (judge(run, prompts, adapter, sampling, rewards, on_progress) for adapter in (start, name))
+    judged = [i for i in range(len(prompts))
+              if before.values.totals[i] is not None and after.values.totals[i] is not None]  # fmt: skip
+    if not judged:
+        return None
+    both = [[float(one.values.totals[i] or 0.0) for i in judged] for one in (before, after)]
+    if set(both[0]) | set(both[1]) <= {0.0, 1.0}:
+        base, tuned = (reward_measure(values) for values in both)
+    else:
+        base, tuned = (mean(np.array(values), is_fraction=False) for values in both)
+    shown = [
+        ComparedExample(
+            _text(prompts[i]), _expected(prompts[i]), before.rollouts[i].text[:MAX_TEXT],
+            after.rollouts[i].text[:MAX_TEXT], why="first of the test split",
+        )
+        for i in judged[: config.show_examples]
+    ]  # fmt: skip
+    comparison = compare({REWARD: base}, {REWARD: tuned}, shown, baseline=BASE if start is None else start)
+    scores = {change.name: change.tuned for change in comparison.changes}
+    return JobOutcome(scores, comparison, items=prompts, measures={REWARD: tuned}, base_measures={REWARD: base})
+
+
+def _text(prompt: EncodedPrompt) -> str:
+    if isinstance(prompt.prompt, str):
+        return prompt.prompt
+    return str(prompt.prompt[-1].get("content", "")) if prompt.prompt else ""
+
+
+def _expected(prompt: EncodedPrompt) -> str:
+    """The answer that the data have, if they have one."""
+    value = prompt.row.get("answer", prompt.row.get("response", ""))
+    return value if isinstance(value, str) else str(value)

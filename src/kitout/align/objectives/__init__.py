@@ -1,0 +1,1 @@
+"""The objectives of the alignment stages, for the one training loop."""

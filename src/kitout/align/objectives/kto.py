@@ -1,0 +1,115 @@
+"""KTO: single answers, each desirable or not, against how far the policy is from its reference.
+
+That distance, z, is the mean log-ratio of answers to other prompts over the whole step, taken before its first
+micro-batch: so neither size nor order of micro-batches changes a loss. Each example has one fixed partner whose answer
+is put behind its prompt (`mismatched_rows`), so the reference scores that once as well. It knows answers and
+log-probabilities; the formula is `kitout.align.losses.preference`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kitout.align.config.losses import KTOLoss
+from kitout.align.losses.preference import kto_loss, kto_reference_point, sequence_log_ratios
+from kitout.align.objectives.scored_answers import AnswerScorer, ReferenceScores
+from kitout.data.encode.item import IGNORE_INDEX, EncodedExample, EncodedUnpaired
+from kitout.evaluate.metrics.registry import Task
+from kitout.kit import Kit
+from kitout.train.measure.predict import plan_lengths
+from kitout.train.objectives.objective import Batch, Losses
+
+
+class KTOObjective:
+    """Desirable answers become likelier than the reference makes them, undesirable ones less likely."""
+
+    task: Task = "pairs"
+    rows: int = 1
+    reference: ReferenceScores
+    """Of every answer, and of every mismatched row."""
+    mismatched: Mapping[EncodedExample, EncodedExample]
+    """Answer -> its prompt with another example's answer."""
+    z: float
+    """Of the step in progress."""
+
+    def __init__(self, kit: Kit, loss: KTOLoss) -> None:
+        self.kit, self.loss = kit, loss
+        self.scorer = AnswerScorer(kit)
+        self.reference, self.mismatched, self.z = {}, {}, 0.0
+
+    def choose_head_loss(self, names: Sequence[str], items: Sequence[EncodedUnpaired]) -> None:
+        self.scorer.choose(names, [item.answer for item in items])
+
+    @property
+    def batch_key(self) -> Hashable:
+        """None: each job has a z of its own."""
+        return None
+
+    def num_tokens(self, item: EncodedUnpaired) -> int:
+        return item.answer.length
+
+    def num_targets(self, item: EncodedUnpaired) -> int:
+        return 1
+
+    def collate(self, items: Sequence[EncodedUnpaired], seeds: Sequence[int] | None) -> Batch:
+        batch = self.scorer.collate([item.answer for item in items], self.reference)
+        batch.targets["is_desirable"] = torch.tensor([item.is_desirable for item in items], device=self.kit.device)
+        return batch
+
+    def before_step(self, model: Any, items: Sequence[EncodedUnpaired], step: int) -> None:
+        """Takes z over all items of the step."""
+        rows = [self.mismatched[item.answer] for item in items if item.answer in self.mismatched]
+        ratios = [
+            self._log_ratios(model, [rows[i] for i in some]) for some in plan_lengths([row.length for row in rows])
+        ]
+        self.z = kto_reference_point(torch.cat(ratios)).item() if ratios else 0.0
+
+    def _log_ratios(self, model: Any, rows: Sequence[EncodedExample]) -> Tensor:
+        batch = self.scorer.collate(rows, self.reference)
+        log_probs, _ = self.scorer(model, batch)
+        return sequence_log_ratios(log_probs, batch.targets["reference"], batch.targets["owners"], len(rows))
+
+    def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
+        losses, metrics = self._losses_of_answers(model, batch)
+        ones = torch.ones_like(losses)
+        return Losses((weights * losses).sum(), losses.detach(), metrics["accuracy"], ones, metrics=metrics)
+
+    def _losses_of_answers(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        log_probs, _ = self.scorer(model, batch)
+        owners, loss = batch.targets["owners"], self.loss
+        ratios = sequence_log_ratios(log_probs, batch.targets["reference"], owners, batch.num_examples)
+        return kto_loss(
+            ratios, batch.targets["is_desirable"], self.z, beta=loss.beta, desirable_weight=loss.desirable_weight,
+            undesirable_weight=loss.undesirable_weight,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def predictions(self, model: Any, batch: Batch) -> list[Any]:
+        """The reward of each answer, beta times its log-ratio."""
+        _, metrics = self._losses_of_answers(model, batch)
+        chosen, rejected = metrics["chosen_reward"], metrics["rejected_reward"]
+        rewards: list[Any] = torch.where(chosen.isnan(), rejected, chosen).tolist()
+        return rewards
+
+
+def mismatched_rows(items: Sequence[EncodedUnpaired], max_length: int) -> dict[EncodedExample, EncodedExample]:
+    """Each answer's prompt with the answer of the next example that has another prompt; too long ones are left out."""
+    rows: dict[EncodedExample, EncodedExample] = {}
+    answers = [item.answer for item in items]
+    for i, row in enumerate(answers):
+        prompt = row.input_ids[: row.prompt_length]
+        others = (answers[(i + k) % len(answers)] for k in range(1, len(answers)))
+        other = next((one for one in others if one.input_ids[: one.prompt_length] != prompt), None)
+        if other is None:
+            continue
+        answer = other.input_ids[other.prompt_length :]
+        ids = prompt + answer
+        if len(ids) <= max_length:
+            labels = (IGNORE_INDEX,) * len(prompt) + answer
+            rows[row] = replace(row, input_ids=ids, labels=labels, reference=other.reference)
+    return rows

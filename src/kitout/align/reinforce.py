@@ -1,0 +1,213 @@
+"""A stage that learns from its own answers: grpo, rloo, ppo. Roles, rounds, jobs and what is measured.
+
+The policy is trained; its reference is what it started from; PPO trains a value adapter beside it, as a job of its own
+on the same answers. It knows a prepared run and its stage, and nothing of pages.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kitout.align.completions_log import COMPLETIONS_FILE
+from kitout.align.config.losses import GRPOLoss, PPOLoss, RLOOLoss
+from kitout.align.config.schema import StageRun
+from kitout.align.measure.prompts import REWARD, judge, measure_policy, reward_measure
+from kitout.align.objectives.policy import PolicyObjective, SampledAnswer
+from kitout.align.objectives.value import ValueObjective
+from kitout.align.reference import load_reference
+from kitout.align.rewards.gym_tasks import gym_rows
+from kitout.align.rewards.open_rewards import open_rewards
+from kitout.align.rewards.reward import Reward, WeightedRewards
+from kitout.align.rewards.reward_model import load_reward_model
+from kitout.align.rewards.specs import RewardSpec, parse_rewards
+from kitout.align.rollout import SamplingSettings
+from kitout.align.rounds import Roles, RoundPlan, Rounds, answer_row
+from kitout.align.scalar_head import head_path, scalar_head
+from kitout.base import memory
+from kitout.data.encode.item import EncodedPrompt
+from kitout.errors import ConfigError
+from kitout.files.atomic import write_text
+from kitout.train.checkpoints import step_of
+from kitout.train.loop.jobs import Job
+from kitout.train.measure.evaluate import JobOutcome
+from kitout.train.metrics_log import MetricsLog, to_json_value
+from kitout.train.preflight.cost_estimate import CostEstimate
+from kitout.train.run import LogFn, find_estimate, new_trainer, progress_fn
+from kitout.train.run_folder import RunFolder
+from kitout.train.setup.parent import load_parts, read_parent
+from kitout.train.setup.prepare import PreparedRun
+
+VALUE = "value"  # the adapter of PPO's second job, and its folder
+GYM, GYM_PROMPTS = "gym:", 2000  # prompts made where the data names no limit
+
+
+class Reinforcement:
+    """One stage of reinforcement, prepared."""
+
+    is_reward_model = False
+    rounds: Rounds
+    """What the loop trains on."""
+
+    def __init__(self, config: StageRun, prepared: PreparedRun, folder: RunFolder, log: LogFn) -> None:
+        self.config, self.prepared, self.folder, self.log = config, prepared, folder, log
+        assert config.rollout is not None, "a stage that samples answers"
+        self.reference = load_reference(config, prepared)
+        self.rewards = self._open_rewards()
+        rollout, loss = config.rollout, self.loss
+        self.sampling = SamplingSettings(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
+        policy, seed = prepared.jobs[0], config.train.seed
+        parts = loss.minibatches if isinstance(loss, PPOLoss) else 1
+        self.plan = RoundPlan.of(policy.batches, rollout.samples, self.num_passes, parts, config.train.steps, seed)
+        self.value = self._add_value() if isinstance(loss, PPOLoss) else None
+        assert isinstance(policy.objective, PolicyObjective), "the task's own"
+        self.rounds = Rounds(
+            prepared.kit, prepared.tokenizer, Roles(policy.name, self.reference, self.value), policy.examples,
+            self.plan, loss, self.sampling, self.rewards, seed, MetricsLog(folder.path / COMPLETIONS_FILE),
+        )  # fmt: skip
+        self.jobs = self._jobs(policy)
+
+    @property
+    def loss(self) -> GRPOLoss | RLOOLoss | PPOLoss:
+        loss = self.config.loss
+        assert isinstance(loss, GRPOLoss | RLOOLoss | PPOLoss), "of a stage that samples answers"
+        return loss
+
+    @property
+    def num_passes(self) -> int:
+        """Over the answers of one round."""
+        if isinstance(self.loss, PPOLoss):
+            return self.loss.epochs
+        return self.loss.iterations if isinstance(self.loss, GRPOLoss) else 1
+
+    # ---- what takes part ------------------------------------------------------------------------------------------
+
+    def _open_rewards(self) -> WeightedRewards:
+        kit, loaded = self.prepared.kit, dict[str, str]()
+
+        def open_model(spec: RewardSpec) -> Reward:
+            name = f"reward-{len(loaded)}"
+            loaded[spec.text] = name
+            return load_reward_model(kit, Path(spec.text).expanduser(), name, spec.name)
+
+        weights = {one.source: one.weight for one in self.config.reward}
+        rewards = open_rewards(parse_rewards(weights), open_model)
+        self.reward_adapters = loaded
+        return rewards
+
+    def _add_value(self) -> str:
+        """From the reward adapter, head included, where there is exactly one; else new, by the seed."""
+        kit, seed = self.prepared.kit, self.config.train.seed
+        sources = list(self.reward_adapters)
+        if len(sources) == 1:
+            load_parts(kit, {VALUE: read_parent(sources[0], "reward")})
+            kit[VALUE].requires_grad_(True)
+            kit[VALUE].to(dtype=torch.promote_types(kit.dtype, torch.float32))
+        else:
+            heads = {head_path(kit): scalar_head(kit, seed)}
+            dtype = torch.promote_types(kit.dtype, torch.float32)
+            kit.add(VALUE, self.config.method, seed=seed, heads=heads, dtype=dtype)
+        return VALUE
+
+    def _jobs(self, policy: Job) -> list[Job]:
+        answers, batches = self.rounds.answers, self.plan.batches
+        jobs = [replace(policy, examples=answers, batches=batches)]
+        if self.value is not None:
+            assert isinstance(self.loss, PPOLoss), "which has a value"
+            objective = ValueObjective(self.prepared.kit, self.loss)
+            jobs.append(Job(self.value, objective, answers, batches, policy.settings))
+        return jobs
+
+    # ---- the order of the run ---------------------------------------------------------------------------------------
+
+    @property
+    def metric_names(self) -> list[str]:
+        """What an evaluation during training reports."""
+        return [REWARD]
+
+    def prepare(self, signature: str) -> None:
+        """Nothing: the reference scores answers when they are there."""
+
+    def build_trainer(self, last_checkpoint: Path | None, signature: str) -> tuple[Any, CostEstimate]:
+        self.rounds.answers[:] = self._trial_answers()
+        planned = [[(j, i) for j in range(len(self.jobs)) for i in self.plan.batches[0]]]
+        estimate = find_estimate(
+            self.prepared.kit, self.jobs, planned, len(self.plan.batches), self.config, self.folder, last_checkpoint
+        )
+        self.rounds.answers[:] = []
+        self.rounds.log.resume_at(0 if last_checkpoint is None else step_of(last_checkpoint))
+        evaluate = self.config.evaluate
+        by_reward = evaluate.model_copy(update={"best_metric": evaluate.best_metric or REWARD})
+        config = self.config.model_copy(update={"evaluate": by_reward})
+        trainer = new_trainer(
+            self.prepared.kit, self.jobs, config, self.folder, estimate, signature, self._validate,
+            step_data=self.rounds,
+        )  # fmt: skip
+        return trainer, estimate
+
+    def _trial_answers(self) -> list[Any]:
+        """As many answers as a round has, each as long as it may be, behind the longest prompt."""
+        prompts: Sequence[EncodedPrompt] = self.prepared.jobs[0].examples
+        longest = max(prompts, key=lambda prompt: prompt.length)
+        new = self.sampling.max_new_tokens
+        ids = (*longest.input_ids, *(longest.input_ids * new)[:new])
+        zeros, is_ppo = torch.zeros(new), isinstance(self.loss, PPOLoss)
+        answer = SampledAnswer(
+            answer_row(ids, longest.length), zeros if is_ppo else zeros[:1], zeros, zeros, zeros, zeros
+        )
+        return [answer] * (len(self.plan.prompts[0]) * self.plan.samples)
+
+    def _validate(self) -> dict[str, float]:
+        """The mean reward of greedy answers to the validation prompts."""
+        job = self.prepared.jobs[0]
+        prompts = list(job.validation)[: self.config.evaluate.generate_examples or None]
+        if not prompts:
+            return {}
+        judged = judge(self.prepared, prompts, job.name, self.sampling, self.rewards)
+        values = [total for total in judged.values.totals if total is not None]
+        memory.reset_peak(self.prepared.kit.device)
+        return {"eval_reward": reward_measure(values).value} if values else {}
+
+    def measure(self) -> dict[str, JobOutcome]:
+        """The policy against what it started from; the value adapter is kept beside it."""
+        if self.value is not None:
+            self.prepared.kit.save(self.value, self.folder.path / VALUE)
+        name, test = self.prepared.jobs[0].name, self.prepared.first_dataset.test
+        if not test:
+            return {}
+        outcome = measure_policy(
+            self.prepared, name, test, self.config.evaluate, self.reference, self.sampling, self.rewards,
+            progress_fn(name, self.log),
+        )  # fmt: skip
+        return {} if outcome is None else {name: outcome}
+
+    def details(self) -> dict[str, Any]:
+        """What results.json has of this kind of stage."""
+        return {
+            "kind": self.config.kind,
+            "reference": self.reference or "base",
+            "rewards": [one.name for one in self.rewards.rewards],
+            "rounds": len(self.plan.prompts),
+            "last_round": self.rounds.last,
+        }
+
+
+def with_gym_data(config: StageRun, folder: Path) -> StageRun:
+    """Data `gym:NAME` as a file of the run's folder: prompts of reasoning-gym, by the seed of the data."""
+    sources = []
+    for number, source in enumerate(config.data.train):
+        if not source.path.startswith(GYM):
+            sources.append(source)
+            continue
+        if not source.path.removeprefix(GYM).isidentifier():
+            raise ConfigError(f"data.train.{number}.path={source.path}: write as in gym:chain_sum")
+        file = folder / f"prompts-{number}.jsonl"
+        rows = gym_rows(source.path, source.limit or GYM_PROMPTS, config.data.seed)
+        write_text(file, "".join(json.dumps(to_json_value(row), ensure_ascii=False) + "\n" for row in rows))
+        sources.append(source.model_copy(update={"path": str(file), "limit": None}))
+    return config.model_copy(update={"data": config.data.model_copy(update={"train": tuple(sources)})})

@@ -1,0 +1,1 @@
+"""What answers are worth: reward adapters, the user's functions, reasoning-gym, weighted sums."""

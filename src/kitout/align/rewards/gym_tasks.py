@@ -1,0 +1,89 @@
+"""`gym:NAME`: a task of reasoning-gym as prompts and as their reward.
+
+`create_dataset(name, size, seed)` makes the entries, `score_answer(answer, entry)` judges an answer: 1 for a right one,
+sometimes a part of it. Prompts carry their entry as columns, so the reward needs nothing else. The package is optional
+(extra `align`) and imported on use. It knows no model and no template: answers come without either.
+Source: reasoning-gym 0.1.25.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kitout.align.rewards.reward import AnswerBatch
+from kitout.errors import ConfigError, RewardError, suggest
+from kitout.install_hint import suggest_install
+
+ENTRY_KEYS = ("question", "answer", "metadata")
+
+
+@dataclass(frozen=True)
+class GymReward:
+    """The task's own judgment."""
+
+    name: str
+    """`gym:NAME`."""
+    dataset: Any
+    """The task, of any size and seed: it judges the entries of all."""
+
+    def score(self, answers: AnswerBatch) -> Sequence[float | None]:
+        """The task's score of each answer; RewardError for a row that is no entry of the task.
+
+        An answer that the task cannot even read is wrong: 0, with a warning. (Of 106 tasks 3 raise on some texts.)
+        """
+        return [self._score(answers, index) for index in range(len(answers))]
+
+    def _score(self, answers: AnswerBatch, index: int) -> float:
+        row, task = answers.rows[index], self.name.removeprefix("gym:")
+        missing = [key for key in ENTRY_KEYS if key not in row]
+        metadata = row.get("metadata")
+        source = metadata.get("source_dataset", task) if isinstance(metadata, Mapping) else None
+        if missing or source != task:
+            found = f"has no {', '.join(missing)}" if missing else f"is of {source!r}" if source else "has no metadata"
+            raise RewardError(
+                f"reward {self.name} judges prompts that the task made, and the row of {answers.describe(index)} "
+                f"{found}: use --data {self.name}, or another reward"
+            )
+        try:
+            return float(self.dataset.score_answer(answers.completions[index], dict(row)))
+        except Exception as error:  # of any kind, by what a model wrote
+            kind = type(error).__name__  # without its text, so that Python shows each warning once
+            warnings.warn(
+                f"{self.name} cannot read some answers, which count as wrong: {kind}", RuntimeWarning, stacklevel=2
+            )
+            return 0.0
+
+
+def open_gym_reward(text: str) -> GymReward:
+    """text: `gym:NAME`. RewardError where the package is not installed or has no such task."""
+    return GymReward(text, _create(text, 1, 0))
+
+
+def gym_rows(text: str, size: int, seed: int) -> list[dict[str, Any]]:
+    """`size` prompts of the task, the same for a seed: the entry's columns, and its question as `prompt`.
+
+    text: `gym:NAME`. Read as a table they are of the format `prompts`, whose rows keep all columns for the reward. Test
+    prompts take another seed than those trained on.
+    """
+    if size < 1:
+        raise ConfigError(f"{text}: size is {size}, expected at least 1 prompt")
+    dataset = _create(text, size, seed)
+    return [{"prompt": entry["question"], **entry} for entry in (dataset[i] for i in range(size))]
+
+
+def _create(text: str, size: int, seed: int) -> Any:
+    name = text.removeprefix("gym:")
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise RewardError(f"{text} needs reasoning-gym: {error}\n  {suggest_install(extra='align')}") from error
+    if name not in DATASETS:
+        raise RewardError(f"{text}: reasoning-gym has no task {name!r}; {suggest(name, sorted(DATASETS))}")
+    try:
+        return reasoning_gym.create_dataset(name, size=size, seed=seed)
+    except Exception as error:  # whatever the task asks for
+        raise RewardError(f"{text} cannot be made from its name alone: {type(error).__name__}: {error}") from error

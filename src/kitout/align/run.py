@@ -1,0 +1,243 @@
+"""Stages on one base, one after the other: each is a run in a folder of its own, resumed by the same call.
+
+A stage of kind sft is a run of `kitout train`. Others have the same folder, set-up, loop and pages; what is theirs is
+the reference that is computed once, the rounds of reinforcement, and what is measured. It knows the order of the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kitout.align.config.schema import AlignConfig, StageRun, with_default_lr
+from kitout.align.measure.pairs import AUC, LOSS, PAIR_ACCURACY, measure_answers, validation_metrics
+from kitout.align.objectives.kto import KTOObjective, mismatched_rows
+from kitout.align.objectives.preference_objective import PreferenceObjective
+from kitout.align.reference import load_reference, reference_scores
+from kitout.align.reinforce import Reinforcement, with_gym_data
+from kitout.align.tasks import task_of
+from kitout.base import memory
+from kitout.errors import ConfigError
+from kitout.files.part_folders import content_digest
+from kitout.train import checkpoints, run_folder
+from kitout.train.adapter_folders import save_adapters
+from kitout.train.config import conflicts
+from kitout.train.config.schema import RunConfig
+from kitout.train.loop import distributed, stop_on_signal
+from kitout.train.loop.jobs import Job
+from kitout.train.measure.evaluate import JobOutcome
+from kitout.train.measure.forgetting import check_forgetting, measure_forgetting
+from kitout.train.outputs import write_outputs
+from kitout.train.preflight import render
+from kitout.train.preflight.collect import collect_pages, collect_statistics
+from kitout.train.preflight.cost_estimate import CostEstimate
+from kitout.train.run import (
+    Result,
+    build_trainer,
+    check_best,
+    join_processes,
+    no_log,
+    opened_run_folder,
+    progress_fn,
+    resolve_placement,
+    run_signature,
+    show_finished,
+    train_and_save,
+)
+from kitout.train.run import run as train_run
+from kitout.train.run_folder import RunFolder
+from kitout.train.setup.base_model import load_config
+from kitout.train.setup.parent import adopt_parents
+from kitout.train.setup.prepare import PreparedRun, prepare
+from kitout.train.start import RESULTS_FILE
+
+LogFn = Callable[[str], None]
+
+
+def run(config: AlignConfig, *, dry_run: bool = False, log: LogFn = print) -> Result:
+    """Trains the stages in order; finished ones are shown and not trained again. The result is the last stage's.
+
+    dry_run: of each stage the pre-flight alone; one that starts from a stage that is not finished is left out.
+    """
+    result = Result(config.output.folder)
+    for number, stage in enumerate(config.stages, 1):
+        if len(config.stages) > 1:
+            log(f"\nstage {number} of {len(config.stages)}: {stage.name} ({stage.kind})")
+        taken = [stage.from_, *(one.source for one in stage.reward)]
+        missing = [
+            name
+            for name in taken
+            if name and config.stage(name) and not (config.folder_of(name).expanduser() / RESULTS_FILE).is_file()
+        ]
+        if dry_run and missing:
+            log(f"{stage.name} starts from {', '.join(missing)}, which is not trained yet: its pre-flight comes then")
+            continue
+        result = run_stage(stage.run_config(config), dry_run=dry_run, log=log)
+    return result
+
+
+def run_stage(config: StageRun, *, dry_run: bool = False, log: LogFn = print) -> Result:
+    """One stage."""
+    if config.kind == "sft":
+        return train_run(config, dry_run=dry_run, log=log)
+    config = with_default_lr(adopted(config))
+    conflicts.check_machine(config, torch.cuda.is_available())
+    join_processes(config)
+    day = distributed.all_gather([run_folder.first_day(config)])[0]
+    config = config.model_copy(update={"data": config.data.model_copy(update={"template_date": day})})
+    with stop_on_signal.interrupt_on_sigterm(), opened_run_folder(config) as folder:
+        if folder.is_finished:
+            return show_finished(folder, log)
+        main_log = log if distributed.rank() == 0 else no_log
+        check_decoder(config)
+        if config.of_kind.takes_reward:
+            check_one_process(config)
+        given = with_gym_data(config, folder.path)
+        prepared = prepare(given, resolve_placement(config, folder), main_log, samples=dry_run, task=task_of(config))
+        if config.of_kind.takes_reward:
+            work: Any = Reinforcement(config, prepared, folder, main_log)
+        else:
+            work = OfflineStage(config, prepared, folder, main_log)
+        return _run_prepared(work, config, prepared, folder, dry_run, log, main_log)
+
+
+def _run_prepared(
+    work: Any, config: StageRun, prepared: PreparedRun, folder: RunFolder, dry_run: bool, log: LogFn, main_log: LogFn
+) -> Result:
+    check_best(prepared, config, work.metric_names)
+    check_forgetting(prepared, config.evaluate, main_log)
+    statistics = collect_statistics(prepared)
+    last_checkpoint = next(reversed(checkpoints.list_checkpoints(folder.checkpoints)), None)
+    signature = run_signature(prepared)
+    if not dry_run:
+        work.prepare(signature)
+    main_log("trying the longest and the usual step, for their time and memory ...")
+    trainer, estimate = work.build_trainer(last_checkpoint, signature)
+    if distributed.rank() == 0:
+        pages = collect_pages(prepared, config, statistics, estimate)
+        for page in pages:
+            render.print_page(page)
+        render.save_pages(pages, folder.path)
+    if dry_run:
+        return Result(folder.path)
+    memory.reset_peak(prepared.kit.device)
+    best_step = train_and_save(
+        trainer, last_checkpoint, prepared, partial(save_adapters, prepared, config, folder, log)
+    )
+    outcomes: dict[str, JobOutcome] = work.measure()
+    forgetting = {} if work.is_reward_model else measure_forgetting(
+        prepared, config.evaluate, config.train.seed, main_log, lambda name: progress_fn(name, log)
+    )  # fmt: skip
+    results: dict[str, Any] = {}
+    if distributed.rank() == 0:
+        log("writing the report ...")
+        results = write_outputs(
+            prepared, config, folder, trainer, estimate, best_step, outcomes, {}, forgetting, log, work.details()
+        )
+    distributed.barrier()
+    prepared.kit.detach()
+    return Result(folder.path, {name: one.comparison for name, one in outcomes.items()}, results)
+
+
+class OfflineStage:
+    """A stage over answers that are there: reward, dpo, orpo, simpo, kto."""
+
+    def __init__(self, config: StageRun, prepared: PreparedRun, folder: RunFolder, log: LogFn) -> None:
+        self.config, self.prepared, self.folder, self.log = config, prepared, folder, log
+        self.reference = load_reference(config, prepared)
+
+    @property
+    def job(self) -> Job:
+        return self.prepared.jobs[0]
+
+    @property
+    def is_reward_model(self) -> bool:
+        return not self.config.of_kind.writes_text
+
+    def prepare(self, signature: str) -> None:
+        """Computes what the reference makes of every answer, once."""
+        objective = self.job.objective
+        if isinstance(objective, KTOObjective):
+            objective.mismatched = mismatched_rows(self.job.examples, self.prepared.lengths[0].text.tokens)
+            extra = list(objective.mismatched.values())
+        else:
+            extra = []
+        if not (isinstance(objective, PreferenceObjective | KTOObjective) and self.config.has_reference):
+            return
+        dataset = self.prepared.first_dataset
+        items = (*dataset.train, *dataset.validation, *dataset.test)
+        rows = [*(row for item in items for row in item.rows), *extra]
+        self.log(f"computing the reference's log-probabilities of {len(set(rows)):,} answers, once ...")
+        objective.reference = reference_scores(
+            self.prepared.kit, objective.scorer, rows, self.reference, self.folder.path,
+            reference_key(self.prepared, self.reference, signature), progress_fn("the reference", self.log),
+        )  # fmt: skip
+
+    def build_trainer(self, last_checkpoint: Path | None, signature: str) -> tuple[Any, CostEstimate]:
+        return build_trainer(self.prepared, self.config, self.folder, last_checkpoint, signature, self._validate)
+
+    @property
+    def metric_names(self) -> list[str]:
+        """What an evaluation during training reports."""
+        return [LOSS, AUC if isinstance(self.job.objective, KTOObjective) else PAIR_ACCURACY]
+
+    def _validate(self) -> dict[str, float]:
+        if not len(self.job.validation):
+            return {}
+        metrics = {f"eval_{name}": value for name, value in validation_metrics(self.prepared, self.job).items()}
+        memory.reset_peak(self.prepared.kit.device)
+        return metrics
+
+    def measure(self) -> dict[str, JobOutcome]:
+        test = self.prepared.first_dataset.test
+        if not test:
+            return {}
+        progress = progress_fn(self.job.name, self.log)
+        return {
+            self.job.name: measure_answers(
+                self.prepared, self.job, test, self.config.evaluate, self.reference, progress
+            )
+        }
+
+    def details(self) -> dict[str, Any]:
+        """What results.json has of this kind of stage."""
+        return {"kind": self.config.kind, "reference": self.reference or "base"}
+
+
+def adopted(config: StageRun) -> StageRun:
+    """With the method of the adapter that it starts from."""
+    found = adopt_parents(config)
+    assert isinstance(found, StageRun), "adopt_parents copies what it gets"
+    return found
+
+
+def check_one_process(config: StageRun) -> None:
+    """ConfigError for several."""
+    if distributed.world_size() > 1:
+        raise ConfigError(
+            f"kind={config.kind}: answers are sampled by one process, found {distributed.world_size()}: start it "
+            "without torchrun"
+        )
+
+
+def check_decoder(config: RunConfig) -> None:
+    """ConfigError where the base is no decoder."""
+    hf_config = load_config(config.model)
+    if getattr(hf_config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"model.name={config.model.name} is an encoder-decoder, and alignment trains decoders, which continue one "
+            "sequence of prompt and answer: choose a decoder, for example model=smollm2-135m"
+        )
+
+
+def reference_key(prepared: PreparedRun, reference: str | None, signature: str) -> str:
+    """Of everything that the reference's values depend on: data, base, dtype and adapter."""
+    state = prepared.kit.state
+    adapter = "" if reference is None else content_digest(state, state[reference], keep_encoder=True)
+    return hashlib.sha256(json.dumps([signature, adapter]).encode()).hexdigest()

@@ -1,0 +1,126 @@
+"""Whole stages on a tiny model, every kind from a file to a tested adapter; chains of stages; resumes."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import kitout
+from kitout.errors import ConfigError
+from kitout.train.metrics_log import read_metrics
+from tiny_models import decoder, jsonl
+
+pytest.importorskip("accelerate")
+
+WORDS = ["a", "b", "c", "d", "e", "f", "g", "h", "good", "bad"]
+SMALL = {"batch_size": 4, "steps": 4, "lr": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return decoder(tmp_path_factory.mktemp("models") / "decoder")
+
+
+def pairs(number: int, seed: int = 0) -> list[dict[str, Any]]:
+    """The chosen answer says good, the rejected one bad."""
+    rng = random.Random(seed)
+    return [
+        {"prompt": f"{i} {' '.join(rng.choices(WORDS, k=4))}", "chosen": "good", "rejected": "bad"}
+        for i in range(number)
+    ]
+
+
+def data_of(kind: str, folder: Path) -> Path:
+    rows = pairs(40)
+    if kind == "kto":
+        rows = [
+            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            for i, row in enumerate(rows)
+            for side in ("chosen", "rejected")
+            if i % 2 == (side == "chosen")
+        ]
+    if kind in ("grpo", "rloo", "ppo"):
+        rows = [{"prompt": row["prompt"], "answer": "good"} for row in rows]
+    if kind == "sft":
+        rows = [{"instruction": row["prompt"], "response": "good"} for row in rows]
+    return jsonl(folder / f"{kind}.jsonl", rows)
+
+
+def count_letters(prompts: list[Any], completions: list[str], rows: list[dict[str, Any]]) -> list[float | None]:
+    """A reward that every answer gets: the share of the letter e."""
+    return [text.count("e") / max(1, len(text)) for text in completions]
+
+
+def stage(kind: str, model: Path, data: Path, out: Path, **more: Any) -> Any:
+    lines: list[str] = []
+    settings: dict[str, Any] = {
+        "model": {"name": str(model), "dtype": "float32"}, "data": {"train": str(data), "validation": 6, "test": 8},
+        "train": SMALL, "output": {"folder": str(out)}, "evaluate": {"show_examples": 2},
+    }  # fmt: skip
+    if kind in ("grpo", "rloo", "ppo"):
+        settings |= {
+            "reward": "align.test_run:count_letters", "rollout": {"prompts": 2, "max_new_tokens": 6},
+            "train": {"steps": 4 if kind != "ppo" else 2, "lr": 1e-2},
+        }  # fmt: skip
+    result = kitout.align(stage=kind, log=lines.append, **(settings | more))
+    return result, "\n".join(lines)
+
+
+@pytest.mark.parametrize("kind", ["reward", "dpo", "orpo", "simpo", "kto", "grpo", "rloo", "ppo"])
+def test_every_kind_trains_and_is_measured(kind: str, model: Path, tmp_path: Path) -> None:
+    result, _ = stage(kind, model, data_of(kind, tmp_path), tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert results["align"]["kind"] == kind
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert result.comparisons
+    assert all(
+        torch.isfinite(value).all() for value in load_file(tmp_path / "run/adapter/adapter.safetensors").values()
+    )
+    logged = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    assert logged
+    if kind in ("grpo", "rloo", "ppo"):
+        completions = read_metrics(tmp_path / "run" / "completions.jsonl")
+        assert completions
+        assert {"prompt", "completion", "rewards", "total", "tokens", "ended"} <= completions[0].keys()
+        assert all("reward" in row for row in logged)
+    again, _ = stage(kind, model, data_of(kind, tmp_path), tmp_path / "run")  # a finished one is shown
+    assert again.figures["align"]["kind"] == kind
+
+
+def test_a_reward_model_learns_and_ppo_starts_its_value_from_it(model: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    folder = {kind: str(data_of(kind, tmp_path)) for kind in ("sft", "reward", "ppo", "dpo")}
+    held_out = {"validation": 0, "test": 8}
+    config = {
+        "model": {"name": str(model), "dtype": "float32"}, "output": str(tmp_path / "out"),
+        "stages": [
+            {"kind": "sft", "data": {"train": folder["sft"], **held_out}, "train": SMALL},
+            {"kind": "reward", "data": {"train": folder["reward"], **held_out}, "from": "sft",
+             "train": SMALL | {"steps": 30}},
+            {"kind": "dpo", "data": {"train": folder["dpo"], **held_out}, "from": "sft", "train": SMALL},
+            {"kind": "ppo", "data": {"train": folder["ppo"], **held_out}, "from": "sft", "reward": "reward",
+             "train": {"steps": 2, "lr": 1e-3}, "rollout": {"prompts": 2, "max_new_tokens": 5}},
+        ],
+    }  # fmt: skip
+    kitout.align(config, log=lines.append)
+    out = tmp_path / "out"
+    reward = json.loads((out / "reward" / "results.json").read_text(encoding="utf-8"))
+    accuracy = reward["comparisons"]["reward"][0]
+    assert accuracy["name"] == "pair_accuracy"
+    assert accuracy["tuned"]["value"] == 1.0
+    assert json.loads((out / "dpo" / "results.json").read_text(encoding="utf-8"))["align"]["reference"] == "reference"
+    assert (out / "ppo" / "value" / "adapter.safetensors").is_file()
+    assert (out / "dpo" / "reference.safetensors").is_file()
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    from tiny_models import both
+
+    with pytest.raises(ConfigError, match="encoder-decoder"):
+        stage("dpo", both(tmp_path / "model"), data_of("dpo", tmp_path), tmp_path / "run")
