@@ -1,8 +1,8 @@
 """RLHF on one base: what four roles of one batch cost in one call, against one pass per role.
 
 Policy, base, reward and value score the same rows: three LoRAs (r=8 on every linear) on a Llama of 6 layers, d 384;
-half of each row's tokens are targets. All shapes run in the same rounds; times are processor time. "Plain calls" are those
-of a user without `roles`: `kit.use` and the model's own output, logits at every position.
+half of each row's tokens are targets. All shapes run in the same rounds; times are processor time. "Plain calls" are
+what `roles` replaces: `kit.use` and the model's own output, logits at every position.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def _four_roles(rounds: int) -> Iterator[Line]:
             times.ratio_text(auto, separate),
             f"<= {limit:.2f} x",
             times.ratio(auto, separate) <= limit,
-            f"{chosen} chosen; one pass {times.ratio(joint, separate):.3f} x; four {times.best(separate) * 1e3:.0f} ms; "
-            f"the call takes {times.ratio(auto, plain):.3f} of four plain calls",
+            f"{chosen} chosen; one pass {times.ratio(joint, separate):.3f} x; "
+            f"four {times.best(separate) * 1e3:.0f} ms; {times.ratio(auto, plain):.3f} of four plain calls",
         )
 
 
