@@ -1,4 +1,4 @@
-"""How a step is cut into micro-batches, and in what order its examples come, changes neither its loss nor a gradient."""
+"""Neither the cut of a step into micro-batches nor the order of its examples changes its loss or a gradient."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ def reference(rows: Sequence[EncodedExample]) -> dict[EncodedExample, Tensor]:
 def pairs(kit: Kit, objective: Any) -> tuple[Any, Sequence[Any]]:
     if not isinstance(objective, RewardObjective):
         objective.reference = reference([*ROWS, *OTHERS])
-    items = [
-        EncodedPair(one, other, margin=0.1 * i) for i, (one, other) in enumerate(zip(ROWS, OTHERS, strict=True))
-    ]
+    items = [EncodedPair(one, other, margin=0.1 * i) for i, (one, other) in enumerate(zip(ROWS, OTHERS, strict=True))]
     return objective, items
 
 
