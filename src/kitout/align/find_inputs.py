@@ -45,7 +45,7 @@ def _errors_of(config: AlignConfig, run: StageRun) -> Iterator[KitoutError]:
             scorers = [before.name for before in config.stages[:number] if not before.of_kind.writes_text]
             yield from _folder_errors(f"{at}reward", one.source, scorers)
     if gyms and importlib.util.find_spec(GYM_PACKAGE) is None:
-        yield ConfigError(f"{sorted(gyms)[0]} needs {GYM_DISTRIBUTION}: {suggest_install(GYM_DISTRIBUTION)}")
+        yield ConfigError(f"{min(gyms)} needs {GYM_DISTRIBUTION}: {suggest_install(extra='align')}")
 
 
 def _texts(config: AlignConfig, number: int) -> list[str]:
