@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import kitout
 from align.test_run import data_of, stage
-from kitout import Kit, LoRA
+from kitout import LoRA
 from kitout.align import run as stages
 from kitout.align.scalar_head import head_path, scalar_head
 from kitout.train.setup.prepare import PreparedRun
