@@ -29,6 +29,8 @@ from kitout.align.rounds import Roles, RoundPlan, Rounds, answer_row
 from kitout.align.scalar_head import head_path, scalar_head
 from kitout.base import memory
 from kitout.data.encode.item import EncodedPrompt
+from kitout.errors import ConfigError, Errors
+from kitout.evaluate.ask.text_limit import check_prompts
 from kitout.train.checkpoints import step_of
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.evaluate import JobOutcome
@@ -60,6 +62,7 @@ class Reinforcement:
         parts = loss.minibatches if isinstance(loss, PPOLoss) else 1
         self.plan = RoundPlan.of(policy.batches, rollout.samples, self.num_passes, parts, config.train.steps, seed)
         self.value = self._add_value() if isinstance(loss, PPOLoss) else None
+        self._check_adapters()
         assert isinstance(policy.objective, PolicyObjective), "the task's own"
         self.rounds = Rounds(
             prepared.kit, prepared.tokenizer, Roles(policy.name, self.reference, self.value), policy.examples,
@@ -108,6 +111,28 @@ class Reinforcement:
             dtype = torch.promote_types(kit.dtype, torch.float32)
             kit.add(VALUE, self.config.method, seed=seed, heads=heads, dtype=dtype)
         return VALUE
+
+    def _check_adapters(self) -> None:
+        """ConfigError for dropout in what is trained, and for an adapter that does not read the longest answer."""
+        kit, policy = self.prepared.kit, self.prepared.jobs[0]
+        started = {policy.name: f"from={self.config.train.from_}"}
+        if self.value is not None:
+            started[self.value] = "reward=" + ", ".join(self.reward_adapters)
+        errors = Errors(ConfigError, f"kind={self.config.kind}")
+        for name, source in started.items():
+            if dropout := kit[name].method.model_dump().get("dropout", 0.0):
+                errors.add(
+                    f"{source}: its method has dropout={dropout:g}, with which it gives an answer another value each "
+                    "time: train it with method.dropout=0"
+                )
+        prompts = [item.input_ids for item in (*policy.examples, *policy.validation, *self.prepared.first_dataset.test)]
+        for name in filter(None, (self.reference, self.value, *self.reward_adapters.values())):
+            with kit.use(name):
+                try:
+                    check_prompts(kit, prompts, self.sampling.max_new_tokens)
+                except ConfigError as error:
+                    errors.add(f"{name}: {error}, or write fewer new tokens (rollout.max_new_tokens)")
+        errors.raise_if_any()
 
     def _jobs(self, policy: Job) -> list[Job]:
         answers, batches = self.rounds.answers, self.plan.batches
