@@ -14,8 +14,9 @@ from kitout.data.read import tables
 from kitout.errors import ConfigError, DataError
 from kitout.files.usage_record import UsageRecord
 from kitout.format import short_repr
+from kitout.predict.answer_inputs import WHAT_TO_GIVE, scores_answers
 from kitout.predict.input_rows import InputRows, images_in
-from kitout.train.objectives.tasks import TASKS
+from kitout.train.objectives.tasks import USES
 
 STDIN, STDIN_NAME = "-", "stdin"
 MAX_NAME_CHARS = 200
@@ -23,8 +24,10 @@ MAX_NAME_CHARS = 200
 
 def open_input(source: str, usage: UsageRecord, column_names: Mapping[str, str], stdin: TextIO) -> InputRows:
     """What a user names, before anything is loaded. DataError where it is not what this adapter reads."""
-    task = TASKS[usage.task]
+    task = USES[usage.task]
     _check_columns(source, column_names)
+    if scores_answers(usage) and (source == STDIN or _existing(source) is None or source.lower().endswith(".txt")):
+        raise DataError(f"{short_repr(source)} is no table; {WHAT_TO_GIVE}")
     if source == STDIN:
         if task.reads_images:
             raise DataError("this adapter reads images: give an image, a folder of images, or a table of their paths")
