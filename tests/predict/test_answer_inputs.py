@@ -119,7 +119,7 @@ def test_other_verbs_say_what_it_is_for(adapter: Path, predictor: Any, tmp_path:
     from kitout.export.exported_adapter import export_adapter
     from kitout.export.merged_folder import write_merged
 
-    with pytest.raises(ConfigError, match="kitout predict .* answers.jsonl"):
+    with pytest.raises(ConfigError, match=r"kitout predict .* answers\.jsonl"):
         check_writes([one_adapter(adapter)])
     with pytest.raises(ConfigError, match="does not write"):
         predictor.chat("hello")

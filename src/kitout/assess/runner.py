@@ -78,8 +78,8 @@ def run(
     usage = _usage(kit, routes, usages or {})
     if usage is not None and usage.task not in TASKS:
         raise ConfigError(
-            f"{', '.join(routes)}: a reward adapter scores answers and writes none: kitout predict ADAPTER PAIRS gives its "
-            "accuracy on pairs with the interval, kitout align ppo --reward ADAPTER trains a policy with it"
+            f"{', '.join(routes)}: a reward adapter scores answers and writes none: kitout predict ADAPTER PAIRS gives "
+            "its accuracy on pairs with the interval, kitout align ppo --reward ADAPTER trains a policy with it"
         )
     reads_images = TASKS[usage.task].reads_images if usage is not None else kit.base.main_input_name == "pixel_values"
     own_tokenizer = (

@@ -26,8 +26,7 @@ def open_input(source: str, usage: UsageRecord, column_names: Mapping[str, str],
     """What a user names, before anything is loaded. DataError where it is not what this adapter reads."""
     task = USES[usage.task]
     _check_columns(source, column_names)
-    if scores_answers(usage) and (source == STDIN or _existing(source) is None or source.lower().endswith(".txt")):
-        raise DataError(f"{short_repr(source)} is no table; {WHAT_TO_GIVE}")
+    _check_table(source, usage)
     if source == STDIN:
         if task.reads_images:
             raise DataError("this adapter reads images: give an image, a folder of images, or a table of their paths")
@@ -67,6 +66,13 @@ def _check_columns(source: str, column_names: Mapping[str, str]) -> None:
     path = None if source == STDIN else _existing(source)
     if column_names and (path is None or path.is_dir()):
         raise ConfigError(f"--column says what the columns of a table hold, and {short_repr(source)} is no table")
+
+
+def _check_table(source: str, usage: UsageRecord) -> None:
+    """A text alone is no answer to a prompt."""
+    is_table = source != STDIN and _existing(source) is not None and not source.lower().endswith(".txt")
+    if scores_answers(usage) and not is_table:
+        raise DataError(f"{short_repr(source)} is no table; {WHAT_TO_GIVE}")
 
 
 def _names_a_place(source: str) -> bool:
