@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kitout.align.config.losses import DPOLoss, KTOLoss, ORPOLoss, RewardLoss, SimPOLoss
 from kitout.data.encode.answers import PairEncoder, RolloutPromptEncoder, UnpairedEncoder
-from kitout.train.objectives.tasks import EncoderSettings, ObjectiveSettings, Task
+from kitout.train.objectives.tasks import REWARD, EncoderSettings, ObjectiveSettings, Task
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from kitout.align.config.schema import StageRun
     from kitout.kit import Kit
     from kitout.train.objectives.objective import Objective
-
-REWARD = "reward"  # the task of a reward adapter, in its usage record
 
 
 def task_of(stage: StageRun) -> Task:
