@@ -40,7 +40,7 @@ from kitout.train.loop.jobs import Job
 from kitout.train.loop.step import StepRows
 from kitout.train.loop.step_data import StepData
 from kitout.train.loop.training_arguments import training_arguments
-from kitout.train.measure.evaluate import evaluate_jobs, metric_names, validation_fn
+from kitout.train.measure.evaluate import check_groups, evaluate_jobs, metric_names, validation_fn
 from kitout.train.measure.forgetting import check_forgetting, measure_forgetting
 from kitout.train.measure.merge_proof import check_mergeable, prove_merge
 from kitout.train.preflight import render
@@ -94,6 +94,7 @@ def run(
         own_log = log if distributed.rank() == 0 else no_log
         prepared = prepare(read_data(config, folder.path), resolve_placement(config, folder), own_log, samples=dry_run)
         check_best(prepared, config)
+        check_groups(prepared, config.evaluate)
         check_forgetting(prepared, config.evaluate, own_log)
         if config.evaluate.prove_merge:
             check_mergeable(prepared)
