@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from blank_plots import blank_plots
 from kitout.align import find_inputs
 from kitout.cli.demo import app
 from kitout.demo.align import MODEL, PAIRS, SYSTEM_PROMPT, TASK, AlignDemo, preset
 from tiny_models import decoder, jsonl
+
+__all__ = ["blank_plots"]  # runs of these tests draw no plots
 
 FACTORY = '''
 from dataclasses import dataclass
@@ -62,7 +66,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def gym(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def gym(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     folder = tmp_path / "site" / "reasoning_gym"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text(PACKAGE)
@@ -119,11 +123,11 @@ def test_all_stages_end_in_one_table(model: Path, gym: None, tmp_path: Path) -> 
     ):  # fmt: skip
         assert text in output
     table = output.partition("What was learned")[2]
-    held_out = [
-        json.loads((tmp_path / "out" / name / "results.json").read_text(encoding="utf-8"))["comparisons"]
-        for name in ("sft", "grpo", "reward", "dpo")
+    prompts = [
+        [one["prompt"] for one in json.loads((tmp_path / "out" / name / "results.json").read_text())["examples"][name]]
+        for name in ("sft", "grpo")
     ]
-    assert [one[name][0]["base"]["n"] for one, name in zip(held_out, ("sft", "grpo", "reward", "dpo"), strict=True)]
+    assert all(any(one in shown for shown in prompts[0]) for one in prompts[1]), "both stages hold out the same sums"
     code, output = align(*args)
     assert code == 0, output
     assert "finished" in output

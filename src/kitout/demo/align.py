@@ -27,7 +27,7 @@ from kitout.train.run_folder import RESULTS_FILE
 MODEL, PAIRS, ELSEWHERE = "smollm2-135m", "nq-pairs", ("piqa", "wiki")
 # Two numbers of two digits: by default there are up to six of four, of which a small model learns nothing in minutes.
 TASK = "gym:chain_sum:max_terms=2:min_digits=2:max_digits=2"
-SYSTEM_PROMPT = "Answer with a number."
+SYSTEM_PROMPT, PAIRS_SYSTEM_PROMPT = "Answer with a number.", "Answer in a few words."
 MAX_NEW_TOKENS = 8  # a sum has at most 4, and the end
 SFT_STEPS, GRPO_STEPS, PAIR_STEPS = 60, 40, 40
 NUM_PROMPTS, NUM_PAIRS, NUM_TEST, NUM_ELSEWHERE = 2000, 1000, 300, 100
@@ -70,7 +70,9 @@ def preset(options: AlignDemo) -> AlignConfig:
     held_out = {"validation": 0, "test": count(NUM_TEST), "seed": seed}
     sums = {"train": [{"path": options.task, "system_prompt": SYSTEM_PROMPT, "limit": count(NUM_PROMPTS)}], **held_out}
     pairs = {
-        "train": [{"path": str(options.pairs or PAIRS), "limit": count(NUM_PAIRS) + count(NUM_TEST)}],
+        "train": [
+            {"path": str(options.pairs or PAIRS), "system_prompt": PAIRS_SYSTEM_PROMPT, "limit": count(NUM_PAIRS)}
+        ],
         **held_out,
     }
     evaluate = {"max_test_examples": count(NUM_TEST), "show_examples": 4}
