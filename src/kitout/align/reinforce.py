@@ -6,7 +6,6 @@ on the same answers. It knows a prepared run and its stage, and nothing of pages
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from kitout.align.measure.prompts import REWARD, judge, measure_policy, reward_m
 from kitout.align.objectives.policy import PolicyObjective, SampledAnswer
 from kitout.align.objectives.value import ValueObjective
 from kitout.align.reference import load_reference
-from kitout.align.rewards.gym_tasks import gym_rows
 from kitout.align.rewards.open_rewards import open_rewards
 from kitout.align.rewards.reward import Reward, WeightedRewards
 from kitout.align.rewards.reward_model import load_reward_model
@@ -31,12 +29,10 @@ from kitout.align.rounds import Roles, RoundPlan, Rounds, answer_row
 from kitout.align.scalar_head import head_path, scalar_head
 from kitout.base import memory
 from kitout.data.encode.item import EncodedPrompt
-from kitout.errors import ConfigError
-from kitout.files.atomic import write_text
 from kitout.train.checkpoints import step_of
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.evaluate import JobOutcome
-from kitout.train.metrics_log import MetricsLog, to_json_value
+from kitout.train.metrics_log import MetricsLog
 from kitout.train.preflight.cost_estimate import CostEstimate
 from kitout.train.run import LogFn, find_estimate, new_trainer, progress_fn
 from kitout.train.run_folder import RunFolder
@@ -44,7 +40,6 @@ from kitout.train.setup.parent import load_parts, read_parent
 from kitout.train.setup.prepare import PreparedRun
 
 VALUE = "value"  # the adapter of PPO's second job, and its folder
-GYM, GYM_PROMPTS = "gym:", 2000  # prompts made where the data names no limit
 
 
 class Reinforcement:
@@ -195,19 +190,3 @@ class Reinforcement:
             "rounds": len(self.plan.prompts),
             "last_round": self.rounds.last,
         }
-
-
-def with_gym_data(config: StageRun, folder: Path) -> StageRun:
-    """Data `gym:NAME` as a file of the run's folder: prompts of reasoning-gym, by the seed of the data."""
-    sources = []
-    for number, source in enumerate(config.data.train):
-        if not source.path.startswith(GYM):
-            sources.append(source)
-            continue
-        if not source.path.removeprefix(GYM).isidentifier():
-            raise ConfigError(f"data.train.{number}.path={source.path}: write as in gym:chain_sum")
-        file = folder / f"prompts-{number}.jsonl"
-        rows = gym_rows(source.path, source.limit or GYM_PROMPTS, config.data.seed)
-        write_text(file, "".join(json.dumps(to_json_value(row), ensure_ascii=False) + "\n" for row in rows))
-        sources.append(source.model_copy(update={"path": str(file), "limit": None}))
-    return config.model_copy(update={"data": config.data.model_copy(update={"train": tuple(sources)})})
