@@ -1,4 +1,4 @@
-"""What docs/align.md says in figures and names: weights of ppo, where losses start, what settings of TRL are here."""
+"""What docs/align.md says in figures and names: the weights that ppo holds, and what TRL's settings are called here."""
 
 from __future__ import annotations
 
