@@ -71,7 +71,7 @@ class RewardFigures:
 def pair_figures(pairs: PairScores) -> RewardFigures:
     """Of pairs; one at least."""
     margins = pairs.chosen - pairs.rejected
-    is_right, confidence = margins > 0, 1 / (1 + np.exp(-np.abs(margins)))
+    is_right, confidence = margins > 0, _sigmoid(np.abs(margins))
     longer = np.sign(pairs.chosen_tokens - pairs.rejected_tokens)
     scores = {
         PAIR_ACCURACY: proportion(is_right).score(),
@@ -95,7 +95,7 @@ def pair_figures(pairs: PairScores) -> RewardFigures:
 
 def answer_figures(rewards: Values, is_desirable: NDArray[np.bool_], tokens: NDArray[np.int64]) -> RewardFigures:
     """Of judged answers; one at least."""
-    probability = 1 / (1 + np.exp(-rewards))
+    probability = _sigmoid(rewards)
     kinds = {"desirable": rewards[is_desirable], "undesirable": rewards[~is_desirable]}
     scores = {
         AUC: auc(rewards, is_desirable).score(),
@@ -121,6 +121,10 @@ def auc(scores: NDArray[np.float64], is_positive: NDArray[np.bool_]) -> Measure:
         return float((positive_of * (below + negative_of / 2)).sum() / total) if total else 0.5
 
     return Measure(value, len(scores))
+
+
+def _sigmoid(values: Values) -> Values:
+    return np.asarray(0.5 * (1.0 + np.tanh(values / 2)), dtype=np.float64)
 
 
 def _length_correlation(scores: Values, tokens: NDArray[np.int64], groups: NDArray[np.intp]) -> dict[str, Score]:

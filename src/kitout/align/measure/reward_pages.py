@@ -49,10 +49,8 @@ def reward_picture(figures: RewardFigures) -> bytes:
     lowest = _lowest(figures)
     calibration.plot([lowest, 1], [lowest, 1], "--", color="0.6", linewidth=1, label="calibrated")
     x = [one.confidence for one in figures.bins]
-    ends = [
-        [one.correct - one.correct_low for one in figures.bins],
-        [one.correct_high - one.correct for one in figures.bins],
-    ]
+    pairs = [(one.correct - one.correct_low, one.correct_high - one.correct) for one in figures.bins]
+    ends = np.maximum(np.array(pairs).T, 0.0)  # of shares of 0 and 1 rounding may pass the end
     calibration.errorbar(x, [one.correct for one in figures.bins], ends, fmt="o-", color=COLORS[0], label="held-out")
     calibration.set(title="calibration", xlabel="confidence", ylabel="share that is right", ylim=(-0.03, 1.03))
     for color, (name, values) in enumerate(figures.values.items()):
