@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kitout.evaluate.report import round_charts as module
 from kitout.evaluate.report.round_charts import panels_of, plot_rounds, round_charts
 
 
@@ -41,5 +42,16 @@ def test_they_are_drawn(steps: int) -> None:
     assert "polygon" in charts[0].svg
     ended = next(chart for chart in charts if "end by themselves" in chart.title)
     assert ended.series[0].points[0] == (1, 50.0)
+
+
+@pytest.mark.parametrize("steps", [1, 6, 40])
+def test_the_picture_has_a_curve_in_every_panel(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    assert plot_rounds(rows(steps)).startswith(b"\x89PNG")
+    figures: list[Any] = []
+    new_figure = module.new_figure
+    monkeypatch.setattr(module, "new_figure", lambda *size: figures.append(new_figure(*size)) or figures[-1])
+    assert plot_rounds(rows(steps, reward_taste=0.2)).startswith(b"\x89PNG")
+    used = [ax for ax in figures[0].axes if ax.axison]
+    assert len(used) == len(panels_of(rows(steps)))
+    assert all(ax.lines for ax in used)
+    assert [text.get_text() for text in used[0].get_legend().get_texts()] == ["weighted sum", "taste"]

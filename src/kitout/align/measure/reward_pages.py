@@ -54,7 +54,7 @@ def reward_picture(figures: RewardFigures) -> bytes:
     calibration.errorbar(x, [one.correct for one in figures.bins], ends, fmt="o-", color=COLORS[0], label="held-out")
     calibration.set(title="calibration", xlabel="confidence", ylabel="share that is right", ylim=(-0.03, 1.03))
     for color, (name, values) in enumerate(figures.values.items()):
-        histogram.hist(values, HISTOGRAM_BINS, alpha=0.45, color=COLORS[color], label=name)
+        histogram.hist(values, _edges(figures), alpha=0.45, color=COLORS[color], label=name)
     if "margin" in figures.values:
         histogram.axvline(0, color="0.4", linewidth=1, linestyle="--")
     histogram.set(title="margins" if "margin" in figures.values else "rewards", ylabel="examples")
@@ -89,14 +89,18 @@ def _charts(figures: RewardFigures) -> list[Chart]:
         is_whole=False, y_limits=(0, 100),
     )  # fmt: skip
     name = "margin" if "margin" in figures.values else "reward"
-    values = [v for v in figures.values.values() if len(v)]
-    edges = np.histogram_bin_edges(np.concatenate(values), HISTOGRAM_BINS)
+    edges = _edges(figures)
     shown = [
         Series(name=label if len(figures.values) > 1 else "", color=color, points=_steps(edges, v), is_filled=True)
         for color, (label, v) in enumerate(figures.values.items())
         if len(v)
     ]
     return [calibration, Chart(title=f"{name}s (number of examples)", x_label=name, series=shown, is_whole=False)]
+
+
+def _edges(figures: RewardFigures) -> NDArray[np.float64]:
+    """One set of bins for all values."""
+    return np.asarray(np.histogram_bin_edges(np.concatenate([*figures.values.values()]), HISTOGRAM_BINS))
 
 
 def _steps(edges: NDArray[np.float64], values: NDArray[np.float64]) -> list[Point]:

@@ -94,8 +94,8 @@ def plot_rounds(rows: Sequence[MetricsRow]) -> bytes:
     columns = min(COLUMNS, len(panels))
     height = math.ceil(len(panels) / columns)
     figure = new_figure(4.3 * columns + 0.3, 3.0 * height)
-    axes = figure.subplots(height, columns, squeeze=False).flat
-    for ax in list(axes)[len(panels) :]:
+    axes = list(figure.subplots(height, columns, squeeze=False).flat)
+    for ax in axes[len(panels) :]:
         ax.set_axis_off()
     for ax, panel in zip(axes, panels, strict=False):
         for color, (name, one) in zip(COLORS, panel.series.items(), strict=False):
