@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import kitout
+from kitout.align.config.kinds import KINDS
 from kitout.errors import ConfigError
 from kitout.train.metrics_log import read_metrics
 from tiny_models import decoder, jsonl
+from train.test_run import assert_portable
 
 pytest.importorskip("accelerate")
 
@@ -72,12 +74,45 @@ def stage(kind: str, model: Path, data: Path, out: Path, **more: Any) -> Any:
     return result, "\n".join(lines)
 
 
+def assert_pages(kind: str, run: Path, results: dict[str, Any], printed: str) -> None:
+    """Report, card, pictures and the terminal say what the stage was and how it went, each kind its own way."""
+    report, card = (file.read_text(encoding="utf-8") for file in (run / "report.html", run / "adapter" / "README.md"))
+    title = KINDS[kind].title
+    for page in (report, card):
+        assert title in page
+    assert "Class by class" not in report + printed
+    assert ("kitout align ppo --model" in printed) == (kind == "reward")
+    assert ("kitout chat" in printed) == (kind != "reward")
+    assert results["align"]["alarms"] == [line.removeprefix("alarm: ") for line in printed.splitlines()
+                                          if line.startswith("alarm: ")][: len(results["align"]["alarms"])]  # fmt: skip
+    is_sampled = KINDS[kind].takes_reward
+    shown = "Rounds of sampled answers" if is_sampled else "The reward on held-out answers"
+    for text in (report, card, printed):
+        assert shown in text
+    assert (run / ("training.png" if is_sampled else "reward.png")).is_file()
+    assert "reference" not in results["align"] or KINDS[kind].reference != "never"
+    if is_sampled:
+        assert "Answers over time" in report
+        assert "align.test_run:count_letters" in card
+        for row in read_metrics(run / "metrics.jsonl"):
+            assert "loss" not in row or row["reward_low"] <= row["reward"] <= row["reward_high"]
+    else:
+        scores = results["align"]["held_out"]["scores"]
+        headline = results["comparisons"][kind][0]["name"]
+        assert headline in scores
+        assert {"ece"} < scores.keys()
+        assert all(one["low"] <= one["value"] <= one["high"] for one in scores.values())
+        if kind == "reward":
+            assert scores[headline] == results["comparisons"][kind][0]["tuned"]
+
+
 @pytest.mark.parametrize("kind", ["reward", "dpo", "orpo", "simpo", "kto", "grpo", "rloo", "ppo"])
 def test_every_kind_trains_and_is_measured(kind: str, model: Path, tmp_path: Path) -> None:
-    result, _ = stage(kind, model, data_of(kind, tmp_path), tmp_path / "run")
+    result, lines = stage(kind, model, data_of(kind, tmp_path), tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert results["align"]["kind"] == kind
-    assert (tmp_path / "run" / "report.html").is_file()
+    assert_pages(kind, tmp_path / "run", results, lines)
+    assert_portable(tmp_path / "run" / "adapter", tmp_path, model)
     assert result.comparisons
     assert all(
         torch.isfinite(value).all() for value in load_file(tmp_path / "run/adapter/adapter.safetensors").values()
@@ -116,6 +151,7 @@ def test_a_reward_model_learns_and_ppo_starts_its_value_from_it(model: Path, tmp
     assert accuracy["tuned"]["value"] == 1.0
     assert json.loads((out / "dpo" / "results.json").read_text(encoding="utf-8"))["align"]["reference"] == "reference"
     assert (out / "ppo" / "value" / "adapter.safetensors").is_file()
+    assert_portable(out / "ppo" / "adapter", tmp_path, model)  # a reward's folder is named without its place
     assert (out / "dpo" / "reference.safetensors").is_file()
 
 

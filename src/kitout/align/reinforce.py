@@ -13,13 +13,18 @@ from typing import Any
 
 import torch
 
+from kitout.align.alarm_display import AlarmDisplay
+from kitout.align.alarms import AlarmWatch, find_alarms
+from kitout.align.answers_over_time import answers_section
 from kitout.align.completions_log import COMPLETIONS_FILE
 from kitout.align.config.losses import GRPOLoss, PPOLoss, RLOOLoss
 from kitout.align.config.schema import StageRun
-from kitout.align.measure.prompts import REWARD, judge, measure_policy, reward_measure
+from kitout.align.measure.prompts import REWARD, judge, measure_policy
+from kitout.align.measure.round_pages import rounds_section
 from kitout.align.objectives.policy import PolicyObjective, SampledAnswer
 from kitout.align.objectives.value import ValueObjective
 from kitout.align.reference import load_reference
+from kitout.align.rewards.mean_reward import reward_measure
 from kitout.align.rewards.open_rewards import open_rewards
 from kitout.align.rewards.reward import Reward, WeightedRewards
 from kitout.align.rewards.reward_model import load_reward_model
@@ -27,14 +32,18 @@ from kitout.align.rewards.specs import RewardSpec, parse_rewards
 from kitout.align.rollout import SamplingSettings
 from kitout.align.rounds import Roles, RoundPlan, Rounds, answer_row
 from kitout.align.scalar_head import head_path, scalar_head
+from kitout.align.stage_section import stage_section
 from kitout.base import memory
 from kitout.data.encode.item import EncodedPrompt
 from kitout.errors import ConfigError, Errors
 from kitout.evaluate.ask.text_limit import check_prompts
+from kitout.evaluate.report import plots
+from kitout.evaluate.report.round_charts import plot_rounds
+from kitout.evaluate.report.section import RunDetails
 from kitout.train.checkpoints import step_of
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.evaluate import JobOutcome
-from kitout.train.metrics_log import MetricsLog
+from kitout.train.metrics_log import METRICS_FILE, MetricsLog, read_metrics
 from kitout.train.preflight.cost_estimate import CostEstimate
 from kitout.train.run import LogFn, find_estimate, new_trainer, progress_fn
 from kitout.train.run_folder import RunFolder
@@ -168,6 +177,8 @@ class Reinforcement:
             self.prepared.kit, self.jobs, config, self.folder, estimate, signature, self._validate,
             step_data=self.rounds,
         )  # fmt: skip
+        watch = AlarmWatch(self.config, self.plan.steps_per_round)
+        trainer.add_callback(AlarmDisplay(watch, self.log, lambda: read_metrics(self.folder.metrics)))
         return trainer, estimate
 
     def _trial_answers(self) -> list[Any]:
@@ -200,18 +211,32 @@ class Reinforcement:
         name, test = self.prepared.jobs[0].name, self.prepared.first_dataset.test
         if not test:
             return {}
+        lines = read_metrics(self.folder.path / COMPLETIONS_FILE)
+        seen = {line["total"] for line in lines if line["total"] is not None}
         outcome = measure_policy(
-            self.prepared, name, test, self.config.evaluate, self.reference, self.sampling, self.rewards,
+            self.prepared, name, test, self.config.evaluate, self.reference, self.sampling, self.rewards, seen,
             progress_fn(name, self.log),
         )  # fmt: skip
         return {} if outcome is None else {name: outcome}
 
-    def details(self) -> dict[str, Any]:
-        """What results.json has of this kind of stage."""
-        return {
+    def details(self) -> RunDetails:
+        """What pages and results.json have of this kind of stage."""
+        reference = (self.reference or "base") if self.config.has_reference else None
+        names = [one.name for one in self.rewards.rewards]
+        values = {
             "kind": self.config.kind,
-            "reference": self.reference or "base",
-            "rewards": [one.name for one in self.rewards.rewards],
+            **({} if reference is None else {"reference": reference}),
+            "rewards": names,
             "rounds": len(self.plan.prompts),
             "last_round": self.rounds.last,
         }
+        rows, answers = (read_metrics(self.folder.path / file) for file in (METRICS_FILE, COMPLETIONS_FILE))
+        rewards = list(zip(names, self.rewards.weights, strict=True))
+        stage = stage_section(self.config, reference, rewards)
+        found = (rounds_section(rows), answers_section(answers), stage)
+        return RunDetails(
+            values=values,
+            sections=[section for section in found if section is not None],
+            pictures={"training": plot_rounds(rows)} if plots.has_matplotlib() and found[0] is not None else {},
+            alarms=[str(alarm) for alarm in find_alarms(self.config, self.plan.steps_per_round, rows)],
+        )

@@ -21,6 +21,7 @@ from kitout.align.config.losses import GRPOLoss, PPOLoss, RLOOLoss
 from kitout.align.losses import advantages as estimates
 from kitout.align.losses.divergence import AdaptiveKL, k1
 from kitout.align.objectives.policy import SampledAnswer
+from kitout.align.rewards.mean_reward import reward_measure
 from kitout.align.rewards.reward import AnswerBatch, RewardValues, WeightedRewards
 from kitout.align.roles import Answer, roles
 from kitout.align.rollout import Rollout, SamplingSettings, sample_answers
@@ -246,9 +247,10 @@ class Rounds:
 
     def _round_metrics(self, rollouts: Sequence[Rollout], values: RewardValues) -> dict[str, float]:
         judged = [total for total in values.totals if total is not None]
-        metrics = {"reward": math.fsum(judged) / len(judged)}
+        metrics = _reward_metrics("reward", values.totals, self.plan.samples)
         if len(values.names) > 1:
-            metrics |= {f"reward_{name}": value for name, value in values.means().items()}
+            for name, column in zip(values.names, zip(*values.by_source, strict=True), strict=True):
+                metrics |= _reward_metrics(f"reward_{name.replace('/', '.')}", column, self.plan.samples)
         if self.plan.samples > 1:
             spread = estimates.has_spread(estimates.score_tensor(values.totals), self.plan.samples)
             metrics["groups_without_spread"] = 1.0 - spread.float().mean().item()
@@ -279,6 +281,19 @@ def answer_row(
 
 def _at(values: Sequence[Tensor] | None, index: int) -> Tensor | None:
     return None if values is None else values[index]
+
+
+def _reward_metrics(name: str, values: Sequence[float | None], samples: int) -> dict[str, float]:
+    """The mean over a round's answers, with its 95 % interval where there are two prompts: their answers are alike."""
+    judged = [(i // samples, value) for i, value in enumerate(values) if value is not None]
+    if not judged:
+        return {}
+    groups, rewards = zip(*judged, strict=True)
+    measure = reward_measure(rewards)
+    if len(set(groups)) < 2:
+        return {name: measure.value}
+    score = measure.grouped(groups).score()
+    return {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
 
 
 def _mean_kl(old: Sequence[Tensor] | None, reference: Sequence[Tensor] | None) -> float | None:

@@ -17,14 +17,19 @@ import torch
 
 from kitout.align.config.schema import AlignConfig, StageRun, with_default_lr
 from kitout.align.gym_data import with_gym_data
-from kitout.align.measure.pairs import AUC, LOSS, PAIR_ACCURACY, measure_answers, validation_metrics
+from kitout.align.measure.pairs import LOSS, measure_answers, validation_metrics
+from kitout.align.measure.reward_figures import AUC, PAIR_ACCURACY, RewardFigures
+from kitout.align.measure.reward_pages import reward_picture, reward_section
 from kitout.align.objectives.kto import KTOObjective, mismatched_rows
 from kitout.align.objectives.preference_objective import PreferenceObjective
 from kitout.align.reference import load_reference, reference_scores
 from kitout.align.reinforce import Reinforcement
+from kitout.align.stage_section import stage_section
 from kitout.align.tasks import task_of
 from kitout.base import memory
 from kitout.errors import ConfigError
+from kitout.evaluate.report import plots
+from kitout.evaluate.report.section import RunDetails
 from kitout.files.part_folders import content_digest
 from kitout.train import checkpoints, run_folder
 from kitout.train.adapter_folders import save_adapters
@@ -152,6 +157,7 @@ class OfflineStage:
     def __init__(self, config: StageRun, prepared: PreparedRun, folder: RunFolder, log: LogFn) -> None:
         self.config, self.prepared, self.folder, self.log = config, prepared, folder, log
         self.reference = load_reference(config, prepared)
+        self.figures: RewardFigures | None = None
 
     @property
     def job(self) -> Job:
@@ -200,15 +206,22 @@ class OfflineStage:
         if not test:
             return {}
         progress = progress_fn(self.job.name, self.log)
-        return {
-            self.job.name: measure_answers(
-                self.prepared, self.job, test, self.config.evaluate, self.reference, progress
-            )
-        }
+        outcome, self.figures = measure_answers(
+            self.prepared, self.job, test, self.config.evaluate, self.reference, progress
+        )
+        return {self.job.name: outcome}
 
-    def details(self) -> dict[str, Any]:
-        """What results.json has of this kind of stage."""
-        return {"kind": self.config.kind, "reference": self.reference or "base"}
+    def details(self) -> RunDetails:
+        """What pages and results.json have of this kind of stage."""
+        values: dict[str, Any] = {"kind": self.config.kind}
+        if self.config.has_reference:
+            values["reference"] = self.reference or "base"
+        stage = stage_section(self.config, values.get("reference"))
+        if self.figures is None:
+            return RunDetails(values=values, sections=[stage])
+        pictures = {"reward": reward_picture(self.figures)} if plots.has_matplotlib() else {}
+        values["held_out"] = self.figures.to_dict()
+        return RunDetails(values=values, sections=[reward_section(self.figures), stage], pictures=pictures)
 
 
 def adopted(config: StageRun) -> StageRun:

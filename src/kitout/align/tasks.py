@@ -27,7 +27,7 @@ def task_of(stage: StageRun) -> Task:
     return Task(
         stage.kind,
         "AutoModelForCausalLM",
-        "text-generation",
+        "text-classification" if is_reward else "text-generation",  # as the hub has reward models
         "pairs",
         _objective_builder(stage),
         _encoder_builder(stage),

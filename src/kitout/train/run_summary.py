@@ -93,7 +93,7 @@ def run_summary(
             "% trainable": sum(results["percent"][job.name] for job in jobs),
         },
         checked={name: str(MergeProof(**proof)) for name, proof in results.get("merge", {}).items() if name in methods},
-        notes=[*run.warnings, *results["stopped"].values()],
+        notes=[*run.warnings, *results["stopped"].values(), *results.get("align", {}).get("alarms", ())],
         config=yaml_file.to_yaml(config.to_dict()),
         files={
             "adapter/": "the adapter, with its model card",

@@ -6,17 +6,15 @@ nothing of pages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from kitout.align.rewards.mean_reward import reward_measure
 from kitout.align.rewards.reward import AnswerBatch, RewardValues, WeightedRewards
 from kitout.align.rollout import Rollout, SamplingSettings, sample_answers
 from kitout.data.encode.item import EncodedPrompt
 from kitout.evaluate.ask.batches import ProgressFn
 from kitout.evaluate.compare import BASE, ComparedExample, compare
-from kitout.evaluate.metrics.measure import Measure, mean, proportion
 from kitout.train.config.schema import EvaluateConfig
 from kitout.train.measure.evaluate import JobOutcome
 from kitout.train.setup.prepare import PreparedRun
@@ -49,19 +47,14 @@ def judge(
     return JudgedAnswers(rollouts, rewards.score(answers))
 
 
-def reward_measure(values: Sequence[float]) -> Measure:
-    """The mean; a share where every reward is 0 or 1."""
-    array = np.array(values, dtype=np.float64)
-    if set(array.tolist()) <= {0.0, 1.0}:
-        return proportion(array == 1.0)
-    return mean(array, is_fraction=False)
-
-
 def measure_policy(
     run: PreparedRun, name: str, prompts: Sequence[EncodedPrompt], config: EvaluateConfig, start: str | None,
-    sampling: SamplingSettings, rewards: WeightedRewards, on_progress: ProgressFn | None = None,
+    sampling: SamplingSettings, rewards: WeightedRewards, seen: Collection[float],
+    on_progress: ProgressFn | None = None,
 ) -> JobOutcome | None:  # fmt: skip
     """The policy against what it started from, on its test split. start: an adapter; None: the base.
+
+    seen: rewards of sampled answers; where these and all here are 0 or 1, the mean is a share.
 
     Prompts of which one of the two answers has no reward are left out of both; None where none is left.
     """
@@ -72,10 +65,8 @@ def measure_policy(
     if not judged:
         return None
     both = [[float(one.values.totals[i] or 0.0) for i in judged] for one in (before, after)]
-    if set(both[0]) | set(both[1]) <= {0.0, 1.0}:
-        base, tuned = (reward_measure(values) for values in both)
-    else:
-        base, tuned = (mean(np.array(values), is_fraction=False) for values in both)
+    is_share = {*seen, *both[0], *both[1]} <= {0.0, 1.0}
+    base, tuned = (reward_measure(values, is_share) for values in both)
     shown = [
         ComparedExample(
             _text(prompts[i]), _expected(prompts[i]), before.rollouts[i].text[:MAX_TEXT],
