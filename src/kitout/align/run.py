@@ -162,7 +162,7 @@ class OfflineStage:
         return not self.config.of_kind.writes_text
 
     def prepare(self, signature: str) -> None:
-        """Computes what the reference makes of every answer that a step or an evaluation during training takes, once."""
+        """Computes what the reference makes of every answer that steps and their evaluations take, once."""
         job, objective = self.job, self.job.objective
         trained = [job.examples[i] for i in sorted({i for batch in job.batches for i in batch})]
         rows = [row for item in (*trained, *job.validation) for row in item.rows]
