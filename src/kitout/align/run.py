@@ -168,18 +168,15 @@ class OfflineStage:
         return not self.config.of_kind.writes_text
 
     def prepare(self, signature: str) -> None:
-        """Computes what the reference makes of every answer, once."""
-        objective = self.job.objective
+        """Computes what the reference makes of every answer that steps and their evaluations take, once."""
+        job, objective = self.job, self.job.objective
+        trained = [job.examples[i] for i in sorted({i for batch in job.batches for i in batch})]
+        rows = [row for item in (*trained, *job.validation) for row in item.rows]
         if isinstance(objective, KTOObjective):
-            objective.mismatched = mismatched_rows(self.job.examples, self.prepared.lengths[0].text.tokens)
-            extra = list(objective.mismatched.values())
-        else:
-            extra = []
+            objective.mismatched = mismatched_rows(job.examples, self.prepared.lengths[0].text.tokens)
+            rows += [objective.mismatched[row] for row in rows if row in objective.mismatched]
         if not (isinstance(objective, PreferenceObjective | KTOObjective) and self.config.has_reference):
             return
-        dataset = self.prepared.first_dataset
-        items = (*dataset.train, *dataset.validation, *dataset.test)
-        rows = [*(row for item in items for row in item.rows), *extra]
         self.log(f"computing the reference's log-probabilities of {len(set(rows)):,} answers, once ...")
         objective.reference = reference_scores(
             self.prepared.kit, objective.scorer, rows, self.reference, self.folder.path,
