@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kitout.align.rewards.random_state import fixed_random_state
 from kitout.align.rewards.reward import AnswerBatch, RewardValues, WeightedRewards
 from kitout.align.rollout import Rollout, SamplingSettings, sample_answers
 from kitout.data.encode.item import EncodedPrompt
@@ -46,7 +47,8 @@ def judge(
     answers = AnswerBatch.of(
         rollouts, [p.prompt for p in prompts], [p.row for p in prompts], [p.location for p in prompts]
     )
-    return JudgedAnswers(rollouts, rewards.score(answers))
+    with fixed_random_state(0):
+        return JudgedAnswers(rollouts, rewards.score(answers))
 
 
 def reward_measure(values: Sequence[float]) -> Measure:
