@@ -7,6 +7,8 @@ on the same answers. It knows a prepared run and its stage, and nothing of pages
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 
 from kitout.align.completions_log import COMPLETIONS_FILE
+from kitout.align.config.kinds import KINDS, default_lr
 from kitout.align.config.losses import GRPOLoss, PPOLoss, RLOOLoss
 from kitout.align.config.schema import StageRun
 from kitout.align.measure.prompts import REWARD, judge, measure_policy, reward_measure
@@ -34,6 +37,7 @@ from kitout.data.encode.item import EncodedPrompt
 from kitout.errors import ConfigError
 from kitout.files.atomic import write_text
 from kitout.train.checkpoints import step_of
+from kitout.train.config.schema import TrainConfig
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.evaluate import JobOutcome
 from kitout.train.metrics_log import MetricsLog, to_json_value
@@ -120,8 +124,18 @@ class Reinforcement:
         if self.value is not None:
             assert isinstance(self.loss, PPOLoss), "which has a value"
             objective = ValueObjective(self.prepared.kit, self.loss)
-            jobs.append(Job(self.value, objective, answers, batches, policy.settings))
+            jobs.append(Job(self.value, objective, answers, batches, self._value_settings(policy.settings)))
         return jobs
+
+    def _value_settings(self, settings: TrainConfig) -> TrainConfig:
+        """As the policy's. Rates that nobody set are those of the value's own method, by the factor of the stage."""
+        kind, method = self.config.kind, self.prepared.kit[VALUE].method
+        rates = {"lr": settings.lr, "head_lr": settings.head_lr}
+        if settings.lr == default_lr(kind, self.config.method):
+            rates["lr"] = default_lr(kind, method)
+        if settings.head_lr is None:
+            rates["head_lr"] = method.training_defaults().head_lr * KINDS[kind].lr_factor
+        return settings.model_copy(update=rates)
 
     # ---- the order of the run ---------------------------------------------------------------------------------------
 
@@ -130,7 +144,7 @@ class Reinforcement:
         """What an evaluation during training reports."""
         return [REWARD]
 
-    def prepare(self, signature: str) -> None:
+    def prepare(self, signature: str, dry_run: bool) -> None:
         """Nothing: the reference scores answers when they are there."""
 
     def build_trainer(self, last_checkpoint: Path | None, signature: str) -> tuple[Any, CostEstimate]:
@@ -171,7 +185,13 @@ class Reinforcement:
         judged = judge(self.prepared, prompts, job.name, self.sampling, self.rewards)
         values = [total for total in judged.values.totals if total is not None]
         memory.reset_peak(self.prepared.kit.device)
-        return {"eval_reward": reward_measure(values).value} if values else {}
+        if not values:  # the best checkpoint is chosen by this, so a number there has to be
+            warnings.warn(
+                "no reward source judged any answer to the validation prompts (all None): this evaluation counts as "
+                "the worst", RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+            return {"eval_reward": -math.inf}
+        return {"eval_reward": reward_measure(values).value}
 
     def measure(self) -> dict[str, JobOutcome]:
         """The policy against what it started from; the value adapter is kept beside it."""
