@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import kitout
-from kitout.align.config.kinds import KINDS
+from kitout import IA3, LoRA
+from kitout.align.config.kinds import KINDS, default_lr
 from kitout.errors import ConfigError
 from kitout.train.metrics_log import read_metrics
 from tiny_models import decoder, jsonl
@@ -160,3 +161,47 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="encoder-decoder"):
         stage("dpo", both(tmp_path / "model"), data_of("dpo", tmp_path), tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_dry_run_needs_no_reference(kind: str, model: Path, tmp_path: Path) -> None:
+    kitout.align(
+        stage=kind, model=str(model), data=str(data_of(kind, tmp_path)), output=str(tmp_path / "run"), dry_run=True,
+        log=lambda _line: None,
+    )  # fmt: skip
+    assert "estimated cost" in (tmp_path / "run" / "preflight.txt").read_text(encoding="utf-8")
+    assert not (tmp_path / "run" / "reference.safetensors").exists()
+
+
+def test_policies_start_from_no_reward_adapter(model: Path, tmp_path: Path) -> None:
+    stage("reward", model, data_of("reward", tmp_path), tmp_path / "reward")
+    folder = tmp_path / "reward" / "adapter"
+    with pytest.raises(ConfigError, match=r"a head of its own.*and writes no text; grpo trains answers: leave from"):
+        stage("grpo", model, data_of("grpo", tmp_path), tmp_path / "run", **{"from": str(folder)})
+    # a value of another method than the policy's has its own method's rate
+    stage(
+        "ppo", model, data_of("ppo", tmp_path), tmp_path / "ppo", reward=str(folder), method="IA3",
+        train={"steps": 1}, evaluate={"show_examples": 0},
+    )  # fmt: skip
+    progress = next((tmp_path / "ppo" / "checkpoints").glob("*/progress.json"))
+    rates = set(json.loads(progress.read_text(encoding="utf-8"))["scheduler"]["base_lrs"])
+    assert {default_lr("ppo", IA3()), default_lr("ppo", LoRA())} <= rates
+
+
+def judges_only_training(prompts: list[Any], completions: list[str], rows: list[dict[str, Any]]) -> list[float | None]:
+    return [float(len(text)) if len(set(map(str, prompts))) == 2 else None for text in completions]
+
+
+def test_an_evaluation_that_nobody_judges_counts_as_the_worst(model: Path, tmp_path: Path) -> None:
+    with pytest.warns(RuntimeWarning, match="this evaluation counts as the worst"):
+        stage("grpo", model, data_of("grpo", tmp_path), tmp_path / "run", reward="align.test_run:judges_only_training")
+    logged = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval_reward" in row]
+    assert logged
+    assert all(row["eval_reward"] is None for row in logged)
+
+
+def test_a_merge_is_proved_on_pairs(model: Path, tmp_path: Path) -> None:
+    stage("dpo", model, data_of("dpo", tmp_path), tmp_path / "run", evaluate={"prove_merge": True, "show_examples": 0})
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert results["merge"]["dpo"]["restored_bit_for_bit"]
+    assert results["merge"]["dpo"]["same"] == results["merge"]["dpo"]["asked"] == 8

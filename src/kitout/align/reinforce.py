@@ -6,6 +6,8 @@ on the same answers. It knows a prepared run and its stage, and nothing of pages
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from kitout.align.alarm_display import AlarmDisplay
 from kitout.align.alarms import AlarmWatch, find_alarms
 from kitout.align.answers_over_time import answers_section
 from kitout.align.completions_log import COMPLETIONS_FILE
+from kitout.align.config.kinds import KINDS, default_lr
 from kitout.align.config.losses import GRPOLoss, PPOLoss, RLOOLoss
 from kitout.align.config.schema import StageRun
 from kitout.align.measure.prompts import REWARD, judge, measure_policy
@@ -41,6 +44,7 @@ from kitout.evaluate.report import plots
 from kitout.evaluate.report.round_charts import plot_rounds
 from kitout.evaluate.report.section import RunDetails
 from kitout.train.checkpoints import step_of
+from kitout.train.config.schema import TrainConfig
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.evaluate import JobOutcome
 from kitout.train.metrics_log import METRICS_FILE, MetricsLog, read_metrics
@@ -149,8 +153,18 @@ class Reinforcement:
         if self.value is not None:
             assert isinstance(self.loss, PPOLoss), "which has a value"
             objective = ValueObjective(self.prepared.kit, self.loss)
-            jobs.append(Job(self.value, objective, answers, batches, policy.settings))
+            jobs.append(Job(self.value, objective, answers, batches, self._value_settings(policy.settings)))
         return jobs
+
+    def _value_settings(self, settings: TrainConfig) -> TrainConfig:
+        """As the policy's. Rates that nobody set are those of the value's own method, by the factor of the stage."""
+        kind, method = self.config.kind, self.prepared.kit[VALUE].method
+        rates = {"lr": settings.lr, "head_lr": settings.head_lr}
+        if settings.lr == default_lr(kind, self.config.method):
+            rates["lr"] = default_lr(kind, method)
+        if settings.head_lr is None:
+            rates["head_lr"] = method.training_defaults().head_lr * KINDS[kind].lr_factor
+        return settings.model_copy(update=rates)
 
     # ---- the order of the run ---------------------------------------------------------------------------------------
 
@@ -159,7 +173,7 @@ class Reinforcement:
         """What an evaluation during training reports."""
         return [REWARD]
 
-    def prepare(self, signature: str) -> None:
+    def prepare(self, signature: str, dry_run: bool) -> None:
         """Nothing: the reference scores answers when they are there."""
 
     def build_trainer(self, last_checkpoint: Path | None, signature: str) -> tuple[Any, CostEstimate]:
@@ -202,7 +216,13 @@ class Reinforcement:
         judged = judge(self.prepared, prompts, job.name, self.sampling, self.rewards)
         values = [total for total in judged.values.totals if total is not None]
         memory.reset_peak(self.prepared.kit.device)
-        return {"eval_reward": reward_measure(values).value} if values else {}
+        if not values:  # the best checkpoint is chosen by this, so a number there has to be
+            warnings.warn(
+                "no reward source judged any answer to the validation prompts (all None): this evaluation counts as "
+                "the worst", RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+            return {"eval_reward": -math.inf}
+        return {"eval_reward": reward_measure(values).value}
 
     def measure(self) -> dict[str, JobOutcome]:
         """The policy against what it started from; the value adapter is kept beside it."""

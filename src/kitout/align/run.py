@@ -22,7 +22,7 @@ from kitout.align.measure.reward_figures import AUC, PAIR_ACCURACY, RewardFigure
 from kitout.align.measure.reward_pages import reward_picture, reward_section
 from kitout.align.objectives.kto import KTOObjective, mismatched_rows
 from kitout.align.objectives.preference_objective import PreferenceObjective
-from kitout.align.reference import load_reference, reference_scores
+from kitout.align.reference import Unscored, load_reference, reference_scores
 from kitout.align.reinforce import Reinforcement
 from kitout.align.stage_section import stage_section
 from kitout.align.tasks import task_of
@@ -39,6 +39,7 @@ from kitout.train.loop import distributed, stop_on_signal
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.evaluate import JobOutcome
 from kitout.train.measure.forgetting import check_forgetting, measure_forgetting
+from kitout.train.measure.merge_proof import check_mergeable, prove_merge
 from kitout.train.outputs import write_outputs
 from kitout.train.preflight import render
 from kitout.train.preflight.collect import collect_pages, collect_statistics
@@ -59,7 +60,7 @@ from kitout.train.run import (
 from kitout.train.run import run as train_run
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup.base_model import load_config
-from kitout.train.setup.parent import adopt_parents
+from kitout.train.setup.parent import adopt_parents, read_parent
 from kitout.train.setup.prepare import PreparedRun, prepare
 from kitout.train.start import RESULTS_FILE
 
@@ -93,7 +94,7 @@ def run_stage(config: StageRun, *, dry_run: bool = False, log: LogFn = print) ->
     if config.kind == "sft":
         return train_run(config, dry_run=dry_run, log=log, read_data=partial(with_gym_data, with_answers=True))
     config = with_default_lr(adopted(config))
-    conflicts.check_machine(config, torch.cuda.is_available())
+    conflicts.check_machine(config.with_answers_as_batch(), torch.cuda.is_available())
     join_processes(config)
     day = distributed.all_gather([run_folder.first_day(config)])[0]
     config = config.model_copy(update={"data": config.data.model_copy(update={"template_date": day})})
@@ -118,11 +119,12 @@ def _run_prepared(
 ) -> Result:
     check_best(prepared, config, work.metric_names)
     check_forgetting(prepared, config.evaluate, main_log)
+    if config.evaluate.prove_merge:
+        check_mergeable(prepared)
     statistics = collect_statistics(prepared)
     last_checkpoint = next(reversed(checkpoints.list_checkpoints(folder.checkpoints)), None)
     signature = run_signature(prepared)
-    if not dry_run:
-        work.prepare(signature)
+    work.prepare(signature, dry_run)
     main_log("trying the longest and the usual step, for their time and memory ...")
     trainer, estimate = work.build_trainer(last_checkpoint, signature)
     if distributed.rank() == 0:
@@ -140,11 +142,14 @@ def _run_prepared(
     forgetting = {} if work.is_reward_model else measure_forgetting(
         prepared, config.evaluate, config.train.seed, main_log, lambda name: progress_fn(name, log)
     )  # fmt: skip
+    proofs = {}
+    if config.evaluate.prove_merge:
+        proofs = {job.name: prove_merge(prepared, k, config.evaluate) for k, job in enumerate(prepared.jobs)}
     results: dict[str, Any] = {}
     if distributed.rank() == 0:
         log("writing the report ...")
         results = write_outputs(
-            prepared, config, folder, trainer, estimate, best_step, outcomes, {}, forgetting, log, work.details()
+            prepared, config, folder, trainer, estimate, best_step, outcomes, proofs, forgetting, log, work.details()
         )
     distributed.barrier()
     prepared.kit.detach()
@@ -167,8 +172,11 @@ class OfflineStage:
     def is_reward_model(self) -> bool:
         return not self.config.of_kind.writes_text
 
-    def prepare(self, signature: str) -> None:
-        """Computes what the reference makes of every answer that steps and their evaluations take, once."""
+    def prepare(self, signature: str, dry_run: bool) -> None:
+        """Computes what the reference makes of every answer that steps and their evaluations take, once.
+
+        Of a dry run the steps that are tried do without.
+        """
         job, objective = self.job, self.job.objective
         trained = [job.examples[i] for i in sorted({i for batch in job.batches for i in batch})]
         rows = [row for item in (*trained, *job.validation) for row in item.rows]
@@ -176,6 +184,9 @@ class OfflineStage:
             objective.mismatched = mismatched_rows(job.examples, self.prepared.lengths[0].text.tokens)
             rows += [objective.mismatched[row] for row in rows if row in objective.mismatched]
         if not (isinstance(objective, PreferenceObjective | KTOObjective) and self.config.has_reference):
+            return
+        if dry_run:
+            objective.reference = Unscored()
             return
         self.log(f"computing the reference's log-probabilities of {len(set(rows)):,} answers, once ...")
         objective.reference = reference_scores(
@@ -222,7 +233,13 @@ class OfflineStage:
 
 
 def adopted(config: StageRun) -> StageRun:
-    """With the method of the adapter that it starts from."""
+    """With the method of the adapter that it starts from. ConfigError for one that writes no text."""
+    source = config.train.from_
+    if source is not None and config.of_kind.writes_text and read_parent(source, "from").has_heads:
+        raise ConfigError(
+            f"from={source}: the adapter has a head of its own, as a reward model or a classifier, and writes no text; "
+            f"{config.kind} trains answers: leave from out, or name an adapter that was trained on answers"
+        )
     found = adopt_parents(config)
     assert isinstance(found, StageRun), "adopt_parents copies what it gets"
     return found

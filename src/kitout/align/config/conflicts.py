@@ -18,6 +18,7 @@ from kitout.errors import ConfigError
 from kitout.train.config.method_field import method_to_dict
 
 SOURCES = "a stage of kind reward before it, its folder, module:function or gym:NAME"
+REFERENCE, VALUE = "reference", "value"  # adapters beside the one that is trained
 SAMPLING = ", ".join(name for name, kind in KINDS.items() if kind.takes_reward)
 
 
@@ -78,6 +79,15 @@ def _name_conflicts(config: AlignConfig) -> Iterator[str]:
         if name in names[:number]:
             free = next(f"{name}-{i}" for i in range(2, len(names) + 2) if f"{name}-{i}" not in names)
             yield f"stages.{number}.name={name}: a stage before it has that name: write stages.{number}.name={free}"
+    for number, stage in enumerate(config.stages):
+        own = [REFERENCE] if stage.has_reference and stage.from_ else []
+        own += [VALUE] if stage.of_kind.has_value else []
+        own += [f"reward-{i}" for i in range(len(stage.reward))]
+        if stage.name in own:
+            yield (
+                f"stages.{number}.name={stage.name}: the stage itself has another adapter of that name beside the one "
+                f"that it trains: write stages.{number}.name={stage.kind}-{stage.name}"
+            )
 
 
 def _from_conflicts(config: AlignConfig, number: int, at: str) -> Iterator[str]:

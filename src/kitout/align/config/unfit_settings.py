@@ -34,6 +34,7 @@ OF_SAMPLING = {
     "data.train_on": "the sampled answers are trained on: leave it out",
     "train.batch_size": "a step takes as many prompts as a rollout: write {at}rollout.prompts={value}",
     "train.group_by_length": "prompts are taken in the order sampled by the seed: leave it out",
+    "evaluate.prove_merge": "prompts have no answers to compare: leave it out; `kitout merge` merges the adapter later",
     "evaluate.max_new_tokens": "answers are as long in evaluations as in training: write {at}rollout.max_new_tokens="
     "{value}",
 }

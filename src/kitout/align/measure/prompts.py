@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from kitout.align.rewards.mean_reward import reward_measure
+from kitout.align.rewards.random_state import fixed_random_state
 from kitout.align.rewards.reward import AnswerBatch, RewardValues, WeightedRewards
 from kitout.align.rollout import Rollout, SamplingSettings, sample_answers
 from kitout.data.encode.item import EncodedPrompt
@@ -44,7 +45,8 @@ def judge(
     answers = AnswerBatch.of(
         rollouts, [p.prompt for p in prompts], [p.row for p in prompts], [p.location for p in prompts]
     )
-    return JudgedAnswers(rollouts, rewards.score(answers))
+    with fixed_random_state(0):
+        return JudgedAnswers(rollouts, rewards.score(answers))
 
 
 def measure_policy(

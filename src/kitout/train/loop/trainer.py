@@ -159,7 +159,8 @@ class JobTrainer(Trainer):  # type: ignore[misc]
             self.control.should_training_stop = True
             return torch.zeros((), device=self.args.device)
         if self.step_data is not None:
-            self.step_data.before_step(self.state.global_step)
+            with self.step_runner.timed():
+                self.step_data.before_step(self.state.global_step)
         accelerator = self.accelerator
         return self.step_runner.step(model, rows, self.state.global_step, accelerator.backward, accelerator.no_sync)
 
