@@ -179,7 +179,8 @@ class OfflineStage:
         """
         job, objective = self.job, self.job.objective
         trained = [job.examples[i] for i in sorted({i for batch in job.batches for i in batch})]
-        rows = [row for item in (*trained, *job.validation) for row in item.rows]
+        measured = list(self.prepared.first_dataset.test)[: self.config.evaluate.max_test_examples]
+        rows = [row for item in (*trained, *job.validation, *measured) for row in item.rows]
         if isinstance(objective, KTOObjective):
             objective.mismatched = mismatched_rows(job.examples, self.prepared.lengths[0].text.tokens)
             rows += [objective.mismatched[row] for row in rows if row in objective.mismatched]

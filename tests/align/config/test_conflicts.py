@@ -154,7 +154,7 @@ def errors(*stages: dict[str, Any], **top: Any) -> list[str]:
         ),
         (
             [GRPO | {"train": {"micro_batch_size": 99}}],
-            "train.micro_batch_size=99 is more than the rollout.prompts=8 it is a part of",
+            "train.micro_batch_size=99 is more than the rollout.prompts=8 x rollout.samples=8 answers it is a part of",
         ),
         (
             [SFT | {"train": {"micro_batch_size": 99}}, DPO],
