@@ -15,6 +15,7 @@ os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
+    KITOUT_JOINED_TOKENS="64",  # no clock decides how adapters are asked
 )
 
 import gc

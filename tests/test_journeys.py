@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import kitout
 from kitout.cli import app
 from pages import blocks
-from tiny_models import decoder, encoder, reviews, vision
+from tiny_models import decoder, encoder, jsonl, reviews, vision
 
 pytest.importorskip("accelerate")
 
@@ -56,8 +56,18 @@ def make_photos() -> None:
             Image.fromarray(pixels).save(f"{folder}/{i}.png")
 
 
+def make_preferences() -> None:
+    decoder(Path("smollm2-135m"))
+    texts = [row["text"] for row in reviews(24)]
+    chats = [[{"role": "user", "content": t}, {"role": "assistant", "content": "the good cat"}] for t in texts]
+    jsonl(Path("chats.jsonl"), [{"messages": chat} for chat in chats])
+    jsonl(Path("pairs.jsonl"), [{"prompt": t, "chosen": "the good cat", "rejected": "the bad dog"} for t in texts])
+    jsonl(Path("prompts.jsonl"), [{"prompt": t} for t in texts])
+
+
 JOURNEYS: dict[str, tuple[Callable[[], None], int]] = {
     "tickets.md": (make_tickets, 4),
+    "align.md": (make_preferences, 4),
     "chat.md": (make_pairs, 5),
     "compare-methods.md": (make_photos, 3),
 }
@@ -130,3 +140,14 @@ def test_the_researcher_gets_a_table_and_predictions(journey: list[str]) -> None
         rows = list(csv.DictReader(file))
     predictor = kitout.load("runs/methods/adapter/adaptformer-s0")
     assert [row["label"] for row in rows] == [p.label for p in predictor(["new-photos/1.png", "new-photos/2.png"])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("journey", ["align.md"], indirect=True)
+def test_two_stages_each_end_in_a_policy(journey: list[str]) -> None:
+    for kind, printed in zip(("sft", "dpo", "reward", "ppo"), journey, strict=True):
+        assert f"saved    runs/{kind}/adapter" in printed
+    assert "computing the reference" in journey[1]
+    assert Path("runs/ppo/value/adapter.safetensors").is_file()
+    answers = Path("runs/ppo/completions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all("reward" in json.loads(line)["rewards"] for line in answers)

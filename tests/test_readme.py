@@ -23,7 +23,8 @@ README = ROOT / "README.md"
 DESIGN = ROOT / "docs" / "design.md"
 PACKAGE = ROOT / "src" / "kitout"
 PAGES = [README, *sorted((ROOT / "docs").glob("**/*.md"))]
-JOURNEYS = ("chat.md", "compare-methods.md", "tickets.md")  # their Python needs their commands: tests/test_journeys.py
+# their Python needs their commands: tests/test_journeys.py
+JOURNEYS = ("align.md", "chat.md", "compare-methods.md", "tickets.md")
 
 HUB = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": "llama-tied",

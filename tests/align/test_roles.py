@@ -17,6 +17,7 @@ from kitout.align.roles import roles
 from kitout.align.scalar_head import head_path, scalar_head
 from kitout.data.padding import pad
 from kitout.errors import ConfigError, RouteError, UnknownAdapter
+from kitout.train.objectives.lm_head_loss import HeadLoss
 from kitout.train.objectives.objective import Batch
 from train.fixtures import add, kit_of, texts
 from zoo import VOCAB, D
@@ -96,6 +97,18 @@ def test_methods_of_all_kinds_share_a_pass() -> None:
     found = roles(kit, batch_of(kit, "left"), wanted, "joint")
     for role, answer in wanted.items():
         torch.testing.assert_close(found[role], by_row(kit, role, answer), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["joint", "separate"])
+@pytest.mark.parametrize("mode", ["chunked", "selected", "full"])
+def test_log_probabilities_are_those_that_training_computes(mode: Any, how: Any) -> None:
+    """Else a policy that has not moved would have a ratio other than 1."""
+    kit = kit_with("llama", METHODS["LoRA"], torch.float32)
+    batch = batch_of(kit, "right")
+    found = roles(kit, batch, {"policy": "tokens", None: "tokens"}, how)
+    with kit.use("policy"):
+        trained, _ = HeadLoss(kit, mode).log_probs(lambda: kit(**batch.inputs), *batch.targets.values())
+    assert (found["policy"] - trained).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("how", ["joint", "separate"])

@@ -142,6 +142,7 @@ torch.save(scores(kit), f"{sys.argv[1]}/scores.pt")
 """
 
 
+@pytest.mark.slow
 def test_reward_and_value_heads_travel_to_another_process(tmp_path: Path) -> None:
     names: dict[str, Any] = {}
     exec(SCORES, names)

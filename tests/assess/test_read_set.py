@@ -135,3 +135,12 @@ def test_what_the_model_cannot_be_asked_is_said_before_anything_is_measured(tmp_
         (tmp_path / "e.jsonl").write_text(empty)
         with pytest.raises(DataError, match="has no rows"):
             read(reader(), tmp_path / "e.jsonl")
+
+
+def test_a_column_of_groups_that_the_format_reads_is_read_all_the_same(tmp_path: Path) -> None:
+    rows = [{"context": f"cat {i // 2}", "question": f"q{i}?", "answer": "good" if i % 2 else "bad"} for i in range(8)]
+    where, path = reader(), jsonl(tmp_path / "a.jsonl", rows)
+    plain, grouped = read(where, path), read(where, path, "context")
+    assert isinstance(grouped, ExampleSet)
+    assert grouped.digest == plain.digest, "the prompts have the context"
+    assert (plain.groups, grouped.groups) == ((), tuple(f"cat {i // 2}" for i in range(8)))

@@ -72,6 +72,10 @@ def test_every_kind_of_source_is_measured_for_base_adapters_and_routes(model: Pa
             for metric, measure in other.measures[name].items():
                 assert measure.value == pytest.approx(one.measures[name][metric].value, abs=1e-5)
     text = str(found)
+    assert text.count("can show (80 % power)") == 3
+    assert "smallest difference that 10 test examples can show (80 % power): bits per byte" in text
+    plain = found.to_dict()["sets"][0]["differences"]["a"]["acc"]
+    assert plain["smallest"] == found.sets[0].changes["a"][0].smallest.value > 0
     assert "acc_norm" in text or "normalized" in text
     assert json.loads(json.dumps(found.to_dict()))["sets"][1]["scores"]["a"]["bits_per_byte"]["n"] == 10
 
@@ -209,6 +213,8 @@ def test_a_suite_gives_a_line_of_forgetting(model: Path, tmp_path: Path, monkeyp
     assert list(found.forgetting) == ["a", "b"]
     assert [one.name for one in found.forgetting["a"]] == [one.name for one in found.suite_sets]
     assert "forgetting of b, quick suite" in str(found)
+    assert "smallest shown" in str(found)
+    assert found.to_dict()["forgetting"]["a"]["sets"]["wiki"]["smallest"] > 0
     assert found.to_dict()["forgetting"]["a"]["sets"]["wiki"]["kl"] > 0
     assert {(done <= total, total) for name, done, total in progress if name == "wiki"} == {(True, 3)}
     t5 = kitout.load(base=str(both(tmp_path / "t5")))

@@ -38,9 +38,12 @@ def test_what_is_read_again_is_the_same(tmp_path: Path) -> None:
     (one,) = load_scores(file).values()
     assert (one.test_data, one.baseline) == ("digest", "base")
     assert {"accuracy", "micro_f1", "rmse", "loss", "perplexity", "token_accuracy"} <= one.tuned.keys()
-    assert "balanced_accuracy" not in one.tuned, "it is no ratio of sums"
+    assert "mcc" not in one.tuned, "it is no ratio of sums, and no mean of such"
+    assert {name for name, own in one.tuned.items() if own.is_linearized} == {"macro_f1", "balanced_accuracy"}
     for name, scores in one.tuned.items():
         assert scores.measure.value == pytest.approx(tuned[name].value, rel=1e-12)
+        if scores.is_linearized:
+            continue
         ours, theirs = (astuple(one.score())[:4] for one in (scores.measure, tuned[name]))
         assert ours == pytest.approx(theirs, rel=1e-9)
         difference = score_difference(one.base[name].measure, scores.measure)
@@ -55,6 +58,20 @@ def test_linearized_scores_have_the_metric_as_their_mean_and_its_error_as_their_
     values = scores.per_example
     assert values.mean() == pytest.approx(scores.measure.value, rel=1e-9)
     assert values.std(ddof=1) / np.sqrt(scores.n) == pytest.approx(standard_error(scores.ratio.influence()), rel=1e-9)
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel"])
+def test_means_of_ratios_are_linearized(task: str) -> None:
+    rng = np.random.default_rng(3)
+    shape = (60,) if task == "classification" else (60, 4)
+    labels, predicted = (rng.integers(0, 4 if task == "classification" else 2, shape) for _ in range(2))
+    for name, measure in compute_measures(task, predicted.tolist(), labels.tolist()).items():
+        if measure.influence_fn is None:
+            continue
+        step, ones = 1e-6, np.ones(60)
+        moved = [(measure.value_fn(ones + step * (np.arange(60) == i)) - measure.value) / step for i in range(60)]
+        assert measure.influence_fn() == pytest.approx(moved, abs=1e-6), name
+        assert abs(measure.influence_fn().sum()) < 1e-12
 
 
 def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def train_out_of_memory() -> float:
 def train_until_killed(config: dict[str, Any], at_operation: int, after_seconds: float = 0.0) -> int:
     """A whole run that is killed before its n-th operation on a file of its folder, or after so many seconds.
 
-    The number of operations where it is killed by neither (0).
+    The number of operations where it is killed by neither (0). A config of stages is `kitout.align`'s.
     """
     import signal
     import sys
@@ -91,7 +91,8 @@ def train_until_killed(config: dict[str, Any], at_operation: int, after_seconds:
         timer = threading.Timer(after_seconds, kill)
         timer.daemon = True
         timer.start()
-    kitout.train(config, log=lambda _: None)
+    start = kitout.align if "stages" in config else kitout.train
+    start(config, log=lambda _: None)
     return count
 
 
@@ -178,6 +179,14 @@ def train_with_limited_files(folder: Path) -> list[int]:
         loop.train()
     assert sum("no checkpoint of step" in str(warning.message) for warning in caught) == 2, caught
     return [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(folder)]
+
+
+def train_whole(config: dict[str, Any]) -> int:
+    """A run from its config to its report, in all processes of the group; their number."""
+    import kitout
+
+    kitout.train(config, log=lambda _: None)
+    return distributed.world_size()
 
 
 class InterruptAfter(TrainerCallback):

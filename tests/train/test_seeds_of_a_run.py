@@ -84,7 +84,8 @@ def test_every_number_can_be_had_again_from_the_scores(finished: tuple[Path, str
     for name, changes in results["comparisons"].items():
         assert scores[name].test_data == results["test_data"][name]
         for change in changes:
-            if (tuned := scores[name].tuned.get(change["name"])) is None:
+            tuned = scores[name].tuned.get(change["name"])
+            if tuned is None or tuned.is_linearized:
                 continue
             base = scores[name].base[change["name"]]
             found = score_difference(base.measure, tuned.measure)
@@ -128,3 +129,36 @@ def test_a_killed_run_with_seeds_ends_as_if_it_never_was(tmp_path: Path) -> None
     for file in files:
         assert (out / file).read_bytes() == (whole / file).read_bytes()
     assert names(out) == names(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(config: dict[str, Any], tmp_path: Path) -> None:
+    jobs = [{"name": "lora", "method": {"name": "LoRA", "rank": 2}}, {"name": "ia3", "method": "IA3"}]
+    model = config["model"] | {"device": "cpu"}
+    found = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        own = config | {"model": model, "jobs": jobs, "output": {"folder": str(folder)}}
+        own["train"] = config["train"] | {"seeds": [0, 1, 2]}
+        sizes = run_in_processes(runs.train_whole, own, processes=processes)
+        assert sizes == [processes] * processes
+        found[processes] = json.loads((folder / "results.json").read_text()), load_scores(folder / "scores.safetensors")
+    (one, scores), (two, other_scores) = found[1], found[2]
+    assert one["seeds"]["adapters"] == two["seeds"]["adapters"]
+    for a, b in zip(one["seeds"]["metrics"], two["seeds"]["metrics"], strict=True):
+        assert a["metric"] == b["metric"]
+        for method, other in zip(a["methods"], b["methods"], strict=True):
+            assert method["mean"] == pytest.approx(other["mean"], rel=1e-4)
+            assert [s["value"] for s in method["seeds"]] == pytest.approx(
+                [s["value"] for s in other["seeds"]], rel=1e-4
+            )
+        assert a["ranking"] is None or a["ranking"]["letters"] == b["ranking"]["letters"]
+    assert one["tokens"] == two["tokens"]
+    assert one["test_data"] == two["test_data"]
+    assert scores.keys() == other_scores.keys()
+    for name, own_scores in scores.items():
+        for metric, values in own_scores.tuned.items():
+            assert other_scores[name].tuned[metric].per_example == pytest.approx(values.per_example, rel=1e-3, abs=1e-4)
+        ours, theirs = (load_file(tmp_path / n / "adapter" / name / "adapter.safetensors") for n in ("1", "2"))
+        for key, value in ours.items():
+            torch.testing.assert_close(theirs[key], value, rtol=1e-4, atol=1e-5)

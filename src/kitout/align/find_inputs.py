@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
-from kitout.align.config.schema import GYM, AlignConfig, RewardSource, StageRun
+from kitout.align.config.gym_name import is_gym
+from kitout.align.config.schema import AlignConfig, RewardSource, StageRun
 from kitout.errors import ConfigError, KitoutError
 from kitout.format import short_repr
 from kitout.install_hint import suggest_install
@@ -28,8 +29,8 @@ def check_align_inputs(config: AlignConfig, runs: list[StageRun]) -> None:
 def _errors_of(config: AlignConfig, run: StageRun) -> Iterator[KitoutError]:
     number, stage = next((i, one) for i, one in enumerate(config.stages) if one.name == run.output.name)
     at = f"stages.{number}." if len(config.stages) > 1 else ""
-    files = tuple(one for one in run.data.train if not one.path.startswith(GYM))
-    gyms = {one.path.partition("#")[0] for one in run.data.train if one.path.startswith(GYM)}
+    files = tuple(one for one in run.data.train if not is_gym(one.path))
+    gyms = {one.path for one in run.data.train if is_gym(one.path)}
     found = find_inputs(run.model_copy(update={"data": run.data.model_copy(update={"train": files})}))
     if not found.in_doubt:
         yield from found.errors
@@ -44,7 +45,7 @@ def _errors_of(config: AlignConfig, run: StageRun) -> Iterator[KitoutError]:
             scorers = [before.name for before in config.stages[:number] if not before.of_kind.writes_text]
             yield from _folder_errors(f"{at}reward", one.source, scorers)
     if gyms and importlib.util.find_spec(GYM_PACKAGE) is None:
-        yield ConfigError(f"{sorted(gyms)[0]} needs {GYM_DISTRIBUTION}: {suggest_install(GYM_DISTRIBUTION)}")
+        yield ConfigError(f"{min(gyms)} needs {GYM_DISTRIBUTION}: {suggest_install(extra='align')}")
 
 
 def _texts(config: AlignConfig, number: int) -> list[str]:

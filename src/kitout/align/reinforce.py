@@ -6,7 +6,6 @@ on the same answers. It knows a prepared run and its stage, and nothing of pages
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,6 @@ from kitout.align.measure.round_pages import rounds_section
 from kitout.align.objectives.policy import PolicyObjective, SampledAnswer
 from kitout.align.objectives.value import ValueObjective
 from kitout.align.reference import load_reference
-from kitout.align.rewards.gym_tasks import gym_rows
 from kitout.align.rewards.mean_reward import reward_measure
 from kitout.align.rewards.open_rewards import open_rewards
 from kitout.align.rewards.reward import Reward, WeightedRewards
@@ -37,15 +35,15 @@ from kitout.align.scalar_head import head_path, scalar_head
 from kitout.align.stage_section import stage_section
 from kitout.base import memory
 from kitout.data.encode.item import EncodedPrompt
-from kitout.errors import ConfigError
+from kitout.errors import ConfigError, Errors
+from kitout.evaluate.ask.text_limit import check_prompts
 from kitout.evaluate.report import plots
 from kitout.evaluate.report.round_charts import plot_rounds
 from kitout.evaluate.report.section import RunDetails
-from kitout.files.atomic import write_text
 from kitout.train.checkpoints import step_of
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.evaluate import JobOutcome
-from kitout.train.metrics_log import METRICS_FILE, MetricsLog, read_metrics, to_json_value
+from kitout.train.metrics_log import METRICS_FILE, MetricsLog, read_metrics
 from kitout.train.preflight.cost_estimate import CostEstimate
 from kitout.train.run import LogFn, find_estimate, new_trainer, progress_fn
 from kitout.train.run_folder import RunFolder
@@ -53,7 +51,6 @@ from kitout.train.setup.parent import load_parts, read_parent
 from kitout.train.setup.prepare import PreparedRun
 
 VALUE = "value"  # the adapter of PPO's second job, and its folder
-GYM, GYM_PROMPTS = "gym:", 2000  # prompts made where the data names no limit
 
 
 class Reinforcement:
@@ -74,6 +71,7 @@ class Reinforcement:
         parts = loss.minibatches if isinstance(loss, PPOLoss) else 1
         self.plan = RoundPlan.of(policy.batches, rollout.samples, self.num_passes, parts, config.train.steps, seed)
         self.value = self._add_value() if isinstance(loss, PPOLoss) else None
+        self._check_adapters()
         assert isinstance(policy.objective, PolicyObjective), "the task's own"
         self.rounds = Rounds(
             prepared.kit, prepared.tokenizer, Roles(policy.name, self.reference, self.value), policy.examples,
@@ -122,6 +120,28 @@ class Reinforcement:
             dtype = torch.promote_types(kit.dtype, torch.float32)
             kit.add(VALUE, self.config.method, seed=seed, heads=heads, dtype=dtype)
         return VALUE
+
+    def _check_adapters(self) -> None:
+        """ConfigError for dropout in what is trained, and for an adapter that does not read the longest answer."""
+        kit, policy = self.prepared.kit, self.prepared.jobs[0]
+        started = {policy.name: f"from={self.config.train.from_}"}
+        if self.value is not None:
+            started[self.value] = "reward=" + ", ".join(self.reward_adapters)
+        errors = Errors(ConfigError, f"kind={self.config.kind}")
+        for name, source in started.items():
+            if dropout := kit[name].method.model_dump().get("dropout", 0.0):
+                errors.add(
+                    f"{source}: its method has dropout={dropout:g}, with which it gives an answer another value each "
+                    "time: train it with method.dropout=0"
+                )
+        prompts = [item.input_ids for item in (*policy.examples, *policy.validation, *self.prepared.first_dataset.test)]
+        for name in filter(None, (self.reference, self.value, *self.reward_adapters.values())):
+            with kit.use(name):
+                try:
+                    check_prompts(kit, prompts, self.sampling.max_new_tokens)
+                except ConfigError as error:
+                    errors.add(f"{name}: {error}, or write fewer new tokens (rollout.max_new_tokens)")
+        errors.raise_if_any()
 
     def _jobs(self, policy: Job) -> list[Job]:
         answers, batches = self.rounds.answers, self.plan.batches
@@ -220,19 +240,3 @@ class Reinforcement:
             pictures={"training": plot_rounds(rows)} if plots.has_matplotlib() and found[0] is not None else {},
             alarms=[str(alarm) for alarm in find_alarms(self.config, self.plan.steps_per_round, rows)],
         )
-
-
-def with_gym_data(config: StageRun, folder: Path) -> StageRun:
-    """Data `gym:NAME` as a file of the run's folder: prompts of reasoning-gym, by the seed of the data."""
-    sources = []
-    for number, source in enumerate(config.data.train):
-        if not source.path.startswith(GYM):
-            sources.append(source)
-            continue
-        if not source.path.removeprefix(GYM).isidentifier():
-            raise ConfigError(f"data.train.{number}.path={source.path}: write as in gym:chain_sum")
-        file = folder / f"prompts-{number}.jsonl"
-        rows = gym_rows(source.path, source.limit or GYM_PROMPTS, config.data.seed)
-        write_text(file, "".join(json.dumps(to_json_value(row), ensure_ascii=False) + "\n" for row in rows))
-        sources.append(source.model_copy(update={"path": str(file), "limit": None}))
-    return config.model_copy(update={"data": config.data.model_copy(update={"train": tuple(sources)})})

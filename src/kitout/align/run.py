@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from kitout.align.config.schema import AlignConfig, StageRun, with_default_lr
+from kitout.align.gym_data import with_gym_data
 from kitout.align.measure.pairs import LOSS, measure_answers, validation_metrics
 from kitout.align.measure.reward_figures import AUC, PAIR_ACCURACY, RewardFigures
 from kitout.align.measure.reward_pages import reward_picture, reward_section
 from kitout.align.objectives.kto import KTOObjective, mismatched_rows
 from kitout.align.objectives.preference_objective import PreferenceObjective
 from kitout.align.reference import load_reference, reference_scores
-from kitout.align.reinforce import Reinforcement, with_gym_data
+from kitout.align.reinforce import Reinforcement
 from kitout.align.stage_section import stage_section
 from kitout.align.tasks import task_of
 from kitout.base import memory
@@ -90,7 +91,7 @@ def run(config: AlignConfig, *, dry_run: bool = False, log: LogFn = print) -> Re
 def run_stage(config: StageRun, *, dry_run: bool = False, log: LogFn = print) -> Result:
     """One stage."""
     if config.kind == "sft":
-        return train_run(config, dry_run=dry_run, log=log)
+        return train_run(config, dry_run=dry_run, log=log, read_data=partial(with_gym_data, with_answers=True))
     config = with_default_lr(adopted(config))
     conflicts.check_machine(config, torch.cuda.is_available())
     join_processes(config)

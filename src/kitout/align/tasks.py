@@ -35,6 +35,7 @@ def task_of(stage: StageRun) -> Task:
         build_heads=_scalar_heads if is_reward else None,
         used_as=REWARD if is_reward else "causal_lm",
         kinds=stage.of_kind.reads,
+        new_tokens=0 if stage.rollout is None else stage.rollout.max_new_tokens,
     )
 
 

@@ -1,8 +1,8 @@
-"""What an adapter costs to run: its parameters, their bytes, and milliseconds per token with and without it.
+"""What an adapter costs: its parameters and files, its training, and milliseconds per token with and without it.
 
 Prefill (a prompt of 128 tokens, or of as many as the model reads; else an image) and decoding (one token after another)
 are timed apart, base and adapters in turn in one process, each with the best of a few rounds; merged where the adapter
-merges. What training took stands in the run's own results. It knows kits, and no data.
+merges. What training took is read from its run (`training_cost`). It knows kits, and no data.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from transformers import GenerationMixin
 
+from kitout.assess.training_cost import TrainingCost, folder_bytes, read_training_cost
 from kitout.base.eval_mode import eval_mode
 from kitout.base.probe.dummy_batch import dummy_batch
 from kitout.base.token_limit import long_batch
@@ -35,7 +37,8 @@ class AdapterCost:
     """Of one adapter, or of the base. (The names are keys of results.json.)"""
 
     HEAD: ClassVar[tuple[str, ...]] = (
-        "", "parameters", "bytes", "prefill ms/token", "decoding ms/token", "merged: prefill", "merged: decoding",
+        "", "parameters", "bytes", "files", "training s", "training tokens", "training memory", "prefill ms/token",
+        "decoding ms/token", "merged: prefill", "merged: decoding",
     )  # fmt: skip
 
     parameters: int
@@ -52,21 +55,55 @@ class AdapterCost:
     """The same after merging."""
     unit: str = "token"
     """What a prefill is counted by: token, or image."""
+    files: int | None = None
+    """Bytes of all files in the adapter's folder; None: it was not loaded from one."""
+    training: TrainingCost | None = None
+    """What its run says of its training; None: of the base."""
 
     def head(self) -> tuple[str, ...]:
         """Of a table of rows."""
-        return tuple(title.replace("prefill ms/token", f"prefill ms/{self.unit}") for title in self.HEAD)
+        return tuple(
+            title.replace("prefill ms/token", f"prefill ms/{self.unit}").replace("training tokens", f"training {unit}")
+            for unit in ["images" if self.unit == "image" else "tokens"]
+            for title in self.HEAD
+        )
 
     def row(self, name: str) -> tuple[str, ...]:
-        """For a table."""
+        """For a table. What is not known is blank."""
+        trained = self.training or TrainingCost()
         times = (self.prefill, self.decoding, self.merged_prefill, self.merged_decoding)
-        return name, format_count(self.parameters), format_bytes(self.bytes), *(
-            "" if one is None else f"{one:.2f}" for one in times
-        )  # fmt: skip
+        return (
+            name,
+            format_count(self.parameters),
+            format_bytes(self.bytes),
+            "" if self.files is None else format_bytes(self.files),
+            "" if trained.seconds is None else f"{trained.seconds:.1f}",
+            "" if trained.amount is None else f"{trained.amount:,}",
+            "" if trained.memory is None else format_bytes(trained.memory),
+            *("" if one is None else f"{one:.2f}" for one in times),
+        )
 
 
-def measure_cost(kit: Kit, routes: Mapping[str, RouteEntry]) -> dict[str, AdapterCost]:
-    """Of the base and of each route, interleaved. The kit is left without a merged adapter, and with none active."""
+def cost_notes(costs: Mapping[str, AdapterCost]) -> list[str]:
+    """What the table does not say: why something is blank, and what is shared by several adapters."""
+    trained = {name: one.training for name, one in costs.items() if one.training is not None}
+    notes = [f"training of {name} is not known: {one.unknown}" for name, one in trained.items() if one.unknown]
+    joint = [f"{name} ({one.num_adapters})" for name, one in trained.items() if one.num_adapters > 1]
+    if joint:
+        notes.append(
+            f"trained together with others: {', '.join(joint)}; seconds and {next(iter(trained.values())).unit} are "
+            "each one's own share, the memory is the whole run's"
+        )
+    return notes
+
+
+def measure_cost(
+    kit: Kit, routes: Mapping[str, RouteEntry], folders: Mapping[str, Path] | None = None
+) -> dict[str, AdapterCost]:  # fmt: skip
+    """Of the base and of each route, interleaved. The kit is left without a merged adapter, and with none active.
+
+    folders: by adapter the folder that it was loaded from.
+    """
     cases: dict[str, RouteEntry] = {BASE: None, **routes}
     times: dict[str, Times] = dict.fromkeys(cases, (None, None))
     merged: dict[str, Times] = {}
@@ -88,14 +125,24 @@ def measure_cost(kit: Kit, routes: Mapping[str, RouteEntry]) -> dict[str, Adapte
     for name, route in cases.items():
         parts = kit.state.names_with_parts(adapter_names(route))
         tensors = [p for part in parts for p in kit[part].parameters()]
+        own = [(folders or {}).get(each) for each in adapter_names(route)]
+        known = {folder.resolve() for folder in own if folder is not None}
         costs[name] = AdapterCost(
             sum(p.numel() for p in tensors),
             sum(p.numel() * p.element_size() for p in tensors),
             *times[name],
             *merged.get(name, (None, None)),
             unit="token" if tokens > 1 else "image",
+            files=sum(map(folder_bytes, known)) if own and None not in own else None,
+            training=_training(own) if own else None,
         )
     return costs
+
+
+def _training(folders: Sequence[Path | None]) -> TrainingCost:
+    if len(folders) > 1:
+        return TrainingCost(unknown=f"it is made of {len(folders)} adapters: measure each by itself")
+    return read_training_cost(folders[0])
 
 
 def _batch(kit: Kit, routes: Sequence[RouteEntry]) -> tuple[Any, int]:

@@ -55,6 +55,10 @@ class ExampleSet:
         answers = None if closed is None else asdict(closed)
         return digest_of([self.kind, self.dataset.digest, self.dataset.label_names, answers, pixels])
 
+    @property
+    def shares_batches(self) -> bool:
+        return self.dataset.answers is None and TASKS[self.kind].generates_text
+
     def __len__(self) -> int:
         return len(self.dataset.test)
 
@@ -87,13 +91,10 @@ class ExampleSet:
         task, dataset = TASKS[self.kind], self.dataset
         names = dataset.label_names if self.kind == "token_classification" else ()
         measures = compute_metrics(task.metric_task, dataset.test, predictions, dataset.reference_of, names)
-        if not self.groups or not predictions.texts:
-            return grouped(measures, self.groups)
+        if not self.groups:
+            return measures
         answered = [group for group, item in zip(self.groups, dataset.test, strict=True) if item.reference]
-        return {
-            name: measure.grouped(self.groups if measure.n == len(self.groups) else answered)
-            for name, measure in measures.items()
-        }
+        return grouped(measures, self.groups, answered)
 
 
 def encode_examples(

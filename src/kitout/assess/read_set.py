@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kitout.assess.example_set import ExampleSet, encode_examples
-from kitout.data.examples.formats import detect
+from kitout.data.examples.row_groups import detect_grouped
 from kitout.data.read.sources import Table, open_source
 from kitout.errors import ConfigError, DataError, Errors, suggest
 from kitout.evaluate.ask.choices import read_choices
@@ -72,19 +72,22 @@ class SetReader:
         system_prompt = source.system_prompt or (None if record is None else record.system_prompt)
         examples, formats = [], set()
         for table, of_table in rows:
-            read = [(line, {name: v for name, v in values.items() if name != group}) for line, values in of_table]
-            reading = detect(read, table.source, format_name, columns or None, None, table.note, ("training",))
+            reading = detect_grouped(
+                of_table, table.source, group, format=format_name, columns=columns or None, note=table.note,
+                kinds=("training",),
+            )  # fmt: skip
             if reading.format.name != "text":
                 reading = replace(reading, system_prompt=system_prompt)
             formats.add(reading.format.name)
-            examples += reading.to_examples(read)
+            examples += reading.to_examples(of_table)
         examples, groups = _sampled(examples, groups, source.limit, self.seed)
         if formats == {"text"} and self.writes_text:
             if self.kit.config.is_encoder_decoder:
                 raise ConfigError("plain texts have no likelihood under an encoder-decoder: give inputs and answers")
             return TextSet(source.path, tuple(example.source_text() for example in examples), groups=groups)
         dataset = encode_examples(examples, self.kit, self.tokenizer, self.usage, self.writes_text)
-        return ExampleSet(source.path, dataset, groups)
+        # a chat may be several items, so these say their group themselves
+        return ExampleSet(source.path, dataset, tuple(item.group for item in dataset.test) if groups else ())
 
     def _read_choices(
         self, source: SourceConfig, rows: Sequence[Mapping[str, Any]], groups: tuple[str, ...]

@@ -48,12 +48,14 @@ def run(
     harness: Sequence[str | Path] = (),
     allow_code: bool = False,
     group: str | None = None,
+    folders: Mapping[str, str | Path] | None = None,
     tokenizer: Any = None,
     pixels: Any = None,
     usages: Mapping[str, UsageRecord] | None = None,
     seed: int = 0,
     max_new_tokens: int | None = None,
     keep_base: bool = True,
+    keep_in: str | Path | None = None,
     log: LogFn = lambda _line: None,
     on_progress: SetProgressFn | None = None,
 ) -> Assessment:
@@ -62,13 +64,15 @@ def run(
     adapters: names, all of the kit's by default; or name -> route, {"both": Stack("a", "b")}. sources: as `data.train`
     of a run takes them, a path alone or path with format, columns, limit; rows with question, choices and answer are
     scored by the likelihood of each choice, plain texts by bits per byte, all else as in training. suite: none, quick
-    or full. cost: time what each costs. spectrum: count intruder dimensions (`assess.spectrum`). harness: YAML files of
-    tasks of lm-evaluation-harness. allow_code: they may run Python of their own. group: a column, of sources of rows;
-    rows with the same value there (questions about one text) are resampled as a whole; a source's own `group` goes
-    first. tokenizer, pixels (a PixelProcessor): of a base that does not say where its own is. usages: how adapters are
-    used that do not say it themselves, by name, "" for the base (those of a Predictor). seed: of samples and
-    intervals. keep_base: False asks the base anew and keeps nothing. log: gets a line about each set. on_progress:
-    (set, examples done, examples in all).
+    or full. cost: time what each costs; folders: by adapter the folder that it was loaded from (a Predictor's
+    `folders`), for its files and what its training took. spectrum: count intruder dimensions (`assess.spectrum`).
+    harness: YAML files of tasks of lm-evaluation-harness. allow_code: they may run Python of their own. group: a
+    column, of sources of rows; rows with the same value there (questions about one text) are resampled as a whole; a
+    source's own `group` goes first. tokenizer, pixels (a PixelProcessor): of a base that does not say where its own is.
+    usages: how adapters are used that do not say it themselves, by name, "" for the base (those of a Predictor). seed:
+    of samples and intervals. keep_base: False asks the base anew and keeps nothing. keep_in: a folder for the answers
+    of each adapter to each set, written as soon as they are known; the same call takes them from there. log: gets a
+    line about each set. on_progress: (set, examples done, examples in all).
     Raises UnknownAdapter, or ConfigError with every fault of sources and suite.
     """
     kit.state.check_attached()
@@ -99,16 +103,17 @@ def run(
     except ConfigError as error:
         errors.add(str(error))
     sets, forgotten = _read_all(reader, sources, group, suite, bool(spectrum or cost or harness), errors, log)
+    folder = None if keep_in is None else Path(keep_in)
     before = kit.active
     outcomes = []
     try:
         with eval_mode(kit.base, kit):
             for what in (*sets, *forgotten):
                 log(f"measuring {what.name} ({what.kind}, {len(what):,} examples) ...")
-                outcomes.append(measure_set(asked, what, routes, seed, keep_base, on_progress))
+                outcomes.append(measure_set(asked, what, routes, seed, keep_base, on_progress, folder, log))
             if cost:
                 log("measuring the cost ...")
-            costs = measure_cost(kit, routes) if cost else {}
+            costs = measure_cost(kit, routes, {k: Path(v) for k, v in (folders or {}).items()}) if cost else {}
             spectra = measure_spectrum(kit, routes, log) if spectrum else {}
             of_harness = measure_tasks(kit, own_tokenizer, tasks, routes, seed, allow_code, log)
     finally:

@@ -1,6 +1,6 @@
-"""`kitout demo text | vision`: train and evaluate adapters on a built-in model and data, or on your own.
+"""`kitout demo text | vision | align`: train and evaluate adapters on a built-in model and data, or on your own.
 
-Only options here; `kitout.demo.text` and `kitout.demo.vision` are presets of `kitout train`. `kitout demo` alone is
+Only options here; the modules of `kitout.demo` are presets of `kitout train` and `kitout align`. `kitout demo` alone is
 `kitout demo text`. An interrupted run resumes when the same command is given again.
 """
 
@@ -13,7 +13,7 @@ import typer
 
 from kitout.cli.terminal import announce_loading, report_errors, report_interrupt
 
-HELP = """Fine-tune and evaluate on a built-in model and data, in minutes: text (the default) or vision.
+HELP = """Fine-tune and evaluate on a built-in model and data, in minutes: text (the default), vision or align.
 
 Example: kitout demo text --data reviews.csv --text body --label stars"""
 
@@ -92,3 +92,34 @@ def vision_demo(
             ),
             typer.echo,
         )  # fmt: skip
+
+
+@app.command("align")
+def align_demo(
+    model: Annotated[Path | None, typer.Option(help="model folder; default: built-in SmolLM2-135M-Instruct")] = None,
+    task: Annotated[
+        str, typer.Option(metavar="gym:NAME[:SETTING=VALUE...]", help="sums to learn: a task of reasoning-gym")
+    ] = "gym:chain_sum:max_terms=2:min_digits=2:max_digits=2",
+    pairs: Annotated[
+        Path | None, typer.Option(help="table of prompt, chosen and rejected; default: built-in nq-pairs")
+    ] = None,
+    elsewhere: Annotated[
+        str, typer.Option(help="sets that show what was forgotten, separated by commas; empty: none")
+    ] = "piqa,wiki",
+    out: Annotated[Path, typer.Option(help="holds a folder for each stage")] = Path("runs/demo-align"),
+    scale: Annotated[float, typer.Option(min=0.01, help="multiplies all numbers of steps and examples")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="of splits, initial values, order and sampled answers")] = 0,
+) -> None:
+    """Teach sums by answers, then by rewards; a reward model and DPO on pairs; a preset of `kitout align`.
+
+    Needs reasoning-gym (the extra align). Example: kitout demo align --scale 0.5 --out runs/small
+    """
+    with report_errors(), report_interrupt():
+        announce_loading()
+        from kitout.demo.align import AlignDemo, demo
+
+        names = tuple(name.strip() for name in elsewhere.split(",") if name.strip())
+        demo(
+            AlignDemo(model=model, task=task, pairs=pairs, elsewhere=names, out=out, scale=scale, seed=seed),
+            typer.echo,
+        )

@@ -16,6 +16,7 @@ from kitout.cli.terminal import report_errors
 
 LINE_SECONDS = 30.0  # between lines of progress
 RESULTS, TABLE, PAGE = "results.json", "results.txt", "report.html"
+ANSWERS = "answers"  # the folder with what adapters have answered so far
 
 
 def eval(  # noqa: A001 - the verb
@@ -42,7 +43,7 @@ def eval(  # noqa: A001 - the verb
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     seed: Annotated[int, typer.Option(help="of samples and intervals")] = 0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="ask the base anew, and keep none of its answers")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="ask base and adapters anew, and keep no answers")] = False,
     task: Annotated[str | None, typer.Option(help="what adapters that were made without a task are for")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="of the base; default: as in training")] = None,
@@ -85,8 +86,10 @@ def eval(  # noqa: A001 - the verb
             pixels=predictor.preprocessing.pixels,
             usages=predictor.usages,
             group=group,
+            folders=predictor.folders,
             seed=seed,
             keep_base=not fresh,
+            keep_in=None if out is None or fresh else out / ANSWERS,
             log=lambda line: typer.echo(line, err=True),
             on_progress=_Progress(),
         )

@@ -234,6 +234,7 @@ def _score(values: Mapping[str, Any]) -> Score:
         higher_is_better=bool(values["higher_is_better"]),
         share=bool(values["share"]),
         note=str(values.get("note", "")),  # a run of an earlier version has none
+        num_groups=None if values.get("num_groups") is None else int(values["num_groups"]),
     )
 
 

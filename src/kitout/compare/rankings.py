@@ -31,6 +31,8 @@ class MetricRanking:
     """By the labels of the rows."""
     note: str
     """Who is not in it, or why there is none."""
+    measured: str = ""
+    """How the metric was measured, where that is not the usual way: "by character"."""
 
     @property
     def letters(self) -> dict[str, str]:
@@ -43,7 +45,7 @@ class MetricRanking:
     def caption(self) -> str:
         """What the letters say, and what not."""
         texts = ("" if self.ranking is None else self.ranking.caption, self.note)
-        return f"{metric_title(self.metric)}: {'; '.join(text for text in texts if text)}"
+        return f"{metric_title(self.metric, self.measured)}: {'; '.join(text for text in texts if text)}"
 
 
 def rank_rows(rows: Sequence[RunRow], metrics: Sequence[str]) -> tuple[MetricRanking, ...]:
@@ -59,7 +61,8 @@ def rank_rows(rows: Sequence[RunRow], metrics: Sequence[str]) -> tuple[MetricRan
             if any(scores.values()):
                 ranking, note = rank_scores(scores)
                 if ranking is not None or note:
-                    found.append(MetricRanking(test, metric, ranking, note))
+                    measured = next(one.note for own in scores.values() for one in own)
+                    found.append(MetricRanking(test, metric, ranking, note, measured))
     return tuple(found)
 
 

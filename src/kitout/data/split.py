@@ -1,9 +1,9 @@
 """Train, validation and test without leaks, for texts and images alike.
 
-Three functions say all that is known of an example: its input, what makes it a duplicate, and its stratum, whose
-proportion every split keeps. Exact copies count once, and inputs that are nearly equal stay in one split. Test is taken
-first, so it does not depend on how much is trained on. Splits that the data name are respected. It opens no file and no
-image.
+Three functions say all that is known of an example: its input (or group), what makes it a duplicate, and its stratum,
+whose proportion every split keeps. Exact copies count once, and inputs that are nearly equal stay in one split. Test is
+taken first, so it does not depend on how much is trained on. Splits that the data name are respected. It opens no file
+and no image.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from kitout.data.examples.examples import Example, LabeledText
 from kitout.data.examples.preferences import PREFERENCE_KINDS, UnpairedAnswer
 from kitout.data.read.tables import DataError
+from kitout.data.split_groups import find_units, sample_units
 
 if TYPE_CHECKING:
     from kitout.data.images.image_set import ImageSet  # needs pillow
@@ -39,6 +40,8 @@ class SplitKeys(Generic[T]):
     """What keeps its proportion in every split; the values of one set must sort."""
     keep_most_frequent: bool = False
     """Of duplicates in different strata keep the first of the most frequent one; else the first of all."""
+    has_groups: bool = False
+    """Whether many different inputs have one input key, because they are of one group."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Splits(Generic[T]):
     num_duplicates: int = 0
     """Examples removed because another of their split is the same."""
     num_leaks: int = 0
-    """Examples removed from train (or from validation) because their input is in test or validation."""
+    """Examples removed from train (or from validation) because their input or group is in test or validation."""
     num_ambiguous: int = 0
     """Inputs of train that have several different answers."""
     majority_accuracy: float | None = None
@@ -77,10 +80,17 @@ def split_examples(
     """examples_by_split: "train", "validation", "test", and "" for examples without a named split.
 
     validation, test: how much is taken from what may be trained on, if the data name no such split: a fraction below
-    1, else a number. stratify: single labels keep their proportions; not for numbers of a regression.
+    1, else a number. stratify: single labels keep their proportions; not for numbers of a regression. Examples of one
+    group are in one split.
     """
+    every = [example for examples in examples_by_split.values() for example in examples]
+    has_groups = any(example.group for example in every)
+    units = find_units((example.input_key, example.group) for example in every) if has_groups else {}
     keys = SplitKeys[Example](
-        lambda example: example.input_key, lambda example: example.exact_key, _label if stratify else lambda _: ""
+        lambda example: units.get(example.input_key, example.input_key),
+        lambda example: example.exact_key,
+        _label if stratify else lambda _: "",
+        has_groups=has_groups,
     )
     seeds = {name: f"{seed} {name}" for name in ("test", "validation")}
     splits = split_by(examples_by_split, keys, validation, test, seeds)
@@ -138,7 +148,8 @@ def split_by(
     rest = [e for e in pool if keys.input_key(e) not in held_out]
     num_leaks = len(named["validation"]) - len(validation_examples) + len(pool) - len(rest)
     if not rest:
-        raise DataError(f"all {len(pool)} training examples are also in validation or test: nothing is left")
+        shared = "of groups that are in" if keys.has_groups else "also in"
+        raise DataError(f"all {len(pool)} training examples are {shared} validation or test: nothing is left")
 
     total, test_examples = len(rest), named["test"]
     if "test" not in examples_by_split:
@@ -197,8 +208,18 @@ def _take_split(
     if num_examples > len(pool) // 2 or num_inputs < 2:
         raise DataError(
             f"{num_examples} examples for {name} are more than half of the {len(pool)} that are left "
-            f"({num_inputs} different inputs): take fewer, give a {name} file, or more data"
+            f"({num_inputs} different {'groups' if keys.has_groups else 'inputs'}): take fewer, give a {name} file, or "
+            "more data"
         )
+    if keys.has_groups:
+        taken = sample_units(pool, num_examples, seeds[name], keys.input_key, keys.stratum)
+        if not taken:
+            smallest = min(Counter(map(keys.input_key, pool)).values())
+            raise DataError(
+                f"no group fits into the {num_examples} examples for {name}: the smallest of the {num_inputs} groups "
+                f"has {smallest}; set data.{name} to {2 * smallest} or more, or to 0, or give a {name} file"
+            )
+        return [e for i, e in enumerate(pool) if i in taken], [e for i, e in enumerate(pool) if i not in taken]
     taken = _sample_stratified(pool, num_examples, seeds[name], keys, spare=1)
     if not taken:
         num_strata = len(set(map(keys.stratum, pool)))

@@ -58,7 +58,7 @@ class MetricChange:
     def verdict(self) -> str:
         """better by 26.5 points (22.1 to 31.0); 600 test examples"""
         unit = " points" if self.base.share else ""
-        examples = f"{self.base.n:,} test example{'s' if self.base.n > 1 else ''}"
+        examples = self.base.size
         other = "" if self.baseline == BASE else f"the {self.baseline} "
         if not math.isfinite(self.low + self.high):
             return f"no verdict: a value is not finite; {examples}"

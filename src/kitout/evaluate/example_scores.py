@@ -1,8 +1,9 @@
 """What metrics are made of, example by example, kept in one file: every test can be done again without a model.
 
 Of each metric that is a ratio of two sums over the examples (a share of correct ones, a mean, a loss per token, an F1)
-the file has both summands of each example; of others (macro-F1, BLEU) nothing. Written as safetensors with one JSON in
-the metadata, the same bytes for the same scores. It knows measures and files, and neither runs nor seeds.
+the file has both summands of each example, and the example's group where it has one. Of means of such ratios (macro-F1)
+it has linearized values, of others (BLEU) nothing. Written as safetensors with one JSON in the metadata, the same bytes
+for the same scores. It knows measures and files, and neither runs nor seeds.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from kitout.errors import FileError
-from kitout.evaluate.intervals.ratio import Ratio, Values
-from kitout.evaluate.metrics.measure import Measure
+from kitout.evaluate.intervals.ratio import Groups, Ratio, Values
+from kitout.evaluate.metrics.measure import Measure, number_groups
 from kitout.files.atomic import write_bytes
 
 Shape = Literal["identity", "exp", "sqrt"]
 METADATA = "kitout.scores"
-TUNED, BASE, DENOMINATORS = "tuned", "base", "denominators"  # parts of the names of tensors
+TUNED, BASE, DENOMINATORS, GROUPS = "tuned", "base", "denominators", "groups"  # parts of the names of tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,15 +42,27 @@ class ExampleScores:
     """Whether each example is right or wrong, 1 or 0."""
     note: str = ""
     """How it was measured, where that is not the usual way."""
+    groups: Groups | None = None
+    """[n]: the group of each example, from 0; None: each stands for itself."""
+    is_linearized: bool = False
+    """Whether the examples' values are those of a linearization: of macro-F1 and balanced accuracy. Their mean is the
+    metric and their spread its standard error; a single one is no score, and may lie outside 0 and 1."""
 
     @classmethod
     def of(cls, measure: Measure) -> ExampleScores | None:
-        """None for a metric that is no ratio of sums."""
+        """None for a metric that is no ratio of sums, and no mean of such ratios."""
+        if measure.ratio is None and measure.influence_fn is not None:
+            values = measure.value + measure.n * measure.influence_fn()
+            return cls(
+                Ratio(values, np.ones(measure.n)), measure.higher_is_better, measure.is_fraction, note=measure.note,
+                groups=measure.groups, is_linearized=True,
+            )  # fmt: skip
         if measure.ratio is None:
             return None
         return cls(
-            measure.ratio, measure.higher_is_better, measure.is_fraction, measure.correct is not None, measure.note
-        )
+            measure.ratio, measure.higher_is_better, measure.is_fraction, measure.correct is not None, measure.note,
+            measure.groups,
+        )  # fmt: skip
 
     @property
     def n(self) -> int:
@@ -76,7 +89,7 @@ class ExampleScores:
 
     @property
     def measure(self) -> Measure:
-        """The metric again, with its intervals."""
+        """The metric again, with its intervals; of a linearized one with those of a mean."""
         ratio = self.ratio
 
         def value(weights: Values) -> float:
@@ -84,7 +97,7 @@ class ExampleScores:
             return float(ratio.apply(np.array([float(weights @ ratio.numerators) / total if total else 0.0]))[0])
 
         correct = ratio.numerators == 1 if self.is_correct else None
-        return Measure(value, self.n, self.higher_is_better, self.share, correct, ratio, note=self.note)
+        return Measure(value, self.n, self.higher_is_better, self.share, correct, ratio, self.groups, self.note)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,9 +131,11 @@ def save_scores(file: Path, scores: Mapping[str, AdapterScores]) -> None:
                 tensors[name] = ratio.numerators.astype(bool if own.is_correct else np.float64)
                 if not (ratio.denominators == 1).all():
                     tensors[f"{name}/{DENOMINATORS}"] = ratio.denominators.astype(np.float64)
+                if own.groups is not None:
+                    tensors[f"{name}/{GROUPS}"] = own.groups.astype(np.int64)
                 facts[adapter][part][metric] = {
                     "higher_is_better": own.higher_is_better, "share": own.share, "shape": ratio.shape,
-                    "note": own.note,
+                    "note": own.note, **({"linearized": True} if own.is_linearized else {}),
                 }  # fmt: skip
     write_bytes(file, save(tensors, {METADATA: json.dumps(facts)}))
 
@@ -153,7 +168,8 @@ def _read(tensors: Mapping[str, Any], name: str, fact: Mapping[str, Any]) -> Exa
     denominators = tensors.get(f"{name}/{DENOMINATORS}", np.ones(len(numerators))).astype(np.float64)
     if numerators.ndim != 1 or numerators.shape != denominators.shape or fact["shape"] not in get_args(Shape):
         raise ValueError(f"{name}: {numerators.shape} and {denominators.shape}, {fact['shape']}")
-    ratio = Ratio(numerators, denominators, fact["shape"])
+    ratio, groups = Ratio(numerators, denominators, fact["shape"]), tensors.get(f"{name}/{GROUPS}")
     return ExampleScores(
-        ratio, bool(fact["higher_is_better"]), bool(fact["share"]), stored.dtype == np.bool_, str(fact["note"])
-    )
+        ratio, bool(fact["higher_is_better"]), bool(fact["share"]), stored.dtype == np.bool_, str(fact["note"]),
+        None if groups is None else number_groups(groups, len(numerators)), bool(fact.get("linearized", False)),
+    )  # fmt: skip

@@ -116,9 +116,11 @@ def _assemble(
     if tokenizer is not None and day is not None:
         fix_template_date(tokenizer, day)
     usages: dict[str, UsageRecord] = {}
+    folders: dict[str, Path] = {}
     for one in saved:
         name = _load_one(kit, one, [*usages, *(each.name for each in saved)], verify)
         kit.use(name)
+        folders[name] = one.folder
         usages[name] = one.usage or _made_up_usage(kit, task, tokenizer, config, name)
         if verify and tokenizer is not None and one.usage is not None and one.usage.text is not None:
             _check_tokenizer(one, one.usage.text, tokenizer, chat_template, config.name)
@@ -131,7 +133,9 @@ def _assemble(
 
         return pixel_processor(resolve_model(config.name), usage.images)
 
-    return Predictor(kit, tokenizer, usages, pad_token_id, pixels if task.reads_images else None, chat_template)
+    predictor = Predictor(kit, tokenizer, usages, pad_token_id, pixels if task.reads_images else None, chat_template)
+    predictor.folders = folders
+    return predictor
 
 
 def _load_one(kit: Kit, one: SavedAdapter, taken: Sequence[str], verify: bool) -> str:

@@ -92,6 +92,7 @@ class Predictor:
         self.kit, self.tokenizer, self.usages = kit, tokenizer, dict(usages)
         self._pad_token_id, self._pixels, self._chat_template = pad_token_id, pixels, chat_template
         self.loaded = [name for name in self.usages if name]
+        self.folders: dict[str, Any] = {}  # of each adapter that was loaded from one: its Path
         self._preprocessing: dict[str, Preprocessing] = {}
         self.untrained_heads: frozenset[str] = frozenset()  # modules of the base that its checkpoint does not hold
         self._lock = threading.Lock()  # languages, generation settings and modes of the model are everybody's

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from kitout.data.streaming import StreamedItems
 from kitout.evaluate.compare import Comparison
 from kitout.evaluate.metrics.measure import score_difference
 from kitout.evaluate.report import adapter_table, html, model_card
@@ -27,6 +28,7 @@ from kitout.runtime.adapter import Adapter
 from kitout.train.adapter_folders import adapter_folders, not_written_error
 from kitout.train.config.schema import RunConfig
 from kitout.train.config.seeds import job_of
+from kitout.train.loop.jobs import Job
 from kitout.train.loop.trainer import JobTrainer
 from kitout.train.measure.evaluate import JobOutcome
 from kitout.train.measure.merge_proof import MergeProof
@@ -212,9 +214,17 @@ def _adapter_rows(run: PreparedRun, trainer: JobTrainer, outcomes: Mapping[str, 
         rows.append(AdapterRow(
             job.name, method_text(run, job.name), metric, outcome.scores[metric] if outcome else None,
             count.trainable, count.percent, sum(map(len, job.batches[:num_steps])), seconds, processor_seconds,
-            _training_bytes(run.kit[job.name], trainer.optimizer),
+            _training_bytes(run.kit[job.name], trainer.optimizer), _num_tokens(job, num_steps),
         ))  # fmt: skip
     return rows
+
+
+def _num_tokens(job: Job, num_steps: int) -> int | None:
+    """Of the examples of its steps; of a stream, which is read once, they are not known afterwards."""
+    if isinstance(job.examples, StreamedItems):
+        return None
+    rows = (i for batch in job.batches[:num_steps] for i in batch)
+    return sum(job.objective.num_tokens(job.examples[i]) for i in rows)
 
 
 def _smallest_between(

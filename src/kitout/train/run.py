@@ -40,7 +40,7 @@ from kitout.train.loop.jobs import Job
 from kitout.train.loop.step import StepRows
 from kitout.train.loop.step_data import StepData
 from kitout.train.loop.training_arguments import training_arguments
-from kitout.train.measure.evaluate import evaluate_jobs, metric_names, validation_fn
+from kitout.train.measure.evaluate import check_groups, evaluate_jobs, metric_names, validation_fn
 from kitout.train.measure.forgetting import check_forgetting, measure_forgetting
 from kitout.train.measure.merge_proof import check_mergeable, prove_merge
 from kitout.train.preflight import render
@@ -71,8 +71,14 @@ class Result:
     """What results.json holds."""
 
 
-def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Result:
-    """Trains what the config describes. dry_run: stops before the first step. log: gets the lines to print."""
+def run(
+    config: RunConfig, *, dry_run: bool = False, log: LogFn = print,
+    read_data: Callable[[RunConfig, Path], RunConfig] = lambda config, _folder: config,
+) -> Result:  # fmt: skip
+    """Trains what the config describes. dry_run: stops before the first step. log: gets the lines to print.
+
+    read_data: puts files into the run's folder where the config names data that are made, and names them.
+    """
     from kitout.train.adapter_folders import save_adapters
     from kitout.train.outputs import write_outputs
 
@@ -86,8 +92,9 @@ def run(config: RunConfig, *, dry_run: bool = False, log: LogFn = print) -> Resu
         if folder.is_finished:
             return show_finished(folder, log)
         own_log = log if distributed.rank() == 0 else no_log
-        prepared = prepare(config, resolve_placement(config, folder), own_log, samples=dry_run)
+        prepared = prepare(read_data(config, folder.path), resolve_placement(config, folder), own_log, samples=dry_run)
         check_best(prepared, config)
+        check_groups(prepared, config.evaluate)
         check_forgetting(prepared, config.evaluate, own_log)
         if config.evaluate.prove_merge:
             check_mergeable(prepared)

@@ -72,6 +72,19 @@ def test_tasks_that_cannot_be_made(gym: Any) -> None:
         gym_rows("gym:chain_sum", 0, seed=0)
 
 
+def test_settings_of_a_task(gym: Any) -> None:
+    text = "gym:chain_sum:max_terms=2:min_digits=2:max_digits=2"
+    rows = gym_rows(text, 20, seed=0)
+    assert {row["metadata"]["num_terms"] for row in rows} == {row["metadata"]["num_digits"] for row in rows} == {2}
+    reward = open_gym_reward(text)
+    assert reward.name == "gym:chain_sum"
+    assert reward.score(batch(rows, [row["answer"] for row in rows])) == [1.0] * 20
+    with pytest.raises(RewardError, match="has no setting 'max_term'; did you mean 'max_terms'"):
+        open_gym_reward("gym:chain_sum:max_term=2")
+    with pytest.raises(RewardError, match="cannot be made with these settings: AssertionError"):
+        open_gym_reward("gym:chain_sum:max_terms=1")
+
+
 def test_without_the_package_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(RewardError, match=r"gym:chain_sum needs reasoning-gym: .*\n.*\[align\]"):

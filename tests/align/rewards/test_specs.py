@@ -24,6 +24,7 @@ from kitout.errors import ConfigError
         ("my_rewards:short", "function", "my_rewards:short"),
         ("pack.age._x:score", "function", "pack.age._x:score"),
         ("gym:chain_sum", "gym", "gym:chain_sum"),
+        ("gym:chain_sum:max_terms=2", "gym", "gym:chain_sum"),
         ("judge", "stage", "judge"),
     ],
 )

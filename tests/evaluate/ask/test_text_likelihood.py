@@ -11,7 +11,7 @@ import torch
 import kitout
 from kitout import Kit, LoRA, PrefixTuning
 from kitout.errors import ConfigError
-from kitout.evaluate.ask import token_likelihood
+from kitout.evaluate.ask import joined_rows, token_likelihood
 from kitout.evaluate.ask.divergence import logit_divergence
 from kitout.evaluate.ask.harness_tokens import encode_text, rolling_windows, start_token_id
 from kitout.evaluate.ask.text_likelihood import text_likelihoods
@@ -55,7 +55,7 @@ def test_likelihood_and_divergence_are_those_of_plain_forwards(
 ) -> None:
     kit, tokenizer = build(species)
     kit.eval()
-    monkeypatch.setattr(token_likelihood, "JOINED_TOKENS", 10**6 if joined else 0)
+    monkeypatch.setenv(joined_rows.VARIABLE, "1000000" if joined else "0")
     limit = 62  # the prefix takes two of 64 positions, and all are asked the same
     results = text_likelihoods(kit, tokenizer, TEXTS, ["b", None, "a"], divergence=True)
     for name, sums in zip(("b", None, "a"), results, strict=True):
@@ -122,8 +122,16 @@ def test_what_has_no_likelihood_is_refused() -> None:
         compute_measures("text", [TextSums(0.0, 0, 0)])
 
 
+TASKS = {
+    "words": [" ".join(f"{word}{i * k % 17}" for k, word in enumerate(("so", "many", "words") * 5)) for i in range(6)],
+    "longer than the window": ["It rained. " * 9 * i for i in range(1, 5)],
+    "other scripts": ["Café, naïve — Übung", "  two spaces\n\nand lines\n", "東京は日本の首都です。", "🙂 é"],
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
-def test_bits_per_byte_are_lm_evals_own(model: str, tmp_path: Any) -> None:
+def test_bits_per_byte_are_lm_evals_own(model: str, task: str, tmp_path: Any) -> None:
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -131,16 +139,20 @@ def test_bits_per_byte_are_lm_evals_own(model: str, tmp_path: Any) -> None:
     from tiny_models import jsonl
 
     kit, tokenizer = build(model, torch.float32)
-    texts = [" ".join(f"{word}{i * k % 17}" for k, word in enumerate(("so", "many", "words") * 5)) for i in range(6)]
+    texts = TASKS[task]
     config = {
         "task": "wiki_like", "dataset_path": "json", "output_type": "loglikelihood_rolling", "test_split": "test",
         "dataset_kwargs": {"data_files": {"test": str(jsonl(tmp_path / "texts.jsonl", [{"text": t} for t in texts]))}},
         "doc_to_text": "", "doc_to_target": "{{text}}", "metric_list": [{"metric": "bits_per_byte"}],
     }  # fmt: skip
     manager = TaskManager(include_defaults=False)  # reading every task it has takes a minute
-    for name, sums in zip((None, "a"), text_likelihoods(kit, tokenizer, texts, [None, "a"]), strict=True):
+    window = 60  # the prefix takes two of 64 positions, and all are asked the same
+    for name, sums in zip(NAMES, text_likelihoods(kit, tokenizer, texts, NAMES, max_length=window), strict=True):
         with kit.use(name):
-            lm = huggingface.HFLM(pretrained=kit, tokenizer=tokenizer, device="cpu", batch_size=2)
+            lm = huggingface.HFLM(
+                pretrained=kit, tokenizer=tokenizer, device="cpu", batch_size=2, max_length=window,
+                softmax_dtype="float32",
+            )  # fmt: skip
             result = simple_evaluate(lm, tasks=[config], log_samples=True, bootstrap_iters=0, task_manager=manager)
         samples = sorted(result["samples"]["wiki_like"], key=lambda sample: sample["doc_id"])
         for found, sample in zip(sums, samples, strict=True):

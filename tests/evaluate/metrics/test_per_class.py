@@ -51,3 +51,16 @@ def test_a_class_without_examples_is_left_out_unless_it_is_predicted() -> None:
     scores = class_scores("classification", [0, 2], [0, 0], NAMES)
     assert [(one.name, one.n, one.predicted) for one in scores] == [("a", 2, 1), ("c", 0, 1)]
     assert (scores[1].recall, scores[1].low, scores[1].high) == (0.0, 0.0, 1.0)
+
+
+def test_recall_of_groups_has_the_interval_of_groups() -> None:
+    groups = [i // 10 for i in range(100)]
+    references = [0] * 90 + [1] * 10
+    predictions = [0 if g % 2 else 2 for g in groups]  # whole groups are right or wrong
+    plain = class_scores("classification", predictions, references, NAMES)
+    found = class_scores("classification", predictions, references, NAMES, groups)
+    assert [(a.name, a.n, a.recall) for a in found] == [(a.name, a.n, a.recall) for a in plain]
+    assert found[0].high - found[0].low > 2 * (plain[0].high - plain[0].low)
+    assert (found[1].low, found[1].high) == (0.0, 1.0), "all of one group"
+    alone = class_scores("classification", predictions, references, NAMES, list(range(100)))
+    assert abs(alone[0].low - plain[0].low) < 0.02

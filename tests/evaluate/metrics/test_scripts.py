@@ -54,8 +54,13 @@ def test_near_identical_answers_are_near_one() -> None:
 
 
 @needs_packages
-@pytest.mark.parametrize(("texts", "tokenizer"), [(CHINESE, "zh"), (THAI, "char"), (KOREAN, "13a")])
+@pytest.mark.parametrize(
+    ("texts", "tokenizer"), [(CHINESE, "zh"), (THAI, "char"), (KOREAN, "13a"), (JAPANESE, "ja-mecab")]
+)
 def test_rouge_and_bleu_are_those_of_their_packages(texts: list[str], tokenizer: str) -> None:
+    if tokenizer == "ja-mecab":
+        pytest.importorskip("MeCab", reason="words of Japanese: pip install sacrebleu[ja]")
+        pytest.importorskip("ipadic", reason="words of Japanese: pip install sacrebleu[ja]")
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import BLEU
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from kitout.evaluate.example_scores import ExampleScores
+from kitout.evaluate.example_scores import ExampleScores, keep_ratios
 from kitout.evaluate.intervals.ratio import Ratio
+from kitout.evaluate.metrics.registry import compute_measures
 from kitout.evaluate.significance.by_method import SeedScore, compare_by_method, rank_scores
 from kitout.evaluate.significance.many import rank_methods
 
@@ -74,6 +76,68 @@ def test_a_loss_per_token_and_an_f1_are_ranked_too() -> None:
     assert ranking is not None
     assert ranking.pairs[0].share
     assert "points" in ranking.pairs[0].verdict
+
+
+def macro_f1s(rng: np.random.Generator, labels: np.ndarray, rate: float) -> list[ExampleScores]:
+    """Three seeds that are right on the same easy examples, and guess on others."""
+    chance = np.clip(rate + rng.normal(0, 0.3, len(labels)), 0, 1)
+    drawn = [np.where(rng.random(len(labels)) < chance, labels, rng.integers(0, 4, len(labels))) for _ in range(3)]
+    every = [compute_measures("classification", one.tolist(), labels.tolist()) for one in drawn]
+    return [keep_ratios(measures)["macro_f1"] for measures in every]
+
+
+def test_macro_f1_has_a_verdict_over_seeds() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.choice(4, 300, p=[0.55, 0.25, 0.15, 0.05])
+    ranking, note = rank_scores({"a": macro_f1s(rng, labels, 0.9), "b": macro_f1s(rng, labels, 0.4)})
+    assert ranking is not None
+    assert not note
+    assert ranking.letters == ("a", "b")
+    assert "points" in ranking.pairs[0].verdict
+    false = 0
+    for _ in range(150):
+        labels = rng.choice(4, 150, p=[0.4, 0.3, 0.2, 0.1])
+        equal, _ = rank_scores({"a": macro_f1s(rng, labels, 0.6), "b": macro_f1s(rng, labels, 0.6)})
+        assert equal is not None
+        false += equal.pairs[0].is_better is not None
+    assert false <= 9, "at most 6 %"
+
+
+def test_how_a_metric_was_measured_is_in_the_table() -> None:
+    scores = {"a": shares(0.9), "b": shares(0.5)}
+    found = compare_by_method(
+        "rouge_l", {k: seeds_of(v) for k, v in scores.items()}, scores, share=True, baseline="base",
+        measured="by character",
+    )  # fmt: skip
+    assert found.title == "ROUGE-L (by character) %"
+    assert "mean ROUGE-L (by character) %" in found.text
+
+
+def test_groups_decide_how_sure_a_verdict_is() -> None:
+    groups = np.repeat(np.arange(10), N // 10)
+    rng = np.random.default_rng(0)
+
+    def by_group(rate: float) -> list[ExampleScores]:
+        """Whole passages are right or wrong."""
+        passages = rng.random(10) < rate
+        own = np.repeat(passages, N // 10).astype(float)
+        return [ExampleScores(Ratio(own, np.ones(N)), is_correct=True, groups=groups) for _ in range(3)]
+
+    scores = {"a": by_group(0.7), "b": by_group(0.5)}
+    ranking, _ = rank_scores(scores)
+    without, _ = rank_scores({k: [replace(one, groups=None) for one in own] for k, own in scores.items()})
+    assert ranking is not None
+    assert without is not None
+    assert ranking.pairs[0].example_error > 3 * without.pairs[0].example_error
+    assert f"{N} test examples in 10 groups" in ranking.pairs[0].verdict
+    known, _ = rank_scores({"a": scores["a"], "b": [replace(one, groups=None) for one in scores["b"]]})
+    assert known is not None
+    assert known.pairs[0].num_groups == 10, "groups are facts of the data: one run that knows them is enough"
+    other = [replace(one, groups=np.arange(N) % 10) for one in scores["b"]]
+    assert rank_scores({"a": scores["a"], "b": other}) == (
+        None,
+        "no verdict: the same examples are in different groups",
+    )
 
 
 def test_what_cannot_be_tested_is_said() -> None:

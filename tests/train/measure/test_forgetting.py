@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 import kitout
+from kitout.compare import compare_runs
 from kitout.errors import AssetError, ConfigError
 from kitout.evaluate.sets import suites
+from kitout.evaluate.sets.choice_set import ChoiceSet
 from tiny_models import decoder, encoder, jsonl, reviews
 from tiny_suites import use_tiny_suites
 
@@ -54,6 +56,39 @@ def test_a_run_tells_what_its_adapter_forgot_and_tells_it_again(
     again: list[str] = []
     kitout.train(settings, log=again.append)
     assert any(f"forgetting: {forgotten['summary']}" in str(line) for line in again)
+
+
+@pytest.mark.slow
+def test_every_seed_has_its_forgetting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tiny_suites(tmp_path / "sets", monkeypatch)
+    settings = config(tmp_path, decoder(tmp_path / "m"))
+    settings["train"] |= {"seeds": [0, 1, 2], "lr": 0.03}
+    settings["jobs"] = [{"name": "lora"}, {"name": "ia3", "method": "IA3"}]
+    asked: list[Any] = []
+    ask = ChoiceSet.ask
+    monkeypatch.setattr(ChoiceSet, "ask", lambda self, a, routes, p: (asked.append(routes), ask(self, a, routes, p))[1])
+    kitout.train(settings, log=lambda _: None)
+    run, names = tmp_path / "run", [f"{job}-s{seed}" for job in ("lora", "ia3") for seed in (0, 1, 2)]
+    # the tiny sets have the same rows, so the base's answers to the first serve all
+    assert asked == [[None], *[names] * len(suites.CHOICES)], "the base once, the adapters together"
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    assert list(results["forgetting"]) == names
+    assert len({json.dumps(one["sets"]["wiki"]) for one in results["forgetting"].values()}) == 6, "each its own"
+    assert results["seeds"]["adapters"]["lora"] == {"lora-s0": 0, "lora-s1": 1, "lora-s2": 2}
+    for name in names:
+        card = (run / "adapter" / name / "README.md").read_text(encoding="utf-8")
+        assert "## Forgetting" in card
+        assert results["forgetting"][name]["summary"] in card
+        assert f"This adapter is one seed of {name[:-3]}." in card
+    table = compare_runs([run])
+    for row in table.rows:
+        lost = [one.forgetting for one in row.runs]
+        assert len(lost) == 3
+        assert None not in lost
+    (alone,) = [row for row in table.rows if row.label == "run/lora"]
+    own = results["forgetting"]["lora-s1"]["sets"]
+    expected = -sum(own[name]["difference"] for name in suites.CHOICES) / len(suites.CHOICES)
+    assert alone.runs[1].forgetting == pytest.approx(expected)
 
 
 def test_what_cannot_be_measured_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kitout.align.config.gym_name import is_gym, parse_gym
 from kitout.align.config.kinds import KINDS
 from kitout.align.config.losses import PPOLoss
-from kitout.align.config.schema import GYM, AlignConfig, RewardSource, StageConfig
+from kitout.align.config.schema import AlignConfig, RewardSource, StageConfig
 from kitout.align.config.unfit_settings import find_unfit
 from kitout.data.examples.format_table import FORMATS
+from kitout.errors import ConfigError
 from kitout.train.config.method_field import method_to_dict
 
 SOURCES = "a stage of kind reward before it, its folder, module:function or gym:NAME"
@@ -99,7 +101,7 @@ def _reward_conflicts(config: AlignConfig, number: int, at: str) -> Iterator[str
         return
     if not stage.reward:
         known = [one.name for one in config.stages[:number] if not one.of_kind.writes_text]
-        own = [one.path.partition("#")[0] for one in stage.data.train if one.path.startswith(GYM)]
+        own = [one.path for one in stage.data.train if is_gym(one.path)]
         hint = f": write {at}reward={[*known, *own][0]}" if known or own else f": {SOURCES}"
         yield f"{at}reward: a {stage.kind} stage needs what scores its answers{hint}"
     seen: set[str] = set()
@@ -115,8 +117,11 @@ def _source_errors(config: AlignConfig, number: int, one: RewardSource) -> Itera
     if one.weight == 0:
         yield "a weight of 0 counts nothing: leave it out, or write another weight"
     if one.of == "gym":
-        gyms = [source.path.partition("#")[0] for source in stage.data.train if source.path.startswith(GYM)]
-        if gyms and one.source not in gyms:
+        gyms = [source.path for source in stage.data.train if is_gym(source.path)]
+        errors = list(_gym_errors(one.source))
+        yield from errors
+        known = [parse_gym(gym) for gym in gyms if not [*_gym_errors(gym)]]
+        if known and not errors and parse_gym(one.source) not in known:
             yield f"it scores answers to its own questions, and the data is {', '.join(gyms)}: write reward={gyms[0]}"
     if one.of != "adapter":
         return
@@ -125,6 +130,13 @@ def _source_errors(config: AlignConfig, number: int, one: RewardSource) -> Itera
     before = _before(config, number, one.source)
     if before is not None and before.of_kind.writes_text:
         yield f"is a stage of kind {before.kind}, whose adapter scores nothing: name {SOURCES}"
+
+
+def _gym_errors(text: str) -> Iterator[str]:
+    try:
+        parse_gym(text)
+    except ConfigError as error:
+        yield str(error)
 
 
 def _misplaced(config: AlignConfig, number: int, name: str) -> str:
@@ -192,7 +204,9 @@ def _data_conflicts(stage: StageConfig, at: str) -> Iterator[str]:
                 f"{at}data.train.{number}.format={one.format}: a {stage.kind} stage reads the format "
                 f"{' or '.join(fitting)}: leave it out"
             )
-        if one.path.startswith(GYM) and wanted not in ("auto", "prompts"):
+        if is_gym(one.path):
+            yield from (f"{at}data.train.{number}.path: {error}" for error in _gym_errors(one.path))
+        if is_gym(one.path) and wanted not in ("auto", "prompts"):
             yield (
                 f"{at}data.train.{number}.path={one.path}: it has questions and no answers to compare: a {stage.kind} "
                 f"stage reads the format {wanted}"

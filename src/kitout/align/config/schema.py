@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from kitout.align.config.foreign_keys import ADVICE
+from kitout.align.config.gym_name import is_gym
 from kitout.align.config.kinds import KINDS, Kind, KindName, default_lr
 from kitout.align.config.losses import Loss
 from kitout.errors import suggest
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from kitout.method import Method
 
 ADAPTER = "adapter"  # the folder of a stage's adapter, in the stage's own
-GYM = "gym:"
 FUNCTION_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
@@ -62,7 +62,7 @@ class RewardSource(ConfigSection):
     @property
     def of(self) -> Literal["adapter", "function", "gym"]:
         """What kind of source it is."""
-        if self.source.startswith(GYM):
+        if is_gym(self.source):
             return "gym"
         return "function" if FUNCTION_PATTERN.fullmatch(self.source) else "adapter"
 
@@ -165,7 +165,7 @@ class StageConfig(StageLoss):
     adapter, whose reference is the base. The value adapter of ppo starts from the reward adapter, if there is one."""
     data: DataConfig
     """What is trained on, or its path alone: answers (sft), pairs (reward, dpo, orpo, simpo), single answers with a
-    label (kto) or prompts (ppo, grpo, rloo; also gym:NAME)."""
+    label (kto) or prompts (ppo, grpo, rloo); sft and those with prompts also gym:NAME."""
     method: MethodField | None = None
     """What is trained, as in `kitout train`; default: the method of what it starts `from`, else LoRA."""
     train: TrainConfig = TrainConfig()

@@ -1,8 +1,8 @@
 """`gym:NAME`: a task of reasoning-gym as prompts and as their reward.
 
-`create_dataset(name, size, seed)` makes the entries, `score_answer(answer, entry)` judges an answer: 1 for a right one,
-sometimes a part of it. Prompts carry their entry as columns, so the reward needs nothing else. The package is optional
-(extra `align`) and imported on use. It knows no model and no template: answers come without either.
+`create_dataset(name, size, seed, **settings)` makes the entries, `score_answer(answer, entry)` judges an answer: 1 for
+a right one, sometimes a part of it. Prompts carry their entry as columns, so the reward needs nothing else. The package
+is optional (extra `align`) and imported on use. It knows no model and no template: answers come without either.
 Source: reasoning-gym 0.1.25.
 """
 
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from kitout.align.config.gym_name import GYM, OWN_SETTINGS, parse_gym
 from kitout.align.rewards.reward import AnswerBatch
-from kitout.errors import ConfigError, RewardError, suggest
+from kitout.errors import ConfigError, Errors, RewardError, suggest
 from kitout.install_hint import suggest_install
 
 ENTRY_KEYS = ("question", "answer", "metadata")
@@ -25,7 +26,9 @@ class GymReward:
     """The task's own judgment."""
 
     name: str
-    """`gym:NAME`."""
+    """`gym:TASK`, as messages have it."""
+    task: str
+    """Its name in reasoning-gym."""
     dataset: Any
     """The task, of any size and seed: it judges the entries of all."""
 
@@ -37,7 +40,7 @@ class GymReward:
         return [self._score(answers, index) for index in range(len(answers))]
 
     def _score(self, answers: AnswerBatch, index: int) -> float:
-        row, task = answers.rows[index], self.name.removeprefix("gym:")
+        row, task = answers.rows[index], self.task
         missing = [key for key in ENTRY_KEYS if key not in row]
         metadata = row.get("metadata")
         source = metadata.get("source_dataset", task) if isinstance(metadata, Mapping) else None
@@ -58,15 +61,17 @@ class GymReward:
 
 
 def open_gym_reward(text: str) -> GymReward:
-    """text: `gym:NAME`. RewardError where the package is not installed or has no such task."""
-    return GymReward(text, _create(text, 1, 0))
+    """text: `gym:NAME`, with the settings of its data. RewardError for a task or setting that is not there."""
+    name = parse_gym(text)
+    return GymReward(f"{GYM}{name.task}", name.task, _create(text, 1, 0))
 
 
 def gym_rows(text: str, size: int, seed: int) -> list[dict[str, Any]]:
     """`size` prompts of the task, the same for a seed: the entry's columns, and its question as `prompt`.
 
-    text: `gym:NAME`. Read as a table they are of the format `prompts`, whose rows keep all columns for the reward. Test
-    prompts take another seed than those trained on.
+    text: `gym:NAME`, with settings of the task or without. Read as a table they are of the format `prompts`, whose rows
+    keep all columns for the reward. Prompts to be held out are split off these: many tasks make entry i from seed + i,
+    so neighboring seeds have nearly the same entries.
     """
     if size < 1:
         raise ConfigError(f"{text}: size is {size}, expected at least 1 prompt")
@@ -75,7 +80,7 @@ def gym_rows(text: str, size: int, seed: int) -> list[dict[str, Any]]:
 
 
 def _create(text: str, size: int, seed: int) -> Any:
-    name = text.removeprefix("gym:")
+    name, settings = parse_gym(text).task, parse_gym(text).settings
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -83,7 +88,13 @@ def _create(text: str, size: int, seed: int) -> Any:
         raise RewardError(f"{text} needs reasoning-gym: {error}\n  {suggest_install(extra='align')}") from error
     if name not in DATASETS:
         raise RewardError(f"{text}: reasoning-gym has no task {name!r}; {suggest(name, sorted(DATASETS))}")
+    known = [one.name for one in fields(DATASETS[name][1]) if one.name not in OWN_SETTINGS]
+    errors = Errors(RewardError, text)
+    for unknown in settings.keys() - set(known):
+        errors.add(f"the task has no setting {unknown!r}; {suggest(unknown, known)}")
+    errors.raise_if_any()
     try:
-        return reasoning_gym.create_dataset(name, size=size, seed=seed)
+        return reasoning_gym.create_dataset(name, size=size, seed=seed, **settings)
     except Exception as error:  # whatever the task asks for
-        raise RewardError(f"{text} cannot be made from its name alone: {type(error).__name__}: {error}") from error
+        what = "with these settings" if settings else "from its name alone"
+        raise RewardError(f"{text} cannot be made {what}: {type(error).__name__}: {error}") from error

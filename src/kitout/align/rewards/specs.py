@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from kitout.align.config.gym_name import is_gym, parse_gym
 from kitout.errors import ConfigError, Errors
 
 FORMS = "a reward adapter's folder, module:function or gym:NAME"
@@ -87,10 +88,11 @@ def _parse(text: str, stages: Collection[str], errors: Errors) -> RewardSpec | N
         errors.add(f"{text!r} is empty or has spaces around it: write {FORMS}")
     elif text in stages:
         return RewardSpec("stage", text, text)
-    elif text.startswith("gym:"):
-        if re.fullmatch(r"\w+", text.removeprefix("gym:")):
-            return RewardSpec("gym", text, text)
-        errors.add(f"{text!r} names no task of reasoning-gym: write as in gym:chain_sum")
+    elif is_gym(text):
+        try:
+            return RewardSpec("gym", text, f"gym:{parse_gym(text).task}")
+        except ConfigError as error:
+            errors.add(str(error))
     elif file := _FILE.fullmatch(text):
         path = Path(file["path"])
         errors.add(f"{text!r} is a file: write the module's name as Python imports it, {path.name}:{file['function']}")

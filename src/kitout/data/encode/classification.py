@@ -59,7 +59,9 @@ class _LabelEncoder:
             self.tokenizer, [e.text for e in labeled], [e.text_pair for e in labeled], self.max_length
         )
         return [
-            EncodedExample(ids, label=value, reference=e.answer_text(), num_truncated=cut, location=e.location)
+            EncodedExample(
+                ids, label=value, reference=e.answer_text(), num_truncated=cut, location=e.location, group=e.group
+            )
             for e, value, (ids, cut) in zip(labeled, values, encoded, strict=True)
         ]
 
@@ -156,6 +158,7 @@ class TokenClassEncoder:
                     num_truncated_targets=num_words - len(first_tokens),
                     location=example.location,
                     remarks=(WORDS_WITHOUT_TOKENS,) if num_words < len(words) else (),
+                    group=example.group,
                 )
             )
         return encoded

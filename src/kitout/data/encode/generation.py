@@ -49,10 +49,11 @@ class CausalEncoder:
     def __call__(self, examples: Sequence[Example]) -> list[EncodedExample]:
         texts_of_examples = encode_each(examples, self.to_spans)
         texts = [text for some in texts_of_examples for text in some]
-        is_plain = [isinstance(e, Text) for e, some in zip(examples, texts_of_examples, strict=True) for _ in some]
+        owners = [e for e, some in zip(examples, texts_of_examples, strict=True) for _ in some]
         encoded: list[EncodedExample] = []
-        for untruncated, plain in zip(self.span_tokenizer.encode(texts), is_plain, strict=True):
-            if plain:
+        for item, owner in zip(self.span_tokenizer.encode(texts), owners, strict=True):
+            untruncated = replace(item, group=owner.group) if owner.group else item
+            if isinstance(owner, Text):
                 encoded += self._split_blocks(untruncated)
             else:
                 encoded.append(truncate(untruncated, self.max_length, self.num_front_tokens(untruncated)))
@@ -132,6 +133,7 @@ class Seq2SeqEncoder:
                 num_truncated_targets=cut_targets,
                 location=e.location,
                 remarks=left_out + span_tokenizer.remarks_on_targets(target, answer),
+                group=e.group,
             )
             for e, left_out, answer, (ids, cut), (target, cut_targets) in zip(
                 examples, remarks, answers, sources, targets, strict=True

@@ -40,6 +40,8 @@ class EncodedExample:
     """Where it was read, for messages."""
     remarks: tuple[str, ...] = ()
     """What of the example the model does not see or is not trained on as the data have it: one phrase each."""
+    group: str = ""
+    """As in `Example`."""
 
     @property
     def length(self) -> int:
@@ -167,7 +169,7 @@ AnyItem: TypeAlias = EncodedExample | EncodedPair | EncodedUnpaired | EncodedPro
 
 
 def digest(items: Iterable[AnyItem]) -> str:
-    """A fingerprint of the items in their order; where they were read and remarks do not count."""
+    """A fingerprint of the items in their order; where they were read, remarks and groups do not count."""
     sha256 = hashlib.sha256()
     for item in items:
         sha256.update(repr(_content(item)).encode())

@@ -32,6 +32,8 @@ class Example(ABC):
     """Which source of a mixture it came from."""
     remarks: tuple[str, ...] = field(default=(), compare=False)
     """What was changed or assumed when it was read, for the pre-flight: one phrase each."""
+    group: str = field(default="", compare=False)
+    """The same for examples that are about one thing and so not independent; empty: it stands for itself."""
 
     @abstractmethod
     def source_text(self) -> str:

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from kitout.data.examples.column_hints import naming_line
-from kitout.data.examples.examples import Example
+from kitout.data.examples.examples import Example, cell_to_text
 from kitout.data.examples.format_table import FORMATS, KINDS, Format
 from kitout.data.examples.preferences import Prompt
 from kitout.data.examples.system_prompt import with_system_prompt
@@ -53,6 +53,8 @@ class TableReading:
     """Whether the labels are numbers with decimal commas."""
     note: str = ""
     """What was found out about the file itself, in words."""
+    group: str | None = None
+    """The column whose value says which rows are about one thing; None: each row stands for itself."""
 
     def to_example(self, row: Row) -> Example:
         """Raises DataError with the line and the reason."""
@@ -67,6 +69,8 @@ class TableReading:
             example = self.format.to_example({role: nan_to_none(value) for role, value in row_fields.items()})
             if self.system_prompt:
                 example = with_system_prompt(example, self.system_prompt)
+            if self.group is not None:
+                example = replace(example, group=_group_of(cells, self.group))
             if isinstance(example, Prompt) and self.format.keeps_row:
                 example = replace(example, row=dict(cells))
         except DataError as error:
@@ -175,6 +179,13 @@ def _without(matches: Mapping[str, dict[str, str]], name: str) -> dict[str, dict
     return {other: match for other, match in matches.items() if other != name}
 
 
+def _group_of(cells: Mapping[str, Any], column: str) -> str:
+    value = nan_to_none(cells.get(column))
+    if value is None or not str(value).strip():
+        raise DataError(f"{column!r} is empty, which says the group of the row")
+    return cell_to_text(value)
+
+
 def _are_decimal_commas(labels: Sequence[Any]) -> bool:
     """Whether all labels are numbers as text and some have a comma that cannot separate thousands."""
     texts = [label.strip() for label in labels if isinstance(label, str) and label.strip()]
@@ -189,7 +200,8 @@ def _with_decimal_point(label: Any) -> Any:
     return label.replace(".", "").replace(",", ".") if is_number else label
 
 
-def _shown(columns: Sequence[str]) -> str:
+def shown(columns: Sequence[str]) -> str:
+    """Names of columns for a message, the first of many."""
     shown = ", ".join(column[:80] for column in columns[:MAX_SHOWN_COLUMNS])
     return shown + (f", ... ({len(columns):,} in all)" if columns[MAX_SHOWN_COLUMNS:] else "")
 
@@ -207,7 +219,7 @@ def _candidate_formats(
     kinds: Collection[str] | None,
 ) -> list[Format]:
     """The formats that are compatible with what was requested."""
-    errors = Errors(DataError, f"{source} (columns: {_shown(present)})")
+    errors = Errors(DataError, f"{source} (columns: {shown(present)})")
     if format is not None and format not in FORMATS:
         errors.add(f"there is no format {format!r}; {suggest(format, FORMATS, max_shown=len(FORMATS))}")
     candidates = [each for each in FORMATS.values() if format is not None and format in (each.name, each.variant_of)]
@@ -248,7 +260,7 @@ def _ambiguity_message(
     source: str, rows: Sequence[Row], present: Sequence[str], matches: Sequence[str], candidates: Sequence[Format],
     requested: str | None,
 ) -> str:  # fmt: skip
-    columns = f"{source} has the columns: {_shown(present)}"
+    columns = f"{source} has the columns: {shown(present)}"
     if matches:
         return (
             f"{columns}\n  they can be read as {' or as '.join(matches)}\n  choose one, e.g. "

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 from kitout.data.examples.examples import Example
 from kitout.data.examples.formats import HEAD_ROWS, TableReading, detect
+from kitout.data.examples.row_groups import detect_grouped
 from kitout.data.read import tables
 from kitout.data.read.csv_dialect import separator_note
 from kitout.data.read.hub import HubTable, open_hub_tables
@@ -103,6 +104,7 @@ def load_examples(
     tick: tables.Tick | None = None,
     sample: RowSample | None = None,
     kinds: Collection[str] | None = None,
+    group: str | None = None,
 ) -> LoadedExamples:
     """Every example of a source. limit: at most so many of each split, sampled by the seed, in their order.
 
@@ -110,7 +112,7 @@ def load_examples(
     `tables.counted`. sample: draws the rows of each table that become examples; None: all do.
 
     source: a path or hub name, a list of them, or {"train": ..., "validation": ..., "test": ...}. format, columns,
-    system_prompt, kinds: see `formats.detect`.
+    system_prompt, kinds: see `formats.detect`. group: see `row_groups.detect_grouped`.
     """
     splits: dict[str, list[Example]] = {}
     readings = []
@@ -128,7 +130,10 @@ def load_examples(
             if sample is not None and sample.note:
                 notes.append(f"{table.source}: {sample.note}")
                 memory += scale * sum(map(size_in_memory, rows))
-            reading = detect(rows, table.source, format, columns, system_prompt, table.note, kinds)
+            reading = detect_grouped(
+                rows, table.source, group, format=format, columns=columns, system_prompt=system_prompt,
+                note=table.note, kinds=kinds,
+            )  # fmt: skip
             readings.append(reading)
             examples = reading.to_examples(tables.counted(rows, tick, f"converting {table.source}"), skipped)
             check_few_skipped(skipped or (), len(examples), table.source)

@@ -63,7 +63,7 @@ def text_likelihoods(
 
     def ask(batch: list[Prompted]) -> list[list[tuple[float, float]]]:
         """By window and route: its log-likelihood and its divergence."""
-        base: list[ScoredLogits] = []
+        base: list[ScoredLogits] = []  # of the last run: a batch may be asked more than once
 
         def run(routes: Sequence[RouteEntry]) -> list[list[tuple[float, float]]]:
             rows = [(route, item) for route in routes for item in batch]
@@ -72,7 +72,7 @@ def text_likelihoods(
             moved = [0.0] * len(rows)
             if divergence:
                 parts = scored.parts(len(routes))
-                base.extend(part for part, route in zip(parts, routes, strict=True) if route is None)
+                base[:] = [part for part, route in zip(parts, routes, strict=True) if route is None] or base
                 values = torch.cat([token_divergence(base[0], part) for part in parts])
                 moved = row_totals(values, scored.rows, len(rows))
             pairs = list(zip(log_likelihoods, moved, strict=True))

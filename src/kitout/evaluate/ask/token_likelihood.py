@@ -20,6 +20,7 @@ from torch import Tensor
 from kitout.data.by_row import sum_by_row
 from kitout.data.padding import pad
 from kitout.errors import ConfigError, RouteError
+from kitout.evaluate.ask import joined_rows
 from kitout.evaluate.ask.batches import num_alike
 from kitout.evaluate.ask.cache_rows import can_select_rows, can_share_prompts, select_rows
 from kitout.evaluate.ask.text_limit import has_virtual_tokens
@@ -30,9 +31,6 @@ BATCH_TOKENS = 2048  # of one forward, its padding included
 BATCH_LOGIT_BYTES = 512 * 2**20  # of one forward, in float32: a large vocabulary makes batches smaller
 CACHE_TOKENS = 4 * BATCH_TOKENS  # whose keys a group of answers holds
 CHUNK_BYTES = 64 * 2**20  # of float32 logits that are normalized at a time
-# Routes share a batch, as rows, up to this many tokens of each: 8 LoRAs took 0.48 of separate passes at 16 tokens, 0.79
-# to 0.90 at 64, 0.97 at 96, 1.0 at 128 (10 layers of SmolLM2's shape, fp32, one thread).
-JOINED_TOKENS = 64
 
 T = TypeVar("T")
 
@@ -129,26 +127,40 @@ class TokenScorer:
     def under_each(self, num_tokens: int, run: Callable[[Sequence[RouteEntry]], list[T]]) -> list[T]:
         """What `run` gives for each route, in order; it is called with several that share a batch, or with one.
 
-        num_tokens: of the batch under one of them.
+        num_tokens: of the batch under one of them. Where it is not known yet which is faster, `run` is called in both
+        ways first (`joined_rows`).
         """
         routes = self.routes
         together: list[tuple[int, ...]] = [(i,) for i in range(len(routes))]
-        if self.can_join and len(routes) > 1 and num_tokens <= JOINED_TOKENS:
+        if self.can_join and len(routes) > 1 and self._fits(num_tokens):
             # Rows without virtual tokens would count their positions from the left edge of a padded batch.
             kinds = [self._has_virtual_tokens(route) for route in routes]
             together = [tuple(i for i, k in enumerate(kinds) if k == kind) for kind in dict.fromkeys(kinds)]
         found: dict[int, T] = {}
         for group in together:
-            found |= zip(group, self._run_together([routes[i] for i in group], run), strict=True)
+            found |= zip(group, self._run_together([routes[i] for i in group], num_tokens, run), strict=True)
         return [found[i] for i in range(len(routes))]
 
-    def _run_together(self, routes: Sequence[RouteEntry], run: Callable[[Sequence[RouteEntry]], list[T]]) -> list[T]:
-        if len(routes) > 1:
-            try:
-                return run(routes)
-            except RouteError:  # what these adapters train cannot differ by row
-                self.can_join = False
-        return [result for route in routes for result in run([route])]
+    def _fits(self, num_tokens: int) -> bool:
+        """Whether rows of all routes are no more than a batch has."""
+        return num_tokens * len(self.routes) <= max(self.batch_tokens, joined_rows.SURE_TOKENS * len(self.routes))
+
+    def _run_together(
+        self, routes: Sequence[RouteEntry], num_tokens: int, run: Callable[[Sequence[RouteEntry]], list[T]]
+    ) -> list[T]:
+        def apart() -> list[T]:
+            return [result for route in routes for result in run([route])]
+
+        if len(routes) < 2:
+            return apart()
+        try:
+            joined = joined_rows.joins(self.kit, tuple(routes), num_tokens)
+            if joined is None:
+                joined = joined_rows.try_both(self.kit, tuple(routes), num_tokens, lambda: run(routes), apart)
+            return run(routes) if joined else apart()
+        except RouteError:  # what these adapters train cannot differ by row
+            self.can_join = False
+        return apart()
 
     def _has_virtual_tokens(self, route: RouteEntry) -> bool:
         with self.kit.use(route):

@@ -8,6 +8,7 @@ the labels that occur in the references or the predictions, as scikit-learn has 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,22 @@ def class_metrics(predictions: NDArray[np.intp], references: NDArray[np.intp], n
     def balanced(weights: Weights) -> float:
         return nan_mean(_divide(total(references, weights * correct), total(references, weights)))
 
+    ones = np.ones(len(references))
+    hits, num_actual = total(references, ones * correct), total(references, ones)
+    num_both = num_actual + total(predictions[has_class], ones[has_class])
+
+    def macro_influence() -> NDArray[np.float64]:
+        """Of 2 hits / both, the mean over classes: an example is in the sums of its class and of the predicted one."""
+        f1 = _zero_divide(2 * hits, num_both)
+        moved = (2 * correct - f1[references]) / num_both[references]
+        moved[has_class] -= _zero_divide(f1, num_both)[predictions[has_class]]
+        return np.asarray(moved / np.count_nonzero(num_both))
+
+    def balanced_influence() -> NDArray[np.float64]:
+        recall = _zero_divide(hits, num_actual)
+        moved = (correct - recall[references]) / num_actual[references]
+        return np.asarray(moved / np.count_nonzero(num_actual))
+
     shifted = predictions + 1  # no class is one of its own, which no reference has
 
     def matthews(weights: Weights) -> float:
@@ -58,8 +75,8 @@ def class_metrics(predictions: NDArray[np.intp], references: NDArray[np.intp], n
     n = len(references)
     return {
         "accuracy": proportion(correct),
-        "macro_f1": Measure(macro, n),
-        "balanced_accuracy": Measure(balanced, n),
+        "macro_f1": Measure(macro, n, influence_fn=macro_influence),
+        "balanced_accuracy": Measure(balanced, n, influence_fn=balanced_influence),
         "mcc": Measure(matthews, n, is_fraction=False),
     }
 
@@ -81,9 +98,16 @@ def multilabel_metrics(
         hits, num_predicted, num_actual = np.split(totals, 3)
         return safe_divide(2 * hits.sum(), num_predicted.sum() + num_actual.sum())
 
+    def macro_influence() -> NDArray[np.float64]:
+        both = (predicted + actual).sum(axis=0)
+        f1 = _zero_divide(2 * (predicted * actual).sum(axis=0), both)
+        moved = _zero_divide(2 * predicted * actual - f1 * (predicted + actual), np.broadcast_to(both, predicted.shape))
+        return np.asarray(moved.sum(axis=1) / max(1, np.count_nonzero(both)))
+
+    macro = from_sums(sums, lambda totals: _macro_f1(*np.split(totals, 3)))
     return {
         "micro_f1": from_sums(sums, micro, ratio=micro_ratio),
-        "macro_f1": from_sums(sums, lambda totals: _macro_f1(*np.split(totals, 3))),
+        "macro_f1": replace(macro, influence_fn=macro_influence),
         "exact_match": proportion((predicted == actual).all(axis=1)),
     }
 
@@ -101,6 +125,11 @@ def _check_multilabel(name: str, rows: Sequence[Sequence[float]]) -> NDArray[np.
 
 def _macro_f1(hits: NDArray[np.float64], num_predicted: NDArray[np.float64], num_actual: NDArray[np.float64]) -> float:
     return nan_mean(_divide(2 * hits, num_predicted + num_actual))
+
+
+def _zero_divide(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> NDArray[np.float64]:
+    """numerator / denominator; 0 where the denominator is 0."""
+    return np.divide(numerator, denominator, out=np.zeros(np.shape(numerator)), where=denominator > 0)
 
 
 def _divide(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> NDArray[np.float64]:

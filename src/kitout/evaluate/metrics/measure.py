@@ -44,6 +44,13 @@ class Score:
     """A fraction between 0 and 1, printed in percent. (The name is a key of results.json.)"""
     note: str = ""
     """What was measured by what, where that depends on the data: "by character". Reports show it behind the name."""
+    num_groups: int | None = None
+    """Groups that the examples are in, where whole groups were resampled."""
+
+    @property
+    def size(self) -> str:
+        """600 test examples in 50 groups"""
+        return size_text(self.n, self.num_groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +73,8 @@ class Measure:
     """The group of each example, from 0, where examples of a group are not independent (questions about one text)."""
     note: str = ""
     """As in `Score`."""
+    influence_fn: Callable[[], NDArray[np.float64]] | None = None
+    """[n]: how far each example moves the value, linearized, where the metric is a mean of such ratios (macro-F1)."""
 
     @property
     def value(self) -> float:
@@ -79,7 +88,12 @@ class Measure:
         """The value with its interval."""
         value = self.value
         low, high = self._interval(value, seed)
-        return Score(value, low, high, self.n, self.higher_is_better, self.is_fraction, self.note)
+        return Score(value, low, high, self.n, self.higher_is_better, self.is_fraction, self.note, self.num_groups)
+
+    @property
+    def num_groups(self) -> int | None:
+        """Groups of the examples; None: each stands for itself."""
+        return None if self.groups is None else int(self.groups.max()) + 1
 
     def _interval(self, value: float, seed: int) -> tuple[float, float]:
         if self.correct is not None and self.groups is None:
@@ -91,9 +105,14 @@ class Measure:
                 else ratio_interval(self.ratio, self.groups, seed)
             )
         if self.is_fraction and value in (0.0, 1.0):  # all resamples are equal: an interval of width 0
-            units = self.n if self.groups is None else int(self.groups.max()) + 1
+            units = self.num_groups or self.n
             return wilson_interval(round(value * units), units)
         return bootstrap_interval(self.value_fn, self.n, seed, groups=self.groups)
+
+
+def size_text(n: int, num_groups: int | None = None) -> str:
+    """600 test examples in 50 groups"""
+    return f"{n:,} test example{'s' if n > 1 else ''}{f' in {num_groups:,} groups' if num_groups else ''}"
 
 
 def number_groups(groups: Sequence[Hashable] | NDArray[Any], n: int) -> Groups:

@@ -40,6 +40,8 @@ class AdapterRow:
     """Processor time of the same, summed over all threads."""
     memory: int
     """Bytes that it takes in training besides the base: parameters, gradients and the optimizer's state."""
+    tokens: int | None = None
+    """Tokens without padding (or images) that it was trained on, repeats counted; None: they were not kept."""
 
     @property
     def title(self) -> str:

@@ -65,6 +65,11 @@ class EvaluationSet(Protocol):
         """Of everything that its answers depend on, besides the model."""
         ...
 
+    @property
+    def shares_batches(self) -> bool:
+        """Whether several routes are asked in the same batches, which is faster than one after the other."""
+        ...
+
     def __len__(self) -> int:
         """Examples."""
         ...
@@ -82,9 +87,19 @@ class EvaluationSet(Protocol):
         ...
 
 
-def grouped(measures: Mapping[str, Measure], groups: Sequence[str]) -> dict[str, Measure]:
-    """The measures with their examples in groups; as they are where there are none."""
-    return {name: measure.grouped(groups) if groups else measure for name, measure in measures.items()}
+def grouped(
+    measures: Mapping[str, Measure], groups: Sequence[str], answered: Sequence[str] = ()
+) -> dict[str, Measure]:  # fmt: skip
+    """The measures with their examples in groups; as they are where there are none.
+
+    answered: the groups of those examples alone that an answer was generated for, the first of them.
+    """
+    if not groups:
+        return dict(measures)
+    return {
+        name: measure.grouped(groups if measure.n == len(groups) else answered[: measure.n])
+        for name, measure in measures.items()
+    }
 
 
 def sample(items: Sequence[T], number: int | None, seed: int) -> list[T]:

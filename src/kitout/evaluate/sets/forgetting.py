@@ -19,6 +19,7 @@ from kitout.evaluate.significance.seeds import LEVEL
 from kitout.format import align_columns, format_number
 
 SHARE_MARGIN, BITS_MARGIN = 0.02, 0.02
+SMALLEST = "smallest shown"  # the smallest difference that the set shows with a power of 80 %
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def forgetting_to_dict(changes: Sequence[SetChange]) -> dict[str, Any]:
                 "difference": one.change.difference,
                 "low": one.change.low,
                 "high": one.change.high,
+                "smallest": None if one.change.smallest is None else one.change.smallest.value,
                 "n": one.change.base.n,
                 "p_value": one.p_value,
                 "adjusted": one.adjusted,
@@ -93,7 +95,8 @@ def forgetting_to_dict(changes: Sequence[SetChange]) -> dict[str, Any]:
 
 def forgetting_rows(changes: Sequence[SetChange]) -> list[tuple[str, ...]]:
     """A table, its head first."""
-    rows: list[tuple[str, ...]] = [("set", "metric", "base", "adapter", "change (95 %)", "p (Holm)", "KL", "verdict")]
+    head = ("set", "metric", "base", "adapter", "change (95 %)", SMALLEST, "p (Holm)", "KL", "verdict")
+    rows: list[tuple[str, ...]] = [head]
     for one in changes:
         change, kl = one.change, "" if one.divergence is None else format_number(one.divergence)
         interval = f"{change.format_value(change.low, True)} to {change.format_value(change.high, True)}"
@@ -104,6 +107,7 @@ def forgetting_rows(changes: Sequence[SetChange]) -> list[tuple[str, ...]]:
                 change.format_value(change.base.value),
                 change.format_value(change.tuned.value),
                 f"{change.format_value(change.difference, True)} ({interval})",
+                "" if change.smallest is None else change.format_value(change.smallest.value),
                 f"{one.adjusted:.2g}",
                 kl,
                 one.verdict,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from kitout.evaluate.ask.batches import ProgressFn
@@ -17,6 +18,8 @@ from kitout.evaluate.metrics.registry import metric_title
 from kitout.evaluate.sets.base_answers import base_answers
 from kitout.evaluate.sets.evaluation_set import Asked, EvaluationSet
 from kitout.evaluate.sets.forgetting import SetChange, set_changes
+from kitout.evaluate.sets.kept_answers import route_answers
+from kitout.evaluate.significance.power import smallest_lines
 from kitout.format import align_columns
 from kitout.route import RouteEntry, adapter_names
 
@@ -52,7 +55,15 @@ class SetOutcome:
                 for name, measures in self.measures.items()
             },
             "differences": {
-                name: {c.name: {"difference": c.difference, "low": c.low, "high": c.high} for c in changes}
+                name: {
+                    c.name: {
+                        "difference": c.difference,
+                        "low": c.low,
+                        "high": c.high,
+                        "smallest": None if c.smallest is None else c.smallest.value,
+                    }
+                    for c in changes
+                }
                 for name, changes in self.changes.items()
             },
         }
@@ -65,7 +76,10 @@ class SetOutcome:
     def rows(self) -> list[tuple[str, ...]]:
         """A table of every metric with its interval, its head first."""
         names = list(dict.fromkeys(metric for measures in self.measures.values() for metric in measures))
-        rows: list[tuple[str, ...]] = [("", *(metric_title(name) for name in names))]
+        notes = {
+            metric: one.note for measures in self.measures.values() for metric, one in measures.items() if one.note
+        }
+        rows: list[tuple[str, ...]] = [("", *(metric_title(name, notes.get(name, "")) for name in names))]
         for adapter, measures in self.measures.items():
             cells = []
             for name in names:
@@ -80,8 +94,11 @@ class SetOutcome:
         return rows
 
     def verdicts(self) -> list[str]:
-        """A sentence for each adapter: its headline metric against the baseline."""
-        return [f"{name}: {changes[0].title} {changes[0].verdict}" for name, changes in self.changes.items() if changes]
+        """A sentence for each adapter: its headline metric against the baseline; and what the examples can show."""
+        said = [f"{name}: {changes[0].title} {changes[0].verdict}" for name, changes in self.changes.items() if changes]
+        return [*said, *smallest_lines([
+            (c.title, c.smallest) for changes in self.changes.values() for c in changes if c.smallest is not None
+        ])]  # fmt: skip
 
     def __str__(self) -> str:
         return "\n".join([self.title, *align_columns(self.rows()), *self.verdicts()])
@@ -89,9 +106,14 @@ class SetOutcome:
 
 def measure_set(
     asked: Asked, what: EvaluationSet, routes: Mapping[str, RouteEntry], seed: int = 0, keep_base: bool = True,
-    on_progress: SetProgressFn | None = None,
+    on_progress: SetProgressFn | None = None, folder: Path | None = None,
+    log: Callable[[str], None] = lambda _line: None,
 ) -> SetOutcome:  # fmt: skip
-    """One set, of the base and under every route. keep_base: the base's answers are kept, and taken if they are."""
+    """One set, of the base and under every route. keep_base: the base's answers are kept, and taken if they are.
+
+    folder: where the answers under each route are kept, and taken from if they are; None: nowhere. log: gets a line
+    about those that are.
+    """
     report: ProgressFn | None = (
         None
         if on_progress is None
@@ -105,7 +127,7 @@ def measure_set(
     constant = what.constant() if has_heads else None
     baseline, of_base = constant or (BASE, base_answers(asked, what, report, keep_base))
     measures = {baseline: what.measures(of_base)}
-    answers = what.ask(asked, list(routes.values()), report) if routes else []
+    answers = route_answers(asked, what, routes, folder, report, log)
     measures |= {name: what.measures(one) for name, one in zip(routes, answers, strict=True)}
     changes = {
         name: compare(measures[baseline], measures[name], seed=seed, baseline=baseline).changes for name in routes

@@ -31,6 +31,7 @@ class TextSet:
     groups: tuple[str, ...] = ()
     """Of each, where several are about one thing; empty: every one stands for itself."""
     kind: ClassVar[str] = "text"
+    shares_batches: ClassVar[bool] = True
 
     @property
     def digest(self) -> str:

@@ -67,11 +67,13 @@ class MetricByMethod:
     """Of the methods against each other."""
     note: str = ""
     """Who is not in the ranking, or why there is none."""
+    measured: str = ""
+    """How the metric was measured, where that is not the usual way: "by character"."""
 
     @property
     def title(self) -> str:
         """The metric's name for readers."""
-        return metric_title(self.metric) + (" %" if self.share else "")
+        return metric_title(self.metric, self.measured) + (" %" if self.share else "")
 
     @property
     def letters(self) -> dict[str, str]:
@@ -124,15 +126,15 @@ class MetricByMethod:
 
 def compare_by_method(
     metric: str, seeds: Mapping[str, Sequence[SeedScore]], scores: Mapping[str, Sequence[ExampleScores]],
-    *, share: bool, baseline: str, why_not: str = "",
+    *, share: bool, baseline: str, why_not: str = "", measured: str = "",
 ) -> MetricByMethod:  # fmt: skip
     """seeds: by method. scores: of the same, as many; empty where the metric has none of single examples.
 
-    why_not: why methods are not compared at all.
+    why_not: why methods are not compared at all. measured: how the metric was measured (`Score.note`).
     """
     ranking, note = (None, why_not) if why_not else rank_scores(scores)
     methods = tuple(MethodScore(name, fmean(one.value for one in own), tuple(own)) for name, own in seeds.items())
-    return MetricByMethod(metric, share, baseline, methods, ranking, note)
+    return MetricByMethod(metric, share, baseline, methods, ranking, note, measured)
 
 
 def rank_scores(scores: Mapping[str, Sequence[ExampleScores]]) -> tuple[MethodRanking | None, str]:
@@ -140,7 +142,7 @@ def rank_scores(scores: Mapping[str, Sequence[ExampleScores]]) -> tuple[MethodRa
     if len(scores) < 2:
         return None, ""
     if not all(len(own) for own in scores.values()):
-        return None, "no verdict: this metric is no mean over examples, so there is no test of it"
+        return None, "no verdict: this metric is no mean over examples, nor of such means, so there is no test of it"
     finite = {name: own for name, own in scores.items() if all(one.is_finite for one in own)}
     left_out = [f"{name} has values that are not finite" for name in scores if name not in finite]
     enough = {name: own for name, own in finite.items() if len(own) >= MIN_SEEDS}
@@ -152,9 +154,15 @@ def rank_scores(scores: Mapping[str, Sequence[ExampleScores]]) -> tuple[MethodRa
     every = [one for own in ranked.values() for one in own]
     if len({one.n for one in every}) > 1:
         return None, f"no verdict: {', '.join(sorted({f'{one.n:,}' for one in every}))} examples have this metric"
-    is_mean, first = all(one.is_mean for one in every), every[0]
+    groups = [one.groups for one in every if one.groups is not None]
+    if any((own != groups[0]).any() for own in groups):
+        return None, "no verdict: the same examples are in different groups"
+    is_mean, first = all(one.is_mean and not one.is_linearized for one in every), every[0]
     table = {name: np.stack([one.per_example for one in own]) for name, own in ranked.items()}
-    ranking = rank_methods(table, higher_is_better=first.higher_is_better, share=first.share and is_mean)
+    ranking = rank_methods(
+        table, groups=groups[0] if groups else None, higher_is_better=first.higher_is_better,
+        share=first.share and is_mean,
+    )  # fmt: skip
     if first.share and not is_mean:  # linearized scores may lie outside 0 and 1; their means do not
         ranking = replace(
             ranking, pairs=tuple(replace(pair, share=True) for pair in ranking.pairs),

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kitout.errors import ConfigError, suggest
-from kitout.evaluate.metrics.measure import format_value
+from kitout.evaluate.metrics.measure import format_value, size_text
 from kitout.evaluate.significance.power import SmallestDifference
 from kitout.evaluate.significance.seeds import MIN_SEEDS, MethodDifference, check_scores, compare_methods
 
@@ -87,8 +87,9 @@ class MethodRanking:
         shown = f"smallest difference that one pair can show (80 % power): {self.smallest.text}"
         if not self.has_verdict:
             return f"no ranking: {size}, and {MIN_SEEDS} of every method are needed, because seeds differ too; {shown}"
+        examples = size_text(first.n, first.num_groups)
         return (
-            f"methods that share a letter do not differ significantly ({size} of each, {first.n:,} test examples, "
+            f"methods that share a letter do not differ significantly ({size} of each, {examples}, "
             f"Holm over {len(self.pairs)} pair{'s' if len(self.pairs) > 1 else ''}); {shown}"
         )
 

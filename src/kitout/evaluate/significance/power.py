@@ -40,6 +40,18 @@ class SmallestDifference:
         return f"{self.amount} on {self.n:,} test example{'s' if self.n > 1 else ''}"
 
 
+def smallest_lines(found: Sequence[tuple[str, SmallestDifference]]) -> list[str]:
+    """For below a table of several models: of each metric the largest of these. A line for each number of examples."""
+    largest: dict[tuple[int, str], SmallestDifference] = {}
+    for name, one in found:
+        known = largest.get((one.n, name))
+        if math.isfinite(one.value) and (known is None or one.value > known.value):
+            largest[one.n, name] = one
+    sizes = dict.fromkeys(n for n, _ in largest)
+    lines = [smallest_text([(name, one) for (n, name), one in largest.items() if n == size]) for size in sizes]
+    return [line for line in lines if line]
+
+
 def smallest_text(found: Sequence[tuple[str, SmallestDifference]]) -> str:
     """One line for below a table. found: the name of each metric, and its difference, all of the same examples."""
     found = [(name, one) for name, one in found if math.isfinite(one.value) and one.value > 0]

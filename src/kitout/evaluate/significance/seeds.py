@@ -19,7 +19,15 @@ from numpy.typing import ArrayLike, NDArray
 from kitout.errors import ConfigError
 from kitout.evaluate.intervals.distributions import t_p_value, t_quantile
 from kitout.evaluate.intervals.ratio import Groups, Ratio, standard_error
-from kitout.evaluate.metrics.measure import Measure, format_value, mean, number_groups, proportion, score_difference
+from kitout.evaluate.metrics.measure import (
+    Measure,
+    format_value,
+    mean,
+    number_groups,
+    proportion,
+    score_difference,
+    size_text,
+)
 from kitout.evaluate.significance.power import SmallestDifference, smallest_difference
 
 MIN_SEEDS = 3  # of each method, for a verdict
@@ -58,6 +66,8 @@ class MethodDifference:
     """False for a loss or an error."""
     share: bool = True
     """A fraction, printed in percent."""
+    num_groups: int | None = None
+    """Groups that the examples are in, where whole groups were resampled."""
 
     @property
     def is_better(self) -> bool | None:
@@ -87,7 +97,7 @@ class MethodDifference:
         low, high = (format_value(end, self.share, sign=True) for end in (self.low, self.high))
         seeds = " and ".join(str(s) for s in dict.fromkeys(self.num_seeds))
         plural = "" if self.num_seeds == (1, 1) else "s"
-        size = f"{seeds} seed{plural}, {self.n:,} test example{'s' if self.n > 1 else ''}"
+        size = f"{seeds} seed{plural}, {size_text(self.n, self.num_groups)}"
         if self.p_value is None:
             return (
                 f"no verdict against {self.other}: {format_value(self.difference, self.share, sign=True)}{unit} "
@@ -137,7 +147,7 @@ def compare_methods(
         _, low, high = score_difference(measures[0], measures[1], seed)
     return MethodDifference(
         names[0], names[1], difference, low, high, p_value, p_value, 1, seeds, n, seed_error, example_error,
-        higher_is_better, share,
+        higher_is_better, share, None if numbers is None else int(numbers.max()) + 1,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def find_conflicts(config: RunConfig) -> list[str]:
 
 def conflicts_without_method(config: RunConfig) -> list[str]:
     """Those that need no method, and so no torch."""
-    return [*_training_conflicts(config), *_image_conflicts(config)]
+    return [*_training_conflicts(config), *_image_conflicts(config), *_group_conflicts(config)]
 
 
 def find_unused(config: RunConfig) -> Iterator[str]:
@@ -87,6 +87,14 @@ def _method_conflicts(config: RunConfig) -> Iterator[str]:
                 f"train.packing puts several examples in one row, where method={name} has one place for its virtual "
                 "tokens"
             )
+
+
+def _group_conflicts(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if data.group is not None and data.streaming:
+        yield f"data.group={data.group} keeps groups in one split, which a stream cannot: leave data.streaming out"
+    if data.group is not None and config.objective in TASKS and TASKS[config.objective].reads_images:
+        yield f"data.group={data.group} is for rows of text, and images are not read in groups: leave it out"
 
 
 def _training_conflicts(config: RunConfig) -> Iterator[str]:

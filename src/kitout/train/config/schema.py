@@ -54,6 +54,9 @@ class DataConfig(ConfigSection):
     """The language of sources, by the tokenizer's code (eng_Latn), for translation; default: the tokenizer's own."""
     tgt_lang: str | None = None
     """The language of targets (deu_Latn): its code is written into each target, and generation starts with it."""
+    group: str | None = None
+    """A column whose value says which rows are about one thing, such as the passage of a question: they stay in one
+    split, and all intervals and verdicts resample them as a whole."""
     labels: tuple[str, ...] | None = None
     """The closed set of labels, in order; default: those of the train split."""
     max_length: int | None = Field(default=None, gt=1)

@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kitout.base import memory
+from kitout.data.encode.item import EncodedExample
+from kitout.errors import ConfigError
 from kitout.evaluate.compare import BASE, ComparedExample, Comparison, beside, compare, pick_examples, select
 from kitout.evaluate.metrics.confusion import Confusion, confusion_matrix
 from kitout.evaluate.metrics.language import LossSums
 from kitout.evaluate.metrics.measure import Measure, Score
 from kitout.evaluate.metrics.per_class import ClassScore, class_scores
+from kitout.evaluate.sets.evaluation_set import grouped
 from kitout.train.config.schema import EvaluateConfig
 from kitout.train.config.seeds import job_of
 from kitout.train.loop.jobs import Job
@@ -146,12 +149,13 @@ def evaluate_jobs(
             base_measures = compute_metrics(task, examples, base_predictions, references_of, _label_names(dataset))
             probed = predict_by_probe(run, job, dataset, examples) if task == "classification" else None
             if probed is not None:
-                probe = compute_metrics(job.objective.task, examples, probed, references_of)
+                probe = _in_groups(compute_metrics(job.objective.task, examples, probed, references_of), examples)
         else:
             key = _base_inputs_key(run, job, dataset)
             if key not in base_results:
                 base_results[key] = evaluate(run, job, examples, None, **how)
             base_measures, base_predictions = base_results[key]
+        measures, base_measures = (_in_groups(each, examples) for each in (measures, base_measures))
         shown = _compared_examples(run, job, dataset, examples, base_predictions, predictions, config)
         comparison = compare(base_measures, measures, shown, baseline=baseline, probe=probe)
         scores = {change.name: change.tuned for change in comparison.changes}
@@ -167,6 +171,28 @@ def evaluate_jobs(
     return outcomes
 
 
+def check_groups(run: PreparedRun, config: EvaluateConfig) -> None:
+    """Before training: ConfigError where the examples that are tested at the end are of one group (`data.group`)."""
+    for job, dataset in zip(run.jobs, run.datasets, strict=True):
+        groups = _groups_of(list(dataset.test)[: config.max_test_examples])
+        if groups and len(set(groups)) < 2:
+            raise ConfigError(
+                f"{job.name}: the {len(groups)} test examples are of one group ({groups[0]!r}), which gives no "
+                "interval: at least two groups are needed, so ask for more (data.test, evaluate.max_test_examples)"
+            )
+
+
+def _groups_of(examples: Sequence[Any]) -> list[str]:
+    """Of each example; empty where the data are not in groups."""
+    groups = [one.group for one in examples if isinstance(one, EncodedExample)]
+    return groups if any(groups) else []
+
+
+def _in_groups(measures: Mapping[str, Measure], examples: Sequence[Any]) -> dict[str, Measure]:
+    groups = _groups_of(examples)
+    return grouped(measures, groups, [one.group for one in examples if one.reference] if groups else ())
+
+
 def _by_class(
     task: str, dataset: Datasets, examples: Sequence[Any], predictions: Predictions
 ) -> tuple[list[ClassScore], Confusion | None]:  # fmt: skip
@@ -179,7 +205,7 @@ def _by_class(
         counted = (task, predictions.predictions, references, dataset.label_names)
     else:
         return [], None
-    return class_scores(*counted), confusion_matrix(*counted)
+    return class_scores(*counted, _groups_of(examples)), confusion_matrix(*counted)
 
 
 def _has_other_labels(run: PreparedRun, dataset: Datasets) -> bool:

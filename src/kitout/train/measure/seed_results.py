@@ -61,5 +61,6 @@ def metrics_by_method(run: PreparedRun, outcomes: Mapping[str, JobOutcome]) -> l
         found.append(compare_by_method(
             metric, seeds, scores, share=change.tuned.share, baseline=first.comparison.baseline,
             why_not="" if same_test else "no verdict: the jobs have different test examples",
+            measured=change.tuned.note,
         ))  # fmt: skip
     return found

@@ -97,6 +97,8 @@ class Task:
     """Which kinds of examples it takes (`KINDS` of `data.examples.format_table`)."""
     used_as: str = ""
     """The task that its adapters are used for, where that is another one; empty: its own."""
+    new_tokens: int = 0
+    """Tokens that are written behind each text in training, at most, for which there has to be room."""
 
     @property
     def reads_images(self) -> bool:

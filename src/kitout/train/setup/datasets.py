@@ -95,7 +95,7 @@ def load_text_datasets(
         tables = _tables_to_read(source, config, is_first=k == 0)
         loaded = load_examples(
             tables, *_reading_options(source), source.limit, config.seed, skipped is not None, progress, sample,
-            kinds,
+            kinds, config.group,
         )  # fmt: skip
         notes += (*map(str, loaded.readings), *loaded.sample_notes)
         readings += loaded.readings
@@ -304,6 +304,10 @@ def load_image_datasets(config: DataConfig, sample: RowSample | None = None) -> 
     """Images to classes; examples are rows of one set, whose splits share no image. sample: see `load_datasets`."""
     from kitout.data.read import image_folders
 
+    if config.group is not None:
+        raise ConfigError(
+            f"data.group={config.group} is for rows of text, and images are not read in groups: leave it out"
+        )
     if len(config.train) > 1:
         raise ConfigError("images come from one source: a folder of class folders, a table or an .npz")
     (source,) = config.train
