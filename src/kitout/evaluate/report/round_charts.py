@@ -113,6 +113,7 @@ def plot_rounds(rows: Sequence[MetricsRow]) -> bytes:
         ax.grid(alpha=0.25, linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         if len(panel.series) > 1:
             ax.legend(frameon=False, fontsize=8)
     return to_png(figure)
