@@ -39,6 +39,7 @@ class Panel:
 
 PANELS = {
     "kl_to_reference": ("KL to the reference (nats per answer)", 1.0),
+    "kl": ("penalty of the KL (nats per answer)", 1.0),
     "entropy": ("entropy (nats per token)", 1.0),
     "answer_tokens": ("length of answers (tokens)", 1.0),
     "ended": ("answers that end by themselves (%)", 100.0),
