@@ -42,6 +42,7 @@ def test_a_run_without_trouble_has_no_alarm(kind: str) -> None:
     ("name", "changed", "advice"),
     [
         ("kl", {"kl_to_reference": 40.0}, "raise loss.beta"),
+        ("kl", {"kl_to_reference": None, "kl": 40.0}, "raise loss.beta"),
         ("length", {"answer_tokens": 90.0}, "loss.variant=dr_grpo"),
         ("entropy", {"entropy": 0.05}, "lower train.lr"),
         ("spread", {"groups_without_spread": 0.95}, "rollout.samples"),

@@ -81,6 +81,7 @@ class AlarmWatch:
         target = (loss.kl_target if isinstance(loss, PPOLoss) else None) or USUAL_KL
         beta = getattr(loss, "beta", 0.0)
         kl, tokens, entropy = self._mean("kl_to_reference"), self._mean("answer_tokens"), self._mean("entropy")
+        kl = self._mean("kl") if math.isnan(kl) else kl  # what a penalty measures, where log-ratios are not taken
         first_tokens, first_entropy = self._start.get("answer_tokens", math.nan), self._start.get("entropy", math.nan)
         if kl > KL_FACTOR * target:
             advice = f"raise loss.beta ({format_number(beta)} now) or lower train.lr"

@@ -17,15 +17,17 @@ import torch
 
 from kitout.align.alarm_display import AlarmDisplay
 from kitout.align.alarms import AlarmWatch, find_alarms
-from kitout.align.answers_over_time import answers_section
 from kitout.align.completions_log import COMPLETIONS_FILE
 from kitout.align.config.kinds import KINDS, default_lr
 from kitout.align.config.losses import GRPOLoss, PPOLoss, RLOOLoss
 from kitout.align.config.schema import StageRun
 from kitout.align.measure.prompts import REWARD, judge, measure_policy
-from kitout.align.measure.round_pages import rounds_section
 from kitout.align.objectives.policy import PolicyObjective, SampledAnswer
 from kitout.align.objectives.value import ValueObjective
+from kitout.align.pages.answers_over_time import answers_section
+from kitout.align.pages.round_charts import plot_rounds
+from kitout.align.pages.round_pages import rounds_section
+from kitout.align.pages.stage_section import stage_section
 from kitout.align.reference import load_reference
 from kitout.align.rewards.mean_reward import reward_measure
 from kitout.align.rewards.open_rewards import open_rewards
@@ -35,13 +37,11 @@ from kitout.align.rewards.specs import RewardSpec, parse_rewards
 from kitout.align.rollout import SamplingSettings
 from kitout.align.rounds import Roles, RoundPlan, Rounds, answer_row
 from kitout.align.scalar_head import head_path, scalar_head
-from kitout.align.stage_section import stage_section
 from kitout.base import memory
 from kitout.data.encode.item import EncodedPrompt
 from kitout.errors import ConfigError, Errors
 from kitout.evaluate.ask.text_limit import check_prompts
 from kitout.evaluate.report import plots
-from kitout.evaluate.report.round_charts import plot_rounds
 from kitout.evaluate.report.section import RunDetails
 from kitout.train.checkpoints import step_of
 from kitout.train.config.schema import TrainConfig

@@ -19,12 +19,12 @@ from kitout.align.config.schema import AlignConfig, StageRun, with_default_lr
 from kitout.align.gym_data import with_gym_data
 from kitout.align.measure.pairs import LOSS, measure_answers, validation_metrics
 from kitout.align.measure.reward_figures import AUC, PAIR_ACCURACY, RewardFigures
-from kitout.align.measure.reward_pages import reward_picture, reward_section
 from kitout.align.objectives.kto import KTOObjective, mismatched_rows
 from kitout.align.objectives.preference_objective import PreferenceObjective
+from kitout.align.pages.reward_pages import reward_picture, reward_section
+from kitout.align.pages.stage_section import stage_section
 from kitout.align.reference import Unscored, load_reference, reference_scores
 from kitout.align.reinforce import Reinforcement
-from kitout.align.stage_section import stage_section
 from kitout.align.tasks import task_of
 from kitout.base import memory
 from kitout.errors import ConfigError

@@ -16,11 +16,12 @@ from kitout.format import format_number
 
 REWARD, LENGTH = "reward", "answer_tokens"  # a run that logs both samples answers
 COLUMNS = {  # name -> (title, factor: 100 for percent)
-    REWARD: ("reward", 1), "kl_to_reference": ("KL", 1), "entropy": ("entropy", 1), LENGTH: ("length", 1),
+    REWARD: ("reward", 1), "kl_to_reference": ("KL", 1), "kl": ("KL penalty", 1), "entropy": ("entropy", 1),
+    LENGTH: ("length", 1),
     "ended": ("ended", 100), "clip_fraction": ("clipped", 100), "explained_variance": ("explained", 1),
     "groups_without_spread": ("no spread", 100), "unjudged": ("unjudged", 100),
 }  # fmt: skip
-IN_A_LINE = (REWARD, "kl_to_reference", "entropy", LENGTH, "clip_fraction", "explained_variance")
+IN_A_LINE = (REWARD, "kl_to_reference", "kl", "entropy", LENGTH, "clip_fraction", "explained_variance")
 WHERE_NOT_ZERO = ("groups_without_spread", "unjudged")  # of no interest while nothing is wrong
 
 

@@ -16,7 +16,7 @@ from kitout.align.measure.reward_figures import (
     auc,
     pair_figures,
 )
-from kitout.align.measure.reward_pages import reward_picture, reward_section
+from kitout.align.pages.reward_pages import reward_picture, reward_section
 
 RNG = np.random.default_rng(0)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from kitout.evaluate.report import round_charts as module
-from kitout.evaluate.report.round_charts import panels_of, plot_rounds, round_charts
+from kitout.align.pages import round_charts as module
+from kitout.align.pages.round_charts import panels_of, plot_rounds, round_charts
 
 
 def rows(steps: int = 6, **more: float) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kitout.evaluate.report.round_charts import PANELS, REWARD, round_charts
+from kitout.align.pages.round_charts import PANELS, REWARD, round_charts
 from kitout.evaluate.report.section import Section
 from kitout.format import format_number
 

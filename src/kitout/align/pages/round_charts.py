@@ -39,6 +39,7 @@ class Panel:
 
 PANELS = {
     "kl_to_reference": ("KL to the reference (nats per answer)", 1.0),
+    "kl": ("penalty of the KL (nats per answer)", 1.0),
     "entropy": ("entropy (nats per token)", 1.0),
     "answer_tokens": ("length of answers (tokens)", 1.0),
     "ended": ("answers that end by themselves (%)", 100.0),
@@ -113,6 +114,7 @@ def plot_rounds(rows: Sequence[MetricsRow]) -> bytes:
         ax.grid(alpha=0.25, linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         if len(panel.series) > 1:
             ax.legend(frameon=False, fontsize=8)
     return to_png(figure)

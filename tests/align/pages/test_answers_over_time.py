@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kitout.align.answers_over_time import answers_section, prompts_over_time
+from kitout.align.pages.answers_over_time import answers_section, prompts_over_time
 
 
 def line(step: int, prompt: Any, text: str, total: float | None = 0.5) -> dict[str, Any]:
