@@ -117,7 +117,7 @@ def test_all_stages_end_in_one_table(model: Path, gym: None, tmp_path: Path) -> 
     code, output = align(*args)
     assert code == 0, output
     for text in (
-        "What was learned", "sums: the base, then sft", "sums: sft, then grpo", "pair accuracy",
+        "What was learned", "exact match", "sums: the base, then sft", "sums: sft, then grpo", "pair accuracy",
         "pairs: the longer answer, then the reward model", "pairs: the base, then dpo",
         f"{texts}: the base, then grpo", f"{texts}: the base, then dpo", "bits per byte", str(tmp_path / "out" / "dpo"),
     ):  # fmt: skip
