@@ -30,8 +30,8 @@ MODEL, PAIRS, ELSEWHERE = "smollm2-135m", "nq-pairs", ("piqa", "wiki")
 TASK = "gym:chain_sum:max_terms=2:min_digits=2:max_digits=2"
 SYSTEM_PROMPT, PAIRS_SYSTEM_PROMPT = "Answer with a number.", "Answer in a few words."
 MAX_NEW_TOKENS = 8  # a sum has at most 4, and the end
-# Three times the kind's own, which is for longer runs: after sft, 12 steps on the same prompts had a mean reward of 0.39
-# in the last six at 3e-4, of 0.37 at 1e-4.
+# Three times the kind's own, which is for longer runs: after sft, 12 steps on the same prompts had a mean reward of
+# 0.39 in the last six at 3e-4, of 0.37 at 1e-4.
 GRPO_LR = 3e-4
 SFT_STEPS, GRPO_STEPS, PAIR_STEPS = 60, 80, 80
 NUM_PROMPTS, NUM_PAIRS, NUM_TEST, NUM_ELSEWHERE = 2000, 1000, 300, 100
