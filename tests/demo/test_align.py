@@ -96,9 +96,7 @@ def test_the_preset_is_the_built_in_model_sums_and_pairs() -> None:
     assert grpo.reward[0].source == TASK
     assert reward.data == dpo.data
     assert reward.data.train[0].path == PAIRS
-    assert [stage.train.lr for stage in config.stages] == [None, GRPO_LR, None, DPO_LR], (
-        "else the defaults of the kinds"
-    )
+    assert [stage.train.lr for stage in config.stages] == [None, GRPO_LR, None, DPO_LR], "else the kinds' own"
 
 
 def test_options_become_settings() -> None:
