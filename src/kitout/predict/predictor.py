@@ -182,8 +182,7 @@ class Predictor:
         return self._generate(preprocessing, ids, max_new_tokens, stream, seed, sampling)
 
     def __repr__(self) -> str:
-        usage = self.usage
-        adapters = ", ".join(self.names) or "none"
+        usage, adapters = self.usage, ", ".join(self.names) or "none"
         return f"Predictor({usage.task} on {usage.base.name}; adapters: {adapters}; active: {self.kit.active})"
 
     # ---- what the active adapter needs -------------------------------------------------------------------------

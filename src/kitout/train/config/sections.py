@@ -38,6 +38,10 @@ class ConfigSection(BaseModel):
 
     @field_validator("*")
     @classmethod
+    def more_paths(self) -> tuple[str, ...]:
+        """Folders that a kind of run names, besides those that every run has."""
+        return ()
+
     def _check_whole_numbers(cls, value: Any) -> Any:
         """What reads them (torch, numpy, tokenizers) has numbers of 32 bits."""
         if isinstance(value, int) and abs(value) > MAX_WHOLE_NUMBER:
