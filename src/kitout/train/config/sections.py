@@ -36,12 +36,12 @@ class ConfigSection(BaseModel):
     foreign_keys: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """What else its settings are called elsewhere -> what to say of it, besides the table of `foreign_keys`."""
 
-    @field_validator("*")
-    @classmethod
     def more_paths(self) -> tuple[str, ...]:
         """Folders that a kind of run names, besides those that every run has."""
         return ()
 
+    @field_validator("*")
+    @classmethod
     def _check_whole_numbers(cls, value: Any) -> Any:
         """What reads them (torch, numpy, tokenizers) has numbers of 32 bits."""
         if isinstance(value, int) and abs(value) > MAX_WHOLE_NUMBER:
