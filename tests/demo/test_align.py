@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from blank_plots import blank_plots
 from kitout.align import find_inputs
 from kitout.cli.demo import app
-from kitout.demo.align import MODEL, PAIRS, SYSTEM_PROMPT, TASK, AlignDemo, preset
+from kitout.demo.align import GRPO_LR, MODEL, PAIRS, SYSTEM_PROMPT, TASK, AlignDemo, preset
 from tiny_models import decoder, jsonl
 
 __all__ = ["blank_plots"]  # runs of these tests draw no plots
@@ -96,7 +96,7 @@ def test_the_preset_is_the_built_in_model_sums_and_pairs() -> None:
     assert grpo.reward[0].source == TASK
     assert reward.data == dpo.data
     assert reward.data.train[0].path == PAIRS
-    assert all(stage.train.lr is None for stage in config.stages), "the defaults of the kinds"
+    assert [stage.train.lr for stage in config.stages] == [None, GRPO_LR, None, None], "else the defaults of the kinds"
 
 
 def test_options_become_settings() -> None:
@@ -117,7 +117,7 @@ def test_all_stages_end_in_one_table(model: Path, gym: None, tmp_path: Path) -> 
     code, output = align(*args)
     assert code == 0, output
     for text in (
-        "What was learned", "sums: the base, then sft", "sums: sft, then grpo", "pair accuracy",
+        "What was learned", "exact match", "sums: the base, then sft", "sums: sft, then grpo", "pair accuracy",
         "pairs: the longer answer, then the reward model", "pairs: the base, then dpo",
         f"{texts}: the base, then grpo", f"{texts}: the base, then dpo", "bits per byte", str(tmp_path / "out" / "dpo"),
     ):  # fmt: skip
