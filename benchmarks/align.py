@@ -1,17 +1,27 @@
-"""RLHF on one base: what four roles of one batch cost in one call, against one pass per role.
+"""RLHF on one base: steps of GRPO and DPO against TRL, four roles in one call, and the memory of PPO.
 
 Policy, base, reward and value score the same rows: three LoRAs (r=8 on every linear) on a Llama of 6 layers, d 384;
 half of each row's tokens are targets. All shapes run in the same rounds; times are processor time. "Plain calls" are
-what `roles` replaces: `kit.use` and the model's own output, logits at every position.
+what `roles` replaces: `kit.use` and the model's own output, logits at every position. Steps and memory are of the
+stages in `align_stages`. LINES="grpo dpo roles memory" are all, SHAPE=smollm2 is the larger model of its two,
+PEER="bfloat16 eager" saves the search for TRL's fastest settings.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
+import align_stages as stages
 import torch
+from align_stages import PAIRS, PROMPTS, SAMPLES, Case
 from common import Line, Times, interleaved
+from training import TUNINGS, Tuning
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kitout
@@ -25,8 +35,121 @@ WANTED = {"policy": "tokens", None: "tokens", "taste": "last", "value": "all"}
 SHAPES = {(1, 32): 0.60, (2, 64): 0.90, (8, 64): 1.02}
 
 
-def run(rounds: int = 30) -> list[Line]:
-    return list(_four_roles(rounds))
+PEER_LIMITS = {"grpo": 0.65, "dpo": 0.60}  # a step of ours against TRL's fastest
+SHAPE, PEER = os.environ.get("SHAPE", "d256"), os.environ.get("PEER")
+
+
+def run(rounds: int = 3) -> Iterator[Line]:
+    lines = {"grpo": _grpo, "dpo": _dpo, "roles": lambda _: _four_roles(30), "memory": lambda _: _memory()}
+    for name in os.environ.get("LINES", "grpo dpo roles memory").split():
+        yield from lines[name](rounds)
+
+
+# ---- steps against TRL ---------------------------------------------------------------------------------------------
+
+
+def _grpo(rounds: int) -> Iterator[Line]:
+    folder = stages.folder_of(SHAPE)
+    peers = {str(tuning): stages.grpo_peer(folder, tuning) for tuning in _tunings()}
+    fastest, tried = _fastest(peers)
+    ours = stages.kitout_case(stages.stage_config("grpo", folder, loss={"beta": 0.04}))
+    times = _in_turn({"kitout": ours, "TRL": peers[fastest]}, rounds)
+    yield _against(
+        times, "TRL", "grpo",
+        f"GRPO step, {PROMPTS} x {SAMPLES} answers of {stages.ANSWER} behind {stages.PROMPT}, {SHAPE}, against TRL",
+        f"kitout {ours.note}; {tried}",
+    )  # fmt: skip
+
+
+def _dpo(rounds: int) -> Iterator[Line]:
+    folder = stages.folder_of(SHAPE)
+    peers = {str(tuning): stages.dpo_peer(folder, tuning) for tuning in _tunings()}
+    fastest, tried = _fastest(peers)
+    tuning = next(one for one in TUNINGS if str(one) == fastest)
+    ours = stages.kitout_case(stages.stage_config("dpo", folder))
+    kept, in_graph = stages.reference_passes(ours)
+    cases = {
+        "kitout": ours, "TRL": peers[fastest], "TRL precomputed": stages.dpo_peer(folder, tuning, is_precomputed=True),
+        "kept": kept, "in graph": in_graph,
+    }  # fmt: skip
+    times = _in_turn(cases, rounds)
+    of = f"{PAIRS} pairs x {stages.PROMPT + stages.ANSWER}, {SHAPE}"
+    for peer, name in {"TRL": "TRL", "TRL precomputed": "TRL with precomputed reference"}.items():
+        yield _against(
+            times, peer, "dpo", f"DPO step, reference kept, {of}, against {name}", f"kitout {ours.note}; {tried}"
+        )
+    ratio = times.ratio("kept", "in graph")
+    memory = stages.saved_bytes(kept), stages.saved_bytes(in_graph)
+    share = memory[0] / memory[1]
+    yield Line(
+        f"DPO forward and backward, reference kept against in the graph, {of}: time, bytes saved for backward",
+        f"{ratio:.3f} x, {share:.3f} x", "<= 0.60 x, <= 0.60 x", ratio <= 0.60 and share <= 0.60,
+        f"{times.best('kept') * 1e3:.0f} ms, {times.best('in graph') * 1e3:.0f} ms; "
+        f"{memory[0] / 2**20:.0f} MiB, {memory[1] / 2**20:.0f} MiB",
+    )  # fmt: skip
+
+
+def _against(times: Times, peer: str, kind: str, metric: str, detail: str) -> Line:
+    limit = PEER_LIMITS[kind]
+    ratio = times.ratio("kitout", peer)
+    seconds = f"kitout {times.best('kitout'):.2f} s, {peer} {times.best(peer):.2f} s"
+    return Line(metric, times.ratio_text("kitout", peer), f"<= {limit:.2f} x", ratio <= limit, f"{seconds}; {detail}")
+
+
+def _tunings() -> list[Tuning]:
+    return [tuning for tuning in TUNINGS if PEER in (None, str(tuning))]
+
+
+def _fastest(peers: Mapping[str, Case]) -> tuple[str, str]:
+    """The settings whose step is the shortest in a short run of each, and the seconds of all. PEER: found before."""
+    if PEER:
+        return PEER, f"TRL {PEER}"
+    seconds = {name: min(case(steps=3)) for name, case in peers.items()}
+    tried = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
+    return min(seconds, key=lambda name: seconds[name]), f"TRL tried, s: {tried}"
+
+
+def _in_turn(cases: Mapping[str, Case], rounds: int) -> Times:
+    """Every step of every run: the cases run in turn, so many times."""
+    times = Times({name: [] for name in cases})
+    for _ in range(rounds):
+        for name, case in cases.items():
+            times.rounds[name] += case(steps=stages.STEPS)
+    return times
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def _memory() -> Iterator[Line]:
+    """Each case in a process of its own, over one folder; PPO starts from an sft and a reward adapter."""
+    folder = stages.folder_of(SHAPE)
+    found = {}
+    for case in ("parents", "sft", "ppo"):
+        command = [sys.executable, str(Path(stages.__file__)), case, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        found[case] = json.loads(done.stdout.strip().splitlines()[-1])
+    ppo, sft = found["ppo"], found["sft"]
+    ratio = ppo["weights"] / ppo["base"]
+    parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in ppo["adapters"].items())
+    yield Line(
+        f"PPO, base and adapters of policy, reference, reward and value in memory, {SHAPE}, against the base",
+        f"{ratio:.3f} x", "<= 1.10 x", ratio <= 1.1,
+        f"{ppo['dtype']} base {ppo['base'] / 2**20:.1f} MiB; {parts} MiB",
+    )  # fmt: skip
+    ratio = ppo["peak"] / sft["peak"]
+    above = ", ".join(f"{name} {one['above_loaded'] / 2**20:,.0f}" for name, one in (("PPO", ppo), ("SFT", sft)))
+    yield Line(
+        f"PPO peak, rollout and update, {SHAPE}, against SFT with as many rows x tokens",
+        f"{ratio:.3f} x", "<= 1.30 x", ratio <= 1.3,
+        f"above the process without a model: PPO {ppo['peak'] / 2**20:,.0f} MiB, SFT {sft['peak'] / 2**20:,.0f} MiB; "
+        f"above the loaded model: {above} MiB ({ppo['above_loaded'] / sft['above_loaded']:.2f} x)",
+    )  # fmt: skip
+
+
+# ---- four roles ----------------------------------------------------------------------------------------------------
 
 
 def _four_roles(rounds: int) -> Iterator[Line]:

@@ -205,3 +205,17 @@ def test_a_merge_is_proved_on_pairs(model: Path, tmp_path: Path) -> None:
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert results["merge"]["dpo"]["restored_bit_for_bit"]
     assert results["merge"]["dpo"]["same"] == results["merge"]["dpo"]["asked"] == 8
+
+
+def test_seeds_are_jobs_of_one_run_as_each_would_be_alone(model: Path, tmp_path: Path) -> None:
+    train, few = SMALL | {"steps": 3, "weight_decay": 0.0}, {"evaluate": {"show_examples": 0}}
+    data = data_of("dpo", tmp_path)
+    result, _ = stage("dpo", model, data, tmp_path / "seeds", train=train | {"seeds": [3, 4]}, **few)
+    assert list(result.comparisons) == ["dpo-s3", "dpo-s4"]
+    assert result.figures["seeds"]["adapters"] == {"dpo": {"dpo-s3": 3, "dpo-s4": 4}}
+    stage("dpo", model, data, tmp_path / "alone", train=train | {"seed": 4}, **few)
+    together = load_file(tmp_path / "seeds" / "adapter" / "dpo-s4" / "adapter.safetensors")
+    for name, value in load_file(tmp_path / "alone" / "adapter" / "adapter.safetensors").items():
+        torch.testing.assert_close(together[name], value, rtol=1e-3, atol=1e-5)
+    logged = [row for row in read_metrics(tmp_path / "seeds" / "metrics.jsonl") if "eval_loss" in row]
+    assert {"eval_dpo-s3/pair_accuracy", "eval_dpo-s4/pair_accuracy", "eval_pair_accuracy"} <= logged[0].keys()

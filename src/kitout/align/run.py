@@ -37,7 +37,7 @@ from kitout.train.config import conflicts
 from kitout.train.config.schema import RunConfig
 from kitout.train.loop import distributed, stop_on_signal
 from kitout.train.loop.jobs import Job
-from kitout.train.measure.evaluate import JobOutcome
+from kitout.train.measure.evaluate import JobOutcome, mean_over_jobs
 from kitout.train.measure.forgetting import check_forgetting, measure_forgetting
 from kitout.train.measure.merge_proof import check_mergeable, prove_merge
 from kitout.train.outputs import write_outputs
@@ -166,6 +166,7 @@ class OfflineStage:
 
     @property
     def job(self) -> Job:
+        """The first: with several seeds each is a job, on the same data and against the same reference."""
         return self.prepared.jobs[0]
 
     @property
@@ -178,7 +179,9 @@ class OfflineStage:
         Of a dry run the steps that are tried do without.
         """
         job, objective = self.job, self.job.objective
-        trained = [job.examples[i] for i in sorted({i for batch in job.batches for i in batch})]
+        trained = [
+            job.examples[i] for i in sorted({i for one in self.prepared.jobs for batch in one.batches for i in batch})
+        ]
         measured = list(self.prepared.first_dataset.test)[: self.config.evaluate.max_test_examples]
         rows = [row for item in (*trained, *job.validation, *measured) for row in item.rows]
         if isinstance(objective, KTOObjective):
@@ -188,12 +191,17 @@ class OfflineStage:
             return
         if dry_run:
             objective.reference = Unscored()
-            return
-        self.log(f"computing the reference's log-probabilities of {len(set(rows)):,} answers, once ...")
-        objective.reference = reference_scores(
-            self.prepared.kit, objective.scorer, rows, self.reference, self.folder.path,
-            reference_key(self.prepared, self.reference, signature), progress_fn("the reference", self.log),
-        )  # fmt: skip
+        else:
+            self.log(f"computing the reference's log-probabilities of {len(set(rows)):,} answers, once ...")
+            objective.reference = reference_scores(
+                self.prepared.kit, objective.scorer, rows, self.reference, self.folder.path,
+                reference_key(self.prepared, self.reference, signature), progress_fn("the reference", self.log),
+            )  # fmt: skip
+        for other in (one.objective for one in self.prepared.jobs[1:]):
+            assert isinstance(other, PreferenceObjective | KTOObjective), "of one task"
+            other.reference = objective.reference
+            if isinstance(other, KTOObjective) and isinstance(objective, KTOObjective):
+                other.mismatched = objective.mismatched
 
     def build_trainer(self, last_checkpoint: Path | None, signature: str) -> tuple[Any, CostEstimate]:
         return build_trainer(self.prepared, self.config, self.folder, last_checkpoint, signature, self._validate)
@@ -206,7 +214,11 @@ class OfflineStage:
     def _validate(self) -> dict[str, float]:
         if not len(self.job.validation):
             return {}
-        metrics = {f"eval_{name}": value for name, value in validation_metrics(self.prepared, self.job).items()}
+        jobs, metrics = self.prepared.jobs, dict[str, float]()
+        for job in jobs:
+            prefix = "eval_" if len(jobs) == 1 else f"eval_{job.name}/"
+            metrics |= {f"{prefix}{name}": value for name, value in validation_metrics(self.prepared, job).items()}
+        metrics |= {} if len(jobs) == 1 else mean_over_jobs(metrics)
         memory.reset_peak(self.prepared.kit.device)
         return metrics
 
@@ -214,11 +226,13 @@ class OfflineStage:
         test = self.prepared.first_dataset.test
         if not test:
             return {}
-        progress = progress_fn(self.job.name, self.log)
-        outcome, self.figures = measure_answers(
-            self.prepared, self.job, test, self.config.evaluate, self.reference, progress
-        )
-        return {self.job.name: outcome}
+        outcomes: dict[str, JobOutcome] = {}
+        for job in reversed(self.prepared.jobs):  # the figures shown are those of the first
+            progress = progress_fn(job.name, self.log)
+            outcomes[job.name], self.figures = measure_answers(
+                self.prepared, job, test, self.config.evaluate, self.reference, progress
+            )
+        return {job.name: outcomes[job.name] for job in self.prepared.jobs}
 
     def details(self) -> RunDetails:
         """What pages and results.json have of this kind of stage."""

@@ -73,6 +73,8 @@ def _path_settings(config: RunConfig) -> Iterator[str]:
     for job in config.per_job():
         yield from (job.model.name, str(job.output.folder), *(source.path for source in job.data.train))
         yield from (value for value in (job.data.validation, job.data.test) if isinstance(value, str))
+        if job.train.from_ is not None:
+            yield job.train.from_
         yield from job.more_paths()
 
 

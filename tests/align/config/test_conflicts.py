@@ -160,6 +160,13 @@ def errors(*stages: dict[str, Any], **top: Any) -> list[str]:
             [SFT | {"train": {"micro_batch_size": 99}}, DPO],
             "stage sft: train.micro_batch_size=99 is more than the train.batch_size=16 it is a part of",
         ),
+        (
+            [SFT | {"train": {"seeds": [1, 2]}}, DPO | {"from": "sft"}],
+            (
+                "stages.0.train.seeds: dpo takes one adapter of sft, and seeds make several: write stages.0.train.seed,"
+                " and run the file once more with another output.folder for each seed"
+            ),
+        ),
     ],
 )
 def test_a_conflict_has_the_line_to_write(stages: list[dict[str, Any]], message: str) -> None:

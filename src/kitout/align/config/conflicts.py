@@ -31,6 +31,7 @@ def find_conflicts(config: AlignConfig) -> Iterator[str]:
         yield from _reward_conflicts(config, number, at)
         yield from _loss_conflicts(stage, at)
         yield from _data_conflicts(stage, at)
+        yield from _seed_conflicts(config, number, at)
         yield from find_unfit(stage, at)
 
 
@@ -120,6 +121,16 @@ def _reward_conflicts(config: AlignConfig, number: int, at: str) -> Iterator[str
         if one.source in seen:
             yield f"{at}reward={one.source}: is there twice: write one with the sum of both weights"
         seen.add(one.source)
+
+
+def _seed_conflicts(config: AlignConfig, number: int, at: str) -> Iterator[str]:
+    stage = config.stages[number]
+    takers = [one.name for one in config.stages if stage.name in (one.from_, *(each.source for each in one.reward))]
+    if stage.train.seeds and takers:
+        yield (
+            f"{at}train.seeds: {takers[0]} takes one adapter of {stage.name}, and seeds make several: write "
+            f"{at}train.seed, and run the file once more with another output.folder for each seed"
+        )
 
 
 def _source_errors(config: AlignConfig, number: int, one: RewardSource) -> Iterator[str]:

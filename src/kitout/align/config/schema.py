@@ -246,9 +246,8 @@ class StageRun(RunConfig, StageLoss):
     def to_dict(self) -> dict[str, Any]:
         return self.without_empty(super().to_dict())
 
-    def more_paths(self) -> Iterator[str]:
-        yield from super().more_paths()
-        yield from (one.source for one in self.reward if one.of == "adapter")
+    def more_paths(self) -> tuple[str, ...]:
+        return tuple(one.source for one in self.reward if one.of == "adapter")
 
 
 class AlignOutput(ConfigSection):

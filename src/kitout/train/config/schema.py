@@ -297,11 +297,6 @@ class RunConfig(ConfigSection):
             check_name(name)  # with its seed it may have become too long
         return self
 
-    def more_paths(self) -> Iterator[str]:
-        """What it names that may be a folder, besides the base, the data and the output."""
-        if self.train.from_ is not None:
-            yield self.train.from_
-
     def per_job(self) -> tuple[RunConfig, ...]:
         """Each adapter as a run of its own: every job once per seed; the run itself where there are neither."""
         return tuple(one for run in self.without_seeds() for one in run._per_seed())
