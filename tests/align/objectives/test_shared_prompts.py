@@ -63,7 +63,7 @@ def test_a_prompt_that_runs_once_changes_nothing(name: str, species: str, attent
     torch.testing.assert_close(entropy, entropy_alone, rtol=0, atol=tolerance)
     assert grads.keys() == grads_alone.keys()
     assert all(value.isfinite().all() for value in grads.values())
-    torch.testing.assert_close(grads, grads_alone, rtol=0, atol=tolerance)
+    torch.testing.assert_close(grads, grads_alone, rtol=0, atol=10 * tolerance)
 
 
 def test_virtual_tokens_and_checkpointed_blocks_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
