@@ -21,7 +21,7 @@ from kitout.align.config.losses import GRPOLoss, PPOLoss, RLOOLoss
 from kitout.align.losses import advantages as estimates
 from kitout.align.losses.divergence import AdaptiveKL, k1
 from kitout.align.objectives.policy import SampledAnswer
-from kitout.align.objectives.scored_answers import AnswerRows, AnswerScorer
+from kitout.align.objectives.scored_answers import AnswerScorer, SharedBatch
 from kitout.align.rewards.reward import AnswerBatch, RewardValues, WeightedRewards
 from kitout.align.roles import Answer, roles
 from kitout.align.rollout import Rollout, SamplingSettings, sample_answers
@@ -251,7 +251,7 @@ class Rounds:
     ) -> dict[RouteEntry, Tensor]:  # fmt: skip
         """One batch. Log-probabilities are taken as the steps take them where a prompt of several rows runs once."""
         batch: Batch = collate_rows(rows, self.kit.device) if self.scorer is None else self.scorer.collate(rows)
-        if self.scorer is None or not (isinstance(batch, AnswerRows) and batch.shared is not None):
+        if self.scorer is None or not (isinstance(batch, SharedBatch) and batch.shared is not None):
             return roles(self.kit, batch, wanted, temperature=self.sampling.temperature)
         found: dict[RouteEntry, Tensor] = {}
         for role, answer in wanted.items():

@@ -28,7 +28,7 @@ ReferenceScores: TypeAlias = Mapping[EncodedExample, Tensor]  # row -> float32 l
 
 
 @dataclass(frozen=True)
-class AnswerRows(Batch):
+class SharedBatch(Batch):
     """Rows of answers, also as prompts and what follows them."""
 
     shared: SharedPrompts | None = None
@@ -90,18 +90,18 @@ class AnswerScorer:
         tolerance = TOLERANCE.get(self.kit.dtype, 1e-4) * (1 + expected.abs().mean().item())
         return found is not None and (found[0] - expected).abs().mean().item() <= tolerance
 
-    def collate(self, rows: Sequence[EncodedExample], reference: ReferenceScores | None = None) -> AnswerRows:
+    def collate(self, rows: Sequence[EncodedExample], reference: ReferenceScores | None = None) -> SharedBatch:
         """Rows as one batch. reference: adds a target of that name, [N]."""
         batch = collate_rows(rows, self.kit.device)
         if reference is not None:
             batch.targets["reference"] = torch.cat([reference[row] for row in rows]).to(self.kit.device)
         shared = SharedPrompts.of(rows, self.kit.device) if self.shares_prompts else None
-        return AnswerRows(**batch.__dict__, shared=shared)
+        return SharedBatch(**batch.__dict__, shared=shared)
 
     def __call__(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """([N] log-probabilities with gradient, [N] entropies in nats without)."""
         positions, labels = batch.targets["positions"], batch.targets["labels"]
-        if isinstance(batch, AnswerRows) and batch.shared is not None:
+        if isinstance(batch, SharedBatch) and batch.shared is not None:
             found = batch.shared.log_probs(self.head, model, labels, self.temperature)
             if found is not None:
                 return found
