@@ -18,7 +18,7 @@ PIP   := $(PY) -m pip --disable-pip-version-check --no-input
 STAMP := $(VENV)/.kitout-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow package demo demo-vision bench lint format types clean
+.PHONY: help setup test test-slow package demo demo-vision demo-align bench lint format types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +55,10 @@ demo: $(STAMP)  ## train an adapter on a real small model, evaluate it, prove it
 
 demo-vision: $(STAMP)  ## compare eight methods on an image model; MODEL=... DATA=... choose others
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/kitout demo vision $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(ARGS)
+
+demo-align: $(STAMP)  ## teach a language model sums by rewards, and preferences; MODEL=... chooses another
+	$(PIP) install -q -c constraints.txt -e '.[align]'
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/kitout demo align $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 bench: $(STAMP)  ## install the peers and print ratios against them
 	$(PIP) install -q -c constraints.txt -e '.[bench]'

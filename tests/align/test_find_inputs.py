@@ -79,3 +79,8 @@ def test_a_gym_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "install" in found
     known["reasoning_gym"] = find_spec("json")  # type: ignore[assignment]  # any that is there
     assert errors(grpo) == []
+
+
+def test_a_reward_model_of_peft_is_no_reward(folder: Path) -> None:
+    (folder / "score" / "adapter" / "adapter_config.json").write_text("{}")
+    assert errors(PPO)[0].startswith("reward='score/adapter' is a folder of Hugging Face PEFT, whose reward models")

@@ -78,7 +78,12 @@ def test_the_first_ratio_is_one(method: str, kind: str, tmp_path: Path) -> None:
         kit, tokenizer_of(ZOO["llama"]), who, prompts, plan, loss, SamplingSettings(max_new_tokens=9),
         WeightedRewards((SumOfIds(),), (1.0,)), 0, MetricsLog(tmp_path / "completions.jsonl"),
     )  # fmt: skip
+    kit.base.train()
+    modes, random_state = [module.training for module in kit.modules()], torch.get_rng_state()
     rounds.before_step(0)
+    assert [module.training for module in kit.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random_state)
+    kit.base.eval()
     answers: list[SampledAnswer] = rounds.answers
     assert len({one.length for one in answers}) > 3
     assert abs(rounds.last.get("kl_to_reference", 0.0)) <= 1e-5  # summed over whole answers
@@ -112,7 +117,9 @@ def test_the_first_margin_is_zero(method: str, tmp_path: Path) -> None:
         dpo.choose_head_loss(["policy"], pairs)
         kto.choose_head_loss(["policy"], judged)
     everything = [*rows, *others, *kto.mismatched.values()]
+    random_state = torch.get_rng_state()
     dpo.reference = kto.reference = reference_scores(kit, dpo.scorer, everything, "reference", tmp_path, "key")
+    assert torch.equal(torch.get_rng_state(), random_state)
     for micro in (9, 2):
         loss, metrics = step(kit, dpo, pairs, micro)
         assert loss == pytest.approx(math.log(2), abs=1e-6)

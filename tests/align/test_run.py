@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 import kitout
+from kitout import IA3, LoRA
+from kitout.align.config.kinds import KINDS, default_lr
 from kitout.errors import ConfigError
 from kitout.train.metrics_log import read_metrics
 from tiny_models import decoder, jsonl
+from train.test_run import assert_portable
 
 pytest.importorskip("accelerate")
 
@@ -72,12 +75,45 @@ def stage(kind: str, model: Path, data: Path, out: Path, **more: Any) -> Any:
     return result, "\n".join(lines)
 
 
+def assert_pages(kind: str, run: Path, results: dict[str, Any], printed: str) -> None:
+    """Report, card, pictures and the terminal say what the stage was and how it went, each kind its own way."""
+    report, card = (file.read_text(encoding="utf-8") for file in (run / "report.html", run / "adapter" / "README.md"))
+    title = KINDS[kind].title
+    for page in (report, card):
+        assert title in page
+    assert "Class by class" not in report + printed
+    assert ("kitout align ppo --model" in printed) == (kind == "reward")
+    assert ("kitout chat" in printed) == (kind != "reward")
+    assert results["align"]["alarms"] == [line.removeprefix("alarm: ") for line in printed.splitlines()
+                                          if line.startswith("alarm: ")][: len(results["align"]["alarms"])]  # fmt: skip
+    is_sampled = KINDS[kind].takes_reward
+    shown = "Rounds of sampled answers" if is_sampled else "The reward on held-out answers"
+    for text in (report, card, printed):
+        assert shown in text
+    assert (run / ("training.png" if is_sampled else "reward.png")).is_file()
+    assert "reference" not in results["align"] or KINDS[kind].reference != "never"
+    if is_sampled:
+        assert "Answers over time" in report
+        assert "align.test_run:count_letters" in card
+        for row in read_metrics(run / "metrics.jsonl"):
+            assert "loss" not in row or row["reward_low"] <= row["reward"] <= row["reward_high"]
+    else:
+        scores = results["align"]["held_out"]["scores"]
+        headline = results["comparisons"][kind][0]["name"]
+        assert headline in scores
+        assert {"ece"} < scores.keys()
+        assert all(one["low"] <= one["value"] <= one["high"] for one in scores.values())
+        if kind == "reward":
+            assert scores[headline] == results["comparisons"][kind][0]["tuned"]
+
+
 @pytest.mark.parametrize("kind", ["reward", "dpo", "orpo", "simpo", "kto", "grpo", "rloo", "ppo"])
 def test_every_kind_trains_and_is_measured(kind: str, model: Path, tmp_path: Path) -> None:
-    result, _ = stage(kind, model, data_of(kind, tmp_path), tmp_path / "run")
+    result, lines = stage(kind, model, data_of(kind, tmp_path), tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert results["align"]["kind"] == kind
-    assert (tmp_path / "run" / "report.html").is_file()
+    assert_pages(kind, tmp_path / "run", results, lines)
+    assert_portable(tmp_path / "run" / "adapter", tmp_path, model)
     assert result.comparisons
     assert all(
         torch.isfinite(value).all() for value in load_file(tmp_path / "run/adapter/adapter.safetensors").values()
@@ -116,6 +152,7 @@ def test_a_reward_model_learns_and_ppo_starts_its_value_from_it(model: Path, tmp
     assert accuracy["tuned"]["value"] == 1.0
     assert json.loads((out / "dpo" / "results.json").read_text(encoding="utf-8"))["align"]["reference"] == "reference"
     assert (out / "ppo" / "value" / "adapter.safetensors").is_file()
+    assert_portable(out / "ppo" / "adapter", tmp_path, model)  # a reward's folder is named without its place
     assert (out / "dpo" / "reference.safetensors").is_file()
 
 
@@ -124,3 +161,61 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="encoder-decoder"):
         stage("dpo", both(tmp_path / "model"), data_of("dpo", tmp_path), tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_dry_run_needs_no_reference(kind: str, model: Path, tmp_path: Path) -> None:
+    kitout.align(
+        stage=kind, model=str(model), data=str(data_of(kind, tmp_path)), output=str(tmp_path / "run"), dry_run=True,
+        log=lambda _line: None,
+    )  # fmt: skip
+    assert "estimated cost" in (tmp_path / "run" / "preflight.txt").read_text(encoding="utf-8")
+    assert not (tmp_path / "run" / "reference.safetensors").exists()
+
+
+def test_policies_start_from_no_reward_adapter(model: Path, tmp_path: Path) -> None:
+    stage("reward", model, data_of("reward", tmp_path), tmp_path / "reward")
+    folder = tmp_path / "reward" / "adapter"
+    with pytest.raises(ConfigError, match=r"a head of its own.*and writes no text; grpo trains answers: leave from"):
+        stage("grpo", model, data_of("grpo", tmp_path), tmp_path / "run", **{"from": str(folder)})
+    # a value of another method than the policy's has its own method's rate
+    stage(
+        "ppo", model, data_of("ppo", tmp_path), tmp_path / "ppo", reward=str(folder), method="IA3",
+        train={"steps": 1}, evaluate={"show_examples": 0},
+    )  # fmt: skip
+    progress = next((tmp_path / "ppo" / "checkpoints").glob("*/progress.json"))
+    rates = set(json.loads(progress.read_text(encoding="utf-8"))["scheduler"]["base_lrs"])
+    assert {default_lr("ppo", IA3()), default_lr("ppo", LoRA())} <= rates
+
+
+def judges_only_training(prompts: list[Any], completions: list[str], rows: list[dict[str, Any]]) -> list[float | None]:
+    return [float(len(text)) if len(set(map(str, prompts))) == 2 else None for text in completions]
+
+
+def test_an_evaluation_that_nobody_judges_counts_as_the_worst(model: Path, tmp_path: Path) -> None:
+    with pytest.warns(RuntimeWarning, match="this evaluation counts as the worst"):
+        stage("grpo", model, data_of("grpo", tmp_path), tmp_path / "run", reward="align.test_run:judges_only_training")
+    logged = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval_reward" in row]
+    assert logged
+    assert all(row["eval_reward"] is None for row in logged)
+
+
+def test_a_merge_is_proved_on_pairs(model: Path, tmp_path: Path) -> None:
+    stage("dpo", model, data_of("dpo", tmp_path), tmp_path / "run", evaluate={"prove_merge": True, "show_examples": 0})
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert results["merge"]["dpo"]["restored_bit_for_bit"]
+    assert results["merge"]["dpo"]["same"] == results["merge"]["dpo"]["asked"] == 8
+
+
+def test_seeds_are_jobs_of_one_run_as_each_would_be_alone(model: Path, tmp_path: Path) -> None:
+    train, few = SMALL | {"steps": 3, "weight_decay": 0.0}, {"evaluate": {"show_examples": 0}}
+    data = data_of("dpo", tmp_path)
+    result, _ = stage("dpo", model, data, tmp_path / "seeds", train=train | {"seeds": [3, 4]}, **few)
+    assert list(result.comparisons) == ["dpo-s3", "dpo-s4"]
+    assert result.figures["seeds"]["adapters"] == {"dpo": {"dpo-s3": 3, "dpo-s4": 4}}
+    stage("dpo", model, data, tmp_path / "alone", train=train | {"seed": 4}, **few)
+    together = load_file(tmp_path / "seeds" / "adapter" / "dpo-s4" / "adapter.safetensors")
+    for name, value in load_file(tmp_path / "alone" / "adapter" / "adapter.safetensors").items():
+        torch.testing.assert_close(together[name], value, rtol=1e-3, atol=1e-5)
+    logged = [row for row in read_metrics(tmp_path / "seeds" / "metrics.jsonl") if "eval_loss" in row]
+    assert {"eval_dpo-s3/pair_accuracy", "eval_dpo-s4/pair_accuracy", "eval_pair_accuracy"} <= logged[0].keys()

@@ -255,3 +255,15 @@ def test_progress_is_plain_json(tmp_path: Path) -> None:
     loop.train()
     progress = json.loads((tmp_path / "checkpoint-2" / checkpoints.PROGRESS).read_text())
     assert {"run", "micro", "counts", "stopped", "ended", "scheduler"} <= progress.keys()
+
+
+def test_what_a_kill_behind_the_last_step_left_is_deleted(tmp_path: Path) -> None:
+    kit, items = kit_of("llama"), texts(8)
+    add(kit, "low", LoRA(rank=2))
+    one = job("low", causal(kit, ["low"], items), items, steps=2)
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "num_checkpoints": 1}
+    loop_of(kit, [one], tmp_path, **settings).train()
+    last = tmp_path / "checkpoint-2"
+    shutil.copytree(last, tmp_path / "checkpoint-1")  # as before the older one was deleted
+    loop_of(kit, [one], tmp_path, **settings).train(str(last))
+    assert checkpoints.list_checkpoints(tmp_path) == [last]

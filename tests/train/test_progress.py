@@ -260,3 +260,56 @@ def test_lines_written_before_training_are_kept_once(tmp_path: Path) -> None:
         metrics.resume_at(start)
         metrics.write(1 + start, {"loss": 1.0})
     assert [line["step"] for line in read_metrics(file)] == [0, 1, 2]
+
+
+ROUND = {
+    "loss": 1e-8, "learning_rate": 1e-3, "grad_norm": 0.1, "reward": 0.48064, "reward_low": 0.3, "reward_high": 0.6,
+    "answer_tokens": 6.0, "ended": 0.25, "unjudged": 0.0, "ppo/clip_fraction": 0.125, "ppo/entropy": 5.98,
+    "ppo/ratio": 1.0, "value/loss": 0.04, "kl_to_reference": 0.02, "explained_variance": -3.5, "tokens": 864.0,
+}  # fmt: skip
+
+
+def log_rounds(folder: Path, console: Console, rounds: list[dict[str, Any]]) -> ProgressDisplay:
+    display = ProgressDisplay(folder, console)
+    state = TrainerState(max_steps=len(rounds))
+    display.on_train_begin(None, state, None)
+    for step, values in enumerate(rounds, 1):
+        state.global_step = step
+        display.on_log(None, state, None, values)
+    return display
+
+
+def test_a_round_of_answers_is_a_short_line(tmp_path: Path) -> None:
+    page = io.StringIO()
+    log_rounds(
+        tmp_path, Console(file=page, width=300), [ROUND, ROUND | {"groups_without_spread": 0.5, "unjudged": 0.1}]
+    )
+    first, second = page.getvalue().splitlines()
+    assert first.startswith(
+        "step 1/2  reward 0.481 (0.3 to 0.6)  KL 0.02  entropy 5.98  length 6  clipped 12 %  explained -3.5"
+    )
+    for hidden in ("loss", "lr", "ratio", "unjudged", "spread", "memory"):
+        assert hidden not in first
+    assert "no spread 50 %  unjudged 10 %" in second
+
+
+def test_a_panel_of_rounds_has_the_first_one_and_the_last(tmp_path: Path) -> None:
+    page = io.StringIO()
+    console = Console(file=page, force_terminal=True, width=110)
+    log_rounds(tmp_path, console, [ROUND, ROUND | {"reward": 0.9, "reward_taste": 0.7}]).close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", page.getvalue()).splitlines()
+    first, now = (next(line for line in reversed(shown) if line.startswith(name)) for name in ("first", "now"))
+    assert "0.481 (0.3 to 0.6)" in first
+    assert "0.9 (0.3 to 0.6)" in now
+    assert now.split()[-1] == "0.7"
+    heading = shown[shown.index(first) - 1]
+    assert [word for word in heading.split() if word not in ("no", "spread")] == [
+        "reward", "KL", "entropy", "length", "ended", "clipped", "explained", "taste",
+    ]  # fmt: skip
+
+
+def test_a_line_of_pairs_has_their_margin_alone(tmp_path: Path) -> None:
+    page, values = io.StringIO(), {"loss": 0.5, "chosen_reward": 0.2, "rejected_reward": 0.1, "margin": 0.1}
+    log_rounds(tmp_path, Console(file=page, width=300), [values])
+    assert "margin 0.1" in page.getvalue()
+    assert "chosen" not in page.getvalue()

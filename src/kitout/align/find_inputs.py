@@ -18,6 +18,7 @@ from kitout.format import short_repr
 from kitout.install_hint import suggest_install
 from kitout.train.setup.find_inputs import adapter_errors, find_inputs, raise_together
 
+PEFT_CONFIG = "adapter_config.json"
 GYM_PACKAGE, GYM_DISTRIBUTION = "reasoning_gym", "reasoning-gym"
 
 
@@ -43,6 +44,13 @@ def _errors_of(config: AlignConfig, run: StageRun) -> Iterator[KitoutError]:
             yield from _function_errors(f"{at}reward", one)
         elif config.stage(one.source) is None:
             scorers = [before.name for before in config.stages[:number] if not before.of_kind.writes_text]
+            if (Path(one.source).expanduser() / PEFT_CONFIG).is_file():
+                yield ConfigError(
+                    f"{at}reward={short_repr(one.source)} is a folder of Hugging Face PEFT, whose reward models have "
+                    "the head of another model class: train one on this base by `kitout align reward` (from takes its "
+                    "folder where it is one of answers), or call that model in a function, module:function"
+                )
+                continue
             yield from _folder_errors(f"{at}reward", one.source, scorers)
     if gyms and importlib.util.find_spec(GYM_PACKAGE) is None:
         yield ConfigError(f"{min(gyms)} needs {GYM_DISTRIBUTION}: {suggest_install(extra='align')}")

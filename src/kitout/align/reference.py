@@ -31,6 +31,13 @@ REFERENCE_FILE = "reference.safetensors"
 LOG_PROBS, LENGTHS, KEY = "log_probs", "lengths", "key"
 
 
+class Unscored(dict[EncodedExample, Tensor]):
+    """In the place of scores where a step is tried for its time and memory alone: zeros."""
+
+    def __missing__(self, row: EncodedExample) -> Tensor:
+        return torch.zeros(row.num_targets)
+
+
 def score_rows(
     kit: Kit, scorer: AnswerScorer, rows: Sequence[EncodedExample], adapter: str | None,
     on_progress: ProgressFn | None = None,

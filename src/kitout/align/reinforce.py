@@ -6,6 +6,8 @@ on the same answers. It knows a prepared run and its stage, and nothing of pages
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +15,21 @@ from typing import Any
 
 import torch
 
+from kitout.align.alarm_display import AlarmDisplay
+from kitout.align.alarms import AlarmWatch, find_alarms
 from kitout.align.completions_log import COMPLETIONS_FILE
+from kitout.align.config.kinds import KINDS, default_lr
 from kitout.align.config.losses import GRPOLoss, PPOLoss, RLOOLoss
 from kitout.align.config.schema import StageRun
-from kitout.align.measure.prompts import REWARD, judge, measure_policy, reward_measure
+from kitout.align.measure.prompts import REWARD, judge, measure_policy
 from kitout.align.objectives.policy import PolicyObjective, SampledAnswer
 from kitout.align.objectives.value import ValueObjective
+from kitout.align.pages.answers_over_time import answers_section
+from kitout.align.pages.round_charts import plot_rounds
+from kitout.align.pages.round_pages import rounds_section
+from kitout.align.pages.stage_section import stage_section
 from kitout.align.reference import load_reference
+from kitout.align.rewards.mean_reward import reward_measure
 from kitout.align.rewards.open_rewards import open_rewards
 from kitout.align.rewards.reward import Reward, WeightedRewards
 from kitout.align.rewards.reward_model import load_reward_model
@@ -29,10 +39,15 @@ from kitout.align.rounds import Roles, RoundPlan, Rounds, answer_row
 from kitout.align.scalar_head import head_path, scalar_head
 from kitout.base import memory
 from kitout.data.encode.item import EncodedPrompt
+from kitout.errors import ConfigError, Errors
+from kitout.evaluate.ask.text_limit import check_prompts
+from kitout.evaluate.report import plots
+from kitout.evaluate.report.section import RunDetails
 from kitout.train.checkpoints import step_of
+from kitout.train.config.schema import TrainConfig
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.evaluate import JobOutcome
-from kitout.train.metrics_log import MetricsLog
+from kitout.train.metrics_log import METRICS_FILE, MetricsLog, read_metrics
 from kitout.train.preflight.cost_estimate import CostEstimate
 from kitout.train.run import LogFn, find_estimate, new_trainer, progress_fn
 from kitout.train.run_folder import RunFolder
@@ -60,6 +75,7 @@ class Reinforcement:
         parts = loss.minibatches if isinstance(loss, PPOLoss) else 1
         self.plan = RoundPlan.of(policy.batches, rollout.samples, self.num_passes, parts, config.train.steps, seed)
         self.value = self._add_value() if isinstance(loss, PPOLoss) else None
+        self._check_adapters()
         assert isinstance(policy.objective, PolicyObjective), "the task's own"
         self.rounds = Rounds(
             prepared.kit, prepared.tokenizer, Roles(policy.name, self.reference, self.value), policy.examples,
@@ -110,14 +126,46 @@ class Reinforcement:
             kit.add(VALUE, self.config.method, seed=seed, heads=heads, dtype=dtype)
         return VALUE
 
+    def _check_adapters(self) -> None:
+        """ConfigError for dropout in what is trained, and for an adapter that does not read the longest answer."""
+        kit, policy = self.prepared.kit, self.prepared.jobs[0]
+        started = {policy.name: f"from={self.config.train.from_}"}
+        if self.value is not None:
+            started[self.value] = "reward=" + ", ".join(self.reward_adapters)
+        errors = Errors(ConfigError, f"kind={self.config.kind}")
+        for name, source in started.items():
+            if dropout := kit[name].method.model_dump().get("dropout", 0.0):
+                errors.add(
+                    f"{source}: its method has dropout={dropout:g}, with which it gives an answer another value each "
+                    "time: train it with method.dropout=0"
+                )
+        prompts = [item.input_ids for item in (*policy.examples, *policy.validation, *self.prepared.first_dataset.test)]
+        for name in filter(None, (self.reference, self.value, *self.reward_adapters.values())):
+            with kit.use(name):
+                try:
+                    check_prompts(kit, prompts, self.sampling.max_new_tokens)
+                except ConfigError as error:
+                    errors.add(f"{name}: {error}, or write fewer new tokens (rollout.max_new_tokens)")
+        errors.raise_if_any()
+
     def _jobs(self, policy: Job) -> list[Job]:
         answers, batches = self.rounds.answers, self.plan.batches
         jobs = [replace(policy, examples=answers, batches=batches)]
         if self.value is not None:
             assert isinstance(self.loss, PPOLoss), "which has a value"
             objective = ValueObjective(self.prepared.kit, self.loss)
-            jobs.append(Job(self.value, objective, answers, batches, policy.settings))
+            jobs.append(Job(self.value, objective, answers, batches, self._value_settings(policy.settings)))
         return jobs
+
+    def _value_settings(self, settings: TrainConfig) -> TrainConfig:
+        """As the policy's. Rates that nobody set are those of the value's own method, by the factor of the stage."""
+        kind, method = self.config.kind, self.prepared.kit[VALUE].method
+        rates = {"lr": settings.lr, "head_lr": settings.head_lr}
+        if settings.lr == default_lr(kind, self.config.method):
+            rates["lr"] = default_lr(kind, method)
+        if settings.head_lr is None:
+            rates["head_lr"] = method.training_defaults().head_lr * KINDS[kind].lr_factor
+        return settings.model_copy(update=rates)
 
     # ---- the order of the run ---------------------------------------------------------------------------------------
 
@@ -126,7 +174,7 @@ class Reinforcement:
         """What an evaluation during training reports."""
         return [REWARD]
 
-    def prepare(self, signature: str) -> None:
+    def prepare(self, signature: str, dry_run: bool) -> None:
         """Nothing: the reference scores answers when they are there."""
 
     def build_trainer(self, last_checkpoint: Path | None, signature: str) -> tuple[Any, CostEstimate]:
@@ -144,6 +192,8 @@ class Reinforcement:
             self.prepared.kit, self.jobs, config, self.folder, estimate, signature, self._validate,
             step_data=self.rounds,
         )  # fmt: skip
+        watch = AlarmWatch(self.config, self.plan.steps_per_round)
+        trainer.add_callback(AlarmDisplay(watch, self.log, lambda: read_metrics(self.folder.metrics)))
         return trainer, estimate
 
     def _trial_answers(self) -> list[Any]:
@@ -167,7 +217,13 @@ class Reinforcement:
         judged = judge(self.prepared, prompts, job.name, self.sampling, self.rewards)
         values = [total for total in judged.values.totals if total is not None]
         memory.reset_peak(self.prepared.kit.device)
-        return {"eval_reward": reward_measure(values).value} if values else {}
+        if not values:  # the best checkpoint is chosen by this, so a number there has to be
+            warnings.warn(
+                "no reward source judged any answer to the validation prompts (all None): this evaluation counts as "
+                "the worst", RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+            return {"eval_reward": -math.inf}
+        return {"eval_reward": reward_measure(values).value}
 
     def measure(self) -> dict[str, JobOutcome]:
         """The policy against what it started from; the value adapter is kept beside it."""
@@ -176,18 +232,32 @@ class Reinforcement:
         name, test = self.prepared.jobs[0].name, self.prepared.first_dataset.test
         if not test:
             return {}
+        lines = read_metrics(self.folder.path / COMPLETIONS_FILE)
+        seen = {line["total"] for line in lines if line["total"] is not None}
         outcome = measure_policy(
-            self.prepared, name, test, self.config.evaluate, self.reference, self.sampling, self.rewards,
+            self.prepared, name, test, self.config.evaluate, self.reference, self.sampling, self.rewards, seen,
             progress_fn(name, self.log),
         )  # fmt: skip
         return {} if outcome is None else {name: outcome}
 
-    def details(self) -> dict[str, Any]:
-        """What results.json has of this kind of stage."""
-        return {
+    def details(self) -> RunDetails:
+        """What pages and results.json have of this kind of stage."""
+        reference = (self.reference or "base") if self.config.has_reference else None
+        names = [one.name for one in self.rewards.rewards]
+        values = {
             "kind": self.config.kind,
-            "reference": self.reference or "base",
-            "rewards": [one.name for one in self.rewards.rewards],
+            **({} if reference is None else {"reference": reference}),
+            "rewards": names,
             "rounds": len(self.plan.prompts),
             "last_round": self.rounds.last,
         }
+        rows, answers = (read_metrics(self.folder.path / file) for file in (METRICS_FILE, COMPLETIONS_FILE))
+        rewards = list(zip(names, self.rewards.weights, strict=True))
+        stage = stage_section(self.config, reference, rewards)
+        found = (rounds_section(rows), answers_section(answers), stage)
+        return RunDetails(
+            values=values,
+            sections=[section for section in found if section is not None],
+            pictures={"training": plot_rounds(rows)} if plots.has_matplotlib() and found[0] is not None else {},
+            alarms=[str(alarm) for alarm in find_alarms(self.config, self.plan.steps_per_round, rows)],
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,8 @@ from kitout.align.losses import advantages as estimates
 from kitout.align.losses.divergence import AdaptiveKL, k1
 from kitout.align.objectives.policy import SampledAnswer
 from kitout.align.objectives.scored_answers import AnswerScorer, SharedBatch
+from kitout.align.rewards.mean_reward import reward_measure
+from kitout.align.rewards.random_state import fixed_random_state
 from kitout.align.rewards.reward import AnswerBatch, RewardValues, WeightedRewards
 from kitout.align.roles import Answer, roles
 from kitout.align.rollout import Rollout, SamplingSettings, sample_answers
@@ -30,6 +33,7 @@ from kitout.data.encode.item import IGNORE_INDEX, EncodedExample, EncodedPrompt
 from kitout.errors import ConfigError
 from kitout.kit import Kit
 from kitout.route import RouteEntry
+from kitout.train.loop.step import combine_seeds
 from kitout.train.measure.predict import plan_lengths
 from kitout.train.metrics_log import MetricsLog
 from kitout.train.objectives.answer_rows import collate_rows
@@ -90,7 +94,8 @@ class Rounds:
     """The `StepData` of a run of reinforcement: fills `answers`, which all its jobs train on."""
 
     answers: list[Any]
-    """SampledAnswer of the round in progress, the longest first."""
+    """SampledAnswer of the round in progress, the longest first. In the first of its steps the policy is still what
+    wrote them, so there `old` is not set: the ratio is 1 exactly, whatever the rounding of another pass."""
     kl_state: AdaptiveKL | None
     """Steers beta to a target; None: beta stays as it is set."""
     last: dict[str, float]
@@ -104,7 +109,7 @@ class Rounds:
         self.kit, self.tokenizer, self.who, self.prompts, self.plan = kit, tokenizer, who, prompts, plan
         self.loss, self.sampling, self.rewards, self.seed, self.log = loss, sampling, rewards, seed, log
         self.scorer = scorer
-        self.answers, self.last, self.kl_state = [], {}, None
+        self.answers, self._round, self.last, self.kl_state = [], list[SampledAnswer](), {}, None
         self._kl: float | None = None
         self._explained = math.nan
         if isinstance(loss, PPOLoss) and loss.kl_target is not None:
@@ -121,19 +126,20 @@ class Rounds:
         number, within = divmod(step, self.plan.steps_per_round)
         if not within:
             with eval_mode(self.kit.base, self.kit):
-                self._make_round(number, step)
+                self._round = self._make_round(number, step)
+        self.answers[:] = self._round if within else [replace(answer, old=None) for answer in self._round]
 
     def metrics(self) -> dict[str, float]:
         return dict(self.last)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        named = [(f"{i}.{name}", getattr(a, name)) for i, a in enumerate(self.answers) for name in TENSORS]
-        rows = [(a.row.input_ids, a.row.prompt_length, a.row.location, a.row.num_targets > 0) for a in self.answers]
+        named = [(f"{i}.{name}", getattr(a, name)) for i, a in enumerate(self._round) for name in TENSORS]
+        rows = [(a.row.input_ids, a.row.prompt_length, a.row.location, a.row.num_targets > 0) for a in self._round]
         values = {"rows": rows, "metrics": self.last, "beta": None if self.kl_state is None else self.kl_state.beta}
         return values, {name: value for name, value in named if value is not None}
 
     def restore(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.answers[:] = [
+        self._round = [
             SampledAnswer(
                 answer_row(tuple(ids), prompt_length, location, is_trained),
                 tensors[f"{i}.advantages"],
@@ -147,7 +153,7 @@ class Rounds:
 
     # ---- one round -----------------------------------------------------------------------------------------------
 
-    def _make_round(self, number: int, step: int) -> None:
+    def _make_round(self, number: int, step: int) -> list[SampledAnswer]:
         prompts = [self.prompts[i] for i in self.plan.prompts[number]]
         with self.kit.use(self.who.policy):
             rollouts = sample_answers(
@@ -157,17 +163,19 @@ class Rounds:
         answers = AnswerBatch.of(
             rollouts, [p.prompt for p in prompts], [p.row for p in prompts], [p.location for p in prompts]
         )
-        values = self.rewards.score(answers)
+        with fixed_random_state(combine_seeds(self.seed, number)):
+            values = self.rewards.score(answers)
         if all(total is None for total in values.totals):
-            raise ConfigError(
-                f"step {step + 1}: no reward source judged any of the {len(values.totals)} answers (all None): look at "
-                f"what {', '.join(values.names)} returns"
-            )
+            found = f"no reward source judged any of the {len(values.totals)} answers (all None)"
+            advice = f"look at what {', '.join(values.names)} returns"
+            if not self.last:  # of the first round
+                raise ConfigError(f"step {step + 1}: {found}: {advice}")
+            warnings.warn(f"in some rounds {found}, so nothing was trained: {advice}", RuntimeWarning, stacklevel=2)
         weighed = self._weigh(rollouts, answers, values)
         self.last = self._round_metrics(rollouts, values)
         weights = [float(one.advantages.mean()) if len(one.advantages) else None for one in weighed]
         write_completions(self.log, completion_lines(step + 1, rollouts, answers, values, weights))
-        self.answers[:] = sorted(weighed, key=lambda answer: -answer.length)
+        return sorted(weighed, key=lambda answer: -answer.length)
 
     def _weigh(
         self, rollouts: Sequence[Rollout], answers: AnswerBatch, values: RewardValues
@@ -264,9 +272,10 @@ class Rounds:
 
     def _round_metrics(self, rollouts: Sequence[Rollout], values: RewardValues) -> dict[str, float]:
         judged = [total for total in values.totals if total is not None]
-        metrics = {"reward": math.fsum(judged) / len(judged)}
+        metrics = _reward_metrics("reward", values.totals, self.plan.samples)
         if len(values.names) > 1:
-            metrics |= {f"reward_{name}": value for name, value in values.means().items()}
+            for name, column in zip(values.names, zip(*values.by_source, strict=True), strict=True):
+                metrics |= _reward_metrics(f"reward_{name.replace('/', '.')}", column, self.plan.samples)
         if self.plan.samples > 1:
             spread = estimates.has_spread(estimates.score_tensor(values.totals), self.plan.samples)
             metrics["groups_without_spread"] = 1.0 - spread.float().mean().item()
@@ -299,8 +308,22 @@ def _at(values: Sequence[Tensor] | None, index: int) -> Tensor | None:
     return None if values is None else values[index]
 
 
+def _reward_metrics(name: str, values: Sequence[float | None], samples: int) -> dict[str, float]:
+    """The mean over a round's answers, with its 95 % interval where there are two prompts: their answers are alike."""
+    judged = [(i // samples, value) for i, value in enumerate(values) if value is not None]
+    if not judged:
+        return {}
+    groups, rewards = zip(*judged, strict=True)
+    measure = reward_measure(rewards)
+    if len(set(groups)) < 2:
+        return {name: measure.value}
+    score = measure.grouped(groups).score()
+    return {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
+
+
 def _mean_kl(old: Sequence[Tensor] | None, reference: Sequence[Tensor] | None) -> float | None:
     """Nats per answer by k1, of the policy that wrote them; None where one of both is not known."""
     if old is None or reference is None:
         return None
-    return sum(float(k1(o, q).sum()) for o, q in zip(old, reference, strict=True)) / len(old)
+    scored = [float(k1(o, q).sum()) for o, q in zip(old, reference, strict=True) if len(o)]
+    return math.fsum(scored) / len(scored) if scored else None

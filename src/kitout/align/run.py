@@ -17,14 +17,19 @@ import torch
 
 from kitout.align.config.schema import AlignConfig, StageRun, with_default_lr
 from kitout.align.gym_data import with_gym_data
-from kitout.align.measure.pairs import AUC, LOSS, PAIR_ACCURACY, measure_answers, validation_metrics
+from kitout.align.measure.pairs import LOSS, measure_answers, validation_metrics
+from kitout.align.measure.reward_figures import AUC, PAIR_ACCURACY, RewardFigures
 from kitout.align.objectives.kto import KTOObjective, mismatched_rows
 from kitout.align.objectives.preference_objective import PreferenceObjective
-from kitout.align.reference import load_reference, reference_scores
+from kitout.align.pages.reward_pages import reward_picture, reward_section
+from kitout.align.pages.stage_section import stage_section
+from kitout.align.reference import Unscored, load_reference, reference_scores
 from kitout.align.reinforce import Reinforcement
 from kitout.align.tasks import task_of
 from kitout.base import memory
 from kitout.errors import ConfigError
+from kitout.evaluate.report import plots
+from kitout.evaluate.report.section import RunDetails
 from kitout.files.part_folders import content_digest
 from kitout.train import checkpoints, run_folder
 from kitout.train.adapter_folders import save_adapters
@@ -32,8 +37,9 @@ from kitout.train.config import conflicts
 from kitout.train.config.schema import RunConfig
 from kitout.train.loop import distributed, stop_on_signal
 from kitout.train.loop.jobs import Job
-from kitout.train.measure.evaluate import JobOutcome
+from kitout.train.measure.evaluate import JobOutcome, mean_over_jobs
 from kitout.train.measure.forgetting import check_forgetting, measure_forgetting
+from kitout.train.measure.merge_proof import check_mergeable, prove_merge
 from kitout.train.outputs import write_outputs
 from kitout.train.preflight import render
 from kitout.train.preflight.collect import collect_pages, collect_statistics
@@ -54,7 +60,7 @@ from kitout.train.run import (
 from kitout.train.run import run as train_run
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup.base_model import load_config
-from kitout.train.setup.parent import adopt_parents
+from kitout.train.setup.parent import adopt_parents, read_parent
 from kitout.train.setup.prepare import PreparedRun, prepare
 from kitout.train.start import RESULTS_FILE
 
@@ -88,7 +94,7 @@ def run_stage(config: StageRun, *, dry_run: bool = False, log: LogFn = print) ->
     if config.kind == "sft":
         return train_run(config, dry_run=dry_run, log=log, read_data=partial(with_gym_data, with_answers=True))
     config = with_default_lr(adopted(config))
-    conflicts.check_machine(config, torch.cuda.is_available())
+    conflicts.check_machine(config.with_answers_as_batch(), torch.cuda.is_available())
     join_processes(config)
     day = distributed.all_gather([run_folder.first_day(config)])[0]
     config = config.model_copy(update={"data": config.data.model_copy(update={"template_date": day})})
@@ -113,11 +119,12 @@ def _run_prepared(
 ) -> Result:
     check_best(prepared, config, work.metric_names)
     check_forgetting(prepared, config.evaluate, main_log)
+    if config.evaluate.prove_merge:
+        check_mergeable(prepared)
     statistics = collect_statistics(prepared)
     last_checkpoint = next(reversed(checkpoints.list_checkpoints(folder.checkpoints)), None)
     signature = run_signature(prepared)
-    if not dry_run:
-        work.prepare(signature)
+    work.prepare(signature, dry_run)
     main_log("trying the longest and the usual step, for their time and memory ...")
     trainer, estimate = work.build_trainer(last_checkpoint, signature)
     if distributed.rank() == 0:
@@ -135,11 +142,14 @@ def _run_prepared(
     forgetting = {} if work.is_reward_model else measure_forgetting(
         prepared, config.evaluate, config.train.seed, main_log, lambda name: progress_fn(name, log)
     )  # fmt: skip
+    proofs = {}
+    if config.evaluate.prove_merge:
+        proofs = {job.name: prove_merge(prepared, k, config.evaluate) for k, job in enumerate(prepared.jobs)}
     results: dict[str, Any] = {}
     if distributed.rank() == 0:
         log("writing the report ...")
         results = write_outputs(
-            prepared, config, folder, trainer, estimate, best_step, outcomes, {}, forgetting, log, work.details()
+            prepared, config, folder, trainer, estimate, best_step, outcomes, proofs, forgetting, log, work.details()
         )
     distributed.barrier()
     prepared.kit.detach()
@@ -152,33 +162,46 @@ class OfflineStage:
     def __init__(self, config: StageRun, prepared: PreparedRun, folder: RunFolder, log: LogFn) -> None:
         self.config, self.prepared, self.folder, self.log = config, prepared, folder, log
         self.reference = load_reference(config, prepared)
+        self.figures: RewardFigures | None = None
 
     @property
     def job(self) -> Job:
+        """The first: with several seeds each is a job, on the same data and against the same reference."""
         return self.prepared.jobs[0]
 
     @property
     def is_reward_model(self) -> bool:
         return not self.config.of_kind.writes_text
 
-    def prepare(self, signature: str) -> None:
-        """Computes what the reference makes of every answer, once."""
-        objective = self.job.objective
+    def prepare(self, signature: str, dry_run: bool) -> None:
+        """Computes what the reference makes of every answer that steps and their evaluations take, once.
+
+        Of a dry run the steps that are tried do without.
+        """
+        job, objective = self.job, self.job.objective
+        trained = [
+            job.examples[i] for i in sorted({i for one in self.prepared.jobs for batch in one.batches for i in batch})
+        ]
+        measured = list(self.prepared.first_dataset.test)[: self.config.evaluate.max_test_examples]
+        rows = [row for item in (*trained, *job.validation, *measured) for row in item.rows]
         if isinstance(objective, KTOObjective):
-            objective.mismatched = mismatched_rows(self.job.examples, self.prepared.lengths[0].text.tokens)
-            extra = list(objective.mismatched.values())
-        else:
-            extra = []
+            objective.mismatched = mismatched_rows(job.examples, self.prepared.lengths[0].text.tokens)
+            rows += [objective.mismatched[row] for row in rows if row in objective.mismatched]
         if not (isinstance(objective, PreferenceObjective | KTOObjective) and self.config.has_reference):
             return
-        dataset = self.prepared.first_dataset
-        items = (*dataset.train, *dataset.validation, *dataset.test)
-        rows = [*(row for item in items for row in item.rows), *extra]
-        self.log(f"computing the reference's log-probabilities of {len(set(rows)):,} answers, once ...")
-        objective.reference = reference_scores(
-            self.prepared.kit, objective.scorer, rows, self.reference, self.folder.path,
-            reference_key(self.prepared, self.reference, signature), progress_fn("the reference", self.log),
-        )  # fmt: skip
+        if dry_run:
+            objective.reference = Unscored()
+        else:
+            self.log(f"computing the reference's log-probabilities of {len(set(rows)):,} answers, once ...")
+            objective.reference = reference_scores(
+                self.prepared.kit, objective.scorer, rows, self.reference, self.folder.path,
+                reference_key(self.prepared, self.reference, signature), progress_fn("the reference", self.log),
+            )  # fmt: skip
+        for other in (one.objective for one in self.prepared.jobs[1:]):
+            assert isinstance(other, PreferenceObjective | KTOObjective), "of one task"
+            other.reference = objective.reference
+            if isinstance(other, KTOObjective) and isinstance(objective, KTOObjective):
+                other.mismatched = objective.mismatched
 
     def build_trainer(self, last_checkpoint: Path | None, signature: str) -> tuple[Any, CostEstimate]:
         return build_trainer(self.prepared, self.config, self.folder, last_checkpoint, signature, self._validate)
@@ -191,7 +214,11 @@ class OfflineStage:
     def _validate(self) -> dict[str, float]:
         if not len(self.job.validation):
             return {}
-        metrics = {f"eval_{name}": value for name, value in validation_metrics(self.prepared, self.job).items()}
+        jobs, metrics = self.prepared.jobs, dict[str, float]()
+        for job in jobs:
+            prefix = "eval_" if len(jobs) == 1 else f"eval_{job.name}/"
+            metrics |= {f"{prefix}{name}": value for name, value in validation_metrics(self.prepared, job).items()}
+        metrics |= {} if len(jobs) == 1 else mean_over_jobs(metrics)
         memory.reset_peak(self.prepared.kit.device)
         return metrics
 
@@ -199,20 +226,35 @@ class OfflineStage:
         test = self.prepared.first_dataset.test
         if not test:
             return {}
-        progress = progress_fn(self.job.name, self.log)
-        return {
-            self.job.name: measure_answers(
-                self.prepared, self.job, test, self.config.evaluate, self.reference, progress
+        outcomes: dict[str, JobOutcome] = {}
+        for job in reversed(self.prepared.jobs):  # the figures shown are those of the first
+            progress = progress_fn(job.name, self.log)
+            outcomes[job.name], self.figures = measure_answers(
+                self.prepared, job, test, self.config.evaluate, self.reference, progress
             )
-        }
+        return {job.name: outcomes[job.name] for job in self.prepared.jobs}
 
-    def details(self) -> dict[str, Any]:
-        """What results.json has of this kind of stage."""
-        return {"kind": self.config.kind, "reference": self.reference or "base"}
+    def details(self) -> RunDetails:
+        """What pages and results.json have of this kind of stage."""
+        values: dict[str, Any] = {"kind": self.config.kind}
+        if self.config.has_reference:
+            values["reference"] = self.reference or "base"
+        stage = stage_section(self.config, values.get("reference"))
+        if self.figures is None:
+            return RunDetails(values=values, sections=[stage])
+        pictures = {"reward": reward_picture(self.figures)} if plots.has_matplotlib() else {}
+        values["held_out"] = self.figures.to_dict()
+        return RunDetails(values=values, sections=[reward_section(self.figures), stage], pictures=pictures)
 
 
 def adopted(config: StageRun) -> StageRun:
-    """With the method of the adapter that it starts from."""
+    """With the method of the adapter that it starts from. ConfigError for one that writes no text."""
+    source = config.train.from_
+    if source is not None and config.of_kind.writes_text and read_parent(source, "from").has_heads:
+        raise ConfigError(
+            f"from={source}: the adapter has a head of its own, as a reward model or a classifier, and writes no text; "
+            f"{config.kind} trains answers: leave from out, or name an adapter that was trained on answers"
+        )
     found = adopt_parents(config)
     assert isinstance(found, StageRun), "adopt_parents copies what it gets"
     return found

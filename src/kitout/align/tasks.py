@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kitout.align.config.losses import DPOLoss, KTOLoss, ORPOLoss, RewardLoss, SimPOLoss
 from kitout.data.encode.answers import PairEncoder, RolloutPromptEncoder, UnpairedEncoder
-from kitout.train.objectives.tasks import EncoderSettings, ObjectiveSettings, Task
+from kitout.train.objectives.tasks import REWARD, EncoderSettings, ObjectiveSettings, Task
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from kitout.kit import Kit
     from kitout.train.objectives.objective import Objective
 
-REWARD = "reward"  # the task of a reward adapter, in its usage record
-
 
 def task_of(stage: StageRun) -> Task:
     """The task of a stage of any kind but sft."""
@@ -29,7 +27,7 @@ def task_of(stage: StageRun) -> Task:
     return Task(
         stage.kind,
         "AutoModelForCausalLM",
-        "text-generation",
+        "text-classification" if is_reward else "text-generation",  # as the hub has reward models
         "pairs",
         _objective_builder(stage),
         _encoder_builder(stage),
@@ -37,6 +35,7 @@ def task_of(stage: StageRun) -> Task:
         build_heads=_scalar_heads if is_reward else None,
         used_as=REWARD if is_reward else "causal_lm",
         kinds=stage.of_kind.reads,
+        new_tokens=0 if stage.rollout is None else stage.rollout.max_new_tokens,
     )
 
 

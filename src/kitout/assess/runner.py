@@ -80,6 +80,11 @@ def run(
         raise ConfigError(f"{', '.join(kit.merged)} merged into the base: kit.unmerge() before measuring against it")
     routes = _routes(kit, adapters)
     usage = _usage(kit, routes, usages or {})
+    if usage is not None and usage.task not in TASKS:
+        raise ConfigError(
+            f"{', '.join(routes)}: a reward adapter scores answers and writes none: kitout predict ADAPTER PAIRS gives "
+            "its accuracy on pairs with the interval, kitout align ppo --reward ADAPTER trains a policy with it"
+        )
     reads_images = TASKS[usage.task].reads_images if usage is not None else kit.base.main_input_name == "pixel_values"
     own_tokenizer = (
         None if reads_images else (tokenizer or load_tokenizer(ModelConfig(name=_own_name(kit, "tokenizer"))))

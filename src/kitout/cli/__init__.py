@@ -27,7 +27,7 @@ VERBS = {
     "combine": "Make one adapter of several: a weighted sum, or one of ten other rules.",
     "compare": "Compare finished runs: metrics on the test split with intervals, trainable parameters, time, memory.",
     "convert": "Write an adapter in another form: as LoRA of a rank, as trained copies, a prompt as a prefix.",
-    "demo": "Fine-tune and evaluate on a built-in model and data, in minutes: text (the default) or vision.",
+    "demo": "Fine-tune and evaluate on a built-in model and data, in minutes: text (the default), vision or align.",
     "doctor": "Show versions, device, speed of dtypes, memory, cache and optional parts, and say what is wrong.",
     "eval": "Measure adapters against their base: quality on your data, forgetting, cost, each with intervals.",
     "export": "Write an adapter in the format of another library, which loads it again where it is installed.",

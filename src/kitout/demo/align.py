@@ -2,7 +2,8 @@
 
 It learns sums from right answers (sft), then from its own answers and their rewards (grpo); beside them a reward model
 and DPO on pairs. Then it asks what the adapters changed elsewhere (`kitout.assess`). It turns a few options into stages
-and their results into one table, and trains and measures nothing itself. Learning rates are those of the kinds.
+and their results into one table, and trains and measures nothing itself. Learning rates are those of the kinds,
+but for grpo.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ from kitout.train.run_folder import RESULTS_FILE
 MODEL, PAIRS, ELSEWHERE = "smollm2-135m", "nq-pairs", ("piqa", "wiki")
 # Two numbers of two digits: by default there are up to six of four, of which a small model learns nothing in minutes.
 TASK = "gym:chain_sum:max_terms=2:min_digits=2:max_digits=2"
-SYSTEM_PROMPT = "Answer with a number."
+SYSTEM_PROMPT, PAIRS_SYSTEM_PROMPT = "Answer with a number.", "Answer in a few words."
 MAX_NEW_TOKENS = 8  # a sum has at most 4, and the end
-SFT_STEPS, GRPO_STEPS, PAIR_STEPS = 60, 40, 40
+# Three times the kind's own, which is for longer runs: after sft, 12 steps on the same prompts had a mean reward of
+# 0.39 in the last six at 3e-4, of 0.37 at 1e-4.
+GRPO_LR = 3e-4
+SFT_STEPS, GRPO_STEPS, PAIR_STEPS = 60, 80, 80
 NUM_PROMPTS, NUM_PAIRS, NUM_TEST, NUM_ELSEWHERE = 2000, 1000, 300, 100
 TITLES = {
     "sft": "sums: the base, then sft",
@@ -70,7 +74,9 @@ def preset(options: AlignDemo) -> AlignConfig:
     held_out = {"validation": 0, "test": count(NUM_TEST), "seed": seed}
     sums = {"train": [{"path": options.task, "system_prompt": SYSTEM_PROMPT, "limit": count(NUM_PROMPTS)}], **held_out}
     pairs = {
-        "train": [{"path": str(options.pairs or PAIRS), "limit": count(NUM_PAIRS) + count(NUM_TEST)}],
+        "train": [
+            {"path": str(options.pairs or PAIRS), "system_prompt": PAIRS_SYSTEM_PROMPT, "limit": count(NUM_PAIRS)}
+        ],
         **held_out,
     }
     evaluate = {"max_test_examples": count(NUM_TEST), "show_examples": 4}
@@ -88,7 +94,7 @@ def preset(options: AlignDemo) -> AlignConfig:
                 {
                     "kind": "grpo", "data": sums, "from": "sft", "reward": options.task,
                     "rollout": {"prompts": 4, "samples": 8, "max_new_tokens": MAX_NEW_TOKENS},
-                    "train": {"steps": count(GRPO_STEPS), "seed": seed},
+                    "train": {"steps": count(GRPO_STEPS), "lr": GRPO_LR, "seed": seed},
                     "evaluate": evaluate,
                 },
                 {"kind": "reward", **of_pairs, "evaluate": {"max_test_examples": count(NUM_TEST)}},
@@ -123,11 +129,13 @@ def demo(options: AlignDemo, log: Callable[[str], None] = print) -> list[dict[st
 
 
 def _stage_changes(config: AlignConfig) -> Iterator[dict[str, Any]]:
-    """The headline of each stage's results."""
+    """Of each stage's results how many answers are right, else the headline."""
     for stage in config.stages:
         results = json.loads((config.folder_of(stage.name).expanduser() / RESULTS_FILE).read_text(encoding="utf-8"))
         for changes in results["comparisons"].values():
-            yield {"what": TITLES[stage.name], **changes[0]}
+            # sums are right or wrong; a reward has a part for a part of the answer
+            exact = (one for one in changes if one["name"] == "exact_match")
+            yield {"what": TITLES[stage.name], **next(exact, changes[0])}
 
 
 def _changes_elsewhere(

@@ -29,6 +29,7 @@ from kitout.install_hint import suggest_install
 from kitout.predict.load import load
 from kitout.predict.predictor import Predictor
 from kitout.runtime.merge.copy import copy_unhooked
+from kitout.train.objectives.tasks import TASKS
 
 LogFn = Callable[[str], None]
 
@@ -100,6 +101,11 @@ def write_exported(
     """The one adapter of a predictor, in a format, into a new or empty folder."""
     kit = predictor.kit
     (name,) = predictor.loaded
+    if predictor.usage.task not in TASKS:
+        raise FileError(
+            f"{name} is a reward adapter: {adapter_format.package} has no head of one value in the place of the output "
+            "head; use it as it is: kitout align ppo --reward FOLDER"
+        )
     is_installed = importlib.util.find_spec(adapter_format.package) is not None
     found: list[OutputDifference] = []
 

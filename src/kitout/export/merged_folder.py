@@ -142,6 +142,11 @@ def write_merged(predictor: Predictor, path: Path, log: LogFn = lambda _line: No
     """The adapters of a predictor, merged in their order into a new or empty folder."""
     kit, names = predictor.kit, tuple(predictor.loaded)
     usage = _usage_of_outputs(predictor)
+    if usage.task not in TASKS:
+        raise NotMergeable(
+            f"{names[0]} is a reward adapter: its head of one value stands in the place of the output head, so no "
+            "model of transformers is what a merge would give; use it as it is: kitout align ppo --reward FOLDER"
+        )
     used_task = TASKS[usage.task]
     log(f"merging {' then '.join(names)}")
     with _labels_in_config(kit.config, usage, used_task):

@@ -20,8 +20,9 @@ from kitout.data.read import tables
 from kitout.errors import DataError, Errors, suggest
 from kitout.files.usage_record import UsageRecord
 from kitout.format import short_repr
+from kitout.predict.answer_inputs import PAIR, answer_columns, answer_format, scores_answers
 from kitout.predict.text_inputs import format_of
-from kitout.train.objectives.tasks import TASKS
+from kitout.train.objectives.tasks import USES
 
 HEAD_ROWS = 200  # by which the columns are found
 TEXT_COLUMNS = (
@@ -65,14 +66,17 @@ class InputRows:
     num_rows: int | None = None
     """How many there are, about; None where it is not known."""
     _columns: dict[str, str] = field(default_factory=dict)
+    _present: list[str] = field(default_factory=list)
 
     @property
     def reads_images(self) -> bool:
-        return TASKS[self.usage.task].reads_images
+        return USES[self.usage.task].reads_images
 
     @property
     def format(self) -> Format:
         """Of the rows of a table."""
+        if scores_answers(self.usage):
+            return answer_format(self.usage, [*self._present, *self.column_names])
         return FORMATS["image"] if self.reads_images else format_of(self.usage)
 
     @property
@@ -85,7 +89,7 @@ class InputRows:
         """Of inputs that have no columns."""
         if self.reads_images:
             return "image"
-        return "prompt" if TASKS[self.usage.task].generates_text else "text"  # a written answer is the text
+        return "prompt" if USES[self.usage.task].generates_text else "text"  # a written answer is the text
 
     def __iter__(self) -> Iterator[InputRow]:
         if self.path is None:
@@ -108,6 +112,8 @@ class InputRows:
         if self.reads_images and self.path is not None and not self._columns:
             folder = Path(str(columns.get(self.main_column, ""))).parent.parts
             return next((name for name in reversed(folder) if name in self.usage.labels), None)
+        if self.has_pairs:
+            return True
         answer = self.format.answer
         cell = columns.get(self._columns.get(answer, ""))
         if not answer or cell is None or (isinstance(cell, str) and not cell.strip()):
@@ -116,7 +122,7 @@ class InputRows:
             return str(cell).strip()
         try:
             example = self.format.to_example({role: columns.get(name) for role, name in self._columns.items()})
-            return _reference_of(example, TASKS[self.usage.task].metric_task)
+            return _reference_of(example, USES[self.usage.task].metric_task)
         except ValueError as error:  # a word where a number is expected
             raise DataError(str(error)) from error
 
@@ -124,8 +130,20 @@ class InputRows:
     def has_references(self) -> bool:
         """Whether rows may say what is right."""
         return (self.reads_images and self.path is not None and self.path.is_dir()) or (
-            self.format.answer in self._columns
+            self.format.answer in self._columns or self.has_pairs
         )
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether rows have a chosen and a rejected answer, for a reward adapter."""
+        return scores_answers(self.usage) and all(role in self._columns for role in PAIR)
+
+    @property
+    def _trained(self) -> dict[str, str]:
+        """Role -> column of the training data."""
+        if scores_answers(self.usage):
+            return answer_columns(self.usage)
+        return {} if self.usage.text is None else dict(self.usage.text.columns)
 
     # ---- lines and tables --------------------------------------------------------------------------------------
 
@@ -192,14 +210,16 @@ class InputRows:
                 return main  # one question
             if self.format.name == "tokens":
                 cells[self.main_role] = main.split()
-        trained = {} if self.usage.text is None else self.usage.text.columns
+        trained = self._trained
         return {trained.get(role, role): cell for role, cell in cells.items()}
 
     def _find_columns(self, head: Sequence[Mapping[str, Any]]) -> None:
         """Fills in the column of each role. DataError says which columns there are and what to write."""
         present = list(dict.fromkeys(str(name) for cells in head for name in cells))
-        trained = {} if self.usage.text is None else dict(self.usage.text.columns)
+        self._present, trained = present, self._trained
         roles = self.format.roles
+        is_scored = scores_answers(self.usage)
+        own_roles = {*self.format.required, "prompt"} if is_scored else {self.main_role}
         given: dict[str, str] = {}
         errors = Errors(DataError, self.name)
         for role, column in self.column_names.items():
@@ -214,9 +234,9 @@ class InputRows:
         for role, usual in roles.items():
             if role == self.format.answer and role not in given:
                 continue
-            generic = TEXT_COLUMNS if role == self.main_role and not self.reads_images else ()
+            generic = TEXT_COLUMNS if role == self.main_role and not (self.reads_images or is_scored) else ()
             wanted = [given[role]] if role in given else [trained.get(role), role, *usual, *generic]
-            if role not in (*given, *trained, self.main_role) and trained:
+            if role not in (*given, *trained, *own_roles) and (trained or is_scored):
                 continue  # it was not trained with it
             taken = set(self._columns.values())
             found = next((c for w in wanted if w is not None for c in present if c == w and c not in taken), None)

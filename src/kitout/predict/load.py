@@ -34,7 +34,7 @@ from kitout.predict.saved_adapters import SavedAdapter, free_name, read_folders
 from kitout.train.config.error_messages import explain
 from kitout.train.config.schema import ModelConfig
 from kitout.train.config.yaml_file import read_yaml
-from kitout.train.objectives.tasks import TASKS, Task
+from kitout.train.objectives.tasks import USES, Task
 from kitout.train.run_folder import RUN_FILE
 from kitout.train.setup import base_model, lengths
 from kitout.train.setup.find_inputs import resolve_model
@@ -68,7 +68,7 @@ def load(
     name = find_base(saved, base)
     config = _model_config(name, usage, device, dtype)
     hf_config = base_model.load_config(config)
-    used_task = TASKS[task_name or _default_task(hf_config)]
+    used_task = USES[task_name or _default_task(hf_config)]
     own_tokenizer = None if used_task.reads_images else (tokenizer or base_model.load_tokenizer(config))
     pad_token_id = None if own_tokenizer is None else base_model.choose_pad_token(hf_config, own_tokenizer)
     labels = tuple(usage.labels) if usage is not None else tuple(hf_config.id2label.values())
@@ -93,7 +93,7 @@ def _on_model(
     kit = model if isinstance(model, Kit) else attach(model).eval()
     hf_config: Any = kit.config
     name = str(getattr(hf_config, "_name_or_path", "") or "")
-    task = TASKS[task_name or _default_task(hf_config)]
+    task = USES[task_name or _default_task(hf_config)]
     config = ModelConfig(name=name or "model")
     if not task.reads_images and tokenizer is None:
         if not name:
@@ -159,10 +159,10 @@ def _load_one(kit: Kit, one: SavedAdapter, taken: Sequence[str], verify: bool) -
 
 def _task_of(saved: Sequence[SavedAdapter], task: str | None) -> str | None:
     """The one task of all adapters; None where nothing says it and the model does."""
-    if task is not None and task not in TASKS:
-        raise ConfigError(f"task={short_repr(task)}: {suggest(str(task), TASKS)}")
+    if task is not None and task not in USES:
+        raise ConfigError(f"task={short_repr(task)}: {suggest(str(task), USES)}")
     stated = {one.name: one.usage.task if one.usage is not None else one.task for one in saved}
-    unknown = sorted({name for name in stated.values() if name is not None and name not in TASKS})
+    unknown = sorted({name for name in stated.values() if name is not None and name not in USES})
     if unknown:
         raise FileError(f"the task {short_repr(unknown[0])} is not known to this kitout: install a newer one")
     names = {name for name in stated.values() if name is not None}
@@ -173,7 +173,7 @@ def _task_of(saved: Sequence[SavedAdapter], task: str | None) -> str | None:
     if not names and task is None and any(not one.is_peft for one in saved):
         raise ConfigError(
             f"{saved[0].folder} does not say what it is for (it was not made by `kitout train`): give task=, one of "
-            f"{', '.join(TASKS)} (on the command line: --task TASK)"
+            f"{', '.join(USES)} (on the command line: --task TASK)"
         )
     return task or next(iter(names), None)
 

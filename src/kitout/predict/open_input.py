@@ -14,8 +14,9 @@ from kitout.data.read import tables
 from kitout.errors import ConfigError, DataError
 from kitout.files.usage_record import UsageRecord
 from kitout.format import short_repr
+from kitout.predict.answer_inputs import WHAT_TO_GIVE, scores_answers
 from kitout.predict.input_rows import InputRows, images_in
-from kitout.train.objectives.tasks import TASKS
+from kitout.train.objectives.tasks import USES
 
 STDIN, STDIN_NAME = "-", "stdin"
 MAX_NAME_CHARS = 200
@@ -23,8 +24,9 @@ MAX_NAME_CHARS = 200
 
 def open_input(source: str, usage: UsageRecord, column_names: Mapping[str, str], stdin: TextIO) -> InputRows:
     """What a user names, before anything is loaded. DataError where it is not what this adapter reads."""
-    task = TASKS[usage.task]
+    task = USES[usage.task]
     _check_columns(source, column_names)
+    _check_table(source, usage)
     if source == STDIN:
         if task.reads_images:
             raise DataError("this adapter reads images: give an image, a folder of images, or a table of their paths")
@@ -64,6 +66,13 @@ def _check_columns(source: str, column_names: Mapping[str, str]) -> None:
     path = None if source == STDIN else _existing(source)
     if column_names and (path is None or path.is_dir()):
         raise ConfigError(f"--column says what the columns of a table hold, and {short_repr(source)} is no table")
+
+
+def _check_table(source: str, usage: UsageRecord) -> None:
+    """A text alone is no answer to a prompt."""
+    is_table = source != STDIN and _existing(source) is not None and not source.lower().endswith(".txt")
+    if scores_answers(usage) and not is_table:
+        raise DataError(f"{short_repr(source)} is no table; {WHAT_TO_GIVE}")
 
 
 def _names_a_place(source: str) -> bool:

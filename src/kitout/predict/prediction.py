@@ -5,6 +5,7 @@ One type for all tasks; what a task does not have is None. It knows logits and n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -25,7 +26,11 @@ class Prediction:
     probabilities: Mapping[str, float] | None = None
     """By label, in the model's order; of labels that exclude each other they sum to 1."""
     value: float | None = None
-    """The number, of a regression."""
+    """The number, of a regression; the score of an answer, of a reward model."""
+    chosen_score: float | None = None
+    """Of a pair of answers, the score of the chosen one."""
+    rejected_score: float | None = None
+    """The score of the rejected one."""
     words: tuple[str, ...] | None = None
     """The words that were tagged."""
     tags: tuple[str | None, ...] | None = None
@@ -51,6 +56,8 @@ class Prediction:
             return ", ".join(self.labels) or "none"
         if self.value is not None:
             return f"{self.value:.6g}"
+        if self.chosen_score is not None:
+            return f"chosen {self.chosen_score:.6g}, rejected {self.rejected_score:.6g}"
         if self.words is not None and self.tags is not None:
             pairs = zip(self.words, self.tags, strict=True)
             return " ".join(word if tag in ("O", None) else f"{word}/{tag}" for word, tag in pairs)
@@ -87,9 +94,18 @@ def value_prediction(logits: Tensor, _labels: Sequence[str], num_truncated: int 
     return Prediction(value=float(logits[0]), num_truncated=num_truncated)
 
 
+def answers_prediction(logits: Tensor, _labels: Sequence[str], num_truncated: int = 0) -> Prediction:
+    """logits [2] of a chosen and a rejected answer; nan in the place of the second where there is one answer."""
+    first, second = map(float, logits)
+    if math.isnan(second):
+        return Prediction(value=first, num_truncated=num_truncated)
+    return Prediction(chosen_score=first, rejected_score=second, num_truncated=num_truncated)
+
+
 PREDICTIONS: dict[str, Callable[[Tensor, Sequence[str], int], Prediction]] = {
     "classification": class_prediction,
     "multilabel": labels_prediction,
     "regression": value_prediction,
+    "pairs": answers_prediction,
 }
 """By the task of the metrics: how a row of logits is read."""

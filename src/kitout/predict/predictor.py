@@ -26,13 +26,14 @@ from kitout.evaluate.ask.text_limit import check_prompts, max_tokens
 from kitout.files.usage_record import UsageRecord
 from kitout.format import short_repr
 from kitout.kit import Kit
+from kitout.predict.answer_inputs import text_inputs
 from kitout.predict.answer_stream import AnswerStream, generation_options
 from kitout.predict.prediction import PREDICTIONS, Prediction, class_prediction
 from kitout.predict.text_inputs import TextInputs, chat_of, cut_front
 from kitout.route import adapter_names
 from kitout.train.measure.predict import ProgressFn, answer_likelihoods, plan_forwards
 from kitout.train.objectives.objective import LabelObjective, Objective
-from kitout.train.objectives.tasks import TASKS, ObjectiveSettings, Task
+from kitout.train.objectives.tasks import USES, ObjectiveSettings, Task
 from kitout.train.setup.base_model import set_target_language
 from kitout.train.setup.closed_answers import ClosedAnswers
 
@@ -128,9 +129,9 @@ class Predictor:
     ) -> Prediction | list[Prediction]:
         """One input, or a list of inputs.
 
-        An input is a text; a mapping with the columns of the training data; a tuple of two texts; or an image (a path,
-        a PIL image, an array [H, W, 3] of bytes). batch_size: inputs of one forward at most. on_progress: is called
-        with the number of inputs done and of all. DataError for an input that cannot be read.
+        An input is a text; a mapping with the columns of the training data (of a reward adapter prompt and completion);
+        a tuple of two texts; or an image (a path, a PIL image, an array [H, W, 3] of bytes). batch_size: inputs of one
+        forward at most. on_progress: gets the number of inputs done and of all. DataError for one that cannot be read.
         """
         if not isinstance(inputs, list):
             (prediction,) = self([inputs], batch_size=batch_size, on_progress=on_progress)
@@ -181,8 +182,7 @@ class Predictor:
         return self._generate(preprocessing, ids, max_new_tokens, stream, seed, sampling)
 
     def __repr__(self) -> str:
-        usage = self.usage
-        adapters = ", ".join(self.names) or "none"
+        usage, adapters = self.usage, ", ".join(self.names) or "none"
         return f"Predictor({usage.task} on {usage.base.name}; adapters: {adapters}; active: {self.kit.active})"
 
     # ---- what the active adapter needs -------------------------------------------------------------------------
@@ -203,14 +203,14 @@ class Predictor:
         return self._preprocessing[name]
 
     def _prepare(self, usage: UsageRecord) -> Preprocessing:
-        task = TASKS[usage.task]
+        task = USES[usage.task]
         if task.reads_images:
             assert self._pixels is not None, "the loader gives what reads images"
             return Preprocessing(usage, task, self.kit, pixels=self._pixels(usage))
         languages: Languages | None = None
         if task.name == "seq2seq_lm" and usage.text is not None:
             languages = find_languages(self.tokenizer, usage.text.src_lang, usage.text.tgt_lang)
-        texts = TextInputs(task, usage, self._tokenizer_of(usage), languages)
+        texts = text_inputs(task, usage, self._tokenizer_of(usage), languages)
         return Preprocessing(usage, task, self.kit, self._pad_token_id, texts, languages=languages)
 
     def _tokenizer_of(self, usage: UsageRecord) -> Any:

@@ -21,7 +21,7 @@ from kitout.files.part_folders import PARTS
 from kitout.files.system_errors import as_path
 from kitout.files.usage_record import UsageRecord
 from kitout.fuse.result import common_usage
-from kitout.train.objectives.tasks import TASKS
+from kitout.train.objectives.tasks import REWARD, USES
 from kitout.train.run_folder import RUN_FILE
 
 PEFT_CONFIG = "adapter_config.json"
@@ -81,8 +81,8 @@ def check_writes(saved: Sequence[SavedAdapter], task: str | None = None) -> None
     """ConfigError where an adapter is no language model's. task: of those that do not say it."""
     for one in saved:
         task = (one.task if one.usage is None else one.usage.task) or task
-        if task in TASKS and not TASKS[task].generates_text:
-            text = "image.png" if TASKS[task].reads_images else "'a text'"
+        if task in USES and not USES[task].generates_text:
+            text = "image.png" if USES[task].reads_images else "answers.jsonl" if task == REWARD else "'a text'"
             raise ConfigError(f"{one.name} is for {task} and writes no text: kitout predict {one.folder} {text}")
 
 

@@ -22,11 +22,12 @@ from kitout.evaluate.metrics.measure import Score
 from kitout.evaluate.metrics.registry import compute_measures, metric_title
 from kitout.files.base_fingerprint import fingerprint
 from kitout.files.usage_record import UsageRecord
+from kitout.predict.answer_inputs import PAIR
 from kitout.predict.input_rows import InputRow, InputRows
 from kitout.predict.output_file import MAX_LISTED, OutputFile, OutputProgress, to_json
 from kitout.predict.prediction import Prediction
 from kitout.predict.predictor import Predictor
-from kitout.train.objectives.tasks import TASKS
+from kitout.train.objectives.tasks import USES
 
 CHUNK_ROWS = 512  # of classes and numbers: what is lost when a run is killed
 CHUNK_BATCHES, DEFAULT_BATCH = 2, 16  # of texts that are written, which takes longer
@@ -65,7 +66,7 @@ class TablePredictor:
     @property
     def chunk_rows(self) -> int:
         """Inputs that are predicted together."""
-        if TASKS[self.predictor.usage.task].generates_text and not _closed(self.predictor.usage):
+        if USES[self.predictor.usage.task].generates_text and not _closed(self.predictor.usage):
             return CHUNK_BATCHES * (self.batch_size or DEFAULT_BATCH)
         return max(CHUNK_ROWS, self.batch_size or 0)
 
@@ -196,7 +197,7 @@ class Scorer:
 
     def __init__(self, rows: InputRows, names: Mapping[str, str]) -> None:
         self.rows, self.names, self.usage = rows, names, rows.usage
-        self.task = "classification" if _closed(self.usage) else TASKS[self.usage.task].metric_task
+        self.task = "classification" if _closed(self.usage) else USES[self.usage.task].metric_task
         self.num_rows = self.num_correct = self.num_unknown = self.num_unreadable = 0
         self.pairs: list[tuple[Any, Any]] = []
 
@@ -241,6 +242,8 @@ class Scorer:
 
     def _pair(self, reference: Any, predicted: Mapping[str, Any]) -> tuple[Any, Any] | None:
         """A prediction and its reference, as the metric takes them."""
+        if self.task == "pairs":
+            return tuple(predicted[self.names[f"{side}_score"]] for side in PAIR), reference
         if self.task == "multilabel":
             found, labels = predicted[self.names["labels"]], self.usage.labels
             return [float(label in found) for label in labels], [float(label in reference) for label in labels]

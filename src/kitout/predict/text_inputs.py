@@ -27,7 +27,7 @@ from kitout.errors import BadRows, Errors, suggest
 from kitout.evaluate.metrics.entities import entity_spans
 from kitout.files.usage_record import TextRecord, UsageRecord
 from kitout.format import short_repr
-from kitout.train.objectives.tasks import TASKS, EncoderSettings, Task
+from kitout.train.objectives.tasks import USES, EncoderSettings, Task
 
 ANSWER = "x"  # of examples that are read without one; it is never part of an input
 DEFAULT_FORMATS = {"tokens": "tokens", "generation": "instruction"}  # by the task of the metrics; else labels
@@ -210,7 +210,7 @@ def raise_bad_inputs(refused: Mapping[int, str]) -> None:
 def format_of(usage: UsageRecord) -> Format:
     """The format of the training examples, or the usual one of the task."""
     trained = None if usage.text is None else usage.text.format
-    return FORMATS[trained or DEFAULT_FORMATS.get(TASKS[usage.task].metric_task, "label")]
+    return FORMATS[trained or DEFAULT_FORMATS.get(USES[usage.task].metric_task, "label")]
 
 
 def cut_front(ids: Sequence[int], room: int, special_ids: frozenset[int]) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from kitout.evaluate.compare import Comparison
 from kitout.evaluate.metrics.measure import score_difference
 from kitout.evaluate.report import adapter_table, html, model_card
 from kitout.evaluate.report.adapter_table import AdapterRow
+from kitout.evaluate.report.section import RunDetails
 from kitout.evaluate.sets.forgetting import SetChange, forgetting_to_dict
 from kitout.evaluate.significance.by_method import MetricByMethod
 from kitout.evaluate.significance.power import SmallestDifference, smallest_of_measures
@@ -52,7 +53,7 @@ def write_outputs(
     proofs: Mapping[str, MergeProof],
     forgetting: Mapping[str, Sequence[SetChange]],
     log: Callable[[str], None],
-    details: Mapping[str, Any] | None = None,
+    details: RunDetails | None = None,
 ) -> dict[str, Any]:
     """Writes everything and returns what results.json holds. details: of an alignment stage."""
     comparisons = {name: one.comparison for name, one in outcomes.items()}
@@ -60,7 +61,8 @@ def write_outputs(
     results = _results(run, trainer, estimate, best_step, comparisons)
     results["adapters"] = [asdict(row) for row in rows]
     if details is not None:
-        results["align"] = dict(details)
+        results["align"] = {**details.values, "alarms": list(details.alarms)}
+        results["sections"] = [section.to_dict() for section in details.sections if section.is_printed]
     by_method = metrics_by_method(run, outcomes)
     if by_method:
         metrics = [asdict(one) for one in by_method]
@@ -86,7 +88,18 @@ def write_outputs(
         if outcomes:
             write_scores(run, outcomes, run_folder.scores)
         _write_all(
-            run, config, run_folder, results, comparisons, folders, outcomes, rows, smallest, forgetting, by_method
+            run,
+            config,
+            run_folder,
+            results,
+            comparisons,
+            folders,
+            outcomes,
+            rows,
+            smallest,
+            forgetting,
+            by_method,
+            details,
         )
     except (OSError, SafetensorError) as error:
         raise not_written_error(run_folder, error) from error
@@ -106,8 +119,9 @@ def _write_all(
     run: PreparedRun, config: RunConfig, run_folder: RunFolder, results: Mapping[str, Any],
     comparisons: Mapping[str, Comparison], folders: Mapping[str, Path], outcomes: Mapping[str, JobOutcome],
     rows: Sequence[AdapterRow], smallest: SmallestDifference | None, forgetting: Mapping[str, Sequence[SetChange]],
-    by_method: Sequence[MetricByMethod],
+    by_method: Sequence[MetricByMethod], details: RunDetails | None,
 ) -> None:  # fmt: skip
+    sections = () if details is None else details.sections
     for job, folder in folders.items():
         own = {name: comparison for name, comparison in comparisons.items() if name == job}
         summary = run_summary(run, config, results, own, job, run_folder)
@@ -117,10 +131,12 @@ def _write_all(
             by_method=by_method,
             method_name=job_of(run.seeds, job),
             forgetting={name: changes for name, changes in forgetting.items() if name == job},
+            sections=sections,
         )
         model_card.write_model_card(card_summary(summary, config), folder)
     first_images, misclassified = predicted_images(run, outcomes)
-    write_pngs(run, run_folder, outcomes, rows, misclassified, config.model.name)
+    pictures = {} if details is None else details.pictures
+    write_pngs(run, run_folder, outcomes, rows, misclassified, config.model.name, pictures)
     summary = replace(
         run_summary(run, config, results, comparisons, ", ".join(folders), run_folder),
         adapters=rows,
@@ -129,6 +145,7 @@ def _write_all(
         smallest=smallest,
         by_method=by_method,
         forgetting=forgetting,
+        sections=sections,
         charts=report_charts(run, run_folder),
         per_class={name: one.per_class for name, one in outcomes.items() if one.per_class},
         confusions={name: one.confusion for name, one in outcomes.items() if one.confusion},

@@ -75,6 +75,7 @@ def _path_settings(config: RunConfig) -> Iterator[str]:
         yield from (value for value in (job.data.validation, job.data.test) if isinstance(value, str))
         if job.train.from_ is not None:
             yield job.train.from_
+        yield from job.more_paths()
 
 
 def _spellings(path: str) -> list[str]:

@@ -8,7 +8,7 @@ It knows no kit and no job.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kitout.format import format_bytes, format_count, format_duration, format_number
+from kitout.train.answer_progress import answer_texts, answers_table, samples_answers
 from kitout.train.metrics_log import METRICS_FILE, MetricsLog
 
 PLAIN_LINES = 20  # of a run, besides first, last and evaluations ...
@@ -31,6 +32,7 @@ EVAL_PREFIX = "eval_"
 UNNAMED_VALUES = {"step", "epoch", "seconds", "processor_seconds", "total_flos", "saved"}  # not displayed
 NAMED_VALUES = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad norm"}  # and how
 COST_VALUES = {"tokens", "tokens_per_second", "memory"}  # displayed together
+PANEL_VALUES = {"chosen_reward", "rejected_reward"}  # displayed on a panel alone: a line has their margin
 HIDDEN_SUFFIXES = ("runtime", "_per_second", "model_preparation_time")  # endings of what Trainer adds to an evaluation
 
 
@@ -48,6 +50,8 @@ class ProgressState:
     """When this process started training."""
     values: dict[str, Any] = field(default_factory=dict)
     """What was logged of training, by name."""
+    first_round: dict[str, Any] = field(default_factory=dict)
+    """The first such values of a run that samples answers."""
     evaluation: dict[str, Any] = field(default_factory=dict)
     """The metrics of the last evaluation, by name."""
     evaluation_step: int = 0
@@ -80,6 +84,8 @@ class ProgressState:
         if metrics:
             self.evaluation, self.evaluation_step = metrics, step
             self.evaluating, self.batches = "", 0
+        if samples_answers(logs) and not self.first_round:
+            self.first_round = dict(logs)
         self.values |= {name: value for name, value in logs.items() if not name.startswith(EVAL_PREFIX)}
         return bool(metrics)
 
@@ -213,7 +219,8 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]  # transformers is
         elif "loss" in progress.values and is_due:
             self._last_line_part, self._last_line_at = part, now
             steps, remaining = f"{progress.steps:,}", _remaining_text(progress)
-            parts = [f"step {progress.step:>{len(steps)},}/{steps}", *map(" ".join, _value_texts(progress))]
+            values = _value_texts(progress, PANEL_VALUES)
+            parts = [f"step {progress.step:>{len(steps)},}/{steps}", *map(" ".join, values)]
             self._print_line("  ".join([*parts, remaining] if remaining else parts))
 
     def _print_line(self, text: str) -> None:
@@ -230,7 +237,9 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]  # transformers is
         rows: list[RenderableType] = [head]
         if values := _value_texts(progress):
             rows.append(Text("   ").join(Text.assemble((f"{name} ", "dim"), value) for name, value in values))
-        if jobs := progress.per_job():
+        if progress.first_round:
+            rows.append(answers_table(progress.first_round, progress.values))
+        elif jobs := progress.per_job():
             rows.append(_jobs_table(jobs))
         return Group(*rows)
 
@@ -241,9 +250,11 @@ def _remaining_text(progress: ProgressState) -> str:
     return f"{format_duration(progress.remaining)} to go"
 
 
-def _value_texts(progress: ProgressState) -> list[tuple[str, str]]:
-    """(name, text) of each value that is displayed of training."""
+def _value_texts(progress: ProgressState, hidden: Collection[str] = ()) -> list[tuple[str, str]]:
+    """(name, text) of each value that is displayed of training. hidden: those that a line leaves out."""
     values = progress.values
+    if samples_answers(values) and hidden:
+        return answer_texts(values)
     shown: list[tuple[str, str]] = []
     for key, name in NAMED_VALUES.items():
         if isinstance(values.get(key), int | float):
@@ -252,6 +263,7 @@ def _value_texts(progress: ProgressState) -> list[tuple[str, str]]:
             shown.append((name, "not finite"))
     for key, value in values.items():  # what an objective measures
         is_known = key in UNNAMED_VALUES | NAMED_VALUES.keys() | COST_VALUES or key.startswith("train_")
+        is_known = is_known or key in hidden or samples_answers(values)  # which a table has
         if not is_known and "/" not in key and isinstance(value, int | float | None):
             shown.append((key.replace("_", " "), format_number(value)))
     tokens, per_second, memory = values.get("tokens"), values.get("tokens_per_second"), values.get("memory")

@@ -49,6 +49,7 @@ def results_text(results: Mapping[str, Any]) -> str:
         examples = results["examples"].get(name, ())
         if examples:
             parts.append(_answers_table(examples, baseline))
+    parts += [_section_table(one) for one in results.get("sections", ()) if one["table"]]
     for name, forgotten in results.get("forgetting", {}).items():
         of = f" ({name})" if len(results["forgetting"]) > 1 else ""
         parts.append(Text(f"forgetting{of}: {forgotten['summary']}"))
@@ -57,6 +58,7 @@ def results_text(results: Mapping[str, Any]) -> str:
         parts.append(Text(f"{name}: {proof_text}" if len(results["comparisons"]) > 1 else proof_text))
     if seeds:
         parts.append(Text(f"\n{seeds['text']}"))
+    parts += [Text(f"alarm: {alarm}") for alarm in results.get("align", {}).get("alarms", ())]
     page = io.StringIO()
     console = Console(file=page, width=PAGE_WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
     for part in parts:
@@ -119,6 +121,18 @@ def _classes_table(scores: Sequence[Mapping[str, Any]]) -> Table:
         interval = f"{format_value(one['low'], True)} to {format_value(one['high'], True)}" if one["n"] else ""
         recall, precision, f1 = (format_value(one[name], True) for name in ("recall", "precision", "f1"))
         table.add_row(Text(single_line(one["name"], 40)), f"{one['n']:,}", recall, interval, precision, f1)
+    return table
+
+
+def _section_table(section: Mapping[str, Any]) -> Table:
+    """Of the kind of run."""
+    table = Table(title=section["title"], title_justify="left", header_style="bold")
+    head, *rows = section["table"]
+    for number, heading in enumerate(head):
+        is_text = number == 0 or len(head) == 2
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(single_line(cell, MAX_CELL_CHARS)) for cell in row))
     return table
 
 

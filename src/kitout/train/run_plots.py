@@ -79,8 +79,12 @@ def write_pngs(
     rows: Sequence[AdapterRow],
     misclassified: Mapping[str, PredictedImages],
     base_name: str,
+    pictures: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Training, lengths, the adapters compared if there are several, confusion matrices, misclassified images."""
+    """Training, lengths, the adapters compared if there are several, confusion matrices, misclassified images.
+
+    pictures: of the kind of run, by name; one of the same name is left out for them.
+    """
     dataset = run.first_dataset
     if dataset.images is not None and not (image_file := sample_image(run, 0, run_folder)).exists():
         buffer = io.BytesIO()
@@ -88,7 +92,7 @@ def write_pngs(
         plots.write_png(image_file, buffer.getvalue())
     if not plots.has_matplotlib():
         return
-    pngs = {}
+    pngs: dict[str, bytes] = {}
     if metrics := read_metrics(run_folder.metrics):
         pngs["training"] = plots.plot_training(metrics)
     if counts := _token_counts(run):
@@ -101,5 +105,5 @@ def write_pngs(
             pngs[f"confusion{suffix}"] = class_plots.confusion(name, outcome.confusion)
         if wrong := misclassified.get(name):
             pngs[f"errors{suffix}"] = class_plots.errors(name, wrong.images, wrong.true, wrong.predicted, wrong.total)
-    for name, png in pngs.items():
+    for name, png in (pngs | dict(pictures or {})).items():
         plots.write_png(run_folder.path / f"{name}.png", png)

@@ -22,12 +22,13 @@ from kitout.train.adapter_folders import adapter_folders, data_hash
 from kitout.train.config import yaml_file
 from kitout.train.config.schema import RunConfig
 from kitout.train.measure.merge_proof import MergeProof
+from kitout.train.objectives.tasks import REWARD
 from kitout.train.portable_texts import portable_summary
 from kitout.train.preflight.collect import skipped_text
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup.find_inputs import resolve_model
 from kitout.train.setup.prepare import PreparedRun
-from kitout.train.setup.sample_input import sample_input
+from kitout.train.setup.sample_input import sample_answer, sample_input
 from kitout.train.usage import base_record
 from kitout.version import __version__
 
@@ -92,7 +93,7 @@ def run_summary(
             "% trainable": sum(results["percent"][job.name] for job in jobs),
         },
         checked={name: str(MergeProof(**proof)) for name, proof in results.get("merge", {}).items() if name in methods},
-        notes=[*run.warnings, *results["stopped"].values()],
+        notes=[*run.warnings, *results["stopped"].values(), *results.get("align", {}).get("alarms", ())],
         config=yaml_file.to_yaml(config.to_dict()),
         files={
             "adapter/": "the adapter, with its model card",
@@ -124,7 +125,10 @@ def next_steps(run: PreparedRun, config: RunConfig, run_folder: RunFolder, name:
     dataset, job_config = run.datasets[number], config.per_job()[number]
     is_closed = dataset.answers is not None
     columns = {} if dataset.reading is None else dataset.reading.columns
-    sample = sample_input(dataset.sample, columns, is_closed or run.objective != "causal_lm")
+    use = run.task.used_as or run.objective
+    sample = sample_input(dataset.sample, columns, is_closed or use != "causal_lm")
+    if use == REWARD:
+        sample = sample_answer(dataset.sample) | {"rewards_on": config.model.name}
     if dataset.images is not None:
         sample = {"text": str(sample_image(run, number, run_folder)), "is_image": True}
     held_out = job_config.data.test
@@ -133,7 +137,7 @@ def next_steps(run: PreparedRun, config: RunConfig, run_folder: RunFolder, name:
         folder=str(adapter_folders(run, run_folder)[name]),
         **sample,
         file=file if Path(file).expanduser().exists() and not file.endswith(".npz") else "",  # arrays are for training
-        writes=run.objective == "causal_lm" and not is_closed,
+        writes=use == "causal_lm" and not is_closed,
     )
 
 

@@ -154,11 +154,18 @@ def errors(*stages: dict[str, Any], **top: Any) -> list[str]:
         ),
         (
             [GRPO | {"train": {"micro_batch_size": 99}}],
-            "train.micro_batch_size=99 is more than the rollout.prompts=8 it is a part of",
+            "train.micro_batch_size=99 is more than the rollout.prompts=8 x rollout.samples=8 answers it is a part of",
         ),
         (
             [SFT | {"train": {"micro_batch_size": 99}}, DPO],
             "stage sft: train.micro_batch_size=99 is more than the train.batch_size=16 it is a part of",
+        ),
+        (
+            [SFT | {"train": {"seeds": [1, 2]}}, DPO | {"from": "sft"}],
+            (
+                "stages.0.train.seeds: dpo takes one adapter of sft, and seeds make several: write stages.0.train.seed,"
+                " and run the file once more with another output.folder for each seed"
+            ),
         ),
     ],
 )

@@ -55,7 +55,7 @@ def test_all_stages_show_every_loss() -> None:
     assert [text.split(" ")[1].rstrip(".") for text in losses] == [k for k, kind in KINDS.items() if kind.loss]
     shown = {f"{section.name}.{setting.name}" for section in sections for setting in section.settings}
     assert {"stages.0.kind", "stages.0.rollout.top_k", "stages.0.reward.0.source", "stages.0.train.lr"} <= shown
-    assert not {"stages.0.train.seeds", "stages.0.data.labels", "stages.0.data.augment"} & shown
+    assert not {"stages.0.train.head", "stages.0.data.labels", "stages.0.data.augment"} & shown
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -240,3 +240,44 @@ def test_the_json_schema_is_of_every_loss() -> None:
     losses = {kind.loss.__name__ for kind in KINDS.values() if kind.loss is not None}
     assert losses <= set(schema["$defs"])
     assert schema["$defs"]["StageConfig"]["properties"]["kind"]["enum"] == list(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        (
+            [PPO | {"name": "value", "reward": "m:f", "from": None}],
+            "stages.0.name=value: the stage itself has another adapter of",
+        ),
+        ([SFT, PPO | {"name": "reward-0", "reward": "m:f"}], "stages.1.name=reward-0: the stage itself has another"),
+        (
+            [SFT, {"kind": "dpo", "name": "reference", "from": "sft", "data": "d"}],
+            "stages.1.name=reference: the stage itself has another adapter of that name beside the one that it trains",
+        ),
+        (
+            [
+                PPO
+                | {
+                    "from": None,
+                    "reward": "m:f",
+                    "rollout": {"prompts": 2, "samples": 3},
+                    "train": {"micro_batch_size": 7},
+                }
+            ],
+            "train.micro_batch_size=7 is more than the rollout.prompts=2 x rollout.samples=3 answers",
+        ),
+        (
+            [PPO | {"from": None, "reward": "m:f", "evaluate": {"prove_merge": True}}],
+            "stages.0.evaluate.prove_merge: prompts have no answers to compare",
+        ),
+    ],
+)
+def test_stages_that_cannot_be_meant(stages: list[dict[str, Any]], words: str) -> None:
+    found = errors({"model": "m", "stages": stages})
+    assert len(found) == 1, found
+    assert found[0].startswith(words)
+
+
+def test_micro_batches_are_cut_from_all_answers_of_a_step() -> None:
+    one = PPO | {"from": None, "reward": "m:f", "rollout": {"prompts": 2, "samples": 3}}
+    load_align({"model": "m", "stages": [one | {"train": {"micro_batch_size": 6}}]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,13 @@ from kitout.data.encode.item import EncodedExample
 from kitout.errors import RewardError
 
 CODE = """
-import asyncio
+import asyncio, sys
 limit = 3
 def count(prompts, completions, rows):
     return [len(set(c) & set(r["letters"])) for c, r in zip(completions, rows, strict=True)]
 def changes(prompts, completions, rows):
-    for row in rows: row.clear()
-    completions.clear()
+    for row in rows: row['letters'].append('c'); row.clear()
+    completions.clear(); prompts[0][0]['content'] = ''
     return [None, 1.0]
 def fails(prompts, completions, rows):
     return [row["missing"] for row in rows]
@@ -30,6 +31,8 @@ def deep(prompts, completions, rows):
 async def later(prompts, completions, rows): ...
 def two(completions, rows): ...
 def more(prompts, completions, rows, *, extra=None): return [0.0, 0.0]
+def leaves(prompts, completions, rows):
+    sys.exit(3)
 class Judge:
     def __init__(self, prompts, completions, rows): ...
 """
@@ -60,9 +63,11 @@ def test_a_function_of_the_working_directory() -> None:
 
 
 def test_what_a_function_changes_stays_its_own() -> None:
-    assert import_function("own_rewards:changes").score(ANSWERS) == [None, 1.0]
-    assert ANSWERS.completions == ["abc", "xyz"]
-    assert ANSWERS.rows[0] == {"letters": "ab"}
+    answers = replace(ANSWERS, prompts=[[{"content": "p"}], "q"], rows=[{"letters": ["a", "b"]}, {"letters": []}])
+    assert import_function("own_rewards:changes").score(answers) == [None, 1.0]
+    assert answers.completions == ["abc", "xyz"]
+    assert answers.rows[0] == {"letters": ["a", "b"]}
+    assert answers.prompts[0] == [{"content": "p"}]
 
 
 def test_a_function_of_an_installed_package() -> None:
@@ -108,6 +113,11 @@ def test_what_a_function_raises_names_it_and_its_line_and_is_chained() -> None:
     line = 'own_rewards.py, line 11: return [row["missing"] for row in rows]'
     assert str(found.value) == f"reward own_rewards:fails raised KeyError: 'missing' ({line})"
     assert isinstance(found.value.__cause__, KeyError)
+
+
+def test_a_function_that_leaves_python_is_named() -> None:
+    with pytest.raises(RewardError, match="reward own_rewards:leaves raised SystemExit: 3"):
+        import_function("own_rewards:leaves").score(ANSWERS)
 
 
 def no_model(spec: RewardSpec) -> Reward:

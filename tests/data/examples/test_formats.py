@@ -344,3 +344,15 @@ def test_a_message_shows_some_of_many_columns() -> None:
     with pytest.raises(DataError, match=r"c39, \.\.\. \(5,000 in all\)") as error:
         detect([(1, {f"c{i}": 1 for i in range(5000)})], "wide.csv")
     assert len(str(error.value)) < 3000
+
+
+def test_data_of_another_stage_say_which() -> None:
+    rows = [(f"line {i}", {"prompt": "a b", "completion": f"c {i}", "label": bool(i % 2)}) for i in range(4)]
+    words = (
+        r"fit texts to train on \(format completion\), which sft takes, or answers .*unpaired\), which kto takes; else"
+    )
+    with pytest.raises(DataError, match=words):
+        detect(rows, "x.jsonl", kinds=("preference",))
+    words = r"do not fit the format preference; they fit prompts \(format prompts\), which grpo takes"
+    with pytest.raises(DataError, match=words):
+        detect([("line 1", {"prompt": "a b", "n": 1})], "x.jsonl", kinds=("preference",))

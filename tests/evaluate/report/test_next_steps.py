@@ -95,3 +95,15 @@ def test_a_long_text_is_cut_between_words() -> None:
     assert shorten("word " * 100) == ("word " * 20).strip()
     assert shorten("x" * 300) == "x" * MAX_CHARS
     assert shorten("short") == "short"
+
+
+def test_a_reward_adapter_rewards_a_policy() -> None:
+    row = {"prompt": "What is 2 + 2?", "completion": "4"}
+    steps = NextSteps(folder="runs/r/adapter", row=row, rewards_on="smollm2-135m", file="pairs.jsonl")
+    assert steps.commands == [
+        "kitout align ppo --model smollm2-135m --data PROMPTS --reward runs/r/adapter --out DIR",
+        "kitout predict runs/r/adapter pairs.jsonl --out predictions.jsonl",
+    ]
+    assert literals(steps.python_lines) == ["runs/r/adapter", row]
+    card = steps.on_any_machine("BASE")
+    assert card.commands[0] == "kitout align ppo --model BASE --data PROMPTS --reward FOLDER --out DIR"

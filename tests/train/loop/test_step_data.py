@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from kitout import LoRA
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
+from kitout.errors import TrainingDiverged
 from kitout.train.loop.jobs import Job
 from train.fixtures import add, causal, job, kit_of, loop_of, texts, values
 
@@ -75,3 +78,28 @@ def test_first_rounds_that_teach_nothing_are_waited_for(tmp_path: Path) -> None:
     kit = kit_of("llama")
     add(kit, "low", LoRA(rank=2))
     assert any(not torch.equal(after[key], value) for key, value in values(kit, "low").items())
+
+
+def test_jobs_that_train_on_made_examples_stop_together(tmp_path: Path) -> None:
+    kit = kit_of("llama")
+    add(kit, "low", LoRA(rank=2))
+    add(kit, "value", LoRA(rank=2), seed=1)
+    examples: list[Any] = texts(8)
+    jobs = [job(name, causal(kit, [name], examples), examples, steps=6) for name in ("low", "value")]
+    with torch.no_grad():
+        next(kit["value"].parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingDiverged, match="'value', step 1: the grad norm is nan"):
+        loop_of(kit, jobs, tmp_path, step_data=NewTexts(examples)).train()
+
+
+def test_making_examples_counts_as_time_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = NewTexts.before_step
+
+    def slowly(self: NewTexts, step: int) -> None:
+        time.sleep(0.05)
+        make(self, step)
+
+    monkeypatch.setattr(NewTexts, "before_step", slowly)
+    loop, _, _ = run(tmp_path)
+    assert loop.step_runner.seconds >= 6 * 0.05
+    assert loop.step_runner.job_seconds[0][0] >= 6 * 0.05

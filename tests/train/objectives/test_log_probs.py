@@ -184,3 +184,16 @@ def test_rows_are_collated_in_order_and_a_first_token_is_no_target() -> None:
     assert sums.tolist() == [3, 5, 0]
     assert values.grad is not None
     assert values.grad.tolist() == [2, 2, 3]
+
+
+@pytest.mark.parametrize("way", ["chunked", "logits"])
+def test_a_temperature_divides_logits_and_not_what_is_rounded_before_them(way: str) -> None:
+    """In half precision h / 0.7 is rounded, and another pass that divides the logits would find another ratio."""
+    h, w, labels = torch.randn(10, 64).bfloat16(), torch.randn(37, 64).bfloat16(), torch.randint(0, 37, (10,))
+    ways: dict[str, TermsFn] = {
+        "chunked": lambda h: chunked_log_probs(h, w, None, labels, 0.7),
+        "logits": lambda h: log_prob_terms(F.linear(h, w).float() / 0.7, labels),
+    }
+    expected = results(h, lambda h: by_torch(F.linear(h, w).float() / 0.7, labels))
+    for found, value, tolerance in zip(results(h, ways[way]), expected, (1e-5, 1e-5, 2e-2), strict=True):
+        torch.testing.assert_close(found, value, rtol=tolerance, atol=tolerance)

@@ -18,6 +18,7 @@ from kitout.errors import ConfigError
 from kitout.train.config.method_field import method_to_dict
 
 SOURCES = "a stage of kind reward before it, its folder, module:function or gym:NAME"
+REFERENCE, VALUE = "reference", "value"  # adapters beside the one that is trained
 SAMPLING = ", ".join(name for name, kind in KINDS.items() if kind.takes_reward)
 
 
@@ -30,6 +31,7 @@ def find_conflicts(config: AlignConfig) -> Iterator[str]:
         yield from _reward_conflicts(config, number, at)
         yield from _loss_conflicts(stage, at)
         yield from _data_conflicts(stage, at)
+        yield from _seed_conflicts(config, number, at)
         yield from find_unfit(stage, at)
 
 
@@ -78,6 +80,15 @@ def _name_conflicts(config: AlignConfig) -> Iterator[str]:
         if name in names[:number]:
             free = next(f"{name}-{i}" for i in range(2, len(names) + 2) if f"{name}-{i}" not in names)
             yield f"stages.{number}.name={name}: a stage before it has that name: write stages.{number}.name={free}"
+    for number, stage in enumerate(config.stages):
+        own = [REFERENCE] if stage.has_reference and stage.from_ else []
+        own += [VALUE] if stage.of_kind.has_value else []
+        own += [f"reward-{i}" for i in range(len(stage.reward))]
+        if stage.name in own:
+            yield (
+                f"stages.{number}.name={stage.name}: the stage itself has another adapter of that name beside the one "
+                f"that it trains: write stages.{number}.name={stage.kind}-{stage.name}"
+            )
 
 
 def _from_conflicts(config: AlignConfig, number: int, at: str) -> Iterator[str]:
@@ -110,6 +121,16 @@ def _reward_conflicts(config: AlignConfig, number: int, at: str) -> Iterator[str
         if one.source in seen:
             yield f"{at}reward={one.source}: is there twice: write one with the sum of both weights"
         seen.add(one.source)
+
+
+def _seed_conflicts(config: AlignConfig, number: int, at: str) -> Iterator[str]:
+    stage = config.stages[number]
+    takers = [one.name for one in config.stages if stage.name in (one.from_, *(each.source for each in one.reward))]
+    if stage.train.seeds and takers:
+        yield (
+            f"{at}train.seeds: {takers[0]} takes one adapter of {stage.name}, and seeds make several: write "
+            f"{at}train.seed, and run the file once more with another output.folder for each seed"
+        )
 
 
 def _source_errors(config: AlignConfig, number: int, one: RewardSource) -> Iterator[str]:

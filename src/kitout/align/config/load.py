@@ -109,8 +109,14 @@ def _conflicts(config: AlignConfig, context: object) -> Iterable[str]:
     runs = list(config.runs(context))
     for run in runs:
         heading = f"stage {run.output.name}: " if len(runs) > 1 else ""
-        for conflict in conflicts.find_conflicts(run) if context is None else conflicts.conflicts_without_method(run):
-            named = conflict if run.rollout is None else conflict.replace("train.batch_size=", "rollout.prompts=")
-            yield heading + named
+        checked, batch_size = run, ""
+        if run.rollout is not None:  # a step trains on every answer
+            checked = run.with_answers_as_batch()
+            batch_size = f"rollout.prompts={run.rollout.prompts} x rollout.samples={run.rollout.samples} answers"
+        found = conflicts.find_conflicts(checked) if context is None else conflicts.conflicts_without_method(checked)
+        for conflict in found:
+            yield heading + (
+                conflict.replace(f"train.batch_size={checked.train.batch_size}", batch_size) if batch_size else conflict
+            )
     if context is None:  # adapters that no stage is made of
         yield from set.intersection(*(set(conflicts.find_unused(run)) for run in runs))

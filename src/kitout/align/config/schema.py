@@ -236,8 +236,18 @@ class StageConfig(StageLoss):
 class StageRun(RunConfig, StageLoss):
     """A stage as a run of `kitout train`, with what its kind adds: what the run.yaml of its folder holds."""
 
+    def with_answers_as_batch(self) -> StageRun:
+        """The run whose batch size is what a step trains on: of prompts, all their answers."""
+        if self.rollout is None:
+            return self
+        answers = self.rollout.prompts * self.rollout.samples
+        return self.model_copy(update={"train": self.train.model_copy(update={"batch_size": answers})})
+
     def to_dict(self) -> dict[str, Any]:
         return self.without_empty(super().to_dict())
+
+    def more_paths(self) -> tuple[str, ...]:
+        return tuple(one.source for one in self.reward if one.of == "adapter")
 
 
 class AlignOutput(ConfigSection):

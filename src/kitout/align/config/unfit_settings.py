@@ -16,8 +16,6 @@ NO_WORDS = "a reward adapter has a scalar head and writes no text: leave it out"
 READ_WHOLE = "{data} are read whole, so that what a reference says of them is computed once: leave it out"
 OF_ALL = {
     "train.from": "what a stage starts from is its own setting: write {at}from={value}",
-    "train.seeds": "stages follow on one adapter each: write {at}train.seed, and run the file once more with another "
-    "output.folder for each seed",
     **dict.fromkeys(
         ("data.labels", "data.src_lang", "data.tgt_lang", "data.image_size", "data.augment", "train.head",
          "train.trunk"),
@@ -33,7 +31,10 @@ OF_ANSWERS = {  # of all but sft
 OF_SAMPLING = {
     "data.train_on": "the sampled answers are trained on: leave it out",
     "train.batch_size": "a step takes as many prompts as a rollout: write {at}rollout.prompts={value}",
+    "train.seeds": "a round of answers is of one policy: write {at}train.seed, and run the file once more with another "
+    "output.folder for each seed",
     "train.group_by_length": "prompts are taken in the order sampled by the seed: leave it out",
+    "evaluate.prove_merge": "prompts have no answers to compare: leave it out; `kitout merge` merges the adapter later",
     "evaluate.max_new_tokens": "answers are as long in evaluations as in training: write {at}rollout.max_new_tokens="
     "{value}",
 }

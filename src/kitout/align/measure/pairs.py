@@ -8,12 +8,19 @@ answer, which a reward model often learns instead. It knows prepared runs and me
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from kitout.align.measure.reward_figures import (
+    AUC,
+    PAIR_ACCURACY,
+    PairScores,
+    RewardFigures,
+    answer_figures,
+    auc,
+    pair_figures,
+)
 from kitout.align.objectives.kto import KTOObjective
 from kitout.align.objectives.preference_objective import PreferenceObjective
 from kitout.align.objectives.reward_objective import RewardObjective
@@ -29,21 +36,7 @@ from kitout.train.measure.predict import ProgressFn, predict
 from kitout.train.setup.prepare import PreparedRun
 
 LONGER = "longer answer"
-PAIR_ACCURACY, AUC, LOSS = "pair_accuracy", "auc", "loss"
-
-
-@dataclass(frozen=True, eq=False)
-class PairScores:
-    """What an objective makes of held-out pairs, pair by pair."""
-
-    chosen: NDArray[np.float64]
-    """Reward of the chosen answer, as the loss has it."""
-    rejected: NDArray[np.float64]
-    """Reward of the rejected answer."""
-    chosen_tokens: NDArray[np.int64]
-    """Tokens of the chosen answer."""
-    rejected_tokens: NDArray[np.int64]
-    """Tokens of the rejected answer."""
+LOSS = "loss"
 
 
 def score_pairs(
@@ -61,12 +54,22 @@ def score_pairs(
 def measure_answers(
     run: PreparedRun, job: Job, items: Sequence[Any], config: EvaluateConfig, reference: str | None,
     on_progress: ProgressFn | None = None,
-) -> JobOutcome:  # fmt: skip
-    """A stage on its test split. reference: the adapter that the policy started from; None: the base."""
+) -> tuple[JobOutcome, RewardFigures]:  # fmt: skip
+    """A stage on its test split, and what the reward of its loss says of it: of a policy its implicit reward.
+
+    reference: the adapter that the policy started from; None: the base.
+    """
     items = list(items)[: config.max_test_examples]
     objective = job.objective
-    if isinstance(objective, RewardObjective):
+    if isinstance(objective, KTOObjective):
+        with run.kit.use(job.name):
+            rewards = predict(run.kit, objective, items, on_progress).predictions
+        tokens = np.array([item.num_targets for item in items])
+        figures = answer_figures(np.array(rewards), np.array([item.is_desirable for item in items]), tokens)
+    else:
         scores, _ = score_pairs(run, job, items, on_progress)
+        figures = pair_figures(scores)
+    if isinstance(objective, RewardObjective):
         base = {PAIR_ACCURACY: proportion(scores.chosen_tokens > scores.rejected_tokens)}
         tuned = {PAIR_ACCURACY: proportion(scores.chosen > scores.rejected)}
         baseline = LONGER
@@ -78,7 +81,7 @@ def measure_answers(
         base, tuned, baseline = before, after, BASE if reference is None else reference
     comparison = compare(base, tuned, (), baseline=baseline)
     scores_by_name = {change.name: change.tuned for change in comparison.changes}
-    return JobOutcome(scores_by_name, comparison, items=items, measures=tuned, base_measures=base)
+    return JobOutcome(scores_by_name, comparison, items=items, measures=tuned, base_measures=base), figures
 
 
 def likelihood_measures(
@@ -93,22 +96,6 @@ def likelihood_measures(
         return {PAIR_ACCURACY: proportion(chosen > rejected)}
     desirable = np.array([item.is_desirable for item in items if isinstance(item, EncodedUnpaired)])
     return {AUC: auc(means, desirable)}
-
-
-def auc(scores: NDArray[np.float64], is_positive: NDArray[np.bool_]) -> Measure:
-    """The share of (positive, negative) pairs in which the positive scores higher; a tie counts half."""
-
-    def value(weights: NDArray[np.float64]) -> float:
-        order = np.argsort(scores, kind="stable")
-        ranked, positive = scores[order], np.where(is_positive, weights, 0.0)[order]
-        negative = np.where(is_positive, 0.0, weights)[order]
-        _, group = np.unique(ranked, return_inverse=True)
-        positive_of, negative_of = np.bincount(group, positive), np.bincount(group, negative)
-        below = np.cumsum(negative_of) - negative_of
-        total = positive_of.sum() * negative_of.sum()
-        return float((positive_of * (below + negative_of / 2)).sum() / total) if total else 0.5
-
-    return Measure(value, len(scores))
 
 
 def validation_metrics(run: PreparedRun, job: Job) -> dict[str, float]:

@@ -6,17 +6,20 @@ nothing of pages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from kitout.align.rewards.mean_reward import reward_measure
+from kitout.align.rewards.random_state import fixed_random_state
 from kitout.align.rewards.reward import AnswerBatch, RewardValues, WeightedRewards
 from kitout.align.rollout import Rollout, SamplingSettings, sample_answers
 from kitout.data.encode.item import EncodedPrompt
 from kitout.evaluate.ask.batches import ProgressFn
-from kitout.evaluate.compare import BASE, ComparedExample, compare
-from kitout.evaluate.metrics.measure import Measure, mean, proportion
+from kitout.evaluate.compare import BASE, SHORT_ANSWER_WORDS, ComparedExample, compare
+from kitout.evaluate.metrics.generation import normalize_answer
+from kitout.evaluate.metrics.measure import proportion
 from kitout.train.config.schema import EvaluateConfig
 from kitout.train.measure.evaluate import JobOutcome
 from kitout.train.setup.prepare import PreparedRun
@@ -46,24 +49,21 @@ def judge(
     answers = AnswerBatch.of(
         rollouts, [p.prompt for p in prompts], [p.row for p in prompts], [p.location for p in prompts]
     )
-    return JudgedAnswers(rollouts, rewards.score(answers))
-
-
-def reward_measure(values: Sequence[float]) -> Measure:
-    """The mean; a share where every reward is 0 or 1."""
-    array = np.array(values, dtype=np.float64)
-    if set(array.tolist()) <= {0.0, 1.0}:
-        return proportion(array == 1.0)
-    return mean(array, is_fraction=False)
+    with fixed_random_state(0):
+        return JudgedAnswers(rollouts, rewards.score(answers))
 
 
 def measure_policy(
     run: PreparedRun, name: str, prompts: Sequence[EncodedPrompt], config: EvaluateConfig, start: str | None,
-    sampling: SamplingSettings, rewards: WeightedRewards, on_progress: ProgressFn | None = None,
+    sampling: SamplingSettings, rewards: WeightedRewards, seen: Collection[float],
+    on_progress: ProgressFn | None = None,
 ) -> JobOutcome | None:  # fmt: skip
     """The policy against what it started from, on its test split. start: an adapter; None: the base.
 
-    Prompts of which one of the two answers has no reward are left out of both; None where none is left.
+    seen: rewards of sampled answers; where these and all here are 0 or 1, the mean is a share.
+
+    Prompts of which one of the two answers has no reward are left out of both; None where none is left. Where the data
+    have short answers, exact match with them is measured too.
     """
     prompts = list(prompts)[: config.max_test_examples]
     before, after = (judge(run, prompts, adapter, sampling, rewards, on_progress) for adapter in (start, name))
@@ -72,10 +72,13 @@ def measure_policy(
     if not judged:
         return None
     both = [[float(one.values.totals[i] or 0.0) for i in judged] for one in (before, after)]
-    if set(both[0]) | set(both[1]) <= {0.0, 1.0}:
-        base, tuned = (reward_measure(values) for values in both)
-    else:
-        base, tuned = (mean(np.array(values), is_fraction=False) for values in both)
+    is_share = {*seen, *both[0], *both[1]} <= {0.0, 1.0}
+    base, tuned = ({REWARD: reward_measure(values, is_share)} for values in both)
+    expected = [normalize_answer(_expected(prompts[i])) for i in judged]
+    if all(0 < len(one.split()) <= SHORT_ANSWER_WORDS for one in expected):  # a reward may give a part for a wrong one
+        for measures, found in ((base, before), (tuned, after)):
+            answers = [normalize_answer(found.rollouts[i].text) for i in judged]
+            measures["exact_match"] = proportion(np.array(answers) == np.array(expected))
     shown = [
         ComparedExample(
             _text(prompts[i]), _expected(prompts[i]), before.rollouts[i].text[:MAX_TEXT],
@@ -83,9 +86,9 @@ def measure_policy(
         )
         for i in judged[: config.show_examples]
     ]  # fmt: skip
-    comparison = compare({REWARD: base}, {REWARD: tuned}, shown, baseline=BASE if start is None else start)
+    comparison = compare(base, tuned, shown, baseline=BASE if start is None else start)
     scores = {change.name: change.tuned for change in comparison.changes}
-    return JobOutcome(scores, comparison, items=prompts, measures={REWARD: tuned}, base_measures={REWARD: base})
+    return JobOutcome(scores, comparison, items=prompts, measures=tuned, base_measures=base)
 
 
 def _text(prompt: EncodedPrompt) -> str:

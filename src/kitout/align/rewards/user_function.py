@@ -12,6 +12,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -35,10 +36,11 @@ class FunctionReward:
 
     def score(self, answers: AnswerBatch) -> Sequence[float | None]:
         """What the function returned, unchecked; RewardError, chained, for what it raised."""
-        prompts, rows = list(answers.prompts), [dict(row) for row in answers.rows]
+        prompts = [deepcopy(prompt) for prompt in answers.prompts]  # the function may change what it gets
+        rows = [deepcopy(dict(row)) for row in answers.rows]
         try:
             return self.function(prompts, list(answers.completions), rows)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RewardError(f"reward {self.name} raised {_last_line(error)}") from error
 
 

@@ -152,6 +152,19 @@ class EncodedPrompt:
         return 0
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedAnswers:
+    """One answer, or two to the same prompt, for a reward model to score."""
+
+    rows: tuple[EncodedExample, ...]
+    """Prompt and answer as tokens, the end token included."""
+
+    @property
+    def num_truncated(self) -> int:
+        """Tokens of the prompt that are cut off."""
+        return max(row.num_truncated for row in self.rows)
+
+
 AnyItem: TypeAlias = EncodedExample | EncodedPair | EncodedUnpaired | EncodedPrompt
 
 

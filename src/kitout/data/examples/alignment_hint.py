@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from kitout.data.examples.column_hints import yaml_text
+from kitout.data.examples.format_table import STAGES
 from kitout.data.examples.formats import TableReading
 from kitout.data.read.json_text import parse_json
 from kitout.errors import DataError, UnusableFormat
 
-STAGES = {"preference": "dpo", "unpaired": "kto", "prompts": "grpo"}
 ANSWERS = {"preference": ("chosen", "the chosen answers"), "unpaired": ("completion", "all answers, wanted or not,")}
 
 

@@ -24,6 +24,7 @@ KINDS: dict[str, str] = {
     "unpaired": "answers with a label that says whether each is wanted",
     "prompts": "prompts",
 }
+STAGES = {"training": "sft", "preference": "dpo", "unpaired": "kto", "prompts": "grpo"}  # what takes each, of `align`
 _SYSTEM: dict[str, tuple[str, ...]] = {"system": ("system", "system_prompt")}
 _TOOLS: dict[str, tuple[str, ...]] = {"tools": ("tools", "functions")}
 _LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "topic", "score")

@@ -16,7 +16,7 @@ from typing import Any
 
 from kitout.data.examples.column_hints import naming_line
 from kitout.data.examples.examples import Example, cell_to_text
-from kitout.data.examples.format_table import FORMATS, KINDS, Format
+from kitout.data.examples.format_table import FORMATS, KINDS, STAGES, Format
 from kitout.data.examples.preferences import Prompt
 from kitout.data.examples.system_prompt import with_system_prompt
 from kitout.data.read.tables import MAX_MESSAGE_CHARS, DataError, Row, add_first
@@ -272,7 +272,23 @@ def _ambiguity_message(
     reading = f"the format {requested}" if requested else "any known format"
     line = naming_line([row for _, row in rows], present, roles, requested or "")
     required = "\n    ".join(map(str, candidates))
-    return f"{columns}\n  they do not fit {reading}; {line}\n  required are\n    {required}"
+    others = _other_kinds(candidates[0].kind, present)
+    return f"{columns}\n  they do not fit {reading}; {others}{line}\n  required are\n    {required}"
+
+
+def _other_kinds(kind: str, present: Sequence[str]) -> str:
+    """What a table that is no data of this kind of alignment is for, in words; "" where it is of no other kind."""
+    if kind == "training":
+        return ""
+    fitting = {
+        each.kind: each.name
+        for each in FORMATS.values()
+        if each.kind != kind and each.detected != "never" and _match_columns(each, {}, present) is not None
+    }
+    if len(fitting) > 1:
+        fitting.pop("prompts", None)  # which other data have too
+    texts = [f"{KINDS[kind]} (format {name}), which {STAGES[kind]} takes" for kind, name in fitting.items()]
+    return f"they fit {', or '.join(texts)}; else " if texts else ""
 
 
 def to_examples(rows: Sequence[Row], source: str, **options: Any) -> list[Example]:

@@ -37,7 +37,8 @@ TITLES = {
     "token_f1": "token F1", "rouge_l": "ROUGE-L", "chrf": "chrF", "bleu": "BLEU",
     "loss": "loss", "perplexity": "perplexity", "mcc": "Matthews correlation",
     "ece": "expected calibration error", "acc": "acc", "acc_norm": "acc_norm", "pair_accuracy": "pair accuracy",
-    "bits_per_byte": "bits per byte", "kl": "KL(base || tuned) per token",
+    "bits_per_byte": "bits per byte", "auc": "AUC of desirable answers", "reward": "reward",
+    "kl": "KL(base || tuned) per token",
 }  # fmt: skip
 
 

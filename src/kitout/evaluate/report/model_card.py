@@ -19,6 +19,7 @@ from kitout.evaluate.compare import Comparison, MetricChange
 from kitout.evaluate.metrics.measure import Score
 from kitout.evaluate.metrics.per_class import ClassScore
 from kitout.evaluate.report.card_metadata import UNKNOWN_LICENSE, render_front_matter
+from kitout.evaluate.report.section import Section
 from kitout.evaluate.report.summary import FactTable, RunSummary, format_fact
 from kitout.evaluate.sets.forgetting import SetChange, forgetting_line, forgetting_rows
 from kitout.files.atomic import write_text
@@ -56,6 +57,7 @@ def render_model_card(summary: RunSummary) -> str:
         _seeds_section(s),
         _classes_section(s.per_class.get(s.adapter, ())),
         _forgetting_section(s.forgetting.get(s.adapter, ())),
+        *map(_own_section, s.sections),
         _usage_section(s),
         _facts_section("Data", {**s.data, **hashed, **labels}),
         _facts_section("Training cost", s.cost),
@@ -112,6 +114,16 @@ def _forgetting_section(changes: Sequence[SetChange]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"## Forgetting\n\nOn sets that it was not trained for: {forgetting_line(changes)}.\n\n{table}\n"
+
+
+def _own_section(section: Section) -> str:
+    """Of the kind of run: its table."""
+    if not section.table:
+        return ""
+    head, *rows = [" | ".join(map(_escape_line, row)) for row in section.table]
+    lines = [head, "|".join(["---"] * len(section.table[0])), *rows]
+    table = "\n".join(f"| {line} |" if line[0] != "-" else f"|{line}|" for line in lines)
+    return f"## {_escape_line(section.title)}\n\n{table}\n" + (f"\n{section.caption}\n" if section.caption else "")
 
 
 def _classes_section(scores: Sequence[ClassScore]) -> str:

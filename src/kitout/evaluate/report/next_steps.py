@@ -41,6 +41,8 @@ class NextSteps:
 
     is_image: bool = False
     """Whether `text` is the path of an image."""
+    rewards_on: str = ""
+    """Of a reward adapter, the base on which it rewards a policy, by name; else empty."""
 
     def on_any_machine(self, base: str) -> NextSteps:
         """The same in words that stand for paths, and without an example of the data: a card is published."""
@@ -59,6 +61,9 @@ class NextSteps:
         """Two commands of a shell."""
         adapter = f"{_shell(self.folder)}{f' --model {_shell(self.base)}' if self.base else ''}"
         from_file = f"kitout predict {adapter} {_shell(self.file) if self.file else 'FILE'} --out predictions.jsonl"
+        if self.rewards_on:
+            reward = f"--model {_shell(self.base or self.rewards_on)} --data PROMPTS --reward {_shell(self.folder)}"
+            return [f"kitout align ppo {reward} --out DIR", from_file]
         if self.writes:
             return [f"kitout chat {adapter}", from_file]
         if not self.text:

@@ -17,6 +17,7 @@ from kitout.evaluate.report.adapter_table import AdapterRow, caption, comparable
 from kitout.evaluate.report.charts import Chart
 from kitout.evaluate.report.next_steps import NextSteps
 from kitout.evaluate.report.run_charts import adapters_chart
+from kitout.evaluate.report.section import Section
 from kitout.evaluate.report.thumbnails import PredictedImages
 from kitout.evaluate.sets.forgetting import SetChange
 from kitout.evaluate.significance.by_method import MetricByMethod
@@ -96,6 +97,8 @@ class RunSummary:
     """Of the same, those that are wrong."""
     confusions: Mapping[str, Confusion] = field(default_factory=dict)
     """Of a classification with one class per example, or of tagged words, by adapter."""
+    sections: Sequence[Section] = ()
+    """What its kind of run adds."""
     hub_name: str = ""
     """The base by its name on the hub; empty: it is built in or in a folder."""
     hub_task: str = ""

@@ -8,6 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping
+from types import MappingProxyType
+
+# Keys of another verb's config: what to write for each.
+OF_STAGES: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(("kind", "stages", "loss", "rollout", "reward"), "stages are trained by `kitout align`")
+)
 
 # What to write -> what it is called elsewhere, or where it is written by mistake. Text behind a blank is for people.
 ELSEWHERE_BY_SETTING = {

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from kitout.train.config.foreign_keys import OF_STAGES
 from kitout.train.config.method_field import DEFAULT_METHOD, MethodField, method_to_dict, parse_method
 from kitout.train.config.sections import AdapterName as AdapterName  # for those that import them from here
 from kitout.train.config.sections import AugmentConfig as AugmentConfig
@@ -92,8 +92,7 @@ class DataConfig(ConfigSection):
     @classmethod
     def _labels_as_text(cls, value: Any) -> Any:
         """A label that reads like a number is a word all the same."""
-        is_list = isinstance(value, list | tuple)
-        return [str(v) if type(v) in (int, float) else v for v in value] if is_list else value
+        return [str(v) if type(v) in (int, float) else v for v in value] if isinstance(value, list | tuple) else value
 
     @field_validator("labels")
     @classmethod
@@ -252,9 +251,7 @@ class JobConfig(ConfigSection):
 class RunConfig(ConfigSection):
     """Everything a run depends on. `method`: a Method, a name, or {"name": "LoRA", "rank": 16}."""
 
-    foreign_keys: ClassVar[Mapping[str, str]] = MappingProxyType(
-        dict.fromkeys(("kind", "stages", "loss", "rollout", "reward"), "stages are trained by `kitout align`")
-    )
+    foreign_keys: ClassVar[Mapping[str, str]] = OF_STAGES
 
     model: ModelConfig
     """The frozen base, or its name alone."""

@@ -36,6 +36,10 @@ class ConfigSection(BaseModel):
     foreign_keys: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """What else its settings are called elsewhere -> what to say of it, besides the table of `foreign_keys`."""
 
+    def more_paths(self) -> tuple[str, ...]:
+        """Folders that a kind of run names, besides those that every run has."""
+        return ()
+
     @field_validator("*")
     @classmethod
     def _check_whole_numbers(cls, value: Any) -> Any:

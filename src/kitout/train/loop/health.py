@@ -29,7 +29,8 @@ class Health:
     """Checks the jobs of one run and clips their gradients.
 
     has_fixed_data: False where examples are made while training: the first of them may teach nothing, as answers that
-    all have the same reward, so the checks wait for the first step with a gradient.
+    all have the same reward, so the checks wait for the first step with a gradient. Its jobs need each other, as a
+    policy and its value, and so all stop where one diverges.
     """
 
     diverged: dict[str, str]
@@ -63,7 +64,7 @@ class Health:
             if job.name in self.diverged:
                 for value in parameters:
                     value.grad = None
-        if len(self.diverged) == len(self.jobs):
+        if len(self.diverged) == len(self.jobs) or (self.diverged and not self.has_fixed_data):
             raise TrainingDiverged("\n".join(self.diverged.values()))
         return max(norms)
 
@@ -79,7 +80,7 @@ class Health:
             f"{job.name!r}, step {step + 1}: the grad norm is {norm}; try a lower train.lr than {lr:g}, or look "
             f"at these examples (all in diverged.json): {', '.join(locations[:5])}"
         )
-        if len(self.jobs) > 1:
+        if len(self.jobs) > 1 and self.has_fixed_data:
             warnings.warn(f"{self.diverged[job.name]}; the other jobs continue", RuntimeWarning, stacklevel=2)
 
     def _check_gradients(self, step: int) -> None:

@@ -139,6 +139,17 @@ class StepRunner:
         self.processor_seconds += processor
         return result.total / len({j for j, _ in rows})
 
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Counts what is done for a step before it, as making its examples: of the run, and of its first job."""
+        watch = Stopwatch()
+        yield
+        wall, processor = watch.elapsed()
+        self.seconds += wall
+        self.processor_seconds += processor
+        self.job_seconds[0][0] += wall
+        self.job_seconds[0][1] += processor
+
     def _before_step(self, model: nn.Module, rows: StepRows, step: int) -> None:
         """Lets the objectives that ask for it see their job's whole step, in every process alike."""
         for j in dict.fromkeys(j for j, _ in rows):

@@ -137,9 +137,13 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         checkpointing, self.args.activation_checkpointing = self.args.activation_checkpointing, False
         try:  # Trainer would enable it again, in its own way
             with training_mode(self.kit, names, bool(checkpointing)), self.stop_on_signal.watch():
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.args.activation_checkpointing = checkpointing
+        if self.args.should_save:  # a kill behind the last checkpoint may have left more than are kept
+            with contextlib.suppress(OSError):
+                checkpoints.prune(self.folder, self.num_checkpoints, self.state.best_global_step)
+        return output
 
     def _restore_if_ended(self, path: Path) -> bool:
         """Restores a run that had stopped early when it was saved; it must not train another step."""
@@ -155,7 +159,8 @@ class JobTrainer(Trainer):  # type: ignore[misc]
             self.control.should_training_stop = True
             return torch.zeros((), device=self.args.device)
         if self.step_data is not None:
-            self.step_data.before_step(self.state.global_step)
+            with self.step_runner.timed():
+                self.step_data.before_step(self.state.global_step)
         accelerator = self.accelerator
         return self.step_runner.step(model, rows, self.state.global_step, accelerator.backward, accelerator.no_sync)
 

@@ -46,7 +46,7 @@ def validation_fn(run: PreparedRun, config: EvaluateConfig) -> Callable[[], dict
             prefix = "eval_" if len(run.jobs) == 1 else f"eval_{job.name}/"
             metrics |= {f"{prefix}{name}": measure.value for name, measure in measures.items()}
         memory.reset_peak(run.kit.device)  # the peak that is logged is the training steps' own
-        return metrics if len(run.jobs) == 1 else metrics | _mean_over_jobs(metrics)
+        return metrics if len(run.jobs) == 1 else metrics | mean_over_jobs(metrics)
 
     return evaluate_validation
 
@@ -69,8 +69,8 @@ def metric_names(run: PreparedRun, config: EvaluateConfig) -> list[str]:
     return sorted(names)
 
 
-def _mean_over_jobs(metrics: dict[str, float]) -> dict[str, float]:
-    """Over the jobs: the best checkpoint of a joint run is chosen by these."""
+def mean_over_jobs(metrics: dict[str, float]) -> dict[str, float]:
+    """`eval_<metric>`, over the jobs' `eval_<job>/<metric>`: the best checkpoint of a joint run is chosen by these."""
     names = {key.rpartition("/")[2] for key in metrics}
     by_job = {name: [v for key, v in metrics.items() if key.endswith(f"/{name}")] for name in names}
     return {f"eval_{name}": sum(values) / len(values) for name, values in by_job.items()}

@@ -23,7 +23,7 @@ from kitout.train.setup.prepare import PreparedRun
 
 def check_forgetting(run: PreparedRun, config: EvaluateConfig, log: Callable[[str], None]) -> None:
     """Before training: ConfigError where the model is no decoder that writes text; missing data are fetched."""
-    if config.forgetting != "none" and run.objective != "causal_lm":
+    if config.forgetting != "none" and (run.task.used_as or run.objective) != "causal_lm":
         raise ConfigError(
             f"evaluate.forgetting={config.forgetting} asks a language model (objective=causal_lm), and this run has "
             f"objective={run.objective}: leave it out"

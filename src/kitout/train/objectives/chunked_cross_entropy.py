@@ -21,15 +21,16 @@ ENTROPY_BYTES = 2 * 2**20  # of them at a time in an entropy on a CPU: its two c
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """nll [N] = -log softmax(h W^T + b)[labels] with its gradient for h alone.
+    """nll [N] = -log softmax((h W^T + b) / temperature)[labels] with its gradient for h alone.
 
     Beside it, without gradients: the entropy [N], or whether each label is the likeliest [N].
     """
 
     @staticmethod
     def forward(
-        ctx: Any, h_Nd: Tensor, w_Vd: Tensor, b_V: Tensor | None, labels_N: Tensor, wants_entropy: bool
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, h_Nd: Tensor, w_Vd: Tensor, b_V: Tensor | None, labels_N: Tensor, wants_entropy: bool,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         needs_grad = ctx.needs_input_grad[0]
         grad_Nd = torch.empty_like(h_Nd) if needs_grad else h_Nd.new_empty(0)
         dtype = torch.promote_types(h_Nd.dtype, torch.float32)
@@ -40,6 +41,8 @@ class _ChunkedLoss(torch.autograd.Function):
             chunk = slice(start, start + rows)
             labels = labels_N[chunk, None]
             logits = F.linear(h_Nd[chunk], w_Vd, b_V).to(dtype)  # rounded to the head's dtype as the model's own are
+            if temperature != 1.0:
+                logits = logits / temperature
             if not wants_entropy:
                 beside_N[chunk] = logits.argmax(1) == labels_N[chunk]
             largest = logits.amax(1, keepdim=True)
@@ -52,6 +55,8 @@ class _ChunkedLoss(torch.autograd.Function):
             nll_N[chunk] = (total.log() - of_labels).squeeze(1)
             if needs_grad:
                 logits.div_(total).scatter_add_(1, labels, torch.full_like(total, -1.0))
+                if temperature != 1.0:
+                    logits.div_(temperature)
                 grad_Nd[chunk] = logits.to(w_Vd.dtype) @ w_Vd
         ctx.save_for_backward(grad_Nd)
         ctx.mark_non_differentiable(beside_N)
@@ -62,23 +67,25 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor, *_: Any) -> Any:
         """The incoming gradient comes in only here, in float32: times 1/tokens a half-precision one may round to 0."""
         (grad_Nd,) = ctx.saved_tensors
-        return (grad_Nd * grad_N[:, None]).to(grad_Nd.dtype), None, None, None, None
+        return (grad_Nd * grad_N[:, None]).to(grad_Nd.dtype), None, None, None, None, None
 
 
 def chunked_cross_entropy(
     h_Nd: Tensor, w_Vd: Tensor, b_V: Tensor | None, labels_N: Tensor, weights_N: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sum_i weights_i * -log softmax(h_i W^T + b)[labels_i] with its gradient for h alone; nll [N]; is_correct [N]."""
-    nll_N, is_correct_N = _ChunkedLoss.apply(h_Nd, w_Vd, b_V, labels_N, False)
+    nll_N, is_correct_N = _ChunkedLoss.apply(h_Nd, w_Vd, b_V, labels_N, False, 1.0)
     return (weights_N.float() * nll_N).sum(), nll_N.detach(), is_correct_N
 
 
-def chunked_log_probs(h_Nd: Tensor, w_Vd: Tensor, b_V: Tensor | None, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """log softmax(h_i W^T + b)[labels_i] [N] with its gradient for h alone, and the entropy in nats [N] without one.
+def chunked_log_probs(
+    h_Nd: Tensor, w_Vd: Tensor, b_V: Tensor | None, labels_N: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """log softmax((h_i W^T + b) / temperature)[labels_i] [N] with its gradient for h alone; the entropy in nats [N].
 
-    Both in float32, or float64 where h is.
+    Both in float32, or float64 where h is, and so are the logits when they are divided by the temperature.
     """
-    nll_N, entropy_N = _ChunkedLoss.apply(h_Nd, w_Vd, b_V, labels_N, True)
+    nll_N, entropy_N = _ChunkedLoss.apply(h_Nd, w_Vd, b_V, labels_N, True, temperature)
     return -nll_N, entropy_N
 
 

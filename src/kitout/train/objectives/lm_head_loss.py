@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kitout.kit import Kit
 from kitout.train.objectives.chunked_cross_entropy import (
+    at_least_float32,
     chunked_cross_entropy,
     chunked_log_probs,
     cross_entropy_terms,
@@ -93,10 +94,9 @@ class HeadLoss:
         where the mode is "chunked".
         """
         if self.head is None or self.mode != "chunked":
-            return log_prob_terms(_cooled(self.logits(run_model, positions), temperature), labels)
-        function = lambda h, weight, bias: chunked_log_probs(  # noqa: E731
-            _cooled(h, temperature), weight, None if bias is None else _cooled(bias, temperature), labels
-        )
+            logits = self.logits(run_model, positions)
+            return log_prob_terms(logits if temperature == 1.0 else at_least_float32(logits) / temperature, labels)
+        function = lambda h, weight, bias: chunked_log_probs(h, weight, bias, labels, temperature)  # noqa: E731
         return _terms_in_head(self.head, run_model, positions, function)
 
     def logits(self, run_model: Any, positions: Tensor) -> Tensor:
@@ -107,11 +107,6 @@ class HeadLoss:
         with _select_positions(self.head, positions):
             logits = run_model().logits
         return logits.reshape(len(positions), -1)
-
-
-def _cooled(values: Tensor, temperature: float) -> Tensor:
-    """Divided by the temperature; at 1 the same bits."""
-    return values if temperature == 1.0 else values / temperature
 
 
 def output_head(kit: Kit) -> nn.Linear | None:

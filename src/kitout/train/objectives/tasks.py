@@ -97,6 +97,8 @@ class Task:
     """Which kinds of examples it takes (`KINDS` of `data.examples.format_table`)."""
     used_as: str = ""
     """The task that its adapters are used for, where that is another one; empty: its own."""
+    new_tokens: int = 0
+    """Tokens that are written behind each text in training, at most, for which there has to be room."""
 
     @property
     def reads_images(self) -> bool:
@@ -197,6 +199,18 @@ def _image_classification(kit: Kit, settings: ObjectiveSettings) -> Objective:
     return ImageClassification(kit, settings.images, settings.pixels)
 
 
+def _answer_encoder(s: EncoderSettings) -> EncodeFn:
+    from kitout.data.encode.answers import UnpairedEncoder
+
+    return UnpairedEncoder(s.tokenizer, s.max_length, s.chat_template_kwargs, s.dropped)
+
+
+def _reward_score(kit: Kit, _settings: ObjectiveSettings) -> Any:
+    from kitout.train.objectives.reward_score import RewardScore
+
+    return RewardScore(kit)
+
+
 def _pad_token_id(settings: ObjectiveSettings) -> int:
     assert settings.pad_token_id is not None, "texts are padded"
     return settings.pad_token_id
@@ -256,3 +270,18 @@ TASKS: dict[str, Task] = {
         ),
     )
 }
+
+REWARD = "reward"  # the task of a reward adapter, which `kitout align reward` trains
+USES: dict[str, Task] = TASKS | {
+    REWARD: Task(
+        REWARD,
+        "AutoModelForCausalLM",
+        "text-classification",
+        "pairs",
+        _reward_score,
+        _answer_encoder,
+        lambda _examples, _is_encoder_decoder: False,
+        kinds=("preference", "unpaired"),
+    )
+}
+"""Every task that an adapter may be for, as its usage record names it: those of `objective`, and reward models."""

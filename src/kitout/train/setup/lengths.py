@@ -42,6 +42,8 @@ class TextLengths:
     """Of an example, or of the source of a sequence-to-sequence model."""
     target: MaxLength
     """Of what a sequence-to-sequence model writes."""
+    new_tokens: int = 0
+    """Of a text's tokens, those that are kept free for what is written behind it."""
 
     @property
     def at_model_limit(self) -> bool:
@@ -56,15 +58,18 @@ class TextLengths:
         return f"{text}; at most {self.target.tokens:,} of an answer: {self.target.owner}"
 
 
-def requested_lengths(config: DataConfig, tokenizer: Any) -> TextLengths:
-    """What config and tokenizer say. A length that is asked for holds whatever the tokenizer says."""
+def requested_lengths(config: DataConfig, tokenizer: Any, new_tokens: int = 0) -> TextLengths:
+    """What config and tokenizer say. A length that is asked for holds whatever the tokenizer says.
+
+    new_tokens: written behind each text.
+    """
     if config.max_length is not None:
         length = MaxLength(config.max_length, "data.max_length")
     elif (own := tokenizer_length(tokenizer)) is not None and own < DEFAULT_MAX_LENGTH:
         length = MaxLength(own, "the tokenizer's model_max_length")
     else:
         length = MaxLength(DEFAULT_MAX_LENGTH, "the default of data.max_length")
-    return TextLengths(length, length)
+    return TextLengths(length, length, new_tokens)
 
 
 def tokenizer_length(tokenizer: Any) -> int | None:
@@ -81,9 +86,17 @@ def fit_lengths(
     items: all that are encoded so far. streams: more are to come.
     """
     with kit.use(name):
-        text = _fit(kit, name, requested.text, "text", max((len(item.input_ids) for item in items), default=0), streams)
+        new_tokens = requested.new_tokens
+        longest = max((len(item.input_ids) + new_tokens for item in items), default=0)
+        text = _fit(kit, name, requested.text, "text", longest, streams)
+        if new_tokens and text.tokens < new_tokens + MIN_MAX_LENGTH:
+            raise ConfigError(
+                f"{name}: {text.owner}, {text.tokens:,} tokens a text, and an answer of up to {new_tokens:,} leaves "
+                f"{max(0, text.tokens - new_tokens):,} for its prompt: write fewer new tokens, "
+                f"rollout.max_new_tokens={text.tokens // 2}"
+            )
         if not kit.config.is_encoder_decoder:
-            return TextLengths(text, text)
+            return TextLengths(text, text, new_tokens)
         longest_target = max((len(item.target_ids) for item in items), default=0)
         return TextLengths(text, _fit(kit, name, requested.target, "target", longest_target, streams))
 
@@ -108,9 +121,8 @@ def _fit(kit: Kit, name: str, requested: MaxLength, part: Part, longest: int, st
 
 def are_too_long(items: Sequence[EncodedExample], lengths: TextLengths) -> bool:
     """Whether an example has more tokens than that."""
-    return any(
-        len(item.input_ids) > lengths.text.tokens or len(item.target_ids) > lengths.target.tokens for item in items
-    )
+    longest = lengths.text.tokens - lengths.new_tokens
+    return any(len(item.input_ids) > longest or len(item.target_ids) > lengths.target.tokens for item in items)
 
 
 def warn_of_lengths(kit: Kit, name: str, items: Sequence[EncodedExample], tokenizer: Any) -> list[str]:

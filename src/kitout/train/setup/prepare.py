@@ -110,7 +110,8 @@ def prepare(
     requested = task or config.objective
     tokenizer = None if _reads_images(requested, hf_config) else load_tokenizer(config.model)
     date_warning = "" if tokenizer is None else _fix_template_date(tokenizer, job_configs)
-    lengths = [] if tokenizer is None else [requested_lengths(job.data, tokenizer) for job in job_configs]
+    new_tokens = 0 if task is None else task.new_tokens
+    lengths = [] if tokenizer is None else [requested_lengths(job.data, tokenizer, new_tokens) for job in job_configs]
     log(f"reading {', '.join(dict.fromkeys(source.path for job in job_configs for source in job.data.train))} ...")
     datasets = _load_all_datasets(job_configs, requested, hf_config, tokenizer, lengths, log, samples)
     warnings += [date_warning] if date_warning and any(dataset.is_chat for dataset in datasets) else []
@@ -220,13 +221,7 @@ def _fit_datasets(
         if own != before[i] and (dataset.preview or are_too_long(_encoded(dataset), own))
     ]
     again = _load_all_datasets(
-        [job_configs[i] for i in changed],
-        requested,
-        hf_config,
-        tokenizer,
-        [lengths[i] for i in changed],
-        log,
-        samples,
+        [job_configs[i] for i in changed], requested, hf_config, tokenizer, [lengths[i] for i in changed], log, samples
     )
     for i, dataset in zip(changed, again, strict=True):
         fitted[i] = dataset

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kitout.data.examples.convert import SUMMARIZE_PROMPT
-from kitout.data.examples.examples import Chat, Example, LabeledText, Text
+from kitout.data.examples.examples import Chat, Completion, Example, LabeledText, Text
+from kitout.data.examples.preferences import PreferencePair, Prompt, UnpairedAnswer
 from kitout.evaluate.report.next_steps import MAX_CHARS, shorten
 
 CONSIDERED = 200  # examples, from the front
@@ -24,6 +25,23 @@ def short_example(examples: Sequence[Example]) -> Example | None:
     return next(fitting, None) or min(first, key=lambda e: len(e.source_text()), default=None)
 
 
+def asked(example: PreferencePair | UnpairedAnswer | Prompt) -> Example:
+    """What alignment reads as what it asks: a prompt, with an answer where there is one."""
+    if isinstance(example, PreferencePair):
+        return example.chosen
+    if isinstance(example, UnpairedAnswer):
+        return example.answer
+    return Completion(example.prompt, "") if isinstance(example.prompt, str) else example.prompt
+
+
+def sample_answer(example: Example | None) -> dict[str, Any]:
+    """The same for a reward adapter: a prompt and an answer as fields of `NextSteps`."""
+    if not isinstance(example, PreferencePair):
+        return {}
+    prompt = sample_input(example, {}, is_closed=True)["text"]
+    return {"row": {"prompt": prompt, "completion": shorten(example.answer_text())}}
+
+
 def sample_input(example: Example | None, columns: Mapping[str, str], is_closed: bool) -> dict[str, Any]:
     """Its input as fields of `NextSteps`. columns: the table's, by role. is_closed: the answers are a closed set."""
     if example is None:
@@ -33,9 +51,12 @@ def sample_input(example: Example | None, columns: Mapping[str, str], is_closed:
         return {"row": dict(zip(names, map(shorten, (example.text, example.text_pair)), strict=True))}
     if isinstance(example, Text):
         return {"text": shorten(" ".join(example.text.split()[:START_WORDS]))}
+    if isinstance(example, PreferencePair | UnpairedAnswer | Prompt):
+        return sample_input(asked(example), columns, is_closed)
     if not isinstance(example, Chat):
         return {"text": shorten(example.source_text())}
-    turns = example.turns[: max(i for i, turn in enumerate(example.turns) if turn.role == "assistant")]
+    end = max((i for i, turn in enumerate(example.turns) if turn.role == "assistant"), default=len(example.turns))
+    turns = example.turns[:end]
     users = [turn.text for turn in turns if turn.role == "user"]
     text = shorten(users[-1].removesuffix(f"\n\n{SUMMARIZE_PROMPT}")) if users else ""
     if is_closed or not users:

@@ -1,0 +1,1 @@
+"""What a stage adds to the report, the card and the terminal."""
