@@ -129,7 +129,7 @@ def stage_config(kind: str, folder: Path, **more: Any) -> StageRun:
     file, form = {
         "dpo": ("pairs", "preference"),
         "reward": ("pairs", "preference"),
-        "sft": ("sft", "prompt_completion"),
+        "sft": ("sft", "completion"),
     }.get(kind, ("prompts", "raw_prompts"))
     method = {"name": "LoRA", "rank": RANK, "alpha": 2 * RANK, "targets": "all-linear"}
     data = {"train": {"path": str(folder / f"{file}.jsonl"), "format": form}, "validation": 0, "test": 0}

@@ -80,6 +80,7 @@ class Reinforcement:
         self.rounds = Rounds(
             prepared.kit, prepared.tokenizer, Roles(policy.name, self.reference, self.value), policy.examples,
             self.plan, loss, self.sampling, self.rewards, seed, MetricsLog(folder.path / COMPLETIONS_FILE),
+            policy.objective.scorer,
         )  # fmt: skip
         self.jobs = self._jobs(policy)
 

@@ -22,6 +22,7 @@ from kitout.align.config.losses import GRPOLoss, PPOLoss, RLOOLoss
 from kitout.align.losses import advantages as estimates
 from kitout.align.losses.divergence import AdaptiveKL, k1
 from kitout.align.objectives.policy import SampledAnswer
+from kitout.align.objectives.scored_answers import AnswerScorer, SharedBatch
 from kitout.align.rewards.mean_reward import reward_measure
 from kitout.align.rewards.random_state import fixed_random_state
 from kitout.align.rewards.reward import AnswerBatch, RewardValues, WeightedRewards
@@ -36,6 +37,7 @@ from kitout.train.loop.step import combine_seeds
 from kitout.train.measure.predict import plan_lengths
 from kitout.train.metrics_log import MetricsLog
 from kitout.train.objectives.answer_rows import collate_rows
+from kitout.train.objectives.objective import Batch
 
 TENSORS = ("advantages", "old", "reference", "values", "returns")  # of a SampledAnswer
 
@@ -102,10 +104,11 @@ class Rounds:
     def __init__(
         self, kit: Kit, tokenizer: Any, who: Roles, prompts: Sequence[EncodedPrompt], plan: RoundPlan,
         loss: GRPOLoss | RLOOLoss | PPOLoss, sampling: SamplingSettings, rewards: WeightedRewards, seed: int,
-        log: MetricsLog,
+        log: MetricsLog, scorer: AnswerScorer | None = None,
     ) -> None:  # fmt: skip
         self.kit, self.tokenizer, self.who, self.prompts, self.plan = kit, tokenizer, who, prompts, plan
         self.loss, self.sampling, self.rewards, self.seed, self.log = loss, sampling, rewards, seed, log
+        self.scorer = scorer
         self.answers, self._round, self.last, self.kl_state = [], list[SampledAnswer](), {}, None
         self._kl: float | None = None
         self._explained = math.nan
@@ -246,11 +249,26 @@ class Rounds:
         """What each role says of every token of each answer, [T] of float32."""
         found: dict[RouteEntry, dict[int, Tensor]] = {role: {} for role in wanted}
         for indices in plan_lengths([row.length for row in rows]) if wanted else ():
-            batch = collate_rows([rows[i] for i in indices], self.kit.device)
             counts = [rows[i].num_targets for i in indices]
-            for role, values in roles(self.kit, batch, wanted, temperature=self.sampling.temperature).items():
+            for role, values in self._ask_batch([rows[i] for i in indices], wanted).items():
                 found[role] |= zip(indices, values.float().cpu().split(counts), strict=True)
         return {role: [by_row[i] for i in range(len(rows))] for role, by_row in found.items()}
+
+    def _ask_batch(
+        self, rows: Sequence[EncodedExample], wanted: Mapping[RouteEntry, Answer]
+    ) -> dict[RouteEntry, Tensor]:  # fmt: skip
+        """One batch. Log-probabilities are taken as the steps take them where a prompt of several rows runs once."""
+        batch: Batch = collate_rows(rows, self.kit.device) if self.scorer is None else self.scorer.collate(rows)
+        if self.scorer is None or not (isinstance(batch, SharedBatch) and batch.shared is not None):
+            return roles(self.kit, batch, wanted, temperature=self.sampling.temperature)
+        found: dict[RouteEntry, Tensor] = {}
+        for role, answer in wanted.items():
+            if answer == "tokens":
+                with self.kit.use(role):
+                    found[role] = self.scorer(self.kit, batch)[0]
+            else:
+                found |= roles(self.kit, batch, {role: answer})
+        return found
 
     def _round_metrics(self, rollouts: Sequence[Rollout], values: RewardValues) -> dict[str, float]:
         judged = [total for total in values.totals if total is not None]

@@ -61,7 +61,7 @@ class PolicyObjective:
         self, kit: Kit, loss: GRPOLoss | RLOOLoss | PPOLoss, max_new_tokens: int, temperature: float = 1.0
     ) -> None:
         self.kit, self.loss, self.max_new_tokens = kit, loss, max_new_tokens
-        self.scorer = AnswerScorer(kit, temperature)
+        self.scorer = AnswerScorer(kit, temperature, may_share=True)
 
     def choose_head_loss(self, names: Sequence[str], items: Sequence[EncodedPrompt]) -> None:
         """On prompts, as there are no answers yet: the end of a prompt is as good as one."""
