@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("demo",),
-    ("compare", "doctor", "export"),
+    ("compare", "doctor", "export", "search"),
     ("align",),
     ("assess", "interop", "predict"),
     ("train",),

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from kitout.cli import app
 
 VERBS = (
+    "advise",
     "align",
     "assets",
     "chat",

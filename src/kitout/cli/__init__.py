@@ -20,6 +20,7 @@ Start with `kitout demo text`, then `kitout train --model MODEL --data FILE.csv 
 
 # Verb -> the first line of its help; `cli/VERB.py` holds a Typer `app`, or a function of the verb's name.
 VERBS = {
+    "advise": "List the finished runs nearest to a planned one: what they chose and what they gained over the base.",
     "align": "Train on preferences and rewards: reward models, DPO, ORPO, SimPO, KTO, GRPO, RLOO, PPO.",
     "assets": "List, fetch and locate the built-in models and data sets, for example: kitout assets get smollm2-135m "
     "tweets",
@@ -39,7 +40,7 @@ VERBS = {
     "train": "Train an adapter on your data, evaluate it against the base, write a report.",
 }  # fmt: skip
 
-FOLDERS = {"combine": "fusion.", "convert": "fusion.", "extract": "fusion."}
+FOLDERS = {"advise": "search.", "combine": "fusion.", "convert": "fusion.", "extract": "fusion."}
 """Verb -> the folder of its file, where it is not cli/ itself."""
 
 

@@ -108,13 +108,13 @@ def prepare(
     parts = read_parts(config.model.adapters)
     hf_config = find_base(config, log)
     requested = task or config.objective
-    tokenizer = None if _reads_images(requested, hf_config) else load_tokenizer(config.model)
+    tokenizer = None if reads_images(requested, hf_config) else load_tokenizer(config.model)
     date_warning = "" if tokenizer is None else _fix_template_date(tokenizer, job_configs)
     lengths = [] if tokenizer is None else [requested_lengths(job.data, tokenizer) for job in job_configs]
     log(f"reading {', '.join(dict.fromkeys(source.path for job in job_configs for source in job.data.train))} ...")
-    datasets = _load_all_datasets(job_configs, requested, hf_config, tokenizer, lengths, log, samples)
+    datasets = load_all_datasets(job_configs, requested, hf_config, tokenizer, lengths, log, samples)
     warnings += [date_warning] if date_warning and any(dataset.is_chat for dataset in datasets) else []
-    task = _common_task(job_configs, datasets)
+    task = common_task(job_configs, datasets)
     pad_token_id = None if task.reads_images else choose_pad_token(hf_config, tokenizer)
     log(f"loading {config.model.name} ...")
     base = _load_base(config, task, placement or choose_placement(config.model), datasets, hf_config, pad_token_id)
@@ -163,7 +163,7 @@ def _fix_template_date(tokenizer: Any, job_configs: Sequence[RunConfig]) -> str:
     return fix_template_date(tokenizer, days[0]) if days else ""
 
 
-def _reads_images(requested: str | Task, hf_config: Any) -> bool:
+def reads_images(requested: str | Task, hf_config: Any) -> bool:
     """Whether the model reads images: by the requested objective, else by the class of its config."""
     if isinstance(requested, Task):
         return requested.reads_images
@@ -174,7 +174,7 @@ def _reads_images(requested: str | Task, hf_config: Any) -> bool:
     return type(hf_config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
-def _load_all_datasets(
+def load_all_datasets(
     job_configs: Sequence[RunConfig],
     requested: str | Task,
     hf_config: Any,
@@ -219,7 +219,7 @@ def _fit_datasets(
         for i, (dataset, own) in enumerate(zip(datasets, lengths, strict=True))
         if own != before[i] and (dataset.preview or are_too_long(_encoded(dataset), own))
     ]
-    again = _load_all_datasets(
+    again = load_all_datasets(
         [job_configs[i] for i in changed],
         requested,
         hf_config,
@@ -233,7 +233,7 @@ def _fit_datasets(
     return fitted, lengths
 
 
-def _common_task(job_configs: Sequence[RunConfig], datasets: Sequence[Datasets]) -> Task:
+def common_task(job_configs: Sequence[RunConfig], datasets: Sequence[Datasets]) -> Task:
     """The one task of all jobs; ConfigError where it conflicts with a setting."""
     tasks = {dataset.objective: dataset.task for dataset in datasets}
     if len(tasks) > 1:

@@ -1,0 +1,1 @@
+"""Verbs that say which design to choose: advise."""

@@ -1,0 +1,1 @@
+"""Which design to choose: what worked before in runs like this one."""
