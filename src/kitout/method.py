@@ -123,6 +123,16 @@ class Method(BaseModel):
         key_values: token ids [1, T] -> by attention path the base's own keys and values, each [H_kv, T, d_h].
         """
 
+    def after_step(self, deltas: Mapping[Site, Delta], step: int, num_steps: int) -> None:
+        """Called by the training loop after each optimizer step, from 0 on, while gradients are there; mostly nothing.
+
+        What it remembers are buffers of the Deltas, which checkpoints keep. The same in all processes.
+        """
+
+    def settled_after(self, num_steps: int) -> int:
+        """After so many steps of a training of num_steps `after_step` has given the adapter the size it ends with."""
+        return 0
+
     def inference_form(self) -> Method:
         """The config of the adapter whose Deltas are in their `inference_form`."""
         return self

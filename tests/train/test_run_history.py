@@ -141,7 +141,7 @@ def assert_one_warning(message: str) -> None:
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_history, "rows_of_run", lambda *_: [ROW] * 100)
-        run_history.record_run(None, {}, {}, lines.append)  # type: ignore[arg-type]
+        run_history.record_run(None, None, {}, {}, lines.append)  # type: ignore[arg-type]
     (line,) = lines
     assert re.search(rf"^warning: .*{message}", line)
 

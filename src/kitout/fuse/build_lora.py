@@ -28,8 +28,8 @@ def as_written(to: Method) -> str:
 
 def check_plain(to: LoRA) -> None:
     """ConfigError for a form of LoRA that is no sum."""
-    if to.dora or to.init != "default":
-        raise ConfigError(f"to={as_written(to)}: the result is a plain LoRA, without dora and init")
+    if to.dora or to.init != "default" or to.adaptive:
+        raise ConfigError(f"to={as_written(to)}: the result is a plain LoRA, without dora, init and adaptive")
     if to.targets is None and to.layers != "all":
         raise ConfigError(f"to: layers={to.layers!r} belongs to targets=; without both it sits where something changes")
     if any(word.startswith("in:") for word in (to.targets or "").split()):

@@ -7,7 +7,7 @@ Meng et al. 2024 (PiSSA, arXiv 2404.02948). A ~ kaiming_uniform(a = sqrt 5), B =
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,6 +21,7 @@ from kitout.base.weights import bias, fan_in, is_matrix_product, weight_matrix
 from kitout.delta import Delta
 from kitout.errors import ConfigError, Errors, TargetError
 from kitout.method import Method, TrainingDefaults, register
+from kitout.methods.deltas.adaptive_rank import TripletImportance, budget_at, cut_to, last_cut_step, triplets_of
 from kitout.methods.deltas.dora import DoRADelta
 from kitout.methods.deltas.low_rank import LowRankDelta
 from kitout.methods.deltas.shifted import BIASED_KINDS, ShiftDelta, ShiftedDoRA, ShiftedLowRank
@@ -40,7 +41,9 @@ class LoRA(Method):
     "default", or "pissa" (A and B start as the principal directions of W, whose product is subtracted again, so a new
     adapter is the identity). clip_rank: a site too narrow for the rank takes the rank it can hold, at the same scale;
     False: the rank as it is, even above the width, as PEFT has it. energy: in place of a rank, for `kitout.combine` and
-    `kitout.convert` only: the share of the squared singular values that each site keeps.
+    `kitout.convert` only: the share of the squared singular values that each site keeps. adaptive: each site gets
+    its own rank, as in AdaLoRA; `kitout train` cuts the least important triplets until no more parameters are left than
+    rank means, and saves a LoRA with ranks by path. start: the multiple of the rank that adaptive begins with.
     """
 
     training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3, weight_decay=0.01)
@@ -56,6 +59,8 @@ class LoRA(Method):
     init: Literal["default", "pissa"] = "default"
     clip_rank: bool = True
     energy: float | None = Field(default=None, gt=0.0, le=1.0)
+    adaptive: bool = False
+    start: float = Field(default=1.5, ge=1.0)
 
     @field_validator("rank")
     @classmethod
@@ -77,9 +82,9 @@ class LoRA(Method):
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without clip_rank and energy at their defaults: a file that needs neither is the one of earlier versions."""
+        """Without the newer settings at their defaults: a file that needs none of them is that of earlier versions."""
         settings: dict[str, Any] = dump(self)
-        defaults = {"clip_rank": True, "energy": None}
+        defaults = {"clip_rank": True, "energy": None, "adaptive": False, "start": 1.5}
         return {key: value for key, value in settings.items() if key not in defaults or value != defaults[key]}
 
     @model_validator(mode="after")
@@ -89,6 +94,12 @@ class LoRA(Method):
         if self.dora and self.init == "pissa":
             raise ValueError(
                 "dora=True starts from the whole weight and pissa from its principal directions: choose one"
+            )
+        if self.adaptive and (self.dora or self.energy is not None or self.init not in ("default", "eva")):
+            raise ValueError("adaptive cuts a plain change: leave out dora, energy and a start from weights")
+        if "start" in self.model_fields_set and not self.adaptive:
+            raise ValueError(
+                "start is the multiple of the rank that adaptive=True begins with: set that too, or leave it out"
             )
         return self
 
@@ -158,8 +169,9 @@ class LoRA(Method):
         return int(value_for_role(self.rank, site, "rank"))
 
     def rank_at(self, site: Site) -> int:
-        """The rank of this site: the requested one, or less where the site is narrower."""
+        """The rank of this site: the requested one, or less where the site is narrower; adaptive: the first one."""
         rank = self._requested_rank(site)
+        rank = math.floor(self.start * rank + 0.5) if self.adaptive else rank
         return min(rank, max_rank(site)) if self.clip_rank else rank
 
     def scale_at(self, site: Site) -> float:
@@ -167,6 +179,27 @@ class LoRA(Method):
         rank = self._requested_rank(site)
         alpha = 2.0 * rank if self.alpha is None else value_for_role(self.alpha, site, "alpha")
         return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def after_step(self, deltas: Mapping[Site, Delta], step: int, num_steps: int) -> None:
+        if not self.adaptive:
+            return
+        adapted = {site: delta for site, delta in deltas.items() if isinstance(delta, LowRankDelta)}
+        if step < last_cut_step(num_steps):
+            for delta in adapted.values():
+                triplets_of(delta).update(delta.a, delta.b)
+        final = self.model_copy(update={"adaptive": False})
+        start, target = self._num_in_triplets([*adapted]), final._num_in_triplets([*adapted])
+        budget = budget_at(step + 1, num_steps, start, target)
+        if budget is not None:
+            by_path: dict[str, list[tuple[TripletImportance, int]]] = {}
+            for site, delta in adapted.items():
+                by_path.setdefault(site.path, []).append((triplets_of(delta), fan_in(site) + site.d_out))
+            cut_to([*by_path.values()], budget)
+            for delta in adapted.values():
+                triplets_of(delta).clear_cut(delta.a, delta.b)
+
+    def settled_after(self, num_steps: int) -> int:
+        return last_cut_step(num_steps) if self.adaptive else 0
 
     def notes(self, sites: Sequence[Site]) -> list[str]:
         clipped = [s for s in sites if s.parameter_names != BIAS and self.rank_at(s) < self._requested_rank(s)]
@@ -205,13 +238,18 @@ class LoRA(Method):
         delta = low_rank(a, b, scale, self.dropout, uses_module_map=not maps_channels)
         if self.init == "pissa":
             delta.subtract_start(a, b)
+        if self.adaptive:
+            delta.add_module("triplets", TripletImportance(a, b))
         return delta
 
     def num_parameters(self, sites: Sequence[Site]) -> int:
         targets = [s for s in sites if s.parameter_names != BIAS]
-        pairs = sum(self.rank_at(s) * (fan_in(s) + s.d_out) for s in targets)
+        pairs = self._num_in_triplets(targets)
         shifts = sum(s.d_out for s in sites if s.parameter_names == BIAS or self.trains_bias_at(s))
         return pairs + shifts + (sum(s.d_out for s in targets) if self.dora else 0)
+
+    def _num_in_triplets(self, targets: Sequence[Site]) -> int:
+        return sum(self.rank_at(s) * (fan_in(s) + s.d_out) for s in targets)
 
 
 def _check_patterns(value: object) -> None:

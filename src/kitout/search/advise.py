@@ -30,6 +30,7 @@ from kitout.train.setup.prepare import common_task, load_all_datasets, reads_ima
 
 MIN_RUNS = 5  # fewer near ones say nothing
 MAX_DISTANCE = 6.0  # such as a model 8 times smaller and 8 times fewer examples
+MAX_BY_PATH = 4  # values of a setting by role or path that are shown one by one
 OTHER_TASK, OTHER_KIND = 4.0, 1.0
 COLUMNS = ("distance", "model", "task", "examples", "design", "gain over base", "trainable", "time")
 
@@ -92,7 +93,7 @@ class PastRun:
     def design_text(self) -> str:
         """LoRA(rank=16), lr 0.001, 300 steps of 16"""
         design = self.design
-        settings = ", ".join(f"{name}={value}" for name, value in design["settings"].items())
+        settings = ", ".join(f"{name}={_setting_text(value)}" for name, value in design["settings"].items())
         method = f"{design['method']}({settings})" if settings else design["method"]
         return f"{method}, lr {design['lr']:g}, {design['steps']:,} steps of {design['batch_size']}"
 
@@ -204,6 +205,13 @@ def model_shape(model: ModelConfig, task: Task, hf_config: Any, num_labels: int)
     except Exception as error:  # whatever a model raises on a config it cannot be built from
         raise ConfigError(f"model.name={model.name}: its shape is not found without weights: {error}") from error
     return ModelShape.of(find_sites(base).towers, hf_config, num_base_parameters(base))
+
+
+def _setting_text(value: Any) -> str:
+    """Many ranks by path are shown by their range."""
+    if isinstance(value, dict) and len(value) > MAX_BY_PATH:
+        return f"{min(value.values()):g} to {max(value.values()):g} by {len(value)} patterns"
+    return str(value)
 
 
 def _model_text(model: ModelShape) -> str:

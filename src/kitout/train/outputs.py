@@ -99,7 +99,7 @@ def write_outputs(
         majority = run.first_dataset.majority_accuracy
         log(f"\n{adapter_table.text(rows, majority, share_data(run), smallest, has_seeds=bool(by_method))}\n")
     log("\n".join([f"report   {run_folder.report}", *(f"adapter  {folder}" for folder in folders.values()), ""]))
-    record_run(run, results, comparisons, log, "train" if details is None else "align")
+    record_run(run, config, results, comparisons, log, "train" if details is None else "align")
     log(next_text(results))
     return results
 

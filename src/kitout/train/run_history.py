@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kitout.base.survey import Tower
     from kitout.evaluate.compare import Comparison
     from kitout.method import Method
+    from kitout.train.config.schema import RunConfig
     from kitout.train.loop.jobs import Job
     from kitout.train.setup.prepare import PreparedRun
 
@@ -141,15 +142,15 @@ def history_file() -> Path | None:
 
 
 def record_run(
-    run: PreparedRun, results: Mapping[str, Any], comparisons: Mapping[str, Comparison], log: Callable[[str], None],
-    source: str = "train",
+    run: PreparedRun, config: RunConfig, results: Mapping[str, Any], comparisons: Mapping[str, Comparison],
+    log: Callable[[str], None], source: str = "train",
 ) -> None:  # fmt: skip
     """Keeps a finished run's rows. Whatever prevents it is one line, and the run is as finished as without."""
     try:
         file = history_file()
         if file is None:
             return
-        is_first = append_rows(file, rows_of_run(run, results, comparisons, source))
+        is_first = append_rows(file, rows_of_run(run, config, results, comparisons, source))
     except Exception as error:  # a run of hours does not fail for a row about it
         log(f"warning: this run leaves no row for `kitout advise`: {error} ({VARIABLE}=off keeps none)")
         return
@@ -161,23 +162,23 @@ def record_run(
 
 
 def rows_of_run(
-    run: PreparedRun, results: Mapping[str, Any], comparisons: Mapping[str, Comparison], source: str
+    run: PreparedRun, config: RunConfig, results: Mapping[str, Any], comparisons: Mapping[str, Comparison], source: str
 ) -> list[HistoryRow]:
-    """results: what results.json holds."""
+    """results: what results.json holds. The method is the one that was asked for, whatever training made of it."""
     from kitout.runtime.count import num_base_parameters
 
     kit, key, day = run.kit, uuid.uuid4().hex, f"{datetime.now(timezone.utc):%Y-%m-%d}"
     shape = ModelShape.of(kit.survey.towers, getattr(kit.base, "config", None), num_base_parameters(kit.base))
     costs = {row["name"]: row for row in results["adapters"]}
     rows = []
-    for job, data in zip(run.jobs, run.datasets, strict=True):
+    for job, data, job_config in zip(run.jobs, run.datasets, config.per_job(), strict=True):
         change = comparisons[job.name].changes[0] if job.name in comparisons else None
         rows.append(HistoryRow(
             run=key, day=day, version=__version__, source=source,
             model_kind=shape.kind, depth=shape.depth, width=shape.width, parameters=shape.parameters,
             task=run.objective,
             examples=None if data.preview else len(data.train),
-            design=json.dumps(design_of(kit[job.name].method, job, results["steps"]), sort_keys=True),
+            design=json.dumps(design_of(job_config.method, job, results["steps"]), sort_keys=True),
             seed=job.settings.seed,
             metric=change.name if change else "",
             baseline=change.baseline if change else "",
@@ -204,9 +205,8 @@ def design_of(method: Method, job: Job, steps: int) -> dict[str, Any]:
     Of the settings what is a number, a choice of the method's own or a selection of parts of the model: an initial text
     or the names of other adapters stay out.
     """
-    settings = {
-        name: value for name, value in method.non_default_settings().items() if _is_impersonal(method, name, value)
-    }
+    values = method.model_dump(mode="json", exclude_defaults=True)
+    settings = {name: value for name, value in values.items() if _is_impersonal(method, name, value)}
     lr = job.settings.lr if job.settings.lr is not None else method.training_defaults().lr
     return {
         "method": type(method).__name__,
