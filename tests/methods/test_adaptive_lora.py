@@ -12,7 +12,7 @@ from torch import nn
 import kitout
 from kitout import LoRA
 from kitout.errors import ConfigError
-from kitout.fuse.final_form import to_final_form
+from kitout.fuse.lora.final_form import to_final_form
 from kitout.methods.deltas.adaptive_rank import TripletImportance, budget_at, cut_to, last_cut_step, triplets_of
 from train.fixtures import kit_of
 

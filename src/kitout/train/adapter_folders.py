@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from kitout.errors import ConfigError
 from kitout.files.portable_name import portable_name
-from kitout.fuse.final_form import to_final_form
+from kitout.fuse.lora.final_form import to_final_form
 from kitout.train.config.schema import RunConfig
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup.prepare import PreparedRun

@@ -13,9 +13,9 @@ from kitout.base.site import Site
 from kitout.base.weights import fan_in
 from kitout.errors import ConfigError
 from kitout.fuse.changes import Change, Place, ProductChange, as_dense, bias_name, square_of, weight_name
+from kitout.fuse.lora.targets import selected, with_ranks, words_for
 from kitout.fuse.residual import FusedAdapter
 from kitout.fuse.result import ROUNDING, Combined, NewAdapter
-from kitout.fuse.targets import selected, with_ranks, words_for
 from kitout.fuse.truncate import Truncated, truncate_matrix, truncate_product
 from kitout.method import Method
 from kitout.methods.lora import BIAS, LoRA

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kitout.base.site import Site
 from kitout.files.adapter_tensors import build_empty
-from kitout.fuse.targets import selected, with_ranks, words_for
+from kitout.fuse.lora.targets import selected, with_ranks, words_for
 from kitout.methods.deltas.adaptive_rank import triplets_of
 from kitout.methods.deltas.low_rank import LowRankDelta
 from kitout.methods.lora import LoRA
