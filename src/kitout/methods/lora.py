@@ -21,7 +21,7 @@ from kitout.base.weights import bias, fan_in, is_matrix_product, weight_matrix
 from kitout.delta import Delta
 from kitout.errors import ConfigError, Errors, TargetError
 from kitout.method import Method, TrainingDefaults, register
-from kitout.methods.deltas.adaptive_rank import TripletImportance, budget_at, cut_to, last_cut_step, triplets_of
+from kitout.methods.deltas.adaptive_rank import TripletImportance, cut_after_step, last_cut_step
 from kitout.methods.deltas.dora import DoRADelta
 from kitout.methods.deltas.low_rank import LowRankDelta
 from kitout.methods.deltas.shifted import BIASED_KINDS, ShiftDelta, ShiftedDoRA, ShiftedLowRank
@@ -184,19 +184,11 @@ class LoRA(Method):
         if not self.adaptive:
             return
         adapted = {site: delta for site, delta in deltas.items() if isinstance(delta, LowRankDelta)}
-        if step < last_cut_step(num_steps):
-            for delta in adapted.values():
-                triplets_of(delta).update(delta.a, delta.b)
         final = self.model_copy(update={"adaptive": False})
-        start, target = self._num_in_triplets([*adapted]), final._num_in_triplets([*adapted])
-        budget = budget_at(step + 1, num_steps, start, target)
-        if budget is not None:
-            by_path: dict[str, list[tuple[TripletImportance, int]]] = {}
-            for site, delta in adapted.items():
-                by_path.setdefault(site.path, []).append((triplets_of(delta), fan_in(site) + site.d_out))
-            cut_to([*by_path.values()], budget)
-            for delta in adapted.values():
-                triplets_of(delta).clear_cut(delta.a, delta.b)
+        start, target = (method._num_in_triplets([*adapted]) for method in (self, final))
+        cut_after_step(
+            [(s.path, delta, fan_in(s) + s.d_out) for s, delta in adapted.items()], start, target, step, num_steps
+        )
 
     def settled_after(self, num_steps: int) -> int:
         return last_cut_step(num_steps) if self.adaptive else 0

@@ -106,3 +106,22 @@ def cut_to(groups: Sequence[TripletGroup], budget: float) -> None:
             if k < len(importance.alive):
                 importance.alive[k] = False
         left -= cost
+
+
+def cut_after_step(
+    sites: Sequence[tuple[str, nn.Module, int]], start: int, target: int, step: int, num_steps: int
+) -> None:
+    """Scores and cuts after one optimizer step. sites: path, Delta with a, b and triplets, parameters of a triplet."""
+    factors = [(triplets_of(delta), delta.get_parameter("a"), delta.get_parameter("b")) for _, delta, _ in sites]
+    if step < last_cut_step(num_steps):
+        for importance, a, b in factors:
+            importance.update(a, b)
+    budget = budget_at(step + 1, num_steps, start, target)
+    if budget is None:
+        return
+    by_path: dict[str, list[tuple[TripletImportance, int]]] = {}
+    for (path, _, cost), (importance, _, _) in zip(sites, factors, strict=True):
+        by_path.setdefault(path, []).append((importance, cost))
+    cut_to([*by_path.values()], budget)
+    for importance, a, b in factors:
+        importance.clear_cut(a, b)
