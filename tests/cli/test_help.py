@@ -26,6 +26,7 @@ VERBS = (
     "inspect",
     "methods",
     "predict",
+    "probe-sites",
     "train",
 )
 REFUSED = re.compile(
