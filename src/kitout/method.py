@@ -142,6 +142,10 @@ class Method(BaseModel):
         if start is not None:
             raise ConfigError(f"start= gives initial values from data, and {type(self).__name__} takes none")
 
+    def start_options(self, sites: Sequence[Site]) -> dict[str, int]:
+        """What `kitout.search.signals` has to collect for its start, as options; {} where it needs no data."""
+        return {}
+
     def without_start(self) -> Method:
         """The config of the same adapter with initial values that need no data; itself where none do."""
         return self

@@ -168,7 +168,7 @@ def test_loraga_starts_at_the_gradient_and_counts_from_there(found: Signals, tmp
 def test_what_is_refused(found: Signals) -> None:
     kit = kit_of(NAME)
     for match, method, start in (
-        (r"start=kitout.search.signals\(kit, batches\)", LoRA(init="eva"), None),
+        (r"start=kitout.search.signals\(kit, batches, directions=8\)", LoRA(init="eva"), None),
         (r"batches, loraga=8\)", LoRA(init="loraga"), None),
         ("init='default'", LoRA(), found),
         ("IA3 takes none", kitout.IA3(), found),

@@ -36,8 +36,8 @@ VERBS = {
     "merge": "Merge adapters into their base and write a plain transformers folder, which needs no kitout.",
     "methods": "List the methods: what each trains, where, its learning rate and weight decay, whether it merges.",
     "predict": "Predict with an adapter: columns are added to a table, a text gets a line.",
-    "probe-sites": "Show which linear sites matter for a run, from one pass over its data: gradients, inputs, ranks. Trains "
-    "nothing.",
+    "probe-sites": "Show which linear sites matter for a run, from one pass over its data: gradients, inputs, ranks. "
+    "Trains nothing.",
     "train": "Train an adapter on your data, evaluate it against the base, write a report.",
 }  # fmt: skip
 

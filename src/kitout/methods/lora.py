@@ -225,6 +225,10 @@ class LoRA(Method):
             delta.subtract_start(a, b)
         return delta
 
+    def start_options(self, sites: Sequence[Site]) -> dict[str, int]:
+        highest = max((self.rank_at(site) for site in sites if site.parameter_names != BIAS), default=1)
+        return {"eva": {"directions": highest}, "loraga": {"directions": 0, "loraga": highest}}.get(self.init, {})
+
     def without_start(self) -> LoRA:
         return self.model_copy(update={"init": "default"}) if self.init in FROM_DATA else self
 
@@ -235,10 +239,10 @@ class LoRA(Method):
                 raise ConfigError(f"start= is for init='eva' or 'loraga', and this is init={self.init!r}")
             return
         if start is None:
-            how = f", loraga={max(map(self.rank_at, deltas), default=8)}" if self.init == "loraga" else ""
+            options = "".join(f", {name}={value}" for name, value in self.start_options(list(deltas)).items() if value)
             raise ConfigError(
                 f"init={self.init!r} starts from data: kit.add(name, method, start=kitout.search.signals(kit, "
-                f"batches{how}))"
+                f"batches{options}))"
             )
         errors = Errors(ConfigError, f"init={self.init!r}")
         init = start_from_inputs if self.init == "eva" else start_from_gradient

@@ -20,6 +20,7 @@ from kitout.signals.site_signals import Signals, SiteSignals
 PNG_FILE, SVG_FILE = "sites.png", "sites.svg"
 COLORS = "cividis_r"  # readable by color-blind readers, and in gray
 MAX_CELLS_WITH_NUMBERS = 400
+MAX_COLUMNS = 4
 
 Grid = list[list[float]]  # by block, by role; nan where there is no site
 
@@ -47,22 +48,33 @@ def _draw(signals: Signals, ranks: Mapping[str, Mapping[str, int]]) -> Any:
     if products:
         panels["log10 of mean |W * G|"] = products
     panels |= {f"rank by {name}": values for name, values in ranks.items()}
-    depth = sum(1 + max(site.layer for site in sites) for sites in by_tower.values())
-    figure = new_figure(2.6 * len(panels) + 0.5, 1.6 * len(by_tower) + 0.22 * depth)
-    axes = figure.subplots(len(by_tower), len(panels), squeeze=False)
-    for row, (tower, sites) in zip(axes, by_tower.items(), strict=True):
+    num_columns = min(MAX_COLUMNS, len(panels))
+    num_rows = math.ceil(len(panels) / num_columns)
+    depths = [1 + max(site.layer for site in sites) for sites in by_tower.values()]
+    figure = new_figure(2.8 * num_columns + 0.5, num_rows * (1.7 * len(by_tower) + 0.2 * sum(depths)))
+    heights = [1.7 + 0.2 * depth for depth in depths for _ in range(num_rows)]
+    axes = figure.subplots(len(heights), num_columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    highest = max((rank for values in ranks.values() for rank in values.values()), default=1)
+    for number, (tower, sites) in enumerate(by_tower.items()):
         roles = [role for role in ROLES if any(site.role == role for site in sites)]
-        for axis, (title, values) in zip(row, panels.items(), strict=True):
-            grid = _grid(sites, roles, values, is_log=title.startswith("log10"))
-            image = axis.imshow(grid, cmap=COLORS, aspect="auto", interpolation="nearest")
+        own_axes = axes[number * num_rows : (number + 1) * num_rows].flatten()
+        for axis in own_axes[len(panels) :]:
+            axis.set_axis_off()
+        for axis, (title, values) in zip(own_axes, panels.items(), strict=False):
+            is_rank = title.startswith("rank")
+            grid = _grid(sites, roles, values, is_log=not is_rank)
+            limits = {"vmin": 0, "vmax": highest} if is_rank else {}
+            image = axis.imshow(grid, cmap=COLORS, aspect="auto", interpolation="nearest", **limits)
             axis.set_title(title, fontsize=9)
             axis.set_xticks(range(len(roles)), roles, rotation=60, ha="right", fontsize=7)
+            axis.locator_params(axis="y", integer=True, min_n_ticks=1)
             axis.tick_params(axis="y", labelsize=7)
-            if title.startswith("rank"):
-                _write_numbers(axis, grid)
+            if is_rank:
+                _write_numbers(axis, grid, highest)
             else:
                 figure.colorbar(image, ax=axis, shrink=0.8).ax.tick_params(labelsize=7)
-        row[0].set_ylabel(f"block of {tower}" if len(by_tower) > 1 else "block", fontsize=8)
+        for axis in axes[number * num_rows : (number + 1) * num_rows, 0]:
+            axis.set_ylabel(f"block of {tower}" if len(by_tower) > 1 else "block", fontsize=8)
     return figure
 
 
@@ -77,9 +89,8 @@ def _grid(sites: list[SiteSignals], roles: list[str], values: Mapping[str, float
     return [[sums.get((layer, role), math.nan) for role in roles] for layer in range(depth)]
 
 
-def _write_numbers(axis: Any, grid: Grid) -> None:
+def _write_numbers(axis: Any, grid: Grid, highest: int) -> None:
     cells = [(x, y, value) for y, row in enumerate(grid) for x, value in enumerate(row) if not math.isnan(value)]
-    middle = max((value for *_, value in cells), default=0.0) / 2
     for x, y, value in cells if len(cells) <= MAX_CELLS_WITH_NUMBERS else []:
-        color = "white" if value > middle else "black"
+        color = "white" if value > highest / 2 else "black"
         axis.text(x, y, f"{value:g}", ha="center", va="center", fontsize=6, color=color)

@@ -18,7 +18,7 @@ from kitout.search.allocation import CRITERIA, Criterion, allocate_ranks
 from kitout.search.heat_map import write_heat_maps
 from kitout.signals.site_signals import Signals, SiteSignals
 from kitout.train.config.schema import RunConfig
-from kitout.train.objectives.signals_of_items import BATCH_SIZE, signals_of_items
+from kitout.train.objectives.signals_of_items import BATCH_SIZE, NUM_ITEMS, first_items, signals_of_items
 from kitout.train.setup.find_inputs import check_inputs
 from kitout.train.setup.prepare import prepare
 
@@ -81,7 +81,7 @@ def _percent(share: float) -> str:
 
 
 def probe_sites(
-    config: RunConfig, *, by: Criterion = "gradient", num_examples: int = 256, budget: int | None = None,
+    config: RunConfig, *, by: Criterion = "gradient", num_examples: int = NUM_ITEMS, budget: int | None = None,
     gora: bool = False, log: Callable[[str], None] = print,
 ) -> SiteRanking:  # fmt: skip
     """The signals of the run's model on its first training examples. budget: of the ranks; None: rank 8 everywhere."""
@@ -90,9 +90,8 @@ def probe_sites(
     job, kit = prepared.jobs[0], prepared.kit
     if len(prepared.jobs) > 1:
         log(f"the run has {len(prepared.jobs)} jobs: these are the sites of {job.name}")
-    order = dict.fromkeys(i for step in job.batches for i in step)
-    items = [job.examples[i] for i in list(order)[:num_examples]]
-    heads = {path.replace("/", "."): head.module for path, head in kit[job.name].heads.items()}
+    items = prepared.first_dataset.preview or first_items(job.examples, job.batches, num_examples)
+    heads = kit[job.name].heads_by_path()
     log(f"probing {len(items)} examples ...")
     size = min(BATCH_SIZE, len(items))
     signals = signals_of_items(kit, job.objective, items, size, heads=heads, gora=gora, seed=job.settings.seed)
