@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("train",),
     ("evaluate",),
     ("fuse",),
-    ("model_check", "peft_folders"),
+    ("model_check", "peft_folders", "signals"),
     ("kit",),
     ("files",),
     ("runtime", "methods"),

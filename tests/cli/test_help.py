@@ -27,6 +27,7 @@ VERBS = (
     "inspect",
     "methods",
     "predict",
+    "probe-sites",
     "train",
 )
 REFUSED = re.compile(

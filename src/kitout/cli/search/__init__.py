@@ -1,1 +1,1 @@
-"""Verbs that say which design to choose: advise."""
+"""Verbs that decide where adapters go and how large they are."""

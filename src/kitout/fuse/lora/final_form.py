@@ -61,7 +61,7 @@ def _plain_lora(
 ) -> tuple[LoRA, list[Site]]:
     """The config with these ranks and its sites: without the modules whose rank is 0, where words select the others."""
     settings = method.model_dump(exclude={"adaptive", "start"}, exclude_unset=True)
-    plain = LoRA(**{**settings, "targets": method.targets or method.default_targets})  # ranks by path select nothing
+    plain = LoRA(**{**settings, "targets": method.selection()})  # ranks by path select nothing
     left = [s for s in sites if ranks.get(s.path, 1) > 0 or method.trains_bias_at(s)]
     if len(left) < len(sites):
         words = words_for(

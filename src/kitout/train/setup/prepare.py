@@ -22,6 +22,7 @@ from kitout.train.loop import distributed
 from kitout.train.loop.batch_plan import plan_batches
 from kitout.train.loop.jobs import Job
 from kitout.train.objectives.objective import LanguageObjective, Objective
+from kitout.train.objectives.signals_of_items import NUM_ITEMS, first_items, start_from_items
 from kitout.train.objectives.tasks import TASKS, ObjectiveSettings, Task
 from kitout.train.setup.base_model import (
     LoadedBase,
@@ -149,6 +150,10 @@ def prepare(
             first_rows = [job.examples[i] for rows in job.batches[:2] for i in rows]
             with base.kit.use(job.name):
                 job.objective.choose_head_loss([one.name for one in jobs], first_rows)
+    for job, job_config, dataset in zip(jobs, job_configs, datasets, strict=True):
+        if job.name not in parents and job_config.method.without_start() is not job_config.method:
+            items = dataset.preview or first_items(job.examples, job.batches, NUM_ITEMS)
+            start_from_items(base.kit, job.name, job_config.method, job.objective, items, job.settings.seed)
     return PreparedRun(
         base.kit, jobs, datasets, tokenizer, task, base.dtype_reason, warnings,
         schedules, base.new_heads, parents, lengths, parts, config.seeds_by_job(),
@@ -220,13 +225,7 @@ def _fit_datasets(
         if own != before[i] and (dataset.preview or are_too_long(_encoded(dataset), own))
     ]
     again = load_all_datasets(
-        [job_configs[i] for i in changed],
-        requested,
-        hf_config,
-        tokenizer,
-        [lengths[i] for i in changed],
-        log,
-        samples,
+        [job_configs[i] for i in changed], requested, hf_config, tokenizer, [lengths[i] for i in changed], log, samples
     )
     for i, dataset in zip(changed, again, strict=True):
         fitted[i] = dataset
@@ -299,7 +298,7 @@ def _add_adapter(base: LoadedBase, job_config: RunConfig, task: Task, dataset: D
     if task.build_heads is not None:
         heads = task.build_heads(base.kit, train.seed)
     if parent is None:
-        base.kit.add(name, job_config.method, seed=train.seed, heads=heads)
+        base.kit.add(name, job_config.method.without_start(), seed=train.seed, heads=heads)
     else:
         load_parent(base.kit, name, parent, job_config.method, heads, dataset.label_names, task.build_heads is not None)
 
