@@ -16,6 +16,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
     KITOUT_JOINED_TOKENS="64",  # no clock decides how adapters are asked
+    KITOUT_RUNS="off",  # nothing is written to the user's data folder
 )
 
 import gc

@@ -60,7 +60,7 @@ def test_the_type_stub_holds_the_same_names() -> None:
         for alias in node.names
         if alias.asname  # else a type that the stub needs
     }
-    assert imported == {*kitout.PUBLIC_NAMES.items(), ("assess", "kitout"), ("errors", "kitout")}
+    assert imported == {*kitout.PUBLIC_NAMES.items(), ("assess", "kitout"), ("errors", "kitout"), ("search", "kitout")}
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:

@@ -48,7 +48,7 @@ PUBLIC_NAMES = {
 }
 """Name -> the module it is defined in. A new method adds one line."""
 
-PUBLIC_MODULES = ("align", "assess", "errors", "train")
+PUBLIC_MODULES = ("align", "assess", "errors", "search", "train")
 """Submodules that are public by themselves; `kitout.align` and `kitout.train` can also be called."""
 
 __all__ = [*PUBLIC_NAMES, *PUBLIC_MODULES]  # noqa: PLE0604 - the table is the list

@@ -1,6 +1,7 @@
 # The types of the public names, for type checkers and editors; tests/test_public_names.py keeps it equal to the table.
 from kitout import assess as assess
 from kitout import errors as errors
+from kitout import search as search
 from kitout.align import _AlignModule
 from kitout.delta import Delta as Delta
 from kitout.evaluate.part_weights import attention as attention

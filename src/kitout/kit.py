@@ -23,7 +23,7 @@ from kitout.base.survey import Survey
 from kitout.errors import AlreadyAttached, ConfigError, KitoutError, MergeStateError, RouteError
 from kitout.files import adapter_folder
 from kitout.files.pretrained_folder import save_pretrained
-from kitout.method import Method
+from kitout.method import Method, SiteStart
 from kitout.route import Route, RouteEntry, Stack, adapter_names, normalize_route
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.base_state import KitForward
@@ -133,16 +133,18 @@ class Kit(ModelInterface, nn.Module):
         seed: int | None = None,
         heads: Mapping[str, nn.Module] | None = None,
         dtype: torch.dtype | None = None,
+        start: Mapping[str, SiteStart] | None = None,
     ) -> Adapter:
         """A new adapter, left trainable and not active. seed: of its initial values (None: the global generator).
 
         heads: modules that replace modules of the model, by path, while the adapter is active. dtype: of its values;
-        default fp32 over a floating base, whatever the base's own. What a default or a group of `targets` selects and
-        never runs is left out: `adapter.left_out` and `print(kit)` list it. Raises AdapterExists, InvalidAdapterName,
-        TargetError, MergeStateError.
+        default fp32 over a floating base, whatever the base's own. start: what `kitout.search.signals` found, for a
+        method that starts from data. What a default or a group of `targets` selects and never runs is left out:
+        `adapter.left_out` and `print(kit)` list it. Raises AdapterExists, InvalidAdapterName, TargetError,
+        MergeStateError.
         """
         self.state.check_attached()
-        adapter = build_adapter(self.state, name, method, seed, heads or {}, dtype)
+        adapter = build_adapter(self.state, name, method, seed, heads or {}, dtype, start)
         self.state.insert(adapter, check_usable=bool(adapter.method.part_names()))
         return adapter
 

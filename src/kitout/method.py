@@ -36,6 +36,16 @@ class TrainingDefaults:
     """Optimizer steps that it needs at least: epochs are chosen by them where a run names neither epochs nor steps."""
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SiteStart:
+    """What data say about one site, for initial values that follow from them; on CPU."""
+
+    directions: Tensor | None = None
+    """[n, d_in]: leading right singular vectors of the site's inputs, orthonormal; None: not collected."""
+    gradient: tuple[Tensor, Tensor, Tensor] | None = None
+    """U [d_out, n], s [n], V [n, d_in]: the leading part of the weight's gradient; None: not collected."""
+
+
 class Method(BaseModel):
     """A frozen, keyword-only, validated config: where an adapter sits and what its Deltas are.
 
@@ -83,9 +93,13 @@ class Method(BaseModel):
                 errors.add(f"{setting}={short_repr(e['input'])}: {e['msg']}" if setting else e["msg"])
             errors.raise_if_any()
 
+    def selection(self) -> str:
+        """The words that select its sites: `targets`, or what stands for it where that is None."""
+        return self.targets or self.default_targets
+
     def sites(self, survey: Survey) -> list[Site]:
         """The selected sites, in model order. Default: `targets` and `layers` through the selection language."""
-        return select(survey.sites, self.targets or self.default_targets, self.layers)
+        return select(survey.sites, self.selection(), self.layers)
 
     def part_names(self) -> tuple[str, ...]:
         """The adapters that it composes, by their names on the kit; () for all but compositions."""
@@ -122,6 +136,29 @@ class Method(BaseModel):
 
         key_values: token ids [1, T] -> by attention path the base's own keys and values, each [H_kv, T, d_h].
         """
+
+    def init_from_start(self, deltas: Mapping[Site, Delta], start: Mapping[str, SiteStart] | None) -> None:
+        """Initial values that follow from data; most methods have none. start: by module path; None: none was given."""
+        if start is not None:
+            raise ConfigError(f"start= gives initial values from data, and {type(self).__name__} takes none")
+
+    def start_options(self, sites: Sequence[Site]) -> dict[str, int]:
+        """What `kitout.search.signals` has to collect for its start, as options; {} where it needs no data."""
+        return {}
+
+    def without_start(self) -> Method:
+        """The config of the same adapter with initial values that need no data; itself where none do."""
+        return self
+
+    def after_step(self, deltas: Mapping[Site, Delta], step: int, num_steps: int) -> None:
+        """Called by the training loop after each optimizer step, from 0 on, while gradients are there; mostly nothing.
+
+        What it remembers are buffers of the Deltas, which checkpoints keep. The same in all processes.
+        """
+
+    def settled_after(self, num_steps: int) -> int:
+        """After so many steps of a training of num_steps `after_step` has given the adapter the size it ends with."""
+        return 0
 
     def inference_form(self) -> Method:
         """The config of the adapter whose Deltas are in their `inference_form`."""

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from kitout.cli import app
 
 VERBS = (
+    "advise",
     "align",
     "assets",
     "chat",
@@ -26,6 +27,7 @@ VERBS = (
     "inspect",
     "methods",
     "predict",
+    "probe-sites",
     "train",
 )
 REFUSED = re.compile(

@@ -177,6 +177,7 @@ CASES: tuple[Case, ...] = (
         refused=experts,
     ),
     Case("lora-dropout", LoRA(rank=2, dropout=0.3)),
+    Case("lora-adaptive", LoRA(rank=2, alpha=3, adaptive=True, start=2.0)),
     Case("rslora", LoRA(rank=4, alpha=3, rslora=True)),
     Case("lora-biases", LoRA(rank=2, alpha=3, targets="attn.q", bias="all", lora_bias=True)),
     Case("dora", LoRA(rank=2, alpha=3, dora=True, targets="all-linear"), rounds=True),

@@ -163,6 +163,33 @@ def matches(site: Site, word: str) -> bool:
     return _matcher(word)(site.replace(channels=None))
 
 
+def last_match(site: Site, words: tuple[str, ...]) -> str | None:
+    """The last of these words that `matches` the site; None where none does. Many paths cost no more than a few."""
+    paths, others = _paths_and_others(words)
+    steps = site.path.split(".")
+    indices = [paths[end] for i in range(len(steps)) if (end := ".".join(steps[i:])) in paths]
+    last = max(indices, default=-1)
+    for i, word in reversed(others):
+        if i < last:
+            break
+        if matches(site, word):
+            return word
+    return words[last] if last >= 0 else None
+
+
+@lru_cache(maxsize=64)
+def _paths_and_others(words: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[int, str]]]:
+    """The words that are plain paths and the rest, each with its position."""
+    paths: dict[str, int] = {}
+    others = []
+    for i, word in enumerate(words):
+        if word == "all-linear" or _is_role(word) or not re.fullmatch(r"[\w.-]+", word):
+            others.append((i, word))
+        else:
+            paths[word] = i
+    return paths, others
+
+
 def named_matches(sites: Sequence[Site], targets: str) -> dict[str, list[Site]]:
     """Word -> the sites it selects, for the words that name modules: by path or by a plain name, not by a pattern."""
     words = (word.removeprefix("in:") for word in targets.split())

@@ -18,8 +18,9 @@ HELP = """Parameter-efficient fine-tuning: train small adapters on a frozen tran
 
 Start with `kitout demo text`, then `kitout train --model MODEL --data FILE.csv --out FOLDER`."""
 
-# Verb -> the first line of its help; `cli/VERB.py` holds a Typer `app`, or a function of the verb's name.
+# Verb -> the first line of its help; `cli/VERB.py` ("_" for "-") holds a Typer `app`, or a function of the verb's name.
 VERBS = {
+    "advise": "List the finished runs nearest to a planned one: what they chose and what they gained over the base.",
     "align": "Train on preferences and rewards: reward models, DPO, ORPO, SimPO, KTO, GRPO, RLOO, PPO.",
     "assets": "List, fetch and locate the built-in models and data sets, for example: kitout assets get smollm2-135m "
     "tweets",
@@ -36,10 +37,14 @@ VERBS = {
     "merge": "Merge adapters into their base and write a plain transformers folder, which needs no kitout.",
     "methods": "List the methods: what each trains, where, its learning rate and weight decay, whether it merges.",
     "predict": "Predict with an adapter: columns are added to a table, a text gets a line.",
+    "probe-sites": "Show which linear sites matter for a run, from one pass over its data: gradients, inputs, ranks. "
+    "Trains nothing.",
     "train": "Train an adapter on your data, evaluate it against the base, write a report.",
 }  # fmt: skip
 
-FOLDERS = {"combine": "fusion.", "convert": "fusion.", "extract": "fusion."}
+FOLDERS = {
+    "advise": "search.", "combine": "fusion.", "convert": "fusion.", "extract": "fusion.", "probe-sites": "search.",
+}  # fmt: skip
 """Verb -> the folder of its file, where it is not cli/ itself."""
 
 
@@ -58,11 +63,12 @@ class VerbGroup(TyperGroup):
 
 def load_verb(name: str) -> Any:
     """The command of a verb, from its file."""
-    module = vars(importlib.import_module(f"kitout.cli.{FOLDERS.get(name, '')}{name}"))
+    file = name.replace("-", "_")
+    module = vars(importlib.import_module(f"kitout.cli.{FOLDERS.get(name, '')}{file}"))
     verb = module.get("app")
     if verb is None:
         verb = typer.Typer(add_completion=False)
-        verb.command(context_settings=module.get("CONTEXT_SETTINGS"))(module[name])
+        verb.command(context_settings=module.get("CONTEXT_SETTINGS"))(module[file])
     command = typer.main.get_command(verb)
     command.name, command.help = name, module.get("HELP", command.help)
     return command

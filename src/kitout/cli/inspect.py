@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,11 +21,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 import kitout
 from kitout.base import memory
 from kitout.base.find.find import find_sites
+from kitout.base.find.on_meta import on_meta
 from kitout.base.survey import Block, Survey
 from kitout.cli.terminal import announce_loading, report_errors
 from kitout.errors import ConfigError, TargetError, suggest
@@ -204,25 +204,6 @@ def _build_timm(name: str, with_values: bool = False) -> nn.Module:
     except (NotImplementedError, RuntimeError):  # it needs more than shapes to be built
         model = timm.create_model(name)
     return model
-
-
-class _LinspaceOnCpu(TorchFunctionMode):
-    """timm takes its drop-path rates from `torch.linspace` while it builds: that one call needs real numbers."""
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.linspace:
-            kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def on_meta() -> Iterator[None]:
-    """Modules made inside have shapes and no storage."""
-    with torch.device("meta"), _LinspaceOnCpu():
-        yield
 
 
 def _parse_roles(options: list[str]) -> dict[str, str]:

@@ -18,9 +18,9 @@ from torch import Tensor
 from kitout.errors import ConfigError, Errors, UnknownAdapter, suggest
 from kitout.fuse.average import average_parameters
 from kitout.fuse.build_dense import DenseBuilder
-from kitout.fuse.build_lora import LoRABuilder
 from kitout.fuse.changes import Change, Place, Places, ProductChange, add_scaled, as_dense, square_of
 from kitout.fuse.exact_sum import are_low_rank, exact_sum
+from kitout.fuse.lora.build_lora import LoRABuilder
 from kitout.fuse.residual import FusedAdapter, Residual
 from kitout.fuse.result import Combined, NewAdapter, heads_of, parse_drop
 from kitout.fuse.rules import Draw, Rule, RuleOptions, check_rule, rule_of

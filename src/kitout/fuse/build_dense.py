@@ -13,9 +13,9 @@ from kitout.base.find.parameters import parameter_sites
 from kitout.base.site import Site
 from kitout.errors import ConfigError, TargetError
 from kitout.fuse.changes import Place, as_dense, base_parameters, square_of
+from kitout.fuse.lora.targets import selected, words_for
 from kitout.fuse.residual import FusedAdapter
 from kitout.fuse.result import Combined, NewAdapter
-from kitout.fuse.targets import selected, words_for
 from kitout.methods.full_finetuning import FullFineTuning
 
 

@@ -17,13 +17,13 @@ from kitout.base.site import Site
 from kitout.delta import KeyValue
 from kitout.errors import ConfigError, RouteError, UnknownAdapter, suggest
 from kitout.fuse.arithmetic import combined_changes, fuse
-from kitout.fuse.build_lora import as_written, check_plain
 from kitout.fuse.changes import Places, ProductChange
+from kitout.fuse.lora.build_lora import as_written, check_plain
+from kitout.fuse.lora.targets import selected
 from kitout.fuse.residual import FusedAdapter, Residual
 from kitout.fuse.result import NewAdapter, parse_drop
 from kitout.fuse.rules import RuleOptions, rule_of
 from kitout.fuse.sources import Source, sources_of
-from kitout.fuse.targets import selected
 from kitout.fuse.truncate import product_squares, rank_for, singular_squares
 from kitout.kit import Kit
 from kitout.methods.lora import LoRA

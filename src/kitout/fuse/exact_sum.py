@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from kitout.base.site import Site
-from kitout.fuse.build_lora import lora_values
 from kitout.fuse.changes import Change, ProductChange, bias_name, square_of, weight_name
+from kitout.fuse.lora.build_lora import lora_values
+from kitout.fuse.lora.targets import selected, with_ranks, words_for
 from kitout.fuse.residual import FusedAdapter
 from kitout.fuse.result import NewAdapter
 from kitout.fuse.sources import Source
-from kitout.fuse.targets import selected, with_ranks, words_for
 from kitout.fuse.truncate import truncate_product
 from kitout.methods.lora import BIAS, LoRA, max_rank
 from kitout.runtime.merge.pairs import working_dtype

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from kitout.errors import ConfigError, Errors
-from kitout.fuse.build_lora import LoRABuilder
 from kitout.fuse.changes import Places, base_parameters, difference, square_of, weight_name
+from kitout.fuse.lora.build_lora import LoRABuilder
+from kitout.fuse.lora.targets import selected
 from kitout.fuse.residual import FusedAdapter
 from kitout.fuse.result import DROPPABLE, Combined, NewAdapter
-from kitout.fuse.targets import selected
 from kitout.kit import Kit
 from kitout.methods.lora import LoRA
 from kitout.runtime.build_adapter import check_name

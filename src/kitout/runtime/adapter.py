@@ -77,6 +77,7 @@ class Adapter(nn.Module):
 
     def group_by_module(self, head_sites: Sequence[Site]) -> None:
         """Groups the Deltas by the module they act on."""
+        self.by_module, self.input_relays, self.prefixes, self.prompts = {}, {}, {}, {}
         on_input: dict[str, list[SiteDelta]] = {}
         on_output: dict[str, list[SiteDelta]] = {}
         on_parameters: dict[str, list[SiteDelta]] = {}
@@ -144,6 +145,10 @@ class Adapter(nn.Module):
         """What its Deltas add to a loss (`Delta.penalty`); None for nothing. See `Kit.penalty`."""
         penalties = [penalty for site in self.sites if (penalty := self.delta(site).penalty()) is not None]
         return torch.stack(penalties).sum() if penalties else None
+
+    def after_step(self, step: int, num_steps: int) -> None:
+        """What its method does after an optimizer step (`Method.after_step`)."""
+        self.method.after_step(dict(self.site_deltas()), step, num_steps)
 
     @property
     def strength(self) -> float:

@@ -29,7 +29,7 @@ from kitout.errors import (
     suggest,
 )
 from kitout.format import ADAPTER_NAME_PATTERN, ADAPTER_NAME_RULE
-from kitout.method import Method
+from kitout.method import Method, SiteStart
 from kitout.route import Route, adapter_names
 from kitout.runtime.adapter import Adapter
 from kitout.runtime.hooks.class_swap import unhook
@@ -49,6 +49,7 @@ def build_adapter(
     seed: int | None,
     heads: Mapping[str, nn.Module],
     dtype: torch.dtype | None,
+    start: Mapping[str, SiteStart] | None = None,
 ) -> Adapter:
     """A new adapter for this kit, not yet one of its adapters."""
     check_name(state, name)
@@ -71,6 +72,7 @@ def build_adapter(
         shared = method.build_shared(sites)
         deltas = {site.key: _build_delta(method, site, shared) for site in sites}
         method.init_from_forward({site: deltas[site.key] for site in sites}, partial(base_key_values, state))
+        method.init_from_start({site: deltas[site.key] for site in sites}, start)
     adapter = Adapter(name, method, sites, deltas, shared, heads)
     adapter.seed, adapter.left_out = seed, left_out
     adapter.to(dtype=dtype or torch.promote_types(state.dtype, torch.float32))

@@ -16,10 +16,25 @@ from safetensors import SafetensorError
 
 from kitout.errors import ConfigError
 from kitout.files.portable_name import portable_name
+from kitout.fuse.lora.final_form import to_final_form
 from kitout.train.config.schema import RunConfig
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup.prepare import PreparedRun
 from kitout.train.usage import usage_of
+
+
+def settle_adapters(run: PreparedRun, num_steps_done: int) -> None:
+    """Gives every trained adapter the size and the form that it is saved with; in all processes alike."""
+    for job in run.jobs:
+        adapter, num_steps = run.kit[job.name], len(job.batches)
+        if num_steps_done < adapter.method.settled_after(num_steps):
+            run.warnings.append(
+                f"{job.name!r} stopped after step {num_steps_done} of {num_steps}, before its ranks were final: they "
+                "were cut to the budget at once, and nothing was trained after that"
+            )
+        if num_steps_done:
+            adapter.after_step(num_steps - 1, num_steps)
+        to_final_form(run.kit.state, job.name)
 
 
 def save_adapters(run: PreparedRun, config: RunConfig, run_folder: RunFolder, log: Callable[[str], None]) -> None:

@@ -36,6 +36,7 @@ from kitout.train.measure.seed_results import metrics_by_method, write_scores
 from kitout.train.preflight.cost_estimate import CostEstimate
 from kitout.train.results_text import next_text, results_text
 from kitout.train.run_folder import RunFolder
+from kitout.train.run_history import record_run
 from kitout.train.run_plots import predicted_images, report_charts, share_data, write_pngs
 from kitout.train.run_summary import card_summary, method_text, next_steps, run_summary
 from kitout.train.setup import device
@@ -111,6 +112,7 @@ def write_outputs(
         majority = run.first_dataset.majority_accuracy
         log(f"\n{adapter_table.text(rows, majority, share_data(run), smallest, has_seeds=bool(by_method))}\n")
     log("\n".join([f"report   {run_folder.report}", *(f"adapter  {folder}" for folder in folders.values()), ""]))
+    record_run(run, config, results, comparisons, log, "train" if details is None else "align")
     log(next_text(results))
     return results
 

@@ -32,6 +32,7 @@ from kitout.format import format_duration
 from kitout.install_hint import suggest_install
 from kitout.kit import Kit
 from kitout.train import checkpoints, run_folder
+from kitout.train.adapter_folders import save_adapters, settle_adapters
 from kitout.train.config import conflicts
 from kitout.train.config.schema import RunConfig
 from kitout.train.config.seeds import repeated_adapters
@@ -79,7 +80,6 @@ def run(
 
     read_data: puts files into the run's folder where the config names data that are made, and names them.
     """
-    from kitout.train.adapter_folders import save_adapters
     from kitout.train.outputs import write_outputs
 
     if importlib.util.find_spec("accelerate") is None:
@@ -151,6 +151,7 @@ def train_and_save(
             save()
         raise
     best_step: int | None = trainer.load_best()
+    settle_adapters(prepared, trainer.state.global_step)
     with fsdp.unsharded(prepared.kit):
         if distributed.rank() == 0:
             save()

@@ -24,7 +24,7 @@ from transformers.trainer_callback import ExportableState
 
 from kitout.base import memory
 from kitout.base.eval_mode import eval_mode
-from kitout.errors import ConfigError, Errors
+from kitout.errors import ConfigError
 from kitout.kit import Kit
 from kitout.train import checkpoints
 from kitout.train.loop import distributed
@@ -35,6 +35,7 @@ from kitout.train.loop.jobs import Job, build_optimizer, build_scheduler
 from kitout.train.loop.step import StepRows, StepRunner
 from kitout.train.loop.step_data import StepData
 from kitout.train.loop.stop_on_signal import StopOnSignal
+from kitout.train.loop.training_arguments import adjust_arguments
 
 EvaluateFn = Callable[[], dict[str, float]]
 
@@ -94,7 +95,7 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         self.step_data = step_data
         self.step_dataset = StepDataset(jobs)
         args.device  # noqa: B018 - reading it joins the other processes
-        _adjust_arguments(args, len(self.step_dataset), len(jobs))
+        adjust_arguments(args, len(self.step_dataset), len(jobs))
         if any(job.settings.fsdp for job in jobs) and not is_sharded(kit):
             shard(kit)
         self.cuts, self.loss_sum_before, self.is_evaluating = {}, (0.0, 0.0), False
@@ -104,7 +105,7 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         with _restored_config(kit):
             super().__init__(
                 model=kit, args=args, train_dataset=self.step_dataset, eval_dataset=self.step_dataset,
-                callbacks=[SaveOnEvaluate(), RestoreLossSum(self), self.stop_on_signal, *callbacks],
+                callbacks=[SaveOnEvaluate(), RestoreLossSum(self), AfterStep(self), self.stop_on_signal, *callbacks],
             )  # fmt: skip
         self.remove_callback(PrinterCallback)
         self.control: TrainerControl
@@ -207,6 +208,11 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """No checkpoint is the best one before every adapter has the size it ends with."""
+        settled = max(self.kit[job.name].method.settled_after(len(job.batches)) for job in self.jobs)
+        return self.state.global_step >= settled and bool(super()._determine_best_metric(metrics, trial))
+
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -305,6 +311,18 @@ class SaveOnEvaluate(TrainerCallback):  # type: ignore[misc]
         return control
 
 
+class AfterStep(TrainerCallback):  # type: ignore[misc]
+    """Lets the adapters' methods see what each optimizer step has done, while its gradients are there."""
+
+    def __init__(self, trainer: JobTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        for job in self.trainer.jobs:
+            if state.global_step < len(job.batches) and job.name not in self.trainer.health.diverged:
+                self.trainer.kit[job.name].after_step(state.global_step, len(job.batches))
+
+
 class RestoreLossSum(TrainerCallback):  # type: ignore[misc]
     """The mean loss that is logged at the end covers the steps before a resume too, to the bit."""
 
@@ -316,22 +334,6 @@ class RestoreLossSum(TrainerCallback):  # type: ignore[misc]
         self.trainer._total_loss_scalar += total
         self.trainer._tr_loss += since_log
         self.trainer.loss_sum_before = 0.0, 0.0
-
-
-def _adjust_arguments(args: TrainingArguments, num_steps: int, num_jobs: int) -> None:
-    """Sets what the loop relies on; ConfigError for what it does itself."""
-    errors = Errors(ConfigError, "TrainingArguments")
-    if args.gradient_accumulation_steps != 1:
-        errors.add(
-            "gradient_accumulation_steps: JobTrainer(micro_batch_size=...) cuts a step into micro-batches, write 1"
-        )
-    if args.fp16 or args.bf16:
-        errors.add("fp16, bf16: the base has its own dtype and adapters are float32, write False for both")
-    errors.raise_if_any()
-    args.max_steps = min(args.max_steps, num_steps) if args.max_steps > 0 else num_steps
-    args.max_grad_norm = 1.0  # each job has its own; with 0 Trainer would skip our health checks too
-    args.restore_callback_states_from_checkpoint = True  # the patience that early stopping has used up
-    args.ddp_find_unused_parameters = num_jobs > 1  # a job may be done, or have no row in a process
 
 
 @contextlib.contextmanager

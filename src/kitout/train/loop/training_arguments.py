@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kitout.errors import ConfigError, Errors
 from kitout.train.config.schema import RunConfig
 from kitout.train.run_folder import RunFolder
 
@@ -51,3 +52,19 @@ def training_arguments(config: RunConfig, folder: RunFolder, num_steps: int, has
             run_name=folder.path.name,
             ddp_find_unused_parameters=len(config.per_job()) > 1,
         )
+
+
+def adjust_arguments(args: Any, num_steps: int, num_jobs: int) -> None:
+    """Sets what the loop relies on; ConfigError for what it does itself."""
+    errors = Errors(ConfigError, "TrainingArguments")
+    if args.gradient_accumulation_steps != 1:
+        errors.add(
+            "gradient_accumulation_steps: JobTrainer(micro_batch_size=...) cuts a step into micro-batches, write 1"
+        )
+    if args.fp16 or args.bf16:
+        errors.add("fp16, bf16: the base has its own dtype and adapters are float32, write False for both")
+    errors.raise_if_any()
+    args.max_steps = min(args.max_steps, num_steps) if args.max_steps > 0 else num_steps
+    args.max_grad_norm = 1.0  # each job has its own; with 0 Trainer would skip our health checks too
+    args.restore_callback_states_from_checkpoint = True  # the patience that early stopping has used up
+    args.ddp_find_unused_parameters = num_jobs > 1  # a job may be done, or have no row in a process

@@ -22,6 +22,7 @@ from kitout.train.loop import distributed
 from kitout.train.loop.batch_plan import plan_batches
 from kitout.train.loop.jobs import Job
 from kitout.train.objectives.objective import LanguageObjective, Objective
+from kitout.train.objectives.signals_of_items import NUM_ITEMS, first_items, start_from_items
 from kitout.train.objectives.tasks import TASKS, ObjectiveSettings, Task
 from kitout.train.setup.base_model import (
     LoadedBase,
@@ -108,14 +109,14 @@ def prepare(
     parts = read_parts(config.model.adapters)
     hf_config = find_base(config, log)
     requested = task or config.objective
-    tokenizer = None if _reads_images(requested, hf_config) else load_tokenizer(config.model)
+    tokenizer = None if reads_images(requested, hf_config) else load_tokenizer(config.model)
     date_warning = "" if tokenizer is None else _fix_template_date(tokenizer, job_configs)
     new_tokens = 0 if task is None else task.new_tokens
     lengths = [] if tokenizer is None else [requested_lengths(job.data, tokenizer, new_tokens) for job in job_configs]
     log(f"reading {', '.join(dict.fromkeys(source.path for job in job_configs for source in job.data.train))} ...")
-    datasets = _load_all_datasets(job_configs, requested, hf_config, tokenizer, lengths, log, samples)
+    datasets = load_all_datasets(job_configs, requested, hf_config, tokenizer, lengths, log, samples)
     warnings += [date_warning] if date_warning and any(dataset.is_chat for dataset in datasets) else []
-    task = _common_task(job_configs, datasets)
+    task = common_task(job_configs, datasets)
     pad_token_id = None if task.reads_images else choose_pad_token(hf_config, tokenizer)
     log(f"loading {config.model.name} ...")
     base = _load_base(config, task, placement or choose_placement(config.model), datasets, hf_config, pad_token_id)
@@ -150,6 +151,10 @@ def prepare(
             first_rows = [job.examples[i] for rows in job.batches[:2] for i in rows]
             with base.kit.use(job.name):
                 job.objective.choose_head_loss([one.name for one in jobs], first_rows)
+    for job, job_config, dataset in zip(jobs, job_configs, datasets, strict=True):
+        if job.name not in parents and job_config.method.without_start() is not job_config.method:
+            items = dataset.preview or first_items(job.examples, job.batches, NUM_ITEMS)
+            start_from_items(base.kit, job.name, job_config.method, job.objective, items, job.settings.seed)
     return PreparedRun(
         base.kit, jobs, datasets, tokenizer, task, base.dtype_reason, warnings,
         schedules, base.new_heads, parents, lengths, parts, config.seeds_by_job(),
@@ -164,7 +169,7 @@ def _fix_template_date(tokenizer: Any, job_configs: Sequence[RunConfig]) -> str:
     return fix_template_date(tokenizer, days[0]) if days else ""
 
 
-def _reads_images(requested: str | Task, hf_config: Any) -> bool:
+def reads_images(requested: str | Task, hf_config: Any) -> bool:
     """Whether the model reads images: by the requested objective, else by the class of its config."""
     if isinstance(requested, Task):
         return requested.reads_images
@@ -175,7 +180,7 @@ def _reads_images(requested: str | Task, hf_config: Any) -> bool:
     return type(hf_config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
-def _load_all_datasets(
+def load_all_datasets(
     job_configs: Sequence[RunConfig],
     requested: str | Task,
     hf_config: Any,
@@ -220,7 +225,7 @@ def _fit_datasets(
         for i, (dataset, own) in enumerate(zip(datasets, lengths, strict=True))
         if own != before[i] and (dataset.preview or are_too_long(_encoded(dataset), own))
     ]
-    again = _load_all_datasets(
+    again = load_all_datasets(
         [job_configs[i] for i in changed], requested, hf_config, tokenizer, [lengths[i] for i in changed], log, samples
     )
     for i, dataset in zip(changed, again, strict=True):
@@ -228,7 +233,7 @@ def _fit_datasets(
     return fitted, lengths
 
 
-def _common_task(job_configs: Sequence[RunConfig], datasets: Sequence[Datasets]) -> Task:
+def common_task(job_configs: Sequence[RunConfig], datasets: Sequence[Datasets]) -> Task:
     """The one task of all jobs; ConfigError where it conflicts with a setting."""
     tasks = {dataset.objective: dataset.task for dataset in datasets}
     if len(tasks) > 1:
@@ -294,7 +299,7 @@ def _add_adapter(base: LoadedBase, job_config: RunConfig, task: Task, dataset: D
     if task.build_heads is not None:
         heads = task.build_heads(base.kit, train.seed)
     if parent is None:
-        base.kit.add(name, job_config.method, seed=train.seed, heads=heads)
+        base.kit.add(name, job_config.method.without_start(), seed=train.seed, heads=heads)
     else:
         load_parent(base.kit, name, parent, job_config.method, heads, dataset.label_names, task.build_heads is not None)
 

@@ -42,7 +42,7 @@ def words_for(
     roles = " ".join(dict.fromkeys(_word(site, site.role) for site in sites))
     layers = sorted({site.layer for site in sites if site.layer is not None})
     patterns: list[str] = []
-    candidates = [(m.targets or m.default_targets, m.layers) for m in like]
+    candidates = [(m.selection(), m.layers) for m in like]
     candidates += [(roles, "all"), (roles, ",".join(map(str, layers)) or "all")]
     candidates.append((" ".join(dict.fromkeys(_word(site, word_for(site.path)) for site in sites)), "all"))
     for port in dict.fromkeys(_word(site, "") for site in sites):  # where one path is the end of another

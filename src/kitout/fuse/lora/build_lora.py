@@ -13,9 +13,9 @@ from kitout.base.site import Site
 from kitout.base.weights import fan_in
 from kitout.errors import ConfigError
 from kitout.fuse.changes import Change, Place, ProductChange, as_dense, bias_name, square_of, weight_name
+from kitout.fuse.lora.targets import selected, with_ranks, words_for
 from kitout.fuse.residual import FusedAdapter
 from kitout.fuse.result import ROUNDING, Combined, NewAdapter
-from kitout.fuse.targets import selected, with_ranks, words_for
 from kitout.fuse.truncate import Truncated, truncate_matrix, truncate_product
 from kitout.method import Method
 from kitout.methods.lora import BIAS, LoRA
@@ -28,8 +28,8 @@ def as_written(to: Method) -> str:
 
 def check_plain(to: LoRA) -> None:
     """ConfigError for a form of LoRA that is no sum."""
-    if to.dora or to.init != "default":
-        raise ConfigError(f"to={as_written(to)}: the result is a plain LoRA, without dora and init")
+    if to.dora or to.init != "default" or to.adaptive:
+        raise ConfigError(f"to={as_written(to)}: the result is a plain LoRA, without dora, init and adaptive")
     if to.targets is None and to.layers != "all":
         raise ConfigError(f"to: layers={to.layers!r} belongs to targets=; without both it sits where something changes")
     if any(word.startswith("in:") for word in (to.targets or "").split()):

@@ -1,0 +1,1 @@
+"""Verbs that decide where adapters go and how large they are."""

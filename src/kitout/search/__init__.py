@@ -1,0 +1,25 @@
+"""Where the added parts go and how large they are: one pass over data, ranks by it, and what worked before.
+
+`kitout.search.signals` and `kitout.search.allocate` (`kitout probe-sites` on the command line). Its names are imported
+when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kitout.search.allocation import allocate as allocate
+    from kitout.search.collection import signals as signals
+
+PLACES = {"allocate": "allocation", "signals": "collection"}
+"""Name -> its file, which has another name so that the two are never taken for each other."""
+
+__all__ = ["allocate", "signals"]
+
+
+def __getattr__(name: str) -> object:
+    if name in PLACES:
+        return getattr(importlib.import_module(f"kitout.search.{PLACES[name]}"), name)
+    raise AttributeError(f"module 'kitout.search' has no attribute {name!r}")
