@@ -97,6 +97,16 @@ def test_a_kit_takes_what_is_allocated(name: str) -> None:
         kit.remove("a")
 
 
+@pytest.mark.parametrize("init", ["eva", "loraga"])
+def test_no_rank_is_above_what_can_start(init: str) -> None:
+    kit = kit_of("llama")
+    found = signals(kit, batches_of("llama", num=1), loss, directions=4, loraga=4)
+    method = allocate(found, 5000, by="gradient", max_rank_ratio=4.0, init=init)
+    assert max(method.rank.values()) == 4 < max(allocate(found, 5000, by="gradient", max_rank_ratio=4.0).rank.values())
+    kit.add("a", method, start=found)
+    assert 5000 - max(site.cost for site in found.values()) < kit.num_parameters("a").trainable <= 5000
+
+
 def test_a_path_that_ends_another_is_written_as_a_pattern() -> None:
     one = made_up(3, 0)
     sites = dict(one.items())

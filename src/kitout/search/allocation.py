@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from kitout.errors import ConfigError
@@ -34,24 +34,28 @@ def allocate(
 
     min_rank: of every site; where the budget is too small for that, the least important sites are left out, and with 0
     a site may get none. max_rank_ratio: the highest rank, as a multiple of the rank that all sites would have; it is
-    exceeded only where the budget could not be spent otherwise. settings: others of LoRA, such as init="eva".
+    exceeded only where the budget could not be spent otherwise. settings: others of LoRA, such as init="eva", with
+    which no rank is above what the signals can start.
     """
-    ranks = allocate_ranks(signals, max_trainable_parameters, by, min_rank, max_rank_ratio)
+    limits = {path: _highest_start(site, settings.get("init")) for path, site in signals.items()}
+    ranks = allocate_ranks(signals, max_trainable_parameters, by, min_rank, max_rank_ratio, limits)
     return build_lora(signals, ranks, settings)
 
 
 def allocate_ranks(
-    signals: Signals, max_trainable_parameters: int, by: Criterion, min_rank: int = 1, max_rank_ratio: float = 2.0
-) -> dict[str, int]:
-    """Path -> rank of every site, 0 for those that are left out."""
+    signals: Signals, max_trainable_parameters: int, by: Criterion, min_rank: int = 1, max_rank_ratio: float = 2.0,
+    limits: Mapping[str, int] | None = None,
+) -> dict[str, int]:  # fmt: skip
+    """Path -> rank of every site, 0 for those that are left out. limits: by path; None: what each site can hold."""
     sites = list(signals.values())
+    highest = [site.max_rank if limits is None else limits[site.path] for site in sites]
     if by not in CRITERIA:
         raise ConfigError(f"allocate: by={by!r} is none of {', '.join(CRITERIA)}")
     if min_rank < 0 or not max_rank_ratio >= 1.0:
         raise ConfigError(
             f"allocate: min_rank is at least 0 and max_rank_ratio at least 1, found {min_rank} and {max_rank_ratio}"
         )
-    lowest = [min(min_rank, site.max_rank) for site in sites]
+    lowest = [min(min_rank, limit) for limit in highest]
     cheapest = min((site.cost * max(1, rank) for site, rank in zip(sites, lowest, strict=True)), default=0)
     if not sites or max_trainable_parameters < cheapest:
         raise ConfigError(
@@ -63,7 +67,7 @@ def allocate_ranks(
     uniform = max_trainable_parameters / sum(sites[i].cost for i in kept)
     caps = [0] * len(sites)
     for i in kept:
-        caps[i] = min(sites[i].max_rank, max(lowest[i], math.ceil(max_rank_ratio * uniform)))
+        caps[i] = min(highest[i], max(lowest[i], math.ceil(max_rank_ratio * uniform)))
     ranks = [lowest[i] if i in kept else 0 for i in range(len(sites))]
     if by == "eva":
 
@@ -83,7 +87,7 @@ def allocate_ranks(
 
     costs, left = [site.cost for site in sites], max_trainable_parameters - _cost(sites, ranks)
     left = _spend(ranks, costs, caps, left, priority)
-    _spend(ranks, costs, [sites[i].max_rank if i in kept else 0 for i in range(len(sites))], left, priority)
+    _spend(ranks, costs, [limit if i in kept else 0 for i, limit in enumerate(highest)], left, priority)
     return {site.path: rank for site, rank in zip(sites, ranks, strict=True)}
 
 
@@ -103,6 +107,15 @@ def build_lora(signals: Signals, ranks: dict[str, int], settings: dict[str, Any]
     if ambiguous:
         settings = {"targets": " ".join(words), **settings}
     return LoRA(rank=words, **settings)
+
+
+def _highest_start(site: SiteSignals, init: Any) -> int:
+    """The highest rank that LoRA's `init` can start here; where nothing was collected for it, `kit.add` says so."""
+    if init == "eva" and site.directions is not None:
+        return min(site.max_rank, len(site.directions))
+    if init == "loraga" and site.gradient is not None and len(site.gradient[1]) < site.max_rank:
+        return len(site.gradient[1]) // 2
+    return site.max_rank
 
 
 def _importance(sites: Sequence[SiteSignals], by: Criterion) -> list[float]:
