@@ -13,8 +13,8 @@ import kitout
 from kitout.cli import app
 from kitout.search.advise import MIN_RUNS, PlannedRun, advise_from, distance, model_shape, plan_of
 from kitout.train.config.load import load
+from kitout.train.measure.run_history import HISTORY_FILE, HistoryRow, ModelShape, append_rows
 from kitout.train.objectives.tasks import TASKS
-from kitout.train.run_history import HISTORY_FILE, HistoryRow, ModelShape, append_rows
 from tiny_models import decoder, encoder, jsonl, reviews
 
 DESIGN = {"method": "LoRA", "settings": {"rank": 4}, "lr": 1e-3, "steps": 100, "batch_size": 16}

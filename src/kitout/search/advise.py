@@ -22,8 +22,8 @@ from kitout.evaluate.metrics.registry import metric_title
 from kitout.format import align_columns, format_duration
 from kitout.runtime.count import num_base_parameters
 from kitout.train.config.schema import ModelConfig, RunConfig
+from kitout.train.measure.run_history import VARIABLE, HistoryRow, ModelShape, history_file, read_rows
 from kitout.train.objectives.tasks import Task
-from kitout.train.run_history import VARIABLE, HistoryRow, ModelShape, history_file, read_rows
 from kitout.train.setup.base_model import find_base, load_tokenizer
 from kitout.train.setup.lengths import requested_lengths
 from kitout.train.setup.prepare import common_task, load_all_datasets, reads_images

@@ -32,11 +32,11 @@ from kitout.train.loop.jobs import Job
 from kitout.train.loop.trainer import JobTrainer
 from kitout.train.measure.evaluate import JobOutcome
 from kitout.train.measure.merge_proof import MergeProof
+from kitout.train.measure.run_history import record_run
 from kitout.train.measure.seed_results import metrics_by_method, write_scores
 from kitout.train.preflight.cost_estimate import CostEstimate
 from kitout.train.results_text import next_text, results_text
 from kitout.train.run_folder import RunFolder
-from kitout.train.run_history import record_run
 from kitout.train.run_plots import predicted_images, report_charts, share_data, write_pngs
 from kitout.train.run_summary import card_summary, method_text, next_steps, run_summary
 from kitout.train.setup import device

@@ -21,7 +21,7 @@ from kitout.method import registered_methods
 from kitout.train import run_history
 from kitout.train.config.schema import TrainConfig
 from kitout.train.loop.jobs import Job
-from kitout.train.run_history import HISTORY_FILE, HistoryRow, append_rows, design_of, history_file, read_rows
+from kitout.train.measure.run_history import HISTORY_FILE, HistoryRow, append_rows, design_of, history_file, read_rows
 from tiny_models import encoder, jsonl, reviews
 
 ROW = HistoryRow(
@@ -71,7 +71,7 @@ def test_rows_come_back_and_the_file_is_the_users_alone(folder: Path) -> None:
 
 def test_several_processes_at_once(folder: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from kitout.train.run_history import *\n"
+        "import sys; from pathlib import Path; from kitout.train.measure.run_history import *\n"
         f"row = HistoryRow({', '.join(f'{k}={v!r}' for k, v in vars(ROW).items())})\n"
         "print(sum(append_rows(Path(sys.argv[1]), [row, row]) for _ in range(10)))"
     )
