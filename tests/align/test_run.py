@@ -122,6 +122,9 @@ def test_every_kind_trains_and_is_measured(kind: str, model: Path, tmp_path: Pat
     assert logged
     if kind in ("grpo", "rloo", "ppo"):
         completions = read_metrics(tmp_path / "run" / "completions.jsonl")
+        page = (tmp_path / "run" / "preflight.txt").read_text(encoding="utf-8")
+        assert "rounds of 2 prompts with" in page
+        assert " answers a step; learning rate" in page
         assert completions
         assert {"prompt", "completion", "rewards", "total", "tokens", "ended"} <= completions[0].keys()
         assert all("reward" in row for row in logged)

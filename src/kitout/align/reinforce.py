@@ -6,7 +6,9 @@ on the same answers. It knows a prepared run and its stage, and nothing of pages
 
 from __future__ import annotations
 
+import json
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,7 +36,7 @@ from kitout.align.rewards.open_rewards import open_rewards
 from kitout.align.rewards.reward import Reward, WeightedRewards
 from kitout.align.rewards.reward_model import load_reward_model
 from kitout.align.rewards.specs import RewardSpec, parse_rewards
-from kitout.align.rollout import SamplingSettings
+from kitout.align.rollout import SamplingSettings, sample_answers
 from kitout.align.rounds import Roles, RoundPlan, Rounds, answer_row
 from kitout.align.scalar_head import head_path, scalar_head
 from kitout.base import memory
@@ -43,17 +45,20 @@ from kitout.errors import ConfigError, Errors
 from kitout.evaluate.ask.text_limit import check_prompts
 from kitout.evaluate.report import plots
 from kitout.evaluate.report.section import RunDetails
+from kitout.files.atomic import write_text
 from kitout.train.checkpoints import step_of
 from kitout.train.config.schema import TrainConfig
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.evaluate import JobOutcome
 from kitout.train.metrics_log import METRICS_FILE, MetricsLog, read_metrics
 from kitout.train.preflight.cost_estimate import CostEstimate
+from kitout.train.preflight.render import PreflightPage
 from kitout.train.run import LogFn, find_estimate, new_trainer, progress_fn
 from kitout.train.run_folder import RunFolder
 from kitout.train.setup.parent import load_parts, read_parent
 from kitout.train.setup.prepare import PreparedRun
 
+TRIED_TOKENS = 8  # of the answers that are sampled to see how long a round takes
 VALUE = "value"  # the adapter of PPO's second job, and its folder
 
 
@@ -184,6 +189,9 @@ class Reinforcement:
             self.prepared.kit, self.jobs, planned, len(self.plan.batches), self.config, self.folder, last_checkpoint
         )
         self.rounds.answers[:] = []
+        if last_checkpoint is None:
+            estimate = replace(estimate, seconds=estimate.seconds + self._seconds_of_rollouts())
+            write_text(self.folder.estimate, json.dumps(estimate.__dict__))  # a resumed run reads it there
         self.rounds.log.resume_at(0 if last_checkpoint is None else step_of(last_checkpoint))
         evaluate = self.config.evaluate
         by_reward = evaluate.model_copy(update={"best_metric": evaluate.best_metric or REWARD})
@@ -195,6 +203,29 @@ class Reinforcement:
         watch = AlarmWatch(self.config, self.plan.steps_per_round)
         trainer.add_callback(AlarmDisplay(watch, self.log, lambda: read_metrics(self.folder.metrics)))
         return trainer, estimate
+
+    def _seconds_of_rollouts(self) -> float:
+        """Of all rounds, by a few tokens of the first one's answers: at most, since answers may end earlier."""
+        prompts = [self.prepared.jobs[0].examples[i].input_ids for i in self.plan.prompts[0]]
+        tried = replace(self.sampling, max_new_tokens=min(TRIED_TOKENS, self.sampling.max_new_tokens))
+        kit, samples, start = self.prepared.kit, self.plan.samples, time.perf_counter()
+        with kit.use(self.prepared.jobs[0].name):
+            sample_answers(kit, self.prepared.tokenizer, prompts, tried, seed=0, step=0, samples=samples)
+        per_token = (time.perf_counter() - start) / tried.max_new_tokens
+        return per_token * self.sampling.max_new_tokens * len(self.plan.prompts)
+
+    def as_page(self, page: PreflightPage) -> PreflightPage:
+        """The pre-flight in rounds and answers; what it is made of counts prompts."""
+        prompts, per_round = len(self.plan.prompts[0]), self.plan.steps_per_round
+        answers, lr = len(self.plan.batches[0]), self.config.train.lr
+        texts = {
+            "schedule": (
+                f"{len(self.plan.batches)} steps: {len(self.plan.prompts)} rounds of {prompts} prompts with "
+                f"{self.plan.samples} answers each, {per_round} optimizer step{'s' if per_round > 1 else ''} a round"
+            ),
+            "batch": f"{answers} answers a step; learning rate {lr:g}",
+        }
+        return replace(page, settings={**page.settings, **texts}, steps=len(self.plan.batches))
 
     def _trial_answers(self) -> list[Any]:
         """As many answers as a round has, each as long as it may be, behind the longest prompt."""

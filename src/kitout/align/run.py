@@ -128,7 +128,7 @@ def _run_prepared(
     main_log("trying the longest and the usual step, for their time and memory ...")
     trainer, estimate = work.build_trainer(last_checkpoint, signature)
     if distributed.rank() == 0:
-        pages = collect_pages(prepared, config, statistics, estimate)
+        pages = [work.as_page(page) for page in collect_pages(prepared, config, statistics, estimate)]
         for page in pages:
             render.print_page(page)
         render.save_pages(pages, folder.path)
@@ -205,6 +205,10 @@ class OfflineStage:
 
     def build_trainer(self, last_checkpoint: Path | None, signature: str) -> tuple[Any, CostEstimate]:
         return build_trainer(self.prepared, self.config, self.folder, last_checkpoint, signature, self._validate)
+
+    def as_page(self, page: render.PreflightPage) -> render.PreflightPage:
+        """The pre-flight as it is."""
+        return page
 
     @property
     def metric_names(self) -> list[str]:
