@@ -177,7 +177,6 @@ CASES: tuple[Case, ...] = (
         refused=experts,
     ),
     Case("lora-dropout", LoRA(rank=2, dropout=0.3)),
-    Case("lora-adaptive", LoRA(rank=2, alpha=3, adaptive=True, start=2.0)),
     Case("rslora", LoRA(rank=4, alpha=3, rslora=True)),
     Case("lora-biases", LoRA(rank=2, alpha=3, targets="attn.q", bias="all", lora_bias=True)),
     Case("dora", LoRA(rank=2, alpha=3, dora=True, targets="all-linear"), rounds=True),
@@ -285,6 +284,7 @@ CASES: tuple[Case, ...] = (
         )
     ),
     Case("mixture-sites", Mixture(of=NAMES, per="site"), parts=PARTS, composes=True, only_on="llama"),
+    Case("lora-adaptive", LoRA(rank=2, alpha=3, adaptive=True, start=2.0)),
 )
 
 Cell = tuple[Specimen, Case]

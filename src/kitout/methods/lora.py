@@ -109,7 +109,7 @@ class LoRA(Method):
             )
         if self.adaptive and (self.dora or self.energy is not None or self.init not in ("default", "eva")):
             raise ValueError("adaptive cuts a plain change: leave out dora, energy and a start from weights")
-        if "start" in self.model_fields_set and not self.adaptive:
+        if self.start != type(self).model_fields["start"].default and not self.adaptive:
             raise ValueError(
                 "start is the multiple of the rank that adaptive=True begins with: set that too, or drop it"
             )

@@ -18,9 +18,9 @@ import pytest
 import kitout
 from kitout.errors import ConfigError
 from kitout.method import registered_methods
-from kitout.train import run_history
 from kitout.train.config.schema import TrainConfig
 from kitout.train.loop.jobs import Job
+from kitout.train.measure import run_history
 from kitout.train.measure.run_history import HISTORY_FILE, HistoryRow, append_rows, design_of, history_file, read_rows
 from tiny_models import encoder, jsonl, reviews
 
