@@ -222,3 +222,18 @@ def test_seeds_are_jobs_of_one_run_as_each_would_be_alone(model: Path, tmp_path:
         torch.testing.assert_close(together[name], value, rtol=1e-3, atol=1e-5)
     logged = [row for row in read_metrics(tmp_path / "seeds" / "metrics.jsonl") if "eval_loss" in row]
     assert {"eval_dpo-s3/pair_accuracy", "eval_dpo-s4/pair_accuracy", "eval_pair_accuracy"} <= logged[0].keys()
+
+
+@pytest.mark.parametrize("kind", ["grpo", "orpo", "dpo"])
+def test_a_policy_is_compared_with_what_it_started_from(kind: str, model: Path, tmp_path: Path) -> None:
+    """Whether the loss has a reference or not: what the stage before it learned is not this stage's."""
+    start = tmp_path / "start"
+    stage("sft", model, data_of("sft", tmp_path), start, train=SMALL | {"steps": 12})
+    small = {"steps": 2, "lr": 1e-7, "weight_decay": 0.0}
+    result, _ = stage(
+        kind, model, data_of(kind, tmp_path), tmp_path / "run", **{"from": str(start / "adapter")}, train=small
+    )
+    (comparison,) = result.comparisons.values()
+    assert comparison.baseline == "starting adapter"
+    assert comparison.changes[0].base.value == comparison.changes[0].tuned.value
+    assert ("reference" in result.figures["align"]) == (kind == "dpo")

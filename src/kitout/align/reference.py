@@ -26,7 +26,8 @@ from kitout.train.measure.predict import ProgressFn, plan_lengths
 from kitout.train.setup.parent import load_parts
 from kitout.train.setup.prepare import PreparedRun
 
-REFERENCE = "reference"  # its name on the kit, where it is an adapter
+REFERENCE = "reference"  # the name on the kit of the frozen adapter that a policy starts from
+STARTING = "starting adapter"  # the same, where the trained one is compared with it
 REFERENCE_FILE = "reference.safetensors"
 LOG_PROBS, LENGTHS, KEY = "log_probs", "lengths", "key"
 
@@ -77,10 +78,13 @@ def reference_scores(
     return dict(zip(distinct, scores, strict=True))
 
 
-def load_reference(config: StageRun, prepared: PreparedRun) -> str | None:
-    """The frozen reference, added to the kit from where the policy starts; None: the base is it, or there is none."""
+def load_start(config: StageRun, prepared: PreparedRun) -> str | None:
+    """What the policy starts from, added to the kit and frozen; None: the base, or a stage that writes no text.
+
+    It is the reference of a loss that has one, and for every loss what the policy is compared with at the end.
+    """
     parent = prepared.parents.get(prepared.jobs[0].name)
-    if parent is None or not config.has_reference:
+    if parent is None or not config.of_kind.writes_text:
         return None
     load_parts(prepared.kit, {REFERENCE: parent})
     return REFERENCE

@@ -1,7 +1,7 @@
 """A stage that learns from its own answers: grpo, rloo, ppo. Roles, rounds, jobs and what is measured.
 
 The policy is trained; its reference is what it started from; PPO trains a value adapter beside it, as a job of its own
-on the same answers. It knows a prepared run and its stage, and nothing of pages.
+on the same answers. It knows a prepared run and its stage; sampling, losses and how pages look are the modules' beside.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kitout.align.pages.answers_over_time import answers_section
 from kitout.align.pages.round_charts import plot_rounds
 from kitout.align.pages.round_pages import rounds_section
 from kitout.align.pages.stage_section import stage_section
-from kitout.align.reference import load_reference
+from kitout.align.reference import load_start
 from kitout.align.rewards.mean_reward import reward_measure
 from kitout.align.rewards.open_rewards import open_rewards
 from kitout.align.rewards.reward import Reward, WeightedRewards
@@ -72,7 +72,7 @@ class Reinforcement:
     def __init__(self, config: StageRun, prepared: PreparedRun, folder: RunFolder, log: LogFn) -> None:
         self.config, self.prepared, self.folder, self.log = config, prepared, folder, log
         assert config.rollout is not None, "a stage that samples answers"
-        self.reference = load_reference(config, prepared)
+        self.start = load_start(config, prepared)
         self.rewards = self._open_rewards()
         rollout, loss = config.rollout, self.loss
         self.sampling = SamplingSettings(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
@@ -83,7 +83,7 @@ class Reinforcement:
         self._check_adapters()
         assert isinstance(policy.objective, PolicyObjective), "the task's own"
         self.rounds = Rounds(
-            prepared.kit, prepared.tokenizer, Roles(policy.name, self.reference, self.value), policy.examples,
+            prepared.kit, prepared.tokenizer, Roles(policy.name, self.start, self.value), policy.examples,
             self.plan, loss, self.sampling, self.rewards, seed, MetricsLog(folder.path / COMPLETIONS_FILE),
             policy.objective.scorer,
         )  # fmt: skip
@@ -145,7 +145,7 @@ class Reinforcement:
                     "time: train it with method.dropout=0"
                 )
         prompts = [item.input_ids for item in (*policy.examples, *policy.validation, *self.prepared.first_dataset.test)]
-        for name in filter(None, (self.reference, self.value, *self.reward_adapters.values())):
+        for name in filter(None, (self.start, self.value, *self.reward_adapters.values())):
             with kit.use(name):
                 try:
                     check_prompts(kit, prompts, self.sampling.max_new_tokens)
@@ -266,14 +266,14 @@ class Reinforcement:
         lines = read_metrics(self.folder.path / COMPLETIONS_FILE)
         seen = {line["total"] for line in lines if line["total"] is not None}
         outcome = measure_policy(
-            self.prepared, name, test, self.config.evaluate, self.reference, self.sampling, self.rewards, seen,
+            self.prepared, name, test, self.config.evaluate, self.start, self.sampling, self.rewards, seen,
             progress_fn(name, self.log),
         )  # fmt: skip
         return {} if outcome is None else {name: outcome}
 
     def details(self) -> RunDetails:
         """What pages and results.json have of this kind of stage."""
-        reference = (self.reference or "base") if self.config.has_reference else None
+        reference = (self.start or "base") if self.config.has_reference else None
         names = [one.name for one in self.rewards.rewards]
         values = {
             "kind": self.config.kind,

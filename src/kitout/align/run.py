@@ -23,7 +23,7 @@ from kitout.align.objectives.kto import KTOObjective, mismatched_rows
 from kitout.align.objectives.preference_objective import PreferenceObjective
 from kitout.align.pages.reward_pages import reward_picture, reward_section
 from kitout.align.pages.stage_section import stage_section
-from kitout.align.reference import Unscored, load_reference, reference_scores
+from kitout.align.reference import Unscored, load_start, reference_scores
 from kitout.align.reinforce import Reinforcement
 from kitout.align.tasks import task_of
 from kitout.base import memory
@@ -161,7 +161,7 @@ class OfflineStage:
 
     def __init__(self, config: StageRun, prepared: PreparedRun, folder: RunFolder, log: LogFn) -> None:
         self.config, self.prepared, self.folder, self.log = config, prepared, folder, log
-        self.reference = load_reference(config, prepared)
+        self.start = load_start(config, prepared)
         self.figures: RewardFigures | None = None
 
     @property
@@ -194,8 +194,8 @@ class OfflineStage:
         else:
             self.log(f"computing the reference's log-probabilities of {len(set(rows)):,} answers, once ...")
             objective.reference = reference_scores(
-                self.prepared.kit, objective.scorer, rows, self.reference, self.folder.path,
-                reference_key(self.prepared, self.reference, signature), progress_fn("the reference", self.log),
+                self.prepared.kit, objective.scorer, rows, self.start, self.folder.path,
+                reference_key(self.prepared, self.start, signature), progress_fn("the reference", self.log),
             )  # fmt: skip
         for other in (one.objective for one in self.prepared.jobs[1:]):
             assert isinstance(other, PreferenceObjective | KTOObjective), "of one task"
@@ -234,7 +234,7 @@ class OfflineStage:
         for job in reversed(self.prepared.jobs):  # the figures shown are those of the first
             progress = progress_fn(job.name, self.log)
             outcomes[job.name], self.figures = measure_answers(
-                self.prepared, job, test, self.config.evaluate, self.reference, progress
+                self.prepared, job, test, self.config.evaluate, self.start, progress
             )
         return {job.name: outcomes[job.name] for job in self.prepared.jobs}
 
@@ -242,7 +242,7 @@ class OfflineStage:
         """What pages and results.json have of this kind of stage."""
         values: dict[str, Any] = {"kind": self.config.kind}
         if self.config.has_reference:
-            values["reference"] = self.reference or "base"
+            values["reference"] = self.start or "base"
         stage = stage_section(self.config, values.get("reference"))
         if self.figures is None:
             return RunDetails(values=values, sections=[stage])

@@ -25,7 +25,7 @@ from kitout.align.objectives.kto import KTOObjective
 from kitout.align.objectives.preference_objective import PreferenceObjective
 from kitout.align.objectives.reward_objective import RewardObjective
 from kitout.align.objectives.scored_answers import AnswerScorer
-from kitout.align.reference import score_rows
+from kitout.align.reference import STARTING, score_rows
 from kitout.data.encode.item import EncodedPair, EncodedUnpaired
 from kitout.evaluate.compare import BASE, compare
 from kitout.evaluate.metrics.measure import Measure, proportion
@@ -52,12 +52,12 @@ def score_pairs(
 
 
 def measure_answers(
-    run: PreparedRun, job: Job, items: Sequence[Any], config: EvaluateConfig, reference: str | None,
+    run: PreparedRun, job: Job, items: Sequence[Any], config: EvaluateConfig, start: str | None,
     on_progress: ProgressFn | None = None,
 ) -> tuple[JobOutcome, RewardFigures]:  # fmt: skip
     """A stage on its test split, and what the reward of its loss says of it: of a policy its implicit reward.
 
-    reference: the adapter that the policy started from; None: the base.
+    start: the adapter that the policy started from; None: the base.
     """
     items = list(items)[: config.max_test_examples]
     objective = job.objective
@@ -76,9 +76,9 @@ def measure_answers(
     else:
         assert isinstance(objective, PreferenceObjective | KTOObjective), "of a stage that trains on answers"
         before, after = (
-            likelihood_measures(run, objective.scorer, items, adapter, on_progress) for adapter in (reference, job.name)
+            likelihood_measures(run, objective.scorer, items, adapter, on_progress) for adapter in (start, job.name)
         )
-        base, tuned, baseline = before, after, BASE if reference is None else reference
+        base, tuned, baseline = before, after, BASE if start is None else STARTING
     comparison = compare(base, tuned, (), baseline=baseline)
     scores_by_name = {change.name: change.tuned for change in comparison.changes}
     return JobOutcome(scores_by_name, comparison, items=items, measures=tuned, base_measures=base), figures

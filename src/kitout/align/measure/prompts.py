@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kitout.align.reference import STARTING
 from kitout.align.rewards.mean_reward import reward_measure
 from kitout.align.rewards.random_state import fixed_random_state
 from kitout.align.rewards.reward import AnswerBatch, RewardValues, WeightedRewards
@@ -86,7 +87,7 @@ def measure_policy(
         )
         for i in judged[: config.show_examples]
     ]  # fmt: skip
-    comparison = compare(base, tuned, shown, baseline=BASE if start is None else start)
+    comparison = compare(base, tuned, shown, baseline=BASE if start is None else STARTING)
     scores = {change.name: change.tuned for change in comparison.changes}
     return JobOutcome(scores, comparison, items=prompts, measures=tuned, base_measures=base)
 
