@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kitout import fast
 from kitout.base.weights import FrozenModule
 from kitout.delta import Delta, LowRankChange, PartWeight
 from kitout.methods.deltas.low_rank_rows import EqualRunsLowRank, RunsLowRank, add_to_runs, are_equal_runs, find_runs
@@ -267,7 +268,7 @@ def _gather_factors(
 
 def add_low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, may_overwrite: bool) -> Tensor:
     """y + scale * (x a^T) b^T, all of one dtype; may_overwrite: y."""
-    if _is_traced():
+    if _is_traced() or not fast.enabled():
         return y + scale * F.linear(F.linear(x, a), b)
     may_overwrite = may_overwrite and not y._is_view() and y.is_contiguous()
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, a, b)):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kitout import fast
 from kitout.base.own_forward import swapped_parameters
 from kitout.base.weights import FrozenModule, parameter_at
 from kitout.delta import Delta
@@ -54,6 +55,8 @@ class DirectDelta:
 
     def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else first_tensor(args, kwargs)
+        if not fast.enabled():
+            return self.delta(x, forward(module, *args, **kwargs))
         if self.is_fusable and forward is nn.Linear.forward:
             own = module._parameters
             w = own.get("weight")
