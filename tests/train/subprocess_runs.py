@@ -127,9 +127,9 @@ def text_jobs(kit: Kit) -> list[Job]:
 
 def image_jobs(kit: Kit) -> list[Job]:
     """Two jobs over images: one has dropout, the other caches features; a BatchNorm head each."""
-    from kitout.train.loop.frozen_trunk import keep_features
     from kitout.train.objectives.image_classification import ImageClassification
     from kitout.train.setup.heads import build_heads, copy_heads
+    from kitout.train.trunk.image_features import keep_features
     from tiny_vision import CLASSES, images, pixels
 
     dataset = images(4)

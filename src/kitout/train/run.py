@@ -53,6 +53,8 @@ from kitout.train.setup.base_model import Placement, choose_placement
 from kitout.train.setup.parent import adopt_parents
 from kitout.train.setup.prepare import SAMPLED_STEPS, PreparedRun, prepare
 from kitout.train.setup.schedule import fit_to_time, warn_of_few_steps
+from kitout.train.trunk import kept_inputs
+from kitout.train.trunk.of_run import keep_trunk
 from kitout.version import __version__
 
 LogFn = Callable[[str], None]
@@ -109,6 +111,7 @@ def run(
         trainer, estimate = build_trainer(
             prepared, config, folder, last_checkpoint, signature, validation_fn(prepared, config.evaluate)
         )
+        trainer.cuts = keep_trunk(prepared, config, folder, signature, trainer.step_runner.micro_batch_size, main_log)
         if distributed.rank() == 0:
             pages = collect_pages(prepared, config, statistics, estimate)
             for page in pages:
@@ -120,6 +123,7 @@ def run(
         save = partial(save_adapters, prepared, config, folder, log)
         best_step = train_and_save(trainer, last_checkpoint, prepared, save)
         outcomes = evaluate_jobs(prepared, config.evaluate, lambda name: progress_fn(name, log))
+        kept_inputs.forget(prepared.kit)
         proofs = {}
         if config.evaluate.prove_merge:
             proofs = {job.name: prove_merge(prepared, k, config.evaluate) for k, job in enumerate(prepared.jobs)}
@@ -287,15 +291,8 @@ def build_trainer(
     if fitting_seconds < seconds:
         share = fitting_seconds / seconds
         estimate = replace(estimate, seconds=estimate.seconds * share, tokens=round(estimate.tokens * share))
-    cuts: dict[str, str] = {}
-    if prepared.first_dataset.images is not None:
-        from kitout.train.loop.frozen_trunk import keep_features  # images need pillow
-
-        cuts, warnings_of_trunk = keep_features(prepared.kit, prepared.jobs)
-        prepared.warnings.extend(warnings_of_trunk)
     unit = "tokens" if prepared.first_dataset.images is None else "images"
     trainer = new_trainer(prepared.kit, prepared.jobs, config, folder, estimate, run_id, evaluate_fn, unit=unit)
-    trainer.cuts = cuts
     return trainer, estimate
 
 
