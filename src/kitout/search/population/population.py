@@ -13,6 +13,7 @@ from kitout.search.plan.rungs import Rung, rung_steps
 from kitout.search.plan.schema import SearchPlan
 from kitout.search.population.design import Design
 from kitout.search.population.generation import Generation
+from kitout.search.population.look import Look
 from kitout.search.population.rung import Length, RungResult
 from kitout.search.population.survivors import Decision, Standing, decide, pareto_fronts, rank
 
@@ -29,6 +30,8 @@ class Population:
     """As they are planned."""
     max_examples: int
     """That all candidates together may be trained on."""
+    look: Look | None = None
+    """At the run, where designs are still to be proposed."""
     designs: dict[str, Design] = field(default_factory=dict)
     """By name."""
     latency: dict[str, float] = field(default_factory=dict)
