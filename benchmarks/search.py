@@ -1,8 +1,8 @@
 """A search's rungs over 16 candidates against one whole training of the default design, on SmolLM2's real weights.
 
 Tweets as instructions; LoRA, IA3, Houlsby, AdaptFormer and prefix tuning at many sizes; 16 candidates, factor 4 from
-1/16: 2.50 trainings. Each case is a process of its own, one after the other, in rounds; the search's time holds loading,
-timing, measuring and proposing, the training's its steps alone. 16 trainings alone would take 16.
+1/16: 2.50 trainings. Each case is a process of its own, one after the other, in rounds. The search's time holds
+loading, timing, measuring and proposing, the training's its steps alone. 16 trainings alone would take 16.
 """
 
 from __future__ import annotations
