@@ -70,7 +70,8 @@ def run(
             return SearchResult(folder.path)
         train_rungs(population, folder, log)
         default = Design.from_dict(start["default"])
-        finalists = [default, *population.front(but=default.name)[: plan.confirm.designs]]
+        front = population.front(but=default.name)[: plan.confirm.designs]
+        finalists = [population.with_limits(one) for one in (default, *front)]
         names, seeds = (", ".join(map(str, each)) for each in ([one.name for one in finalists], plan.confirm.seeds))
         log(f"\nconfirming {names} on the test split, with the seeds {seeds} ...")
         confirmation, of_run = confirm(plan, population.length, finalists, folder.confirmation, population.metric, log)
