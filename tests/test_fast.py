@@ -35,6 +35,12 @@ ROUTES: dict[str, Route] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the run of CI that has the switch off."""
+    monkeypatch.setattr(fast, "_enabled", True)
+
+
 @pytest.fixture
 def kit(tiny_llama: nn.Module) -> Kit:
     kit = kitout.attach(tiny_llama)

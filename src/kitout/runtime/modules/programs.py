@@ -49,14 +49,15 @@ class RelayInput:
 class DirectDelta:
     """The fast path: one Delta on the module's own x and y, nothing else."""
 
-    def __init__(self, delta: Delta) -> None:
-        self.delta = delta
+    def __init__(self, delta: Delta, frozen: FrozenModule | None) -> None:
+        self.delta, self.frozen = delta, frozen
         self.is_fusable = type(delta).fused_linear is not Delta.fused_linear
 
     def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else first_tensor(args, kwargs)
         if not fast.enabled():
-            return self.delta(x, forward(module, *args, **kwargs))
+            y = forward(module, *args, **kwargs)
+            return self.delta(x, y) if self.frozen is None else self.delta(x, y, self.frozen)
         if self.is_fusable and forward is nn.Linear.forward:
             own = module._parameters
             w = own.get("weight")
@@ -66,7 +67,7 @@ class DirectDelta:
                 fused = self.delta.fused_linear(x, w, own["bias"])
             if fused is not None:
                 return fused
-        return self.delta.forward_(x, forward(module, *args, **kwargs))
+        return self.delta.forward_(x, forward(module, *args, **kwargs), self.frozen)
 
 
 class SwapParameters:
