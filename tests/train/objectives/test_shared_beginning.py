@@ -14,6 +14,8 @@ from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.train.loop.base_mode import training_mode
 from kitout.train.objectives.causal_lm import CausalLM
 from kitout.train.objectives.shared_beginning import BatchWithBeginning, SharedBeginning, shared_of
+from kitout.train.trunk.choose import choose_trunk
+from kitout.train.trunk.kept_inputs import forget
 from train.fixtures import add, causal, far, gradients, job, kit_of, losses, texts, trained, values
 
 METHODS = {
@@ -116,3 +118,21 @@ def test_a_run_has_the_same_losses(tmp_path: Path) -> None:
     torch.testing.assert_close(runs[True][0], runs[False][0], rtol=1e-5, atol=1e-6)
     assert far(runs[True][1], runs[False][1]) <= 1e-3  # AdamW divides rounding by itself where gradients are near 0
     assert runs[True][2] == runs[False][2]
+
+
+def test_behind_a_frozen_trunk_rows_are_whole(tmp_path: Path) -> None:
+    kit, items = kit_of("llama", "eager"), with_beginning(6)
+    add(kit, "a", LoRA(rank=2, layers="last:1"))
+    kit.train_only("a")
+    objective = causal(kit, ["a"], items)
+    jobs = [job("a", objective, items, batch=3, trunk="auto")]
+    reference = gradients(kit, jobs, micro=3)
+    choice = choose_trunk(
+        kit, jobs, [[]], folder=tmp_path, signature="", micro_batch_size=3, chosen="as when this run began"
+    )
+    try:
+        assert choice.cuts
+        assert objective.shares_beginning
+        assert far(gradients(kit, jobs, micro=3), reference) <= 2e-6
+    finally:
+        forget(kit)

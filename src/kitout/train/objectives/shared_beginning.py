@@ -30,6 +30,7 @@ from kitout.kit import Kit
 from kitout.train.objectives.answer_rows import collate_rows
 from kitout.train.objectives.lm_head_loss import TOLERANCE, HeadLoss
 from kitout.train.objectives.objective import Batch
+from kitout.train.trunk.kept_inputs import is_within_trunk
 
 MOST_OF_TOKENS = 0.9  # of whole rows, padding included: where sharing leaves more, rows run whole
 ATTENTION = "kitout_shared_beginning"  # its name among transformers' implementations
@@ -157,8 +158,12 @@ def can_share(kit: Kit, head: HeadLoss, items: Sequence[EncodedExample]) -> bool
 
 
 def shared_of(kit: Kit, batch: Batch) -> SharedBeginning | None:
-    """What of a batch may run once: nothing where rows have adapters of their own, or blocks run again in backward."""
-    if not isinstance(batch, BatchWithBeginning) or batch.shared is None or isinstance(kit.active, tuple):
+    """What of a batch may run once: nothing where rows have adapters of their own, where blocks run again in backward,
+    and where forwards begin behind a frozen trunk with what is kept of whole rows.
+    """
+    if not isinstance(batch, BatchWithBeginning) or batch.shared is None:
+        return None
+    if isinstance(kit.active, tuple) or is_within_trunk():
         return None
     blocks = (module for module in kit.base.modules() if isinstance(module, GradientCheckpointingLayer))
     return None if any(block.gradient_checkpointing for block in blocks) else batch.shared
