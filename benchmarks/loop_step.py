@@ -1,4 +1,4 @@
-"""(b) The training loop's step with its own loss, on SmolLM2-135M, LoRA r=8 all-linear, a quarter of the tokens trained.
+"""(b) The training loop's step with its own loss: SmolLM2-135M, LoRA r=8 all-linear, a quarter of the tokens trained.
 
 The step is the loop's: batch, forward, loss at the trained positions, backward, clipping, AdamW. The floor is forward
 and backward of the frozen model to its embeddings with that same loss. PEFT's step has the whole logits, as its users

@@ -15,7 +15,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 NAMES = (
-    "align", "assess", "attaching", "combine", "compose", "idle", "loop_step", "many", "train_step", "training", "virtual_tokens",
+    "align", "assess", "attaching", "combine", "compose", "idle", "loop_step", "many", "train_step", "training",
+    "virtual_tokens",
 )  # fmt: skip
 
 
