@@ -97,7 +97,7 @@ def run(
         prepared = prepare(read_data(config, folder.path), resolve_placement(config, folder), own_log, samples=dry_run)
         check_best(prepared, config)
         check_groups(prepared, config.evaluate)
-        check_forgetting(prepared, config.evaluate, own_log)
+        check_forgetting(prepared, config.evaluate, config.train.seed, own_log)
         if config.evaluate.prove_merge:
             check_mergeable(prepared)
         statistics = collect_statistics(prepared)
