@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -22,6 +22,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from kitout import fast
 from kitout.errors import ConfigError
 from kitout.runtime.graphs.report import CompiledGraph, CompileReport, kind_of
 from kitout.runtime.hooks.class_swap import ForwardFn
@@ -63,6 +64,7 @@ class _CompileClock:
 
     def __init__(self) -> None:
         self.started = 0.0
+        self.quiet = ExitStack()
         self.by_id: WeakValueDictionary[str, CompiledGraph] = WeakValueDictionary()  # compile_id of torch
 
     def register(self) -> None:
@@ -74,10 +76,14 @@ class _CompileClock:
 
     def start(self, _: Any = None) -> None:
         self.started = time.perf_counter()
+        if _CALL.graphs is not None:  # Dynamo's own reading of a tensor's .grad warns, as do its notes for developers
+            self.quiet.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", UserWarning)
 
     def end(self, event: Any = None) -> None:
         """event: what was compiled; older versions of torch do not say, and backwards are then not counted."""
         seconds = time.perf_counter() - self.started
+        self.quiet.close()
         if event is not None and event.callback_trigger.name != "DYNAMO":
             graph = self.by_id.get(event.compile_id)
             if graph is not None and event.callback_trigger.name == "LAZY_BACKWARD":
@@ -130,9 +136,11 @@ class BlockGraphs:
 
     is_paused: bool
     """Everything runs as before."""
+    needs_grad: bool
+    """So does what records no gradient."""
 
     def __init__(self, state: KitState, paths: list[str], limit: int, options: Mapping[str, Any]) -> None:
-        self.state, self.limit, self.is_paused = state, limit, False
+        self.state, self.limit, self.is_paused, self.needs_grad = state, limit, False, False
         self.graphs: list[CompiledGraph] = []
         self.eager: Counter[str] = Counter()
         self._blocks = {path: _Block.of(state.base.get_submodule(path)) for path in paths}
@@ -164,7 +172,7 @@ class BlockGraphs:
 
     def __call__(self, block: Any, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's forward under the active route, by a graph where it can."""
-        if self.is_paused:
+        if self.is_paused or not fast.enabled() or (self.needs_grad and not torch.is_grad_enabled()):
             return run_block(block, forward, args, kwargs)
         known, new_keys, call = self._blocks[block._kitout_hook.path], _NewKeys(), kwargs
         reason = HOOKS if known.has_hooks() else ""
