@@ -120,6 +120,8 @@ def run(
         if dry_run:
             return Result(folder.path)
         memory.reset_peak(prepared.kit.device)
+        if any(job.settings.compile != "off" for job in prepared.jobs):
+            main_log("the first steps compile the blocks, which takes seconds to minutes (train.compile=blocks) ...")
         save = partial(save_adapters, prepared, config, folder, log)
         best_step = train_and_save(trainer, last_checkpoint, prepared, save)
         outcomes = evaluate_jobs(prepared, config.evaluate, lambda name: progress_fn(name, log))

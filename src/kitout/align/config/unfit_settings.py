@@ -24,6 +24,8 @@ OF_ALL = {
          "train.trunk", "train.trunk_bytes"),
         NO_TEXT,
     ),
+    "train.compile": "rows of answers have too many shapes to compile: leave it out",
+    "train.pad_to": "rows of answers are padded to their own length: leave it out",
 }  # fmt: skip
 OF_ANSWERS = {  # of all but sft
     "data.streaming": READ_WHOLE,
