@@ -139,6 +139,26 @@ def measure_cost(
     return costs
 
 
+def measure_prefill(kit: Kit, routes: Mapping[str, RouteEntry]) -> dict[str, float]:
+    """How long a forward takes under each route, as a multiple of the base's: the best of interleaved rounds.
+
+    Empty where it is not known what the model reads.
+    """
+    cases: dict[str, RouteEntry] = {BASE: None, **routes}
+    with eval_mode(kit.base, kit), torch.no_grad():
+        batch, _ = _batch(kit, list(cases.values()))
+        if batch is None:
+            return {}
+        seconds: dict[str, list[float]] = {name: [] for name in cases}
+        for _round in range(1 + ROUNDS):  # the first warms up
+            for name, route in cases.items():
+                kit.use(route)
+                seconds[name].append(_seconds(kit, lambda: kit(**batch)))
+        kit.use(None)
+    best = {name: min(times[1:]) for name, times in seconds.items()}
+    return {name: best[name] / best[BASE] for name in routes}
+
+
 def _training(folders: Sequence[Path | None]) -> TrainingCost:
     if len(folders) > 1:
         return TrainingCost(unknown=f"it is made of {len(folders)} adapters: measure each by itself")

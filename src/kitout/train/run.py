@@ -315,15 +315,16 @@ def find_estimate(
 
 def new_trainer(
     kit: Kit, jobs: Sequence[Job], config: RunConfig, folder: RunFolder, estimate: CostEstimate, run_id: str,
-    evaluate_fn: EvaluateFn, *, unit: str = "tokens", step_data: StepData | None = None,
+    evaluate_fn: EvaluateFn, *, unit: str = "tokens", step_data: StepData | None = None, max_steps: int | None = None,
 ) -> Any:  # fmt: skip
-    """The loop over these jobs, with its display (`trainer.display`, a context), early stopping and checkpoints."""
+    """The loop over these jobs, with its display (a context), early stopping and checkpoints; it ends at max_steps."""
     from transformers import EarlyStoppingCallback
 
     from kitout.train.loop.trainer import JobTrainer, StepDataset
     from kitout.train.progress import ProgressDisplay
 
-    args = training_arguments(config, folder, len(StepDataset(jobs)), any(len(job.validation) for job in jobs))
+    num_steps = max_steps or len(StepDataset(jobs))
+    args = training_arguments(config, folder, num_steps, any(len(job.validation) for job in jobs))
     display = ProgressDisplay(folder.path, unit=unit)
     callbacks: list[Any] = [display]
     if config.train.early_stopping_patience is not None:

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kitout import fast
 from kitout.base.weights import FrozenModule
 from kitout.delta import Delta, LowRankChange, PartWeight
+from kitout.methods.deltas.fusing import is_fusable, is_traced
 from kitout.methods.deltas.low_rank_rows import EqualRunsLowRank, RunsLowRank, add_to_runs, are_equal_runs, find_runs
 
 GATHER_BYTES = 64 * 2**20  # most that one site may hold in gathered rows before the caller loops instead
@@ -84,7 +86,7 @@ class LowRankDelta(Delta):
         """Both products in one autograd node, whose backward adds into the base's own input gradient."""
         if not (torch.is_grad_enabled() and self.a.requires_grad):
             return None
-        if self.a0 is not None or self.drops_inputs or not _is_fusable(x, w):
+        if self.a0 is not None or self.drops_inputs or not is_fusable(x, w):
             return None
         y: Tensor = _LinearLowRank.apply(x, w, b, self.a, self.b, self.scale)
         return y
@@ -110,7 +112,7 @@ class LowRankDelta(Delta):
             return None  # a compiled graph cannot read the version counters of the cache
         if torch.is_grad_enabled() and any(d.a.requires_grad for d in deltas):
             return _add_trained_rows(deltas, rows, x, y)
-        may_overwrite = not (torch.is_grad_enabled() or _is_traced()) and y.is_contiguous()
+        may_overwrite = not (torch.is_grad_enabled() or is_traced()) and y.is_contiguous()
         if may_overwrite and x.shape[0] == len(rows):
             runs = cache.setdefault("runs", find_runs(rows))
             if x.numel() >= RUN_POSITIONS * len(runs) * x.shape[-1]:
@@ -175,7 +177,7 @@ class LowRankSum(Delta):
 
     def fused_linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
         has_trained = any(delta.a.requires_grad or callable(weight) for delta, weight in self.addends)
-        if not (torch.is_grad_enabled() and has_trained) or self.drops_inputs or not _is_fusable(x, w):
+        if not (torch.is_grad_enabled() and has_trained) or self.drops_inputs or not is_fusable(x, w):
             return None
         low_a, low_b, scale = self.factors()
         y: Tensor = _LinearLowRank.apply(x, w, b, low_a, low_b, scale)
@@ -196,16 +198,6 @@ def _add_product(
     if frozen is not None:
         return y + scale * frozen.apply_low_rank(x, a, b, y)
     return add_low_rank(x, y, a, b, scale, may_overwrite)
-
-
-def _is_fusable(x: Tensor, w: Tensor) -> bool:
-    """Module and change may be one autograd node."""
-    return x.dtype == w.dtype and not _is_traced() and not torch.is_autocast_enabled(x.device.type)
-
-
-def _is_traced() -> bool:
-    """torch.compile, vmap and the like follow plain operations only: no autograd node of ours, nothing in place."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _add_trained_rows(deltas: Sequence[LowRankDelta], rows: Sequence[int], x: Tensor, y: Tensor) -> Tensor | None:
@@ -267,7 +259,7 @@ def _gather_factors(
 
 def add_low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, may_overwrite: bool) -> Tensor:
     """y + scale * (x a^T) b^T, all of one dtype; may_overwrite: y."""
-    if _is_traced():
+    if is_traced() or not fast.enabled():
         return y + scale * F.linear(F.linear(x, a), b)
     may_overwrite = may_overwrite and not y._is_view() and y.is_contiguous()
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, a, b)):

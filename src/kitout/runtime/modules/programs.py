@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kitout import fast
 from kitout.base.own_forward import swapped_parameters
 from kitout.base.weights import FrozenModule, parameter_at
 from kitout.delta import Delta
@@ -48,12 +49,15 @@ class RelayInput:
 class DirectDelta:
     """The fast path: one Delta on the module's own x and y, nothing else."""
 
-    def __init__(self, delta: Delta) -> None:
-        self.delta = delta
+    def __init__(self, delta: Delta, frozen: FrozenModule | None) -> None:
+        self.delta, self.frozen = delta, frozen
         self.is_fusable = type(delta).fused_linear is not Delta.fused_linear
 
     def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else first_tensor(args, kwargs)
+        if not fast.enabled():
+            y = forward(module, *args, **kwargs)
+            return self.delta(x, y) if self.frozen is None else self.delta(x, y, self.frozen)
         if self.is_fusable and forward is nn.Linear.forward:
             own = module._parameters
             w = own.get("weight")
@@ -63,7 +67,7 @@ class DirectDelta:
                 fused = self.delta.fused_linear(x, w, own["bias"])
             if fused is not None:
                 return fused
-        return self.delta.forward_(x, forward(module, *args, **kwargs))
+        return self.delta.forward_(x, forward(module, *args, **kwargs), self.frozen)
 
 
 class SwapParameters:

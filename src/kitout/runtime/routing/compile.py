@@ -10,7 +10,7 @@ from copy import copy
 from dataclasses import replace
 
 from kitout.base.survey import Survey, Tower
-from kitout.delta import KeyValue
+from kitout.delta import Delta, KeyValue
 from kitout.errors import RouteError
 from kitout.route import Average, Route, RouteEntry, adapter_names, check_entry, simplify
 from kitout.runtime.adapter import Adapter, conflict_with_head, trained_and_read
@@ -234,8 +234,9 @@ def _program_for_values(term: Term, module_adapters: Sequence[ModuleAdapter], na
         part = single.on_output[0] if len(single.on_output) == 1 and not single.on_input else None
         if part and part.is_direct and single.strength == 1.0 and site.kind == "linear":
             delta = part.delta
-            if not (delta.reads_weight or delta.replaces_module):
-                return DirectDelta(delta)
+            is_fusable = type(delta).fused_linear is not Delta.fused_linear
+            if not delta.replaces_module and (is_fusable or not delta.reads_weight):
+                return DirectDelta(delta, part.frozen)
         return WholeBatch(term, single.replaces_module, site.kind == "linear", single.relays, single.call_views)
     relays = list(dict.fromkeys(relay for m in term.module_adapters for relay in m.relays))
     call_views = [view for m in module_adapters for view in m.call_views]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kitout import fast
 from kitout.kit import Kit
 from kitout.train.loop import distributed
 from kitout.train.loop.jobs import Job
@@ -204,7 +205,7 @@ def _may_cache(job: Job, objective: ImageClassification) -> bool:
     """Not augmented images, which differ each time; not a base whose modules run under hooks of others."""
     settings = job.settings
     is_hooked = settings.fsdp or settings.activation_checkpointing or distributed.world_size() > 1
-    return settings.trunk != "off" and objective.pixels.augment is None and not is_hooked
+    return fast.enabled() and settings.trunk != "off" and objective.pixels.augment is None and not is_hooked
 
 
 def _cached_logits_fn(
