@@ -1,7 +1,7 @@
 """The frozen trunk of texts: a step of LoRA on the last 4 of 30 blocks with what enters them kept, against without.
 
 Steps of the training loop with its own loss, on texts of different lengths with a quarter of their tokens trained.
-Recording is what the first epoch pays instead. Run alone: `python benchmarks/text_trunk.py [rounds]`.
+Recording is what the first epoch pays instead. Run alone: `python benchmarks/text_trunk.py [rounds] [dtypes]`.
 """
 
 from __future__ import annotations
@@ -70,9 +70,13 @@ def lines(dtype: torch.dtype, rounds: int) -> list[Line]:
         times = interleaved(cases, rounds)
         difference = abs(with_trunk() - plain_loss) / plain_loss
         kept_inputs.forget(kit)
-    name = f"{str(dtype)[6:]}, last {LAST} of {SMOL.num_hidden_layers} blocks, {ROWS} x {LENGTHS[0]}-{LENGTHS[1]} tokens"
+    name = (
+        f"{str(dtype)[6:]}, last {LAST} of {SMOL.num_hidden_layers} blocks, {ROWS} x {LENGTHS[0]}-{LENGTHS[1]} tokens"
+    )
     ratio, exact = times.ratio("kept", "whole"), dtype != torch.float32 or difference <= LOSS_LIMIT
-    detail = f"whole {times.best('whole'):.3f} s, kept {times.best('kept'):.3f} s, the first epoch's step, which records, "
+    detail = (
+        f"whole {times.best('whole'):.3f} s, kept {times.best('kept'):.3f} s, the first epoch's step, which records, "
+    )
     detail += f"{times.ratio_text('recording', 'whole')}; loss {difference:.1e} apart; chosen: {choice.text}"
     label = f"Step with a kept trunk against one without, {name}"
     target = f"<= {LIMIT:.2f} x" + (f", loss within {LOSS_LIMIT}" if dtype == torch.float32 else "")
@@ -97,6 +101,8 @@ def texts(number: int) -> list[EncodedExample]:
 
 
 if __name__ == "__main__":
-    for line in run(*map(int, sys.argv[1:])):
-        print(f"{line.metric}: {line.measured} (asked {line.target}, {'reached' if line.reached else 'NOT reached'})")
-        print(f"  {line.detail}")
+    rounds, *dtypes = sys.argv[1:] or ["8"]
+    for dtype in dtypes or ["float32", "bfloat16"]:
+        for line in lines(getattr(torch, dtype), int(rounds)):
+            print(f"{line.metric}: {line.measured} (asked {line.target}, {'yes' if line.reached else 'NO'})")
+            print(f"  {line.detail}", flush=True)

@@ -1,4 +1,4 @@
-"""Text runs whose frozen trunk is kept: the losses and gradients of the whole model, resumed to the bit, and refusals."""
+"""Text runs whose frozen trunk is kept: losses and gradients are those of the whole model; where it is off, and why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import kitout
-from kitout import Kit, LoRA, PartialFineTuning, PrefixTuning, PromptTuning
+from kitout import IA3, Kit, LoRA, PartialFineTuning, PrefixTuning, PromptTuning
 from kitout.data.encode.item import EncodedExample
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.predict import predict
@@ -22,12 +22,12 @@ from kitout.train.objectives.seq2seq_lm import Seq2SeqLM
 from kitout.train.objectives.sequence import SequenceClassification
 from kitout.train.trunk import choose, kept_inputs
 from kitout.train.trunk.choose import TrunkChoice, choose_trunk
-from train.fixtures import ALL, add, causal, far, gradients, job, kit_of, losses, texts, trained
+from train.fixtures import ALL, add, causal, far, gradients, job, kit_of, loop_of, losses, texts, trained
 
 pytest.importorskip("accelerate")
 
 # One of each kind: rotary, learned and bucketed positions, tuples passed on, both kinds of head, experts, state space.
-SPECIES = ("llama-tied", "gpt2", "gptj", "mpt", "bert", "modernbert", "bart", "gemma2", "mixtral", "jamba")
+SPECIES = ("llama-tied", "gptj", "bert", "bart", "jamba")
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +120,7 @@ def test_positions_of_deep_relative_attention_come_from_the_first_block(tmp_path
     assert chosen(kit, jobs[:1], tmp_path).cuts == {"a": "encoder.block.3"}
     (both,) = kept_inputs._kept[kit].entry.points
     assert list(both.skipped) == ["encoder.block.1", "encoder.block.2"]  # the first gives the others their bias
-    assert far(gradients(kit, jobs, 4), reference) < 1e-6
+    assert far(gradients(kit, jobs[:1], 4), {k: v for k, v in reference.items() if k[0] == "a"}) < 1e-6
     assert chosen(kit, jobs[1:], tmp_path).cuts == {"b": "decoder.block.3"}
     assert [point.source for point in kept_inputs._kept[kit].entry.points] == ["encoder.block.3", "decoder.block.2"]
     assert far(gradients(kit, jobs[1:], 4), {k: v for k, v in reference.items() if k[0] == "b"}) < 1e-6
@@ -151,7 +151,7 @@ def test_packed_rows_enter_at_their_places(tmp_path: Path) -> None:
 def test_jobs_share_what_is_kept_and_so_do_their_evaluations(tmp_path: Path) -> None:
     """The lowest block that any of them changes; every example passes the trunk once."""
     kit = kit_of("llama")
-    jobs = jobs_of(kit, {"a": LoRA(rank=2, layers="last:1"), "b": PartialFineTuning(part="head")})
+    jobs = jobs_of(kit, {"a": LoRA(rank=2, layers="last:1"), "b": IA3(layers="last:1")})
     validation = examples(kit, 7, seed=5)
     references = gradients(kit, jobs, 8)
     with kit.use("a"):
@@ -198,6 +198,32 @@ def test_what_has_no_room_is_computed_again(
     assert not file.exists() or file.stat().st_size < 8500
     kept_inputs.forget(kit)
     assert not file.exists()
+
+
+@pytest.mark.parametrize("file", ["kept", "damaged", "gone"])
+def test_a_resumed_run_ends_with_the_same_bits(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """With the file of the first process, as far as it is whole, or without it."""
+    monkeypatch.setattr(choose, "MEMORY_SHARE", 0.0)
+
+    def values_after(folder: Path, checkpoint: str | None) -> dict[str, torch.Tensor]:
+        kit = kit_of("llama")
+        jobs = jobs_of(kit, {"a": LoRA(rank=2, layers="last:1")})
+        assert chosen(kit, jobs, tmp_path).cuts
+        loop = loop_of(kit, jobs, folder, run_id="one", save_strategy="steps", save_steps=2, num_checkpoints=9)
+        loop.train(checkpoint)
+        return {key: value.clone() for key, value in loop.trained_tensors().items()}
+
+    whole = values_after(tmp_path / "run", None)
+    trunk = tmp_path / choose.FILE
+    if file == "damaged":
+        content = trunk.read_bytes()
+        trunk.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    elif file == "gone":
+        trunk.unlink()
+    resumed = values_after(tmp_path / "run", str(tmp_path / "run" / "checkpoint-2"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 def refusals() -> Iterator[tuple[str, Any, dict[str, Any], str]]:

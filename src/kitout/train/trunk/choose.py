@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kitout import fast
 from kitout.base import memory
 from kitout.data.encode.item import EncodedExample
 from kitout.data.streaming import StreamedItems
@@ -104,6 +105,8 @@ def _off(reason: str) -> TrunkChoice:
 
 def _refusal(jobs: Sequence[Job]) -> str:
     """Why it is not even tried."""
+    if not fast.enabled():
+        return f"{fast.VARIABLE}=off"
     off = [job.name for job in jobs if job.settings.trunk == "off"]
     if off:
         return f"the jobs of a run share their forwards, and {off[0]} has train.trunk=off"

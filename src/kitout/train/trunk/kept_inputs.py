@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from kitout import fast
 from kitout.data.encode.item import EncodedExample
 from kitout.kit import Kit
 from kitout.train.objectives.objective import Batch, Objective
@@ -133,7 +134,7 @@ def forget(kit: Kit) -> None:
 def within_trunk(kit: Kit, objective: Objective, items: Sequence[Any], batch: Batch) -> Iterator[None]:
     """The kit's forwards over this batch begin at the first changed block, if what enters it is kept for this kit."""
     kept = _kept.get(kit)
-    if kept is None:
+    if kept is None or not fast.enabled():
         yield
         return
     with kept.entering(objective, items, batch):
