@@ -10,6 +10,7 @@ from torch import nn
 
 import kitout
 from kitout import Kit, LoRA, PrefixTuning, fast
+from kitout.evaluate.ask.choices import ChoicePrompt, ChoiceQuestion, choice_likelihoods
 from kitout.evaluate.ask.shared_trunk import SharedTrunk
 from kitout.evaluate.ask.text_likelihood import text_likelihoods
 from kitout.evaluate.metrics.texts import TextSums
@@ -57,6 +58,25 @@ def test_shared_blocks_run_once(species: str, joined: str, monkeypatch: pytest.M
     tried = 1 + 1 + 3  # the probe, what is recorded of it, and the whole model under each
     assert len(rows) == tried + 1  # a batch holds all windows
     assert rows[-1] == len(TEXTS)
+
+
+@pytest.mark.parametrize("choices", [("a", "b"), ("a", "xyz")])
+def test_choices_behind_prompts_padded_on_the_left(choices: tuple[str, ...]) -> None:
+    """Answers of one token need no cache; behind others the skipped blocks would owe their keys, so they all run."""
+    kit, tokenizer = build()
+    questions = [ChoiceQuestion(f"Is it {'so ' * i}?", choices, 0) for i in range(4)]
+
+    def scores() -> list[float]:
+        prompt = ChoicePrompt(template="{question}", delimiter="")
+        found = choice_likelihoods(kit, tokenizer, questions, [None, "a", "b"], prompt=prompt)
+        return [value for of_name in found for sums in of_name for value in sums.log_likelihoods]
+
+    with fast.disabled():
+        expected = scores()
+    rows = rows_of_first_block(kit)
+    assert scores() == pytest.approx(expected, rel=1e-10)
+    asked = rows[4:]  # behind what was tried
+    assert asked == [4] if choices[1] == "b" else sum(asked) > 12
 
 
 def test_nothing_is_shared_where_the_first_block_differs() -> None:
