@@ -8,7 +8,7 @@ in, a whole one at a time: a resumed run computes the same bits. It knows object
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -48,7 +48,7 @@ class KeptInputs:
         self.entry, self.store, self.groups, self.group_of = entry, store, [], {}
         self.is_warned = False
 
-    def plan(self, objective: Objective, batches: Sequence[Sequence[EncodedExample]]) -> None:
+    def plan(self, objective: Objective, batches: Iterable[Sequence[EncodedExample]]) -> None:
         """Reserves room for the examples of these batches, as far as there is any, and fixes their groups."""
         for batch in batches:
             new = {key_of(item): item for item in batch if key_of(item) not in self.group_of}
