@@ -97,6 +97,14 @@ def train_until_killed(config: dict[str, Any], at_operation: int, after_seconds:
     return count
 
 
+def train_with_trunk_until_killed(config: dict[str, Any], at_operation: int, after_seconds: float = 0.0) -> int:
+    """The same of a run that keeps its frozen trunk in the file alone, whatever a clock says of it."""
+    from kitout.train.trunk import choose
+
+    choose.MAX_RATIO, choose.MEMORY_SHARE = float("inf"), 0.0
+    return train_until_killed(config, at_operation, after_seconds)
+
+
 class SleepAfterStep(TrainerCallback):
     """Time to be killed in."""
 

@@ -40,7 +40,7 @@ from kitout.train.loop.training_arguments import adjust_arguments
 EvaluateFn = Callable[[], dict[str, float]]
 
 
-class StepDataset(Dataset[StepRows], Sequence[StepRows]):
+class StepDataset(Dataset[StepRows]):
     """Every optimizer step of a run as its rows: job by job, so that neighbors have the same adapter active."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
@@ -65,7 +65,7 @@ class JobTrainer(Trainer):  # type: ignore[misc]
     num_checkpoints: int
     """How many of the newest are kept, besides the best."""
     cuts: dict[str, str]
-    """By job: the module at which its frozen trunk is cut (`image_features.keep_features`)."""
+    """By job: the module at which its frozen trunk is cut (train.trunk)."""
     loss_sum_before: tuple[float, float]
     """Of all steps before this call: the loss summed up to the last log, and since then."""
     is_evaluating: bool
@@ -133,7 +133,7 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         if resume_from_checkpoint is not None and self._restore_if_ended(Path(resume_from_checkpoint)):
             return None
         checkpointing, self.args.activation_checkpointing = self.args.activation_checkpointing, False
-        compiled = self.step_runner.compiled_blocks(self.step_dataset)
+        compiled = self.step_runner.compiled_blocks([self.step_dataset[i] for i in range(len(self.step_dataset))])
         try:  # Trainer would enable it again, in its own way
             with training_mode(self.kit, names, bool(checkpointing)), compiled, self.stop_on_signal.watch():
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)

@@ -8,7 +8,7 @@ run. It knows jobs, kits and what is kept; what is kept of images is beside it.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kitout import fast
 from kitout.base import memory
 from kitout.data.encode.item import EncodedExample
 from kitout.data.streaming import StreamedItems
@@ -72,7 +73,7 @@ def choose_trunk(
     store = FeatureStore([point.width for point in entry.points], kit.dtype, limit, in_memory, folder / FILE)
     kept = KeptInputs(entry, store)
     for job in jobs:
-        kept.plan(job.objective, [[job.examples[i] for i in step] for step in job.batches])
+        kept.plan(job.objective, _first_uses(job))
     num_kept, num_left_out = len(store.slots), store.num_left_out
     if not num_kept:
         return _off(f"train.trunk_bytes={limit} has no room for one example")
@@ -104,6 +105,8 @@ def _off(reason: str) -> TrunkChoice:
 
 def _refusal(jobs: Sequence[Job]) -> str:
     """Why it is not even tried."""
+    if not fast.enabled():
+        return f"{fast.VARIABLE}=off"
     off = [job.name for job in jobs if job.settings.trunk == "off"]
     if off:
         return f"the jobs of a run share their forwards, and {off[0]} has train.trunk=off"
@@ -117,6 +120,16 @@ def _refusal(jobs: Sequence[Job]) -> str:
     if all(sum(map(len, job.batches)) == len({i for step in job.batches for i in step}) for job in jobs):
         return "no example is trained on twice"
     return ""
+
+
+def _first_uses(job: Job) -> Iterator[list[Any]]:
+    """Of each step the examples that no step before it had."""
+    seen: set[int] = set()
+    for step in job.batches:
+        new = [i for i in step if i not in seen]
+        seen.update(new)
+        if new:
+            yield [job.examples[i] for i in new]
 
 
 def _find(kit: Kit, jobs: Sequence[Job]) -> TrunkEntry | str:

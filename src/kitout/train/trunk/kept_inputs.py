@@ -8,7 +8,7 @@ in, a whole one at a time: a resumed run computes the same bits. It knows object
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeAlias
@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from kitout import fast
 from kitout.data.encode.item import EncodedExample
 from kitout.kit import Kit
 from kitout.train.objectives.objective import Batch, Objective
@@ -49,7 +50,7 @@ class KeptInputs:
         self.entry, self.store, self.groups, self.group_of = entry, store, [], {}
         self.is_warned = False
 
-    def plan(self, objective: Objective, batches: Sequence[Sequence[EncodedExample]]) -> None:
+    def plan(self, objective: Objective, batches: Iterable[Sequence[EncodedExample]]) -> None:
         """Reserves room for the examples of these batches, as far as there is any, and fixes their groups."""
         for batch in batches:
             new = {key_of(item): item for item in batch if key_of(item) not in self.group_of}
@@ -139,7 +140,7 @@ def forget(kit: Kit) -> None:
 def within_trunk(kit: Kit, objective: Objective, items: Sequence[Any], batch: Batch) -> Iterator[None]:
     """The kit's forwards over this batch begin at the first changed block, if what enters it is kept for this kit."""
     kept = _kept.get(kit)
-    if kept is None:
+    if kept is None or not fast.enabled():
         yield
         return
     with kept.entering(objective, items, batch):
