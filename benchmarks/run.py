@@ -26,10 +26,12 @@ SHORT: dict[str, dict[str, object]] = {
     "gpu": {},
     "idle": {"rounds": 6},
     "many": {"rounds": 8},
+    "search": {"rounds": 1},
     "train_step": {"rounds": 3},
     "training": {"rounds": 2, "short": True},
     "virtual_tokens": {"rounds": 2},
 }
+FULL: dict[str, dict[str, object]] = {"search": {"length": "full"}}  # the same, where the default is not the long form
 NAMES = tuple(SHORT)
 MOST_SECONDS = 15 * 60  # of the short form
 
@@ -59,7 +61,7 @@ def main() -> int:
             print(f"    {name}: not measured: {reason}", flush=True)
             continue
         measured[name] = []
-        for line in module.run(**({} if options.full else SHORT[name])):
+        for line in module.run(**(FULL.get(name, {}) if options.full else SHORT[name])):
             measured[name].append(line)
             mark = "yes" if line.reached else "NO"
             bound = bounds.get(name, {}).get(line.metric)

@@ -60,6 +60,7 @@ def write_outputs(
     comparisons = {name: one.comparison for name, one in outcomes.items()}
     rows = _adapter_rows(run, trainer, outcomes)
     results = _results(run, trainer, estimate, best_step, comparisons)
+    results["trunk_choice"] = run_folder.read_resolved().get("trunk", "")
     results["adapters"] = [asdict(row) for row in rows]
     if details is not None:
         results["align"] = {**details.values, "alarms": list(details.alarms)}

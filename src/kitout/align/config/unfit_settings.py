@@ -18,7 +18,7 @@ OF_ALL = {
     "train.from": "what a stage starts from is its own setting: write {at}from={value}",
     **dict.fromkeys(
         ("data.labels", "data.src_lang", "data.tgt_lang", "data.image_size", "data.augment", "train.head",
-         "train.trunk"),
+         "train.trunk", "train.trunk_bytes"),
         NO_TEXT,
     ),
 }  # fmt: skip

@@ -33,7 +33,7 @@ def add_to_groups(
     rows: Sequence[int],
     maps: Callable[[], Sequence[tuple[Tensor, Tensor, float]]],
     stamp: object,
-    cache: dict[str, Any],
+    cache: dict[Any, Any],
 ) -> Tensor:
     """y [B, ..., d_out], overwritten: row i plus scale * B A x of map rows[i], nothing below 0. x [B, ..., d_in].
 
@@ -42,14 +42,15 @@ def add_to_groups(
     if cache.get("group stamp") != stamp:
         cache["groups"] = _stack_factors(maps(), y)
         cache["group stamp"] = stamp
-    if "order" not in cache:
-        cache["order"] = _order_rows(rows, max(rows, default=-1) + 1, y.device)
     a, b = cache["groups"]
-    order, ends = cache["order"]
-    if len(ends) < len(a):  # maps that no row has, and the group of zeros
-        ends = torch.cat((ends, ends[-1:].expand(len(a) - len(ends))))
     x3, y3 = x.to(y.dtype).reshape(len(rows), -1, x.shape[-1]), y.view(len(rows), -1, y.shape[-1])
-    ends = (ends * x3.shape[1]).to(torch.int32)
+    positions = x3.shape[1]
+    if "order" not in cache:
+        cache["order"] = _order_rows(rows, len(a) - 1, y.device)
+    order, row_ends = cache["order"]
+    if ("ends", positions) not in cache:
+        cache["ends", positions] = (row_ends * positions).to(torch.int32)
+    ends = cache["ends", positions]
     h = torch._grouped_mm(x3[order].flatten(0, 1), a, offs=ends)
     change = torch._grouped_mm(h, b, offs=ends)
     y3.index_add_(0, order, change.view(y3.shape))

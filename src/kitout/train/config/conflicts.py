@@ -44,7 +44,6 @@ def _image_conflicts(config: RunConfig) -> Iterator[str]:
         set_by_user = {
             "data.augment": data.augment != type(data.augment)(),
             "train.head": train.head != "linear",
-            "train.trunk": train.trunk != "off",
         }
         for name, is_set in set_by_user.items():
             if is_set:

@@ -61,9 +61,11 @@ def check(values: Mapping[str, Any]) -> None:
         validate({"method": DEFAULT_METHOD, **values}, RunConfig, WITHOUT_METHODS)
 
 
-def validate(values: Mapping[str, Any], schema: type[Schema], context: object = None) -> Schema:
+def validate(
+    values: Mapping[str, Any], schema: type[Schema], context: object = None, heading: str = "the run's config"
+) -> Schema:
     """Plain values by a schema; ConfigError names every error at once, in words."""
-    errors = Errors(ConfigError, "the run's config")
+    errors = Errors(ConfigError, heading)
     try:
         return schema.model_validate(dict(values), context=context)
     except ValidationError as error:

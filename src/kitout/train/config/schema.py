@@ -167,8 +167,10 @@ class TrainConfig(ConfigSection):
     activation_checkpointing: bool = False
     """Activations are recomputed in backward: less memory, about a fifth slower."""
     trunk: Literal["auto", "off"] = "off"
-    """auto: what an image model computes before the first trained module is computed once per image and cached in
-    memory (up to 2 GiB), where nothing is augmented. Equal but for rounding."""
+    """auto: what is frozen below the first trained block is computed once per example and kept, where that gives the
+    same losses and saves time (a few steps are tried). Equal but for rounding."""
+    trunk_bytes: int = Field(default=2 * 2**30, ge=0)
+    """Kept of it at most: in memory first, of texts then in a file of the run's folder; the rest is computed again."""
     early_stopping_patience: int | None = Field(default=None, gt=0)
     """Stops after so many evaluations without a better one."""
     save_steps: int | None = Field(default=None, gt=0)

@@ -24,6 +24,7 @@ from kitout.train.loop import distributed, metric_sums
 from kitout.train.loop.jobs import Job, forward_key
 from kitout.train.loop.metric_sums import MetricSums
 from kitout.train.objectives.objective import Batch, Losses, StepObjective
+from kitout.train.trunk.kept_inputs import within_trunk
 
 StepRows = list[tuple[int, int]]  # (index of the job, index of its example)
 Backward = Callable[[Tensor], Any]
@@ -235,9 +236,10 @@ class StepRunner:
         names = [job.name for job in jobs for _ in range(objective.rows)]
         route: Any = names if len(set(names)) > 1 else names[0]
         seeds = [combine_seeds(self.jobs[j].settings.seed, step, i) for j, i in micro_batch.rows]
-        batch = objective.collate([self.jobs[j].examples[i] for j, i in micro_batch.rows], seeds)
+        items = [self.jobs[j].examples[i] for j, i in micro_batch.rows]
+        batch = objective.collate(items, seeds)
         seed = combine_seeds(jobs[0].settings.seed, step, micro_batch.number, distributed.rank())
-        with self._route(route, seed):
+        with self._route(route, seed), within_trunk(self.kit, objective, items, batch):
             return objective.losses(model, batch, weights), batch
 
     def _penalty(self, micro_batch: MicroBatch, rows: StepRows) -> Tensor | float:

@@ -68,7 +68,7 @@ class JobTrainer(Trainer):  # type: ignore[misc]
     num_checkpoints: int
     """How many of the newest are kept, besides the best."""
     cuts: dict[str, str]
-    """By job: the module at which its frozen trunk is cut (`frozen_trunk.keep_features`)."""
+    """By job: the module at which its frozen trunk is cut (`image_features.keep_features`)."""
     loss_sum_before: tuple[float, float]
     """Of all steps before this call: the loss summed up to the last log, and since then."""
     is_evaluating: bool
