@@ -1,7 +1,7 @@
 """(f) attach and add: what finding sites costs, and what adapters that are registered and not active cost.
 
-On a 7B shape on the meta device, where there are no weights to read; on SmolLM2's shape with the probe's forwards, in
-processor time; likewise a forward under one of 256 registered LoRAs against the same with no others.
+On a 7B shape on the meta device, where there are no weights to read; on SmolLM2's shape with the probe's forwards; a
+forward under one of 256 registered LoRAs against the same with no others. All in processor time.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def meta(rounds: int) -> Line:
     for _ in range(rounds):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        start = time.perf_counter()
+        start = time.process_time()
         kitout.attach(model).add("a", LoRA(rank=8, targets="all-linear"))
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     return Line("attach + add LoRA all-linear, 7B shape, meta", f"{best:.2f} s", "< 2 s", best < 2)
 
 

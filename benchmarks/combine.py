@@ -50,9 +50,9 @@ def run(sites: int | None = None) -> list[Line]:
             with torch.no_grad():
                 for delta in adapter.deltas.values():
                     delta.get_parameter("b").normal_()
-        start = time.perf_counter()
+        start = time.process_time()  # of one thread
         fused = kitout.combine(kit, "sum", {f"a{i}": 1.0 for i in range(ADAPTERS)}, to=LoRA(rank=RANK))
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         detail = f"{len(kit['sum'].sites)} sites, residual {fused.residual.total:.3f}"
         if os.environ.get("DENSE"):
             matrix = torch.randn(WIDTH, WIDTH)
