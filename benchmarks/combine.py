@@ -64,4 +64,4 @@ def run(sites: int | None = None) -> list[Line]:
     whole = seconds * ALL_SITES / sites
     measured = f"{seconds:.1f} s" if sites == ALL_SITES else f"{seconds:.2f} s for {sites}, {whole:.1f} s for 64"
     metric = "8 LoRAs r 16 at 64 sites of 4096 x 4096, summed and cut to r 16, one core"
-    return [Line(metric, measured, f"<= {TARGET_S:.0f} s", whole <= TARGET_S, detail)]
+    return [Line(metric, measured, f"<= {TARGET_S:.0f} s", whole <= TARGET_S, detail, value=whole)]

@@ -23,7 +23,7 @@ else:
 
 BOUNDS = Path(__file__).parent / "bounds.toml"
 OK, WORSE, BROKEN = 0, 1, 2  # exit codes
-FIGURE = re.compile(r"(?:at most )?(\d[\d.]*(?:e[+-]?\d+)?)")
+FIGURE = re.compile(r"(?:at most )?([+-]?\d[\d.]*(?:e[+-]?\d+)?)")
 MEDIAN = re.compile(r"median of rounds (\d[\d.]*)")
 KEYS = {"at_most", "at_least", "target", "reason", "full_only"}
 
