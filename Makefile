@@ -64,7 +64,7 @@ demo-align: $(STAMP)  ## teach a language model sums by rewards, and preferences
 	$(PIP) install -q -c constraints.txt -e '.[align]'
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/kitout demo align $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
-bench: $(STAMP)  ## install the peers and print ratios against them
+bench: $(STAMP)  ## install the peers, print ratios against them, fail where one is worse than its bound; ARGS=--full for hours
 	$(PIP) install -q -c constraints.txt -e '.[bench]'
 	$(PY) benchmarks/run.py $(ARGS)
 

@@ -61,6 +61,10 @@ class Line:
     """Whether it does."""
     detail: str = ""
     """Seconds, losses, other comparisons."""
+    value: float | None = None
+    """The figure that its bound is for; None: the first number of `measured`."""
+    median: float | None = None
+    """The same of the median; None: as `measured` has it, else the figure itself."""
 
 
 @dataclass

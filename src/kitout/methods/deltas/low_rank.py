@@ -20,6 +20,7 @@ from kitout.base.weights import FrozenModule
 from kitout.delta import Delta, LowRankChange, PartWeight
 from kitout.methods.deltas.fused_low_rank import fused_low_rank, own_tensor
 from kitout.methods.deltas.fusing import is_fusable, is_traced
+from kitout.methods.deltas.grouped_rows import add_to_groups, can_group
 from kitout.methods.deltas.low_rank_rows import EqualRunsLowRank, RunsLowRank, add_to_runs, are_equal_runs, find_runs
 
 GATHER_BYTES = 64 * 2**20  # most that one site may hold in gathered rows before the caller loops instead
@@ -124,6 +125,9 @@ class LowRankDelta(Delta):
             return _add_trained_rows(deltas, rows, x, y)
         may_overwrite = not (torch.is_grad_enabled() or is_traced()) and y.is_contiguous()
         if may_overwrite and x.shape[0] == len(rows):
+            if can_group(x, y):
+                maps = lambda: [(*d.factors(), d.scale) for d in deltas]  # noqa: E731
+                return add_to_groups(x, y, rows, maps, _stamp(deltas, y), cache)
             runs = cache.setdefault("runs", find_runs(rows))
             if x.numel() >= RUN_POSITIONS * len(runs) * x.shape[-1]:
                 return add_to_runs(x.to(y.dtype), y, runs, [(*d.factors(), d.scale) for d in deltas])
@@ -235,7 +239,7 @@ def _fill_cache(
     cache: dict[str, Any], deltas: Sequence[LowRankDelta], rows: Sequence[int], d_in: int, y: Tensor
 ) -> bool:
     """Puts the factors of every row into the cache, unless they are there; False if they would take too much memory."""
-    stamp = (y.dtype, y.device, *(_tensor_version(t) for d in deltas for t in (d.a, d.b)))
+    stamp = _stamp(deltas, y)
     if cache.get("stamp") == stamp:
         return True
     rank = max(d.factors()[0].shape[0] for d in deltas)
@@ -246,9 +250,10 @@ def _fill_cache(
     return True
 
 
-def _tensor_version(t: Tensor) -> tuple[int, int]:
+def _stamp(deltas: Sequence[LowRankDelta], y: Tensor) -> tuple[object, ...]:
     """Changes when a value is replaced or written to (writing to `t.data` goes unseen, as it does in autograd)."""
-    return t.data_ptr(), 0 if t.is_inference() else t._version
+    values = [t for d in deltas for t in (d.a, d.b)]
+    return y.dtype, y.device, *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in values)
 
 
 def _gather_factors(
