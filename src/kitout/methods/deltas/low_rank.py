@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kitout import fast
-from kitout.base.weights import FrozenModule
+from kitout.base.weights import FrozenModule, tensor_version
 from kitout.delta import Delta, LowRankChange, PartWeight
 from kitout.methods.deltas.fusing import is_fusable, is_traced
 from kitout.methods.deltas.low_rank_rows import EqualRunsLowRank, RunsLowRank, add_to_runs, are_equal_runs, find_runs
@@ -226,7 +226,7 @@ def _fill_cache(
     cache: dict[str, Any], deltas: Sequence[LowRankDelta], rows: Sequence[int], d_in: int, y: Tensor
 ) -> bool:
     """Puts the factors of every row into the cache, unless they are there; False if they would take too much memory."""
-    stamp = (y.dtype, y.device, *(_tensor_version(t) for d in deltas for t in (d.a, d.b)))
+    stamp = (y.dtype, y.device, *(tensor_version(t) for d in deltas for t in (d.a, d.b)))
     if cache.get("stamp") == stamp:
         return True
     rank = max(d.factors()[0].shape[0] for d in deltas)
@@ -235,11 +235,6 @@ def _fill_cache(
     cache["a"], cache["b"] = _gather_factors(deltas, rows, rank, y.dtype)
     cache["stamp"] = stamp
     return True
-
-
-def _tensor_version(t: Tensor) -> tuple[int, int]:
-    """Changes when a value is replaced or written to (writing to `t.data` goes unseen, as it does in autograd)."""
-    return t.data_ptr(), 0 if t.is_inference() else t._version
 
 
 def _gather_factors(
