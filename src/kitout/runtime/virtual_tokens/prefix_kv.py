@@ -103,7 +103,9 @@ class PrefixAttention:
         self.parts, self.kv_recorder, self.image_tokens = parts, kv_recorder, image_tokens
         self.has_relative_bias = site.relative_bias is not None and site.role == "kv.self"
         after_first = any(item.after_first_token for layout in layouts for item in layout.items)
-        self.is_steady = not (row_plan or kv_recorder is not None or image_tokens or self.has_relative_bias or after_first)
+        self.is_steady = not (
+            row_plan or kv_recorder is not None or image_tokens or self.has_relative_bias or after_first
+        )
         self._kept: tuple[tuple[Any, ...], Any, ExtraKeys] | None = None
 
     def __getstate__(self) -> dict[str, Any]:  # keys of a text in progress are not copied
@@ -128,8 +130,8 @@ class PrefixAttention:
             return self._kept[2]
         extra = self._extra(x)
         if extra.k is not None and extra.v is not None:
-            keys = (t.to(x.dtype).contiguous().expand(x.shape[0], -1, -1, -1) for t in (extra.k, extra.v))
-            extra = replace(extra, **dict(zip("kv", keys, strict=True)))
+            k, v = (t.to(x.dtype).contiguous().expand(x.shape[0], -1, -1, -1) for t in (extra.k, extra.v))
+            extra = replace(extra, k=k, v=v)
         self._kept = stamp, prompt, extra
         return extra
 
