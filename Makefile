@@ -18,7 +18,7 @@ PIP   := $(PY) -m pip --disable-pip-version-check --no-input
 STAMP := $(VENV)/.kitout-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow package demo demo-vision demo-align bench lint format types clean
+.PHONY: help setup test test-plain test-slow package demo demo-vision demo-align bench lint format types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: lint types  ## set up, lint, type-check and run the tests
 	$(PY) -m pytest -n 2 -q $(ARGS)
+
+# 20 s: one model and the method with most fast paths, through every law, and the test of the switch itself.
+test-plain: $(STAMP)  ## some of the laws with every fast path off
+	KITOUT_FAST=off $(PY) -m pytest -n 2 -q tests/test_fast.py tests/laws -k 'test_fast or [llama-lora] or llama-lora-' $(ARGS)
 
 test-slow: $(STAMP)  ## the tests marked slow or assets (downloads models and data once)
 	$(PY) -m pytest -n 2 -q -m 'slow or assets' $(ARGS)

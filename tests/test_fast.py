@@ -18,9 +18,10 @@ from kitout.data.encode.item import EncodedExample
 from kitout.delta import Delta
 from kitout.evaluate.ask import joined_rows
 from kitout.evaluate.ask.cache_rows import can_share_prompts
-from kitout.methods.deltas import low_rank, low_rank_rows
+from kitout.methods.deltas import fused_low_rank, low_rank, low_rank_rows
 from kitout.route import Route
 from kitout.train.objectives.lm_head_loss import HeadLoss
+from kitout.train.objectives.shared_beginning import SharedBeginning
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5], [1, 2, 3, 4, 5], [7, 7, 8, 8, 9]])
 ROUTES: dict[str, Route] = {
@@ -32,6 +33,12 @@ ROUTES: dict[str, Route] = {
     "bottleneck": "c",
     "scale": "d",
 }
+
+
+@pytest.fixture(autouse=True)
+def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the run of CI that has the switch off."""
+    monkeypatch.setattr(fast, "_enabled", True)
 
 
 @pytest.fixture
@@ -70,10 +77,10 @@ def refused_paths(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append(classes.pop())
         classes += found[-1].__subclasses__()
     for cls in found:
-        for path in ("fused_linear", "forward_rows", "forward_", "join"):
+        for path in ("fused_linear", "fused_linears", "forward_rows", "forward_", "join"):
             if path in vars(cls):
-                monkeypatch.setattr(cls, path, classmethod(refuse) if path in ("forward_rows", "join") else refuse)
-    for module in (low_rank, low_rank_rows):
+                monkeypatch.setattr(cls, path, refuse if path in ("fused_linear", "forward_") else classmethod(refuse))
+    for module in (fused_low_rank, low_rank, low_rank_rows):
         for node in vars(module).values():
             if isinstance(node, type) and issubclass(node, torch.autograd.Function):
                 monkeypatch.setattr(node, "forward", staticmethod(refuse))
@@ -87,7 +94,7 @@ def test_plain_forms_alone_give_the_same(kit: Kit, route: Route, trains: bool, r
     with fast.disabled():
         found = run(kit, route, trains)
     for value, reference in zip(found, expected, strict=True):
-        torch.testing.assert_close(value, reference, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(value, reference, atol=3e-6, rtol=1e-5)
     if "bottleneck" not in request.node.name and "scale" not in request.node.name:
         with pytest.raises(AssertionError, match="a fast path ran"):  # so what was refused is what runs otherwise
             run(kit, route, trains)
@@ -111,11 +118,12 @@ def test_no_shared_work(kit: Kit) -> None:
             can_share_prompts(kit, ["a"]),
             bool(joined_rows.joins(kit, ("a", "b"), 4)),
             SharedPrompts.of(rows, torch.device("cpu")) is not None,
+            SharedBeginning.of(rows, torch.device("cpu")) is not None,
         ]
 
-    assert found() == [True] * 4
+    assert found() == [True] * 5
     with fast.disabled():
-        assert found() == [False] * 4
+        assert found() == [False] * 5
 
 
 @pytest.mark.parametrize("value", ["off", " OFF", "on", ""])

@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("assess", "interop", "predict"),
     ("train",),
     ("evaluate",),
-    ("fuse",),
+    ("fuse", "trunk"),
     ("model_check", "peft_folders", "signals"),
     ("kit",),
     ("files",),

@@ -70,6 +70,16 @@ class Delta(nn.Module):
         return None
 
     @classmethod
+    def fused_linears(
+        cls, deltas: Sequence[Any], x: Tensor, linears: Sequence[tuple[Tensor, Tensor | None]]
+    ) -> list[Tensor] | None:
+        """The same of several frozen linears (weight, bias) that all read x, each with a delta of this class.
+
+        Optional, for training. None where `fused_linear` of each is as good.
+        """
+        return None
+
+    @classmethod
     def join(cls, addends: Sequence[tuple[Any, PartWeight]]) -> Delta | None:
         """y + sum_i w_i (delta_i(x, y) - y) as one Delta: several of this class, all at one site, with their weights.
 

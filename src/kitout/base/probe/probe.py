@@ -7,7 +7,7 @@ requires_grad are restored. It knows no architecture; where the forward cannot b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -89,12 +89,23 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
         unused=frozenset(s.path for s in sites if not _runs(s, tracer) and s.path not in choice.unreached),
         unreached=choice.unreached,
         unread_parameters=frozenset(name for name, p in named_parameters if id(p) not in tracer.read_parameters),
+        shared_inputs=tuple(_shared_inputs(sites, tracer)),
         execution_order=tuple(tracer.call_counts),
         kv_sites=tuple(attentions),
         kv_refusals=kv_refusals,
         biased_attentions=frozenset(call.path for call in tracer.attention_calls if call.has_mask_bias),
         unproven_reason="",
     )
+
+
+def _shared_inputs(sites: list[Site], tracer: ForwardTracer) -> Iterator[tuple[str, ...]]:
+    """Linears that belong to one module and take the very same tensor, call by call."""
+    linears = {s.path for s in sites if s.kind == "linear" and s.layer is not None}
+    groups: dict[Any, list[str]] = {}
+    for path in tracer.call_counts:
+        if path in linears and (arguments := tracer.arguments.get(path)):
+            groups.setdefault((path.rpartition(".")[0], *arguments), []).append(path)
+    return (tuple(paths) for paths in groups.values() if len(paths) > 1)
 
 
 def _runs(site: Site, tracer: ForwardTracer) -> bool:

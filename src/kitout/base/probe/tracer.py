@@ -63,6 +63,7 @@ class ForwardTracer(TorchFunctionMode):
         self.read_parameters: set[int] = set()  # ids of the parameters that went into an operation
         self.readers: dict[int, set[str]] = {}  # id of a parameter -> paths of the modules whose forward read it
         self.inputs_of: dict[str, set[ValueIdentity]] = {}  # of blocks and leaf modules
+        self.arguments: dict[str, list[ValueIdentity]] = {}  # of leaf modules: the very tensors, call by call
         self.outputs_of: dict[str, set[ValueIdentity]] = {}  # of leaf modules
         self.block_outputs: set[ValueIdentity] = set()
         self.streams: dict[str, Tensor] = {}  # path of a block -> what it returned
@@ -157,6 +158,7 @@ class ForwardTracer(TorchFunctionMode):
                 self._keep_alive.append(x)
                 self._receiver.setdefault(id(x), path)
                 self.inputs_of.setdefault(path, set()).add(self._identity(x))
+                self.arguments.setdefault(path, []).append((id(x), x._version))
                 self.first_dims[path] = x.shape[0] if x.ndim else 0
 
         return hook

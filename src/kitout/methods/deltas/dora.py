@@ -14,8 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from kitout.base.weights import FrozenModule, tensor_version
 from kitout.delta import Delta
 from kitout.methods.deltas.fused_affine import scale_shift
+from kitout.methods.deltas.fused_low_rank import fused_low_rank
 from kitout.methods.deltas.fusing import is_fusable
-from kitout.methods.deltas.low_rank import _LinearLowRank
 
 # |w|^2 by row of frozen weights, as long as they are there and not written to.
 _squares: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -56,7 +56,7 @@ class DoRADelta(Delta):
     def fused_linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
         if not (torch.is_grad_enabled() and self.a.requires_grad and is_fusable(x, w)) or self._drops_inputs:
             return None
-        y: Tensor = _LinearLowRank.apply(x, w, None, self.a, self.b, self.scale)
+        (y,) = fused_low_rank(x, [(w, None)], [(self.a, self.b, self.scale)])
         return scale_shift(y, self.magnitude / self._fast_norm(w), b)
 
     @property

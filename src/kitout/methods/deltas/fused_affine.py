@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kitout.methods.deltas.fused_low_rank import own_tensor
 from kitout.methods.deltas.fusing import trains_in_one_node
-from kitout.methods.deltas.low_rank import _own_tensor
 
 
 def scale_shift(y: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
@@ -82,7 +82,7 @@ class _LinearShift(torch.autograd.Function):
         ctx.save_for_backward(w)
         ctx.dtype = shift.dtype
         y = F.linear(x.reshape(-1, x.shape[-1]), w, low if b is None else b + low)
-        return _own_tensor(y, torch.Size((*x.shape[:-1], len(w))))
+        return own_tensor(y, torch.Size((*x.shape[:-1], len(w))))
 
     @staticmethod
     @once_differentiable

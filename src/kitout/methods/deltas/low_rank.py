@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from kitout import fast
 from kitout.base.weights import FrozenModule, tensor_version
 from kitout.delta import Delta, LowRankChange, PartWeight
+from kitout.methods.deltas.fused_low_rank import fused_low_rank, own_tensor
 from kitout.methods.deltas.fusing import is_fusable, is_traced
 from kitout.methods.deltas.low_rank_rows import EqualRunsLowRank, RunsLowRank, add_to_runs, are_equal_runs, find_runs
 
@@ -88,8 +89,17 @@ class LowRankDelta(Delta):
             return None
         if self.a0 is not None or self.drops_inputs or not is_fusable(x, w):
             return None
-        y: Tensor = _LinearLowRank.apply(x, w, b, self.a, self.b, self.scale)
-        return y
+        return fused_low_rank(x, [(w, b)], [(self.a, self.b, self.scale)])[0]
+
+    @classmethod
+    def fused_linears(
+        cls, deltas: Sequence[LowRankDelta], x: Tensor, linears: Sequence[tuple[Tensor, Tensor | None]]
+    ) -> list[Tensor] | None:
+        if cls is not LowRankDelta or not all(is_fusable(x, w) for w, _ in linears):
+            return None
+        if any(d.a0 is not None or d.drops_inputs or not d.a.requires_grad for d in deltas):
+            return None
+        return fused_low_rank(x, linears, [(d.a, d.b, d.scale) for d in deltas])
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         up, down = (factor.to(w.dtype) for factor in reversed(self.factors()))
@@ -180,8 +190,7 @@ class LowRankSum(Delta):
         if not (torch.is_grad_enabled() and has_trained) or self.drops_inputs or not is_fusable(x, w):
             return None
         low_a, low_b, scale = self.factors()
-        y: Tensor = _LinearLowRank.apply(x, w, b, low_a, low_b, scale)
-        return y
+        return fused_low_rank(x, [(w, b)], [(low_a, low_b, scale)])[0]
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         up, down, scale = self.factors()
@@ -273,15 +282,7 @@ def _add_up_projection(h_t: Tensor, y: Tensor, b: Tensor, scale: float, may_over
     if may_overwrite:
         y2.addmm_(h_t.t(), b.t(), alpha=scale)
         return y
-    return _own_tensor(torch.addmm(y2, h_t.t(), b.t(), alpha=scale), y.shape)
-
-
-def _own_tensor(y: Tensor, shape: torch.Size) -> Tensor:
-    """A fresh result in a shape, not as a view of it: models may write to what a projection returned, and autograd
-    lets nobody write to a view that was made inside a node. Nothing else holds the result, so the memory is shared.
-    """
-    result: Tensor = torch.ops.aten._unsafe_view(y, shape)
-    return result
+    return own_tensor(torch.addmm(y2, h_t.t(), b.t(), alpha=scale), y.shape)
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -303,29 +304,6 @@ class _AddLowRank(torch.autograd.Function):
         gh_t, ga, gb = _factor_grads(g, x, h_t, b, ctx.scale)
         gx = (gh_t.t() @ a).view(x.shape) if ctx.needs_input_grad[0] else None
         return gx, g, ga, gb, None, None
-
-
-class _LinearLowRank(torch.autograd.Function):
-    """x w^T + bias + scale * (x a^T) b^T as one node over a frozen w: no temporary of the input's size in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        low_a, low_b = a.to(x.dtype), b.to(x.dtype)
-        h_t = _project_down(x, low_a)
-        ctx.save_for_backward(x, h_t, w, low_a, low_b)
-        ctx.scale, ctx.dtype = scale, a.dtype
-        y = F.linear(x, w, bias)
-        return _own_tensor(_add_up_projection(h_t, y, low_b, scale, True), y.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, h_t, w, a, b = ctx.saved_tensors
-        gh_t, ga, gb = _factor_grads(g, x, h_t, b, ctx.scale)
-        gx = None
-        if ctx.needs_input_grad[0]:
-            gx = (g.reshape(-1, g.shape[-1]) @ w).addmm_(gh_t.t(), a).view(x.shape)
-        return gx, None, None, ga.to(ctx.dtype), gb.to(ctx.dtype), None
 
 
 def _factor_grads(g: Tensor, x: Tensor, h_t: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,7 @@ from kitout.runtime.modules.module_adapter import InputRelay, ModuleAdapter, Sit
 from kitout.runtime.modules.programs import DirectDelta, RelayInput, SwapParameters, WholeBatch
 from kitout.runtime.modules.real_positions import RealPositions, RecordRealPositions, averaging_tower, averaging_towers
 from kitout.runtime.modules.rows import PerRow, PerRowWeights, RowPlan
+from kitout.runtime.modules.shared_input import SharedInput
 from kitout.runtime.modules.stacked_weights import on_top_of
 from kitout.runtime.modules.terms import Single, Term, build_term
 from kitout.runtime.output_width import output_width
@@ -106,6 +107,7 @@ class RouteCompiler:
                 self.active,
                 self.compile_expanded,
             ).add_programs(kv_recorder)
+        self._share_inputs(programs)
         for path in layers_around(self.survey.model, programs):
             programs[path] = WithoutFastPath(programs.get(path))
         compiled.programs = [(self.hooks[path], program) for path, program in programs.items()]
@@ -139,6 +141,21 @@ class RouteCompiler:
         for path, of_module in relays.items():
             programs[path] = RelayInput(of_module, programs.get(path))
         return programs
+
+    def _share_inputs(self, programs: Mapping[str, Program]) -> None:
+        """Lets linears that are called with the same tensor compute together, where their Deltas can."""
+        for paths in self.survey.shared_inputs:
+            by_class: dict[type[Delta], list[tuple[str, DirectDelta]]] = {}
+            for path in paths:
+                program = programs.get(path)
+                if isinstance(program, DirectDelta) and program.is_fusable:
+                    by_class.setdefault(type(program.delta), []).append((path, program))
+            for members in by_class.values():
+                if len(members) > 1:
+                    modules = [self.hooks[path].module for path, _ in members]
+                    shared = SharedInput(modules, [program.delta for _, program in members])
+                    for number, (_, program) in enumerate(members):
+                        program.shared_input, program.number = shared, number
 
     def _module_adapters(self, entry: RouteEntry, path: str) -> list[ModuleAdapter]:
         return [self.adapters[name].by_module[path] for name in dict.fromkeys(adapter_names(entry))]
