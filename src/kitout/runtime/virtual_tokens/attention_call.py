@@ -186,9 +186,10 @@ def _takes_groups(real: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Non
     """torch's kernel reads grouped keys as they are. transformers repeats them where there is a mask, because other
     devices' kernels need it; on CPUs that takes as long as the attention itself.
     """
-    is_sdpa = real.__module__ == SDPA[0] and real.__name__ == SDPA[1]
-    is_grouped = mask is not None and q.shape[-2] > 1 and q.shape[1] != k.shape[1] and k.shape[-1] == v.shape[-1]
-    if not (is_sdpa and is_grouped and q.device.type == "cpu" and fast.enabled()):
+    if mask is None or q.shape[-2] == 1 or q.shape[1] == k.shape[1] or k.shape[-1] != v.shape[-1]:
+        return False
+    is_sdpa = getattr(real, "__module__", "") == SDPA[0] and getattr(real, "__name__", "") == SDPA[1]
+    if not (is_sdpa and q.device.type == "cpu" and fast.enabled()) or torch.compiler.is_compiling():
         return False
     return all(more.get(name) is None for name in ("softcap", "position_bias", "cache")) and q.dtype == v.dtype
 
