@@ -30,7 +30,7 @@ SHORT: dict[str, dict[str, object]] = {
     "many": {"rounds": 8},
     "methods_step": {"rounds": 2},
     "search": {"rounds": 1},
-    "text_trunk": {},
+    "text_trunk": {"rounds": 4},
     "train_step": {"rounds": 2},
     "training": {"rounds": 2, "short": True},
     "virtual_tokens": {"rounds": 2},

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kitout.base.weights import FrozenModule
+from kitout.base.weights import FrozenModule, tensor_version
 from kitout.delta import Delta
 from kitout.methods.deltas.fused_affine import scale_shift
 from kitout.methods.deltas.fused_low_rank import fused_low_rank
@@ -23,7 +23,7 @@ _squares: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def frozen_square(w: Tensor, dtype: torch.dtype) -> Tensor:
     """|w|^2 by row, [d_out], computed once for a weight."""
-    stamp = (w.data_ptr(), w._version, dtype)
+    stamp = (*tensor_version(w), dtype)
     kept = _squares.get(w)
     if kept is None or kept[0] != stamp:
         kept = _squares[w] = (stamp, w.to(dtype).square().sum(1))

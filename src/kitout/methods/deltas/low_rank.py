@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kitout import fast
-from kitout.base.weights import FrozenModule
+from kitout.base.weights import FrozenModule, tensor_version
 from kitout.delta import Delta, LowRankChange, PartWeight
 from kitout.methods.deltas.fused_low_rank import fused_low_rank, own_tensor
 from kitout.methods.deltas.fusing import is_fusable, is_traced
@@ -251,9 +251,8 @@ def _fill_cache(
 
 
 def _stamp(deltas: Sequence[LowRankDelta], y: Tensor) -> tuple[object, ...]:
-    """Changes when a value is replaced or written to (writing to `t.data` goes unseen, as it does in autograd)."""
-    values = [t for d in deltas for t in (d.a, d.b)]
-    return y.dtype, y.device, *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in values)
+    """Changes when a value is replaced or written to."""
+    return y.dtype, y.device, *(tensor_version(t) for d in deltas for t in (d.a, d.b))
 
 
 def _gather_factors(
