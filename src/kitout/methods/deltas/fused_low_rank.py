@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# What tells whether hooks act on saved tensors: from torch 2.8 on.
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
 Linear = tuple[Tensor, Tensor | None]  # weight [d_out, d_in], bias
 Change = tuple[Tensor, Tensor, float]  # A [r, d_in], B [d_out, r], scale
 
@@ -53,7 +56,8 @@ class _FusedLowRank(torch.autograd.Function):
             y.view(-1, len(w)).addmm_(h[:, start : start + len(up_t)], up_t, alpha=scale)
             ys.append(own_tensor(y, y.shape) if y._is_view() else y)
             start += len(up_t)
-        ctx.save_for_backward(x, h, a, *up_ts, *ws)
+        pair = _product_operands(x)
+        ctx.save_for_backward(*(pair or (x, None)), h, a, *up_ts, *ws)
         ctx.scales, ctx.dtypes = scales, [factor.dtype for factor in (*downs, *ups)]
         ctx.set_materialize_grads(False)
         return tuple(ys)
@@ -61,7 +65,8 @@ class _FusedLowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, h, a, *rest = ctx.saved_tensors
+        x, other, h, a, *rest = ctx.saved_tensors
+        x = x if other is None else x * other
         n = len(grads)
         up_ts, ws = rest[:n], rest[n:]
         needs_x, x2 = ctx.needs_input_grad[0], x.reshape(-1, x.shape[-1])
@@ -87,3 +92,17 @@ class _FusedLowRank(torch.autograd.Function):
         if gx is not None:
             gx = gx.addmm_(gh, a).view(x.shape)
         return gx, None, *[None] * (2 * n), *(ga.to(dtype) for ga, dtype in zip(gas, ctx.dtypes, strict=False)), *gbs
+
+
+def _product_operands(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The two tensors that x is the product of, where the graph keeps both anyway (a gate): then the product, of their
+    size, need not be kept as well, and is taken once more, bit for bit.
+    """
+    node: Any = x.grad_fn
+    if type(node).__name__ != "MulBackward0" or _saved_tensors_hooks is None or _saved_tensors_hooks(True) is not None:
+        return None  # behind hooks (checkpointing, offloading) nothing is kept as it is
+    try:
+        first, second = node._saved_self, node._saved_other
+    except RuntimeError:  # written to since
+        return None
+    return None if first is None or second is None or second.ndim == 0 else (first, second)
