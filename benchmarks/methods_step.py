@@ -9,7 +9,6 @@ whole logits. Images: ViT-S/16's shape with a linear head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,7 +62,9 @@ def lines(times: Times, floors: dict[str, str], dtype: str) -> Iterator[Line]:
         yield Line(label, times.ratio_text(name, floor), f"<= {limit:.2f} x", ratio <= limit, detail)
 
 
-def text_cases(dtype: str, layers: int | None = None, names: tuple[str, ...] = ()) -> tuple[dict[str, Case], dict[str, str]]:
+def text_cases(
+    dtype: str, layers: int | None = None, names: tuple[str, ...] = ()
+) -> tuple[dict[str, Case], dict[str, str]]:
     """The steps by name, and the floor of each. layers, names: fewer, to look closer."""
     rows, tokens = SHAPES[dtype]
     config = SMOL if layers is None else type(SMOL).from_dict({**SMOL.to_dict(), "num_hidden_layers": layers})
@@ -98,7 +99,9 @@ def text_cases(dtype: str, layers: int | None = None, names: tuple[str, ...] = (
     return cases, {name: "floor + prompt" if name == "prompt" else "floor" for name in methods}
 
 
-def image_cases(dtype: str, layers: int | None = None, names: tuple[str, ...] = ()) -> tuple[dict[str, Case], dict[str, str]]:
+def image_cases(
+    dtype: str, layers: int | None = None, names: tuple[str, ...] = ()
+) -> tuple[dict[str, Case], dict[str, str]]:
     """The same for images."""
     config = ViTConfig(
         hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_hidden_layers=layers or 12, num_labels=10

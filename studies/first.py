@@ -33,9 +33,9 @@ PARTS: dict[str, dict[str, Any]] = {
         "title": "Sentiment of tweets, SmolLM2-135M-Instruct (a decoder), 512 examples as instructions",
         "model": "smollm2-135m",
         "data": {
-            "train": {"path": "tweets", "format": "label", "limit": 1112, "system_prompt": INSTRUCTION},
+            "train": {"path": "tweets", "format": "label", "limit": 1030, "system_prompt": INSTRUCTION},
             "validation": 0,
-            "test": 600,
+            "test": 500,
         },
         "evaluate": {"forgetting": "quick"},
     },

@@ -29,6 +29,7 @@ from kitout.kit import Kit
 from kitout.route import RouteEntry, adapter_names
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 16, 3
+MOST_ROUNDS, SECONDS_PER_CASE = 25, 0.3  # of a comparison by which designs are refused
 Times = tuple[float | None, float | None]  # prefill, decoding
 
 
@@ -150,7 +151,10 @@ def measure_prefill(kit: Kit, routes: Mapping[str, RouteEntry]) -> dict[str, flo
         if batch is None:
             return {}
         seconds: dict[str, list[float]] = {name: [] for name in cases}
-        for _round in range(1 + ROUNDS):  # the first warms up
+        start = time.perf_counter()
+        while len(seconds[BASE]) < 1 + ROUNDS or (  # the first warms up
+            len(seconds[BASE]) < MOST_ROUNDS and time.perf_counter() - start < len(cases) * SECONDS_PER_CASE
+        ):
             for name, route in cases.items():
                 kit.use(route)
                 seconds[name].append(_seconds(kit, lambda: kit(**batch)))

@@ -65,22 +65,34 @@ def run(
         if folder.results.is_file():
             figures = show_finished(folder, log)
             return SearchResult(folder.path, None, figures["recommended_run"], figures)
-        start, look = _look(plan, folder, log)
-        length, default = Length(**start["length"]), Design.from_dict(start["default"])
-        rungs = plan_rungs(plan.candidates, plan.halving.factor, plan.halving.first)
-        population = Population(plan, length, rungs, start["max_examples"])
-        log(preflight_text(population, start))
+        population, start = prepare_population(plan, folder, log)
         if dry_run:
             return SearchResult(folder.path)
-        _first_rung(population, look, folder, log)
-        for _ in rungs[1:]:
-            _next_rung(population, folder, log)
-        finalists = [default, *population.front(but=default.name)[: plan.confirm.designs]]
+        train_rungs(population, folder, log)
+        default = Design.from_dict(start["default"])
+        front = population.front(but=default.name)[: plan.confirm.designs]
+        finalists = [population.with_limits(one) for one in (default, *front)]
         names, seeds = (", ".join(map(str, each)) for each in ([one.name for one in finalists], plan.confirm.seeds))
         log(f"\nconfirming {names} on the test split, with the seeds {seeds} ...")
-        confirmation, of_run = confirm(plan, length, finalists, folder.confirmation, population.metric, log)
+        confirmation, of_run = confirm(plan, population.length, finalists, folder.confirmation, population.metric, log)
         figures = write_outputs(population, finalists, confirmation, of_run, folder, log)
         return SearchResult(folder.path, confirmation, figures["recommended_run"], figures)
+
+
+def prepare_population(plan: SearchPlan, folder: SearchFolder, log: LogFn) -> tuple[Population, dict[str, Any]]:
+    """A population without a candidate, and what the first look at the run has found; both are shown."""
+    start, look = _look(plan, folder, log)
+    rungs = plan_rungs(plan.candidates, plan.halving.factor, plan.halving.first)
+    population = Population(plan, Length(**start["length"]), rungs, start["max_examples"], look)
+    log(preflight_text(population, start))
+    return population, start
+
+
+def train_rungs(population: Population, folder: SearchFolder, log: LogFn) -> None:
+    """Proposes, trains, measures and decides, rung by rung."""
+    _first_rung(population, folder, log)
+    for _ in population.rungs[1:]:
+        _next_rung(population, folder, log)
 
 
 def _look(plan: SearchPlan, folder: SearchFolder, log: LogFn) -> tuple[dict[str, Any], Look | None]:
@@ -98,22 +110,12 @@ def _look(plan: SearchPlan, folder: SearchFolder, log: LogFn) -> tuple[dict[str,
     return start, look
 
 
-def _first_rung(population: Population, look: Look | None, folder: SearchFolder, log: LogFn) -> None:
+def _first_rung(population: Population, folder: SearchFolder, log: LogFn) -> None:
     """Proposes each generation, knowing what the one before has shown, and trains it for the first rung."""
     plan, length, rungs = population.plan, population.length, population.rungs
     results: list[RungResult] = []
     for number, size in enumerate(generation_sizes(plan)):
-        kept = folder.read(f"proposals-{number}")
-        if kept is None:
-            look = look or look_at(plan, length, log)
-            earlier = list(population.designs.values())
-            generation = propose_generation(plan, look, number, size, earlier, population.shown(results), log)
-            folder.write(f"proposals-{number}", generation.to_dict())
-        else:
-            generation = Generation.from_dict(kept)
-        if look is not None:
-            look.prepared.kit.detach()
-        look = None  # its base is not kept beside the rung's
+        generation = _propose(population, folder, number, size, results, log)
         population.generations.append(generation)
         population.designs |= {one.name: one for one in generation.designs}
         if not generation.designs:
@@ -129,6 +131,24 @@ def _first_rung(population: Population, look: Look | None, folder: SearchFolder,
         population.add(result, place)
         results.append(result)
     _decide(population, results, log)
+
+
+def _propose(
+    population: Population, folder: SearchFolder, number: int, size: int, results: Sequence[RungResult], log: LogFn
+) -> Generation:
+    """Designs, or those that were proposed at an earlier start. The look's base is not kept beside a rung's."""
+    kept = folder.read(f"proposals-{number}")
+    if kept is not None:
+        population.look = None
+        return Generation.from_dict(kept)
+    look = population.look or look_at(population.plan, population.length, log)
+    earlier = list(population.designs.values())
+    shown = population.shown(results)
+    generation = propose_generation(population.plan, look, number, size, earlier, shown, log)
+    folder.write(f"proposals-{number}", generation.to_dict())
+    look.prepared.kit.detach()
+    population.look = None
+    return generation
 
 
 def _next_rung(population: Population, folder: SearchFolder, log: LogFn) -> None:

@@ -6,13 +6,14 @@ It knows designs, costs and what rungs have measured; it trains and measures not
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kitout.search.plan.rungs import Rung, rung_steps
 from kitout.search.plan.schema import SearchPlan
 from kitout.search.population.design import Design
 from kitout.search.population.generation import Generation
+from kitout.search.population.look import Look
 from kitout.search.population.rung import Length, RungResult
 from kitout.search.population.survivors import Decision, Standing, decide, pareto_fronts, rank
 
@@ -29,6 +30,8 @@ class Population:
     """As they are planned."""
     max_examples: int
     """That all candidates together may be trained on."""
+    look: Look | None = None
+    """At the run, where designs are still to be proposed."""
     designs: dict[str, Design] = field(default_factory=dict)
     """By name."""
     latency: dict[str, float] = field(default_factory=dict)
@@ -119,6 +122,13 @@ class Population:
                 of_point.setdefault(points[one.name], one.name)
         names = [name for point, name in sorted(of_point.items()) if name != but]
         return [self.designs[name] for name in names]
+
+    def with_limits(self, design: Design) -> Design:
+        """Marked where its forward takes longer than the budget allows; what else it costs was counted before."""
+        most, found = self.plan.budget.max_latency, self.latency.get(design.name)
+        if most is None or found is None or found <= most or design.over_budget:
+            return design
+        return replace(design, over_budget=f"{found:.2f} x the frozen model's forward of {most:g}")
 
     def num_examples(self) -> int:
         """Trained on so far, of all candidates together."""
