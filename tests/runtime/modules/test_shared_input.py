@@ -228,3 +228,36 @@ def test_a_forward_that_failed_leaves_nothing_for_the_next(tiny_llama: nn.Module
     compare(copied, "a")
     compare(kit, "a")
     assert not any(s.ready or s.x is not None for s in shared)
+
+
+def test_a_product_whose_operands_are_kept_is_not_kept_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    linears = [(torch.randn(8, 6), None)]
+    changes = [(torch.randn(2, 6, requires_grad=True), torch.randn(8, 2, requires_grad=True), 0.5)]
+    gate, up, gain = (torch.randn(3, 6, requires_grad=grad) for grad in (True, True, False))
+    inputs = [gate, up, *changes[0][:2]]
+
+    def saved(x: Tensor) -> tuple[set[int], list[Tensor]]:
+        (y,) = fused_low_rank.fused_low_rank(x, linears, changes)
+        kept = {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None}  # type: ignore[union-attr]
+        return kept, list(torch.autograd.grad(y.sin().sum(), inputs, allow_unused=True, materialize_grads=True))
+
+    makers = {  # whether x itself is kept
+        lambda: gate.sin() * up.cos(): False,
+        lambda: gate.sin().mul_(up): False,
+        lambda: gain * gate: True,
+        lambda: 2.0 * gate: True,
+    }
+    for make, is_kept in makers.items():
+        x = make()
+        kept, grads = saved(x)
+        assert (x.data_ptr() in kept) is is_kept
+        with monkeypatch.context() as patch:
+            patch.setattr(fused_low_rank, "_saved_tensors_hooks", None)
+            x = make()
+            kept, expected = saved(x)
+            assert x.data_ptr() in kept
+        assert all(map(torch.equal, grads, expected))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        x = gate * up
+        assert x.data_ptr() in saved(x)[0]
