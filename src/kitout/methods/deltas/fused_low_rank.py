@@ -47,13 +47,13 @@ class _FusedLowRank(torch.autograd.Function):
         ws, biases, downs, ups = (tensors[i * n : (i + 1) * n] for i in range(4))
         x2 = x.reshape(-1, x.shape[-1])
         a = (downs[0] if n == 1 else torch.cat(downs)).to(x.dtype)
-        # Contiguous as [r, d_out]: of the layouts the only one that both products with it run fast in.
-        up_ts = [torch.empty(b.shape[::-1], dtype=x.dtype, device=x.device).copy_(b.t()) for b in ups]
+        # scale B^T, contiguous as [r, d_out]: of the layouts the only one that both products with it run fast in.
+        up_ts = [_scaled_transpose(b, scale, x.dtype) for b, scale in zip(ups, scales, strict=True)]
         h = x2 @ a.t()
         ys, start = [], 0
-        for w, bias, up_t, scale in zip(ws, biases, up_ts, scales, strict=True):
+        for w, bias, up_t in zip(ws, biases, up_ts, strict=True):
             y = F.linear(x, w, bias)
-            y.view(-1, len(w)).addmm_(h[:, start : start + len(up_t)], up_t, alpha=scale)
+            y.view(-1, len(w)).addmm_(h[:, start : start + len(up_t)], up_t)
             ys.append(own_tensor(y, y.shape) if y._is_view() else y)
             start += len(up_t)
         pair = _product_operands(x)
@@ -82,9 +82,8 @@ class _FusedLowRank(torch.autograd.Function):
                 gbs.append(None)
                 continue
             g2 = g.reshape(-1, g.shape[-1])
-            ghs.append((g2 @ up_t.t()).mul_(scale))
-            gb = torch.empty(up_t.shape[::-1], dtype=dtype, device=x.device)
-            gbs.append(torch.mul((own_h.t() @ g2).t(), scale, out=gb))
+            ghs.append(g2 @ up_t.t())
+            gbs.append(_scaled_transpose(own_h.t() @ g2, scale, dtype))
             if needs_x:
                 gx = g2 @ w if gx is None else gx.addmm_(g2, w)
         gh = ghs[0] if n == 1 else torch.cat(ghs, 1)
@@ -92,6 +91,11 @@ class _FusedLowRank(torch.autograd.Function):
         if gx is not None:
             gx = gx.addmm_(gh, a).view(x.shape)
         return gx, None, *[None] * (2 * n), *(ga.to(dtype) for ga, dtype in zip(gas, ctx.dtypes, strict=False)), *gbs
+
+
+def _scaled_transpose(t: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale * t^T, contiguous: no gradient in another layout, which autograd would copy."""
+    return torch.mul(t.t(), scale, out=torch.empty(t.shape[::-1], dtype=dtype, device=t.device))
 
 
 def _product_operands(x: Tensor) -> tuple[Tensor, Tensor] | None:
