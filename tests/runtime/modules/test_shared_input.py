@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import kitout
@@ -137,6 +139,25 @@ def test_checkpointing_and_autocast(how: str, tiny_llama: Any) -> None:
     tiny_llama.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
     tiny_llama.enable_input_require_grads()
     compare(build(tiny_llama), "a")
+
+
+def test_distributed_data_parallel(tiny_llama: nn.Module, tmp_path: Path, nodes: list[int]) -> None:
+    kit = build(tiny_llama)
+    kit.use("a")
+    for name in kit.names:
+        kit[name].requires_grad_(name == "a")
+    (_, *expected), number = step(kit, "a"), len(nodes)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(kit)
+        for _ in range(2):
+            parallel(input_ids=IDS).logits.square().mean().backward()
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in kit.parameters()]
+            parallel.zero_grad()
+    finally:
+        dist.destroy_process_group()
+    assert len(nodes) == 3 * number
+    assert all(map(torch.equal, gradients, expected))
 
 
 @pytest.mark.parametrize("name", ["bert", "t5", "gpt2"])
