@@ -13,6 +13,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,10 +120,12 @@ def interleaved(
     return times
 
 
-def smollm2(dtype: torch.dtype) -> LlamaForCausalLM:
-    """SmolLM2-135M in shape, with random values: speed does not read them."""
+def smollm2(dtype: torch.dtype, blocks: int = SMOL.num_hidden_layers) -> LlamaForCausalLM:
+    """SmolLM2-135M in shape, with random values: speed does not read them. blocks: fewer, with less vocabulary."""
     torch.manual_seed(0)
-    model: LlamaForCausalLM = AutoModelForCausalLM.from_config(SMOL).to(dtype)
+    config = deepcopy(SMOL)
+    config.num_hidden_layers, config.vocab_size = blocks, SMOL.vocab_size * blocks // SMOL.num_hidden_layers
+    model: LlamaForCausalLM = AutoModelForCausalLM.from_config(config).to(dtype)
     return model
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import kitout
@@ -139,6 +141,25 @@ def test_checkpointing_and_autocast(how: str, tiny_llama: Any) -> None:
     compare(build(tiny_llama), "a")
 
 
+def test_distributed_data_parallel(tiny_llama: nn.Module, tmp_path: Path, nodes: list[int]) -> None:
+    kit = build(tiny_llama)
+    kit.use("a")
+    for name in kit.names:
+        kit[name].requires_grad_(name == "a")
+    (_, *expected), number = step(kit, "a"), len(nodes)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(kit)
+        for _ in range(2):
+            parallel(input_ids=IDS).logits.square().mean().backward()
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in kit.parameters()]
+            parallel.zero_grad()
+    finally:
+        dist.destroy_process_group()
+    assert len(nodes) == 3 * number
+    assert all(map(torch.equal, gradients, expected))
+
+
 @pytest.mark.parametrize("name", ["bert", "t5", "gpt2"])
 def test_other_models(name: str) -> None:
     model = ZOO[name].build()
@@ -228,3 +249,36 @@ def test_a_forward_that_failed_leaves_nothing_for_the_next(tiny_llama: nn.Module
     compare(copied, "a")
     compare(kit, "a")
     assert not any(s.ready or s.x is not None for s in shared)
+
+
+def test_a_product_whose_operands_are_kept_is_not_kept_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    linears = [(torch.randn(8, 6), None)]
+    changes = [(torch.randn(2, 6, requires_grad=True), torch.randn(8, 2, requires_grad=True), 0.5)]
+    gate, up, gain = (torch.randn(3, 6, requires_grad=grad) for grad in (True, True, False))
+    inputs = [gate, up, *changes[0][:2]]
+
+    def saved(x: Tensor) -> tuple[set[int], list[Tensor]]:
+        (y,) = fused_low_rank.fused_low_rank(x, linears, changes)
+        kept = {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None}  # type: ignore[union-attr]
+        return kept, list(torch.autograd.grad(y.sin().sum(), inputs, allow_unused=True, materialize_grads=True))
+
+    makers = {  # whether x itself is kept
+        lambda: gate.sin() * up.cos(): False,
+        lambda: gate.sin().mul_(up): False,
+        lambda: gain * gate: True,
+        lambda: 2.0 * gate: True,
+    }
+    for make, is_kept in makers.items():
+        x = make()
+        kept, grads = saved(x)
+        assert (x.data_ptr() in kept) is is_kept
+        with monkeypatch.context() as patch:
+            patch.setattr(fused_low_rank, "_saved_tensors_hooks", None)
+            x = make()
+            kept, expected = saved(x)
+            assert x.data_ptr() in kept
+        assert all(map(torch.equal, grads, expected))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        x = gate * up
+        assert x.data_ptr() in saved(x)[0]

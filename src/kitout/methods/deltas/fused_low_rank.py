@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# What tells whether hooks act on saved tensors: from torch 2.8 on.
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
 Linear = tuple[Tensor, Tensor | None]  # weight [d_out, d_in], bias
 Change = tuple[Tensor, Tensor, float]  # A [r, d_in], B [d_out, r], scale
 
@@ -44,16 +47,17 @@ class _FusedLowRank(torch.autograd.Function):
         ws, biases, downs, ups = (tensors[i * n : (i + 1) * n] for i in range(4))
         x2 = x.reshape(-1, x.shape[-1])
         a = (downs[0] if n == 1 else torch.cat(downs)).to(x.dtype)
-        # Contiguous as [r, d_out]: of the layouts the only one that both products with it run fast in.
-        up_ts = [torch.empty(b.shape[::-1], dtype=x.dtype, device=x.device).copy_(b.t()) for b in ups]
+        # scale B^T, contiguous as [r, d_out]: of the layouts the only one that both products with it run fast in.
+        up_ts = [_scaled_transpose(b, scale, x.dtype) for b, scale in zip(ups, scales, strict=True)]
         h = x2 @ a.t()
         ys, start = [], 0
-        for w, bias, up_t, scale in zip(ws, biases, up_ts, scales, strict=True):
+        for w, bias, up_t in zip(ws, biases, up_ts, strict=True):
             y = F.linear(x, w, bias)
-            y.view(-1, len(w)).addmm_(h[:, start : start + len(up_t)], up_t, alpha=scale)
+            y.view(-1, len(w)).addmm_(h[:, start : start + len(up_t)], up_t)
             ys.append(own_tensor(y, y.shape) if y._is_view() else y)
             start += len(up_t)
-        ctx.save_for_backward(x, h, a, *up_ts, *ws)
+        pair = _product_operands(x)
+        ctx.save_for_backward(*(pair or (x, None)), h, a, *up_ts, *ws)
         ctx.scales, ctx.dtypes = scales, [factor.dtype for factor in (*downs, *ups)]
         ctx.set_materialize_grads(False)
         return tuple(ys)
@@ -61,7 +65,8 @@ class _FusedLowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, h, a, *rest = ctx.saved_tensors
+        x, other, h, a, *rest = ctx.saved_tensors
+        x = x if other is None else x * other
         n = len(grads)
         up_ts, ws = rest[:n], rest[n:]
         needs_x, x2 = ctx.needs_input_grad[0], x.reshape(-1, x.shape[-1])
@@ -77,9 +82,8 @@ class _FusedLowRank(torch.autograd.Function):
                 gbs.append(None)
                 continue
             g2 = g.reshape(-1, g.shape[-1])
-            ghs.append((g2 @ up_t.t()).mul_(scale))
-            gb = torch.empty(up_t.shape[::-1], dtype=dtype, device=x.device)
-            gbs.append(torch.mul((own_h.t() @ g2).t(), scale, out=gb))
+            ghs.append(g2 @ up_t.t())
+            gbs.append(_scaled_transpose(own_h.t() @ g2, scale, dtype))
             if needs_x:
                 gx = g2 @ w if gx is None else gx.addmm_(g2, w)
         gh = ghs[0] if n == 1 else torch.cat(ghs, 1)
@@ -87,3 +91,22 @@ class _FusedLowRank(torch.autograd.Function):
         if gx is not None:
             gx = gx.addmm_(gh, a).view(x.shape)
         return gx, None, *[None] * (2 * n), *(ga.to(dtype) for ga, dtype in zip(gas, ctx.dtypes, strict=False)), *gbs
+
+
+def _scaled_transpose(t: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale * t^T, contiguous: no gradient in another layout, which autograd would copy."""
+    return torch.mul(t.t(), scale, out=torch.empty(t.shape[::-1], dtype=dtype, device=t.device))
+
+
+def _product_operands(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The two tensors that x is the product of, where the graph keeps both anyway (a gate): then the product, of their
+    size, need not be kept as well, and is taken once more, bit for bit.
+    """
+    node: Any = x.grad_fn
+    if type(node).__name__ != "MulBackward0" or _saved_tensors_hooks is None or _saved_tensors_hooks(True) is not None:
+        return None  # behind hooks (checkpointing, offloading) nothing is kept as it is
+    try:
+        first, second = node._saved_self, node._saved_other
+    except RuntimeError:  # written to since
+        return None
+    return None if first is None or second is None or second.ndim == 0 else (first, second)
