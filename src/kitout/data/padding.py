@@ -27,6 +27,11 @@ def widened(lengths: Sequence[int]) -> Iterator[None]:
         _lengths.reset(token)
 
 
+def is_widened() -> bool:
+    """Whether the lengths of rows were chosen."""
+    return bool(_lengths.get())
+
+
 def pad(
     rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"], device: torch.device
 ) -> tuple[Tensor, Tensor]:

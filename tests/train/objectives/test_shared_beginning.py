@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import kitout
 from kitout import IA3, Houlsby, Kit, LoRA, PrefixTuning, fast
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
+from kitout.data.padding import widened
+from kitout.runtime.graphs.compile_blocks import remove_graphs
 from kitout.train.loop.base_mode import training_mode
 from kitout.train.objectives.causal_lm import CausalLM
 from kitout.train.objectives.shared_beginning import BatchWithBeginning, SharedBeginning, shared_of
@@ -85,6 +88,12 @@ def test_rows_that_run_whole() -> None:
     assert SharedBeginning.of([replace(row, labels=(IGNORE_INDEX,) * row.length) for row in items], CPU) is None
     with training_mode(kit, ["a"], activation_checkpointing=True):
         assert not is_shared(objective, items)
+    with widened((32,)):  # train.pad_to
+        assert not is_shared(objective, items)
+    kitout.compile(kit)
+    assert not is_shared(objective, items)
+    remove_graphs(kit.state)
+    assert is_shared(objective, items)
     add(kit, "b", METHODS["IA3"])
     with kit.use(("a", "a", "b", "b")):
         assert not is_shared(objective, items)

@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kitout import fast
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
-from kitout.data.padding import pad
+from kitout.data.padding import is_widened, pad
 from kitout.evaluate.ask.text_limit import has_virtual_tokens
 from kitout.kit import Kit
 from kitout.train.objectives.answer_rows import collate_rows
@@ -56,9 +56,10 @@ class SharedBeginning:
     def of(cls, rows: Sequence[EncodedExample], device: torch.device) -> SharedBeginning | None:
         """What all begin with in front of their first target, once; None where that saves too little.
 
-        What stands behind a row's last target is left out: nothing that is trained on sees it.
+        What stands behind a row's last target is left out: nothing that is trained on sees it. Rows whose lengths were
+        chosen (`widened`) stay whole.
         """
-        if not fast.enabled() or len(rows) < 2:
+        if not fast.enabled() or len(rows) < 2 or is_widened():
             return None
         targets = [[t for t, label in enumerate(row.labels) if t and label != IGNORE_INDEX] for row in rows]
         if not all(targets):
@@ -163,7 +164,7 @@ def shared_of(kit: Kit, batch: Batch) -> SharedBeginning | None:
     """
     if not isinstance(batch, BatchWithBeginning) or batch.shared is None:
         return None
-    if isinstance(kit.active, tuple) or is_within_trunk():
+    if isinstance(kit.active, tuple) or kit.state.graphs is not None or is_within_trunk():
         return None
     blocks = (module for module in kit.base.modules() if isinstance(module, GradientCheckpointingLayer))
     return None if any(block.gradient_checkpointing for block in blocks) else batch.shared
