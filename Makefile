@@ -18,7 +18,7 @@ PIP   := $(PY) -m pip --disable-pip-version-check --no-input
 STAMP := $(VENV)/.kitout-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow package demo demo-vision demo-align bench lint format types clean
+.PHONY: help setup test test-plain test-slow package demo demo-vision demo-align bench lint format types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,10 @@ $(STAMP): pyproject.toml constraints.txt
 test: lint types  ## set up, lint, type-check and run the tests
 	$(PY) -m pytest -n 2 -q $(ARGS)
 
+# 20 s: one model and the method with most fast paths, through every law, and the test of the switch itself.
+test-plain: $(STAMP)  ## some of the laws with every fast path off
+	KITOUT_FAST=off $(PY) -m pytest -n 2 -q tests/test_fast.py tests/laws -k 'test_fast or [llama-lora] or llama-lora-' $(ARGS)
+
 test-slow: $(STAMP)  ## the tests marked slow or assets (downloads models and data once)
 	$(PY) -m pytest -n 2 -q -m 'slow or assets' $(ARGS)
 
@@ -60,7 +64,7 @@ demo-align: $(STAMP)  ## teach a language model sums by rewards, and preferences
 	$(PIP) install -q -c constraints.txt -e '.[align]'
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/kitout demo align $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
-bench: $(STAMP)  ## install the peers and print ratios against them
+bench: $(STAMP)  ## install the peers, print ratios against them, fail where one is worse than its bound; ARGS=--full for hours
 	$(PIP) install -q -c constraints.txt -e '.[bench]'
 	$(PY) benchmarks/run.py $(ARGS)
 

@@ -50,9 +50,9 @@ def run(sites: int | None = None) -> list[Line]:
             with torch.no_grad():
                 for delta in adapter.deltas.values():
                     delta.get_parameter("b").normal_()
-        start = time.perf_counter()
+        start = time.process_time()  # of one thread
         fused = kitout.combine(kit, "sum", {f"a{i}": 1.0 for i in range(ADAPTERS)}, to=LoRA(rank=RANK))
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         detail = f"{len(kit['sum'].sites)} sites, residual {fused.residual.total:.3f}"
         if os.environ.get("DENSE"):
             matrix = torch.randn(WIDTH, WIDTH)
@@ -64,4 +64,4 @@ def run(sites: int | None = None) -> list[Line]:
     whole = seconds * ALL_SITES / sites
     measured = f"{seconds:.1f} s" if sites == ALL_SITES else f"{seconds:.2f} s for {sites}, {whole:.1f} s for 64"
     metric = "8 LoRAs r 16 at 64 sites of 4096 x 4096, summed and cut to r 16, one core"
-    return [Line(metric, measured, f"<= {TARGET_S:.0f} s", whole <= TARGET_S, detail)]
+    return [Line(metric, measured, f"<= {TARGET_S:.0f} s", whole <= TARGET_S, detail, value=whole)]

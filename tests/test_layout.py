@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("assess", "interop", "predict"),
     ("train",),
     ("evaluate",),
-    ("fuse",),
+    ("fuse", "trunk"),
     ("model_check", "peft_folders", "signals"),
     ("kit",),
     ("files",),
@@ -43,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("method",),
     ("delta",),
     ("data", "assets", "base", "route"),
-    ("errors", "format", "install_hint", "version"),
+    ("errors", "fast", "format", "install_hint", "version"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that use kitout as its users do, through the public names.
@@ -53,6 +53,7 @@ USERS = ("cli", "demo")
 # Besides these it may use other modules of its folder that register no method: Deltas that methods share.
 MODULES_FOR_METHODS = {
     "kitout.errors",
+    "kitout.fast",
     "kitout.delta",
     "kitout.method",
     "kitout.base.find.parameters",

@@ -6,7 +6,7 @@ of names, batches, other adapters or files; this module knows no method and no m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -70,6 +70,16 @@ class Delta(nn.Module):
         return None
 
     @classmethod
+    def fused_linears(
+        cls, deltas: Sequence[Any], x: Tensor, linears: Sequence[tuple[Tensor, Tensor | None]]
+    ) -> list[Tensor] | None:
+        """The same of several frozen linears (weight, bias) that all read x, each with a delta of this class.
+
+        Optional, for training. None where `fused_linear` of each is as good.
+        """
+        return None
+
+    @classmethod
     def join(cls, addends: Sequence[tuple[Any, PartWeight]]) -> Delta | None:
         """y + sum_i w_i (delta_i(x, y) - y) as one Delta: several of this class, all at one site, with their weights.
 
@@ -88,6 +98,10 @@ class Delta(nn.Module):
         Keys are as the attention call takes them: no rotation, projection or norm comes after.
         """
         raise NotImplementedError
+
+    def key_value_sources(self) -> Iterable[Tensor]:
+        """Port "kv": the tensors that `key_values` depends on."""
+        return self.parameters()
 
     def combine(self, x: Tensor, y: Tensor, values: Sequence[Tensor], real: Tensor | None = None) -> Tensor:
         """Port "parts": what the module gives, [..., d_out], of what it gives as each part leaves it.

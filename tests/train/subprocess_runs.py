@@ -63,7 +63,8 @@ def train_out_of_memory() -> float:
 def train_until_killed(config: dict[str, Any], at_operation: int, after_seconds: float = 0.0) -> int:
     """A whole run that is killed before its n-th operation on a file of its folder, or after so many seconds.
 
-    The number of operations where it is killed by neither (0). A config of stages is `kitout.align`'s.
+    The number of operations where it is killed by neither (0). A config of stages is `kitout.align`'s, one with a space
+    `kitout.search`'s.
     """
     import signal
     import sys
@@ -71,7 +72,7 @@ def train_until_killed(config: dict[str, Any], at_operation: int, after_seconds:
 
     import kitout
 
-    folder, count = str(config["output"]["folder"]), 0
+    folder, count = str(config["out"] if "space" in config else config["output"]["folder"]), 0
 
     def kill() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -91,9 +92,17 @@ def train_until_killed(config: dict[str, Any], at_operation: int, after_seconds:
         timer = threading.Timer(after_seconds, kill)
         timer.daemon = True
         timer.start()
-    start = kitout.align if "stages" in config else kitout.train
+    start: Any = kitout.search.run if "space" in config else kitout.align if "stages" in config else kitout.train
     start(config, log=lambda _: None)
     return count
+
+
+def train_with_trunk_until_killed(config: dict[str, Any], at_operation: int, after_seconds: float = 0.0) -> int:
+    """The same of a run that keeps its frozen trunk in the file alone, whatever a clock says of it."""
+    from kitout.train.trunk import choose
+
+    choose.MAX_RATIO, choose.MEMORY_SHARE = float("inf"), 0.0
+    return train_until_killed(config, at_operation, after_seconds)
 
 
 class SleepAfterStep(TrainerCallback):
@@ -126,9 +135,9 @@ def text_jobs(kit: Kit) -> list[Job]:
 
 def image_jobs(kit: Kit) -> list[Job]:
     """Two jobs over images: one has dropout, the other caches features; a BatchNorm head each."""
-    from kitout.train.loop.frozen_trunk import keep_features
     from kitout.train.objectives.image_classification import ImageClassification
     from kitout.train.setup.heads import build_heads, copy_heads
+    from kitout.train.trunk.image_features import keep_features
     from tiny_vision import CLASSES, images, pixels
 
     dataset = images(4)

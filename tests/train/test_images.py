@@ -13,10 +13,10 @@ import kitout
 from kitout.errors import ConfigError
 from kitout.train.config.load import load
 from kitout.train.config.schema import RunConfig
-from kitout.train.loop import frozen_trunk
 from kitout.train.metrics_log import read_metrics
 from kitout.train.objectives.image_classification import ImageClassification
 from kitout.train.setup.prepare import prepare
+from kitout.train.trunk import image_features
 from tiny_images import folder as pictures
 from tiny_vision import folder as model_folder
 
@@ -103,19 +103,17 @@ def test_each_image_passes_the_trunk_once_for_all_jobs_with_that_cut(model: Path
     jobs = [{"name": "a", "method": PROBE}, {"name": "b", "method": PROBE, "train": {"lr": 1e-3, "seed": 5}}]
     ready = prepared(model, data, tmp_path, jobs=jobs, train={"trunk": "auto"})
     assert ready.datasets[0] is ready.datasets[1]  # read once
-    assert frozen_trunk.keep_features(ready.kit, ready.jobs) == (dict.fromkeys("ab", "classifier"), [])
+    assert image_features.keep_features(ready.kit, ready.jobs) == (dict.fromkeys("ab", "classifier"), [])
     counter = ImageCounter(ready.kit)
     steps(ready.kit, ready.jobs)
     assert counter.rows == len({i for job in ready.jobs for step in job.batches for i in step})
     assert [len(job.batches) * 8 for job in ready.jobs] == [96, 96]
 
 
-def test_no_trunk_is_cached_where_it_cannot_be(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_trunk_is_cached_where_it_cannot_be(model: Path, data: Path, tmp_path: Path) -> None:
     def is_cached(**more: Any) -> tuple[bool, list[str]]:
         ready = prepared(model, data, tmp_path, **more)
-        cuts, notes = frozen_trunk.keep_features(ready.kit, ready.jobs)
+        cuts, notes = image_features.keep_features(ready.kit, ready.jobs)
         (objective,) = [job.objective for job in ready.jobs]
         assert isinstance(objective, ImageClassification)
         assert (objective.cached_logits_fn is not None) == bool(cuts)
@@ -125,8 +123,7 @@ def test_no_trunk_is_cached_where_it_cannot_be(
     assert is_cached(method=PROBE) == (False, [])  # unless it is requested
     assert is_cached(method="FullFineTuning", train={"trunk": "auto", "lr": 1e-4}) == (False, [])
     assert is_cached(method=PROBE, train={"trunk": "auto"}, data={"augment": {"rotate": 5}}) == (False, [])
-    monkeypatch.setattr(frozen_trunk, "MAX_FEATURE_BYTES", 100)
-    cached, notes = is_cached(method=PROBE, train={"trunk": "auto"})
+    cached, notes = is_cached(method=PROBE, train={"trunk": "auto", "trunk_bytes": 100})
     assert not cached
     assert "too much memory" in notes[0]
 
@@ -163,7 +160,6 @@ def test_a_batchnorm_head_updates_its_statistics_in_training_steps_only(
     [
         ({"objective": "classification", "data": {"augment": {"rotate": 5}}}, "data.augment is for images"),
         ({"objective": "causal_lm", "train": {"head": "batchnorm"}}, "train.head is for images"),
-        ({"objective": "causal_lm", "train": {"trunk": "auto"}}, "train.trunk is for images"),
         ({"train": {"head": "batchnorm", "batch_size": 1}}, "no variance over one image"),
         ({"train": {"head": "batchnorm", "micro_batch_size": 4}}, "over a whole batch"),
         ({"data": {"augment": {"min_crop": 0}}}, "min_crop"),

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kitout import fast
 from kitout.align.scalar_head import head_path, head_width, how_to_add, last_tokens
 from kitout.base.eval_mode import eval_mode
 from kitout.errors import ConfigError, RouteError, suggest
@@ -64,7 +65,7 @@ def roles(
     path = head_path(kit)
     _check_wanted(kit, wanted, how)
     rows = _Rows.of(batch)
-    is_joint = how == "joint" or (how == "auto" and rows.num_tokens <= JOINT_TOKENS)
+    is_joint = how == "joint" or (how == "auto" and fast.enabled() and rows.num_tokens <= JOINT_TOKENS)
     with eval_mode(kit.base, kit), kit.state.active.lock:
         if is_joint and len(wanted) > 1:
             try:

@@ -29,6 +29,7 @@ from kitout.kit import Kit
 from kitout.route import RouteEntry, adapter_names
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 16, 3
+MOST_ROUNDS, SECONDS_PER_CASE = 25, 0.3  # of a comparison by which designs are refused
 Times = tuple[float | None, float | None]  # prefill, decoding
 
 
@@ -137,6 +138,29 @@ def measure_cost(
             training=_training(own) if own else None,
         )
     return costs
+
+
+def measure_prefill(kit: Kit, routes: Mapping[str, RouteEntry]) -> dict[str, float]:
+    """How long a forward takes under each route, as a multiple of the base's: the best of interleaved rounds.
+
+    Empty where it is not known what the model reads.
+    """
+    cases: dict[str, RouteEntry] = {BASE: None, **routes}
+    with eval_mode(kit.base, kit), torch.no_grad():
+        batch, _ = _batch(kit, list(cases.values()))
+        if batch is None:
+            return {}
+        seconds: dict[str, list[float]] = {name: [] for name in cases}
+        start = time.perf_counter()
+        while len(seconds[BASE]) < 1 + ROUNDS or (  # the first warms up
+            len(seconds[BASE]) < MOST_ROUNDS and time.perf_counter() - start < len(cases) * SECONDS_PER_CASE
+        ):
+            for name, route in cases.items():
+                kit.use(route)
+                seconds[name].append(_seconds(kit, lambda: kit(**batch)))
+        kit.use(None)
+    best = {name: min(times[1:]) for name, times in seconds.items()}
+    return {name: best[name] / best[BASE] for name in routes}
 
 
 def _training(folders: Sequence[Path | None]) -> TrainingCost:

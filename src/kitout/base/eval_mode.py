@@ -34,12 +34,14 @@ def eval_mode(*models: nn.Module, grad: bool = False, freeze: bool = False) -> I
                 for model in models:
                     model.eval()
             if freeze:
-                for model in models:
-                    model.requires_grad_(False)
+                for parameter, value in requires_grad:
+                    if value:  # one by one where it changes something: walks over a large model take long
+                        parameter.requires_grad_(False)
             yield
         finally:
             for module, mode in modes:
                 if module.training is not mode:
                     module.training = mode
             for parameter, value in requires_grad:
-                parameter.requires_grad_(value)
+                if parameter.requires_grad is not value:
+                    parameter.requires_grad_(value)

@@ -94,6 +94,8 @@ class Survey:
     """Seen by the probe: names of parameters that no operation read."""
     non_trainable: frozenset[str] = frozenset()
     """Names of the few parameters that the model itself never trains (sinusoidal tables)."""
+    shared_inputs: tuple[tuple[str, ...], ...] = ()
+    """Seen by the probe: paths of linears in one module that are called with the same tensor, in that order."""
     execution_order: tuple[str, ...] = ()
     """Seen by the probe: paths of modules in the order of their first run."""
     kv_sites: tuple[Site, ...] = ()

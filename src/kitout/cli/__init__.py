@@ -39,11 +39,14 @@ VERBS = {
     "predict": "Predict with an adapter: columns are added to a table, a text gets a line.",
     "probe-sites": "Show which linear sites matter for a run, from one pass over its data: gradients, inputs, ranks. "
     "Trains nothing.",
+    "search": "Search where adapters go, which and how large, under a budget: many designs in shared batches, the best "
+    "confirmed.",
     "train": "Train an adapter on your data, evaluate it against the base, write a report.",
 }  # fmt: skip
 
 FOLDERS = {
     "advise": "search.", "combine": "fusion.", "convert": "fusion.", "extract": "fusion.", "probe-sites": "search.",
+    "search": "search.",
 }  # fmt: skip
 """Verb -> the folder of its file, where it is not cli/ itself."""
 

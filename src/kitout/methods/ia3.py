@@ -17,6 +17,8 @@ from kitout.base.select import select
 from kitout.base.site import Site
 from kitout.delta import Delta
 from kitout.method import Method, TrainingDefaults, register
+from kitout.methods.deltas.fused_affine import linear_scale_shift, scale_shift
+from kitout.methods.deltas.fusing import is_fusable
 
 PRESETS = {"paper": "attn.k attn.v in:mlp.down", "qkv": "attn.q attn.k attn.v"}
 
@@ -31,7 +33,12 @@ class ScaleDelta(Delta):
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, y: Tensor, frozen: Any = None) -> Tensor:
-        return y * self.scale.to(y.dtype)
+        return scale_shift(y, self.scale, None)
+
+    def fused_linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
+        if not (torch.is_grad_enabled() and self.scale.requires_grad and is_fusable(x, w)):
+            return None
+        return linear_scale_shift(x, w, b, self.scale, None)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         scale = self.scale.to(w.dtype)

@@ -8,7 +8,7 @@ Encoder-decoders have three prefixes (encoder self, decoder self, cross), each w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -55,6 +55,9 @@ class PrefixDelta(Delta):
     def key_values(self) -> KeyValue:
         return _split_key_values(self.prefix, self.dropout, self.training)
 
+    def key_value_sources(self) -> Iterable[Tensor]:
+        return (self.prefix,)
+
 
 class EncodedPrefixDelta(Delta):
     """The same, computed by an encoder: its own, or a slice of one that is shared and belongs to the adapter."""
@@ -75,6 +78,9 @@ class EncodedPrefixDelta(Delta):
 
     def key_values(self) -> KeyValue:
         return _split_key_values(self.compute_prefix(), self.dropout, self.training)
+
+    def key_value_sources(self) -> Iterable[Tensor]:
+        return self._encoder_and_slice[0].parameters()
 
     def inference_form(self) -> Delta:
         return PrefixDelta(self.compute_prefix().detach(), self.dropout)

@@ -53,6 +53,8 @@ from kitout.train.setup.base_model import Placement, choose_placement
 from kitout.train.setup.parent import adopt_parents
 from kitout.train.setup.prepare import SAMPLED_STEPS, PreparedRun, prepare
 from kitout.train.setup.schedule import fit_to_time, warn_of_few_steps
+from kitout.train.trunk import kept_inputs
+from kitout.train.trunk.of_run import keep_trunk
 from kitout.version import __version__
 
 LogFn = Callable[[str], None]
@@ -109,6 +111,7 @@ def run(
         trainer, estimate = build_trainer(
             prepared, config, folder, last_checkpoint, signature, validation_fn(prepared, config.evaluate)
         )
+        trainer.cuts = keep_trunk(prepared, config, folder, signature, trainer.step_runner.micro_batch_size, main_log)
         if distributed.rank() == 0:
             pages = collect_pages(prepared, config, statistics, estimate)
             for page in pages:
@@ -117,9 +120,12 @@ def run(
         if dry_run:
             return Result(folder.path)
         memory.reset_peak(prepared.kit.device)
+        if any(job.settings.compile != "off" for job in prepared.jobs):
+            main_log("the first steps compile the blocks, which takes seconds to minutes (train.compile=blocks) ...")
         save = partial(save_adapters, prepared, config, folder, log)
         best_step = train_and_save(trainer, last_checkpoint, prepared, save)
         outcomes = evaluate_jobs(prepared, config.evaluate, lambda name: progress_fn(name, log))
+        kept_inputs.forget(prepared.kit)
         proofs = {}
         if config.evaluate.prove_merge:
             proofs = {job.name: prove_merge(prepared, k, config.evaluate) for k, job in enumerate(prepared.jobs)}
@@ -287,15 +293,8 @@ def build_trainer(
     if fitting_seconds < seconds:
         share = fitting_seconds / seconds
         estimate = replace(estimate, seconds=estimate.seconds * share, tokens=round(estimate.tokens * share))
-    cuts: dict[str, str] = {}
-    if prepared.first_dataset.images is not None:
-        from kitout.train.loop.frozen_trunk import keep_features  # images need pillow
-
-        cuts, warnings_of_trunk = keep_features(prepared.kit, prepared.jobs)
-        prepared.warnings.extend(warnings_of_trunk)
     unit = "tokens" if prepared.first_dataset.images is None else "images"
     trainer = new_trainer(prepared.kit, prepared.jobs, config, folder, estimate, run_id, evaluate_fn, unit=unit)
-    trainer.cuts = cuts
     return trainer, estimate
 
 
@@ -318,15 +317,16 @@ def find_estimate(
 
 def new_trainer(
     kit: Kit, jobs: Sequence[Job], config: RunConfig, folder: RunFolder, estimate: CostEstimate, run_id: str,
-    evaluate_fn: EvaluateFn, *, unit: str = "tokens", step_data: StepData | None = None,
+    evaluate_fn: EvaluateFn, *, unit: str = "tokens", step_data: StepData | None = None, max_steps: int | None = None,
 ) -> Any:  # fmt: skip
-    """The loop over these jobs, with its display (`trainer.display`, a context), early stopping and checkpoints."""
+    """The loop over these jobs, with its display (a context), early stopping and checkpoints; it ends at max_steps."""
     from transformers import EarlyStoppingCallback
 
     from kitout.train.loop.trainer import JobTrainer, StepDataset
     from kitout.train.progress import ProgressDisplay
 
-    args = training_arguments(config, folder, len(StepDataset(jobs)), any(len(job.validation) for job in jobs))
+    num_steps = max_steps or len(StepDataset(jobs))
+    args = training_arguments(config, folder, num_steps, any(len(job.validation) for job in jobs))
     display = ProgressDisplay(folder.path, unit=unit)
     callbacks: list[Any] = [display]
     if config.train.early_stopping_patience is not None:

@@ -47,6 +47,7 @@ MAY_DIFFER = {
         "train.activation_checkpointing",
         "train.fsdp",
         "train.save_steps",
+        "train.trunk_bytes",
         "train.keep_checkpoints",
     ),
     *("evaluate.show_examples", "output.folder", "output.report_to"),
@@ -62,6 +63,7 @@ WRITTEN_FILES = {
     SCORES_FILE,
     "README.md",
     "diverged.json",
+    "trunk.bin",
 }
 TEMPLATE_DATE = "data.template_date"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # a write raises them without a name

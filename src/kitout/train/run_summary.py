@@ -79,7 +79,8 @@ def run_summary(
             **continued,
         }
         | ({"left out": skipped_text(list(dict.fromkeys(skipped)))} if skipped else {}),
-        preflight={"objective": run.objective, "dtype": f"{results['machine']['dtype']} ({run.dtype_reason})"},
+        preflight={"objective": run.objective, "dtype": f"{results['machine']['dtype']} ({run.dtype_reason})"}
+        | ({"frozen trunk": results["trunk_choice"]} if results.get("trunk_choice") else {}),
         estimates={
             "training time": (format_duration(estimate["seconds"]), format_duration(results["seconds"])),
             "peak memory": (format_bytes(estimate["memory"]), format_bytes(results["memory"])),

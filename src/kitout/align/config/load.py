@@ -77,7 +77,7 @@ def _load(values: Mapping[str, Any], context: object) -> AlignConfig:
     is_single = "kind" in values and "stages" not in values
     try:
         staged = _as_stages(values) if is_single else values
-        config = validate(staged, AlignConfig, context, KIND_ADVICE.within(staged))
+        config = validate(staged, AlignConfig, context, advice_at=KIND_ADVICE.within(staged))
         errors = Errors(ConfigError, HEADING)
         for message in dict.fromkeys(_conflicts(config, context)):
             errors.add(message)

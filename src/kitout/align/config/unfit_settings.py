@@ -15,9 +15,11 @@ OF_ALL = {
     "train.from": "what a stage starts from is its own setting: write {at}from={value}",
     **dict.fromkeys(
         ("data.labels", "data.src_lang", "data.tgt_lang", "data.image_size", "data.augment", "train.head",
-         "train.trunk"),
+         "train.trunk", "train.trunk_bytes"),
         NO_TEXT,
     ),
+    "train.compile": "rows of answers have too many shapes to compile: leave it out",
+    "train.pad_to": "rows of answers are padded to their own length: leave it out",
 }  # fmt: skip
 OF_ANSWERS = {  # of all but sft
     "data.streaming": READ_WHOLE,

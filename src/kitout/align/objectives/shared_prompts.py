@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kitout import fast
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.data.padding import pad
 from kitout.evaluate.ask.cache_rows import can_select_rows, select_rows
@@ -39,7 +40,7 @@ class SharedPrompts:
     @classmethod
     def of(cls, rows: Sequence[EncodedExample], device: torch.device) -> SharedPrompts | None:
         """None where rows have a prompt of one token or none, most of them their own, or too few tokens are saved."""
-        if _shared_tokens(rows) is None:
+        if not fast.enabled() or _shared_tokens(rows) is None:
             return None
         starts = [row.prompt_length - 1 for row in rows]
         heads = [row.input_ids[:start] for start, row in zip(starts, rows, strict=True)]

@@ -30,7 +30,8 @@ def find_sites(model: nn.Module, roles: Mapping[str, str] | None = None) -> Surv
     """Every site of the model. roles: regex searched on the module path -> role, overriding what was inferred."""
     tree = ModuleTree.from_model(model, {})
     requested = _requested_roles(tree, roles or {})
-    tree = ModuleTree.from_model(model, requested)
+    if requested:
+        tree = ModuleTree.from_model(model, requested)
     candidates = find_blocks(tree)
     if not candidates and not requested:
         raise NoBlocksFound(_no_blocks_message(tree))
@@ -92,7 +93,7 @@ def _label_block(
     """One block. The roles of its projections go into `role_of`, (tower, index) of its leaves into `location_of`."""
     label = label_block(tree, candidate)
     role_of |= label.roles
-    leaves = (p for root in candidate.members for p in tree.leaves if tree.is_inside(p, root))
+    leaves = (p for root in candidate.members for p in tree.paths_in([root]) if p in tree.leaves)
     location_of |= dict.fromkeys(leaves, (candidate.tower, candidate.index))
     name = candidate.members[0].removeprefix(f"{candidate.tower}.")
     return Block(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -83,12 +84,28 @@ class ModuleTree:
 
     def projections_in(self, roots: Iterable[str], spans_positions: bool = False) -> list[Projection]:
         """The projections (or the convolutions over several positions) inside these modules, in module order."""
+        projections = self.position_convolutions if spans_positions else self.projections
+        return [projections[path] for path in self.paths_in(roots) if path in projections]
+
+    def paths_in(self, roots: Iterable[str]) -> list[str]:
+        """The modules inside these ones, themselves included, in module order."""
         roots = tuple(roots)
-        return [
-            p
-            for path, p in (self.position_convolutions if spans_positions else self.projections).items()
-            if self.is_inside_any(path, roots)
-        ]
+        if len(roots) == 1:
+            return self._inside.get(roots[0], [])
+        return sorted({path for root in roots for path in self._inside.get(root, ())}, key=self._order.__getitem__)
+
+    @cached_property
+    def _inside(self) -> dict[str, list[str]]:
+        """What is inside each module: a search of all paths for every block would be quadratic in the depth."""
+        inside: dict[str, list[str]] = {}
+        for path in self.modules:
+            for above in (path, *ancestors(path)):
+                inside.setdefault(above, []).append(path)
+        return inside
+
+    @cached_property
+    def _order(self) -> dict[str, int]:
+        return {path: i for i, path in enumerate(self.modules)}
 
 
 def parent(path: str) -> str:

@@ -63,9 +63,7 @@ class _BlockLabeler:
         self.projections = tree.projections_in(block.members)
         self.attentions = self._find_attentions()
         self.torch_attentions = [  # torch's own keeps query, key and value in one bare parameter: no projections
-            path
-            for path, module in tree.modules.items()
-            if isinstance(module, nn.MultiheadAttention) and tree.is_inside_any(path, self.members)
+            path for path in tree.paths_in(self.members) if isinstance(tree.modules[path], nn.MultiheadAttention)
         ]
         self.closed = [a.container for a in self.attentions if a.container not in self.members]
         self.width = self._residual_width()
@@ -197,10 +195,8 @@ class _BlockLabeler:
         tree = self.tree
         norms = [
             path
-            for path, leaf in tree.leaves.items()
-            if leaf.kind == "norm"
-            and tree.is_inside_any(path, self.members)
-            and not tree.is_inside_any(path, self.closed)
+            for path in tree.paths_in(self.members)
+            if path in tree.leaves and tree.leaves[path].kind == "norm" and not tree.is_inside_any(path, self.closed)
         ]
         votes = Counter(tree.leaves[path].d_out for path in sorted(norms, key=lambda path: path.count(".")))
         votes.update(width for p in self.projections for width in (p.d_in, p.d_out))
@@ -213,11 +209,9 @@ class _BlockLabeler:
         """Experts kept in 3-D parameters that read or write the residual width, outside any attention."""
         return any(
             p.ndim == 3 and self.width in p.shape[1:]
-            for path, module in self.tree.modules.items()
-            if self.tree.is_inside_any(path, self.members)
-            and not self.tree.is_inside_any(path, self.closed)
-            and has_stacked_experts(module)
-            for p in module.parameters(recurse=False)
+            for path in self.tree.paths_in(self.members)
+            if not self.tree.is_inside_any(path, self.closed) and has_stacked_experts(self.tree.modules[path])
+            for p in self.tree.modules[path].parameters(recurse=False)
         )
 
     def _is_resolved(self, has_experts: bool) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kitout.base.probe.tracer import ForwardTracer
+from kitout.base.probe.shape_tracer import ShapeTracer
 from kitout.base.site import BatchRelation
 from kitout.base.survey import Survey
 
@@ -31,9 +31,9 @@ class ExpertChoice:
 def trace_choice(
     survey: Survey,
     batch: Mapping[str, Any],
-    tracer: ForwardTracer,
-    wider: ForwardTracer,
-    trace: Callable[[Survey, Mapping[str, Any]], ForwardTracer],
+    tracer: ShapeTracer,
+    wider: ShapeTracer,
+    trace: Callable[[Survey, Mapping[str, Any]], ShapeTracer],
 ) -> ExpertChoice:
     """trace: runs one forward."""
     choice, unreached = ExpertChoice(), set[str]()

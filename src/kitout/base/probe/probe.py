@@ -7,7 +7,7 @@ requires_grad are restored. It knows no architecture; where the forward cannot b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from kitout.base.probe.dummy_batch import dummy_batch, num_rows, with_more_rows
 from kitout.base.probe.media_modules import media_modules
 from kitout.base.probe.read_weights import read_by_another
 from kitout.base.probe.row_limits import padding_leaks, undivided
+from kitout.base.probe.shape_tracer import ShapeTracer
 from kitout.base.probe.stack_inputs import complete_towers
 from kitout.base.probe.sublayers import sublayer_sites
 from kitout.base.probe.tracer import ForwardTracer
@@ -54,7 +55,7 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
             wider_batch, more_rows = with_more_rows(batch)
             rows = num_rows(batch), more_rows
             wider = _trace_more_rows(survey, wider_batch)
-            choice = trace_choice(survey, batch, tracer, wider, _trace_forward)
+            choice = trace_choice(survey, batch, tracer, wider, _trace_shapes)
             cached_readers = readers_in_cached_steps(survey, batch)
             channels = _channels_by_operand(tracer)
             towers = complete_towers(survey, tracer)
@@ -89,12 +90,23 @@ def prove_sites(survey: Survey, example_batch: Mapping[str, Any] | None = None) 
         unused=frozenset(s.path for s in sites if not _runs(s, tracer) and s.path not in choice.unreached),
         unreached=choice.unreached,
         unread_parameters=frozenset(name for name, p in named_parameters if id(p) not in tracer.read_parameters),
+        shared_inputs=tuple(_shared_inputs(sites, tracer)),
         execution_order=tuple(tracer.call_counts),
         kv_sites=tuple(attentions),
         kv_refusals=kv_refusals,
         biased_attentions=frozenset(call.path for call in tracer.attention_calls if call.has_mask_bias),
         unproven_reason="",
     )
+
+
+def _shared_inputs(sites: list[Site], tracer: ForwardTracer) -> Iterator[tuple[str, ...]]:
+    """Linears that belong to one module and take the very same tensor, call by call."""
+    linears = {s.path for s in sites if s.kind == "linear" and s.layer is not None}
+    groups: dict[Any, list[str]] = {}
+    for path in tracer.call_counts:
+        if path in linears and (arguments := tracer.arguments.get(path)):
+            groups.setdefault((path.rpartition(".")[0], *arguments), []).append(path)
+    return (tuple(paths) for paths in groups.values() if len(paths) > 1)
 
 
 def _runs(site: Site, tracer: ForwardTracer) -> bool:
@@ -120,9 +132,20 @@ def _trace_forward(survey: Survey, batch: Mapping[str, Any]) -> ForwardTracer:
     return tracer
 
 
-def _trace_more_rows(survey: Survey, batch: Mapping[str, Any]) -> ForwardTracer:
+def _trace_shapes(survey: Survey, batch: Mapping[str, Any]) -> ShapeTracer:
+    projections = [s.path for s in survey.sites if s.role.startswith(PROJECTIONS) and s.port == "out"]
+    blocks = [b.path for b in survey.blocks if b.is_one_module]
+    leaves = [s.path for s in survey.sites if s.reader is None]
+    has_choice = bool(survey.alternatives or survey.fused_experts)  # then values decide which modules run
+    tracer = ShapeTracer(survey.model, blocks, [*projections, *leaves], skips_products=not has_choice)
+    with tracer:
+        survey.model(**batch)
+    return tracer
+
+
+def _trace_more_rows(survey: Survey, batch: Mapping[str, Any]) -> ShapeTracer:
     try:
-        return _trace_forward(survey, batch)
+        return _trace_shapes(survey, batch)
     except Exception as error:
         raise ConfigError(
             "the model runs on this batch, and not with its rows repeated "
@@ -132,7 +155,7 @@ def _trace_more_rows(survey: Survey, batch: Mapping[str, Any]) -> ForwardTracer:
 
 
 def _relations(
-    survey: Survey, tracer: ForwardTracer, wider: ForwardTracer, batch: Mapping[str, Any], rows: tuple[int, int]
+    survey: Survey, tracer: ForwardTracer, wider: ShapeTracer, batch: Mapping[str, Any], rows: tuple[int, int]
 ) -> dict[str, BatchRelation]:
     """How dim 0 follows the batch, by path. rows: of the two forwards."""
     dims = tracer.first_dims

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from kitout.base.probe.shape_tracer import ShapeTracer
 from kitout.base.probe.tracer import ForwardTracer
 from kitout.base.site import BatchRelation, Site
 
@@ -16,7 +17,7 @@ from kitout.base.site import BatchRelation, Site
 def read_by_another(
     site: Site,
     tracer: ForwardTracer,
-    wider: ForwardTracer,
+    wider: ShapeTracer,
     relate: Callable[[tuple[int, int]], BatchRelation],
     cached_readers: Mapping[str, set[str]],
 ) -> Site:

@@ -36,9 +36,12 @@ def sublayer_sites(survey: Survey, tracer: ForwardTracer) -> list[Site]:
     blocks = {b.path: b for b in survey.blocks if b.is_one_module}
     sites: dict[tuple[str, str], Site] = {}  # (block, role) -> site
     summed_first: dict[tuple[str, str], str | None] = {}  # (block, role) -> emitter, before the sum with the stream
+    roles_of: dict[str, dict[str, str]] = {}  # block -> closing projection in it -> sublayer
     for residual_sum in tracer.residual_sums:
         block = blocks[residual_sum.block]
-        role_of = {path: role for path, role in closing.items() if path.startswith(f"{block.path}.")}
+        if block.path not in roles_of:
+            roles_of[block.path] = {p: role for p, role in closing.items() if p.startswith(f"{block.path}.")}
+        role_of = roles_of[block.path]
         left, right = _sublayer_outputs(residual_sum, role_of, survey, tracer)
         if left.roles and right.roles:
             for output in (left, right):

@@ -7,16 +7,14 @@ It knows module paths and tensors, no architecture, and changes no value.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from typing_extensions import Self
 
+from kitout.base.probe.shape_tracer import ShapeTracer, block_input, first_output
 from kitout.base.probe.trace_records import (
     AttentionCall,
     BlockEntry,
@@ -31,7 +29,7 @@ ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Ten
 PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, torch.baddbmm, Tensor.baddbmm}
 
 
-class ForwardTracer(TorchFunctionMode):
+class ForwardTracer(ShapeTracer):
     """Use as a context around one forward of `model`.
 
     cut_at: paths of projections whose outputs become gradient leaves. blocks: paths whose first input becomes one,
@@ -47,12 +45,8 @@ class ForwardTracer(TorchFunctionMode):
         leaves: Iterable[str] = (),
         inputs: Iterable[Any] = (),
     ) -> None:
-        super().__init__()
-        self.model, self.cut_at, self.blocks = model, set(cut_at), set(blocks)
-        self.leaf_paths = {*self.cut_at, *leaves}
-        self.call_counts: Counter[str] = Counter()  # path -> number of calls, in the order of the first ones
-        self.first_dims: dict[str, int] = {}  # path -> dim 0 of the value
-        self.output_shapes: dict[str, torch.Size] = {}  # of modules that return one tensor, or one first
+        self.cut_at = set(cut_at)
+        super().__init__(model, blocks, {*self.cut_at, *leaves})
         self.leaves: dict[str, list[Tensor]] = {}  # label -> the gradient leaves made for it
         self.residual_sums: list[ResidualSum] = []
         self.attention_calls: list[AttentionCall] = []
@@ -63,6 +57,7 @@ class ForwardTracer(TorchFunctionMode):
         self.read_parameters: set[int] = set()  # ids of the parameters that went into an operation
         self.readers: dict[int, set[str]] = {}  # id of a parameter -> paths of the modules whose forward read it
         self.inputs_of: dict[str, set[ValueIdentity]] = {}  # of blocks and leaf modules
+        self.arguments: dict[str, list[ValueIdentity]] = {}  # of leaf modules: the very tensors, call by call
         self.outputs_of: dict[str, set[ValueIdentity]] = {}  # of leaf modules
         self.block_outputs: set[ValueIdentity] = set()
         self.streams: dict[str, Tensor] = {}  # path of a block -> what it returned
@@ -78,29 +73,18 @@ class ForwardTracer(TorchFunctionMode):
         self._open_blocks: list[str] = []  # paths of the running blocks, outermost first
         self._open_modules: list[str] = []  # paths of all running modules, outermost first
         self._scores_operands: tuple[Tensor, Tensor] | None = None  # of the last product that may give scores
-        self._hooks: list[Any] = []
 
-    def __enter__(self) -> Self:
-        for path, module in self.model.named_modules():
-            self._hooks.append(module.register_forward_pre_hook(self._enter(path)))
-            if path in self.blocks:
-                self._hooks.append(module.register_forward_pre_hook(self._block_in(path), with_kwargs=True))
-                self._hooks.append(module.register_forward_hook(self._block_out(path), always_call=True))
-            elif next(module.children(), None) is None or path in self.leaf_paths:
-                self._hooks.append(module.register_forward_pre_hook(self._leaf_in(path), with_kwargs=True))
-                self._hooks.append(module.register_forward_hook(self._leaf_out(path)))
-            elif any(path.startswith(f"{block}.") for block in self.blocks):
-                self._hooks.append(module.register_forward_hook(self._composite_out(path)))
-            if next(module.children(), None) is not None:
-                self._hooks.append(module.register_forward_hook(self._shape_out(path)))
-            self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        for hook in self._hooks:
-            hook.remove()
+    def _hook(self, path: str, module: nn.Module) -> list[Any]:
+        hooks = [module.register_forward_pre_hook(self._enter(path)), *super()._hook(path, module)]
+        if path in self.blocks:
+            hooks.append(module.register_forward_pre_hook(self._block_in(path), with_kwargs=True))
+            hooks.append(module.register_forward_hook(self._block_out(path), always_call=True))
+        elif self._is_leaf(path, module):
+            hooks.append(module.register_forward_pre_hook(self._leaf_in(path), with_kwargs=True))
+            hooks.append(module.register_forward_hook(self._leaf_out(path)))
+        elif self._is_in_block(path):
+            hooks.append(module.register_forward_hook(self._composite_out(path)))
+        return [*hooks, module.register_forward_hook(self._leave, always_call=True)]
 
     # ---- hooks -------------------------------------------------------------------------------------------------
 
@@ -120,15 +104,11 @@ class ForwardTracer(TorchFunctionMode):
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._open_blocks.append(path)
-            self.call_counts[path] += 1
-            if args and isinstance(args[0], Tensor):
-                self.first_dims[path] = args[0].shape[0]
-                return (self._cut_stream(path, args[0]), *args[1:]), kwargs
-            name = next((k for k, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()), None)
-            if name is None:
+            name, value = block_input(args, kwargs)
+            if value is None:
                 return None
-            self.first_dims[path] = kwargs[name].shape[0]
-            return args, {**kwargs, name: self._cut_stream(path, kwargs[name])}
+            stream = self._cut_stream(path, value)
+            return ((stream, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: stream})
 
         return hook
 
@@ -142,7 +122,7 @@ class ForwardTracer(TorchFunctionMode):
             self._open_blocks.pop()
             self._num_exits += 1
             self.last_exits[path] = self._num_exits
-            first = out[0] if isinstance(out, (tuple, list)) and out else out
+            first = first_output(out)
             if isinstance(first, Tensor):
                 self.block_outputs.add(self._identity(first))
                 self.streams[path] = first
@@ -152,12 +132,11 @@ class ForwardTracer(TorchFunctionMode):
     def _leaf_in(self, path: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
-            self.call_counts[path] += 1
             if isinstance(x, Tensor):
                 self._keep_alive.append(x)
                 self._receiver.setdefault(id(x), path)
                 self.inputs_of.setdefault(path, set()).add(self._identity(x))
-                self.first_dims[path] = x.shape[0] if x.ndim else 0
+                self.arguments.setdefault(path, []).append((id(x), x._version))
 
         return hook
 
@@ -168,29 +147,16 @@ class ForwardTracer(TorchFunctionMode):
             if path in self.cut_at and out.is_floating_point():
                 out = self._make_leaf(path, out)
             self._keep_alive.append(out)
-            self.output_shapes[path] = out.shape
             self._emitters.setdefault(id(out), []).append(path)
             self.outputs_of.setdefault(path, set()).add(self._identity(out))
-            if out.ndim and out.shape[0] == 1:
-                self.first_dims[path] = 1  # one result for all rows, whatever the input was
             return out
-
-        return hook
-
-    def _shape_out(self, path: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, out: Any) -> None:
-            first = out[0] if isinstance(out, (tuple, list)) and out else out
-            if isinstance(first, Tensor):
-                self.output_shapes[path] = first.shape
 
         return hook
 
     def _composite_out(self, path: str) -> Any:
         def hook(_module: nn.Module, _args: Any, out: Any) -> None:
-            first = out[0] if isinstance(out, (tuple, list)) and out else out
+            first = first_output(out)
             if isinstance(first, Tensor):
-                self.call_counts[path] += 1
-                self.first_dims[path] = first.shape[0] if first.ndim else 0
                 self._composite_of[self._identity(first)] = path
 
         return hook
@@ -242,7 +208,7 @@ class ForwardTracer(TorchFunctionMode):
     def _record_parameters(self, args: Any, kwargs: Any) -> None:
         for value in (*args, *kwargs.values()):
             for x in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(x, nn.Parameter):
+                if type(x) is not Tensor and isinstance(x, nn.Parameter):  # whose own check is slow
                     self.read_parameters.add(id(x))
                     self.readers.setdefault(id(x), set()).add(self._open_modules[-1])
 

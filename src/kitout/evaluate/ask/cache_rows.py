@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kitout import fast
 from kitout.kit import Kit
 from kitout.route import Route, adapter_names
 
@@ -21,7 +22,7 @@ def can_share_prompts(kit: Kit, routes: Iterable[Route]) -> bool:
     """Whether a prompt's cache may be selected anew: not behind virtual tokens that come after a first token."""
     names = kit.state.names_with_parts(name for route in routes for name in adapter_names(route))
     prompts = [part for name in names for parts in kit[name].prompts.values() for part in parts]
-    return not any(part.delta.after_first_token for part in prompts)
+    return fast.enabled() and not any(part.delta.after_first_token for part in prompts)
 
 
 def can_select_rows(cache: Any) -> bool:

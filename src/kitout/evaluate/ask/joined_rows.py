@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from kitout import fast
 from kitout.assets.store import cache_dir
 from kitout.files.atomic import write_text
 from kitout.kit import Kit
@@ -33,6 +34,8 @@ FILE = "joined-rows.json"
 
 def joins(kit: Kit, routes: tuple[RouteEntry, ...], num_tokens: int) -> bool | None:
     """Whether these routes share a batch of so many tokens each; None: not known yet, so `try_both`."""
+    if not fast.enabled():
+        return False
     if (limit := os.environ.get(VARIABLE, "")).isdigit():
         return num_tokens <= int(limit)
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from kitout.errors import ConfigError, RouteError
 from kitout.evaluate.ask import joined_rows
 from kitout.evaluate.ask.batches import num_alike
 from kitout.evaluate.ask.cache_rows import can_select_rows, can_share_prompts, select_rows
+from kitout.evaluate.ask.shared_trunk import SharedTrunk
 from kitout.evaluate.ask.text_limit import has_virtual_tokens
 from kitout.kit import Kit
 from kitout.route import RouteEntry
@@ -110,6 +112,8 @@ class TokenScorer:
         self.parameters = inspect.signature(kit.base.forward).parameters
         self.can_select_cache = not kit.config.is_encoder_decoder  # until a cache says otherwise
         self.can_join = True  # until a route is refused as a row
+        self.trunk: SharedTrunk | None = None
+        self._is_trunk_known = not self.switches
 
     @property
     def prompt_tokens(self) -> int:
@@ -131,6 +135,8 @@ class TokenScorer:
         ways first (`joined_rows`).
         """
         routes = self.routes
+        if not self._is_trunk_known:
+            self.trunk, self._is_trunk_known = SharedTrunk.find(self.kit, routes), True
         together: list[tuple[int, ...]] = [(i,) for i in range(len(routes))]
         if self.can_join and len(routes) > 1 and self._fits(num_tokens):
             # Rows without virtual tokens would count their positions from the left edge of a padded batch.
@@ -148,19 +154,24 @@ class TokenScorer:
     def _run_together(
         self, routes: Sequence[RouteEntry], num_tokens: int, run: Callable[[Sequence[RouteEntry]], list[T]]
     ) -> list[T]:
-        def apart() -> list[T]:
-            return [result for route in routes for result in run([route])]
+        def in_groups_of(size: int) -> list[T]:
+            if self.trunk is not None:
+                self.trunk.forget()
+            groups = [routes[start : start + size] for start in range(0, len(routes), size)]
+            return [result for group in groups for result in run(group)]
 
         if len(routes) < 2:
-            return apart()
+            return in_groups_of(1)
         try:
+            size = len(routes)
             joined = joined_rows.joins(self.kit, tuple(routes), num_tokens)
             if joined is None:
-                joined = joined_rows.try_both(self.kit, tuple(routes), num_tokens, lambda: run(routes), apart)
-            return run(routes) if joined else apart()
+                both = partial(in_groups_of, size), partial(in_groups_of, 1)
+                joined = joined_rows.try_both(self.kit, tuple(routes), num_tokens, *both)
+            return in_groups_of(size if joined else 1)
         except RouteError:  # what these adapters train cannot differ by row
             self.can_join = False
-        return apart()
+        return in_groups_of(1)
 
     def _has_virtual_tokens(self, route: RouteEntry) -> bool:
         with self.kit.use(route):
@@ -278,6 +289,9 @@ class TokenScorer:
         with self._use(routes):
             if positions is not None and "position_ids" in self.parameters and not has_virtual_tokens(self.kit):
                 options["position_ids"] = positions
+            if self.trunk is not None and not use_cache and cache is None:
+                with self.trunk.within(ids, mask, options.get("position_ids")):
+                    return self.kit(input_ids=ids, attention_mask=mask, use_cache=False, **options)
             return self.kit(input_ids=ids, attention_mask=mask, use_cache=use_cache or cache is not None, **options)
 
     def _use(self, routes: Sequence[RouteEntry]) -> Any:

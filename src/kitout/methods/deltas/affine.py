@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kitout.delta import Delta
+from kitout.methods.deltas.fused_affine import linear_scale_shift, scale_shift
+from kitout.methods.deltas.fusing import is_fusable
 
 
 class ScaleShift(Delta):
@@ -25,8 +27,12 @@ class ScaleShift(Delta):
         self.shift = nn.Parameter(std * torch.randn(width)) if has_shift else None
 
     def forward(self, x: Tensor, y: Tensor, frozen: Any = None) -> Tensor:
-        y = y * self.scale.to(y.dtype)
-        return y if self.shift is None else y + self.shift.to(y.dtype)
+        return scale_shift(y, self.scale, self.shift)
+
+    def fused_linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
+        if not (torch.is_grad_enabled() and self.scale.requires_grad and is_fusable(x, w)):
+            return None
+        return linear_scale_shift(x, w, b, self.scale, self.shift)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         scale = self.scale.to(w.dtype)

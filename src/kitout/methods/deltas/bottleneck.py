@@ -22,6 +22,8 @@ from kitout.base.weights import FrozenModule
 from kitout.delta import Delta
 from kitout.errors import TargetError
 from kitout.method import Method
+from kitout.methods.deltas.fused_bottleneck import add_bottleneck
+from kitout.methods.deltas.fusing import trains_in_one_node
 
 BottleneckInput = Literal["y", "x", "norm"]
 BottleneckInit = Literal["truncated", "normal", "zero"]
@@ -79,6 +81,12 @@ class Bottleneck(Delta):
         if self.reads == "norm":
             assert frozen is not None
             v = frozen.norm(x + y)
+        if trains_in_one_node(y, self.up.weight) and not torch.is_autocast_enabled(y.device.type):
+            weights = (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+            mask = None
+            if self.dropout and self.training:
+                mask = F.dropout(y.new_ones(*y.shape[:-1], len(self.down.bias)), self.dropout)
+            return add_bottleneck(None if v is y else v, y, weights, self.scale, self.activation, mask)
         h = F.linear(v.to(dtype), self.down.weight.to(dtype), self.down.bias.to(dtype))
         h = F.dropout(getattr(F, self.activation)(h), self.dropout, self.training)
         out = F.linear(h, self.up.weight.to(dtype), self.up.bias.to(dtype))

@@ -9,9 +9,26 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from kitout.base.weights import FrozenModule
+from kitout.base.weights import FrozenModule, tensor_version
 from kitout.delta import Delta
+from kitout.methods.deltas.fused_affine import scale_shift
+from kitout.methods.deltas.fused_low_rank import fused_low_rank
+from kitout.methods.deltas.fusing import is_fusable
+
+# |w|^2 by row of frozen weights, as long as they are there and not written to.
+_squares: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def frozen_square(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """|w|^2 by row, [d_out], computed once for a weight."""
+    stamp = (*tensor_version(w), dtype)
+    kept = _squares.get(w)
+    if kept is None or kept[0] != stamp:
+        kept = _squares[w] = (stamp, w.to(dtype).square().sum(1))
+    square: Tensor = kept[1]
+    return square
 
 
 class DoRADelta(Delta):
@@ -35,6 +52,24 @@ class DoRADelta(Delta):
         if bias is None:
             return ratio * (y + change)
         return ratio * (y - bias + change) + bias
+
+    def fused_linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
+        if not (torch.is_grad_enabled() and self.a.requires_grad and is_fusable(x, w)) or self._drops_inputs:
+            return None
+        (y,) = fused_low_rank(x, [(w, None)], [(self.a, self.b, self.scale)])
+        return scale_shift(y, self.magnitude / self._fast_norm(w), b)
+
+    @property
+    def _drops_inputs(self) -> bool:
+        return self.dropout > 0 and self.training
+
+    @torch.no_grad()
+    def _fast_norm(self, w: Tensor) -> Tensor:
+        """`norm`, with the products in the base's dtype, in which its quotient is rounded anyway."""
+        a, b_t = self.a, self.b.t()
+        cross = ((a.to(w.dtype) @ w.t()) * b_t).sum(0)
+        square = ((a @ a.t() @ b_t) * b_t).sum(0)
+        return (frozen_square(w, a.dtype) + 2 * self.scale * cross + self.scale**2 * square).clamp_min(1e-24).sqrt()
 
     @torch.no_grad()
     def norm(self, w: Tensor) -> Tensor:

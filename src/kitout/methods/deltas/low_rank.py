@@ -15,8 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kitout.base.weights import FrozenModule
+from kitout import fast
+from kitout.base.weights import FrozenModule, tensor_version
 from kitout.delta import Delta, LowRankChange, PartWeight
+from kitout.methods.deltas.fused_low_rank import fused_low_rank, own_tensor
+from kitout.methods.deltas.fusing import is_fusable, is_traced
+from kitout.methods.deltas.grouped_rows import add_to_groups, can_group
 from kitout.methods.deltas.low_rank_rows import EqualRunsLowRank, RunsLowRank, add_to_runs, are_equal_runs, find_runs
 
 GATHER_BYTES = 64 * 2**20  # most that one site may hold in gathered rows before the caller loops instead
@@ -84,10 +88,19 @@ class LowRankDelta(Delta):
         """Both products in one autograd node, whose backward adds into the base's own input gradient."""
         if not (torch.is_grad_enabled() and self.a.requires_grad):
             return None
-        if self.a0 is not None or self.drops_inputs or not _is_fusable(x, w):
+        if self.a0 is not None or self.drops_inputs or not is_fusable(x, w):
             return None
-        y: Tensor = _LinearLowRank.apply(x, w, b, self.a, self.b, self.scale)
-        return y
+        return fused_low_rank(x, [(w, b)], [(self.a, self.b, self.scale)])[0]
+
+    @classmethod
+    def fused_linears(
+        cls, deltas: Sequence[LowRankDelta], x: Tensor, linears: Sequence[tuple[Tensor, Tensor | None]]
+    ) -> list[Tensor] | None:
+        if cls is not LowRankDelta or not all(is_fusable(x, w) for w, _ in linears):
+            return None
+        if any(d.a0 is not None or d.drops_inputs or not d.a.requires_grad for d in deltas):
+            return None
+        return fused_low_rank(x, linears, [(d.a, d.b, d.scale) for d in deltas])
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         up, down = (factor.to(w.dtype) for factor in reversed(self.factors()))
@@ -110,8 +123,11 @@ class LowRankDelta(Delta):
             return None  # a compiled graph cannot read the version counters of the cache
         if torch.is_grad_enabled() and any(d.a.requires_grad for d in deltas):
             return _add_trained_rows(deltas, rows, x, y)
-        may_overwrite = not (torch.is_grad_enabled() or _is_traced()) and y.is_contiguous()
+        may_overwrite = not (torch.is_grad_enabled() or is_traced()) and y.is_contiguous()
         if may_overwrite and x.shape[0] == len(rows):
+            if can_group(x, y):
+                maps = lambda: [(*d.factors(), d.scale) for d in deltas]  # noqa: E731
+                return add_to_groups(x, y, rows, maps, _stamp(deltas, y), cache)
             runs = cache.setdefault("runs", find_runs(rows))
             if x.numel() >= RUN_POSITIONS * len(runs) * x.shape[-1]:
                 return add_to_runs(x.to(y.dtype), y, runs, [(*d.factors(), d.scale) for d in deltas])
@@ -175,11 +191,10 @@ class LowRankSum(Delta):
 
     def fused_linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
         has_trained = any(delta.a.requires_grad or callable(weight) for delta, weight in self.addends)
-        if not (torch.is_grad_enabled() and has_trained) or self.drops_inputs or not _is_fusable(x, w):
+        if not (torch.is_grad_enabled() and has_trained) or self.drops_inputs or not is_fusable(x, w):
             return None
         low_a, low_b, scale = self.factors()
-        y: Tensor = _LinearLowRank.apply(x, w, b, low_a, low_b, scale)
-        return y
+        return fused_low_rank(x, [(w, b)], [(low_a, low_b, scale)])[0]
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         up, down, scale = self.factors()
@@ -196,16 +211,6 @@ def _add_product(
     if frozen is not None:
         return y + scale * frozen.apply_low_rank(x, a, b, y)
     return add_low_rank(x, y, a, b, scale, may_overwrite)
-
-
-def _is_fusable(x: Tensor, w: Tensor) -> bool:
-    """Module and change may be one autograd node."""
-    return x.dtype == w.dtype and not _is_traced() and not torch.is_autocast_enabled(x.device.type)
-
-
-def _is_traced() -> bool:
-    """torch.compile, vmap and the like follow plain operations only: no autograd node of ours, nothing in place."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _add_trained_rows(deltas: Sequence[LowRankDelta], rows: Sequence[int], x: Tensor, y: Tensor) -> Tensor | None:
@@ -234,7 +239,7 @@ def _fill_cache(
     cache: dict[str, Any], deltas: Sequence[LowRankDelta], rows: Sequence[int], d_in: int, y: Tensor
 ) -> bool:
     """Puts the factors of every row into the cache, unless they are there; False if they would take too much memory."""
-    stamp = (y.dtype, y.device, *(_tensor_version(t) for d in deltas for t in (d.a, d.b)))
+    stamp = _stamp(deltas, y)
     if cache.get("stamp") == stamp:
         return True
     rank = max(d.factors()[0].shape[0] for d in deltas)
@@ -245,9 +250,9 @@ def _fill_cache(
     return True
 
 
-def _tensor_version(t: Tensor) -> tuple[int, int]:
-    """Changes when a value is replaced or written to (writing to `t.data` goes unseen, as it does in autograd)."""
-    return t.data_ptr(), 0 if t.is_inference() else t._version
+def _stamp(deltas: Sequence[LowRankDelta], y: Tensor) -> tuple[object, ...]:
+    """Changes when a value is replaced or written to."""
+    return y.dtype, y.device, *(tensor_version(t) for d in deltas for t in (d.a, d.b))
 
 
 def _gather_factors(
@@ -267,7 +272,7 @@ def _gather_factors(
 
 def add_low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, may_overwrite: bool) -> Tensor:
     """y + scale * (x a^T) b^T, all of one dtype; may_overwrite: y."""
-    if _is_traced():
+    if is_traced() or not fast.enabled():
         return y + scale * F.linear(F.linear(x, a), b)
     may_overwrite = may_overwrite and not y._is_view() and y.is_contiguous()
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, a, b)):
@@ -286,15 +291,7 @@ def _add_up_projection(h_t: Tensor, y: Tensor, b: Tensor, scale: float, may_over
     if may_overwrite:
         y2.addmm_(h_t.t(), b.t(), alpha=scale)
         return y
-    return _own_tensor(torch.addmm(y2, h_t.t(), b.t(), alpha=scale), y.shape)
-
-
-def _own_tensor(y: Tensor, shape: torch.Size) -> Tensor:
-    """A fresh result in a shape, not as a view of it: models may write to what a projection returned, and autograd
-    lets nobody write to a view that was made inside a node. Nothing else holds the result, so the memory is shared.
-    """
-    result: Tensor = torch.ops.aten._unsafe_view(y, shape)
-    return result
+    return own_tensor(torch.addmm(y2, h_t.t(), b.t(), alpha=scale), y.shape)
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -316,29 +313,6 @@ class _AddLowRank(torch.autograd.Function):
         gh_t, ga, gb = _factor_grads(g, x, h_t, b, ctx.scale)
         gx = (gh_t.t() @ a).view(x.shape) if ctx.needs_input_grad[0] else None
         return gx, g, ga, gb, None, None
-
-
-class _LinearLowRank(torch.autograd.Function):
-    """x w^T + bias + scale * (x a^T) b^T as one node over a frozen w: no temporary of the input's size in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        low_a, low_b = a.to(x.dtype), b.to(x.dtype)
-        h_t = _project_down(x, low_a)
-        ctx.save_for_backward(x, h_t, w, low_a, low_b)
-        ctx.scale, ctx.dtype = scale, a.dtype
-        y = F.linear(x, w, bias)
-        return _own_tensor(_add_up_projection(h_t, y, low_b, scale, True), y.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, h_t, w, a, b = ctx.saved_tensors
-        gh_t, ga, gb = _factor_grads(g, x, h_t, b, ctx.scale)
-        gx = None
-        if ctx.needs_input_grad[0]:
-            gx = (g.reshape(-1, g.shape[-1]) @ w).addmm_(gh_t.t(), a).view(x.shape)
-        return gx, None, None, ga.to(ctx.dtype), gb.to(ctx.dtype), None
 
 
 def _factor_grads(g: Tensor, x: Tensor, h_t: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

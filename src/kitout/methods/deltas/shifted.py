@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from kitout.base.weights import FrozenModule
 from kitout.delta import Delta, LowRankChange
 from kitout.methods.deltas.dora import DoRADelta
+from kitout.methods.deltas.fused_affine import linear_shift
+from kitout.methods.deltas.fusing import is_fusable
 from kitout.methods.deltas.low_rank import LowRankDelta
 
 BIASED_KINDS = ("linear", "norm", "conv")  # of sites whose modules may have a bias
@@ -33,6 +35,11 @@ class ShiftDelta(Delta):
 
     def forward(self, x: Tensor, y: Tensor, frozen: Any = None) -> Tensor:
         return y + self.shift.to(y.dtype)
+
+    def fused_linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
+        if not (torch.is_grad_enabled() and self.shift.requires_grad and is_fusable(x, w)):
+            return None
+        return linear_shift(x, w, b, self.shift)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         shift = self.shift.to(w.dtype)

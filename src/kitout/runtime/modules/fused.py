@@ -14,6 +14,7 @@ from functools import partial
 
 from torch import Tensor
 
+from kitout import fast
 from kitout.delta import PartWeight
 from kitout.runtime.modules.composed import ComposedTerm
 from kitout.runtime.modules.module_adapter import ModuleAdapter, SiteDelta
@@ -32,6 +33,8 @@ class Joined(Single):
 
 def fuse(term: Term) -> Term:
     """The same map with as few Deltas as possible."""
+    if not fast.enabled():
+        return term
     if isinstance(term, TermSequence):
         terms: list[Term] = []
         for inner in map(fuse, term.terms):

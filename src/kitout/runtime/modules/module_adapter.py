@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kitout import fast
 from kitout.base.site import Site
 from kitout.base.weights import FrozenModule, as_stored, bias, fan_in, to_matrix, weight_matrix
 from kitout.delta import Delta
@@ -150,7 +151,7 @@ class SiteDelta:
 
     def _run(self, x: Tensor, y: Tensor, may_overwrite: bool) -> Tensor:
         delta = self.delta
-        if may_overwrite:
+        if may_overwrite and fast.enabled():
             return delta.forward_(x, y, self.frozen)
         return delta(x, y, self.frozen) if delta.reads_weight else delta(x, y)
 

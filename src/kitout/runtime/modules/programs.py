@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kitout import fast
 from kitout.base.own_forward import swapped_parameters
 from kitout.base.weights import FrozenModule, parameter_at
 from kitout.delta import Delta
 from kitout.errors import RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, first_tensor, original_class, replace_first_tensor
 from kitout.runtime.modules.module_adapter import Relay
+from kitout.runtime.modules.shared_input import SharedInput, frozen_linear
 from kitout.runtime.modules.terms import Term
 
 
@@ -46,24 +48,29 @@ class RelayInput:
 
 
 class DirectDelta:
-    """The fast path: one Delta on the module's own x and y, nothing else."""
+    """The fast path: one Delta on the module's own x and y, nothing else.
 
-    def __init__(self, delta: Delta) -> None:
-        self.delta = delta
+    shared_input: the linears that are called with the same tensor as this one, which is this number of them.
+    """
+
+    def __init__(self, delta: Delta, frozen: FrozenModule | None) -> None:
+        self.delta, self.frozen = delta, frozen
         self.is_fusable = type(delta).fused_linear is not Delta.fused_linear
+        self.shared_input: SharedInput | None = None
+        self.number = 0
 
     def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else first_tensor(args, kwargs)
+        if not fast.enabled():
+            y = forward(module, *args, **kwargs)
+            return self.delta(x, y) if self.frozen is None else self.delta(x, y, self.frozen)
         if self.is_fusable and forward is nn.Linear.forward:
-            own = module._parameters
-            w = own.get("weight")
-            # A sharded or quantized weight is of a class of its own; a parametrized one is no parameter.
-            fused = None
-            if type(w) is nn.Parameter and not w.requires_grad and "bias" in own:
-                fused = self.delta.fused_linear(x, w, own["bias"])
+            fused = None if self.shared_input is None else self.shared_input.output(self.number, x)
+            if fused is None and (linear := frozen_linear(module, x)) is not None:
+                fused = self.delta.fused_linear(x, *linear)
             if fused is not None:
                 return fused
-        return self.delta.forward_(x, forward(module, *args, **kwargs))
+        return self.delta.forward_(x, forward(module, *args, **kwargs), self.frozen)
 
 
 class SwapParameters:

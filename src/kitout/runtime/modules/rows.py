@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kitout import fast
 from kitout.base.own_forward import swapped_parameters
 from kitout.base.weights import FrozenModule
 from kitout.delta import Delta
@@ -270,6 +271,8 @@ class _BatchedDelta:
         self._cache: dict[int, dict[str, Any]] = {}
 
     def __call__(self, x: Tensor, y: Tensor, row_plan: RowPlan) -> Tensor | None:
+        if not fast.enabled():
+            return None
         n = x.shape[0]
         if n not in self._rows:
             self._rows[n] = tuple(self.slots[e] for e in row_plan.repeat_to(n))

@@ -5,6 +5,7 @@ It knows routes and their compiled form, and nothing of adapters or tensors.
 
 from __future__ import annotations
 
+from kitout import fast
 from kitout.route import Average, Mix, Only, Route, Stack, adapter_names
 from kitout.runtime.routing.active import CompiledRoute
 
@@ -16,8 +17,11 @@ class RouteCache:
 
     def __init__(self) -> None:
         self._compiled: dict[Route, CompiledRoute] = {}
+        self._is_fast = fast.enabled()  # what was compiled with fast paths has them
 
     def get(self, route: Route) -> CompiledRoute | None:
+        if fast.enabled() != self._is_fast:
+            self._compiled, self._is_fast = {}, fast.enabled()
         compiled = self._compiled.pop(route, None)
         if compiled is not None:
             self._compiled[route] = compiled

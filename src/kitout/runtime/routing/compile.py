@@ -10,7 +10,7 @@ from copy import copy
 from dataclasses import replace
 
 from kitout.base.survey import Survey, Tower
-from kitout.delta import KeyValue
+from kitout.delta import Delta, KeyValue
 from kitout.errors import RouteError
 from kitout.route import Average, Route, RouteEntry, adapter_names, check_entry, simplify
 from kitout.runtime.adapter import Adapter, conflict_with_head, trained_and_read
@@ -22,6 +22,7 @@ from kitout.runtime.modules.module_adapter import InputRelay, ModuleAdapter, Sit
 from kitout.runtime.modules.programs import DirectDelta, RelayInput, SwapParameters, WholeBatch
 from kitout.runtime.modules.real_positions import RealPositions, RecordRealPositions, averaging_tower, averaging_towers
 from kitout.runtime.modules.rows import PerRow, PerRowWeights, RowPlan
+from kitout.runtime.modules.shared_input import SharedInput
 from kitout.runtime.modules.stacked_weights import on_top_of
 from kitout.runtime.modules.terms import Single, Term, build_term
 from kitout.runtime.output_width import output_width
@@ -106,6 +107,7 @@ class RouteCompiler:
                 self.active,
                 self.compile_expanded,
             ).add_programs(kv_recorder)
+        self._share_inputs(programs)
         for path in layers_around(self.survey.model, programs):
             programs[path] = WithoutFastPath(programs.get(path))
         compiled.programs = [(self.hooks[path], program) for path, program in programs.items()]
@@ -139,6 +141,21 @@ class RouteCompiler:
         for path, of_module in relays.items():
             programs[path] = RelayInput(of_module, programs.get(path))
         return programs
+
+    def _share_inputs(self, programs: Mapping[str, Program]) -> None:
+        """Lets linears that are called with the same tensor compute together, where their Deltas can."""
+        for paths in self.survey.shared_inputs:
+            by_class: dict[type[Delta], list[tuple[str, DirectDelta]]] = {}
+            for path in paths:
+                program = programs.get(path)
+                if isinstance(program, DirectDelta) and program.is_fusable:
+                    by_class.setdefault(type(program.delta), []).append((path, program))
+            for members in by_class.values():
+                if len(members) > 1:
+                    modules = [self.hooks[path].module for path, _ in members]
+                    shared = SharedInput(modules, [program.delta for _, program in members])
+                    for number, (_, program) in enumerate(members):
+                        program.shared_input, program.number = shared, number
 
     def _module_adapters(self, entry: RouteEntry, path: str) -> list[ModuleAdapter]:
         return [self.adapters[name].by_module[path] for name in dict.fromkeys(adapter_names(entry))]
@@ -234,8 +251,9 @@ def _program_for_values(term: Term, module_adapters: Sequence[ModuleAdapter], na
         part = single.on_output[0] if len(single.on_output) == 1 and not single.on_input else None
         if part and part.is_direct and single.strength == 1.0 and site.kind == "linear":
             delta = part.delta
-            if not (delta.reads_weight or delta.replaces_module):
-                return DirectDelta(delta)
+            is_fusable = type(delta).fused_linear is not Delta.fused_linear
+            if not delta.replaces_module and (is_fusable or not delta.reads_weight):
+                return DirectDelta(delta, part.frozen)
         return WholeBatch(term, single.replaces_module, site.kind == "linear", single.relays, single.call_views)
     relays = list(dict.fromkeys(relay for m in term.module_adapters for relay in m.relays))
     call_views = [view for m in module_adapters for view in m.call_views]

@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from kitout import fast
 from kitout.base.probe.attention_sites import INTERFACE, attention_interface, interface_globals
 from kitout.errors import RouteError
 
 ATTENTION_NAME = "kitout"  # of our function in transformers' attention interface
+SDPA = ("transformers.integrations.sdpa_attention", "sdpa_attention_forward")
 MASKED_KERNELS = ("eager", "sdpa")  # kernels that take a mask of any shape
 
 
@@ -93,6 +95,8 @@ def _sees_everything(extra: ExtraKeys) -> bool:
 
 def _match_heads(new: Tensor, like: Tensor) -> Tensor:
     """New keys as the call has its own: dtype, rows, and heads repeated where it has repeated them."""
+    if new.shape[:2] == like.shape[:2] and new.dtype == like.dtype:
+        return new
     new = new.to(like.dtype)
     if new.shape[1] != like.shape[1]:
         new = new.repeat_interleave(like.shape[1] // new.shape[1], 1)
@@ -145,8 +149,8 @@ class _ConfigView:
 
     _attn_implementation = ATTENTION_NAME
 
-    def __init__(self, config: Any, extra: ExtraKeys, real: Callable[..., Any]) -> None:
-        self.__dict__.update(_config=config, extra=extra, real=real, calls=0)
+    def __init__(self, config: Any, extra: ExtraKeys, kernel: str, real: Callable[..., Any]) -> None:
+        self.__dict__.update(_config=config, extra=extra, kernel=kernel, real=real, calls=0)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_config"], name)
@@ -157,7 +161,7 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     view: Any = module.config
     extra: ExtraKeys = view.extra
     view.__dict__["calls"] += 1
-    kernel = view._config._attn_implementation
+    kernel = view.kernel
     mapped = more.get("is_causal")
     causal = (getattr(module, "is_causal", True) if mapped is None else mapped) and kernel != "eager"
     _check_window(extra, key, more.get("sliding_window"))
@@ -171,7 +175,23 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
         heads = torch.broadcast_shapes(added.shape[:-1], position.shape[:-1])
         more["position_bias"] = torch.cat((added.expand(*heads, -1), position.expand(*heads, -1)), -1)
     key, value, mask = extend_keys(extra, query, key, value, attention_mask, bool(causal), kernel == "eager")
+    if _takes_groups(view.real, query, key, value, mask, more):
+        dropout, scale = more.get("dropout", 0.0), more.get("scaling")
+        out = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
     return view.real(module, query, key, value, mask, **more)
+
+
+def _takes_groups(real: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, more: dict[str, Any]) -> bool:
+    """torch's kernel reads grouped keys as they are. transformers repeats them where there is a mask, because other
+    devices' kernels need it; on CPUs that takes as long as the attention itself.
+    """
+    if mask is None or q.shape[-2] == 1 or q.shape[1] == k.shape[1] or k.shape[-1] != v.shape[-1]:
+        return False
+    is_sdpa = getattr(real, "__module__", "") == SDPA[0] and getattr(real, "__name__", "") == SDPA[1]
+    if not (is_sdpa and q.device.type == "cpu" and fast.enabled()) or torch.compiler.is_compiling():
+        return False
+    return all(more.get(name) is None for name in ("softcap", "position_bias", "cache")) and q.dtype == v.dtype
 
 
 def register_attention(module: nn.Module) -> None:
@@ -207,25 +227,37 @@ def _check_window(extra: ExtraKeys, key: Tensor, window: int | None) -> None:
         )
 
 
+KernelsInUse = dict[tuple[int, type], tuple[str, Callable[..., Any]]]  # by config and class of the attention
+
+
 @contextmanager
-def extra_keys_in(module: nn.Module, extra: ExtraKeys, path: str) -> Iterator[None]:
-    """While this lasts, the module's attention call gets the extra keys and values."""
-    interface = attention_interface(module)
+def extra_keys_in(module: nn.Module, extra: ExtraKeys, path: str, kernels: KernelsInUse) -> Iterator[None]:
+    """While this lasts, the module's attention call gets the extra keys and values.
+
+    kernels: what has been looked up in this forward; configs compute each of their attributes.
+    """
+    config: Any = module.__dict__.get("config")
+    known = None if torch.compiler.is_compiling() else kernels.get((id(config), type(module)))
+    interface = attention_interface(module) if known is None else {}
     if interface is None:
         mode = _SdpaMode(extra)
         with mode:
             yield
         calls = mode.calls
     else:
-        config: Any = module.config
-        kernel = config._attn_implementation
-        if kernel not in MASKED_KERNELS:
-            raise RouteError(
-                f"{path}: the attention kernel {kernel!r} takes no mask for added keys: use "
-                "model.set_attn_implementation('eager'), or 'sdpa' where the model has it"
-            )
-        real = interface[INTERFACE].get_interface(kernel, interface.get("eager_attention_forward"))
-        view = _ConfigView(config, extra, real)
+        if known is None:
+            config = module.config
+            kernel = config._attn_implementation
+            if kernel not in MASKED_KERNELS:
+                raise RouteError(
+                    f"{path}: the attention kernel {kernel!r} takes no mask for added keys: use "
+                    "model.set_attn_implementation('eager'), or 'sdpa' where the model has it"
+                )
+            real = interface[INTERFACE].get_interface(kernel, interface.get("eager_attention_forward"))
+            known = kernel, real
+            if not torch.compiler.is_compiling():
+                kernels[id(config), type(module)] = known
+        view = _ConfigView(config, extra, *known)
         module.__dict__["config"] = view
         try:
             yield

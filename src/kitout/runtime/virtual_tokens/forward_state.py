@@ -38,6 +38,8 @@ class ForwardState:
     """Tower -> [B, T]: the column of the widened sequence where each of the caller's columns went."""
     widened_width: dict[str, int] = field(default_factory=dict)
     """Tower -> the number of columns of the widened sequence."""
+    kernels: dict[tuple[int, type], tuple[str, Callable[..., Any]]] = field(default_factory=dict)
+    """Config and class of an attention -> its kernel, looked up by the first one of the forward."""
     drop_image_tokens: Callable[[Any], Any] | None = None
     """Takes the added image tokens out of the model's output."""
     is_prefill: bool = False

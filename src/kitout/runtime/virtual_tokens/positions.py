@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from kitout import fast
 from kitout.base.memory import is_out_of_memory
 from kitout.base.survey import Tower
 from kitout.errors import KitoutError, RouteError
@@ -142,6 +143,12 @@ class TextEntry:
             # Without a mask a gap in the positions would pass for the start of another, packed text.
             call["attention_mask"] = torch.ones(rows, int(past) + length, dtype=torch.long, device=text.device)
         token_index, steps = token_index.expand(rows, -1), steps.expand(rows, -1)
+        if self._is_one_shift and "position_ids" in parameter_names(type(module).forward):
+            new = token_index + self.layouts[0].length
+            self._check_limit(module, new, int(length + past))
+            call["position_ids"] = new
+            self.forward_slot.state.own_positions[self.tower.path] = new, token_index if counted else steps
+            return
         shifts, moved = self._shifts(rows, text.device)
         before = torch.where(token_index > 0, shifts.sum(-1, keepdim=True), shifts[:, :1])
         new = token_index + before
@@ -157,6 +164,14 @@ class TextEntry:
             self.forward_slot.state.pending_rewrites[self.tower.block_runner] = shift
             return
         self._pass_positions(module, call, new, moved, token_index if counted else steps)
+
+    @property
+    def _is_one_shift(self) -> bool:
+        """All positions of all rows move by the same, and the module that embeds is given them."""
+        layout = self.layouts[0]
+        if self.row_plan is not None or self.passes_on or self.tower.position_embedding or not fast.enabled():
+            return False
+        return layout.length > 0 and not any(item.after_first_token for item in layout.items)
 
     @property
     def _has_shift(self) -> bool:

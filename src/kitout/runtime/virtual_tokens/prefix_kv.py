@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kitout import fast
 from kitout.base.site import Site
+from kitout.base.weights import tensor_version
 from kitout.delta import KeyValue
 from kitout.errors import RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, Program, first_tensor
@@ -100,11 +102,38 @@ class PrefixAttention:
         register_attention(site.module)
         self.parts, self.kv_recorder, self.image_tokens = parts, kv_recorder, image_tokens
         self.has_relative_bias = site.relative_bias is not None and site.role == "kv.self"
+        after_first = any(item.after_first_token for layout in layouts for item in layout.items)
+        self.is_steady = not (
+            row_plan or kv_recorder is not None or image_tokens or self.has_relative_bias or after_first
+        )
+        self._kept: tuple[tuple[Any, ...], Any, ExtraKeys] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:  # keys of a text in progress are not copied
+        return {**self.__dict__, "_kept": None}
 
     def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        extra = self._extra(first_tensor(args, kwargs))
-        with extra_keys_in(module, extra, self.site.path):
+        x = first_tensor(args, kwargs)
+        extra = self._kept_extra(x) if self.is_steady and not torch.is_grad_enabled() and fast.enabled() else None
+        if extra is None:
+            extra = self._extra(x)
+        with extra_keys_in(module, extra, self.site.path, self.forward_slot.state.kernels):
             return forward(module, *args, **kwargs) if self.inner is None else self.inner(module, forward, args, kwargs)
+
+    def _kept_extra(self, x: Tensor) -> ExtraKeys | None:
+        """The same without a gradient: put together once for all tokens of a generation. None where it may change."""
+        deltas = [part.delta for part in self.parts[0] if part is not None]
+        if torch.compiler.is_compiling() or any(delta.training for delta in deltas):
+            return None
+        prompt = self.forward_slot.state.prompt_kv.get(self.site.path)
+        stamp = (x.shape[0], x.dtype, *(tensor_version(t) for delta in deltas for t in delta.key_value_sources()))
+        if self._kept is not None and self._kept[0] == stamp and self._kept[1] is prompt:
+            return self._kept[2]
+        extra = self._extra(x)
+        if extra.k is not None and extra.v is not None:
+            k, v = (t.to(x.dtype).contiguous().expand(x.shape[0], -1, -1, -1) for t in (extra.k, extra.v))
+            extra = replace(extra, k=k, v=v)
+        self._kept = stamp, prompt, extra
+        return extra
 
     def _extra(self, x: Tensor) -> ExtraKeys:
         """What this call gets, for x [B, T, d]."""

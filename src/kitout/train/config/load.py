@@ -62,10 +62,11 @@ def check(values: Mapping[str, Any]) -> None:
 
 
 def validate(
-    values: Mapping[str, Any], schema: type[Schema], context: object = None, advice_at: AdviceAt | None = None
+    values: Mapping[str, Any], schema: type[Schema], context: object = None, heading: str = "the run's config",
+    advice_at: AdviceAt | None = None,
 ) -> Schema:  # fmt: skip
     """Plain values by a schema; ConfigError names every error at once, in words. advice_at: as `explain` takes it."""
-    errors = Errors(ConfigError, "the run's config")
+    errors = Errors(ConfigError, heading)
     try:
         return schema.model_validate(dict(values), context=context)
     except ValidationError as error:

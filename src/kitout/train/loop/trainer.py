@@ -54,10 +54,7 @@ class StepDataset(Dataset[StepRows]):
 
 
 class JobTrainer(Trainer):  # type: ignore[misc]
-    """Trains the jobs' adapters on one kit.
-
-    micro_batch_size: rows of one forward at most; default a whole step.
-    """
+    """Trains the jobs' adapters on one kit. micro_batch_size: rows of one forward at most; default a whole step."""
 
     folder: Path
     """Of the checkpoints and of diverged.json."""
@@ -68,7 +65,7 @@ class JobTrainer(Trainer):  # type: ignore[misc]
     num_checkpoints: int
     """How many of the newest are kept, besides the best."""
     cuts: dict[str, str]
-    """By job: the module at which its frozen trunk is cut (`frozen_trunk.keep_features`)."""
+    """By job: the module at which its frozen trunk is cut (train.trunk)."""
     loss_sum_before: tuple[float, float]
     """Of all steps before this call: the loss summed up to the last log, and since then."""
     is_evaluating: bool
@@ -136,8 +133,9 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         if resume_from_checkpoint is not None and self._restore_if_ended(Path(resume_from_checkpoint)):
             return None
         checkpointing, self.args.activation_checkpointing = self.args.activation_checkpointing, False
+        compiled = self.step_runner.compiled_blocks([self.step_dataset[i] for i in range(len(self.step_dataset))])
         try:  # Trainer would enable it again, in its own way
-            with training_mode(self.kit, names, bool(checkpointing)), self.stop_on_signal.watch():
+            with training_mode(self.kit, names, bool(checkpointing)), compiled, self.stop_on_signal.watch():
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.args.activation_checkpointing = checkpointing

@@ -53,7 +53,12 @@ def validation_fn(run: PreparedRun, config: EvaluateConfig) -> Callable[[], dict
 
 def metric_names(run: PreparedRun, config: EvaluateConfig) -> list[str]:
     """The metrics that every evaluation during training will report, by which the best checkpoint may be chosen."""
-    names: set[str] = set()
+    return sorted(perfect_measures(run, config))
+
+
+def perfect_measures(run: PreparedRun, config: EvaluateConfig) -> dict[str, Measure]:
+    """The same as they would be if every answer were right, the headline of the first job first."""
+    measures: dict[str, Measure] = {}
     for job, dataset in zip(run.jobs, run.datasets, strict=True):
         examples = list(job.validation)
         if not examples:
@@ -65,8 +70,9 @@ def metric_names(run: PreparedRun, config: EvaluateConfig) -> list[str]:
         elif job.objective.task == "generation" and config.generate_examples:
             references = [example.reference for example in examples if example.reference]
             perfect.texts = references[: config.generate_examples]
-        names |= compute_metrics(job.objective.task, examples, perfect, reference, _label_names(dataset)).keys()
-    return sorted(names)
+        of_job = compute_metrics(job.objective.task, examples, perfect, reference, _label_names(dataset))
+        measures |= {name: one for name, one in of_job.items() if name not in measures}
+    return measures
 
 
 def mean_over_jobs(metrics: dict[str, float]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from kitout.train.loop.jobs import Job
 from kitout.train.measure.predict import Predictions
 from kitout.train.setup.job_datasets import Datasets
 from kitout.train.setup.prepare import PreparedRun
+from kitout.train.trunk.kept_inputs import within_trunk
 
 MAX_TRAIN = 2000  # examples of the train split whose features are taken
 MAX_SHARE = 0.5  # of the examples that training goes through: beyond that a probe is not cheap
@@ -64,8 +65,10 @@ def predict_by_probe(run: PreparedRun, job: Job, dataset: Datasets, examples: Se
 def _features(run: PreparedRun, job: Job, items: Sequence[Any]) -> Tensor:
     parts = []
     for start in range(0, len(items), ROWS):
-        batch = job.objective.collate(list(items[start : start + ROWS]), None)
-        logits = job.objective.losses(run.kit, batch, torch.ones(batch.num_examples, device=run.kit.device)).logits
+        few = list(items[start : start + ROWS])
+        batch = job.objective.collate(few, None)
+        with within_trunk(run.kit, job.objective, few, batch):
+            logits = job.objective.losses(run.kit, batch, torch.ones(batch.num_examples, device=run.kit.device)).logits
         assert logits is not None
         parts.append(logits.float().cpu())
     return torch.cat(parts) if parts else torch.zeros(0, 1)

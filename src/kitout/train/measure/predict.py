@@ -31,6 +31,7 @@ from kitout.train.objectives.objective import Batch, Losses, Objective
 from kitout.train.objectives.seq2seq_lm import Seq2SeqLM
 from kitout.train.objectives.sequence import predictions_from_logits
 from kitout.train.setup.closed_answers import ClosedAnswers, prompt_ids
+from kitout.train.trunk.kept_inputs import within_trunk
 
 MAX_BATCH_TOKENS = 4096  # padding included: an evaluation takes no more memory than a training step of usual size
 MAX_BATCH_ROWS = 64
@@ -113,17 +114,19 @@ def plan_lengths(lengths: Sequence[int], max_rows: int = MAX_BATCH_ROWS) -> list
 def _predict_batch(
     kit: Kit, objective: Objective, items: Sequence[Any], rows: list[int], closed_answers: ClosedAnswers | None
 ) -> list[tuple[int, LossSums, Any]]:  # fmt: skip
-    batch = objective.collate([items[i] for i in rows], None)
-    if closed_answers is not None and isinstance(objective, CausalLM | Seq2SeqLM):
-        losses, predicted = _losses_and_answers(kit, objective, batch, closed_answers)
-    else:
-        losses = objective.losses(kit, batch, torch.ones(len(rows), device=kit.device))
-        if losses.logits is not None:
-            predicted = predictions_from_logits(objective.task, losses.logits.float())
-        elif losses.rewards is not None:
-            predicted = losses.rewards.tolist()
+    batch_items = [items[i] for i in rows]
+    batch = objective.collate(batch_items, None)
+    with within_trunk(kit, objective, batch_items, batch):
+        if closed_answers is not None and isinstance(objective, CausalLM | Seq2SeqLM):
+            losses, predicted = _losses_and_answers(kit, objective, batch, closed_answers)
         else:
-            predicted = objective.predictions(kit, batch) or [None] * len(rows)
+            losses = objective.losses(kit, batch, torch.ones(len(rows), device=kit.device))
+            if losses.logits is not None:
+                predicted = predictions_from_logits(objective.task, losses.logits.float())
+            elif losses.rewards is not None:
+                predicted = losses.rewards.tolist()
+            else:
+                predicted = objective.predictions(kit, batch) or [None] * len(rows)
     sums = [
         LossSums(loss, int(targets), int(correct))
         for loss, targets, correct in zip(

@@ -35,9 +35,11 @@ def collate_rows(
         lengths = [[len(rows[i].input_ids) for i in group] for group in groups]
         inputs["position_ids"] = position_ids(lengths, ids.shape[1], device)
     positions, labels, owners = [], [], []
+    starts: dict[int, int] = {}
     for r, group in enumerate(groups):
         start = r * ids.shape[1]
         for i in group:
+            starts[i] = start
             for t, label in enumerate(rows[i].labels):
                 if t and label != IGNORE_INDEX:
                     positions.append(start + t - 1)
@@ -48,7 +50,11 @@ def collate_rows(
         name: torch.tensor(values, dtype=torch.long, device=device)
         for name, values in (("positions", positions), ("labels", labels), ("owners", owners))
     }
-    return Batch(inputs, targets, len(rows), sum(len(row.input_ids) for row in rows), ids.numel())
+    index = None
+    if packed is not None:
+        places = [starts[i] + t for i, row in enumerate(rows) for t in range(len(row.input_ids))]
+        index = torch.tensor(places, device=device)
+    return Batch(inputs, targets, len(rows), sum(len(row.input_ids) for row in rows), ids.numel(), index)
 
 
 def position_ids(lengths: Sequence[Sequence[int]], width: int, device: torch.device) -> Tensor:

@@ -53,7 +53,7 @@ class ImageClassification:
     pixels: PixelProcessor
     """Turns images into pixel values, augmentation included."""
     cached_logits_fn: CachedLogitsFn | None
-    """In training: the logits of images by their cached features (`loop.frozen_trunk`); None: from pixels."""
+    """In training: the logits of images by their cached features (`trunk.image_features`); None: from pixels."""
 
     def __init__(self, kit: Kit, images: ImageSet, pixels: PixelProcessor) -> None:
         self.kit, self.images, self.pixels = kit, images, pixels

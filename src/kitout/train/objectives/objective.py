@@ -30,6 +30,8 @@ class Batch:
     """Tokens without padding."""
     num_padded_tokens: int = 0
     """Tokens with padding."""
+    token_index: Tensor | None = None
+    """[N]: where the tokens are in the flattened [B * T], example by example; None: in order, by the mask."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from torch import nn
 import kitout
 from kitout import VPT, AdaptFormer, FullFineTuning, Kit, LoRA, PartialFineTuning
 from kitout.method import Method
-from kitout.train.loop.frozen_trunk import FrozenTrunk
 from kitout.train.objectives.image_classification import image_logits
 from kitout.train.setup.heads import batchnorm_head, linear_head
+from kitout.train.trunk.image_features import FrozenTrunk
 from tiny_vision import kit as vision_kit
 from zoo import image_batch
 

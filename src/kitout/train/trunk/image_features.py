@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kitout import fast
 from kitout.kit import Kit
 from kitout.train.loop import distributed
 from kitout.train.loop.jobs import Job
 from kitout.train.objectives.image_classification import ImageClassification, image_logits
 
-MAX_FEATURE_BYTES = 2 * 2**30  # of features in memory, over all jobs of a run
 PROBE_ROWS = 5  # of the probe forward: a number that is no other dimension of an image
 TOLERANCE = 1e-4  # of the largest value
 
@@ -171,7 +171,7 @@ def keep_features(kit: Kit, jobs: Sequence[Job]) -> tuple[dict[str, str], list[s
     cuts: dict[str, str] = {}
     warnings: list[str] = []
     cached: list[_CachedTrunk] = []
-    available = MAX_FEATURE_BYTES
+    available = jobs[0].settings.trunk_bytes
     for job in jobs:
         objective = job.objective
         if not isinstance(objective, ImageClassification) or not _may_cache(job, objective):
@@ -188,8 +188,8 @@ def keep_features(kit: Kit, jobs: Sequence[Job]) -> tuple[dict[str, str], list[s
         new_bytes = len({row for batch in batches for row in batch} - cache.batch_of.keys()) * probe[0].nbytes
         if new_bytes > available:
             warnings.append(
-                f"{job.name}: train.trunk is off for it, its cached features would take too much memory; the frozen "
-                "trunk is computed at each step"
+                f"{job.name}: train.trunk is off for it, its cached features would take too much memory "
+                "(train.trunk_bytes); the frozen trunk is computed at each step"
             )
             continue
         available -= new_bytes
@@ -205,7 +205,7 @@ def _may_cache(job: Job, objective: ImageClassification) -> bool:
     """Not augmented images, which differ each time; not a base whose modules run under hooks of others."""
     settings = job.settings
     is_hooked = settings.fsdp or settings.activation_checkpointing or distributed.world_size() > 1
-    return settings.trunk != "off" and objective.pixels.augment is None and not is_hooked
+    return fast.enabled() and settings.trunk != "off" and objective.pixels.augment is None and not is_hooked
 
 
 def _cached_logits_fn(

@@ -1,0 +1,154 @@
+"""The designs of one generation: the run's own, those of the sites' ranking and of earlier runs first, then proposals.
+
+Each is counted before it is built, so none is over the budget, and none is tried twice. Candidates come in two
+generations: what the first has shown after the first rung is known when the second is proposed. It knows designs and
+what was measured of earlier ones, and trains nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kitout.errors import ConfigError
+from kitout.method import Method
+from kitout.methods.lora import LoRA
+from kitout.search.allocation import Criterion, allocate
+from kitout.search.plan.schema import SearchPlan
+from kitout.search.population.design import Design, count_design, identity
+from kitout.search.population.look import Look
+from kitout.search.population.proposals import params_of, propose
+from kitout.train.config.method_field import method_to_dict, parse_method
+from kitout.train.measure.run_history import history_file, read_rows
+from kitout.train.objectives.signals_of_items import NUM_ITEMS, first_items, signals_of_items
+
+MIN_FOR_TWO = 8  # candidates, for two generations
+RANKED_BY: tuple[Criterion, ...] = ("gradient", "eva")
+MAX_WARM = 0.25  # of the candidates
+DEFAULT_RANK = 8  # whose parameters the ranking divides where the plan has no limit
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was proposed together. (The names are keys of proposals.json.)"""
+
+    designs: tuple[Design, ...]
+    """Those that are trained."""
+    refused: tuple[dict[str, Any], ...]
+    """Designs that are not, each with its reason."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"designs": [one.to_dict() for one in self.designs], "refused": list(self.refused)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Generation:
+        """What `to_dict` gave."""
+        return cls(tuple(map(Design.from_dict, values["designs"])), tuple(values["refused"]))
+
+
+def generation_sizes(plan: SearchPlan) -> list[int]:
+    """How many candidates each generation has."""
+    is_single = plan.candidates < MIN_FOR_TWO or plan.halving.first >= 1
+    first = plan.candidates if is_single else (plan.candidates + 1) // 2
+    return [first, plan.candidates - first] if plan.candidates > first else [first]
+
+
+def propose_generation(
+    plan: SearchPlan, look: Look, number: int, size: int, earlier: Sequence[Design],
+    results: Sequence[tuple[Mapping[str, Any], Sequence[float]]], log: Callable[[str], None],
+) -> Generation:  # fmt: skip
+    """Designs that are new and within the budget; fewer than `size` where the space has no more.
+
+    earlier: of the generations before. results: of those, their params and values.
+    """
+    known = {identity(one.method, one.lr, look.survey) for one in earlier}
+    designs: list[Design] = []
+    refused: list[dict[str, Any]] = []
+    if number == 0 and look.default.over_budget:  # trained in the confirmation alone
+        known.add(identity(look.default.method, look.default.lr, look.survey))
+    for params, method, lr, origin in _candidates(plan, look, number, size, results, log):
+        if len(designs) == size:
+            break
+        cost = count_design(method, look.survey, look.head_parameters)
+        reason = cost.problem or cost.over(plan.budget)
+        if reason:
+            shown = {"method": method_to_dict(method), "lr": lr, "origin": origin, "reason": reason}
+            if shown["method"] not in [one["method"] for one in refused]:
+                refused.append(shown)
+            continue
+        key = identity(method, lr, look.survey)
+        if key in known:
+            continue
+        known.add(key)
+        is_default = origin == look.default.origin
+        name = look.default.name if is_default else f"{type(method).__name__.lower()}-{len(earlier) + len(designs):02d}"
+        designs.append(Design(name, method, lr, origin, params, cost.trainable, cost.bytes))
+    if not designs and number == 0:
+        reasons = "; ".join(sorted({str(one["reason"]) for one in refused})[:3])
+        raise ConfigError(f"no design of the space can be trained within the budget: {reasons}")
+    return Generation(tuple(designs), tuple(refused))
+
+
+def _candidates(
+    plan: SearchPlan, look: Look, number: int, size: int,
+    results: Sequence[tuple[Mapping[str, Any], Sequence[float]]], log: Callable[[str], None],
+) -> Iterator[tuple[Mapping[str, Any], Method, float, str]]:  # fmt: skip
+    """(params, method, learning rate, origin), in the order in which they are tried."""
+    if number == 0:
+        own = look.default
+        if not own.over_budget:
+            yield own.params, own.method, own.lr, own.origin
+        for method, origin in _ranked(plan, look, log):
+            lr = own.lr if type(method) is type(own.method) else method.training_defaults().lr
+            yield {}, method, lr, origin
+        for method, lr in _from_history(plan, look, log) if plan.warm else ():
+            yield params_of(method, lr, plan.space), method, lr, "an earlier run"
+    for params, method, lr in propose(plan, number, results, size):
+        yield params, method, lr, "proposed"
+
+
+def _ranked(plan: SearchPlan, look: Look, log: Callable[[str], None]) -> Iterator[tuple[Method, str]]:
+    """LoRA with the ranks that follow from one pass over the data, where the space has LoRA."""
+    if not any(isinstance(plan.space.build(name, {}), LoRA) for name in plan.space.method):
+        return
+    kit, job = look.prepared.kit, look.prepared.jobs[0]
+    log("probing the sites, one pass over the first examples ...")
+    items = first_items(job.examples, job.batches, NUM_ITEMS)
+    heads = kit[job.name].heads_by_path()
+    found = signals_of_items(kit, job.objective, items, heads=heads, seed=job.settings.seed)
+    most = plan.budget.max_trainable_parameters
+    whole = sum(min(DEFAULT_RANK, site.max_rank) * site.cost for site in found.values())
+    budget = whole if most is None else min(whole, most - look.head_parameters)
+    for by in RANKED_BY:
+        try:
+            yield allocate(found, budget, by), f"ranks by {by}"
+        except ConfigError as error:
+            log(f"no ranks by {by}: {error}")
+
+
+def _from_history(plan: SearchPlan, look: Look, log: Callable[[str], None]) -> Iterator[tuple[Method, float]]:
+    """Designs of the nearest finished runs whose method the space has, the nearest first."""
+    from kitout.runtime.count import num_base_parameters
+    from kitout.search.advise import PlannedRun, advise_from
+    from kitout.train.measure.run_history import ModelShape
+
+    file = history_file()
+    rows = [] if file is None else read_rows(file)
+    kit, prepared = look.prepared.kit, look.prepared
+    shape = ModelShape.of(kit.survey.towers, getattr(kit.base, "config", None), num_base_parameters(kit.base))
+    planned = PlannedRun(shape, prepared.objective, len(prepared.first_dataset.train))
+    known = {type(plan.space.build(name, {})).__name__ for name in plan.space.method}
+    advice = advise_from(rows, planned, limit=plan.candidates)
+    designs: dict[str, tuple[Method, float]] = {}
+    gained = sorted((one for one in advice.nearest if one.gain is not None), key=lambda one: one.distance)
+    for one in gained:
+        design = one.design
+        if design["method"] in known:
+            method = parse_method({"name": design["method"], **design["settings"]})
+            designs.setdefault(json.dumps(design, sort_keys=True), (method, design["lr"]))
+    most = max(1, round(MAX_WARM * plan.candidates))
+    log(str(advice) if not designs else f"{min(most, len(designs))} designs of earlier runs are tried first")
+    yield from list(designs.values())[:most]
