@@ -1,7 +1,7 @@
 """Runs every benchmark and prints one table; --write keeps it in benchmarks/RESULTS.md. Needs the `bench` extra.
 
 `python benchmarks/run.py [NAME ...] [--write] [--threads 2]`, NAME: align, assess, attaching, combine, compose, idle,
-many, search, text_trunk, train_step, training, virtual_tokens. Each file says what it does.
+loop_step, many, search, text_trunk, train_step, training, virtual_tokens. Each file says what it does.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 NAMES = (
-    "align", "assess", "attaching", "combine", "compose", "idle", "many", "search", "text_trunk", "train_step",
-    "training", "virtual_tokens",
+    "align", "assess", "attaching", "combine", "compose", "idle", "loop_step", "many", "search", "text_trunk",
+    "train_step", "training", "virtual_tokens",
 )  # fmt: skip
 
 

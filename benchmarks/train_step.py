@@ -59,11 +59,15 @@ def measure(rows: int, tokens: int, dtype: torch.dtype, rounds: int) -> tuple[Ti
     return interleaved(cases, rounds, warm=0), losses
 
 
-def step(model: nn.Module, parameters: list[nn.Parameter], ids: Tensor) -> Callable[[], float]:
+def step(
+    model: nn.Module, parameters: list[nn.Parameter], ids: Tensor, labels: Tensor | None = None
+) -> Callable[[], float]:
+    """labels: default every token."""
+    targets = ids if labels is None else labels
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
 
     def run_once() -> float:
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = model(input_ids=ids, labels=targets, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

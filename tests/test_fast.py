@@ -21,6 +21,7 @@ from kitout.evaluate.ask.cache_rows import can_share_prompts
 from kitout.methods.deltas import fused_low_rank, low_rank, low_rank_rows
 from kitout.route import Route
 from kitout.train.objectives.lm_head_loss import HeadLoss
+from kitout.train.objectives.shared_beginning import SharedBeginning
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5], [1, 2, 3, 4, 5], [7, 7, 8, 8, 9]])
 ROUTES: dict[str, Route] = {
@@ -117,11 +118,12 @@ def test_no_shared_work(kit: Kit) -> None:
             can_share_prompts(kit, ["a"]),
             bool(joined_rows.joins(kit, ("a", "b"), 4)),
             SharedPrompts.of(rows, torch.device("cpu")) is not None,
+            SharedBeginning.of(rows, torch.device("cpu")) is not None,
         ]
 
-    assert found() == [True] * 4
+    assert found() == [True] * 5
     with fast.disabled():
-        assert found() == [False] * 4
+        assert found() == [False] * 5
 
 
 @pytest.mark.parametrize("value", ["off", " OFF", "on", ""])

@@ -151,6 +151,12 @@ class Adapter(nn.Module):
         self.method.after_step(dict(self.site_deltas()), step, num_steps)
 
     @property
+    def has_dropout(self) -> bool:
+        """What it adds in training is drawn anew for each row."""
+        drops = any(module.p for module in self.modules() if isinstance(module, nn.Dropout))
+        return drops or bool(self.method.model_dump().get("dropout", 0.0))
+
+    @property
     def strength(self) -> float:
         return self._strength
 

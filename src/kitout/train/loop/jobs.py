@@ -102,8 +102,6 @@ def forward_key(job: Job, adapter: Adapter) -> Hashable | None:
     of its own step.
     """
     objective = job.objective
-    has_dropout = any(module.p for module in adapter.modules() if isinstance(module, nn.Dropout))
-    has_dropout = has_dropout or bool(adapter.method.model_dump().get("dropout", 0.0))
-    if objective.batch_key is None or has_dropout or isinstance(objective, StepObjective):
+    if objective.batch_key is None or adapter.has_dropout or isinstance(objective, StepObjective):
         return None
     return objective.batch_key, objective.rows

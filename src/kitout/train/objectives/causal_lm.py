@@ -1,8 +1,8 @@
 """Causal language modeling: each target token from all before it; `lm_head_loss` takes the loss.
 
 Padding is on the right and masked. Packed examples share a row and each starts at position 0 again; transformers makes
-a block mask from these position ids, but only without an attention mask and without a cache. It knows encoded examples
-and a model's call, no chat template and no adapter.
+a block mask from these position ids, but only without an attention mask and without a cache. In training what all rows
+of a forward begin with runs once. It knows encoded examples and a model's call, no chat template and no adapter.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from kitout.train.objectives.answer_rows import collate_rows, position_ids
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32
 from kitout.train.objectives.lm_head_loss import HeadLoss
 from kitout.train.objectives.objective import Batch, Losses
+from kitout.train.objectives.shared_beginning import BatchWithBeginning, SharedBeginning, can_share, shared_of
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # packed vs. separate: rounding
 LEAK_TOLERANCE = 1e-5  # with another neighbor in the row: nothing may change
@@ -37,9 +38,11 @@ class CausalLM:
     """Tokens of a row that several examples share; 0: no packing."""
     head: HeadLoss
     """How the loss is taken; over all logits until `choose_head_loss` has found a cheaper way."""
+    shares_beginning: bool
+    """Whether training runs what rows begin with once, where `choose_head_loss` has found that to give the same."""
 
     def __init__(self, kit: Kit, pack_width: int = 0) -> None:
-        self.kit, self.pack_width = kit, pack_width
+        self.kit, self.pack_width, self.shares_beginning = kit, pack_width, False
         self.head = HeadLoss(kit, "full")
 
     def choose_head_loss(self, names: Sequence[str], items: Sequence[EncodedExample]) -> None:
@@ -53,6 +56,8 @@ class CausalLM:
         self.head = HeadLoss.choose(self.kit, list(names), run_model, targets["positions"], targets["labels"])
         if self.pack_width:
             self._check_packing(few)
+        elif not any(self.kit[name].has_dropout for name in names):  # which differs from row to row
+            self.shares_beginning = can_share(self.kit, self.head, few)
 
     @property
     def batch_key(self) -> Hashable:
@@ -67,11 +72,17 @@ class CausalLM:
 
     def collate(self, items: Sequence[EncodedExample], seeds: Sequence[int] | None) -> Batch:
         packed = _pack(items, self.pack_width) if self.pack_width else None
-        return collate_rows(items, self.kit.device, packed)
+        batch = collate_rows(items, self.kit.device, packed)
+        if seeds is None or not self.shares_beginning:  # no training step: each row as a whole, for whoever looks on
+            return batch
+        return BatchWithBeginning(**batch.__dict__, shared=SharedBeginning.of(items, self.kit.device))
 
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
         positions, labels, owners = (batch.targets[name] for name in ("positions", "labels", "owners"))
-        total, nll, is_correct = self.head(lambda: model(**batch.inputs), positions, labels, weights[owners])
+        shared, run_model = shared_of(self.kit, batch), lambda: model(**batch.inputs)
+        if shared is not None:
+            run_model, positions = lambda: shared.run(model, self.kit), shared.positions
+        total, nll, is_correct = self.head(run_model, positions, labels, weights[owners])
         terms = (nll.detach(), is_correct.float(), torch.ones_like(nll))
         sums = [sum_by_row(each, owners, batch.num_examples) for each in terms]
         return Losses(total, *sums)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -28,6 +29,7 @@ Recorded: TypeAlias = dict[Hashable, list[Tensor]]  # by example, at each entry 
 GROUP_TOKENS = 4096  # recorded in one forward, padding included
 
 _kept: WeakKeyDictionary[Kit, KeptInputs] = WeakKeyDictionary()
+_is_within: ContextVar[bool] = ContextVar("within_trunk", default=False)
 
 
 class KeptInputs:
@@ -81,8 +83,12 @@ class KeptInputs:
         """The same with what was recorded of them."""
         keys, device = [key_of(item) for item in items], self.entry.kit.device
         rows = [torch.cat([recorded[key][point] for key in keys]).to(device) for point in range(len(self.entry.points))]
-        with self.entry.entering(rows, self.layouts(batch)):
-            yield
+        token = _is_within.set(True)
+        try:
+            with self.entry.entering(rows, self.layouts(batch)):
+                yield
+        finally:
+            _is_within.reset(token)
 
     def record(self, objective: Objective, items: Sequence[EncodedExample]) -> Recorded:
         """Computes what enters the block, in one forward of the base."""
@@ -139,6 +145,11 @@ def within_trunk(kit: Kit, objective: Objective, items: Sequence[Any], batch: Ba
         return
     with kept.entering(objective, items, batch):
         yield
+
+
+def is_within_trunk() -> bool:
+    """Forwards here begin at the first changed block, with rows as they were planned."""
+    return _is_within.get()
 
 
 def _groups(items: Sequence[EncodedExample]) -> Iterator[list[EncodedExample]]:
