@@ -14,6 +14,8 @@ PUBLIC_NAMES = {
     "check": "kitout.model_check.check",
     "Kit": "kitout.kit",
     "combine": "kitout.fuse.arithmetic",
+    "compile": "kitout.runtime.graphs.compile_blocks",
+    "compiled": "kitout.runtime.graphs.compile_blocks",
     "convert": "kitout.fuse.convert",
     "extract": "kitout.fuse.extract",
     "load": "kitout.predict.load",

@@ -39,6 +39,8 @@ from kitout.route import Average as Average
 from kitout.route import Mix as Mix
 from kitout.route import Only as Only
 from kitout.route import Stack as Stack
+from kitout.runtime.graphs.compile_blocks import compile as compile  # noqa: A004
+from kitout.runtime.graphs.compile_blocks import compiled as compiled
 from kitout.train import _CallableModule
 from kitout.version import __version__ as __version__
 

@@ -30,6 +30,7 @@ from kitout.runtime.base_state import KitForward
 from kitout.runtime.build_adapter import build_adapter, check_known, check_strength
 from kitout.runtime.count import ParameterCount, count_all_parameters, count_parameters
 from kitout.runtime.delegation import ModelInterface, interface_class
+from kitout.runtime.graphs.compile_blocks import remove_graphs
 from kitout.runtime.hooks.boundary import block_class, deepcopy_module, model_class
 from kitout.runtime.hooks.class_swap import Hook, hook, original_class, restore_class, swap_class, unhook
 from kitout.runtime.merge.commit import merge, restore
@@ -94,6 +95,7 @@ class Kit(ModelInterface, nn.Module):
                 self.unmerge()
             state.active.install(CompiledRoute(None))
             state.is_detached = True
+            remove_graphs(state)
             for path in state.hooks:
                 module = self.base.get_submodule(path)
                 unhook(module)

@@ -84,3 +84,24 @@ def test_a_gym_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_reward_model_of_peft_is_no_reward(folder: Path) -> None:
     (folder / "score" / "adapter" / "adapter_config.json").write_text("{}")
     assert errors(PPO)[0].startswith("reward='score/adapter' is a folder of Hugging Face PEFT, whose reward models")
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward", "sft"])
+def test_peft_folders_of_another_task_are_no_start(kind: str, folder: Path) -> None:
+    """As a stage of its own would find out only after the stages before it are trained."""
+    for task, name in (("SEQ_CLS", "judge"), ("TaskType.TOKEN_CLS", "tags"), ("CAUSAL_LM", "text"), (None, "any")):
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "task_type": task}))
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "adapter_config.json").write_text("[")
+    one = {"kind": kind, "data": "d.jsonl"}
+    for name in ("text", "any", "damaged"):  # the last is for its loader
+        assert errors(one | {"from": name}) == []
+    (found,) = errors(one | {"from": "judge"})
+    assert found == (
+        "from='judge' is a folder of Hugging Face PEFT for SEQ_CLS, whose head is that of another model class; a stage "
+        f"of kind {kind} starts from what was trained on answers (CAUSAL_LM): name such a folder, or leave from out"
+    )
+    (found,) = errors(SFT, one | {"from": "tags", "name": "second"})
+    assert found.startswith("stages.1.from='tags' is a folder of Hugging Face PEFT for TOKEN_CLS")
+    assert found.endswith("or leave stages.1.from out")

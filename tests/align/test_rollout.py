@@ -160,8 +160,8 @@ def test_memory_that_runs_out_changes_no_answer() -> None:
 def test_an_answer_ends_with_its_end_token_or_at_the_limit() -> None:
     kit, tokenizer = kit_and_tokenizer()
     stop_ids = list(range(50, 70))  # so that some answers end
-    settings = SamplingSettings(max_new_tokens=5)
-    rollouts = sample_answers(kit, tokenizer, PROMPTS, settings, seed=0, step=0, samples=16, stop_ids=stop_ids)
+    settings = SamplingSettings(max_new_tokens=5, stop_ids=tuple(stop_ids))
+    rollouts = sample_answers(kit, tokenizer, PROMPTS, settings, seed=0, step=0, samples=16)
     ends = {*stop_ids, 2}
     for rollout in rollouts:
         answer = list(rollout.answer_ids)

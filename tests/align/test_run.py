@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kitout
 from kitout import IA3, LoRA
+from kitout.align import rounds
 from kitout.align.config.kinds import KINDS, default_lr
+from kitout.align.measure import prompts
+from kitout.align.rollout import SamplingSettings
 from kitout.errors import ConfigError
 from kitout.train.metrics_log import read_metrics
 from tiny_models import decoder, jsonl
@@ -60,10 +65,11 @@ def count_letters(prompts: list[Any], completions: list[str], rows: list[dict[st
     return [text.count("e") / max(1, len(text)) for text in completions]
 
 
-def stage(kind: str, model: Path, data: Path, out: Path, **more: Any) -> Any:
+def stage(kind: str, model: Path, data: Path, out: Path, split: dict[str, Any] | None = None, **more: Any) -> Any:
     lines: list[str] = []
     settings: dict[str, Any] = {
-        "model": {"name": str(model), "dtype": "float32"}, "data": {"train": str(data), "validation": 6, "test": 8},
+        "model": {"name": str(model), "dtype": "float32"},
+        "data": split or {"train": str(data), "validation": 6, "test": 8},
         "train": SMALL, "output": {"folder": str(out)}, "evaluate": {"show_examples": 2},
     }  # fmt: skip
     if kind in ("grpo", "rloo", "ppo"):
@@ -124,7 +130,7 @@ def test_every_kind_trains_and_is_measured(kind: str, model: Path, tmp_path: Pat
         completions = read_metrics(tmp_path / "run" / "completions.jsonl")
         page = (tmp_path / "run" / "preflight.txt").read_text(encoding="utf-8")
         assert "rounds of 2 prompts with" in page
-        assert " answers a step; learning rate" in page
+        assert re.search(r" answers a step, at most \d+ in one forward; learning rate", page)
         assert completions
         assert {"prompt", "completion", "rewards", "total", "tokens", "ended"} <= completions[0].keys()
         assert all("reward" in row for row in logged)
@@ -237,3 +243,57 @@ def test_a_policy_is_compared_with_what_it_started_from(kind: str, model: Path, 
     assert comparison.baseline == "starting adapter"
     assert comparison.changes[0].base.value == comparison.changes[0].tuned.value
     assert ("reference" in result.figures["align"]) == (kind == "dpo")
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward", "kto", "grpo"])
+def test_rows_about_one_thing_have_one_interval(kind: str, model: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in data_of(kind, tmp_path).read_text(encoding="utf-8").splitlines()]
+    data = jsonl(tmp_path / "grouped.jsonl", [{**row, "passage": f"p{i // 2}"} for i, row in enumerate(rows)])
+    of_groups = {"train": str(data), "validation": 0, "test": 8, "group": "passage"}
+    more = {"train": {"steps": 1, **({} if kind == "grpo" else {"batch_size": 4})}}
+    stage(kind, model, data, tmp_path / "run", of_groups, **more)
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    (changes,) = results["comparisons"].values()
+    assert {one[side]["num_groups"] for one in changes for side in ("base", "tuned")} == {4}
+    if kind != "grpo":
+        assert results["align"]["held_out"]["scores"][changes[0]["name"]]["num_groups"] == 4
+    with pytest.raises(ConfigError, match="the 2 test examples are of one group"):
+        stage(kind, model, data, tmp_path / "one", of_groups, evaluate={"max_test_examples": 2})
+
+
+def test_the_pre_flight_says_how_many_answers_run_at_once(model: Path, tmp_path: Path) -> None:
+    more = {"train": {"steps": 1, "micro_batch_size": 3}}
+    stage("grpo", model, data_of("grpo", tmp_path), tmp_path / "run", **more)
+    page = (tmp_path / "run" / "preflight.txt").read_text(encoding="utf-8")
+    assert "16 answers a step, at most 3 in one forward; learning rate" in page
+
+
+def test_what_the_template_writes_behind_a_turn_ends_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base's tokenizer may end texts with another token. In rounds, in what is measured, and in a chat afterwards."""
+    folder = decoder(tmp_path / "model")
+    fast: Any = AutoTokenizer.from_pretrained(folder)
+    fast.eos_token = "</s>"
+    fast.save_pretrained(folder)
+    base: Any = AutoModelForCausalLM.from_pretrained(folder)
+    base.config.eos_token_id = base.generation_config.eos_token_id = fast.eos_token_id
+    base.save_pretrained(folder)
+    end = fast.convert_tokens_to_ids("<|im_end|>")
+    assert end != fast.eos_token_id
+    asked: list[SamplingSettings] = []
+    for module in (rounds, prompts):
+        sample = module.sample_answers
+        monkeypatch.setattr(
+            module, "sample_answers", lambda *args, _f=sample, **how: (asked.append(args[3]), _f(*args, **how))[1]
+        )
+    stage("grpo", folder, data_of("grpo", tmp_path), tmp_path / "run", train={"steps": 1})
+    assert len(asked) > 2
+    assert {settings.stop_ids for settings in asked} == {(end,)}
+    predictor = kitout.load(tmp_path / "run")
+    head = predictor.kit.base.get_output_embeddings()
+    with torch.no_grad():  # whatever it reads, it writes the end of the turn
+        head.weight.zero_()
+    head.register_forward_hook(
+        lambda _m, _i, logits: logits + torch.nn.functional.one_hot(torch.tensor(end), logits.shape[-1])
+    )
+    assert predictor.chat("good?", max_new_tokens=20) == ""
+    assert predictor.generate("good", max_new_tokens=20) == ""

@@ -1,7 +1,7 @@
 """What stages take from outside, by name: the base, data, adapter folders, reward functions and gyms.
 
 Found before anything is loaded, wrong names together. The base and files of data are `train.setup.find_inputs`'s
-business; a name that only the hub knows is left to its loader. It runs no function and reads no file.
+business; a name that only the hub knows is left to its loader. It runs no function and reads no file but PEFT's config.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from kitout.align.config.schema import AlignConfig, RewardSource, StageRun
 from kitout.errors import ConfigError, KitoutError
 from kitout.format import short_repr
 from kitout.install_hint import suggest_install
-from kitout.train.setup.find_inputs import adapter_errors, find_inputs, raise_together
+from kitout.train.setup.find_inputs import (
+    TASKS_WITH_HEADS,
+    adapter_errors,
+    find_inputs,
+    peft_task,
+    raise_together,
+)
 
 PEFT_CONFIG = "adapter_config.json"
 GYM_PACKAGE, GYM_DISTRIBUTION = "reasoning_gym", "reasoning-gym"
@@ -37,6 +43,12 @@ def _errors_of(config: AlignConfig, run: StageRun) -> Iterator[KitoutError]:
         yield from found.errors
     if stage.from_ is not None and config.stage(stage.from_) is None:
         yield from _folder_errors(f"{at}from", stage.from_, _texts(config, number))
+        if (task := peft_task(stage.from_)) in TASKS_WITH_HEADS:
+            yield ConfigError(
+                f"{at}from={short_repr(stage.from_)} is a folder of Hugging Face PEFT for {task}, whose head is that "
+                f"of another model class; a stage of kind {stage.kind} starts from what was trained on answers "
+                f"(CAUSAL_LM): name such a folder, or leave {at}from out"
+            )
     for one in stage.reward:
         if one.of == "gym":
             gyms.add(one.source)

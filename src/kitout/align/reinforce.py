@@ -41,6 +41,7 @@ from kitout.align.rounds import Roles, RoundPlan, Rounds, answer_row
 from kitout.align.scalar_head import head_path, scalar_head
 from kitout.base import memory
 from kitout.data.encode.item import EncodedPrompt
+from kitout.data.encode.prompts import PromptEncoder
 from kitout.errors import ConfigError, Errors
 from kitout.evaluate.ask.text_limit import check_prompts
 from kitout.evaluate.report import plots
@@ -75,7 +76,10 @@ class Reinforcement:
         self.start = load_start(config, prepared)
         self.rewards = self._open_rewards()
         rollout, loss = config.rollout, self.loss
-        self.sampling = SamplingSettings(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
+        turn_ends = PromptEncoder(prepared.tokenizer, config.data.chat_template_kwargs).turn_end_ids
+        self.sampling = SamplingSettings(
+            rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, turn_ends
+        )
         policy, seed = prepared.jobs[0], config.train.seed
         parts = loss.minibatches if isinstance(loss, PPOLoss) else 1
         self.plan = RoundPlan.of(policy.batches, rollout.samples, self.num_passes, parts, config.train.steps, seed)
@@ -200,6 +204,7 @@ class Reinforcement:
             self.prepared.kit, self.jobs, config, self.folder, estimate, signature, self._validate,
             step_data=self.rounds,
         )  # fmt: skip
+        self.rounds.rows_of_forward = lambda: trainer.step_runner.micro_batch_size
         watch = AlarmWatch(self.config, self.plan.steps_per_round)
         trainer.add_callback(AlarmDisplay(watch, self.log, lambda: read_metrics(self.folder.metrics)))
         return trainer, estimate
@@ -218,12 +223,13 @@ class Reinforcement:
         """The pre-flight in rounds and answers; what it is made of counts prompts."""
         prompts, per_round = len(self.plan.prompts[0]), self.plan.steps_per_round
         answers, lr = len(self.plan.batches[0]), self.config.train.lr
+        at_once = min(self.rounds.rows_of_forward(), answers)
         texts = {
             "schedule": (
                 f"{len(self.plan.batches)} steps: {len(self.plan.prompts)} rounds of {prompts} prompts with "
                 f"{self.plan.samples} answers each, {per_round} optimizer step{'s' if per_round > 1 else ''} a round"
             ),
-            "batch": f"{answers} answers a step; learning rate {lr:g}",
+            "batch": f"{answers} answers a step, at most {at_once} in one forward; learning rate {lr:g}",
         }
         return replace(page, settings={**page.settings, **texts}, steps=len(self.plan.batches))
 

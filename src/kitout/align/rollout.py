@@ -43,6 +43,9 @@ class SamplingSettings:
     """The likeliest so many tokens; 0: all tokens."""
     max_new_tokens: int = 128
     """Tokens of an answer at most, its end token included."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids that end an answer, besides those of the model's generation config and of the tokenizer: what the chat
+    template writes behind a turn."""
 
     def __post_init__(self) -> None:
         errors = Errors(ConfigError, "sampling")
@@ -106,7 +109,6 @@ def sample_answers(
     keys: Sequence[int] | None = None,
     routes: Sequence[RouteEntry] | None = None,
     chunk_size: int = 32,
-    stop_ids: Sequence[int] = (),
     on_progress: ProgressFn | None = None,
 ) -> list[Rollout]:
     """`samples` answers to each prompt, those of a prompt together, in the order of the prompts.
@@ -115,8 +117,7 @@ def sample_answers(
     by prompt; keys: None: the prompt's position. Processes that share a step give each prompt the key that it has among
     all of them. routes: by prompt the adapters that answer it, as rows of one batch where they can be; None: what is
     active. chunk_size: rows of one call at most, halved while memory runs out; no draw depends on it, but the last bits
-    of a model's logits may, so a run that is to be repeated to the bit keeps it. stop_ids: ids that end an answer,
-    besides those of the model's generation config and of the tokenizer.
+    of a model's logits may, so a run that is to be repeated to the bit keeps it.
 
     Dropout is off. ConfigError for a model that cannot generate or that reads prompts with an encoder, and for a prompt
     longer than it reads. TrainingDiverged where logits are not finite. Source: inverse transform sampling.
@@ -140,7 +141,7 @@ def sample_answers(
         for sample in range(samples)
     ]
     distinct = None if routes is None else tuple(dict.fromkeys(routes))
-    decoding = plan_decoding(kit, tokenizer, prompts, settings.max_new_tokens, distinct, stop_ids)
+    decoding = plan_decoding(kit, tokenizer, prompts, settings.max_new_tokens, distinct, settings.stop_ids)
 
     def ask(chunk: list[_Row]) -> list[list[int]]:
         def draw_for(numbers: list[int]) -> Mapping[str, Any]:

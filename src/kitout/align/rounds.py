@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from kitout.align.completions_log import completion_lines, write_completions
 from kitout.align.config.losses import GRPOLoss, PPOLoss, RLOOLoss
 from kitout.align.losses import advantages as estimates
 from kitout.align.losses.divergence import AdaptiveKL, k1
+from kitout.align.objectives.answer_order import order_answers
 from kitout.align.objectives.policy import SampledAnswer
 from kitout.align.objectives.scored_answers import AnswerScorer, SharedBatch
 from kitout.align.rewards.mean_reward import reward_measure
@@ -100,6 +101,8 @@ class Rounds:
     """Steers beta to a target; None: beta stays as it is set."""
     last: dict[str, float]
     """Metrics of the last round."""
+    rows_of_forward: Callable[[], int]
+    """How many answers a forward of a step takes at most; the loop may halve it. All of them until it is set."""
 
     def __init__(
         self, kit: Kit, tokenizer: Any, who: Roles, prompts: Sequence[EncodedPrompt], plan: RoundPlan,
@@ -110,6 +113,7 @@ class Rounds:
         self.loss, self.sampling, self.rewards, self.seed, self.log = loss, sampling, rewards, seed, log
         self.scorer = scorer
         self.answers, self._round, self.last, self.kl_state = [], list[SampledAnswer](), {}, None
+        self.rows_of_forward = lambda: len(plan.prompts[0]) * plan.samples
         self._kl: float | None = None
         self._explained = math.nan
         if isinstance(loss, PPOLoss) and loss.kl_target is not None:
@@ -175,7 +179,8 @@ class Rounds:
         self.last = self._round_metrics(rollouts, values)
         weights = [float(one.advantages.mean()) if len(one.advantages) else None for one in weighed]
         write_completions(self.log, completion_lines(step + 1, rollouts, answers, values, weights))
-        return sorted(weighed, key=lambda answer: -answer.length)
+        shares = self.scorer is not None and self.scorer.shares_prompts
+        return order_answers(weighed, self.plan.samples, self.rows_of_forward(), shares)
 
     def _weigh(
         self, rollouts: Sequence[Rollout], answers: AnswerBatch, values: RewardValues

@@ -37,7 +37,7 @@ from kitout.train.config import conflicts
 from kitout.train.config.schema import RunConfig
 from kitout.train.loop import distributed, stop_on_signal
 from kitout.train.loop.jobs import Job
-from kitout.train.measure.evaluate import JobOutcome, mean_over_jobs
+from kitout.train.measure.evaluate import JobOutcome, check_groups, mean_over_jobs
 from kitout.train.measure.forgetting import check_forgetting, measure_forgetting
 from kitout.train.measure.merge_proof import check_mergeable, prove_merge
 from kitout.train.outputs import write_outputs
@@ -118,7 +118,8 @@ def _run_prepared(
     work: Any, config: StageRun, prepared: PreparedRun, folder: RunFolder, dry_run: bool, log: LogFn, main_log: LogFn
 ) -> Result:
     check_best(prepared, config, work.metric_names)
-    check_forgetting(prepared, config.evaluate, main_log)
+    check_groups(prepared, config.evaluate)
+    check_forgetting(prepared, config.evaluate, config.train.seed, main_log)
     if config.evaluate.prove_merge:
         check_mergeable(prepared)
     statistics = collect_statistics(prepared)
@@ -185,7 +186,8 @@ class OfflineStage:
         measured = list(self.prepared.first_dataset.test)[: self.config.evaluate.max_test_examples]
         rows = [row for item in (*trained, *job.validation, *measured) for row in item.rows]
         if isinstance(objective, KTOObjective):
-            objective.mismatched = mismatched_rows(job.examples, self.prepared.lengths[0].text.tokens)
+            longest = self.prepared.lengths[0].text.tokens
+            objective.mismatched = mismatched_rows(job.validation, longest) | mismatched_rows(job.examples, longest)
             rows += [objective.mismatched[row] for row in rows if row in objective.mismatched]
         if not (isinstance(objective, PreferenceObjective | KTOObjective) and self.config.has_reference):
             return

@@ -213,7 +213,8 @@ def _read_all(
         check_suite(suite)
         if suite != "none" and (not reader.writes_text or reader.kit.config.is_encoder_decoder):
             raise ConfigError(f"suite={suite!r} asks a decoder that writes text, and this is none: write suite='none'")
-        forgotten = suite_sets(suite, reader.tokenizer, reader.seed, log) if not errors.messages else []
+        if not errors.messages:
+            forgotten += suite_sets(suite, reader.tokenizer, reader.seed, log)
     except KitoutError as error:
         errors.add(str(error))
     if not (sources or has_more) and suite == "none" and not errors.messages:

@@ -9,7 +9,7 @@ import io
 import signal
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -66,18 +66,25 @@ def escape_unencodable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def refuse_options(args: Iterable[str], options: Sequence[str], schema: Any) -> None:
-    """`--lr 1e-4` -> write train.lr=..., for every unknown option. schema: of the settings that may be meant."""
+def refuse_options(
+    args: Iterable[str], options: Sequence[str], schema: Any, advice: Mapping[str, str] | None = None
+) -> None:  # fmt: skip
+    """`--lr 1e-4` -> write train.lr=..., for every unknown option. schema: of the settings that may be meant.
+
+    advice: in place of the schema's `foreign_keys`.
+    """
     from kitout.train.config.error_messages import hint_for_key
 
     errors = Errors(ConfigError, "options")
+    advice_at = None if advice is None else lambda _location: advice
     for option in args:
         name, _, value = option.partition("=")
         key = name.lstrip("-").replace("-", "_")
         hint = get_close_matches(name, options, n=1, cutoff=0.8)
-        advice = f"did you mean {hint[0]}?" if hint else hint_for_key(key, schema) if "." not in key else None
-        advice = advice or f"write a setting as {key}={value or 'VALUE'}, without dashes"
-        errors.add(f"there is no option {name}; {advice}")
+        known = hint_for_key(key, schema, advice_at) if "." not in key else None
+        instead = f"did you mean {hint[0]}?" if hint else known
+        instead = instead or f"write a setting as {key}={value or 'VALUE'}, without dashes"
+        errors.add(f"there is no option {name}; {instead}")
     errors.raise_if_any()
 
 

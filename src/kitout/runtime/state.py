@@ -50,6 +50,8 @@ class KitState:
     """`Kit.detach` was called."""
     training_watch: TrainingWatch
     """Notices an adapter that no optimizer holds."""
+    graphs: Any
+    """The graphs of its blocks (`runtime.graphs`), which it only keeps; None where nothing is compiled."""
 
     def __init__(self, base: nn.Module, survey: Survey) -> None:
         self.base, self.survey = base, survey
@@ -61,6 +63,7 @@ class KitState:
         self.unproven = set() if survey.proven else {s.path for s in survey.sites}
         self.is_detached = False
         self.training_watch = TrainingWatch()
+        self.graphs = None
         self.before_attach = BaseState.capture(base)
         self._adapters: dict[str, Adapter] = {}
         self._route_cache = RouteCache()

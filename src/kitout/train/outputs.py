@@ -61,6 +61,9 @@ def write_outputs(
     rows = _adapter_rows(run, trainer, outcomes)
     results = _results(run, trainer, estimate, best_step, comparisons)
     results["trunk_choice"] = run_folder.read_resolved().get("trunk", "")
+    if (report := trainer.step_runner.compiled.report) is not None:
+        results["compiled"] = {"graphs": len(report.graphs), "seconds": report.seconds, "kinds": report.kinds}
+        log(f"compiled {report}")
     results["adapters"] = [asdict(row) for row in rows]
     if details is not None:
         results["align"] = {**details.values, "alarms": list(details.alarms)}

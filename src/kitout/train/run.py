@@ -97,7 +97,7 @@ def run(
         prepared = prepare(read_data(config, folder.path), resolve_placement(config, folder), own_log, samples=dry_run)
         check_best(prepared, config)
         check_groups(prepared, config.evaluate)
-        check_forgetting(prepared, config.evaluate, own_log)
+        check_forgetting(prepared, config.evaluate, config.train.seed, own_log)
         if config.evaluate.prove_merge:
             check_mergeable(prepared)
         statistics = collect_statistics(prepared)
@@ -120,6 +120,8 @@ def run(
         if dry_run:
             return Result(folder.path)
         memory.reset_peak(prepared.kit.device)
+        if any(job.settings.compile != "off" for job in prepared.jobs):
+            main_log("the first steps compile the blocks, which takes seconds to minutes (train.compile=blocks) ...")
         save = partial(save_adapters, prepared, config, folder, log)
         best_step = train_and_save(trainer, last_checkpoint, prepared, save)
         outcomes = evaluate_jobs(prepared, config.evaluate, lambda name: progress_fn(name, log))

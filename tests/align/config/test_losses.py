@@ -81,7 +81,7 @@ def test_lambda_is_a_word_of_python() -> None:
         (
             "dpo",
             {"epsilon": 0.2},
-            "loss.epsilon: there is no such setting; known: 'variant', 'beta', 'label_smoothing'",
+            "loss.epsilon: there is no such setting; leave it out: it is loss.clip of grpo, rloo, ppo, and",
         ),
         ("orpo", {"beta": -1}, "loss.beta: expected more than 0, found -1"),
         ("simpo", {"beta": 0}, "loss.beta: expected more than 0"),

@@ -165,13 +165,16 @@ def _has_reference(kind: str, loss: dict[str, Any]) -> bool:
             "stages.0.train.learning_rate: there is no such setting; write stages.0.train.lr",
         ),
         ({"stages": [SFT | {"train": {"batch": 1}}]}, "stages.0.train.batch: is now stages.0.train.batch_size"),
-        ({"stages": [SFT | {"beta": 1}]}, "stages.0.beta: there is no such setting; write stages.0.loss.beta"),
         (
-            {"stages": [SFT | {"num_generations": 1}]},
+            {"stages": [SFT | {"kind": "dpo", "beta": 1}]},
+            "stages.0.beta: there is no such setting; write stages.0.loss.beta",
+        ),
+        (
+            {"stages": [SFT | {"kind": "rloo", "num_generations": 1}]},
             "stages.0.num_generations: there is no such setting; write stages.0.rollout.samples",
         ),
         (
-            {"stages": [SFT | {"reward_funcs": 1}]},
+            {"stages": [SFT | {"kind": "grpo", "reward_funcs": 1}]},
             "stages.0.reward_funcs: there is no such setting; write stages.0.reward",
         ),
         ({"stages": [SFT | {"use_vllm": 1}]}, "stages.0.use_vllm: there is no such setting; leave it out: answers are"),

@@ -103,3 +103,29 @@ def test_the_section_and_the_picture_show_them() -> None:
     assert "sigmoid(margin)" in section.caption
     pytest.importorskip("matplotlib")
     assert reward_picture(figures).startswith(b"\x89PNG")
+
+
+def test_pairs_about_one_thing_are_resampled_together() -> None:
+    """Five copies of each pair are no more evidence than one: intervals are those of the pairs, not of the copies."""
+    once = scores(40)
+    copies = PairScores(*(np.repeat(values, 5) for values in (once.chosen, once.rejected, once.chosen_tokens,
+                                                               once.rejected_tokens)))  # fmt: skip
+    groups = [f"passage {i // 5}" for i in range(200)]
+    alone, together, of_copies = pair_figures(once), pair_figures(copies, groups), pair_figures(copies)
+    assert together.scores.keys() == alone.scores.keys()
+    for name, one in together.scores.items():
+        assert one.value == pytest.approx(alone.scores[name].value)
+        assert one.num_groups == 40
+        width = one.high - one.low
+        assert width > 1.5 * (of_copies.scores[name].high - of_copies.scores[name].low) or name == "length_correlation"
+    for name, one in together.by_length.items():
+        assert one.num_groups == one.n / 5
+        assert one.value == pytest.approx(alone.by_length[name].value)
+
+    longer = once.chosen_tokens > once.rejected_tokens
+    of_one = ["only" if is_longer else str(i) for i, is_longer in enumerate(longer)]
+    assert LONGER not in pair_figures(once, of_one).by_length, "one group has no interval"
+
+    rewards, is_desirable = RNG.normal(0, 1, 60), np.arange(60) % 2 == 0
+    figures = answer_figures(rewards, is_desirable, RNG.integers(1, 9, 60), [str(i // 4) for i in range(60)])
+    assert {one.num_groups for one in figures.scores.values()} == {15}

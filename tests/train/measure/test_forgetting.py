@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,26 @@ def test_what_cannot_be_measured_is_refused_before_training(tmp_path: Path, monk
     with pytest.raises(AssetError, match="obqa"):
         kitout.train(settings, log=lambda _: None)
     assert not (tmp_path / "other" / "adapter").exists()
+
+
+def test_a_choice_longer_than_the_model_reads_is_found_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tiny_suites(tmp_path / "sets", monkeypatch)
+    rows = [{"question": "q?", "choices": ["the cat " * (300 + i), "a dog"], "answer": 0} for i in range(8)]
+    jsonl(tmp_path / "sets" / "piqa" / "train.jsonl", rows)
+    settings = config(tmp_path, decoder(tmp_path / "m"))
+    with pytest.raises(ConfigError, match=r"evaluate.forgetting=quick: 2 errors") as found:
+        kitout.train(settings, log=lambda _: None)
+    assert "piqa: choices: 6 errors" in str(found.value)
+    assert re.search(r"question 0 has a choice of [\d,]+ tokens, and the model reads 256", str(found.value))
+    assert "and 3 more questions" in str(found.value)
+    assert str(found.value).endswith("leave it out; kitout eval asks the adapter sets of your own later")
+    assert not (tmp_path / "run" / "adapter").exists()
+    pairs = [{"prompt": f"good or bad? {i}", "chosen": "good", "rejected": "bad"} for i in range(20)]
+    data = {"train": str(jsonl(tmp_path / "pairs.jsonl", pairs)), "test": 4, "validation": 0}
+    with pytest.raises(ConfigError, match="and 3 more questions"):
+        kitout.align(
+            stage="dpo", output=str(tmp_path / "dpo"), data=data, log=lambda _: None,
+            **{name: settings[name] for name in ("model", "train", "evaluate")},
+        )  # fmt: skip

@@ -10,9 +10,11 @@ from kitout.align.config import losses
 from kitout.train.config.foreign_keys import advice_by_key
 
 ELSEWHERE = losses.ELSEWHERE | {
-    "kind": "algorithm trainer trainer_type rl rlhf_type rlhf pref_loss preference_loss kind",
+    "kind": "algorithm trainer trainer_type rl rlhf_type rlhf pref_loss preference_loss kind objective task task_type "
+    "problem_type",
     "stages": "stage steps_of_run pipeline stages",
-    "from": "ref_model reference_model ref_model_path init_from sft_model sft_model_path adapter_name_or_path",
+    "from": "ref_model reference_model ref_model_path init_from sft_model sft_model_path adapter_name_or_path "
+    "lora_model_dir",
     "reward": "reward_funcs reward_func reward_functions reward_model reward_model_path reward_weights rewards",
     "rollout.samples": "samples num_generations n_samples_per_prompt num_return_sequences rloo_k group_size k n",
     "rollout.prompts": "generation_batch_size rollout_batch_size steps_per_generation prompts_per_step",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kitout.align.config.conflicts import find_conflicts, method_conflicts
+from kitout.align.config.kind_advice import advice_in
 from kitout.align.config.schema import AlignConfig
 from kitout.errors import ConfigError, Errors
 from kitout.train.config import conflicts, overrides
@@ -76,7 +77,8 @@ def _load(values: Mapping[str, Any], context: object) -> AlignConfig:
     """The stages; context: WITHOUT_METHODS, for all that they need no method for."""
     is_single = "kind" in values and "stages" not in values
     try:
-        config = validate(_as_stages(values) if is_single else values, AlignConfig, context)
+        staged = _as_stages(values) if is_single else values
+        config = validate(staged, AlignConfig, context, advice_at=advice_in(staged))
         errors = Errors(ConfigError, HEADING)
         for message in dict.fromkeys(_conflicts(config, context)):
             errors.add(message)

@@ -8,12 +8,10 @@ knows no tensor and no stage.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from kitout.train.config.foreign_keys import advice_by_key
 from kitout.train.config.sections import ConfigSection
 
 # What TRL and others call them -> what to write.
@@ -43,15 +41,9 @@ ELSEWHERE: dict[str, str] = {
 
 
 class LossSettings(ConfigSection):
-    """What every kind's loss has in common: nothing but the names that others use."""
+    """What every kind's loss has in common."""
 
     type_name: ClassVar[str] = "loss"
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        own = {f"loss.{field.alias or name}" for name, field in cls.model_fields.items()}
-        names = {setting: names for setting, names in ELSEWHERE.items() if setting.split(" ")[0] in own}
-        cls.foreign_keys = MappingProxyType(advice_by_key(names, {}))
 
 
 class RewardLoss(LossSettings):

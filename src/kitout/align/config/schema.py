@@ -105,7 +105,10 @@ class StageLoss(ConfigSection):
         try:
             return settings.model_validate(dict(value or {}))
         except ValidationError as error:
-            raise ValueError(JOIN.join(explain(error, settings))) from error
+            from kitout.align.config.kind_advice import advice_of  # which is made of this schema
+
+            advice = advice_of(info.data["kind"])
+            raise ValueError(JOIN.join(explain(error, settings, lambda _location: advice))) from error
 
     @field_validator("rollout", mode="before")
     @classmethod

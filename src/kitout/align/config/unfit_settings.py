@@ -6,9 +6,12 @@ A setting is unfit where its value is not the default. It knows names and reason
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from kitout.align.config.kinds import KINDS
-from kitout.align.config.schema import StageConfig
+
+if TYPE_CHECKING:
+    from kitout.align.config.schema import StageConfig
 
 NO_TEXT = "a stage trains a language model on texts: leave it out"
 PAIRS = "the whole answers are compared: leave it out"
@@ -21,6 +24,8 @@ OF_ALL = {
          "train.trunk", "train.trunk_bytes"),
         NO_TEXT,
     ),
+    "train.compile": "rows of answers have too many shapes to compile: leave it out",
+    "train.pad_to": "rows of answers are padded to their own length: leave it out",
 }  # fmt: skip
 OF_ANSWERS = {  # of all but sft
     "data.streaming": READ_WHOLE,
@@ -67,5 +72,9 @@ def find_unfit(stage: StageConfig, at: str) -> Iterator[str]:
         field = "from_" if name == "from" else name
         value = getattr(section, field)
         if value != type(section).model_fields[field].get_default(call_default_factory=True):
-            data = {"unpaired": "answers", "prompts": "prompts"}.get(stage.of_kind.data_format, "pairs")
-            yield f"{at}{setting}: {reason.format(at=at, value=value, data=data)}"
+            yield f"{at}{setting}: {reason.format(at=at, value=value, data=data_noun(stage.kind))}"
+
+
+def data_noun(kind: str) -> str:
+    """What its data are called in a message."""
+    return {"unpaired": "answers", "prompts": "prompts"}.get(KINDS[kind].data_format, "pairs")

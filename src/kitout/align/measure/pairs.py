@@ -8,6 +8,7 @@ answer, which a reward model often learns instead. It knows prepared runs and me
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from kitout.evaluate.compare import BASE, compare
 from kitout.evaluate.metrics.measure import Measure, proportion
 from kitout.train.config.schema import EvaluateConfig
 from kitout.train.loop.jobs import Job
-from kitout.train.measure.evaluate import JobOutcome
+from kitout.train.measure.evaluate import JobOutcome, groups_of, in_groups
 from kitout.train.measure.predict import ProgressFn, predict
 from kitout.train.setup.prepare import PreparedRun
 
@@ -60,15 +61,15 @@ def measure_answers(
     start: the adapter that the policy started from; None: the base.
     """
     items = list(items)[: config.max_test_examples]
-    objective = job.objective
+    objective, groups = job.objective, groups_of(items)
     if isinstance(objective, KTOObjective):
         with run.kit.use(job.name):
             rewards = predict(run.kit, objective, items, on_progress).predictions
         tokens = np.array([item.num_targets for item in items])
-        figures = answer_figures(np.array(rewards), np.array([item.is_desirable for item in items]), tokens)
+        figures = answer_figures(np.array(rewards), np.array([item.is_desirable for item in items]), tokens, groups)
     else:
         scores, _ = score_pairs(run, job, items, on_progress)
-        figures = pair_figures(scores)
+        figures = pair_figures(scores, groups)
     if isinstance(objective, RewardObjective):
         base = {PAIR_ACCURACY: proportion(scores.chosen_tokens > scores.rejected_tokens)}
         tuned = {PAIR_ACCURACY: proportion(scores.chosen > scores.rejected)}
@@ -79,6 +80,7 @@ def measure_answers(
             likelihood_measures(run, objective.scorer, items, adapter, on_progress) for adapter in (start, job.name)
         )
         base, tuned, baseline = before, after, BASE if start is None else STARTING
+    base, tuned = in_groups(base, items), in_groups(tuned, items)
     comparison = compare(base, tuned, (), baseline=baseline)
     scores_by_name = {change.name: change.tuned for change in comparison.changes}
     return JobOutcome(scores_by_name, comparison, items=items, measures=tuned, base_measures=base), figures
@@ -100,8 +102,11 @@ def likelihood_measures(
 
 def validation_metrics(run: PreparedRun, job: Job) -> dict[str, float]:
     """During training: the loss and how often the objective's reward is higher for the better answer."""
-    with run.kit.use(job.name):
-        predicted = predict(run.kit, job.objective, job.validation)
+    objective = job.objective
+    with run.kit.use(job.name), ExitStack() as own:
+        if isinstance(objective, KTOObjective):
+            own.enter_context(objective.reference_point_of(run.kit, job.validation))
+        predicted = predict(run.kit, objective, job.validation)
     metrics = {LOSS: predicted.mean_loss}
     if isinstance(job.validation[0], EncodedPair):
         rewards = np.array(predicted.predictions, dtype=np.float64)

@@ -22,7 +22,7 @@ from kitout.evaluate.compare import BASE, SHORT_ANSWER_WORDS, ComparedExample, c
 from kitout.evaluate.metrics.generation import normalize_answer
 from kitout.evaluate.metrics.measure import proportion
 from kitout.train.config.schema import EvaluateConfig
-from kitout.train.measure.evaluate import JobOutcome
+from kitout.train.measure.evaluate import JobOutcome, groups_of, in_groups
 from kitout.train.setup.prepare import PreparedRun
 
 REWARD, MAX_TEXT = "reward", 2000
@@ -45,7 +45,7 @@ def judge(
     """adapter: whose answers; None: the base's."""
     with run.kit.use(adapter):
         ids = [prompt.input_ids for prompt in prompts]
-        greedy = SamplingSettings(top_k=1, max_new_tokens=sampling.max_new_tokens)
+        greedy = SamplingSettings(top_k=1, max_new_tokens=sampling.max_new_tokens, stop_ids=sampling.stop_ids)
         rollouts = sample_answers(run.kit, run.tokenizer, ids, greedy, seed=0, step=0, on_progress=on_progress)
     answers = AnswerBatch.of(
         rollouts, [p.prompt for p in prompts], [p.row for p in prompts], [p.location for p in prompts]
@@ -63,14 +63,15 @@ def measure_policy(
 
     seen: rewards of sampled answers; where these and all here are 0 or 1, the mean is a share.
 
-    Prompts of which one of the two answers has no reward are left out of both; None where none is left. Where the data
-    have short answers, exact match with them is measured too.
+    Prompts of which one of the two answers has no reward are left out of both; None where none is left, or one group
+    (`data.group`). Where the data have short answers, exact match with them is measured too.
     """
     prompts = list(prompts)[: config.max_test_examples]
     before, after = (judge(run, prompts, adapter, sampling, rewards, on_progress) for adapter in (start, name))
     judged = [i for i in range(len(prompts))
               if before.values.totals[i] is not None and after.values.totals[i] is not None]  # fmt: skip
-    if not judged:
+    of_judged = [prompts[i] for i in judged]
+    if not judged or len(set(groups_of(of_judged)) or (0, 1)) < 2:
         return None
     both = [[float(one.values.totals[i] or 0.0) for i in judged] for one in (before, after)]
     is_share = {*seen, *both[0], *both[1]} <= {0.0, 1.0}
@@ -87,6 +88,7 @@ def measure_policy(
         )
         for i in judged[: config.show_examples]
     ]  # fmt: skip
+    base, tuned = in_groups(base, of_judged), in_groups(tuned, of_judged)
     comparison = compare(base, tuned, shown, baseline=BASE if start is None else STARTING)
     scores = {change.name: change.tuned for change in comparison.changes}
     return JobOutcome(scores, comparison, items=prompts, measures=tuned, base_measures=base)

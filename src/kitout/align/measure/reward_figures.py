@@ -48,7 +48,7 @@ class RewardFigures:
     scores: Mapping[str, Score]
     """By name: the headline, ece, the margin, and the correlation with length where it is defined."""
     by_length: Mapping[str, Score]
-    """Of pairs, the accuracy by which answer is longer; kinds without a pair are left out."""
+    """Of pairs, the accuracy by which answer is longer; kinds without a pair, or of one group, are left out."""
     bins: Sequence[CalibrationBin]
     """Confidence and how often it was right."""
     values: Mapping[str, Values]
@@ -68,40 +68,47 @@ class RewardFigures:
         }
 
 
-def pair_figures(pairs: PairScores) -> RewardFigures:
-    """Of pairs; one at least."""
+def pair_figures(pairs: PairScores, groups: Sequence[str] = ()) -> RewardFigures:
+    """Of pairs; one at least. groups: of each pair, where several are about one thing (`data.group`)."""
     margins = pairs.chosen - pairs.rejected
     is_right, confidence = margins > 0, _sigmoid(np.abs(margins))
     longer = np.sign(pairs.chosen_tokens - pairs.rejected_tokens)
     scores = {
-        PAIR_ACCURACY: proportion(is_right).score(),
-        "ece": calibration_error(confidence, is_right, NUM_BINS, 0.5).score(),
-        "margin": mean(margins, is_fraction=False).score(),
+        PAIR_ACCURACY: _score(proportion(is_right), groups),
+        "ece": _score(calibration_error(confidence, is_right, NUM_BINS, 0.5), groups),
+        "margin": _score(mean(margins, is_fraction=False), groups),
         **_length_correlation(
             np.concatenate([pairs.chosen, pairs.rejected]),
             np.concatenate([pairs.chosen_tokens, pairs.rejected_tokens]),
-            np.tile(np.arange(len(margins)), 2),
+            np.tile(groups or np.arange(len(margins)), 2),
         ),
     }
     by_length = {
-        name: proportion(is_right[longer == sign]).score()
+        name: _score(proportion(is_right[longer == sign]), _some(groups, longer == sign))
         for name, sign in ((LONGER, 1), (SHORTER, -1), (SAME, 0))
-        if (longer == sign).any()
+        if _is_enough(groups, longer == sign)
     }
     return RewardFigures(
         scores, by_length, calibration_bins(confidence, is_right, NUM_BINS, 0.5), {"margin": margins}
     )  # fmt: skip
 
 
-def answer_figures(rewards: Values, is_desirable: NDArray[np.bool_], tokens: NDArray[np.int64]) -> RewardFigures:
-    """Of judged answers; one at least."""
+def answer_figures(
+    rewards: Values, is_desirable: NDArray[np.bool_], tokens: NDArray[np.int64], groups: Sequence[str] = ()
+) -> RewardFigures:  # fmt: skip
+    """Of judged answers; one at least. groups: as of pairs."""
     probability = _sigmoid(rewards)
-    kinds = {"desirable": rewards[is_desirable], "undesirable": rewards[~is_desirable]}
+    of_kind = {"desirable": is_desirable, "undesirable": ~is_desirable}
+    kinds = {name: rewards[chosen] for name, chosen in of_kind.items()}
     scores = {
-        AUC: auc(rewards, is_desirable).score(),
-        "ece": calibration_error(probability, is_desirable, NUM_BINS).score(),
-        **{f"{name}_reward": mean(v, is_fraction=False).score() for name, v in kinds.items() if len(v)},
-        **_length_correlation(rewards, tokens, np.arange(len(rewards))),
+        AUC: _score(auc(rewards, is_desirable), groups),
+        "ece": _score(calibration_error(probability, is_desirable, NUM_BINS), groups),
+        **{
+            f"{name}_reward": _score(mean(kinds[name], is_fraction=False), _some(groups, chosen))
+            for name, chosen in of_kind.items()
+            if _is_enough(groups, chosen)
+        },
+        **_length_correlation(rewards, tokens, np.array(groups or np.arange(len(rewards)))),
     }
     bins = calibration_bins(probability, is_desirable, NUM_BINS)
     return RewardFigures(scores, {}, bins, {f"{name} answers": values for name, values in kinds.items()})
@@ -123,11 +130,24 @@ def auc(scores: NDArray[np.float64], is_positive: NDArray[np.bool_]) -> Measure:
     return Measure(value, len(scores))
 
 
+def _score(measure: Measure, groups: Sequence[str]) -> Score:
+    return (measure.grouped(groups) if groups else measure).score()
+
+
+def _some(groups: Sequence[str], chosen: NDArray[np.bool_]) -> list[str]:
+    return [group for group, is_one in zip(groups, chosen, strict=True) if is_one] if groups else []
+
+
+def _is_enough(groups: Sequence[str], chosen: NDArray[np.bool_]) -> bool:
+    """Whether these have an interval: one of them, or two groups where there are groups."""
+    return len(set(_some(groups, chosen))) > 1 if groups else bool(chosen.any())
+
+
 def _sigmoid(values: Values) -> Values:
     return np.asarray(0.5 * (1.0 + np.tanh(values / 2)), dtype=np.float64)
 
 
-def _length_correlation(scores: Values, tokens: NDArray[np.int64], groups: NDArray[np.intp]) -> dict[str, Score]:
+def _length_correlation(scores: Values, tokens: NDArray[np.int64], groups: NDArray[Any]) -> dict[str, Score]:
     """Spearman's, of score and tokens; nothing where one of both is constant or there is one group."""
     if len(set(groups.tolist())) < 2 or len(set(tokens.tolist())) < 2 or len(set(scores.tolist())) < 2:
         return {}

@@ -8,7 +8,8 @@ log-probabilities; the formula is `kitout.align.losses.preference`'s.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +36,7 @@ class KTOObjective:
     mismatched: Mapping[EncodedExample, EncodedExample]
     """Answer -> its prompt with another example's answer."""
     z: float
-    """Of the step in progress."""
+    """Of the step in progress, or of what is evaluated."""
 
     def __init__(self, kit: Kit, loss: KTOLoss) -> None:
         self.kit, self.loss = kit, loss
@@ -63,11 +64,25 @@ class KTOObjective:
 
     def before_step(self, model: Any, items: Sequence[EncodedUnpaired], step: int) -> None:
         """Takes z over all items of the step."""
+        self.z = self._reference_point(model, items)
+
+    @contextmanager
+    def reference_point_of(self, model: Any, items: Sequence[EncodedUnpaired]) -> Iterator[None]:
+        """Inside, losses are those of these items alone: with their own z, as of a validation split."""
+        of_step = self.z
+        with torch.no_grad():
+            self.z = self._reference_point(model, items)
+        try:
+            yield
+        finally:
+            self.z = of_step
+
+    def _reference_point(self, model: Any, items: Sequence[EncodedUnpaired]) -> float:
         rows = [self.mismatched[item.answer] for item in items if item.answer in self.mismatched]
         ratios = [
             self._log_ratios(model, [rows[i] for i in some]) for some in plan_lengths([row.length for row in rows])
         ]
-        self.z = kto_reference_point(torch.cat(ratios)).item() if ratios else 0.0
+        return kto_reference_point(torch.cat(ratios)).item() if ratios else 0.0
 
     def _log_ratios(self, model: Any, rows: Sequence[EncodedExample]) -> Tensor:
         batch = self.scorer.collate(rows, self.reference)
@@ -101,12 +116,16 @@ def mismatched_rows(items: Sequence[EncodedUnpaired], max_length: int) -> dict[E
     """Each answer's prompt with the answer of the next example that has another prompt; too long ones are left out."""
     rows: dict[EncodedExample, EncodedExample] = {}
     answers = [item.answer for item in items]
-    for i, row in enumerate(answers):
-        prompt = row.input_ids[: row.prompt_length]
-        others = (answers[(i + k) % len(answers)] for k in range(1, len(answers)))
-        other = next((one for one in others if one.input_ids[: one.prompt_length] != prompt), None)
-        if other is None:
+    prompts = [row.input_ids[: row.prompt_length] for row in answers]
+    following = len(answers) + next((i for i, prompt in enumerate(prompts) if prompt != prompts[-1]), 0)
+    partners = [0] * len(answers)  # from the back, so that a thousand answers to one prompt look no further than one
+    for i in reversed(range(len(answers))):
+        following = i + 1 if i + 1 < len(answers) and prompts[i + 1] != prompts[i] else following
+        partners[i] = following % len(answers)
+    for row, prompt, partner in zip(answers, prompts, partners, strict=True):
+        if prompts[partner] == prompt:  # the only one
             continue
+        other = answers[partner]
         answer = other.input_ids[other.prompt_length :]
         ids = prompt + answer
         if len(ids) <= max_length:

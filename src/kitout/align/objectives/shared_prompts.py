@@ -40,19 +40,12 @@ class SharedPrompts:
     @classmethod
     def of(cls, rows: Sequence[EncodedExample], device: torch.device) -> SharedPrompts | None:
         """None where rows have a prompt of one token or none, most of them their own, or too few tokens are saved."""
-        if not fast.enabled():
+        if not fast.enabled() or _shared_tokens(rows) is None:
             return None
         starts = [row.prompt_length - 1 for row in rows]
-        if min(starts, default=0) < 1 or any(start + 2 > row.length for start, row in zip(starts, rows, strict=True)):
-            return None
         heads = [row.input_ids[:start] for start, row in zip(starts, rows, strict=True)]
         tails = [row.input_ids[start:-1] for start, row in zip(starts, rows, strict=True)]
         numbers = {head: number for number, head in enumerate(dict.fromkeys(heads))}
-        if 2 * len(numbers) > len(rows):
-            return None
-        num_shared = len(numbers) * max(starts) + len(rows) * max(map(len, tails))
-        if num_shared > MOST_OF_TOKENS * len(rows) * max(row.length for row in rows):
-            return None
         ids, mask = pad(list(numbers), 0, "right", device)  # on the left, padding would see nothing at all
         tail_ids, tail_mask = pad(tails, 0, "right", device)
         index = torch.tensor([numbers[head] for head in heads], device=device)
@@ -92,3 +85,22 @@ class SharedPrompts:
             return model(**self.answers, past_key_values=rows, use_cache=True)
 
         return head.log_probs(run_model, self.positions, labels, temperature)
+
+
+def forward_tokens(rows: Sequence[EncodedExample]) -> int:
+    """Tokens that a model works through for one batch of these rows, padding included, as it would run."""
+    shared = _shared_tokens(rows)
+    return len(rows) * max((row.length for row in rows), default=0) if shared is None else shared
+
+
+def _shared_tokens(rows: Sequence[EncodedExample]) -> int | None:
+    """Of shared prompts and what follows them; None where `SharedPrompts.of` is None."""
+    starts = [row.prompt_length - 1 for row in rows]
+    if min(starts, default=0) < 1 or any(start + 2 > row.length for start, row in zip(starts, rows, strict=True)):
+        return None
+    num_prompts = len({row.input_ids[:start] for start, row in zip(starts, rows, strict=True)})
+    if 2 * num_prompts > len(rows):
+        return None
+    longest = max(row.length - 1 - start for start, row in zip(starts, rows, strict=True))
+    num_shared = num_prompts * max(starts) + len(rows) * longest
+    return None if num_shared > MOST_OF_TOKENS * len(rows) * max(row.length for row in rows) else num_shared

@@ -47,7 +47,7 @@ class AnswerRows:
         """The rows of each example, truncated alike; none where they do not fit."""
         rows = iter(self.causal.span_tokenizer.encode([text for texts in sides for text in texts]))
         return [
-            self._truncate([next(rows) for _ in texts], example.location)
+            self._truncate([self._in_group(next(rows), example.group) for _ in texts], example.location)
             for example, texts in zip(examples, sides, strict=True)
         ]
 
@@ -58,6 +58,9 @@ class AnswerRows:
             raise DataError(SEVERAL_TEXTS)
         (text,) = texts
         return replace(text, answer_start=min(text.answer_start, text.spans[0][0]))
+
+    def _in_group(self, row: EncodedExample, group: str) -> EncodedExample:
+        return replace(row, group=group) if group else row
 
     def _truncate(self, rows: list[EncodedExample], location: str) -> list[EncodedExample]:
         max_length = self.causal.max_length
@@ -188,7 +191,7 @@ class RolloutPromptEncoder:
             prompt = turns[-1].text if example.is_text else tuple(dict(turn.message) for turn in turns)
         if not ids:
             raise DataError("the prompt has no tokens: there is nothing to go on from")
-        return EncodedPrompt(ids, prompt, example.row, example.location)
+        return EncodedPrompt(ids, prompt, example.row, example.location, group=example.group)
 
     def _truncate(self, item: EncodedPrompt) -> EncodedPrompt | None:
         ids, cut = item.input_ids, max(len(item.input_ids) - self.max_prompt_length, 0)

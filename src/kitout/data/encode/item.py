@@ -87,6 +87,10 @@ class EncodedPair:
         return self.chosen.location
 
     @property
+    def group(self) -> str:
+        return self.chosen.group
+
+    @property
     def remarks(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(self.chosen.remarks + self.rejected.remarks))
 
@@ -120,6 +124,10 @@ class EncodedUnpaired:
         return self.answer.location
 
     @property
+    def group(self) -> str:
+        return self.answer.group
+
+    @property
     def remarks(self) -> tuple[str, ...]:
         return self.answer.remarks
 
@@ -140,6 +148,8 @@ class EncodedPrompt:
     """Tokens that truncation took from its front."""
     remarks: tuple[str, ...] = ()
     """What is worth saying about it: one phrase each."""
+    group: str = ""
+    """As in `Example`."""
 
     @property
     def length(self) -> int:

@@ -104,7 +104,7 @@ def answer_turns(chat: Chat) -> tuple[Turn, ...]:
 def unpair(pairs: Iterable[PreferencePair]) -> list[UnpairedAnswer]:
     """Each pair as two answers, the chosen one wanted and the rejected one not; as TRL does for KTO."""
     return [
-        UnpairedAnswer(side, is_desirable, location=pair.location, source_index=pair.source_index)
+        UnpairedAnswer(side, is_desirable, location=pair.location, source_index=pair.source_index, group=pair.group)
         for pair in pairs
         for side, is_desirable in ((pair.chosen, True), (pair.rejected, False))
     ]

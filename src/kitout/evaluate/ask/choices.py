@@ -112,10 +112,7 @@ def choice_likelihoods(
     token of its own or more than the model reads, or the tokenizer no chat template that the prompt asks for.
     """
     scorer = TokenScorer(kit, names)
-    items = _encode(kit, tokenizer, questions, prompt)
-    longest = max((len(item.prompt) + len(a) - 1 for item in items for a in item.answers), default=1)
-    limit = window_tokens(kit, tokenizer, scorer.routes if scorer.switches else None, max_length or longest)
-    _check_lengths(items, limit)
+    items, limit = _encode_checked(scorer, tokenizer, questions, prompt, max_length)
     # A prompt that is cut differs from choice to choice: these are items of their own.
     parts: list[Prompted] = []
     for item in items:
@@ -148,6 +145,26 @@ def choice_likelihoods(
     return results
 
 
+def check_choices(
+    kit: Kit, tokenizer: Any, questions: Sequence[ChoiceQuestion], names: Sequence[RouteEntry] | None = None, *,
+    prompt: ChoicePrompt = PLAIN, max_length: int | None = None,
+) -> None:  # fmt: skip
+    """ConfigError where `choice_likelihoods` would raise one, without asking the model anything."""
+    _encode_checked(TokenScorer(kit, names), tokenizer, questions, prompt, max_length)
+
+
+def _encode_checked(
+    scorer: TokenScorer, tokenizer: Any, questions: Sequence[ChoiceQuestion], prompt: ChoicePrompt,
+    max_length: int | None,
+) -> tuple[list[Prompted], int]:  # fmt: skip
+    """The questions as ids, and how many tokens the model reads at once under every route."""
+    items = _encode(scorer.kit, tokenizer, questions, prompt)
+    longest = max((len(item.prompt) + len(a) - 1 for item in items for a in item.answers), default=1)
+    limit = window_tokens(scorer.kit, tokenizer, scorer.routes if scorer.switches else None, max_length or longest)
+    _check_lengths(items, limit)
+    return items, limit
+
+
 def _encode(kit: Kit, tokenizer: Any, questions: Sequence[ChoiceQuestion], prompt: ChoicePrompt) -> list[Prompted]:
     template = None
     if prompt.as_chat:
@@ -175,6 +192,9 @@ def _check_lengths(items: Sequence[Prompted], limit: int) -> None:
         longest = max(map(len, item.answers))
         if longest > limit:
             errors.add(f"question {number} has a choice of {longest:,} tokens, and the model reads {limit:,}")
+    more = len(errors.messages) - MAX_SHOWN_ERRORS
+    if more > 0:
+        errors.messages[MAX_SHOWN_ERRORS:] = [f"and {more:,} more questions"]
     errors.raise_if_any()
 
 

@@ -43,10 +43,7 @@ def text_likelihoods(
     one batch, at most; halved while memory runs out. ConfigError for an encoder-decoder, and for a tokenizer without
     start and end.
     """
-    if kit.config.is_encoder_decoder:
-        raise ConfigError(f"{type(kit.base).__name__} reads and writes: a text has no likelihood under it by itself")
-    if divergence and kit.merged:
-        raise ConfigError(f"{', '.join(kit.merged)} merged into the base: kit.unmerge() before comparing with it")
+    check_texts(kit, tokenizer, divergence=divergence)
     scorer = TokenScorer(kit, names)
     asked = list(scorer.routes)
     if divergence:  # the base first: the others are compared with it
@@ -96,3 +93,12 @@ def text_likelihoods(
             ]
         )
     return results
+
+
+def check_texts(kit: Kit, tokenizer: Any, *, divergence: bool = False) -> None:
+    """ConfigError where `text_likelihoods` would raise one, without asking the model anything."""
+    if kit.config.is_encoder_decoder:
+        raise ConfigError(f"{type(kit.base).__name__} reads and writes: a text has no likelihood under it by itself")
+    if divergence and kit.merged:
+        raise ConfigError(f"{', '.join(kit.merged)} merged into the base: kit.unmerge() before comparing with it")
+    start_token_id(tokenizer)

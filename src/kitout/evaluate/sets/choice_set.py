@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from kitout.evaluate.ask.batches import ProgressFn
-from kitout.evaluate.ask.choices import PLAIN, ChoicePrompt, ChoiceQuestion, choice_likelihoods
+from kitout.evaluate.ask.choices import PLAIN, ChoicePrompt, ChoiceQuestion, check_choices, choice_likelihoods
 from kitout.evaluate.metrics.choice_accuracy import ChoiceSums
 from kitout.evaluate.metrics.measure import Measure
 from kitout.evaluate.metrics.registry import compute_measures
@@ -39,6 +39,10 @@ class ChoiceSet:
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    def check(self, asked: Asked, routes: Sequence[RouteEntry]) -> None:
+        """ConfigError where `ask` would raise one, without asking the model anything."""
+        check_choices(asked.kit, asked.tokenizer, self.questions, routes, prompt=self.prompt)
 
     def ask(self, asked: Asked, routes: Sequence[RouteEntry], on_progress: ProgressFn | None) -> list[Any]:
         found = choice_likelihoods(

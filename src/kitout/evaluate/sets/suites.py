@@ -17,7 +17,7 @@ from kitout.data.read.sources import load_examples, open_source
 from kitout.errors import ConfigError, suggest
 from kitout.evaluate.ask.choices import CHAT, read_choices
 from kitout.evaluate.sets.choice_set import ChoiceSet
-from kitout.evaluate.sets.evaluation_set import EvaluationSet, sample
+from kitout.evaluate.sets.evaluation_set import sample
 from kitout.evaluate.sets.text_set import TextSet
 
 SUITES = ("none", "quick", "full")
@@ -39,14 +39,14 @@ def fetch_suite(suite: str, log: Callable[[str], None]) -> None:
         fetch_asset(name, log)
 
 
-def suite_sets(suite: str, tokenizer: Any, seed: int, log: Callable[[str], None]) -> list[EvaluationSet]:
+def suite_sets(suite: str, tokenizer: Any, seed: int, log: Callable[[str], None]) -> list[ChoiceSet | TextSet]:
     """Its sets; built-in data that are not here yet are fetched. log: gets a line about each."""
     fetch_suite(suite, log)
     if suite == "none":
         return []
     is_quick = suite == "quick"
     template = ChatTemplate(SpanTokenizer(tokenizer))
-    sets: list[EvaluationSet] = []
+    sets: list[ChoiceSet | TextSet] = []
     for name in CHOICES:
         rows = [values for table in open_source(str(fetch_asset(name, log))) for _, values in table.read_rows()]
         questions = sample(read_choices(rows, name), NUM_QUESTIONS if is_quick else None, seed)

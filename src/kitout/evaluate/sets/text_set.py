@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kitout.evaluate.ask.batches import ProgressFn
-from kitout.evaluate.ask.text_likelihood import text_likelihoods
+from kitout.evaluate.ask.text_likelihood import check_texts, text_likelihoods
 from kitout.evaluate.metrics.measure import Measure
 from kitout.evaluate.metrics.registry import compute_measures
 from kitout.evaluate.metrics.texts import TextSums
@@ -39,6 +39,10 @@ class TextSet:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def check(self, asked: Asked, routes: Sequence[RouteEntry]) -> None:
+        """ConfigError where `ask` would raise one, without asking the model anything."""
+        check_texts(asked.kit, asked.tokenizer, divergence=self.divergence)
 
     def ask(self, asked: Asked, routes: Sequence[RouteEntry], on_progress: ProgressFn | None) -> list[Any]:
         found = text_likelihoods(

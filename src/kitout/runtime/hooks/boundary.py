@@ -333,7 +333,8 @@ def _block_forward(block: Any, frozen_forward: ForwardFn, args: tuple[Any, ...],
 
 
 def _run_program(block: Any, frozen_forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    program = block._kitout_hook.program
+    hook = block._kitout_hook
+    program = hook.program if hook.graphs is None or torch.compiler.is_compiling() else hook.graphs
     if program is None:
         return frozen_forward(block, *args, **kwargs)
     return program(block, frozen_forward, args, kwargs)

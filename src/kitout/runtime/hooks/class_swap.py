@@ -28,6 +28,7 @@ class _NoHook:
     """The hook of a module of a swapped class in no kit: `type(model)(config)` makes such."""
 
     program = None
+    graphs = None
 
 
 NO_HOOK = _NoHook()
@@ -36,11 +37,12 @@ NO_HOOK = _NoHook()
 class Hook:
     """The mutable spot on a hooked module: `program` is None while no adapter is active there."""
 
-    __slots__ = ("module", "path", "program")
+    __slots__ = ("graphs", "module", "path", "program")
 
     def __init__(self, path: str, module: nn.Module) -> None:
         self.path, self.module = path, module
         self.program: Program | None = None
+        self.graphs: Program | None = None  # of a block that is compiled: what runs it with its program
 
 
 @cache

@@ -115,6 +115,7 @@ def _training_conflicts(config: RunConfig) -> Iterator[str]:
             f"train.micro_batch_size={train.micro_batch_size} is more than the "
             f"train.batch_size={batch_size} it is a part of"
         )
+    yield from _compile_conflicts(config)
     if evaluate.prove_merge and train.fsdp:
         yield "evaluate.prove_merge needs the whole base in every process, and train.fsdp shards it: leave one out"
     if data.streaming and train.steps is None:
@@ -133,12 +134,42 @@ def _training_conflicts(config: RunConfig) -> Iterator[str]:
             )
 
 
+def _compile_conflicts(config: RunConfig) -> Iterator[str]:
+    train = config.train
+    if train.pad_to and config.objective in TASKS and TASKS[config.objective].reads_images:
+        yield f"train.pad_to is for texts, and images are all of one size (objective={config.objective}): leave it out"
+    if train.compile == "off":
+        return
+    if train.fsdp:
+        yield "train.compile=blocks needs a block's whole weights, and train.fsdp shards them: leave one out"
+    if config.model.quantization != "none":
+        yield (
+            f"train.compile=blocks compiles floating point weights, not those of model.quantization="
+            f"{config.model.quantization}: leave one out"
+        )
+    if config.data.streaming and not train.pad_to:
+        yield (
+            "train.compile=blocks chooses lengths to pad to from all batches, which data.streaming does not know: "
+            "write some, such as train.pad_to=[128, 256, 512]"
+        )
+    if train.packing:
+        yield (
+            "train.packing makes another number of rows of each batch, and train.compile=blocks a graph for each: "
+            "leave one out"
+        )
+
+
 def check_machine(config: RunConfig, has_cuda: bool) -> None:
     """ConfigError if this machine cannot do what is requested. has_cuda: whether it has a GPU that torch sees."""
     errors = Errors(ConfigError, "the run's config on this machine")
     for tracker in config.output.report_to:
         if not any(importlib.util.find_spec(name) for name in TRACKERS.get(tracker, (tracker,))):
             errors.add(f"output.report_to={tracker}: it is not installed: {suggest_install(tracker)}, or leave it out")
+    if any(job.train.compile != "off" for job in config.per_job()):
+        from kitout.runtime.graphs.compile_blocks import find_missing_compiler  # with torch
+
+        if problem := find_missing_compiler("inductor", "cuda" if has_cuda and config.model.device != "cpu" else "cpu"):
+            errors.add(f"train.compile=blocks: {problem}, or write train.compile=off, which gives the same run")
     if config.model.device == "cuda" and not has_cuda:
         errors.add("model.device=cuda, but torch sees no GPU here: choose cpu or auto")
     elif config.model.device == "auto" and not has_cuda:

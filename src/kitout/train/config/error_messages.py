@@ -6,7 +6,7 @@ one, or what it is called now. It knows no config but by its model's fields.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -39,8 +39,13 @@ EXPECTED = {  # by the beginning of pydantic's name for the error
 }
 
 
-def explain(validation_error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Every error once, in the order of the settings."""
+AdviceAt = Callable[[str], Mapping[str, str]]  # of a location: what else keys there are called -> what to say of it
+
+
+def explain(
+    validation_error: ValidationError, model: type[BaseModel], advice_at: AdviceAt | None = None
+) -> list[str]:  # fmt: skip
+    """Every error once, in the order of the settings. advice_at: in place of the model's `foreign_keys`."""
     by_location: dict[str, list[Any]] = {}
     sections: dict[str, type[BaseModel]] = {}
     for error in validation_error.errors(include_url=False):
@@ -50,13 +55,13 @@ def explain(validation_error: ValidationError, model: type[BaseModel]) -> list[s
     messages = (
         message
         for location, errors in by_location.items()
-        for message in _messages_at(location, errors, sections[location], model)
+        for message in _messages_at(location, errors, sections[location], model, advice_at)
     )
     return [message[:MAX_MESSAGE_CHARS] for message in messages]
 
 
 def _messages_at(
-    location: str, errors: Sequence[Any], section: type[BaseModel], model: type[BaseModel]
+    location: str, errors: Sequence[Any], section: type[BaseModel], model: type[BaseModel], advice_at: AdviceAt | None
 ) -> Iterator[str]:
     """The messages of one setting. Errors of a type are one message: the value may be of any of several types."""
     type_errors = []
@@ -66,7 +71,7 @@ def _messages_at(
         elif error["type"] == "extra_forbidden":
             renamed = new_key(location)
             known = [f.alias or n for n, f in section.model_fields.items()]
-            hint = hint_for_key(location, model) or suggest(location.rpartition(".")[2], known)
+            hint = hint_for_key(location, model, advice_at) or suggest(location.rpartition(".")[2], known)
             yield f"{location}: is now {renamed}" if renamed else f"{location}: there is no such setting; {hint}"
         elif error["type"] == "value_error":
             yield from _validator_errors(location, error["msg"].removeprefix("Value error, "))
@@ -82,9 +87,12 @@ def _messages_at(
         yield f"{location}: expected {expected}, found {short_repr(value)}"
 
 
-def hint_for_key(location: str, model: type[BaseModel]) -> str | None:
+def hint_for_key(location: str, model: type[BaseModel], advice_at: AdviceAt | None = None) -> str | None:
     """What to write instead of a key that is another library's, or another section's; None for any other key."""
-    own = model.foreign_keys if issubclass(model, ConfigSection) else {}
+    if advice_at is not None:
+        own = advice_at(location)
+    else:
+        own = model.foreign_keys if issubclass(model, ConfigSection) else {}
     advice = key_hint(location, own) or _same_key_elsewhere(location, model)
     return advice and _in_an_entry(advice, model)
 
@@ -92,27 +100,27 @@ def hint_for_key(location: str, model: type[BaseModel]) -> str | None:
 def _same_key_elsewhere(location: str, model: type[BaseModel]) -> str | None:
     """A key of another section, written in the wrong one: `train.max_length` -> "write data.max_length"."""
     key = location.rpartition(".")[2]
-    found = [f"{name}.{key}" for name, section in _sections_of(model) if key in _keys(section)]
+    found = [f"{name}.{key}" for name, section in sections_of(model) if key in keys_of(section)]
     group, number, *_ = [*location.split("."), "", ""]
-    for name, entry in _sections_of(model, of_entries=True):
+    for name, entry in sections_of(model, of_entries=True):
         if name == group and number.isdigit():  # within one entry of a list of sections
-            found += [f"{group}.{number}.{inner}.{key}" for inner, one in _sections_of(entry) if key in _keys(one)]
-            found += [f"{group}.{number}.{key}"] if key in _keys(entry) else []
+            found += [f"{group}.{number}.{inner}.{key}" for inner, one in sections_of(entry) if key in keys_of(one)]
+            found += [f"{group}.{number}.{key}"] if key in keys_of(entry) else []
     if not found and "." not in location:
-        found = [key for _, entry in _sections_of(model, of_entries=True) if key in _keys(entry)]
+        found = [key for _, entry in sections_of(model, of_entries=True) if key in keys_of(entry)]
     return f"write {' or '.join(dict.fromkeys(found))}" if 1 <= len(found) <= MAX_PLACES else None
 
 
 def _in_an_entry(advice: str, model: type[BaseModel]) -> str:
     """Advice about a setting that only the entries of a list have: "write train.lr" -> "write stages.0.train.lr"."""
     first = advice.removeprefix("write ").split(".")[0].split(" ")[0].split("=")[0]
-    if not advice.startswith("write ") or first in _keys(model):
+    if not advice.startswith("write ") or first in keys_of(model):
         return advice
-    groups = [name for name, entry in _sections_of(model, of_entries=True) if first in _keys(entry)]
+    groups = [name for name, entry in sections_of(model, of_entries=True) if first in keys_of(entry)]
     return advice.replace("write ", f"write {groups[0]}.0.", 1) if groups else advice
 
 
-def _sections_of(model: type[BaseModel], of_entries: bool = False) -> Iterator[tuple[str, type[BaseModel]]]:
+def sections_of(model: type[BaseModel], of_entries: bool = False) -> Iterator[tuple[str, type[BaseModel]]]:
     """The sections that a config holds by the names of their fields; of_entries: those that it holds lists of."""
     for name, field in model.model_fields.items():
         if (get_origin(field.annotation) is tuple) == of_entries:
@@ -120,7 +128,8 @@ def _sections_of(model: type[BaseModel], of_entries: bool = False) -> Iterator[t
             yield from ((field.alias or name, cls) for cls in classes)
 
 
-def _keys(section: type[BaseModel]) -> set[str]:
+def keys_of(section: type[BaseModel]) -> set[str]:
+    """Its settings as they are written."""
     return {field.alias or name for name, field in section.model_fields.items()}
 
 

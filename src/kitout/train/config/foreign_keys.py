@@ -113,7 +113,7 @@ def advice_by_key(by_setting: Mapping[str, str], leave_out: Mapping[str, str]) -
     }
 
 
-_ADVICE = advice_by_key(ELSEWHERE_BY_SETTING, LEAVE_OUT)
+ADVICE = advice_by_key(ELSEWHERE_BY_SETTING, LEAVE_OUT)
 _IN_ENTRY = re.compile(r"((?:jobs|stages)\.\d+\.)?(.*)", re.DOTALL)  # the entry of a list that a setting belongs to
 _OF_THE_WHOLE = ("write model", "write output", "write stages", "leave")  # advice that belongs to no entry
 
@@ -125,7 +125,7 @@ def key_hint(location: str, own: Mapping[str, str] | None = None) -> str | None:
     """
     entry, key = _IN_ENTRY.fullmatch(location).groups(default="")  # type: ignore[union-attr]  # it matches any text
     folded = fold_key(key.rpartition(".")[2][:80])
-    advice = (own or {}).get(folded) or _ADVICE.get(folded)
+    advice = (own or {}).get(folded) or ADVICE.get(folded)
     if advice is None or advice.split(" ")[:2] == ["write", key]:
         return None
     only_of_jobs = ("write evaluate", "write objective") if entry.startswith("jobs") else ()
@@ -135,6 +135,6 @@ def key_hint(location: str, own: Mapping[str, str] | None = None) -> str | None:
 
 def method_hint(key: str, known: Container[str]) -> str | None:
     """The same for a setting of a method, which has the settings `known`."""
-    advice = _ADVICE.get(fold_key(key[:80]))
+    advice = ADVICE.get(fold_key(key[:80]))
     target = re.match(r"write method\.(\w+)", advice or "")
     return advice if advice != "write method" and (target is None or target[1] in known) else None

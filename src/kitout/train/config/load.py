@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from kitout.errors import ConfigError, Errors
 from kitout.train.config.conflicts import find_conflicts, find_unused
-from kitout.train.config.error_messages import explain
+from kitout.train.config.error_messages import AdviceAt, explain
 from kitout.train.config.method_field import DEFAULT_METHOD, names_a_method
 from kitout.train.config.plain_values import check_size
 from kitout.train.config.schema import WITHOUT_METHODS, ConfigSection, RunConfig
@@ -62,14 +62,15 @@ def check(values: Mapping[str, Any]) -> None:
 
 
 def validate(
-    values: Mapping[str, Any], schema: type[Schema], context: object = None, heading: str = "the run's config"
-) -> Schema:
-    """Plain values by a schema; ConfigError names every error at once, in words."""
+    values: Mapping[str, Any], schema: type[Schema], context: object = None, heading: str = "the run's config",
+    advice_at: AdviceAt | None = None,
+) -> Schema:  # fmt: skip
+    """Plain values by a schema; ConfigError names every error at once, in words. advice_at: as `explain` takes it."""
     errors = Errors(ConfigError, heading)
     try:
         return schema.model_validate(dict(values), context=context)
     except ValidationError as error:
-        messages = explain(error, schema)
+        messages = explain(error, schema, advice_at)
         for message in messages[:MAX_MESSAGES]:
             errors.add(message)
         if len(messages) > MAX_MESSAGES:

@@ -19,9 +19,10 @@ from kitout.train.config.method_field import DEFAULT_METHOD, MethodField, method
 from kitout.train.config.sections import AdapterName as AdapterName  # for those that import them from here
 from kitout.train.config.sections import AugmentConfig as AugmentConfig
 from kitout.train.config.sections import ConfigSection as ConfigSection
+from kitout.train.config.sections import Lengths, check_name
 from kitout.train.config.sections import ModelConfig as ModelConfig
+from kitout.train.config.sections import OutputConfig as OutputConfig
 from kitout.train.config.sections import SourceConfig as SourceConfig
-from kitout.train.config.sections import check_name
 from kitout.train.config.seeds import Seeds, adapter_name
 from kitout.train.objectives.tasks import TASKS
 
@@ -171,6 +172,12 @@ class TrainConfig(ConfigSection):
     same losses and saves time (a few steps are tried). Equal but for rounding."""
     trunk_bytes: int = Field(default=2 * 2**30, ge=0)
     """Kept of it at most: in memory first, of texts then in a file of the run's folder; the rest is computed again."""
+    compile: Literal["off", "blocks"] = "off"
+    """blocks: each block is compiled with its adapters (torch.compile) while it trains. Faster steps for seconds to
+    minutes of compiling, so for long runs; equal but for rounding."""
+    pad_to: Lengths = ()
+    """Lengths of batches of texts: each is padded to the least of these that holds its longest row. Default: that row's
+    own; with train.compile=blocks few that the data choose, so that there are at most 4 shapes."""
     early_stopping_patience: int | None = Field(default=None, gt=0)
     """Stops after so many evaluations without a better one."""
     save_steps: int | None = Field(default=None, gt=0)
@@ -212,17 +219,6 @@ class EvaluateConfig(ConfigSection):
     (quick: 200 questions of each and 300 texts; full: all of them)."""
     prove_merge: bool = False
     """After training: merge the adapter, run test examples again, unmerge it, and compare the base bit by bit."""
-
-
-class OutputConfig(ConfigSection):
-    """Where it goes."""
-
-    folder: Path = Path("runs/train")
-    """Holds adapter, report, metrics and checkpoints of this run; a run of other settings is never overwritten."""
-    name: AdapterName = "adapter"
-    """Of the adapter."""
-    report_to: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = ()
-    """Trackers besides metrics.jsonl, by transformers' own integrations."""
 
 
 class JobConfig(ConfigSection):

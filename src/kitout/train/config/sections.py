@@ -1,4 +1,4 @@
-"""Sections of a run's config that stand for themselves: the base, one source of examples, the augmentation of images.
+"""Sections of a run's config that stand for themselves: the base, a source of examples, augmentation, the output.
 
 And what all sections have in common: frozen, keyword only, nothing unknown, no number that others cannot read. It knows
 no other section; `schema` puts them together.
@@ -7,6 +7,7 @@ no other section; `schema` puts them together.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -24,6 +25,13 @@ def check_name(value: str) -> str:
 
 
 AdapterName: TypeAlias = Annotated[str, AfterValidator(check_name)]
+
+
+def _sorted_lengths(value: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(set(value)))
+
+
+Lengths: TypeAlias = Annotated[tuple[Annotated[int, Field(gt=1)], ...], AfterValidator(_sorted_lengths)]
 
 
 class ConfigSection(BaseModel):
@@ -103,3 +111,14 @@ class AugmentConfig(ConfigSection):
     """Degrees of rotation at most, either way."""
     color_jitter: float = Field(default=0.0, ge=0, le=1)
     """Largest change of brightness, contrast and saturation."""
+
+
+class OutputConfig(ConfigSection):
+    """Where it goes."""
+
+    folder: Path = Path("runs/train")
+    """Holds adapter, report, metrics and checkpoints of this run; a run of other settings is never overwritten."""
+    name: AdapterName = "adapter"
+    """Of the adapter."""
+    report_to: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = ()
+    """Trackers besides metrics.jsonl, by transformers' own integrations."""

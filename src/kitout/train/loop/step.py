@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kitout.base import memory
 from kitout.kit import Kit
 from kitout.train.loop import distributed, metric_sums
+from kitout.train.loop.compiled_steps import SAMPLED_STEPS, CompiledSteps
 from kitout.train.loop.jobs import Job, forward_key
 from kitout.train.loop.metric_sums import MetricSums
 from kitout.train.objectives.objective import Batch, Losses, StepObjective
@@ -103,6 +104,8 @@ class StepRunner:
     stretch them."""
     job_seconds: list[list[float]]
     """Per job [wall seconds, processor seconds] of its own forwards and backwards since the run began."""
+    compiled: CompiledSteps
+    """How blocks are compiled and batches padded (train.compile, train.pad_to)."""
 
     def __init__(self, kit: Kit, jobs: Sequence[Job], micro_batch_size: int) -> None:
         self.kit, self.jobs, self.num_halvings = kit, list(jobs), 0
@@ -113,6 +116,7 @@ class StepRunner:
         self.tokens = self.padded = 0
         self.seconds = self.processor_seconds = 0.0
         self.job_seconds = [[0.0, 0.0] for _ in jobs]
+        self.compiled = CompiledSteps(kit, jobs)
 
     def step(self, model: nn.Module, rows: StepRows, step: int, backward: Backward, no_sync: NoSync) -> Tensor:
         """The mean of the jobs' losses; gradients are left in the parameters, which had none."""
@@ -139,6 +143,16 @@ class StepRunner:
         self.seconds += wall
         self.processor_seconds += processor
         return result.total / len({j for j, _ in rows})
+
+    def compiled_blocks(self, steps: Sequence[StepRows]) -> contextlib.AbstractContextManager[None]:
+        """The blocks are compiled while these steps run, if the run asks for it."""
+        sampled = range(0, len(steps), max(1, len(steps) // SAMPLED_STEPS))
+        examples = (
+            [self.jobs[j].examples[i] for j, i in micro_batch.rows]
+            for number in sampled
+            for micro_batch in self.micro_batches(distributed.my_slice(steps[number]))
+        )
+        return self.compiled.running(examples, len(set(self.groups)))
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
@@ -183,7 +197,8 @@ class StepRunner:
             with contextlib.nullcontext() if is_last else no_sync(model):
                 losses, batch = self._forward(model, micro_batch, num_targets, step)
                 total = losses.total + self._penalty(micro_batch, rows)
-                backward(total)
+                with self.compiled.around(batch):  # recomputations run as their forwards did
+                    backward(total)
             for clock, seconds in enumerate(watch.elapsed()):
                 for j, _ in micro_batch.rows:
                     self.job_seconds[j][clock] += seconds / len(micro_batch.rows)
@@ -237,9 +252,10 @@ class StepRunner:
         route: Any = names if len(set(names)) > 1 else names[0]
         seeds = [combine_seeds(self.jobs[j].settings.seed, step, i) for j, i in micro_batch.rows]
         items = [self.jobs[j].examples[i] for j, i in micro_batch.rows]
-        batch = objective.collate(items, seeds)
+        with self.compiled.padding():
+            batch = objective.collate(items, seeds)
         seed = combine_seeds(jobs[0].settings.seed, step, micro_batch.number, distributed.rank())
-        with self._route(route, seed), within_trunk(self.kit, objective, items, batch):
+        with self._route(route, seed), within_trunk(self.kit, objective, items, batch), self.compiled.around(batch):
             return objective.losses(model, batch, weights), batch
 
     def _penalty(self, micro_batch: MicroBatch, rows: StepRows) -> Tensor | float:

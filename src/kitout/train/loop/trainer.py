@@ -40,7 +40,7 @@ from kitout.train.loop.training_arguments import adjust_arguments
 EvaluateFn = Callable[[], dict[str, float]]
 
 
-class StepDataset(Dataset[StepRows]):
+class StepDataset(Dataset[StepRows], Sequence[StepRows]):
     """Every optimizer step of a run as its rows: job by job, so that neighbors have the same adapter active."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
@@ -54,10 +54,7 @@ class StepDataset(Dataset[StepRows]):
 
 
 class JobTrainer(Trainer):  # type: ignore[misc]
-    """Trains the jobs' adapters on one kit.
-
-    micro_batch_size: rows of one forward at most; default a whole step.
-    """
+    """Trains the jobs' adapters on one kit. micro_batch_size: rows of one forward at most; default a whole step."""
 
     folder: Path
     """Of the checkpoints and of diverged.json."""
@@ -136,8 +133,9 @@ class JobTrainer(Trainer):  # type: ignore[misc]
         if resume_from_checkpoint is not None and self._restore_if_ended(Path(resume_from_checkpoint)):
             return None
         checkpointing, self.args.activation_checkpointing = self.args.activation_checkpointing, False
+        compiled = self.step_runner.compiled_blocks(self.step_dataset)
         try:  # Trainer would enable it again, in its own way
-            with training_mode(self.kit, names, bool(checkpointing)), self.stop_on_signal.watch():
+            with training_mode(self.kit, names, bool(checkpointing)), compiled, self.stop_on_signal.watch():
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.args.activation_checkpointing = checkpointing

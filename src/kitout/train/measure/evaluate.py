@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kitout.base import memory
-from kitout.data.encode.item import EncodedExample
+from kitout.data.encode.item import AnyItem, EncodedExample
 from kitout.errors import ConfigError
 from kitout.evaluate.compare import BASE, ComparedExample, Comparison, beside, compare, pick_examples, select
 from kitout.evaluate.metrics.confusion import Confusion, confusion_matrix
@@ -155,13 +155,13 @@ def evaluate_jobs(
             base_measures = compute_metrics(task, examples, base_predictions, references_of, _label_names(dataset))
             probed = predict_by_probe(run, job, dataset, examples) if task == "classification" else None
             if probed is not None:
-                probe = _in_groups(compute_metrics(job.objective.task, examples, probed, references_of), examples)
+                probe = in_groups(compute_metrics(job.objective.task, examples, probed, references_of), examples)
         else:
             key = _base_inputs_key(run, job, dataset)
             if key not in base_results:
                 base_results[key] = evaluate(run, job, examples, None, **how)
             base_measures, base_predictions = base_results[key]
-        measures, base_measures = (_in_groups(each, examples) for each in (measures, base_measures))
+        measures, base_measures = (in_groups(each, examples) for each in (measures, base_measures))
         shown = _compared_examples(run, job, dataset, examples, base_predictions, predictions, config)
         comparison = compare(base_measures, measures, shown, baseline=baseline, probe=probe)
         scores = {change.name: change.tuned for change in comparison.changes}
@@ -180,7 +180,7 @@ def evaluate_jobs(
 def check_groups(run: PreparedRun, config: EvaluateConfig) -> None:
     """Before training: ConfigError where the examples that are tested at the end are of one group (`data.group`)."""
     for job, dataset in zip(run.jobs, run.datasets, strict=True):
-        groups = _groups_of(list(dataset.test)[: config.max_test_examples])
+        groups = groups_of(list(dataset.test)[: config.max_test_examples])
         if groups and len(set(groups)) < 2:
             raise ConfigError(
                 f"{job.name}: the {len(groups)} test examples are of one group ({groups[0]!r}), which gives no "
@@ -188,15 +188,17 @@ def check_groups(run: PreparedRun, config: EvaluateConfig) -> None:
             )
 
 
-def _groups_of(examples: Sequence[Any]) -> list[str]:
+def groups_of(examples: Sequence[Any]) -> list[str]:
     """Of each example; empty where the data are not in groups."""
-    groups = [one.group for one in examples if isinstance(one, EncodedExample)]
+    groups = [one.group for one in examples if isinstance(one, AnyItem)]
     return groups if any(groups) else []
 
 
-def _in_groups(measures: Mapping[str, Measure], examples: Sequence[Any]) -> dict[str, Measure]:
-    groups = _groups_of(examples)
-    return grouped(measures, groups, [one.group for one in examples if one.reference] if groups else ())
+def in_groups(measures: Mapping[str, Measure], examples: Sequence[Any]) -> dict[str, Measure]:
+    """The measures with their examples in the groups of the data, if they have any."""
+    groups = groups_of(examples)
+    answered = [one.group for one in examples if isinstance(one, EncodedExample) and one.reference] if groups else ()
+    return grouped(measures, groups, answered)
 
 
 def _by_class(
@@ -211,7 +213,7 @@ def _by_class(
         counted = (task, predictions.predictions, references, dataset.label_names)
     else:
         return [], None
-    return class_scores(*counted, _groups_of(examples)), confusion_matrix(*counted)
+    return class_scores(*counted, groups_of(examples)), confusion_matrix(*counted)
 
 
 def _has_other_labels(run: PreparedRun, dataset: Datasets) -> bool:

@@ -9,26 +9,41 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from kitout.errors import ConfigError
+from kitout.errors import ConfigError, Errors
 from kitout.evaluate.ask.batches import ProgressFn
 from kitout.evaluate.sets.evaluation_set import Asked
 from kitout.evaluate.sets.forgetting import SetChange
 from kitout.evaluate.sets.outcome import forgetting_of, measure_set
-from kitout.evaluate.sets.suites import fetch_suite, suite_sets
+from kitout.evaluate.sets.suites import suite_sets
 from kitout.train.config.schema import EvaluateConfig
 from kitout.train.loop.fsdp import is_sharded
 from kitout.train.setup.base_model import choose_pad_token
 from kitout.train.setup.prepare import PreparedRun
 
 
-def check_forgetting(run: PreparedRun, config: EvaluateConfig, log: Callable[[str], None]) -> None:
-    """Before training: ConfigError where the model is no decoder that writes text; missing data are fetched."""
-    if config.forgetting != "none" and (run.task.used_as or run.objective) != "causal_lm":
+def check_forgetting(run: PreparedRun, config: EvaluateConfig, seed: int, log: Callable[[str], None]) -> None:
+    """Before training: ConfigError where the model cannot be asked the suite; missing data are fetched.
+
+    It has to be a decoder that writes text and reads every choice of its questions, under every adapter that is
+    trained. seed: of the questions that are drawn.
+    """
+    if config.forgetting == "none":
+        return
+    if (run.task.used_as or run.objective) != "causal_lm":
         raise ConfigError(
             f"evaluate.forgetting={config.forgetting} asks a language model (objective=causal_lm), and this run has "
             f"objective={run.objective}: leave it out"
         )
-    fetch_suite(config.forgetting, log)
+    asked, routes = _asked(run), [None, *(job.name for job in run.jobs)]
+    errors = Errors(ConfigError, f"evaluate.forgetting={config.forgetting}")
+    for what in suite_sets(config.forgetting, run.tokenizer, seed, log):
+        try:
+            what.check(asked, routes)
+        except ConfigError as error:
+            errors.add(f"{what.name}: {error}")
+    if errors.messages:
+        errors.add("leave it out; kitout eval asks the adapter sets of your own later")
+    errors.raise_if_any()
 
 
 def measure_forgetting(
@@ -41,7 +56,7 @@ def measure_forgetting(
     """
     if config.forgetting == "none":
         return {}
-    asked = Asked(run.kit, run.tokenizer, choose_pad_token(run.kit.config, run.tokenizer))
+    asked = _asked(run)
     routes = {job.name: job.name for job in run.jobs}
     outcomes = []
     for what in suite_sets(config.forgetting, run.tokenizer, seed, log):
@@ -51,6 +66,10 @@ def measure_forgetting(
         keep = not is_sharded(run.kit)
         outcomes.append(measure_set(asked, what, routes, seed, keep, report))
     return {name: forgetting_of(outcomes, name) for name in routes}
+
+
+def _asked(run: PreparedRun) -> Asked:
+    return Asked(run.kit, run.tokenizer, choose_pad_token(run.kit.config, run.tokenizer))
 
 
 def _report(progress: ProgressFn, _name: str, done: int, total: int) -> None:

@@ -1,11 +1,12 @@
 """What a run takes from outside, by name: its base and its data. Found before anything is loaded, wrong ones together.
 
 A name is a path, a built-in model or set, or what the hub may have. What is on this machine is decided here and needs
-no torch; a name that only the hub knows is left to its loader (`in_doubt`). It reads no file.
+no torch; a name that only the hub knows is left to its loader (`in_doubt`). It reads no file but PEFT's config.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -23,6 +24,8 @@ CLOSE, MIN_PREFIX = 0.8, 5
 FILE_SUFFIXES = (*READERS, ".npz", ".xlsx", ".xls", ".zip", ".gz")  # of what is no name on the hub
 MODEL_CONFIG = "config.json"
 ADAPTER_FILES = ("adapter.json", "adapter_config.json")
+TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # of PEFT, each another model class's
+MAX_CONFIG_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,18 @@ def adapter_errors(setting: str, path: str) -> list[ConfigError]:
     if inner is not None and any((inner / file).is_file() for file in ADAPTER_FILES):
         return [ConfigError(f"{heading}; write {setting}={inner}")]
     return [ConfigError(f"{heading}{'' if folder is None else ': the folder has no ' + ADAPTER_FILES[0]}")]
+
+
+def peft_task(path: str | Path) -> str:
+    """The task that a folder of Hugging Face PEFT is for; "" of any other folder, and where none is said."""
+    file = Path(path).expanduser() / ADAPTER_FILES[1]
+    try:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            return ""
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return ""  # whoever loads it says why
+    return str(fields.get("task_type"))[:40].rpartition(".")[2] if isinstance(fields, dict) else ""
 
 
 def _data_errors(name: str) -> list[DataError]:

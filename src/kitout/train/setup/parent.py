@@ -26,6 +26,7 @@ from kitout.peft_folders import load_peft
 from kitout.runtime.adapter import Adapter
 from kitout.train.config.method_field import method_to_dict
 from kitout.train.config.schema import RunConfig
+from kitout.train.setup.find_inputs import TASKS_WITH_HEADS, peft_task
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 UNKNOWN_DATA = "not recorded"
@@ -153,6 +154,11 @@ def load_parent(
         return
     errors = Errors(ConfigError, f"train.from={parent.folder} does not fit this run")
     is_peft = parent.method is None
+    if is_peft and not heads and (task := peft_task(parent.folder)) in TASKS_WITH_HEADS:
+        raise ConfigError(
+            f"train.from={parent.folder} is a folder of Hugging Face PEFT for {task}, whose head is that of another "
+            "model class, and this run trains no head: name a folder for CAUSAL_LM, or leave train.from out"
+        )
     try:
         adapter = _load(kit, name, parent)
     except KitoutError as error:

@@ -1,0 +1,1 @@
+"""The blocks compiled, each with its active adapters."""
