@@ -67,3 +67,13 @@ def test_other_sources_stay(tmp_path: Path) -> None:
     assert (first.path, Path(second.path).name) == ("a.jsonl", "prompts-1.jsonl")
     config = grpo("a.jsonl")
     assert gym_data.with_gym_data(config, tmp_path) is config
+
+
+def test_equal_questions_are_one_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries count themselves, so no two rows are the same; a held-out prompt that is trained on too would be."""
+    rows = [
+        {"prompt": f"p{i % 3}", "question": "q", "answer": i % 2, "metadata": {"source_index": i}} for i in range(9)
+    ]
+    monkeypatch.setattr(gym_data, "gym_rows", lambda *_: rows)
+    (made,) = gym_data.with_gym_data(grpo("gym:x:a=1#9"), tmp_path).data.train
+    assert read(made.path) == rows[:6]

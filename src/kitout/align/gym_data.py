@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kitout.align.config.gym_name import is_gym, parse_gym
 from kitout.align.rewards.gym_tasks import gym_rows
@@ -31,7 +31,7 @@ def with_gym_data(config: ConfigT, folder: Path, *, with_answers: bool = False) 
     for number, source in enumerate(config.data.train):
         if is_gym(source.path):
             size = parse_gym(source.path).size or source.limit or GYM_PROMPTS
-            rows = gym_rows(source.path, size, config.data.seed)
+            rows = _without_equal(gym_rows(source.path, size, config.data.seed))
             if with_answers:  # a table of nothing else
                 rows = [{"prompt": row["prompt"], "response": row["answer"]} for row in rows]
             file = folder / f"prompts-{number}.jsonl"
@@ -39,3 +39,11 @@ def with_gym_data(config: ConfigT, folder: Path, *, with_answers: bool = False) 
             source = source.model_copy(update={"path": str(file)})
         sources.append(source)
     return config.model_copy(update={"data": config.data.model_copy(update={"train": tuple(sources)})})
+
+
+def _without_equal(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first of those with the same question and answer: their other columns count the entries."""
+    distinct: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        distinct.setdefault((row["prompt"], str(row["answer"])), row)
+    return list(distinct.values())

@@ -85,14 +85,13 @@ def _take_kind(words: list[str]) -> str | None:
 
 
 def _run_stages(words: list[str], kind: str | None, shorthands: dict[str, Any], dry_run: bool) -> None:
-    from kitout.align.config.kind_advice import advice_of
     from kitout.align.config.load import build_align
-    from kitout.align.config.schema import AlignConfig, StageConfig
+    from kitout.align.config.schema import KIND_ADVICE, AlignConfig, StageConfig
     from kitout.errors import ConfigError
     from kitout.train.config import overrides
 
     unknown = [word for word in words if word.startswith("-")]
-    refuse_options(unknown, OPTIONS, StageConfig if kind else AlignConfig, advice_of(kind) if kind else None)
+    refuse_options(unknown, OPTIONS, StageConfig if kind else AlignConfig, KIND_ADVICE.of(kind) if kind else None)
     files = [word for word in words if not overrides.is_override(word)]
     if kind is None:
         _check_files(files)

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from kitout.align.config.foreign_keys import ADVICE
-from kitout.align.config.kind_advice import SETTING, advice_in, advice_of, settings_of
+from kitout.align.config.kind_advice import SETTING
 from kitout.align.config.kinds import KINDS
 from kitout.align.config.load import load_align
+from kitout.align.config.schema import KIND_ADVICE
 from kitout.align.config.unfit_settings import unfit_settings
 from kitout.errors import ConfigError
 from kitout.train.config.foreign_keys import ADVICE as OF_RUNS
@@ -29,21 +30,21 @@ def error(values: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_advised_setting_is_one_of_the_kind(kind: str) -> None:
-    advice = advice_of(kind)
+    advice = KIND_ADVICE.of(kind)
     assert {*ADVICE, *OF_RUNS} <= advice.keys()
     for key, text in advice.items():
         assert text.startswith(("write ", "leave it out: ")), key
         setting = SETTING.match(text)
         if setting is None or setting[1].startswith("method."):
             continue
-        assert setting[1] in settings_of(kind), (key, text)
+        assert setting[1] in KIND_ADVICE.settings_of(kind), (key, text)
         assert setting[1] not in unfit_settings(kind), (key, text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_advised_setting_can_be_written(kind: str) -> None:
     """Not only in the list of names: the config itself knows it. Its value may be wrong."""
-    advised = {found[1] for text in advice_of(kind).values() if (found := SETTING.match(text)) is not None}
+    advised = {found[1] for text in KIND_ADVICE.of(kind).values() if (found := SETTING.match(text)) is not None}
     for setting in sorted(advised - {"stages"}):
         section, _, key = setting.rpartition(".")
         if not section or section.startswith(("method", "output", "model", "data.train")):
@@ -77,7 +78,7 @@ def test_the_advice_is_that_of_the_kind(kind: str, key: str, advice: str) -> Non
     in_a_file = error({"model": "m", "stages": [{"kind": "sft", "data": "d", "name": "first"}, {**one, key: 1}]})
     written = advice.replace("write ", "write stages.1.")
     assert f"stages.1.{key}: there is no such setting; {written}" in in_a_file
-    if f"loss.{key}" not in settings_of(kind) and KINDS[kind].loss is not None:
+    if f"loss.{key}" not in KIND_ADVICE.settings_of(kind) and KINDS[kind].loss is not None:
         assert f"loss.{key}: there is no such setting; {advice}" in error({"model": "m", **one, "loss": {key: 1}})
 
 
@@ -90,9 +91,9 @@ def test_beside_the_stages_the_first_that_has_it_is_named() -> None:
         ("output_dir", "write output.folder"),
         ("vf_coef", "leave it out: it is loss.value_coefficient of ppo, and a stage of kind sft has none"),
     ):
-        found = advice_in(values)(key)[key.replace("_", "")]
+        found = KIND_ADVICE.within(values)(key)[key.replace("_", "")]
         assert found == advice
     assert "num_generations: there is no such setting; write stages.2.rollout.samples" in error(
         values | {"num_generations": 4}
     )
-    assert advice_in({})("beta")["beta"] == "write loss.beta"
+    assert KIND_ADVICE.within({})("beta")["beta"] == "write loss.beta"

@@ -12,7 +12,7 @@ from kitout.align.config.gym_name import is_gym, parse_gym
 from kitout.align.config.kinds import KINDS
 from kitout.align.config.losses import PPOLoss
 from kitout.align.config.schema import AlignConfig, RewardSource, StageConfig
-from kitout.align.config.unfit_settings import find_unfit
+from kitout.align.config.unfit_settings import data_noun, unfit_settings
 from kitout.data.examples.format_table import FORMATS
 from kitout.errors import ConfigError
 from kitout.train.config.method_field import method_to_dict
@@ -32,7 +32,7 @@ def find_conflicts(config: AlignConfig) -> Iterator[str]:
         yield from _loss_conflicts(stage, at)
         yield from _data_conflicts(stage, at)
         yield from _seed_conflicts(config, number, at)
-        yield from find_unfit(stage, at)
+        yield from _unfit_conflicts(stage, at)
 
 
 def method_conflicts(config: AlignConfig) -> Iterator[str]:
@@ -232,3 +232,14 @@ def _data_conflicts(stage: StageConfig, at: str) -> Iterator[str]:
                 f"{at}data.train.{number}.path={one.path}: it has questions and no answers to compare: a {stage.kind} "
                 f"stage reads the format {wanted}"
             )
+
+
+def _unfit_conflicts(stage: StageConfig, at: str) -> Iterator[str]:
+    """What a stage sets and its kind has not. at: what its settings' names begin with."""
+    for setting, reason in unfit_settings(stage.kind).items():
+        section_name, name = setting.split(".")
+        section = getattr(stage, section_name)
+        field = "from_" if name == "from" else name
+        value = getattr(section, field)
+        if value != type(section).model_fields[field].get_default(call_default_factory=True):
+            yield f"{at}{setting}: {reason.format(at=at, value=value, data=data_noun(stage.kind))}"

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kitout.align.config.conflicts import find_conflicts, method_conflicts
-from kitout.align.config.kind_advice import advice_in
-from kitout.align.config.schema import AlignConfig
+from kitout.align.config.schema import KIND_ADVICE, AlignConfig
 from kitout.errors import ConfigError, Errors
 from kitout.train.config import conflicts, overrides
 from kitout.train.config.load import announce_torch, has_method_names_alone, validate
@@ -78,7 +77,7 @@ def _load(values: Mapping[str, Any], context: object) -> AlignConfig:
     is_single = "kind" in values and "stages" not in values
     try:
         staged = _as_stages(values) if is_single else values
-        config = validate(staged, AlignConfig, context, advice_at=advice_in(staged))
+        config = validate(staged, AlignConfig, context, advice_at=KIND_ADVICE.within(staged))
         errors = Errors(ConfigError, HEADING)
         for message in dict.fromkeys(_conflicts(config, context)):
             errors.add(message)

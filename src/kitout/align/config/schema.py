@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_v
 
 from kitout.align.config.foreign_keys import ADVICE
 from kitout.align.config.gym_name import is_gym
+from kitout.align.config.kind_advice import KindAdvice
 from kitout.align.config.kinds import KINDS, Kind, KindName, default_lr
 from kitout.align.config.losses import Loss
 from kitout.errors import suggest
@@ -105,9 +106,7 @@ class StageLoss(ConfigSection):
         try:
             return settings.model_validate(dict(value or {}))
         except ValidationError as error:
-            from kitout.align.config.kind_advice import advice_of  # which is made of this schema
-
-            advice = advice_of(info.data["kind"])
+            advice = KIND_ADVICE.of(info.data["kind"])
             raise ValueError(JOIN.join(explain(error, settings, lambda _location: advice))) from error
 
     @field_validator("rollout", mode="before")
@@ -336,3 +335,6 @@ def with_default_lr(run: StageRun) -> StageRun:
         return run
     train = run.train.model_copy(update={"lr": default_lr(run.kind, run.method)})
     return run.model_copy(update={"train": train})
+
+
+KIND_ADVICE = KindAdvice(StageConfig, AlignConfig)

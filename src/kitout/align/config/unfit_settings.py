@@ -5,13 +5,7 @@ A setting is unfit where its value is not the default. It knows names and reason
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
 from kitout.align.config.kinds import KINDS
-
-if TYPE_CHECKING:
-    from kitout.align.config.schema import StageConfig
 
 NO_TEXT = "a stage trains a language model on texts: leave it out"
 PAIRS = "the whole answers are compared: leave it out"
@@ -62,17 +56,6 @@ def unfit_settings(kind: str) -> dict[str, str]:
     if not entry.writes_text:
         unfit |= OF_SCALAR_HEADS
     return unfit
-
-
-def find_unfit(stage: StageConfig, at: str) -> Iterator[str]:
-    """What a stage sets and its kind has not. at: what its settings' names begin with."""
-    for setting, reason in unfit_settings(stage.kind).items():
-        section_name, name = setting.split(".")
-        section = getattr(stage, section_name)
-        field = "from_" if name == "from" else name
-        value = getattr(section, field)
-        if value != type(section).model_fields[field].get_default(call_default_factory=True):
-            yield f"{at}{setting}: {reason.format(at=at, value=value, data=data_noun(stage.kind))}"
 
 
 def data_noun(kind: str) -> str:

@@ -92,7 +92,11 @@ class KTOObjective:
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
         losses, metrics = self._losses_of_answers(model, batch)
         ones = torch.ones_like(losses)
-        return Losses((weights * losses).sum(), losses.detach(), metrics["accuracy"], ones, metrics=metrics)
+        chosen, rejected = metrics["chosen_reward"], metrics["rejected_reward"]
+        rewards = torch.where(chosen.isnan(), rejected, chosen)
+        return Losses(
+            (weights * losses).sum(), losses.detach(), metrics["accuracy"], ones, metrics=metrics, rewards=rewards
+        )
 
     def _losses_of_answers(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         log_probs, _ = self.scorer(model, batch)
@@ -106,10 +110,9 @@ class KTOObjective:
     @torch.no_grad()
     def predictions(self, model: Any, batch: Batch) -> list[Any]:
         """The reward of each answer, beta times its log-ratio."""
-        _, metrics = self._losses_of_answers(model, batch)
-        chosen, rejected = metrics["chosen_reward"], metrics["rejected_reward"]
-        rewards: list[Any] = torch.where(chosen.isnan(), rejected, chosen).tolist()
-        return rewards
+        rewards = self.losses(model, batch, torch.ones(batch.num_examples, device=self.kit.device)).rewards
+        assert rewards is not None, "set there"
+        return list(rewards.tolist())
 
 
 def mismatched_rows(items: Sequence[EncodedUnpaired], max_length: int) -> dict[EncodedExample, EncodedExample]:

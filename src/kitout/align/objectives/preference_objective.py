@@ -63,7 +63,10 @@ class PreferenceObjective:
         log_probs, _ = self.scorer(model, batch)
         losses, metrics = self._losses_of_pairs(log_probs, batch)
         ones = torch.ones_like(losses)
-        return Losses((weights * losses).sum(), losses.detach(), metrics["accuracy"], ones, metrics=metrics)
+        rewards = torch.stack((metrics["chosen_reward"], metrics["rejected_reward"]), dim=1)
+        return Losses(
+            (weights * losses).sum(), losses.detach(), metrics["accuracy"], ones, metrics=metrics, rewards=rewards
+        )
 
     def _losses_of_pairs(self, log_probs: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         owners, num_rows, loss = batch.targets["owners"], 2 * batch.num_examples, self.loss
@@ -81,6 +84,7 @@ class PreferenceObjective:
 
     @torch.no_grad()
     def predictions(self, model: Any, batch: Batch) -> list[Any]:
-        """(reward of the chosen answer, reward of the rejected one) of each pair, as the loss has them."""
-        _, metrics = self._losses_of_pairs(self.scorer(model, batch)[0], batch)
-        return list(zip(metrics["chosen_reward"].tolist(), metrics["rejected_reward"].tolist(), strict=True))
+        """[reward of the chosen answer, reward of the rejected one] of each pair, as the loss has them."""
+        rewards = self.losses(model, batch, torch.ones(batch.num_examples, device=self.kit.device)).rewards
+        assert rewards is not None, "set there"
+        return list(rewards.tolist())

@@ -52,7 +52,10 @@ class RewardObjective:
         margins = batch.targets["margins"]
         losses, metrics = reward_loss(chosen, rejected, margins, centering=self.loss.centering)
         ones = torch.ones_like(losses)
-        return Losses((weights * losses).sum(), losses.detach(), metrics["accuracy"], ones, metrics=metrics)
+        rewards = torch.stack((chosen, rejected), dim=1).detach()
+        return Losses(
+            (weights * losses).sum(), losses.detach(), metrics["accuracy"], ones, metrics=metrics, rewards=rewards
+        )
 
     @torch.no_grad()
     def predictions(self, model: Any, batch: Batch) -> list[Any]:

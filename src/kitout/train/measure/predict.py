@@ -123,6 +123,8 @@ def _predict_batch(
             losses = objective.losses(kit, batch, torch.ones(len(rows), device=kit.device))
             if losses.logits is not None:
                 predicted = predictions_from_logits(objective.task, losses.logits.float())
+            elif losses.rewards is not None:
+                predicted = losses.rewards.tolist()
             else:
                 predicted = objective.predictions(kit, batch) or [None] * len(rows)
     sums = [

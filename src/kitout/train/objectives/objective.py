@@ -51,6 +51,9 @@ class Losses:
     metrics: Mapping[str, Tensor] | None = field(default=None, kw_only=True)
     """By name (without "/" or "eval_") [B]: values of each example, without gradient, whose means a run logs. nan: the
     example has no such value, and is left out of the mean."""
+    rewards: Tensor | None = field(default=None, kw_only=True)
+    """[B] or [B, 2], without gradient, where a prediction is a reward that the loss has anyway: as with `logits`, an
+    evaluation runs the model once."""
 
 
 class Objective(Protocol):
