@@ -176,7 +176,8 @@ def test_a_conflict_has_the_line_to_write(stages: list[dict[str, Any]], message:
 
 UNFIT: dict[str, Any] = {
     "train.from": "x", "train.seeds": [1, 2], "train.packing": True, "train.fsdp": True, "train.head": "batchnorm",
-    "train.trunk": "auto", "train.trunk_bytes": 9, "train.batch_size": 3, "train.group_by_length": False,
+    "train.trunk": "auto", "train.trunk_bytes": 9,
+    "train.compile": "blocks", "train.pad_to": [8], "train.batch_size": 3, "train.group_by_length": False,
     "data.labels": ["a", "b"], "data.src_lang": "x", "data.tgt_lang": "x", "data.image_size": 9,
     "data.augment": {"rotate": 3},
     "data.streaming": True, "data.train_on": "all", "evaluate.max_new_tokens": 7, "evaluate.generate_examples": 3,
