@@ -75,7 +75,8 @@ def run(
             return SearchResult(folder.path)
         _first_rung(population, look, folder, log)
         for _ in rungs[1:]:
-            _next_rung(population, folder, log)
+            if population.alive:
+                _next_rung(population, folder, log)
         finalists = [default, *population.front(but=default.name)[: plan.confirm.designs]]
         names, seeds = (", ".join(map(str, each)) for each in ([one.name for one in finalists], plan.confirm.seeds))
         log(f"\nconfirming {names} on the test split, with the seeds {seeds} ...")
