@@ -39,6 +39,7 @@ def write_outputs(
         "confirmation": confirmation.to_dict(),
         "designs": [one.to_dict() for one in {**population.designs, finalists[0].name: finalists[0]}.values()],
         "refused": [one for generation in population.generations for one in generation.refused],
+        "failed": population.failed,
         "latency": population.latency,
         "adapters": adapters_of(population.plan, confirmation),
         "rungs": [
@@ -91,6 +92,8 @@ def trials_csv(population: Population, confirmation: Confirmation) -> str:
         for decisions in population.decisions:
             own = next((one for one in decisions if one.name == name), None)
             row += ["", ""] if own is None else [own.value, own.what]
+        if name in population.failed:
+            row[-1] = f"failed: {population.failed[name]}"
         row.append(population.rises.get(name, ""))
         row += [confirmed[name].mean, confirmed[name].verdict] if name in confirmed else ["", ""]
         writer.writerow(row)

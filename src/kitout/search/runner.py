@@ -93,7 +93,8 @@ def train_rungs(population: Population, folder: SearchFolder, log: LogFn) -> Non
     """Proposes, trains, measures and decides, rung by rung."""
     _first_rung(population, folder, log)
     for _ in population.rungs[1:]:
-        _next_rung(population, folder, log)
+        if population.alive:
+            _next_rung(population, folder, log)
 
 
 def _look(plan: SearchPlan, folder: SearchFolder, log: LogFn) -> tuple[dict[str, Any], Look | None]:

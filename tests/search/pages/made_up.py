@@ -60,7 +60,7 @@ def population(num_rungs: int = 3, **sections: Any) -> Population:
         values_of = {name: scores(0.5 + 0.05 * names.index(name) + 0.05 * rung, names.index(name), 300) for name in own}
         rises = {name: 0.03 - 0.01 * k for k, name in enumerate(own)} if rung else {}
         result = RungResult(
-            found.ends[rung], tuple(own), "accuracy", diverged, 12.5, 9.0, 1000, 3 << 20, "checkpoint", values_of,
+            found.ends[rung], tuple(own), "accuracy", diverged, 12.5, 9.0, 1000, 3 << 20, "checkpoint", {}, values_of,
             dict.fromkeys(own, 1.0), rises,
         )  # fmt: skip
         found.add(result, Path("rungs") / str(rung))

@@ -103,6 +103,8 @@ def refused_rows(population: Population) -> list[list[str]]:
 
 def why_not_trained(population: Population, name: str) -> str:
     """Of a candidate that was attached."""
+    if name in population.failed:
+        return population.failed[name]
     most = population.plan.budget.max_latency
     latency = population.latency.get(name)
     if most is not None and latency is not None and latency > most:

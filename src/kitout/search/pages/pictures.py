@@ -59,7 +59,7 @@ def _draw_charts(charts: Sequence[Chart]) -> Any:
         ax.tick_params(labelsize=8)
         ax.grid(alpha=0.25, linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=7)
+        ax.legend(frameon=False, fontsize=7, loc="lower right")  # "best" is slow, and warns of it
     return figure
 
 

@@ -8,11 +8,12 @@ what was measured of earlier ones, and trains nothing.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kitout.errors import ConfigError
+from kitout.errors import ConfigError, KitoutError
 from kitout.method import Method
 from kitout.methods.lora import LoRA
 from kitout.search.allocation import Criterion, allocate
@@ -26,6 +27,7 @@ from kitout.train.measure.run_history import history_file, read_rows
 from kitout.train.objectives.signals_of_items import NUM_ITEMS, first_items, signals_of_items
 
 MIN_FOR_TWO = 8  # candidates, for two generations
+TRIAL = "trial"  # the name of a design that is attached to see whether it can be
 RANKED_BY: tuple[Criterion, ...] = ("gradient", "eva")
 MAX_WARM = 0.25  # of the candidates
 DEFAULT_RANK = 8  # whose parameters the ranking divides where the plan has no limit
@@ -91,6 +93,9 @@ def propose_generation(
         if key in known:
             continue
         known.add(key)
+        if problem := _problem_attached(method, look):
+            refused.append({"method": method_to_dict(method), "lr": lr, "origin": origin, "reason": problem})
+            continue
         is_default = origin == look.default.origin
         name = look.default.name if is_default else f"{type(method).__name__.lower()}-{len(earlier) + len(designs):02d}"
         designs.append(Design(name, method, lr, origin, params, cost.trainable, cost.bytes))
@@ -99,6 +104,19 @@ def propose_generation(
         raise ConfigError(f"no design of the space can be trained within the budget: {reasons}")
     energies = [[one.tower, one.layer, one.role, one.gradient_energy] for one in (found or {}).values()]
     return Generation(tuple(designs), tuple(refused), {one.name: _places(one, look) for one in designs}, energies)
+
+
+def _problem_attached(method: Method, look: Look) -> str:
+    """Why the model does not take this method, which some say only when they are built; "" where it does."""
+    kit = look.prepared.kit
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again where it is trained
+            kit.add(TRIAL, method.without_start())
+    except KitoutError as error:
+        return str(error)
+    kit.remove(TRIAL)
+    return ""
 
 
 def _places(design: Design, look: Look) -> list[list[Any]]:

@@ -38,6 +38,8 @@ class Population:
     """By name: a forward's time over the frozen model's."""
     rises: dict[str, float] = field(default_factory=dict)
     """By name: how much the bits per byte of `wiki` rose, where it was measured last."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """By name of a candidate that could not be trained: the message."""
     checkpoints: dict[str, Path] = field(default_factory=dict)
     """By name: where it stopped."""
     generations: list[Generation] = field(default_factory=list)
@@ -73,6 +75,7 @@ class Population:
     def add(self, result: RungResult, folder: Path) -> None:
         """Takes over what a run has come to."""
         self.rises |= result.rises
+        self.failed |= result.failed
         self.checkpoints |= dict.fromkeys(result.names, folder / result.checkpoint)
 
     def standings(self, results: Sequence[RungResult]) -> list[Standing]:
