@@ -67,11 +67,16 @@ def step(kit: Kit, batch: dict[str, Tensor], seed: int = 0) -> Tensor:
     return loss_of(kit(**batch))
 
 
+# Sums come in another order where a block is run again: in float32 up to 1.1e-5 of the largest gradient, in T5, whose
+# attention is not scaled.
+TOLERANCE = 3e-5
+
+
 def assert_equal_gradients(adapter: Adapter, want: dict[str, Tensor]) -> None:
     scale = max(g.abs().max().item() for g in want.values())
     assert scale > 0
     for name, gradient in gradients(adapter).items():
-        assert_same(gradient / scale, want[name] / scale, what=f"gradient of {name}")
+        assert_same(gradient / scale, want[name] / scale, TOLERANCE, f"gradient of {name}")
 
 
 cells = pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     data = tiny_models.jsonl(folder / "reviews.jsonl", tiny_models.reviews(40))
     model = tiny_models.encoder(folder / "encoder")
     return {
-        "model": {"name": str(model)},
+        "model": {"name": str(model), "dtype": "float32"},
         "data": {"train": str(data)},
         "objective": "classification",
         "train": {"steps": 4, "batch_size": 8},

@@ -13,6 +13,7 @@ from kitout import Kit, LoRA, PrefixTuning, fast
 from kitout.evaluate.ask.choices import ChoicePrompt, ChoiceQuestion, choice_likelihoods
 from kitout.evaluate.ask.shared_trunk import SharedTrunk
 from kitout.evaluate.ask.text_likelihood import text_likelihoods
+from kitout.evaluate.ask.token_likelihood import Prompted, TokenScorer
 from kitout.evaluate.metrics.texts import TextSums
 from zoo import ZOO, tokenizer_of
 
@@ -91,3 +92,24 @@ def test_nothing_is_shared_where_the_first_block_differs() -> None:
         assert SharedTrunk.find(kit, ["a", "b"]) is None
     kit, _ = build(species="t5") if "t5" in ZOO else build()
     assert SharedTrunk.find(kit, ["a", "b"]) is None
+
+
+def test_batches_that_are_asked_route_by_route_share_it_too() -> None:
+    """As those whose rows are too many to be joined."""
+    kit, _ = build()
+    scorer = TokenScorer(kit, [None, "a", "b", "c"])
+    scorer.can_join = False
+    items = [Prompted((1, 2, 3), ((4 + i, 5),)) for i in range(5)]
+
+    def ask() -> list[torch.Tensor]:
+        run = lambda routes: [scorer.row_logits([routes[0]] * len(items), items).log_probs()]  # noqa: E731
+        with torch.no_grad():
+            return scorer.under_each(25, run)
+
+    with fast.disabled():
+        expected = ask()
+    scorer = TokenScorer(kit, [None, "a", "b", "c"])
+    scorer.can_join = False
+    rows = rows_of_first_block(kit)
+    torch.testing.assert_close(ask(), expected, rtol=1e-10, atol=1e-10)
+    assert rows.count(len(items)) == 1

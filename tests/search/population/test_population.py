@@ -30,8 +30,8 @@ def population(correct: dict[str, int], max_examples: int = 10**9) -> tuple[Popu
     scores = {name: standing(name, number).scores for name, number in correct.items()}
     losses = {name: 1.0 + i for i, name in enumerate(correct)}
     return found, RungResult(
-        20, tuple(correct), "accuracy", {}, 1.0, 1.0, 20 * 10 * len(correct), 1, "checkpoints/checkpoint-20", scores,
-        losses,
+        end=20, names=tuple(correct), metric="accuracy", diverged={}, seconds=1.0, training_seconds=1.0,
+        examples=20 * 10 * len(correct), memory=1, checkpoint="checkpoints/checkpoint-20", scores=scores, losses=losses,
     )  # fmt: skip
 
 

@@ -143,6 +143,7 @@ class TokenScorer:
             kinds = [self._has_virtual_tokens(route) for route in routes]
             together = [tuple(i for i, k in enumerate(kinds) if k == kind) for kind in dict.fromkeys(kinds)]
         found: dict[int, T] = {}
+        self._forget_trunk()  # of the batch before
         for group in together:
             found |= zip(group, self._run_together([routes[i] for i in group], num_tokens, run), strict=True)
         return [found[i] for i in range(len(routes))]
@@ -155,8 +156,6 @@ class TokenScorer:
         self, routes: Sequence[RouteEntry], num_tokens: int, run: Callable[[Sequence[RouteEntry]], list[T]]
     ) -> list[T]:
         def in_groups_of(size: int) -> list[T]:
-            if self.trunk is not None:
-                self.trunk.forget()
             groups = [routes[start : start + size] for start in range(0, len(routes), size)]
             return [result for group in groups for result in run(group)]
 
@@ -166,12 +165,21 @@ class TokenScorer:
             size = len(routes)
             joined = joined_rows.joins(self.kit, tuple(routes), num_tokens)
             if joined is None:
-                both = partial(in_groups_of, size), partial(in_groups_of, 1)
+
+                def anew(size: int) -> list[T]:  # what one way has kept would make the other one faster
+                    self._forget_trunk()
+                    return in_groups_of(size)
+
+                both = partial(anew, size), partial(anew, 1)
                 joined = joined_rows.try_both(self.kit, tuple(routes), num_tokens, *both)
             return in_groups_of(size if joined else 1)
         except RouteError:  # what these adapters train cannot differ by row
             self.can_join = False
         return in_groups_of(1)
+
+    def _forget_trunk(self) -> None:
+        if self.trunk is not None:
+            self.trunk.forget()
 
     def _has_virtual_tokens(self, route: RouteEntry) -> bool:
         with self.kit.use(route):

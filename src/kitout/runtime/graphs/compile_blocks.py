@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kitout.errors import ConfigError, Errors, KitoutError, suggest
+from kitout.install_hint import suggest_install
 from kitout.runtime.delegation import ModelInterface
 from kitout.runtime.graphs.block_graphs import BlockGraphs
 from kitout.runtime.graphs.report import CompileReport
@@ -79,7 +80,7 @@ def find_missing_compiler(backend: Any, device_type: str) -> str:
         return ""
     if device_type == "cuda":
         has_triton = importlib.util.find_spec("triton") is not None
-        return "" if has_triton else "the backend inductor needs triton on a GPU: pip install triton"
+        return "" if has_triton else f"the backend inductor needs triton on a GPU: {suggest_install('triton')}"
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -88,7 +89,7 @@ def find_missing_compiler(backend: Any, device_type: str) -> str:
     except InvalidCxxCompiler:
         return (
             "the backend inductor needs a C++ compiler, and none was found: install one (apt install g++, dnf install "
-            "gcc-c++, conda install gxx; on macOS xcode-select --install)"
+            "gcc-c++, the package gxx of conda; on macOS xcode-select --install)"
         )
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         return "the backend inductor needs Python's headers, and Python.h was not found: apt install python3-dev"

@@ -19,8 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kitout import fast
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
@@ -166,6 +164,8 @@ def shared_of(kit: Kit, batch: Batch) -> SharedBeginning | None:
         return None
     if isinstance(kit.active, tuple) or kit.state.graphs is not None or is_within_trunk():
         return None
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     blocks = (module for module in kit.base.modules() if isinstance(module, GradientCheckpointingLayer))
     return None if any(block.gradient_checkpointing for block in blocks) else batch.shared
 
@@ -188,6 +188,9 @@ def _common_length(rows: Sequence[EncodedExample]) -> int:
 @contextmanager
 def _attention_of(config: Any) -> Iterator[None]:
     """Attention is ours meanwhile, in every stack of the model."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _attention)
     before = config._attn_implementation
     _is_fused.set(before == "sdpa")
     config._attn_implementation = ATTENTION
@@ -207,9 +210,6 @@ def _attention(
     if layout is None or others or mask is not None or dropout or q.shape[2] != layout.inputs["input_ids"].shape[1]:
         raise ValueError(f"attention over a shared beginning does not know {', '.join(others) or 'this call'}")
     return layout.attend(q, k, v, q.shape[-1] ** -0.5 if scaling is None else scaling, _is_fused.get()), None
-
-
-AttentionInterface.register(ATTENTION, _attention)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scaling: float, fused: bool) -> Tensor:
