@@ -7,7 +7,7 @@ and indices, and nothing of names, methods or where modules sit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from kitout import fast
 from kitout.base.own_forward import swapped_parameters
 from kitout.base.weights import FrozenModule
-from kitout.delta import Delta
 from kitout.errors import RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, first_tensor, replace_first_tensor
+from kitout.runtime.modules.batched_rows import FusedRows, batched_delta_of
 from kitout.runtime.modules.module_adapter import Relay
 from kitout.runtime.modules.programs import check_no_state, parameters_now, repack_output, unpack_output
-from kitout.runtime.modules.terms import Single, Term
+from kitout.runtime.modules.shared_input import FusedLinears, SharedInput, frozen_linear
+from kitout.runtime.modules.terms import Term
 
 
 class RowPlan:
@@ -80,7 +81,22 @@ class PerRow:
         self.relays, self.call_views = tuple(relays), tuple(call_views)
         self.maps_input = any(t is not None and t.maps_input for t in terms)
         self.num_runs = max(t.num_runs for t in terms if t is not None)
-        self.batched_delta = _batched_delta_of(self.terms)
+        self.batched_delta = None if self.maps_input else batched_delta_of(self.terms, row_plan.repeat_to)
+        batched = self.batched_delta
+        self.fused_rows = FusedRows([batched]) if batched is not None and batched.is_fusable else None
+        self.shared_input: SharedInput | None = None  # the linears called with the same tensor, this number of which
+        self.number = 0
+
+    @property
+    def fusing_key(self) -> Hashable | None:
+        """Programs of the same key may compute together, if they read one tensor."""
+        batched = self.batched_delta
+        return (*batched.fusing_key, self.batch_relation) if batched is not None and batched.is_fusable else None
+
+    @staticmethod
+    def fuse_with(programs: Sequence[PerRow]) -> FusedLinears:
+        """Several of the same key as one computation."""
+        return FusedRows([program.batched_delta for program in programs if program.batched_delta is not None])
 
     def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = first_tensor(args, kwargs)
@@ -88,11 +104,17 @@ class PerRow:
             x = self._for_each_row(x)
             args, kwargs = replace_first_tensor(args, kwargs, x)
         self._check(x.shape[0])
-        if not self.maps_input and self.batched_delta is not None:
+        if self.batched_delta is not None:
+            if self.fused_rows is not None and forward is nn.Linear.forward and fast.enabled():
+                fused = None if self.shared_input is None else self.shared_input.output(self.number, x)
+                if fused is None and (linear := frozen_linear(module, x)) is not None:
+                    fused, *_ = self.fused_rows(x, [linear]) or [None]
+                if fused is not None:
+                    return fused
             y, whole = unpack_output(forward(module, *args, **kwargs))
-            fast = self.batched_delta(x, y, self.row_plan)
-            if fast is not None:
-                return repack_output(fast, whole)
+            batched = self.batched_delta(x, y)
+            if batched is not None:
+                return repack_output(batched, whole)
             return repack_output(self._map_output(x, (), [y], args, kwargs), whole)
         inputs, memos = self._map_input(x) if self.maps_input else ([x], ())
         if len(inputs) > 1:
@@ -260,45 +282,3 @@ def scatter(parts: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
     """Rows put back in order: parts[i] belongs at index[i]."""
     order = torch.cat(tuple(index))
     return torch.cat(tuple(parts)).index_select(0, order.argsort())
-
-
-class _BatchedDelta:
-    """The batched fast path of a row plan: every term that is there is one plain Delta of one class."""
-
-    def __init__(self, cls: type[Delta], deltas: Sequence[Delta], slots: Sequence[int]) -> None:
-        self.cls, self.deltas, self.slots = cls, tuple(deltas), tuple(slots)
-        self._rows: dict[int, tuple[int, ...]] = {}
-        self._cache: dict[int, dict[str, Any]] = {}
-
-    def __call__(self, x: Tensor, y: Tensor, row_plan: RowPlan) -> Tensor | None:
-        if not fast.enabled():
-            return None
-        n = x.shape[0]
-        if n not in self._rows:
-            self._rows[n] = tuple(self.slots[e] for e in row_plan.repeat_to(n))
-            self._cache[n] = {}
-        return self.cls.forward_rows(self.deltas, self._rows[n], x, y, self._cache[n])
-
-
-def _batched_delta_of(terms: Sequence[Term | None]) -> _BatchedDelta | None:
-    deltas: list[Delta] = []
-    slots: list[int] = []
-    for term in terms:
-        if term is None:
-            slots.append(-1)
-            continue
-        if (
-            not isinstance(term, Single)
-            or term.module_adapter.strength != 1.0
-            or len(term.module_adapter.on_output) != 1
-            or term.maps_input
-        ):
-            return None
-        part = term.module_adapter.on_output[0]
-        if not part.is_direct or type(part.delta).forward_rows.__func__ is Delta.forward_rows.__func__:  # type: ignore[attr-defined]
-            return None
-        slots.append(len(deltas))
-        deltas.append(part.delta)
-    if not deltas or len({type(d) for d in deltas}) > 1:
-        return None
-    return _BatchedDelta(type(deltas[0]), deltas, slots)
