@@ -136,5 +136,7 @@ def _of_maps(by_unit: Tensor, index: Tensor | None, num_maps: int) -> Tensor:
     """[U, ...] -> [K, ...], summed."""
     if index is None:
         return by_unit
-    sums = by_unit.new_zeros((num_maps + 1, *by_unit.shape[1:]), dtype=torch.promote_types(by_unit.dtype, torch.float32))
+    sums = by_unit.new_zeros(
+        (num_maps + 1, *by_unit.shape[1:]), dtype=torch.promote_types(by_unit.dtype, torch.float32)
+    )
     return sums.index_add_(0, index, by_unit.to(sums.dtype))[:num_maps]

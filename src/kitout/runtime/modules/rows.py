@@ -33,6 +33,7 @@ class RowPlan:
     def __init__(self, entries: Sequence[int], num_distinct: int) -> None:
         self.entries, self.size, self.num_distinct = tuple(entries), len(entries), num_distinct
         self.batch = self.size  # rows of the call in progress: beams make it a multiple
+        self.is_sorted = list(entries) == sorted(entries)  # the rows of each entry are neighbors, in order of entries
         self.is_exact = True  # a site with one value per row has exactly these; False where beams begin on their own
         self.refusal = ""  # why the call in progress cannot be dealt to rows
         self._index: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
@@ -47,6 +48,21 @@ class RowPlan:
             with torch.inference_mode(False):  # kept for later calls, which may record a graph
                 self._index[key] = tuple(torch.tensor(each, device=device) for each in rows_of)
         return self._index[key]
+
+    def split(self, value: Tensor) -> Sequence[Tensor]:
+        """The rows of each distinct entry; views, where the plan is sorted, that may not be written to."""
+        if not self.is_sorted:
+            return [value[rows] for rows in self.index(value.shape[0], value.device)]
+        self.check()
+        each = value.shape[0] // self.size
+        return value.split([self.entries.count(entry) * each for entry in range(self.num_distinct)])
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """What `split` has taken apart, in the order of rows."""
+        if self.is_sorted:
+            return torch.cat(tuple(parts))
+        n = sum(len(part) for part in parts)
+        return scatter(parts, self.index(n, parts[0].device))
 
     def check(self, path: str = "this tower") -> None:
         """RouteError where the call in progress cannot be dealt to rows."""
@@ -136,33 +152,32 @@ class PerRow:
     def _map_input(self, x: Tensor) -> tuple[list[Tensor], list[Any]]:
         """The inputs of all rows, run by run: rows whose term needs fewer runs than others repeat their last."""
         mapped = []
-        index = self.row_plan.index(x.shape[0], x.device)
-        for term, rows in zip(self.terms, index, strict=True):
-            mapped.append(([x[rows]], None) if term is None else term.map_input(x[rows]))
-        runs = [scatter([inputs[min(i, len(inputs) - 1)] for inputs, _ in mapped], index) for i in range(self.num_runs)]
+        for term, part in zip(self.terms, self.row_plan.split(x), strict=True):
+            mapped.append(([part], None) if term is None else term.map_input(part))
+        runs = [
+            self.row_plan.join([inputs[min(i, len(inputs) - 1)] for inputs, _ in mapped]) for i in range(self.num_runs)
+        ]
         return runs, [memo for _, memo in mapped]
 
     def _map_output(
         self, x: Tensor, memos: Sequence[Any], ys: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         parts = []
-        y = ys[0]
-        index = self.row_plan.index(y.shape[0], y.device)
+        plan = self.row_plan
         # A module may be given [rows, tokens, d] and answer with all tokens of all rows in one dimension.
-        index_of_x = index if x.shape[0] == y.shape[0] else self.row_plan.index(x.shape[0], x.device)
-        for i, (term, rows, rows_of_x) in enumerate(zip(self.terms, index, index_of_x, strict=True)):
-            part = y[rows]
+        xs = plan.split(x)
+        by_run = [plan.split(y) for y in ys]
+        for i, (term, part) in enumerate(zip(self.terms, by_run[0], strict=True)):
+            rows = len(part)
             if term is not None:
-                with (
-                    _relayed(self.relays, self.row_plan, i),
-                    _called_with(self.call_views, args, kwargs, rows_of_x, x.shape[0]),
-                ):
-                    memo = memos[i] if self.maps_input else term.map_input(x[rows_of_x])[1]
-                    part = term.map_output(memo, [part, *(y[rows] for y in ys[1 : term.num_runs])], True)
+                with _relayed(self.relays, plan, i), _called_with(self.call_views, args, kwargs, plan, i, len(x)):
+                    memo = memos[i] if self.maps_input else term.map_input(xs[i])[1]
+                    own = [part, *(of_run[i] for of_run in by_run[1 : term.num_runs])]
+                    part = term.map_output(memo, own, not plan.is_sorted)
                 if not isinstance(part, Tensor):
                     raise RouteError(f"{self.path} gives several values, which a row cannot have of its own")
-                if part.shape[0] != len(rows):  # one answer for all of them
-                    part = part.expand(len(rows), *part.shape[1:])
+                if part.shape[0] != rows:  # one answer for all of them
+                    part = part.expand(rows, *part.shape[1:])
             parts.append(part)
         for relay in self.relays:
             relay.value = None
@@ -172,7 +187,7 @@ class PerRow:
                 f"{self.path}: rows of one batch come out with different shapes {sorted(map(tuple, widths))} "
                 "(heads of different width?): run them in separate batches"
             )
-        return scatter(parts, index)
+        return self.row_plan.join(parts)
 
 
 class PerRowWeights:
@@ -248,7 +263,7 @@ def _relayed(relays: Sequence[Relay], row_plan: RowPlan, entry: int) -> Iterator
     values = [relay.value for relay in relays]
     try:
         for relay, value in zip(relays, values, strict=True):
-            relay.value = None if value is None else value[row_plan.index(value.shape[0], value.device)[entry]]
+            relay.value = None if value is None else row_plan.split(value)[entry]
         yield
     finally:
         for relay, value in zip(relays, values, strict=True):
@@ -257,11 +272,15 @@ def _relayed(relays: Sequence[Relay], row_plan: RowPlan, entry: int) -> Iterator
 
 @contextmanager
 def _called_with(
-    views: Sequence[FrozenModule], args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor, batch: int
+    views: Sequence[FrozenModule], args: tuple[Any, ...], kwargs: dict[str, Any], plan: RowPlan, entry: int, batch: int
 ) -> Iterator[None]:
-    """The views know the module's call, for these rows of the batch alone."""
+    """The views know the module's call, for the rows of one distinct entry alone."""
+    if not views:
+        yield
+        return
     try:
         for view in views:
+            rows = plan.index(batch, first_tensor(args, kwargs).device)[entry]
             view.call_args, view.call_kwargs = _select_rows((args, kwargs), rows, batch)
         yield
     finally:

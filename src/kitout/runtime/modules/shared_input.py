@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-
 Linear = tuple[Tensor, Tensor | None]  # weight, bias
 FusedLinears = Callable[[Tensor, Sequence[Linear]], list[Tensor] | None]
 
