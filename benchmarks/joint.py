@@ -1,4 +1,4 @@
-"""(i) Eight jobs of one frozen base trained at once, against one after the other: LoRAs of ranks 4 to 32, and 8 methods.
+"""(i) Eight jobs on one frozen base at once, against one after the other: LoRAs of ranks 4 to 32, and 8 methods.
 
 SmolLM2-135M's shape with random values, two short rows a step and job, as long as tweets in instruction form: all begin
 with the same 22 tokens, and two tokens of each are trained. Everything is the loop's own: batches by length, micro-

@@ -19,10 +19,17 @@ from kitout import fast
 from kitout.base.weights import FrozenModule, tensor_version
 from kitout.delta import Delta, LowRankChange, PartWeight
 from kitout.methods.deltas.fused_low_rank import fused_low_rank, own_tensor
-from kitout.methods.deltas.fused_low_rank_rows import RowUnits, fused_low_rank_rows
 from kitout.methods.deltas.fusing import is_fusable, is_traced
 from kitout.methods.deltas.grouped_rows import add_to_groups, can_group
-from kitout.methods.deltas.low_rank_rows import EqualRunsLowRank, RunsLowRank, add_to_runs, are_equal_runs, find_runs
+from kitout.methods.deltas.low_rank_rows import (
+    EqualRunsLowRank,
+    RowUnits,
+    RunsLowRank,
+    add_to_runs,
+    are_equal_runs,
+    find_runs,
+    fused_low_rank_rows,
+)
 
 GATHER_BYTES = 64 * 2**20  # most that one site may hold in gathered rows before the caller loops instead
 # Without gradients runs of rows go one by one from this many positions of a run on: at 16 they took as long as batched
