@@ -6,7 +6,7 @@ together, of one site or of several that read one tensor. It knows neither what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +32,7 @@ class BatchedDelta:
         self._cache: dict[int, dict[str, Any]] = {}
 
     @property
-    def fusing_key(self) -> tuple[Hashable, ...]:
+    def fusing_key(self) -> tuple[object, ...]:
         """Sites of the same key may compute together, if they read one tensor."""
         return self.cls, self.slots, self.deal_rows
 

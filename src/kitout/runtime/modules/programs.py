@@ -6,7 +6,7 @@ swaps parameters while the module runs. It knows nothing of names, methods or wh
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -61,12 +61,12 @@ class DirectDelta:
         self.number = 0
 
     @property
-    def fusing_key(self) -> Hashable | None:
-        """Programs of the same key may compute together, if they read one tensor."""
+    def fusing_key(self) -> object:
+        """Programs of the same key may compute together, if they read one tensor; those of None may not."""
         return type(self.delta) if self.is_fusable else None
 
     @staticmethod
-    def fuse_with(programs: Sequence[DirectDelta]) -> FusedLinears:
+    def fuse_with(programs: Sequence[Any]) -> FusedLinears:
         """Several of the same key as one computation."""
         deltas = [program.delta for program in programs]
         return partial(type(deltas[0]).fused_linears, deltas)

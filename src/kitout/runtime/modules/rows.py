@@ -7,7 +7,7 @@ and indices, and nothing of names, methods or where modules sit.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -104,15 +104,15 @@ class PerRow:
         self.number = 0
 
     @property
-    def fusing_key(self) -> Hashable | None:
-        """Programs of the same key may compute together, if they read one tensor."""
+    def fusing_key(self) -> object:
+        """Programs of the same key may compute together, if they read one tensor; those of None may not."""
         batched = self.batched_delta
         return (*batched.fusing_key, self.batch_relation) if batched is not None and batched.is_fusable else None
 
     @staticmethod
-    def fuse_with(programs: Sequence[PerRow]) -> FusedLinears:
+    def fuse_with(programs: Sequence[Any]) -> FusedLinears:
         """Several of the same key as one computation."""
-        return FusedRows([program.batched_delta for program in programs if program.batched_delta is not None])
+        return FusedRows([program.batched_delta for program in programs])
 
     def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = first_tensor(args, kwargs)
@@ -124,7 +124,7 @@ class PerRow:
             if self.fused_rows is not None and forward is nn.Linear.forward and fast.enabled():
                 fused = None if self.shared_input is None else self.shared_input.output(self.number, x)
                 if fused is None and (linear := frozen_linear(module, x)) is not None:
-                    fused, *_ = self.fused_rows(x, [linear]) or [None]
+                    fused = next(iter(self.fused_rows(x, [linear]) or ()), None)
                 if fused is not None:
                     return fused
             y, whole = unpack_output(forward(module, *args, **kwargs))

@@ -5,7 +5,7 @@ It knows adapters only as `ModuleAdapter`s by module path, and nothing of method
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 
@@ -145,7 +145,7 @@ class RouteCompiler:
     def _share_inputs(self, programs: Mapping[str, Program]) -> None:
         """Lets linears that are called with the same tensor compute together, where their Deltas can."""
         for paths in self.survey.shared_inputs:
-            by_key: dict[Hashable, list[tuple[str, DirectDelta | PerRow]]] = {}
+            by_key: dict[object, list[tuple[str, DirectDelta | PerRow]]] = {}
             for path in paths:
                 program = programs.get(path)
                 if isinstance(program, DirectDelta | PerRow) and program.fusing_key is not None:
