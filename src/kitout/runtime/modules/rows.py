@@ -33,7 +33,7 @@ class RowPlan:
     def __init__(self, entries: Sequence[int], num_distinct: int) -> None:
         self.entries, self.size, self.num_distinct = tuple(entries), len(entries), num_distinct
         self.batch = self.size  # rows of the call in progress: beams make it a multiple
-        self.is_sorted = list(entries) == sorted(entries)  # the rows of each entry are neighbors, in order of entries
+        self._is_sorted = list(entries) == sorted(entries)
         self.is_exact = True  # a site with one value per row has exactly these; False where beams begin on their own
         self.refusal = ""  # why the call in progress cannot be dealt to rows
         self._index: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
@@ -48,6 +48,11 @@ class RowPlan:
             with torch.inference_mode(False):  # kept for later calls, which may record a graph
                 self._index[key] = tuple(torch.tensor(each, device=device) for each in rows_of)
         return self._index[key]
+
+    @property
+    def is_sorted(self) -> bool:
+        """The rows of each entry are neighbors, in the order of entries: they are taken and put back without a copy."""
+        return self._is_sorted and fast.enabled()
 
     def split(self, value: Tensor) -> Sequence[Tensor]:
         """The rows of each distinct entry; views, where the plan is sorted, that may not be written to."""
