@@ -68,7 +68,17 @@ class NoBlocksFound(KitoutError, ValueError):
 
 
 class UnusedSite(KitoutError, RuntimeError):
-    """A chosen site that never fires in the model's forward."""
+    """A chosen site that never fires in the model's forward, or an adapter that training would not change."""
+
+    names: tuple[str, ...] = ()
+    """The adapters it is about; empty where that is not known."""
+
+    @classmethod
+    def of(cls, names: Iterable[str], message: str) -> UnusedSite:
+        """About these adapters."""
+        error = cls(message)
+        error.names = tuple(names)
+        return error
 
 
 class FileError(KitoutError, ValueError):

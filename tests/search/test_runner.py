@@ -97,7 +97,13 @@ def test_what_is_written(finished: tuple[Path, list[str]]) -> None:
     assert config.train.batch_size == 4
     trials = (folder / "trials.csv").read_text().splitlines()
     assert len(trials) == 1 + 8
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    assert figures["answer"] in report
+    assert "gradient energy" in report
+    assert all((folder / one).is_dir() for folders in figures["adapters"].values() for one in folders)
     printed = "\n".join(lines)
+    assert f"report    {folder / 'report.html'}" in printed
+    assert f"adapters  {folder / 'confirm' / 'adapter'}: default, " in printed
     assert "after rung 1:" in printed
     assert figures["answer"] in printed
     assert "kitout train" in printed

@@ -150,8 +150,9 @@ def _run_prepared(
     if distributed.rank() == 0:
         log("writing the report ...")
         results = write_outputs(
-            prepared, config, folder, trainer, estimate, best_step, outcomes, proofs, forgetting, log, work.details()
-        )
+            prepared, config, folder, trainer, estimate, best_step, outcomes, proofs, forgetting, log, "align",
+            work.details(),
+        )  # fmt: skip
     distributed.barrier()
     prepared.kit.detach()
     return Result(folder.path, {name: one.comparison for name, one in outcomes.items()}, results)

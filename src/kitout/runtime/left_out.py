@@ -59,9 +59,10 @@ def check_named(method: Method, sites: Sequence[Site], left_out: Mapping[str, st
         missing = set(left_out)
     if missing:
         listed = "; ".join(f"{path} {left_out[path]}" for path in sorted(missing)[:5])
-        raise UnusedSite(
+        raise UnusedSite.of(
+            [name],
             f"adapter {name!r}: {listed}: nothing placed there would have an effect; choose other targets (see "
-            "print(kit))"
+            "print(kit))",
         )
 
 

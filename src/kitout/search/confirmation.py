@@ -8,13 +8,14 @@ runs and scores.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kitout.evaluate.example_scores import ExampleScores, load_scores
+from kitout.evaluate.intervals.ratio import Ratio
 from kitout.evaluate.significance.many import compare_pairs
 from kitout.evaluate.significance.seeds import MIN_SEEDS, MethodDifference
 from kitout.search.plan.schema import SearchPlan
@@ -38,6 +39,10 @@ class Confirmed:
     """Of the goal's metric over its seeds."""
     by_seed: tuple[float, ...]
     """The same of each seed."""
+    low: float | None
+    """Lower end of the mean's 95 % interval over the test examples; None where a training gave no finite score."""
+    high: float | None
+    """Upper end of it."""
     against_default: MethodDifference | None
     """None of the run's own design."""
 
@@ -84,7 +89,7 @@ def confirm(
     plan: SearchPlan, length: Length, designs: Sequence[Design], folder: Path, metric: str, log: Callable[[str], None]
 ) -> tuple[Confirmation, dict[str, Any]]:
     """designs: the run's own first. Also gives what results.json of the run holds. Finished before, it is read."""
-    result = train_run(confirmation_config(plan, length, designs, folder), log=log)
+    result = train_run(confirmation_config(plan, length, designs, folder), log=log, source="search")
     kept = load_scores(folder / SCORES_FILE)
     scores = {
         one.name: [kept[adapter_name(one.name, seed)].tuned[metric] for seed in plan.confirm.seeds] for one in designs
@@ -107,9 +112,20 @@ def judge(
             table, default, groups=first.groups, higher_is_better=first.higher_is_better, share=first.share and is_mean
         )
         against = {pair.name: pair for pair in pairs}
-    designs = tuple(Confirmed(name, float(np.mean(means[name])), means[name], against.get(name)) for name in scores)
+    designs = []
+    for name in scores:
+        low, high = _interval(usable[name]) if name in usable else (None, None)
+        designs.append(Confirmed(name, float(np.mean(means[name])), means[name], low, high, against.get(name)))
     recommended, answer = _recommend(designs, default, usable, over_budget or {}, first.higher_is_better)
-    return Confirmation(metric, first.share, first.higher_is_better, designs, recommended, answer)
+    return Confirmation(metric, first.share, first.higher_is_better, tuple(designs), recommended, answer)
+
+
+def _interval(scores: Sequence[ExampleScores]) -> tuple[float, float]:
+    """Of the mean over seeds, over the examples."""
+    first, values = scores[0], np.mean([one.per_example for one in scores], axis=0)
+    of_mean = replace(first, ratio=Ratio(values, np.ones(len(values))), is_correct=False)
+    score = of_mean.measure.score()
+    return score.low, score.high
 
 
 def _recommend(

@@ -15,9 +15,10 @@ from typing import Any
 from kitout.evaluate.compare import format_value
 from kitout.format import align_columns
 from kitout.search.confirmation import Confirmation
+from kitout.search.pages.report import ADAPTERS, adapters_of, write_report
 from kitout.search.population.design import Design
 from kitout.search.population.population import Population
-from kitout.search.search_folder import RECOMMENDED_FILE, RESULTS_FILE, TRIALS_FILE, SearchFolder
+from kitout.search.search_folder import RECOMMENDED_FILE, REPORT_FILE, RESULTS_FILE, TRIALS_FILE, SearchFolder
 from kitout.train.config.method_field import method_to_dict
 from kitout.train.config.yaml_file import to_yaml
 
@@ -38,7 +39,9 @@ def write_outputs(
         "confirmation": confirmation.to_dict(),
         "designs": [one.to_dict() for one in {**population.designs, finalists[0].name: finalists[0]}.values()],
         "refused": [one for generation in population.generations for one in generation.refused],
+        "failed": population.failed,
         "latency": population.latency,
+        "adapters": adapters_of(population.plan, confirmation),
         "rungs": [
             {
                 "end": done[0].end,
@@ -50,12 +53,13 @@ def write_outputs(
             }
             for done, decisions in zip(population.results, population.decisions, strict=True)
         ],
-        "cost": cost_of(population, of_run),
+        "cost": {**population.cost(), "confirmation_seconds": float(of_run.get("seconds", 0.0))},
     }
     figures = json.loads(json.dumps(figures, default=str).replace("NaN", "null"))
     if recommended is not None:
         header = f"# The design that a search recommends: {confirmation.answer}.\n# kitout train {RECOMMENDED_FILE}\n"
         folder.write_text(RECOMMENDED_FILE, header + to_yaml(run))
+    write_report(population, folder, confirmation, of_run)
     folder.write_text(TRIALS_FILE, trials_csv(population, confirmation))
     folder.write_text(RESULTS_FILE, json.dumps(figures, indent=1) + "\n")
     log(results_text(figures, folder))
@@ -70,20 +74,6 @@ def recommended_run(population: Population, design: Design) -> dict[str, Any]:
     values["train"] |= {"lr": design.lr, "steps": length.steps, "epochs": None, "batch_size": length.batch_size}
     values["output"] = {**values["output"], "folder": "runs/recommended"}
     return values
-
-
-def cost_of(population: Population, of_run: Mapping[str, Any]) -> dict[str, float]:
-    """What the search took, in whole trainings of one design and in seconds."""
-    whole = population.length.steps * population.length.batch_size
-    done = [result for results in population.results for result in results]
-    return {
-        "trainings": population.num_examples() / whole,
-        "examples": population.num_examples(),
-        "seconds": sum(one.seconds for one in done),
-        "training_seconds": sum(one.training_seconds for one in done),
-        "memory": max(one.memory for one in done),
-        "confirmation_seconds": float(of_run.get("seconds", 0.0)),
-    }
 
 
 def trials_csv(population: Population, confirmation: Confirmation) -> str:
@@ -102,6 +92,8 @@ def trials_csv(population: Population, confirmation: Confirmation) -> str:
         for decisions in population.decisions:
             own = next((one for one in decisions if one.name == name), None)
             row += ["", ""] if own is None else [own.value, own.what]
+        if name in population.failed:
+            row[-1] = f"failed: {population.failed[name]}"
         row.append(population.rises.get(name, ""))
         row += [confirmed[name].mean, confirmed[name].verdict] if name in confirmed else ["", ""]
         writer.writerow(row)
@@ -124,7 +116,13 @@ def results_text(figures: Mapping[str, Any], folder: SearchFolder) -> str:
     )
     lines = ["", *align_columns(rows), "", f"{figures['answer']}.", took]
     if figures["recommended"]:
-        lines += [f"recommended: {figures['recommended']}", "", f"  kitout train {folder.path / RECOMMENDED_FILE}"]
+        lines.append(f"recommended: {figures['recommended']}")
+    lines += [
+        f"report    {folder.path / REPORT_FILE}",
+        f"adapters  {folder.path / ADAPTERS}: {', '.join(figures['adapters'])}, one for each seed",
+    ]
+    if figures["recommended"]:
+        lines += ["", f"  kitout train {folder.path / RECOMMENDED_FILE}"]
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from kitout.assess.cost import measure_prefill
 from kitout.search.confirmation import Confirmation, confirm
 from kitout.search.outputs import show_finished, write_outputs
+from kitout.search.pages.report import write_report
 from kitout.search.plan.load import load_plan, read_values
 from kitout.search.plan.rungs import plan_rungs
 from kitout.search.plan.schema import SearchPlan
@@ -92,7 +93,8 @@ def train_rungs(population: Population, folder: SearchFolder, log: LogFn) -> Non
     """Proposes, trains, measures and decides, rung by rung."""
     _first_rung(population, folder, log)
     for _ in population.rungs[1:]:
-        _next_rung(population, folder, log)
+        if population.alive:
+            _next_rung(population, folder, log)
 
 
 def _look(plan: SearchPlan, folder: SearchFolder, log: LogFn) -> tuple[dict[str, Any], Look | None]:
@@ -130,7 +132,7 @@ def _first_rung(population: Population, folder: SearchFolder, log: LogFn) -> Non
         population.latency |= folder.read(f"latency-{number}") or {}
         population.add(result, place)
         results.append(result)
-    _decide(population, results, log)
+    _decide(population, results, folder, log)
 
 
 def _propose(
@@ -165,7 +167,7 @@ def _next_rung(population: Population, folder: SearchFolder, log: LogFn) -> None
         measure_rises=partial(_rises, population, log),
     )  # fmt: skip
     population.add(result, place)
-    _decide(population, [result], log)
+    _decide(population, [result], folder, log)
 
 
 def _choose_fast(
@@ -204,9 +206,10 @@ def _rises(population: Population, log: LogFn, run: PreparedRun, result: RungRes
     return measured
 
 
-def _decide(population: Population, results: Sequence[RungResult], log: LogFn) -> None:
-    """Keeps what became of each candidate, and says it."""
+def _decide(population: Population, results: Sequence[RungResult], folder: SearchFolder, log: LogFn) -> None:
+    """Keeps what became of each candidate, and says it; the report has it as well."""
     decisions = population.finish_rung(results)
+    write_report(population, folder)
     stay = [one.name for one in decisions if one.stays]
     tied = sum(one.what == "tied" for one in decisions)
     more = f", {tied} of them because they do not differ significantly from the last of the best" if tied else ""

@@ -54,9 +54,10 @@ def write_outputs(
     proofs: Mapping[str, MergeProof],
     forgetting: Mapping[str, Sequence[SetChange]],
     log: Callable[[str], None],
+    source: str,
     details: RunDetails | None = None,
 ) -> dict[str, Any]:
-    """Writes everything and returns what results.json holds. details: of an alignment stage."""
+    """Writes everything and returns what results.json holds. details: of an alignment stage. source: of its rows."""
     comparisons = {name: one.comparison for name, one in outcomes.items()}
     rows = _adapter_rows(run, trainer, outcomes)
     results = _results(run, trainer, estimate, best_step, comparisons)
@@ -116,7 +117,7 @@ def write_outputs(
         majority = run.first_dataset.majority_accuracy
         log(f"\n{adapter_table.text(rows, majority, share_data(run), smallest, has_seeds=bool(by_method))}\n")
     log("\n".join([f"report   {run_folder.report}", *(f"adapter  {folder}" for folder in folders.values()), ""]))
-    record_run(run, config, results, comparisons, log, "train" if details is None else "align")
+    record_run(run, config, results, comparisons, log, source)
     log(next_text(results))
     return results
 

@@ -75,12 +75,12 @@ class Result:
 
 
 def run(
-    config: RunConfig, *, dry_run: bool = False, log: LogFn = print,
+    config: RunConfig, *, dry_run: bool = False, log: LogFn = print, source: str = "train",
     read_data: Callable[[RunConfig, Path], RunConfig] = lambda config, _folder: config,
 ) -> Result:  # fmt: skip
     """Trains what the config describes. dry_run: stops before the first step. log: gets the lines to print.
 
-    read_data: puts files into the run's folder where the config names data that are made, and names them.
+    read_data: puts data that are made into the run's folder, and names them. source: as `HistoryRow` has it.
     """
     from kitout.train.outputs import write_outputs
 
@@ -137,7 +137,7 @@ def run(
             if distributed.rank() == 0:
                 log("writing the report ...")
                 results = write_outputs(
-                    prepared, config, folder, trainer, estimate, best_step, outcomes, proofs, forgetting, log
+                    prepared, config, folder, trainer, estimate, best_step, outcomes, proofs, forgetting, log, source
                 )
             distributed.barrier()
         prepared.kit.detach()

@@ -8,11 +8,12 @@ what was measured of earlier ones, and trains nothing.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from kitout.errors import ConfigError
+from kitout.errors import ConfigError, KitoutError
 from kitout.method import Method
 from kitout.methods.lora import LoRA
 from kitout.search.allocation import Criterion, allocate
@@ -20,11 +21,13 @@ from kitout.search.plan.schema import SearchPlan
 from kitout.search.population.design import Design, count_design, identity
 from kitout.search.population.look import Look
 from kitout.search.population.proposals import params_of, propose
+from kitout.signals.site_signals import Signals
 from kitout.train.config.method_field import method_to_dict, parse_method
 from kitout.train.measure.run_history import history_file, read_rows
 from kitout.train.objectives.signals_of_items import NUM_ITEMS, first_items, signals_of_items
 
 MIN_FOR_TWO = 8  # candidates, for two generations
+TRIAL = "trial"  # the name of a design that is attached to see whether it can be
 RANKED_BY: tuple[Criterion, ...] = ("gradient", "eva")
 MAX_WARM = 0.25  # of the candidates
 DEFAULT_RANK = 8  # whose parameters the ranking divides where the plan has no limit
@@ -38,15 +41,21 @@ class Generation:
     """Those that are trained."""
     refused: tuple[dict[str, Any], ...]
     """Designs that are not, each with its reason."""
+    places: dict[str, list[list[Any]]] = field(default_factory=dict)
+    """By design where it acts, as (tower, block, role), each once; outside the blocks at none."""
+    energies: list[list[Any]] = field(default_factory=list)
+    """What the sites' ranking has found, as (tower, block, role, gradient energy); empty where nothing was ranked."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {"designs": [one.to_dict() for one in self.designs], "refused": list(self.refused)}
+        own = {"places": self.places, "energies": self.energies}
+        return {"designs": [one.to_dict() for one in self.designs], "refused": list(self.refused), **own}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Generation:
         """What `to_dict` gave."""
-        return cls(tuple(map(Design.from_dict, values["designs"])), tuple(values["refused"]))
+        designs, refused = tuple(map(Design.from_dict, values["designs"])), tuple(values["refused"])
+        return cls(designs, refused, values["places"], values["energies"])
 
 
 def generation_sizes(plan: SearchPlan) -> list[int]:
@@ -69,7 +78,8 @@ def propose_generation(
     refused: list[dict[str, Any]] = []
     if number == 0 and look.default.over_budget:  # trained in the confirmation alone
         known.add(identity(look.default.method, look.default.lr, look.survey))
-    for params, method, lr, origin in _candidates(plan, look, number, size, results, log):
+    found = _rank_sites(plan, look, log) if number == 0 else None
+    for params, method, lr, origin in _candidates(plan, look, number, size, found, results, log):
         if len(designs) == size:
             break
         cost = count_design(method, look.survey, look.head_parameters)
@@ -83,17 +93,39 @@ def propose_generation(
         if key in known:
             continue
         known.add(key)
+        if problem := _problem_attached(method, look):
+            refused.append({"method": method_to_dict(method), "lr": lr, "origin": origin, "reason": problem})
+            continue
         is_default = origin == look.default.origin
         name = look.default.name if is_default else f"{type(method).__name__.lower()}-{len(earlier) + len(designs):02d}"
         designs.append(Design(name, method, lr, origin, params, cost.trainable, cost.bytes))
     if not designs and number == 0:
         reasons = "; ".join(sorted({str(one["reason"]) for one in refused})[:3])
         raise ConfigError(f"no design of the space can be trained within the budget: {reasons}")
-    return Generation(tuple(designs), tuple(refused))
+    energies = [[one.tower, one.layer, one.role, one.gradient_energy] for one in (found or {}).values()]
+    return Generation(tuple(designs), tuple(refused), {one.name: _places(one, look) for one in designs}, energies)
+
+
+def _problem_attached(method: Method, look: Look) -> str:
+    """Why the model does not take this method, which some say only when they are built; "" where it does."""
+    kit = look.prepared.kit
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again where it is trained
+            kit.add(TRIAL, method.without_start())
+    except KitoutError as error:
+        return str(error)
+    kit.remove(TRIAL)
+    return ""
+
+
+def _places(design: Design, look: Look) -> list[list[Any]]:
+    sites = [site for site in design.method.sites(look.survey) if site.layer is not None]
+    return [list(place) for place in dict.fromkeys((site.tower, site.layer, site.role) for site in sites)]
 
 
 def _candidates(
-    plan: SearchPlan, look: Look, number: int, size: int,
+    plan: SearchPlan, look: Look, number: int, size: int, found: Signals | None,
     results: Sequence[tuple[Mapping[str, Any], Sequence[float]]], log: Callable[[str], None],
 ) -> Iterator[tuple[Mapping[str, Any], Method, float, str]]:  # fmt: skip
     """(params, method, learning rate, origin), in the order in which they are tried."""
@@ -101,7 +133,7 @@ def _candidates(
         own = look.default
         if not own.over_budget:
             yield own.params, own.method, own.lr, own.origin
-        for method, origin in _ranked(plan, look, log):
+        for method, origin in _ranked(plan, look, found, log):
             lr = own.lr if type(method) is type(own.method) else method.training_defaults().lr
             yield {}, method, lr, origin
         for method, lr in _from_history(plan, look, log) if plan.warm else ():
@@ -110,15 +142,23 @@ def _candidates(
         yield params, method, lr, "proposed"
 
 
-def _ranked(plan: SearchPlan, look: Look, log: Callable[[str], None]) -> Iterator[tuple[Method, str]]:
-    """LoRA with the ranks that follow from one pass over the data, where the space has LoRA."""
+def _rank_sites(plan: SearchPlan, look: Look, log: Callable[[str], None]) -> Signals | None:
+    """One pass over the data, where the space has LoRA."""
     if not any(isinstance(plan.space.build(name, {}), LoRA) for name in plan.space.method):
-        return
+        return None
     kit, job = look.prepared.kit, look.prepared.jobs[0]
     log("probing the sites, one pass over the first examples ...")
     items = first_items(job.examples, job.batches, NUM_ITEMS)
     heads = kit[job.name].heads_by_path()
-    found = signals_of_items(kit, job.objective, items, heads=heads, seed=job.settings.seed)
+    return signals_of_items(kit, job.objective, items, heads=heads, seed=job.settings.seed)
+
+
+def _ranked(
+    plan: SearchPlan, look: Look, found: Signals | None, log: Callable[[str], None]
+) -> Iterator[tuple[Method, str]]:
+    """LoRA with the ranks that follow from what was found."""
+    if found is None:
+        return
     most = plan.budget.max_trainable_parameters
     whole = sum(min(DEFAULT_RANK, site.max_rank) * site.cost for site in found.values())
     budget = whole if most is None else min(whole, most - look.head_parameters)

@@ -38,6 +38,8 @@ class Population:
     """By name: a forward's time over the frozen model's."""
     rises: dict[str, float] = field(default_factory=dict)
     """By name: how much the bits per byte of `wiki` rose, where it was measured last."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """By name of a candidate that could not be trained: the message."""
     checkpoints: dict[str, Path] = field(default_factory=dict)
     """By name: where it stopped."""
     generations: list[Generation] = field(default_factory=list)
@@ -65,9 +67,15 @@ class Population:
         """The goal's."""
         return self.results[0][0].metric
 
+    @property
+    def higher_is_better(self) -> bool:
+        """Of the goal's metric."""
+        return next(one.higher_is_better for done in self.results[0] for one in done.scores.values())
+
     def add(self, result: RungResult, folder: Path) -> None:
         """Takes over what a run has come to."""
         self.rises |= result.rises
+        self.failed |= result.failed
         self.checkpoints |= dict.fromkeys(result.names, folder / result.checkpoint)
 
     def standings(self, results: Sequence[RungResult]) -> list[Standing]:
@@ -129,6 +137,17 @@ class Population:
         if most is None or found is None or found <= most or design.over_budget:
             return design
         return replace(design, over_budget=f"{found:.2f} x the frozen model's forward of {most:g}")
+
+    def cost(self) -> dict[str, float]:
+        """What the rungs took so far, in whole trainings of one design and in seconds."""
+        done = [result for results in self.results for result in results]
+        return {
+            "trainings": self.num_examples() / (self.length.steps * self.length.batch_size),
+            "examples": self.num_examples(),
+            "seconds": sum(one.seconds for one in done),
+            "training_seconds": sum(one.training_seconds for one in done),
+            "memory": max(one.memory for one in done),
+        }
 
     def num_examples(self) -> int:
         """Trained on so far, of all candidates together."""

@@ -8,11 +8,13 @@ designs, and decides nothing.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kitout.errors import TrainingDiverged, UnusedSite
 from kitout.evaluate.example_scores import AdapterScores, ExampleScores, keep_ratios, load_scores, save_scores
 from kitout.files.atomic import write_text
 from kitout.search.plan.schema import SearchPlan
@@ -29,6 +31,7 @@ from kitout.train.run_folder import RESULTS_FILE, SCORES_FILE, RunFolder
 from kitout.train.setup.prepare import PreparedRun, prepare
 
 LogFn = Callable[[str], None]
+FAILED_FILE = "failed.json"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class RungResult:
     """Peak, in bytes."""
     checkpoint: str
     """Its last one, below the rung's folder."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Candidates that could not be trained at all, as with a site that has no gradient, and the message."""
     scores: Mapping[str, ExampleScores] = field(default_factory=dict)
     """By candidate: the goal's metric over the validation split. Kept beside results.json."""
     losses: Mapping[str, float] = field(default_factory=dict)
@@ -101,33 +106,65 @@ def train_rung(
 ) -> RungResult:  # fmt: skip
     """Trains these designs from where `before` has them (by name, a checkpoint; empty: from their start) up to `end`.
 
+    One that cannot be trained is left out, and the others begin again: nothing of theirs depends on who is beside them.
+
     choose: given the kit with all of them attached, the ones that are trained at all (a limit of latency).
     measure_rises: given them trained and measured, what they made the model forget.
     """
     kept = read_rung(folder)
     if kept is not None:
         return kept
+    failed_file = folder / FAILED_FILE
+    failed: dict[str, str] = json.loads(failed_file.read_text(encoding="utf-8")) if failed_file.is_file() else {}
+    while True:
+        left = [one for one in designs if one.name not in failed]
+        try:
+            return _train_together(plan, length, left, folder, end, before, failed, log, choose, measure_rises)
+        except UnusedSite as error:
+            found = [one.name for one in left if one.name in error.names]
+            if not found or len(found) == len(left):
+                raise
+            log(f"{', '.join(found)} cannot be trained: {error}; the others begin this rung again without it")
+            failed |= dict.fromkeys(found, str(error))
+            shutil.rmtree(folder)
+            folder.mkdir(parents=True)
+            write_text(failed_file, json.dumps(failed, indent=1) + "\n")
+
+
+def _train_together(
+    plan: SearchPlan, length: Length, designs: Sequence[Design], folder: Path, end: int, before: Mapping[str, Path],
+    failed: Mapping[str, str], log: LogFn, choose: Callable[[PreparedRun], Collection[str]] | None,
+    measure_rises: Callable[[PreparedRun, RungResult], Mapping[str, float]] | None,
+) -> RungResult:  # fmt: skip
     watch = Stopwatch()
     config = run_config(plan, length, designs, folder)
     prepared = prepare(config, log=log)
-    if choose is not None:
-        _keep_only(prepared, choose(prepared))
-    trainer = _build_trainer(prepared, config, RunFolder(folder, True, False), end, before)
-    last = next(reversed(checkpoints.list_checkpoints(folder / "checkpoints")), None)
-    with trainer.display:
-        trainer.train(str(last) if last else None)
-    metric, scores, losses = measure_candidates(prepared, plan, log)
-    steps = end - min((checkpoints.step_of(path) for path in before.values()), default=0)
-    memory = int(max((row["memory"] for row in trainer.state.log_history if "memory" in row), default=0))
-    seconds, _ = watch.elapsed()
-    result = RungResult(
-        end, tuple(scores), metric, trainer.health.diverged, seconds, trainer.step_runner.seconds,
-        steps * length.batch_size * len(scores), memory, f"checkpoints/{checkpoints.PREFIX}{end}", scores, losses,
-    )  # fmt: skip
-    if measure_rises is not None:
-        result = replace(result, rises=measure_rises(prepared, result))
-    _write_rung(folder, result)
-    prepared.kit.detach()
+    try:
+        if choose is not None:
+            _keep_only(prepared, choose(prepared))
+        trainer = _build_trainer(prepared, config, RunFolder(folder, True, False), end, before)
+        last = next(reversed(checkpoints.list_checkpoints(folder / "checkpoints")), None)
+        try:
+            with trainer.display:
+                trainer.train(str(last) if last else None)
+        except TrainingDiverged:
+            if len(trainer.health.diverged) < len(prepared.jobs):
+                raise
+            log("every design of this rung has diverged")
+        metric, scores, losses = measure_candidates(prepared, plan, log)
+        steps = end - min((checkpoints.step_of(path) for path in before.values()), default=0)
+        memory = int(max((row["memory"] for row in trainer.state.log_history if "memory" in row), default=0))
+        seconds, _ = watch.elapsed()
+        result = RungResult(
+            end, tuple(scores), metric, trainer.health.diverged, seconds, trainer.step_runner.seconds,
+            steps * length.batch_size * len(scores), memory, f"checkpoints/{checkpoints.PREFIX}{end}", failed, scores,
+            losses,
+        )  # fmt: skip
+        if measure_rises is not None:
+            result = replace(result, rises=measure_rises(prepared, result))
+        _write_rung(folder, result)
+    finally:
+        prepared.kit.detach()
     return result
 
 

@@ -93,9 +93,14 @@ class Health:
             return
         without += [f"{job.name}: all of them are zero" for job in self.jobs if not without and job.name not in nonzero]
         if without:
-            raise UnusedSite(
+            ungraded = {job for job, _, value in trained if value.grad is None}
+            names = [
+                job.name for job in self.jobs if job.name in (ungraded or {one.name for one in self.jobs} - nonzero)
+            ]
+            raise UnusedSite.of(
+                names,
                 f"{len(without)} trained tensors have no gradient after the first step, so they would never be "
-                f"trained: {', '.join(without[:5])}; choose other targets, or leave these out"
+                f"trained: {', '.join(without[:5])}; choose other targets, or leave these out",
             )
         self._effect_due_step = step + 2
         self._start_values = {f"{job}/{name}": value.detach().clone() for job, name, value in trained}
@@ -118,8 +123,10 @@ class Health:
         warmup = max((round(job.settings.warmup_ratio * len(job.batches)) for job in without_effect), default=0)
         if unmoved or (without_effect and step >= min(last, warmup + EFFECT_DEADLINE_STEPS)):
             finding = "none of its parameters has changed" if unmoved else "the model's output is the same without it"
-            name = (unmoved or without_effect)[0].name
-            raise UnusedSite(f"{name!r} after {step} steps: {finding}; is its learning rate 0, or its strength?")
+            names = [job.name for job in unmoved or without_effect]
+            raise UnusedSite.of(
+                names, f"{names[0]!r} after {step} steps: {finding}; is its learning rate 0, or its strength?"
+            )
         if not without_effect:
             self._start_values = {}
 
