@@ -26,6 +26,7 @@ SHORT: dict[str, dict[str, object]] = {
     "compose": {"rounds": 6},
     "gpu": {},
     "idle": {"rounds": 6},
+    "joint": {"rounds": 2, "blocks": 6, "steps": 4},
     "loop_step": {"rounds": 2},
     "many": {"rounds": 8},
     "methods_step": {"rounds": 2},

@@ -1,4 +1,4 @@
-"""(g) `kitout train`'s loop against TRL's SFTTrainer with PEFT, and eight jobs at once against one after the other.
+"""(g) `kitout train`'s loop against TRL's SFTTrainer with PEFT.
 
 SmolLM2-135M with its real weights, LoRA r=8 on every linear, batch 16, tweets in instruction form and BoolQ, the same
 trained tokens for all. kitout has the dtype and attention that `kitout train` chooses by itself. TRL is tuned over
@@ -217,12 +217,11 @@ def fastest_tuning(name: str) -> tuple[Tuning, str]:
 
 
 def run(rounds: int = 3, short: bool = False) -> Iterator[Line]:
-    """short: one step of tweets against TRL tuned, and the jobs at once."""
+    """short: one step of tweets against TRL tuned."""
     if short:
         STEPS["tweets"] = 1
         tuning, tried = fastest_tuning("tweets")
         yield from speed("tweets", tuning, tried, rounds, ("TRL tuned",))
-        yield from at_once(1)
         return
     for name in SETS:
         tuning, tried = fastest_tuning(name)
@@ -230,7 +229,6 @@ def run(rounds: int = 3, short: bool = False) -> Iterator[Line]:
         yield from peak_memory(name, tuning)
     if SETS == ALL_SETS:
         yield from curves()
-        yield from at_once(rounds)
 
 
 def speed(
@@ -305,20 +303,6 @@ def curves(steps: int = 5) -> list[Line]:
             "tweets: loss curves against TRL, fp32, same start and order", measured, "agree", difference <= 1e-2, detail
         )
     ]
-
-
-def at_once(rounds: int) -> list[Line]:
-    """Eight LoRA jobs of two examples a step: together, and one after the other."""
-    names = [f"job{k}" for k in range(8)]
-    examples = items("tweets", 8 * 2 * 8)
-    kit = build_kit(names, examples)
-    jobs = build_jobs(kit, examples, names, 2, 8)
-    joint, _ = timed_run(kit, jobs)
-    each = [timed_run(kit, [job])[0] for job in jobs]
-    times = in_turn({"at once": joint, "in turn": lambda: sum(one() for one in each)}, rounds)
-    ratio = times.ratio("in turn", "at once")
-    measured = f"{ratio:.2f} x (median of rounds {times.paired('in turn', 'at once'):.2f})"
-    return [Line("8 LoRA jobs at once, throughput against one after the other", measured, ">= 1.5 x", ratio >= 1.5)]
 
 
 def main() -> None:

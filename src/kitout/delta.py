@@ -88,6 +88,21 @@ class Delta(nn.Module):
         """
         return None
 
+    @classmethod
+    def fused_rows(
+        cls,
+        deltas: Sequence[Sequence[Any]],
+        rows: Sequence[int],
+        x: Tensor,
+        linears: Sequence[tuple[Tensor, Tensor | None]],
+        cache: dict[str, Any],
+    ) -> list[Tensor] | None:
+        """The same where each row of x has deltas of its own: row i goes through deltas[rows[i]], one per linear.
+
+        Below 0 a row has none. Optional, for training; `cache` lives as long as this composition of rows.
+        """
+        return None
+
     def token_vectors(self) -> Tensor:
         """Port "tokens": the vectors [num_tokens, d] that this site adds to the sequence."""
         raise NotImplementedError

@@ -102,6 +102,18 @@ def test_jobs_without_dropout_share_their_forwards() -> None:
     assert [micro_batch.number for micro_batch in micro_batches] == [0, 1, 2, 3, 4, 0, 1]
 
 
+def test_jobs_of_like_lengths_share_their_forwards() -> None:
+    kit, names = kit_of("llama"), list("abcd")
+    for name in names:
+        add(kit, name, LoRA(rank=2))
+    items = {n: [EncodedExample((1,) * n, (1,) * n)] * 2 for n in (5, 9, 6, 8)}
+    jobs = [job(name, causal(kit, names, of), of, batch=2) for name, of in zip(names, items.values(), strict=True)]
+    rows = [(j, i) for j in range(4) for i in range(2)]
+    cut = StepRunner(kit, jobs, 4).micro_batches(rows)
+    assert [one.rows for one in cut] == [[(1, 0), (1, 1), (3, 0), (3, 1)], [(2, 0), (2, 1), (0, 0), (0, 1)]]
+    assert StepRunner(kit, jobs, 8).micro_batches(rows)[0].rows == rows
+
+
 def test_packed_jobs_and_heads_of_other_widths_do_not_share() -> None:
     kit = kit_of("bert")
     classes = {"two": 2, "three": 3, "also-three": 3}

@@ -68,6 +68,26 @@ def test_gradients_are_those_of_whole_rows(species: str, method: str, attention:
     assert far(found, reference) <= (2e-6 if dtype == torch.float32 else 0.05)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_rows_of_several_adapters_begin_once_for_each(attention: str) -> None:
+    kit = kit_of("llama", attention)
+    items = {name: with_beginning(8, seed) for seed, name in enumerate("abc")}
+    for seed, rank in enumerate((4, 2, 3)):
+        add(kit, "abc"[seed], LoRA(rank=rank, targets="all-linear"), seed=seed)
+    items["b"] = [replace(row, input_ids=(60, *row.input_ids[1:])) for row in items["b"]]
+    objective = causal(kit, list("abc"), items["a"])
+    kit.train_only(*"abc")
+    jobs = [job(name, objective, of_job, batch=2) for name, of_job in items.items()]
+    with kit.use(tuple("aabbcc")):
+        shared = shared_of(kit, objective.collate([row for of_job in items.values() for row in of_job[:2]], [0] * 6))
+    assert shared is not None
+    assert shared.inputs["input_ids"].shape[0] == 3
+    found = gradients(kit, jobs, micro=6)
+    with fast.disabled():
+        reference = gradients(kit, jobs, micro=6)
+    assert far(found, reference) <= 2e-6
+
+
 def test_each_row_has_its_own_loss() -> None:
     kit, items = kit_with("LoRA"), with_beginning(5)
     objective, weights = causal(kit, ["a"], items), torch.rand(5)
@@ -95,8 +115,9 @@ def test_rows_that_run_whole() -> None:
     remove_graphs(kit.state)
     assert is_shared(objective, items)
     add(kit, "b", METHODS["IA3"])
-    with kit.use(("a", "a", "b", "b")):
-        assert not is_shared(objective, items)
+    for route, shares in ((("a", "a", "b", "b"), True), (("a", "a", "a", "b"), False), (("a", "b", "a", "b"), False)):
+        with kit.use(route):
+            assert is_shared(objective, items) == shares
     assert not isinstance(objective.collate(items, None), BatchWithBeginning)  # whoever looks on sees whole rows
     with fast.disabled():
         assert not causal(kit, ["a"], items).shares_beginning

@@ -48,7 +48,7 @@ class _FusedLowRank(torch.autograd.Function):
         x2 = x.reshape(-1, x.shape[-1])
         a = (downs[0] if n == 1 else torch.cat(downs)).to(x.dtype)
         # scale B^T, contiguous as [r, d_out]: of the layouts the only one that both products with it run fast in.
-        up_ts = [_scaled_transpose(b, scale, x.dtype) for b, scale in zip(ups, scales, strict=True)]
+        up_ts = [scaled_transpose(b, scale, x.dtype) for b, scale in zip(ups, scales, strict=True)]
         h = x2 @ a.t()
         ys, start = [], 0
         for w, bias, up_t in zip(ws, biases, up_ts, strict=True):
@@ -56,7 +56,7 @@ class _FusedLowRank(torch.autograd.Function):
             y.view(-1, len(w)).addmm_(h[:, start : start + len(up_t)], up_t)
             ys.append(own_tensor(y, y.shape) if y._is_view() else y)
             start += len(up_t)
-        pair = _product_operands(x)
+        pair = product_operands(x)
         ctx.save_for_backward(*(pair or (x, None)), h, a, *up_ts, *ws)
         ctx.scales, ctx.dtypes = scales, [factor.dtype for factor in (*downs, *ups)]
         ctx.set_materialize_grads(False)
@@ -83,7 +83,7 @@ class _FusedLowRank(torch.autograd.Function):
                 continue
             g2 = g.reshape(-1, g.shape[-1])
             ghs.append(g2 @ up_t.t())
-            gbs.append(_scaled_transpose(own_h.t() @ g2, scale, dtype))
+            gbs.append(scaled_transpose(own_h.t() @ g2, scale, dtype))
             if needs_x:
                 gx = g2 @ w if gx is None else gx.addmm_(g2, w)
         gh = ghs[0] if n == 1 else torch.cat(ghs, 1)
@@ -93,12 +93,12 @@ class _FusedLowRank(torch.autograd.Function):
         return gx, None, *[None] * (2 * n), *(ga.to(dtype) for ga, dtype in zip(gas, ctx.dtypes, strict=False)), *gbs
 
 
-def _scaled_transpose(t: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def scaled_transpose(t: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """scale * t^T, contiguous: no gradient in another layout, which autograd would copy."""
     return torch.mul(t.t(), scale, out=torch.empty(t.shape[::-1], dtype=dtype, device=t.device))
 
 
-def _product_operands(x: Tensor) -> tuple[Tensor, Tensor] | None:
+def product_operands(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """The two tensors that x is the product of, where the graph keeps both anyway (a gate): then the product, of their
     size, need not be kept as well, and is taken once more, bit for bit.
     """

@@ -21,7 +21,15 @@ from kitout.delta import Delta, LowRankChange, PartWeight
 from kitout.methods.deltas.fused_low_rank import fused_low_rank, own_tensor
 from kitout.methods.deltas.fusing import is_fusable, is_traced
 from kitout.methods.deltas.grouped_rows import add_to_groups, can_group
-from kitout.methods.deltas.low_rank_rows import EqualRunsLowRank, RunsLowRank, add_to_runs, are_equal_runs, find_runs
+from kitout.methods.deltas.low_rank_rows import (
+    EqualRunsLowRank,
+    RowUnits,
+    RunsLowRank,
+    add_to_runs,
+    are_equal_runs,
+    find_runs,
+    fused_low_rank_rows,
+)
 
 GATHER_BYTES = 64 * 2**20  # most that one site may hold in gathered rows before the caller loops instead
 # Without gradients runs of rows go one by one from this many positions of a run on: at 16 they took as long as batched
@@ -101,6 +109,26 @@ class LowRankDelta(Delta):
         if any(d.a0 is not None or d.drops_inputs or not d.a.requires_grad for d in deltas):
             return None
         return fused_low_rank(x, linears, [(d.a, d.b, d.scale) for d in deltas])
+
+    @classmethod
+    def fused_rows(
+        cls,
+        deltas: Sequence[Sequence[LowRankDelta]],
+        rows: Sequence[int],
+        x: Tensor,
+        linears: Sequence[tuple[Tensor, Tensor | None]],
+        cache: dict[str, Any],
+    ) -> list[Tensor] | None:
+        if cls is not LowRankDelta or not torch.is_grad_enabled() or not all(is_fusable(x, w) for w, _ in linears):
+            return None
+        if any(d.a0 is not None or d.drops_inputs or not d.a.requires_grad for each in deltas for d in each):
+            return None
+        if "units" not in cache:
+            cache["units"] = RowUnits.of(rows, len(deltas))
+        if x.shape[0] != len(rows) or cache["units"] is None:
+            return None
+        changes = [[(d.a, d.b, d.scale) for d in each] for each in deltas]
+        return fused_low_rank_rows(x, cache["units"], linears, changes)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         up, down = (factor.to(w.dtype) for factor in reversed(self.factors()))

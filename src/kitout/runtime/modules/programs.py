@@ -7,6 +7,7 @@ swaps parameters while the module runs. It knows nothing of names, methods or wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from kitout.delta import Delta
 from kitout.errors import RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, first_tensor, original_class, replace_first_tensor
 from kitout.runtime.modules.module_adapter import Relay
-from kitout.runtime.modules.shared_input import SharedInput, frozen_linear
+from kitout.runtime.modules.shared_input import FusedLinears, SharedInput, frozen_linear
 from kitout.runtime.modules.terms import Term
 
 
@@ -58,6 +59,17 @@ class DirectDelta:
         self.is_fusable = type(delta).fused_linear is not Delta.fused_linear
         self.shared_input: SharedInput | None = None
         self.number = 0
+
+    @property
+    def fusing_key(self) -> object:
+        """Programs of the same key may compute together, if they read one tensor; those of None may not."""
+        return type(self.delta) if self.is_fusable else None
+
+    @staticmethod
+    def fuse_with(programs: Sequence[Any]) -> FusedLinears:
+        """Several of the same key as one computation."""
+        deltas = [program.delta for program in programs]
+        return partial(type(deltas[0]).fused_linears, deltas)
 
     def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else first_tensor(args, kwargs)

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from kitout import fast
 from kitout.base.own_forward import swapped_parameters
 from kitout.base.weights import FrozenModule
-from kitout.delta import Delta
 from kitout.errors import RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, first_tensor, replace_first_tensor
+from kitout.runtime.modules.batched_rows import FusedRows, batched_delta_of
 from kitout.runtime.modules.module_adapter import Relay
 from kitout.runtime.modules.programs import check_no_state, parameters_now, repack_output, unpack_output
-from kitout.runtime.modules.terms import Single, Term
+from kitout.runtime.modules.shared_input import FusedLinears, SharedInput, frozen_linear
+from kitout.runtime.modules.terms import Term
 
 
 class RowPlan:
@@ -32,6 +33,7 @@ class RowPlan:
     def __init__(self, entries: Sequence[int], num_distinct: int) -> None:
         self.entries, self.size, self.num_distinct = tuple(entries), len(entries), num_distinct
         self.batch = self.size  # rows of the call in progress: beams make it a multiple
+        self._is_sorted = list(entries) == sorted(entries)
         self.is_exact = True  # a site with one value per row has exactly these; False where beams begin on their own
         self.refusal = ""  # why the call in progress cannot be dealt to rows
         self._index: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
@@ -46,6 +48,26 @@ class RowPlan:
             with torch.inference_mode(False):  # kept for later calls, which may record a graph
                 self._index[key] = tuple(torch.tensor(each, device=device) for each in rows_of)
         return self._index[key]
+
+    @property
+    def is_sorted(self) -> bool:
+        """The rows of each entry are neighbors, in the order of entries: they are taken and put back without a copy."""
+        return self._is_sorted and fast.enabled()
+
+    def split(self, value: Tensor) -> Sequence[Tensor]:
+        """The rows of each distinct entry; views, where the plan is sorted, that may not be written to."""
+        if not self.is_sorted:
+            return [value[rows] for rows in self.index(value.shape[0], value.device)]
+        self.check()
+        each = value.shape[0] // self.size
+        return value.split([self.entries.count(entry) * each for entry in range(self.num_distinct)])
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """What `split` has taken apart, in the order of rows."""
+        if self.is_sorted:
+            return torch.cat(tuple(parts))
+        n = sum(len(part) for part in parts)
+        return scatter(parts, self.index(n, parts[0].device))
 
     def check(self, path: str = "this tower") -> None:
         """RouteError where the call in progress cannot be dealt to rows."""
@@ -80,7 +102,22 @@ class PerRow:
         self.relays, self.call_views = tuple(relays), tuple(call_views)
         self.maps_input = any(t is not None and t.maps_input for t in terms)
         self.num_runs = max(t.num_runs for t in terms if t is not None)
-        self.batched_delta = _batched_delta_of(self.terms)
+        self.batched_delta = None if self.maps_input else batched_delta_of(self.terms, row_plan.repeat_to)
+        batched = self.batched_delta
+        self.fused_rows = FusedRows([batched]) if batched is not None and batched.is_fusable else None
+        self.shared_input: SharedInput | None = None  # the linears called with the same tensor, this number of which
+        self.number = 0
+
+    @property
+    def fusing_key(self) -> object:
+        """Programs of the same key may compute together, if they read one tensor; those of None may not."""
+        batched = self.batched_delta
+        return (*batched.fusing_key, self.batch_relation) if batched is not None and batched.is_fusable else None
+
+    @staticmethod
+    def fuse_with(programs: Sequence[Any]) -> FusedLinears:
+        """Several of the same key as one computation."""
+        return FusedRows([program.batched_delta for program in programs])
 
     def __call__(self, module: nn.Module, forward: ForwardFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = first_tensor(args, kwargs)
@@ -88,11 +125,17 @@ class PerRow:
             x = self._for_each_row(x)
             args, kwargs = replace_first_tensor(args, kwargs, x)
         self._check(x.shape[0])
-        if not self.maps_input and self.batched_delta is not None:
+        if self.batched_delta is not None:
+            if self.fused_rows is not None and forward is nn.Linear.forward and fast.enabled():
+                fused = None if self.shared_input is None else self.shared_input.output(self.number, x)
+                if fused is None and (linear := frozen_linear(module, x)) is not None:
+                    fused = next(iter(self.fused_rows(x, [linear]) or ()), None)
+                if fused is not None:
+                    return fused
             y, whole = unpack_output(forward(module, *args, **kwargs))
-            fast = self.batched_delta(x, y, self.row_plan)
-            if fast is not None:
-                return repack_output(fast, whole)
+            batched = self.batched_delta(x, y)
+            if batched is not None:
+                return repack_output(batched, whole)
             return repack_output(self._map_output(x, (), [y], args, kwargs), whole)
         inputs, memos = self._map_input(x) if self.maps_input else ([x], ())
         if len(inputs) > 1:
@@ -114,33 +157,32 @@ class PerRow:
     def _map_input(self, x: Tensor) -> tuple[list[Tensor], list[Any]]:
         """The inputs of all rows, run by run: rows whose term needs fewer runs than others repeat their last."""
         mapped = []
-        index = self.row_plan.index(x.shape[0], x.device)
-        for term, rows in zip(self.terms, index, strict=True):
-            mapped.append(([x[rows]], None) if term is None else term.map_input(x[rows]))
-        runs = [scatter([inputs[min(i, len(inputs) - 1)] for inputs, _ in mapped], index) for i in range(self.num_runs)]
+        for term, part in zip(self.terms, self.row_plan.split(x), strict=True):
+            mapped.append(([part], None) if term is None else term.map_input(part))
+        runs = [
+            self.row_plan.join([inputs[min(i, len(inputs) - 1)] for inputs, _ in mapped]) for i in range(self.num_runs)
+        ]
         return runs, [memo for _, memo in mapped]
 
     def _map_output(
         self, x: Tensor, memos: Sequence[Any], ys: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         parts = []
-        y = ys[0]
-        index = self.row_plan.index(y.shape[0], y.device)
+        plan = self.row_plan
         # A module may be given [rows, tokens, d] and answer with all tokens of all rows in one dimension.
-        index_of_x = index if x.shape[0] == y.shape[0] else self.row_plan.index(x.shape[0], x.device)
-        for i, (term, rows, rows_of_x) in enumerate(zip(self.terms, index, index_of_x, strict=True)):
-            part = y[rows]
+        xs = plan.split(x)
+        by_run = [plan.split(y) for y in ys]
+        for i, (term, part) in enumerate(zip(self.terms, by_run[0], strict=True)):
+            rows = len(part)
             if term is not None:
-                with (
-                    _relayed(self.relays, self.row_plan, i),
-                    _called_with(self.call_views, args, kwargs, rows_of_x, x.shape[0]),
-                ):
-                    memo = memos[i] if self.maps_input else term.map_input(x[rows_of_x])[1]
-                    part = term.map_output(memo, [part, *(y[rows] for y in ys[1 : term.num_runs])], True)
+                with _relayed(self.relays, plan, i), _called_with(self.call_views, args, kwargs, plan, i, len(x)):
+                    memo = memos[i] if self.maps_input else term.map_input(xs[i])[1]
+                    own = [part, *(of_run[i] for of_run in by_run[1 : term.num_runs])]
+                    part = term.map_output(memo, own, not plan.is_sorted)
                 if not isinstance(part, Tensor):
                     raise RouteError(f"{self.path} gives several values, which a row cannot have of its own")
-                if part.shape[0] != len(rows):  # one answer for all of them
-                    part = part.expand(len(rows), *part.shape[1:])
+                if part.shape[0] != rows:  # one answer for all of them
+                    part = part.expand(rows, *part.shape[1:])
             parts.append(part)
         for relay in self.relays:
             relay.value = None
@@ -150,7 +192,7 @@ class PerRow:
                 f"{self.path}: rows of one batch come out with different shapes {sorted(map(tuple, widths))} "
                 "(heads of different width?): run them in separate batches"
             )
-        return scatter(parts, index)
+        return self.row_plan.join(parts)
 
 
 class PerRowWeights:
@@ -226,7 +268,7 @@ def _relayed(relays: Sequence[Relay], row_plan: RowPlan, entry: int) -> Iterator
     values = [relay.value for relay in relays]
     try:
         for relay, value in zip(relays, values, strict=True):
-            relay.value = None if value is None else value[row_plan.index(value.shape[0], value.device)[entry]]
+            relay.value = None if value is None else row_plan.split(value)[entry]
         yield
     finally:
         for relay, value in zip(relays, values, strict=True):
@@ -235,11 +277,15 @@ def _relayed(relays: Sequence[Relay], row_plan: RowPlan, entry: int) -> Iterator
 
 @contextmanager
 def _called_with(
-    views: Sequence[FrozenModule], args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor, batch: int
+    views: Sequence[FrozenModule], args: tuple[Any, ...], kwargs: dict[str, Any], plan: RowPlan, entry: int, batch: int
 ) -> Iterator[None]:
-    """The views know the module's call, for these rows of the batch alone."""
+    """The views know the module's call, for the rows of one distinct entry alone."""
+    if not views:
+        yield
+        return
     try:
         for view in views:
+            rows = plan.index(batch, first_tensor(args, kwargs).device)[entry]
             view.call_args, view.call_kwargs = _select_rows((args, kwargs), rows, batch)
         yield
     finally:
@@ -260,45 +306,3 @@ def scatter(parts: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
     """Rows put back in order: parts[i] belongs at index[i]."""
     order = torch.cat(tuple(index))
     return torch.cat(tuple(parts)).index_select(0, order.argsort())
-
-
-class _BatchedDelta:
-    """The batched fast path of a row plan: every term that is there is one plain Delta of one class."""
-
-    def __init__(self, cls: type[Delta], deltas: Sequence[Delta], slots: Sequence[int]) -> None:
-        self.cls, self.deltas, self.slots = cls, tuple(deltas), tuple(slots)
-        self._rows: dict[int, tuple[int, ...]] = {}
-        self._cache: dict[int, dict[str, Any]] = {}
-
-    def __call__(self, x: Tensor, y: Tensor, row_plan: RowPlan) -> Tensor | None:
-        if not fast.enabled():
-            return None
-        n = x.shape[0]
-        if n not in self._rows:
-            self._rows[n] = tuple(self.slots[e] for e in row_plan.repeat_to(n))
-            self._cache[n] = {}
-        return self.cls.forward_rows(self.deltas, self._rows[n], x, y, self._cache[n])
-
-
-def _batched_delta_of(terms: Sequence[Term | None]) -> _BatchedDelta | None:
-    deltas: list[Delta] = []
-    slots: list[int] = []
-    for term in terms:
-        if term is None:
-            slots.append(-1)
-            continue
-        if (
-            not isinstance(term, Single)
-            or term.module_adapter.strength != 1.0
-            or len(term.module_adapter.on_output) != 1
-            or term.maps_input
-        ):
-            return None
-        part = term.module_adapter.on_output[0]
-        if not part.is_direct or type(part.delta).forward_rows.__func__ is Delta.forward_rows.__func__:  # type: ignore[attr-defined]
-            return None
-        slots.append(len(deltas))
-        deltas.append(part.delta)
-    if not deltas or len({type(d) for d in deltas}) > 1:
-        return None
-    return _BatchedDelta(type(deltas[0]), deltas, slots)

@@ -7,19 +7,20 @@ seen but speed. It knows nothing of what a Delta computes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from kitout.delta import Delta
+Linear = tuple[Tensor, Tensor | None]  # weight, bias
+FusedLinears = Callable[[Tensor, Sequence[Linear]], list[Tensor] | None]
 
 
 class SharedInput:
-    """Frozen linears with their Deltas, all of one class, in the order they are called."""
+    """Frozen linears in the order they are called. fused_linears: their outputs with their Deltas, if it can."""
 
-    def __init__(self, modules: Sequence[nn.Module], deltas: Sequence[Delta]) -> None:
-        self.modules, self.deltas = tuple(modules), tuple(deltas)
+    def __init__(self, modules: Sequence[nn.Module], fused_linears: FusedLinears) -> None:
+        self.modules, self.fused_linears = tuple(modules), fused_linears
         self.x: Tensor | None = None
         self.version = 0
         self.ready: dict[int, Tensor] = {}  # by number of the linear: what the first call has left for it
@@ -39,7 +40,7 @@ class SharedInput:
         linears = [frozen_linear(module, x) for module in self.modules]
         if None in linears or any(m._forward_pre_hooks or "forward" in m.__dict__ for m in self.modules[1:]):
             return None  # one of them has its weights, or its input, only from its own call on
-        ys = type(self.deltas[0]).fused_linears(self.deltas, x, [linear for linear in linears if linear is not None])
+        ys = self.fused_linears(x, [linear for linear in linears if linear is not None])
         if ys is None:
             return None
         self.x, self.version, self.ready = x, x._version, dict(enumerate(ys[1:], 1))

@@ -145,15 +145,16 @@ class RouteCompiler:
     def _share_inputs(self, programs: Mapping[str, Program]) -> None:
         """Lets linears that are called with the same tensor compute together, where their Deltas can."""
         for paths in self.survey.shared_inputs:
-            by_class: dict[type[Delta], list[tuple[str, DirectDelta]]] = {}
+            by_key: dict[object, list[tuple[str, DirectDelta | PerRow]]] = {}
             for path in paths:
                 program = programs.get(path)
-                if isinstance(program, DirectDelta) and program.is_fusable:
-                    by_class.setdefault(type(program.delta), []).append((path, program))
-            for members in by_class.values():
+                if isinstance(program, DirectDelta | PerRow) and program.fusing_key is not None:
+                    by_key.setdefault(program.fusing_key, []).append((path, program))
+            for members in by_key.values():
                 if len(members) > 1:
                     modules = [self.hooks[path].module for path, _ in members]
-                    shared = SharedInput(modules, [program.delta for _, program in members])
+                    first = members[0][1]
+                    shared = SharedInput(modules, first.fuse_with([program for _, program in members]))
                     for number, (_, program) in enumerate(members):
                         program.shared_input, program.number = shared, number
 

@@ -230,9 +230,18 @@ class StepRunner:
         size = self.micro_batch_size
         return [
             MicroBatch(group[start : start + size], start // size)
-            for group in by_group.values()
+            for group in map(self._longest_jobs_first, by_group.values())
             for start in range(0, len(group), size)
         ]
+
+    def _longest_jobs_first(self, rows: StepRows) -> StepRows:
+        """Rows in the order of their jobs' longest, where they are cut: a forward is padded to its longest row."""
+        if len(rows) <= self.micro_batch_size:
+            return rows
+        longest: Counter[int] = Counter()
+        for j, i in rows:
+            longest[j] = max(longest[j], self.jobs[j].objective.num_tokens(self.jobs[j].examples[i]))
+        return sorted(rows, key=lambda row: -longest[row[0]])
 
     def _micro_batches_of_process(self, rows: StepRows) -> list[MicroBatch]:
         """Those of this process, padded to the same number in all processes, since gradients are averaged together."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kitout.data.by_row import sum_by_row
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
+from kitout.data.padding import is_widened
 from kitout.errors import ConfigError, PackingLeak
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
@@ -23,7 +24,7 @@ from kitout.train.objectives.answer_rows import collate_rows, position_ids
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32
 from kitout.train.objectives.lm_head_loss import HeadLoss
 from kitout.train.objectives.objective import Batch, Losses
-from kitout.train.objectives.shared_beginning import BatchWithBeginning, SharedBeginning, can_share, shared_of
+from kitout.train.objectives.shared_beginning import BatchWithBeginning, can_share, shared_of
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # packed vs. separate: rounding
 LEAK_TOLERANCE = 1e-5  # with another neighbor in the row: nothing may change
@@ -62,7 +63,7 @@ class CausalLM:
     @property
     def batch_key(self) -> Hashable:
         """None for packed rows: a row holds several examples, so it could not have a job's own adapter active."""
-        return None if self.pack_width else ("causal", self.head.mode)
+        return None if self.pack_width else ("causal", self.head.mode, self.shares_beginning)
 
     def num_tokens(self, item: EncodedExample) -> int:
         return len(item.input_ids)
@@ -73,9 +74,9 @@ class CausalLM:
     def collate(self, items: Sequence[EncodedExample], seeds: Sequence[int] | None) -> Batch:
         packed = _pack(items, self.pack_width) if self.pack_width else None
         batch = collate_rows(items, self.kit.device, packed)
-        if seeds is None or not self.shares_beginning:  # no training step: each row as a whole, for whoever looks on
-            return batch
-        return BatchWithBeginning(**batch.__dict__, shared=SharedBeginning.of(items, self.kit.device))
+        if seeds is None or not self.shares_beginning or is_widened():
+            return batch  # without seeds it is no training step: each row as a whole, for whoever looks on
+        return BatchWithBeginning(**batch.__dict__, rows=items)
 
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
         positions, labels, owners = (batch.targets[name] for name in ("positions", "labels", "owners"))

@@ -1,6 +1,7 @@
 """What all rows of a forward begin with, an instruction or a system prompt, runs once, in the same call as the rests.
 
 The call has one row: the beginning, then what follows it in each row, every rest padded on the right to one length.
+Where rows have adapters of their own, it has one row for each, of as many rests, so that none sees another's beginning.
 Modules that see one position at a time cannot tell. Attention is ours meanwhile: a rest sees the beginning and itself.
 Values and gradients are those of whole rows up to rounding, and `can_share` compares both kinds on the model at hand:
 whatever else mixes positions shows there. It knows rows, heads and positions, and no loss and no adapter's method.
@@ -11,9 +12,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -22,9 +24,10 @@ from torch import Tensor
 
 from kitout import fast
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
-from kitout.data.padding import is_widened, pad
+from kitout.data.padding import pad
 from kitout.evaluate.ask.text_limit import has_virtual_tokens
 from kitout.kit import Kit
+from kitout.route import RouteEntry
 from kitout.train.objectives.answer_rows import collate_rows
 from kitout.train.objectives.lm_head_loss import TOLERANCE, HeadLoss
 from kitout.train.objectives.objective import Batch
@@ -42,85 +45,91 @@ class SharedBeginning:
     """The rows of one batch as a single one."""
 
     inputs: dict[str, Any]
-    """What the model is called with: [1, S + B * A]."""
+    """What the model is called with: [G, S + B * A]."""
     positions: Tensor
-    """[N]: those that predict a target, row by row."""
+    """[N]: those that predict a target, row by row, in the flattened [G * (S + B * A)]."""
     num_shared: int
-    """S, tokens of the beginning."""
+    """S, tokens of each beginning."""
     rests: tuple[int, int]
-    """B and A, the rests and their length."""
+    """B and A, the rests of each beginning and their length."""
 
     @classmethod
-    def of(cls, rows: Sequence[EncodedExample], device: torch.device) -> SharedBeginning | None:
+    def of(cls, rows: Sequence[EncodedExample], device: torch.device, groups: int = 1) -> SharedBeginning | None:
         """What all begin with in front of their first target, once; None where that saves too little.
 
-        What stands behind a row's last target is left out: nothing that is trained on sees it. Rows whose lengths were
-        chosen (`widened`) stay whole.
+        groups: that have a beginning each, of as many neighboring rows; as long as the shortest of them.
+
+        What stands behind a row's last target is left out: nothing that is trained on sees it.
         """
-        if not fast.enabled() or len(rows) < 2 or is_widened():
+        number = len(rows) // groups
+        if not fast.enabled() or number < 2:
             return None
         targets = [[t for t, label in enumerate(row.labels) if t and label != IGNORE_INDEX] for row in rows]
         if not all(targets):
             return None
-        start = min(_common_length(rows), *(of_row[0] - 1 for of_row in targets))
+        by_group = [rows[first : first + number] for first in range(0, len(rows), number)]
+        start = min(*map(_common_length, by_group), *(of_row[0] - 1 for of_row in targets))
         rests = [row.input_ids[start : of_row[-1]] for row, of_row in zip(rows, targets, strict=True)]
         width = max(map(len, rests))
-        if not start or start + len(rows) * width > MOST_OF_TOKENS * len(rows) * max(row.length for row in rows):
+        length = start + number * width  # of a group
+        if not start or groups * length > MOST_OF_TOKENS * len(rows) * max(row.length for row in rows):
             return None
         ids, _ = pad(rests, 0, "right", device)
-        beginning = torch.tensor(rows[0].input_ids[:start], device=device)
+        beginnings = torch.tensor([of_group[0].input_ids[:start] for of_group in by_group], device=device)
         counted = torch.arange(start + width, device=device)
-        positions = [r * width + t - 1 for r, of_row in enumerate(targets) for t in of_row]
+        positions = [
+            r // number * length + r % number * width + t - 1 for r, of_row in enumerate(targets) for t in of_row
+        ]
         inputs = {
-            "input_ids": torch.cat((beginning, ids.flatten()))[None],
-            "position_ids": torch.cat((counted[:start], counted[start:].repeat(len(rows))))[None],
+            "input_ids": torch.cat((beginnings, ids.view(groups, number * width)), 1),
+            "position_ids": torch.cat((counted[:start], counted[start:].repeat(number))).expand(groups, -1),
             "use_cache": False,
         }
-        return cls(inputs, torch.tensor(positions, dtype=torch.long, device=device), start, (len(rows), width))
+        return cls(inputs, torch.tensor(positions, dtype=torch.long, device=device), start, (number, width))
 
     def run(self, model: Any, kit: Kit) -> Any:
         """The model's output, from one call."""
         base: Any = kit.base
+        route = kit.active
         token = _layout.set(self)
         try:
-            with _attention_of(base.config):
+            by_group = kit.use(route[:: self.rests[0]]) if isinstance(route, tuple) else nullcontext()
+            with _attention_of(base.config), by_group:
                 return model(**self.inputs)
         finally:
             _layout.reset(token)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, fused: bool) -> Tensor:
-        """[1, S + B * A, H, d] from queries [1, H, S + B * A, d], keys and values [1, K, S + B * A, d]."""
-        start, (number, width) = self.num_shared, self.rests
+        """[G, S + B * A, H, d] from queries [G, H, S + B * A, d], keys and values [G, K, S + B * A, d]."""
+        rows, start, (number, width) = len(q), self.num_shared, self.rests
         heads, groups = k.shape[1], q.shape[1] // k.shape[1]
         ranges = torch.arange(start + width, device=q.device)
         sees = ranges[:, None] >= ranges
         first = _attend(
-            q[0, :, :start].reshape(1, heads, groups, start, -1), k[:, :, :start], v[:, :, :start],
+            q[:, :, :start].reshape(rows, heads, groups, start, -1), k[:, :, :start], v[:, :, :start],
             sees[:start, :start], scaling, fused,
         )  # fmt: skip
         keys, values = (
             torch.cat(
                 (
-                    each[:, :, :start].expand(number, -1, -1, -1),
-                    each[0, :, start:].reshape(heads, number, width, -1).transpose(0, 1),
+                    each[:, None, :, :start].expand(-1, number, -1, -1, -1).flatten(0, 1),
+                    each[:, :, start:].reshape(rows, heads, number, width, -1).transpose(1, 2).flatten(0, 1),
                 ),
                 2,
             )
             for each in (k, v)
         )
-        queries = q[0, :, start:].reshape(heads, groups, number, width, -1).permute(2, 0, 1, 3, 4)
-        rest = _attend(queries, keys, values, sees[start:], scaling, fused)
-        return torch.cat(
-            (first.reshape(1, start, *first.shape[2:]), rest.reshape(1, number * width, *rest.shape[2:])), 1
-        )
+        queries = q[:, :, start:].reshape(rows, heads, groups, number, width, -1).permute(0, 3, 1, 2, 4, 5)
+        rest = _attend(queries.flatten(0, 1), keys, values, sees[start:], scaling, fused)
+        return torch.cat((first, rest.reshape(rows, number * width, *rest.shape[2:])), 1)
 
 
 @dataclass(frozen=True)
 class BatchWithBeginning(Batch):
     """Rows of texts, also as what they begin with and what follows it."""
 
-    shared: SharedBeginning | None = None
-    """None: every row by itself."""
+    rows: Sequence[EncodedExample] = ()
+    """The texts of a training step whose beginnings may run once."""
 
 
 _layout: ContextVar[SharedBeginning | None] = ContextVar("shared_beginning", default=None)
@@ -157,17 +166,24 @@ def can_share(kit: Kit, head: HeadLoss, items: Sequence[EncodedExample]) -> bool
 
 
 def shared_of(kit: Kit, batch: Batch) -> SharedBeginning | None:
-    """What of a batch may run once: nothing where rows have adapters of their own, where blocks run again in backward,
-    and where forwards begin behind a frozen trunk with what is kept of whole rows.
+    """What of a batch may run once: nothing where the adapters of rows differ in how many they have, where blocks run
+    again in backward, and where forwards begin behind a frozen trunk with what is kept of whole rows.
     """
-    if not isinstance(batch, BatchWithBeginning) or batch.shared is None:
-        return None
-    if isinstance(kit.active, tuple) or kit.state.graphs is not None or is_within_trunk():
+    if not isinstance(batch, BatchWithBeginning) or kit.state.graphs is not None or is_within_trunk():
         return None
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     blocks = (module for module in kit.base.modules() if isinstance(module, GradientCheckpointingLayer))
-    return None if any(block.gradient_checkpointing for block in blocks) else batch.shared
+    if any(block.gradient_checkpointing for block in blocks):
+        return None
+    groups = _groups_of(kit.active) if isinstance(kit.active, tuple) else 1
+    return None if groups is None else SharedBeginning.of(batch.rows, kit.device, groups)
+
+
+def _groups_of(route: Sequence[RouteEntry]) -> int | None:
+    """How many neighboring rows of one adapter there are, if all are of one number."""
+    sizes = [len(list(same)) for _, same in groupby(route)]
+    return len(sizes) if len(set(sizes)) == 1 else None
 
 
 def _sees_all_before(base: Any) -> bool:
