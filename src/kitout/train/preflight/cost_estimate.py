@@ -24,7 +24,6 @@ from kitout.train.loop.step import StepRows, StepRunner
 
 MEMORY_FRACTION = 0.85  # of the free memory that a step is planned to take
 CPU_TOKENS = 1024  # padded tokens keep a CPU as busy as more of them, and take less memory
-CPU_TOKENS_OF_JOBS = 2048  # of a step of several jobs: fewer forwards pay for the products with each adapter's factors
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,7 @@ def default_micro_batch(device: torch.device, jobs: Sequence[Job], rows: StepRow
     """Rows of one forward: all of them on a GPU; on a CPU equal parts that are just large enough."""
     if device.type == "cuda":
         return len(rows)
-    tokens = CPU_TOKENS if len({j for j, _ in rows}) == 1 else CPU_TOKENS_OF_JOBS
-    parts = math.ceil(_padded_tokens(jobs, rows) / tokens)
+    parts = math.ceil(_padded_tokens(jobs, rows) / CPU_TOKENS)
     return math.ceil(len(rows) / parts)
 
 
