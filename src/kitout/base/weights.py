@@ -50,11 +50,6 @@ def floating_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
 
 
-def tensor_version(t: Tensor) -> tuple[int, int]:
-    """Changes when a value is replaced or written to (writing to `t.data` goes unseen, as it does in autograd)."""
-    return t.data_ptr(), 0 if t.is_inference() else t._version
-
-
 def weight_matrix(module: nn.Module, name: str = "weight") -> Tensor:
     """The module's weight as a [d_out, d_in] view in its own dtype; raises NotMergeable for quantized storage."""
     w = parametrized.weight_or_bias(module, name)

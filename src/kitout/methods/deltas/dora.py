@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kitout.base.weights import FrozenModule, tensor_version
+from kitout.base.weights import FrozenModule
 from kitout.delta import Delta
 from kitout.methods.deltas.fused_affine import scale_shift
 from kitout.methods.deltas.fused_low_rank import fused_low_rank
 from kitout.methods.deltas.fusing import is_fusable
+from kitout.tensor_version import tensor_version
 
 # |w|^2 by row of frozen weights, as long as they are there and not written to.
 _squares: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -23,7 +24,7 @@ _squares: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def frozen_square(w: Tensor, dtype: torch.dtype) -> Tensor:
     """|w|^2 by row, [d_out], computed once for a weight."""
-    stamp = (*tensor_version(w), dtype)
+    stamp = (*tensor_version(w, is_frozen=True), dtype)
     kept = _squares.get(w)
     if kept is None or kept[0] != stamp:
         kept = _squares[w] = (stamp, w.to(dtype).square().sum(1))

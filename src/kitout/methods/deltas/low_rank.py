@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kitout import fast
-from kitout.base.weights import FrozenModule, tensor_version
+from kitout.base.weights import FrozenModule
 from kitout.delta import Delta, LowRankChange, PartWeight
 from kitout.methods.deltas.fused_low_rank import fused_low_rank, own_tensor
 from kitout.methods.deltas.fusing import is_fusable, is_traced
@@ -30,6 +30,7 @@ from kitout.methods.deltas.low_rank_rows import (
     find_runs,
     fused_low_rank_rows,
 )
+from kitout.tensor_version import tensor_version
 
 GATHER_BYTES = 64 * 2**20  # most that one site may hold in gathered rows before the caller loops instead
 # Without gradients runs of rows go one by one from this many positions of a run on: at 16 they took as long as batched
@@ -279,7 +280,6 @@ def _fill_cache(
 
 
 def _stamp(deltas: Sequence[LowRankDelta], y: Tensor) -> tuple[object, ...]:
-    """Changes when a value is replaced or written to."""
     return y.dtype, y.device, *(tensor_version(t) for d in deltas for t in (d.a, d.b))
 
 

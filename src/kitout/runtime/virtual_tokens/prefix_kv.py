@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from kitout import fast
 from kitout.base.site import Site
-from kitout.base.weights import tensor_version
 from kitout.delta import KeyValue
 from kitout.errors import RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, Program, first_tensor
@@ -29,6 +28,7 @@ from kitout.runtime.virtual_tokens.attention_call import ExtraKeys, extra_keys_i
 from kitout.runtime.virtual_tokens.forward_state import ForwardSlot
 from kitout.runtime.virtual_tokens.image_tokens import ImageTokens
 from kitout.runtime.virtual_tokens.layout import TokenLayout
+from kitout.tensor_version import tensor_version
 
 
 @dataclass
