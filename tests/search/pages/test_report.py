@@ -47,7 +47,7 @@ def test_the_page_while_it_runs(tmp_path: Path) -> None:
     assert 'http-equiv="refresh"' in text
     assert "Confirmed" not in text
     assert "forgetting is" not in text
-    assert "goal.max_forgetting has forgetting measured" in write_report(
+    assert "With goal.max_forgetting, forgetting is measured" in write_report(
         population(1, goal={}), SearchFolder(tmp_path)
     ).read_text(encoding="utf-8")
 

@@ -98,7 +98,8 @@ def search_page(population: Population, confirmation: Confirmation | None, of_ru
     designs = () if confirmation is None else confirmation.designs
     best = next((one for one in designs if confirmation and one.name == confirmation.recommended), None)
     is_better = best is not None and best.against_default is not None and best.against_default.is_better
-    not_measured = "" if plan.goal.max_forgetting is not None else " With goal.max_forgetting, forgetting is measured as well."
+    limit = plan.goal.max_forgetting
+    not_measured = "" if limit is not None else " With goal.max_forgetting, forgetting is measured as well."
     note = (
         "A candidate stands where the last rung that it reached has measured it on the validation split, a confirmed "
         "design at its mean over the seeds. A dashed line joins designs that no other one beats in both."
