@@ -51,7 +51,7 @@ def train_out_of_memory() -> float:
     one = job("low", causal(kit, ["low"], items), items, steps=1, batch=16)
     references = gradients(kit, [one], 1)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + 30 * 2**20
+    limit = pages * resource.getpagesize() + 40 * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -93,11 +93,12 @@ def test_two_jobs_of_pairs_share_forwards_and_come_out_as_alone() -> None:
 def test_jobs_of_pairs_and_of_single_rows_have_forwards_of_their_own() -> None:
     kit = kit_with("low", "scale", "other")
 
-    class SameKey(Pairs):
-        batch_key = ("causal", "chunked")
-
     items = texts(7)
     single = job("scale", causal(kit, ["low", "scale"], items), items, steps=1, batch=7)
+
+    class SameKey(Pairs):
+        batch_key = single.objective.batch_key
+
     jobs = [pair_job(kit, "low", SameKey(kit)), single, pair_job(kit, "other", Pairs(kit, 0.1))]
     assert jobs[0].objective.batch_key == single.objective.batch_key
     runner = StepRunner(kit, jobs, 100)

@@ -166,10 +166,12 @@ def can_share(kit: Kit, head: HeadLoss, items: Sequence[EncodedExample]) -> bool
 
 
 def shared_of(kit: Kit, batch: Batch) -> SharedBeginning | None:
-    """What of a batch may run once: nothing where the adapters of rows differ in how many they have, where blocks run
-    again in backward, and where forwards begin behind a frozen trunk with what is kept of whole rows.
+    """What of a batch may run once: nothing where the adapters of rows differ in how many they have, behind virtual
+    tokens, where blocks run again in backward, and behind a frozen trunk with what is kept of whole rows.
     """
     if not isinstance(batch, BatchWithBeginning) or kit.state.graphs is not None or is_within_trunk():
+        return None
+    if has_virtual_tokens(kit):
         return None
     from transformers.modeling_layers import GradientCheckpointingLayer
 
