@@ -17,6 +17,8 @@ from laws.activate import assert_same
 from zoo import ZOO, out
 
 SPECIMEN = ZOO["llama"]
+# of a first use of torch's C++ backend
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 slow = pytest.mark.slow
 
 
@@ -107,7 +109,7 @@ def test_other_models(name: str) -> None:
     kit = kitout.attach(specimen.build())
     kit.add("a", LoRA(rank=2), seed=0)
     kit.use("a")
-    batch = specimen.batch(2, 0)
+    batch = specimen.batch(2, 0) | ({"use_cache": False} if name == "gpt2" else {})
     expected = out(kit(**batch))
     kitout.compile(kit, backend="aot_eager")
     assert_same(out(kit(**batch)), expected, 1e-5)
