@@ -64,7 +64,7 @@ def floor(kit: kitout.Kit, ids: torch.Tensor) -> Callable[[], float]:
         embedded = kit.base.get_input_embeddings()(ids).detach().requires_grad_()
         loss = kit.base(inputs_embeds=embedded, labels=ids, use_cache=False).loss
         loss.backward()
-        return float(loss)
+        return loss.item()
 
     return run_once
 
@@ -79,7 +79,7 @@ def lora_step(kit: kitout.Kit, ids: torch.Tensor) -> Callable[[], float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     return run_once
 

@@ -73,7 +73,7 @@ def loop(name: str) -> tuple[Case, kitout.Kit]:
         clip_grad_norm(parameters, settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     return run, kit
 
@@ -96,7 +96,7 @@ def frozen_step(kit: kitout.Kit, batch: Batch) -> Case:
         embedded = kit.base.get_input_embeddings()(ids).detach().requires_grad_()
         total, *_ = head(lambda: kit.base(inputs_embeds=embedded, **inputs), positions, labels, weights)
         total.backward()
-        return float(total)
+        return total.item()
 
     return run
 
