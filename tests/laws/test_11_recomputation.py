@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kitout import Kit, LoRA
 from kitout.runtime.adapter import Adapter
-from laws.activate import activated, added, assert_same, gradients, kit_of, loss_of, untrivial
+from laws.activate import TOLERANCE, activated, added, assert_same, gradients, kit_of, loss_of, untrivial
 from laws.cases import COSTLY, Case, name_of
 from zoo import Specimen
 
@@ -67,16 +67,17 @@ def step(kit: Kit, batch: dict[str, Tensor], seed: int = 0) -> Tensor:
     return loss_of(kit(**batch))
 
 
-# Sums come in another order where a block is run again: in float32 up to 1.1e-5 of the largest gradient, in T5, whose
-# attention is not scaled.
-TOLERANCE = 3e-5
+# In float32, of the largest gradient, where sums come in another order and attention is not scaled; in float64 these
+# are 2e-15 apart. Everywhere else the laws' own.
+ROUNDING = {"t5": 3e-5}
 
 
-def assert_equal_gradients(adapter: Adapter, want: dict[str, Tensor]) -> None:
+def assert_equal_gradients(specimen: Specimen, adapter: Adapter, want: dict[str, Tensor]) -> None:
     scale = max(g.abs().max().item() for g in want.values())
     assert scale > 0
     for name, gradient in gradients(adapter).items():
-        assert_same(gradient / scale, want[name] / scale, TOLERANCE, f"gradient of {name}")
+        tolerance = ROUNDING.get(specimen.name, TOLERANCE)
+        assert_same(gradient / scale, want[name] / scale, tolerance, f"gradient of {name}")
 
 
 cells = pytest.mark.parametrize(
@@ -95,21 +96,21 @@ def test_gradients_are_those_without_recomputation(specimen: Specimen, case: Cas
         with recomputing(kit, specimen, kind):
             kit.zero_grad()
             step(kit, batch).backward()
-            assert_equal_gradients(adapter, want)
+            assert_equal_gradients(specimen, adapter, want)
 
             kit.zero_grad()
             with kit.use(case.name):
                 loss = step(kit, batch)
             with added_beside(kit), kit.use("beside"):
                 loss.backward()
-            assert_equal_gradients(adapter, want)
+            assert_equal_gradients(specimen, adapter, want)
 
             kit.zero_grad()
             loss = step(kit, batch)
             thread = threading.Thread(target=loss.backward)
             thread.start()
             thread.join()
-            assert_equal_gradients(adapter, want)
+            assert_equal_gradients(specimen, adapter, want)
 
 
 @cells
@@ -132,7 +133,7 @@ def test_two_forwards_then_both_backwards(specimen: Specimen, case: Case, kind: 
             losses[0].backward()
             losses[1].backward()
             for name in names:
-                assert_equal_gradients(kit[name], want[name])
+                assert_equal_gradients(specimen, kit[name], want[name])
 
             kit.zero_grad()
             both = []
@@ -141,7 +142,7 @@ def test_two_forwards_then_both_backwards(specimen: Specimen, case: Case, kind: 
                     both.append(step(kit, batch))
             torch.stack(both).sum().backward()
             for name in names:
-                assert_equal_gradients(kit[name], want[name])
+                assert_equal_gradients(specimen, kit[name], want[name])
 
 
 @contextmanager
@@ -172,7 +173,7 @@ def test_rows_are_recomputed_as_they_were(specimen: Specimen, kind: str) -> None
                 loss = step(kit, batch)
             loss.backward()
         for n in names:
-            assert_equal_gradients(kit[n], want[n])
+            assert_equal_gradients(specimen, kit[n], want[n])
 
 
 def test_after_a_backward_the_next_forward_may_use_another(specimen: Specimen) -> None:
