@@ -14,7 +14,7 @@ EXAMPLE = """\
 # A search: kitout search plan.yaml
 run:                       # any run of `kitout train`; it gives the design that is to be beaten as well
   model: smollm2-135m
-  data: {train: tweets, validation: 200}
+  data: {train: {path: tweets, limit: 1200}, validation: 200, test: 400}
 space:
   method: [LoRA, IA3, Houlsby, AdaptFormer, PrefixTuning]
   LoRA: {rank: [2, 4, 8, 16], targets: [attn.q attn.v, all-linear, mlp.*], layers: [all, "last:8"]}
