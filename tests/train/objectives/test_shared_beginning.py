@@ -15,8 +15,10 @@ from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.data.padding import widened
 from kitout.runtime.graphs.compile_blocks import remove_graphs
 from kitout.train.loop.base_mode import training_mode
+from kitout.train.measure.predict import predict
 from kitout.train.objectives.causal_lm import CausalLM
 from kitout.train.objectives.shared_beginning import BatchWithBeginning, SharedBeginning, shared_of
+from kitout.train.setup.closed_answers import ClosedAnswers
 from kitout.train.trunk.choose import choose_trunk
 from kitout.train.trunk.kept_inputs import forget
 from train.fixtures import add, causal, far, gradients, job, kit_of, losses, texts, trained, values
@@ -123,11 +125,39 @@ def test_rows_that_run_whole() -> None:
         assert not causal(kit, ["a"], items).shares_beginning
 
 
-@pytest.mark.parametrize("method", [PrefixTuning(length=2), LoRA(rank=2, dropout=0.1)], ids=["virtual", "dropout"])
-def test_virtual_tokens_and_dropout_share_nothing(method: LoRA | PrefixTuning) -> None:
+def test_virtual_tokens_share_nothing() -> None:
     kit = kit_of("llama", "eager")
-    add(kit, "a", method)
+    add(kit, "a", PrefixTuning(length=2))
     assert not causal(kit, ["a"], with_beginning(4)).shares_beginning
+
+
+def test_dropout_differs_from_row_to_row_in_training_alone() -> None:
+    kit, items = kit_of("llama", "eager"), with_beginning(4)
+    add(kit, "drops", LoRA(rank=2, dropout=0.1))
+    add(kit, "a", METHODS["LoRA"])
+    objective = causal(kit, ["drops", "a"], items)  # as jobs of one run
+    with training_mode(kit, ["drops", "a"], False):
+        for name, shares in (("drops", False), ("a", True)):
+            with kit.use(name):
+                assert is_shared(objective, items) == shares
+    with kit.use("drops"):
+        assert is_shared(objective, items)
+
+
+@pytest.mark.parametrize("closed", [None, ClosedAnswers(("one", "two"), ((7,), (8,)), 2)], ids=["losses", "answers"])
+def test_evaluations_share_it_as_well(closed: ClosedAnswers | None) -> None:
+    kit, items = kit_with("LoRA"), with_beginning(6)
+    items = [replace(row, prompt_length=len(BEGINNING)) for row in items]
+    objective = causal(kit, ["a"], items)
+    with kit.use("a"):
+        assert is_shared(objective, items)
+        found = predict(kit, objective, items, closed_answers=closed)
+        with fast.disabled():
+            expected = predict(kit, objective, items, closed_answers=closed)
+    assert found.likeliest_answers == expected.likeliest_answers
+    for one, other in zip(found.losses, expected.losses, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=2e-6)
+        assert (one.num_tokens, one.num_correct) == (other.num_tokens, other.num_correct)
 
 
 @pytest.mark.parametrize("species", ["gemma3", "falcon", "mpt", "jamba"])

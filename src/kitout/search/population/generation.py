@@ -30,6 +30,7 @@ MIN_FOR_TWO = 8  # candidates, for two generations
 TRIAL = "trial"  # the name of a design that is attached to see whether it can be
 RANKED_BY: tuple[Criterion, ...] = ("gradient", "eva")
 MAX_WARM = 0.25  # of the candidates
+MIN_PROBED = 32  # examples that sites are ranked by, where the first rung has fewer
 DEFAULT_RANK = 8  # whose parameters the ranking divides where the plan has no limit
 
 
@@ -147,8 +148,10 @@ def _rank_sites(plan: SearchPlan, look: Look, log: Callable[[str], None]) -> Sig
     if not any(isinstance(plan.space.build(name, {}), LoRA) for name in plan.space.method):
         return None
     kit, job = look.prepared.kit, look.prepared.jobs[0]
-    log("probing the sites, one pass over the first examples ...")
-    items = first_items(job.examples, job.batches, NUM_ITEMS)
+    # no more than the first rung trains on: a pass costs as much
+    first = round(plan.halving.first * look.length.steps * look.length.batch_size)
+    items = first_items(job.examples, job.batches, min(NUM_ITEMS, max(MIN_PROBED, first)))
+    log(f"probing the sites, one pass over the first {len(items)} examples ...")
     heads = kit[job.name].heads_by_path()
     return signals_of_items(kit, job.objective, items, heads=heads, seed=job.settings.seed)
 

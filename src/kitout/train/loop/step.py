@@ -13,6 +13,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -227,11 +229,10 @@ class StepRunner:
         by_group: dict[Hashable, StepRows] = {}
         for row in rows:
             by_group.setdefault(self.groups[row[0]], []).append(row)
-        size = self.micro_batch_size
         return [
-            MicroBatch(group[start : start + size], start // size)
+            MicroBatch(part, number)
             for group in map(self._longest_jobs_first, by_group.values())
-            for start in range(0, len(group), size)
+            for number, part in enumerate(_cut_between_jobs(group, self.micro_batch_size))
         ]
 
     def _longest_jobs_first(self, rows: StepRows) -> StepRows:
@@ -323,6 +324,22 @@ class StepRunner:
         self.metrics = metric_sums.total(per_process, len(self.jobs))
         for name in PER_PROCESS_COUNTS:
             setattr(self, name, sum(own.get(name, 0) for own in counts))
+
+
+def _cut_between_jobs(rows: StepRows, size: int) -> Iterator[StepRows]:
+    """Parts of at most `size` rows. A job that fits into one is not cut: its rows can share what they begin with."""
+    part: StepRows = []
+    for _, of_job in groupby(rows, key=itemgetter(0)):
+        own = list(of_job)
+        if part and len(own) <= size < len(part) + len(own):
+            yield part
+            part = []
+        part += own
+        while len(part) > size:
+            yield part[:size]
+            part = part[size:]
+    if part:
+        yield part
 
 
 def _forward_group(kit: Kit, job: Job, index: int) -> Hashable:

@@ -33,7 +33,7 @@ from kitout.train.objectives.sequence import predictions_from_logits
 from kitout.train.setup.closed_answers import ClosedAnswers, prompt_ids
 from kitout.train.trunk.kept_inputs import within_trunk
 
-MAX_BATCH_TOKENS = 4096  # padding included: an evaluation takes no more memory than a training step of usual size
+MAX_BATCH_TOKENS = 2048  # padding included; more only add padding, and memory beyond a training step's
 MAX_BATCH_ROWS = 64
 MIN_ANSWER_TOKENS, MAX_ANSWER_TOKENS = 24, 256  # bounds of the default max_new_tokens
 
@@ -116,6 +116,8 @@ def _predict_batch(
 ) -> list[tuple[int, LossSums, Any]]:  # fmt: skip
     batch_items = [items[i] for i in rows]
     batch = objective.collate(batch_items, None)
+    if isinstance(objective, CausalLM):
+        batch = objective.sharing(batch, batch_items)
     with within_trunk(kit, objective, batch_items, batch):
         if closed_answers is not None and isinstance(objective, CausalLM | Seq2SeqLM):
             losses, predicted = _losses_and_answers(kit, objective, batch, closed_answers)
@@ -147,8 +149,8 @@ def _losses_and_answers(
     kit: Kit, objective: CausalLM | Seq2SeqLM, batch: Batch, closed_answers: ClosedAnswers
 ) -> tuple[Losses, list[int]]:  # fmt: skip
     """Losses, and the index of each example's likeliest answer, from the same logits."""
-    positions, labels, owners = (batch.targets[name] for name in ("positions", "labels", "owners"))
-    logits = at_least_float32(objective.head.logits(lambda: kit(**batch.inputs), positions))
+    labels, owners = (batch.targets[name] for name in ("labels", "owners"))
+    logits = at_least_float32(objective.target_logits(kit, batch))
     nll = F.cross_entropy(logits, labels, reduction="none")
     is_correct = (logits.argmax(dim=-1) == labels).to(nll.dtype)
     each = (nll, is_correct, torch.ones_like(nll))

@@ -7,7 +7,7 @@ of a forward begin with runs once. It knows encoded examples and a model's call,
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +40,7 @@ class CausalLM:
     head: HeadLoss
     """How the loss is taken; over all logits until `choose_head_loss` has found a cheaper way."""
     shares_beginning: bool
-    """Whether training runs what rows begin with once, where `choose_head_loss` has found that to give the same."""
+    """Whether what rows begin with runs once, where `choose_head_loss` has found that to give the same."""
 
     def __init__(self, kit: Kit, pack_width: int = 0) -> None:
         self.kit, self.pack_width, self.shares_beginning = kit, pack_width, False
@@ -57,7 +57,7 @@ class CausalLM:
         self.head = HeadLoss.choose(self.kit, list(names), run_model, targets["positions"], targets["labels"])
         if self.pack_width:
             self._check_packing(few)
-        elif not any(self.kit[name].has_dropout for name in names):  # which differs from row to row
+        else:
             self.shares_beginning = can_share(self.kit, self.head, few)
 
     @property
@@ -74,19 +74,33 @@ class CausalLM:
     def collate(self, items: Sequence[EncodedExample], seeds: Sequence[int] | None) -> Batch:
         packed = _pack(items, self.pack_width) if self.pack_width else None
         batch = collate_rows(items, self.kit.device, packed)
-        if seeds is None or not self.shares_beginning or is_widened():
-            return batch  # without seeds it is no training step: each row as a whole, for whoever looks on
+        # without seeds it is no training step: each row as a whole, for whoever looks on
+        return batch if seeds is None else self.sharing(batch, items)
+
+    def sharing(self, batch: Batch, items: Sequence[EncodedExample]) -> Batch:
+        """A batch of these items whose losses and logits are taken with what all begin with run once, if it may."""
+        if not self.shares_beginning or is_widened():
+            return batch
         return BatchWithBeginning(**batch.__dict__, rows=items)
 
     def losses(self, model: Any, batch: Batch, weights: Tensor) -> Losses:
-        positions, labels, owners = (batch.targets[name] for name in ("positions", "labels", "owners"))
-        shared, run_model = shared_of(self.kit, batch), lambda: model(**batch.inputs)
-        if shared is not None:
-            run_model, positions = lambda: shared.run(model, self.kit), shared.positions
+        labels, owners = (batch.targets[name] for name in ("labels", "owners"))
+        run_model, positions = self._call(model, batch)
         total, nll, is_correct = self.head(run_model, positions, labels, weights[owners])
         terms = (nll.detach(), is_correct.float(), torch.ones_like(nll))
         sums = [sum_by_row(each, owners, batch.num_examples) for each in terms]
         return Losses(total, *sums)
+
+    def target_logits(self, model: Any, batch: Batch) -> Tensor:
+        """[N, vocabulary], of the positions that predict a target."""
+        return self.head.logits(*self._call(model, batch))
+
+    def _call(self, model: Any, batch: Batch) -> tuple[Callable[[], Any], Tensor]:
+        """The model's call, and the positions in what it gives that predict a target."""
+        shared = shared_of(self.kit, batch)
+        if shared is not None:
+            return lambda: shared.run(model, self.kit), shared.positions
+        return lambda: model(**batch.inputs), batch.targets["positions"]
 
     def predictions(self, model: Any, batch: Batch) -> list[Any]:
         return []  # answers are generated: kitout.evaluate.ask.generate

@@ -81,5 +81,9 @@ class Seq2SeqLM:
         sums = [sum_by_row(value, owners, batch.num_examples) for value in each]
         return Losses(total, *sums)
 
+    def target_logits(self, model: Any, batch: Batch) -> Tensor:
+        """[N, vocabulary], of the positions that predict a target."""
+        return self.head.logits(lambda: model(**batch.inputs), batch.targets["positions"])
+
     def predictions(self, model: Any, batch: Batch) -> list[Any]:
         return []  # answers are generated: kitout.evaluate.ask.generate

@@ -27,7 +27,7 @@ from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.data.padding import pad
 from kitout.evaluate.ask.text_limit import has_virtual_tokens
 from kitout.kit import Kit
-from kitout.route import RouteEntry
+from kitout.route import RouteEntry, adapter_names
 from kitout.train.objectives.answer_rows import collate_rows
 from kitout.train.objectives.lm_head_loss import TOLERANCE, HeadLoss
 from kitout.train.objectives.objective import Batch
@@ -167,11 +167,13 @@ def can_share(kit: Kit, head: HeadLoss, items: Sequence[EncodedExample]) -> bool
 
 def shared_of(kit: Kit, batch: Batch) -> SharedBeginning | None:
     """What of a batch may run once: nothing where the adapters of rows differ in how many they have, behind virtual
-    tokens, where blocks run again in backward, and behind a frozen trunk with what is kept of whole rows.
+    tokens, under dropout, which differs from row to row, where blocks run again in backward, and behind a frozen trunk
+    with what is kept of whole rows.
     """
     if not isinstance(batch, BatchWithBeginning) or kit.state.graphs is not None or is_within_trunk():
         return None
-    if has_virtual_tokens(kit):
+    drops = any(kit[name].training and kit[name].has_dropout for name in adapter_names(kit.active))
+    if drops or has_virtual_tokens(kit):
         return None
     from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,11 +82,15 @@ def estimate_cost(
 
 
 def default_micro_batch(device: torch.device, jobs: Sequence[Job], rows: StepRows) -> int:
-    """Rows of one forward: all of them on a GPU; on a CPU equal parts that are just large enough."""
+    """Rows of one forward: all of them on a GPU; on a CPU equal parts that are just large enough, of whole jobs."""
     if device.type == "cuda":
         return len(rows)
-    parts = math.ceil(_padded_tokens(jobs, rows) / CPU_TOKENS)
-    return math.ceil(len(rows) / parts)
+    of_job = max(Counter(j for j, _ in rows).values())
+    tokens = _padded_tokens(jobs, rows) * of_job / len(rows)  # of the job with most rows
+    if tokens > CPU_TOKENS:
+        return math.ceil(of_job / math.ceil(tokens / CPU_TOKENS))
+    num_jobs = len({j for j, _ in rows})
+    return of_job * math.ceil(num_jobs / math.ceil(num_jobs / (CPU_TOKENS // tokens)))
 
 
 def _padded_tokens(jobs: Sequence[Job], rows: StepRows) -> int:
