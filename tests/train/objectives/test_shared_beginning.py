@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import kitout
-from kitout import IA3, Houlsby, Kit, LoRA, PrefixTuning, fast
+from kitout import IA3, Houlsby, Kit, LoRA, Mix, PrefixTuning, PromptTuning, Stack, fast
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.data.padding import widened
 from kitout.runtime.graphs.compile_blocks import remove_graphs
@@ -25,7 +26,7 @@ from train.fixtures import add, causal, far, gradients, job, kit_of, losses, tex
 
 METHODS = {
     "LoRA": LoRA(rank=2, targets="all-linear"), "DoRA": LoRA(rank=2, dora=True), "IA3": IA3(),
-    "Houlsby": Houlsby(width=6),
+    "Houlsby": Houlsby(width=6), "PrefixTuning": PrefixTuning(length=3),
 }  # fmt: skip
 BEGINNING = tuple(range(5, 16))
 CPU = torch.device("cpu")
@@ -125,10 +126,36 @@ def test_rows_that_run_whole() -> None:
         assert not causal(kit, ["a"], items).shares_beginning
 
 
-def test_virtual_tokens_share_nothing() -> None:
+def test_prompts_share_nothing() -> None:
     kit = kit_of("llama", "eager")
-    add(kit, "a", PrefixTuning(length=2))
+    add(kit, "a", PromptTuning(length=2))
     assert not causal(kit, ["a"], with_beginning(4)).shares_beginning
+
+
+@pytest.mark.parametrize("options", [{"layers": "last:1"}, {"encoder": 4}], ids=["last block", "encoder"])
+@pytest.mark.parametrize("species", ["llama", "gpt2"])
+def test_behind_a_prefix(species: str, options: dict[str, Any]) -> None:
+    kit, items = kit_of(species, "sdpa"), with_beginning(8)
+    add(kit, "a", PrefixTuning(length=3, **options))
+    kit.train_only("a")
+    objective = causal(kit, ["a"], items)
+    jobs = [job("a", objective, items, batch=4)]
+    with kit.use("a"):
+        assert is_shared(objective, items[:4])
+    found = gradients(kit, jobs, micro=4)
+    with fast.disabled():
+        assert far(found, gradients(kit, jobs, micro=4)) <= 2e-6
+
+
+def test_prefixes_of_several_adapters_share_nothing() -> None:
+    kit, items = kit_of("llama", "eager"), with_beginning(4)
+    for name, method in (("a", PrefixTuning(length=2)), ("b", PrefixTuning(length=3)), ("low", METHODS["LoRA"])):
+        add(kit, name, method)
+    objective = causal(kit, ["a"], items)
+    for route in (Stack("a", "b"), Mix({"a": 0.5, "b": 0.5}), ("a", "b", "a", "b")):
+        with kit.use(route):
+            assert not is_shared(objective, items)
+    assert objective.batch_key != causal(kit, ["low"], items).batch_key
 
 
 def test_dropout_differs_from_row_to_row_in_training_alone() -> None:

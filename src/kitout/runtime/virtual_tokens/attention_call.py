@@ -25,6 +25,7 @@ from kitout.errors import RouteError
 ATTENTION_NAME = "kitout"  # of our function in transformers' attention interface
 SDPA = ("transformers.integrations.sdpa_attention", "sdpa_attention_forward")
 MASKED_KERNELS = ("eager", "sdpa")  # kernels that take a mask of any shape
+_KERNELS_WITHOUT_MASK: set[str] = set()  # that take keys in front of the text's own, which every query sees
 
 
 @dataclass
@@ -156,12 +157,24 @@ class _ConfigView:
         return getattr(self.__dict__["_config"], name)
 
 
+def take_keys_without_mask(kernel: str) -> None:
+    """An implementation of attention that masks by itself: it is given added keys in front, and no mask for them."""
+    _KERNELS_WITHOUT_MASK.add(kernel)
+
+
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any) -> Any:
     """Our entry in transformers' interface: the module's own function over more keys."""
     view: Any = module.config
     extra: ExtraKeys = view.extra
     view.__dict__["calls"] += 1
     kernel = view.kernel
+    if kernel in _KERNELS_WITHOUT_MASK:
+        if not _sees_everything(extra) or attention_mask is not None:
+            raise RouteError(
+                f"the attention kernel {kernel!r} takes no mask, and some queries do not see all added keys"
+            )
+        key, value, _ = extend_keys(extra, query, key, value, None, False)
+        return view.real(module, query, key, value, None, **more)
     mapped = more.get("is_causal")
     causal = (getattr(module, "is_causal", True) if mapped is None else mapped) and kernel != "eager"
     _check_window(extra, key, more.get("sliding_window"))
@@ -248,7 +261,7 @@ def extra_keys_in(module: nn.Module, extra: ExtraKeys, path: str, kernels: Kerne
         if known is None:
             config = module.config
             kernel = config._attn_implementation
-            if kernel not in MASKED_KERNELS:
+            if kernel not in MASKED_KERNELS and kernel not in _KERNELS_WITHOUT_MASK:
                 raise RouteError(
                     f"{path}: the attention kernel {kernel!r} takes no mask for added keys: use "
                     "model.set_attn_implementation('eager'), or 'sdpa' where the model has it"

@@ -65,7 +65,7 @@ class RungResult:
     seconds: float
     """Of training and measuring together."""
     training_seconds: float
-    """Of the steps alone."""
+    """Of this rung's steps alone."""
     examples: int
     """Trained on, of all its candidates together."""
     memory: int
@@ -155,8 +155,10 @@ def _train_together(
         steps = end - min((checkpoints.step_of(path) for path in before.values()), default=0)
         memory = int(max((row["memory"] for row in trainer.state.log_history if "memory" in row), default=0))
         seconds, _ = watch.elapsed()
+        spent_before = max((checkpoints.read_progress(path)["seconds"] for path in before.values()), default=0.0)
+        training_seconds = max(0.0, trainer.step_runner.seconds - spent_before)  # which counts the rungs before as well
         result = RungResult(
-            end, tuple(scores), metric, trainer.health.diverged, seconds, trainer.step_runner.seconds,
+            end, tuple(scores), metric, trainer.health.diverged, seconds, training_seconds,
             steps * length.batch_size * len(scores), memory, f"checkpoints/{checkpoints.PREFIX}{end}", failed, scores,
             losses,
         )  # fmt: skip

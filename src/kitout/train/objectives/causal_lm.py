@@ -18,6 +18,7 @@ from kitout.data.by_row import sum_by_row
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.data.padding import is_widened
 from kitout.errors import ConfigError, PackingLeak
+from kitout.evaluate.ask.text_limit import has_virtual_tokens
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
 from kitout.train.objectives.answer_rows import collate_rows, position_ids
@@ -41,9 +42,11 @@ class CausalLM:
     """How the loss is taken; over all logits until `choose_head_loss` has found a cheaper way."""
     shares_beginning: bool
     """Whether what rows begin with runs once, where `choose_head_loss` has found that to give the same."""
+    has_prefix: bool
+    """Whether it does so behind a prefix, whose rows then share no forward with those of others."""
 
     def __init__(self, kit: Kit, pack_width: int = 0) -> None:
-        self.kit, self.pack_width, self.shares_beginning = kit, pack_width, False
+        self.kit, self.pack_width, self.shares_beginning, self.has_prefix = kit, pack_width, False, False
         self.head = HeadLoss(kit, "full")
 
     def choose_head_loss(self, names: Sequence[str], items: Sequence[EncodedExample]) -> None:
@@ -59,11 +62,12 @@ class CausalLM:
             self._check_packing(few)
         else:
             self.shares_beginning = can_share(self.kit, self.head, few)
+            self.has_prefix = self.shares_beginning and has_virtual_tokens(self.kit)
 
     @property
     def batch_key(self) -> Hashable:
         """None for packed rows: a row holds several examples, so it could not have a job's own adapter active."""
-        return None if self.pack_width else ("causal", self.head.mode, self.shares_beginning)
+        return None if self.pack_width else ("causal", self.head.mode, self.shares_beginning, self.has_prefix)
 
     def num_tokens(self, item: EncodedExample) -> int:
         return len(item.input_ids)

@@ -25,9 +25,10 @@ from torch import Tensor
 from kitout import fast
 from kitout.data.encode.item import IGNORE_INDEX, EncodedExample
 from kitout.data.padding import pad
-from kitout.evaluate.ask.text_limit import has_virtual_tokens
+from kitout.evaluate.ask.text_limit import has_virtual_tokens, num_virtual_tokens
 from kitout.kit import Kit
 from kitout.route import RouteEntry, adapter_names
+from kitout.runtime.virtual_tokens.attention_call import take_keys_without_mask
 from kitout.train.objectives.answer_rows import collate_rows
 from kitout.train.objectives.lm_head_loss import TOLERANCE, HeadLoss
 from kitout.train.objectives.objective import Batch
@@ -54,10 +55,13 @@ class SharedBeginning:
     """B and A, the rests of each beginning and their length."""
 
     @classmethod
-    def of(cls, rows: Sequence[EncodedExample], device: torch.device, groups: int = 1) -> SharedBeginning | None:
+    def of(
+        cls, rows: Sequence[EncodedExample], device: torch.device, groups: int = 1, first_position: int = 0
+    ) -> SharedBeginning | None:
         """What all begin with in front of their first target, once; None where that saves too little.
 
         groups: that have a beginning each, of as many neighboring rows; as long as the shortest of them.
+        first_position: behind a prefix, as many as it has keys.
 
         What stands behind a row's last target is left out: nothing that is trained on sees it.
         """
@@ -76,7 +80,7 @@ class SharedBeginning:
             return None
         ids, _ = pad(rests, 0, "right", device)
         beginnings = torch.tensor([of_group[0].input_ids[:start] for of_group in by_group], device=device)
-        counted = torch.arange(start + width, device=device)
+        counted = torch.arange(start + width, device=device) + first_position
         positions = [
             r // number * length + r % number * width + t - 1 for r, of_row in enumerate(targets) for t in of_row
         ]
@@ -100,20 +104,25 @@ class SharedBeginning:
             _layout.reset(token)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, fused: bool) -> Tensor:
-        """[G, S + B * A, H, d] from queries [G, H, S + B * A, d], keys and values [G, K, S + B * A, d]."""
+        """[G, S + B * A, H, d] from queries [G, H, S + B * A, d], keys and values [G, K, P + S + B * A, d].
+
+        P: keys of a prefix, which all see.
+        """
         rows, start, (number, width) = len(q), self.num_shared, self.rests
         heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+        prefix = k.shape[2] - q.shape[2]
+        common = prefix + start  # keys that every rest sees
         ranges = torch.arange(start + width, device=q.device)
-        sees = ranges[:, None] >= ranges
+        sees = F.pad(ranges[:, None] >= ranges, (prefix, 0), value=True)
         first = _attend(
-            q[:, :, :start].reshape(rows, heads, groups, start, -1), k[:, :, :start], v[:, :, :start],
-            sees[:start, :start], scaling, fused,
+            q[:, :, :start].reshape(rows, heads, groups, start, -1), k[:, :, :common], v[:, :, :common],
+            sees[:start, :common], scaling, fused,
         )  # fmt: skip
         keys, values = (
             torch.cat(
                 (
-                    each[:, None, :, :start].expand(-1, number, -1, -1, -1).flatten(0, 1),
-                    each[:, :, start:].reshape(rows, heads, number, width, -1).transpose(1, 2).flatten(0, 1),
+                    each[:, None, :, :common].expand(-1, number, -1, -1, -1).flatten(0, 1),
+                    each[:, :, common:].reshape(rows, heads, number, width, -1).transpose(1, 2).flatten(0, 1),
                 ),
                 2,
             )
@@ -140,9 +149,10 @@ _is_fused: ContextVar[bool] = ContextVar("shared_beginning_is_fused", default=Fa
 def can_share(kit: Kit, head: HeadLoss, items: Sequence[EncodedExample]) -> bool:
     """Whether rows of this model and its active adapters get the same where their beginning runs once.
 
-    Not behind virtual tokens, and not with attention of another kind. items: whose ids it is tried on.
+    Not behind prompts, and not with attention of another kind. items: whose ids it is tried on.
     """
-    if not fast.enabled() or has_virtual_tokens(kit) or not _sees_all_before(kit.base):
+    prefix = _prefix_length(kit)
+    if not fast.enabled() or prefix is None or not _sees_all_before(kit.base):
         return False
     ids = [token for item in items for token in item.input_ids]
     ids = ids * -(-(PROBE_BEGINNING + sum(PROBE_RESTS)) // len(ids))
@@ -151,7 +161,7 @@ def can_share(kit: Kit, head: HeadLoss, items: Sequence[EncodedExample]) -> bool
         text = (*ids[:PROBE_BEGINNING], *ids[PROBE_BEGINNING + number :][:rest])
         labels = tuple(token if t > PROBE_BEGINNING else IGNORE_INDEX for t, token in enumerate(text))
         rows.append(EncodedExample(text, labels))
-    batch, shared = collate_rows(rows, kit.device), SharedBeginning.of(rows, kit.device)
+    batch, shared = collate_rows(rows, kit.device), SharedBeginning.of(rows, kit.device, first_position=prefix)
     if shared is None:
         return False
     labels_N = batch.targets["labels"]
@@ -166,14 +176,15 @@ def can_share(kit: Kit, head: HeadLoss, items: Sequence[EncodedExample]) -> bool
 
 
 def shared_of(kit: Kit, batch: Batch) -> SharedBeginning | None:
-    """What of a batch may run once: nothing where the adapters of rows differ in how many they have, behind virtual
-    tokens, under dropout, which differs from row to row, where blocks run again in backward, and behind a frozen trunk
-    with what is kept of whole rows.
+    """What of a batch may run once: nothing where the adapters of rows differ in how many they have, behind prompts
+    or the prefixes of several adapters, under dropout, which differs from row to row, where blocks run again in
+    backward, and behind a frozen trunk with what is kept of whole rows.
     """
     if not isinstance(batch, BatchWithBeginning) or kit.state.graphs is not None or is_within_trunk():
         return None
     drops = any(kit[name].training and kit[name].has_dropout for name in adapter_names(kit.active))
-    if drops or has_virtual_tokens(kit):
+    prefix = _prefix_length(kit)
+    if drops or prefix is None:
         return None
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -181,7 +192,20 @@ def shared_of(kit: Kit, batch: Batch) -> SharedBeginning | None:
     if any(block.gradient_checkpointing for block in blocks):
         return None
     groups = _groups_of(kit.active) if isinstance(kit.active, tuple) else 1
-    return None if groups is None else SharedBeginning.of(batch.rows, kit.device, groups)
+    return None if groups is None else SharedBeginning.of(batch.rows, kit.device, groups, prefix)
+
+
+def _prefix_length(kit: Kit) -> int | None:
+    """How many keys all rows have in front of them: 0, or those of one whole prefix. None: virtual tokens of another
+    kind, or prefixes put together.
+    """
+    if not has_virtual_tokens(kit):
+        return 0
+    name = kit.active
+    if not isinstance(name, str) or kit.state.names_with_parts([name]) != [name] or kit[name].strength != 1:
+        return None
+    roles = {site.role for site in kit[name].sites if site.port in ("tokens", "kv")}
+    return num_virtual_tokens(kit) if roles == {"kv.self"} else None
 
 
 def _groups_of(route: Sequence[RouteEntry]) -> int | None:
@@ -211,6 +235,7 @@ def _attention_of(config: Any) -> Iterator[None]:
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, _attention)
+    take_keys_without_mask(ATTENTION)
     before = config._attn_implementation
     _is_fused.set(before == "sdpa")
     config._attn_implementation = ATTENTION
