@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kitout import IA3, Houlsby, Kit, LoRA, PrefixTuning, PromptTuning
 from kitout.data.encode.item import EncodedExample
-from kitout.train.loop.jobs import Job
+from kitout.train.loop.jobs import Job, cut_between_jobs
 from kitout.train.loop.step import StepRunner
 from kitout.train.loop.trainer import JobTrainer
 from kitout.train.objectives.sequence import SequenceClassification
@@ -112,6 +112,20 @@ def test_jobs_of_like_lengths_share_their_forwards() -> None:
     cut = StepRunner(kit, jobs, 4).micro_batches(rows)
     assert [one.rows for one in cut] == [[(1, 0), (1, 1), (3, 0), (3, 1)], [(2, 0), (2, 1), (0, 0), (0, 1)]]
     assert StepRunner(kit, jobs, 8).micro_batches(rows)[0].rows == rows
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "parts"),
+    [
+        ((4, 4, 4), 11, [4 + 4, 4]), ((4, 4, 4), 4, [4, 4, 4]), ((3, 3), 2, [2, 2, 2]), ((1, 5, 1), 4, [4, 2 + 1]),
+        ((2, 1, 4), 4, [2 + 1, 4]),
+    ],
+)  # fmt: skip
+def test_a_job_that_fits_is_not_cut(sizes: tuple[int, ...], most: int, parts: list[int]) -> None:
+    rows = [(j, i) for j, size in enumerate(sizes) for i in range(size)]
+    cut = list(cut_between_jobs(rows, most))
+    assert [len(part) for part in cut] == parts
+    assert [row for part in cut for row in part] == rows
 
 
 def test_packed_jobs_and_heads_of_other_widths_do_not_share() -> None:

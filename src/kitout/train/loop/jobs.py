@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -105,3 +107,22 @@ def forward_key(job: Job, adapter: Adapter) -> Hashable | None:
     if objective.batch_key is None or adapter.has_dropout or isinstance(objective, StepObjective):
         return None
     return objective.batch_key, objective.rows
+
+
+def cut_between_jobs(rows: Sequence[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
+    """Rows (job, example), those of a job side by side, in parts of at most `size`.
+
+    A job that fits into one is not cut: its rows can share what they begin with.
+    """
+    part: list[tuple[int, int]] = []
+    for _, of_job in groupby(rows, key=itemgetter(0)):
+        own = list(of_job)
+        if part and len(own) <= size < len(part) + len(own):
+            yield part
+            part = []
+        part += own
+        while len(part) > size:
+            yield part[:size]
+            part = part[size:]
+    if part:
+        yield part

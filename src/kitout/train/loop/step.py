@@ -13,8 +13,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from kitout.base import memory
 from kitout.kit import Kit
 from kitout.train.loop import distributed, metric_sums
 from kitout.train.loop.compiled_steps import SAMPLED_STEPS, CompiledSteps
-from kitout.train.loop.jobs import Job, forward_key
+from kitout.train.loop.jobs import Job, cut_between_jobs, forward_key
 from kitout.train.loop.metric_sums import MetricSums
 from kitout.train.objectives.objective import Batch, Losses, StepObjective
 from kitout.train.trunk.kept_inputs import within_trunk
@@ -232,7 +230,7 @@ class StepRunner:
         return [
             MicroBatch(part, number)
             for group in map(self._longest_jobs_first, by_group.values())
-            for number, part in enumerate(_cut_between_jobs(group, self.micro_batch_size))
+            for number, part in enumerate(cut_between_jobs(group, self.micro_batch_size))
         ]
 
     def _longest_jobs_first(self, rows: StepRows) -> StepRows:
@@ -324,22 +322,6 @@ class StepRunner:
         self.metrics = metric_sums.total(per_process, len(self.jobs))
         for name in PER_PROCESS_COUNTS:
             setattr(self, name, sum(own.get(name, 0) for own in counts))
-
-
-def _cut_between_jobs(rows: StepRows, size: int) -> Iterator[StepRows]:
-    """Parts of at most `size` rows. A job that fits into one is not cut: its rows can share what they begin with."""
-    part: StepRows = []
-    for _, of_job in groupby(rows, key=itemgetter(0)):
-        own = list(of_job)
-        if part and len(own) <= size < len(part) + len(own):
-            yield part
-            part = []
-        part += own
-        while len(part) > size:
-            yield part[:size]
-            part = part[size:]
-    if part:
-        yield part
 
 
 def _forward_group(kit: Kit, job: Job, index: int) -> Hashable:
