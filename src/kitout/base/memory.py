@@ -6,6 +6,8 @@ an out-of-memory error from others. It knows no model.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import sys
 from pathlib import Path
 
@@ -38,6 +40,19 @@ def current(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     return _proc_status("VmRSS") or _max_rss()
+
+
+def release() -> None:
+    """Gives back to the system what nothing holds any more, as a model and a loop that are done with: the C library
+    keeps much of it, which then counts as held.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; other libraries give it back themselves
+        if trim is not None:
+            trim(0)
 
 
 def available(device: torch.device) -> int | None:

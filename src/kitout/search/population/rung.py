@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kitout.base import memory
 from kitout.errors import TrainingDiverged, UnusedSite
 from kitout.evaluate.example_scores import AdapterScores, ExampleScores, keep_ratios, load_scores, save_scores
 from kitout.files.atomic import write_text
@@ -137,12 +138,14 @@ def _train_together(
     measure_rises: Callable[[PreparedRun, RungResult], Mapping[str, float]] | None,
 ) -> RungResult:  # fmt: skip
     watch = Stopwatch()
+    memory.release()  # of the rung before: its base is not kept beside this one's
     config = run_config(plan, length, designs, folder)
     prepared = prepare(config, log=log)
     try:
         if choose is not None:
             _keep_only(prepared, choose(prepared))
         trainer = _build_trainer(prepared, config, RunFolder(folder, True, False), end, before)
+        memory.reset_peak(prepared.kit.device)
         last = next(reversed(checkpoints.list_checkpoints(folder / "checkpoints")), None)
         try:
             with trainer.display:
@@ -153,13 +156,13 @@ def _train_together(
             log("every design of this rung has diverged")
         metric, scores, losses = measure_candidates(prepared, plan, log)
         steps = end - min((checkpoints.step_of(path) for path in before.values()), default=0)
-        memory = int(max((row["memory"] for row in trainer.state.log_history if "memory" in row), default=0))
+        peak = int(max((row["memory"] for row in trainer.state.log_history if "memory" in row), default=0))
         seconds, _ = watch.elapsed()
         spent_before = max((checkpoints.read_progress(path)["seconds"] for path in before.values()), default=0.0)
         training_seconds = max(0.0, trainer.step_runner.seconds - spent_before)  # which counts the rungs before as well
         result = RungResult(
             end, tuple(scores), metric, trainer.health.diverged, seconds, training_seconds,
-            steps * length.batch_size * len(scores), memory, f"checkpoints/{checkpoints.PREFIX}{end}", failed, scores,
+            steps * length.batch_size * len(scores), peak, f"checkpoints/{checkpoints.PREFIX}{end}", failed, scores,
             losses,
         )  # fmt: skip
         if measure_rises is not None:
