@@ -2,7 +2,7 @@
 
 `python benchmarks/run.py [NAME ...] [--full] [--write] [--threads 2]`. The short form of all is meant to take
 15 minutes on two cores, and a run says where it takes more; --full has all rounds and all cases, --write keeps the
-table in RESULTS.md. Needs the `bench` extra.
+table in RESULTS.md, that of a short form beside the full one. Needs the `bench` extra.
 Bounds are in bounds.toml (`guard.py`). Each file says what it measures.
 """
 
@@ -40,6 +40,7 @@ SHORT: dict[str, dict[str, object]] = {
 FULL: dict[str, dict[str, object]] = {"search": {"length": "full"}}  # the same, where the default is not the long form
 NAMES = tuple(SHORT)
 MOST_SECONDS = 15 * 60  # of the short form
+SHORT_LABEL = ", short form"  # in the title of its section
 
 
 def main() -> int:
@@ -77,9 +78,10 @@ def main() -> int:
     if options.write:
         results = HERE / "RESULTS.md"
         by_name = sections(results.read_text(encoding="utf-8")) if results.exists() else {}
-        label = f", {options.label}" if options.label else ""
+        label = (f", {options.label}" if options.label else "") + ("" if options.full else SHORT_LABEL)
         by_name |= {name + label: section(name + label, lines, machine()) for name, lines in measured.items()}
-        order = [*(name for name in NAMES if name in by_name), *(name for name in by_name if name not in NAMES)]
+        places = {name: place for place, name in enumerate(NAMES)}
+        order = sorted(by_name, key=lambda title: places.get(title.split(",")[0], len(NAMES)))
         results.write_text(HEAD + "\n".join(by_name[name] for name in order), encoding="utf-8")
     code, messages = judge(measured, bounds, options.full)
     for message in messages:
@@ -96,7 +98,7 @@ HEAD = """# Benchmarks: the last runs
 
 `make bench ARGS='--full --write'`, or `ARGS='idle --full --write'` for one section, which leaves the others.
 `make bench` alone runs the short forms and exits 1 where a line is worse than its bound in
-`bounds.toml`.
+`bounds.toml`; `--write` keeps them in sections of their own.
 Random values: SmolLM2-135M's shape for train_step, virtual_tokens and idle, a 29.5 M Llama for compose, loading and
 decoding; `training` has SmolLM2's real weights and real data.
 Cases of a row ran interleaved in one process on a shared machine; ratios are best round over best round.

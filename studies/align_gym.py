@@ -1,8 +1,9 @@
 """Does reinforcement raise the reward of held-out prompts? Sums with SmolLM2, three seeds (docs/results/align.md).
 
-`python studies/align_gym.py [--seeds 0 1 2] [--steps 200] [--folder runs/align-gym]`. One short sft on right answers,
-then one grpo from it for each seed, all measured on the same held-out prompts. Every stage is a run of `kitout align`:
-a killed study goes on where it stopped, and the page marks what was not run. It trains and measures nothing by itself.
+`python studies/align_gym.py [--tasks ...] [--seeds 0 1 2] [--folder runs/align-gym]`. For each task one short sft on
+right answers, then one grpo from it for each seed, all measured on the same held-out prompts. Every stage is a run of
+`kitout align`: a killed study goes on where it stopped, and the page marks what was not run. It trains and measures
+nothing by itself.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import csv
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,33 @@ from kitout.evaluate.significance.seeds import MIN_SEEDS, compare_methods
 from kitout.files.atomic import write_text
 from kitout.train.metrics_log import read_metrics
 
-MODEL, TASK = "smollm2-135m", "gym:chain_sum:max_terms=2:min_digits=2:max_digits=2"
-DATA = {
-    "train": [{"path": TASK, "system_prompt": "Answer with a number.", "limit": 2000}],
-    "validation": 0,
-    "test": 300,
-    "seed": 0,
+MODEL = "smollm2-135m"
+
+
+@dataclass(frozen=True)
+class GymTask:
+    """Sums of reasoning-gym, and how they are trained on."""
+
+    gym: str
+    """The name in a run."""
+    steps: int
+    """Of grpo."""
+    lr: float
+    """Of grpo, constant."""
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The run's."""
+        source = {"path": self.gym, "system_prompt": "Answer with a number.", "limit": 2000}
+        return {"train": [source], "validation": 0, "test": 300, "seed": 0}
+
+
+TASKS = {
+    "one or two digits": GymTask("gym:chain_sum:min_terms=2:max_terms=2:min_digits=1:max_digits=2", 100, 2e-4),
+    "two digits": GymTask("gym:chain_sum:max_terms=2:min_digits=2:max_digits=2", 200, 3e-4),
 }
 MAX_NEW_TOKENS = 8
 SFT = {"steps": 60, "batch_size": 8, "seed": 0}
-GRPO = {"lr": 3e-4, "lr_schedule": "constant"}
-STEPS = (36, 200)  # numbers of steps that the page has
 ROLLOUT = {"prompts": 4, "samples": 8, "max_new_tokens": MAX_NEW_TOKENS}
 NUM_TEST = 200  # of the held-out prompts
 METRICS = {"reward": "reward, held-out prompts", "exact_match": "right, held-out prompts"}
@@ -44,49 +62,54 @@ BEGIN, END = "<!-- results: studies/align_gym.py -->", "<!-- end of results -->"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, choices=STEPS, default=STEPS[-1], help="of grpo")
     parser.add_argument("--folder", type=Path, default=Path("runs/align-gym"))
     parser.add_argument("--page", action="store_true", help="write the page from what is finished, and run nothing")
     options = parser.parse_args()
-    if not options.page:
-        train_sft(options.folder / "sft")
+    for name in () if options.page else options.tasks:
+        task, folder = TASKS[name], task_folder(options.folder, name)
+        train_sft(task, folder / "sft")
         for seed in options.seeds:
-            train_grpo(
-                run_folder(options.folder, options.steps, seed), options.folder / "sft/adapter", options.steps, seed
-            )
+            train_grpo(task, run_folder(folder, seed), folder / "sft/adapter", seed)
     write_page(options.folder, options.seeds)
 
 
-def run_folder(folder: Path, steps: int, seed: int) -> Path:
-    """Of one grpo."""
-    return folder / f"grpo-{steps}-steps-{seed}"
+def task_folder(folder: Path, name: str) -> Path:
+    """Of one task."""
+    return folder / name.replace(" ", "-")
 
 
-def train_sft(folder: Path) -> None:
+def run_folder(folder: Path, seed: int) -> Path:
+    """Of one grpo of a task."""
+    return folder / f"grpo-{seed}"
+
+
+def train_sft(task: GymTask, folder: Path) -> None:
     """What all seeds start from: it ends its answers, and some are right. It is measured by the grpo stages."""
     kitout.align(
-        stage="sft", model=MODEL, data=DATA, train=SFT, output=str(folder),
+        stage="sft", model=MODEL, data=task.data, train=SFT, output=str(folder),
         evaluate={"max_test_examples": 20, "generate_examples": 4, "max_new_tokens": MAX_NEW_TOKENS},
     )  # fmt: skip
 
 
-def train_grpo(folder: Path, start: Path, steps: int, seed: int) -> None:
+def train_grpo(task: GymTask, folder: Path, start: Path, seed: int) -> None:
     """One seed of the order of prompts and of what is sampled; data and held-out prompts are those of all seeds."""
+    train = {"lr": task.lr, "lr_schedule": "constant", "steps": task.steps, "seed": seed}
     kitout.align(
-        stage="grpo", model=MODEL, data=DATA, from_=str(start), reward=TASK, rollout=ROLLOUT,
-        train={**GRPO, "steps": steps, "seed": seed}, evaluate={"max_test_examples": NUM_TEST}, output=str(folder),
+        stage="grpo", model=MODEL, data=task.data, from_=str(start), reward=task.gym, rollout=ROLLOUT, train=train,
+        evaluate={"max_test_examples": NUM_TEST}, output=str(folder),
     )  # fmt: skip
 
 
 def write_page(folder: Path, seeds: Sequence[int]) -> None:
     """The table between the page's two marks, and the CSV, from the seeds that are finished."""
-    lines = ["| steps | metric | seed | before | after | rise, 95 % interval |", "|--:|---|---|--:|--:|---|"]
-    cells, missing = [["steps", "metric", "seed", "examples", "before", "after"]], []
-    for steps in STEPS:
-        runs = {seed: run_folder(folder, steps, seed) for seed in seeds}
+    lines = ["| sums of | metric | seed | before | after | rise, 95 % interval |", "|---|---|---|--:|--:|---|"]
+    cells, missing = [["task", "metric", "seed", "examples", "before", "after"]], []
+    for task in TASKS:
+        runs = {seed: run_folder(task_folder(folder, task), seed) for seed in seeds}
         finished = {seed: run for seed, run in runs.items() if (run / "results.json").is_file()}
-        missing += [f"{steps} steps, seed {seed}" for seed in runs if seed not in finished]
+        missing += [f"{task}, seed {seed}" for seed in runs if seed not in finished]
         scores = {seed: load_scores(run / "scores.safetensors")["grpo"] for seed, run in finished.items()}
         for metric, title in METRICS.items():
             pairs = {
@@ -94,16 +117,16 @@ def write_page(folder: Path, seeds: Sequence[int]) -> None:
                 for seed, one in scores.items()
             }
             for seed, (before, after) in pairs.items():
-                lines.append(row(steps, title, str(seed), *over_prompts(before, after)))
-                cells.append([steps, metric, seed, len(before), f"{before.mean():.6f}", f"{after.mean():.6f}"])
+                lines.append(row(task, title, str(seed), *over_prompts(before, after)))
+                cells.append([task, metric, seed, len(before), f"{before.mean():.6f}", f"{after.mean():.6f}"])
             if len(pairs) >= MIN_SEEDS:
-                lines.append(row(steps, title, "all", *over_both(*map(np.stack, zip(*pairs.values(), strict=True)))))
+                lines.append(row(task, title, "all", *over_both(*map(np.stack, zip(*pairs.values(), strict=True)))))
         thirds = {seed: first_and_last_third(run) for seed, run in finished.items()}
         for seed, (first, last) in thirds.items():
-            lines.append(row(steps, SAMPLED, str(seed), first, last, last - first))
-            cells.append([steps, "sampled_reward", seed, "", f"{first:.6f}", f"{last:.6f}"])
+            lines.append(row(task, SAMPLED, str(seed), first, last, last - first))
+            cells.append([task, "sampled_reward", seed, "", f"{first:.6f}", f"{last:.6f}"])
         if len(thirds) >= MIN_SEEDS:
-            lines.append(row(steps, SAMPLED, "all", *over_seeds(np.array(list(thirds.values())))))
+            lines.append(row(task, SAMPLED, "all", *over_seeds(np.array(list(thirds.values())))))
     lines += ["", f"Not run: {'; '.join(missing)}."] if missing else []
     lines += ["", what_ran(), ""]
     CELLS.parent.mkdir(parents=True, exist_ok=True)
@@ -144,18 +167,19 @@ def over_seeds(values: Any) -> tuple[float, ...]:
     return *values.mean(axis=0), rises.mean(), rises.mean() - half, rises.mean() + half
 
 
-def row(steps: int, title: str, seed: str, before: float, after: float, rise: float, *ends: float) -> str:
+def row(task: str, title: str, seed: str, before: float, after: float, rise: float, *ends: float) -> str:
     """A line of the table, in hundredths."""
     interval = f" ({100 * ends[0]:+.1f} to {100 * ends[1]:+.1f})" if ends else ""
-    return f"| {steps} | {title} | {seed} | {100 * before:.1f} | {100 * after:.1f} | {100 * rise:+.1f}{interval} |"
+    return f"| {task} | {title} | {seed} | {100 * before:.1f} | {100 * after:.1f} | {100 * rise:+.1f}{interval} |"
 
 
 def what_ran() -> str:
     """The settings in a sentence."""
+    grpo = "; ".join(f"{name}: `{one.gym}`, {one.steps} steps at {one.lr:g}" for name, one in TASKS.items())
     return (
-        f"{MODEL}, LoRA at its defaults, `{TASK}`; sft {SFT['steps']} steps of {SFT['batch_size']}; grpo "
-        f"{ROLLOUT['prompts']} prompts x {ROLLOUT['samples']} answers a step at {GRPO['lr']:g}, constant; {NUM_TEST} "
-        "held-out prompts, answered greedily."
+        f"{MODEL}, LoRA at its defaults; sft {SFT['steps']} steps of {SFT['batch_size']}; grpo {ROLLOUT['prompts']} "
+        f"prompts x {ROLLOUT['samples']} answers a step, constant learning rate; {NUM_TEST} held-out prompts, answered "
+        f"greedily. {grpo}."
     )
 
 
