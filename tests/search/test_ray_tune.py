@@ -56,12 +56,20 @@ def test_designs_are_divided_in_their_order() -> None:
 
 
 def test_a_trial_takes_a_gpu_or_a_part_of_the_cpus() -> None:
-    assert Room(4, 32).trials == 4
-    assert Room(4, 32).resources(2) == {"cpu": 16, "gpu": 1}
-    assert Room(2, 8).resources(6) == {"cpu": 4, "gpu": 1}
-    assert Room(0, 8).resources(3) == {"cpu": 2, "gpu": 0}
-    assert Room(0, 2).resources(5) == {"cpu": 1, "gpu": 0}
-    assert Room(0, 64).trials == max(1, 64 // torch.get_num_threads())
+    one, four = Room.of([{"CPU": 8.0}]), Room.of([{"CPU": 32.0, "GPU": 4.0}])
+    assert four.trials == 4
+    assert four.resources(2) == four.resources(6) == {"cpu": 8, "gpu": 1}
+    assert one.resources(3) == {"cpu": 2, "gpu": 0}
+    assert one.resources(20) == {"cpu": 1, "gpu": 0}
+    assert one.trials == max(1, 8 // torch.get_num_threads())
+
+
+def test_no_trial_asks_for_more_than_a_machine_of_the_cluster_has() -> None:
+    """It would wait for ever."""
+    room = Room.of([{"CPU": 64.0}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 32.0, "GPU": 2.0}])
+    assert (room.trials, room.resources(1)) == (4, {"cpu": 4, "gpu": 1})
+    room = Room.of([{"CPU": 4.0}, {"CPU": 2.0}, {"node:1": 1.0}])
+    assert (room.cpus, room.resources(1)) == (6, {"cpu": 2, "gpu": 0})
 
 
 def test_the_setting_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +102,7 @@ def test_without_ray_the_error_has_the_extra_and_comes_first(tmp_path: Path, mon
 
 @contextmanager
 def no_ray() -> Iterator[Room]:
-    yield Room(0, 4)
+    yield Room(0, 4, 4)
 
 
 def run_here(task: Any, left: list[int], resources: dict[str, int], folder: Path) -> None:

@@ -64,12 +64,22 @@ class Room:
     """GPUs; 0: CPUs alone."""
     cpus: int
     """CPUs."""
+    most: int
+    """CPUs that one trial may have: those of the smallest machine, of one of its GPUs where there are any."""
 
     @classmethod
     def here(cls) -> Room:
         """Of this machine."""
         cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        return cls(torch.cuda.device_count(), cpus)
+        return cls.of([{"GPU": torch.cuda.device_count(), "CPU": cpus}])
+
+    @classmethod
+    def of(cls, machines: Sequence[Mapping[str, float]]) -> Room:
+        """Of all that take part, as Ray describes them. With GPUs, those that have none do not."""
+        gpus = sum(int(one.get("GPU", 0)) for one in machines)
+        used = [one for one in machines if int(one.get("GPU" if gpus else "CPU", 0))]
+        by_machine = [int(one.get("CPU", 0)) // max(1, int(one.get("GPU", 0))) for one in used]
+        return cls(gpus, max(1, sum(int(one.get("CPU", 0)) for one in used)), max(1, min(by_machine, default=1)))
 
     @property
     def trials(self) -> int:
@@ -79,7 +89,7 @@ class Room:
     def resources(self, trials: int) -> dict[str, int]:
         """Of each of so many trials: one GPU where there are any, and a part of the CPUs."""
         at_once = min(trials, self.gpus or self.cpus)
-        return {"cpu": max(1, self.cpus // at_once), "gpu": 1 if self.gpus else 0}
+        return {"cpu": min(self.most, max(1, self.cpus // at_once)), "gpu": 1 if self.gpus else 0}
 
 
 @dataclass(frozen=True)
@@ -221,10 +231,13 @@ def _running_ray() -> Iterator[Room]:
     room = {} if address else {"num_cpus": here.cpus, "num_gpus": here.gpus, "include_dashboard": False}
     try:
         if not was_running:
-            with _own_signal_handlers():
-                ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **room)
-        found = ray.cluster_resources()
-        yield Room(int(found.get("GPU", 0)), max(1, int(found.get("CPU", 1))))
+            try:
+                with _own_signal_handlers():
+                    ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **room)
+            except (OSError, RuntimeError, ValueError) as error:
+                where = f"{ADDRESS}={address}" if address else "engine=ray"
+                raise ConfigError(f"{where}: Ray does not start: {error}") from error
+        yield Room.of([node["Resources"] for node in ray.nodes() if node["Alive"]])
     finally:
         if not was_running:
             ray.shutdown()
