@@ -60,7 +60,7 @@ def test_the_readmes_line_brings_what_its_commands_need() -> None:
     extras = re.findall(r"^pip install -e '\.\[([\w,]+)\]'", block, flags=re.MULTILINE)[0].split(",")
     brought = requirements(*extras)
     asked = {package for packages in imported().values() for package, _ in packages}
-    assert asked - CHOSEN - brought == {"datasets", "lm-eval", "optuna", "reasoning-gym"}, (
+    assert asked - CHOSEN - brought == {"datasets", "lm-eval", "optuna", "ray", "reasoning-gym"}, (
         "only data sets of the hub, tasks of lm_eval, gym:NAME and kitout search ask for more"
     )
     assert {package for asset in ASSETS.values() for package in asset.needs} <= brought

@@ -12,6 +12,7 @@ from kitout.format import align_columns, format_duration
 from kitout.search.plan.rungs import cost
 from kitout.search.population.look import FEW_VALIDATION
 from kitout.search.population.population import Population
+from kitout.search.ray_tune import engine_text
 
 
 def preflight_text(population: Population, start: Mapping[str, Any]) -> str:
@@ -35,6 +36,8 @@ def preflight_text(population: Population, start: Mapping[str, Any]) -> str:
         *align_columns(rows),
         f"{total}; then up to {confirmed} to confirm",
     ]
+    if plan.engine == "ray":
+        lines.append(engine_text(plan))
     if start["seconds"]:
         lines.append(
             f"one training of the run's own design takes about {format_duration(start['seconds'])}: the rungs about "

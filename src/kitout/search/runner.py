@@ -7,7 +7,7 @@ in the modules beside. It knows the order of the work.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -28,6 +28,7 @@ from kitout.search.population.population import Population
 from kitout.search.population.proposals import check_optuna
 from kitout.search.population.rung import Length, RungResult, train_rung
 from kitout.search.preflight import preflight_text
+from kitout.search.ray_tune import check_ray, train_by_ray
 from kitout.search.search_folder import SearchFolder, open_search_folder
 from kitout.train.loop.stop_on_signal import interrupt_on_sigterm
 from kitout.train.setup.find_inputs import check_inputs
@@ -61,6 +62,8 @@ def run(
     if not isinstance(plan, SearchPlan):
         plan = load_plan(read_values(plan), log)
     check_optuna()
+    if plan.engine == "ray":
+        check_ray()
     check_inputs(plan.run)
     with interrupt_on_sigterm(), open_search_folder(plan) as folder:
         if folder.results.is_file():
@@ -114,7 +117,7 @@ def _look(plan: SearchPlan, folder: SearchFolder, log: LogFn) -> tuple[dict[str,
 
 def _first_rung(population: Population, folder: SearchFolder, log: LogFn) -> None:
     """Proposes each generation, knowing what the one before has shown, and trains it for the first rung."""
-    plan, length, rungs = population.plan, population.length, population.rungs
+    plan, rungs = population.plan, population.rungs
     results: list[RungResult] = []
     for number, size in enumerate(generation_sizes(plan)):
         generation = _propose(population, folder, number, size, results, log)
@@ -122,16 +125,10 @@ def _first_rung(population: Population, folder: SearchFolder, log: LogFn) -> Non
         population.designs |= {one.name: one for one in generation.designs}
         if not generation.designs:
             continue
-        place = folder.rung(0, number)
         log(f"\nrung 1 of {len(rungs)}: {len(generation.designs)} designs, steps 1 to {population.ends[0]}")
-        result = train_rung(
-            plan, length, generation.designs, place, population.ends[0], {}, log,
-            choose=partial(_choose_fast, plan, folder, number, log),
-            measure_rises=partial(_rises, population, log) if len(rungs) == 1 else None,
-        )  # fmt: skip
+        choose = partial(_choose_fast, plan, folder, number, log)
+        results += _train(population, generation.designs, folder.rung(0, number), {}, log, choose)
         population.latency |= folder.read(f"latency-{number}") or {}
-        population.add(result, place)
-        results.append(result)
     _decide(population, results, folder, log)
 
 
@@ -156,18 +153,44 @@ def _propose(
 def _next_rung(population: Population, folder: SearchFolder, log: LogFn) -> None:
     """The survivors of the rung before go on from where they stopped."""
     number, ends, designs = len(population.results), population.ends, population.alive
-    place = folder.rung(number)
     log(
         f"\nrung {number + 1} of {len(population.rungs)}: {len(designs)} designs, steps {ends[number - 1] + 1} to "
         f"{ends[number]}"
     )
     before = {design.name: population.checkpoints[design.name] for design in designs}
-    result = train_rung(
-        population.plan, population.length, designs, place, ends[number], before, log,
-        measure_rises=partial(_rises, population, log),
-    )  # fmt: skip
-    population.add(result, place)
-    _decide(population, [result], folder, log)
+    results = _train(population, designs, folder.rung(number), before, log)
+    _decide(population, results, folder, log)
+
+
+def _train(
+    population: Population, designs: Sequence[Design], folder: Path, before: Mapping[str, Path], log: LogFn,
+    choose: Callable[[PreparedRun], Collection[str]] | None = None,
+) -> list[RungResult]:  # fmt: skip
+    """Trains designs for the rung that comes next, by the plan's engine, and takes over what they have come to."""
+    plan, length, number = population.plan, population.length, len(population.results)
+    end, is_limited = population.ends[number], plan.goal.max_forgetting is not None
+    asks = is_limited and (number > 0 or len(population.rungs) == 1)  # a short first rung says little of forgetting
+    if plan.engine == "ray":
+        found = train_by_ray(plan, length, designs, folder, end, before, log, choose=choose, measures_rises=asks)
+        if asks:  # each trial has measured all of its own; no more is known of them than where rungs are trained here
+            measured = {name: rise for result, _ in found for name, rise in result.rises.items()}
+            asked = _rises(population, [result for result, _ in found], measured.__getitem__)
+            found = [
+                (replace(result, rises={name: asked[name] for name in result.names if name in asked}), place)
+                for result, place in found
+            ]
+    else:
+
+        def measure_rises(run: PreparedRun, result: RungResult) -> dict[str, float]:
+            return _rises(population, [result], lambda name: wiki_rises(run, [name], plan.seed, log)[name])
+
+        measure = measure_rises if asks else None
+        found = [
+            (train_rung(plan, length, designs, folder, end, before, log, choose=choose, measure_rises=measure), folder)
+        ]
+    for result, place in found:
+        population.add(result, place)
+    return [result for result, _ in found]
 
 
 def _choose_fast(
@@ -191,18 +214,16 @@ def _choose_fast(
     return [name for name in names if name not in slow]
 
 
-def _rises(population: Population, log: LogFn, run: PreparedRun, result: RungResult) -> dict[str, float]:
-    """What those that would stay have made the model forget, measured one by one until enough keep the limit."""
+def _rises(population: Population, results: Sequence[RungResult], measure: Callable[[str], float]) -> dict[str, float]:
+    """What those that would stay have made the model forget, asked one by one until enough keep the limit."""
     measured: dict[str, float] = {}
-    if population.plan.goal.max_forgetting is None:
-        return measured
 
-    def measure(name: str) -> float:
+    def ask(name: str) -> float:
         if name not in measured:
-            measured.update(wiki_rises(run, [name], population.plan.seed, log))
+            measured[name] = measure(name)
         return measured[name]
 
-    population.decide([result], measure)
+    population.decide(results, ask)
     return measured
 
 

@@ -23,7 +23,7 @@ from kitout.train.run_folder import ABSENT, LOCK_FILE, OWNER_FILE, flatten, lock
 PLAN_FILE, RESULTS_FILE, REPORT_FILE = "plan.yaml", "search.json", "report.html"
 RECOMMENDED_FILE, TRIALS_FILE = "recommended.yaml", "trials.csv"
 HEADER = "# Written by `kitout search`: the plan of the search in this folder."
-MAY_DIFFER = ("out", "run.output.folder", "run.train.micro_batch_size", "run.train.save_steps")
+MAY_DIFFER = ("out", "trials", "run.output.folder", "run.train.micro_batch_size", "run.train.save_steps")
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,12 @@ class SearchPlan(ConfigSection):
     """Designs of the first rung, the run's own and those of the sites' ranking included."""
     halving: HalvingConfig = HalvingConfig()
     confirm: ConfirmConfig = ConfirmConfig()
+    engine: Literal["local", "ray"] = "local"
+    """What trains a rung: this process, as one run of all its candidates, or Ray Tune (extra `ray`), as several trials
+    on several GPUs or machines. The decisions are the same."""
+    trials: int | None = Field(default=None, gt=0)
+    """With engine=ray: into how many trials a rung is divided. Default: one for each GPU; without one, as many as the
+    CPUs have room for with the threads that this process takes."""
     warm: bool = False
     """Begin from the designs of the nearest finished runs (`kitout advise`), as far as the space has their methods."""
     seed: int = Field(default=0, ge=0)
@@ -127,6 +133,14 @@ class SearchPlan(ConfigSection):
         if found:
             raise ValueError(JOIN.join(found))
         return run
+
+    @model_validator(mode="after")
+    def _check_trials(self) -> SearchPlan:
+        if self.trials is not None and self.engine != "ray":
+            raise ValueError(
+                f"trials={self.trials}: rungs are divided into trials with engine=ray: write it, or leave trials out"
+            )
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, the way `load_plan` reads them."""

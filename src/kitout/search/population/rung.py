@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kitout.base import memory
 from kitout.errors import TrainingDiverged, UnusedSite
@@ -33,6 +33,7 @@ from kitout.train.setup.prepare import PreparedRun, prepare
 
 LogFn = Callable[[str], None]
 FAILED_FILE = "failed.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -115,21 +116,46 @@ def train_rung(
     kept = read_rung(folder)
     if kept is not None:
         return kept
-    failed_file = folder / FAILED_FILE
-    failed: dict[str, str] = json.loads(failed_file.read_text(encoding="utf-8")) if failed_file.is_file() else {}
+
+    def train(left: Sequence[Design], failed: Mapping[str, str]) -> RungResult:
+        return _train_together(plan, length, left, folder, end, before, failed, log, choose, measure_rises)
+
+    return leave_out_failing(designs, folder, log, train)
+
+
+def leave_out_failing(
+    designs: Sequence[Design], folder: Path, log: LogFn, work: Callable[[Sequence[Design], Mapping[str, str]], T]
+) -> T:
+    """What `work` comes to with the designs that can be trained, and the messages of those that cannot.
+
+    It is begun again without each that fails; UnusedSite where nobody is left.
+    """
+    failed = read_failed(folder)
     while True:
         left = [one for one in designs if one.name not in failed]
         try:
-            return _train_together(plan, length, left, folder, end, before, failed, log, choose, measure_rises)
+            return work(left, failed)
         except UnusedSite as error:
             found = [one.name for one in left if one.name in error.names]
             if not found or len(found) == len(left):
                 raise
             log(f"{', '.join(found)} cannot be trained: {error}; the others begin this rung again without it")
             failed |= dict.fromkeys(found, str(error))
-            shutil.rmtree(folder)
-            folder.mkdir(parents=True)
-            write_text(failed_file, json.dumps(failed, indent=1) + "\n")
+            if folder.is_dir():
+                shutil.rmtree(folder)
+            write_failed(folder, failed)
+
+
+def read_failed(folder: Path) -> dict[str, str]:
+    """By name of a design that a rung could not train: the message."""
+    file = folder / FAILED_FILE
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def write_failed(folder: Path, failed: Mapping[str, str]) -> None:
+    """Keeps them, so that the rung does not try them again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / FAILED_FILE, json.dumps(failed, indent=1) + "\n")
 
 
 def _train_together(
