@@ -96,6 +96,25 @@ def test_a_design_that_forgets_does_not_stay(tmp_path: Path, monkeypatch: pytest
     assert "against forgetting" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("against", [[], ["forgetting"]], ids=["a limit", "traded"])
+def test_where_forgetting_is_traded_all_are_measured(against: list[str]) -> None:
+    """The order of the candidates is by what they forget, which an unmeasured one would win."""
+    found = population(2, goal={"against": against, "max_forgetting": 1.0})
+    results, asked = found.results.pop(), []
+    found.decisions.pop()
+    left = [name for name in results[0].names if name not in results[0].diverged]
+
+    def measure(name: str) -> float:
+        asked.append(name)
+        return 0.01 * (len(left) - left.index(name))
+
+    measured = runner._rises(found, results, measure)
+    assert (set(asked) == set(left)) == bool(against)
+    found.rises |= measured
+    kept = [replace(results[0], rises=measured)]
+    assert {one.name for one in found.finish_rung(kept) if one.what != "diverged"} == set(left)
+
+
 def test_several_objectives_are_proposed_by_nsga_and_stay_by_their_front(tmp_path: Path) -> None:
     """What the metric is traded against is among each candidate's costs, by which the Pareto order is."""
     plan = loaded(tmp_path, goal={"against": ["trainable_parameters"]})

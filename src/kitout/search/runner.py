@@ -215,7 +215,10 @@ def _choose_fast(
 
 
 def _rises(population: Population, results: Sequence[RungResult], measure: Callable[[str], float]) -> dict[str, float]:
-    """What those that would stay have made the model forget, asked one by one until enough keep the limit."""
+    """What those that would stay have made the model forget, asked one by one until enough keep the limit.
+
+    All are asked where who stays depends on it in the first place.
+    """
     measured: dict[str, float] = {}
 
     def ask(name: str) -> float:
@@ -223,7 +226,13 @@ def _rises(population: Population, results: Sequence[RungResult], measure: Calla
             measured[name] = measure(name)
         return measured[name]
 
-    population.decide(results, ask)
+    if "forgetting" in population.plan.goal.against:
+        for result in results:
+            for name in result.names:
+                if name not in result.diverged:
+                    ask(name)
+    else:
+        population.decide(results, ask)
     return measured
 
 
