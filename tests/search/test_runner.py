@@ -18,6 +18,7 @@ from kitout.cli import app
 from kitout.errors import ConfigError
 from kitout.search.population.design import Design
 from kitout.search.population.rung import Length, read_rung, train_rung
+from kitout.train.checkpoints import read_progress
 from kitout.train.config.load import load
 from kitout.train.config.yaml_file import read_yaml
 from search.searches import loaded, tiny_plan
@@ -108,6 +109,22 @@ def test_what_is_written(finished: tuple[Path, list[str]]) -> None:
     assert figures["answer"] in printed
     assert "kitout train" in printed
     assert {path.name for path in folder.rglob(".*")} <= {".run.lock"}
+
+
+def test_the_time_of_a_rung_is_its_own(finished: tuple[Path, list[str]]) -> None:
+    """A checkpoint's seconds are of the whole training, the rungs before included."""
+    folder, _ = finished
+    _, *later = (rung for rung in sorted((folder / "rungs").iterdir()) if "-" not in rung.name)
+    spent = max(
+        read_progress(next((rung / "checkpoints").glob("checkpoint-*")))["seconds"] for rung in folder.glob("rungs/0*")
+    )
+    assert later
+    for rung in later:
+        kept, progress = read_rung(rung), read_progress(next((rung / "checkpoints").glob("checkpoint-*")))
+        assert kept is not None
+        assert 0 < kept.training_seconds < progress["seconds"]
+        assert kept.training_seconds >= progress["seconds"] - spent - 1e-9  # whoever it goes on from took no longer
+        spent = progress["seconds"]
 
 
 def test_the_same_plan_shows_it_and_another_is_refused(root: Path, finished: tuple[Path, list[str]]) -> None:
