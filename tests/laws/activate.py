@@ -20,6 +20,8 @@ import kitout
 from kitout import Average, Kit, Method
 from kitout.base.site import Site
 from kitout.runtime.adapter import Adapter
+from kitout.search import signals
+from kitout.signals.site_signals import Signals
 from laws.cases import Case
 from zoo import EXTRA, ZOO, Specimen, out
 
@@ -84,9 +86,22 @@ def add_parts(kit: Kit, case: Case) -> None:
             untrivial(kit.add(name, method, seed=0))
 
 
-def put_on(kit: Kit, method: Method, name: str = NAME, *, seed: int = 0) -> Adapter:
+def start_of(specimen: str, method: Method) -> Signals | None:
+    """What a method that starts from data has collected on the species of this name; None where it needs no data."""
+    return None if method.without_start() is method else _collected({**ZOO, **EXTRA}[specimen], method)
+
+
+@cache
+def _collected(specimen: Specimen, method: Method) -> Signals:
+    kit = fresh_kit(specimen)
+    batches = [specimen.batch(4, seed) for seed in range(3)]
+    options = method.start_options(method.sites(kit.survey))
+    return signals(kit, batches, lambda model, batch: loss_of(model(**batch)), **options)
+
+
+def put_on(kit: Kit, method: Method, name: str = NAME, *, seed: int = 0, start: Signals | None = None) -> Adapter:
     """A new adapter with untrivial values; the caller owns the kit."""
-    adapter = kit.add(name, method, seed=seed)
+    adapter = kit.add(name, method, seed=seed, start=start)
     untrivial(adapter, seed)
     return adapter
 
@@ -106,7 +121,7 @@ def added(kit: Kit, *cases: Case, fresh: bool = False) -> Iterator[list[str]]:
     try:
         for case in cases:
             add_parts(kit, case)
-            adapter = kit.add(case.name, case.method, seed=0)
+            adapter = kit.add(case.name, case.method, seed=0, start=start_of(SPECIES[id(kit)], case.method))
             if not fresh:
                 untrivial(adapter)
         yield [case.name for case in cases]

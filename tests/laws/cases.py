@@ -69,11 +69,11 @@ class Case:
     """It has values of its own."""
     composes: bool = False
     """It is a composition of other methods."""
-    only_on: str = ""
-    """The one species that it is tried on; empty for all."""
+    only_on: tuple[str, ...] = ()
+    """The species that it is tried on; all where empty."""
 
     def is_tried_on(self, specimen: Specimen) -> bool:
-        return self.only_on in ("", specimen.name)
+        return not self.only_on or specimen.name in self.only_on
 
 
 SPECIES = {**ZOO, **(EXTRA if os.environ.get("KITOUT_LAWS") == "all" else {})}
@@ -283,8 +283,10 @@ CASES: tuple[Case, ...] = (
             ("gated", Gated(of=NAMES)),
         )
     ),
-    Case("mixture-sites", Mixture(of=NAMES, per="site"), parts=PARTS, composes=True, only_on="llama"),
+    Case("mixture-sites", Mixture(of=NAMES, per="site"), parts=PARTS, composes=True, only_on=("llama",)),
     Case("lora-adaptive", LoRA(rank=2, alpha=3, adaptive=True, start=2.0)),
+    Case("lora-eva", LoRA(rank=2, alpha=3, targets="all-linear", init="eva"), only_on=SOME),
+    Case("lora-ga", LoRA(rank=2, alpha=3, targets="attn.q mlp.*", init="loraga"), rounds=True, only_on=SOME),
 )
 
 Cell = tuple[Specimen, Case]

@@ -16,7 +16,7 @@ from torch import nn
 
 import kitout
 from kitout import Kit, LoRA
-from laws.activate import add_parts, fresh_model, loss_of, pristine, put_on, run
+from laws.activate import add_parts, fresh_model, loss_of, pristine, put_on, run, start_of
 from laws.cases import CELLS, Case, name_of
 from zoo import Specimen
 
@@ -88,7 +88,7 @@ def test_off_is_the_base_and_detach_leaves_no_trace(specimen: Specimen, case: Ca
     kit, before = copy_of_attached(specimen)
     model = kit.base
     add_parts(kit, case)
-    put_on(kit, case.method)
+    put_on(kit, case.method, start=start_of(specimen.name, case.method))
     assert torch.equal(run(kit, batch), want), "an adapter that is not active changes the outputs"
     with kit.use("law"):
         if case.trains:

@@ -23,6 +23,7 @@ from laws.activate import (
     loss_of,
     put_on,
     run,
+    start_of,
     unmergeable,
 )
 from laws.cases import COSTLY, Case, experts, name_of
@@ -44,7 +45,7 @@ def test_outputs_keep_the_dtype_of_the_base(specimen: Specimen, case: Case, dtyp
     plain = specimen.batch(3, 0)
     kit, batch = fresh_kit(specimen, dtype), cast(plain, dtype)
     add_parts(kit, case)
-    adapter = kit.add("law", case.method)
+    adapter = kit.add("law", case.method, start=start_of(specimen.name, case.method))
     assert {p.dtype for p in adapter.parameters()} <= {torch.promote_types(dtype, torch.float32)}
     with activated(kit_of(specimen), case) as exactly:
         exact = run(kit_of(specimen), plain)
@@ -75,7 +76,7 @@ def test_outputs_keep_the_dtype_of_the_base(specimen: Specimen, case: Case, dtyp
 def test_moving_the_kit_moves_base_and_adapters(specimen: Specimen, case: Case) -> None:
     kit = fresh_kit(specimen)
     add_parts(kit, case)
-    put_on(kit, case.method)
+    put_on(kit, case.method, start=start_of(specimen.name, case.method))
     assert kit.to(torch.float64) is kit
     assert kit.dtype == torch.float64
     everything = [*kit.base.parameters(), *kit.parameters()]
