@@ -39,6 +39,8 @@ class GymTask:
     """Of grpo, constant."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of grpo."""
+    sft_steps: int = 60
+    """Before it, of 8 right answers each."""
 
     @property
     def data(self) -> dict[str, Any]:
@@ -48,13 +50,16 @@ class GymTask:
 
 
 TASKS = {
+    "one or two digits, 48 answers first": GymTask(
+        "gym:chain_sum:min_terms=2:max_terms=2:min_digits=1:max_digits=2", 60, 3e-4, sft_steps=6
+    ),
     "one or two digits": GymTask(
         "gym:chain_sum:min_terms=2:max_terms=2:min_digits=1:max_digits=2", 100, 2e-4, (0, 1, 2, 3, 4)
     ),
     "two digits": GymTask("gym:chain_sum:max_terms=2:min_digits=2:max_digits=2", 200, 3e-4),
 }
 MAX_NEW_TOKENS = 8
-SFT = {"steps": 60, "batch_size": 8, "seed": 0}
+SFT = {"batch_size": 8, "seed": 0}
 ROLLOUT = {"prompts": 4, "samples": 8, "max_new_tokens": MAX_NEW_TOKENS}
 NUM_TEST = 200  # of the held-out prompts
 METRICS = {"reward": "reward, held-out prompts", "exact_match": "right, held-out prompts"}
@@ -79,7 +84,7 @@ def main() -> None:
 
 def task_folder(folder: Path, name: str) -> Path:
     """Of one task."""
-    return folder / name.replace(" ", "-")
+    return folder / name.replace(",", "").replace(" ", "-")
 
 
 def run_folder(folder: Path, seed: int) -> Path:
@@ -90,7 +95,7 @@ def run_folder(folder: Path, seed: int) -> Path:
 def train_sft(task: GymTask, folder: Path) -> None:
     """What all seeds start from: it ends its answers, and some are right. It is measured by the grpo stages."""
     kitout.align(
-        stage="sft", model=MODEL, data=task.data, train=SFT, output=str(folder),
+        stage="sft", model=MODEL, data=task.data, train={**SFT, "steps": task.sft_steps}, output=str(folder),
         evaluate={"max_test_examples": 20, "generate_examples": 4, "max_new_tokens": MAX_NEW_TOKENS},
     )  # fmt: skip
 
@@ -177,9 +182,11 @@ def row(task: str, title: str, seed: str, before: float, after: float, rise: flo
 
 def what_ran() -> str:
     """The settings in a sentence."""
-    grpo = "; ".join(f"{name}: `{one.gym}`, {one.steps} steps at {one.lr:g}" for name, one in TASKS.items())
+    grpo = "; ".join(
+        f"{name}: `{one.gym}`, sft {one.sft_steps} steps, grpo {one.steps} at {one.lr:g}" for name, one in TASKS.items()
+    )
     return (
-        f"{MODEL}, LoRA at its defaults; sft {SFT['steps']} steps of {SFT['batch_size']}; grpo {ROLLOUT['prompts']} "
+        f"{MODEL}, LoRA at its defaults; sft of {SFT['batch_size']} right answers a step; grpo {ROLLOUT['prompts']} "
         f"prompts x {ROLLOUT['samples']} answers a step, constant learning rate; {NUM_TEST} held-out prompts, answered "
         f"greedily. {grpo}."
     )

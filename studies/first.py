@@ -30,12 +30,12 @@ PARTS: dict[str, dict[str, Any]] = {
         "data": {"train": {"path": "mnist-5k", "limit": 2000}, "validation": 0, "test": 1000, "image_size": 56},
     },
     "smollm2": {
-        "title": "Sentiment of tweets, SmolLM2-135M-Instruct (a decoder), 512 examples as instructions",
+        "title": "Sentiment of tweets, SmolLM2-135M-Instruct (a decoder), 300 examples as instructions",
         "model": "smollm2-135m",
         "data": {
-            "train": {"path": "tweets", "format": "label", "limit": 1030, "system_prompt": INSTRUCTION},
+            "train": {"path": "tweets", "format": "label", "limit": 610, "system_prompt": INSTRUCTION},
             "validation": 0,
-            "test": 500,
+            "test": 300,
         },
         "evaluate": {"forgetting": "quick"},
     },

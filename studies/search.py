@@ -62,22 +62,23 @@ PARTS: dict[str, dict[str, Any]] = {
         "budget": {"max_trainable_parameters": 700_000},
     },
     "smollm2": {
-        "title": "Sentiment of tweets, SmolLM2-135M-Instruct (a decoder), 400 instructions, 200 for validation, "
-        "400 for the test",
+        "title": "Sentiment of tweets, SmolLM2-135M-Instruct (a decoder), 200 instructions, 100 for validation, "
+        "180 for the test",
         "run": {
             "model": "smollm2-135m",
             "data": {
-                "train": {"path": "tweets", "format": "label", "limit": 1000, "system_prompt": INSTRUCTION},
-                "validation": 200,
-                "test": 400,
+                "train": {"path": "tweets", "format": "label", "limit": 480, "system_prompt": INSTRUCTION},
+                "validation": 100,
+                "test": 180,
             },
+            "train": {"steps": 100, "batch_size": 4},
         },
         "space": {
             **TEXT_SPACE, "LoRA": {**TEXT_SPACE["LoRA"], "layers": ["all", "last:8"]}, "lr": {"multipliers": [0.3, 3.0]}
         },
         "budget": {"max_trainable_parameters": 1_000_000},
         "goal": {"max_forgetting": 0.1},
-        "evaluate": {"forgetting": "quick"},
+        "designs": 1,
     },
 }  # fmt: skip
 PAGE, CELLS = Path("docs/results/search.md"), Path("docs/results")
@@ -99,7 +100,7 @@ def main() -> None:
 def search(part: Mapping[str, Any], folder: Path) -> None:
     """The search of a part, or what is left of an earlier start."""
     plan = {name: part[name] for name in ("run", "space", "budget", "goal") if name in part}
-    kitout.search.run({**plan, "confirm": {"seeds": SEEDS, "designs": 2}, "out": str(folder)})
+    kitout.search.run({**plan, "confirm": {"seeds": SEEDS, "designs": part.get("designs", 2)}, "out": str(folder)})
 
 
 def allocate_ranks(part: Mapping[str, Any], folder: Path) -> None:
@@ -109,10 +110,11 @@ def allocate_ranks(part: Mapping[str, Any], folder: Path) -> None:
         if not jobs.is_file():
             write_text(jobs, json.dumps(rank_jobs(part, folder.parent / "probe")))
         kitout.train(
-            **part["run"],
+            model=part["run"]["model"],
+            data=part["run"]["data"],
             jobs=json.loads(jobs.read_text(encoding="utf-8")),
-            train={"seeds": SEEDS},
-            evaluate={"generate_examples": 0, "steps": 0, **part.get("evaluate", {})},
+            train={**part["run"].get("train", {}), "seeds": SEEDS},
+            evaluate={"generate_examples": 0, "steps": 0},
             output={"folder": str(folder)},
         )
 

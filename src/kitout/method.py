@@ -21,6 +21,8 @@ from kitout.errors import ConfigError, Errors
 from kitout.format import short_repr
 from kitout.route import Route
 
+MAX_LISTED = 8  # targets, or ranks by pattern, that a table shows one by one
+
 
 @dataclass(frozen=True)
 class TrainingDefaults:
@@ -177,8 +179,11 @@ class Method(BaseModel):
         return self.training
 
     def non_default_settings(self) -> dict[str, Any]:
-        """The settings that differ from the defaults, for tables and cards."""
-        return self.model_dump(exclude_defaults=True)
+        """The settings that differ from the defaults, for tables and cards; many targets as their number."""
+        settings = self.model_dump(exclude_defaults=True)
+        if len(words := (settings.get("targets") or "").split()) > MAX_LISTED:
+            settings["targets"] = f"{len(words)} names"
+        return settings
 
 
 REGISTRY: dict[str, type[Method]] = {}

@@ -55,6 +55,9 @@ def test_keys_that_are_paths_are_the_targets() -> None:
     many = {site.path: 1 + i % 3 for i, site in enumerate(kit.sites("all-linear"))}
     kit.add("c", LoRA(rank=many))
     assert f"1 to 3, by {len(many)} paths" in str(kit)
+    kit.add("d", LoRA(targets=" ".join(many)))
+    assert f"{len(many)} names" in str(kit)
+    assert "layers.1.mlp.down_proj" not in str(kit)
 
 
 def test_the_last_key_that_matches_still_wins() -> None:

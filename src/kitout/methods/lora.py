@@ -22,7 +22,7 @@ from kitout.base.survey import Survey
 from kitout.base.weights import bias, fan_in, is_matrix_product, weight_matrix
 from kitout.delta import Delta
 from kitout.errors import ConfigError, Errors, TargetError
-from kitout.method import Method, SiteStart, TrainingDefaults, register
+from kitout.method import MAX_LISTED, Method, SiteStart, TrainingDefaults, register
 from kitout.methods.deltas.adaptive_rank import TripletImportance, cut_after_step, last_cut_step
 from kitout.methods.deltas.dora import DoRADelta
 from kitout.methods.deltas.low_rank import LowRankDelta
@@ -32,7 +32,6 @@ from kitout.methods.deltas.start_from_data import start_from_gradient, start_fro
 ByRole = dict[str, int]
 BIAS = ("bias",)  # parameter_names of a site where only a bias is trained
 FROM_DATA = ("eva", "loraga")  # values of `init` that need a start
-MAX_LISTED = 6  # ranks or alphas by pattern that a table shows one by one
 PROJECTIONS_OF = {"sub.attn": ("attn.o",), "sub.cross": ("cross.o",), "sub.mlp": ("mlp.down",)}
 
 

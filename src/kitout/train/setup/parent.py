@@ -165,7 +165,7 @@ def load_parent(
         raise ConfigError(f"train.from={parent.folder}: {error}") from error
     if type(adapter.method) is not type(method):
         errors.add(f"it holds a {type(adapter.method).__name__}: write method={type(adapter.method).__name__}")
-    elif is_peft and (requested := method.non_default_settings()):
+    elif is_peft and (requested := method.model_dump(exclude_defaults=True)):
         own = adapter.method.model_dump()
         names = [key for key in requested if key not in ("targets", "layers") and own[key] != requested[key]]
         if names:
