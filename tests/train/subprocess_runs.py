@@ -11,6 +11,7 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSIT
 
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from kitout import (
 from kitout.errors import ConfigError
 from kitout.files.base_fingerprint import fingerprint
 from kitout.train import checkpoints
-from kitout.train.loop import distributed, fsdp
+from kitout.train.loop import compiled_steps, distributed, fsdp
 from kitout.train.loop.jobs import Job
 from kitout.train.measure.predict import predict
 from train.fixtures import add, causal, far, gradients, job, kit_of, loop_of, losses, texts, values
@@ -226,8 +227,13 @@ def train_pairs_in_group(folder: Path, is_sharded: bool) -> RunSummary:
 
 
 def train_in_group(folder: Path, kind: str, stop: int | None = None) -> RunSummary:
-    """A run in all processes of the group. joint: jobs with too few rows for every process; sharded: FSDP2."""
+    """A run in all processes of the group.
+
+    joint: jobs with too few rows for every process; sharded: FSDP2; compiled: by block, where there are several.
+    """
     PartialState(cpu=True)  # joins the group, as a run does first
+    mode = "blocks" if kind == "compiled" and distributed.world_size() > 1 else "off"
+    compiled_steps.compile_kit = partial(compiled_steps.compile_kit, backend="eager")
     kit = kit_of("llama", dtype=torch.float32 if kind == "single" else torch.float64)
     add(kit, "low", LoRA(rank=2, targets="all-linear"))
     names = ["low"]
@@ -237,7 +243,16 @@ def train_in_group(folder: Path, kind: str, stop: int | None = None) -> RunSumma
         names += ["shift", "front"]
     fsdp_on = kind == "sharded" and distributed.world_size() > 1
     jobs = [
-        job(name, causal(kit, names, items), items, steps=steps, batch=batch, seed=batch, fsdp=fsdp_on)
+        job(
+            name,
+            causal(kit, names, items),
+            items,
+            steps=steps,
+            batch=batch,
+            seed=batch,
+            fsdp=fsdp_on,
+            compile=mode,
+        )
         for name, items, steps, batch in zip(
             names, [texts(20, 0), texts(12, 1), texts(9, 2)], (6, 4, 5), (5, 1, 3), strict=False
         )
@@ -277,6 +292,7 @@ def train_in_group(folder: Path, kind: str, stop: int | None = None) -> RunSumma
         "eval_losses": eval_losses,
         "base_size": base_size,
         "fingerprint": saved_fingerprint,
+        "compiled": loop.step_runner.compiled.report is not None,
         "tokens": sum(distributed.all_gather([loop.step_runner.tokens])),
         "from": checkpoints.step_of(last) if last else 0,
     }

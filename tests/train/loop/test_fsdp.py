@@ -45,6 +45,15 @@ def test_a_sharded_base_equals_the_whole_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_compiled_blocks_in_two_processes_equal_eager_ones_in_one(tmp_path: Path) -> None:
+    (reference,) = run_in_processes(runs.train_in_group, tmp_path / "one", "compiled")
+    first, second = run_in_processes(runs.train_in_group, tmp_path / "two", "compiled", processes=2)
+    assert (reference["compiled"], first["compiled"], second["compiled"]) == (False, True, True)
+    assert first["weights"] == second["weights"]
+    assert_same_run(first, reference)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_pairs_in_two_processes_equal_one(tmp_path: Path, is_sharded: bool) -> None:
     (reference,) = run_in_processes(runs.train_pairs_in_group, tmp_path / "one", is_sharded)
