@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kitout
-from kitout import IA3, LoRA, PartialFineTuning
+from kitout import IA3, FullFineTuning, LoRA, PartialFineTuning
 from kitout.train.objectives import chunked_cross_entropy as chunked
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32, chunked_cross_entropy
 from kitout.train.objectives.lm_head_loss import HeadLoss
@@ -114,6 +114,26 @@ def test_one_adapter_on_the_head_rules_out_chunks_for_all_jobs() -> None:
     add(kit, "head", LoRA(rank=2, targets="head"))
     assert causal(kit, ["scale", "head"], texts(6)).head.mode == "selected"
     assert causal(kit, ["scale"], texts(6)).head.mode == "chunked"
+
+
+@pytest.mark.parametrize("change", ["lora", "replaced", "trained", "full"])
+@pytest.mark.parametrize("species", ["llama", "llama-tied", "gemma2"])
+def test_rows_with_heads_of_their_own_share_a_forward(species: str, change: str) -> None:
+    kit, items = kit_of(species), texts(8)
+    methods: dict[str, Any] = {
+        "lora": LoRA(rank=2, targets="head attn.q"), "replaced": LoRA(rank=2), "full": FullFineTuning(),
+        "trained": PartialFineTuning(part="head"),
+    }  # fmt: skip
+    for seed, name in enumerate("ab"):
+        heads = {"lm_head": nn.Linear(D, VOCAB)} if change == "replaced" else None
+        add(kit, name, methods[change], heads, seed=seed)
+    add(kit, "low", LoRA(rank=2))
+    jobs = [job(name, causal(kit, ["a", "b", "low"], items), items, batch=4) for name in ("a", "low", "b")]
+    assert {one.objective.head.mode for one in jobs} == {"selected"}
+    joint = gradients(kit, jobs, micro=12)
+    for one in jobs:
+        one.objective.head = HeadLoss(kit, "full")
+    assert far(joint, {key: value for one in jobs for key, value in gradients(kit, [one], micro=4).items()}) <= 2e-6
 
 
 def assert_equals_full(kit: Any, objective: Any, items: Any) -> None:

@@ -40,8 +40,9 @@ class HeadLoss:
     head: nn.Linear | None
     """The model's output head; None: "full" is the only mode."""
 
-    def __init__(self, kit: Kit, mode: HeadLossMode) -> None:
-        self.mode, self.head = mode, output_head(kit)
+    def __init__(self, kit: Kit, mode: HeadLossMode, is_adapted: bool = False) -> None:
+        """is_adapted: adapters act on the head, and those of different rows may differ."""
+        self.kit, self.mode, self.head, self.is_adapted = kit, mode, output_head(kit), is_adapted
 
     @classmethod
     def choose(
@@ -58,10 +59,11 @@ class HeadLoss:
         with torch.no_grad():
             expected, expected_nll, _ = full(run_model, positions, labels, weights)
             tolerance = TOLERANCE.get(kit.dtype, 1e-4) * (1 + abs(expected.item()))
-            may_chunk = _head_is_frozen(kit, names, full.head) and _nothing_after_head(run_model, full.head)
+            is_adapted = not _head_is_frozen(kit, names, full.head)
+            may_chunk = not is_adapted and _nothing_after_head(run_model, full.head)
             modes: list[HeadLossMode] = ["chunked", "selected"] if may_chunk else ["selected"]
             for mode in modes:
-                candidate = cls(kit, mode)
+                candidate = cls(kit, mode, is_adapted)
                 try:
                     difference = abs(candidate(run_model, positions, labels, weights)[0].item() - expected.item())
                     if log_probs and difference <= tolerance:
@@ -105,9 +107,10 @@ class HeadLoss:
         if self.head is None or self.mode == "full":
             logits: Tensor = run_model().logits
             return logits.reshape(-1, logits.shape[-1])[positions]
-        with _select_positions(self.head, positions):
+        select = _SelectedPositions(positions, self.is_adapted and isinstance(self.kit.active, tuple))
+        with select.at(self.head):
             logits = run_model().logits
-        return logits.reshape(len(positions), -1)
+        return select.of(logits)
 
 
 def output_head(kit: Kit) -> nn.Linear | None:
@@ -147,14 +150,45 @@ def _hidden_at(args: tuple[Any, ...], positions: Tensor) -> Tensor:
     return h.reshape(-1, h.shape[-1])[positions]
 
 
-@contextmanager
-def _select_positions(head: nn.Module, positions: Tensor) -> Iterator[None]:
-    """The head gets these positions alone, as one row: [1, N, d]."""
-    handle = head.register_forward_pre_hook(lambda _module, args: (_hidden_at(args, positions)[None], *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
+class _SelectedPositions:
+    """What the head gets of [B, T, d]: these positions alone, as one row [1, N, d], or by_row: [B, M, d].
+
+    by_row: where rows have a head of their own; M is the most that a row has, and what fills up others is left out
+    again.
+    """
+
+    def __init__(self, positions: Tensor, by_row: bool) -> None:
+        self.positions, self.by_row = positions, by_row
+        self.kept: Tensor | None = None  # [N], of the flattened [B * M]
+
+    @contextmanager
+    def at(self, head: nn.Module) -> Iterator[None]:
+        """The head gets them meanwhile."""
+        handle = head.register_forward_pre_hook(lambda _module, args: (self._select(args), *args[1:]))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def of(self, logits: Tensor) -> Tensor:
+        """[N, V] of what comes out."""
+        flat = logits.reshape(-1, logits.shape[-1])
+        return flat.reshape(len(self.positions), -1) if self.kept is None else flat[self.kept]
+
+    def _select(self, args: tuple[Any, ...]) -> Tensor:
+        if not self.by_row:
+            return _hidden_at(args, self.positions)[None]
+        num_rows, length = args[0].shape[:2]
+        owners = self.positions // length
+        counts = owners.bincount(minlength=num_rows)
+        most = int(counts.max())
+        order = owners.argsort(stable=True)
+        ranks = torch.empty_like(order)
+        ranks[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[owners[order]]
+        self.kept = owners * most + ranks
+        index = torch.zeros(num_rows * most, dtype=torch.long, device=order.device)
+        index[self.kept] = self.positions
+        return _hidden_at(args, index).unflatten(0, (num_rows, most))
 
 
 def _terms_in_head(
