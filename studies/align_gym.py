@@ -21,6 +21,7 @@ import kitout
 from kitout.evaluate.example_scores import load_scores
 from kitout.evaluate.intervals.distributions import t_quantile
 from kitout.evaluate.significance.seeds import MIN_SEEDS, compare_methods
+from kitout.evaluate.significance.two_errors import half_width
 from kitout.files.atomic import write_text
 from kitout.train.metrics_log import read_metrics
 
@@ -162,8 +163,7 @@ def over_both(before: Any, after: Any) -> tuple[float, ...]:
     All seeds have one start, so Student's t has the degrees of freedom of grpo's seeds alone.
     """
     one = compare_methods(after, before, names=("grpo", "sft"), share=False)
-    of_seeds = t_quantile(0.975, len(after) - 1) * (one.seed_error or 0.0)
-    half = math.hypot(of_seeds, t_quantile(0.975, after.shape[1] - 1) * one.example_error)
+    half = half_width(0.975, [(one.seed_error or 0.0, len(after) - 1), (one.example_error, after.shape[1] - 1)])
     return before.mean(), after.mean(), one.difference, one.difference - half, one.difference + half
 
 

@@ -53,17 +53,21 @@ def test_the_smallest_difference_is_found_in_eighty_percent_of_cases() -> None:
     assert 0.6 <= found / 300 <= 0.9
 
 
-def test_the_larger_standard_error_counts() -> None:
+def test_both_standard_errors_count() -> None:
     same = np.tile([1.0, 0.0, 1.0, 1.0], (3, 50))
     other = same.copy()
     other[:, ::8] = 0
     one = compare_methods(same, other)
     assert one.seed_error == 0
-    assert one.smallest.value == pytest.approx((2.776 + 0.941) * one.example_error, rel=1e-3)
+    assert one.smallest.value == pytest.approx((1.972 + 0.843) * one.example_error, rel=1e-3)
+    assert one.high - one.difference == pytest.approx(1.972 * one.example_error, rel=1e-3)
     wide = compare_methods(np.array([[1.0] * 100, [0.0] * 100, [1.0] * 100]), np.full((3, 100), 0.5))
     assert wide.seed_error == pytest.approx(1 / 3)
     assert wide.example_error < 0.02
     assert wide.is_better is None
+    assert wide.high - wide.difference == pytest.approx(
+        np.hypot(2.776 * wide.seed_error, 1.984 * wide.example_error), rel=1e-3
+    )
 
 
 def test_fewer_seeds_have_an_interval_and_no_verdict() -> None:

@@ -65,17 +65,34 @@ def _normal_cdf(values: np.ndarray) -> np.ndarray:
     return np.array([math.erfc(-v / math.sqrt(2)) / 2 for v in values.tolist()])
 
 
+def root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function that changes its sign between low and high is 0, to 13 digits (Ridders 1979)."""
+    at_low, at_high = function(low), function(high)
+    last = math.inf
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        at_middle = function(middle)
+        scale = math.sqrt(at_middle * at_middle - at_low * at_high)
+        if not scale:
+            return middle
+        x = middle + (middle - low) * math.copysign(1.0, at_low - at_high) * at_middle / scale
+        if abs(x - last) <= 1e-13 * abs(x):
+            return x
+        last, at_x = x, function(x)
+        if not at_x:
+            return x
+        points = sorted([(low, at_low), (middle, at_middle), (x, at_x), (high, at_high)])
+        change = next(i for i in range(3) if points[i][1] * points[i + 1][1] <= 0)
+        (low, at_low), (high, at_high) = points[change : change + 2]
+    return last
+
+
 def _solve(tail: Callable[[float], float], target: float) -> float:
-    """Where a falling function of a number >= 0 is at its target, by bisection."""
+    """Where a falling function of a number >= 0 is at its target."""
     low, high = 0.0, 1.0
     while tail(high) > target:
         low, high = high, 2 * high
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if tail(middle) > target else (low, middle)
-    return (low + high) / 2
+    return root(lambda x: math.log(max(tail(x), TINY) / target), low, high)
 
 
 def incomplete_beta(a: float, b: float, x: float) -> float:

@@ -2,7 +2,7 @@
 
 It is (z of 0.975 + z of 0.8) = 2.8 standard errors of the difference (Miller 2024, "Adding Error Bars to Evals"); of
 shares of correct examples 2.8 sqrt(discordant / n), where on the discordant share of examples just one of the two is
-correct. Over seeds the quantiles are those of t. It knows errors and numbers of examples, and no method.
+correct. It knows errors and numbers of examples, and no method.
 """
 
 from __future__ import annotations
@@ -65,11 +65,9 @@ def smallest_text(found: Sequence[tuple[str, SmallestDifference]]) -> str:
     )
 
 
-def smallest_difference(
-    error: float, n: int, *, share: bool = True, degrees: float = math.inf
-) -> SmallestDifference:  # fmt: skip
-    """From the standard error of a difference. degrees: of freedom of t, where the error is over seeds."""
-    return SmallestDifference((t_quantile(0.975, degrees) + t_quantile(POWER, degrees)) * error, n, share)
+def smallest_difference(error: float, n: int, *, share: bool = True) -> SmallestDifference:
+    """From the standard error of a difference over examples."""
+    return SmallestDifference((t_quantile(0.975, math.inf) + t_quantile(POWER, math.inf)) * error, n, share)
 
 
 def smallest_share_difference(discordant: float, n: int) -> SmallestDifference:

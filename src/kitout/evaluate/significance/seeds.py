@@ -1,9 +1,9 @@
 """Two methods, each trained with several seeds, on the same test examples: the difference and what may be said of it.
 
-From three seeds of each: t on the seeds' degrees of freedom, 2 (S - 1), with the larger of two standard errors, that of
-the seeds' means and that of the paired examples. Over examples alone up to 22 % of equal methods "differ", so at most
-4 % do (simulated in tests/evaluate/significance). With fewer seeds there is an interval over examples, and no verdict.
-It knows arrays of scores, and no training.
+From three seeds of each: the seeds' standard error, with t on 2 (S - 1) degrees of freedom, and that of the paired
+examples, with t on theirs, square and add (`two_errors`). Over examples alone up to 22 % of equal methods "differ", so
+at most 5 % do (simulated in tests/evaluate/significance). With fewer seeds there is an interval over examples, and no
+verdict. It knows arrays of scores, and no training.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kitout.errors import ConfigError
-from kitout.evaluate.intervals.distributions import t_p_value, t_quantile
 from kitout.evaluate.intervals.ratio import Groups, Ratio, standard_error
 from kitout.evaluate.metrics.measure import (
     Measure,
@@ -28,7 +27,8 @@ from kitout.evaluate.metrics.measure import (
     score_difference,
     size_text,
 )
-from kitout.evaluate.significance.power import SmallestDifference, smallest_difference
+from kitout.evaluate.significance.power import POWER, SmallestDifference, smallest_difference
+from kitout.evaluate.significance.two_errors import Errors, half_width, p_value
 
 MIN_SEEDS = 3  # of each method, for a verdict
 LEVEL = 0.05
@@ -86,9 +86,10 @@ class MethodDifference:
     @property
     def smallest(self) -> SmallestDifference:
         """The smallest difference that these seeds and examples can show for this pair alone."""
-        degrees = math.inf if self.p_value is None else sum(self.num_seeds) - 2
-        error = self.example_error if self.p_value is None else max(self.seed_error or 0.0, self.example_error)
-        return smallest_difference(error, self.n, share=self.share, degrees=degrees)
+        if self.p_value is None:
+            return smallest_difference(self.example_error, self.n, share=self.share)
+        errors = _errors(self.seed_error or 0.0, self.num_seeds, self.example_error, self.num_groups or self.n)
+        return SmallestDifference(half_width(0.975, errors) + half_width(POWER, errors), self.n, self.share)
 
     @property
     def verdict(self) -> str:
@@ -137,16 +138,15 @@ def compare_methods(
     variances = [float(one.var(ddof=1)) / len(one) for one in (means, other_means) if len(one) > 1]
     seed_error = math.sqrt(sum(variances)) if len(variances) == 2 else None
     if min(seeds) >= MIN_SEEDS and seed_error is not None:
-        error, degrees = max(seed_error, example_error), sum(seeds) - 2
-        half_width = t_quantile(0.975, degrees) * error
-        p_value = t_p_value(difference / error, degrees) if error else float(difference == 0)
-        low, high = difference - half_width, difference + half_width
+        errors = _errors(seed_error, seeds, example_error, n if numbers is None else int(numbers.max()) + 1)
+        half, p = half_width(0.975, errors), p_value(difference, errors)
+        low, high = difference - half, difference + half
     else:
-        p_value = None
+        p = None
         measures = [_measure(one.mean(axis=0), w, share, numbers) for one in (b, a)]
         _, low, high = score_difference(measures[0], measures[1], seed)
     return MethodDifference(
-        names[0], names[1], difference, low, high, p_value, p_value, 1, seeds, n, seed_error, example_error,
+        names[0], names[1], difference, low, high, p, p, 1, seeds, n, seed_error, example_error,
         higher_is_better, share, None if numbers is None else int(numbers.max()) + 1,
     )  # fmt: skip
 
@@ -162,6 +162,11 @@ def check_scores(name: str, scores: ArrayLike, share: bool) -> NDArray[np.float6
     if share and (table.min() < 0 or table.max() > 1):
         raise ConfigError(f"{name}: scores from {table.min():.4g} to {table.max():.4g} are no fractions: share=False")
     return table
+
+
+def _errors(seed_error: float, num_seeds: tuple[int, int], example_error: float, num_units: int) -> Errors:
+    """num_units: examples, or groups of them."""
+    return (seed_error, sum(num_seeds) - 2), (example_error, max(1, num_units - 1))
 
 
 def _example_error(
