@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,29 @@ def test_what_a_killed_process_has_left_is_removed_and_a_live_ones_is_not(tmp_pa
     assert left.is_dir()
     atomic.remove_leftovers(tmp_path, lambda name: name == "results.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.json.1", "two"]
+
+
+def test_threads_write_one_file_at_once(tmp_path: Path) -> None:
+    place, errors = tmp_path / "a.json", []
+
+    def write(letter: str) -> None:
+        try:
+            for _ in range(100):
+                atomic.write_text(place, letter * 10_000)
+                atomic.remove_leftovers(tmp_path, lambda name: name == "a.json")
+        except OSError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert place.read_text(encoding="utf-8") in {letter * 10_000 for letter in "abcd"}
+    (tmp_path / f".a.json.{os.getpid()}-{threads[0].native_id}").touch()  # it is over
+    atomic.remove_leftovers(tmp_path, lambda name: name == "a.json")
+    assert list(tmp_path.iterdir()) == [place]
 
 
 @pytest.mark.parametrize("killed_at", ["first", "second"])

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +28,8 @@ if sys.platform != "win32":
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 # What `replace_folder` makes beside a target: the new folder, and the old one under the name of its target.
 TEMP_FOLDER = re.compile(r"\.kitout-[0-9a-f]{32}(?:-old-(?P<target>.+))?")
-TEMP_FILE = re.compile(r"\.(?P<file>.+)\.(?P<pid>[0-9]+)")  # what `write_bytes` makes beside a file
+# What `write_bytes` makes beside a file; without a thread: the main one.
+TEMP_FILE = re.compile(r"\.(?P<file>.+)\.(?P<pid>[0-9]+)(?:-(?P<thread>[0-9]+))?")
 
 
 def write_text(file: Path, text: str) -> Path:
@@ -37,7 +39,9 @@ def write_text(file: Path, text: str) -> Path:
 
 def write_bytes(file: Path, data: bytes) -> Path:
     """Replaces the file with the bytes. A killed process leaves the old file, and maybe `.<name>.<pid>` beside it."""
-    temp_path = file.with_name(f".{file.name}.{os.getpid()}")
+    is_main = threading.current_thread() is threading.main_thread()
+    thread = "" if is_main else f"-{threading.get_native_id()}"
+    temp_path = file.with_name(f".{file.name}.{os.getpid()}{thread}")
     try:
         temp_path.write_bytes(data)
         os.replace(temp_path, file)
@@ -129,7 +133,7 @@ def remove_leftovers(folder: Path, is_own_file: Callable[[str], bool] = lambda _
                 _remove_folder(path, match["target"])
             continue
         match = TEMP_FILE.fullmatch(path.name)
-        if match and is_own_file(match["file"]) and not _is_alive(int(match["pid"])):
+        if match and is_own_file(match["file"]) and not _is_alive(int(match["pid"]), match["thread"]):
             with suppress(OSError):
                 path.unlink()
 
@@ -147,10 +151,13 @@ def _remove_folder(path: Path, target: str | None) -> None:
         os.close(handle)
 
 
-def _is_alive(pid: int) -> bool:
-    """Whether another process has this number. One with our own was there before us: a container counts anew."""
+def _is_alive(pid: int, thread: str | None) -> bool:
+    """Whether another process has this number, or another thread of this one. What has our own numbers was there before
+    us: a container counts anew.
+    """
     if pid == os.getpid():
-        return False
+        number = threading.main_thread().native_id if thread is None else int(thread)
+        return number != threading.get_native_id() and number in {one.native_id for one in threading.enumerate()}
     if sys.platform == "win32":
         return True  # there os.kill ends a process, whatever the signal
     try:
