@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from kitout.errors import ConfigError
 from kitout.evaluate.intervals.resampled import newcombe_interval
-from kitout.evaluate.significance.seeds import MethodDifference, compare_methods
+from kitout.evaluate.significance.seeds import MethodDifference, compare_methods, seed_degrees
 
 Scores = NDArray[np.float64]
 
@@ -34,6 +34,31 @@ def draw(i: int, skill: float = 0.0, num_seeds: int = 3, seed_effect: float = 0.
 def test_two_equal_methods_rarely_differ(num_seeds: int, seed_effect: float) -> None:
     found = [draw(i, 0.0, num_seeds, seed_effect).is_better is not None for i in range(250)]
     assert np.mean(found) <= 0.06
+
+
+@pytest.mark.parametrize(
+    ("num_seeds", "spreads"),
+    [((3, 3), (0.1, 0.0)), ((3, 3), (0.1, 0.03)), ((3, 10), (0.1, 0.1)), ((3, 10), (0.1, 0.02))],
+)
+def test_they_do_not_where_one_varies_more_or_has_more_seeds(
+    num_seeds: tuple[int, int], spreads: tuple[float, float]
+) -> None:
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(400):
+        shared = rng.normal(0, 1, 100)
+        a, b = (
+            shared + rng.normal(0, sd, (s, 1)) + np.zeros((s, 100)) for s, sd in zip(num_seeds, spreads, strict=True)
+        )
+        found += compare_methods(a, b, share=False).is_better is not None
+    assert found / 400 <= 0.08
+
+
+def test_degrees_of_the_seeds() -> None:
+    assert seed_degrees((1.0, 1.0), (3, 3)) == 4
+    assert seed_degrees((1.0, 0.0), (3, 3)) == 2
+    assert seed_degrees((0.0, 0.0), (3, 5)) == 4
+    assert seed_degrees((1.0, 0.2), (3, 10)) == pytest.approx(1.44 / (1 / 2 + 0.04 / 9))
+    assert seed_degrees((0.1, 1.0), (3, 10)) == 4  # not the 12 of ten seeds: those of the three may be few by chance
 
 
 def test_a_planted_difference_is_found() -> None:
@@ -65,8 +90,9 @@ def test_both_standard_errors_count() -> None:
     assert wide.seed_error == pytest.approx(1 / 3)
     assert wide.example_error < 0.02
     assert wide.is_better is None
+    assert wide.seed_degrees == 2, "the other method is the same with every seed"
     assert wide.high - wide.difference == pytest.approx(
-        np.hypot(2.776 * wide.seed_error, 1.984 * wide.example_error), rel=1e-3
+        np.hypot(4.303 * wide.seed_error, 1.984 * wide.example_error), rel=1e-3
     )
 
 

@@ -1,9 +1,9 @@
 """Two methods, each trained with several seeds, on the same test examples: the difference and what may be said of it.
 
-From three seeds of each: the seeds' standard error, with t on 2 (S - 1) degrees of freedom, and that of the paired
-examples, with t on theirs, square and add (`two_errors`). Over examples alone up to 22 % of equal methods "differ", so
-at most 5 % do (simulated in tests/evaluate/significance). With fewer seeds there is an interval over examples, and no
-verdict. It knows arrays of scores, and no training.
+From three seeds of each: the seeds' standard error, with t on Welch's degrees of freedom, at most 2 (S - 1), and that
+of the paired examples, with t on theirs, square and add (`two_errors`). Over examples alone up to 22 % of equal methods
+"differ", so about 5 % at most do, also where one varies more from seed to seed (tests/evaluate/significance). With
+fewer seeds there is an interval over examples, and no verdict. It knows arrays of scores, and no training.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ class MethodDifference:
     """Standard error of the difference over seeds; None with one seed."""
     example_error: float
     """Standard error of the difference over paired examples (or groups)."""
+    seed_degrees: float | None = None
+    """Degrees of freedom of the error over seeds; None with too few of them."""
     higher_is_better: bool = True
     """False for a loss or an error."""
     share: bool = True
@@ -86,9 +88,9 @@ class MethodDifference:
     @property
     def smallest(self) -> SmallestDifference:
         """The smallest difference that these seeds and examples can show for this pair alone."""
-        if self.p_value is None:
+        if self.seed_error is None or self.seed_degrees is None:
             return smallest_difference(self.example_error, self.n, share=self.share)
-        errors = _errors(self.seed_error or 0.0, self.num_seeds, self.example_error, self.num_groups or self.n)
+        errors = _errors(self.seed_error, self.seed_degrees, self.example_error, self.num_groups or self.n)
         return SmallestDifference(half_width(0.975, errors) + half_width(POWER, errors), self.n, self.share)
 
     @property
@@ -137,16 +139,17 @@ def compare_methods(
     seeds = (len(a), len(b))
     variances = [float(one.var(ddof=1)) / len(one) for one in (means, other_means) if len(one) > 1]
     seed_error = math.sqrt(sum(variances)) if len(variances) == 2 else None
+    p, degrees = None, None
     if min(seeds) >= MIN_SEEDS and seed_error is not None:
-        errors = _errors(seed_error, seeds, example_error, n if numbers is None else int(numbers.max()) + 1)
+        degrees = seed_degrees((variances[0], variances[1]), seeds)
+        errors = _errors(seed_error, degrees, example_error, n if numbers is None else int(numbers.max()) + 1)
         half, p = half_width(0.975, errors), p_value(difference, errors)
         low, high = difference - half, difference + half
     else:
-        p = None
         measures = [_measure(one.mean(axis=0), w, share, numbers) for one in (b, a)]
         _, low, high = score_difference(measures[0], measures[1], seed)
     return MethodDifference(
-        names[0], names[1], difference, low, high, p, p, 1, seeds, n, seed_error, example_error,
+        names[0], names[1], difference, low, high, p, p, 1, seeds, n, seed_error, example_error, degrees,
         higher_is_better, share, None if numbers is None else int(numbers.max()) + 1,
     )  # fmt: skip
 
@@ -164,9 +167,19 @@ def check_scores(name: str, scores: ArrayLike, share: bool) -> NDArray[np.float6
     return table
 
 
-def _errors(seed_error: float, num_seeds: tuple[int, int], example_error: float, num_units: int) -> Errors:
+def seed_degrees(variances: tuple[float, float], num_seeds: tuple[int, int]) -> float:
+    """Welch's degrees of freedom, of the variances of two means; at most as many as with the fewer seeds of both.
+
+    Estimated from few seeds they may be too many, which matters where the numbers of seeds differ.
+    """
+    most = 2 * (min(num_seeds) - 1)
+    parts = sum(one**2 / (number - 1) for one, number in zip(variances, num_seeds, strict=True))
+    return min(most, sum(variances) ** 2 / parts) if parts else most
+
+
+def _errors(seed_error: float, degrees: float, example_error: float, num_units: int) -> Errors:
     """num_units: examples, or groups of them."""
-    return (seed_error, sum(num_seeds) - 2), (example_error, max(1, num_units - 1))
+    return (seed_error, degrees), (example_error, max(1, num_units - 1))
 
 
 def _example_error(
