@@ -38,7 +38,7 @@ def write_text(file: Path, text: str) -> Path:
 
 
 def write_bytes(file: Path, data: bytes) -> Path:
-    """Replaces the file with the bytes. A killed process leaves the old file, and maybe `.<name>.<pid>` beside it."""
+    """Replaces the file with the bytes. A killed process leaves the old file, and maybe a `TEMP_FILE`."""
     is_main = threading.current_thread() is threading.main_thread()
     thread = "" if is_main else f"-{threading.get_native_id()}"
     temp_path = file.with_name(f".{file.name}.{os.getpid()}{thread}")

@@ -28,12 +28,13 @@ def p_value(difference: float, errors: Errors) -> float:
     parts = [(error, degrees) for error, degrees in errors if error]
     if not parts or not difference:
         return float(not difference)
-    t = abs(difference) / math.hypot(*(error for error, _ in parts))
+    scale = math.hypot(*(error for error, _ in parts))
+    t, parts = abs(difference) / scale, [(error / scale, degrees) for error, degrees in parts]
     most, least = (t_p_value(t, choose(degrees for _, degrees in parts)) for choose in (min, max))
     if most <= LEAST_P or least == most:
         return most
     least = max(least, LEAST_P)
-    excess = lambda log_p: half_width(1 - math.exp(log_p) / 2, parts) - abs(difference)  # noqa: E731
+    excess = lambda log_p: half_width(1 - math.exp(log_p) / 2, parts) - t  # noqa: E731
     if excess(math.log(least)) <= 0:
         return least
     return most if excess(math.log(most)) >= 0 else math.exp(root(excess, math.log(least), math.log(most)))

@@ -3,7 +3,7 @@
 There are three modes; the first that is exact on this model and its adapters is taken: "chunked" (a frozen linear head
 and nothing after it), "selected" (the head sees the target positions only), "full" (all logits). Whether anything
 follows the head is found by random numbers in place of its output. Each mode's loss is then compared with that over all
-logits on real rows. It knows the head, and no model, no data and no adapter.
+logits on real rows. It knows the head and whether rows have their own, and no model, no data and no method.
 """
 
 from __future__ import annotations
@@ -69,6 +69,9 @@ class HeadLoss:
                     if log_probs and difference <= tolerance:
                         found = candidate.log_probs(run_model, positions, labels)[0]
                         difference = (found + expected_nll).abs().mean().item()
+                    if is_adapted and difference <= tolerance:
+                        by_row = candidate.logits(run_model, positions, by_row=True)
+                        difference = abs(cross_entropy_terms(by_row, labels, weights)[0].item() - expected.item())
                 except (RuntimeError, ValueError, IndexError):  # more follows the head than this mode allows for
                     continue
                 if difference <= tolerance:
@@ -102,12 +105,14 @@ class HeadLoss:
         function = lambda h, weight, bias: chunked_log_probs(h, weight, bias, labels, temperature)  # noqa: E731
         return _terms_in_head(self.head, run_model, positions, function)
 
-    def logits(self, run_model: Any, positions: Tensor) -> Tensor:
-        """The logits at these positions, [N, V]."""
+    def logits(self, run_model: Any, positions: Tensor, by_row: bool | None = None) -> Tensor:
+        """The logits at these positions, [N, V]. by_row: the head sees rows; None: where they have heads of their own."""
         if self.head is None or self.mode == "full":
             logits: Tensor = run_model().logits
             return logits.reshape(-1, logits.shape[-1])[positions]
-        select = _SelectedPositions(positions, self.is_adapted and isinstance(self.kit.active, tuple))
+        if by_row is None:
+            by_row = self.is_adapted and isinstance(self.kit.active, tuple)
+        select = _SelectedPositions(positions, by_row)
         with select.at(self.head):
             logits = run_model().logits
         return select.of(logits)
@@ -173,7 +178,11 @@ class _SelectedPositions:
     def of(self, logits: Tensor) -> Tensor:
         """[N, V] of what comes out."""
         flat = logits.reshape(-1, logits.shape[-1])
-        return flat.reshape(len(self.positions), -1) if self.kept is None else flat[self.kept]
+        if self.kept is not None:
+            return flat[self.kept]
+        if len(flat) != len(self.positions):
+            raise ValueError(f"the head was given {len(self.positions)} positions, and {len(flat)} came out")
+        return flat
 
     def _select(self, args: tuple[Any, ...]) -> Tensor:
         if not self.by_row:
