@@ -106,7 +106,7 @@ class HeadLoss:
         return _terms_in_head(self.head, run_model, positions, function)
 
     def logits(self, run_model: Any, positions: Tensor, by_row: bool | None = None) -> Tensor:
-        """The logits at these positions, [N, V]. by_row: the head sees rows; None: where they have heads of their own."""
+        """The logits at these positions, [N, V]. by_row: as rows; None: where rows have heads of their own."""
         if self.head is None or self.mode == "full":
             logits: Tensor = run_model().logits
             return logits.reshape(-1, logits.shape[-1])[positions]
