@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from forgetting_table import forgetting_lines
+
 import kitout
 from kitout.compare import compare_runs, write_csv
 from kitout.files.atomic import write_text
@@ -106,6 +108,7 @@ def write_page(folder: Path) -> None:
             table = compare_runs(list(finished.values()))
             write_csv(table, CELLS / f"first-{part}.csv")
             lines += ["```text", table.to_text(160), "```", "", f"Cells: [first-{part}.csv](first-{part}.csv).", ""]
+            lines += forgetting_lines(finished)
         if missing := [name for name in runs if name not in finished]:
             lines += [f"Not run: {', '.join(missing)}.", ""]
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from forgetting_table import forgetting_lines
+
 import kitout
 from kitout import LoRA
 from kitout.compare import compare_runs, write_csv
@@ -142,6 +144,7 @@ def write_page(folder: Path) -> None:
             figures = json.loads(results.read_text(encoding="utf-8"))
             write_text(CELLS / f"search-{part}.csv", (results.parent / "trials.csv").read_text(encoding="utf-8"))
             lines += [*search_lines(figures), "", f"Every candidate: [search-{part}.csv](search-{part}.csv).", ""]
+            lines += forgetting_lines({"": results.parent / "confirm"})
         else:
             lines += ["The search was not run.", ""]
         run = folder / part / "ranks"

@@ -1,9 +1,9 @@
 """A difference whose standard error has several parts, each with degrees of freedom of its own: interval and p-value.
 
 The half-width of its interval is the root of the parts' squared half-widths (square-and-add: Zou and Donner 2008,
-"Construction of confidence intervals about effect measures"). One part alone is Student's t; of two the test keeps its
-level at every mixture of them, also far out, where Satterthwaite's degrees of freedom are not enough (simulated in
-tests/evaluate/significance). It knows numbers, and not what they are of.
+"Construction of confidence intervals about effect measures"). One part alone is Student's t; of two with known degrees
+the test keeps its level at every mixture of them, also far out, where Satterthwaite's for both are too many (simulated
+in tests/evaluate/significance). It knows numbers, and not what they are of.
 """
 
 from __future__ import annotations
