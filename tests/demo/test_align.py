@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from blank_plots import blank_plots
 from kitout.align import find_inputs
 from kitout.cli.demo import app
-from kitout.demo.align import DPO_LR, GRPO_LR, MODEL, PAIRS, SYSTEM_PROMPT, TASK, AlignDemo, preset
+from kitout.demo.align import DPO_LR, GRPO_LR, GRPO_SCHEDULE, MODEL, PAIRS, SYSTEM_PROMPT, TASK, AlignDemo, preset
 from tiny_models import decoder, jsonl
 
 __all__ = ["blank_plots"]  # runs of these tests draw no plots
@@ -97,6 +97,7 @@ def test_the_preset_is_the_built_in_model_sums_and_pairs() -> None:
     assert reward.data == dpo.data
     assert reward.data.train[0].path == PAIRS
     assert [stage.train.lr for stage in config.stages] == [None, GRPO_LR, None, DPO_LR], "else the kinds' own"
+    assert grpo.train.lr_schedule == GRPO_SCHEDULE
 
 
 def test_options_become_settings() -> None:

@@ -99,7 +99,7 @@ def align_demo(
     model: Annotated[Path | None, typer.Option(help="model folder; default: built-in SmolLM2-135M-Instruct")] = None,
     task: Annotated[
         str, typer.Option(metavar="gym:NAME[:SETTING=VALUE...]", help="sums to learn: a task of reasoning-gym")
-    ] = "gym:chain_sum:max_terms=2:min_digits=2:max_digits=2",
+    ] = "gym:chain_sum:max_terms=2:max_digits=2",
     pairs: Annotated[
         Path | None, typer.Option(help="table of prompt, chosen and rejected; default: built-in nq-pairs")
     ] = None,
