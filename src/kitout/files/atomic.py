@@ -28,7 +28,7 @@ if sys.platform != "win32":
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 # What `replace_folder` makes beside a target: the new folder, and the old one under the name of its target.
 TEMP_FOLDER = re.compile(r"\.kitout-[0-9a-f]{32}(?:-old-(?P<target>.+))?")
-# What `write_bytes` makes beside a file; without a thread: the main one.
+# What `replacing` makes beside a file; without a thread: the main one.
 TEMP_FILE = re.compile(r"\.(?P<file>.+)\.(?P<pid>[0-9]+)(?:-(?P<thread>[0-9]+))?")
 
 
@@ -39,15 +39,22 @@ def write_text(file: Path, text: str) -> Path:
 
 def write_bytes(file: Path, data: bytes) -> Path:
     """Replaces the file with the bytes. A killed process leaves the old file, and maybe a `TEMP_FILE`."""
+    with replacing(file) as temp_path:
+        temp_path.write_bytes(data)
+    return file
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A path beside the file to write to, which replaces it at the end; where that fails, the file is as it was."""
     is_main = threading.current_thread() is threading.main_thread()
     thread = "" if is_main else f"-{threading.get_native_id()}"
     temp_path = file.with_name(f".{file.name}.{os.getpid()}{thread}")
     try:
-        temp_path.write_bytes(data)
+        yield temp_path
         os.replace(temp_path, file)
     finally:
         temp_path.unlink(missing_ok=True)
-    return file
 
 
 def replace_folder(

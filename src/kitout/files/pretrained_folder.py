@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kitout.errors import ConfigError
 from kitout.files.adapter_folder import FILES, save_adapter
+from kitout.files.atomic import replacing
 from kitout.files.part_folders import PARTS
 from kitout.files.safetensors_reader import write_tensors
 from kitout.files.system_errors import as_path, as_path_error
@@ -38,13 +39,8 @@ def save_pretrained(state: KitState, folder: str | PathLike[str], values: Mappin
     target = as_path(folder)
     for name in names:
         _save_into(state, name, target if len(names) == 1 else target / name)
-    with as_path_error("written", target):
-        temp_path = target / f".{STATE}.{os.getpid()}"
-        try:
-            write_tensors(temp_path, values, {"format": "pt"})
-            os.replace(temp_path, target / STATE)
-        finally:
-            temp_path.unlink(missing_ok=True)
+    with as_path_error("written", target), replacing(target / STATE) as temp_path:
+        write_tensors(temp_path, values, {"format": "pt"})
 
 
 def _save_into(state: KitState, name: str, target: Path) -> None:

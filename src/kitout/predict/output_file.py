@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kitout.errors import ConfigError, Errors, FileError
-from kitout.files.atomic import write_text
+from kitout.files.atomic import replacing, write_text
 from kitout.files.system_errors import as_path, as_path_error
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
@@ -123,15 +123,11 @@ class OutputFile:
             if suffix == ".jsonl":
                 os.replace(self.part, self.path)
             else:
-                temp = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-                try:
+                with replacing(self.path) as temp:
                     if suffix == ".parquet":
                         _write_parquet(temp, self.rows, types or {})
                     else:
                         _write_csv(temp, self.rows, "," if suffix == ".csv" else "\t")
-                    os.replace(temp, self.path)
-                finally:
-                    temp.unlink(missing_ok=True)
                 self.part.unlink()
             self.record.unlink(missing_ok=True)
         return self.path

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kitout.files.atomic import replacing
+
 HEADER_BYTES = 64  # magic and digest
 MAGIC = b"kitout trunk 1\n"
 ALIGNMENT = 64
@@ -207,16 +209,11 @@ def _make(file: Path, header: bytes, size: int) -> None:
 
     Its disk space is taken now: a mapped file that grew into a full disk would end the process.
     """
-    temp_path = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with temp_path.open("wb") as opened:
-            opened.write(header)
-            opened.flush()
-            if sys.platform == "linux":
-                os.posix_fallocate(opened.fileno(), 0, size)
-            else:
-                for start in range(len(header), size, 2**24):
-                    opened.write(bytes(min(2**24, size - start)))
-        os.replace(temp_path, file)
-    finally:
-        temp_path.unlink(missing_ok=True)
+    with replacing(file) as temp_path, temp_path.open("wb") as opened:
+        opened.write(header)
+        opened.flush()
+        if sys.platform == "linux":
+            os.posix_fallocate(opened.fileno(), 0, size)
+        else:
+            for start in range(len(header), size, 2**24):
+                opened.write(bytes(min(2**24, size - start)))
