@@ -11,18 +11,19 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from result_page import write_part
 
 import kitout
 from kitout.evaluate.example_scores import load_scores
 from kitout.evaluate.intervals.distributions import t_quantile
 from kitout.evaluate.significance.seeds import MIN_SEEDS, compare_methods
 from kitout.evaluate.significance.two_errors import half_width
-from kitout.files.atomic import write_text
 from kitout.train.metrics_log import read_metrics
 
 MODEL = "smollm2-135m"
@@ -66,7 +67,7 @@ NUM_TEST = 200  # of the held-out prompts
 METRICS = {"reward": "reward, held-out prompts", "exact_match": "right, held-out prompts"}
 SAMPLED = "reward, sampled answers"
 PAGE, CELLS = Path("docs/results/align.md"), Path("docs/results/align-gym.csv")
-BEGIN, END = "<!-- results: studies/align_gym.py -->", "<!-- end of results -->"
+HEAD = ["task", "metric", "seed", "examples", "before", "after"]  # of the cells
 
 
 def main() -> None:
@@ -111,37 +112,52 @@ def train_grpo(task: GymTask, folder: Path, start: Path, seed: int) -> None:
 
 
 def write_page(folder: Path) -> None:
-    """The table between the page's two marks, and the CSV, from the seeds that are finished."""
-    lines = ["| sums of | metric | seed | before | after | rise, 95 % interval |", "|---|---|---|--:|--:|---|"]
-    cells, missing = [["task", "metric", "seed", "examples", "before", "after"]], []
+    """The tasks that have finished seeds, each in its part of the page, and their cells in the CSV."""
+    cells = read_cells()
     for task, settings in TASKS.items():
         runs = {seed: run_folder(task_folder(folder, task), seed) for seed in settings.seeds}
         finished = {seed: run for seed, run in runs.items() if (run / "results.json").is_file()}
-        missing += [f"{task}, seed {seed}" for seed in runs if seed not in finished]
-        scores = {seed: load_scores(run / "scores.safetensors")["grpo"] for seed, run in finished.items()}
-        for metric, title in METRICS.items():
-            pairs = {
-                seed: (one.base[metric].ratio.numerators, one.tuned[metric].ratio.numerators)
-                for seed, one in scores.items()
-            }
-            for seed, (before, after) in pairs.items():
-                lines.append(row(task, title, str(seed), *over_prompts(before, after)))
-                cells.append([task, metric, seed, len(before), f"{before.mean():.6f}", f"{after.mean():.6f}"])
-            if len(pairs) >= MIN_SEEDS:
-                lines.append(row(task, title, "all", *over_both(*map(np.stack, zip(*pairs.values(), strict=True)))))
-        thirds = {seed: first_and_last_third(run) for seed, run in finished.items()}
-        for seed, (first, last) in thirds.items():
-            lines.append(row(task, SAMPLED, str(seed), first, last, last - first))
-            cells.append([task, "sampled_reward", seed, "", f"{first:.6f}", f"{last:.6f}"])
-        if len(thirds) >= MIN_SEEDS:
-            lines.append(row(task, SAMPLED, "all", *over_seeds(np.array(list(thirds.values())))))
-    lines += ["", f"Not run: {'; '.join(missing)}."] if missing else []
-    lines += ["", what_ran(), ""]
+        if not finished:
+            continue
+        lines, cells[task] = task_rows(task, finished)
+        if missing := [str(seed) for seed in runs if seed not in finished]:
+            lines += ["", f"Not run: seeds {', '.join(missing)}."]
+        write_part(PAGE, task, [*lines, "", what_ran(settings), ""])
     CELLS.parent.mkdir(parents=True, exist_ok=True)
     with CELLS.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(cells)
-    before_mark, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    write_text(PAGE, f"{before_mark}{BEGIN}\n\n" + "\n".join(lines) + f"{END}{rest.split(END)[1]}")
+        csv.writer(file, lineterminator="\n").writerows([HEAD, *(row for task in TASKS for row in cells.get(task, ()))])
+
+
+def read_cells() -> dict[str, list[list[Any]]]:
+    """Those of earlier runs, by task."""
+    if not CELLS.is_file():
+        return {}
+    with CELLS.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    return {task: [row for row in rows if row[0] == task] for task in TASKS}
+
+
+def task_rows(task: str, finished: Mapping[int, Path]) -> tuple[list[str], list[list[Any]]]:
+    """The table of one task, and its cells."""
+    lines, cells = ["| metric | seed | before | after | rise, 95 % interval |", "|---|---|--:|--:|---|"], []
+    scores = {seed: load_scores(run / "scores.safetensors")["grpo"] for seed, run in finished.items()}
+    for metric, title in METRICS.items():
+        pairs = {
+            seed: (one.base[metric].ratio.numerators, one.tuned[metric].ratio.numerators)
+            for seed, one in scores.items()
+        }
+        for seed, (before, after) in pairs.items():
+            lines.append(row(title, str(seed), *over_prompts(before, after)))
+            cells.append([task, metric, seed, len(before), f"{before.mean():.6f}", f"{after.mean():.6f}"])
+        if len(pairs) >= MIN_SEEDS:
+            lines.append(row(title, "all", *over_both(*map(np.stack, zip(*pairs.values(), strict=True)))))
+    thirds = {seed: first_and_last_third(run) for seed, run in finished.items()}
+    for seed, (first, last) in thirds.items():
+        lines.append(row(SAMPLED, str(seed), first, last, last - first))
+        cells.append([task, "sampled_reward", seed, "", f"{first:.6f}", f"{last:.6f}"])
+    if len(thirds) >= MIN_SEEDS:
+        lines.append(row(SAMPLED, "all", *over_seeds(np.array(list(thirds.values())))))
+    return lines, cells
 
 
 def first_and_last_third(run: Path) -> tuple[float, float]:
@@ -174,21 +190,18 @@ def over_seeds(values: Any) -> tuple[float, ...]:
     return *values.mean(axis=0), rises.mean(), rises.mean() - half, rises.mean() + half
 
 
-def row(task: str, title: str, seed: str, before: float, after: float, rise: float, *ends: float) -> str:
+def row(title: str, seed: str, before: float, after: float, rise: float, *ends: float) -> str:
     """A line of the table, in hundredths."""
     interval = f" ({100 * ends[0]:+.1f} to {100 * ends[1]:+.1f})" if ends else ""
-    return f"| {task} | {title} | {seed} | {100 * before:.1f} | {100 * after:.1f} | {100 * rise:+.1f}{interval} |"
+    return f"| {title} | {seed} | {100 * before:.1f} | {100 * after:.1f} | {100 * rise:+.1f}{interval} |"
 
 
-def what_ran() -> str:
+def what_ran(task: GymTask) -> str:
     """The settings in a sentence."""
-    grpo = "; ".join(
-        f"{name}: `{one.gym}`, sft {one.sft_steps} steps, grpo {one.steps} at {one.lr:g}" for name, one in TASKS.items()
-    )
     return (
-        f"{MODEL}, LoRA at its defaults; sft of {SFT['batch_size']} right answers a step; grpo {ROLLOUT['prompts']} "
-        f"prompts x {ROLLOUT['samples']} answers a step, constant learning rate; {NUM_TEST} held-out prompts, answered "
-        f"greedily. {grpo}."
+        f"{MODEL}, LoRA at its defaults, `{task.gym}`; sft {task.sft_steps} steps of "
+        f"{SFT['batch_size']} right answers; grpo {task.steps} steps of {ROLLOUT['prompts']} prompts x {ROLLOUT['samples']} answers at a constant "
+        f"{task.lr:g}; {NUM_TEST} held-out prompts, answered greedily."
     )
 
 

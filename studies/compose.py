@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from result_page import write_part
 
 import kitout
 from kitout.assets.store import fetch_asset
@@ -38,7 +39,6 @@ NAMES = {
 }  # fmt: skip
 CORRECT = "correct.json"
 PAGE, RESULTS = Path("docs/compose.md"), Path("docs/results/compose.csv")
-BEGIN, END = "<!-- results: studies/compose.py -->", "<!-- end of results -->"
 TASKS = {
     "tweets": "Classify the sentiment of this tweet as negative, neutral or positive.",
     "privacy": "Answer the question on this privacy policy with yes or no.",
@@ -204,8 +204,7 @@ def write_page(folders: Sequence[Path]) -> None:
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with RESULTS.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(cells)
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    write_text(PAGE, f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
+    write_part(PAGE, "compose", [*lines, ""])
 
 
 if __name__ == "__main__":

@@ -1,38 +1,38 @@
 """Every method on three tasks, three seeds: quality, forgetting and cost (docs/results/first.md, from one command).
 
 `python studies/first.py [--parts minilm dinov2 smollm2] [--methods LoRA ...] [--folder runs/first]`. A part is a model
-with its task, each method one run of `kitout train` with `train.seeds`, at kitout's own learning rates; what is
-finished is not run again, and the page marks what was not run. It trains nothing by itself.
+with its task, each method one run of `kitout train` with `train.seeds`, at kitout's own learning rates. Of a finished
+run the files that `kitout compare` reads are kept beside the page: it is not run again, on any machine, and every test
+of the page can be redone. The page marks what was not run. It trains nothing by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from forgetting_table import forgetting_lines
+from result_page import write_part
 
 import kitout
 from kitout.compare import compare_runs, write_csv
-from kitout.files.atomic import write_text
+from kitout.train.run_folder import RESULTS_FILE, RUN_FILE, SCORES_FILE
 
 SEEDS = [0, 1, 2]
 INSTRUCTION = "Classify the sentiment of this tweet as negative, neutral or positive."
 PARTS: dict[str, dict[str, Any]] = {
     "minilm": {
-        "title": "Sentiment of tweets, MiniLM (22 M, an encoder), 1,280 examples",
         "model": "minilm",
         "data": {"train": {"path": "tweets", "limit": 1880}, "validation": 0, "test": 600},
     },
     "dinov2": {
-        "title": "Digits, DINOv2-small (22 M, images of 56 pixels), 1,000 examples",
         "model": "dinov2-small",
         "data": {"train": {"path": "mnist-5k", "limit": 2000}, "validation": 0, "test": 1000, "image_size": 56},
     },
     "smollm2": {
-        "title": "Sentiment of tweets, SmolLM2-135M-Instruct (a decoder), 300 examples as instructions",
         "model": "smollm2-135m",
         "data": {
             "train": {"path": "tweets", "format": "label", "limit": 610, "system_prompt": INSTRUCTION},
@@ -62,7 +62,7 @@ METHODS: dict[str, Any] = {
 }
 TEXT_ONLY, IMAGES_ONLY = ("PromptTuning", "PrefixTuning+encoder"), ("VPT-shallow", "VPT-deep")
 PAGE, CELLS = Path("docs/results/first.md"), Path("docs/results")
-BEGIN, END = "<!-- results: studies/first.py -->", "<!-- end of results -->"
+KEPT = CELLS / "first"  # a folder for each part and method; `kitout compare docs/results/first/smollm2/*` reads them
 
 
 def main() -> None:
@@ -74,9 +74,10 @@ def main() -> None:
     options = parser.parse_args()
     for part in () if options.page else options.parts:
         for name in options.methods:
-            if name in methods_of(part):
+            if name in methods_of(part) and not is_finished(KEPT / part / name):
                 train(PARTS[part], options.folder / part / name, METHODS[name])
-    write_page(options.folder)
+                keep(options.folder / part / name, KEPT / part / name)
+    write_page()
 
 
 def methods_of(part: str) -> list[str]:
@@ -97,22 +98,33 @@ def train(part: Mapping[str, Any], folder: Path, method: Any) -> None:
     )
 
 
-def write_page(folder: Path) -> None:
-    """The tables of the page between its two marks, and a CSV of every part, from the runs that are finished."""
-    lines = []
-    for part, what in PARTS.items():
-        runs = {name: folder / part / name for name in methods_of(part)}
-        finished = {name: run for name, run in runs.items() if (run / "results.json").is_file()}
-        lines += [f"### {what['title']}", ""]
-        if finished:
-            table = compare_runs(list(finished.values()))
-            write_csv(table, CELLS / f"first-{part}.csv")
-            lines += ["```text", table.to_text(160), "```", "", f"Cells: [first-{part}.csv](first-{part}.csv).", ""]
-            lines += forgetting_lines(finished)
-        if missing := [name for name in runs if name not in finished]:
+def keep(run: Path, kept: Path) -> None:
+    """The results last: a folder that has them is whole."""
+    kept.mkdir(parents=True, exist_ok=True)
+    for name in (RUN_FILE, SCORES_FILE, RESULTS_FILE):
+        shutil.copyfile(run / name, kept / name)
+
+
+def is_finished(kept: Path) -> bool:
+    return (kept / RESULTS_FILE).is_file()
+
+
+def write_page() -> None:
+    """The tables between the page's marks, and a CSV of every part, from the runs that are kept.
+
+    A part that has none stays as it is.
+    """
+    for part in PARTS:
+        finished = {name: KEPT / part / name for name in methods_of(part) if is_finished(KEPT / part / name)}
+        if not finished:
+            continue
+        table = compare_runs(list(finished.values()))
+        write_csv(table, CELLS / f"first-{part}.csv")
+        lines = ["```text", table.to_text(160), "```", ""]
+        lines += [f"Cells: [first-{part}.csv](first-{part}.csv).", "", *forgetting_lines(finished)]
+        if missing := [name for name in methods_of(part) if name not in finished]:
             lines += [f"Not run: {', '.join(missing)}.", ""]
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    write_text(PAGE, f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"{END}{rest.split(END)[1]}")
+        write_part(PAGE, part, lines)
 
 
 if __name__ == "__main__":

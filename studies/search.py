@@ -2,8 +2,8 @@
 
 `python studies/search.py [--parts minilm dinov2 smollm2] [--folder runs/search-study]`. A part is a model with its
 task: a search under a budget, then LoRA with uniform ranks against ranks by eva, gora, gradient and adaptive ranks, all
-with as many trainable parameters, with three seeds. What is finished is not run again, and the page marks what was not
-run. It searches and trains nothing by itself.
+with as many trainable parameters, with three seeds. What is finished is not run again; what was not run stays on the
+page as it is. It searches and trains nothing by itself.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetting_table import forgetting_lines
+from result_page import write_part
 
 import kitout
 from kitout import LoRA
@@ -37,7 +38,6 @@ TEXT_SPACE: dict[str, Any] = {
 }
 PARTS: dict[str, dict[str, Any]] = {
     "minilm": {
-        "title": "Sentiment of tweets, MiniLM (22 M, an encoder), 1,080 examples, 200 for validation, 600 for the test",
         "run": {
             "model": "minilm",
             "data": {"train": {"path": "tweets", "limit": 1880}, "validation": 200, "test": 600},
@@ -48,7 +48,6 @@ PARTS: dict[str, dict[str, Any]] = {
         "budget": {"max_trainable_parameters": 700_000},
     },
     "dinov2": {
-        "title": "Digits, DINOv2-small (22 M, 56 pixels), 1,000 examples, 200 for validation, 1,000 for the test",
         "run": {
             "model": "dinov2-small",
             "data": {
@@ -64,8 +63,6 @@ PARTS: dict[str, dict[str, Any]] = {
         "budget": {"max_trainable_parameters": 700_000},
     },
     "smollm2": {
-        "title": "Sentiment of tweets, SmolLM2-135M-Instruct (a decoder), 200 instructions, 100 for validation, "
-        "180 for the test",
         "run": {
             "model": "smollm2-135m",
             "data": {
@@ -84,7 +81,6 @@ PARTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 PAGE, CELLS = Path("docs/results/search.md"), Path("docs/results")
-BEGIN, END = "<!-- results: studies/search.py -->", "<!-- end of results -->"
 
 
 def main() -> None:
@@ -135,29 +131,21 @@ def rank_jobs(part: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
 
 
 def write_page(folder: Path) -> None:
-    """What is between the two marks of the page, and a CSV of every table, from what is finished."""
-    lines = []
-    for part, what in PARTS.items():
-        lines += [f"### {what['title']}", ""]
+    """The parts of the page that are finished, and a CSV of every table."""
+    for part in PARTS:
         results = folder / part / "search" / "search.json"
         if results.is_file():
             figures = json.loads(results.read_text(encoding="utf-8"))
             write_text(CELLS / f"search-{part}.csv", (results.parent / "trials.csv").read_text(encoding="utf-8"))
-            lines += [*search_lines(figures), "", f"Every candidate: [search-{part}.csv](search-{part}.csv).", ""]
-            lines += forgetting_lines({"": results.parent / "confirm"})
-        else:
-            lines += ["The search was not run.", ""]
+            lines = [*search_lines(figures), "", f"Every candidate: [search-{part}.csv](search-{part}.csv).", ""]
+            write_part(PAGE, f"search {part}", lines + forgetting_lines({"": results.parent / "confirm"}))
         run = folder / part / "ranks"
         if (run / "results.json").is_file():
             table = compare_runs([run])
             write_csv(table, CELLS / f"search-ranks-{part}.csv")
-            budget = f"Ranks with as many trainable parameters as rank {RANK} everywhere:"
-            lines += [budget, "", "```text", table.to_text(160), "```", ""]
-            lines += [f"Cells: [search-ranks-{part}.csv](search-ranks-{part}.csv).", ""]
-        else:
-            lines += ["Uniform ranks against the others were not run.", ""]
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    write_text(PAGE, f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"{END}{rest.split(END)[1]}")
+            lines = ["```text", table.to_text(160), "```", ""]
+            cells = f"Cells: [search-ranks-{part}.csv](search-ranks-{part}.csv)."
+            write_part(PAGE, f"ranks {part}", [*lines, cells, ""])
 
 
 def search_lines(figures: Mapping[str, Any]) -> list[str]:
