@@ -198,10 +198,11 @@ def row(title: str, seed: str, before: float, after: float, rise: float, *ends: 
 
 def what_ran(task: GymTask) -> str:
     """The settings in a sentence."""
+    sft = f"sft {task.sft_steps} steps of {SFT['batch_size']} right answers"
+    grpo = f"grpo {task.steps} steps of {ROLLOUT['prompts']} prompts x {ROLLOUT['samples']} answers"
     return (
-        f"{MODEL}, LoRA at its defaults, `{task.gym}`; sft {task.sft_steps} steps of "
-        f"{SFT['batch_size']} right answers; grpo {task.steps} steps of {ROLLOUT['prompts']} prompts x {ROLLOUT['samples']} answers at a constant "
-        f"{task.lr:g}; {NUM_TEST} held-out prompts, answered greedily."
+        f"{MODEL}, LoRA at its defaults, `{task.gym}`; {sft}; {grpo} at a constant {task.lr:g}; {NUM_TEST} held-out "
+        "prompts, answered greedily."
     )
 
 
