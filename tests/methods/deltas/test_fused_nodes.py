@@ -116,3 +116,14 @@ def test_the_norm_of_a_weight_follows_it() -> None:
     with torch.no_grad():
         w.mul_(2)
     assert torch.equal(dora.frozen_square(w, w.dtype), w.square().sum(1))
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=3, targets="all-linear"), SSF(std=0.3), BitFit()], ids=repr)
+def test_biases_that_the_caller_trains_as_well(method: Method) -> None:
+    kit = build(ZOO["gpt-neox"].build(), method)
+    biases = [p.requires_grad_() for name, p in kit.base.named_parameters() if name.endswith("bias")]
+    found = torch.autograd.grad(kit(input_ids=IDS).logits.square().mean(), biases)
+    with fast.disabled():
+        expected = torch.autograd.grad(kit(input_ids=IDS).logits.square().mean(), biases)
+    for value, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, reference)
