@@ -61,3 +61,21 @@ def test_a_forward_after_a_step_has_the_new_values(method: kitout.Method, route:
         fresh[name].load_state_dict(kit[name].state_dict())
     with fresh.use(route), torch.no_grad():
         torch.testing.assert_close(after, fresh(input_ids=ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), PrefixTuning(length=3)], ids=lambda m: type(m).__name__)
+def test_values_made_in_inference_mode_are_never_taken_for_unchanged(method: kitout.Method) -> None:
+    """They count no writes."""
+    kit = kitout.attach(ZOO["llama"].build()).eval()
+    ids = torch.arange(1, 9).view(2, 4)
+    with torch.inference_mode():
+        for seed, name in enumerate("ab"):
+            kit.add(name, method, seed=seed)
+            for value in kit[name].parameters():
+                value.add_(0.05)
+        with kit.use(["a", "b"] if isinstance(method, LoRA) else "a"):
+            for _ in range(2):
+                before = kit(input_ids=ids, use_cache=False).logits
+                for value in kit["a"].parameters():
+                    value.mul_(2.0)
+                assert not torch.equal(kit(input_ids=ids, use_cache=False).logits, before)

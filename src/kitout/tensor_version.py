@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _steps = count(1)
+_calls = count(1)
 _last_step = 0
 
 
@@ -25,9 +26,14 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+def count_writes(t: Tensor) -> int:
+    """What autograd has counted. A tensor made in inference mode counts nothing: another number at every call."""
+    return -next(_calls) if t.is_inference() else t._version
+
+
 def tensor_version(t: Tensor, *, is_frozen: bool = False) -> tuple[int, ...]:
     """Changes when a value is replaced or written to, and with every optimizer step unless it is frozen.
 
     Writing to `t.data` goes unseen, as it does in autograd.
     """
-    return t.data_ptr(), 0 if t.is_inference() else t._version, 0 if is_frozen else _last_step
+    return t.data_ptr(), count_writes(t), 0 if is_frozen else _last_step

@@ -72,16 +72,18 @@ def test_heads_are_left_out_unless_adapted() -> None:
     assert fingerprint(kit.state, [], ["model.norm"]).left_out == ["lm_head", "model.norm"]
 
 
-def test_a_change_of_the_base_shows_at_once() -> None:
-    base = ZOO["llama"].build()
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_change_of_the_base_shows_at_once(inference: bool) -> None:
+    with torch.inference_mode(inference):  # whose tensors count no writes
+        base = ZOO["llama"].build()
     kit = kitout.attach(base)
     before = fingerprint(kit.state, [])
     assert fingerprint(kit.state, []) == before
     weight = base.model.layers[0].mlp.up_proj.weight
-    with torch.no_grad():
+    with torch.inference_mode(inference), torch.no_grad():
         weight.mul_(1.5)
     assert differences(before, fingerprint(kit.state, []))
-    with torch.no_grad():
+    with torch.inference_mode(inference), torch.no_grad():
         weight.div_(1.5)
     assert differences(before, fingerprint(kit.state, [])) == []
     base.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight.detach() * 2)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from kitout.runtime.state import KitState
+from kitout.tensor_version import count_writes
 
 SAMPLES = 32  # values kept per tensor
 _GOLDEN = 0.6180339887498949  # index i of a tensor is floor(frac(i * _GOLDEN) * size): spread over rows and columns
@@ -66,7 +67,7 @@ class BaseTensor:
 
     @property
     def is_unchanged(self) -> bool:
-        return self.owner.get(self.name) is self.tensor and _version(self.tensor) == self.version
+        return self.owner.get(self.name) is self.tensor and count_writes(self.tensor) == self.version
 
 
 _fingerprints: WeakKeyDictionary[KitState, tuple[list[BaseTensor], Fingerprint]] = WeakKeyDictionary()
@@ -142,11 +143,7 @@ def _base_tensors(state: KitState) -> Iterator[BaseTensor]:
                 for name, tensor in tensors.items():
                     if tensor is not None and (owner is parameters or tensor.is_floating_point()):
                         key = f"{path}.{name}" if path else name
-                        yield BaseTensor(key, owner, name, tensor, _version(tensor))
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+                        yield BaseTensor(key, owner, name, tensor, count_writes(tensor))
 
 
 @torch.no_grad()

@@ -116,3 +116,29 @@ def test_the_norm_of_a_weight_follows_it() -> None:
     with torch.no_grad():
         w.mul_(2)
     assert torch.equal(dora.frozen_square(w, w.dtype), w.square().sum(1))
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=3, targets="all-linear"), SSF(std=0.3), BitFit()], ids=repr)
+def test_biases_that_the_caller_trains_as_well(method: Method) -> None:
+    kit = build(ZOO["gpt-neox"].build(), method)
+    biases = [p.requires_grad_() for name, p in kit.base.named_parameters() if name.endswith("bias")]
+    found = torch.autograd.grad(kit(input_ids=IDS).logits.square().mean(), biases)
+    with fast.disabled():
+        expected = torch.autograd.grad(kit(input_ids=IDS).logits.square().mean(), biases)
+    for value, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, reference)
+
+
+@pytest.mark.parametrize("positions", [(), (1,), (2, 3)])
+def test_a_scale_over_any_number_of_positions(positions: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    y, scale, shift = (torch.randn(*shape, 4, requires_grad=True) for shape in (positions, (), ()))
+    x, w = torch.randn(*positions, 3, requires_grad=True), torch.randn(4, 3)
+    pairs = [
+        (fused_affine.scale_shift(y, scale, shift), y * scale + shift, y),
+        (fused_affine.linear_scale_shift(x, w, None, scale, shift), x @ w.t() * scale + shift, x),
+    ]
+    for found, expected, value in pairs:
+        grads, references = (torch.autograd.grad(each.sin().sum(), (value, scale, shift)) for each in (found, expected))
+        for grad, reference in zip(grads, references, strict=True):
+            torch.testing.assert_close(grad, reference)

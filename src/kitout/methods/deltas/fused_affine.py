@@ -105,6 +105,6 @@ def _grads(
     if y is not None:
         gy = g * y
         gs = gy.sum_to_size(low.shape).to(dtypes[0])
-    if of_y:  # in the memory of the product that has been summed
-        gy = g * low if gy is None else torch.mul(g, low, out=gy)
+    if of_y:  # in the memory of the product that has been summed; of a single position the product is the sum
+        gy = g * low if gy is None or gy.shape == low.shape else torch.mul(g, low, out=gy)
     return gy if of_y else None, gs, gt

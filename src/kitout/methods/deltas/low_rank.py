@@ -150,7 +150,7 @@ class LowRankDelta(Delta):
         """In training one node over runs of rows; else run by run, or two batched products with every row's factors."""
         if any(d.reads_weight or d.drops_inputs for d in deltas) or torch.compiler.is_compiling():
             return None  # a compiled graph cannot read the version counters of the cache
-        if torch.is_grad_enabled() and any(d.a.requires_grad for d in deltas):
+        if torch.is_grad_enabled() and any(d.a.requires_grad or d.b.requires_grad for d in deltas):
             return _add_trained_rows(deltas, rows, x, y)
         may_overwrite = not (torch.is_grad_enabled() or is_traced()) and y.is_contiguous()
         if may_overwrite and x.shape[0] == len(rows):

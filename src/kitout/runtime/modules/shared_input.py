@@ -53,10 +53,12 @@ class SharedInput:
 def frozen_linear(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a plain frozen linear; None where it has them in another form.
 
-    A sharded or quantized weight is of a class of its own; a parametrized one is no parameter.
+    A sharded or quantized weight is of a class of its own; a parametrized one is no parameter. Where the caller trains
+    one of them beside the adapters, it is not frozen.
     """
     own = module._parameters
     w = own.get("weight")
     if type(w) is not nn.Parameter or w.requires_grad or "bias" not in own or w.device != x.device:
         return None
-    return w, own["bias"]
+    b = own["bias"]
+    return None if b is not None and b.requires_grad else (w, b)
