@@ -178,6 +178,19 @@ def mean(values: NDArray[np.float64], *, higher_is_better: bool = True, is_fract
     )  # fmt: skip
 
 
+def of_ratio(
+    ratio: Ratio, *, higher_is_better: bool = True, is_fraction: bool = True, correct: NDArray[np.bool_] | None = None,
+    groups: Groups | None = None, note: str = "",
+) -> Measure:  # fmt: skip
+    """A metric that is a ratio of two sums over the examples, and nothing else."""
+
+    def value(weights: NDArray[np.float64]) -> float:
+        total = float(weights @ ratio.denominators)
+        return float(ratio.apply(np.array([safe_divide(float(weights @ ratio.numerators), total)]))[0])
+
+    return Measure(value, len(ratio.numerators), higher_is_better, is_fraction, correct, ratio, groups, note)
+
+
 def from_sums(
     sums: NDArray[np.float64],
     formula: Callable[[NDArray[Any]], float],
