@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kitout.evaluate.compare import compare
 from kitout.evaluate.intervals.bounded import bounded_interval
 from kitout.evaluate.intervals.ratio import Ratio
 from kitout.evaluate.intervals.resampled import bootstrap_interval, resample, resample_batches
@@ -182,6 +183,11 @@ def test_edges() -> None:
     assert mean(np.array([0.5])).score().high == 1
     equal = mean(np.full(10, 2.0), is_fraction=False).score()
     assert (equal.low, equal.high) == (2, 2)
+    for one in (mean(np.array([3.0]), is_fraction=False), Measure(lambda _: 3.0, 1, is_fraction=False)):
+        other = replace(one, value_fn=lambda _: 4.0, ratio=one.ratio and Ratio(np.array([4.0]), ones(1)))
+        assert score_difference(one, other) == (1, -np.inf, np.inf)
+        (change,) = compare({"loss": one}, {"loss": other}).changes
+        assert change.verdict == "no verdict: one example says nothing of others; 1 test example"
     few = mean(np.array([0.0] * 29 + [1.0]), is_fraction=False).score()
     assert -1 < few.low <= few.high < 2
 

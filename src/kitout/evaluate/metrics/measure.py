@@ -137,6 +137,8 @@ def score_difference(base: Measure, tuned: Measure, seed: int = 0) -> tuple[floa
         if base.is_fraction and tuned.is_fraction:
             return value, *bounded_difference_interval(base.ratio, tuned.ratio, groups, seed)
         return value, *ratio_difference_interval(base.ratio, tuned.ratio, groups, seed)
+    if base.n < 2:  # every resample is the same example
+        return (value, -1.0, 1.0) if base.is_fraction and tuned.is_fraction else (value, -math.inf, math.inf)
     interval = bootstrap_interval(
         lambda weights: tuned.value_fn(weights) - base.value_fn(weights), base.n, seed, groups=groups
     )
