@@ -222,6 +222,24 @@ def test_a_suite_gives_a_line_of_forgetting(model: Path, tmp_path: Path, monkeyp
         run(t5.kit, None, suite="quick", tokenizer=t5.tokenizer)
 
 
+def test_an_adapter_that_gives_no_numbers_is_told_and_hides_nothing_of_the_others(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tiny_suites(tmp_path / "sets", monkeypatch)
+    predictor = adapted(model, a=LoRA(), b=LoRA())
+    with torch.no_grad():
+        for value in predictor.kit["b"].parameters():
+            value.fill_(float("nan"))
+    found = run(predictor.kit, None, sources_of(tmp_path), suite="quick", tokenizer=predictor.tokenizer)
+    assert found.sets[0].measures["b"]["acc"].value == 0
+    assert "nan" not in json.dumps(found.to_dict(), allow_nan=False).lower()
+    words = {name: {one.name: one.verdict for one in own} for name, own in found.forgetting.items()}
+    assert words["b"]["wiki"] == "not finite"
+    assert "not finite on wiki" in str(found)
+    alone = run(predictor.kit, ["a"], suite="quick", tokenizer=predictor.tokenizer)
+    assert words["a"] == {one.name: one.verdict for one in alone.forgetting["a"]}
+
+
 @pytest.mark.parametrize("build", [both, encoder, vision])
 def test_the_cost_of_any_model_is_measured(build: Any, tmp_path: Path) -> None:
     model = build(tmp_path / "m")
