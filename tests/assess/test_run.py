@@ -195,6 +195,21 @@ def test_adapters_with_other_answers_are_assessed_apart(model: Path, tmp_path: P
     assert len(run(predictor.kit, ["c"], sources_of(tmp_path), tokenizer=predictor.tokenizer).sets) == 3
 
 
+def test_adapters_that_were_trained_on_other_prompts_are_assessed_apart(model: Path, tmp_path: Path) -> None:
+    predictor = adapted(model, a=LoRA(), b=LoRA(), c=LoRA())
+    kit, base = predictor.kit, {"name": "m", "source": "folder"}
+    for name, own in {"a": {}, "b": {"system_prompt": "awful again"}, "c": {"max_length": 900}}.items():
+        text = {"tokenizer": "t", "max_length": 1000, **own}
+        kit[name].usage = {"task": "causal_lm", "base": base, "text": text}
+    sources = sources_of(tmp_path)
+    with pytest.raises(ConfigError, match=r"'b' was trained with other settings than .* \(system_prompt\): assess"):
+        run(kit, ["a", "b"], sources, tokenizer=predictor.tokenizer)
+    assert len(run(kit, ["a", "b"], sources[:2], tokenizer=predictor.tokenizer).sets) == 2
+    assert len(run(kit, ["a", "c"], sources, tokenizer=predictor.tokenizer).sets) == 3  # no example is so long
+    given = {"path": sources[2], "system_prompt": "good"}
+    assert len(run(kit, ["a", "b"], [given], tokenizer=predictor.tokenizer).sets) == 1
+
+
 def test_the_same_source_is_measured_once(model: Path, tmp_path: Path) -> None:
     predictor, lines = adapted(model), []
     source = sources_of(tmp_path)[1]
