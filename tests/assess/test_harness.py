@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import kitout
 from kitout import IA3, LoRA, PromptTuning
 from kitout.assess import run
-from kitout.assess.harness import read_tasks
+from kitout.assess.harness import _outcome, read_tasks
 from kitout.cli import app
 from kitout.errors import ConfigError
 from tiny_models import decoder, jsonl
@@ -91,6 +91,28 @@ def test_tasks_give_what_our_own_sets_give(tmp_path: Path) -> None:
     plain = json.loads(json.dumps(found.to_dict()))["harness"]
     assert [one["name"] for one in plain] == ["mine", "texts"]
     assert "mine: lm_eval, 8 examples" in str(found)
+
+
+def test_of_sums_and_of_values_beyond_one() -> None:
+    """No fraction of one model is none of another, and sums over units are a ratio."""
+
+    def result(factor: float) -> dict[str, Any]:
+        values = [factor * i for i in range(4)]
+        samples = [
+            {"doc_id": i, "filter": "none", "metrics": ["mine", "byte_perplexity"], "mine": value,
+             "byte_perplexity": (-value - i, 3 + i)}
+            for i, value in enumerate(values)
+        ]  # fmt: skip
+        means = {"mine,none": sum(values) / 4, "byte_perplexity,none": 1.0}
+        return {"samples": {"t": samples}, "results": {"t": means}, "higher_is_better": {"t": {}}}
+
+    found = _outcome("t", {"base": result(0.0), "a": result(20.0)}, 0)
+    change, perplexity = found.changes["a"]
+    assert [one["mine"].is_fraction for one in found.measures.values()] == [False, False]
+    assert change.verdict.startswith("no significant difference (")
+    assert "points" not in change.verdict
+    assert perplexity.tuned.value == pytest.approx(np.exp((120 + 6) / (3 + 4 + 5 + 6)))
+    assert found.measures["a"]["byte_perplexity"].ratio is not None
 
 
 def test_code_of_a_file_runs_only_where_it_is_allowed(tmp_path: Path) -> None:

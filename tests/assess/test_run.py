@@ -195,6 +195,21 @@ def test_adapters_with_other_answers_are_assessed_apart(model: Path, tmp_path: P
     assert len(run(predictor.kit, ["c"], sources_of(tmp_path), tokenizer=predictor.tokenizer).sets) == 3
 
 
+def test_adapters_that_were_trained_on_other_prompts_are_assessed_apart(model: Path, tmp_path: Path) -> None:
+    predictor = adapted(model, a=LoRA(), b=LoRA(), c=LoRA())
+    kit, base = predictor.kit, {"name": "m", "source": "folder"}
+    for name, own in {"a": {}, "b": {"system_prompt": "awful again"}, "c": {"max_length": 900}}.items():
+        text = {"tokenizer": "t", "max_length": 1000, **own}
+        kit[name].usage = {"task": "causal_lm", "base": base, "text": text}
+    sources = sources_of(tmp_path)
+    with pytest.raises(ConfigError, match=r"'b' was trained with other settings than .* \(system_prompt\): assess"):
+        run(kit, ["a", "b"], sources, tokenizer=predictor.tokenizer)
+    assert len(run(kit, ["a", "b"], sources[:2], tokenizer=predictor.tokenizer).sets) == 2
+    assert len(run(kit, ["a", "c"], sources, tokenizer=predictor.tokenizer).sets) == 3  # no example is so long
+    given = {"path": sources[2], "system_prompt": "good"}
+    assert len(run(kit, ["a", "b"], [given], tokenizer=predictor.tokenizer).sets) == 1
+
+
 def test_the_same_source_is_measured_once(model: Path, tmp_path: Path) -> None:
     predictor, lines = adapted(model), []
     source = sources_of(tmp_path)[1]
@@ -220,6 +235,24 @@ def test_a_suite_gives_a_line_of_forgetting(model: Path, tmp_path: Path, monkeyp
     t5 = kitout.load(base=str(both(tmp_path / "t5")))
     with pytest.raises(ConfigError, match="and this is none"):
         run(t5.kit, None, suite="quick", tokenizer=t5.tokenizer)
+
+
+def test_an_adapter_that_gives_no_numbers_is_told_and_hides_nothing_of_the_others(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tiny_suites(tmp_path / "sets", monkeypatch)
+    predictor = adapted(model, a=LoRA(), b=LoRA())
+    with torch.no_grad():
+        for value in predictor.kit["b"].parameters():
+            value.fill_(float("nan"))
+    found = run(predictor.kit, None, sources_of(tmp_path), suite="quick", tokenizer=predictor.tokenizer)
+    assert found.sets[0].measures["b"]["acc"].value == 0
+    assert "nan" not in json.dumps(found.to_dict(), allow_nan=False).lower()
+    words = {name: {one.name: one.verdict for one in own} for name, own in found.forgetting.items()}
+    assert words["b"]["wiki"] == "not finite"
+    assert "not finite on wiki" in str(found)
+    alone = run(predictor.kit, ["a"], suite="quick", tokenizer=predictor.tokenizer)
+    assert words["a"] == {one.name: one.verdict for one in alone.forgetting["a"]}
 
 
 @pytest.mark.parametrize("build", [both, encoder, vision])

@@ -33,6 +33,17 @@ def test_methods_of_a_run_with_seeds_are_ranked_as_groups(tmp_path: Path) -> Non
     assert [row["accuracy_group"] for row in more] == ["a", "a", "b"]
 
 
+def test_a_metric_without_a_verdict_is_said(tmp_path: Path) -> None:
+    folder = ranked(tmp_path / "run", ACCURACIES, methods=METHODS, n=200)
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    for changes in results["comparisons"].values():
+        changes.append({**changes[0], "name": "mcc"})
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    table = compare_runs([folder])
+    assert table.letters("mcc") == {}
+    assert any(note.startswith("Matthews correlation: no verdict: this metric is no mean") for note in table.notes)
+
+
 def test_runs_that_differ_in_their_seed_are_one_method_like_any_other(tmp_path: Path) -> None:
     runs = [
         ranked(tmp_path / f"{name}{seed}", {name: accuracy}, seed=seed, method=METHODS[name], start=k)

@@ -23,3 +23,16 @@ def test_words_only() -> None:
         "wellknown",
         "+",
     ]
+
+
+def test_punctuation_of_any_script() -> None:
+    pairs = [
+        ("北京是首都。", "北京是首都"),
+        ("「東京」です", "東京です"),
+        ("نعم؟", "نعم"),
+        ("¿Sí?", "sí"),
+        ("“don’t”", "don't"),
+    ]
+    assert all(normalize_text(a, words_only=True) == normalize_text(b, words_only=True) for a, b in pairs)
+    assert normalize_text("٣٫٥، ３．５。", fold_unicode=False, words_only=True) == "٣٫٥ ３．５"
+    assert normalize_text("。", words_only=True) == "。"

@@ -23,6 +23,7 @@ from kitout.evaluate.sets.forgetting import (
 )
 from kitout.evaluate.sets.outcome import SetOutcome
 from kitout.format import align_columns
+from kitout.train.metrics_log import to_json_value
 
 SMALLEST_LINE = f"{SMALLEST}: the difference that a set shows in 80 % of cases; a smaller one is often missed"
 
@@ -47,8 +48,8 @@ class Assessment:
     """Tasks of lm-evaluation-harness."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
+        """Plain values, as JSON has them: null for what is not finite."""
+        values = {
             "sets": [one.to_dict() for one in self.sets],
             "suite": self.suite,
             "suite_sets": [one.to_dict() for one in self.suite_sets],
@@ -57,6 +58,8 @@ class Assessment:
             "harness": [one.to_dict() for one in self.harness],
             "spectra": {name: spectrum.to_dict() for name, spectrum in self.spectra.items()},
         }  # fmt: skip
+        plain: dict[str, Any] = to_json_value(values)
+        return plain
 
     def sections(self) -> list[TableSection]:
         """Its parts, in order."""

@@ -12,10 +12,9 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,17 +23,18 @@ from kitout.base.token_limit import trained_length
 from kitout.errors import ConfigError, Errors, suggest
 from kitout.evaluate.ask.text_limit import num_virtual_tokens
 from kitout.evaluate.compare import BASE, compare
-from kitout.evaluate.metrics.measure import Measure, from_sums, mean, safe_divide
+from kitout.evaluate.intervals.ratio import Ratio
+from kitout.evaluate.metrics.measure import Measure, mean, of_ratio
 from kitout.evaluate.sets.outcome import SetOutcome
 from kitout.install_hint import suggest_install
 from kitout.kit import Kit
 from kitout.route import RouteEntry
 
 BATCH_ROWS = 8
-OF_SUMS: dict[str, Callable[[float], float]] = {  # of metrics whose examples are (sum log p, number of units)
-    "bits_per_byte": lambda mean_log: -mean_log / math.log(2),
-    "byte_perplexity": lambda mean_log: math.exp(-mean_log),
-    "word_perplexity": lambda mean_log: math.exp(-mean_log),
+OF_SUMS: dict[str, tuple[float, Literal["identity", "exp"]]] = {  # metrics whose examples are (sum log p, units)
+    "bits_per_byte": (math.log(2), "identity"),
+    "byte_perplexity": (1.0, "exp"),
+    "word_perplexity": (1.0, "exp"),
 }
 
 
@@ -111,6 +111,9 @@ def measure_tasks(
 
 def _outcome(task: str, results: Mapping[str, Any], seed: int) -> HarnessOutcome:
     measures = {name: _measures(task, result) for name, result in results.items()}
+    beyond = {metric for own in measures.values() for metric, one in own.items() if not one.is_fraction}
+    for own in measures.values():  # what is no fraction of one model is none of the others, whose values may all be 0
+        own.update({name: replace(one, is_fraction=False) for name, one in own.items() if name in beyond})
     changes = {
         name: compare(measures[BASE], own, seed=seed).changes for name, own in measures.items() if name != BASE and own
     }
@@ -135,20 +138,17 @@ def _measures(task: str, result: Mapping[str, Any]) -> dict[str, Measure]:
         )
         total = result["results"][task].get(f"{metric},{first}")
         if metric in OF_SUMS and all(isinstance(value, tuple | list) for value in values):
-            found[metric] = from_sums(
-                np.asarray(values, dtype=np.float64), partial(_of_sums, OF_SUMS[metric]),
-                higher_is_better=False, is_fraction=False,
-            )  # fmt: skip
+            factor, shape = OF_SUMS[metric]
+            sums = np.asarray(values, dtype=np.float64)
+            found[metric] = of_ratio(
+                Ratio(-sums[:, 0], factor * sums[:, 1], shape), higher_is_better=False, is_fraction=False
+            )
         elif all(_is_number(value) for value in values) and _is_number(total):
             numbers = np.asarray(values, dtype=np.float64)
             if math.isclose(float(numbers.mean()), float(total), rel_tol=1e-9, abs_tol=1e-12):  # it is their mean
                 is_fraction = bool(((numbers >= 0) & (numbers <= 1)).all())
                 found[metric] = mean(numbers, higher_is_better=higher, is_fraction=is_fraction)
     return found
-
-
-def _of_sums(formula: Callable[[float], float], totals: Any) -> float:
-    return formula(safe_divide(totals[0], totals[1]))
 
 
 def _is_number(value: Any) -> bool:

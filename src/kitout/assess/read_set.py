@@ -7,12 +7,13 @@ adapters were trained on. What the model cannot be asked is refused here, before
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from kitout.assess.example_set import ExampleSet, encode_examples
+from kitout.data.examples.examples import Example
 from kitout.data.examples.row_groups import detect_grouped
 from kitout.data.read.sources import Table, open_source
 from kitout.errors import ConfigError, DataError, Errors, suggest
@@ -28,6 +29,9 @@ from kitout.train.setup.find_inputs import resolve_data
 from kitout.train.setup.job_datasets import Datasets
 
 SPLIT_ORDER = ("test", "validation", "", "train")  # which of a source's splits is measured on: the first there is
+TEXT_SETTINGS = (  # of a TextRecord
+    "columns", "format", "system_prompt", "chat_template_kwargs", "max_length", "src_lang", "tgt_lang", "answers",
+)  # fmt: skip
 CHOICE_ROLES = ("question", "choices", "answer")
 
 
@@ -43,6 +47,8 @@ class SetReader:
     """How the adapters were trained: task, labels, preprocessing."""
     writes_text: bool
     """Whether it is a language model: else it gives labels or numbers."""
+    usages: Mapping[str, UsageRecord] = field(default_factory=dict)
+    """Of every adapter that says how it was trained: examples have to reach all of them alike."""
     pixels: Any = None
     """The PixelProcessor of a model that reads images."""
     seed: int = 0
@@ -65,12 +71,32 @@ class SetReader:
             and {source.columns.get(role, role) for role in CHOICE_ROLES} <= set(first)
         ):
             return self._read_choices(source, [values for _, of_table in rows for _, values in of_table], groups)
-        record = None if self.usage is None else self.usage.text
+        examples, formats = self._read_examples(source, rows, group, self.usage)
+        examples, kept_groups = _sampled(examples, groups, source.limit, self.seed)
+        if formats == {"text"} and self.writes_text:
+            if self.kit.config.is_encoder_decoder:
+                raise ConfigError("plain texts have no likelihood under an encoder-decoder: give inputs and answers")
+            return TextSet(source.path, tuple(example.source_text() for example in examples), groups=kept_groups)
+        dataset = encode_examples(examples, self.kit, self.tokenizer, self.usage, self.writes_text)
+        self._check_alike(dataset, lambda usage: encode_examples(
+            _sampled(self._read_examples(source, rows, group, usage)[0], groups, source.limit, self.seed)[0],
+            self.kit, self.tokenizer, usage, self.writes_text,
+        ))  # fmt: skip
+        # a chat may be several items, so these say their group themselves
+        return ExampleSet(source.path, dataset, tuple(item.group for item in dataset.test) if groups else ())
+
+    def _read_examples(
+        self, source: SourceConfig, rows: Sequence[tuple[Table, Any]], group: str | None, usage: UsageRecord | None
+    ) -> tuple[list[Example], set[str]]:
+        """As the training of an adapter would read them; and the formats."""
+        first = rows[0][1][0][1]
+        record = None if usage is None else usage.text
         columns, format_name = source.columns, None if source.format == "auto" else source.format
         if record is not None and not columns and set(record.columns.values()) <= set(first):
             columns, format_name = record.columns, format_name or record.format
         system_prompt = source.system_prompt or (None if record is None else record.system_prompt)
-        examples, formats = [], set()
+        examples: list[Example] = []
+        formats: set[str] = set()
         for table, of_table in rows:
             reading = detect_grouped(
                 of_table, table.source, group, format=format_name, columns=columns or None, note=table.note,
@@ -80,14 +106,19 @@ class SetReader:
                 reading = replace(reading, system_prompt=system_prompt)
             formats.add(reading.format.name)
             examples += reading.to_examples(of_table)
-        examples, groups = _sampled(examples, groups, source.limit, self.seed)
-        if formats == {"text"} and self.writes_text:
-            if self.kit.config.is_encoder_decoder:
-                raise ConfigError("plain texts have no likelihood under an encoder-decoder: give inputs and answers")
-            return TextSet(source.path, tuple(example.source_text() for example in examples), groups=groups)
-        dataset = encode_examples(examples, self.kit, self.tokenizer, self.usage, self.writes_text)
-        # a chat may be several items, so these say their group themselves
-        return ExampleSet(source.path, dataset, tuple(item.group for item in dataset.test) if groups else ())
+        return examples, formats
+
+    def _check_alike(self, dataset: Datasets, encode: Callable[[UsageRecord], Datasets]) -> None:
+        """ConfigError where the examples would reach another adapter otherwise than the first one."""
+        errors, tried = Errors(ConfigError, "several adapters"), [self.usage]
+        for name, usage in self.usages.items():
+            if usage in tried:
+                continue
+            tried.append(usage)
+            own = encode(usage)
+            if own.digest != dataset.digest or _answers_of(own) != _answers_of(dataset):
+                errors.add(f"{name!r} was trained with {_other_settings(self.usage, usage)}: assess it apart")
+        errors.raise_if_any()
 
     def _read_choices(
         self, source: SourceConfig, rows: Sequence[Mapping[str, Any]], groups: tuple[str, ...]
@@ -113,6 +144,9 @@ class SetReader:
             raise ConfigError(f"images are not read in groups: leave out group={group!r}")
         if source.format not in ("auto", "image"):
             raise ConfigError(f"format={source.format}: this model reads images")
+        others = [name for name, own in self.usages.items() if self.usage is None or own.images != self.usage.images]
+        if others:
+            raise ConfigError(f"{', '.join(others)}: trained with another size or image processor: assess them apart")
         path = Path(resolve_data(source.path))
         if (path / "images.npz").is_file():  # a built-in set is a folder with its license beside it
             path = path / "images.npz"
@@ -133,6 +167,21 @@ class SetReader:
             images=measured,
         )
         return ExampleSet(source.path, dataset, pixels=self.pixels)
+
+
+def _answers_of(dataset: Datasets) -> set[str]:
+    """The closed set, in no order: splits of the same data have them by frequency."""
+    return set() if dataset.answers is None else set(dataset.answers.names)
+
+
+def _other_settings(first: UsageRecord | None, other: UsageRecord) -> str:
+    """What makes the same row another example."""
+    of_first, of_other = (
+        {} if one is None or one.text is None else one.text.model_dump(include=set(TEXT_SETTINGS))
+        for one in (first, other)
+    )
+    names = [name for name in TEXT_SETTINGS if of_first.get(name) != of_other.get(name)]
+    return "other settings than the first adapter" + (f" ({', '.join(names)})" if names else "")
 
 
 def _tables_of_split(tables: Sequence[Table]) -> list[Table]:

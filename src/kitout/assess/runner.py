@@ -79,7 +79,8 @@ def run(
     if kit.merged:
         raise ConfigError(f"{', '.join(kit.merged)} merged into the base: kit.unmerge() before measuring against it")
     routes = _routes(kit, adapters)
-    usage = _usage(kit, routes, usages or {})
+    stated = _usages(kit, routes)
+    usage = _usage(routes, stated, usages or {})
     if usage is not None and usage.task not in TASKS:
         raise ConfigError(
             f"{', '.join(routes)}: a reward adapter scores answers and writes none: kitout predict ADAPTER PAIRS gives "
@@ -93,7 +94,7 @@ def run(
         pixels = _own_pixels(kit, usage)
     pad_token_id = None if own_tokenizer is None else choose_pad_token(kit.config, own_tokenizer)
     asked = Asked(kit, own_tokenizer, pad_token_id, max_new_tokens)
-    reader = SetReader(kit, own_tokenizer, usage, _writes_text(kit, usage), pixels, seed)
+    reader = SetReader(kit, own_tokenizer, usage, _writes_text(kit, usage), stated, pixels, seed)
     errors = Errors(ConfigError, "what to measure on")
     tasks: list[dict[str, Any]] = []
     try:
@@ -144,10 +145,17 @@ def _routes(kit: Kit, adapters: Sequence[str] | Mapping[str, Route] | None) -> d
     return routes
 
 
-def _usage(kit: Kit, routes: Mapping[str, RouteEntry], others: Mapping[str, UsageRecord]) -> UsageRecord | None:
+def _usages(kit: Kit, routes: Mapping[str, RouteEntry]) -> dict[str, UsageRecord]:
+    """How each adapter was trained that says so itself."""
+    names = dict.fromkeys(each for route in routes.values() for each in adapter_names(route))
+    return {name: UsageRecord.model_validate(own) for name in names if (own := kit[name].usage) is not None}
+
+
+def _usage(
+    routes: Mapping[str, RouteEntry], stated: Mapping[str, UsageRecord], others: Mapping[str, UsageRecord]
+) -> UsageRecord | None:
     """How the adapters were trained, as the first one says; ConfigError where another has other answers."""
     names = dict.fromkeys(each for route in routes.values() for each in adapter_names(route))
-    stated = {name: UsageRecord.model_validate(own) for name in names if (own := kit[name].usage) is not None}
     if not stated:
         return next((others[name] for name in [*names, ""] if name in others), None)
     first, *_ = stated

@@ -58,11 +58,10 @@ def rank_rows(rows: Sequence[RunRow], metrics: Sequence[str]) -> tuple[MetricRan
             scores = {
                 row.label: [run.test_scores[metric] for run in row.runs if metric in run.test_scores] for row in members
             }
-            if any(scores.values()):
-                ranking, note = rank_scores(scores)
-                if ranking is not None or note:
-                    measured = next(one.note for own in scores.values() for one in own)
-                    found.append(MetricRanking(test, metric, ranking, note, measured))
+            ranking, note = rank_scores(scores)
+            if ranking is not None or note:
+                measured = next((one.note for own in scores.values() for one in own), "")
+                found.append(MetricRanking(test, metric, ranking, note, measured))
     return tuple(found)
 
 

@@ -2,7 +2,8 @@
 
 By default case, width of letters and white space are ignored: so duplicates are found. With `words_only` punctuation
 and articles are ignored too: so generated answers are compared (Rajpurkar et al. 2016, with signs and decimal points
-of numbers kept). It knows no example and no metric.
+of numbers kept; so that a sentence in Chinese or Arabic may end with its own full stop, punctuation of all scripts). It
+knows no example and no metric.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import unicodedata
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")
 _PUNCTUATION = re.compile(r"\.(?!\d)|(?<=[^\W\d])\.|(?<=\w)-|-(?!\.?\d)|[!-,/:-@\[-`{-~]")
+_DECIMAL_POINTS = "\u066b\uff0e"  # Arabic, full width
 _ARTICLES = ("a", "an", "the")
 
 
@@ -25,5 +27,18 @@ def normalize_text(text: str, *, fold_unicode: bool = True, words_only: bool = F
     folded = " ".join(folded.split())
     if not words_only:
         return folded
-    words = _PUNCTUATION.sub("", _THOUSANDS.sub("", folded))
+    words = _PUNCTUATION.sub("", _THOUSANDS.sub("", _without_unicode_punctuation(folded)))
     return " ".join(word for word in words.split() if word not in _ARTICLES) or folded
+
+
+def _without_unicode_punctuation(text: str) -> str:
+    """Without that beyond ASCII; points between digits stay."""
+    if text.isascii():
+        return text
+    return "".join(
+        c
+        for i, c in enumerate(text)
+        if c.isascii()
+        or unicodedata.category(c)[0] != "P"
+        or (c in _DECIMAL_POINTS and text[i - 1 : i].isdigit() and text[i + 1 : i + 2].isdigit())
+    )

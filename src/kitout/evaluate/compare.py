@@ -61,7 +61,9 @@ class MetricChange:
         examples = self.base.size
         other = "" if self.baseline == BASE else f"the {self.baseline} "
         if not math.isfinite(self.low + self.high):
-            return f"no verdict: a value is not finite; {examples}"
+            is_one = self.base.n < 2 and math.isfinite(self.difference)
+            reason = "one example says nothing of others" if is_one else "a value is not finite"
+            return f"no verdict: {reason}; {examples}"
         if self.is_better is None:
             low, high = self.format_value(self.low, sign=True), self.format_value(self.high, sign=True)
             difference = f"no significant difference {f'to {other}' if other else ''}"

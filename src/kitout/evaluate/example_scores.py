@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from kitout.errors import FileError
 from kitout.evaluate.intervals.ratio import Groups, Ratio, Values
-from kitout.evaluate.metrics.measure import Measure, number_groups
+from kitout.evaluate.metrics.measure import Measure, number_groups, of_ratio
 from kitout.files.atomic import write_bytes
 
 Shape = Literal["identity", "exp", "sqrt"]
@@ -90,14 +90,10 @@ class ExampleScores:
     @property
     def measure(self) -> Measure:
         """The metric again, with its intervals; of a linearized one with those of a mean."""
-        ratio = self.ratio
-
-        def value(weights: Values) -> float:
-            total = float(weights @ ratio.denominators)
-            return float(ratio.apply(np.array([float(weights @ ratio.numerators) / total if total else 0.0]))[0])
-
-        correct = ratio.numerators == 1 if self.is_correct else None
-        return Measure(value, self.n, self.higher_is_better, self.share, correct, ratio, self.groups, self.note)
+        return of_ratio(
+            self.ratio, higher_is_better=self.higher_is_better, is_fraction=self.share,
+            correct=self.ratio.numerators == 1 if self.is_correct else None, groups=self.groups, note=self.note,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

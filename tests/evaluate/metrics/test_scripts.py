@@ -9,7 +9,7 @@ import pytest
 
 from kitout.evaluate.compare import compare
 from kitout.evaluate.metrics import scripts
-from kitout.evaluate.metrics.generation import token_f1
+from kitout.evaluate.metrics.generation import label_named, token_f1
 from kitout.evaluate.metrics.registry import compute_measures, metric_title
 from kitout.evaluate.metrics.scripts import bleu_tokenizer, lacks_spaces, split_units
 
@@ -44,6 +44,22 @@ def test_tokenizers_of_bleu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen == ["zh", "char", "char", "13a", "13a", "13a"]
     monkeypatch.setattr(scripts, "find_spec", lambda name: object())
     assert bleu_tokenizer(JAPANESE) == "ja-mecab"
+
+
+def test_a_label_in_a_sentence_without_spaces_is_named() -> None:
+    answers = ["答案是正面。", "我认为这是负面的", "非常正面", "正面还是负面？", "どちらでもない"] * 3
+    references = ["正面", "负面", "非常正面", "正面", "负面"] * 3
+    assert compute_measures("generation", answers, references)["accuracy"].value == 0.6
+    assert label_named("unpositive", ["positive", "negative"]) is None
+
+
+@needs_packages
+@pytest.mark.parametrize(("text", "other"), [("की", "का"), ("தமிழ் மொழி", "தமிழ மொழு"), ("শিক্ষা", "শিক্ষি")])
+def test_words_that_differ_in_a_vowel_sign_differ(text: str, other: str) -> None:
+    values = [compute_measures("generation", [text], [one])["rouge_l"].value for one in (text, other)]
+    assert values == [1.0, 0.0]
+    marked = compute_measures("generation", ["❤️ 1_2"], ["1 2"])["rouge_l"]
+    assert marked.value == 1.0
 
 
 def test_near_identical_answers_are_near_one() -> None:

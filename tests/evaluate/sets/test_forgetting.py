@@ -66,6 +66,16 @@ def test_many_sets_are_corrected_together() -> None:
     assert changes_of(**{f"s{i}": answers(100, 200, 7, 0) for i in range(4)})[0].verdict != "lost"
 
 
+def test_a_set_without_numbers_does_not_hide_what_others_lost() -> None:
+    pair = [compute_measures("text", [TextSums(nll, 4, 9)] * 20) for nll in (5.0, float("nan"))]
+    bits = tuple(one["bits_per_byte"] for one in pair)
+    found = changes_of(wiki=(bits[0], bits[1]), piqa=answers(150, 200, wrong_of_right=60))
+    assert {one.name: (one.verdict, one.p_value < 0.05) for one in found} == {
+        "wiki": ("not finite", False), "piqa": ("lost", True)
+    }  # fmt: skip
+    assert forgetting_line(found) == "lost on piqa; not finite on wiki"
+
+
 def test_bits_per_byte_are_lost_when_they_rise_and_come_with_their_divergence() -> None:
     rng = np.random.default_rng(0)
     nll = 100 + rng.normal(size=200)

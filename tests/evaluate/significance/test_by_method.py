@@ -103,6 +103,27 @@ def test_macro_f1_has_a_verdict_over_seeds() -> None:
     assert false <= 9, "at most 6 %"
 
 
+def test_macro_f1_of_tags_has_one_too() -> None:
+    rng = np.random.default_rng(0)
+    rows = [rng.choice(["NOUN", "VERB", "ADJ"], 12).tolist() for _ in range(80)]
+    scores: dict[str, list[ExampleScores]] = {"a": [], "b": []}
+    for name, right in (("a", 0.9), ("b", 0.4)) * 3:
+        guessed = [[tag if rng.random() < right else "NOUN" for tag in row] for row in rows]
+        scores[name].append(keep_ratios(compute_measures("tokens", guessed, rows))["macro_f1"])
+    ranking, _ = rank_scores(scores)
+    assert ranking is not None
+    assert ranking.letters == ("a", "b")
+
+
+def test_agreement_is_not_certain_of_linearized_shares_either() -> None:
+    rng = np.random.default_rng(0)
+    same = macro_f1s(rng, rng.choice(4, 80), 0.6)[:1] * 3
+    ranking, _ = rank_scores({"a": same, "b": same})
+    assert ranking is not None
+    # 2.8 standard errors of one example in 80, with t on 79 degrees; it was "0.0 points"
+    assert "(80 % power): 3.5 points on 80 test examples" in ranking.caption
+
+
 def test_how_a_metric_was_measured_is_in_the_table() -> None:
     scores = {"a": shares(0.9), "b": shares(0.5)}
     found = compare_by_method(

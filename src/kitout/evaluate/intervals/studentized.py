@@ -32,7 +32,9 @@ def ratio_interval(
 def ratio_difference_interval(
     before: Ratio, after: Ratio, groups: Groups | None = None, seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> tuple[float, float]:  # fmt: skip
-    """Of after minus before, paired by example."""
+    """Of after minus before, paired by example. One example (or group) bounds it in no direction."""
+    if len(before.by_group(groups).numerators) < 2:
+        return -math.inf, math.inf
     return _interval([(-1.0, before.by_group(groups)), (1.0, after.by_group(groups))], seed, num_resamples)
 
 

@@ -8,10 +8,12 @@ model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kitout.errors import ConfigError, Errors
 from kitout.evaluate.metrics.calibration import calibration_error
@@ -31,19 +33,24 @@ class ChoiceSums:
 
     @property
     def choice(self) -> int:
-        """The likeliest."""
-        return int(np.argmax(self.log_likelihoods))
+        """The likeliest; -1, which is never right, where a likelihood is no number."""
+        return _largest(np.array(self.log_likelihoods, dtype=np.float64))
 
     @property
     def choice_by_length(self) -> int:
-        """The likeliest per character."""
-        return int(np.argmax(np.array(self.log_likelihoods) / np.array(self.num_characters, dtype=np.float64)))
+        """The likeliest per character; -1 where a likelihood is no number."""
+        return _largest(np.array(self.log_likelihoods) / np.array(self.num_characters, dtype=np.float64))
 
     @property
     def confidence(self) -> float:
-        """The probability of the likeliest among the choices."""
+        """The probability of the likeliest among the choices; NaN where a likelihood is no number."""
         values = np.array(self.log_likelihoods, dtype=np.float64)
-        return float(1.0 / np.exp(values - values.max()).sum())
+        with np.errstate(invalid="ignore"):  # all of them impossible
+            return float(1.0 / np.exp(values - values.max()).sum())
+
+
+def _largest(values: NDArray[np.float64]) -> int:
+    return -1 if np.isnan(values).any() else int(np.argmax(values))
 
 
 def choice_metrics(rows: Sequence[ChoiceSums], answers: Sequence[int]) -> dict[str, Measure]:
@@ -55,11 +62,17 @@ def choice_metrics(rows: Sequence[ChoiceSums], answers: Sequence[int]) -> dict[s
     errors.raise_if_any()
     right = np.array(answers)
     correct = np.array([row.choice for row in rows]) == right
+    confidences = np.array([row.confidence for row in rows])
     return {
         "acc": proportion(correct),
         "acc_norm": proportion(np.array([row.choice_by_length for row in rows]) == right),
-        "ece": calibration_error(np.array([row.confidence for row in rows]), correct),
+        "ece": calibration_error(confidences, correct) if np.isfinite(confidences).all() else _not_finite(len(rows)),
     }
+
+
+def _not_finite(n: int) -> Measure:
+    """The calibration error of a model whose values are no numbers is none either; its accuracy is 0."""
+    return Measure(lambda _weights: math.nan, n, higher_is_better=False)
 
 
 def pair_metrics(pairs: Sequence[Sequence[float]]) -> dict[str, Measure]:

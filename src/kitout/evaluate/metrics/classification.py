@@ -98,18 +98,26 @@ def multilabel_metrics(
         hits, num_predicted, num_actual = np.split(totals, 3)
         return safe_divide(2 * hits.sum(), num_predicted.sum() + num_actual.sum())
 
-    def macro_influence() -> NDArray[np.float64]:
-        both = (predicted + actual).sum(axis=0)
-        f1 = _zero_divide(2 * (predicted * actual).sum(axis=0), both)
-        moved = _zero_divide(2 * predicted * actual - f1 * (predicted + actual), np.broadcast_to(both, predicted.shape))
-        return np.asarray(moved.sum(axis=1) / max(1, np.count_nonzero(both)))
-
-    macro = from_sums(sums, lambda totals: _macro_f1(*np.split(totals, 3)))
     return {
         "micro_f1": from_sums(sums, micro, ratio=micro_ratio),
-        "macro_f1": replace(macro, influence_fn=macro_influence),
+        "macro_f1": macro_f1_of_counts(predicted * actual, predicted, actual),
         "exact_match": proportion((predicted == actual).all(axis=1)),
     }
+
+
+def macro_f1_of_counts(
+    hits: NDArray[np.float64], predicted: NDArray[np.float64], actual: NDArray[np.float64]
+) -> Measure:
+    """Macro-F1 where an example has several labels or tags: its counts of each, [examples, labels]."""
+
+    def influence() -> NDArray[np.float64]:
+        both = (predicted + actual).sum(axis=0)
+        f1 = _zero_divide(2 * hits.sum(axis=0), both)
+        moved = _zero_divide(2 * hits - f1 * (predicted + actual), np.broadcast_to(both, predicted.shape))
+        return np.asarray(moved.sum(axis=1) / max(1, np.count_nonzero(both)))
+
+    sums = np.concatenate([hits, predicted, actual], axis=1)
+    return replace(from_sums(sums, lambda totals: _macro_f1(*np.split(totals, 3))), influence_fn=influence)
 
 
 def _check_multilabel(name: str, rows: Sequence[Sequence[float]]) -> NDArray[np.float64]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kitout.errors import ConfigError, Errors
 from kitout.evaluate.intervals.ratio import Ratio
-from kitout.evaluate.metrics.measure import Measure, from_sums, nan_mean, safe_divide
+from kitout.evaluate.metrics.classification import macro_f1_of_counts
+from kitout.evaluate.metrics.measure import Measure, from_sums, safe_divide
 
 MAX_SHOWN_ERRORS = 3  # reported one by one
 
@@ -81,10 +81,4 @@ def _macro_f1(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> Measure:
             row[0, ids[predicted]] += predicted == actual
             row[1, ids[predicted]] += 1
             row[2, ids[actual]] += 1
-
-    def formula(totals: NDArray[np.float64]) -> float:
-        hits, num_predicted, num_actual = np.split(totals, 3)
-        both = num_predicted + num_actual
-        return nan_mean(np.divide(2 * hits, both, out=np.full_like(hits, np.nan), where=both > 0))
-
-    return from_sums(sums.reshape(len(pairs), -1), formula)
+    return macro_f1_of_counts(*np.moveaxis(sums, 1, 0))

@@ -1,6 +1,7 @@
 """Metrics of generated answers: exact match, token F1, the label an answer names, ROUGE-L, chrF and BLEU.
 
-Exact match and token F1 are SQuAD's (Rajpurkar et al. 2016), after its normalization. Where the references are a few
+Exact match and token F1 are SQuAD's (Rajpurkar et al. 2016), after its normalization, and without the punctuation of
+any script, as MLQA's (Lewis et al. 2020). Where the references are a few
 repeated labels, accuracy and macro-F1 count the one label that an answer names, so that an answer in a sentence is not
 incorrect for that. ROUGE-L, chrF and BLEU come from rouge-score and sacrebleu where they are installed. All values are
 between 0 and 1. It knows no model.
@@ -8,7 +9,7 @@ between 0 and 1. It knows no model.
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -61,9 +62,14 @@ def label_named(answer: str, labels: Sequence[str]) -> str | None:
     """The label that an answer is, or else the only one it names; all of them normalized."""
     if answer in labels:
         return answer
-    named = [label for label in labels if f" {label} " in f" {answer} "]
-    longest = [label for label in named if not any(label != other and f" {label} " in f" {other} " for other in named)]
+    named = [label for label in labels if _contains(answer, label)]
+    longest = [label for label in named if not any(label != other and _contains(other, label) for other in named)]
     return longest[0] if len(longest) == 1 else None
+
+
+def _contains(text: str, label: str) -> bool:
+    """As whole words, where its script has spaces between them."""
+    return label in text and (f" {label} " in f" {text} " or lacks_spaces([label])[0])
 
 
 def generation_metrics(
@@ -121,7 +127,9 @@ class _WordTokenizer:
     """Words of any script; rouge-score's own tokenizer knows only a to z."""
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[^\W_]+", text.lower())
+        # a vowel sign (Hindi, Tamil, Arabic) is a mark, no letter, and belongs to its word all the same
+        kept = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text.lower())
+        return [word for word in "".join(kept).split() if any(map(str.isalnum, word))]
 
 
 class _CharacterTokenizer:

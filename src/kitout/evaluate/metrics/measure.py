@@ -137,6 +137,8 @@ def score_difference(base: Measure, tuned: Measure, seed: int = 0) -> tuple[floa
         if base.is_fraction and tuned.is_fraction:
             return value, *bounded_difference_interval(base.ratio, tuned.ratio, groups, seed)
         return value, *ratio_difference_interval(base.ratio, tuned.ratio, groups, seed)
+    if base.n < 2:  # every resample is the same example
+        return (value, -1.0, 1.0) if base.is_fraction and tuned.is_fraction else (value, -math.inf, math.inf)
     interval = bootstrap_interval(
         lambda weights: tuned.value_fn(weights) - base.value_fn(weights), base.n, seed, groups=groups
     )
@@ -176,6 +178,19 @@ def mean(values: NDArray[np.float64], *, higher_is_better: bool = True, is_fract
         lambda weights: float(weights @ values) / float(weights.sum()), len(values), higher_is_better, is_fraction,
         ratio=Ratio(np.asarray(values, dtype=np.float64), np.ones(len(values))),
     )  # fmt: skip
+
+
+def of_ratio(
+    ratio: Ratio, *, higher_is_better: bool = True, is_fraction: bool = True, correct: NDArray[np.bool_] | None = None,
+    groups: Groups | None = None, note: str = "",
+) -> Measure:  # fmt: skip
+    """A metric that is a ratio of two sums over the examples, and nothing else."""
+
+    def value(weights: NDArray[np.float64]) -> float:
+        total = float(weights @ ratio.denominators)
+        return float(ratio.apply(np.array([safe_divide(float(weights @ ratio.numerators), total)]))[0])
+
+    return Measure(value, len(ratio.numerators), higher_is_better, is_fraction, correct, ratio, groups, note)
 
 
 def from_sums(

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kitout.errors import ConfigError
-from kitout.evaluate.metrics.measure import Measure, from_sums, safe_divide
+from kitout.evaluate.intervals.ratio import Ratio
+from kitout.evaluate.metrics.measure import Measure, of_ratio
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,7 @@ def text_metrics(texts: Sequence[TextSums]) -> dict[str, Measure]:
     sums = np.array([[t.nll, t.num_bytes, t.divergence or 0.0, t.num_tokens] for t in texts], dtype=np.float64)
     if not sums[:, 1].sum():
         raise ConfigError(f"all of the {len(texts)} texts are empty")
-    measures = {
-        "bits_per_byte": from_sums(
-            sums, lambda totals: safe_divide(totals[0], math.log(2) * totals[1]), higher_is_better=False,
-            is_fraction=False,
-        )
-    }  # fmt: skip
+    ratios = {"bits_per_byte": Ratio(sums[:, 0], math.log(2) * sums[:, 1])}
     if all(text.divergence is not None for text in texts):
-        measures["kl"] = from_sums(
-            sums, lambda totals: safe_divide(totals[2], totals[3]), higher_is_better=False, is_fraction=False
-        )
-    return measures
+        ratios["kl"] = Ratio(sums[:, 2], sums[:, 3])
+    return {name: of_ratio(one, higher_is_better=False, is_fraction=False) for name, one in ratios.items()}

@@ -2,11 +2,13 @@
 
 lost or gained: the change is significant after Holm's correction over the sets of one adapter. kept: its interval lies
 within a margin of no change (2 points of accuracy, on at least 183 questions; 0.02 bits per byte). Anything else is not
-distinguishable: the set is too small to say. It knows scores, and neither sets nor models.
+distinguishable: the set is too small to say. Values that are not finite are called that. It knows scores, and neither
+sets nor models.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from kitout.evaluate.significance.seeds import LEVEL
 from kitout.format import align_columns, format_number
 
 SHARE_MARGIN, BITS_MARGIN = 0.02, 0.02
+NOT_FINITE = "not finite"
 SMALLEST = "smallest shown"  # the smallest difference that the set shows with a power of 80 %
 
 
@@ -39,7 +42,9 @@ class SetChange:
 
     @property
     def verdict(self) -> str:
-        """lost, gained, kept or not distinguishable."""
+        """lost, gained, kept, not distinguishable or not finite."""
+        if not math.isfinite(self.change.difference):
+            return NOT_FINITE
         margin = SHARE_MARGIN if self.change.base.share else BITS_MARGIN
         if self.adjusted <= LEVEL and self.change.difference:
             return "gained" if (self.change.difference > 0) == self.change.base.higher_is_better else "lost"
@@ -65,7 +70,7 @@ def set_changes(
 
 def forgetting_line(changes: Sequence[SetChange]) -> str:
     """lost on piqa; kept on wiki; not distinguishable on obqa, csqa"""
-    words = ("lost", "gained", "kept", "not distinguishable")
+    words = ("lost", NOT_FINITE, "gained", "kept", "not distinguishable")
     by_word = {word: [one.name for one in changes if one.verdict == word] for word in words}
     return "; ".join(f"{word} on {', '.join(names)}" for word, names in by_word.items() if names)
 

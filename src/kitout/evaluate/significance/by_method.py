@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
@@ -161,11 +161,6 @@ def rank_scores(scores: Mapping[str, Sequence[ExampleScores]]) -> tuple[MethodRa
     table = {name: np.stack([one.per_example for one in own]) for name, own in ranked.items()}
     ranking = rank_methods(
         table, groups=groups[0] if groups else None, higher_is_better=first.higher_is_better,
-        share=first.share and is_mean,
+        share=first.share, linearized=not is_mean,
     )  # fmt: skip
-    if first.share and not is_mean:  # linearized scores may lie outside 0 and 1; their means do not
-        ranking = replace(
-            ranking, pairs=tuple(replace(pair, share=True) for pair in ranking.pairs),
-            smallest=replace(ranking.smallest, share=True),
-        )  # fmt: skip
     return ranking, note

@@ -35,7 +35,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def compare_pairs(
     scores: Mapping[str, ArrayLike], default: str | None = None, *,
     groups: Sequence[Hashable] | NDArray[Any] | None = None, weights: ArrayLike | None = None,
-    higher_is_better: bool = True, share: bool = True, seed: int = 0,
+    higher_is_better: bool = True, share: bool = True, linearized: bool = False, seed: int = 0,
 ) -> tuple[MethodDifference, ...]:  # fmt: skip
     """Every pair of methods, or every other method against `default`; p-values are corrected where all pairs have one.
 
@@ -48,7 +48,8 @@ def compare_pairs(
         raise ConfigError(f"there is no method {default!r} here: {suggest(default, names)}")
     pairs = list(combinations(names, 2)) if default is None else [(one, default) for one in names if one != default]
     options: dict[str, Any] = {
-        "groups": groups, "weights": weights, "higher_is_better": higher_is_better, "share": share, "seed": seed,
+        "groups": groups, "weights": weights, "higher_is_better": higher_is_better, "share": share,
+        "linearized": linearized, "seed": seed,
     }  # fmt: skip
     found = [compare_methods(scores[a], scores[b], names=(a, b), **options) for a, b in pairs]
     tested = [i for i, one in enumerate(found) if one.p_value is not None]
@@ -108,15 +109,17 @@ class MethodRanking:
 
 def rank_methods(
     scores: Mapping[str, ArrayLike], *, groups: Sequence[Hashable] | NDArray[Any] | None = None,
-    weights: ArrayLike | None = None, higher_is_better: bool = True, share: bool = True, seed: int = 0,
+    weights: ArrayLike | None = None, higher_is_better: bool = True, share: bool = True, linearized: bool = False,
+    seed: int = 0,
 ) -> MethodRanking:  # fmt: skip
     """All methods in order, with a verdict on every pair. Arguments as `compare_pairs` takes them."""
     pairs = compare_pairs(
-        scores, groups=groups, weights=weights, higher_is_better=higher_is_better, share=share, seed=seed
-    )
+        scores, groups=groups, weights=weights, higher_is_better=higher_is_better, share=share, linearized=linearized,
+        seed=seed,
+    )  # fmt: skip
     w = None if weights is None else np.asarray(weights, dtype=np.float64)
     means = {
-        name: float(np.average(check_scores(name, one, share), axis=1, weights=w).mean())
+        name: float(np.average(check_scores(name, one, share and not linearized), axis=1, weights=w).mean())
         for name, one in scores.items()
     }
     names = sorted(means, key=lambda name: -means[name] if higher_is_better else means[name])

@@ -24,7 +24,7 @@ def paired_p_value(base: Measure, tuned: Measure, seed: int = 0) -> float:
         _, low, high = score_difference(base, tuned, seed)
         error = (high - low) / (2 * Z95)
     units = base.n if base.groups is None else int(base.groups.max()) + 1
-    if units < 2:  # one example shows nothing
+    if units < 2 or not math.isfinite(difference):  # neither one example nor what is no number shows anything
         return 1.0
     if not error:
         return float(difference == 0)

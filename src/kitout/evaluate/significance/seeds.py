@@ -117,15 +117,17 @@ class MethodDifference:
 def compare_methods(
     scores: ArrayLike, others: ArrayLike, *, names: tuple[str, str] = ("the first", "the second"),
     groups: Sequence[Hashable] | NDArray[Any] | None = None, weights: ArrayLike | None = None,
-    higher_is_better: bool = True, share: bool = True, seed: int = 0,
+    higher_is_better: bool = True, share: bool = True, linearized: bool = False, seed: int = 0,
 ) -> MethodDifference:  # fmt: skip
     """The first minus the second, on the same examples in the same order.
 
     scores, others: [seeds, examples], each the score of one example (1 where it is correct; its loss); [examples] is
     one seed. groups: the group of each example, by any values. weights: of each example in the mean (its tokens).
-    share: scores lie between 0 and 1. seed: of the resampling, used with fewer than three seeds.
+    share: scores lie between 0 and 1. linearized: only their means do (`ExampleScores.per_example` of an F1). seed: of
+    the resampling, used with fewer than three seeds.
     """
-    a, b = check_scores(names[0], scores, share), check_scores(names[1], others, share)
+    is_bounded = share and not linearized
+    a, b = check_scores(names[0], scores, is_bounded), check_scores(names[1], others, is_bounded)
     n = a.shape[1]
     if b.shape[1] != n:
         raise ConfigError(f"{names[0]} has {n} examples, {names[1]} {b.shape[1]}: both need the same, in one order")
@@ -146,7 +148,7 @@ def compare_methods(
         half, p = half_width(0.975, errors), p_value(difference, errors)
         low, high = difference - half, difference + half
     else:
-        measures = [_measure(one.mean(axis=0), w, share, numbers) for one in (b, a)]
+        measures = [_measure(one.mean(axis=0), w, is_bounded, numbers) for one in (b, a)]
         _, low, high = score_difference(measures[0], measures[1], seed)
     return MethodDifference(
         names[0], names[1], difference, low, high, p, p, 1, seeds, n, seed_error, example_error, degrees,
