@@ -105,6 +105,13 @@ def test_the_first_ratio_is_one(method: str, kind: str, tmp_path: Path) -> None:
         assert 0 <= metrics.get("kl", 0.0) <= 1e-6
 
 
+def test_prompts_of_one_token_can_be_answered() -> None:
+    objective = PolicyObjective(twins(next(iter(METHODS))), GRPOLoss(), 9)
+    with objective.kit.use("policy"):
+        objective.choose_head_loss(["policy"], [EncodedPrompt((i,), "") for i in (7, 8)])
+    assert objective.scorer.head.mode != "full"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_first_margin_is_zero(method: str, tmp_path: Path) -> None:
     kit = twins(method)

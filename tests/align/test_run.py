@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
 import kitout
 from kitout import IA3, LoRA
@@ -21,7 +21,7 @@ from kitout.align.measure import prompts
 from kitout.align.rollout import SamplingSettings
 from kitout.errors import ConfigError
 from kitout.train.metrics_log import read_metrics
-from tiny_models import decoder, jsonl
+from tiny_models import decoder, jsonl, tokenizer
 from train.test_run import assert_portable
 
 pytest.importorskip("accelerate")
@@ -33,6 +33,16 @@ SMALL = {"batch_size": 4, "steps": 4, "lr": 1e-2}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return decoder(tmp_path_factory.mktemp("models") / "decoder")
+
+
+def encoder_as_language_model(folder: Path) -> Path:
+    """BERT, as AutoModelForCausalLM loads it: its tokens see those after them."""
+    fast = tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model: Any = BertLMHeadModel(BertConfig(vocab_size=len(fast), pad_token_id=0, max_position_embeddings=64, **sizes))
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
 
 
 def pairs(number: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -170,6 +180,13 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="encoder-decoder"):
         stage("dpo", both(tmp_path / "model"), data_of("dpo", tmp_path), tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "grpo", "reward"])
+def test_an_encoder_is_refused(kind: str, tmp_path: Path) -> None:
+    model = encoder_as_language_model(tmp_path / "model")
+    with pytest.raises(ConfigError, match="BertLMHeadModel is an encoder, whose tokens see those after them"):
+        stage(kind, model, data_of(kind, tmp_path), tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -280,7 +281,7 @@ class Rounds:
         metrics = _reward_metrics("reward", values.totals, self.plan.samples)
         if len(values.names) > 1:
             for name, column in zip(values.names, zip(*values.by_source, strict=True), strict=True):
-                metrics |= _reward_metrics(f"reward_{name.replace('/', '.')}", column, self.plan.samples)
+                metrics |= _reward_metrics(_source_metric(name), column, self.plan.samples)
         if self.plan.samples > 1:
             spread = estimates.has_spread(estimates.score_tensor(values.totals), self.plan.samples)
             metrics["groups_without_spread"] = 1.0 - spread.float().mean().item()
@@ -311,6 +312,12 @@ def answer_row(
 
 def _at(values: Sequence[Tensor] | None, index: int) -> Tensor | None:
     return None if values is None else values[index]
+
+
+def _source_metric(name: str) -> str:
+    """What the rewards of a source are logged as: no other adapter's metric (/), and no end of an interval."""
+    unambiguous = re.sub("(^|_)(low|high)$", r".\2", name.replace("/", "."))
+    return f"reward_{unambiguous}"
 
 
 def _reward_metrics(name: str, values: Sequence[float | None], samples: int) -> dict[str, float]:

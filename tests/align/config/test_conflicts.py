@@ -135,6 +135,20 @@ def errors(*stages: dict[str, Any], **top: Any) -> list[str]:
             ),
         ),
         (
+            [GRPO | {"data": {"train": "q", "test": "gym:chain_sum"}, "reward": "m:f"}],
+            (
+                "stages.0.data.test=gym:chain_sum: what is held out is split off the prompts of data.train: write a "
+                "number, stages.0.data.test=200"
+            ),
+        ),
+        (
+            [SFT, GRPO | {"name": "reference", "from": "sft"}],
+            (
+                "stages.1.name=reference: the stage itself has another adapter of that name beside the one that it "
+                "trains: write stages.1.name=grpo-reference"
+            ),
+        ),
+        (
             [SFT, DPO | {"from": "sft", "method": "IA3"}],
             "stages.1.method={'name': 'IA3'}: it starts from sft, whose method is {'name': 'LoRA'}: leave it out",
         ),

@@ -43,6 +43,14 @@ def test_one_prompt_alone_has_no_partner_and_too_long_rows_are_left_out() -> Non
     assert not mismatched_rows([], 3)
 
 
+def test_behind_an_empty_prompt_the_first_token_is_no_target() -> None:
+    (asked, _), answer = judged([1, 2]), EncodedExample((5, 6, 7), (IGNORE_INDEX, 6, 7))
+    items = [asked, EncodedUnpaired(answer, is_desirable=True)]
+    rows = mismatched_rows(items, 10)
+    assert rows[asked.answer].labels == (IGNORE_INDEX, IGNORE_INDEX, 5, 6, 7)
+    assert (rows[answer].input_ids, rows[answer].labels) == ((6, 7), (IGNORE_INDEX, 7))
+
+
 def test_many_answers_to_one_prompt_take_no_longer() -> None:
     items = judged([1] * 20_000 + [2])
     start = time.process_time()

@@ -8,6 +8,8 @@ import pytest
 
 from kitout.align.pages import round_charts as module
 from kitout.align.pages.round_charts import panels_of, plot_rounds, round_charts
+from kitout.align.pages.round_pages import rounds_section
+from kitout.align.rounds import _source_metric
 
 
 def rows(steps: int = 6, **more: float) -> list[dict[str, Any]]:
@@ -33,6 +35,16 @@ def test_sources_are_lines_of_one_panel() -> None:
     panel = panels_of(rows(reward_taste=0.2, reward_length=-0.1))[0]
     assert list(panel.series) == ["weighted sum", "taste", "length"]
     assert panel.series["weighted sum"].intervals[1] == (0.1, 0.4)
+
+
+def test_no_source_is_taken_for_something_else() -> None:
+    names = [_source_metric(name) for name in ("rules:score_low", "high", "rules:perplexity", "runs/a")]
+    series = panels_of(rows(**dict.fromkeys(names, 0.2)))[0].series
+    assert list(series) == ["weighted sum", "rules:score.low", ".high", "rules:perplexity", "runs.a"]
+    assert series["weighted sum"].intervals[1] == (0.1, 0.4)
+    section = rounds_section(rows(**dict.fromkeys(names, 0.2)))
+    assert section is not None
+    assert {f"reward, {name}" for name in series if name != "weighted sum"} < {title for title, *_ in section.table}
 
 
 @pytest.mark.parametrize("steps", [1, 6, 40])

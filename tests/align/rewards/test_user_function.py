@@ -62,6 +62,18 @@ def test_a_function_of_the_working_directory() -> None:
     assert import_function("own_rewards:more").score(ANSWERS) == [0.0, 0.0]
 
 
+def test_a_function_imports_from_its_folder_when_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lazy_rewards.py").write_text(
+        "def count(prompts, completions, rows):\n    import own_rewards\n"
+        "    return own_rewards.count(prompts, completions, rows)\n"
+    )
+    reward = import_function("lazy_rewards:count")
+    monkeypatch.chdir(tmp_path.parent)
+    before = list(sys.path)
+    assert reward.score(ANSWERS) == [2, 0]
+    assert sys.path == before
+
+
 def test_what_a_function_changes_stays_its_own() -> None:
     answers = replace(ANSWERS, prompts=[[{"content": "p"}], "q"], rows=[{"letters": ["a", "b"]}, {"letters": []}])
     assert import_function("own_rewards:changes").score(answers) == [None, 1.0]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from kitout.data.encode.answers import PairEncoder, RolloutPromptEncoder, UnpairedEncoder, dropped_text
 from kitout.data.encode.generation import CausalEncoder, encode_good
@@ -16,6 +17,7 @@ from kitout.data.examples.examples import Chat, Completion, Turn
 from kitout.data.examples.formats import to_examples
 from kitout.data.examples.preferences import PreferencePair, Prompt, UnpairedAnswer
 from kitout.errors import BadRows, DataError
+from kitout.train.objectives.answer_rows import collate_rows
 
 Tokenizers = Callable[..., Any]
 PROMPT = "What is the weather in Paris today, and in London? " * 3
@@ -69,6 +71,19 @@ def test_raw_texts_are_encoded_character_by_character(tokenizer: Tokenizers) -> 
     (prompt,) = RolloutPromptEncoder(fast, 50, 5)([Prompt("Is it ", {"n": 1})])
     assert prompt.input_ids == prompt_ids(item.chosen)
     assert (prompt.prompt, prompt.row) == ("Is it ", {"n": 1})
+
+
+@pytest.mark.parametrize("has_start_token", [True, False])
+def test_without_a_prompt_the_first_token_is_no_target(tokenizer: Tokenizers, has_start_token: bool) -> None:
+    fast = tokenizer("chatml")
+    pairs, answers = PairEncoder(fast, 50), UnpairedEncoder(fast, 50)
+    if not has_start_token:
+        pairs.rows.causal.span_tokenizer.start_ids = answers.rows.causal.span_tokenizer.start_ids = ()
+    (item,) = pairs([PreferencePair(Completion("", "sunny"), Completion("", "raining"))])
+    (judged,) = answers([UnpairedAnswer(Completion("", "sunny"), is_desirable=True)])
+    assert judged.answer == item.chosen
+    for row in item.rows:  # as many targets as a model has predictions of them
+        assert len(collate_rows([row], torch.device("cpu")).targets["labels"]) == row.num_targets == len(row.labels) - 1
 
 
 def test_truncation_takes_the_same_front_of_the_prompt_from_both_answers(tokenizer: Tokenizers) -> None:

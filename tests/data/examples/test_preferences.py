@@ -110,7 +110,11 @@ def test_margins() -> None:
     [
         ({"prompt": "a", "chosen": "b", "rejected": " b "}, "line 1: the chosen and the rejected answer are equal"),
         ({"chosen": [user("a"), bot("b")], "rejected": [user("a"), bot("b")]}, "are equal"),
-        ({"chosen": "b", "rejected": "c"}, r"there is no prompt: name its column \(columns.prompt\)"),
+        (
+            {"chosen": "b", "rejected": "c"},
+            r"there is no prompt: name its column \(columns.prompt\).* write data.train.format=raw_preference",
+        ),
+        ({"chosen": [bot("b")], "rejected": [bot("c")]}, "messages that begin with it$"),
         ({"prompt": "", "chosen": "b", "rejected": "c"}, "there is no prompt"),
         ({"prompt": "a", "chosen": "b", "rejected": ""}, "'rejected' is empty, expected text"),
         ({"chosen": [user("a"), bot("b")], "rejected": [user("c"), bot("d")]}, "have no common beginning"),

@@ -18,7 +18,9 @@ from kitout.errors import ConfigError
 from kitout.train.config.method_field import method_to_dict
 
 SOURCES = "a stage of kind reward before it, its folder, module:function or gym:NAME"
-REFERENCE, VALUE = "reference", "value"  # adapters beside the one that is trained
+# Adapters beside the one that is trained. The first is what a stage starts from, which it is compared with at the end
+# whether its loss has a reference or not.
+REFERENCE, VALUE = "reference", "value"
 SAMPLING = ", ".join(name for name, kind in KINDS.items() if kind.takes_reward)
 
 
@@ -81,7 +83,7 @@ def _name_conflicts(config: AlignConfig) -> Iterator[str]:
             free = next(f"{name}-{i}" for i in range(2, len(names) + 2) if f"{name}-{i}" not in names)
             yield f"stages.{number}.name={name}: a stage before it has that name: write stages.{number}.name={free}"
     for number, stage in enumerate(config.stages):
-        own = [REFERENCE] if stage.has_reference and stage.from_ else []
+        own = [REFERENCE] if stage.of_kind.writes_text and stage.loss is not None and stage.from_ else []
         own += [VALUE] if stage.of_kind.has_value else []
         own += [f"reward-{i}" for i in range(len(stage.reward))]
         if stage.name in own:
@@ -231,6 +233,14 @@ def _data_conflicts(stage: StageConfig, at: str) -> Iterator[str]:
             yield (
                 f"{at}data.train.{number}.path={one.path}: it has questions and no answers to compare: a {stage.kind} "
                 f"stage reads the format {wanted}"
+            )
+
+    for name in ("validation", "test"):
+        value = getattr(stage.data, name)
+        if isinstance(value, str) and is_gym(value):
+            yield (
+                f"{at}data.{name}={value}: what is held out is split off the prompts of data.train: write a number, "
+                f"{at}data.{name}=200"
             )
 
 

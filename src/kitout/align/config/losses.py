@@ -165,7 +165,7 @@ class PPOLoss(SampledLoss):
     minibatches: int = Field(default=1, gt=0)
     """Parts that a pass is divided into, an optimizer step each; 1 is steadiest."""
     whiten_rewards: bool = False
-    """Rewards are divided by their deviation over the rollout; off: advantages are whitened anyway."""
+    """Rewards get a deviation of 1 over the rollout and keep their mean; off: advantages are whitened anyway."""
     missing_end_penalty: float | None = Field(default=None, ge=0)
     """Taken from the score of an answer that does not end by itself; default: nothing."""
 

@@ -102,5 +102,5 @@ def _text(prompt: EncodedPrompt) -> str:
 
 def _expected(prompt: EncodedPrompt) -> str:
     """The answer that the data have, if they have one."""
-    value = prompt.row.get("answer", prompt.row.get("response", ""))
-    return value if isinstance(value, str) else str(value)
+    found = (prompt.row.get(name) for name in ("answer", "response"))
+    return next((str(value) for value in found if value is not None), "")

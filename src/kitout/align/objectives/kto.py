@@ -19,7 +19,7 @@ from torch import Tensor
 from kitout.align.config.losses import KTOLoss
 from kitout.align.losses.preference import kto_loss, kto_reference_point, sequence_log_ratios
 from kitout.align.objectives.scored_answers import AnswerScorer, ReferenceScores
-from kitout.data.encode.item import IGNORE_INDEX, EncodedExample, EncodedUnpaired
+from kitout.data.encode.item import IGNORE_INDEX, EncodedExample, EncodedUnpaired, without_first_target
 from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
 from kitout.train.measure.predict import plan_lengths
@@ -132,6 +132,6 @@ def mismatched_rows(items: Sequence[EncodedUnpaired], max_length: int) -> dict[E
         answer = other.input_ids[other.prompt_length :]
         ids = prompt + answer
         if len(ids) <= max_length:
-            labels = (IGNORE_INDEX,) * len(prompt) + answer
+            labels = without_first_target((IGNORE_INDEX,) * len(prompt) + answer)
             rows[row] = replace(row, input_ids=ids, labels=labels, reference=other.reference)
     return rows

@@ -64,8 +64,9 @@ class PolicyObjective:
         self.scorer = AnswerScorer(kit, temperature, may_share=True)
 
     def choose_head_loss(self, names: Sequence[str], items: Sequence[EncodedPrompt]) -> None:
-        """On prompts, as there are no answers yet: the end of a prompt is as good as one."""
-        self.scorer.choose(names, [EncodedExample(item.input_ids, item.input_ids) for item in items])
+        """On prompts, as there are no answers yet: its own last token behind each is as good as one."""
+        texts = [(*item.input_ids, item.input_ids[-1]) for item in items]  # a prompt may have one token alone
+        self.scorer.choose(names, [EncodedExample(ids, ids) for ids in texts])
 
     @property
     def batch_key(self) -> Hashable:

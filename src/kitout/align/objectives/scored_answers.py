@@ -21,7 +21,7 @@ from kitout.errors import ConfigError
 from kitout.evaluate.ask.text_limit import has_virtual_tokens
 from kitout.kit import Kit
 from kitout.train.objectives.answer_rows import collate_rows
-from kitout.train.objectives.lm_head_loss import TOLERANCE, HeadLoss
+from kitout.train.objectives.lm_head_loss import TOLERANCE, HeadLoss, check_causal
 from kitout.train.objectives.objective import Batch
 
 ReferenceScores: TypeAlias = Mapping[EncodedExample, Tensor]  # row -> float32 log-probability of each answer token
@@ -54,7 +54,11 @@ class AnswerScorer:
         self.head = HeadLoss(kit, "full")
 
     def choose(self, names: Sequence[str], rows: Sequence[EncodedExample]) -> None:
-        """Finds the cheapest exact way on a few rows, under the active route. names: adapters that are to be scored."""
+        """Finds the cheapest exact way on a few rows, under the active route. names: adapters that are to be scored.
+
+        ConfigError for an encoder.
+        """
+        check_causal(self.kit)
         few = sorted((row for row in rows if row.num_targets), key=lambda row: row.length)[:2]
         if not few:
             raise ConfigError(f"none of the first {len(rows)} answers has a token: look at the data")

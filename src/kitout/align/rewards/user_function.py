@@ -11,7 +11,8 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +34,16 @@ class FunctionReward:
     function: Callable[[list[Any], list[str], list[dict[str, Any]]], Any]
     """Given, per answer, the prompt (text, or messages as the data have them), the answer as text and the columns of
     its row; returns one number per answer, or None to leave it out."""
+    folder: str = ""
+    """Where its modules are found, those that it imports when it is called too; "": where Python looks anyway."""
 
     def score(self, answers: AnswerBatch) -> Sequence[float | None]:
         """What the function returned, unchecked; RewardError, chained, for what it raised."""
         prompts = [deepcopy(prompt) for prompt in answers.prompts]  # the function may change what it gets
         rows = [deepcopy(dict(row)) for row in answers.rows]
         try:
-            return self.function(prompts, list(answers.completions), rows)
+            with _found_in(self.folder):
+                return self.function(prompts, list(answers.completions), rows)
         except (Exception, SystemExit) as error:
             raise RewardError(f"reward {self.name} raised {_last_line(error)}") from error
 
@@ -68,14 +72,14 @@ def import_function(text: str) -> FunctionReward:
         raise RewardError(f"reward {text}: it is called as {name}{SIGNATURE}, found {found}: {error}") from error
     except ValueError:  # builtins have no signature
         pass
-    return FunctionReward(text, function)
+    return FunctionReward(text, function, str(Path.cwd()))
 
 
 def _import_module(name: str, text: str) -> ModuleType:
     folder = str(Path.cwd())
-    sys.path.insert(0, folder)
     try:
-        return importlib.import_module(name)
+        with _found_in(folder):
+            return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
             raise RewardError(
@@ -83,8 +87,19 @@ def _import_module(name: str, text: str) -> ModuleType:
                 f"of {error.name}.py, or write another module:function"
             ) from error
         raise RewardError(f"reward {text}: importing {name} raised {_last_line(error)}") from error
+
+
+@contextmanager
+def _found_in(folder: str) -> Iterator[None]:
+    """Python looks for modules in this folder first meanwhile; "" changes nothing."""
+    added = [folder] if folder else []
+    sys.path[:0] = added
+    try:
+        yield
     finally:
-        sys.path.remove(folder)
+        for one in added:
+            with suppress(ValueError):  # the user's code took it out itself
+                sys.path.remove(one)
 
 
 def _last_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from kitout.data.encode.generation import MIN_MAX_LENGTH, CausalEncoder, encode_each, raise_refused
-from kitout.data.encode.item import EncodedExample, EncodedPair, EncodedPrompt, EncodedUnpaired
+from kitout.data.encode.item import EncodedExample, EncodedPair, EncodedPrompt, EncodedUnpaired, without_first_target
 from kitout.data.encode.prompts import PromptEncoder
 from kitout.data.encode.spans_to_labels import SpannedText
 from kitout.data.examples.examples import Chat, Completion, Example
@@ -47,7 +47,7 @@ class AnswerRows:
         """The rows of each example, truncated alike; none where they do not fit."""
         rows = iter(self.causal.span_tokenizer.encode([text for texts in sides for text in texts]))
         return [
-            self._truncate([self._in_group(next(rows), example.group) for _ in texts], example.location)
+            self._truncate([self._as_row(next(rows), example.group) for _ in texts], example.location)
             for example, texts in zip(examples, sides, strict=True)
         ]
 
@@ -59,8 +59,10 @@ class AnswerRows:
         (text,) = texts
         return replace(text, answer_start=min(text.answer_start, text.spans[0][0]))
 
-    def _in_group(self, row: EncodedExample, group: str) -> EncodedExample:
-        return replace(row, group=group) if group else row
+    def _as_row(self, row: EncodedExample, group: str) -> EncodedExample:
+        """In its group, and without its first token as a target: raw text may have no prompt and no start token."""
+        row = replace(row, group=group) if group else row
+        return replace(row, labels=without_first_target(row.labels))
 
     def _truncate(self, rows: list[EncodedExample], location: str) -> list[EncodedExample]:
         max_length = self.causal.max_length

@@ -178,6 +178,11 @@ class EncodedAnswers:
 AnyItem: TypeAlias = EncodedExample | EncodedPair | EncodedUnpaired | EncodedPrompt
 
 
+def without_first_target(labels: tuple[int, ...]) -> tuple[int, ...]:
+    """Labels of a causal row whose first token is no target: nothing predicts it."""
+    return labels if labels[:1] in ((), (IGNORE_INDEX,)) else (IGNORE_INDEX, *labels[1:])
+
+
 def digest(items: Iterable[AnyItem]) -> str:
     """A fingerprint of the items in their order; where they were read, remarks and groups do not count."""
     sha256 = hashlib.sha256()

@@ -29,6 +29,7 @@ from kitout.data.read.tables import DataError
 
 EQUAL_ANSWERS = "the chosen and the rejected answer are equal: such a pair says nothing"
 NO_PROMPT = "there is no prompt: name its column (columns.prompt), or give messages that begin with it"
+PROMPT_IN_TEXTS = f"{NO_PROMPT}; where both texts begin with it, write data.train.format=raw_preference"
 CUT_ANSWER_REMARK = "the messages end with an answer, which is left out of the prompt"
 OTHER_PROMPT_REMARK = "the column of the prompt is not read: the messages of both answers begin with another one"
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
@@ -45,7 +46,8 @@ def from_preference(row_fields: RowFields) -> PreferencePair:
         raise DataError("'chosen' and 'rejected' differ in kind: one begins with an answer, the other with a prompt")
     remarks: tuple[str, ...] = ()
     if chosen[0].role == "assistant":
-        prompt = _prompt_turns(row_fields)
+        is_in_texts = row_fields.get("prompt") is None and not isinstance(row_fields.get("chosen"), list)
+        prompt = _prompt_turns(row_fields, PROMPT_IN_TEXTS if is_in_texts else NO_PROMPT)
     else:
         num_shared = _num_shared(chosen, rejected)
         prompt_cell = _messages_or_text(row_fields, "prompt")
@@ -160,11 +162,12 @@ def _answer_turns(row_fields: RowFields, role: str) -> Turns:
     return (Turn({"role": "assistant", "content": answer_text(row_fields, role)}),)
 
 
-def _prompt_turns(row_fields: RowFields) -> Turns:
+def _prompt_turns(row_fields: RowFields, without: str = NO_PROMPT) -> Turns:
+    """without: what is said where there is none."""
     value = _messages_or_text(row_fields, "prompt")
     if not isinstance(value, list):
         if value is None or (isinstance(value, str) and not value.strip()):
-            raise DataError(NO_PROMPT)
+            raise DataError(without)
         return _text_turns(row_fields, instruction_text(row_fields, "prompt"))
     return _with_system(row_fields, _unflagged(to_turns(value)))
 

@@ -25,7 +25,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#00
 DPI = 130  # per inch
 EVAL_PREFIX = "eval_"
 MAX_PANELS = 5  # metrics, beside the loss
-SKIPPED_SUFFIXES = ("runtime", "_per_second", "epoch", "_low", "_high", "model_preparation_time", "perplexity")
+SKIPPED = ("runtime", "epoch", "model_preparation_time", "perplexity")
+SKIPPED_SUFFIXES = ("_runtime", "_per_second", "_low", "_high")
 
 MetricsRow = Mapping[str, Any]  # a line of metrics.jsonl
 
@@ -114,7 +115,7 @@ def collect_series(
         for key, value in row.items():
             job, metric, is_validation = _split_key(key)
             is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not is_number or metric == "step" or metric.endswith(SKIPPED_SUFFIXES):
+            if not is_number or metric in ("step", *SKIPPED) or metric.endswith(SKIPPED_SUFFIXES):
                 continue
             series = (validation if is_validation else training).setdefault((job, metric), MetricSeries())
             series.steps.append(float(row["step"]))

@@ -23,7 +23,7 @@ from kitout.evaluate.metrics.registry import Task
 from kitout.kit import Kit
 from kitout.train.objectives.answer_rows import collate_rows, position_ids
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32
-from kitout.train.objectives.lm_head_loss import HeadLoss
+from kitout.train.objectives.lm_head_loss import HeadLoss, check_causal
 from kitout.train.objectives.objective import Batch, Losses
 from kitout.train.objectives.shared_beginning import BatchWithBeginning, can_share, shared_of
 
@@ -50,7 +50,10 @@ class CausalLM:
         self.head = HeadLoss(kit, "full")
 
     def choose_head_loss(self, names: Sequence[str], items: Sequence[EncodedExample]) -> None:
-        """Finds the cheapest exact way to the loss on a few rows. PackingLeak if packing changes the logits."""
+        """Finds the cheapest exact way to the loss on a few rows. ConfigError for an encoder; PackingLeak if packing
+        changes the logits.
+        """
+        check_causal(self.kit)
         few = sorted((item for item in items if self.num_targets(item)), key=lambda item: item.length)[:2]
         if not few:
             raise ConfigError(f"none of the first {len(items)} examples has a target token: look at the data")

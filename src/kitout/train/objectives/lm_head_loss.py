@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kitout import fast
+from kitout.errors import ConfigError
 from kitout.kit import Kit
 from kitout.train.objectives.chunked_cross_entropy import (
     at_least_float32,
@@ -29,6 +30,7 @@ Terms = TypeVar("Terms", bound=tuple[Tensor, ...])
 HeadLossMode = Literal["chunked", "selected", "full"]
 # Of the loss; the modes differ by rounding.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+ENCODER = "{name} is an encoder, whose tokens see those after them: take a decoder (AutoModelForCausalLM)"
 PROBE_SPREAD = 1000.0  # of the random outputs of the head: large enough that a soft cap or scale after it shows
 
 
@@ -123,6 +125,13 @@ def output_head(kit: Kit) -> nn.Linear | None:
     get_head = getattr(kit.base, "get_output_embeddings", None)  # transformers' name for it; timm has none
     head = get_head() if get_head is not None else None
     return head if isinstance(head, nn.Linear) else None
+
+
+def check_causal(kit: Kit) -> None:
+    """ConfigError for a base whose every tower sees later tokens: it would be told what it is to predict."""
+    towers = kit.survey.towers
+    if towers and all(tower.causal is False for tower in towers):
+        raise ConfigError(ENCODER.format(name=type(kit.base).__name__))
 
 
 def _head_is_frozen(kit: Kit, names: list[str], head: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from kitout.errors import ConfigError, RouteError
 from kitout.kit import Kit
 from kitout.route import Route
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32
-from kitout.train.objectives.lm_head_loss import output_head, replaced_forward
+from kitout.train.objectives.lm_head_loss import ENCODER, output_head, replaced_forward
 
 
 def head_path(kit: Kit) -> str:
@@ -38,9 +38,7 @@ def head_path(kit: Kit) -> str:
             "load the model as a language model (AutoModelForCausalLM)"
         )
     if any(tower.causal is False for tower in kit.survey.towers):
-        raise ConfigError(
-            f"{name} is an encoder, whose tokens see those after them: take a decoder (AutoModelForCausalLM)"
-        )
+        raise ConfigError(ENCODER.format(name=name))
     return next(path for path, module in kit.base.named_modules() if module is head)
 
 
