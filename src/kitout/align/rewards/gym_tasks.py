@@ -1,13 +1,17 @@
 """`gym:NAME`: a task of reasoning-gym as prompts and as their reward.
 
 `create_dataset(name, size, seed, **settings)` makes the entries, `score_answer(answer, entry)` judges an answer: 1 for
-a right one, sometimes a part of it. Prompts carry their entry as columns, so the reward needs nothing else. The package
-is optional (extra `align`) and imported on use. It knows no model and no template: answers come without either.
+a right one, sometimes a part of it. Prompts carry their entry as columns, so the reward needs nothing else; metadata are
+there as a Python literal too: tasks compare tuples, which JSON has not. The package is optional (extra `align`) and
+imported on use. It knows no model and no template: answers come without either.
 Source: reasoning-gym 0.1.25.
 """
 
 from __future__ import annotations
 
+import ast
+import math
+import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -19,6 +23,7 @@ from kitout.errors import ConfigError, Errors, RewardError, suggest
 from kitout.install_hint import suggest_install
 
 ENTRY_KEYS = ("question", "answer", "metadata")
+LITERAL = "metadata_literal"  # the column of the metadata as the task made them
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,9 @@ class GymReward:
                 f"reward {self.name} judges prompts that the task made, and the row of {answers.describe(index)} "
                 f"{found}: use --data {self.name}, or another reward"
             )
+        entry = {**row, "metadata": ast.literal_eval(row[LITERAL])} if LITERAL in row else dict(row)
         try:
-            return float(self.dataset.score_answer(answers.completions[index], dict(row)))
+            return float(self.dataset.score_answer(answers.completions[index], entry))
         except Exception as error:  # of any kind, by what a model wrote
             kind = type(error).__name__  # without its text, so that Python shows each warning once
             warnings.warn(
@@ -76,7 +82,28 @@ def gym_rows(text: str, size: int, seed: int) -> list[dict[str, Any]]:
     if size < 1:
         raise ConfigError(f"{text}: size is {size}, expected at least 1 prompt")
     dataset = _create(text, size, seed)
-    return [{"prompt": entry["question"], **entry} for entry in (dataset[i] for i in range(size))]
+    rows = []
+    for entry in (dataset[i] for i in range(size)):
+        rows.append({"prompt": entry["question"], **entry, LITERAL: repr(_plain(entry["metadata"]))})
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """Of the types that `ast.literal_eval` reads."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(inner) for key, inner in value.items()}
+    for kind in (list, tuple):
+        if isinstance(value, kind):
+            return kind(map(_plain, value))
+    if isinstance(value, set | frozenset):
+        return set(map(_plain, value))
+    return "".join(value) if isinstance(value, str) else str(value)  # of a subclass of str, the text itself
 
 
 def _create(text: str, size: int, seed: int) -> Any:
