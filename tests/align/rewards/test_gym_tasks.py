@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from kitout.align.rewards.gym_tasks import gym_rows, open_gym_reward
+from kitout.align.rewards.open_rewards import open_rewards
 from kitout.align.rewards.reward import AnswerBatch
+from kitout.align.rewards.specs import parse_rewards
 from kitout.data.encode.item import EncodedExample
 from kitout.errors import ConfigError, RewardError
 from kitout.train.metrics_log import to_json_value
@@ -60,6 +62,15 @@ def test_entries_of_a_file_are_those_of_the_task(task: str, gym: Any) -> None:
     reward.dataset.score_answer = score_answer
     reward.score(batch([read_again], [""]))
     assert seen == [row["metadata"]]
+
+
+def test_several_tasks_judge_their_own_questions(gym: Any) -> None:
+    texts = ["gym:chain_sum:max_terms=2", "gym:gcd"]
+    rows = [row for text in texts for row in gym_rows(text, 1, seed=0)]
+    rewards = open_rewards(parse_rewards(texts), lambda spec: pytest.fail(spec.text))
+    values = rewards.score(batch(rows, [row["answer"] for row in rows]))
+    assert values.by_source == ((1.0, None), (None, 1.0))
+    assert values.totals == (1.0, 1.0)
 
 
 def test_an_answer_that_the_task_cannot_read_is_wrong(gym: Any) -> None:

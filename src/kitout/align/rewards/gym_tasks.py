@@ -13,7 +13,7 @@ import ast
 import math
 import numbers
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -36,19 +36,23 @@ class GymReward:
     """Its name in reasoning-gym."""
     dataset: Any
     """The task, of any size and seed: it judges the entries of all."""
+    others: Collection[str] = ()
+    """Tasks that other sources judge: their prompts are none of its business."""
 
     def score(self, answers: AnswerBatch) -> Sequence[float | None]:
-        """The task's score of each answer; RewardError for a row that is no entry of the task.
+        """The task's score of each answer, None for an entry of `others`; RewardError for a row of something else.
 
         An answer that the task cannot even read is wrong: 0, with a warning. (Of 106 tasks 3 raise on some texts.)
         """
         return [self._score(answers, index) for index in range(len(answers))]
 
-    def _score(self, answers: AnswerBatch, index: int) -> float:
+    def _score(self, answers: AnswerBatch, index: int) -> float | None:
         row, task = answers.rows[index], self.task
         missing = [key for key in ENTRY_KEYS if key not in row]
         metadata = row.get("metadata")
         source = metadata.get("source_dataset", task) if isinstance(metadata, Mapping) else None
+        if not missing and source in self.others:
+            return None
         if missing or source != task:
             found = f"has no {', '.join(missing)}" if missing else f"is of {source!r}" if source else "has no metadata"
             raise RewardError(
@@ -66,10 +70,10 @@ class GymReward:
             return 0.0
 
 
-def open_gym_reward(text: str) -> GymReward:
+def open_gym_reward(text: str, others: Collection[str] = ()) -> GymReward:
     """text: `gym:NAME`, with the settings of its data. RewardError for a task or setting that is not there."""
     name = parse_gym(text)
-    return GymReward(f"{GYM}{name.task}", name.task, _create(text, 1, 0))
+    return GymReward(f"{GYM}{name.task}", name.task, _create(text, 1, 0), others)
 
 
 def gym_rows(text: str, size: int, seed: int) -> list[dict[str, Any]]:
@@ -84,7 +88,8 @@ def gym_rows(text: str, size: int, seed: int) -> list[dict[str, Any]]:
     dataset = _create(text, size, seed)
     rows = []
     for entry in (dataset[i] for i in range(size)):
-        rows.append({"prompt": entry["question"], **entry, LITERAL: repr(_plain(entry["metadata"]))})
+        metadata = {"source_dataset": parse_gym(text).task, **entry["metadata"]}  # some tasks do not say it
+        rows.append({"prompt": entry["question"], **entry, "metadata": metadata, LITERAL: repr(_plain(metadata))})
     return rows
 
 
