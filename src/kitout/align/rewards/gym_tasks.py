@@ -1,8 +1,8 @@
 """`gym:NAME`: a task of reasoning-gym as prompts and as their reward.
 
 `create_dataset(name, size, seed, **settings)` makes the entries, `score_answer(answer, entry)` judges an answer: 1 for
-a right one, sometimes a part of it. Prompts carry their entry as columns, so the reward needs nothing else; metadata are
-there as a Python literal too: tasks compare tuples, which JSON has not. The package is optional (extra `align`) and
+a right one, sometimes a part of it. Prompts carry their entry as columns, so the reward needs nothing else; metadata
+are there as a Python literal too: tasks compare tuples, which JSON has not. The package is optional (extra `align`) and
 imported on use. It knows no model and no template: answers come without either.
 Source: reasoning-gym 0.1.25.
 """
