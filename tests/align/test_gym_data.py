@@ -11,6 +11,7 @@ import pytest
 from kitout.align import gym_data
 from kitout.align.config.load import load_align
 from kitout.align.config.schema import StageRun
+from kitout.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +61,12 @@ def test_as_many_prompts_as_are_named(source: Any, size: int, tmp_path: Path) ->
 def test_answers_alone_for_stages_that_train_on_them(tmp_path: Path) -> None:
     (made,) = gym_data.with_gym_data(grpo("gym:x:a=1#1"), tmp_path, with_answers=True).data.train
     assert read(made.path) == [{"prompt": "gym:x:a=1#1 4", "response": "0"}]
+
+
+def test_a_task_without_right_answers_trains_no_sft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gym_data, "gym_rows", lambda *_: [{"prompt": "p", "question": "q", "answer": None}])
+    with pytest.raises(ConfigError, match="gym:x:a=1: the task checks answers and names no right one"):
+        gym_data.with_gym_data(grpo("gym:x:a=1"), tmp_path, with_answers=True)
 
 
 def test_other_sources_stay(tmp_path: Path) -> None:

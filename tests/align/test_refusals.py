@@ -15,7 +15,7 @@ from align.test_run import data_of, stage
 from kitout import LoRA, PromptTuning
 from kitout.align import run as stages
 from kitout.align.scalar_head import head_path, scalar_head
-from kitout.errors import ConfigError
+from kitout.errors import ConfigError, RewardError
 from tiny_models import jsonl, tokenizer
 from train.fixtures import add
 
@@ -64,6 +64,22 @@ def test_it_is_refused(kind: str, settings: dict[str, Any], error: str, folder: 
     with pytest.raises(ConfigError, match=re.escape(error.format(folder))):
         stage(kind, folder / "model", data_of(kind, tmp_path), tmp_path / "run", **named)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_wrong_sources_of_a_later_stage_stop_before_the_first(folder: Path, tmp_path: Path) -> None:
+    """All together, and not when the first has trained for hours."""
+    sft = {"kind": "sft", "data": str(jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "response": "b"}] * 9))}
+    prompts = str(jsonl(tmp_path / "p.jsonl", [{"prompt": f"{i}"} for i in range(9)]))
+    function = {"kind": "rloo", "data": prompts, "from": "sft", "reward": "align.test_run:count_leters"}
+    wrong = {"kind": "grpo", "data": prompts, "from": "sft", "reward": {"align.test_run:count_word": 1}}
+    with pytest.raises(RewardError, match="2 errors") as found:
+        kitout.align(
+            {"model": str(folder / "model"), "output": str(tmp_path / "runs"), "stages": [sft, function, wrong]},
+            log=lambda _: None,
+        )
+    assert "has no function 'count_leters'; did you mean 'count_letters'?" in str(found.value)
+    assert "has no function 'count_word'" in str(found.value)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_reward_with_dropout_that_is_only_asked_is_allowed(folder: Path, tmp_path: Path) -> None:

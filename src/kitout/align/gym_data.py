@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from kitout.align.config.gym_name import is_gym, parse_gym
 from kitout.align.rewards.gym_tasks import gym_rows
+from kitout.errors import ConfigError
 from kitout.files.atomic import write_text
 from kitout.train.config.schema import RunConfig
 from kitout.train.metrics_log import to_json_value
@@ -33,6 +34,11 @@ def with_gym_data(config: ConfigT, folder: Path, *, with_answers: bool = False) 
             size = parse_gym(source.path).size or source.limit or GYM_PROMPTS
             rows = _without_equal(gym_rows(source.path, size, config.data.seed))
             if with_answers:  # a table of nothing else
+                if any(row["answer"] is None for row in rows):
+                    raise ConfigError(
+                        f"{source.path}: the task checks answers and names no right one, and a stage of kind sft "
+                        "trains on right answers: take it for grpo, rloo or ppo, and another task here"
+                    )
                 rows = [{"prompt": row["prompt"], "response": row["answer"]} for row in rows]
             file = folder / f"prompts-{number}.jsonl"
             write_text(file, "".join(json.dumps(to_json_value(row), ensure_ascii=False) + "\n" for row in rows))

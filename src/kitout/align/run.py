@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from kitout.align.config.gym_name import is_gym
 from kitout.align.config.schema import AlignConfig, StageRun, with_default_lr
 from kitout.align.gym_data import with_gym_data
 from kitout.align.measure.pairs import LOSS, measure_answers, validation_metrics
@@ -25,9 +26,11 @@ from kitout.align.pages.reward_pages import reward_picture, reward_section
 from kitout.align.pages.stage_section import stage_section
 from kitout.align.reference import Unscored, load_start, reference_scores
 from kitout.align.reinforce import Reinforcement
+from kitout.align.rewards.gym_tasks import open_gym_reward
+from kitout.align.rewards.user_function import import_function
 from kitout.align.tasks import task_of
 from kitout.base import memory
-from kitout.errors import ConfigError
+from kitout.errors import ConfigError, Errors, KitoutError, RewardError
 from kitout.evaluate.report import plots
 from kitout.evaluate.report.section import RunDetails
 from kitout.files.part_folders import content_digest
@@ -72,6 +75,7 @@ def run(config: AlignConfig, *, dry_run: bool = False, log: LogFn = print) -> Re
 
     dry_run: of each stage the pre-flight alone; one that starts from a stage that is not finished is left out.
     """
+    check_sources(config)
     result = Result(config.output.folder)
     for number, stage in enumerate(config.stages, 1):
         if len(config.stages) > 1:
@@ -265,6 +269,30 @@ def adopted(config: StageRun) -> StageRun:
     found = adopt_parents(config)
     assert isinstance(found, StageRun), "adopt_parents copies what it gets"
     return found
+
+
+def check_sources(config: AlignConfig) -> None:
+    """RewardError for tasks of reasoning-gym and reward functions that are not there, of all stages still to come.
+
+    Before the first of them trains: the last would say so after hours.
+    """
+    errors = Errors(RewardError, "the run's config")
+    waiting = [one for one in config.stages if not (config.folder_of(one.name).expanduser() / RESULTS_FILE).is_file()]
+    texts = [
+        text
+        for stage in waiting
+        for text in (*(source.path for source in stage.data.train), *(one.source for one in stage.reward))
+    ]
+    functions = {one.source for stage in waiting for one in stage.reward if one.of == "function"}
+    for text in dict.fromkeys(texts):
+        try:
+            if is_gym(text):
+                open_gym_reward(text)
+            elif text in functions:
+                import_function(text)
+        except KitoutError as error:
+            errors.add(str(error).removeprefix("reward "))
+    errors.raise_if_any()
 
 
 def check_one_process(config: StageRun) -> None:

@@ -86,6 +86,17 @@ def errors(*stages: dict[str, Any], **top: Any) -> list[str]:
             "stages.1.reward=a:b: is there twice: write one with the sum of both weights",
         ),
         (
+            [GRPO | {"data": ["gym:chain_sum", "gym:gcd#5"]}],
+            "stages.0.reward: it has no source for the questions of gcd: write reward=[gym:chain_sum, gym:gcd#5]",
+        ),
+        (
+            [GRPO | {"data": ["gym:gcd", "gym:gcd:min_value=3"], "reward": ["gym:gcd", "gym:gcd:min_value=3"]}],
+            (
+                "stages.0.reward=gym:gcd:min_value=3: gym:gcd judges all answers to questions of that task already: "
+                "leave one of both out"
+            ),
+        ),
+        (
             [GRPO | {"reward": "gym:x"}],
             (
                 "stages.0.reward=gym:x: it scores answers to its own questions, and the data is gym:chain_sum: "

@@ -47,6 +47,14 @@ def test_no_source_is_taken_for_something_else() -> None:
     assert {f"reward, {name}" for name in series if name != "weighted sum"} < {title for title, *_ in section.table}
 
 
+def test_a_source_that_judged_nothing_in_the_first_round_has_its_line() -> None:
+    first, *others = rows(**{"reward_gym:a": 0.2})
+    del first["reward_gym:a"]
+    section = rounds_section([first, *others])
+    assert section is not None
+    assert ("reward, gym:a", "", "0.2") in section.table
+
+
 @pytest.mark.parametrize("steps", [1, 6, 40])
 def test_they_are_drawn(steps: int) -> None:
     charts = round_charts(rows(steps))

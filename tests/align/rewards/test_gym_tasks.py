@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from kitout.align.rewards.gym_tasks import gym_rows, open_gym_reward
+from kitout.align.rewards.open_rewards import open_rewards
 from kitout.align.rewards.reward import AnswerBatch
+from kitout.align.rewards.specs import parse_rewards
 from kitout.data.encode.item import EncodedExample
 from kitout.errors import ConfigError, RewardError
+from kitout.train.metrics_log import to_json_value
 
 
 @pytest.fixture
@@ -39,6 +42,35 @@ def test_right_and_wrong_answers(gym: Any) -> None:
     assert 0 < scores[2] < 1
     read_again = json.loads(json.dumps(rows))  # as a file of prompts holds them
     assert reward.score(batch(read_again, ["-4", "6", "214"])) == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("task", ["rearc", "knights_knaves", "graph_color", "chain_sum"])
+def test_entries_of_a_file_are_those_of_the_task(task: str, gym: Any) -> None:
+    """JSON makes lists of tuples and texts of keys: the right answer of rearc would be wrong."""
+    (row,) = gym_rows(f"gym:{task}", 1, seed=3)
+    read_again = json.loads(json.dumps(to_json_value(row)))
+    reward = open_gym_reward(f"gym:{task}")
+    seen: list[Any] = []
+
+    def score_answer(answer: str, entry: Any) -> float:
+        seen.append(entry["metadata"])
+        return 1.0
+
+    right = "" if row["answer"] is None else row["answer"]
+    expected = reward.dataset.score_answer(right, row)
+    assert reward.score(batch([read_again], [right])) == [expected]
+    reward.dataset.score_answer = score_answer
+    reward.score(batch([read_again], [""]))
+    assert seen == [row["metadata"]]
+
+
+def test_several_tasks_judge_their_own_questions(gym: Any) -> None:
+    texts = ["gym:chain_sum:max_terms=2", "gym:gcd"]
+    rows = [row for text in texts for row in gym_rows(text, 1, seed=0)]
+    rewards = open_rewards(parse_rewards(texts), lambda spec: pytest.fail(spec.text))
+    values = rewards.score(batch(rows, [row["answer"] for row in rows]))
+    assert values.by_source == ((1.0, None), (None, 1.0))
+    assert values.totals == (1.0, 1.0)
 
 
 def test_an_answer_that_the_task_cannot_read_is_wrong(gym: Any) -> None:

@@ -123,6 +123,23 @@ def _reward_conflicts(config: AlignConfig, number: int, at: str) -> Iterator[str
         if one.source in seen:
             yield f"{at}reward={one.source}: is there twice: write one with the sum of both weights"
         seen.add(one.source)
+    yield from (f"{at}{error}" for error in _task_conflicts(stage))
+
+
+def _task_conflicts(stage: StageConfig) -> Iterator[str]:
+    """A task of reasoning-gym judges all entries of that task, of any settings, and none of another."""
+    data, rewards = ([text for text in texts if is_gym(text) and not [*_gym_errors(text)]] for texts in (
+        [source.path for source in stage.data.train], [one.source for one in stage.reward]
+    ))  # fmt: skip
+    by_task: dict[str, str] = {}
+    for text in rewards:
+        first = by_task.setdefault(parse_gym(text).task, text)
+        if parse_gym(first) != parse_gym(text):
+            yield f"reward={text}: {first} judges all answers to questions of that task already: leave one of both out"
+    unjudged = {parse_gym(text).task: text for text in reversed(data) if parse_gym(text).task not in by_task}
+    if unjudged and any(parse_gym(text).task in by_task for text in data):
+        sources = ", ".join([*(one.source for one in stage.reward), *reversed(unjudged.values())])
+        yield f"reward: it has no source for the questions of {', '.join(unjudged)}: write reward=[{sources}]"
 
 
 def _seed_conflicts(config: AlignConfig, number: int, at: str) -> Iterator[str]:

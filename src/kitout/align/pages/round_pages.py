@@ -29,7 +29,8 @@ def rounds_section(rows: Sequence[Mapping[str, Any]]) -> Section | None:
     if not logged:
         return None
     first, last = logged[0], logged[-1]
-    names = [name for name in first if name == REWARD or name.startswith(f"{REWARD}_")]
+    known = dict.fromkeys([*first, *last])  # a source may judge no answer of a round
+    names = [name for name in known if name == REWARD or name.startswith(f"{REWARD}_")]
     names = [name for name in names if not name.endswith(("_low", "_high"))]
     table = [("sampled answers", "first round", "last round")]
     for name in names:

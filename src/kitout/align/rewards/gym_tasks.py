@@ -1,15 +1,19 @@
 """`gym:NAME`: a task of reasoning-gym as prompts and as their reward.
 
 `create_dataset(name, size, seed, **settings)` makes the entries, `score_answer(answer, entry)` judges an answer: 1 for
-a right one, sometimes a part of it. Prompts carry their entry as columns, so the reward needs nothing else. The package
-is optional (extra `align`) and imported on use. It knows no model and no template: answers come without either.
+a right one, sometimes a part of it. Prompts carry their entry as columns, so the reward needs nothing else; metadata
+are there as a Python literal too: tasks compare tuples, which JSON has not. The package is optional (extra `align`) and
+imported on use. It knows no model and no template: answers come without either.
 Source: reasoning-gym 0.1.25.
 """
 
 from __future__ import annotations
 
+import ast
+import math
+import numbers
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +23,7 @@ from kitout.errors import ConfigError, Errors, RewardError, suggest
 from kitout.install_hint import suggest_install
 
 ENTRY_KEYS = ("question", "answer", "metadata")
+LITERAL = "metadata_literal"  # the column of the metadata as the task made them
 
 
 @dataclass(frozen=True)
@@ -31,27 +36,32 @@ class GymReward:
     """Its name in reasoning-gym."""
     dataset: Any
     """The task, of any size and seed: it judges the entries of all."""
+    others: Collection[str] = ()
+    """Tasks that other sources judge: their prompts are none of its business."""
 
     def score(self, answers: AnswerBatch) -> Sequence[float | None]:
-        """The task's score of each answer; RewardError for a row that is no entry of the task.
+        """The task's score of each answer, None for an entry of `others`; RewardError for a row of something else.
 
         An answer that the task cannot even read is wrong: 0, with a warning. (Of 106 tasks 3 raise on some texts.)
         """
         return [self._score(answers, index) for index in range(len(answers))]
 
-    def _score(self, answers: AnswerBatch, index: int) -> float:
+    def _score(self, answers: AnswerBatch, index: int) -> float | None:
         row, task = answers.rows[index], self.task
         missing = [key for key in ENTRY_KEYS if key not in row]
         metadata = row.get("metadata")
         source = metadata.get("source_dataset", task) if isinstance(metadata, Mapping) else None
+        if not missing and source in self.others:
+            return None
         if missing or source != task:
             found = f"has no {', '.join(missing)}" if missing else f"is of {source!r}" if source else "has no metadata"
             raise RewardError(
                 f"reward {self.name} judges prompts that the task made, and the row of {answers.describe(index)} "
                 f"{found}: use --data {self.name}, or another reward"
             )
+        entry = {**row, "metadata": ast.literal_eval(row[LITERAL])} if LITERAL in row else dict(row)
         try:
-            return float(self.dataset.score_answer(answers.completions[index], dict(row)))
+            return float(self.dataset.score_answer(answers.completions[index], entry))
         except Exception as error:  # of any kind, by what a model wrote
             kind = type(error).__name__  # without its text, so that Python shows each warning once
             warnings.warn(
@@ -60,10 +70,10 @@ class GymReward:
             return 0.0
 
 
-def open_gym_reward(text: str) -> GymReward:
+def open_gym_reward(text: str, others: Collection[str] = ()) -> GymReward:
     """text: `gym:NAME`, with the settings of its data. RewardError for a task or setting that is not there."""
     name = parse_gym(text)
-    return GymReward(f"{GYM}{name.task}", name.task, _create(text, 1, 0))
+    return GymReward(f"{GYM}{name.task}", name.task, _create(text, 1, 0), others)
 
 
 def gym_rows(text: str, size: int, seed: int) -> list[dict[str, Any]]:
@@ -76,7 +86,29 @@ def gym_rows(text: str, size: int, seed: int) -> list[dict[str, Any]]:
     if size < 1:
         raise ConfigError(f"{text}: size is {size}, expected at least 1 prompt")
     dataset = _create(text, size, seed)
-    return [{"prompt": entry["question"], **entry} for entry in (dataset[i] for i in range(size))]
+    rows = []
+    for entry in (dataset[i] for i in range(size)):
+        metadata = {"source_dataset": parse_gym(text).task, **entry["metadata"]}  # some tasks do not say it
+        rows.append({"prompt": entry["question"], **entry, "metadata": metadata, LITERAL: repr(_plain(metadata))})
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """Of the types that `ast.literal_eval` reads."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(inner) for key, inner in value.items()}
+    for kind in (list, tuple):
+        if isinstance(value, kind):
+            return kind(map(_plain, value))
+    if isinstance(value, set | frozenset):
+        return set(map(_plain, value))
+    return "".join(value) if isinstance(value, str) else str(value)  # of a subclass of str, the text itself
 
 
 def _create(text: str, size: int, seed: int) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from kitout.align.config.gym_name import parse_gym
 from kitout.align.rewards.gym_tasks import open_gym_reward
 from kitout.align.rewards.reward import Reward, WeightedRewards
 from kitout.align.rewards.specs import RewardSpec
@@ -18,11 +19,12 @@ from kitout.errors import Errors, KitoutError, RewardError
 def open_rewards(specs: Sequence[RewardSpec], open_model: Callable[[RewardSpec], Reward]) -> WeightedRewards:
     """open_model: the reward of a spec of the kinds adapter and stage. RewardError with all that is wrong."""
     errors = Errors(RewardError, "reward")
+    tasks = {parse_gym(spec.text).task for spec in specs if spec.kind == "gym"}
     rewards: list[Reward] = []
     for spec in specs:
         try:
             if spec.kind == "gym":
-                rewards.append(open_gym_reward(spec.text))
+                rewards.append(open_gym_reward(spec.text, tasks - {parse_gym(spec.text).task}))
             elif spec.kind == "function":
                 rewards.append(import_function(spec.text))
             else:
