@@ -111,8 +111,14 @@ def test_groups_come_from_a_column_and_stay_with_their_rows(tmp_path: Path) -> N
     assert texts.groups == ("0", "1", "2")
     answers = [[[-1.0, -2.0], [4, 3]]] * 6
     assert all(m.groups is not None for m in found.measures(answers).values())
-    with pytest.raises(DataError, match="row 1 has no group: 'pasage'; did you mean 'passage'"):
+    with pytest.raises(DataError, match=r"a\.jsonl line 1 has no group: 'pasage'; did you mean 'passage'"):
         read(reader(), file, "pasage")
+    file.write_text("\n" + file.read_text())  # lines are those of the file
+    with pytest.raises(DataError, match=r"a\.jsonl line 2 has no group"):
+        read(reader(), file, "pasage")
+    bad = jsonl(tmp_path / "b.jsonl", [QUESTIONS[0], QUESTIONS[0] | {"answer": 7}])
+    with pytest.raises(ConfigError, match=r"b\.jsonl line 2 has the answer 7"):
+        read(reader(), bad)
     one = jsonl(tmp_path / "one.jsonl", [row | {"passage": 1} for row in QUESTIONS])
     with pytest.raises(DataError, match="at least two groups"):
         read(reader(), one, "passage")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import kitout
@@ -15,6 +16,7 @@ from kitout import IA3, LoRA, Mix, PrefixTuning, Stack
 from kitout.assess import run
 from kitout.assess.cost import measure_cost
 from kitout.cli import app
+from kitout.data.encode.template_date import fix_template_date
 from kitout.errors import ConfigError, UnknownAdapter
 from kitout.evaluate.metrics.registry import compute_measures
 from tiny_models import both, decoder, encoder, jsonl, reviews, vision
@@ -301,3 +303,21 @@ def test_the_verb_writes_what_it_prints(model: Path, tmp_path: Path) -> None:
         assert message in " ".join(wrong.output.split())
         assert "loading the base" not in wrong.output
     assert CliRunner().invoke(app, ["eval"]).exit_code == 1
+
+
+def test_a_kit_alone_is_asked_on_the_day_of_its_training(tmp_path: Path) -> None:
+    """Without a Predictor too: the chat template prints the day, and prompts were of another one than in training."""
+    tokenizer = AutoTokenizer.from_pretrained(decoder(tmp_path / "m"))
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "m")
+    rows = [{"instruction": "good or bad?", "input": r["text"], "output": r["label"]} for r in reviews(8)]
+    source = str(jsonl(tmp_path / "x.jsonl", rows))
+    predictor = adapted(tmp_path / "m", a=LoRA())
+    usage = predictor.usages[""]
+    text = usage.text.model_copy(update={"template_date": "1999-01-01"})
+    predictor.kit["a"].usage = usage.model_copy(update={"text": text}).model_dump()
+    fix_template_date(tokenizer, "1999-01-01")
+    lines: list[str] = []
+    run(predictor.kit, ["a"], [source], tokenizer=tokenizer, keep_in=tmp_path / "answers")
+    run(predictor.kit, ["a"], [source], keep_in=tmp_path / "answers", log=lines.append)
+    assert any("answers of a are taken from" in line for line in lines), lines

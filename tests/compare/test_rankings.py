@@ -114,3 +114,10 @@ def test_forgetting_is_a_column_where_it_was_measured(tmp_path: Path) -> None:
     assert [row.forgetting for row in table.rows] == pytest.approx([0.015, 0.015])
     assert "forgotten" in str(table)
     assert "1.5" in str(table)
+    assert "not comparable" not in str(table)
+    other = finished(tmp_path / "full", {"accuracy": 0.7})
+    values = json.loads((other / "results.json").read_text())
+    values["forgetting"] = {"adapter": {"summary": "", "sets": {"obqa": sets["obqa"] | {"n": 500}}}}
+    (other / "results.json").write_text(json.dumps(values))
+    (found,) = (one for one in compare_runs([folder, other]).notes if one.startswith("forgotten was"))
+    assert found.endswith(": run/lora, run/ia3: obqa, piqa; full: obqa (500)")

@@ -64,13 +64,15 @@ class SetReader:
         tables = _tables_of_split(open_source(resolve_data(source.path)))
         rows = [(table, table.read_rows()) for table in tables]
         first = rows[0][1][0][1]
-        groups = _groups([values for _, of_table in rows for _, values in of_table], group)
+        values = [cells for _, of_table in rows for _, cells in of_table]
+        places = [f"{table.source} line {line}" for table, of_table in rows for line, _ in of_table]
+        groups = _groups(values, group, places)
         if source.format == "choice" or (
             source.format == "auto"
             and self.writes_text
             and {source.columns.get(role, role) for role in CHOICE_ROLES} <= set(first)
         ):
-            return self._read_choices(source, [values for _, of_table in rows for _, values in of_table], groups)
+            return self._read_choices(source, values, groups, places)
         examples, formats = self._read_examples(source, rows, group, self.usage)
         examples, kept_groups = _sampled(examples, groups, source.limit, self.seed)
         if formats == {"text"} and self.writes_text:
@@ -121,7 +123,7 @@ class SetReader:
         errors.raise_if_any()
 
     def _read_choices(
-        self, source: SourceConfig, rows: Sequence[Mapping[str, Any]], groups: tuple[str, ...]
+        self, source: SourceConfig, rows: Sequence[Mapping[str, Any]], groups: tuple[str, ...], places: Sequence[str]
     ) -> ChoiceSet:
         errors = Errors(ConfigError, "columns")
         for role, column in source.columns.items():
@@ -133,7 +135,8 @@ class SetReader:
             errors.add("choices are scored by a language model, and this model answers with labels")
         errors.raise_if_any()
         named = [dict(row) | {role: row.get(column) for role, column in source.columns.items()} for row in rows]
-        questions = read_choices([row | {"choices": _as_list(row.get("choices"))} for row in named], "its rows")
+        named = [row | {"choices": _as_list(row.get("choices"))} for row in named]
+        questions = read_choices(named, "its rows", places)
         sampled, groups = _sampled(questions, groups, source.limit, self.seed)
         return ChoiceSet(source.path, tuple(sampled), groups=groups)
 
@@ -191,13 +194,13 @@ def _tables_of_split(tables: Sequence[Table]) -> list[Table]:
     return [replace(table, split=split) for table in tables if table.split == split]
 
 
-def _groups(rows: Sequence[Mapping[str, Any]], group: str | None) -> tuple[str, ...]:
+def _groups(rows: Sequence[Mapping[str, Any]], group: str | None, places: Sequence[str]) -> tuple[str, ...]:
     """The group of every row; empty where none are asked for."""
     if group is None:
         return ()
     missing = next((number for number, row in enumerate(rows) if row.get(group) is None), None)
     if missing is not None:
-        raise DataError(f"row {missing + 1} has no group: {group!r}; {suggest(group, map(str, rows[missing]))}")
+        raise DataError(f"{places[missing]} has no group: {group!r}; {suggest(group, map(str, rows[missing]))}")
     groups = tuple(str(row[group]) for row in rows)
     if len(set(groups)) < 2:
         raise DataError(f"all rows have the group {groups[0]!r} ({group}): at least two groups are needed")

@@ -20,6 +20,7 @@ from kitout.assess.harness import measure_tasks, read_tasks
 from kitout.assess.read_set import SetReader
 from kitout.assess.spectrum import measure_spectrum
 from kitout.base.eval_mode import eval_mode
+from kitout.data.encode.template_date import fix_template_date
 from kitout.errors import ConfigError, Errors, KitoutError, RouteError, UnknownAdapter, suggest
 from kitout.evaluate.compare import BASE
 from kitout.evaluate.sets.evaluation_set import Asked, EvaluationSet
@@ -87,9 +88,7 @@ def run(
             "its accuracy on pairs with the interval, kitout align ppo --reward ADAPTER trains a policy with it"
         )
     reads_images = TASKS[usage.task].reads_images if usage is not None else kit.base.main_input_name == "pixel_values"
-    own_tokenizer = (
-        None if reads_images else (tokenizer or load_tokenizer(ModelConfig(name=_own_name(kit, "tokenizer"))))
-    )
+    own_tokenizer = None if reads_images else tokenizer or _own_tokenizer(kit, usage)
     if reads_images and pixels is None:
         pixels = _own_pixels(kit, usage)
     pad_token_id = None if own_tokenizer is None else choose_pad_token(kit.config, own_tokenizer)
@@ -180,6 +179,14 @@ def _own_name(kit: Kit, what: str) -> str:
     if not name:
         raise ConfigError(f"the base does not say where its {what} is: give {what}=...")
     return name
+
+
+def _own_tokenizer(kit: Kit, usage: UsageRecord | None) -> Any:
+    """With the chat template as training had it, where that prints the day."""
+    tokenizer = load_tokenizer(ModelConfig(name=_own_name(kit, "tokenizer")))
+    if usage is not None and usage.text is not None and usage.text.template_date is not None:
+        fix_template_date(tokenizer, usage.text.template_date)
+    return tokenizer
 
 
 def _own_pixels(kit: Kit, usage: UsageRecord | None) -> Any:

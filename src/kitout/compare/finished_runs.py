@@ -90,6 +90,8 @@ class FinishedRun:
     """What the metrics are made of, example by example; empty in runs of earlier versions."""
     forgetting: float | None
     """Accuracy lost on choice sets, the mean over these; None where that was not measured."""
+    forgetting_sets: str
+    """Which sets these are, and of how many questions; empty where that was not measured."""
 
 
 def read_runs(folders: Sequence[str | PathLike[str]]) -> list[FinishedRun]:
@@ -215,6 +217,7 @@ def _adapter_of(
         recipe="" if config is None else _config_key(config, without="data."),
         test_scores={} if kept is None else kept.tuned,
         forgetting=_accuracy_lost((results.get("forgetting") or {}).get(name)),
+        forgetting_sets=_choice_sets((results.get("forgetting") or {}).get(name)),
     )
 
 
@@ -223,6 +226,12 @@ def _accuracy_lost(section: Mapping[str, Any] | None) -> float | None:
     sets = [] if section is None else section["sets"].values()
     lost = [-float(one["difference"]) for one in sets if one["metric"] in CHOICE_METRICS]
     return fmean(lost) if lost else None
+
+
+def _choice_sets(section: Mapping[str, Any] | None) -> str:
+    sets = {} if section is None else section["sets"]
+    asked = {name: one.get("n", "") for name, one in sets.items() if one["metric"] in CHOICE_METRICS}
+    return ", ".join(f"{name} ({n})" if n else name for name, n in asked.items())
 
 
 def _score(values: Mapping[str, Any]) -> Score:

@@ -38,6 +38,7 @@ def table_notes(
         notes.append(f"no verdict for runs of an earlier version, without scores.safetensors: {', '.join(without)}")
     if any(row.forgetting is not None for row in rows):
         notes.append("forgotten: accuracy lost on sets of choices, in points, the mean over these sets (and seeds)")
+        notes += _forgetting_note(rows)
     if any(len(row.runs) == 1 and row.runs[0].scores for row in rows):
         notes.append(
             "intervals: 95 %, over the test examples. Of one seed: another seed moves every result too, so no row is "
@@ -74,6 +75,19 @@ def _test_set_notes(rows: Sequence[RunRow], same_test: bool | None) -> list[str]
         "or a file as data.test"
     )
     return [text]
+
+
+def _forgetting_note(rows: Sequence[RunRow]) -> list[str]:
+    """Which rows were asked which sets, where these are not the same."""
+    by_sets: dict[str, list[str]] = {}
+    for row in rows:
+        sets = dict.fromkeys(run.forgetting_sets for run in row.runs)
+        if row.forgetting is not None:
+            by_sets.setdefault("; ".join(sets), []).append(row.label)
+    if len(by_sets) < 2:
+        return []
+    members = "; ".join(f"{', '.join(labels)}: {sets}" for sets, labels in by_sets.items())
+    return [f"forgotten was measured on different sets, and is not comparable between these rows: {members}"]
 
 
 def _smallest_difference(rows: Sequence[RunRow], metrics: Sequence[str]) -> str:

@@ -182,7 +182,7 @@ def test_rows_are_read_with_all_their_errors() -> None:
         read_choices(bad, "my.jsonl")
     text = str(raised.value)
     assert "my.jsonl" in text
-    for part in ("row 0 has the answer 2, expected an index from 0 to 1", "row 1", "row 2", "row 3", "row 4"):
+    for part in ("row 1 has the answer 2, expected an index from 0 to 1", "row 2", "row 3", "row 4", "row 5"):
         assert part in text
     with pytest.raises(ConfigError, match="and 15 more rows"):
         read_choices(bad * 4)

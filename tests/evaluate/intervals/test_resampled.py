@@ -7,6 +7,7 @@ import pytest
 
 from kitout.evaluate.intervals.resampled import bootstrap_interval, newcombe_interval, resample, wilson_interval
 from kitout.evaluate.metrics.measure import Measure, mean, proportion, score_difference
+from kitout.evaluate.significance.paired import paired_p_value
 
 
 def table(both: int, only_before: int, only_after: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -44,6 +45,27 @@ def test_newcombe_at_the_edges_has_a_width(counts: tuple[int, int, int, int]) ->
     value = float(after.mean() - before.mean())
     assert -1 <= low <= value <= high <= 1
     assert high - low > 0.02
+
+
+@pytest.mark.parametrize("num_correct", [8, 4, 3, 0])
+def test_agreement_on_few_examples_is_not_certain(num_correct: int) -> None:
+    correct = np.arange(8) < num_correct
+    reach = wilson_interval(0, 8)[1]
+    assert reach == pytest.approx(0.3244, abs=1e-4)
+    assert newcombe_interval(correct, correct) == (-reach, reach)
+    for one in (mean(correct * 1.0), proportion(correct).grouped(range(8))):  # as many groups: with t's quantile
+        assert score_difference(one, one) == pytest.approx((0, -0.4114, 0.4114), abs=1e-4)
+    uneven = Measure(lambda weights: float(weights[:2].sum() > 0) / 2, 8)  # no ratio of sums
+    assert score_difference(uneven, uneven) == (0, -reach, reach)
+
+
+def test_groups_that_all_change_by_the_same_are_not_certain() -> None:
+    groups = np.repeat(np.arange(4), 4)
+    before, after = ((np.tile(np.arange(4), (4, 1)) < np.arange(4)[:, None] + k).ravel() for k in (0, 1))
+    one, other = proportion(before).grouped(groups), proportion(after).grouped(groups)
+    value, low, high = score_difference(one, other)
+    assert (value, low < 0, high) == (0.25, True, pytest.approx(0.25 + 0.7169, abs=1e-3))
+    assert paired_p_value(one, other) > 0.05
 
 
 def test_newcombe_requires_the_same_examples() -> None:
@@ -98,7 +120,5 @@ def test_difference_of_proportions_and_of_means() -> None:
     value, low, high = score_difference(mean(before.astype(float)), mean(after.astype(float)))
     assert value == pytest.approx(0.2)
     assert (low, high) == pytest.approx((0.06, 0.34), abs=0.03)
-    same = score_difference(mean(before.astype(float)), mean(before.astype(float)))
-    assert same == (0.0, 0.0, 0.0)
     with pytest.raises(ValueError, match="one by one"):
         score_difference(proportion(before), proportion(after[:3]))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 
 import kitout
 from kitout import LoRA
@@ -86,6 +87,18 @@ def test_what_the_answers_depend_on_is_asked_anew() -> None:
     asked.kit.base.model.layers[0].self_attn.q_proj.weight.data[0, 0] += 1e-6  # behind the version counter
     assert again(asked, what)
     asked.kit.config.rms_norm_eps = 1e-3
+    assert again(asked, what)
+    asked.kit.base.generation_config.eos_token_id = 7
+    assert again(asked, what)
+    asked.kit.base.generation_config.suppress_tokens = [3]
+    assert again(asked, what)
+    asked.tokenizer.bos_token = "the"  # what the first word of a text is predicted from
+    assert again(asked, what)
+    asked.tokenizer.model_max_length = 9
+    assert again(asked, what)
+    asked.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="the $A", special_tokens=[("the", asked.tokenizer.bos_token_id)]
+    )
     assert again(asked, what)
     assert not again(asked, what)
 

@@ -159,3 +159,9 @@ def test_what_cannot_be_compared(scores: list[float], others: list[float], messa
         compare_methods(scores, others)
     with pytest.raises(ConfigError, match="weights"):
         compare_methods([1.0, 0.0], [1.0, 0.0], weights=[0, 0])
+
+
+def test_linearized_scores_that_agree_on_few_examples_are_not_certain() -> None:
+    scores = np.array([0.9, 1.2, -0.1, 0.4])  # of an F1: only their mean is a share
+    one = compare_methods(scores, scores, linearized=True)
+    assert (one.low, one.high) == pytest.approx((-0.4899, 0.4899), abs=1e-4)

@@ -65,24 +65,28 @@ PLAIN = ChoicePrompt()
 CHAT = ChoicePrompt(delimiter="", as_chat=True)  # the template writes what stands before an answer
 
 
-def read_choices(rows: Iterable[Mapping[str, Any]], where: str = "choices") -> list[ChoiceQuestion]:
+def read_choices(
+    rows: Iterable[Mapping[str, Any]], where: str = "choices", places: Sequence[str] | None = None
+) -> list[ChoiceQuestion]:  # fmt: skip
     """Rows with question, choices (a list of texts) and answer (an index, from 0). ConfigError with all that are not.
 
-    where: what the rows are of, for the message.
+    where: what the rows are of, for the message. places: where each one is, "a.jsonl line 3"; default: its number from
+    1.
     """
     errors, questions = Errors(ConfigError, where), []
     for number, row in enumerate(rows):
+        place = f"row {number + 1}" if places is None else places[number]
         choices, answer = row.get("choices"), row.get("answer")
         if isinstance(answer, str) and answer.strip().isdecimal():  # as a csv has it
             answer = int(answer)
         if not isinstance(row.get("question"), str) or not row["question"].strip():
-            errors.add(f"row {number} has the question {row.get('question')!r}, expected a text")
+            errors.add(f"{place} has the question {row.get('question')!r}, expected a text")
         elif not isinstance(choices, list | tuple) or len(choices) < 2 or not all(
             isinstance(choice, str) and choice.strip() for choice in choices
         ):  # fmt: skip
-            errors.add(f"row {number} has the choices {str(choices)[:80]}, expected a list of at least two texts")
+            errors.add(f"{place} has the choices {str(choices)[:80]}, expected a list of at least two texts")
         elif not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-            errors.add(f"row {number} has the answer {answer!r}, expected an index from 0 to {len(choices) - 1}")
+            errors.add(f"{place} has the answer {answer!r}, expected an index from 0 to {len(choices) - 1}")
         else:
             questions.append(ChoiceQuestion(row["question"], tuple(choices), answer))
     more = len(errors.messages) - MAX_SHOWN_ERRORS

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from kitout.evaluate.intervals.distributions import t_quantile
 from kitout.evaluate.intervals.ratio import Groups, Ratio, standard_error
-from kitout.evaluate.intervals.resampled import combine_intervals, wilson_interval
+from kitout.evaluate.intervals.resampled import SAME, agreement_reach, combine_intervals, wilson_interval
 from kitout.evaluate.intervals.studentized import ratio_difference_interval, ratio_interval
 
 
@@ -41,15 +41,16 @@ def bounded_difference_interval(
     """Of after minus before, paired by example: each end is the farther of Newcombe's and the studentized bootstrap's.
 
     The former is too narrow where few examples differ and all in one direction, the latter where hardly any does. Where
-    no example differs it has width 0.
+    all differ by the same, or not at all, both may have width 0: then each end is at least `agreement_reach` away.
     """
     first, second = before.by_group(groups), after.by_group(groups)
     a, b = first.influence(), second.influence()
     p, q = first.quotient, second.quotient
-    if p == q and abs(a - b).max() <= 1e-12:
-        return 0.0, 0.0
     spread = float(a @ a) * float(b @ b)
     phi = float(a @ b) / spread**0.5 if spread else 0.0
     low, high = combine_intervals(p, _wilson(first), q, _wilson(second), phi)
     below, above = ratio_difference_interval(first, second, None, seed)
+    if abs(a - b).max() <= SAME:
+        reach = agreement_reach(len(a), t_quantile(0.975, len(a) - 1)) if len(a) > 1 else 1.0
+        below, above = q - p - reach, q - p + reach
     return max(-1.0, min(low, below)), min(1.0, max(high, above))

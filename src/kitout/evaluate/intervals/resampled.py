@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 Z95 = 1.959964
 NUM_RESAMPLES = 1000
+SAME = 1e-12  # differences of fractions up to this are of rounding
 BATCH_VALUES = 500_000  # counts of resamples that are held at a time
 
 Weights: TypeAlias = NDArray[np.float64]  # of each example: all 1, or its count in a resample
@@ -33,12 +34,23 @@ def wilson_interval(num_correct: float, total: float, quantile: float = Z95) -> 
     return max(0.0, (center - half_width) / (1 + z2)), min(1.0, (center + half_width) / (1 + z2))
 
 
+def agreement_reach(units: int, quantile: float = Z95) -> float:
+    """How far two shares may be apart that are equal on each of so many examples (or groups): few are not certain.
+
+    Wilson's upper end of none that differs, as Newcombe's interval has it where all examples are correct under both.
+    """
+    return wilson_interval(0, units, quantile)[1]
+
+
 def newcombe_interval(before: NDArray[Any], after: NDArray[Any]) -> tuple[float, float]:
     """The 95 % confidence interval of the proportion of `after` minus that of `before`, paired by example."""
     before, after = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
     if len(before) != len(after):
         raise ValueError(f"{len(before)} and {len(after)} examples cannot be compared one by one")
     total, num_before, num_after = len(before), int(before.sum()), int(after.sum())
+    if (before == after).all():  # a correlation of 1 would make this certain
+        reach = agreement_reach(total)
+        return -reach, reach
     p, q = num_before / total, num_after / total
     spread = math.sqrt(num_before * (total - num_before) * num_after * (total - num_after))
     both, neither = int((before & after).sum()), int((~before & ~after).sum())

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from kitout.evaluate.intervals.bounded import bounded_difference_interval, bounded_interval
 from kitout.evaluate.intervals.ratio import Groups, Ratio, standard_error
 from kitout.evaluate.intervals.resampled import (
+    SAME,
     WeightedMetric,
+    agreement_reach,
     bootstrap_interval,
     newcombe_interval,
     wilson_interval,
@@ -139,10 +141,13 @@ def score_difference(base: Measure, tuned: Measure, seed: int = 0) -> tuple[floa
         return value, *ratio_difference_interval(base.ratio, tuned.ratio, groups, seed)
     if base.n < 2:  # every resample is the same example
         return (value, -1.0, 1.0) if base.is_fraction and tuned.is_fraction else (value, -math.inf, math.inf)
-    interval = bootstrap_interval(
+    low, high = bootstrap_interval(
         lambda weights: tuned.value_fn(weights) - base.value_fn(weights), base.n, seed, groups=groups
     )
-    return value, *interval
+    if base.is_fraction and tuned.is_fraction and high - low <= SAME:
+        reach = agreement_reach(base.num_groups or base.n)
+        return value, max(-1.0, value - reach), min(1.0, value + reach)
+    return value, low, high
 
 
 @np.errstate(over="ignore", invalid="ignore")  # of losses that are not finite it is not finite either

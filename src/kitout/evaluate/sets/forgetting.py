@@ -1,7 +1,7 @@
 """What an adapter made the model forget: set by set the change from the base, and one word for each.
 
 lost or gained: the change is significant after Holm's correction over the sets of one adapter. kept: its interval lies
-within a margin of no change (2 points of accuracy, on at least 183 questions; 0.02 bits per byte). Anything else is not
+within a margin of no change (2 points of accuracy, on at least 189 questions; 0.02 bits per byte). Anything else is not
 distinguishable: the set is too small to say. Values that are not finite are called that. It knows scores, and neither
 sets nor models.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kitout.evaluate.compare import MetricChange
+from kitout.evaluate.intervals.resampled import agreement_reach
 from kitout.evaluate.metrics.measure import Measure
 from kitout.evaluate.significance.many import holm
 from kitout.evaluate.significance.paired import paired_p_value
@@ -49,8 +50,8 @@ class SetChange:
         if self.adjusted <= LEVEL and self.change.difference:
             return "gained" if (self.change.difference > 0) == self.change.base.higher_is_better else "lost"
         is_within = -margin <= self.change.low and self.change.high <= margin
-        if self.change.base.share:  # what may change of a set on which nothing did, at most: Clopper and Pearson, 95 %
-            is_within = is_within and 1 - (LEVEL / 2) ** (1 / self.change.base.n) <= margin
+        if self.change.base.share:  # what may change of so small a set on which nothing did
+            is_within = is_within and agreement_reach(self.change.base.num_groups or self.change.base.n) <= margin
         return "kept" if is_within else "not distinguishable"
 
 
@@ -112,7 +113,7 @@ def forgetting_rows(changes: Sequence[SetChange]) -> list[tuple[str, ...]]:
                 change.format_value(change.base.value),
                 change.format_value(change.tuned.value),
                 f"{change.format_value(change.difference, True)} ({interval})",
-                "" if change.smallest is None else change.format_value(change.smallest.value),
+                "" if change.smallest is None else change.smallest.amount.removesuffix(" points"),
                 f"{one.adjusted:.2g}",
                 kl,
                 one.verdict,

@@ -19,6 +19,7 @@ import transformers
 
 from kitout.data.encode.tokenizer_digest import template_digest, tokenizer_digest
 from kitout.evaluate.ask.batches import ProgressFn
+from kitout.evaluate.ask.decoding import KEPT_GENERATION_SETTINGS
 from kitout.evaluate.sets.evaluation_set import Asked, EvaluationSet
 from kitout.files.atomic import write_text
 from kitout.files.part_folders import content_digest
@@ -63,7 +64,8 @@ def answers_file(folder: Path, asked: Asked, what: EvaluationSet, route: RouteEn
         "config": [json.dumps(config, sort_keys=True, default=str), str(asked.kit.config._attn_implementation)],
         "dtype": str(asked.kit.dtype),
         "device": asked.kit.device.type,
-        "tokenizer": None if own is None else [tokenizer_digest(own), template_digest(own)],
+        "tokenizer": None if own is None else [tokenizer_digest(own), template_digest(own), _special_tokens(own)],
+        "generation": _generation_settings(asked.kit.base),
         "set": [what.kind, what.digest],
         "pad_token_id": asked.pad_token_id,
         "max_new_tokens": asked.max_new_tokens,
@@ -75,6 +77,18 @@ def answers_file(folder: Path, asked: Asked, what: EvaluationSet, route: RouteEn
         parts["adapters"] = {name: content_digest(state, state[name], keep_encoder=False) for name in names}
         parts["dtypes"] = sorted({str(value.dtype) for name in names for value in state[name].parameters()})
     return folder / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.json"
+
+
+def _special_tokens(tokenizer: Any) -> list[Any]:
+    """What a text begins and ends with, and where a tokenizer cuts it: no digest of its words has that."""
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.model_max_length]
+    return [list(tokenizer("a", verbose=False)["input_ids"]), *ends]
+
+
+def _generation_settings(base: Any) -> list[Any]:
+    """What an answer starts and stops with, and which tokens it may not have: no part of the base's config."""
+    own = getattr(base, "generation_config", None)
+    return [] if own is None else [getattr(own, name, None) for name in ("eos_token_id", *KEPT_GENERATION_SETTINGS)]
 
 
 def read_answers(file: Path | None, examples: int) -> Any:

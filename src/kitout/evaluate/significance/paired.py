@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from kitout.evaluate.intervals.distributions import t_p_value
-from kitout.evaluate.intervals.resampled import Z95
+from kitout.evaluate.intervals.resampled import SAME, Z95
 from kitout.evaluate.metrics.measure import Measure, difference_error, score_difference
 
 
@@ -26,6 +26,8 @@ def paired_p_value(base: Measure, tuned: Measure, seed: int = 0) -> float:
     units = base.n if base.groups is None else int(base.groups.max()) + 1
     if units < 2 or not math.isfinite(difference):  # neither one example nor what is no number shows anything
         return 1.0
+    if base.is_fraction and error <= SAME:  # all differ by the same: few that agree are not certain
+        error = 1 / units
     if not error:
         return float(difference == 0)
     return t_p_value(difference / error, units - 1)

@@ -23,15 +23,22 @@ class SmallestDifference:
     """What a comparison on given examples is able to find. (The names are keys of results.json.)"""
 
     value: float
-    """The difference that is found with a power of 80 %."""
+    """The difference that is found with a power of 80 %; a share above 1 says that none is."""
     n: int
     """Number of examples."""
     share: bool = True
     """A fraction, printed in points."""
 
     @property
+    def is_possible(self) -> bool:
+        """Whether there are such differences: shares differ by 100 points at most."""
+        return not (self.share and self.value > 1)
+
+    @property
     def amount(self) -> str:
-        """4.8 points"""
+        """4.8 points; none where there is no such difference"""
+        if not self.is_possible:
+            return "none"
         return f"{format_value(self.value, self.share)}{' points' if self.share else ''}"
 
     @property
@@ -58,11 +65,13 @@ def smallest_text(found: Sequence[tuple[str, SmallestDifference]]) -> str:
     if not found:
         return ""
     n = found[0][1].n
-    listed = ", ".join(f"{name} {one.amount}" for name, one in found)
-    return (
-        f"smallest difference that {n:,} test example{'s' if n > 1 else ''} can show (80 % power): {listed}; a smaller "
-        "one is often missed"
-    )
+    examples = f"{n:,} test example{'s' if n > 1 else ''}"
+    shown = ", ".join(f"{name} {one.amount}" for name, one in found if one.is_possible)
+    none = ", ".join(name for name, one in found if not one.is_possible)
+    texts = [f"smallest difference that {examples} can show (80 % power): {shown}; a smaller one is often missed"]
+    if none:
+        texts[len(texts) if shown else 0 :] = [f"{examples} can show no difference in {none}: 100 points are too few"]
+    return "; ".join(texts)
 
 
 def smallest_difference(error: float, n: int, *, share: bool = True) -> SmallestDifference:

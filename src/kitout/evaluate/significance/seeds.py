@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kitout.errors import ConfigError
 from kitout.evaluate.intervals.ratio import Groups, Ratio, standard_error
+from kitout.evaluate.intervals.resampled import SAME, agreement_reach
 from kitout.evaluate.metrics.measure import (
     Measure,
     format_value,
@@ -150,6 +151,9 @@ def compare_methods(
     else:
         measures = [_measure(one.mean(axis=0), w, is_bounded, numbers) for one in (b, a)]
         _, low, high = score_difference(measures[0], measures[1], seed)
+        if share and high - low <= SAME:  # linearized: it has no bounds of its own
+            reach = agreement_reach(n if numbers is None else int(numbers.max()) + 1)
+            low, high = low - reach, high + reach
     return MethodDifference(
         names[0], names[1], difference, low, high, p, p, 1, seeds, n, seed_error, example_error, degrees,
         higher_is_better, share, None if numbers is None else int(numbers.max()) + 1,
