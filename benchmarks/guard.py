@@ -48,7 +48,7 @@ class Bound:
     """The short form has no such line."""
 
     def is_worse(self, value: float) -> bool:
-        return value < self.limit if self.is_least else value > self.limit
+        return not (value >= self.limit if self.is_least else value <= self.limit)  # nan is
 
     def __str__(self) -> str:
         return f"{'>=' if self.is_least else '<='} {self.limit:g}"

@@ -66,6 +66,14 @@ def test_a_given_figure_is_taken_before_the_text(guard: Any) -> None:
     assert guard.figures(line) == (0.009, 0.009)
 
 
+@pytest.mark.parametrize("bound", ["at_most = 1.1", "at_least = 1.1"])
+def test_no_number_is_worse_than_any_bound(guard: Any, tmp_path: Path, bound: str) -> None:
+    file = tmp_path / "bounds.toml"
+    file.write_text(f'[a]\n"m" = {{ {bound} }}\n', encoding="utf-8")
+    line = guard.Line("m", "nan x", "", True, value=float("nan"))
+    assert guard.judge({"a": [line]}, guard.read_bounds(file), False)[0] == guard.WORSE
+
+
 def test_every_line_has_a_bound_and_every_bound_a_line(guard: Any, tmp_path: Path) -> None:
     known = '"m" = { at_most = 1.1 }\n"long" = { at_most = 1, full_only = true }'
     assert judge(guard, tmp_path, known, ("m", "1.0 x"))[0] == guard.OK

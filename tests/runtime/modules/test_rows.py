@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from kitout import IA3, LoRA
+import kitout
+from kitout import IA3, LoRA, fast
 from kitout.errors import RouteError
 from laws.activate import kit_with, run
 from zoo import out
@@ -42,3 +44,31 @@ def test_rows_outside_of_a_call_are_not_guessed() -> None:
         kit.base.get_encoder()(ids)
         with pytest.raises(RouteError, match="4 rows"):
             kit.base.get_encoder()(torch.cat((ids, ids)))
+
+
+class Repeated(nn.Module):
+    """A module behind one that sees each row so many times, and no row with 0."""
+
+    times = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).repeat_interleave(self.times, 0))
+
+
+@pytest.mark.parametrize("route", [["low", "lower"], ["low", None], ["scale", "low"]])
+@pytest.mark.parametrize("has_grad", [True, False])
+def test_a_module_that_sees_no_row_gives_none(route: list[str | None], has_grad: bool) -> None:
+    model = Repeated()
+    kit = kitout.attach(model, roles={"^first$": "attn.q", "^second$": "attn.v"})
+    for name, method in (("low", LoRA(rank=2)), ("lower", LoRA(rank=3)), ("scale", IA3(targets="attn.v"))):
+        kit.add(name, method)
+    with kit.use(route), torch.set_grad_enabled(has_grad):
+        for times in (2, 0):
+            model.times = times
+            assert kit(torch.ones(2, 4)).shape == (2 * times, 6)
+            with fast.disabled():
+                assert kit(torch.ones(2, 4)).shape == (2 * times, 6)

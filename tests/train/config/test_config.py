@@ -165,6 +165,8 @@ def test_an_old_run_yaml_is_translated() -> None:
             {"objective": "image_classification", "method": "VPT", "jobs": [{"name": "a", "method": "PromptTuning"}]},
             "method=VPT",
         ),
+        ({"jobs": [{"name": "a", "train": {"early_stopping_patience": 2}}, {"name": "b"}]}, "of the job a"),
+        ({"jobs": [{"name": "a", "train": {"micro_batch_size": 2}}, {"name": "b"}]}, "which has None"),
     ],
 )
 def test_conflicts(values: dict[str, Any], words: str) -> None:

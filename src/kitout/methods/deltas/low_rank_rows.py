@@ -144,8 +144,10 @@ class RowUnits:
 
     @classmethod
     def of(cls, rows: Sequence[int], num_maps: int) -> RowUnits | None:
-        """None where rows would be dealt to far more units than they have runs."""
+        """None where rows would be dealt to far more units than they have runs, or there is no row."""
         runs = find_runs([number if number >= 0 else num_maps for number in rows])
+        if not runs:
+            return None
         size = math.gcd(*(stop - start for _, start, stop in runs))
         count = len(rows) // size
         if count > MOST_UNITS * len(runs):

@@ -46,7 +46,7 @@ class RowPlan:
             entries = self.repeat_to(rows)
             rows_of = [[r for r, e in enumerate(entries) if e == i] for i in range(self.num_distinct)]
             with torch.inference_mode(False):  # kept for later calls, which may record a graph
-                self._index[key] = tuple(torch.tensor(each, device=device) for each in rows_of)
+                self._index[key] = tuple(torch.tensor(each, dtype=torch.long, device=device) for each in rows_of)
         return self._index[key]
 
     @property

@@ -14,6 +14,11 @@ from kitout.install_hint import suggest_install
 from kitout.train.config.schema import DEFAULT_BATCH_SIZE, RunConfig
 from kitout.train.objectives.tasks import TASKS
 
+OF_THE_WHOLE_RUN = (
+    "micro_batch_size", "activation_checkpointing", "trunk_bytes", "early_stopping_patience", "save_steps",
+    "keep_checkpoints", "fsdp",
+)  # fmt: skip
+"""Of train: jobs share the forwards, the checkpoints and the end, so none has one of its own."""
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}  # packages that serve; else the one of its name
 
 
@@ -36,6 +41,18 @@ def find_unused(config: RunConfig) -> Iterator[str]:
             f"model.adapters names {', '.join(unused)}, and no method is made of it: write a composition, "
             f"method={{name: Mixture, of: [{', '.join(config.model.adapters)}]}}, or leave it out"
         )
+
+
+def find_misplaced(config: RunConfig) -> Iterator[str]:
+    """Of a run with all its jobs: what is set for one of them and can only hold for all."""
+    for job in config.jobs:
+        own = set() if job.train is None else job.train.model_fields_set
+        for name in OF_THE_WHOLE_RUN:
+            if name in own and getattr(job.train, name) != getattr(config.train, name):
+                yield (
+                    f"train.{name} of the job {job.name}: jobs of one run share it, write it in the run's own train "
+                    f"section, which has {getattr(config.train, name)}"
+                )
 
 
 def _image_conflicts(config: RunConfig) -> Iterator[str]:

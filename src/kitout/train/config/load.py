@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from kitout.errors import ConfigError, Errors
-from kitout.train.config.conflicts import find_conflicts, find_unused
+from kitout.train.config.conflicts import find_conflicts, find_misplaced, find_unused
 from kitout.train.config.error_messages import AdviceAt, explain
 from kitout.train.config.method_field import DEFAULT_METHOD, names_a_method
 from kitout.train.config.plain_values import check_size
@@ -42,7 +42,7 @@ def load_as(values: Mapping[str, Any], schema: type[Run]) -> Run:
     errors = Errors(ConfigError, "the run's config")
     for conflict in dict.fromkeys(conflict for run in config.per_job() for conflict in find_conflicts(run)):
         errors.add(conflict)
-    for conflict in find_unused(config):
+    for conflict in (*find_misplaced(config), *find_unused(config)):
         errors.add(conflict)
     errors.raise_if_any()
     return config
