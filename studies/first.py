@@ -9,6 +9,7 @@ of the page can be redone. The page marks what was not run. It trains nothing by
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from result_page import write_part
 
 import kitout
 from kitout.compare import compare_runs, write_csv
+from kitout.files.atomic import write_text
 from kitout.train.run_folder import RESULTS_FILE, RUN_FILE, SCORES_FILE
 
 SEEDS = [0, 1, 2]
@@ -99,10 +101,14 @@ def train(part: Mapping[str, Any], folder: Path, method: Any) -> None:
 
 
 def keep(run: Path, kept: Path) -> None:
-    """The results last: a folder that has them is whole."""
+    """What the page is made of. The results last: a folder that has them is whole."""
     kept.mkdir(parents=True, exist_ok=True)
-    for name in (RUN_FILE, SCORES_FILE, RESULTS_FILE):
+    for name in (RUN_FILE, SCORES_FILE):
         shutil.copyfile(run / name, kept / name)
+    results = json.loads((run / RESULTS_FILE).read_text(encoding="utf-8"))
+    for name in ("examples", "next"):  # texts of the data, and commands on the adapters, which are not kept
+        results.pop(name, None)
+    write_text(kept / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
 
 
 def is_finished(kept: Path) -> bool:
