@@ -14,6 +14,8 @@ import kitout
 from align.test_run import data_of, stage
 from kitout import LoRA, PromptTuning
 from kitout.align import run as stages
+from kitout.align.config.load import load_align
+from kitout.align.config.schema import AlignConfig
 from kitout.align.scalar_head import head_path, scalar_head
 from kitout.errors import ConfigError, RewardError
 from tiny_models import jsonl, tokenizer
@@ -80,6 +82,29 @@ def test_wrong_sources_of_a_later_stage_stop_before_the_first(folder: Path, tmp_
     assert "has no function 'count_leters'; did you mean 'count_letters'?" in str(found.value)
     assert "has no function 'count_word'" in str(found.value)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_module_of_a_later_stage_may_read_what_a_stage_before_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it is imported, which is tried before any stage ran."""
+    monkeypatch.chdir(tmp_path)
+    for name, line in (("reads_results", "open('runs/sft/results.json')"), ("is_wrong", "1 / 0")):
+        function = "def score(prompts, answers, rows): return [1.0] * len(answers)"
+        (tmp_path / f"{name}.py").write_text(f"{line}\n{function}\n", encoding="utf-8")
+
+    def config(*stages_: dict[str, Any]) -> AlignConfig:
+        return load_align({"model": "m", "output": str(tmp_path / "runs"), "stages": list(stages_)})
+
+    sft = {"kind": "sft", "data": "d.jsonl"}
+    reads, wrong = (
+        {"kind": "grpo", "data": "p.jsonl", "reward": f"{name}:score"} for name in ("reads_results", "is_wrong")
+    )
+    stages.check_sources(config(sft, reads))
+    with pytest.raises(RewardError, match="importing reads_results raised FileNotFoundError"):
+        stages.check_sources(config(reads))
+    with pytest.raises(RewardError, match="importing is_wrong raised ZeroDivisionError"):
+        stages.check_sources(config(sft, wrong))
 
 
 def test_a_reward_with_dropout_that_is_only_asked_is_allowed(folder: Path, tmp_path: Path) -> None:

@@ -206,10 +206,13 @@ def test_adapters_that_were_trained_on_other_prompts_are_assessed_apart(model: P
     sources = sources_of(tmp_path)
     with pytest.raises(ConfigError, match=r"'b' was trained with other settings than .* \(system_prompt\): assess"):
         run(kit, ["a", "b"], sources, tokenizer=predictor.tokenizer)
+    with pytest.raises(ConfigError, match="apart, or write system_prompt of the source for all"):
+        run(kit, {"both": Stack("a", "b")}, sources, tokenizer=predictor.tokenizer)
     assert len(run(kit, ["a", "b"], sources[:2], tokenizer=predictor.tokenizer).sets) == 2
     assert len(run(kit, ["a", "c"], sources, tokenizer=predictor.tokenizer).sets) == 3  # no example is so long
     given = {"path": sources[2], "system_prompt": "good"}
     assert len(run(kit, ["a", "b"], [given], tokenizer=predictor.tokenizer).sets) == 1
+    assert len(run(kit, {"both": Stack("a", "b")}, [given], tokenizer=predictor.tokenizer).sets) == 1
 
 
 def test_the_same_source_is_measured_once(model: Path, tmp_path: Path) -> None:

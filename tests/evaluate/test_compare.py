@@ -115,7 +115,8 @@ def test_examples_are_the_first_of_each_label_and_the_first_that_changed() -> No
 @pytest.mark.parametrize(
     ("value", "share", "sign", "expected"),
     [(0.265, True, False, "26.5"), (0.265, True, True, "+26.5"), (-0.0001, True, True, "0.0"), (0.0, False, True, "0"),
-     (-0.08183, False, True, "-0.08183"), (12345.6, False, False, "12,346"), (1e-9, False, False, "1e-9")],
+     (-0.08183, False, True, "-0.08183"), (12345.6, False, False, "12,346"), (1e-9, False, False, "1e-9"),
+     (float("-inf"), False, True, "-inf"), (float("inf"), False, True, "+inf"), (float("nan"), False, True, "nan")],
 )  # fmt: skip
 def test_format_value(value: float, share: bool, sign: bool, expected: str) -> None:
     assert format_value(value, share, sign) == expected

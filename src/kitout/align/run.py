@@ -274,7 +274,8 @@ def adopted(config: StageRun) -> StageRun:
 def check_sources(config: AlignConfig) -> None:
     """RewardError for tasks of reasoning-gym and reward functions that are not there, of all stages still to come.
 
-    Before the first of them trains: the last would say so after hours.
+    Before the first of them trains: the last would say so after hours. What a module of a later stage reads when it is
+    imported may be what a stage before it writes, so a file that is not there yet is left to that stage.
     """
     errors = Errors(RewardError, "the run's config")
     waiting = [one for one in config.stages if not (config.folder_of(one.name).expanduser() / RESULTS_FILE).is_file()]
@@ -284,6 +285,7 @@ def check_sources(config: AlignConfig) -> None:
         for text in (*(source.path for source in stage.data.train), *(one.source for one in stage.reward))
     ]
     functions = {one.source for stage in waiting for one in stage.reward if one.of == "function"}
+    of_first = {one.source for stage in waiting[:1] for one in stage.reward}
     for text in dict.fromkeys(texts):
         try:
             if is_gym(text):
@@ -291,7 +293,8 @@ def check_sources(config: AlignConfig) -> None:
             elif text in functions:
                 import_function(text)
         except KitoutError as error:
-            errors.add(str(error).removeprefix("reward "))
+            if text in of_first or not isinstance(error.__cause__, OSError | KitoutError):
+                errors.add(str(error).removeprefix("reward "))
     errors.raise_if_any()
 
 

@@ -32,6 +32,7 @@ SPLIT_ORDER = ("test", "validation", "", "train")  # which of a source's splits 
 TEXT_SETTINGS = (  # of a TextRecord
     "columns", "format", "system_prompt", "chat_template_kwargs", "max_length", "src_lang", "tgt_lang", "answers",
 )  # fmt: skip
+OF_A_SOURCE = {"columns", "format", "system_prompt"}  # of these, what a source says itself, which then holds for all
 CHOICE_ROLES = ("question", "choices", "answer")
 
 
@@ -119,7 +120,7 @@ class SetReader:
             tried.append(usage)
             own = encode(usage)
             if own.digest != dataset.digest or _answers_of(own) != _answers_of(dataset):
-                errors.add(f"{name!r} was trained with {_other_settings(self.usage, usage)}: assess it apart")
+                errors.add(f"{name!r} was trained with {_other_settings(self.usage, usage)}")
         errors.raise_if_any()
 
     def _read_choices(
@@ -178,13 +179,15 @@ def _answers_of(dataset: Datasets) -> set[str]:
 
 
 def _other_settings(first: UsageRecord | None, other: UsageRecord) -> str:
-    """What makes the same row another example."""
+    """What makes the same row another example, and what to do. A Stack or Mix of both cannot be assessed apart."""
     of_first, of_other = (
         {} if one is None or one.text is None else one.text.model_dump(include=set(TEXT_SETTINGS))
         for one in (first, other)
     )
     names = [name for name in TEXT_SETTINGS if of_first.get(name) != of_other.get(name)]
-    return "other settings than the first adapter" + (f" ({', '.join(names)})" if names else "")
+    listed = ", ".join(names)
+    settled = f", or write {listed} of the source for all" if names and {*names} <= OF_A_SOURCE else ""
+    return f"other settings than the first adapter{f' ({listed})' if names else ''}: assess it apart{settled}"
 
 
 def _tables_of_split(tables: Sequence[Table]) -> list[Table]:

@@ -86,8 +86,8 @@ def test_both_standard_errors_count() -> None:
     assert one.seed_error == 0
     assert one.smallest.value == pytest.approx((1.972 + 0.843) * one.example_error, rel=1e-3)
     assert one.high - one.difference == pytest.approx(1.972 * one.example_error, rel=1e-3)
-    wide = compare_methods(np.array([[1.0] * 100, [0.0] * 100, [1.0] * 100]), np.full((3, 100), 0.5))
-    assert wide.seed_error == pytest.approx(1 / 3)
+    wide = compare_methods(np.array([[0.6] * 100, [0.4] * 100, [0.6] * 100]), np.full((3, 100), 0.5))
+    assert wide.seed_error == pytest.approx(1 / 15)
     assert wide.example_error < 0.02
     assert wide.is_better is None
     assert wide.seed_degrees == 2, "the other method is the same with every seed"
@@ -165,3 +165,11 @@ def test_linearized_scores_that_agree_on_few_examples_are_not_certain() -> None:
     scores = np.array([0.9, 1.2, -0.1, 0.4])  # of an F1: only their mean is a share
     one = compare_methods(scores, scores, linearized=True)
     assert (one.low, one.high) == pytest.approx((-0.4899, 0.4899), abs=1e-4)
+
+
+@pytest.mark.parametrize(("num_seeds", "linearized"), [(3, False), (1, True)])
+def test_shares_differ_by_one_hundred_points_at_most(num_seeds: int, linearized: bool) -> None:
+    found = compare_methods(np.ones((num_seeds, 2)), np.zeros((num_seeds, 2)), linearized=linearized)
+    assert found.low < found.high == 1.0
+    found = compare_methods(np.ones((num_seeds, 2)), np.ones((num_seeds, 2)), linearized=linearized)
+    assert -1.0 <= found.low == -found.high

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GitConfig, GitForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import kitout
 from kitout import IA3, FullFineTuning, LoRA, PartialFineTuning
 from kitout.train.objectives import chunked_cross_entropy as chunked
 from kitout.train.objectives.chunked_cross_entropy import at_least_float32, chunked_cross_entropy
-from kitout.train.objectives.lm_head_loss import HeadLoss
+from kitout.train.objectives.lm_head_loss import HeadLoss, check_causal
 from train.fixtures import LargestTensor, add, causal, far, gradients, job, kit_of, texts
 from zoo import VOCAB, D
 
@@ -162,3 +162,14 @@ def test_no_tensor_as_large_as_the_logits_is_allocated(monkeypatch: pytest.Monke
     assert num_targets > 50
     assert max_sizes["selected"] >= num_targets * 2000
     assert max_sizes["chunked"] <= max(8 * 24 * 80, 5 * 2000)  # a feed-forward's activations, or one chunk
+
+
+def test_images_in_front_of_a_causal_text_make_no_encoder() -> None:
+    """GIT's texts see none of their later tokens; its images, which stand in front of them, see each other."""
+    image = {"image_size": 16, "patch_size": 8}
+    sizes: Any = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends: Any = {"bos_token_id": 1, "eos_token_id": 2}
+    config = GitConfig(vision_config={**sizes, **image}, vocab_size=64, **sizes, **ends)
+    kit = kitout.attach(GitForCausalLM(config).eval())
+    assert all(tower.causal is False for tower in kit.survey.towers)
+    check_causal(kit)

@@ -1,10 +1,9 @@
 """Metrics of generated answers: exact match, token F1, the label an answer names, ROUGE-L, chrF and BLEU.
 
 Exact match and token F1 are SQuAD's (Rajpurkar et al. 2016), after its normalization, and without the punctuation of
-any script, as MLQA's (Lewis et al. 2020). Where the references are a few
-repeated labels, accuracy and macro-F1 count the one label that an answer names, so that an answer in a sentence is not
-incorrect for that. ROUGE-L, chrF and BLEU come from rouge-score and sacrebleu where they are installed. All values are
-between 0 and 1. It knows no model.
+any script, as MLQA's (Lewis et al. 2020). Where the references are a few repeated labels, accuracy and macro-F1 count
+the one label that an answer names, so that an answer in a sentence is not incorrect for that. ROUGE-L, chrF and BLEU
+come from rouge-score and sacrebleu where they are installed. All values are between 0 and 1. It knows no model.
 """
 
 from __future__ import annotations

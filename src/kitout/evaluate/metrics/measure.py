@@ -234,4 +234,4 @@ def safe_sqrt(value: float) -> float:
 def format_value(value: float, share: bool, sign: bool = False) -> str:
     """A fraction of 0.265 as 26.5; else four significant digits."""
     text = f"{100 * value:{'+' if sign else ''}.1f}" if share else format_number(value, sign)
-    return text if any(c in "123456789" for c in text) else text.lstrip("+-")
+    return text if "inf" in text or any(c in "123456789" for c in text) else text.lstrip("+-")

@@ -154,6 +154,8 @@ def compare_methods(
         if share and high - low <= SAME:  # linearized: it has no bounds of its own
             reach = agreement_reach(n if numbers is None else int(numbers.max()) + 1)
             low, high = low - reach, high + reach
+    if share:  # by as much as shares can differ
+        low, high = max(-1.0, low), min(1.0, high)
     return MethodDifference(
         names[0], names[1], difference, low, high, p, p, 1, seeds, n, seed_error, example_error, degrees,
         higher_is_better, share, None if numbers is None else int(numbers.max()) + 1,

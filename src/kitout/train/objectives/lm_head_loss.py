@@ -128,9 +128,12 @@ def output_head(kit: Kit) -> nn.Linear | None:
 
 
 def check_causal(kit: Kit) -> None:
-    """ConfigError for a base whose every tower sees later tokens: it would be told what it is to predict."""
+    """ConfigError for a base whose every tower sees later tokens: it would be told what it is to predict.
+
+    Not beside images or sounds: these may stand in front of a causal text and see each other.
+    """
     towers = kit.survey.towers
-    if towers and all(tower.causal is False for tower in towers):
+    if towers and all(tower.causal is False and not kit.survey.is_media_tower(tower) for tower in towers):
         raise ConfigError(ENCODER.format(name=type(kit.base).__name__))
 
 
