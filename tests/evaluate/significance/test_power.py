@@ -68,7 +68,7 @@ def test_the_line_below_a_table() -> None:
     assert smallest_text([]) == ""
     assert smallest_text([("loss", smallest_difference(float("nan"), 9)), ("mae", smallest_difference(0.0, 9))]) == ""
     few = [("acc", smallest_share_difference(1, 2)), ("loss", smallest_difference(0.1, 2, share=False))]
-    none = "2 test examples can show no difference in acc: 100 points are too few"
+    none = "2 test examples can show no difference in acc: it would have to exceed 100 points"
     assert smallest_text(few[:1]) == none
     assert smallest_text(few) == (
         "smallest difference that 2 test examples can show (80 % power): loss 0.2802; a smaller one is often missed; "

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kitout.evaluate.example_scores import ExampleScores
-from kitout.evaluate.metrics.measure import proportion
+from kitout.evaluate.metrics.measure import mean, proportion
 from kitout.search.confirmation import NOTHING_BETTER, judge
 from kitout.search.population.survivors import Standing, decide, pareto_fronts, rank
 
@@ -56,6 +56,16 @@ def test_what_diverged_or_forgets_too_much_does_not_stay_and_the_next_takes_its_
         ("a", "forgets"), ("b", "promoted"), ("c", "dropped"), ("d", "diverged"),
     ]  # fmt: skip
     assert asked == ["a", "b"], "measured for those alone that would stay"
+
+
+def test_a_value_that_is_not_finite_does_not_tie() -> None:
+    values = {"a": 1.0, "b": np.nan}
+    standings = []
+    for name, value in values.items():
+        scores = ExampleScores.of(mean(np.linspace(0.5, 1.5, 200) * value, higher_is_better=False, is_fraction=False))
+        assert scores is not None
+        standings.append(Standing(name, scores, loss=value))
+    assert [(one.name, one.what) for one in decide(standings, 1, num_extra=5)] == [("a", "promoted"), ("b", "diverged")]
 
 
 def test_order_is_by_metric_then_loss_and_not_finite_is_last() -> None:

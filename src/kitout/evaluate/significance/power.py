@@ -68,9 +68,14 @@ def smallest_text(found: Sequence[tuple[str, SmallestDifference]]) -> str:
     examples = f"{n:,} test example{'s' if n > 1 else ''}"
     shown = ", ".join(f"{name} {one.amount}" for name, one in found if one.is_possible)
     none = ", ".join(name for name, one in found if not one.is_possible)
-    texts = [f"smallest difference that {examples} can show (80 % power): {shown}; a smaller one is often missed"]
+    texts = []
+    if shown:
+        texts += [
+            f"smallest difference that {examples} can show (80 % power): {shown}",
+            "a smaller one is often missed",
+        ]
     if none:
-        texts[len(texts) if shown else 0 :] = [f"{examples} can show no difference in {none}: 100 points are too few"]
+        texts.append(f"{examples} can show no difference in {none}: it would have to exceed 100 points")
     return "; ".join(texts)
 
 
