@@ -128,7 +128,7 @@ def output_head(kit: Kit) -> nn.Linear | None:
 
 
 def check_causal(kit: Kit) -> None:
-    """ConfigError for a base whose every tower sees later tokens: it would be told what it is to predict.
+    """ConfigError for a base whose every tower sees later tokens: it would see what it is to predict.
 
     Not beside images or sounds: these may stand in front of a causal text and see each other.
     """
