@@ -161,7 +161,7 @@ def kitout_case(config: StageRun) -> Case:
         if config.kind != "sft":
             kind = Reinforcement if config.rollout is not None else OfflineStage
             stage = kind(config, prepared, folder, lambda _line: None)
-            stage.prepare(signature)
+            stage.prepare(signature, dry_run=False)
 
     def train(steps: int) -> None:
         if stage is None:

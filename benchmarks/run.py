@@ -12,6 +12,7 @@ import argparse
 import importlib
 import sys
 import time
+import traceback
 from datetime import date
 from pathlib import Path
 
@@ -56,10 +57,11 @@ def main() -> int:
 
     torch.set_num_threads(options.threads)
     from common import Line, machine
-    from guard import judge, read_bounds
+    from guard import BROKEN, judge, read_bounds
 
     bounds = read_bounds()
     measured: dict[str, list[Line]] = {}
+    failed: list[str] = []
     began = time.perf_counter()
     for name in options.names or NAMES:
         start = time.perf_counter()
@@ -68,22 +70,33 @@ def main() -> int:
             print(f"    {name}: not measured: {reason}", flush=True)
             continue
         measured[name] = []
-        for line in module.run(**(FULL.get(name, {}) if options.full else SHORT[name])):
-            measured[name].append(line)
-            mark = "yes" if line.reached else "NO"
-            bound = bounds.get(name, {}).get(line.metric)
-            target = f"target {bound.target if bound and bound.target else line.target}, bound {bound}"
-            print(f"{mark:>3} {line.metric}: {line.measured} ({target}) {line.detail}", flush=True)
+        try:
+            for line in module.run(**(FULL.get(name, {}) if options.full else SHORT[name])):
+                measured[name].append(line)
+                mark = "yes" if line.reached else "NO"
+                bound = bounds.get(name, {}).get(line.metric)
+                target = f"target {bound.target if bound and bound.target else line.target}, bound {bound}"
+                print(f"{mark:>3} {line.metric}: {line.measured} ({target}) {line.detail}", flush=True)
+        except Exception:  # of any kind: the others are measured all the same
+            traceback.print_exc()
+            failed.append(name)
         print(f"    {name}: {time.perf_counter() - start:.0f} s", flush=True)
     if options.write:
         results = HERE / "RESULTS.md"
         by_name = sections(results.read_text(encoding="utf-8")) if results.exists() else {}
         label = (f", {options.label}" if options.label else "") + ("" if options.full else SHORT_LABEL)
-        by_name |= {name + label: section(name + label, lines, machine()) for name, lines in measured.items()}
+        by_name |= {
+            name + label: section(name + label, lines, machine())
+            for name, lines in measured.items()
+            if name not in failed
+        }
         places = {name: place for place, name in enumerate(NAMES)}
         order = sorted(by_name, key=lambda title: places.get(title.split(",")[0], len(NAMES)))
         results.write_text(HEAD + "\n".join(by_name[name] for name in order), encoding="utf-8")
     code, messages = judge(measured, bounds, options.full)
+    if failed:
+        code = BROKEN
+        messages.append(f"ended with an error, see above: {', '.join(failed)}")
     for message in messages:
         print(message)
     seconds = time.perf_counter() - began
