@@ -183,7 +183,7 @@ def kitout_case(config: StageRun) -> Case:
 def reference_passes(dpo: Case) -> tuple[Case, Case]:
     """Forward and backward of a step's pairs: with the reference that is kept, and with its rows in the same graph."""
     kit, job = dpo.stage.prepared.kit, dpo.stage.job
-    objective, items = job.objective, job.examples[:PAIRS]
+    objective, items = job.objective, [job.examples[i] for i in job.batches[0]]  # the reference scored what is trained
     weights = torch.full((PAIRS,), 1.0 / PAIRS)
 
     def kept() -> Tensor:
