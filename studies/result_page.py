@@ -14,7 +14,10 @@ BEGIN, END = "<!-- results: {part} -->", "<!-- end of {part} -->"
 
 
 def write_part(page: Path, part: str, lines: Sequence[str]) -> None:
-    """Replaces what is between the marks of this part, which the page has."""
+    """Replaces what is between the marks of this part; ValueError where the page has none."""
     begin, end = BEGIN.format(part=part), END.format(part=part)
-    before, rest = page.read_text(encoding="utf-8").split(begin)
+    text = page.read_text(encoding="utf-8")
+    if begin not in text or end not in text:
+        raise ValueError(f"{page} has no place for this part: write {begin} and {end} where it belongs")
+    before, rest = text.split(begin)
     write_text(page, "\n".join([f"{before}{begin}", "", *lines, f"{end}{rest.split(end)[1]}"]))

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,6 +106,31 @@ def test_the_bounds_of_the_repository(guard: Any) -> None:
     assert set(bounds) == names
     assert all((BENCHMARKS / f"{name}.py").is_file() for name in names)
     assert all(bound.target for part in bounds.values() for bound in part.values())
+
+
+def test_an_error_in_one_benchmark_hides_no_other(
+    guard: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import run
+
+    def broken() -> Iterator[Any]:
+        yield guard.Line("first", "1.000 x", "<= 1 x", True)
+        raise RuntimeError("in the middle")
+
+    def sound() -> Iterator[Any]:
+        yield guard.Line("second", "1.000 x", "<= 1 x", True)
+
+    for name, lines in {"broken": broken, "sound": sound}.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(run=lines))
+        monkeypatch.setitem(run.SHORT, name, {})
+    monkeypatch.setattr(run, "NAMES", ("broken", "sound"))
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    assert run.main() == guard.BROKEN
+    printed = capsys.readouterr()
+    assert "second" in printed.out
+    assert "ended with an error, see above: broken" in printed.out
+    assert "in the middle" in printed.err
 
 
 def test_the_gpu_benchmark_runs_its_small_shapes_here(guard: Any) -> None:

@@ -1,9 +1,8 @@
 """When two texts count as the same: one function, whose options say what is ignored.
 
-By default case, width of letters and white space are ignored: so duplicates are found. With `words_only` punctuation
-and articles are ignored too: so generated answers are compared (Rajpurkar et al. 2016, with signs and decimal points
-of numbers kept; so that a sentence in Chinese or Arabic may end with its own full stop, punctuation of all scripts). It
-knows no example and no metric.
+By default case, width of letters and white space are ignored: so duplicates are found. With `words_only` articles and
+the punctuation of every script are ignored too: so generated answers are compared (Rajpurkar et al. 2016, but signs and
+decimal points of numbers are kept). It knows no example and no metric.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def _plain(value: Any) -> Any:
             return kind(map(_plain, value))
     if isinstance(value, set | frozenset):
         return set(map(_plain, value))
-    return "".join(value) if isinstance(value, str) else str(value)  # of a subclass of str, the text itself
+    return str.__str__(value) if isinstance(value, str) else str(value)  # a subclass may print itself otherwise
 
 
 def _create(text: str, size: int, seed: int) -> Any:
