@@ -8,6 +8,7 @@ import pytest
 from kitout.evaluate.example_scores import ExampleScores
 from kitout.evaluate.metrics.measure import mean, proportion
 from kitout.search.confirmation import NOTHING_BETTER, judge
+from kitout.search.population.rung import diverged
 from kitout.search.population.survivors import Standing, decide, pareto_fronts, rank
 
 RNG = np.random.default_rng(0)
@@ -58,14 +59,16 @@ def test_what_diverged_or_forgets_too_much_does_not_stay_and_the_next_takes_its_
     assert asked == ["a", "b"], "measured for those alone that would stay"
 
 
-def test_a_value_that_is_not_finite_does_not_tie() -> None:
-    values = {"a": 1.0, "b": np.nan}
-    standings = []
-    for name, value in values.items():
-        scores = ExampleScores.of(mean(np.linspace(0.5, 1.5, 200) * value, higher_is_better=False, is_fraction=False))
-        assert scores is not None
-        standings.append(Standing(name, scores, loss=value))
-    assert [(one.name, one.what) for one in decide(standings, 1, num_extra=5)] == [("a", "promoted"), ("b", "diverged")]
+def test_a_metric_that_is_not_finite_is_called_diverged() -> None:
+    scores = {}
+    for name, value in {"a": 1.0, "b": np.nan, "c": np.nan}.items():
+        measured = mean(np.linspace(0.5, 1.5, 200) * value, higher_is_better=False, is_fraction=False)
+        scores[name] = ExampleScores.of(measured)
+    found = diverged({"c": "step 3: the loss is nan"}, "loss", scores)
+    assert found == {"b": "its loss is nan", "c": "step 3: the loss is nan"}
+    standings = [Standing(name, one, loss=1.0) for name, one in scores.items()]
+    decisions = decide(standings, 1, diverged=found, num_extra=5)
+    assert [(one.name, one.what) for one in decisions] == [("a", "promoted"), ("b", "diverged"), ("c", "diverged")]
 
 
 def test_order_is_by_metric_then_loss_and_not_finite_is_last() -> None:

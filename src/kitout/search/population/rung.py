@@ -8,6 +8,7 @@ designs, and decides nothing.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -187,7 +188,7 @@ def _train_together(
         spent_before = max((checkpoints.read_progress(path)["seconds"] for path in before.values()), default=0.0)
         training_seconds = max(0.0, trainer.step_runner.seconds - spent_before)  # which counts the rungs before as well
         result = RungResult(
-            end, tuple(scores), metric, trainer.health.diverged, seconds, training_seconds,
+            end, tuple(scores), metric, diverged(trainer.health.diverged, metric, scores), seconds, training_seconds,
             steps * length.batch_size * len(scores), peak, f"checkpoints/{checkpoints.PREFIX}{end}", failed, scores,
             losses,
         )  # fmt: skip
@@ -215,6 +216,15 @@ def measure_candidates(
         scores[job.name], losses[job.name] = keep_ratios(measures)[metric], predictions.mean_loss
     assert metric is not None, "a rung has candidates"
     return metric, scores, losses
+
+
+def diverged(in_training: Mapping[str, str], metric: str, scores: Mapping[str, ExampleScores]) -> dict[str, str]:
+    """By candidate why it diverged: in training, or seen by a metric that is not finite."""
+    values = {name: one.measure.value for name, one in scores.items()}
+    return {
+        **{name: f"its {metric} is {value}" for name, value in values.items() if not math.isfinite(value)},
+        **in_training,
+    }
 
 
 def _keep_only(run: PreparedRun, names: Collection[str]) -> None:

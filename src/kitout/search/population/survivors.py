@@ -70,10 +70,9 @@ def decide(
 ) -> list[Decision]:  # fmt: skip
     """One decision for each, the best first.
 
-    Diverged are those named and those whose value is not finite. num_extra: how many more than num_promoted the budget
-    holds. forgetting: measures a candidate that would stay.
+    num_extra: how many more than num_promoted the budget holds. forgetting: measures a candidate that would stay.
     """
-    gone = {*(diverged or {}), *(one.name for one in standings if not math.isfinite(one.value))}
+    gone = diverged or {}
     ordered = rank([one for one in standings if one.name not in gone])
     decisions, stayed, last, tried_all = [], 0, None, False
     for one in ordered:
