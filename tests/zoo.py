@@ -3,11 +3,13 @@
 Nothing in them is at its initial value: biases, norm gains and shifts, LayerScale, relative position tables and class
 tokens are all random, and matrices are scaled so that attention is far from uniform. A merge that forgets a bias, or
 mistakes the convention of a gain, changes the logits here. Widths differ on purpose (hidden, feed-forward, head,
-tokens), so that a wrong axis raises. The zoo knows transformers and timm, and nothing of kitout.
+tokens), so that a wrong axis raises. KITOUT_TEST_DEVICE=cuda puts models and inputs there, for the laws. The zoo knows
+transformers and timm, and nothing of kitout.
 """
 
 from __future__ import annotations
 
+import os
 import string
 import zlib
 from collections.abc import Callable, Mapping
@@ -25,6 +27,7 @@ Kind = Literal["decoder", "encoder", "encoder-decoder", "vision"]
 Positions = Literal["rotary", "learned", "relative"]
 
 VOCAB, LABELS, IMAGE = 99, 5, 32
+DEVICE = os.environ.get("KITOUT_TEST_DEVICE", "cpu")
 LENGTH, TARGET_LENGTH = 7, 5  # tokens per row, and decoder tokens per row of an encoder-decoder
 D, FF, HEADS = 48, 80, 4
 FIRST_TOKEN = 5  # smaller ids are pad, bos, eos and the like: never drawn, RoBERTa counts positions by them
@@ -85,7 +88,7 @@ def out(output: Any) -> Tensor:
 
 
 def _tokens(rows: int, length: int, seed: int) -> Tensor:
-    return torch.randint(FIRST_TOKEN, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(FIRST_TOKEN, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def text_batch(rows: int, seed: int = 0) -> dict[str, Tensor]:
@@ -98,7 +101,8 @@ def seq2seq_batch(rows: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def image_batch(rows: int, seed: int = 0) -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(rows, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(seed))}
+    pixels = torch.randn(rows, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(seed))
+    return {"pixel_values": pixels.to(DEVICE)}
 
 
 def timm_batch(rows: int, seed: int = 0) -> dict[str, Tensor]:
@@ -169,7 +173,7 @@ def _make(name: str, build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     def build_seeded() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return randomize_model(build(), seed)
+            return randomize_model(build(), seed).to(DEVICE)
 
     return build_seeded
 

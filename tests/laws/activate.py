@@ -23,7 +23,7 @@ from kitout.runtime.adapter import Adapter
 from kitout.search import signals
 from kitout.signals.site_signals import Signals
 from laws.cases import Case
-from zoo import EXTRA, ZOO, Specimen, out
+from zoo import DEVICE, EXTRA, ZOO, Specimen, out
 
 NAME = "law"  # what an adapter under test is called
 TOLERANCE = 1e-5
@@ -75,7 +75,7 @@ def untrivial(adapter: Adapter, seed: int = 0) -> None:
     draw = torch.Generator().manual_seed(zlib.crc32(repr(adapter.method).encode()) + seed)
     with torch.no_grad():
         for parameter in adapter.parameters():
-            noise = torch.randn(parameter.shape, generator=draw)
+            noise = torch.randn(parameter.shape, generator=draw).to(parameter.device)
             parameter.add_(noise, alpha=0.1 if parameter.ndim < 2 else 0.05)
 
 
@@ -173,7 +173,9 @@ def loss_of(output: Any, seed: int = 0) -> Tensor:
     """A scalar that depends on every value of the output, row by row alike."""
     value = out(output)
     weight = torch.randn(value.shape[1:], generator=torch.Generator().manual_seed(seed))
-    return (value.float() * weight).sum(dim=tuple(range(1, value.ndim))).sum() / value[0].numel() ** 0.5
+    return (value.float() * weight.to(value.device)).sum(dim=tuple(range(1, value.ndim))).sum() / value[
+        0
+    ].numel() ** 0.5
 
 
 def gradients(adapter: Adapter) -> dict[str, Tensor]:
@@ -224,6 +226,6 @@ def _lacks_bias(site: Site) -> bool:
 @torch.no_grad()
 def shifts(adapter: Adapter, site: Site) -> bool:
     """True where the delta adds something that does not depend on the input: what it makes of zeros is not zero."""
-    y = torch.zeros(2, site.d_out)
+    y = torch.zeros(2, site.d_out, device=DEVICE)
     delta = adapter.delta(site)
-    return not delta.reads_weight and bool(delta(torch.zeros(2, site.d_in), y).any())
+    return not delta.reads_weight and bool(delta(torch.zeros(2, site.d_in, device=DEVICE), y).any())

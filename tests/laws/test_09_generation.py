@@ -34,7 +34,7 @@ def loop(specimen: Specimen, kit: Kit, batch: dict[str, Tensor]) -> Tensor:
     growing = dict(batch)
     if field not in growing:
         start = kit.config.decoder_start_token_id
-        growing[field] = torch.full((len(batch["input_ids"]), 1), start)
+        growing[field] = torch.full_like(batch["input_ids"][:, :1], start)
     for _ in range(NEW):
         logits = run(lambda **b: kit(**b, use_cache=False), growing)[:, -1]
         chosen = logits[:, FIRST_TOKEN:].argmax(-1, keepdim=True) + FIRST_TOKEN
