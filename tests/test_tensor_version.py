@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import kitout
 from kitout import LoRA, PrefixTuning
-from kitout.tensor_version import tensor_version
+from kitout.tensor_version import tensor_version, tensor_versions
 from zoo import ZOO
 
 WAYS: list[dict[str, Any]] = [{"fused": True}, {"foreach": True}, {"foreach": False}]
@@ -25,12 +26,31 @@ def test_a_step_changes_it(options: dict[str, Any]) -> None:
     assert tensor_version(torch.ones(2), is_frozen=True)[1:] == frozen
 
 
+def test_of_many_it_changes_with_each() -> None:
+    values = [torch.ones(3), torch.nn.Parameter(torch.ones(2))]
+    seen = [tensor_versions(values)]
+    assert tensor_versions(values) == seen[0]
+    values[0].add_(1)
+    seen.append(tensor_versions(values))
+    values[1].data = torch.ones(2)
+    seen.append(tensor_versions(values))
+    torch.optim.SGD([values[1]], lr=0.1).step()
+    seen.append(tensor_versions(values))
+    with torch.inference_mode():
+        values[0] = torch.ones(3)
+    seen += [tensor_versions(values), tensor_versions(values)]
+    assert all(a != b for a, b in combinations(seen, 2))
+
+
 @pytest.mark.parametrize("options", WAYS, ids=str)
 @pytest.mark.parametrize("method", [LoRA(rank=2), PrefixTuning(length=3)], ids=lambda m: type(m).__name__)
 @pytest.mark.parametrize("route", ["a", ["a", "b"]], ids=["one", "rows"])
-def test_a_forward_after_a_step_has_the_new_values(method: kitout.Method, route: Any, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_forward_after_a_step_has_the_new_values(
+    method: kitout.Method, route: Any, options: dict[str, Any], dtype: torch.dtype
+) -> None:
     """Nothing that a forward before has kept is used again."""
-    kit = kitout.attach(ZOO["llama"].build()).eval()
+    kit = kitout.attach(ZOO["llama"].build().to(dtype)).eval()
     for seed, name in enumerate("ab"):
         kit.add(name, method, seed=seed)
     ids = torch.arange(1, 9).view(2, 4)
@@ -55,7 +75,7 @@ def test_a_forward_after_a_step_has_the_new_values(method: kitout.Method, route:
         optimizer.zero_grad()
     after = logits()
     assert not torch.equal(after, before)
-    fresh = kitout.attach(ZOO["llama"].build()).eval()
+    fresh = kitout.attach(ZOO["llama"].build().to(dtype)).eval()
     for name in "ab":
         fresh.add(name, method)
         fresh[name].load_state_dict(kit[name].state_dict())

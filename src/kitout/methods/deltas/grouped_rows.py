@@ -1,9 +1,10 @@
-"""Rows of one batch, each through its own low-rank map, as two grouped products: one for all A, one for all B.
+"""Rows of one batch, each through its own low-rank map, as two products: one for all A, one for all B.
 
-For GPUs, where a launch for each map costs more than its product and gathered factors read every map once per row. Rows
-are put in order of their maps, so each map is read once for all of its rows. `torch._grouped_mm` wants bfloat16 and
-strides of 16 bytes, so ranks are padded to 8; a row without a map is in a last group of zeros. Inference only. Measured
-by `benchmarks/gpu.py`; it knows tensors and runs, and the tests run it on a CPU.
+For GPUs, where a launch for each map costs more than its product and gathered factors read every map once per row.
+Few positions, as in decoding: every position goes through all maps side by side, and what other maps gave is set to
+zero between the products. More of them: rows are put in order of their maps and multiplied in groups;
+`torch._grouped_mm` wants bfloat16 and strides of 16 bytes, so ranks are padded to 8, and a row without a map is in a
+last group of zeros. Inference only. Measured by `benchmarks/gpu.py`; it knows tensors, and the tests run it on a CPU.
 """
 
 from __future__ import annotations
@@ -18,6 +19,17 @@ from torch import Tensor
 MULTIPLE = 8  # bfloat16 values in 16 bytes
 DEVICES = ("cuda",)
 CAPABILITY = (9, 0)  # of a GPU: older ones have no grouped product of their own
+# Of both products with all maps, up to which they cost less than groups: 10 microseconds of an H100, and so much
+# is what preparing a group takes.
+MASKED_OPERATIONS = 4e9
+Maps = Callable[[], Sequence[tuple[Tensor, Tensor, float]]]  # A, B and scale of each; asked for where they have changed
+
+
+def can_mask(x: Tensor, y: Tensor, num_maps: int, rank: int) -> bool:
+    """Whether products with all maps cost little enough. rank: of the maps, about."""
+    if x.device.type not in DEVICES:
+        return False
+    return 2 * x.numel() // x.shape[-1] * num_maps * rank * (x.shape[-1] + y.shape[-1]) <= MASKED_OPERATIONS
 
 
 def can_group(x: Tensor, y: Tensor) -> bool:
@@ -27,18 +39,28 @@ def can_group(x: Tensor, y: Tensor) -> bool:
     return x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= CAPABILITY
 
 
-def add_to_groups(
-    x: Tensor,
-    y: Tensor,
-    rows: Sequence[int],
-    maps: Callable[[], Sequence[tuple[Tensor, Tensor, float]]],
-    stamp: object,
-    cache: dict[Any, Any],
-) -> Tensor:
+def add_masked(
+    x: Tensor, y: Tensor, rows: Sequence[int], maps: Maps, stamp: object, cache: dict[str, Any]
+) -> Tensor | None:
     """y [B, ..., d_out], overwritten: row i plus scale * B A x of map rows[i], nothing below 0. x [B, ..., d_in].
 
-    maps: A, B and scale of each, asked for where `stamp` is not that of the cache.
+    None where some value of the maps is not finite: times zero it would reach every row.
     """
+    if cache.get("side by side stamp") != stamp:
+        cache["side by side"] = _side_by_side(maps(), rows, y)
+        cache["side by side stamp"] = stamp
+    a, b, of_others = cache["side by side"]
+    if a is None:
+        return None
+    h = F.linear(x.to(y.dtype).reshape(len(rows), -1, x.shape[-1]), a).masked_fill_(of_others, 0.0)
+    y.view(-1, y.shape[-1]).addmm_(h.flatten(0, 1), b)
+    return y
+
+
+def add_to_groups(
+    x: Tensor, y: Tensor, rows: Sequence[int], maps: Maps, stamp: object, cache: dict[Any, Any]
+) -> Tensor:
+    """The same map by groups of rows."""
     if cache.get("group stamp") != stamp:
         cache["groups"] = _stack_factors(maps(), y)
         cache["group stamp"] = stamp
@@ -55,6 +77,23 @@ def add_to_groups(
     change = torch._grouped_mm(h, b, offs=ends)
     y3.index_add_(0, order, change.view(y3.shape))
     return y
+
+
+def _side_by_side(
+    maps: Sequence[tuple[Tensor, Tensor, float]], rows: Sequence[int], y: Tensor
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """A [sum of ranks, d_in], None where a value is not finite; scale * B^T [sum of ranks, d_out]; and by row which of
+    the ranks are not its map's [B, 1, sum of ranks].
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        ranks = [a.shape[0] for a, _, _ in maps]
+        pad = -sum(ranks) % MULTIPLE
+        a = F.pad(torch.cat([a for a, _, _ in maps]).to(y.dtype), (0, 0, 0, pad))
+        b = F.pad(torch.cat([scale * b.t() for _, b, scale in maps]).to(y.dtype), (0, 0, 0, pad))
+        owner = torch.tensor([n for n, rank in enumerate(ranks) for _ in range(rank)] + [len(ranks)] * pad)
+        of_others = (torch.tensor(rows)[:, None] != owner)[:, None].to(y.device)
+        is_finite = bool(a.isfinite().all() & b.isfinite().all())
+        return a if is_finite else None, b, of_others
 
 
 def _order_rows(rows: Sequence[int], num_maps: int, device: torch.device) -> tuple[Tensor, Tensor]:
