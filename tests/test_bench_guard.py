@@ -139,8 +139,8 @@ def test_the_gpu_benchmark_runs_its_small_shapes_here(guard: Any) -> None:
 
     lines = list(gpu.measure(torch.device("cpu"), gpu.SMALL, 1, compiles=False))
     assert [line.metric.split(", against")[0] for line in lines] == [
-        "GPU: LoRA r=8 all-linear step, bf16, eager",
-        "GPU: LoRA r=8 all-linear step, bf16, eager",
+        *["GPU: LoRA r=8 all-linear step, 2 x 16 bf16, eager"] * 2,
+        *["GPU: LoRA r=8 all-linear step, 3 x 16 bf16, eager"] * 2,
         "GPU: decoding 4 rows with 2 LoRAs by row",
         "GPU: decoding 4 rows with 4 LoRAs by row",
     ]
@@ -153,8 +153,8 @@ def test_the_bounds_of_the_gpu_name_its_lines(guard: Any) -> None:
 
     sizes = gpu.Sizes()
     metrics = {
-        f"GPU: LoRA r={gpu.RANK} all-linear step, bf16, {how}, against {of}"
-        for how in ("eager", "compiled by block")
+        f"GPU: LoRA r={gpu.RANK} all-linear step, {rows} x {tokens} bf16, {how}, against {of}"
+        for rows, tokens, how in (*((*b, "eager") for b in sizes.batches), (*sizes.batches[0], "compiled by block"))
         for of in ("PEFT", "the floor")
     } | {f"GPU: decoding {sizes.adapters[-1]} rows with {n} LoRAs by row, against one" for n in sizes.adapters[1:]}
     assert set(guard.read_bounds()["gpu"]) == metrics
