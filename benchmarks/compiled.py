@@ -10,11 +10,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
-from common import SMOL, Line, interleaved
-from transformers import AutoModelForCausalLM
+from common import SMOL, Line, interleaved, smollm2
 
 import kitout
 
@@ -22,19 +20,20 @@ CASES = {"fp32": (2, 128, torch.float32), "bf16": (4, 256, torch.bfloat16)}
 BOUNDS = {"eager floor": 0.97, "compiled floor": 1.08}
 
 
-def run(rounds: int = 5) -> Iterator[Line]:
+def run(rounds: int = 5, layers: int = SMOL.num_hidden_layers) -> Iterator[Line]:
     for name in CASES:
-        yield from measure(name, SMOL.num_hidden_layers, rounds)
+        yield from measure(name, layers, rounds)
 
 
 def measure(name: str, layers: int, rounds: int) -> Iterator[Line]:
     rows, tokens, dtype = CASES[name]
-    ids = torch.randint(0, SMOL.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(0))
     cases: dict[str, Callable[[], float]] = {}
     seconds: dict[str, float] = {}
     for how in ("eager", "compiled"):
         for what, make in (("floor", floor), ("step", lora_step)):
-            kit = kitout.attach(model(layers, dtype)).train()
+            base = smollm2(dtype, layers)
+            ids = torch.randint(0, base.config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(0))
+            kit = kitout.attach(base).train()
             case = make(kit, ids)
             if how == "compiled":
                 kitout.compile(kit)
@@ -51,12 +50,6 @@ def measure(name: str, layers: int, rounds: int) -> Iterator[Line]:
         label = f"LoRA r=8 all-linear step over compiled blocks, {rows} x {tokens} {name}, against the {to}"
         yield Line(label, times.ratio_text("compiled step", to), f"<= {limit:.2f} x", ratio <= limit, detail)
         detail = f"eager step {times.ratio_text('eager step', to)}"
-
-
-def model(layers: int, dtype: torch.dtype) -> Any:
-    torch.manual_seed(0)
-    config = type(SMOL).from_dict({**SMOL.to_dict(), "num_hidden_layers": layers})
-    return AutoModelForCausalLM.from_config(config).to(dtype)
 
 
 def floor(kit: kitout.Kit, ids: torch.Tensor) -> Callable[[], float]:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from common import SMOL, Line, Times, interleaved
+from common import SMOL, Line, Times, interleaved, smollm2
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification
 
 import kitout
 
@@ -46,10 +46,10 @@ LIMIT = 1.10
 Case = Callable[[], float]
 
 
-def run(rounds: int = 5) -> Iterator[Line]:
+def run(rounds: int = 5, layers: int | None = None) -> Iterator[Line]:
+    """layers: of the model of texts; None for all."""
     for dtype in DTYPES:
-        for model in (text_cases, image_cases):
-            cases, floors = model(dtype)
+        for cases, floors in (text_cases(dtype, layers), image_cases(dtype)):
             times = interleaved(cases, rounds)
             yield from lines(times, floors, dtype)
 
@@ -67,11 +67,9 @@ def text_cases(
 ) -> tuple[dict[str, Case], dict[str, str]]:
     """The steps by name, and the floor of each. layers, names: fewer, to look closer."""
     rows, tokens = SHAPES[dtype]
-    config = SMOL if layers is None else type(SMOL).from_dict({**SMOL.to_dict(), "num_hidden_layers": layers})
-    torch.manual_seed(0)
-    base: Any = AutoModelForCausalLM.from_config(config).to(DTYPES[dtype])
+    base: Any = smollm2(DTYPES[dtype], layers or SMOL.num_hidden_layers)
     kit = kitout.attach(base).train()
-    ids = torch.randint(0, config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, base.config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(0))
 
     def loss() -> Tensor:
         result: Tensor = kit(input_ids=ids, labels=ids, use_cache=False).loss

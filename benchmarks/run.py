@@ -21,22 +21,22 @@ sys.path.insert(0, str(HERE))
 # One benchmark a line: what its `run` is called with in the short form.
 SHORT: dict[str, dict[str, object]] = {
     "align": {"rounds": 1},
-    "assess": {"rounds": 2},
+    "assess": {"rounds": 1},
     "attaching": {},
     "combine": {"sites": 16},
-    "compiled": {"rounds": 2},
+    "compiled": {"rounds": 2, "layers": 12},
     "compose": {"rounds": 6},
     "gpu": {},
     "idle": {"rounds": 6},
     "joint": {"rounds": 2, "blocks": 6, "steps": 4},
     "loop_step": {"rounds": 2},
     "many": {"rounds": 8},
-    "methods_step": {"rounds": 2},
+    "methods_step": {"rounds": 2, "layers": 12},
     "search": {"rounds": 1},
-    "text_trunk": {"rounds": 4},
+    "text_trunk": {"rounds": 2},
     "train_step": {"rounds": 2},
     "training": {"rounds": 2, "short": True},
-    "virtual_tokens": {"rounds": 2},
+    "virtual_tokens": {"rounds": 2, "blocks": 10},
 }
 FULL: dict[str, dict[str, object]] = {"search": {"length": "full"}}  # the same, where the default is not the long form
 NAMES = tuple(SHORT)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from common import Line, Times, interleaved, smollm2
+from common import SMOL, Line, Times, interleaved, smollm2
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from train_step import step
@@ -22,14 +22,14 @@ STEPS = {"prompt p=20": 20, "prompt p=100": 100, "prefix m=20": 20, "prefix m=10
 PREFIX, PROMPT, NEW = 20, 32, 48
 
 
-def run(rounds: int = 5) -> Iterator[Line]:
+def run(rounds: int = 5, blocks: int = SMOL.num_hidden_layers) -> Iterator[Line]:
     for name, length in STEPS.items():
-        times, losses = train(name.split()[0], length, rounds)
+        times, losses = train(name.split()[0], length, rounds, blocks)
         detail = ", ".join(f"{case} {times.best(case):.3f} s, loss {losses[case]:.5f}" for case in times.rounds)
         ratio = times.ratio("kitout", "peft")
         label = f"{name} step, {ROWS} x {TOKENS} fp32, against PEFT"
         yield Line(label, times.ratio_text("kitout", "peft"), "<= 0.90 x", ratio <= 0.90, detail)
-    times, is_equal = generate(rounds)
+    times, is_equal = generate(rounds, blocks)
     detail = ", ".join(f"{case} {times.best(case) / NEW * 1e3:.1f} ms" for case in times.rounds)
     detail += f" per token; tokens {'equal' if is_equal else 'NOT EQUAL'} to PEFT's"
     for to, limit in (("peft", 0.90), ("base", 1.05)):
@@ -40,11 +40,11 @@ def run(rounds: int = 5) -> Iterator[Line]:
         detail = ""
 
 
-def pair(kind: str, length: int) -> tuple[nn.Module, kitout.Kit]:
+def pair(kind: str, length: int, blocks: int) -> tuple[nn.Module, kitout.Kit]:
     """PEFT and kitout with the same values."""
     config = {"prompt": PromptTuningConfig, "prefix": PrefixTuningConfig}[kind]
-    peer = get_peft_model(smollm2(torch.float32), config(task_type="CAUSAL_LM", num_virtual_tokens=length))
-    kit = kitout.attach(smollm2(torch.float32))
+    peer = get_peft_model(smollm2(torch.float32, blocks), config(task_type="CAUSAL_LM", num_virtual_tokens=length))
+    kit = kitout.attach(smollm2(torch.float32, blocks))
     kit.add("a", PromptTuning(length=length) if kind == "prompt" else PrefixTuning(length=length))
     kit.use("a")
     values = peer.prompt_encoder.default.embedding.weight.detach()
@@ -61,9 +61,10 @@ def pair(kind: str, length: int) -> tuple[nn.Module, kitout.Kit]:
     return peer, kit
 
 
-def train(kind: str, length: int, rounds: int) -> tuple[Times, dict[str, float]]:
-    ids = torch.randint(0, 49152, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
-    peer, kit = pair(kind, length)
+def train(kind: str, length: int, rounds: int, blocks: int) -> tuple[Times, dict[str, float]]:
+    peer, kit = pair(kind, length, blocks)
+    vocabulary = kit.base.get_input_embeddings().num_embeddings
+    ids = torch.randint(0, vocabulary, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     cases = {
         "peft": step(peer.train(), [p for p in peer.parameters() if p.requires_grad], ids),
         "kitout": step(kit.train(), list(kit["a"].parameters()), ids),
@@ -72,14 +73,15 @@ def train(kind: str, length: int, rounds: int) -> tuple[Times, dict[str, float]]
     return interleaved(cases, rounds, warm=0), losses
 
 
-def generate(rounds: int) -> tuple[Times, bool]:
+def generate(rounds: int, blocks: int) -> tuple[Times, bool]:
+    peer, kit = pair("prefix", PREFIX, blocks)
+    vocabulary = kit.base.get_input_embeddings().num_embeddings
     rng = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 49152, (ROWS, PROMPT), generator=rng)
-    longer = torch.cat((torch.randint(0, 49152, (ROWS, PREFIX), generator=rng), ids), 1)
-    peer, kit = pair("prefix", PREFIX)
+    ids = torch.randint(0, vocabulary, (ROWS, PROMPT), generator=rng)
+    longer = torch.cat((torch.randint(0, vocabulary, (ROWS, PREFIX), generator=rng), ids), 1)
     peer.eval()
     kit.eval()
-    base = smollm2(torch.float32).eval()
+    base = smollm2(torch.float32, blocks).eval()
     cases = {
         "peft": greedy(peer.generate, ids),
         "kitout": greedy(kit.generate, ids),
