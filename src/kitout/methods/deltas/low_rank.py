@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kitout import fast
 from kitout.base.weights import FrozenModule
 from kitout.delta import Delta, LowRankChange, PartWeight
-from kitout.methods.deltas.fused_low_rank import add_low_rank, fused_low_rank
+from kitout.methods.deltas.fused_low_rank import add_in_float32, add_low_rank, fused_low_rank, takes_float32
 from kitout.methods.deltas.fusing import is_fusable, is_traced
 from kitout.methods.deltas.grouped_rows import add_masked, add_to_groups, can_group, can_mask
 from kitout.methods.deltas.low_rank_rows import (
@@ -35,6 +35,7 @@ GATHER_BYTES = 64 * 2**20  # most that one site may hold in gathered rows before
 # Without gradients runs of rows go one by one from this many positions of a run on: at 16 they took as long as batched
 # products, at 32 0.7 to 0.8 of it, at 128 0.4 to 0.5, at 512 0.25 (rank 8, d 384 to 1024, fp32, one thread).
 RUN_POSITIONS = 32
+FLOAT32_POSITIONS_OF_A_ROW = 2  # up to which products with gathered factors are as fast in fp32 as in bf16 on a CPU
 
 
 class LowRankDelta(Delta):
@@ -104,11 +105,9 @@ class LowRankDelta(Delta):
         """y + weight * scale * B A dropout(x); may_overwrite: y."""
         if x.is_floating_point() and self.drops_inputs:  # token ids have no dropout
             x = F.dropout(x, self.dropout)
+        a, b = self.factors() if callable(weight) or takes_float32(x, y) else self.factors_in(y.dtype)
         if callable(weight):  # through B, where gradients reach it
-            a, b = self.factors()
             b, weight = b * weight(), 1.0
-        else:
-            a, b = self.factors_in(y.dtype)
         return _add_product(x, y, a, b, weight * self.scale, frozen if self.reads_weight else None, may_overwrite)
 
     def fused_linear(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor | None:
@@ -184,11 +183,15 @@ class LowRankDelta(Delta):
             runs = cache.setdefault("runs", find_runs(rows))
             if x.numel() >= RUN_POSITIONS * len(runs) * x.shape[-1]:
                 return add_to_runs(x.to(y.dtype), y, runs, [(*d.factors(), d.scale) for d in deltas])
-        if not _fill_cache(cache, deltas, rows, x.shape[-1], y):
+        dtype = torch.float32 if takes_float32(x, y, FLOAT32_POSITIONS_OF_A_ROW * x.shape[0]) else y.dtype
+        if not _fill_cache(cache, deltas, rows, x.shape[-1], y, dtype):
             return None
-        x3 = x.to(y.dtype).reshape(x.shape[0], -1, x.shape[-1])
+        x3 = x.to(dtype).reshape(x.shape[0], -1, x.shape[-1])
         y3 = y.reshape(y.shape[0], -1, y.shape[-1])
         h3 = torch.bmm(x3, cache["a"])
+        if dtype != y.dtype:
+            change = torch.bmm(h3, cache["b"]).view(y.shape)
+            return y.add_(change) if may_overwrite else (y + change).to(y.dtype)
         if may_overwrite:  # the bits of a sum beside it, without the copy
             y3.baddbmm_(h3, cache["b"])
             return y
@@ -258,6 +261,8 @@ def _add_product(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, frozen: FrozenModule | None, may_overwrite: bool
 ) -> Tensor:
     """y + scale * B A x, in the dtype of y. frozen: where A acts as the module's own map does."""
+    if frozen is None and a.dtype == torch.float32 and takes_float32(x, y):
+        return add_in_float32(x, y, a, b.float(), scale, may_overwrite)
     a, b = a.to(y.dtype), b.to(y.dtype)
     if x.is_floating_point():  # token ids are not
         x = x.to(y.dtype)
@@ -289,16 +294,21 @@ def _factors_of(deltas: Sequence[LowRankDelta]) -> list[Tensor]:
 
 
 def _fill_cache(
-    cache: dict[str, Any], deltas: Sequence[LowRankDelta], rows: Sequence[int], d_in: int, y: Tensor
+    cache: dict[str, Any],
+    deltas: Sequence[LowRankDelta],
+    rows: Sequence[int],
+    d_in: int,
+    y: Tensor,
+    dtype: torch.dtype,
 ) -> bool:
     """Puts the factors of every row into the cache, unless they are there; False if they would take too much memory."""
-    stamp = _stamp(deltas, y, cache)
+    stamp = dtype, _stamp(deltas, y, cache)
     if cache.get("stamp") == stamp:
         return True
     rank = max(d.factors()[0].shape[0] for d in deltas)
-    if len(rows) * rank * (d_in + y.shape[-1]) * y.element_size() > GATHER_BYTES:
+    if len(rows) * rank * (d_in + y.shape[-1]) * dtype.itemsize > GATHER_BYTES:
         return False
-    cache["a"], cache["b"] = _gather_factors(deltas, rows, rank, y.dtype)
+    cache["a"], cache["b"] = _gather_factors(deltas, rows, rank, dtype)
     cache["stamp"] = stamp
     return True
 
