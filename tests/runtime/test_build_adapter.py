@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import kitout
-from kitout import IA3, LoRA
+from kitout import IA3, Houlsby, LoRA
 from kitout.errors import ConfigError, TargetError
 from laws.activate import kit_with, run
 from zoo import ZOO
@@ -25,3 +25,12 @@ def test_lora_is_refused_at_inputs_and_sublayers() -> None:
     with pytest.raises(TargetError, match="changes a projection"):
         kit.add("b", LoRA(targets="sub.mlp"))
     assert kit.names == []
+
+
+@pytest.mark.parametrize("species", ["bert", "gpt2"])
+def test_a_map_behind_a_module_without_parameters_is_where_its_block_is(species: str) -> None:
+    kit = kitout.attach(ZOO[species].build())
+    kit.base.to("meta")
+    adapter = kit.add("a", Houlsby(width=2, norms=False))
+    assert not all(list(site.module.parameters()) for site in adapter.sites)
+    assert {p.device.type for p in adapter.parameters()} == {"meta"}

@@ -104,11 +104,8 @@ def _meta_copy_of(state: KitState, site: Site) -> nn.Module:
 
 def device_of(state: KitState, adapter: Adapter) -> dict[str, torch.device]:
     """First part of a tensor's name -> the device of the module that it acts on."""
-    default = next(state.base.parameters()).device
-    devices = {SHARED: default} | {HEAD + path: default for path in adapter.heads}
-    for site in adapter.sites:
-        devices[site.key] = next((p.device for p in site.module.parameters()), default)
-    return devices
+    devices = {SHARED: state.device} | {HEAD + path: state.device for path in adapter.heads}
+    return devices | {site.key: state.device_at(site) for site in adapter.sites}
 
 
 def check_tensors(

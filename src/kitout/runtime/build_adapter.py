@@ -234,9 +234,7 @@ def _check_heads_run(state: KitState, name: str, heads: Iterable[str]) -> None:
 def move_to_sites(state: KitState, adapter: Adapter) -> None:
     """Moves each Delta to the device of the module it sits at."""
     for site in adapter.sites:
-        device = next((p.device for p in site.module.parameters()), None)
-        if device is not None:
-            adapter.delta(site).to(device)
+        adapter.delta(site).to(state.device_at(site))
     for module in (adapter.shared, adapter.heads):
         if module is not None:
             module.to(state.device)

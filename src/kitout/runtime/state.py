@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kitout.base.site import Site
 from kitout.base.survey import Survey
 from kitout.errors import AdapterExists, KitDetached, MergeStateError, RouteError, UnknownAdapter, suggest
 from kitout.route import Route, adapter_names
@@ -197,6 +198,14 @@ class KitState:
     @property
     def device(self) -> torch.device:
         return next(self.base.parameters()).device
+
+    def device_at(self, site: Site) -> torch.device:
+        """Of a site's module; where that has no parameter, as a dropout has none, of the nearest module around it."""
+        module, path = site.module, site.path
+        while (device := next((p.device for p in module.parameters()), None)) is None and path:
+            path = path.rpartition(".")[0]
+            module = self.base.get_submodule(path)
+        return device or self.device
 
     @property
     def dtype(self) -> torch.dtype:
