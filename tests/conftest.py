@@ -95,6 +95,14 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def gpu_seeds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the generators of all GPUs are seeded with while a test runs, whether there are any or not."""
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    return seeds
+
+
 @pytest.fixture(params=ZOO.values(), ids=ZOO.keys())
 def specimen(request: pytest.FixtureRequest) -> Specimen:
     """Each species of the zoo in turn."""

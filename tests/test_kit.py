@@ -140,10 +140,11 @@ def test_the_table_shows_roles_and_adapters(kit: Kit) -> None:
     assert "merged" in str(kit)
 
 
-def test_seeds_make_adapters_repeatable_and_leave_the_global_generator_alone(kit: Kit) -> None:
+def test_seeds_make_adapters_repeatable_and_leave_the_global_generators_alone(kit: Kit, gpu_seeds: list[int]) -> None:
     state = torch.random.get_rng_state()
     one, two, other = (kit.add(n, LoRA(rank=4), seed=s) for n, s in (("s1", 7), ("s2", 7), ("s3", 8)))
     assert torch.equal(torch.random.get_rng_state(), state)
+    assert not gpu_seeds
     pairs = list(zip(one.parameters(), two.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(p, q) for p, q, _ in pairs)
     assert not all(torch.equal(p, r) for p, _, r in pairs)

@@ -68,7 +68,7 @@ def build_adapter(
     # threads that add adapters would draw from each other's seed.
     with _without_adapters(state), torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
         if seed is not None:
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of GPUs, for good
         shared = method.build_shared(sites)
         deltas = {site.key: _build_delta(method, site, shared) for site in sites}
         method.init_from_forward({site: deltas[site.key] for site in sites}, partial(base_key_values, state))

@@ -17,7 +17,7 @@ def pixels() -> torch.Tensor:
 ALL = Augment(min_crop=0.3, horizontal_flip=True, rotate=20, color_jitter=0.4)
 
 
-def test_the_seed_decides_and_the_global_rng_stays(pixels: torch.Tensor) -> None:
+def test_the_seed_decides_and_the_global_rng_stays(pixels: torch.Tensor, gpu_seeds: list[int]) -> None:
     first = ALL(pixels, seed=5)
     state = torch.get_rng_state()
     torch.rand(3)
@@ -26,6 +26,7 @@ def test_the_seed_decides_and_the_global_rng_stays(pixels: torch.Tensor) -> None
     torch.set_rng_state(state)
     ALL(pixels, seed=6)
     assert torch.equal(torch.get_rng_state(), state)
+    assert not gpu_seeds
     assert not torch.equal(ALL(pixels, seed=6), first)
 
 

@@ -16,14 +16,16 @@ from tiny_vision import kit
 
 @pytest.mark.parametrize(("species", "path"), [("dinov2", "classifier"), ("swin", "classifier"), ("timm-vit", "head")])
 @pytest.mark.parametrize("kind", ["linear", "batchnorm"])
-def test_they_replace_the_models_own_head(species: str, path: str, kind: str) -> None:
+def test_they_replace_the_models_own_head(species: str, path: str, kind: str, gpu_seeds: list[int]) -> None:
     classifier_kit = kit(species)
     own = classifier_kit.base.get_submodule(path)
     assert isinstance(own, nn.Linear)
+    gpu_seeds.clear()  # of the model that was built
     heads = build_heads(copy_heads(classifier_kit, (), is_language_model=False), (), 7, 0, kind)
     assert list(heads) == [path]
     assert isinstance(heads[path], nn.Linear) == (kind == "linear")
     assert heads[path](torch.randn(3, own.in_features)).shape == (3, 7)
+    assert not gpu_seeds
 
 
 def test_a_head_the_checkpoint_holds_for_as_many_classes_keeps_its_values() -> None:

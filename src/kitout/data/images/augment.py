@@ -43,7 +43,7 @@ class Augment:
     def __call__(self, pixels: Tensor, seed: int) -> Tensor:
         """pixels [B, 3, H, W] from 0 to 1, before normalization; the same shape."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of GPUs, for good
             changed: Tensor = self._transform_for(tuple(pixels.shape[2:]))(pixels)
         return changed.clamp(0.0, 1.0)
 

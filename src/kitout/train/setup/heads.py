@@ -41,7 +41,7 @@ def build_heads(
     copies = {path: copy.deepcopy(module) for path, module in heads.items()}
     last = next(reversed(copies), None)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of GPUs, for good
         for path, head in copies.items():
             if path == last and kind == "batchnorm":
                 copies[path] = batchnorm_head(_in_features(path, head), num_classes)
