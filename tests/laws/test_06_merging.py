@@ -17,7 +17,7 @@ from kitout.errors import NotMergeable
 from kitout.runtime.merge.fold import fold_all
 from laws.activate import activated, added, assert_base_bits, assert_same, gains_keys, kit_of, run, unmergeable
 from laws.cases import CASES, CELLS, SPECIES, Case, name_of
-from zoo import Specimen
+from zoo import DEVICE, Specimen
 
 cells = pytest.mark.parametrize(("specimen", "case"), CELLS, ids=name_of)
 
@@ -88,7 +88,7 @@ def reloaded(model: nn.Module, folder: Path) -> nn.Module:
     assert not report["missing_keys"], report
     assert not report["unexpected_keys"], report
     assert not report["mismatched_keys"], report
-    return again.eval()
+    return again.to(DEVICE).eval()
 
 
 PAIRS = [
