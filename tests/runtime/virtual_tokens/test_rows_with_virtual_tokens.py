@@ -169,3 +169,14 @@ def test_whisper_multiplies_its_rows_before_its_encoder_runs(search: dict[str, i
         with kit.use(entry):
             alone = kit.generate(sound[i : i + 1], **settings)
         assert torch.equal(together[i * per_row : (i + 1) * per_row], alone), f"row {i} with {entry}"
+
+
+@torch.no_grad()
+def test_keys_of_rows_are_made_on_the_device_of_the_model(tiny_llama: nn.Module) -> None:
+    kit, batch = kitout.attach(tiny_llama), text_batch(2)
+    for name, length in (("p", 4), ("q", 3)):
+        put_on(kit, PrefixTuning(length=length), name)
+    with kit.use(["p", "q"]):
+        want = run(kit, batch)
+        with torch.device("meta"):  # what names no device is there, and cannot be copied from it
+            assert torch.equal(run(kit, batch), want)

@@ -225,8 +225,8 @@ class PrefixAttention:
         none = torch.zeros(n, like.k.shape[1], 0, like.k.shape[3], dtype=like.k.dtype, device=device)
         visible = [self._visible_to_rows(i, rows, x) for i in items]
         queries = max((v.shape[2] for v in visible), default=1)
-        log_weight = [torch.full((i.length,), i.log_weight) for i in items]
-        positions = [torch.arange(i.length) + i.offset - layout.length for i in items]
+        log_weight = [torch.full((i.length,), i.log_weight, device=device) for i in items]
+        positions = [torch.arange(i.length, device=device) + i.offset - layout.length for i in items]
         return RowKeys(
             torch.cat([none, *(i.k.to(none.dtype).expand(n, -1, -1, -1) for i in items)], 2),
             torch.cat([none, *(i.v.to(none.dtype).expand(n, -1, -1, -1) for i in items)], 2),
@@ -237,8 +237,8 @@ class PrefixAttention:
                 ],
                 -1,
             ),
-            torch.cat([torch.zeros(0), *log_weight]).to(device).expand(n, 1, 1, -1),
-            torch.cat([torch.zeros(0, dtype=torch.long), *positions]).to(device).expand(n, -1),
+            torch.cat([torch.zeros(0, device=device), *log_weight]).expand(n, 1, 1, -1),
+            torch.cat([torch.zeros(0, dtype=torch.long, device=device), *positions]).expand(n, -1),
         )
 
     def _visible_to_rows(self, item: ItemKeys, rows: Tensor, x: Tensor) -> Tensor:
