@@ -157,7 +157,7 @@ def randomize_model(model: nn.Module, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, value in sorted(model.named_parameters()):
-            noise = torch.randn(value.shape, generator=generator)
+            noise = torch.randn(value.shape, generator=generator).to(value.device)
             if value.ndim < 2:  # bias, gain, shift, LayerScale
                 value.add_(noise, alpha=0.2)
             else:  # convolutions read all but their first axis, everything else its last
