@@ -56,7 +56,7 @@ METHODS: dict[str, Any] = {
     "AdaptFormer": "AdaptFormer",
     "PromptTuning": "PromptTuning",
     "PrefixTuning": "PrefixTuning",
-    "PrefixTuning+encoder": {"name": "PrefixTuning", "encoder": True},
+    "PrefixTuning+encoder": {"name": "PrefixTuning", "encoder": 512},
     "VPT-shallow": {"name": "VPT", "deep": False},
     "VPT-deep": {"name": "VPT", "deep": True},
     "PartialFineTuning": {"name": "PartialFineTuning", "last": 2},

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from kitout.base.select import select
@@ -19,6 +19,7 @@ from kitout.base.survey import Survey
 from kitout.delta import Delta, KeyValue
 from kitout.errors import ConfigError, Errors
 from kitout.format import short_repr
+from kitout.no_booleans import refuse_booleans
 from kitout.route import Route
 
 MAX_LISTED = 8  # targets, or ranks by pattern, that a table shows one by one
@@ -77,6 +78,12 @@ class Method(BaseModel):
     targets: str | None = None
     layers: str = "all"
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: object, info: ValidationInfo) -> object:
+        refuse_booleans(cls.model_fields[info.field_name or ""].annotation, value)
+        return value
+
     @field_validator("targets", mode="before")
     @classmethod
     def _join_words(cls, targets: object) -> object:
@@ -92,7 +99,8 @@ class Method(BaseModel):
             errors = Errors(ConfigError, type(self).__name__)
             for e in error.errors():
                 setting = ".".join(map(str, e["loc"]))
-                errors.add(f"{setting}={short_repr(e['input'])}: {e['msg']}" if setting else e["msg"])
+                message = e["msg"].removeprefix("Value error, ")
+                errors.add(f"{setting}={short_repr(e['input'])}: {message}" if setting else message)
             errors.raise_if_any()
 
     def selection(self) -> str:

@@ -18,6 +18,8 @@ from kitout import (
     ParallelAdapter,
     PartialFineTuning,
     Pfeiffer,
+    PrefixTuning,
+    PromptTuning,
 )
 from kitout.errors import ConfigError, TargetError
 from kitout.method import REGISTRY
@@ -30,6 +32,11 @@ BAD = [
     (lambda: LoRA(rank=-3), "rank", "-3"),
     (lambda: LoRA(rank={"attn.q": 0}), "rank", "0"),
     (lambda: LoRA(rank="eight"), "rank", "eight"),
+    (lambda: LoRA(rank=True), "rank", "true"),  # numbers, which pydantic takes it for
+    (lambda: LoRA(rank={"attn.q": True}), "rank", "true"),
+    (lambda: PrefixTuning(encoder=True), "encoder", "true"),
+    (lambda: PromptTuning(init=(True, 2)), "init", "true"),
+    (lambda: LoRA(dropout=False), "dropout", "false"),
     (lambda: LoRA(alpha=0), "alpha", "0"),
     (lambda: LoRA(alpha={"attn.*": -1.0}), "alpha", "-1.0"),
     (lambda: LoRA(alpha=NAN), "alpha", "nan"),

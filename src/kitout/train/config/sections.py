@@ -11,9 +11,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from kitout.format import ADAPTER_NAME_PATTERN, ADAPTER_NAME_RULE, short_repr
+from kitout.no_booleans import refuse_booleans
 
 MAX_WHOLE_NUMBER = 2**32 - 1
 
@@ -47,6 +48,12 @@ class ConfigSection(BaseModel):
     def more_paths(self) -> tuple[str, ...]:
         """Folders that a kind of run names, besides those that every run has."""
         return ()
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        refuse_booleans(cls.model_fields[info.field_name or ""].annotation, value)
+        return value
 
     @field_validator("*")
     @classmethod
