@@ -43,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("method",),
     ("delta",),
     ("data", "assets", "base", "route"),
-    ("errors", "fast", "format", "install_hint", "tensor_version", "version"),
+    ("errors", "fast", "format", "install_hint", "no_booleans", "tensor_version", "version"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that use kitout as its users do, through the public names.
