@@ -65,6 +65,7 @@ def test_linears_of_one_tensor_with_maps_of_unequal_ranks(rows: list[int], dtype
     ]
     units = RowUnits.of(rows, len(ranks))
     assert units is not None
+    assert units.index(x.device) is units.index(x.device)  # made once
     found = fused_low_rank_rows(x, units, linears, changes)
     leaves = [x, *(factor for of_map in changes for a, b, _ in of_map for factor in (a, b))]
     wanted = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -141,6 +141,14 @@ class RowUnits:
     """Of the units."""
     maps: tuple[int, ...] | None
     """The map of each unit, the number of maps where it has none; None: every map has one unit, in their order."""
+    _index: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def index(self, device: torch.device) -> Tensor | None:
+        """`maps` as a tensor, made once: a GPU would wait for each copy."""
+        if self.maps is not None and device not in self._index:
+            with torch.inference_mode(False):
+                self._index[device] = torch.tensor(self.maps, device=device)
+        return self._index.get(device)
 
     @classmethod
     def of(cls, rows: Sequence[int], num_maps: int) -> RowUnits | None:
@@ -176,7 +184,7 @@ class _FusedLowRankRows(torch.autograd.Function):
         ws, biases, factors = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
         downs, ups = factors[: len(scales)], factors[len(scales) :]
         x3 = x.reshape(units.count, -1, x.shape[-1])
-        index = None if units.maps is None else torch.tensor(units.maps, device=x.device)
+        index = units.index(x.device)
         a = pad_sequence(list(downs), batch_first=True).to(x.dtype)  # [K * n, r, d_in]
         rank = a.shape[1]
         a = _of_units(a.view(num_maps, n * rank, -1), index)  # [U, n * r, d_in]
