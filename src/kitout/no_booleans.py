@@ -13,15 +13,20 @@ OTHERS = (bool, Any, object, True, False)  # types, and values of a Literal, tha
 
 
 def refuse_booleans(annotation: Any, value: Any) -> None:
-    """ValueError where a number is meant and the value, or one in a list or mapping of them, is true or false."""
-    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else (value,)
-    found = next((each for each in values if isinstance(each, bool)), None)
+    """ValueError where a number is meant and the value, or one in lists or mappings of them, is true or false."""
+    found = next(filter(lambda each: isinstance(each, bool), _values_in(value)), None)
     if found is None:
         return
     types = _types_in(annotation)
     has_place = any(each is other for each in types for other in OTHERS)
     if (int in types or float in types) and not has_place:
         raise ValueError(f"expected a number, found {str(found).lower()}: write the number that is meant")
+
+
+def _values_in(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [each for part in value for each in _values_in(part)] if isinstance(value, (list, tuple)) else [value]
 
 
 def _types_in(annotation: Any) -> list[Any]:

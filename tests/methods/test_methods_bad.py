@@ -36,6 +36,7 @@ BAD = [
     (lambda: LoRA(rank={"attn.q": True}), "rank", "true"),
     (lambda: PrefixTuning(encoder=True), "encoder", "true"),
     (lambda: PromptTuning(init=(True, 2)), "init", "true"),
+    (lambda: PromptTuning(init=((True, 2),)), "init", "true"),
     (lambda: LoRA(dropout=False), "dropout", "false"),
     (lambda: LoRA(alpha=0), "alpha", "0"),
     (lambda: LoRA(alpha={"attn.*": -1.0}), "alpha", "-1.0"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import kitout
-from kitout import IA3, Houlsby, LoRA
+from kitout import IA3, Houlsby, LoRA, Method, PrefixTuning
 from kitout.errors import ConfigError, TargetError
 from laws.activate import kit_with, run
 from zoo import ZOO
@@ -34,3 +35,13 @@ def test_a_map_behind_a_module_without_parameters_is_where_its_block_is(species:
     adapter = kit.add("a", Houlsby(width=2, norms=False))
     assert not all(list(site.module.parameters()) for site in adapter.sites)
     assert {p.device.type for p in adapter.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), Houlsby(width=2), PrefixTuning(length=2, encoder=3)], ids=repr)
+def test_a_seed_means_the_same_values_under_any_default_device(method: Method) -> None:
+    kit = kitout.attach(ZOO["llama"].build())
+    kit.add("a", method, seed=7)
+    with torch.device("meta"):  # as "cuda" would be, with a generator of its own
+        kit.add("b", method, seed=7)
+    for a, b in zip(kit["a"].parameters(), kit["b"].parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -69,8 +69,9 @@ def build_adapter(
     with _without_adapters(state), torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
         if seed is not None:
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of GPUs, for good
-        shared = method.build_shared(sites)
-        deltas = {site.key: _build_delta(method, site, shared) for site in sites}
+        with torch.device("cpu"):  # also where the caller has another default
+            shared = method.build_shared(sites)
+            deltas = {site.key: _build_delta(method, site, shared) for site in sites}
         method.init_from_forward({site: deltas[site.key] for site in sites}, partial(base_key_values, state))
         method.init_from_start({site: deltas[site.key] for site in sites}, start)
     adapter = Adapter(name, method, sites, deltas, shared, heads)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from kitout.methods.deltas.fused_low_rank import takes_float32
 from kitout.methods.deltas.low_rank import LowRankDelta, add_low_rank
 
 WRITES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -70,12 +70,49 @@ def test_few_positions_of_half_precision_are_rounded_once(dtype: torch.dtype, po
 
 
 @torch.no_grad()
-def test_converted_values_are_kept_until_one_changes() -> None:
-    delta = LowRankDelta(torch.randn(3, 16), torch.randn(24, 3), scale=0.7)
-    kept = delta.factors_in(torch.bfloat16)
-    assert all(a is b for a, b in zip(delta.factors_in(torch.bfloat16), kept, strict=True))
-    assert pickle.loads(pickle.dumps(delta))._kept is None
-    delta.b.mul_(2.0)
-    assert torch.equal(delta.factors_in(torch.bfloat16)[1], 2 * kept[1])
-    with torch.enable_grad():
-        assert delta.factors_in(torch.bfloat16)[0].requires_grad
+def test_few_positions_leave_a_view_alone_and_an_embedding_to_its_map() -> None:
+    delta, big = LowRankDelta(torch.randn(3, 16), torch.randn(24, 3), scale=0.7), torch.zeros(4, 48).bfloat16()
+    x = torch.randn(4, 16).bfloat16()
+    for y in (big[:, :24], torch.zeros(24).bfloat16().expand(4, 24)):
+        found = delta.forward_(x, y)
+        assert not y.any()
+        torch.testing.assert_close(found.float(), 0.7 * (x.float() @ delta.a.t() @ delta.b.t()), rtol=0.01, atol=0.01)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not takes_float32(x, found)
+    assert takes_float32(x, found)
+
+
+def test_the_number_of_positions_is_no_condition_of_a_traced_graph() -> None:
+    delta = LowRankDelta(torch.randn(3, 16), torch.randn(24, 3), scale=0.7).bfloat16().requires_grad_(False)
+    graphs: list[object] = []
+
+    def count(graph: nn.Module, _: object) -> nn.Module:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda x, y: delta(x, y), backend=count, dynamic=True)
+    with torch.no_grad():
+        for positions in (40, 20, 15, 8):
+            compiled(torch.randn(positions, 16).bfloat16(), torch.randn(positions, 24).bfloat16())
+    assert len(graphs) == 1
+
+
+@torch.no_grad()
+def test_rows_of_parametrized_values_are_read_at_each_call() -> None:
+    """They have no version counters of their own."""
+
+    class Times(nn.Module):
+        by = 1.0
+
+        def forward(self, value: Tensor) -> Tensor:
+            return value * self.by
+
+    delta, times = LowRankDelta(torch.randn(3, 16), torch.randn(24, 3), scale=0.7), Times()
+    nn.utils.parametrize.register_parametrization(delta, "b", times)
+    x, cache = torch.randn(2, 1, 16), {}
+    first = LowRankDelta.forward_rows([delta], (0, -1), x, torch.zeros(2, 1, 24), cache)
+    times.by = 2.0
+    second = LowRankDelta.forward_rows([delta], (0, -1), x, torch.zeros(2, 1, 24), cache)
+    assert first is not None
+    assert second is not None
+    torch.testing.assert_close(second, 2 * first)

@@ -26,6 +26,9 @@ def test_they_replace_the_models_own_head(species: str, path: str, kind: str, gp
     assert isinstance(heads[path], nn.Linear) == (kind == "linear")
     assert heads[path](torch.randn(3, own.in_features)).shape == (3, 7)
     assert not gpu_seeds
+    with torch.device("meta"):  # another default device has a generator of its own
+        again = build_heads(copy_heads(classifier_kit, (), is_language_model=False), (), 7, 0, kind)
+    assert all(torch.equal(a, b) for a, b in zip(heads[path].parameters(), again[path].parameters(), strict=True))
 
 
 def test_a_head_the_checkpoint_holds_for_as_many_classes_keeps_its_values() -> None:

@@ -155,15 +155,19 @@ def product_operands(x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def takes_float32(x: Tensor, y: Tensor, most: int = FLOAT32_POSITIONS) -> bool:
     """Products of the input x that are added to y are faster, and more exact, in float32. most: positions of x."""
-    if y.dtype not in (torch.bfloat16, torch.float16) or y.device.type != "cpu" or x.numel() > most * x.shape[-1]:
+    if is_traced() or torch.is_grad_enabled() or y.dtype not in (torch.bfloat16, torch.float16):
+        return False  # asked first: a traced shape that is read becomes a condition of its graph
+    if y.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not fast.enabled():
         return False
-    return not (torch.is_grad_enabled() or is_traced()) and fast.enabled()
+    return x.numel() <= most * x.shape[-1]
 
 
 def add_in_float32(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, may_overwrite: bool) -> Tensor:
     """`add_low_rank` with a and b in float32, for few positions of a half-precision y."""
     change = F.linear(F.linear(x.float(), a), b).mul_(scale)
-    return y.add_(change) if may_overwrite else (y + change).to(y.dtype)
+    if may_overwrite and not y._is_view() and y.is_contiguous():
+        return y.add_(change)
+    return (y + change).to(y.dtype)
 
 
 def add_low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, may_overwrite: bool) -> Tensor:

@@ -1,8 +1,9 @@
 """The low-rank map of LoRA: y' = y + scale * B A x, in one autograd node, and batched over rows.
 
 Hu et al. 2021 (arXiv 2106.09685), eq. 3; A [r, d_in], B [d_out, r]. Over a bf16 base the values stay fp32 and the
-products run in the base's dtype. It knows linear sites, and embeddings and convolutions through the map of the frozen
-module. It knows nothing of ranks per role, of routes or of files.
+products run in the base's dtype, those of few positions on a CPU in fp32 (`takes_float32`). It knows linear sites, and
+embeddings and convolutions through the map of the frozen module. It knows nothing of ranks per role, of routes or of
+files.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kitout import fast
 from kitout.base.weights import FrozenModule
 from kitout.delta import Delta, LowRankChange, PartWeight
 from kitout.methods.deltas.fused_low_rank import add_in_float32, add_low_rank, fused_low_rank, takes_float32
@@ -60,10 +60,6 @@ class LowRankDelta(Delta):
         self.reads_weight = uses_module_map  # embeddings and convolutions: A acts as the module's own map does
         self.register_buffer("a0", None)
         self.register_buffer("b0", None)
-        self._kept: tuple[object, Tensor, Tensor] | None = None  # what they were when they were converted, and A and B
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None}
 
     def subtract_start(self, a: Tensor, b: Tensor) -> None:
         """Counts the change from this product instead of from zero (PiSSA): y' = y + scale * (B A - b a) x."""
@@ -74,19 +70,6 @@ class LowRankDelta(Delta):
         if self.a0 is None or self.b0 is None:
             return self.a, self.b
         return torch.cat((self.a, self.a0)), torch.cat((self.b, -self.b0), 1)
-
-    def factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The same in a dtype; without gradients converted once, until a value changes."""
-        a, b = self.factors()
-        if a.dtype == dtype and b.dtype == dtype:
-            return a, b
-        if torch.is_grad_enabled() or self.a0 is not None or is_traced() or not fast.enabled():
-            return a.to(dtype), b.to(dtype)
-        stamp = dtype, a.device, tensor_versions((a, b))
-        if self._kept is None or self._kept[0] != stamp:
-            with torch.inference_mode(False):
-                self._kept = stamp, a.to(dtype), b.to(dtype)
-        return self._kept[1:]
 
     @property
     def drops_inputs(self) -> bool:
@@ -105,7 +88,7 @@ class LowRankDelta(Delta):
         """y + weight * scale * B A dropout(x); may_overwrite: y."""
         if x.is_floating_point() and self.drops_inputs:  # token ids have no dropout
             x = F.dropout(x, self.dropout)
-        a, b = self.factors() if callable(weight) or takes_float32(x, y) else self.factors_in(y.dtype)
+        a, b = self.factors()
         if callable(weight):  # through B, where gradients reach it
             b, weight = b * weight(), 1.0
         return _add_product(x, y, a, b, weight * self.scale, frozen if self.reads_weight else None, may_overwrite)
@@ -165,9 +148,7 @@ class LowRankDelta(Delta):
         cls, deltas: Sequence[LowRankDelta], rows: Sequence[int], x: Tensor, y: Tensor, cache: dict[str, Any]
     ) -> Tensor | None:
         """In training one node over runs of rows; else run by run, or two batched products with every row's factors."""
-        if "may drop" not in cache:
-            cache["may drop"] = [d for d in deltas if d.reads_weight or d.dropout]
-        if any(d.reads_weight or d.drops_inputs for d in cache["may drop"]) or torch.compiler.is_compiling():
+        if any(d.reads_weight or (d.dropout and d.training) for d in deltas) or torch.compiler.is_compiling():
             return None  # a compiled graph cannot read the version counters of the cache
         if torch.is_grad_enabled() and any(d.a.requires_grad or d.b.requires_grad for d in deltas):
             return _add_trained_rows(deltas, rows, x, y)

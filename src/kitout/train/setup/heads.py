@@ -40,7 +40,7 @@ def build_heads(
     """
     copies = {path: copy.deepcopy(module) for path, module in heads.items()}
     last = next(reversed(copies), None)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of GPUs, for good
         for path, head in copies.items():
             if path == last and kind == "batchnorm":
