@@ -173,7 +173,8 @@ def _make(name: str, build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     def build_seeded() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return randomize_model(build(), seed).to(DEVICE)
+            model = randomize_model(build(), seed)
+            return model if DEVICE == "cpu" else model.to(DEVICE)  # a test may have built it on meta
 
     return build_seeded
 
