@@ -142,6 +142,7 @@ class RowUnits:
     maps: tuple[int, ...] | None
     """The map of each unit, the number of maps where it has none; None: every map has one unit, in their order."""
     _index: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """`maps` by device, as `index` has made them."""
 
     def index(self, device: torch.device) -> Tensor | None:
         """`maps` as a tensor, made once: a GPU would wait for each copy."""
