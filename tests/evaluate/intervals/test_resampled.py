@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 
@@ -30,12 +33,32 @@ def test_wilson_refuses_what_is_not_a_proportion(num_correct: int, total: int) -
         wilson_interval(num_correct, total)
 
 
-def test_newcombe_as_published() -> None:
-    """Newcombe 1998 (Statistics in Medicine 17, 2635), 36 / 12 / 2 / 0: the difference 0.2 has 0.0569 to 0.3404."""
-    before, after = table(36, 2, 12, 0)
-    assert newcombe_interval(before, after) == pytest.approx((0.0569, 0.3404), abs=2e-4)
+@pytest.mark.parametrize(
+    ("counts", "published"),
+    [
+        # Newcombe 1998 (Statistics in Medicine 17, 2635): the difference 0.2
+        ((36, 2, 12, 0), (0.0569, 0.3404)),
+        # Fagerland, Lydersen, Laake 2014 (Statistics in Medicine 33, 2850): -0.286, where phi is positive and corrected
+        ((1, 7, 1, 12), (-0.507, -0.026)),
+    ],
+)
+def test_newcombe_as_published(counts: tuple[int, int, int, int], published: tuple[float, float]) -> None:
+    before, after = table(*counts)
+    assert newcombe_interval(before, after) == pytest.approx(published, abs=5e-4)
     low, high = newcombe_interval(after, before)
     assert (-high, -low) == pytest.approx(newcombe_interval(before, after))
+
+
+@pytest.mark.parametrize("shares", [(0.25, 0.25, 0.25, 0.25), (0.4, 0.05, 0.15, 0.4), (0.6, 0.05, 0.1, 0.25)])
+def test_newcombe_of_few_examples_covers_as_often_as_it_says(shares: tuple[float, ...]) -> None:
+    n, covered = 8, 0.0
+    for counts in itertools.product(range(n + 1), repeat=4):  # the exact probability, over every table of 8
+        if sum(counts) == n:
+            low, high = newcombe_interval(*table(*counts))
+            if low <= shares[2] - shares[1] <= high:
+                ways = math.factorial(n) / math.prod(map(math.factorial, counts))
+                covered += ways * math.prod(share**count for share, count in zip(shares, counts, strict=True))
+    assert covered >= 0.93
 
 
 @pytest.mark.parametrize("counts", [(0, 0, 60, 0), (60, 0, 0, 0), (0, 0, 0, 60), (0, 60, 0, 0), (1, 0, 0, 0)])

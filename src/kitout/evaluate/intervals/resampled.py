@@ -1,10 +1,10 @@
 """95 % confidence intervals: of a proportion, of any metric, and of a difference.
 
 A proportion of correct answers has Wilson's interval (1927), which holds near 0 and 1 and for few examples; the
-difference of two proportions over the same examples has Newcombe's (1998). Other ratios of sums have files of their own
-(`studentized`, `bounded`). Everything else is bootstrapped: examples, or whole groups, are resampled with replacement
-and the metric is computed again. It knows no metric. Written by hand: scipy has Wilson's interval, but none for the
-paired difference.
+difference of two proportions over the same examples has Newcombe's (1998, method 10). Other ratios of sums have files
+of their own (`studentized`, `bounded`). Everything else is bootstrapped: examples, or whole groups, are resampled with
+replacement and the metric is computed again. It knows no metric. Written by hand: scipy has Wilson's interval, but none
+for the paired difference.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ def newcombe_interval(before: NDArray[Any], after: NDArray[Any]) -> tuple[float,
     spread = math.sqrt(num_before * (total - num_before) * num_after * (total - num_after))
     both, neither = int((before & after).sum()), int((~before & ~after).sum())
     only_before, only_after = num_before - both, num_after - both
-    phi = (both * neither - only_before * only_after) / spread if spread else 0.0
+    cross = float(both * neither - only_before * only_after)
+    if cross > 0:  # corrected for continuity: without it 95 % are 89 % on 8 examples
+        cross = max(0.0, cross - total / 2)
+    phi = cross / spread if spread else 0.0
     return combine_intervals(p, wilson_interval(num_before, total), q, wilson_interval(num_after, total), phi)
 
 
