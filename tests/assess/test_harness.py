@@ -115,6 +115,26 @@ def test_of_sums_and_of_values_beyond_one() -> None:
     assert found.measures["a"]["byte_perplexity"].ratio is not None
 
 
+def test_a_perplexity_of_answers_is_compared_by_example() -> None:
+    """lm_eval's `perplexity` is exp of the mean of -sum log p; one model's values may be no numbers."""
+
+    def result(*values: float) -> dict[str, Any]:
+        samples = [
+            {"doc_id": i, "filter": "none", "metrics": ["perplexity"], "perplexity": value}
+            for i, value in enumerate(values)
+        ]
+        total = {"perplexity,none": float(np.exp(-np.mean(values)))}
+        return {"samples": {"t": samples}, "results": {"t": total}, "higher_is_better": {"t": {"perplexity": False}}}
+
+    base = [-2.5, -3.5] * 10
+    worse = [value - 0.5 - 0.01 * i for i, value in enumerate(base)]
+    found = _outcome("t", {"base": result(*base), "a": result(*worse), "b": result(*20 * [np.nan])}, 0)
+    (change,), (diverged,) = found.changes["a"], found.changes["b"]
+    assert change.base.value == pytest.approx(np.exp(3))
+    assert change.verdict.startswith("worse")
+    assert "not finite" in diverged.verdict
+
+
 def test_code_of_a_file_runs_only_where_it_is_allowed(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval.tasks", reason="lm_eval is not installed")
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\ndef f(docs): return docs\n")

@@ -35,6 +35,7 @@ OF_SUMS: dict[str, tuple[float, Literal["identity", "exp"]]] = {  # metrics whos
     "bits_per_byte": (math.log(2), "identity"),
     "byte_perplexity": (1.0, "exp"),
     "word_perplexity": (1.0, "exp"),
+    "perplexity": (1.0, "exp"),  # of answers: an example is sum log p alone, one unit
 }
 
 
@@ -137,6 +138,8 @@ def _measures(task: str, result: Mapping[str, Any]) -> dict[str, Measure]:
             bool(result["higher_is_better"][task].get(metric, True)),
         )
         total = result["results"][task].get(f"{metric},{first}")
+        if metric == "perplexity" and all(isinstance(value, float) for value in values):
+            values = [(value, 1.0) for value in values]
         if metric in OF_SUMS and all(isinstance(value, tuple | list) for value in values):
             factor, shape = OF_SUMS[metric]
             sums = np.asarray(values, dtype=np.float64)
