@@ -192,3 +192,25 @@ def test_all_wrong_tasks_are_named_with_the_other_faults(tmp_path: Path) -> None
     result = CliRunner().invoke(app, ["eval", "--model", str(tmp_path / "m"), "--harness", str(good), "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout[result.stdout.index("{\n") :])["harness"][0]["scores"]["base"]["acc"]["n"] == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dataset_kwargs": {"data_files": {"test": "none.jsonl"}}}, "none.jsonl"),
+        ({"test_split": "tets"}, "tets"),
+        ({"doc_to_text": "{{questoin}}"}, "questoin"),
+        ({"output_type": "multiple_chioce"}, "multiple_chioce"),
+        ({"doc_to_text": "{{ question"}, "unexpected end"),
+        ({"doc_to_target": "{{ answer if answer == 0 else anwser }}"}, "anwser"),  # not of the first row
+    ],
+)
+def test_a_task_that_asks_nothing_is_said_before_anything_is_measured(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval.tasks", reason="lm_eval is not installed")
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    with pytest.raises(ConfigError, match=said):
+        read_tasks([write(tmp_path, **changes)], False)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
+    assert torch.equal(torch.get_rng_state(), states[2])

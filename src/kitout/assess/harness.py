@@ -66,8 +66,9 @@ def read_tasks(files: Sequence[str | Path], allow_code: bool) -> list[dict[str, 
         try:
             if not allow_code:
                 _check_plain(_yaml_loader.yaml, file, set())
-            config = _yaml_loader.load_yaml(file, resolve_func=allow_code)
-            tasks.append(_checked(config, file, allow_code))
+            config = _checked(_yaml_loader.load_yaml(file, resolve_func=allow_code), file, allow_code)
+            _try_to_build(config, allow_code)
+            tasks.append(config)
         except FileNotFoundError as error:
             errors.add(f"{given}: there is no file {error.filename}")
         except (ConfigError, OSError, ValueError, ImportError, AttributeError, _yaml_loader.yaml.YAMLError) as error:
@@ -210,6 +211,21 @@ def _checked(config: dict[str, Any], file: Path, allow_code: bool) -> dict[str, 
         options["data_files"] = _beside(options["data_files"], file.parent)
         config = config | {"dataset_kwargs": options}
     return config
+
+
+def _try_to_build(config: Mapping[str, Any], allow_code: bool) -> None:
+    """ConfigError where lm_eval cannot make its requests of a task: no data, no such split, a template that fails."""
+    from lm_eval.tasks import TaskManager
+
+    with _kept_random_states(), _templates(allow_code):
+        try:
+            (task,) = TaskManager(include_defaults=False).load([dict(config)])["tasks"].values()
+            task.set_fewshot_seed(0)
+            task.build_all_requests()
+            for doc in task.eval_docs:
+                task.doc_to_target(doc)
+        except Exception as error:  # of lm_eval, of data sets, of templates: they have no class in common
+            raise ConfigError(f"lm_eval makes no questions of it: {type(error).__name__}: {error}") from error
 
 
 def _beside(files: Any, folder: Path) -> Any:
