@@ -237,6 +237,10 @@ def test_a_suite_gives_a_line_of_forgetting(model: Path, tmp_path: Path, monkeyp
     assert found.to_dict()["forgetting"]["a"]["sets"]["wiki"]["smallest"] > 0
     assert found.to_dict()["forgetting"]["a"]["sets"]["wiki"]["kl"] > 0
     assert {(done <= total, total) for name, done, total in progress if name == "wiki"} == {(True, 3)}
+    alone = run(predictor.kit, [], suite="quick", tokenizer=predictor.tokenizer)
+    assert [part.title for part in alone.sections()] == [one.title for one in found.suite_sets]
+    assert "wiki: text, 3 examples" in str(alone)
+    assert "wiki: text, 3 examples" in alone.to_html()
     t5 = kitout.load(base=str(both(tmp_path / "t5")))
     with pytest.raises(ConfigError, match="and this is none"):
         run(t5.kit, None, suite="quick", tokenizer=t5.tokenizer)

@@ -13,6 +13,7 @@ import kitout
 from kitout import IA3, LoRA, Mix, PromptTuning, Stack
 from kitout.assess import run, spectrum
 from kitout.assess.spectrum import count_intruders, measure_spectrum
+from kitout.errors import ConfigError
 from tiny_models import tokenizer
 from zoo import ZOO
 
@@ -84,3 +85,5 @@ def test_it_is_shown_and_an_adapter_without_a_form_in_weights_says_why() -> None
     assert plain["p"]["refused"]
     assert "intruder dimensions of a" in str(found)
     assert "it has no form in weights: " in str(found)
+    with pytest.raises(ConfigError, match="spectrum counts the intruder dimensions of adapters, and there is none"):
+        run(kit, [], spectrum=True, tokenizer=tokenizer())

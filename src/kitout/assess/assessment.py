@@ -63,7 +63,8 @@ class Assessment:
 
     def sections(self) -> list[TableSection]:
         """Its parts, in order."""
-        found = [TableSection(one.title, one.rows(), one.verdicts()) for one in (*self.sets, *self.harness)]
+        sets = self.sets if self.forgetting else (*self.sets, *self.suite_sets)  # of the base alone: it forgets nothing
+        found = [TableSection(one.title, one.rows(), one.verdicts()) for one in (*sets, *self.harness)]
         for name, changes in self.forgetting.items():
             title = f"forgetting of {name}, {self.suite} suite"
             found.append(TableSection(title, forgetting_rows(changes), [forgetting_line(changes), SMALLEST_LINE]))

@@ -95,6 +95,8 @@ def run(
     asked = Asked(kit, own_tokenizer, pad_token_id, max_new_tokens)
     reader = SetReader(kit, own_tokenizer, usage, _writes_text(kit, usage), stated, pixels, seed)
     errors = Errors(ConfigError, "what to measure on")
+    if spectrum and not routes:
+        errors.add("spectrum counts the intruder dimensions of adapters, and there is none: leave it out, or name one")
     tasks: list[dict[str, Any]] = []
     try:
         tasks = read_tasks(harness, allow_code)
