@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,19 @@ def test_from_five_test_sets_methods_have_mean_ranks(tmp_path: Path) -> None:
     assert table.tasks.num_tasks == 6
     assert any(note.startswith("over test sets: the methods differ (Friedman over 6 tasks") for note in table.notes)
     assert table.to_dict()["tasks"]["mean_ranks"] == list(table.tasks.mean_ranks)
+
+
+def test_a_run_that_diverged_is_the_worst_of_its_test_set(tmp_path: Path) -> None:
+    """It once took the whole table with it."""
+    runs = [
+        finished(tmp_path / f"{method}{k}", {"accuracy": math.nan if (method, k) == ("LoRA", 2) else value},
+                 method=method, file=f"d{k}.csv", test_data={"adapter": f"test {k}"})
+        for method, value in (("LoRA", 0.9), ("IA3", 0.7)) for k in range(5)
+    ]  # fmt: skip
+    table = compare_runs(runs)
+    assert table.tasks is not None
+    assert table.tasks.mean_ranks == (1.2, 1.8)
+    assert "not finite" in str(table)
 
 
 def test_forgetting_is_a_column_where_it_was_measured(tmp_path: Path) -> None:

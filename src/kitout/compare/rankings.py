@@ -6,6 +6,8 @@ test sets those that were trained on all of them have mean ranks (Friedman, Neme
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from kitout.evaluate.significance.by_method import rank_scores
 from kitout.evaluate.significance.many import MethodRanking
 from kitout.evaluate.significance.seeds import MIN_SEEDS
 from kitout.evaluate.significance.tasks import MIN_TASKS, TaskRanking, rank_over_tasks
+
+LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ def rank_rows(rows: Sequence[RunRow], metrics: Sequence[str]) -> tuple[MetricRan
 def rank_tasks(rows: Sequence[RunRow]) -> TaskRanking | None:
     """Methods over test sets, by the headline metric of each; None with fewer than two methods on five of them.
 
-    A method is one configuration but for its data; it counts if every test set has it.
+    A method is one configuration but for its data; it counts if every test set has it. A value that is not finite, of
+    a run that diverged, is the worst of its test set.
     """
     tested = [row for row in rows if row.test and row.runs[0].recipe]
     tests = list(dict.fromkeys(row.test for row in tested))
@@ -83,7 +88,8 @@ def rank_tasks(rows: Sequence[RunRow]) -> TaskRanking | None:
             scores = [run.scores[common[0]] for run in row.runs]
             recipe = row.runs[0].recipe
             sign = 1 if scores[0].higher_is_better else -1
-            values.setdefault(recipe, {}).setdefault(test, sign * fmean(score.value for score in scores))
+            value = sign * fmean(score.value for score in scores)
+            values.setdefault(recipe, {}).setdefault(test, value if math.isfinite(value) else -LARGEST)
             firsts.setdefault(recipe, row)
     complete = [recipe for recipe, own in values.items() if len(own) == len(tests)]
     if len(complete) < 2:
