@@ -7,13 +7,19 @@ import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from compare.run_folders import finished, ranked
 from kitout.compare import compare_runs
+from kitout.compare.rankings import rank_rows
+from kitout.compare.run_row import RunRow
 from kitout.errors import ConfigError
+from kitout.evaluate.example_scores import ExampleScores
+from kitout.evaluate.intervals.ratio import Ratio
 
 METHODS: dict[str, Any] = {"lora": "LoRA", "ia3": "IA3", "bitfit": "BitFit"}
 ACCURACIES = {"lora": 0.9, "ia3": 0.88, "bitfit": 0.5}
@@ -113,6 +119,20 @@ def test_a_run_that_diverged_is_the_worst_of_its_test_set(tmp_path: Path) -> Non
     assert table.tasks is not None
     assert table.tasks.mean_ranks == (1.2, 1.8)
     assert "not finite" in str(table)
+
+
+def test_losses_over_other_tokens_are_not_ranked() -> None:
+    def row(label: str, tokens: float) -> RunRow:
+        losses = np.random.default_rng(len(label)).random(20) * tokens
+        scores = {"loss": ExampleScores(Ratio(losses, np.full(20, tokens)), higher_is_better=False, share=False)}
+        run = SimpleNamespace(test_scores=scores, scores={}, recipe="")
+        return RunRow(label, (run,) * 3, "A")  # type: ignore[arg-type]
+
+    (one,) = rank_rows([row("a", 10.0), row("bb", 8.0)], ["loss"])
+    assert one.ranking is None
+    assert "the examples are different tokens to these models" in one.caption
+    (other,) = rank_rows([row("a", 10.0), row("bb", 10.0)], ["loss"])
+    assert other.letters
 
 
 def test_forgetting_is_a_column_where_it_was_measured(tmp_path: Path) -> None:

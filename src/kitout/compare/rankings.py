@@ -15,7 +15,7 @@ from statistics import fmean
 
 from kitout.compare.run_row import RunRow
 from kitout.evaluate.metrics.registry import metric_title
-from kitout.evaluate.significance.by_method import rank_scores
+from kitout.evaluate.significance.by_method import have_same_units, rank_scores
 from kitout.evaluate.significance.many import MethodRanking
 from kitout.evaluate.significance.seeds import MIN_SEEDS
 from kitout.evaluate.significance.tasks import MIN_TASKS, TaskRanking, rank_over_tasks
@@ -62,7 +62,7 @@ def rank_rows(rows: Sequence[RunRow], metrics: Sequence[str]) -> tuple[MetricRan
             scores = {
                 row.label: [run.test_scores[metric] for run in row.runs if metric in run.test_scores] for row in members
             }
-            ranking, note = rank_scores(scores)
+            ranking, note = rank_scores(scores, metric)
             if ranking is not None or note:
                 measured = next((one.note for own in scores.values() for one in own), "")
                 found.append(MetricRanking(test, metric, ranking, note, measured))
@@ -73,7 +73,7 @@ def rank_tasks(rows: Sequence[RunRow]) -> TaskRanking | None:
     """Methods over test sets, by the headline metric of each; None with fewer than two methods on five of them.
 
     A method is one configuration but for its data; it counts if every test set has it. A value that is not finite, of
-    a run that diverged, is the worst of its test set.
+    a run that diverged, is the worst of its test set. Losses per token of different tokens are not ranked.
     """
     tested = [row for row in rows if row.test and row.runs[0].recipe]
     tests = list(dict.fromkeys(row.test for row in tested))
@@ -83,7 +83,12 @@ def rank_tasks(rows: Sequence[RunRow]) -> TaskRanking | None:
     firsts: dict[str, RunRow] = {}
     for test in tests:
         members = [row for row in tested if row.test == test]
-        common = [m for m in members[0].runs[0].scores if all(m in run.scores for row in members for run in row.runs)]
+        common = [
+            m for m in members[0].runs[0].scores
+            if all(m in run.scores for row in members for run in row.runs) and have_same_units(m, [
+                run.test_scores[m] for row in members for run in row.runs if m in run.test_scores
+            ])
+        ]  # fmt: skip
         for row in members if common else ():
             scores = [run.scores[common[0]] for run in row.runs]
             recipe = row.runs[0].recipe

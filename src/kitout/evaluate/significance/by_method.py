@@ -20,6 +20,12 @@ from kitout.evaluate.metrics.registry import metric_title
 from kitout.evaluate.significance.many import MethodRanking, rank_methods
 from kitout.evaluate.significance.seeds import MIN_SEEDS
 
+PER_TOKEN = {"loss", "perplexity", "token_accuracy"}  # means over tokens of the model's own tokenizer
+OTHER_TOKENS = (
+    "no verdict, and values are not comparable: the examples are different tokens to these models (another tokenizer, "
+    "or cut elsewhere); bits per byte are comparable (kitout eval)"
+)
+
 
 @dataclass(frozen=True)
 class SeedScore:
@@ -132,13 +138,24 @@ def compare_by_method(
 
     why_not: why methods are not compared at all. measured: how the metric was measured (`Score.note`).
     """
-    ranking, note = (None, why_not) if why_not else rank_scores(scores)
+    ranking, note = (None, why_not) if why_not else rank_scores(scores, metric)
     methods = tuple(MethodScore(name, fmean(one.value for one in own), tuple(own)) for name, own in seeds.items())
     return MetricByMethod(metric, share, baseline, methods, ranking, note, measured)
 
 
-def rank_scores(scores: Mapping[str, Sequence[ExampleScores]]) -> tuple[MethodRanking | None, str]:
-    """The ranking of methods by the scores of their seeds over the same examples; and who is not in it, or why none."""
+def have_same_units(metric: str, scores: Sequence[ExampleScores]) -> bool:
+    """Whether a metric per token is over the same tokens in all of these; true of any other metric."""
+    tokens = [one.ratio.denominators for one in scores]
+    return metric not in PER_TOKEN or all(np.array_equal(own, tokens[0]) for own in tokens)
+
+
+def rank_scores(
+    scores: Mapping[str, Sequence[ExampleScores]], metric: str = ""
+) -> tuple[MethodRanking | None, str]:  # fmt: skip
+    """The ranking of methods by the scores of their seeds over the same examples; and who is not in it, or why none.
+
+    metric: its key in `TITLES`; of one per token all have to be over the same tokens.
+    """
     if len(scores) < 2:
         return None, ""
     if not all(len(own) for own in scores.values()):
@@ -154,6 +171,8 @@ def rank_scores(scores: Mapping[str, Sequence[ExampleScores]]) -> tuple[MethodRa
     every = [one for own in ranked.values() for one in own]
     if len({one.n for one in every}) > 1:
         return None, f"no verdict: {', '.join(sorted({f'{one.n:,}' for one in every}))} examples have this metric"
+    if not have_same_units(metric, every):
+        return None, OTHER_TOKENS
     groups = [one.groups for one in every if one.groups is not None]
     if any((own != groups[0]).any() for own in groups):
         return None, "no verdict: the same examples are in different groups"
