@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -152,17 +153,32 @@ def test_all_that_is_wrong_is_reported_at_once(tmp_path: Path) -> None:
     old = finished(tmp_path / "old", BOTH)
     (old / "results.json").write_text('{"tuned": 1, "base": 2}')
     odd = finished(tmp_path / "odd", BOTH, comparisons={"adapter": [{"name": "accuracy"}]})
+    large = finished(tmp_path / "large", BOTH, memory=math.inf)
+    none = finished(tmp_path / "nothing", BOTH, trainable={})
     (good / "adapter").mkdir()
     (good / "adapter" / "adapter.json").write_text("{}")
-    folders = [good, good, unfinished, damaged, old, odd, good / "adapter", good / "run.yaml", tmp_path / "none"]
+    folders = [
+        good,
+        good,
+        unfinished,
+        damaged,
+        old,
+        odd,
+        large,
+        none,
+        good / "adapter",
+        good / "run.yaml",
+        tmp_path / "none",
+    ]
     with pytest.raises(ConfigError) as raised:
         compare_runs(folders)
     text = str(raised.value)
-    assert "8 errors" in text
+    assert "10 errors" in text
     assert "is given twice" in text
     assert "unfinished is not finished (there is no results.json): the same `kitout train` command resumes it" in text
     assert "damaged, not JSON" in text
-    assert "is not one that this version of kitout writes" in text
+    assert text.count("is not one that this version of kitout writes") == 2
+    assert "OverflowError" in text
     assert f"compare its run: {good}" in text
     assert f"run.yaml is a file: name the folder of a run, for example {good}" in text
     assert f"there is no folder {tmp_path / 'none'}; finished runs there: " in text
@@ -171,6 +187,16 @@ def test_all_that_is_wrong_is_reported_at_once(tmp_path: Path) -> None:
 def test_two_runs_of_one_name_are_called_by_their_whole_path(tmp_path: Path) -> None:
     folders = [finished(tmp_path / parent / "run", BOTH) for parent in ("a", "b")]
     assert [row.label for row in compare_runs(folders).rows] == list(map(str, folders))
+
+
+def test_no_two_rows_have_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter's name behind its run's may be the path of another run: one of both was not ranked."""
+    for parent in ("a", "b"):
+        finished(tmp_path / parent / "run", BOTH)
+    finished(tmp_path / "old" / "a", BOTH, jobs=("run", "other"))
+    monkeypatch.chdir(tmp_path)
+    labels = [row.label for row in compare_runs(["a/run", "b/run", "old/a"], group_seeds=False).rows]
+    assert labels == ["a/run", "b/run", "old/a: run", "old/a: other"]
 
 
 def test_names_cannot_act_on_the_terminal(tmp_path: Path) -> None:

@@ -160,7 +160,11 @@ def _read_run(path: Path) -> list[FinishedRun]:
     except (ValueError, RecursionError) as error:
         raise _CannotRead(f"is damaged, not JSON: {str(error)[:120]}") from error
     needed = ("trainable", "comparisons", "data")
-    if not isinstance(results, dict) or not all(isinstance(results.get(name), dict) for name in needed):
+    if (
+        not isinstance(results, dict)
+        or not all(isinstance(results.get(name), dict) for name in needed)
+        or not results["trainable"]
+    ):
         raise _CannotRead(
             "is not one that this version of kitout writes (no trainable, comparisons and data): train again"
         )
@@ -168,7 +172,7 @@ def _read_run(path: Path) -> list[FinishedRun]:
     scores = load_scores(path / SCORES_FILE) if (path / SCORES_FILE).is_file() else {}
     try:
         return [_adapter_of(path, results, name, configs.get(name), scores.get(name)) for name in results["trainable"]]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise _CannotRead(f"is damaged: {type(error).__name__} {short_repr(str(error), 80)}") from error
 
 
@@ -262,14 +266,26 @@ def _config_key(config: RunConfig, without: str = "") -> str:
 
 
 def _with_labels(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
-    """Runs by the last part of their folder, by the whole of it where two share that; several adapters with names."""
+    """Runs by the last part of their folder, by the whole of it where two share that; several adapters with names.
+
+    By the whole of every folder where an adapter's name makes one's the other's.
+    """
+    named = _named(runs, by_whole=False)
+    labels = Counter([run.label for run in named])
+    rows = {(run.method_label, run.folder) for run in named}
+    is_unique = len(labels) == len(named) and len({label for label, _ in rows}) == len(rows)
+    return named if is_unique else _named(runs, by_whole=True)
+
+
+def _named(runs: Sequence[FinishedRun], by_whole: bool) -> list[FinishedRun]:
     folders = list(dict.fromkeys(run.folder for run in runs))
     counts = Counter(folder.resolve().name for folder in folders)
     methods = {folder: {run.method_label for run in runs if run.folder == folder} for folder in folders}
+    between = ": " if by_whole else "/"
     labels = []
     for run in runs:
         name = run.folder.resolve().name
-        folder = name if name and counts[name] == 1 else str(run.folder)
-        label = f"{folder}/{run.adapter}" if run.num_adapters > 1 else folder
-        labels.append((label, f"{folder}/{run.method_label}" if len(methods[run.folder]) > 1 else folder))
+        folder = name if name and counts[name] == 1 and not by_whole else str(run.folder)
+        label = f"{folder}{between}{run.adapter}" if run.num_adapters > 1 else folder
+        labels.append((label, f"{folder}{between}{run.method_label}" if len(methods[run.folder]) > 1 else folder))
     return [replace(run, label=a, method_label=b) for run, (a, b) in zip(runs, labels, strict=True)]
