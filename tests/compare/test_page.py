@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from compare.run_folders import ranked
+from compare.run_folders import finished, ranked
 from compare.test_rankings import METHODS
 from kitout.compare import compare_runs, write_folder
+from kitout.compare.page import render_page
 from kitout.errors import ConfigError, KitoutError
 
 
@@ -47,6 +48,17 @@ def test_a_folder_has_page_csv_and_json(tmp_path: Path) -> None:
     assert "better than task0/ia3 by" in page
 
 
+@pytest.mark.parametrize(
+    ("tests", "said"),
+    [((), "2 methods, no test set"), ((0,), "1 method on 1 test set"), ((0, 1), "2 methods on 1 test set")],
+)
+def test_the_heading_counts_test_sets_alone(tests: tuple[int, ...], said: str, tmp_path: Path) -> None:
+    runs = [
+        finished(tmp_path / str(k), {"accuracy": 0.5} if k in tests else {}, method=("LoRA", "IA3")[k]) for k in (0, 1)
+    ]
+    assert f">{said}</h1>" in render_page(compare_runs(runs))
+
+
 def test_pictures_of_forgetting_and_of_mean_ranks(tmp_path: Path) -> None:
     sets = {"piqa": {"metric": "acc", "difference": -0.01}}
     names = [f"{job}-s{seed}" for job in ("lora", "ia3") for seed in range(3)]
@@ -73,6 +85,6 @@ def test_what_is_no_folder_of_a_comparison_is_refused(tmp_path: Path) -> None:
         write_folder(table, tmp_path / "report.html")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(KitoutError, match=r"letter\.txt"):
+    with pytest.raises(KitoutError, match=r"mine holds letter\.txt, which replacing it would delete"):
         write_folder(table, tmp_path / "mine")
     assert (tmp_path / "mine" / "letter.txt").exists()

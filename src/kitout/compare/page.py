@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 from os import PathLike
@@ -52,11 +53,12 @@ def render_page(table: RunTable) -> str:
         if one.ranking is not None
     ]
     charts = [*([RankDiagram(table.tasks)] if table.tasks is not None else []), *_charts(table)]
-    num_tests = len({row.test for row in table.rows})
-    num_methods = max([row.test for row in table.rows].count(test) for test in {row.test for row in table.rows})
+    tests = Counter(row.test for row in table.rows if row.test)
+    num_methods = max(tests.values(), default=len(table.rows))
+    where = f" on {len(tests)} test set{'s' * (len(tests) > 1)}" if tests else ", no test set"
     page = template(files(__package__).joinpath("compare.html").read_text(encoding="utf-8"))
     return str(page.render(
-        title=f"{num_methods} method{'s' * (num_methods > 1)} on {num_tests} test set{'s' * (num_tests > 1)}",
+        title=f"{num_methods} method{'s' * (num_methods > 1)}{where}",
         columns=table_columns(table), scores=[column_title(table.rows, metric) for metric in table.metrics],
         notes=table.notes, charts=charts, rankings=rankings,
     ))  # fmt: skip

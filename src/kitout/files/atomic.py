@@ -188,12 +188,12 @@ def check_replaceable(target: Path, files: Collection[str], optional: Collection
     if not target.exists():
         return
     if not target.is_dir():
-        raise FileError(f"{target} is a file: name a new folder, an empty one, or an adapter folder to replace")
+        raise FileError(f"{target} is a file: name a new folder, an empty one, or one to replace")
     present = sorted(entry.name for entry in target.iterdir())
     unexpected = [name for name in present if name not in files and name not in optional]
     if unexpected:
         shown = ", ".join(unexpected[:4]) + (", ..." if len(unexpected) > 4 else "")
-        reason = "also holds" if set(files) <= set(present) else "is not an adapter folder: it holds"
+        reason = "also holds" if set(files) <= set(present) else "holds"
         raise FileError(f"{target} {reason} {shown}, which replacing it would delete: name another folder")
 
 
