@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kitout import fast
@@ -44,7 +45,7 @@ class BatchedDelta:
         return self._rows[n]
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor | None:
-        if not fast.enabled():
+        if not fast.enabled() or torch.compiler.is_compiling():  # what is kept would be a condition of the graph
             return None
         rows = self.rows(x.shape[0])
         return self.cls.forward_rows(self.deltas, rows, x, y, self._cache[x.shape[0]])
@@ -59,6 +60,8 @@ class FusedRows:
         self._cache: dict[int, dict[str, Any]] = {}
 
     def __call__(self, x: Tensor, linears: Sequence[Linear]) -> list[Tensor] | None:
+        if torch.compiler.is_compiling():
+            return None
         n = x.shape[0]
         cache = self._cache.setdefault(n, {})
         return self.first.cls.fused_rows(self.deltas, self.first.rows(n), x, linears, cache)
