@@ -116,6 +116,21 @@ def test_other_models(name: str) -> None:
     assert kitout.compiled(kit).graphs
 
 
+@slow
+@pytest.mark.parametrize("method", [LoRA(rank=2), kitout.PrefixTuning(length=3)], ids=lambda m: type(m).__name__)
+def test_rows_run_as_graphs(method: kitout.Method) -> None:
+    kit = kit_of(a=method, b=method)
+    expected = step(kit, ["a", "b"])
+    kitout.compile(kit, backend="eager")
+    for route in (["a", "b"], ["b", "a"], ["a", "b"]):
+        step(kit, route)
+    assert_equal_steps(kit, expected, ["a", "b"])
+    report = kitout.compiled(kit)
+    assert not report.eager
+    if isinstance(method, LoRA):  # what the first call keeps is no condition of its graph
+        assert report.kinds == {"rows(LoRA)": 2}
+
+
 def test_past_the_limit_a_warning_names_the_route_and_the_rest_goes_on() -> None:
     kit = kit_of(a=LoRA(rank=2), ia3=IA3())
     expected = step(kit, "ia3")

@@ -14,7 +14,7 @@ BYTES = (5 * 8 + 6 * 4) * 4  # of one example below
 
 
 def store(file: Path | None, *, limit: int = 10 * BYTES, memory: int = 0, keys: str = "abcd") -> FeatureStore:
-    one = FeatureStore([8, 4], torch.float32, limit, memory, file)
+    one = FeatureStore([(8, torch.float32), (4, torch.float32)], limit, memory, file)
     for key in keys:
         one.plan(key, (5, 6))
     one.use_file("same")
@@ -106,13 +106,16 @@ def test_a_full_disk_leaves_what_is_in_memory(tmp_path: Path, monkeypatch: pytes
     assert one.num_left_out == 2
 
 
-def test_half_precision_keeps_its_bits(tmp_path: Path) -> None:
+def test_each_entry_keeps_the_bits_of_its_dtype(tmp_path: Path) -> None:
+    """An odd number of half-precision values stands before wider ones."""
+    dtypes = (torch.bfloat16, torch.float32, torch.float64)
+    stored = [torch.randn(5, 3, dtype=dtype) for dtype in dtypes]
     for memory in (0, 10**6):
-        one = FeatureStore([3], torch.bfloat16, 10**6, memory, tmp_path / "trunk.bin")
-        one.plan("a", [5])
+        one = FeatureStore([(3, dtype) for dtype in dtypes], 10**6, memory, tmp_path / "trunk.bin")
+        one.plan("a", [5, 5, 5])
         one.use_file("x")
-        value = torch.randn(5, 3).bfloat16()
-        one.put("a", [value])
-        (found,) = one.get("a") or []
-        assert torch.equal(found, value)
-        assert found.dtype == torch.bfloat16
+        one.put("a", stored)
+        found = one.get("a") or []
+        assert [value.dtype for value in found] == list(dtypes)
+        assert all(torch.equal(*pair) for pair in zip(found, stored, strict=True))
+        one.close()

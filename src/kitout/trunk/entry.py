@@ -44,6 +44,8 @@ class EntryPoint:
     """Path -> the form of its output, in the order they run. The last one returns what was recorded."""
     width: int
     """Of the hidden states."""
+    dtype: torch.dtype
+    """Of the hidden states: a model may add in float32 what its weights of half precision compute."""
     side: Literal["input", "decoder"]
     """Which tokens they are of: of the input, or of the decoder's input in an encoder-decoder."""
 
@@ -143,7 +145,7 @@ def find_entry(
         side = _side(kit, tower.causal)
         if not skipped or side is None or probe.shapes[list(skipped)[-1]] != (*shapes[side], tower.width):
             return f"what the blocks of {tower.path} pass on is not the hidden states of one token each"
-        points.append(EntryPoint(skipped, tower.width, side))
+        points.append(EntryPoint(skipped, tower.width, probe.dtypes[list(skipped)[-1]], side))
     if not points:
         return f"no block runs before {first}, the first module that is changed"
     order = [path for event, path in probe.events if event == "leave"]
@@ -175,9 +177,11 @@ class _Probe:
     """By block: the form of its output."""
     shapes: dict[str, tuple[int, ...]]
     """By block: of the hidden states that leave it; () where it returns something else."""
+    dtypes: dict[str, torch.dtype]
+    """By block: of the same."""
 
     def __init__(self, kit: Kit, run_model: RunModel) -> None:
-        self.events, self.forms, self.shapes = [], {}, {}
+        self.events, self.forms, self.shapes, self.dtypes = [], {}, {}, {}
         blocks = {block.path for block in kit.survey.blocks}
         with ExitStack() as stack:
             for path, module in kit.base.named_modules():
@@ -196,7 +200,9 @@ class _Probe:
             if is_block:
                 self.forms[path] = _form_of(args, kwargs, output)
                 hidden = _hidden_of(output)
-                self.shapes[path] = tuple(hidden.shape) if isinstance(hidden, Tensor) else ()
+                self.shapes[path] = ()
+                if isinstance(hidden, Tensor):
+                    self.shapes[path], self.dtypes[path] = tuple(hidden.shape), hidden.dtype
 
         return record
 

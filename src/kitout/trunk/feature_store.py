@@ -25,6 +25,7 @@ from kitout.files.atomic import replacing
 HEADER_BYTES = 64  # magic and digest
 MAGIC = b"kitout trunk 1\n"
 ALIGNMENT = 64
+WORD = 8  # bytes of the largest value
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Slot:
 
 
 class FeatureStore:
-    """Tensors [tokens, width] of examples, one for each entry.
+    """Tensors [tokens, width] of examples, one for each entry, each of its own width and dtype.
 
     max_bytes: kept in all. memory_bytes: of those in memory. file: for the rest; None: no more than memory is kept.
     """
@@ -63,9 +64,9 @@ class FeatureStore:
     """Why there is no file, where one was needed."""
 
     def __init__(
-        self, widths: Sequence[int], dtype: torch.dtype, max_bytes: int, memory_bytes: int, file: Path | None = None
+        self, entries: Sequence[tuple[int, torch.dtype]], max_bytes: int, memory_bytes: int, file: Path | None = None
     ) -> None:
-        self.widths, self.dtype, self.file = tuple(widths), dtype, file
+        self.entries, self.file = tuple(entries), file
         self.max_bytes, self.memory_bytes = max_bytes, min(max_bytes, memory_bytes)
         self.slots, self.num_left_out, self.file_error = {}, 0, ""
         self.memory_used = self.file_used = 0
@@ -80,8 +81,7 @@ class FeatureStore:
         """Reserves room for an example, unless it has some; False where none is left."""
         if key in self.slots:
             return True
-        num_bytes = sum(n * width for n, width in zip(lengths, self.widths, strict=True)) * self.dtype.itemsize
-        slot = Slot(tuple(lengths), num_bytes)
+        slot = Slot(tuple(lengths), num_bytes := sum(self._sizes(lengths)))
         if self.memory_used + self.file_used + num_bytes > self.max_bytes:
             self.num_left_out += 1
             return False
@@ -108,7 +108,7 @@ class FeatureStore:
         """Maps the file; False if it cannot be had (a full disk): then `file_error` says why, and memory is left."""
         if self._bytes is not None or self.file is None:
             return self._bytes is not None
-        plan = repr((self._signature, self.widths, str(self.dtype), [(s.lengths, s.offset) for s in self._in_file]))
+        plan = repr((self._signature, self.entries, [(s.lengths, s.offset) for s in self._in_file]))
         header = (MAGIC + hashlib.sha256(plan.encode()).digest()).ljust(HEADER_BYTES, b"\0")
         size = self._data_start + self.file_used
         try:
@@ -148,7 +148,8 @@ class FeatureStore:
         if slot is None:
             return
         if slot.number < 0:
-            slot.values = [value.to("cpu", self.dtype, copy=True) for value in values]
+            pairs = zip(values, self.entries, strict=True)
+            slot.values = [value.to("cpu", dtype, copy=True) for value, (_, dtype) in pairs]
             return
         if not self._open():
             return
@@ -177,9 +178,13 @@ class FeatureStore:
         return self._bytes[start : start + 8].view(torch.int32)
 
     def _tensors(self, slot: Slot, data: Tensor) -> list[Tensor]:
-        sizes = [n * width for n, width in zip(slot.lengths, self.widths, strict=True)]
-        parts = data.view(self.dtype).split(sizes)
-        return [part.view(n, width) for part, n, width in zip(parts, slot.lengths, self.widths, strict=True)]
+        parts = zip(data.split(self._sizes(slot.lengths)), slot.lengths, self.entries, strict=True)
+        return [part[: n * width * dtype.itemsize].view(dtype).view(n, width) for part, n, (width, dtype) in parts]
+
+    def _sizes(self, lengths: Sequence[int]) -> list[int]:
+        """Bytes of an example at each entry: whole words, so that the next one may have larger values."""
+        pairs = zip(lengths, self.entries, strict=True)
+        return [-(-n * width * dtype.itemsize // WORD) * WORD for n, (width, dtype) in pairs]
 
 
 def digest_of(texts: Iterable[object]) -> str:

@@ -110,11 +110,36 @@ def test_the_cut_is_the_first_changed_block(method: Any, cut: str, tmp_path: Pat
     assert far(gradients(kit, jobs, 4), reference) < 1e-6
 
 
-def test_positions_of_deep_relative_attention_come_from_the_first_block(tmp_path: Path) -> None:
+def deep_t5() -> transformers.T5ForConditionalGeneration:
     config = ALL["t5"].build().config
     config.num_layers = config.num_decoder_layers = 4
     torch.manual_seed(0)
-    kit = kitout.attach(transformers.T5ForConditionalGeneration(config).eval())
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("memory_share", [0.0, 0.25])
+def test_what_is_kept_has_the_dtype_of_the_hidden_states(
+    memory_share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers keeps a projection of T5 in float32 beside float16, so blocks hand on float32, and larger values."""
+    monkeypatch.setattr(choose, "MEMORY_SHARE", memory_share)
+    model = deep_t5().half()
+    for path, module in model.named_modules():
+        if path.endswith(".wo"):
+            module.float()
+    with torch.no_grad():
+        model.encoder.block[0].layer[-1].DenseReluDense.wo.weight.mul_(1e7)  # beyond what float16 can hold
+    kit = kitout.attach(model)
+    jobs = jobs_of(kit, {"a": LoRA(rank=2, targets="decoder.block.3.*.q")})
+    reference = gradients(kit, jobs, 4)
+    assert chosen(kit, jobs, tmp_path).cuts
+    assert [point.dtype for point in kept_inputs._kept[kit].entry.points] == [torch.float32, torch.float32]
+    for _ in range(2):  # recorded, and then kept
+        assert far(gradients(kit, jobs, 4), reference) < 1e-3
+
+
+def test_positions_of_deep_relative_attention_come_from_the_first_block(tmp_path: Path) -> None:
+    kit = kitout.attach(deep_t5())
     jobs = jobs_of(kit, {"a": LoRA(rank=2, layers="last:1"), "b": LoRA(rank=2, targets="decoder.block.3.*.q")})
     reference = gradients(kit, jobs, 4)
     assert chosen(kit, jobs[:1], tmp_path).cuts == {"a": "encoder.block.3"}

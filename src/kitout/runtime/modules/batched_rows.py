@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kitout import fast
@@ -38,16 +39,20 @@ class BatchedDelta:
 
     def rows(self, n: int) -> tuple[int, ...]:
         """By row the number of its Delta, of n rows."""
+        if torch.compiler.is_compiling():
+            return self._deal(n)
         if n not in self._rows:
-            self._rows[n] = tuple(self.slots[e] for e in self.deal_rows(n))
-            self._cache[n] = {}
+            self._rows[n] = self._deal(n)
         return self._rows[n]
+
+    def _deal(self, n: int) -> tuple[int, ...]:
+        return tuple(self.slots[e] for e in self.deal_rows(n))
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor | None:
         if not fast.enabled():
             return None
-        rows = self.rows(x.shape[0])
-        return self.cls.forward_rows(self.deltas, rows, x, y, self._cache[x.shape[0]])
+        n = x.shape[0]
+        return self.cls.forward_rows(self.deltas, self.rows(n), x, y, _cache_of(self._cache, n))
 
 
 class FusedRows:
@@ -60,8 +65,12 @@ class FusedRows:
 
     def __call__(self, x: Tensor, linears: Sequence[Linear]) -> list[Tensor] | None:
         n = x.shape[0]
-        cache = self._cache.setdefault(n, {})
-        return self.first.cls.fused_rows(self.deltas, self.first.rows(n), x, linears, cache)
+        return self.first.cls.fused_rows(self.deltas, self.first.rows(n), x, linears, _cache_of(self._cache, n))
+
+
+def _cache_of(caches: dict[int, dict[str, Any]], n: int) -> dict[str, Any]:
+    """What is kept for n rows. A graph keeps nothing: what its first call finds would be a condition of it."""
+    return {} if torch.compiler.is_compiling() else caches.setdefault(n, {})
 
 
 def batched_delta_of(terms: Sequence[Term | None], deal_rows: DealRows) -> BatchedDelta | None:

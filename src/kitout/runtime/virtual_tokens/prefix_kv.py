@@ -224,7 +224,7 @@ class PrefixAttention:
         n, device = len(rows), x.device
         none = torch.zeros(n, like.k.shape[1], 0, like.k.shape[3], dtype=like.k.dtype, device=device)
         visible = [self._visible_to_rows(i, rows, x) for i in items]
-        queries = max((v.shape[2] for v in visible), default=1)
+        queries = max([1, *(v.shape[2] for v in visible)])  # Dynamo knows no default
         log_weight = [torch.full((i.length,), i.log_weight, device=device) for i in items]
         positions = [torch.arange(i.length, device=device) + i.offset - layout.length for i in items]
         return RowKeys(

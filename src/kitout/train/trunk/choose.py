@@ -70,7 +70,7 @@ def choose_trunk(
         return _off(entry)
     free, limit = memory.available(torch.device("cpu")), jobs[0].settings.trunk_bytes
     in_memory = limit if free is None else int(MEMORY_SHARE * free)
-    store = FeatureStore([point.width for point in entry.points], kit.dtype, limit, in_memory, folder / FILE)
+    store = FeatureStore([(point.width, point.dtype) for point in entry.points], limit, in_memory, folder / FILE)
     kept = KeptInputs(entry, store)
     for job in jobs:
         kept.plan(job.objective, _first_uses(job))
