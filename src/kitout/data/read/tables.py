@@ -40,6 +40,7 @@ BINARY_SIGNATURES = {  # first bytes of files that are often taken for tables
     b"PAR1": "a parquet table: name it .parquet",
     b"\x80": "a Python pickle, which is never read: save it as .jsonl or .parquet",
 }
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # how spreadsheets begin "Unicode text"
 
 Row = tuple[int, dict[str, Any]]  # line, columns
 _ReadRow: TypeAlias = tuple[int, dict[str, Any] | str]  # line, columns or what is wrong with them
@@ -155,7 +156,10 @@ def _explain_system_errors(path: Path) -> Iterator[None]:
         for signature, kind in BINARY_SIGNATURES.items():
             if first_bytes.startswith(signature):
                 raise DataError(f"{path} is not text but {kind}") from error
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv -t UTF-8") from error
+        encoding = "UTF-16" if first_bytes.startswith(UTF16_MARKS) else "WINDOWS-1252"
+        raise DataError(
+            f"{path} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv -f {encoding} -t UTF-8"
+        ) from error
 
 
 def _iter_objects(path: Path) -> Iterator[_ReadRow]:
