@@ -64,8 +64,7 @@ def add_first(errors: Errors, messages: Sequence[str], noun: str) -> None:
     """
     for message in messages[:MAX_SHOWN_ERRORS]:
         errors.add(message)
-    if len(messages) > MAX_SHOWN_ERRORS:
-        errors.add(f"and {len(messages) - MAX_SHOWN_ERRORS} more such {noun}")
+    errors.add_more(len(messages) - MAX_SHOWN_ERRORS, f"such {noun}")
 
 
 def counted(items: Iterable[_T], tick: Tick | None, action: str) -> Iterator[_T]:
