@@ -137,16 +137,34 @@ class Errors:
     def __init__(self, error: type[KitoutError], heading: str) -> None:
         self.error, self.heading = error, heading
         self.messages: list[str] = []
+        self._num_hidden = 0  # errors that are counted in a message of others
 
     def add(self, message: str) -> None:
         self.messages.append(message)
 
+    @property
+    def num_errors(self) -> int:
+        """How many there are, those without a message of their own included."""
+        return len(self.messages) + self._num_hidden
+
+    def add_more(self, number: int, what: str) -> None:
+        """Counts errors that have no message of their own, in one line; none if number is 0 or less."""
+        if number > 0:
+            self.messages.append(f"and {number:,} more {what}")
+            self._num_hidden += number - 1
+
+    def shorten(self, max_shown: int, what: str) -> None:
+        """Keeps the first messages and counts the others."""
+        number = len(self.messages) - max_shown
+        del self.messages[max_shown:]
+        self.add_more(number, what)
+
     def raise_if_any(self) -> None:
-        """Raises the one message there is, or all of them as a list under the heading."""
+        """Raises the one message there is, or all as a list under the heading, which says how many there are."""
         if len(self.messages) == 1:
             raise self.error(f"{self.heading}: {self.messages[0]}")
         if self.messages:
-            raise self.error("\n  - ".join([f"{self.heading}: {len(self.messages)} errors", *self.messages]))
+            raise self.error("\n  - ".join([f"{self.heading}: {self.num_errors:,} errors", *self.messages]))
 
 
 MAX_WORD_CHARS = 200  # of a word or candidate in a message: labels come from data

@@ -18,7 +18,9 @@ from typer.testing import CliRunner, Result
 
 import kitout
 from kitout.cli import app
+from kitout.files.usage_record import BaseRecord, TextRecord, UsageRecord
 from kitout.predict import table
+from kitout.predict.input_rows import InputRows
 from kitout.predict.predictor import Predictor
 from tiny_models import decoder, encoder, jsonl, reviews, vision
 
@@ -326,6 +328,14 @@ def test_right_answers_that_cannot_be_read_are_counted(adapter: Path, tmp_path: 
     output = predict(adapter, file, "--out", tmp_path / "out.jsonl").output
     assert "on 1 row" in output or "1 row" in output
     assert "1 rows have a right answer that cannot be read" in output
+
+
+def test_numbers_with_a_decimal_comma_are_right_answers(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text;label\na;2,5\nb;1.000,25\nc;\nd;3\n", encoding="utf-8")
+    text = TextRecord(tokenizer="", format="label", columns={"text": "text", "label": "label"}, max_length=8)
+    usage = UsageRecord(task="regression", base=BaseRecord(name="m", source="folder"), text=text)
+    rows = InputRows(usage, "t.csv", tmp_path / "t.csv")
+    assert [rows.reference(row.columns) for row in rows] == [2.5, 1000.25, None, 3.0]
 
 
 def test_outputs_that_are_refused(adapter: Path, tmp_path: Path) -> None:

@@ -88,7 +88,8 @@ class MergedFolder:
     def python_lines(self) -> tuple[str, ...]:
         """What uses the folder without kitout, and runs as it stands."""
         folder = str(self.folder)
-        if self.pipeline in PIPELINE_INPUTS:
+        # pipelines of transformers write texts with decoders alone
+        if self.pipeline in PIPELINE_INPUTS and self.auto_model != TASKS["seq2seq_lm"].auto_model:
             call = f"pipeline({self.pipeline!r}, {folder!r})({PIPELINE_INPUTS[self.pipeline]!r})"
             return "from transformers import pipeline", f"print({call})"
         loader = f"{self.auto_model}.from_pretrained({folder!r})"

@@ -186,8 +186,9 @@ def read_adapter_json(path: Path, verify: bool = True) -> AdapterJson:
         record = AdapterJson.model_validate(fields)
     except ValidationError as error:
         errors = Errors(FileError, f"{path} is not an adapter record")
-        for e in error.errors(include_url=False, include_input=False)[:MAX_SHOWN_ERRORS]:
+        for e in error.errors(include_url=False, include_input=False):
             errors.add(f"{'.'.join(map(str, e['loc']))[:120]}: {e['msg'][:200]}")
+        errors.shorten(MAX_SHOWN_ERRORS, "fields")
         errors.raise_if_any()
         raise
     if verify and "digest" in fields and record.digest != digest_of(fields):

@@ -55,8 +55,9 @@ def find_sites_of(state: KitState, record: AdapterJson, method: Method) -> tuple
         errors.add(f"it lists {len(record.sites)} sites, {len(old)} different ones")
     for key in [*old, *(k for k in new if k not in old)]:
         message = _site_error(key, old.get(key), new.get(key))
-        if message and len(errors.messages) < MAX_SITE_ERRORS:
+        if message:
             errors.add(message)
+    errors.shorten(MAX_SITE_ERRORS, "sites")
     errors.raise_if_any()
     return sites, left_out
 

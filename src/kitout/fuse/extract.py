@@ -23,6 +23,8 @@ from kitout.methods.lora import LoRA
 from kitout.runtime.build_adapter import check_name
 from kitout.runtime.hooks.class_swap import original_class
 
+MAX_SHOWN_ERRORS = 8
+
 
 @torch.no_grad()
 def extract(
@@ -66,8 +68,7 @@ def extract(
         elif theirs[parameter].shape != ours[parameter].shape:
             shapes = f"{list(theirs[parameter].shape)}, here {list(ours[parameter].shape)}"
             errors.add(f"{parameter} has the shape {shapes}")
-        if len(errors.messages) >= 8:
-            break
+    errors.shorten(MAX_SHOWN_ERRORS, "parameters")
     errors.raise_if_any()
     changed, seen = False, set()
     for parameter, old in ours.items():

@@ -15,7 +15,7 @@ from typing import Any
 
 from kitout.data.examples.examples import Example
 from kitout.data.examples.format_table import FORMATS, Format
-from kitout.data.examples.formats import nan_to_none
+from kitout.data.examples.formats import are_decimal_commas, nan_to_none, with_decimal_point
 from kitout.data.read import tables
 from kitout.errors import DataError, Errors, suggest
 from kitout.files.usage_record import UsageRecord
@@ -67,6 +67,7 @@ class InputRows:
     """How many there are, about; None where it is not known."""
     _columns: dict[str, str] = field(default_factory=dict)
     _present: list[str] = field(default_factory=list)
+    _has_decimal_commas: bool = False
 
     @property
     def reads_images(self) -> bool:
@@ -121,7 +122,10 @@ class InputRows:
         if self.reads_images:
             return str(cell).strip()
         try:
-            example = self.format.to_example({role: columns.get(name) for role, name in self._columns.items()})
+            fields = {role: columns.get(name) for role, name in self._columns.items()}
+            if self._has_decimal_commas:
+                fields[answer] = with_decimal_point(cell)
+            example = self.format.to_example(fields)
             return _reference_of(example, USES[self.usage.task].metric_task)
         except ValueError as error:  # a word where a number is expected
             raise DataError(str(error)) from error
@@ -253,6 +257,9 @@ class InputRows:
             found = next((w for w in (*wanted, *usual) if w in present and w not in self._columns.values()), None)
             if found is not None:
                 self._columns[self.format.answer] = found
+        if self.format.name == "label" and USES[self.usage.task].metric_task == "regression":
+            column = self._columns.get("label", "")
+            self._has_decimal_commas = are_decimal_commas([cells.get(column) for cells in head])
         self._check_columns(present, trained, head)
 
     def _check_columns(

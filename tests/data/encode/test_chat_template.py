@@ -252,7 +252,7 @@ def test_chats_that_cannot_be_trained_on(tokenizer: Make, example: Chat, message
 
 def test_errors_of_many_chats_are_reported_together_with_their_locations(tokenizer: Make) -> None:
     bad = [Chat((Turn({"role": "user", "content": "a"}),), location=f"x.jsonl:{i}") for i in range(7)]
-    with pytest.raises(DataError, match=r"(?s)6 (errors|errors).*x\.jsonl:0: there is no.*x\.jsonl:4.*and 2 more"):
+    with pytest.raises(DataError, match=r"(?s)7 errors.*x\.jsonl:0: there is no.*x\.jsonl:4.*and 2 more"):
         CausalEncoder(tokenizer("chatml"), 512)(bad)
 
 

@@ -35,3 +35,12 @@ def test_many_errors_of_one_kind_are_counted() -> None:
     errors = Errors(KitoutError, "x")
     add_first(errors, [str(i) for i in range(9)], "rows")
     assert errors.messages == ["0", "1", "2", "3", "4", "and 4 more such rows"]
+    with pytest.raises(KitoutError, match=r"^x: 9 errors\n"):
+        errors.raise_if_any()
+
+
+@pytest.mark.parametrize(("encoding", "named"), [("latin-1", "WINDOWS-1252"), ("utf-16", "UTF-16")])
+def test_another_encoding_is_refused_with_the_line_that_converts_it(tmp_path: Path, encoding: str, named: str) -> None:
+    (tmp_path / "a.csv").write_text("text,label\nläuft,x\n", encoding=encoding)
+    with pytest.raises(DataError, match=rf"is not UTF-8 \(byte \d+\).* iconv -f {named} -t UTF-8"):
+        read_rows(tmp_path / "a.csv")

@@ -117,7 +117,7 @@ def test_a_choice_longer_than_the_model_reads_is_found_before_training(
     settings = config(tmp_path, decoder(tmp_path / "m"))
     with pytest.raises(ConfigError, match=r"evaluate.forgetting=quick: 2 errors") as found:
         kitout.train(settings, log=lambda _: None)
-    assert "piqa: choices: 6 errors" in str(found.value)
+    assert "piqa: choices: 8 errors" in str(found.value)
     assert re.search(r"question 0 has a choice of [\d,]+ tokens, and the model reads 256", str(found.value))
     assert "and 3 more questions" in str(found.value)
     assert str(found.value).endswith("leave it out; kitout eval asks the adapter sets of your own later")

@@ -65,7 +65,7 @@ class TableReading:
                 raise DataError(f"it has the column {late}, which the first {HEAD_ROWS} rows do not have; add it there")
             row_fields = {role: cells.get(column) for role, column in self.columns.items()}
             if self.has_decimal_commas:
-                row_fields["label"] = _with_decimal_point(row_fields["label"])
+                row_fields["label"] = with_decimal_point(row_fields["label"])
             example = self.format.to_example({role: nan_to_none(value) for role, value in row_fields.items()})
             if self.system_prompt:
                 example = with_system_prompt(example, self.system_prompt)
@@ -165,7 +165,7 @@ def detect(
         raise DataError(_ambiguity_message(source, rows, present, list(matches), candidates, format))
     (name, match), *_ = matches.items()
     unused = tuple(c for c in present if c not in match.values())
-    has_commas = name == "label" and _are_decimal_commas([row.get(match["label"]) for _, row in rows])
+    has_commas = name == "label" and are_decimal_commas([row.get(match["label"]) for _, row in rows])
     reading = TableReading(FORMATS[name], match, source, unused, system_prompt, has_commas, note)
     if kinds is not None and reading.format.kind not in kinds:
         needed = " or ".join(KINDS[kind] for kind in kinds)
@@ -186,7 +186,7 @@ def _group_of(cells: Mapping[str, Any], column: str) -> str:
     return cell_to_text(value)
 
 
-def _are_decimal_commas(labels: Sequence[Any]) -> bool:
+def are_decimal_commas(labels: Sequence[Any]) -> bool:
     """Whether all labels are numbers as text and some have a comma that cannot separate thousands."""
     texts = [label.strip() for label in labels if isinstance(label, str) and label.strip()]
     return (
@@ -195,7 +195,8 @@ def _are_decimal_commas(labels: Sequence[Any]) -> bool:
     )  # fmt: skip
 
 
-def _with_decimal_point(label: Any) -> Any:
+def with_decimal_point(label: Any) -> Any:
+    """A number with a decimal comma with a point instead; anything else as it is."""
     is_number = isinstance(label, str) and _DECIMAL_COMMA_PATTERN.fullmatch(label.strip())
     return label.replace(".", "").replace(",", ".") if is_number else label
 

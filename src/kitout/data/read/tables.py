@@ -40,6 +40,7 @@ BINARY_SIGNATURES = {  # first bytes of files that are often taken for tables
     b"PAR1": "a parquet table: name it .parquet",
     b"\x80": "a Python pickle, which is never read: save it as .jsonl or .parquet",
 }
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # how spreadsheets begin "Unicode text"
 
 Row = tuple[int, dict[str, Any]]  # line, columns
 _ReadRow: TypeAlias = tuple[int, dict[str, Any] | str]  # line, columns or what is wrong with them
@@ -63,8 +64,7 @@ def add_first(errors: Errors, messages: Sequence[str], noun: str) -> None:
     """
     for message in messages[:MAX_SHOWN_ERRORS]:
         errors.add(message)
-    if len(messages) > MAX_SHOWN_ERRORS:
-        errors.add(f"and {len(messages) - MAX_SHOWN_ERRORS} more such {noun}")
+    errors.add_more(len(messages) - MAX_SHOWN_ERRORS, f"such {noun}")
 
 
 def counted(items: Iterable[_T], tick: Tick | None, action: str) -> Iterator[_T]:
@@ -155,7 +155,10 @@ def _explain_system_errors(path: Path) -> Iterator[None]:
         for signature, kind in BINARY_SIGNATURES.items():
             if first_bytes.startswith(signature):
                 raise DataError(f"{path} is not text but {kind}") from error
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv -t UTF-8") from error
+        encoding = "UTF-16" if first_bytes.startswith(UTF16_MARKS) else "WINDOWS-1252"
+        raise DataError(
+            f"{path} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv -f {encoding} -t UTF-8"
+        ) from error
 
 
 def _iter_objects(path: Path) -> Iterator[_ReadRow]:

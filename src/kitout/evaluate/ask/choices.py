@@ -89,9 +89,7 @@ def read_choices(
             errors.add(f"{place} has the answer {answer!r}, expected an index from 0 to {len(choices) - 1}")
         else:
             questions.append(ChoiceQuestion(row["question"], tuple(choices), answer))
-    more = len(errors.messages) - MAX_SHOWN_ERRORS
-    if more > 0:
-        errors.messages[MAX_SHOWN_ERRORS:] = [f"and {more:,} more rows"]
+    errors.shorten(MAX_SHOWN_ERRORS, "rows")
     errors.raise_if_any()
     return questions
 
@@ -196,9 +194,7 @@ def _check_lengths(items: Sequence[Prompted], limit: int) -> None:
         longest = max(map(len, item.answers))
         if longest > limit:
             errors.add(f"question {number} has a choice of {longest:,} tokens, and the model reads {limit:,}")
-    more = len(errors.messages) - MAX_SHOWN_ERRORS
-    if more > 0:
-        errors.messages[MAX_SHOWN_ERRORS:] = [f"and {more:,} more questions"]
+    errors.shorten(MAX_SHOWN_ERRORS, "questions")
     errors.raise_if_any()
 
 

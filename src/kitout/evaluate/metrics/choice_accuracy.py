@@ -59,6 +59,7 @@ def choice_metrics(rows: Sequence[ChoiceSums], answers: Sequence[int]) -> dict[s
     bad = [i for i, (row, a) in enumerate(zip(rows, answers, strict=True)) if not 0 <= a < len(row.log_likelihoods)]
     for i in bad[:MAX_SHOWN_ERRORS]:
         errors.add(f"example {i} is {answers[i]}, expected an index from 0 to {len(rows[i].log_likelihoods) - 1}")
+    errors.add_more(len(bad) - MAX_SHOWN_ERRORS, "examples")
     errors.raise_if_any()
     right = np.array(answers)
     correct = np.array([row.choice for row in rows]) == right

@@ -127,6 +127,7 @@ def _check_multilabel(name: str, rows: Sequence[Sequence[float]]) -> NDArray[np.
     for i in bad[:MAX_SHOWN_ERRORS]:
         shown = str(list(rows[i]))[:60]
         errors.add(f"example {i} is {shown}, expected {width} values 0 or 1 (threshold probabilities first, at 0.5)")
+    errors.add_more(len(bad) - MAX_SHOWN_ERRORS, "examples")
     errors.raise_if_any()
     return np.array(rows, dtype=np.float64).reshape(len(rows), width)
 

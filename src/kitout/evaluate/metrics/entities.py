@@ -24,6 +24,7 @@ def tag_metrics(predictions: Sequence[Sequence[str]], references: Sequence[Seque
     mismatched = [i for i, (a, b) in enumerate(zip(predictions, references, strict=True)) if len(a) != len(b)]
     for i in mismatched[:MAX_SHOWN_ERRORS]:
         errors.add(f"example {i} has {len(predictions[i])} predicted tags for {len(references[i])} tokens")
+    errors.add_more(len(mismatched) - MAX_SHOWN_ERRORS, "examples")
     errors.raise_if_any()
     pairs = list(zip(predictions, references, strict=True))
     correct = [

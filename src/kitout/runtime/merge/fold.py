@@ -61,8 +61,8 @@ def fold_all(
         try:
             folded[path] = folder.fold(path)
         except NotMergeable as reason:
-            if len(errors.messages) < MOST_ERRORS:
-                errors.add(f"{path} ({', '.join(folder.module_adapters(path))}): {reason}")
+            errors.add(f"{path} ({', '.join(folder.module_adapters(path))}): {reason}")
+    errors.shorten(MOST_ERRORS, "modules")
     errors.raise_if_any()
     return folded
 
