@@ -41,13 +41,18 @@ class RowPlan:
     def index(self, rows: int, device: torch.device) -> tuple[Tensor, ...]:
         """Row numbers of each distinct entry where dim 0 has `rows` values, a multiple of the batch, row-major."""
         self.check()
+        if torch.compiler.is_compiling():  # what is kept would be a condition of the graph
+            return self._new_index(rows, device)
         key = rows, device
         if key not in self._index:
-            entries = self.repeat_to(rows)
-            rows_of = [[r for r, e in enumerate(entries) if e == i] for i in range(self.num_distinct)]
             with torch.inference_mode(False):  # kept for later calls, which may record a graph
-                self._index[key] = tuple(torch.tensor(each, dtype=torch.long, device=device) for each in rows_of)
+                self._index[key] = self._new_index(rows, device)
         return self._index[key]
+
+    def _new_index(self, rows: int, device: torch.device) -> tuple[Tensor, ...]:
+        entries = self.repeat_to(rows)
+        rows_of = [[r for r, e in enumerate(entries) if e == i] for i in range(self.num_distinct)]
+        return tuple(torch.tensor(each, dtype=torch.long, device=device) for each in rows_of)
 
     @property
     def is_sorted(self) -> bool:
