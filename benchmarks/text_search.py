@@ -28,6 +28,7 @@ from transformers.utils import logging
 import kitout
 from kitout import (
     IA3,
+    MAM,
     SSF,
     AdaptFormer,
     BitFit,
@@ -89,7 +90,8 @@ ROWS: dict[str, Row] = {
     "pfeiffer-wide": Row("Pfeiffer, 48, std 0.02", 1e-3, lambda _: Pfeiffer(std=0.02)),
     "ssf-narrow": Row("SSF, std 0.002", 3e-3, lambda _: SSF(std=0.002)),
     "prefix-encoder": Row("PrefixTuning, 16, encoder 512", 1e-3, lambda _: PrefixTuning(length=16, encoder=512)),
-    "parallel": Row("ParallelAdapter, 512", 3e-4, lambda _: ParallelAdapter()),
+    "parallel": Row("ParallelAdapter, 512", 3e-5, lambda _: ParallelAdapter()),
+    "mam": Row("MAM, 30 and 512", 3e-5, lambda _: MAM()),
     "adaptformer": Row("AdaptFormer, 64", 3e-3, lambda _: AdaptFormer()),
     "lora-qv": Row("LoRA, rank 8, q and v", 1e-3, lambda _: LoRA(rank=8)),
     "full": Row("FullFineTuning", 3e-5, lambda _: FullFineTuning()),

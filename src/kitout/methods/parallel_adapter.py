@@ -28,7 +28,7 @@ class ParallelAdapter(Method):
     activation: of the bottleneck.
     """
 
-    training: ClassVar[TrainingDefaults] = TrainingDefaults(3e-4, weight_decay=0.01)
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(3e-5, weight_decay=0.01)  # x, not normed, may be large
     mergeable: ClassVar[bool] = False
     default_targets: ClassVar[str] = "sub.mlp"
 
