@@ -141,7 +141,7 @@ def test_bad_rows(adapter: Path, tmp_path: Path) -> None:
     file.write_text('{"body": "a"}\n{"body": ""}\nnot json\n{"body": "b"}\n{"body": ["c"]}\n')
     result = predict(adapter, file, "--out", tmp_path / "p.jsonl")
     assert result.exit_code == 1
-    for line in ("bad.jsonl line 2: 'text' is empty", "bad.jsonl line 3: not JSON", "bad.jsonl line 5"):
+    for line in ("bad.jsonl line 2: 'body' is empty", "bad.jsonl line 3: not JSON", "bad.jsonl line 5"):
         assert line in result.output
     assert "--bad-rows skip" in result.output
     result = predict(adapter, file, "--out", tmp_path / "p.jsonl", "--bad-rows", "skip")

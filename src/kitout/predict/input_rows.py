@@ -15,7 +15,7 @@ from typing import Any
 
 from kitout.data.examples.examples import Example
 from kitout.data.examples.format_table import FORMATS, Format
-from kitout.data.examples.formats import are_decimal_commas, nan_to_none, with_decimal_point
+from kitout.data.examples.formats import are_decimal_commas, name_columns, nan_to_none, with_decimal_point
 from kitout.data.read import tables
 from kitout.errors import DataError, Errors, suggest
 from kitout.files.usage_record import UsageRecord
@@ -129,6 +129,10 @@ class InputRows:
             return _reference_of(example, USES[self.usage.task].metric_task)
         except ValueError as error:  # a word where a number is expected
             raise DataError(str(error)) from error
+
+    def name_columns(self, message: str) -> str:
+        """What is wrong with a row, with the user's column for the role."""
+        return name_columns(message, self._columns)
 
     @property
     def has_references(self) -> bool:

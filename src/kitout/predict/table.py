@@ -99,7 +99,7 @@ class TablePredictor:
                         on_progress(done + number)
 
                 tell(0)
-                output.append(self._predict_rows(chunk, progress, tell), progress)
+                output.append(self._predict_rows(rows, chunk, progress, tell), progress)
             result = TableResult(progress, notes=rows.notes)
             if rows.has_references:
                 scorer = Scorer(rows, progress.names)
@@ -115,7 +115,7 @@ class TablePredictor:
         """Every output row, with the counts so far; nothing is written. chunk_rows: inputs predicted together."""
         progress, inputs = OutputProgress({}), iter(rows)
         while chunk := list(islice(inputs, chunk_rows or self.chunk_rows)):
-            for row in self._predict_rows(chunk, progress):
+            for row in self._predict_rows(rows, chunk, progress):
                 progress.num_written += 1
                 yield row, progress
 
@@ -132,8 +132,9 @@ class TablePredictor:
         return inputs
 
     def _predict_rows(
-        self, chunk: Sequence[InputRow], progress: OutputProgress, on_progress: Callable[[int], None] | None = None
-    ) -> list[dict[str, Any]]:
+        self, source: InputRows, chunk: Sequence[InputRow], progress: OutputProgress,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """The output rows of a chunk, in order; bad ones are counted, or an error."""
         problems = {i: row.problem for i, row in enumerate(chunk) if row.problem}
         predictions: dict[int, Prediction] = {}
@@ -147,7 +148,8 @@ class TablePredictor:
             except BadRows as error:
                 if not error.messages:
                     raise
-                problems |= {good[k]: _without_number(message) for k, message in error.messages.items()}
+                for k, message in error.messages.items():
+                    problems[good[k]] = source.name_columns(_without_number(message))
                 good = [i for i in good if i not in problems]
         if not progress.names and predictions:
             progress.names = self._output_names(chunk, predictions)

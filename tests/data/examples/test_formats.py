@@ -282,6 +282,7 @@ BAD_ROWS = [
     ({"text": "a", "label": None}, "'label' is empty, expected a label"),
     ({"text": float("nan"), "label": 1}, "'text' is empty, expected text"),
     ({"text": "a", "labels": ["x", None]}, "expected a list of labels"),
+    ({"text": "a", "labels": "['x', 'y']"}, "line 1: labels: not JSON"),
     ({"messages": []}, "'messages' is .., expected a list that is not empty"),
     ({"messages": ["a"]}, "turn 1 is 'a', expected an object"),
     ({"messages": [{"role": "narrator", "content": "a"}]}, "turn 1 is by 'narrator'; known: 'system'"),

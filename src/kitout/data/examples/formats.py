@@ -74,7 +74,7 @@ class TableReading:
             if isinstance(example, Prompt) and self.format.keeps_row:
                 example = replace(example, row=dict(cells))
         except DataError as error:
-            raise DataError(f"line {line}: {self._name_columns(str(error))}"[:MAX_MESSAGE_CHARS]) from error
+            raise DataError(f"line {line}: {name_columns(str(error), self.columns)}"[:MAX_MESSAGE_CHARS]) from error
         return replace(example, location=f"{self.source}:{line}")
 
     @cached_property
@@ -116,19 +116,21 @@ class TableReading:
             return "question", asked
         return ("completion", asked) if name.startswith("raw_") else ("messages", {})
 
-    def _name_columns(self, message: str) -> str:
-        """'response' is empty -> 'output' is empty: the user knows the column, not the role."""
-        for role, column in self.columns.items():
-            if message.startswith(f"{role!r}"):
-                return f"{column!r}{message[len(repr(role)) :]}"
-        return message
-
     def __str__(self) -> str:
         read = ", ".join(column if role == column else f"{role}={column}" for role, column in self.columns.items())
         commas = ", numbers with a decimal comma" if self.has_decimal_commas else ""
         verb = "kept for rewards" if self.format.keeps_row else "not read"
         unused = f"{verb}: {', '.join(self.unused_columns)}" if self.unused_columns else ""
         return "; ".join(filter(None, (f"{self.format.name} ({read}{commas})", self.note, unused)))
+
+
+def name_columns(message: str, columns: Mapping[str, str]) -> str:
+    """'response' is empty -> 'output' is empty: the user knows the column, not the role. columns: by role."""
+    for role, column in columns.items():
+        for named, shown in ((repr(role), repr(column)), (f"{role}:", f"{column}:")):
+            if message.startswith(named):
+                return shown + message[len(named) :]
+    return message
 
 
 def detect(
