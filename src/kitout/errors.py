@@ -154,10 +154,11 @@ class Errors:
             self._num_hidden += number - 1
 
     def shorten(self, max_shown: int, what: str) -> None:
-        """Keeps the first messages and counts the others."""
+        """Keeps the first messages and counts the others; one alone is shown, since it takes no more room."""
         number = len(self.messages) - max_shown
-        del self.messages[max_shown:]
-        self.add_more(number, what)
+        if number > 1:
+            del self.messages[max_shown:]
+            self.add_more(number, what)
 
     def raise_if_any(self) -> None:
         """Raises the one message there is, or all as a list under the heading, which says how many there are."""

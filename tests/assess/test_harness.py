@@ -135,6 +135,19 @@ def test_a_perplexity_of_answers_is_compared_by_example() -> None:
     assert "not finite" in diverged.verdict
 
 
+def test_a_mean_of_perplexities_is_not_taken_for_sums_of_log_p() -> None:
+    samples = [
+        {"doc_id": i, "filter": "none", "metrics": ["perplexity"], "perplexity": value}
+        for i, value in ((0, 8.0), (1, 12.0))
+    ]
+    result = {
+        "samples": {"t": samples}, "results": {"t": {"perplexity,none": 10.0}},
+        "higher_is_better": {"t": {"perplexity": False}},
+    }  # fmt: skip
+    found = _outcome("t", {"base": result}, 0)
+    assert found.measures["base"]["perplexity"].value == 10.0
+
+
 def test_code_of_a_file_runs_only_where_it_is_allowed(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval.tasks", reason="lm_eval is not installed")
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\ndef f(docs): return docs\n")

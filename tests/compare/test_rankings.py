@@ -121,6 +121,17 @@ def test_a_run_that_diverged_is_the_worst_of_its_test_set(tmp_path: Path) -> Non
     assert "not finite" in str(table)
 
 
+def test_without_a_common_metric_there_is_a_reason(tmp_path: Path) -> None:
+    runs = [
+        finished(tmp_path / f"{method}{k}", {metric: 0.5}, method=method, file=f"d{k}.csv",
+                 test_data={"adapter": f"test {k}"})
+        for method, metric in (("LoRA", "accuracy"), ("IA3", "f1")) for k in range(5)
+    ]  # fmt: skip
+    table = compare_runs(runs)
+    assert table.tasks is None
+    assert any(note.startswith("over test sets: no ranking") for note in table.notes)
+
+
 def test_losses_over_other_tokens_are_not_ranked() -> None:
     def row(label: str, tokens: float) -> RunRow:
         losses = np.random.default_rng(len(label)).random(20) * tokens

@@ -330,12 +330,15 @@ def test_right_answers_that_cannot_be_read_are_counted(adapter: Path, tmp_path: 
     assert "1 rows have a right answer that cannot be read" in output
 
 
-def test_numbers_with_a_decimal_comma_are_right_answers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("task", "answers"), [("regression", [2.5, 1000.25, None, 3.0]), ("classification", ["2.5", "1000.25", None, "3"])]
+)
+def test_numbers_with_a_decimal_comma_are_right_answers(tmp_path: Path, task: str, answers: list[Any]) -> None:
     (tmp_path / "t.csv").write_text("text;label\na;2,5\nb;1.000,25\nc;\nd;3\n", encoding="utf-8")
     text = TextRecord(tokenizer="", format="label", columns={"text": "text", "label": "label"}, max_length=8)
-    usage = UsageRecord(task="regression", base=BaseRecord(name="m", source="folder"), text=text)
+    usage = UsageRecord(task=task, base=BaseRecord(name="m", source="folder"), text=text)
     rows = InputRows(usage, "t.csv", tmp_path / "t.csv")
-    assert [rows.reference(row.columns) for row in rows] == [2.5, 1000.25, None, 3.0]
+    assert [rows.reference(row.columns) for row in rows] == answers
 
 
 def test_outputs_that_are_refused(adapter: Path, tmp_path: Path) -> None:

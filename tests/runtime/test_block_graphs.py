@@ -128,6 +128,8 @@ def test_rows_run_as_graphs(method: kitout.Method) -> None:
     report = kitout.compiled(kit)
     assert not report.eager
     assert report.kinds == {f"rows({type(method).__name__})": 2}  # what a first call keeps is no condition of its graph
+    step(kit, ["a", "a"])  # one adapter for all is no mixture of rows
+    assert kitout.compiled(kit).kinds[f"rows({type(method).__name__})"] == 2
 
 
 def test_past_the_limit_a_warning_names_the_route_and_the_rest_goes_on() -> None:

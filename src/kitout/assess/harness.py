@@ -139,7 +139,7 @@ def _measures(task: str, result: Mapping[str, Any]) -> dict[str, Measure]:
             bool(result["higher_is_better"][task].get(metric, True)),
         )
         total = result["results"][task].get(f"{metric},{first}")
-        if metric == "perplexity" and all(isinstance(value, float) for value in values):
+        if metric == "perplexity" and _is_exp_of_mean(values, total):
             values = [(value, 1.0) for value in values]
         if metric in OF_SUMS and all(isinstance(value, tuple | list) for value in values):
             factor, shape = OF_SUMS[metric]
@@ -153,6 +153,17 @@ def _measures(task: str, result: Mapping[str, Any]) -> dict[str, Measure]:
                 is_fraction = bool(((numbers >= 0) & (numbers <= 1)).all())
                 found[metric] = mean(numbers, higher_is_better=higher, is_fraction=is_fraction)
     return found
+
+
+def _is_exp_of_mean(values: Sequence[Any], total: Any) -> bool:
+    """Whether lm_eval made a perplexity of sums of log p; a task may have examples that are perplexities already."""
+    if not all(_is_number(value) for value in values):
+        return all(isinstance(value, float) for value in values)
+    try:
+        expected = math.exp(-sum(values) / len(values))
+    except OverflowError:
+        return True
+    return _is_number(total) and math.isclose(expected, float(total), rel_tol=1e-9)
 
 
 def _is_number(value: Any) -> bool:
@@ -225,7 +236,7 @@ def _try_to_build(config: Mapping[str, Any], allow_code: bool) -> None:
             for doc in task.eval_docs:
                 task.doc_to_target(doc)
         except Exception as error:  # of lm_eval, of data sets, of templates: they have no class in common
-            raise ConfigError(f"lm_eval makes no questions of it: {type(error).__name__}: {error}") from error
+            raise ConfigError(f"lm_eval cannot build its requests: {type(error).__name__}: {error}") from error
 
 
 def _beside(files: Any, folder: Path) -> Any:

@@ -98,12 +98,14 @@ def run(
     if spectrum and not routes:
         errors.add("spectrum counts the intruder dimensions of adapters, and there is none: leave it out, or name one")
     tasks: list[dict[str, Any]] = []
-    try:
-        tasks = read_tasks(harness, allow_code)
-        if tasks and not reader.writes_text:
-            raise ConfigError("harness asks a language model, and this model answers with labels")
-    except ConfigError as error:
-        errors.add(str(error))
+    if harness and not reader.writes_text:
+        errors.add("harness asks a language model, and this model answers with labels")
+    elif harness:
+        log("building the requests of lm_eval ...")
+        try:
+            tasks = read_tasks(harness, allow_code)
+        except ConfigError as error:
+            errors.add(str(error))
     sets, forgotten = _read_all(reader, sources, group, suite, bool(spectrum or cost or harness), errors, log)
     folder = None if keep_in is None else Path(keep_in)
     before = kit.active

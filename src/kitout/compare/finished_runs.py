@@ -268,7 +268,7 @@ def _config_key(config: RunConfig, without: str = "") -> str:
 def _with_labels(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
     """Runs by the last part of their folder, by the whole of it where two share that; several adapters with names.
 
-    By the whole of every folder where an adapter's name makes one's the other's.
+    If that gives two runs one label, all are called by the whole of their folders.
     """
     named = _named(runs, by_whole=False)
     labels = Counter([run.label for run in named])

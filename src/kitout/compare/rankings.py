@@ -69,8 +69,9 @@ def rank_rows(rows: Sequence[RunRow], metrics: Sequence[str]) -> tuple[MetricRan
     return tuple(found)
 
 
-def rank_tasks(rows: Sequence[RunRow]) -> TaskRanking | None:
-    """Methods over test sets, by the headline metric of each; None with fewer than two methods on five of them.
+def rank_tasks(rows: Sequence[RunRow]) -> tuple[TaskRanking | None, str]:
+    """Methods over test sets, by the headline metric of each; None with fewer than two methods on five of them. And
+    why there is none although there are five test sets.
 
     A method is one configuration but for its data; it counts if every test set has it. A value that is not finite, of
     a run that diverged, is the worst of its test set. Losses per token of different tokens are not ranked.
@@ -78,7 +79,7 @@ def rank_tasks(rows: Sequence[RunRow]) -> TaskRanking | None:
     tested = [row for row in rows if row.test and row.runs[0].recipe]
     tests = list(dict.fromkeys(row.test for row in tested))
     if len(tests) < MIN_TASKS:
-        return None
+        return None, ""
     values: dict[str, dict[str, float]] = {}
     firsts: dict[str, RunRow] = {}
     for test in tests:
@@ -98,11 +99,11 @@ def rank_tasks(rows: Sequence[RunRow]) -> TaskRanking | None:
             firsts.setdefault(recipe, row)
     complete = [recipe for recipe, own in values.items() if len(own) == len(tests)]
     if len(complete) < 2:
-        return None
+        return None, "no ranking, because no two methods have a comparable metric on every test set"
     methods = Counter(firsts[recipe].runs[0].method for recipe in complete)
     names = {
         recipe: row.runs[0].method if methods[row.runs[0].method] == 1 else f"{row.runs[0].method} as {row.label}"
         for recipe in complete
         for row in [firsts[recipe]]
     }
-    return rank_over_tasks({names[recipe]: [values[recipe][test] for test in tests] for recipe in complete})
+    return rank_over_tasks({names[recipe]: [values[recipe][test] for test in tests] for recipe in complete}), ""

@@ -158,8 +158,9 @@ def build_table(runs: Sequence[FinishedRun], *, group_seeds: bool = True) -> Run
         rows.append(RunRow(label, members, letters[indices[0]]))
     tested = [run for run in runs if run.scores]
     metrics = tuple(m for m in (tested[0].scores if tested else ()) if all(m in run.scores for run in tested))
-    rankings, tasks = rank_rows(rows, metrics), rank_tasks(rows)
-    notes = table_notes(rows, runs, metrics, same_test, rankings, tasks)
+    rankings = rank_rows(rows, metrics)
+    tasks, why_not = rank_tasks(rows)
+    notes = table_notes(rows, runs, metrics, same_test, rankings, why_not if tasks is None else tasks.verdict)
     return RunTable(tuple(rows), metrics, same_test, tuple(notes), rankings, tasks)
 
 

@@ -14,7 +14,6 @@ from kitout.compare.run_row import RunRow
 from kitout.evaluate.intervals.resampled import Z95
 from kitout.evaluate.metrics.registry import metric_title
 from kitout.evaluate.significance.power import smallest_difference, smallest_text
-from kitout.evaluate.significance.tasks import TaskRanking
 from kitout.format import single_line
 
 MAX_NOTE_CHARS = 2000
@@ -22,7 +21,7 @@ MAX_NOTE_CHARS = 2000
 
 def table_notes(
     rows: Sequence[RunRow], runs: Sequence[FinishedRun], metrics: Sequence[str], same_test: bool | None,
-    rankings: Sequence[MetricRanking], tasks: TaskRanking | None,
+    rankings: Sequence[MetricRanking], over_tests: str,
 ) -> list[str]:  # fmt: skip
     """One sentence each."""
     notes = _test_set_notes(rows, same_test)
@@ -31,8 +30,8 @@ def table_notes(
     if left_out := _left_out(runs, metrics):
         notes.append(f"left out, because not every run has it: {left_out}")
     notes += [one.caption if same_test is True else f"{one.caption} (test set {one.test})" for one in rankings]
-    if tasks is not None:
-        notes.append(f"over test sets: {tasks.verdict}")
+    if over_tests:
+        notes.append(f"over test sets: {over_tests}")
     without = [row.label for row in rows if row.test and not all(run.test_scores for run in row.runs)]
     if without and any(run.test_scores for run in runs):
         notes.append(f"no verdict for runs of an earlier version, without scores.safetensors: {', '.join(without)}")

@@ -188,7 +188,7 @@ def check_replaceable(target: Path, files: Collection[str], optional: Collection
     if not target.exists():
         return
     if not target.is_dir():
-        raise FileError(f"{target} is a file: name a new folder, an empty one, or one to replace")
+        raise FileError(f"{target} is a file: name a new folder, an empty one, or one that kitout wrote, to replace it")
     present = sorted(entry.name for entry in target.iterdir())
     unexpected = [name for name in present if name not in files and name not in optional]
     if unexpected:

@@ -261,7 +261,7 @@ class InputRows:
             found = next((w for w in (*wanted, *usual) if w in present and w not in self._columns.values()), None)
             if found is not None:
                 self._columns[self.format.answer] = found
-        if self.format.name == "label" and USES[self.usage.task].metric_task == "regression":
+        if self.format.name == "label":  # as `detect` reads them in training
             column = self._columns.get("label", "")
             self._has_decimal_commas = are_decimal_commas([cells.get(column) for cells in head])
         self._check_columns(present, trained, head)

@@ -81,7 +81,8 @@ class FeatureStore:
         """Reserves room for an example, unless it has some; False where none is left."""
         if key in self.slots:
             return True
-        slot = Slot(tuple(lengths), num_bytes := sum(self._sizes(lengths)))
+        num_bytes = sum(self._sizes(lengths))
+        slot = Slot(tuple(lengths), num_bytes)
         if self.memory_used + self.file_used + num_bytes > self.max_bytes:
             self.num_left_out += 1
             return False
@@ -137,7 +138,7 @@ class FeatureStore:
             return None
         data = self._data_of(slot)
         if not slot.is_checked:
-            if self._entry_of(slot).tolist() != [1, _checksum(data)]:
+            if self._record_of(slot).tolist() != [1, _checksum(data)]:
                 return None
             slot.is_checked = True
         return self._tensors(slot, data)
@@ -156,7 +157,7 @@ class FeatureStore:
         data = self._data_of(slot)
         for target, value in zip(self._tensors(slot, data), values, strict=True):
             target.copy_(value)
-        self._entry_of(slot).copy_(torch.tensor([1, _checksum(data)], dtype=torch.int32))
+        self._record_of(slot).copy_(torch.tensor([1, _checksum(data)], dtype=torch.int32))
         slot.is_checked = True
 
     def close(self) -> None:
@@ -171,7 +172,7 @@ class FeatureStore:
         start = self._data_start + slot.offset
         return self._bytes[start : start + slot.num_bytes]
 
-    def _entry_of(self, slot: Slot) -> Tensor:
+    def _record_of(self, slot: Slot) -> Tensor:
         """[1 once it is written, its checksum], int32."""
         assert self._bytes is not None
         start = HEADER_BYTES + 8 * slot.number

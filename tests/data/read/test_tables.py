@@ -39,8 +39,22 @@ def test_many_errors_of_one_kind_are_counted() -> None:
         errors.raise_if_any()
 
 
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [(5, ["0", "1", "2", "3", "4"]), (4, ["0", "1", "2", "3"]), (6, ["0", "1", "2", "and 3 more rows"])],
+)
+def test_a_list_of_errors_is_cut_where_that_makes_it_shorter(number: int, shown: list[str]) -> None:
+    errors = Errors(KitoutError, "x")
+    for i in range(number):
+        errors.add(str(i))
+    errors.shorten(4 if number < 6 else 3, "rows")
+    assert errors.messages == shown
+    assert errors.num_errors == number
+
+
 @pytest.mark.parametrize(("encoding", "named"), [("latin-1", "WINDOWS-1252"), ("utf-16", "UTF-16")])
 def test_another_encoding_is_refused_with_the_line_that_converts_it(tmp_path: Path, encoding: str, named: str) -> None:
     (tmp_path / "a.csv").write_text("text,label\nläuft,x\n", encoding=encoding)
-    with pytest.raises(DataError, match=rf"is not UTF-8 \(byte \d+\).* iconv -f {named} -t UTF-8"):
+    line = rf"is not UTF-8 \(byte \d+\).* iconv -f {named} -t UTF-8 .*a\.csv > utf8\.csv"
+    with pytest.raises(DataError, match=line):
         read_rows(tmp_path / "a.csv")

@@ -49,7 +49,7 @@ def test_newcombe_as_published(counts: tuple[int, int, int, int], published: tup
     assert (-high, -low) == pytest.approx(newcombe_interval(before, after))
 
 
-@pytest.mark.parametrize("shares", [(0.25, 0.25, 0.25, 0.25), (0.4, 0.05, 0.15, 0.4), (0.6, 0.05, 0.1, 0.25)])
+@pytest.mark.parametrize("shares", [(0.25, 0.25, 0.25, 0.25), (0.4, 0.05, 0.15, 0.4)])
 def test_newcombe_of_few_examples_covers_as_often_as_it_says(shares: tuple[float, ...]) -> None:
     n, covered = 8, 0.0
     for counts in itertools.product(range(n + 1), repeat=4):  # the exact probability, over every table of 8

@@ -86,7 +86,7 @@ def test_a_file_that_stands_for_more_than_it_holds(tmp_path: Path, text: str, me
         ({"data": {"train": "d", "max_length": 10**4000}}, "data.max_length"),
         ({"data": {"train": "d", "image_size": 10**6}}, "data.image_size"),
         ({"nonsense" * 1000: 1}, "there is no such setting"),
-        ({f"x{i}": 1 for i in range(1000)}, "and 980 more"),
+        ({f"x{i}": 1 for i in range(1000)}, r"1,000 errors(?s:.*)and 980 more errors"),
     ],
 )
 def test_a_hostile_setting_is_a_short_message(values: dict[str, Any], message: str) -> None:

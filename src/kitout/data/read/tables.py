@@ -155,9 +155,12 @@ def _explain_system_errors(path: Path) -> Iterator[None]:
         for signature, kind in BINARY_SIGNATURES.items():
             if first_bytes.startswith(signature):
                 raise DataError(f"{path} is not text but {kind}") from error
-        encoding = "UTF-16" if first_bytes.startswith(UTF16_MARKS) else "WINDOWS-1252"
+        is_utf16 = first_bytes.startswith(UTF16_MARKS)
+        encoding = "UTF-16" if is_utf16 else "WINDOWS-1252"
+        if_so = "" if is_utf16 else " if Windows wrote it in a Western European language, else with its own encoding"
         raise DataError(
-            f"{path} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv -f {encoding} -t UTF-8"
+            f"{path} is not UTF-8 (byte {error.start}); convert it, with iconv -f {encoding} -t UTF-8 {path} > "
+            f"utf8{path.suffix}{if_so}"
         ) from error
 
 

@@ -57,9 +57,9 @@ def choice_metrics(rows: Sequence[ChoiceSums], answers: Sequence[int]) -> dict[s
     """acc, acc_norm, and the calibration error of acc. answers: indices of the right choices."""
     errors = Errors(ConfigError, "answers of choices")
     bad = [i for i, (row, a) in enumerate(zip(rows, answers, strict=True)) if not 0 <= a < len(row.log_likelihoods)]
-    for i in bad[:MAX_SHOWN_ERRORS]:
+    for i in bad:
         errors.add(f"example {i} is {answers[i]}, expected an index from 0 to {len(rows[i].log_likelihoods) - 1}")
-    errors.add_more(len(bad) - MAX_SHOWN_ERRORS, "examples")
+    errors.shorten(MAX_SHOWN_ERRORS, "examples")
     errors.raise_if_any()
     right = np.array(answers)
     correct = np.array([row.choice for row in rows]) == right

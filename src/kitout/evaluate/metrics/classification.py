@@ -124,10 +124,10 @@ def _check_multilabel(name: str, rows: Sequence[Sequence[float]]) -> NDArray[np.
     errors = Errors(ConfigError, f"{name} of multilabel")
     width = len(rows[0])
     bad = [i for i, row in enumerate(rows) if len(row) != width or any(value not in (0, 1) for value in row)]
-    for i in bad[:MAX_SHOWN_ERRORS]:
+    for i in bad:
         shown = str(list(rows[i]))[:60]
         errors.add(f"example {i} is {shown}, expected {width} values 0 or 1 (threshold probabilities first, at 0.5)")
-    errors.add_more(len(bad) - MAX_SHOWN_ERRORS, "examples")
+    errors.shorten(MAX_SHOWN_ERRORS, "examples")
     errors.raise_if_any()
     return np.array(rows, dtype=np.float64).reshape(len(rows), width)
 

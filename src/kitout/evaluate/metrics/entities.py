@@ -22,9 +22,9 @@ def tag_metrics(predictions: Sequence[Sequence[str]], references: Sequence[Seque
     """One tag per token of each example."""
     errors = Errors(ConfigError, "tags")
     mismatched = [i for i, (a, b) in enumerate(zip(predictions, references, strict=True)) if len(a) != len(b)]
-    for i in mismatched[:MAX_SHOWN_ERRORS]:
+    for i in mismatched:
         errors.add(f"example {i} has {len(predictions[i])} predicted tags for {len(references[i])} tokens")
-    errors.add_more(len(mismatched) - MAX_SHOWN_ERRORS, "examples")
+    errors.shorten(MAX_SHOWN_ERRORS, "examples")
     errors.raise_if_any()
     pairs = list(zip(predictions, references, strict=True))
     correct = [

@@ -23,7 +23,7 @@ from kitout.evaluate.significance.seeds import MIN_SEEDS
 PER_TOKEN = {"loss", "perplexity", "token_accuracy"}  # means over tokens of the model's own tokenizer
 OTHER_TOKENS = (
     "no verdict, and values are not comparable: the examples are different tokens to these models (another tokenizer, "
-    "or cut elsewhere); bits per byte are comparable (kitout eval)"
+    "or cut elsewhere); bits per byte of plain texts are comparable (kitout eval), and so are written answers"
 )
 
 

@@ -70,11 +70,9 @@ def validate(
     try:
         return schema.model_validate(dict(values), context=context)
     except ValidationError as error:
-        messages = explain(error, schema, advice_at)
-        for message in messages[:MAX_MESSAGES]:
+        for message in explain(error, schema, advice_at):
             errors.add(message)
-        if len(messages) > MAX_MESSAGES:
-            errors.add(f"and {len(messages) - MAX_MESSAGES:,} more")
+        errors.shorten(MAX_MESSAGES, "errors")
         errors.raise_if_any()
         raise
 
