@@ -29,7 +29,7 @@ class MAM(Method):
     prefix: length of the prefix. width, scale: of the parallel adapter.
     """
 
-    training: ClassVar[TrainingDefaults] = TrainingDefaults(3e-4, weight_decay=0.01)
+    training: ClassVar[TrainingDefaults] = TrainingDefaults(3e-5, weight_decay=0.01)
     mergeable: ClassVar[bool] = False
     starts_as_identity: ClassVar[bool] = False
     default_location: ClassVar[str] = "every attention call, sub.mlp"
