@@ -1,10 +1,10 @@
 """RLHF on one base: steps of GRPO and DPO against TRL, four roles in one call, and the memory of PPO.
 
 Policy, base, reward and value score the same rows: three LoRAs (r=8 on every linear) on a Llama of 6 layers, d 384;
-half of each row's tokens are targets. All shapes run in the same rounds; times are processor time. "Plain calls" are
-what `roles` replaces: `kit.use` and the model's own output, logits at every position. Steps and memory are of the
-stages in `align_stages`. LINES="grpo dpo roles memory" are all, SHAPE=smollm2 is the larger model of its two,
-PEER="bfloat16 eager" saves the search for TRL's fastest settings.
+half of each row's tokens are targets. All shapes run in the same rounds. Times are processor time; steps run on one
+thread, since a second one's waiting would count. "Plain calls" are what `roles` replaces: `kit.use` and the model's own
+output, logits at every position. Steps and memory are of the stages in `align_stages`. LINES="grpo dpo roles memory"
+are all, SHAPE=smollm2 is the larger model of its two, PEER="bfloat16 eager" saves the search for TRL's fastest settings.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import align_stages as stages
@@ -104,7 +105,8 @@ def _fastest(peers: Mapping[str, Case]) -> tuple[str, str]:
     """The settings whose step is the shortest in a short run of each, and the seconds of all. PEER: found before."""
     if PEER:
         return PEER, f"TRL {PEER}"
-    seconds = {name: min(case(steps=3)) for name, case in peers.items()}
+    with _one_thread():
+        seconds = {name: min(case(steps=3)) for name, case in peers.items()}
     tried = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
     return min(seconds, key=lambda name: seconds[name]), f"TRL tried, s: {tried}"
 
@@ -112,10 +114,21 @@ def _fastest(peers: Mapping[str, Case]) -> tuple[str, str]:
 def _in_turn(cases: Mapping[str, Case], rounds: int) -> Times:
     """Every step of every run: the cases run in turn, so many times."""
     times = Times({name: [] for name in cases})
-    for _ in range(rounds):
-        for name, case in cases.items():
-            times.rounds[name] += case(steps=stages.STEPS)
+    with _one_thread():
+        for _ in range(rounds):
+            for name, case in cases.items():
+                times.rounds[name] += case(steps=stages.STEPS)
     return times
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
