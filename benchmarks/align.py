@@ -4,7 +4,7 @@ Policy, base, reward and value score the same rows: three LoRAs (r=8 on every li
 half of each row's tokens are targets. All shapes run in the same rounds. Times are processor time; steps run on one
 thread, since a second one's waiting would count. "Plain calls" are what `roles` replaces: `kit.use` and the model's own
 output, logits at every position. Steps and memory are of the stages in `align_stages`. LINES="grpo dpo roles memory"
-are all, SHAPE=smollm2 is the larger model of its two, PEER="bfloat16 eager" saves the search for TRL's fastest settings.
+are all, SHAPE=smollm2 is the larger model of its two, PEER="bfloat16 eager" saves the search for TRL's fastest.
 """
 
 from __future__ import annotations
