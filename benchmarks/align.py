@@ -41,7 +41,7 @@ SHAPE, PEER = os.environ.get("SHAPE", "d256"), os.environ.get("PEER")
 
 
 def run(rounds: int = 2) -> Iterator[Line]:
-    lines = {"grpo": _grpo, "dpo": _dpo, "roles": lambda _: _four_roles(30), "memory": lambda _: _memory()}
+    lines = {"grpo": _grpo, "dpo": _dpo, "roles": lambda _: _four_roles(15), "memory": lambda _: _memory()}
     for name in os.environ.get("LINES", "grpo dpo roles memory").split():
         yield from lines[name](rounds)
 

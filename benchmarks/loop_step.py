@@ -145,7 +145,7 @@ def run(rounds: int = 8) -> list[Line]:
 
 def memory_line(name: str) -> Line:
     """What the loop holds beyond the frozen model's own step, its adapter, gradients and optimizer left out."""
-    sizes = {which: peak(which, name) for which in ("floor", "kitout", "peft")}
+    sizes = {which: peak(which, name) for which in ("floor", "kitout")}
     _, kit = loop(name)
     own = 4 * sum(value.nbytes for value in kit["a"].parameters())  # values, gradients and two moments
     above = (sizes["kitout"] - own - sizes["floor"]) / sizes["floor"]

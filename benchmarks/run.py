@@ -24,19 +24,19 @@ SHORT: dict[str, dict[str, object]] = {
     "assess": {"rounds": 1},
     "attaching": {},
     "combine": {"sites": 16},
-    "compiled": {"rounds": 2, "layers": 12},
+    "compiled": {"rounds": 2, "layers": 8},
     "compose": {"rounds": 6},
     "gpu": {},
     "idle": {"rounds": 6},
     "joint": {"rounds": 2, "blocks": 6, "steps": 4},
     "loop_step": {"rounds": 2},
     "many": {"rounds": 8},
-    "methods_step": {"rounds": 2, "layers": 12},
+    "methods_step": {"rounds": 2, "layers": 8},
     "search": {"rounds": 1},
-    "text_trunk": {"rounds": 2},
+    "text_trunk": {"rounds": 1},
     "train_step": {"rounds": 2},
     "training": {"rounds": 2, "short": True},
-    "virtual_tokens": {"rounds": 2, "blocks": 10},
+    "virtual_tokens": {"rounds": 2, "blocks": 8},
 }
 FULL: dict[str, dict[str, object]] = {"search": {"length": "full"}}  # the same, where the default is not the long form
 NAMES = tuple(SHORT)

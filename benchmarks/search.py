@@ -17,7 +17,7 @@ from typing import Any
 
 from common import Line, Times
 
-LENGTHS = {"short": (24, 8, 32), "full": (125, 16, 100)}  # steps, batch, validation examples
+LENGTHS = {"short": (16, 8, 12), "full": (125, 16, 100)}  # steps, batch, validation examples
 MOST_TIME, MOST_MEMORY = 3.0, 1.3
 
 
