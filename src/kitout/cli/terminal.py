@@ -43,7 +43,7 @@ def report_interrupt() -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT  # a run raises it with the signal's number
-        typer.echo("\nstopped; the same command resumes from the last checkpoint", err=True)
+        typer.echo("\nstopped; the same command resumes from the last checkpoint, if there is one", err=True)
         raise typer.Exit(SIGNALED + number) from None
 
 
