@@ -192,6 +192,14 @@ def test_edges() -> None:
     assert -1 < few.low <= few.high < 2
 
 
+def test_a_loss_of_few_texts_does_not_go_below_zero() -> None:
+    for shape, least in (("identity", 0.0), ("exp", 1.0)):
+        low, high = ratio_interval(Ratio(np.array([0.5, 1.0, 9.0]), ones(3), shape))  # type: ignore[arg-type]
+        assert low == least
+        assert high > 9
+    assert ratio_interval(Ratio(np.array([-0.5, 1.0, 9.0]), ones(3)))[0] < 0
+
+
 def test_the_same_seed_gives_the_same_interval_and_batches_the_same_resamples() -> None:
     measure = mean(np.random.default_rng(8).lognormal(size=50), is_fraction=False)
     assert measure.score(3) == measure.score(3) != measure.score(4)

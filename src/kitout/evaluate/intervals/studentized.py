@@ -25,7 +25,10 @@ def ratio_interval(
 ) -> tuple[float, float]:
     """Of one ratio: the shape of its quotient's interval."""
     plain = Ratio(ratio.numerators, ratio.denominators)
-    low, high = ratio.apply(np.array(_interval([(1.0, plain.by_group(groups))], seed, num_resamples)))
+    low, high = _interval([(1.0, plain.by_group(groups))], seed, num_resamples)
+    if (ratio.numerators >= 0).all():  # of losses: of few texts the formula goes below what they can be
+        low = max(low, 0.0)
+    low, high = ratio.apply(np.array([low, high]))
     return float(low), float(high)
 
 
