@@ -128,8 +128,11 @@ def test_what_the_model_cannot_be_asked_is_said_before_anything_is_measured(tmp_
     choices = jsonl(tmp_path / "c.jsonl", QUESTIONS)
     texts = jsonl(tmp_path / "t.jsonl", [{"text": "a"}])
     labeled = jsonl(tmp_path / "l.jsonl", reviews(4))
-    with pytest.raises(ConfigError, match="scored by a language model"):
-        read(reader("bert", usage("classification", ["a", "b"])), choices, format="choice")
+    for named in ({"format": "choice"}, {}):
+        with pytest.raises(ConfigError, match="scored by a language model"):
+            read(reader("bert", usage("classification", ["a", "b"])), choices, **named)
+    as_trained = usage("classification", ["0", "1"], format="label", columns={"text": "question", "label": "answer"})
+    assert read(reader("bert", as_trained), choices).kind == "classification"
     with pytest.raises(ConfigError, match="no likelihood under an encoder-decoder"):
         read(reader("t5"), texts)
     with pytest.raises(ConfigError, match="the model answers with text; with a system_prompt"):

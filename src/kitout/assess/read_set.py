@@ -68,10 +68,11 @@ class SetReader:
         values = [cells for _, of_table in rows for _, cells in of_table]
         places = [f"{table.source} line {line}" for table, of_table in rows for line, _ in of_table]
         groups = _groups(values, group, places)
+        has_choices = {source.columns.get(role, role) for role in CHOICE_ROLES} <= set(first)
+        trained = () if self.usage is None or self.usage.text is None else self.usage.text.columns.values()
+        is_trained = bool(trained) and set(trained) <= set(first)  # then its columns mean what they meant in training
         if source.format == "choice" or (
-            source.format == "auto"
-            and self.writes_text
-            and {source.columns.get(role, role) for role in CHOICE_ROLES} <= set(first)
+            source.format == "auto" and has_choices and (self.writes_text or not is_trained)
         ):
             return self._read_choices(source, values, groups, places)
         examples, formats = self._read_examples(source, rows, group, self.usage)
