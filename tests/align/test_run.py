@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLM
 
 import kitout
 from kitout import IA3, LoRA
-from kitout.align import rounds
+from kitout.align import reinforce, rounds
 from kitout.align.config.kinds import KINDS, default_lr
 from kitout.align.measure import prompts
 from kitout.align.rollout import SamplingSettings
@@ -283,6 +283,24 @@ def test_the_pre_flight_says_how_many_answers_run_at_once(model: Path, tmp_path:
     stage("grpo", model, data_of("grpo", tmp_path), tmp_path / "run", **more)
     page = (tmp_path / "run" / "preflight.txt").read_text(encoding="utf-8")
     assert "16 answers a step, at most 3 in one forward; learning rate" in page
+
+
+def test_the_trial_answers_as_many_prompts_as_a_round(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers to one prompt share it, so behind a single one the cost of a step is underestimated."""
+    seen: list[Any] = []
+
+    def find_estimate(kit: Any, jobs: Any, *more: Any) -> Any:
+        seen.extend(jobs[0].examples)
+        return estimate(kit, jobs, *more)
+
+    estimate = reinforce.find_estimate
+    monkeypatch.setattr(reinforce, "find_estimate", find_estimate)
+    stage("rloo", model, data_of("rloo", tmp_path), tmp_path / "run", train={"steps": 1})
+    prompts = [answer.row.input_ids[: answer.row.prompt_length] for answer in seen]
+    assert len(set(prompts)) == 2
+    assert {len(answer.row.input_ids) - answer.row.prompt_length for answer in seen} == {6}
 
 
 def test_what_the_template_writes_behind_a_turn_ends_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -233,17 +234,21 @@ class Reinforcement:
         }
         return replace(page, settings={**page.settings, **texts}, steps=len(self.plan.batches))
 
-    def _trial_answers(self) -> list[Any]:
-        """As many answers as a round has, each as long as it may be, behind the longest prompt."""
+    def _trial_answers(self) -> list[SampledAnswer]:
+        """As many answers as a round has, each as long as it may be, to as many prompts, the longest ones.
+
+        Answers to one prompt share it: behind one for all a step would take less time and memory than in a round.
+        """
         prompts: Sequence[EncodedPrompt] = self.prepared.jobs[0].examples
-        longest = max(prompts, key=lambda prompt: prompt.length)
+        longest = sorted(prompts, key=lambda prompt: prompt.length, reverse=True)
         new = self.sampling.max_new_tokens
-        ids = (*longest.input_ids, *(longest.input_ids * new)[:new])
         zeros, is_ppo = torch.zeros(new), isinstance(self.loss, PPOLoss)
-        answer = SampledAnswer(
-            answer_row(ids, longest.length), zeros if is_ppo else zeros[:1], zeros, zeros, zeros, zeros
-        )
-        return [answer] * (len(self.plan.prompts[0]) * self.plan.samples)
+        answers: list[SampledAnswer] = []
+        for prompt in islice(cycle(longest), len(self.plan.prompts[0])):
+            row = answer_row((*prompt.input_ids, *(prompt.input_ids * new)[:new]), prompt.length)
+            answer = SampledAnswer(row, zeros if is_ppo else zeros[:1], zeros, zeros, zeros, zeros)
+            answers += [answer] * self.plan.samples
+        return answers
 
     def _validate(self) -> dict[str, float]:
         """The mean reward of greedy answers to the validation prompts."""
