@@ -262,7 +262,7 @@ def test_a_saved_folder_replaces_an_adapter_folder_and_nothing_else(tmp_path: Pa
         kit.save("a", tmp_path / "empty" / "thesis.tex")
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "x").write_text("")
-    with pytest.raises(FileError, match="is not an adapter folder"):
+    with pytest.raises(FileError, match="is a folder of something else: it holds x, which replacing it would delete"):
         kit.save("a", tmp_path / "else")
     assert (tmp_path / "empty" / "thesis.tex").read_text() == "dear"
     assert listed(tmp_path) == ["else", "empty", "new"]

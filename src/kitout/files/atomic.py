@@ -193,7 +193,7 @@ def check_replaceable(target: Path, files: Collection[str], optional: Collection
     unexpected = [name for name in present if name not in files and name not in optional]
     if unexpected:
         shown = ", ".join(unexpected[:4]) + (", ..." if len(unexpected) > 4 else "")
-        reason = "also holds" if set(files) <= set(present) else "holds"
+        reason = "also holds" if set(files) <= set(present) else "is a folder of something else: it holds"
         raise FileError(f"{target} {reason} {shown}, which replacing it would delete: name another folder")
 
 
