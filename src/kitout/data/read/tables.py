@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -155,13 +156,11 @@ def _explain_system_errors(path: Path) -> Iterator[None]:
         for signature, kind in BINARY_SIGNATURES.items():
             if first_bytes.startswith(signature):
                 raise DataError(f"{path} is not text but {kind}") from error
-        is_utf16 = first_bytes.startswith(UTF16_MARKS)
-        encoding = "UTF-16" if is_utf16 else "WINDOWS-1252"
-        if_so = "" if is_utf16 else " if Windows wrote it in a Western European language, else with its own encoding"
-        raise DataError(
-            f"{path} is not UTF-8 (byte {error.start}); convert it, with iconv -f {encoding} -t UTF-8 {path} > "
-            f"utf8{path.suffix}{if_so}"
-        ) from error
+        encoding, guess = "UTF-16", ""
+        if not first_bytes.startswith(UTF16_MARKS):
+            encoding, guess = "WINDOWS-1252", " (what Windows writes in Western Europe; else name its own encoding)"
+        command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > utf8{path.suffix}"
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it{guess}: {command}") from error
 
 
 def _iter_objects(path: Path) -> Iterator[_ReadRow]:
