@@ -18,7 +18,7 @@ PIP   := $(PY) -m pip --disable-pip-version-check --no-input
 STAMP := $(VENV)/.kitout-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-plain test-slow package demo demo-vision demo-align bench lint format types clean
+.PHONY: help setup test test-plain test-device test-slow package demo demo-vision demo-align bench lint format types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,10 @@ test: lint types  ## set up, lint, type-check and run the tests
 # 20 s: one model and the method with most fast paths, through every law, and the test of the switch itself.
 test-plain: $(STAMP)  ## some of the laws with every fast path off
 	KITOUT_FAST=off $(PY) -m pytest -n 2 -q tests/test_fast.py tests/laws -k 'test_fast or [llama-lora] or llama-lora-' $(ARGS)
+
+# Two of the models: all take four times as long. The laws run there too: KITOUT_TEST_DEVICE=emulated and tests/laws.
+test-device: $(STAMP)  ## what a GPU would launch, wait for and refuse, on a device without hardware
+	KITOUT_TEST_DEVICE=emulated $(PY) -m pytest -n 2 -q tests/test_emulated_device.py -k 'not test_a_training and not test_rows or llama- or gpt-neox-' $(ARGS)
 
 test-slow: $(STAMP)  ## the tests marked slow or assets (downloads models and data once)
 	$(PY) -m pytest -n 2 -q -m 'slow or assets' $(ARGS)

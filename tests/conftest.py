@@ -32,8 +32,10 @@ import pytest
 import torch
 from torch import nn
 
-from zoo import ZOO, Specimen
+import emulated_device
+from zoo import DEVICE, ZOO, Specimen
 
+EMULATION = emulated_device.install() if DEVICE == emulated_device.NAME else ()  # ends when it is no longer held
 torch.set_num_threads(1)  # xdist runs one process per core
 
 SLOW = Path(__file__).parent / "slow"

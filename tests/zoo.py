@@ -3,8 +3,9 @@
 Nothing in them is at its initial value: biases, norm gains and shifts, LayerScale, relative position tables and class
 tokens are all random, and matrices are scaled so that attention is far from uniform. A merge that forgets a bias, or
 mistakes the convention of a gain, changes the logits here. Widths differ on purpose (hidden, feed-forward, head,
-tokens), so that a wrong axis raises. KITOUT_TEST_DEVICE=cuda puts models and inputs there, for the laws. The zoo knows
-transformers and timm, and nothing of kitout.
+tokens), so that a wrong axis raises. KITOUT_TEST_DEVICE=cuda puts models and inputs there, for the laws;
+"emulated" is a second device without hardware (emulated_device.py). The zoo knows transformers and timm, and nothing of
+kitout.
 """
 
 from __future__ import annotations

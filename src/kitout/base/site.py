@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kitout.constants import on_device
+
 Port = Literal["out", "in", "kv", "tokens", "param", "weight", "parts"]
 BatchRelation = Literal["batch", "multiple", "one", "none", "unknown"]
 Kind = Literal["linear", "embedding", "conv", "norm", "other"]
@@ -117,6 +119,11 @@ class Site:
         if last - first + 1 == len(self.channels):
             return slice(first, last + 1)
         return torch.tensor(self.channels)
+
+    def channels_on(self, device: torch.device) -> slice | Tensor | None:
+        """`channel_index`, an index tensor on a device."""
+        index = self.channel_index
+        return on_device(index, device) if isinstance(index, Tensor) else index
 
     @cached_property
     def read_names(self) -> tuple[str, str]:

@@ -278,12 +278,14 @@ class FrozenModule:
     @property
     def weight(self) -> Tensor:
         w = weight_matrix(self.site.module, self.site.weight_name)
-        return w if self.site.channel_index is None else w[self.site.channel_index]
+        index = self.site.channels_on(w.device)
+        return w if index is None else w[index]
 
     @property
     def bias(self) -> Tensor | None:
         b = bias(self.site.module, self.site.bias_name)
-        return b if b is None or self.site.channel_index is None else b[self.site.channel_index]
+        index = None if b is None else self.site.channels_on(b.device)
+        return b if b is None or index is None else b[index]
 
     def __call__(self, x: Tensor, values: Mapping[str, Tensor]) -> Any:
         """The module on x, with these values for its parameters and all other arguments of the call in progress."""

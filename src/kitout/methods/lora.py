@@ -339,7 +339,8 @@ def init_factors(site: Site, rank: int, width: int) -> tuple[Tensor, Tensor]:
 def frozen_weight(site: Site) -> Tensor:
     """The site's rows of the frozen weight in fp32."""
     w = weight_matrix(site.module, site.weight_name).detach().float()
-    return w if site.channel_index is None else w[site.channel_index]
+    index = site.channels_on(w.device)
+    return w if index is None else w[index]
 
 
 def pissa_factors(w: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:

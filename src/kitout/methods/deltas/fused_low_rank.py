@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kitout import fast
-from kitout.methods.deltas.fusing import is_traced
+from kitout.methods.deltas.fusing import is_traced, product_to, scaled_to
 
 # What tells whether hooks act on saved tensors: from torch 2.8 on.
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -89,9 +89,9 @@ class _FusedLowRank(torch.autograd.Function):
                 gbs.append(None)
             else:
                 ghs.append(F.linear(g2, up_t))
-                gbs.append(transposed(own_h.t() @ g2, dtype))
+                gbs.append(_up_gradient(own_h, g2, dtype))
         gh = ghs[0] if n == 1 else torch.cat(ghs, 1)
-        gas = _scaled_gradients(gh.t() @ x.reshape(-1, x.shape[-1]), ctx.scales, ctx.ranks, ctx.dtypes)
+        gas = _down_gradients(gh, x.reshape(-1, x.shape[-1]), ctx.scales, ctx.ranks, ctx.dtypes[:n])
         gx: Tensor | None = None
         if needs_x:
             gx = gh @ a
@@ -110,17 +110,24 @@ def _scaled(downs: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype
     """Every scale * A, one below the other."""
     if len(set(scales)) > 1:
         return torch.cat([down * scale for down, scale in zip(downs, scales, strict=True)]).to(dtype)
-    return ((downs[0] if len(downs) == 1 else torch.cat(list(downs))) * scales[0]).to(dtype)
+    return scaled_to(downs[0] if len(downs) == 1 else torch.cat(list(downs)), scales[0], dtype)
 
 
-def _scaled_gradients(
-    ga: Tensor, scales: Sequence[float], ranks: Sequence[int], dtypes: Sequence[torch.dtype]
+def _down_gradients(
+    gh: Tensor, x2: Tensor, scales: Sequence[float], ranks: Sequence[int], dtypes: Sequence[torch.dtype]
 ) -> list[Tensor]:
-    """Of every A, from those of every scale * A."""
-    if len(set(scales)) == 1 and len(set(dtypes[: len(ranks)])) == 1:
-        return list(_rows(ga.to(dtypes[0]).mul_(scales[0]), ranks))
-    parts = zip(_rows(ga, ranks), scales, dtypes, strict=False)
+    """Of every A, gh^T x: h is x times scale * A."""
+    if len(set(scales)) == 1 and len(set(dtypes)) == 1:
+        return list(_rows(product_to(gh.t(), x2, dtypes[0]).mul_(scales[0]), ranks))
+    parts = zip(_rows(gh.t() @ x2, ranks), scales, dtypes, strict=True)
     return [part.to(dtype) * scale for part, scale, dtype in parts]
+
+
+def _up_gradient(h: Tensor, g2: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of B, g^T h, contiguous: no gradient in another layout, which autograd would copy."""
+    if g2.device.type == "cpu":
+        return transposed(h.t() @ g2, dtype)
+    return product_to(g2.t(), h, dtype)
 
 
 def _rows(ga: Tensor, ranks: Sequence[int]) -> Sequence[Tensor]:

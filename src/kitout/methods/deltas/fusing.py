@@ -1,7 +1,8 @@
 """When a map may be an autograd node of its own instead of a chain of plain operations.
 
 A node of ours saves what it needs and nothing else, writes where it may and takes every product in its fast
-orientation. What follows plain operations alone (torch.compile, vmap, autocast) gets those. It knows no map.
+orientation, with few calls, because on a GPU a small batch waits for them. What follows plain operations alone
+(torch.compile, vmap, autocast) gets those. It knows no map.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from kitout import fast
+
+# Where a product may have an output of its own dtype (torch 2.8 and later; not on ROCm).
+OUT_DTYPE_DEVICES = ("cuda",) if "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None else ()
 
 
 def is_traced() -> bool:
@@ -27,3 +31,17 @@ def trains_in_one_node(y: Tensor, *values: Tensor | None) -> bool:
     if not (fast.enabled() and torch.is_grad_enabled()) or is_traced():
         return False
     return (y.requires_grad or any(v is not None and v.requires_grad for v in values)) and y.is_floating_point()
+
+
+def scaled_to(t: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale * t in a dtype: elsewhere than on a CPU in one call, which there would take longer."""
+    if t.dtype == dtype or t.device.type == "cpu":
+        return (t * scale).to(dtype)
+    return torch.mul(t, scale, out=torch.empty(t.shape, dtype=dtype, device=t.device))
+
+
+def product_to(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product of two matrices in a dtype: without rounding and a second call where the device has that."""
+    if dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16) and a.device.type in OUT_DTYPE_DEVICES:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
+from kitout.constants import constant
 from kitout.methods.deltas.fused_low_rank import Change, Linear, own_tensor, product_operands, scaled_transpose
 
 MOST_UNITS = 4  # per run: beyond that the factors of long runs would be read too often
@@ -62,7 +63,7 @@ class EqualRunsLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scales: list[float], *factors: Tensor) -> Tensor:
         count = len(scales)
-        scale = torch.tensor(scales, dtype=y.dtype, device=y.device)[:, None, None]
+        scale = constant(tuple(scales), y.device, y.dtype)[:, None, None]
         a = torch.stack(factors[:count]).to(y.dtype)  # [K, r, d_in]; one copy of all is a tenth of one of each
         b = torch.stack(factors[count:]).to(y.dtype)  # [K, d_out, r]
         x3 = x.reshape(count, -1, x.shape[-1])
@@ -141,15 +142,10 @@ class RowUnits:
     """Of the units."""
     maps: tuple[int, ...] | None
     """The map of each unit, the number of maps where it has none; None: every map has one unit, in their order."""
-    _index: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
-    """`maps` by device, as `index` has made them."""
 
     def index(self, device: torch.device) -> Tensor | None:
-        """`maps` as a tensor, made once: a GPU would wait for each copy."""
-        if self.maps is not None and device not in self._index:
-            with torch.inference_mode(False):
-                self._index[device] = torch.tensor(self.maps, device=device)
-        return self._index.get(device)
+        """`maps` as a tensor."""
+        return None if self.maps is None else constant(self.maps, device, torch.long)
 
     @classmethod
     def of(cls, rows: Sequence[int], num_maps: int) -> RowUnits | None:
@@ -244,7 +240,7 @@ class _FusedLowRankRows(torch.autograd.Function):
 def _scales(scales: Sequence[float], like: Tensor) -> Any:
     if len(set(scales)) == 1:
         return scales[0]
-    return torch.tensor(scales, dtype=like.dtype, device=like.device)[:, None, None]
+    return constant(tuple(scales), like.device, like.dtype)[:, None, None]
 
 
 def _of_units(by_map: Tensor, index: Tensor | None) -> Tensor:

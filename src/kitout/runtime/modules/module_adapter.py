@@ -89,7 +89,7 @@ class SiteDelta:
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The module's whole weight [d_out, d_in] and bias after the Delta, which may change some channels of them."""
-        channels = self.site.channel_index
+        channels = self.site.channels_on(w.device)
         if channels is None:
             return self.delta.fold(w, b)
         new_w, new_b = self.delta.fold(w[channels], None if b is None else b[channels])
@@ -122,7 +122,7 @@ class SiteDelta:
         x = self.input(x)
         if self.site.role.startswith("sub.") and y.ndim < x.ndim:  # it flattens [rows, tokens] (experts)
             x = x.reshape(*y.shape[:-1], x.shape[-1])
-        channels = self.site.channel_index
+        channels = self.site.channels_on(y.device)
         if self.site.channels_first:
             y, *values = (value.movedim(1, -1) for value in (y, *values))
         if self.real_positions is not None:
@@ -135,19 +135,17 @@ class SiteDelta:
         if isinstance(channels, slice):
             combined = self.delta.combine(x, y[..., channels], [value[..., channels] for value in values])
             return torch.cat((new[..., : channels.start], combined, new[..., channels.stop :]), -1)
-        index = channels.to(y.device)
-        own = [value.index_select(-1, index) for value in (y, *values)]
-        return new.index_copy(-1, index, self.delta.combine(x, own[0], own[1:]))
+        own = [value.index_select(-1, channels) for value in (y, *values)]
+        return new.index_copy(-1, channels, self.delta.combine(x, own[0], own[1:]))
 
     def _run_on_channels(self, x: Tensor, y: Tensor, may_overwrite: bool) -> Tensor:
-        span = self.site.channel_index
+        span = self.site.channels_on(y.device)
         if span is None:
             return self._run(x, y, may_overwrite)
         if isinstance(span, slice):
             new = self._run(x, y[..., span], False)
             return torch.cat((y[..., : span.start], new, y[..., span.stop :]), -1)
-        index = span.to(y.device)
-        return y.index_copy(-1, index, self._run(x, y.index_select(-1, index), False))
+        return y.index_copy(-1, span, self._run(x, y.index_select(-1, span), False))
 
     def _run(self, x: Tensor, y: Tensor, may_overwrite: bool) -> Tensor:
         delta = self.delta

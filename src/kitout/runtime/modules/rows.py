@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kitout import fast
 from kitout.base.own_forward import swapped_parameters
 from kitout.base.weights import FrozenModule
+from kitout.constants import constant
 from kitout.errors import RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, first_tensor, replace_first_tensor
 from kitout.runtime.modules.batched_rows import FusedRows, batched_delta_of
@@ -45,14 +46,13 @@ class RowPlan:
             return self._new_index(rows, device)
         key = rows, device
         if key not in self._index:
-            with torch.inference_mode(False):  # kept for later calls, which may record a graph
-                self._index[key] = self._new_index(rows, device)
+            self._index[key] = self._new_index(rows, device)
         return self._index[key]
 
     def _new_index(self, rows: int, device: torch.device) -> tuple[Tensor, ...]:
         entries = self.repeat_to(rows)
-        rows_of = [[r for r, e in enumerate(entries) if e == i] for i in range(self.num_distinct)]
-        return tuple(torch.tensor(each, dtype=torch.long, device=device) for each in rows_of)
+        rows_of = [tuple(r for r, e in enumerate(entries) if e == i) for i in range(self.num_distinct)]
+        return tuple(constant(each, device, torch.long) for each in rows_of)
 
     @property
     def is_sorted(self) -> bool:

@@ -31,12 +31,14 @@ class StackedFrozenModule(FrozenModule):
     @property
     def weight(self) -> Tensor:
         w = self._weight_bias()[0]
-        return w if self.site.channel_index is None else w[self.site.channel_index]
+        index = self.site.channels_on(w.device)
+        return w if index is None else w[index]
 
     @property
     def bias(self) -> Tensor | None:
         b = self._weight_bias()[1]
-        return b if b is None or self.site.channel_index is None else b[self.site.channel_index]
+        index = None if b is None else self.site.channels_on(b.device)
+        return b if b is None or index is None else b[index]
 
     def _weight_bias(self) -> WeightBias:
         w, b = weight_matrix(self.site.module), bias(self.site.module)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kitout.constants import constant
 from kitout.errors import RouteError
 from kitout.route import Average
 
@@ -85,7 +86,7 @@ def _average(average: Average, values: Tensor, config: Any) -> Tensor:
     if values.shape[-1] == 1:
         raise RouteError("this output has one value per row, which is no probability: Average(..., of='logits')")
     dtype = torch.promote_types(values.dtype, torch.float32)
-    logs = torch.tensor(weights, dtype=dtype, device=values.device).log().view(-1, *[1] * values.ndim)
+    logs = constant(tuple(weights), values.device, dtype).log().view(-1, *[1] * values.ndim)
     copies = copies.to(dtype)
     if getattr(config, "problem_type", None) == MULTI_LABEL:  # each value has a probability of its own
         yes = torch.logsumexp(torch.nn.functional.logsigmoid(copies) + logs, 0)

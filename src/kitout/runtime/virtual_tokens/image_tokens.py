@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kitout.base.memory import is_out_of_memory
+from kitout.constants import constant
 from kitout.errors import KitoutError, RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, Program, first_tensor, replace_first_tensor
 from kitout.runtime.modules.module_adapter import SiteDelta
@@ -108,16 +109,19 @@ class ImageTokens:
 
     def hidden_columns(self, x: Tensor, block: int) -> Tensor:
         """[B or 1, tokens]: columns that nobody attends to."""
-        columns = torch.zeros(len(self.entries), x.shape[1], dtype=torch.bool, device=x.device)
-        columns[:, FIRST_SLOT : FIRST_SLOT + self.num_tokens] = True
-        for row, each in zip(columns, self.entries, strict=True):
+        by_entry = []
+        for each in self.entries:
+            hidden = [FIRST_SLOT <= column < FIRST_SLOT + self.num_tokens for column in range(x.shape[1])]
             for group in each:
                 if group.first_block <= block:
-                    row[FIRST_SLOT + group.offset : FIRST_SLOT + group.offset + group.num_tokens] = False
+                    start = FIRST_SLOT + group.offset
+                    hidden[start : start + group.num_tokens] = [False] * group.num_tokens
+            by_entry.append(tuple(hidden))
+        columns = constant(tuple(by_entry), x.device, torch.bool)
         if self.row_plan is None:
             return columns
         self.row_plan.check()
-        return columns[torch.tensor(self.row_plan.repeat_to(x.shape[0]), device=x.device)]
+        return columns[constant(tuple(self.row_plan.repeat_to(x.shape[0])), x.device, torch.long)]
 
 
 class ImageTokenBlock:

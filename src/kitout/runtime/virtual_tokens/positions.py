@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from kitout import fast
 from kitout.base.memory import is_out_of_memory
 from kitout.base.survey import Tower
+from kitout.constants import constant
 from kitout.errors import KitoutError, RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, Program, first_tensor, replace_first_tensor
 from kitout.runtime.modules.rows import RowPlan
@@ -131,6 +132,8 @@ class TextEntry:
         else:
             token_index = steps
         self.forward_slot.state.token_index[self.tower.path] = token_index
+        if isinstance(past, int) and not counted:
+            self.forward_slot.state.num_tokens[self.tower.path] = length + past
         are_the_callers = given is not None and not self.forward_slot.state.positions_from_generate
         if are_the_callers or not (self._has_shift or self.widening):
             return
@@ -182,9 +185,9 @@ class TextEntry:
         entries = [0] * rows if self.row_plan is None else self.row_plan.repeat_to(rows)
         between = [sum(i.num_tokens for i in layout.items if i.after_first_token) for layout in self.layouts]
         wide = [0] * len(self.layouts) if self.widening is None else self.widening.lengths
-        shifts = torch.tensor([[self.layouts[e].length - between[e], between[e]] for e in entries], device=device)
-        moved = torch.tensor([bool(self.layouts[e].length or wide[e]) for e in entries], device=device)
-        return shifts, moved
+        shifts = tuple((self.layouts[e].length - between[e], between[e]) for e in entries)
+        moved = tuple(bool(self.layouts[e].length or wide[e]) for e in entries)
+        return constant(shifts, device, torch.long), constant(moved, device, torch.bool)
 
     def _pass_positions(
         self, module: nn.Module, call: dict[str, Any], position_ids: Tensor, is_moved: Tensor, own_position_ids: Tensor

@@ -252,7 +252,11 @@ class PrefixAttention:
         """The relative bias of keys at positions [B or 1, P], counted from the text's first token (negative)."""
         token_index = self.forward_slot.state.token_index[self.site.tower]
         distance = key_positions[:, None, :] - token_index[:, :, None]  # [B or 1, Tq, P]
-        farthest = int(-distance.min())
+        num_tokens = self.forward_slot.state.num_tokens.get(self.site.tower)
+        if num_tokens is None or not fast.enabled():
+            farthest = int(-distance.min())
+        else:  # no less, and known without waiting for the device
+            farthest = num_tokens - 1 + max(layout.length for layout in self.layouts)
         compute: Any = getattr(self.site.relative_bias, "compute_bias")  # noqa: B009 - nn.Module hides its type
         table = compute(1, farthest + 1, device=key_positions.device, past_seen_tokens=farthest)
         biases: Tensor = table[0, :, 0][:, distance + farthest].transpose(0, 1)  # [B or 1, H, Tq, P]

@@ -220,11 +220,15 @@ class PromptPrefill:
             )
         token_index = self.forward_slot.state.token_index[self.tower].expand(len(ids), -1)
         start = (token_index == 0).sum(1, keepdim=True) - 1  # pads before the first token have its position
-        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, : ids.shape[1]].any(1).all()):
-            raise RouteError("a prompt after the first token needs that token, and a row of this call is all padding")
         first = ids.gather(1, start)
         first = first if row_index is None else first[row_index]
-        if bool((first == first[:1]).all()):
+        answers = [(first == first[:1]).all()]
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            answers.append(mask[:, : ids.shape[1]].any(1).all())
+        are_same, *has_tokens = torch.stack(answers).tolist()  # both at once: a GPU is waited for
+        if not all(has_tokens):
+            raise RouteError("a prompt after the first token needs that token, and a row of this call is all padding")
+        if are_same:
             first = first[:1]
         embedded: Tensor = self.table(first)
         return embedded

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kitout.constants import constant
 from kitout.errors import RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, Program
 from kitout.runtime.modules.module_adapter import SiteDelta
@@ -140,13 +141,10 @@ class SequenceWidener:
     def _columns(self, mask: Tensor) -> ColumnMap:
         rows, tokens = mask.shape
         entries = [0] * rows if self.row_plan is None else self.row_plan.repeat_to(rows)
-        length = torch.tensor([self.lengths[e] for e in entries], device=mask.device)[:, None]
-        after = torch.tensor(
-            [any(p.delta.after_first_token for p in self.parts[e]) for e in entries], device=mask.device
-        )[:, None]
-        pooled = torch.tensor(
-            [any(p.delta.pooled_by_classifier for p in self.parts[e]) for e in entries], device=mask.device
-        )[:, None]
+        is_after = tuple(any(p.delta.after_first_token for p in self.parts[e]) for e in entries)
+        is_pooled = tuple(any(p.delta.pooled_by_classifier for p in self.parts[e]) for e in entries)
+        length = constant(tuple(self.lengths[e] for e in entries), mask.device, torch.long)[:, None]
+        after, pooled = (constant(each, mask.device, torch.bool)[:, None] for each in (is_after, is_pooled))
         pads = (mask.cumsum(1) == 0).sum(1, keepdim=True)
         start = (pads + after).clamp_max(tokens)
         new = torch.arange(tokens + self.max_length, device=mask.device)[None].expand(rows, -1)
@@ -166,7 +164,7 @@ class SequenceWidener:
             rest = like.new_zeros(self.max_length - length, like.shape[-1])
             tables.append(torch.cat([*(p.delta.token_vectors().to(like.dtype) for p in each), rest]))
         entries = [0] * len(columns.slot) if self.row_plan is None else self.row_plan.repeat_to(len(columns.slot))
-        owner = torch.tensor(entries, device=like.device)[:, None]
+        owner = constant(tuple(entries), like.device, torch.long)[:, None]
         return torch.stack(tables)[owner, columns.slot]
 
 
@@ -179,7 +177,7 @@ def _ordinary(ids: Tensor, module: nn.Module) -> Tensor:
     if not media:
         return ids
     ordinary = next(i for i in range(len(special) + 1) if i not in special)
-    return ids.masked_fill(torch.isin(ids, torch.tensor(media, device=ids.device)), ordinary)
+    return ids.masked_fill(torch.isin(ids, constant(tuple(media), ids.device, ids.dtype)), ordinary)
 
 
 def _configs(config: Any) -> Iterator[Any]:

@@ -1,0 +1,42 @@
+"""Numbers that follow from a route or a model, as tensors on a device: made once, because a GPU waits for each copy.
+
+Nobody writes to them. What torch.compile traces gets new ones, which are part of its graph. It knows tensors only.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+KEPT = 1024  # a batch asks for a handful; a kit of many routes for some of each
+
+_copies: Any = WeakTensorKeyDictionary()  # tensor -> {device: its copy}
+
+
+def constant(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor of these numbers, in nested tuples."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, device=device, dtype=dtype)
+    return _made(values, device, dtype)
+
+
+@lru_cache(KEPT)
+def _made(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # later calls may record a graph
+        return torch.tensor(values, device=device, dtype=dtype)
+
+
+def on_device(t: Tensor, device: torch.device) -> Tensor:
+    """A tensor that never changes, on a device."""
+    if t.device == device or torch.compiler.is_compiling():
+        return t.to(device)
+    copies = _copies.setdefault(t, {})
+    if device not in copies:
+        with torch.inference_mode(False):
+            copies[device] = t.to(device)
+    copy: Tensor = copies[device]
+    return copy
