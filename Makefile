@@ -45,9 +45,9 @@ test: lint types  ## set up, lint, type-check and run the tests
 test-plain: $(STAMP)  ## some of the laws with every fast path off
 	KITOUT_FAST=off $(PY) -m pytest -n 2 -q tests/test_fast.py tests/laws -k 'test_fast or [llama-lora] or llama-lora-' $(ARGS)
 
-# Two of the models: all take four times as long. The laws run there too: KITOUT_TEST_DEVICE=emulated and tests/laws.
+# Two of the models: all take four times as long. The laws run there as well, KITOUT_TEST_DEVICE=emulated, in half an hour.
 test-device: $(STAMP)  ## what a GPU would launch, wait for and refuse, on a device without hardware
-	KITOUT_TEST_DEVICE=emulated $(PY) -m pytest -n 2 -q tests/test_emulated_device.py -k 'not test_a_training and not test_rows or llama- or gpt-neox-' $(ARGS)
+	KITOUT_TEST_DEVICE=emulated $(PY) -m pytest -n 2 -q tests/test_emulated_device.py tests/predict/test_conversation.py -k 'not test_a_training and not test_rows or llama- or gpt-neox-' $(ARGS)
 
 test-slow: $(STAMP)  ## the tests marked slow or assets (downloads models and data once)
 	$(PY) -m pytest -n 2 -q -m 'slow or assets' $(ARGS)

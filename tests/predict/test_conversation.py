@@ -24,6 +24,7 @@ from kitout.errors import ConfigError, KitoutError, PathError
 from kitout.predict.conversation import Conversation, Piece
 from kitout.predict.predictor import Predictor
 from tiny_models import both, decoder, encoder
+from zoo import DEVICE
 
 pytest.importorskip("accelerate")
 
@@ -48,7 +49,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def predictor(folder: Path) -> Predictor:
-    return kitout.load(folder / "first", folder / "second", base=folder / "model", task="causal_lm", dtype="float32")
+    loaded = kitout.load(folder / "first", folder / "second", base=folder / "model", task="causal_lm", dtype="float32")
+    loaded.kit.to(DEVICE)
+    return loaded
 
 
 @pytest.fixture

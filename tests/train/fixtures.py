@@ -68,7 +68,7 @@ def add(kit: Kit, name: str, method: Method, heads: Mapping[str, nn.Module] | No
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for value in adapter.parameters():
-            value.add_(0.05 * torch.randn(value.shape, generator=generator).to(value.dtype))
+            value.add_(0.05 * torch.randn(value.shape, generator=generator).to(value))
 
 
 def job(name: str, objective: Objective, items: Sequence[Any], steps: int = 4, batch: int = 4, **settings: Any) -> Job:
@@ -89,8 +89,8 @@ def loop_of(kit: Kit, jobs: Sequence[Job], folder: Path, *, micro: int | None = 
     own = {key: settings.pop(key) for key in OWN_SETTINGS if key in settings}
     settings = {"save_strategy": "no", "logging_steps": 1} | settings
     args = TrainingArguments(
-        output_dir=str(folder), report_to="none", disable_tqdm=True, use_cpu=True, remove_unused_columns=False,
-        logging_nan_inf_filter=False, **settings,
+        output_dir=str(folder), report_to="none", disable_tqdm=True, use_cpu=kit.device.type == "cpu",
+        remove_unused_columns=False, logging_nan_inf_filter=False, **settings,
     )  # fmt: skip
     return JobTrainer(kit, jobs, folder, args, micro_batch_size=micro, **own)
 

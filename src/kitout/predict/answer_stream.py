@@ -129,7 +129,10 @@ def _write_into(
 ) -> None:
     from transformers import StoppingCriteriaList
 
-    stop = StoppingCriteriaList([lambda ids, _scores, **_: torch.full((len(ids),), is_closed.is_set())])
+    def has_ended(ids: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
+        return torch.full((len(ids),), is_closed.is_set(), device=ids.device)
+
+    stop = StoppingCriteriaList([has_ended])
     try:
         write({"streamer": _TokenQueue(queue), "stopping_criteria": stop})
         queue.put(None)
