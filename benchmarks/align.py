@@ -15,13 +15,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import align_stages as stages
 import torch
 from align_stages import PAIRS, PROMPTS, SAMPLES, Case
-from common import Line, Times, interleaved, smollm2
+from common import Line, Times, interleaved, one_thread, smollm2
 from training import TUNINGS, Tuning
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -105,7 +104,7 @@ def _fastest(peers: Mapping[str, Case]) -> tuple[str, str]:
     """The settings whose step is the shortest in a short run of each, and the seconds of all. PEER: found before."""
     if PEER:
         return PEER, f"TRL {PEER}"
-    with _one_thread():
+    with one_thread():
         seconds = {name: min(case(steps=3)) for name, case in peers.items()}
     tried = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
     return min(seconds, key=lambda name: seconds[name]), f"TRL tried, s: {tried}"
@@ -114,21 +113,11 @@ def _fastest(peers: Mapping[str, Case]) -> tuple[str, str]:
 def _in_turn(cases: Mapping[str, Case], rounds: int) -> Times:
     """Every step of every run: the cases run in turn, so many times."""
     times = Times({name: [] for name in cases})
-    with _one_thread():
+    with one_thread():
         for _ in range(rounds):
             for name, case in cases.items():
                 times.rounds[name] += case(steps=stages.STEPS)
     return times
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------

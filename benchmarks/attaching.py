@@ -10,7 +10,7 @@ import statistics
 import time
 
 import torch
-from common import Line, interleaved, served, smollm2
+from common import Line, interleaved, one_thread, served, smollm2
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import kitout
@@ -39,14 +39,21 @@ def probed(rounds: int) -> Line:
     model = smollm2(torch.float32)
     kitout.attach(model).detach()  # the first one imports
     seconds = []
+    walls = []
     for _ in range(rounds):
-        start = time.process_time()
+        with one_thread():
+            start = time.process_time()
+            kit = kitout.attach(model)
+            seconds.append(time.process_time() - start)
+        kit.detach()
+        start = time.perf_counter()
         kit = kitout.attach(model)
-        seconds.append(time.process_time() - start)
+        walls.append(time.perf_counter() - start)
         kit.detach()
     best, median = min(seconds), statistics.median(seconds)
     measured = f"{best:.2f} s (median of rounds {median:.2f})"
-    return Line("attach on SmolLM2's shape, probe included, CPU s", measured, "<= 0.30 s", best <= 0.3)
+    detail = f"one thread; on {torch.get_num_threads()} it takes {min(walls):.2f} s by the clock"
+    return Line("attach on SmolLM2's shape, probe included, CPU s", measured, "<= 0.30 s", best <= 0.3, detail)
 
 
 def registered(rounds: int) -> Line:

@@ -10,7 +10,7 @@ import os
 import time
 
 import torch
-from common import Line
+from common import Line, one_thread
 from torch import Tensor, nn
 
 import kitout
@@ -41,9 +41,7 @@ class Squares(nn.Module):
 
 def run(sites: int | None = None) -> list[Line]:
     sites = int(os.environ.get("SITES", ALL_SITES)) if sites is None else sites
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         kit = kitout.attach(Squares(sites // 4), example_batch={"x": torch.randn(1, 2, WIDTH)})
         for i in range(ADAPTERS):
             adapter = kit.add(f"a{i}", LoRA(rank=RANK, targets="all-linear"), seed=i)
@@ -59,8 +57,6 @@ def run(sites: int | None = None) -> list[Line]:
             start = time.perf_counter()
             torch.linalg.svd(matrix)
             detail += f", one dense SVD {time.perf_counter() - start:.0f} s"
-    finally:
-        torch.set_num_threads(threads)
     whole = seconds * ALL_SITES / sites
     measured = f"{seconds:.1f} s" if sites == ALL_SITES else f"{seconds:.2f} s for {sites}, {whole:.1f} s for 64"
     metric = "8 LoRAs r 16 at 64 sites of 4096 x 4096, summed and cut to r 16, one core"

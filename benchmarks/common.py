@@ -12,7 +12,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,6 +119,17 @@ def interleaved(
     finally:
         gc.enable()
     return times
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Processor time counts what a second thread waits for the first: for what gains nothing from one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def smollm2(dtype: torch.dtype, blocks: int = SMOL.num_hidden_layers) -> LlamaForCausalLM:
