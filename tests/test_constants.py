@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kitout.constants import constant, on_device
 
@@ -32,3 +33,13 @@ def test_an_index_is_moved_once_for_each_device() -> None:
     meta = torch.device("meta")
     assert on_device(index, meta) is on_device(index, meta)
     assert on_device(index, meta).device == meta
+
+
+def test_what_fake_tensors_and_vmap_are_given_is_not_kept() -> None:
+    with FakeTensorMode():
+        constant((7, 7), CPU, torch.long)
+    assert torch.equal(constant((7, 7), CPU, torch.long), torch.tensor([7, 7]))
+    x = torch.ones(3, 2)
+    added = torch.func.vmap(lambda row: row + constant((5, 6), CPU, torch.float32))(x)
+    assert torch.equal(added, x + torch.tensor([5.0, 6.0]))
+    assert torch.equal(constant((5, 6), CPU, torch.float32) + x, added)

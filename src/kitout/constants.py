@@ -1,6 +1,7 @@
 """Numbers that follow from a route or a model, as tensors on a device: made once, because a GPU waits for each copy.
 
-Nobody writes to them. What torch.compile traces gets new ones, which are part of its graph. It knows tensors only.
+Nobody writes to them. What is traced or transformed (torch.compile, vmap, fake tensors) gets new ones, which belong to
+it. It knows tensors only.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 KEPT = 1024  # a batch asks for a handful; a kit of many routes for some of each
@@ -19,7 +21,7 @@ _copies: Any = WeakTensorKeyDictionary()  # tensor -> {device: its copy}
 
 def constant(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """A tensor of these numbers, in nested tuples."""
-    if torch.compiler.is_compiling():
+    if not _may_keep():
         return torch.tensor(values, device=device, dtype=dtype)
     return _made(values, device, dtype)
 
@@ -32,7 +34,7 @@ def _made(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> 
 
 def on_device(t: Tensor, device: torch.device) -> Tensor:
     """A tensor that never changes, on a device."""
-    if t.device == device or torch.compiler.is_compiling():
+    if t.device == device or not _may_keep():
         return t.to(device)
     copies = _copies.setdefault(t, {})
     if device not in copies:
@@ -40,3 +42,10 @@ def on_device(t: Tensor, device: torch.device) -> Tensor:
             copies[device] = t.to(device)
     copy: Tensor = copies[device]
     return copy
+
+
+def _may_keep() -> bool:
+    """What is made now is a tensor like any other."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return _get_current_dispatch_mode() is None

@@ -22,8 +22,8 @@ class ForwardState:
 
     token_index: dict[str, Tensor] = field(default_factory=dict)
     """Tower -> [B or 1, T]: the position of each query in its row's text, counted without virtual tokens."""
-    num_tokens: dict[str, int] = field(default_factory=dict)
-    """Tower -> a number above every `token_index`; none where only the device knows one."""
+    num_tokens: dict[str, int | None] = field(default_factory=dict)
+    """Tower -> a number above every `token_index`; None where only the device knows one."""
     own_positions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Tower -> the position ids that its blocks are given, and those of the text without virtual tokens."""
     real_positions: dict[str, Tensor] = field(default_factory=dict)

@@ -126,14 +126,14 @@ class TextEntry:
         if isinstance(given, Tensor) and counted:
             token_index = given
         elif isinstance(mask, Tensor) and mask.ndim == 2:
-            real = (mask.long().cumsum(-1) - 1).clamp_min(0)
+            real = ((mask != 0).cumsum(-1) - 1).clamp_min(0)
             last = length if real.shape[1] == length else int(past) + length
             token_index = real[:, last - length : last]
         else:
             token_index = steps
         self.forward_slot.state.token_index[self.tower.path] = token_index
-        if isinstance(past, int) and not counted:
-            self.forward_slot.state.num_tokens[self.tower.path] = length + past
+        known = length + past if isinstance(past, int) and not counted else None
+        self.forward_slot.state.num_tokens[self.tower.path] = known
         are_the_callers = given is not None and not self.forward_slot.state.positions_from_generate
         if are_the_callers or not (self._has_shift or self.widening):
             return
