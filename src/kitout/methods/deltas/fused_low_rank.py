@@ -125,7 +125,7 @@ def _down_gradients(
 
 def _up_gradient(h: Tensor, g2: Tensor, dtype: torch.dtype) -> Tensor:
     """Of B, g^T h, contiguous: no gradient in another layout, which autograd would copy."""
-    if g2.device.type == "cpu":
+    if g2.is_cpu:
         return transposed(h.t() @ g2, dtype)
     return product_to(g2.t(), h, dtype)
 

@@ -35,13 +35,13 @@ def trains_in_one_node(y: Tensor, *values: Tensor | None) -> bool:
 
 def scaled_to(t: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """scale * t in a dtype, in one call: not on a CPU, where that takes longer, nor on mps, where it was not tried."""
-    if t.dtype == dtype or t.device.type in ("cpu", "mps"):
+    if t.is_cpu or t.dtype == dtype or t.is_mps:
         return (t * scale).to(dtype)
     return torch.mul(t, scale, out=torch.empty(t.shape, dtype=dtype, device=t.device))
 
 
 def product_to(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """The product of two matrices in a dtype: without rounding and a second call where the device has that."""
-    if dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16) and a.device.type in OUT_DTYPE_DEVICES:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
+    if a.is_cpu or dtype != torch.float32 or a.dtype not in (torch.bfloat16, torch.float16):
+        return (a @ b).to(dtype)
+    return torch.mm(a, b, out_dtype=dtype) if a.device.type in OUT_DTYPE_DEVICES else (a @ b).to(dtype)
