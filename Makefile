@@ -45,7 +45,7 @@ test: lint types  ## set up, lint, type-check and run the tests
 test-plain: $(STAMP)  ## some of the laws with every fast path off
 	KITOUT_FAST=off $(PY) -m pytest -n 2 -q tests/test_fast.py tests/laws -k 'test_fast or [llama-lora] or llama-lora-' $(ARGS)
 
-# Two of the models: all take four times as long. The laws run there as well, KITOUT_TEST_DEVICE=emulated, in half an hour.
+# 45 s: two of the models, where all take minutes. The laws run there as well: KITOUT_TEST_DEVICE=emulated.
 test-device: $(STAMP)  ## what a GPU would launch, wait for and refuse, on a device without hardware
 	KITOUT_TEST_DEVICE=emulated $(PY) -m pytest -n 2 -q tests/test_emulated_device.py tests/predict/test_conversation.py -k 'not test_a_training and not test_rows or llama- or gpt-neox-' $(ARGS)
 

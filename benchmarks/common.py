@@ -123,7 +123,7 @@ def interleaved(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Processor time counts what a second thread waits for the first: for what gains nothing from one."""
+    """One thread within. On two, processor time also counts what the second spends waiting for the first."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -3,7 +3,7 @@
 What goes wrong on a GPU alone goes wrong here too: tensors of two devices in one operation raise, and what a GPU would
 launch, wait for or copy from the host is counted, by the line that asked for it. It says nothing of time. Operations
 run on the CPU, behind torch's key for backends of third parties; a tensor keeps its memory, so views and writes are
-real. It knows nothing of kitout but the name of its folder. Source: torch 2.13, `torch/utils/backend_registration.py`.
+real. It knows nothing of kitout but the name of its package. Source: torch 2.13, `torch/utils/backend_registration.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ NAME = "emulated"
 _CPU, _EXTENSION = 1, 12  # device types of DLPack
 _NO_LAUNCH = ("empty", "empty_strided", "resize_", "_local_scalar_dense")
 _WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_consecutive", "bincount")
+_WAITS_WITHOUT_SIZE = ("repeat_interleave",)  # but not where the caller says how large the result is
 _INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
 
 
@@ -45,8 +46,8 @@ class Counts:
 counts = Counts()
 
 
-class _Device(backend_registration._DummyBackendModule):
-    """torch.emulated."""
+class _Device:
+    """torch.emulated: what torch asks of a device's module."""
 
     def is_available(self) -> bool:
         return True
@@ -68,6 +69,9 @@ class _Device(backend_registration._DummyBackendModule):
 
     def set_rng_state(self, state: Tensor, device: object = None) -> None:
         torch.set_rng_state(state)
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
 
     def manual_seed_all(self, seed: int) -> None:
         """It draws from the CPU's generator."""
@@ -232,7 +236,8 @@ def _count(name: str, args: Any, kwargs: Any) -> None:
             found = ", ".join(f"{value.device} {tuple(value.shape)}" for value in tensors)
             raise RuntimeError(f"{name} expects all tensors on one device, and got {found}, {_caller()}")
         counts.copies[f"indices, {_caller()}"] += 1
-    if name in _WAITS or (name in _INDEXING and any(_is_mask(index) for index in args[1])):
+    is_open = name in _WAITS_WITHOUT_SIZE and kwargs.get("output_size") is None
+    if name in _WAITS or is_open or (name in _INDEXING and any(_is_mask(index) for index in args[1])):
         counts.waits[f"{name}, {_caller()}"] += 1
     if name not in _NO_LAUNCH:
         counts.launches[name] += 1

@@ -19,12 +19,13 @@ import kitout
 from emulated_device import NAME, counts
 from kitout import Kit, LoRA
 from kitout.methods.deltas import fusing
-from laws.activate import activated, added, kit_of, pristine
+from laws.activate import activated, added, fresh_model, kit_of
 from laws.cases import TRAINED, Case, name_of
 from laws.test_04_rows import mixtures, rows_with, uneven
 from zoo import DEVICE, ZOO, Specimen, out
 
-pytestmark = pytest.mark.skipif(DEVICE != NAME, reason="for KITOUT_TEST_DEVICE=emulated, as in make test-device")
+if DEVICE != NAME:
+    pytest.skip("for KITOUT_TEST_DEVICE=emulated, as in make test-device", allow_module_level=True)
 
 
 def test_tensors_of_two_devices_do_not_meet() -> None:
@@ -43,6 +44,13 @@ def test_waits_copies_and_launches_are_counted() -> None:
     (x * 2).sum().item()
     assert counts.launches == {"mul": 1, "sum": 1}
     assert counts.waits.total() == 1
+
+
+def test_what_ours_asks_is_named_by_its_line() -> None:
+    kit = kitout.attach(fresh_model(ZOO["llama"]))
+    counts.reset()
+    kit.add("a", LoRA(rank=2))
+    assert any(" kitout.runtime.build_adapter:" in line for line in counts.copies)
 
 
 def step(kit: Kit, batch: dict[str, Tensor]) -> None:
@@ -92,8 +100,11 @@ def launches(model: nn.Module, batch: dict[str, Tensor]) -> int:
 def test_a_lora_step_launches_less_than_pefts(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16, gradients included; and these are those of the products whose output is rounded first."""
     specimen = ZOO["llama"]
-    model, batch = pristine("llama").to(torch.bfloat16), specimen.batch(3, 0)
+    model, batch = fresh_model(specimen).to(torch.bfloat16), specimen.batch(3, 0)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    embed = model.get_input_embeddings()
+    vectors = embed(batch["input_ids"]).detach().requires_grad_()
+    floor = launches(model.requires_grad_(False), {"inputs_embeds": vectors, "attention_mask": batch["attention_mask"]})
     of_peft = launches(get_peft_model(copy.deepcopy(model), config), batch)
     kit = kitout.attach(copy.deepcopy(model))
     adapter = kit.add("a", LoRA(rank=8, alpha=16, targets="all-linear"))
@@ -105,7 +116,10 @@ def test_a_lora_step_launches_less_than_pefts(monkeypatch: pytest.MonkeyPatch) -
     rounded = [value.grad.clone() for value in adapter.parameters() if value.grad is not None]
     kit.zero_grad()
     monkeypatch.setattr(fusing, "OUT_DTYPE_DEVICES", (NAME,))
-    assert launches(kit, batch) <= 0.82 * of_peft
+    ours = launches(kit, batch)
+    assert ours <= 0.82 * of_peft
+    assert (ours - floor) / specimen.layers <= 41
+    assert (of_peft - floor) / specimen.layers >= 85
     for before, value in zip(rounded, adapter.parameters(), strict=True):
         assert value.grad is not None
         assert value.grad.dtype == torch.float32

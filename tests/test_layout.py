@@ -43,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("method",),
     ("delta",),
     ("data", "assets", "base", "route"),
-    ("constants", "errors", "fast", "format", "install_hint", "no_booleans", "tensor_version", "version"),
+    ("device_constants", "errors", "fast", "format", "install_hint", "no_booleans", "tensor_version", "version"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that use kitout as its users do, through the public names.
@@ -52,7 +52,7 @@ USERS = ("cli", "demo")
 # A method sees the contract, a site, how to choose sites and how to read a weight: nothing of kits, routes or files.
 # Besides these it may use other modules of its folder that register no method: Deltas that methods share.
 MODULES_FOR_METHODS = {
-    "kitout.constants",
+    "kitout.device_constants",
     "kitout.errors",
     "kitout.fast",
     "kitout.tensor_version",

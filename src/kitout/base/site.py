@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kitout.constants import on_device
+from kitout.device_constants import on_device
 
 Port = Literal["out", "in", "kv", "tokens", "param", "weight", "parts"]
 BatchRelation = Literal["batch", "multiple", "one", "none", "unknown"]

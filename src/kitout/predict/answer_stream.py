@@ -129,10 +129,10 @@ def _write_into(
 ) -> None:
     from transformers import StoppingCriteriaList
 
-    def has_ended(ids: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
+    def should_stop(ids: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
         return torch.full((len(ids),), is_closed.is_set(), device=ids.device)
 
-    stop = StoppingCriteriaList([has_ended])
+    stop = StoppingCriteriaList([should_stop])
     try:
         write({"streamer": _TokenQueue(queue), "stopping_criteria": stop})
         queue.put(None)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import kitout
 from kitout import IA3, LoRA, fast
@@ -28,10 +31,12 @@ def test_gathered_rows_follow_replaced_values() -> None:
     assert torch.allclose(rows[:1], alone, atol=1e-4 * alone.abs().max().item())
 
 
-def test_rows_seen_first_under_inference_mode_can_be_trained() -> None:
+@pytest.mark.parametrize("is_counted", [False, True])
+def test_rows_seen_first_under_inference_mode_can_be_trained(is_counted: bool) -> None:
     kit, batch = kit_with("llama", a=LoRA(), i=IA3())
-    with kit.use(["a", "i"]):
-        with torch.inference_mode():
+    batch = {name: torch.cat((value, value[:1])) for name, value in batch.items()}
+    with kit.use(["a", "i", "a"]):
+        with torch.inference_mode(), FlopCounterMode(display=False) if is_counted else nullcontext():
             kit.base(**batch)
         out(kit(**batch)).sum().backward()
     assert all(p.grad is not None for p in kit["i"].parameters())

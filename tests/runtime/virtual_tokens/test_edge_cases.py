@@ -40,6 +40,17 @@ def with_prompt_after(ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([ids[:, :1], torch.tensor([[5, 6, 7, 8]]).expand(len(ids), -1), ids[:, 1:]], 1)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_mask_of_other_values_than_one_counts_its_positions(name: str) -> None:
+    kit, batch = kit_of(name, a=PrefixTuning(length=3)), ZOO[name].batch(2, 0)
+    untrivial(kit["a"])
+    mask = torch.ones_like(batch["input_ids"])
+    mask[1, -2:] = 0
+    kit.use("a")
+    with torch.no_grad():
+        assert_same(run(kit, {**batch, "attention_mask": 2 * mask}), run(kit, {**batch, "attention_mask": mask}))
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_a_prompt_after_the_first_token_without_mask_or_cache(name: str) -> None:
     kit, ids = kit_of(name, a=AFTER), text_batch(3)["input_ids"]

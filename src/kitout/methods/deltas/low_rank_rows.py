@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
-from kitout.constants import constant
+from kitout.device_constants import constant
 from kitout.methods.deltas.fused_low_rank import Change, Linear, own_tensor, product_operands, scaled_transpose
 
 MOST_UNITS = 4  # per run: beyond that the factors of long runs would be read too often

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kitout import fast
 from kitout.base.own_forward import swapped_parameters
 from kitout.base.weights import FrozenModule
-from kitout.constants import constant
+from kitout.device_constants import constant, may_keep
 from kitout.errors import RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, first_tensor, replace_first_tensor
 from kitout.runtime.modules.batched_rows import FusedRows, batched_delta_of
@@ -42,7 +42,7 @@ class RowPlan:
     def index(self, rows: int, device: torch.device) -> tuple[Tensor, ...]:
         """Row numbers of each distinct entry where dim 0 has `rows` values, a multiple of the batch, row-major."""
         self.check()
-        if torch.compiler.is_compiling():  # what is kept would be a condition of the graph
+        if not may_keep():  # what is kept would be a condition of a graph
             return self._new_index(rows, device)
         key = rows, device
         if key not in self._index:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kitout.constants import constant
+from kitout.device_constants import constant
 from kitout.errors import RouteError
 from kitout.route import Average
 

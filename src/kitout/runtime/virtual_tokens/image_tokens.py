@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kitout.base.memory import is_out_of_memory
-from kitout.constants import constant
+from kitout.device_constants import constant
 from kitout.errors import KitoutError, RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, Program, first_tensor, replace_first_tensor
 from kitout.runtime.modules.module_adapter import SiteDelta

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from kitout import fast
 from kitout.base.memory import is_out_of_memory
 from kitout.base.survey import Tower
-from kitout.constants import constant
+from kitout.device_constants import constant
 from kitout.errors import KitoutError, RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, Program, first_tensor, replace_first_tensor
 from kitout.runtime.modules.rows import RowPlan

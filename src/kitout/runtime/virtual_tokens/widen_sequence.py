@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kitout.constants import constant
+from kitout.device_constants import constant
 from kitout.errors import RouteError
 from kitout.runtime.hooks.class_swap import ForwardFn, Program
 from kitout.runtime.modules.module_adapter import SiteDelta

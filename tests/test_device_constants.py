@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kitout.constants import constant, on_device
+from kitout.device_constants import constant, on_device
 
 CPU = torch.device("cpu")
 

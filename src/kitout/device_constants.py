@@ -19,9 +19,16 @@ KEPT = 1024  # a batch asks for a handful; a kit of many routes for some of each
 _copies: Any = WeakTensorKeyDictionary()  # tensor -> {device: its copy}
 
 
+def may_keep() -> bool:
+    """Whether a tensor that is made now is one like any other, and not part of a trace or transform."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return _get_current_dispatch_mode() is None
+
+
 def constant(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """A tensor of these numbers, in nested tuples."""
-    if not _may_keep():
+    if not may_keep():
         return torch.tensor(values, device=device, dtype=dtype)
     return _made(values, device, dtype)
 
@@ -34,7 +41,7 @@ def _made(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> 
 
 def on_device(t: Tensor, device: torch.device) -> Tensor:
     """A tensor that never changes, on a device."""
-    if t.device == device or not _may_keep():
+    if t.device == device or not may_keep():
         return t.to(device)
     copies = _copies.setdefault(t, {})
     if device not in copies:
@@ -42,10 +49,3 @@ def on_device(t: Tensor, device: torch.device) -> Tensor:
             copies[device] = t.to(device)
     copy: Tensor = copies[device]
     return copy
-
-
-def _may_keep() -> bool:
-    """What is made now is a tensor like any other."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return _get_current_dispatch_mode() is None
